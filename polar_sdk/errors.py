@@ -1,0 +1,178 @@
+"""Every error the engine raises on purpose, as one tree.
+
+PolarError
+├── InvalidRequestError (ValueError)      the caller's request cannot be served as it stands
+│   ├── EmptyPromptError
+│   ├── ContextWindowError                prompt and answer do not fit the model
+│   ├── SamplingError                     a sampling setting outside its range
+│   ├── UnknownTierError                  `compute=` names no tier of the policy
+│   └── UnknownTagError                   a tag or tenant that cannot be stored
+├── ProgramError (ValueError)             a program that cannot or may not run
+│   ├── ProgramSyntaxError                the text form does not parse
+│   ├── ProgramDepthError                 a layer the model does not have
+│   ├── ProtectedLayerError               skips a layer that the policy protects
+│   ├── VisitLimitError                   visits one layer more often than allowed
+│   └── CostCeilingError                  costs more than the policy's ceiling
+├── PolicyError (ValueError)              a policy file that is wrong or belongs to another model
+├── DataError (ValueError)                a calibration file that is missing, empty or malformed
+├── ModelError                            the model cannot be loaded or run
+│   ├── ModelNotFoundError (FileNotFoundError)
+│   ├── ModelFetchError (ConnectionError)     retryable
+│   ├── ModelDamagedError                 a checksum or a tensor is wrong
+│   ├── UnsupportedArchitectureError
+│   └── DeviceError                       device or dtype not available here
+└── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
+    └── SinkNotFoundError
+
+This module knows nothing of torch, of frameworks or of money. A message names the value, the limit and the
+fix on one line; `hint` repeats the fix alone for programs that show it apart.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ContextWindowError",
+    "CostCeilingError",
+    "DataError",
+    "DeviceError",
+    "EmptyPromptError",
+    "InvalidRequestError",
+    "ModelDamagedError",
+    "ModelError",
+    "ModelFetchError",
+    "ModelNotFoundError",
+    "PolarError",
+    "PolicyError",
+    "ProgramDepthError",
+    "ProgramError",
+    "ProgramSyntaxError",
+    "ProtectedLayerError",
+    "SamplingError",
+    "SinkError",
+    "SinkNotFoundError",
+    "UnknownTagError",
+    "UnknownTierError",
+    "UnsupportedArchitectureError",
+    "VisitLimitError",
+]
+
+
+class PolarError(Exception):
+    """Base of every PoLar error.
+
+    Attributes:
+        hint: What the user can do about it, or None where the message says all.
+        retryable: True where the same call may succeed later without a change.
+        exit_code: What the command `polar` exits with: 2 for the caller's mistake, 1 otherwise.
+    """
+
+    retryable: bool = False
+    exit_code: int = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message if hint is None else f"{message} {hint}")
+        self.hint = hint
+
+
+class InvalidRequestError(PolarError, ValueError):
+    """The request cannot be served as it stands."""
+
+    exit_code = 2
+
+
+class EmptyPromptError(InvalidRequestError):
+    """The prompt holds no text."""
+
+
+class ContextWindowError(InvalidRequestError):
+    """Prompt and answer together do not fit the model's context window."""
+
+
+class SamplingError(InvalidRequestError):
+    """A sampling setting lies outside its range."""
+
+
+class UnknownTierError(InvalidRequestError):
+    """`compute=` names no tier of the policy in force."""
+
+
+class UnknownTagError(InvalidRequestError):
+    """A tenant or tag that cannot be stored on a usage record."""
+
+
+class ProgramError(PolarError, ValueError):
+    """A program that cannot or may not run on this model."""
+
+    exit_code = 2
+
+
+class ProgramSyntaxError(ProgramError):
+    """The text form of a program does not parse."""
+
+
+class ProgramDepthError(ProgramError):
+    """The program names a layer that the model does not have."""
+
+
+class ProtectedLayerError(ProgramError):
+    """The program skips a layer that the policy protects."""
+
+
+class VisitLimitError(ProgramError):
+    """The program visits one layer more often than the policy allows."""
+
+
+class CostCeilingError(ProgramError):
+    """The program costs more FLOPs than the policy's ceiling."""
+
+
+class PolicyError(PolarError, ValueError):
+    """A policy file is malformed or was made for another model."""
+
+    exit_code = 2
+
+
+class DataError(PolarError, ValueError):
+    """A calibration file is missing, empty or malformed."""
+
+    exit_code = 2
+
+
+class ModelError(PolarError):
+    """The model cannot be loaded or run."""
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """No model under that alias, hub id, folder or file."""
+
+    exit_code = 2
+
+
+class ModelFetchError(ModelError, ConnectionError):
+    """The model could not be downloaded."""
+
+    retryable = True
+
+
+class ModelDamagedError(ModelError):
+    """A checksum does not match or a weight is not finite."""
+
+
+class UnsupportedArchitectureError(ModelError):
+    """The engine has no family for this architecture."""
+
+    exit_code = 2
+
+
+class DeviceError(ModelError):
+    """The device or dtype asked for is not available here."""
+
+    exit_code = 2
+
+
+class SinkError(PolarError, OSError):
+    """Usage cannot be recorded; raised before any compute, so nothing runs unmetered."""
+
+
+class SinkNotFoundError(SinkError):
+    """No meter is installed for the ledger that was asked for."""

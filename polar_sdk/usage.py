@@ -1,0 +1,227 @@
+"""The one meeting point of engine and billing: the usage record, and the sink it is handed to.
+
+Facts only: no prices, no torch, no framework. Old records can therefore be rated again under another price
+book. Everything a record counts is work that was really executed; a cancelled or failed request is counted up
+to the last layer it finished.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+from uuid import UUID
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+__all__ = [
+    "FLOPS_PER_COMPUTE_UNIT",
+    "FlopUsage",
+    "ListSink",
+    "NullSink",
+    "Outcome",
+    "Receipt",
+    "TokenUsage",
+    "UsageRecord",
+    "UsageSink",
+    "VisitUsage",
+    "new_request_id",
+]
+
+SCHEMA_VERSION = 1
+FLOPS_FORMULA = "torch-1"
+"""Version of the FLOPs formula: one multiply-accumulate is 2 FLOPs; matrix products and attention count, as
+`torch.utils.flop_counter.FlopCounterMode` counts them (attention as the full rectangle queries × keys)."""
+
+COMPUTE_UNIT_VERSION = "cu-1"
+FLOPS_PER_COMPUTE_UNIT = 10**12
+"""One compute unit (CU) is 10^12 executed FLOPs. Unit: FLOPs per CU."""
+
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Receipt = Mapping[str, Any]
+"""What a sink answers, JSON-like: `cost` (exact decimal as text), `currency`, `cost_details`, … The engine passes it on
+unread; it may be empty, when the sink prices nothing."""
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+    CACHED = "cached"
+    """Answered from a cache outside the engine: 0 FLOPs were executed."""
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TokenUsage(_Facts):
+    """Tokens of one request. Unit: tokens."""
+
+    input: NonNegative = 0
+    """Prompt tokens, chat template included."""
+    cached: NonNegative = 0
+    """Prompt tokens whose keys and values were reused; included in `input`."""
+    output: NonNegative = 0
+    """Tokens sampled, the end-of-text token and tokens hidden by a stop string included."""
+
+    @model_validator(mode="after")
+    def _cached_is_part_of_input(self) -> Self:
+        if self.cached > self.input:
+            raise ValueError(f"cached tokens ({self.cached}) exceed input tokens ({self.input}), of which they are part")
+        return self
+
+
+class VisitUsage(_Facts):
+    """Executed layer visits, one number per layer of the model (index = layer). Unit: visits.
+
+    A visit is one execution of one layer for this request, however many tokens it carries: a prefill in one piece
+    counts one, and every decode step counts one, per time the program visits the layer.
+    """
+
+    prefill: tuple[NonNegative, ...] = ()
+    decode: tuple[NonNegative, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Visits of all layers, prefill and decode together."""
+        return sum(self.prefill) + sum(self.decode)
+
+
+class FlopUsage(_Facts):
+    """Executed FLOPs by part. Unit: FLOPs; one multiply-accumulate is 2."""
+
+    embed: NonNegative = 0
+    """Embedding look-up; a gather, so 0 for every supported family."""
+    layers_prefill: NonNegative = 0
+    layers_decode: NonNegative = 0
+    head: NonNegative = 0
+    """The output projection, for the positions whose logits were computed."""
+    router: NonNegative = 0
+    total: NonNegative = 0
+    """The sum of the other five."""
+
+    @model_validator(mode="after")
+    def _total_is_the_sum(self) -> Self:
+        parts = self.embed + self.layers_prefill + self.layers_decode + self.head + self.router
+        if self.total != parts:
+            raise ValueError(f"total FLOPs ({self.total}) differ from the sum of the parts ({parts})")
+        return self
+
+
+class UsageRecord(_Facts):
+    """The facts of one request."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    request_id: Name
+    """Made by the caller, or a UUIDv7; the idempotency key within a tenant."""
+    tenant: Name = "default"
+    tags: Mapping[str, str] = Field(default_factory=dict)
+    model: Name
+    """The name the model was asked for by: alias, hub id or path."""
+    model_fingerprint: Name
+    """SHA-256 over configuration and weights, hexadecimal."""
+    router: Name
+    """Router kind: identity, static, …"""
+    router_version: Name
+    tier: Name | None = None
+    """The tier asked for (economy, standard, premium, exact); None where a program was named by hand."""
+    program: str
+    """Canonical text of the program, e.g. `0-11 15x2 18-29`; empty for a cached answer."""
+    outcome: Outcome
+    finish_reason: Literal["stop", "length", "cancelled", "error", "cached"]
+    error: str | None = None
+    """Class name of the error, where the outcome is `error`."""
+    tokens: TokenUsage = TokenUsage()
+    visits: VisitUsage = VisitUsage()
+    flops: FlopUsage = FlopUsage()
+    flops_formula: str = FLOPS_FORMULA
+    identity_flops: NonNegative = 0
+    """What the same tokens would have cost at full depth, without a router. Unit: FLOPs."""
+    kv_bytes_peak: NonNegative = 0
+    """Largest key and value storage of this request. Unit: bytes."""
+    device: str = "none"
+    dtype: str = "none"
+    started_at: AwareDatetime
+    """Service time: when the engine took the request up, UTC."""
+    queue_ns: NonNegative = 0
+    """Waiting before prefill began. Unit: nanoseconds."""
+    prefill_ns: NonNegative = 0
+    decode_ns: NonNegative = 0
+
+    @field_validator("started_at")
+    @classmethod
+    def _to_utc(cls, value: datetime) -> datetime:
+        return value.astimezone(UTC)
+
+    @property
+    def compute_units(self) -> float:
+        """Executed compute units, for display; billing works on the integers. Unit: CU."""
+        return self.flops.total / FLOPS_PER_COMPUTE_UNIT
+
+    @property
+    def flops_saved(self) -> int:
+        """FLOPs saved against full depth; negative where loops or the router cost more. Unit: FLOPs."""
+        return self.identity_flops - self.flops.total
+
+
+class UsageSink(ABC):
+    """Where usage records go: a meter, a log file, a list in a test.
+
+    Implementations must be safe to call from several threads.
+    """
+
+    def check(self) -> None:  # noqa: B027  (a sink without preconditions need not override it)
+        """Raise SinkError if a record could not be stored now; called before a request computes anything.
+
+        Raises:
+            SinkError: The store is missing, read-only or full.
+        """
+
+    @abstractmethod
+    def emit(self, record: UsageRecord) -> Receipt | None:
+        """Store one record durably, exactly once per (tenant, request_id).
+
+        Returns:
+            A receipt for the caller, or None where the sink prices nothing.
+
+        Raises:
+            SinkError: The record could not be stored.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Flush and release what the sink holds; further calls to `emit` may fail."""
+
+
+class NullSink(UsageSink):
+    """Keeps nothing: metering turned off with `ledger=None`."""
+
+    def emit(self, record: UsageRecord) -> None:
+        """Drop the record."""
+
+
+class ListSink(UsageSink):
+    """Keeps records in a list, for tests and notebooks."""
+
+    def __init__(self) -> None:
+        self.records: list[UsageRecord] = []
+
+    def emit(self, record: UsageRecord) -> None:
+        """Append the record."""
+        self.records.append(record)
+
+
+def new_request_id() -> str:
+    """Make a UUIDv7 (RFC 9562, section 5.7): sortable by creation time, 74 random bits."""
+    milliseconds = time.time_ns() // 1_000_000
+    value = (milliseconds << 80) | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | (0x7 << 76)
+    value = value & ~(0x3 << 62) | (0x2 << 62)
+    return str(UUID(int=value))
