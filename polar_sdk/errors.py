@@ -6,7 +6,7 @@ PolarError
 │   ├── ContextWindowError                prompt and answer do not fit the model
 │   ├── SamplingError                     a sampling setting outside its range
 │   ├── UnknownTierError                  `compute=` names no tier of the policy
-│   └── UnknownTagError                   a tag or tenant that cannot be stored
+│   └── TagError                          a tag or tenant that cannot be stored
 ├── ProgramError (ValueError)             a program that cannot or may not run
 │   ├── ProgramSyntaxError                the text form does not parse
 │   ├── ProgramDepthError                 a layer the model does not have
@@ -50,7 +50,7 @@ __all__ = [
     "SamplingError",
     "SinkError",
     "SinkNotFoundError",
-    "UnknownTagError",
+    "TagError",
     "UnknownTierError",
     "UnsupportedArchitectureError",
     "VisitLimitError",
@@ -96,7 +96,7 @@ class UnknownTierError(InvalidRequestError):
     """`compute=` names no tier of the policy in force."""
 
 
-class UnknownTagError(InvalidRequestError):
+class TagError(InvalidRequestError):
     """A tenant or tag that cannot be stored on a usage record."""
 
 

@@ -1,0 +1,139 @@
+"""Every error that metering and billing raise on purpose, as one tree.
+
+BillingError (PolarError)
+├── StoreError (SinkError)                 the ledger's store cannot do it now; exit code 1
+│   ├── StoreNotFoundError                 no such folder, file or database
+│   ├── StoreReadOnlyError                 the store may be read but not written
+│   ├── StoreFullError                     no room for another record
+│   ├── StoreLockedError                   another process holds the store; retryable
+│   ├── StoreDamagedError                  not a database, or a damaged one
+│   ├── StoreUnavailableError              the database server does not answer; retryable
+│   └── SchemaVersionError                 written by another version of polar-llm
+├── ConflictError (SinkError, ValueError)  a request id used again with other content
+├── LedgerUrlError (ValueError)            a ledger URL that names no supported store
+├── AmountError (ValueError)               not finite, too fine or too large to be kept exactly
+├── PriceBookError (ValueError)            a price book that is missing or malformed
+├── PeriodError (ValueError)               a month, date or time zone that does not parse
+├── QueryError (ValueError)                a question about usage that cannot be answered as asked
+│   └── CurrencyMixError                   amounts of several currencies in one sum
+├── OutputError (OSError)                  a report cannot be written where it was asked for
+└── MissingExtraError (ImportError)        an optional dependency is not installed
+
+The store errors and the conflict are sink errors too, so the engine fails closed on them without knowing this
+package. This module knows no SQL: `store_errors` decides which database failure is which of these.
+"""
+
+from __future__ import annotations
+
+from polar_sdk.errors import PolarError, SinkError
+
+__all__ = [
+    "AmountError",
+    "BillingError",
+    "ConflictError",
+    "CurrencyMixError",
+    "LedgerUrlError",
+    "MissingExtraError",
+    "OutputError",
+    "PeriodError",
+    "PriceBookError",
+    "QueryError",
+    "SchemaVersionError",
+    "StoreDamagedError",
+    "StoreError",
+    "StoreFullError",
+    "StoreLockedError",
+    "StoreNotFoundError",
+    "StoreReadOnlyError",
+    "StoreUnavailableError",
+]
+
+
+class BillingError(PolarError):
+    """Base of every error of metering and billing."""
+
+
+class StoreError(BillingError, SinkError):
+    """The ledger's store cannot be read or written now; nothing was stored in part."""
+
+
+class StoreNotFoundError(StoreError):
+    """The folder, file or database of the ledger does not exist."""
+
+
+class StoreReadOnlyError(StoreError):
+    """The ledger may be read but not written."""
+
+
+class StoreFullError(StoreError):
+    """The disk, or the database's own limit, has no room for another record."""
+
+
+class StoreLockedError(StoreError):
+    """Another process held the ledger for longer than the busy timeout."""
+
+    retryable = True
+
+
+class StoreDamagedError(StoreError):
+    """The file is not a database, or parts of it cannot be read."""
+
+
+class StoreUnavailableError(StoreError):
+    """The database server does not answer, or refuses the login."""
+
+    retryable = True
+
+
+class SchemaVersionError(StoreError):
+    """The ledger's tables were made by another version of polar-llm."""
+
+
+class ConflictError(BillingError, SinkError, ValueError):
+    """A request id that the ledger already holds, with other content; the first record stands."""
+
+    exit_code = 2
+
+
+class LedgerUrlError(BillingError, ValueError):
+    """A ledger URL that names no supported store."""
+
+    exit_code = 2
+
+
+class AmountError(BillingError, ValueError):
+    """An amount that cannot be kept exactly: not finite, too fine or too large."""
+
+    exit_code = 2
+
+
+class PriceBookError(BillingError, ValueError):
+    """A price book that is missing, malformed or contradicts itself."""
+
+    exit_code = 2
+
+
+class PeriodError(BillingError, ValueError):
+    """A month, date or time zone that does not parse, or a period that is empty."""
+
+    exit_code = 2
+
+
+class QueryError(BillingError, ValueError):
+    """A question about usage that cannot be answered as it was asked."""
+
+    exit_code = 2
+
+
+class CurrencyMixError(QueryError):
+    """Amounts of several currencies would have to be added."""
+
+
+class OutputError(BillingError, OSError):
+    """A report cannot be written where it was asked for."""
+
+
+class MissingExtraError(BillingError, ImportError):
+    """An optional dependency of polar-llm is not installed."""
+
+    exit_code = 2

@@ -1,0 +1,70 @@
+"""Who a LangChain run is for, in the words of the usage record: tenant, tags, request id.
+
+LangChain carries this as `config={"metadata": …, "tags": …, "run_id": …}`. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from langchain_core.callbacks.manager import BaseRunManager
+
+__all__ = ["CALLER_OPTIONS", "Caller"]
+
+CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
+"""Per-call options that say who asks; they change no answer, so no cache key holds them."""
+
+_FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")
+"""Prefixes of metadata that frameworks add by themselves: run bookkeeping, of no use on a bill."""
+_FRAMEWORK_TAGS: Final = ("seq:step:", "map:key:", "branch:", "condition:", "graph:step:")
+_LONGEST: Final = 200
+"""Longest metadata value taken over; longer ones are payload, no labels. Unit: characters."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who one request is for; what is None or empty is left to the model object."""
+
+    tenant: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    request_id: str | None = None
+
+    @classmethod
+    def of_run(cls, manager: BaseRunManager | None) -> Caller:
+        """Read LangChain's run manager; its run id becomes the request id, so traces and ledger meet."""
+        return cls() if manager is None else cls.of(manager.metadata, manager.tags, manager.run_id)
+
+    @classmethod
+    def of(
+        cls, metadata: Mapping[str, Any] | None, tags: Sequence[str] | None, run_id: UUID | str | None = None
+    ) -> Caller:
+        """Read the parts of a LangChain config.
+
+        The metadata key `tenant` is the tenant; other short scalar values become tags under their own key; LangChain's
+        tags become one tag, `langchain_tags`, joined by commas.
+        """
+        found = {key: str(value) for key, value in (metadata or {}).items() if _is_label(key, value)}
+        tenant = found.pop("tenant", None)
+        if names := [tag for tag in tags or () if not tag.startswith(_FRAMEWORK_TAGS)]:
+            found["langchain_tags"] = ",".join(dict.fromkeys(names))
+        return cls(tenant, found, None if run_id is None else str(run_id))
+
+    def with_call(self, options: Mapping[str, Any]) -> Caller:
+        """What the call itself named wins over what the config named."""
+        return Caller(
+            options.get("tenant") or self.tenant,
+            {**self.tags, **(options.get("usage_tags") or {})},
+            options.get("request_id") or self.request_id,
+        )
+
+
+def _is_label(key: str, value: object) -> bool:
+    if key.startswith(_FRAMEWORK_KEYS) or not isinstance(value, str | int | float | bool):
+        return False
+    return 0 < len(str(value).strip()) and len(str(value)) <= _LONGEST

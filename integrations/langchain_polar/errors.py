@@ -1,0 +1,85 @@
+"""PoLar's errors as members of LangChain's error family.
+
+Code that catches `langchain_core.exceptions.ContextOverflowError` and code that catches
+`polar_sdk.errors.ContextWindowError` must both work, so each PoLar error that LangChain has a word for is raised as a
+class that is both. The original stays reachable as `__cause__`. Knows nothing of models or requests.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from langchain_core import exceptions as langchain
+from polar_sdk import errors as polar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from polar_sdk import UsageRecord
+
+__all__ = ["PolarTimeoutError", "langchain_errors"]
+
+_FAMILIES: Final[tuple[tuple[type[polar.PolarError], type[langchain.ModelError]], ...]] = (
+    (polar.ContextWindowError, langchain.ContextOverflowError),
+    (polar.ModelNotFoundError, langchain.ModelNotFoundError),
+    (polar.ModelFetchError, langchain.ModelConnectionError),
+    (polar.InvalidRequestError, langchain.ModelInvalidRequestError),
+    (polar.ProgramError, langchain.ModelInvalidRequestError),
+    (polar.PolicyError, langchain.ModelInvalidRequestError),
+)
+"""The first PoLar class that an error is an instance of decides its LangChain class. Errors of the store and of the
+machine (SinkError, ModelDamagedError, …) have no counterpart there and pass as they are."""
+
+
+class PolarTimeoutError(polar.PolarError, langchain.ModelTimeoutError, TimeoutError):
+    """A request was stopped because it ran longer than `timeout`; what it executed is on its usage record.
+
+    Attributes:
+        usage: The records of the stopped requests, exact to the last executed layer.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, *, hint: str | None = None, usage: Sequence[UsageRecord] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.usage = tuple(usage)
+
+
+@contextmanager
+def langchain_errors() -> Iterator[None]:
+    """Raise PoLar errors from the block as LangChain errors too."""
+    try:
+        yield
+    except polar.PolarError as error:
+        twin = _as_langchain(error)
+        if twin is error:
+            raise
+        raise twin from error
+
+
+def _as_langchain(error: polar.PolarError) -> polar.PolarError:
+    if isinstance(error, langchain.LangChainException):
+        return error
+    for mine, theirs in _FAMILIES:
+        if isinstance(error, mine):
+            return _rebuild(type(error), theirs, str(error), error.hint)
+    return error
+
+
+def _rebuild(
+    mine: type[polar.PolarError], theirs: type[langchain.ModelError], message: str, hint: str | None
+) -> polar.PolarError:
+    error = _twin_class(mine, theirs)(message)
+    error.hint = hint  # the message holds it already
+    return error
+
+
+@cache
+def _twin_class(mine: type[polar.PolarError], theirs: type[langchain.ModelError]) -> type[polar.PolarError]:
+    def reduce(self: polar.PolarError) -> tuple[Any, ...]:
+        return _rebuild, (mine, theirs, str(self), self.hint)
+
+    body = {"__doc__": mine.__doc__, "__module__": mine.__module__, "__reduce__": reduce}
+    return cast("type[polar.PolarError]", type(mine.__name__, (mine, theirs), body))

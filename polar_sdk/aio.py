@@ -1,0 +1,92 @@
+"""Run blocking engine calls from asyncio without blocking the loop, and stop them when their task is cancelled.
+
+The engine itself is synchronous; a worker thread runs it, with the caller's context variables. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Generator
+
+    from polar_sdk.requests import Cancel
+
+__all__ = ["iterate_in_thread", "run_in_thread"]
+
+T = TypeVar("T")
+
+
+class _AnyCancel:
+    """Set when the task is cancelled, or when the caller's own cancel is."""
+
+    def __init__(self, caller: Cancel | None) -> None:
+        self._caller = caller
+        self._own = threading.Event()
+
+    def set(self) -> None:
+        self._own.set()
+
+    def is_set(self) -> bool:
+        return self._own.is_set() or (self._caller is not None and self._caller.is_set())
+
+
+async def run_in_thread(call: Callable[[Cancel], T], cancel: Cancel | None) -> T:
+    """Run `call` in a thread; if the awaiting task is cancelled, ask it to stop and wait until it has.
+
+    Waiting keeps the promise that after a cancellation nothing computes any more and the usage record is stored.
+    """
+    stop = _AnyCancel(cancel)
+    worker = asyncio.ensure_future(asyncio.to_thread(call, stop))
+    try:
+        return await asyncio.shield(worker)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait([worker])
+        if not worker.cancelled():
+            worker.exception()  # retrieved, so that asyncio does not report it a second time
+        raise
+
+
+class _End:
+    """The end of a generator that ran in a thread, with the error that ended it, if any."""
+
+    def __init__(self, problem: BaseException | None) -> None:
+        self.problem = problem
+
+
+async def iterate_in_thread(start: Callable[[Cancel], Generator[T, None, None]], cancel: Cancel | None) -> AsyncIterator[T]:
+    """Iterate a blocking generator in a thread; leaving the iteration early stops it within one item."""
+    stop = _AnyCancel(cancel)
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[T | _End] = asyncio.Queue()
+    left = threading.Event()
+
+    def put(item: T | _End) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, item)
+
+    def produce() -> None:
+        try:
+            with closing(start(stop)) as items:
+                for item in items:
+                    put(item)
+                    if left.is_set():
+                        break
+        except BaseException as problem:  # handed to the consumer, whatever it is
+            put(_End(problem))
+        else:
+            put(_End(None))
+
+    worker = asyncio.ensure_future(asyncio.to_thread(produce))
+    try:
+        while not isinstance(item := await queue.get(), _End):
+            yield item
+        if item.problem is not None:
+            raise item.problem
+    finally:
+        left.set()
+        stop.set()
+        await asyncio.shield(worker)

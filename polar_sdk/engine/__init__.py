@@ -1,0 +1,5 @@
+"""Running programs: decoder families, key and value storage, the forward pass, sampling and generation.
+
+Letters used for shapes throughout: B rows, N packed tokens of all rows, T tokens of one row, S keys, D layers,
+E hidden size, H query heads, G key and value heads, d head size, V vocabulary.
+"""

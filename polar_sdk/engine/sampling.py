@@ -1,0 +1,85 @@
+"""Choose the next token from logits: greedy, or temperature, top-k and top-p from a seeded generator.
+
+The filters are Hugging Face's own logits warpers. Every row has a generator of its own, so that a seed gives the same
+answer alone and in a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from polar_sdk.errors import SamplingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+__all__ = ["Sampler", "Sampling"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling settings.
+
+    Attributes:
+        temperature: 0 chooses greedily; otherwise logits are divided by it.
+        top_p: Keep the most likely tokens that together reach this probability; 1 keeps all.
+        top_k: Keep that many most likely tokens; 0 keeps all.
+        seed: Makes sampling repeatable on one device; None draws a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
+            raise SamplingError(f"temperature={self.temperature} is out of range; use 0 (greedy) to 100.")
+        if not 0 < self.top_p <= 1:
+            raise SamplingError(f"top_p={self.top_p} is out of range; use a number above 0 and at most 1.")
+        if self.top_k < 0:
+            raise SamplingError(f"top_k={self.top_k} is out of range; use 0 (off) or more.")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise SamplingError(f"seed={self.seed} is out of range; use a 64-bit integer.")
+
+
+class Sampler:
+    """The sampling state of one row."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self._greedy = sampling.temperature == 0
+        if self._greedy:
+            return
+        self._filters = _filters(sampling)
+        self._generator = torch.Generator(device=device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """Choose a token id from logits (V,)."""
+        if self._greedy:
+            return int(logits.argmax())
+        scores = logits.unsqueeze(0)
+        for apply in self._filters:
+            scores = apply(scores)
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+def _filters(sampling: Sampling) -> list[Callable[[Tensor], Tensor]]:
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    ids = torch.empty((1, 0), dtype=torch.long)  # the warpers' signature asks for it, none of these reads it
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return [lambda scores, warper=warper: warper(ids, scores) for warper in warpers]

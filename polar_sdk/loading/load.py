@@ -1,0 +1,145 @@
+"""Load a model once per process and hand it to everybody: decoder, tokenizer and what identifies them.
+
+It knows no router, no request and no usage. Weights stay until `clear_cache`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from polar_sdk.errors import ModelDamagedError
+from polar_sdk.loading.aliases import resolve
+from polar_sdk.loading.convert import LOADING_LOCK
+from polar_sdk.loading.obtain import LocalModel, obtain
+from polar_sdk.loading.place import choose_device, choose_dtype
+from polar_sdk.loading.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from polar_sdk.engine.decoder import Decoder
+
+__all__ = ["LoadedModel", "clear_cache", "load_pretrained"]
+
+_Key = tuple[str, str, str, str]
+_loaded: dict[_Key, LoadedModel] = {}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, shared by all who ask for it. Nothing in it may be changed."""
+
+    name: str
+    """What it was asked for by: alias, hub id or path."""
+    path: Path
+    """The folder it was loaded from."""
+    fingerprint: str
+    """SHA-256 over configuration and weights, hexadecimal."""
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_pretrained(
+    model: str | Path | None = None, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> LoadedModel:
+    """Load a model, or return the one already in memory.
+
+    Args:
+        model: Alias, folder, `.gguf` file or hub id; None stands for `POLAR_MODEL` or else the default alias.
+        revision: Branch, tag or commit of a hub model.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, …
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+
+    Returns:
+        The model; the same decoder for the same files, device and dtype.
+
+    Raises:
+        ModelError: It cannot be found, fetched, read or placed on the device.
+    """
+    source = resolve(model)
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    local = obtain(source, revision)
+    key = (str(local.folder), local.fingerprint, str(place), str(kind))
+    loaded = _loaded.get(key)
+    if loaded is None:
+        with (
+            LOADING_LOCK
+        ):  # of several threads that ask for the same model, one loads it and the others get it
+            loaded = _loaded.get(key)
+            if loaded is None:
+                loaded = _loaded[key] = _load(source.name, local, place, kind)
+    return loaded if loaded.name == source.name else replace(loaded, name=source.name)
+
+
+def clear_cache() -> None:
+    """Forget the loaded models; their memory is freed when nobody else holds them."""
+    with LOADING_LOCK:
+        _loaded.clear()
+
+
+def _load(name: str, local: LocalModel, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    from polar_sdk.engine.families import build_decoder
+
+    with quiet_transformers():
+        network = _read_weights(local.folder, device, dtype)
+        tokenizer = _read_tokenizer(local.folder)
+        decoder = build_decoder(network)
+    return LoadedModel(
+        name=name,
+        path=local.folder,
+        fingerprint=local.fingerprint,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        config=network.config,
+        generation_config=network.generation_config,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    read: Any = AutoModelForCausalLM.from_pretrained  # its type does not know of output_loading_info
+    try:
+        network, report = read(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise _damaged(folder, str(error)) from error
+    # transformers fills what is missing with random numbers and goes on.
+    for what in ("missing_keys", "mismatched_keys"):
+        if report[what]:
+            raise _damaged(
+                folder, f"{what.replace('_', ' ')}: {', '.join(map(str, sorted(report[what])[:3]))}"
+            )
+    result: PreTrainedModel = network.requires_grad_(False).eval().to(device)
+    return result
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(folder, f"tokenizer: {error}") from error
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def _damaged(folder: Path, reason: str) -> ModelDamagedError:
+    return ModelDamagedError(
+        f"model folder {str(folder)!r} is damaged ({' '.join(reason.split())[:300]}).",
+        hint="Copy or fetch the model again.",
+    )

@@ -1,0 +1,244 @@
+"""`PolarModel`: the local LLM class. Routes a prompt, runs its program, records what was executed.
+
+A thin object over shared weights: it adds a policy, a router, a sink and defaults, all of which two objects over the same
+weights may have different. It knows no framework and no money.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+from polar_sdk.aio import iterate_in_thread, run_in_thread
+from polar_sdk.errors import InvalidRequestError
+from polar_sdk.generation import Chunk, Generation, generate_rows
+from polar_sdk.loading import load_pretrained
+from polar_sdk.loading.adopt import adopt
+from polar_sdk.policy import Policy
+from polar_sdk.policy_store import find_policy
+from polar_sdk.program import Program
+from polar_sdk.prompts import PromptEncoder
+from polar_sdk.requests import RequestMaker, RequestOptions
+from polar_sdk.scoring import Question, score_questions
+from polar_sdk.sinks import AUTO_LEDGER, find_sink
+from polar_sdk.usage import FlopUsage, UsageSink
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from polar_sdk.loading import LoadedModel
+    from polar_sdk.requests import Cancel, Prompt, Request
+    from polar_sdk.router import Router
+
+__all__ = ["PolarModel"]
+
+
+class PolarModel:
+    """A frozen open-weights model that runs a program of layers per prompt.
+
+    Make one with `from_pretrained` (alias, hub id, folder or `.gguf`) or `from_hf` (a transformers model at hand). Safe to
+    use from several threads: requests share the weights and nothing else.
+
+    Attributes:
+        policy: Bounds of programs, and the programs of the tiers.
+        router: Chooses programs for requests that name neither program nor tier; None = the policy's default tier.
+        sink: Where usage records go.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        policy: Policy | str | Path | None = None,
+        router: Router | None = None,
+        ledger: str | None = AUTO_LEDGER,
+        sink: UsageSink | None = None,
+        tenant: str = "default",
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self._loaded = loaded
+        self.policy = find_policy(policy, loaded.fingerprint)
+        self.policy.bind(loaded.fingerprint, loaded.decoder.cost)
+        self.router = router
+        self.sink = find_sink(ledger, sink)
+        self._encoder = PromptEncoder(loaded.tokenizer)
+        self._maker = RequestMaker(
+            encoder=self._encoder,
+            policy=self.policy,
+            cost=loaded.decoder.cost,
+            context_window=loaded.decoder.context_window,
+            router=router,
+            tenant=tenant,
+            tags=dict(tags or {}),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        **settings: Any,
+    ) -> Self:
+        """Load a model; weights already in this process are shared, not loaded again.
+
+        Args:
+            model: Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, or else the default model.
+            revision: Branch, tag or commit of a hub id.
+            device: `auto`, or a torch device such as `cpu` or `cuda:1`.
+            dtype: `auto`, `float32`, `bfloat16` or `float16`.
+            **settings: `policy`, `router`, `ledger`, `sink`, `tenant` and `tags`, as the constructor takes them.
+
+        Raises:
+            ModelError: Or one of its kinds: not found, not fetched, damaged, unsupported, no such device.
+            PolicyError: The policy belongs to another model.
+        """
+        return cls(load_pretrained(model, revision=revision, device=device, dtype=dtype), **settings)
+
+    @classmethod
+    def from_hf(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Self:
+        """Take a transformers model and tokenizer that are already in memory; the model is not changed.
+
+        Raises:
+            UnsupportedArchitectureError: The engine has no family for it.
+        """
+        return cls(adopt(model, tokenizer), **settings)
+
+    @property
+    def name(self) -> str:
+        """The name the model was asked for by."""
+        return self._loaded.name
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over configuration and weights."""
+        return self._loaded.fingerprint
+
+    @property
+    def depth(self) -> int:
+        """Number of layers, D."""
+        return self._loaded.decoder.cost.depth
+
+    @property
+    def context_window(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._loaded.decoder.context_window
+
+    @property
+    def device(self) -> str:
+        """Torch device of the weights."""
+        return str(self._loaded.decoder.device)
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the weights, e.g. `bfloat16`."""
+        return str(self._loaded.decoder.dtype).removeprefix("torch.")
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The shared weights and tokenizer."""
+        return self._loaded
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain text, no template, no special tokens."""
+        return list(self._loaded.tokenizer.encode(text, add_special_tokens=False))
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Input tokens that a prompt would be billed for, chat template included."""
+        return len(self._encoder.encode(prompt))
+
+    def cost(self, program: Program | str | None = None, *, prompt: int, output: int) -> FlopUsage:
+        """FLOPs of a program for given numbers of prompt and output tokens; None = identity."""
+        chosen = Program.identity(self.depth) if program is None else Program.of(program)
+        chosen.check_depth(self.depth)
+        return self._loaded.decoder.cost.request(chosen, prompt, output)
+
+    def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generation:
+        """Answer one prompt; see `RequestOptions` for the options.
+
+        Raises:
+            InvalidRequestError: Or one of its kinds, before any compute.
+            ProgramError: The program may not run.
+            SinkError: Usage cannot be recorded; raised before any compute.
+        """
+        return self._all([prompt], [options])[0]
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, request_ids: Sequence[str] | None = None, **options: Unpack[RequestOptions]
+    ) -> list[Generation]:
+        """Answer several prompts; their rows decode together.
+
+        Args:
+            prompts: Texts or message lists.
+            request_ids: One idempotency key per prompt.
+            **options: Shared by all; `request_id` would not be unique and is refused.
+        """
+        if "request_id" in options:
+            raise InvalidRequestError("request_id names one request; use request_ids, one per prompt.")
+        if request_ids is not None and len(request_ids) != len(prompts):
+            raise InvalidRequestError(f"{len(request_ids)} request_ids for {len(prompts)} prompts; give one per prompt.")
+        each: list[RequestOptions] = [options.copy() for _ in prompts]
+        for one, request_id in zip(each, request_ids or (), strict=False):
+            one["request_id"] = request_id
+        return self._all(prompts, each)
+
+    def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Chunk, None, None]:
+        """Answer one prompt token by token; closing the generator stops compute and records what ran.
+
+        The request is checked at once, not at the first `next()`.
+        """
+        return self._one(self._maker.make(prompt, options))
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generation:
+        """`generate` without blocking the event loop; cancelling the task stops compute within one token."""
+
+        def call(cancel: Cancel) -> Generation:
+            return self.generate(prompt, **{**options, "cancel": cancel})
+
+        return await run_in_thread(call, options.get("cancel"))
+
+    def astream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncIterator[Chunk]:
+        """`stream` without blocking the event loop; leaving the iteration stops compute within one token."""
+
+        def start(cancel: Cancel) -> Generator[Chunk, None, None]:
+            return self.stream(prompt, **{**options, "cancel": cancel})
+
+        return iterate_in_thread(start, options.get("cancel"))
+
+    def score(
+        self, prompt: str, continuations: Sequence[str], *, program: Program | str | None = None
+    ) -> tuple[float, ...]:
+        """Log-likelihood of each continuation after a plain-text prompt, in nats, summed over its tokens.
+
+        A diagnostic for choosing programs: it is not metered and takes no tier.
+
+        Args:
+            prompt: Text before the continuations, no template applied.
+            continuations: Texts to compare, each at least one token.
+            program: What runs; None = identity.
+        """
+        chosen = Program.identity(self.depth) if program is None else Program.of(program)
+        self.policy.check(chosen, self._loaded.decoder.cost)
+        tails = [tuple(self.encode(text)) for text in continuations]
+        question = Question(tuple(self._encoder.encode(prompt, "raw")), tuple(tails))
+        return tuple(score_questions(self._loaded.decoder, [question], chosen)[0].loglikelihoods)
+
+    def _all(self, prompts: Sequence[Prompt], options: Sequence[RequestOptions]) -> list[Generation]:
+        requests = [self._maker.make(prompt, one) for prompt, one in zip(prompts, options, strict=True)]
+        if not requests:
+            return []
+        done: dict[int, Generation] = {}
+        for index, chunk in generate_rows(self._loaded, requests, self.sink):
+            if chunk.generation is not None:
+                done[index] = chunk.generation
+        return [done[index] for index in range(len(requests))]
+
+    def _one(self, request: Request) -> Generator[Chunk, None, None]:
+        with closing(generate_rows(self._loaded, [request], self.sink)) as rows:
+            for _, chunk in rows:
+                yield chunk

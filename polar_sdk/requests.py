@@ -1,0 +1,195 @@
+"""From what a caller asks to what the engine runs: prompt to tokens, tier to program, and every check before compute.
+
+Knows a tokenizer, a policy and a cost model; runs nothing. A request that gets past here can be served.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Protocol, TypedDict
+
+from polar_sdk.engine.sampling import Sampling
+from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, TagError
+from polar_sdk.program import Program
+from polar_sdk.router import Route, Router, fixed_router
+from polar_sdk.usage import new_request_id
+
+if TYPE_CHECKING:
+    from polar_sdk.cost import CostModel
+    from polar_sdk.policy import Policy
+    from polar_sdk.prompts import PromptEncoder, Template
+
+__all__ = ["Cancel", "Message", "Prompt", "Request", "RequestMaker", "RequestOptions"]
+
+Message = Mapping[str, str]
+"""One chat message: `role` (system, user, assistant) and `content`."""
+Prompt = str | Sequence[Message]
+_DEFAULT_MAX_TOKENS = 256
+_LONGEST_NAME = 200
+
+
+class Cancel(Protocol):
+    """Something that can say "stop", for example a `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """True from the moment the request should end."""
+        ...
+
+
+class RequestOptions(TypedDict, total=False):
+    """Keyword options of `PolarModel.generate` and its kin."""
+
+    template: Template
+    """`auto`: a plain text becomes one user message if the model has a chat template; `chat`: it must have one;
+    `raw`: the text as it is, special tokens in it understood, none added."""
+    compute: str | None
+    """Tier: economy, standard, premium or exact; None = the policy's default."""
+    program: Program | str | None
+    """A program by hand; wins over `compute` and over the router."""
+    max_tokens: int | None
+    """Most tokens of the answer; None = 256, or what the context window leaves."""
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: str | Sequence[str] | None
+    """Texts that end the answer; they are not part of it."""
+    tenant: str | None
+    tags: Mapping[str, str] | None
+    """Merged over the tags of the object."""
+    request_id: str | None
+    """Idempotency key of the usage record; None = a new UUIDv7."""
+    cancel: Cancel | None
+    """Set it from any thread: the request ends within one token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request, checked and ready to run."""
+
+    tokens: tuple[int, ...]
+    """Prompt, chat template included; length = input tokens."""
+    route: Route
+    router: Router
+    tier: str | None
+    sampling: Sampling
+    stops: tuple[str, ...]
+    max_tokens: int
+    tenant: str
+    tags: Mapping[str, str]
+    request_id: str
+    cancel: Cancel | None
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    created_ns: int = field(default_factory=time.perf_counter_ns)
+    """Monotonic time of creation, for the queue time. Unit: nanoseconds."""
+
+    @property
+    def cancelled(self) -> bool:
+        """True once the caller has said stop."""
+        return self.cancel is not None and self.cancel.is_set()
+
+
+@dataclass(frozen=True)
+class RequestMaker:
+    """Makes requests for one model object."""
+
+    encoder: PromptEncoder
+    policy: Policy
+    cost: CostModel
+    context_window: int
+    router: Router | None
+    tenant: str
+    tags: Mapping[str, str]
+
+    def make(self, prompt: Prompt, options: RequestOptions) -> Request:
+        """Check a prompt and its options.
+
+        Raises:
+            InvalidRequestError: Or one of its kinds, naming the value, the limit and the fix.
+            ProgramError: The program cannot or may not run.
+        """
+        _refuse_unknown(options)
+        sampling = Sampling(
+            temperature=options.get("temperature", 0.0),
+            top_p=options.get("top_p", 1.0),
+            top_k=options.get("top_k", 0),
+            seed=options.get("seed"),
+        )
+        tokens = tuple(self.encoder.encode(prompt, options.get("template", "auto")))
+        if not tokens:
+            raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
+        tier, router = self._router(options)
+        route = router.route(tokens)
+        self.policy.check(route.program, self.cost)
+        return Request(
+            tokens=tokens,
+            route=route,
+            router=router,
+            tier=tier,
+            sampling=sampling,
+            stops=_stops(options.get("stop")),
+            max_tokens=self._max_tokens(len(tokens), options.get("max_tokens")),
+            tenant=_name("tenant", options.get("tenant") or self.tenant),
+            tags=_tags({**self.tags, **(options.get("tags") or {})}),
+            request_id=_name("request_id", options.get("request_id") or new_request_id()),
+            cancel=options.get("cancel"),
+        )
+
+    def _router(self, options: RequestOptions) -> tuple[str | None, Router]:
+        """The tier to record and the router in force: program by hand, else tier, else router, else default tier."""
+        program, tier = options.get("program"), options.get("compute")
+        if program is not None:
+            return None, fixed_router(Program.of(program), self.cost.depth)
+        if tier is None and self.router is not None:
+            return None, self.router
+        name, chosen = self.policy.program_for(tier, self.cost.depth)
+        return name, fixed_router(chosen, self.cost.depth)
+
+    def _max_tokens(self, prompt: int, asked: int | None) -> int:
+        room = self.context_window - prompt
+        if room < 1:
+            raise ContextWindowError(
+                f"the prompt has {prompt} tokens; the context window is {self.context_window} and the answer needs at "
+                "least 1: shorten the prompt."
+            )
+        if asked is None:
+            return min(_DEFAULT_MAX_TOKENS, room)
+        if asked < 1:
+            raise SamplingError(f"max_tokens={asked} is out of range; use 1 or more.")
+        if asked > room:
+            raise ContextWindowError(
+                f"max_tokens={asked} and a prompt of {prompt} tokens exceed the context window of "
+                f"{self.context_window}; use max_tokens of at most {room}."
+            )
+        return asked
+
+
+def _refuse_unknown(options: RequestOptions) -> None:
+    if unknown := sorted(set(options) - set(RequestOptions.__annotations__)):
+        known = ", ".join(sorted(RequestOptions.__annotations__))
+        raise InvalidRequestError(f"option {unknown[0]!r} is unknown; known are: {known}.")
+
+
+def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if "" in stops:
+        raise InvalidRequestError("a stop string is empty, so every answer would end at once; leave it out.")
+    return stops
+
+
+def _name(what: str, value: str) -> str:
+    if not value.strip() or len(value) > _LONGEST_NAME:
+        raise TagError(f"{what} {value[:40]!r} has {len(value)} characters; use 1 to {_LONGEST_NAME}, not all blank.")
+    return value
+
+
+def _tags(tags: Mapping[str, str]) -> Mapping[str, str]:
+    for key, value in tags.items():
+        if not isinstance(value, str):
+            raise TagError(f"tag {key!r} has the value {value!r}; tags are texts: use str().")
+    return tags
+
+

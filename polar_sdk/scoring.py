@@ -1,0 +1,167 @@
+"""Log-likelihoods of continuations behind a shared prompt, many questions in one pass. For scans; not metered.
+
+All tokens of all questions lie packed without padding. A prompt runs once per program however many continuations it
+has: each continuation attends to the prompt's keys and values and to its own. Knows programs, no text and no policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from polar_sdk.engine.attention import causal_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.program import Program
+
+__all__ = ["Question", "Score", "score_questions"]
+
+_PACK_TOKENS = 4096
+"""Questions run together up to this many tokens."""
+_HEAD_ROWS = 1024
+"""Positions whose logits are held at once: V floats each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and its possible continuations, as token ids; each continuation needs at least one token."""
+
+    prompt: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one pass runs."""
+        return len(self.prompt) + sum(map(len, self.continuations))
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a program says about one question.
+
+    Attributes:
+        loglikelihoods: Per continuation, in nats, summed over its tokens.
+        greedy: Per continuation, for each of its tokens, the id that the program itself would have chosen there.
+    """
+
+    loglikelihoods: tuple[float, ...]
+    greedy: tuple[tuple[int, ...], ...]
+
+    @property
+    def best(self) -> int:
+        """Index of the likeliest continuation."""
+        return max(range(len(self.loglikelihoods)), key=self.loglikelihoods.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A run of packed tokens; `parent` is the span of the prompt it continues, itself excluded."""
+
+    start: int
+    end: int
+    parent: tuple[int, int] | None
+
+
+def score_questions(decoder: Decoder, questions: Sequence[Question], program: Program) -> list[Score]:
+    """Score every continuation of every question under one program."""
+    scores: list[Score] = []
+    for pack in _packs(questions):
+        scores.extend(_score_pack(decoder, pack, program))
+    return scores
+
+
+def _packs(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    pack: list[Question] = []
+    for question in questions:
+        if pack and sum(one.tokens for one in [*pack, question]) > _PACK_TOKENS:
+            yield pack
+            pack = []
+        pack.append(question)
+    if pack:
+        yield pack
+
+
+@torch.inference_mode()
+def _score_pack(decoder: Decoder, pack: Sequence[Question], program: Program) -> list[Score]:
+    tokens, positions, segments = _lay_out(pack)
+    hidden = decoder.embed(torch.tensor(tokens, device=decoder.device))
+    rotary = decoder.rotary(torch.tensor(positions, device=decoder.device))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.cat([_attend_segment(query, key, value, segment) for segment in segments])
+
+    for layer in program:
+        hidden = decoder.layer(layer, hidden, rotary, attend)
+    return _read(decoder, pack, hidden)
+
+
+def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[_Segment]]:
+    """Tokens, positions and segments of a pack; continuations restart at the position after their prompt."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[_Segment] = []
+    for question in pack:
+        span = (len(tokens), len(tokens) + len(question.prompt))
+        segments.append(_Segment(*span, parent=None))
+        tokens.extend(question.prompt)
+        positions.extend(range(len(question.prompt)))
+        for tail in question.continuations:
+            segments.append(_Segment(len(tokens), len(tokens) + len(tail), parent=span))
+            tokens.extend(tail)
+            positions.extend(range(len(question.prompt), len(question.prompt) + len(tail)))
+    return tokens, positions, segments
+
+
+def _attend_segment(query: Tensor, key: Tensor, value: Tensor, segment: _Segment) -> Tensor:
+    own = slice(segment.start, segment.end)
+    keys, values = key[own], value[own]
+    if segment.parent is not None:
+        before = slice(*segment.parent)
+        keys, values = torch.cat((key[before], keys)), torch.cat((value[before], values))
+    return causal_attention(query[own], keys.transpose(0, 1), values.transpose(0, 1))
+
+
+def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Score]:
+    """Logits where a continuation's token is predicted: at the prompt's end for the first, before it for the others."""
+    sources: list[int] = []
+    targets: list[int] = []
+    at = 0
+    for question in pack:
+        prompt_end = at + len(question.prompt)
+        at = prompt_end
+        for tail in question.continuations:
+            sources.extend([prompt_end - 1, *range(at, at + len(tail) - 1)])
+            targets.extend(tail)
+            at += len(tail)
+    likelihoods, choices = _predict(decoder, hidden[sources], targets)
+    return _regroup(pack, likelihoods, choices)
+
+
+def _predict(decoder: Decoder, states: Tensor, targets: list[int]) -> tuple[list[float], list[int]]:
+    likelihoods: list[float] = []
+    choices: list[int] = []
+    for start in range(0, len(targets), _HEAD_ROWS):
+        logits = decoder.head(states[start : start + _HEAD_ROWS])
+        wanted = torch.tensor(targets[start : start + _HEAD_ROWS], device=logits.device)
+        likelihoods += (-torch.nn.functional.cross_entropy(logits, wanted, reduction="none")).tolist()
+        choices += logits.argmax(-1).tolist()
+    return likelihoods, choices
+
+
+def _regroup(pack: Sequence[Question], likelihoods: list[float], choices: list[int]) -> list[Score]:
+    scores, at = [], 0
+    for question in pack:
+        sums, greedy = [], []
+        for tail in question.continuations:
+            sums.append(sum(likelihoods[at : at + len(tail)]))
+            greedy.append(tuple(choices[at : at + len(tail)]))
+            at += len(tail)
+        scores.append(Score(tuple(sums), tuple(greedy)))
+    return scores

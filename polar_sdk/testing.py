@@ -1,0 +1,100 @@
+"""A tiny real model for tests, ours and yours: the true engine over random weights, no download, loads at once.
+
+`tiny_model()` is a Llama of a few small layers with a byte-level tokenizer and a chat template. Its answers are noise, but
+repeatable noise: programs, streaming, cancellation, usage records and sinks behave as with any other model.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from polar_sdk.model import PolarModel
+from polar_sdk.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+__all__ = ["tiny_llama", "tiny_model", "tiny_tokenizer"]
+
+_SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+_CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_model(
+    *, layers: int = 6, seed: int = 0, context_window: int = 512, ledger: str | None = None, **settings: Any
+) -> PolarModel:
+    """The real engine over a tiny random Llama in float32.
+
+    Args:
+        layers: Depth, D.
+        seed: Of the random weights.
+        context_window: Most tokens of prompt and answer together.
+        ledger: As in `PolarModel`; here metering is off unless asked for.
+        **settings: Further settings of `PolarModel`; the policy is permissive with tiers unless given.
+    """
+    policy = settings.pop("policy", None) or tiny_policy(layers)
+    model = tiny_llama(layers=layers, seed=seed, max_position_embeddings=context_window)
+    return PolarModel.from_hf(model, tiny_tokenizer(), policy=policy, ledger=ledger, **settings)
+
+
+def tiny_policy(layers: int) -> Policy:
+    """A policy with all four tiers; economy skips two layers, standard one."""
+    last = layers - 1
+    return Policy.model_validate(
+        {
+            "protected": [0, -1],
+            "default_tier": "standard",
+            "tiers": {
+                "economy": {"program": f"0 3-{last}"},
+                "standard": {"program": f"0 2-{last}"},
+                "premium": {"program": f"0-{last}"},
+                "exact": {"program": f"0-{last}"},
+            },
+        }
+    )
+
+
+def tiny_llama(*, layers: int = 6, seed: int = 0, **options: Any) -> LlamaForCausalLM:
+    """A random Llama: 48 wide, 4 query heads, 2 key and value heads; `options` go to its configuration."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **{
+            "vocab_size": 256 + len(_SPECIAL),
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,  # spread logits, so that a wrong token shows
+            "eos_token_id": 256,
+            "bos_token_id": None,
+            "pad_token_id": None,
+            **options,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+@lru_cache(maxsize=1)
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and four special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(_SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = _CHAT
+    return fast
