@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from polar_sdk.requests import Request
     from polar_sdk.usage import UsageSink
 
-__all__ = ["Chunk", "FinishReason", "Generation", "generate_rows"]
+__all__ = ["Chunk", "FinishReason", "Generation", "finished", "generate_rows"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
@@ -166,6 +166,11 @@ def generate_rows(model: LoadedModel, requests: Sequence[Request], sink: UsageSi
         raise
     finally:
         _record_unfinished(lives, failure, sink)
+
+
+def finished(rows: Iterator[tuple[int, Chunk]]) -> dict[int, Generation]:
+    """Run to the end and keep the finished answers, by index of the request."""
+    return {index: chunk.generation for index, chunk in rows if chunk.generation is not None}
 
 
 def _prefill_groups(lives: Sequence[_Live]) -> Iterator[list[_Live]]:

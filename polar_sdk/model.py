@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from polar_sdk.aio import iterate_in_thread, run_in_thread
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.generation import Chunk, Generation, generate_rows
+from polar_sdk.generation import Chunk, Generation, finished, generate_rows
 from polar_sdk.loading import load_pretrained
 from polar_sdk.loading.adopt import adopt
 from polar_sdk.policy import Policy
@@ -21,7 +21,7 @@ from polar_sdk.prompts import PromptEncoder
 from polar_sdk.requests import RequestMaker, RequestOptions
 from polar_sdk.scoring import Question, score_questions
 from polar_sdk.sinks import AUTO_LEDGER, find_sink
-from polar_sdk.usage import FlopUsage, UsageSink
+from polar_sdk.usage import FlopUsage, NullSink, UsageSink
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Mapping, Sequence
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from polar_sdk.loading import LoadedModel
     from polar_sdk.requests import Cancel, Prompt, Request
     from polar_sdk.router import Router
+    from polar_sdk.scan import CalibrationItem, ScanReport
 
 __all__ = ["PolarModel"]
 
@@ -180,6 +181,10 @@ class PolarModel:
         """
         if "request_id" in options:
             raise InvalidRequestError("request_id names one request; use request_ids, one per prompt.")
+        if isinstance(prompts, str):
+            raise InvalidRequestError("generate_batch takes a list of prompts, not one text; use generate, or [text].")
+        if request_ids is not None and len(set(request_ids)) != len(request_ids):
+            raise InvalidRequestError("two of the request_ids are the same; each names one request.")
         if request_ids is not None and len(request_ids) != len(prompts):
             raise InvalidRequestError(f"{len(request_ids)} request_ids for {len(prompts)} prompts; give one per prompt.")
         each: list[RequestOptions] = [options.copy() for _ in prompts]
@@ -225,17 +230,36 @@ class PolarModel:
         chosen = Program.identity(self.depth) if program is None else Program.of(program)
         self.policy.check(chosen, self._loaded.decoder.cost)
         tails = [tuple(self.encode(text)) for text in continuations]
+        if not all(tails):
+            raise InvalidRequestError("a continuation is empty; give each at least one token of text.")
         question = Question(tuple(self._encoder.encode(prompt, "raw")), tuple(tails))
         return tuple(score_questions(self._loaded.decoder, [question], chosen)[0].loglikelihoods)
+
+    def scan(self, items: Sequence[CalibrationItem] | None = None, **options: Any) -> ScanReport:
+        """Measure which layers this model can do without; see `polar_sdk.scan.Scanner`.
+
+        Args:
+            items: Calibration items; None = the prompts that come with the package.
+            **options: `lengths`, `loops` and `removals` of `Scanner.scan`.
+        """
+        from polar_sdk.scan import Scanner, builtin_items
+
+        return Scanner(self, builtin_items() if items is None else items).scan(**options)
+
+    def reference_answers(
+        self, prompts: Sequence[Prompt], *, max_tokens: int
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(prompt tokens, answer tokens) of greedy answers at full depth, for calibration; not metered."""
+        identity: RequestOptions = {"program": Program.identity(self.depth), "max_tokens": max_tokens}
+        requests = [self._maker.make(prompt, identity) for prompt in prompts]
+        done = finished(generate_rows(self._loaded, requests, NullSink()))
+        return [(request.tokens, done[index].token_ids) for index, request in enumerate(requests)]
 
     def _all(self, prompts: Sequence[Prompt], options: Sequence[RequestOptions]) -> list[Generation]:
         requests = [self._maker.make(prompt, one) for prompt, one in zip(prompts, options, strict=True)]
         if not requests:
             return []
-        done: dict[int, Generation] = {}
-        for index, chunk in generate_rows(self._loaded, requests, self.sink):
-            if chunk.generation is not None:
-                done[index] = chunk.generation
+        done = finished(generate_rows(self._loaded, requests, self.sink))
         return [done[index] for index in range(len(requests))]
 
     def _one(self, request: Request) -> Generator[Chunk, None, None]:

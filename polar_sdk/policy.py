@@ -95,6 +95,11 @@ class Policy(_Frozen):
             raise PolicyError(
                 f"policy file {str(path)!r} cannot be read ({error.strerror}).", hint="Make one with `polar scan --save`."
             ) from error
+        except UnicodeDecodeError as error:
+            raise PolicyError(
+                f"policy file {str(path)!r} is no UTF-8 text (byte {error.start}).",
+                hint="Make one with `polar scan --save`.",
+            ) from error
 
     @classmethod
     def shipped(cls, fingerprint: str) -> Self | None:
@@ -114,7 +119,7 @@ class Policy(_Frozen):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "file"
-            raise PolicyError(f"policy {name!r}: {where}: {first['msg']}.") from error
+            raise PolicyError(f"policy {name!r}: {where}: {first['msg'].rstrip('.')}.") from error
         except json.JSONDecodeError as error:
             raise PolicyError(f"policy {name!r} is no JSON (line {error.lineno}: {error.msg}).") from error
 
@@ -147,6 +152,8 @@ class Policy(_Frozen):
             UnknownTierError: No such tier in this policy.
         """
         name = tier if tier is not None else self.default_tier
+        if name is not None and not isinstance(name, str):
+            raise UnknownTierError(f"tier {name!r} is no text; use one of {', '.join(TIERS)}.")
         if name is None:
             return None, Program.identity(depth)
         if name in self.tiers:

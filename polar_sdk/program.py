@@ -9,10 +9,13 @@ The grammar, which `Program.parse` accepts with commas as well as spaces::
 
     program := item (separator item)*        item  := span ["x" count]
     span    := layer | layer "-" layer       count := 2, 3, …
+
+Layers go up to 9999 and a program has at most 4096 visits, so that the text of every program reads back.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -29,9 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Program"]
 
-_ITEM = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?(?:x(\d{1,2}))?")
+_ITEM = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?(?:x([0-9]{1,4}))?")
+_LAST_LAYER = 9999
+"""Highest layer index that the grammar can write."""
 _MOST_VISITS = 4096
-"""Longest program that is read at all: a guard against typing errors such as `0-29x99`, far above any real depth."""
+"""Longest program there is: a guard against typing errors such as `0-29x999`, far above any real depth."""
 
 _Run = tuple[int, int]
 """First and last layer of an ascending run, both included."""
@@ -52,6 +57,12 @@ class Program:
             raise ProgramSyntaxError("the program is empty; it needs at least one layer, for example '0-29'.")
         if min(self.layers) < 0:
             raise ProgramSyntaxError(f"layer {min(self.layers)} in a program is negative; layers start at 0.")
+        if max(self.layers) > _LAST_LAYER:
+            raise ProgramSyntaxError(f"layer {max(self.layers)} in a program is too high; the highest is {_LAST_LAYER}.")
+        if len(self.layers) > _MOST_VISITS:
+            raise ProgramSyntaxError(
+                f"the program has {len(self.layers)} visits; the longest has {_MOST_VISITS}: leave layers out or loop less."
+            )
 
     @classmethod
     def identity(cls, depth: int) -> Self:
@@ -70,9 +81,7 @@ class Program:
         for item in items:
             layers.extend(_parse_item(item, text))
             if len(layers) > _MOST_VISITS:
-                raise ProgramSyntaxError(
-                    f"program {text!r} has more than {_MOST_VISITS} visits; that is the longest that is read."
-                )
+                raise _too_long(text)
         return cls(tuple(layers))
 
     @classmethod
@@ -105,10 +114,21 @@ class Program:
 
     @classmethod
     def of(cls, value: Program | str | Iterable[int]) -> Program:
-        """Take a program, its text form, or a path of layer indices."""
+        """Take a program, its text form, or a path of layer indices.
+
+        Raises:
+            ProgramSyntaxError: It is none of these.
+        """
         if isinstance(value, Program):
             return value
-        return cls.parse(value) if isinstance(value, str) else cls(tuple(value))
+        if isinstance(value, str):
+            return cls.parse(value)
+        try:
+            return cls(tuple(map(operator.index, value)))
+        except TypeError as error:
+            raise ProgramSyntaxError(
+                f"program {value!r} is neither text nor whole numbers; write for example '0-11 15x2 18-29'."
+            ) from error
 
     @property
     def text(self) -> str:
@@ -175,7 +195,15 @@ def _parse_item(item: str, text: str) -> list[int]:
         raise ProgramSyntaxError(f"range {item!r} in program {text!r} runs backwards; write {last}-{first}.")
     if count < 1:
         raise ProgramSyntaxError(f"{item!r} in program {text!r} repeats 0 times; leave the layer out to skip it.")
+    if (last - first + 1) * count > _MOST_VISITS:
+        raise _too_long(text)
     return list(range(first, last + 1)) * count
+
+
+def _too_long(text: str) -> ProgramSyntaxError:
+    return ProgramSyntaxError(
+        f"program {text!r} has more than {_MOST_VISITS} visits, the most there may be; leave layers out or loop less."
+    )
 
 
 def _runs(layers: tuple[int, ...]) -> Iterator[_Run]:

@@ -42,6 +42,8 @@ class PromptEncoder:
         try:
             if isinstance(prompt, str):
                 return self._text(prompt, template)
+            if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+                raise InvalidRequestError(f"the prompt is of type {type(prompt).__name__}; pass a text or a list of messages.")
             return self._chat(prompt, template)
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
@@ -65,7 +67,12 @@ class PromptEncoder:
                 raise InvalidRequestError(
                     f"message {number} is {message!r}; each needs the keys 'role' and 'content'."
                 )
-            message["content"].encode()
+            for key in ("role", "content"):
+                if not isinstance(message[key], str):
+                    raise InvalidRequestError(
+                        f"message {number} has the {key} {message[key]!r}; it must be text: join its parts first."
+                    )
+                message[key].encode()
         if not any(message["content"].strip() for message in messages):
             raise EmptyPromptError(f"the prompt is empty ({len(messages)} messages without text); give it some text.")
         return self._render(messages)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, TagError
@@ -27,6 +27,7 @@ __all__ = ["Cancel", "Message", "Prompt", "Request", "RequestMaker", "RequestOpt
 Message = Mapping[str, str]
 """One chat message: `role` (system, user, assistant) and `content`."""
 Prompt = str | Sequence[Message]
+T = TypeVar("T")
 _DEFAULT_MAX_TOKENS = 256
 _LONGEST_NAME = 200
 
@@ -132,10 +133,10 @@ class RequestMaker:
             sampling=sampling,
             stops=_stops(options.get("stop")),
             max_tokens=self._max_tokens(len(tokens), options.get("max_tokens")),
-            tenant=_name("tenant", options.get("tenant") or self.tenant),
-            tags=_tags({**self.tags, **(options.get("tags") or {})}),
-            request_id=_name("request_id", options.get("request_id") or new_request_id()),
-            cancel=options.get("cancel"),
+            tenant=_name("tenant", _given(options.get("tenant"), self.tenant)),
+            tags={**_tags(self.tags), **_tags(_given(options.get("tags"), {}))},
+            request_id=_name("request_id", _given(options.get("request_id"), new_request_id())),
+            cancel=_cancel(options.get("cancel")),
         )
 
     def _router(self, options: RequestOptions) -> tuple[str | None, Router]:
@@ -157,6 +158,8 @@ class RequestMaker:
             )
         if asked is None:
             return min(_DEFAULT_MAX_TOKENS, room)
+        if not isinstance(asked, int):
+            raise SamplingError(f"max_tokens={asked!r} is not a whole number; pass one.")
         if asked < 1:
             raise SamplingError(f"max_tokens={asked} is out of range; use 1 or more.")
         if asked > room:
@@ -167,6 +170,11 @@ class RequestMaker:
         return asked
 
 
+def _given(value: T | None, default: T) -> T:
+    """Only None means "not given": an empty tenant is a mistake, not the default tenant."""
+    return default if value is None else value
+
+
 def _refuse_unknown(options: RequestOptions) -> None:
     if unknown := sorted(set(options) - set(RequestOptions.__annotations__)):
         known = ", ".join(sorted(RequestOptions.__annotations__))
@@ -175,21 +183,39 @@ def _refuse_unknown(options: RequestOptions) -> None:
 
 def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    for text in stops:
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"stop {text!r} is not text; use str().")
     if "" in stops:
         raise InvalidRequestError("a stop string is empty, so every answer would end at once; leave it out.")
     return stops
 
 
 def _name(what: str, value: str) -> str:
+    _storable(what, value)
     if not value.strip() or len(value) > _LONGEST_NAME:
         raise TagError(f"{what} {value[:40]!r} has {len(value)} characters; use 1 to {_LONGEST_NAME}, not all blank.")
     return value
 
 
 def _tags(tags: Mapping[str, str]) -> Mapping[str, str]:
+    if not isinstance(tags, Mapping):
+        raise TagError(f"tags are {tags!r}; pass a mapping of text to text.")
     for key, value in tags.items():
-        if not isinstance(value, str):
-            raise TagError(f"tag {key!r} has the value {value!r}; tags are texts: use str().")
+        _name("tag", key)
+        _storable(f"the value of tag {key!r}", value)
     return tags
 
 
+def _storable(what: str, value: str) -> None:
+    """Refuse before compute what no usage record or ledger can hold; afterwards the work would go unmetered."""
+    if not isinstance(value, str):
+        raise TagError(f"{what} is {value!r}, which is not text; use str().")
+    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise TagError(f"{what} {value[:40]!r} holds a null character or a lone surrogate; pass valid Unicode text.")
+
+
+def _cancel(cancel: Cancel | None) -> Cancel | None:
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise InvalidRequestError(f"cancel is {cancel!r}; pass something with is_set(), such as threading.Event().")
+    return cancel

@@ -7,6 +7,7 @@ has: each continuation attends to the prompt's keys and values and to its own. K
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,14 +15,14 @@ import torch
 from polar_sdk.engine.attention import causal_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.program import Program
 
-__all__ = ["Question", "Score", "score_questions"]
+__all__ = ["Question", "Score", "packs", "score_programs", "score_questions"]
 
 _PACK_TOKENS = 4096
 """Questions run together up to this many tokens."""
@@ -71,13 +72,34 @@ class _Segment:
 
 def score_questions(decoder: Decoder, questions: Sequence[Question], program: Program) -> list[Score]:
     """Score every continuation of every question under one program."""
-    scores: list[Score] = []
-    for pack in _packs(questions):
-        scores.extend(_score_pack(decoder, pack, program))
+    return score_programs(decoder, questions, [program])[program]
+
+
+def score_programs(
+    decoder: Decoder,
+    questions: Sequence[Question],
+    programs: Iterable[Program],
+    on_program: Callable[[], None] = lambda: None,
+) -> dict[Program, list[Score]]:
+    """Score the questions under many programs; visits that programs share at their start run once.
+
+    Args:
+        decoder: The weights.
+        questions: What to score.
+        programs: Any order; duplicates count once.
+        on_program: Called after each program of each pack, for progress.
+    """
+    ordered = sorted(set(programs), key=lambda program: program.layers)
+    scores: dict[Program, list[Score]] = {program: [] for program in ordered}
+    for pack in packs(questions):
+        for program, hidden in _final_states(decoder, pack, ordered):
+            scores[program].extend(_read(decoder, pack, hidden))
+            on_program()
     return scores
 
 
-def _packs(questions: Sequence[Question]) -> Iterator[list[Question]]:
+def packs(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    """Split questions into packs of at most `_PACK_TOKENS` tokens; the last may be short, a long question stands alone."""
     pack: list[Question] = []
     for question in questions:
         if pack and sum(one.tokens for one in [*pack, question]) > _PACK_TOKENS:
@@ -88,18 +110,31 @@ def _packs(questions: Sequence[Question]) -> Iterator[list[Question]]:
         yield pack
 
 
-@torch.inference_mode()
-def _score_pack(decoder: Decoder, pack: Sequence[Question], program: Program) -> list[Score]:
+def _final_states(
+    decoder: Decoder, pack: Sequence[Question], ordered: Sequence[Program]
+) -> Iterator[tuple[Program, Tensor]]:
+    """Hidden states (N, E) of a pack after each program.
+
+    In lexicographic order neighbours share the longest starts, so a stack of the states after each visit of the current
+    program is a walk through the trie of all programs: at most one visit per edge, at most D states held.
+    """
     tokens, positions, segments = _lay_out(pack)
-    hidden = decoder.embed(torch.tensor(tokens, device=decoder.device))
-    rotary = decoder.rotary(torch.tensor(positions, device=decoder.device))
+    place = {"device": decoder.device}
+    stack = [decoder.embed(torch.tensor(tokens, **place))]
+    rotary = decoder.rotary(torch.tensor(positions, **place))
+    before: tuple[int, ...] = ()
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return torch.cat([_attend_segment(query, key, value, segment) for segment in segments])
 
-    for layer in program:
-        hidden = decoder.layer(layer, hidden, rotary, attend)
-    return _read(decoder, pack, hidden)
+    for program in ordered:
+        shared = len(commonprefix([before, program.layers]))
+        del stack[shared + 1 :]
+        with torch.inference_mode():
+            for layer in program.layers[shared:]:
+                stack.append(decoder.layer(layer, stack[-1], rotary, attend))
+        before = program.layers
+        yield program, stack[-1]
 
 
 def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[_Segment]]:
@@ -128,6 +163,7 @@ def _attend_segment(query: Tensor, key: Tensor, value: Tensor, segment: _Segment
     return causal_attention(query[own], keys.transpose(0, 1), values.transpose(0, 1))
 
 
+@torch.inference_mode()
 def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Score]:
     """Logits where a continuation's token is predicted: at the prompt's end for the first, before it for the others."""
     sources: list[int] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Sampler", "Sampling"]
 
+_GREEDY_BELOW = 1e-5
+"""Temperatures below it choose greedily: logits divided by less could leave the range of float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling settings.
 
     Attributes:
-        temperature: 0 chooses greedily; otherwise logits are divided by it.
+        temperature: 0 (or less than 0.00001) chooses greedily; otherwise logits are divided by it.
         top_p: Keep the most likely tokens that together reach this probability; 1 keeps all.
         top_k: Keep that many most likely tokens; 0 keeps all.
         seed: Makes sampling repeatable on one device; None draws a fresh one.
@@ -39,6 +43,10 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind, what in _KINDS:
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (name == "seed" and value is None):
+                raise SamplingError(f"{name}={value!r} is not {what}; pass one.")
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
             raise SamplingError(f"temperature={self.temperature} is out of range; use 0 (greedy) to 100.")
         if not 0 < self.top_p <= 1:
@@ -49,11 +57,19 @@ class Sampling:
             raise SamplingError(f"seed={self.seed} is out of range; use a 64-bit integer.")
 
 
+_KINDS: tuple[tuple[str, type, str], ...] = (
+    ("temperature", Real, "a number"),
+    ("top_p", Real, "a number"),
+    ("top_k", Integral, "a whole number"),
+    ("seed", Integral, "a whole number"),
+)
+
+
 class Sampler:
     """The sampling state of one row."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self._greedy = sampling.temperature == 0
+        self._greedy = sampling.temperature < _GREEDY_BELOW
         if self._greedy:
             return
         self._filters = _filters(sampling)

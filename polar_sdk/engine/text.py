@@ -1,7 +1,8 @@
 """Turn token ids into text piece by piece, and stop at stop strings, wherever token borders fall.
 
 Knows a tokenizer's `decode` and nothing of models. Text that could still become part of a stop string, or of a
-character of several bytes, is held back until that is decided; a stop string itself is never emitted.
+character of several bytes, is held back until that is decided; a stop string itself is never emitted. Where several
+stop strings match, the one that begins first cuts, so the pieces that the text came in make no difference.
 """
 
 from __future__ import annotations
@@ -17,39 +18,45 @@ __all__ = ["Detokenizer", "StopMatcher", "TextStream"]
 
 _REPLACEMENT = "\ufffd"
 """What an incomplete character decodes to."""
-_MOST_PENDING = 4
-"""Tokens after which an incomplete character is given up on: no character is longer in UTF-8 bytes."""
+_MOST_HELD = 3
+"""Characters held back at most: what the bytes of one incomplete character can decode to."""
+_LONGEST_WINDOW = 64
+"""Tokens in a row without a whole character at their end, after which the bytes are taken as they are."""
 
 
 class Detokenizer:
     """Decodes a growing list of tokens; each call returns only the new text.
 
-    A token's text can depend on the one before it (leading spaces), so every step decodes a short window twice, with and
-    without the new token, and takes the difference.
+    A token's text can depend on the one before it (leading spaces, bytes of one character), so every step decodes a short
+    window of tokens whole. The window moves up wherever the text ends in a whole character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._context = 0  # start of the window
-        self._done = 0  # tokens whose text was returned
+        self._border = 0  # tokens up to the last whole character
+        self._shown = 0  # characters of the window's text that were returned
 
     def push(self, token: int) -> str:
         """Add one token; returns the text that became certain, maybe none."""
         self._ids.append(token)
-        return self._take(final=len(self._ids) - self._done > _MOST_PENDING)
+        return self._take(final=len(self._ids) - self._border > _LONGEST_WINDOW)
 
     def finish(self) -> str:
         """Return what is left, incomplete characters included."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> str:
-        before = self._decode(self._ids[self._context : self._done])
         now = self._decode(self._ids[self._context :])
-        if now.endswith(_REPLACEMENT) and not final:
-            return ""
-        self._context, self._done = self._done, len(self._ids)
-        return now[len(before) :]
+        whole = now.rstrip(_REPLACEMENT)
+        end = len(now) if final else max(len(whole), len(now) - _MOST_HELD)
+        piece = now[self._shown : end]
+        self._shown = max(self._shown, end)
+        if end == len(now):
+            self._context, self._border = self._border, len(self._ids)
+            self._shown = len(self._decode(self._ids[self._context :]))
+        return piece
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -70,19 +77,25 @@ class StopMatcher:
         if self.stopped or not self._stops:
             return "" if self.stopped else text
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
-        shown = self._held[: len(self._held) - keep]
-        self._held = self._held[len(shown) :]
+        at = self._first_stop()
+        # A longer stop that begins earlier may still be coming: of `abc` and `b`, the text `ab` decides nothing yet.
+        undecided = len(self._held) - max(_overlap(self._held, stop) for stop in self._stops)
+        if at is not None and at <= undecided:
+            return self._cut(at)
+        shown, self._held = self._held[:undecided], self._held[undecided:]
         return shown
 
     def finish(self) -> str:
         """Return what was held back and turned out to be no stop string."""
-        shown, self._held = self._held, ""
+        at = self._first_stop()
+        return self._cut(len(self._held) if at is None else at, stopped=at is not None)
+
+    def _first_stop(self) -> int | None:
+        return min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
+
+    def _cut(self, at: int, *, stopped: bool = True) -> str:
+        shown, self._held = self._held[:at], ""
+        self.stopped = self.stopped or stopped
         return shown
 
 

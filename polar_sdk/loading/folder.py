@@ -89,7 +89,7 @@ def _check_headers(weights: Sequence[Path], hint: str) -> None:
 
     for path in weights:
         try:
-            with safe_open(path, framework="pt"):  # compares the header's offsets with the size of the file
+            with safe_open(path, framework="np"):  # compares the header's offsets with the size of the file
                 pass
         except (SafetensorError, OSError) as error:
             raise ModelDamagedError(f"weight file {str(path)!r} is damaged ({error}).", hint=hint) from error

@@ -5,10 +5,11 @@ It knows no router, no request and no usage. Weights stay until `clear_cache`.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.errors import ModelDamagedError
+from polar_sdk.errors import ModelDamagedError, ModelError
 from polar_sdk.loading.aliases import resolve
 from polar_sdk.loading.convert import LOADING_LOCK
 from polar_sdk.loading.obtain import LocalModel, obtain
@@ -16,6 +17,7 @@ from polar_sdk.loading.place import choose_device, choose_dtype
 from polar_sdk.loading.quiet import quiet_transformers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
@@ -89,7 +91,7 @@ def clear_cache() -> None:
 def _load(name: str, local: LocalModel, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     from polar_sdk.engine.families import build_decoder
 
-    with quiet_transformers():
+    with quiet_transformers(), _memory_errors(name, device, dtype):
         network = _read_weights(local.folder, device, dtype)
         tokenizer = _read_tokenizer(local.folder)
         decoder = build_decoder(network)
@@ -116,6 +118,8 @@ def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Pre
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (SafetensorError, RuntimeError, KeyError) as error:
+        if _is_out_of_memory(error):
+            raise
         raise _damaged(folder, str(error)) from error
     # transformers fills what is missing with random numbers and goes on.
     for what in ("missing_keys", "mismatched_keys"):
@@ -132,10 +136,29 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizer library raises bare Exceptions
         raise _damaged(folder, f"tokenizer: {error}") from error
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+@contextmanager
+def _memory_errors(name: str, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        kind = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"model {name!r} in {kind} does not fit the memory of {str(device)!r}.",
+            hint="Choose a smaller model, dtype='bfloat16', or another device.",
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU torch raises a plain RuntimeError: "DefaultCPUAllocator: not enough memory: …".
+    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def _damaged(folder: Path, reason: str) -> ModelDamagedError:

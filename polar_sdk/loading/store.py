@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def check_stored(folder: Path) -> None:
-    """Compare the files of a conversion with its manifest; unchanged since last time, they are not read again.
+    """Compare the files of a conversion with its manifest; a file unchanged since last time is not read.
 
     Raises:
         ModelDamagedError: A file is missing, cut short or changed.

@@ -1,0 +1,54 @@
+# Each target stands alone on a fresh machine: it makes .venv and installs what it needs first.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The tests talk to nothing but this machine; the model is fetched before they start.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install demo test test-fast check format model bench clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; name another with make PYTHON=python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	@touch $@
+
+install: $(STAMP) ## Make .venv and install everything into it
+
+model: $(STAMP) ## Fetch, check and convert the default model, once
+	@$(BIN)/polar models fetch
+
+demo: model ## Run chains for two tenants on three tiers, and make the bill
+	$(BIN)/polar demo
+
+test: model ## Run every test, the real model included
+	$(OFFLINE) $(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## Run the tests that need no model
+	$(OFFLINE) $(BIN)/python -m pytest -m "not model"
+
+check: $(STAMP) ## Check format, lint, types, layers and docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/docs
+
+format: $(STAMP) ## Format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: model ## Measure decode and prefill beside Hugging Face generate
+	$(BIN)/python benchmarks/engine.py
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out

@@ -1,0 +1,106 @@
+"""Assemble the command `polar`, and turn every error a user can make into one line and an exit code.
+
+Exit codes: 0 done; 1 a store, a model or the disk failed; 2 the caller's mistake; 130 interrupted.
+Commands of other parts (`usage`, `report`, `demo`) come from the entry-point group `polar_sdk.commands`; one whose extra is
+not installed is left out, and named in `polar --help`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from polar_sdk.cli import chat, models, run, scan
+from polar_sdk.errors import PolarError
+
+if TYPE_CHECKING:
+    from click import Context
+
+__all__ = ["app", "main"]
+
+_GROUP = "polar_sdk.commands"
+_INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """Commands whose errors are one line on standard error."""
+
+    def invoke(self, ctx: Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PolarError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; what was executed until then is in the ledger.", _INTERRUPTED)
+        except BrokenPipeError:  # the reader, such as `head`, has had enough
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (or the interpreter complains at its end)
+            raise typer.Exit(0) from None
+        except OSError as error:
+            where = f" {error.filename!r}" if error.filename else ""
+            _fail(f"{error.strerror or error}{where}.", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="polar",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Run a local LLM by program of layers, and account for the compute that was executed.",
+    epilog="Start with: polar demo",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from polar_sdk import __version__
+
+        typer.echo(f"polar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def polar(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run a local LLM by program of layers, and account for the compute that was executed."""
+
+
+def _register_all() -> None:
+    for module in (run, chat, scan, models):
+        module.register(app)
+    for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
+        try:
+            register = entry.load()
+        except ModuleNotFoundError as error:
+            _stand_in(entry.name, error.name or entry.value)
+        else:
+            register(app)
+
+
+def _stand_in(name: str, missing: str) -> None:
+    """Keep a command that cannot load visible, so that it says which extra brings it."""
+
+    @app.command(name, hidden=True)
+    def unavailable() -> None:
+        raise PolarError(f"commands of {name!r} need the package {missing!r}.", hint="Install 'polar-llm[all]'.")
+
+
+_register_all()
+
+
+def main() -> None:
+    """Entry point of the command `polar`."""
+    app()

@@ -1,0 +1,137 @@
+"""`polar models`: which models there are on this host, fetch one before it is needed, remove one.
+
+Prints what `polar_sdk.loading` knows; it loads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from polar_sdk.loading.aliases import ALIASES, DEFAULT_ALIAS, Alias, find_alias, resolve
+from polar_sdk.loading.obtain import obtain
+from polar_sdk.loading.paths import models_folder
+from polar_sdk.loading.store import Manifest, list_stored, remove_stored
+
+__all__ = ["register"]
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_models = typer.Typer(invoke_without_command=True, no_args_is_help=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `polar models` to the command `polar`."""
+    app.add_typer(_models, name="models")
+
+
+@_models.callback(epilog="Example: polar models --json")
+def models(context: typer.Context, as_json: _Json = False) -> None:
+    """List the aliases and the models converted into the cache."""
+    if context.invoked_subcommand is not None:
+        return
+    rows = _rows()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        _print_table(rows)
+
+
+@_models.command(epilog="Example: polar models fetch smollm2-135m-instruct")
+def fetch(
+    name: Annotated[str, typer.Argument(help="Alias, hub id or `.gguf` file.")] = DEFAULT_ALIAS,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Fetch, check and convert a model, so that it loads without a network from then on."""
+    source = resolve(name)
+    local = obtain(source, revision, refresh=True)
+    size = sum(path.stat().st_size for path in local.folder.rglob("*") if path.is_file())
+    if as_json:
+        facts = {
+            "name": source.name,
+            "folder": str(local.folder),
+            "bytes": size,
+            "fingerprint": local.fingerprint,
+        }
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        typer.echo(f"{source.name} is ready: {_megabytes(size)} in {local.folder}")
+
+
+@_models.command(epilog="Example: polar models remove smollm2-135m-instruct")
+def remove(
+    name: Annotated[str, typer.Argument(help="Alias, or name of a `.gguf` file that was converted.")],
+    as_json: _Json = False,
+) -> None:
+    """Remove a converted model from the cache; the file it was made from stays."""
+    alias = find_alias(name)
+    name = name if alias is None else alias.name
+    freed = remove_stored(name)
+    typer.echo(
+        json.dumps({"name": name, "freed_bytes": freed})
+        if as_json
+        else f"removed {name}: {_megabytes(freed)} freed"
+    )
+
+
+def _rows() -> list[dict[str, Any]]:
+    stored = list_stored()
+    keys = {manifest.made_from.key for manifest in stored}
+    absent = [alias for alias in ALIASES if alias.key not in keys]
+    return [*map(_absent_row, absent), *map(_stored_row, stored)]
+
+
+def _absent_row(alias: Alias) -> dict[str, Any]:
+    return {
+        "name": alias.name,
+        "default": alias.name == DEFAULT_ALIAS,
+        "cached": False,
+        "bytes": None,
+        "source": alias.requirement,
+        "licence": alias.licence,
+        "fingerprint": None,
+        "folder": None,
+    }
+
+
+def _stored_row(manifest: Manifest) -> dict[str, Any]:
+    recipe = manifest.made_from
+    return {
+        "name": recipe.name,
+        "default": recipe.name == DEFAULT_ALIAS,
+        "cached": True,
+        "bytes": manifest.bytes,
+        "source": recipe.origin,
+        "licence": recipe.licence,
+        "fingerprint": manifest.fingerprint,
+        "folder": str(models_folder() / recipe.key),
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(
+        Column("model", overflow="fold"),
+        "size",
+        "source",
+        "licence",
+        "fingerprint",
+        caption=str(models_folder()),
+    )
+    for row in rows:
+        table.add_row(
+            f"{row['name']} (default)" if row["default"] else row["name"],
+            _megabytes(row["bytes"]) if row["cached"] else "not fetched",
+            row["source"],
+            row["licence"] or "unknown",
+            (row["fingerprint"] or "")[:12],
+        )
+    Console().print(table)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

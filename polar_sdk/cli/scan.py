@@ -1,0 +1,174 @@
+"""`polar scan`: which layers this model can do without, shown as a heat map; saved as a policy on request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polar_sdk.cli import options as opt
+from polar_sdk.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from polar_sdk.scan import ProgramScore, ScanReport
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add `polar scan`."""
+    app.command(epilog="Example: polar scan --data prompts.jsonl --limit 64 --save")(scan)
+
+
+def scan(
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL of {prompt} or {question, choices, answer}; default: 70 built-in prompts.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many items.")] = None,
+    lengths: Annotated[str, typer.Option(help="Lengths of the skipped blocks, comma-separated.")] = "1,2,3",
+    loops: Annotated[bool, typer.Option(help="Also measure each layer visited twice.")] = True,
+    removals: Annotated[int, typer.Option(min=0, help="Layers to remove one after another.")] = 8,
+    standard: Annotated[float, typer.Option(min=0, max=1, help="Least fidelity of the standard tier.")] = 0.85,
+    economy: Annotated[float, typer.Option(min=0, max=1, help="Least fidelity of the economy tier.")] = 0.7,
+    save: Annotated[bool, typer.Option("--save", help="Save the picks as your policy for this model.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the whole scan as JSON to this file.")] = None,
+    as_json: opt.AsJson = False,
+    model: opt.Model = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+) -> None:
+    """Measure blocks of skipped layers and loops against full depth, and pick programs for two tiers."""
+    from polar_sdk.scan import Scanner, builtin_items, read_items
+
+    sizes = _lengths(lengths)
+    if out is not None and not out.absolute().parent.is_dir():  # before minutes are spent on scanning
+        raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; make it first.")
+    items = builtin_items()[:limit] if data is None else read_items(data, limit)
+    engine = opt.load_model(model, device=device, dtype=dtype, no_ledger=True)
+    with _progress(quiet=as_json) as show:
+        report = Scanner(engine, items, on_progress=show).scan(sizes, loops=loops, removals=removals)
+    if out is not None:
+        out.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    picks = {"economy": report.cheapest(economy), "standard": report.cheapest(standard)}
+    saved = _save(report, picks) if save else None
+    if as_json:
+        facts = {"picks": {name: pick.model_dump(mode="json") for name, pick in picks.items()}, "saved": saved}
+        typer.echo(json.dumps({**report.model_dump(mode="json"), **facts}, indent=2))
+    else:
+        _show(report, picks, saved)
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise InvalidRequestError(f"--lengths {text!r} is no list of numbers from 1; write for example 1,2,3.")
+    return sizes
+
+
+def _save(report: ScanReport, picks: dict[str, ProgramScore]) -> str:
+    from polar_sdk.policy_store import saved_policy_path
+    from polar_sdk.scan.pick import policy_of
+
+    path = saved_policy_path(report.fingerprint)
+    policy_of(report, picks).save(path)
+    return str(path)
+
+
+class _progress:  # noqa: N801  (used as a function)
+    """A rich progress bar on standard error, one task per stage."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self._tasks: dict[str, int] = {}
+
+    def __enter__(self) -> _progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total)
+        self._bar.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+
+def _show(report: ScanReport, picks: dict[str, ProgramScore], saved: str | None) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(
+        f"{report.model} ({report.dtype}): {report.prompts} prompts with {report.answer_tokens} answer tokens, "
+        f"{report.questions} questions; fidelity = share that stays as at full depth"
+    )
+    console.print(_heat_map(report))
+    console.print(_list("Greedy removal", [report.identity, *report.path]))
+    console.print(_list("Picks", [report.identity, *picks.values()], ["exact", *picks]))
+    if saved:
+        console.print(f"saved as {saved}", soft_wrap=True)
+
+
+def _heat_map(report: ScanReport) -> Table:
+    from rich.table import Table
+
+    table = Table(title="Fidelity in %, by first layer and length of the skipped block (x2: visited twice)", padding=(0, 0))
+    depth = report.identity.program.layers[-1] + 1
+    table.add_column("len ", justify="right")
+    for layer in range(depth):
+        table.add_column(f"{layer:3d}", justify="right", no_wrap=True)
+    rows: dict[str, dict[int, float]] = {}
+    for score in report.skips:
+        gone = score.program.skips(depth)
+        rows.setdefault(str(len(gone)), {})[gone[0]] = score.fidelity
+    for score in report.loops:
+        rows.setdefault("x2", {})[score.program.visits(depth).index(2)] = score.fidelity
+    for name, cells in rows.items():
+        table.add_row(name, *[_cell(cells.get(layer)) for layer in range(depth)])
+    return table
+
+
+def _cell(share: float | None) -> str:
+    if share is None:
+        return "  ·"
+    colour = next(name for least, name in ((0.9, "green"), (0.75, "yellow"), (0.5, "magenta"), (0, "red")) if share >= least)
+    return f"[{colour}]{share * 100:3.0f}[/]"
+
+
+def _list(title: str, scores: list[ProgramScore], names: list[str] | None = None) -> Table:
+    from rich.table import Table
+
+    table = Table("", "program", "FLOPs", "agreement", "nats lost", "same choice", "accuracy", title=title)
+    for number, score in enumerate(scores):
+        table.add_row(
+            names[number] if names else str(number),
+            score.program.text,
+            f"{score.flops_ratio:.1%}",
+            *(
+                "–" if value is None else form.format(value)
+                for value, form in (
+                    (score.agreement, "{:.1%}"),
+                    (score.excess_nats, "{:.3f}"),
+                    (score.same_choice, "{:.1%}"),
+                    (score.accuracy, "{:.1%}"),
+                )
+            ),
+        )
+    return table

