@@ -58,7 +58,9 @@ class _End:
         self.problem = problem
 
 
-async def iterate_in_thread(start: Callable[[Cancel], Generator[T, None, None]], cancel: Cancel | None) -> AsyncIterator[T]:
+async def iterate_in_thread(
+    start: Callable[[Cancel], Generator[T, None, None]], cancel: Cancel | None
+) -> AsyncIterator[T]:
     """Iterate a blocking generator in a thread; leaving the iteration early stops it within one item."""
     stop = _AnyCancel(cancel)
     loop = asyncio.get_running_loop()

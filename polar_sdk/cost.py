@@ -15,7 +15,11 @@ from polar_sdk.usage import FlopUsage
 if TYPE_CHECKING:
     from polar_sdk.program import Program
 
-__all__ = ["CostModel", "LayerCost"]
+__all__ = ["NOMINAL_OUTPUT", "NOMINAL_PROMPT", "CostModel", "LayerCost"]
+
+NOMINAL_PROMPT = 128
+NOMINAL_OUTPUT = 64
+"""Lengths at which programs are compared where no request is at hand: a short chat turn. Unit: tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,5 +83,9 @@ class CostModel:
         decode = self.decode(program, prompt, max(output - 1, 0))
         head = self.head * output
         return FlopUsage(
-            layers_prefill=prefill, layers_decode=decode, head=head, router=router, total=prefill + decode + head + router
+            layers_prefill=prefill,
+            layers_decode=decode,
+            head=head,
+            router=router,
+            total=prefill + decode + head + router,
         )

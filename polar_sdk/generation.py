@@ -1,7 +1,8 @@
 """The decode loop: requests in, pieces of text out, and exactly one usage record per request, however it ends.
 
-Rows of one call decode together; each leaves when it is done. Metering lives in `finally` here and nowhere else, so that a
-stream that is closed, a task that is cancelled and an error in mid-layer are all recorded up to the last executed layer.
+Rows of one call decode together; each leaves when it is done. Metering lives in `finally` here and nowhere else, so
+that a stream that is closed, a task that is cancelled and an error in mid-layer are all recorded up to the last
+executed layer.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ def _end_tokens(model: LoadedModel) -> frozenset[int]:
     return frozenset(token for token in [*listed, model.tokenizer.eos_token_id] if token is not None)
 
 
-def generate_rows(model: LoadedModel, requests: Sequence[Request], sink: UsageSink) -> Generator[tuple[int, Chunk], None, None]:
+def generate_rows(
+    model: LoadedModel, requests: Sequence[Request], sink: UsageSink
+) -> Generator[tuple[int, Chunk], None, None]:
     """Run requests together.
 
     Yields:
@@ -225,7 +228,7 @@ def _chunk(live: _Live, piece: str, sink: UsageSink) -> Chunk:
 
 
 def _record_unfinished(lives: Sequence[_Live], failure: BaseException | None, sink: UsageSink) -> None:
-    """Store a record for every row that did not get one; a sink that fails for one row is still asked for the others."""
+    """Store a record for every row that has none; a sink that fails for one row is still asked for the others."""
     stopped = failure is None or isinstance(failure, GeneratorExit | KeyboardInterrupt)
     problems: list[Exception] = []
     for live in lives:

@@ -1,7 +1,7 @@
 """`PolarModel`: the local LLM class. Routes a prompt, runs its program, records what was executed.
 
-A thin object over shared weights: it adds a policy, a router, a sink and defaults, all of which two objects over the same
-weights may have different. It knows no framework and no money.
+A thin object over shared weights: it adds a policy, a router, a sink and defaults, all of which two objects over
+the same weights may have different. It knows no framework and no money.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.generation import Chunk, Generation, finished, generate_rows
 from polar_sdk.loading import load_pretrained
 from polar_sdk.loading.adopt import adopt
-from polar_sdk.policy import Policy
 from polar_sdk.policy_store import find_policy
 from polar_sdk.program import Program
 from polar_sdk.prompts import PromptEncoder
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.loading import LoadedModel
+    from polar_sdk.policy import Policy
     from polar_sdk.requests import Cancel, Prompt, Request
     from polar_sdk.router import Router
     from polar_sdk.scan import CalibrationItem, ScanReport
@@ -40,8 +40,8 @@ __all__ = ["PolarModel"]
 class PolarModel:
     """A frozen open-weights model that runs a program of layers per prompt.
 
-    Make one with `from_pretrained` (alias, hub id, folder or `.gguf`) or `from_hf` (a transformers model at hand). Safe to
-    use from several threads: requests share the weights and nothing else.
+    Make one with `from_pretrained` (alias, hub id, folder or `.gguf`) or `from_hf` (a transformers model at hand).
+    Safe to use from several threads: requests share the weights and nothing else.
 
     Attributes:
         policy: Bounds of programs, and the programs of the tiers.
@@ -121,6 +121,16 @@ class PolarModel:
         return self._loaded.fingerprint
 
     @property
+    def tenant(self) -> str:
+        """Who is billed for requests that name no tenant."""
+        return self._maker.tenant
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """Tags of every request, to which a request may add."""
+        return self._maker.tags
+
+    @property
     def depth(self) -> int:
         """Number of layers, D."""
         return self._loaded.decoder.cost.depth
@@ -186,7 +196,9 @@ class PolarModel:
         if request_ids is not None and len(set(request_ids)) != len(request_ids):
             raise InvalidRequestError("two of the request_ids are the same; each names one request.")
         if request_ids is not None and len(request_ids) != len(prompts):
-            raise InvalidRequestError(f"{len(request_ids)} request_ids for {len(prompts)} prompts; give one per prompt.")
+            raise InvalidRequestError(
+                f"{len(request_ids)} request_ids for {len(prompts)} prompts; give one per prompt."
+            )
         each: list[RequestOptions] = [options.copy() for _ in prompts]
         for one, request_id in zip(each, request_ids or (), strict=False):
             one["request_id"] = request_id
@@ -203,7 +215,19 @@ class PolarModel:
         """`generate` without blocking the event loop; cancelling the task stops compute within one token."""
 
         def call(cancel: Cancel) -> Generation:
-            return self.generate(prompt, **{**options, "cancel": cancel})
+            own: RequestOptions = {**options, "cancel": cancel}
+            return self.generate(prompt, **own)
+
+        return await run_in_thread(call, options.get("cancel"))
+
+    async def agenerate_batch(
+        self, prompts: Sequence[Prompt], *, request_ids: Sequence[str] | None = None, **options: Unpack[RequestOptions]
+    ) -> list[Generation]:
+        """`generate_batch` without blocking the event loop; cancelling the task stops all rows within one token."""
+
+        def call(cancel: Cancel) -> list[Generation]:
+            own: RequestOptions = {**options, "cancel": cancel}
+            return self.generate_batch(prompts, request_ids=request_ids, **own)
 
         return await run_in_thread(call, options.get("cancel"))
 
@@ -211,7 +235,8 @@ class PolarModel:
         """`stream` without blocking the event loop; leaving the iteration stops compute within one token."""
 
         def start(cancel: Cancel) -> Generator[Chunk, None, None]:
-            return self.stream(prompt, **{**options, "cancel": cancel})
+            own: RequestOptions = {**options, "cancel": cancel}
+            return self.stream(prompt, **own)
 
         return iterate_in_thread(start, options.get("cancel"))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from polar_sdk.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.errors import (
     CostCeilingError,
     PolicyError,
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["TIERS", "Policy", "Tier"]
 
 TIERS = ("economy", "standard", "premium", "exact")
-_NOMINAL_PROMPT = 128
-_NOMINAL_OUTPUT = 64
-"""Lengths at which the cost ceiling is checked: a short chat turn. Unit: tokens."""
 
 
 class _Frozen(BaseModel):
@@ -93,7 +91,8 @@ class Policy(_Frozen):
             return cls._from_json(Path(path).read_text(encoding="utf-8"), str(path))
         except OSError as error:
             raise PolicyError(
-                f"policy file {str(path)!r} cannot be read ({error.strerror}).", hint="Make one with `polar scan --save`."
+                f"policy file {str(path)!r} cannot be read ({error.strerror}).",
+                hint="Make one with `polar scan --save`.",
             ) from error
         except UnicodeDecodeError as error:
             raise PolicyError(
@@ -192,14 +191,15 @@ class Policy(_Frozen):
             )
         if program.most_visits > self.max_visits:
             raise VisitLimitError(
-                f"program {program.text!r} visits one layer {program.most_visits} times; at most {self.max_visits} are allowed.",
+                f"program {program.text!r} visits one layer {program.most_visits} times; "
+                f"at most {self.max_visits} are allowed.",
                 hint="Loop less, or raise `max_visits` in the policy.",
             )
         self._check_cost(program, cost)
 
     def _check_cost(self, program: Program, cost: CostModel) -> None:
-        identity = cost.request(Program.identity(cost.depth), _NOMINAL_PROMPT, _NOMINAL_OUTPUT).total
-        ratio = cost.request(program, _NOMINAL_PROMPT, _NOMINAL_OUTPUT).total / identity
+        identity = cost.request(Program.identity(cost.depth), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
+        ratio = cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total / identity
         if ratio > self.cost_ceiling:
             raise CostCeilingError(
                 f"program {program.text!r} costs {ratio:.2f} × identity; at most {self.cost_ceiling:g} × is allowed.",

@@ -58,10 +58,12 @@ class Program:
         if min(self.layers) < 0:
             raise ProgramSyntaxError(f"layer {min(self.layers)} in a program is negative; layers start at 0.")
         if max(self.layers) > _LAST_LAYER:
-            raise ProgramSyntaxError(f"layer {max(self.layers)} in a program is too high; the highest is {_LAST_LAYER}.")
+            raise ProgramSyntaxError(
+                f"layer {max(self.layers)} in a program is too high; the highest is {_LAST_LAYER}."
+            )
         if len(self.layers) > _MOST_VISITS:
             raise ProgramSyntaxError(
-                f"the program has {len(self.layers)} visits; the longest has {_MOST_VISITS}: leave layers out or loop less."
+                f"the program has {len(self.layers)} visits, of at most {_MOST_VISITS}; leave layers out or loop less."
             )
 
     @classmethod
@@ -174,7 +176,8 @@ class Program:
         from pydantic_core import core_schema
 
         return core_schema.no_info_plain_validator_function(
-            cls.of, serialization=core_schema.plain_serializer_function_ser_schema(str, return_schema=core_schema.str_schema())
+            cls.of,
+            serialization=core_schema.plain_serializer_function_ser_schema(str, return_schema=core_schema.str_schema()),
         )
 
 

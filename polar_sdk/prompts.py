@@ -43,7 +43,9 @@ class PromptEncoder:
             if isinstance(prompt, str):
                 return self._text(prompt, template)
             if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
-                raise InvalidRequestError(f"the prompt is of type {type(prompt).__name__}; pass a text or a list of messages.")
+                raise InvalidRequestError(
+                    f"the prompt is of type {type(prompt).__name__}; pass a text or a list of messages."
+                )
             return self._chat(prompt, template)
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
@@ -64,9 +66,7 @@ class PromptEncoder:
             raise InvalidRequestError("template 'raw' takes a text, not messages; render them first.")
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise InvalidRequestError(
-                    f"message {number} is {message!r}; each needs the keys 'role' and 'content'."
-                )
+                raise InvalidRequestError(f"message {number} is {message!r}; each needs the keys 'role' and 'content'.")
             for key in ("role", "content"):
                 if not isinstance(message[key], str):
                     raise InvalidRequestError(

@@ -7,7 +7,7 @@ has: each continuation attends to the prompt's keys and values and to its own. K
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,7 +99,7 @@ def score_programs(
 
 
 def packs(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """Split questions into packs of at most `_PACK_TOKENS` tokens; the last may be short, a long question stands alone."""
+    """Split questions into packs of at most `_PACK_TOKENS` tokens; a longer question stands alone."""
     pack: list[Question] = []
     for question in questions:
         if pack and sum(one.tokens for one in [*pack, question]) > _PACK_TOKENS:
@@ -119,16 +119,15 @@ def _final_states(
     program is a walk through the trie of all programs: at most one visit per edge, at most D states held.
     """
     tokens, positions, segments = _lay_out(pack)
-    place = {"device": decoder.device}
-    stack = [decoder.embed(torch.tensor(tokens, **place))]
-    rotary = decoder.rotary(torch.tensor(positions, **place))
+    stack = [decoder.embed(torch.tensor(tokens, device=decoder.device))]
+    rotary = decoder.rotary(torch.tensor(positions, device=decoder.device))
     before: tuple[int, ...] = ()
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return torch.cat([_attend_segment(query, key, value, segment) for segment in segments])
 
     for program in ordered:
-        shared = len(commonprefix([before, program.layers]))
+        shared = _shared_start(before, program.layers)
         del stack[shared + 1 :]
         with torch.inference_mode():
             for layer in program.layers[shared:]:
@@ -161,6 +160,12 @@ def _attend_segment(query: Tensor, key: Tensor, value: Tensor, segment: _Segment
         before = slice(*segment.parent)
         keys, values = torch.cat((key[before], keys)), torch.cat((value[before], values))
     return causal_attention(query[own], keys.transpose(0, 1), values.transpose(0, 1))
+
+
+def _shared_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of visits that two programs have in common before they differ."""
+    same = (a == b for a, b in zip(one, other, strict=False))
+    return sum(1 for _ in takewhile(bool, same))
 
 
 @torch.inference_mode()

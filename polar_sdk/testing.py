@@ -1,7 +1,7 @@
 """A tiny real model for tests, ours and yours: the true engine over random weights, no download, loads at once.
 
-`tiny_model()` is a Llama of a few small layers with a byte-level tokenizer and a chat template. Its answers are noise, but
-repeatable noise: programs, streaming, cancellation, usage records and sinks behave as with any other model.
+`tiny_model()` is a Llama of a few small layers with a byte-level tokenizer and a chat template. Its answers are
+noise, but repeatable noise: programs, streaming, cancellation, usage records and sinks behave as with any other model.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def tiny_llama(*, layers: int = 6, seed: int = 0, **options: Any) -> LlamaForCau
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(config)
+    model.train(False)
+    return model
 
 
 @lru_cache(maxsize=1)
@@ -95,6 +97,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(_SPECIAL)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast: PreTrainedTokenizerFast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")  # type: ignore[no-untyped-call]
     fast.chat_template = _CHAT
     return fast

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 from uuid import UUID
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -32,7 +32,7 @@ __all__ = [
     "new_request_id",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 FLOPS_FORMULA = "torch-1"
 """Version of the FLOPs formula: one multiply-accumulate is 2 FLOPs; matrix products and attention count, as
 `torch.utils.flop_counter.FlopCounterMode` counts them (attention as the full rectangle queries × keys)."""
@@ -75,7 +75,9 @@ class TokenUsage(_Facts):
     @model_validator(mode="after")
     def _cached_is_part_of_input(self) -> Self:
         if self.cached > self.input:
-            raise ValueError(f"cached tokens ({self.cached}) exceed input tokens ({self.input}), of which they are part")
+            raise ValueError(
+                f"cached tokens ({self.cached}) exceed input tokens ({self.input}), of which they are part"
+            )
         return self
 
 

@@ -1,8 +1,8 @@
 """Assemble the command `polar`, and turn every error a user can make into one line and an exit code.
 
 Exit codes: 0 done; 1 a store, a model or the disk failed; 2 the caller's mistake; 130 interrupted.
-Commands of other parts (`usage`, `report`, `demo`) come from the entry-point group `polar_sdk.commands`; one whose extra is
-not installed is left out, and named in `polar --help`.
+Commands of other parts (`usage`, `report`, `demo`) come from the entry-point group `polar_sdk.commands`; one whose
+extra is not installed is left out, and named in `polar --help`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,13 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from polar_sdk.cli import chat, models, run, scan
 from polar_sdk.errors import PolarError
-
-if TYPE_CHECKING:
-    from click import Context
 
 __all__ = ["app", "main"]
 
@@ -30,13 +27,15 @@ _INTERRUPTED = 130
 class _Group(TyperGroup):
     """Commands whose errors are one line on standard error."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except PolarError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             _fail("interrupted; what was executed until then is in the ledger.", _INTERRUPTED)
+        except UnicodeDecodeError as error:  # standard input in a strict locale
+            _fail(f"standard input is no {error.encoding} text (byte {error.start}); pass valid text.", 2)
         except BrokenPipeError:  # the reader, such as `head`, has had enough
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (or the interpreter complains at its end)
             raise typer.Exit(0) from None

@@ -70,9 +70,7 @@ def remove(
     name = name if alias is None else alias.name
     freed = remove_stored(name)
     typer.echo(
-        json.dumps({"name": name, "freed_bytes": freed})
-        if as_json
-        else f"removed {name}: {_megabytes(freed)} freed"
+        json.dumps({"name": name, "freed_bytes": freed}) if as_json else f"removed {name}: {_megabytes(freed)} freed"
     )
 
 

@@ -40,7 +40,9 @@ TopK = Annotated[int, typer.Option(help="Keep that many likeliest tokens; 0 keep
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Tenant = Annotated[str, typer.Option(help="Who is billed.")]
 Tags = Annotated[list[str] | None, typer.Option("--tag", help="key=value on the usage record; may be repeated.")]
-Ledger = Annotated[str | None, typer.Option(help="Ledger as a SQLAlchemy URL; default: POLAR_LEDGER or your data folder.")]
+Ledger = Annotated[
+    str | None, typer.Option(help="Ledger as a SQLAlchemy URL; default: POLAR_LEDGER or your data folder.")
+]
 NoLedger = Annotated[bool, typer.Option("--no-ledger", help="Do not meter.")]
 PolicyFile = Annotated[str | None, typer.Option("--policy", help="Policy file for this model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")]

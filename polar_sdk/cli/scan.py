@@ -26,7 +26,8 @@ def register(app: typer.Typer) -> None:
 
 def scan(
     data: Annotated[
-        Path | None, typer.Option(help="JSONL of {prompt} or {question, choices, answer}; default: 70 built-in prompts.")
+        Path | None,
+        typer.Option(help="JSONL of {prompt} or {question, choices, answer}; default: 70 built-in prompts."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many items.")] = None,
     lengths: Annotated[str, typer.Option(help="Lengths of the skipped blocks, comma-separated.")] = "1,2,3",
@@ -129,7 +130,9 @@ def _show(report: ScanReport, picks: dict[str, ProgramScore], saved: str | None)
 def _heat_map(report: ScanReport) -> Table:
     from rich.table import Table
 
-    table = Table(title="Fidelity in %, by first layer and length of the skipped block (x2: visited twice)", padding=(0, 0))
+    table = Table(
+        title="Fidelity in %, by first layer and length of the skipped block (x2: visited twice)", padding=(0, 0)
+    )
     depth = report.identity.program.layers[-1] + 1
     table.add_column("len ", justify="right")
     for layer in range(depth):
@@ -148,7 +151,9 @@ def _heat_map(report: ScanReport) -> Table:
 def _cell(share: float | None) -> str:
     if share is None:
         return "  ·"
-    colour = next(name for least, name in ((0.9, "green"), (0.75, "yellow"), (0.5, "magenta"), (0, "red")) if share >= least)
+    colour = next(
+        name for least, name in ((0.9, "green"), (0.75, "yellow"), (0.5, "magenta"), (0, "red")) if share >= least
+    )
     return f"[{colour}]{share * 100:3.0f}[/]"
 
 

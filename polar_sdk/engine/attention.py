@@ -1,7 +1,7 @@
 """Attention of one segment of tokens over its own history, through torch's fused kernel.
 
-Also teaches `FlopCounterMode` the CPU form of that kernel. torch registers formulas for the CUDA forms only, so on a CPU
-it counts attention as nothing; with this registration it counts the same on both, which is what the meter counts.
+Also teaches `FlopCounterMode` the CPU form of that kernel. torch registers formulas for the CUDA forms only, so on
+a CPU it counts attention as nothing; with this registration it counts the same on both, which is what the meter counts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return flop_counter.sdpa_flop_count(query, key, value)
+    return int(flop_counter.sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 _CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -25,7 +25,7 @@ class VisitCache:
 
     def __init__(self, decoder: Decoder, visits: int, capacity: int) -> None:
         self._shape = (visits, 2, decoder.kv_heads, decoder.head_dim)
-        self._make = {"dtype": decoder.dtype, "device": decoder.device}
+        self._dtype, self._device = decoder.dtype, decoder.device
         self._store = self._allocate(capacity)
         self.length = 0
         """Tokens whose keys and values every visit holds; advanced by the forward pass, not by a visit."""
@@ -33,7 +33,7 @@ class VisitCache:
     def _allocate(self, capacity: int) -> Tensor:
         visits, two, heads, size = self._shape
         rounded = -(-max(capacity, 1) // _STEP) * _STEP
-        return torch.empty((visits, two, heads, rounded, size), dtype=self._make["dtype"], device=self._make["device"])
+        return torch.empty((visits, two, heads, rounded, size), dtype=self._dtype, device=self._device)
 
     @property
     def nbytes(self) -> int:

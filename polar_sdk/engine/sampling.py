@@ -16,9 +16,8 @@ import torch
 from polar_sdk.errors import SamplingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
+    from transformers import LogitsProcessor
 
 __all__ = ["Sampler", "Sampling"]
 
@@ -65,6 +64,10 @@ _KINDS: tuple[tuple[str, type, str], ...] = (
 )
 
 
+_NO_IDS = torch.empty((1, 0), dtype=torch.long)
+"""The warpers' signature asks for the tokens so far; none of those used here reads them."""
+
+
 class Sampler:
     """The sampling state of one row."""
 
@@ -85,17 +88,16 @@ class Sampler:
             return int(logits.argmax())
         scores = logits.unsqueeze(0)
         for apply in self._filters:
-            scores = apply(scores)
+            scores = apply(_NO_IDS, scores)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
-def _filters(sampling: Sampling) -> list[Callable[[Tensor], Tensor]]:
+def _filters(sampling: Sampling) -> list[LogitsProcessor]:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    ids = torch.empty((1, 0), dtype=torch.long)  # the warpers' signature asks for it, none of these reads it
-    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
-    return [lambda scores, warper=warper: warper(ids, scores) for warper in warpers]
+    return warpers

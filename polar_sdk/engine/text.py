@@ -2,7 +2,7 @@
 
 Knows a tokenizer's `decode` and nothing of models. Text that could still become part of a stop string, or of a
 character of several bytes, is held back until that is decided; a stop string itself is never emitted. Where several
-stop strings match, the one that begins first cuts, so the pieces that the text came in make no difference.
+match, the one that begins first cuts, so the pieces that the text came in make no difference.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _LONGEST_WINDOW = 64
 class Detokenizer:
     """Decodes a growing list of tokens; each call returns only the new text.
 
-    A token's text can depend on the one before it (leading spaces, bytes of one character), so every step decodes a short
-    window of tokens whole. The window moves up wherever the text ends in a whole character.
+    A token's text can depend on the one before it (leading spaces, bytes of one character), so every step decodes a
+    short window of tokens whole. The window moves up wherever the text ends in a whole character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -71,9 +71,7 @@ def convert(gguf: Path, into: Path, dtype: str = "bfloat16") -> None:
             tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except MemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # the readers of a malformed file raise anything, a bare Exception included
+        except Exception as error:  # the readers of a malformed file raise anything, a bare Exception included
             if "architecture" in str(error):
                 raise UnsupportedArchitectureError(f"{str(gguf)!r} cannot be converted: {error}") from error
             raise _unreadable(gguf, error) from error

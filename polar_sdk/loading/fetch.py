@@ -142,9 +142,7 @@ def _failed(alias: Alias, log: Path) -> Exception:
         return disk_full()
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     reason = errors[0] if errors else next(iter(lines[-1:]), "it said nothing")
-    if any(
-        "Retrying (Retry(" in line for line in lines
-    ):  # pip then ends with "no matching distribution found"
+    if any("Retrying (Retry(" in line for line in lines):  # pip then ends with "no matching distribution found"
         reason = "no connection to the package index"
     return _cannot(alias, f"pip: {reason.strip().rstrip('.')}")
 

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["file_sha256", "fingerprint_of", "fingerprint_of_conversion", "fingerprint_of_folder", "hash_file"]
 
-_NO_FUNCTION: Final = frozenset(
-    {"transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range"}
-)
+_NO_FUNCTION: Final = frozenset({"transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range"})
 """Configuration fields that do not change what the model computes; so do none that begin with `_`."""
 _HASHES_LOCK: Final = threading.Lock()
 

@@ -78,9 +78,7 @@ def _weight_files(folder: Path, hint: str) -> Sequence[Path]:
     shards = sorted(set(_read_json(folder / _INDEX, hint).get("weight_map", {}).values()))
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
-        raise ModelDamagedError(
-            f"folder {str(folder)!r} lacks {', '.join(missing) or 'every shard'}.", hint=hint
-        )
+        raise ModelDamagedError(f"folder {str(folder)!r} lacks {', '.join(missing) or 'every shard'}.", hint=hint)
     return [folder / name for name in shards]
 
 

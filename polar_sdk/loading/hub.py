@@ -42,9 +42,7 @@ def _local(name: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, local_files_only=True)
-        )
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
     # A download that broke off may have left a folder without weights.

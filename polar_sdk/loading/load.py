@@ -73,9 +73,7 @@ def load_pretrained(
     key = (str(local.folder), local.fingerprint, str(place), str(kind))
     loaded = _loaded.get(key)
     if loaded is None:
-        with (
-            LOADING_LOCK
-        ):  # of several threads that ask for the same model, one loads it and the others get it
+        with LOADING_LOCK:  # of several threads that ask for the same model, one loads it and the others get it
             loaded = _loaded.get(key)
             if loaded is None:
                 loaded = _loaded[key] = _load(source.name, local, place, kind)
@@ -124,9 +122,7 @@ def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Pre
     # transformers fills what is missing with random numbers and goes on.
     for what in ("missing_keys", "mismatched_keys"):
         if report[what]:
-            raise _damaged(
-                folder, f"{what.replace('_', ' ')}: {', '.join(map(str, sorted(report[what])[:3]))}"
-            )
+            raise _damaged(folder, f"{what.replace('_', ' ')}: {', '.join(map(str, sorted(report[what])[:3]))}")
     result: PreTrainedModel = network.requires_grad_(False).eval().to(device)
     return result
 

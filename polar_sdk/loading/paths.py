@@ -94,11 +94,7 @@ def disk_errors() -> Iterator[None]:
 
 def disk_full(needed: int | None = None, free: int | None = None) -> ModelError:
     """The error for a disk without room; sizes in bytes where they are known."""
-    detail = (
-        ""
-        if needed is None or free is None
-        else f": {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
-    )
+    detail = "" if needed is None or free is None else f": {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
     return ModelError(
         f"the disk of cache folder {str(cache_folder())!r} is full{detail}.",
         hint=f"Free some space, or set {CACHE_VARIABLE} to a folder on another disk.",

@@ -47,9 +47,7 @@ def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None
 
     sized = (BarColumn(), DownloadColumn()) if total is not None else (SpinnerColumn(),)
     console = Console(file=sys.stderr)
-    with Progress(
-        TextColumn("polar: {task.description}"), *sized, TimeElapsedColumn(), console=console
-    ) as bar:
+    with Progress(TextColumn("polar: {task.description}"), *sized, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.update(task, completed=done)
         if total is not None:

@@ -84,9 +84,7 @@ def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
     folder = models_folder() / recipe.key
     if read_manifest(folder) is None:
         with work_folder(recipe.key) as work:
-            if (
-                read_manifest(folder) is None
-            ):  # else another process made it while this one waited for the lock
+            if read_manifest(folder) is None:  # else another process made it while this one waited for the lock
                 _make(recipe, get_gguf(work), work / "model")
                 shutil.rmtree(folder, ignore_errors=True)  # made by an older conversion
                 folder.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +141,7 @@ def remove_stored(name: str) -> int:
     Raises:
         ModelNotFoundError: The cache holds none.
     """
-    found = [
-        manifest for manifest in list_stored() if name in (manifest.made_from.name, manifest.made_from.key)
-    ]
+    found = [manifest for manifest in list_stored() if name in (manifest.made_from.name, manifest.made_from.key)]
     if not found:
         held = sorted({manifest.made_from.name for manifest in list_stored()})
         raise ModelNotFoundError(

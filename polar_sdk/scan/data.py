@@ -1,7 +1,7 @@
 """Calibration sets: JSONL of bare prompts or of choice questions, read and checked. Knows no tokenizer and no model.
 
-One object per line, of either form: `{"prompt": …}` (label-free: the model's own answer at full depth is the reference) or
-`{"question": …, "choices": […], "answer": index}`. Other keys are ignored; equal items count once.
+One object per line, of either form: `{"prompt": …}` (label-free: the model's own answer at full depth is the
+reference) or `{"question": …, "choices": […], "answer": index}`. Other keys are ignored; equal items count once.
 """
 
 from __future__ import annotations

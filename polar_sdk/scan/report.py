@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from polar_sdk.program import Program  # noqa: TC001  (pydantic needs it at run time)
+from polar_sdk.program import Program
 
 __all__ = ["ProgramScore", "ScanReport"]
 
@@ -24,8 +24,8 @@ class ProgramScore(_Frozen):
     flops_ratio: float
     """FLOPs over identity's, at 128 prompt and 64 output tokens."""
     agreement: Share | None = None
-    """Bare prompts: share of the tokens of identity's own answers that the program would choose too, given the same start.
-    None where the set holds no bare prompts."""
+    """Bare prompts: share of the tokens of identity's own answers that the program would choose too, given the same
+    start. None where the set holds no bare prompts."""
     excess_nats: float | None = None
     """Bare prompts: mean loss in log-likelihood per token of identity's answers. Unit: nats."""
     same_choice: Share | None = None

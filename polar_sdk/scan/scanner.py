@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from polar_sdk.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.errors import DataError
 from polar_sdk.program import Program
 from polar_sdk.scan.data import ChoiceItem, PromptItem
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Scanner"]
 
-_NOMINAL = {"prompt": 128, "output": 64}
 _BATCH = 16
 """Prompts answered together for the reference."""
 
@@ -160,7 +160,8 @@ class Scanner:
         return answers, choices
 
     def _score(self, program: Program, answers: Sequence[Score], choices: Sequence[Score]) -> ProgramScore:
-        ratio = self.model.cost(program, **_NOMINAL).total / self.model.cost(**_NOMINAL).total
+        full = self.model.cost(prompt=NOMINAL_PROMPT, output=NOMINAL_OUTPUT).total
+        ratio = self.model.cost(program, prompt=NOMINAL_PROMPT, output=NOMINAL_OUTPUT).total / full
         score = ProgramScore(program=program, flops_ratio=ratio)
         if answers:
             score = score.model_copy(update=self._on_answers(answers))

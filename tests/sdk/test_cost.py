@@ -56,9 +56,7 @@ def test_more_tokens_never_cost_less(cost: CostModel, program: Program, prompt: 
 
 
 @given(costs, programs, prompts, outputs)
-def test_cost_depends_on_visits_not_on_their_order(
-    cost: CostModel, program: Program, prompt: int, output: int
-) -> None:
+def test_cost_depends_on_visits_not_on_their_order(cost: CostModel, program: Program, prompt: int, output: int) -> None:
     backwards = Program(program.layers[::-1])
     assert cost.request(backwards, prompt, output) == cost.request(program, prompt, output)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEPTH = 6
 TOLERANCE = 1e-5
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "grouped queries": {},
     "one key head": {"num_key_value_heads": 1},
     "a key head per query head": {"num_key_value_heads": 4},
@@ -155,7 +155,9 @@ def test_ragged_rows_are_the_padded_batch_of_the_reference(side: Literal["left",
     ids, mask = pad(prompts, side)
     with torch.inference_mode():
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        padded = reference_model(model, program)(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        padded = reference_model(model, program)(
+            ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits
         decoder = build_decoder(model)
         ours = next_logits(decoder, [Row(decoder, program, 20) for _ in prompts], prompts)
     last = [-1] * len(prompts) if side == "left" else [len(prompt) - 1 for prompt in prompts]

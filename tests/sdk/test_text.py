@@ -134,15 +134,14 @@ def test_after_a_stop_nothing_is_shown() -> None:
     assert matcher.finish() == ""
 
 
-def test_an_earlier_longer_stop_wins_over_one_that_ends_sooner() -> None:
+@pytest.mark.parametrize(
+    ("text", "shown", "stopped"),
+    [("xab", ["x", "", ""], False), ("xabc", ["x", "", "", ""], True), ("xabd", ["x", "", "", "a"], True)],
+)
+def test_an_earlier_longer_stop_wins_over_one_that_ends_sooner(text: str, shown: list[str], stopped: bool) -> None:
     matcher = StopMatcher(["b", "abc"])
-    assert [matcher.push(letter) for letter in "xab"] == ["x", "", ""]
-    assert not matcher.stopped
-    assert matcher.push("c") == ""
-    assert matcher.stopped
-    other = StopMatcher(["b", "abc"])
-    assert "".join(other.push(letter) for letter in "xabd") == "xa"
-    assert other.stopped
+    assert [matcher.push(letter) for letter in text] == shown
+    assert matcher.stopped is stopped
 
 
 @given(texts, st.lists(st.text("aé€😀 ", min_size=1, max_size=3), max_size=3))

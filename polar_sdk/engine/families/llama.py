@@ -54,7 +54,7 @@ class LlamaDecoder(Decoder):
         self.eps: float = config.rms_norm_eps
         self._embedding: Tensor = inner.embed_tokens.weight.detach()
         self._norm: Tensor = inner.norm.weight.detach()
-        self._head: Tensor = model.get_output_embeddings().weight.detach()
+        self._head: Tensor = model.get_output_embeddings().weight.detach()  # type: ignore[no-untyped-call]
         self._rotary_module = inner.rotary_emb
         self._rotary_table: Rotary | None = None
         self._layers = [_take_layer(layer) for layer in inner.layers]
@@ -124,7 +124,7 @@ def _take_layer(layer: Any) -> _LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
     gate_up = [mlp.gate_proj, mlp.up_proj]
-    taken = _LayerWeights(
+    return _LayerWeights(
         attn_norm=layer.input_layernorm.weight.detach(),
         qkv=_fuse([m.weight for m in qkv]),
         qkv_bias=_fuse([m.bias for m in qkv]) if attention.q_proj.bias is not None else None,
@@ -136,7 +136,6 @@ def _take_layer(layer: Any) -> _LayerWeights:
         down=mlp.down_proj.weight.detach(),
         down_bias=mlp.down_proj.bias,
     )
-    return taken
 
 
 def _fuse(parts: list[Tensor]) -> Tensor:

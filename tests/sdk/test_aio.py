@@ -1,0 +1,262 @@
+"""Async calls: the loop runs on, a cancelled task stops compute, errors and context variables cross the thread.
+
+No test looks at a clock. Where two things must happen at once, an engine that waits for the loop stands in the way: a
+`Cancel` is asked before every token, so one that blocks holds the engine at a known place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from polar_sdk.aio import iterate_in_thread, run_in_thread
+from polar_sdk.errors import EmptyPromptError, SinkError
+from polar_sdk.testing import tiny_model
+from polar_sdk.usage import ListSink, Outcome, UsageRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from polar_sdk.model import PolarModel
+    from polar_sdk.requests import Cancel
+
+LONG = 200
+"""Tokens of an answer that no test waits for."""
+
+
+class Gate:
+    """A `Cancel` that lets the engine take so many tokens, then holds it until it is opened."""
+
+    def __init__(self, tokens: int) -> None:
+        self._free = tokens
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def is_set(self) -> bool:
+        self._free -= 1
+        if self._free < 0:
+            self.reached.set()
+            assert self.opened.wait(60), "the gate was never opened"
+        return False
+
+
+def never_ending(model: PolarModel) -> str:
+    """A prompt whose greedy answer does not end by itself within LONG tokens."""
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        if model.generate(letter, max_tokens=LONG).finish_reason == "length":
+            return letter
+    raise AssertionError("every answer of the tiny model ends early")
+
+
+@pytest.fixture(scope="module")
+def prompt() -> str:
+    return never_ending(tiny_model())
+
+
+async def reached(gate: Gate) -> None:
+    assert await asyncio.to_thread(gate.reached.wait, 60)
+
+
+async def ticks(number: int = 10) -> int:
+    """Let the loop run so many times."""
+    ticked = 0
+    for _ in range(number):
+        await asyncio.sleep(0)
+        ticked += 1
+    return ticked
+
+
+class TestGenerate:
+    async def test_the_answer_is_the_synchronous_one(self, tiny: PolarModel, prompt: str) -> None:
+        done = await tiny.agenerate(prompt, max_tokens=20)
+        assert done.token_ids == tiny.generate(prompt, max_tokens=20).token_ids
+
+    async def test_the_loop_ticks_while_the_engine_is_held(self, tiny: PolarModel, prompt: str) -> None:
+        gate = Gate(2)
+        task = asyncio.ensure_future(tiny.agenerate(prompt, max_tokens=10, cancel=gate))
+        await reached(gate)
+        ticked = await ticks(100)  # the engine stands in mid-answer all this time
+        assert not task.done()
+        gate.opened.set()
+        assert (await task).finish_reason == "length"
+        assert ticked == 100
+
+    async def test_cancelling_the_task_stops_compute(self, tiny: PolarModel, records: ListSink, prompt: str) -> None:
+        gate = Gate(5)
+        task = asyncio.ensure_future(tiny.agenerate(prompt, max_tokens=LONG, cancel=gate))
+        await reached(gate)
+        task.cancel()
+        await ticks()
+        gate.opened.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        (record,) = records.records  # stored by the time the cancellation arrives
+        assert record.outcome is Outcome.CANCELLED
+        assert 5 <= record.tokens.output <= 6  # at most the token that was under way
+        assert record.visits.decode[0] == record.tokens.output - 1
+
+    async def test_a_timeout_stops_compute(self, tiny: PolarModel, records: ListSink, prompt: str) -> None:
+        gate = Gate(3)
+        waiting = asyncio.ensure_future(asyncio.wait_for(tiny.agenerate(prompt, max_tokens=LONG, cancel=gate), 0.01))
+        await reached(gate)
+        asyncio.get_running_loop().call_later(0.05, gate.opened.set)
+        with pytest.raises(TimeoutError):
+            await waiting
+        assert records.records[0].outcome is Outcome.CANCELLED
+        assert records.records[0].tokens.output < LONG
+
+    async def test_the_callers_cancel_gives_what_there_is(self, tiny: PolarModel, records: ListSink) -> None:
+        cancel = threading.Event()
+        cancel.set()
+        done = await tiny.agenerate("hello", cancel=cancel)
+        assert (done.finish_reason, done.text, done.token_ids) == ("cancelled", "", ())
+        assert records.records[0].flops.total == 0
+
+    async def test_requests_side_by_side(self, tiny: PolarModel, records: ListSink) -> None:
+        prompts = ["one", "two", "three", "four", "five", "six"]
+        tiers = ["economy", "standard", "premium"] * 2
+        done = await asyncio.gather(
+            *(tiny.agenerate(text, compute=tier, max_tokens=12) for text, tier in zip(prompts, tiers, strict=True))
+        )
+        for one, text, tier in zip(done, prompts, tiers, strict=True):
+            assert one.token_ids == tiny.generate(text, compute=tier, max_tokens=12).token_ids
+        assert len({one.usage.request_id for one in done}) == 6
+
+    async def test_a_bad_request_raises(self, tiny: PolarModel, records: ListSink) -> None:
+        with pytest.raises(EmptyPromptError):
+            await tiny.agenerate("")
+        assert records.records == []
+
+    async def test_an_engine_error_surfaces(self, records: ListSink) -> None:
+        model = broken(records)
+        with pytest.raises(RuntimeError, match="the weights are gone"):
+            await model.agenerate("hello")
+        assert records.records[0].outcome is Outcome.ERROR
+        assert records.records[0].error == "RuntimeError"
+
+
+class TestStream:
+    async def test_chunks_join_to_the_answer(self, tiny: PolarModel, prompt: str) -> None:
+        chunks = [chunk async for chunk in tiny.astream(prompt, max_tokens=20)]
+        whole = tiny.generate(prompt, max_tokens=20)
+        assert "".join(chunk.text for chunk in chunks) == whole.text
+        assert [chunk.generation is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+
+    async def test_leaving_early_stops_compute(self, tiny: PolarModel, records: ListSink, prompt: str) -> None:
+        gate = Gate(4)
+        chunks = tiny.astream(prompt, max_tokens=LONG, cancel=gate)
+        first = await anext(chunks)
+        assert first.generation is None
+        await reached(gate)
+        closing = asyncio.ensure_future(chunks.aclose())  # type: ignore[attr-defined]
+        await ticks()
+        gate.opened.set()
+        await closing
+        (record,) = records.records
+        assert record.outcome is Outcome.CANCELLED
+        assert 4 <= record.tokens.output <= 5
+
+    async def test_cancelling_the_consumer_stops_compute(
+        self, tiny: PolarModel, records: ListSink, prompt: str
+    ) -> None:
+        gate = Gate(4)
+
+        async def consume() -> None:
+            async for _ in tiny.astream(prompt, max_tokens=LONG, cancel=gate):
+                pass
+
+        task = asyncio.ensure_future(consume())
+        await reached(gate)
+        task.cancel()
+        await ticks()
+        gate.opened.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        (record,) = records.records
+        assert record.outcome is Outcome.CANCELLED
+        assert record.tokens.output < LONG
+
+    async def test_the_loop_ticks_between_chunks(self, tiny: PolarModel, prompt: str) -> None:
+        gate = Gate(3)
+        chunks = tiny.astream(prompt, max_tokens=8, cancel=gate)
+        waiting = asyncio.ensure_future(anext(chunks))
+        await reached(gate)
+        assert await ticks(100) == 100
+        await waiting
+        gate.opened.set()
+        assert [chunk async for chunk in chunks][-1].generation is not None
+
+    async def test_a_bad_request_raises(self, tiny: PolarModel) -> None:
+        with pytest.raises(EmptyPromptError):
+            await anext(tiny.astream(" "))
+
+    async def test_an_engine_error_surfaces(self, records: ListSink) -> None:
+        with pytest.raises(RuntimeError, match="the weights are gone"):
+            async for _ in broken(records).astream("hello"):
+                pass
+        assert records.records[0].outcome is Outcome.ERROR
+
+    async def test_a_sink_that_fails_at_the_end_surfaces(self, prompt: str) -> None:
+        class Full(ListSink):
+            def emit(self, record: UsageRecord) -> None:
+                raise SinkError("the disk is full.")
+
+        model = tiny_model(sink=Full())
+        with pytest.raises(SinkError, match="disk is full"):
+            await model.agenerate(prompt, max_tokens=2)
+        with pytest.raises(SinkError, match="disk is full"):
+            async for _ in model.astream(prompt, max_tokens=2):
+                pass
+
+
+class TestContext:
+    """Context variables of the caller are seen where the engine runs, so that tracing works."""
+
+    who: contextvars.ContextVar[str] = contextvars.ContextVar("who", default="nobody")
+
+    async def test_in_a_call(self) -> None:
+        self.who.set("caller")
+        assert await run_in_thread(lambda _: self.who.get(), None) == "caller"
+
+    async def test_in_a_stream(self) -> None:
+        self.who.set("caller")
+
+        def items(_: Cancel) -> Generator[str, None, None]:
+            yield self.who.get()
+            yield threading.current_thread().name
+
+        who, thread = [item async for item in iterate_in_thread(items, None)]
+        assert who == "caller"
+        assert thread != threading.current_thread().name
+
+    async def test_a_sink_sees_them(self, prompt: str) -> None:
+        seen: list[str] = []
+
+        class Watching(ListSink):
+            def emit(self, record: UsageRecord) -> None:
+                seen.append(TestContext.who.get())
+
+        self.who.set("caller")
+        model = tiny_model(sink=Watching())
+        await model.agenerate(prompt, max_tokens=2)
+        async for _ in model.astream(prompt, max_tokens=2):
+            pass
+        assert seen == ["caller", "caller"]
+
+
+def broken(records: ListSink) -> PolarModel:
+    """A model whose fourth layer fails when it runs."""
+    model = tiny_model(sink=records)
+    layer = model.loaded.decoder.layer
+
+    def failing(index: int, *args: object) -> object:
+        if index == 4:
+            raise RuntimeError("the weights are gone")
+        return layer(index, *args)  # type: ignore[arg-type]
+
+    model.loaded.decoder.layer = failing  # type: ignore[method-assign,assignment]
+    return model

@@ -1,0 +1,439 @@
+"""The command `polar`: what it prints where, the exit codes that scripts rely on, and never a traceback.
+
+Most tests run over a tiny model saved to a folder; those with the marker `model` over the default one. Where the process
+itself matters (signals, pipes, exit codes), a real one is started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from polar_sdk.cli.main import app
+from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from typer.testing import Result
+
+POLAR = [sys.executable, "-c", "from polar_sdk.cli.main import main; main()"]
+TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a folder; its greedy answers run on for thousands of tokens."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_llama(max_position_embeddings=16_384).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    tiny_policy(6).save(path / "policy.json")
+    return path
+
+
+@pytest.fixture
+def on_tiny(folder: Path) -> list[str]:
+    return ["--model", str(folder), "--policy", str(folder / "policy.json"), "--dtype", "float32"]
+
+
+def polar(*words: str, typed: str | None = None) -> Result:
+    """Run the command in this process; whatever happens, it shows no traceback."""
+    result = CliRunner().invoke(app, words, input=typed, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def refused(result: Result, code: int, *words: str) -> None:
+    """One line on standard error, nothing on standard output."""
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def requests_in_ledger(*filters: str) -> list[dict[str, Any]]:
+    result = polar("usage", "--requests", "--json", *filters)
+    found: list[dict[str, Any]] = json.loads(result.stdout) if result.stdout.startswith("[") else []
+    return found
+
+
+class TestRun:
+    def test_answer_and_cost_go_two_ways(self, on_tiny: list[str]) -> None:
+        result = polar("run", "hello", "--max-tokens", "5", *on_tiny)
+        assert result.exit_code == 0
+        assert result.stdout.strip()
+        assert result.stderr.startswith("[standard · program 0 2-5 · 7+5 tokens · ")
+        assert result.stderr.rstrip().endswith("USD]")
+
+    def test_json_is_all_of_standard_output(self, on_tiny: list[str]) -> None:
+        result = polar("run", "hello", "--json", "--max-tokens", "5", "--request-id", "mine", *on_tiny)
+        facts = json.loads(result.stdout)
+        assert set(facts) == {"text", "finish_reason", "usage", "receipt"}
+        assert facts["usage"]["request_id"] == "mine"
+        assert facts["usage"]["tokens"] == {"input": 7, "cached": 0, "output": 5}
+        assert facts["receipt"]["currency"] == "USD"
+        assert result.stderr == ""
+
+    def test_stream_is_the_same_text(self, on_tiny: list[str]) -> None:
+        whole = polar("run", "hello", "--max-tokens", "30", *on_tiny)
+        streamed = polar("run", "hello", "--max-tokens", "30", "--stream", *on_tiny)
+        assert streamed.stdout == whole.stdout
+
+    def test_stream_json_is_a_line_per_piece(self, on_tiny: list[str]) -> None:
+        result = polar("run", "hello", "--max-tokens", "30", "--stream", "--json", *on_tiny)
+        lines = [json.loads(line) for line in result.stdout.splitlines()]
+        assert all(set(line) == {"text"} for line in lines[:-1])
+        assert "".join(line["text"] for line in lines[:-1]) == lines[-1]["text"]
+        assert lines[-1]["usage"]["outcome"] == "completed"
+
+    def test_a_dash_reads_standard_input(self, on_tiny: list[str]) -> None:
+        piped = polar("run", "-", "--max-tokens", "5", *on_tiny, typed="héllo\nworld €")
+        assert piped.exit_code == 0
+        assert piped.stdout == polar("run", "héllo\nworld €", "--max-tokens", "5", *on_tiny).stdout
+
+    @pytest.mark.parametrize("typed", ["", " \n "])
+    def test_nothing_on_standard_input(self, typed: str) -> None:
+        refused(polar("run", "-", typed=typed), 2, "prompt is empty", "give it some text")
+
+    def test_raw_adds_no_template(self, on_tiny: list[str]) -> None:
+        result = polar("run", "hello", "--raw", "--max-tokens", "1", "--json", *on_tiny)
+        assert json.loads(result.stdout)["usage"]["tokens"]["input"] == 5
+
+    def test_who_and_what_reach_the_ledger(self, on_tiny: list[str]) -> None:
+        polar("run", "hi", "--max-tokens", "1", "--tenant", "acme", "--tag", "a=1", "--tag", "b=x=y", *on_tiny)
+        (stored,) = requests_in_ledger()
+        assert (stored["tenant"], stored["tags"]) == ("acme", {"a": "1", "b": "x=y"})
+
+    def test_no_ledger_keeps_nothing(self, on_tiny: list[str]) -> None:
+        result = polar("run", "hi", "--max-tokens", "1", "--no-ledger", *on_tiny)
+        assert result.exit_code == 0
+        assert "USD" not in result.stderr
+        assert requests_in_ledger() == []
+
+    def test_sampling_with_a_seed_repeats(self, on_tiny: list[str]) -> None:
+        words = ["run", "hi", "--max-tokens", "9", "--temperature", "1.5", "--top-k", "50", "--seed", "7", *on_tiny]
+        assert polar(*words).stdout == polar(*words).stdout
+
+    def test_an_answer_stops_at_a_stop(self, on_tiny: list[str]) -> None:
+        whole = polar("run", "hello", "--max-tokens", "40", *on_tiny).stdout.rstrip("\n")
+        stop = whole[10:12]
+        cut = polar("run", "hello", "--max-tokens", "40", "--stop", stop, *on_tiny).stdout.rstrip("\n")
+        assert cut == whole[: whole.find(stop)]
+
+
+class TestMistakes:
+    """Exit code 2, one line with value, limit and fix; the ledger keeps no trace."""
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (["", "--stream"], ["prompt is empty (0 characters)"]),
+            (["hi", "--compute", "econmy"], ["'econmy'", "economy, standard, premium, exact", "mean 'economy'"]),
+            (["hi", "--program", "0-6"], ["'0-6'", "layer 6", "numbered 0 to 5"]),
+            (["hi", "--program", "0-x"], ["'0-x'", "'0-11 15x2 18-29'"]),
+            (["hi", "--program", "1-5"], ["skips layer 0", "protected: 0, -1"]),
+            (["hi", "--max-tokens", "0"], ["max_tokens=0", "1 or more"]),
+            (["x" * 16_400], ["16402 tokens", "16384", "shorten the prompt"]),
+            (["hi", "--max-tokens", "16384"], ["max_tokens=16384", "at most 16380"]),
+            (["hi", "--temperature", "-1"], ["temperature=-1", "0 (greedy) to 100"]),
+            (["hi", "--top-p", "0"], ["top_p=0", "at most 1"]),
+            (["hi", "--tag", "team"], ["'team'", "--tag team=search"]),
+            (["hi", "--tenant", " "], ["tenant ' '", "1 to 200"]),
+            (["hi", "--request-id", ""], ["request_id ''", "1 to 200"]),
+            (["hi", "--stop", ""], ["stop string is empty"]),
+            (["hi", "--device", "tpu"], ["'tpu'"]),
+            (["hi", "--dtype", "int3"], ["'int3'"]),
+        ],
+    )
+    @pytest.mark.parametrize("way", [[], ["--stream"], ["--json"]], ids=["plain", "stream", "json"])
+    def test_run(self, on_tiny: list[str], words: list[str], told: list[str], way: list[str]) -> None:
+        refused(polar("run", *on_tiny, *words, *way), 2, *told)
+        assert requests_in_ledger() == []
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (["run", "hi", "--model", "no-such-model"], ["'no-such-model'", "smollm2-135m-instruct"]),
+            (["run", "hi", "--model", "./no/such/folder"], ["./no/such/folder", "no such file or folder"]),
+            (["models", "fetch", "no-such-model"], ["'no-such-model'"]),
+            (["scan", "--data", "absent.jsonl"], ["absent.jsonl", "cannot be read"]),
+            (["scan", "--lengths", "1,x"], ["'1,x'", "1,2,3"]),
+            (["scan", "--out", "absent/scan.json"], ["absent/scan.json", "folder does not exist"]),
+            (["usage", "--month", "2026-13"], ["2026-13"]),
+        ],
+    )
+    def test_other_commands(self, words: list[str], told: list[str]) -> None:
+        refused(polar(*words), 2, *told)
+
+    def test_a_policy_file_that_is_wrong(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "wrong.json").write_bytes(b"\xff{")
+        words = ["run", "hi", "--model", str(folder), "--policy"]
+        refused(polar(*words, str(tmp_path / "wrong.json")), 2, "wrong.json", "no UTF-8")
+        refused(polar(*words, str(tmp_path / "absent.json")), 2, "absent.json", "polar scan --save")
+
+    def test_an_unknown_command_or_option(self) -> None:
+        assert polar("rnu").exit_code == 2
+        assert polar("run", "hi", "--cheap").exit_code == 2
+        assert polar("run").exit_code == 2
+
+    def test_a_prompt_that_is_no_text(self, on_tiny: list[str]) -> None:
+        for encoding in ("utf-8:surrogateescape", "utf-8:strict"):
+            done = subprocess.run(
+                [*POLAR, "run", "-", *on_tiny],
+                input=b"ab\xff",
+                capture_output=True,
+                timeout=TIMEOUT_S,
+                check=False,
+                env={**os.environ, "PYTHONIOENCODING": encoding},
+            )
+            assert done.returncode == 2
+            assert done.stderr.startswith(b"error: ")
+            assert done.stderr.count(b"\n") == 1
+
+
+class TestLedger:
+    """A ledger that cannot take the record: exit code 1 before anything runs, and the file as it was."""
+
+    def test_read_only(self, on_tiny: list[str], ledger_url: str, tmp_path: Path) -> None:
+        polar("run", "hi", "--max-tokens", "1", *on_tiny)
+        file = tmp_path / "ledger.sqlite3"
+        before = len(requests_in_ledger()), file.read_bytes()
+        assert before[0] == 1
+        read_only = f"sqlite:///file:{file}?mode=ro&uri=true"  # file modes do not stop a test that runs as root
+        refused(polar("run", "hi", "--max-tokens", "1", "--ledger", read_only, *on_tiny), 1, "ledger", "read-only")
+        assert (len(requests_in_ledger()), file.read_bytes()) == before
+
+    def test_a_file_without_permission(self, on_tiny: list[str], tmp_path: Path) -> None:
+        if os.geteuid() == 0:
+            pytest.skip("root may write every file")
+        polar("run", "hi", "--max-tokens", "1", *on_tiny)
+        file = tmp_path / "ledger.sqlite3"
+        file.chmod(0o444)
+        refused(polar("run", "hi", "--max-tokens", "1", *on_tiny), 1, "ledger.sqlite3")
+
+    def test_a_file_that_is_no_ledger(self, on_tiny: list[str], tmp_path: Path) -> None:
+        file = tmp_path / "notes.txt"
+        file.write_text("not a database, but dear to somebody\n" * 100, encoding="utf-8")
+        before = file.read_bytes()
+        refused(polar("run", "hi", "--ledger", str(file), *on_tiny), 1, "notes.txt")
+        assert file.read_bytes() == before
+
+    @pytest.mark.parametrize("where", ["absent/ledger.sqlite3", "."])
+    def test_a_place_where_none_can_be(self, on_tiny: list[str], tmp_path: Path, where: str) -> None:
+        refused(polar("run", "hi", "--ledger", f"sqlite:///{tmp_path / where}", *on_tiny), 1, str(tmp_path))
+
+    def test_a_url_that_is_none(self, on_tiny: list[str]) -> None:
+        result = polar("run", "hi", "--ledger", "mysql://host/db", *on_tiny)
+        assert result.exit_code in {1, 2}
+        assert result.stderr.count("\n") == 1
+
+    def test_a_request_id_twice(self, on_tiny: list[str]) -> None:
+        words = ["run", "hi", "--max-tokens", "1", "--request-id", "once", *on_tiny]
+        assert polar(*words).exit_code == 0
+        result = polar(*words)  # other timings, so another record under the same id
+        assert "Traceback" not in result.output
+        assert len(requests_in_ledger()) == 1
+
+
+class TestProcess:
+    """A real process, where signals and pipes matter."""
+
+    @pytest.fixture
+    def running(self) -> Iterator[list[subprocess.Popen[bytes]]]:
+        started: list[subprocess.Popen[bytes]] = []
+        yield started
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+    @staticmethod
+    def start(running: list[subprocess.Popen[bytes]], *words: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [*POLAR, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        running.append(process)
+        return process
+
+    @pytest.mark.parametrize("way", [[], ["--json"]], ids=["plain", "json"])
+    def test_ctrl_c_in_mid_stream(
+        self, running: list[subprocess.Popen[bytes]], on_tiny: list[str], way: list[str]
+    ) -> None:
+        process = self.start(running, "run", "hello", "--stream", "--max-tokens", "16000", *on_tiny, *way)
+        assert process.stdout is not None
+        assert process.stdout.read(4)  # the answer has begun
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 130
+        assert errors.decode() == "error: interrupted; what was executed until then is in the ledger.\n"
+        (stored,) = requests_in_ledger()
+        assert (stored["outcome"], stored["finish_reason"]) == ("cancelled", "cancelled")
+        assert 0 < stored["tokens"]["output"] < 16_000
+        assert stored["visits"]["decode"][0] > 0
+        assert stored["flops"]["total"] > 0
+
+    def test_ctrl_c_without_stream(self, running: list[subprocess.Popen[bytes]], on_tiny: list[str]) -> None:
+        process = self.start(running, "chat", "--max-tokens", "16000", *on_tiny)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"hello\n")
+        process.stdin.flush()
+        assert process.stdout.read(4)
+        process.send_signal(signal.SIGINT)  # in a chat it breaks off the answer, not the conversation
+        _, errors = process.communicate(b"/exit\n", timeout=TIMEOUT_S)
+        assert process.returncode == 0
+        assert errors.decode() == "[broken off]\n"
+        assert [stored["outcome"] for stored in requests_in_ledger()] == ["cancelled"]
+
+    def test_a_reader_that_has_had_enough(self, running: list[subprocess.Popen[bytes]], on_tiny: list[str]) -> None:
+        process = self.start(running, "run", "hello", "--stream", "--max-tokens", "16000", *on_tiny)
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.stdout.close()  # what `head -c 1` does
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait(TIMEOUT_S) == 0
+        assert [stored["outcome"] for stored in requests_in_ledger()] == ["cancelled"]
+
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [(["--version"], 0), (["run", ""], 2), (["run", "hi", "--model", "./absent"], 2), (["nothing"], 2)],
+    )
+    def test_exit_codes(self, words: list[str], code: int) -> None:
+        done = subprocess.run([*POLAR, *words], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+
+
+class TestChat:
+    def test_piped_turns(self, on_tiny: list[str]) -> None:
+        result = polar("chat", "--max-tokens", "5", *on_tiny, typed="hello\n\n  \nand again\n")
+        assert result.exit_code == 0
+        assert result.stderr.count("[standard · program 0 2-5 · ") == 2
+        first, second = reversed(requests_in_ledger())
+        assert first["tokens"] == {"input": 7, "cached": 0, "output": 5}
+        assert second["tokens"]["input"] > 7 + len("and again")  # the conversation so far is part of the prompt
+
+    def test_answers_stand_on_lines_of_their_own(self, on_tiny: list[str]) -> None:
+        alone = polar("run", "hello", "--max-tokens", "5", *on_tiny).stdout
+        result = polar("chat", "--max-tokens", "5", *on_tiny, typed="hello\n/exit\nnever said\n")
+        assert result.stdout == alone
+
+    def test_the_system_message_counts(self, on_tiny: list[str]) -> None:
+        polar("chat", "--system", "short", "--max-tokens", "1", *on_tiny, typed="hello\n")
+        (stored,) = requests_in_ledger()
+        assert stored["tokens"]["input"] == len("short") + len("hello") + 3
+
+    def test_a_turn_that_is_refused_ends_nothing(self, on_tiny: list[str]) -> None:
+        result = polar("chat", "--max-tokens", "3", *on_tiny, typed="x" * 17_000 + "\nhello\n")
+        assert result.exit_code == 0
+        assert result.stderr.startswith("error: ")
+        assert len(requests_in_ledger()) == 1
+
+    def test_an_unknown_tier(self, on_tiny: list[str]) -> None:
+        result = polar("chat", "--compute", "econmy", *on_tiny, typed="hello\n")
+        assert "tier 'econmy' is unknown" in result.stderr
+        assert requests_in_ledger() == []
+
+
+class TestScan:
+    def test_it_measures_and_saves(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
+        words = ["--model", str(folder), "--limit", "2", "--lengths", "1", "--removals", "1"]
+        result = polar("scan", *words, "--json", "--save", "--out", str(tmp_path / "scan.json"))
+        facts = json.loads(result.stdout)
+        assert facts["prompts"] == 2
+        assert set(facts["picks"]) == {"economy", "standard"}
+        assert json.loads((tmp_path / "scan.json").read_text(encoding="utf-8"))["fingerprint"] == facts["fingerprint"]
+        run = polar("run", "hi", "--max-tokens", "1", "--json", "--model", str(folder))  # finds the saved policy
+        assert json.loads(run.stdout)["usage"]["program"] == facts["picks"]["standard"]["program"]
+
+
+class TestHelp:
+    commands = typer.main.get_command(app)
+
+    @staticmethod
+    def names(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        for name, one in getattr(command, "commands", {}).items():
+            if not one.hidden:
+                yield (*path, name)
+                yield from TestHelp.names(one, (*path, name))
+
+    def test_the_commands_of_the_design_are_there(self) -> None:
+        assert {"run", "chat", "scan", "usage", "report", "models"} <= {path[0] for path in self.names(self.commands)}
+
+    def test_every_command_has_help_with_an_example_that_parses(self) -> None:
+        for path in self.names(self.commands):
+            result = polar(*path, "--help")
+            assert result.exit_code == 0
+            examples = [line.strip() for line in result.stdout.splitlines() if "Example: polar " in line]
+            assert len(examples) == 1, path
+            words = shlex.split(examples[0].removeprefix("Example: polar "))
+            assert tuple(words[: len(path)]) == path
+            command = self.commands
+            for name in path:
+                command = command.commands[name]  # type: ignore[attr-defined]
+            command.make_context(" ".join(path), words[len(path) :])  # raises on an option that does not exist
+
+    def test_without_a_command_it_helps(self) -> None:
+        result = polar()
+        assert "Usage:" in result.output
+        assert "polar demo" in result.output
+
+    def test_version(self) -> None:
+        from polar_sdk import __version__
+
+        assert polar("--version").stdout == f"polar {__version__}\n"
+
+    def test_models_json(self) -> None:
+        rows = json.loads(polar("models", "--json").stdout)
+        assert [row["name"] for row in rows if row["default"]] == ["smollm2-135m-instruct"]
+
+
+@pytest.mark.model
+class TestDefaultModel:
+    def test_paris(self) -> None:
+        result = polar("run", "What is the capital of France?", "--compute", "exact", "--max-tokens", "20")
+        assert result.exit_code == 0
+        assert "Paris" in result.stdout
+        assert result.stderr.startswith("[exact · program 0-29 · ")
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (["hi", "--compute", "econmy"], ["'econmy'", "use one of"]),
+            (["hi", "--program", "0-30"], ["layer 30", "30 layers, numbered 0 to 29"]),
+            (["word " * 8200], ["the context window is 8192", "shorten the prompt"]),
+            ([" "], ["prompt is empty"]),
+        ],
+    )
+    def test_mistakes(self, words: list[str], told: list[str]) -> None:
+        refused(polar("run", *words), 2, *told)
+        assert requests_in_ledger() == []
+
+    def test_ctrl_c_in_mid_stream(self) -> None:
+        words = ["run", "Write a long story about a lighthouse.", "--stream", "--max-tokens", "2000"]
+        with subprocess.Popen([*POLAR, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.read(10)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 130
+        assert b"Traceback" not in errors
+        (stored,) = requests_in_ledger()
+        assert stored["outcome"] == "cancelled"
+        assert 0 < stored["tokens"]["output"] < 2000
+        assert set(stored["visits"]["prefill"]) <= {0, 1}

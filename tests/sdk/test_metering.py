@@ -1,0 +1,160 @@
+"""What is metered is what was executed: FLOPs to the FLOP, visits to the visit, however the request ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from polar_sdk import ListSink, Policy, Program
+from polar_sdk.engine.families import build_decoder
+from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.testing import tiny_llama, tiny_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Attend, Decoder, Rotary
+    from polar_sdk.model import PolarModel
+
+DEPTH = 6
+PROGRAMS = ["0-5", "0-1 3-5", "0-2 3x2 4-5", "0 2x3 1 5", "5"]
+
+
+@pytest.mark.parametrize("text", PROGRAMS)
+@pytest.mark.parametrize("prompt", [1, 2, 33])
+def test_flops_of_a_prefill_and_of_each_decode_step_are_torchs_own(text: str, prompt: int) -> None:
+    decoder = build_decoder(tiny_llama(layers=DEPTH))
+    row = Row(decoder, Program.parse(text), prompt)
+    before = 0
+    for tokens in ([7] * prompt, [8], [9]):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            next_logits(decoder, [row], [tokens])
+        metered = row.work.flops().total
+        assert metered - before == counter.get_total_flops()
+        before = metered
+
+
+@pytest.mark.parametrize("text", PROGRAMS)
+def test_the_reference_model_counts_the_same_flops(text: str) -> None:
+    """Identity and skips of our engine against FlopCounterMode on the untouched Hugging Face model, eager attention."""
+    program = Program.parse(text)
+    model = tiny_llama(layers=DEPTH, attn_implementation="eager")
+    cost = build_decoder(model).cost
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(torch.tensor([[5] * 21]), use_cache=False, logits_to_keep=1)
+    assert cost.request(Program.identity(DEPTH), 21, 1).total == counter.get_total_flops()
+    per_layer = cost.layers[0].flops(21, 21)
+    assert cost.prefill(program, 21) == per_layer * len(program)
+
+
+def test_flops_of_a_ragged_batch_are_torchs_own() -> None:
+    decoder = build_decoder(tiny_llama(layers=DEPTH))
+    rows = [Row(decoder, Program.parse(text), 40) for text in PROGRAMS]
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        next_logits(decoder, rows, [[3] * (5 + 4 * number) for number in range(len(rows))])
+        next_logits(decoder, rows, [[4]] * len(rows))
+    assert sum(row.work.flops().total for row in rows) == counter.get_total_flops()
+
+
+class Hooked:
+    """Counts calls of a decoder's layers from outside the meter."""
+
+    def __init__(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: Counter[int] = Counter()
+        run = decoder.layer
+
+        def layer(index: int, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+            out = run(index, hidden, rotary, attend)
+            self.calls[index] += 1
+            return out
+
+        monkeypatch.setattr(decoder, "layer", layer)
+
+
+def model_with_sink() -> tuple[PolarModel, ListSink]:
+    sink = ListSink()
+    return tiny_model(sink=sink, policy=Policy.permissive()), sink
+
+
+@pytest.mark.parametrize("text", PROGRAMS)
+def test_metered_visits_are_those_that_hooks_count(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sink = model_with_sink()
+    hooked = Hooked(model.loaded.decoder, monkeypatch)
+    model.generate("count me", program=text, max_tokens=9)
+    visits = sink.records[0].visits
+    assert [a + b for a, b in zip(visits.prefill, visits.decode, strict=True)] == [
+        hooked.calls[i] for i in range(DEPTH)
+    ]
+
+
+def test_a_record_agrees_with_the_cost_model_and_with_the_saving() -> None:
+    model, _ = model_with_sink()
+    done = model.generate("hello", program="0-1 3-5", max_tokens=10)
+    usage = done.usage
+    assert usage.flops == model.cost("0-1 3-5", prompt=usage.tokens.input, output=usage.tokens.output)
+    assert usage.identity_flops == model.cost(prompt=usage.tokens.input, output=usage.tokens.output).total
+    assert usage.flops_saved == usage.identity_flops - usage.flops.total > 0
+
+
+def test_a_closed_stream_is_counted_up_to_its_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sink = model_with_sink()
+    hooked = Hooked(model.loaded.decoder, monkeypatch)
+    stream = model.stream("break me off", program="0-2 3x2 4-5", max_tokens=40)
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    (record,) = sink.records
+    assert (record.outcome, record.finish_reason, record.tokens.output) == ("cancelled", "cancelled", 4)
+    assert record.visits.total == hooked.calls.total()
+    assert record.flops == model.cost("0-2 3x2 4-5", prompt=record.tokens.input, output=4)
+
+
+@pytest.mark.parametrize("stop_at", [3, 8, 15])
+def test_a_failure_in_mid_layer_is_counted_up_to_the_last_finished_layer(
+    stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sink = model_with_sink()
+    hooked = Hooked(model.loaded.decoder, monkeypatch)
+    counted = model.loaded.decoder.layer
+
+    def failing(index: int, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        if hooked.calls.total() == stop_at:
+            raise RuntimeError("the device fell over")
+        return counted(index, hidden, rotary, attend)
+
+    monkeypatch.setattr(model.loaded.decoder, "layer", failing)
+    with pytest.raises(RuntimeError, match="fell over"):
+        model.generate("hello", program="0-5", max_tokens=9)
+    (record,) = sink.records
+    assert (record.outcome, record.finish_reason, record.error) == ("error", "error", "RuntimeError")
+    assert record.visits.total == stop_at == hooked.calls.total()
+    assert 0 < record.flops.total <= record.identity_flops + record.flops.layers_decode
+
+
+def test_an_interrupt_is_recorded_as_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sink = model_with_sink()
+
+    def interrupt(*_: object) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.loaded.decoder, "head", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate("hello", max_tokens=5)
+    assert [record.outcome for record in sink.records] == ["cancelled"]
+    assert sink.records[0].flops.head == 0 < sink.records[0].flops.layers_prefill
+
+
+def test_every_row_of_a_failing_batch_gets_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sink = model_with_sink()
+
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(model.loaded.decoder, "head", fail)
+    with pytest.raises(RuntimeError):
+        model.generate_batch(["a", "b", "c"], request_ids=["1", "2", "3"])
+    assert [(record.request_id, record.outcome) for record in sink.records] == [(n, "error") for n in "123"]

@@ -1,0 +1,87 @@
+"""The public surface: exactly these names per package, and no heavy import before one is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+PUBLIC = {
+    "polar_sdk": """
+        Chunk Generation IdentityRouter JsonlSink ListSink NullSink PolarError PolarModel Policy Program Router
+        StaticRouter Tier UsageRecord UsageSink
+    """,
+    "polar_sdk.router": "IdentityRouter Route Router StaticRouter fixed_router",
+    "polar_sdk.scan": "CalibrationItem ProgramScore ScanReport Scanner builtin_items read_items",
+    "polar_sdk.testing": "tiny_llama tiny_model tiny_tokenizer",
+    "polar_billing": """
+        ALL_TENANTS ALL_TIME AmountError BillingError ConflictError CurrencyMixError Ledger LedgerStorage
+        LedgerUrlError Meter MissingExtraError OutputError Period PeriodError PriceBook PriceBookError QueryError
+        Rating Report SchemaVersionError Selection StoreDamagedError StoreError StoreFullError StoreLockedError
+        StoreNotFoundError StoreReadOnlyError StoreUnavailableError StoredUsage UsageRow build_report open_meter
+        rate report_csv report_html usage_csv usage_rows
+    """,
+    "langchain_polar": """
+        ChatPolar CostTotals PolarCall PolarCostCallbackHandler PolarLLM PolarTimeoutError get_polar_cost_callback
+    """,
+    "llama_index_polar": "PolarLLM PolarTimeoutError",
+}
+HEAVY = "torch transformers"
+FRAMEWORKS = "langchain_core llama_index.core sqlalchemy"
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_exactly_the_listed_names(package: str) -> None:
+    assert sorted(import_module(package).__all__) == sorted(PUBLIC[package].split())
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_every_name_is_there_and_shown(package: str) -> None:
+    module = import_module(package)
+    for name in PUBLIC[package].split():
+        assert getattr(module, name) is not None
+        assert name in dir(module)
+
+
+@pytest.mark.parametrize("package", ["polar_sdk", "polar_billing", "langchain_polar", "llama_index_polar"])
+def test_a_name_that_is_not_there(package: str) -> None:
+    with pytest.raises(AttributeError, match=f"'{package}' has no attribute 'PolarModle'"):
+        _ = import_module(package).PolarModle
+
+
+def test_every_error_is_listed_and_drawn() -> None:
+    from polar_sdk import errors
+
+    classes = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, BaseException)
+    }
+    assert set(errors.__all__) == classes
+    assert errors.__doc__ is not None
+    for name in classes:
+        assert name in errors.__doc__
+
+
+@pytest.mark.parametrize(
+    ("statement", "unwanted"),
+    [
+        ("import polar_sdk", f"{HEAVY} {FRAMEWORKS} pydantic"),
+        ("import polar_sdk.cli.main", f"{HEAVY} {FRAMEWORKS}"),
+        ("from polar_sdk import Program, Policy, UsageRecord, JsonlSink", f"{HEAVY} {FRAMEWORKS}"),
+        ("import polar_billing", f"{HEAVY} {FRAMEWORKS}"),
+        ("from polar_billing import *", f"{HEAVY} langchain_core llama_index.core"),
+        ("import langchain_polar", f"{HEAVY} {FRAMEWORKS}"),
+        ("import llama_index_polar", f"{HEAVY} {FRAMEWORKS}"),
+    ],
+)
+def test_imports_stay_light(statement: str, unwanted: str) -> None:
+    code = f"import sys; {statement}; print(*[name for name in '{unwanted}'.split() if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout.strip(), done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_the_star_import_brings_every_name() -> None:
+    code = f"from polar_sdk import *; print([n for n in '''{PUBLIC['polar_sdk']}'''.split() if n not in globals()])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0)

@@ -1,0 +1,296 @@
+"""Every bad input is refused before compute: the right error, one line that names value, limit and fix, no record."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import pytest
+
+from polar_sdk.errors import (
+    ContextWindowError,
+    EmptyPromptError,
+    InvalidRequestError,
+    PolarError,
+    ProgramDepthError,
+    ProgramSyntaxError,
+    ProtectedLayerError,
+    SamplingError,
+    TagError,
+    UnknownTierError,
+)
+from polar_sdk.program import Program
+from polar_sdk.router import StaticRouter
+from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from polar_sdk.model import PolarModel
+    from polar_sdk.requests import Prompt
+    from polar_sdk.usage import ListSink
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+BAD_OPTIONS: list[tuple[dict[str, Any], type[PolarError], list[str]]] = [
+    # option, error, words of its message
+    ({"max_tokens": 0}, SamplingError, ["max_tokens=0", "1 or more"]),
+    ({"max_tokens": -5}, SamplingError, ["max_tokens=-5", "1 or more"]),
+    ({"max_tokens": 1.5}, SamplingError, ["max_tokens=1.5", "whole number"]),
+    ({"max_tokens": "9"}, SamplingError, ["max_tokens='9'", "whole number"]),
+    ({"max_tokens": 5000}, ContextWindowError, ["max_tokens=5000", "512", "at most 505"]),
+    ({"temperature": -0.1}, SamplingError, ["temperature=-0.1", "0 (greedy) to 100"]),
+    ({"temperature": 101}, SamplingError, ["temperature=101", "0 (greedy) to 100"]),
+    ({"temperature": float("nan")}, SamplingError, ["temperature=nan", "0 (greedy) to 100"]),
+    ({"temperature": float("inf")}, SamplingError, ["temperature=inf", "0 (greedy) to 100"]),
+    ({"temperature": "hot"}, SamplingError, ["temperature='hot'", "number"]),
+    ({"temperature": None}, SamplingError, ["temperature=None", "number"]),
+    ({"top_p": 0}, SamplingError, ["top_p=0", "above 0 and at most 1"]),
+    ({"top_p": 1.01}, SamplingError, ["top_p=1.01", "above 0 and at most 1"]),
+    ({"top_p": float("nan")}, SamplingError, ["top_p=nan", "above 0 and at most 1"]),
+    ({"top_k": -1}, SamplingError, ["top_k=-1", "0 (off) or more"]),
+    ({"top_k": 1.5}, SamplingError, ["top_k=1.5", "whole number"]),
+    ({"seed": 2**63}, SamplingError, ["seed=9223372036854775808", "64-bit"]),
+    ({"seed": 0.5}, SamplingError, ["seed=0.5", "whole number"]),
+    ({"stop": ""}, InvalidRequestError, ["stop string is empty", "leave it out"]),
+    ({"stop": ["a", ""]}, InvalidRequestError, ["stop string is empty", "leave it out"]),
+    ({"stop": [7]}, InvalidRequestError, ["stop 7", "str()"]),
+    ({"tenant": ""}, TagError, ["tenant ''", "1 to 200"]),
+    ({"tenant": " \t"}, TagError, ["tenant ' \\t'", "not all blank"]),
+    ({"tenant": "x" * 201}, TagError, ["tenant 'xxx", "201 characters", "1 to 200"]),
+    ({"tenant": 5}, TagError, ["tenant is 5", "str()"]),
+    ({"tenant": "\ud800"}, TagError, ["tenant '\\ud800'", "valid Unicode"]),
+    ({"tenant": "a\x00b"}, TagError, ["tenant 'a\\x00b'", "valid Unicode"]),
+    ({"request_id": ""}, TagError, ["request_id ''", "1 to 200"]),
+    ({"request_id": "x" * 201}, TagError, ["request_id 'xxx", "1 to 200"]),
+    ({"request_id": "\udfff"}, TagError, ["request_id '\\udfff'", "valid Unicode"]),
+    ({"tags": {"a": 1}}, TagError, ["tag 'a' is 1", "str()"]),
+    ({"tags": {1: "a"}}, TagError, ["tag is 1", "str()"]),
+    ({"tags": {" ": "a"}}, TagError, ["tag ' '", "not all blank"]),
+    ({"tags": {"a": "\ud800"}}, TagError, ["tag 'a'", "valid Unicode"]),
+    ({"tags": ["a"]}, TagError, ["tags are ['a']", "mapping"]),
+    ({"compute": "econmy"}, UnknownTierError, ["'econmy'", "economy, standard, premium, exact", "mean 'economy'"]),
+    ({"compute": ""}, UnknownTierError, ["''", "economy, standard, premium, exact"]),
+    ({"compute": 5}, UnknownTierError, ["tier 5", "economy, standard, premium, exact"]),
+    ({"program": ""}, ProgramSyntaxError, ["empty", "'0-29'"]),
+    ({"program": "0-b"}, ProgramSyntaxError, ["'0-b'", "'0-11 15x2 18-29'"]),
+    ({"program": 5}, ProgramSyntaxError, ["program 5", "'0-11 15x2 18-29'"]),
+    ({"program": "0-6"}, ProgramDepthError, ["layer 6", "6 layers, numbered 0 to 5"]),
+    ({"program": "1-5"}, ProtectedLayerError, ["skips layer 0", "protected: 0, -1"]),
+    ({"template": "jinja"}, InvalidRequestError, ["'jinja'", "auto, chat or raw"]),
+    ({"cancel": True}, InvalidRequestError, ["cancel is True", "threading.Event()"]),
+    ({"max_token": 5}, InvalidRequestError, ["'max_token'", "max_tokens"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"), BAD_OPTIONS, ids=lambda value: str(value)[:40].encode("ascii", "replace").decode()
+)
+def test_bad_options(
+    tiny: PolarModel, records: ListSink, options: dict[str, Any], error: type[PolarError], words: list[str]
+) -> None:
+    with pytest.raises(PolarError) as caught:
+        tiny.generate("hello", **options)
+    assert type(caught.value) is error
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.exit_code == 2
+    assert not caught.value.retryable
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert records.records == []
+    with pytest.raises(error):  # a stream is checked at once, not at its first chunk
+        tiny.stream("hello", **options)
+
+
+BAD_PROMPTS: list[tuple[Any, type[PolarError], list[str]]] = [
+    ("", EmptyPromptError, ["empty", "give it some text"]),
+    (" \n\t ", EmptyPromptError, ["4 blank characters", "give it some text"]),
+    ([], EmptyPromptError, ["0 messages", "give it some text"]),
+    ([{"role": "user", "content": "  "}], EmptyPromptError, ["1 messages without text"]),
+    (None, InvalidRequestError, ["NoneType", "a text or a list of messages"]),
+    (5, InvalidRequestError, ["int", "a text or a list of messages"]),
+    (b"hello", InvalidRequestError, ["bytes", "a text or a list of messages"]),
+    ({"role": "user", "content": "x"}, InvalidRequestError, ["dict", "a list of messages"]),
+    (["hello"], InvalidRequestError, ["message 0 is 'hello'", "'role' and 'content'"]),
+    ([*HELLO, {"role": "user"}], InvalidRequestError, ["message 1", "'role' and 'content'"]),
+    ([{"content": "x"}], InvalidRequestError, ["message 0", "'role' and 'content'"]),
+    ([{"role": "user", "content": None}], InvalidRequestError, ["message 0", "content None", "must be text"]),
+    ([{"role": "user", "content": [{"text": "x"}]}], InvalidRequestError, ["message 0", "must be text"]),
+    ([{"role": 5, "content": "x"}], InvalidRequestError, ["message 0", "role 5", "must be text"]),
+    ("ab\ud800", InvalidRequestError, ["lone surrogate at character 2", "valid Unicode"]),
+    ([{"role": "user", "content": "\udcff"}], InvalidRequestError, ["lone surrogate at character 0"]),
+    ([{"role": "\udcff", "content": "x"}], InvalidRequestError, ["lone surrogate at character 0"]),
+    ("x" * 600, ContextWindowError, ["602 tokens", "512", "shorten the prompt"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "words"), BAD_PROMPTS, ids=lambda value: str(value)[:40].encode("ascii", "replace").decode()
+)
+def test_bad_prompts(
+    tiny: PolarModel, records: ListSink, prompt: Any, error: type[PolarError], words: list[str]
+) -> None:
+    with pytest.raises(PolarError) as caught:
+        tiny.generate(prompt)
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert records.records == []
+
+
+def test_one_bad_prompt_stops_a_batch_before_compute(tiny: PolarModel, records: ListSink) -> None:
+    with pytest.raises(EmptyPromptError):
+        tiny.generate_batch(["hello", ""], max_tokens=2)
+    assert records.records == []
+
+
+def test_batches_that_make_no_sense(tiny: PolarModel, records: ListSink) -> None:
+    with pytest.raises(InvalidRequestError, match=r"not one text.*\[text\]"):
+        tiny.generate_batch("hello")
+    with pytest.raises(InvalidRequestError, match="use request_ids"):
+        tiny.generate_batch(["a", "b"], request_id="x")
+    with pytest.raises(InvalidRequestError, match="1 request_ids for 2 prompts"):
+        tiny.generate_batch(["a", "b"], request_ids=["x"])
+    with pytest.raises(InvalidRequestError, match="same"):
+        tiny.generate_batch(["a", "b"], request_ids=["x", "x"])
+    assert tiny.generate_batch([]) == []
+    assert records.records == []
+
+
+class TestWindow:
+    """Prompt and answer share the context window, here 512 tokens; a chat turn of n letters has n + 2."""
+
+    def test_default_is_256(self, tiny: PolarModel) -> None:
+        assert made(tiny, "hello").max_tokens == 256
+
+    def test_default_is_what_the_window_leaves(self, tiny: PolarModel) -> None:
+        assert tiny.count_tokens("x" * 400) == 402
+        assert made(tiny, "x" * 400).max_tokens == 110
+
+    def test_the_last_token_of_the_window_can_be_asked_for(self, tiny: PolarModel) -> None:
+        prompt = "x" * 509
+        assert tiny.count_tokens(prompt) == 511
+        assert made(tiny, prompt).max_tokens == 1
+        assert made(tiny, prompt, max_tokens=1).max_tokens == 1
+        with pytest.raises(ContextWindowError, match=r"max_tokens=2 and a prompt of 511.*512.*at most 1"):
+            made(tiny, prompt, max_tokens=2)
+        done = tiny.generate(prompt)
+        assert (done.usage.tokens.input, done.usage.tokens.output) == (511, 1)
+
+    def test_a_prompt_that_fills_the_window_leaves_no_answer(self, tiny: PolarModel) -> None:
+        with pytest.raises(ContextWindowError, match=r"512 tokens; the context window is 512.*at least 1"):
+            made(tiny, "x" * 510)
+
+
+class TestTemplates:
+    def test_auto_makes_one_user_message(self, tiny: PolarModel) -> None:
+        assert made(tiny, "hello").tokens == made(tiny, HELLO).tokens == made(tiny, "hello", template="chat").tokens
+
+    def test_raw_is_the_text_alone(self, tiny: PolarModel) -> None:
+        assert list(made(tiny, "hello", template="raw").tokens) == tiny.encode("hello")
+
+    def test_raw_understands_special_tokens(self, tiny: PolarModel) -> None:
+        assert made(tiny, "<|user|>hello<|assistant|>", template="raw").tokens == made(tiny, "hello").tokens
+
+    def test_raw_refuses_messages(self, tiny: PolarModel) -> None:
+        with pytest.raises(InvalidRequestError, match="'raw' takes a text, not messages"):
+            made(tiny, HELLO, template="raw")
+
+    def test_messages_of_all_roles(self, tiny: PolarModel) -> None:
+        messages = [{"role": role, "content": role[:1]} for role in ("system", "user", "assistant", "user")]
+        text = "<|system|>s<|user|>u<|assistant|>a<|user|>u<|assistant|>"
+        assert made(tiny, messages).tokens == made(tiny, text, template="raw").tokens
+
+    def test_a_model_without_template(self) -> None:
+        import copy
+
+        from polar_sdk.model import PolarModel
+
+        tokenizer = copy.deepcopy(tiny_tokenizer())
+        tokenizer.chat_template = None
+        model = PolarModel.from_hf(tiny_llama(), tokenizer, ledger=None)
+        assert list(made(model, "hello").tokens) == tokenizer.encode("hello")
+        for options in ({"prompt": "hello", "template": "chat"}, {"prompt": HELLO}):
+            with pytest.raises(InvalidRequestError, match=r"no chat template.*template='raw'"):
+                made(model, **options)
+
+
+class TestWho:
+    def test_the_objects_tenant_and_tags(self, tiny: PolarModel) -> None:
+        request = made(tiny, "hello")
+        assert request.tenant == "acme"
+        assert request.tags == {"team": "search", "stage": "test"}
+
+    def test_the_calls_come_over_them(self, tiny: PolarModel) -> None:
+        request = made(tiny, "hello", tenant="globex", tags={"stage": "live", "job": "7"})
+        assert request.tenant == "globex"
+        assert request.tags == {"team": "search", "stage": "live", "job": "7"}
+        assert made(tiny, "hello").tags == {"team": "search", "stage": "test"}
+
+    def test_none_means_not_given(self, tiny: PolarModel) -> None:
+        request = made(tiny, "hello", tenant=None, tags=None, request_id=None, stop=None, seed=None, cancel=None)
+        assert request.tenant == "acme"
+        assert UUID(request.request_id).version == 7
+        assert request.stops == ()
+
+    def test_a_bad_tag_of_the_object_stops_the_call(self) -> None:
+        model = tiny_model(tags={"a": 1})
+        with pytest.raises(TagError, match="tag 'a' is 1"):
+            model.generate("hello")
+
+    def test_the_record_says_who(self, tiny: PolarModel, records: ListSink) -> None:
+        tiny.generate("hello", max_tokens=1, tenant="globex", tags={"job": "7"}, request_id="mine")
+        (record,) = records.records
+        assert (record.tenant, record.request_id) == ("globex", "mine")
+        assert record.tags == {"team": "search", "stage": "test", "job": "7"}
+
+
+class TestPrecedence:
+    """Program by hand, else tier, else the object's router, else the default tier."""
+
+    def test_default_tier(self, tiny: PolarModel) -> None:
+        request = made(tiny, "hello")
+        assert (request.tier, request.route.program.text) == ("standard", "0 2-5")
+
+    def test_program_over_tier(self, tiny: PolarModel) -> None:
+        request = made(tiny, "hello", compute="economy", program="0 5")
+        assert (request.tier, request.route.program.text, request.router.kind) == (None, "0 5", "static")
+
+    def test_router_over_default_tier(self) -> None:
+        model = tiny_model(router=StaticRouter("0 4-5"))
+        assert made(model, "hello").route.program.text == "0 4-5"
+        assert made(model, "hello", compute="premium").route.program == Program.identity(6)
+        assert made(model, "hello", program="0 5").route.program.text == "0 5"
+
+    def test_full_depth_is_named_identity(self, tiny: PolarModel) -> None:
+        assert made(tiny, "hello", compute="exact").router.kind == "identity"
+        assert made(tiny, "hello", program="0-5").router.kind == "identity"
+
+    def test_a_routers_program_is_bounded_too(self) -> None:
+        with pytest.raises(ProtectedLayerError):
+            tiny_model(router=StaticRouter("1-5")).generate("hello")
+
+
+def test_stops_and_cancel_are_taken(tiny: PolarModel) -> None:
+    event = threading.Event()
+    request = made(tiny, "hello", stop="END", cancel=event)
+    assert request.stops == ("END",)
+    assert made(tiny, "hello", stop=["a", "b"]).stops == ("a", "b")
+    assert not request.cancelled
+    event.set()
+    assert request.cancelled
+
+
+def test_scoring_refuses_an_empty_continuation(tiny: PolarModel) -> None:
+    assert len(tiny.score("one plus", [" one", " two"])) == 2
+    assert tiny.score("one plus", []) == ()
+    with pytest.raises(InvalidRequestError, match="continuation is empty"):
+        tiny.score("one plus", [" one", ""])
+    with pytest.raises(EmptyPromptError):
+        tiny.score("", [" one"])
+
+
+def made(model: PolarModel, prompt: Prompt, **options: Any) -> Any:
+    """The request as the engine would run it."""
+    return model._maker.make(prompt, options)  # type: ignore[arg-type]

@@ -1,0 +1,165 @@
+"""The scan on a tiny model: what it measures is checked against doing the same by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from polar_sdk import Policy, Program
+from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.errors import DataError
+from polar_sdk.scan import Scanner, builtin_items, read_items
+from polar_sdk.scan.data import ChoiceItem, PromptItem
+from polar_sdk.scan.pick import policy_of
+from polar_sdk.scoring import Question, packs, score_programs, score_questions
+from polar_sdk.testing import tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from polar_sdk.model import PolarModel
+
+DEPTH = 6
+PROMPTS = [PromptItem(prompt=text) for text in ("hello", "what is this", "count to ten")]
+CHOICES = [
+    ChoiceItem(question="Which is a colour?", choices=("red", "seven", "run"), answer=0),
+    ChoiceItem(question="Two and two?", choices=("three", "four"), answer=1),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> PolarModel:
+    return tiny_model(policy=Policy(protected=(0, -1)))
+
+
+def next_token(model: PolarModel, program: Program, tokens: Sequence[int]) -> int:
+    decoder = model.loaded.decoder
+    with torch.inference_mode():
+        return int(next_logits(decoder, [Row(decoder, program, 1)], [tokens])[0].argmax())
+
+
+def test_agreement_is_counted_token_by_token(model: PolarModel) -> None:
+    program = Program.parse("0-1 3-5")
+    score = Scanner(model, PROMPTS, answer_tokens=6).measure([program])[program]
+    same = []
+    for item in PROMPTS:
+        done = model.generate(item.prompt, program=Program.identity(DEPTH), max_tokens=6)
+        prompt = model._encoder.encode(item.prompt)
+        for at, token in enumerate(done.token_ids):  # the program's own choice after identity's start
+            same.append(next_token(model, program, [*prompt, *done.token_ids[:at]]) == token)
+    assert score.agreement == sum(same) / len(same)
+
+
+def test_identity_agrees_with_itself_and_loses_nothing(model: PolarModel) -> None:
+    identity = Program.identity(DEPTH)
+    score = Scanner(model, [*PROMPTS, *CHOICES], answer_tokens=8).measure([identity])[identity]
+    assert (score.agreement, score.same_choice, score.fidelity) == (1.0, 1.0, 1.0)
+    assert score.excess_nats == pytest.approx(0, abs=1e-5)
+    assert score.flops_ratio == 1.0
+
+
+def test_accuracy_is_the_share_of_right_choices(model: PolarModel) -> None:
+    program = Program.parse("0-3 5")
+    score = Scanner(model, CHOICES).measure([program])[program]
+    right = 0
+    for item in CHOICES:
+        values = model.score(f"Question: {item.question}\nAnswer:", [f" {c}" for c in item.choices], program=program)
+        per_character = [value / len(choice) for value, choice in zip(values, item.choices, strict=True)]
+        right += per_character.index(max(per_character)) == item.answer
+    assert score.accuracy == right / len(CHOICES)
+    assert score.agreement is None
+
+
+def test_shared_starts_change_no_score(model: PolarModel) -> None:
+    """The trie over programs gives what each program gives alone, whatever the order."""
+    questions = [Question((1, 2, 3), ((4, 5), (6,))), Question((9,) * 20, ((7, 8, 9),))]
+    texts = ["0-5", "0-1 3-5", "0 2-5", "0-1 2x2 3-5", "5 4 3", "0-4", "0-5"]
+    together = score_programs(model.loaded.decoder, questions, [Program.parse(text) for text in texts])
+    assert len(together) == len(set(texts))
+    for program, scores in together.items():
+        for ours, alone in zip(scores, score_questions(model.loaded.decoder, questions, program), strict=True):
+            assert ours.loglikelihoods == pytest.approx(alone.loglikelihoods, abs=1e-5)
+            assert ours.greedy == alone.greedy
+
+
+def test_packs_keep_order_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polar_sdk.scoring._PACK_TOKENS", 10)
+    questions = [Question((0,) * size, ((1,),)) for size in (3, 4, 20, 1, 1, 1, 6)]
+    found = list(packs(questions))
+    assert [question for pack in found for question in pack] == questions
+    assert all(len(pack) == 1 or sum(q.tokens for q in pack) <= 10 for pack in found)
+
+
+def test_a_scan_covers_every_block_and_never_a_protected_layer(model: PolarModel) -> None:
+    report = Scanner(model, PROMPTS, answer_tokens=4).scan((1, 2), removals=2)
+    assert [score.program.skips(DEPTH) for score in report.skips] == [
+        (1,), (2,), (3,), (4,), (1, 2), (2, 3), (3, 4),
+    ]  # fmt: skip
+    assert [score.program.visits(DEPTH).index(2) for score in report.loops] == [1, 2, 3, 4]
+    assert [len(score.program.skips(DEPTH)) for score in report.path] == [1, 2]
+    least = min(report.skips[:4], key=lambda score: score.excess_nats or 0)
+    assert report.path[0].program == least.program
+    assert set(report.path[0].program.skips(DEPTH)) < set(report.path[1].program.skips(DEPTH))
+
+
+def test_picks_become_a_policy_that_serves(model: PolarModel, tmp_path: Path) -> None:
+    report = Scanner(model, PROMPTS, answer_tokens=4).scan((1,), loops=False, removals=3)
+    assert report.cheapest(1.0).fidelity == 1.0
+    picks = {"economy": report.cheapest(0.0), "standard": report.path[0]}
+    assert picks["economy"] == report.path[-1]
+    policy_of(report, picks).save(tmp_path / "policy.json")
+    served = tiny_model(policy=tmp_path / "policy.json")
+    usage = served.generate("x", compute="economy", max_tokens=1).usage
+    assert (usage.tier, usage.program) == ("economy", report.path[-1].program.text)
+
+
+def test_the_built_in_prompts_mix_their_kinds() -> None:
+    items = builtin_items()
+    assert len(items) == len(set(items)) == 70
+
+
+def test_files_are_read_deduplicated_and_limited(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "a "},
+        {"question": "q", "choices": ["x", "y"], "answer": 1, "id": 7},
+        {"prompt": "b"},
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert read_items(file) == [
+        PromptItem(prompt="a"),
+        ChoiceItem(question="q", choices=("x", "y"), answer=1),
+        PromptItem(prompt="b"),
+    ]
+    assert len(read_items(file, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "holds no prompt"),
+        ("nonsense", r"data\.jsonl:1: no JSON"),
+        ('{"text": "x"}', r"data\.jsonl:1: prompt: Field required"),
+        ('{"prompt": " "}', r"data\.jsonl:1: prompt"),
+        ('{"question": "q", "choices": ["only"], "answer": 0}', r"data\.jsonl:1: choices"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"answer 2 is no index of 2 choices"),
+        ("[1]", r"data\.jsonl:1: line"),
+    ],
+)
+def test_a_bad_calibration_file_says_where_and_why(line: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(line)
+    with pytest.raises(DataError, match=says):
+        read_items(file)
+
+
+def test_a_missing_file_and_an_empty_set_are_errors(model: PolarModel, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read_items(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="at least one"):
+        Scanner(model, [])

@@ -1,0 +1,168 @@
+"""Where usage goes: which sink is found for which ledger, and the log file that several threads write."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+from importlib.metadata import EntryPoint, EntryPoints
+from typing import TYPE_CHECKING
+
+import pytest
+
+from polar_sdk import sinks
+from polar_sdk.errors import SinkError, SinkNotFoundError
+from polar_sdk.sinks import JsonlSink, find_sink
+from polar_sdk.testing import tiny_model
+from polar_sdk.usage import ListSink, NullSink, Outcome, UsageRecord, UsageSink
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class RecordedUrl(ListSink):
+    """Stands for a registered meter: keeps the URL its factory was called with."""
+
+    def __init__(self, url: str | None) -> None:
+        super().__init__()
+        self.url = url
+
+
+def registered(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register `value` as the default sink, or nothing."""
+    found = () if value is None else (EntryPoint("default", value, sinks.GROUP),)
+    monkeypatch.setattr(sinks, "entry_points", lambda **wanted: EntryPoints(found).select(**wanted))
+
+
+def url_of(sink: UsageSink) -> str | None:
+    assert isinstance(sink, RecordedUrl)
+    return sink.url
+
+
+class TestWithAMeter:
+    @pytest.fixture(autouse=True)
+    def meter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # The factory is found where an entry point finds it: as an attribute of an importable module.
+        monkeypatch.setattr(sinks, "RecordedUrl", RecordedUrl, raising=False)
+        registered("polar_sdk.sinks:RecordedUrl", monkeypatch)
+
+    def test_auto_takes_the_variable(self, ledger_url: str) -> None:
+        assert url_of(find_sink()) == url_of(find_sink("auto")) == ledger_url
+
+    @pytest.mark.parametrize("value", [None, ""])
+    def test_auto_without_the_variable_lets_the_meter_choose(
+        self, value: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if value is None:
+            monkeypatch.delenv("POLAR_LEDGER")
+        else:
+            monkeypatch.setenv("POLAR_LEDGER", value)
+        assert url_of(find_sink()) is None
+
+    def test_a_url_comes_before_the_variable(self) -> None:
+        assert url_of(find_sink("sqlite:///other.db")) == "sqlite:///other.db"
+
+    def test_none_turns_metering_off(self) -> None:
+        assert isinstance(find_sink(None), NullSink)
+
+    @pytest.mark.parametrize("ledger", ["auto", None, "sqlite:///other.db"])
+    def test_a_sink_at_hand_comes_before_all(self, ledger: str | None) -> None:
+        mine = ListSink()
+        assert find_sink(ledger, mine) is mine
+
+
+@pytest.mark.parametrize("value", [None, "a_package_that_is_not_installed:meter"])
+class TestWithoutAMeter:
+    @pytest.fixture(autouse=True)
+    def no_meter(self, value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        registered(value, monkeypatch)
+
+    def test_auto_keeps_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("POLAR_LEDGER")
+        assert isinstance(find_sink(), NullSink)
+        assert isinstance(find_sink(None), NullSink)
+
+    def test_a_ledger_that_was_named_is_an_error(self, ledger_url: str) -> None:
+        for ledger in ("auto", "sqlite:///x.db"):
+            with pytest.raises(SinkNotFoundError, match=r"no meter is installed.*polar-llm\[billing\].*ledger=None"):
+                find_sink(ledger)
+        with pytest.raises(SinkNotFoundError, match=r"ledger 'sqlite:///x\.db'"):
+            find_sink("sqlite:///x.db")
+
+    def test_a_model_says_so_before_it_answers(self) -> None:
+        with pytest.raises(SinkNotFoundError):
+            tiny_model(ledger="auto")
+
+
+def test_the_real_meter_is_found(ledger_url: str) -> None:
+    from polar_billing import Meter
+
+    model = tiny_model(ledger="auto")
+    assert isinstance(model.sink, Meter)
+    done = model.generate("hello", max_tokens=2)
+    assert done.receipt is not None
+    assert done.receipt["tier"] == "standard"
+
+
+class TestJsonl:
+    def test_a_line_per_record(self, tmp_path: Path) -> None:
+        sink = JsonlSink(tmp_path / "usage.jsonl")
+        model = tiny_model(sink=sink)
+        done = [model.generate(prompt, max_tokens=3) for prompt in ("one", "two\nlines", "héllo €")]
+        lines = sink.path.read_text(encoding="utf-8").splitlines()
+        assert [UsageRecord.model_validate_json(line) for line in lines] == [one.usage for one in done]
+        assert [one.receipt for one in done] == [None] * 3
+
+    def test_check_writes_nothing(self, tmp_path: Path) -> None:
+        sink = JsonlSink(str(tmp_path / "usage.jsonl"))
+        sink.check()
+        assert sink.path.read_bytes() == b""
+
+    def test_lines_of_many_threads_stay_whole(self, tmp_path: Path) -> None:
+        sink = JsonlSink(tmp_path / "usage.jsonl")
+
+        def write(thread: int) -> None:
+            for number in range(50):
+                sink.emit(record(f"{thread}-{number}", note="x" * 3000))
+
+        threads = [threading.Thread(target=write, args=(thread,)) for thread in range(8)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        ids = [
+            UsageRecord.model_validate_json(line).request_id
+            for line in sink.path.read_text(encoding="utf-8").splitlines()
+        ]
+        assert sorted(ids) == sorted(f"{thread}-{number}" for thread in range(8) for number in range(50))
+
+    @pytest.mark.parametrize("where", ["absent/usage.jsonl", "."])
+    def test_a_place_that_cannot_be_written(self, tmp_path: Path, where: str) -> None:
+        sink = JsonlSink(tmp_path / where)
+        with pytest.raises(SinkError, match=r"usage log .* cannot be written \(.*folder exists"):
+            sink.check()
+        with pytest.raises(SinkError):
+            sink.emit(record("r"))
+
+    def test_nothing_runs_that_cannot_be_recorded(self, tmp_path: Path) -> None:
+        model = tiny_model(sink=JsonlSink(tmp_path / "absent" / "usage.jsonl"))
+        with pytest.raises(SinkError) as caught:
+            model.generate("hello")
+        assert caught.value.exit_code == 1
+        assert isinstance(caught.value, OSError)
+        with pytest.raises(SinkError):
+            next(model.stream("hello"))
+
+
+def record(request_id: str, note: str = "") -> UsageRecord:
+    return UsageRecord(
+        request_id=request_id,
+        tags={"note": note},
+        model="tiny",
+        model_fingerprint="f" * 64,
+        router="identity",
+        router_version="1",
+        program="0-5",
+        outcome=Outcome.COMPLETED,
+        finish_reason="stop",
+        started_at=datetime(2026, 11, 24, tzinfo=UTC),
+    )
