@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import closing
+from contextvars import copy_context
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["iterate_in_thread", "run_in_thread"]
 
 T = TypeVar("T")
+_AHEAD = 2
+"""Items made before the consumer asks for them: enough to hide the hand-over, little to waste where it leaves."""
 
 
 class _AnyCancel:
@@ -61,11 +64,13 @@ class _End:
 async def iterate_in_thread(
     start: Callable[[Cancel], Generator[T, None, None]], cancel: Cancel | None
 ) -> AsyncIterator[T]:
-    """Iterate a blocking generator in a thread; leaving the iteration early stops it within one item."""
+    """Iterate a blocking generator in a thread, at the consumer's pace; leaving early stops it within one item."""
     stop = _AnyCancel(cancel)
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[T | _End] = asyncio.Queue()
+    finished = asyncio.Event()
     left = threading.Event()
+    room = threading.Semaphore(_AHEAD)
 
     def put(item: T | _End) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, item)
@@ -74,21 +79,27 @@ async def iterate_in_thread(
         try:
             with closing(start(stop)) as items:
                 for item in items:
-                    put(item)
+                    room.acquire()
                     if left.is_set():
                         break
+                    put(item)
         except BaseException as problem:  # handed to the consumer, whatever it is
             put(_End(problem))
         else:
             put(_End(None))
+        loop.call_soon_threadsafe(finished.set)
 
-    worker = asyncio.ensure_future(asyncio.to_thread(produce))
+    # A thread of its own: one of the loop's few would be held as long as the consumer pauses, and all of them by a
+    # consumer that reads many streams in turn.
+    threading.Thread(target=copy_context().run, args=(produce,), name="polar-stream").start()
     try:
         while not isinstance(item := await queue.get(), _End):
+            room.release()
             yield item
         if item.problem is not None:
             raise item.problem
     finally:
         left.set()
         stop.set()
-        await asyncio.shield(worker)
+        room.release()  # wakes a producer that waits for room
+        await finished.wait()

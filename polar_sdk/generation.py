@@ -74,6 +74,8 @@ class _Live:
         self.text = TextStream(model.tokenizer, request.stops)
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
+        self.usage: UsageRecord | None = None
+        """The record, from the moment that the answer is complete; offered to the sink again, unchanged, if that failed."""
         self.recorded = False
         self.prefill_begin_ns = self.prefill_end_ns = self.end_ns = 0
         self._end_tokens = _end_tokens(model)
@@ -222,6 +224,7 @@ def _chunk(live: _Live, piece: str, sink: UsageSink) -> Chunk:
     if live.finish is None:
         return Chunk(piece)
     usage = live.record(Outcome.CANCELLED if live.finish == "cancelled" else Outcome.COMPLETED)
+    live.usage = usage
     receipt = sink.emit(usage)
     live.recorded = True
     return Chunk(piece, Generation(live.text.text, tuple(live.tokens), live.finish, usage, receipt))
@@ -235,7 +238,8 @@ def _record_unfinished(lives: Sequence[_Live], failure: BaseException | None, si
         if live.recorded:
             continue
         try:
-            sink.emit(live.record(Outcome.CANCELLED if stopped else Outcome.ERROR, failure))
+            # The same facts under the same id: had the first attempt stored them after all, nothing is stored twice.
+            sink.emit(live.usage or live.record(Outcome.CANCELLED if stopped else Outcome.ERROR, failure))
         except Exception as problem:  # any sink, any error: the remaining rows must be recorded all the same
             problems.append(problem)
     if problems and not isinstance(failure, type(problems[0])):

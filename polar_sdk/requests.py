@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from numbers import Integral
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 from polar_sdk.engine.sampling import Sampling
@@ -158,7 +159,7 @@ class RequestMaker:
             )
         if asked is None:
             return min(_DEFAULT_MAX_TOKENS, room)
-        if not isinstance(asked, int):
+        if not isinstance(asked, Integral):
             raise SamplingError(f"max_tokens={asked!r} is not a whole number; pass one.")
         if asked < 1:
             raise SamplingError(f"max_tokens={asked} is out of range; use 1 or more.")
@@ -167,7 +168,7 @@ class RequestMaker:
                 f"max_tokens={asked} and a prompt of {prompt} tokens exceed the context window of "
                 f"{self.context_window}; use max_tokens of at most {room}."
             )
-        return asked
+        return int(asked)
 
 
 def _given(value: T | None, default: T) -> T:

@@ -1,10 +1,10 @@
 """Metering and billing for PoLar: usage records in, charges and reports out.
 
-`Meter` is the sink the engine hands its usage records to; `Ledger` keeps them; a `PriceBook` prices them; `rate`
-applies it; `usage_rows` and `build_report` answer who used what and what it cost.
+`Meter` is the sink the engine hands its usage records to; `Ledger` keeps them; a `PriceBook` prices them;
+`rate` applies it; `usage_rows` and `build_report` answer who used what and what it cost.
 
-The names below are loaded when first used, so importing this package loads neither SQLAlchemy nor anything of the
-engine but its errors and the usage record.
+The names below are loaded when first used, so importing this package loads neither SQLAlchemy nor anything of
+the engine but its errors and the usage record.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 
 _HOMES: Final = {
     "errors": (
-        "AmountError BillingError ConflictError CurrencyMixError LedgerUrlError MissingExtraError OutputError "
-        "PeriodError PriceBookError QueryError SchemaVersionError StoreDamagedError StoreError StoreFullError "
-        "StoreLockedError StoreNotFoundError StoreReadOnlyError StoreUnavailableError"
+        "AmountError BillingError ConflictError CurrencyMixError LedgerUrlError MissingExtraError "
+        "OutputError PeriodError PriceBookError QueryError SchemaVersionError StoreDamagedError StoreError "
+        "StoreFullError StoreLockedError StoreNotFoundError StoreReadOnlyError StoreUnavailableError"
     ),
     "ledger": "Ledger",
     "meter": "Meter open_meter",

@@ -1,7 +1,7 @@
 """Column types of the ledger: exact on every database, because each is an integer or a text underneath.
 
-`Numeric` on SQLite goes through a binary float and returns other digits than were stored; so amounts are scaled
-integers. This module knows no table.
+`Numeric` on SQLite goes through a binary float and returns other digits than were stored; so amounts are
+scaled integers. This module knows no table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Connections to the ledger's database: durable, with foreign keys on, writers taking turns.
 
-One class per kind of database is not needed: SQLite wants settings per connection and an explicit BEGIN, PostgreSQL
-wants neither. This module knows no table.
+One class per kind of database is not needed: SQLite wants settings per connection and an explicit BEGIN,
+PostgreSQL wants neither. This module knows no table.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _WRITES: Final = "polar_writes"
 class Database:
     """An engine made on first use, and transactions on it that raise `StoreError`.
 
-    Writers of one process queue on a lock rather than on the database's busy handler, which sleeps and is not fair.
-    After a fork the child makes an engine and a lock of its own: connections must not be shared across processes.
+    Writers of one process queue on a lock rather than on the database's busy handler, which sleeps and is not
+    fair. After a fork the child makes an engine and a lock of its own: connections must not be shared across
+    processes.
     """
 
     def __init__(self, url: URL) -> None:
@@ -171,6 +172,7 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A writer that begins as a reader cannot wait for its turn when it upgrades; it fails at once. So: IMMEDIATE.
+    # A writer that begins as a reader cannot wait for its turn when it upgrades; it fails at once. So:
+    # IMMEDIATE.
     writes = connection.get_execution_options().get(_WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from contextlib import closing
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -32,7 +33,7 @@ from polar_billing.schema import (
 from polar_billing.storage import AllTenants, LedgerStorage, Selection, StoredUsage, content_hash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from sqlalchemy import URL, Row, Select
 
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["Ledger"]
 
 _LEAST_FREE_BYTES: Final = 4 * 2**20
-"""Below this much free disk a ledger file counts as full: a record takes some 2 kB, but the write-ahead log and its
-checkpoint need room as well, and other programs write too."""
+"""Below this much free disk a ledger file counts as full: a record takes some 2 kB, but the write-ahead log
+and its checkpoint need room as well, and other programs write too."""
 
 _PROBE: Final = "x" * 16_384
 _ROWS_AT_ONCE: Final = 1_000
@@ -73,7 +74,10 @@ class Ledger(LedgerStorage):
         return describe(self.url)
 
     def check(self) -> None:
-        """Raise StoreError if a record could not be stored now: tries a write, takes it back, looks at the free disk."""
+        """Raise StoreError if a record could not be stored now.
+
+        Tries a write and takes it back, and looks at the free disk, which such a write does not touch.
+        """
         self._prepare()
         with self._database.writing(keep=False) as connection:
             connection.execute(insert(probe_table).values(payload=_PROBE))
@@ -103,7 +107,7 @@ class Ledger(LedgerStorage):
                 _store_book(connection, book)
             now = datetime.now(UTC)
             row = to_row(record, source=source, digest=digest, stored_at=now)
-            seq = connection.execute(insert(usage_table).values(row)).inserted_primary_key[0]
+            seq = connection.execute(insert(usage_table).values(row).returning(usage_table.c.seq)).scalar_one()
             cost = rating.cost
             receipt = {"price_book_hash": book.content_hash, "cost": cost, "unrated": rating.unrated}
             connection.execute(insert(receipt_table).values(usage_seq=seq, **receipt))
@@ -119,17 +123,19 @@ class Ledger(LedgerStorage):
         tags = dict(selection.tags)
         if newest is not None and not tags:
             query = query.limit(newest)
-        found = (
-            stored
-            for stored in map(from_row, self._rows(query))
-            if all(stored.record.tags.get(key) == value for key, value in tags.items())
-        )
-        yield from islice(found, newest)
+        with closing(self._rows(query)) as rows:  # a caller may stop early; the cursor must not outlive that
+            found = (
+                stored
+                for stored in map(from_row, rows)
+                if all(stored.record.tags.get(key) == value for key, value in tags.items())
+            )
+            yield from islice(found, newest)
 
-    def _rows(self, query: Select[Any]) -> Iterator[Row[Any]]:
+    def _rows(self, query: Select[Any]) -> Generator[Row[Any], None, None]:
         with self._database.reading() as connection:
             if not self._database.in_memory:
-                yield from connection.execution_options(yield_per=_ROWS_AT_ONCE).execute(query)
+                with connection.execution_options(yield_per=_ROWS_AT_ONCE).execute(query) as result:
+                    yield from result
                 return
             rows = connection.execute(query).all()
         yield from rows  # its one connection must be free while the caller works
@@ -175,8 +181,8 @@ class Ledger(LedgerStorage):
         if self._is_prepared():
             return True
         file = sqlite_file(self.url)
-        if file is not None and not file.exists():
-            return False
+        if file is not None and not file.exists() and (file.parent.is_dir() or file == default_file()):
+            return False  # not made yet; a missing folder is for the database to complain about
         with self._database.reading() as connection:
             return self._version(connection) is not None
 
@@ -185,8 +191,10 @@ class Ledger(LedgerStorage):
         if self._is_prepared():
             return
         with self._preparing:
+            if self._is_prepared():  # another thread was first
+                return
             self._make_default_folder()
-            if self._database.is_sqlite:
+            if self._database.is_sqlite and not self._database.in_memory:
                 self._database.use_write_ahead_log()
             with self._database.reading() as connection:
                 version = self._version(connection)
@@ -195,7 +203,7 @@ class Ledger(LedgerStorage):
             self._prepared_file = self._file_identity()
 
     def _make_default_folder(self) -> None:
-        """Create the folder that nobody named; a missing folder that somebody did name is a mistake to tell."""
+        """Create the folder that nobody named; where somebody did name one, a missing one is a mistake."""
         folder = default_file().parent
         if sqlite_file(self.url) != default_file() or folder.is_dir():
             return
@@ -222,8 +230,8 @@ class Ledger(LedgerStorage):
         version: int | None = connection.execute(select(func.max(version_table.c.version))).scalar()
         if version != SCHEMA_VERSION:
             raise SchemaVersionError(
-                f"ledger {self.location!r} has schema version {version}, this polar-llm knows {SCHEMA_VERSION}.",
-                hint="Upgrade polar-llm, or name another ledger.",
+                f"ledger {self.location!r} has schema version {version}, not {SCHEMA_VERSION} as this polar-llm needs.",
+                hint="Use the polar-llm that made it, or name another ledger.",
             )
         return version
 
@@ -243,7 +251,7 @@ def _one(tenant: str, source: str, request_id: str) -> Select[Any]:
 def _replayed(row: Row[Any], digest: str) -> StoredUsage:
     if row.content_hash != digest:
         raise ConflictError(
-            f"request {row.request_id!r} of tenant {row.tenant!r} is in the ledger with other content (seq {row.seq}).",
+            f"request {row.request_id!r} of tenant {row.tenant!r} is in the ledger (seq {row.seq}) with other content.",
             hint="Give every request an id of its own; the first record stands.",
         )
     return from_row(row)
@@ -252,7 +260,12 @@ def _replayed(row: Row[Any], digest: str) -> StoredUsage:
 def _store_book(connection: Connection, book: PriceBook) -> None:
     known = select(price_book_table.c.hash).where(price_book_table.c.hash == book.content_hash)
     if connection.execute(known).first() is None:
-        values = {"hash": book.content_hash, "id": book.id, "document": book.document, "stored_at": datetime.now(UTC)}
+        values = {
+            "hash": book.content_hash,
+            "id": book.id,
+            "document": book.document,
+            "stored_at": datetime.now(UTC),
+        }
         connection.execute(insert(price_book_table).values(values))
 
 

@@ -18,7 +18,11 @@ from polar_billing.errors import LedgerUrlError
 __all__ = ["LEDGER_VARIABLE", "default_file", "describe", "is_sqlite_memory", "resolve", "sqlite_file"]
 
 LEDGER_VARIABLE: Final = "POLAR_LEDGER"
-_DRIVERS: Final = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+_DRIVERS: Final = {
+    "sqlite": "sqlite+pysqlite",
+    "postgresql": "postgresql+psycopg",
+    "postgres": "postgresql+psycopg",
+}
 
 
 def default_file() -> Path:

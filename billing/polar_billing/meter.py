@@ -1,7 +1,7 @@
 """The meter: the sink that stores every usage record in a ledger and answers what it cost.
 
-The engine finds it through the entry point `polar_sdk.sinks`, so nobody imports this package to be metered. Knows
-neither the database nor how prices are applied.
+The engine finds it through the entry point `polar_sdk.sinks`, so nobody imports this package to be metered.
+Knows neither the database nor how prices are applied.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class Meter(UsageSink):
     Constructing one opens nothing: the ledger is made at the first `check` or `emit`.
 
     Args:
-        ledger: A store, a SQLAlchemy URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
-        prices: A price book or its file; None for `POLAR_PRICE_BOOK` or the example book. Read once, at first use.
+        ledger: A store, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
+        prices: A price book or its file; None for `POLAR_PRICE_BOOK` or the example book. Read once, at first
+            use.
         source: Who meters; request ids are unique per (tenant, source).
     """
 
@@ -82,7 +83,8 @@ class Meter(UsageSink):
         A record emitted again with the same content stores nothing and gets the receipt of the first time.
 
         Returns:
-            The receipt: cost as exact decimal text (None where unrated), currency, compute units, charge lines.
+            The receipt: cost as exact decimal text (None where unrated), currency, compute units, charge
+            lines.
 
         Raises:
             ConflictError: The ledger holds this request id of this tenant with other content.
@@ -114,7 +116,15 @@ def receipt_of(record: UsageRecord, book: PriceBook, rating: Rating) -> dict[str
         for line, amount in zip(rating.lines, rounded.amounts, strict=True)
     ]
     if rounded.residue:
-        lines.append({"name": "rounding", "quantity": None, "unit": None, "unit_price": None, "amount": f"{rounded.residue:f}"})
+        lines.append(
+            {
+                "name": "rounding",
+                "quantity": None,
+                "unit": None,
+                "unit_price": None,
+                "amount": f"{rounded.residue:f}",
+            }
+        )
     return {
         "cost": None if rating.cost is None else f"{rating.cost:f}",
         "currency": rating.currency,

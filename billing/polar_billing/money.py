@@ -2,16 +2,17 @@
 
 Three scales, each an integer count of a fixed unit, so that no arithmetic here can lose a digit:
 
-* **stored** amounts count 10^-12 of the currency's major unit (`STORED_SCALE`). An int64 column then holds up to
-  9,223,372.036854775807 for one request, and at a price of 1 per compute unit one FLOP costs exactly one unit.
-  Finer would leave too little room above, coarser would lose what a short request on a small model costs.
+* **stored** amounts count 10^-12 of the currency's major unit (`STORED_SCALE`). An int64 column then holds up
+  to 9,223,372.036854775807 for one request, and at a price of 1 per compute unit one FLOP costs exactly one
+  unit. Finer would leave too little room above, coarser would lose what a short request on a small model
+  costs.
 * **exact** amounts count 10^-30 (`EXACT_SCALE`). They are Python integers and live only in memory: quantity
   (FLOPs are 10^-12 compute units) × price (12 decimals) × tier multiplier (6 decimals) fits without rounding.
 * **statement** lines count 10^-d, d being the decimals of the price book: by default those of the currency.
 
-Rounding happens once, from exact to a line of a statement (or of a receipt, a statement of one request with 12
-decimals): half to even. The total is the exact sum rounded the same way, and what the rounded lines miss of it is a
-line of its own, so the lines always sum to the total to the last unit.
+Rounding happens once, from exact to a line of a statement (or of a receipt, a statement of one request with
+12 decimals): half to even. The total is the exact sum rounded the same way, and what the rounded lines miss
+of it is a line of its own, so the lines always sum to the total to the last unit.
 
 This module knows neither usage nor price books nor SQL.
 """
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 from polar_billing.errors import AmountError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "EXACT_SCALE",
@@ -33,6 +34,7 @@ __all__ = [
     "RoundedLines",
     "currency_decimals",
     "divide_half_even",
+    "exact_sum",
     "format_money",
     "from_scaled",
     "plain",
@@ -49,9 +51,10 @@ EXACT_SCALE: Final = 30
 
 # ISO 4217, the currencies whose minor unit is not a hundredth.
 _ZERO_DECIMALS: Final = frozenset(
-    "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF".split(),
+    {"BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG"}
+    | {"RWF", "UGX", "UYI", "VND", "VUV", "XAF", "XOF", "XPF"}
 )
-_THREE_DECIMALS: Final = frozenset("BHD IQD JOD KWD LYD OMR TND".split())
+_THREE_DECIMALS: Final = frozenset({"BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"})
 
 
 def currency_decimals(currency: str) -> int:
@@ -75,9 +78,9 @@ def to_scaled(value: Decimal | int, decimals: int) -> int:
     magnitude = int("".join(map(str, digits)) or "0")
     shift = exponent + decimals
     if shift >= 0:
-        scaled = magnitude * 10**shift
+        scaled = magnitude * int(10**shift)
     else:
-        scaled, rest = divmod(magnitude, 10**-shift)
+        scaled, rest = divmod(magnitude, int(10**-shift))
         if rest:
             raise AmountError(f"amount {value} has more than {decimals} decimals.", hint="Round it first.")
     return -scaled if sign else scaled
@@ -128,6 +131,11 @@ def round_lines(exact: Sequence[int], decimals: int) -> RoundedLines:
         residue=from_scaled(total - sum(lines), decimals),
         total=from_scaled(total, decimals),
     )
+
+
+def exact_sum(amounts: Iterable[Decimal], decimals: int) -> Decimal:
+    """Add amounts of that many decimals, exactly, whatever the decimal context of the thread."""
+    return from_scaled(sum(to_scaled(amount, decimals) for amount in amounts), decimals)
 
 
 def plain(value: Decimal) -> str:

@@ -1,7 +1,7 @@
 """Half-open periods in a time zone: `since` belongs to the period, `until` to the next one.
 
-Consecutive months (or days) of one zone share their border instant, also where clocks change, so they partition the
-time line: no record falls in two periods or in none. This module knows no usage.
+Consecutive months (or days) of one zone share their border instant, also where clocks change, so they
+partition the time line: no record falls in two periods or in none. This module knows no usage.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def load_zone(name: str) -> ZoneInfo:
 
 
 def _midnight(day: date, zone: str) -> datetime:
-    # Where clocks jump over midnight, fold=0 reads it with the offset before the jump: the very instant of the jump.
+    # Where clocks jump over midnight, fold=0 reads it with the offset before the jump: the very instant of
+    # the jump.
     return datetime.combine(day, time(), load_zone(zone)).astimezone(UTC)
 
 

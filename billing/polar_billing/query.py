@@ -1,4 +1,4 @@
-"""The usage query: who used what, grouped by tenant, tier, model, day, tag, …
+"""The usage query: who used what, grouped by tenant, tier, model, day, tag and more.
 
 A query names its tenant, or says `ALL_TENANTS` to be the operator's. Knows no output format.
 """
@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
 __all__ = ["DIMENSIONS", "UsageRow", "tier_order", "usage_rows"]
 
-DIMENSIONS: Final = ("tenant", "tier", "model", "program", "router", "outcome", "device", "day", "month", "source")
+DIMENSIONS: Final = (
+    "tenant",
+    "tier",
+    "model",
+    "program",
+    "router",
+    "outcome",
+    "device",
+    "day",
+    "month",
+    "source",
+)
 _TAG: Final = "tag:"
 _TIERS: Final = ("economy", "standard", "premium", "exact")
 
@@ -34,7 +45,7 @@ class UsageRow(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     group: dict[str, str | None]
-    """Dimension → value; None for requests without one, such as a program named by hand, which has no tier."""
+    """Dimension → value; None for requests without one: a program named by hand has no tier."""
     requests: int
     outcomes: dict[str, int]
     tokens_input: int
@@ -68,7 +79,8 @@ def usage_rows(
     Args:
         ledger: Where the usage is.
         selection: Which usage; names its tenant or `ALL_TENANTS`.
-        by: Dimensions of the group: tenant, tier, model, program, router, outcome, device, day, month, source, tag:KEY.
+        by: Dimensions of the group: tenant, tier, model, program, router, outcome, device, day, month,
+            source, tag:KEY.
         prices: Rate by this book instead of the one each receipt was made by.
         currency: Leave out what is rated in another currency.
 
@@ -92,9 +104,7 @@ def _reader(dimension: str, selection: Selection) -> Callable[[StoredUsage], str
         tag = dimension.removeprefix(_TAG)
         return lambda stored: stored.record.tags.get(tag)
     if dimension not in DIMENSIONS:
-        raise QueryError(
-            f"usage cannot be grouped by {dimension!r}.", hint=f"Use {', '.join(DIMENSIONS)} or tag:KEY."
-        )
+        raise QueryError(f"usage cannot be grouped by {dimension!r}.", hint=f"Use {', '.join(DIMENSIONS)} or tag:KEY.")
     local_date = selection.period.local_date
     if dimension == "day":
         return lambda stored: local_date(stored.record.started_at).isoformat()

@@ -1,14 +1,15 @@
 """Rating: usage record × price book → charge lines. Pure: no clock, no store, no rounding.
 
-Also the two counterfactuals that reports show: the same request at full depth under the same prices, and the same
-tokens under conventional per-token prices. Amounts are exact integers of 10^-30 of the currency (see `money`);
-whoever prints or stores them rounds once.
+Also the two counterfactuals that reports show: the same request at full depth under the same prices, and the
+same tokens under conventional per-token prices. Amounts are exact integers of 10^-30 of the currency (see
+`money`); whoever prints or stores them rounds once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.money import EXACT_SCALE, STORED_SCALE, RoundedLines, from_scaled, round_lines, to_scaled
@@ -57,7 +58,7 @@ class ChargeLine:
     @property
     def exact(self) -> int:
         """The amount in units of 10^-30 of the currency."""
-        price = to_scaled(self.unit_price, _UNIT_PRICE_SCALE)
+        price = _unit_price_units(self.unit_price)
         return self.count * price * int(10 ** (EXACT_SCALE - _UNIT_PRICE_SCALE - self.item.decimals))
 
     @property
@@ -108,14 +109,26 @@ def rate(record: UsageRecord, book: PriceBook) -> Rating:
         what = "a program named by hand" if record.tier is None else f"tier {record.tier!r}"
         since = entry.effective_from.date().isoformat()
         return Rating(book.currency, unrated=f"price book {book.id!r} of {since} has no price for {what}")
-    free = record.outcome in book.free_outcomes
-    if free:
-        multiplier = Decimal(0)
+    if record.outcome in book.free_outcomes:
+        return _free(record, entry, book)
     return Rating(
         currency=book.currency,
         lines=_lines(record, record.flops.total, entry, multiplier),
         full_depth_lines=_lines(record, record.identity_flops, entry, multiplier),
-        per_token_lines=_per_token(record, entry, Decimal(0 if free else 1)),
+        per_token_lines=_per_token(record, entry, Decimal(1)),
+    )
+
+
+def _free(record: UsageRecord, entry: PriceEntry, book: PriceBook) -> Rating:
+    """Lines that keep the quantities and charge nothing, here and in both counterfactuals."""
+    zero = Decimal(0)
+    return Rating(
+        currency=book.currency,
+        lines=tuple(
+            replace(line, item=replace(line.item, name=f"{line.item.name} ({record.outcome}, free)"))
+            for line in _lines(record, record.flops.total, entry, zero)
+        ),
+        per_token_lines=_per_token(record, entry, zero),
     )
 
 
@@ -142,7 +155,13 @@ def _per_token(record: UsageRecord, entry: PriceEntry, multiplier: Decimal) -> t
     return tuple(ChargeLine(item, count, _multiply(price, multiplier)) for item, count, price in priced)
 
 
+@lru_cache(maxsize=1024)  # a book has few prices, a report many requests
 def _multiply(price: Decimal, multiplier: Decimal) -> Decimal:
     """Price × multiplier, exact whatever the decimal context of the thread."""
     scaled = to_scaled(price, STORED_SCALE) * to_scaled(multiplier, 6)
     return from_scaled(scaled, _UNIT_PRICE_SCALE)
+
+
+@lru_cache(maxsize=1024)
+def _unit_price_units(unit_price: Decimal) -> int:
+    return to_scaled(unit_price, _UNIT_PRICE_SCALE)

@@ -1,23 +1,23 @@
 """The tiered pricing report: what each tenant used and owes per tier, and what it would have been otherwise.
 
-A tenant's section is a statement: lines of quantity × unit price, each rounded once, and one rounding line, which sum
-to the tenant's total to the last unit; the total of the report is the sum of the tenants'. This module makes the
-figures; `render_terminal`, `render_csv` and `render_html` only set them.
+A tenant's section is a statement: lines of quantity × unit price, each rounded once, and one rounding line,
+which sum to the tenant's total to the last unit; the total of the report is the sum of the tenants'. This
+module makes the figures; `render_terminal`, `render_csv` and `render_html` only set them.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import groupby
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from polar_billing.money import EXACT_SCALE, divide_half_even, from_scaled, round_half_even, round_lines
+from polar_billing.figures import Figures, figures_of
+from polar_billing.money import exact_sum, round_lines
 from polar_billing.query import tier_order
-from polar_billing.rating import COMPUTE
 from polar_billing.storage import ALL_TENANTS, AllTenants, LedgerStorage, Selection
 from polar_billing.totals import LayerVisits, Rater, UsageTotals, accumulate
 
@@ -26,49 +26,20 @@ if TYPE_CHECKING:
 
     from polar_billing.price_book import PriceBook
 
-__all__ = ["DepthPanel", "Figures", "PriceBookUsed", "Report", "ReportLine", "TenantReport", "TierReport", "build_report"]
-
-_SHARE_DECIMALS: Final = 4
+__all__ = [
+    "DepthPanel",
+    "Figures",
+    "PriceBookUsed",
+    "Report",
+    "ReportLine",
+    "TenantReport",
+    "TierReport",
+    "build_report",
+]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True)
-
-
-class Figures(_Part):
-    """What a group of requests used, owes, and would have owed otherwise. Amounts: the report's currency."""
-
-    requests: int
-    outcomes: dict[str, int]
-    tokens_input: int
-    tokens_cached: int
-    """Included in `tokens_input`."""
-    tokens_output: int
-    compute_units: Decimal
-    """Executed, the router included. Unit: CU."""
-    compute_units_full_depth: Decimal
-    """The same tokens through every layer once, without a router. Unit: CU."""
-    compute_units_saved: Decimal
-    """Full depth less executed; negative where loops or the router cost more. Unit: CU."""
-    saved_share: Decimal | None
-    """Saved of full depth, from 1 down; None where nothing would have been executed."""
-    router_share: Decimal | None
-    """The router's part of the executed compute units."""
-    charge: Decimal | None
-    """The sum of the statement lines; None where no request has a price."""
-    charge_full_depth: Decimal | None
-    """The same requests at full depth under the same prices."""
-    charge_per_token: Decimal | None
-    """The same tokens under the price book's per-token reference; None where it has none for some of them."""
-    price_per_1000_requests: Decimal | None
-    """Charge per 1,000 rated requests."""
-    price_per_million_tokens: Decimal | None
-    """Charge per 10^6 input and output tokens of rated requests."""
-    latency_ns_p50: int | None
-    """Queue, prefill and decode of completed requests, nearest rank. Unit: nanoseconds."""
-    latency_ns_p95: int | None
-    unrated: dict[str, int]
-    """Reason → requests without a price; they are in no amount."""
 
 
 class ReportLine(_Part):
@@ -180,15 +151,13 @@ def build_report(
     """
     selection = Selection(ALL_TENANTS) if selection is None else selection
     rater = Rater(ledger.price_books(), instead=prices, currency=currency)
-    groups = accumulate(
-        ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier)
-    )
+    groups = accumulate(ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier))
     ordered = sorted(groups, key=lambda key: (key[0], tier_order(key[1])))
     tenants = tuple(
         _tenant(tenant, {tier: groups[tenant, tier] for _, tier in keys}, rater.decimals)
         for tenant, keys in groupby(ordered, key=lambda key: key[0])
     )
-    total = sum((tenant.total for tenant in tenants), Decimal(0))
+    total = exact_sum((tenant.total for tenant in tenants), rater.decimals)
     period = selection.period
     return Report(
         generated_at=now or datetime.now(UTC),
@@ -206,107 +175,66 @@ def build_report(
         decimals=rater.decimals,
         tenants=tenants,
         tiers=_over_tenants(tenants, groups, rater.decimals),
-        rounding=sum((tenant.rounding for tenant in tenants), Decimal(0)),
+        rounding=exact_sum((tenant.rounding for tenant in tenants), rater.decimals),
         total=total,
-        figures=_figures(groups.values(), rater.decimals, total),
+        figures=figures_of(groups.values(), rater.decimals, total),
     )
 
 
 def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) -> TenantReport:
     lines = [(tier, line) for tier, totals in tiers.items() for line in totals.lines]
     rounded = round_lines([line.exact for _, line in lines], decimals)
-    charges: defaultdict[str | None, Decimal] = defaultdict(Decimal)
-    printed = []
-    for (tier, line), amount in zip(lines, rounded.amounts, strict=True):
-        charges[tier] += amount
-        printed.append(
-            ReportLine(
-                tier=tier,
-                item=line.item.name,
-                quantity=line.quantity,
-                unit=line.item.unit,
-                unit_price=line.unit_price,
-                amount=amount,
-            )
+    printed = tuple(
+        ReportLine(
+            tier=tier,
+            item=line.item.name,
+            quantity=line.quantity,
+            unit=line.item.unit,
+            unit_price=line.unit_price,
+            amount=amount,
         )
+        for (tier, line), amount in zip(lines, rounded.amounts, strict=True)
+    )
+    charges = _charges(printed, decimals)
     return TenantReport(
         tenant=tenant,
         tiers=tuple(
-            TierReport(tier=tier, figures=_figures([totals], decimals, charges[tier]), depth=_depth(tier, [totals]))
+            TierReport(
+                tier=tier,
+                figures=figures_of([totals], decimals, charges.get(tier)),
+                depth=_depth(tier, [totals]),
+            )
             for tier, totals in tiers.items()
         ),
-        lines=tuple(printed),
+        lines=printed,
         rounding=rounded.residue,
         total=rounded.total,
-        figures=_figures(tiers.values(), decimals, rounded.total),
+        figures=figures_of(tiers.values(), decimals, rounded.total),
     )
 
 
 def _over_tenants(
     tenants: tuple[TenantReport, ...], groups: dict[tuple[str, str | None], UsageTotals], decimals: int
 ) -> tuple[TierReport, ...]:
-    charges: defaultdict[str | None, Decimal] = defaultdict(Decimal)
-    for tenant in tenants:
-        for line in tenant.lines:
-            charges[line.tier] += line.amount
+    charges = _charges([line for tenant in tenants for line in tenant.lines], decimals)
     tiers = sorted({tier for _, tier in groups}, key=tier_order)
     members = {tier: [totals for (_, other), totals in groups.items() if other == tier] for tier in tiers}
     return tuple(
-        TierReport(tier=tier, figures=_figures(members[tier], decimals, charges[tier]), depth=_depth(tier, members[tier]))
+        TierReport(
+            tier=tier,
+            figures=figures_of(members[tier], decimals, charges.get(tier)),
+            depth=_depth(tier, members[tier]),
+        )
         for tier in tiers
     )
 
 
-def _figures(groups: Iterable[UsageTotals], decimals: int, charge: Decimal) -> Figures:
-    parts = list(groups)
-
-    def total(name: str) -> int:
-        return sum(getattr(part, name) for part in parts)
-
-    flops, identity, rated = total("flops"), total("identity_flops"), total("rated")
-    outcomes: Counter[str] = sum((part.outcomes for part in parts), Counter())
-    unrated: Counter[str] = sum((part.unrated for part in parts), Counter())
-    latencies = sorted(latency for part in parts for latency in part.latencies_ns)
-    comparable = rated and not total("without_reference")
-    return Figures(
-        requests=total("requests"),
-        outcomes=dict(sorted(outcomes.items())),
-        tokens_input=total("tokens_input"),
-        tokens_cached=total("tokens_cached"),
-        tokens_output=total("tokens_output"),
-        compute_units=COMPUTE.quantity(flops),
-        compute_units_full_depth=COMPUTE.quantity(identity),
-        compute_units_saved=COMPUTE.quantity(identity - flops),
-        saved_share=_share(identity - flops, identity),
-        router_share=_share(total("flops_router"), flops),
-        charge=charge if rated else None,
-        charge_full_depth=_money(total("full_depth_exact"), decimals) if rated else None,
-        charge_per_token=_money(total("per_token_exact"), decimals) if comparable else None,
-        price_per_1000_requests=_money(total("exact") * 1_000, decimals, per=rated),
-        price_per_million_tokens=_money(total("exact") * 1_000_000, decimals, per=total("rated_tokens")),
-        latency_ns_p50=_percentile(latencies, 50),
-        latency_ns_p95=_percentile(latencies, 95),
-        unrated=dict(sorted(unrated.items())),
-    )
-
-
-def _money(exact: int, decimals: int, *, per: int = 1) -> Decimal | None:
-    if per == 0:
-        return None
-    return from_scaled(divide_half_even(exact, per * int(10 ** (EXACT_SCALE - decimals))), decimals)
-
-
-def _share(part: int, whole: int) -> Decimal | None:
-    if whole == 0:
-        return None
-    return from_scaled(divide_half_even(part * int(10**_SHARE_DECIMALS), whole), _SHARE_DECIMALS)
-
-
-def _percentile(ordered: list[int], percent: int) -> int | None:
-    """The smallest value that at least so many percent do not exceed (nearest rank): always one that occurred."""
-    if not ordered:
-        return None
-    return ordered[-(-len(ordered) * percent // 100) - 1]
+def _charges(lines: Iterable[ReportLine], decimals: int) -> dict[str | None, Decimal]:
+    """The sum of the printed lines of each tier."""
+    amounts: defaultdict[str | None, list[Decimal]] = defaultdict(list)
+    for line in lines:
+        amounts[line.tier].append(line.amount)
+    return {tier: exact_sum(found, decimals) for tier, found in amounts.items()}
 
 
 def _depth(tier: str | None, groups: list[UsageTotals]) -> tuple[DepthPanel, ...]:

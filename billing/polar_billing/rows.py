@@ -1,7 +1,8 @@
 """A usage record as one row of `polar_usage`, and back, field by field.
 
-Written out rather than derived, so that a new field of the record cannot slip past the schema unnoticed; the round
-trip is tested over generated records. Rows are trusted when read: they were validated when written and cannot change.
+Written out rather than derived, so that a new field of the record cannot slip past the schema unnoticed; the
+round trip is tested over generated records. Rows are trusted when read: they were validated when written and
+cannot change.
 """
 
 from __future__ import annotations
@@ -77,9 +78,7 @@ def from_row(row: Row[Any]) -> StoredUsage:
         outcome=Outcome(row.outcome),
         finish_reason=row.finish_reason,
         error=row.error,
-        tokens=TokenUsage.model_construct(
-            input=row.tokens_input, cached=row.tokens_cached, output=row.tokens_output
-        ),
+        tokens=TokenUsage.model_construct(input=row.tokens_input, cached=row.tokens_cached, output=row.tokens_output),
         visits=VisitUsage.model_construct(prefill=row.visits_prefill, decode=row.visits_decode),
         flops=FlopUsage.model_construct(
             embed=row.flops_embed,

@@ -6,9 +6,10 @@
 * `polar_receipt`     what the caller was told a request costs, and by which book
 * `polar_probe`       always empty; `check` inserts here and rolls back
 
-Facts and money are separate tables on purpose: usage can be rated again under another book, while a receipt stays what
-it was. Corrections, holds, statements and a hash chain are to come as further tables that refer to `polar_usage.seq`;
-nothing here has to change for them. Names carry a prefix, so the ledger may live in an application's own database.
+Facts and money are separate tables on purpose: usage can be rated again under another book, while a receipt
+stays what it was. Corrections, holds, statements and a hash chain are to come as further tables that refer to
+`polar_usage.seq`; nothing here has to change for them. Names carry a prefix, so the ledger may live in an
+application's own database.
 
 This module knows no connection.
 """
@@ -34,7 +35,15 @@ from sqlalchemy import (
 
 from polar_billing.columns import IntegerList, ScaledDecimal, TextMap, UtcMicroseconds
 
-__all__ = ["SCHEMA_VERSION", "metadata", "price_book_table", "probe_table", "receipt_table", "usage_table", "version_table"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "metadata",
+    "price_book_table",
+    "probe_table",
+    "receipt_table",
+    "usage_table",
+    "version_table",
+]
 
 SCHEMA_VERSION: Final = 1
 
@@ -123,13 +132,12 @@ probe_table: Final = Table("polar_probe", metadata, Column("payload", Text, null
 
 _APPEND_ONLY: Final = (version_table, price_book_table, usage_table, receipt_table)
 
-# REPLACE deletes the old row without firing DELETE triggers, so an insert over an existing row is refused as well.
+# REPLACE deletes the old row without firing DELETE triggers, so an insert over an existing row is refused as
+# well.
 _SAME_ROW: Final = {
     "polar_schema": "version = NEW.version",
     "polar_price_book": "hash = NEW.hash",
-    "polar_usage": (
-        "seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)"
-    ),
+    "polar_usage": ("seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)"),
     "polar_receipt": "usage_seq = NEW.usage_seq",
 }
 
@@ -166,9 +174,14 @@ def _make_append_only(table: Table) -> None:
 
 
 def _after_create(table: Table, dialect: str, statement: str) -> None:
-    event.listen(table, "after_create", DDL(statement).execute_if(dialect=dialect))
+    _on(table, "after_create", dialect, statement)
 
 
-event.listen(metadata, "before_create", DDL(_POSTGRES_REFUSAL).execute_if(dialect="postgresql"))
+def _on(target: Table | MetaData, moment: str, dialect: str, statement: str) -> None:
+    ddl = DDL(statement)  # type: ignore[no-untyped-call]
+    event.listen(target, moment, ddl.execute_if(dialect=dialect))
+
+
+_on(metadata, "before_create", "postgresql", _POSTGRES_REFUSAL)
 for _table in _APPEND_ONLY:
     _make_append_only(_table)

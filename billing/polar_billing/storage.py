@@ -115,11 +115,13 @@ class LedgerStorage(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def content_hash(record: UsageRecord) -> str:
-    """SHA-256 over a record's canonical JSON: equal for an identical replay, in whatever order its tags come."""
+    """SHA-256 over a record's canonical JSON: equal for an identical replay, in any order of its tags."""
     text = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Which failure of a database is which `StoreError`, decided by its error code, never by its wording.
 
-Every message names the ledger, what is wrong and what to do. This module opens nothing; it looks at the file system
-only to explain a failure that already happened.
+Every message names the ledger, what is wrong and what to do. This module opens nothing; it looks at the file
+system only to explain a failure that already happened.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ _SQLITE: Final[dict[int, tuple[type[StoreError], str, str]]] = {
 # SQLSTATE, the longest prefix wins: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
     "25006": (StoreReadOnlyError, "cannot be written: the server is read-only.", _ELSEWHERE),
-    "42501": (StoreReadOnlyError, "may not be written by this role.", "Grant INSERT and SELECT on its tables."),
+    "42501": (
+        StoreReadOnlyError,
+        "may not be written by this role.",
+        "Grant INSERT and SELECT on its tables.",
+    ),
     "53100": (StoreFullError, "cannot take another record: the server's disk is full.", "Free some space."),
     "55P03": (StoreLockedError, "is locked by another session for too long.", "Try again."),
     "40": (StoreLockedError, "gave way to another transaction.", "Try again."),
@@ -79,15 +83,23 @@ def translate(error: BaseException | None, url: URL) -> StoreError:
             return _cannot_open(url)
         known = _SQLITE.get(primary)
     elif url.get_backend_name() == "postgresql":
-        state = str(getattr(error, "sqlstate", None) or "08")  # no state: no connection was made
+        state = getattr(error, "sqlstate", None)
+        if state is None:  # no connection was made, and the driver keeps the server's reason as text alone
+            return StoreUnavailableError(
+                f"ledger {name} cannot be reached ({_first_line(error)}).",
+                hint="Check that the server runs, and the names of host, database and user.",
+            )
         known = next((_POSTGRES[state[:n]] for n in (5, 2) if state[:n] in _POSTGRES), None)
     else:
         known = None
     if known is None:
-        reason = str(error).strip().partition("\n")[0]
-        return StoreError(f"ledger {name} failed: {reason}.", hint="Nothing was stored in part.")
+        return StoreError(f"ledger {name} failed ({_first_line(error)}).", hint="Nothing was stored in part.")
     kind, what, hint = known
     return kind(f"ledger {name} {what}", hint=hint)
+
+
+def _first_line(error: object) -> str:
+    return " ".join(str(error).strip().partition("\n")[0].split())
 
 
 def disk_full(url: URL, free: int, needed: int) -> StoreFullError:

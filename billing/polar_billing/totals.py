@@ -1,7 +1,7 @@
 """Sums over usage: one accumulator that the usage query and the report share, so that they cannot disagree.
 
-Everything adds up in Python integers, exactly and in any order; amounts come from summed quantities, not from rounded
-amounts. Knows no store and no output format.
+Everything adds up in Python integers, exactly and in any order; amounts come from summed quantities, not from
+rounded amounts. Knows no store and no output format.
 """
 
 from __future__ import annotations
@@ -162,9 +162,7 @@ class Rater:
         return max((book.statement_decimals for book in self.used.values()), default=2)
 
 
-def accumulate(
-    usage: Iterable[StoredUsage], rater: Rater, key: Callable[[StoredUsage], Key]
-) -> dict[Key, UsageTotals]:
+def accumulate(usage: Iterable[StoredUsage], rater: Rater, key: Callable[[StoredUsage], Key]) -> dict[Key, UsageTotals]:
     """Sum usage up by a key."""
     groups: dict[Key, UsageTotals] = {}
     for stored in usage:

@@ -33,7 +33,7 @@ def scan(
     lengths: Annotated[str, typer.Option(help="Lengths of the skipped blocks, comma-separated.")] = "1,2,3",
     loops: Annotated[bool, typer.Option(help="Also measure each layer visited twice.")] = True,
     removals: Annotated[int, typer.Option(min=0, help="Layers to remove one after another.")] = 8,
-    standard: Annotated[float, typer.Option(min=0, max=1, help="Least fidelity of the standard tier.")] = 0.85,
+    standard: Annotated[float, typer.Option(min=0, max=1, help="Least fidelity of the standard tier.")] = 0.8,
     economy: Annotated[float, typer.Option(min=0, max=1, help="Least fidelity of the economy tier.")] = 0.7,
     save: Annotated[bool, typer.Option("--save", help="Save the picks as your policy for this model.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the whole scan as JSON to this file.")] = None,

@@ -80,7 +80,7 @@ class Sampler:
         if sampling.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(sampling.seed)
+            self._generator.manual_seed(int(sampling.seed))
 
     def __call__(self, logits: Tensor) -> int:
         """Choose a token id from logits (V,)."""
@@ -95,9 +95,9 @@ class Sampler:
 def _filters(sampling: Sampling) -> list[LogitsProcessor]:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]  # it refuses 1, an int
     if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
+        warpers.append(TopKLogitsWarper(int(sampling.top_k)))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     return warpers

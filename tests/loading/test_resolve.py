@@ -78,9 +78,7 @@ def test_missing_path_does_not_go_to_the_hub(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["smolm2", "smollm2-135m-instuct", "SmolLM2"])
 def test_near_miss_is_suggested(name: str) -> None:
-    with pytest.raises(
-        ModelNotFoundError, match=f"{name!r} is unknown. Did you mean 'smollm2-135m-instruct'?"
-    ):
+    with pytest.raises(ModelNotFoundError, match=f"{name!r} is unknown. Did you mean 'smollm2-135m-instruct'?"):
         resolve(name)
 
 

@@ -1,0 +1,121 @@
+"""The figures of a report: what some requests used and owe, and what they would have owed otherwise.
+
+Worked out from exact sums, each rounded once. Knows no tenant and no output format.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from decimal import Decimal
+from typing import TYPE_CHECKING, Final
+
+from pydantic import BaseModel, ConfigDict
+
+from polar_billing.money import EXACT_SCALE, divide_half_even, from_scaled
+from polar_billing.rating import COMPUTE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from polar_billing.totals import UsageTotals
+
+__all__ = ["Figures", "figures_of"]
+
+_SHARE_DECIMALS: Final = 6
+
+
+class Figures(BaseModel):
+    """What a group of requests used, owes, and would have owed otherwise. Amounts: the report's currency."""
+
+    model_config = ConfigDict(frozen=True)
+
+    requests: int
+    outcomes: dict[str, int]
+    tokens_input: int
+    tokens_cached: int
+    """Included in `tokens_input`."""
+    tokens_output: int
+    compute_units: Decimal
+    """Executed, the router included. Unit: CU."""
+    compute_units_full_depth: Decimal
+    """The same tokens through every layer once, without a router. Unit: CU."""
+    compute_units_saved: Decimal
+    """Full depth less executed; negative where loops or the router cost more. Unit: CU."""
+    saved_share: Decimal | None
+    """Saved of full depth, from 1 down; None where nothing would have been executed."""
+    router_share: Decimal | None
+    """The router's part of the executed compute units."""
+    charge: Decimal | None
+    """The sum of the statement lines; None where no request has a price."""
+    charge_full_depth: Decimal | None
+    """The same requests at full depth under the same prices."""
+    charge_per_token: Decimal | None
+    """The same tokens under the price book's per-token reference; None where it has none for some of them."""
+    price_per_1000_requests: Decimal | None
+    """Charge per 1,000 rated requests."""
+    price_per_million_tokens: Decimal | None
+    """Charge per 10^6 input and output tokens of rated requests."""
+    latency_ns_p50: int | None
+    """Queue, prefill and decode of completed requests, nearest rank. Unit: nanoseconds."""
+    latency_ns_p95: int | None
+    unrated: dict[str, int]
+    """Reason → requests without a price; they are in no amount."""
+
+
+def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | None) -> Figures:
+    """Work the figures of several groups together out.
+
+    Args:
+        groups: The sums.
+        decimals: Decimals of amounts.
+        charge: The sum of their statement lines; it was rounded line by line, so it cannot be worked out here.
+    """
+    parts = list(groups)
+
+    def total(name: str) -> int:
+        return sum(getattr(part, name) for part in parts)
+
+    flops, identity, rated = total("flops"), total("identity_flops"), total("rated")
+    outcomes: Counter[str] = sum((part.outcomes for part in parts), Counter())
+    unrated: Counter[str] = sum((part.unrated for part in parts), Counter())
+    latencies = sorted(latency for part in parts for latency in part.latencies_ns)
+    comparable = rated and not total("without_reference")
+    return Figures(
+        requests=total("requests"),
+        outcomes=dict(sorted(outcomes.items())),
+        tokens_input=total("tokens_input"),
+        tokens_cached=total("tokens_cached"),
+        tokens_output=total("tokens_output"),
+        compute_units=COMPUTE.quantity(flops),
+        compute_units_full_depth=COMPUTE.quantity(identity),
+        compute_units_saved=COMPUTE.quantity(identity - flops),
+        saved_share=_share(identity - flops, identity),
+        router_share=_share(total("flops_router"), flops),
+        charge=charge if rated else None,
+        charge_full_depth=_money(total("full_depth_exact"), decimals) if rated else None,
+        charge_per_token=_money(total("per_token_exact"), decimals) if comparable else None,
+        price_per_1000_requests=_money(total("exact") * 1_000, decimals, per=rated),
+        price_per_million_tokens=_money(total("exact") * 1_000_000, decimals, per=total("rated_tokens")),
+        latency_ns_p50=_percentile(latencies, 50),
+        latency_ns_p95=_percentile(latencies, 95),
+        unrated=dict(sorted(unrated.items())),
+    )
+
+
+def _money(exact: int, decimals: int, *, per: int = 1) -> Decimal | None:
+    if per == 0:
+        return None
+    return from_scaled(divide_half_even(exact, per * int(10 ** (EXACT_SCALE - decimals))), decimals)
+
+
+def _share(part: int, whole: int) -> Decimal | None:
+    if whole == 0:
+        return None
+    return from_scaled(divide_half_even(part * int(10**_SHARE_DECIMALS), whole), _SHARE_DECIMALS)
+
+
+def _percentile(ordered: list[int], percent: int) -> int | None:
+    """Nearest rank: the smallest value that so many percent do not exceed; always one that occurred."""
+    if not ordered:
+        return None
+    return ordered[-(-len(ordered) * percent // 100) - 1]

@@ -1,0 +1,75 @@
+"""Fixtures of the billing tests: ledgers on every backend that is at hand."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+
+from polar_billing.ledger import Ledger
+from polar_billing.price_book import PriceBook
+from polar_billing.rating import rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from polar_billing.storage import LedgerStorage, StoredUsage
+    from polar_sdk.usage import UsageRecord
+
+POSTGRES_VARIABLE = "POLAR_TEST_POSTGRES_URL"
+
+
+@pytest.fixture
+def ledger(ledger_url: str) -> Iterator[Ledger]:
+    """A SQLite ledger in a file."""
+    with Ledger(ledger_url) as store:
+        yield store
+
+
+@pytest.fixture(params=["sqlite-file", "sqlite-memory", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LedgerStorage]:
+    """A ledger on each backend; PostgreSQL where POLAR_TEST_POSTGRES_URL names a server."""
+    if request.param == "postgresql":
+        yield from _postgres(os.environ.get(POSTGRES_VARIABLE))
+        return
+    url = f"sqlite:///{tmp_path / 'store.sqlite3'}" if request.param == "sqlite-file" else "sqlite://"
+    with Ledger(url) as made:
+        yield made
+
+
+def _postgres(server: str | None) -> Iterator[LedgerStorage]:
+    """A database of its own on the server, dropped afterwards."""
+    if server is None:
+        pytest.skip(f"{POSTGRES_VARIABLE} is not set")
+    name = f"polar_test_{os.getpid()}"
+    url = make_url(server).set(drivername="postgresql+psycopg")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"DROP DATABASE IF EXISTS {name}"))
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    try:
+        with Ledger(url.set(database=name).render_as_string(hide_password=False)) as made:
+            yield made
+    finally:
+        with engine.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name}"))
+        engine.dispose()
+
+
+@pytest.fixture
+def book() -> PriceBook:
+    """The book shipped with the package."""
+    return PriceBook.example()
+
+
+@pytest.fixture
+def put(book: PriceBook) -> Callable[[LedgerStorage, UsageRecord], StoredUsage]:
+    """Store a record as the meter does."""
+
+    def store_it(ledger: LedgerStorage, record: UsageRecord) -> StoredUsage:
+        return ledger.append(record, source="test", book=book, rating=rate(record, book))
+
+    return store_it

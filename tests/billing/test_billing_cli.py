@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from polar_billing.cli import register
+from polar_billing.errors import (
+    CurrencyMixError,
+    OutputError,
+    PeriodError,
+    PriceBookError,
+    QueryError,
+    StoreDamagedError,
+    StoreNotFoundError,
+)
+from polar_billing.meter import Meter
+from polar_billing.render_terminal import report_view, show
+from polar_billing.report import build_report
+from polar_billing.testing import usage_record
+from polar_sdk.usage import Outcome
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from polar_billing.ledger import Ledger
+    from polar_sdk.errors import PolarError
+
+
+def polar(*arguments: str) -> Result:
+    app = typer.Typer()
+    register(app)
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def filled(ledger: Ledger) -> Ledger:
+    """Three requests of two tenants."""
+    meter = Meter(ledger)
+    meter.emit(usage_record("first", tier="economy", path=(0, 1, 4, 5), tags={"team": "search"}))
+    meter.emit(usage_record("second", tenant="globex", tier=None, started_at=datetime(2026, 12, 1, tzinfo=UTC)))
+    meter.emit(usage_record("third", outcome=Outcome.CANCELLED, started_at=datetime(2026, 12, 2, tzinfo=UTC)))
+    return ledger
+
+
+def test_an_empty_ledger_is_said_in_words(tmp_path: Path) -> None:
+    for command in ("usage", "report", "usage --requests"):
+        result = polar(*command.split())
+        assert result.exit_code == 0
+        assert result.output.startswith(f"No usage yet in the ledger {tmp_path / 'ledger.sqlite3'}")
+        assert "polar run" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("filled")
+def test_usage_shows_every_tenant_unless_one_is_named() -> None:
+    everyone = polar("usage").output
+    assert "acme" in everyone
+    assert "globex" in everyone
+    assert "by hand" in everyone
+    one = polar("usage", "--tenant", "acme").output
+    assert "acme" in one
+    assert "globex" not in one
+
+
+@pytest.mark.usefixtures("filled")
+def test_what_is_not_found_is_said_with_the_conditions() -> None:
+    result = polar("usage", "--tenant", "nobody", "--month", "2026-11")
+    assert result.exit_code == 0
+    assert "No usage for period 2026-11-01 to 2026-12-01 (end excluded), UTC, tenant nobody" in result.output
+    assert "it holds other usage" in result.output
+
+
+@pytest.mark.usefixtures("filled")
+def test_json_stands_alone_on_standard_output() -> None:
+    rows = json.loads(polar("usage", "--json", "--by", "tenant").stdout)
+    assert [(row["group"]["tenant"], row["requests"]) for row in rows] == [("acme", 2), ("globex", 1)]
+    assert isinstance(rows[0]["cost"], str)
+    report = json.loads(polar("report", "--json", "--month", "2026-12").stdout)
+    assert report["figures"]["requests"] == 2
+    assert json.loads(polar("usage", "--json", "--tenant", "nobody").stdout) == []
+
+
+@pytest.mark.usefixtures("filled")
+def test_single_requests_are_listed_latest_first() -> None:
+    text = polar("usage", "--requests", "--last", "2").output
+    assert text.index("third") < text.index("second")
+    assert "first" not in text
+    assert "cancelled" in text
+    listed = json.loads(polar("usage", "--requests", "--json", "--tag", "team=search").stdout)
+    assert [request["request_id"] for request in listed] == ["first"]
+    assert listed[0]["program"] == "0 1 4 5"
+    assert listed[0]["flops"]["total"] > 0
+    assert listed[0]["currency"] == "USD"
+
+
+def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger) -> None:
+    report = json.loads(polar("report", "--json").stdout)
+    text = polar("report").output
+    for wanted in (
+        report["total"],
+        filled.location,
+        "polar-example",
+        "rounding",
+        "Statement of acme",
+        "Statement of globex",
+    ):
+        assert wanted in text
+    for tenant in report["tenants"]:
+        assert tenant["total"] in text
+        for line in tenant["lines"]:
+            assert line["amount"] in text
+
+
+@pytest.mark.usefixtures("filled")
+def test_files_are_written_and_named_on_standard_error(tmp_path: Path) -> None:
+    result = polar("report", "--csv", str(tmp_path / "r.csv"), "--html", str(tmp_path / "r.html"), "--json")
+    json.loads(result.stdout)
+    assert "r.csv" in result.stderr
+    assert (tmp_path / "r.csv").read_text().startswith("since,until,tenant,kind,tier")
+    assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
+    rows = list(csv.DictReader(io.StringIO(polar("usage", "--csv", "-").stdout)))
+    assert [row["tenant"] for row in rows] == ["acme", "acme", "globex"]
+
+
+@pytest.mark.usefixtures("filled")
+def test_other_prices_rate_the_same_usage_again(tmp_path: Path) -> None:
+    prices = tmp_path / "dear.toml"
+    prices.write_text(
+        'id = "dear"\ncurrency = "JPY"\n[[prices]]\neffective_from = 2026-01-01\nper_request = 7\n'
+        "untiered = 1\ntiers = {economy = 1, standard = 2}\n"
+    )
+    report = json.loads(polar("report", "--prices", str(prices), "--json").stdout)
+    assert (report["total"], report["currency"], report["rerated"]) == ("28", "JPY", True)
+    assert json.loads(polar("report", "--json").stdout)["currency"] == "USD"
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        ("usage --month november", PeriodError, 2),
+        ("usage --month 2026-11 --since 2026-11-01", QueryError, 2),
+        ("report --since 2026-02-01 --until 2026-01-01", PeriodError, 2),
+        ("report --zone Mars/Olympus", PeriodError, 2),
+        ("usage --by colour", QueryError, 2),
+        ("usage --tag search", QueryError, 2),
+        ("report --prices /no/such/prices.toml", PriceBookError, 2),
+        ("report --ledger /no/such/folder/ledger.sqlite3", StoreNotFoundError, 1),
+        ("report --csv /no/such/folder/r.csv", OutputError, 1),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(arguments: str, kind: type[PolarError], code: int) -> None:
+    result = polar(*arguments.split())
+    assert isinstance(result.exception, kind)
+    assert result.exception.exit_code == code
+    assert "\n" not in str(result.exception)
+    assert result.stdout == ""
+
+
+def test_a_file_that_is_no_ledger_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("no database at all\n" * 100)
+    result = polar("usage", "--ledger", str(file))
+    assert isinstance(result.exception, StoreDamagedError)
+
+
+def test_currencies_are_chosen_by_the_reader(filled: Ledger) -> None:
+    book = Meter(filled).price_book
+    euros = type(book).from_document(book.document.replace('"USD"', '"EUR"'))
+    Meter(filled, prices=euros).emit(usage_record("euros"))
+    assert isinstance(polar("report").exception, CurrencyMixError)
+    assert json.loads(polar("report", "--currency", "EUR", "--json").stdout)["figures"]["requests"] == 1
+
+
+def test_help_shows_an_example() -> None:
+    for command in ("usage", "report"):
+        result = polar(command, "--help")
+        assert result.exit_code == 0
+        assert f"Example: polar {command}" in result.output
+
+
+def test_names_are_text_in_the_terminal_too(ledger: Ledger) -> None:
+    for tenant in ("[red]", "[/]", ":smile:", "\x1b[2Jclear"):
+        Meter(ledger).emit(usage_record(tenant=tenant))
+    for command in ("usage", "report", "usage --requests"):
+        text = polar(*command.split()).output
+        assert "[red]" in text
+        assert "[/]" in text
+        assert ":smile:" in text
+        assert "\x1b" not in text
+
+
+def test_a_narrow_terminal_costs_no_digit(filled: Ledger) -> None:
+    report = build_report(filled)
+    out = io.StringIO()
+    show(report_view(report), Console(file=out, width=40))
+    assert "…" not in out.getvalue()
+    amounts = [line.amount for tenant in report.tenants for line in tenant.lines]
+    for amount in (*amounts, report.total, report.figures.charge_full_depth):
+        assert f" {amount:f}" in out.getvalue()

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING
+
+import pytest
+
+from polar_billing.meter import Meter
+from polar_billing.render_html import report_html
+from polar_billing.report import Report, build_report
+from polar_billing.storage import Selection
+from polar_billing.testing import usage_record
+from polar_sdk.usage import Outcome
+
+if TYPE_CHECKING:
+    from polar_billing.ledger import Ledger
+
+NOW = datetime(2026, 12, 1, tzinfo=UTC)
+NASTY = "<script>alert('1')</script>&amp;\"'"
+VOID = {"meta", "link", "img", "br", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to, and whether its elements nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.text: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in {"src", "href", "xlink:href", "data", "action", "srcset", "poster"}:
+                self.links.append(value or "")
+            if value and "url(" in value:
+                self.links += re.findall(r"url\(([^)]*)\)", value)
+            if name == "aria-labelledby":
+                self.links.append(f"#{value}")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture
+def report(ledger: Ledger) -> Report:
+    """Three tenants, one of them with a nasty name, and an unrated tier."""
+    meter = Meter(ledger)
+    paths = {"economy": (0, 1, 4, 5), "premium": (0, 1, 2, 2, 3, 4, 5), "gold": (0, 5), None: (0, 1, 2)}
+    for tenant in ("acme", "globex", NASTY):
+        for tier, path in paths.items():
+            for outcome in Outcome:
+                meter.emit(usage_record(tenant=tenant, tier=tier, path=path, outcome=outcome))
+    meter.emit(usage_record(model="another <model>", layers=2, path=(0, 1)))
+    return build_report(ledger, now=NOW)
+
+
+def test_the_page_fetches_nothing(report: Report) -> None:
+    html = report_html(report)
+    page = Page(html)
+    assert "://" not in html.replace(report.ledger, "")
+    assert "@import" not in html
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "embed", "video", "audio", "base", "form"}
+    assert all(link.startswith("#") for link in page.links)
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+
+
+def test_the_page_is_well_formed_and_every_id_unique(report: Report) -> None:
+    page = Page(report_html(report))
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert {"caption", "thead", "th", "figcaption", "main", "header", "h1"} <= page.tags
+
+
+def test_names_are_escaped_everywhere(report: Report) -> None:
+    html = report_html(report)
+    assert "<script" not in html
+    assert "".join(Page(html).text).count(NASTY) >= 2  # in its row, and over its statement
+
+
+def test_the_page_holds_the_figures(report: Report) -> None:
+    text = " ".join("".join(Page(report_html(report)).text).split())
+    assert f"{report.total:f}" in text
+    for tenant in report.tenants:
+        assert tenant.tenant in text
+        for line in tenant.lines:
+            assert f"{line.amount:f}" in text
+    assert "has no price for tier 'gold'" in text
+    assert "by hand" in text
+    assert "another <model>" in text
+
+
+def test_charts_keep_their_text_as_text(report: Report) -> None:
+    html = report_html(report)
+    assert html.count('<svg role="img" aria-label=') == 5  # charges, compute, tenants, and depth of two models
+    assert ">economy</text>" in html
+    assert "<metadata" not in html
+
+
+def test_the_same_report_gives_the_same_bytes(report: Report) -> None:
+    assert report_html(report) == report_html(report)
+
+
+def test_one_tenant_needs_no_comparison_of_tenants(ledger: Ledger, report: Report) -> None:
+    html = report_html(build_report(ledger, Selection("acme"), now=NOW))
+    assert 'id="tenants"' not in html
+    assert "globex" not in html
+
+
+def test_a_report_of_thirty_tenants_stays_one_page_of_sane_size(ledger: Ledger) -> None:
+    meter = Meter(ledger)
+    for n in range(30):
+        meter.emit(usage_record(tenant=f"tenant-{n:02d}", tier="economy"))
+    html = report_html(build_report(ledger))
+    assert html.count('class="statement') == 30
+    assert len(html) < 500_000
+
+
+def test_empty_and_unrated_reports_render(ledger: Ledger) -> None:
+    assert "No usage falls into this period." in report_html(build_report(ledger))
+    Meter(ledger).emit(usage_record(tier="gold", outcome=Outcome.CACHED))
+    html = report_html(build_report(ledger))
+    assert 'id="charges"' not in html
+    assert "1 request unrated" in html
+
+
+def test_a_missing_extra_is_told() -> None:
+    script = """
+import sys
+sys.modules["jinja2"] = None
+from polar_billing.errors import MissingExtraError
+from polar_billing.ledger import Ledger
+from polar_billing.render_html import report_html
+from polar_billing.report import build_report
+try:
+    report_html(build_report(Ledger()))
+except MissingExtraError as error:
+    print(error, error.exit_code)
+"""
+    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert told == "the HTML report needs 'jinja2'. Install it with `pip install 'polar-llm[report]'`. 2\n"
