@@ -75,7 +75,7 @@ class _Live:
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.usage: UsageRecord | None = None
-        """The record, from the moment that the answer is complete; offered to the sink again, unchanged, if that failed."""
+        """The record of an answer that is complete; offered again, unchanged, to a sink that failed."""
         self.recorded = False
         self.prefill_begin_ns = self.prefill_end_ns = self.end_ns = 0
         self._end_tokens = _end_tokens(model)

@@ -42,7 +42,8 @@ class PromptEncoder:
         try:
             if isinstance(prompt, str):
                 return self._text(prompt, template)
-            if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+            given: Any = prompt
+            if isinstance(given, bytes) or not isinstance(given, Sequence):
                 raise InvalidRequestError(
                     f"the prompt is of type {type(prompt).__name__}; pass a text or a list of messages."
                 )

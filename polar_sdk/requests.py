@@ -5,11 +5,11 @@ Knows a tokenizer, a policy and a cost model; runs nothing. A request that gets 
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from numbers import Integral
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 from polar_sdk.engine.sampling import Sampling
@@ -159,8 +159,10 @@ class RequestMaker:
             )
         if asked is None:
             return min(_DEFAULT_MAX_TOKENS, room)
-        if not isinstance(asked, Integral):
-            raise SamplingError(f"max_tokens={asked!r} is not a whole number; pass one.")
+        try:
+            asked = operator.index(asked)
+        except TypeError:
+            raise SamplingError(f"max_tokens={asked!r} is not a whole number; pass one.") from None
         if asked < 1:
             raise SamplingError(f"max_tokens={asked} is out of range; use 1 or more.")
         if asked > room:
@@ -168,7 +170,7 @@ class RequestMaker:
                 f"max_tokens={asked} and a prompt of {prompt} tokens exceed the context window of "
                 f"{self.context_window}; use max_tokens of at most {room}."
             )
-        return int(asked)
+        return asked
 
 
 def _given(value: T | None, default: T) -> T:

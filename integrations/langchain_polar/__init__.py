@@ -1,7 +1,8 @@
-"""PoLar models for LangChain: `PolarLLM` completes text, `ChatPolar` answers messages, both run here and are metered.
+"""PoLar models for LangChain: `PolarLLM` completes text, `ChatPolar` answers messages.
 
-Names are loaded on first use, so that `import langchain_polar` imports neither LangChain nor torch (the command `polar`
-looks into this package for its `demo`). Knows nothing of money: prices come back in the receipt of the sink.
+Names are loaded on first use, so that `import langchain_polar` imports neither LangChain nor torch (the
+command `polar` looks into this package for its `demo`). Knows nothing of money: prices come back in the
+receipt of the sink.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from langchain_polar.callbacks import CostTotals, PolarCall, PolarCostCallbackHandler, get_polar_cost_callback
+    from langchain_polar.callbacks import (
+        CostTotals,
+        PolarCall,
+        PolarCostCallbackHandler,
+        get_polar_cost_callback,
+    )
     from langchain_polar.chat_models import ChatPolar
     from langchain_polar.errors import PolarTimeoutError
     from langchain_polar.llms import PolarLLM

@@ -1,7 +1,7 @@
-"""What `PolarLLM` and `ChatPolar` share: settings, per-call options, the engine behind them, cache keys, token counts.
+"""What `PolarLLM` and `ChatPolar` share: settings, options of a call, the engine behind them, cache keys.
 
-Constructing loads nothing: LangChain builds model objects freely (`configurable_fields` makes one per call). Weights come
-from the engine's process-wide cache on first use. Knows no messages and no callbacks.
+Constructing loads nothing: LangChain builds model objects freely (`configurable_fields` makes one per call).
+Weights come from the engine's process-wide cache on first use. Knows no messages and no callbacks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from langchain_polar._caller import CALLER_OPTIONS, Caller
 from langchain_polar._facts import cached_metadata, cached_record
 from langchain_polar._serving import Call
 from langchain_polar.errors import langchain_errors
+from polar_sdk.loading import DEFAULT_ALIAS, MODEL_VARIABLE
 from polar_sdk.policy import Policy
 from polar_sdk.program import Program
 from polar_sdk.sinks import AUTO_LEDGER, find_sink
@@ -35,9 +36,9 @@ else:
 
 __all__ = ["PolarBase"]
 
-MODEL_VARIABLE: Final = "POLAR_MODEL"
 _IGNORED: Final = frozenset({"api_key", "max_retries", "stream"})
-"""Per-call options that other models take and that mean nothing here; `stream` has done its work in LangChain."""
+"""Per-call options that other models take and that mean nothing here; `stream` has done its work in
+LangChain."""
 _ENGINE_SETTINGS: Final = ("revision", "device", "dtype", "policy", "ledger", "sink")
 """What `engine=` brings along."""
 _loading = threading.RLock()
@@ -45,7 +46,7 @@ _loading = threading.RLock()
 
 
 class PolarBase(BaseModel):
-    """Settings of a PoLar model in LangChain. Each one marked *per call* may also be passed to `invoke` and its kin."""
+    """Settings of a PoLar model; those marked *per call* may also be passed to `invoke` and its kin."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
@@ -76,7 +77,8 @@ class PolarBase(BaseModel):
     tenant: str = "default"
     """Who is charged. Per call, or as `config={"metadata": {"tenant": …}}`."""
     usage_tags: dict[str, str] = Field(default_factory=dict)
-    """Tags on usage records (LangChain's own `tags` are for tracing; they too are recorded). Per call: merged."""
+    """Tags on usage records (LangChain's own `tags` are for tracing; they too are recorded). Per call:
+    merged."""
     ledger: str | None = AUTO_LEDGER
     """`"auto"`, a ledger URL, or None to meter nothing."""
     sink: UsageSink | None = Field(default=None, exclude=True, repr=False)
@@ -88,7 +90,8 @@ class PolarBase(BaseModel):
     dtype: str = "auto"
     """`auto`, `float32`, `bfloat16` or `float16`."""
     engine: Engine | None = Field(default=None, exclude=True, repr=False)
-    """A `PolarModel` at hand, used as it is: one that you have set up yourself, or `polar_sdk.testing.tiny_model()`."""
+    """A `PolarModel` at hand, used as it is: one that you have set up yourself, or
+    `polar_sdk.testing.tiny_model()`."""
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     """Ignored: the model runs here. Taken so that code written for a hosted model runs unchanged."""
     max_retries: int | None = Field(default=None, exclude=True, repr=False)
@@ -112,7 +115,7 @@ class PolarBase(BaseModel):
     @field_validator("model", mode="before")
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
+        return str(value.absolute()) if isinstance(value, Path) else value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -120,6 +123,16 @@ class PolarBase(BaseModel):
         if value is None:
             return []
         return [value] if isinstance(value, str) else list(value)
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_one(cls, value: Any) -> Any:
+        if value is not None:
+            from polar_sdk import PolarModel
+
+            if not isinstance(value, PolarModel):
+                raise ValueError(f"engine= takes a polar_sdk.PolarModel, not {type(value).__name__}")
+        return value
 
     @model_validator(mode="after")
     def _engine_stands_alone(self) -> Self:
@@ -132,7 +145,7 @@ class PolarBase(BaseModel):
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
-        """False: a sink or an engine cannot be written as JSON, and a copy without its sink would not be metered."""
+        """False: a sink cannot be written as JSON, and a copy without its sink would not be metered."""
         return False
 
     @property
@@ -140,7 +153,7 @@ class PolarBase(BaseModel):
         """Name of the model for traces and usage; loads nothing."""
         if self.engine is not None and self.model is None:
             return self.engine.name
-        return self.model or "default"
+        return self.model or DEFAULT_ALIAS
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
@@ -148,7 +161,7 @@ class PolarBase(BaseModel):
         return {
             "model": self.model_name,
             "model_fingerprint": None if self.engine is None else self.engine.fingerprint,
-            "router": None if self.engine is None or self.engine.router is None else repr(self.engine.router),
+            "router": None if self.engine is None else _router_name(self.engine),
             "policy": str(self.engine.policy if self.engine is not None else self.policy),
             "revision": self.revision,
             "dtype": self.dtype if self.engine is None else self.engine.dtype,
@@ -177,11 +190,11 @@ class PolarBase(BaseModel):
         """The engine, loaded on first use."""
         if self.engine is not None and self.model in (None, self.engine.name):
             return self.engine
-        with _loading:
-            if self.model not in self._engines:
-                with langchain_errors():
+        if self.model not in self._engines:
+            with _loading, langchain_errors():
+                if self.model not in self._engines:  # another thread may have been faster
                     self._engines[self.model] = self._load()
-            return self._engines[self.model]
+        return self._engines[self.model]
 
     def _load(self) -> Engine:
         from polar_sdk import PolarModel
@@ -193,15 +206,11 @@ class PolarBase(BaseModel):
             dtype=self.dtype,
             policy=self.policy,
             ledger=self.ledger,
-            sink=self._sink(),
+            sink=self.sink if self.engine is None else self.engine.sink,
         )
 
-    def _sink(self) -> UsageSink | None:
-        """The sink named here; None leaves the choice to `ledger`."""
-        return self.engine.sink if self.engine is not None else self.sink
-
     def _with_options(self, options: Mapping[str, Any]) -> Self:
-        """A copy with the options of one call in place of the settings, so that cache keys and traces see them.
+        """A copy with the options of one call as its settings, so that cache keys and traces see them.
 
         Raises:
             TypeError: An option that does not exist, with the nearest that does.
@@ -211,7 +220,7 @@ class PolarBase(BaseModel):
         if update.get("compute") is not None:
             update.setdefault("program", None)  # a program of the object must not outvote the tier of the call
         if isinstance(update.get("model"), Path):
-            update["model"] = str(update["model"])
+            update["model"] = str(update["model"].absolute())
         return self.model_copy(update=update) if update else self
 
     def _call(self, options: Mapping[str, Any], stop: Sequence[str] | None, caller: Caller) -> Call:
@@ -236,7 +245,7 @@ class PolarBase(BaseModel):
         }
 
     def _caller(self, caller: Caller, options: Mapping[str, Any]) -> Caller:
-        """Call over config over object. An engine at hand has a tenant and tags of its own, under all of them."""
+        """Call over config over object; under all of them lie the tenant and tags of an engine at hand."""
         own = self.tenant if self.engine is None or self.tenant != "default" else None
         named = caller.with_call(options)
         return Caller(named.tenant or own, {**self.usage_tags, **named.tags}, named.request_id)
@@ -244,9 +253,18 @@ class PolarBase(BaseModel):
     def _settle_cached(self, metadata: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Record that LangChain answered from its cache, and return the metadata that says so."""
         with langchain_errors():
-            sink = self._sink() or find_sink(self.ledger)
+            engine = self._engines.get(self.model, self.engine)
+            if engine is None:  # answered by a cache on disk before any weights were loaded
+                sink = find_sink(self.ledger, self.sink)
+            else:
+                sink, caller = engine.sink, caller.over(engine.tenant, engine.tags)
             record = cached_record(metadata, caller, self.tenant)
             return cached_metadata(metadata, record, sink.emit(record))
+
+
+def _router_name(engine: Engine) -> str | None:
+    router = engine.router
+    return None if router is None else f"{router.kind} {router.version} {getattr(router, 'program', '')}".strip()
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], whose: str) -> None:

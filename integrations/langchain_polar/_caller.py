@@ -5,12 +5,11 @@ LangChain carries this as `config={"metadata": …, "tags": …, "run_id": …}`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from uuid import UUID
 
     from langchain_core.callbacks.manager import BaseRunManager
@@ -46,14 +45,18 @@ class Caller:
     ) -> Caller:
         """Read the parts of a LangChain config.
 
-        The metadata key `tenant` is the tenant; other short scalar values become tags under their own key; LangChain's
-        tags become one tag, `langchain_tags`, joined by commas.
+        The metadata key `tenant` is the tenant; other short scalar values become tags under their own key;
+        LangChain's tags become one tag, `langchain_tags`, joined by commas.
         """
         found = {key: str(value) for key, value in (metadata or {}).items() if _is_label(key, value)}
         tenant = found.pop("tenant", None)
         if names := [tag for tag in tags or () if not tag.startswith(_FRAMEWORK_TAGS)]:
             found["langchain_tags"] = ",".join(dict.fromkeys(names))
         return cls(tenant, found, None if run_id is None else str(run_id))
+
+    def over(self, tenant: str, tags: Mapping[str, str]) -> Caller:
+        """This caller, where it names nothing with those of the engine."""
+        return Caller(self.tenant or tenant, {**tags, **self.tags}, self.request_id)
 
     def with_call(self, options: Mapping[str, Any]) -> Caller:
         """What the call itself named wins over what the config named."""
@@ -67,4 +70,4 @@ class Caller:
 def _is_label(key: str, value: object) -> bool:
     if key.startswith(_FRAMEWORK_KEYS) or not isinstance(value, str | int | float | bool):
         return False
-    return 0 < len(str(value).strip()) and len(str(value)) <= _LONGEST
+    return len(str(value).strip()) > 0 and len(str(value)) <= _LONGEST

@@ -1,7 +1,8 @@
 """What a finished answer cost, in the places where LangChain users look.
 
-Tokens go to `usage_metadata` as integers only: a float there breaks LangChain's own usage counter. Money and compute go
-to the response metadata. Also turns a LangChain cache hit into a usage record that says nothing was executed.
+Tokens go to `usage_metadata` as integers only: a float there breaks LangChain's own usage counter. Money and
+compute go to the response metadata. Also turns a LangChain cache hit into a usage record that says nothing
+was executed.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def _polar(record: UsageRecord) -> dict[str, Any]:
 def totals(generations: Sequence[Generation]) -> dict[str, Any]:
     """Sums over the prompts of one call, for `LLMResult.llm_output`.
 
-    They all stand under `token_usage`, the one key that LangChain empties for every prompt but the first, so that a
-    callback that adds results up counts them once.
+    They all stand under `token_usage`, the one key that LangChain empties for every prompt but the first, so
+    that a callback that adds results up counts them once.
     """
     records = [generation.usage for generation in generations]
     amounts = [(generation.receipt or {}).get("cost") for generation in generations]

@@ -1,6 +1,7 @@
 """LangChain messages to the roles of a chat template: system, user, assistant.
 
-Text alone: a block that is neither text nor a trace of tool use is refused, never dropped in silence. Knows no model.
+Text alone: a block that is neither text nor a trace of tool use is refused, never dropped in silence. Knows
+no model.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ _ROLES: Final = {
     "ai": "assistant",
     "assistant": "assistant",
 }
-_NOT_SPOKEN: Final = frozenset({"reasoning", "thinking", "tool_call", "tool_use", "tool_call_chunk", "input_json_delta"})
-"""Blocks of an earlier answer that are no part of its text; tool calls are read from `AIMessage.tool_calls`."""
+_NOT_SPOKEN: Final = frozenset(
+    {"reasoning", "thinking", "tool_call", "tool_use", "tool_call_chunk", "input_json_delta"}
+)
+"""Blocks of an earlier answer that are no part of its text; tool calls are read from
+`AIMessage.tool_calls`."""
 
 
 def to_roles(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
     """Map messages to `{"role": …, "content": …}`, one for one.
 
-    A tool's result is told as a user's message that names the tool, since chat templates without tools know three
-    roles.
+    A tool's result is told as a user's message that names the tool, since chat templates without tools know
+    three roles.
 
     Raises:
         InvalidRequestError: A role or a content block that this model cannot read.

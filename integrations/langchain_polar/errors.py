@@ -1,21 +1,22 @@
 """PoLar's errors as members of LangChain's error family.
 
 Code that catches `langchain_core.exceptions.ContextOverflowError` and code that catches
-`polar_sdk.errors.ContextWindowError` must both work, so each PoLar error that LangChain has a word for is raised as a
-class that is both. The original stays reachable as `__cause__`. Knows nothing of models or requests.
+`polar_sdk.errors.ContextWindowError` must both work, so each PoLar error that LangChain has a word for is
+raised as a class that is both. The original stays reachable as `__cause__`. Knows nothing of models or
+requests.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from langchain_core import exceptions as langchain
+
 from polar_sdk import errors as polar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from polar_sdk import UsageRecord
 
@@ -29,22 +30,25 @@ _FAMILIES: Final[tuple[tuple[type[polar.PolarError], type[langchain.ModelError]]
     (polar.ProgramError, langchain.ModelInvalidRequestError),
     (polar.PolicyError, langchain.ModelInvalidRequestError),
 )
-"""The first PoLar class that an error is an instance of decides its LangChain class. Errors of the store and of the
-machine (SinkError, ModelDamagedError, …) have no counterpart there and pass as they are."""
+"""The first PoLar class that an error is an instance of decides its LangChain class. Errors of the store and
+of the machine (SinkError, ModelDamagedError, …) have no counterpart there and pass as they are."""
+
+_TWINS: Final[dict[tuple[type, type], type[polar.PolarError]]] = {}
+"""The classes that are both, made on first use."""
 
 
 class PolarTimeoutError(polar.PolarError, langchain.ModelTimeoutError, TimeoutError):
     """A request was stopped because it ran longer than `timeout`; what it executed is on its usage record.
 
     Attributes:
-        usage: The records of the stopped requests, exact to the last executed layer.
+        usage: The record of the stopped request, exact to the last executed layer.
     """
 
     retryable = True
 
-    def __init__(self, message: str, *, hint: str | None = None, usage: Sequence[UsageRecord] = ()) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, usage: UsageRecord | None = None) -> None:
         super().__init__(message, hint=hint)
-        self.usage = tuple(usage)
+        self.usage = usage
 
 
 @contextmanager
@@ -76,10 +80,11 @@ def _rebuild(
     return error
 
 
-@cache
 def _twin_class(mine: type[polar.PolarError], theirs: type[langchain.ModelError]) -> type[polar.PolarError]:
-    def reduce(self: polar.PolarError) -> tuple[Any, ...]:
+    def reduce(self: polar.PolarError) -> tuple[Any, ...]:  # a class made here has no address to pickle by
         return _rebuild, (mine, theirs, str(self), self.hint)
 
-    body = {"__doc__": mine.__doc__, "__module__": mine.__module__, "__reduce__": reduce}
-    return cast("type[polar.PolarError]", type(mine.__name__, (mine, theirs), body))
+    if (mine, theirs) not in _TWINS:
+        body = {"__doc__": mine.__doc__, "__module__": mine.__module__, "__reduce__": reduce}
+        _TWINS[mine, theirs] = type(mine.__name__, (mine, theirs), body)
+    return _TWINS[mine, theirs]

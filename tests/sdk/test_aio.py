@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from polar_sdk.aio import _AHEAD as AHEAD
 from polar_sdk.aio import iterate_in_thread, run_in_thread
 from polar_sdk.errors import EmptyPromptError, SinkError
 from polar_sdk.testing import tiny_model
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
 
 LONG = 200
 """Tokens of an answer that no test waits for."""
+
+
+class Counted:
+    """A `Cancel` that counts how often the engine asked, once per token."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def is_set(self) -> bool:
+        self.times += 1
+        return False
 
 
 class Gate:
@@ -149,8 +161,8 @@ class TestStream:
     async def test_leaving_early_stops_compute(self, tiny: PolarModel, records: ListSink, prompt: str) -> None:
         gate = Gate(4)
         chunks = tiny.astream(prompt, max_tokens=LONG, cancel=gate)
-        first = await anext(chunks)
-        assert first.generation is None
+        for _ in range(3):
+            assert (await anext(chunks)).generation is None
         await reached(gate)
         closing = asyncio.ensure_future(chunks.aclose())  # type: ignore[attr-defined]
         await ticks()
@@ -159,6 +171,32 @@ class TestStream:
         (record,) = records.records
         assert record.outcome is Outcome.CANCELLED
         assert 4 <= record.tokens.output <= 5
+
+    async def test_a_slow_consumer_holds_the_engine_back(
+        self, tiny: PolarModel, records: ListSink, prompt: str
+    ) -> None:
+        asked = Counted()
+        chunks = tiny.astream(prompt, max_tokens=LONG, cancel=asked)
+        for taken in range(1, 6):
+            await anext(chunks)
+            await asyncio.sleep(0.02)  # time enough to run away, if it could
+            assert asked.times <= taken + AHEAD + 1
+        await chunks.aclose()  # type: ignore[attr-defined]
+        (record,) = records.records
+        assert record.outcome is Outcome.CANCELLED
+        assert record.tokens.output <= 5 + AHEAD + 1
+
+    async def test_many_streams_read_in_turn(self, tiny: PolarModel, records: ListSink, prompt: str) -> None:
+        """More than the loop has threads, each paused while the others are read."""
+        streams = [tiny.astream(prompt, max_tokens=6) for _ in range(40)]
+        texts = [""] * len(streams)
+        for _ in range(6):
+            for index, stream in enumerate(streams):
+                texts[index] += (await anext(stream)).text
+        assert set(texts) == {tiny.generate(prompt, max_tokens=6).text}
+        for stream in streams:
+            await stream.aclose()  # type: ignore[attr-defined]
+        assert {record.outcome for record in records.records} == {Outcome.COMPLETED}
 
     async def test_cancelling_the_consumer_stops_compute(
         self, tiny: PolarModel, records: ListSink, prompt: str

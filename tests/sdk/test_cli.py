@@ -1,7 +1,7 @@
 """The command `polar`: what it prints where, the exit codes that scripts rely on, and never a traceback.
 
-Most tests run over a tiny model saved to a folder; those with the marker `model` over the default one. Where the process
-itself matters (signals, pipes, exit codes), a real one is started.
+Most tests run over a tiny model saved to a folder; those with the marker `model` over the default one. Where the
+process itself matters (signals, pipes, exit codes), a real one is started.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
     from typer.testing import Result
 
-POLAR = [sys.executable, "-c", "from polar_sdk.cli.main import main; main()"]
+_MAIN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands on that it is ignored
+from polar_sdk.cli.main import main
+main()
+"""
+POLAR = [sys.executable, "-c", _MAIN]
 TIMEOUT_S = 120
 
 

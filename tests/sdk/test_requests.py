@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import numpy as np
 import pytest
 
 from polar_sdk.errors import (
@@ -280,6 +281,29 @@ def test_stops_and_cancel_are_taken(tiny: PolarModel) -> None:
     assert not request.cancelled
     event.set()
     assert request.cancelled
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1},  # a whole number is a number
+        {"temperature": 100, "top_k": 1},
+        {"temperature": 1e-42},
+        {"temperature": 0.7, "top_p": 1},
+        {"temperature": 0.7, "top_p": 1e-9},
+        {"temperature": 0.7, "top_k": 10**9},
+        {"temperature": np.float32(0.5), "top_k": np.int64(3), "seed": np.int64(4), "max_tokens": np.int64(3)},
+        {"temperature": 1.0, "seed": -(2**63)},
+        {"temperature": 1.0, "seed": 2**63 - 1},
+        {"tenant": "x" * 200},
+        {"stop": [], "tags": {}},
+    ],
+    ids=str,
+)
+def test_what_lies_just_inside_the_limits(tiny: PolarModel, options: dict[str, Any]) -> None:
+    done = tiny.generate("hello", **{"max_tokens": 3, **options})
+    assert done.usage.tokens.output <= 3
+    assert type(done.usage.tokens.output) is int
 
 
 def test_scoring_refuses_an_empty_continuation(tiny: PolarModel) -> None:

@@ -103,6 +103,26 @@ def test_the_real_meter_is_found(ledger_url: str) -> None:
     assert done.receipt["tier"] == "standard"
 
 
+class Forgetful(ListSink):
+    """Stores the record, but the answer gets lost once: what a connection that breaks at the end of a commit does."""
+
+    def emit(self, record: UsageRecord) -> None:
+        super().emit(record)
+        if len(self.records) == 1:
+            raise SinkError("the connection is gone.")
+
+
+def test_a_record_is_offered_again_unchanged() -> None:
+    """So that a sink that keys by request id stores it once, with the facts of a completed answer."""
+    sink = Forgetful()
+    with pytest.raises(SinkError, match="connection is gone"):
+        tiny_model(sink=sink).generate_batch(["one", "two"], max_tokens=1)
+    first, again, other = sink.records
+    assert first == again
+    assert (first.outcome, other.outcome) == (Outcome.COMPLETED, Outcome.ERROR)
+    assert first.request_id != other.request_id
+
+
 class TestJsonl:
     def test_a_line_per_record(self, tmp_path: Path) -> None:
         sink = JsonlSink(tmp_path / "usage.jsonl")

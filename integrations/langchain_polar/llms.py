@@ -1,0 +1,248 @@
+"""`PolarLLM`: text in, text out, as LangChain's `BaseLLM`.
+
+Prompts of one call decode together, each with its own usage in `generation_info`; the sums stand in
+`llm_output`. For messages, and for LangChain's own usage callback, take `ChatPolar`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from langchain_core.language_models.llms import BaseLLM
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+
+from langchain_polar._base import PolarBase
+from langchain_polar._caller import CALLER_OPTIONS, Caller
+from langchain_polar._facts import response_metadata, totals, usage_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from uuid import UUID
+
+    from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+
+    import polar_sdk
+    from langchain_polar._serving import Call
+
+__all__ = ["PolarLLM"]
+
+
+class PolarLLM(PolarBase, BaseLLM):
+    """A local LLM that runs a program of layers per prompt, completes text and is metered.
+
+    Example:
+        >>> from langchain_polar import PolarLLM
+        >>> PolarLLM().invoke("What is the capital of France?")  # doctest: +SKIP
+        'The capital of France is Paris.'
+
+    Where what stands: `generation_info` of each generation holds `usage_metadata`, `cost`, `cost_details` and
+    `polar` (program, FLOPs, tier, …); on streams it stands on the last chunk. An answer from LangChain's
+    cache is recorded as `outcome=cached` with 0 FLOPs.
+    """
+
+    template: Literal["auto", "chat", "raw"] = "auto"
+    """`auto`: the prompt becomes a user's message if the model has a chat template; `raw`: it is completed as
+    it stands, special tokens in it understood, none added. Per call."""
+
+    per_call: ClassVar[frozenset[str]] = PolarBase.per_call | {"template"}
+
+    @property
+    def _llm_type(self) -> str:
+        return "polar"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {**super()._identifying_params, "template": self.template}
+
+    def _engine_options(self, stop: Sequence[str] | None) -> dict[str, Any]:
+        return {**super()._engine_options(stop), "template": self.template}
+
+    # --- LangChain's public entry points, for two things it leaves out: its cache key ignores the options of
+    # --- a call, and a hit in its cache reaches no callback.
+
+    def generate(  # noqa: D102  (documented by LangChain)
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        *,
+        tags: list[str] | list[list[str]] | None = None,
+        metadata: dict[str, Any] | list[dict[str, Any]] | None = None,
+        run_name: str | list[str] | None = None,
+        run_id: UUID | list[UUID | None] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        bound, left = self._bind(kwargs)
+        result = super(PolarLLM, bound).generate(
+            prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **left
+        )
+        return bound._settle_hits(result, bound._callers(len(prompts), metadata, tags), left)
+
+    async def agenerate(  # noqa: D102
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        *,
+        tags: list[str] | list[list[str]] | None = None,
+        metadata: dict[str, Any] | list[dict[str, Any]] | None = None,
+        run_name: str | list[str] | None = None,
+        run_id: UUID | list[UUID | None] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        bound, left = self._bind(kwargs)
+        result = await super(PolarLLM, bound).agenerate(
+            prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **left
+        )
+        return await asyncio.to_thread(bound._settle_hits, result, bound._callers(len(prompts), metadata, tags), left)
+
+    def _bind(self, options: Mapping[str, Any]) -> tuple[PolarLLM, dict[str, Any]]:
+        """Options that change the answer, as settings of a copy; and those that only say who asks."""
+        return self._with_options(options), {name: options[name] for name in CALLER_OPTIONS if name in options}
+
+    def _settle_hits(self, result: LLMResult, callers: Sequence[Caller], options: Mapping[str, Any]) -> LLMResult:
+        """Give every generation that this call did not compute a record and a price of its own."""
+        computed = set((result.llm_output or {}).get("request_ids", ()))
+        rows = result.generations
+        for index, row in enumerate(rows):
+            info = row[0].generation_info or {}
+            if (info.get("polar") or {}).get("request_id") not in computed:
+                settled = self._settle_cached(info, self._caller(callers[index], options))
+                rows[index] = [Generation(text=row[0].text, generation_info=settled), *row[1:]]
+        return result
+
+    def _callers(
+        self,
+        count: int,
+        metadata: dict[str, Any] | list[dict[str, Any]] | None,
+        tags: list[str] | list[list[str]] | None,
+    ) -> list[Caller]:
+        """Who asks, per prompt, from what `generate` takes once for all or once per prompt."""
+        each_metadata = metadata if isinstance(metadata, list) else [metadata] * count
+        each_tags: Sequence[Any] = tags if tags and isinstance(tags[0], list) else [tags] * count
+        return [
+            Caller.of({**(self.metadata or {}), **(about or {})}, [*(names or ()), *(self.tags or ())])
+            for about, names in zip(each_metadata, each_tags, strict=True)
+        ]
+
+    # --- What LangChain calls. ---
+
+    def _generate_helper(
+        self,
+        prompts: list[str],
+        stop: list[str] | None,
+        run_managers: list[CallbackManagerForLLMRun],
+        **kwargs: Any,
+    ) -> LLMResult:
+        """Hand every prompt's run on: LangChain itself passes `_generate` the first one only."""
+        callers = [Caller.of_run(manager) for manager in run_managers]
+        return super()._generate_helper(prompts, stop, run_managers, callers=callers, **kwargs)
+
+    async def _agenerate_helper(
+        self,
+        prompts: list[str],
+        stop: list[str] | None,
+        run_managers: list[AsyncCallbackManagerForLLMRun],
+        **kwargs: Any,
+    ) -> LLMResult:
+        callers = [Caller.of_run(manager) for manager in run_managers]
+        return await super()._agenerate_helper(prompts, stop, run_managers, callers=callers, **kwargs)
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        callers: Sequence[Caller] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        call = self._call(kwargs, stop, Caller.of_run(run_manager))
+        if self.streaming and len(prompts) == 1:
+            return _result([_streamed(call.stream(prompts[0]), run_manager)])
+        return _result(call.rows(prompts, self._each(prompts, call, callers, kwargs)))
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        callers: Sequence[Caller] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        call = await self._acall(kwargs, stop, Caller.of_run(run_manager))
+        if self.streaming and len(prompts) == 1:
+            return _result([await _astreamed(call.astream(prompts[0]), run_manager)])
+        return _result(await call.arows(prompts, self._each(prompts, call, callers, kwargs)))
+
+    def _each(
+        self, prompts: Sequence[str], call: Call, callers: Sequence[Caller] | None, options: Mapping[str, Any]
+    ) -> list[Caller]:
+        """Who asks, per prompt."""
+        if callers is None:
+            return [call.caller] * len(prompts)
+        return [self._caller(caller, options) for caller in callers]
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        for chunk in self._call(kwargs, stop, Caller.of_run(run_manager)).stream(prompt):
+            piece = _piece(chunk)
+            if run_manager is not None:
+                run_manager.on_llm_new_token(piece.text, chunk=piece)
+            yield piece
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        call = await self._acall(kwargs, stop, Caller.of_run(run_manager))
+        async for chunk in call.astream(prompt):
+            piece = _piece(chunk)
+            if run_manager is not None:
+                await run_manager.on_llm_new_token(piece.text, chunk=piece)
+            yield piece
+
+
+def _result(generations: Sequence[polar_sdk.Generation]) -> LLMResult:
+    rows = [[Generation(text=one.text, generation_info=_info(one))] for one in generations]
+    return LLMResult(generations=rows, llm_output=totals(generations))
+
+
+def _info(generation: polar_sdk.Generation) -> dict[str, Any]:
+    return {**response_metadata(generation), "usage_metadata": usage_metadata(generation.usage)}
+
+
+def _piece(chunk: polar_sdk.Chunk) -> GenerationChunk:
+    info = None if chunk.generation is None else _info(chunk.generation)
+    return GenerationChunk(text=chunk.text, generation_info=info)
+
+
+def _streamed(chunks: Iterator[polar_sdk.Chunk], run_manager: CallbackManagerForLLMRun | None) -> polar_sdk.Generation:
+    """Run a stream to its end for `streaming=True`, telling the callbacks."""
+    last = None
+    for chunk in chunks:
+        last = chunk.generation
+        if run_manager is not None:
+            run_manager.on_llm_new_token(chunk.text, chunk=_piece(chunk))
+    assert last is not None, "the engine's last chunk carries the generation"
+    return last
+
+
+async def _astreamed(
+    chunks: AsyncIterator[polar_sdk.Chunk], run_manager: AsyncCallbackManagerForLLMRun | None
+) -> polar_sdk.Generation:
+    last = None
+    async for chunk in chunks:
+        last = chunk.generation
+        if run_manager is not None:
+            await run_manager.on_llm_new_token(chunk.text, chunk=_piece(chunk))
+    assert last is not None, "the engine's last chunk carries the generation"
+    return last

@@ -1,0 +1,161 @@
+"""What a LangChain call leaves behind: who asked, on the usage record; what it cost, on the message."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import pytest
+from langchain_core.callbacks import get_usage_metadata_callback
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+
+from langchain_polar import ChatPolar, PolarLLM
+from polar_sdk import ListSink
+from polar_sdk.testing import tiny_model
+
+if TYPE_CHECKING:
+    from polar_sdk import PolarModel
+
+BOTH = pytest.mark.parametrize("kind", [PolarLLM, ChatPolar])
+RUN = UUID("01890a5d-ac96-774b-bcce-b302099a8057")
+
+
+@BOTH
+@pytest.mark.parametrize("way", ["invoke", "stream", "ainvoke", "astream"])
+async def test_config_reaches_the_record(kind: Any, engine: PolarModel, sink: ListSink, way: str) -> None:
+    model = kind(engine=engine, max_tokens=2, usage_tags={"app": "shop", "team": "none"})
+    config = {
+        "metadata": {
+            "tenant": "acme",
+            "team": "search",
+            "depth": 3,
+            "huge": "x" * 300,
+            "ls_x": "y",
+            "obj": {},
+        },
+        "tags": ["nightly", "seq:step:1"],
+        "run_id": RUN,
+    }
+    match way:
+        case "invoke":
+            model.invoke("Hello", config=config)
+        case "stream":
+            list(model.stream("Hello", config=config))
+        case "ainvoke":
+            await model.ainvoke("Hello", config=config)
+        case _:
+            _ = [piece async for piece in model.astream("Hello", config=config)]
+    (record,) = sink.records
+    assert record.tenant == "acme"
+    assert record.request_id == str(RUN)
+    assert record.tags == {"app": "shop", "team": "search", "depth": "3", "langchain_tags": "nightly"}
+
+
+@BOTH
+def test_call_wins_over_config_and_config_over_object(kind: Any, engine: PolarModel, sink: ListSink) -> None:
+    model = kind(engine=engine, max_tokens=1, tenant="object", usage_tags={"a": "object", "b": "object"})
+    config = {"metadata": {"tenant": "config", "b": "config", "c": "config"}}
+    model.invoke("Hello")
+    model.invoke("Hello", config=config)
+    model.invoke("Hello", config=config, tenant="call", usage_tags={"c": "call"})
+    list(model.stream("Hello", config=config, tenant="call", usage_tags={"c": "call"}))
+    assert [record.tenant for record in sink.records] == ["object", "config", "call", "call"]
+    assert sink.records[2].tags == sink.records[3].tags == {"a": "object", "b": "config", "c": "call"}
+
+
+@BOTH
+def test_config_of_a_chain_reaches_the_record(kind: Any, engine: PolarModel, sink: ListSink) -> None:
+    chain = ChatPromptTemplate.from_template("{x}") | kind(engine=engine, max_tokens=1) | StrOutputParser()
+    chain.invoke({"x": "Hello"}, config={"metadata": {"tenant": "acme"}, "tags": ["nightly"]})
+    list(chain.stream({"x": "Hello"}, config={"metadata": {"tenant": "globex"}}))
+    assert [record.tenant for record in sink.records] == ["acme", "globex"]
+    assert sink.records[0].tags == {"langchain_tags": "nightly"}
+
+
+@BOTH
+def test_the_tenant_and_tags_of_an_engine_stand_where_nothing_else_is_named(kind: Any) -> None:
+    sink = ListSink()
+    engine = tiny_model(sink=sink, tenant="house", tags={"app": "shop"})
+    kind(engine=engine, max_tokens=1).invoke("Hello")
+    assert (sink.records[0].tenant, sink.records[0].tags) == ("house", {"app": "shop"})
+
+
+def test_a_message_says_what_it_cost(priced: PolarModel, priced_sink: ListSink) -> None:
+    message = ChatPolar(engine=priced, max_tokens=4, compute="economy").invoke("Hello")
+    (record,) = priced_sink.records
+    assert message.usage_metadata == {
+        "input_tokens": record.tokens.input,
+        "output_tokens": 4,
+        "total_tokens": record.tokens.input + 4,
+    }
+    about = message.response_metadata
+    assert about["model_name"] == record.model
+    assert about["finish_reason"] == "length"
+    assert about["cost"] == 0.004
+    assert about["cost_details"] == {"amount": "0.004", "currency": "EUR", "price_book": "t1"}
+    assert about["polar"]["program"] == record.program == "0 3-5"
+    assert about["polar"]["tier"] == "economy"
+    assert about["polar"]["visits"] == record.visits.total
+    assert about["polar"]["flops"] == record.flops.total < about["polar"]["identity_flops"]
+    json.dumps(about)
+
+
+def test_without_a_price_the_cost_is_unknown_and_not_zero(engine: PolarModel) -> None:
+    about = ChatPolar(engine=engine, max_tokens=1).invoke("Hello").response_metadata
+    assert about["cost"] is None
+    assert about["cost_details"]["amount"] is None
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+async def test_a_stream_has_usage_and_cost_on_one_chunk(priced: PolarModel, way: str) -> None:
+    chat = ChatPolar(engine=priced, max_tokens=5)
+    chunks = list(chat.stream("Hello")) if way == "sync" else [chunk async for chunk in chat.astream("Hello")]
+    with_usage = [chunk for chunk in chunks if chunk.usage_metadata]
+    with_cost = [chunk for chunk in chunks if "cost" in chunk.response_metadata]
+    assert len(with_usage) == len(with_cost) == 1
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    again = chat.invoke("Hello")
+    assert whole.content == again.content
+    assert whole.usage_metadata == again.usage_metadata
+    assert whole.response_metadata["model_name"] == again.response_metadata["model_name"]
+    assert whole.response_metadata["polar"]["flops"] == again.response_metadata["polar"]["flops"]
+    assert whole.id
+    assert whole.chunk_position == "last"
+
+
+def _integers(value: Any) -> bool:
+    return all(_integers(one) if isinstance(one, dict) else type(one) is int for one in value.values())
+
+
+async def test_usage_metadata_holds_integers_and_langchains_own_callback_counts(priced: PolarModel) -> None:
+    chat = ChatPolar(engine=priced, max_tokens=3)
+    with get_usage_metadata_callback() as usage:
+        message = chat.invoke("Hello")
+        list(chat.stream("Hello"))
+        await chat.ainvoke("Hello")
+        await chat.abatch(["Hello", "Hello"])
+    assert _integers(message.usage_metadata)
+    counted = usage.usage_metadata[message.response_metadata["model_name"]]
+    assert counted["output_tokens"] == 15
+    assert message.usage_metadata is not None
+    assert counted["input_tokens"] == 5 * message.usage_metadata["input_tokens"]
+
+
+def test_a_batch_of_a_chat_model_answers_each_in_place(engine: PolarModel, sink: ListSink) -> None:
+    chat = ChatPolar(engine=engine, max_tokens=4)
+    assert [one.content for one in chat.batch(["a", "b", "c"])] == [chat.invoke(one).content for one in ("a", "b", "c")]
+    assert len({record.request_id for record in sink.records}) == 6
+
+
+def test_streaming_true_gives_invoke_the_same_message(engine: PolarModel) -> None:
+    streamed = ChatPolar(engine=engine, max_tokens=4, streaming=True).invoke("Hello")
+    plain = ChatPolar(engine=engine, max_tokens=4).invoke("Hello")
+    assert type(streamed) is AIMessage
+    assert not isinstance(streamed, AIMessageChunk)
+    assert streamed.content == plain.content
+    assert streamed.usage_metadata == plain.usage_metadata

@@ -1,0 +1,365 @@
+"""The LlamaIndex model: eight calls, one event each, nothing that blocks, and what each leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ImageBlock,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler, TokenCountingHandler
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.prompts import PromptTemplate
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.dispatcher import instrument_tags
+from pydantic import PrivateAttr
+
+import llama_index_polar
+from llama_index_polar import PolarLLM, PolarTimeoutError
+from llama_index_polar._messages import to_roles
+from polar_sdk import ListSink, UsageRecord
+from polar_sdk import errors as polar
+from polar_sdk.testing import tiny_model
+from polar_sdk.usage import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llama_index.core.instrumentation.events import BaseEvent
+
+    from polar_sdk import PolarModel
+
+HELLO = [ChatMessage("Hello")]
+WAYS = (
+    "complete",
+    "chat",
+    "stream_complete",
+    "stream_chat",
+    "acomplete",
+    "achat",
+    "astream_complete",
+    "astream_chat",
+)
+
+
+def _text(response: Any) -> str:
+    return str((response.message.content or "") if isinstance(response, ChatResponse) else response.text)
+
+
+async def _ask(llm: PolarLLM, way: str, **options: Any) -> list[Any]:
+    """Call one of the eight and return its responses; the last is the whole answer."""
+    prompt: Any = HELLO if way.endswith("chat") else "Hello"
+    found: Any = getattr(llm, way)(prompt, **options)
+    if way.startswith("a"):
+        found = await found
+    if way.startswith("stream"):
+        return list(found)
+    if way.startswith("astream"):
+        return [response async for response in found]
+    return [found]
+
+
+@pytest.fixture
+def llm(engine: PolarModel) -> PolarLLM:
+    return PolarLLM(engine=engine, max_tokens=12)
+
+
+async def test_all_eight_give_the_same_answer(llm: PolarLLM, sink: ListSink) -> None:
+    answers = {way: await _ask(llm, way) for way in WAYS}
+    assert len({_text(responses[-1]) for responses in answers.values()}) == 1
+    for way, responses in answers.items():
+        assert _text(responses[-1]), way
+        if "stream" in way:
+            assert "".join(response.delta for response in responses) == _text(responses[-1])
+    assert len(sink.records) == len(WAYS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_raw_says_what_it_cost_once(llm: PolarLLM, sink: ListSink, way: str) -> None:
+    responses = await _ask(llm, way, compute="economy")
+    (raw,) = [response.raw for response in responses if response.raw is not None]
+    assert raw is responses[-1].raw
+    (record,) = sink.records
+    assert raw["usage"] == {
+        "prompt_tokens": record.tokens.input,
+        "completion_tokens": 12,
+        "total_tokens": record.tokens.input + 12,
+    }
+    assert raw["model"] == record.model
+    assert raw["finish_reason"] == "length"
+    assert raw["cost"] is None
+    assert raw["polar"]["flops"] == record.flops.total
+    assert raw["polar"]["tier"] == record.tier == "economy"
+    assert raw["polar"]["request_id"] == record.request_id
+
+
+def test_a_price_of_the_sink_comes_back_exactly() -> None:
+    class Priced(ListSink):
+        def emit(self, record: UsageRecord) -> Any:
+            super().emit(record)
+            return {"cost": str(Decimal("0.1") * record.tokens.output), "currency": "EUR"}
+
+    response = PolarLLM(engine=tiny_model(sink=Priced()), max_tokens=3).complete("Hello")
+    assert response.raw is not None
+    assert response.raw["cost"] == 0.3
+    assert response.raw["cost_details"] == {"amount": "0.3", "currency": "EUR"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_one_call_is_one_event_with_the_models_own_token_counts(
+    engine: PolarModel, sink: ListSink, way: str
+) -> None:
+    counter = TokenCountingHandler(tokenizer=lambda _: [0] * 999)
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    llm = PolarLLM(engine=engine, max_tokens=4, callback_manager=CallbackManager([counter, debug]))
+    await _ask(llm, way)
+    assert len(debug.get_event_pairs(CBEventType.LLM)) == 1
+    assert counter.prompt_llm_token_count == sink.records[0].tokens.input
+    assert counter.completion_llm_token_count == 4
+
+
+class _Events(BaseEventHandler):
+    _names: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        return self._names
+
+    def handle(self, event: BaseEvent, **_: Any) -> None:
+        self._names.append(type(event).__name__)
+
+
+@pytest.fixture
+def events() -> Iterator[_Events]:
+    handler, dispatcher = _Events(), get_dispatcher()
+    dispatcher.add_event_handler(handler)
+    yield handler
+    dispatcher.event_handlers.remove(handler)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_one_call_is_one_pair_of_instrumentation_events(llm: PolarLLM, events: _Events, way: str) -> None:
+    await _ask(llm, way)
+    kind = "Chat" if way.endswith("chat") else "Completion"
+    assert events.names.count(f"LLM{kind}StartEvent") == events.names.count(f"LLM{kind}EndEvent") == 1
+    assert not [name for name in events.names if name.startswith("LLM") and kind not in name]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_options_of_a_call_act(llm: PolarLLM, sink: ListSink, way: str) -> None:
+    await _ask(llm, way, max_tokens=2, compute="premium", tenant="acme", usage_tags={"a": "b"}, request_id="order-7")
+    (record,) = sink.records
+    assert (record.tokens.output, record.tier, record.tenant) == (2, "premium", "acme")
+    assert (record.tags, record.request_id) == ({"a": "b"}, "order-7")
+
+
+async def test_instrument_tags_reach_the_record(engine: PolarModel, sink: ListSink) -> None:
+    llm = PolarLLM(engine=engine, max_tokens=1, tenant="object", usage_tags={"app": "shop"})
+    with instrument_tags({"tenant": "acme", "team": "search"}):
+        llm.predict(PromptTemplate("Say {x}"), x="Hello")
+        await llm.apredict(PromptTemplate("Say {x}"), x="Hello")
+    llm.complete("Hello")
+    assert [record.tenant for record in sink.records] == ["acme", "acme", "object"]
+    assert sink.records[0].tags == sink.records[1].tags == {"app": "shop", "team": "search"}
+
+
+@pytest.mark.parametrize("way", ["achat", "acomplete", "astream_chat", "astream_complete"])
+async def test_the_event_loop_ticks_while_the_model_answers(engine: PolarModel, way: str) -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.001)
+
+    ticker = asyncio.ensure_future(tick())
+    await _ask(PolarLLM(engine=engine), way, max_tokens=60)
+    ticker.cancel()
+    assert ticks >= 5
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"compute": "luxury"}, polar.UnknownTierError),
+        ({"program": "0-99"}, polar.ProgramDepthError),
+        ({"timeout": -1}, polar.InvalidRequestError),
+    ],
+)
+async def test_an_error_of_the_engine_surfaces_at_once(
+    llm: PolarLLM, sink: ListSink, way: str, options: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await asyncio.wait_for(_ask(llm, way, **options), timeout=20)
+    assert sink.records == []
+
+
+def test_a_mistake_in_a_stream_surfaces_before_the_first_chunk(llm: PolarLLM) -> None:
+    with pytest.raises(polar.UnknownTierError):
+        llm.stream_chat(HELLO, compute="luxury")
+
+
+@pytest.mark.parametrize("way", ["stream_chat", "stream_complete"])
+@pytest.mark.parametrize("keeps_exceptions", [False, True])
+def test_a_broken_off_stream_stops_and_is_recorded(
+    engine: PolarModel, sink: ListSink, way: str, keeps_exceptions: bool
+) -> None:
+    handlers: list[Any] = [LlamaDebugHandler(print_trace_on_end=False)] if keeps_exceptions else []
+    llm = PolarLLM(engine=engine, max_tokens=200, callback_manager=CallbackManager(handlers))
+    stream: Any = getattr(llm, way)(HELLO if way.endswith("chat") else "Hello")
+    next(stream)
+    assert sink.records == []
+    stream.close()
+    (record,) = sink.records
+    assert record.outcome is Outcome.CANCELLED
+    assert record.tokens.output <= 4
+
+
+@pytest.mark.parametrize("way", ["astream_chat", "astream_complete"])
+@pytest.mark.parametrize("keeps_exceptions", [False, True])
+async def test_a_broken_off_async_stream_stops_and_is_recorded(
+    engine: PolarModel, sink: ListSink, way: str, keeps_exceptions: bool
+) -> None:
+    handlers: list[Any] = [LlamaDebugHandler(print_trace_on_end=False)] if keeps_exceptions else []
+    llm = PolarLLM(engine=engine, max_tokens=450, callback_manager=CallbackManager(handlers))
+    stream: Any = await getattr(llm, way)(HELLO if way.endswith("chat") else "Hello")
+    await anext(stream)
+    await stream.aclose()
+    await _until(lambda: bool(sink.records))
+    assert sink.records[0].outcome is Outcome.CANCELLED
+    assert sink.records[0].tokens.output < 450
+
+
+@pytest.mark.parametrize("way", ["achat", "acomplete"])
+async def test_a_cancelled_task_stops_compute_and_is_recorded(engine: PolarModel, sink: Any, way: str) -> None:
+    task = asyncio.ensure_future(_ask(PolarLLM(engine=engine), way, max_tokens=450))
+    await _until(lambda: sink.asked)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await _until(lambda: bool(sink.records))
+    assert sink.records[0].outcome is Outcome.CANCELLED
+
+
+async def _until(condition: Any) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("nothing was recorded within 5 s")
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_timeout_stops_the_request_and_says_so(llm: PolarLLM, sink: ListSink, way: str) -> None:
+    with pytest.raises(PolarTimeoutError, match="timeout=1e-09 s") as caught:
+        await _ask(llm, way, timeout=1e-9)
+    assert isinstance(caught.value, TimeoutError)
+    assert caught.value.usage == sink.records[0]
+    assert sink.records[0].outcome is Outcome.CANCELLED
+
+
+def test_formatted_means_no_template(llm: PolarLLM, sink: ListSink) -> None:
+    llm.complete("abc", formatted=True, max_tokens=1)
+    llm.complete("abc", max_tokens=1)
+    formatted, templated = (record.tokens.input for record in sink.records)
+    assert formatted == 3 < templated
+
+
+def test_a_formatter_of_the_user_replaces_the_template(engine: PolarModel, sink: ListSink) -> None:
+    llm = PolarLLM(
+        engine=engine,
+        max_tokens=1,
+        completion_to_prompt=lambda prompt: f"<{prompt}>",
+        messages_to_prompt=lambda messages: "".join(message.content or "" for message in messages) + "!!",
+    )
+    llm.complete("abc")
+    llm.chat([ChatMessage("abcd")])
+    assert [record.tokens.input for record in sink.records] == [5, 6]
+
+
+def test_metadata_is_the_models_own(llm: PolarLLM, engine: PolarModel) -> None:
+    about = llm.metadata
+    assert about.context_window == engine.context_window
+    assert about.num_output == 12
+    assert about.model_name == engine.name
+    assert about.is_chat_model
+    assert llm.get_token_ids("héllo") == engine.encode("héllo")
+    assert not about.is_function_calling_model
+
+
+def test_constructing_and_describing_load_nothing() -> None:
+    code = (
+        "import sys, llama_index_polar; assert 'llama_index.core' not in sys.modules; "
+        "from llama_index_polar import PolarLLM; PolarLLM(compute='economy').to_payload(); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_environment_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_MODEL", "some/model")
+    assert PolarLLM().model == "some/model"
+
+
+def test_a_misspelt_setting_or_option_names_the_nearest(llm: PolarLLM) -> None:
+    with pytest.raises(TypeError, match=r"did you mean 'temperature'\?"):
+        PolarLLM(temprature=0.5)
+    with pytest.raises(TypeError, match=r"did you mean 'max_tokens'\?"):
+        llm.complete("Hello", max_token=3)
+    with pytest.raises(NotImplementedError, match="tools= is not supported"):
+        llm.chat(HELLO, tools=[])
+
+
+def test_an_engine_brings_its_own_settings(engine: PolarModel) -> None:
+    with pytest.raises(ValueError, match="engine= brings its own sink"):
+        PolarLLM(engine=engine, sink=ListSink())
+    with pytest.raises(ValueError, match=r"takes a polar_sdk\.PolarModel, not str"):
+        PolarLLM(engine="tiny")
+
+
+def test_messages_become_roles_and_texts() -> None:
+    messages = [
+        ChatMessage("Be brief.", role=MessageRole.SYSTEM),
+        ChatMessage(role=MessageRole.USER, blocks=[TextBlock(text="a"), TextBlock(text="b")]),
+        ChatMessage(
+            role=MessageRole.ASSISTANT,
+            blocks=[ThinkingBlock(content="hm"), ToolCallBlock(tool_name="add", tool_kwargs={"a": 1})],
+        ),
+        ChatMessage("21", role=MessageRole.TOOL, additional_kwargs={"name": "add"}),
+    ]
+    assert to_roles(messages) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": '{"name": "add", "arguments": {"a": 1}}'},
+        {"role": "user", "content": "Result of add: 21"},
+    ]
+
+
+def test_what_is_no_text_is_refused(llm: PolarLLM, sink: ListSink) -> None:
+    message = ChatMessage(role=MessageRole.USER, blocks=[TextBlock(text="?"), ImageBlock(url="http://x/y.png")])
+    with pytest.raises(polar.InvalidRequestError, match="ImageBlock in message 1 cannot be read"):
+        llm.chat([message])
+    assert sink.records == []
+
+
+def test_public_names() -> None:
+    for name in llama_index_polar.__all__:
+        assert getattr(llama_index_polar, name).__name__ == name
+
+
+@pytest.mark.model
+def test_the_sentence_of_the_readme() -> None:
+    assert "Paris" in PolarLLM().complete("What is the capital of France?").text

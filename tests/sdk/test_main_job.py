@@ -1,0 +1,110 @@
+"""The main job on the real default model: prompt → router → program → execution → record → ledger → price → report."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from polar_sdk import PolarModel, Program
+from polar_sdk.cli.main import app
+from polar_sdk.engine.forward import Row, next_logits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Attend, Rotary
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def exact() -> PolarModel:
+    return PolarModel.from_pretrained(dtype="float32", ledger=None)
+
+
+def test_the_default_model_knows_the_capital_of_france() -> None:
+    assert "Paris" in PolarModel.from_pretrained(ledger=None).generate("What is the capital of France?").text
+
+
+def test_a_loop_decodes_the_same_tokens_with_and_without_the_cache(exact: PolarModel) -> None:
+    program = Program.parse("0-14 15x2 16-29")
+    done = exact.generate("Name three colours.", program=program, max_tokens=12)
+    decoder, prompt = exact.loaded.decoder, exact._encoder.encode("Name three colours.")
+    tokens: list[int] = []
+    while len(tokens) < len(done.token_ids):
+        with torch.inference_mode():
+            logits = next_logits(decoder, [Row(decoder, program, 1)], [[*prompt, *tokens]])
+        tokens.append(int(logits[0].argmax()))
+    assert tuple(tokens) == done.token_ids
+
+
+def test_metered_flops_are_torchs_own(exact: PolarModel) -> None:
+    decoder = exact.loaded.decoder
+    row = Row(decoder, Program.parse("0-14 15x2 16-29"), 64)
+    before = 0
+    for tokens in (exact.encode("The quick brown fox jumps over the lazy dog."), [28]):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            next_logits(decoder, [row], [tokens])
+        assert row.work.flops().total - before == counter.get_total_flops() > 0
+        before = row.work.flops().total
+
+
+def test_identity_is_hugging_faces_generate(exact: PolarModel) -> None:
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(exact.loaded.path, dtype=torch.float32, local_files_only=True)
+    ids = torch.tensor([exact._encoder.encode("Write one sentence about the sea.")])
+    out = reference.generate(ids, max_new_tokens=24, do_sample=False)
+    ours = exact.generate("Write one sentence about the sea.", compute="exact", max_tokens=24)
+    assert ours.token_ids == tuple(out[0, ids.shape[1] :].tolist())
+
+
+def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tenants on all tiers, one stream broken off; the ledger holds what ran, and the bill adds up to the last unit."""
+    model = PolarModel.from_pretrained(ledger=ledger_url)
+    decoder = model.loaded.decoder
+    calls: Counter[int] = Counter()
+    run = decoder.layer
+
+    def counting(index: int, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        out = run(index, hidden, rotary, attend)
+        calls[index] += 1
+        return out
+
+    monkeypatch.setattr(decoder, "layer", counting)
+    costs: dict[str, Decimal] = {"acme": Decimal(0), "globex": Decimal(0)}
+    for tenant in costs:
+        for tier in ("economy", "standard", "premium", "exact"):
+            done = model.generate("What is two and two?", compute=tier, tenant=tenant, max_tokens=6)
+            assert done.receipt is not None
+            costs[tenant] += Decimal(done.receipt["cost"])
+    stream = model.stream("Tell me a story.", tenant="acme", compute="premium")
+    for _ in range(3):
+        next(stream)
+    stream.close()
+
+    usage = json.loads(invoke("usage", "--requests", "--json"))
+    assert len(usage) == 9
+    report = json.loads(invoke("report", "--json"))
+    depth = [panel for tier in report["tiers"] for panel in tier["depth"]]
+    layers = [sum(p["visits_prefill"][i] + p["visits_decode"][i] for p in depth) for i in range(model.depth)]
+    assert layers == [calls[layer] for layer in range(model.depth)]
+    for tenant in report["tenants"]:
+        lines = sum(Decimal(line["amount"]) for line in tenant["lines"])
+        assert lines + Decimal(tenant["rounding"]) == Decimal(tenant["total"])
+    assert sum(Decimal(tenant["total"]) for tenant in report["tenants"]) == Decimal(report["total"]) > 0
+    exact = sum(costs.values()) + sum(Decimal(row["cost"]) for row in usage if row["outcome"] == "cancelled")
+    assert abs(exact - Decimal(report["total"])) <= Decimal(len(report["tenants"])) * Decimal(10) ** -report["decimals"]
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
