@@ -141,8 +141,19 @@ class Policy(_Frozen):
                 f"the policy was made for model {self.model or 'unnamed'} ({self.fingerprint[:12]}…), "
                 f"but this model is {fingerprint[:12]}…; make one for it with `polar scan --save`."
             )
+        for layer in self.protected:
+            if not -cost.depth <= layer < cost.depth:
+                raise PolicyError(
+                    f"the policy protects layer {layer}, which does not exist; the model has {cost.depth} layers, "
+                    f"numbered 0 to {cost.depth - 1}, or -{cost.depth} to -1 from the end."
+                )
         for tier in self.tiers.values():
             self.check(tier.program, cost)
+        if "exact" in self.tiers and not self.tiers["exact"].program.is_identity(cost.depth):
+            raise PolicyError(
+                f"tier 'exact' has program {self.tiers['exact'].program.text!r}; it means full depth, "
+                f"0-{cost.depth - 1}: give that program another tier's name."
+            )
 
     def program_for(self, tier: str | None, depth: int) -> tuple[str | None, Program]:
         """The tier in force and its program; identity where neither request nor policy names a tier.
@@ -202,6 +213,6 @@ class Policy(_Frozen):
         ratio = cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total / identity
         if ratio > self.cost_ceiling:
             raise CostCeilingError(
-                f"program {program.text!r} costs {ratio:.2f} × identity; at most {self.cost_ceiling:g} × is allowed.",
+                f"program {program.text!r} costs {ratio:.4g} × identity; at most {self.cost_ceiling:g} × is allowed.",
                 hint="Skip more, or raise `cost_ceiling` in the policy.",
             )

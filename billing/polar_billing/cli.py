@@ -175,7 +175,7 @@ def _billing_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"this command needs {error.name!r}.", hint="Install it with `pip install 'polar-llm[billing]'`."
+            f"this command needs {error.name!r}.", hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`."
         ) from error
 
 

@@ -80,7 +80,7 @@ class Database:
         except ModuleNotFoundError as error:
             raise MissingExtraError(
                 f"ledger {describe(self.url)!r} needs {error.name!r}.",
-                hint="Install it with `pip install 'polar-llm[postgres]'`.",
+                hint="Install the extra postgres of polar-llm, in a clone: `pip install '.[postgres]'`.",
             ) from error
 
     @contextmanager

@@ -36,7 +36,7 @@ def report_html(report: Report) -> str:
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"the HTML report needs {error.name!r}.",
-            hint="Install it with `pip install 'polar-llm[report]'`.",
+            hint="Install the extra report of polar-llm, in a clone: `pip install '.[report]'`.",
         ) from error
 
     environment = jinja2.Environment(

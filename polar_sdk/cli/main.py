@@ -1,13 +1,14 @@
 """Assemble the command `polar`, and turn every error a user can make into one line and an exit code.
 
 Exit codes: 0 done; 1 a store, a model or the disk failed; 2 the caller's mistake; 130 interrupted.
-Commands of other parts (`usage`, `report`, `demo`) come from the entry-point group `polar_sdk.commands`; one whose
-extra is not installed is left out, and named in `polar --help`.
+Commands of other parts (`usage`, `report`, `demo`) come from the entry-point group `polar_sdk.commands`; each says itself
+which extra it lacks.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.metadata import entry_points
 from typing import Annotated, Any
@@ -82,19 +83,9 @@ def _register_all() -> None:
         module.register(app)
     for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
         try:
-            register = entry.load()
-        except ModuleNotFoundError as error:
-            _stand_in(entry.name, error.name or entry.value)
-        else:
-            register(app)
-
-
-def _stand_in(name: str, missing: str) -> None:
-    """Keep a command that cannot load visible, so that it says which extra brings it."""
-
-    @app.command(name, hidden=True)
-    def unavailable() -> None:
-        raise PolarError(f"commands of {name!r} need the package {missing!r}.", hint="Install 'polar-llm[all]'.")
+            entry.load()(app)
+        except Exception as error:  # noqa: BLE001  (somebody else's package must not take `polar run` down)
+            typer.echo(f"warning: commands of {entry.value!r} are left out: {error!r}", err=True)
 
 
 _register_all()
@@ -102,4 +93,13 @@ _register_all()
 
 def main() -> None:
     """Entry point of the command `polar`."""
+    # Threads that wait for work should sleep, not spin: two busy processes on the same cores otherwise decode ten times
+    # slower than one (benchmarks/RESULTS.md). Read when torch is first imported, which has not happened yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _terminated)
     app()
+
+
+def _terminated(number: int, _: object) -> None:
+    """Unwind instead of dying at once, so that a request in progress leaves its usage record."""
+    raise SystemExit(128 + number)

@@ -67,7 +67,7 @@ def test_identity_is_hugging_faces_generate(exact: PolarModel) -> None:
 
 
 def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tenants on all tiers, one stream broken off; the ledger holds what ran, and the bill adds up to the last unit."""
+    """Two tenants on all tiers, one stream broken off; the ledger holds what ran, the bill adds up."""
     model = PolarModel.from_pretrained(ledger=ledger_url)
     decoder = model.loaded.decoder
     calls: Counter[int] = Counter()

@@ -98,7 +98,7 @@ class TestCostCeiling:
         program = Program.looping(DEPTH, {4: 3})
         with pytest.raises(CostCeilingError) as caught:
             Policy().check(program, COST)
-        assert f"{self.ratio(program):.2f} × identity" in str(caught.value)
+        assert f"{self.ratio(program):.4g} × identity" in str(caught.value)
         assert "at most 1.15 ×" in str(caught.value)
 
     def test_identity_is_never_too_dear_at_one(self) -> None:
@@ -277,3 +277,14 @@ class TestStore:
                 assert policy.model is not None
                 assert set(policy.tiers) == set(TIERS)
                 assert policy.tiers["exact"].program.is_identity(len(policy.tiers["exact"].program))
+
+
+def test_protecting_a_layer_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(PolicyError, match="protects layer 40, which does not exist; the model has 6 layers"):
+        tiny_model(policy=Policy(protected=(40,)))
+
+
+def test_the_exact_tier_is_full_depth() -> None:
+    policy = Policy(protected=(), tiers={"exact": Tier(program=Program.parse("0 2-5"))})
+    with pytest.raises(PolicyError, match="means full depth, 0-5"):
+        tiny_model(policy=policy)
