@@ -1,6 +1,6 @@
 """The figures of a report: what some requests used and owe, and what they would have owed otherwise.
 
-Worked out from exact sums, each rounded once. Knows no tenant and no output format.
+Worked out from exact sums, rounded once per group. Knows no tenant and no output format.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | N
         saved_share=_share(identity - flops, identity),
         router_share=_share(total("flops_router"), flops),
         charge=charge if rated else None,
-        charge_full_depth=_money(total("full_depth_exact"), decimals) if rated else None,
-        charge_per_token=_money(total("per_token_exact"), decimals) if comparable else None,
+        charge_full_depth=_summed((part.full_depth_exact for part in parts), decimals) if rated else None,
+        charge_per_token=_summed((part.per_token_exact for part in parts), decimals) if comparable else None,
         price_per_1000_requests=_money(total("exact") * 1_000, decimals, per=rated),
         price_per_million_tokens=_money(total("exact") * 1_000_000, decimals, per=total("rated_tokens")),
         latency_ns_p50=_percentile(latencies, 50),
@@ -106,6 +106,12 @@ def _money(exact: int, decimals: int, *, per: int = 1) -> Decimal | None:
     if per == 0:
         return None
     return from_scaled(divide_half_even(exact, per * int(10 ** (EXACT_SCALE - decimals))), decimals)
+
+
+def _summed(exact: Iterable[int], decimals: int) -> Decimal:
+    """Each group rounded once, then added: as charges are, so that what cost the same is shown as the same."""
+    step = int(10 ** (EXACT_SCALE - decimals))
+    return from_scaled(sum(divide_half_even(one, step) for one in exact), decimals)
 
 
 def _share(part: int, whole: int) -> Decimal | None:

@@ -215,3 +215,13 @@ def test_csv_sums_to_the_total_and_runs_no_formula(ledger: Ledger, report: Repor
     assert [row["kind"] for row in rows if row["tenant"] == "acme"] == ["tier"] * 4 + ["rounding"]
     Meter(ledger).emit(usage_record(tenant="=1+1"))
     assert "'=1+1" in report_csv(build_report(ledger, Selection("=1+1")))
+
+
+@pytest.mark.parametrize("tenants", [1, 3, 17])
+def test_a_tier_that_saves_nothing_costs_what_full_depth_costs(ledger: Ledger, tenants: int) -> None:
+    meter = Meter(ledger)
+    for number in range(tenants):
+        meter.emit(usage_record(tenant=f"tenant-{number}", tier="premium", prompt=5 + number))
+    figures = build_report(ledger).tiers[0].figures
+    assert figures.compute_units_saved == 0
+    assert figures.charge_full_depth == figures.charge
