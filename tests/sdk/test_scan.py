@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from polar_sdk import Policy, Program
+from polar_sdk.cli.main import app
 from polar_sdk.engine.forward import Row, next_logits
 from polar_sdk.errors import DataError
 from polar_sdk.scan import Scanner, builtin_items, read_items
@@ -163,3 +165,18 @@ def test_a_missing_file_and_an_empty_set_are_errors(model: PolarModel, tmp_path:
         read_items(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="at least one"):
         Scanner(model, [])
+
+
+@pytest.mark.model
+def test_the_command_scans_the_real_model_and_saves_what_it_was_told_to(tmp_path: Path) -> None:
+    """A small scan: one prompt, one block length, one removal; the file holds what standard output says."""
+    out = tmp_path / "scan.json"
+    arguments = ["scan", "--limit", "1", "--lengths", "9", "--no-loops", "--removals", "0", "--json", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    facts, saved = json.loads(result.stdout), json.loads(out.read_text())
+    assert facts["skips"] == saved["skips"]
+    assert len(facts["skips"]) == 19  # starts 2 to 20 of nine layers among the 27 that are not protected
+    assert all(score["flops_ratio"] < 0.8 and score["agreement"] < 1 for score in facts["skips"])
+    assert facts["picks"]["economy"]["program"] == facts["identity"]["program"]  # nothing else is on the path
+    assert facts["saved"] is None
