@@ -2,8 +2,8 @@
 
     python benchmarks/choices.py questions.jsonl --limit 200 --program "0-16 18-29" --program "0-15 18-29"
 
-Rows: `{"question": …, "choices": […], "answer": index}`. Without --program it measures the programs of the model's tiers.
-Prints Markdown, and one JSON object as the last line.
+Rows: `{"question": …, "choices": […], "answer": index}`. Without --program it measures the programs of the
+model's tiers. Prints Markdown, and one JSON object as the last line.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ PolarError
 │   ├── SamplingError                     a sampling setting outside its range
 │   ├── UnknownTierError                  `compute=` names no tier of the policy
 │   └── TagError                          a tag or tenant that cannot be stored
+├── RequestTimeoutError (TimeoutError)    the request ran longer than its `timeout`; retryable
 ├── ProgramError (ValueError)             a program that cannot or may not run
 │   ├── ProgramSyntaxError                the text form does not parse
 │   ├── ProgramDepthError                 a layer the model does not have
@@ -30,6 +31,11 @@ fix on one line; `hint` repeats the fix alone for programs that show it apart.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from polar_sdk.usage import UsageRecord
+
 __all__ = [
     "ContextWindowError",
     "CostCeilingError",
@@ -47,6 +53,7 @@ __all__ = [
     "ProgramError",
     "ProgramSyntaxError",
     "ProtectedLayerError",
+    "RequestTimeoutError",
     "SamplingError",
     "SinkError",
     "SinkNotFoundError",
@@ -98,6 +105,21 @@ class UnknownTierError(InvalidRequestError):
 
 class TagError(InvalidRequestError):
     """A tenant or tag that cannot be stored on a usage record."""
+
+
+class RequestTimeoutError(PolarError, TimeoutError):
+    """A request was stopped because it ran longer than its `timeout`.
+
+    Attributes:
+        usage: The record of the stopped request, exact to the last executed layer; in a batch, of the first row that
+            was stopped (the sink has one of every row).
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, *, hint: str | None = None, usage: UsageRecord | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.usage = usage
 
 
 class ProgramError(PolarError, ValueError):

@@ -1,8 +1,8 @@
 """The decode loop: requests in, pieces of text out, and exactly one usage record per request, however it ends.
 
-Rows of one call decode together; each leaves when it is done. Metering lives in `finally` here and nowhere else, so
-that a stream that is closed, a task that is cancelled and an error in mid-layer are all recorded up to the last
-executed layer.
+Rows of one call decode together; each leaves when it is done, and all when their time is up. Metering lives in
+`finally` here and nowhere else, so that a stream that is closed, a task that is cancelled and an error in mid-layer are
+all recorded up to the last executed layer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from polar_sdk.engine.forward import Row, next_logits
 from polar_sdk.engine.sampling import Sampler
 from polar_sdk.engine.text import TextStream
+from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.program import Program
 from polar_sdk.usage import Outcome, Receipt, TokenUsage, UsageRecord
 
@@ -34,6 +35,9 @@ _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
     Outcome.CANCELLED: "cancelled",
     Outcome.ERROR: "error",
 }
+_STOPS = (GeneratorExit, KeyboardInterrupt, SystemExit, RequestTimeoutError)
+"""What ends a request without being an error of it: its stream was closed, the process was told to end (the command
+`polar` turns SIGTERM into SystemExit), or its time was up."""
 _PREFILL_TOKENS = 4096
 """Prompts are prefilled together up to this many tokens: enough to fill the matrix products, bounded in memory."""
 
@@ -75,7 +79,7 @@ class _Live:
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.usage: UsageRecord | None = None
-        """The record of an answer that is complete; offered again, unchanged, to a sink that failed."""
+        """The record once it is final; stored at the end if it was not yet, unchanged after a sink that failed."""
         self.recorded = False
         self.prefill_begin_ns = self.prefill_end_ns = self.end_ns = 0
         self._end_tokens = _end_tokens(model)
@@ -91,11 +95,11 @@ class _Live:
         token = self._sampler(logits)
         self.tokens.append(token)
         piece = "" if token in self._end_tokens else self.text.push(token)
-        if token in self._end_tokens or self.text.stopped:
-            self.finish = "stop"
-        elif len(self.tokens) >= self.request.max_tokens:
-            self.finish = "length"
-        return piece + (self.text.finish() if self.finish else "")
+        ended = token in self._end_tokens
+        if ended or self.text.stopped or len(self.tokens) >= self.request.max_tokens:
+            piece += self.text.finish()  # in what was held back, too, a stop string may be found
+            self.finish = "stop" if ended or self.text.stopped else "length"
+        return piece
 
     def record(self, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
         """The facts up to now."""
@@ -155,17 +159,16 @@ def generate_rows(
 
     Raises:
         SinkError: Before compute, if usage could not be recorded.
+        RequestTimeoutError: The time of an unfinished row is up; the record of every row is stored by then.
     """
     sink.check()
     lives = [_Live(request, model, index) for index, request in enumerate(requests)]
     failure: BaseException | None = None
     try:
         for group in _prefill_groups(lives):
-            yield from _finish_cancelled(group, sink)
-            yield from _pass([live for live in group if live.finish is None], sink)
+            yield from _pass(group, sink)
         while active := [live for live in lives if live.finish is None]:
-            yield from _finish_cancelled(active, sink)
-            yield from _pass([live for live in active if live.finish is None], sink)
+            yield from _pass(active, sink)
     except BaseException as error:
         failure = error
         raise
@@ -190,11 +193,13 @@ def _prefill_groups(lives: Sequence[_Live]) -> Iterator[list[_Live]]:
 
 
 def _pass(lives: Sequence[_Live], sink: UsageSink) -> Iterator[tuple[int, Chunk]]:
-    """One pass for rows that are all in prefill or all decoding, and one token for each."""
-    if not lives:
-        return
-    pieces = _advance(lives)
-    for live, piece in zip(lives, pieces, strict=True):
+    """One pass for rows that are all in prefill or all decoding, and one token for each that goes on."""
+    yield from _finish_cancelled(lives, sink)
+    going = [live for live in lives if live.finish is None]
+    for live in going:
+        if live.request.late:
+            raise _timed_out(live)
+    for live, piece in zip(going, _advance(going) if going else [], strict=True):
         yield live.index, _chunk(live, piece, sink)
 
 
@@ -219,6 +224,15 @@ def _finish_cancelled(lives: Sequence[_Live], sink: UsageSink) -> Iterator[tuple
             yield live.index, _chunk(live, live.text.finish(), sink)
 
 
+def _timed_out(live: _Live) -> RequestTimeoutError:
+    live.usage = live.record(Outcome.CANCELLED)
+    return RequestTimeoutError(
+        f"the answer was stopped by timeout={live.request.timeout} s after {len(live.tokens)} tokens.",
+        hint="Raise timeout, lower max_tokens, or use a cheaper tier.",
+        usage=live.usage,
+    )
+
+
 def _chunk(live: _Live, piece: str, sink: UsageSink) -> Chunk:
     """The chunk to hand out; on the last one the record is stored first."""
     if live.finish is None:
@@ -232,7 +246,7 @@ def _chunk(live: _Live, piece: str, sink: UsageSink) -> Chunk:
 
 def _record_unfinished(lives: Sequence[_Live], failure: BaseException | None, sink: UsageSink) -> None:
     """Store a record for every row that has none; a sink that fails for one row is still asked for the others."""
-    stopped = failure is None or isinstance(failure, GeneratorExit | KeyboardInterrupt)
+    stopped = failure is None or isinstance(failure, _STOPS)
     problems: list[Exception] = []
     for live in lives:
         if live.recorded:
@@ -242,5 +256,5 @@ def _record_unfinished(lives: Sequence[_Live], failure: BaseException | None, si
             sink.emit(live.usage or live.record(Outcome.CANCELLED if stopped else Outcome.ERROR, failure))
         except Exception as problem:  # any sink, any error: the remaining rows must be recorded all the same
             problems.append(problem)
-    if problems and not isinstance(failure, type(problems[0])):
+    if problems and (stopped or not isinstance(failure, type(problems[0]))):  # a timeout is an OSError, as disks raise
         raise problems[0]

@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from polar_sdk.aio import iterate_in_thread, run_in_thread
-from polar_sdk.errors import InvalidRequestError
+from polar_sdk.errors import ContextWindowError, InvalidRequestError
 from polar_sdk.generation import Chunk, Generation, finished, generate_rows
 from polar_sdk.loading import load_pretrained
 from polar_sdk.loading.adopt import adopt
@@ -175,34 +175,26 @@ class PolarModel:
         Raises:
             InvalidRequestError: Or one of its kinds, before any compute.
             ProgramError: The program may not run.
+            RequestTimeoutError: The answer took longer than `timeout`.
             SinkError: Usage cannot be recorded; raised before any compute.
         """
-        return self._all([prompt], [options])[0]
+        return self._all([self._maker.make(prompt, options)])[0]
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], *, request_ids: Sequence[str] | None = None, **options: Unpack[RequestOptions]
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        each: Sequence[RequestOptions] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[Generation]:
         """Answer several prompts; their rows decode together.
 
         Args:
             prompts: Texts or message lists.
-            request_ids: One idempotency key per prompt.
-            **options: Shared by all; `request_id` would not be unique and is refused.
+            each: Options of each prompt alone, such as tenant, tags, request_id or compute; laid over those of all.
+            **options: Options of all. `timeout` and `cancel` end the batch; rows finished by then are recorded as such.
         """
-        if "request_id" in options:
-            raise InvalidRequestError("request_id names one request; use request_ids, one per prompt.")
-        if isinstance(prompts, str):
-            raise InvalidRequestError("generate_batch takes a list of prompts, not one text; use generate, or [text].")
-        if request_ids is not None and len(set(request_ids)) != len(request_ids):
-            raise InvalidRequestError("two of the request_ids are the same; each names one request.")
-        if request_ids is not None and len(request_ids) != len(prompts):
-            raise InvalidRequestError(
-                f"{len(request_ids)} request_ids for {len(prompts)} prompts; give one per prompt."
-            )
-        each: list[RequestOptions] = [options.copy() for _ in prompts]
-        for one, request_id in zip(each, request_ids or (), strict=False):
-            one["request_id"] = request_id
-        return self._all(prompts, each)
+        return self._all(self._maker.make_batch(prompts, each, options))
 
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Chunk, None, None]:
         """Answer one prompt token by token; closing the generator stops compute and records what ran.
@@ -221,13 +213,17 @@ class PolarModel:
         return await run_in_thread(call, options.get("cancel"))
 
     async def agenerate_batch(
-        self, prompts: Sequence[Prompt], *, request_ids: Sequence[str] | None = None, **options: Unpack[RequestOptions]
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        each: Sequence[RequestOptions] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[Generation]:
         """`generate_batch` without blocking the event loop; cancelling the task stops all rows within one token."""
 
         def call(cancel: Cancel) -> list[Generation]:
             own: RequestOptions = {**options, "cancel": cancel}
-            return self.generate_batch(prompts, request_ids=request_ids, **own)
+            return self.generate_batch(prompts, each=each, **own)
 
         return await run_in_thread(call, options.get("cancel"))
 
@@ -251,6 +247,10 @@ class PolarModel:
             prompt: Text before the continuations, no template applied.
             continuations: Texts to compare, each at least one token.
             program: What runs; None = identity.
+
+        Raises:
+            InvalidRequestError: A continuation without a token.
+            ContextWindowError: The prompt and a continuation do not fit the model.
         """
         chosen = Program.identity(self.depth) if program is None else Program.of(program)
         self.policy.check(chosen, self._loaded.decoder.cost)
@@ -258,6 +258,11 @@ class PolarModel:
         if not all(tails):
             raise InvalidRequestError("a continuation is empty; give each at least one token of text.")
         question = Question(tuple(self._encoder.encode(prompt, "raw")), tuple(tails))
+        if (longest := len(question.prompt) + max(map(len, tails), default=0)) > self.context_window:
+            raise ContextWindowError(
+                f"the prompt and its longest continuation have {longest} tokens; the context window is "
+                f"{self.context_window}: shorten them."
+            )
         return tuple(score_questions(self._loaded.decoder, [question], chosen)[0].loglikelihoods)
 
     def scan(self, items: Sequence[CalibrationItem] | None = None, **options: Any) -> ScanReport:
@@ -280,8 +285,7 @@ class PolarModel:
         done = finished(generate_rows(self._loaded, requests, NullSink()))
         return [(request.tokens, done[index].token_ids) for index, request in enumerate(requests)]
 
-    def _all(self, prompts: Sequence[Prompt], options: Sequence[RequestOptions]) -> list[Generation]:
-        requests = [self._maker.make(prompt, one) for prompt, one in zip(prompts, options, strict=True)]
+    def _all(self, requests: Sequence[Request]) -> list[Generation]:
         if not requests:
             return []
         done = finished(generate_rows(self._loaded, requests, self.sink))

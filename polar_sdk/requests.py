@@ -5,17 +5,21 @@ Knows a tokenizer, a policy and a cost model; runs nothing. A request that gets 
 
 from __future__ import annotations
 
+import math
 import operator
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, TagError
 from polar_sdk.program import Program
 from polar_sdk.router import Route, Router, fixed_router
+from polar_sdk.spelling import did_you_mean
 from polar_sdk.usage import new_request_id
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ Prompt = str | Sequence[Message]
 T = TypeVar("T")
 _DEFAULT_MAX_TOKENS = 256
 _LONGEST_NAME = 200
+_OF_THE_BATCH = frozenset({"cancel", "timeout"})
+"""Options that end a batch as a whole."""
 
 
 class Cancel(Protocol):
@@ -66,6 +72,8 @@ class RequestOptions(TypedDict, total=False):
     """Idempotency key of the usage record; None = a new UUIDv7."""
     cancel: Cancel | None
     """Set it from any thread: the request ends within one token."""
+    timeout: float | None
+    """Longest time from the making of the request to its last token; then `RequestTimeoutError`. Unit: seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +92,21 @@ class Request:
     tags: Mapping[str, str]
     request_id: str
     cancel: Cancel | None
+    timeout: float | None
+    """Time allowed from creation on; None = any. Unit: seconds."""
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     created_ns: int = field(default_factory=time.perf_counter_ns)
-    """Monotonic time of creation, for the queue time. Unit: nanoseconds."""
+    """Monotonic time of creation, for queue time and timeout. Unit: nanoseconds."""
 
     @property
     def cancelled(self) -> bool:
         """True once the caller has said stop."""
         return self.cancel is not None and self.cancel.is_set()
+
+    @property
+    def late(self) -> bool:
+        """True once the time allowed is up."""
+        return self.timeout is not None and time.perf_counter_ns() - self.created_ns >= self.timeout * 1e9
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,30 @@ class RequestMaker:
             tags={**_tags(self.tags), **_tags(_given(options.get("tags"), {}))},
             request_id=_name("request_id", _given(options.get("request_id"), new_request_id())),
             cancel=_cancel(options.get("cancel")),
+            timeout=_timeout(options.get("timeout")),
         )
+
+    def make_batch(
+        self, prompts: Sequence[Prompt], each: Sequence[RequestOptions] | None, shared: RequestOptions
+    ) -> list[Request]:
+        """Check prompts that will decode together, with what each has of its own laid over what they share.
+
+        Raises:
+            InvalidRequestError: Or one of its kinds; also where `prompts` and `each` do not make one batch.
+            ProgramError: A program cannot or may not run.
+        """
+        if isinstance(prompts, str):
+            raise InvalidRequestError("generate_batch takes a list of prompts, not one text; use generate, or [text].")
+        own: Sequence[RequestOptions] = [{} for _ in prompts] if each is None else each
+        if len(own) != len(prompts):
+            raise InvalidRequestError(f"each has {len(own)} options for {len(prompts)} prompts; give one per prompt.")
+        requests = [self.make(prompt, _over(shared, one)) for prompt, one in zip(prompts, own, strict=True)]
+        for request_id, times in Counter(request.request_id for request in requests).most_common(1):
+            if times > 1:
+                raise InvalidRequestError(
+                    f"{times} prompts have the request_id {request_id!r}; give each its own in each=."
+                )
+        return requests
 
     def _router(self, options: RequestOptions) -> tuple[str | None, Router]:
         """The tier to record and the router in force: program by hand, else tier, else router, else default tier."""
@@ -179,9 +217,23 @@ def _given(value: T | None, default: T) -> T:
 
 
 def _refuse_unknown(options: RequestOptions) -> None:
-    if unknown := sorted(set(options) - set(RequestOptions.__annotations__)):
-        known = ", ".join(sorted(RequestOptions.__annotations__))
-        raise InvalidRequestError(f"option {unknown[0]!r} is unknown; known are: {known}.")
+    for name in options:
+        if name not in RequestOptions.__annotations__:
+            raise InvalidRequestError(
+                f"option {name!r} is unknown; {did_you_mean(str(name), RequestOptions.__annotations__)}"
+            )
+
+
+def _over(shared: RequestOptions, own: RequestOptions) -> RequestOptions:
+    """Options of one row of a batch; its tags are laid over the shared ones, as those over the object's."""
+    if not isinstance(own, Mapping):
+        raise InvalidRequestError(f"each holds {own!r}; pass a mapping of options per prompt.")
+    if alone := sorted(_OF_THE_BATCH & set(own)):
+        raise InvalidRequestError(f"{alone[0]} in each= would end one row; it ends the batch: pass it beside each=.")
+    merged: RequestOptions = {**shared, **own}
+    if shared.get("tags") is not None and own.get("tags") is not None:
+        merged["tags"] = {**_tags(_given(shared.get("tags"), {})), **_tags(_given(own.get("tags"), {}))}
+    return merged
 
 
 def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -222,3 +274,14 @@ def _cancel(cancel: Cancel | None) -> Cancel | None:
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
         raise InvalidRequestError(f"cancel is {cancel!r}; pass something with is_set(), such as threading.Event().")
     return cancel
+
+
+def _timeout(timeout: Any) -> float | None:
+    if timeout is None:
+        return None
+    if not isinstance(timeout, Real):
+        raise InvalidRequestError(f"timeout={timeout!r} is not a number; pass seconds, or None.")
+    seconds = float(timeout)
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise InvalidRequestError(f"timeout={timeout} is out of range; use more than 0 seconds, or None.")
+    return seconds

@@ -175,7 +175,8 @@ def _billing_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"this command needs {error.name!r}.", hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`."
+            f"this command needs {error.name!r}.",
+            hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
         ) from error
 
 

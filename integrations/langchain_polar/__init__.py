@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         get_polar_cost_callback,
     )
     from langchain_polar.chat_models import ChatPolar
-    from langchain_polar.errors import PolarTimeoutError
     from langchain_polar.llms import PolarLLM
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "PolarCall",
     "PolarCostCallbackHandler",
     "PolarLLM",
-    "PolarTimeoutError",
     "get_polar_cost_callback",
 ]
 
@@ -37,7 +35,6 @@ _HOMES: Final = {
     "PolarCall": "callbacks",
     "PolarCostCallbackHandler": "callbacks",
     "PolarLLM": "llms",
-    "PolarTimeoutError": "errors",
     "get_polar_cost_callback": "callbacks",
 }
 

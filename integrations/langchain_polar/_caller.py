@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
     from langchain_core.callbacks.manager import BaseRunManager
 
-__all__ = ["CALLER_OPTIONS", "Caller"]
+    from polar_sdk.requests import RequestOptions
 
-CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
-"""Per-call options that say who asks; they change no answer, so no cache key holds them."""
+__all__ = ["Caller"]
 
 _FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")
 """Prefixes of metadata that frameworks add by themselves: run bookkeeping, of no use on a bill."""
@@ -57,6 +56,10 @@ class Caller:
     def over(self, tenant: str, tags: Mapping[str, str]) -> Caller:
         """This caller, where it names nothing with those of the engine."""
         return Caller(self.tenant or tenant, {**tags, **self.tags}, self.request_id)
+
+    def as_options(self) -> RequestOptions:
+        """Who asks, as the engine takes it."""
+        return {"tenant": self.tenant, "tags": self.tags, "request_id": self.request_id}
 
     def with_call(self, options: Mapping[str, Any]) -> Caller:
         """What the call itself named wins over what the config named."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
+from polar_sdk.facts import cost_facts
 from polar_sdk.usage import Outcome, UsageRecord, new_request_id
 
 if TYPE_CHECKING:
@@ -45,36 +46,7 @@ def response_metadata(generation: Generation) -> dict[str, Any]:
     return {
         "model_name": record.model,
         "finish_reason": generation.finish_reason,
-        **_cost(generation.receipt),
-        "polar": _polar(record),
-    }
-
-
-def _cost(receipt: Receipt | None) -> dict[str, Any]:
-    """`cost` as a float for display, None where no price is known; the exact decimal as text beside it."""
-    receipt = receipt or {}
-    amount = receipt.get("cost")
-    details = {"amount": amount, "currency": receipt.get("currency"), "price_book": receipt.get("price_book")}
-    if receipt.get("unrated"):
-        details["unrated"] = receipt["unrated"]
-    return {"cost": None if amount is None else float(amount), "cost_details": details}
-
-
-def _polar(record: UsageRecord) -> dict[str, Any]:
-    return {
-        "program": record.program,
-        "visits": record.visits.total,
-        "flops": record.flops.total,
-        "identity_flops": record.identity_flops,
-        "compute_units": record.compute_units,
-        "tier": record.tier,
-        "tenant": record.tenant,
-        "tags": dict(record.tags),
-        "request_id": record.request_id,
-        "outcome": record.outcome.value,
-        "model_fingerprint": record.model_fingerprint,
-        "router": record.router,
-        "router_version": record.router_version,
+        **cost_facts(record, generation.receipt),
     }
 
 
@@ -128,4 +100,4 @@ def cached_record(metadata: Mapping[str, Any], caller: Caller, tenant: str) -> U
 
 def cached_metadata(metadata: Mapping[str, Any], record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:
     """Response metadata of a cached answer: what it cost this time, not what it cost when it was computed."""
-    return {**metadata, **_cost(receipt), "polar": _polar(record)}
+    return {**metadata, **cost_facts(record, receipt)}

@@ -16,10 +16,11 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables.config import ensure_config
 
 from langchain_polar._base import PolarBase
-from langchain_polar._caller import CALLER_OPTIONS, Caller
+from langchain_polar._caller import Caller
 from langchain_polar._facts import response_metadata, usage_metadata
 from langchain_polar._messages import to_roles
 from langchain_polar.errors import langchain_errors
+from polar_sdk.settings import CALLER_OPTIONS
 from polar_sdk.usage import new_request_id
 
 if TYPE_CHECKING:

@@ -16,16 +16,15 @@ from langchain_core import exceptions as langchain
 from polar_sdk import errors as polar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from polar_sdk import UsageRecord
-
-__all__ = ["PolarTimeoutError", "langchain_errors"]
+__all__ = ["langchain_errors"]
 
 _FAMILIES: Final[tuple[tuple[type[polar.PolarError], type[langchain.ModelError]], ...]] = (
     (polar.ContextWindowError, langchain.ContextOverflowError),
     (polar.ModelNotFoundError, langchain.ModelNotFoundError),
     (polar.ModelFetchError, langchain.ModelConnectionError),
+    (polar.RequestTimeoutError, langchain.ModelTimeoutError),
     (polar.InvalidRequestError, langchain.ModelInvalidRequestError),
     (polar.ProgramError, langchain.ModelInvalidRequestError),
     (polar.PolicyError, langchain.ModelInvalidRequestError),
@@ -35,20 +34,6 @@ of the machine (SinkError, ModelDamagedError, …) have no counterpart there and
 
 _TWINS: Final[dict[tuple[type, type], type[polar.PolarError]]] = {}
 """The classes that are both, made on first use."""
-
-
-class PolarTimeoutError(polar.PolarError, langchain.ModelTimeoutError, TimeoutError):
-    """A request was stopped because it ran longer than `timeout`; what it executed is on its usage record.
-
-    Attributes:
-        usage: The record of the stopped request, exact to the last executed layer.
-    """
-
-    retryable = True
-
-    def __init__(self, message: str, *, hint: str | None = None, usage: UsageRecord | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.usage = usage
 
 
 @contextmanager
@@ -68,21 +53,21 @@ def _as_langchain(error: polar.PolarError) -> polar.PolarError:
         return error
     for mine, theirs in _FAMILIES:
         if isinstance(error, mine):
-            return _rebuild(type(error), theirs, str(error), error.hint)
+            return _rebuild(type(error), theirs, str(error), vars(error))
     return error
 
 
 def _rebuild(
-    mine: type[polar.PolarError], theirs: type[langchain.ModelError], message: str, hint: str | None
+    mine: type[polar.PolarError], theirs: type[langchain.ModelError], message: str, state: Mapping[str, Any]
 ) -> polar.PolarError:
     error = _twin_class(mine, theirs)(message)
-    error.hint = hint  # the message holds it already
+    vars(error).update(state)  # not by the constructor: the message holds the hint already
     return error
 
 
 def _twin_class(mine: type[polar.PolarError], theirs: type[langchain.ModelError]) -> type[polar.PolarError]:
     def reduce(self: polar.PolarError) -> tuple[Any, ...]:  # a class made here has no address to pickle by
-        return _rebuild, (mine, theirs, str(self), self.hint)
+        return _rebuild, (mine, theirs, str(self), vars(self))
 
     if (mine, theirs) not in _TWINS:
         body = {"__doc__": mine.__doc__, "__module__": mine.__module__, "__reduce__": reduce}

@@ -13,8 +13,9 @@ from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from langchain_polar._base import PolarBase
-from langchain_polar._caller import CALLER_OPTIONS, Caller
+from langchain_polar._caller import Caller
 from langchain_polar._facts import response_metadata, totals, usage_metadata
+from polar_sdk.settings import CALLER_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence

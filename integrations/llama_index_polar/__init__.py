@@ -9,12 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from llama_index_polar.errors import PolarTimeoutError
     from llama_index_polar.llm import PolarLLM
 
-__all__ = ["PolarLLM", "PolarTimeoutError"]
+__all__ = ["PolarLLM"]
 
-_HOMES: Final = {"PolarLLM": "llm", "PolarTimeoutError": "errors"}
+_HOMES: Final = {"PolarLLM": "llm"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.facts import cost_facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,8 +85,7 @@ def _raw(generation: Generation | None) -> dict[str, Any] | None:
     """Usage, cost and compute of an answer, JSON-like; `usage` is where LlamaIndex's token counter looks."""
     if generation is None:
         return None
-    record, receipt = generation.usage, generation.receipt or {}
-    tokens, amount = record.tokens, receipt.get("cost")
+    record, tokens = generation.usage, generation.usage.tokens
     return {
         "model": record.model,
         "finish_reason": generation.finish_reason,
@@ -94,17 +94,5 @@ def _raw(generation: Generation | None) -> dict[str, Any] | None:
             "completion_tokens": tokens.output,
             "total_tokens": tokens.input + tokens.output,
         },
-        "cost": None if amount is None else float(amount),
-        "cost_details": {"amount": amount, "currency": receipt.get("currency")},
-        "polar": {
-            "program": record.program,
-            "visits": record.visits.total,
-            "flops": record.flops.total,
-            "identity_flops": record.identity_flops,
-            "compute_units": record.compute_units,
-            "tier": record.tier,
-            "tenant": record.tenant,
-            "tags": dict(record.tags),
-            "request_id": record.request_id,
-        },
+        **cost_facts(record, generation.receipt),
     }

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 
-    from llama_index_polar._settings import Deadline
     from polar_sdk import Chunk, Generation
 
     Respond = Callable[[str, str | None, Generation | None], Any]
@@ -23,26 +22,22 @@ if TYPE_CHECKING:
 __all__ = ["areport_stream", "aresponses", "report_stream", "responses"]
 
 
-def responses(chunks: Iterator[Chunk], deadline: Deadline, respond: Respond) -> Stream:
+def responses(chunks: Iterator[Chunk], respond: Respond) -> Stream:
     """Chunks as responses; closing this generator closes the engine's, which ends the request."""
     text = ""
     with closing(cast("Generator[Chunk]", chunks)):
         for chunk in chunks:
             text += chunk.text
-            if chunk.generation is not None:
-                deadline.check(chunk.generation)
             if chunk.text or chunk.generation is not None:
                 yield respond(text, chunk.text, chunk.generation)
 
 
-async def aresponses(chunks: AsyncIterator[Chunk], deadline: Deadline, respond: Respond) -> AsyncStream:
+async def aresponses(chunks: AsyncIterator[Chunk], respond: Respond) -> AsyncStream:
     """As `responses`, for an async stream."""
     text = ""
     async with aclosing(cast("AsyncGenerator[Chunk]", chunks)):
         async for chunk in chunks:
             text += chunk.text
-            if chunk.generation is not None:
-                deadline.check(chunk.generation)
             if chunk.text or chunk.generation is not None:
                 yield respond(text, chunk.text, chunk.generation)
 

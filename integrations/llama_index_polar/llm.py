@@ -152,23 +152,21 @@ class PolarLLM(PolarSettings, LLM):
     # --- One engine call each. ---
 
     def _run(self, prompt: Prompt, template: Template, call: Mapping[str, Any], respond: Respond) -> Any:
-        options, deadline = self._options(call)
-        generation = deadline.check(self._engine().generate(prompt, template=template, **options))
+        generation = self._engine().generate(prompt, template=template, **self._options(call))
         return respond(generation.text, None, generation)
 
     async def _arun(self, prompt: Prompt, template: Template, call: Mapping[str, Any], respond: Respond) -> Any:
-        options, deadline = self._options(call)
+        options = self._options(call)
         engine = await asyncio.to_thread(self._engine)  # may load weights
-        generation = deadline.check(await engine.agenerate(prompt, template=template, **options))
+        generation = await engine.agenerate(prompt, template=template, **options)
         return respond(generation.text, None, generation)
 
     def _stream(self, prompt: Prompt, template: Template, call: Mapping[str, Any], respond: Respond) -> Stream:
-        options, deadline = self._options(call)
-        return responses(self._engine().stream(prompt, template=template, **options), deadline, respond)
+        return responses(self._engine().stream(prompt, template=template, **self._options(call)), respond)
 
     async def _astream(
         self, prompt: Prompt, template: Template, call: Mapping[str, Any], respond: Respond
     ) -> AsyncStream:
-        options, deadline = self._options(call)
+        options = self._options(call)
         engine = await asyncio.to_thread(self._engine)
-        return aresponses(engine.astream(prompt, template=template, **options), deadline, respond)
+        return aresponses(engine.astream(prompt, template=template, **options), respond)

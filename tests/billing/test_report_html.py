@@ -157,7 +157,5 @@ except MissingExtraError as error:
     print(error, error.exit_code)
 """
     told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert (
-        told
-        == "the HTML report needs 'jinja2'. Install the extra report of polar-llm, in a clone: `pip install '.[report]'`. 2\n"
-    )
+    hint = "Install the extra report of polar-llm, in a clone: `pip install '.[report]'`."
+    assert told == f"the HTML report needs 'jinja2'. {hint} 2\n"

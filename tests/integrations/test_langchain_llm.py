@@ -11,6 +11,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 
 from langchain_polar import PolarLLM
+from polar_sdk.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from langchain_core.outputs import LLMResult
@@ -71,7 +72,7 @@ def test_usage_stands_with_each_prompt_and_the_sum_with_the_call(llm: PolarLLM, 
 
 
 def test_rows_of_a_batch_decode_together(llm: PolarLLM, sink: ListSink) -> None:
-    llm.batch(["one", "two", "three"])
+    llm.batch(["one", "two", "three"], config=[{"metadata": {"tenant": name}} for name in ("acme", "globex", "acme")])
     starts = [record.started_at for record in sink.records]
     ends = [record.prefill_ns + record.decode_ns for record in sink.records]
     spread = (max(starts) - min(starts)).total_seconds() * 1e9
@@ -127,6 +128,8 @@ def test_a_raw_prompt_gets_no_template(engine: PolarModel, sink: ListSink) -> No
 def test_one_request_id_per_call_is_the_idempotency_key(llm: PolarLLM, sink: ListSink) -> None:
     llm.invoke("Hello", request_id="order-7")
     assert [record.request_id for record in sink.records] == ["order-7"]
+    with pytest.raises(InvalidRequestError, match="2 prompts have the request_id 'order-8'"):
+        llm.generate(["one", "two"], request_id="order-8")
 
 
 @pytest.mark.model

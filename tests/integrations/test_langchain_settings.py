@@ -13,7 +13,7 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import ConfigurableField
 
 import langchain_polar
-from langchain_polar import ChatPolar, PolarLLM, PolarTimeoutError
+from langchain_polar import ChatPolar, PolarLLM
 from langchain_polar.errors import langchain_errors
 from polar_sdk import ListSink, Program
 from polar_sdk import errors as polar
@@ -132,8 +132,20 @@ def test_fields_can_be_configured_per_run(kind: Any, engine: PolarModel, sink: L
 def test_an_engine_brings_its_own_settings(kind: Any, engine: PolarModel) -> None:
     with pytest.raises(ValueError, match="engine= brings its own sink"):
         kind(engine=engine, sink=ListSink())
+    with pytest.raises(ValueError, match="engine= brings its own model"):
+        kind(engine=engine, model="some/model")
     with pytest.raises(ValueError, match=r"takes a polar_sdk\.PolarModel, not str"):
         kind(engine="tiny")
+
+
+@BOTH
+def test_an_engine_at_hand_wins_over_the_environment(
+    kind: Any, engine: PolarModel, sink: ListSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLAR_MODEL", "some/model")
+    assert kind().model_name == "some/model"
+    kind(engine=engine, max_tokens=1).invoke("Hello")
+    assert [record.model for record in sink.records] == [engine.name]
 
 
 @BOTH
@@ -221,16 +233,16 @@ def test_errors_without_a_counterpart_pass_as_they_are() -> None:
 @BOTH
 async def test_a_timeout_stops_the_request_and_says_so(kind: Any, engine: PolarModel, sink: ListSink) -> None:
     model = kind(engine=engine, timeout=1e-9)
-    with pytest.raises(TimeoutError) as caught:
+    with pytest.raises(polar.RequestTimeoutError) as caught:
         model.invoke("Hello")
-    assert isinstance(caught.value, PolarTimeoutError)
-    assert isinstance(caught.value, langchain.ModelTimeoutError)
-    assert caught.value.usage == sink.records[0]
-    with pytest.raises(PolarTimeoutError):
+    for family in (langchain.ModelTimeoutError, TimeoutError):
+        assert isinstance(caught.value, family)
+    assert caught.value.usage == pickle.loads(pickle.dumps(caught.value)).usage == sink.records[0]
+    with pytest.raises(langchain.ModelTimeoutError):
         await model.ainvoke("Hello")
-    with pytest.raises(PolarTimeoutError):
+    with pytest.raises(langchain.ModelTimeoutError):
         list(model.stream("Hello"))
-    with pytest.raises(PolarTimeoutError):
+    with pytest.raises(langchain.ModelTimeoutError):
         async for _ in model.astream("Hello"):
             pass
     assert {record.outcome for record in sink.records} == {"cancelled"}

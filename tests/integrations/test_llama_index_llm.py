@@ -26,7 +26,7 @@ from llama_index_instrumentation.dispatcher import instrument_tags
 from pydantic import PrivateAttr
 
 import llama_index_polar
-from llama_index_polar import PolarLLM, PolarTimeoutError
+from llama_index_polar import PolarLLM
 from llama_index_polar._messages import to_roles
 from polar_sdk import ListSink, UsageRecord
 from polar_sdk import errors as polar
@@ -113,7 +113,7 @@ def test_a_price_of_the_sink_comes_back_exactly() -> None:
     response = PolarLLM(engine=tiny_model(sink=Priced()), max_tokens=3).complete("Hello")
     assert response.raw is not None
     assert response.raw["cost"] == 0.3
-    assert response.raw["cost_details"] == {"amount": "0.3", "currency": "EUR"}
+    assert response.raw["cost_details"] == {"amount": "0.3", "currency": "EUR", "price_book": None}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -264,7 +264,7 @@ async def _until(condition: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_timeout_stops_the_request_and_says_so(llm: PolarLLM, sink: ListSink, way: str) -> None:
-    with pytest.raises(PolarTimeoutError, match="timeout=1e-09 s") as caught:
+    with pytest.raises(polar.RequestTimeoutError, match="timeout=1e-09 s") as caught:
         await _ask(llm, way, timeout=1e-9)
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.usage == sink.records[0]
@@ -312,6 +312,16 @@ def test_constructing_and_describing_load_nothing() -> None:
 def test_the_environment_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLAR_MODEL", "some/model")
     assert PolarLLM().model == "some/model"
+
+
+def test_an_engine_at_hand_wins_over_the_environment(engine: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_MODEL", "some/model")
+    assert PolarLLM(engine=engine).metadata.model_name == engine.name
+
+
+def test_what_it_writes_of_itself_makes_it_again() -> None:
+    written = PolarLLM(model="some/model", compute="economy", stop="x", timeout=5).to_dict()
+    assert PolarLLM(**written).to_dict() == PolarLLM.from_dict(dict(written)).to_dict() == written
 
 
 def test_a_misspelt_setting_or_option_names_the_nearest(llm: PolarLLM) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from polar_sdk.aio import _AHEAD as AHEAD
 from polar_sdk.aio import iterate_in_thread, run_in_thread
-from polar_sdk.errors import EmptyPromptError, SinkError
+from polar_sdk.errors import EmptyPromptError, RequestTimeoutError, SinkError
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
 
@@ -120,6 +120,20 @@ class TestGenerate:
             await waiting
         assert records.records[0].outcome is Outcome.CANCELLED
         assert records.records[0].tokens.output < LONG
+
+    async def test_the_requests_own_timeout_surfaces(self, tiny: PolarModel, records: ListSink) -> None:
+        with pytest.raises(RequestTimeoutError) as caught:
+            await tiny.agenerate("hello", timeout=1e-9)
+        assert caught.value.usage == records.records[0]
+        with pytest.raises(RequestTimeoutError):
+            await tiny.agenerate_batch(["hello", "hey"], timeout=1e-9)
+        with pytest.raises(RequestTimeoutError):
+            await anext(tiny.astream("hello", timeout=1e-9))
+        assert [record.outcome for record in records.records] == ["cancelled"] * 4
+
+    async def test_each_reaches_its_row(self, tiny: PolarModel, records: ListSink) -> None:
+        done = await tiny.agenerate_batch(["a", "b"], each=[{"tenant": "one"}, {"tenant": "two"}], max_tokens=1)
+        assert [one.usage.tenant for one in done] == ["one", "two"]
 
     async def test_the_callers_cancel_gives_what_there_is(self, tiny: PolarModel, records: ListSink) -> None:
         cancel = threading.Event()

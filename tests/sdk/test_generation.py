@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,13 @@ import pytest
 import torch
 
 from polar_sdk import ListSink, Policy, Program, StaticRouter
-from polar_sdk.errors import PolicyError, ProgramError, SinkError, UnsupportedArchitectureError
+from polar_sdk.errors import (
+    PolicyError,
+    ProgramError,
+    RequestTimeoutError,
+    SinkError,
+    UnsupportedArchitectureError,
+)
 from polar_sdk.router import Route, Router
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 from polar_sdk.usage import UsageSink
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk.model import PolarModel
+    from polar_sdk.requests import RequestOptions
     from polar_sdk.usage import UsageRecord
 
 LOOP = "0-2 3x2 4-5"
@@ -115,6 +124,14 @@ def test_stop_strings_across_token_borders(model: PolarModel) -> None:
         assert done.usage.tokens.output == len(done.token_ids) > len(done.text)  # executed, not shown
 
 
+def test_a_stop_string_found_at_the_very_end_is_a_stop() -> None:
+    """A longer stop string could still come, so the shorter one is decided only when the last token is there."""
+    model = tiny_model()
+    whole = model.generate("hello", max_tokens=8, program="0-5").text
+    done = model.generate("hello", max_tokens=8, program="0-5", stop=[whole[5:8], whole[4:8] + "\x00"])
+    assert (done.text, done.finish_reason, done.usage.finish_reason) == (whole[:5], "stop", "stop")
+
+
 def test_the_end_token_ends_the_answer() -> None:
     model = tiny_model()
     first = model.generate("hi", max_tokens=8).token_ids
@@ -146,6 +163,97 @@ def test_a_request_cancelled_before_it_begins_computes_nothing() -> None:
     stop.set()
     done = model.generate("hello", cancel=stop)
     assert (done.finish_reason, done.text, done.usage.flops.total) == ("cancelled", "", 0)
+
+
+class Clock:
+    """The time as requests see it; it can be put forward."""
+
+    def __init__(self) -> None:
+        self.ahead_ns = 0
+
+    def perf_counter_ns(self) -> int:
+        return time.perf_counter_ns() + self.ahead_ns
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("polar_sdk.requests.time", clock)
+    return clock
+
+
+def test_a_timeout_ends_the_request_before_its_next_pass(clock: Clock) -> None:
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+    stream = model.stream("hello", max_tokens=200, timeout=1000)
+    for _ in range(3):
+        next(stream)
+    clock.ahead_ns = 10**12
+    with pytest.raises(RequestTimeoutError, match=r"stopped by timeout=1000.0 s after 3 tokens\. Raise") as caught:
+        next(stream)
+    assert isinstance(caught.value, TimeoutError)
+    assert caught.value.retryable
+    assert [caught.value.usage] == sink.records
+    (record,) = sink.records
+    assert (record.outcome, record.finish_reason, record.error) == ("cancelled", "cancelled", None)
+    assert record.tokens.output == 3
+    assert record.flops == model.cost(record.program, prompt=record.tokens.input, output=3)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.hint, again.usage) == (str(caught.value), caught.value.hint, record)
+
+
+def test_time_that_is_up_at_once_computes_nothing(model: PolarModel) -> None:
+    with pytest.raises(RequestTimeoutError) as caught:
+        model.generate("hello", timeout=1e-9)
+    assert caught.value.usage is not None
+    assert caught.value.usage.flops.total == 0
+
+
+def test_an_answer_that_is_done_in_time_stays(model: PolarModel, clock: Clock) -> None:
+    *_, last = model.stream("hello", max_tokens=3, timeout=1000)
+    clock.ahead_ns = 10**12
+    assert last.generation is not None
+    assert last.generation.text == model.generate("hello", max_tokens=3).text
+
+
+def test_a_caller_that_has_said_stop_gets_what_there_is(model: PolarModel) -> None:
+    stop = threading.Event()
+    stop.set()
+    assert model.generate("hello", cancel=stop, timeout=1e-9).finish_reason == "cancelled"
+
+
+def test_a_timeout_ends_a_batch_and_its_finished_rows_stay_completed(clock: Clock) -> None:
+    class Late(ListSink):
+        """Puts the clock forward when the first row is done."""
+
+        def emit(self, record: UsageRecord) -> None:
+            super().emit(record)
+            clock.ahead_ns = 10**12
+
+    sink = Late()
+    each: list[RequestOptions] = [{"request_id": "a", "max_tokens": 50}, {"request_id": "b", "max_tokens": 3}]
+    each.append({"request_id": "c", "max_tokens": 50})
+    with pytest.raises(RequestTimeoutError, match="after 3 tokens") as caught:
+        tiny_model(sink=sink).generate_batch(["one", "two", "three"], each=each, timeout=1000)
+    found = [(record.request_id, record.outcome, record.tokens.output) for record in sink.records]
+    assert found == [("b", "completed", 3), ("a", "cancelled", 3), ("c", "cancelled", 3)]
+    assert caught.value.usage == sink.records[1]
+
+
+def test_rows_of_a_batch_differ_in_what_each_says() -> None:
+    model = tiny_model()
+    each: list[RequestOptions] = [
+        {"compute": "economy", "tenant": "acme"},
+        {"program": "0-1 3x2 4-5", "max_tokens": 4},
+        {"temperature": 0.8, "seed": 5},
+    ]
+    prompts = ["a", "b", "c"]
+    together = model.generate_batch(prompts, each=each, max_tokens=9)
+    for done, prompt, one in zip(together, prompts, each, strict=True):
+        own: RequestOptions = {"max_tokens": 9, **one}
+        alone = model.generate(prompt, **own)
+        assert (done.token_ids, done.usage.program) == (alone.token_ids, alone.usage.program)
+        assert (done.usage.tenant, done.usage.tier) == (alone.usage.tenant, alone.usage.tier)
 
 
 def test_a_stream_never_started_leaves_no_record() -> None:
@@ -235,6 +343,16 @@ def test_nothing_runs_when_usage_cannot_be_recorded(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(model.loaded.decoder, "embed", None)  # a call would be a TypeError
     with pytest.raises(SinkError, match="full"):
         model.generate("hello")
+
+
+def test_a_record_lost_at_a_timeout_is_not_hidden_by_it() -> None:
+    class Full(ListSink):
+        def emit(self, record: UsageRecord) -> None:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left") as caught:
+        tiny_model(sink=Full()).generate("hello", timeout=1e-9)
+    assert isinstance(caught.value.__context__, RequestTimeoutError)
 
 
 def test_score_is_the_references_log_likelihood(model: PolarModel) -> None:

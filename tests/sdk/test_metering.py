@@ -135,14 +135,17 @@ def test_a_failure_in_mid_layer_is_counted_up_to_the_last_finished_layer(
     assert 0 < record.flops.total <= record.identity_flops + record.flops.layers_decode
 
 
-def test_an_interrupt_is_recorded_as_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143)])
+def test_the_end_of_the_process_is_recorded_as_cancelled(
+    stop: BaseException | type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, sink = model_with_sink()
 
     def interrupt(*_: object) -> Tensor:
-        raise KeyboardInterrupt
+        raise stop
 
     monkeypatch.setattr(model.loaded.decoder, "head", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
         model.generate("hello", max_tokens=5)
     assert [record.outcome for record in sink.records] == ["cancelled"]
     assert sink.records[0].flops.head == 0 < sink.records[0].flops.layers_prefill
@@ -156,5 +159,5 @@ def test_every_row_of_a_failing_batch_gets_its_record(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(model.loaded.decoder, "head", fail)
     with pytest.raises(RuntimeError):
-        model.generate_batch(["a", "b", "c"], request_ids=["1", "2", "3"])
+        model.generate_batch(["a", "b", "c"], each=[{"request_id": n} for n in "123"])
     assert [(record.request_id, record.outcome) for record in sink.records] == [(n, "error") for n in "123"]

@@ -79,7 +79,13 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[PolarError], list[str]]] = [
     ({"program": "1-5"}, ProtectedLayerError, ["skips layer 0", "protected: 0, -1"]),
     ({"template": "jinja"}, InvalidRequestError, ["'jinja'", "auto, chat or raw"]),
     ({"cancel": True}, InvalidRequestError, ["cancel is True", "threading.Event()"]),
-    ({"max_token": 5}, InvalidRequestError, ["'max_token'", "max_tokens"]),
+    ({"max_token": 5}, InvalidRequestError, ["'max_token'", "did you mean 'max_tokens'?"]),
+    ({"xyz": 5}, InvalidRequestError, ["'xyz'", "known are: cancel, compute", "top_p."]),
+    ({"timeout": 0}, InvalidRequestError, ["timeout=0", "more than 0 seconds"]),
+    ({"timeout": -1.5}, InvalidRequestError, ["timeout=-1.5", "more than 0 seconds"]),
+    ({"timeout": float("inf")}, InvalidRequestError, ["timeout=inf", "or None"]),
+    ({"timeout": float("nan")}, InvalidRequestError, ["timeout=nan", "or None"]),
+    ({"timeout": "5"}, InvalidRequestError, ["timeout='5'", "not a number"]),
 ]
 
 
@@ -149,14 +155,40 @@ def test_one_bad_prompt_stops_a_batch_before_compute(tiny: PolarModel, records: 
 def test_batches_that_make_no_sense(tiny: PolarModel, records: ListSink) -> None:
     with pytest.raises(InvalidRequestError, match=r"not one text.*\[text\]"):
         tiny.generate_batch("hello")
-    with pytest.raises(InvalidRequestError, match="use request_ids"):
+    with pytest.raises(InvalidRequestError, match=r"2 prompts have the request_id 'x'; give each its own in each="):
         tiny.generate_batch(["a", "b"], request_id="x")
-    with pytest.raises(InvalidRequestError, match="1 request_ids for 2 prompts"):
-        tiny.generate_batch(["a", "b"], request_ids=["x"])
-    with pytest.raises(InvalidRequestError, match="same"):
-        tiny.generate_batch(["a", "b"], request_ids=["x", "x"])
-    assert tiny.generate_batch([]) == []
+    with pytest.raises(InvalidRequestError, match="each has 1 options for 2 prompts"):
+        tiny.generate_batch(["a", "b"], each=[{}])
+    with pytest.raises(InvalidRequestError, match="2 prompts have the request_id 'x'"):
+        tiny.generate_batch(["a", "b", "c"], each=[{"request_id": "x"}, {}, {"request_id": "x"}])
+    wrong: list[Any] = [{}, {"sed": 1}]
+    with pytest.raises(InvalidRequestError, match="'sed' is unknown; did you mean 'seed'"):
+        tiny.generate_batch(["a", "b"], each=wrong)
+    wrong[1] = "x"
+    with pytest.raises(InvalidRequestError, match="each holds 'x'; pass a mapping"):
+        tiny.generate_batch(["a", "b"], each=wrong)
+    with pytest.raises(InvalidRequestError, match="timeout in each= would end one row"):
+        tiny.generate_batch(["a", "b"], each=[{}, {"timeout": 1}])
+    with pytest.raises(InvalidRequestError, match="cancel in each= would end one row"):
+        tiny.generate_batch(["a", "b"], each=[{"cancel": threading.Event()}, {}])
+    with pytest.raises(TagError, match=r"tags are \['a'\]"):
+        wrong[1] = {"tags": ["a"]}
+        tiny.generate_batch(["a", "b"], each=wrong, tags={"c": "d"})
+    assert tiny.generate_batch([]) == tiny.generate_batch([], each=[]) == []
     assert records.records == []
+
+
+def test_what_a_prompt_of_a_batch_has_of_its_own_lies_over_what_all_share(tiny: PolarModel) -> None:
+    one, two = tiny._maker.make_batch(
+        ["a", "b"],
+        [{"tenant": "globex", "tags": {"row": "1"}, "compute": "economy", "max_tokens": 5, "request_id": "r-1"}, {}],
+        {"tenant": "house", "tags": {"row": "?", "job": "7"}, "compute": "premium", "max_tokens": 9, "seed": 3},
+    )
+    assert (one.tenant, one.tier, one.max_tokens, one.sampling.seed) == ("globex", "economy", 5, 3)
+    assert (two.tenant, two.tier, two.max_tokens, two.sampling.seed) == ("house", "premium", 9, 3)
+    assert one.tags == {"team": "search", "stage": "test", "row": "1", "job": "7"}
+    assert two.tags == {"team": "search", "stage": "test", "row": "?", "job": "7"}
+    assert one.request_id == "r-1" != two.request_id
 
 
 class TestWindow:
@@ -313,6 +345,14 @@ def test_scoring_refuses_an_empty_continuation(tiny: PolarModel) -> None:
         tiny.score("one plus", [" one", ""])
     with pytest.raises(EmptyPromptError):
         tiny.score("", [" one"])
+
+
+def test_scoring_refuses_what_the_window_does_not_hold(tiny: PolarModel) -> None:
+    assert len(tiny.score("x" * 500, ["y" * 12, "z"])) == 2
+    with pytest.raises(ContextWindowError, match="longest continuation have 513 tokens; the context window is 512"):
+        tiny.score("x" * 500, ["z", "y" * 13])
+    with pytest.raises(ContextWindowError, match="have 600 tokens"):
+        tiny.score("x" * 600, [])
 
 
 def made(model: PolarModel, prompt: Prompt, **options: Any) -> Any:
