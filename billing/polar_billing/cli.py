@@ -7,7 +7,6 @@ so that `polar --help` stays quick and works without the billing extra.
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +15,6 @@ import typer
 from polar_billing.errors import MissingExtraError, OutputError, QueryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from polar_billing.periods import Period
     from polar_billing.price_book import PriceBook
     from polar_billing.storage import LedgerStorage, Selection
@@ -81,10 +78,9 @@ def usage(
 
     Without --tenant it shows every tenant of the ledger, and without a period all time.
     """
-    with _billing_extra():
-        from polar_billing.query import usage_rows
-        from polar_billing.render_csv import usage_csv
-        from polar_billing.render_terminal import usage_view
+    from polar_billing.query import usage_rows
+    from polar_billing.render_csv import usage_csv
+    from polar_billing.render_terminal import usage_view
 
     selection = _selection(tenant, _period(month, since, until, zone), tier, model, tag or [])
     with _open(ledger) as store:
@@ -121,10 +117,9 @@ def report(
 
     Without --tenant it is the operator's view over every tenant, and without a period over all time.
     """
-    with _billing_extra():
-        from polar_billing.render_csv import report_csv
-        from polar_billing.render_terminal import report_view
-        from polar_billing.report import build_report
+    from polar_billing.render_csv import report_csv
+    from polar_billing.render_terminal import report_view
+    from polar_billing.report import build_report
 
     selection = _selection(tenant, _period(month, since, until, zone), tier, None, [])
     with _open(ledger) as store:
@@ -168,21 +163,15 @@ def _show_requests(store: LedgerStorage, selection: Selection, last: int, as_jso
         _print(requests_view(found, title=f"The last {len(found)} requests", currencies=currencies))
 
 
-@contextmanager
-def _billing_extra() -> Iterator[None]:
-    """Say which extra is missing, instead of a traceback from an import."""
+def _open(ledger: str | None) -> LedgerStorage:
+    """The ledger; where its database library is missing, the error says which extra brings it."""
     try:
-        yield
+        from polar_billing.ledger import Ledger
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"this command needs {error.name!r}.",
             hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
         ) from error
-
-
-def _open(ledger: str | None) -> LedgerStorage:
-    from polar_billing.ledger import Ledger
-
     return Ledger(ledger)
 
 

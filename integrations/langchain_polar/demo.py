@@ -185,7 +185,8 @@ def _model(ledger: Path) -> ChatPolar:
         from langchain_polar import ChatPolar
     except ModuleNotFoundError as error:
         package = (error.name or "langchain_core").partition(".")[0]
-        raise PolarError(f"the demo needs the package {package!r}.", hint="Install 'polar-llm[langchain]'.") from error
+        hint = "In a clone: `pip install '.[all]'`."
+        raise PolarError(f"the demo needs the package {package!r}.", hint=hint) from error
     return ChatPolar(max_tokens=MAX_TOKENS, ledger=f"sqlite:///{ledger}")
 
 

@@ -55,3 +55,18 @@ def test_every_error_is_one_of_the_tree(name: str) -> None:
     if issubclass(kind, errors.StoreError):
         assert issubclass(kind, SinkError)
         assert error.exit_code == 1
+
+
+@pytest.mark.parametrize("command", ["usage", "report"])
+def test_without_its_database_library_a_command_says_which_extra_brings_it(command: str) -> None:
+    script = f"""
+import sys
+sys.modules["sqlalchemy"] = None
+sys.argv = ["polar", {command!r}]
+from polar_sdk.cli.main import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: this command needs 'sqlalchemy'. Install the extra billing")
+    assert len(done.stderr.splitlines()) == 1
