@@ -50,7 +50,7 @@ def scan(
         raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; make it first.")
     items = builtin_items()[:limit] if data is None else read_items(data, limit)
     engine = opt.load_model(model, device=device, dtype=dtype, no_ledger=True)
-    with _progress(quiet=as_json) as show:
+    with _ProgressBars(quiet=as_json) as show:
         report = Scanner(engine, items, on_progress=show).scan(sizes, loops=loops, removals=removals)
     if out is not None:
         out.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -82,7 +82,7 @@ def _save(report: ScanReport, picks: dict[str, ProgramScore]) -> str:
     return str(path)
 
 
-class _progress:  # noqa: N801  (used as a function)
+class _ProgressBars:
     """A rich progress bar on standard error, one task per stage."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -99,7 +99,7 @@ class _progress:  # noqa: N801  (used as a function)
         )
         self._tasks: dict[str, int] = {}
 
-    def __enter__(self) -> _progress:
+    def __enter__(self) -> _ProgressBars:
         self._bar.start()
         return self
 
