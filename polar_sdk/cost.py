@@ -29,12 +29,10 @@ class LayerCost:
     Attributes:
         linear: FLOPs per token in the layer's matrix products.
         attention: FLOPs per pair of one query and one key, all heads together (scores and weighted sum).
-        kv_elements: Elements of keys and values kept per token.
     """
 
     linear: int
     attention: int
-    kv_elements: int
 
     def flops(self, queries: int, keys: int) -> int:
         """FLOPs of one visit with that many new tokens over that many keys (new tokens included)."""

@@ -6,7 +6,6 @@ one for any other. It knows programs and costs, not weights; it chooses nothing 
 
 from __future__ import annotations
 
-import difflib
 import json
 from importlib import resources
 from pathlib import Path
@@ -23,6 +22,7 @@ from polar_sdk.errors import (
     VisitLimitError,
 )
 from polar_sdk.program import Program
+from polar_sdk.spelling import nearest
 
 if TYPE_CHECKING:
     from polar_sdk.cost import CostModel
@@ -179,8 +179,8 @@ class Policy(_Frozen):
                 f"tier {name!r} has no program for this model; its policy offers {', '.join(known)}. "
                 "Make one with `polar scan --save`."
             )
-        close = difflib.get_close_matches(name, known, n=1)
-        suggestion = f" Did you mean {close[0]!r}?" if close else ""
+        near = nearest(name, known)
+        suggestion = f" Did you mean {near!r}?" if near else ""
         return f"tier {name!r} is unknown; use one of {', '.join(known)}.{suggestion}"
 
     def check(self, program: Program, cost: CostModel) -> None:

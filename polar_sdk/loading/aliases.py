@@ -5,7 +5,6 @@ Looks at the name and the local disk only; fetches nothing. What looks like a pa
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from polar_sdk.errors import ModelNotFoundError
+from polar_sdk.spelling import nearest
 
 __all__ = [
     "ALIASES",
@@ -180,8 +180,8 @@ def _short(text: str) -> str:
 
 def _unknown_name(text: str) -> ModelNotFoundError:
     known = [name for alias in ALIASES for name in (alias.name, *alias.also)]
-    near = difflib.get_close_matches(text.casefold(), known, n=1, cutoff=0.4)
-    suggestion = f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(text.casefold(), known, cutoff=0.4)
+    suggestion = f" Did you mean {near!r}?" if near else ""
     return ModelNotFoundError(
         f"model {text!r} is unknown.{suggestion} Known aliases: {', '.join(known)}.",
         hint="A folder, a `.gguf` file or a hub id (`org/name`) will do too.",

@@ -13,7 +13,7 @@ numbers = st.integers(0, 10**9)
 costs = st.builds(
     CostModel,
     layers=st.lists(
-        st.builds(LayerCost, linear=numbers, attention=st.integers(0, 10**5), kv_elements=numbers),
+        st.builds(LayerCost, linear=numbers, attention=st.integers(0, 10**5)),
         min_size=DEPTH,
         max_size=DEPTH,
     ).map(tuple),

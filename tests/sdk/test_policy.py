@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DEPTH = 10
-COST = CostModel(layers=(LayerCost(linear=1000, attention=10, kv_elements=8),) * DEPTH, head=5000)
+COST = CostModel(layers=(LayerCost(linear=1000, attention=10),) * DEPTH, head=5000)
 OPEN = Policy(protected=(), max_visits=4096, cost_ceiling=float("inf"))
 
 

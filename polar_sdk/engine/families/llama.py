@@ -69,7 +69,6 @@ class LlamaDecoder(Decoder):
         layer = LayerCost(
             linear=2 * weights,
             attention=4 * self.heads * self.head_dim,
-            kv_elements=2 * self.kv_heads * self.head_dim,
         )
         return CostModel(layers=(layer,) * len(self._layers), head=2 * width * self.vocab)
 
