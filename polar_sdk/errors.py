@@ -6,13 +6,16 @@ PolarError
 │   ├── ContextWindowError                prompt and answer do not fit the model
 │   ├── SamplingError                     a sampling setting outside its range
 │   ├── UnknownTierError                  `compute=` names no tier of the policy
-│   └── TagError                          a tag or tenant that cannot be stored
+│   ├── TagError                          a tag or tenant that cannot be stored
+│   └── CacheMemoryError (MemoryError)    its keys and values do not fit the memory set aside for them
 ├── RequestTimeoutError (TimeoutError)    the request ran longer than its `timeout`; retryable
+├── QueueFullError                        too many requests wait already; retryable
 ├── ProgramError (ValueError)             a program that cannot or may not run
 │   ├── ProgramSyntaxError                the text form does not parse
 │   ├── ProgramDepthError                 a layer the model does not have
 │   ├── ProtectedLayerError               skips a layer that the policy protects
 │   ├── VisitLimitError                   visits one layer more often than allowed
+│   ├── MissingBridgeError                crosses layers by a bridge that the model does not have
 │   └── CostCeilingError                  costs more than the policy's ceiling
 ├── PolicyError (ValueError)              a policy file that is wrong or belongs to another model
 ├── DataError (ValueError)                a calibration file that is missing, empty or malformed
@@ -21,7 +24,8 @@ PolarError
 │   ├── ModelFetchError (ConnectionError)     retryable
 │   ├── ModelDamagedError                 a checksum or a tensor is wrong
 │   ├── UnsupportedArchitectureError
-│   └── DeviceError                       device or dtype not available here
+│   ├── DeviceError                       device, dtype or precision not available here
+│   └── CompileError                      layers cannot be compiled here
 └── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
     └── SinkNotFoundError
 
@@ -37,12 +41,15 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageRecord
 
 __all__ = [
+    "CacheMemoryError",
+    "CompileError",
     "ContextWindowError",
     "CostCeilingError",
     "DataError",
     "DeviceError",
     "EmptyPromptError",
     "InvalidRequestError",
+    "MissingBridgeError",
     "ModelDamagedError",
     "ModelError",
     "ModelFetchError",
@@ -53,6 +60,7 @@ __all__ = [
     "ProgramError",
     "ProgramSyntaxError",
     "ProtectedLayerError",
+    "QueueFullError",
     "RequestTimeoutError",
     "SamplingError",
     "SinkError",
@@ -107,6 +115,16 @@ class TagError(InvalidRequestError):
     """A tenant or tag that cannot be stored on a usage record."""
 
 
+class CacheMemoryError(InvalidRequestError, MemoryError):
+    """Keys and values of a request do not fit the memory set aside for them."""
+
+
+class QueueFullError(PolarError):
+    """Too many requests wait already; try again when some are done."""
+
+    retryable = True
+
+
 class RequestTimeoutError(PolarError, TimeoutError):
     """A request was stopped because it ran longer than its `timeout`.
 
@@ -142,6 +160,10 @@ class ProtectedLayerError(ProgramError):
 
 class VisitLimitError(ProgramError):
     """The program visits one layer more often than the policy allows."""
+
+
+class MissingBridgeError(ProgramError):
+    """The program crosses layers by a bridge that the model does not have."""
 
 
 class CostCeilingError(ProgramError):
@@ -187,9 +209,13 @@ class UnsupportedArchitectureError(ModelError):
 
 
 class DeviceError(ModelError):
-    """The device or dtype asked for is not available here."""
+    """The device, dtype or precision asked for is not available here."""
 
     exit_code = 2
+
+
+class CompileError(ModelError):
+    """Layers cannot be compiled here: no compiler, or it failed."""
 
 
 class SinkError(PolarError, OSError):
