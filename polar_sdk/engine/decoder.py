@@ -6,6 +6,7 @@ rows, programs and the cache are the forward pass's business.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -52,7 +53,13 @@ class Decoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, family: Family, *, precision: str | None = None, kv_memory: int | None = None
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        *,
+        precision: str | None = None,
+        kv_memory: int | None = None,
+        consume: bool = False,
     ) -> None:
         self.family = family
         self.ends: Weights = family.take_ends(model)
@@ -60,22 +67,26 @@ class Decoder:
         self.device, self.dtype = first.device, first.dtype
         self.precision = precision or _SHORT[self.dtype]
         self.ends["head"] = quantize(self.ends["head"], self.precision)
-        self.layers = list(self._take_layers(model))
+        self.layers = list(self._take_layers(model, consume))
         self.cost: CostModel = family.cost()
         self.kernels: Kernels = EagerKernels(family)
         self.bridges: dict[Segment, Bridge] = {}
-        self._rotary_source = model
+        self._rotary_source: Any = family.take_rotary(model)
         self._rotary: list[Rotary] = []
         self._kv_memory = kv_memory
         self._pool: PagePool | None = None
+        self._making_pool = threading.Lock()
 
-    def _take_layers(self, model: PreTrainedModel) -> Iterator[Weights]:
+    def _take_layers(self, model: PreTrainedModel, consume: bool) -> Iterator[Weights]:
         for index, module in enumerate(self.family.layer_modules(model)):
             weights = self.family.take_layer(index, module)
             yield {
                 name: quantize(value, self.precision) if isinstance(value, Plain) else value
                 for name, value in weights.items()
             }
+            if consume:  # so that fused and rounded copies never stand beside all that they were made from
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.new_empty(0)
 
     @property
     def dtype_name(self) -> str:
@@ -101,18 +112,23 @@ class Decoder:
     def pool(self) -> PagePool:
         """Pages for keys and values, made at first use."""
         if self._pool is None:
-            family = self.family
-            page = 2 * family.kv_heads * PAGE * family.head_dim * self.dtype.itemsize
-            wanted = _POOL_ROWS * self.depth * -(-self.context_window // PAGE)
-            limit = self._kv_memory or int(_MOST_POOL_SHARE * _free_memory(self.device))
-            pages = min(wanted, limit // page)
-            if pages < self.depth:
-                raise CacheMemoryError(
-                    f"kv_memory={limit} bytes holds {pages} pages of keys and values; one request needs {self.depth}.",
-                    hint=f"Give it at least {self.depth * page} bytes.",
-                )
-            self._pool = PagePool(pages, family.kv_heads, family.head_dim, self.dtype, self.device)
+            with self._making_pool:
+                if self._pool is None:  # another thread may have been faster
+                    self._pool = self._make_pool()
         return self._pool
+
+    def _make_pool(self) -> PagePool:
+        family = self.family
+        page = 2 * family.kv_heads * PAGE * family.head_dim * self.dtype.itemsize
+        wanted = _POOL_ROWS * self.depth * -(-self.context_window // PAGE)
+        limit = self._kv_memory or int(_MOST_POOL_SHARE * _free_memory(self.device))
+        pages = min(wanted, limit // page)
+        if pages < self.depth:
+            raise CacheMemoryError(
+                f"kv_memory={limit} bytes holds {pages} pages of keys and values; one request needs {self.depth}.",
+                hint=f"Give it at least {self.depth * page} bytes.",
+            )
+        return PagePool(pages, family.kv_heads, family.head_dim, self.dtype, self.device)
 
     def set_bridges(self, bridges: Mapping[Segment, Bridge]) -> None:
         """Put these bridges in the place of those that the decoder had."""
@@ -165,16 +181,20 @@ def _free_memory(device: torch.device) -> int:
     return int(available)
 
 
-def build_decoder(model: PreTrainedModel, *, precision: str | None = None, kv_memory: int | None = None) -> Decoder:
+def build_decoder(
+    model: PreTrainedModel, *, precision: str | None = None, kv_memory: int | None = None, consume: bool = False
+) -> Decoder:
     """Take over the weights of a Hugging Face causal language model.
 
     Args:
-        model: The model, on its device; it is not changed.
+        model: The model, on its device.
         precision: How to store matrices; None = as they are.
         kv_memory: Most bytes for keys and values; None = half of what is free.
+        consume: Whether the model may be emptied layer by layer meanwhile, so that nothing is in memory twice; else it
+            is not changed.
 
     Raises:
         UnsupportedArchitectureError: No family for it, or an option of it that is not supported.
         DeviceError: The device has no kernel for this precision.
     """
-    return Decoder(model, find_family(model.config), precision=precision, kv_memory=kv_memory)
+    return Decoder(model, find_family(model.config), precision=precision, kv_memory=kv_memory, consume=consume)

@@ -90,10 +90,12 @@ class Family(ABC):
     def embed(self, tokens: Tensor, positions: Tensor, ends: Weights) -> Tensor:
         """Embed token ids (N,) at positions (N,); returns (N, E)."""
 
+    def take_rotary(self, model: PreTrainedModel) -> Any:
+        """What `rotary_tables` works from, such as the model's rotary module; it must not hold weights."""
+        return None
+
     @abstractmethod
-    def rotary_tables(
-        self, model: PreTrainedModel, length: int, dtype: torch.dtype, device: torch.device
-    ) -> list[Rotary]:
+    def rotary_tables(self, rotary: Any, length: int, dtype: torch.dtype, device: torch.device) -> list[Rotary]:
         """Cosine and sine of positions 0 … length − 1, (length, 1, r) each, one pair per `AttentionKind.rope`."""
 
     @abstractmethod

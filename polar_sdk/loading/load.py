@@ -110,7 +110,7 @@ def _load(
     with quiet_transformers(), _memory_errors(name, device, dtype):
         network = _read_weights(local.folder, device, dtype)
         tokenizer = _read_tokenizer(local.folder)
-        decoder = build_decoder(network, precision=precision, kv_memory=kv_memory)
+        decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, consume=True)
     return LoadedModel(
         name=name,
         path=local.folder,

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal
 
+from polar_sdk.engine.logprobs import TokenLogprobs, apply_hook, read_logprobs
 from polar_sdk.engine.rows import Row
 from polar_sdk.engine.sampling import Sampler
 from polar_sdk.engine.text import TextStream
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from polar_sdk.loops import LoopGuard
     from polar_sdk.requests import Request
 
-__all__ = ["FinishReason", "Job", "choose"]
+__all__ = ["FinishReason", "Job", "Piece", "choose"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Piece = tuple[str, tuple[TokenLogprobs, ...] | None]
+"""Text that a token made certain, and the token's log-probabilities where they were asked for."""
 
 
 class Job:
@@ -55,6 +58,10 @@ class Job:
         self.text = TextStream(model.tokenizer, request.stops)
         self.tokens: list[int] = []
         """Every sampled token."""
+        self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []
+        """One per sampled token, where the request asks for them."""
+        self.shaped = request.logits_hook is not None or request.logprobs is not None
+        """Whether its logits need a look of their own: `sample` in the place of the batch's `choose`."""
         self.cached = 0
         """Prompt tokens whose keys and values were at hand."""
         self.finish: FinishReason | None = None
@@ -68,7 +75,9 @@ class Job:
         self.sampler = Sampler(request.sampling, model.decoder.device)
         self._end_tokens = _end_tokens(model)
         self._ahead, self._ended = ahead, ended
-        self._pieces: deque[str] = deque()
+        self._pieces: deque[Piece] = deque()
+        self._shown = 0
+        """Tokens whose pieces have been made."""
         self._change = threading.Condition()
         self._done = False
         self._cancelled = False
@@ -86,8 +95,8 @@ class Job:
         """Ask the job to stop; it does so before its next token."""
         self._cancelled = True
 
-    def pieces(self) -> Iterator[str]:
-        """Text of each token as it comes, until the job is done."""
+    def pieces(self) -> Iterator[Piece]:
+        """One piece per token as it comes, and one without a token where the job is cancelled, until it is done."""
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._pieces or self._done)
@@ -126,18 +135,31 @@ class Job:
         """Whether the caller has to take pieces before more are made."""
         return self._ahead is not None and len(self._pieces) >= self._ahead
 
-    def stop_if_asked(self) -> bool:
-        """End the job if its caller wants that or its time is up; tells whether it ended."""
+    def stop_if_asked(self) -> None:
+        """End the job if its caller wants that or its time is up."""
         if self._cancelled or self.request.cancelled:
             self.finish = "cancelled"
             self.end(self.text.finish())
         elif self.request.late:
             self.fail(_timed_out(self))
-        return self._done
 
     def start_clock(self) -> None:
         """Compute begins."""
         self.begin_ns = self.begin_ns or time.perf_counter_ns()
+
+    def sample(self, logits: torch.Tensor) -> None:
+        """Go on by a token from logits (V,) that the request's hook may change and whose log-probabilities it may want.
+
+        Raises:
+            Exception: Whatever the hook raises.
+        """
+        request = self.request
+        if request.logits_hook is not None:
+            logits = apply_hook(request.logits_hook, self.tokens, logits)
+        token = self.sampler(logits)
+        if self.logprobs is not None:
+            self.logprobs.append(read_logprobs(logits, token, request.logprobs or 0))
+        self.take(token)
 
     def take(self, token: int) -> None:
         """Go on by a sampled token; ends the job where the answer ends."""
@@ -167,9 +189,11 @@ class Job:
         if self._ended is not None:
             self._ended(self)
 
-    def _put(self, piece: str, *, done: bool = False) -> None:
+    def _put(self, text: str, *, done: bool = False) -> None:
+        new = None if self.logprobs is None else tuple(self.logprobs[self._shown :])
+        self._shown = len(self.tokens)
         with self._change:
-            self._pieces.append(piece)
+            self._pieces.append((text, new))
             self._done = done
             self._change.notify_all()
 
@@ -178,11 +202,13 @@ def _nobody() -> None:
     """Nobody to wake: the job has not been submitted."""
 
 
-def choose(jobs: Sequence[Job], logits: torch.Tensor) -> list[int]:
-    """Sample the next token of each job from logits (B, V)."""
-    greedy = logits.argmax(-1).tolist() if any(job.sampler.greedy for job in jobs) else [0] * len(jobs)
+def choose(jobs: Sequence[Job], logits: torch.Tensor) -> list[int | None]:
+    """Sample the next token of each job from logits (B, V); None for the jobs that look at their logits themselves."""
+    greedy = [job.sampler.greedy and not job.shaped for job in jobs]
+    best: list[int] = logits.argmax(-1).tolist() if any(greedy) else [0] * len(jobs)
     return [
-        token if job.sampler.greedy else job.sampler(row) for job, row, token in zip(jobs, logits, greedy, strict=True)
+        token if plain else None if job.shaped else job.sampler(logits[row])
+        for row, (job, token, plain) in enumerate(zip(jobs, best, greedy, strict=True))
     ]
 
 

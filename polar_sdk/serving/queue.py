@@ -1,14 +1,19 @@
-"""Who is served next: a bounded queue that is fair between tenants. Knows jobs by tenant and order of arrival only."""
+"""Who is served next: a bounded queue that is fair between tenants. Knows jobs by tenant and order of arrival only.
+
+Start-time fair queueing: every tenant has a clock that ticks when one of its jobs is served, and the tenant whose
+clock is furthest behind is next. A tenant that comes anew starts at the clock of those who wait, so that neither a
+flood nor a long absence earns a privilege.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from typing import TYPE_CHECKING
 
 from polar_sdk.errors import QueueFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from polar_sdk.serving.job import Job
 
@@ -20,6 +25,9 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[Job]] = {}
+        self._clocks: dict[str, int] = {}
+        self._now = 0
+        """Clock of the tenant served last."""
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -39,20 +47,29 @@ class FairQueue:
                 hint="Try again when some are done, or raise max_waiting in the limits of the scheduler.",
             )
         for job in jobs:
-            self._waiting.setdefault(job.request.tenant, deque()).append(job)
+            tenant = job.request.tenant
+            if tenant not in self._waiting:
+                self._waiting[tenant] = deque()
+                self._clocks[tenant] = max(self._clocks.get(tenant, 0), self._now)
+            self._waiting[tenant].append(job)
 
-    def first(self, running: Iterable[Job]) -> Job | None:
-        """The job to serve next: the oldest of the tenant that has the fewest running; None where nobody waits.
-
-        Of several such tenants, the one that has waited longest.
-        """
-        busy = Counter(job.request.tenant for job in running)
+    def first(self) -> Job | None:
+        """The job to serve next, of tenants that are level the one that has waited longest; None where nobody waits."""
         heads = [jobs[0] for jobs in self._waiting.values()]
-        return min(heads, key=lambda job: (busy[job.request.tenant], job.request.created_ns), default=None)
+        return min(heads, key=lambda job: (self._clocks[job.request.tenant], job.request.created_ns), default=None)
+
+    def serve(self, job: Job) -> None:
+        """Take a job out to be served, which its tenant's clock counts."""
+        tenant = job.request.tenant
+        self._now = self._clocks[tenant]
+        self._clocks[tenant] += 1
+        self.remove(job)
 
     def remove(self, job: Job) -> None:
         """Take a job out."""
-        jobs = self._waiting[job.request.tenant]
-        jobs.remove(job)
-        if not jobs:
-            del self._waiting[job.request.tenant]
+        tenant = job.request.tenant
+        self._waiting[tenant].remove(job)
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+            if self._clocks[tenant] <= self._now:
+                del self._clocks[tenant]  # it would start at the same clock again

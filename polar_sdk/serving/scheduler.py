@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -68,6 +69,10 @@ class Scheduler:
         """Pages that each running job may need at most."""
         self._work = threading.Condition()
         self._thread: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        """Jobs that wait or run."""
+        return len(self._queue) + len(self._running)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Let jobs run, together if there is room.
@@ -132,7 +137,7 @@ class Scheduler:
             waiting = list(self._queue)
         for job in [*waiting, *self._running]:
             if not job.done:
-                job.stop_if_asked()
+                self._attempt([job], job.stop_if_asked)
         with self._work:
             for job in waiting:
                 if job.done:
@@ -145,13 +150,13 @@ class Scheduler:
         pool = self.decoder.pool
         while len(self._running) < self.limits.max_rows:
             with self._work:
-                job = self._queue.first(self._running)
+                job = self._queue.first()
                 if job is None:
                     return
                 needed = self._pages(job)
                 if sum(self._promised.values()) + needed > pool.size:
                     return
-                self._queue.remove(job)
+                self._queue.serve(job)
             self.prefixes.make_room(sum(self._promised.values()) + needed)
             job.cached = self.prefixes.lend(job.request, job.row)
             self._running.append(job)
@@ -200,8 +205,11 @@ class Scheduler:
         self._sample(jobs, logits)
 
     def _sample(self, jobs: Sequence[Job], logits: Tensor) -> None:
-        for job, token in zip(jobs, choose(jobs, logits), strict=True):
-            job.take(token)
+        for row, (job, token) in enumerate(zip(jobs, choose(jobs, logits), strict=True)):
+            if token is None:  # a hook is the caller's code: its errors end this job alone
+                self._attempt([job], partial(job.sample, logits[row]))
+            else:
+                job.take(token)
 
     def _attempt(self, jobs: Sequence[Job], run: Callable[[], None]) -> None:
         """Run a pass; an error ends the jobs that were in it, and no others."""

@@ -50,11 +50,8 @@ class Gemma3Family(Gemma2Family):
         norms = fuse_head_norms(attention.q_norm, attention.k_norm, self.heads, self.kv_heads)
         return {**super().take_layer(index, layer), "head_norms": norms}
 
-    def rotary_tables(
-        self, model: PreTrainedModel, length: int, dtype: torch.dtype, device: torch.device
-    ) -> list[Rotary]:
+    def rotary_tables(self, rotary: Any, length: int, dtype: torch.dtype, device: torch.device) -> list[Rotary]:
         """One table per type of layer."""
-        rotary = self.inner(model).rotary_emb
         return [rotary_table(rotary, length, dtype, device, kind) for kind in self.layer_types]
 
     def before_turn(self, heads: Tensor, w: Weights) -> Tensor:

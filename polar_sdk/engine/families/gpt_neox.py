@@ -72,12 +72,13 @@ class GPTNeoXFamily(PlainFamily):
         """Look tokens (N,) up; returns (N, E)."""
         return F.embedding(tokens, ends["embedding"])
 
-    def rotary_tables(
-        self, model: PreTrainedModel, length: int, dtype: torch.dtype, device: torch.device
-    ) -> list[Rotary]:
+    def take_rotary(self, model: PreTrainedModel) -> Any:
+        """The model's rotary module."""
+        return model.get_submodule("gpt_neox.rotary_emb")
+
+    def rotary_tables(self, rotary: Any, length: int, dtype: torch.dtype, device: torch.device) -> list[Rotary]:
         """One table for all layers, narrower than a head."""
-        inner: Any = model.get_submodule("gpt_neox")
-        return [rotary_table(inner.rotary_emb, length, dtype, device)]
+        return [rotary_table(rotary, length, dtype, device)]
 
     def project(self, x: Tensor, rotary: Rotary, w: Weights) -> Projected:
         """Norm, fused projections, rotary turn of the first entries of queries and keys."""

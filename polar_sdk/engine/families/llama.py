@@ -80,11 +80,13 @@ class LlamaFamily(Family):
         """Look tokens (N,) up; returns (N, E)."""
         return F.embedding(tokens, ends["embedding"])
 
-    def rotary_tables(
-        self, model: PreTrainedModel, length: int, dtype: torch.dtype, device: torch.device
-    ) -> list[Rotary]:
+    def take_rotary(self, model: PreTrainedModel) -> Any:
+        """The model's rotary module."""
+        return self.inner(model).rotary_emb
+
+    def rotary_tables(self, rotary: Any, length: int, dtype: torch.dtype, device: torch.device) -> list[Rotary]:
         """One table for all layers."""
-        return [rotary_table(self.inner(model).rotary_emb, length, dtype, device)]
+        return [rotary_table(rotary, length, dtype, device)]
 
     def project(self, x: Tensor, rotary: Rotary, w: Weights) -> Projected:
         """Norm, fused projections, rotary turn of queries and keys in one go."""

@@ -5,7 +5,7 @@ Not a family by itself: positions and the names of the weights differ.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polar_sdk.engine.family import Family, Projected, Rotary, Weights
 from polar_sdk.engine.parts import layer_norm, no_rotary, plain_mlp
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 __all__ = ["PlainFamily"]
 
@@ -33,9 +32,7 @@ class PlainFamily(Family):
     act: Callable[[Tensor], Tensor]
     """The same as a function."""
 
-    def rotary_tables(
-        self, model: PreTrainedModel, length: int, dtype: torch.dtype, device: torch.device
-    ) -> list[Rotary]:
+    def rotary_tables(self, rotary: Any, length: int, dtype: torch.dtype, device: torch.device) -> list[Rotary]:
         """None: positions enter with the embedding."""
         return [no_rotary(dtype, device)]
 
