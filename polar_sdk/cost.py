@@ -8,6 +8,7 @@ A family describes its layers once (`LayerCost`); the same numbers price a plan 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from polar_sdk.errors import MissingBridgeError
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 
     from polar_sdk.program import Program, Step
 
-__all__ = ["NOMINAL_OUTPUT", "NOMINAL_PROMPT", "CostModel", "LayerCost", "Segment"]
+__all__ = ["CHUNK", "NOMINAL_OUTPUT", "NOMINAL_PROMPT", "CostModel", "LayerCost", "Segment", "chunks"]
 
+CHUNK = 512
+"""A prompt runs in pieces that end at multiples of this many tokens. Fixed, because what attention costs depends on the
+pieces: a bill must not depend on who else was served at the time. Unit: tokens."""
 Segment = tuple[int, int]
 """First and last layer that a bridge crosses."""
 
@@ -86,7 +90,8 @@ class CostModel:
 
     def prefill(self, program: Program, prompt: int, *, cached: int = 0) -> int:
         """FLOPs of the layers for a prompt of that many tokens, of which the first `cached` are not run again."""
-        return sum(self.step(step).flops(prompt - cached, prompt) for step in program)
+        costs = [self.step(step) for step in program]
+        return sum(cost.flops(end - start, end) for start, end in chunks(prompt, cached) for cost in costs)
 
     def decode(self, program: Program, prompt: int, steps: int) -> int:
         """FLOPs of the layers for that many decode steps after the prompt.
@@ -117,3 +122,9 @@ class CostModel:
             router=router,
             total=prefill + decode + head + router,
         )
+
+
+def chunks(prompt: int, cached: int = 0) -> list[tuple[int, int]]:
+    """The pieces, (start, end) each, in which a prompt runs whose first `cached` tokens are not run again."""
+    starts = [cached, *range((cached // CHUNK + 1) * CHUNK, prompt, CHUNK)]
+    return [(start, end) for start, end in pairwise([*starts, prompt]) if start < end]

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal
 
+from polar_sdk.cost import CHUNK
 from polar_sdk.engine.logprobs import TokenLogprobs, apply_hook, read_logprobs
 from polar_sdk.engine.rows import Row
 from polar_sdk.engine.sampling import Sampler
@@ -119,6 +120,11 @@ class Job:
     def pending(self) -> Sequence[int]:
         """Tokens that the row has not run yet: the rest of the prompt, or the token sampled last."""
         return self.tokens[-1:] if self.tokens else self.request.tokens[self.row.length :]
+
+    @property
+    def chunk(self) -> Sequence[int]:
+        """The next piece of the prompt, which ends where `cost.CHUNK` says, whatever else is running."""
+        return self.pending[: CHUNK - self.row.length % CHUNK]
 
     @property
     def prefilled(self) -> bool:

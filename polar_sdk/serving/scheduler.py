@@ -44,15 +44,15 @@ class Limits:
     Attributes:
         max_rows: Rows that run together.
         max_waiting: Requests that may wait; one more is refused with `QueueFullError`.
-        chunk: Prompt tokens per pass while others are decoding.
-        lone_chunk: Prompt tokens per pass while nobody is.
+        beside: Prompt tokens that run in one pass while others are decoding, to the next whole chunk.
+        alone: The same while nobody is.
         prefix_share: Most of the pages that may keep starts of prompts for later requests; 0 turns that off.
     """
 
     max_rows: int = 32
     max_waiting: int = 1024
-    chunk: int = 256
-    lone_chunk: int = 2048
+    beside: int = 256
+    alone: int = 2048
     prefix_share: float = 0.25
 
 
@@ -165,11 +165,11 @@ class Scheduler:
     def _prefill(self) -> bool:
         """One pass over the next chunk of the prompts that have not run to their end, oldest first."""
         lone = not any(job.prefilled for job in self._running)
-        left = self.limits.lone_chunk if lone else self.limits.chunk
+        left = self.limits.alone if lone else self.limits.beside
         jobs, chunks = [], []
         for job in self._running:
             if not job.prefilled and not job.done and left > 0:
-                chunk = job.pending[:left]
+                chunk = job.chunk
                 jobs.append(job)
                 chunks.append(chunk)
                 left -= len(chunk)

@@ -128,7 +128,7 @@ def test_a_record_agrees_with_the_cost_model_and_with_the_saving() -> None:
     assert usage.flops_saved == usage.identity_flops - usage.flops.total > 0
 
 
-def test_a_closed_stream_is_counted_up_to_its_last_token() -> None:
+def test_a_closed_stream_is_counted_up_to_its_last_computed_token() -> None:
     model, sink = model_with_sink()
     hooked = Hooked(model.loaded.decoder)
     stream = model.stream("break me off", program="0-2 3x2 4-5", max_tokens=40)
@@ -136,9 +136,10 @@ def test_a_closed_stream_is_counted_up_to_its_last_token() -> None:
         next(stream)
     stream.close()
     (record,) = sink.records
-    assert (record.outcome, record.finish_reason, record.tokens.output) == ("cancelled", "cancelled", 4)
+    assert (record.outcome, record.finish_reason) == ("cancelled", "cancelled")
+    assert 4 <= record.tokens.output <= 8  # what was handed out, and the few tokens that are computed ahead
     assert record.visits.total == hooked.calls.total()
-    assert record.flops == model.cost("0-2 3x2 4-5", prompt=record.tokens.input, output=4)
+    assert record.flops == model.cost("0-2 3x2 4-5", prompt=record.tokens.input, output=record.tokens.output)
 
 
 @pytest.mark.parametrize("stop_at", [3, 8, 15])
