@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help install demo test test-fast check format model bench clean
+.PHONY: help install demo test test-fast check format model bench-engine clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,8 +49,9 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: model ## Measure decode and prefill beside Hugging Face generate
-	$(BIN)/python benchmarks/engine.py
+bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, which it builds first
+	$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python -m benchmarks.engine
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out

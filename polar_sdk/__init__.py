@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from polar_sdk.errors import PolarError as PolarError
     from polar_sdk.generation import Chunk as Chunk
     from polar_sdk.generation import Generation as Generation
+    from polar_sdk.generation import TokenLogprobs as TokenLogprobs
     from polar_sdk.model import PolarModel as PolarModel
     from polar_sdk.policy import Policy as Policy
     from polar_sdk.policy import Tier as Tier
@@ -40,6 +41,7 @@ _HOME = {
     "Router": "router",
     "StaticRouter": "router",
     "Tier": "policy",
+    "TokenLogprobs": "generation",
     "UsageRecord": "usage",
     "UsageSink": "usage",
 }

@@ -7,6 +7,7 @@ PolarError
 │   ├── SamplingError                     a sampling setting outside its range
 │   ├── UnknownTierError                  `compute=` names no tier of the policy
 │   ├── TagError                          a tag or tenant that cannot be stored
+│   ├── LogitsHookError                   a logits hook that returns no usable logits
 │   └── CacheMemoryError (MemoryError)    its keys and values do not fit the memory set aside for them
 ├── RequestTimeoutError (TimeoutError)    the request ran longer than its `timeout`; retryable
 ├── QueueFullError                        too many requests wait already; retryable
@@ -16,7 +17,8 @@ PolarError
 │   ├── ProtectedLayerError               skips a layer that the policy protects
 │   ├── VisitLimitError                   visits one layer more often than allowed
 │   ├── MissingBridgeError                crosses layers by a bridge that the model does not have
-│   └── CostCeilingError                  costs more than the policy's ceiling
+│   ├── CostCeilingError                  costs more than the policy's ceiling
+│   └── ExportError                       no plain model computes what it computes
 ├── PolicyError (ValueError)              a policy file that is wrong or belongs to another model
 ├── DataError (ValueError)                a calibration file that is missing, empty or malformed
 ├── ModelError                            the model cannot be loaded or run
@@ -26,6 +28,8 @@ PolarError
 │   ├── UnsupportedArchitectureError
 │   ├── DeviceError                       device, dtype or precision not available here
 │   └── CompileError                      layers cannot be compiled here
+├── FolderError (OSError)                 a model folder cannot be written: no room, no permission
+│   └── FolderExistsError (FileExistsError)  something lies there already
 └── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
     └── SinkNotFoundError
 
@@ -48,7 +52,11 @@ __all__ = [
     "DataError",
     "DeviceError",
     "EmptyPromptError",
+    "ExportError",
+    "FolderError",
+    "FolderExistsError",
     "InvalidRequestError",
+    "LogitsHookError",
     "MissingBridgeError",
     "ModelDamagedError",
     "ModelError",
@@ -115,6 +123,10 @@ class TagError(InvalidRequestError):
     """A tenant or tag that cannot be stored on a usage record."""
 
 
+class LogitsHookError(InvalidRequestError):
+    """A logits hook returned no logits, or logits that allow no token."""
+
+
 class CacheMemoryError(InvalidRequestError, MemoryError):
     """Keys and values of a request do not fit the memory set aside for them."""
 
@@ -170,6 +182,10 @@ class CostCeilingError(ProgramError):
     """The program costs more FLOPs than the policy's ceiling."""
 
 
+class ExportError(ProgramError):
+    """No plain model computes what the program computes, or the model's weights are not at hand."""
+
+
 class PolicyError(PolarError, ValueError):
     """A policy file is malformed or was made for another model."""
 
@@ -216,6 +232,16 @@ class DeviceError(ModelError):
 
 class CompileError(ModelError):
     """Layers cannot be compiled here: no compiler, or it failed."""
+
+
+class FolderError(PolarError, OSError):
+    """A model folder cannot be written."""
+
+
+class FolderExistsError(FolderError, FileExistsError):
+    """Something lies already where a model folder is to be written."""
+
+    exit_code = 2
 
 
 class SinkError(PolarError, OSError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
+from polar_sdk.engine.logprobs import TokenLogprobs
 from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.program import Program
 from polar_sdk.serving import FinishReason, Job
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from polar_sdk.loading import LoadedModel
     from polar_sdk.loops import LoopGuard
     from polar_sdk.requests import Request
+    from polar_sdk.serving.job import Piece
     from polar_sdk.usage import UsageSink
 
-__all__ = ["Chunk", "FinishReason", "Generation", "answer", "stream"]
+__all__ = ["Chunk", "FinishReason", "Generation", "TokenLogprobs", "answer", "stream"]
 
 _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
     Outcome.COMPLETED: None,
@@ -49,6 +51,8 @@ class Generation:
         finish_reason: `stop` (end of text or stop string), `length` or `cancelled`.
         usage: What was executed.
         receipt: What the sink answered, for example the cost; None where it prices nothing.
+        logprobs: One per token of `token_ids`, by the logits after the hook and before temperature, top-k and top-p;
+            None where the request asks for none.
     """
 
     text: str
@@ -56,14 +60,23 @@ class Generation:
     finish_reason: FinishReason
     usage: UsageRecord
     receipt: Receipt | None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a streamed answer; `generation` is set on exactly the last one."""
+    """A piece of a streamed answer; `generation` is set on exactly the last one.
+
+    Attributes:
+        text: The piece; where a stop string may be coming, its text follows later.
+        generation: The whole answer.
+        logprobs: Of the token sampled for this piece; empty in a last piece without one, after a cancellation. None
+            where the request asks for none.
+    """
 
     text: str
     generation: Generation | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 def answer(
@@ -102,12 +115,13 @@ def stream(
     job = Job(request, model, guard=guard, ahead=_AHEAD)
     with _Recorder([job], sink) as recorder:
         model.scheduler.submit([job])
-        held = None
+        held: Piece | None = None
         for piece in job.pieces():
             if held is not None:
-                yield Chunk(held)
+                yield Chunk(held[0], None, held[1])
             held = piece
-        yield Chunk(held or "", recorder.finish(job))
+        text, logprobs = held or ("", None)
+        yield Chunk(text, recorder.finish(job), logprobs)
 
 
 class _Recorder:
@@ -134,7 +148,8 @@ class _Recorder:
         usage = self._record(job, Outcome.CANCELLED if job.finish == "cancelled" else Outcome.COMPLETED)
         receipt = self._sink.emit(usage)
         self._stored.add(job)
-        return Generation(job.text.text, tuple(job.tokens), job.finish, usage, receipt)
+        logprobs = None if job.logprobs is None else tuple(job.logprobs)
+        return Generation(job.text.text, tuple(job.tokens), job.finish, usage, receipt, logprobs)
 
     def __enter__(self) -> _Recorder:
         return self

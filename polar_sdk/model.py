@@ -9,17 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from polar_sdk.aio import iterate_in_thread, run_in_thread
-from polar_sdk.errors import ContextWindowError, InvalidRequestError
+from polar_sdk.diagnostics import Diagnostics
 from polar_sdk.generation import Chunk, Generation, answer, stream
 from polar_sdk.loading import load_pretrained
 from polar_sdk.loading.adopt import adopt
+from polar_sdk.loading.export import export
 from polar_sdk.policy_store import find_policy
 from polar_sdk.program import Program
 from polar_sdk.prompts import PromptEncoder
 from polar_sdk.requests import RequestMaker, RequestOptions
-from polar_sdk.scoring import Question, score_questions
 from polar_sdk.sinks import AUTO_LEDGER, find_sink
-from polar_sdk.usage import FlopUsage, NullSink, UsageSink
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Mapping, Sequence
@@ -32,13 +31,13 @@ if TYPE_CHECKING:
     from polar_sdk.policy import Policy
     from polar_sdk.requests import Cancel, Prompt, Request
     from polar_sdk.router import Router
-    from polar_sdk.scan import CalibrationItem, ScanReport
     from polar_sdk.serving import Scheduler
+    from polar_sdk.usage import FlopUsage, UsageSink
 
 __all__ = ["PolarModel"]
 
 
-class PolarModel:
+class PolarModel(Diagnostics):
     """A frozen open-weights model that runs a program of layers per prompt.
 
     Make one with `from_pretrained` (alias, hub id, folder or `.gguf`) or `from_hf` (a transformers model at hand).
@@ -124,7 +123,7 @@ class PolarModel:
         """Take a transformers model and tokenizer that are already in memory; the model is not changed.
 
         Args:
-            model: On its device, in its dtype; it may lie on several devices (`device_map`).
+            model: On its device, in its dtype.
             tokenizer: The model's own.
             precision: `int8` or `int4` to hold the matrices in integers; None = as they are.
             compile: As in `from_pretrained`.
@@ -133,6 +132,8 @@ class PolarModel:
 
         Raises:
             UnsupportedArchitectureError: The engine has no family for it.
+            DeviceError: It lies on several devices, or its device has no kernel for this precision.
+            ModelDamagedError: A weight is nan or infinite.
         """
         return cls(adopt(model, tokenizer, precision=precision, compile=compile, kv_memory=kv_memory), **settings)
 
@@ -228,7 +229,8 @@ class PolarModel:
         Args:
             prompts: Texts or message lists.
             each: Options of each prompt alone, such as tenant, tags, request_id or compute; laid over those of all.
-            **options: Options of all. `timeout` and `cancel` end the batch; rows finished by then are recorded as such.
+            **options: Options of all. `timeout`, `cancel` and an error in a `logits_hook` end the batch; rows finished
+                by then are recorded as such.
         """
         return self._all(self._maker.make_batch(prompts, each, options))
 
@@ -272,54 +274,24 @@ class PolarModel:
 
         return iterate_in_thread(start, options.get("cancel"))
 
-    def score(
-        self, prompt: str, continuations: Sequence[str], *, program: Program | str | None = None
-    ) -> tuple[float, ...]:
-        """Log-likelihood of each continuation after a plain-text prompt, in nats, summed over its tokens.
-
-        A diagnostic for choosing programs: it is not metered and takes no tier.
+    def export(self, program: Program | str, folder: str | Path, *, force: bool = False) -> Path:
+        """Write a program as a model of its own: a Hugging Face folder with the layers it visits, for other servers.
 
         Args:
-            prompt: Text before the continuations, no template applied.
-            continuations: Texts to compare, each at least one token.
-            program: What runs; None = identity.
+            program: Visits each layer at most once, without bridges or damping.
+            folder: Where to; it appears whole or not at all.
+            force: Whether a model that lies there already is replaced.
+
+        Returns:
+            The folder.
 
         Raises:
-            InvalidRequestError: A continuation without a token.
-            ContextWindowError: The prompt and a continuation do not fit the model.
+            ProgramError: The program may not run, or no plain model computes what it does (`ExportError`).
+            FolderError: The folder cannot be written, or something lies there already (`FolderExistsError`).
         """
-        chosen = Program.identity(self.depth) if program is None else Program.of(program)
+        chosen = Program.of(program)
         self.policy.check(chosen, self._loaded.decoder.cost)
-        tails = [tuple(self.encode(text)) for text in continuations]
-        if not all(tails):
-            raise InvalidRequestError("a continuation is empty; give each at least one token of text.")
-        question = Question(tuple(self._encoder.encode(prompt, "raw")), tuple(tails))
-        if (longest := len(question.prompt) + max(map(len, tails), default=0)) > self.context_window:
-            raise ContextWindowError(
-                f"the prompt and its longest continuation have {longest} tokens; the context window is "
-                f"{self.context_window}: shorten them."
-            )
-        return tuple(score_questions(self._loaded.decoder, [question], chosen)[0].loglikelihoods)
-
-    def scan(self, items: Sequence[CalibrationItem] | None = None, **options: Any) -> ScanReport:
-        """Measure which layers this model can do without; see `polar_sdk.scan.Scanner`.
-
-        Args:
-            items: Calibration items; None = the prompts that come with the package.
-            **options: `lengths`, `loops` and `removals` of `Scanner.scan`.
-        """
-        from polar_sdk.scan import Scanner, builtin_items
-
-        return Scanner(self, builtin_items() if items is None else items).scan(**options)
-
-    def reference_answers(
-        self, prompts: Sequence[Prompt], *, max_tokens: int
-    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(prompt tokens, answer tokens) of greedy answers at full depth, for calibration; not metered."""
-        identity: RequestOptions = {"program": Program.identity(self.depth), "max_tokens": max_tokens}
-        requests = [self._maker.make(prompt, identity) for prompt in prompts]
-        answers = answer(self._loaded, requests, NullSink())
-        return [(request.tokens, one.token_ids) for request, one in zip(requests, answers, strict=True)]
+        return export(self._loaded, chosen, folder, force=force)
 
     def _all(self, requests: Sequence[Request]) -> list[Generation]:
         return answer(self._loaded, requests, self.sink, self.policy.loop_guard) if requests else []

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
+from polar_sdk.engine.logprobs import MOST_ALTERNATIVES
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, TagError
 from polar_sdk.program import Program
@@ -24,6 +25,7 @@ from polar_sdk.usage import new_request_id
 
 if TYPE_CHECKING:
     from polar_sdk.cost import CostModel
+    from polar_sdk.engine.logprobs import LogitsHook
     from polar_sdk.policy import Policy
     from polar_sdk.prompts import PromptEncoder, Template
 
@@ -65,6 +67,12 @@ class RequestOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     """Texts that end the answer; they are not part of it."""
+    logits_hook: LogitsHook | None
+    """Called before each token is chosen, greedily or not: (ids sampled so far, float32 logits (V,)) → logits (V,).
+    It holds up all rows and must not call the model; an error in it ends this request only."""
+    logprobs: int | None
+    """Report the log-probability of each sampled token and of so many likeliest ones, 0 to 20, by the logits after the
+    hook and before temperature, top-k and top-p; None = report none."""
     tenant: str | None
     tags: Mapping[str, str] | None
     """Merged over the tags of the object."""
@@ -94,6 +102,8 @@ class Request:
     cancel: Cancel | None
     timeout: float | None
     """Time allowed from creation on; None = any. Unit: seconds."""
+    logits_hook: LogitsHook | None = None
+    logprobs: int | None = None
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     created_ns: int = field(default_factory=time.perf_counter_ns)
     """Monotonic time of creation, for queue time and timeout. Unit: nanoseconds."""
@@ -154,6 +164,8 @@ class RequestMaker:
             request_id=_name("request_id", _given(options.get("request_id"), new_request_id())),
             cancel=_cancel(options.get("cancel")),
             timeout=_timeout(options.get("timeout")),
+            logits_hook=_hook(options.get("logits_hook")),
+            logprobs=_logprobs(options.get("logprobs")),
         )
 
     def make_batch(
@@ -274,6 +286,24 @@ def _cancel(cancel: Cancel | None) -> Cancel | None:
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
         raise InvalidRequestError(f"cancel is {cancel!r}; pass something with is_set(), such as threading.Event().")
     return cancel
+
+
+def _hook(hook: LogitsHook | None) -> LogitsHook | None:
+    if hook is not None and not callable(hook):
+        raise InvalidRequestError(f"logits_hook is {hook!r}; pass a function of token ids and logits, or None.")
+    return hook
+
+
+def _logprobs(asked: Any) -> int | None:
+    if asked is None:
+        return None
+    try:
+        count = operator.index(asked)
+    except TypeError:
+        raise SamplingError(f"logprobs={asked!r} is not a whole number; pass one, or None.") from None
+    if isinstance(asked, bool) or not 0 <= count <= MOST_ALTERNATIVES:
+        raise SamplingError(f"logprobs={asked} is out of range; use 0 to {MOST_ALTERNATIVES}, or None.")
+    return count
 
 
 def _timeout(timeout: Any) -> float | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polar_sdk.engine.attention import attend_row
+from polar_sdk.engine.attention import attend_seen
 from polar_sdk.loops import damp
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.family import AttentionKind, Rotary
+    from polar_sdk.engine.family import AttentionKind
     from polar_sdk.program import Program, Step
 
-__all__ = ["Question", "Score", "packs", "score_programs", "score_questions"]
+__all__ = ["Question", "Score", "packs", "score_programs", "score_questions", "states_after"]
 
 _PACK_TOKENS = 4096
 """Questions run together up to this many tokens."""
@@ -64,12 +64,18 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
-    """A run of packed tokens; `parent` is the span of the prompt it continues, itself excluded."""
+class _Block:
+    """The packed tokens of one question, from `start` to `end`: its prompt, then its continuations."""
 
     start: int
     end: int
-    parent: tuple[int, int] | None
+    before: Tensor
+    """How many positions each of its tokens (rows) lies behind each other one (columns); −1 where it may not look."""
+
+    def seen(self, window: int | None) -> Tensor:
+        """Which tokens each of them sees."""
+        allowed = self.before >= 0
+        return allowed if window is None else allowed & (self.before < window)
 
 
 def score_questions(decoder: Decoder, questions: Sequence[Question], program: Program) -> list[Score]:
@@ -100,6 +106,19 @@ def score_programs(
     return scores
 
 
+def states_after(decoder: Decoder, prompts: Sequence[tuple[int, ...]], steps: Sequence[Step]) -> list[Tensor]:
+    """Hidden states (T, E) of each prompt's tokens after these steps, before the final norm; no steps: embeddings."""
+    states: list[Tensor] = []
+    for pack in packs([Question(prompt, ()) for prompt in prompts]):
+        with torch.no_grad():  # not inference mode: what comes out may enter somebody's training
+            walk = _Walk(decoder, pack)
+            x = walk.embedded
+            for step in steps:
+                x = walk.step(step, x)
+        states.extend(torch.split(x, [len(question.prompt) for question in pack]))
+    return states
+
+
 def packs(questions: Sequence[Question]) -> Iterator[list[Question]]:
     """Split questions into packs of at most `_PACK_TOKENS` tokens; a longer question stands alone."""
     pack: list[Question] = []
@@ -120,62 +139,70 @@ def _final_states(
     In lexicographic order neighbours share the longest starts, so a stack of the states after each visit of the current
     program is a walk through the trie of all programs: at most one visit per edge, at most D states held.
     """
-    tokens, places, segments = _lay_out(pack)
-    positions = torch.tensor(places, device=decoder.device)
-    stack = [decoder.embed(torch.tensor(tokens, device=decoder.device), positions)]
-    rotary = decoder.rotary(positions, max(places) + 1)
+    walk = _Walk(decoder, pack)
+    stack = [walk.embedded]
     before: tuple[Step, ...] = ()
     for program in ordered:
         shared = _shared_start(before, program.steps)
         del stack[shared + 1 :]
         with torch.inference_mode():
             for step in program.steps[shared:]:
-                stack.append(_run_step(decoder, step, stack[-1], positions, rotary, segments))
+                stack.append(walk.step(step, stack[-1]))
         before = program.steps
         yield program, stack[-1]
 
 
-def _run_step(
-    decoder: Decoder,
-    step: Step,
-    x: Tensor,
-    positions: Tensor,
-    rotary: list[Rotary],
-    segments: Sequence[_Segment],
-) -> Tensor:
-    """One step of a program for all packed tokens, (N, E)."""
-    if step.bridge:
-        return decoder.bridge(step)(x, positions)
-    kind = decoder.family.kinds[step.first]
-    query, key, value = decoder.project(step.first, x, rotary)
-    mixed = torch.cat([_attend_segment(query, key, value, segment, kind) for segment in segments])
-    return damp(x, decoder.finish(step.first, x, mixed), step.parts)
+class _Walk:
+    """A pack laid out, and what every step of a program needs of it."""
+
+    def __init__(self, decoder: Decoder, pack: Sequence[Question]) -> None:
+        tokens, places, self._blocks = _lay_out(pack, decoder.device)
+        self._decoder = decoder
+        self._positions = torch.tensor(places, device=decoder.device)
+        self._rotary = decoder.rotary(self._positions, max(places) + 1)
+        self.embedded = decoder.embed(torch.tensor(tokens, device=decoder.device), self._positions)
+        """Hidden states before the first step, (N, E)."""
+
+    def step(self, step: Step, x: Tensor) -> Tensor:
+        """One step of a program for all packed tokens, (N, E)."""
+        decoder = self._decoder
+        if step.bridge:
+            return decoder.bridge(step)(x, self._positions)
+        kind = decoder.family.kinds[step.first]
+        query, key, value = decoder.project(step.first, x, self._rotary)
+        mixed = torch.cat([_attend_block(query, key, value, block, kind) for block in self._blocks])
+        return damp(x, decoder.finish(step.first, x, mixed), step.parts)
 
 
-def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[_Segment]]:
-    """Tokens, positions and segments of a pack; continuations restart at the position after their prompt."""
+def _lay_out(pack: Sequence[Question], device: torch.device) -> tuple[list[int], list[int], list[_Block]]:
+    """Tokens, positions and blocks of a pack; continuations restart at the position after their prompt."""
     tokens: list[int] = []
     positions: list[int] = []
-    segments: list[_Segment] = []
+    blocks: list[_Block] = []
     for question in pack:
-        span = (len(tokens), len(tokens) + len(question.prompt))
-        segments.append(_Segment(*span, parent=None))
+        start = len(tokens)
+        parts = [0] * len(question.prompt)
         tokens.extend(question.prompt)
         positions.extend(range(len(question.prompt)))
-        for tail in question.continuations:
-            segments.append(_Segment(len(tokens), len(tokens) + len(tail), parent=span))
+        for number, tail in enumerate(question.continuations, start=1):
             tokens.extend(tail)
             positions.extend(range(len(question.prompt), len(question.prompt) + len(tail)))
-    return tokens, positions, segments
+            parts.extend([number] * len(tail))
+        before = _distances(torch.tensor(positions[start:], device=device), torch.tensor(parts, device=device))
+        blocks.append(_Block(start, len(tokens), before))
+    return tokens, positions, blocks
 
 
-def _attend_segment(query: Tensor, key: Tensor, value: Tensor, segment: _Segment, kind: AttentionKind) -> Tensor:
-    own = slice(segment.start, segment.end)
-    keys, values = key[own], value[own]
-    if segment.parent is not None:
-        before = slice(*segment.parent)
-        keys, values = torch.cat((key[before], keys)), torch.cat((value[before], values))
-    return attend_row(query[own], keys.transpose(0, 1), values.transpose(0, 1), kind)
+def _distances(positions: Tensor, parts: Tensor) -> Tensor:
+    """What `_Block.before` holds; tokens look at the prompt (part 0) and at their own part."""
+    visible = (parts[None, :] == 0) | (parts[None, :] == parts[:, None])
+    return (positions[:, None] - positions[None, :]).masked_fill(~visible, -1)
+
+
+def _attend_block(query: Tensor, key: Tensor, value: Tensor, block: _Block, kind: AttentionKind) -> Tensor:
+    own = slice(block.start, block.end)
+    keys, values = key[own].transpose(0, 1), value[own].transpose(0, 1)
+    return attend_seen(query[own], keys, values, kind, block.seen(kind.window))
 
 
 def _shared_start(one: Sequence[Step], other: Sequence[Step]) -> int:

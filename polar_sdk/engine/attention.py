@@ -20,7 +20,7 @@ from torch.utils import flop_counter
 if TYPE_CHECKING:
     from polar_sdk.engine.family import AttentionKind
 
-__all__ = ["attend_row", "paged_decode", "write_pages"]
+__all__ = ["attend_row", "attend_seen", "paged_decode", "write_pages"]
 
 _BLOCK: Final = 128
 """Queries that attend at once in `_by_blocks`: their scores stay in the processor's cache."""
@@ -78,7 +78,13 @@ def _by_blocks(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind)
     for start in range(0, tokens, _BLOCK):
         end = min(start + _BLOCK, tokens)
         seen = slice(_first_key(total - tokens + start, kind), total - tokens + end)
-        weights = _weights(grouped[:, :, start:end], keys[:, seen], kind)
+        scores = _scores(grouped[:, :, start:end], keys[:, seen], kind)
+        if kind.window is None:  # all of the block see what came before it
+            diagonal = scores[..., scores.shape[-1] - (end - start) :]
+            diagonal.masked_fill_(~_mask(end - start, end - start, None, query.device), float("-inf"))
+        else:
+            scores.masked_fill_(~_mask(end - start, scores.shape[-1], kind.window, query.device), float("-inf"))
+        weights = scores.softmax(-1)
         part = torch.bmm(weights.flatten(1, 2), values[:, seen])
         mixed[start:end] = part.view(groups, heads // groups, end - start, size).permute(2, 0, 1, 3).flatten(1, 2)
     return mixed.view(tokens, -1)
@@ -89,20 +95,30 @@ def _first_key(position: int, kind: AttentionKind) -> int:
     return 0 if kind.window is None else max(0, position - kind.window + 1)
 
 
-def _weights(query: Tensor, keys: Tensor, kind: AttentionKind) -> Tensor:
-    """Softmax of the scores of (G, H / G, T, d) against (G, S, d), the last T keys being the queries' own."""
+def _scores(query: Tensor, keys: Tensor, kind: AttentionKind) -> Tensor:
+    """Scores (G, H / G, T, S) of queries (G, H / G, T, d) and keys (G, S, d), scaled and capped."""
     groups, sharing, tokens, size = query.shape
-    total = keys.shape[1]
     flat = query.reshape(groups, sharing * tokens, size)
     scores = torch.baddbmm(flat.new_empty(()), flat, keys.transpose(1, 2), beta=0, alpha=kind.scale)
     if kind.softcap is not None:
         scores = kind.softcap * torch.tanh(scores / kind.softcap)
-    scores = scores.view(groups, sharing, tokens, total)
-    if kind.window is None:  # all of them see what came before the block
-        scores[..., total - tokens :].masked_fill_(~_mask(tokens, tokens, None, query.device), float("-inf"))
-    else:
-        scores.masked_fill_(~_mask(tokens, total, kind.window, query.device), float("-inf"))
-    return scores.softmax(-1)
+    return scores.view(groups, sharing, tokens, -1)
+
+
+def attend_seen(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, seen: Tensor) -> Tensor:
+    """Attention of queries (T, H, d) over keys and values (G, S, d), as far as `seen` (T, S) allows; (T, H × d)."""
+    tokens, heads, size = query.shape
+    groups = keys.shape[0]
+    if kind.softcap is None and query.dtype != torch.bfloat16:
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None], keys[None], values[None],
+            attn_mask=seen, scale=kind.scale, enable_gqa=heads != groups,
+        )  # fmt: skip
+        return mixed[0].transpose(0, 1).reshape(tokens, -1)
+    grouped = query.view(tokens, groups, heads // groups, size).permute(1, 2, 0, 3)
+    weights = _scores(grouped, keys, kind).masked_fill_(~seen, float("-inf")).softmax(-1)
+    mixed = torch.bmm(weights.flatten(1, 2), values).view(groups, heads // groups, tokens, size)
+    return mixed.permute(2, 0, 1, 3).reshape(tokens, -1)
 
 
 def _capped(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:

@@ -2,8 +2,8 @@
 
 One compiled layer serves all layers of its kind and so every program: weights are arguments, and the program only
 chooses which layer runs next. What is compiled: the whole layer for one token of one row, the same for one token of
-several rows, the two halves of a layer around attention for many tokens, and the head. A package on disk is named by all
-that its code depends on; the next process loads it in a few hundredths of a second. Knows no rows and no programs.
+several rows, the two halves of a layer around attention for many tokens, and the head. A package on disk is named by
+all that its code depends on; the next process loads it in a few hundredths of a second. Knows no rows and no programs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -27,11 +26,12 @@ import polar_sdk.engine.products
 from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import EagerKernels
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.products import INT4_WIDE, Int4
+from polar_sdk.engine.products import Int4, Int8, Plain, one_by_one, wide_from
 from polar_sdk.errors import CompileError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.family import AttentionKind, Family, Projected, Rotary, Weights
@@ -41,6 +41,7 @@ __all__ = ["CompiledKernels", "Part", "load_kernels", "parts"]
 _MOST: Final = 1 << 20
 _EXAMPLE_ROWS: Final = 4
 _EXAMPLE_TOKENS: Final = 16
+_MATRICES: Final = (Plain, Int8, Int4)
 _SOURCES: Final = (
     polar_sdk.engine.attention,
     polar_sdk.engine.family,
@@ -180,26 +181,27 @@ def _layer_parts(decoder: Decoder, weights: Weights, kind: AttentionKind) -> Ite
 
     yield Part("project", project, weights, (x, *rotary), (many, *moves), told, least)
     yield Part("finish", family.finish, weights, (x, mixed), (many, many), told, least)
-    for name, rows in ((_decode_name(kind, single=True), 1), (_decode_name(kind, single=False), _EXAMPLE_ROWS)):
-        yield _decode_part(name, decoder, weights, kind, rows)
+    for single in (True, False):
+        yield _decode_part(decoder, weights, kind, single=single)
 
 
-def _decode_part(name: str, decoder: Decoder, weights: Weights, kind: AttentionKind, rows: int) -> Part:
+def _decode_part(decoder: Decoder, weights: Weights, kind: AttentionKind, *, single: bool) -> Part:
     family = decoder.family
+    rows = 1 if single else _EXAMPLE_ROWS
 
     def decode(x: Tensor, cos: Tensor, sin: Tensor, store: Tensor, table: Tensor, at: Tensor, w: Weights) -> Tensor:
         query, key, value = family.project(x, (cos, sin), w)
         write_pages(store, table.gather(1, (at // PAGE)[:, None])[:, 0], at % PAGE, key, value)
         return family.finish(x, paged_decode(query, store, table, at, kind), w)
 
-    axis = {} if rows == 1 else {0: "rows"}
-    rotary, moves = _rotary(decoder, kind, rows, "rows")
+    axis = {} if single else {0: "rows"}
+    rotary, moves = _rotary(decoder, kind, rows, None if single else "rows")
     store = decoder.pool.store[: min(rows * 3, decoder.pool.size)]
     table = torch.zeros((rows, 3), dtype=torch.long, device=decoder.device)
     at = torch.full((rows,), 2 * PAGE, device=decoder.device)
     inputs = (_zeros(decoder, rows, family.hidden), *rotary, store, table, at)
     return Part(
-        name, decode, weights, inputs,
+        _decode_name(kind, single=single), decode, weights, inputs,
         (axis, *moves, {0: "pages"}, {**axis, 1: "blocks"}, axis),
         f"{_assumptions(decoder, weights)}|{kind}",
     )  # fmt: skip
@@ -208,9 +210,8 @@ def _decode_part(name: str, decoder: Decoder, weights: Weights, kind: AttentionK
 def _head_parts(decoder: Decoder) -> Iterator[Part]:
     family = decoder.family
     told = _assumptions(decoder, decoder.ends)
-    for name, rows in (("head 1", 1), ("head", _EXAMPLE_ROWS)):
-        axis = {} if rows == 1 else {0: "rows"}
-        yield Part(name, family.logits, decoder.ends, (_zeros(decoder, rows, family.hidden),), (axis,), told)
+    for name, rows, moves in (("head 1", 1, {}), ("head", _EXAMPLE_ROWS, {0: "rows"})):
+        yield Part(name, family.logits, decoder.ends, (_zeros(decoder, rows, family.hidden),), (moves,), told)
 
 
 def _decode_name(kind: AttentionKind, *, single: bool) -> str:
@@ -220,20 +221,27 @@ def _decode_name(kind: AttentionKind, *, single: bool) -> str:
 def _assumptions(decoder: Decoder, weights: Weights) -> str:
     family = decoder.family
     source = "".join(inspect.getsource(inspect.getmodule(one) or one) for one in type(family).__mro__[:-2])
-    sizes = sorted((name, str(value)) for name, value in vars(family).items() if name != "kinds" and name != "act")
+    sizes = sorted((name, str(value)) for name, value in vars(family).items() if name not in {"kinds", "act"})
     told = f"{source}|{sizes}|{decoder.dtype}|{decoder.device.type}|{_signature(weights)}"
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def _rotary(decoder: Decoder, kind: AttentionKind, count: int, axis: str) -> tuple[Rotary, tuple[dict[int, str], ...]]:
+def _rotary(
+    decoder: Decoder, kind: AttentionKind, count: int, axis: str | None
+) -> tuple[Rotary, tuple[dict[int, str], ...]]:
     cos, sin = decoder.rotary(torch.arange(count, device=decoder.device), count)[kind.rope]
-    moves = {0: axis} if cos.numel() and count > 1 else {}
+    moves = {0: axis} if axis and cos.numel() else {}
     return (cos, sin), (moves, dict(moves))
+
+
+def _one_by_one(weights: Weights) -> int:
+    """Rows up to which one row after another is fastest."""
+    return min(one_by_one(value) for value in weights.values() if isinstance(value, _MATRICES))
 
 
 def _least_tokens(weights: Weights) -> int:
     """Tokens from which on the two halves of a layer are compiled for many; fewer run as they stand."""
-    return INT4_WIDE if any(isinstance(value, Int4) for value in weights.values()) else 2
+    return max((wide_from(value) for value in weights.values() if isinstance(value, _MATRICES)), default=2)
 
 
 def _mixed(family: Family) -> int:
@@ -264,20 +272,35 @@ def load_kernels(
     if not decoder.family.compiled:
         return None
     wanted = parts(decoder)
-    files = {which: folder / f"{part.key}.pt2" for which, part in wanted.items()}
-    if not build and not all(file.exists() for file in files.values()):
-        return None
     loaders = {}
     for number, (which, part) in enumerate(wanted.items(), start=1):
-        if not files[which].exists():
+        file = folder / f"{part.key}.pt2"
+        loader = _open(file)
+        if loader is None and not build:
+            return None
+        if loader is None:
             progress(part.name, number, len(wanted))
-            part.compile(files[which])
-        loaders[which] = torch._inductor.aoti_load_package(str(files[which])).loader
+            part.compile(file)
+            loader = torch._inductor.aoti_load_package(str(file)).loader
+        loaders[which] = loader
     return CompiledKernels(decoder, loaders)
 
 
+def _open(file: Path) -> Any | None:
+    """The code in a package; None where there is no package, or a damaged one."""
+    if not file.exists():
+        return None
+    try:
+        return torch._inductor.aoti_load_package(str(file)).loader
+    except Exception as error:  # torch raises what it likes
+        _log.warning(
+            "compiled package %s cannot be read and is made again: %s", file, " ".join(str(error).split())[:200]
+        )
+        return None
+
+
 class CompiledKernels:
-    """Runs layers through compiled code; what was not compiled for, such as half a layer for one token, runs eagerly."""
+    """Runs layers through compiled code; what nothing was compiled for, as half a layer for one token, runs eagerly."""
 
     pages = True
 
@@ -287,6 +310,7 @@ class CompiledKernels:
         self._shapes = {id(weights): _signature(weights) for weights in [*decoder.layers, decoder.ends]}
         self._loaders = loaders
         self._least = {id(weights): _least_tokens(weights) for weights in decoder.layers}
+        self._alone = {id(weights): _one_by_one(weights) for weights in [*decoder.layers, decoder.ends]}
         self._decoders = {
             (id(weights), single): loaders[_decode_name(kind, single=single), self._shapes[id(weights)]]
             for weights, kind in zip(decoder.layers, decoder.family.kinds, strict=True)
@@ -310,14 +334,25 @@ class CompiledKernels:
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, table: Tensor, at: Tensor
     ) -> Tensor:
         """A whole layer for one token per row."""
+        if 1 < x.shape[0] <= self._alone[id(w)]:
+            apart = zip(*(_apart(one, x.shape[0]) for one in (x, *rotary, table, at)), strict=True)
+            rows = [self.decode(w, x1, (cos, sin), kind, store, table1, at1) for x1, cos, sin, table1, at1 in apart]
+            return torch.cat(rows)
         loader = self._decoders[id(w), x.shape[0] == 1]
         result: Tensor = loader.run([x, *rotary, store, table, at, *self._tensors[id(w)]])[0]
         return result
 
     def head(self, ends: Weights, x: Tensor) -> Tensor:
         """Logits."""
+        if 1 < x.shape[0] <= self._alone[id(ends)]:
+            return torch.cat([self.head(ends, row) for row in _apart(x, x.shape[0])])
         return self._run("head 1" if x.shape[0] == 1 else "head", ends, [x])[0]
 
     def _run(self, name: str, w: Weights, inputs: list[Tensor]) -> list[Tensor]:
         found: list[Tensor] = self._loaders[name, self._shapes[id(w)]].run([*inputs, *self._tensors[id(w)]])
         return found
+
+
+def _apart(rows: Tensor, count: int) -> Sequence[Tensor]:
+    """The rows one by one; what is empty goes with each of them."""
+    return rows.unsqueeze(1).unbind() if rows.numel() else [rows] * count

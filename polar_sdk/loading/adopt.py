@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polar_sdk.engine.decoder import build_decoder
+from polar_sdk.engine.families import find_family
 from polar_sdk.loading.compiling import Compile, check_compile, use_compiled
 from polar_sdk.loading.fingerprint import fingerprint_of
 from polar_sdk.loading.load import LoadedModel
+from polar_sdk.loading.weights import check_finite, check_one_device
 from polar_sdk.serving import Scheduler
 
 if TYPE_CHECKING:
@@ -36,13 +39,17 @@ def adopt(
 
     Raises:
         UnsupportedArchitectureError: The engine has no family for it.
-        DeviceError: The device has no kernel for this precision.
+        DeviceError: The model lies on several devices, or its device has no kernel for this precision.
+        ModelDamagedError: A weight is nan or infinite.
         CompileError: Layers cannot be compiled here.
     """
     check_compile(compile)
+    name = getattr(model.config, "name_or_path", "") or model.config.model_type
+    find_family(model.config)  # what is not supported at all is said first
+    check_one_device(model, name)
+    check_finite(model, name)
     decoder = build_decoder(model, precision=precision, kv_memory=kv_memory)
     use_compiled(decoder, compile)
-    name = getattr(model.config, "name_or_path", "") or model.config.model_type
     return LoadedModel(
         name=name,
         path=Path(name),
@@ -54,4 +61,5 @@ def adopt(
         generation_config=model.generation_config,
         device=decoder.device,
         dtype=decoder.dtype,
+        adopted=weakref.ref(model),  # kept alive, it would hold beside the fused matrices what they were made from
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import ModelDamagedError, UnsupportedArchitectureError
 from polar_sdk.loading.quiet import quiet_transformers
+from polar_sdk.loading.weights import first_not_finite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,15 +91,10 @@ def _save(model: PreTrainedModel, tokenizer: Any, into: Path) -> None:
 
 
 def _check_finite(gguf: Path, model: PreTrainedModel) -> None:
-    import torch
-
-    for name, weight in model.named_parameters():
-        # A sum is finite only if every term is, and it needs no second tensor of the same size.
-        if not weight.sum(dtype=torch.float32).isfinite():
-            raise ModelDamagedError(
-                f"{str(gguf)!r} is damaged: weight {name} is not finite.",
-                hint="Copy or fetch the file again.",
-            )
+    if (weight := first_not_finite(model)) is not None:
+        raise ModelDamagedError(
+            f"{str(gguf)!r} is damaged: weight {weight} is not finite.", hint="Copy or fetch the file again."
+        )
 
 
 def _unreadable(gguf: Path, error: Exception) -> ModelDamagedError:

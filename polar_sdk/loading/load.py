@@ -16,10 +16,12 @@ from polar_sdk.loading.convert import LOADING_LOCK
 from polar_sdk.loading.obtain import LocalModel, obtain
 from polar_sdk.loading.place import choose_device, choose_precision
 from polar_sdk.loading.quiet import quiet_transformers
+from polar_sdk.loading.weights import check_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from weakref import ReferenceType
 
     import torch
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +53,8 @@ class LoadedModel:
     generation_config: GenerationConfig
     device: torch.device
     dtype: torch.dtype
+    adopted: ReferenceType[PreTrainedModel] | None = None
+    """The transformers model that was in memory already, while its owner keeps it; None where `path` was read."""
 
 
 def load_pretrained(
@@ -109,6 +113,7 @@ def _load(
 
     with quiet_transformers(), _memory_errors(name, device, dtype):
         network = _read_weights(local.folder, device, dtype)
+        check_finite(network, name)
         tokenizer = _read_tokenizer(local.folder)
         decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, consume=True)
     return LoadedModel(

@@ -7,10 +7,12 @@ off for want of memory. The thread lives while there is work, and a little longe
 
 from __future__ import annotations
 
+import atexit
 import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
 
 import torch
 
@@ -33,6 +35,8 @@ __all__ = ["Limits", "Scheduler"]
 
 _IDLE_SECONDS: Final = 2.0
 """The thread ends after so long without work, so that it keeps no weights alive."""
+_LIVING: Final[WeakSet[Scheduler]] = WeakSet()
+"""Schedulers that may have a thread."""
 _POLL_SECONDS: Final = 0.02
 """How often to look whether a caller that lags behind has set `cancel` or run out of time; those tell nobody."""
 
@@ -69,6 +73,8 @@ class Scheduler:
         """Pages that each running job may need at most."""
         self._work = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._closing = False
+        _LIVING.add(self)
 
     def __len__(self) -> int:
         """Jobs that wait or run."""
@@ -108,21 +114,48 @@ class Scheduler:
     @torch.inference_mode()
     def _serve(self) -> None:
         while self._await_work():
-            self._sweep()
-            self._admit()
-            # Decoding first: a row gets one token per round, so that `cancel` is looked at before each.
-            passes = [self._decode(), self._prefill()]
-            if not any(passes):
-                with self._work:  # every caller lags behind: wait for one to read on, and look for cancellations
-                    self._work.wait(_POLL_SECONDS)
+            try:
+                self._round()
+            except BaseException as error:  # a fault of this module: no caller may wait forever for it
+                self._fail_all(error)
+
+    def _round(self) -> None:
+        self._sweep()
+        self._admit()
+        # Decoding first: a row gets one token per round, so that `cancel` is looked at before each.
+        passes = [self._decode(), self._prefill()]
+        if not any(passes):
+            with self._work:  # every caller lags behind: wait for one to read on, and look for cancellations
+                self._work.wait(_POLL_SECONDS)
+
+    def _fail_all(self, error: BaseException) -> None:
+        with self._work:
+            jobs = [*self._queue, *self._running]
+            self._queue, self._running, self._promised = FairQueue(), [], {}
+        for job in jobs:
+            if not job.done:
+                job.fail(error)
 
     def _await_work(self) -> bool:
         """Wait for something to do; False once there was nothing for a while, and then this thread is over."""
         with self._work:
-            if not self._work.wait_for(self._busy, _IDLE_SECONDS):
-                self._thread = None
+            self._work.wait_for(lambda: self._busy() or self._closing, _IDLE_SECONDS)
+            if not self._busy():
+                self._thread, self._closing = None, False
                 return False
             return True
+
+    def close(self) -> None:
+        """Cancel every job and wait for the thread to end; a later job starts another."""
+        with self._work:
+            thread = self._thread
+            if thread is None:
+                return
+            self._closing = True
+            for job in [*self._queue, *self._running]:
+                job.cancel()
+            self._work.notify()
+        thread.join()
 
     def _wake(self) -> None:
         with self._work:
@@ -219,3 +252,10 @@ class Scheduler:
             for job in jobs:
                 if not job.done:
                     job.fail(error)
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the threads before the interpreter ends: it would stop one within torch, which aborts the process."""
+    for scheduler in list(_LIVING):
+        scheduler.close()

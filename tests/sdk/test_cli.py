@@ -368,6 +368,28 @@ class TestScan:
         assert json.loads(run.stdout)["usage"]["program"] == facts["picks"]["standard"]["program"]
 
 
+class TestExport:
+    def test_a_program_becomes_a_folder_that_runs(self, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "cut"
+        words = ["--model", str(folder), "--policy", str(folder / "policy.json"), "--json"]
+        made = polar("export", "--program", "0 2-5", "--out", str(out), *words)
+        facts = json.loads(made.stdout)
+        assert (made.exit_code, facts["folder"], facts["program"], facts["layers"]) == (0, str(out), "0 2-5", 5)
+        assert facts["bytes"] == sum(path.stat().st_size for path in out.iterdir())
+        ran = polar("run", "hi", "--model", str(out), "--no-ledger", "--max-tokens", "2", "--json")
+        assert json.loads(ran.stdout)["usage"]["program"] == "0-4"
+
+    def test_it_refuses_and_replaces(self, folder: Path, tmp_path: Path) -> None:
+        words = ["export", "--out", str(tmp_path / "cut"), "--model", str(folder)]
+        words += ["--policy", str(folder / "policy.json"), "--program"]
+        refused(polar(*words, "0 2x2 4-5"), 2, "visits layer 2 2 times", "each layer once")
+        refused(polar(*words, "0-b"), 2, "'0-b'")
+        assert polar(*words, "0-5").exit_code == 0
+        refused(polar(*words, "0 5"), 2, "holds a model already", "--force")
+        assert polar(*words, "0 5", "--force").exit_code == 0
+        assert json.loads((tmp_path / "cut" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
 class TestHelp:
     commands = typer.main.get_command(app)
 

@@ -11,7 +11,7 @@ import pytest
 PUBLIC = {
     "polar_sdk": """
         Chunk Generation IdentityRouter JsonlSink ListSink NullSink PolarError PolarModel Policy Program Router
-        StaticRouter Tier UsageRecord UsageSink
+        StaticRouter Tier TokenLogprobs UsageRecord UsageSink
     """,
     "polar_sdk.router": "IdentityRouter Route Router StaticRouter fixed_router",
     "polar_sdk.scan": "CalibrationItem ProgramScore ScanReport Scanner builtin_items read_items",

@@ -1,0 +1,121 @@
+"""Products in every precision against the same sums in float64, and the packed layout of int4."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polar_sdk.engine import products
+from polar_sdk.engine.products import INT4_GROUP, Int4, Int8, Plain, Product, multiply, quantize, wide_from
+from polar_sdk.errors import DeviceError
+
+SHAPES = st.tuples(
+    st.integers(1, 200),  # rows
+    st.sampled_from([16, 48, 64, 80, 128]),  # outputs
+    st.sampled_from([32, 64, 96]),  # inputs
+)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def _example(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, biased: bool) -> tuple[torch.Tensor, Plain]:
+    rows, outputs, inputs = shape
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=source).to(dtype)
+    weight = (torch.randn(outputs, inputs, generator=source) * 0.1).to(dtype)
+    bias = torch.randn(outputs, generator=source).to(dtype) if biased else None
+    return x, Plain(weight, bias)
+
+
+def _stored(product: Product) -> torch.Tensor:
+    """The matrix that a product stands for, (N, K), in float64, read without the code under test."""
+    match product:
+        case Plain():
+            return product.weight.double()
+        case Int8():
+            return product.weight.double() * product.scale.double()[:, None]
+        case Int4():
+            groups, outputs, _ = product.scales_zeros.shape
+            # A unit vector per input asks torch's own kernel for one column after another.
+            kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
+            units = torch.eye(groups * INT4_GROUP, dtype=product.scales_zeros.dtype)
+            columns: torch.Tensor = kernel(units, product.packed, INT4_GROUP, product.scales_zeros)
+            assert columns.shape[1] == outputs
+            return columns.T.double()
+
+
+def _close(got: torch.Tensor, x: torch.Tensor, product: Product) -> None:
+    stored = _stored(product)
+    wanted = x.double() @ stored.T
+    if product.bias is not None:
+        wanted = wanted + product.bias.double()
+    # What rounding each input, weight, partial sum and result to the dtype may add up to.
+    size = x.double().abs() @ stored.abs().T + wanted.abs() + 1
+    error = (got.double() - wanted).abs()
+    limit = size * torch.finfo(x.dtype).eps * 4
+    assert (error <= limit).all(), f"largest {error.max():.3g}, mean {error.mean():.3g}, allowed {limit.min():.3g}"
+
+
+@given(SHAPES, DTYPES, st.sampled_from(["fp32", "int8", "int4"]), st.booleans(), st.integers(0, 2**20))
+def test_every_precision_gives_the_sums_of_what_it_stores(
+    shape: tuple[int, int, int], dtype: torch.dtype, precision: str, biased: bool, seed: int
+) -> None:
+    x, plain = _example(shape, dtype, seed, biased)
+    product = quantize(plain, precision)
+    got = multiply(x, product)
+    assert got.dtype == dtype
+    assert got.shape == (shape[0], shape[1])
+    _close(got, x, product)
+
+
+@given(st.sampled_from([(64, 32), (48, 64), (128, 96)]), st.integers(0, 2**20))
+def test_integers_stay_within_half_a_step_of_the_weights(sides: tuple[int, int], seed: int) -> None:
+    _, plain = _example((1, *sides), torch.float32, seed, False)
+    for precision, steps in (("int8", 127 * 2), ("int4", 15)):
+        stored = _stored(quantize(plain, precision))
+        spans = plain.weight.abs().amax(1) * 2 if precision == "int8" else None
+        if spans is None:
+            groups = plain.weight.view(sides[0], -1, INT4_GROUP)
+            spans = (groups.amax(-1) - groups.amin(-1)).repeat_interleave(INT4_GROUP, 1)
+        else:
+            spans = spans[:, None]
+        assert ((stored - plain.weight.double()).abs() <= spans * (0.5 / steps) * 1.001 + 1e-6).all()
+
+
+def test_a_matrix_that_int4_cannot_group_stays_in_int8() -> None:
+    assert isinstance(quantize(Plain(torch.randn(16, 40)), "int4"), Int8)
+    assert isinstance(quantize(Plain(torch.randn(24, 64)), "int4"), Int8)
+    assert isinstance(quantize(Plain(torch.randn(16, 64)), "int4"), Int4)
+    assert isinstance(quantize(Plain(torch.randn(16, 64)), "bf16"), Plain)
+
+
+def test_int4_is_refused_where_there_is_no_kernel() -> None:
+    with pytest.raises(DeviceError, match="int4"):
+        quantize(Plain(torch.empty(16, 64, device="meta")), "int4")
+
+
+@pytest.mark.parametrize(("outputs", "dtype"), [(64, torch.bfloat16), (192, torch.bfloat16), (128, torch.float32)])
+def test_unpacked_int4_is_what_the_kernel_reads(outputs: int, dtype: torch.dtype) -> None:
+    _, plain = _example((1, outputs, 96), dtype, 3, False)
+    product = quantize(plain, "int4")
+    assert isinstance(product, Int4)
+    assert products._can_unpack(product)
+    transposed = products._interleave(products._unpack(product, dtype))
+    assert transposed.shape == (96, outputs)
+    assert torch.allclose(transposed.T.double(), _stored(product), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_another_layout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    products._layout_known.cache_clear()
+    codes = products._codes
+    monkeypatch.setattr(products, "_codes", lambda packed, inputs: codes(packed, inputs)[::-1])
+    try:
+        assert not products._layout_known()
+    finally:
+        products._layout_known.cache_clear()
+
+
+def test_wide_code_needs_the_most_rows_for_int4() -> None:
+    plain = Plain(torch.randn(64, 64))
+    assert [wide_from(quantize(plain, precision)) for precision in ("bf16", "int8", "int4")] == [2, 32, 128]
