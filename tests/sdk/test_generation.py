@@ -327,7 +327,7 @@ def test_an_unsupported_architecture_says_what_is_supported() -> None:
     from polar_sdk import PolarModel
 
     bloom = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=260))
-    with pytest.raises(UnsupportedArchitectureError, match="'bloom' is not supported; supported are: .*llama"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom' is not supported; supported are: .*llama"):
         PolarModel.from_hf(bloom, tiny_tokenizer())
 
 
