@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help install demo test test-fast check format model bench clean
+.PHONY: help install demo test test-fast check format model bench bench-billing clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; name another with make PYTHON=python3"; exit 1; }
@@ -51,6 +51,9 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 
 bench: model ## Measure decode and prefill beside Hugging Face generate
 	$(BIN)/python benchmarks/engine.py
+
+bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
+	$(BIN)/python benchmarks/billing.py
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from polar_sdk.admission import admit
 from polar_sdk.engine.forward import Row, next_logits
 from polar_sdk.engine.sampling import Sampler
 from polar_sdk.engine.text import TextStream
@@ -159,9 +160,11 @@ def generate_rows(
 
     Raises:
         SinkError: Before compute, if usage could not be recorded.
+        BudgetExceededError: Before compute, if a budget has no room for one of them; then none runs.
         RequestTimeoutError: The time of an unfinished row is up; the record of every row is stored by then.
     """
     sink.check()
+    requests = admit(requests, model.decoder.cost, sink)
     lives = [_Live(request, model, index) for index, request in enumerate(requests)]
     failure: BaseException | None = None
     try:

@@ -94,6 +94,8 @@ class Request:
     cancel: Cancel | None
     timeout: float | None
     """Time allowed from creation on; None = any. Unit: seconds."""
+    tiers: Mapping[str, Program] = field(default_factory=dict)
+    """Programs of the policy's tiers, of which a sink with budgets may choose a cheaper one; see `admission`."""
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     created_ns: int = field(default_factory=time.perf_counter_ns)
     """Monotonic time of creation, for queue time and timeout. Unit: nanoseconds."""
@@ -154,6 +156,7 @@ class RequestMaker:
             request_id=_name("request_id", _given(options.get("request_id"), new_request_id())),
             cancel=_cancel(options.get("cancel")),
             timeout=_timeout(options.get("timeout")),
+            tiers={name: one.program for name, one in self.policy.tiers.items()},
         )
 
     def make_batch(
