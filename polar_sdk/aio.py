@@ -43,7 +43,7 @@ async def run_in_thread(call: Callable[[Cancel], T], cancel: Cancel | None) -> T
     Waiting keeps the promise that after a cancellation nothing computes any more and the usage record is stored.
     """
     stop = _AnyCancel(cancel)
-    worker = asyncio.ensure_future(asyncio.to_thread(call, stop))
+    worker = _in_own_thread(lambda: call(stop))
     try:
         return await asyncio.shield(worker)
     except asyncio.CancelledError:
@@ -52,6 +52,32 @@ async def run_in_thread(call: Callable[[Cancel], T], cancel: Cancel | None) -> T
         if not worker.cancelled():
             worker.exception()  # retrieved, so that asyncio does not report it a second time
         raise
+
+
+def _in_own_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+    """Run `call` in a thread of its own, with the caller's context.
+
+    The event loop's few threads would let only so many requests reach the engine at a time.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, problem: BaseException | None) -> None:
+        if problem is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(problem)
+
+    def run() -> None:
+        try:
+            result = call()
+        except BaseException as problem:  # handed to the awaiting task, whatever it is
+            loop.call_soon_threadsafe(settle, None, problem)
+        else:
+            loop.call_soon_threadsafe(settle, result, None)
+
+    threading.Thread(target=copy_context().run, args=(run,), name="polar-request").start()
+    return future
 
 
 class _End:

@@ -6,14 +6,17 @@ PolarError
 │   ├── ContextWindowError                prompt and answer do not fit the model
 │   ├── SamplingError                     a sampling setting outside its range
 │   ├── UnknownTierError                  `compute=` names no tier of the policy
-│   └── TagError                          a tag or tenant that cannot be stored
+│   ├── TagError                          a tag or tenant that cannot be stored
+│   └── CacheMemoryError (MemoryError)    its keys and values do not fit the memory set aside for them
 ├── RequestTimeoutError (TimeoutError)    the request ran longer than its `timeout`; retryable
 ├── BudgetExceededError                   a budget has no room for the request; exit code 3
+├── QueueFullError                        too many requests wait already; retryable
 ├── ProgramError (ValueError)             a program that cannot or may not run
 │   ├── ProgramSyntaxError                the text form does not parse
 │   ├── ProgramDepthError                 a layer the model does not have
 │   ├── ProtectedLayerError               skips a layer that the policy protects
 │   ├── VisitLimitError                   visits one layer more often than allowed
+│   ├── MissingBridgeError                crosses layers by a bridge that the model does not have
 │   └── CostCeilingError                  costs more than the policy's ceiling
 ├── PolicyError (ValueError)              a policy file that is wrong or belongs to another model
 ├── DataError (ValueError)                a calibration file that is missing, empty or malformed
@@ -22,7 +25,8 @@ PolarError
 │   ├── ModelFetchError (ConnectionError)     retryable
 │   ├── ModelDamagedError                 a checksum or a tensor is wrong
 │   ├── UnsupportedArchitectureError
-│   └── DeviceError                       device or dtype not available here
+│   ├── DeviceError                       device, dtype or precision not available here
+│   └── CompileError                      layers cannot be compiled here
 └── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
     └── SinkNotFoundError
 
@@ -41,12 +45,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetExceededError",
+    "CacheMemoryError",
+    "CompileError",
     "ContextWindowError",
     "CostCeilingError",
     "DataError",
     "DeviceError",
     "EmptyPromptError",
     "InvalidRequestError",
+    "MissingBridgeError",
     "ModelDamagedError",
     "ModelError",
     "ModelFetchError",
@@ -57,6 +64,7 @@ __all__ = [
     "ProgramError",
     "ProgramSyntaxError",
     "ProtectedLayerError",
+    "QueueFullError",
     "RequestTimeoutError",
     "SamplingError",
     "SinkError",
@@ -109,6 +117,16 @@ class UnknownTierError(InvalidRequestError):
 
 class TagError(InvalidRequestError):
     """A tenant or tag that cannot be stored on a usage record."""
+
+
+class CacheMemoryError(InvalidRequestError, MemoryError):
+    """Keys and values of a request do not fit the memory set aside for them."""
+
+
+class QueueFullError(PolarError):
+    """Too many requests wait already; try again when some are done."""
+
+    retryable = True
 
 
 class RequestTimeoutError(PolarError, TimeoutError):
@@ -182,6 +200,10 @@ class VisitLimitError(ProgramError):
     """The program visits one layer more often than the policy allows."""
 
 
+class MissingBridgeError(ProgramError):
+    """The program crosses layers by a bridge that the model does not have."""
+
+
 class CostCeilingError(ProgramError):
     """The program costs more FLOPs than the policy's ceiling."""
 
@@ -225,9 +247,13 @@ class UnsupportedArchitectureError(ModelError):
 
 
 class DeviceError(ModelError):
-    """The device or dtype asked for is not available here."""
+    """The device, dtype or precision asked for is not available here."""
 
     exit_code = 2
+
+
+class CompileError(ModelError):
+    """Layers cannot be compiled here: no compiler, or it failed."""
 
 
 class SinkError(PolarError, OSError):

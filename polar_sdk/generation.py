@@ -1,36 +1,33 @@
-"""The decode loop: requests in, pieces of text out, and exactly one usage record per request, however it ends.
+"""Answers and their records: requests in, text out, and exactly one usage record per request, however it ends.
 
-Rows of one call decode together; each leaves when it is done, and all when their time is up. Metering lives in
-`finally` here and nowhere else, so that a stream that is closed, a task that is cancelled and an error in mid-layer are
-all recorded up to the last executed layer.
+The scheduler computes; here its jobs are waited for and recorded, in the caller's thread. Metering lives in `finally`
+here and nowhere else, so that a stream that is closed, a task that is cancelled and an error in mid-layer are all
+recorded up to the last executed layer.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from polar_sdk.admission import admit
-from polar_sdk.engine.forward import Row, next_logits
-from polar_sdk.engine.sampling import Sampler
-from polar_sdk.engine.text import TextStream
 from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.program import Program
+from polar_sdk.serving import FinishReason, Job
 from polar_sdk.usage import Outcome, Receipt, TokenUsage, UsageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
     from polar_sdk.loading import LoadedModel
+    from polar_sdk.loops import LoopGuard
     from polar_sdk.requests import Request
     from polar_sdk.usage import UsageSink
 
-__all__ = ["Chunk", "FinishReason", "Generation", "finished", "generate_rows"]
+__all__ = ["Chunk", "FinishReason", "Generation", "answer", "stream"]
 
-FinishReason = Literal["stop", "length", "cancelled"]
 _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
     Outcome.COMPLETED: None,
     Outcome.CANCELLED: "cancelled",
@@ -39,8 +36,8 @@ _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
 _STOPS = (GeneratorExit, KeyboardInterrupt, SystemExit, RequestTimeoutError)
 """What ends a request without being an error of it: its stream was closed, the process was told to end (the command
 `polar` turns SIGTERM into SystemExit), or its time was up."""
-_PREFILL_TOKENS = 4096
-"""Prompts are prefilled together up to this many tokens: enough to fill the matrix products, bounded in memory."""
+_AHEAD = 2
+"""Pieces of a stream computed before the consumer asks: enough to hide the hand-over, little to waste if it leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,194 +67,149 @@ class Chunk:
     generation: Generation | None = None
 
 
-class _Live:
-    """A request that is running: its row, its sampler, its text so far, its clock."""
-
-    def __init__(self, request: Request, model: LoadedModel, index: int) -> None:
-        self.request, self.model, self.index = request, model, index
-        self.row = Row(model.decoder, request.route.program, len(request.tokens) + min(request.max_tokens, 64))
-        self.text = TextStream(model.tokenizer, request.stops)
-        self.tokens: list[int] = []
-        self.finish: FinishReason | None = None
-        self.usage: UsageRecord | None = None
-        """The record once it is final; stored at the end if it was not yet, unchanged after a sink that failed."""
-        self.recorded = False
-        self.prefill_begin_ns = self.prefill_end_ns = self.end_ns = 0
-        self._end_tokens = _end_tokens(model)
-        self._sampler = Sampler(request.sampling, model.decoder.device)
-
-    @property
-    def pending(self) -> Sequence[int]:
-        """Tokens that the row has not run yet: the prompt, then the one sampled last."""
-        return self.tokens[-1:] or self.request.tokens
-
-    def take(self, logits: torch.Tensor) -> str:
-        """Sample from logits (V,) and return the text to show; sets `finish` where the answer ends."""
-        token = self._sampler(logits)
-        self.tokens.append(token)
-        piece = "" if token in self._end_tokens else self.text.push(token)
-        ended = token in self._end_tokens
-        if ended or self.text.stopped or len(self.tokens) >= self.request.max_tokens:
-            piece += self.text.finish()  # in what was held back, too, a stop string may be found
-            self.finish = "stop" if ended or self.text.stopped else "length"
-        return piece
-
-    def record(self, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
-        """The facts up to now."""
-        request, row, now = self.request, self.row, time.perf_counter_ns()
-        begin = self.prefill_begin_ns or now
-        flops = row.work.flops(request.route.flops)
-        return UsageRecord(
-            request_id=request.request_id,
-            tenant=request.tenant,
-            tags=dict(request.tags),
-            model=self.model.name,
-            model_fingerprint=self.model.fingerprint,
-            router=request.router.kind,
-            router_version=request.router.version,
-            tier=request.tier,
-            program=request.route.program.text,
-            outcome=outcome,
-            finish_reason=_FINISH[outcome] or self.finish or "error",
-            error=type(error).__name__ if outcome is Outcome.ERROR else None,
-            tokens=TokenUsage(input=len(request.tokens), output=len(self.tokens)),
-            visits=row.work.visits(),
-            flops=flops,
-            identity_flops=self._identity_flops(flops.total),
-            kv_bytes_peak=row.cache.nbytes,
-            device=str(row.decoder.device),
-            dtype=str(row.decoder.dtype).removeprefix("torch."),
-            started_at=request.started_at,
-            queue_ns=begin - request.created_ns,
-            prefill_ns=max((self.prefill_end_ns or now) - begin, 0),
-            decode_ns=max((self.end_ns or now) - self.prefill_end_ns, 0) if self.prefill_end_ns else 0,
-        )
-
-    def _identity_flops(self, executed: int) -> int:
-        """The finished passes at full depth; where not even the prefill finished, nothing is claimed as saved."""
-        work = self.row.work
-        if not work.prefilled:
-            return executed
-        cost = self.row.decoder.cost
-        return cost.request(Program.identity(cost.depth), len(self.request.tokens), work.decode_steps + 1).total
-
-
-def _end_tokens(model: LoadedModel) -> frozenset[int]:
-    """Ids that end an answer: those of the generation settings, and the tokenizer's end of text."""
-    ids = model.generation_config.eos_token_id
-    listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in [*listed, model.tokenizer.eos_token_id] if token is not None)
-
-
-def generate_rows(
-    model: LoadedModel, requests: Sequence[Request], sink: UsageSink
-) -> Generator[tuple[int, Chunk], None, None]:
-    """Run requests together.
-
-    Yields:
-        (index of the request, chunk), one per sampled token; the last chunk of each request carries its generation, and
-        its usage record is stored before that chunk is handed out.
+def answer(
+    model: LoadedModel, requests: Sequence[Request], sink: UsageSink, guard: LoopGuard | None = None
+) -> list[Generation]:
+    """Answer requests; their rows run together, and with those of other callers.
 
     Raises:
         SinkError: Before compute, if usage could not be recorded.
         BudgetExceededError: Before compute, if a budget has no room for one of them; then none runs.
-        RequestTimeoutError: The time of an unfinished row is up; the record of every row is stored by then.
+        QueueFullError: Too many requests wait already.
+        CacheMemoryError: A request does not fit the memory for keys and values.
+        RequestTimeoutError: The time of a request is up; the record of every request is stored by then.
     """
     sink.check()
+    ended: SimpleQueue[Job] = SimpleQueue()
     requests = admit(requests, model.decoder.cost, sink)
-    lives = [_Live(request, model, index) for index, request in enumerate(requests)]
-    failure: BaseException | None = None
-    try:
-        for group in _prefill_groups(lives):
-            yield from _pass(group, sink)
-        while active := [live for live in lives if live.finish is None]:
-            yield from _pass(active, sink)
-    except BaseException as error:
-        failure = error
-        raise
-    finally:
-        _record_unfinished(lives, failure, sink)
+    jobs = [Job(request, model, guard=guard, ended=ended.put) for request in requests]
+    with _Recorder(jobs, sink) as recorder:
+        model.scheduler.submit(jobs)
+        finished = {job: recorder.finish(job) for job in (ended.get() for _ in jobs)}
+    return [finished[job] for job in jobs]
 
 
-def finished(rows: Iterator[tuple[int, Chunk]]) -> dict[int, Generation]:
-    """Run to the end and keep the finished answers, by index of the request."""
-    return {index: chunk.generation for index, chunk in rows if chunk.generation is not None}
+def stream(
+    model: LoadedModel, request: Request, sink: UsageSink, guard: LoopGuard | None = None
+) -> Generator[Chunk, None, None]:
+    """Answer one request piece by piece.
+
+    Yields:
+        One chunk per sampled token; the last one carries the generation, and its usage record is stored before that
+        chunk is handed out.
+
+    Raises:
+        As `answer`.
+    """
+    sink.check()
+    (request,) = admit([request], model.decoder.cost, sink)
+    job = Job(request, model, guard=guard, ahead=_AHEAD)
+    with _Recorder([job], sink) as recorder:
+        model.scheduler.submit([job])
+        held = None
+        for piece in job.pieces():
+            if held is not None:
+                yield Chunk(held)
+            held = piece
+        yield Chunk(held or "", recorder.finish(job))
 
 
-def _prefill_groups(lives: Sequence[_Live]) -> Iterator[list[_Live]]:
-    """Split rows so that no group has more than `_PREFILL_TOKENS` prompt tokens, unless a single row has."""
-    group: list[_Live] = []
-    for live in lives:
-        if group and sum(len(one.request.tokens) for one in [*group, live]) > _PREFILL_TOKENS:
-            yield group
-            group = []
-        group.append(live)
-    yield group
+class _Recorder:
+    """Sees to it that every job of one call is recorded once, whatever happens in the block it guards."""
+
+    def __init__(self, jobs: Sequence[Job], sink: UsageSink) -> None:
+        self._jobs, self._sink = jobs, sink
+        self._records: dict[Job, UsageRecord] = {}
+        """Final facts; stored at the end if they were not yet, unchanged after a sink that failed."""
+        self._stored: set[Job] = set()
+
+    def finish(self, job: Job) -> Generation:
+        """Wait for a job and store its record.
+
+        Raises:
+            BaseException: What ended the job, where it did not finish.
+        """
+        job.wait()
+        if job.error is not None:
+            if isinstance(job.error, RequestTimeoutError):
+                job.error.usage = self._record(job, Outcome.CANCELLED)
+            raise job.error
+        assert job.finish is not None
+        usage = self._record(job, Outcome.CANCELLED if job.finish == "cancelled" else Outcome.COMPLETED)
+        receipt = self._sink.emit(usage)
+        self._stored.add(job)
+        return Generation(job.text.text, tuple(job.tokens), job.finish, usage, receipt)
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: object) -> None:
+        """Stop what still runs and store a record of it; a sink that fails for one is still asked for the others."""
+        left = [job for job in self._jobs if job not in self._stored]
+        for job in left:
+            job.cancel()
+        problems: list[Exception] = []
+        for job in left:
+            if job.submitted:
+                job.wait()  # at most one token
+            try:
+                # The same facts under the same id: had the first attempt stored them after all, nothing doubles.
+                self._sink.emit(self._final(job, failure))
+            except Exception as problem:  # any sink, any error: the remaining jobs must be recorded all the same
+                problems.append(problem)
+        # A timeout is an OSError, as what disks raise: it must not hide their errors.
+        if problems and (failure is None or isinstance(failure, _STOPS) or not isinstance(failure, type(problems[0]))):
+            raise problems[0]
+
+    def _final(self, job: Job, failure: BaseException | None) -> UsageRecord:
+        cause = job.error or failure
+        stopped = cause is None or isinstance(cause, _STOPS) or (job.error is None and job.finish == "cancelled")
+        return self._record(job, Outcome.CANCELLED if stopped else Outcome.ERROR, cause)
+
+    def _record(self, job: Job, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
+        if job not in self._records:
+            self._records[job] = _facts(job, outcome, error)
+        return self._records[job]
 
 
-def _pass(lives: Sequence[_Live], sink: UsageSink) -> Iterator[tuple[int, Chunk]]:
-    """One pass for rows that are all in prefill or all decoding, and one token for each that goes on."""
-    yield from _finish_cancelled(lives, sink)
-    going = [live for live in lives if live.finish is None]
-    for live in going:
-        if live.request.late:
-            raise _timed_out(live)
-    for live, piece in zip(going, _advance(going) if going else [], strict=True):
-        yield live.index, _chunk(live, piece, sink)
-
-
-@torch.inference_mode()
-def _advance(lives: Sequence[_Live]) -> list[str]:
-    now = time.perf_counter_ns()
-    for live in lives:
-        live.prefill_begin_ns = live.prefill_begin_ns or now
-    logits = next_logits(lives[0].model.decoder, [live.row for live in lives], [live.pending for live in lives])
-    pieces = [live.take(row) for live, row in zip(lives, logits, strict=True)]
-    now = time.perf_counter_ns()
-    for live in lives:
-        live.prefill_end_ns = live.prefill_end_ns or now
-        live.end_ns = now
-    return pieces
-
-
-def _finish_cancelled(lives: Sequence[_Live], sink: UsageSink) -> Iterator[tuple[int, Chunk]]:
-    for live in lives:
-        if live.request.cancelled:
-            live.finish = "cancelled"
-            yield live.index, _chunk(live, live.text.finish(), sink)
-
-
-def _timed_out(live: _Live) -> RequestTimeoutError:
-    live.usage = live.record(Outcome.CANCELLED)
-    return RequestTimeoutError(
-        f"the answer was stopped by timeout={live.request.timeout} s after {len(live.tokens)} tokens.",
-        hint="Raise timeout, lower max_tokens, or use a cheaper tier.",
-        usage=live.usage,
+def _facts(job: Job, outcome: Outcome, error: BaseException | None) -> UsageRecord:
+    """The usage record of a job that computes no more."""
+    request, row, now = job.request, job.row, time.perf_counter_ns()
+    begin = job.begin_ns or now
+    flops = row.work.flops(request.route.flops)
+    return UsageRecord(
+        request_id=request.request_id,
+        tenant=request.tenant,
+        tags=dict(request.tags),
+        model=job.model.name,
+        model_fingerprint=job.model.fingerprint,
+        router=request.router.kind,
+        router_version=request.router.version,
+        tier=request.tier,
+        program=request.route.program.text,
+        outcome=outcome,
+        finish_reason=_FINISH[outcome] or job.finish or "error",
+        error=type(error).__name__ if outcome is Outcome.ERROR else None,
+        tokens=TokenUsage(input=len(request.tokens), cached=job.cached, output=len(job.tokens)),
+        visits=row.work.visits(),
+        loops_stopped=row.loops_stopped,
+        flops=flops,
+        identity_flops=_identity_flops(job, flops.total),
+        kv_bytes_peak=job.kv_bytes,
+        device=str(row.decoder.device),
+        dtype=row.decoder.dtype_name,
+        started_at=request.started_at,
+        queue_ns=begin - request.created_ns,
+        prefill_ns=max((job.prefill_end_ns or now) - begin, 0),
+        decode_ns=max((job.end_ns or now) - job.prefill_end_ns, 0) if job.prefill_end_ns else 0,
     )
 
 
-def _chunk(live: _Live, piece: str, sink: UsageSink) -> Chunk:
-    """The chunk to hand out; on the last one the record is stored first."""
-    if live.finish is None:
-        return Chunk(piece)
-    usage = live.record(Outcome.CANCELLED if live.finish == "cancelled" else Outcome.COMPLETED)
-    live.usage = usage
-    receipt = sink.emit(usage)
-    live.recorded = True
-    return Chunk(piece, Generation(live.text.text, tuple(live.tokens), live.finish, usage, receipt))
-
-
-def _record_unfinished(lives: Sequence[_Live], failure: BaseException | None, sink: UsageSink) -> None:
-    """Store a record for every row that has none; a sink that fails for one row is still asked for the others."""
-    stopped = failure is None or isinstance(failure, _STOPS)
-    problems: list[Exception] = []
-    for live in lives:
-        if live.recorded:
-            continue
-        try:
-            # The same facts under the same id: had the first attempt stored them after all, nothing is stored twice.
-            sink.emit(live.usage or live.record(Outcome.CANCELLED if stopped else Outcome.ERROR, failure))
-        except Exception as problem:  # any sink, any error: the remaining rows must be recorded all the same
-            problems.append(problem)
-    if problems and (stopped or not isinstance(failure, type(problems[0]))):  # a timeout is an OSError, as disks raise
-        raise problems[0]
+def _identity_flops(job: Job, executed: int) -> int:
+    """The finished passes at full depth; where not even the prefill finished, nothing is claimed as saved."""
+    work = job.row.work
+    if not work.prefilled:
+        return executed
+    cost = job.row.decoder.cost
+    identity = Program.identity(cost.depth)
+    return cost.request(identity, len(job.request.tokens), work.decode_steps + 1, cached=job.cached).total

@@ -6,12 +6,11 @@ the same weights may have different. It knows no framework and no money.
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from polar_sdk.aio import iterate_in_thread, run_in_thread
 from polar_sdk.errors import ContextWindowError, InvalidRequestError
-from polar_sdk.generation import Chunk, Generation, finished, generate_rows
+from polar_sdk.generation import Chunk, Generation, answer, stream
 from polar_sdk.loading import load_pretrained
 from polar_sdk.loading.adopt import adopt
 from polar_sdk.policy_store import find_policy
@@ -29,10 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.loading import LoadedModel
+    from polar_sdk.loading.compiling import Compile
     from polar_sdk.policy import Policy
     from polar_sdk.requests import Cancel, Prompt, Request
     from polar_sdk.router import Router
     from polar_sdk.scan import CalibrationItem, ScanReport
+    from polar_sdk.serving import Scheduler
 
 __all__ = ["PolarModel"]
 
@@ -83,7 +84,9 @@ class PolarModel:
         *,
         revision: str | None = None,
         device: str = "auto",
-        dtype: str = "auto",
+        precision: str = "auto",
+        compile: Compile = "auto",
+        kv_memory: int | None = None,
         **settings: Any,
     ) -> Self:
         """Load a model; weights already in this process are shared, not loaded again.
@@ -92,23 +95,46 @@ class PolarModel:
             model: Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, or else the default model.
             revision: Branch, tag or commit of a hub id.
             device: `auto`, or a torch device such as `cpu` or `cuda:1`.
-            dtype: `auto`, `float32`, `bfloat16` or `float16`.
+            precision: `auto`, `bf16`, `fp16`, `fp32`, `int8` or `int4`.
+            compile: True compiles layers that are not compiled yet (half a minute or so, once for all processes);
+                `auto` runs compiled ones where they are on disk; False never does.
+            kv_memory: Most bytes for keys and values of all requests together; None = half of the memory that is free.
             **settings: `policy`, `router`, `ledger`, `sink`, `tenant` and `tags`, as the constructor takes them.
 
         Raises:
             ModelError: Or one of its kinds: not found, not fetched, damaged, unsupported, no such device.
             PolicyError: The policy belongs to another model.
         """
-        return cls(load_pretrained(model, revision=revision, device=device, dtype=dtype), **settings)
+        loaded = load_pretrained(
+            model, revision=revision, device=device, precision=precision, compile=compile, kv_memory=kv_memory
+        )
+        return cls(loaded, **settings)
 
     @classmethod
-    def from_hf(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Self:
+    def from_hf(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        precision: str | None = None,
+        compile: Compile = "auto",
+        kv_memory: int | None = None,
+        **settings: Any,
+    ) -> Self:
         """Take a transformers model and tokenizer that are already in memory; the model is not changed.
+
+        Args:
+            model: On its device, in its dtype; it may lie on several devices (`device_map`).
+            tokenizer: The model's own.
+            precision: `int8` or `int4` to hold the matrices in integers; None = as they are.
+            compile: As in `from_pretrained`.
+            kv_memory: As in `from_pretrained`.
+            **settings: `policy`, `router`, `ledger`, `sink`, `tenant` and `tags`, as the constructor takes them.
 
         Raises:
             UnsupportedArchitectureError: The engine has no family for it.
         """
-        return cls(adopt(model, tokenizer), **settings)
+        return cls(adopt(model, tokenizer, precision=precision, compile=compile, kv_memory=kv_memory), **settings)
 
     @property
     def name(self) -> str:
@@ -147,8 +173,18 @@ class PolarModel:
 
     @property
     def dtype(self) -> str:
-        """Dtype of the weights, e.g. `bfloat16`."""
-        return str(self._loaded.decoder.dtype).removeprefix("torch.")
+        """How the weights are held: `bfloat16`, `float16`, `float32`, `int8` or `int4`."""
+        return self._loaded.decoder.dtype_name
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers run compiled."""
+        return self._loaded.decoder.kernels.pages
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Runs the requests of all who share the weights; set its `limits` to bound what it takes on."""
+        return self._loaded.scheduler
 
     @property
     def loaded(self) -> LoadedModel:
@@ -200,9 +236,9 @@ class PolarModel:
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[Chunk, None, None]:
         """Answer one prompt token by token; closing the generator stops compute and records what ran.
 
-        The request is checked at once, not at the first `next()`.
+        The request is checked at once, not at the first `next()`. At most two tokens are computed ahead of the reader.
         """
-        return self._one(self._maker.make(prompt, options))
+        return stream(self._loaded, self._maker.make(prompt, options), self.sink, self.policy.loop_guard)
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generation:
         """`generate` without blocking the event loop; cancelling the task stops compute within one token."""
@@ -283,16 +319,8 @@ class PolarModel:
         """(prompt tokens, answer tokens) of greedy answers at full depth, for calibration; not metered."""
         identity: RequestOptions = {"program": Program.identity(self.depth), "max_tokens": max_tokens}
         requests = [self._maker.make(prompt, identity) for prompt in prompts]
-        done = finished(generate_rows(self._loaded, requests, NullSink()))
-        return [(request.tokens, done[index].token_ids) for index, request in enumerate(requests)]
+        answers = answer(self._loaded, requests, NullSink())
+        return [(request.tokens, one.token_ids) for request, one in zip(requests, answers, strict=True)]
 
     def _all(self, requests: Sequence[Request]) -> list[Generation]:
-        if not requests:
-            return []
-        done = finished(generate_rows(self._loaded, requests, self.sink))
-        return [done[index] for index in range(len(requests))]
-
-    def _one(self, request: Request) -> Generator[Chunk, None, None]:
-        with closing(generate_rows(self._loaded, [request], self.sink)) as rows:
-            for _, chunk in rows:
-                yield chunk
+        return answer(self._loaded, requests, self.sink, self.policy.loop_guard) if requests else []

@@ -21,6 +21,7 @@ from polar_sdk.errors import (
     UnknownTierError,
     VisitLimitError,
 )
+from polar_sdk.loops import LoopGuard
 from polar_sdk.program import Program
 from polar_sdk.spelling import nearest
 
@@ -58,6 +59,8 @@ class Policy(_Frozen):
     """Most visits of one layer by one program."""
     cost_ceiling: float = Field(default=1.15, gt=0)
     """Most FLOPs of a program, as a multiple of identity's."""
+    loop_guard: LoopGuard | None = LoopGuard()
+    """What an extra visit of a loop may do to the hidden state before the loop is stopped; None = anything."""
     default_tier: str | None = None
     """Tier of a request that names none; None = identity."""
     tiers: dict[str, Tier] = Field(default_factory=dict)
@@ -78,7 +81,7 @@ class Policy(_Frozen):
     @classmethod
     def permissive(cls) -> Self:
         """No bounds beyond the model's own depth: for research and parity tests."""
-        return cls(protected=(), max_visits=4096, cost_ceiling=float("inf"))
+        return cls(protected=(), max_visits=4096, cost_ceiling=float("inf"), loop_guard=None)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

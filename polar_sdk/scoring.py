@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polar_sdk.engine.attention import causal_attention
+from polar_sdk.engine.attention import attend_row
+from polar_sdk.loops import damp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.program import Program
+    from polar_sdk.engine.family import AttentionKind, Rotary
+    from polar_sdk.program import Program, Step
 
 __all__ = ["Question", "Score", "packs", "score_programs", "score_questions"]
 
@@ -89,7 +91,7 @@ def score_programs(
         programs: Any order; duplicates count once.
         on_program: Called after each program of each pack, for progress.
     """
-    ordered = sorted(set(programs), key=lambda program: program.layers)
+    ordered = sorted(set(programs), key=lambda program: program.steps)
     scores: dict[Program, list[Score]] = {program: [] for program in ordered}
     for pack in packs(questions):
         for program, hidden in _final_states(decoder, pack, ordered):
@@ -118,22 +120,36 @@ def _final_states(
     In lexicographic order neighbours share the longest starts, so a stack of the states after each visit of the current
     program is a walk through the trie of all programs: at most one visit per edge, at most D states held.
     """
-    tokens, positions, segments = _lay_out(pack)
-    stack = [decoder.embed(torch.tensor(tokens, device=decoder.device))]
-    rotary = decoder.rotary(torch.tensor(positions, device=decoder.device))
-    before: tuple[int, ...] = ()
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return torch.cat([_attend_segment(query, key, value, segment) for segment in segments])
-
+    tokens, places, segments = _lay_out(pack)
+    positions = torch.tensor(places, device=decoder.device)
+    stack = [decoder.embed(torch.tensor(tokens, device=decoder.device), positions)]
+    rotary = decoder.rotary(positions, max(places) + 1)
+    before: tuple[Step, ...] = ()
     for program in ordered:
-        shared = _shared_start(before, program.layers)
+        shared = _shared_start(before, program.steps)
         del stack[shared + 1 :]
         with torch.inference_mode():
-            for layer in program.layers[shared:]:
-                stack.append(decoder.layer(layer, stack[-1], rotary, attend))
-        before = program.layers
+            for step in program.steps[shared:]:
+                stack.append(_run_step(decoder, step, stack[-1], positions, rotary, segments))
+        before = program.steps
         yield program, stack[-1]
+
+
+def _run_step(
+    decoder: Decoder,
+    step: Step,
+    x: Tensor,
+    positions: Tensor,
+    rotary: list[Rotary],
+    segments: Sequence[_Segment],
+) -> Tensor:
+    """One step of a program for all packed tokens, (N, E)."""
+    if step.bridge:
+        return decoder.bridge(step)(x, positions)
+    kind = decoder.family.kinds[step.first]
+    query, key, value = decoder.project(step.first, x, rotary)
+    mixed = torch.cat([_attend_segment(query, key, value, segment, kind) for segment in segments])
+    return damp(x, decoder.finish(step.first, x, mixed), step.parts)
 
 
 def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[_Segment]]:
@@ -153,17 +169,17 @@ def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[_Segm
     return tokens, positions, segments
 
 
-def _attend_segment(query: Tensor, key: Tensor, value: Tensor, segment: _Segment) -> Tensor:
+def _attend_segment(query: Tensor, key: Tensor, value: Tensor, segment: _Segment, kind: AttentionKind) -> Tensor:
     own = slice(segment.start, segment.end)
     keys, values = key[own], value[own]
     if segment.parent is not None:
         before = slice(*segment.parent)
         keys, values = torch.cat((key[before], keys)), torch.cat((value[before], values))
-    return causal_attention(query[own], keys.transpose(0, 1), values.transpose(0, 1))
+    return attend_row(query[own], keys.transpose(0, 1), values.transpose(0, 1), kind)
 
 
-def _shared_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """Number of visits that two programs have in common before they differ."""
+def _shared_start(one: Sequence[Step], other: Sequence[Step]) -> int:
+    """Number of steps that two programs have in common before they differ."""
     same = (a == b for a, b in zip(one, other, strict=False))
     return sum(1 for _ in takewhile(bool, same))
 

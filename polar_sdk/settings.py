@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -33,7 +33,7 @@ CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
 """Options of a call that say who asks; they change no answer."""
 _ANSWERING: Final = ("compute", "program", "temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "timeout")
 """Settings that the engine takes as options by the same name."""
-_ENGINE_SETTINGS: Final = ("revision", "device", "dtype", "policy", "ledger", "sink")
+_ENGINE_SETTINGS: Final = ("revision", "device", "precision", "compile", "kv_memory", "policy", "ledger", "sink")
 """What `engine=` brings along, besides the model."""
 _FOR_TOOLS: Final = ("tools", "tool_choice", "functions", "response_format")
 _loading = threading.RLock()
@@ -79,8 +79,12 @@ class ModelSettings(BaseModel):
     """Policy or policy file; None = the one shipped for the model."""
     device: str = "auto"
     """`auto`, or a torch device such as `cpu` or `cuda:1`."""
-    dtype: str = "auto"
-    """`auto`, `float32`, `bfloat16` or `float16`."""
+    precision: str = "auto"
+    """`auto`, `bf16`, `fp16`, `fp32`, `int8` or `int4`."""
+    compile: bool | Literal["auto"] = "auto"
+    """True compiles layers that are not compiled yet; `auto` runs compiled ones where they are on disk; False never."""
+    kv_memory: int | None = None
+    """Most bytes for keys and values of all requests together; None = half of the memory that is free."""
     engine: Engine | None = Field(default=None, exclude=True, repr=False)
     """A `PolarModel` at hand, used as it is: one that you have set up, or `polar_sdk.testing.tiny_model()`."""
 
@@ -161,7 +165,9 @@ class ModelSettings(BaseModel):
             self.model,
             revision=self.revision,
             device=self.device,
-            dtype=self.dtype,
+            precision=self.precision,
+            compile=self.compile,
+            kv_memory=self.kv_memory,
             policy=self.policy,
             ledger=self.ledger,
             sink=self.sink if self.engine is None else self.engine.sink,

@@ -145,6 +145,8 @@ class UsageRecord(_Facts):
     """Class name of the error, where the outcome is `error`."""
     tokens: TokenUsage = TokenUsage()
     visits: VisitUsage = VisitUsage()
+    loops_stopped: NonNegative = 0
+    """Loops that the guard stopped because an extra visit ran away; their later visits did not run. Unit: loops."""
     flops: FlopUsage = FlopUsage()
     flops_formula: str = FLOPS_FORMULA
     identity_flops: NonNegative = 0

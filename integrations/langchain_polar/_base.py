@@ -60,7 +60,7 @@ class PolarBase(ModelSettings):
             "router": None if self.engine is None else _router_name(self.engine),
             "policy": str(self.engine.policy if self.engine is not None else self.policy),
             "revision": self.revision,
-            "dtype": self.dtype if self.engine is None else self.engine.dtype,
+            "precision": self.precision if self.engine is None else self.engine.dtype,
             "compute": self.compute,
             "program": None if self.program is None else str(self.program),
             "temperature": self.temperature,

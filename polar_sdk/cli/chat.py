@@ -38,14 +38,21 @@ def chat(
     tag: opt.Tags = None,
     model: opt.Model = None,
     device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
+    precision: opt.Precision = "auto",
     policy: opt.PolicyFile = None,
     ledger: opt.Ledger = None,
     no_ledger: opt.NoLedger = False,
 ) -> None:
     """Talk with the model. Ctrl-C breaks an answer off, /exit or Ctrl-D ends the conversation."""
     engine = opt.load_model(
-        model, device=device, dtype=dtype, policy=policy, ledger=ledger, no_ledger=no_ledger, tenant=tenant, tags=tag
+        model,
+        device=device,
+        precision=precision,
+        policy=policy,
+        ledger=ledger,
+        no_ledger=no_ledger,
+        tenant=tenant,
+        tags=tag,
     )
     request = {
         "compute": compute,

@@ -1,11 +1,12 @@
-"""`polar models`: which models there are on this host, fetch one before it is needed, remove one.
+"""`polar models`: which models there are on this host; fetch one before it is needed, compile its layers, remove one.
 
-Prints what `polar_sdk.loading` knows; it loads no weights.
+Prints what `polar_sdk.loading` knows.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +59,21 @@ def fetch(
         typer.echo(json.dumps(facts, indent=2))
     else:
         typer.echo(f"{source.name} is ready: {_megabytes(size)} in {local.folder}")
+
+
+@_models.command("compile", epilog="Example: polar models compile --precision int4")
+def compile_layers(
+    name: Annotated[str, typer.Argument(help="Alias, hub id, folder or `.gguf` file.")] = DEFAULT_ALIAS,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, bf16, fp16, fp32, int8 or int4.")] = "auto",
+) -> None:
+    """Compile a model's layers for this machine, once; every process uses them from then on. Needs a C++ compiler."""
+    from polar_sdk.loading import load_pretrained
+
+    begin = time.monotonic()
+    loaded = load_pretrained(name, device=device, precision=precision, compile=True)
+    seconds = time.monotonic() - begin
+    typer.echo(f"{loaded.name} is compiled for {loaded.device} in {loaded.decoder.dtype_name} ({seconds:.0f} s)")
 
 
 @_models.command(epilog="Example: polar models remove smollm2-135m-instruct")

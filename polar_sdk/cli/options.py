@@ -12,12 +12,12 @@ __all__ = [
     "AsJson",
     "Compute",
     "Device",
-    "Dtype",
     "Ledger",
     "MaxTokens",
     "Model",
     "NoLedger",
     "PolicyFile",
+    "Precision",
     "ProgramText",
     "Seed",
     "Tags",
@@ -46,7 +46,7 @@ Ledger = Annotated[
 NoLedger = Annotated[bool, typer.Option("--no-ledger", help="Do not meter.")]
 PolicyFile = Annotated[str | None, typer.Option("--policy", help="Policy file for this model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Precision = Annotated[str, typer.Option(help="auto, bf16, fp16, fp32, int8 or int4.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -54,7 +54,7 @@ def load_model(
     model: str | None,
     *,
     device: str,
-    dtype: str,
+    precision: str,
     policy: str | None = None,
     ledger: str | None = None,
     no_ledger: bool = False,
@@ -68,7 +68,7 @@ def load_model(
     return PolarModel.from_pretrained(
         model,
         device=device,
-        dtype=dtype,
+        precision=precision,
         policy=policy,
         ledger=None if no_ledger else ledger or AUTO_LEDGER,
         tenant=tenant,

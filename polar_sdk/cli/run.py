@@ -42,7 +42,7 @@ def run(
     request_id: Annotated[str | None, typer.Option(help="Idempotency key of the usage record.")] = None,
     model: opt.Model = None,
     device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
+    precision: opt.Precision = "auto",
     policy: opt.PolicyFile = None,
     ledger: opt.Ledger = None,
     no_ledger: opt.NoLedger = False,
@@ -52,7 +52,14 @@ def run(
     if not text.strip():  # before seconds are spent on loading
         raise EmptyPromptError(f"the prompt is empty ({len(text)} characters); give it some text.")
     engine = opt.load_model(
-        model, device=device, dtype=dtype, policy=policy, ledger=ledger, no_ledger=no_ledger, tenant=tenant, tags=tag
+        model,
+        device=device,
+        precision=precision,
+        policy=policy,
+        ledger=ledger,
+        no_ledger=no_ledger,
+        tenant=tenant,
+        tags=tag,
     )
     request = {
         "template": "raw" if raw else "auto",

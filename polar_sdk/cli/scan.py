@@ -40,7 +40,7 @@ def scan(
     as_json: opt.AsJson = False,
     model: opt.Model = None,
     device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
+    precision: opt.Precision = "auto",
 ) -> None:
     """Measure blocks of skipped layers and loops against full depth, and pick programs for two tiers."""
     from polar_sdk.scan import Scanner, builtin_items, read_items
@@ -49,7 +49,7 @@ def scan(
     if out is not None and not out.absolute().parent.is_dir():  # before minutes are spent on scanning
         raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; make it first.")
     items = builtin_items()[:limit] if data is None else read_items(data, limit)
-    engine = opt.load_model(model, device=device, dtype=dtype, no_ledger=True)
+    engine = opt.load_model(model, device=device, precision=precision, no_ledger=True)
     with _ProgressBars(quiet=as_json) as show:
         report = Scanner(engine, items, on_progress=show).scan(sizes, loops=loops, removals=removals)
     if out is not None:
@@ -133,7 +133,7 @@ def _heat_map(report: ScanReport) -> Table:
     table = Table(
         title="Fidelity in %, by first layer and length of the skipped block (x2: visited twice)", padding=(0, 0)
     )
-    depth = report.identity.program.layers[-1] + 1
+    depth = len(report.identity.program)
     table.add_column("len ", justify="right")
     for layer in range(depth):
         table.add_column(f"{layer:3d}", justify="right", no_wrap=True)

@@ -1,45 +1,159 @@
-"""Attention of one segment of tokens over its own history, through torch's fused kernel.
+"""Attention: of one row's new tokens over its history, and of one new token per row over pages of keys and values.
 
-Also teaches `FlopCounterMode` the CPU form of that kernel. torch registers formulas for the CUDA forms only, so on
+The first goes row by row, through torch's fused kernel, or through plain products where a soft cap forbids it or, in
+bfloat16 on a CPU, where they are faster. The second is pure and made to be compiled into a layer: it reads the pages
+where they lie, so nothing is gathered or padded.
+
+Also teaches `FlopCounterMode` the CPU form of torch's kernel. torch registers formulas for the CUDA forms only, so on
 a CPU it counts attention as nothing; with this registration it counts the same on both, which is what the meter counts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils import flop_counter
 
-__all__ = ["causal_attention"]
+if TYPE_CHECKING:
+    from polar_sdk.engine.family import AttentionKind
+
+__all__ = ["attend_row", "paged_decode", "write_pages"]
+
+_BLOCK: Final = 128
+"""Queries that attend at once in `_by_blocks`: their scores stay in the processor's cache."""
 
 
-def causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention of the last T positions of a row.
+def attend_row(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    """Causal attention of the last T positions of one row.
 
     Args:
         query: (T, H, d).
         keys: (G, S, d), S ≥ T; the last T are the queries' own.
         values: (G, S, d).
+        kind: Scale, window and soft cap.
 
     Returns:
         (T, H × d).
     """
     tokens, total = query.shape[0], keys.shape[1]
-    mask = None
-    if 1 < tokens < total:  # torch's own causal flag aligns the mask to the upper left, which is wrong here
-        mask = torch.ones(tokens, total, dtype=torch.bool, device=query.device).tril(total - tokens)
+    windowed = kind.window is not None and kind.window < total
+    if tokens > 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        return _by_blocks(query, keys, values, kind)
+    if kind.softcap is not None:
+        return _capped(query, keys, values, kind)
+    # torch's own causal flag aligns the mask to the upper left, which is wrong for a row with history.
+    masked = windowed or 1 < tokens < total
     mixed = F.scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0),
         keys.unsqueeze(0),
         values.unsqueeze(0),
-        attn_mask=mask,
-        is_causal=mask is None and tokens > 1,
+        attn_mask=_mask(tokens, total, kind.window, query.device) if masked else None,
+        is_causal=not masked and tokens > 1,
+        scale=kind.scale,
         enable_gqa=query.shape[1] != keys.shape[0],
     )
     return mixed[0].transpose(0, 1).reshape(tokens, -1)
+
+
+def _mask(tokens: int, total: int, window: int | None, device: torch.device) -> Tensor:
+    """True (T, S) where a query sees a key."""
+    seen = torch.ones(tokens, total, dtype=torch.bool, device=device).tril(total - tokens)
+    return seen if window is None else seen.triu(total - tokens - window + 1)
+
+
+def _by_blocks(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    """Attention in blocks of queries, each over the keys up to its end.
+
+    For 512 tokens this takes 60 % of the time of torch's kernel for CPUs, and for 32 tokens a sixth: nothing past a
+    block is computed, and heads that share keys are one product. Scores are rounded to bfloat16, as in the eager
+    attention of transformers; the kernel keeps them in float32.
+    """
+    tokens, heads, size = query.shape
+    groups, total, _ = keys.shape
+    grouped = query.view(tokens, groups, heads // groups, size).permute(1, 2, 0, 3)
+    mixed = query.new_empty(tokens, heads, size)
+    for start in range(0, tokens, _BLOCK):
+        end = min(start + _BLOCK, tokens)
+        seen = slice(_first_key(total - tokens + start, kind), total - tokens + end)
+        weights = _weights(grouped[:, :, start:end], keys[:, seen], kind)
+        part = torch.bmm(weights.flatten(1, 2), values[:, seen])
+        mixed[start:end] = part.view(groups, heads // groups, end - start, size).permute(2, 0, 1, 3).flatten(1, 2)
+    return mixed.view(tokens, -1)
+
+
+def _first_key(position: int, kind: AttentionKind) -> int:
+    """The first key that a query at this position sees."""
+    return 0 if kind.window is None else max(0, position - kind.window + 1)
+
+
+def _weights(query: Tensor, keys: Tensor, kind: AttentionKind) -> Tensor:
+    """Softmax of the scores of (G, H / G, T, d) against (G, S, d), the last T keys being the queries' own."""
+    groups, sharing, tokens, size = query.shape
+    total = keys.shape[1]
+    flat = query.reshape(groups, sharing * tokens, size)
+    scores = torch.baddbmm(flat.new_empty(()), flat, keys.transpose(1, 2), beta=0, alpha=kind.scale)
+    if kind.softcap is not None:
+        scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    scores = scores.view(groups, sharing, tokens, total)
+    if kind.window is None:  # all of them see what came before the block
+        scores[..., total - tokens :].masked_fill_(~_mask(tokens, tokens, None, query.device), float("-inf"))
+    else:
+        scores.masked_fill_(~_mask(tokens, total, kind.window, query.device), float("-inf"))
+    return scores.softmax(-1)
+
+
+def _capped(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    assert kind.softcap is not None
+    tokens, heads, size = query.shape
+    groups, total, _ = keys.shape
+    grouped = query.transpose(0, 1).reshape(groups, heads // groups * tokens, size)
+    scores = torch.bmm(grouped, keys.transpose(1, 2)) * kind.scale
+    scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    scores = scores.view(heads, tokens, total).masked_fill(
+        ~_mask(tokens, total, kind.window, query.device), float("-inf")
+    )
+    weights = scores.float().softmax(-1).to(values.dtype).view(groups, heads // groups * tokens, total)
+    mixed = torch.bmm(weights, values).view(heads, tokens, size)
+    return mixed.transpose(0, 1).reshape(tokens, -1)
+
+
+def write_pages(store: Tensor, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+    """Write keys and values (N, G, d) to their places, pages (N,) and offsets (N,), of a store (P, 2, G, page, d)."""
+    store[pages, :, :, offsets] = torch.stack((key, value), dim=1).to(store.dtype)
+
+
+def paged_decode(query: Tensor, store: Tensor, table: Tensor, positions: Tensor, kind: AttentionKind) -> Tensor:
+    """Attention of one token per row over the row's pages, its own key and value already written.
+
+    Args:
+        query: (B, H, d).
+        store: (P, 2, G, page, d).
+        table: Pages of each row in order, (B, n); entries past the row's end may name any page.
+        positions: Position of each row's token, (B,); it sees all keys up to it, as far as the window reaches.
+        kind: Scale, window and soft cap.
+
+    Returns:
+        (B, H × d).
+    """
+    rows, count = table.shape
+    _, _, groups, page, size = store.shape
+    heads = query.shape[1]
+    history = store[table]  # (B, n, 2, G, page, d), read in place once compiled
+    grouped = query.view(rows, 1, groups, heads // groups, 1, size).float()
+    scores = (grouped * history[:, :, 0, :, None].float()).sum(-1) * kind.scale  # (B, n, G, H / G, page)
+    if kind.softcap is not None:
+        scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    at = torch.arange(count * page, device=query.device).view(1, count, 1, 1, page)
+    here = positions.view(rows, 1, 1, 1, 1)
+    hidden = at > here if kind.window is None else (at > here) | (at <= here - kind.window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    weights = (scores - scores.amax((1, 4), keepdim=True)).exp()
+    mixed = (weights.unsqueeze(-1) * history[:, :, 1, :, None].float()).sum(4).sum(1)  # (B, G, H / G, d)
+    total = weights.sum((1, 4)).unsqueeze(-1)
+    return (mixed / total).view(rows, heads * size).to(query.dtype)
 
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -1,61 +1,200 @@
-"""What the engine asks of a model family: embed, one layer, head. Nothing here knows programs or requests.
+"""The frozen weights of one model, ready to run layer by layer: embed, project, finish, head.
 
-Tokens of all rows lie packed one after another, (N, E), without padding; the family never sees where a row begins.
-Attention is the one place where rows matter, so the caller hands each layer an `Attend` function.
+Takes the weights over from a Hugging Face model, layer by layer, in the precision asked for. Knows tokens and layers;
+rows, programs and the cache are the forward pass's business.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from polar_sdk.engine.eager import EagerKernels
+from polar_sdk.engine.families import find_family
+from polar_sdk.engine.pages import PAGE, PagePool
+from polar_sdk.engine.products import Plain, quantize
+from polar_sdk.errors import CacheMemoryError
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
+    from transformers import PreTrainedModel
 
-    from polar_sdk.cost import CostModel
+    from polar_sdk.cost import CostModel, Segment
+    from polar_sdk.engine.bridge import Bridge
+    from polar_sdk.engine.eager import Kernels
+    from polar_sdk.engine.family import Family, Projected, Rotary, Weights
+    from polar_sdk.program import Step
 
-__all__ = ["Attend", "Decoder", "Rotary"]
+__all__ = ["Decoder", "build_decoder"]
 
-Rotary = tuple["Tensor", "Tensor"]
-"""Cosine and sine of each packed token, (N, 1, d) each."""
-
-
-class Attend(Protocol):
-    """Attention over the rows' own keys and values, stored and looked up by the caller."""
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend with (N, H, d), (N, G, d), (N, G, d); returns (N, H × d)."""
-        ...
+_MOST_POOL_SHARE = 0.5
+"""Most of the memory that is free when the pool is made, that it may take."""
+_POOL_ROWS = 64
+"""Rows of the longest context that the pool is made for where memory allows."""
 
 
-class Decoder(ABC):
-    """The frozen weights of one model, ready to run layer by layer."""
+class Decoder:
+    """One model's weights and the kernels that run them.
 
-    cost: CostModel
-    device: torch.device
-    dtype: torch.dtype
-    kv_heads: int
-    """Key and value heads, G."""
-    head_dim: int
-    """Size of one head, d."""
-    context_window: int
-    """Most tokens of prompt and answer together."""
-    vocab: int
-    """Size of the vocabulary, V."""
+    Attributes:
+        family: The arithmetic.
+        cost: FLOPs of each part, bridges included.
+        device: Where the weights are; of several devices, where the embedding is.
+        dtype: Of activations, keys and values.
+        precision: How matrices are stored: `bf16`, `fp16`, `fp32`, `int8` or `int4`.
+        layers: Weights of each layer.
+        ends: Weights of embedding, final norm and head.
+        kernels: What runs them: `EagerKernels`, or compiled ones.
+        bridges: Maps that programs may cross layers by.
+    """
 
-    @abstractmethod
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embed token ids (N,) as hidden states (N, E)."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        *,
+        precision: str | None = None,
+        kv_memory: int | None = None,
+        consume: bool = False,
+    ) -> None:
+        self.family = family
+        self.ends: Weights = family.take_ends(model)
+        first: Tensor = self.ends["embedding"]
+        self.device, self.dtype = first.device, first.dtype
+        self.precision = precision or _SHORT[self.dtype]
+        self.ends["head"] = quantize(self.ends["head"], self.precision)
+        self.layers = list(self._take_layers(model, consume))
+        self.cost: CostModel = family.cost()
+        self.kernels: Kernels = EagerKernels(family)
+        self.bridges: dict[Segment, Bridge] = {}
+        self._rotary_source: Any = family.take_rotary(model)
+        self._rotary: list[Rotary] = []
+        self._kv_memory = kv_memory
+        self._pool: PagePool | None = None
+        self._making_pool = threading.Lock()
 
-    @abstractmethod
-    def rotary(self, positions: Tensor) -> Rotary:
-        """Position encoding for positions (N,)."""
+    def _take_layers(self, model: PreTrainedModel, consume: bool) -> Iterator[Weights]:
+        for index, module in enumerate(self.family.layer_modules(model)):
+            weights = self.family.take_layer(index, module)
+            yield {
+                name: quantize(value, self.precision) if isinstance(value, Plain) else value
+                for name, value in weights.items()
+            }
+            if consume:  # so that fused and rounded copies never stand beside all that they were made from
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.new_empty(0)
 
-    @abstractmethod
-    def layer(self, index: int, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """Run layer `index` once on hidden states (N, E); returns (N, E)."""
+    @property
+    def dtype_name(self) -> str:
+        """How the weights are held, for usage records: `bfloat16`, `float32`, …, `int8` or `int4`."""
+        return self.precision if self.precision.startswith("int") else str(self.dtype).removeprefix("torch.")
 
-    @abstractmethod
-    def head(self, hidden: Tensor) -> Tensor:
+    @property
+    def depth(self) -> int:
+        """Number of layers, D."""
+        return self.family.depth
+
+    @property
+    def context_window(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.family.context_window
+
+    @property
+    def vocab(self) -> int:
+        """Size of the vocabulary, V."""
+        return self.family.vocab
+
+    @property
+    def pool(self) -> PagePool:
+        """Pages for keys and values, made at first use."""
+        if self._pool is None:
+            with self._making_pool:
+                if self._pool is None:  # another thread may have been faster
+                    self._pool = self._make_pool()
+        return self._pool
+
+    def _make_pool(self) -> PagePool:
+        family = self.family
+        page = 2 * family.kv_heads * PAGE * family.head_dim * self.dtype.itemsize
+        wanted = _POOL_ROWS * self.depth * -(-self.context_window // PAGE)
+        limit = self._kv_memory or int(_MOST_POOL_SHARE * _free_memory(self.device))
+        pages = min(wanted, limit // page)
+        if pages < self.depth:
+            raise CacheMemoryError(
+                f"kv_memory={limit} bytes holds {pages} pages of keys and values; one request needs {self.depth}.",
+                hint=f"Give it at least {self.depth * page} bytes.",
+            )
+        return PagePool(pages, family.kv_heads, family.head_dim, self.dtype, self.device)
+
+    def set_bridges(self, bridges: Mapping[Segment, Bridge]) -> None:
+        """Put these bridges in the place of those that the decoder had."""
+        self.bridges = dict(bridges)
+        self.cost = self.cost.with_bridges({segment: bridge.flops for segment, bridge in bridges.items()})
+
+    def bridge(self, step: Step) -> Bridge:
+        """The map of a step that crosses layers.
+
+        Raises:
+            MissingBridgeError: The model has no such bridge.
+        """
+        self.cost.step(step)
+        return self.bridges[step.first, step.last]
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Embed token ids (N,) at positions (N,) as hidden states (N, E)."""
+        return self.family.embed(tokens, positions, self.ends)
+
+    def rotary(self, positions: Tensor, longest: int) -> list[Rotary]:
+        """Cosine and sine at positions (N,), all below `longest`: (N, 1, r) each, one pair per kind of layer."""
+        if not self._rotary or (self._rotary[0][0].shape[0] < longest and self._rotary[0][0].numel()):
+            length = min(max(2 * longest, 1024), max(self.context_window, longest))
+            # One assignment: a thread that reads meanwhile sees the old tables or the new ones, both right.
+            self._rotary = self.family.rotary_tables(self._rotary_source, length, self.dtype, self.device)
+        return [(cos[positions], sin[positions]) if cos.numel() else (cos, sin) for cos, sin in self._rotary]
+
+    def project(self, index: int, x: Tensor, rotary: list[Rotary]) -> Projected:
+        """The part of layer `index` before attention, on (N, E)."""
+        return self.kernels.project(self.layers[index], x, rotary[self.family.kinds[index].rope])
+
+    def finish(self, index: int, x: Tensor, mixed: Tensor) -> Tensor:
+        """The part of layer `index` after attention: its input (N, E) and what attention gave (N, H × d)."""
+        return self.kernels.finish(self.layers[index], x, mixed)
+
+    def head(self, x: Tensor) -> Tensor:
         """Final norm and output projection of (M, E); returns float32 logits (M, V)."""
+        return self.kernels.head(self.ends, x)
+
+
+_SHORT: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    available: Any = psutil.virtual_memory().available
+    return int(available)
+
+
+def build_decoder(
+    model: PreTrainedModel, *, precision: str | None = None, kv_memory: int | None = None, consume: bool = False
+) -> Decoder:
+    """Take over the weights of a Hugging Face causal language model.
+
+    Args:
+        model: The model, on its device.
+        precision: How to store matrices; None = as they are.
+        kv_memory: Most bytes for keys and values; None = half of what is free.
+        consume: Whether the model may be emptied layer by layer meanwhile, so that nothing is in memory twice; else it
+            is not changed.
+
+    Raises:
+        UnsupportedArchitectureError: No family for it, or an option of it that is not supported.
+        DeviceError: The device has no kernel for this precision.
+    """
+    return Decoder(model, find_family(model.config), precision=precision, kv_memory=kv_memory, consume=consume)

@@ -72,8 +72,8 @@ class Sampler:
     """The sampling state of one row."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self._greedy = sampling.temperature < _GREEDY_BELOW
-        if self._greedy:
+        self.greedy = sampling.temperature < _GREEDY_BELOW
+        if self.greedy:
             return
         self._filters = _filters(sampling)
         self._generator = torch.Generator(device=device)
@@ -84,7 +84,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> int:
         """Choose a token id from logits (V,)."""
-        if self._greedy:
+        if self.greedy:
             return int(logits.argmax())
         scores = logits.unsqueeze(0)
         for apply in self._filters:

@@ -7,32 +7,33 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from polar_sdk.program import Program
+    from polar_sdk.program import Program, Step
 
 __all__ = ["Turn", "turns"]
 
 
 class Turn(NamedTuple):
-    """One layer, run once for some of the rows."""
+    """One step, run once for some of the rows."""
 
-    layer: int
+    step: Step
     members: tuple[tuple[int, int], ...]
-    """(row, visit): the row's index, and the position in that row's program."""
+    """(row, place): the row's index, and the position of the step in that row's program."""
 
 
 def turns(programs: Sequence[Program]) -> Iterator[Turn]:
     """Merge programs so that a layer's weights are read once for all rows that want it next.
 
-    Always the lowest layer that any row wants next: rows that loop wait for none, and rows with the same program stay
+    Always the lowest step that any row wants next: rows that loop wait for none, and rows with the same program stay
     together throughout. Every row runs its own program in its own order.
     """
+    if all(program == programs[0] for program in programs):
+        rows = range(len(programs))
+        yield from (Turn(step, tuple((row, at) for row in rows)) for at, step in enumerate(programs[0].steps))
+        return
     at = [0] * len(programs)
-    while True:
-        wanted = {row: programs[row].layers[visit] for row, visit in enumerate(at) if visit < len(programs[row])}
-        if not wanted:
-            return
-        layer = min(wanted.values())
-        members = tuple((row, at[row]) for row, next_layer in wanted.items() if next_layer == layer)
+    while wanted := {row: program.steps[at[row]] for row, program in enumerate(programs) if at[row] < len(program)}:
+        step = min(wanted.values())
+        members = tuple((row, at[row]) for row, next_step in wanted.items() if next_step == step)
         for row, _ in members:
             at[row] += 1
-        yield Turn(layer, members)
+        yield Turn(step, members)

@@ -9,7 +9,7 @@ from polar_sdk.loading.aliases import ALIASES, DEFAULT_ALIAS, MODEL_VARIABLE, Al
 from polar_sdk.loading.fingerprint import fingerprint_of
 from polar_sdk.loading.load import LoadedModel, clear_cache, load_pretrained
 from polar_sdk.loading.paths import CACHE_VARIABLE, cache_folder
-from polar_sdk.loading.place import choose_device, choose_dtype
+from polar_sdk.loading.place import choose_device, choose_precision
 
 __all__ = [
     "ALIASES",
@@ -20,7 +20,7 @@ __all__ = [
     "LoadedModel",
     "cache_folder",
     "choose_device",
-    "choose_dtype",
+    "choose_precision",
     "clear_cache",
     "fingerprint_of",
     "load_pretrained",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polar_sdk.engine.families import build_decoder
+from polar_sdk.engine.decoder import build_decoder
+from polar_sdk.loading.compiling import Compile, check_compile, use_compiled
 from polar_sdk.loading.fingerprint import fingerprint_of
 from polar_sdk.loading.load import LoadedModel
+from polar_sdk.serving import Scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,19 +17,38 @@ if TYPE_CHECKING:
 __all__ = ["adopt"]
 
 
-def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-    """Wrap a model and its tokenizer; the weights are used in place, fused copies apart.
+def adopt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    precision: str | None = None,
+    compile: Compile = "auto",
+    kv_memory: int | None = None,
+) -> LoadedModel:
+    """Wrap a model and its tokenizer; the weights are used in place, fused and rounded copies apart.
+
+    Args:
+        model: On its device, in its dtype.
+        tokenizer: The model's own.
+        precision: `int8` or `int4` to hold the matrices in integers; None = as they are.
+        compile: Whether to run compiled layers.
+        kv_memory: Most bytes for keys and values of all requests together; None = half of the memory that is free.
 
     Raises:
         UnsupportedArchitectureError: The engine has no family for it.
+        DeviceError: The device has no kernel for this precision.
+        CompileError: Layers cannot be compiled here.
     """
-    decoder = build_decoder(model)
+    check_compile(compile)
+    decoder = build_decoder(model, precision=precision, kv_memory=kv_memory)
+    use_compiled(decoder, compile)
     name = getattr(model.config, "name_or_path", "") or model.config.model_type
     return LoadedModel(
         name=name,
         path=Path(name),
         fingerprint=fingerprint_of(model),
         decoder=decoder,
+        scheduler=Scheduler(decoder),
         tokenizer=tokenizer,
         config=model.config,
         generation_config=model.generation_config,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import ModelDamagedError, ModelError
 from polar_sdk.loading.aliases import resolve
+from polar_sdk.loading.compiling import Compile, check_compile, use_compiled
 from polar_sdk.loading.convert import LOADING_LOCK
 from polar_sdk.loading.obtain import LocalModel, obtain
-from polar_sdk.loading.place import choose_device, choose_dtype
+from polar_sdk.loading.place import choose_device, choose_precision
 from polar_sdk.loading.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.serving import Scheduler
 
 __all__ = ["LoadedModel", "clear_cache", "load_pretrained"]
 
-_Key = tuple[str, str, str, str]
+_Key = tuple[str, str, str, str, str]
 _loaded: dict[_Key, LoadedModel] = {}
 
 
@@ -42,6 +44,8 @@ class LoadedModel:
     fingerprint: str
     """SHA-256 over configuration and weights, hexadecimal."""
     decoder: Decoder
+    scheduler: Scheduler
+    """Runs the requests of all who share these weights."""
     tokenizer: PreTrainedTokenizerBase
     config: PreTrainedConfig
     generation_config: GenerationConfig
@@ -50,7 +54,13 @@ class LoadedModel:
 
 
 def load_pretrained(
-    model: str | Path | None = None, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+    model: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: Compile = "auto",
+    kv_memory: int | None = None,
 ) -> LoadedModel:
     """Load a model, or return the one already in memory.
 
@@ -58,25 +68,30 @@ def load_pretrained(
         model: Alias, folder, `.gguf` file or hub id; None stands for `POLAR_MODEL` or else the default alias.
         revision: Branch, tag or commit of a hub model.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, …
-        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        precision: `auto`, `bf16`, `fp16`, `fp32`, `int8` or `int4`.
+        compile: Whether to run compiled layers; see `Compile`.
+        kv_memory: Most bytes for keys and values of all requests together; None = half of the memory that is free.
+            Looked at when the model is first loaded.
 
     Returns:
-        The model; the same decoder for the same files, device and dtype.
+        The model; the same decoder for the same files, device and precision.
 
     Raises:
         ModelError: It cannot be found, fetched, read or placed on the device.
     """
     source = resolve(model)
     place = choose_device(device)
-    kind = choose_dtype(dtype, place)
+    kind, dtype = choose_precision(precision, place)
+    check_compile(compile)
     local = obtain(source, revision)
-    key = (str(local.folder), local.fingerprint, str(place), str(kind))
+    key = (str(local.folder), local.fingerprint, str(place), kind, str(compile is not False))
     loaded = _loaded.get(key)
     if loaded is None:
         with LOADING_LOCK:  # of several threads that ask for the same model, one loads it and the others get it
             loaded = _loaded.get(key)
             if loaded is None:
-                loaded = _loaded[key] = _load(source.name, local, place, kind)
+                loaded = _loaded[key] = _load(source.name, local, place, kind, dtype, kv_memory)
+    use_compiled(loaded.decoder, compile)
     return loaded if loaded.name == source.name else replace(loaded, name=source.name)
 
 
@@ -86,18 +101,22 @@ def clear_cache() -> None:
         _loaded.clear()
 
 
-def _load(name: str, local: LocalModel, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    from polar_sdk.engine.families import build_decoder
+def _load(
+    name: str, local: LocalModel, device: torch.device, precision: str, dtype: torch.dtype, kv_memory: int | None
+) -> LoadedModel:
+    from polar_sdk.engine.decoder import build_decoder
+    from polar_sdk.serving import Scheduler
 
     with quiet_transformers(), _memory_errors(name, device, dtype):
         network = _read_weights(local.folder, device, dtype)
         tokenizer = _read_tokenizer(local.folder)
-        decoder = build_decoder(network)
+        decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, consume=True)
     return LoadedModel(
         name=name,
         path=local.folder,
         fingerprint=local.fingerprint,
         decoder=decoder,
+        scheduler=Scheduler(decoder),
         tokenizer=tokenizer,
         config=network.config,
         generation_config=network.generation_config,
@@ -148,7 +167,7 @@ def _memory_errors(name: str, device: torch.device, dtype: torch.dtype) -> Itera
         kind = str(dtype).removeprefix("torch.")
         raise ModelError(
             f"model {name!r} in {kind} does not fit the memory of {str(device)!r}.",
-            hint="Choose a smaller model, dtype='bfloat16', or another device.",
+            hint="Choose a smaller model, precision='int8', or another device.",
         ) from error
 
 

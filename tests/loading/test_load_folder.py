@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def test_loads(folder: Path) -> None:
-    loaded = load_pretrained(folder, device="cpu", dtype="float32")
+    loaded = load_pretrained(folder, device="cpu", precision="fp32")
     assert (loaded.name, loaded.path) == (str(folder), folder.resolve())
     assert (loaded.device, loaded.dtype) == (torch.device("cpu"), torch.float32)
     assert loaded.decoder.dtype is torch.float32
@@ -40,15 +40,15 @@ def test_loads(folder: Path) -> None:
 
 
 def test_same_weights_for_the_same_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = load_pretrained(folder, dtype="fp32")
-    assert load_pretrained(folder, dtype="float32") is first
+    first = load_pretrained(folder, precision="float32")
+    assert load_pretrained(folder, precision="fp32") is first
     monkeypatch.chdir(folder.parent)
-    other_name = load_pretrained("./tiny", dtype="float32")
+    other_name = load_pretrained("./tiny", precision="fp32")
     assert other_name.name == "./tiny"
     assert other_name.decoder is first.decoder
-    assert load_pretrained(folder, dtype="bfloat16").decoder is not first.decoder
+    assert load_pretrained(folder, precision="bf16").decoder is not first.decoder
     clear_cache()
-    assert load_pretrained(folder, dtype="float32").decoder is not first.decoder
+    assert load_pretrained(folder, precision="fp32").decoder is not first.decoder
 
 
 def test_threads_load_once(folder: Path) -> None:
@@ -56,7 +56,7 @@ def test_threads_load_once(folder: Path) -> None:
 
     def load(_: int) -> LoadedModel:
         ready.wait()
-        return load_pretrained(folder, dtype="float32")
+        return load_pretrained(folder, precision="fp32")
 
     with ThreadPoolExecutor(8) as pool:
         loaded = list(pool.map(load, range(8)))
@@ -65,35 +65,35 @@ def test_threads_load_once(folder: Path) -> None:
 
 def test_settings_of_transformers_are_put_back(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     level, bars = voice.get_verbosity(), voice.is_progress_bar_enabled()
-    load_pretrained(folder, dtype="float32")
+    load_pretrained(folder, precision="fp32")
     (folder / "tokenizer.json").write_text("{")
     clear_cache()
     with pytest.raises(ModelDamagedError, match="tokenizer"):
-        load_pretrained(folder, dtype="float32")
+        load_pretrained(folder, precision="fp32")
     assert (voice.get_verbosity(), voice.is_progress_bar_enabled()) == (level, bars)
     assert torch.get_default_dtype() is torch.float32
     assert capfd.readouterr() == ("", "")
 
 
 def test_fingerprint_ignores_dtype_name_and_place(folder: Path, saved_folder: Path) -> None:
-    expected = load_pretrained(folder, dtype="float32").fingerprint
+    expected = load_pretrained(folder, precision="fp32").fingerprint
     assert len(expected) == 64
     clear_cache()
-    assert load_pretrained(folder, dtype="float32").fingerprint == expected
-    assert load_pretrained(folder, dtype="bfloat16").fingerprint == expected
-    assert load_pretrained(saved_folder, dtype="float32").fingerprint == expected
+    assert load_pretrained(folder, precision="fp32").fingerprint == expected
+    assert load_pretrained(folder, precision="bf16").fingerprint == expected
+    assert load_pretrained(saved_folder, precision="fp32").fingerprint == expected
     _edit_config(folder, transformers_version="9.9", dtype="float16", _name_or_path="elsewhere")
-    assert load_pretrained(folder, dtype="float32").fingerprint == expected
+    assert load_pretrained(folder, precision="fp32").fingerprint == expected
 
 
 def test_fingerprint_follows_configuration_and_weights(folder: Path) -> None:
-    first = load_pretrained(folder, dtype="float32")
+    first = load_pretrained(folder, precision="fp32")
     _edit_config(folder, rms_norm_eps=1e-3)
-    second = load_pretrained(folder, dtype="float32")
+    second = load_pretrained(folder, precision="fp32")
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    third = load_pretrained(folder, dtype="float32")
+    third = load_pretrained(folder, precision="fp32")
     assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
     assert third.decoder is not first.decoder
 
@@ -158,7 +158,7 @@ def test_folder_without_a_model(tmp_path: Path, cache: Path) -> None:
 def test_other_architecture_is_refused_before_its_weights_are_read(folder: Path) -> None:
     _edit_config(folder, model_type="mamba")
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UnsupportedArchitectureError, match="'mamba' is not supported; supported are: llama"):
+    with pytest.raises(UnsupportedArchitectureError, match="'mamba' is not supported; supported are: .*llama"):
         load_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""Device and dtype by name."""
+"""Device and precision by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polar_sdk.errors import DeviceError
-from polar_sdk.loading import choose_device, choose_dtype
+from polar_sdk.loading import choose_device, choose_precision
 
 CPU = torch.device("cpu")
 
@@ -32,35 +32,45 @@ def test_device_that_is_not_here(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "short", "dtype"),
     [
-        ("float32", torch.float32),
-        ("fp32", torch.float32),
-        ("bfloat16", torch.bfloat16),
-        ("bf16", torch.bfloat16),
-        ("float16", torch.float16),
-        ("fp16", torch.float16),
+        ("float32", "fp32", torch.float32),
+        ("fp32", "fp32", torch.float32),
+        ("bfloat16", "bf16", torch.bfloat16),
+        ("bf16", "bf16", torch.bfloat16),
+        ("float16", "fp16", torch.float16),
+        ("fp16", "fp16", torch.float16),
     ],
 )
-def test_dtype_names(name: str, expected: torch.dtype) -> None:
-    assert choose_dtype(name, CPU) is expected
+def test_plain_precisions(name: str, short: str, dtype: torch.dtype) -> None:
+    assert choose_precision(name, CPU) == (short, dtype)
 
 
-def test_auto_dtype_is_never_half_on_a_cpu() -> None:
-    assert choose_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_integer_precisions_compute_in_the_devices_own_dtype(name: str) -> None:
+    assert choose_precision(name, CPU) == (name, choose_precision("auto", CPU)[1])
 
 
-def test_auto_dtype_without_bfloat16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int4_needs_a_kernel() -> None:
+    with pytest.raises(DeviceError, match="'int4' is not available on 'cuda:0'; choose int8"):
+        choose_precision("int4", torch.device("cuda:0"))
+
+
+def test_auto_precision_is_never_half_on_a_cpu() -> None:
+    assert choose_precision("auto", CPU) in {("fp32", torch.float32), ("bf16", torch.bfloat16)}
+
+
+def test_auto_precision_without_bfloat16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     # The processor cannot be changed in a test; what torch reports about it can.
     for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, check, lambda: False, raising=False)
-    assert choose_dtype("auto", CPU) is torch.float32
+    assert choose_precision("auto", CPU) == ("fp32", torch.float32)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert choose_dtype("auto", CPU) is torch.bfloat16
+    assert choose_precision("auto", CPU) == ("bf16", torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["int8", "float64", "FLOAT32", "half", ""])
-def test_unknown_dtype(name: str) -> None:
-    with pytest.raises(DeviceError, match="choose one of: auto, float32, fp32, bfloat16") as raised:
-        choose_dtype(name, CPU)
+@pytest.mark.parametrize("name", ["int3", "float64", "FLOAT32", "half", ""])
+def test_unknown_precision(name: str) -> None:
+    with pytest.raises(DeviceError, match="choose one of: auto, bf16, fp16, fp32, int8, int4") as raised:
+        choose_precision(name, CPU)
     assert repr(name) in str(raised.value)

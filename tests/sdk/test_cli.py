@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def on_tiny(folder: Path) -> list[str]:
-    return ["--model", str(folder), "--policy", str(folder / "policy.json"), "--dtype", "float32"]
+    return ["--model", str(folder), "--policy", str(folder / "policy.json"), "--precision", "fp32"]
 
 
 def polar(*words: str, typed: str | None = None) -> Result:
@@ -161,7 +161,7 @@ class TestMistakes:
             (["hi", "--request-id", ""], ["request_id ''", "1 to 200"]),
             (["hi", "--stop", ""], ["stop string is empty"]),
             (["hi", "--device", "tpu"], ["'tpu'"]),
-            (["hi", "--dtype", "int3"], ["'int3'"]),
+            (["hi", "--precision", "int3"], ["'int3'"]),
         ],
     )
     @pytest.mark.parametrize("way", [[], ["--stream"], ["--json"]], ids=["plain", "stream", "json"])

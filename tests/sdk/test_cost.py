@@ -28,10 +28,10 @@ outputs = st.integers(0, 60)
 def test_a_request_is_the_sum_of_its_steps(
     cost: CostModel, program: Program, prompt: int, output: int, router: int
 ) -> None:
-    prefill = sum(cost.layers[layer].flops(prompt, prompt) for layer in program)
+    prefill = sum(cost.layers[layer].flops(prompt, prompt) for layer in program.layers)
     decode = 0
     for step in range(1, output):  # the first output token comes out of the prefill
-        decode += sum(cost.layers[layer].flops(1, prompt + step) for layer in program)
+        decode += sum(cost.layers[layer].flops(1, prompt + step) for layer in program.layers)
     flops = cost.request(program, prompt, output, router=router)
     assert flops.layers_prefill == prefill
     assert flops.layers_decode == decode

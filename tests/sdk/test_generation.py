@@ -20,6 +20,7 @@ from polar_sdk.errors import (
     UnsupportedArchitectureError,
 )
 from polar_sdk.router import Route, Router
+from polar_sdk.serving import Limits
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 from polar_sdk.usage import UsageSink
 
@@ -47,7 +48,7 @@ def test_greedy_tokens_with_the_cache_are_those_without_it(model: PolarModel, pr
     tokens: list[int] = []
     while len(tokens) < len(done.token_ids):  # everything again from the start for each token
         with torch.inference_mode():
-            row = Row(decoder, Program.parse(program), 1)
+            row = Row(decoder, Program.parse(program))
             tokens.append(int(next_logits(decoder, [row], [[*prompt, *tokens]])[0].argmax()))
     assert tuple(tokens) == done.token_ids
 
@@ -80,8 +81,8 @@ def test_rows_of_a_batch_answer_as_they_do_alone(model: PolarModel, sampled: boo
     assert [done.usage.flops for done in together] == [done.usage.flops for done in alone]
 
 
-def test_large_batches_are_prefilled_in_groups(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polar_sdk.generation._PREFILL_TOKENS", 20)
+def test_prompts_run_a_few_at_a_time(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.scheduler, "limits", Limits(alone=20, beside=7))
     prompts = ["x" * length for length in (3, 30, 8, 8, 1)]
     together = model.generate_batch(prompts, max_tokens=6)
     assert [d.token_ids for d in together] == [model.generate(p, max_tokens=6).token_ids for p in prompts]
@@ -153,7 +154,8 @@ def test_cancel_from_another_thread() -> None:
             stop.wait()
     done = chunks[-1].generation
     assert done is not None
-    assert (done.finish_reason, len(done.token_ids)) == ("cancelled", 5)
+    assert done.finish_reason == "cancelled"
+    assert 5 <= len(done.token_ids) <= 8  # two are computed ahead, and one may be under way
     assert [record.outcome for record in sink.records] == ["cancelled"]
 
 
@@ -189,15 +191,15 @@ def test_a_timeout_ends_the_request_before_its_next_pass(clock: Clock) -> None:
     for _ in range(3):
         next(stream)
     clock.ahead_ns = 10**12
-    with pytest.raises(RequestTimeoutError, match=r"stopped by timeout=1000.0 s after 3 tokens\. Raise") as caught:
-        next(stream)
+    with pytest.raises(RequestTimeoutError, match=r"stopped by timeout=1000.0 s after [3-6] tokens\. Raise") as caught:
+        list(stream)
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.retryable
     assert [caught.value.usage] == sink.records
     (record,) = sink.records
     assert (record.outcome, record.finish_reason, record.error) == ("cancelled", "cancelled", None)
-    assert record.tokens.output == 3
-    assert record.flops == model.cost(record.program, prompt=record.tokens.input, output=3)
+    assert 3 <= record.tokens.output <= 6  # two are computed ahead, and one may be under way
+    assert record.flops == model.cost(record.program, prompt=record.tokens.input, output=record.tokens.output)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.hint, again.usage) == (str(caught.value), caught.value.hint, record)
 
@@ -233,11 +235,12 @@ def test_a_timeout_ends_a_batch_and_its_finished_rows_stay_completed(clock: Cloc
     sink = Late()
     each: list[RequestOptions] = [{"request_id": "a", "max_tokens": 50}, {"request_id": "b", "max_tokens": 3}]
     each.append({"request_id": "c", "max_tokens": 50})
-    with pytest.raises(RequestTimeoutError, match="after 3 tokens") as caught:
+    with pytest.raises(RequestTimeoutError) as caught:
         tiny_model(sink=sink).generate_batch(["one", "two", "three"], each=each, timeout=1000)
-    found = [(record.request_id, record.outcome, record.tokens.output) for record in sink.records]
-    assert found == [("b", "completed", 3), ("a", "cancelled", 3), ("c", "cancelled", 3)]
-    assert caught.value.usage == sink.records[1]
+    found = [(record.request_id, record.outcome) for record in sink.records]
+    assert found == [("b", "completed"), ("a", "cancelled"), ("c", "cancelled")]
+    assert all(3 <= record.tokens.output < 50 for record in sink.records)
+    assert caught.value.usage in sink.records[1:]
 
 
 def test_rows_of_a_batch_differ_in_what_each_says() -> None:
@@ -319,13 +322,13 @@ def test_a_policy_of_another_model_is_refused() -> None:
 
 
 def test_an_unsupported_architecture_says_what_is_supported() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
     from polar_sdk import PolarModel
 
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=260))
-    with pytest.raises(UnsupportedArchitectureError, match="'gpt2' is not supported; supported are: llama"):
-        PolarModel.from_hf(gpt2, tiny_tokenizer())
+    bloom = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=260))
+    with pytest.raises(UnsupportedArchitectureError, match="'bloom' is not supported; supported are: .*llama"):
+        PolarModel.from_hf(bloom, tiny_tokenizer())
 
 
 class FullSink(UsageSink):

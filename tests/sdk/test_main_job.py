@@ -19,14 +19,13 @@ from polar_sdk.engine.forward import Row, next_logits
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_sdk.engine.decoder import Attend, Rotary
 
 pytestmark = pytest.mark.model
 
 
 @pytest.fixture(scope="module")
 def exact() -> PolarModel:
-    return PolarModel.from_pretrained(dtype="float32", ledger=None)
+    return PolarModel.from_pretrained(precision="fp32", ledger=None)
 
 
 def test_the_default_model_knows_the_capital_of_france() -> None:
@@ -40,14 +39,14 @@ def test_a_loop_decodes_the_same_tokens_with_and_without_the_cache(exact: PolarM
     tokens: list[int] = []
     while len(tokens) < len(done.token_ids):
         with torch.inference_mode():
-            logits = next_logits(decoder, [Row(decoder, program, 1)], [[*prompt, *tokens]])
+            logits = next_logits(decoder, [Row(decoder, program)], [[*prompt, *tokens]])
         tokens.append(int(logits[0].argmax()))
     assert tuple(tokens) == done.token_ids
 
 
 def test_metered_flops_are_torchs_own(exact: PolarModel) -> None:
     decoder = exact.loaded.decoder
-    row = Row(decoder, Program.parse("0-14 15x2 16-29"), 64)
+    row = Row(decoder, Program.parse("0-14 15x2 16-29"))
     before = 0
     for tokens in (exact.encode("The quick brown fox jumps over the lazy dog."), [28]):
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -71,14 +70,14 @@ def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -
     model = PolarModel.from_pretrained(ledger=ledger_url)
     decoder = model.loaded.decoder
     calls: Counter[int] = Counter()
-    run = decoder.layer
+    run = decoder.finish
 
-    def counting(index: int, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        out = run(index, hidden, rotary, attend)
+    def counting(index: int, x: Tensor, mixed: Tensor) -> Tensor:
+        out = run(index, x, mixed)
         calls[index] += 1
         return out
 
-    monkeypatch.setattr(decoder, "layer", counting)
+    monkeypatch.setattr(decoder, "finish", counting)
     costs: dict[str, Decimal] = {"acme": Decimal(0), "globex": Decimal(0)}
     for tenant in costs:
         for tier in ("economy", "standard", "premium", "exact"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from polar_sdk.errors import ProgramDepthError, ProgramSyntaxError
-from polar_sdk.program import Program
+from polar_sdk.program import Program, Step
 
 DEPTH = 30
 layers = st.integers(0, DEPTH - 1)
@@ -22,6 +22,58 @@ paths = st.one_of(
     st.tuples(layers, st.integers(1, 4096)).map(lambda loop: [loop[0]] * loop[1]),
 )
 programs = paths.map(lambda path: Program(tuple(path)))
+
+
+@st.composite
+def any_steps(draw: st.DrawFn) -> Program:
+    """Plain visits, damped loops and bridges in any order, at least one of them a visit."""
+    steps: list[Step | int] = [draw(st.integers(0, DEPTH - 1))]
+    for kind in draw(st.lists(st.sampled_from(["visit", "damped", "bridge"]), max_size=12)):
+        first = draw(st.integers(0, DEPTH - 1))
+        if kind == "visit":
+            steps.append(first)
+        elif kind == "damped":
+            parts = draw(st.integers(2, 4))
+            steps += [Step(first, first, parts)] * parts
+        else:
+            steps.append(Step(first, draw(st.integers(first, DEPTH - 1)), bridge=True))
+    return Program(steps)
+
+
+@given(any_steps())
+def test_the_text_of_any_program_reads_back(program: Program) -> None:
+    assert Program.parse(program.text) == program
+    assert Program.parse(program.text).text == program.text
+
+
+def test_bridges_and_damped_loops_in_text() -> None:
+    program = Program.parse("0-2 5~2 [6-8] 9 [10]")
+    assert program.layers == (0, 1, 2, 5, 5, 9)
+    assert program.bridges == ((6, 8), (10, 10))
+    assert [step.parts for step in program.steps if not step.bridge] == [1, 1, 1, 2, 2, 1]
+    assert program.text == "0-2 5~2 [6-8] 9 [10]"
+    assert not program.is_identity(11)
+    assert Program.bridging(12, [(3, 4), (6, 9)]).text == "0-2 [3-4] 5 [6-9] 10-11"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[3-1]", "backwards"), ("[0-5]", "visits no layer"), ("0 [1", r"\[1"), ("1-2~2", "1-2~2"), ("0 3~0", "0 times")],
+)
+def test_bridges_and_damped_loops_that_do_not_read(text: str, message: str) -> None:
+    with pytest.raises(ProgramSyntaxError, match=message):
+        Program.parse(text)
+
+
+def test_half_a_damped_loop_is_no_program() -> None:
+    with pytest.raises(ProgramSyntaxError, match="1 visits damped to 1/2"):
+        Program([0, Step(1, 1, 2)])
+
+
+@pytest.mark.parametrize("segments", [[(3, 12)], [(5, 4)], [(2, 5), (5, 7)]])
+def test_bridges_lie_inside_the_model_and_apart(segments: list[tuple[int, int]]) -> None:
+    with pytest.raises(ProgramDepthError, match="does not fit"):
+        Program.bridging(12, segments)
 
 
 @given(programs)
@@ -61,11 +113,11 @@ def test_editing_sets_visits_in_place(visits: dict[int, int]) -> None:
 
 @given(programs)
 def test_visits_count_every_visit(program: Program) -> None:
-    depth = max(program) + 1
+    depth = max(program.layers) + 1
     visits = program.visits(depth)
     assert sum(visits) == len(program)
-    assert set(program.skips(depth)) == set(range(depth)) - set(program)
-    assert program.is_identity(depth) == (list(program) == list(range(depth)))
+    assert set(program.skips(depth)) == set(range(depth)) - set(program.layers)
+    assert program.is_identity(depth) == (program.layers == tuple(range(depth)))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +151,7 @@ def test_programs_are_values() -> None:
     assert one == same
     assert {one: "found"}[same] == "found"
     with pytest.raises(AttributeError):
-        one.layers = (1,)  # type: ignore[misc]
+        one.steps = ()  # type: ignore[misc]
 
 
 EXAMPLE = "'0-11 15x2 18-29'"
@@ -142,7 +194,7 @@ def test_neither_program_nor_text_nor_path(value: object) -> None:
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [((), "empty"), ((0, -3), "-3"), ((10_000,), "highest is 9999"), ((0,) * 4097, "4097 visits, of at most 4096")],
+    [((), "empty"), ((0, -3), "-3"), ((10_000,), "highest is 9999"), ((0,) * 4097, "4097 steps, of at most 4096")],
 )
 def test_paths_that_no_text_could_name(path: tuple[int, ...], message: str) -> None:
     with pytest.raises(ProgramSyntaxError, match=message):

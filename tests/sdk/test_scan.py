@@ -41,7 +41,7 @@ def model() -> PolarModel:
 def next_token(model: PolarModel, program: Program, tokens: Sequence[int]) -> int:
     decoder = model.loaded.decoder
     with torch.inference_mode():
-        return int(next_logits(decoder, [Row(decoder, program, 1)], [tokens])[0].argmax())
+        return int(next_logits(decoder, [Row(decoder, program)], [tokens])[0].argmax())
 
 
 def test_agreement_is_counted_token_by_token(model: PolarModel) -> None:

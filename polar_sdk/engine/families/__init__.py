@@ -1,41 +1,50 @@
-"""The registry of model families: one small module each, found by the configuration's `model_type`."""
+"""The registry of model families: one small module each, found by the configuration's `model_type`.
+
+To add one: write its module beside `llama.py`, and name it here.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import UnsupportedArchitectureError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from polar_sdk.engine.family import Family
 
-    from transformers import PreTrainedModel
+__all__ = ["SUPPORTED", "find_family"]
 
-    from polar_sdk.engine.decoder import Decoder
-
-__all__ = ["SUPPORTED", "build_decoder"]
-
-
-def _llama(model: PreTrainedModel) -> Decoder:
-    from polar_sdk.engine.families.llama import LlamaDecoder
-
-    return LlamaDecoder(model)
-
-
-_FAMILIES: dict[str, Callable[[PreTrainedModel], Decoder]] = {"llama": _llama}
-SUPPORTED = tuple(sorted(_FAMILIES))
+_FAMILIES: Final = {
+    "gemma2": "gemma2:Gemma2Family",
+    "gemma3": "gemma3:Gemma3Family",
+    "gemma3_text": "gemma3:Gemma3Family",
+    "gpt2": "gpt2:GPT2Family",
+    "gpt_neox": "gpt_neox:GPTNeoXFamily",
+    "llama": "llama:LlamaFamily",
+    "mistral": "mistral:MistralFamily",
+    "mixtral": "mixtral:MixtralFamily",
+    "opt": "opt:OPTFamily",
+    "phi3": "phi3:Phi3Family",
+    "qwen2": "qwen2:Qwen2Family",
+    "qwen2_moe": "qwen2_moe:Qwen2MoeFamily",
+    "qwen3": "qwen3:Qwen3Family",
+}
+SUPPORTED: Final = tuple(sorted(_FAMILIES))
 """Values of `model_type` that the engine runs."""
 
 
-def build_decoder(model: PreTrainedModel) -> Decoder:
-    """Take over the weights of a Hugging Face causal language model.
+def find_family(config: Any) -> Family:
+    """The family of a configuration.
 
     Raises:
         UnsupportedArchitectureError: No family for this architecture, or an option of it that is not supported.
     """
-    kind = model.config.model_type
+    kind = config.model_type
     if kind not in _FAMILIES:
         raise UnsupportedArchitectureError(
             f"architecture {kind!r} is not supported; supported are: {', '.join(SUPPORTED)}."
         )
-    return _FAMILIES[kind](model)
+    module, name = _FAMILIES[kind].split(":")
+    family: type[Family] = getattr(import_module(f"{__name__}.{module}"), name)
+    return family(config)

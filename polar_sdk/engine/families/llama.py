@@ -1,155 +1,140 @@
-"""The Llama family: RMS norm, rotary positions, grouped-query attention, gated feed-forward, no biases needed.
+"""The Llama family: RMS norm, rotary positions, grouped-query attention, gated feed-forward, optional biases.
 
-The weights are those of the Hugging Face model; query, key and value projections are fused into one matrix, gate and
-up projections into another, so that a decode step makes four matrix products per layer instead of seven.
-Reference for the arithmetic, order of casts included: `transformers.models.llama.modeling_llama`.
+Query, key and value projections are fused into one matrix, gate and up projections into another, so that a decode
+step makes four matrix products per layer instead of seven. Other families with a gated feed-forward build on this one
+and override what differs: `rms`, `before_turn`, `mlp`, and the weights they read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
 
-from polar_sdk.cost import CostModel, LayerCost
-from polar_sdk.engine.decoder import Attend, Decoder, Rotary
+from polar_sdk.engine.family import Family, Projected, Rotary, Weights
+from polar_sdk.engine.parts import activation, fuse, gated_mlp, rms_norm, rotary_table, rotate, take
+from polar_sdk.engine.products import multiply
 from polar_sdk.errors import UnsupportedArchitectureError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+__all__ = ["LlamaFamily", "check_rope"]
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies do not depend on the length of the request."""
 
 
-@dataclass(frozen=True, slots=True)
-class _LayerWeights:
-    attn_norm: Tensor  # (E,)
-    qkv: Tensor  # ((H + 2G) × d, E)
-    qkv_bias: Tensor | None
-    out: Tensor  # (E, H × d)
-    out_bias: Tensor | None
-    mlp_norm: Tensor  # (E,)
-    gate_up: Tensor  # (2I, E)
-    gate_up_bias: Tensor | None
-    down: Tensor  # (E, I)
-    down_bias: Tensor | None
+class LlamaFamily(Family):
+    """`LlamaForCausalLM`, and what differs from it by options alone."""
 
+    model_types: ClassVar[tuple[str, ...]] = ("llama",)
+    act_option: ClassVar[str] = "hidden_act"
+    """Option of the configuration that names the activation."""
 
-class LlamaDecoder(Decoder):
-    """Frozen weights of a `LlamaForCausalLM`."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        config = model.config
-        _check_options(config)
-        inner: Any = model.get_submodule("model")
-        self.heads: int = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.context_window = config.max_position_embeddings
-        self.vocab = config.vocab_size
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        check_rope(config.rope_parameters)
         self.eps: float = config.rms_norm_eps
-        self._embedding: Tensor = inner.embed_tokens.weight.detach()
-        self._norm: Tensor = inner.norm.weight.detach()
-        self._head: Tensor = model.get_output_embeddings().weight.detach()  # type: ignore[no-untyped-call]
-        self._rotary_module = inner.rotary_emb
-        self._rotary_table: Rotary | None = None
-        self._layers = [_take_layer(layer) for layer in inner.layers]
-        self.device = self._embedding.device
-        self.dtype = self._embedding.dtype
-        self.cost = self._cost(config)
+        self.intermediate: int = config.intermediate_size
+        self.act_name: str = getattr(config, self.act_option)  # compiled code is kept under it
+        self.act = activation(self.act_name)
 
-    def _cost(self, config: Any) -> CostModel:
-        width, inner = config.hidden_size, config.intermediate_size
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        weights = width * qkv + self.heads * self.head_dim * width + 3 * width * inner
-        layer = LayerCost(
-            linear=2 * weights,
-            attention=4 * self.heads * self.head_dim,
-        )
-        return CostModel(layers=(layer,) * len(self._layers), head=2 * width * self.vocab)
+    def inner(self, model: PreTrainedModel) -> Any:
+        """The model without its head."""
+        return model.get_submodule("model")
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def layer_modules(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The layers, in order."""
+        return list(self.inner(model).layers)
+
+    def take_layer(self, index: int, layer: Any) -> Weights:
+        """Two norms and four matrices."""
+        attention = layer.self_attn
+        return {
+            "attn_norm": layer.input_layernorm.weight.detach(),
+            "qkv": fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
+            "out": take(attention.o_proj),
+            "mlp_norm": layer.post_attention_layernorm.weight.detach(),
+            **self.take_mlp(layer.mlp),
+        }
+
+    def take_mlp(self, block: Any) -> Weights:
+        """Weights of the feed-forward."""
+        return {"gate_up": fuse([block.gate_proj, block.up_proj]), "down": take(block.down_proj)}
+
+    def take_ends(self, model: PreTrainedModel) -> Weights:
+        """Embedding (V, E), final norm (E,) and head."""
+        inner = self.inner(model)
+        return {
+            "embedding": inner.embed_tokens.weight.detach(),
+            "norm": inner.norm.weight.detach(),
+            "head": take(model.get_output_embeddings()),  # type: ignore[no-untyped-call]
+        }
+
+    def embed(self, tokens: Tensor, positions: Tensor, ends: Weights) -> Tensor:
         """Look tokens (N,) up; returns (N, E)."""
-        return F.embedding(tokens, self._embedding)
+        return F.embedding(tokens, ends["embedding"])
 
-    def rotary(self, positions: Tensor) -> Rotary:
-        """Cosine and sine at positions (N,), (N, 1, d) each, from a table that grows with need."""
-        cos, sin = self._table(int(positions.max()) + 1)
-        return cos[positions], sin[positions]
+    def take_rotary(self, model: PreTrainedModel) -> Any:
+        """The model's rotary module."""
+        return self.inner(model).rotary_emb
 
-    def _table(self, length: int) -> Rotary:
-        table = self._rotary_table
-        if table is None or table[0].shape[0] < length:
-            size = min(max(2 * length, 1024), max(self.context_window, length))
-            every = torch.arange(size, device=self.device).unsqueeze(0)
-            cos, sin = self._rotary_module(torch.empty(0, dtype=self.dtype, device=self.device), every)
-            # One assignment: a thread that reads meanwhile sees the old table or the new one, both right.
-            self._rotary_table = table = (cos[0].unsqueeze(1).contiguous(), sin[0].unsqueeze(1).contiguous())
-        return table
+    def rotary_tables(self, rotary: Any, length: int, dtype: torch.dtype, device: torch.device) -> list[Rotary]:
+        """One table for all layers."""
+        return [rotary_table(rotary, length, dtype, device)]
 
-    def layer(self, index: int, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """Run one layer on (N, E)."""
-        w = self._layers[index]
-        qkv = F.linear(_rms_norm(hidden, w.attn_norm, self.eps), w.qkv, w.qkv_bias)
-        qkv = qkv.view(hidden.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
-        turned = _rotate(qkv[:, : self.heads + self.kv_heads], rotary)  # queries and keys in one go
-        mixed = attend(turned[:, : self.heads], turned[:, self.heads :], qkv[:, self.heads + self.kv_heads :])
-        hidden = hidden + F.linear(mixed, w.out, w.out_bias)
-        gate, up = F.linear(_rms_norm(hidden, w.mlp_norm, self.eps), w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, w.down, w.down_bias)
+    def project(self, x: Tensor, rotary: Rotary, w: Weights) -> Projected:
+        """Norm, fused projections, rotary turn of queries and keys in one go."""
+        qkv = multiply(self.rms(x, w["attn_norm"]), w["qkv"])
+        qkv = qkv.view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
+        turning = self.heads + self.kv_heads
+        turned = rotate(self.before_turn(qkv[:, :turning], w), rotary)
+        return turned[:, : self.heads], turned[:, self.heads :], qkv[:, turning:]
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (M, V) in float32 of hidden states (M, E)."""
-        return F.linear(_rms_norm(hidden, self._norm, self.eps), self._head).float()
+    def finish(self, x: Tensor, mixed: Tensor, w: Weights) -> Tensor:
+        """Output projection and feed-forward, each added to the residual stream."""
+        x = x + multiply(mixed, w["out"])
+        return x + self.mlp(self.rms(x, w["mlp_norm"]), w)
+
+    def norm(self, x: Tensor, ends: Weights) -> Tensor:
+        """RMS norm."""
+        return self.rms(x, ends["norm"])
+
+    def rms(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The norm of this family, over the last axis."""
+        return rms_norm(x, weight, self.eps)
+
+    def before_turn(self, heads: Tensor, w: Weights) -> Tensor:
+        """What happens to queries and keys (N, H + G, d) before their rotary turn: here nothing."""
+        return heads
+
+    def mlp(self, x: Tensor, w: Weights) -> Tensor:
+        """The feed-forward of normed states (N, E)."""
+        return gated_mlp(x, w["gate_up"], w["down"], self.act)
+
+    def layer_linear(self, index: int) -> int:
+        """Fused projections, output projection, feed-forward."""
+        attention = self.hidden * (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return attention + self.mlp_linear(index)
+
+    def mlp_linear(self, index: int) -> int:
+        """Multiply-accumulates per token in the feed-forward of one layer."""
+        return 3 * self.hidden * self.intermediate
 
 
-def _check_options(config: Any) -> None:
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+def check_rope(parameters: Mapping[str, Any]) -> None:
+    """Refuse rotary variants whose angles change with the length of the request.
+
+    Raises:
+        UnsupportedArchitectureError: Such a variant.
+    """
+    rope = parameters.get("rope_type", "default")
     if rope not in _ROPE_TYPES:
         raise UnsupportedArchitectureError(
-            f"rotary variant {rope!r} of a llama model is not supported; supported are: {', '.join(_ROPE_TYPES)}."
+            f"rotary variant {rope!r} is not supported; supported are: {', '.join(_ROPE_TYPES)}."
         )
-    if config.hidden_act not in {"silu", "swish"}:
-        raise UnsupportedArchitectureError(
-            f"activation {config.hidden_act!r} of a llama model is not supported; supported is silu."
-        )
-
-
-def _take_layer(layer: Any) -> _LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-    gate_up = [mlp.gate_proj, mlp.up_proj]
-    return _LayerWeights(
-        attn_norm=layer.input_layernorm.weight.detach(),
-        qkv=_fuse([m.weight for m in qkv]),
-        qkv_bias=_fuse([m.bias for m in qkv]) if attention.q_proj.bias is not None else None,
-        out=attention.o_proj.weight.detach(),
-        out_bias=attention.o_proj.bias,
-        mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_fuse([m.weight for m in gate_up]),
-        gate_up_bias=_fuse([m.bias for m in gate_up]) if mlp.gate_proj.bias is not None else None,
-        down=mlp.down_proj.weight.detach(),
-        down_bias=mlp.down_proj.bias,
-    )
-
-
-def _fuse(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part.detach() for part in parts]).contiguous()
-
-
-def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis, in float32, cast back before the weight as the reference does."""
-    wide = hidden.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(hidden.dtype)
-
-
-def _rotate(heads: Tensor, rotary: Rotary) -> Tensor:
-    """Turn (N, heads, d) by the rotary angles: x cos + (−x₂, x₁) sin, x₁ and x₂ the halves of x."""
-    cos, sin = rotary
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,105 @@
+"""How far each family is from the untouched Hugging Face model: Markdown rows for the README.
+
+    python benchmarks/parity.py [--seeds 10]
+
+Tiny random models in float32, the same that the tests use (`tests/sdk`), and the same comparisons; a number is the
+largest difference of a logit over the largest logit. The tests allow 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import runpy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from polar_sdk.engine.decoder import build_decoder
+from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.program import Program
+
+TESTS = Path(__file__).parents[1] / "tests" / "sdk"
+NAMES = {
+    "llama": "Llama",
+    "mistral": "Mistral (sliding window)",
+    "qwen2": "Qwen 2 and 2.5",
+    "qwen3": "Qwen 3 (normed heads)",
+    "gemma2": "Gemma 2 (soft caps, local and global layers)",
+    "gemma3_text": "Gemma 3 (two rotary tables, local and global layers)",
+    "phi3": "Phi-3 (rotary turn of a part)",
+    "gpt2": "GPT-2 (learned positions)",
+    "gpt_neox": "GPT-NeoX, Pythia (parallel halves)",
+    "opt": "OPT (learned positions, ReLU)",
+    "mixtral": "Mixtral (mixture of experts)",
+    "qwen2_moe": "Qwen 2 MoE (mixture of experts, one shared)",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10, help="random programs per family and comparison")
+    seeds = parser.parse_args().seeds
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    tests = runpy.run_path(str(TESTS / "test_parity.py")) | runpy.run_path(str(TESTS / "conftest.py"))
+    print("| family | `model_type` | identity | layers skipped and looped | cached decoding | mixed batch | FLOPs |")
+    print("|---|---|---|---|---|---|---|")
+    for family in tests["FAMILIES"]:
+        model = tests["build_family"](family)
+        gaps = [
+            _identity(tests, model),
+            _programs(tests, model),
+            _decoding(tests, model, seeds, same=True),
+            _decoding(tests, model, seeds, same=False),
+        ]
+        told = " | ".join(f"{gap:.0e}" for gap in gaps)
+        print(f"| {NAMES[family]} | `{family}` | {told} | {_flops(tests, model)} |", flush=True)
+
+
+def _gap(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1.0))
+
+
+def _identity(tests: dict[str, Any], model: Any) -> float:
+    tokens = tests["random_tokens"](random.Random(1), 90)
+    ours = tests["all_logits"](build_decoder(model), Program.identity(tests["DEPTH"]), tokens)
+    return _gap(ours, tests["reference_logits"](model, tokens))
+
+
+def _programs(tests: dict[str, Any], model: Any) -> float:
+    decoder, tokens, worst = build_decoder(model), tests["random_tokens"](random.Random(2), 40), 0.0
+    for text in tests["PROGRAMS"]:
+        program = Program.parse(text)
+        reference = tests["reference_logits"](tests["reference_model"](model, program), tokens)
+        worst = max(worst, _gap(tests["all_logits"](decoder, program, tokens), reference))
+    return worst
+
+
+def _decoding(tests: dict[str, Any], model: Any, seeds: int, *, same: bool) -> float:
+    """Prefill and decode steps of three ragged rows, of one program or of three, against each row recomputed alone."""
+    worst = 0.0
+    for seed in range(seeds):
+        rng, decoder = random.Random(seed), build_decoder(model)
+        programs = [tests["random_program"](rng)] * 3 if same else [tests["random_program"](rng) for _ in range(3)]
+        for program, tokens, steps in zip(programs, *tests["decode"](decoder, programs, rng), strict=True):
+            whole = tests["all_logits"](decoder, program, tokens)
+            worst = max(worst, _gap(torch.stack(steps), whole[-len(steps) :]))
+    return worst
+
+
+def _flops(tests: dict[str, Any], model: Any) -> str:
+    """Whether a ragged batch of different programs, prefill and one decode step, is metered to the FLOP."""
+    decoder = build_decoder(model)
+    rows = [Row(decoder, Program.parse(text)) for text in tests["PROGRAMS"]]
+    with FlopCounterMode(display=False) as counter:
+        next_logits(decoder, rows, [[3] * (5 + 4 * number) for number in range(len(rows))])
+        next_logits(decoder, rows, [[4]] * len(rows))
+    off = sum(row.work.flops().total for row in rows) - counter.get_total_flops()
+    return "exact" if off == 0 else f"off by {off}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Kernels: what runs a layer's parts. Here the plain ones; `compiled.py` has those from the compiler.
+
+Whoever runs a layer asks for kernels and does not see which he got. Knows weights and activations only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polar_sdk.engine.family import AttentionKind, Family, Projected, Rotary, Weights
+
+__all__ = ["EagerKernels", "Kernels"]
+
+
+class Kernels(Protocol):
+    """The parts of a layer, ready to run."""
+
+    pages: bool
+    """Whether `decode` can be used."""
+
+    def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
+        """The part before attention, (N, E)."""
+        ...
+
+    def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
+        """The part after attention, (N, E) and (N, H × d)."""
+        ...
+
+    def decode(
+        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, table: Tensor, at: Tensor
+    ) -> Tensor:
+        """A whole layer for one token per row (B, E) at positions `at` (B,), over pages `table` (B, n) of `store`."""
+        ...
+
+    def head(self, ends: Weights, x: Tensor) -> Tensor:
+        """Float32 logits (M, V) of (M, E)."""
+        ...
+
+
+class EagerKernels:
+    """The family's functions as they stand."""
+
+    pages = False
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+
+    def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
+        """The part before attention."""
+        return self._family.project(x, rotary, w)
+
+    def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
+        """The part after attention."""
+        return self._family.finish(x, mixed, w)
+
+    def decode(
+        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, table: Tensor, at: Tensor
+    ) -> Tensor:
+        """Not offered: uncompiled, attention over pages would copy them; rows attend one by one instead."""
+        raise NotImplementedError
+
+    def head(self, ends: Weights, x: Tensor) -> Tensor:
+        """Logits."""
+        return self._family.logits(x, ends)

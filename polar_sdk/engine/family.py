@@ -1,0 +1,128 @@
+"""What one architecture computes: pure functions over the weights of a layer. Knows no cache, no rows, no programs.
+
+A family is written once, in plain torch, and run three ways: as it stands, compiled for many tokens, and compiled for
+one token per row with attention in the middle. So its functions must not look at values of tensors, only at shapes.
+Tokens of all rows lie packed one after another, (N, E), without padding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from polar_sdk.cost import CostModel, LayerCost
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from polar_sdk.engine.products import Product
+
+__all__ = ["AttentionKind", "Family", "Projected", "Rotary", "Weights"]
+
+Weights = dict[str, Any]
+"""Weights of one layer by name: a `Product`, a tensor, or None."""
+Rotary = tuple["Tensor", "Tensor"]
+"""Cosine and sine of each packed token, (N, 1, r) each, r ≤ d; of size 0 where positions enter elsewhere."""
+Projected = tuple["Tensor", "Tensor", "Tensor"]
+"""Queries (N, H, d), keys and values (N, G, d), ready for attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKind:
+    """How a layer attends; layers of one kind share their compiled code.
+
+    Attributes:
+        scale: Factor on the scores.
+        window: Keys that a query sees, its own included; None = all before it.
+        softcap: Scores pass through cap × tanh(score / cap); None = as they are.
+        rope: Which of the family's rotary tables the layer turns by.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    rope: int = 0
+
+
+class Family(ABC):
+    """The arithmetic of one architecture, with the sizes of one model. Made from a Hugging Face model, holds no tensor.
+
+    Reference for every family, order of casts included: `transformers.models.<model_type>.modeling_<model_type>`.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    """Values of the configuration's `model_type` that this family runs."""
+    compiled: ClassVar[bool] = True
+    """Whether its functions can be compiled; False where they look at values, as a mixture of experts must."""
+
+    def __init__(self, config: Any) -> None:
+        """Read the sizes that every configuration has; a family with other names for them sets its own.
+
+        Raises:
+            UnsupportedArchitectureError: The configuration asks for an option that is not supported.
+        """
+        self.hidden: int = config.hidden_size
+        self.depth: int = config.num_hidden_layers
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
+        self.head_dim: int = getattr(config, "head_dim", None) or self.hidden // self.heads
+        self.vocab: int = config.vocab_size
+        self.context_window: int = config.max_position_embeddings
+        self.kinds: tuple[AttentionKind, ...] = (AttentionKind(scale=self.head_dim**-0.5),) * self.depth
+        """One entry per layer."""
+
+    @abstractmethod
+    def layer_modules(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The decoder layers of the Hugging Face model, in order."""
+
+    @abstractmethod
+    def take_layer(self, index: int, layer: Any) -> Weights:
+        """Weights of one layer, fused where that saves products; matrices as `Plain`."""
+
+    @abstractmethod
+    def take_ends(self, model: PreTrainedModel) -> Weights:
+        """Weights of embedding, final norm and head; the head is a `Plain` named `head`."""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor, positions: Tensor, ends: Weights) -> Tensor:
+        """Embed token ids (N,) at positions (N,); returns (N, E)."""
+
+    def take_rotary(self, model: PreTrainedModel) -> Any:
+        """What `rotary_tables` works from, such as the model's rotary module; it must not hold weights."""
+        return None
+
+    @abstractmethod
+    def rotary_tables(self, rotary: Any, length: int, dtype: torch.dtype, device: torch.device) -> list[Rotary]:
+        """Cosine and sine of positions 0 … length − 1, (length, 1, r) each, one pair per `AttentionKind.rope`."""
+
+    @abstractmethod
+    def project(self, x: Tensor, rotary: Rotary, w: Weights) -> Projected:
+        """The part of a layer before attention: norm, projections, positions. `x` is (N, E)."""
+
+    @abstractmethod
+    def finish(self, x: Tensor, mixed: Tensor, w: Weights) -> Tensor:
+        """The part of a layer after attention. `x` is the layer's input (N, E), `mixed` is (N, H × d)."""
+
+    @abstractmethod
+    def norm(self, x: Tensor, ends: Weights) -> Tensor:
+        """The final norm of (M, E)."""
+
+    @abstractmethod
+    def layer_linear(self, index: int) -> int:
+        """Multiply-accumulates per token in the matrix products of one layer."""
+
+    def logits(self, x: Tensor, ends: Weights) -> Tensor:
+        """Final norm and output projection of (M, E); returns float32 logits (M, V)."""
+        from polar_sdk.engine.products import multiply
+
+        head: Product = ends["head"]
+        return multiply(self.norm(x, ends), head).float()
+
+    def cost(self) -> CostModel:
+        """FLOPs of every part: 2 per multiply-accumulate, and for attention 4 per query, key and head dimension."""
+        attention = 4 * self.heads * self.head_dim
+        layers = tuple(LayerCost(2 * self.layer_linear(index), attention) for index in range(self.depth))
+        return CostModel(layers=layers, head=2 * self.hidden * self.vocab)

@@ -1,0 +1,201 @@
+"""Pieces that families are made of: norms, rotary turns, gated and plain feed-forward, kinds of attention.
+
+Pure functions of tensors, and of configurations. Knows no family.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from polar_sdk.engine.family import AttentionKind
+from polar_sdk.engine.products import Plain, multiply
+from polar_sdk.errors import UnsupportedArchitectureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.engine.family import Rotary, Weights
+    from polar_sdk.engine.products import Product
+
+__all__ = [
+    "activation",
+    "attention_kinds",
+    "fuse",
+    "fuse_head_norms",
+    "gated_mlp",
+    "layer_norm",
+    "no_rotary",
+    "offset_rms_norm",
+    "plain_mlp",
+    "refuse",
+    "refuse_other_windows",
+    "rms_norm",
+    "rotary_table",
+    "rotate",
+    "soft_cap",
+    "take",
+    "take_norm",
+]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function that a configuration names.
+
+    Raises:
+        UnsupportedArchitectureError: No such activation here.
+    """
+    if name not in _ACTIVATIONS:
+        raise UnsupportedArchitectureError(
+            f"activation {name!r} is not supported; supported are: {', '.join(sorted(_ACTIVATIONS))}."
+        )
+    return _ACTIVATIONS[name]
+
+
+def refuse(config: Any, option: str, supported: str) -> NoReturn:
+    """Refuse an option of a configuration.
+
+    Args:
+        config: The configuration.
+        option: Name of the option.
+        supported: What the option may be instead, for the message.
+
+    Raises:
+        UnsupportedArchitectureError: Always.
+    """
+    raise UnsupportedArchitectureError(
+        f"{option}={getattr(config, option)!r} of architecture {config.model_type!r} is not supported; "
+        f"supported is: {supported}."
+    )
+
+
+def attention_kinds(config: Any, scale: float, softcap: float | None = None) -> tuple[AttentionKind, ...]:
+    """The kind of each layer, by the configuration's `layer_types`: full, or the last `sliding_window` keys.
+
+    Hugging Face masks the keys with key ≤ query − sliding_window, so a query sees `sliding_window` keys, its own
+    included: exactly `AttentionKind.window`. Kinds name the rotary table of their type, types in alphabetical order.
+
+    Raises:
+        UnsupportedArchitectureError: A layer of another type, or a sliding one without a window.
+    """
+    known = ("full_attention", "sliding_attention")
+    types: list[str] = config.layer_types
+    if not set(types) <= set(known):
+        refuse(config, "layer_types", " and ".join(known))
+    if "sliding_attention" in types and not config.sliding_window:
+        refuse(config, "sliding_window", "at least 1 where a layer is of type sliding_attention")
+    window = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return tuple(AttentionKind(scale=scale, window=window[kind], softcap=softcap) for kind in types)
+
+
+def refuse_other_windows(config: Any) -> None:
+    """Refuse `layer_types` in a family whose layers all attend alike: Hugging Face would not look at them.
+
+    Raises:
+        UnsupportedArchitectureError: Layers of several types, or of one that `sliding_window` contradicts.
+    """
+    expected = "sliding_attention" if config.sliding_window else "full_attention"
+    if set(getattr(config, "layer_types", None) or [expected]) != {expected}:
+        refuse(config, "layer_types", f"{expected} in all layers, as sliding_window={config.sliding_window} says")
+
+
+def take(linear: Any) -> Plain:
+    """Weight (N, K) and bias of an `nn.Linear`."""
+    return Plain(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+
+
+def fuse(linears: Sequence[Any]) -> Plain:
+    """Several projections of the same input as one matrix, outputs one after another."""
+    weight = torch.cat([linear.weight.detach() for linear in linears]).contiguous()
+    biased = linears[0].bias is not None
+    return Plain(weight, torch.cat([linear.bias.detach() for linear in linears]) if biased else None)
+
+
+def fuse_head_norms(query: Any, key: Any, heads: int, kv_heads: int) -> Tensor:
+    """Weights (d,) of the norms over query and key heads, repeated to (H + G, d), so that one norm does both."""
+    norms = query.weight.detach().expand(heads, -1), key.weight.detach().expand(kv_heads, -1)
+    return torch.cat(norms).contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis, in float32, cast back before the weight as Llama does."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def offset_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm whose weight is stored as its difference from one, cast back at the end, as Gemma does."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * (1.0 + weight.float())).to(x.dtype)
+
+
+def take_norm(name: str, norm: Any) -> Weights:
+    """Weight and bias (E,) of an `nn.LayerNorm`, as `name` and `name_bias`; None where it has none."""
+    weight, bias = norm.weight, norm.bias
+    return {
+        name: None if weight is None else weight.detach(),
+        f"{name}_bias": None if bias is None else bias.detach(),
+    }
+
+
+def layer_norm(x: Tensor, w: Weights, name: str, eps: float) -> Tensor:
+    """Norm by mean and variance over the last axis, with the weights that `take_norm` named."""
+    return F.layer_norm(x, x.shape[-1:], w[name], w[f"{name}_bias"], eps)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Bend values smoothly into (−cap, cap)."""
+    return torch.tanh(x / cap) * cap
+
+
+def no_rotary(dtype: torch.dtype, device: torch.device) -> Rotary:
+    """The table of a family whose positions enter with the embedding: of size 0, whatever the length."""
+    empty = torch.empty((1, 1, 0), dtype=dtype, device=device)
+    return empty, empty
+
+
+def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
+    """Turn (N, heads, d) by the rotary angles: x cos + (−x₂, x₁) sin, x₁ and x₂ the halves of x.
+
+    Where the table is narrower than d, only the first entries of each head are turned.
+    """
+    cos, sin = rotary
+    width = cos.shape[-1]
+    turned = heads if width == heads.shape[-1] else heads[..., :width]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if width == heads.shape[-1] else torch.cat((turned, heads[..., width:]), dim=-1)
+
+
+def rotary_table(module: Any, length: int, dtype: torch.dtype, device: torch.device, *extra: Any) -> Rotary:
+    """Cosine and sine (length, 1, r) from a Hugging Face rotary module; `extra` goes to its call."""
+    every = torch.arange(length, device=device).unsqueeze(0)
+    cos, sin = module(torch.empty(0, dtype=dtype, device=device), every, *extra)
+    return cos[0].unsqueeze(1).contiguous(), sin[0].unsqueeze(1).contiguous()
+
+
+def gated_mlp(x: Tensor, gate_up: Product, down: Product, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """down(act(gate) × up), gate and up fused in one matrix."""
+    gate, up = multiply(x, gate_up).chunk(2, dim=-1)
+    return multiply(act(gate) * up, down)
+
+
+def plain_mlp(x: Tensor, up: Product, down: Product, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """down(act(up))."""
+    return multiply(act(multiply(x, up)), down)

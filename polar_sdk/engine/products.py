@@ -1,0 +1,189 @@
+"""Weight matrices and their product with activations, in every precision the engine has.
+
+A matrix is one of three named tuples of tensors: `Plain` (the model's own dtype), `Int8` (a scale per output) or `Int4`
+(a scale and a zero point per group of inputs). `multiply` is pure and can be compiled. One row is bound by reading the
+weights, many rows by arithmetic, so each kind has a narrow and a wide form; `benchmarks/RESULTS.md` has the figures
+behind every choice. Knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from polar_sdk.errors import DeviceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["INT4_GROUP", "INT4_WIDE", "PRECISIONS", "Int4", "Int8", "Plain", "Product", "multiply", "quantize"]
+
+PRECISIONS: Final = ("bf16", "fp32", "fp16", "int8", "int4")
+INT4_GROUP: Final = 32
+"""Inputs that share a scale and a zero point in int4: the group of Q4_1 files, so that those lose next to nothing."""
+INT4_WIDE: Final = 128
+"""Rows from which on compiled code unpacks int4 weights once, instead of asking torch's kernel, which does so per row."""
+_INT8_WIDE: Final = 8
+"""Rows from which on turning int8 weights into the dtype of the activations is cheaper than torch's kernel."""
+_INT4_BLOCK: Final = 64
+"""Outputs that torch's packed int4 layout keeps together."""
+
+
+class Plain(NamedTuple):
+    """A matrix (N, K) as it is, with an optional bias (N,)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Int8(NamedTuple):
+    """A matrix in 8-bit integers (N, K): weight ≈ integer × scale, one scale (N,) per output."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+
+
+class Int4(NamedTuple):
+    """A matrix in 4-bit integers, packed as torch's kernel wants it; scales and zeros are (K / group, N, 2)."""
+
+    packed: Tensor
+    scales_zeros: Tensor
+    bias: Tensor | None = None
+
+
+Product = Plain | Int8 | Int4
+
+
+def multiply(x: Tensor, product: Product) -> Tensor:
+    """Multiply activations (M, K) by a matrix and add its bias; returns (M, N) in the dtype of `x`."""
+    match product:
+        case Plain():
+            return _plain(x, product)
+        case Int8():
+            return _add(_int8(x, product), product.bias)
+        case Int4():
+            return _add(_int4(x, product), product.bias)
+
+
+def _plain(x: Tensor, product: Plain) -> Tensor:
+    if _fused(x):
+        total = _one_row(x, product.weight)
+        return (total if product.bias is None else total + product.bias.float()).to(x.dtype)
+    return F.linear(x, product.weight, product.bias)
+
+
+def _fused(x: Tensor) -> bool:
+    """Whether the compiler should write the product itself: one row on a CPU.
+
+    Written as multiply and sum, it fuses the product with what stands around it and reads weights at full speed; a
+    library call took half as long again.
+    """
+    return x.shape[0] == 1 and x.device.type == "cpu" and torch.compiler.is_compiling()
+
+
+def _one_row(x: Tensor, weight: Tensor) -> Tensor:
+    """Float32 (1, N)."""
+    return (weight.float() * x.float()).sum(-1).unsqueeze(0)
+
+
+def _int8(x: Tensor, product: Int8) -> Tensor:
+    if _fused(x):
+        return (_one_row(x, product.weight) * product.scale.float()).to(x.dtype)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.shape[0] < _INT8_WIDE:
+        return torch.ops.aten._weight_int8pack_mm(x, product.weight, product.scale)
+    return F.linear(x, product.weight.to(x.dtype)) * product.scale
+
+
+def _int4(x: Tensor, product: Int4) -> Tensor:
+    # Asked of the range that the number of rows can have, so that compiled code does not tie itself to one answer.
+    if torch.compiler.is_compiling() and statically_known_true(x.shape[0] >= INT4_WIDE) and _can_unpack(product):
+        return _interleave([torch.mm(x, half) for half in _unpack(product, x.dtype)])
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, product.packed, INT4_GROUP, product.scales_zeros)
+
+
+def _can_unpack(product: Int4) -> bool:
+    return product.packed.shape[0] % _INT4_BLOCK == 0 and _layout_known()
+
+
+def _codes(packed: Tensor, inputs: int) -> list[Tensor]:
+    """Codes of the first and the second 32 outputs of each block of 64, (N / 64, K, 32) each, as float32.
+
+    torch packs the code of output n into the low half of a byte, and that of n + 32 into the high half. In float32,
+    since the compiler vectorises that and not the shift of a byte.
+    """
+    pairs = packed.view(-1, inputs, _INT4_BLOCK // 2).float()
+    high = (pairs * 0.0625).floor()
+    return [pairs - 16 * high, high]
+
+
+def _unpack(product: Int4, dtype: torch.dtype) -> list[Tensor]:
+    """The matrix, transposed, (K, N / 2) twice: the outputs whose codes are in the low halves, and the others."""
+    groups, outputs, _ = product.scales_zeros.shape
+    blocks, half = outputs // _INT4_BLOCK, _INT4_BLOCK // 2
+    scales, zeros = product.scales_zeros.view(groups, 1, blocks, 2, half, 2).float().unbind(-1)
+    weights = []
+    for which, codes in enumerate(_codes(product.packed, groups * INT4_GROUP)):
+        grouped = codes.view(blocks, groups, INT4_GROUP, half).permute(1, 2, 0, 3)
+        weight = (grouped - 8) * scales[:, :, :, which] + zeros[:, :, :, which]
+        weights.append(weight.to(dtype).reshape(groups * INT4_GROUP, outputs // 2))
+    return weights
+
+
+def _interleave(halves: list[Tensor]) -> Tensor:
+    """Put outputs that were computed in two halves (M, N / 2) in order, (M, N)."""
+    half = _INT4_BLOCK // 2
+    return torch.stack([one.view(one.shape[0], -1, half) for one in halves], dim=2).flatten(1)
+
+
+@cache
+def _layout_known() -> bool:
+    """Whether torch packs int4 on this machine as `_codes` reads it; asked before anything is compiled."""
+    codes = torch.arange(128 * 64, dtype=torch.int32).view(128, 64) * 7 % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    read = torch.cat(_codes(packed, 64), dim=-1).transpose(1, 2).reshape(128, 64)
+    return bool((read == codes).all())
+
+
+def _add(total: Tensor, bias: Tensor | None) -> Tensor:
+    return total if bias is None else total + bias
+
+
+def quantize(product: Plain, precision: str) -> Product:
+    """Store a matrix in int8 or int4, by rounding to nearest; other precisions leave it as it is.
+
+    A matrix whose sides int4 cannot group stays in int8.
+
+    Raises:
+        DeviceError: The device has no kernel for this precision.
+    """
+    device = product.weight.device.type
+    if precision == "int4" and device != "cpu":
+        raise DeviceError(f"precision 'int4' is not available on {device!r}; use int8 or bf16 there.")
+    outputs, inputs = product.weight.shape
+    if precision == "int4" and inputs % INT4_GROUP == 0 and outputs % 16 == 0:
+        return _to_int4(product)
+    return _to_int8(product) if precision in {"int8", "int4"} else product
+
+
+def _to_int8(product: Plain) -> Int8:
+    wide = product.weight.float()
+    scale = wide.abs().amax(1).clamp(min=1e-12) / 127
+    return Int8((wide / scale[:, None]).round().to(torch.int8), scale.to(product.weight.dtype), product.bias)
+
+
+def _to_int4(product: Plain) -> Int4:
+    outputs, inputs = product.weight.shape
+    groups = product.weight.float().view(outputs, inputs // INT4_GROUP, INT4_GROUP)
+    low, high = groups.aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp(min=1e-12)
+    codes = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32).view(outputs, inputs)
+    # The kernel reads weight = (code − 8) × scale + zero.
+    scales_zeros = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    _layout_known()  # so that compiling, which computes nothing, finds the answer
+    return Int4(packed, scales_zeros.to(product.weight.dtype), product.bias)

@@ -1,0 +1,65 @@
+"""A row: one sequence with its program, its pages, its counts, and what its loops are doing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from polar_sdk.engine.pages import PageTable
+from polar_sdk.engine.work import Work
+
+if TYPE_CHECKING:
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.loops import LoopGuard
+    from polar_sdk.program import Program
+
+__all__ = ["Row", "extra_visits", "page_slots"]
+
+
+@dataclass
+class Row:
+    """One sequence that runs a program."""
+
+    decoder: Decoder
+    program: Program
+    guard: LoopGuard | None = None
+    """What watches the extra visits of loops; None = nobody."""
+    work: Work = field(init=False)
+    pages: PageTable = field(init=False)
+    stopped: set[int] = field(default_factory=set)
+    """Places of the program that are left out from now on, because the guard stopped their loop."""
+    loops_stopped: int = 0
+    """Loops that the guard has stopped."""
+
+    def __post_init__(self) -> None:
+        self.work = Work(self.decoder.cost)
+        self.pages = PageTable(self.decoder.pool, len(self.program.layers))
+
+    @property
+    def length(self) -> int:
+        """Tokens that have been run."""
+        return self.pages.length
+
+    def stop_loop(self, place: int) -> None:
+        """Leave out this extra visit and those that follow it in the same loop, for the rest of the request."""
+        steps = self.program.steps
+        end = place
+        while end < len(steps) and steps[end] == steps[place]:
+            end += 1
+        self.stopped.update(range(place, end))
+        self.loops_stopped += 1
+
+
+@lru_cache(maxsize=1024)
+def page_slots(program: Program) -> tuple[int, ...]:
+    """For each place of a program, which of the row's histories a visit there uses; bridges use none."""
+    return tuple(count - 1 for count in accumulate(0 if step.bridge else 1 for step in program.steps))
+
+
+@lru_cache(maxsize=1024)
+def extra_visits(program: Program) -> frozenset[int]:
+    """Places that visit the layer that was visited just before: what a guard watches."""
+    steps = program.steps
+    return frozenset(at for at in range(1, len(steps)) if steps[at] == steps[at - 1] and not steps[at].bridge)

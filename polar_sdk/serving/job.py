@@ -1,0 +1,232 @@
+"""A job: one request on its way through the engine, from the queue to its last token.
+
+The scheduler's thread moves it on; the caller's thread waits for pieces of text or for the end. Neither touches what is
+the other's: the caller only sets `cancel` and takes pieces.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Literal
+
+from polar_sdk.cost import CHUNK
+from polar_sdk.engine.logprobs import TokenLogprobs, apply_hook, read_logprobs
+from polar_sdk.engine.rows import Row
+from polar_sdk.engine.sampling import Sampler
+from polar_sdk.engine.text import TextStream
+from polar_sdk.errors import RequestTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
+
+    from polar_sdk.loading import LoadedModel
+    from polar_sdk.loops import LoopGuard
+    from polar_sdk.requests import Request
+
+__all__ = ["FinishReason", "Job", "Piece", "choose"]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+Piece = tuple[str, tuple[TokenLogprobs, ...] | None]
+"""Text that a token made certain, and the token's log-probabilities where they were asked for."""
+
+
+class Job:
+    """One request, what it has computed so far, and how it ended.
+
+    Args:
+        request: What to answer.
+        model: The weights and the tokenizer.
+        guard: What watches loops.
+        ahead: Pieces computed before the caller has taken the earlier ones; None = any number.
+        ended: Called, by the scheduler's thread, when nothing more will be computed.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        model: LoadedModel,
+        *,
+        guard: LoopGuard | None = None,
+        ahead: int | None = None,
+        ended: Callable[[Job], None] | None = None,
+    ) -> None:
+        self.request, self.model = request, model
+        self.row = Row(model.decoder, request.route.program, guard)
+        self.text = TextStream(model.tokenizer, request.stops)
+        self.tokens: list[int] = []
+        """Every sampled token."""
+        self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []
+        """One per sampled token, where the request asks for them."""
+        self.shaped = request.logits_hook is not None or request.logprobs is not None
+        """Whether its logits need a look of their own: `sample` in the place of the batch's `choose`."""
+        self.cached = 0
+        """Prompt tokens whose keys and values were at hand."""
+        self.finish: FinishReason | None = None
+        self.error: BaseException | None = None
+        """What ended the job, where it did not finish by itself."""
+        self.kv_bytes = 0
+        """Largest key and value storage. Unit: bytes."""
+        self.wake: Callable[[], None] = _nobody
+        """Tells the scheduler that there is room for pieces again."""
+        self.begin_ns = self.prefill_end_ns = self.end_ns = 0
+        self.sampler = Sampler(request.sampling, model.decoder.device)
+        self._end_tokens = _end_tokens(model)
+        self._ahead, self._ended = ahead, ended
+        self._pieces: deque[Piece] = deque()
+        self._shown = 0
+        """Tokens whose pieces have been made."""
+        self._change = threading.Condition()
+        self._done = False
+        self._cancelled = False
+        self.submitted = False
+        """Whether the scheduler has it; from then on it ends by itself or by `cancel`."""
+
+    # -- the caller's side ------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """True once nothing more will be computed."""
+        return self._done
+
+    def cancel(self) -> None:
+        """Ask the job to stop; it does so before its next token."""
+        self._cancelled = True
+
+    def pieces(self) -> Iterator[Piece]:
+        """One piece per token as it comes, and one without a token where the job is cancelled, until it is done."""
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._pieces or self._done)
+                if not self._pieces:
+                    return
+                was_paused = self.paused
+                piece = self._pieces.popleft()
+            if was_paused:
+                self.wake()
+            yield piece
+
+    def wait(self) -> None:
+        """Wait until nothing more will be computed."""
+        with self._change:
+            self._change.wait_for(lambda: self._done)
+
+    # -- the scheduler's side ---------------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> Sequence[int]:
+        """Tokens that the row has not run yet: the rest of the prompt, or the token sampled last."""
+        return self.tokens[-1:] if self.tokens else self.request.tokens[self.row.length :]
+
+    @property
+    def chunk(self) -> Sequence[int]:
+        """The next piece of the prompt, which ends where `cost.CHUNK` says, whatever else is running."""
+        return self.pending[: CHUNK - self.row.length % CHUNK]
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the prompt has run and the first token was sampled."""
+        return bool(self.tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the row holds if the answer takes all it may."""
+        return len(self.request.tokens) + self.request.max_tokens
+
+    @property
+    def paused(self) -> bool:
+        """Whether the caller has to take pieces before more are made."""
+        return self._ahead is not None and len(self._pieces) >= self._ahead
+
+    def stop_if_asked(self) -> None:
+        """End the job if its caller wants that or its time is up."""
+        if self._cancelled or self.request.cancelled:
+            self.finish = "cancelled"
+            self.end(self.text.finish())
+        elif self.request.late:
+            self.fail(_timed_out(self))
+
+    def start_clock(self) -> None:
+        """Compute begins."""
+        self.begin_ns = self.begin_ns or time.perf_counter_ns()
+
+    def sample(self, logits: torch.Tensor) -> None:
+        """Go on by a token from logits (V,) that the request's hook may change and whose log-probabilities it may want.
+
+        Raises:
+            Exception: Whatever the hook raises.
+        """
+        request = self.request
+        if request.logits_hook is not None:
+            logits = apply_hook(request.logits_hook, self.tokens, logits)
+        token = self.sampler(logits)
+        if self.logprobs is not None:
+            self.logprobs.append(read_logprobs(logits, token, request.logprobs or 0))
+        self.take(token)
+
+    def take(self, token: int) -> None:
+        """Go on by a sampled token; ends the job where the answer ends."""
+        now = time.perf_counter_ns()
+        self.prefill_end_ns = self.prefill_end_ns or now
+        self.end_ns = now
+        self.tokens.append(token)
+        ended = token in self._end_tokens
+        piece = "" if ended else self.text.push(token)
+        if ended or self.text.stopped or len(self.tokens) >= self.request.max_tokens:
+            piece += self.text.finish()  # in what was held back, too, a stop string may be found
+            self.finish = "stop" if ended or self.text.stopped else "length"
+            self.end(piece)
+        else:
+            self._put(piece)
+
+    def fail(self, error: BaseException) -> None:
+        """End the job by an error."""
+        self.error = error
+        self.end("")
+
+    def end(self, piece: str) -> None:
+        """Nothing more will be computed: give the memory back and wake the caller."""
+        self.kv_bytes = self.row.pages.nbytes
+        self.row.pages.release()
+        self._put(piece, done=True)
+        if self._ended is not None:
+            self._ended(self)
+
+    def _put(self, text: str, *, done: bool = False) -> None:
+        new = None if self.logprobs is None else tuple(self.logprobs[self._shown :])
+        self._shown = len(self.tokens)
+        with self._change:
+            self._pieces.append((text, new))
+            self._done = done
+            self._change.notify_all()
+
+
+def _nobody() -> None:
+    """Nobody to wake: the job has not been submitted."""
+
+
+def choose(jobs: Sequence[Job], logits: torch.Tensor) -> list[int | None]:
+    """Sample the next token of each job from logits (B, V); None for the jobs that look at their logits themselves."""
+    greedy = [job.sampler.greedy and not job.shaped for job in jobs]
+    best: list[int] = logits.argmax(-1).tolist() if any(greedy) else [0] * len(jobs)
+    return [
+        token if plain else None if job.shaped else job.sampler(logits[row])
+        for row, (job, token, plain) in enumerate(zip(jobs, best, greedy, strict=True))
+    ]
+
+
+def _end_tokens(model: LoadedModel) -> frozenset[int]:
+    """Ids that end an answer: those of the generation settings, and the tokenizer's end of text."""
+    ids = model.generation_config.eos_token_id
+    listed = ids if isinstance(ids, list) else [ids]
+    return frozenset(token for token in [*listed, model.tokenizer.eos_token_id] if token is not None)
+
+
+def _timed_out(job: Job) -> RequestTimeoutError:
+    return RequestTimeoutError(
+        f"the answer was stopped by timeout={job.request.timeout} s after {len(job.tokens)} tokens.",
+        hint="Raise timeout, lower max_tokens, or use a cheaper tier.",
+    )

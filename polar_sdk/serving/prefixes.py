@@ -1,0 +1,84 @@
+"""Shared starts of prompts: full pages of keys and values that later requests may use instead of computing them again.
+
+A page is good for another request only where the tenant, the program and every token up to the page's end are the same.
+Tenants never share, so that neither bill nor timing of one tells of another's prompts. Knows rows and pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from polar_sdk.engine.pages import PAGE
+
+if TYPE_CHECKING:
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.rows import Row
+    from polar_sdk.requests import Request
+
+__all__ = ["PrefixCache"]
+
+_Key = bytes
+"""A hash over tenant, program and all tokens up to the end of the page."""
+
+
+class PrefixCache:
+    """Pages kept after their request, least recently used first out. Used by the scheduler's thread alone."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._kept: OrderedDict[_Key, list[int]] = OrderedDict()
+        self._pages = 0
+
+    def lend(self, request: Request, row: Row) -> int:
+        """Give a new row the longest kept start of its prompt; returns its tokens, 0 where there is none.
+
+        At least one token of the prompt is left to run, since its logits are needed.
+        """
+        blocks = []
+        for key in self._keys(request, len(request.tokens) - 1):
+            if key not in self._kept:
+                break
+            self._kept.move_to_end(key)
+            blocks.append(self._kept[key])
+        if blocks:
+            row.pages.adopt(blocks)
+        return len(blocks) * PAGE
+
+    def keep(self, request: Request, row: Row, share: float) -> None:
+        """Keep the full pages of a prompt that has run, up to a share of all pages."""
+        pool = self._decoder.pool
+        room = int(share * pool.size)
+        if row.stopped:
+            return  # a loop was stopped in it: not what another request would compute
+        for number, key in enumerate(self._keys(request, len(request.tokens))):
+            block = row.pages.blocks[number]
+            if key in self._kept:
+                continue
+            if len(block) > room:
+                return
+            self._evict(room - len(block))
+            pool.share(block)
+            self._kept[key] = list(block)
+            self._pages += len(block)
+
+    def make_room(self, promised: int) -> None:
+        """Let go of so many pages that those promised to running jobs are there."""
+        self._evict(self._decoder.pool.size - promised)
+
+    def _evict(self, most: int) -> None:
+        while self._pages > most and self._kept:
+            _, block = self._kept.popitem(last=False)
+            self._decoder.pool.release(block)
+            self._pages -= len(block)
+
+    def _keys(self, request: Request, tokens: int) -> list[_Key]:
+        """One key per full page of the first `tokens` tokens, each a hash over the key before it."""
+        key = hashlib.sha256(repr((request.tenant, request.route.program.text)).encode()).digest()
+        keys = []
+        for start in range(0, tokens - PAGE + 1, PAGE):
+            key = hashlib.sha256(key + array("q", request.tokens[start : start + PAGE]).tobytes()).digest()
+            keys.append(key)
+        return keys

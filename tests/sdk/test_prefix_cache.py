@@ -1,0 +1,78 @@
+"""Shared starts of prompts: the same answer for less compute, never across tenants or programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from polar_sdk.serving import Limits
+from polar_sdk.testing import tiny_model
+
+if TYPE_CHECKING:
+    from polar_sdk.model import PolarModel
+
+START = "You are a careful assistant. " * 6  # 174 tokens: two full pages
+
+
+@pytest.fixture
+def model() -> PolarModel:
+    return tiny_model()
+
+
+def test_a_shared_start_is_cached_and_changes_no_answer(model: PolarModel) -> None:
+    first = model.generate(START + "one", max_tokens=8)
+    second = model.generate(START + "two", max_tokens=8)
+    again = tiny_model().generate(START + "two", max_tokens=8)
+    assert (first.usage.tokens.cached, second.usage.tokens.cached) == (0, 128)
+    assert second.token_ids == again.token_ids
+    assert second.usage.tokens.input == again.usage.tokens.input
+    assert second.usage.flops.layers_prefill < again.usage.flops.layers_prefill
+    cost = model.loaded.decoder.cost
+    program = model.policy.tiers["standard"].program
+    assert second.usage.flops == cost.request(program, again.usage.tokens.input, 8, cached=128)
+
+
+def test_a_whole_prompt_is_never_taken_from_the_cache(model: PolarModel) -> None:
+    text = "x" * 128
+    model.generate(text, template="raw", max_tokens=2)
+    again = model.generate(text, template="raw", max_tokens=2)
+    assert again.usage.tokens.input == 128
+    assert again.usage.tokens.cached == 64  # the last token has to run for its logits
+
+
+@pytest.mark.parametrize("other", [{"tenant": "globex"}, {"program": "0-1 3-5"}, {"compute": "economy"}])
+def test_nothing_is_shared_across_tenants_or_programs(model: PolarModel, other: dict[str, str]) -> None:
+    model.generate(START, max_tokens=2, tenant="acme")
+    assert model.generate(START, max_tokens=2, **{"tenant": "acme", **other}).usage.tokens.cached == 0  # type: ignore[arg-type]
+
+
+def test_a_share_of_zero_turns_it_off(model: PolarModel) -> None:
+    model.scheduler.limits = Limits(prefix_share=0)
+    model.generate(START, max_tokens=2)
+    assert model.generate(START, max_tokens=2).usage.tokens.cached == 0
+
+
+def test_the_least_recently_used_start_goes_first() -> None:
+    page = 2 * 2 * 64 * 12 * 4
+    model = tiny_model(kv_memory=6 * page * 12)
+    model.scheduler.limits = Limits(prefix_share=0.5)
+    pool = model.loaded.decoder.pool
+    program = "0-5"
+    for letter in "abcdef":  # two pages per layer each, of which six stay
+        model.generate(letter * 140, template="raw", program=program, max_tokens=2)
+    assert pool.size - pool.free <= pool.size // 2
+    assert model.generate("a" * 140, template="raw", program=program, max_tokens=2).usage.tokens.cached == 0
+    assert model.generate("f" * 140, template="raw", program=program, max_tokens=2).usage.tokens.cached == 128
+
+
+def test_kept_pages_make_room_for_running_requests() -> None:
+    page = 2 * 2 * 64 * 12 * 4
+    model = tiny_model(kv_memory=6 * page * 4)
+    model.scheduler.limits = Limits(prefix_share=1.0)
+    for letter in "abc":
+        done = model.generate(letter * 180, template="raw", program="0-5", max_tokens=40)
+        assert (
+            done.token_ids
+            == tiny_model().generate(letter * 180, template="raw", program="0-5", max_tokens=40).token_ids
+        )

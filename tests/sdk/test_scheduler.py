@@ -1,0 +1,217 @@
+"""Many callers, one engine: the same answers as alone, fairness, bounds, cancellation, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from polar_sdk.errors import CacheMemoryError, QueueFullError
+from polar_sdk.policy import Policy
+from polar_sdk.serving import Limits
+from polar_sdk.testing import tiny_model
+from polar_sdk.usage import ListSink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from polar_sdk.generation import Generation
+    from polar_sdk.model import PolarModel
+
+PROGRAMS = ["0-5", "0-1 3-5", "0-1 3x2 4-5", "0 2-5", "0-1 2~2 4-5"]
+LONG = 200
+
+
+def run_together(calls: Sequence[Callable[[], Generation]]) -> list[Generation]:
+    """Call all from threads of their own, begun together."""
+    found: dict[int, Generation] = {}
+    begin = threading.Barrier(len(calls))
+
+    def run(index: int, call: Callable[[], Generation]) -> None:
+        begin.wait()
+        found[index] = call()
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[index] for index in range(len(calls))]
+
+
+def all_pages_are_back(model: PolarModel) -> bool:
+    pool = model.loaded.decoder.pool
+    model.scheduler.prefixes.make_room(pool.size)
+    return pool.free == pool.size
+
+
+def test_callers_in_threads_get_what_they_would_get_alone() -> None:
+    # No guard: whether a random layer's second visit breaches may hang on the last bit of a sum.
+    model, alone = (tiny_model(policy=Policy.permissive()) for _ in range(2))
+    prompts = [
+        (f"{number} " + "word " * (1 + 7 * number), PROGRAMS[number % len(PROGRAMS)], 5 + number)
+        for number in range(12)
+    ]
+    calls = [partial(model.generate, text, program=program, max_tokens=most) for text, program, most in prompts]
+    together = run_together(calls)
+    for done, (text, program, most) in zip(together, prompts, strict=True):
+        expected = alone.generate(text, program=program, max_tokens=most)
+        assert done.token_ids == expected.token_ids
+        assert done.usage.flops == expected.usage.flops
+    assert all_pages_are_back(model)
+
+
+async def test_more_asyncio_callers_than_the_loop_has_threads() -> None:
+    model = tiny_model()
+    done = await asyncio.gather(*[model.agenerate(f"caller {number}", max_tokens=4) for number in range(50)])
+    expected = [tiny_model().generate(f"caller {number}", max_tokens=4).text for number in (0, 49)]
+    assert [done[0].text, done[49].text] == expected
+
+
+def test_long_prompts_run_in_chunks_beside_those_who_decode() -> None:
+    model, alone = tiny_model(context_window=2048), tiny_model(context_window=2048)
+    model.scheduler.limits = Limits(beside=9, alone=30)
+    texts = ["a" * 1200, "b", "c" * 510, "d" * 31]
+    together = run_together([partial(model.generate, text, max_tokens=20) for text in texts])
+    for done, text in zip(together, texts, strict=True):
+        expected = alone.generate(text, max_tokens=20)
+        assert done.token_ids == expected.token_ids
+        # What a request costs does not depend on who else was served.
+        assert (
+            done.usage.flops
+            == expected.usage.flops
+            == model.cost(done.usage.program, prompt=done.usage.tokens.input, output=20)
+        )
+        assert done.usage.visits.prefill[0] == -(-done.usage.tokens.input // 512)
+
+
+def test_rows_beyond_the_limit_wait_for_their_turn() -> None:
+    model = tiny_model()
+    model.scheduler.limits = Limits(max_rows=2)
+    done = model.generate_batch([f"prompt {number}" for number in range(7)], max_tokens=5)
+    alone = tiny_model()
+    assert [one.text for one in done] == [alone.generate(f"prompt {number}", max_tokens=5).text for number in range(7)]
+
+
+def test_a_full_queue_refuses_and_computes_nothing() -> None:
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+    model.scheduler.limits = Limits(max_waiting=3)
+    with pytest.raises(QueueFullError, match="4 more do not fit the limit of 3") as caught:
+        model.generate_batch(["a", "b", "c", "d"], max_tokens=2)
+    assert caught.value.retryable
+    assert [record.flops.total for record in sink.records] == [0] * 4
+    assert {record.error for record in sink.records} == {"QueueFullError"}
+    assert model.generate("a", max_tokens=2).finish_reason
+
+
+def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
+    """One tenant floods the queue; another's single request does not wait for all of it."""
+    order: list[str] = []
+
+    class Order(ListSink):
+        def emit(self, record):  # type: ignore[no-untyped-def]
+            order.append(record.tenant)
+            super().emit(record)
+
+    model = tiny_model(sink=Order())
+    model.scheduler.limits = Limits(max_rows=1)
+    gate = threading.Event()
+
+    class Held:
+        def is_set(self) -> bool:
+            gate.wait(60)
+            return False
+
+    first = threading.Thread(target=lambda: model.generate("x", max_tokens=2, tenant="flood", cancel=Held()))
+    first.start()
+    flood = threading.Thread(
+        target=lambda: model.generate_batch(["y"] * 6, max_tokens=2, tenant="flood"),
+    )
+    flood.start()
+    while len(model.scheduler) < 7:
+        pass
+    single = threading.Thread(target=lambda: model.generate("z", max_tokens=2, tenant="quiet"))
+    single.start()
+    while len(model.scheduler) < 8:
+        pass
+    gate.set()
+    for thread in (first, flood, single):
+        thread.join()
+    assert "quiet" in order[:3]
+
+
+def test_a_row_that_fails_fails_alone() -> None:
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+
+    class Broken:
+        looks = 0
+
+        def is_set(self) -> bool:
+            self.looks += 1
+            if self.looks > 3:
+                raise RuntimeError("the caller's cancel is broken")
+            return False
+
+    def broken() -> Generation | None:
+        with pytest.raises(RuntimeError, match="cancel is broken"):
+            model.generate("a", max_tokens=LONG, cancel=Broken())
+        return None
+
+    _, other = run_together([broken, lambda: model.generate("b", max_tokens=30)])  # type: ignore[list-item]
+    assert other.token_ids == tiny_model().generate("b", max_tokens=30).token_ids
+    assert sorted(record.outcome for record in sink.records) == ["completed", "error"]
+    assert all_pages_are_back(model)
+
+
+def test_what_can_never_fit_is_refused_and_the_next_is_served() -> None:
+    sink = ListSink()
+    model = tiny_model(sink=sink, kv_memory=6 * 2 * 2 * 64 * 12 * 4 * 2)  # two pages of 64 tokens for each layer
+    with pytest.raises(CacheMemoryError, match=r"MiB are set aside\. Shorten the prompt"):
+        model.generate("a" * 200, max_tokens=100)
+    assert sink.records[0].flops.total == 0
+    assert model.generate("a" * 50, max_tokens=20).usage.tokens.input > 50
+    assert all_pages_are_back(model)
+
+
+def test_memory_is_promised_before_a_row_is_let_in() -> None:
+    """Room for one request at a time: all are served, one after another, and none breaks off."""
+    model = tiny_model(kv_memory=6 * 2 * 2 * 64 * 12 * 4 * 2)
+    done = model.generate_batch(["a" * 60, "b" * 60, "c" * 60], max_tokens=50)
+    alone = tiny_model()
+    assert [one.token_ids for one in done] == [alone.generate(letter * 60, max_tokens=50).token_ids for letter in "abc"]
+
+
+def test_an_abandoned_stream_stops_and_is_recorded() -> None:
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+    stream = model.stream("hello", max_tokens=LONG)
+    next(stream)
+    del stream
+    gc.collect()
+    (record,) = sink.records
+    assert record.outcome == "cancelled"
+    assert record.tokens.output <= 5
+    assert all_pages_are_back(model)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_serves_too() -> None:
+    model = tiny_model()
+    expected = model.generate("hello", max_tokens=4).text
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # pragma: no cover  (another process)
+        os.write(write, model.generate("hello", max_tokens=4).text.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as answer:
+        assert answer.read().decode() == expected
+    assert os.waitpid(child, 0)[1] == 0
