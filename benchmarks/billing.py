@@ -39,13 +39,14 @@ BATCH = 1_000
 TENANTS = 10
 DAYS = 90
 START = datetime(2026, 9, 1, tzinfo=UTC)
+STEP = timedelta(days=DAYS) / 1_000_000
+"""Between two requests: a million in 90 days, some 15 for each tenant, tier and hour."""
 TIERS = ("economy", "standard", "premium")
 PATHS = (tuple(range(30)), tuple(range(0, 30, 2)), (*range(12), *[15, 15], *range(18, 30)))
 
 
-def records(count: int, *, first: int = 0, span: timedelta = timedelta(days=DAYS)) -> list[UsageRecord]:
+def records(count: int, *, first: int = 0, step: timedelta = STEP) -> list[UsageRecord]:
     """Records of ten tenants on three tiers, in order of time, a 30-layer model each."""
-    step = span / max(count, 1)
     return [
         usage_record(
             tenant=f"tenant-{n % TENANTS}",
@@ -54,14 +55,14 @@ def records(count: int, *, first: int = 0, span: timedelta = timedelta(days=DAYS
             layers=30,
             prompt=100 + n % 50,
             output=20 + n % 30,
-            started_at=START + (n - first) * step,
+            started_at=START + n * step,
         )
         for n in range(first, first + count)
     ]
 
 
 def entries(made: list[UsageRecord], book: PriceBook) -> list[Entry]:
-    rated = [(record, rate(record, book)) for record in made]
+    rated = [(record, rate(record, book, counterfactuals=False)) for record in made]
     return [Entry(record, "polar", book, rating.cost, rating.unrated) for record, rating in rated]
 
 
@@ -181,12 +182,7 @@ def _query(file: Path, events: int, figures: dict[str, Any]) -> None:
     book = PriceBook.example()
     with Ledger(str(file)) as ledger:
         for first in range(0, events, BATCH):
-            span = timedelta(days=DAYS) * BATCH / events
-            made = records(BATCH, span=span)
-            moved = [
-                record.model_copy(update={"started_at": record.started_at + span * (first // BATCH)}) for record in made
-            ]
-            ledger.append_many(entries(moved, book))
+            ledger.append_many(entries(records(BATCH, first=first, step=timedelta(days=DAYS) / events), book))
         for name, rollups in (("usage_rollup_ms", True), ("usage_raw_ms", False)):
             took, requests = querying(ledger, rollups=rollups)
             figures[name] = round(took, 1)

@@ -19,7 +19,7 @@ from polar_billing.known import find_known, groups_of
 from polar_billing.rollups import add_to_rollups
 from polar_billing.rows import receipt_to_raw, to_raw
 from polar_billing.schema import price_book_table, receipt_table, usage_table
-from polar_billing.storage import PrunedUsage, StoredUsage, content_hash
+from polar_billing.storage import PrunedUsage, StoredUsage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -51,7 +51,7 @@ def store_entries(connection: Connection, entries: Sequence[Entry]) -> list[Stor
     books = _missing_books(connection, {entry.book.content_hash: entry.book for entry in entries})
     tenants = {entry.record.tenant for entry in entries}
     heads = chain.lock_heads(connection, tenants | {chain.NO_TENANT} if books else tenants)
-    asked = [(entry.identity, content_hash(entry.record), entry) for entry in entries]
+    asked = [(entry.identity, entry.content_hash, entry) for entry in entries]
     known = find_known(connection, groups_of(identity for identity, _, _ in asked))
     fresh: dict[tuple[str, str, str], Fresh] = {}
     for identity, digest, entry in asked:

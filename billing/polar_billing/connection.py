@@ -30,7 +30,11 @@ __all__ = ["Database"]
 BUSY_TIMEOUT_MS: Final = 10_000
 """How long a writer waits for its turn before the ledger counts as locked. Unit: milliseconds."""
 
+PATIENCE_S: Final = 60.0
+"""How long a transaction waits for its turn where there is no spool to fall back on. Unit: seconds."""
+
 _WRITES: Final = "polar_writes"
+_WAITS: Final = "polar_waits_s"
 
 
 class Database:
@@ -104,11 +108,12 @@ class Database:
                 yield connection
 
     @contextmanager
-    def writing(self, *, keep: bool = True) -> Iterator[Connection]:
+    def writing(self, *, keep: bool = True, patience_s: float = BUSY_TIMEOUT_MS / 1000) -> Iterator[Connection]:
         """A transaction that holds the write lock from its beginning; durable when the block has ended.
 
         Args:
             keep: False to take everything back at the end.
+            patience_s: How long to wait for other processes that write a SQLite file. Unit: seconds.
 
         Raises:
             StoreError: The database cannot be opened or written; nothing was stored in part.
@@ -117,7 +122,7 @@ class Database:
         engine = self.engine
         turn = self._writing if self.is_sqlite else nullcontext()
         with turn, self._translated(), engine.connect() as plain:
-            connection = plain.execution_options(**{_WRITES: True})
+            connection = plain.execution_options(**{_WRITES: True, _WAITS: patience_s})
             with connection.begin() as transaction:
                 yield connection
                 if not keep:
@@ -188,24 +193,25 @@ def _begin_sqlite(connection: Connection) -> None:
     driver: Any = connection.connection.driver_connection
     driver.execute("PRAGMA busy_timeout = 0")
     try:
-        _take_turn(driver)
+        _take_turn(driver, connection.get_execution_options()[_WAITS])
     finally:
         driver.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
 
 
-def _take_turn(driver: Any) -> None:
-    """Begin a write transaction, waiting as patiently as every other process that waits.
+def _take_turn(driver: Any, patience_s: float) -> None:
+    """Begin a write transaction, asking the more often the longer it waits.
 
-    SQLite's own waiting asks ever more rarely the longer it lasts, so that among many writers the newest wins and one
-    may never have its turn.
+    SQLite's own waiting asks ever more rarely, so that among many writers the newest wins and one may never have its
+    turn. Here the one that has waited longest is the likeliest to be next.
     """
-    deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    begun = time.monotonic()
     while True:
         try:
             driver.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            waited = time.monotonic() - begun
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > patience_s:
                 raise
-            time.sleep(random.uniform(0.001, 0.006))
+            time.sleep(random.uniform(0.001, 0.006) / (1 + 2 * waited))
         else:
             return

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from polar_billing import pending, recovery, store_errors
 from polar_billing.append import store_entries
-from polar_billing.connection import Database
+from polar_billing.connection import BUSY_TIMEOUT_MS, PATIENCE_S, Database
 from polar_billing.errors import ConflictError, SchemaVersionError, StoreReadOnlyError
 from polar_billing.known import joined
 from polar_billing.location import default_file, describe, resolve, sqlite_file
@@ -115,9 +115,9 @@ class Ledger(LedgerStorage):
             raise store_errors.translate(error.orig, self.url) from error
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def _writing(self, patience_s: float = BUSY_TIMEOUT_MS / 1000) -> Iterator[Connection]:
         self._prepare()
-        with self._database.writing() as connection:
+        with self._database.writing(patience_s=patience_s) as connection:
             yield connection
 
     @contextmanager
@@ -128,7 +128,7 @@ class Ledger(LedgerStorage):
             StoreError: The ledger cannot be written; nothing of the block was stored.
         """
         pending.drain(self.identity)
-        with self._writing() as connection:
+        with self._writing(PATIENCE_S) as connection:
             yield connection
 
     @contextmanager

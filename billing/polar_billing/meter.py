@@ -51,6 +51,8 @@ __all__ = ["Meter", "open_meter", "receipt_of"]
 DEFAULT_SOURCE: Final = "polar"
 SPOOL_LIMIT: Final = 100_000
 """Records that may wait in the spool before `check` refuses requests."""
+GATHER_S: Final = 0.005
+"""Where nobody waits for the commit, it waits this long for more records, and for the answer to be on its way."""
 _CHECK_EVERY_S: Final = 1.0
 """A ledger that took records this lately is not tried again before a request."""
 
@@ -87,8 +89,11 @@ class Meter(UsageSink):
         self.source = source
         self._budgets = Budgets(self.ledger) if isinstance(self.ledger, Ledger) else None
         asynchronous = durability != "sync" and not sync and isinstance(self.ledger, Ledger)
-        self._writer = Writer(self.ledger) if asynchronous and isinstance(self.ledger, Ledger) else None
         self._waits = durability != "spool"
+        gather_s = 0.0 if self._waits else GATHER_S
+        self._writer = (
+            Writer(self.ledger, gather_s=gather_s) if asynchronous and isinstance(self.ledger, Ledger) else None
+        )
         self._spool_limit = spool_limit
         self._checked_at = float("-inf")
         self._prices = prices
@@ -171,12 +176,13 @@ class Meter(UsageSink):
             StoreError: The record could not be stored. Where there is a spool it is kept there all the same.
         """
         book = self.price_book
-        rating = rate(record, book)
+        rating = rate(record, book, counterfactuals=False)
+        receipt = receipt_of(record, book, rating)  # before the thread that stores wants the interpreter as well
         stored = self._store(self.entry(record, rating))
         if stored is not None and stored.price_book_hash != book.content_hash:
             book = self._older_book(stored.price_book_hash)  # a replay, first rated under another book
-            rating = rate(record, book)
-        return receipt_of(record, book, rating)
+            return receipt_of(record, book, rate(record, book, counterfactuals=False))
+        return receipt
 
     def emit_many(self, records: Iterable[UsageRecord]) -> list[StoredUsage | ConflictError]:
         """Store many records and their receipts in one transaction, committed when this returns.
@@ -195,7 +201,7 @@ class Meter(UsageSink):
     def entry(self, record: UsageRecord, rating: Rating | None = None) -> Entry:
         """A record with what its receipt says, as the ledger takes it."""
         book = self.price_book
-        rating = rating or rate(record, book)
+        rating = rating or rate(record, book, counterfactuals=False)
         cost = rating.cost
         if cost is not None:
             to_units(cost)  # one that does not fit is told here, to the caller it belongs to
@@ -250,7 +256,7 @@ class Meter(UsageSink):
 
 def receipt_of(record: UsageRecord, book: PriceBook, rating: Rating) -> dict[str, Any]:
     """What a request cost, JSON-like; the lines sum to the cost to the last of its 12 decimals."""
-    rounded = rating.rounded()
+    rounded = rating.rounded
     lines = [
         _line(line.item.name, line.quantity, line.item.unit, line.unit_price, amount)
         for line, amount in zip(rating.lines, rounded.amounts, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.money import EXACT_SCALE, STORED_SCALE, RoundedLines, from_scaled, round_lines, to_scaled
@@ -83,8 +83,7 @@ class ChargeLine:
     @property
     def exact(self) -> int:
         """The amount in units of 10^-30 of the currency."""
-        price = _unit_price_units(self.unit_price)
-        return self.count * price * int(10 ** (EXACT_SCALE - UNIT_PRICE_SCALE - self.item.decimals))
+        return self.count * _exact_per_count(self.unit_price, self.item.decimals)
 
     @property
     def quantity(self) -> Decimal:
@@ -105,6 +104,7 @@ class Rating:
     unrated: str | None = None
     """Why there is no price; then there are no lines, and the cost is unknown rather than 0."""
 
+    @cached_property
     def rounded(self) -> RoundedLines:
         """The lines rounded to the 12 decimals of a receipt, their residue and their total."""
         return round_lines([line.exact for line in self.lines], STORED_SCALE)
@@ -112,7 +112,7 @@ class Rating:
     @property
     def cost(self) -> Decimal | None:
         """The cost with 12 decimals, None where unrated. Unit: currency units."""
-        return None if self.unrated is not None else self.rounded().total
+        return None if self.unrated is not None else self.rounded.total
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,13 @@ class Rate:
     multiplier: Decimal
 
 
-def rate(record: UsageRecord, book: PriceBook) -> Rating:
+def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) -> Rating:
     """Price one usage record by the entry in force for its tenant when it was served.
 
     Args:
         record: The facts.
         book: The prices.
+        counterfactuals: False to leave them out, where a request waits for its receipt.
 
     Returns:
         Charge lines, or a reason why the use is unrated: no price at that time, or none for that tier.
@@ -170,9 +171,12 @@ def rate(record: UsageRecord, book: PriceBook) -> Rating:
     if record.outcome in book.free_outcomes:
         free = free_lines(counts, entry, str(record.outcome))
         return Rating(book.currency, lines=free, per_token_lines=_per_token(counts, entry, Decimal(0)))
+    lines = charge_lines(counts, entry, found.multiplier)
+    if not counterfactuals:
+        return Rating(book.currency, lines)
     return Rating(
         currency=book.currency,
-        lines=charge_lines(counts, entry, found.multiplier),
+        lines=lines,
         full_depth_lines=charge_lines(replace(counts, flops=record.identity_flops), entry, found.multiplier),
         per_token_lines=_per_token(counts, entry, Decimal(1)),
     )
@@ -198,13 +202,16 @@ def rate_in(entry: PriceEntry, tier: str | None, book: PriceBook) -> Rate | str:
 
 def charge_lines(counts: Counts, entry: PriceEntry, multiplier: Decimal) -> tuple[ChargeLine, ...]:
     """One line for each item that the entry has a price for."""
-    return tuple(
-        ChargeLine(item, count, multiply(price, multiplier))
-        for (item, count), price in zip(
-            zip(ITEMS.values(), counts.by_item.values(), strict=True), entry.components.values(), strict=True
-        )
-        if price is not None
-    )
+    quantities = tuple(counts.by_item.values())
+    priced = _priced(tuple(entry.components.values()), multiplier)
+    return tuple(ChargeLine(item, quantities[place], unit_price) for place, item, unit_price in priced)
+
+
+@lru_cache(maxsize=1024)  # a book has few prices, a report many requests
+def _priced(prices: tuple[Decimal | None, ...], multiplier: Decimal) -> tuple[tuple[int, Item, Decimal], ...]:
+    """Place among `ITEMS`, item and unit price of everything that has a price."""
+    pairs = enumerate(zip(ITEMS.values(), prices, strict=True))
+    return tuple((place, item, multiply(price, multiplier)) for place, (item, price) in pairs if price is not None)
 
 
 def free_lines(counts: Counts, entry: PriceEntry, outcome: str) -> tuple[ChargeLine, ...]:
@@ -226,7 +233,7 @@ def _per_token(counts: Counts, entry: PriceEntry, multiplier: Decimal) -> tuple[
     return tuple(ChargeLine(item, count, multiply(price, multiplier)) for item, count, price in priced)
 
 
-@lru_cache(maxsize=1024)  # a book has few prices, a report many requests
+@lru_cache(maxsize=1024)
 def multiply(price: Decimal, multiplier: Decimal) -> Decimal:
     """Price × multiplier, exact whatever the decimal context of the thread."""
     scaled = to_scaled(price, STORED_SCALE) * to_scaled(multiplier, 6)
@@ -234,5 +241,6 @@ def multiply(price: Decimal, multiplier: Decimal) -> Decimal:
 
 
 @lru_cache(maxsize=1024)
-def _unit_price_units(unit_price: Decimal) -> int:
-    return to_scaled(unit_price, UNIT_PRICE_SCALE)
+def _exact_per_count(unit_price: Decimal, decimals: int) -> int:
+    """What one counted unit costs, in units of 10^-30."""
+    return to_scaled(unit_price, UNIT_PRICE_SCALE) * int(10 ** (EXACT_SCALE - UNIT_PRICE_SCALE - decimals))

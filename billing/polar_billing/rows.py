@@ -39,7 +39,7 @@ def to_raw(stored: StoredUsage, digest: str) -> tuple[Any, ...]:
         record.router_version,
         record.tier,
         record.program,
-        record.outcome.value,
+        str(record.outcome),
         record.finish_reason,
         record.error,
         tokens.input,
@@ -61,6 +61,7 @@ def to_raw(stored: StoredUsage, digest: str) -> tuple[Any, ...]:
         record.queue_ns,
         record.prefill_ns,
         record.decode_ns,
+        record.loops_stopped,
     )
 
 
@@ -96,6 +97,7 @@ def from_row(row: Row[Any]) -> StoredUsage:
             router=row.flops_router,
             total=row.flops_total,
         ),
+        loops_stopped=row.loops_stopped,
         flops_formula=row.flops_formula,
         identity_flops=row.identity_flops,
         kv_bytes_peak=row.kv_bytes_peak,

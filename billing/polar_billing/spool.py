@@ -28,7 +28,7 @@ from pydantic_core import to_json
 
 from polar_billing.location import sqlite_file
 from polar_billing.price_book import PriceBook
-from polar_billing.storage import Entry, canonical_json
+from polar_billing.storage import Entry
 from polar_sdk.usage import UsageRecord, new_request_id
 
 try:
@@ -148,7 +148,7 @@ def _line(content: bytes) -> bytes:
 def _entry_json(entry: Entry) -> bytes:
     cost = None if entry.cost is None else f"{entry.cost:f}"
     receipt = to_json({"by": entry.book.content_hash, "cost": cost, "source": entry.source, "unrated": entry.unrated})
-    return receipt[:-1] + b',"record":' + canonical_json(entry.record) + b"}"
+    return receipt[:-1] + b',"record":' + entry.canonical + b"}"
 
 
 class Spool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, Self
 
 from pydantic_core import to_json
@@ -112,6 +113,16 @@ class Entry:
         """What it is stored once by: tenant, source, request id."""
         return (self.record.tenant, self.source, self.record.request_id)
 
+    @cached_property
+    def canonical(self) -> bytes:
+        """The record's canonical JSON; made once, for the spool and for the hash."""
+        return canonical_json(self.record)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over it, hexadecimal."""
+        return hashlib.sha256(self.canonical).hexdigest()
+
 
 class LedgerStorage(ABC):
     """An append-only store of usage records and receipts. Safe to call from several threads.
@@ -201,9 +212,11 @@ def canonical_json(record: UsageRecord) -> bytes:
     """A record as compact JSON with sorted keys.
 
     Written out in order, because sorting it anew would cost more than all the rest of metering; a test holds it to
-    the record's own fields.
+    the record's own fields. A field that records of version 1 of the ledger did not have is absent while it is 0, so
+    that their replays keep their hash.
     """
     tokens, visits, flops = record.tokens, record.visits, record.flops
+    added = {"loops_stopped": record.loops_stopped} if record.loops_stopped else {}
     return to_json(
         {
             "decode_ns": record.decode_ns,
@@ -222,9 +235,10 @@ def canonical_json(record: UsageRecord) -> bytes:
             "flops_formula": record.flops_formula,
             "identity_flops": record.identity_flops,
             "kv_bytes_peak": record.kv_bytes_peak,
+            **added,
             "model": record.model,
             "model_fingerprint": record.model_fingerprint,
-            "outcome": record.outcome.value,
+            "outcome": str(record.outcome),
             "prefill_ns": record.prefill_ns,
             "program": record.program,
             "queue_ns": record.queue_ns,

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from polar_billing import pending
@@ -43,7 +43,9 @@ class Ticket:
     """A record on its way."""
 
     entry: Entry
-    done: threading.Event = field(default_factory=threading.Event)
+    turn: threading.Condition
+    """Of the writer, notified after each commit: making an event for every record costs more than hashing it."""
+    done: bool = False
     stored: StoredUsage | None = None
     """As stored; None while it waits in the spool."""
     error: BillingError | None = None
@@ -55,7 +57,8 @@ class Ticket:
             ConflictError: The ledger holds this request with other content.
             StoreError: It could not be stored, and will not be by waiting.
         """
-        self.done.wait()
+        with self.turn:
+            self.turn.wait_for(lambda: self.done)
         if self.error is not None:
             raise self.error
         return self.stored
@@ -67,11 +70,13 @@ class Writer:
     Args:
         ledger: Where to.
         capacity: Most records waiting; who hands over more waits for room.
+        gather_s: How long a commit waits for more records. Unit: seconds.
     """
 
-    def __init__(self, ledger: Ledger, *, capacity: int = 10_000) -> None:
+    def __init__(self, ledger: Ledger, *, capacity: int = 10_000, gather_s: float = 0.0) -> None:
         self._ledger = ledger
         self._capacity = capacity
+        self._gather_s = gather_s
         self._folder: Path | None = spool_folder(ledger.url)
         self._fresh()
         pending.register(ledger.identity, self)
@@ -84,6 +89,8 @@ class Writer:
         self._storing = threading.Lock()
         self._queue: list[Ticket] = []
         self._busy = False
+        self._hurry = False
+        """Somebody waits for everything to be stored."""
         self._thread: threading.Thread | None = None
         self._spool = None if self._folder is None else Spool(self._folder)
         self._segment: Segment | None = None
@@ -110,16 +117,18 @@ class Writer:
             Their tickets, and whether they survive the end of this process already.
         """
         self._mine()
-        tickets = [Ticket(entry) for entry in entries]
+        tickets = [Ticket(entry, self._turn) for entry in entries]
         with self._turn:
             while len(self._queue) >= self._capacity:
                 self._turn.wait()
             safe = self._write_down(entries)
+            idle = not self._queue
             self._queue += tickets
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="polar-meter", daemon=True)
                 self._thread.start()
-            self._turn.notify_all()
+            if idle:
+                self._turn.notify_all()
         return tickets, safe
 
     def _write_down(self, entries: list[Entry]) -> bool:
@@ -143,7 +152,7 @@ class Writer:
             except BaseException as error:  # whatever happened, nobody may wait forever
                 _log.exception("storing usage failed")
                 told = StoreError(f"ledger {self._ledger.location!r} failed ({error!r}).")
-                self._put_aside([ticket for ticket in tickets if not ticket.done.is_set()], segment, told)
+                self._put_aside([ticket for ticket in tickets if not ticket.done], segment, told)
             with self._turn:
                 self._busy = False
                 self._turn.notify_all()
@@ -157,6 +166,8 @@ class Writer:
                 self._thread = None
                 return None
             self._busy = True
+            if self._gather_s:
+                self._turn.wait_for(lambda: self._hurry or len(self._queue) >= _AT_ONCE, self._gather_s)
             tickets, self._queue = self._queue, []
             segment, self._segment = self._segment, None
             self._turn.notify_all()
@@ -172,7 +183,7 @@ class Writer:
                 self._commit(tickets[start : start + _AT_ONCE])
         except StoreError as error:
             self.failure, self.failed_at = error, time.monotonic()
-            self._put_aside([ticket for ticket in tickets if not ticket.done.is_set()], segment, error)
+            self._put_aside([ticket for ticket in tickets if not ticket.done], segment, error)
             return
         self.failure, self.succeeded_at = None, time.monotonic()
         if segment is not None and self._spool is not None:
@@ -186,7 +197,7 @@ class Writer:
                 ticket.error = answer
             else:
                 ticket.stored = answer
-            ticket.done.set()
+        self._finish(tickets)
 
     def _put_aside(self, tickets: list[Ticket], segment: Segment | None, error: StoreError) -> None:
         """Keep records on the disk. Who waits for them hears of a failure that will not pass by itself."""
@@ -201,14 +212,19 @@ class Writer:
         self.kept_records += len(tickets)
         for ticket in tickets:
             ticket.error = None if error.retryable else error
-            ticket.done.set()
+        self._finish(tickets)
 
-    @staticmethod
-    def _fail(tickets: list[Ticket], error: StoreError) -> None:
-        for ticket in tickets:
-            if not ticket.done.is_set():
-                ticket.error = error
-                ticket.done.set()
+    def _fail(self, tickets: list[Ticket], error: StoreError) -> None:
+        waiting = [ticket for ticket in tickets if not ticket.done]
+        for ticket in waiting:
+            ticket.error = error
+        self._finish(waiting)
+
+    def _finish(self, tickets: list[Ticket]) -> None:
+        with self._turn:
+            for ticket in tickets:
+                ticket.done = True
+            self._turn.notify_all()
 
     def _store_kept(self) -> None:
         """Store what an earlier failure left, of this process and, once, of processes that have ended."""
@@ -256,8 +272,11 @@ class Writer:
         if self._process != os.getpid() or threading.current_thread() is self._thread:
             return
         with self._turn:
+            self._hurry = True
+            self._turn.notify_all()
             while self._queue or self._busy:
                 self._turn.wait()
+            self._hurry = False
 
     def close(self) -> None:
         """Drain, try once more to store what was kept, and leave no empty file behind."""

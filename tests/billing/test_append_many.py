@@ -46,7 +46,10 @@ slow = settings(max_examples=15, deadline=None, suppress_health_check=[HealthChe
 @given(records)
 @slow
 def test_the_content_hash_covers_every_field_of_a_record(record: UsageRecord) -> None:
-    text = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    content = record.model_dump(mode="json")
+    if not content["loops_stopped"]:  # which records of version 1 did not have
+        del content["loops_stopped"]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert content_hash(record) == hashlib.sha256(text.encode()).hexdigest()
 
 

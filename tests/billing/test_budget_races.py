@@ -43,29 +43,20 @@ import os, random, signal, sys
 from datetime import UTC, datetime
 from polar_billing.meter import Meter
 from polar_billing.testing import usage_record
-from polar_sdk.errors import BudgetExceededError, PolarError
+from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
 url, prices, worker, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 meter = Meter(url, prices=prices)
 AT, CU = datetime(2026, 11, 15, 12, tzinfo=UTC), 10**12
 chance = random.Random(worker)
 
-def patiently(call, *arguments):
-    # On a busy host a SQLite file may be locked for longer than a writer waits; nothing is stored then, so try again.
-    while True:
-        try:
-            return call(*arguments)
-        except PolarError as error:
-            if not error.retryable:
-                raise
-
 def reserve(name, flops, tags):
     offers = (Offer(tier="standard", program="0-5", flops_bound=flops),)
-    patiently(meter.reserve, UsageBound(request_id=name, tenant="acme", tags=tags, tokens_input=10,
-                                        tokens_output_max=10, offers=offers, at=AT))
+    meter.reserve(UsageBound(request_id=name, tenant="acme", tags=tags, tokens_input=10, tokens_output_max=10,
+                             offers=offers, at=AT))
 
 def emit(name, flops, tags):
-    patiently(meter.emit, usage_record(name, tags=tags, started_at=AT, flops=FlopUsage(head=flops, total=flops)))
+    meter.emit(usage_record(name, tags=tags, started_at=AT, flops=FlopUsage(head=flops, total=flops)))
 """
 RACE = (
     COMMON
@@ -80,7 +71,7 @@ for n in range(count):
         refused += 1
         continue
     if chance.random() < 0.1:
-        patiently(meter.release, "acme", name)
+        meter.release("acme", name)
         continue
     emit(name, chance.randint(most // 4, most), tags)
     served += 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import Column, ForeignKey, Index, Integer, String, Table, Text, UniqueConstraint
+from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, String, Table, Text, UniqueConstraint
 
 from polar_billing.columns import IntegerList, ScaledDecimal, TextMap, UtcMicroseconds
 from polar_billing.schema.base import SERIAL, append_only, count, metadata
@@ -78,6 +78,7 @@ usage_table: Final = Table(
     count("queue_ns"),
     count("prefill_ns"),
     count("decode_ns"),
+    Column("loops_stopped", BigInteger, nullable=False, server_default="0"),  # since version 2
     UniqueConstraint("tenant", "source", "request_id", name="polar_usage_once"),
     Index("polar_usage_by_tenant", "tenant", "started_at"),
     Index("polar_usage_by_time", "started_at"),

@@ -215,6 +215,7 @@ CREATE TABLE polar_usage (
 	queue_ns BIGINT NOT NULL,
 	prefill_ns BIGINT NOT NULL,
 	decode_ns BIGINT NOT NULL,
+	loops_stopped BIGINT DEFAULT '0' NOT NULL,
 	CONSTRAINT polar_usage_once UNIQUE (tenant, source, request_id)
 );
 CREATE TABLE polar_usage_hour (
@@ -510,6 +511,7 @@ CREATE TABLE polar_usage (
 	queue_ns BIGINT NOT NULL,
 	prefill_ns BIGINT NOT NULL,
 	decode_ns BIGINT NOT NULL,
+	loops_stopped BIGINT DEFAULT '0' NOT NULL,
 	PRIMARY KEY (seq),
 	CONSTRAINT polar_usage_once UNIQUE (tenant, source, request_id)
 );

@@ -1,4 +1,4 @@
-"""Schema version 2: hash chain, double entry, retention, rollups, budgets, statements.
+"""Schema version 2: hash chain, double entry, retention, rollups, budgets, statements, loops stopped.
 
 Up keeps every row of version 1, links all of it in the order it was stored, and sums it up by hour. Down drops what
 version 2 added, and refuses while that holds what version 1 has no place for.
@@ -46,6 +46,7 @@ def upgrade() -> None:
     """Add the tables, and fill those that follow from what is there."""
     connection = op.get_bind()
     metadata.create_all(connection, tables=[table for table in metadata.sorted_tables if table.name not in _OLD])
+    _run(connection, "ALTER TABLE polar_usage ADD COLUMN loops_stopped BIGINT DEFAULT '0' NOT NULL")
     for name, column in _PRUNED.items():
         _let_pruned_go(connection, name, column)
     for subject in ("price_book", "usage"):
@@ -116,8 +117,14 @@ def downgrade() -> None:
                 f"table {table.name!r} holds rows, which schema version 1 has no place for.",
                 hint="Go back to a backup instead.",
             )
+    if connection.execute(text("SELECT count(*) FROM polar_usage WHERE loops_stopped > 0")).scalar_one():
+        raise SchemaVersionError(
+            "column 'polar_usage.loops_stopped' holds counts, which schema version 1 has no place for.",
+            hint="Go back to a backup instead.",
+        )
     for name in _PRUNED:
         _let_none_go(connection, name)
+    _run(connection, "ALTER TABLE polar_usage DROP COLUMN loops_stopped")
     metadata.drop_all(connection, tables=added)
     _forget_version(connection)
 
