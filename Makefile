@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help install demo test test-fast check format model bench-engine clean
+.PHONY: help install demo test test-fast check format model bench-engine bench-billing router clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; name another with make PYTHON=python3"; exit 1; }
@@ -52,6 +52,9 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, which it builds first
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.engine
+
+bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
+	$(BIN)/python benchmarks/billing.py
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out

@@ -10,6 +10,7 @@ PolarError
 │   ├── LogitsHookError                   a logits hook that returns no usable logits
 │   └── CacheMemoryError (MemoryError)    its keys and values do not fit the memory set aside for them
 ├── RequestTimeoutError (TimeoutError)    the request ran longer than its `timeout`; retryable
+├── BudgetExceededError                   a budget has no room for the request; exit code 3
 ├── QueueFullError                        too many requests wait already; retryable
 ├── ProgramError (ValueError)             a program that cannot or may not run
 │   ├── ProgramSyntaxError                the text form does not parse
@@ -42,9 +43,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from polar_sdk.usage import UsageRecord
 
 __all__ = [
+    "BudgetExceededError",
     "CacheMemoryError",
     "CompileError",
     "ContextWindowError",
@@ -86,7 +90,7 @@ class PolarError(Exception):
     Attributes:
         hint: What the user can do about it, or None where the message says all.
         retryable: True where the same call may succeed later without a change.
-        exit_code: What the command `polar` exits with: 2 for the caller's mistake, 1 otherwise.
+        exit_code: What the command `polar` exits with: 2 for the caller's mistake, 3 over a budget, 1 otherwise.
     """
 
     retryable: bool = False
@@ -150,6 +154,40 @@ class RequestTimeoutError(PolarError, TimeoutError):
     def __init__(self, message: str, *, hint: str | None = None, usage: UsageRecord | None = None) -> None:
         super().__init__(message, hint=hint)
         self.usage = usage
+
+
+class BudgetExceededError(PolarError):
+    """A request was refused before it computed anything, because a budget has no room for it.
+
+    Attributes:
+        level: Whose budget it is: tenant, project, user or key.
+        name: Of the project, user or key; of the tenant itself on its own level.
+        limit: The budget, exact decimal as text. Unit: `unit`.
+        remaining: What is neither spent nor held, exact decimal as text; negative where more was spent. Unit: `unit`.
+        needed: What the cheapest offer could have used at most, exact decimal as text. Unit: `unit`.
+        unit: A currency's code, or `CU`.
+        resets_at: When the budget's next window begins, in its own time zone.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        level: str | None = None,
+        name: str | None = None,
+        limit: str | None = None,
+        remaining: str | None = None,
+        needed: str | None = None,
+        unit: str | None = None,
+        resets_at: datetime | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.level, self.name, self.unit = level, name, unit
+        self.limit, self.remaining, self.needed = limit, remaining, needed
+        self.resets_at = resets_at
 
 
 class ProgramError(PolarError, ValueError):

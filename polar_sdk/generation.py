@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
+from polar_sdk.admission import admit
 from polar_sdk.engine.logprobs import TokenLogprobs
 from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.program import Program
@@ -86,12 +87,14 @@ def answer(
 
     Raises:
         SinkError: Before compute, if usage could not be recorded.
+        BudgetExceededError: Before compute, if a budget has no room for one of them; then none runs.
         QueueFullError: Too many requests wait already.
         CacheMemoryError: A request does not fit the memory for keys and values.
         RequestTimeoutError: The time of a request is up; the record of every request is stored by then.
     """
     sink.check()
     ended: SimpleQueue[Job] = SimpleQueue()
+    requests = admit(requests, model.decoder.cost, sink)
     jobs = [Job(request, model, guard=guard, ended=ended.put) for request in requests]
     with _Recorder(jobs, sink) as recorder:
         model.scheduler.submit(jobs)
@@ -112,6 +115,7 @@ def stream(
         As `answer`.
     """
     sink.check()
+    (request,) = admit([request], model.decoder.cost, sink)
     job = Job(request, model, guard=guard, ahead=_AHEAD)
     with _Recorder([job], sink) as recorder:
         model.scheduler.submit([job])

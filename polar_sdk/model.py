@@ -213,6 +213,7 @@ class PolarModel(Diagnostics):
             InvalidRequestError: Or one of its kinds, before any compute.
             ProgramError: The program may not run.
             RequestTimeoutError: The answer took longer than `timeout`.
+            BudgetExceededError: A budget has no room for it; raised before any compute.
             SinkError: Usage cannot be recorded; raised before any compute.
         """
         return self._all([self._maker.make(prompt, options)])[0]

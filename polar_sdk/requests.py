@@ -104,6 +104,8 @@ class Request:
     """Time allowed from creation on; None = any. Unit: seconds."""
     logits_hook: LogitsHook | None = None
     logprobs: int | None = None
+    tiers: Mapping[str, Program] = field(default_factory=dict)
+    """Programs of the policy's tiers, of which a sink with budgets may choose a cheaper one; see `admission`."""
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     created_ns: int = field(default_factory=time.perf_counter_ns)
     """Monotonic time of creation, for queue time and timeout. Unit: nanoseconds."""
@@ -166,6 +168,7 @@ class RequestMaker:
             timeout=_timeout(options.get("timeout")),
             logits_hook=_hook(options.get("logits_hook")),
             logprobs=_logprobs(options.get("logprobs")),
+            tiers={name: one.program for name, one in self.policy.tiers.items()},
         )
 
     def make_batch(

@@ -1,8 +1,8 @@
-"""The one meeting point of engine and billing: the usage record, and the sink it is handed to.
+"""The one meeting point of engine and billing: the usage record, its bound beforehand, and the sink both go to.
 
 Facts only: no prices, no torch, no framework. Old records can therefore be rated again under another price
 book. Everything a record counts is work that was really executed; a cancelled or failed request is counted up
-to the last layer it finished.
+to the last layer it finished. A bound says before a request runs what it can use at most.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ __all__ = [
     "FlopUsage",
     "ListSink",
     "NullSink",
+    "Offer",
     "Outcome",
     "Receipt",
     "TokenUsage",
+    "UsageBound",
     "UsageRecord",
     "UsageSink",
     "VisitUsage",
@@ -176,10 +178,43 @@ class UsageRecord(_Facts):
         return self.identity_flops - self.flops.total
 
 
+class Offer(_Facts):
+    """One program that a request may be served with, and what it uses at most."""
+
+    tier: Name | None = None
+    """The tier it stands for; None where a program or a router was named instead."""
+    program: str
+    """Canonical text of the program."""
+    flops_bound: NonNegative
+    """FLOPs if the answer takes all its tokens, those of the router included. Unit: FLOPs."""
+
+
+class UsageBound(_Facts):
+    """What a request can use at most, exact before it computes anything."""
+
+    request_id: Name
+    tenant: Name
+    tags: Mapping[str, str] = Field(default_factory=dict)
+    tokens_input: NonNegative
+    """Prompt tokens, chat template included."""
+    tokens_output_max: NonNegative
+    """Most tokens of the answer."""
+    offers: Annotated[tuple[Offer, ...], Field(min_length=1)]
+    """In order of preference: first what was asked for, then cheaper ones, the cheapest last."""
+    at: AwareDatetime
+    """Service time, UTC: `started_at` of the record to come."""
+
+    @field_validator("at")
+    @classmethod
+    def _to_utc(cls, value: datetime) -> datetime:
+        return value.astimezone(UTC)
+
+
 class UsageSink(ABC):
     """Where usage records go: a meter, a log file, a list in a test.
 
-    Implementations must be safe to call from several threads.
+    Implementations must be safe to call from several threads. For each request the engine calls `reserve` before it
+    computes, and then once `emit`, however the request ends, or `release` where it never began.
     """
 
     def check(self) -> None:  # noqa: B027  (a sink without preconditions need not override it)
@@ -187,6 +222,27 @@ class UsageSink(ABC):
 
         Raises:
             SinkError: The store is missing, read-only or full.
+        """
+
+    def reserve(self, bound: UsageBound) -> int:
+        """Say which of its offers a request may be served with; called before the request computes anything.
+
+        A sink with budgets holds what the offer can use at most until `emit` or `release`. This one has none.
+
+        Returns:
+            Index of the offer to serve.
+
+        Raises:
+            BudgetExceededError: No offer fits what is left.
+            SinkError: That cannot be found out now.
+        """
+        return 0
+
+    def release(self, tenant: str, request_id: str) -> None:  # noqa: B027
+        """Give back what `reserve` held for a request that never began; where nothing is held, nothing happens.
+
+        Raises:
+            SinkError: The store cannot do it now; the hold then ends when it expires.
         """
 
     @abstractmethod

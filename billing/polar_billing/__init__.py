@@ -13,17 +13,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from polar_billing.budgets.budget import Budget, Level, OverBudget
+    from polar_billing.budgets.keeper import Budgets
     from polar_billing.errors import (
         AmountError,
         BillingError,
+        BudgetError,
         ConflictError,
         CurrencyMixError,
+        LedgerUnsoundError,
         LedgerUrlError,
         MissingExtraError,
         OutputError,
         PeriodError,
         PriceBookError,
         QueryError,
+        RecordRefusedError,
         SchemaVersionError,
         StoreDamagedError,
         StoreError,
@@ -32,33 +37,65 @@ if TYPE_CHECKING:
         StoreNotFoundError,
         StoreReadOnlyError,
         StoreUnavailableError,
+        UnbalancedError,
     )
     from polar_billing.ledger import Ledger
     from polar_billing.meter import Meter, open_meter
-    from polar_billing.periods import ALL_TIME, Period
+    from polar_billing.periods import ALL_TIME, Period, Window
+    from polar_billing.postings import Account, Line, balances, post
     from polar_billing.price_book import PriceBook
+    from polar_billing.pricing.bound import Quote, quote
     from polar_billing.query import UsageRow, usage_rows
     from polar_billing.rating import Rating, rate
     from polar_billing.render_csv import report_csv, usage_csv
     from polar_billing.render_html import report_html
     from polar_billing.report import Report, build_report
+    from polar_billing.statements import (
+        Agreement,
+        CreditNote,
+        IssuedStatement,
+        Repriced,
+        Statement,
+        StatementLine,
+        add_book,
+        credit_note,
+        credit_notes,
+        draft_statement,
+        issue_statement,
+        issued_statements,
+        lines_of_usage,
+        recheck,
+        reprice,
+        usage_of_line,
+    )
     from polar_billing.storage import ALL_TENANTS, LedgerStorage, Selection, StoredUsage
+    from polar_billing.verify import Verification, verify_ledger
 
 _HOMES: Final = {
+    "budgets.budget": "Budget Level OverBudget",
+    "budgets.keeper": "Budgets",
     "errors": (
-        "AmountError BillingError ConflictError CurrencyMixError LedgerUrlError MissingExtraError "
-        "OutputError PeriodError PriceBookError QueryError SchemaVersionError StoreDamagedError StoreError "
-        "StoreFullError StoreLockedError StoreNotFoundError StoreReadOnlyError StoreUnavailableError"
+        "AmountError BillingError BudgetError ConflictError CurrencyMixError LedgerUnsoundError "
+        "LedgerUrlError MissingExtraError OutputError PeriodError PriceBookError QueryError "
+        "RecordRefusedError SchemaVersionError StoreDamagedError StoreError StoreFullError StoreLockedError "
+        "StoreNotFoundError StoreReadOnlyError StoreUnavailableError UnbalancedError"
     ),
     "ledger": "Ledger",
     "meter": "Meter open_meter",
-    "periods": "ALL_TIME Period",
+    "periods": "ALL_TIME Period Window",
+    "postings": "Account Line balances post",
     "price_book": "PriceBook",
+    "pricing.bound": "Quote quote",
     "query": "UsageRow usage_rows",
     "rating": "Rating rate",
     "render_csv": "report_csv usage_csv",
     "render_html": "report_html",
     "report": "Report build_report",
+    "verify": "Verification verify_ledger",
+    "statements": (
+        "Agreement CreditNote IssuedStatement Repriced Statement StatementLine add_book credit_note credit_notes "
+        "draft_statement issue_statement issued_statements lines_of_usage recheck reprice usage_of_line"
+    ),
     "storage": "ALL_TENANTS LedgerStorage Selection StoredUsage",
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -66,25 +103,41 @@ _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in name
 __all__ = [
     "ALL_TENANTS",
     "ALL_TIME",
+    "Account",
+    "Agreement",
     "AmountError",
     "BillingError",
+    "Budget",
+    "BudgetError",
+    "Budgets",
     "ConflictError",
+    "CreditNote",
     "CurrencyMixError",
+    "IssuedStatement",
     "Ledger",
     "LedgerStorage",
+    "LedgerUnsoundError",
     "LedgerUrlError",
+    "Level",
+    "Line",
     "Meter",
     "MissingExtraError",
     "OutputError",
+    "OverBudget",
     "Period",
     "PeriodError",
     "PriceBook",
     "PriceBookError",
     "QueryError",
+    "Quote",
     "Rating",
+    "RecordRefusedError",
     "Report",
+    "Repriced",
     "SchemaVersionError",
     "Selection",
+    "Statement",
+    "StatementLine",
     "StoreDamagedError",
     "StoreError",
     "StoreFullError",
@@ -93,14 +146,31 @@ __all__ = [
     "StoreReadOnlyError",
     "StoreUnavailableError",
     "StoredUsage",
+    "UnbalancedError",
     "UsageRow",
+    "Verification",
+    "Window",
+    "add_book",
+    "balances",
     "build_report",
+    "credit_note",
+    "credit_notes",
+    "draft_statement",
+    "issue_statement",
+    "issued_statements",
+    "lines_of_usage",
     "open_meter",
+    "post",
+    "quote",
     "rate",
+    "recheck",
     "report_csv",
     "report_html",
+    "reprice",
     "usage_csv",
+    "usage_of_line",
     "usage_rows",
+    "verify_ledger",
 ]
 
 

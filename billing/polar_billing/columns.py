@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic_core import to_json
 from sqlalchemy import BigInteger, Dialect, Text
 from sqlalchemy.types import TypeDecorator
 
@@ -18,13 +19,56 @@ from polar_billing.errors import AmountError
 from polar_billing.money import STORED_SCALE, from_scaled, to_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["IntegerList", "ScaledDecimal", "TextMap", "UtcMicroseconds"]
+__all__ = [
+    "IntegerList",
+    "ScaledDecimal",
+    "TextMap",
+    "UtcMicroseconds",
+    "to_list_text",
+    "to_map_text",
+    "to_microseconds",
+    "to_units",
+]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+"""Reading multiplies by it; writing counts without it, which is quicker."""
 _INT64_MAX: Final = 2**63 - 1
+_WIDE: Final = Context(prec=100)
+"""Digits enough for any amount that fits; one that does not is found by comparing."""
+
+
+def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:
+    """Count the units of 10^-scale in an amount.
+
+    Raises:
+        AmountError: It is not finite, too fine or too large to be kept exactly.
+    """
+    units = int(value.scaleb(scale, _WIDE)) if value.is_finite() else None
+    if units is None or from_scaled(units, scale) != value:
+        units = to_scaled(value, scale)  # says what is wrong
+    if abs(units) > _INT64_MAX:
+        limit = from_scaled(_INT64_MAX, scale)
+        raise AmountError(f"amount {value:f} is beyond the ledger's limit of {limit:f}.", hint="Split it.")
+    return units
+
+
+def to_microseconds(value: datetime) -> int:
+    """Count the microseconds since 1970-01-01T00:00Z, in integers."""
+    since = value - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+
+
+def to_list_text(value: Sequence[int]) -> str:
+    """Write integers as a compact JSON array."""
+    return to_json(value).decode()
+
+
+def to_map_text(value: Mapping[str, str]) -> str:
+    """Write a mapping as compact JSON with sorted keys."""
+    return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 class ScaledDecimal(TypeDecorator[Decimal]):
@@ -42,13 +86,7 @@ class ScaledDecimal(TypeDecorator[Decimal]):
 
     def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> int | None:
         """Count the units, or refuse."""
-        if value is None:
-            return None
-        units = to_scaled(value, self.scale)
-        if abs(units) > _INT64_MAX:
-            limit = from_scaled(_INT64_MAX, self.scale)
-            raise AmountError(f"amount {value:f} is beyond the ledger's limit of {limit:f}.", hint="Split it.")
-        return units
+        return None if value is None else to_units(value, self.scale)
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> Decimal | None:
         """Give the Decimal back, digit for digit."""
@@ -63,7 +101,7 @@ class UtcMicroseconds(TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
         """Count the microseconds, in integers."""
-        return None if value is None else (value - _EPOCH) // _MICROSECOND
+        return None if value is None else to_microseconds(value)
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
         """Give the UTC datetime back."""
@@ -78,7 +116,7 @@ class IntegerList(TypeDecorator[tuple[int, ...]]):
 
     def process_bind_param(self, value: tuple[int, ...] | None, dialect: Dialect) -> str | None:
         """Write the JSON array."""
-        return None if value is None else json.dumps(value, separators=(",", ":"))
+        return None if value is None else to_list_text(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[int, ...] | None:
         """Read the JSON array."""
@@ -93,9 +131,7 @@ class TextMap(TypeDecorator["Mapping[str, str]"]):
 
     def process_bind_param(self, value: Mapping[str, str] | None, dialect: Dialect) -> str | None:
         """Write the JSON object."""
-        if value is None:
-            return None
-        return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return None if value is None else to_map_text(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> dict[str, str] | None:
         """Read the JSON object."""

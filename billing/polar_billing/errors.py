@@ -4,23 +4,28 @@ BillingError (PolarError)
 ├── StoreError (SinkError)                 the ledger's store cannot do it now; exit code 1
 │   ├── StoreNotFoundError                 no such folder, file or database
 │   ├── StoreReadOnlyError                 the store may be read but not written
+│   ├── RecordRefusedError                 content that the database cannot hold
 │   ├── StoreFullError                     no room for another record
 │   ├── StoreLockedError                   another process holds the store; retryable
 │   ├── StoreDamagedError                  not a database, or a damaged one
 │   ├── StoreUnavailableError              the database server does not answer; retryable
 │   └── SchemaVersionError                 written by another version of polar-llm
 ├── ConflictError (SinkError, ValueError)  a request id used again with other content
+├── LedgerUnsoundError                     a ledger or a receipt that is not as it was written
 ├── LedgerUrlError (ValueError)            a ledger URL that names no supported store
 ├── AmountError (ValueError)               not finite, too fine or too large to be kept exactly
+├── UnbalancedError (ValueError)           the lines of a transaction that do not sum to zero
 ├── PriceBookError (ValueError)            a price book that is missing or malformed
+├── BudgetError (ValueError)               a budget that is malformed, or none of that name
 ├── PeriodError (ValueError)               a month, date or time zone that does not parse
 ├── QueryError (ValueError)                a question about usage that cannot be answered as asked
 │   └── CurrencyMixError                   amounts of several currencies in one sum
 ├── OutputError (OSError)                  a report cannot be written where it was asked for
 └── MissingExtraError (ImportError)        an optional dependency is not installed
 
-The store errors and the conflict are sink errors too, so the engine fails closed on them without knowing this
-package. This module knows no SQL: `store_errors` decides which database failure is which of these.
+A request that a budget has no room for raises `polar_sdk.errors.BudgetExceededError`, which callers can catch without
+this package. The store errors and the conflict are sink errors too, so the engine fails closed on them without knowing
+this package. This module knows no SQL: `store_errors` decides which database failure is which of these.
 """
 
 from __future__ import annotations
@@ -30,14 +35,17 @@ from polar_sdk.errors import PolarError, SinkError
 __all__ = [
     "AmountError",
     "BillingError",
+    "BudgetError",
     "ConflictError",
     "CurrencyMixError",
+    "LedgerUnsoundError",
     "LedgerUrlError",
     "MissingExtraError",
     "OutputError",
     "PeriodError",
     "PriceBookError",
     "QueryError",
+    "RecordRefusedError",
     "SchemaVersionError",
     "StoreDamagedError",
     "StoreError",
@@ -46,6 +54,7 @@ __all__ = [
     "StoreNotFoundError",
     "StoreReadOnlyError",
     "StoreUnavailableError",
+    "UnbalancedError",
 ]
 
 
@@ -63,6 +72,10 @@ class StoreNotFoundError(StoreError):
 
 class StoreReadOnlyError(StoreError):
     """The ledger may be read but not written."""
+
+
+class RecordRefusedError(StoreError):
+    """The database cannot hold the content of a record; others are not affected."""
 
 
 class StoreFullError(StoreError):
@@ -95,6 +108,10 @@ class ConflictError(BillingError, SinkError, ValueError):
     exit_code = 2
 
 
+class LedgerUnsoundError(BillingError):
+    """A ledger that was changed past this package, or a receipt that does not agree with it."""
+
+
 class LedgerUrlError(BillingError, ValueError):
     """A ledger URL that names no supported store."""
 
@@ -107,8 +124,20 @@ class AmountError(BillingError, ValueError):
     exit_code = 2
 
 
+class UnbalancedError(BillingError, ValueError):
+    """A transaction whose lines do not sum to zero; nothing was booked."""
+
+    exit_code = 2
+
+
 class PriceBookError(BillingError, ValueError):
     """A price book that is missing, malformed or contradicts itself."""
+
+    exit_code = 2
+
+
+class BudgetError(BillingError, ValueError):
+    """A budget that is malformed, or that no tenant has."""
 
     exit_code = 2
 

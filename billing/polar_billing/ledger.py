@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -15,29 +15,33 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import ColumnElement, Connection, func, insert, inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
-from polar_billing import store_errors
-from polar_billing.connection import Database
+from polar_billing import pending, recovery, store_errors
+from polar_billing.append import store_entries
+from polar_billing.connection import BUSY_TIMEOUT_MS, PATIENCE_S, Database
 from polar_billing.errors import ConflictError, SchemaVersionError, StoreReadOnlyError
+from polar_billing.known import joined
 from polar_billing.location import default_file, describe, resolve, sqlite_file
 from polar_billing.price_book import PriceBook
-from polar_billing.rows import from_row, to_row
+from polar_billing.rows import from_row
 from polar_billing.schema import (
     SCHEMA_VERSION,
     metadata,
     price_book_table,
     probe_table,
-    receipt_table,
     usage_table,
     version_table,
 )
-from polar_billing.storage import AllTenants, LedgerStorage, Selection, StoredUsage, content_hash
+from polar_billing.storage import AllTenants, Entry, LedgerStorage, Selection
+from polar_billing.usage_sums import read_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
 
     from sqlalchemy import URL, Row, Select
 
     from polar_billing.rating import Rating
+    from polar_billing.storage import StoredUsage
+    from polar_billing.usage_sums import Sum
     from polar_sdk.usage import UsageRecord
 
 __all__ = ["Ledger"]
@@ -73,6 +77,12 @@ class Ledger(LedgerStorage):
         """The path of the file, or the URL without its password."""
         return describe(self.url)
 
+    @property
+    def identity(self) -> str:
+        """Tells ledgers apart within this process: the URL, or for one in memory the object."""
+        url = self.url.render_as_string(hide_password=False)
+        return f"{url}#{id(self)}" if self._database.in_memory else url
+
     def check(self) -> None:
         """Raise StoreError if a record could not be stored now.
 
@@ -89,35 +99,57 @@ class Ledger(LedgerStorage):
 
     def append(self, record: UsageRecord, *, source: str, book: PriceBook, rating: Rating) -> StoredUsage:
         """Store one record with its receipt; see `LedgerStorage.append`."""
-        self._prepare()
-        try:
-            stored = self._append(record, source, book, rating)
-        except IntegrityError:  # PostgreSQL: another session stored the same key or book since we looked
-            stored = self._append(record, source, book, rating)
-        self._known_books.add(book.content_hash)
+        (stored,) = self.append_many([Entry(record, source, book, rating.cost, rating.unrated)])
+        if isinstance(stored, ConflictError):
+            raise stored
         return stored
 
-    def _append(self, record: UsageRecord, source: str, book: PriceBook, rating: Rating) -> StoredUsage:
-        digest = content_hash(record)
-        with self._database.writing() as connection:
-            found = connection.execute(_one(record.tenant, source, record.request_id)).one_or_none()
-            if found is not None:
-                return _replayed(found, digest)
-            if book.content_hash not in self._known_books:
-                _store_book(connection, book)
-            now = datetime.now(UTC)
-            row = to_row(record, source=source, digest=digest, stored_at=now)
-            seq = connection.execute(insert(usage_table).values(row).returning(usage_table.c.seq)).scalar_one()
-            cost = rating.cost
-            receipt = {"price_book_hash": book.content_hash, "cost": cost, "unrated": rating.unrated}
-            connection.execute(insert(receipt_table).values(usage_seq=seq, **receipt))
-        return StoredUsage(seq, source, record, now, book.content_hash, cost, rating.unrated)
+    def append_many(self, entries: Sequence[Entry]) -> list[StoredUsage | ConflictError]:
+        """Store many records with their receipts in one transaction; see `LedgerStorage.append_many`."""
+        if not entries:
+            return []
+        try:
+            with self._writing() as connection:
+                return store_entries(connection, entries)
+        except IntegrityError as error:
+            raise store_errors.translate(error.orig, self.url) from error
+
+    @contextmanager
+    def _writing(self, patience_s: float = BUSY_TIMEOUT_MS / 1000) -> Iterator[Connection]:
+        self._prepare()
+        with self._database.writing(patience_s=patience_s) as connection:
+            yield connection
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A write transaction on the ledger, durable when the block has ended; for `post` and its like.
+
+        Raises:
+            StoreError: The ledger cannot be written; nothing of the block was stored.
+        """
+        pending.drain(self.identity)
+        with self._writing(PATIENCE_S) as connection:
+            yield connection
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the ledger throughout; for `balances` and its like.
+
+        Raises:
+            StoreError: The ledger cannot be read.
+        """
+        pending.drain(self.identity)
+        self._prepare()
+        with self._database.reading() as connection:
+            yield connection
 
     def read(self, selection: Selection, *, newest: int | None = None) -> Iterator[StoredUsage]:
         """Read usage in the order it was served; see `LedgerStorage.read`."""
+        pending.drain(self.identity)
+        recovery.recover_abandoned(self)
         if not self._has_tables():
             return
-        query = _joined().where(*_conditions(selection))
+        query = joined().where(*_conditions(selection))
         order = (usage_table.c.started_at, usage_table.c.seq)
         query = query.order_by(*order) if newest is None else query.order_by(*(column.desc() for column in order))
         tags = dict(selection.tags)
@@ -140,8 +172,17 @@ class Ledger(LedgerStorage):
             rows = connection.execute(query).all()
         yield from rows  # its one connection must be free while the caller works
 
+    def usage_sums(self, selection: Selection, *, hourly: bool, rollups: bool = True) -> Iterator[Sum]:
+        """Read usage added up; see `LedgerStorage.usage_sums`."""
+        pending.drain(self.identity)
+        recovery.recover_abandoned(self)
+        if self._has_tables():
+            with self._database.reading() as connection:
+                yield from read_sums(connection, selection, hourly=hourly, rollups=rollups)
+
     def price_books(self) -> dict[str, PriceBook]:
         """Every book that ever rated a record, by content hash."""
+        pending.drain(self.identity)
         if not self._has_tables():
             return {}
         with self._database.reading() as connection:
@@ -155,7 +196,6 @@ class Ledger(LedgerStorage):
 
     def _forget(self) -> None:
         self._prepared_file: tuple[int, int] | None = None
-        self._known_books: set[str] = set()
 
     def _file_identity(self) -> tuple[int, int]:
         """Which file the URL leads to now; the same for all that are no plain file."""
@@ -224,49 +264,34 @@ class Ledger(LedgerStorage):
                 first = {"version": SCHEMA_VERSION, "applied_at": datetime.now(UTC)}
                 connection.execute(insert(version_table).values(first))
 
-    def _version(self, connection: Connection) -> int | None:
+    @contextmanager
+    def unprepared(self) -> Iterator[Connection]:
+        """A write transaction on a ledger of any schema version, whose tables are as they are; for migrations.
+
+        Raises:
+            StoreError: The ledger cannot be written.
+        """
+        pending.drain(self.identity)
+        with self._database.writing() as connection:
+            yield connection
+
+    def stored_version(self, connection: Connection) -> int | None:
+        """The schema version of what is stored; None where there are no tables."""
         if not inspect(connection).has_table(version_table.name):
             return None
         version: int | None = connection.execute(select(func.max(version_table.c.version))).scalar()
-        if version != SCHEMA_VERSION:
-            raise SchemaVersionError(
-                f"ledger {self.location!r} has schema version {version}, not {SCHEMA_VERSION} as this polar-llm needs.",
-                hint="Use the polar-llm that made it, or name another ledger.",
-            )
         return version
 
-
-def _joined() -> Select[Any]:
-    receipt = receipt_table.c
-    return select(usage_table, receipt.price_book_hash, receipt.cost, receipt.unrated).join(
-        receipt_table, receipt.usage_seq == usage_table.c.seq
-    )
-
-
-def _one(tenant: str, source: str, request_id: str) -> Select[Any]:
-    usage = usage_table.c
-    return _joined().where(usage.tenant == tenant, usage.source == source, usage.request_id == request_id)
-
-
-def _replayed(row: Row[Any], digest: str) -> StoredUsage:
-    if row.content_hash != digest:
-        raise ConflictError(
-            f"request {row.request_id!r} of tenant {row.tenant!r} is in the ledger (seq {row.seq}) with other content.",
-            hint="Give every request an id of its own; the first record stands.",
+    def _version(self, connection: Connection) -> int | None:
+        version = self.stored_version(connection)
+        if version in {None, SCHEMA_VERSION}:
+            return version
+        assert version is not None
+        older = version < SCHEMA_VERSION
+        raise SchemaVersionError(
+            f"ledger {self.location!r} has schema version {version}, not {SCHEMA_VERSION} as this polar-llm needs.",
+            hint="Back it up, then run `polar migrate`." if older else "Use the polar-llm that made it.",
         )
-    return from_row(row)
-
-
-def _store_book(connection: Connection, book: PriceBook) -> None:
-    known = select(price_book_table.c.hash).where(price_book_table.c.hash == book.content_hash)
-    if connection.execute(known).first() is None:
-        values = {
-            "hash": book.content_hash,
-            "id": book.id,
-            "document": book.document,
-            "stored_at": datetime.now(UTC),
-        }
-        connection.execute(insert(price_book_table).values(values))
 
 
 def _conditions(selection: Selection) -> list[ColumnElement[bool]]:

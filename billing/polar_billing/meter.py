@@ -1,7 +1,19 @@
 """The meter: the sink that stores every usage record in a ledger and answers what it cost.
 
 The engine finds it through the entry point `polar_sdk.sinks`, so nobody imports this package to be metered.
-Knows neither the database nor how prices are applied.
+
+What has happened when `emit` returns is a choice, `durability`:
+
+* `commit`: the record is committed to the ledger and flushed to its disk, together with whatever other threads
+  emitted meanwhile. A power cut loses nothing that was answered. One emit waits as long as a commit takes.
+* `spool`: the record is in a file of the spool, in the operating system's hands, and a thread commits it within
+  milliseconds. The end of the process, SIGKILL included, loses nothing; a power cut or a crash of the operating
+  system may lose the last moments. A request id used again with other content is then found too late to raise: it
+  is logged, and kept in the spool. What the engine uses by default, because it costs a request next to nothing.
+* `sync`: committed by the calling thread itself, one at a time; no thread, no spool.
+
+Where the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice
+(but `sync`), and are stored exactly once when it is back. Knows neither the database nor how prices are applied.
 """
 
 from __future__ import annotations
@@ -9,26 +21,42 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Final
+import time
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
+from polar_billing.budgets.keeper import Budgets
+from polar_billing.columns import to_units
+from polar_billing.errors import ConflictError, StoreError
 from polar_billing.ledger import Ledger
 from polar_billing.location import resolve
 from polar_billing.money import from_scaled, plain
 from polar_billing.price_book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.rating import COMPUTE, rate
-from polar_billing.storage import LedgerStorage
+from polar_billing.storage import Entry, LedgerStorage
+from polar_billing.writer import Writer
 from polar_sdk.usage import UsageSink
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from decimal import Decimal
     from pathlib import Path
 
     from polar_billing.rating import Rating
-    from polar_sdk.usage import UsageRecord
+    from polar_billing.spool import SpoolStatus
+    from polar_billing.storage import StoredUsage
+    from polar_sdk.usage import UsageBound, UsageRecord
 
 __all__ = ["Meter", "open_meter", "receipt_of"]
 
 DEFAULT_SOURCE: Final = "polar"
+SPOOL_LIMIT: Final = 100_000
+"""Records that may wait in the spool before `check` refuses requests."""
+GATHER_S: Final = 0.005
+"""Where nobody waits for the commit, it waits this long for more records, and for the answer to be on its way."""
+_CHECK_EVERY_S: Final = 1.0
+"""A ledger that took records this lately is not tried again before a request."""
+
+Durability = Literal["commit", "spool", "sync"]
 
 
 class Meter(UsageSink):
@@ -41,6 +69,10 @@ class Meter(UsageSink):
         prices: A price book or its file; None for `POLAR_PRICE_BOOK` or the example book. Read once, at first
             use.
         source: Who meters; request ids are unique per (tenant, source).
+        durability: What has happened when `emit` returns; see the top of this module.
+        sync: Short for `durability="sync"`.
+        spool_limit: Records that may wait in the spool, while the ledger does not answer, before `check` refuses
+            requests; 0 to refuse them at once.
     """
 
     def __init__(
@@ -49,9 +81,21 @@ class Meter(UsageSink):
         *,
         prices: PriceBook | str | Path | None = None,
         source: str = DEFAULT_SOURCE,
+        durability: Durability = "commit",
+        sync: bool = False,
+        spool_limit: int = SPOOL_LIMIT,
     ) -> None:
         self.ledger = ledger if isinstance(ledger, LedgerStorage) else Ledger(ledger)
         self.source = source
+        self._budgets = Budgets(self.ledger) if isinstance(self.ledger, Ledger) else None
+        asynchronous = durability != "sync" and not sync and isinstance(self.ledger, Ledger)
+        self._waits = durability != "spool"
+        gather_s = 0.0 if self._waits else GATHER_S
+        self._writer = (
+            Writer(self.ledger, gather_s=gather_s) if asynchronous and isinstance(self.ledger, Ledger) else None
+        )
+        self._spool_limit = spool_limit
+        self._checked_at = float("-inf")
         self._prices = prices
         self._book: PriceBook | None = None
         self._older_books: dict[str, PriceBook] = {}
@@ -70,17 +114,57 @@ class Meter(UsageSink):
     def check(self) -> None:
         """Raise if a record could not be priced and stored now.
 
+        A ledger that took a record within the last second is not tried again. One that does not answer or is locked
+        is no reason to refuse while the spool has room.
+
         Raises:
             PriceBookError: The price book's file is missing or wrong.
-            StoreError: The ledger is missing, read-only, full, locked or damaged.
+            StoreError: The ledger is missing, read-only, full or damaged, or does not answer and the spool is full.
         """
         _ = self.price_book
-        self.ledger.check()
+        writer, now = self._writer, time.monotonic()
+        if writer is None:
+            self.ledger.check()
+            return
+        if writer.failure is None and now - max(self._checked_at, writer.succeeded_at) < _CHECK_EVERY_S:
+            return
+        if writer.failure is not None and now - writer.failed_at < _CHECK_EVERY_S:
+            self._tolerate(writer, writer.failure)
+            return
+        try:
+            self.ledger.check()
+        except StoreError as error:
+            writer.failed(error)
+            self._tolerate(writer, error)
+        else:
+            self._checked_at = now
+
+    def _tolerate(self, writer: Writer, error: StoreError) -> None:
+        if not error.retryable or not writer.has_spool or writer.kept_records >= self._spool_limit:
+            raise error
+
+    def reserve(self, bound: UsageBound) -> int:
+        """Hold what a request may use at most, in every budget that covers it; see `Budgets.reserve`.
+
+        Returns:
+            Index of the offer to serve.
+
+        Raises:
+            BudgetExceededError: No offer fits what is left.
+            StoreError: The ledger cannot say.
+        """
+        return 0 if self._budgets is None else self._budgets.reserve(bound, self.price_book, source=self.source)
+
+    def release(self, tenant: str, request_id: str) -> None:
+        """Give back what is held for a request that never began."""
+        if self._budgets is not None:
+            self._budgets.release(tenant, request_id, source=self.source)
 
     def emit(self, record: UsageRecord) -> dict[str, Any]:
-        """Store one record and its receipt; both are durable when this returns.
+        """Store one record and its receipt, as durably as `durability` says.
 
-        A record emitted again with the same content stores nothing and gets the receipt of the first time.
+        A record emitted again with the same content stores nothing and gets the receipt of the first time (where
+        `durability` is `spool`: the receipt by the prices in force, which the ledger may then disagree with).
 
         Returns:
             The receipt: cost as exact decimal text (None where unrated), currency, compute units, charge
@@ -88,15 +172,69 @@ class Meter(UsageSink):
 
         Raises:
             ConflictError: The ledger holds this request id of this tenant with other content.
-            StoreError: The record could not be stored.
+            AmountError: The cost is beyond what the ledger can hold.
+            StoreError: The record could not be stored. Where there is a spool it is kept there all the same.
         """
         book = self.price_book
-        rating = rate(record, book)
-        stored = self.ledger.append(record, source=self.source, book=book, rating=rating)
-        if stored.price_book_hash != book.content_hash:  # a replay, first rated under another book
-            book = self._older_book(stored.price_book_hash)
-            rating = rate(record, book)
-        return receipt_of(record, book, rating)
+        rating = rate(record, book, counterfactuals=False)
+        receipt = receipt_of(record, book, rating)  # before the thread that stores wants the interpreter as well
+        stored = self._store(self.entry(record, rating))
+        if stored is not None and stored.price_book_hash != book.content_hash:
+            book = self._older_book(stored.price_book_hash)  # a replay, first rated under another book
+            return receipt_of(record, book, rate(record, book, counterfactuals=False))
+        return receipt
+
+    def emit_many(self, records: Iterable[UsageRecord]) -> list[StoredUsage | ConflictError]:
+        """Store many records and their receipts in one transaction, committed when this returns.
+
+        For imports and for hosts that gather records themselves; some 1,000 at a time.
+
+        Returns:
+            For each record what is stored, or the conflict that kept it out.
+
+        Raises:
+            AmountError: A cost is beyond what the ledger can hold.
+            StoreError: The ledger could not take them; then none is stored, and none is in the spool.
+        """
+        return self.ledger.append_many([self.entry(record) for record in records])
+
+    def entry(self, record: UsageRecord, rating: Rating | None = None) -> Entry:
+        """A record with what its receipt says, as the ledger takes it."""
+        book = self.price_book
+        rating = rating or rate(record, book, counterfactuals=False)
+        cost = rating.cost
+        if cost is not None:
+            to_units(cost)  # one that does not fit is told here, to the caller it belongs to
+        return Entry(record, self.source, book, cost, rating.unrated)
+
+    def _store(self, entry: Entry) -> StoredUsage | None:
+        """Store one record; None where it is on its way."""
+        if self._writer is None:
+            (stored,) = self.ledger.append_many([entry])
+            if isinstance(stored, ConflictError):
+                raise stored
+            return stored
+        (ticket,), safe = self._writer.submit([entry])
+        return ticket.result() if self._waits or not safe else None
+
+    def flush(self) -> None:
+        """Return when every record emitted so far is in the ledger, or kept in the spool."""
+        if self._writer is not None:
+            self._writer.drain()
+
+    def recover(self) -> None:
+        """Store now what waits in the spool, also of processes that have ended.
+
+        Raises:
+            StoreError: The ledger cannot take it; nothing is lost.
+        """
+        if self._writer is not None:
+            self._writer.recover()
+
+    @property
+    def spool(self) -> SpoolStatus | None:
+        """What waits in the spool of this ledger; None where it has none."""
+        return None if self._writer is None else self._writer.status()
 
     def _older_book(self, content_hash: str) -> PriceBook:
         if content_hash not in self._older_books:
@@ -104,13 +242,21 @@ class Meter(UsageSink):
         return self._older_books[content_hash]
 
     def close(self) -> None:
-        """Release the ledger's connections; using the meter again opens new ones."""
+        """Store what is on its way and release the ledger's connections; using the meter again opens new ones."""
+        if self._writer is not None:
+            self._writer.close()
         self.ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def receipt_of(record: UsageRecord, book: PriceBook, rating: Rating) -> dict[str, Any]:
     """What a request cost, JSON-like; the lines sum to the cost to the last of its 12 decimals."""
-    rounded = rating.rounded()
+    rounded = rating.rounded
     lines = [
         _line(line.item.name, line.quantity, line.item.unit, line.unit_price, amount)
         for line, amount in zip(rating.lines, rounded.amounts, strict=True)
@@ -126,7 +272,7 @@ def receipt_of(record: UsageRecord, book: PriceBook, rating: Rating) -> dict[str
             }
         )
     return {
-        "cost": None if rating.cost is None else f"{rating.cost:f}",
+        "cost": None if rating.unrated is not None else f"{rounded.total:f}",
         "currency": rating.currency,
         "compute_units": f"{from_scaled(record.flops.total, COMPUTE.decimals):f}",
         "price_book": book.id,
@@ -154,6 +300,8 @@ _opening = threading.Lock()
 def open_meter(url: str | None = None) -> UsageSink:
     """The meter of a ledger; one per ledger and price book in a process, shared by all who ask for it.
 
+    Its `durability` is `spool`; see the top of this module for what that promises.
+
     Args:
         url: As for `Meter`.
 
@@ -163,7 +311,7 @@ def open_meter(url: str | None = None) -> UsageSink:
     key = (resolve(url).render_as_string(hide_password=False), os.environ.get(PRICE_BOOK_VARIABLE))
     with _opening:
         if key not in _open:
-            _open[key] = Meter(key[0])
+            _open[key] = Meter(key[0], durability="spool")
         return _open[key]
 
 

@@ -1,6 +1,6 @@
 """Half-open periods in a time zone: `since` belongs to the period, `until` to the next one.
 
-Consecutive months (or days) of one zone share their border instant, also where clocks change, so they
+Consecutive months, weeks or days of one zone share their border instant, also where clocks change, so they
 partition the time line: no record falls in two periods or in none. This module knows no usage.
 """
 
@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
+from enum import StrEnum
 from typing import Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from polar_billing.errors import PeriodError
 
-__all__ = ["ALL_TIME", "Period"]
+__all__ = ["ALL_TIME", "Period", "Window", "load_zone"]
 
 _MONTH: Final = re.compile(r"(\d{4})-(\d{2})")
+
+
+class Window(StrEnum):
+    """How long a period lasts that begins anew by the calendar of a zone."""
+
+    DAY = "day"
+    WEEK = "week"
+    """From Monday on, as ISO 8601 has it."""
+    MONTH = "month"
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,25 @@ class Period:
             zone,
         )
 
+    @classmethod
+    def containing(cls, moment: datetime, window: Window, zone: str = "UTC") -> Period:
+        """The day, week or month of a zone that an instant lies in; at both ends of the calendar it has no limit.
+
+        The borders are the instants at which a date begins for the first time. By them, and not by the local date of
+        the instant: where clocks go back over midnight a date comes, goes and comes again, and some dates do not
+        exist at all.
+
+        Raises:
+            PeriodError: No such zone.
+        """
+        first = _first_day(moment.astimezone(load_zone(zone)).date(), window)
+        borders = {border for steps in (-2, -1, 0, 1, 2) if (border := _border(first, window, steps, zone))}
+        return cls(
+            max((border for border in borders if border <= moment), default=None),
+            min((border for border in borders if border > moment), default=None),
+            zone,
+        )
+
     def local_date(self, moment: datetime) -> date:
         """The calendar day of an instant in the period's zone."""
         return moment.astimezone(load_zone(self.zone)).date()
@@ -99,6 +128,25 @@ def load_zone(name: str) -> ZoneInfo:
         raise PeriodError(
             f"time zone {name!r} is unknown.", hint="Use an IANA name like Europe/Berlin, or UTC."
         ) from error
+
+
+def _first_day(day: date, window: Window) -> date:
+    if window is Window.MONTH:
+        return day.replace(day=1)
+    return day - timedelta(days=day.weekday()) if window is Window.WEEK and day.toordinal() > day.weekday() else day
+
+
+def _border(first: date, window: Window, steps: int, zone: str) -> datetime | None:
+    """The instant that begins the window so many steps after the one of `first`; None beyond the calendar."""
+    try:
+        if window is Window.MONTH:
+            years, month = divmod(first.month - 1 + steps, 12)
+            day = date(first.year + years, month + 1, 1)
+        else:
+            day = first + timedelta(days=steps * (7 if window is Window.WEEK else 1))
+        return _midnight(day, zone)
+    except (OverflowError, ValueError):
+        return None
 
 
 def _midnight(day: date, zone: str) -> datetime:

@@ -13,133 +13,35 @@ import hashlib
 import json
 import os
 import tomllib
-from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import cached_property
 from importlib import resources
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, field_serializer, field_validator, model_validator
 
-from polar_billing.errors import PriceBookError
-from polar_billing.money import STORED_SCALE, currency_decimals
+from polar_billing.errors import AmountError, PriceBookError
+from polar_billing.money import STORED_SCALE, currency_decimals, to_scaled
+from polar_billing.pricing.entries import PriceEntry, TokenPrices, entry_at, timeline
+from polar_billing.pricing.fields import Checked, Name
+from polar_billing.pricing.plans import Credit, Customer, Plan, in_order
 from polar_sdk.usage import Outcome
 
-__all__ = ["PRICE_BOOK_VARIABLE", "PriceBook", "PriceEntry", "TokenPrices"]
+if TYPE_CHECKING:
+    from datetime import datetime
+
+__all__ = ["EXAMPLE_PLANS", "PRICE_BOOK_VARIABLE", "PriceBook", "PriceEntry", "TokenPrices"]
 
 PRICE_BOOK_VARIABLE: Final = "POLAR_PRICE_BOOK"
 EXAMPLE_BOOK: Final = "example_prices.toml"
+EXAMPLE_PLANS: Final = "example_plans.toml"
 _MOST_PROBLEMS: Final = 3
+_ADDED_LATER: Final = ("plans", "customers", "credits")
 
 
-def _no_bool(value: object) -> object:
-    if isinstance(value, (bool, float)):  # a float would bring binary digits in; TOML numbers arrive as Decimal
-        raise ValueError("must be a decimal number")
-    return value
-
-
-def _plain(value: Decimal) -> Decimal:
-    """Drop trailing zeros, so that 0.40 and 0.4 are one content and one hash."""
-    text = format(value, "f")  # not normalize(), which rounds to the thread's decimal context
-    return Decimal(text.rstrip("0").rstrip(".") or "0") if "." in text else value
-
-
-def _date_is_midnight_utc(value: object) -> object:
-    if isinstance(value, date) and not isinstance(value, datetime):
-        return datetime.combine(value, time(), UTC)
-    return value
-
-
-def _aware(value: datetime) -> datetime:
-    if value.tzinfo is None:
-        raise ValueError("needs an offset from UTC, for example 2026-01-01T00:00:00Z")
-    return value.astimezone(UTC)
-
-
-Price = Annotated[
-    Decimal,
-    BeforeValidator(_no_bool),
-    Field(ge=0, le=1_000_000, max_digits=19, decimal_places=STORED_SCALE),
-    AfterValidator(_plain),
-]
-Multiplier = Annotated[
-    Decimal,
-    BeforeValidator(_no_bool),
-    Field(ge=0, le=1_000, max_digits=10, decimal_places=6),
-    AfterValidator(_plain),
-]
-Moment = Annotated[datetime, BeforeValidator(_date_is_midnight_utc), AfterValidator(_aware)]
-
-
-class _Checked(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TokenPrices(_Checked):
-    """Per-token prices of a conventional offer, to compare with; never charged."""
-
-    per_million_input_tokens: Price
-    """Currency units per 10^6 prompt tokens, cached ones included."""
-    per_million_output_tokens: Price
-
-
-class PriceEntry(_Checked):
-    """The prices from one moment on. A price that is absent charges nothing and makes no line."""
-
-    effective_from: Moment
-    effective_until: Moment | None = None
-    """End of these prices, itself excluded; without it they hold until the next entry begins."""
-    per_compute_unit: Price | None = None
-    """Currency units per CU (10^12 executed FLOPs)."""
-    per_million_input_tokens: Price | None = None
-    """Currency units per 10^6 prompt tokens, cached ones included."""
-    per_million_output_tokens: Price | None = None
-    per_request: Price | None = None
-    tiers: dict[str, Multiplier]
-    """Tier name → what every price of this entry is multiplied by for it."""
-    untiered: Multiplier | None = None
-    """The same for a request whose program was named by hand; without it such a request is unrated."""
-    token_reference: TokenPrices | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if self.effective_until is not None and self.effective_until <= self.effective_from:
-            raise ValueError(f"effective_until ({self.effective_until}) is not after {self.effective_from}")
-        if not any(price is not None for price in self.components.values()):
-            raise ValueError(f"prices nothing; give at least one of {', '.join(self.components)}")
-        if not self.tiers and self.untiered is None:
-            raise ValueError("names no tier; give at least one under `tiers`")
-        return self
-
-    @property
-    def components(self) -> dict[str, Decimal | None]:
-        """Every price an entry can have, by its key in the file."""
-        return {
-            "per_compute_unit": self.per_compute_unit,
-            "per_million_input_tokens": self.per_million_input_tokens,
-            "per_million_output_tokens": self.per_million_output_tokens,
-            "per_request": self.per_request,
-        }
-
-    def multiplier(self, tier: str | None) -> Decimal | None:
-        """What prices are multiplied by for a tier, or None where the entry has no price for it."""
-        return self.untiered if tier is None else self.tiers.get(tier)
-
-
-class PriceBook(_Checked):
+class PriceBook(Checked):
     """Dated prices in one currency."""
 
     id: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100)]
@@ -152,17 +54,36 @@ class PriceBook(_Checked):
     prices: Annotated[tuple[PriceEntry, ...], Field(min_length=1)]
     """In order of `effective_from`, whatever the order in the file."""
 
+    plans: dict[Name, Plan] = Field(default_factory=dict)
+    """What customers' contracts add, by name."""
+    customers: tuple[Customer, ...] = ()
+    """Which tenant is on which plan from when; others pay the plain rates."""
+    credits: tuple[Credit, ...] = ()
+    """Prepaid money of tenants."""
+
     @field_validator("prices")
     @classmethod
     def _one_price_at_a_time(cls, entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
-        ordered = tuple(sorted(entries, key=lambda entry: entry.effective_from))
-        for one, following in pairwise(ordered):
-            start = following.effective_from.isoformat()
-            if one.effective_from == following.effective_from:
-                raise ValueError(f"two entries are effective from {start}; keep one")
-            if one.effective_until is not None and one.effective_until > following.effective_from:
-                raise ValueError(f"the entry until {one.effective_until.isoformat()} overlaps the one from {start}")
-        return ordered
+        return timeline(entries)
+
+    @field_validator("customers")
+    @classmethod
+    def _one_plan_at_a_time(cls, customers: tuple[Customer, ...]) -> tuple[Customer, ...]:
+        return tuple(in_order(customers, lambda one: (one.tenant, one.effective_from), "customers"))
+
+    @field_validator("credits")
+    @classmethod
+    def _one_credit_per_id(cls, credits_: tuple[Credit, ...]) -> tuple[Credit, ...]:
+        return tuple(in_order(credits_, lambda one: (one.id,), "credits"))
+
+    @model_validator(mode="after")
+    def _names_what_it_has(self) -> Self:
+        for customer in self.customers:
+            if customer.plan is not None and customer.plan not in self.plans:
+                raise ValueError(f"customer {customer.tenant!r} is on plan {customer.plan!r}, which the book has not")
+        for credit in self.credits:
+            _check_decimals(credit, self.statement_decimals)
+        return self
 
     @field_serializer("free_outcomes")
     def _sorted(self, outcomes: frozenset[Outcome]) -> list[str]:
@@ -176,20 +97,57 @@ class PriceBook(_Checked):
     @cached_property
     def document(self) -> str:
         """The content as canonical JSON; what the ledger keeps and the hash covers."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        content = self.model_dump(mode="json")
+        for key in _ADDED_LATER:  # absent where empty, so that older books keep their hash
+            if not content[key]:
+                del content[key]
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 over the content, hexadecimal; comments and order in the file do not matter."""
         return hashlib.sha256(self.document.encode()).hexdigest()
 
-    def entry_at(self, moment: datetime) -> PriceEntry | None:
-        """The entry in force at a time of use, or None before the first and in a gap."""
-        for entry in reversed(self.prices):
-            if entry.effective_from <= moment:
-                ended = entry.effective_until is not None and moment >= entry.effective_until
-                return None if ended else entry
-        return None
+    def entry_at(self, moment: datetime, tenant: str | None = None) -> PriceEntry | None:
+        """The entry in force at a time of use, or None before the first and in a gap.
+
+        Args:
+            moment: The time of use.
+            tenant: Whose plan may bring rates of its own; None for the plain rates.
+        """
+        return entry_at(self.entries_at(moment, tenant), moment)
+
+    def entries_at(self, moment: datetime, tenant: str | None) -> tuple[PriceEntry, ...]:
+        """The timeline of rates that a tenant is on at a moment: its plan's, or else the book's."""
+        plan = None if tenant is None else self.plan_at(moment, tenant)
+        return plan.prices if plan is not None and plan.prices else self.prices
+
+    def customer_at(self, moment: datetime, tenant: str) -> Customer | None:
+        """What the book says of a tenant at a moment."""
+        found = [one for one in self._by_tenant.get(tenant, ()) if one.effective_from <= moment]
+        return found[-1] if found else None
+
+    def plan_at(self, moment: datetime, tenant: str) -> Plan | None:
+        """The plan a tenant is on at a moment; None for the plain rates."""
+        customer = self.customer_at(moment, tenant)
+        return None if customer is None or customer.plan is None else self.plans[customer.plan]
+
+    def customers_of(self, tenant: str) -> tuple[Customer, ...]:
+        """Everything the book says of a tenant, by time."""
+        return self._by_tenant.get(tenant, ())
+
+    def changes_of(self, tenant: str) -> list[datetime]:
+        """Every moment at which a tenant's rates, plan or terms can change, in order."""
+        timelines = [self.prices, *(plan.prices for plan in self.plans.values())]
+        moments = {entry.effective_from for entries in timelines for entry in entries}
+        moments |= {entry.effective_until for entries in timelines for entry in entries if entry.effective_until}
+        moments |= {terms.effective_from for plan in self.plans.values() for terms in plan.terms}
+        return sorted(moments | {customer.effective_from for customer in self.customers_of(tenant)})
+
+    @cached_property
+    def _by_tenant(self) -> dict[str, tuple[Customer, ...]]:
+        grouped = groupby(self.customers, key=lambda one: one.tenant)
+        return {tenant: tuple(customers) for tenant, customers in grouped}
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Self:
@@ -217,10 +175,10 @@ class PriceBook(_Checked):
         return cls.from_toml(text, name=str(file))
 
     @classmethod
-    def example(cls) -> Self:
-        """The book shipped with the package; its prices are examples, not advice."""
-        text = resources.files("polar_billing").joinpath(EXAMPLE_BOOK).read_text(encoding="utf-8")
-        return cls.from_toml(text, name=EXAMPLE_BOOK)
+    def example(cls, name: str = EXAMPLE_BOOK) -> Self:
+        """A book shipped with the package, by default the one without plans; prices are examples, not advice."""
+        text = resources.files("polar_billing").joinpath(name).read_text(encoding="utf-8")
+        return cls.from_toml(text, name=name)
 
     @classmethod
     def from_toml(cls, text: str, *, name: str = "<text>") -> Self:
@@ -236,6 +194,15 @@ class PriceBook(_Checked):
     def from_document(cls, document: str) -> Self:
         """Read a book back from the canonical JSON that the ledger keeps."""
         return cls.model_validate_json(document)
+
+
+def _check_decimals(credit: Credit, decimals: int) -> None:
+    try:
+        to_scaled(credit.amount, decimals)
+    except AmountError:
+        raise ValueError(
+            f"credit {credit.id!r} ({credit.amount}) has more than the {decimals} decimals of a statement"
+        ) from None
 
 
 def _problems(error: ValidationError) -> str:

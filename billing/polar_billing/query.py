@@ -5,7 +5,12 @@ A query names its tenant, or says `ALL_TENANTS` to be the operator's. Knows no o
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
+from operator import add
 from typing import TYPE_CHECKING, Final
 
 from pydantic import BaseModel, ConfigDict
@@ -13,15 +18,19 @@ from pydantic import BaseModel, ConfigDict
 from polar_billing.errors import QueryError
 from polar_billing.money import EXACT_SCALE, STORED_SCALE, from_scaled, round_half_even
 from polar_billing.rating import COMPUTE
-from polar_billing.totals import Rater, UsageTotals, accumulate
+from polar_billing.schema.rollups import ROLLUP_QUANTITIES
+from polar_billing.tiers import tier_order
+from polar_billing.totals import Rater, UsageTotals, accumulate, only_currency
+from polar_billing.usage_sums import SUM_DIMENSIONS, Sum, sum_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from polar_billing.periods import Period
     from polar_billing.price_book import PriceBook
     from polar_billing.storage import LedgerStorage, Selection, StoredUsage
 
-__all__ = ["DIMENSIONS", "UsageRow", "tier_order", "usage_rows"]
+__all__ = ["DIMENSIONS", "UsageRow", "usage_rows"]
 
 DIMENSIONS: Final = (
     "tenant",
@@ -36,7 +45,12 @@ DIMENSIONS: Final = (
     "source",
 )
 _TAG: Final = "tag:"
-_TIERS: Final = ("economy", "standard", "premium", "exact")
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_QUARTER: Final = timedelta(minutes=15)
+_QUARTER_US: Final = 900_000_000
+
+Group = tuple[str | None, ...]
+"""The values of the dimensions asked for."""
 
 
 class UsageRow(BaseModel):
@@ -60,7 +74,8 @@ class UsageRow(BaseModel):
     compute_units_saved: Decimal
     """Against full depth; negative where more was executed. Unit: CU."""
     cost: Decimal | None
-    """Of the rated requests, 12 decimals; None where none is. Unit: `currency`."""
+    """Of the rated requests, 12 decimals: the sum of their receipts, or where another price book was asked for, their
+    exact cost by it, rounded once. None where none is rated. Unit: `currency`."""
     currency: str | None
     unrated: dict[str, int]
     """Reason → requests without a price."""
@@ -73,6 +88,7 @@ def usage_rows(
     by: Sequence[str] = ("tenant", "tier"),
     prices: PriceBook | None = None,
     currency: str | None = None,
+    rollups: bool = True,
 ) -> list[UsageRow]:
     """Sum usage up by group.
 
@@ -83,6 +99,7 @@ def usage_rows(
             source, tag:KEY.
         prices: Rate by this book instead of the one each receipt was made by.
         currency: Leave out what is rated in another currency.
+        rollups: False to add up from usage, where sums by hour would serve; the rows are the same.
 
     Returns:
         One row per group, sorted by it; no row where there was no usage.
@@ -93,10 +110,92 @@ def usage_rows(
         StoreError: The ledger cannot be read.
     """
     readers = [_reader(dimension, selection) for dimension in by]
+    if prices is None:
+        return _rows_of_receipts(ledger, selection, by, currency, rollups)
     rater = Rater(ledger.price_books(), instead=prices, currency=currency)
     groups = accumulate(ledger.read(selection), rater, lambda stored: tuple(read(stored) for read in readers))
-    ordered = sorted(groups, key=lambda group: [_sort_key(name, value) for name, value in zip(by, group, strict=True)])
-    return [_row(dict(zip(by, group, strict=True)), groups[group], rater.currency) for group in ordered]
+    return [_row(named, groups[group], rater.currency) for group, named in _ordered(groups, by)]
+
+
+def _ordered(groups: Iterable[Group], by: Sequence[str]) -> list[tuple[Group, dict[str, str | None]]]:
+    def rank(group: Group) -> list[tuple[int, str]]:
+        return [_sort_key(name, value) for name, value in zip(by, group, strict=True)]
+
+    return [(group, dict(zip(by, group, strict=True))) for group in sorted(groups, key=rank)]
+
+
+def _rows_of_receipts(
+    ledger: LedgerStorage, selection: Selection, by: Sequence[str], currency: str | None, rollups: bool
+) -> list[UsageRow]:
+    """Rows whose cost is what the receipts say."""
+    currencies = {digest: book.currency for digest, book in ledger.price_books().items()}
+    found: set[str] = set()
+    groups: dict[Group, _Sums] = {}
+    for group, one in _sums(ledger, selection, by, rollups):
+        of = currencies[one.price_book_hash]
+        if currency is None or of == currency:
+            found.add(of)
+            groups.setdefault(group, _Sums()).add(one)
+    the_one = only_currency(found)
+    return [groups[group].row(named, the_one) for group, named in _ordered(groups, by)]
+
+
+def _sums(ledger: LedgerStorage, selection: Selection, by: Sequence[str], rollups: bool) -> Iterator[tuple[Group, Sum]]:
+    if not SUM_DIMENSIONS.issuperset(by) or selection.tags:
+        readers = [_reader(dimension, selection) for dimension in by]
+        for stored in ledger.read(selection):
+            yield tuple(read(stored) for read in readers), sum_of(stored)
+        return
+    hourly = "day" in by or "month" in by
+    dates = _dates(selection.period)
+    for one in ledger.usage_sums(selection, hourly=hourly, rollups=rollups):
+        date = dates(one.at) if hourly else ""
+        special = {"day": date, "month": date[:-3]}
+        yield tuple(special[name] if name in special else getattr(one, name) for name in by), one
+
+
+def _dates(period: Period) -> Callable[[int], str]:
+    """The day of a moment in microseconds since 1970, in the period's zone; the same all through a quarter hour."""
+
+    @lru_cache(maxsize=100_000)
+    def of_quarter(quarter: int) -> str:
+        return period.local_date(_EPOCH + quarter * _QUARTER).isoformat()
+
+    return lambda at: of_quarter(at // _QUARTER_US)
+
+
+@dataclass
+class _Sums:
+    """What the requests of a group used."""
+
+    quantities: list[int] = field(default_factory=lambda: [0] * (1 + len(ROLLUP_QUANTITIES)))
+    outcomes: Counter[str] = field(default_factory=Counter)
+    unrated: Counter[str] = field(default_factory=Counter)
+
+    def add(self, one: Sum) -> None:
+        self.quantities = list(map(add, self.quantities, one.quantities))
+        self.outcomes[one.outcome] += one.quantities[0]
+        if one.unrated is not None:
+            self.unrated[one.unrated] += one.quantities[0]
+
+    def row(self, group: dict[str, str | None], currency: str | None) -> UsageRow:
+        requests, tokens_input, tokens_cached, tokens_output, visits, flops, identity_flops, cost = self.quantities
+        rated = requests - self.unrated.total()
+        return UsageRow(
+            group=group,
+            requests=requests,
+            outcomes=dict(sorted(self.outcomes.items())),
+            tokens_input=tokens_input,
+            tokens_cached=tokens_cached,
+            tokens_output=tokens_output,
+            visits=visits,
+            flops=flops,
+            compute_units=COMPUTE.quantity(flops),
+            compute_units_saved=COMPUTE.quantity(identity_flops - flops),
+            cost=from_scaled(cost, STORED_SCALE) if rated else None,
+            currency=currency,
+            unrated=dict(sorted(self.unrated.items())),
+        )
 
 
 def _reader(dimension: str, selection: Selection) -> Callable[[StoredUsage], str | None]:
@@ -119,13 +218,6 @@ def _sort_key(dimension: str, value: str | None) -> tuple[int, str]:
     if dimension == "tier":
         return tier_order(value)
     return (0, value) if value is not None else (1, "")
-
-
-def tier_order(tier: str | None) -> tuple[int, str]:
-    """Sort key of a tier: from the cheapest of the usual ones up, others by name, none last."""
-    if tier is None:
-        return (len(_TIERS) + 1, "")
-    return (_TIERS.index(tier), "") if tier in _TIERS else (len(_TIERS), tier)
 
 
 def _row(group: dict[str, str | None], totals: UsageTotals, currency: str | None) -> UsageRow:

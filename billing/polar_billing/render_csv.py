@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from polar_billing.query import UsageRow
     from polar_billing.report import Report, TenantReport, TierReport
 
-__all__ = ["report_csv", "usage_csv"]
+__all__ = ["report_csv", "usage_csv", "write_rows"]
 
 _FIGURES = (
     "requests", "tokens_input", "tokens_cached", "tokens_output",
@@ -34,7 +34,7 @@ def usage_csv(rows: Sequence[UsageRow]) -> str:
         "compute_units", "compute_units_saved", "cost", "currency",
     )  # fmt: skip
     header = [*dimensions, *figures, "unrated", *_OUTCOMES]
-    return _write(
+    return write_rows(
         header,
         (
             {
@@ -51,7 +51,7 @@ def usage_csv(rows: Sequence[UsageRow]) -> str:
 def report_csv(report: Report) -> str:
     """One row per tenant and tier, and per tenant's rounding line."""
     header = ["since", "until", "tenant", "kind", "tier", "currency", *_FIGURES, "unrated", *_OUTCOMES]
-    return _write(header, (row for tenant in report.tenants for row in _tenant(tenant, report)))
+    return write_rows(header, (row for tenant in report.tenants for row in _tenant(tenant, report)))
 
 
 def _tenant(tenant: TenantReport, report: Report) -> Iterable[dict[str, Any]]:
@@ -76,7 +76,8 @@ def _tier(tier: TierReport) -> dict[str, Any]:
     }
 
 
-def _write(header: list[str], rows: Iterable[dict[str, Any]]) -> str:
+def write_rows(header: list[str], rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as CSV text with one header line; a column that a row lacks is empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, header, restval="", lineterminator="\n")
     writer.writeheader()

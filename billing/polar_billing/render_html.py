@@ -40,7 +40,11 @@ def report_html(report: Report) -> str:
         ) from error
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        loader=jinja2.FunctionLoader(_source),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(
         units=text.compute_units,
@@ -53,9 +57,13 @@ def report_html(report: Report) -> str:
         outcomes=text.outcomes,
         swatch=charts.tier_color,
     )
-    source = resources.files("polar_billing").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     drawn = {name: Markup(svg) for name, svg in _charts(report, charts).items()}
-    return environment.from_string(source).render(report=report, charts=drawn, depth=_depth(report, charts, Markup))
+    template = environment.get_template(_TEMPLATE)
+    return template.render(report=report, charts=drawn, depth=_depth(report, charts, Markup))
+
+
+def _source(name: str) -> str:
+    return resources.files("polar_billing").joinpath(name).read_text(encoding="utf-8")
 
 
 def _charts(report: Report, charts: Any) -> dict[str, str]:

@@ -5,48 +5,38 @@ The figures come from `query` and `report`; nothing is computed here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from polar_billing import text
 from polar_billing.money import plain
+from polar_billing.tables import LABEL_WIDTH, add_numbers, add_row, new_table, printable, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from rich.console import RenderableType
+    from rich.table import Table
 
     from polar_billing.query import UsageRow
     from polar_billing.report import Figures, Report, TenantReport
     from polar_billing.storage import StoredUsage
 
-_LABEL_WIDTH: Final = 8
-_WIDEST: Final = 1_000
-
 __all__ = ["report_view", "requests_view", "show", "usage_view"]
-
-
-def show(view: RenderableType, console: Console) -> None:
-    """Print a view; where the console is too narrow for the digits, lines run over rather than lose any."""
-    needed = console.measure(view, options=console.options.update(width=_WIDEST)).minimum
-    console.width = max(console.width, needed)
-    console.print(view)
 
 
 def usage_view(rows: Sequence[UsageRow], *, title: str) -> RenderableType:
     """One line per group."""
     dimensions = list(rows[0].group)
-    table = _table(title, dimensions)
+    table = new_table(title, dimensions)
     currency = rows[0].currency or ""
-    _numbers(table, "requests", "tokens\nin", "\nout", "visits", "CU", "CU\nsaved", f"cost\n{currency}".strip())
-    table.add_column("not completed", overflow="fold", min_width=_LABEL_WIDTH + 5)
+    add_numbers(table, "requests", "tokens\nin", "\nout", "visits", "CU", "CU\nsaved", f"cost\n{currency}".strip())
+    table.add_column("not completed", overflow="fold", min_width=LABEL_WIDTH + 5)
     for row in rows:
         labels = [_label(name, value) for name, value in row.group.items()]
-        _add(
+        add_row(
             table,
             *labels,
             text.count(row.requests),
@@ -63,18 +53,18 @@ def usage_view(rows: Sequence[UsageRow], *, title: str) -> RenderableType:
 
 def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[str, str]) -> RenderableType:
     """One line per request; `currencies` by the hash of the price book."""
-    table = _table(title, [])
+    table = new_table(title, [])
     table.add_column("served (UTC)", no_wrap=True)
     table.add_column("request", overflow="fold", min_width=18)  # half a UUID
     for name in ("tenant", "tier"):
-        table.add_column(name, overflow="fold", min_width=_LABEL_WIDTH)
-    table.add_column("program", overflow="fold", min_width=_LABEL_WIDTH + 2)
-    _numbers(table, "in", "out", "GFLOPs", "CU", "cost")
-    table.add_column("outcome", overflow="fold", min_width=_LABEL_WIDTH + 1)
+        table.add_column(name, overflow="fold", min_width=LABEL_WIDTH)
+    table.add_column("program", overflow="fold", min_width=LABEL_WIDTH + 2)
+    add_numbers(table, "in", "out", "GFLOPs", "CU", "cost")
+    table.add_column("outcome", overflow="fold", min_width=LABEL_WIDTH + 1)
     for stored in usage:
         record = stored.record
         cost = text.DASH if stored.cost is None else f"{text.money(stored.cost)} {currencies[stored.price_book_hash]}"
-        _add(
+        add_row(
             table,
             f"{record.started_at:%Y-%m-%d %H:%M:%S}",
             record.request_id,
@@ -94,6 +84,7 @@ def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[
 def report_view(report: Report) -> RenderableType:
     """The whole report: tiers over all tenants, then each tenant's statement."""
     parts: list[RenderableType] = [_heading(report), _tiers(report), Text(), _comparison(report), Text()]
+    parts += [_others(report), Text()] if report.others else []
     for tenant in report.tenants:
         parts += [_statement(tenant, report), Text()]
     parts += _unrated(report.figures.unrated.items())
@@ -106,19 +97,19 @@ def _heading(report: Report) -> Text:
     books = ", ".join(book.id for book in report.price_books) or text.DASH
     return Text.assemble(
         ("PoLar tiered pricing report", "bold"),
-        f" · {_printable(who)} · {report.period}\nledger {report.ledger} · {how} price book {books}\n",
+        f" · {printable(who)} · {report.period}\nledger {report.ledger} · {how} price book {books}\n",
     )
 
 
 def _tiers(report: Report) -> Table:
-    table = _table(None, ["tenant", "tier"])
-    _numbers(table, "requests", "tokens\nin", "\nout", "CU", "CU\nsaved", "saved", "router", "p50", "p95")
-    table.add_column("not completed", overflow="fold", min_width=_LABEL_WIDTH + 5)
+    table = new_table(None, ["tenant", "tier"])
+    add_numbers(table, "requests", "tokens\nin", "\nout", "CU", "CU\nsaved", "saved", "router", "p50", "p95")
+    table.add_column("not completed", overflow="fold", min_width=LABEL_WIDTH + 5)
     for tenant in report.tenants:
         for tier in tenant.tiers:
-            _add(table, tenant.tenant, text.tier_name(tier.tier), *_usage_cells(tier.figures))
+            add_row(table, tenant.tenant, text.tier_name(tier.tier), *_usage_cells(tier.figures))
         table.add_section()
-    _add(table, "total", "", *_usage_cells(report.figures), style="bold")
+    add_row(table, "total", "", *_usage_cells(report.figures), style="bold")
     return table
 
 
@@ -138,15 +129,15 @@ def _usage_cells(figures: Figures) -> list[str]:
 
 
 def _comparison(report: Report) -> Table:
-    table = _table(f"Charges, {report.currency or 'nothing rated'}", ["tenant", "tier"])
-    _numbers(table, "charge", "at full depth", "per token", "per 1,000\nrequests", "per million\ntokens")
+    table = new_table(f"Charges, {report.currency or 'nothing rated'}", ["tenant", "tier"])
+    add_numbers(table, "charge", "at full depth", "per token", "per 1,000\nrequests", "per million\ntokens")
     for tenant in report.tenants:
         for tier in tenant.tiers:
-            _add(table, tenant.tenant, text.tier_name(tier.tier), *_money_cells(tier.figures))
+            add_row(table, tenant.tenant, text.tier_name(tier.tier), *_money_cells(tier.figures))
         if tenant.rounding:
-            _add(table, tenant.tenant, "rounding", text.money(tenant.rounding), "", "", "", "")
+            add_row(table, tenant.tenant, "rounding", text.money(tenant.rounding), "", "", "", "")
         table.add_section()
-    _add(table, "total", "", *_money_cells(report.figures), style="bold")
+    add_row(table, "total", "", *_money_cells(report.figures), style="bold")
     return table
 
 
@@ -160,12 +151,25 @@ def _money_cells(figures: Figures) -> list[str]:
     ]
 
 
+def _others(report: Report) -> Table:
+    """The same usage under other price books, one line per tenant."""
+    table = new_table("The same usage under other price books", ["tenant"])
+    add_numbers(table, f"charge\n{report.currency or ''}".strip())
+    add_numbers(table, *(f"{other.price_book}\n{other.currency}" for other in report.others))
+    for tenant in report.tenants:
+        add_row(table, tenant.tenant, text.money(tenant.total), *(text.money(other.charge) for other in tenant.others))
+    table.add_section()
+    totals = (text.money(other.charge) for other in report.others)
+    add_row(table, "total", text.money(report.total), *totals, style="bold")
+    return table
+
+
 def _statement(tenant: TenantReport, report: Report) -> Table:
     currency = report.currency or ""
-    table = _table(f"Statement of {tenant.tenant}, {report.period}", ["tier", "item"])
-    _numbers(table, "quantity", "unit price", f"amount {currency}".strip())
+    table = new_table(f"Statement of {tenant.tenant}, {report.period}", ["tier", "item"])
+    add_numbers(table, "quantity", "unit price", f"amount {currency}".strip())
     for line in tenant.lines:
-        _add(
+        add_row(
             table,
             text.tier_name(line.tier),
             line.item,
@@ -173,36 +177,10 @@ def _statement(tenant: TenantReport, report: Report) -> Table:
             f"{plain(line.unit_price)} / {line.unit}",
             text.money(line.amount),
         )
-    _add(table, "", "rounding", "", "", text.money(tenant.rounding))
+    add_row(table, "", "rounding", "", "", text.money(tenant.rounding))
     table.add_section()
-    _add(table, "total", "", "", "", text.money(tenant.total), style="bold")
+    add_row(table, "total", "", "", "", text.money(tenant.total), style="bold")
     return table
-
-
-def _table(title: str | None, labels: Iterable[str]) -> Table:
-    heading = None if title is None else Text(_printable(title))
-    table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bold")
-    table.show_edge = False
-    table.pad_edge = False
-    table.padding = (0, 1, 0, 0)
-    for label in labels:
-        table.add_column(label, overflow="fold", min_width=_LABEL_WIDTH)
-    return table
-
-
-def _add(table: Table, *cells: str, style: str | None = None) -> None:
-    """Add a row of plain texts: a tenant called `[red]` is a name, not markup."""
-    table.add_row(*(Text(_printable(cell)) for cell in cells), style=style)
-
-
-def _printable(text: str) -> str:
-    """A name must not steer the terminal either."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
-
-
-def _numbers(table: Table, *names: str) -> None:
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
 
 
 def _label(dimension: str, value: str | None) -> str:

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from polar_billing.comparison import OtherCharge, charges_under, issued_within, summed
 from polar_billing.figures import Figures, figures_of
 from polar_billing.money import exact_sum, round_lines
-from polar_billing.query import tier_order
+from polar_billing.statements.statement import Statement
 from polar_billing.storage import ALL_TENANTS, AllTenants, LedgerStorage, Selection
+from polar_billing.tiers import tier_order
 from polar_billing.totals import LayerVisits, Rater, UsageTotals, accumulate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from polar_billing.price_book import PriceBook
 
@@ -87,6 +89,10 @@ class TenantReport(_Part):
     rounding: Decimal
     total: Decimal
     figures: Figures
+    others: tuple[OtherCharge, ...] = ()
+    """The same usage under the price books it was to be compared with."""
+    statements: tuple[Statement, ...] = ()
+    """Issued over the period or parts of it; with what plans add, so they may differ from the lines above."""
 
 
 class PriceBookUsed(_Part):
@@ -121,6 +127,8 @@ class Report(_Part):
     rounding: Decimal
     total: Decimal
     figures: Figures
+    others: tuple[OtherCharge, ...] = ()
+    """Every tenant's usage together under the price books it was to be compared with."""
 
     @property
     def is_empty(self) -> bool:
@@ -134,6 +142,7 @@ def build_report(
     *,
     prices: PriceBook | None = None,
     currency: str | None = None,
+    compare: Sequence[PriceBook] = (),
     now: datetime | None = None,
 ) -> Report:
     """Make the report of a period.
@@ -143,6 +152,7 @@ def build_report(
         selection: Which usage; the operator's view over all tenants and all time by default.
         prices: Rate by this book instead of the one each receipt was made by.
         currency: Leave out what is rated in another currency.
+        compare: Books to rate the same usage by as well.
         now: When the report says it was made; the clock's time by default.
 
     Raises:
@@ -156,6 +166,15 @@ def build_report(
     tenants = tuple(
         _tenant(tenant, {tier: groups[tenant, tier] for _, tier in keys}, rater.decimals)
         for tenant, keys in groupby(ordered, key=lambda key: key[0])
+    )
+    others = charges_under(ledger, selection, compare)
+    # A report on one tier, or by another book, is not about what was owed.
+    issued = (
+        {} if prices or selection.tier else issued_within(ledger, [one.tenant for one in tenants], selection.period)
+    )
+    tenants = tuple(
+        tenant.model_copy(update={"others": others.get(tenant.tenant, ()), "statements": issued.get(tenant.tenant, ())})
+        for tenant in tenants
     )
     total = exact_sum((tenant.total for tenant in tenants), rater.decimals)
     period = selection.period
@@ -178,6 +197,7 @@ def build_report(
         rounding=exact_sum((tenant.rounding for tenant in tenants), rater.decimals),
         total=total,
         figures=figures_of(groups.values(), rater.decimals, total),
+        others=summed(others.values()),
     )
 
 

@@ -9,57 +9,66 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from polar_billing.columns import to_list_text, to_map_text, to_microseconds, to_units
 from polar_billing.storage import StoredUsage
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from sqlalchemy import Row
 
-__all__ = ["from_row", "to_row"]
+__all__ = ["from_row", "receipt_to_raw", "to_raw"]
 
 
-def to_row(record: UsageRecord, *, source: str, digest: str, stored_at: datetime) -> dict[str, Any]:
-    """The column values of a record."""
-    return {
-        "tenant": record.tenant,
-        "source": source,
-        "request_id": record.request_id,
-        "content_hash": digest,
-        "record_version": record.schema_version,
-        "started_at": record.started_at,
-        "stored_at": stored_at,
-        "tags": record.tags,
-        "model": record.model,
-        "model_fingerprint": record.model_fingerprint,
-        "router": record.router,
-        "router_version": record.router_version,
-        "tier": record.tier,
-        "program": record.program,
-        "outcome": str(record.outcome),
-        "finish_reason": record.finish_reason,
-        "error": record.error,
-        "tokens_input": record.tokens.input,
-        "tokens_cached": record.tokens.cached,
-        "tokens_output": record.tokens.output,
-        "visits_prefill": record.visits.prefill,
-        "visits_decode": record.visits.decode,
-        "flops_embed": record.flops.embed,
-        "flops_layers_prefill": record.flops.layers_prefill,
-        "flops_layers_decode": record.flops.layers_decode,
-        "flops_head": record.flops.head,
-        "flops_router": record.flops.router,
-        "flops_total": record.flops.total,
-        "flops_formula": record.flops_formula,
-        "identity_flops": record.identity_flops,
-        "kv_bytes_peak": record.kv_bytes_peak,
-        "device": record.device,
-        "dtype": record.dtype,
-        "queue_ns": record.queue_ns,
-        "prefill_ns": record.prefill_ns,
-        "decode_ns": record.decode_ns,
-    }
+def to_raw(stored: StoredUsage, digest: str) -> tuple[Any, ...]:
+    """The row of `polar_usage` as the database holds it, in the order of its columns."""
+    record = stored.record
+    tokens, visits, flops = record.tokens, record.visits, record.flops
+    return (
+        stored.seq,
+        record.tenant,
+        stored.source,
+        record.request_id,
+        digest,
+        record.schema_version,
+        to_microseconds(record.started_at),
+        to_microseconds(stored.stored_at),
+        "{}" if not record.tags else to_map_text(record.tags),
+        record.model,
+        record.model_fingerprint,
+        record.router,
+        record.router_version,
+        record.tier,
+        record.program,
+        str(record.outcome),
+        record.finish_reason,
+        record.error,
+        tokens.input,
+        tokens.cached,
+        tokens.output,
+        to_list_text(visits.prefill),
+        to_list_text(visits.decode),
+        flops.embed,
+        flops.layers_prefill,
+        flops.layers_decode,
+        flops.head,
+        flops.router,
+        flops.total,
+        record.flops_formula,
+        record.identity_flops,
+        record.kv_bytes_peak,
+        record.device,
+        record.dtype,
+        record.queue_ns,
+        record.prefill_ns,
+        record.decode_ns,
+        record.loops_stopped,
+    )
+
+
+def receipt_to_raw(stored: StoredUsage) -> tuple[Any, ...]:
+    """The row of `polar_receipt` as the database holds it, in the order of its columns."""
+    cost = None if stored.cost is None else to_units(stored.cost)
+    return (stored.seq, stored.price_book_hash, cost, stored.unrated)
 
 
 def from_row(row: Row[Any]) -> StoredUsage:
@@ -88,6 +97,7 @@ def from_row(row: Row[Any]) -> StoredUsage:
             router=row.flops_router,
             total=row.flops_total,
         ),
+        loops_stopped=row.loops_stopped,
         flops_formula=row.flops_formula,
         identity_flops=row.identity_flops,
         kv_bytes_peak=row.kv_bytes_peak,

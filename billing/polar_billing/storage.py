@@ -6,24 +6,38 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, Self
+
+from pydantic_core import to_json
 
 from polar_billing.periods import ALL_TIME, Period
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
     from decimal import Decimal
     from types import TracebackType
 
+    from polar_billing.errors import ConflictError
     from polar_billing.price_book import PriceBook
     from polar_billing.rating import Rating
+    from polar_billing.usage_sums import Sum
     from polar_sdk.usage import UsageRecord
 
-__all__ = ["ALL_TENANTS", "AllTenants", "LedgerStorage", "Selection", "StoredUsage", "content_hash"]
+__all__ = [
+    "ALL_TENANTS",
+    "AllTenants",
+    "Entry",
+    "LedgerStorage",
+    "PrunedUsage",
+    "Selection",
+    "StoredUsage",
+    "canonical_json",
+    "content_hash",
+]
 
 
 class AllTenants:
@@ -66,6 +80,50 @@ class StoredUsage:
     unrated: str | None
 
 
+@dataclass(frozen=True)
+class PrunedUsage:
+    """What retention leaves of a request: its number, its content hash and its receipt."""
+
+    seq: int
+    source: str
+    stored_at: datetime
+    price_book_hash: str
+    cost: Decimal | None
+    unrated: str | None
+
+    def of(self, record: UsageRecord) -> StoredUsage:
+        """The stored request again, with the record that a replay brought."""
+        return StoredUsage(self.seq, self.source, record, self.stored_at, self.price_book_hash, self.cost, self.unrated)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record on its way into the ledger, with what its receipt says."""
+
+    record: UsageRecord
+    source: str
+    book: PriceBook
+    """The book that the receipt was made by."""
+    cost: Decimal | None
+    """None where unrated. Unit: currency units of the book."""
+    unrated: str | None = None
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What it is stored once by: tenant, source, request id."""
+        return (self.record.tenant, self.source, self.record.request_id)
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The record's canonical JSON; made once, for the spool and for the hash."""
+        return canonical_json(self.record)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over it, hexadecimal."""
+        return hashlib.sha256(self.canonical).hexdigest()
+
+
 class LedgerStorage(ABC):
     """An append-only store of usage records and receipts. Safe to call from several threads.
 
@@ -96,12 +154,36 @@ class LedgerStorage(ABC):
         """
 
     @abstractmethod
+    def append_many(self, entries: Sequence[Entry]) -> list[StoredUsage | ConflictError]:
+        """Store many records with their receipts in one transaction, in order.
+
+        Returns:
+            For each entry what `append` would return, or the conflict that `append` would raise; one that conflicts
+            stores nothing and keeps none of the others out.
+
+        Raises:
+            StoreError: The store cannot take them; then nothing was stored.
+        """
+
+    @abstractmethod
     def read(self, selection: Selection, *, newest: int | None = None) -> Iterator[StoredUsage]:
         """Read usage in the order it was served (service time, then seq), from one state of the store.
 
         Args:
             selection: Which records.
             newest: Only so many of the latest, latest first.
+        """
+
+    @abstractmethod
+    def usage_sums(self, selection: Selection, *, hourly: bool, rollups: bool = True) -> Iterator[Sum]:
+        """Read usage added up, by tenant, tier, model, source, outcome, price book and reason for no price.
+
+        What retention took the facts of counts in sums of whole hours.
+
+        Args:
+            selection: Which usage; its tags are not looked at.
+            hourly: Keep hours apart.
+            rollups: False to add it all up from usage.
         """
 
     @abstractmethod
@@ -123,5 +205,52 @@ class LedgerStorage(ABC):
 
 def content_hash(record: UsageRecord) -> str:
     """SHA-256 over a record's canonical JSON: equal for an identical replay, in any order of its tags."""
-    text = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical_json(record)).hexdigest()
+
+
+def canonical_json(record: UsageRecord) -> bytes:
+    """A record as compact JSON with sorted keys.
+
+    Written out in order, because sorting it anew would cost more than all the rest of metering; a test holds it to
+    the record's own fields. A field that records of version 1 of the ledger did not have is absent while it is 0, so
+    that their replays keep their hash.
+    """
+    tokens, visits, flops = record.tokens, record.visits, record.flops
+    added = {"loops_stopped": record.loops_stopped} if record.loops_stopped else {}
+    return to_json(
+        {
+            "decode_ns": record.decode_ns,
+            "device": record.device,
+            "dtype": record.dtype,
+            "error": record.error,
+            "finish_reason": record.finish_reason,
+            "flops": {
+                "embed": flops.embed,
+                "head": flops.head,
+                "layers_decode": flops.layers_decode,
+                "layers_prefill": flops.layers_prefill,
+                "router": flops.router,
+                "total": flops.total,
+            },
+            "flops_formula": record.flops_formula,
+            "identity_flops": record.identity_flops,
+            "kv_bytes_peak": record.kv_bytes_peak,
+            **added,
+            "model": record.model,
+            "model_fingerprint": record.model_fingerprint,
+            "outcome": str(record.outcome),
+            "prefill_ns": record.prefill_ns,
+            "program": record.program,
+            "queue_ns": record.queue_ns,
+            "request_id": record.request_id,
+            "router": record.router,
+            "router_version": record.router_version,
+            "schema_version": record.schema_version,
+            "started_at": record.started_at,
+            "tags": {key: record.tags[key] for key in sorted(record.tags)} if record.tags else {},
+            "tenant": record.tenant,
+            "tier": record.tier,
+            "tokens": {"cached": tokens.cached, "input": tokens.input, "output": tokens.output},
+            "visits": {"decode": visits.decode, "prefill": visits.prefill},
+        }
+    )

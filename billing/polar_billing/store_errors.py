@@ -10,6 +10,7 @@ import sqlite3
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import (
+    RecordRefusedError,
     StoreDamagedError,
     StoreError,
     StoreFullError,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["disk_full", "translate"]
 
 _ELSEWHERE: Final = "Set POLAR_LEDGER to one that can, or pass ledger=None to run unmetered."
+
+_CONTENT: Final = "Look at the record's texts; nothing of it was stored."
 
 _SQLITE: Final[dict[int, tuple[type[StoreError], str, str]]] = {
     sqlite3.SQLITE_READONLY: (StoreReadOnlyError, "cannot be written: it is read-only.", _ELSEWHERE),
@@ -51,11 +54,15 @@ _SQLITE: Final[dict[int, tuple[type[StoreError], str, str]]] = {
         "is damaged.",
         "Restore it from a backup, or save what `sqlite3 FILE .recover` reads.",
     ),
+    sqlite3.SQLITE_CONSTRAINT: (RecordRefusedError, "does not take this content.", _CONTENT),
+    sqlite3.SQLITE_TOOBIG: (RecordRefusedError, "does not take content this large.", _CONTENT),
     sqlite3.SQLITE_IOERR: (StoreError, "cannot be read or written: input/output error.", "Check the disk."),
 }
 
 # SQLSTATE, the longest prefix wins: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
+    "22": (RecordRefusedError, "does not take this content.", _CONTENT),
+    "23": (RecordRefusedError, "does not take this content.", _CONTENT),
     "25006": (StoreReadOnlyError, "cannot be written: the server is read-only.", _ELSEWHERE),
     "42501": (
         StoreReadOnlyError,
@@ -83,7 +90,7 @@ def translate(error: BaseException | None, url: URL) -> StoreError:
             return _cannot_open(url)
         known = _SQLITE.get(primary)
     elif url.get_backend_name() == "postgresql":
-        state = getattr(error, "sqlstate", None)
+        state = getattr(error, "sqlstate", None) or ("22" if type(error).__name__ == "DataError" else None)
         if state is None:  # no connection was made, and the driver keeps the server's reason as text alone
             return StoreUnavailableError(
                 f"ledger {name} cannot be reached ({_first_line(error)}).",

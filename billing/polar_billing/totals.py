@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from polar_billing.storage import StoredUsage
     from polar_sdk.usage import UsageRecord
 
-__all__ = ["Rater", "UsageTotals", "accumulate"]
+__all__ = ["Rater", "UsageTotals", "accumulate", "only_currency"]
 
 Key = TypeVar("Key")
 
@@ -115,6 +115,21 @@ class UsageTotals:
             self.per_token_exact += sum(line.exact for line in rating.per_token_lines)
 
 
+def only_currency(currencies: Iterable[str]) -> str | None:
+    """The one currency of several amounts; None where there are no amounts.
+
+    Raises:
+        CurrencyMixError: There are several.
+    """
+    found = sorted(set(currencies))
+    if len(found) > 1:
+        raise CurrencyMixError(
+            f"this usage was charged in {' and '.join(found)}, which cannot be added.",
+            hint=f"Choose one with --currency {found[0]}, or rate all of it with --prices FILE.",
+        )
+    return found[0] if found else None
+
+
 class Rater:
     """Rates stored usage: by the book each receipt was made by, or all of it by another one.
 
@@ -148,13 +163,7 @@ class Rater:
         Raises:
             CurrencyMixError: There are several.
         """
-        found = sorted({book.currency for book in self.used.values()})
-        if len(found) > 1:
-            raise CurrencyMixError(
-                f"this usage was charged in {' and '.join(found)}, which cannot be added.",
-                hint=f"Choose one with --currency {found[0]}, or rate all of it with --prices FILE.",
-            )
-        return found[0] if found else None
+        return only_currency({book.currency for book in self.used.values()})
 
     @property
     def decimals(self) -> int:

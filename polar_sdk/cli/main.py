@@ -1,6 +1,6 @@
 """Assemble the command `polar`, and turn every error a user can make into one line and an exit code.
 
-Exit codes: 0 done; 1 a store, a model or the disk failed; 2 the caller's mistake; 130 interrupted.
+Exit codes: 0 done; 1 a store, a model or the disk failed; 2 the caller's mistake; 3 over a budget; 130 interrupted.
 Commands of other parts (`usage`, `report`, `demo`) come from the entry-point group `polar_sdk.commands`; each says
 itself which extra it lacks.
 """

@@ -78,6 +78,27 @@ def _postgres(server: str) -> Iterator[LedgerStorage]:
 
 
 @pytest.fixture
+def new_postgres(postgres_server: str) -> Iterator[Callable[[], str]]:
+    """Makes empty databases on the server; they are dropped afterwards."""
+    url = make_url(postgres_server).set(drivername="postgresql+psycopg")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    made: list[str] = []
+
+    def make() -> str:
+        made.append(f"polar_test_{os.getpid()}_{len(made)}")
+        with engine.connect() as connection:
+            connection.execute(text(f"DROP DATABASE IF EXISTS {made[-1]} WITH (FORCE)"))
+            connection.execute(text(f"CREATE DATABASE {made[-1]}"))
+        return url.set(database=made[-1]).render_as_string(hide_password=False)
+
+    yield make
+    with engine.connect() as connection:
+        for name in made:
+            connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+@pytest.fixture
 def book() -> PriceBook:
     """The book shipped with the package."""
     return PriceBook.example()

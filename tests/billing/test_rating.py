@@ -75,7 +75,7 @@ def test_amounts_are_exact(entry: PriceEntry, total: int, identity: int, inputs:
     ) / Fraction(10**6)
     for line in rating.lines:
         assert Fraction(line.quantity) * Fraction(line.unit_price) == line.exact * unit
-    rounded = rating.rounded()
+    rounded = rating.rounded
     assert exact_sum([*rounded.amounts, rounded.residue], 12) == rounded.total == rating.cost
 
 
@@ -83,7 +83,7 @@ def test_amounts_are_exact(entry: PriceEntry, total: int, identity: int, inputs:
 def test_cost_never_falls_when_more_is_executed(entry: PriceEntry, points: list[int]) -> None:
     book = book_of(entry)
     costs = [
-        rate(usage_record("r", flops=FlopUsage(head=total, total=total)), book).rounded().total
+        rate(usage_record("r", flops=FlopUsage(head=total, total=total)), book).rounded.total
         for total in sorted(points)
     ]
     assert all(less <= more for less, more in pairwise(costs))

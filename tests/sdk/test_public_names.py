@@ -17,11 +17,15 @@ PUBLIC = {
     "polar_sdk.scan": "CalibrationItem ProgramScore ScanReport Scanner builtin_items read_items",
     "polar_sdk.testing": "tiny_llama tiny_model tiny_tokenizer",
     "polar_billing": """
-        ALL_TENANTS ALL_TIME AmountError BillingError ConflictError CurrencyMixError Ledger LedgerStorage
-        LedgerUrlError Meter MissingExtraError OutputError Period PeriodError PriceBook PriceBookError QueryError
-        Rating Report SchemaVersionError Selection StoreDamagedError StoreError StoreFullError StoreLockedError
-        StoreNotFoundError StoreReadOnlyError StoreUnavailableError StoredUsage UsageRow build_report open_meter
-        rate report_csv report_html usage_csv usage_rows
+        ALL_TENANTS ALL_TIME Account Agreement AmountError BillingError Budget BudgetError Budgets ConflictError
+        CreditNote CurrencyMixError IssuedStatement Ledger LedgerStorage LedgerUnsoundError LedgerUrlError Level
+        Line Meter MissingExtraError OutputError OverBudget Period PeriodError PriceBook PriceBookError
+        QueryError Quote Rating RecordRefusedError Report Repriced SchemaVersionError Selection Statement
+        StatementLine StoreDamagedError StoreError StoreFullError StoreLockedError StoreNotFoundError
+        StoreReadOnlyError StoreUnavailableError StoredUsage UnbalancedError UsageRow Verification Window
+        add_book balances build_report credit_note credit_notes draft_statement issue_statement
+        issued_statements lines_of_usage open_meter post quote rate recheck report_csv report_html reprice
+        usage_csv usage_of_line usage_rows verify_ledger
     """,
     "langchain_polar": """
         ChatPolar CostTotals PolarCall PolarCostCallbackHandler PolarLLM get_polar_cost_callback

@@ -1,0 +1,128 @@
+"""Store usage records and their receipts inside an open write transaction: once each, linked, rolled up.
+
+The order is what makes it safe with several writers: first the heads of the tenants' chains are locked, then it
+is looked up what is stored already, then rows are written. Knows no connection of its own and no prices.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import insert, select, text
+
+from polar_billing import chain
+from polar_billing.budgets.settle import settle
+from polar_billing.bulk import insert_rows
+from polar_billing.errors import ConflictError
+from polar_billing.known import find_known, groups_of
+from polar_billing.rollups import add_to_rollups
+from polar_billing.rows import receipt_to_raw, to_raw
+from polar_billing.schema import price_book_table, receipt_table, usage_table
+from polar_billing.storage import PrunedUsage, StoredUsage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from sqlalchemy import Connection
+
+    from polar_billing.price_book import PriceBook
+    from polar_billing.storage import Entry
+
+    Fresh = tuple[Entry, str]
+    """An entry that is not stored yet, and its content hash."""
+
+__all__ = ["store_entries"]
+
+_USAGE: Final = tuple(usage_table.c.keys())
+_RECEIPT: Final = tuple(receipt_table.c.keys())
+_SUBJECT: Final = chain.subject_of(usage_table)
+_USAGE_NAME: Final = str(usage_table.name)
+_RECEIPT_NAME: Final = str(receipt_table.name)
+
+
+def store_entries(connection: Connection, entries: Sequence[Entry]) -> list[StoredUsage | ConflictError]:
+    """Store what is not stored yet; see `LedgerStorage.append_many`.
+
+    Args:
+        connection: An open write transaction.
+        entries: In the order they shall be stored.
+    """
+    books = _missing_books(connection, {entry.book.content_hash: entry.book for entry in entries})
+    tenants = {entry.record.tenant for entry in entries}
+    heads = chain.lock_heads(connection, tenants | {chain.NO_TENANT} if books else tenants)
+    asked = [(entry.identity, entry.content_hash, entry) for entry in entries]
+    known = find_known(connection, groups_of(identity for identity, _, _ in asked))
+    fresh: dict[tuple[str, str, str], Fresh] = {}
+    for identity, digest, entry in asked:
+        if identity not in known:
+            fresh.setdefault(identity, (entry, digest))
+    if fresh:
+        _store_books(connection, books, {entry.book.content_hash for entry, _ in fresh.values()}, heads)
+        for one, (identity, (_, digest)) in zip(_write(connection, heads, fresh.values()), fresh.items(), strict=True):
+            known[identity] = (digest, one)
+    return [_answer(entry, digest, *known[identity]) for identity, digest, entry in asked]
+
+
+def _answer(entry: Entry, digest: str, known: str, stored: StoredUsage | PrunedUsage) -> StoredUsage | ConflictError:
+    if digest == known:
+        return stored.of(entry.record) if isinstance(stored, PrunedUsage) else stored
+    return ConflictError(
+        f"request {entry.record.request_id!r} of tenant {entry.record.tenant!r} is in the ledger (seq {stored.seq}) "
+        "with other content.",
+        hint="Give every request an id of its own; the first record stands.",
+    )
+
+
+def _write(connection: Connection, heads: dict[str, chain.Head], fresh: Iterable[Fresh]) -> list[StoredUsage]:
+    now = datetime.now(UTC)
+    waiting = list(fresh)
+    stored = [
+        StoredUsage(seq, entry.source, entry.record, now, entry.book.content_hash, entry.cost, entry.unrated)
+        for seq, (entry, _) in zip(_numbers(connection, len(waiting)), waiting, strict=True)
+    ]
+    usage = [to_raw(one, digest) for one, (_, digest) in zip(stored, waiting, strict=True)]
+    receipts = [receipt_to_raw(one) for one in stored]
+    insert_rows(connection, usage_table, _USAGE, usage)
+    insert_rows(connection, receipt_table, _RECEIPT, receipts)
+    rows = zip(usage, receipts, strict=True)
+    chain.append_links(connection, [_link(row, receipt) for row, receipt in rows], heads)
+    add_to_rollups(connection, zip(usage, receipts, strict=True))
+    settle(connection, [entry for entry, _ in waiting])
+    return stored
+
+
+def _link(usage: Sequence[Any], receipt: Sequence[Any]) -> chain.NewLink:
+    seq, tenant = usage[:2]
+    digest = chain.digest_of(_SUBJECT, ((_USAGE_NAME, usage), (_RECEIPT_NAME, receipt)))
+    return chain.NewLink(tenant, _SUBJECT, str(seq), digest)
+
+
+def _numbers(connection: Connection, count: int) -> Sequence[int]:
+    """The next numbers of `polar_usage`, which no one else will get."""
+    if connection.dialect.name == "postgresql":
+        query = text("SELECT nextval('polar_usage_seq_seq') FROM generate_series(1, :count)")
+        return connection.execute(query, {"count": count}).scalars().all()
+    last = connection.execute(text("SELECT seq FROM sqlite_sequence WHERE name = 'polar_usage'")).scalar() or 0
+    return range(last + 1, last + 1 + count)
+
+
+def _missing_books(connection: Connection, books: dict[str, PriceBook]) -> dict[str, PriceBook]:
+    stored = select(price_book_table.c.hash).where(price_book_table.c.hash.in_(list(books)))
+    found = set(connection.execute(stored).scalars())
+    return {digest: book for digest, book in books.items() if digest not in found}
+
+
+def _store_books(
+    connection: Connection, books: dict[str, PriceBook], used: set[str], heads: dict[str, chain.Head]
+) -> None:
+    """Store the books that rated something; a replay alone brings none in."""
+    wanted = {digest: book for digest, book in books.items() if digest in used}
+    for digest, book in _missing_books(connection, wanted).items() if wanted else ():
+        values = {"hash": digest, "id": book.id, "document": book.document, "stored_at": datetime.now(UTC)}
+        connection.execute(insert(price_book_table).values(values))
+        chain.link(connection, price_book_table, digest, heads)
+
+
+chain.register_chained(usage_table, parts={receipt_table: "usage_seq"})
+chain.register_chained(price_book_table)

@@ -1,0 +1,193 @@
+"""A budget as a value: how much of a currency or of compute may be used in each window, and by whom.
+
+Knows neither requests nor the store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_billing.currencies import CURRENCIES
+from polar_billing.errors import BudgetError
+from polar_billing.money import STORED_SCALE, from_scaled, plain, to_scaled
+from polar_billing.periods import Window, load_zone
+from polar_sdk.spelling import did_you_mean, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["COMPUTE_UNIT", "LARGEST_COUNT", "Budget", "Level", "OverBudget", "to_count"]
+
+COMPUTE_UNIT: Final = "CU"
+"""The unit of a budget in compute: 10^12 FLOPs."""
+LARGEST_COUNT: Final = 10**18
+"""Most that a limit may count, in units of 10^-decimals: a ninth of what a column holds."""
+_LONGEST_NAME: Final = 200
+
+
+class Level(StrEnum):
+    """Whose requests a budget covers."""
+
+    TENANT = "tenant"
+    PROJECT = "project"
+    USER = "user"
+    KEY = "key"
+
+
+class OverBudget(StrEnum):
+    """What becomes of a request that the budget has no room for."""
+
+    REFUSE = "refuse"
+    SHALLOWER = "shallower"
+    """Serve a cheaper offer that fits; refuse where none does."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit per window of time; one of several that may cover a request.
+
+    A budget is identified by tenant, level, name, unit and window; setting it again supersedes what was in force.
+
+    Raises:
+        BudgetError: A value is none of those that its field allows; the message names value, limit and fix.
+        PeriodError: The time zone is unknown.
+    """
+
+    tenant: str
+    limit: Decimal
+    """Most per window. Unit: `unit`."""
+    unit: str = COMPUTE_UNIT
+    """A currency's code, which must be that of the price book, or `CU` for compute units."""
+    level: Level = Level.TENANT
+    name: str | None = None
+    """The project, user or key, as the tag of that name on a request says; None for the tenant as a whole."""
+    window: Window = Window.MONTH
+    zone: str = "UTC"
+    """IANA name of the time zone whose calendar begins the windows."""
+    over_budget: OverBudget = OverBudget.REFUSE
+
+    def __post_init__(self) -> None:
+        own: dict[str, Any] = {
+            "tenant": self.tenant.strip() if isinstance(self.tenant, str) else self.tenant,  # as on usage records
+            "limit": _limit(self.limit),
+            "level": _one_of(Level, "level", self.level),
+            "window": _one_of(Window, "window", self.window),
+            "over_budget": _one_of(OverBudget, "over_budget", self.over_budget),
+        }
+        for field, value in own.items():
+            object.__setattr__(self, field, value)  # frozen: the only place that writes
+        _check_unit(self.unit)
+        load_zone(self.zone)
+        _check_name("tenant", self.tenant)
+        self._check_scope()
+        _ = self.limit_count
+
+    def _check_scope(self) -> None:
+        if self.level is Level.TENANT:
+            if self.name is not None:
+                raise BudgetError(
+                    f"a budget of the level tenant was given the name {self.name!r}.",
+                    hint="Leave the name out, or give the level project, user or key.",
+                )
+            return
+        if self.name is None:
+            raise BudgetError(f"a budget of the level {self.level} has no name.", hint=f"Name the {self.level}.")
+        _check_name(self.level, self.name)
+
+    @property
+    def decimals(self) -> int:
+        """Decimals that the budget counts in: 12, or fewer where the limit is so large that 12 would not fit."""
+        whole = len(str(int(self.limit)))  # digits before the point
+        return max(0, min(STORED_SCALE, len(str(LARGEST_COUNT)) - 1 - whole))
+
+    @property
+    def limit_count(self) -> int:
+        """The limit in units of 10^-decimals."""
+        count = _scaled(self.limit, self.decimals)
+        if count > LARGEST_COUNT:
+            raise BudgetError(f"limit {self.limit:f} is too large.", hint=f"Use at most {LARGEST_COUNT:,}.")
+        return count
+
+    @property
+    def who(self) -> str:
+        """Whose budget it is, in words."""
+        whole = f"tenant {self.tenant!r}"
+        return whole if self.level is Level.TENANT else f"{self.level} {self.name!r} of {whole}"
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        """What makes two definitions the same budget: tenant, level, name, unit, window."""
+        return (self.tenant, self.level, self.name or "", self.unit, self.window)
+
+    def covers(self, tags: Mapping[str, str]) -> bool:
+        """True if a request of the tenant with these tags counts in this budget."""
+        return self.level is Level.TENANT or tags.get(self.level) == self.name
+
+    def amount(self, count: int) -> Decimal:
+        """A count of 10^-decimals as an amount. Unit: `unit`."""
+        return from_scaled(count, self.decimals)
+
+    def say(self, count: int) -> str:
+        """A count of 10^-decimals for people."""
+        return f"{plain(self.amount(count))} {self.unit}"
+
+    def superseded(self, **changes: Any) -> Budget:
+        """The same budget with other values."""
+        return replace(self, **changes)
+
+
+def to_count(amount: int, decimals: int) -> int:
+    """A count of 10^-12 as one of 10^-decimals, rounded up: what is not known to fit must not fit."""
+    return -(-amount // int(10 ** (STORED_SCALE - decimals)))
+
+
+def _limit(value: object) -> Decimal:
+    if isinstance(value, (bool, float)) or not isinstance(value, (Decimal, int, str)):
+        raise BudgetError(f"limit {value!r} is not a decimal number.", hint='Write it as text, like "12.50".')
+    try:
+        limit = Decimal(value)
+    except InvalidOperation:
+        raise BudgetError(f"limit {value!r} is not a number.", hint='Write it like "12.50".') from None
+    if not limit.is_finite():
+        raise BudgetError(f"limit {value} is not finite.", hint="Close the budget to lift the limit.")
+    if limit < 0:
+        raise BudgetError(f"limit {value} is negative.", hint="Use 0 or more; 0 refuses every request.")
+    if limit > LARGEST_COUNT:
+        raise BudgetError(f"limit {limit:f} is too large.", hint=f"Use at most {LARGEST_COUNT:,}.")
+    return limit
+
+
+def _scaled(limit: Decimal, decimals: int) -> int:
+    try:
+        return to_scaled(limit, decimals)
+    except ValueError:
+        raise BudgetError(
+            f"limit {limit:f} has more than {decimals} decimals.", hint="Round it, or use a smaller limit."
+        ) from None
+
+
+def _one_of(kind: type[StrEnum], field: str, value: object) -> StrEnum:
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise BudgetError(
+            f"{field} {value!r} is unknown; {did_you_mean(str(value), [str(one) for one in kind])}"
+        ) from None
+
+
+def _check_unit(unit: object) -> None:
+    known = [COMPUTE_UNIT, *CURRENCIES]
+    if unit in known:
+        return
+    upper = str(unit).strip().upper()
+    near = upper if upper in known else nearest(upper, known)
+    hint = "Use an ISO 4217 code such as EUR, or CU." if near is None else f"Did you mean {near!r}?"
+    raise BudgetError(f"unit {unit!r} is neither a currency nor CU.", hint=hint)
+
+
+def _check_name(what: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip() or len(value) > _LONGEST_NAME or "\x00" in value:
+        raise BudgetError(f"{what} {str(value)[:40]!r} is no name.", hint=f"Use 1 to {_LONGEST_NAME} characters.")

@@ -1,0 +1,129 @@
+"""Which offer a request may be served with, given what its budgets have left. Pure: no clock, no store.
+
+An offer fits where every budget that covers the request has room for the most it can use. The first that fits is
+served; a budget that refuses ends the search, one that says `shallower` lets it go on to the next, cheaper offer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, OverBudget, to_count
+from polar_billing.errors import CurrencyMixError
+from polar_billing.money import plain
+from polar_billing.periods import load_zone
+from polar_sdk.errors import BudgetExceededError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polar_billing.periods import Period
+
+__all__ = ["Cost", "Refusal", "Standing", "choose", "needed"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an offer, or a request that ran, uses. Counts of 10^-12: of the currency, and of a compute unit (FLOPs)."""
+
+    currency: str
+    money: int | None
+    """None where the price book has no price for it."""
+    flops: int
+    unrated: str | None = None
+    """Why there is no price."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One budget in one window. Unit of the counts: 10^-decimals of the budget's unit."""
+
+    budget: Budget
+    period: Period
+    spent: int
+    held: int
+
+    @property
+    def left(self) -> int:
+        """What is neither spent nor held; negative where the limit was lowered, or usage came without a hold."""
+        return self.budget.limit_count - self.spent - self.held
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a request is not served: the budget that has no room, and for what."""
+
+    standing: Standing
+    cost: Cost
+
+    def error(self) -> BudgetExceededError:
+        """The error that says which level, what is left, what was needed and when it resets."""
+        budget, standing = self.standing.budget, self.standing
+        amount = needed(self.cost, budget)
+        until = standing.period.until
+        resets = None if until is None else until.astimezone(load_zone(budget.zone))
+        what = f"the {budget.window}'s budget of {budget.who}"
+        if amount is None:
+            message = f"{what} cannot be kept, since the request has no price: {self.cost.unrated}."
+        else:
+            message = (
+                f"{what} has {budget.say(standing.left)} left of {budget.say(budget.limit_count)} "
+                f"({budget.say(standing.spent)} spent, {budget.say(standing.held)} held); "
+                f"the request may use up to {budget.say(amount)}."
+            )
+        return BudgetExceededError(
+            message if resets is None else f"{message} It resets at {resets.isoformat()}.",
+            hint="Lower max_tokens, take a cheaper tier, or raise it with `polar budget set`.",
+            level=budget.level,
+            name=budget.tenant if budget.name is None else budget.name,
+            limit=plain(budget.amount(budget.limit_count)),
+            remaining=plain(budget.amount(standing.left)),
+            needed=None if amount is None else plain(budget.amount(amount)),
+            unit=budget.unit,
+            resets_at=resets,
+        )
+
+
+def needed(cost: Cost, budget: Budget) -> int | None:
+    """What a cost takes of a budget, in its counts; None where that is not known.
+
+    Raises:
+        CurrencyMixError: Budget and price book are in different currencies.
+    """
+    if budget.unit == COMPUTE_UNIT:
+        return to_count(cost.flops, budget.decimals)
+    if budget.unit != cost.currency:
+        raise CurrencyMixError(
+            f"the budget of {budget.who} is in {budget.unit}, the price book in {cost.currency}.",
+            hint=f"Set it in {cost.currency} or CU, and close this one with `polar budget close`.",
+        )
+    return None if cost.money is None else to_count(cost.money, budget.decimals)
+
+
+def choose(standings: Sequence[Standing], offers: Sequence[Cost]) -> int | Refusal:
+    """Index of the first offer that fits every budget, or why none may be served.
+
+    Args:
+        standings: Every budget that covers the request.
+        offers: In order of preference.
+
+    Raises:
+        CurrencyMixError: Budget and price book are in different currencies.
+    """
+    refusal: Refusal | None = None
+    for index, offer in enumerate(offers):
+        over = [standing for standing in standings if not _fits(offer, standing)]
+        if not over:
+            return index
+        strict = [standing for standing in over if standing.budget.over_budget is OverBudget.REFUSE]
+        refusal = Refusal((strict or over)[0], offer)
+        if strict:
+            break
+    assert refusal is not None  # a request has at least one offer
+    return refusal
+
+
+def _fits(offer: Cost, standing: Standing) -> bool:
+    amount = needed(offer, standing.budget)
+    return amount is not None and amount <= standing.left

@@ -1,0 +1,192 @@
+"""What is spent and held per budget and window: the counters, and how they are computed from what is stored.
+
+A counter is a projection: held is the sum over the open holds of its window, spent the sum over the settled ones and
+over usage that was stored without a hold, such as that from before the tenant had a budget. It is made when a request
+first needs it, and kept in step by whoever changes a hold in the same transaction. Every function here takes an open
+transaction that has locked the head of the tenant's chain. Knows no clock and no policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import and_, bindparam, case, select, update
+
+from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
+from polar_billing.budgets.choose import Standing
+from polar_billing.budgets.projection import FULL, computed
+from polar_billing.periods import Period
+from polar_billing.schema import counter_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from sqlalchemy import ColumnElement, Connection, Row
+
+__all__ = ["Change", "Scope", "all_of", "change", "drop", "look", "raise_held", "standings", "touched"]
+
+_FIRST: Final = datetime(1, 1, 1, tzinfo=UTC)
+_LAST: Final = datetime.max.replace(tzinfo=UTC)
+_MOST_NAMES: Final = 500
+"""SQLite takes at least 999 parameters in one statement."""
+
+# Built once: building a statement costs more than running it.
+_TOUCHED_ANY: Final = select(counter_table).where(
+    counter_table.c.tenant.in_(bindparam("tenants", expanding=True)),
+    counter_table.c.starts <= bindparam("last"),
+    counter_table.c.ends > bindparam("first"),
+)
+_TOUCHED: Final = _TOUCHED_ANY.where(
+    counter_table.c.level.in_([*Level]), counter_table.c.name.in_(bindparam("names", expanding=True))
+)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which counters a request counts in."""
+
+    tenant: str
+    project: str | None
+    user: str | None
+    key: str | None
+    at: datetime
+    currency: str
+
+    @classmethod
+    def of(cls, tenant: str, tags: Mapping[str, str], at: datetime, currency: str) -> Scope:
+        """The scope of a request with these tags."""
+        return cls(tenant, tags.get(Level.PROJECT), tags.get(Level.USER), tags.get(Level.KEY), at, currency)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Level → name, for the levels that the request has."""
+        named = {Level.PROJECT: self.project, Level.USER: self.user, Level.KEY: self.key}
+        return {Level.TENANT: "", **{level: name for level, name in named.items() if name is not None}}
+
+    def counts_in(self, counter: Row[Any]) -> bool:
+        """True if the request counts in a row of the counters."""
+        return (
+            counter.tenant == self.tenant
+            and self.names.get(counter.level) == counter.name
+            and counter.unit in {COMPUTE_UNIT, self.currency}
+            and counter.starts <= self.at < counter.ends
+        )
+
+
+@dataclass
+class Change:
+    """What is to be added to a counter, and taken from what it holds. Unit: 10^-decimals of it."""
+
+    spent: int = 0
+    freed: int = 0
+
+
+def standings(
+    connection: Connection, windows: Sequence[tuple[Budget, Period]], scope: Scope
+) -> list[tuple[int, Standing]]:
+    """Budgets in their windows around `scope.at`, each with the number of its counter, which is made if need be."""
+    rows = {_place(row): row for row in touched(connection, [scope])}
+    found = []
+    for budget, period in windows:
+        row = rows.get((*budget.key, period.since or _FIRST))
+        if row is None:
+            found.append(_make(connection, computed(connection, budget, period)))
+        else:
+            found.append((row.seq, Standing(budget, period, row.spent, row.held)))
+    return found
+
+
+def _place(row: Row[Any]) -> tuple[object, ...]:
+    return (row.tenant, row.level, row.name, row.unit, row.time_window, row.starts)
+
+
+def _make(connection: Connection, made: Standing) -> tuple[int, Standing]:
+    tenant, level, name, unit, window = made.budget.key
+    values: dict[str, Any] = {"tenant": tenant, "level": level, "name": name, "unit": unit, "time_window": window}
+    values |= {"starts": made.period.since or _FIRST, "ends": made.period.until or _LAST}
+    values |= {"decimals": made.budget.decimals, "spent": made.spent, "held": made.held}
+    seq: int = connection.execute(counter_table.insert().values(values).returning(counter_table.c.seq)).scalar_one()
+    return seq, made
+
+
+def look(connection: Connection, budget: Budget, period: Period) -> Standing:
+    """A budget in one of its windows; writes nothing."""
+    found = _find(connection, budget, period)
+    return computed(connection, budget, period) if found is None else Standing(budget, period, found.spent, found.held)
+
+
+def all_of(connection: Connection, budgets: Iterable[Budget]) -> list[Standing]:
+    """Every counter of these budgets, as it stands."""
+    rows = [(one, row) for one in budgets for row in connection.execute(select(counter_table).where(_is(one)))]
+    return [
+        Standing(one, Period.containing(row.starts, one.window, one.zone), row.spent, row.held) for one, row in rows
+    ]
+
+
+def _find(connection: Connection, budget: Budget, period: Period) -> Row[Any] | None:
+    query = select(counter_table).where(_is(budget), counter_table.c.starts == (period.since or _FIRST))
+    return connection.execute(query).one_or_none()
+
+
+def raise_held(connection: Connection, amounts: Mapping[int, tuple[int, int]]) -> bool:
+    """Hold amounts if every one of them still fits; False where one does not, and then the caller rolls back.
+
+    Args:
+        connection: The transaction to roll back.
+        amounts: Number of the counter → amount and limit. Unit: 10^-decimals of the counter.
+    """
+    counter = counter_table.c
+    if not amounts or any(amount > limit for amount, limit in amounts.values()):
+        return not amounts
+    more = case({seq: amount for seq, (amount, _) in amounts.items()}, value=counter.seq)
+    room = case({seq: limit - amount for seq, (amount, limit) in amounts.items()}, value=counter.seq)
+    fits = and_(counter.seq.in_(list(amounts)), counter.spent <= room - counter.held)
+    done = connection.execute(update(counter_table).where(fits).values(held=counter.held + more))
+    return done.rowcount == len(amounts)
+
+
+def touched(connection: Connection, scopes: Sequence[Scope]) -> list[Row[Any]]:
+    """The counters that exist and that any of the requests counts in."""
+    if not scopes:
+        return []
+    values: dict[str, Any] = {
+        "tenants": sorted({scope.tenant for scope in scopes}),
+        "first": min(scope.at for scope in scopes),
+        "last": max(scope.at for scope in scopes),
+    }
+    names = {name for scope in scopes for name in scope.names.values()}
+    # With very many names all of the tenants' counters are looked at.
+    query, named = (_TOUCHED, {"names": sorted(names)}) if len(names) <= _MOST_NAMES else (_TOUCHED_ANY, {})
+    rows = connection.execute(query, {**values, **named})
+    return [row for row in rows if any(scope.counts_in(row) for scope in scopes)]
+
+
+def change(connection: Connection, changes: Iterable[tuple[int, Change]]) -> None:
+    """Change counters by their number; one that is full stays full, and none falls below zero."""
+    counter = counter_table.c
+    for seq, one in sorted(changes, key=lambda pair: pair[0]):
+        spent, freed = min(one.spent, FULL), min(one.freed, FULL)
+        values = {
+            "spent": case((counter.spent > FULL - spent, FULL), else_=counter.spent + spent),
+            "held": case((counter.held < freed, 0), else_=counter.held - freed),
+        }
+        connection.execute(update(counter_table).where(counter.seq == seq).values(values))
+
+
+def drop(connection: Connection, budget: Budget) -> None:
+    """Forget the counters of a budget whose limit or zone changes; they are computed again when needed."""
+    connection.execute(counter_table.delete().where(_is(budget)))
+
+
+def _is(budget: Budget) -> ColumnElement[bool]:
+    counter = counter_table.c
+    tenant, level, name, unit, window = budget.key
+    return and_(
+        counter.tenant == tenant,
+        counter.level == level,
+        counter.name == name,
+        counter.unit == unit,
+        counter.time_window == window,
+    )

@@ -1,0 +1,270 @@
+"""`Budgets`: set them, hold money and compute for a request before it runs, and say what is left.
+
+Every hold covers all budgets of a request in one transaction, which no other of the same tenant overlaps: the head of
+the tenant's chain is locked first, as by whoever stores usage. What cannot be decided is refused. The clock is the
+database server's on PostgreSQL, so that hosts need not agree. Rates nothing itself (see `pricing.bound`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import func, select
+
+from polar_billing import chain
+from polar_billing.budgets import counters
+from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
+from polar_billing.budgets.choose import Refusal, Standing
+from polar_billing.budgets.projection import computed
+from polar_billing.budgets.records import Hold, HoldState, in_force, latest_holds, open_holds, write_budget
+from polar_billing.budgets.reserve import costs, hold
+from polar_billing.budgets.settle import free, with_budgets
+from polar_billing.errors import BudgetError, CurrencyMixError, StoreError
+from polar_billing.ledger import Ledger
+from polar_billing.periods import Period, Window
+from polar_billing.storage import ALL_TENANTS, AllTenants
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sqlalchemy import Connection
+
+    from polar_billing.price_book import PriceBook
+    from polar_sdk.usage import UsageBound
+
+__all__ = ["HOLD_LIFETIME", "Budgets", "Difference"]
+
+HOLD_LIFETIME: Final = timedelta(minutes=15)
+"""After that a hold that nobody resolved expires: its process is gone. Longer than any answer takes."""
+SEEN_WITHIN_S: Final = 5.0
+"""How long a process may not see the first budget that another one sets for a tenant. Unit: seconds."""
+
+
+_changes = itertools.count(1)
+_last_change = 0
+"""Rises with every budget that this process sets, so that each `Budgets` in it looks again at once."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A counter that says other than what is stored adds up to."""
+
+    counted: Standing
+    computed: Standing
+
+
+class Budgets:
+    """The budgets of a ledger. Safe in several threads and processes.
+
+    Args:
+        ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
+        lifetime: After how long a hold expires that nobody resolved.
+        clock: What time it is, UTC; None for the database's own, or this machine's with SQLite.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger | str | None = None,
+        *,
+        lifetime: timedelta = HOLD_LIFETIME,
+        clock: Callable[[], datetime] | None = None,
+    ) -> None:
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.lifetime = lifetime
+        self._clock = clock
+        self._tenants: set[str] | None = None
+        self._looked_at = 0.0
+        self._looked_after = 0
+
+    def set(self, budget: Budget, book: PriceBook | None = None) -> None:
+        """Put a budget in force from now on; it supersedes the one of the same tenant, level, name, unit and window.
+
+        What was spent in the window so far counts, also from before there was a budget.
+
+        Args:
+            budget: What to allow.
+            book: The price book in force, to refuse a currency that nothing will be charged in.
+
+        Raises:
+            CurrencyMixError: The budget is in another currency than the price book.
+        """
+        if book is not None and budget.unit not in {COMPUTE_UNIT, book.currency}:
+            raise CurrencyMixError(
+                f"a budget in {budget.unit} cannot be kept: price book {book.id!r} is in {book.currency}.",
+                hint=f"Set it in {book.currency}, or in CU.",
+            )
+        with self._locked(budget.tenant) as (connection, now):
+            if budget not in in_force(connection, budget.tenant):
+                self._write(connection, budget, now, closed=False)
+        _say_changed()
+
+    def close(
+        self, tenant: str, *, level: Level | str, unit: str, window: Window | str, name: str | None = None
+    ) -> Budget:
+        """Lift a budget; its definitions stay in the ledger.
+
+        Returns:
+            What was in force.
+
+        Raises:
+            BudgetError: There is no such budget.
+        """
+        key = (tenant, str(level), name or "", unit, str(window))
+        with self._locked(tenant) as (connection, now):
+            found = next((budget for budget in in_force(connection, tenant) if budget.key == key), None)
+            if found is not None:
+                self._write(connection, found, now, closed=True)
+        _say_changed()
+        if found is None:
+            what = f"tenant {tenant!r} has no budget in {unit} per {window} of the level {level}"
+            raise BudgetError(
+                f"{what}{'' if name is None else f' and the name {name!r}'}.", hint="See `polar budget show`."
+            )
+        return found
+
+    def _write(self, connection: Connection, budget: Budget, now: datetime, *, closed: bool) -> None:
+        write_budget(connection, budget, closed=closed, now=now)
+        counters.drop(connection, budget)
+
+    def in_force(self, tenant: str | AllTenants) -> list[Budget]:
+        """The budgets of a tenant, or of all of them, in the order in which they were first set."""
+        with self.ledger.snapshot() as connection:
+            return in_force(connection, _named(tenant))
+
+    def standings(self, tenant: str | AllTenants, at: datetime | None = None) -> list[Standing]:
+        """What is spent, held and left of every budget in the window of `at`; None for now."""
+        with self.ledger.snapshot() as connection:
+            moment = self._now(connection) if at is None else at
+            budgets = in_force(connection, _named(tenant))
+            return [counters.look(connection, one, Period.containing(moment, one.window, one.zone)) for one in budgets]
+
+    def holds(self, tenant: str | AllTenants) -> list[Hold]:
+        """What is held now, the oldest first."""
+        with self.ledger.snapshot() as connection:
+            return open_holds(connection, _named(tenant))
+
+    def reserve(self, bound: UsageBound, book: PriceBook, *, source: str) -> int:
+        """Hold what a request may use at most, in every budget that covers it, or in none.
+
+        The same call again, as after a lost answer, gets the same offer and holds nothing more.
+
+        Args:
+            bound: The request and its offers.
+            book: The prices it will be charged by.
+            source: Who meters; request ids are unique per (tenant, source).
+
+        Returns:
+            Index of the offer to serve.
+
+        Raises:
+            BudgetExceededError: No offer fits what is left.
+            ConflictError: The request id is in use, or has been used.
+            CurrencyMixError: A budget is in another currency than the price book.
+            StoreError: The ledger cannot be read or written now.
+        """
+        if not self._may_have_budgets(bound.tenant):
+            return 0
+        offers = costs(bound, book)
+        with self._locked(bound.tenant) as (connection, now):
+            self._expire(connection, bound.tenant, now)
+            chosen = hold(connection, bound, offers, source=source, now=now, lifetime=self.lifetime)
+        if isinstance(chosen, Refusal):
+            raise chosen.error()
+        return chosen
+
+    def release(self, tenant: str, request_id: str, *, source: str) -> bool:
+        """Give back what is held for a request that never began; True if something was."""
+        if not self._may_have_budgets(tenant):
+            return False
+        identity = (tenant, source, request_id)
+        with self._locked(tenant) as (connection, now):
+            found = latest_holds(connection, [identity]).get(identity)
+            if found is None or found.state is not HoldState.HELD:
+                return False
+            free(connection, [found], HoldState.RELEASED, now)
+        return True
+
+    def expire(self, tenant: str | AllTenants = ALL_TENANTS) -> int:
+        """Free what is held past its time; `reserve` does so for its own tenant. Returns how many holds expired."""
+        with self.ledger.snapshot() as connection:
+            due = open_holds(connection, _named(tenant), due=self._now(connection))
+        expired = 0
+        for one in sorted({one.scope.tenant for one in due}):
+            with self._locked(one) as (connection, now):
+                expired += self._expire(connection, one, now)
+        return expired
+
+    def _expire(self, connection: Connection, tenant: str, now: datetime) -> int:
+        due = open_holds(connection, tenant, due=now)
+        if due:
+            free(connection, due, HoldState.EXPIRED, now)
+        return len(due)
+
+    def recheck(self, tenant: str | AllTenants, *, repair: bool = False) -> list[Difference]:
+        """Compute every counter again from holds and usage, and say which differ.
+
+        Args:
+            tenant: Whose.
+            repair: Forget those that differ, so that they are computed when next needed.
+        """
+        with self.ledger.snapshot() as connection:
+            names = {budget.tenant for budget in in_force(connection, _named(tenant))}
+        found = []
+        for one in sorted(names):
+            with self._locked(one) as (connection, _):
+                found += (differing := self._differing(connection, one))
+                for difference in differing if repair else ():
+                    counters.drop(connection, difference.counted.budget)
+        return found
+
+    def _differing(self, connection: Connection, tenant: str) -> list[Difference]:
+        counted = counters.all_of(connection, in_force(connection, tenant))
+        pairs = ((one, computed(connection, one.budget, one.period)) for one in counted)
+        return [Difference(one, again) for one, again in pairs if one != again]
+
+    @contextmanager
+    def _locked(self, tenant: str) -> Iterator[tuple[Connection, datetime]]:
+        """A write transaction that has the tenant to itself, and the time in it."""
+        with self.ledger.transaction() as connection:
+            chain.lock_heads(connection, {tenant})
+            yield connection, self._now(connection)
+
+    def _now(self, connection: Connection) -> datetime:
+        if self._clock is not None:
+            return self._clock()
+        if connection.dialect.name == "postgresql":
+            moment: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
+            return moment.astimezone(UTC)
+        return datetime.now(UTC)
+
+    def _may_have_budgets(self, tenant: str) -> bool:
+        """False if the tenant had no budget a moment ago: then a request costs no transaction.
+
+        Raises:
+            StoreError: The ledger is away, and the tenant had a budget, or that was never known.
+        """
+        known, after = self._tenants, _last_change
+        stale = self._looked_after != after or time.monotonic() - self._looked_at > SEEN_WITHIN_S
+        if known is None or stale:
+            try:
+                with self.ledger.snapshot() as connection:
+                    known = self._tenants = with_budgets(connection)
+            except StoreError:
+                if known is None or tenant in known:
+                    raise
+            self._looked_at, self._looked_after = time.monotonic(), after
+        return tenant in known
+
+
+def _say_changed() -> None:
+    global _last_change  # noqa: PLW0603  (one number per process is the point)
+    _last_change = next(_changes)
+
+
+def _named(tenant: str | AllTenants) -> str | None:
+    return None if isinstance(tenant, AllTenants) else tenant

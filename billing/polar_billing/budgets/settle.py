@@ -1,0 +1,127 @@
+"""Settle holds: what was reserved for a request becomes what it used, in the transaction that stores its record.
+
+`append.store_entries` calls `settle(connection, entries)` once per transaction, with the entries that were new, after
+their rows are written; the heads of the tenants' chains are locked by then. A record without a hold (it expired, or
+came from elsewhere) counts in the counters that exist all the same. Nothing here raises for want of budget: what was
+used is used. Knows no prices and no policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import bindparam, select, update
+
+from polar_billing.budgets.budget import COMPUTE_UNIT, to_count
+from polar_billing.budgets.counters import Change, Scope, change, touched
+from polar_billing.budgets.records import Hold, HoldState, latest_holds, resolve
+from polar_billing.money import STORED_SCALE, to_scaled
+from polar_billing.schema import budget_table, hold_table
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from sqlalchemy import Connection, Row
+
+    from polar_billing.storage import Entry
+
+__all__ = ["free", "settle", "with_budgets"]
+
+_NOTHING: Final = Decimal(0)
+_TENANTS_AT_ONCE: Final = 500
+
+Amounts = tuple[Scope, Decimal, int]
+"""Where something counts, its money and its FLOPs."""
+
+
+def settle(connection: Connection, entries: Sequence[Entry]) -> None:
+    """Settle the holds of requests whose records have just been stored, and count what they used.
+
+    Args:
+        connection: The transaction that stored them.
+        entries: Records that were not stored before, each once.
+    """
+    tenants = with_budgets(connection, {entry.record.tenant for entry in entries})
+    mine = [entry for entry in entries if entry.record.tenant in tenants]
+    if not mine:
+        return
+    holds = latest_holds(connection, [entry.identity for entry in mine])
+    spent: list[Amounts] = []
+    settled: list[tuple[Hold, Amounts]] = []
+    for entry in mine:
+        hold = holds.get(entry.identity)
+        used = _used(entry, hold)
+        spent.append(used)
+        if hold is not None and hold.state is HoldState.HELD:
+            settled.append((hold, used))
+    _resolve(connection, settled)
+    _count(connection, spent, [hold for hold, _ in settled])
+
+
+def with_budgets(connection: Connection, tenants: Collection[str] | None = None) -> set[str]:
+    """The tenants, of those given or of all, that ever had a budget."""
+    query = select(budget_table.c.tenant).distinct()
+    if tenants is None:
+        return set(connection.execute(query).scalars())
+    named = sorted(tenants)
+    found: set[str] = set()
+    for start in range(0, len(named), _TENANTS_AT_ONCE):
+        some = budget_table.c.tenant.in_(named[start : start + _TENANTS_AT_ONCE])
+        found.update(connection.execute(query.where(some)).scalars())
+    return found
+
+
+def free(connection: Connection, holds: Sequence[Hold], state: HoldState, now: datetime) -> None:
+    """Resolve open holds without any use: released, or expired."""
+    resolve(connection, [hold.seq for hold in holds], state, now)
+    _count(connection, [], holds)
+
+
+def _used(entry: Entry, hold: Hold | None) -> Amounts:
+    """What a record counts: by the scope that was held for it, and by the book that rated it."""
+    record, currency = entry.record, entry.book.currency
+    if hold is None or hold.state is not HoldState.HELD:
+        scope = Scope.of(record.tenant, record.tags, record.started_at, currency)
+        return scope, entry.cost if entry.cost is not None else _NOTHING, record.flops.total
+    # Without a price, what was held for it stays taken: it is not known to have cost less.
+    cost = entry.cost if entry.cost is not None else hold.cost_bound
+    return replace(hold.scope, currency=currency), cost, record.flops.total
+
+
+def _resolve(connection: Connection, settled: Sequence[tuple[Hold, Amounts]]) -> None:
+    if not settled:
+        return
+    changes = {"state": str(HoldState.SETTLED), "resolved_at": datetime.now(UTC)}
+    changes |= {"currency": bindparam("in_currency"), "cost": bindparam("used_cost"), "flops": bindparam("used_flops")}
+    statement = update(hold_table).where(hold_table.c.seq == bindparam("of_seq")).values(changes)
+    rows = [
+        {"of_seq": hold.seq, "in_currency": scope.currency, "used_cost": cost, "used_flops": flops}
+        for hold, (scope, cost, flops) in settled
+    ]
+    connection.execute(statement, rows)
+
+
+def _count(connection: Connection, spent: Iterable[Amounts], freed: Iterable[Hold]) -> None:
+    """Bring every counter that exists in step."""
+    used = list(spent)
+    held: list[Amounts] = [(hold.scope, hold.cost_bound, hold.flops_bound) for hold in freed]
+    counters = touched(connection, [scope for scope, _, _ in [*used, *held]])
+    changes = (
+        (
+            counter.seq,
+            Change(
+                spent=sum(_amount(counter, one) for one in used if one[0].counts_in(counter)),
+                freed=sum(_amount(counter, one) for one in held if one[0].counts_in(counter)),
+            ),
+        )
+        for counter in counters
+    )
+    change(connection, changes)
+
+
+def _amount(counter: Row[tuple[int, ...]], amounts: Amounts) -> int:
+    _, money, flops = amounts
+    return to_count(flops if counter.unit == COMPUTE_UNIT else to_scaled(money, STORED_SCALE), counter.decimals)

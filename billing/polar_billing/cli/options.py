@@ -1,0 +1,164 @@
+"""Options and helpers that the commands share. Heavy imports wait until a command runs.
+
+Knows no command.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polar_billing.errors import MissingExtraError, OutputError, QueryError
+
+if TYPE_CHECKING:
+    from polar_billing.ledger import Ledger
+    from polar_billing.periods import Period
+    from polar_billing.price_book import PriceBook
+    from polar_billing.storage import LedgerStorage, Selection
+
+__all__ = [
+    "CsvOption",
+    "CurrencyOption",
+    "JsonOption",
+    "LedgerOption",
+    "MonthOption",
+    "PricesOption",
+    "SinceOption",
+    "TenantOption",
+    "TierOption",
+    "UntilOption",
+    "ZoneOption",
+    "book_of",
+    "open_ledger",
+    "period_of",
+    "say_nothing_found",
+    "selection_of",
+    "show",
+    "show_json",
+    "write_file",
+]
+
+LedgerOption = Annotated[
+    str | None,
+    typer.Option(help="Ledger URL or SQLite file; POLAR_LEDGER or the user's data folder by default.", metavar="URL"),
+]
+TenantOption = Annotated[
+    str | None, typer.Option(help="Only this tenant; without it every tenant of the ledger.", metavar="NAME")
+]
+MonthOption = Annotated[str | None, typer.Option(help="A calendar month, e.g. 2026-11.", metavar="YYYY-MM")]
+SinceOption = Annotated[str | None, typer.Option(help="First day or moment of the period.", metavar="DATE")]
+UntilOption = Annotated[str | None, typer.Option(help="End of the period, itself excluded.", metavar="DATE")]
+ZoneOption = Annotated[str, typer.Option(help="IANA time zone that dates are meant in.", metavar="ZONE")]
+TierOption = Annotated[str | None, typer.Option(help="Only this tier.", metavar="NAME")]
+PricesOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Rate all of it by this price book, not by the book each request was charged by.", metavar="FILE"
+    ),
+]
+CurrencyOption = Annotated[str | None, typer.Option(help="Only what is charged in this currency.", metavar="CODE")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
+CsvOption = Annotated[Path | None, typer.Option(help="Write CSV to this file; - for standard output.", metavar="FILE")]
+
+
+def open_ledger(ledger: str | None, *, recover: bool = True) -> Ledger:
+    """The ledger; where its database library is missing, the error says which extra brings it.
+
+    Args:
+        ledger: What the option says.
+        recover: First store what waits in the spool of processes that have ended; a warning says what still waits.
+    """
+    try:
+        from polar_billing.ledger import Ledger
+        from polar_billing.recovery import recover_abandoned, warning_of
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"this command needs {error.name!r}.",
+            hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
+        ) from error
+    opened = Ledger(ledger)
+    if recover:
+        recover_abandoned(opened)
+        if (warning := warning_of(opened)) is not None:
+            typer.echo(f"warning: {warning}", err=True)
+    return opened
+
+
+def period_of(month: str | None, since: str | None, until: str | None, zone: str) -> Period:
+    """The period that the options name."""
+    from polar_billing.periods import Period
+
+    if month is None:
+        return Period.between(since, until, zone)
+    if since is not None or until is not None:
+        raise QueryError("--month was given together with --since or --until.", hint="Give one of the two.")
+    return Period.month(month, zone)
+
+
+def selection_of(tenant: str | None, period: Period, tier: str | None, model: str | None, tags: list[str]) -> Selection:
+    """The selection that the options name."""
+    from polar_billing.storage import ALL_TENANTS, Selection
+
+    pairs = {}
+    for text in tags:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise QueryError(f"tag {text!r} is not KEY=VALUE.", hint="Write it like --tag team=search.")
+        pairs[key] = value
+    return Selection(ALL_TENANTS if tenant is None else tenant, period, tier, model, pairs)
+
+
+def book_of(prices: Path | None) -> PriceBook | None:
+    """The price book of a file; None where none is named."""
+    from polar_billing.price_book import PriceBook
+
+    return None if prices is None else PriceBook.load(prices)
+
+
+def say_nothing_found(store: LedgerStorage, selection: Selection) -> None:
+    """Say in words that there is no usage, and under which conditions."""
+    from polar_billing.storage import ALL_TENANTS, Selection
+
+    if next(store.read(Selection(ALL_TENANTS), newest=1), None) is None:
+        typer.echo(f'No usage yet in the ledger {store.location}. Run `polar run "Hello"` and look again.')
+        return
+    what = [f"period {selection.period.label}"]
+    what += [f"tenant {selection.tenant}"] if isinstance(selection.tenant, str) else []
+    what += [f"tier {selection.tier}"] if selection.tier else []
+    what += [f"model {selection.model}"] if selection.model else []
+    what += [f"tag {key}={value}" for key, value in selection.tags.items()]
+    typer.echo(f"No usage for {', '.join(what)} in the ledger {store.location}; it holds other usage.")
+
+
+def show(view: Any) -> None:
+    """Print a view to the terminal, or as plain text elsewhere."""
+    from rich.console import Console
+
+    from polar_billing.render_terminal import show as show_on
+
+    console = Console()
+    if not console.is_terminal or console.is_dumb_terminal:
+        console = Console(width=200, no_color=True, force_terminal=False)
+    show_on(view, console)
+
+
+def show_json(data: object) -> None:
+    """Print JSON to standard output."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def write_file(path: Path, content: str) -> None:
+    """Write a file, or standard output where it is called `-`."""
+    if str(path) == "-":
+        typer.echo(content, nl=False)
+        return
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{str(path)!r} cannot be written ({error.strerror}).", hint="Check that its folder exists."
+        ) from error
+    typer.echo(f"Wrote {path}.", err=True)

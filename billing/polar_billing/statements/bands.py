@@ -1,0 +1,125 @@
+"""Items that a plan prices over the period: graduated and volume bands, and packages. Pure.
+
+Without `pool` each tier is counted by itself and the price multiplied by the tier's multiplier; where a
+multiplier changes within a window, counting starts anew. With `pool` all tiers fill the same bands, and each unit
+counts as many times as its tier's multiplier says: 1 CU at 1.25 counts as 1.25 weighted CU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from polar_billing.money import EXACT_SCALE, STORED_SCALE, from_scaled, plain, to_scaled
+from polar_billing.pricing import bands
+from polar_billing.pricing.plans import Banded
+from polar_billing.rating import ITEMS, multiply
+from polar_billing.statements.lines import ExactLine, Use
+from polar_billing.tiers import tier_order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from decimal import Decimal
+
+    from polar_billing.pricing.plans import Package, PeriodPrice
+    from polar_billing.rating import Rate
+    from polar_billing.statements.windows import Window
+
+__all__ = ["Rated", "period_lines", "pool_weights"]
+
+Rated = tuple["Use", "Rate"]
+
+_WEIGHT_SCALE: Final = 6
+_ONE: Final = 10**_WEIGHT_SCALE
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What is counted together, and what its prices are multiplied by."""
+
+    tier: str | None
+    multiplier: int
+    """Unit: 10^-6."""
+    units: int
+    """The counted quantity. Unit: 10^-decimals of the item's unit."""
+    decimals: int
+
+    def exact(self, quantity: int, decimals: int, price: Decimal) -> int:
+        """`quantity × price × multiplier`, in units of 10^-30."""
+        scaled = quantity * to_scaled(price, STORED_SCALE)
+        if self.multiplier == _ONE:
+            return scaled * int(10 ** (EXACT_SCALE - STORED_SCALE - decimals))
+        return scaled * self.multiplier * int(10 ** (EXACT_SCALE - STORED_SCALE - _WEIGHT_SCALE - decimals))
+
+
+def period_lines(item: PeriodPrice, window: Window, rated: Sequence[Rated]) -> list[ExactLine]:
+    """Price one item over a window.
+
+    Args:
+        item: How.
+        window: Where; its terms hold the item.
+        rated: Charged usage of the window, each with what it is charged by.
+    """
+    scopes = [_pooled(item, rated)] if item.pool else _by_tier(item, rated)
+    make = _band_lines if isinstance(item, Banded) else _package_lines
+    return [line for scope in scopes for line in make(item, window, scope)]  # type: ignore[arg-type]
+
+
+def pool_weights(item: PeriodPrice, rated: Iterable[Rated]) -> Counter[str | None]:
+    """How much of a pooled quantity is each tier's. Unit: 10^-6 of a counted unit."""
+    weights: Counter[str | None] = Counter()
+    for use, rate in rated:
+        weights[use.tier] += use.counts.by_item[item.per] * to_scaled(rate.multiplier, _WEIGHT_SCALE)
+    return weights
+
+
+def _pooled(item: PeriodPrice, rated: Sequence[Rated]) -> _Scope:
+    return _Scope(None, _ONE, pool_weights(item, rated).total(), item.decimals + _WEIGHT_SCALE)
+
+
+def _by_tier(item: PeriodPrice, rated: Sequence[Rated]) -> list[_Scope]:
+    counted: Counter[tuple[str | None, int]] = Counter()
+    for use, rate in rated:
+        counted[use.tier, to_scaled(rate.multiplier, _WEIGHT_SCALE)] += use.counts.by_item[item.per]
+    ordered = sorted(counted.items(), key=lambda entry: (tier_order(entry[0][0]), entry[0][1]))
+    return [_Scope(tier, multiplier, units, item.decimals) for (tier, multiplier), units in ordered]
+
+
+def _band_lines(item: Banded, window: Window, scope: _Scope) -> Iterator[ExactLine]:
+    split = bands.graduated if item.model == "graduated" else bands.volume
+    scaled = [(None if band.up_to is None else to_scaled(band.up_to, scope.decimals), band) for band in item.bands]
+    for part, band in split(scope.units, scaled):
+        upto = "beyond" if band.up_to is None else f"up to {plain(band.up_to)}"
+        yield _line(
+            item, window, scope, f"{item.model}, {upto}", from_scaled(part, scope.decimals), _unit(item),
+            band.unit_price, scope.exact(part, scope.decimals, band.unit_price),
+        )  # fmt: skip
+
+
+def _package_lines(item: Package, window: Window, scope: _Scope) -> Iterator[ExactLine]:
+    blocks = bands.packages(scope.units, to_scaled(item.size, scope.decimals))
+    if blocks:
+        unit = f"package of {plain(item.size)} {_unit(item)}"
+        exact = scope.exact(blocks, 0, item.price)
+        yield _line(item, window, scope, "packages", from_scaled(blocks, 0), unit, item.price, exact)
+
+
+def _unit(item: PeriodPrice) -> str:
+    return f"weighted {ITEMS[item.per].unit}" if item.pool else ITEMS[item.per].unit
+
+
+def _line(
+    item: PeriodPrice, window: Window, scope: _Scope, how: str, quantity: Decimal, unit: str, price: Decimal, exact: int
+) -> ExactLine:
+    return ExactLine(
+        kind="pool" if item.pool else "usage",
+        item=f"{ITEMS[item.per].name} ({how})",
+        exact=exact,
+        since=window.since,
+        until=window.until,
+        tier=scope.tier,
+        quantity=quantity,
+        unit=unit,
+        unit_price=multiply(price, from_scaled(scope.multiplier, _WEIGHT_SCALE)),
+    )

@@ -1,0 +1,173 @@
+"""What a tenant's usage over a period costs, line by line: summed usage × book → exact lines. Pure.
+
+Per window of constant terms, in this order:
+
+1. usage at the rates of a request: one line per tier, item and stretch of constant rates;
+2. items that the plan prices over the period (see `bands`), in place of 1 for those items;
+3. the discount, off 1 and 2;
+4. the minimum, where 1 to 3 come to less;
+5. the flat fee;
+6. service credits of tiers whose promise was missed: a share of their part of 1 to 3.
+
+Amounts are integers of 10^-30 of the currency, exact except where a percentage or a part of a period divides
+them; such a line is rounded half to even to 10^-30 once, and the parts of a fee sum to the fee.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Final
+
+from polar_billing.money import EXACT_SCALE, divide_half_even, plain, to_scaled
+from polar_billing.rating import ITEMS, ChargeLine, charge_lines, free_lines, rate_in
+from polar_billing.statements.bands import period_lines
+from polar_billing.statements.lines import ExactLine
+from polar_billing.statements.promises import service_credits
+from polar_billing.statements.windows import bounds
+from polar_billing.tiers import tier_order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from datetime import datetime, timedelta
+    from decimal import Decimal
+
+    from polar_billing.periods import Period
+    from polar_billing.price_book import PriceBook
+    from polar_billing.pricing.plans import Terms
+    from polar_billing.statements.bands import Rated
+    from polar_billing.statements.lines import Facts, Use
+    from polar_billing.statements.windows import Stretch, Window
+
+__all__ = ["Charges", "charges_of"]
+
+_PERCENT: Final = 100 * 10**6
+
+
+@dataclass(frozen=True)
+class Charges:
+    """Exact lines, and the usage that no line is about."""
+
+    lines: tuple[ExactLine, ...]
+    unrated: dict[str, int]
+    """Reason → requests; they are in no amount."""
+
+
+def charges_of(book: PriceBook, period: Period, windows: Iterable[Window], facts: Facts) -> Charges:
+    """Rate a tenant's usage over a period.
+
+    Args:
+        book: The prices.
+        period: The whole period; fees of a window are its part of it.
+        windows: How the book cuts the period for the tenant.
+        facts: The usage, in any order.
+    """
+    unrated: Counter[str] = Counter()
+    lines: list[ExactLine] = []
+    for window in windows:
+        uses = _in_order(use for use in facts.uses if use.stretch in window.stretches)
+        rated = _rated(uses, book, unrated)
+        charged = [(use, rate) for use, rate in rated if use.outcome not in book.free_outcomes]
+        free = [(use, rate) for use, rate in rated if use.outcome in book.free_outcomes]
+        usage = [*_usage(charged, window.terms), *_period_items(window, charged), *_free(free)]
+        lines += usage
+        if window.terms is not None:
+            lines += _terms(window, window.terms, period, usage, charged, facts)
+    return Charges(tuple(lines), dict(sorted(unrated.items())))
+
+
+def _in_order(uses: Iterable[Use]) -> list[Use]:
+    return sorted(uses, key=lambda use: (use.stretch.since, tier_order(use.tier), use.outcome))
+
+
+def _rated(uses: Iterable[Use], book: PriceBook, unrated: Counter[str]) -> list[Rated]:
+    found: list[Rated] = []
+    for use in uses:
+        entry = use.stretch.entry
+        if entry is None:
+            unrated[f"price book {book.id!r} has no price from {_moment(use.stretch)}"] += use.counts.requests
+            continue
+        rate = rate_in(entry, use.tier, book)
+        if isinstance(rate, str):
+            unrated[rate] += use.counts.requests
+        else:
+            found.append((use, rate))
+    return found
+
+
+def _moment(stretch: Stretch) -> str:
+    return f"{stretch.since.isoformat()} until {stretch.until.isoformat()}"
+
+
+def _usage(charged: list[Rated], terms: Terms | None) -> Iterator[ExactLine]:
+    """Lines at the rates of a request, of the items that the plan does not price over the period."""
+    replaced = {ITEMS[item.per].name for item in terms.items} if terms is not None else set()
+    for _, members in groupby(charged, key=lambda one: (one[0].stretch.since, one[0].tier)):  # in order already
+        (use, rate), *others = members
+        counts = sum((other.counts for other, _ in others), use.counts)
+        for line in charge_lines(counts, rate.entry, rate.multiplier):
+            if line.item.name not in replaced:
+                yield _line(line, use.stretch, use.tier)
+
+
+def _free(free: list[Rated]) -> Iterator[ExactLine]:
+    for use, rate in free:
+        for line in free_lines(use.counts, rate.entry, use.outcome):
+            yield _line(line, use.stretch, use.tier, use.outcome)
+
+
+def _line(line: ChargeLine, stretch: Stretch, tier: str | None, outcome: str | None = None) -> ExactLine:
+    return ExactLine(
+        kind="usage",
+        item=line.item.name,
+        exact=line.exact,
+        since=stretch.since,
+        until=stretch.until,
+        tier=tier,
+        quantity=line.quantity,
+        unit=line.item.unit,
+        unit_price=line.unit_price,
+        outcome=outcome,
+    )
+
+
+def _period_items(window: Window, charged: list[Rated]) -> list[ExactLine]:
+    items = window.terms.items if window.terms is not None else ()
+    return list(chain.from_iterable(period_lines(item, window, charged) for item in items))
+
+
+def _terms(
+    window: Window, terms: Terms, period: Period, usage: list[ExactLine], charged: list[Rated], facts: Facts
+) -> Iterator[ExactLine]:
+    came_to = sum(line.exact for line in usage)
+    discount = -_percent_of(came_to, terms.discount_percent)
+    if terms.discount_percent and came_to:
+        item = f"discount {plain(terms.discount_percent)} % off {window.plan}"
+        yield ExactLine("discount", item, discount, window.since, window.until)
+    short = _part_of(terms.minimum, window, period) - came_to - discount
+    if terms.minimum is not None and short > 0:
+        yield ExactLine("minimum", f"minimum of {window.plan}", short, window.since, window.until)
+    if terms.flat_fee is not None:
+        fee = _part_of(terms.flat_fee, window, period)
+        yield ExactLine("fee", f"flat fee of {window.plan}", fee, window.since, window.until)
+    yield from service_credits(window, terms, usage, charged, facts)
+
+
+def _percent_of(exact: int, percent: Decimal | None) -> int:
+    return divide_half_even(exact * to_scaled(percent or 0, 6), _PERCENT)
+
+
+def _part_of(amount: Decimal | None, window: Window, period: Period) -> int:
+    """A window's part of an amount per period, by time; the parts of all windows sum to the amount."""
+    since, until = bounds(period)
+    exact = to_scaled(amount or 0, EXACT_SCALE)
+    return _up_to(exact, window.until, since, until - since) - _up_to(exact, window.since, since, until - since)
+
+
+def _up_to(exact: int, moment: datetime, since: datetime, length: timedelta) -> int:
+    return divide_half_even(exact * _microseconds(moment - since), _microseconds(length))
+
+
+def _microseconds(duration: timedelta) -> int:
+    return (duration.days * 86_400 + duration.seconds) * 10**6 + duration.microseconds

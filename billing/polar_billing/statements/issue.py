@@ -1,0 +1,147 @@
+"""Issue statements: store, chain and book them, each once and for ever.
+
+Usage is read outside the write transaction, so that metering goes on meanwhile. That is safe because a statement
+takes usage up to a number that was fixed while nobody else stored usage of the tenant, and such usage never
+changes; if another statement of the tenant is issued in between, the reading is done again.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from polar_billing import chain
+from polar_billing.errors import CurrencyMixError, PeriodError
+from polar_billing.statements.booking import book_statement
+from polar_billing.statements.books import book_for, store_book
+from polar_billing.statements.credits import left_after
+from polar_billing.statements.facts import Numbers, last_number
+from polar_billing.statements.make import Wanted, check_kept, late_usage, make_statement
+from polar_billing.statements.store import read_statements, store_statement
+from polar_billing.statements.windows import bounds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from polar_billing.ledger import Ledger
+    from polar_billing.periods import Period
+    from polar_billing.price_book import PriceBook
+    from polar_billing.statements.lines import Agreement
+    from polar_billing.statements.statement import Statement
+    from polar_billing.statements.store import IssuedStatement, Late
+
+__all__ = ["issue_statement", "issued_statements"]
+
+
+def issue_statement(
+    ledger: Ledger,
+    tenant: str,
+    period: Period,
+    *,
+    book: PriceBook | None = None,
+    agreement: Mapping[str, Agreement] | None = None,
+    now: datetime | None = None,
+) -> IssuedStatement:
+    """Issue the statement of a tenant and period, or give back the one that was issued.
+
+    Args:
+        ledger: Where the usage is.
+        tenant: Whose statement.
+        period: Half-open; it must be over, and touch no other statement's of this tenant and currency.
+        book: Charge by this book; by default the one in force for the tenant.
+        agreement: As for `draft_statement`.
+        now: Statement time; the clock's by default.
+
+    Returns:
+        The statement as stored. Issued again, it is the first one, whatever was stored since.
+
+    Raises:
+        PeriodError: The period is not over, has no end, overlaps an issued statement's, or some of its usage was
+            deleted by retention.
+        CurrencyMixError: The tenant's earlier statements are in another currency.
+        QueryError: The ledger knows nothing of the tenant.
+        PriceBookError: It is not clear which book to charge by.
+        StoreError: It could not be stored; then nothing was stored or booked.
+    """
+    moment = now or datetime.now(UTC)
+    _check_over(period, moment)
+    while True:
+        with ledger.transaction() as connection:
+            chain.lock_heads(connection, [tenant])  # no usage of this tenant is on its way now
+            numbers = Numbers(last_number(connection, tenant))
+        with ledger.snapshot() as connection:
+            earlier = read_statements(connection, tenant)
+            if (found := _issued(earlier, period, book)) is not None:
+                return found
+            check_kept(connection, tenant, period)
+            chosen = book or book_for(connection, tenant, period, numbers)
+            wanted = Wanted(tenant, period, chosen, numbers.until, agreement or {})
+            _check_fits(wanted, earlier)
+            late = late_usage(connection, wanted, earlier)
+            statement = make_statement(connection, wanted, earlier, late)
+        stored = _store(ledger, wanted, statement, late, earlier, moment)
+        if stored is not None:
+            return stored
+
+
+def issued_statements(ledger: Ledger, tenant: str) -> list[IssuedStatement]:
+    """A tenant's statements, in the order they were issued."""
+    with ledger.snapshot() as connection:
+        return read_statements(connection, tenant)
+
+
+def _store(
+    ledger: Ledger,
+    wanted: Wanted,
+    statement: Statement,
+    late: tuple[Late, ...],
+    earlier: Sequence[IssuedStatement],
+    moment: datetime,
+) -> IssuedStatement | None:
+    """Store and book it, unless another statement of the tenant came first; then None."""
+    with ledger.transaction() as connection:
+        chain.lock_heads(connection, [chain.NO_TENANT, wanted.tenant])
+        if len(read_statements(connection, wanted.tenant)) != len(earlier):
+            return None
+        store_book(connection, wanted.book)
+        stored = store_statement(connection, statement, wanted.seq_until, late, moment)
+        touched = left_after(one.statement for one in earlier)
+        book_statement(connection, statement, wanted.book, touched)
+    return stored
+
+
+def _issued(earlier: Sequence[IssuedStatement], period: Period, book: PriceBook | None) -> IssuedStatement | None:
+    """The statement of a period, if it was issued; in the book's currency, where a book was named."""
+    since, until = bounds(period)
+    for one in earlier:
+        statement = one.statement
+        same_currency = book is None or book.currency == statement.currency
+        if (statement.since, statement.until) == (since, until) and same_currency:
+            return one
+    return None
+
+
+def _check_over(period: Period, moment: datetime) -> None:
+    _, until = bounds(period)
+    if until > moment:
+        raise PeriodError(
+            f"period {period.label} ends at {until.isoformat()}, which has not come yet.",
+            hint="Issue it when it is over; until then make a draft.",
+        )
+
+
+def _check_fits(wanted: Wanted, earlier: Sequence[IssuedStatement]) -> None:
+    since, until = bounds(wanted.period)
+    for one in earlier:
+        statement = one.statement
+        if statement.currency != wanted.book.currency:
+            raise CurrencyMixError(
+                f"tenant {wanted.tenant!r} has statements in {statement.currency}, and price book "
+                f"{wanted.book.id!r} is in {wanted.book.currency}.",
+                hint=f"Name a book in {statement.currency} with --book FILE.",
+            )
+        if statement.since < until and since < statement.until:
+            raise PeriodError(
+                f"period {wanted.period.label} overlaps statement {statement.id!r} over {statement.period.label}.",
+                hint="Begin where that one ends; what was missing on it becomes late usage.",
+            )

@@ -1,0 +1,38 @@
+"""What `polar verify` checks of statements: every issued one is made again; see `rechecking`.
+
+Importing this module adds the check to `polar_billing.verify`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+
+from polar_billing.errors import StoreDamagedError
+from polar_billing.schema.statements import statement_table
+from polar_billing.statements.rechecking import recheck_in
+from polar_billing.statements.store import read_statements
+from polar_billing.verify import Finding, register_check
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection
+
+__all__ = ["check_statements"]
+
+
+def check_statements(connection: Connection) -> Iterator[Finding]:
+    """One finding per difference between an issued statement and what follows from the ledger."""
+    tenants = connection.execute(select(statement_table.c.tenant).distinct().order_by(statement_table.c.tenant))
+    for tenant in tenants.scalars().all():
+        try:
+            for one in read_statements(connection, tenant):
+                for told in recheck_in(connection, one):
+                    yield Finding(tenant, None, told)
+        except StoreDamagedError as error:
+            yield Finding(tenant, None, str(error))
+
+
+register_check(check_statements)

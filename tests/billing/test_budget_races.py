@@ -1,0 +1,174 @@
+"""Many processes on the same budgets, and holders that are killed: nothing is overspent, nothing stays held.
+
+`POLAR_TEST_RACE=16x1000` runs the race at full size: processes × reservations.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from polar_billing.budgets.budget import Budget, Level
+from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
+from polar_billing.ledger import Ledger
+from polar_billing.storage import Selection
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from polar_billing.storage import LedgerStorage
+
+PROCESSES, RESERVATIONS = (int(part) for part in os.environ.get("POLAR_TEST_RACE", "4x50").split("x"))
+CU = 10**12
+AT = datetime(2026, 11, 15, 12, tzinfo=UTC)
+BOOK = """
+id = "one dollar per CU"
+currency = "USD"
+[[prices]]
+effective_from = 2024-01-01
+per_compute_unit = 1
+tiers = {standard = 1}
+"""
+COMMON = """
+import os, random, signal, sys
+from datetime import UTC, datetime
+from polar_billing.meter import Meter
+from polar_billing.testing import usage_record
+from polar_sdk.errors import BudgetExceededError
+from polar_sdk.usage import FlopUsage, Offer, UsageBound
+url, prices, worker, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+meter = Meter(url, prices=prices)
+AT, CU = datetime(2026, 11, 15, 12, tzinfo=UTC), 10**12
+chance = random.Random(worker)
+
+def reserve(name, flops, tags):
+    offers = (Offer(tier="standard", program="0-5", flops_bound=flops),)
+    meter.reserve(UsageBound(request_id=name, tenant="acme", tags=tags, tokens_input=10, tokens_output_max=10,
+                             offers=offers, at=AT))
+
+def emit(name, flops, tags):
+    meter.emit(usage_record(name, tags=tags, started_at=AT, flops=FlopUsage(head=flops, total=flops)))
+"""
+RACE = (
+    COMMON
+    + """
+served = refused = 0
+for n in range(count):
+    name, most = f"{worker}-{n}", chance.randint(CU // 2, CU)
+    tags = {"user": chance.choice(["ann", "bob"]), "key": f"k{worker % 3}"}
+    try:
+        reserve(name, most, tags)
+    except BudgetExceededError:
+        refused += 1
+        continue
+    if chance.random() < 0.1:
+        meter.release("acme", name)
+        continue
+    emit(name, chance.randint(most // 4, most), tags)
+    served += 1
+meter.close()
+print(served, refused)
+"""
+)
+HOLDER = (
+    COMMON
+    + """
+reserve("finished", CU, {"user": "ann"})
+emit("finished", CU // 2, {"user": "ann"})
+reserve("killed", 3 * CU, {"user": "ann"})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+)
+
+
+def worker(code: str, store: Ledger, prices: Path, number: int, count: int) -> subprocess.Popen[str]:
+    url = store.url.render_as_string(hide_password=False)
+    arguments = [sys.executable, "-c", code, url, str(prices), str(number), str(count)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def prices(tmp_path: Path) -> Path:
+    file = tmp_path / "prices.toml"
+    file.write_text(BOOK, encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def shared(store: LedgerStorage) -> Ledger:
+    assert isinstance(store, Ledger)
+    return store
+
+
+several_processes = pytest.mark.parametrize("store", ["sqlite-file", "postgresql"], indirect=True)
+
+
+@several_processes
+def test_processes_race_three_levels_of_budgets(shared: Ledger, prices: Path) -> None:
+    demand = PROCESSES * RESERVATIONS  # each up to 1 CU, so that less than half of it can be served
+    budgets = Budgets(shared)
+    for budget in (
+        Budget("acme", Decimal(demand) / 4, "USD"),
+        Budget("acme", Decimal(demand) / 8, "CU", Level.USER, "ann"),
+        Budget("acme", Decimal(demand) / 10, "USD", Level.KEY, "k0"),
+    ):
+        budgets.set(budget)
+    begin = perf_counter()
+    workers = [worker(RACE, shared, prices, number, RESERVATIONS) for number in range(PROCESSES)]
+    served = refused = 0
+    for one in workers:
+        out, errors = one.communicate(timeout=3_000)
+        assert one.returncode == 0, errors
+        served, refused = served + int(out.split()[0]), refused + int(out.split()[1])
+    seconds = perf_counter() - begin
+    standings = budgets.standings("acme", AT)
+    overspent = [standing for standing in standings if standing.left < 0]
+    print(
+        f"{shared.url.get_backend_name()}: {demand} reservations in {seconds:.1f} s, {served} served, {refused} refused"
+    )
+    print([f"{one.budget.who}: {one.budget.say(one.spent)} of {one.budget.limit:f}" for one in standings])
+    assert overspent == []
+    assert [standing.held for standing in standings] == [0, 0, 0]
+    assert budgets.holds("acme") == []
+    assert budgets.recheck("acme") == []
+    assert refused > 0
+    usage = list(shared.read(Selection("acme")))
+    assert len(usage) == served
+    assert sum(one.record.flops.total for one in usage) == standings[0].spent
+    by_user = Counter({one.record.tags["user"]: 0 for one in usage})
+    for stored in usage:
+        by_user[stored.record.tags["user"]] += stored.record.flops.total
+    assert by_user["ann"] == standings[1].spent
+
+
+@several_processes
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_what_a_killed_process_held_expires(shared: Ledger, prices: Path) -> None:
+    later = datetime.now(UTC)
+    budgets = Budgets(shared, clock=lambda: later)
+    budgets.set(Budget("acme", Decimal(4), "USD"))
+    budgets.set(Budget("acme", Decimal(4), "CU", Level.USER, "ann"))
+    holder = worker(HOLDER, shared, prices, 0, 0)
+    _, errors = holder.communicate(timeout=120)
+    assert holder.returncode == -signal.SIGKILL, errors
+    (hold,) = budgets.holds("acme")
+    assert hold.request_id == "killed"
+    assert [(one.spent, one.held) for one in budgets.standings("acme", AT)] == [(CU // 2, 3 * CU)] * 2
+    assert budgets.expire() == 0  # not yet
+    later = hold.expires_at - timedelta(microseconds=1)
+    assert budgets.expire() == 0
+    later = hold.expires_at
+    assert hold.expires_at - hold.held_at == HOLD_LIFETIME
+    assert budgets.expire() == 1
+    assert budgets.holds("acme") == []
+    assert [(one.spent, one.held) for one in budgets.standings("acme", AT)] == [(CU // 2, 0)] * 2
+    assert budgets.recheck("acme") == []

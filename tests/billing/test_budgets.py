@@ -1,0 +1,358 @@
+"""Budgets as values, the choice of an offer, and what counts in which window."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import text, update
+
+from polar_billing.budgets import counters, keeper
+from polar_billing.budgets.budget import LARGEST_COUNT, Budget, Level, OverBudget, to_count
+from polar_billing.budgets.choose import Cost, Refusal, Standing, choose
+from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.projection import FULL
+from polar_billing.errors import BudgetError, CurrencyMixError, PeriodError, StoreError
+from polar_billing.ledger import Ledger
+from polar_billing.meter import Meter
+from polar_billing.periods import Period, Window
+from polar_billing.price_book import PriceBook
+from polar_billing.rating import rate
+from polar_billing.schema import counter_table
+from polar_billing.storage import ALL_TENANTS
+from polar_billing.testing import usage_record
+from polar_sdk.errors import BudgetExceededError, SinkError
+from polar_sdk.usage import FlopUsage, Offer, UsageBound
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from polar_billing.storage import LedgerStorage
+
+CU = 10**12
+NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
+MONTH = Period.containing(NOON, Window.MONTH)
+
+
+def book_in(currency: str, per_compute_unit: str = "1") -> PriceBook:
+    return PriceBook.from_toml(
+        f"""
+        id = "in {currency}"
+        currency = "{currency}"
+        [[prices]]
+        effective_from = 2024-01-01
+        per_compute_unit = {per_compute_unit}
+        tiers = {{standard = 1}}
+        """
+    )
+
+
+USD = book_in("USD")
+
+
+def bound(request_id: str, flops: int, *, at: datetime = NOON, **changes: Any) -> UsageBound:
+    offer = Offer(tier=changes.pop("tier", "standard"), program="0-5", flops_bound=flops)
+    fields = {"tenant": "acme", "tokens_input": 1, "tokens_output_max": 1, "offers": (offer,), "at": at, **changes}
+    return UsageBound(request_id=request_id, **fields)
+
+
+def use(ledger: LedgerStorage, request_id: str, flops: int, book: PriceBook = USD, **changes: Any) -> None:
+    record = usage_record(request_id, flops=FlopUsage(head=flops, total=flops), **{"started_at": NOON, **changes})
+    ledger.append(record, source="polar", book=book, rating=rate(record, book))
+
+
+@pytest.fixture
+def budgets(store: LedgerStorage) -> Budgets:
+    assert isinstance(store, Ledger)
+    return Budgets(store)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"limit": Decimal(-1)}, "limit -1 is negative. Use 0 or more"),
+        ({"limit": Decimal("NaN")}, "limit NaN is not finite"),
+        ({"limit": Decimal("Infinity")}, "limit Infinity is not finite. Close the budget"),
+        ({"limit": 0.1}, "limit 0.1 is not a decimal number. Write it as text"),
+        ({"limit": True}, "limit True is not a decimal number"),
+        ({"limit": "much"}, "limit 'much' is not a number"),
+        ({"limit": LARGEST_COUNT + 1}, "is too large. Use at most 1,000,000,000,000,000,000"),
+        ({"limit": "0.0000000000001"}, "has more than 12 decimals"),
+        ({"limit": "1234567.123456789012"}, "has more than 11 decimals"),
+        ({"unit": "usd"}, "unit 'usd' is neither a currency nor CU. Did you mean 'USD'?"),
+        ({"unit": "XYZ"}, "unit 'XYZ' is neither a currency nor CU"),
+        ({"level": "team"}, "level 'team' is unknown; did you mean 'tenant'?"),
+        ({"window": "year"}, "window 'year' is unknown"),
+        ({"over_budget": "ask"}, "over_budget 'ask' is unknown"),
+        ({"name": "x"}, "a budget of the level tenant was given the name 'x'"),
+        ({"level": "user"}, "a budget of the level user has no name. Name the user."),
+        ({"level": "key", "name": " "}, "key ' ' is no name"),
+        ({"tenant": ""}, "tenant '' is no name. Use 1 to 200 characters."),
+        ({"tenant": "x" * 201}, "is no name"),
+    ],
+)
+def test_what_is_no_budget_is_told(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget(**{"tenant": "acme", "limit": 1, **fields})
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_a_time_zone_must_exist() -> None:
+    with pytest.raises(PeriodError, match="time zone 'Mars/Olympus' is unknown"):
+        Budget("acme", Decimal(1), zone="Mars/Olympus")
+
+
+@given(st.decimals(min_value=0, max_value=10**6 - 1, places=12))
+def test_ordinary_limits_are_kept_to_the_last_decimal(limit: Decimal) -> None:
+    budget = Budget("acme", limit)
+    assert budget.decimals == 12
+    assert budget.amount(budget.limit_count) == limit
+
+
+@given(st.integers(0, LARGEST_COUNT), st.integers(0, 10**18))
+def test_large_limits_are_exact_and_amounts_round_up(limit: int, amount: int) -> None:
+    budget = Budget("acme", Decimal(limit), "VND")
+    assert budget.amount(budget.limit_count) == limit
+    assert budget.limit_count <= LARGEST_COUNT
+    count = to_count(amount, budget.decimals)
+    exact = Decimal(amount).scaleb(-12)
+    assert exact <= budget.amount(count) < exact + Decimal(1).scaleb(-budget.decimals)
+
+
+costs = st.builds(Cost, st.just("USD"), st.integers(0, 10 * CU) | st.none(), st.integers(0, 10 * CU))
+standings = st.builds(
+    lambda unit, limit, spent, held, over: Standing(
+        Budget("acme", Decimal(limit), unit, over_budget=over), MONTH, spent, held
+    ),
+    st.sampled_from(["CU", "USD"]),
+    st.integers(0, 20),
+    st.integers(0, 15 * CU),
+    st.integers(0, 5 * CU),
+    st.sampled_from(OverBudget),
+)
+
+
+@given(st.lists(standings, max_size=4), st.lists(costs, min_size=1, max_size=4))
+def test_what_is_chosen_fits_everywhere_and_is_the_first_that_may_be(found: list[Standing], offers: list[Cost]) -> None:
+    def over(offer: Cost) -> list[Standing]:
+        amounts = [(one, offer.flops if one.budget.unit == "CU" else offer.money) for one in found]
+        return [
+            one for one, amount in amounts if amount is None or one.spent + one.held + amount > one.budget.limit_count
+        ]
+
+    chosen = choose(found, offers)
+    if isinstance(chosen, Refusal):
+        assert chosen.standing in over(chosen.cost)
+        assert str(chosen.error())
+        refusing = [one.budget.over_budget is OverBudget.REFUSE for one in over(chosen.cost)]
+        assert any(refusing) or all(over(offer) for offer in offers)
+        return
+    assert over(offers[chosen]) == []
+    for skipped in offers[:chosen]:
+        assert over(skipped)
+        assert all(one.budget.over_budget is OverBudget.SHALLOWER for one in over(skipped))
+
+
+def test_a_budget_is_superseded_not_edited(budgets: Budgets) -> None:
+    first = Budget("acme", Decimal(10))
+    budgets.set(first)
+    budgets.set(first)  # the same again says nothing new
+    budgets.set(first.superseded(limit="20", zone="Asia/Tokyo"))
+    assert budgets.in_force("acme") == [Budget("acme", Decimal(20), zone="Asia/Tokyo")]
+    with budgets.ledger.snapshot() as connection:
+        rows = connection.execute(text("SELECT limit_count, zone FROM polar_budget ORDER BY seq")).all()
+        links = connection.execute(text("SELECT count(*) FROM polar_chain_link WHERE subject = 'budget'")).scalar()
+    assert [tuple(row) for row in rows] == [(10 * CU, "UTC"), (20 * CU, "Asia/Tokyo")]
+    assert links == 2
+    for change in ("UPDATE polar_budget SET limit_count = 1", "DELETE FROM polar_budget"):
+        with pytest.raises(Exception, match="append-only"), budgets.ledger.transaction() as connection:
+            connection.execute(text(change))
+
+
+def test_a_closed_budget_no_longer_counts(budgets: Budgets) -> None:
+    budgets.set(Budget("acme", Decimal(0)))
+    with pytest.raises(BudgetExceededError):
+        budgets.reserve(bound("a", CU), USD, source="polar")
+    closed = budgets.close("acme", level="tenant", unit="CU", window="month")
+    assert closed.limit == 0
+    assert budgets.in_force("acme") == []
+    assert budgets.reserve(bound("a", CU), USD, source="polar") == 0
+    assert budgets.holds("acme") == []
+    with pytest.raises(BudgetError, match="tenant 'acme' has no budget in CU per month of the level tenant"):
+        budgets.close("acme", level="tenant", unit="CU", window="month")
+    with pytest.raises(BudgetError, match="of the level user and the name 'ann'"):
+        budgets.close("acme", level="user", unit="CU", window="month", name="ann")
+
+
+def test_usage_before_the_first_budget_counts(budgets: Budgets) -> None:
+    use(budgets.ledger, "before", 3 * CU, tags={"user": "ann"})
+    use(budgets.ledger, "of bob", CU, tags={"user": "bob"})
+    use(budgets.ledger, "last month", CU, started_at=NOON - timedelta(days=30), tags={"user": "ann"})
+    use(budgets.ledger, "other tenant", CU, tenant="globex", tags={"user": "ann"})
+    use(budgets.ledger, "in yen", CU, book=book_in("JPY"))
+    budgets.set(Budget("acme", Decimal(10), "USD"))
+    budgets.set(Budget("acme", Decimal(10), "CU"))
+    budgets.set(Budget("acme", Decimal(4), "CU", Level.USER, "ann"))
+    expected = [4 * CU, 5 * CU, 3 * CU]
+    assert [one.spent for one in budgets.standings("acme", NOON)] == expected  # computed
+    with pytest.raises(BudgetExceededError, match="has 1 CU left of 4 CU"):
+        budgets.reserve(bound("a", CU + 1, tags={"user": "ann"}), USD, source="polar")
+    assert [one.spent for one in budgets.standings("acme", NOON)] == expected  # and counted
+    use(budgets.ledger, "without a hold", CU, tags={"user": "ann"})
+    assert [one.spent for one in budgets.standings("acme", NOON)] == [5 * CU, 6 * CU, 4 * CU]
+    assert budgets.recheck("acme") == []
+
+
+def test_a_limit_changed_within_a_window_keeps_what_was_spent(budgets: Budgets) -> None:
+    budgets.set(Budget("acme", Decimal(10)))
+    budgets.reserve(bound("a", 4 * CU), USD, source="polar")
+    budgets.reserve(bound("b", 4 * CU), USD, source="polar")
+    use(budgets.ledger, "a", 2 * CU)
+    for limit, left in ((5, -1), (2_000_000, 1_999_994), (10, 4)):
+        budgets.set(Budget("acme", Decimal(limit)))
+        (standing,) = budgets.standings("acme", NOON)
+        assert standing.budget.amount(standing.left) == left
+        if left < 1:
+            with pytest.raises(BudgetExceededError, match="has -1 CU left of 5 CU"):
+                budgets.reserve(bound("c", 1), USD, source="polar")
+    use(budgets.ledger, "b", CU)
+    assert [(one.spent, one.held) for one in budgets.standings("acme", NOON)] == [(3 * CU, 0)]
+
+
+def test_each_window_of_the_zone_begins_anew(budgets: Budgets) -> None:
+    """The day on which clocks go forward in Berlin has 23 hours, the next 24."""
+    budgets.set(Budget("acme", Decimal(1), window=Window.DAY, zone="Europe/Berlin"))
+    borders = [datetime(2026, 3, 28, 23, tzinfo=UTC), datetime(2026, 3, 29, 22, tzinfo=UTC)]
+    tick = timedelta(microseconds=1)
+    for number, at in enumerate(moment + shift for moment in borders for shift in (-tick, timedelta())):
+        if number % 4 in {0, 1, 3}:
+            assert budgets.reserve(bound(f"r{number}", CU, at=at), USD, source="polar") == 0
+        else:
+            with pytest.raises(BudgetExceededError) as caught:
+                budgets.reserve(bound(f"r{number}", CU, at=at), USD, source="polar")
+            assert caught.value.resets_at == borders[1]
+            assert caught.value.resets_at.isoformat() == "2026-03-30T00:00:00+02:00"
+    assert len(budgets.holds("acme")) == 3
+
+
+def test_a_currency_that_nothing_is_charged_in_is_refused(budgets: Budgets) -> None:
+    with pytest.raises(CurrencyMixError, match="a budget in EUR cannot be kept: price book 'in USD' is in USD"):
+        budgets.set(Budget("acme", Decimal(1), "EUR"), USD)
+    budgets.set(Budget("acme", Decimal(1), "EUR"))  # no book at hand to compare with
+    with pytest.raises(CurrencyMixError, match="the budget of tenant 'acme' is in EUR, the price book in USD"):
+        budgets.reserve(bound("a", 1), USD, source="polar")
+    assert budgets.reserve(bound("a", 1), book_in("EUR"), source="polar") == 0
+    with pytest.raises(CurrencyMixError, match="in EUR, the price book in USD"):
+        budgets.reserve(bound("b", 1), USD, source="polar")
+
+
+def test_enormous_use_stops_no_record(budgets: Budgets) -> None:
+    """9 million CU at a limit of one: the counter is full, and stays full, but nothing is lost."""
+    budgets.set(Budget("acme", Decimal(1)))
+    budgets.reserve(bound("a", 1), USD, source="polar")
+    for number in range(3):
+        use(budgets.ledger, f"r{number}", 2**62 + 5)
+    use(budgets.ledger, "a", 2**62)
+    (standing,) = budgets.standings("acme", NOON)
+    assert (standing.spent, standing.held) == (FULL, 0)
+    assert budgets.recheck("acme") == []
+    with pytest.raises(BudgetExceededError):
+        budgets.reserve(bound("b", 0), USD, source="polar")
+
+
+def test_recheck_finds_a_counter_that_lies_and_repairs_it(budgets: Budgets) -> None:
+    budgets.set(Budget("acme", Decimal(10)))
+    budgets.reserve(bound("a", CU), USD, source="polar")
+    with budgets.ledger.transaction() as connection:
+        connection.execute(update(counter_table).values(spent=7))
+    (difference,) = budgets.recheck(ALL_TENANTS, repair=True)
+    assert (difference.counted.spent, difference.computed.spent) == (7, 0)
+    assert budgets.recheck("acme") == []
+    assert [(one.spent, one.held) for one in budgets.standings("acme", NOON)] == [(0, CU)]
+
+
+def test_a_hold_is_never_taken_past_the_limit_even_by_a_writer_that_forgot_to_lock(budgets: Budgets) -> None:
+    budgets.set(Budget("acme", Decimal(10)))
+    budgets.reserve(bound("a", 9 * CU), USD, source="polar")
+    with budgets.ledger.transaction() as connection:
+        scope = counters.Scope.of("acme", {}, NOON, "USD")
+        ((seq, standing),) = counters.standings(connection, [(Budget("acme", Decimal(10)), MONTH)], scope)
+        assert standing.held == 9 * CU
+        for amount in (CU + 1, 10 * CU, 10 * CU + 1, FULL):
+            assert not counters.raise_held(connection, {seq: (amount, 10 * CU)})
+        assert counters.raise_held(connection, {seq: (CU, 10 * CU)})
+        assert not counters.raise_held(connection, {seq: (1, 10 * CU)})
+        assert counters.raise_held(connection, {seq: (0, 10 * CU)})
+        assert not counters.raise_held(connection, {seq: (0, 10 * CU), seq + 1: (0, 10 * CU)})  # no such counter
+
+
+def test_an_unpriced_record_keeps_what_was_held_for_it(budgets: Budgets) -> None:
+    budgets.set(Budget("acme", Decimal(10), "USD"))
+    budgets.reserve(bound("a", 2 * CU), USD, source="polar")
+    use(budgets.ledger, "a", CU, tier="gold")  # the book has no price for it
+    (standing,) = budgets.standings("acme", NOON)
+    assert (standing.spent, standing.held) == (2 * CU, 0)
+
+
+def test_a_tenant_without_budgets_costs_no_transaction(budgets: Budgets, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets.set(Budget("globex", Decimal(1)))
+    assert budgets.reserve(bound("a", CU), USD, source="polar") == 0
+
+    def away() -> None:
+        raise StoreError("the ledger is away.")
+
+    monkeypatch.setattr(budgets.ledger, "transaction", away)
+    monkeypatch.setattr(budgets.ledger, "snapshot", away)
+    assert budgets.reserve(bound("b", CU), USD, source="polar") == 0
+    assert budgets.release("acme", "b", source="polar") is False
+    with pytest.raises(SinkError, match="the ledger is away"):  # fail closed
+        budgets.reserve(bound("c", CU, tenant="globex"), USD, source="polar")
+    monkeypatch.setattr(keeper, "SEEN_WITHIN_S", -1.0)  # it is time to look again
+    assert budgets.reserve(bound("d", CU), USD, source="polar") == 0
+    with pytest.raises(SinkError, match="the ledger is away"):
+        budgets.reserve(bound("e", CU, tenant="globex"), USD, source="polar")
+    fresh = Budgets(budgets.ledger)
+    with pytest.raises(SinkError, match="the ledger is away"):  # never looked: nobody is known to be free
+        fresh.reserve(bound("f", CU), USD, source="polar")
+
+
+def test_another_process_sees_a_first_budget_before_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Budgets(str(tmp_path / "shared.sqlite3"))
+    assert here.reserve(bound("a", CU), USD, source="polar") == 0
+    script = "import sys; from polar_billing import Budget, Budgets; Budgets(sys.argv[1]).set(Budget('acme', '0'))"
+    subprocess.run([sys.executable, "-c", script, here.ledger.location], check=True, timeout=60)
+    monkeypatch.setattr(keeper, "SEEN_WITHIN_S", -1.0)  # as after five seconds
+    with pytest.raises(BudgetExceededError):
+        here.reserve(bound("b", CU), USD, source="polar")
+
+
+def test_this_process_sees_a_first_budget_at_once(store: LedgerStorage) -> None:
+    assert isinstance(store, Ledger)
+    one, another = Budgets(store), Budgets(store)
+    assert one.reserve(bound("a", CU), USD, source="polar") == 0
+    another.set(Budget(" acme ", Decimal(0)))  # blanks around a tenant are no part of its name
+    with pytest.raises(BudgetExceededError, match="tenant 'acme'"):
+        one.reserve(bound("b", CU), USD, source="polar")
+
+
+def test_the_meter_reserves_settles_and_releases(store: LedgerStorage) -> None:
+    assert isinstance(store, Ledger)
+    meter, budgets = Meter(store, prices=USD), Budgets(store)
+    budgets.set(Budget("acme", Decimal(3), "USD"), USD)
+    assert meter.reserve(bound("a", 2 * CU)) == 0
+    with pytest.raises(BudgetExceededError):
+        meter.reserve(bound("b", 2 * CU))
+    meter.emit(usage_record("a", started_at=NOON, flops=FlopUsage(head=CU, total=CU)))
+    assert meter.reserve(bound("b", 2 * CU)) == 0
+    meter.release("acme", "b")
+    meter.release("acme", "b")
+    assert [(one.spent, one.held) for one in budgets.standings("acme", NOON)] == [(CU, 0)]
+    meter.close()

@@ -1,0 +1,273 @@
+"""Holds as a state machine: reserve, settle, release, expire, with time that moves either way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sqlalchemy import text, update
+
+from polar_billing.budgets.budget import Budget, Level, OverBudget
+from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.records import HoldState
+from polar_billing.errors import ConflictError
+from polar_billing.ledger import Ledger
+from polar_billing.periods import Period, Window
+from polar_billing.price_book import PriceBook
+from polar_billing.rating import rate
+from polar_billing.schema import hold_table
+from polar_billing.storage import ALL_TENANTS
+from polar_billing.testing import usage_record
+from polar_sdk.errors import BudgetExceededError
+from polar_sdk.usage import FlopUsage, Offer, UsageBound
+
+if TYPE_CHECKING:
+    from polar_billing.storage import LedgerStorage
+
+CU = 10**12
+START = datetime(2026, 3, 28, 12, tzinfo=UTC)  # the day before clocks change in Berlin
+LIFETIME = timedelta(minutes=15)
+BOOK = PriceBook.from_toml(
+    """
+    id = "one dollar per CU"
+    currency = "USD"
+    [[prices]]
+    effective_from = 2024-01-01
+    per_compute_unit = 1
+    tiers = {standard = 1, economy = 1}
+    """
+)
+
+
+def bound_of(
+    request_id: str, at: datetime, flops: int, *cheaper: int, tags: dict[str, str] | None = None, tenant: str = "acme"
+) -> UsageBound:
+    offers = [Offer(tier="standard", program="0-5", flops_bound=flops)]
+    offers += [Offer(tier="economy", program="0 5", flops_bound=one) for one in cheaper]
+    return UsageBound(
+        request_id=request_id,
+        tenant=tenant,
+        tags=tags or {},
+        tokens_input=10,
+        tokens_output_max=10,
+        offers=tuple(offers),
+        at=at,
+    )
+
+
+def emit(ledger: LedgerStorage, bound: UsageBound, flops: int) -> None:
+    record = usage_record(
+        bound.request_id,
+        tenant=bound.tenant,
+        tags=dict(bound.tags),
+        started_at=bound.at,
+        flops=FlopUsage(head=flops, total=flops),
+    )
+    ledger.append(record, source="polar", book=BOOK, rating=rate(record, BOOK))
+
+
+@dataclass
+class Expected:
+    """What the machine believes of one request."""
+
+    bound: UsageBound
+    offer: int
+    held_until: datetime
+    state: HoldState
+    used: int = 0
+
+    @property
+    def flops(self) -> int:
+        return self.bound.offers[self.offer].flops_bound
+
+
+class Holds(RuleBasedStateMachine):
+    """Three levels in two units and two windows, against a model in a dozen lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = START
+        self.ledger = Ledger("sqlite://")
+        self.budgets = Budgets(self.ledger, lifetime=LIFETIME, clock=lambda: self.now)
+        self.requests: list[Expected] = []
+
+    @initialize(shallower=st.booleans())
+    def set_budgets(self, shallower: bool) -> None:
+        over = OverBudget.SHALLOWER if shallower else OverBudget.REFUSE
+        for budget in (
+            Budget("acme", Decimal(40), "CU", window=Window.MONTH, over_budget=over),
+            Budget("acme", Decimal(25), "USD", window=Window.DAY, zone="Europe/Berlin", over_budget=over),
+            Budget("acme", Decimal(15), "USD", Level.USER, "ann", over_budget=over),
+            Budget("acme", Decimal(12), "CU", Level.KEY, "k1", Window.WEEK, "Asia/Kolkata", over_budget=over),
+            Budget("globex", Decimal(5), "CU"),
+        ):
+            self.budgets.set(budget, BOOK)
+        self.limits = {budget.key: budget for budget in self.budgets.in_force(ALL_TENANTS)}
+
+    def teardown(self) -> None:
+        self.ledger.close()
+
+    def expected(self, budget: Budget, at: datetime) -> tuple[int, int]:
+        """Spent and held, in FLOPs: a USD is a CU here."""
+        period = Period.containing(at, budget.window, budget.zone)
+        assert period.since is not None
+        assert period.until is not None
+        mine = [
+            one
+            for one in self.requests
+            if one.bound.tenant == budget.tenant
+            and budget.covers(one.bound.tags)
+            and period.since <= one.bound.at < period.until
+        ]
+        spent = sum(one.used for one in mine)
+        return spent, sum(one.flops for one in mine if one.state is HoldState.HELD)
+
+    def expire_due(self, tenant: str) -> None:
+        for one in self.requests:
+            if one.bound.tenant == tenant and one.state is HoldState.HELD and one.held_until <= self.now:
+                one.state = HoldState.EXPIRED
+
+    @rule(
+        tags=st.fixed_dictionaries({}, optional={"user": st.sampled_from(["ann", "bob"]), "key": st.just("k1")}),
+        flops=st.integers(1, 12),
+        cheaper=st.lists(st.integers(1, 4), max_size=2),
+        tenant=st.sampled_from(["acme", "acme", "acme", "globex"]),
+    )
+    def reserve(self, tags: dict[str, str], flops: int, cheaper: list[int], tenant: str) -> None:
+        offers = [one * CU - 1 for one in cheaper]
+        bound = bound_of(f"r{len(self.requests)}", self.now, flops * CU, *offers, tags=tags, tenant=tenant)
+        self.expire_due(tenant)
+        mine = [one for one in self.limits.values() if one.tenant == tenant and one.covers(tags)]
+        room = {one.key: one.limit_count - sum(self.expected(one, self.now)) for one in mine}
+        shallower = mine[0].over_budget is OverBudget.SHALLOWER
+        candidates = bound.offers if shallower else bound.offers[:1]
+        fits = [n for n, offer in enumerate(candidates) if all(offer.flops_bound <= left for left in room.values())]
+        if not fits:
+            with pytest.raises(BudgetExceededError) as caught:
+                self.budgets.reserve(bound, BOOK, source="polar")
+            assert Decimal(caught.value.needed or 0) > Decimal(caught.value.remaining or 0)
+            assert caught.value.resets_at is not None
+            assert caught.value.resets_at > self.now
+            return
+        assert self.budgets.reserve(bound, BOOK, source="polar") == fits[0]
+        self.requests.append(Expected(bound, fits[0], self.now + LIFETIME, HoldState.HELD))
+
+    def some(self, data: st.DataObject, *states: HoldState) -> Expected | None:
+        found = [one for one in self.requests if one.state in states]
+        return data.draw(st.sampled_from(found)) if found else None
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def reserve_again(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.requests))
+        self.expire_due(one.bound.tenant)
+        self.budgets.expire(one.bound.tenant)
+        if one.state is HoldState.HELD:
+            later = one.bound.model_copy(update={"at": self.now})
+            assert self.budgets.reserve(later, BOOK, source="polar") == one.offer  # and nothing more is held
+        elif one.state is HoldState.SETTLED:
+            with pytest.raises(ConflictError, match="was served before"):
+                self.budgets.reserve(one.bound, BOOK, source="polar")
+
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def settle(self, data: st.DataObject, share: float) -> None:
+        if one := self.some(data, HoldState.HELD):
+            one.used = int(one.flops * share)
+            emit(self.ledger, one.bound, one.used)
+            one.state = HoldState.SETTLED
+            emit(self.ledger, one.bound, one.used)  # a replay counts nothing
+
+    @rule(data=st.data())
+    def settle_late(self, data: st.DataObject) -> None:
+        """The answer took longer than its hold: what it used counts all the same."""
+        if (one := self.some(data, HoldState.EXPIRED, HoldState.RELEASED)) and not one.used:
+            one.used = one.flops
+            emit(self.ledger, one.bound, one.used)
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if one := self.some(data, *HoldState):
+            given_back = self.budgets.release(one.bound.tenant, one.bound.request_id, source="polar")
+            assert given_back == (one.state is HoldState.HELD)
+            if given_back:
+                one.state = HoldState.RELEASED
+
+    @rule(minutes=st.integers(1, 14 * 60))
+    def time_passes(self, minutes: int) -> None:
+        self.now += timedelta(minutes=minutes)
+
+    @rule(minutes=st.integers(1, 3 * 60))
+    def clock_goes_back(self, minutes: int) -> None:
+        self.now -= timedelta(minutes=minutes)
+
+    @rule()
+    def expire(self) -> None:
+        before = sum(one.state is HoldState.HELD for one in self.requests)
+        self.expire_due("acme")
+        self.expire_due("globex")
+        assert self.budgets.expire() == before - sum(one.state is HoldState.HELD for one in self.requests)
+
+    @rule(limit=st.integers(5, 60))
+    def set_another_limit(self, limit: int) -> None:
+        budget = self.limits["acme", "tenant", "", "CU", "month"].superseded(limit=Decimal(limit))
+        self.budgets.set(budget, BOOK)
+        self.limits[budget.key] = budget
+
+    @invariant()
+    def counters_are_what_was_reserved_and_used(self) -> None:
+        if not hasattr(self, "limits"):
+            return
+        for standing in self.budgets.standings(ALL_TENANTS, self.now):
+            assert (standing.spent, standing.held) == self.expected(standing.budget, self.now)
+        assert self.budgets.recheck(ALL_TENANTS) == []
+        held = [one.bound.request_id for one in self.requests if one.state is HoldState.HELD]
+        assert [hold.request_id for hold in self.budgets.holds(ALL_TENANTS)] == held
+
+
+Holds.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestHolds = Holds.TestCase
+
+
+def test_a_hold_is_resolved_once_whoever_tries(store: LedgerStorage) -> None:
+    assert isinstance(store, Ledger)
+    budgets = Budgets(store)
+    budgets.set(Budget("acme", Decimal(10)))
+    budgets.reserve(bound_of("a", START, CU), BOOK, source="polar")
+    assert budgets.release("acme", "a", source="polar")
+    for change in ({"state": "settled"}, {"state": "held", "resolved_at": None}, {"cost_bound": Decimal(0)}):
+        with pytest.raises(Exception, match=r"resolved once|append-only"), store.transaction() as connection:
+            connection.execute(update(hold_table).values(change))
+    budgets.reserve(bound_of("b", START, CU), BOOK, source="polar")
+    with pytest.raises(Exception, match=r"resolved once|append-only"), store.transaction() as connection:
+        connection.execute(text("DELETE FROM polar_hold WHERE state = 'held'"))
+    assert [hold.request_id for hold in budgets.holds("acme")] == ["b"]
+
+
+def test_a_released_request_may_be_tried_again(store: LedgerStorage) -> None:
+    assert isinstance(store, Ledger)
+    budgets = Budgets(store)
+    budgets.set(Budget("acme", Decimal(1)))
+    for _ in range(3):
+        assert budgets.reserve(bound_of("a", START, CU), BOOK, source="polar") == 0
+        assert budgets.release("acme", "a", source="polar")
+    assert budgets.reserve(bound_of("a", START, CU), BOOK, source="polar") == 0
+    emit(store, bound_of("a", START, CU), CU // 2)
+    (standing,) = budgets.standings("acme", START)
+    assert (standing.spent, standing.held, standing.left) == (CU // 2, 0, CU // 2)
+
+
+def test_a_request_in_progress_keeps_its_id_to_itself(store: LedgerStorage) -> None:
+    assert isinstance(store, Ledger)
+    budgets = Budgets(store)
+    budgets.set(Budget("acme", Decimal(10)))
+    budgets.reserve(bound_of("a", START, CU), BOOK, source="polar")
+    with pytest.raises(ConflictError, match="request 'a' of tenant 'acme' is being served, with other content"):
+        budgets.reserve(bound_of("a", START, 2 * CU), BOOK, source="polar")
+    assert budgets.reserve(bound_of("a", START, CU), BOOK, source="elsewhere") == 0  # another meter's request
+    assert len(budgets.holds("acme")) == 2

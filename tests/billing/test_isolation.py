@@ -1,0 +1,390 @@
+"""No tenant reads or charges another, through any public name of the package.
+
+Every name of `polar_billing.__all__`, and every public method of its classes, must stand in one of the tables below: a
+case that tries, or the reason why there is nothing to try. A new name without one fails `test_nothing_is_left_out`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import text
+
+import polar_billing
+from polar_billing import (
+    ALL_TENANTS,
+    Account,
+    Budget,
+    Budgets,
+    Ledger,
+    Level,
+    Line,
+    Meter,
+    Period,
+    PriceBook,
+    Selection,
+    balances,
+    build_report,
+    credit_note,
+    credit_notes,
+    draft_statement,
+    issue_statement,
+    issued_statements,
+    lines_of_usage,
+    post,
+    rate,
+    recheck,
+    report_csv,
+    report_html,
+    reprice,
+    usage_csv,
+    usage_of_line,
+    usage_rows,
+    verify_ledger,
+)
+from polar_billing.errors import BillingError, QueryError
+from polar_billing.testing import usage_record
+from polar_sdk.errors import BudgetExceededError
+from polar_sdk.usage import Offer, UsageBound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from polar_billing import IssuedStatement
+
+VICTIM, ATTACKER = "acme", "globex"
+LOOKALIKES = ("ACME", "a%", "acm_", "%", "*", "' OR 1=1 --", "acme\u200b", "acme.", "")
+"""Names that a careless comparison would take for the victim's, or for everybody's. Blanks around a name are no part of
+it, on usage records as on budgets, so ` acme ` is not among them."""
+SECRET = "secret-of-acme"
+AT = datetime(2026, 11, 15, 12, tzinfo=UTC)
+NOVEMBER = Period.month("2026-11")
+AFTER = datetime(2026, 12, 5, tzinfo=UTC)
+
+
+@dataclass
+class World:
+    """A ledger in which the victim has usage, budgets and a hold, and the attacker has something of each."""
+
+    ledger: Ledger
+    budgets: Budgets = field(init=False)
+    meter: Meter = field(init=False)
+    issued: dict[str, IssuedStatement] = field(init=False)
+    paid: dict[str, int] = field(init=False)
+    book: PriceBook = field(default_factory=PriceBook.example)
+
+    def __post_init__(self) -> None:
+        self.budgets, self.meter = Budgets(self.ledger), Meter(self.ledger, prices=self.book)
+        for tenant in (VICTIM, ATTACKER):
+            tags = {"project": "p", "user": "ann", "key": "k", "note": SECRET if tenant == VICTIM else "own"}
+            for number in range(3):
+                self.meter.emit(usage_record(f"{tenant}-{number}", tenant=tenant, tags=tags, started_at=AT))
+            self.budgets.set(Budget(tenant, Decimal(1), "USD"))
+            self.budgets.set(Budget(tenant, Decimal(1), "CU", Level.USER, "ann"))
+            self.meter.reserve(self.bound(tenant, "running", tags=tags))
+        self.meter.flush()
+        self.issued = {one: issue_statement(self.ledger, one, NOVEMBER, now=AFTER) for one in (VICTIM, ATTACKER)}
+        with self.ledger.transaction() as connection:
+            self.paid = {one: post(connection, one, "payment", "p1", payment(1), AFTER) for one in (VICTIM, ATTACKER)}
+
+    def bound(self, tenant: str, request_id: str, flops: int = 10**10, **changes: Any) -> UsageBound:
+        offer = Offer(tier="standard", program="0-5", flops_bound=flops)
+        fields = {"tokens_input": 1, "tokens_output_max": 1, "offers": (offer,), "at": AT, **changes}
+        return UsageBound(request_id=request_id, tenant=tenant, **fields)
+
+    def state(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Every row of the victim, of every table that has tenants."""
+        found = {}
+        with self.ledger.snapshot() as connection:
+            for table in polar_tables():
+                rows = connection.execute(text(f"SELECT * FROM {table} WHERE tenant = :tenant"), {"tenant": VICTIM})
+                found[table] = [tuple(row) for row in rows]
+        return found
+
+
+def payment(amount: int) -> list[Line]:
+    return [
+        Line(Account.CASH, Decimal(amount), "USD"),
+        Line(Account.RECEIVABLE, Decimal(-amount), "USD"),
+    ]
+
+
+def polar_tables() -> list[str]:
+    from polar_billing.schema import metadata
+
+    return sorted(str(table.name) for table in metadata.tables.values() if "tenant" in table.c)
+
+
+Case = "Callable[[World], None]"
+CASES: dict[str, Callable[[World], None]] = {}
+
+
+def case(*names: str) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
+    """Say which public names a function tries."""
+
+    def note(tried: Callable[[World], None]) -> Callable[[World], None]:
+        CASES.update(dict.fromkeys(names, tried))
+        return tried
+
+    return note
+
+
+NOTHING_TO_TRY: dict[str, str] = {
+    "ALL_TENANTS": "the operator's view, which a caller must ask for by name",
+    "ALL_TIME": "a period",
+    "Account": "a value",
+    "Agreement": "a value",
+    "Budget": "a value",
+    "CreditNote": "a value",
+    "IssuedStatement": "a value",
+    "Line": "a value",
+    "Quote": "a value",
+    "Repriced": "a value",
+    "Statement": "a value",
+    "StatementLine": "a value",
+    "Verification": "a value",
+    "add_book": "prices; no tenant's data",
+    "quote": "pure: one request, one book",
+    "Level": "a value",
+    "OverBudget": "a value",
+    "Window": "a value",
+    "Period": "a value",
+    "PriceBook": "prices; no tenant's data",
+    "Rating": "a value",
+    "Report": "a value",
+    "Selection": "a value; it cannot be made without a tenant",
+    "StoredUsage": "a value",
+    "UsageRow": "a value",
+    "LedgerStorage": "the contract that Ledger is tried for",
+    "rate": "pure: one record, one book",
+    "Ledger.check": "takes and returns nothing",
+    "Ledger.close": "takes and returns nothing",
+    "Ledger.price_books": "prices; no tenant's data",
+    "Ledger.stored_version": "the schema's version",
+    "Ledger.unprepared": "a bare connection, for the operator's programs",
+    "Ledger.snapshot": "a bare connection, for the operator's programs",
+    "Ledger.transaction": "a bare connection, for the operator's programs",
+    "Meter.check": "takes and returns nothing",
+    "Meter.entry": "pure: one record, one book",
+    "Meter.close": "takes and returns nothing",
+    "Meter.flush": "takes and returns nothing",
+    "Meter.recover": "takes and returns nothing",
+}
+
+
+def attempt(call: Callable[[], object]) -> object:
+    """What a call answers, or the error that it refuses with."""
+    try:
+        return call()
+    except (BillingError, BudgetExceededError) as error:
+        return str(error)
+
+
+@case("Ledger", "Ledger.read", "Ledger.usage_sums")
+def read(world: World) -> None:
+    for tenant in (ATTACKER, *LOOKALIKES):
+        for selection in (Selection(tenant), Selection(tenant, tags={"note": SECRET}), Selection(tenant, model="%")):
+            for newest in (None, 100):
+                found = list(world.ledger.read(selection, newest=newest))
+                assert {one.record.tenant for one in found} <= {ATTACKER}
+                assert SECRET not in repr(found)
+        for hourly in (True, False):
+            sums = list(world.ledger.usage_sums(Selection(tenant), hourly=hourly))
+            assert VICTIM not in repr(sums).replace(repr(tenant), "")
+
+
+@case("Ledger.append", "Ledger.append_many", "Meter", "Meter.emit", "Meter.emit_many", "open_meter")
+def store_under_the_victims_ids(world: World) -> None:
+    for tenant in (ATTACKER, *filter(str.strip, LOOKALIKES)):
+        for request_id in ("acme-0", "running"):
+            record = usage_record(request_id, tenant=tenant, tags={"user": "ann"}, started_at=AT)
+            stored = world.ledger.append(record, source="polar", book=world.book, rating=rate(record, world.book))
+            assert stored.record.tenant == record.tenant != VICTIM
+            assert SECRET not in repr(world.meter.emit(record))
+            assert SECRET not in repr(world.meter.emit_many([record]))
+    assert SECRET not in str(attempt(lambda: world.meter.emit(usage_record("globex-0", tenant=ATTACKER))))
+
+
+@case("usage_rows", "usage_csv")
+def usage_queries(world: World) -> None:
+    for tenant in (ATTACKER, *LOOKALIKES):
+        rows = usage_rows(world.ledger, Selection(tenant), by=["tenant", "tag:note", "day"])
+        assert {row.group["tenant"] for row in rows} <= {ATTACKER}
+        assert SECRET not in usage_csv(rows)
+
+
+@case("build_report", "report_csv", "report_html")
+def reports(world: World) -> None:
+    for tenant in (ATTACKER, *LOOKALIKES):
+        made = build_report(world.ledger, Selection(tenant))
+        assert {one.tenant for one in made.tenants} <= {ATTACKER}
+        assert f"{VICTIM}," not in report_csv(made)
+        if tenant == ATTACKER:
+            assert VICTIM not in report_html(made)
+
+
+@case("Budgets", "Budgets.in_force", "Budgets.standings", "Budgets.holds", "Budgets.recheck")
+def look_at_budgets(world: World) -> None:
+    for tenant in (ATTACKER, *LOOKALIKES):
+        assert {one.tenant for one in world.budgets.in_force(tenant)} <= {ATTACKER}
+        assert {one.budget.tenant for one in world.budgets.standings(tenant, AT)} <= {ATTACKER}
+        assert {one.scope.tenant for one in world.budgets.holds(tenant)} <= {ATTACKER}
+        assert world.budgets.recheck(tenant, repair=True) == []
+
+
+@case("Budgets.set", "Budgets.close")
+def change_budgets(world: World) -> None:
+    for tenant in (ATTACKER, *filter(str.strip, LOOKALIKES)):
+        world.budgets.set(Budget(tenant, Decimal(0), "CU", Level.USER, "ann"))
+        world.budgets.set(Budget(tenant, Decimal(0), "USD"))
+        world.budgets.close(tenant, level="tenant", unit="USD", window="month")
+    for tenant in LOOKALIKES:
+        attempt(partial(world.budgets.close, tenant, level="user", unit="CU", window="month", name="ann"))
+
+
+@case("Budgets.reserve", "Meter.reserve")
+def reserve_against_the_victim(world: World) -> None:
+    """Neither under the victim's request id, nor with the victim's tags, nor so much that all is used up."""
+    for tenant in (ATTACKER, *filter(str.strip, LOOKALIKES)):
+        for request_id in ("running", "new"):
+            bound = world.bound(tenant, request_id, tags={"user": "ann", "note": "x"})
+            answer = attempt(partial(world.meter.reserve, bound))
+            assert VICTIM not in str(answer).replace(repr(tenant), "")
+    huge = world.bound(ATTACKER, "huge", 10**15, tags={"user": "ann"})
+    refused = str(attempt(lambda: world.meter.reserve(huge)))
+    assert f"of tenant {ATTACKER!r}" in refused
+    assert world.meter.reserve(world.bound(VICTIM, "running", tags=victim_tags())) == 0  # still the victim's own
+
+
+def victim_tags() -> dict[str, str]:
+    return {"project": "p", "user": "ann", "key": "k", "note": SECRET}
+
+
+@case("Budgets.release", "Meter.release")
+def release_the_victims_hold(world: World) -> None:
+    for tenant in (ATTACKER, *LOOKALIKES):
+        world.meter.release(tenant, "running")
+        for source in ("polar", "other"):
+            assert not world.budgets.release(tenant, "running", source=source)
+    assert [hold.request_id for hold in world.budgets.holds(VICTIM)] == ["running"]
+
+
+@case("Budgets.expire")
+def expire_the_victims_hold(world: World) -> None:
+    later = Budgets(world.ledger, clock=lambda: datetime.now(UTC) + timedelta(days=1))
+    for tenant in (ATTACKER, *LOOKALIKES):
+        later.expire(tenant)
+    assert world.budgets.holds(ATTACKER) == []
+    assert [hold.request_id for hold in world.budgets.holds(VICTIM)] == ["running"]
+
+
+@case("post", "balances")
+def books(world: World) -> None:
+    with world.ledger.snapshot() as connection:
+        for tenant in LOOKALIKES:
+            assert balances(connection, tenant) == {}
+        assert balances(connection, ATTACKER)[Account.CASH, "USD"] == 1
+    for tenant in (ATTACKER, *filter(str.strip, LOOKALIKES)):
+        with world.ledger.transaction() as connection:
+            number = post(connection, tenant, "payment", "p1" if tenant != ATTACKER else "p2", payment(1_000), AFTER)
+            assert number != world.paid[VICTIM]
+        with pytest.raises(QueryError), world.ledger.transaction() as connection:
+            post(connection, tenant, "payment", "back", payment(-1), AFTER, corrects=world.paid[VICTIM])
+
+
+@case("draft_statement", "issue_statement", "issued_statements", "reprice", "recheck", "credit_notes", "usage_of_line")
+def statements(world: World) -> None:
+    own = world.issued[ATTACKER]
+    assert own.statement.total == world.issued[VICTIM].statement.total  # three requests each, no more
+    seqs = {one.seq for one in world.ledger.read(Selection(ATTACKER))}
+    for line in own.statement.lines:
+        assert set(usage_of_line(world.ledger, own, line)) <= seqs
+    assert recheck(world.ledger, own) == []
+    assert credit_notes(world.ledger, own) == []
+    for tenant in (ATTACKER, *LOOKALIKES):
+        made = [
+            attempt(partial(draft_statement, world.ledger, tenant, NOVEMBER)),
+            attempt(partial(issue_statement, world.ledger, tenant, NOVEMBER, now=AFTER)),
+            attempt(partial(reprice, world.ledger, tenant, NOVEMBER, world.book)),
+            issued_statements(world.ledger, tenant),
+        ]
+        told = repr(made).replace(repr(tenant), "")
+        assert f"'{VICTIM}'" not in told
+        assert world.issued[VICTIM].statement.id not in told
+
+
+@case("credit_note", "lines_of_usage")
+def the_victims_statement(world: World) -> None:
+    victim = world.issued[VICTIM].statement.id
+    theirs = next(iter(world.ledger.read(Selection(VICTIM)))).seq
+    for tenant in (ATTACKER, *LOOKALIKES):
+        note = partial(credit_note, world.ledger, tenant, victim, Decimal("0.000001"), reason="x", reference="r")
+        with pytest.raises(BillingError):
+            note(now=AFTER)
+        found = attempt(partial(lines_of_usage, world.ledger, tenant, theirs))
+        assert isinstance(found, str) or found == []
+
+
+@case("verify_ledger")
+def verification(world: World) -> None:
+    for tenant in (ATTACKER, *LOOKALIKES):
+        with world.ledger.snapshot() as connection:
+            made = verify_ledger(connection, tenant)
+        assert VICTIM not in repr(made).replace(repr(tenant), "")
+        assert made.links == 0 or tenant == ATTACKER or tenant == ""
+
+
+@pytest.fixture
+def world(ledger_url: str) -> Iterator[World]:
+    with Ledger(ledger_url) as ledger:
+        made = World(ledger)
+        yield made
+        made.meter.close()
+
+
+def public_names() -> list[str]:
+    """Names of the package, and `Class.method` of each class that is no value and no error."""
+    names = []
+    for name in polar_billing.__all__:
+        found = getattr(polar_billing, name)
+        if isinstance(found, type) and issubclass(found, BaseException):
+            continue
+        names.append(name)
+        if inspect.isclass(found) and name not in NOTHING_TO_TRY:
+            methods = inspect.getmembers(found, inspect.isfunction)
+            names += [f"{name}.{method}" for method, _ in methods if not method.startswith("_")]
+    return names
+
+
+def test_nothing_is_left_out() -> None:
+    tried = {*CASES, *NOTHING_TO_TRY}
+    assert not set(CASES) & set(NOTHING_TO_TRY)
+    assert [name for name in public_names() if name not in tried] == []
+    assert sorted(tried - set(public_names())) == []  # and nothing is listed that is gone
+
+
+@pytest.mark.parametrize("tried", list(dict.fromkeys(CASES.values())), ids=lambda tried: str(tried.__name__))
+def test_another_tenant_cannot_be_read_or_charged(world: World, tried: Callable[[World], None]) -> None:
+    before = world.state()
+    assert sum(map(len, before.values())) > 10
+    tried(world)
+    after = world.state()
+    assert {table: after[table] for table in after if after[table] != before[table]} == {}
+
+
+def test_the_operator_sees_both(world: World) -> None:
+    everyone = {one.record.tenant for one in world.ledger.read(Selection(ALL_TENANTS))}
+    assert everyone == {VICTIM, ATTACKER}
+    assert len(world.budgets.holds(ALL_TENANTS)) == 2
+
+
+def test_a_question_without_a_tenant_does_not_exist() -> None:
+    for function in (Selection, Budgets.in_force, Budgets.standings, Budgets.holds, Budgets.release, Budgets.close):
+        signature = inspect.signature(function)
+        assert signature.parameters["tenant"].default is inspect.Parameter.empty

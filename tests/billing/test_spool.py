@@ -1,0 +1,192 @@
+"""Records that the ledger cannot take now: they wait on the disk, and are stored exactly once."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from polar_billing import connection
+from polar_billing.errors import ConflictError, RecordRefusedError, StoreLockedError, StoreReadOnlyError
+from polar_billing.ledger import Ledger
+from polar_billing.meter import Meter, open_meter
+from polar_billing.recovery import warning_of
+from polar_billing.spool import Spool, spool_folder
+from polar_billing.storage import ALL_TENANTS, Selection
+from polar_billing.testing import usage_record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from polar_billing.meter import Durability
+
+EVERYTHING = Selection(ALL_TENANTS)
+
+
+def held(url: str) -> list[str]:
+    with Ledger(url) as ledger:
+        return sorted(one.record.request_id for one in ledger.read(EVERYTHING))
+
+
+@pytest.fixture
+def locked(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[sqlite3.Connection]:
+    """A ledger with one record, and the connection of a stranger who holds its write lock."""
+    monkeypatch.setattr(connection, "BUSY_TIMEOUT_MS", 20)
+    with Meter(ledger_url) as meter:
+        meter.emit(usage_record("first"))
+    with closing(sqlite3.connect(ledger_url.removeprefix("sqlite:///"), isolation_level=None)) as stranger:
+        stranger.execute("BEGIN IMMEDIATE")
+        yield stranger
+
+
+@pytest.mark.parametrize("durability", ["commit", "spool"])
+def test_a_locked_ledger_delays_and_loses_nothing(
+    ledger_url: str, locked: sqlite3.Connection, durability: Durability
+) -> None:
+    meter = Meter(ledger_url, durability=durability)
+    for n in range(3):
+        meter.check()
+        assert meter.emit(usage_record(f"r{n}"))["cost"] is not None
+    meter.flush()
+    assert meter.spool is not None
+    assert meter.spool.waiting == 3
+    with Ledger(ledger_url) as ledger:
+        assert "3 request(s) wait to be stored" in str(warning_of(ledger))
+    with pytest.raises(StoreLockedError):
+        meter.recover()
+    locked.execute("ROLLBACK")
+    meter.recover()
+    assert meter.spool.waiting == 0
+    assert held(ledger_url) == ["first", "r0", "r1", "r2"]
+    meter.close()
+    assert not meter.spool.folder.exists()
+
+
+@pytest.mark.usefixtures("locked")
+def test_the_spool_has_a_limit(ledger_url: str) -> None:
+    meter = Meter(ledger_url, spool_limit=2)
+    for n in range(2):
+        meter.check()
+        meter.emit(usage_record(f"r{n}"))
+    with pytest.raises(StoreLockedError):
+        meter.check()
+    with pytest.raises(StoreLockedError):
+        Meter(ledger_url, spool_limit=0).check()
+
+
+def test_another_process_stores_what_one_left(ledger_url: str, locked: sqlite3.Connection) -> None:
+    script = """
+import os, sys
+from polar_billing import connection
+connection.BUSY_TIMEOUT_MS = 20
+from polar_billing.meter import open_meter
+from polar_billing.testing import usage_record
+meter = open_meter(sys.argv[1])
+meter.emit(usage_record("left", tags={"ä": "\\u2028 \\n"}))
+meter.flush()
+os._exit(1)
+"""
+    assert subprocess.run([sys.executable, "-c", script, ledger_url], check=False, timeout=120).returncode == 1
+    assert held(ledger_url) == ["first"]  # still locked
+    locked.execute("ROLLBACK")
+    assert held(ledger_url) == ["first", "left"]
+    assert held(ledger_url) == ["first", "left"]
+
+
+def test_a_failure_that_will_not_pass_is_told_and_the_record_is_kept(ledger_url: str, tmp_path: Path) -> None:
+    with Meter(ledger_url) as meter:
+        meter.emit(usage_record("first"))
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as stranger:
+        stranger.execute("CREATE TRIGGER no_more BEFORE INSERT ON polar_usage BEGIN SELECT RAISE(ABORT, 'full'); END")
+    meter = Meter(ledger_url)
+    with pytest.raises(RecordRefusedError):
+        meter.emit(usage_record("refused"))
+    meter.close()
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as stranger:
+        stranger.execute("DROP TRIGGER no_more")
+    assert "refused" in (tmp_path / "ledger.sqlite3.spool" / "rejected.jsonl").read_text()
+
+
+def test_a_full_disk_is_told_and_harms_nothing(tmp_path: Path) -> None:
+    """The file may not grow any more, as on a full disk; the error says so, and what is stored stays."""
+    script = """
+import resource, signal, sys
+from polar_billing.errors import StoreError
+from polar_billing.meter import Meter
+from polar_billing.testing import usage_record
+meter = Meter(sys.argv[1])
+meter.emit(usage_record("first"))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+stored = 0
+try:
+    for n in range(500):
+        meter.emit(usage_record(f"r{n}", tags={"long": "x" * 2000}))
+        stored += 1
+except StoreError as error:
+    print(stored, type(error).__name__)
+"""
+    url = f"sqlite:///{tmp_path / 'full.sqlite3'}"
+    done = subprocess.run([sys.executable, "-c", script, url], check=True, capture_output=True, text=True, timeout=300)
+    stored, kind = done.stdout.split()
+    assert kind in {"StoreFullError", "StoreError"}
+    assert set(held(url)) >= {"first", *(f"r{n}" for n in range(int(stored)))}
+
+
+def test_a_record_cut_off_is_dropped_and_a_damaged_one_kept_aside(ledger_url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "ledger.sqlite3.spool"
+    with Ledger(ledger_url) as ledger:
+        ledger.check()
+        waiting = Spool(folder)
+        segment = waiting.segment()
+        meter = Meter(ledger, sync=True)
+        for name in ("whole", "damaged", "cut off"):
+            segment.append([meter.entry(usage_record(name))])
+        path = waiting.keep(segment)
+        waiting.close()
+        content = path.read_bytes().replace(b'"request_id":"damaged"', b'"request_id":"damagee"')
+        path.write_bytes(content[:-5])
+        assert held(ledger_url) == ["whole"]
+        assert "1 line(s) are damaged" in str(warning_of(ledger))
+
+
+def test_a_conflict_found_late_is_kept_and_told(ledger_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    meter = open_meter(ledger_url)
+    assert isinstance(meter, Meter)
+    meter.emit(usage_record("same"))
+    meter.emit(usage_record("same", output=9))
+    meter.flush()
+    assert "refused request 'same' of tenant 'acme'" in caplog.text
+    assert meter.spool is not None
+    assert meter.spool.rejected == 1
+    with pytest.raises(ConflictError):
+        Meter(ledger_url).emit(usage_record("same", output=9))
+    assert held(ledger_url) == ["same"]
+    meter.close()
+
+
+def test_where_spools_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.sqlite3"
+    assert spool_folder(Ledger(str(file)).url) == tmp_path / "a.sqlite3.spool"
+    assert spool_folder(Ledger("sqlite://").url) is None
+    monkeypatch.setenv("POLAR_SPOOL", str(tmp_path / "spools"))
+    one, other = (spool_folder(Ledger(f"postgresql://u:secret@host/{name}").url) for name in ("a", "b"))
+    assert one is not None
+    assert one.parent == tmp_path / "spools"
+    assert one != other
+    assert "secret" not in str(one)
+
+
+def test_a_read_only_ledger_is_no_reason_to_spool(ledger_url: str, tmp_path: Path) -> None:
+    with Meter(ledger_url) as meter:
+        meter.emit(usage_record("first"))
+    with Meter(f"sqlite:///file:{tmp_path / 'ledger.sqlite3'}?mode=ro&uri=true") as meter:
+        with pytest.raises(StoreReadOnlyError):
+            meter.check()
+        with pytest.raises(StoreReadOnlyError):
+            meter.emit(usage_record("second"))

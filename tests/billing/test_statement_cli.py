@@ -1,0 +1,179 @@
+"""The commands price, statement, credit-note and reprice: arguments in, the figures of the library out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from decimal import Decimal
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from polar_billing.cli import register
+from polar_billing.errors import AmountError, PeriodError, PriceBookError, QueryError
+from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
+from polar_billing.rating import rate
+from polar_billing.testing import usage_record
+from polar_sdk.usage import FlopUsage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from polar_billing.ledger import Ledger
+    from polar_sdk.errors import PolarError
+
+PLANS = PriceBook.example(EXAMPLE_PLANS)
+TOML = resources.files("polar_billing").joinpath(EXAMPLE_PLANS).read_text(encoding="utf-8")
+MONTH = ("--month", "2026-10")
+
+
+def polar(*arguments: str) -> Result:
+    app = typer.Typer()
+    register(app)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def ok(*arguments: str) -> str:
+    result = polar(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> Path:
+    file = tmp_path / "plans.toml"
+    file.write_text(TOML, encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def filled(ledger: Ledger) -> Ledger:
+    """A month of globex and initech, long over."""
+    for number, tenant in enumerate(["globex", "globex", "initech"]):
+        record = usage_record(
+            f"r{number}",
+            tenant=tenant,
+            tier="premium",
+            flops=FlopUsage(head=9 * 10**16, total=9 * 10**16),
+            started_at="2026-10-15T12:00:00Z",
+        )
+        ledger.append(record, source="test", book=PLANS, rating=rate(record, PLANS))
+    return ledger
+
+
+def test_price_add_puts_a_book_in_force_once_and_refuses_to_change_the_past(plans: Path) -> None:
+    assert "is in force now" in ok("price", "add", str(plans))
+    assert "was in force already" in ok("price", "add", str(plans))
+    assert "The two price books say the same." in ok("price", "diff", str(plans))
+    plans.write_text(TOML.replace("flat_fee = 19 ", "flat_fee = 29 "), encoding="utf-8")
+    shown = ok("price", "diff", str(plans))
+    assert "plans.starter.terms[2024-01-01T00:00:00+00:00].flat_fee: 19 → 29   (past: refused)" in shown
+    assert json.loads(ok("price", "diff", str(plans), "--json"))[0]["past"] is True
+    refused = polar("price", "add", str(plans))
+    assert isinstance(refused.exception, PriceBookError)
+    assert "Keep past entries as they are" in str(refused.exception)
+    assert json.loads(ok("price", "show", "--json"))[0]["content_hash"] == PLANS.content_hash
+
+
+def test_price_show_tells_everything_the_book_says(plans: Path) -> None:
+    shown = ok("price", "show", str(plans))
+    for wanted in ("0.0004", "premium × 1.25", "starter", "flat fee 19", "0.25 per started 1000", "initech-welcome"):
+        assert wanted in shown
+    for wanted in ("up to 100000", "graduated", "p95 ≤ 2000 ms", "America/New_York", "Plan reserved, rates of its own"):
+        assert wanted in shown
+    assert "No price book" in ok("price", "show")
+
+
+def test_price_quote(plans: Path) -> None:
+    request = ("--flops", str(10**12), "--input", "1000", "--output", "100", "--book", str(plans))
+    asked = ("price", "quote", *request, "--tier", "standard", "--tenant")
+    assert "At most 0.000410000000 USD" in ok(*asked, "acme")
+    assert json.loads(ok(*asked, "initech", "--json"))["amount"] == "0.000372000000"
+    assert "Unrated: price book" in ok("price", "quote", *request, "--tier", "gold")
+    ok("price", "add", str(plans))
+    assert "polar-example-plans" in ok("price", "quote", "--flops", "1", "--tier", "standard", "--tenant", "acme")
+
+
+@pytest.mark.usefixtures("filled")
+def test_a_statement_is_drafted_issued_listed_and_traced() -> None:
+    shown = ok("statement", "--tenant", "globex", *MONTH)
+    assert "draft" in shown
+    assert "America/New_York" in shown  # the customer's zone, since the book names one
+    drafted = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--json"))
+    assert drafted["issued_at"] is None
+    assert "No statement of globex" in ok("statement", "--tenant", "globex")
+    issued = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--issue", "--json"))
+    assert {**issued, "issued_at": None} == drafted
+    assert json.loads(ok("statement", "--tenant", "globex", *MONTH, "--json")) == issued
+    assert issued["id"] in ok("statement", "--tenant", "globex")
+    assert ok("statement", "--tenant", "globex", *MONTH, "--trace", "1").split() == ["1", "2"]
+    for line in issued["lines"]:
+        assert f" {Decimal(line['amount']):,f}" in shown
+    assert f" {Decimal(issued['total']):,f}" in shown
+
+
+@pytest.mark.usefixtures("filled")
+def test_csv_rows_sum_to_what_is_due() -> None:
+    made = json.loads(ok("statement", "--tenant", "initech", *MONTH, "--json"))
+    rows = list(csv.DictReader(io.StringIO(ok("statement", "--tenant", "initech", *MONTH, "--csv", "-"))))
+    assert sum(Decimal(row["amount"]) for row in rows) == Decimal(made["due"]) == 0
+    assert Decimal(made["total"]) > 0
+    assert {row["tenant"] for row in rows} == {"initech"}
+
+
+@pytest.mark.usefixtures("filled")
+def test_agreement_is_told_and_gives_service_credit() -> None:
+    told = ok("statement", "--tenant", "globex", *MONTH, "--agreement", "premium=90/100")
+    assert "service credit 10 %: 90 of 100 answers agreed, promised 98 %" in told
+
+
+@pytest.mark.usefixtures("filled")
+def test_credit_note_and_reprice(plans: Path) -> None:
+    issued = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--issue", "--json"))
+    note = ("credit-note", issued["id"], "1.5", "--tenant", "globex", "--reason", "outage", "--reference", "7")
+    assert f"1.5 off statement {issued['id']}" in ok(*note)
+    plans.write_text(TOML.replace("0.0004", "0.0008"), encoding="utf-8")
+    rows = json.loads(ok("reprice", "--book", str(plans), *MONTH, "--json"))
+    assert [row["tenant"] for row in rows] == ["globex", "initech"]
+    for row in rows:
+        assert Decimal(row["charged"]) + Decimal(row["difference"]) == Decimal(row["other"])
+    assert rows[0]["difference"] in ok("reprice", "--book", str(plans), *MONTH)
+    listed = list(csv.DictReader(io.StringIO(ok("reprice", "--book", str(plans), *MONTH, "--csv", "-"))))
+    assert [row["difference"] for row in listed] == [row["difference"] for row in rows]
+    assert "No usage in" in ok("reprice", "--book", str(plans), "--month", "2020-01")
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ("statement --tenant nobody --month 2026-10", QueryError),
+        ("statement --tenant globex --month 2999-10 --issue", PeriodError),
+        ("statement --tenant globex --since 2026-10-01", PeriodError),
+        ("statement --tenant globex --month 2026-10 --zone Mars/Olympus", PeriodError),
+        ("statement --tenant globex --month 2026-10 --agreement premium=2/1", QueryError),
+        ("statement --tenant globex --month 2026-10 --agreement premium", QueryError),
+        ("statement --tenant globex --month 2026-10 --trace 1", QueryError),
+        ("credit-note st-0 1 --tenant globex --reason x --reference 1", QueryError),
+        ("credit-note st-0 one --tenant globex --reason x --reference 1", AmountError),
+        ("price add /no/such/prices.toml", PriceBookError),
+        ("price quote --flops 1 --at yesterday", PeriodError),
+        ("reprice --book /no/such/prices.toml", PriceBookError),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: str, kind: type[PolarError]) -> None:
+    result = polar(*arguments.split())
+    assert isinstance(result.exception, kind)
+    assert "\n" not in str(result.exception)
+    assert result.stdout == ""
+
+
+def test_help_shows_an_example() -> None:
+    for command in ("price add", "price show", "price diff", "price quote", "statement", "credit-note", "reprice"):
+        result = polar(*command.split(), "--help")
+        assert result.exit_code == 0
+        assert f"Example: polar {command}" in result.output

@@ -1,0 +1,193 @@
+"""Statements under pressure: issued by many at once, after pruning, tampered with, and by another tenant's name."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import func, select, text
+
+from polar_billing.errors import PeriodError, PriceBookError, QueryError
+from polar_billing.periods import Period
+from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
+from polar_billing.rating import rate
+from polar_billing.retention import prune
+from polar_billing.schema.ledger import transaction_table
+from polar_billing.schema.statements import statement_table
+from polar_billing.statements import (
+    IssuedStatement,
+    add_book,
+    credit_note,
+    draft_statement,
+    issue_statement,
+    issued_statements,
+    lines_of_usage,
+    recheck,
+    reprice,
+    usage_of_line,
+)
+from polar_billing.testing import usage_record
+from polar_billing.verify import verify_ledger
+from polar_sdk.usage import FlopUsage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polar_billing.ledger import Ledger
+
+NOVEMBER, DECEMBER = Period.month("2026-11"), Period.month("2026-12")
+END, LATER = datetime(2026, 12, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)
+PLANS = PriceBook.example(EXAMPLE_PLANS)
+
+
+def put(ledger: Ledger, request_id: str, *, book: PriceBook = PLANS, **changes: Any) -> int:
+    """Store a request of 1,000 CU; its number."""
+    flops = FlopUsage(head=10**15, total=10**15)
+    record = usage_record(request_id, flops=flops, **{"tenant": "someone", **changes})
+    return ledger.append(record, source="test", book=book, rating=rate(record, book)).seq
+
+
+def in_threads(work: Callable[[], object], count: int) -> list[BaseException]:
+    """Run the same work several times at once; what it raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_many_who_issue_the_same_statement_get_one(store: Ledger) -> None:
+    put(store, "r")
+    made: list[IssuedStatement] = []
+    assert in_threads(lambda: made.append(issue_statement(store, "someone", NOVEMBER, now=LATER)), 6) == []
+    assert len({one.number for one in made}) == 1
+    with store.snapshot() as connection:
+        assert connection.execute(select(func.count()).select_from(statement_table)).scalar() == 1
+        assert connection.execute(select(func.count()).select_from(transaction_table)).scalar() == 1
+
+
+def test_two_periods_issued_at_once_charge_late_usage_once(store: Ledger) -> None:
+    put(store, "november")
+    issue_statement(store, "someone", NOVEMBER, now=END)
+    put(store, "late")
+    periods = [Period.month("2026-12"), Period.month("2027-01"), Period.month("2027-02")]
+    waiting = iter(periods)
+    after = datetime(2027, 3, 1, tzinfo=UTC)
+    assert in_threads(lambda: issue_statement(store, "someone", next(waiting), now=after), 3) == []
+    made = issued_statements(store, "someone")
+    assert len(made) == 4
+    assert sum(one.statement.requests_late for one in made) == 1
+    assert [told for one in made for told in recheck(store, one)] == []
+
+
+def test_usage_stored_while_a_statement_is_issued_is_on_it_or_late_never_lost(store: Ledger) -> None:
+    put(store, "first")
+    numbers = iter(range(1_000))
+
+    def meter() -> None:
+        for _ in range(10):
+            put(store, f"r{next(numbers)}")
+
+    work = iter([meter, lambda: issue_statement(store, "someone", NOVEMBER, now=END), meter])
+    assert in_threads(lambda: next(work)(), 3) == []  # noqa: PLW0108  (each takes its own)
+    (november,) = issued_statements(store, "someone")
+    december = issue_statement(store, "someone", DECEMBER, now=LATER)
+    assert november.statement.requests + december.statement.requests_late == 21
+    on_lines = [number for one in (november, december) for number in usage_of_line(store, one, one.statement.lines[0])]
+    assert sorted(on_lines) == sorted(set(on_lines))
+    assert len(on_lines) == 21
+
+
+def test_verify_makes_every_statement_again(ledger: Ledger) -> None:
+    put(ledger, "r", tenant="globex")
+    issue_statement(ledger, "globex", NOVEMBER, now=END)
+    with ledger.snapshot() as connection:
+        assert verify_ledger(connection).sound
+    with ledger.transaction() as connection:
+        connection.execute(text("DROP TRIGGER polar_usage_no_update"))
+        connection.execute(text("UPDATE polar_usage SET tier = 'economy'"))
+    with ledger.snapshot() as connection:
+        told = " ".join(str(one) for one in verify_ledger(connection).findings)
+    assert "and the usage makes it" in told
+
+
+@pytest.mark.parametrize("column", [column.name for column in statement_table.columns])
+def test_any_flipped_column_of_a_statement_is_found(ledger: Ledger, column: str) -> None:
+    put(ledger, "r")
+    issue_statement(ledger, "someone", NOVEMBER, now=END)
+    changed = {
+        "number": "number + 7",
+        "since": "since + 1",
+        "until": "until + 1",
+        "seq_until": "seq_until + 1",
+        "issued_at": "issued_at + 1",
+        "price_book_hash": "price_book_hash || 'x'",
+        "late": """'[["st-1", 0, 1]]'""",
+    }.get(column, f"'x' || {column}")
+    with ledger.transaction() as connection:
+        connection.execute(text("PRAGMA defer_foreign_keys = ON"))
+        connection.execute(text("DROP TRIGGER polar_statement_no_update"))
+        if column == "price_book_hash":
+            copied = "INSERT INTO polar_price_book SELECT hash || 'x', id, document, stored_at FROM polar_price_book"
+            connection.execute(text(copied))
+        connection.execute(text(f"UPDATE polar_statement SET {column} = {changed}"))
+    with ledger.snapshot() as connection:
+        assert not verify_ledger(connection, None).sound
+
+
+def test_pruned_usage_is_never_missing_from_a_statement_in_silence(store: Ledger) -> None:
+    put(store, "r")
+    made = issue_statement(store, "someone", NOVEMBER, now=END)
+    put(store, "december", started_at=END)
+    with store.transaction() as connection:
+        prune(connection, "someone", LATER)
+    assert recheck(store, made) == []  # its sums and bookings; the chain stands for the rest
+    assert issue_statement(store, "someone", NOVEMBER, now=LATER) == made
+    with pytest.raises(PeriodError, match="was pruned"):
+        draft_statement(store, "someone", DECEMBER)
+    with pytest.raises(PeriodError, match="was pruned"):
+        issue_statement(store, "someone", DECEMBER, now=LATER)
+    with store.snapshot() as connection:
+        assert verify_ledger(connection).sound
+
+
+def test_a_plan_in_another_book_than_the_receipts_is_not_passed_over(store: Ledger) -> None:
+    put(store, "r", tenant="acme", book=PriceBook.example())
+    assert draft_statement(store, "acme", NOVEMBER).price_book == "polar-example"
+    add_book(store, PLANS)
+    with pytest.raises(PriceBookError, match="'polar-example' and 'polar-example-plans' have charged tenant 'acme'"):
+        draft_statement(store, "acme", NOVEMBER)
+    assert [line.kind for line in draft_statement(store, "acme", NOVEMBER, book=PLANS).lines][-1] == "fee"
+
+
+def test_no_public_function_reads_or_charges_another_tenant(store: Ledger) -> None:
+    theirs = put(store, "theirs", tenant="victim")
+    put(store, "mine", tenant="thief")
+    hers = issue_statement(store, "victim", NOVEMBER, now=END)
+    before = draft_statement(store, "victim", DECEMBER, book=PLANS).document
+    mine = issue_statement(store, "thief", NOVEMBER, now=END)
+    assert mine.statement.requests == 1
+    assert [one.statement.tenant for one in issued_statements(store, "thief")] == ["thief"]
+    assert [row.tenant for row in reprice(store, "thief", NOVEMBER, PLANS)] == ["thief"]
+    for line in mine.statement.lines:
+        assert theirs not in usage_of_line(store, mine, line)
+    with pytest.raises(QueryError, match="has no usage"):
+        lines_of_usage(store, "thief", theirs)
+    with pytest.raises(QueryError, match="has no statement"):
+        credit_note(store, "thief", hers.statement.id, Decimal("0.1"), reason="mine now", reference="1")
+    with pytest.raises(QueryError, match="is not one of statement"):
+        usage_of_line(store, mine, hers.statement.lines[0].model_copy(update={"number": 99}))
+    assert draft_statement(store, "victim", DECEMBER, book=PLANS).document == before
+    assert issued_statements(store, "victim") == [hers]

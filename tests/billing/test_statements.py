@@ -1,0 +1,356 @@
+"""Statements over every store: issued once, booked, traced, checked, corrected; one tenant never sees another."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal, localcontext
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import text
+
+from polar_billing.errors import AmountError, ConflictError, CurrencyMixError, PeriodError, PriceBookError, QueryError
+from polar_billing.money import exact_sum
+from polar_billing.periods import ALL_TIME, Period
+from polar_billing.postings import Account, balances
+from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
+from polar_billing.rating import rate
+from polar_billing.statements import (
+    Agreement,
+    Statement,
+    add_book,
+    credit_note,
+    credit_notes,
+    draft_statement,
+    issue_statement,
+    issued_statements,
+    lines_of_usage,
+    recheck,
+    reprice,
+    usage_of_line,
+)
+from polar_billing.storage import ALL_TENANTS
+from polar_billing.testing import usage_record
+from polar_sdk.usage import FlopUsage, Outcome, TokenUsage
+
+if TYPE_CHECKING:
+    from polar_billing.ledger import Ledger
+
+NOVEMBER, DECEMBER = Period.month("2026-11"), Period.month("2026-12")
+END = datetime(2026, 12, 1, tzinfo=UTC)
+LATER = datetime(2027, 1, 1, tzinfo=UTC)
+PLANS = PriceBook.example(EXAMPLE_PLANS)
+
+
+def put(ledger: Ledger, request_id: str, *, book: PriceBook = PLANS, units: int = 1, **changes: Any) -> int:
+    """Store a request of so many CU; its number."""
+    flops = FlopUsage(head=units * 10**12, total=units * 10**12)
+    record = usage_record(request_id, flops=flops, **{"tenant": "someone", **changes})
+    return ledger.append(record, source="test", book=book, rating=rate(record, book)).seq
+
+
+def adds_up(statement: Statement) -> bool:
+    decimals = statement.decimals
+    lines = exact_sum([*(line.amount for line in statement.lines), statement.rounding], decimals)
+    paid = exact_sum((use.used for use in statement.credits), decimals)
+    return lines == statement.total and exact_sum((statement.due, paid), decimals) == statement.total
+
+
+def test_a_statement_sums_what_receipts_said_by_tier(store: Ledger) -> None:
+    for number, tier in enumerate(["economy", "standard", "standard", None, "gold"]):
+        put(store, f"r{number}", tier=tier, units=1_000)
+    statement = draft_statement(store, "someone", NOVEMBER)
+    assert adds_up(statement)
+    compute = {line.tier: (line.quantity, line.amount) for line in statement.lines if line.item == "compute"}
+    assert compute == {
+        "economy": (Decimal(1_000), Decimal("0.36")),
+        "standard": (Decimal(2_000), Decimal("0.8")),
+        None: (Decimal(1_000), Decimal("0.4")),
+    }
+    assert statement.unrated == {"price book 'polar-example-plans' of 2024-01-01 has no price for tier 'gold'": 1}
+    assert statement.requests == 5
+    assert [(one.tier, one.requests, one.compute_units) for one in statement.usage] == [
+        ("economy", 1, Decimal(1_000)),
+        ("standard", 2, Decimal(2_000)),
+        ("gold", 1, Decimal(1_000)),
+        (None, 1, Decimal(1_000)),
+    ]
+    assert issued_statements(store, "someone") == []  # a draft leaves nothing behind
+
+
+def test_issued_once_and_for_ever_booked_and_provable(store: Ledger) -> None:
+    for number in range(4):
+        put(store, f"r{number}", tier=["premium", "standard"][number % 2], tenant="globex", units=200_000)
+    period = Period.month("2026-11", "America/New_York")
+    made = issue_statement(store, "globex", period, agreement={"premium": Agreement(90, 100)}, now=LATER)
+    assert adds_up(made.statement)
+    kinds = [line.kind for line in made.statement.lines]
+    assert kinds.count("pool") == 2
+    assert {"discount", "service credit"} <= set(kinds)
+    put(store, "late", tier="standard", tenant="globex")
+    again = issue_statement(store, "globex", period, now=LATER + timedelta(days=1))
+    assert again == made
+    assert recheck(store, made) == []
+    with store.snapshot() as connection:
+        booked = balances(connection, "globex")
+    assert booked[Account.RECEIVABLE, "USD"] == made.statement.due
+    assert exact_sum(booked.values(), 12) == 0
+    discount = exact_sum((line.amount for line in made.statement.lines if line.kind == "discount"), 4)
+    assert booked[Account.DISCOUNTS, "USD"] == -discount
+
+
+def test_a_narrow_decimal_context_of_the_caller_touches_nothing(ledger: Ledger) -> None:
+    for tenant, tier in (("globex", "premium"), ("initech", "standard")):
+        put(ledger, "r", tenant=tenant, tier=tier, units=1_234_567)
+    agreement = {"premium": Agreement(971, 1000)}
+    expected = [draft_statement(ledger, tenant, NOVEMBER, agreement=agreement) for tenant in ("globex", "initech")]
+    with localcontext(prec=2):
+        for statement in expected:
+            made = issue_statement(ledger, statement.tenant, NOVEMBER, agreement=agreement, now=LATER)
+            assert made.statement.document == statement.document
+            assert recheck(ledger, made) == []
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/Santiago", "Pacific/Apia", "Australia/Lord_Howe"])
+def test_every_use_is_on_the_statement_of_exactly_one_month(ledger: Ledger, zone: str) -> None:
+    months = [Period.month(f"2026-{month:02}", zone) for month in range(1, 13)]
+    borders = [period.since for period in months if period.since is not None]
+    for place, border in enumerate(borders[1:]):
+        for step in (-1, 0, 1):
+            put(ledger, f"{place} {step}", tier="standard", started_at=border + timedelta(microseconds=step))
+    drafts = [draft_statement(ledger, "someone", period) for period in months]
+    assert [one.requests for one in drafts] == [1, *[3] * 10, 2]
+
+
+def test_lines_lead_to_usage_and_usage_to_lines(store: Ledger) -> None:
+    numbers = {
+        "a": put(store, "a", tier="standard"),
+        "b": put(store, "b", tier="standard", outcome=Outcome.ERROR, error="X"),
+        "c": put(store, "c", tier=None),
+        "d": put(store, "d", tier="gold"),
+        "e": put(store, "e", tier="standard", started_at=END),
+        "f": put(store, "f", tier="standard", tenant="other"),
+    }
+    made = issue_statement(store, "someone", NOVEMBER, now=LATER)
+    traced = {(line.tier, line.item): usage_of_line(store, made, line) for line in made.statement.lines}
+    assert traced["standard", "compute"] == traced["standard", "requests"] == [numbers["a"]]
+    assert traced["standard", "compute (error, free)"] == [numbers["b"]]
+    assert traced[None, "compute"] == [numbers["c"]]
+    for name in "abc":
+        for one, line in lines_of_usage(store, "someone", numbers[name]):
+            assert one == made
+            assert numbers[name] in usage_of_line(store, made, line)
+    assert [line.item for _, line in lines_of_usage(store, "someone", numbers["a"])] == ["compute", "requests"]
+    assert lines_of_usage(store, "someone", numbers["d"]) == []  # unrated
+    assert lines_of_usage(store, "someone", numbers["e"]) == []  # not on a statement yet
+    with pytest.raises(QueryError, match="has no usage"):
+        lines_of_usage(store, "someone", numbers["f"])
+
+
+def test_late_usage_is_a_correction_on_the_next_statement_and_nothing_is_lost(store: Ledger) -> None:
+    put(store, "on time", tenant="globex", tier="standard", units=90_000)
+    november = issue_statement(store, "globex", NOVEMBER, now=END)
+    late = put(store, "late", tenant="globex", tier="standard", units=50_000)  # crosses a band
+    put(store, "december", tenant="globex", tier="standard", units=1_000, started_at=END)
+    december = issue_statement(store, "globex", DECEMBER, now=LATER)
+    statement = december.statement
+    corrections = [line for line in statement.lines if line.corrects is not None]
+    assert {line.corrects for line in corrections} == {november.statement.id}
+    assert (statement.requests, statement.requests_late) == (1, 1)
+    pooled = [line for line in corrections if line.kind == "pool"]
+    assert [line.quantity for line in pooled] == [10_000, 40_000]
+    assert usage_of_line(store, december, pooled[0]) == [late]
+    assert {one.number for one, _ in lines_of_usage(store, "globex", late)} == {december.number}
+    assert recheck(store, november) == recheck(store, december) == []
+    assert adds_up(statement)
+    # The two statements come to what one over everything would have, up to the rounding of their lines.
+    whole = draft_statement(store, "globex", NOVEMBER)
+    assert whole.id == november.statement.id
+    alone = exact_sum((line.amount for line in statement.lines if line.corrects is None), 4)
+    both = exact_sum((november.statement.total, statement.total, -alone), 4)
+    assert abs(both - whole.total) <= Decimal("0.0005")
+    january = issue_statement(store, "globex", Period.month("2027-01"), now=datetime(2027, 2, 1, tzinfo=UTC))
+    assert january.late == ()  # charged once
+
+
+def test_credits_pay_by_priority_until_used_up_or_expired(store: Ledger) -> None:
+    put(store, "november", tenant="initech", tier="standard", units=100_000)
+    put(store, "december", tenant="initech", tier="standard", units=100_000, started_at=END)
+    first = issue_statement(store, "initech", NOVEMBER, now=END).statement
+    assert [(use.id, use.before, use.used, use.after) for use in first.credits] == [
+        ("initech-welcome", Decimal(25), Decimal(25), Decimal(0)),
+        ("initech-2026", Decimal(500), first.total - 25, 525 - first.total),
+    ]
+    assert first.due == 0
+    second = issue_statement(store, "initech", DECEMBER, now=LATER)
+    (use,) = second.statement.credits
+    assert (use.id, use.before) == ("initech-2026", 525 - first.total)
+    assert use.expired == use.before - use.used
+    assert use.after == 0
+    assert recheck(store, second) == []
+    put(store, "january", tenant="initech", tier="standard", units=1_000, started_at=LATER)
+    third = issue_statement(store, "initech", Period.month("2027-01"), now=datetime(2027, 2, 1, tzinfo=UTC)).statement
+    assert third.credits == ()
+    assert third.due == third.total > 0
+    with store.snapshot() as connection:
+        booked = balances(connection, "initech")
+    assert booked[Account.CREDITS, "USD"] == 0
+    assert booked[Account.CASH, "USD"] == 525
+    assert booked[Account.EXPIRED_CREDITS, "USD"] == -use.expired
+    assert booked[Account.RECEIVABLE, "USD"] == third.due
+
+
+def test_a_customer_without_usage_still_owes_the_fee(store: Ledger) -> None:
+    add_book(store, PLANS)
+    berlin = Period.month("2026-11", "Europe/Berlin")
+    made = issue_statement(store, "acme", berlin, now=LATER)
+    assert [(line.kind, line.amount) for line in made.statement.lines] == [("fee", Decimal(19))]
+    assert recheck(store, made) == []
+
+
+def test_credit_notes_take_off_at_most_what_was_asked_for(store: Ledger) -> None:
+    put(store, "r", tier="standard", units=100_000)
+    made = issue_statement(store, "someone", NOVEMBER, now=LATER)
+    total = made.statement.total
+    note = credit_note(store, "someone", made.statement.id, Decimal(15), reason="outage", reference="n1")
+    again = credit_note(store, "someone", made.statement.id, Decimal(15), reason="outage", reference="n1")
+    assert note == again
+    assert credit_notes(store, made) == [note]
+    with pytest.raises(ConflictError, match="other content"):
+        credit_note(store, "someone", made.statement.id, Decimal(14), reason="outage", reference="n1")
+    for amount in ("0", "-1", "NaN", "Infinity", "0.00001", str(total)):
+        with pytest.raises(AmountError):
+            credit_note(store, "someone", made.statement.id, Decimal(amount), reason="x", reference="n2")
+    with pytest.raises(QueryError, match="has no statement"):
+        credit_note(store, "other", made.statement.id, Decimal(1), reason="x", reference="n3")
+    with store.snapshot() as connection:
+        assert balances(connection, "someone")[Account.RECEIVABLE, "USD"] == total - 15
+    assert recheck(store, made) == []
+
+
+def test_reprice_shows_the_difference_per_tenant(store: Ledger) -> None:
+    put(store, "a", tier="standard", units=1_000)
+    put(store, "b", tier="standard", tenant="other", units=3_000)
+    dear = PriceBook.from_document(PLANS.document.replace('"0.0004"', '"0.0008"').replace("example-plans", "dear"))
+    rows = reprice(store, ALL_TENANTS, NOVEMBER, dear)
+    assert [(row.tenant, row.charged, row.other, row.difference) for row in rows] == [
+        ("other", Decimal("1.2"), Decimal("2.4"), Decimal("1.2")),
+        ("someone", Decimal("0.4"), Decimal("0.8"), Decimal("0.4")),
+    ]
+    assert [row.tenant for row in reprice(store, "other", NOVEMBER, dear)] == ["other"]
+    euros = PriceBook.from_document(PLANS.document.replace('"USD"', '"EUR"'))
+    with pytest.raises(CurrencyMixError, match="charged in USD"):
+        reprice(store, ALL_TENANTS, NOVEMBER, euros)
+
+
+def test_mistakes_are_told_and_store_nothing(store: Ledger) -> None:
+    put(store, "r", tier="standard", units=1_000)
+    with pytest.raises(QueryError, match="'nobody' has no usage in the ledger and no plan"):
+        draft_statement(store, "nobody", NOVEMBER)
+    with pytest.raises(PeriodError, match="cannot be over all time"):
+        draft_statement(store, "someone", ALL_TIME)
+    with pytest.raises(PeriodError, match="has not come yet"):
+        issue_statement(store, "someone", NOVEMBER, now=END - timedelta(microseconds=1))
+    assert issued_statements(store, "someone") == []
+    issue_statement(store, "someone", NOVEMBER, now=LATER)
+    with pytest.raises(PeriodError, match="overlaps statement"):
+        issue_statement(store, "someone", Period.month("2026-11", "Asia/Tokyo"), now=LATER)
+    euros = PriceBook.from_document(PLANS.document.replace('"USD"', '"EUR"').replace("example-plans", "euros"))
+    with pytest.raises(CurrencyMixError, match="has statements in USD"):
+        issue_statement(store, "someone", DECEMBER, book=euros, now=LATER)
+    put(store, "euro", book=euros, tier="standard", started_at=END)
+    put(store, "dollar", tier="standard", started_at=END)
+    with pytest.raises(PriceBookError, match="'polar-euros' and 'polar-example-plans' have charged"):
+        draft_statement(store, "someone", DECEMBER)
+    assert len(issued_statements(store, "someone")) == 1
+
+
+def test_a_past_rate_cannot_change(store: Ledger) -> None:
+    assert add_book(store, PLANS, now=END)
+    assert not add_book(store, PLANS, now=END)
+    edited = PriceBook.from_document(PLANS.document.replace('"0.0004"', '"0.0005"'))
+    with pytest.raises(PriceBookError, match=r"changes what was in force .* 0\.0004 → 0\.0005"):
+        add_book(store, edited, now=END)
+    assert edited.content_hash not in store.price_books()
+    # A meter with an edited file: its receipts stand, and the statement refuses to contradict them.
+    put(store, "a", tier="standard")
+    put(store, "b", tier="standard", book=edited)
+    with pytest.raises(PriceBookError, match="changes rates that receipts"):
+        draft_statement(store, "someone", NOVEMBER)
+
+
+def test_a_revision_in_force_charges_by_the_time_of_use(store: Ledger) -> None:
+    add_book(store, PLANS, now=datetime(2026, 11, 1, tzinfo=UTC))
+    change = datetime(2026, 11, 20, tzinfo=UTC)
+    content = PLANS.model_dump(mode="json")
+    dearer = {"effective_from": change.isoformat(), "per_compute_unit": "0.0008"}
+    content["prices"].append({**content["prices"][0], **dearer})
+    revised = PriceBook.model_validate(content)
+    add_book(store, revised, now=datetime(2026, 11, 2, tzinfo=UTC))
+    put(store, "before", tier="standard", units=1_000, started_at=change - timedelta(microseconds=1))
+    put(store, "after", tier="standard", units=1_000, started_at=change, book=revised)
+    lines = [line for line in draft_statement(store, "someone", NOVEMBER).lines if line.item == "compute"]
+    assert [(line.since.day, line.quantity, line.amount) for line in lines] == [
+        (1, Decimal(1_000), Decimal("0.4")),
+        (20, Decimal(1_000), Decimal("0.8")),
+    ]
+
+
+def test_one_tenants_statement_never_reads_another(store: Ledger) -> None:
+    put(store, "mine", tier="standard", units=1_000)
+    before = draft_statement(store, "someone", NOVEMBER).document
+    for tenant in ("other", "someone ", "Someone", "%"):
+        if tenant.strip() != "someone":
+            put(store, "mine", tenant=tenant, tier="standard", units=9_000_000)
+    assert draft_statement(store, "someone", NOVEMBER).document == before
+    made = issue_statement(store, "someone", NOVEMBER, now=LATER)
+    assert issued_statements(store, "other") == []
+    with store.snapshot() as connection:
+        assert balances(connection, "other") == {}
+    assert usage_of_line(store, made, made.statement.lines[0]) == [1]
+
+
+def test_latency_promises_are_measured_on_completed_requests(store: Ledger) -> None:
+    for number in range(20):
+        slow = number < 2
+        put(
+            store,
+            f"r{number}",
+            tenant="globex",
+            tier="premium",
+            units=10_000,
+            prefill_ns=(3_000 if slow else 100) * 10**6,
+            decode_ns=0,
+        )
+    statement = draft_statement(store, "globex", NOVEMBER)
+    (given,) = [line for line in statement.lines if line.kind == "service credit"]
+    assert given.note == "p95 latency 3000.0 ms, promised 2000 ms"
+    charged = exact_sum((line.amount for line in statement.lines if line.kind in ("pool", "usage", "discount")), 4)
+    assert abs(given.amount + charged / 10) <= Decimal("0.0001")
+
+
+def test_token_volume_and_own_rates(store: Ledger) -> None:
+    tokens = TokenUsage(input=10**6, output=60 * 10**6)
+    put(store, "r", tenant="initech", tier="premium", tokens=tokens, units=0)
+    statement = draft_statement(store, "initech", NOVEMBER)
+    amounts = {line.item: line.amount for line in statement.lines}
+    assert amounts["output tokens (volume, beyond)"] == Decimal("1.08")  # 60 × 0.015 × 1.2
+    assert amounts["input tokens"] == Decimal("0.012")
+
+
+def test_recheck_names_what_does_not_follow(ledger: Ledger) -> None:
+    put(ledger, "r", tier="standard", units=1_000)
+    made = issue_statement(ledger, "someone", NOVEMBER, now=LATER)
+    with ledger.transaction() as connection:
+        connection.execute(text("DROP TRIGGER polar_usage_no_update"))
+        connection.execute(text("UPDATE polar_usage SET flops_total = flops_total + 1"))
+    told = recheck(ledger, made)
+    assert [word for one in told for word in ("usage is", "line 1 is") if word in one] == ["usage is", "line 1 is"]
+    with ledger.transaction() as connection:
+        connection.execute(text("UPDATE polar_usage SET flops_total = flops_total - 1"))
+        connection.execute(text("DROP TRIGGER polar_statement_no_update"))
+        connection.execute(text("""UPDATE polar_statement SET document = replace(document, '"0.4000"', '"0.3000"')"""))
+    (forged,) = issued_statements(ledger, "someone")
+    told_all = " ".join(recheck(ledger, forged))
+    assert "books other amounts" in told_all
+    assert "due is 0.3000, and the usage makes it 0.4000" in told_all
