@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from polar_sdk.engine.family import AttentionKind, Rotary
     from polar_sdk.program import Program, Step
 
-__all__ = ["Question", "Score", "packs", "score_programs", "score_questions"]
+__all__ = [
+    "Question",
+    "Score",
+    "Segment",
+    "lay_out",
+    "packs",
+    "predictors",
+    "run_step",
+    "score_programs",
+    "score_questions",
+]
 
 _PACK_TOKENS = 4096
 """Questions run together up to this many tokens."""
@@ -64,7 +74,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
+class Segment:
     """A run of packed tokens; `parent` is the span of the prompt it continues, itself excluded."""
 
     start: int
@@ -100,14 +110,16 @@ def score_programs(
     return scores
 
 
-def packs(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """Split questions into packs of at most `_PACK_TOKENS` tokens; a longer question stands alone."""
+def packs(questions: Sequence[Question], limit: int | None = None) -> Iterator[list[Question]]:
+    """Split questions into packs of at most `limit` tokens (None = 4096); a longer question stands alone."""
     pack: list[Question] = []
+    size = 0
     for question in questions:
-        if pack and sum(one.tokens for one in [*pack, question]) > _PACK_TOKENS:
+        if pack and size + question.tokens > (limit or _PACK_TOKENS):
             yield pack
-            pack = []
+            pack, size = [], 0
         pack.append(question)
+        size += question.tokens
     if pack:
         yield pack
 
@@ -120,7 +132,7 @@ def _final_states(
     In lexicographic order neighbours share the longest starts, so a stack of the states after each visit of the current
     program is a walk through the trie of all programs: at most one visit per edge, at most D states held.
     """
-    tokens, places, segments = _lay_out(pack)
+    tokens, places, segments = lay_out(pack)
     positions = torch.tensor(places, device=decoder.device)
     stack = [decoder.embed(torch.tensor(tokens, device=decoder.device), positions)]
     rotary = decoder.rotary(positions, max(places) + 1)
@@ -130,18 +142,18 @@ def _final_states(
         del stack[shared + 1 :]
         with torch.inference_mode():
             for step in program.steps[shared:]:
-                stack.append(_run_step(decoder, step, stack[-1], positions, rotary, segments))
+                stack.append(run_step(decoder, step, stack[-1], positions, rotary, segments))
         before = program.steps
         yield program, stack[-1]
 
 
-def _run_step(
+def run_step(
     decoder: Decoder,
     step: Step,
     x: Tensor,
     positions: Tensor,
     rotary: list[Rotary],
-    segments: Sequence[_Segment],
+    segments: Sequence[Segment],
 ) -> Tensor:
     """One step of a program for all packed tokens, (N, E)."""
     if step.bridge:
@@ -152,24 +164,24 @@ def _run_step(
     return damp(x, decoder.finish(step.first, x, mixed), step.parts)
 
 
-def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[_Segment]]:
+def lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[Segment]]:
     """Tokens, positions and segments of a pack; continuations restart at the position after their prompt."""
     tokens: list[int] = []
     positions: list[int] = []
-    segments: list[_Segment] = []
+    segments: list[Segment] = []
     for question in pack:
         span = (len(tokens), len(tokens) + len(question.prompt))
-        segments.append(_Segment(*span, parent=None))
+        segments.append(Segment(*span, parent=None))
         tokens.extend(question.prompt)
         positions.extend(range(len(question.prompt)))
         for tail in question.continuations:
-            segments.append(_Segment(len(tokens), len(tokens) + len(tail), parent=span))
+            segments.append(Segment(len(tokens), len(tokens) + len(tail), parent=span))
             tokens.extend(tail)
             positions.extend(range(len(question.prompt), len(question.prompt) + len(tail)))
     return tokens, positions, segments
 
 
-def _attend_segment(query: Tensor, key: Tensor, value: Tensor, segment: _Segment, kind: AttentionKind) -> Tensor:
+def _attend_segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, kind: AttentionKind) -> Tensor:
     own = slice(segment.start, segment.end)
     keys, values = key[own], value[own]
     if segment.parent is not None:
@@ -184,9 +196,11 @@ def _shared_start(one: Sequence[Step], other: Sequence[Step]) -> int:
     return sum(1 for _ in takewhile(bool, same))
 
 
-@torch.inference_mode()
-def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Score]:
-    """Logits where a continuation's token is predicted: at the prompt's end for the first, before it for the others."""
+def predictors(pack: Sequence[Question]) -> tuple[list[int], list[int]]:
+    """Packed places that predict the continuations' tokens, and those tokens.
+
+    The prompt's end predicts the first token of each continuation, the token before it each other one.
+    """
     sources: list[int] = []
     targets: list[int] = []
     at = 0
@@ -197,6 +211,12 @@ def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Sc
             sources.extend([prompt_end - 1, *range(at, at + len(tail) - 1)])
             targets.extend(tail)
             at += len(tail)
+    return sources, targets
+
+
+@torch.inference_mode()
+def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Score]:
+    sources, targets = predictors(pack)
     likelihoods, choices = _predict(decoder, hidden[sources], targets)
     return _regroup(pack, likelihoods, choices)
 
