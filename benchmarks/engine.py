@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from polar_sdk.generation import Generation
 
-SPIN = "20000"
-"""Turns that a waiting OpenMP thread makes before it sleeps (GOMP_SPINCOUNT): less than a tenth of a millisecond."""
+SPIN = "600"
+"""Turns that a waiting OpenMP thread makes before it sleeps (GOMP_SPINCOUNT); `benchmarks/RESULTS.md` says why 600."""
 NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
 Result = dict[str, float | None]

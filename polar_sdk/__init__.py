@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from polar_sdk.policy import Tier as Tier
     from polar_sdk.program import Program as Program
     from polar_sdk.router import IdentityRouter as IdentityRouter
+    from polar_sdk.router import MenuRouter as MenuRouter
+    from polar_sdk.router import PolicyRouter as PolicyRouter
     from polar_sdk.router import Router as Router
     from polar_sdk.router import StaticRouter as StaticRouter
     from polar_sdk.sinks import JsonlSink as JsonlSink
@@ -32,11 +34,13 @@ _HOME = {
     "Generation": "generation",
     "IdentityRouter": "router",
     "JsonlSink": "sinks",
+    "MenuRouter": "router",
     "ListSink": "usage",
     "NullSink": "usage",
     "PolarError": "errors",
     "PolarModel": "model",
     "Policy": "policy",
+    "PolicyRouter": "router",
     "Program": "program",
     "Router": "router",
     "StaticRouter": "router",

@@ -6,6 +6,7 @@ PolarError
 │   ├── ContextWindowError                prompt and answer do not fit the model
 │   ├── SamplingError                     a sampling setting outside its range
 │   ├── UnknownTierError                  `compute=` names no tier of the policy
+│   ├── ToleranceError                    `compute=` is a tolerance that the router cannot promise
 │   ├── TagError                          a tag or tenant that cannot be stored
 │   ├── LogitsHookError                   a logits hook that returns no usable logits
 │   └── CacheMemoryError (MemoryError)    its keys and values do not fit the memory set aside for them
@@ -21,7 +22,15 @@ PolarError
 │   ├── CostCeilingError                  costs more than the policy's ceiling
 │   └── ExportError                       no plain model computes what it computes
 ├── PolicyError (ValueError)              a policy file that is wrong or belongs to another model
+├── RouterError (ValueError)              a router that cannot serve here
+│   ├── RouterModelError                  it was trained for another model
+│   ├── RouterDamagedError                a file of it is missing, altered or malformed
+│   └── CertificateError                  its promise was made for something else than what would run
+├── BridgeError (ValueError)              bridges that cannot be fitted or used here
+│   ├── BridgeModelError                  they were fitted for another model
+│   └── BridgeDamagedError                a file of them is missing, altered or malformed
 ├── DataError (ValueError)                a calibration file that is missing, empty or malformed
+│   └── CalibrationSizeError              too few prompts for the promise that was asked for
 ├── ModelError                            the model cannot be loaded or run
 │   ├── ModelNotFoundError (FileNotFoundError)
 │   ├── ModelFetchError (ConnectionError)     retryable
@@ -48,8 +57,13 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageRecord
 
 __all__ = [
+    "BridgeDamagedError",
+    "BridgeError",
+    "BridgeModelError",
     "BudgetExceededError",
     "CacheMemoryError",
+    "CalibrationSizeError",
+    "CertificateError",
     "CompileError",
     "ContextWindowError",
     "CostCeilingError",
@@ -74,10 +88,14 @@ __all__ = [
     "ProtectedLayerError",
     "QueueFullError",
     "RequestTimeoutError",
+    "RouterDamagedError",
+    "RouterError",
+    "RouterModelError",
     "SamplingError",
     "SinkError",
     "SinkNotFoundError",
     "TagError",
+    "ToleranceError",
     "UnknownTierError",
     "UnsupportedArchitectureError",
     "VisitLimitError",
@@ -121,6 +139,10 @@ class SamplingError(InvalidRequestError):
 
 class UnknownTierError(InvalidRequestError):
     """`compute=` names no tier of the policy in force."""
+
+
+class ToleranceError(InvalidRequestError):
+    """`compute=` is a tolerance outside what the router in force can promise."""
 
 
 class TagError(InvalidRequestError):
@@ -234,6 +256,42 @@ class DataError(PolarError, ValueError):
     """A calibration file is missing, empty or malformed."""
 
     exit_code = 2
+
+
+class CalibrationSizeError(DataError):
+    """Too few calibration prompts for the promise that was asked for."""
+
+
+class RouterError(PolarError, ValueError):
+    """A router cannot serve here."""
+
+    exit_code = 2
+
+
+class RouterModelError(RouterError):
+    """The router was trained for another model."""
+
+
+class RouterDamagedError(RouterError):
+    """A file of the router is missing, altered or malformed."""
+
+
+class CertificateError(RouterError):
+    """The router's promise was made for something else than what would run."""
+
+
+class BridgeError(PolarError, ValueError):
+    """Bridges cannot be fitted or used here."""
+
+    exit_code = 2
+
+
+class BridgeModelError(BridgeError):
+    """The bridges were fitted for another model."""
+
+
+class BridgeDamagedError(BridgeError):
+    """A file of the bridges is missing, altered or malformed."""
 
 
 class ModelError(PolarError):

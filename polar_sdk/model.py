@@ -6,9 +6,11 @@ the same weights may have different. It knows no framework and no money.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from polar_sdk.aio import iterate_in_thread, run_in_thread
+from polar_sdk.calibration_methods import CalibrationMethods
 from polar_sdk.diagnostics import Diagnostics
 from polar_sdk.generation import Chunk, Generation, answer, stream
 from polar_sdk.loading import load_pretrained
@@ -18,6 +20,7 @@ from polar_sdk.policy_store import find_policy
 from polar_sdk.program import Program
 from polar_sdk.prompts import PromptEncoder
 from polar_sdk.requests import RequestMaker, RequestOptions
+from polar_sdk.router_store import find_router
 from polar_sdk.sinks import AUTO_LEDGER, find_sink
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from polar_sdk.engine.decoder import Decoder
     from polar_sdk.loading import LoadedModel
     from polar_sdk.loading.compiling import Compile
     from polar_sdk.policy import Policy
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["PolarModel"]
 
 
-class PolarModel(Diagnostics):
+class PolarModel(Diagnostics, CalibrationMethods):
     """A frozen open-weights model that runs a program of layers per prompt.
 
     Make one with `from_pretrained` (alias, hub id, folder or `.gguf`) or `from_hf` (a transformers model at hand).
@@ -45,7 +49,8 @@ class PolarModel(Diagnostics):
 
     Attributes:
         policy: Bounds of programs, and the programs of the tiers.
-        router: Chooses programs for requests that name neither program nor tier; None = the policy's default tier.
+        router: Chooses programs for requests that name no program; a learned one serves the tiers too. None = the
+            policy's tiers.
         sink: Where usage records go.
     """
 
@@ -54,16 +59,18 @@ class PolarModel(Diagnostics):
         loaded: LoadedModel,
         *,
         policy: Policy | str | Path | None = None,
-        router: Router | None = None,
+        router: Router | str | Path | None = None,
+        bridges: str | Path | None = None,
         ledger: str | None = AUTO_LEDGER,
         sink: UsageSink | None = None,
         tenant: str = "default",
         tags: Mapping[str, str] | None = None,
     ) -> None:
         self._loaded = loaded
+        if bridges is not None:  # first, since a tier's program may use them
+            self._place(self._read_bridges(bridges))
         self.policy = find_policy(policy, loaded.fingerprint)
         self.policy.bind(loaded.fingerprint, loaded.decoder.cost)
-        self.router = router
         self.sink = find_sink(ledger, sink)
         self._encoder = PromptEncoder(loaded.tokenizer)
         self._maker = RequestMaker(
@@ -71,10 +78,13 @@ class PolarModel(Diagnostics):
             policy=self.policy,
             cost=loaded.decoder.cost,
             context_window=loaded.decoder.context_window,
-            router=router,
+            router=None,
             tenant=tenant,
             tags=dict(tags or {}),
         )
+        # A policy that was named says what the tiers are; then no router is looked for.
+        self.router = find_router(router, self, look=policy is None)
+        self._maker = replace(self._maker, router=self.router)
 
     @classmethod
     def from_pretrained(
@@ -98,7 +108,8 @@ class PolarModel(Diagnostics):
             compile: True compiles layers that are not compiled yet (half a minute or so, once for all processes);
                 `auto` runs compiled ones where they are on disk; False never does.
             kv_memory: Most bytes for keys and values of all requests together; None = half of the memory that is free.
-            **settings: `policy`, `router`, `ledger`, `sink`, `tenant` and `tags`, as the constructor takes them.
+            **settings: `policy`, `router`, `bridges`, `ledger`, `sink`, `tenant` and `tags`, as the constructor takes
+                them.
 
         Raises:
             ModelError: Or one of its kinds: not found, not fetched, damaged, unsupported, no such device.
@@ -128,7 +139,8 @@ class PolarModel(Diagnostics):
             precision: `int8` or `int4` to hold the matrices in integers; None = as they are.
             compile: As in `from_pretrained`.
             kv_memory: As in `from_pretrained`.
-            **settings: `policy`, `router`, `ledger`, `sink`, `tenant` and `tags`, as the constructor takes them.
+            **settings: `policy`, `router`, `bridges`, `ledger`, `sink`, `tenant` and `tags`, as the constructor takes
+                them.
 
         Raises:
             UnsupportedArchitectureError: The engine has no family for it.
@@ -186,6 +198,11 @@ class PolarModel(Diagnostics):
     def scheduler(self) -> Scheduler:
         """Runs the requests of all who share the weights; set its `limits` to bound what it takes on."""
         return self._loaded.scheduler
+
+    @property
+    def decoder(self) -> Decoder:
+        """The weights, ready to run layer by layer; shared."""
+        return self._loaded.decoder
 
     @property
     def loaded(self) -> LoadedModel:

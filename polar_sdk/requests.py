@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from polar_sdk.engine.logprobs import MOST_ALTERNATIVES
 from polar_sdk.engine.sampling import Sampling
-from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, TagError
+from polar_sdk.errors import (
+    ContextWindowError,
+    EmptyPromptError,
+    InvalidRequestError,
+    SamplingError,
+    TagError,
+    ToleranceError,
+)
 from polar_sdk.program import Program
 from polar_sdk.router import Route, Router, fixed_router
+from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.spelling import did_you_mean
 from polar_sdk.usage import new_request_id
 
@@ -55,8 +63,9 @@ class RequestOptions(TypedDict, total=False):
     template: Template
     """`auto`: a plain text becomes one user message if the model has a chat template; `chat`: it must have one;
     `raw`: the text as it is, special tokens in it understood, none added."""
-    compute: str | None
-    """Tier: economy, standard, premium or exact; None = the policy's default."""
+    compute: str | float | None
+    """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05: the
+    largest share of answers that may differ from identity's. None = the default tier."""
     program: Program | str | None
     """A program by hand; wins over `compute` and over the router."""
     max_tokens: int | None
@@ -198,10 +207,22 @@ class RequestMaker:
         program, tier = options.get("program"), options.get("compute")
         if program is not None:
             return None, fixed_router(Program.of(program), self.cost.depth)
+        if isinstance(tier, (int, float)):
+            return self._at_tolerance(float(tier))
+        if isinstance(self.router, LearnedRouter):
+            return self.router.serving(tier)
         if tier is None and self.router is not None:
             return None, self.router
         name, chosen = self.policy.program_for(tier, self.cost.depth)
         return name, fixed_router(chosen, self.cost.depth)
+
+    def _at_tolerance(self, tolerance: float) -> tuple[str | None, Router]:
+        if not isinstance(self.router, LearnedRouter):
+            raise ToleranceError(
+                f"compute={tolerance:g} is a tolerance, and no certified router is loaded that could promise it; name "
+                "a tier, or load a router with router=."
+            )
+        return self.router.serving(tolerance)
 
     def _max_tokens(self, prompt: int, asked: int | None) -> int:
         room = self.context_window - prompt

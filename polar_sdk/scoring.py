@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.family import AttentionKind
     from polar_sdk.program import Program, Step
 
-__all__ = ["Question", "Score", "packs", "score_programs", "score_questions", "states_after"]
+__all__ = ["Question", "Score", "Walk", "packs", "predictors", "score_programs", "score_questions", "states_after"]
 
 _PACK_TOKENS = 4096
 """Questions run together up to this many tokens."""
@@ -111,21 +111,23 @@ def states_after(decoder: Decoder, prompts: Sequence[tuple[int, ...]], steps: Se
     states: list[Tensor] = []
     for pack in packs([Question(prompt, ()) for prompt in prompts]):
         with torch.no_grad():  # not inference mode: what comes out may enter somebody's training
-            walk = _Walk(decoder, pack)
+            walk = Walk(decoder, pack)
             x = walk.embedded
             for step in steps:
-                x = walk.step(step, x)
+                x = walk.step(decoder, step, x)
         states.extend(torch.split(x, [len(question.prompt) for question in pack]))
     return states
 
 
-def packs(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """Split questions into packs of at most `_PACK_TOKENS` tokens; a longer question stands alone."""
+def packs(questions: Sequence[Question], limit: int | None = None) -> Iterator[list[Question]]:
+    """Split questions into packs of at most `limit` tokens (None = 4096); a longer question stands alone."""
+    size = 0
     pack: list[Question] = []
     for question in questions:
-        if pack and sum(one.tokens for one in [*pack, question]) > _PACK_TOKENS:
+        if pack and size + question.tokens > (limit or _PACK_TOKENS):
             yield pack
-            pack = []
+            pack, size = [], 0
+        size += question.tokens
         pack.append(question)
     if pack:
         yield pack
@@ -139,7 +141,7 @@ def _final_states(
     In lexicographic order neighbours share the longest starts, so a stack of the states after each visit of the current
     program is a walk through the trie of all programs: at most one visit per edge, at most D states held.
     """
-    walk = _Walk(decoder, pack)
+    walk = Walk(decoder, pack)
     stack = [walk.embedded]
     before: tuple[Step, ...] = ()
     for program in ordered:
@@ -147,27 +149,25 @@ def _final_states(
         del stack[shared + 1 :]
         with torch.inference_mode():
             for step in program.steps[shared:]:
-                stack.append(walk.step(step, stack[-1]))
+                stack.append(walk.step(decoder, step, stack[-1]))
         before = program.steps
         yield program, stack[-1]
 
 
-class _Walk:
+class Walk:
     """A pack laid out, and what every step of a program needs of it."""
 
     def __init__(self, decoder: Decoder, pack: Sequence[Question]) -> None:
         tokens, places, self._blocks = _lay_out(pack, decoder.device)
-        self._decoder = decoder
-        self._positions = torch.tensor(places, device=decoder.device)
-        self._rotary = decoder.rotary(self._positions, max(places) + 1)
-        self.embedded = decoder.embed(torch.tensor(tokens, device=decoder.device), self._positions)
+        self.positions = torch.tensor(places, device=decoder.device)
+        self._rotary = decoder.rotary(self.positions, max(places) + 1)
+        self.embedded = decoder.embed(torch.tensor(tokens, device=decoder.device), self.positions)
         """Hidden states before the first step, (N, E)."""
 
-    def step(self, step: Step, x: Tensor) -> Tensor:
+    def step(self, decoder: Decoder, step: Step, x: Tensor) -> Tensor:
         """One step of a program for all packed tokens, (N, E)."""
-        decoder = self._decoder
         if step.bridge:
-            return decoder.bridge(step)(x, self._positions)
+            return decoder.bridge(step)(x, self.positions)
         kind = decoder.family.kinds[step.first]
         query, key, value = decoder.project(step.first, x, self._rotary)
         mixed = torch.cat([_attend_block(query, key, value, block, kind) for block in self._blocks])
@@ -211,9 +211,11 @@ def _shared_start(one: Sequence[Step], other: Sequence[Step]) -> int:
     return sum(1 for _ in takewhile(bool, same))
 
 
-@torch.inference_mode()
-def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Score]:
-    """Logits where a continuation's token is predicted: at the prompt's end for the first, before it for the others."""
+def predictors(pack: Sequence[Question]) -> tuple[list[int], list[int]]:
+    """Packed places that predict the continuations' tokens, and those tokens.
+
+    The prompt's end predicts the first token of each continuation, the token before it each other one.
+    """
     sources: list[int] = []
     targets: list[int] = []
     at = 0
@@ -224,6 +226,12 @@ def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Sc
             sources.extend([prompt_end - 1, *range(at, at + len(tail) - 1)])
             targets.extend(tail)
             at += len(tail)
+    return sources, targets
+
+
+@torch.inference_mode()
+def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Score]:
+    sources, targets = predictors(pack)
     likelihoods, choices = _predict(decoder, hidden[sources], targets)
     return _regroup(pack, likelihoods, choices)
 

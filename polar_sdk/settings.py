@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 from polar_sdk.loading import DEFAULT_ALIAS, MODEL_VARIABLE
 from polar_sdk.policy import Policy
 from polar_sdk.program import Program
+from polar_sdk.router import Router
 from polar_sdk.sinks import AUTO_LEDGER
 from polar_sdk.spelling import did_you_mean
 from polar_sdk.usage import UsageSink
@@ -33,7 +34,8 @@ CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
 """Options of a call that say who asks; they change no answer."""
 _ANSWERING: Final = ("compute", "program", "temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "timeout")
 """Settings that the engine takes as options by the same name."""
-_ENGINE_SETTINGS: Final = ("revision", "device", "precision", "compile", "kv_memory", "policy", "ledger", "sink")
+_WHOSE: Final = ("policy", "router", "ledger", "sink")
+_ENGINE_SETTINGS: Final = ("revision", "device", "precision", "compile", "kv_memory", *_WHOSE)
 """What `engine=` brings along, besides the model."""
 _FOR_TOOLS: Final = ("tools", "tool_choice", "functions", "response_format")
 _loading = threading.RLock()
@@ -49,8 +51,9 @@ class ModelSettings(BaseModel):
     """Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, or else the default model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    compute: str | None = None
-    """Tier: economy, standard, premium or exact; None = the policy's default. Per call."""
+    compute: str | float | None = None
+    """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05; None =
+    the default tier. Per call."""
     program: Program | str | None = None
     """A program by hand, e.g. `0-11 18-29`; wins over `compute`. Per call."""
     temperature: float = 0.0
@@ -77,6 +80,8 @@ class ModelSettings(BaseModel):
     """Where usage records go, instead of a ledger."""
     policy: Policy | str | Path | None = None
     """Policy or policy file; None = the one shipped for the model."""
+    router: Router | str | Path | None = None
+    """Router, or the folder of one; None = the one shipped for the model, where its certificate holds here."""
     device: str = "auto"
     """`auto`, or a torch device such as `cpu` or `cuda:1`."""
     precision: str = "auto"
@@ -169,6 +174,7 @@ class ModelSettings(BaseModel):
             compile=self.compile,
             kv_memory=self.kv_memory,
             policy=self.policy,
+            router=self.router,
             ledger=self.ledger,
             sink=self.sink if self.engine is None else self.engine.sink,
         )

@@ -57,7 +57,7 @@ class PolarBase(ModelSettings):
         return {
             "model": self.model_name,
             "model_fingerprint": None if self.engine is None else self.engine.fingerprint,
-            "router": None if self.engine is None else _router_name(self.engine),
+            "router": _router_setting(self.router) if self.engine is None else _router_name(self.engine),
             "policy": str(self.engine.policy if self.engine is not None else self.policy),
             "revision": self.revision,
             "precision": self.precision if self.engine is None else self.engine.dtype,
@@ -113,6 +113,11 @@ class PolarBase(ModelSettings):
                 sink, caller = engine.sink, caller.over(engine.tenant, engine.tags)
             record = cached_record(metadata, caller, self.tenant)
             return cached_metadata(metadata, record, sink.emit(record))
+
+
+def _router_setting(router: Any) -> str | None:
+    """A router that was set, by version or folder; None = whichever comes with the model."""
+    return None if router is None else str(getattr(router, "version", router))
 
 
 def _router_name(engine: PolarModel) -> str | None:

@@ -40,6 +40,7 @@ def chat(
     device: opt.Device = "auto",
     precision: opt.Precision = "auto",
     policy: opt.PolicyFile = None,
+    router: opt.RouterFolder = None,
     ledger: opt.Ledger = None,
     no_ledger: opt.NoLedger = False,
 ) -> None:
@@ -49,13 +50,14 @@ def chat(
         device=device,
         precision=precision,
         policy=policy,
+        router=router,
         ledger=ledger,
         no_ledger=no_ledger,
         tenant=tenant,
         tags=tag,
     )
     request = {
-        "compute": compute,
+        "compute": opt.compute_of(compute),
         "program": program,
         "max_tokens": max_tokens,
         "temperature": temperature,

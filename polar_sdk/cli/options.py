@@ -19,18 +19,26 @@ __all__ = [
     "PolicyFile",
     "Precision",
     "ProgramText",
+    "RouterFolder",
     "Seed",
     "Tags",
     "Temperature",
     "Tenant",
     "TopK",
     "TopP",
+    "compute_of",
     "load_model",
 ]
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id, folder or .gguf file.")]
 Compute = Annotated[
-    str | None, typer.Option("--compute", "-c", help="Tier: economy, standard, premium or exact.", show_default=False)
+    str | None,
+    typer.Option(
+        "--compute",
+        "-c",
+        help="Tier: economy, standard, premium or exact; or a tolerance, such as 0.05.",
+        show_default=False,
+    ),
 ]
 ProgramText = Annotated[str | None, typer.Option("--program", "-p", help="Program by hand, e.g. '0-11 15x2 18-29'.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of the answer.")]
@@ -44,6 +52,7 @@ Ledger = Annotated[
     str | None, typer.Option(help="Ledger as a SQLAlchemy URL; default: POLAR_LEDGER or your data folder.")
 ]
 NoLedger = Annotated[bool, typer.Option("--no-ledger", help="Do not meter.")]
+RouterFolder = Annotated[str | None, typer.Option("--router", help="Folder of a router for this model.")]
 PolicyFile = Annotated[str | None, typer.Option("--policy", help="Policy file for this model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")]
 Precision = Annotated[str, typer.Option(help="auto, bf16, fp16, fp32, int8 or int4.")]
@@ -56,6 +65,7 @@ def load_model(
     device: str,
     precision: str,
     policy: str | None = None,
+    router: str | None = None,
     ledger: str | None = None,
     no_ledger: bool = False,
     tenant: str = "default",
@@ -70,10 +80,21 @@ def load_model(
         device=device,
         precision=precision,
         policy=policy,
+        router=router,
         ledger=None if no_ledger else ledger or AUTO_LEDGER,
         tenant=tenant,
         tags=dict(map(_tag, tags or [])),
     )
+
+
+def compute_of(text: str | None) -> str | float | None:
+    """A tier, or the tolerance that a number means."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _tag(text: str) -> tuple[str, str]:

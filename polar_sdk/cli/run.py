@@ -44,6 +44,7 @@ def run(
     device: opt.Device = "auto",
     precision: opt.Precision = "auto",
     policy: opt.PolicyFile = None,
+    router: opt.RouterFolder = None,
     ledger: opt.Ledger = None,
     no_ledger: opt.NoLedger = False,
 ) -> None:
@@ -56,6 +57,7 @@ def run(
         device=device,
         precision=precision,
         policy=policy,
+        router=router,
         ledger=ledger,
         no_ledger=no_ledger,
         tenant=tenant,
@@ -63,7 +65,7 @@ def run(
     )
     request = {
         "template": "raw" if raw else "auto",
-        "compute": compute,
+        "compute": opt.compute_of(compute),
         "program": program,
         "max_tokens": max_tokens,
         "temperature": temperature,

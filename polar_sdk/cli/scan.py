@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polar_sdk.cli import options as opt
+from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from polar_sdk.scan import ProgramScore, ScanReport
 
 __all__ = ["register"]
+
+_BUILTIN = 70
+"""Built-in prompts that a scan takes unless told otherwise: all of them would take ten times as long."""
 
 
 def register(app: typer.Typer) -> None:
@@ -48,9 +52,9 @@ def scan(
     sizes = _lengths(lengths)
     if out is not None and not out.absolute().parent.is_dir():  # before minutes are spent on scanning
         raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; make it first.")
-    items = builtin_items()[:limit] if data is None else read_items(data, limit)
+    items = builtin_items()[: limit or _BUILTIN] if data is None else read_items(data, limit)
     engine = opt.load_model(model, device=device, precision=precision, no_ledger=True)
-    with _ProgressBars(quiet=as_json) as show:
+    with ProgressBars(quiet=as_json) as show:
         report = Scanner(engine, items, on_progress=show).scan(sizes, loops=loops, removals=removals)
     if out is not None:
         out.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -80,36 +84,6 @@ def _save(report: ScanReport, picks: dict[str, ProgramScore]) -> str:
     path = saved_policy_path(report.fingerprint)
     policy_of(report, picks).save(path)
     return str(path)
-
-
-class _ProgressBars:
-    """A rich progress bar on standard error, one task per stage."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
-        )
-        self._tasks: dict[str, int] = {}
-
-    def __enter__(self) -> _ProgressBars:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(stage, total=total)
-        self._bar.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
 
 
 def _show(report: ScanReport, picks: dict[str, ProgramScore], saved: str | None) -> None:

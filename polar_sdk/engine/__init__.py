@@ -3,3 +3,10 @@
 Letters used for shapes throughout: B rows, N packed tokens of all rows, T tokens of one row, S keys, D layers,
 E hidden size, H query heads, G key and value heads, d head size, V vocabulary.
 """
+
+from typing import Final
+
+__all__ = ["ENGINE_VERSION"]
+
+ENGINE_VERSION: Final = "1"
+"""Raised with every change of the arithmetic that may change an answer; certificates hold for one version only."""

@@ -6,7 +6,9 @@ others would be bent by it, so that position gets a constant instead. Knows tens
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +16,10 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Bridge"]
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.program import Program
+
+__all__ = ["Bridge", "bridges_digest"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,43 @@ class Bridge:
         """FLOPs per token: 2 per multiply-accumulate of the products."""
         return sum(2 * factor.numel() for factor in self.weight)
 
+    @property
+    def rank(self) -> int | None:
+        """Of a low-rank map its r; None where the map is of full rank."""
+        return None if len(self.weight) == 1 else self.weight[0].shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors: the weight's factors, the bias, and the constant of position 0."""
+        return (*self.weight, self.bias, self.first)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the map, as float32; the same on every device."""
+        total = hashlib.sha256()
+        for tensor in self.tensors:
+            total.update(repr(tuple(tensor.shape)).encode())
+            total.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        return total.hexdigest()
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Bridge:
+        """The same map in another dtype, on another device."""
+        weight = tuple(factor.to(device, dtype) for factor in self.weight)
+        return Bridge(weight, self.bias.to(device, dtype), self.first.to(device, dtype))
+
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Carry states (N, E) at positions (N,) over the segment."""
         moved = x
         for factor in self.weight:
             moved = moved @ factor
         return x + torch.where((positions == 0).unsqueeze(-1), self.first, moved + self.bias)
+
+
+def bridges_digest(decoder: Decoder, program: Program) -> str:
+    """Hash of the maps that a program crosses layers by; empty where it uses none.
+
+    Raises:
+        MissingBridgeError: The decoder lacks one of them.
+    """
+    used = [decoder.bridge(step).digest for step in program if step.bridge]
+    return hashlib.sha256(" ".join(used).encode()).hexdigest() if used else ""

@@ -11,17 +11,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from polar_sdk.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
+from polar_sdk.data import ChoiceItem
 from polar_sdk.errors import DataError
 from polar_sdk.program import Program
-from polar_sdk.scan.data import ChoiceItem, PromptItem
 from polar_sdk.scan.report import ProgramScore, ScanReport
 from polar_sdk.scoring import Question, Score, packs, score_programs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from polar_sdk.data import AnswerItem, Item, PromptItem
     from polar_sdk.model import PolarModel
-    from polar_sdk.scan.data import CalibrationItem
 
 __all__ = ["Scanner"]
 
@@ -44,7 +44,7 @@ class Scanner:
     """
 
     model: PolarModel
-    items: Sequence[CalibrationItem]
+    items: Sequence[Item]
     answer_tokens: int = 24
     on_progress: Callable[[str, int, int], None] = _silent
 
@@ -122,8 +122,8 @@ class Scanner:
             yield best
 
     @cached_property
-    def _prompts(self) -> list[PromptItem]:
-        return [item for item in self.items if isinstance(item, PromptItem)]
+    def _prompts(self) -> list[PromptItem | AnswerItem]:
+        return [item for item in self.items if not isinstance(item, ChoiceItem)]
 
     @cached_property
     def _choices(self) -> list[ChoiceItem]:

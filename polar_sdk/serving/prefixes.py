@@ -1,6 +1,6 @@
 """Shared starts of prompts: full pages of keys and values that later requests may use instead of computing them again.
 
-A page is good for another request only where the tenant, the program and every token up to the page's end are the same.
+A page is good for another request only where tenant, program, bridges and all tokens up to its end are the same.
 Tenants never share, so that neither bill nor timing of one tells of another's prompts. Knows rows and pages.
 """
 
@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from polar_sdk.engine.bridge import bridges_digest
 from polar_sdk.engine.pages import PAGE
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PrefixCache"]
 
 _Key = bytes
-"""A hash over tenant, program and all tokens up to the end of the page."""
+"""A hash over tenant, program, bridges and all tokens up to the end of the page."""
 
 
 class PrefixCache:
@@ -76,7 +77,9 @@ class PrefixCache:
 
     def _keys(self, request: Request, tokens: int) -> list[_Key]:
         """One key per full page of the first `tokens` tokens, each a hash over the key before it."""
-        key = hashlib.sha256(repr((request.tenant, request.route.program.text)).encode()).digest()
+        program = request.route.program
+        start_of_all = (request.tenant, program.text, bridges_digest(self._decoder, program))
+        key = hashlib.sha256(repr(start_of_all).encode()).digest()
         keys = []
         for start in range(0, tokens - PAGE + 1, PAGE):
             key = hashlib.sha256(key + array("q", request.tokens[start : start + PAGE]).tobytes()).digest()

@@ -10,10 +10,23 @@ import pytest
 
 PUBLIC = {
     "polar_sdk": """
-        Chunk Generation IdentityRouter JsonlSink ListSink NullSink PolarError PolarModel Policy Program Router
-        StaticRouter Tier TokenLogprobs UsageRecord UsageSink
+        Chunk Generation IdentityRouter JsonlSink ListSink MenuRouter NullSink PolarError PolarModel Policy PolicyRouter
+        Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
     """,
-    "polar_sdk.router": "IdentityRouter Route Router StaticRouter fixed_router",
+    "polar_sdk.router": """
+        Certificate IdentityRouter LearnedRouter MenuRouter PolicyRouter Route Router StaticRouter fixed_router
+        load_router save_router
+    """,
+    "polar_sdk.learning": "Evaluation Judge MenuSettings PolicySettings RouterKind TIER_ALPHAS Trainer certify",
+    "polar_sdk.bridges": "BridgeSet HealOptions Healer SegmentRecord parse_segments",
+    "polar_sdk.data": """
+        AnswerItem ChoiceItem DEFAULT_SHARES Item PromptItem SPLITS Shares Split builtin_items check_labels data_hash
+        distinct_items item_id normalised read_items split_of
+    """,
+    "polar_sdk.rewards": "Measurer Reward RewardCache Task cache_path make_tasks rewards_of",
+    "polar_sdk.search": """
+        Menu MenuProgram RewardMatrix Search SearchOptions SearchResult rewards_path search
+    """,
     "polar_sdk.scan": "CalibrationItem ProgramScore ScanReport Scanner builtin_items read_items",
     "polar_sdk.testing": "tiny_llama tiny_model tiny_tokenizer",
     "polar_billing": """

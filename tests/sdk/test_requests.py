@@ -19,6 +19,7 @@ from polar_sdk.errors import (
     ProtectedLayerError,
     SamplingError,
     TagError,
+    ToleranceError,
     UnknownTierError,
 )
 from polar_sdk.program import Program
@@ -71,7 +72,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[PolarError], list[str]]] = [
     ({"tags": ["a"]}, TagError, ["tags are ['a']", "mapping"]),
     ({"compute": "econmy"}, UnknownTierError, ["'econmy'", "economy, standard, premium, exact", "mean 'economy'"]),
     ({"compute": ""}, UnknownTierError, ["''", "economy, standard, premium, exact"]),
-    ({"compute": 5}, UnknownTierError, ["tier 5", "economy, standard, premium, exact"]),
+    ({"compute": 5}, ToleranceError, ["compute=5", "no certified router", "name a tier"]),
     ({"program": ""}, ProgramSyntaxError, ["empty", "'0-29'"]),
     ({"program": "0-b"}, ProgramSyntaxError, ["'0-b'", "'0-11 15x2 18-29'"]),
     ({"program": 5}, ProgramSyntaxError, ["program 5", "'0-11 15x2 18-29'"]),

@@ -1,0 +1,85 @@
+"""`polar calibrate`: what a router promises, certified on prompts it was not trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polar_sdk.cli import options as opt
+from polar_sdk.cli.progress import ProgressBars
+from polar_sdk.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from polar_sdk.learning.calibrate import TierPromise
+    from polar_sdk.router import LearnedRouter
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add `polar calibrate`."""
+    app.command(epilog="Example: polar calibrate --router router --data prompts.jsonl --tier economy=0.1")(calibrate)
+
+
+def calibrate(
+    router: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSONL of prompts; may be repeated; default: built-in. What it was trained on is left out."),
+    ] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(help="tier=α, or tier=α:harms to count right answers turned wrong; may be repeated."),
+    ] = None,
+    delta: Annotated[float, typer.Option(min=0.001, max=0.5, help="Most probability that a promise is wrong.")] = 0.1,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the router's own.")] = None,
+    as_json: opt.AsJson = False,
+    model: opt.Model = None,
+    policy: opt.PolicyFile = None,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "auto",
+) -> None:
+    """Certify the tiers of a router."""
+    from polar_sdk.data import read_items
+    from polar_sdk.router_store import saved_router_path
+
+    tiers = dict(map(_tier, tier)) if tier else None
+    items = [item for path in data for item in read_items(path)] if data else None
+    engine = opt.load_model(model, device=device, precision=precision, policy=policy, no_ledger=True)
+    folder = router or saved_router_path(engine.fingerprint)
+    with ProgressBars(quiet=as_json) as show:
+        certified = engine.calibrate(items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)
+    _report(certified, out or folder, as_json=as_json)
+
+
+def _tier(text: str) -> tuple[str, TierPromise]:
+    from polar_sdk.policy import TIERS
+
+    name, _, promise = text.partition("=")
+    number, _, loss = promise.partition(":")
+    try:
+        alpha = float(number)
+    except ValueError:
+        alpha = 0.0
+    if name not in TIERS[:-1] or not 0 < alpha < 1 or loss not in ("", "differs", "harms"):
+        raise InvalidRequestError(
+            f"--tier {text!r} is no promise; write for example economy=0.1 or standard=0.05:harms, "
+            f"for {', '.join(TIERS[:-1])}."
+        )
+    return name, (alpha, "harms" if loss == "harms" else "differs")
+
+
+def _report(router: LearnedRouter, folder: Path, *, as_json: bool) -> None:
+    certificate = router.certificate
+    assert certificate is not None
+    if as_json:
+        facts = {"out": str(folder), "certificate": certificate.model_dump(mode="json")}
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for name, promise in certificate.tiers.items():
+        always = " (θ = 0: always identity)" if promise.theta == 0 else f" (θ = {promise.theta:.4f})"
+        typer.echo(f"{name}: {promise.text}{always}")
+    typer.echo(f"wrote {folder}")

@@ -1,0 +1,123 @@
+"""`polar evaluate`: a router beside identity and honest controls, as a table, as JSON and as a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polar_sdk.cli import options as opt
+from polar_sdk.cli.progress import ProgressBars
+from polar_sdk.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from polar_sdk.learning import Evaluation
+    from polar_sdk.learning.results import SetResult
+    from polar_sdk.router import LearnedRouter
+
+__all__ = ["register"]
+
+_WIDTH = 150
+"""Columns that a table of figures needs: a narrower terminal wraps lines, which loses nothing."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add `polar evaluate`."""
+    app.command(epilog="Example: polar evaluate --data questions.jsonl --compute economy --html evaluation.html")(
+        evaluate
+    )
+
+
+def evaluate(
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSONL of {prompt}, {prompt, answer} or {question, choices, answer}; may be repeated."),
+    ] = None,
+    router: Annotated[Path | None, typer.Option(help="Folder of the router; default: the model's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many items of each file.")] = None,
+    compute: Annotated[
+        list[str] | None,
+        typer.Option("--compute", "-c", help="Tier or tolerance; may be repeated; the first meets the controls."),
+    ] = None,
+    theta: Annotated[
+        list[float] | None, typer.Option(help="Setting of the dial, without a promise; may be repeated.")
+    ] = None,
+    timed: Annotated[int, typer.Option(min=0, help="Prompts to time at batch 1.")] = 8,
+    seed: opt.Seed = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the frontier plotted.")] = None,
+    as_json: opt.AsJson = False,
+    model: opt.Model = None,
+    policy: opt.PolicyFile = None,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "auto",
+) -> None:
+    """Measure a router on prompts that it has not seen."""
+    from polar_sdk.data import read_items
+    from polar_sdk.learning.page import require_report, to_html
+
+    if html is not None:  # before minutes are spent on measuring
+        require_report()
+        if not html.absolute().parent.is_dir():
+            raise InvalidRequestError(f"--html {str(html)!r} cannot be written: its folder does not exist; make it.")
+    sets = {path.stem: read_items(path, limit) for path in data} if data else None
+    engine = opt.load_model(
+        model, device=device, precision=precision, policy=policy, router=str(router) if router else None, no_ledger=True
+    )
+    points = _points(engine.router, compute or [], theta or [])
+    with ProgressBars(quiet=as_json) as show:
+        found = engine.evaluate(sets, points=points, timed=timed, seed=seed or 0, on_progress=show)
+    if html is not None:
+        html.write_text(to_html(found), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(found.plain(), indent=2))
+    else:
+        _show(found)
+
+
+def _points(router: LearnedRouter | None, compute: list[str], thetas: list[float]) -> dict[str, float] | None:
+    """θ by name, for what was asked for; None = the usual ones."""
+    from polar_sdk.router.learned import AtTheta, LearnedRouter
+
+    if not (compute or thetas) or not isinstance(router, LearnedRouter):
+        return None
+    points = {}
+    for text in compute:
+        served = router.serving(opt.compute_of(text))[1]
+        points[text] = served.theta if isinstance(served, AtTheta) else 0.0
+    return points | {f"θ = {theta:g}": theta for theta in thetas}
+
+
+def _show(found: Evaluation) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    console.print(f"{found.model} ({found.dtype} on {found.device}): {found.router}, compared at {found.point}")
+    for result in found.sets:
+        _show_set(console, result)
+    for name, promise in found.certificate.tiers.items() if found.certificate else ():
+        console.print(f"{name}: {promise.text}", soft_wrap=True)
+    if found.certificate and not found.certificate_holds:
+        console.print("The certificate does not hold for what was run here.")
+    for sentence in found.verdict:
+        console.print(f"• {sentence}", soft_wrap=True)
+
+
+def _show_set(console: object, result: SetResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from polar_sdk.learning.table import COLUMNS, generation_rows, rows
+
+    assert isinstance(console, Console)
+    table = Table(*COLUMNS, title=f"{result.name}: {result.prompts} prompts, {result.labelled} with a right answer")
+    for row in rows(result):
+        table.add_row(*row)
+    console.print(table)
+    for system in result.systems:
+        if system.note:
+            console.print(f"{system.name}: {system.note}", soft_wrap=True)
+    for name, prompts, same, tokens, saved in generation_rows(result):
+        console.print(f"in text, {name}: {prompts} prompts, same answer {same}, same tokens {tokens}, saved {saved}")

@@ -1,0 +1,100 @@
+"""`polar train`: a router from the rewards of a search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from polar_sdk.cli import options as opt
+from polar_sdk.cli.progress import ProgressBars
+from polar_sdk.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from polar_sdk.router import LearnedRouter
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add `polar train`."""
+    app.command(epilog="Example: polar train --rewards menu.rewards.safetensors --features early --out router")(train)
+
+
+def train(
+    rewards: Annotated[Path, typer.Option(help="Rewards that `polar search` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
+    kind: Annotated[
+        Literal["menu", "policy"], typer.Option(help="Choose whole programs, or skip, execute, loop per layer.")
+    ] = "menu",
+    features: Annotated[
+        Literal["embedding", "early"], typer.Option(help="Read the embeddings, or the states after some layers.")
+    ] = "embedding",
+    layers: Annotated[int, typer.Option(min=1, help="Layers run for --features early.")] = 3,
+    loss: Annotated[
+        Literal["differs", "harms"], typer.Option(help="Lost is what differs, or what was right and is wrong.")
+    ] = "differs",
+    bridges: Annotated[Path | None, typer.Option(help="Folder of the bridges that the programs cross.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="For --kind policy: the JSONL that was searched; default: built-in.")
+    ] = None,
+    price: Annotated[float, typer.Option(min=0.01, help="For --kind policy: weight of a lost prompt.")] = 3.0,
+    epochs: Annotated[int, typer.Option(min=1, help="For --kind policy: passes over the prompts.")] = 8,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds to train with, comma-separated; the best on dev is kept.")
+    ] = "0,1,2",
+    as_json: opt.AsJson = False,
+    model: opt.Model = None,
+    policy: opt.PolicyFile = None,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "auto",
+) -> None:
+    """Train a router; after Ctrl-C the same command goes on from its checkpoints."""
+    from polar_sdk.data import read_items
+    from polar_sdk.learning import MenuSettings, PolicySettings
+    from polar_sdk.router_store import saved_router_path
+    from polar_sdk.search import RewardMatrix
+
+    numbers = _seeds(seeds)
+    settings: MenuSettings | PolicySettings = MenuSettings(loss=loss, seeds=numbers)
+    if kind == "policy":
+        settings = PolicySettings(price=price, epochs=epochs, seeds=numbers)
+    matrix = RewardMatrix.load(rewards)  # before seconds are spent on loading the model
+    items = None if data is None else read_items(data)
+    engine = opt.load_model(model, device=device, precision=precision, policy=policy, no_ledger=True)
+    target = out or saved_router_path(engine.fingerprint)
+    with ProgressBars(quiet=as_json) as show:
+        router = engine.train_router(
+            matrix,
+            kind=kind,
+            items=items,
+            features=features,
+            layers=layers,
+            settings=settings,
+            out=target,
+            bridges=bridges,
+            on_progress=show,
+        )
+    _report(router, target, as_json=as_json)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidRequestError(f"--seeds {text!r} is no list of whole numbers; write for example 0,1,2.") from None
+
+
+def _report(router: LearnedRouter, target: Path, *, as_json: bool) -> None:
+    training: dict[str, Any] = {name: value for name, value in router.facts.training.items() if name != "seen"}
+    if as_json:
+        facts = {"out": str(target), "kind": router.kind, "version": router.version, "training": training}
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(f"{router.kind} router {router.version}, {training['parameters']:,} parameters", nl=False)
+    typer.echo(f" ({training['parameter_share']:.2%} of the base model's)")
+    typer.echo(f"utility on dev {training['utility']:.4f}; over the seeds {training['utility_mean']:.4f}", nl=False)
+    typer.echo(f" ± {training['utility_spread']:.4f}")
+    typer.echo(f"wrote {target}; it promises nothing until `polar calibrate --router {target}` has run")

@@ -1,0 +1,247 @@
+"""Evaluation: a router beside identity, beside controls of equal cost, and beside the oracle, on the same prompts.
+
+Pure but for the outcomes it is given, which may measure. The figures of one system come from `_system`; which systems
+there are, from `evaluate_set`. Renders nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Final
+
+from polar_sdk.learning.controls import best_static, oracle, random_programs, shuffled
+from polar_sdk.learning.results import Comparison, FrontierPoint, Generated, Saved, SetResult, SystemResult
+from polar_sdk.program import Program
+from polar_sdk.statistics import mcnemar, paired_difference, wilson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.cost import CostModel
+    from polar_sdk.learning.outcomes import Outcome, Outcomes
+    from polar_sdk.policy import Policy
+    from polar_sdk.router.learned import LearnedRouter
+
+__all__ = ["Subjects", "evaluate_set"]
+
+_SHUFFLES: Final = 21
+"""Shuffled routers whose p-values the median is taken of: one deal could be lucky."""
+_RANDOM: Final = 4
+"""Random programs that the prompts are dealt to."""
+_FRONTIER: Final = 25
+"""Points of the frontier."""
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What is evaluated on one set.
+
+    Attributes:
+        router: Bound to the model.
+        points: θ by name, such as a tier's; the first is compared with the controls.
+        outputs: What the router's network says about the prompts, (P, O).
+        outcomes: Of the prompts.
+        static_quality: Of fixed programs on prompts other than these: share that agrees; identity has 1. All of them
+            are programs of the outcomes' matrix.
+        policy: Bounds of random programs.
+        cost: Of the model.
+        rerun: Whether identity agreed with itself when it was run again, per prompt; None = it was not.
+        seed: Of all that is dealt at random.
+    """
+
+    router: LearnedRouter
+    points: Mapping[str, float]
+    outputs: Tensor
+    outcomes: Outcomes
+    static_quality: Mapping[Program, float]
+    policy: Policy
+    cost: CostModel
+    rerun: Sequence[Outcome] | None = None
+    seed: int = 0
+    timings: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """By system: milliseconds per token, and of the router per request."""
+
+
+def evaluate_set(name: str, subjects: Subjects) -> SetResult:
+    """Evaluate every system on one set."""
+    bench = _Bench(subjects)
+    routed = {f"router ({point})": bench.routed(theta) for point, theta in subjects.points.items()}
+    main = next(iter(routed.values()))
+    controls, notes = bench.controls(main)
+    systems = [bench.identity()]
+    systems += [bench.system(point, "router", run) for point, run in routed.items()]
+    if subjects.rerun is not None:
+        systems.append(bench.system("identity again", "control", _Run(bench.identity_run.programs, 0, subjects.rerun)))
+    systems += [bench.system(control, "control", run, notes.get(control, "")) for control, run in controls.items()]
+    systems.append(bench.system("oracle", "oracle", bench.oracle_run(), "not deployable: it knows the outcome"))
+    return SetResult(
+        name=name,
+        prompts=len(bench.rows),
+        labelled=len(bench.labelled),
+        data=subjects.outcomes.matrix.data,
+        systems=tuple(systems),
+        comparisons=tuple(bench.comparison(control, main) for control in controls),
+        frontier=tuple(bench.frontier()),
+        generation={point: bench.generated(run) for point, run in routed.items()} if bench.written else {},
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One system's programs, its router's FLOPs in all, and what came of it."""
+
+    programs: Sequence[Program]
+    router_flops: int
+    outcomes: Sequence[Outcome]
+
+
+class _Bench:
+    """Runs and measures systems on one set."""
+
+    def __init__(self, subjects: Subjects) -> None:
+        self.subjects = subjects
+        matrix = subjects.outcomes.matrix
+        self.rows = range(len(matrix))
+        self.labelled = [row for row, known in enumerate(matrix.labelled.tolist()) if known]
+        self.written = [row for row, kind in enumerate(matrix.kinds) if kind != "choice"]
+        self.lengths = [len(tokens) for tokens in matrix.tokens]
+        self.identity_run = self._run([Program.identity(subjects.cost.depth)] * len(self.rows))
+        self.full = self._flops(self.identity_run)
+
+    def _run(self, programs: Sequence[Program], router_flops: int = 0) -> _Run:
+        return _Run(programs, router_flops, self.subjects.outcomes.all(programs))
+
+    def routed(self, theta: float) -> _Run:
+        """The router with its dial at θ; at 0 it is not even asked."""
+        if theta == 0:
+            return self.identity_run
+        router = self.subjects.router
+        flops = sum(router.route_flops(length) for length in self.lengths)
+        return self._run(router.choose_all(self.subjects.outputs, theta), flops)
+
+    def oracle_run(self) -> _Run:
+        """The cheapest agreeing program that is known."""
+        known = self.subjects.outcomes.matrix.programs
+        return self._run(oracle(self.subjects.outcomes, known))
+
+    def controls(self, main: _Run) -> tuple[dict[str, _Run], dict[str, str]]:
+        """Systems of the main one's cost, and a note about some."""
+        subjects = self.subjects
+        spent = sum(self._flops(main))
+        static = best_static(subjects.static_quality, self._static_costs(), spent)
+        ratio = min(1.0, spent / sum(self.full))
+        drawn = random_programs(ratio, _RANDOM, subjects.cost, subjects.policy, subjects.seed)
+        dealt = shuffled([drawn[row % len(drawn)] for row in self.rows], subjects.seed)
+        runs = {
+            "shuffled router": self._run(shuffled(main.programs, subjects.seed, self.full), main.router_flops),
+            "best static program": self._run(static.deal(len(self.rows), subjects.seed)),
+            "random program": self._run(dealt),
+        }
+        return runs, {"best static program": static.text}
+
+    def _static_costs(self) -> dict[Program, float]:
+        """FLOPs of each fixed program over all prompts."""
+        matrix = self.subjects.outcomes.matrix
+        totals = dict(zip(matrix.programs, matrix.flops.double().sum(0).tolist(), strict=True))
+        return {program: totals[program] for program in self.subjects.static_quality}
+
+    def _flops(self, run: _Run) -> list[float]:
+        """Per prompt, the router's included."""
+        share = run.router_flops / len(run.outcomes)
+        return [one.flops + share for one in run.outcomes]
+
+    def identity(self) -> SystemResult:
+        """Full depth."""
+        return self.system("identity", "identity", self.identity_run)
+
+    def system(self, name: str, role: str, run: _Run, note: str = "") -> SystemResult:
+        """The figures of one system."""
+        right, reference = self._right(run), self._right(self.identity_run)
+        agree = [one.agree for one in run.outcomes]
+        identity = self.identity_run.programs[0]
+        timing = self.subjects.timings.get(name)
+        return SystemResult.model_validate(
+            {
+                "name": name,
+                "role": role,
+                "deployable": role != "oracle",
+                "note": note,
+                "accuracy": wilson(sum(right), len(right)) if right else None,
+                "accuracy_drop": paired_difference(reference, right) if right else None,
+                "mcnemar_vs_identity_p": mcnemar(reference, right) if right else None,
+                "agreement": wilson(sum(agree), len(agree)),
+                "answer_share": fmean(one.share for one in run.outcomes),
+                "non_identity_rate": fmean(program != identity for program in run.programs),
+                "programs_used": len(set(run.programs)),
+                "flops_saved": self._saved(run),
+                "ms_per_token": timing and timing[0],
+                "router_ms": timing and timing[1],
+            }
+        )
+
+    def _right(self, run: _Run) -> list[bool]:
+        return [run.outcomes[row].right for row in self.labelled]
+
+    def _saved(self, run: _Run) -> Saved:
+        """Prefill: layers over the prompts and the router. Decode: the rest."""
+        cost, identity = self.subjects.cost, self.identity_run.programs[0]
+        pairs = list(zip(run.programs, self.lengths, strict=True))
+        prefill = sum(cost.prefill(program, length) for program, length in pairs) + run.router_flops
+        full_prefill = sum(cost.prefill(identity, length) for length in self.lengths)
+        total, full = sum(self._flops(run)), sum(self.full)
+        decode, full_decode = total - prefill, full - full_prefill
+        return Saved(
+            prefill=1 - prefill / full_prefill,
+            decode=1 - decode / full_decode if full_decode > 0 else 0.0,
+            total=1 - total / full,
+        )
+
+    def comparison(self, control: str, main: _Run) -> Comparison:
+        """The router against a control; against the shuffled one, the median over several deals."""
+        if control == "shuffled router":
+            seeds = range(self.subjects.seed, self.subjects.seed + _SHUFFLES)
+            rivals = [self._run(shuffled(main.programs, seed, self.full), main.router_flops) for seed in seeds]
+        else:
+            rivals = [self.controls(main)[0][control]]
+        right, agree = self._right(main), [one.agree for one in main.outcomes]
+        theirs = [(self._right(rival), [one.agree for one in rival.outcomes]) for rival in rivals]
+        return Comparison(
+            control=control,
+            accuracy_p=median(mcnemar(right, other) for other, _ in theirs) if right else None,
+            accuracy_gain=fmean(fmean(right) - fmean(other) for other, _ in theirs) if right else None,
+            agreement_p=median(mcnemar(agree, other) for _, other in theirs),
+            agreement_gain=fmean(fmean(agree) - fmean(other) for _, other in theirs),
+        )
+
+    def frontier(self) -> list[FrontierPoint]:
+        """The router along its dial."""
+        dial = self.subjects.router.facts.dial
+        step = max(1, len(dial) // _FRONTIER)
+        points = []
+        for theta in dict.fromkeys([*dial[::step], dial[-1]]):
+            run = self.routed(theta)
+            right = self._right(run)
+            points.append(
+                FrontierPoint(
+                    theta=theta,
+                    flops_saved=self._saved(run).total,
+                    agreement=fmean(one.agree for one in run.outcomes),
+                    accuracy=fmean(right) if right else None,
+                )
+            )
+        return points
+
+    def generated(self, run: _Run) -> Generated:
+        """The prompts that are answered in text."""
+        outcomes = [run.outcomes[row] for row in self.written]
+        router = run.router_flops / len(self.rows) * len(outcomes)
+        full = sum(self.identity_run.outcomes[row].flops for row in self.written)
+        return Generated(
+            prompts=len(outcomes),
+            same_answer=wilson(sum(one.agree for one in outcomes), len(outcomes)),
+            same_tokens=fmean(one.share for one in outcomes),
+            flops_saved=1 - (sum(one.flops for one in outcomes) + router) / full,
+        )

@@ -1,0 +1,60 @@
+"""An evaluation as rows of text: the same cells for the terminal and for the HTML page. Knows neither."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from polar_sdk.learning.results import SetResult, SystemResult
+    from polar_sdk.statistics import Interval
+
+__all__ = ["COLUMNS", "generation_rows", "rows"]
+
+COLUMNS: Final = (
+    "system",
+    "accuracy",
+    "drop (95 %)",
+    "McNemar p",
+    "agreement",
+    "≠ identity",
+    "programs",
+    "FLOPs saved",
+    "prefill",
+    "decode",
+    "ms/token",
+)
+
+
+def rows(result: SetResult) -> list[tuple[str, ...]]:
+    """One row per system."""
+    return [_row(system) for system in result.systems]
+
+
+def generation_rows(result: SetResult) -> list[tuple[str, ...]]:
+    """Per tier: prompts, same answers, same tokens, FLOPs saved."""
+    return [
+        (name, str(one.prompts), _interval(one.same_answer), f"{one.same_tokens:.1%}", f"{one.flops_saved:.1%}")
+        for name, one in result.generation.items()
+    ]
+
+
+def _row(system: SystemResult) -> tuple[str, ...]:
+    name = system.name if system.deployable else f"{system.name} (not deployable)"
+    drop, p = system.accuracy_drop, system.mcnemar_vs_identity_p
+    return (
+        name,
+        "–" if system.accuracy is None else _interval(system.accuracy),
+        "–" if drop is None else f"{drop.value * 100:+.2f} [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]",
+        "–" if p is None else f"{p:.2g}",
+        _interval(system.agreement),
+        f"{system.non_identity_rate:.0%}",
+        str(system.programs_used),
+        f"{system.flops_saved.total:.1%}",
+        f"{system.flops_saved.prefill:.1%}",
+        f"{system.flops_saved.decode:.1%}",
+        "–" if system.ms_per_token is None else f"{system.ms_per_token:.1f}",
+    )
+
+
+def _interval(value: Interval) -> str:
+    return f"{value.value:.1%} [{value.low * 100:.0f}, {value.high * 100:.0f}]"

@@ -1,0 +1,58 @@
+"""The utility of the deployed decision: what training selects by, never its loss.
+
+A menu router is used with its dial at the loosest θ whose share of lost prompts stays below a risk. Its utility is the
+share of FLOPs saved there, the mean over several risks. Pure tensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from polar_sdk.router.menu import cheapest, menu_dial
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.learning.examples import Examples
+
+__all__ = ["Frontier", "frontier"]
+
+
+class Frontier(NamedTuple):
+    """What a menu router does along its dial, on given prompts."""
+
+    thetas: tuple[float, ...]
+    lost: Tensor
+    """Share of lost prompts at each θ."""
+    saved: Tensor
+    """Share of all FLOPs saved at each θ."""
+
+    def best(self, risk: float) -> int:
+        """Place of the loosest θ before the share of lost prompts first exceeds the risk."""
+        beyond = (self.lost > risk).nonzero()
+        return int(beyond[0]) - 1 if len(beyond) else len(self.thetas) - 1
+
+    def utility(self, risks: Sequence[float]) -> float:
+        """Mean over the risks of the share of FLOPs saved."""
+        return sum(float(self.saved[self.best(risk)]) for risk in risks) / len(risks)
+
+
+def frontier(needed: Tensor, examples: Examples, order: Sequence[int], thetas: Sequence[float] = ()) -> Frontier:
+    """Walk the dial.
+
+    Args:
+        needed: (P, M) least θ of each program for each prompt.
+        examples: What the programs did on those prompts.
+        order: Programs cheaper than identity, cheapest first.
+        thetas: Where to look, ascending from 0; none = where the choices change.
+    """
+    walk = tuple(thetas) or menu_dial(needed, order)
+    chosen = cheapest(needed.double(), order, torch.tensor(walk, dtype=torch.float64).unsqueeze(1))
+    prompts = torch.arange(len(examples))
+    flops = examples.flops[prompts, chosen].sum(1)
+    saved = 1 - flops / examples.flops[:, 0].sum()
+    return Frontier(walk, examples.lost[prompts, chosen].double().mean(1), saved)

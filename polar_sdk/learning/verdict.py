@@ -1,0 +1,67 @@
+"""What an evaluation says in words: whether routing per prompt earned anything, and what to run if it did not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from polar_sdk.learning.results import Comparison, SetResult
+
+__all__ = ["verdict"]
+
+_BOUND = 0.02
+"""The accuracy drop that the first sentence speaks about."""
+
+
+def verdict(sets: Sequence[SetResult]) -> list[str]:
+    """Sentences about all prompts, and one about the sets."""
+    return [*_whole(sets[0]), *_classes(sets[1:])]
+
+
+def _whole(result: SetResult) -> Iterator[str]:
+    main = result.main
+    yield f"The router saves {main.flops_saved.total:.1%} of the FLOPs; it leaves identity for " + (
+        f"{main.non_identity_rate:.0%} of the prompts and agrees with it on {main.agreement.value:.1%}."
+    )
+    if main.accuracy_drop is not None:
+        drop = main.accuracy_drop
+        excluded = "excludes" if drop.high < _BOUND else "does not exclude"
+        yield (
+            f"Accuracy drops by {drop.value * 100:.2f} points (95 % interval {drop.low * 100:+.2f} to "
+            f"{drop.high * 100:+.2f}), which {excluded} {_BOUND * 100:.0f} points."
+        )
+    if main.non_identity_rate == 0:
+        yield "It chooses identity for every prompt: it saves nothing and is not worth running."
+        return
+    lost = [one for one in result.comparisons if one.control != "random program" and not one.beaten]
+    for one in result.comparisons:
+        yield _against(one)
+    if lost:
+        static = next(system for system in result.systems if system.name == "best static program")
+        yield (
+            f"The router does not beat the {' nor the '.join(one.control for one in lost)} of equal cost: which "
+            f"prompt gets which program does not matter here. Use the static program instead: {static.note}."
+        )
+
+
+def _against(one: Comparison) -> str:
+    word = "beats" if one.beaten else "does not beat"
+    accuracy = ""
+    if one.accuracy_p is not None and one.accuracy_gain is not None:
+        accuracy = f"accuracy {one.accuracy_gain * 100:+.2f} points, p = {one.accuracy_p:.2g}; "
+    return (
+        f"It {word} the {one.control} of equal cost ({accuracy}agreement {one.agreement_gain * 100:+.2f} points, "
+        f"p = {one.agreement_p:.2g}; exact McNemar)."
+    )
+
+
+def _classes(sets: Sequence[SetResult]) -> Iterator[str]:
+    if not sets:
+        return
+    names = [one.name for one in sets if all(c.beaten for c in one.comparisons if c.control != "random program")]
+    yield (
+        f"It beats both the shuffled router and the best static program at p < 0.01 on {len(names)} of {len(sets)} "
+        f"sets{': ' + ', '.join(names) if names else ''}."
+    )

@@ -1,0 +1,160 @@
+"""A router on disk: a folder with `router.safetensors` (weights) and `router.json` (everything else). No pickle.
+
+`router.json` holds kind, programs, base model, training record, certificate, and the hashes of weights and programs,
+so that a file that was altered or lost is found before it serves. Bridges lie beside them in a file of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from polar_sdk.errors import RouterDamagedError, RouterError
+from polar_sdk.program import Program
+from polar_sdk.router.certificate import Certificate
+from polar_sdk.router.fixed import IdentityRouter, StaticRouter
+from polar_sdk.router.hashes import hash_programs, hash_tensors
+from polar_sdk.router.layerwise import PolicyRouter
+from polar_sdk.router.learned import LearnedRouter, RouterFacts
+from polar_sdk.router.menu import MenuRouter
+from polar_sdk.router.network import Network
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from polar_sdk.router.base import Router
+
+__all__ = ["load_router", "save_router"]
+
+_JSON: Final = "router.json"
+_WEIGHTS: Final = "router.safetensors"
+_LEARNED: Final = {"menu": MenuRouter, "policy": PolicyRouter}
+
+
+class _File(BaseModel):
+    """`router.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    kind: Literal["identity", "static", "menu", "policy"]
+    programs: Annotated[tuple[Program, ...], Field(min_length=1)]
+    programs_sha256: str
+    weights_sha256: str
+    facts: RouterFacts | None = None
+    """None for the kinds that need no training."""
+    certificate: Certificate | None = None
+
+
+def save_router(router: Router, folder: str | Path) -> Path:
+    """Write a router's folder, made if need be; returns it.
+
+    Raises:
+        RouterError: It is of a kind that cannot be stored.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = router.network.tensors() if isinstance(router, LearnedRouter) else {}
+    text = _describe(router, tensors).model_dump_json(indent=1)
+    from safetensors.torch import save_file
+
+    save_file(tensors, target / _WEIGHTS)
+    # Last, and in one step: a folder with a router.json is whole.
+    draft = target / f"{_JSON}.tmp"
+    draft.write_text(text + "\n", encoding="utf-8")
+    draft.replace(target / _JSON)
+    return target
+
+
+def load_router(folder: str | Path) -> Router:
+    """Read a router; a learned one serves once it is bound to its model.
+
+    Raises:
+        RouterError: There is no router in that folder.
+        RouterDamagedError: A file is missing, altered or malformed.
+    """
+    source = Path(folder)
+    file = _read_json(source)
+    if hash_programs(file.programs) != file.programs_sha256:
+        raise _damaged(source, _JSON, "its programs are not those it was saved with")
+    tensors = _read_weights(source)
+    if hash_tensors(tensors) != file.weights_sha256:
+        raise _damaged(source, _WEIGHTS, "its weights are not those it was saved with")
+    if file.kind in ("identity", "static"):
+        program = file.programs[0]
+        return IdentityRouter(len(program)) if file.kind == "identity" else StaticRouter(program)
+    return _learned(source, file, tensors)
+
+
+def _describe(router: Router, tensors: dict[str, Tensor]) -> _File:
+    weights = hash_tensors(tensors)
+    if isinstance(router, LearnedRouter):
+        programs, facts, certificate = router.programs, router.facts, router.certificate
+    elif isinstance(router, StaticRouter):
+        programs, facts, certificate = (router.program,), None, None
+    else:
+        raise RouterError(f"a router of kind {router.kind!r} cannot be saved; identity, static, menu and policy can.")
+    return _File.model_validate(
+        {
+            "kind": router.kind,
+            "programs": programs,
+            "programs_sha256": hash_programs(programs),
+            "weights_sha256": weights,
+            "facts": facts,
+            "certificate": certificate,
+        }
+    )
+
+
+def _learned(source: Path, file: _File, tensors: dict[str, Tensor]) -> LearnedRouter:
+    if file.facts is None:
+        raise _damaged(source, _JSON, f"a router of kind {file.kind} needs 'facts'")
+    try:
+        network = Network.of(tensors)
+    except ValueError as error:
+        raise _damaged(source, _WEIGHTS, str(error)) from error
+    kind = _LEARNED[file.kind]
+    free = file.facts.training.get("free_layers", ())
+    outputs = len(file.programs) - 1 if kind is MenuRouter else 3 * len(free)
+    if network.biases[-1].shape[0] != outputs:
+        raise _damaged(source, _WEIGHTS, f"it has {network.biases[-1].shape[0]} outputs; its kind needs {outputs}")
+    if file.certificate is not None and file.certificate.subject.router != file.weights_sha256:
+        raise _damaged(source, _JSON, "its certificate belongs to other weights")
+    return kind(file.facts, network, file.programs, file.certificate)
+
+
+def _read_json(source: Path) -> _File:
+    path = source / _JSON
+    if not path.is_file():
+        raise RouterError(
+            f"there is no router in folder {str(source)!r} ({_JSON} is missing).",
+            hint="Train one with `polar train --out FOLDER`, or name its folder.",
+        )
+    try:
+        return _File.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise _damaged(source, _JSON, f"{where}: {first['msg'].rstrip('.')}") from error
+    except (OSError, ValueError) as error:
+        raise _damaged(source, _JSON, str(error)) from error
+
+
+def _read_weights(source: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(source / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(source, _WEIGHTS, str(error)) from error
+
+
+def _damaged(source: Path, name: str, reason: str) -> RouterDamagedError:
+    return RouterDamagedError(
+        f"router {str(source)!r} is damaged: {name}: {' '.join(reason.split())[:300]}.",
+        hint="Copy it again, or train it again with `polar train`.",
+    )

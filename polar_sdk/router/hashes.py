@@ -1,0 +1,48 @@
+"""Hashes of what a certificate is about: programs, weights, bridges. Knows no files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.program import Program
+
+__all__ = ["hash_bridges", "hash_programs", "hash_tensors", "hash_texts"]
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of a sequence of texts, in order."""
+    return hashlib.sha256(json.dumps(list(texts), ensure_ascii=True).encode()).hexdigest()
+
+
+def hash_programs(programs: Sequence[Program]) -> str:
+    """SHA-256 of programs, in order."""
+    return hash_texts(program.text for program in programs)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors; float32 holds every narrower value."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_bridges(decoder: Decoder, programs: Iterable[Program]) -> str:
+    """SHA-256 of the bridges that programs cross, as the model holds them; empty where there are none.
+
+    Raises:
+        MissingBridgeError: The model lacks one.
+    """
+    steps = sorted({step for program in programs for step in program if step.bridge})
+    return hash_texts(f"{step.first}-{step.last} {decoder.bridge(step).digest}" for step in steps) if steps else ""

@@ -1,0 +1,251 @@
+"""Learned routers: what the kinds `menu` and `policy` have in common.
+
+A learned router is made without a model (trained, or read from its folder) and serves once it is bound to one. It has
+one dial, its looseness θ, from 0 (always identity) upward. A tier or a tolerance of a request becomes a θ through the
+certificate, and only while what would run is what was certified. Knows no text and no money.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.errors import RouterError, RouterModelError, UnknownTierError
+from polar_sdk.router.base import Route, Router
+from polar_sdk.router.certificate import Certificate, Subject
+from polar_sdk.router.features import FeatureKind, FeatureReader
+from polar_sdk.router.fixed import IdentityRouter
+from polar_sdk.router.hashes import hash_bridges, hash_programs, hash_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.program import Program
+    from polar_sdk.router.network import Network
+
+__all__ = ["AtTheta", "LearnedRouter", "RouterFacts"]
+
+
+class RouterFacts(BaseModel):
+    """What is written about a learned router, besides its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    """Name of the base model, for messages."""
+    fingerprint: str
+    """Fingerprint of the base model."""
+    depth: int = Field(ge=1)
+    """Layers of the base model, D."""
+    features: FeatureKind = "embedding"
+    feature_layers: int = Field(default=0, ge=0)
+    """Layers that run before the features are read; 0 unless `features` is `early`."""
+    dial: tuple[float, ...] = (0.0,)
+    """Values of θ, ascending from 0, that calibration walks through; fixed in training."""
+    default_theta: float = Field(default=0.0, ge=0)
+    """θ of an uncalibrated router, chosen on the dev prompts; it promises nothing."""
+    default_tier: str = "standard"
+    """Tier of a request that names none, where the router is certified."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """The training record: data, seeds, settings, utilities."""
+
+
+class LearnedRouter(Router):
+    """A network that reads a prompt and chooses its program.
+
+    Attributes:
+        facts: What is written about it.
+        network: Its weights, on the CPU.
+        programs: The programs it may choose by name; identity first.
+        certificate: Counts and promises, or None before calibration.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        facts: RouterFacts,
+        network: Network,
+        programs: Sequence[Program],
+        certificate: Certificate | None = None,
+    ) -> None:
+        self.facts, self.network = facts, network
+        self.programs = tuple(programs)
+        self.certificate = certificate
+        self.version = hash_tensors(network.tensors())[:12]
+        self._reader: FeatureReader | None = None
+        self._running: Network = network
+        self._subject: Subject | None = None
+
+    def bind(self, decoder: Decoder, fingerprint: str) -> Self:
+        """A copy that serves on that model.
+
+        Raises:
+            RouterModelError: It was trained for another model.
+            MissingBridgeError: A program crosses layers by a bridge that the model does not have.
+        """
+        if fingerprint != self.facts.fingerprint:
+            raise RouterModelError(
+                f"the router was trained for model {self.facts.model} ({self.facts.fingerprint[:12]}…), but this model "
+                f"is {fingerprint[:12]}….",
+                hint="Load that model, or train a router for this one with `polar train`.",
+            )
+        bound = copy.copy(self)
+        bound._reader = FeatureReader(decoder, self.facts.features, self.facts.feature_layers)
+        bound._running = self.network.to(decoder.device)
+        bound._subject = Subject(
+            model=fingerprint,
+            menu=hash_programs(self.programs),
+            router=hash_tensors(self.network.tensors()),
+            bridges=hash_bridges(decoder, self.programs),
+            dtype=decoder.dtype_name,
+            engine=ENGINE_VERSION,
+        )
+        bound._prepare(decoder)
+        return bound
+
+    @property
+    def reader(self) -> FeatureReader:
+        """Reads features on the model that the router is bound to.
+
+        Raises:
+            RouterError: It is bound to none.
+        """
+        if self._reader is None:
+            raise RouterError(
+                "the router is bound to no model.", hint="Pass it to PolarModel(router=…), which binds it."
+            )
+        return self._reader
+
+    @property
+    def subject(self) -> Subject:
+        """What would run: the hashes that a certificate must match. Bridges may have been replaced since."""
+        bridges = hash_bridges(self.reader.decoder, self.programs)
+        assert self._subject is not None
+        if bridges == self._subject.bridges:
+            return self._subject
+        return self._subject.model_copy(update={"bridges": bridges})
+
+    def fits(self, fingerprint: str, dtype: str) -> bool:
+        """Whether it was certified for that model in that dtype; known before it is bound."""
+        if self.certificate is None:
+            return False
+        subject = self.certificate.subject
+        return (subject.model, subject.dtype, subject.engine) == (fingerprint, dtype, ENGINE_VERSION)
+
+    @property
+    def certified(self) -> bool:
+        """Whether the certificate holds for what would run."""
+        return self.certificate is not None and self.certificate.subject == self.subject
+
+    def serving(self, compute: str | float | None) -> tuple[str | None, Router]:
+        """The tier to record, and the router at its θ, for a tier, a tolerance, or neither.
+
+        Raises:
+            UnknownTierError: The router's certificate has no such tier.
+            ToleranceError: A tolerance that it cannot promise.
+            CertificateError: The promise does not hold for what would run.
+        """
+        if compute == "exact":
+            return "exact", IdentityRouter(self.facts.depth)
+        if self.certificate is None:
+            if compute is not None:
+                raise UnknownTierError(
+                    f"compute={compute!r} is a promise, and this router is not calibrated; use 'exact', or leave "
+                    "compute out. Calibrate it with `polar calibrate`."
+                )
+            return None, self.at(self.facts.default_theta)
+        self.certificate.check(self.subject)
+        if isinstance(compute, (int, float)):
+            return None, self.at(self.certificate.at_tolerance(float(compute)).theta)
+        tier = self._tier(compute)
+        return tier, self.at(0.0 if tier is None else self.certificate.tiers[tier].theta)
+
+    def _tier(self, compute: str | None) -> str | None:
+        """The certified tier in force; None = none was asked for and there is no default one."""
+        assert self.certificate is not None
+        tiers = self.certificate.tiers
+        if compute is None:
+            return self.facts.default_tier if self.facts.default_tier in tiers else None
+        if compute not in tiers:
+            known = ", ".join([*tiers, "exact"])
+            raise UnknownTierError(
+                f"tier {compute!r} is not certified for this router; use one of {known}, or a tolerance such as 0.05."
+            )
+        return compute
+
+    def at(self, theta: float) -> Router:
+        """The router with its dial at θ."""
+        return AtTheta(self, theta) if theta > 0 else IdentityRouter(self.facts.depth)
+
+    def route(self, tokens: Sequence[int]) -> Route:
+        """Choose at the default tier, or uncalibrated at the default θ."""
+        return self.serving(None)[1].route(tokens)
+
+    @torch.inference_mode()
+    def choose(self, tokens: Sequence[int], theta: float) -> Route:
+        """Choose for one prompt with the dial at θ."""
+        outputs = self._running(self.reader(tokens))
+        return Route(self.decide(outputs, theta), self.route_flops(len(tokens)))
+
+    def route_flops(self, tokens: int) -> int:
+        """FLOPs that the router executes for a prompt of that many tokens."""
+        return self.network.flops + self.reader.flops(tokens)
+
+    @torch.inference_mode()
+    def outputs(self, features: Tensor) -> Tensor:
+        """What the network says about many prompts, (M, F) to (M, O), on the CPU."""
+        return self.network(features.cpu())
+
+    def with_facts(self, **changes: Any) -> Self:
+        """The same router with some of its facts changed."""
+        other = copy.copy(self)
+        other.facts = self.facts.model_copy(update=changes)
+        return other
+
+    def with_certificate(self, certificate: Certificate | None) -> Self:
+        """The same router with another certificate, or none."""
+        other = copy.copy(self)
+        other.certificate = certificate
+        return other
+
+    @abstractmethod
+    def choose_all(self, outputs: Tensor, theta: float) -> list[Program]:
+        """The programs for many prompts' outputs (M, O), with the dial at θ."""
+
+    def decide(self, outputs: Tensor, theta: float) -> Program:
+        """The program for one prompt's outputs (O,), with the dial at θ."""
+        return self.choose_all(outputs.unsqueeze(0), theta)[0]
+
+    def _prepare(self, decoder: Decoder) -> None:
+        """Look up what decisions need of the model."""
+
+
+class AtTheta(Router):
+    """A learned router with its dial fixed, for one request."""
+
+    def __init__(self, router: LearnedRouter, theta: float) -> None:
+        self._router, self._theta = router, theta
+        self.version = router.version
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The kind of the router."""
+        return self._router.kind
+
+    @property
+    def theta(self) -> float:
+        """The dial."""
+        return self._theta
+
+    def route(self, tokens: Sequence[int]) -> Route:
+        """Choose the program for one prompt."""
+        return self._router.choose(tokens, self._theta)

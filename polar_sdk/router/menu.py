@@ -1,0 +1,84 @@
+"""The menu router: a head that predicts a quality for each of a few whole programs.
+
+Quality is the predicted probability that nothing is lost against identity; identity's own is 1. With its dial at θ the
+router runs the cheapest program whose predicted quality is at least identity's minus θ. Knows no text and no money.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from polar_sdk.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
+from polar_sdk.router.learned import LearnedRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.cost import CostModel
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.program import Program
+
+__all__ = ["MenuRouter", "by_cost", "cheapest", "menu_dial", "needed_theta"]
+
+
+def by_cost(programs: Sequence[Program], cost: CostModel) -> list[int]:
+    """Indices of programs, cheapest first, at 128 prompt and 64 output tokens."""
+    price = [cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total for program in programs]
+    return sorted(range(len(programs)), key=price.__getitem__)
+
+
+def needed_theta(outputs: Tensor) -> Tensor:
+    """The least θ at which each program may run, (…, P) for outputs (…, P − 1): 1 − its quality; 0 for identity.
+
+    Outputs are logits of the qualities of the programs after identity.
+    """
+    lost = torch.sigmoid(-outputs)
+    return torch.cat((torch.zeros_like(lost[..., :1]), lost), -1)
+
+
+def menu_dial(needed: Tensor, order: Sequence[int], points: int = 100) -> tuple[float, ...]:
+    """0, then quantiles of what the cheaper programs need over these prompts, (M, P)."""
+    wanted = needed[:, list(order)].double().flatten()
+    if not wanted.numel():
+        return (0.0,)
+    marks = torch.quantile(wanted, torch.linspace(0, 1, points, dtype=torch.float64)).tolist()
+    return (0.0, *sorted({mark for mark in marks if mark > 0}))
+
+
+def cheapest(needed: Tensor, order: Sequence[int], theta: float | Tensor) -> Tensor:
+    """Index of the cheapest program that may run, per prompt: (M,) for `needed` (M, P).
+
+    Args:
+        needed: The least θ of each program.
+        order: Programs cheaper than identity, cheapest first.
+        theta: The dial; a tensor (K, 1) of several gives (K, M).
+    """
+    chosen = torch.zeros_like(needed[:, 0] <= theta, dtype=torch.long)
+    for at in reversed(order):
+        chosen = torch.where(needed[:, at] <= theta, at, chosen)
+    return chosen
+
+
+class MenuRouter(LearnedRouter):
+    """Chooses among whole programs."""
+
+    kind: ClassVar[str] = "menu"
+    _order: tuple[int, ...] = ()
+    """Programs that are cheaper than identity, cheapest first."""
+
+    def _prepare(self, decoder: Decoder) -> None:
+        order = by_cost(self.programs, decoder.cost)
+        self._order = tuple(order[: order.index(0)])
+
+    def decide(self, outputs: Tensor, theta: float) -> Program:
+        """The cheapest program whose quality is at least identity's minus θ."""
+        needed = needed_theta(outputs).tolist()
+        return self.programs[next((at for at in self._order if needed[at] <= theta), 0)]
+
+    def choose_all(self, outputs: Tensor, theta: float) -> list[Program]:
+        """The same for many prompts."""
+        return [self.programs[at] for at in cheapest(needed_theta(outputs).double(), self._order, theta).tolist()]

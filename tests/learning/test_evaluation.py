@@ -1,0 +1,266 @@
+"""Calibration and evaluation: what is counted, the controls, the words, and the page."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from polar_sdk.data import ChoiceItem, Item, PromptItem, item_id
+from polar_sdk.errors import CalibrationSizeError, DataError, RouterError
+from polar_sdk.learning import MenuSettings, Trainer, certify
+from polar_sdk.learning.controls import best_static, oracle, random_programs, shuffled
+from polar_sdk.learning.evaluate import Subjects, evaluate_set
+from polar_sdk.learning.measuring import Bench, marks, unseen
+from polar_sdk.learning.outcomes import Outcomes
+from polar_sdk.learning.page import to_html
+from polar_sdk.learning.results import Evaluation
+from polar_sdk.learning.verdict import verdict
+from polar_sdk.policy import Policy
+from polar_sdk.program import Program
+from polar_sdk.rewards import RewardCache
+from polar_sdk.testing import tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polar_sdk.learning.results import SetResult
+    from polar_sdk.model import PolarModel
+    from polar_sdk.router.menu import MenuRouter
+    from polar_sdk.search import RewardMatrix
+
+QUICK = MenuSettings(targets=("agreement",), hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risks=(0.1,))
+TIERS: dict[str, Any] = {"economy": (0.15, "differs"), "standard": (0.1, "harms")}
+
+
+@pytest.fixture(scope="module")
+def learned(request: pytest.FixtureRequest) -> dict[bool, Any]:
+    return {}
+
+
+def result(
+    model: PolarModel, matrix: Callable[..., RewardMatrix], *, learnable: bool = True, theta: float = 0.3
+) -> tuple[MenuRouter, SetResult]:
+    router = Trainer(model, matrix(learnable=learnable)).menu(QUICK)
+    test = matrix(500, seed=3, learnable=learnable)
+    found = evaluate_set(
+        "synthetic",
+        Subjects(
+            router=router,
+            points={"main": theta},
+            outputs=router.outputs(router.reader.stack(test.tokens)),
+            outcomes=Outcomes(test, block=lambda rows, programs: _no_skip_agrees(test, rows, programs)),
+            static_quality={Program.parse(one["program"]): one["agreement"] for one in router.facts.training["static"]},
+            policy=model.policy,
+            cost=model.decoder.cost,
+        ),
+    )
+    return router, found
+
+
+def _no_skip_agrees(test: RewardMatrix, rows: Any, programs: Any) -> RewardMatrix:
+    """Programs off the menu agree nowhere and cost what the second one costs."""
+    from dataclasses import replace
+
+    part = test.rows(list(rows))
+    columns = [1] * len(programs)
+    tensors = {name: getattr(part, name)[:, columns] for name in ("share", "margin", "right", "flops")}
+    return replace(part, programs=tuple(programs), agree=part.agree[:, columns] & False, **tensors)
+
+
+def test_a_router_that_reads_beats_every_control(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    _, found = result(model, matrix)
+    assert found.main.flops_saved.total > 0.1
+    beaten = {one.control: one.beaten for one in found.comparisons}
+    assert all(beaten.values()), [one for one in found.comparisons if not one.beaten]
+    sentences = " ".join(verdict([found]))
+    assert "It beats the shuffled router" in sentences and "Use the static program" not in sentences
+
+
+def test_a_router_that_reads_nothing_is_told_to_go_static(
+    model: PolarModel, matrix: Callable[..., RewardMatrix]
+) -> None:
+    router, found = result(model, matrix, learnable=False, theta=0.45)
+    assert router.facts.training["utility"] < 0.3
+    assert not next(one for one in found.comparisons if one.control == "shuffled router").beaten
+    sentences = " ".join(verdict([found]))
+    assert "does not beat the shuffled router" in sentences
+    static = next(one for one in found.systems if one.name == "best static program")
+    assert f"Use the static program instead: {static.note}" in sentences
+
+
+def test_the_figures_are_those_counted_by_hand(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    router, found = result(model, matrix)
+    test = matrix(500, seed=3)
+    outputs = router.outputs(router.reader.stack(test.tokens))
+    picks = [test.programs.index(one) for one in router.choose_all(outputs, 0.3)]
+    main, identity = found.main, found.systems[0]
+    assert main.agreement.value == sum(bool(test.agree[at, pick]) for at, pick in enumerate(picks)) / 500
+    assert main.non_identity_rate == sum(pick > 0 for pick in picks) / 500
+    assert main.accuracy is not None and main.accuracy_drop is not None and identity.accuracy is not None
+    assert main.accuracy_drop.value == pytest.approx(identity.accuracy.value - main.accuracy.value)
+    spent = sum(int(test.flops[at, pick]) for at, pick in enumerate(picks)) + 500 * router.network.flops
+    assert main.flops_saved.total == pytest.approx(1 - spent / int(test.flops[:, 0].sum()))
+    assert identity.flops_saved.total == 0 and identity.agreement.value == 1
+    assert not next(one for one in found.systems if one.role == "oracle").deployable
+    shuffled_system = next(one for one in found.systems if one.name == "shuffled router")
+    assert shuffled_system.non_identity_rate == main.non_identity_rate
+
+
+def test_calibration_counts_what_is_lost(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    router = Trainer(model, matrix()).menu(QUICK)
+    rows = matrix(300, seed=5)
+    outputs = router.outputs(router.reader.stack(rows.tokens))
+    certificate = certify(router, outputs, Outcomes(rows), tiers=TIERS)
+    at = certificate.thetas.index(certificate.tiers["economy"].theta)
+    picks = [rows.programs.index(one) for one in router.choose_all(outputs, certificate.thetas[at])]
+    assert certificate.lost["differs"][at] == sum(not rows.agree[row, pick] for row, pick in enumerate(picks))
+    assert certificate.lost["harms"][at] == sum(
+        bool(rows.right[row, 0] and not rows.right[row, pick]) for row, pick in enumerate(picks)
+    )
+    assert certificate.tiers["economy"].theta > 0
+    assert router.with_certificate(certificate).certified
+
+
+def test_bad_calibration_sets_are_told_what_would_help(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    router = Trainer(model, matrix()).menu(QUICK)
+    rows = matrix(120, seed=5)
+    outputs = router.outputs(router.reader.stack(rows.tokens))
+    with pytest.raises(
+        CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; you gave"
+    ):
+        certify(router, outputs, Outcomes(rows), tiers={"premium": (0.01, "differs")})
+
+
+def test_what_a_router_has_seen_is_left_out() -> None:
+    items: list[Item] = [PromptItem(prompt=f"{word} and {number}") for number, word in enumerate("abcdefgh")]
+    seen = {"seen": marks(map(item_id, items[:3])), "calibrated": marks([item_id(items[3])])}
+    assert unseen(items, seen, calibrating=False) == items[4:]
+    assert unseen(items[3:], {}, calibrating=True) == items[3:]
+    assert set(unseen([*items * 2, *_many()], seen, calibrating=True)) < set(_many() + items[3:])
+    with pytest.raises(DataError, match="has seen all 3 different prompts"):
+        unseen(items[:3], seen, calibrating=False)
+    with pytest.raises(DataError, match="copies of one"):
+        unseen(items[:1] * 5, {}, calibrating=True)
+    with pytest.raises(DataError, match="is index 1"):
+        one = [ChoiceItem(question=f"{word} is {at}?", choices=("a", "b"), answer=1) for at, word in enumerate("xyz")]
+        unseen(one, {}, calibrating=True)
+
+
+def _many() -> list[Item]:
+    return [PromptItem(prompt=f"number {number} of {number * 7}") for number in range(40)]
+
+
+def test_static_programs_are_mixed_to_the_cost() -> None:
+    whole, half, third = Program.parse("0-5"), Program.parse("0-2"), Program.parse("0-1")
+    quality, cost = {whole: 1.0, half: 0.9, third: 0.2}, {whole: 6.0, half: 3.0, third: 2.0}
+    assert best_static(quality, cost, 3.0).text == "0-2"
+    mixed = best_static(quality, cost, 4.5)
+    assert (mixed.cheap, mixed.dear, mixed.share) == (half, whole, 0.5)
+    assert sorted(one.text for one in mixed.deal(4, 0)) == ["0-2", "0-2", "0-5", "0-5"]
+    assert best_static(quality, cost, 1.0).cheap == third
+    assert best_static(quality, cost, 9.0).dear == whole
+
+
+def test_random_programs_have_the_cost_on_average(model: PolarModel) -> None:
+    cost = model.decoder.cost
+    full = model.cost(prompt=128, output=64).total
+    drawn = random_programs(0.7, 40, cost, Policy(protected=(0, -1)), seed=1)
+    ratios = [model.cost(one, prompt=128, output=64).total / full for one in drawn]
+    assert sum(ratios) / 40 == pytest.approx(0.7, abs=0.01)
+    assert all(0 in one.layers and 5 in one.layers for one in drawn)
+    assert random_programs(0.7, 40, cost, Policy(protected=(0, -1)), seed=1) == drawn
+
+
+def test_shuffling_deals_the_same_programs(matrix: Callable[..., RewardMatrix]) -> None:
+    programs = [Program.parse(text) for text in ("0-5", "0-2", "0-1")] * 20
+    assert sorted(shuffled(programs, 3), key=str) == sorted(programs, key=str)
+    assert shuffled(programs, 3) != programs
+
+
+def test_shuffling_by_size_keeps_the_cost() -> None:
+    """All long prompts run identity: dealt among prompts of their size, programs cost what they cost before."""
+    whole, half = Program.parse("0-5"), Program.parse("0-2")
+    sizes = [float(at) for at in range(160)]
+    programs = [whole if size >= 80 else half for size in sizes]
+
+    def cost(dealt: list[Program]) -> float:
+        return sum(size * len(one) for size, one in zip(sizes, dealt, strict=True))
+
+    assert cost(shuffled(programs, 1, sizes)) == cost(programs)
+    assert cost(shuffled(programs, 1)) < cost(programs)
+
+
+def test_the_oracle_is_the_cheapest_that_agrees(matrix: Callable[..., RewardMatrix]) -> None:
+    rows = matrix(40)
+    for at, program in enumerate(oracle(Outcomes(rows), rows.programs)):
+        agreeing = [int(rows.flops[at, column]) for column in range(3) if rows.agree[at, column]]
+        assert int(rows.flops[at, rows.programs.index(program)]) == min(agreeing)
+
+
+def test_unknown_programs_are_measured_once(model: PolarModel) -> None:
+    bench = Bench(model, lambda stage, done, total: None, RewardCache())
+    items = [
+        ChoiceItem(question=f"what is {word}?", choices=("red", "blue"), answer=at % 2) for at, word in enumerate("abc")
+    ]
+    tasks = bench.tasks(items)
+    outcomes = bench.outcomes(tasks, [])
+    skip = Program.skipping(6, [1, 2])
+    known = bench.matrix(tasks, [skip])
+    found = outcomes.all([skip] * 3)
+    assert [one.agree for one in found] == known.agree[:, 1].tolist()
+    assert [one.flops for one in found] == known.flops[:, 1].tolist()
+    outcomes.block = None
+    assert outcomes.all([skip] * 3) == found
+    with pytest.raises(DataError, match="is not in the reward matrix"):
+        outcomes.all([Program.skipping(6, [1])] * 3)
+
+
+def test_identity_again_agrees_with_itself(model: PolarModel) -> None:
+    bench = Bench(model, lambda stage, done, total: None, RewardCache())
+    items: list[Item] = [
+        *(ChoiceItem(question=f"what is {w}?", choices=("red", "blue"), answer=n % 2) for n, w in enumerate("abc")),
+        PromptItem(prompt="write on"),
+    ]
+    again = bench.again(bench.tasks(items))
+    assert all(one.agree and one.share == 1.0 for one in again)
+
+
+def test_a_router_without_a_dial_cannot_be_judged(model: PolarModel) -> None:
+    with pytest.raises(RouterError, match=r"the model has no router\. Name a trained one"):
+        tiny_model().evaluate([PromptItem(prompt="x")])
+
+
+def test_the_page_stands_alone_and_escapes(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    router, found = result(model, matrix)
+    evaluation = Evaluation(
+        model="<tiny>",
+        fingerprint=model.fingerprint,
+        dtype="float32",
+        device="cpu",
+        router=f"menu {router.version}",
+        point="main",
+        sets=(found,),
+        verdict=tuple(verdict([found])),
+        certificate=None,
+        certificate_holds=False,
+        training={},
+    )
+    page = to_html(evaluation)
+    assert "&lt;tiny&gt;" in page and "<tiny>" not in page
+    assert "<svg" in page and "shuffled router" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert to_html(evaluation) == page
+    plain = json.loads(json.dumps(evaluation.plain()))
+    assert plain["flops_saved"] == found.main.flops_saved.total
+    assert plain["mcnemar_vs_shuffled_agreement_p"] < 0.01
+    assert {
+        "accuracy_drop_ci95",
+        "non_identity_rate",
+        "mcnemar_vs_shuffled_p",
+        "mcnemar_vs_static_p",
+        "certificate",
+    } <= set(plain)

@@ -1,0 +1,133 @@
+"""The commands from prompts to a certified router, and the script that makes the shipped one, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import random
+import runpy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from typer.testing import CliRunner
+
+from polar_sdk.cli.main import app
+from polar_sdk.router import LearnedRouter, load_router
+from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from typer.testing import Result
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_router.py"
+WORDS = ["red", "blue", "green", "apple", "pear", "stone", "river", "mountain", "sky", "cloud", "fish", "bird", "lamp"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and two data files."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    tiny_policy(6).save(path / "policy.json")
+    data = path / "data"
+    data.mkdir()
+    dice = random.Random(0)
+    for name, count in (("first", 150), ("second", 110)):
+        rows = [
+            {
+                "question": f"{' '.join(dice.sample(WORDS, 5))} {name} {number}",
+                "choices": dice.sample(WORDS, 3),
+                "answer": dice.randrange(3),
+            }
+            for number in range(count)
+        ]
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path_factory.getbasetemp() / "router-cache"))
+
+
+def polar(*words: object) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def facts(*words: object) -> dict[str, Any]:
+    result = polar(*words, "--json")
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_from_prompts_to_a_certified_router(folder: Path, tmp_path: Path) -> None:
+    here = ["--model", folder, "--precision", "fp32", "--policy", folder / "policy.json"]
+    first, second = folder / "data" / "first.jsonl", folder / "data" / "second.jsonl"
+    menu, router = tmp_path / "menu.json", tmp_path / "router"
+    quick = ["--population", 2, "--generations", 0, "--menu", 3, "--prompts", 12, "--budgets", "0.8,0.6"]
+    assert polar("search", "--data", first, "--out", menu, *quick, *here).exit_code == 0
+    rewards = tmp_path / "menu.rewards.safetensors"
+
+    trained = facts("train", "--rewards", rewards, "--seeds", "0", "--out", router, *here)
+    assert trained["kind"] == "menu" and trained["training"]["parameters"] > 0
+
+    refused = polar("calibrate", "--router", router, "--data", second, "--tier", "premium=0.01", *here)
+    assert refused.exit_code == 2
+    assert "α = 1 % needs at least 230 calibration prompts at δ = 0.1; you gave 110." in refused.output
+    assert "no promise" in polar("calibrate", "--router", router, "--tier", "gold=0.1", *here).output
+
+    tiers = ["--tier", "economy=0.5", "--tier", "standard=0.2:harms"]
+    certified = facts("calibrate", "--router", router, "--data", second, *tiers, *here)["certificate"]
+    assert certified["n"] == 110 and set(certified["tiers"]) == {"economy", "standard"}
+
+    page = tmp_path / "page.html"
+    seen = [*here, "--router", router]
+    found = facts("evaluate", "--data", first, "--timed", 1, "--compute", "economy", "--html", page, *seen)
+    assert found["point"] == "economy" and found["certificate_holds"]
+    assert 0 < found["sets"][0]["prompts"] < 100  # what was trained on is left out
+    assert found["certificate"] == certified
+    names = [one["name"] for one in found["sets"][0]["systems"]]
+    assert names[:3] == ["identity", "router (economy)", "identity again"] and names[-1] == "oracle"
+    assert [one["ms_per_token"] is not None for one in found["sets"][0]["systems"]][:3] == [True, True, False]
+    assert "<svg" in page.read_text()
+    table = polar("evaluate", "--data", first, "--timed", 0, "--theta", 0.5, *seen)
+    assert "not deployable" in table.output and "best static program" in table.output
+
+    answer = facts("run", "red apple", "--compute", "0.5", "--max-tokens", 2, "--no-ledger", *seen)
+    assert answer["usage"]["router"] in ("menu", "identity")
+
+
+def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> None:
+    here = ["--model", folder, "--precision", "fp32"]
+    for words, expected in (
+        (["train", "--rewards", tmp_path / "no.safetensors"], "cannot be read"),
+        (["train", "--rewards", tmp_path / "no.safetensors", "--seeds", "a"], "no list of whole numbers"),
+        (["calibrate", "--router", tmp_path / "no"], "there is no router in folder"),
+        (["evaluate", "--router", tmp_path / "no"], "there is no router in folder"),
+        (["evaluate", "--html", tmp_path / "no" / "page.html"], "its folder does not exist"),
+        (["evaluate"], "the model has no router"),
+    ):
+        result = polar(*words, *here)
+        assert result.exit_code == 2 and expected in result.output, result.output
+
+
+def test_the_script_makes_an_artifact(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_DATA", str(folder / "data"))
+    out = tmp_path / "shipped"
+    quick = "--precision fp32 --limit 110 --segments 2-3 --budgets 0.8 --menu 3 --prompts 12 --population 2"
+    quick += " --generations 0 --layers 1 --steps 20 --seeds 0 --epochs 1 --timed 1 --tier economy=0.5 standard=0.3"
+    words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
+    runpy.run_path(str(SCRIPT))["main"](words)
+    router = load_router(out)
+    assert isinstance(router, LearnedRouter) and router.certificate is not None
+    assert set(router.certificate.tiers) == {"economy", "standard"}
+    for name in ("menu-embedding", "menu-early", "policy"):
+        found = json.loads((tmp_path / "work" / f"{name}.json").read_text())
+        assert [one["name"] for one in found["sets"]] == ["all", "package", "first", "second"]
+        assert (tmp_path / "work" / f"{name}.html").is_file()
+    if any(program.bridges for program in router.programs):
+        assert (out / "bridges" / "bridges.json").is_file()

@@ -1,0 +1,235 @@
+"""Training: both kinds of router learn what there is to learn, say so only if it is there, and resume."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from polar_sdk.errors import DataError, RouterError, RouterModelError
+from polar_sdk.learning import MenuSettings, PolicySettings, Trainer
+from polar_sdk.learning.policy_training import PolicyTask, fit_policy
+from polar_sdk.learning.utility import frontier
+from polar_sdk.program import Program
+from polar_sdk.router import MenuRouter, load_router
+from polar_sdk.router.layerwise import ACTIONS, PolicyRouter, program_of
+from polar_sdk.router.menu import needed_theta
+from polar_sdk.testing import tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from polar_sdk.model import PolarModel
+    from polar_sdk.search import RewardMatrix
+
+QUICK = MenuSettings(hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risks=(0.1,))
+
+
+@pytest.mark.parametrize("target", ["agreement", "gap"])
+@pytest.mark.parametrize("features", ["embedding", "early"])
+def test_a_menu_router_learns_which_prompts_are_easy(
+    model: PolarModel, matrix: Callable[..., RewardMatrix], target: str, features: Any
+) -> None:
+    settings = QUICK.model_copy(update={"targets": (target,)})
+    # FLOPs of early features would outweigh what this little model can save, so that utility is looked at without.
+    router = Trainer(model, matrix(), features, layers=1).menu(settings)
+    test = matrix(400, seed=9)
+    outputs = router.outputs(router.reader.stack(test.tokens))
+    lost = [needed_theta(outputs)[:, 2] > 0.3, ~test.agree[:, 2]]
+    hit = float((lost[0] == lost[1]).float().mean())
+    assert hit > 0.8  # 87 % can be told from which half of the alphabet a prompt uses, and 57 % without reading
+
+
+def test_what_cannot_be_learned_saves_less(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    learned, noise = (
+        Trainer(model, matrix(learnable=learnable)).menu(QUICK).facts.training["utility"] for learnable in (True, False)
+    )
+    assert learned > noise + 0.03
+
+
+def test_the_gradient_alone_learns(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    """With the regression all but outweighed, the exact policy gradient separates easy from hard prompts."""
+    settings = QUICK.model_copy(update={"targets": ("agreement",), "gradient": 1000.0, "temperature": 0.3})
+    router = Trainer(model, matrix()).menu(settings)
+    assert router.facts.training["utility"] > 0.1
+
+
+def test_the_frontier_counts_what_is_deployed(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    from polar_sdk.learning.examples import Examples
+
+    rows = matrix(50)
+    examples = Examples.of(rows, torch.zeros(50, 3), [0] * 50, "differs")
+    needed = torch.tensor([[0.0, 0.25, 0.5]] * 50)
+    walked = frontier(needed, examples, [2, 1], [0.0, 0.25, 0.5])
+    assert walked.lost.tolist() == pytest.approx([0.0, *(~rows.agree[:, 1:]).double().mean(0).tolist()])
+    full = rows.flops[:, 0].sum()
+    assert walked.saved.tolist() == pytest.approx([0.0, *(1 - rows.flops[:, 1:].sum(0) / full).tolist()])
+    assert walked.best(1.0) == 2 and walked.best(0.0) == 0
+
+
+def test_menu_training_resumes_after_an_interruption(
+    model: PolarModel, matrix: Callable[..., RewardMatrix], tmp_path: Path
+) -> None:
+    settings = QUICK.model_copy(update={"seeds": (0, 1, 2), "steps": 20})
+    whole = Trainer(model, matrix()).menu(settings)
+    trained: list[int] = []
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage.startswith("training"):
+            trained.append(done)
+            if len(trained) == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model, matrix(), checkpoints=tmp_path / "c", on_progress=interrupt).menu(settings)
+    assert len(list((tmp_path / "c").iterdir())) == 3
+    again = Trainer(model, matrix(), checkpoints=tmp_path / "c").menu(settings)
+    assert again.version == whole.version
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_matrix_of_another_model_or_dtype_is_refused(matrix: Callable[..., RewardMatrix]) -> None:
+    with pytest.raises(RouterModelError, match="was measured on model tiny"):
+        Trainer(tiny_model(seed=4), matrix())
+    with pytest.raises(RouterModelError, match="measured in float32"):
+        Trainer(tiny_model(precision="int8"), _as(matrix(), fingerprint=tiny_model(precision="int8").fingerprint))
+
+
+def _as(matrix: RewardMatrix, **changes: Any) -> RewardMatrix:
+    from dataclasses import replace
+
+    return replace(matrix, **changes)
+
+
+def test_a_matrix_without_dev_prompts_is_refused(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    with pytest.raises(DataError, match="no prompt in dev"):
+        Trainer(model, matrix().of("train")).menu(QUICK)
+    with pytest.raises(DataError, match="--layers 6 is out of range"):
+        Trainer(model, matrix(), "early", layers=6)
+
+
+def test_training_writes_what_can_be_loaded(
+    model: PolarModel, matrix: Callable[..., RewardMatrix], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.safetensors"
+    matrix().save(path)
+    made = model.train_router(path, settings=QUICK, out=tmp_path / "router")
+    read = load_router(tmp_path / "router")
+    assert isinstance(read, MenuRouter) and read.version == made.version
+    assert read.facts.training["prompts"] == {"train": 300, "dev": 200}
+    with pytest.raises(RouterError, match="takes MenuSettings"):
+        model.train_router(path, settings=PolicySettings())
+
+
+# -- the article's router ------------------------------------------------------------------------------------------
+
+
+def rule(features: Tensor) -> Callable[[Sequence[int], Sequence[Program]], tuple[Tensor, Tensor]]:
+    """Layer 2 is needed where the first feature is positive, layer 3 always, the others never."""
+
+    def measure(rows: Sequence[int], programs: Sequence[Program]) -> tuple[Tensor, Tensor]:
+        lost = [
+            3 not in program.layers or (float(features[row, 0]) > 0 and 2 not in program.layers)
+            for row, program in zip(rows, programs, strict=True)
+        ]
+        return torch.tensor(lost), torch.tensor([1 - len(program) / 6 for program in programs])
+
+    return measure
+
+
+def task(prompts: int = 400, **changes: Any) -> PolicyTask:
+    features = torch.randn((prompts, 4), generator=torch.Generator().manual_seed(0))
+    facts: dict[str, Any] = {
+        "features": features,
+        "train": range(prompts * 3 // 4),
+        "dev": range(prompts * 3 // 4, prompts),
+        "depth": 6,
+        "free": (1, 2, 3, 4),
+        "measure": rule(features),
+    }
+    return PolicyTask(**facts | changes)
+
+
+LEARN = PolicySettings(price=0.5, epochs=30, patience=30, learning_rate=3e-3, batch=15)
+
+
+def test_the_policy_gradient_learns_to_read_the_prompt() -> None:
+    trained = fit_policy(task(), LEARN)
+    # Skipping 1 and 4 everywhere saves 1/3; skipping 2 where it is not needed, 1/12 more; without reading, no more.
+    assert trained.record["utility"] > 0.36
+    facts = {"free_layers": [1, 2, 3, 4]}
+    router = _policy(trained.network, facts)
+    some = torch.tensor([[2.0, 0, 0, 0], [-2.0, 0, 0, 0]])
+    needs, needs_not = (router.decide(row, 0.5) for row in trained.network(some))
+    assert 2 in needs.layers and 2 not in needs_not.layers
+    assert 3 in needs.layers and 3 in needs_not.layers
+
+
+def _policy(network: Any, training: dict[str, Any]) -> PolicyRouter:
+    from polar_sdk.router.learned import RouterFacts
+
+    facts = RouterFacts(model="t", fingerprint="f", depth=6, training=training)
+    return PolicyRouter(facts, network, [Program.identity(6)])
+
+
+def test_a_high_price_keeps_identity() -> None:
+    def never(rows: Sequence[int], programs: Sequence[Program]) -> tuple[Tensor, Tensor]:
+        whole = Program.identity(6)
+        return torch.tensor([one != whole for one in programs]), torch.tensor([1 - len(one) / 6 for one in programs])
+
+    trained = fit_policy(task(measure=never), LEARN.model_copy(update={"epochs": 3}))
+    assert trained.record["utility"] == 0.0
+
+
+def test_policy_training_resumes_after_an_interruption(tmp_path: Path) -> None:
+    settings = LEARN.model_copy(update={"epochs": 4})
+    whole = fit_policy(task(), settings)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_policy(task(), settings, checkpoints=tmp_path / "c", on_progress=interrupt)
+    started: list[int] = []
+    again = fit_policy(
+        task(), settings, checkpoints=tmp_path / "c", on_progress=lambda stage, done, total: started.append(done)
+    )
+    assert started[0] == 2
+    assert again.record["history"] == whole.record["history"]
+    assert all(torch.equal(a, b) for a, b in zip(again.network.trainable, whole.network.trainable, strict=True))
+
+
+def test_the_dial_of_a_policy_router_goes_from_identity_to_everything() -> None:
+    trained = fit_policy(task(), LEARN.model_copy(update={"epochs": 2}))
+    router = _policy(trained.network, {"free_layers": [1, 2, 3, 4]})
+    outputs = router.outputs(torch.randn(20, 4))
+    assert set(router.choose_all(outputs, 0.0)) == {Program.identity(6)}
+    left = [sum(one != Program.identity(6) for one in router.choose_all(outputs, theta)) for theta in (0.2, 0.5, 1.01)]
+    assert left == sorted(left)
+    assert all(len(program) <= 6 for program in router.choose_all(outputs, 1.01))  # loops never outnumber skips
+
+
+def test_an_action_is_its_number_of_visits() -> None:
+    assert [ACTIONS.index(one) for one in ("skip", "execute", "loop")] == [0, 1, 2]
+    assert program_of((1, 0, 2, 1)).text == "0 2x2 3"
+
+
+def test_a_policy_router_is_trained_on_a_model(model: PolarModel, tmp_path: Path) -> None:
+    from polar_sdk.data import PromptItem
+    from polar_sdk.rewards import RewardCache
+
+    items = [PromptItem(prompt=f"say {word} {number}") for number in range(12) for word in ("red", "sea", "owl", "ink")]
+    found = model.search(
+        items, budgets=(0.8,), population=2, generations=0, menu=2, prompts=4, answer_tokens=3, cache=RewardCache()
+    )
+    settings = PolicySettings(epochs=1, batch=8, samples=2)
+    router = Trainer(model, found.matrix).policy(items, settings, cache=RewardCache())
+    assert isinstance(router, PolicyRouter)
+    assert router.free == (1, 2, 3, 4)
+    assert router.at(0.5).route([5, 6, 7]).flops == router.route_flops(3)
+    assert router.facts.training["parameter_share"] > 0

@@ -1,0 +1,112 @@
+"""Certificates: exact counts, the walk that stops at the first failure, and how often promises break."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from polar_sdk.errors import CalibrationSizeError, CertificateError, ToleranceError
+from polar_sdk.router.certificate import Certificate, Subject
+from polar_sdk.router.menu import cheapest, menu_dial
+
+if TYPE_CHECKING:
+    from polar_sdk.router.menu import MenuRouter
+
+SUBJECT = Subject(model="m", menu="n", router="r", bridges="", dtype="float32", engine="1")
+
+
+def made(n: int = 500, **changes: Any) -> Certificate:
+    facts: dict[str, Any] = {
+        "subject": SUBJECT,
+        "data": "d",
+        "delta": 0.1,
+        "n": n,
+        "thetas": (0.0, 0.1, 0.2, 0.3),
+        "lost": {"differs": (0, 5, 18, 19)},
+        "saved": (0.0, 0.1, 0.2, 0.3),
+    }
+    return Certificate.model_validate(facts | changes)
+
+
+def test_the_last_accepted_theta_is_promised() -> None:
+    assert made().promise(0.05).theta == 0.2  # 18 of 500 is the most at 5 %
+    assert made().promise(0.02).theta == 0.1  # 5 of 500 is the most at 2 %
+    assert made().promise(0.02).k == 5
+
+
+def test_the_walk_stops_at_the_first_failure() -> None:
+    assert made(lost={"differs": (0, 30, 5, 5)}).promise(0.02).theta == 0.0
+
+
+def test_a_theta_that_saves_less_is_not_taken() -> None:
+    assert made(saved=(0.0, -0.1, -0.05, 0.3)).promise(0.05).theta == 0.0
+
+
+def test_too_few_prompts_are_told_how_many_are_needed() -> None:
+    with pytest.raises(CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; you"):
+        made(n=120, lost={"differs": (0, 1, 2, 3)}).promise(0.01)
+
+
+def test_a_tolerance_below_the_smallest_certifiable_is_an_error() -> None:
+    with pytest.raises(ToleranceError, match=r"tolerance 0\.004 is below 0\.0046, the smallest that 500"):
+        made().at_tolerance(0.004)
+    for bad in (0.0, -0.1, 1.0, float("nan")):
+        with pytest.raises(ToleranceError):
+            made().at_tolerance(bad)
+
+
+def test_promises_loosen_with_the_tolerance() -> None:
+    thetas = [made().at_tolerance(alpha).theta for alpha in (0.005, 0.02, 0.05, 0.06, 0.5)]
+    assert thetas == sorted(thetas)
+    assert thetas[0] == 0.0 and thetas[-1] == 0.3
+
+
+def test_a_promise_that_does_not_follow_from_the_counts_is_refused() -> None:
+    forged = made().promise(0.05).model_copy(update={"theta": 0.3})
+    with pytest.raises(ValidationError, match="does not follow from the counts"):
+        made(tiers={"standard": forged.model_dump()})
+
+
+@pytest.mark.parametrize("field", list(Subject.model_fields))
+def test_any_other_hash_voids_the_promise(field: str) -> None:
+    with pytest.raises(CertificateError, match=f"{field} .* would run"):
+        made().check(SUBJECT.model_copy(update={field: "other"}))
+    made().check(SUBJECT)
+
+
+def test_an_uncounted_loss_is_refused() -> None:
+    with pytest.raises(CertificateError, match="was not counted"):
+        made().promise(0.1, "harms")
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1])
+def test_of_100_splits_at_most_10_break_the_promise(alpha: float) -> None:
+    """Prompts of known difficulty; calibrated on 400 drawn at random, the promise is checked on the other 19,600."""
+    generator = torch.Generator().manual_seed(7)
+    prompts = 20_000
+    chance = torch.rand((prompts, 2), generator=generator) ** 2 * torch.tensor([0.6, 1.0])
+    lost = torch.cat((torch.zeros(prompts, 1), (torch.rand((prompts, 2), generator=generator) < chance).float()), 1)
+    needed = torch.cat((torch.zeros(prompts, 1), chance + 0.05 * torch.rand((prompts, 2), generator=generator)), 1)
+    order = [2, 1]
+    thetas = menu_dial(needed[:1000], order)
+    choice = cheapest(needed.double(), order, torch.tensor(thetas, dtype=torch.float64).unsqueeze(1))
+    outcome = lost.expand(len(thetas), -1, -1).gather(2, choice.unsqueeze(2)).squeeze(2)  # (K, P)
+    broken, loosened = 0, 0
+    for _ in range(100):
+        dealt = torch.randperm(prompts, generator=generator)
+        counts = outcome[:, dealt[:400]].sum(1).long().tolist()
+        saved = [0.001 * at for at in range(len(thetas))]
+        certificate = made(n=400, thetas=thetas, lost={"differs": counts}, saved=saved)
+        at = thetas.index(certificate.promise(alpha).theta)
+        broken += float(outcome[at, dealt[400:]].mean()) > alpha
+        loosened += at > 0
+    assert broken <= 10
+    assert loosened == 100  # a certificate that always says identity would keep every promise
+
+
+def test_the_certificate_of_a_router_holds_for_it(certified: MenuRouter) -> None:
+    assert certified.certified
+    assert not certified.with_certificate(None).certified

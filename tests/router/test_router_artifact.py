@@ -1,0 +1,129 @@
+"""Routers on disk: what is written is read back, and what was altered, lost or foreign is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError
+from polar_sdk.program import Program
+from polar_sdk.router import IdentityRouter, Route, Router, StaticRouter, load_router, save_router
+from polar_sdk.router.layerwise import PolicyRouter
+from polar_sdk.router.learned import RouterFacts
+from polar_sdk.router.menu import MenuRouter
+from polar_sdk.router.network import Network
+from polar_sdk.testing import tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from polar_sdk.model import PolarModel
+
+TOKENS = (5, 80, 33, 7, 120)
+
+
+@pytest.fixture
+def folder(certified: MenuRouter, tmp_path: Path) -> Path:
+    return save_router(certified, tmp_path / "router")
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "router.json"
+    facts = json.loads(path.read_text())
+    change(facts)
+    path.write_text(json.dumps(facts))
+
+
+def test_a_menu_router_comes_back_as_it_was(folder: Path, certified: MenuRouter, model: PolarModel) -> None:
+    read = load_router(folder)
+    assert isinstance(read, MenuRouter)
+    bound = read.bind(model.decoder, model.fingerprint)
+    assert (bound.facts, bound.programs, bound.certificate) == (
+        certified.facts,
+        certified.programs,
+        certified.certificate,
+    )
+    assert bound.version == certified.version and bound.certified
+    assert bound.choose(TOKENS, 0.3) == certified.choose(TOKENS, 0.3)
+    assert sorted(path.name for path in folder.iterdir()) == ["router.json", "router.safetensors"]
+
+
+def test_a_policy_router_comes_back_as_it_was(model: PolarModel, tmp_path: Path) -> None:
+    facts = RouterFacts(model="t", fingerprint=model.fingerprint, depth=6, training={"free_layers": [1, 2, 3, 4]})
+    network = Network.fresh(torch.randn(9, 49), (256, 256), 12, seed=3)
+    network.weights[-1].normal_()
+    router = PolicyRouter(facts, network, [Program.identity(6)]).bind(model.decoder, model.fingerprint)
+    read = load_router(save_router(router, tmp_path))
+    assert isinstance(read, PolicyRouter)
+    assert read.bind(model.decoder, model.fingerprint).choose(TOKENS, 0.5) == router.choose(TOKENS, 0.5)
+
+
+def test_fixed_routers_come_back_as_they_were(tmp_path: Path) -> None:
+    static = load_router(save_router(StaticRouter("0-2 5"), tmp_path / "static"))
+    assert isinstance(static, StaticRouter) and static.program.text == "0-2 5"
+    identity = load_router(save_router(IdentityRouter(6), tmp_path / "identity"))
+    assert isinstance(identity, IdentityRouter) and identity.program == Program.identity(6)
+
+
+def test_a_router_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
+    class Own(Router):
+        kind = "own"
+
+        def route(self, tokens: Sequence[int]) -> Route:
+            return Route(Program.identity(6))
+
+    with pytest.raises(RouterError, match="'own' cannot be saved"):
+        save_router(Own(), tmp_path)
+
+
+def test_altered_weights_are_found(folder: Path) -> None:
+    path = folder / "router.safetensors"
+    tensors = load_file(path)
+    tensors["bias.0"] = tensors["bias.0"] + 1
+    save_file(tensors, path)
+    with pytest.raises(RouterDamagedError, match="its weights are not those it was saved with"):
+        load_router(folder)
+
+
+def test_an_altered_menu_is_found(folder: Path) -> None:
+    edit(folder, lambda facts: facts["programs"].append("0-1"))
+    with pytest.raises(RouterDamagedError, match="its programs are not those"):
+        load_router(folder)
+
+
+def test_a_loosened_promise_is_found(folder: Path) -> None:
+    edit(folder, lambda facts: facts["certificate"]["tiers"]["standard"].update(theta=0.6))
+    with pytest.raises(RouterDamagedError, match="does not follow from the counts"):
+        load_router(folder)
+
+
+def test_a_certificate_of_other_weights_is_found(folder: Path) -> None:
+    edit(folder, lambda facts: facts["certificate"]["subject"].update(router="0" * 64))
+    with pytest.raises(RouterDamagedError, match="belongs to other weights"):
+        load_router(folder)
+
+
+@pytest.mark.parametrize("name", ["router.json", "router.safetensors"])
+def test_a_file_cut_short_is_found(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RouterDamagedError, match=f"is damaged: {name}"):
+        load_router(folder)
+
+
+def test_a_missing_file_is_told(folder: Path, tmp_path: Path) -> None:
+    (folder / "router.safetensors").unlink()
+    with pytest.raises(RouterDamagedError, match=r"router\.safetensors"):
+        load_router(folder)
+    with pytest.raises(RouterError, match="there is no router in folder"):
+        load_router(tmp_path / "nowhere")
+
+
+def test_a_router_of_another_model_is_refused(folder: Path) -> None:
+    with pytest.raises(RouterModelError, match=r"was trained for model tiny .* Load that model, or train"):
+        tiny_model(seed=5, router=folder)

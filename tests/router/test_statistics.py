@@ -1,0 +1,61 @@
+"""Statistics: exact where exactness is claimed, checked against fractions and published values."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import comb
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polar_sdk.statistics import binomial_cdf, least_prompts, mcnemar, paired_difference, smallest_alpha, wilson
+
+
+@given(n=st.integers(1, 60), k=st.integers(0, 60), percent=st.integers(1, 99))
+def test_binomial_tail_is_the_exact_sum(n: int, k: int, percent: int) -> None:
+    p = Fraction(percent, 100)
+    exact = sum(comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(min(k, n) + 1))
+    assert binomial_cdf(k, n, percent / 100) == pytest.approx(float(exact), rel=1e-9, abs=1e-12)
+
+
+def test_known_allowances_of_500_prompts() -> None:
+    assert binomial_cdf(18, 500, 0.05) <= 0.1 < binomial_cdf(19, 500, 0.05)
+    assert binomial_cdf(5, 500, 0.02) <= 0.1 < binomial_cdf(6, 500, 0.02)
+
+
+def test_fewest_prompts_for_one_percent_are_230() -> None:
+    assert least_prompts(0.01, 0.1) == 230
+
+
+@given(alpha=st.floats(0.001, 0.5), delta=st.floats(0.01, 0.5))
+def test_fewest_prompts_are_fewest(alpha: float, delta: float) -> None:
+    n = least_prompts(alpha, delta)
+    assert binomial_cdf(0, n, alpha) <= delta * (1 + 1e-6)
+    assert n == 1 or binomial_cdf(0, n - 1, alpha) > delta * (1 - 1e-6)
+    assert smallest_alpha(n, delta) <= alpha * (1 + 1e-6)
+
+
+def test_mcnemar_of_one_against_nine() -> None:
+    first = [True] * 9 + [False] * 1 + [True] * 30
+    second = [False] * 9 + [True] * 1 + [True] * 30
+    assert mcnemar(first, second) == pytest.approx(22 / 1024)
+    assert mcnemar(second, first) == mcnemar(first, second)
+    assert mcnemar(first, first) == 1.0
+
+
+def test_wilson_of_eight_in_ten() -> None:
+    share, low, high = wilson(8, 10)
+    assert (share, round(low, 4), round(high, 4)) == (0.8, 0.4902, 0.9433)
+    assert wilson(0, 20).low == 0.0
+    assert wilson(20, 20).high == 1.0
+    with pytest.raises(ValueError, match="share of nothing"):
+        wilson(0, 0)
+
+
+def test_paired_difference_of_known_pairs() -> None:
+    # 10 pairs, of which 3 differ one way and 1 the other: mean 0.2, standard error 0.2.
+    mean, low, high = paired_difference([True] * 3 + [False] * 7, [False] * 3 + [True] + [False] * 6)
+    assert (mean, round(low, 3), round(high, 3)) == (0.2, -0.192, 0.592)
+    same = paired_difference([True] * 100, [True] * 100)
+    assert same.value == 0 and same.low < 0 < same.high

@@ -1,0 +1,178 @@
+"""Data files: what is read, what counts as a duplicate, and that splits do not move."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polar_sdk.data import (
+    SPLITS,
+    AnswerItem,
+    ChoiceItem,
+    Item,
+    PromptItem,
+    Shares,
+    builtin_items,
+    check_labels,
+    data_hash,
+    distinct_items,
+    item_id,
+    normalised,
+    read_items,
+    split_of,
+)
+from polar_sdk.data.distinct import NEAR, _members
+from polar_sdk.errors import DataError
+
+if TYPE_CHECKING:
+    import random
+    from pathlib import Path
+
+WORDS = st.lists(st.sampled_from(["a", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"]), min_size=1, max_size=12)
+PROMPTS = st.lists(WORDS.map(lambda words: PromptItem(prompt=" ".join(words))), min_size=2, max_size=25)
+
+
+def overlap(one: PromptItem, other: PromptItem) -> float:
+    """Jaccard overlap, from its definition."""
+    left, right = _members(normalised(one.prompt)), _members(normalised(other.prompt))
+    return len(left & right) / len(left | right)
+
+
+@given(PROMPTS)
+def test_no_two_that_stay_are_near_duplicates_and_every_other_has_one_that_stays(items: list[PromptItem]) -> None:
+    """The index by rare members finds exactly what comparing all pairs finds."""
+    try:
+        kept = distinct_items(items)
+    except DataError:
+        assert any(all(overlap(item, one) >= NEAR for item in items) for one in items)
+        return
+    prompts = [item for item in kept if isinstance(item, PromptItem)]
+    assert all(overlap(a, b) < NEAR for number, a in enumerate(prompts) for b in prompts[:number])
+    assert all(any(overlap(item, one) >= NEAR for one in prompts) for item in items)
+
+
+@given(PROMPTS, st.randoms(use_true_random=False))
+def test_what_stays_does_not_depend_on_order(items: list[PromptItem], dice: random.Random) -> None:
+    mixed = items.copy()
+    dice.shuffle(mixed)
+    try:
+        kept = distinct_items(items)
+    except DataError:
+        with pytest.raises(DataError):
+            distinct_items(mixed)
+    else:
+        assert set(distinct_items(mixed)) == set(kept)
+        assert kept == [item for item in dict.fromkeys(items) if item in kept]
+
+
+def test_copies_differ_in_case_punctuation_spacing_and_order_of_choices_only() -> None:
+    one = ChoiceItem(question="What is up?", choices=("the sky", "a dog"), answer=0)
+    items: list[Item] = [
+        PromptItem(prompt="Hello,  World!"),
+        PromptItem(prompt="hello world"),
+        one,
+        ChoiceItem(question="what is UP", choices=("A dog.", "The sky."), answer=1),
+        PromptItem(prompt="What is 17 + 26?"),
+        PromptItem(prompt="What is 17 - 26?"),
+        PromptItem(prompt="???"),
+        PromptItem(prompt="!"),
+    ]
+    kept = distinct_items(items)
+    assert len(kept) == 6
+    assert item_id(items[2]) == item_id(items[3])
+    assert {normalised("今日は晴れ"), normalised("今日 は 晴れ")} == {"今 日 は 晴 れ"}
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=30, unique=True), st.integers(0, 5))
+def test_an_item_stays_in_its_split_when_the_file_is_shuffled_or_grows(texts: list[str], seed: int) -> None:
+    before = {text: split_of(text, seed=seed) for text in texts[: len(texts) // 2]}
+    after = {text: split_of(text, seed=seed) for text in reversed(texts)}
+    assert before.items() <= after.items()
+
+
+def test_shares_are_met_on_average_and_a_seed_deals_anew() -> None:
+    ids = [str(number) for number in range(8000)]
+    counts = Counter(split_of(one, Shares(0.4, 0.3, 0.2, 0.1)) for one in ids)
+    assert [round(counts[split] / 8000, 1) for split in SPLITS] == [0.4, 0.3, 0.2, 0.1]
+    assert sum(split_of(one) != split_of(one, seed=1) for one in ids) > 4000
+    assert {split_of(one, Shares(0, 0, 1, 0)) for one in ids[:500]} == {"calibration"}
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5, 0.5, 0), (1.5, -0.5, 0, 0), (float("nan"), 0, 0, 1)])
+def test_shares_that_are_none(shares: tuple[float, float, float, float]) -> None:
+    with pytest.raises(DataError, match="add up to 1"):
+        Shares(*shares).check()
+
+
+def test_all_three_forms_are_read(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a b"},
+        {"prompt": "2 + 2", "answer": "4"},
+        {"question": "3 + 3", "answer": "6", "solution": "counted"},
+        {"question": "q", "choices": ["x", "y"], "answer": 1},
+        {"prompt": "a\u2028b"},
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert read_items(file) == [
+        PromptItem(prompt="a b"),
+        AnswerItem(prompt="2 + 2", answer="4"),
+        AnswerItem(prompt="3 + 3", answer="6"),
+        ChoiceItem(question="q", choices=("x", "y"), answer=1),
+        PromptItem(prompt="a\u2028b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "q", "choices": ["only"], "answer": 0}', "1 choice leaves nothing to choose"),
+        ('{"question": "q", "choices": ["a", "b"]}', "answer: Field required"),
+        ('{"prompt": "p", "answer": 4}', "answer: Input should be a valid string"),
+        ('{"answer": "4"}', "prompt: Field required"),
+    ],
+)
+def test_lines_that_have_none_of_the_forms(line: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(line)
+    with pytest.raises(DataError, match=says):
+        read_items(file)
+
+
+def test_sets_that_hold_nothing_to_learn_from() -> None:
+    with pytest.raises(DataError, match="no prompt"):
+        distinct_items([])
+    with pytest.raises(DataError, match="all 3 prompts are copies of one"):
+        distinct_items([PromptItem(prompt=text) for text in ("Hi", "hi!", " HI ")])
+    assert distinct_items([PromptItem(prompt="Hi")]) == [PromptItem(prompt="Hi")]
+    same = [ChoiceItem(question=text, choices=("x", "y"), answer=1) for text in ("a", "b", "c")]
+    with pytest.raises(DataError, match="all 3 choice questions is index 1"):
+        check_labels([*same, PromptItem(prompt="p")])
+    check_labels([*same, ChoiceItem(question="d", choices=("x", "y"), answer=0)])
+    check_labels(same[:1])
+
+
+def test_the_hash_of_a_set_knows_answers_and_no_order() -> None:
+    one = ChoiceItem(question="q", choices=("x", "y"), answer=1)
+    other = PromptItem(prompt="p")
+    assert data_hash([one, other]) == data_hash([other, one])
+    assert data_hash([one]) != data_hash([one.model_copy(update={"answer": 0})])
+
+
+def test_the_prompts_of_the_package() -> None:
+    file = resources.files("polar_sdk.data") / "prompts.jsonl"
+    text = file.read_text(encoding="utf-8")
+    kinds = Counter(json.loads(line)["task"] for line in text.splitlines())
+    assert len(text.encode()) <= 150_000
+    assert sum(kinds.values()) >= 600
+    assert len(kinds) == 8
+    assert min(kinds.values()) >= 70
+    items = builtin_items()
+    assert distinct_items(items) == items  # no near duplicates among them
+    assert all(isinstance(item, PromptItem) for item in items)

@@ -1,0 +1,442 @@
+"""Rewards and the search: checked against doing the same by hand, interrupted, resumed, and told wrong things."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from polar_sdk import PolarModel, Policy, Program
+from polar_sdk.cli.main import app
+from polar_sdk.cost import CostModel, LayerCost
+from polar_sdk.data import AnswerItem, ChoiceItem, Item, PromptItem, Shares
+from polar_sdk.errors import DataError
+from polar_sdk.rewards import Measurer, RewardCache, cache_path, make_tasks
+from polar_sdk.rewards.answers import is_right
+from polar_sdk.rewards.measure import _preferred
+from polar_sdk.scoring import score_programs
+from polar_sdk.search import Menu, RewardMatrix, Search, SearchOptions, SearchResult, rewards_path
+from polar_sdk.search.cover import cover
+from polar_sdk.search.cuts import Edit, Space
+from polar_sdk.search.evolve import evolve
+from polar_sdk.testing import tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from polar_sdk.scoring import Question
+
+DEPTH = 6
+IDENTITY = Program.identity(DEPTH)
+THINGS = [
+    "apples",
+    "pears",
+    "boats",
+    "trains",
+    "clouds",
+    "rivers",
+    "stones",
+    "birds",
+    "maps",
+    "songs",
+    "lamps",
+    "doors",
+]
+ITEMS: list[Item] = [
+    *(PromptItem(prompt=f"tell me all of the {thing} there") for thing in THINGS),
+    *(
+        ChoiceItem(question=f"which colour have {thing}?", choices=("red", f"blue {thing}", "green"), answer=number % 3)
+        for number, thing in enumerate(THINGS)
+    ),
+    AnswerItem(prompt="how many moons has the earth?", answer="1"),
+]
+SMALL = {"budgets": (0.8, 0.6), "population": 4, "generations": 1, "menu": 5, "answer_tokens": 5, "write_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def model() -> PolarModel:
+    """A model with two bridges."""
+    made = tiny_model(policy=Policy(protected=(0, -1)))
+    made.heal(ITEMS, "1-2;2-4", answer_tokens=4)
+    return made
+
+
+def search(model: PolarModel, cache: RewardCache | None = None, **options: object) -> SearchResult:
+    chosen = SearchOptions(**{**SMALL, **options})  # type: ignore[arg-type]
+    return Search(model, ITEMS, chosen, cache or RewardCache()).run()
+
+
+@pytest.fixture(scope="module")
+def found(model: PolarModel) -> SearchResult:
+    return search(model)
+
+
+def test_rewards_are_what_scoring_by_hand_gives(model: PolarModel) -> None:
+    program = Program.parse("0 [1-2] 3 5")
+    tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
+    reward = Measurer(model, RewardCache()).rewards(tasks, [program])[program]
+    for number, item in enumerate(ITEMS):
+        if isinstance(item, ChoiceItem):
+            prompt, tails = f"Question: {item.question}\nAnswer:", [f" {choice}" for choice in item.choices]
+            scores = [
+                [
+                    value / len(choice)
+                    for value, choice in zip(model.score(prompt, tails, program=one), item.choices, strict=True)
+                ]
+                for one in (IDENTITY, program)
+            ]
+            wanted = scores[0].index(max(scores[0]))
+            rivals = [score for at, score in enumerate(scores[1]) if at != wanted]
+            assert bool(reward.agree[number]) == (scores[1].index(max(scores[1])) == wanted)
+            assert float(reward.margin[number]) == pytest.approx(scores[1][wanted] - max(rivals), abs=1e-4)
+            assert (float(reward.margin[number]) > 0) == bool(reward.agree[number])
+        else:
+            answers = [model.generate(item.prompt, program=one, max_tokens=5).token_ids for one in (IDENTITY, program)]
+            assert bool(reward.agree[number]) == (answers[0] == answers[1])
+            assert (float(reward.share[number]) == 1) == bool(reward.agree[number])
+            usage = model.generate(item.prompt, program=program, max_tokens=len(answers[0])).usage
+            if usage.tokens.output == len(answers[0]):
+                assert int(reward.flops[number]) == usage.flops.total
+
+
+def test_identity_agrees_with_itself_and_saves_nothing(model: PolarModel) -> None:
+    tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
+    reward = Measurer(model, RewardCache()).rewards(tasks, [IDENTITY])[IDENTITY]
+    assert reward.agree.all()
+    assert (reward.share == 1).all()
+    prompts = torch.tensor([not isinstance(item, ChoiceItem) for item in ITEMS])
+    assert torch.equal(reward.margin[prompts], torch.zeros(int(prompts.sum())))
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "right"),
+    [
+        ("The answer is Paris", "the answer is PARIS.", True),
+        ("Paris, of course", "Paris", False),
+        ("3 apples and 4 make 1,007", "1007", True),
+        ("It is 12. No, 13", "12", False),
+        ("minus -2.50", "-2.5", True),
+        ("none at all", "0", False),
+    ],
+)
+def test_what_counts_as_the_right_text(written: str, answer: str, right: bool) -> None:
+    assert is_right(written, answer) is right
+
+
+def test_right_is_read_from_choices_and_from_what_is_written(model: PolarModel) -> None:
+    program = Program.parse("0-1 3-5")
+    text = model.generate("write", program=program, max_tokens=4).text
+    items: list[Item] = [
+        AnswerItem(prompt="write", answer=text),
+        AnswerItem(prompt="write", answer=f"{text} not"),
+        *ITEMS,
+    ]
+    tasks = make_tasks(model, items, RewardCache(), answer_tokens=5)
+    right = Measurer(model, RewardCache()).right(tasks, program, max_tokens=4)
+    by_hand = []
+    for item in ITEMS:
+        if isinstance(item, ChoiceItem):
+            values = model.score(
+                f"Question: {item.question}\nAnswer:", [f" {c}" for c in item.choices], program=program
+            )
+            scores = [value / len(choice) for value, choice in zip(values, item.choices, strict=True)]
+            by_hand.append(scores.index(max(scores)) == item.answer)
+        else:
+            by_hand.append(False)
+    assert right.tolist() == [True, False, *by_hand]
+
+
+class Counter:
+    """Counts what is really run: pairs of question and program, and prompts that are answered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
+        self.pairs: list[tuple[Question, Program]] = []
+        self.answered: list[tuple[str, str]] = []
+        original, answer = score_programs, PolarModel.greedy_answers
+
+        def count(decoder: object, pack: Sequence[Question], programs: Sequence[Program], step: object) -> object:
+            if stop_after is not None and len(self.pairs) >= stop_after:
+                raise KeyboardInterrupt
+            self.pairs += [(question, program) for question in pack for program in programs]
+            return original(decoder, pack, programs, step)  # type: ignore[arg-type]
+
+        def write(
+            own: PolarModel, prompts: Sequence[str], *, max_tokens: int, program: Program | None = None
+        ) -> object:
+            self.answered += [(prompt, f"{program} {max_tokens}") for prompt in prompts]
+            return answer(own, prompts, max_tokens=max_tokens, program=program)
+
+        monkeypatch.setattr("polar_sdk.rewards.measure.score_programs", count)
+        monkeypatch.setattr(PolarModel, "greedy_answers", write)
+
+
+def test_an_interrupted_search_goes_on_and_measures_nothing_twice(
+    model: PolarModel, found: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rewards.sqlite3"
+    with monkeypatch.context() as patch, RewardCache(file) as cache:
+        first = Counter(patch, stop_after=60)
+        with pytest.raises(KeyboardInterrupt):
+            search(model, cache)
+    with monkeypatch.context() as patch, RewardCache(file) as cache:
+        second = Counter(patch)
+        again = search(model, cache)
+    assert first.pairs
+    assert second.pairs
+    everything = first.pairs + second.pairs
+    assert len(everything) == len(set(everything))
+    assert len(first.answered + second.answered) == len(set(first.answered + second.answered))
+    assert again.menu == found.menu
+    with monkeypatch.context() as patch, RewardCache(file) as cache:
+        third = Counter(patch)
+        search(model, cache)
+    assert (len(third.pairs), len(third.answered)) == (0, 0)
+
+
+def test_other_bridges_are_other_programs_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(policy=Policy.permissive())
+    with RewardCache(tmp_path / "rewards.sqlite3") as cache:
+        tasks = make_tasks(model, ITEMS[:4], cache, answer_tokens=4)
+        programs = [Program.parse(text) for text in ("0-5", "0-1 3-5", "0 [1-2] 3-5")]
+        for rank, expected in ((2, 3), (3, 1)):
+            model.heal(ITEMS, "1-2", rank=rank, answer_tokens=4)
+            with monkeypatch.context() as patch:
+                counter = Counter(patch)
+                Measurer(model, cache).outcomes(tasks, programs)
+            assert len({program for _, program in counter.pairs}) == expected
+
+
+def test_the_matrix_holds_what_the_programs_do_on_every_prompt(model: PolarModel, found: SearchResult) -> None:
+    matrix = found.matrix
+    assert matrix.programs[0] == IDENTITY
+    assert 2 <= len(matrix.programs) <= 5
+    assert len(matrix) == len(ITEMS)
+    assert matrix.agree[:, 0].all()
+    tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
+    assert matrix.ids == tuple(task.id for task in tasks)
+    assert matrix.tokens == tuple(task.question.prompt for task in tasks)
+    rewards = Measurer(model, RewardCache()).rewards(tasks, matrix.programs)
+    for column, program in enumerate(matrix.programs):
+        assert torch.equal(matrix.agree[:, column], rewards[program].agree)
+        assert torch.equal(matrix.flops[:, column], rewards[program].flops)
+    assert torch.equal(matrix.saved[:, 0], torch.zeros(len(ITEMS), dtype=torch.float64))
+    assert matrix.labelled.tolist() == [not isinstance(item, PromptItem) for item in ITEMS]
+    assert not matrix.right[~matrix.labelled].any()
+    assert matrix.fingerprint == model.fingerprint
+
+
+def test_the_menu_has_identity_and_a_program_for_every_budget(model: PolarModel, found: SearchResult) -> None:
+    ratios = [one.flops_ratio for one in found.menu.programs]
+    assert found.menu.programs[0].program == IDENTITY
+    assert (ratios[0], found.menu.programs[0].agreement) == (1.0, 1.0)
+    assert ratios[1:] == sorted(ratios[1:], reverse=True)
+    slack = Space(model.loaded.decoder.cost, model.policy).slack
+    for budget in SMALL["budgets"]:  # type: ignore[attr-defined]
+        assert any(budget - slack <= ratio <= budget for ratio in ratios)
+    for one in found.menu.programs:
+        model.policy.check(one.program, model.loaded.decoder.cost)
+
+
+def test_a_seed_repeats_a_search_and_another_seed_is_another_search(model: PolarModel, found: SearchResult) -> None:
+    assert search(model).menu == found.menu
+    assert found.menu.seed == 0
+    other = search(model, seed=5, loops=False)
+    assert all(one.program.most_visits == 1 for one in other.menu.programs)
+
+
+def test_labels_as_the_objective_choose_by_what_is_right(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With labels that are the choices of one program, a program of the menu is right on all that was searched on."""
+    monkeypatch.setattr("polar_sdk.search.evolve._RUNGS", (1.0,))  # so few prompts that halving would be chance
+    favourite = Program.parse("0 2-5")
+    tasks = make_tasks(model, [item for item in ITEMS if isinstance(item, ChoiceItem)], RewardCache())
+    outcomes = Measurer(model, RewardCache()).outcomes(tasks, [favourite])[favourite]
+    items: list[Item] = [
+        task.item.model_copy(update={"answer": _preferred(task, outcome)})
+        for task, outcome in zip(tasks, outcomes, strict=True)
+    ]
+    everything = Shares(1, 0, 0, 0)
+    options = SearchOptions(budgets=(0.86,), population=12, objective="labels", loops=False, shares=everything)
+    train = Search(model, items, options).run().matrix.of("train")
+    assert len(train) == len(items)
+    assert train.right[:, 1:].all(0).any()
+    assert not train.right[:, 0].all()
+
+
+def test_saved_matrices_read_back(found: SearchResult, tmp_path: Path) -> None:
+    found.save(tmp_path / "deep" / "menu.json")
+    assert Menu.load(tmp_path / "deep" / "menu.json") == found.menu
+    again = RewardMatrix.load(rewards_path(tmp_path / "deep" / "menu.json"))
+    assert (again.ids, again.tokens, again.programs) == (found.matrix.ids, found.matrix.tokens, found.matrix.programs)
+    assert (again.kinds, again.splits, again.data) == (found.matrix.kinds, found.matrix.splits, found.matrix.data)
+    for name in ("agree", "share", "margin", "right", "labelled", "flops"):
+        assert torch.equal(getattr(again, name), getattr(found.matrix, name))
+
+
+def test_rows_of_a_matrix(found: SearchResult) -> None:
+    matrix = found.matrix
+    train = matrix.of("train")
+    assert set(train.splits) == {"train"}
+    assert len(train) == matrix.splits.count("train")
+    last = matrix.rows([len(matrix) - 1, 0])
+    assert last.ids == (matrix.ids[-1], matrix.ids[0])
+    assert torch.equal(last.flops, matrix.flops[[-1, 0]])
+    assert set(matrix.of("train", "dev", "calibration", "test", kinds=["answer"]).kinds) == {"answer"}
+    assert torch.equal(matrix.rows(matrix.labelled).labelled, torch.ones(int(matrix.labelled.sum()), dtype=torch.bool))
+    with pytest.raises(DataError, match="no prompt in train"):
+        matrix.rows([]).of("train")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b"polar-rewards-1", b"polar-rewards-9")),
+            "no reward matrix",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"splits", b"splats")), "damaged"),
+    ],
+)
+def test_matrices_that_are_none(
+    spoil: Callable[[Path], object], says: str, found: SearchResult, tmp_path: Path
+) -> None:
+    path = found.save(tmp_path / "menu.json")
+    spoil(path)
+    with pytest.raises(DataError, match=says):
+        RewardMatrix.load(path)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.9, 0.75, 0.6]))
+def test_every_cut_that_is_found_fits_the_budget_and_the_policy(seed: int, budget: float) -> None:
+    cost = tiny_cost()
+    space = Space(cost, Policy(protected=(0, -1)))
+    dice = random.Random(seed)
+    cut = space.random_cut(budget, dice)
+    for _ in range(3):
+        if cut is None:
+            return
+        assert space.allowed(cut)
+        assert budget - space.slack <= space.ratio(cut) <= budget
+        program = space.program(cut)
+        assert set(program.bridges) == {(edit.first, edit.last) for edit in cut if edit.kind == "bridge"}
+        cut = space.neighbour(cut, budget, dice)
+
+
+def tiny_cost() -> CostModel:
+    return CostModel(tuple(LayerCost(1000, 1) for _ in range(12)), 500, {(2, 4): 90, (6, 7): 90})
+
+
+def test_cuts_and_their_programs() -> None:
+    space = Space(tiny_cost(), Policy())
+    cut = frozenset({Edit(2, 4, "bridge"), Edit(6, 7, "skip"), Edit(9, 9, "loop")})
+    assert space.program(cut).text == "0-1 [2-4] 5 8 9x2 10-11"
+    assert space.program(frozenset()).is_identity(12)
+    assert not space.allowed(frozenset({Edit(2, 4, "bridge"), Edit(4, 5, "skip")}))
+
+
+def test_evolution_finds_the_program_that_it_is_told_to_prefer() -> None:
+    """Fitness: how many of layers 3 and 7 are left out; judged on all prompts at the last rung only."""
+    space = Space(tiny_cost(), Policy(), loops=False)
+    asked: dict[float, int] = {}
+
+    def judge(programs: Sequence[Program], share: float) -> dict[Program, float]:
+        asked[share] = asked.get(share, 0) + len(programs)
+        return {program: float(len({3, 7} & set(program.skips(12)))) for program in programs}
+
+    best = evolve(space, 0.8, judge, population=8, generations=6, dice=random.Random(0))
+    assert max(best.values()) == 2
+    assert asked[0.25] > asked[0.5] > asked[1.0] == len(best)
+
+
+@given(st.lists(st.lists(st.integers(-4, 4), min_size=4, max_size=4), min_size=1, max_size=9), st.integers(1, 4))
+def test_the_cover_takes_what_adds_most_and_never_more_than_it_may(rows: list[list[int]], size: int) -> None:
+    gains = torch.tensor(rows) / 4  # sums of quarters are exact
+    picked = cover(gains, size, must=[2])
+    assert picked[0] == 2
+    assert len(picked) == len(set(picked)) <= size
+
+    def worth(columns: list[int]) -> float:
+        return float(gains[:, columns].amax(1).clamp(min=0).sum())
+
+    for place in range(1, len(picked)):
+        best = max(worth([*picked[:place], column]) for column in range(4))
+        assert worth(picked[: place + 1]) == pytest.approx(best, abs=1e-5)
+        assert worth(picked[: place + 1]) > worth(picked[:place])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"budgets": (1.2,)}, "between 0 and 1"),
+        ({"budgets": ()}, "between 0 and 1"),
+        ({"menu": 1}, "at least 2"),
+        ({"objective": "luck"}, "use identity or labels"),
+        ({"prompts": 0}, "at least 1"),
+        ({"shares": (1, 1, 0, 0)}, "add up to 1"),
+    ],
+)
+def test_options_out_of_range(wrong: dict[str, object], says: str) -> None:
+    if "shares" in wrong:
+        wrong = {"shares": Shares(*wrong["shares"])}  # type: ignore[misc]
+    with pytest.raises(DataError, match=says):
+        SearchOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_data_and_policies_that_leave_nothing_to_search(model: PolarModel) -> None:
+    with pytest.raises(DataError, match="no prompt"):
+        model.search([])
+    with pytest.raises(DataError, match="copies of one"):
+        model.search([PromptItem(prompt="a"), PromptItem(prompt="A")])
+    same = [item.model_copy(update={"answer": 0}) for item in ITEMS if isinstance(item, ChoiceItem)]
+    with pytest.raises(DataError, match="choice questions is index 0"):
+        model.search(same)
+    closed = tiny_model(policy=Policy(protected=tuple(range(DEPTH))))
+    with pytest.raises(DataError, match="no program that the policy allows"):
+        closed.search(ITEMS, budgets=(0.5,), answer_tokens=2)
+
+
+def test_a_cache_that_cannot_be_used(tmp_path: Path) -> None:
+    file = tmp_path / "rewards.sqlite3"
+    file.write_text("this is no database, and long enough for SQLite to look at its first page " * 20)
+    with pytest.raises(DataError, match="set POLAR_CACHE"):
+        RewardCache(file)
+
+
+def test_the_cache_has_a_file_per_model_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
+    paths = {cache_path(fingerprint, dtype) for fingerprint in ("a" * 64, "b" * 64) for dtype in ("int8", "bfloat16")}
+    assert len(paths) == 4
+    with RewardCache(paths.pop()) as cache:
+        cache.put("0-5", {"x": [1.5, [2]], "y": "text"})
+        assert cache.get(["x", "y", "z"], "0-5") == {"x": [1.5, [2]], "y": "text"}
+        assert cache.get(["x"], "0-4") == {}
+
+
+def test_the_command_searches_and_writes_menu_and_rewards(
+    model: PolarModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
+    data, out = tmp_path / "data.jsonl", tmp_path / "menu.json"
+    data.write_text("\n".join(item.model_dump_json() for item in ITEMS))
+    command = ["search", "--data", str(data), "--out", str(out), "--budgets", "0.8,0.6", "--menu", "5"]
+    command += ["--population", "4", "--generations", "1", "--answer-tokens", "5", "--write-tokens", "4"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "programs measured" in result.output
+    with monkeypatch.context() as patch:
+        counter = Counter(patch)
+        told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert counter.pairs == []  # the second run reads what the first one measured
+    assert [one["program"] for one in told["programs"]] == [one.program.text for one in Menu.load(out).programs]
+    assert RewardMatrix.load(told["rewards"]).programs[0] == IDENTITY
+    wrong = CliRunner().invoke(app, [*command[:5], "--budgets", "cheap"])
+    assert (wrong.exit_code, "no list of numbers" in wrong.output) == (2, True)
