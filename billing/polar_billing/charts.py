@@ -98,6 +98,7 @@ def charges_by_tier(report: Report) -> str:
         _categories(axes, [text.tier_name(tier.tier) for tier in tiers])
         _amounts(axes, report)
         axes.margins(x=0.14)
+        axes.set_xlim(left=0)  # where every charge rounds to 0, the axis would else show negative ones
         _legend(figure, axes)
 
     return _svg(
@@ -170,6 +171,7 @@ def charges_by_tenant(report: Report) -> str:
         _categories(axes, [tenant.tenant for tenant in ranked])
         _amounts(axes, report)
         axes.margins(x=0.14)
+        axes.set_xlim(left=0)  # where every charge rounds to 0, the axis would else show negative ones
         _legend(figure, axes)
 
     return _svg("charges-by-tenant", 0.95 + 0.26 * len(ranked), draw, "Charges by tenant, split by tier")

@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from polar_billing import pending, recovery, store_errors
 from polar_billing.append import store_entries
 from polar_billing.connection import BUSY_TIMEOUT_MS, PATIENCE_S, Database
-from polar_billing.errors import ConflictError, SchemaVersionError, StoreReadOnlyError
+from polar_billing.errors import ConflictError, SchemaVersionError, StoreNotFoundError, StoreReadOnlyError
 from polar_billing.known import joined
 from polar_billing.location import default_file, describe, resolve, sqlite_file
 from polar_billing.price_book import PriceBook
@@ -215,6 +215,17 @@ class Ledger(LedgerStorage):
             return True
         self.close()  # the file was removed or replaced: what an open connection wrote there would be lost
         return False
+
+    def check_exists(self) -> None:
+        """Raise where there is nothing yet, for those who would otherwise prove that nothing is sound.
+
+        Raises:
+            StoreNotFoundError: The ledger was not made yet, or is somewhere else.
+        """
+        if not self._has_tables():
+            raise StoreNotFoundError(
+                f"ledger {self.location!r} holds nothing yet.", hint="Name another one with --ledger or POLAR_LEDGER."
+            )
 
     def _has_tables(self) -> bool:
         """True if there is something to read; never creates anything."""

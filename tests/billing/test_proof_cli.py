@@ -62,6 +62,13 @@ def test_a_sound_ledger_prints_its_heads(filled: Ledger) -> None:
     assert (found["sound"], found["findings"], found["heads"]["acme"]["number"]) == (True, [], 2)
 
 
+def test_a_ledger_that_is_not_there_proves_nothing(tmp_path: Path) -> None:
+    for arguments in (["verify"], ["receipt", "a"]):
+        told = polar(*arguments, "--ledger", str(tmp_path / "misspelt.sqlite3"))
+        assert isinstance(told.exception, StoreNotFoundError)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_changed_ledger_names_the_first_bad_number(filled: Ledger) -> None:
     change(filled, "UPDATE polar_usage SET tokens_output = tokens_output + 1 WHERE request_id = 'b'")
     told = polar("verify")

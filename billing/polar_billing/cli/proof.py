@@ -6,13 +6,19 @@ Arguments in, text out; the work is done by `verify`, `proof`, `retention` and `
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from polar_billing.cli.options import JsonOption, LedgerOption, TenantOption, ZoneOption, open_ledger, show_json
 from polar_billing.errors import LedgerUnsoundError, OutputError, QueryError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from polar_billing.ledger import Ledger
 
 __all__ = ["register"]
 
@@ -20,7 +26,7 @@ __all__ = ["register"]
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("verify", epilog="Example: polar verify --ledger ledger.sqlite3")(verify)
-    app.command("receipt", epilog="Example: polar receipt 0193e1a2 --tenant acme > receipt.json")(receipt)
+    app.command("receipt", epilog="Example: polar receipt 0193e1a2 --tenant acme")(receipt)
     app.command("prune", epilog="Example: polar prune --before 2026-01-01")(prune)
     app.command("migrate", epilog="Example: polar migrate --ledger postgresql://polar@db/polar")(migrate)
 
@@ -41,7 +47,7 @@ def verify(
     from polar_billing.proof import check_receipt
     from polar_billing.verify import verify_ledger
 
-    with open_ledger(ledger, recover=False) as store, store.snapshot() as connection:
+    with _existing(ledger, recover=False) as store, store.snapshot() as connection:
         if receipt is not None:
             checked = check_receipt(connection, _read_receipt(receipt))
             if checked is not None:
@@ -70,6 +76,14 @@ def verify(
         raise LedgerUnsoundError(f"ledger {store.location!r} is not as it was written. {found.findings[0]}{also}")
 
 
+@contextmanager
+def _existing(ledger: str | None, *, recover: bool = True) -> Iterator[Ledger]:
+    """A ledger that was made before; a proof of one that was misspelt would be worth nothing."""
+    with open_ledger(ledger, recover=recover) as store:
+        store.check_exists()
+        yield store
+
+
 def _read_receipt(path: Path) -> dict[str, object]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +105,7 @@ def receipt(
     """Print the receipt of one request as JSON: what it cost, by which prices, and its place in the chain."""
     from polar_billing.proof import make_receipt
 
-    with open_ledger(ledger) as store, store.snapshot() as connection:
+    with _existing(ledger) as store, store.snapshot() as connection:
         show_json(make_receipt(connection, tenant, request, source=source))
 
 
