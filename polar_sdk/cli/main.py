@@ -93,9 +93,11 @@ _register_all()
 
 def main() -> None:
     """Entry point of the command `polar`."""
-    # Threads that wait for work should sleep, not spin: two busy processes on the same cores otherwise decode ten times
-    # slower than one (benchmarks/RESULTS.md). Read when torch is first imported, which has not happened yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for work should spin for a moment and then sleep: those that sleep at once halve the speed of
+    # decoding, those that spin for long ruin it for a second process on the same cores (benchmarks/RESULTS.md). Read
+    # when torch is first imported, which has not happened yet.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "600")
     signal.signal(signal.SIGTERM, _terminated)
     app()
 

@@ -66,7 +66,8 @@ class Decoder:
         first: Tensor = self.ends["embedding"]
         self.device, self.dtype = first.device, first.dtype
         self.precision = precision or _SHORT[self.dtype]
-        self.ends["head"] = quantize(self.ends["head"], self.precision)
+        # The head decides between near-equal tokens: in int4 it costs a tenth of them (`benchmarks/RESULTS.md`).
+        self.ends["head"] = quantize(self.ends["head"], "int8" if self.precision == "int4" else self.precision)
         self.layers = list(self._take_layers(model, consume))
         self.cost: CostModel = family.cost()
         self.kernels: Kernels = EagerKernels(family)

@@ -38,6 +38,8 @@ class PagePool:
         self.store = torch.empty((pages, 2, kv_heads, PAGE, head_dim), dtype=dtype, device=device)
         self.size = pages
         self._users = [0] * pages
+        self._clean = 0
+        """Pages below it have been cleared."""
         self._free = list(range(pages))
         self._lock = threading.Lock()
 
@@ -66,7 +68,17 @@ class PagePool:
             taken = [heapq.heappop(self._free) for _ in range(count)]
             for page in taken:
                 self._users[page] = 1
+            self._clear(max(taken, default=-1) + 1)
         return taken
+
+    def _clear(self, end: int) -> None:
+        """Clear pages up to `end` that were never used.
+
+        Compiled attention weighs by 0 what it may not see, and what lies in new memory need not be a number.
+        """
+        if end > self._clean:
+            self.store[self._clean : end].zero_()
+            self._clean = end
 
     def share(self, pages: Sequence[int]) -> None:
         """Count one more user of each page."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.families import find_family
+from polar_sdk.loading.apart import run_apart
 from polar_sdk.loading.compiling import Compile, check_compile, use_compiled
 from polar_sdk.loading.fingerprint import fingerprint_of
 from polar_sdk.loading.load import LoadedModel
@@ -16,6 +17,8 @@ from polar_sdk.serving import Scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from polar_sdk.engine.decoder import Decoder
 
 __all__ = ["adopt"]
 
@@ -47,8 +50,7 @@ def adopt(
     name = getattr(model.config, "name_or_path", "") or model.config.model_type
     find_family(model.config)  # what is not supported at all is said first
     check_one_device(model, name)
-    check_finite(model, name)
-    decoder = build_decoder(model, precision=precision, kv_memory=kv_memory)
+    decoder = run_apart(lambda: _take_over(model, name, precision, kv_memory))
     use_compiled(decoder, compile)
     return LoadedModel(
         name=name,
@@ -63,3 +65,8 @@ def adopt(
         dtype=decoder.dtype,
         adopted=weakref.ref(model),  # kept alive, it would hold beside the fused matrices what they were made from
     )
+
+
+def _take_over(model: PreTrainedModel, name: str, precision: str | None, kv_memory: int | None) -> Decoder:
+    check_finite(model, name)
+    return build_decoder(model, precision=precision, kv_memory=kv_memory)

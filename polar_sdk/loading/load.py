@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import ModelDamagedError, ModelError
 from polar_sdk.loading.aliases import resolve
+from polar_sdk.loading.apart import run_apart
 from polar_sdk.loading.compiling import Compile, check_compile, use_compiled
 from polar_sdk.loading.convert import LOADING_LOCK
 from polar_sdk.loading.obtain import LocalModel, obtain
@@ -94,7 +95,8 @@ def load_pretrained(
         with LOADING_LOCK:  # of several threads that ask for the same model, one loads it and the others get it
             loaded = _loaded.get(key)
             if loaded is None:
-                loaded = _loaded[key] = _load(source.name, local, place, kind, dtype, kv_memory)
+                loaded = run_apart(lambda: _load(source.name, local, place, kind, dtype, kv_memory))
+                _loaded[key] = loaded
     use_compiled(loaded.decoder, compile)
     return loaded if loaded.name == source.name else replace(loaded, name=source.name)
 

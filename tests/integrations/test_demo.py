@@ -63,7 +63,7 @@ def test_its_figures_are_those_of_the_ledger(app: typer.Typer, tmp_path: Path) -
     assert {one["tenant"] for one in shown["answers"]} == {"acme", "globex"}
     assert {one["tier"] for one in shown["answers"]} == {"economy", "standard", "premium"}
     (left,) = [one for one in shown["requests"] if one["outcome"] == "cancelled"]
-    assert left["tokens"]["output"] < 16
+    assert left["tokens"]["output"] < 32  # the longest answer of the demo
 
 
 @pytest.mark.model

@@ -40,7 +40,7 @@ def test_a_broken_off_stream_stops_and_is_recorded(kind: Any, engine: PolarModel
         assert sink.records == []
     (record,) = sink.records
     assert record.outcome is Outcome.CANCELLED
-    assert 2 <= record.tokens.output <= 4  # text may be held back for a token or two
+    assert 2 <= record.tokens.output <= 8  # two are computed ahead, and text may be held back
     assert record.flops.total > 0
 
 
