@@ -108,12 +108,13 @@ class Database:
                 yield connection
 
     @contextmanager
-    def writing(self, *, keep: bool = True, patience_s: float = BUSY_TIMEOUT_MS / 1000) -> Iterator[Connection]:
+    def writing(self, *, keep: bool = True, patience_s: float | None = None) -> Iterator[Connection]:
         """A transaction that holds the write lock from its beginning; durable when the block has ended.
 
         Args:
             keep: False to take everything back at the end.
-            patience_s: How long to wait for other processes that write a SQLite file. Unit: seconds.
+            patience_s: How long to wait for other processes that write a SQLite file; None for
+                `BUSY_TIMEOUT_MS`. Unit: seconds.
 
         Raises:
             StoreError: The database cannot be opened or written; nothing was stored in part.
@@ -122,7 +123,9 @@ class Database:
         engine = self.engine
         turn = self._writing if self.is_sqlite else nullcontext()
         with turn, self._translated(), engine.connect() as plain:
-            connection = plain.execution_options(**{_WRITES: True, _WAITS: patience_s})
+            connection = plain.execution_options(
+                **{_WRITES: True, _WAITS: BUSY_TIMEOUT_MS / 1000 if patience_s is None else patience_s}
+            )
             with connection.begin() as transaction:
                 yield connection
                 if not keep:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from polar_billing import pending, recovery, store_errors
 from polar_billing.append import store_entries
-from polar_billing.connection import BUSY_TIMEOUT_MS, PATIENCE_S, Database
+from polar_billing.connection import PATIENCE_S, Database
 from polar_billing.errors import ConflictError, SchemaVersionError, StoreNotFoundError, StoreReadOnlyError
 from polar_billing.known import joined
 from polar_billing.location import default_file, describe, resolve, sqlite_file
@@ -115,7 +115,7 @@ class Ledger(LedgerStorage):
             raise store_errors.translate(error.orig, self.url) from error
 
     @contextmanager
-    def _writing(self, patience_s: float = BUSY_TIMEOUT_MS / 1000) -> Iterator[Connection]:
+    def _writing(self, patience_s: float | None = None) -> Iterator[Connection]:
         self._prepare()
         with self._database.writing(patience_s=patience_s) as connection:
             yield connection

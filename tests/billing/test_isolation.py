@@ -164,6 +164,7 @@ NOTHING_TO_TRY: dict[str, str] = {
     "LedgerStorage": "the contract that Ledger is tried for",
     "rate": "pure: one record, one book",
     "Ledger.check": "takes and returns nothing",
+    "Ledger.check_exists": "takes and returns nothing",
     "Ledger.close": "takes and returns nothing",
     "Ledger.price_books": "prices; no tenant's data",
     "Ledger.stored_version": "the schema's version",
