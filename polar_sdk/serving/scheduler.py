@@ -78,7 +78,8 @@ class Scheduler:
 
     def __len__(self) -> int:
         """Jobs that wait or run."""
-        return len(self._queue) + len(self._running)
+        with self._work:
+            return len(self._queue) + len(self._running)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Let jobs run, together if there is room.

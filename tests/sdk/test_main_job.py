@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from polar_sdk.engine.forward import Row, next_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from polar_sdk.engine.family import Weights
 
 
 pytestmark = pytest.mark.model
@@ -78,6 +80,15 @@ def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -
         return out
 
     monkeypatch.setattr(decoder, "finish", counting)
+    if model.compiled:  # then decoding runs a layer as one call
+        layer_of = {id(weights): index for index, weights in enumerate(decoder.layers)}
+        decode = decoder.kernels.decode
+
+        def counting_decode(w: Weights, *arguments: Any) -> Tensor:
+            calls[layer_of[id(w)]] += 1
+            return decode(w, *arguments)
+
+        monkeypatch.setattr(decoder.kernels, "decode", counting_decode)
     costs: dict[str, Decimal] = {"acme": Decimal(0), "globex": Decimal(0)}
     for tenant in costs:
         for tier in ("economy", "standard", "premium", "exact"):
