@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 
 from polar_sdk.errors import ContextWindowError, InvalidRequestError, ProgramDepthError
-from polar_sdk.generation import answer
 from polar_sdk.program import Program
 from polar_sdk.scoring import Question, score_programs, states_after
-from polar_sdk.usage import NullSink
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.policy import Policy
     from polar_sdk.prompts import PromptEncoder, Template
-    from polar_sdk.requests import Prompt, RequestMaker, RequestOptions
+    from polar_sdk.requests import Prompt
     from polar_sdk.scan import CalibrationItem, ScanReport
 
 __all__ = ["Diagnostics", "Pool"]
@@ -40,7 +38,6 @@ class Diagnostics:
     policy: Policy
     _loaded: LoadedModel
     _encoder: PromptEncoder
-    _maker: RequestMaker
 
     def score(
         self, prompt: str, continuations: Sequence[str], *, program: Program | str | None = None
@@ -161,15 +158,6 @@ class Diagnostics:
         from polar_sdk.scan import Scanner, builtin_items
 
         return Scanner(cast("PolarModel", self), builtin_items() if items is None else items).scan(**options)
-
-    def reference_answers(
-        self, prompts: Sequence[Prompt], *, max_tokens: int
-    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(prompt tokens, answer tokens) of greedy answers at full depth, for calibration; not metered."""
-        identity: RequestOptions = {"program": self._chosen(None), "max_tokens": max_tokens}
-        requests = [self._maker.make(prompt, identity) for prompt in prompts]
-        answers = answer(self._loaded, requests, NullSink())
-        return [(request.tokens, one.token_ids) for request, one in zip(requests, answers, strict=True)]
 
     def _chosen(self, program: Program | str | None) -> Program:
         """A program that may run; None = identity."""

@@ -43,7 +43,7 @@ class Decoder:
     Attributes:
         family: The arithmetic.
         cost: FLOPs of each part, bridges included.
-        device: Where the weights are; of several devices, where the embedding is.
+        device: Where the weights are.
         dtype: Of activations, keys and values.
         precision: How matrices are stored: `bf16`, `fp16`, `fp32`, `int8` or `int4`.
         layers: Weights of each layer.

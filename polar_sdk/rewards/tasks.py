@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from polar_sdk.rewards.cache import RewardCache
     from polar_sdk.rewards.measure import Kind
 
-__all__ = ["Task", "make_tasks"]
+__all__ = ["Task", "choice_question", "make_tasks"]
 
 _BATCH = 16
 """Prompts that are answered together."""
@@ -87,14 +87,15 @@ def make_tasks(
     prompts = [item.prompt for item in items if not isinstance(item, ChoiceItem)]
     answers = _answers(model, list(dict.fromkeys(prompts)), cache, answer_tokens, on_progress)
     tasks = [
-        Task(item, _choices(model, item) if isinstance(item, ChoiceItem) else answers[item.prompt])
+        Task(item, choice_question(model, item) if isinstance(item, ChoiceItem) else answers[item.prompt])
         for item in items
         if isinstance(item, ChoiceItem) or item.prompt in answers
     ]
     return [task for task in tasks if _longest(task.question) <= model.context_window]
 
 
-def _choices(model: PolarModel, item: ChoiceItem) -> Question:
+def choice_question(model: PolarModel, item: ChoiceItem) -> Question:
+    """The one form in which choices are put to a model: plain text, each choice a continuation after `Answer:`."""
     prompt = tuple(model.encode(f"Question: {item.question}\nAnswer:"))
     return Question(prompt, tuple(tuple(model.encode(f" {choice}")) for choice in item.choices))
 

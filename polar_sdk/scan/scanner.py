@@ -14,6 +14,7 @@ from polar_sdk.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.data import ChoiceItem
 from polar_sdk.errors import DataError
 from polar_sdk.program import Program
+from polar_sdk.rewards.tasks import choice_question
 from polar_sdk.scan.report import ProgramScore, ScanReport
 from polar_sdk.scoring import Question, Score, packs, score_programs
 
@@ -137,20 +138,14 @@ class Scanner:
         for start in range(0, len(texts), _BATCH):
             self.on_progress("reference answers", start, len(texts))
             batch = texts[start : start + _BATCH]
-            answers = self.model.reference_answers(batch, max_tokens=self.answer_tokens)
-            questions += [Question(prompt, (answer,)) for prompt, answer in answers]
+            prompts = [tuple(self.model.prompt_tokens(text)) for text in batch]
+            answers = self.model.greedy_answers(batch, max_tokens=self.answer_tokens)
+            questions += [Question(prompt, (answer,)) for prompt, answer in zip(prompts, answers, strict=True)]
         return questions
 
     @cached_property
     def _choice_questions(self) -> list[Question]:
-        encode = self.model.encode
-        return [
-            Question(
-                tuple(encode(f"Question: {item.question}\nAnswer:")),
-                tuple(tuple(encode(f" {choice}")) for choice in item.choices),
-            )
-            for item in self._choices
-        ]
+        return [choice_question(self.model, item) for item in self._choices]
 
     @cached_property
     def _reference(self) -> tuple[list[Score], list[Score]]:
