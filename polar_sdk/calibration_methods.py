@@ -163,7 +163,7 @@ class CalibrationMethods:
         Args:
             items: Prompts; None = those that come with the package.
             router: A trained router or its folder; None = this model's.
-            tiers: α, and what counts as lost (`differs` or `harms`), by tier; None = the usual ones.
+            tiers: α, and what counts as lost (`differs`, `harms` or `drops`), by tier; None = the usual ones.
             delta: Most probability that a promise is wrong.
             out: Folder to write the certified router to; None, where `router` is a folder, writes it there.
             on_progress: Called with (stage, steps done, steps in all).

@@ -32,13 +32,16 @@ if TYPE_CHECKING:
     from polar_sdk.engine.bridge import Bridge
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.model import PolarModel
+    from polar_sdk.rewards import Task
 
 __all__ = ["HealOptions", "Healer", "Progress"]
 
 Progress = Callable[[str, int, int], None]
 _FIT_TOKENS: Final = 4096
-_TRAIN_TOKENS: Final = 768
-"""Tokens of one training batch: the logits of its predictions are held twice."""
+_FIT_TASKS: Final = 1000
+"""Most tasks that the closed form is fitted on: some 50,000 tokens, where each output has 577 unknowns."""
+_TRAIN_TOKENS: Final = 2048
+"""Tokens of one training batch: the head's weights are read once for them, and their logits are held twice."""
 
 
 def _silent(stage: str, done: int, total: int) -> None: ...
@@ -124,7 +127,7 @@ class Healer:
         train, held_out = self._tasks(items)
         decoder = workshop(self.model.loaded.decoder)
         decoder.set_bridges({})
-        fitted = self._fit(decoder, make_packs(decoder, train, _FIT_TOKENS), groups)
+        fitted = self._fit(decoder, make_packs(decoder, _some(train, _FIT_TASKS), _FIT_TOKENS), groups)
         training: dict[str, Any] = {"segments": segments_text(groups), "prompts": len(train), **self._settings()}
         if self.options.distil:
             fitted, losses = self._distil(decoder, train, held_out, groups, fitted, data_hash(items))
@@ -151,7 +154,7 @@ class Healer:
                 "model with precision='bf16' (the bridges serve every precision), or use distil=0."
             )
 
-    def _tasks(self, items: Sequence[Item]) -> tuple[list[Any], list[Any]]:
+    def _tasks(self, items: Sequence[Item]) -> tuple[list[Task], list[Task]]:
         """Tasks of the train split and of the dev split."""
         split = {part: [one for one in items if split_of(item_id(one)) == part] for part in ("train", "dev")}
         cache = self.cache or RewardCache()
@@ -201,8 +204,8 @@ class Healer:
     def _distil(
         self,
         decoder: Decoder,
-        train: Sequence[Any],
-        held_out: Sequence[Any],
+        train: Sequence[Task],
+        held_out: Sequence[Task],
         groups: list[list[Segment]],
         fitted: dict[Segment, Bridge],
         data: str,
@@ -231,7 +234,7 @@ class Healer:
     def _errors(
         self,
         decoder: Decoder,
-        held_out: Sequence[Any],
+        held_out: Sequence[Task],
         groups: list[list[Segment]],
         fitted: dict[Segment, Bridge],
     ) -> dict[Segment, float]:
@@ -251,6 +254,11 @@ class Healer:
     def _mark(self, groups: list[list[Segment]], data: str) -> str:
         facts = [self.model.fingerprint, self.model.dtype, segments_text(groups), data, self._settings()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _some(tasks: Sequence[Task], most: int) -> list[Task]:
+    """At most so many tasks, drawn by their hashes: a file may hold one kind after another."""
+    return sorted(tasks, key=lambda task: task.id)[:most]
 
 
 def _record(segment: Segment, bridge: Bridge, error: float | None) -> SegmentRecord:

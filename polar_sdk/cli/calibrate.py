@@ -32,7 +32,7 @@ def calibrate(
     ] = None,
     tier: Annotated[
         list[str] | None,
-        typer.Option(help="tier=α, or tier=α:harms to count right answers turned wrong; may be repeated."),
+        typer.Option(help="tier=α, or tier=α:drops for the drop of accuracy, :harms for right answers turned wrong."),
     ] = None,
     delta: Annotated[float, typer.Option(min=0.001, max=0.5, help="Most probability that a promise is wrong.")] = 0.1,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the router's own.")] = None,
@@ -57,6 +57,7 @@ def calibrate(
 
 def _tier(text: str) -> tuple[str, TierPromise]:
     from polar_sdk.policy import TIERS
+    from polar_sdk.router.certificate import LOSSES
 
     name, _, promise = text.partition("=")
     number, _, loss = promise.partition(":")
@@ -64,12 +65,13 @@ def _tier(text: str) -> tuple[str, TierPromise]:
         alpha = float(number)
     except ValueError:
         alpha = 0.0
-    if name not in TIERS[:-1] or not 0 < alpha < 1 or loss not in ("", "differs", "harms"):
+    counted = next((one for one in LOSSES if one == (loss or "differs")), None)
+    if name not in TIERS[:-1] or not 0 < alpha < 1 or counted is None:
         raise InvalidRequestError(
-            f"--tier {text!r} is no promise; write for example economy=0.1 or standard=0.05:harms, "
+            f"--tier {text!r} is no promise; write for example economy=0.1 or standard=0.05:drops, "
             f"for {', '.join(TIERS[:-1])}."
         )
-    return name, (alpha, "harms" if loss == "harms" else "differs")
+    return name, (alpha, counted)
 
 
 def _report(router: LearnedRouter, folder: Path, *, as_json: bool) -> None:

@@ -34,7 +34,8 @@ def train(
     ] = "embedding",
     layers: Annotated[int, typer.Option(min=1, help="Layers run for --features early.")] = 3,
     loss: Annotated[
-        Literal["differs", "harms"], typer.Option(help="Lost is what differs, or what was right and is wrong.")
+        Literal["differs", "harms", "drops"],
+        typer.Option(help="Lost is what differs, what was right and is wrong, or the same less what was gained."),
     ] = "differs",
     bridges: Annotated[Path | None, typer.Option(help="Folder of the bridges that the programs cross.")] = None,
     data: Annotated[

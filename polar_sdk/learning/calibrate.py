@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.errors import CalibrationSizeError, DataError
-from polar_sdk.router.certificate import Certificate, Loss, tier_promise
-from polar_sdk.statistics import least_prompts
+from polar_sdk.errors import DataError
+from polar_sdk.router.certificate import Certificate, Loss, check_size, tier_promise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -57,10 +56,9 @@ def certify(
         CalibrationSizeError: A tier's α needs more prompts.
         DataError: A tier counts wrong answers, and the prompts come without right ones.
     """
-    labelled = bool(outcomes.matrix.labelled.all())
-    _check(len(outcomes), tiers, delta, labelled=labelled)
-    losses: list[Loss] = ["differs", "harms"] if labelled else ["differs"]
-    counts: dict[Loss, list[int]] = {loss: [] for loss in losses}
+    _check(outcomes, tiers, delta)
+    counts: dict[Loss, list[int]] = {loss: [] for loss in _countable(outcomes)}
+    gained: list[int] = []
     saved: list[float] = []
     rows = range(len(outcomes))
     own = sum(router.route_flops(len(tokens)) for tokens in outcomes.matrix.tokens)
@@ -71,8 +69,10 @@ def certify(
         programs = [router.programs[0]] * len(rows) if theta == 0 else router.choose_all(outputs, theta)
         spent = sum(one.flops for one in outcomes.all(programs)) + (own if theta else 0)
         saved.append(1 - spent / full)
-        for loss in losses:
-            counts[loss].append(sum(outcomes.lost(rows, programs, loss)))
+        losses = {loss: outcomes.losses(rows, programs, loss) for loss in counts}
+        for loss, values in losses.items():
+            counts[loss].append(values.count(1))
+        gained.append(losses.get("drops", []).count(-1))
     on_progress("calibrating", len(dial), len(dial))
     certificate = Certificate(
         subject=router.subject,
@@ -82,20 +82,26 @@ def certify(
         thetas=dial,
         saved=tuple(saved),
         lost={loss: tuple(values) for loss, values in counts.items()},
+        gained=tuple(gained) if "drops" in counts else (),
     )
     for tier, (alpha, loss) in tiers.items():
         certificate = tier_promise(certificate, tier, alpha, loss)
     return certificate
 
 
-def _check(prompts: int, tiers: Mapping[str, TierPromise], delta: float, *, labelled: bool) -> None:
+def _countable(outcomes: Outcomes) -> tuple[Loss, ...]:
+    """Losses that can be counted: some need right answers, of some prompts or of all."""
+    labelled = outcomes.matrix.labelled
+    return ("differs", *(("drops",) if labelled.any() else ()), *(("harms",) if labelled.all() else ()))
+
+
+def _check(outcomes: Outcomes, tiers: Mapping[str, TierPromise], delta: float) -> None:
     """Before anything is measured."""
+    countable = _countable(outcomes)
     for alpha, loss in tiers.values():
-        if loss == "harms" and not labelled:
-            raise DataError("a tier that counts wrong answers needs an answer with every calibration prompt.")
-        if prompts < (needed := least_prompts(alpha, delta)):
-            raise CalibrationSizeError(
-                f"α = {alpha * 100:g} % needs at least {needed} calibration prompts at δ = {delta:g}; "
-                f"you gave {prompts}.",
-                hint="Give more prompts, or a larger α.",
+        if loss not in countable:
+            needed = (
+                "an answer with every calibration prompt" if loss == "harms" else "calibration prompts with answers"
             )
+            raise DataError(f"a tier that counts wrong answers (loss {loss!r}) needs {needed}.")
+        check_size(len(outcomes), alpha, delta, loss)

@@ -44,7 +44,7 @@ class Subjects:
         points: θ by name, such as a tier's; the first is compared with the controls.
         outputs: What the router's network says about the prompts, (P, O).
         outcomes: Of the prompts.
-        static_quality: Of fixed programs on prompts other than these: share that agrees; identity has 1. All of them
+        static_quality: Of fixed programs on prompts other than these: 1 − the mean loss; identity has 1. All of them
             are programs of the outcomes' matrix.
         policy: Bounds of random programs.
         cost: Of the model.

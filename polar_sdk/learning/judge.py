@@ -157,7 +157,7 @@ class Judge:
 
     def _static(self) -> dict[Program, float]:
         listed = self._router.facts.training.get("static", ())
-        return {Program.parse(one["program"]): float(one["agreement"]) for one in listed}
+        return {Program.parse(one["program"]): float(one["quality"]) for one in listed}
 
     def _outcomes(self, tasks: Sequence[Task]) -> Outcomes:
         return self._bench.outcomes(tasks, [*self._router.programs, *self._static()])

@@ -149,7 +149,7 @@ def _run(
 def _goal(train: Examples, target: str) -> Callable[[Tensor], Tensor]:
     """The regression loss of a target, a function of the outputs."""
     if target == "agreement":
-        kept = (~train.lost[:, 1:]).float()
+        kept = train.kept[:, 1:]
         return lambda outputs: F.binary_cross_entropy_with_logits(outputs, kept)
     margin = train.margin[:, 1:]
     scaled = (margin - margin.mean(0)) / margin.std(0, unbiased=False).clamp(min=1e-6)
@@ -163,9 +163,10 @@ def _expected_utility(
     low, high = settings.prices
     price = low * (high / low) ** float(torch.rand((), generator=generator))
     saved = examples.saved
-    predicted = saved - price * needed_theta(outputs)
-    chances = (predicted / settings.temperature).softmax(-1)
-    gained = (saved - price * examples.lost.float()) / (1 + price)
+    identity = torch.zeros_like(outputs[:, :1])
+    predicted = torch.cat((identity, 1 - (1 - examples.least) * torch.sigmoid(outputs)), 1)
+    chances = ((saved - price * predicted) / settings.temperature).softmax(-1)
+    gained = (saved - price * examples.lost) / (1 + price)
     expected: Tensor = (chances * gained).sum(-1).mean()
     return expected
 
@@ -176,7 +177,7 @@ def _deployable(network: Network, dev: Examples, target: str) -> Network:
     frozen = Network.of(network.tensors())
     if target == "agreement":
         return frozen
-    slope, shift = _logistic(frozen(dev.features), ~dev.lost[:, 1:])
+    slope, shift = _logistic(frozen(dev.features), dev.kept[:, 1:])
     weights = (*frozen.weights[:-1], frozen.weights[-1] * slope)
     biases = (*frozen.biases[:-1], frozen.biases[-1] * slope + shift)
     return Network(frozen.mean, frozen.scale, weights, biases)
@@ -192,7 +193,7 @@ def _logistic(outputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
         logits = outputs * log_slope.exp() + shift
-        loss = F.binary_cross_entropy_with_logits(logits, kept.float())
+        loss = F.binary_cross_entropy_with_logits(logits, kept)
         loss = loss + (log_slope.square() + shift.square().mean()) / len(outputs)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss

@@ -70,12 +70,17 @@ class Outcomes:
         """Outcomes of one program per row."""
         return self.of(range(len(self)), programs)
 
-    def lost(self, rows: Sequence[int], programs: Sequence[Program], loss: Loss) -> list[bool]:
-        """Whether each pair is lost against identity."""
+    def losses(self, rows: Sequence[int], programs: Sequence[Program], loss: Loss) -> list[int]:
+        """Whether each pair is lost (1) or gained (−1) against identity; see `Loss`."""
         outcomes = self.of(rows, programs)
         if loss == "differs":
-            return [not one.agree for one in outcomes]
-        return [self._cell(row, 0).right and not one.right for row, one in zip(rows, outcomes, strict=True)]
+            return [int(not one.agree) for one in outcomes]
+        labelled = self.matrix.labelled.tolist()
+        values = []
+        for row, one in zip(rows, outcomes, strict=True):
+            drop = int(self._cell(row, 0).right) - int(one.right) if labelled[row] else int(not one.agree)
+            values.append(max(0, drop) if loss == "harms" else drop)
+        return values
 
     def _known(self, pair: tuple[int, Program]) -> Outcome | None:
         column = self._column.get(pair[1])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from polar_sdk.errors import DataError, RouterModelError
-from polar_sdk.learning.examples import Examples
+from polar_sdk.learning.examples import Examples, losses
 from polar_sdk.learning.measuring import Bench, marks
 from polar_sdk.learning.menu_training import Trained, fit_menu
 from polar_sdk.learning.policy_training import PolicyTask, fit_policy
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from polar_sdk.data import Item
     from polar_sdk.model import PolarModel
     from polar_sdk.rewards import RewardCache
+    from polar_sdk.router.certificate import Loss
     from polar_sdk.search import RewardMatrix
 
 __all__ = ["RouterKind", "Trainer"]
@@ -98,7 +99,9 @@ class Trainer:
         dial = menu_dial(needed, order)
         walked = frontier(needed, dev, order, dial)
         router = MenuRouter(
-            self._facts(trained, dial, walked.thetas[walked.best(_DEFAULT_RISK)]), trained.network, programs
+            self._facts(trained, dial, walked.thetas[walked.best(_DEFAULT_RISK)], settings.loss),
+            trained.network,
+            programs,
         )
         return router.bind(self.model.decoder, self.model.fingerprint)
 
@@ -144,7 +147,7 @@ class Trainer:
         )
         trained = fit_policy(task, settings, checkpoints=self.checkpoints, on_progress=self.on_progress)
         identity = (Program.identity(self.model.depth),)
-        router = PolicyRouter(self._facts(trained, (0.0,), _NATURAL), trained.network, identity)
+        router = PolicyRouter(self._facts(trained, (0.0,), _NATURAL, "differs"), trained.network, identity)
         outputs = router.outputs(task.features[task.dev])
         dial = policy_dial(router.log_probabilities(outputs)[..., EXECUTE].exp())
         return router.with_facts(dial=dial).bind(self.model.decoder, self.model.fingerprint)
@@ -162,7 +165,7 @@ class Trainer:
             rows.append(self._reader(tokens).cpu())
         return torch.stack(rows).clone()
 
-    def _facts(self, trained: Trained, dial: tuple[float, ...], theta: float) -> RouterFacts:
+    def _facts(self, trained: Trained, dial: tuple[float, ...], theta: float, loss: Loss) -> RouterFacts:
         matrix, cost = self.matrix, self.model.decoder.cost
         base = (sum(layer.linear for layer in cost.layers) + cost.head) // 2
         used = [one for one, split in zip(matrix.ids, matrix.splits, strict=True) if split in ("train", "dev")]
@@ -172,7 +175,7 @@ class Trainer:
             "prompts": {split: matrix.splits.count(split) for split in ("train", "dev")},
             "parameters": trained.network.parameters,
             "parameter_share": trained.network.parameters / base,
-            "static": self._static(),
+            "static": self._static(loss),
             "seen": marks(used),
         }
         return RouterFacts(
@@ -186,12 +189,12 @@ class Trainer:
             training=record,
         )
 
-    def _static(self) -> list[dict[str, Any]]:
+    def _static(self, loss: Loss) -> list[dict[str, Any]]:
         """How each program alone does on the dev prompts, for the control "best static program"."""
         dev = self.matrix.of("dev")
-        agreement = dev.agree.float().mean(0).tolist()
+        quality = (1 - losses(dev, loss).mean(0)).tolist()
         saved = (1 - dev.flops.double().sum(0) / dev.flops[:, 0].double().sum()).tolist()
         return [
-            {"program": program.text, "agreement": agreement[at], "saved": saved[at]}
+            {"program": program.text, "quality": quality[at], "saved": saved[at]}
             for at, program in enumerate(dev.programs)
         ]

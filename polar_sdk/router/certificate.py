@@ -9,17 +9,29 @@ Knows counts and hashes; no prompts, no weights.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polar_sdk.errors import CalibrationSizeError, CertificateError, ToleranceError
-from polar_sdk.statistics import binomial_cdf, least_prompts, smallest_alpha
+from polar_sdk.statistics import (
+    binomial_cdf,
+    least_paired_prompts,
+    least_prompts,
+    paired_loss_p,
+    smallest_alpha,
+)
 
-__all__ = ["Certificate", "Loss", "Promise", "Subject", "tier_promise"]
+__all__ = ["LOSSES", "Certificate", "Loss", "Promise", "Subject", "check_size", "tier_promise"]
 
-Loss = Literal["differs", "harms"]
-"""What counts as lost: the answer differs from identity's, or identity is right and the program's answer is wrong."""
+Loss = Literal["differs", "harms", "drops"]
+"""What counts as lost.
+
+`differs`: the answer differs from identity's. `harms`: identity is right and the program is wrong. `drops`: the same,
+less the prompts where it is the other way round, so that α bounds the drop of accuracy; where no right answer is known,
+an answer that differs is lost.
+"""
+LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -62,17 +74,22 @@ class Promise(_Frozen):
     """Calibration prompts."""
     k: int = Field(ge=0)
     """Those of them that were lost at θ."""
+    gained: int = Field(default=0, ge=0)
+    """Those that were gained, where the loss is `drops`."""
     theta: float = Field(ge=0)
     """Of the accepted θ the one that saves most; 0 = always identity."""
 
     @property
     def text(self) -> str:
         """The promise as a sentence."""
+        sure = f"with probability {1 - self.delta:.0%}"
+        if self.loss == "drops":
+            return (
+                f"{sure} the share of right answers drops by at most {self.alpha:.2g} on such prompts "
+                f"(of {self.n} in calibration {self.k} were lost, {self.gained} gained)"
+            )
         lost = "answer differently from identity" if self.loss == "differs" else "turn a right answer into a wrong one"
-        return (
-            f"with probability {1 - self.delta:.0%} at most {self.alpha:.2g} of such prompts {lost} "
-            f"({self.k} of {self.n} did in calibration)"
-        )
+        return f"{sure} at most {self.alpha:.2g} of such prompts {lost} ({self.k} of {self.n} did in calibration)"
 
 
 class Certificate(_Frozen):
@@ -86,7 +103,9 @@ class Certificate(_Frozen):
     thetas: tuple[float, ...] = Field(min_length=1)
     """The fixed sequence, ascending from 0."""
     lost: dict[Loss, tuple[int, ...]]
-    """Lost prompts at each θ; `harms` only where the answers are known."""
+    """Lost prompts at each θ; `harms` and `drops` only where answers are known."""
+    gained: tuple[int, ...] = ()
+    """Prompts gained at each θ, for the loss `drops`."""
     saved: tuple[float, ...]
     """Share of identity's FLOPs saved at each θ, the router's own counted."""
     tiers: dict[str, Promise] = Field(default_factory=dict)
@@ -97,9 +116,11 @@ class Certificate(_Frozen):
             raise ValueError("thetas must ascend strictly from 0")
         if len(self.saved) != len(self.thetas):
             raise ValueError("saved needs one share per theta")
-        for loss, counts in self.lost.items():
+        counted = {f"lost[{loss}]": counts for loss, counts in self.lost.items()}
+        counted |= {"gained": self.gained} if "drops" in self.lost else {}
+        for name, counts in counted.items():
             if len(counts) != len(self.thetas) or not all(0 <= k <= self.n for k in counts):
-                raise ValueError(f"lost[{loss}] needs one count of 0 to {self.n} per theta")
+                raise ValueError(f"{name} needs one count of 0 to {self.n} per theta")
         for name, promise in self.tiers.items():
             if promise != self.promise(promise.alpha, promise.loss):
                 raise ValueError(f"the promise of tier {name} does not follow from the counts")
@@ -114,21 +135,23 @@ class Certificate(_Frozen):
         """
         if loss not in self.lost:
             raise CertificateError(f"loss {loss!r} was not counted; calibrate on a set with answers.")
-        needed = least_prompts(alpha, self.delta)
-        if self.n < needed:
-            raise CalibrationSizeError(
-                f"α = {alpha * 100:g} % needs at least {needed} calibration prompts at δ = {self.delta:g}; "
-                f"you gave {self.n}.",
-                hint="Give more prompts, or a larger α.",
-            )
+        check_size(self.n, alpha, self.delta, loss)
         accepted = 0
-        for at, k in enumerate(self.lost[loss]):
-            if binomial_cdf(k, self.n, alpha) > self.delta:
+        for at in range(len(self.thetas)):
+            if self._p_value(at, alpha, loss) > self.delta:
                 break
             # All accepted θ hold together, so any may be taken; one that saves less than nothing is not.
             accepted = at if self.saved[at] > self.saved[accepted] else accepted
         theta, k = self.thetas[accepted], self.lost[loss][accepted]
-        return Promise(alpha=alpha, delta=self.delta, loss=loss, n=self.n, k=k, theta=theta)
+        gained = self.gained[accepted] if loss == "drops" else 0
+        return Promise(alpha=alpha, delta=self.delta, loss=loss, n=self.n, k=k, gained=gained, theta=theta)
+
+    def _p_value(self, at: int, alpha: float, loss: Loss) -> float:
+        """Of "more than α is lost at that θ"."""
+        k = self.lost[loss][at]
+        if loss == "drops":
+            return paired_loss_p(k, self.gained[at], self.n, alpha, self.delta)
+        return binomial_cdf(k, self.n, alpha)
 
     def at_tolerance(self, tolerance: float) -> Promise:
         """The promise that at most that share of answers differs from identity's.
@@ -161,6 +184,20 @@ class Certificate(_Frozen):
                 f"the router's certificate holds for {difference}.",
                 hint="Run `polar calibrate` for this setting, or ask for compute='exact'.",
             )
+
+
+def check_size(prompts: int, alpha: float, delta: float, loss: Loss) -> None:
+    """Raise where not even identity could be certified.
+
+    Raises:
+        CalibrationSizeError: There are too few prompts.
+    """
+    needed = (least_paired_prompts if loss == "drops" else least_prompts)(alpha, delta)
+    if prompts < needed:
+        raise CalibrationSizeError(
+            f"α = {alpha * 100:g} % needs at least {needed} calibration prompts at δ = {delta:g}; you gave {prompts}.",
+            hint="Give more prompts, or a larger α.",
+        )
 
 
 def tier_promise(certificate: Certificate, tier: str, alpha: float, loss: Loss) -> Certificate:

@@ -1,7 +1,8 @@
 """The menu router: a head that predicts a quality for each of a few whole programs.
 
-Quality is the predicted probability that nothing is lost against identity; identity's own is 1. With its dial at θ the
-router runs the cheapest program whose predicted quality is at least identity's minus θ. Knows no text and no money.
+Quality is the predicted probability that nothing is lost against identity; identity's own is 1. (Trained on the loss
+`drops` it runs from 0, lost for certain, to 1, gained for certain, and ½ is as good as identity.) With its dial at θ
+the router runs the cheapest program whose predicted quality is at least 1 − θ. Knows no text and no money.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class MenuRouter(LearnedRouter):
         self._order = tuple(order[: order.index(0)])
 
     def decide(self, outputs: Tensor, theta: float) -> Program:
-        """The cheapest program whose quality is at least identity's minus θ."""
+        """The cheapest program whose quality is at least 1 − θ."""
         needed = needed_theta(outputs).tolist()
         return self.programs[next((at for at in self._order if needed[at] <= theta), 0)]
 

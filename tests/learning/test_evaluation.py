@@ -6,12 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from polar_sdk.data import ChoiceItem, Item, PromptItem, item_id
 from polar_sdk.errors import CalibrationSizeError, DataError, RouterError
 from polar_sdk.learning import MenuSettings, Trainer, certify
 from polar_sdk.learning.controls import best_static, oracle, random_programs, shuffled
 from polar_sdk.learning.evaluate import Subjects, evaluate_set
+from polar_sdk.learning.examples import losses
 from polar_sdk.learning.measuring import Bench, marks, unseen
 from polar_sdk.learning.outcomes import Outcomes
 from polar_sdk.learning.page import to_html
@@ -51,7 +53,7 @@ def result(
             points={"main": theta},
             outputs=router.outputs(router.reader.stack(test.tokens)),
             outcomes=Outcomes(test, block=lambda rows, programs: _no_skip_agrees(test, rows, programs)),
-            static_quality={Program.parse(one["program"]): one["agreement"] for one in router.facts.training["static"]},
+            static_quality={Program.parse(one["program"]): one["quality"] for one in router.facts.training["static"]},
             policy=model.policy,
             cost=model.decoder.cost,
         ),
@@ -119,8 +121,40 @@ def test_calibration_counts_what_is_lost(model: PolarModel, matrix: Callable[...
     assert certificate.lost["harms"][at] == sum(
         bool(rows.right[row, 0] and not rows.right[row, pick]) for row, pick in enumerate(picks)
     )
+    pairs = [(bool(rows.right[row, 0]), bool(rows.right[row, pick])) for row, pick in enumerate(picks)]
+    assert certificate.lost["drops"][at] == pairs.count((True, False)) == certificate.lost["harms"][at]
+    assert certificate.gained[at] == pairs.count((False, True))
     assert certificate.tiers["economy"].theta > 0
     assert router.with_certificate(certificate).certified
+
+
+def test_where_no_right_answer_is_known_an_answer_that_differs_is_lost(matrix: Callable[..., RewardMatrix]) -> None:
+    from dataclasses import replace
+
+    rows = matrix(40, seed=5)
+    known = torch.arange(40) % 2 == 0
+    mixed = replace(rows, labelled=known)
+    programs = [rows.programs[1]] * 40
+    values = Outcomes(mixed).losses(range(40), programs, "drops")
+    for row, value in enumerate(values):
+        drop = int(rows.right[row, 0]) - int(rows.right[row, 1])
+        assert value == (drop if known[row] else int(not rows.agree[row, 1]))
+    assert losses(mixed, "drops")[:, 1].tolist() == values
+    assert losses(mixed, "harms")[:, 1].tolist() == [max(0, value) for value in values]
+
+
+def test_a_router_may_be_trained_on_the_drop_of_accuracy(
+    model: PolarModel, matrix: Callable[..., RewardMatrix]
+) -> None:
+    """A program that turns as many wrong answers right as right ones wrong is free to use."""
+    from dataclasses import replace
+
+    rows = matrix()
+    right = torch.rand(rows.right.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    rows = replace(rows, right=right, labelled=torch.ones(len(rows), dtype=torch.bool))
+    strict = Trainer(model, rows).menu(QUICK.model_copy(update={"loss": "harms"}))
+    router = Trainer(model, rows).menu(QUICK.model_copy(update={"loss": "drops"}))
+    assert router.facts.training["utility"] > strict.facts.training["utility"] + 0.1
 
 
 def test_bad_calibration_sets_are_told_what_would_help(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:

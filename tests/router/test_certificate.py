@@ -82,6 +82,27 @@ def test_an_uncounted_loss_is_refused() -> None:
         made().promise(0.1, "harms")
 
 
+def drops(lost: tuple[int, ...], gained: tuple[int, ...], **changes: Any) -> Certificate:
+    counts = {"differs": tuple(a + b for a, b in zip(lost, gained, strict=True)), "drops": lost}
+    return made(1300, lost=counts, gained=gained, **changes)
+
+
+def test_what_is_gained_makes_good_what_is_lost() -> None:
+    certificate = drops((0, 150, 150, 200), (0, 160, 110, 110))
+    promise = certificate.promise(0.02, "drops")
+    assert (promise.theta, promise.k, promise.gained) == (0.1, 150, 160)
+    assert "drops by at most 0.02" in promise.text and "150 were lost, 160 gained" in promise.text
+    assert certificate.promise(0.02).theta == 0.0  # almost a quarter of the answers are other answers
+    assert certificate.promise(0.06, "drops").theta == 0.2
+
+
+def test_gains_must_be_counted_with_drops() -> None:
+    with pytest.raises(ValidationError, match="gained needs one count"):
+        made(lost={"drops": (0, 1, 2, 3)}, gained=(1, 2))
+    with pytest.raises(CalibrationSizeError, match="α = 2 % needs at least 228"):
+        made(200, lost={"differs": (0, 0, 0, 0), "drops": (0, 0, 0, 0)}, gained=(0, 0, 0, 0)).promise(0.02, "drops")
+
+
 @pytest.mark.parametrize("alpha", [0.05, 0.1])
 def test_of_100_splits_at_most_10_break_the_promise(alpha: float) -> None:
     """Prompts of known difficulty; calibrated on 400 drawn at random, the promise is checked on the other 19,600."""

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.statistics import binomial_cdf, least_prompts, mcnemar, paired_difference, smallest_alpha, wilson
+from polar_sdk.statistics import (
+    binomial_cdf,
+    least_paired_prompts,
+    least_prompts,
+    mcnemar,
+    paired_difference,
+    paired_loss_p,
+    smallest_alpha,
+    wilson,
+)
 
 
 @given(n=st.integers(1, 60), k=st.integers(0, 60), percent=st.integers(1, 99))
@@ -59,3 +68,49 @@ def test_paired_difference_of_known_pairs() -> None:
     assert (mean, round(low, 3), round(high, 3)) == (0.2, -0.192, 0.592)
     same = paired_difference([True] * 100, [True] * 100)
     assert same.value == 0 and same.low < 0 < same.high
+
+
+def chances(n: int, up: float, down: float) -> dict[tuple[int, int], float]:
+    """Probability of every (lost, gained) of n pairs."""
+    return {
+        (lost, gained): comb(n, lost)
+        * comb(n - lost, gained)
+        * up**lost
+        * down**gained
+        * max(0.0, 1 - up - down) ** (n - lost - gained)
+        for lost in range(n + 1)
+        for gained in range(n + 1 - lost)
+    }
+
+
+@pytest.mark.parametrize(
+    ("alpha", "differ"), [(0.05, 0.05), (0.05, 0.2), (0.05, 0.5), (0.05, 1.0), (0.2, 0.21), (0.2, 0.4), (0.2, 1.0)]
+)
+def test_a_paired_promise_breaks_no_more_often_than_told(alpha: float, differ: float) -> None:
+    """All outcomes of 40 pairs whose mean loss is α, the worst that "α or more" can be, whatever share differs."""
+    found = chances(40, (differ + alpha) / 2, (differ - alpha) / 2)
+    assert sum(found.values()) == pytest.approx(1)
+    assert (
+        sum(chance for (lost, gained), chance in found.items() if paired_loss_p(lost, gained, 40, alpha, 0.1) <= 0.1)
+        <= 0.1
+    )
+
+
+def test_a_paired_p_value_is_near_the_exact_tail() -> None:
+    """Close to the normal test of so many pairs, and never far below it."""
+    # Mean −10 / 1,300 against +0.02, standard error about 0.0135.
+    assert 0.02 < paired_loss_p(150, 160, 1300, 0.02, 0.1) < 0.05
+    assert paired_loss_p(170, 150, 1300, 0.02, 0.1) > 0.1
+
+
+@given(n=st.integers(30, 200), lost=st.integers(0, 20), gained=st.integers(0, 20))
+def test_a_paired_p_value_falls_with_what_is_gained(n: int, lost: int, gained: int) -> None:
+    lost, gained = min(lost, n // 3), min(gained, n // 3)
+    assert paired_loss_p(lost + 1, gained, n, 0.1, 0.1) >= paired_loss_p(lost, gained, n, 0.1, 0.1) - 1e-9
+
+
+@given(alpha=st.floats(0.01, 0.5), delta=st.floats(0.01, 0.5))
+def test_fewest_pairs_are_fewest(alpha: float, delta: float) -> None:
+    n = least_paired_prompts(alpha, delta)
+    assert paired_loss_p(0, 0, n, alpha, delta) <= delta
+    assert least_paired_prompts(alpha, delta) >= least_prompts(alpha, delta)
