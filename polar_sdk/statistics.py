@@ -16,6 +16,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
 __all__ = [
     "Interval",
     "binomial_cdf",
@@ -82,10 +84,9 @@ def paired_loss_p(lost: int, gained: int, n: int, alpha: float, delta: float) ->
     most = _upper_share(lost + gained, n, spent)
     if most < alpha:  # so few differ that the mean cannot reach α
         return spent
-    step = (most - alpha) / _NUISANCE_POINTS
     # The probability is smooth in the share that differs; its upper end is where it is largest in practice.
-    shares = [alpha + step * at for at in range(_NUISANCE_POINTS + 1)]
-    return min(1.0, spent + max(_sum_cdf(lost - gained, n, (d + alpha) / 2, (d - alpha) / 2) for d in shares))
+    differ = torch.linspace(alpha, most, _NUISANCE_POINTS, dtype=torch.float64)
+    return min(1.0, spent + float(_sum_cdf(lost - gained, n, (differ + alpha) / 2, (differ - alpha) / 2).max()))
 
 
 def _upper_share(k: int, n: int, level: float) -> float:
@@ -97,15 +98,19 @@ def _upper_share(k: int, n: int, level: float) -> float:
     return high
 
 
-def _sum_cdf(total: int, n: int, up: float, down: float) -> float:
-    """P(sum ≤ total) of n draws that are +1, −1 or 0, exact up to rounding: the characteristic function, inverted."""
-    size = 2 * n + 1
+def _sum_cdf(total: int, n: int, up: Tensor, down: Tensor) -> Tensor:
+    """P(sum ≤ total) of n draws that are +1, −1 or 0, for chances (K,) of +1 and −1; (K,).
+
+    Exact up to rounding: the characteristic function, inverted at 2^m points, more than there are sums.
+    """
+    size = 1 << (2 * n + 1).bit_length()
     angle = 2 * torch.pi * torch.arange(size, dtype=torch.float64) / size
     turn = torch.complex(torch.cos(angle), -torch.sin(angle))
+    up, down = up[:, None], down[:, None]
     chances = torch.fft.ifft((up * turn + down * turn.conj() + (1 - up - down)) ** n).real
     # Place s holds the probability of the sum s, negative ones from the end.
-    kept = torch.cat((chances[n + 1 :], chances[: n + 1]))[: total + n + 1]
-    return float(kept.sum().clamp(0, 1))
+    kept = torch.cat((chances[:, -n:], chances[:, : n + 1]), 1)[:, : total + n + 1]
+    return kept.sum(1).clamp(0, 1)
 
 
 def smallest_alpha(n: int, delta: float) -> float:

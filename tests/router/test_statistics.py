@@ -87,11 +87,11 @@ def chances(n: int, up: float, down: float) -> dict[tuple[int, int], float]:
     ("alpha", "differ"), [(0.05, 0.05), (0.05, 0.2), (0.05, 0.5), (0.05, 1.0), (0.2, 0.21), (0.2, 0.4), (0.2, 1.0)]
 )
 def test_a_paired_promise_breaks_no_more_often_than_told(alpha: float, differ: float) -> None:
-    """All outcomes of 40 pairs whose mean loss is α, the worst that "α or more" can be, whatever share differs."""
-    found = chances(40, (differ + alpha) / 2, (differ - alpha) / 2)
+    """All outcomes of 24 pairs whose mean loss is α, the worst that "α or more" can be, whatever share differs."""
+    found = chances(24, (differ + alpha) / 2, (differ - alpha) / 2)
     assert sum(found.values()) == pytest.approx(1)
     assert (
-        sum(chance for (lost, gained), chance in found.items() if paired_loss_p(lost, gained, 40, alpha, 0.1) <= 0.1)
+        sum(chance for (lost, gained), chance in found.items() if paired_loss_p(lost, gained, 24, alpha, 0.1) <= 0.1)
         <= 0.1
     )
 
