@@ -10,13 +10,13 @@ import json
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from polar_sdk.bridges.loss import loss_of, slots_of
+from polar_sdk.bridges.loss import ChoiceSlots, Reference, choice_scores, loss_of, slots_of
 from polar_sdk.bridges.states import layers
 from polar_sdk.engine.bridge import Bridge
 from polar_sdk.errors import BridgeError
@@ -37,6 +37,22 @@ __all__ = ["Plan", "Trainer"]
 _WARM_UP: Final = 15
 _KEEP_EVERY: Final = 20
 """Steps between checkpoints."""
+_SHOWN: Final = 256
+"""Predicted tokens of a pack whose whole distributions are compared."""
+_MEASURED: Final = -1
+"""The step of what is measured, not trained."""
+
+
+class _Start(NamedTuple):
+    """What one pack brings to every step: N tokens, M of them predicted."""
+
+    states: Tensor
+    """Before the first layer that any program leaves out, (N, E)."""
+    final: Tensor
+    """What identity predicts from, (M, E)."""
+    choices: ChoiceSlots | None
+    scores: Tensor | None
+    """Identity's scores of the choices, (Q, C)."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,7 @@ class Trainer:
         }
         self._adam = torch.optim.Adam(self._all(), lr=plan.rate, betas=(0.9, 0.99))
         self._lead = min(group[0][0] for group in groups)
-        self._starts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._starts: dict[int, _Start] = {}
         self.done = 0
         """Steps that are done."""
         self.losses: list[float] = []
@@ -131,8 +147,8 @@ class Trainer:
         self._decoder.set_bridges(bridges)
         with torch.no_grad():
             values = [
-                float(self._loss(pack, *self._start(pack), Program.bridging(self._decoder.depth, group)))
-                for pack in packs
+                float(self._loss(pack, start, Program.bridging(self._decoder.depth, group), _MEASURED))
+                for pack, start in ((pack, self._start(pack)) for pack in packs)
                 for group in self._groups
             ]
         return sum(values) / len(values)
@@ -193,7 +209,7 @@ class Trainer:
         number = self._pack_of(step)
         if number not in self._starts:
             self._starts[number] = self._start(self._packs[number])
-        loss = self._loss(self._packs[number], *self._starts[number], self._program(step))
+        loss = self._loss(self._packs[number], self._starts[number], self._program(step), step)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._all(), 1.0)
         del self.losses[step:]
@@ -202,21 +218,27 @@ class Trainer:
     def _trainable(self, segment: Segment) -> Bridge:
         return _bridge([value.to(self._decoder.dtype) for value in self._values[segment]])
 
-    def _start(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """States before the first layer that any program leaves out, and those that identity predicts from."""
+    def _start(self, pack: Pack) -> _Start:
         with torch.no_grad():
-            start = pack.run(self._decoder, pack.walk.embedded, layers(0, self._lead))
-            final = pack.run(self._decoder, start, layers(self._lead, self._decoder.depth))
-            return start, final[pack.sources]
+            states = pack.run(self._decoder, pack.walk.embedded, layers(0, self._lead))
+            final = pack.run(self._decoder, states, layers(self._lead, self._decoder.depth))[pack.sources]
+            choices = slots_of(pack.tasks, self._decoder.device)
+            scores = None if choices is None else choice_scores(self._decoder.head(final), pack.targets, choices)
+            return _Start(states, final, choices, scores)
 
-    def _loss(self, pack: Pack, start: Tensor, final: Tensor, program: Program) -> Tensor:
-        ours = pack.run(self._decoder, start, program.steps[self._lead :])
+    def _loss(self, pack: Pack, start: _Start, program: Program, step: int) -> Tensor:
+        ours = pack.run(self._decoder, start.states, program.steps[self._lead :])
         logits = self._decoder.head(ours[pack.sources])
-        with torch.no_grad():
-            full = self._decoder.head(final)
-        choices = slots_of(pack.tasks, self._decoder.device)
+        full = self._reference(start, step)
         plan = self._plan
-        return loss_of(logits, full, pack.targets, choices, distil=plan.choices, labels=plan.labels)
+        return loss_of(logits, full, pack.targets, start.choices, distil=plan.choices, labels=plan.labels)
+
+    def _reference(self, start: _Start, step: int) -> Reference:
+        places = len(start.final)
+        some = random.Random(f"{self._plan.seed} {step} shown").sample(range(places), min(_SHOWN, places))
+        shown = torch.tensor(sorted(some), device=self._decoder.device)
+        with torch.no_grad():
+            return Reference(shown, self._decoder.head(start.final[shown]), start.scores)
 
     def _pack_of(self, step: int) -> int:
         """Each pack once per epoch, in an order of its own."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.rewards import Task
 
-__all__ = ["ChoiceSlots", "loss_of", "slots_of"]
+__all__ = ["ChoiceSlots", "Reference", "choice_scores", "loss_of", "slots_of"]
 
 _UNIT: Final = 0.1
 """Score difference that counts as one, in nats per character: most decisions are closer than a few of these."""
@@ -40,6 +40,17 @@ class ChoiceSlots(NamedTuple):
     """Whether there is a choice, (Q, C)."""
     right: Tensor
     """Index of the right choice, (Q,)."""
+
+
+class Reference(NamedTuple):
+    """What identity says about a pack; M predicted tokens, of which S are compared whole."""
+
+    shown: Tensor
+    """Places of those among the M, (S,): a sample gives the same gradient on average, for a fraction of the head."""
+    logits: Tensor
+    """(S, V)."""
+    scores: Tensor | None
+    """Of the choices, (Q, C); see `choice_scores`."""
 
 
 def slots_of(tasks: Sequence[Task], device: torch.device) -> ChoiceSlots | None:
@@ -64,24 +75,24 @@ def slots_of(tasks: Sequence[Task], device: torch.device) -> ChoiceSlots | None:
 
 
 def loss_of(
-    ours: Tensor, full: Tensor, targets: Tensor, choices: ChoiceSlots | None, *, distil: float, labels: float
+    ours: Tensor, full: Reference, targets: Tensor, choices: ChoiceSlots | None, *, distil: float, labels: float
 ) -> Tensor:
     """The loss of one pack, a scalar.
 
     Args:
         ours: Logits of the program where a continuation's token is predicted, (M, V).
-        full: Logits of identity there, (M, V).
+        full: What identity says there.
         targets: Those tokens, (M,).
         choices: The pack's choices.
         distil: Weight of the difference of the choices' scores.
         labels: Weight of the cross-entropy on the right choice; 0 looks at no label.
     """
-    mine, theirs = ours.log_softmax(-1), full.log_softmax(-1)
+    mine, theirs = ours[full.shown].float().log_softmax(-1), full.logits.float().log_softmax(-1)
     loss = (theirs.exp() * (theirs - mine)).sum(-1).mean()
-    if choices is None:
+    if choices is None or full.scores is None:
         return loss
-    scores, wanted = _scores(mine, targets, choices), _scores(theirs, targets, choices)
-    apart = F.huber_loss(_centred(scores, choices) / _UNIT, _centred(wanted, choices) / _UNIT, reduction="none")
+    scores, wanted = choice_scores(ours, targets, choices), _centred(full.scores, choices)
+    apart = F.huber_loss(_centred(scores, choices) / _UNIT, wanted / _UNIT, reduction="none")
     loss = loss + distil * apart[choices.valid].mean()
     if labels:
         ruled = scores.masked_fill(~choices.valid, -1e9) / _TEMPERATURE
@@ -89,10 +100,10 @@ def loss_of(
     return loss
 
 
-def _scores(logs: Tensor, targets: Tensor, choices: ChoiceSlots) -> Tensor:
-    """Log-likelihood per character of each choice, (Q, C)."""
-    values = logs.gather(1, targets[:, None])[:, 0]
-    sums = torch.zeros(choices.characters.numel() + 1, device=logs.device).index_add(0, choices.slot, values)
+def choice_scores(logits: Tensor, targets: Tensor, choices: ChoiceSlots) -> Tensor:
+    """Log-likelihood per character of each choice, (Q, C), from logits (M, V) of the tokens (M,)."""
+    values = -F.cross_entropy(logits.float(), targets, reduction="none")
+    sums = torch.zeros(choices.characters.numel() + 1, device=logits.device).index_add(0, choices.slot, values)
     return sums[:-1].view_as(choices.characters) / choices.characters
 
 

@@ -119,7 +119,8 @@ def test_the_script_makes_an_artifact(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("POLAR_DATA", str(folder / "data"))
     out = tmp_path / "shipped"
     quick = "--precision fp32 --sets first,second --limit 110 --segments 2-3 --distil 2 --tune 2 --budgets 0.8 --menu 3"
-    quick += " --prompts 12 --population 2 --resplits 2 --generations 0 --layers 1 --steps 20 --seeds 0 --epochs 1 --timed 1 --tier economy=0.5 standard=0.3"
+    quick += " --prompts 12 --population 2 --generations 0 --layers 1 --steps 20 --seeds 0 --epochs 1 --resplits 2"
+    quick += " --timed 1 --tier economy=0.5 standard=0.3"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
     runpy.run_path(str(SCRIPT))["main"](words)
     router = load_router(out)

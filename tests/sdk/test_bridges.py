@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, Policy, Program
 from polar_sdk.bridges import BridgeSet, Healer, HealOptions, parse_segments
-from polar_sdk.bridges.loss import loss_of, slots_of
+from polar_sdk.bridges.loss import Reference, choice_scores, loss_of, slots_of
 from polar_sdk.bridges.ridge import Ridge
 from polar_sdk.bridges.states import make_packs, workshop
 from polar_sdk.cli.main import app
@@ -184,9 +184,10 @@ def test_the_loss_is_zero_for_identity_and_its_terms_add_up(model: PolarModel) -
     pack = make_packs(model.loaded.decoder, tasks, 4096)[0]
     slots = slots_of(tasks, torch.device("cpu"))
     assert slots is not None
-    full = torch.randn(len(pack.targets), 260, generator=torch.Generator().manual_seed(2))
-    ours = full + torch.randn(len(pack.targets), 260, generator=torch.Generator().manual_seed(3))
-    assert float(loss_of(full, full, pack.targets, slots, distil=1, labels=0)) == pytest.approx(0, abs=1e-6)
+    identity = torch.randn(len(pack.targets), 260, generator=torch.Generator().manual_seed(2))
+    ours = identity + torch.randn(len(pack.targets), 260, generator=torch.Generator().manual_seed(3))
+    full = Reference(torch.arange(len(identity)), identity, choice_scores(identity, pack.targets, slots))
+    assert float(loss_of(identity, full, pack.targets, slots, distil=1, labels=0)) == pytest.approx(0, abs=1e-6)
     divergence = float(loss_of(ours, full, pack.targets, None, distil=1, labels=1))
     halves = [float(loss_of(ours, full, pack.targets, slots, distil=weight, labels=0)) for weight in (0, 1, 2)]
     assert halves[0] == pytest.approx(divergence)
