@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
@@ -29,10 +29,16 @@ if TYPE_CHECKING:
     from polar_sdk.rewards.tasks import Task
     from polar_sdk.scoring import Question
 
-__all__ = ["Kind", "Measurer", "Reward", "rewards_of"]
+__all__ = ["SAME_ANSWER", "Kind", "Measurer", "Reward", "rewards_of"]
 
 Kind = Literal["choice", "prompt", "answer"]
 _BATCH = 16
+SAME_ANSWER: Final = 0.75
+"""Share of the tokens of identity's answer that a program must choose too, for its answer to count as the same one.
+
+All of them would be too much to ask: where two tokens are almost as likely, identity itself chooses otherwise when it
+is run in other packs, 1 time in 100, and one such token in an answer changes nothing that a reader would miss.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +175,7 @@ def _compare(task: Task, full: Score, ours: Score) -> tuple[bool, float, float]:
     # two tokens are almost as likely. So what is compared are the choices of both in one pass.
     pairs = list(zip(ours.greedy[0], full.greedy[0], strict=True))
     share = sum(a == b for a, b in pairs) / len(pairs)
-    return share == 1, share, (ours.loglikelihoods[0] - full.loglikelihoods[0]) / len(pairs)
+    return share >= SAME_ANSWER, share, (ours.loglikelihoods[0] - full.loglikelihoods[0]) / len(pairs)
 
 
 def _scores(task: Task, score: Score) -> list[float]:

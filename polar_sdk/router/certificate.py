@@ -27,9 +27,10 @@ __all__ = ["LOSSES", "Certificate", "Loss", "Promise", "Subject", "check_size", 
 Loss = Literal["differs", "harms", "drops"]
 """What counts as lost.
 
-`differs`: the answer differs from identity's. `harms`: identity is right and the program is wrong. `drops`: the same,
-less the prompts where it is the other way round, so that α bounds the drop of accuracy; where no right answer is known,
-an answer that differs is lost.
+`differs`: the answer differs from identity's: another choice, or in text fewer than three quarters of the tokens that
+identity would choose (`polar_sdk.rewards.SAME_ANSWER`). `harms`: identity is right and the program is wrong. `drops`:
+the same, less the prompts where it is the other way round, so that α bounds the drop of accuracy; where no right answer
+is known, an answer that differs is lost.
 """
 LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -9,7 +9,7 @@ How the numbers are meant, by kind of prompt (`kinds`):
              `choice`                             `prompt` (bare) and `answer` (with a text that is right)
 ===========  ===================================  ==================================================================
 `agree`      the same choice as identity          along identity's own greedy answer the program would choose
-                                                  every token as identity does
+                                                  three quarters of the tokens as identity does (`SAME_ANSWER`)
 `share`      1.0 or 0.0, as `agree`               share of those tokens
 `margin`     score of identity's choice less the  mean over those tokens of the log-likelihood under the program less
              best other score, per character;     that under identity; identity has 0, worse programs are negative

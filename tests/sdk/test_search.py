@@ -17,7 +17,7 @@ from polar_sdk.cli.main import app
 from polar_sdk.cost import CostModel, LayerCost
 from polar_sdk.data import AnswerItem, ChoiceItem, Item, PromptItem, Shares
 from polar_sdk.errors import DataError
-from polar_sdk.rewards import Measurer, RewardCache, cache_path, make_tasks
+from polar_sdk.rewards import SAME_ANSWER, Measurer, RewardCache, cache_path, make_tasks
 from polar_sdk.rewards.answers import is_right
 from polar_sdk.rewards.measure import _preferred
 from polar_sdk.scoring import score_programs
@@ -99,8 +99,8 @@ def test_rewards_are_what_scoring_by_hand_gives(model: PolarModel) -> None:
             assert (float(reward.margin[number]) > 0) == bool(reward.agree[number])
         else:
             answers = [model.generate(item.prompt, program=one, max_tokens=5).token_ids for one in (IDENTITY, program)]
-            assert bool(reward.agree[number]) == (answers[0] == answers[1])
-            assert (float(reward.share[number]) == 1) == bool(reward.agree[number])
+            assert (float(reward.share[number]) == 1) == (answers[0] == answers[1])
+            assert bool(reward.agree[number]) == (float(reward.share[number]) >= SAME_ANSWER)
             usage = model.generate(item.prompt, program=program, max_tokens=len(answers[0])).usage
             if usage.tokens.output == len(answers[0]):
                 assert int(reward.flops[number]) == usage.flops.total
