@@ -6,6 +6,7 @@ there are, from `evaluate_set`. Renders nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Final
@@ -175,7 +176,9 @@ class _Bench:
                 "agreement": wilson(sum(agree), len(agree)),
                 "answer_share": fmean(one.share for one in run.outcomes),
                 "non_identity_rate": fmean(program != identity for program in run.programs),
-                "programs_used": len(set(run.programs)),
+                "programs": {
+                    program.text: count / len(run.programs) for program, count in Counter(run.programs).most_common()
+                },
                 "flops_saved": self._saved(run),
                 "ms_per_token": timing and timing[0],
                 "router_ms": timing and timing[1],

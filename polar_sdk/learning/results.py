@@ -47,7 +47,8 @@ class SystemResult(_Frozen):
     answer_share: float
     """Mean share of identity's answer that stays: of its tokens, for prompts that are answered in text."""
     non_identity_rate: float
-    programs_used: int
+    programs: dict[str, float]
+    """Share of the prompts that run each program, the most used one first."""
     flops_saved: Saved
     ms_per_token: float | None = None
     """Wall-clock at batch 1 per token of short answers, prompt included. Unit: milliseconds; None = not timed."""

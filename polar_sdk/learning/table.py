@@ -48,7 +48,7 @@ def _row(system: SystemResult) -> tuple[str, ...]:
         "–" if p is None else f"{p:.2g}",
         _interval(system.agreement),
         f"{system.non_identity_rate:.0%}",
-        str(system.programs_used),
+        str(len(system.programs)),
         f"{system.flops_saved.total:.1%}",
         f"{system.flops_saved.prefill:.1%}",
         f"{system.flops_saved.decode:.1%}",

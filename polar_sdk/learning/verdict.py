@@ -13,6 +13,8 @@ __all__ = ["verdict"]
 
 _BOUND = 0.02
 """The accuracy drop that the first sentence speaks about."""
+_NEARLY_ALL = 0.9
+"""Share of the prompts with one program from which on a router is called static."""
 
 
 def verdict(sets: Sequence[SetResult]) -> list[str]:
@@ -39,11 +41,19 @@ def _whole(result: SetResult) -> Iterator[str]:
     for one in result.comparisons:
         yield _against(one)
     if lost:
-        static = next(system for system in result.systems if system.name == "best static program")
         yield (
             f"The router does not beat the {' nor the '.join(one.control for one in lost)} of equal cost: which "
-            f"prompt gets which program does not matter here. Use the static program instead: {static.note}."
+            f"prompt gets which program does not matter here. {_instead(result)}"
         )
+
+
+def _instead(result: SetResult) -> str:
+    """What to run where a router earns nothing."""
+    program, share = next(iter(result.main.programs.items()))
+    if share >= _NEARLY_ALL:
+        return f"It is in effect a static program already: {program} for {share:.0%} of these prompts."
+    static = next(system for system in result.systems if system.name == "best static program")
+    return f"Use the static program instead: {static.note}."
 
 
 def _against(one: Comparison) -> str:

@@ -92,6 +92,15 @@ def test_a_router_that_reads_nothing_is_told_to_go_static(
     assert f"Use the static program instead: {static.note}" in sentences
 
 
+def test_a_router_that_chooses_one_program_is_called_static(
+    model: PolarModel, matrix: Callable[..., RewardMatrix]
+) -> None:
+    _, found = result(model, matrix, learnable=False, theta=1.0)
+    program, share = next(iter(found.main.programs.items()))
+    assert share == 1
+    assert f"in effect a static program already: {program} for 100% of these prompts" in " ".join(verdict([found]))
+
+
 def test_the_figures_are_those_counted_by_hand(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     router, found = result(model, matrix)
     test = matrix(500, seed=3)
