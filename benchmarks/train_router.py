@@ -112,6 +112,7 @@ class Work:
             budgets=tuple(map(float, self.options.budgets.split(","))),
             menu=self.options.menu,
             prompts=self.options.prompts,
+            train=self.options.train,
             population=self.options.population,
             generations=self.options.generations,
         )
@@ -242,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", default="0.95,0.9,0.85,0.8,0.75,0.7,0.6")
     parser.add_argument("--menu", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=128, help="prompts that programs are evolved on")
+    parser.add_argument("--train", type=int, default=1000, help="prompts that routers learn from")
     parser.add_argument("--population", type=int, default=12)
     parser.add_argument("--generations", type=int, default=4)
     parser.add_argument("--layers", type=int, default=3, help="layers run for early features")

@@ -36,6 +36,7 @@ def search(
     menu: Annotated[int, typer.Option(min=2, help="Most programs on the menu, full depth included.")] = 12,
     bridges: Annotated[Path | None, typer.Option(help="Folder of bridges that programs may use.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that programs are evolved on.")] = 128,
+    train: Annotated[int, typer.Option(min=1, help="Train prompts that the menu is measured on.")] = 1000,
     population: Annotated[int, typer.Option(min=1, help="Programs tried per generation and budget.")] = 12,
     generations: Annotated[int, typer.Option(min=0, help="Generations per budget, after the first.")] = 4,
     objective: Annotated[
@@ -61,6 +62,7 @@ def search(
         budgets=_numbers(budgets),
         menu=menu,
         prompts=prompts,
+        train=train,
         population=population,
         generations=generations,
         objective=objective,

@@ -24,6 +24,7 @@ class SearchOptions:
         budgets: FLOPs of the programs to look for, as shares of identity's.
         menu: Most programs on the menu, identity included.
         prompts: Prompts of the train split that programs are evolved on.
+        train: Most prompts of the train split that the menu is measured on, drawn by hash: what a router learns from.
         population: Programs tried per generation and budget.
         generations: Generations per budget, after a first one of random programs.
         objective: `identity`: answer as full depth does; `labels`: choose the right choice where one is known.
@@ -37,6 +38,7 @@ class SearchOptions:
     budgets: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)
     menu: int = 12
     prompts: int = 128
+    train: int = 1000
     population: int = 12
     generations: int = 4
     objective: Literal["identity", "labels"] = "identity"
@@ -53,9 +55,13 @@ class SearchOptions:
             raise DataError(f"a menu of {self.menu} leaves nothing to choose; use at least 2, identity is one of them.")
         if self.objective not in ("identity", "labels"):
             raise DataError(f"objective {self.objective!r} is unknown; use identity or labels.")
-        least = min(self.prompts, self.population, self.generations + 1, self.answer_tokens, self.write_tokens)
+        least = min(
+            self.prompts, self.train, self.population, self.generations + 1, self.answer_tokens, self.write_tokens
+        )
         if least < 1:
-            raise DataError("prompts, population, answer_tokens and write_tokens must be at least 1, generations 0.")
+            raise DataError(
+                "prompts, train, population, answer_tokens and write_tokens must be at least 1, generations 0."
+            )
         self.shares.check()
 
 

@@ -1,8 +1,9 @@
 """The search: from prompts and budgets to a menu and its reward matrix.
 
 Programs are evolved on prompts of the train split, the menu is picked on the dev split, and every prompt of every split
-is then measured under the menu. Calibration and test prompts have no say in what is on it. With the same seed a search
-repeats itself, and the cache answers for what was measured before: an interrupted search goes on where it stopped.
+is then measured under the menu, of the train split as many as a router learns from. Calibration and test prompts have
+no say in what is on it. With the same seed a search repeats itself, and the cache answers for what was measured before:
+an interrupted search goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class Search:
         dev = [task for task, split in zip(tasks, splits, strict=True) if split == "dev"]
         if not train:
             raise DataError(f"none of the {len(tasks)} prompts is in the train split; give more prompts.")
-        fitness = self._evolve(sorted(train, key=lambda task: task.id)[: self.options.prompts])
+        drawn = sorted(train, key=lambda task: task.id)
+        fitness = self._evolve(drawn[: self.options.prompts])
         if not any(fitness.values()):
             raise DataError(
                 f"no program that the policy allows costs {', '.join(f'{one:g}' for one in self.options.budgets)} of "
@@ -108,7 +110,9 @@ class Search:
             )
         judged = dev if len(dev) >= _FEW else train
         programs = self._pick(fitness, judged)
-        matrix = self._matrix(tasks, splits, programs, data_hash(items))
+        dropped = {task.id for task in drawn[self.options.train :]}
+        measured = [task for task in tasks if task.id not in dropped]
+        matrix = self._matrix(measured, programs, data_hash(items))
         return SearchResult(
             self._menu(matrix, judged, len({one for found in fitness.values() for one in found})), matrix
         )
@@ -166,9 +170,7 @@ class Search:
         must = [0, *(pool.index(program) for program in winners)]
         return [pool[column] for column in cover(gains, self.options.menu, must)]
 
-    def _matrix(
-        self, tasks: Sequence[Task], splits: Sequence[str], programs: Sequence[Program], data: str
-    ) -> RewardMatrix:
+    def _matrix(self, tasks: Sequence[Task], programs: Sequence[Program], data: str) -> RewardMatrix:
         ordered = [self._identity, *sorted(programs, key=self._ratio, reverse=True)]
         menu = list(dict.fromkeys(ordered))
         rewards = self._measurer.rewards(tasks, menu, "menu on all prompts")
@@ -176,7 +178,7 @@ class Search:
         return RewardMatrix(
             ids=tuple(task.id for task in tasks),
             kinds=tuple(task.kind for task in tasks),
-            splits=tuple(splits),  # type: ignore[arg-type]
+            splits=tuple(split_of(task.id, self.options.shares) for task in tasks),
             tokens=tuple(task.question.prompt for task in tasks),
             programs=tuple(menu),
             agree=_columns([rewards[program].agree for program in menu]),

@@ -440,3 +440,12 @@ def test_the_command_searches_and_writes_menu_and_rewards(
     assert RewardMatrix.load(told["rewards"]).programs[0] == IDENTITY
     wrong = CliRunner().invoke(app, [*command[:5], "--budgets", "cheap"])
     assert (wrong.exit_code, "no list of numbers" in wrong.output) == (2, True)
+
+
+def test_the_menu_is_measured_on_no_more_train_prompts_than_asked_for(model: PolarModel) -> None:
+    whole, part = (
+        search(model, train=train, menu=2, prompts=4, population=2, generations=0).matrix for train in (1000, 2)
+    )
+    assert part.splits.count("train") == 2 < whole.splits.count("train")
+    assert [one for one in part.splits if one != "train"] == [one for one in whole.splits if one != "train"]
+    assert set(part.ids) < set(whole.ids)
