@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from polar_sdk.learning import Evaluation
     from polar_sdk.learning.calibrate import TierPromise
     from polar_sdk.router import LearnedRouter
-    from polar_sdk.router.certificate import Loss
+    from polar_sdk.router.counts import Loss
 
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "routers" / "smollm2-135m-instruct"
 MOST_BYTES = 5_000_000

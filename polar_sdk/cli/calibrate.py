@@ -57,7 +57,7 @@ def calibrate(
 
 def _tier(text: str) -> tuple[str, TierPromise]:
     from polar_sdk.policy import TIERS
-    from polar_sdk.router.certificate import LOSSES
+    from polar_sdk.router.counts import LOSSES
 
     name, _, promise = text.partition("=")
     number, _, loss = promise.partition(":")

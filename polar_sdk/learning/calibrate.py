@@ -8,14 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import DataError
-from polar_sdk.router.certificate import Certificate, Loss, check_size, tier_promise
+from polar_sdk.router.certificate import Certificate, tier_promise
+from polar_sdk.router.counts import LOSSES, Counts, Loss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from polar_sdk.learning.outcomes import Outcomes
+    from polar_sdk.program import Program
     from polar_sdk.router.learned import LearnedRouter
 
 __all__ = ["TIER_ALPHAS", "TierPromise", "certify"]
@@ -56,52 +58,72 @@ def certify(
         CalibrationSizeError: A tier's α needs more prompts.
         DataError: A tier counts wrong answers, and the prompts come without right ones.
     """
-    _check(outcomes, tiers, delta)
-    counts: dict[Loss, list[int]] = {loss: [] for loss in _countable(outcomes)}
-    gained: list[int] = []
+    kinds = _by_kind(outcomes)
+    _check(kinds, outcomes, tiers, delta)
+    dial = router.facts.dial
+    chosen: list[Sequence[Program]] = []
     saved: list[float] = []
-    rows = range(len(outcomes))
     own = sum(router.route_flops(len(tokens)) for tokens in outcomes.matrix.tokens)
     full = outcomes.matrix.flops[:, 0].sum().item()
-    dial = router.facts.dial
     for at, theta in enumerate(dial):
         on_progress("calibrating", at, len(dial))
-        programs = [router.programs[0]] * len(rows) if theta == 0 else router.choose_all(outputs, theta)
+        programs = [router.programs[0]] * len(outcomes) if theta == 0 else router.choose_all(outputs, theta)
         spent = sum(one.flops for one in outcomes.all(programs)) + (own if theta else 0)
         saved.append(1 - spent / full)
-        losses = {loss: outcomes.losses(rows, programs, loss) for loss in counts}
-        for loss, values in losses.items():
-            counts[loss].append(values.count(1))
-        gained.append(losses.get("drops", []).count(-1))
+        chosen.append(programs)
     on_progress("calibrating", len(dial), len(dial))
     certificate = Certificate(
         subject=router.subject,
         data=outcomes.matrix.data,
         delta=delta,
-        n=len(rows),
         thetas=dial,
         saved=tuple(saved),
-        lost={loss: tuple(values) for loss, values in counts.items()},
-        gained=tuple(gained) if "drops" in counts else (),
+        kinds={kind: _count(outcomes, rows, chosen) for kind, rows in kinds.items()},
     )
     for tier, (alpha, loss) in tiers.items():
         certificate = tier_promise(certificate, tier, alpha, loss)
     return certificate
 
 
-def _countable(outcomes: Outcomes) -> tuple[Loss, ...]:
-    """Losses that can be counted: some need right answers, of some prompts or of all."""
+def _by_kind(outcomes: Outcomes) -> dict[str, list[int]]:
+    """Rows of each kind of prompt."""
+    found: dict[str, list[int]] = {}
+    for row, kind in enumerate(outcomes.matrix.kinds):
+        found.setdefault(kind, []).append(row)
+    return found
+
+
+def _count(outcomes: Outcomes, rows: Sequence[int], chosen: Sequence[Sequence[Program]]) -> Counts:
+    """Counts of some rows, for the programs that were chosen for all rows at each θ."""
+    values = {
+        loss: [outcomes.losses(rows, [programs[row] for row in rows], loss) for programs in chosen]
+        for loss in _countable(outcomes, rows)
+    }
+    return Counts(
+        n=len(rows),
+        lost={loss: tuple(one.count(1) for one in some) for loss, some in values.items()},
+        gained=tuple(one.count(-1) for one in values.get("drops", ())),
+    )
+
+
+def _countable(outcomes: Outcomes, rows: Sequence[int]) -> tuple[Loss, ...]:
+    """Losses that these rows can be counted by."""
+    return LOSSES if bool(outcomes.matrix.labelled[list(rows)].all()) else ("differs",)
+
+
+def _check(
+    kinds: Mapping[str, Sequence[int]], outcomes: Outcomes, tiers: Mapping[str, TierPromise], delta: float
+) -> None:
+    """Before anything is measured: whether the losses can be counted, and on prompts enough."""
     labelled = outcomes.matrix.labelled
-    return ("differs", *(("drops",) if labelled.any() else ()), *(("harms",) if labelled.all() else ()))
-
-
-def _check(outcomes: Outcomes, tiers: Mapping[str, TierPromise], delta: float) -> None:
-    """Before anything is measured."""
-    countable = _countable(outcomes)
-    for alpha, loss in tiers.values():
-        if loss not in countable:
+    countable = {"differs": True, "harms": bool(labelled.all()), "drops": bool(labelled.any())}
+    for _, loss in tiers.values():
+        if not countable[loss]:
             needed = (
                 "an answer with every calibration prompt" if loss == "harms" else "calibration prompts with answers"
             )
             raise DataError(f"a tier that counts wrong answers (loss {loss!r}) needs {needed}.")
-        check_size(len(outcomes), alpha, delta, loss)
+    for kind, rows in kinds.items():
+        empty = Counts(n=len(rows), lost=dict.fromkeys(_countable(outcomes, rows), ()))
+        for alpha, loss in tiers.values():
+            empty.check_size(kind, alpha, delta, loss)

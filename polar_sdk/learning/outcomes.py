@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.program import Program
-    from polar_sdk.router.certificate import Loss
+    from polar_sdk.router.counts import Loss
     from polar_sdk.search import RewardMatrix
 
 __all__ = ["Outcome", "Outcomes"]

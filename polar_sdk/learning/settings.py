@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from polar_sdk.router.certificate import Loss
+from polar_sdk.router.counts import Loss
 
 __all__ = ["MenuSettings", "PolicySettings", "Target"]
 

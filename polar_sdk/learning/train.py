@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from polar_sdk.data import Item
     from polar_sdk.model import PolarModel
     from polar_sdk.rewards import RewardCache
-    from polar_sdk.router.certificate import Loss
+    from polar_sdk.router.counts import Loss
     from polar_sdk.search import RewardMatrix
 
 __all__ = ["RouterKind", "Trainer"]

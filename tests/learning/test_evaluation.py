@@ -126,13 +126,14 @@ def test_calibration_counts_what_is_lost(model: PolarModel, matrix: Callable[...
     certificate = certify(router, outputs, Outcomes(rows), tiers=TIERS)
     at = certificate.thetas.index(certificate.tiers["economy"].theta)
     picks = [rows.programs.index(one) for one in router.choose_all(outputs, certificate.thetas[at])]
-    assert certificate.lost["differs"][at] == sum(not rows.agree[row, pick] for row, pick in enumerate(picks))
-    assert certificate.lost["harms"][at] == sum(
+    counts = certificate.kinds["choice"]
+    assert counts.lost["differs"][at] == sum(not rows.agree[row, pick] for row, pick in enumerate(picks))
+    assert counts.lost["harms"][at] == sum(
         bool(rows.right[row, 0] and not rows.right[row, pick]) for row, pick in enumerate(picks)
     )
     pairs = [(bool(rows.right[row, 0]), bool(rows.right[row, pick])) for row, pick in enumerate(picks)]
-    assert certificate.lost["drops"][at] == pairs.count((True, False)) == certificate.lost["harms"][at]
-    assert certificate.gained[at] == pairs.count((False, True))
+    assert counts.lost["drops"][at] == pairs.count((True, False)) == counts.lost["harms"][at]
+    assert counts.gained[at] == pairs.count((False, True))
     assert certificate.tiers["economy"].theta > 0
     assert router.with_certificate(certificate).certified
 

@@ -8,6 +8,7 @@ import pytest
 
 from polar_sdk.program import Program
 from polar_sdk.router.certificate import Certificate
+from polar_sdk.router.counts import Counts
 from polar_sdk.router.features import FeatureReader
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter
@@ -48,9 +49,8 @@ def certified(router: MenuRouter) -> MenuRouter:
         subject=router.subject,
         data="d",
         delta=0.1,
-        n=500,
         thetas=THETAS,
-        lost={"differs": (0, 5, 18, 120)},
+        kinds={"prompt": Counts(n=500, lost={"differs": (0, 5, 18, 120)})},
         saved=(0.0, 0.01, 0.1, 0.3),
     )
     tiers = {"economy": certificate.promise(0.3), "standard": certificate.promise(0.05)}

@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 SUBJECT = Subject(model="m", menu="n", router="r", bridges="", dtype="float32", engine="1")
 
 
-def made(n: int = 500, **changes: Any) -> Certificate:
+def made(
+    n: int = 500,
+    lost: dict[str, Any] | None = None,
+    gained: tuple[int, ...] = (),
+    others: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Certificate:
     facts: dict[str, Any] = {
         "subject": SUBJECT,
         "data": "d",
         "delta": 0.1,
-        "n": n,
         "thetas": (0.0, 0.1, 0.2, 0.3),
-        "lost": {"differs": (0, 5, 18, 19)},
+        "kinds": {"choice": {"n": n, "lost": lost or {"differs": (0, 5, 18, 19)}, "gained": gained}, **(others or {})},
         "saved": (0.0, 0.1, 0.2, 0.3),
     }
     return Certificate.model_validate(facts | changes)
@@ -34,7 +39,7 @@ def made(n: int = 500, **changes: Any) -> Certificate:
 def test_the_last_accepted_theta_is_promised() -> None:
     assert made().promise(0.05).theta == 0.2  # 18 of 500 is the most at 5 %
     assert made().promise(0.02).theta == 0.1  # 5 of 500 is the most at 2 %
-    assert made().promise(0.02).k == 5
+    assert made().promise(0.02).k == {"choice": 5}
 
 
 def test_the_walk_stops_at_the_first_failure() -> None:
@@ -84,23 +89,44 @@ def test_an_uncounted_loss_is_refused() -> None:
 
 def drops(lost: tuple[int, ...], gained: tuple[int, ...], **changes: Any) -> Certificate:
     counts = {"differs": tuple(a + b for a, b in zip(lost, gained, strict=True)), "drops": lost}
-    return made(1300, lost=counts, gained=gained, **changes)
+    return made(1300, counts, gained, **changes)
 
 
 def test_what_is_gained_makes_good_what_is_lost() -> None:
     certificate = drops((0, 150, 150, 200), (0, 160, 110, 110))
     promise = certificate.promise(0.02, "drops")
-    assert (promise.theta, promise.k, promise.gained) == (0.1, 150, 160)
-    assert "drops by at most 0.02" in promise.text and "150 were lost, 160 gained" in promise.text
+    assert (promise.theta, promise.k, promise.gained) == (0.1, {"choice": 150}, {"choice": 160})
+    assert "drops by at most 0.02" in promise.text and "choice: 150 of 1300 lost, 160 gained" in promise.text
     assert certificate.promise(0.02).theta == 0.0  # almost a quarter of the answers are other answers
     assert certificate.promise(0.06, "drops").theta == 0.2
 
 
 def test_gains_must_be_counted_with_drops() -> None:
     with pytest.raises(ValidationError, match="gained needs one count"):
-        made(lost={"drops": (0, 1, 2, 3)}, gained=(1, 2))
+        made(lost={"differs": (0, 1, 2, 3), "drops": (0, 1, 2, 3)}, gained=(1, 2))
     with pytest.raises(CalibrationSizeError, match="α = 2 % needs at least 228"):
         made(200, lost={"differs": (0, 0, 0, 0), "drops": (0, 0, 0, 0)}, gained=(0, 0, 0, 0)).promise(0.02, "drops")
+
+
+def test_a_promise_holds_for_every_kind_of_prompt() -> None:
+    texts = {"n": 150, "lost": {"differs": (0, 0, 20, 20)}}
+    mixed = made(others={"prompt": texts})
+    assert made().promise(0.05).theta == 0.2  # 18 of 500 choices; with 20 of 150 texts that is too much
+    promise = mixed.promise(0.05)
+    assert (promise.theta, promise.n, promise.k) == (0.1, {"choice": 500, "prompt": 150}, {"choice": 5, "prompt": 0})
+    assert mixed.promise(0.2).theta == 0.3
+    # Where no right answer is known, a drop is an answer that differs.
+    counts = {"differs": (0, 300, 300, 400), "drops": (0, 150, 150, 200)}
+    certificate = made(1300, counts, (0, 160, 110, 110), {"prompt": texts})
+    assert certificate.promise(0.06, "drops").theta == 0.1
+    with pytest.raises(CertificateError, match="'harms' was not counted"):
+        certificate.promise(0.1, "harms")
+    with pytest.raises(
+        CalibrationSizeError, match=r"at least 230 calibration prompts at δ = 0\.1; you gave 150 of kind"
+    ):
+        mixed.promise(0.01)
+    with pytest.raises(ToleranceError, match="the smallest that 150 calibration prompts"):
+        mixed.at_tolerance(0.012)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.1])
