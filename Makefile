@@ -57,7 +57,7 @@ bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
 	$(BIN)/python benchmarks/billing.py
 
 router: model ## Heal, search, train, certify and evaluate the shipped router; POLAR_DATA names a folder of JSONL sets
-	$(BIN)/python benchmarks/train_router.py
+	$(BIN)/python -m benchmarks.train_router
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out

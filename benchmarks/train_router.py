@@ -1,8 +1,8 @@
 """Make the shipped router: heal, search, train, calibrate, evaluate. `make router` runs it for the default model.
 
 Prompts: those of the package and, where POLAR_DATA names a folder, the JSONL sets in it that `--sets` names, each a
-class of its own in the evaluation. Bridges are distilled without labels first and then, where a set has choices with
-right answers, tuned to those. Every stage keeps its work, so that the same command goes on after Ctrl-C. What is
+class of its own in the evaluation. Some bridges are tuned to the right choices of those sets, others distilled on
+texts without labels. Every stage keeps its work, so that the same command goes on after Ctrl-C. What is
 measured is printed and written beside the work, the article's router too; the artifact goes to `--out`, and never more
 than 5 MB of it.
 """
@@ -15,12 +15,12 @@ import os
 import random
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.router_bridges import Bridging
 from polar_sdk import PolarModel
-from polar_sdk.bridges import Healer, HealOptions
 from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.data import AnswerItem, ChoiceItem, PromptItem, builtin_items, read_items
 from polar_sdk.learning import MenuSettings, PolicySettings, certify
@@ -78,32 +78,8 @@ class Work:
         return any(isinstance(item, ChoiceItem) for item in self.items)
 
     def heal(self) -> None:
-        """Fit the bridges: distilled first, then tuned to the right choices where there are any."""
-        first = HealOptions(distil=self.options.distil)
-        self._heal("distilled", first)
-        if self.labelled and self.options.tune:
-            second = HealOptions(
-                distil=self.options.tune,
-                labels=self.options.labels,
-                choices=self.options.choices,
-                rate=self.options.rate,
-                start=str(self.folder / "distilled"),
-            )
-            self._heal("bridges", second)
-        elif not (self.folder / "bridges").is_dir():
-            shutil.copytree(self.folder / "distilled", self.folder / "bridges")
-        self.model.load_bridges(self.folder / "bridges")
-
-    def _heal(self, name: str, options: HealOptions) -> None:
-        out = self.folder / name
-        if (out / "bridges.json").is_file():
-            return
-        options = replace(options, resume=out.is_dir())
-        cache = RewardCache(cache_path(self.model.fingerprint, self.model.dtype))
-        with cache:
-            Healer(
-                self.model, self.items, self.options.segments, options, out=out, cache=cache, on_progress=self.show
-            ).run()
+        """Fit the bridges."""
+        self.model.load_bridges(Bridging(self.options, self.items, self.folder, self.show).run(self.model))
 
     def search(self) -> RewardMatrix:
         """Search the menu, on what the cache does not know yet."""
@@ -210,14 +186,18 @@ def _tiers(texts: Sequence[str], loss: Loss) -> dict[str, TierPromise]:
 
 
 def read_sets(names: Sequence[str], limit: int | None) -> dict[str, list[Item]]:
-    """The package's prompts, and those sets of POLAR_DATA that are there.
+    """The package's prompts, and those sets of POLAR_DATA that are there: `name`, or `name:400` for its first 400.
 
     Prompts with an answer in text lose it: a model of this size writes hardly any of those answers, so that what it
     would have written is the better measure.
     """
     folder = Path(os.environ.get("POLAR_DATA") or os.devnull)
-    paths = [folder / f"{name}.jsonl" for name in names]
-    found = {path.stem: [_unanswered(one) for one in read_items(path, limit)] for path in paths if path.is_file()}
+    found = {}
+    for name in names:
+        stem, _, most = name.partition(":")
+        path = folder / f"{stem}.jsonl"
+        if path.is_file():
+            found[stem] = [_unanswered(one) for one in read_items(path, int(most) if most else limit)]
     return {"package": builtin_items()[:limit], **found}
 
 
@@ -233,13 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("out/router"), help="where stages keep their work")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="where the artifact goes")
     parser.add_argument("--limit", type=int, default=None, help="prompts of each set")
-    parser.add_argument("--sets", default="arc_easy.train,arc_challenge.train,openbookqa.train", help="in POLAR_DATA")
-    parser.add_argument("--segments", default="12-20;12-20,22-26", help="bridges to fit")
-    parser.add_argument("--distil", type=int, default=136, help="steps of training the bridges without labels")
-    parser.add_argument("--tune", type=int, default=300, help="steps of training them with the right choices")
+    parser.add_argument("--sets", default="arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:400")
+    parser.add_argument("--segments", default="12-20;12-20,22-26", help="bridges for choices")
+    parser.add_argument("--text-segments", default="16-18;14-18", help="bridges for prompts answered in text")
+    parser.add_argument("--distil", type=int, default=120, help="steps of training those, without labels")
+    parser.add_argument("--tune", type=int, default=250, help="steps of training the others with the right choices")
     parser.add_argument("--labels", type=float, default=2.0, help="weight of the right choices in those steps")
     parser.add_argument("--choices", type=float, default=0.3, help="weight of full depth's choices in those steps")
-    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of those steps")
+    parser.add_argument("--rate", type=float, default=4e-4, help="learning rate of those steps")
     parser.add_argument("--budgets", default="0.95,0.9,0.85,0.8,0.75,0.7,0.6")
     parser.add_argument("--menu", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=128, help="prompts that programs are evolved on")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import runpy
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 if TYPE_CHECKING:
     from typer.testing import Result
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_router.py"
 WORDS = ["red", "blue", "green", "apple", "pear", "stone", "river", "mountain", "sky", "cloud", "fish", "bird", "lamp"]
 
 
@@ -118,11 +117,12 @@ def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> 
 def test_the_script_makes_an_artifact(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLAR_DATA", str(folder / "data"))
     out = tmp_path / "shipped"
-    quick = "--precision fp32 --sets first,second --limit 110 --segments 2-3 --distil 2 --tune 2 --budgets 0.8 --menu 3"
-    quick += " --prompts 12 --population 2 --generations 0 --layers 1 --steps 20 --seeds 0 --epochs 1 --resplits 2"
-    quick += " --timed 1 --tier economy=0.5 standard=0.3"
+    quick = "--precision fp32 --sets first,second --limit 110 --segments 2-3 --text-segments 3-4 --distil 2 --tune 2"
+    quick += " --budgets 0.8 --menu 3 --prompts 12 --population 2 --generations 0 --layers 1 --steps 20 --seeds 0"
+    quick += " --epochs 1 --resplits 2 --timed 1 --tier economy=0.5 standard=0.3"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
-    runpy.run_path(str(SCRIPT))["main"](words)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    import_module("benchmarks.train_router").main(words)
     router = load_router(out)
     assert isinstance(router, LearnedRouter) and router.certificate is not None
     assert set(router.certificate.tiers) == {"economy", "standard"}

@@ -1,0 +1,87 @@
+"""The bridges of the shipped router: some tuned to right choices, some distilled on texts, put together in one folder.
+
+Used by `train_router.py`. They are trained in float32, which processors without bfloat16 tiles multiply twice as fast,
+and stored in the precision that the router serves in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from polar_sdk import PolarModel
+from polar_sdk.bridges import BridgeSet, Healer, HealOptions
+from polar_sdk.data import ChoiceItem, data_hash
+from polar_sdk.rewards import RewardCache, cache_path
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from polar_sdk.data import Item
+
+__all__ = ["Bridging"]
+
+
+@dataclass(frozen=True)
+class Bridging:
+    """What to heal, and how.
+
+    Attributes:
+        options: Of the command line.
+        items: All prompts; choices and texts are healed apart.
+        folder: Of the work; a finished part is not made again.
+        show: Progress.
+    """
+
+    options: argparse.Namespace
+    items: Sequence[Item]
+    folder: Path
+    show: Callable[[str, int, int], None]
+
+    def run(self, model: PolarModel) -> Path:
+        """Heal what is not healed yet; returns the folder of all bridges, for that model's dtype."""
+        out = self.folder / "bridges"
+        if (out / "bridges.json").is_file():
+            return out
+        choices = [item for item in self.items if isinstance(item, ChoiceItem)]
+        texts = [item for item in self.items if not isinstance(item, ChoiceItem)]
+        given = self.options
+        tuned = HealOptions(distil=given.tune, labels=given.labels, choices=given.choices, rate=given.rate)
+        plain = HealOptions(distil=given.distil)
+        made = [
+            self._heal(name, some, segments, options)
+            for name, some, segments, options in (
+                ("choices", choices, given.segments, tuned),
+                ("texts", texts, given.text_segments, plain),
+            )
+            if some and segments
+        ]
+        _together(made, data_hash(self.items), model).save(out)
+        return out
+
+    def _heal(self, name: str, items: Sequence[Item], segments: str, options: HealOptions) -> BridgeSet:
+        out = self.folder / f"bridges-{name}"
+        if not (out / "bridges.json").is_file():
+            model = PolarModel.from_pretrained(self.options.model, precision="fp32", ledger=None)
+            options = replace(options, resume=out.is_dir())
+            with RewardCache(cache_path(model.fingerprint, model.dtype)) as cache:
+                Healer(model, items, segments, options, out=out, cache=cache, on_progress=self.show).run()
+        return BridgeSet.load(out)
+
+
+def _together(sets: Sequence[BridgeSet], data: str, model: PolarModel) -> BridgeSet:
+    """All bridges as one set, in the model's dtype; of two for one segment the first stays."""
+    decoder = model.decoder
+    records = {(one.first, one.last): one for some in reversed(sets) for one in some.records}
+    bridges = {segment: bridge for some in reversed(sets) for segment, bridge in some.bridges.items()}
+    return BridgeSet(
+        bridges={segment: bridge.to(decoder.dtype, decoder.device) for segment, bridge in sorted(bridges.items())},
+        records=tuple(record for _, record in sorted(records.items())),
+        model=model.name,
+        fingerprint=model.fingerprint,
+        dtype=model.dtype,
+        data=data,
+        training={"parts": [some.training for some in sets]},
+    )
