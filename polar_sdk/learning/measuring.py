@@ -8,23 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-
 from polar_sdk.data import check_labels, data_hash, distinct_items, item_id, split_of
-from polar_sdk.engine.bridge import bridges_digest
 from polar_sdk.errors import DataError
 from polar_sdk.learning.outcomes import Outcome, Outcomes
 from polar_sdk.program import Program
 from polar_sdk.rewards import Measurer, RewardCache, cache_path, make_tasks
 from polar_sdk.scoring import Score, score_questions
-from polar_sdk.search import RewardMatrix
+from polar_sdk.search.measured import measured_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from polar_sdk.data import Item
+    from polar_sdk.data import Item, Split
     from polar_sdk.model import PolarModel
     from polar_sdk.rewards import Task
+    from polar_sdk.search import RewardMatrix
 
 __all__ = ["Bench", "marks", "unseen"]
 
@@ -92,7 +90,7 @@ class Bench:
         return make_tasks(self.model, items, self._store, on_progress=self.on_progress)
 
     def matrix(
-        self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool = True, split: str = "test"
+        self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool = True, split: Split = "test"
     ) -> RewardMatrix:
         """What every one of the programs, identity first, does on every task.
 
@@ -138,30 +136,16 @@ class Bench:
             )
         ]
 
-    def _matrix(self, tasks: Sequence[Task], programs: list[Program], *, labels: bool, split: str) -> RewardMatrix:
+    def _matrix(self, tasks: Sequence[Task], programs: list[Program], *, labels: bool, split: Split) -> RewardMatrix:
         if not tasks:
             raise DataError("no prompt is left that fits the model's context window; give shorter ones.")
-        rewards = self._measurer.rewards(tasks, programs)
-        nothing = torch.zeros(len(tasks), dtype=torch.bool)
-        right = [self._measurer.right(tasks, program) if labels else nothing for program in programs]
-        digests = sorted({bridges_digest(self.model.decoder, program) for program in programs} - {""})
-        return RewardMatrix(
-            ids=tuple(task.id for task in tasks),
-            kinds=tuple(task.kind for task in tasks),
-            splits=(split,) * len(tasks),  # type: ignore[arg-type]
-            tokens=tuple(task.question.prompt for task in tasks),
-            programs=tuple(programs),
-            agree=torch.stack([rewards[program].agree for program in programs], 1),
-            share=torch.stack([rewards[program].share for program in programs], 1),
-            margin=torch.stack([rewards[program].margin for program in programs], 1),
-            right=torch.stack(right, 1),
-            labelled=torch.tensor([labels and task.kind != "prompt" for task in tasks]),
-            flops=torch.stack([rewards[program].flops for program in programs], 1),
-            model=self.model.name,
-            fingerprint=self.model.fingerprint,
-            dtype=self.model.dtype,
-            bridges=" ".join(digests),
+        return measured_matrix(
+            self._measurer,
+            tasks,
+            programs,
+            splits=[split] * len(tasks),
             data=data_hash(task.item for task in tasks),
+            write_tokens=64 if labels else None,
         )
 
 

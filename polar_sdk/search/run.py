@@ -27,11 +27,10 @@ from polar_sdk.data import (
 from polar_sdk.errors import DataError
 from polar_sdk.program import Program
 from polar_sdk.rewards import Measurer, Reward, RewardCache, Task, make_tasks
-from polar_sdk.router.hashes import hash_bridges
 from polar_sdk.search.cover import cover
 from polar_sdk.search.cuts import Space
 from polar_sdk.search.evolve import evolve
-from polar_sdk.search.matrix import RewardMatrix
+from polar_sdk.search.measured import measured_matrix
 from polar_sdk.search.menu import Menu, MenuProgram
 from polar_sdk.search.options import SearchOptions, SearchResult
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.model import PolarModel
+    from polar_sdk.search.matrix import RewardMatrix
 
 __all__ = ["Search", "search"]
 
@@ -172,26 +172,14 @@ class Search:
 
     def _matrix(self, tasks: Sequence[Task], programs: Sequence[Program], data: str) -> RewardMatrix:
         ordered = [self._identity, *sorted(programs, key=self._ratio, reverse=True)]
-        menu = list(dict.fromkeys(ordered))
-        rewards = self._measurer.rewards(tasks, menu, "menu on all prompts")
-        right = [self._measurer.right(tasks, program, self.options.write_tokens) for program in menu]
-        return RewardMatrix(
-            ids=tuple(task.id for task in tasks),
-            kinds=tuple(task.kind for task in tasks),
-            splits=tuple(split_of(task.id, self.options.shares) for task in tasks),
-            tokens=tuple(task.question.prompt for task in tasks),
-            programs=tuple(menu),
-            agree=_columns([rewards[program].agree for program in menu]),
-            share=_columns([rewards[program].share for program in menu]),
-            margin=_columns([rewards[program].margin for program in menu]),
-            right=_columns(right),
-            labelled=torch.tensor([task.kind != "prompt" for task in tasks]),
-            flops=_columns([rewards[program].flops for program in menu]),
-            model=self.model.name,
-            fingerprint=self.model.fingerprint,
-            dtype=self.model.dtype,
-            bridges=hash_bridges(self.model.loaded.decoder, menu),
+        return measured_matrix(
+            self._measurer,
+            tasks,
+            list(dict.fromkeys(ordered)),
+            splits=[split_of(task.id, self.options.shares) for task in tasks],
             data=data,
+            write_tokens=self.options.write_tokens,
+            stage="menu on all prompts",
         )
 
     def _menu(self, matrix: RewardMatrix, judged: Sequence[Task], tried: int) -> Menu:
@@ -231,7 +219,3 @@ def _gain(reward: Reward, identity: Reward) -> Tensor:
     """(P,) share of identity's FLOPs that a prompt saves where the program answers as identity does; else 0."""
     saved = 1 - reward.flops / identity.flops
     return saved * reward.agree
-
-
-def _columns(columns: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(columns), dim=1)
