@@ -1,0 +1,5 @@
+"""Kernels of our own in C++, for what torch does slowly on processors with AVX512-BF16: see `library.py`."""
+
+from polar_sdk.engine.native.library import attend_pages, attends, load_library, multiplies, product, version
+
+__all__ = ["attend_pages", "attends", "load_library", "multiplies", "product", "version"]
