@@ -156,7 +156,7 @@ def paged_decode(query: Tensor, store: Tensor, table: Tensor, positions: Tensor,
     Returns:
         (B, H × d).
     """
-    if native.attends(query, store):
+    if torch.compiler.is_compiling() and native.attends(query):
         return native.attend_pages(query, store, table, positions, kind)
     rows, count = table.shape
     _, _, groups, page, size = store.shape

@@ -335,6 +335,12 @@ class CompiledKernels:
             return self._eager.finish(w, x, mixed)
         return self._run("finish", w, [x, mixed])[0]
 
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+        """Attention in the middle."""
+        if native.attends(query):
+            return native.attend_prompt(query, keys, values, kind)
+        return self._eager.attend(query, keys, values, kind)
+
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, table: Tensor, at: Tensor
     ) -> Tensor:

@@ -1,7 +1,7 @@
 """The library made of `kernels.cpp`: when it can be used, how it is compiled and kept, and how compiled layers call it.
 
-Two operations on bfloat16 tensors of a CPU: the product of two or more rows with a matrix, and attention of one token
-per row over pages. They are used within compiled layers only, by processors with AVX512-BF16 and without AMX (torch's
+Three operations on bfloat16 tensors of a CPU: the product of two or more rows with a matrix, attention of one token per
+row over pages, and attention of the tokens of a prompt. They are used within compiled layers only, by processors with AVX512-BF16 and without AMX (torch's
 own products use AMX, and are faster then); elsewhere, and where the library cannot be compiled, layers do as torch
 does. Knows tensors, no families.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from polar_sdk.engine.family import AttentionKind
 
-__all__ = ["attend_pages", "attends", "load_library", "multiplies", "product", "version"]
+__all__ = ["attend_pages", "attend_prompt", "attends", "load_library", "multiplies", "product", "version"]
 
 _SOURCE: Final = Path(__file__).with_name("kernels.cpp")
 _HEAD_STEP: Final = 32
@@ -131,10 +131,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return total
 
 
-def attends(query: Tensor, store: Tensor) -> bool:
-    """Whether attention of (B, H, d) over such pages should be ours, in a compiled layer."""
-    fits = bool(version(query.dtype, query.device)) and store.dtype == query.dtype
-    return fits and query.shape[-1] % _HEAD_STEP == 0 and torch.compiler.is_compiling()
+def attends(query: Tensor) -> bool:
+    """Whether attention of queries (…, d) can be ours."""
+    return bool(version(query.dtype, query.device)) and query.shape[-1] % _HEAD_STEP == 0
 
 
 def attend_pages(query: Tensor, store: Tensor, table: Tensor, positions: Tensor, kind: AttentionKind) -> Tensor:
@@ -142,4 +141,10 @@ def attend_pages(query: Tensor, store: Tensor, table: Tensor, positions: Tensor,
     mixed: Tensor = torch.ops.polar.attend_pages(
         query, store, table, positions, kind.scale, kind.window, kind.softcap
     )
+    return mixed
+
+
+def attend_prompt(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    """`attention.attend_row`, with its arguments and result."""
+    mixed: Tensor = torch.ops.polar.attend_prompt(query, keys, values, kind.scale, kind.window, kind.softcap)
     return mixed
