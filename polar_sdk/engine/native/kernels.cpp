@@ -83,7 +83,7 @@ inline void turn(const Half* from, int64_t stride, int64_t last, __mmask16 lanes
 
 constexpr int64_t kPanel = 32;
 constexpr int64_t kRows = 12;        // 24 sums of 16 lanes, of 32 registers
-constexpr int64_t kRowBlock = 96;    // with a panel, what the second-level cache holds
+constexpr int64_t kBlock = 1 << 18;  // words of rows that the second-level cache holds beside a panel
 constexpr int64_t kFew = 16;         // rows that are met by weights in registers
 
 // Words of a row of x and of a panel are 32 bits in both forms: a pair of inputs, multiplied by one instruction …
@@ -258,16 +258,22 @@ void run_count(int64_t count, const Pass& pass) {
 
 int64_t parts_of(int64_t count, int64_t most) { return (count + most - 1) / most; }
 
-// All outputs of the panels from `begin` to `end`, for the rows from `start`.
+// Rows of a product in chunks of nearly one size.
+struct Chunks {
+  int64_t rows, count;
+  explicit Chunks(int64_t rows) : rows(rows), count(parts_of(rows, kRows)) {}
+  int64_t start(int64_t chunk) const { return chunk * rows / count; }
+};
+
+// All outputs of the panels from `begin` to `end`, for the chunks of rows from `from` to `to`.
 template <class Form>
-void run_panels(const Product& product, int64_t start, int64_t rows, int64_t begin, int64_t end) {
-  const int64_t steps = product.padded() / Form::kInputs;
-  float* panel = scratch<Product>(steps * (kPanel + rows));
+void run_panels(const Product& product, const Chunks& chunks, int64_t from, int64_t to, int64_t begin, int64_t end) {
+  const int64_t steps = product.padded() / Form::kInputs, start = chunks.start(from);
+  float* panel = scratch<Product>(steps * (kPanel + chunks.start(to) - start));
   float* words = panel + steps * kPanel;
-  const int64_t parts = parts_of(rows, kRows);
-  const auto first_row = [&](int64_t part) { return part * rows / parts; };
-  for (int64_t part = 0; part < parts; ++part) {
-    fill_rows<Form>(product, start + first_row(part), first_row(part + 1) - first_row(part), words + first_row(part) * steps);
+  for (int64_t chunk = from; chunk < to; ++chunk) {
+    const int64_t row = chunks.start(chunk);
+    fill_rows<Form>(product, row, chunks.start(chunk + 1) - row, words + (row - start) * steps);
   }
   for (int64_t number = begin; number < end; ++number) {
     const int64_t output = number * kPanel;
@@ -280,11 +286,11 @@ void run_panels(const Product& product, int64_t start, int64_t rows, int64_t beg
     }
     pass.ahead = reinterpret_cast<const char*>(product.weight + std::min(output + kPanel, product.outputs - 1) * product.inputs);
     pass.hop = 64 * Form::kInputs;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t from = first_row(part), to = first_row(part + 1);
-      pass.words = words + from * steps;
-      pass.y = product.y + (start + from) * product.outputs + output;
-      run_count<Form>(to - from, pass);
+    for (int64_t chunk = from; chunk < to; ++chunk) {
+      const int64_t row = chunks.start(chunk);
+      pass.words = words + (row - start) * steps;
+      pass.y = product.y + row * product.outputs + output;
+      run_count<Form>(chunks.start(chunk + 1) - row, pass);
       pass.hop = 0;  // fetched once
     }
   }
@@ -314,11 +320,13 @@ void run_product(const Product& product) {
     });
     return;
   }
+  const Chunks chunks(product.rows);
   at::parallel_for(0, parts_of(product.outputs, kPanel), 1, [&](int64_t begin, int64_t end) {
-    const int64_t blocks = parts_of(product.rows, kRowBlock);
+    const int64_t words = product.rows * product.padded() / Form::kInputs;
+    const int64_t blocks = std::min(parts_of(words, kBlock), chunks.count);
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t from = block * product.rows / blocks, to = (block + 1) * product.rows / blocks;
-      run_panels<Form>(product, from, to - from, begin, end);
+      const int64_t from = block * chunks.count / blocks, to = (block + 1) * chunks.count / blocks;
+      run_panels<Form>(product, chunks, from, to, begin, end);
     }
   });
 }
@@ -379,17 +387,19 @@ __m512 sums_of(__m512 (&vectors)[kLanes]) {
 }
 
 struct Attention {
-  const Half* query;     // (B, H, d)
+  const Half* query;     // (B, H, d), `query_step` from one row to the next
   const Half* store;     // (P, 2, G, page, d)
   const int64_t* table;  // (B, blocks)
   const int64_t* positions;
   Half* mixed;  // (B, H × d)
-  int64_t heads, groups, size, page, blocks;
+  int64_t query_step, heads, groups, size, page, blocks;
   float scale;
   int64_t window;  // or 0
   float softcap;   // or 0
 
   int64_t sharing() const { return heads / groups; }
+  int64_t end(int64_t row) const { return positions[row] + 1; }
+  int64_t first(int64_t row) const { return window > 0 ? std::max<int64_t>(end(row) - window, 0) : 0; }
   // Keys (0) or values (1) of a group, from that key to the end of its page.
   const Half* at(int64_t row, int64_t group, int64_t key, int64_t which) const {
     const int64_t number = table[row * blocks + key / page];
@@ -397,17 +407,23 @@ struct Attention {
   }
 };
 
-// Scores of one query over the keys up to `end`, minus infinity before `first`. Meanwhile fetches the same values, and
-// the keys of the next page.
-float score(const Attention& it, int64_t row, int64_t group, const Half* query, int64_t first, int64_t end, float* scores) {
+// Sixteen keys or values, to the first-level cache.
+void fetch(const Half* from, int64_t size) {
+  for (int64_t at = 0; at < kLanes * size; at += 2 * kLanes) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + at), _MM_HINT_T0);
+  }
+}
+
+// Scores of one query over the keys up to `end`, minus infinity before `first`. If `next` is not null, fetches meanwhile
+// the same values, and the keys a page on; `next` is the page that comes after the last.
+float score(const Attention& it, int64_t row, int64_t group, const Half* query, const Half* next, int64_t first,
+            int64_t end, float* scores) {
   __m512 highest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   for (int64_t key = first / kLanes * kLanes; key < end; key += kLanes) {
     const Half* keys = it.at(row, group, key, 0);
-    const Half* values_ahead = it.at(row, group, key, 1);
-    const Half* keys_ahead = it.at(row, group, std::min(key + it.page, end - 1), 0);
-    for (int64_t at = 0; at < kLanes * it.size; at += 2 * kLanes) {
-      _mm_prefetch(reinterpret_cast<const char*>(values_ahead + at), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(keys_ahead + at), _MM_HINT_T0);
+    if (next) {
+      fetch(it.at(row, group, key, 1), it.size);
+      fetch(key + it.page < end ? it.at(row, group, key + it.page, 0) : next + key % it.page * it.size, it.size);
     }
     __m512 products[kLanes];
     for (auto& one : products) one = _mm512_setzero_ps();
@@ -487,21 +503,22 @@ void mix_heads(int64_t count, const Attention& it, int64_t row, int64_t group, i
 }
 
 // The heads of one row that share keys and values, four at a time.
-void attend(const Attention& it, int64_t row, int64_t group) {
+void attend(const Attention& it, int64_t row, int64_t group, const Half* next) {
   constexpr int64_t kHeads = 4;
-  const int64_t end = it.positions[row] + 1, first = it.window > 0 ? std::max<int64_t>(end - it.window, 0) : 0;
+  const int64_t end = it.end(row), first = it.first(row);
   const int64_t length = parts_of(end, kLanes) * kLanes;
   auto* scores = reinterpret_cast<float*>(scratch<Attention>(kHeads * length));
   for (int64_t head = 0; head < it.sharing(); head += kHeads) {
-    const int64_t count = std::min(it.sharing() - head, kHeads), offset = (row * it.heads + group * it.sharing() + head) * it.size;
+    const int64_t count = std::min(it.sharing() - head, kHeads), at = (group * it.sharing() + head) * it.size;
     float totals[kHeads];
     for (int64_t one = 0; one < count; ++one) {
       float* own = scores + one * length;
-      totals[one] = weigh(own, first, end, score(it, row, group, it.query + offset + one * it.size, first, end, own));
+      const Half* query = it.query + row * it.query_step + at + one * it.size;
+      totals[one] = weigh(own, first, end, score(it, row, group, query, head + one ? nullptr : next, first, end, own));
     }
     const int64_t step = it.size % (4 * kLanes) == 0 ? 4 * kLanes : 2 * kLanes;
     for (int64_t part = 0; part < it.size; part += step) {
-      (step == 4 * kLanes ? mix_heads<2> : mix_heads<1>)(count, it, row, group, part, first, end, scores, length, totals, it.mixed + offset);
+      (step == 4 * kLanes ? mix_heads<2> : mix_heads<1>)(count, it, row, group, part, first, end, scores, length, totals, it.mixed + row * it.heads * it.size + at);
     }
   }
 }
@@ -509,15 +526,19 @@ void attend(const Attention& it, int64_t row, int64_t group) {
 at::Tensor attend_pages(const at::Tensor& query, const at::Tensor& store, const at::Tensor& table,
                         const at::Tensor& positions, double scale, std::optional<int64_t> window,
                         std::optional<double> softcap) {
-  TORCH_CHECK(store.is_contiguous());
-  const at::Tensor asked = query.contiguous(), pages = table.contiguous(), at = positions.contiguous();
+  TORCH_CHECK(store.is_contiguous() && query.stride(2) == 1 && query.stride(1) == query.size(2));
+  const at::Tensor pages = table.contiguous(), at = positions.contiguous();
   const int64_t rows = query.size(0), heads = query.size(1), size = query.size(2), groups = store.size(2);
   at::Tensor mixed = at::empty({rows, heads * size}, query.options());
-  const Attention it{read(asked), read(store), pages.const_data_ptr<int64_t>(), at.const_data_ptr<int64_t>(),
-                     static_cast<Half*>(mixed.mutable_data_ptr()), heads, groups, size, store.size(3), table.size(1),
+  const Attention it{read(query), read(store), pages.const_data_ptr<int64_t>(), at.const_data_ptr<int64_t>(),
+                     static_cast<Half*>(mixed.mutable_data_ptr()), query.stride(0), heads, groups, size, store.size(3), table.size(1),
                      static_cast<float>(scale), window.value_or(0), static_cast<float>(softcap.value_or(0.0))};
   at::parallel_for(0, rows * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t one = begin; one < end; ++one) attend(it, one / groups, one % groups);
+    for (int64_t one = begin; one < end; ++one) {
+      const int64_t next = std::min(one + 1, rows * groups - 1), row = next / groups;
+      const int64_t first = it.first(row) / it.page * it.page;
+      attend(it, one / groups, one % groups, it.at(row, next % groups, first, 0));
+    }
   });
   return mixed;
 }
