@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.rows import Row
     from polar_sdk.engine.schedule import Turn
-    from polar_sdk.program import Program, Step
+    from polar_sdk.program import Program
 
 __all__ = ["Layout", "Members"]
 
