@@ -63,8 +63,8 @@ def _count(layout: Layout, ran: Sequence[Members]) -> None:
     """Count the steps that have run, for every row: at once where they are all of its program."""
     places = [0] * len(layout.rows)
     for members in ran:
-        for row, _ in members.going:
-            places[row] += 1
+        for number, _ in members.going:
+            places[number] += 1
     whole = [count == len(row.program) for row, count in zip(layout.rows, places, strict=True)]
     for row, new, all_ran in zip(layout.rows, layout.counts, whole, strict=True):
         if all_ran:
@@ -72,10 +72,10 @@ def _count(layout: Layout, ran: Sequence[Members]) -> None:
     if all(whole):
         return
     for members in ran:
-        for row, _ in members.going:
-            if not whole[row]:
-                new = layout.counts[row]
-                layout.rows[row].work.step(members.step, new, layout.rows[row].length + new)
+        for number, _ in members.going:
+            if not whole[number]:
+                row, new = layout.rows[number], layout.counts[number]
+                row.work.step(members.step, new, row.length + new)
 
 
 def next_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:

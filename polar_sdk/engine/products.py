@@ -132,8 +132,9 @@ def wide_from(product: Product) -> int:
 
 def one_by_one(product: Product) -> int:
     """Rows up to which compiled code for one row, run row by row, beats that for any number of rows."""
-    plain = isinstance(product, Plain)
-    return 2 if plain and not native.version(product.weight.dtype, product.weight.device) else 1
+    if isinstance(product, Plain) and not native.version(product.weight.dtype, product.weight.device):
+        return 2
+    return 1
 
 
 def _can_unpack(product: Int4) -> bool:

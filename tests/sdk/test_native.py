@@ -150,7 +150,12 @@ def test_compiled_layers_compute_what_eager_ones_do(cache: Path) -> None:
     kernels = load_kernels(compiled, cache, build=True)
     assert kernels is not None
     compiled.kernels = kernels
-    for programs, prompts in ([["0-2"], [70]], [["0-2", "0 2", "0 1 1 2"], [3, 130, 64]], [["0-2"] * 17, [5] * 17]):
+    cases: list[tuple[list[str], list[int]]] = [
+        (["0-2"], [70]),
+        (["0-2", "0 2", "0 1 1 2"], [3, 130, 64]),
+        (["0-2"] * 17, [5] * 17),
+    ]
+    for programs, prompts in cases:
         got, wanted = (_logits(one, programs, prompts, 3) for one in (compiled, eager))
         exact = _logits(build_decoder(tiny_llama(layers=3, hidden_size=128), kv_memory=1 << 24), programs, prompts, 3)
         # Both round in bfloat16: neither is further from float32 than the other, within a factor.

@@ -107,7 +107,7 @@ def _build(file: Path) -> None:
 
 def _load(file: Path) -> None:
     try:
-        torch.ops.load_library(str(file))
+        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
     except OSError as error:
         _log.warning("native kernels in %s cannot be loaded: %s", file, " ".join(str(error).split())[:200])
         return
