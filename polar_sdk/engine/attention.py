@@ -17,6 +17,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils import flop_counter
 
+from polar_sdk.engine import native
+
 if TYPE_CHECKING:
     from polar_sdk.engine.family import AttentionKind
 
@@ -154,6 +156,8 @@ def paged_decode(query: Tensor, store: Tensor, table: Tensor, positions: Tensor,
     Returns:
         (B, H × d).
     """
+    if torch.compiler.is_compiling() and native.attends(query):
+        return native.attend_pages(query, store, table, positions, kind)
     rows, count = table.shape
     _, _, groups, page, size = store.shape
     heads = query.shape[1]

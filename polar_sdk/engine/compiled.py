@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 import polar_sdk.engine.attention
 import polar_sdk.engine.family
+import polar_sdk.engine.native.library
 import polar_sdk.engine.parts
 import polar_sdk.engine.products
+from polar_sdk.engine import native
 from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import EagerKernels
 from polar_sdk.engine.pages import PAGE
@@ -45,6 +47,7 @@ _MATRICES: Final = (Plain, Int8, Int4)
 _SOURCES: Final = (
     polar_sdk.engine.attention,
     polar_sdk.engine.family,
+    polar_sdk.engine.native.library,
     polar_sdk.engine.parts,
     polar_sdk.engine.products,
 )
@@ -222,7 +225,8 @@ def _assumptions(decoder: Decoder, weights: Weights) -> str:
     family = decoder.family
     source = "".join(inspect.getsource(inspect.getmodule(one) or one) for one in type(family).__mro__[:-2])
     sizes = sorted((name, str(value)) for name, value in vars(family).items() if name not in {"kinds", "act"})
-    told = f"{source}|{sizes}|{decoder.dtype}|{decoder.device.type}|{_signature(weights)}"
+    kernels = native.version(decoder.dtype, decoder.device)
+    told = f"{source}|{sizes}|{decoder.dtype}|{decoder.device.type}|{kernels}|{_signature(weights)}"
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -271,6 +275,7 @@ def load_kernels(
     """
     if not decoder.family.compiled:
         return None
+    native.load_library(folder, decoder.dtype, decoder.device, build=build)
     wanted = parts(decoder)
     loaders = {}
     for number, (which, part) in enumerate(wanted.items(), start=1):
@@ -329,6 +334,12 @@ class CompiledKernels:
         if x.shape[0] < self._least[id(w)]:
             return self._eager.finish(w, x, mixed)
         return self._run("finish", w, [x, mixed])[0]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+        """Attention in the middle."""
+        if native.attends(query):
+            return native.attend_prompt(query, keys, values, kind)
+        return self._eager.attend(query, keys, values, kind)
 
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, table: Tensor, at: Tensor

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from polar_sdk.engine.attention import attend_row
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,6 +29,10 @@ class Kernels(Protocol):
 
     def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
         """The part after attention, (N, E) and (N, H × d)."""
+        ...
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+        """Attention of the last T positions of one row (T, H, d) over its keys and values (G, S, d); (T, H × d)."""
         ...
 
     def decode(
@@ -55,6 +61,10 @@ class EagerKernels:
     def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
         """The part after attention."""
         return self._family.finish(x, mixed, w)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+        """Attention in the middle, by torch's kernels."""
+        return attend_row(query, keys, values, kind)
 
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, table: Tensor, at: Tensor

@@ -1,6 +1,6 @@
 """One pass of packed rows through their programs: prefill and decode are the same code.
 
-Each step runs once for all rows that want it next (`schedule.turns`): gather their tokens, run, scatter back. Rows
+Each step runs once for all rows that want it next (`schedule.py`): gather their tokens, run, scatter back. Rows
 never touch each other's keys, values or counts. Where every row has one token and the kernels can, a layer runs as
 one compiled call over the pages. Knows rows and programs, not requests or text.
 """
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polar_sdk.engine.attention import attend_row, write_pages
+from polar_sdk.engine.attention import write_pages
 from polar_sdk.engine.layout import Layout
 from polar_sdk.engine.rows import Row, extra_visits
-from polar_sdk.engine.schedule import turns
 from polar_sdk.loops import damp
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.layout import Members
-    from polar_sdk.engine.schedule import Turn
 
 __all__ = ["Row", "advance", "next_logits"]
 
@@ -48,14 +46,36 @@ def advance(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int
     layout = Layout(rows, tokens, decoder.device)
     hidden = decoder.embed(layout.tokens, layout.positions)
     rotary = decoder.rotary(layout.positions, layout.longest)
-    for turn in turns([row.program for row in rows]):
-        members = layout.members(turn)
-        if members is not None:
-            hidden = _run(decoder, turn, layout, members, hidden, rotary)
+    ran: list[Members] = []
+    try:
+        for members in layout.members():
+            hidden = _run(decoder, layout, members, hidden, rotary)
+            ran.append(members)
+    finally:
+        _count(layout, ran)
     for row, new in zip(rows, tokens, strict=True):
         row.pages.length += len(new)
         row.work.finish_pass()
     return hidden
+
+
+def _count(layout: Layout, ran: Sequence[Members]) -> None:
+    """Count the steps that have run, for every row: at once where they are all of its program."""
+    places = [0] * len(layout.rows)
+    for members in ran:
+        for number, _ in members.going:
+            places[number] += 1
+    whole = [count == len(row.program) for row, count in zip(layout.rows, places, strict=True)]
+    for row, new, all_ran in zip(layout.rows, layout.counts, whole, strict=True):
+        if all_ran:
+            row.work.whole_pass(new, row.length + new)
+    if all(whole):
+        return
+    for members in ran:
+        for number, _ in members.going:
+            if not whole[number]:
+                row, new = layout.rows[number], layout.counts[number]
+                row.work.step(members.step, new, row.length + new)
 
 
 def next_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -72,33 +92,26 @@ def next_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence
 
 
 def _run(
-    decoder: Decoder,
-    turn: Turn,
-    layout: Layout,
-    members: Members,
-    hidden: Tensor,
-    rotary: list[tuple[Tensor, Tensor]],
+    decoder: Decoder, layout: Layout, members: Members, hidden: Tensor, rotary: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """One step for its members; returns the hidden states of all rows."""
-    index = members.index
-    before = hidden if index is None else hidden[index]
-    if turn.step.bridge:
-        after = decoder.bridge(turn.step)(before, members.positions)
+    index, step = members.index, members.step
+    before = hidden if index is None else hidden.index_select(0, index)
+    if step.bridge:
+        after = decoder.bridge(step)(before, members.positions)
     else:
         turned = rotary if index is None else [_pick(pair, index) for pair in rotary]
-        after = damp(before, _visit(decoder, turn.step.first, members, before, turned), turn.step.parts)
-    members.count(turn.step)
+        after = damp(before, _visit(decoder, step.first, members, before, turned), step.parts)
     if layout.guarded:
         after = _guarded(members, before, after)
     if index is None:
         return after
-    hidden[index] = after
-    return hidden
+    return hidden.index_copy_(0, index, after)
 
 
 def _pick(rotary: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = rotary
-    return (cos[index], sin[index]) if cos.numel() else rotary
+    return (cos.index_select(0, index), sin.index_select(0, index)) if cos.numel() else rotary
 
 
 def _visit(decoder: Decoder, layer: int, members: Members, x: Tensor, rotary: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -116,7 +129,7 @@ def _visit(decoder: Decoder, layer: int, members: Members, x: Tensor, rotary: li
             keys, values = key[span].transpose(0, 1), value[span].transpose(0, 1)
         else:
             keys, values = row.pages.history(visit, total)
-        parts.append(attend_row(query[span], keys, values, kind))
+        parts.append(decoder.kernels.attend(query[span], keys, values, kind))
     return decoder.finish(layer, x, parts[0] if len(parts) == 1 else torch.cat(parts))
 
 

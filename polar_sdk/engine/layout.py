@@ -1,29 +1,53 @@
 """Where the tokens of one pass lie: packed one after another, each with its row, position and place in the pages.
 
-Built once per pass, on the device, so that a step needs no work that depends on the number of rows.
+What depends on the programs alone, who takes part in which turn, is a *plan*, kept from pass to pass; what depends on
+the pass is built once, for all turns together. So a turn needs little work that depends on the number of rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.rows import extra_visits, page_slots
+from polar_sdk.engine.schedule import schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.rows import Row
     from polar_sdk.engine.schedule import Turn
-    from polar_sdk.program import Step
+    from polar_sdk.program import Program
 
 __all__ = ["Layout", "Members"]
+
+
+class Plan(NamedTuple):
+    """The turns of rows with certain programs; members of all turns stand one after another."""
+
+    turns: tuple[Turn, ...]
+    rows: Tensor
+    """Row of each member."""
+    visits: Tensor
+    """For each member, which of its row's histories the visit uses."""
+
+
+@lru_cache(maxsize=64)
+def plan_of(programs: tuple[Program, ...], device: torch.device) -> Plan:
+    """The plan of rows with these programs."""
+    turns = schedule(programs)
+    members = [member for turn in turns for member in turn.members]
+    slots = [page_slots(program) for program in programs]
+    return Plan(
+        turns,
+        torch.tensor([row for row, _ in members], device=device),
+        torch.tensor([slots[row][place] for row, place in members], device=device),
+    )
 
 
 class Layout:
@@ -32,12 +56,15 @@ class Layout:
     Attributes:
         tokens: Token ids, (N,).
         positions: Position of each token in its row, (N,).
+        counts: New tokens of each row.
+        single: Whether every row has one token.
         guarded: Whether any row has loops that are watched.
         longest: Most tokens of any row after the pass.
     """
 
     def __init__(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]], device: torch.device) -> None:
         self.rows, self.device = rows, device
+        self.plan = plan_of(tuple(row.program for row in rows), device)
         self.counts = [len(new) for new in tokens]
         self.starts = [sum(self.counts[:row]) for row in range(len(rows))]
         self.single = all(count == 1 for count in self.counts)
@@ -46,11 +73,23 @@ class Layout:
         self.tokens = torch.tensor([token for new in tokens for token in new], device=device)
         at = [place for row, count in zip(rows, self.counts, strict=True) for place in _span(row.length, count)]
         self.positions = torch.tensor(at, device=device)
-        self.owners = torch.tensor(
-            [number for number, count in enumerate(self.counts) for _ in range(count)], device=device
-        )
-        self.blocks, self.offsets = self.positions // PAGE, self.positions % PAGE
         self._picked: dict[tuple[int, ...], Tensor] = {}
+
+    def members(self) -> Iterator[Members]:
+        """The rows that take part in each turn, those whose guard stopped it left out; turns without rows left out."""
+        start = 0
+        for turn in self.plan.turns:
+            span = slice(start, start + len(turn.members))
+            going = [at for at, (row, place) in enumerate(turn.members) if place not in self.rows[row].stopped]
+            if going:
+                yield Members(self, turn, span, None if len(going) == len(turn.members) else going)
+            start = span.stop
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """Row of each token, (N,)."""
+        rows = [number for number, count in enumerate(self.counts) for _ in range(count)]
+        return torch.tensor(rows, device=self.device)
 
     @cached_property
     def tables(self) -> Tensor:
@@ -59,14 +98,19 @@ class Layout:
         visits = max(row.pages.visits for row in self.rows)
         table = torch.zeros((len(self.rows), blocks, visits), dtype=torch.long)
         for number, row in enumerate(self.rows):
-            filled = torch.tensor(row.pages.blocks[:blocks], dtype=torch.long)
+            filled = row.pages.table[:blocks]
             table[number, : filled.shape[0], : filled.shape[1]] = filled
         return table.permute(2, 0, 1).contiguous().to(self.device)
 
-    def members(self, turn: Turn) -> Members | None:
-        """The rows that take part in a turn, those whose guard stopped it left out; None where no row is left."""
-        going = [(row, place) for row, place in turn.members if place not in self.rows[row].stopped]
-        return Members(self, going) if going else None
+    @cached_property
+    def member_tables(self) -> Tensor:
+        """Pages of every member of every turn, in order, (members, blocks)."""
+        return self.tables[self.plan.visits, self.plan.rows]
+
+    @cached_property
+    def member_positions(self) -> Tensor:
+        """Position of the token of every member of every turn, where each row has one."""
+        return self.positions[self.plan.rows]
 
     def index(self, rows: tuple[int, ...]) -> Tensor:
         """Positions of some rows' tokens among the packed ones."""
@@ -76,13 +120,20 @@ class Layout:
         return self._picked[rows]
 
 
-@dataclass
 class Members:
-    """The rows that take part in one turn."""
+    """The rows that take part in one turn.
 
-    layout: Layout
-    going: Sequence[tuple[int, int]]
-    """(row, place in its program)."""
+    Args:
+        layout: Of the pass.
+        turn: The step, and the rows that it was planned for.
+        span: Where those stand in the plan.
+        kept: Which of them take part; None = all.
+    """
+
+    def __init__(self, layout: Layout, turn: Turn, span: slice, kept: list[int] | None) -> None:
+        self.layout, self.step, self._span, self._kept = layout, turn.step, span, kept
+        self.going = turn.members if kept is None else [turn.members[at] for at in kept]
+        """(row, place in its program)."""
 
     @property
     def single(self) -> bool:
@@ -92,44 +143,35 @@ class Members:
     @cached_property
     def index(self) -> Tensor | None:
         """Positions of the members' tokens among the packed ones; None = all."""
-        rows = tuple(row for row, _ in self.going)
-        return None if len(rows) == len(self.layout.rows) else self.layout.index(rows)
+        if len(self.going) == len(self.layout.rows):
+            return None
+        if self.single:
+            return self._own(self.layout.plan.rows)
+        return self.layout.index(tuple(row for row, _ in self.going))
 
     @cached_property
-    def visits(self) -> tuple[int, ...]:
-        """For each member, which of its histories the visit uses."""
-        return tuple(page_slots(self.layout.rows[row].program)[place] for row, place in self.going)
-
-    @property
     def positions(self) -> Tensor:
         """Position of each token in its row, (N,)."""
+        if self.single:
+            return self._own(self.layout.member_positions)
         return self._of(self.layout.positions)
+
+    @property
+    def table(self) -> Tensor:
+        """Pages of each row in order, (B, blocks); each row has one token."""
+        return self._own(self.layout.member_tables)
 
     @property
     def offsets(self) -> Tensor:
         """Place of each token in its page, (N,)."""
-        return self._of(self.layout.offsets)
+        return self.positions % PAGE
 
     @property
     def pages(self) -> Tensor:
         """Page of each token, (N,)."""
-        owners, blocks = self._of(self.layout.owners), self._of(self.layout.blocks)
-        if len(set(self.visits)) == 1:
-            return self.layout.tables[self.visits[0]][owners, blocks]
-        counts = torch.tensor([self.layout.counts[row] for row, _ in self.going])
-        visits = torch.tensor(self.visits).repeat_interleave(counts).to(self.layout.device)
-        return self.layout.tables[visits, owners, blocks]
-
-    @property
-    def table(self) -> Tensor:
-        """Pages of each row in order, (B, blocks)."""
-        same = len(set(self.visits)) == 1
-        if same and self.index is None:
-            return self.layout.tables[self.visits[0]]
-        rows = torch.tensor([row for row, _ in self.going], device=self.layout.device)
-        if same:
-            return self.layout.tables[self.visits[0]][rows]
-        return self.layout.tables[torch.tensor(self.visits, device=self.layout.device), rows]
+        counts = torch.tensor([self.layout.counts[row] for row, _ in self.going], device=self.layout.device)
+        visits = self._own(self.layout.plan.visits).repeat_interleave(counts)
+        return self.layout.tables[visits, self._of(self.layout.owners), self.positions // PAGE]
 
     @property
     def places(self) -> list[tuple[Row, int, slice]]:
@@ -144,15 +186,15 @@ class Members:
     @property
     def spans(self) -> list[tuple[Row, int, slice]]:
         """(row, history, its tokens among the members')."""
-        return [(row, visit, span) for (row, _, span), visit in zip(self.places, self.visits, strict=True)]
+        return [(row, page_slots(row.program)[place], span) for row, place, span in self.places]
 
-    def count(self, step: Step) -> None:
-        """Count the step, which has run, for every member."""
-        for row, _ in self.going:
-            new = self.layout.counts[row]
-            self.layout.rows[row].work.step(step, new, self.layout.rows[row].length + new)
+    def _own(self, values: Tensor) -> Tensor:
+        """Of values for every member of every turn, those of this turn."""
+        values = values[self._span]
+        return values if self._kept is None else values[self._kept]
 
     def _of(self, values: Tensor) -> Tensor:
+        """Of values for every token, the members'."""
         return values if self.index is None else values[self.index]
 
 

@@ -104,6 +104,7 @@ class PageTable:
         self.blocks: list[list[int]] = []
         """For every 64 tokens of the row, the page of each visit."""
         weakref.finalize(self, _give_back, pool, self.blocks)
+        self._table: Tensor | None = None
         self.length = 0
         """Tokens whose keys and values every visit holds; advanced by the forward pass, not by a visit."""
 
@@ -111,6 +112,13 @@ class PageTable:
     def nbytes(self) -> int:
         """Bytes of the pages held, shared ones included."""
         return len(self.blocks) * self.visits * self._pool.page_bytes
+
+    @property
+    def table(self) -> Tensor:
+        """`blocks` as a tensor, (blocks, visits)."""
+        if self._table is None:
+            self._table = torch.tensor(self.blocks, dtype=torch.long).view(-1, self.visits)
+        return self._table
 
     def reserve(self, tokens: int) -> bool:
         """Make room for that many tokens in all; tells whether pages were added.
@@ -123,6 +131,7 @@ class PageTable:
             return False
         taken = self._pool.take(missing * self.visits)
         self.blocks += [taken[at : at + self.visits] for at in range(0, len(taken), self.visits)]
+        self._table = None
         return True
 
     def adopt(self, blocks: Sequence[list[int]]) -> None:
@@ -130,11 +139,13 @@ class PageTable:
         assert not self.blocks
         self._pool.share([page for block in blocks for page in block])
         self.blocks += blocks
+        self._table = None
         self.length = len(blocks) * PAGE
 
     def release(self) -> None:
         """Give all pages back; the row holds no history any more."""
         _give_back(self._pool, self.blocks)
+        self._table = None
 
     def history(self, visit: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `length` tokens of one visit, copied together, (G, length, d) each."""

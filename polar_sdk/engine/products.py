@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from polar_sdk.engine import native
 from polar_sdk.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def _plain(x: Tensor, product: Plain) -> Tensor:
     if _fused(x):
         total = _one_row(x, product.weight)
         return (total if product.bias is None else total + product.bias.float()).to(x.dtype)
+    if native.multiplies(x, product.weight):
+        return native.product(x, *product)
     return F.linear(x, product.weight, product.bias)
 
 
@@ -129,7 +132,9 @@ def wide_from(product: Product) -> int:
 
 def one_by_one(product: Product) -> int:
     """Rows up to which compiled code for one row, run row by row, beats that for any number of rows."""
-    return 2 if isinstance(product, Plain) else 1
+    if isinstance(product, Plain) and not native.version(product.weight.dtype, product.weight.device):
+        return 2
+    return 1
 
 
 def _can_unpack(product: Int4) -> bool:

@@ -34,7 +34,7 @@ class Row:
     """Loops that the guard has stopped."""
 
     def __post_init__(self) -> None:
-        self.work = Work(self.decoder.cost)
+        self.work = Work(self.decoder.cost, self.program)
         self.pages = PageTable(self.decoder.pool, len(self.program.layers))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.program import Program, Step
 
-__all__ = ["Turn", "turns"]
+__all__ = ["Turn", "schedule"]
 
 
 class Turn(NamedTuple):
@@ -20,12 +21,17 @@ class Turn(NamedTuple):
     """(row, place): the row's index, and the position of the step in that row's program."""
 
 
-def turns(programs: Sequence[Program]) -> Iterator[Turn]:
+@lru_cache(maxsize=64)
+def schedule(programs: tuple[Program, ...]) -> tuple[Turn, ...]:
     """Merge programs so that a layer's weights are read once for all rows that want it next.
 
     Always the lowest step that any row wants next: rows that loop wait for none, and rows with the same program stay
-    together throughout. Every row runs its own program in its own order.
+    together throughout. Every row runs its own program in its own order. Kept, since rows decode together for long.
     """
+    return tuple(_turns(programs))
+
+
+def _turns(programs: Sequence[Program]) -> Iterator[Turn]:
     if all(program == programs[0] for program in programs):
         rows = range(len(programs))
         yield from (Turn(step, tuple((row, at) for row in rows)) for at, step in enumerate(programs[0].steps))

@@ -1,18 +1,21 @@
 """Count what was really executed for one row, step by step, as it happens.
 
-The forward pass reports each step after it has run, so a request that breaks off is counted up to its last finished
-layer. Knows costs and counts only.
+The forward pass reports what has run: a whole pass, or of one that broke off each finished step, so that a request is
+counted up to its last finished layer. Knows costs and counts only.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from polar_sdk.cost import LayerCost
 from polar_sdk.usage import FlopUsage, VisitUsage
 
 if TYPE_CHECKING:
     from polar_sdk.cost import CostModel
-    from polar_sdk.program import Step
+    from polar_sdk.program import Program, Step
 
 __all__ = ["Work"]
 
@@ -20,10 +23,12 @@ __all__ = ["Work"]
 class Work:
     """Executed visits and FLOPs of one row."""
 
-    def __init__(self, cost: CostModel) -> None:
-        self._cost = cost
+    def __init__(self, cost: CostModel, program: Program) -> None:
+        self._cost, self._program = cost, program
         self._prefill_visits = [0] * cost.depth
         self._decode_visits = [0] * cost.depth
+        self._prefill_passes = self._decode_passes = 0
+        """Whole passes, whose visits are not in the lists."""
         self._prefill_flops = 0
         self._decode_flops = 0
         self._head_flops = 0
@@ -34,14 +39,30 @@ class Work:
 
     def step(self, step: Step, queries: int, keys: int) -> None:
         """Count one finished step with that many new tokens over that many keys; a bridge is no visit."""
-        flops = self._cost.step(step).flops(queries, keys)
         visits = self._decode_visits if self.prefilled else self._prefill_visits
+        self._add(self._cost.step(step).flops(queries, keys))
+        if not step.bridge:
+            visits[step.first] += 1
+
+    def whole_pass(self, queries: int, keys: int) -> None:
+        """Count every step of the program, finished with that many new tokens over that many keys."""
+        self._add(self._whole.flops(queries, keys))
+        if self.prefilled:
+            self._decode_passes += 1
+        else:
+            self._prefill_passes += 1
+
+    @cached_property
+    def _whole(self) -> LayerCost:
+        """Cost of all steps together."""
+        costs = [self._cost.step(step) for step in self._program]
+        return LayerCost(sum(one.linear for one in costs), sum(one.attention for one in costs))
+
+    def _add(self, flops: int) -> None:
         if self.prefilled:
             self._decode_flops += flops
         else:
             self._prefill_flops += flops
-        if not step.bridge:
-            visits[step.first] += 1
 
     def finish_pass(self) -> None:
         """Count one finished pass through the program."""
@@ -58,7 +79,11 @@ class Work:
 
     def visits(self) -> VisitUsage:
         """Executed visits per layer."""
-        return VisitUsage(prefill=tuple(self._prefill_visits), decode=tuple(self._decode_visits))
+        often = Counter(self._program.layers)
+        return VisitUsage(
+            prefill=tuple(n + self._prefill_passes * often[layer] for layer, n in enumerate(self._prefill_visits)),
+            decode=tuple(n + self._decode_passes * often[layer] for layer, n in enumerate(self._decode_visits)),
+        )
 
     def flops(self, router: int = 0) -> FlopUsage:
         """Executed FLOPs by part, with those of the router added; bridges count with the layers."""

@@ -1,0 +1,27 @@
+// Kernels for processors with AVX512-BF16, and the operations that torch knows them by. `library.py` compiles this file
+// once for each processor, and says when they are used.
+//
+// Letters as in `polar_sdk/engine`: M rows, K inputs, N outputs; B rows of one token, H query heads, G key and value
+// heads, d head size. Sums are float32; only results are rounded to bfloat16.
+
+#include <torch/library.h>
+
+#include "pages.h"
+#include "products.h"
+#include "prompt.h"
+
+TORCH_LIBRARY(polar, library) {
+  library.def("product(Tensor x, Tensor weight, Tensor? bias, bool pairs) -> Tensor");
+  library.def(
+      "attend_pages(Tensor query, Tensor store, Tensor table, Tensor positions, float scale, int? window, float? "
+      "softcap)"
+      " -> Tensor");
+  library.def(
+      "attend_prompt(Tensor query, Tensor keys, Tensor values, float scale, int? window, float? softcap) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(polar, CPU, library) {
+  library.impl("product", polar::product);
+  library.impl("attend_pages", polar::attend_pages);
+  library.impl("attend_prompt", polar::attend_prompt);
+}

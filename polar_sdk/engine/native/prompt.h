@@ -1,0 +1,226 @@
+// Causal attention of the last tokens of one row.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+#include <optional>
+
+#include "lanes.h"
+
+namespace polar {
+
+// A task takes some tokens of the heads that share keys, and passes over the keys in blocks. Of each block, the keys
+// are turned so that keys lie along lanes, and scores and mixed values are products of 12 queries at a time. Weights
+// are relative to the highest score so far, and what was summed is scaled when a higher one comes.
+
+constexpr int64_t kTokens = 64;  // of a task
+constexpr int64_t kKeys = 64;    // of a block
+
+struct Prompt {
+  const Half *query, *keys, *values;
+  Half* mixed;  // (T, H × d)
+  int64_t tokens, heads, groups, size, total;
+  int64_t query_step, key_step, key_group, value_step, value_group;  // strides of a token, and of a group
+  float scale;
+  int64_t window;  // or 0
+  float softcap;   // or 0
+
+  int64_t sharing() const { return heads / groups; }
+};
+
+// sums (12, 32) = sums × share + words · panel, for one word of each of 12 rows per step.
+template <int64_t kStep, int64_t kRow>
+void meet_panel(const float* words, const float* panel, int64_t width, int64_t steps, const float* share, float* sums,
+                int64_t stride) {
+  __m512 own[kRows][2];
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t half = 0; half < 2; ++half) {
+      own[row][half] =
+          share ? _mm512_mul_ps(_mm512_set1_ps(share[row]), _mm512_loadu_ps(sums + row * stride + half * kLanes))
+                : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t step = 0; step < steps; ++step, panel += width) {
+    const __m512 low = _mm512_loadu_ps(panel), high = _mm512_loadu_ps(panel + kLanes);
+#pragma GCC unroll 12
+    for (int64_t row = 0; row < kRows; ++row) {
+      const __m512 word = _mm512_set1_ps(words[step * kStep + row * kRow]);
+      own[row][0] = _mm512_fmadd_ps(word, low, own[row][0]);
+      own[row][1] = _mm512_fmadd_ps(word, high, own[row][1]);
+    }
+  }
+  for (int64_t row = 0; row < kRows; ++row) {
+    _mm512_storeu_ps(sums + row * stride, own[row][0]);
+    _mm512_storeu_ps(sums + row * stride + kLanes, own[row][1]);
+  }
+}
+
+// One task: `count` tokens from `start`, of one group. Rows are (head, token), in chunks of 12, the last one filled up.
+class PromptTask {
+ public:
+  PromptTask(const Prompt& it, int64_t group, int64_t start)
+      : it_(it),
+        group_(group),
+        start_(start),
+        count_(std::min(kTokens, it.tokens - start)),
+        rows_(it.sharing() * count_),
+        chunks_(parts_of(rows_, kRows)) {
+    const int64_t every = chunks_ * kRows;
+    queries_ = scratch<Prompt>(every * (2 * it.size + 2) + 2 * kKeys * it.size + kRows * kKeys);
+    mixed_ = queries_ + every * it.size;
+    keys_ = mixed_ + every * it.size;
+    values_ = keys_ + kKeys * it.size;
+    scores_ = values_ + kKeys * it.size;
+    highest_ = scores_ + kRows * kKeys;
+    totals_ = highest_ + every;
+    std::fill_n(queries_, 2 * every * it.size, 0.0f);
+    std::fill_n(highest_, every, kLowest);
+    std::fill_n(totals_, every, 0.0f);
+  }
+
+  void run() {
+    fill_queries();
+    const int64_t end = position(count_ - 1) + 1, first = first_key(position(0));
+    for (int64_t key = first / kKeys * kKeys; key < end; key += kKeys) {
+      fill_block(key, std::min(kKeys, end - key));
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) run_chunk(chunk, key);
+    }
+    write();
+  }
+
+ private:
+  static constexpr float kLowest = -1e30f;
+
+  int64_t position(int64_t token) const { return it_.total - it_.tokens + start_ + token; }
+  int64_t first_key(int64_t position) const {
+    return it_.window > 0 ? std::max<int64_t>(position - it_.window + 1, 0) : 0;
+  }
+  int64_t head(int64_t row) const { return group_ * it_.sharing() + row / count_; }
+  int64_t token(int64_t row) const { return row % count_; }
+
+  void fill_queries() {
+    for (int64_t row = 0; row < rows_; ++row) {
+      const Half* from = it_.query + (start_ + token(row)) * it_.query_step + head(row) * it_.size;
+      float* to = queries_ + row / kRows * kRows * it_.size + row % kRows;
+      for (int64_t at = 0; at < it_.size; ++at) {
+        to[at * kRows] = it_.scale * __builtin_bit_cast(float, static_cast<uint32_t>(from[at]) << 16);
+      }
+    }
+  }
+
+  void fill_block(int64_t key, int64_t count) {
+    const Half* keys = it_.keys + key * it_.key_step + group_ * it_.key_group;
+    for (int64_t some = 0; some < kKeys; some += kLanes) {
+      const int64_t first = std::min(some, count - 1);
+      for (int64_t at = 0; at < it_.size; at += kLanes) {
+        __m512i pairs[8];
+        turn(keys + first * it_.key_step + at, it_.key_step, count - 1 - first, 0xffff, pairs);
+        for (int64_t pair = 0; pair < 8; ++pair) {
+          float* to = keys_ + (at + 2 * pair) * kKeys + some;
+          _mm512_storeu_ps(to, first_of(pairs[pair]));
+          _mm512_storeu_ps(to + kKeys, second_of(pairs[pair]));
+        }
+      }
+    }
+    for (int64_t one = 0; one < kKeys; ++one) {
+      const Half* from = it_.values + (key + one) * it_.value_step + group_ * it_.value_group;
+      for (int64_t at = 0; at < it_.size; at += kLanes) {
+        _mm512_storeu_ps(values_ + one * it_.size + at, one < count ? widen(from + at, 0xffff) : _mm512_setzero_ps());
+      }
+    }
+  }
+
+  void run_chunk(int64_t chunk, int64_t key) {
+    const float* queries = queries_ + chunk * kRows * it_.size;
+    for (int64_t some = 0; some < kKeys; some += kPanel) {
+      meet_panel<kRows, 1>(queries, keys_ + some, kKeys, it_.size, nullptr, scores_ + some, kKeys);
+    }
+    float shares[kRows];
+    for (int64_t row = 0; row < kRows; ++row) shares[row] = weigh_row(chunk * kRows + row, key, scores_ + row * kKeys);
+    float* mixed = mixed_ + chunk * kRows * it_.size;
+    for (int64_t at = 0; at < it_.size; at += kPanel) {
+      meet_panel<1, kKeys>(scores_, values_ + at, it_.size, kKeys, shares, mixed + at, it_.size);
+    }
+  }
+
+  // Makes weights of the scores of a row; returns the factor that what was summed before is to be scaled by.
+  float weigh_row(int64_t row, int64_t key, float* scores) {
+    const int64_t at = position(token(std::min(row, rows_ - 1))), first = first_key(at);
+    __m512 values[kKeys / kLanes];
+    __mmask16 seen[kKeys / kLanes];
+    __m512 top = _mm512_set1_ps(highest_[row]);
+    for (int64_t i = 0; i < kKeys / kLanes; ++i) {
+      const int64_t start = key + i * kLanes;
+      values[i] = _mm512_loadu_ps(scores + i * kLanes);
+      if (it_.softcap > 0) {
+        const __m512 cap = _mm512_set1_ps(it_.softcap);
+        values[i] = _mm512_mul_ps(cap, hyperbolic_tangent(_mm512_div_ps(values[i], cap)));
+      }
+      seen[i] = lanes_between(first - start, at + 1 - start);
+      top = _mm512_mask_max_ps(top, seen[i], top, values[i]);
+    }
+    const float highest = _mm512_reduce_max_ps(top);
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t i = 0; i < kKeys / kLanes; ++i) {
+      const __m512 weight =
+          _mm512_maskz_mov_ps(seen[i], exponential(_mm512_sub_ps(values[i], _mm512_set1_ps(highest))));
+      total = _mm512_add_ps(total, weight);
+      _mm512_storeu_ps(scores + i * kLanes, weight);
+    }
+    const float share = std::exp(highest_[row] - highest);
+    totals_[row] = totals_[row] * share + _mm512_reduce_add_ps(total);
+    highest_[row] = highest;
+    return share;
+  }
+
+  void write() {
+    for (int64_t row = 0; row < rows_; ++row) {
+      const __m512 share = _mm512_set1_ps(1.0f / totals_[row]);
+      Half* to = it_.mixed + ((start_ + token(row)) * it_.heads + head(row)) * it_.size;
+      for (int64_t at = 0; at < it_.size; at += kLanes) {
+        store_rounded(to + at, _mm512_mul_ps(share, _mm512_loadu_ps(mixed_ + row * it_.size + at)));
+      }
+    }
+  }
+
+  const Prompt& it_;
+  const int64_t group_, start_, count_, rows_, chunks_;
+  float *queries_, *mixed_, *keys_, *values_, *scores_, *highest_, *totals_;
+};
+
+inline at::Tensor attend_prompt(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, double scale,
+                                std::optional<int64_t> window, std::optional<double> softcap) {
+  TORCH_CHECK(query.stride(2) == 1 && query.stride(1) == query.size(2) && keys.stride(2) == 1 && values.stride(2) == 1);
+  const int64_t tokens = query.size(0), heads = query.size(1), size = query.size(2), groups = keys.size(0);
+  at::Tensor mixed = at::empty({tokens, heads * size}, query.options());
+  const Prompt it{read(query),
+                  read(keys),
+                  read(values),
+                  static_cast<Half*>(mixed.mutable_data_ptr()),
+                  tokens,
+                  heads,
+                  groups,
+                  size,
+                  keys.size(1),
+                  query.stride(0),
+                  keys.stride(1),
+                  keys.stride(0),
+                  values.stride(1),
+                  values.stride(0),
+                  static_cast<float>(scale),
+                  window.value_or(0),
+                  static_cast<float>(softcap.value_or(0.0))};
+  const int64_t blocks = parts_of(tokens, kTokens);
+  at::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t number = task / groups;  // first and last in turn, since later tokens see more keys
+      const int64_t block = number % 2 ? blocks - 1 - number / 2 : number / 2;
+      PromptTask(it, task % groups, block * kTokens).run();
+    }
+  });
+  return mixed;
+}
+
+}  // namespace polar

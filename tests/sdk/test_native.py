@@ -1,0 +1,214 @@
+"""Native kernels against the same sums in float64, and what happens where they cannot be compiled or used.
+
+The library and the packages of a tiny model are compiled once and kept in pytest's cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polar_sdk.engine.attention import attend_row, paged_decode, write_pages
+from polar_sdk.engine.compiled import load_kernels
+from polar_sdk.engine.decoder import Decoder, build_decoder
+from polar_sdk.engine.family import AttentionKind
+from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.engine.native import library
+from polar_sdk.engine.pages import PAGE
+from polar_sdk.engine.products import Plain, multiply
+from polar_sdk.program import Program
+from polar_sdk.testing import tiny_llama
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HALF, CPU = torch.bfloat16, torch.device("cpu")
+KINDS = st.builds(
+    AttentionKind,
+    scale=st.sampled_from([0.125, 0.3]),
+    window=st.sampled_from([None, 1, 5, 64, 100]),
+    softcap=st.sampled_from([None, 2.0, 30.0]),
+)
+HEADS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.sampled_from([32, 64, 96, 128]))
+"""Groups, heads that share them, and their size."""
+
+
+@pytest.fixture(scope="session")
+def cache(request: pytest.FixtureRequest) -> Path:
+    return request.config.cache.mkdir("compiled") if request.config.cache else pytest.fail("needs pytest's cache")
+
+
+@pytest.fixture(scope="session")
+def native(cache: Path) -> None:
+    """The library, in this process from now on."""
+    if not library._supported():
+        pytest.skip("this processor has no AVX512-BF16, or has AMX")
+    assert library.load_library(cache, HALF, CPU, build=True)
+
+
+def _random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(HALF)
+
+
+def _assert_close(got: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor) -> None:
+    """As close as one rounding of the result and float32 sums of terms of this size allow."""
+    assert got.dtype == HALF
+    error = (got.double() - wanted).abs()
+    limit = wanted.abs() * 2**-8 + size * 2**-18 + 1e-30
+    assert (error <= limit).all(), f"largest {error.max():.3g}, mean {error.mean():.3g}, allowed {limit.min():.3g}"
+
+
+@pytest.mark.usefixtures("native")
+@given(
+    rows=st.integers(1, 70),
+    outputs=st.integers(1, 100),
+    inputs=st.integers(1, 130),
+    pairs=st.booleans(),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_a_product_is_rounded_once(rows: int, outputs: int, inputs: int, pairs: bool, biased: bool, seed: int) -> None:
+    x, weight = _random(seed, rows, inputs), _random(seed + 1, outputs, inputs)
+    bias = _random(seed + 2, outputs) if biased else None
+    wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    got = torch.ops.polar.product(x, weight, bias, pairs)
+    _assert_close(got, wanted, x.double().abs() @ weight.double().abs().T + 1)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize(("rows", "inputs"), [(300, 1536), (513, 2049), (25, 40_000)])
+def test_a_product_of_many_rows(rows: int, inputs: int, pairs: bool) -> None:
+    """More words than a block of rows holds."""
+    x, weight = _random(0, rows, inputs), _random(1, 65, inputs)
+    got = torch.ops.polar.product(x, weight, None, pairs)
+    _assert_close(got, x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_product_of_what_does_not_lie_together() -> None:
+    x, weight = _random(0, 7, 80)[:, ::2], _random(1, 40, 50).T
+    _assert_close(library.product(x, weight, None), x.double() @ weight.double().T, torch.full((7, 50), 100.0))
+
+
+@pytest.mark.usefixtures("native")
+@given(
+    shape=HEADS, lengths=st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=5), kind=KINDS, seed=st.integers(0, 99)
+)
+def test_attention_over_pages(shape: tuple[int, int, int], lengths: list[int], kind: AttentionKind, seed: int) -> None:
+    groups, sharing, size = shape
+    rows, blocks = len(lengths), 3
+    store = torch.full((rows * blocks + 1, 2, groups, PAGE, size), float("nan"), dtype=HALF)
+    table = torch.randperm(rows * blocks, generator=torch.Generator().manual_seed(seed)).view(rows, blocks) + 1
+    for row, length in enumerate(lengths):  # what lies past a row's end stays no number
+        at = torch.arange(length)
+        keys, values = _random(seed + row, length, groups, size), _random(seed - 9 - row, length, groups, size)
+        write_pages(store, table[row][at // PAGE], at % PAGE, keys, values)
+    # Heads of a larger tensor, as a layer has them.
+    query = _random(seed, rows, groups * (sharing + 2), size)[:, : groups * sharing]
+    positions = torch.tensor(lengths) - 1
+    got = library.attend_pages(query, store, table, positions, kind)
+    wanted = paged_decode(query.double(), store.nan_to_num().double(), table, positions, kind)
+    _assert_close(got, wanted, torch.full_like(wanted, 4))
+
+
+@pytest.mark.usefixtures("native")
+@given(shape=HEADS, tokens=st.integers(1, 150), before=st.integers(0, 150), kind=KINDS, seed=st.integers(0, 99))
+def test_attention_of_a_prompt(
+    shape: tuple[int, int, int], tokens: int, before: int, kind: AttentionKind, seed: int
+) -> None:
+    groups, sharing, size = shape
+    query = _random(seed, tokens, groups * (sharing + 2), size)[:, : groups * sharing]
+    keys = _random(seed + 1, before + tokens, groups, size).transpose(0, 1)
+    values = _random(seed + 2, groups, before + tokens, size)
+    got = library.attend_prompt(query, keys, values, kind)
+    wanted = attend_row(query.double(), keys.double(), values.double(), kind)
+    _assert_close(got, wanted, torch.full_like(wanted, 4))
+
+
+def _decoder() -> Decoder:
+    """A head is 32 wide, which the kernels for attention take."""
+    return build_decoder(tiny_llama(layers=3, hidden_size=128).bfloat16(), kv_memory=1 << 24)
+
+
+@torch.inference_mode()
+def _logits(decoder: Decoder, programs: list[str], prompts: list[int], steps: int) -> torch.Tensor:
+    rows = [Row(decoder, Program.parse(text)) for text in programs]
+    found = [next_logits(decoder, rows, [[(7 * at + row) % 256 for at in range(n)] for row, n in enumerate(prompts)])]
+    found += [next_logits(decoder, rows, [[step + 3 * row] for row in range(len(rows))]) for step in range(steps)]
+    return torch.stack(found)
+
+
+@pytest.mark.usefixtures("native")
+def test_compiled_layers_compute_what_eager_ones_do(cache: Path) -> None:
+    torch.set_num_threads(1)
+    eager, compiled = _decoder(), _decoder()
+    kernels = load_kernels(compiled, cache, build=True)
+    assert kernels is not None
+    compiled.kernels = kernels
+    cases: list[tuple[list[str], list[int]]] = [
+        (["0-2"], [70]),
+        (["0-2", "0 2", "0 1 1 2"], [3, 130, 64]),
+        (["0-2"] * 17, [5] * 17),
+    ]
+    for programs, prompts in cases:
+        got, wanted = (_logits(one, programs, prompts, 3) for one in (compiled, eager))
+        exact = _logits(build_decoder(tiny_llama(layers=3, hidden_size=128), kv_memory=1 << 24), programs, prompts, 3)
+        # Both round in bfloat16: neither is further from float32 than the other, within a factor.
+        ours, theirs = (got - exact).abs(), (wanted - exact).abs()
+        assert ours.mean() < 1.3 * theirs.mean(), f"mean {ours.mean():.3g} of ours, {theirs.mean():.3g} of eager layers"
+        assert ours.max() < 2 * theirs.max(), f"largest {ours.max():.3g} of ours, {theirs.max():.3g} of eager layers"
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not loaded the library, on a processor that could run it."""
+    monkeypatch.setattr(library, "_loaded", set())
+    monkeypatch.setattr(library, "_supported", lambda: True)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_compiler_layers_do_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch._inductor.config as options
+
+    monkeypatch.setattr(options.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setenv("PATH", "")
+    assert not library.load_library(tmp_path, HALF, CPU, build=True)
+    assert "native kernels cannot be compiled" in caplog.text
+    assert not list(tmp_path.iterdir())
+    assert library.version(HALF, CPU) == ""
+
+
+@pytest.mark.usefixtures("fresh")
+def test_nothing_is_compiled_without_leave(tmp_path: Path) -> None:
+    assert not library.load_library(tmp_path / "none", HALF, CPU, build=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_damaged_library_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / f"native-{library._key()}.so").write_bytes(b"no library")
+    assert not library.load_library(tmp_path, HALF, CPU, build=False)
+    assert "cannot be loaded" in caplog.text
+
+
+def test_other_processors_and_dtypes_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_loaded", set())
+    assert not library.load_library(tmp_path, torch.float32, CPU, build=True)
+    assert not library.load_library(tmp_path, HALF, torch.device("meta"), build=True)
+    monkeypatch.setattr(library, "_supported", lambda: False)
+    assert not library.load_library(tmp_path, HALF, CPU, build=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_uncompiled_layers_never_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "product", lambda *_: pytest.fail("a native product in an uncompiled layer"))
+    monkeypatch.setattr(library, "_loaded", {"version"})
+    x, weight = _random(0, 3, 32), _random(1, 16, 32)
+    assert torch.equal(multiply(x, Plain(weight)), torch.nn.functional.linear(x, weight))
