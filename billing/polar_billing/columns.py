@@ -6,15 +6,15 @@ scaled integers. This module knows no table.
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic_core import to_json
+import orjson
 from sqlalchemy import BigInteger, Dialect, Text
 from sqlalchemy.types import TypeDecorator
 
+from polar_billing.canonical import canonical_json
 from polar_billing.errors import AmountError
 from polar_billing.money import STORED_SCALE, from_scaled, to_scaled
 
@@ -63,12 +63,12 @@ def to_microseconds(value: datetime) -> int:
 
 def to_list_text(value: Sequence[int]) -> str:
     """Write integers as a compact JSON array."""
-    return to_json(value).decode()
+    return canonical_json(value).decode()
 
 
 def to_map_text(value: Mapping[str, str]) -> str:
     """Write a mapping as compact JSON with sorted keys."""
-    return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return canonical_json(dict(value)).decode()
 
 
 class ScaledDecimal(TypeDecorator[Decimal]):
@@ -120,7 +120,7 @@ class IntegerList(TypeDecorator[tuple[int, ...]]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[int, ...] | None:
         """Read the JSON array."""
-        return None if value is None else tuple(json.loads(value))
+        return None if value is None else tuple(orjson.loads(value))
 
 
 class TextMap(TypeDecorator["Mapping[str, str]"]):
@@ -137,5 +137,5 @@ class TextMap(TypeDecorator["Mapping[str, str]"]):
         """Read the JSON object."""
         if value is None:
             return None
-        found: dict[str, Any] = json.loads(value)
+        found: dict[str, Any] = orjson.loads(value)
         return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -108,11 +108,16 @@ class Ledger(LedgerStorage):
         """Store many records with their receipts in one transaction; see `LedgerStorage.append_many`."""
         if not entries:
             return []
+        with suppress(IntegrityError):
+            return self._append_many(entries, as_new=True)
         try:
-            with self._writing() as connection:
-                return store_entries(connection, entries)
+            return self._append_many(entries, as_new=False)
         except IntegrityError as error:
             raise store_errors.translate(error.orig, self.url) from error
+
+    def _append_many(self, entries: Sequence[Entry], *, as_new: bool) -> list[StoredUsage | ConflictError]:
+        with self._writing() as connection:
+            return store_entries(connection, entries, as_new=as_new)
 
     @contextmanager
     def _writing(self, patience_s: float | None = None) -> Iterator[Connection]:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Self
 
-from pydantic_core import to_json
-
+from polar_billing.canonical import record_json
 from polar_billing.periods import ALL_TIME, Period
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ __all__ = [
     "PrunedUsage",
     "Selection",
     "StoredUsage",
-    "canonical_json",
-    "content_hash",
 ]
 
 
@@ -115,8 +112,8 @@ class Entry:
 
     @cached_property
     def canonical(self) -> bytes:
-        """The record's canonical JSON; made once, for the spool and for the hash."""
-        return canonical_json(self.record)
+        """The record's JSON; made once, for the spool and for the hash."""
+        return record_json(self.record)
 
     @property
     def content_hash(self) -> str:
@@ -201,56 +198,3 @@ class LedgerStorage(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def content_hash(record: UsageRecord) -> str:
-    """SHA-256 over a record's canonical JSON: equal for an identical replay, in any order of its tags."""
-    return hashlib.sha256(canonical_json(record)).hexdigest()
-
-
-def canonical_json(record: UsageRecord) -> bytes:
-    """A record as compact JSON with sorted keys.
-
-    Written out in order, because sorting it anew would cost more than all the rest of metering; a test holds it to
-    the record's own fields. A field that records of version 1 of the ledger did not have is absent while it is 0, so
-    that their replays keep their hash.
-    """
-    tokens, visits, flops = record.tokens, record.visits, record.flops
-    added = {"loops_stopped": record.loops_stopped} if record.loops_stopped else {}
-    return to_json(
-        {
-            "decode_ns": record.decode_ns,
-            "device": record.device,
-            "dtype": record.dtype,
-            "error": record.error,
-            "finish_reason": record.finish_reason,
-            "flops": {
-                "embed": flops.embed,
-                "head": flops.head,
-                "layers_decode": flops.layers_decode,
-                "layers_prefill": flops.layers_prefill,
-                "router": flops.router,
-                "total": flops.total,
-            },
-            "flops_formula": record.flops_formula,
-            "identity_flops": record.identity_flops,
-            "kv_bytes_peak": record.kv_bytes_peak,
-            **added,
-            "model": record.model,
-            "model_fingerprint": record.model_fingerprint,
-            "outcome": str(record.outcome),
-            "prefill_ns": record.prefill_ns,
-            "program": record.program,
-            "queue_ns": record.queue_ns,
-            "request_id": record.request_id,
-            "router": record.router,
-            "router_version": record.router_version,
-            "schema_version": record.schema_version,
-            "started_at": record.started_at,
-            "tags": {key: record.tags[key] for key in sorted(record.tags)} if record.tags else {},
-            "tenant": record.tenant,
-            "tier": record.tier,
-            "tokens": {"cached": tokens.cached, "input": tokens.input, "output": tokens.output},
-            "visits": {"decode": visits.decode, "prefill": visits.prefill},
-        }
-    )

@@ -17,7 +17,8 @@ from polar_billing.meter import Meter
 from polar_billing.periods import Period
 from polar_billing.query import usage_rows
 from polar_billing.retention import prune
-from polar_billing.storage import ALL_TENANTS, Selection, StoredUsage, content_hash
+from polar_billing.canonical import content_hash
+from polar_billing.storage import ALL_TENANTS, Selection, StoredUsage
 from polar_billing.testing import usage_record
 from polar_billing.verify import verify_ledger
 from polar_sdk.usage import Outcome, UsageRecord
