@@ -34,7 +34,9 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, 
     if dialect.name == "postgresql" and len(rows) >= _COPY_FROM:
         _copy(connection, f"COPY {_place(table, dialect)} FROM STDIN", rows)
     else:
-        connection.exec_driver_sql(_insert(table, dialect), list(rows))
+        # Whoever writes takes the whole transaction back on an error, so SQLite need not keep what undoes one row.
+        verb = "INSERT OR FAIL" if dialect.name == "sqlite" else "INSERT"
+        connection.exec_driver_sql(f"{verb} {_into(table, dialect)}", list(rows))
 
 
 def upsert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]], changes: Sequence[str]) -> None:
@@ -54,9 +56,9 @@ def upsert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, 
     conflict = f"ON CONFLICT ({key.name}) DO {then}"
     if dialect.name == "postgresql":
         columns = tuple(map(list, zip(*rows, strict=True)))
-        connection.exec_driver_sql(f"{_insert_arrays(table, dialect)} {conflict}", columns)
+        connection.exec_driver_sql(f"INSERT {_into_from_arrays(table, dialect)} {conflict}", columns)
     else:
-        connection.exec_driver_sql(f"{_insert(table, dialect)} {conflict}", list(rows))
+        connection.exec_driver_sql(f"INSERT {_into(table, dialect)} {conflict}", list(rows))
 
 
 @lru_cache(maxsize=64)
@@ -66,15 +68,15 @@ def _place(table: Table, dialect: Dialect) -> str:
 
 
 @lru_cache(maxsize=64)
-def _insert(table: Table, dialect: Dialect) -> str:
+def _into(table: Table, dialect: Dialect) -> str:
     mark = "%s" if dialect.name == "postgresql" else "?"
-    return f"INSERT INTO {_place(table, dialect)} VALUES ({', '.join([mark] * len(table.c))})"
+    return f"INTO {_place(table, dialect)} VALUES ({', '.join([mark] * len(table.c))})"
 
 
 @lru_cache(maxsize=64)
-def _insert_arrays(table: Table, dialect: Dialect) -> str:
+def _into_from_arrays(table: Table, dialect: Dialect) -> str:
     arrays = ", ".join(f"%s::{column.type.compile(dialect)}[]" for column in table.c)
-    return f"INSERT INTO {_place(table, dialect)} SELECT * FROM unnest({arrays})"
+    return f"INTO {_place(table, dialect)} SELECT * FROM unnest({arrays})"
 
 
 def _copy(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
