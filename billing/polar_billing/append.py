@@ -24,24 +24,19 @@ from polar_billing.schema import price_book_table, receipt_table, usage_table
 from polar_billing.storage import PrunedUsage, StoredUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from sqlalchemy import Connection
 
     from polar_billing.price_book import PriceBook
-    from polar_billing.storage import Entry
-
-    Fresh = tuple[Entry, str]
-    """An entry that is not stored yet, and its content hash."""
+    from polar_billing.storage import Entry, Identity
 
 __all__ = ["store_entries"]
 
 # Built once: building a statement costs more than running it.
 _BOOKS: Final = Among(select(price_book_table.c.hash), price_book_table.c.hash)
 _LAST_ON_SQLITE: Final = text("SELECT seq FROM sqlite_sequence WHERE name = 'polar_usage'")
-_NEXT_ON_POSTGRES: Final = text(
-    "SELECT array_agg(nextval('polar_usage_seq_seq')) FROM generate_series(1, :count)"
-)
+_NEXT_ON_POSTGRES: Final = text("SELECT array_agg(nextval('polar_usage_seq_seq')) FROM generate_series(1, :count)")
 
 _SUBJECT: Final = chain.subject_of(usage_table)
 _USAGE_NAME: Final = str(usage_table.name)
@@ -64,21 +59,20 @@ def store_entries(
     books = _missing_books(connection, {entry.book.content_hash: entry.book for entry in entries})
     tenants = {entry.record.tenant for entry in entries}
     heads = chain.lock_heads(connection, tenants | {chain.NO_TENANT} if books else tenants)
-    asked = [(entry.identity, entry.content_hash, entry) for entry in entries]
-    known = (find_pruned if as_new else find_known)(connection, [identity for identity, _, _ in asked])
-    fresh: dict[tuple[str, str, str], Fresh] = {}
-    for identity, digest, entry in asked:
-        if identity not in known:
-            fresh.setdefault(identity, (entry, digest))
+    known = (find_pruned if as_new else find_known)(connection, [entry.identity for entry in entries])
+    fresh: dict[Identity, Entry] = {}
+    for entry in entries:
+        if (identity := entry.identity) not in known:
+            fresh.setdefault(identity, entry)
     if fresh:
-        _store_books(connection, books, {entry.book.content_hash for entry, _ in fresh.values()}, heads)
-        stored = _write(connection, heads, list(fresh.values()))
-        known.update((identity, (digest, one)) for one, (identity, (_, digest)) in zip(stored, fresh.items(), strict=True))
-    return [_answer(entry, digest, *known[identity]) for identity, digest, entry in asked]
+        _store_books(connection, books, {entry.book.content_hash for entry in fresh.values()}, heads)
+        for (identity, entry), stored in zip(fresh.items(), _write(connection, heads, [*fresh.values()]), strict=True):
+            known[identity] = (entry.content_hash, stored)
+    return [_answer(entry, *known[entry.identity]) for entry in entries]
 
 
-def _answer(entry: Entry, digest: str, known: str, stored: StoredUsage | PrunedUsage) -> StoredUsage | ConflictError:
-    if digest == known:
+def _answer(entry: Entry, digest: str, stored: StoredUsage | PrunedUsage) -> StoredUsage | ConflictError:
+    if digest == entry.content_hash:
         return stored.of(entry.record) if isinstance(stored, PrunedUsage) else stored
     return ConflictError(
         f"request {entry.record.request_id!r} of tenant {entry.record.tenant!r} is in the ledger (seq {stored.seq}) "
@@ -87,18 +81,16 @@ def _answer(entry: Entry, digest: str, known: str, stored: StoredUsage | PrunedU
     )
 
 
-def _write(connection: Connection, heads: dict[str, chain.Head], fresh: Sequence[Fresh]) -> list[StoredUsage]:
+def _write(connection: Connection, heads: dict[str, chain.Head], entries: Sequence[Entry]) -> list[StoredUsage]:
     now = datetime.now(UTC)
     stored_at = to_microseconds(now)
-    entries = [entry for entry, _ in fresh]
-    numbers = _numbers(connection, len(fresh))
-    usage = [to_raw(seq, *one, stored_at) for seq, one in zip(numbers, fresh, strict=True)]
-    receipts = [receipt_to_raw(seq, entry) for seq, entry in zip(numbers, entries, strict=True)]
-    rows = list(zip(usage, receipts, strict=True))
+    numbers = _numbers(connection, len(entries))
+    usage = [to_raw(seq, entry, stored_at) for seq, entry in zip(numbers, entries, strict=True)]
+    receipts = list(map(receipt_to_raw, numbers, entries))
     insert_rows(connection, usage_table, usage)
     insert_rows(connection, receipt_table, receipts)
-    chain.append_links(connection, [_link(row, receipt) for row, receipt in rows], heads)
-    add_to_rollups(connection, rows)
+    chain.append_links(connection, list(map(_link, usage, receipts)), heads)
+    add_to_rollups(connection, zip(usage, receipts, strict=True))
     settle(connection, entries)
     return [
         StoredUsage(seq, one.source, one.record, now, one.book.content_hash, one.cost, one.unrated)

@@ -213,7 +213,7 @@ def digest_of(subject: str, rows: Iterable[tuple[str, Sequence[Any]]]) -> bytes:
         end = len(values)
         while end and values[end - 1] is None:
             end -= 1
-        lines.append(canonical_json([table, *values[:end]]))
+        lines.append(canonical_json((table, *values[:end])))
     return hashlib.sha256(b"\n".join(lines)).digest()
 
 

@@ -7,7 +7,7 @@ scaled integers. This module knows no table.
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from decimal import Context, Decimal
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -36,8 +36,8 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 """Reading multiplies by it; writing counts without it, which is quicker."""
 _INT64_MAX: Final = 2**63 - 1
-_WIDE: Final = Context(prec=100)
-"""Digits enough for any amount that fits; one that does not is found by comparing."""
+_EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+"""Moves the decimal point of any amount without rounding."""
 
 
 def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:
@@ -46,8 +46,9 @@ def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:
     Raises:
         AmountError: It is not finite, too fine or too large to be kept exactly.
     """
-    units = int(value.scaleb(scale, _WIDE)) if value.is_finite() else None
-    if units is None or from_scaled(units, scale) != value:
+    scaled = value.scaleb(scale, _EXACT) if value.is_finite() else value
+    units = int(scaled) if scaled.is_finite() else None
+    if units is None or units != scaled:
         units = to_scaled(value, scale)  # says what is wrong
     if abs(units) > _INT64_MAX:
         limit = from_scaled(_INT64_MAX, scale)

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Row, Select, Table
 
-    from polar_billing.storage import StoredUsage
+    from polar_billing.storage import Identity, StoredUsage
 
-    Identity = tuple[str, str, str]
-    """Tenant, source, request id."""
     Known = dict[Identity, tuple[str, StoredUsage | PrunedUsage]]
     """Identity → content hash and what is stored; what is not stored is missing."""
 

@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["from_row", "receipt_to_raw", "to_raw"]
 
 
-def to_raw(seq: int, entry: Entry, digest: str, stored_at: int) -> tuple[Any, ...]:
+def to_raw(seq: int, entry: Entry, stored_at: int) -> tuple[Any, ...]:
     """The row of `polar_usage` as the database holds it, in the order of its columns.
 
     Args:
         seq: The number it is stored under.
         entry: What is stored.
-        digest: Its content hash.
         stored_at: Stored time. Unit: microseconds since 1970.
     """
     record = entry.record
@@ -38,7 +37,7 @@ def to_raw(seq: int, entry: Entry, digest: str, stored_at: int) -> tuple[Any, ..
         record.tenant,
         entry.source,
         record.request_id,
-        digest,
+        entry.content_hash,
         record.schema_version,
         to_microseconds(record.started_at),
         stored_at,

@@ -147,7 +147,9 @@ def _line(content: bytes) -> bytes:
 
 def _entry_json(entry: Entry) -> bytes:
     cost = None if entry.cost is None else f"{entry.cost:f}"
-    receipt = canonical_json({"by": entry.book.content_hash, "cost": cost, "source": entry.source, "unrated": entry.unrated})
+    receipt = canonical_json(
+        {"by": entry.book.content_hash, "cost": cost, "source": entry.source, "unrated": entry.unrated}
+    )
     return receipt[:-1] + b',"record":' + entry.canonical + b"}"
 
 

@@ -9,7 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from polar_billing.canonical import record_json
 from polar_billing.periods import ALL_TIME, Period
@@ -30,11 +30,16 @@ __all__ = [
     "ALL_TENANTS",
     "AllTenants",
     "Entry",
+    "Identity",
     "LedgerStorage",
     "PrunedUsage",
     "Selection",
     "StoredUsage",
 ]
+
+
+Identity = tuple[str, str, str]
+"""Tenant, source, request id: what a request is stored once by."""
 
 
 class AllTenants:
@@ -60,8 +65,7 @@ class Selection:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class StoredUsage:
+class StoredUsage(NamedTuple):
     """One request as the ledger holds it."""
 
     seq: int
@@ -106,8 +110,8 @@ class Entry:
     unrated: str | None = None
 
     @property
-    def identity(self) -> tuple[str, str, str]:
-        """What it is stored once by: tenant, source, request id."""
+    def identity(self) -> Identity:
+        """What it is stored once by."""
         return (self.record.tenant, self.source, self.record.request_id)
 
     @cached_property
@@ -115,7 +119,7 @@ class Entry:
         """The record's JSON; made once, for the spool and for the hash."""
         return record_json(self.record)
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """SHA-256 over it, hexadecimal."""
         return hashlib.sha256(self.canonical).hexdigest()

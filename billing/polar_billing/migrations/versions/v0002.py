@@ -43,8 +43,7 @@ _PRUNED: Final = {"polar_usage": "seq", "polar_receipt": "usage_seq"}
 _SAME_ROW: Final = {
     "polar_schema": "version = NEW.version",
     "polar_price_book": "hash = NEW.hash",
-    "polar_usage": "seq = NEW.seq OR "
-    "(tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)",
+    "polar_usage": "seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)",
     "polar_receipt": "usage_seq = NEW.usage_seq",
 }
 """Tables of version 1 → what is true of a stored row that an insert would replace."""
