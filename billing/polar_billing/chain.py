@@ -191,7 +191,8 @@ def lock_heads(connection: Connection, tenants: Iterable[str]) -> dict[str, Head
     if connection.dialect.name == "postgresql":  # SQLite's write transaction is alone already, and locks no rows
         upsert_rows(connection, head_table, [(tenant, *Head()) for tenant in wanted], ())
     heads = dict.fromkeys(wanted, Head())
-    heads.update((tenant, Head(number, bytes(own))) for tenant, number, own in _HEADS.run(connection, wanted))
+    for row in _HEADS.run(connection, wanted):
+        heads[row.tenant] = Head(row.number, bytes(row.hash))
     return heads
 
 
