@@ -41,7 +41,7 @@ from polar_billing.meter import Meter
 from polar_billing.postings import Account, Line, post
 from polar_billing.testing import usage_record
 
-WRITERS = "append bulk chain connection ledger meter postings recovery rollups spool writer".split()
+WRITERS = "among append bulk canonical chain connection ledger meter postings recovery rollups rows spool writer".split()
 FILES = {f"{name}.py" for name in WRITERS}
 passed = 0
 
