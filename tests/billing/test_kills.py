@@ -41,8 +41,8 @@ from polar_billing.meter import Meter
 from polar_billing.postings import Account, Line, post
 from polar_billing.testing import usage_record
 
-WRITERS = "among append bulk canonical chain connection ledger meter postings recovery rollups rows spool writer".split()
-FILES = {f"{name}.py" for name in WRITERS}
+WRITERS = "among append bulk canonical chain connection ledger meter postings recovery rollups rows spool writer"
+FILES = {f"{name}.py" for name in WRITERS.split()}
 passed = 0
 
 def work(url, durability, name_of_round, until):
