@@ -150,6 +150,7 @@ class Ledger(LedgerStorage):
             with Ledger("sqlite://") as empty, empty.transaction() as connection:
                 yield connection
             return
+        self._prepare()  # one that was moved here may lack its write-ahead log, without which readers keep writers out
         with self._database.reading() as connection:
             yield connection
 
