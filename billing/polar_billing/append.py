@@ -12,60 +12,67 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import insert, select, text
 
 from polar_billing import chain
+from polar_billing.among import Among
 from polar_billing.budgets.settle import settle
 from polar_billing.bulk import insert_rows
+from polar_billing.columns import to_microseconds
 from polar_billing.errors import ConflictError
-from polar_billing.known import find_known, groups_of
+from polar_billing.known import find_known, find_pruned
 from polar_billing.rollups import add_to_rollups
 from polar_billing.rows import receipt_to_raw, to_raw
 from polar_billing.schema import price_book_table, receipt_table, usage_table
 from polar_billing.storage import PrunedUsage, StoredUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from sqlalchemy import Connection
 
     from polar_billing.price_book import PriceBook
-    from polar_billing.storage import Entry
-
-    Fresh = tuple[Entry, str]
-    """An entry that is not stored yet, and its content hash."""
+    from polar_billing.storage import Entry, Identity
 
 __all__ = ["store_entries"]
 
-_USAGE: Final = tuple(usage_table.c.keys())
-_RECEIPT: Final = tuple(receipt_table.c.keys())
+# Built once: building a statement costs more than running it.
+_BOOKS: Final = Among(select(price_book_table.c.hash), price_book_table.c.hash)
+_LAST_ON_SQLITE: Final = text("SELECT seq FROM sqlite_sequence WHERE name = 'polar_usage'")
+_NEXT_ON_POSTGRES: Final = text("SELECT array_agg(nextval('polar_usage_seq_seq')) FROM generate_series(1, :count)")
+
 _SUBJECT: Final = chain.subject_of(usage_table)
 _USAGE_NAME: Final = str(usage_table.name)
 _RECEIPT_NAME: Final = str(receipt_table.name)
 
 
-def store_entries(connection: Connection, entries: Sequence[Entry]) -> list[StoredUsage | ConflictError]:
+def store_entries(
+    connection: Connection, entries: Sequence[Entry], *, as_new: bool
+) -> list[StoredUsage | ConflictError]:
     """Store what is not stored yet; see `LedgerStorage.append_many`.
 
     Args:
         connection: An open write transaction.
         entries: In the order they shall be stored.
+        as_new: Do not look which are stored: looking costs more than to fail and try again, as most never are.
+
+    Raises:
+        IntegrityError: One of them was not new, or the database does not take its content.
     """
     books = _missing_books(connection, {entry.book.content_hash: entry.book for entry in entries})
     tenants = {entry.record.tenant for entry in entries}
     heads = chain.lock_heads(connection, tenants | {chain.NO_TENANT} if books else tenants)
-    asked = [(entry.identity, entry.content_hash, entry) for entry in entries]
-    known = find_known(connection, groups_of(identity for identity, _, _ in asked))
-    fresh: dict[tuple[str, str, str], Fresh] = {}
-    for identity, digest, entry in asked:
-        if identity not in known:
-            fresh.setdefault(identity, (entry, digest))
+    known = (find_pruned if as_new else find_known)(connection, [entry.identity for entry in entries])
+    fresh: dict[Identity, Entry] = {}
+    for entry in entries:
+        if (identity := entry.identity) not in known:
+            fresh.setdefault(identity, entry)
     if fresh:
-        _store_books(connection, books, {entry.book.content_hash for entry, _ in fresh.values()}, heads)
-        for one, (identity, (_, digest)) in zip(_write(connection, heads, fresh.values()), fresh.items(), strict=True):
-            known[identity] = (digest, one)
-    return [_answer(entry, digest, *known[identity]) for identity, digest, entry in asked]
+        _store_books(connection, books, {entry.book.content_hash for entry in fresh.values()}, heads)
+        for (identity, entry), stored in zip(fresh.items(), _write(connection, heads, [*fresh.values()]), strict=True):
+            known[identity] = (entry.content_hash, stored)
+    return [_answer(entry, *known[entry.identity]) for entry in entries]
 
 
-def _answer(entry: Entry, digest: str, known: str, stored: StoredUsage | PrunedUsage) -> StoredUsage | ConflictError:
-    if digest == known:
+def _answer(entry: Entry, digest: str, stored: StoredUsage | PrunedUsage) -> StoredUsage | ConflictError:
+    if digest == entry.content_hash:
         return stored.of(entry.record) if isinstance(stored, PrunedUsage) else stored
     return ConflictError(
         f"request {entry.record.request_id!r} of tenant {entry.record.tenant!r} is in the ledger (seq {stored.seq}) "
@@ -74,22 +81,21 @@ def _answer(entry: Entry, digest: str, known: str, stored: StoredUsage | PrunedU
     )
 
 
-def _write(connection: Connection, heads: dict[str, chain.Head], fresh: Iterable[Fresh]) -> list[StoredUsage]:
+def _write(connection: Connection, heads: dict[str, chain.Head], entries: Sequence[Entry]) -> list[StoredUsage]:
     now = datetime.now(UTC)
-    waiting = list(fresh)
-    stored = [
-        StoredUsage(seq, entry.source, entry.record, now, entry.book.content_hash, entry.cost, entry.unrated)
-        for seq, (entry, _) in zip(_numbers(connection, len(waiting)), waiting, strict=True)
-    ]
-    usage = [to_raw(one, digest) for one, (_, digest) in zip(stored, waiting, strict=True)]
-    receipts = [receipt_to_raw(one) for one in stored]
-    insert_rows(connection, usage_table, _USAGE, usage)
-    insert_rows(connection, receipt_table, _RECEIPT, receipts)
-    rows = zip(usage, receipts, strict=True)
-    chain.append_links(connection, [_link(row, receipt) for row, receipt in rows], heads)
+    stored_at = to_microseconds(now)
+    numbers = _numbers(connection, len(entries))
+    usage = [to_raw(seq, entry, stored_at) for seq, entry in zip(numbers, entries, strict=True)]
+    receipts = list(map(receipt_to_raw, numbers, entries))
+    insert_rows(connection, usage_table, usage)
+    insert_rows(connection, receipt_table, receipts)
+    chain.append_links(connection, list(map(_link, usage, receipts)), heads)
     add_to_rollups(connection, zip(usage, receipts, strict=True))
-    settle(connection, [entry for entry, _ in waiting])
-    return stored
+    settle(connection, entries)
+    return [
+        StoredUsage(seq, one.source, one.record, now, one.book.content_hash, one.cost, one.unrated)
+        for seq, one in zip(numbers, entries, strict=True)
+    ]
 
 
 def _link(usage: Sequence[Any], receipt: Sequence[Any]) -> chain.NewLink:
@@ -101,15 +107,14 @@ def _link(usage: Sequence[Any], receipt: Sequence[Any]) -> chain.NewLink:
 def _numbers(connection: Connection, count: int) -> Sequence[int]:
     """The next numbers of `polar_usage`, which no one else will get."""
     if connection.dialect.name == "postgresql":
-        query = text("SELECT nextval('polar_usage_seq_seq') FROM generate_series(1, :count)")
-        return connection.execute(query, {"count": count}).scalars().all()
-    last = connection.execute(text("SELECT seq FROM sqlite_sequence WHERE name = 'polar_usage'")).scalar() or 0
+        numbers: list[int] = connection.execute(_NEXT_ON_POSTGRES, {"count": count}).scalar_one()
+        return numbers
+    last = connection.execute(_LAST_ON_SQLITE).scalar() or 0
     return range(last + 1, last + 1 + count)
 
 
 def _missing_books(connection: Connection, books: dict[str, PriceBook]) -> dict[str, PriceBook]:
-    stored = select(price_book_table.c.hash).where(price_book_table.c.hash.in_(list(books)))
-    found = set(connection.execute(stored).scalars())
+    found = set(_BOOKS.run(connection, books).scalars())
     return {digest: book for digest, book in books.items() if digest not in found}
 
 

@@ -1,4 +1,4 @@
-"""Many rows into a table at once: one prepared statement on SQLite, COPY on PostgreSQL.
+"""Many rows into a table at once: one prepared statement on SQLite; COPY, or one statement over arrays, on PostgreSQL.
 
 Takes values as the database holds them, past the column types of SQLAlchemy, whose work per value would cost more
 than the database's own. Knows no particular table.
@@ -12,38 +12,71 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy import Connection, Table
+    from sqlalchemy import Connection, Dialect, Table
 
-__all__ = ["insert_rows"]
+__all__ = ["insert_rows", "upsert_rows"]
 
 _COPY_FROM = 20
 """Rows from which COPY pays for its two round trips on PostgreSQL."""
 
 
-def insert_rows(connection: Connection, table: Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
     """Insert rows of raw values, in order.
 
     Args:
         connection: A write transaction.
         table: Where to.
-        columns: Names of the columns that the values are for.
-        rows: One tuple per row: integers, text, bytes or None.
+        rows: One tuple per row, in the order of the table's columns: integers, text, bytes or None.
     """
     if not rows:
         return
     dialect = connection.dialect
-    quote = dialect.identifier_preparer.quote
-    names = ", ".join(quote(name) for name in columns)
     if dialect.name == "postgresql" and len(rows) >= _COPY_FROM:
-        _copy(connection, f"COPY {quote(table.name)} ({names}) FROM STDIN", rows)
+        _copy(connection, f"COPY {_place(table, dialect)} FROM STDIN", rows)
+    else:
+        # Whoever writes takes the whole transaction back on an error, so SQLite need not keep what undoes one row.
+        verb = "INSERT OR FAIL" if dialect.name == "sqlite" else "INSERT"
+        connection.exec_driver_sql(f"{verb} {_into(table, dialect)}", list(rows))
+
+
+def upsert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]], changes: Sequence[str]) -> None:
+    """Insert rows of raw values, or change those of the same primary key, in order.
+
+    Args:
+        connection: A write transaction.
+        table: Where to; its primary key is one column.
+        rows: As for `insert_rows`, no two of the same key.
+        changes: SQL assignments to the stored row, over `excluded`, the row given; none to leave it as it is.
+    """
+    if not rows:
         return
-    mark = "%s" if dialect.name == "postgresql" else "?"
-    connection.exec_driver_sql(_insert(quote(table.name), names, mark, len(columns)), list(rows))
+    dialect = connection.dialect
+    (key,) = table.primary_key.columns
+    then = f"UPDATE SET {', '.join(changes)}" if changes else "NOTHING"
+    conflict = f"ON CONFLICT ({key.name}) DO {then}"
+    if dialect.name == "postgresql":
+        columns = tuple(map(list, zip(*rows, strict=True)))
+        connection.exec_driver_sql(f"INSERT {_into_from_arrays(table, dialect)} {conflict}", columns)
+    else:
+        connection.exec_driver_sql(f"INSERT {_into(table, dialect)} {conflict}", list(rows))
 
 
 @lru_cache(maxsize=64)
-def _insert(table: str, names: str, mark: str, count: int) -> str:
-    return f"INSERT INTO {table} ({names}) VALUES ({', '.join([mark] * count)})"
+def _place(table: Table, dialect: Dialect) -> str:
+    quote = dialect.identifier_preparer.quote
+    return f"{quote(table.name)} ({', '.join(quote(column.name) for column in table.c)})"
+
+
+@lru_cache(maxsize=64)
+def _into(table: Table, dialect: Dialect) -> str:
+    mark = "%s" if dialect.name == "postgresql" else "?"
+    return f"INTO {_place(table, dialect)} VALUES ({', '.join([mark] * len(table.c))})"
+
+
+@lru_cache(maxsize=64)
+def _into_from_arrays(table: Table, dialect: Dialect) -> str:
+    arrays = ", ".join(f"%s::{column.type.compile(dialect)}[]" for column in table.c)
+    return f"INTO {_place(table, dialect)} SELECT * FROM unnest({arrays})"
 
 
 def _copy(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:

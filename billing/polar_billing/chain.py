@@ -22,11 +22,11 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
-from pydantic_core import to_json
-from sqlalchemy import Integer, literal_column, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Integer, literal_column, select
 
-from polar_billing.bulk import insert_rows
+from polar_billing.among import Among
+from polar_billing.bulk import insert_rows, upsert_rows
+from polar_billing.canonical import canonical_json
 from polar_billing.schema.chain import head_table, link_table
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ FIRST_PREVIOUS: Final = bytes(32)
 Key = TypeVar("Key")
 
 _PREFIX: Final = "polar_"
-_LINK_COLUMNS: Final = tuple(link_table.c.keys())
+_HEADS: Final = Among(select(head_table).order_by(head_table.c.tenant).with_for_update(), head_table.c.tenant)
+_MOVE: Final = ("number = excluded.number", "hash = excluded.hash")
 _KEYS_AT_ONCE: Final = 500
 """SQLite takes at least 999 parameters in one statement."""
 
@@ -142,7 +143,7 @@ def subject_of(table: Table) -> str:
     return str(table.name).removeprefix(_PREFIX)
 
 
-def link(connection: Connection, table: Table, key: int | str, heads: dict[str, Head] | None = None) -> Link:
+def link(connection: Connection, table: Table, key: int | str, heads: dict[str, Head] | None = None) -> None:
     """Append a stored row, with its parts, to the chain of its tenant.
 
     Args:
@@ -155,10 +156,10 @@ def link(connection: Connection, table: Table, key: int | str, heads: dict[str, 
     chained = CHAINED[subject]
     found = raw_rows(connection, chained, [key])[str(key)]
     tenant = chained.tenant_of(found[0][1])
-    return append_links(connection, [NewLink(tenant, subject, str(key), digest_of(subject, found))], heads)[0]
+    append_links(connection, [NewLink(tenant, subject, str(key), digest_of(subject, found))], heads)
 
 
-def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str, Head] | None = None) -> list[Link]:
+def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str, Head] | None = None) -> None:
     """Append rows to the chains of their tenants, in the order given.
 
     Args:
@@ -168,18 +169,17 @@ def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str
             lock them now.
     """
     heads = lock_heads(connection, {one.tenant for one in new}) if heads is None else heads
-    links = [_next(heads, one) for one in new]
-    insert_rows(connection, link_table, _LINK_COLUMNS, links)
-    _move_heads(connection, {one.tenant: heads[one.tenant] for one in links})
-    return links
-
-
-def _next(heads: dict[str, Head], new: NewLink) -> Link:
-    head = heads[new.tenant]
-    number = head.number + 1
-    own = hash_of(new.tenant, number, new.subject, new.key, new.digest, head.hash)
-    heads[new.tenant] = Head(number, own)
-    return Link(new.tenant, number, new.subject, new.key, new.digest, head.hash, own)
+    ends: dict[str, tuple[int, bytes]] = {one.tenant: heads[one.tenant] for one in new}
+    links = []
+    for tenant, subject, key, digest in new:
+        last, previous = ends[tenant]
+        number = last + 1
+        own = hash_of(tenant, number, subject, key, digest, previous)
+        ends[tenant] = (number, own)
+        links.append((tenant, number, subject, key, digest, previous, own))
+    insert_rows(connection, link_table, links)
+    upsert_rows(connection, head_table, [(tenant, *ends[tenant]) for tenant in sorted(ends)], _MOVE)
+    heads.update((tenant, Head(*end)) for tenant, end in ends.items())
 
 
 def lock_heads(connection: Connection, tenants: Iterable[str]) -> dict[str, Head]:
@@ -188,32 +188,17 @@ def lock_heads(connection: Connection, tenants: Iterable[str]) -> dict[str, Head
     Chains are locked in the order of their tenants' names, so that two writers cannot wait for each other.
     """
     wanted = sorted(tenants)
-    query = select(head_table).order_by(head_table.c.tenant)
-    if connection.dialect.name == "postgresql":  # SQLite's write transaction is alone already
-        fresh = [{"tenant": tenant, "number": 0, "hash": FIRST_PREVIOUS} for tenant in wanted]
-        connection.execute(postgresql.insert(head_table).on_conflict_do_nothing(), fresh)
-        query = query.with_for_update()
+    if connection.dialect.name == "postgresql":  # SQLite's write transaction is alone already, and locks no rows
+        upsert_rows(connection, head_table, [(tenant, *Head()) for tenant in wanted], ())
     heads = dict.fromkeys(wanted, Head())
-    for some in _some(wanted):
-        for row in connection.execute(query.where(head_table.c.tenant.in_(some))):
-            heads[row.tenant] = Head(row.number, bytes(row.hash))
+    for row in _HEADS.run(connection, wanted):
+        heads[row.tenant] = Head(row.number, bytes(row.hash))
     return heads
-
-
-def _move_heads(connection: Connection, heads: Mapping[str, Head]) -> None:
-    values = [{"tenant": tenant, "number": head.number, "hash": head.hash} for tenant, head in heads.items()]
-    if connection.dialect.name == "postgresql":
-        for value in values:  # the rows exist since lock_heads
-            connection.execute(update(head_table).where(head_table.c.tenant == value["tenant"]), value)
-        return
-    insert = sqlite.insert(head_table)
-    changed = {"number": insert.excluded.number, "hash": insert.excluded.hash}
-    connection.execute(insert.on_conflict_do_update(index_elements=["tenant"], set_=changed), values)
 
 
 def hash_of(tenant: str, number: int, subject: str, key: str, digest: bytes, previous: bytes) -> bytes:
     """The hash of a link: SHA-256 over everything it says and the hash before it."""
-    return hashlib.sha256(previous + digest + to_json([tenant, number, subject, key])).digest()
+    return hashlib.sha256(previous + digest + canonical_json([tenant, number, subject, key])).digest()
 
 
 def digest_of(subject: str, rows: Iterable[tuple[str, Sequence[Any]]]) -> bytes:
@@ -224,13 +209,13 @@ def digest_of(subject: str, rows: Iterable[tuple[str, Sequence[Any]]]) -> bytes:
         rows: The row, then its parts: name of the table, values in the order of its columns. Nulls at the end do not
             count, so that a column added later, at the end, does not change what was hashed before.
     """
-    digest = hashlib.sha256(subject.encode())
+    lines = [subject.encode()]
     for table, values in rows:
         end = len(values)
         while end and values[end - 1] is None:
             end -= 1
-        digest.update(b"\n" + to_json([table, *values[:end]]))
-    return digest.digest()
+        lines.append(canonical_json((table, *values[:end])))
+    return hashlib.sha256(b"\n".join(lines)).digest()
 
 
 def raw_rows(

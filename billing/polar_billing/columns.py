@@ -6,15 +6,15 @@ scaled integers. This module knows no table.
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime, timedelta
-from decimal import Context, Decimal
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic_core import to_json
+import orjson
 from sqlalchemy import BigInteger, Dialect, Text
 from sqlalchemy.types import TypeDecorator
 
+from polar_billing.canonical import canonical_json
 from polar_billing.errors import AmountError
 from polar_billing.money import STORED_SCALE, from_scaled, to_scaled
 
@@ -36,8 +36,8 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 """Reading multiplies by it; writing counts without it, which is quicker."""
 _INT64_MAX: Final = 2**63 - 1
-_WIDE: Final = Context(prec=100)
-"""Digits enough for any amount that fits; one that does not is found by comparing."""
+_EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+"""Moves the decimal point of any amount without rounding."""
 
 
 def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:
@@ -46,8 +46,9 @@ def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:
     Raises:
         AmountError: It is not finite, too fine or too large to be kept exactly.
     """
-    units = int(value.scaleb(scale, _WIDE)) if value.is_finite() else None
-    if units is None or from_scaled(units, scale) != value:
+    scaled = value.scaleb(scale, _EXACT) if value.is_finite() else value
+    units = int(scaled) if scaled.is_finite() else None
+    if units is None or units != scaled:
         units = to_scaled(value, scale)  # says what is wrong
     if abs(units) > _INT64_MAX:
         limit = from_scaled(_INT64_MAX, scale)
@@ -63,12 +64,12 @@ def to_microseconds(value: datetime) -> int:
 
 def to_list_text(value: Sequence[int]) -> str:
     """Write integers as a compact JSON array."""
-    return to_json(value).decode()
+    return canonical_json(value).decode()
 
 
 def to_map_text(value: Mapping[str, str]) -> str:
     """Write a mapping as compact JSON with sorted keys."""
-    return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return canonical_json(dict(value)).decode()
 
 
 class ScaledDecimal(TypeDecorator[Decimal]):
@@ -120,7 +121,7 @@ class IntegerList(TypeDecorator[tuple[int, ...]]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[int, ...] | None:
         """Read the JSON array."""
-        return None if value is None else tuple(json.loads(value))
+        return None if value is None else tuple(orjson.loads(value))
 
 
 class TextMap(TypeDecorator["Mapping[str, str]"]):
@@ -137,5 +138,5 @@ class TextMap(TypeDecorator["Mapping[str, str]"]):
         """Read the JSON object."""
         if value is None:
             return None
-        found: dict[str, Any] = json.loads(value)
+        found: dict[str, Any] = orjson.loads(value)
         return found

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic_core import to_json
-from sqlalchemy import ARRAY, Text, any_, bindparam, func, select
+from sqlalchemy import bindparam, select
 
+from polar_billing.among import Among
 from polar_billing.rows import from_row
 from polar_billing.schema import pruned_table, receipt_table, usage_table
 from polar_billing.storage import PrunedUsage
@@ -20,61 +20,57 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Row, Select, Table
 
-    from polar_billing.storage import StoredUsage
+    from polar_billing.storage import Identity, StoredUsage
 
-    Identity = tuple[str, str, str]
-    """Tenant, source, request id."""
-    Groups = Mapping[tuple[str, str], Sequence[str]]
-    """(tenant, source) → request ids."""
-    Queries = tuple[Select[Any], Select[Any]]
-    """On SQLite, on PostgreSQL."""
+    Known = dict[Identity, tuple[str, StoredUsage | PrunedUsage]]
+    """Identity → content hash and what is stored; what is not stored is missing."""
 
-__all__ = ["find_known", "groups_of", "joined"]
+__all__ = ["find_known", "find_pruned", "joined"]
 
 
-def groups_of(identities: Iterable[Identity]) -> Groups:
-    """Request ids by tenant and source, each once."""
-    groups: defaultdict[tuple[str, str], dict[str, None]] = defaultdict(dict)
-    for tenant, source, request_id in identities:
-        groups[tenant, source][request_id] = None
-    return {group: list(ids) for group, ids in groups.items()}
-
-
-def find_known(connection: Connection, groups: Groups) -> dict[Identity, tuple[str, StoredUsage | PrunedUsage]]:
-    """Look identities up.
-
-    Returns:
-        Identity → content hash and what is stored; what is not stored is missing.
-    """
-    known: dict[Identity, tuple[str, StoredUsage | PrunedUsage]] = {}
+def find_known(connection: Connection, identities: Iterable[Identity]) -> Known:
+    """Look identities up."""
+    groups = _groups_of(identities)
+    known = _pruned_among(connection, groups)
     for row in _rows(connection, _USAGE, groups):
         known[row.tenant, row.source, row.request_id] = (row.content_hash, from_row(row))
-    for row in _rows(connection, _PRUNED, groups):
-        known[row.tenant, row.source, row.request_id] = (row.content_hash, _pruned(row))
     return known
 
 
-def _rows(connection: Connection, queries: Queries, groups: Groups) -> Iterator[Row[Any]]:
-    on_postgres = connection.dialect.name == "postgresql"
-    query = queries[on_postgres]
+def find_pruned(connection: Connection, identities: Iterable[Identity]) -> Known:
+    """Look up only what retention left; most ledgers were never pruned, and tell at once."""
+    if connection.execute(_ANY_PRUNED).first() is None:
+        return {}
+    return _pruned_among(connection, _groups_of(identities))
+
+
+def _pruned_among(connection: Connection, groups: Mapping[tuple[str, str], Sequence[str]]) -> Known:
+    return {
+        (row.tenant, row.source, row.request_id): (row.content_hash, _pruned(row))
+        for row in _rows(connection, _PRUNED, groups)
+    }
+
+
+def _groups_of(identities: Iterable[Identity]) -> dict[tuple[str, str], list[str]]:
+    """Request ids by tenant and source."""
+    groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for tenant, source, request_id in identities:
+        groups[tenant, source].append(request_id)
+    return groups
+
+
+def _rows(connection: Connection, query: Among, groups: Mapping[tuple[str, str], Sequence[str]]) -> Iterator[Row[Any]]:
     for (tenant, source), ids in groups.items():
-        named: Any = list(ids) if on_postgres else to_json(ids).decode()
-        yield from connection.execute(query, {"of_tenant": tenant, "of_source": source, "ids": named})
+        yield from query.run(connection, ids, of_tenant=tenant, of_source=source)
 
 
 def _pruned(row: Row[Any]) -> PrunedUsage:
     return PrunedUsage(row.seq, row.source, row.stored_at, row.price_book_hash, row.cost, row.unrated)
 
 
-def _queries(table: Table, query: Select[Any]) -> Queries:
-    """Look request ids up that are one parameter, however many: thousands of them cost more than the look-up."""
-    columns = table.c
-    query = query.where(columns.tenant == bindparam("of_tenant"), columns.source == bindparam("of_source"))
-    unpacked = func.json_each(bindparam("ids", type_=Text)).table_valued("value")
-    return (
-        query.where(columns.request_id.in_(select(unpacked.c.value))),
-        query.where(columns.request_id == any_(bindparam("ids", type_=ARRAY(Text)))),
-    )
+def _by_request(table: Table, query: Select[Any]) -> Among:
+    of_group = (table.c.tenant == bindparam("of_tenant"), table.c.source == bindparam("of_source"))
+    return Among(query.where(*of_group), table.c.request_id)
 
 
 def joined() -> Select[Any]:
@@ -85,6 +81,6 @@ def joined() -> Select[Any]:
     )
 
 
-# Built once: building a statement costs more than running it.
-_USAGE: Final = _queries(usage_table, joined())
-_PRUNED: Final = _queries(pruned_table, select(pruned_table))
+_USAGE: Final = _by_request(usage_table, joined())
+_PRUNED: Final = _by_request(pruned_table, select(pruned_table))
+_ANY_PRUNED: Final = select(pruned_table.c.seq).limit(1)

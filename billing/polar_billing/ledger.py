@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +20,7 @@ from polar_billing.append import store_entries
 from polar_billing.connection import PATIENCE_S, Database
 from polar_billing.errors import ConflictError, SchemaVersionError, StoreNotFoundError, StoreReadOnlyError
 from polar_billing.known import joined
-from polar_billing.location import default_file, describe, resolve, sqlite_file
+from polar_billing.location import default_file, describe, is_unmade, resolve, sqlite_file
 from polar_billing.price_book import PriceBook
 from polar_billing.rows import from_row
 from polar_billing.schema import (
@@ -108,11 +108,16 @@ class Ledger(LedgerStorage):
         """Store many records with their receipts in one transaction; see `LedgerStorage.append_many`."""
         if not entries:
             return []
+        with suppress(IntegrityError):
+            return self._append_many(entries, as_new=True)
         try:
-            with self._writing() as connection:
-                return store_entries(connection, entries)
+            return self._append_many(entries, as_new=False)
         except IntegrityError as error:
             raise store_errors.translate(error.orig, self.url) from error
+
+    def _append_many(self, entries: Sequence[Entry], *, as_new: bool) -> list[StoredUsage | ConflictError]:
+        with self._writing() as connection:
+            return store_entries(connection, entries, as_new=as_new)
 
     @contextmanager
     def _writing(self, patience_s: float | None = None) -> Iterator[Connection]:
@@ -135,11 +140,17 @@ class Ledger(LedgerStorage):
     def snapshot(self) -> Iterator[Connection]:
         """A transaction that sees one state of the ledger throughout; for `balances` and its like.
 
+        A ledger that was not made yet is seen as an empty one, and is not made by looking.
+
         Raises:
             StoreError: The ledger cannot be read.
         """
         pending.drain(self.identity)
-        self._prepare()
+        if not self._has_tables():
+            with Ledger("sqlite://") as empty, empty.transaction() as connection:
+                yield connection
+            return
+        self._prepare()  # one that was moved here may lack its write-ahead log, without which readers keep writers out
         with self._database.reading() as connection:
             yield connection
 
@@ -231,9 +242,8 @@ class Ledger(LedgerStorage):
         """True if there is something to read; never creates anything."""
         if self._is_prepared():
             return True
-        file = sqlite_file(self.url)
-        if file is not None and not file.exists() and (file.parent.is_dir() or file == default_file()):
-            return False  # not made yet; a missing folder is for the database to complain about
+        if is_unmade(self.url):
+            return False
         with self._database.reading() as connection:
             return self._version(connection) is not None
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError
 
 from polar_billing.errors import LedgerUrlError
 
-__all__ = ["LEDGER_VARIABLE", "default_file", "describe", "is_sqlite_memory", "resolve", "sqlite_file"]
+__all__ = ["LEDGER_VARIABLE", "default_file", "describe", "is_sqlite_memory", "is_unmade", "resolve", "sqlite_file"]
 
 LEDGER_VARIABLE: Final = "POLAR_LEDGER"
 _DRIVERS: Final = {
@@ -23,6 +23,12 @@ _DRIVERS: Final = {
     "postgresql": "postgresql+psycopg",
     "postgres": "postgresql+psycopg",
 }
+
+
+def is_unmade(url: URL) -> bool:
+    """True if the file of a ledger is not there yet; where its folder is missing too, the database is to complain."""
+    file = sqlite_file(url)
+    return file is not None and not file.exists() and (file.parent.is_dir() or file == default_file())
 
 
 def default_file() -> Path:

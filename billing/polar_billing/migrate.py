@@ -10,6 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from polar_billing.errors import MissingExtraError, SchemaVersionError
+from polar_billing.location import is_unmade
 from polar_billing.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -39,10 +40,13 @@ def migrate(ledger: Ledger, to: int = SCHEMA_VERSION) -> tuple[int, int]:
             f"schema version {to} is unknown; this polar-llm knows 1 to {SCHEMA_VERSION}.",
             hint="Use another polar-llm.",
         )
+    nothing = SchemaVersionError(f"ledger {ledger.location!r} holds nothing to migrate.", hint="Name another one.")
+    if is_unmade(ledger.url):
+        raise nothing  # to open it would make it
     with ledger.unprepared() as connection:
         before = ledger.stored_version(connection)
         if before is None:
-            raise SchemaVersionError(f"ledger {ledger.location!r} holds nothing to migrate.", hint="Name another one.")
+            raise nothing
         if before > SCHEMA_VERSION:
             raise SchemaVersionError(
                 f"ledger {ledger.location!r} has schema version {before}, newer than the "

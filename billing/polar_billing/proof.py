@@ -44,7 +44,7 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
     Raises:
         QueryError: The ledger holds no such request of this tenant.
     """
-    known = find_known(connection, {(tenant, source): [request_id]}).get((tenant, source, request_id))
+    known = find_known(connection, [(tenant, source, request_id)]).get((tenant, source, request_id))
     if known is None:
         raise QueryError(
             f"request {request_id!r} of tenant {tenant!r} and source {source!r} is not in the ledger.",

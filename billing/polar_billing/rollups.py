@@ -11,10 +11,10 @@ from functools import lru_cache
 from operator import add, itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic_core import to_json
 from sqlalchemy import literal_column, select
-from sqlalchemy.dialects import postgresql, sqlite
 
+from polar_billing.bulk import upsert_rows
+from polar_billing.canonical import canonical_json
 from polar_billing.schema import receipt_table, usage_table
 from polar_billing.schema.rollups import ROLLUP_KEYS, ROLLUP_QUANTITIES, rollup_table
 
@@ -47,6 +47,7 @@ _MILLION: Final = 1_000_000
 _HOUR: Final = 3_600_000_000
 """Microseconds."""
 _COLUMNS: Final = ["requests", *(f"{name}_{part}" for name in ROLLUP_QUANTITIES for part in ("millions", "rest"))]
+_ADD: Final = tuple(f"{name} = {rollup_table.name}.{name} + excluded.{name}" for name in _COLUMNS)
 _USAGE_COLUMNS: Final = (  # the places of the columns in a raw row are written out in `sum_up` and `quantities_of`
     *("seq", "tenant", "source", "started_at", "tier", "model", "outcome", "visits_prefill", "visits_decode"),
     *("tokens_input", "tokens_cached", "tokens_output", "flops_total", "identity_flops"),
@@ -111,25 +112,14 @@ def merge(*many: Sums) -> Sums:
 
 def write_rollups(connection: Connection, sums: Sums) -> None:
     """Add sums to the stored ones."""
-    if not sums:
-        return
-    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
-    insert = dialect.insert(rollup_table)
-    added = {name: rollup_table.c[name] + insert.excluded[name] for name in _COLUMNS}
     # In a fixed order, so that two writers cannot wait for each other's rows.
-    values = [_values(key, sums[key]) for key in sorted(sums)]
-    connection.execute(insert.on_conflict_do_update(index_elements=["id"], set_=added), values)
+    upsert_rows(connection, rollup_table, [_row(key, sums[key]) for key in sorted(sums)], _ADD)
 
 
-def _values(key: RollupKey, quantities: list[int]) -> dict[str, Any]:
+def _row(key: RollupKey, quantities: list[int]) -> tuple[Any, ...]:
     requests, *others = quantities
     split = (part for quantity in others for part in divmod(quantity, _MILLION))
-    identity = hashlib.sha256(to_json(key)).digest()
-    return {
-        "id": identity,
-        **dict(zip(ROLLUP_KEYS, key, strict=True)),
-        **dict(zip(_COLUMNS, (requests, *split), strict=True)),
-    }
+    return (hashlib.sha256(canonical_json(key)).digest(), *key, requests, *split)
 
 
 def stored_rollups(connection: Connection, *conditions: ColumnElement[bool]) -> Sums:

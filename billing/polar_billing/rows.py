@@ -7,7 +7,8 @@ cannot change.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.columns import to_list_text, to_map_text, to_microseconds, to_units
 from polar_billing.storage import StoredUsage
@@ -16,59 +17,55 @@ from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUs
 if TYPE_CHECKING:
     from sqlalchemy import Row
 
+    from polar_billing.storage import Entry
+
 __all__ = ["from_row", "receipt_to_raw", "to_raw"]
 
 
-def to_raw(stored: StoredUsage, digest: str) -> tuple[Any, ...]:
-    """The row of `polar_usage` as the database holds it, in the order of its columns."""
-    record = stored.record
-    tokens, visits, flops = record.tokens, record.visits, record.flops
+def to_raw(seq: int, entry: Entry, stored_at: int) -> tuple[Any, ...]:
+    """The row of `polar_usage` as the database holds it, in the order of its columns.
+
+    Args:
+        seq: The number it is stored under.
+        entry: What is stored.
+        stored_at: Stored time. Unit: microseconds since 1970.
+    """
+    record = entry.record
+    visits = record.visits
     return (
-        stored.seq,
+        seq,
         record.tenant,
-        stored.source,
+        entry.source,
         record.request_id,
-        digest,
+        entry.content_hash,
         record.schema_version,
         to_microseconds(record.started_at),
-        to_microseconds(stored.stored_at),
-        "{}" if not record.tags else to_map_text(record.tags),
-        record.model,
-        record.model_fingerprint,
-        record.router,
-        record.router_version,
-        record.tier,
-        record.program,
+        stored_at,
+        to_map_text(record.tags) if record.tags else "{}",
+        *_how_it_ran(record),
         str(record.outcome),
         record.finish_reason,
         record.error,
-        tokens.input,
-        tokens.cached,
-        tokens.output,
+        *_tokens(record),
         to_list_text(visits.prefill),
         to_list_text(visits.decode),
-        flops.embed,
-        flops.layers_prefill,
-        flops.layers_decode,
-        flops.head,
-        flops.router,
-        flops.total,
-        record.flops_formula,
-        record.identity_flops,
-        record.kv_bytes_peak,
-        record.device,
-        record.dtype,
-        record.queue_ns,
-        record.prefill_ns,
-        record.decode_ns,
-        record.loops_stopped,
+        *_work(record),
     )
 
 
-def receipt_to_raw(stored: StoredUsage) -> tuple[Any, ...]:
+_how_it_ran: Final = attrgetter("model", "model_fingerprint", "router", "router_version", "tier", "program")
+_tokens: Final = attrgetter("tokens.input", "tokens.cached", "tokens.output")
+_work: Final = attrgetter(
+    *("flops.embed", "flops.layers_prefill", "flops.layers_decode", "flops.head", "flops.router", "flops.total"),
+    *("flops_formula", "identity_flops", "kv_bytes_peak", "device", "dtype"),
+    *("queue_ns", "prefill_ns", "decode_ns", "loops_stopped"),
+)
+
+
+def receipt_to_raw(seq: int, entry: Entry) -> tuple[Any, ...]:
     """The row of `polar_receipt` as the database holds it, in the order of its columns."""
-    cost = None if stored.cost is None else to_units(stored.cost)
-    return (stored.seq, stored.price_book_hash, cost, stored.unrated)
+    cost = None if entry.cost is None else to_units(entry.cost)
+    return (seq, entry.book.content_hash, cost, entry.unrated)
 
 
 def from_row(row: Row[Any]) -> StoredUsage:

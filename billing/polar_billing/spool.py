@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from platformdirs import user_data_path
-from pydantic_core import to_json
 
+from polar_billing.canonical import canonical_json
 from polar_billing.location import sqlite_file
 from polar_billing.price_book import PriceBook
 from polar_billing.storage import Entry
@@ -96,7 +96,7 @@ class Segment:
         for entry in entries:
             lines.append(_line(_entry_json(entry)))
             if (digest := entry.book.content_hash) not in self._books and digest not in books:
-                books[digest] = _line(to_json({"book": entry.book.document}))
+                books[digest] = _line(canonical_json({"book": entry.book.document}))
         self._write(b"".join((*books.values(), *lines)))
         self._books.update(books)
         self.records += len(lines)
@@ -147,7 +147,9 @@ def _line(content: bytes) -> bytes:
 
 def _entry_json(entry: Entry) -> bytes:
     cost = None if entry.cost is None else f"{entry.cost:f}"
-    receipt = to_json({"by": entry.book.content_hash, "cost": cost, "source": entry.source, "unrated": entry.unrated})
+    receipt = canonical_json(
+        {"by": entry.book.content_hash, "cost": cost, "source": entry.source, "unrated": entry.unrated}
+    )
     return receipt[:-1] + b',"record":' + entry.canonical + b"}"
 
 

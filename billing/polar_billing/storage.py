@@ -9,10 +9,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from pydantic_core import to_json
-
+from polar_billing.canonical import record_json
 from polar_billing.periods import ALL_TIME, Period
 
 if TYPE_CHECKING:
@@ -31,13 +30,16 @@ __all__ = [
     "ALL_TENANTS",
     "AllTenants",
     "Entry",
+    "Identity",
     "LedgerStorage",
     "PrunedUsage",
     "Selection",
     "StoredUsage",
-    "canonical_json",
-    "content_hash",
 ]
+
+
+Identity = tuple[str, str, str]
+"""Tenant, source, request id: what a request is stored once by."""
 
 
 class AllTenants:
@@ -63,8 +65,7 @@ class Selection:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class StoredUsage:
+class StoredUsage(NamedTuple):
     """One request as the ledger holds it."""
 
     seq: int
@@ -109,16 +110,16 @@ class Entry:
     unrated: str | None = None
 
     @property
-    def identity(self) -> tuple[str, str, str]:
-        """What it is stored once by: tenant, source, request id."""
+    def identity(self) -> Identity:
+        """What it is stored once by."""
         return (self.record.tenant, self.source, self.record.request_id)
 
     @cached_property
     def canonical(self) -> bytes:
-        """The record's canonical JSON; made once, for the spool and for the hash."""
-        return canonical_json(self.record)
+        """The record's JSON; made once, for the spool and for the hash."""
+        return record_json(self.record)
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """SHA-256 over it, hexadecimal."""
         return hashlib.sha256(self.canonical).hexdigest()
@@ -201,56 +202,3 @@ class LedgerStorage(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def content_hash(record: UsageRecord) -> str:
-    """SHA-256 over a record's canonical JSON: equal for an identical replay, in any order of its tags."""
-    return hashlib.sha256(canonical_json(record)).hexdigest()
-
-
-def canonical_json(record: UsageRecord) -> bytes:
-    """A record as compact JSON with sorted keys.
-
-    Written out in order, because sorting it anew would cost more than all the rest of metering; a test holds it to
-    the record's own fields. A field that records of version 1 of the ledger did not have is absent while it is 0, so
-    that their replays keep their hash.
-    """
-    tokens, visits, flops = record.tokens, record.visits, record.flops
-    added = {"loops_stopped": record.loops_stopped} if record.loops_stopped else {}
-    return to_json(
-        {
-            "decode_ns": record.decode_ns,
-            "device": record.device,
-            "dtype": record.dtype,
-            "error": record.error,
-            "finish_reason": record.finish_reason,
-            "flops": {
-                "embed": flops.embed,
-                "head": flops.head,
-                "layers_decode": flops.layers_decode,
-                "layers_prefill": flops.layers_prefill,
-                "router": flops.router,
-                "total": flops.total,
-            },
-            "flops_formula": record.flops_formula,
-            "identity_flops": record.identity_flops,
-            "kv_bytes_peak": record.kv_bytes_peak,
-            **added,
-            "model": record.model,
-            "model_fingerprint": record.model_fingerprint,
-            "outcome": str(record.outcome),
-            "prefill_ns": record.prefill_ns,
-            "program": record.program,
-            "queue_ns": record.queue_ns,
-            "request_id": record.request_id,
-            "router": record.router,
-            "router_version": record.router_version,
-            "schema_version": record.schema_version,
-            "started_at": record.started_at,
-            "tags": {key: record.tags[key] for key in sorted(record.tags)} if record.tags else {},
-            "tenant": record.tenant,
-            "tier": record.tier,
-            "tokens": {"cached": tokens.cached, "input": tokens.input, "output": tokens.output},
-            "visits": {"decode": visits.decode, "prefill": visits.prefill},
-        }
-    )

@@ -23,7 +23,16 @@ from polar_billing.chain import FIRST_PREVIOUS, Head, Link, digest_of, hash_of, 
 from polar_billing.chained import CHAINED
 from polar_billing.retention import pruned_totals
 from polar_billing.rollups import merge, raw_usage, stored_rollups, sum_up
-from polar_billing.schema import entry_table, head_table, link_table, pruned_table, rollup_table, usage_table
+from polar_billing.schema import (
+    entry_table,
+    head_table,
+    link_table,
+    price_book_table,
+    pruned_table,
+    receipt_table,
+    rollup_table,
+    usage_table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -236,6 +245,14 @@ def _place(connection: Connection, tenant: str, subject: str, key: object) -> in
     return int(connection.execute(select(func.max(link.number)).where(link.tenant == tenant)).scalar() or 0) + 1
 
 
+def _without_book(connection: Connection) -> Iterator[Finding]:
+    """Receipts by a price book that the ledger does not hold."""
+    receipt = receipt_table.c
+    held = exists().where(price_book_table.c.hash == receipt.price_book_hash)
+    for digest in connection.execute(select(receipt.price_book_hash).where(~held).limit(1)).scalars():
+        yield Finding("", None, f"receipts name price book {digest}, which is missing.")
+
+
 def _unbalanced(connection: Connection) -> Iterator[Finding]:
     """Transactions whose entries do not sum to zero."""
     entry = entry_table.c
@@ -263,4 +280,4 @@ def _wrong_rollups(connection: Connection) -> Iterator[Finding]:
             yield Finding(tenant, None, f"the rollup of hour {wrong[0][1]} since 1970 is not the sum of its usage.")
 
 
-_OWN_CHECKS: Final[tuple[Check, ...]] = (_unlinked, _unbalanced, _wrong_rollups)
+_OWN_CHECKS: Final[tuple[Check, ...]] = (_unlinked, _without_book, _unbalanced, _wrong_rollups)

@@ -25,13 +25,13 @@ from polar_billing.meter import Meter
 from polar_billing.render_terminal import report_view, show
 from polar_billing.report import build_report
 from polar_billing.testing import usage_record
+from polar_sdk.errors import PolarError
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_billing.ledger import Ledger
-    from polar_sdk.errors import PolarError
 
 
 def polar(*arguments: str) -> Result:
@@ -56,6 +56,20 @@ def test_an_empty_ledger_is_said_in_words(tmp_path: Path) -> None:
         assert result.exit_code == 0
         assert result.output.startswith(f"No usage yet in the ledger {tmp_path / 'ledger.sqlite3'}")
         assert "polar run" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("price show", "budget show", "budget holds", "budget recheck", "verify", "receipt r1", "migrate"),
+        *("statement --tenant acme", "statement --tenant acme --month 2026-10", "prune --before 2026-01-01 --yes"),
+        *("prune --before 2026-01-01 --yes --tenant acme", "credit-note st-1 1 --tenant a --reason b --reference c"),
+    ],
+)
+def test_a_misspelt_ledger_is_not_made_by_looking_into_it(tmp_path: Path, command: str) -> None:
+    result = polar(*command.split())
+    assert result.output if result.exception is None else isinstance(result.exception, PolarError)
     assert list(tmp_path.iterdir()) == []
 
 

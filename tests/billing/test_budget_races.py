@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from polar_billing.storage import LedgerStorage
 
-PROCESSES, RESERVATIONS = (int(part) for part in os.environ.get("POLAR_TEST_RACE", "4x50").split("x"))
+PROCESSES, RESERVATIONS = (int(part) for part in os.environ.get("POLAR_TEST_RACE", "4x25").split("x"))
 CU = 10**12
 AT = datetime(2026, 11, 15, 12, tzinfo=UTC)
 BOOK = """

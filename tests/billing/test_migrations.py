@@ -125,6 +125,9 @@ def _shape(ledger: Ledger) -> dict[str, Any]:
                 sorted(
                     (str(index["name"]), tuple(map(str, index["column_names"]))) for index in look.get_indexes(table)
                 ),
+                sorted(
+                    (tuple(key["constrained_columns"]), key["referred_table"]) for key in look.get_foreign_keys(table)
+                ),
             )
             for table in look.get_table_names()
             if table != "polar_alembic"

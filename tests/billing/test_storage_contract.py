@@ -169,17 +169,17 @@ def test_a_store_can_be_written_while_it_is_read(store: LedgerStorage, put: Put)
 
 
 def test_threads_store_each_record_once(store: LedgerStorage, put: Put) -> None:
-    records = [usage_record(f"r{n}") for n in range(40)]
+    records = [usage_record(f"r{n}") for n in range(15)]
     failures: list[BaseException] = []
 
     def emit(shift: int) -> None:
         try:
             for n in range(len(records)):
-                put(store, records[(n + shift * 5) % len(records)])
+                put(store, records[(n + shift * 2) % len(records)])
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=emit, args=(shift,)) for shift in range(8)]
+    threads = [threading.Thread(target=emit, args=(shift,)) for shift in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -266,6 +266,14 @@ def test_what_only_a_head_kept_elsewhere_can_tell(usage_only: Path) -> None:
         assert check_head(connection_, "globex", Head(number, own)) is None
 
 
+def test_receipts_whose_price_book_went_with_its_chain_are_found(copy: Path) -> None:
+    with Stranger(copy) as connection:
+        connection.execute("DELETE FROM polar_price_book")
+        for table in ("polar_chain_link", "polar_chain_head"):
+            connection.execute(f"DELETE FROM {table} WHERE tenant = ''")
+    assert any("receipts name price book" in str(finding) for finding in verified(copy).findings)
+
+
 def test_a_wrong_rollup_is_found(copy: Path) -> None:
     with Stranger(copy) as connection:
         connection.execute("UPDATE polar_usage_hour SET flops_rest = flops_rest + 1 WHERE tenant = 'acme'")

@@ -108,7 +108,7 @@ class Budget:
         """The limit in units of 10^-decimals."""
         count = _scaled(self.limit, self.decimals)
         if count > LARGEST_COUNT:
-            raise BudgetError(f"limit {self.limit:f} is too large.", hint=f"Use at most {LARGEST_COUNT:,}.")
+            raise BudgetError(f"limit {self.limit} is too large.", hint=f"Use at most {LARGEST_COUNT:,}.")
         return count
 
     @property
@@ -156,7 +156,7 @@ def _limit(value: object) -> Decimal:
     if limit < 0:
         raise BudgetError(f"limit {value} is negative.", hint="Use 0 or more; 0 refuses every request.")
     if limit > LARGEST_COUNT:
-        raise BudgetError(f"limit {limit:f} is too large.", hint=f"Use at most {LARGEST_COUNT:,}.")
+        raise BudgetError(f"limit {limit} is too large.", hint=f"Use at most {LARGEST_COUNT:,}.")
     return limit
 
 

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic_core import to_json
 from sqlalchemy import bindparam, insert, select, update
 
 from polar_billing import chain
 from polar_billing.budgets.budget import Budget, Level, OverBudget
 from polar_billing.budgets.counters import Scope
+from polar_billing.canonical import canonical_json
 from polar_billing.money import STORED_SCALE, from_scaled
 from polar_billing.periods import Window
 from polar_billing.schema import budget_table, hold_table
@@ -153,7 +153,7 @@ def _budget(row: Row[Any]) -> Budget:
 def fingerprint(bound: UsageBound) -> str:
     """SHA-256 over what a request may use: equal for a repeated call, however much later."""
     facts = bound.model_dump(mode="json", exclude={"at", "tags"})
-    return hashlib.sha256(to_json([facts, sorted(bound.tags.items())])).hexdigest()
+    return hashlib.sha256(canonical_json([facts, sorted(bound.tags.items())])).hexdigest()
 
 
 def insert_hold(connection: Connection, scope: Scope, values: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import bindparam, select, update
 
+from polar_billing.among import Among
 from polar_billing.budgets.budget import COMPUTE_UNIT, to_count
 from polar_billing.budgets.counters import Change, Scope, change, touched
 from polar_billing.budgets.records import Hold, HoldState, latest_holds, resolve
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["free", "settle", "with_budgets"]
 
 _NOTHING: Final = Decimal(0)
-_TENANTS_AT_ONCE: Final = 500
+_WITH_BUDGETS: Final = select(budget_table.c.tenant).distinct()
+_THOSE_WITH_BUDGETS: Final = Among(_WITH_BUDGETS, budget_table.c.tenant)
 
 Amounts = tuple[Scope, Decimal, int]
 """Where something counts, its money and its FLOPs."""
@@ -63,15 +65,8 @@ def settle(connection: Connection, entries: Sequence[Entry]) -> None:
 
 def with_budgets(connection: Connection, tenants: Collection[str] | None = None) -> set[str]:
     """The tenants, of those given or of all, that ever had a budget."""
-    query = select(budget_table.c.tenant).distinct()
-    if tenants is None:
-        return set(connection.execute(query).scalars())
-    named = sorted(tenants)
-    found: set[str] = set()
-    for start in range(0, len(named), _TENANTS_AT_ONCE):
-        some = budget_table.c.tenant.in_(named[start : start + _TENANTS_AT_ONCE])
-        found.update(connection.execute(query.where(some)).scalars())
-    return found
+    found = connection.execute(_WITH_BUDGETS) if tenants is None else _THOSE_WITH_BUDGETS.run(connection, tenants)
+    return set(found.scalars())
 
 
 def free(connection: Connection, holds: Sequence[Hold], state: HoldState, now: datetime) -> None:

@@ -6,6 +6,7 @@ Knows no command.
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ import typer
 from polar_billing.errors import MissingExtraError, OutputError, QueryError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from polar_billing.ledger import Ledger
     from polar_billing.periods import Period
     from polar_billing.price_book import PriceBook
@@ -32,6 +35,7 @@ __all__ = [
     "UntilOption",
     "ZoneOption",
     "book_of",
+    "existing_ledger",
     "open_ledger",
     "period_of",
     "say_nothing_found",
@@ -85,6 +89,18 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> Ledger:
         if (warning := warning_of(opened)) is not None:
             typer.echo(f"warning: {warning}", err=True)
     return opened
+
+
+@contextmanager
+def existing_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[Ledger]:
+    """A ledger that was made before, for what would be worth nothing, or wrong, on one whose name was misspelt.
+
+    Raises:
+        StoreNotFoundError: There is none.
+    """
+    with open_ledger(ledger, recover=recover) as store:
+        store.check_exists()
+        yield store
 
 
 def period_of(month: str | None, since: str | None, until: str | None, zone: str) -> Period:

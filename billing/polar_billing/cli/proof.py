@@ -6,19 +6,21 @@ Arguments in, text out; the work is done by `verify`, `proof`, `retention` and `
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from polar_billing.cli.options import JsonOption, LedgerOption, TenantOption, ZoneOption, open_ledger, show_json
+from polar_billing.cli.options import (
+    JsonOption,
+    LedgerOption,
+    TenantOption,
+    ZoneOption,
+    existing_ledger,
+    open_ledger,
+    show_json,
+)
 from polar_billing.errors import LedgerUnsoundError, OutputError, QueryError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from polar_billing.ledger import Ledger
 
 __all__ = ["register"]
 
@@ -47,7 +49,7 @@ def verify(
     from polar_billing.proof import check_receipt
     from polar_billing.verify import verify_ledger
 
-    with _existing(ledger, recover=False) as store, store.snapshot() as connection:
+    with existing_ledger(ledger, recover=False) as store, store.snapshot() as connection:
         if receipt is not None:
             checked = check_receipt(connection, _read_receipt(receipt))
             if checked is not None:
@@ -76,14 +78,6 @@ def verify(
         raise LedgerUnsoundError(f"ledger {store.location!r} is not as it was written. {found.findings[0]}{also}")
 
 
-@contextmanager
-def _existing(ledger: str | None, *, recover: bool = True) -> Iterator[Ledger]:
-    """A ledger that was made before; a proof of one that was misspelt would be worth nothing."""
-    with open_ledger(ledger, recover=recover) as store:
-        store.check_exists()
-        yield store
-
-
 def _read_receipt(path: Path) -> dict[str, object]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -105,7 +99,7 @@ def receipt(
     """Print the receipt of one request as JSON: what it cost, by which prices, and its place in the chain."""
     from polar_billing.proof import make_receipt
 
-    with _existing(ledger) as store, store.snapshot() as connection:
+    with existing_ledger(ledger) as store, store.snapshot() as connection:
         show_json(make_receipt(connection, tenant, request, source=source))
 
 
@@ -125,7 +119,7 @@ def prune(
     assert until is not None  # it was given
     if not yes:
         typer.confirm(f"Delete the facts of every request served before {until.isoformat()}?", abort=True)
-    with open_ledger(ledger) as store:
+    with existing_ledger(ledger) as store:
         with store.snapshot() as connection:
             tenants = tenants_before(connection, until) if tenant is None else [tenant]
         for name in tenants:

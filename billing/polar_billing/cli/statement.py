@@ -22,6 +22,7 @@ from polar_billing.cli.options import (
     UntilOption,
     ZoneOption,
     book_of,
+    existing_ledger,
     open_ledger,
     period_of,
     show,
@@ -179,7 +180,7 @@ def credit_note(
         value = Decimal(amount)
     except InvalidOperation as error:
         raise AmountError(f"amount {amount!r} is not a number.", hint="Write it like 12.50.") from error
-    with open_ledger(ledger) as store:
+    with existing_ledger(ledger) as store:
         note = statements.credit_note(store, tenant, statement_id, value, reason=reason, reference=reference)
         typer.echo(f"Credit note {note.reference}: {note.amount:f} off statement {note.statement}.")
 

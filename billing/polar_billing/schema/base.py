@@ -47,12 +47,14 @@ def append_only(table: Table, *, same_row: str | None, deletable_if: str | None 
     """
     name = table.name
     refuse = f"BEGIN SELECT RAISE(ABORT, '{name} is append-only'); END"
+    # Not ABORT, for which SQLite would keep a copy of every page that an insert touches.
+    fail = f"BEGIN SELECT RAISE(FAIL, '{name} is append-only'); END"
     unless = "" if deletable_if is None else f"WHEN NOT ({deletable_if}) "
     on_create(table, "sqlite", f"CREATE TRIGGER {name}_no_update BEFORE UPDATE ON {name} {refuse}")
     on_create(table, "sqlite", f"CREATE TRIGGER {name}_no_delete BEFORE DELETE ON {name} {unless}{refuse}")
     if same_row is not None:
         exists = f"WHEN EXISTS (SELECT 1 FROM {name} WHERE {same_row})"
-        on_create(table, "sqlite", f"CREATE TRIGGER {name}_no_replace BEFORE INSERT ON {name} {exists} {refuse}")
+        on_create(table, "sqlite", f"CREATE TRIGGER {name}_no_replace BEFORE INSERT ON {name} {exists} {fail}")
     for statement in _postgres_triggers(name, deletable_if):
         on_create(table, "postgresql", statement)
 

@@ -15,7 +15,17 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, String, Table, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 
 from polar_billing.columns import IntegerList, ScaledDecimal, TextMap, UtcMicroseconds
 from polar_billing.schema.base import SERIAL, append_only, count, metadata
@@ -88,10 +98,14 @@ usage_table: Final = Table(
 receipt_table: Final = Table(
     "polar_receipt",
     metadata,
-    Column("usage_seq", SERIAL, ForeignKey("polar_usage.seq"), primary_key=True, autoincrement=False),
-    Column("price_book_hash", String(64), ForeignKey("polar_price_book.hash"), nullable=False),
+    Column("usage_seq", SERIAL, primary_key=True, autoincrement=False),  # of polar_usage
+    Column("price_book_hash", String(64), nullable=False),
     Column("cost", ScaledDecimal()),  # null where unrated
     Column("unrated", Text),
+    # On PostgreSQL these two would cost a tenth of storing a request. One transaction writes a receipt with its usage
+    # and its book, none of the three can go, and `verify` looks for receipts without either.
+    ForeignKeyConstraint(["usage_seq"], ["polar_usage.seq"]).ddl_if(dialect="sqlite"),
+    ForeignKeyConstraint(["price_book_hash"], ["polar_price_book.hash"]).ddl_if(dialect="sqlite"),
 )
 
 probe_table: Final = Table("polar_probe", metadata, Column("payload", Text, nullable=False))

@@ -246,43 +246,43 @@ CREATE TABLE polar_usage_hour (
 	PRIMARY KEY (id)
 );
 CREATE TRIGGER polar_budget_no_delete BEFORE DELETE ON polar_budget BEGIN SELECT RAISE(ABORT, 'polar_budget is append-only'); END;
-CREATE TRIGGER polar_budget_no_replace BEFORE INSERT ON polar_budget WHEN EXISTS (SELECT 1 FROM polar_budget WHERE seq = NEW.seq) BEGIN SELECT RAISE(ABORT, 'polar_budget is append-only'); END;
+CREATE TRIGGER polar_budget_no_replace BEFORE INSERT ON polar_budget WHEN EXISTS (SELECT 1 FROM polar_budget WHERE seq = NEW.seq) BEGIN SELECT RAISE(FAIL, 'polar_budget is append-only'); END;
 CREATE TRIGGER polar_budget_no_update BEFORE UPDATE ON polar_budget BEGIN SELECT RAISE(ABORT, 'polar_budget is append-only'); END;
 CREATE TRIGGER polar_chain_head_forward BEFORE UPDATE ON polar_chain_head WHEN NEW.number <= OLD.number BEGIN SELECT RAISE(ABORT, 'polar_chain_head only moves forward'); END;
 CREATE TRIGGER polar_chain_head_no_delete BEFORE DELETE ON polar_chain_head BEGIN SELECT RAISE(ABORT, 'polar_chain_head only moves forward'); END;
 CREATE TRIGGER polar_chain_link_no_delete BEFORE DELETE ON polar_chain_link BEGIN SELECT RAISE(ABORT, 'polar_chain_link is append-only'); END;
 CREATE TRIGGER polar_chain_link_no_update BEFORE UPDATE ON polar_chain_link BEGIN SELECT RAISE(ABORT, 'polar_chain_link is append-only'); END;
 CREATE TRIGGER polar_credit_note_no_delete BEFORE DELETE ON polar_credit_note BEGIN SELECT RAISE(ABORT, 'polar_credit_note is append-only'); END;
-CREATE TRIGGER polar_credit_note_no_replace BEFORE INSERT ON polar_credit_note WHEN EXISTS (SELECT 1 FROM polar_credit_note WHERE number = NEW.number OR (tenant = NEW.tenant AND reference = NEW.reference)) BEGIN SELECT RAISE(ABORT, 'polar_credit_note is append-only'); END;
+CREATE TRIGGER polar_credit_note_no_replace BEFORE INSERT ON polar_credit_note WHEN EXISTS (SELECT 1 FROM polar_credit_note WHERE number = NEW.number OR (tenant = NEW.tenant AND reference = NEW.reference)) BEGIN SELECT RAISE(FAIL, 'polar_credit_note is append-only'); END;
 CREATE TRIGGER polar_credit_note_no_update BEFORE UPDATE ON polar_credit_note BEGIN SELECT RAISE(ABORT, 'polar_credit_note is append-only'); END;
 CREATE TRIGGER polar_entry_no_delete BEFORE DELETE ON polar_entry BEGIN SELECT RAISE(ABORT, 'polar_entry is append-only'); END;
-CREATE TRIGGER polar_entry_no_replace BEFORE INSERT ON polar_entry WHEN EXISTS (SELECT 1 FROM polar_entry WHERE transaction_id = NEW.transaction_id AND line = NEW.line) BEGIN SELECT RAISE(ABORT, 'polar_entry is append-only'); END;
+CREATE TRIGGER polar_entry_no_replace BEFORE INSERT ON polar_entry WHEN EXISTS (SELECT 1 FROM polar_entry WHERE transaction_id = NEW.transaction_id AND line = NEW.line) BEGIN SELECT RAISE(FAIL, 'polar_entry is append-only'); END;
 CREATE TRIGGER polar_entry_no_update BEFORE UPDATE ON polar_entry BEGIN SELECT RAISE(ABORT, 'polar_entry is append-only'); END;
 CREATE TRIGGER polar_hold_once_delete BEFORE DELETE ON polar_hold WHEN OLD.state = 'held' BEGIN SELECT RAISE(ABORT, 'polar_hold is resolved once'); END;
 CREATE TRIGGER polar_hold_once_update BEFORE UPDATE ON polar_hold WHEN OLD.state <> 'held' OR NEW.state = 'held' OR NEW.cost_bound <> OLD.cost_bound BEGIN SELECT RAISE(ABORT, 'polar_hold is resolved once'); END;
 CREATE TRIGGER polar_price_book_no_delete BEFORE DELETE ON polar_price_book BEGIN SELECT RAISE(ABORT, 'polar_price_book is append-only'); END;
-CREATE TRIGGER polar_price_book_no_replace BEFORE INSERT ON polar_price_book WHEN EXISTS (SELECT 1 FROM polar_price_book WHERE hash = NEW.hash) BEGIN SELECT RAISE(ABORT, 'polar_price_book is append-only'); END;
+CREATE TRIGGER polar_price_book_no_replace BEFORE INSERT ON polar_price_book WHEN EXISTS (SELECT 1 FROM polar_price_book WHERE hash = NEW.hash) BEGIN SELECT RAISE(FAIL, 'polar_price_book is append-only'); END;
 CREATE TRIGGER polar_price_book_no_update BEFORE UPDATE ON polar_price_book BEGIN SELECT RAISE(ABORT, 'polar_price_book is append-only'); END;
 CREATE TRIGGER polar_prune_no_delete BEFORE DELETE ON polar_prune BEGIN SELECT RAISE(ABORT, 'polar_prune is append-only'); END;
-CREATE TRIGGER polar_prune_no_replace BEFORE INSERT ON polar_prune WHEN EXISTS (SELECT 1 FROM polar_prune WHERE id = NEW.id) BEGIN SELECT RAISE(ABORT, 'polar_prune is append-only'); END;
+CREATE TRIGGER polar_prune_no_replace BEFORE INSERT ON polar_prune WHEN EXISTS (SELECT 1 FROM polar_prune WHERE id = NEW.id) BEGIN SELECT RAISE(FAIL, 'polar_prune is append-only'); END;
 CREATE TRIGGER polar_prune_no_update BEFORE UPDATE ON polar_prune BEGIN SELECT RAISE(ABORT, 'polar_prune is append-only'); END;
 CREATE TRIGGER polar_pruned_no_delete BEFORE DELETE ON polar_pruned BEGIN SELECT RAISE(ABORT, 'polar_pruned is append-only'); END;
-CREATE TRIGGER polar_pruned_no_replace BEFORE INSERT ON polar_pruned WHEN EXISTS (SELECT 1 FROM polar_pruned WHERE seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)) BEGIN SELECT RAISE(ABORT, 'polar_pruned is append-only'); END;
+CREATE TRIGGER polar_pruned_no_replace BEFORE INSERT ON polar_pruned WHEN EXISTS (SELECT 1 FROM polar_pruned WHERE seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)) BEGIN SELECT RAISE(FAIL, 'polar_pruned is append-only'); END;
 CREATE TRIGGER polar_pruned_no_update BEFORE UPDATE ON polar_pruned BEGIN SELECT RAISE(ABORT, 'polar_pruned is append-only'); END;
 CREATE TRIGGER polar_receipt_no_delete BEFORE DELETE ON polar_receipt WHEN NOT (EXISTS (SELECT 1 FROM polar_pruned WHERE polar_pruned.seq = OLD.usage_seq)) BEGIN SELECT RAISE(ABORT, 'polar_receipt is append-only'); END;
-CREATE TRIGGER polar_receipt_no_replace BEFORE INSERT ON polar_receipt WHEN EXISTS (SELECT 1 FROM polar_receipt WHERE usage_seq = NEW.usage_seq) BEGIN SELECT RAISE(ABORT, 'polar_receipt is append-only'); END;
+CREATE TRIGGER polar_receipt_no_replace BEFORE INSERT ON polar_receipt WHEN EXISTS (SELECT 1 FROM polar_receipt WHERE usage_seq = NEW.usage_seq) BEGIN SELECT RAISE(FAIL, 'polar_receipt is append-only'); END;
 CREATE TRIGGER polar_receipt_no_update BEFORE UPDATE ON polar_receipt BEGIN SELECT RAISE(ABORT, 'polar_receipt is append-only'); END;
 CREATE TRIGGER polar_schema_no_delete BEFORE DELETE ON polar_schema BEGIN SELECT RAISE(ABORT, 'polar_schema is append-only'); END;
-CREATE TRIGGER polar_schema_no_replace BEFORE INSERT ON polar_schema WHEN EXISTS (SELECT 1 FROM polar_schema WHERE version = NEW.version) BEGIN SELECT RAISE(ABORT, 'polar_schema is append-only'); END;
+CREATE TRIGGER polar_schema_no_replace BEFORE INSERT ON polar_schema WHEN EXISTS (SELECT 1 FROM polar_schema WHERE version = NEW.version) BEGIN SELECT RAISE(FAIL, 'polar_schema is append-only'); END;
 CREATE TRIGGER polar_schema_no_update BEFORE UPDATE ON polar_schema BEGIN SELECT RAISE(ABORT, 'polar_schema is append-only'); END;
 CREATE TRIGGER polar_statement_no_delete BEFORE DELETE ON polar_statement BEGIN SELECT RAISE(ABORT, 'polar_statement is append-only'); END;
-CREATE TRIGGER polar_statement_no_replace BEFORE INSERT ON polar_statement WHEN EXISTS (SELECT 1 FROM polar_statement WHERE number = NEW.number OR id = NEW.id) BEGIN SELECT RAISE(ABORT, 'polar_statement is append-only'); END;
+CREATE TRIGGER polar_statement_no_replace BEFORE INSERT ON polar_statement WHEN EXISTS (SELECT 1 FROM polar_statement WHERE number = NEW.number OR id = NEW.id) BEGIN SELECT RAISE(FAIL, 'polar_statement is append-only'); END;
 CREATE TRIGGER polar_statement_no_update BEFORE UPDATE ON polar_statement BEGIN SELECT RAISE(ABORT, 'polar_statement is append-only'); END;
 CREATE TRIGGER polar_transaction_no_delete BEFORE DELETE ON polar_transaction BEGIN SELECT RAISE(ABORT, 'polar_transaction is append-only'); END;
-CREATE TRIGGER polar_transaction_no_replace BEFORE INSERT ON polar_transaction WHEN EXISTS (SELECT 1 FROM polar_transaction WHERE id = NEW.id OR (tenant = NEW.tenant AND kind = NEW.kind AND reference = NEW.reference)) BEGIN SELECT RAISE(ABORT, 'polar_transaction is append-only'); END;
+CREATE TRIGGER polar_transaction_no_replace BEFORE INSERT ON polar_transaction WHEN EXISTS (SELECT 1 FROM polar_transaction WHERE id = NEW.id OR (tenant = NEW.tenant AND kind = NEW.kind AND reference = NEW.reference)) BEGIN SELECT RAISE(FAIL, 'polar_transaction is append-only'); END;
 CREATE TRIGGER polar_transaction_no_update BEFORE UPDATE ON polar_transaction BEGIN SELECT RAISE(ABORT, 'polar_transaction is append-only'); END;
 CREATE TRIGGER polar_usage_no_delete BEFORE DELETE ON polar_usage WHEN NOT (EXISTS (SELECT 1 FROM polar_pruned WHERE polar_pruned.seq = OLD.seq)) BEGIN SELECT RAISE(ABORT, 'polar_usage is append-only'); END;
-CREATE TRIGGER polar_usage_no_replace BEFORE INSERT ON polar_usage WHEN EXISTS (SELECT 1 FROM polar_usage WHERE seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)) BEGIN SELECT RAISE(ABORT, 'polar_usage is append-only'); END;
+CREATE TRIGGER polar_usage_no_replace BEFORE INSERT ON polar_usage WHEN EXISTS (SELECT 1 FROM polar_usage WHERE seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)) BEGIN SELECT RAISE(FAIL, 'polar_usage is append-only'); END;
 CREATE TRIGGER polar_usage_no_update BEFORE UPDATE ON polar_usage BEGIN SELECT RAISE(ABORT, 'polar_usage is append-only'); END;
 CREATE UNIQUE INDEX polar_chain_link_once ON polar_chain_link (subject, "key");
 CREATE INDEX polar_budget_by_scope ON polar_budget (tenant, level, name);
@@ -435,9 +435,7 @@ CREATE TABLE polar_receipt (
 	price_book_hash VARCHAR(64) NOT NULL,
 	cost BIGINT,
 	unrated TEXT,
-	PRIMARY KEY (usage_seq),
-	FOREIGN KEY(usage_seq) REFERENCES polar_usage (seq),
-	FOREIGN KEY(price_book_hash) REFERENCES polar_price_book (hash)
+	PRIMARY KEY (usage_seq)
 );
 CREATE TABLE polar_schema (
 	version INTEGER NOT NULL,

@@ -40,6 +40,15 @@ _DERIVED: Final = {"polar_chain_link", "polar_chain_head", "polar_usage_hour"}
 _ROWS_AT_ONCE: Final = 500
 _PRUNED: Final = {"polar_usage": "seq", "polar_receipt": "usage_seq"}
 """Tables whose rows retention may delete → their column that `polar_pruned.seq` names."""
+_SAME_ROW: Final = {
+    "polar_schema": "version = NEW.version",
+    "polar_price_book": "hash = NEW.hash",
+    "polar_usage": "seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)",
+    "polar_receipt": "usage_seq = NEW.usage_seq",
+}
+"""Tables of version 1 → what is true of a stored row that an insert would replace."""
+_NAMED_BY_RECEIPTS: Final = {"usage_seq": "polar_usage (seq)", "price_book_hash": "polar_price_book (hash)"}
+"""Columns of receipts → what they are foreign keys of in version 1; in version 2 on SQLite only."""
 
 
 def upgrade() -> None:
@@ -49,6 +58,11 @@ def upgrade() -> None:
     _run(connection, "ALTER TABLE polar_usage ADD COLUMN loops_stopped BIGINT DEFAULT '0' NOT NULL")
     for name, column in _PRUNED.items():
         _let_pruned_go(connection, name, column)
+    if connection.dialect.name == "postgresql":
+        for column in _NAMED_BY_RECEIPTS:
+            _run(connection, f"ALTER TABLE polar_receipt DROP CONSTRAINT polar_receipt_{column}_fkey")
+    else:
+        _refuse_replacing(connection, "FAIL")
     for subject in ("price_book", "usage"):
         _link_all(connection, subject, CHAINED[subject])
     write_rollups(connection, sum_up(raw_usage(connection)))
@@ -91,6 +105,14 @@ def _let_pruned_go(connection: Connection, name: str, column: str) -> None:
     _set_trigger(connection, name, f"{name}_guard")
 
 
+def _refuse_replacing(connection: Connection, how: str) -> None:
+    for name, same_row in _SAME_ROW.items():
+        exists = f"WHEN EXISTS (SELECT 1 FROM {name} WHERE {same_row})"
+        refuse = f"BEGIN SELECT RAISE({how}, '{name} is append-only'); END"
+        _run(connection, f"DROP TRIGGER {name}_no_replace")
+        _run(connection, f"CREATE TRIGGER {name}_no_replace BEFORE INSERT ON {name} {exists} {refuse}")
+
+
 def _let_none_go(connection: Connection, name: str) -> None:
     if connection.dialect.name != "postgresql":
         refuse = f"BEGIN SELECT RAISE(ABORT, '{name} is append-only'); END"
@@ -124,6 +146,11 @@ def downgrade() -> None:
         )
     for name in _PRUNED:
         _let_none_go(connection, name)
+    if connection.dialect.name == "postgresql":
+        for column, named in _NAMED_BY_RECEIPTS.items():
+            _run(connection, f"ALTER TABLE polar_receipt ADD FOREIGN KEY ({column}) REFERENCES {named}")
+    else:
+        _refuse_replacing(connection, "ABORT")
     _run(connection, "ALTER TABLE polar_usage DROP COLUMN loops_stopped")
     metadata.drop_all(connection, tables=added)
     _forget_version(connection)
