@@ -22,14 +22,25 @@ from typing import TYPE_CHECKING
 from benchmarks.router_bridges import Bridging
 from polar_sdk import PolarModel
 from polar_sdk.cli.progress import ProgressBars
-from polar_sdk.data import AnswerItem, ChoiceItem, PromptItem, builtin_items, read_items
+from polar_sdk.data import (
+    AnswerItem,
+    ChoiceItem,
+    PromptItem,
+    builtin_items,
+    data_hash,
+    distinct_items,
+    read_items,
+    split_of,
+)
 from polar_sdk.learning import MenuSettings, PolicySettings, certify
 from polar_sdk.learning.outcomes import Outcomes
 from polar_sdk.learning.page import to_html
 from polar_sdk.policy import TIERS
-from polar_sdk.rewards import RewardCache, cache_path
+from polar_sdk.program import Program
+from polar_sdk.rewards import Measurer, RewardCache, cache_path, make_tasks
 from polar_sdk.router.layerwise import PolicyRouter
 from polar_sdk.search import RewardMatrix, Search, SearchOptions
+from polar_sdk.search.measured import measured_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +93,9 @@ class Work:
         self.model.load_bridges(Bridging(self.options, self.items, self.folder, self.show).run(self.model))
 
     def search(self) -> RewardMatrix:
-        """Search the menu, on what the cache does not know yet."""
+        """Search the menu, or take the one that was named, and measure it on what the cache does not know yet."""
+        if self.options.programs:
+            return self._measure([Program.parse(text) for text in self.options.programs.split(";")])
         path = self.folder / "menu.json"
         options = SearchOptions(
             budgets=tuple(map(float, self.options.budgets.split(","))),
@@ -97,6 +110,21 @@ class Work:
             found = Search(self.model, self.items, options, cache, self.show).run()
         found.save(path)
         return found.matrix
+
+    def _measure(self, programs: list[Program]) -> RewardMatrix:
+        """The matrix of a menu that was named, on the prompts that a search would use."""
+        with RewardCache(cache_path(self.model.fingerprint, self.model.dtype)) as cache:
+            tasks = make_tasks(self.model, distinct_items(self.items), cache, on_progress=self.show)
+            split = {task.id: split_of(task.id) for task in tasks}
+            drawn = sorted(task.id for task in tasks if split[task.id] == "train")
+            tasks = [task for task in tasks if task.id not in set(drawn[self.options.train :])]
+            return measured_matrix(
+                Measurer(self.model, cache, self.show),
+                tasks,
+                [Program.identity(self.model.depth), *programs],
+                splits=[split[task.id] for task in tasks],
+                data=data_hash(task.item for task in tasks),
+            )
 
     def train(self, matrix: RewardMatrix) -> dict[str, LearnedRouter]:
         """A menu router on each kind of features, and the article's router."""
@@ -222,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--choices", type=float, default=0.3, help="weight of full depth's choices in those steps")
     parser.add_argument("--rate", type=float, default=4e-4, help="learning rate of those steps")
     parser.add_argument("--budgets", default="0.95,0.9,0.85,0.8,0.75,0.7,0.6")
+    parser.add_argument("--programs", help="a menu by hand, parted by ;, instead of a search")
     parser.add_argument("--menu", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=128, help="prompts that programs are evolved on")
     parser.add_argument("--train", type=int, default=1000, help="prompts that routers learn from")
