@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-import transformers  # noqa: F401  (what loading will import is no growth)
+import transformers.modeling_utils  # noqa: F401  (what loading will import is no growth)
 
 from benchmarks.peers import apart
 from polar_sdk import PolarModel, Program

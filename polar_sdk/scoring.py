@@ -28,6 +28,8 @@ __all__ = ["Question", "Score", "Walk", "packs", "predictors", "score_programs",
 
 _PACK_TOKENS = 4096
 """Questions run together up to this many tokens."""
+_BLOCK = 128
+"""Tokens that attend at once: their scores stay in the processor's cache, and the masks are small."""
 _HEAD_ROWS = 1024
 """Positions whose logits are held at once: V floats each."""
 
@@ -63,19 +65,45 @@ class Score:
         return max(range(len(self.loglikelihoods)), key=self.loglikelihoods.__getitem__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """The packed tokens of one question, from `start` to `end`: its prompt, then its continuations."""
+class _Span:
+    """The packed tokens of one question: its prompt, then its continuations.
 
-    start: int
-    end: int
-    before: Tensor
-    """How many positions each of its tokens (rows) lies behind each other one (columns); −1 where it may not look."""
+    Args:
+        start: Place of its first token in the pack.
+        prompt: Tokens of the prompt.
+        positions: Position of each token; continuations restart where the prompt ends, (T,).
+        parts: 0 for tokens of the prompt, else the number of the continuation, from 1, (T,).
+        windows: The windows that layers have.
+    """
 
-    def seen(self, window: int | None) -> Tensor:
-        """Which tokens each of them sees."""
-        allowed = self.before >= 0
-        return allowed if window is None else allowed & (self.before < window)
+    def __init__(
+        self, start: int, prompt: int, positions: Tensor, parts: Tensor, windows: Iterable[int | None]
+    ) -> None:
+        self._own = slice(start, start + len(positions))
+        self._prompt, self._positions, self._parts = prompt, positions, parts
+        rows = slice(0, min(_BLOCK, len(positions)))
+        self._first = {window: self._seen(rows, rows, window) for window in windows}
+        """The masks of the first block, which are all that a short question needs, in every layer."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind) -> Iterator[Tensor]:
+        """Attention within the question, (T, H × d), some queries at a time, so that no (T, T) mask is ever held."""
+        query, keys, values = query[self._own], key[self._own].transpose(0, 1), value[self._own].transpose(0, 1)
+        for first in range(0, len(query), _BLOCK):
+            rows = slice(first, min(first + _BLOCK, len(query)))
+            columns = slice(self._first_key(first, kind.window), rows.stop)
+            seen = self._seen(rows, columns, kind.window) if first else self._first[kind.window]
+            yield attend_seen(query[rows], keys[:, columns], values[:, columns], kind, seen)
+
+    def _first_key(self, row: int, window: int | None) -> int:
+        """The first token that this one or one behind it looks at."""
+        return 0 if window is None else max(0, min(row, self._prompt) - window + 1)
+
+    def _seen(self, rows: slice, columns: slice, window: int | None) -> Tensor:
+        """Which tokens (columns) each token (rows) looks at: those before it in the prompt and in its own part."""
+        theirs = self._parts[columns]
+        before = self._positions[rows, None] - self._positions[None, columns]
+        seen = (before >= 0) & ((theirs == 0) | (theirs == self._parts[rows, None]))
+        return seen if window is None else seen & (before < window)
 
 
 def score_questions(decoder: Decoder, questions: Sequence[Question], program: Program) -> list[Score]:
@@ -158,7 +186,7 @@ class Walk:
     """A pack laid out, and what every step of a program needs of it."""
 
     def __init__(self, decoder: Decoder, pack: Sequence[Question]) -> None:
-        tokens, places, self._blocks = _lay_out(pack, decoder.device)
+        tokens, places, self._spans = _lay_out(pack, {kind.window for kind in decoder.family.kinds}, decoder.device)
         self.positions = torch.tensor(places, device=decoder.device)
         self._rotary = decoder.rotary(self.positions, max(places) + 1)
         self.embedded = decoder.embed(torch.tensor(tokens, device=decoder.device), self.positions)
@@ -170,15 +198,17 @@ class Walk:
             return decoder.bridge(step)(x, self.positions)
         kind = decoder.family.kinds[step.first]
         query, key, value = decoder.project(step.first, x, self._rotary)
-        mixed = torch.cat([_attend_block(query, key, value, block, kind) for block in self._blocks])
+        mixed = torch.cat([part for span in self._spans for part in span.attend(query, key, value, kind)])
         return damp(x, decoder.finish(step.first, x, mixed), step.parts)
 
 
-def _lay_out(pack: Sequence[Question], device: torch.device) -> tuple[list[int], list[int], list[_Block]]:
-    """Tokens, positions and blocks of a pack; continuations restart at the position after their prompt."""
+def _lay_out(
+    pack: Sequence[Question], windows: Iterable[int | None], device: torch.device
+) -> tuple[list[int], list[int], list[_Span]]:
+    """Tokens, positions and spans of a pack; continuations restart at the position after their prompt."""
     tokens: list[int] = []
     positions: list[int] = []
-    blocks: list[_Block] = []
+    spans: list[_Span] = []
     for question in pack:
         start = len(tokens)
         parts = [0] * len(question.prompt)
@@ -188,21 +218,9 @@ def _lay_out(pack: Sequence[Question], device: torch.device) -> tuple[list[int],
             tokens.extend(tail)
             positions.extend(range(len(question.prompt), len(question.prompt) + len(tail)))
             parts.extend([number] * len(tail))
-        before = _distances(torch.tensor(positions[start:], device=device), torch.tensor(parts, device=device))
-        blocks.append(_Block(start, len(tokens), before))
-    return tokens, positions, blocks
-
-
-def _distances(positions: Tensor, parts: Tensor) -> Tensor:
-    """What `_Block.before` holds; tokens look at the prompt (part 0) and at their own part."""
-    visible = (parts[None, :] == 0) | (parts[None, :] == parts[:, None])
-    return (positions[:, None] - positions[None, :]).masked_fill(~visible, -1)
-
-
-def _attend_block(query: Tensor, key: Tensor, value: Tensor, block: _Block, kind: AttentionKind) -> Tensor:
-    own = slice(block.start, block.end)
-    keys, values = key[own].transpose(0, 1), value[own].transpose(0, 1)
-    return attend_seen(query[own], keys, values, kind, block.seen(kind.window))
+        places, owners = (torch.tensor(values, device=device) for values in (positions[start:], parts))
+        spans.append(_Span(start, len(question.prompt), places, owners, windows))
+    return tokens, positions, spans
 
 
 def _shared_start(one: Sequence[Step], other: Sequence[Step]) -> int:

@@ -7,6 +7,8 @@ rows, programs and the cache are the forward pass's business.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -20,7 +22,7 @@ from polar_sdk.errors import CacheMemoryError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from polar_sdk.cost import CostModel, Segment
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
     from polar_sdk.engine.family import Family, Projected, Rotary, Weights
     from polar_sdk.program import Step
 
-__all__ = ["Decoder", "build_decoder"]
+__all__ = ["Bring", "Decoder", "build_decoder"]
+
+Bring = Callable[[Sequence["nn.Parameter"], torch.device], None]
+"""Puts weights that are not in memory yet on a device, in the dtype that they run in."""
 
 _MOST_POOL_SHARE = 0.5
 """Most of the memory that is free when the pool is made, that it may take."""
@@ -59,16 +64,21 @@ class Decoder:
         *,
         precision: str | None = None,
         kv_memory: int | None = None,
-        consume: bool = False,
+        device: torch.device | None = None,
+        bring: Bring | None = None,
     ) -> None:
         self.family = family
-        self.ends: Weights = family.take_ends(model)
-        first: Tensor = self.ends["embedding"]
-        self.device, self.dtype = first.device, first.dtype
+        self.device = device or model.device
+        modules = family.layer_modules(model)
+        within = {id(weight) for module in modules for weight in module.parameters()}
+        beside = [weight for weight in model.parameters() if id(weight) not in within]
+        with _brought(beside, self.device, bring):
+            self.ends: Weights = family.take_ends(model)
+        self.dtype: torch.dtype = self.ends["embedding"].dtype
         self.precision = precision or _SHORT[self.dtype]
         # The head decides between near-equal tokens: in int4 it costs a tenth of them (`benchmarks/RESULTS.md`).
         self.ends["head"] = quantize(self.ends["head"], "int8" if self.precision == "int4" else self.precision)
-        self.layers = list(self._take_layers(model, consume))
+        self.layers = list(self._take_layers(modules, bring))
         self.cost: CostModel = family.cost()
         self.kernels: Kernels = EagerKernels(family)
         self.bridges: dict[Segment, Bridge] = {}
@@ -78,16 +88,14 @@ class Decoder:
         self._pool: PagePool | None = None
         self._making_pool = threading.Lock()
 
-    def _take_layers(self, model: PreTrainedModel, consume: bool) -> Iterator[Weights]:
-        for index, module in enumerate(self.family.layer_modules(model)):
-            weights = self.family.take_layer(index, module)
-            yield {
-                name: quantize(value, self.precision) if isinstance(value, Plain) else value
-                for name, value in weights.items()
-            }
-            if consume:  # so that fused and rounded copies never stand beside all that they were made from
-                for parameter in module.parameters():
-                    parameter.data = parameter.data.new_empty(0)
+    def _take_layers(self, modules: Sequence[nn.Module], bring: Bring | None) -> Iterator[Weights]:
+        for index, module in enumerate(modules):
+            with _brought(list(module.parameters()), self.device, bring):
+                weights = self.family.take_layer(index, module)
+                yield {
+                    name: quantize(value, self.precision) if isinstance(value, Plain) else value
+                    for name, value in weights.items()
+                }
 
     @property
     def dtype_name(self) -> str:
@@ -182,20 +190,42 @@ def _free_memory(device: torch.device) -> int:
     return int(available)
 
 
+@contextmanager
+def _brought(weights: Sequence[nn.Parameter], device: torch.device, bring: Bring | None) -> Iterator[None]:
+    """Weights that are there while the block takes what it needs of them, and gone afterwards where they were brought.
+
+    So fused and rounded copies never stand beside all that they were made from.
+    """
+    if bring is None:
+        yield
+        return
+    bring(weights, device)
+    yield
+    for weight in weights:
+        weight.data = weight.data.new_empty(0)
+
+
 def build_decoder(
-    model: PreTrainedModel, *, precision: str | None = None, kv_memory: int | None = None, consume: bool = False
+    model: PreTrainedModel,
+    *,
+    precision: str | None = None,
+    kv_memory: int | None = None,
+    device: torch.device | None = None,
+    bring: Bring | None = None,
 ) -> Decoder:
     """Take over the weights of a Hugging Face causal language model.
 
     Args:
-        model: The model, on its device.
+        model: The model.
         precision: How to store matrices; None = as they are.
         kv_memory: Most bytes for keys and values; None = half of what is free.
-        consume: Whether the model may be emptied layer by layer meanwhile, so that nothing is in memory twice; else it
-            is not changed.
+        device: Where to run; None = where the model is.
+        bring: Called with the weights of one layer after another, before they are used; the model is emptied then.
+            None = they are in memory, on that device, and stay as they are.
 
     Raises:
         UnsupportedArchitectureError: No family for it, or an option of it that is not supported.
         DeviceError: The device has no kernel for this precision.
     """
-    return Decoder(model, find_family(model.config), precision=precision, kv_memory=kv_memory, consume=consume)
+    family = find_family(model.config)
+    return Decoder(model, family, precision=precision, kv_memory=kv_memory, device=device, bring=bring)

@@ -39,6 +39,8 @@ INT4_GROUP: Final = 32
 _INT8_WIDE: Final = 32
 _INT4_WIDE: Final = 128
 """Rows from which on compiled code unpacks weights once, instead of asking torch's kernel, which does so per row."""
+_QUANTIZE_ROWS: Final = 4096
+"""Outputs that are rounded to int8 at once, so that no float32 copy of a whole head is made."""
 _INT4_BLOCK: Final = 64
 """Outputs that torch's packed int4 layout keeps together."""
 
@@ -202,9 +204,14 @@ def quantize(product: Plain, precision: str) -> Product:
 
 
 def _to_int8(product: Plain) -> Int8:
-    wide = product.weight.float()
+    codes, scales = zip(*map(_int8_rows, product.weight.split(_QUANTIZE_ROWS)), strict=True)
+    return Int8(torch.cat(codes), torch.cat(scales).to(product.weight.dtype), product.bias)
+
+
+def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    wide = weight.float()
     scale = wide.abs().amax(1).clamp(min=1e-12) / 127
-    return Int8((wide / scale[:, None]).round().to(torch.int8), scale.to(product.weight.dtype), product.bias)
+    return (wide / scale[:, None]).round().to(torch.int8), scale
 
 
 def _to_int4(product: Plain) -> Int4:

@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.errors import ModelDamagedError, ModelError
+from polar_sdk.errors import ModelError
 from polar_sdk.loading.aliases import resolve
 from polar_sdk.loading.apart import run_apart
 from polar_sdk.loading.compiling import Compile, check_compile, use_compiled
 from polar_sdk.loading.convert import LOADING_LOCK
+from polar_sdk.loading.network import damaged, read_network
 from polar_sdk.loading.obtain import LocalModel, obtain
 from polar_sdk.loading.place import choose_device, choose_precision
 from polar_sdk.loading.quiet import quiet_transformers
-from polar_sdk.loading.weights import check_finite
+from polar_sdk.loading.weights import bringer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,10 +115,10 @@ def _load(
     from polar_sdk.serving import Scheduler
 
     with quiet_transformers(), _memory_errors(name, device, dtype):
-        network = _read_weights(local.folder, device, dtype)
-        check_finite(network, name)
+        network = read_network(local.folder, local.weights)
         tokenizer = _read_tokenizer(local.folder)
-        decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, consume=True)
+        bring = bringer(network, name, dtype)
+        decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, bring=bring, device=device)
     return LoadedModel(
         name=name,
         path=local.folder,
@@ -132,34 +133,13 @@ def _load(
     )
 
 
-def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    read: Any = AutoModelForCausalLM.from_pretrained  # its type does not know of output_loading_info
-    try:
-        network, report = read(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        if _is_out_of_memory(error):
-            raise
-        raise _damaged(folder, str(error)) from error
-    # transformers fills what is missing with random numbers and goes on.
-    for what in ("missing_keys", "mismatched_keys"):
-        if report[what]:
-            raise _damaged(folder, f"{what.replace('_', ' ')}: {', '.join(map(str, sorted(report[what])[:3]))}")
-    result: PreTrainedModel = network.requires_grad_(False).eval().to(device)
-    return result
-
-
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizer library raises bare Exceptions
-        raise _damaged(folder, f"tokenizer: {error}") from error
+        raise damaged(folder, f"tokenizer: {error}") from error
     result: PreTrainedTokenizerBase = tokenizer
     return result
 
@@ -181,10 +161,3 @@ def _memory_errors(name: str, device: torch.device, dtype: torch.dtype) -> Itera
 def _is_out_of_memory(error: Exception) -> bool:
     # On the CPU torch raises a plain RuntimeError: "DefaultCPUAllocator: not enough memory: …".
     return isinstance(error, MemoryError) or "memory" in str(error)
-
-
-def _damaged(folder: Path, reason: str) -> ModelDamagedError:
-    return ModelDamagedError(
-        f"model folder {str(folder)!r} is damaged ({' '.join(reason.split())[:300]}).",
-        hint="Copy or fetch the model again.",
-    )

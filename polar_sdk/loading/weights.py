@@ -1,4 +1,7 @@
-"""Are these weights fit to run? Looks at devices and at values, before anything is computed with them."""
+"""Are these weights fit to run? Looks at devices and at values, before anything is computed with them.
+
+Also brings weights that lie in files into memory, a few at a time, in the dtype and on the device they will run in.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,15 @@ from typing import TYPE_CHECKING
 from polar_sdk.errors import DeviceError, ModelDamagedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-__all__ = ["check_finite", "check_one_device", "first_not_finite"]
+    from polar_sdk.engine.decoder import Bring
+
+__all__ = ["bringer", "check_finite", "check_one_device", "first_not_finite"]
 
 
 def check_finite(model: PreTrainedModel, name: str) -> None:
@@ -23,20 +32,41 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
         ModelDamagedError: A weight is not finite.
     """
     if (weight := first_not_finite(model)) is not None:
-        raise ModelDamagedError(
-            f"model {name!r} is damaged: weight {weight} is not finite.", hint="Copy, fetch or train the model again."
-        )
+        raise _not_finite(name, weight)
 
 
 def first_not_finite(model: PreTrainedModel) -> str | None:
     """Name of the first weight with nan or infinity in it; None where all are finite."""
+    return next((name for name, weight in model.named_parameters() if not _finite(weight)), None)
+
+
+def bringer(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Bring:
+    """What brings weights of a model into memory, in this dtype, and refuses those that `check_finite` refuses.
+
+    The weights are copied even where nothing has to change: a file may be replaced while its model runs.
+    """
+    names = {id(weight): weight_name for weight_name, weight in model.named_parameters()}
+
+    def bring(weights: Iterable[nn.Parameter], device: torch.device) -> None:
+        for weight in weights:
+            weight.data = weight.data.to(device, dtype, copy=True)
+            if not _finite(weight):
+                raise _not_finite(name, names[id(weight)])
+
+    return bring
+
+
+def _finite(weight: Tensor) -> bool:
+    """A sum is finite only if every term is, and it needs no second tensor of the same size."""
     import torch
 
-    for name, weight in model.named_parameters():
-        # A sum is finite only if every term is, and it needs no second tensor of the same size.
-        if not bool(weight.detach().sum(dtype=torch.float32).isfinite()):
-            return name
-    return None
+    return bool(weight.detach().sum(dtype=torch.float32).isfinite())
+
+
+def _not_finite(name: str, weight: str) -> ModelDamagedError:
+    return ModelDamagedError(
+        f"model {name!r} is damaged: weight {weight} is not finite.", hint="Copy, fetch or train the model again."
+    )
 
 
 def check_one_device(model: PreTrainedModel, name: str) -> None:

@@ -1,0 +1,73 @@
+"""Packed scoring beside the plain way: one pass of the Hugging Face model per continuation, prompt and all."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from polar_sdk import Program
+from polar_sdk.engine.decoder import build_decoder
+from polar_sdk.scoring import Question, Score, score_questions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+LONG = ((300, (5, 140, 1)), (129, (128,)), (128, (1, 1)), (1, (200, 3)))
+"""Tokens of each prompt and of its continuations: they begin and end within blocks of attention, and at their edges."""
+
+
+def questions(rng: random.Random) -> list[Question]:
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(256) for _ in range(count))
+
+    return [Question(tokens(prompt), tuple(map(tokens, tails))) for prompt, tails in LONG]
+
+
+@torch.no_grad()
+def plain(model: PreTrainedModel, question: Question) -> Score:
+    """Each continuation in a pass of its own."""
+    sums, greedy = [], []
+    for tail in question.continuations:
+        call: Any = model
+        logits = call(input_ids=torch.tensor([[*question.prompt, *tail]]), use_cache=False).logits[0]
+        logits = logits[len(question.prompt) - 1 : -1].float()
+        sums.append(float(logits.log_softmax(-1)[range(len(tail)), list(tail)].sum()))
+        greedy.append(tuple(logits.argmax(-1).tolist()))
+    return Score(tuple(sums), tuple(greedy))
+
+
+def test_long_questions_score_as_in_passes_of_their_own(
+    family: str, tiny_family: Callable[..., PreTrainedModel]
+) -> None:
+    """With windows and soft caps, where the family has them."""
+    model, asked = tiny_family(family), questions(random.Random(0))
+    found = score_questions(build_decoder(model), asked, Program.identity(6))
+    for question, ours in zip(asked, found, strict=True):
+        theirs = plain(model, question)
+        assert ours.loglikelihoods == pytest.approx(theirs.loglikelihoods, rel=2e-5, abs=1e-3)
+        assert ours.greedy == theirs.greedy
+
+
+def test_a_mask_never_grows_with_the_square_of_the_question(
+    tiny_family: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polar_sdk import scoring
+
+    sizes: list[int] = []
+    attend = scoring.attend_seen
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        sizes.append(arguments[-1].numel())
+        return attend(*arguments)
+
+    monkeypatch.setattr(scoring, "attend_seen", spy)
+    decoder = build_decoder(tiny_family("llama"))
+    long = Question((7,) * 400, ((8,) * 100,))
+    score_questions(decoder, [long], Program.identity(6))
+    assert len(sizes) == 4 * 6  # blocks of 128 tokens, in six layers
+    assert max(sizes) <= 128 * long.tokens
