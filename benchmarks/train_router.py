@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("out/router"), help="where stages keep their work")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="where the artifact goes")
     parser.add_argument("--limit", type=int, default=None, help="prompts of each set")
-    parser.add_argument("--sets", default="arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:600")
+    parser.add_argument("--sets", default="arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:700")
     parser.add_argument("--segments", default="12-20;12-20,22-26", help="bridges for choices")
     parser.add_argument("--text-segments", default="16-18;14-18", help="bridges for prompts answered in text")
     parser.add_argument("--distil", type=int, default=120, help="steps of training those, without labels")
