@@ -181,8 +181,8 @@ class PolarModel(Diagnostics, CalibrationMethods):
 
     @property
     def device(self) -> str:
-        """Torch device of the weights."""
-        return str(self._loaded.decoder.device)
+        """Torch device of the weights; with a device map all of them, such as `cuda:0+cuda:1`."""
+        return str(self._loaded.decoder.placement)
 
     @property
     def dtype(self) -> str:

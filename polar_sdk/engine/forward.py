@@ -45,10 +45,16 @@ def advance(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int
     """
     for row, new in zip(rows, tokens, strict=True):
         row.pages.reserve(row.length + len(new))
-    layout = Layout(rows, tokens, decoder.device)
+    here = decoder.placement.first
+    layout = Layout(rows, tokens, here)
+    layouts = {here: layout}
     hidden = decoder.embed(layout.tokens, layout.positions)
     rotary = decoder.rotary(layout.positions, layout.longest)
     for turn in turns([row.program for row in rows]):
+        if (there := decoder.placement.layers[turn.step.first]) != here:
+            layout = layouts[there] = layouts.get(there) or Layout(rows, tokens, there)
+            hidden, rotary = hidden.to(there), decoder.rotary(layout.positions, layout.longest)
+            here = there
         members = layout.members(turn)
         if members is not None:
             hidden = _run(decoder, turn, layout, members, hidden, rotary)
@@ -103,7 +109,7 @@ def _pick(rotary: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]
 
 def _visit(decoder: Decoder, layer: int, members: Members, x: Tensor, rotary: list[tuple[Tensor, Tensor]]) -> Tensor:
     """One layer for the members' tokens (N, E)."""
-    kind, store = decoder.family.kinds[layer], decoder.pool.store
+    kind, store = decoder.family.kinds[layer], decoder.store(layer)
     if members.single and decoder.kernels.pages:
         weights = decoder.layers[layer]
         return decoder.kernels.decode(weights, x, rotary[kind.rope], kind, store, members.table, members.positions)

@@ -54,12 +54,12 @@ class Layout:
 
     @cached_property
     def tables(self) -> Tensor:
-        """Page of each visit, row and block, (visits, B, blocks); 0 where there is none."""
+        """Place in its store of the page of each visit, row and block, (visits, B, blocks); 0 where there is none."""
         blocks = -(-self.longest // PAGE)
         visits = max(row.pages.visits for row in self.rows)
         table = torch.zeros((len(self.rows), blocks, visits), dtype=torch.long)
         for number, row in enumerate(self.rows):
-            filled = torch.tensor(row.pages.blocks[:blocks], dtype=torch.long)
+            filled = row.pages.places(blocks)
             table[number, : filled.shape[0], : filled.shape[1]] = filled
         return table.permute(2, 0, 1).contiguous().to(self.device)
 
