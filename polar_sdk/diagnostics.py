@@ -128,7 +128,7 @@ class Diagnostics:
             template: As in `RequestOptions`.
 
         Returns:
-            Float32 on the model's (first) device: (B, E) pooled, or with `none` one tensor (T, E) per prompt of T tokens.
+            Float32 on the model's first device: (B, E) pooled, or with `none` one tensor (T, E) per prompt of T tokens.
 
         Raises:
             InvalidRequestError: Or one of its kinds: an empty prompt, one longer than the context window, no such pool.

@@ -193,7 +193,9 @@ class Walk:
         tokens, places, parts = _lay_out(pack)
         windows = {kind.window for kind in decoder.family.kinds}
         self._grounds = {
-            device: _Ground(decoder, pack, torch.tensor(places, device=device), torch.tensor(parts, device=device), windows)
+            device: _Ground(
+                decoder, pack, torch.tensor(places, device=device), torch.tensor(parts, device=device), windows
+            )
             for device in decoder.placement.devices
         }
         first = decoder.placement.first

@@ -169,9 +169,7 @@ class Decoder:
 
     def set_bridges(self, bridges: Mapping[Segment, Bridge]) -> None:
         """Put these bridges in the place of those that the decoder had, each beside the first layer that it crosses."""
-        self.bridges = {
-            segment: bridge.at(self.placement.layers[segment[0]]) for segment, bridge in bridges.items()
-        }
+        self.bridges = {segment: bridge.at(self.placement.layers[segment[0]]) for segment, bridge in bridges.items()}
         self.cost = self.cost.with_bridges({segment: bridge.flops for segment, bridge in bridges.items()})
 
     def bridge(self, step: Step) -> Bridge:

@@ -69,9 +69,11 @@ class FeatureReader:
     def _run(self, states: Tensor, positions: Tensor) -> Tensor:
         """The first layers over one prompt, (T, E)."""
         decoder = self.decoder
+        here, rotary = decoder.device, decoder.rotary(positions, len(positions))
         for layer in range(self.layers):
-            device = decoder.placement.layers[layer]
-            states, rotary = states.to(device), decoder.rotary(positions.to(device), len(positions))
+            if (there := decoder.placement.layers[layer]) != here:
+                states, rotary = states.to(there), decoder.rotary(positions.to(there), len(positions))
+                here = there
             query, key, value = decoder.project(layer, states, rotary)
             kind = decoder.family.kinds[layer]
             mixed = attend_row(query, key.transpose(0, 1), value.transpose(0, 1), kind)
