@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.engine.placement import Placement
 from polar_sdk.errors import DeviceError
@@ -16,7 +17,7 @@ from polar_sdk.loading.place import choose_device
 from polar_sdk.spelling import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch import nn
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceMap", "Places", "check_room", "place", "read_map"]
 
-DeviceMap = Literal["auto"] | str | dict[str, "str | int | torch.device"]
+DeviceMap = str | Mapping[str, "str | int | torch.device"]
 """`auto`; or devices by range of layers or by module; as text, `0-14=cuda:0,15-29=cuda:1`."""
 Places = dict[str, "torch.device"]
 """A map with its devices looked up; empty = make one."""
@@ -48,7 +49,7 @@ def read_map(device_map: DeviceMap) -> Places:
     if isinstance(device_map, str):
         pairs = [pair.partition("=") for pair in device_map.split(",")]
         device_map = {name.strip(): device.strip() for name, _, device in pairs}
-    if not isinstance(device_map, dict) or not device_map:
+    if not isinstance(device_map, Mapping) or not device_map:
         raise DeviceError(f"device_map={device_map!r} is no map; use 'auto', or for example {{'0-14': 'cuda:0'}}.")
     return {str(name): _device(str(name), device) for name, device in device_map.items()}
 
@@ -110,7 +111,7 @@ def _by_module(places: Places, network: PreTrainedModel, family: Family) -> Plac
     names = {id(module): name for name, module in network.named_modules()}
     _check_names(places, network)
     layers = tuple(_of_layer(names[id(module)], module, places) for module in family.layer_modules(network))
-    embedding: Any = network.get_input_embeddings()  # type: ignore[no-untyped-call]
+    embedding: Any = network.get_input_embeddings()
     head: Any = network.get_output_embeddings()  # type: ignore[no-untyped-call]
     first = _lookup(names[id(embedding)], places)
     last = _lookup(names[id(head)], places) or (layers[-1] if head.weight is embedding.weight else None)

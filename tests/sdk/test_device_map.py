@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
 
 CPU, OTHER, META = torch.device("cpu"), torch.device("cpu:0"), torch.device("meta")
+CUDA, CUDA1 = torch.device("cuda:0"), torch.device("cuda:1")
 SPLIT = Placement(CPU, (CPU, CPU, OTHER, OTHER, OTHER, CPU), OTHER)
 PROGRAMS = ["0-5", "0-1 4-5", "0 1x3 2 4x2 5", "5 0-2", "2-4"]
 MIXED = ("mixtral", "qwen2_moe")
@@ -62,14 +63,10 @@ def planned(device_map: Any, model: PreTrainedModel | None = None) -> Placement:
     return place(read_map(device_map), network, find_family(network.config), "fp32", torch.float32)
 
 
-def devices(*names: str) -> tuple[torch.device, ...]:
-    return tuple(map(torch.device, names))
-
-
 @pytest.mark.usefixtures("any_device")
 class TestMaps:
     def test_by_range(self) -> None:
-        expected = Placement(*devices("cuda:0"), devices(*["cuda:0"] * 3, *["cuda:1"] * 3), *devices("cuda:1"))
+        expected = Placement(CUDA, (CUDA,) * 3 + (CUDA1,) * 3, CUDA1)
         assert planned({"0-2": "cuda:0", "3-5": "cuda:1"}) == expected
         assert planned({"3-5": 1, "0": 0, "1-2": "cuda:0"}) == expected
         assert planned("0-2=cuda:0, 3-5=cuda:1") == expected
@@ -79,22 +76,20 @@ class TestMaps:
     def test_by_module(self) -> None:
         layers = {f"model.layers.{index}": 0 if index < 4 else "cpu" for index in range(6)}
         found = planned({"model.embed_tokens": 0, **layers, "model.norm": "cpu", "lm_head": 1, "model.rotary_emb": 0})
-        assert found == Placement(*devices("cuda:0"), devices(*["cuda:0"] * 4, "cpu", "cpu"), *devices("cuda:1"))
-        assert planned({"": "cuda:1"}).devices == devices("cuda:1")
-        assert planned({"model": "cuda:0", "model.layers.5": "cpu", "lm_head": "cpu"}).layers[4:] == devices(
-            "cuda:0", "cpu"
-        )
+        assert found == Placement(CUDA, (CUDA,) * 4 + (CPU,) * 2, CUDA1)
+        assert planned({"": "cuda:1"}).devices == (CUDA1,)
+        assert planned({"model": "cuda:0", "model.layers.5": "cpu", "lm_head": "cpu"}).layers[4:] == (CUDA, CPU)
 
     def test_parts_of_a_layer_may_be_named_if_they_stay_together(self) -> None:
         parts = {"": 0, "model.layers.2.mlp": 1}
         with pytest.raises(DeviceError, match=r"cuts layer 'model.layers.2' in pieces on cuda:0 and cuda:1; give each"):
             planned(parts)
         whole = {"": 1, "model.layers.2.mlp": 1}
-        assert planned(whole).devices == devices("cuda:1")
+        assert planned(whole).devices == (CUDA1,)
 
     def test_the_head_of_tied_weights_follows_the_last_layer(self, tiny_family: Callable[..., PreTrainedModel]) -> None:
         device_map = {"model.embed_tokens": 0, "model.layers": 1, "model.norm": 1}
-        assert planned(device_map, tiny_family("llama, tied embeddings")).last == torch.device("cuda:1")
+        assert planned(device_map, tiny_family("llama, tied embeddings")).last == CUDA1
         with pytest.raises(DeviceError, match="no device for 'lm_head'; add it"):
             planned(device_map, tiny_family("llama"))
 
@@ -132,7 +127,7 @@ class TestMaps:
         monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: dict(free))
         monkeypatch.setattr("accelerate.utils.modeling.get_max_memory", lambda given=None: given or dict(free))
         found = planned("auto", model)
-        assert set(found.devices) <= set(devices("cuda:0", "cuda:1", "cpu"))
+        assert set(found.devices) <= {CUDA, CUDA1, CPU}
         assert len(found.devices) > 1
         assert list(found.layers) == sorted(found.layers, key=found.stores.index)  # in one piece per device
         free.update({0: layer, 1: layer, "cpu": 2 * layer})
@@ -201,7 +196,7 @@ class TestServing:
         split = _split(folder, sink=sink)
         assert split.device == "cpu+cpu:0"
         asked = [(text, 7 + 30 * number) for number, text in enumerate(PROGRAMS)]
-        each = [{"program": text} for text, _ in asked]
+        each: list[Any] = [{"program": text} for text, _ in asked]
         prompts = ["x" * size for _, size in asked]
         found = split.generate_batch(prompts, each=each, max_tokens=6)
         expected = _whole(folder).generate_batch(prompts, each=each, max_tokens=6)

@@ -115,11 +115,12 @@ def _save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy whose weights, and they alone, are of this dtype: the rotary frequencies stay exact."""
-    copied = type(model)(model.config)
+    copied: PreTrainedModel = type(model)(model.config)
     copied.load_state_dict(model.state_dict())
     for weight in copied.parameters():
         weight.data = weight.data.to(dtype)
-    return copied.requires_grad_(False).eval()
+    copied.train(False)
+    return copied
 
 
 def _logits(decoder: Decoder) -> Tensor:
