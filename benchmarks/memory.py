@@ -44,7 +44,9 @@ def main() -> None:
     facts = {
         "after_imports": before,
         "peak": _peak(),
-        "weights": sum({one.data_ptr(): one.nbytes for one in _tensors([*decoder.layers, decoder.ends])}.values()),
+        "weights": sum(
+            {one.data_ptr(): one.nbytes for one in _tensors([decoder.start, *decoder.layers, decoder.ends])}.values()
+        ),
         "keys_and_values": ROWS * TOKENS * model.depth * decoder.pool.page_bytes // 64,
         "tokens": sum(one.usage.tokens.input + one.usage.tokens.output for one in answers),
     }

@@ -128,7 +128,7 @@ class Diagnostics:
             template: As in `RequestOptions`.
 
         Returns:
-            Float32 on the model's device: (B, E) pooled, or with `none` one tensor (T, E) per prompt of T tokens.
+            Float32 on the model's first device: (B, E) pooled, or with `none` one tensor (T, E) per prompt of T tokens.
 
         Raises:
             InvalidRequestError: Or one of its kinds: an empty prompt, one longer than the context window, no such pool.
@@ -141,11 +141,11 @@ class Diagnostics:
             raise ProgramDepthError(f"layer={layer} is out of range; the program has {len(steps)} steps: use 0 to it.")
         asked = [tuple(self._encoder.encode(prompt, template)) for prompt in prompts]
         self._check_window(asked)
-        states = states_after(self._loaded.decoder, asked, steps[:layer])
+        decoder = self._loaded.decoder
+        states = [state.to(decoder.device) for state in states_after(decoder, asked, steps[:layer])]
         if pool == "none":
             return [tokens.float() for tokens in states]
         pooled = [tokens.float().mean(0) if pool == "mean" else tokens[-1].float() for tokens in states]
-        decoder = self._loaded.decoder
         return torch.stack(pooled) if pooled else torch.empty((0, decoder.family.hidden), device=decoder.device)
 
     def scan(self, items: Sequence[CalibrationItem] | None = None, **options: Any) -> ScanReport:

@@ -211,7 +211,7 @@ def _facts(job: Job, outcome: Outcome, error: BaseException | None) -> UsageReco
         flops=flops,
         identity_flops=_identity_flops(job, flops.total),
         kv_bytes_peak=job.kv_bytes,
-        device=str(row.decoder.device),
+        device=str(row.decoder.placement),
         dtype=row.decoder.dtype_name,
         started_at=request.started_at,
         queue_ns=begin - request.created_ns,

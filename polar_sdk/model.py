@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.loading import LoadedModel
     from polar_sdk.loading.compiling import Compile
+    from polar_sdk.loading.device_map import DeviceMap
     from polar_sdk.policy import Policy
     from polar_sdk.requests import Cancel, Prompt, Request
     from polar_sdk.router import Router
@@ -93,6 +94,7 @@ class PolarModel(Diagnostics, CalibrationMethods):
         *,
         revision: str | None = None,
         device: str = "auto",
+        device_map: DeviceMap | None = None,
         precision: str = "auto",
         compile: Compile = "auto",
         kv_memory: int | None = None,
@@ -104,6 +106,9 @@ class PolarModel(Diagnostics, CalibrationMethods):
             model: Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, or else the default model.
             revision: Branch, tag or commit of a hub id.
             device: `auto`, or a torch device such as `cpu` or `cuda:1`.
+            device_map: Whole layers on several devices, in the place of `device`: `auto` by the memory that is free;
+                by range, `{"0-14": "cuda:0", "15-29": "cuda:1"}`; or by module, as Hugging Face has it. They run
+                uncompiled.
             precision: `auto`, `bf16`, `fp16`, `fp32`, `int8` or `int4`.
             compile: True compiles layers that are not compiled yet (half a minute or so, once for all processes);
                 `auto` runs compiled ones where they are on disk; False never does.
@@ -112,11 +117,18 @@ class PolarModel(Diagnostics, CalibrationMethods):
                 them.
 
         Raises:
-            ModelError: Or one of its kinds: not found, not fetched, damaged, unsupported, no such device.
+            ModelError: Or one of its kinds: not found, not fetched, damaged, unsupported, no such device, a device map
+                that does not fit.
             PolicyError: The policy belongs to another model.
         """
         loaded = load_pretrained(
-            model, revision=revision, device=device, precision=precision, compile=compile, kv_memory=kv_memory
+            model,
+            revision=revision,
+            device=device,
+            device_map=device_map,
+            precision=precision,
+            compile=compile,
+            kv_memory=kv_memory,
         )
         return cls(loaded, **settings)
 
@@ -134,7 +146,7 @@ class PolarModel(Diagnostics, CalibrationMethods):
         """Take a transformers model and tokenizer that are already in memory; the model is not changed.
 
         Args:
-            model: On its device, in its dtype.
+            model: On its device, or whole layers on several, in its dtype.
             tokenizer: The model's own.
             precision: `int8` or `int4` to hold the matrices in integers; None = as they are.
             compile: As in `from_pretrained`.
@@ -144,7 +156,7 @@ class PolarModel(Diagnostics, CalibrationMethods):
 
         Raises:
             UnsupportedArchitectureError: The engine has no family for it.
-            DeviceError: It lies on several devices, or its device has no kernel for this precision.
+            DeviceError: A layer lies on several devices, or a device has no kernel for this precision.
             ModelDamagedError: A weight is nan or infinite.
         """
         return cls(adopt(model, tokenizer, precision=precision, compile=compile, kv_memory=kv_memory), **settings)
@@ -181,8 +193,8 @@ class PolarModel(Diagnostics, CalibrationMethods):
 
     @property
     def device(self) -> str:
-        """Torch device of the weights."""
-        return str(self._loaded.decoder.device)
+        """Torch device of the weights; with a device map all of them, such as `cuda:0+cuda:1`."""
+        return str(self._loaded.decoder.placement)
 
     @property
     def dtype(self) -> str:

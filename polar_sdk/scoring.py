@@ -7,7 +7,7 @@ has: each continuation attends to the prompt's keys and values and to its own. K
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +46,11 @@ class Question:
         """Tokens that one pass runs."""
         return len(self.prompt) + sum(map(len, self.continuations))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and its longest continuation together."""
+        return len(self.prompt) + max(map(len, self.continuations), default=0)
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -69,19 +74,18 @@ class _Span:
     """The packed tokens of one question: its prompt, then its continuations.
 
     Args:
-        start: Place of its first token in the pack.
+        own: Its places in the pack, T of them.
         prompt: Tokens of the prompt.
-        positions: Position of each token; continuations restart where the prompt ends, (T,).
-        parts: 0 for tokens of the prompt, else the number of the continuation, from 1, (T,).
+        positions: Position of each token of the pack; continuations restart where the prompt ends, (N,).
+        parts: 0 for tokens of a prompt, else the number of the continuation, from 1, (N,).
         windows: The windows that layers have.
     """
 
     def __init__(
-        self, start: int, prompt: int, positions: Tensor, parts: Tensor, windows: Iterable[int | None]
+        self, own: slice, prompt: int, positions: Tensor, parts: Tensor, windows: Iterable[int | None]
     ) -> None:
-        self._own = slice(start, start + len(positions))
-        self._prompt, self._positions, self._parts = prompt, positions, parts
-        rows = slice(0, min(_BLOCK, len(positions)))
+        self._own, self._prompt, self._positions, self._parts = own, prompt, positions[own], parts[own]
+        rows = slice(0, min(_BLOCK, own.stop - own.start))
         self._first = {window: self._seen(rows, rows, window) for window in windows}
         """The masks of the first block, which are all that a short question needs, in every layer."""
 
@@ -183,44 +187,63 @@ def _final_states(
 
 
 class Walk:
-    """A pack laid out, and what every step of a program needs of it."""
+    """A pack laid out, and what every step of a program needs of it, on every device that has layers."""
 
     def __init__(self, decoder: Decoder, pack: Sequence[Question]) -> None:
-        tokens, places, self._spans = _lay_out(pack, {kind.window for kind in decoder.family.kinds}, decoder.device)
-        self.positions = torch.tensor(places, device=decoder.device)
-        self._rotary = decoder.rotary(self.positions, max(places) + 1)
-        self.embedded = decoder.embed(torch.tensor(tokens, device=decoder.device), self.positions)
+        tokens, places, parts = _lay_out(pack)
+        windows = {kind.window for kind in decoder.family.kinds}
+        self._grounds = {
+            device: _Ground(
+                decoder, pack, torch.tensor(places, device=device), torch.tensor(parts, device=device), windows
+            )
+            for device in decoder.placement.devices
+        }
+        first = decoder.placement.first
+        self.positions = self._grounds[first].positions
+        """Position of each token, where tokens enter, (N,)."""
+        self.embedded = decoder.embed(torch.tensor(tokens, device=first), self.positions)
         """Hidden states before the first step, (N, E)."""
 
     def step(self, decoder: Decoder, step: Step, x: Tensor) -> Tensor:
-        """One step of a program for all packed tokens, (N, E)."""
+        """One step of a program for all packed tokens, (N, E), on the device of its layer."""
+        device = decoder.placement.layers[step.first]
+        ground, x = self._grounds[device], x.to(device)
         if step.bridge:
-            return decoder.bridge(step)(x, self.positions)
+            return decoder.bridge(step)(x, ground.positions)
         kind = decoder.family.kinds[step.first]
-        query, key, value = decoder.project(step.first, x, self._rotary)
-        mixed = torch.cat([part for span in self._spans for part in span.attend(query, key, value, kind)])
+        query, key, value = decoder.project(step.first, x, ground.rotary)
+        mixed = torch.cat([part for span in ground.spans for part in span.attend(query, key, value, kind)])
         return damp(x, decoder.finish(step.first, x, mixed), step.parts)
 
 
-def _lay_out(
-    pack: Sequence[Question], windows: Iterable[int | None], device: torch.device
-) -> tuple[list[int], list[int], list[_Span]]:
-    """Tokens, positions and spans of a pack; continuations restart at the position after their prompt."""
+class _Ground:
+    """What the layers of one device need of a pack: positions (N,), rotary angles, and who looks at whom."""
+
+    def __init__(
+        self, decoder: Decoder, pack: Sequence[Question], positions: Tensor, parts: Tensor, windows: set[int | None]
+    ) -> None:
+        self.positions = positions
+        self.rotary = decoder.rotary(positions, max(question.longest for question in pack))
+        sizes = [question.tokens for question in pack]
+        ends = list(accumulate(sizes))
+        self.spans = [
+            _Span(slice(end - size, end), len(question.prompt), positions, parts, windows)
+            for question, size, end in zip(pack, sizes, ends, strict=True)
+        ]
+
+
+def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[int]]:
+    """Tokens of a pack, with their positions and parts; continuations restart at the position after their prompt."""
     tokens: list[int] = []
     positions: list[int] = []
-    spans: list[_Span] = []
+    parts: list[int] = []
     for question in pack:
-        start = len(tokens)
-        parts = [0] * len(question.prompt)
-        tokens.extend(question.prompt)
-        positions.extend(range(len(question.prompt)))
-        for number, tail in enumerate(question.continuations, start=1):
-            tokens.extend(tail)
-            positions.extend(range(len(question.prompt), len(question.prompt) + len(tail)))
-            parts.extend([number] * len(tail))
-        places, owners = (torch.tensor(values, device=device) for values in (positions[start:], parts))
-        spans.append(_Span(start, len(question.prompt), places, owners, windows))
-    return tokens, positions, spans
+        for part, piece in enumerate((question.prompt, *question.continuations)):
+            start = len(question.prompt) if part else 0
+            tokens.extend(piece)
+            positions.extend(range(start, start + len(piece)))
+            parts.extend([part] * len(piece))
+    return tokens, positions, parts
 
 
 def _shared_start(one: Sequence[Step], other: Sequence[Step]) -> int:

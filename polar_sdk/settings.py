@@ -35,7 +35,7 @@ CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
 _ANSWERING: Final = ("compute", "program", "temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "timeout")
 """Settings that the engine takes as options by the same name."""
 _WHOSE: Final = ("policy", "router", "ledger", "sink")
-_ENGINE_SETTINGS: Final = ("revision", "device", "precision", "compile", "kv_memory", *_WHOSE)
+_ENGINE_SETTINGS: Final = ("revision", "device", "device_map", "precision", "compile", "kv_memory", *_WHOSE)
 """What `engine=` brings along, besides the model."""
 _FOR_TOOLS: Final = ("tools", "tool_choice", "functions", "response_format")
 _loading = threading.RLock()
@@ -84,6 +84,8 @@ class ModelSettings(BaseModel):
     """Router, or the folder of one; None = the one shipped for the model, where its certificate holds here."""
     device: str = "auto"
     """`auto`, or a torch device such as `cpu` or `cuda:1`."""
+    device_map: str | dict[str, Any] | None = None
+    """Whole layers on several devices, in the place of `device`: `auto`, or `{"0-14": "cuda:0", "15-29": "cuda:1"}`."""
     precision: str = "auto"
     """`auto`, `bf16`, `fp16`, `fp32`, `int8` or `int4`."""
     compile: bool | Literal["auto"] = "auto"
@@ -170,6 +172,7 @@ class ModelSettings(BaseModel):
             self.model,
             revision=self.revision,
             device=self.device,
+            device_map=self.device_map,
             precision=self.precision,
             compile=self.compile,
             kv_memory=self.kv_memory,

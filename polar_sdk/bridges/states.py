@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polar_sdk.engine.eager import EagerKernels
-from polar_sdk.errors import BridgeError
+from polar_sdk.errors import BridgeError, DeviceError
 from polar_sdk.program import Step
 from polar_sdk.scoring import Walk, packs, predictors
 
@@ -52,7 +52,13 @@ class Pack:
 
 
 def workshop(decoder: Decoder) -> Decoder:
-    """A copy that shares the weights and has bridges of its own, run by the plain kernels."""
+    """A copy that shares the weights and has bridges of its own, run by the plain kernels.
+
+    Raises:
+        DeviceError: Layers lie on several devices: states before and behind a bridge are compared on one.
+    """
+    if len(decoder.placement.devices) > 1:
+        raise DeviceError(f"bridges are made on one device, not on {decoder.placement}; load the model on one.")
     own = copy.copy(decoder)
     own.kernels = EagerKernels(decoder.family)
     own.set_bridges(decoder.bridges)

@@ -40,6 +40,7 @@ def calibrate(
     model: opt.Model = None,
     policy: opt.PolicyFile = None,
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
 ) -> None:
     """Certify the tiers of a router."""
@@ -48,7 +49,9 @@ def calibrate(
 
     tiers = dict(map(_tier, tier)) if tier else None
     items = [item for path in data for item in read_items(path)] if data else None
-    engine = opt.load_model(model, device=device, precision=precision, policy=policy, no_ledger=True)
+    engine = opt.load_model(
+        model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
+    )
     folder = router or saved_router_path(engine.fingerprint)
     with ProgressBars(quiet=as_json) as show:
         certified = engine.calibrate(items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)

@@ -38,6 +38,7 @@ def chat(
     tag: opt.Tags = None,
     model: opt.Model = None,
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
     policy: opt.PolicyFile = None,
     router: opt.RouterFolder = None,
@@ -48,6 +49,7 @@ def chat(
     engine = opt.load_model(
         model,
         device=device,
+        device_map=device_map,
         precision=precision,
         policy=policy,
         router=router,

@@ -51,6 +51,7 @@ def evaluate(
     model: opt.Model = None,
     policy: opt.PolicyFile = None,
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
 ) -> None:
     """Measure a router on prompts that it has not seen."""
@@ -63,7 +64,13 @@ def evaluate(
             raise InvalidRequestError(f"--html {str(html)!r} cannot be written: its folder does not exist; make it.")
     sets = {path.stem: read_items(path, limit) for path in data} if data else None
     engine = opt.load_model(
-        model, device=device, precision=precision, policy=policy, router=str(router) if router else None, no_ledger=True
+        model,
+        device=device,
+        device_map=device_map,
+        precision=precision,
+        policy=policy,
+        router=str(router) if router else None,
+        no_ledger=True,
     )
     points = _points(engine.router, compute or [], theta or [])
     with ProgressBars(quiet=as_json) as show:

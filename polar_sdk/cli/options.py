@@ -12,6 +12,7 @@ __all__ = [
     "AsJson",
     "Compute",
     "Device",
+    "DeviceMap",
     "Ledger",
     "MaxTokens",
     "Model",
@@ -55,6 +56,10 @@ NoLedger = Annotated[bool, typer.Option("--no-ledger", help="Do not meter.")]
 RouterFolder = Annotated[str | None, typer.Option("--router", help="Folder of a router for this model.")]
 PolicyFile = Annotated[str | None, typer.Option("--policy", help="Policy file for this model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Layers on several devices: auto, or e.g. '0-14=cuda:0,15-29=cuda:1'.", show_default=False),
+]
 Precision = Annotated[str, typer.Option(help="auto, bf16, fp16, fp32, int8 or int4.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -63,6 +68,7 @@ def load_model(
     model: str | None,
     *,
     device: str,
+    device_map: str | None = None,
     precision: str,
     policy: str | None = None,
     router: str | None = None,
@@ -78,6 +84,7 @@ def load_model(
     return PolarModel.from_pretrained(
         model,
         device=device,
+        device_map=device_map,
         precision=precision,
         policy=policy,
         router=router,

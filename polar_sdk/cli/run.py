@@ -42,6 +42,7 @@ def run(
     request_id: Annotated[str | None, typer.Option(help="Idempotency key of the usage record.")] = None,
     model: opt.Model = None,
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
     policy: opt.PolicyFile = None,
     router: opt.RouterFolder = None,
@@ -55,6 +56,7 @@ def run(
     engine = opt.load_model(
         model,
         device=device,
+        device_map=device_map,
         precision=precision,
         policy=policy,
         router=router,

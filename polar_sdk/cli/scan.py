@@ -44,6 +44,7 @@ def scan(
     as_json: opt.AsJson = False,
     model: opt.Model = None,
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
 ) -> None:
     """Measure blocks of skipped layers and loops against full depth, and pick programs for two tiers."""
@@ -53,7 +54,7 @@ def scan(
     if out is not None and not out.absolute().parent.is_dir():  # before minutes are spent on scanning
         raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; make it first.")
     items = builtin_items()[: limit or _BUILTIN] if data is None else read_items(data, limit)
-    engine = opt.load_model(model, device=device, precision=precision, no_ledger=True)
+    engine = opt.load_model(model, device=device, device_map=device_map, precision=precision, no_ledger=True)
     with ProgressBars(quiet=as_json) as show:
         report = Scanner(engine, items, on_progress=show).scan(sizes, loops=loops, removals=removals)
     if out is not None:

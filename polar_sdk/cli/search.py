@@ -51,6 +51,7 @@ def search(
     model: opt.Model = None,
     policy: opt.PolicyFile = None,
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
 ) -> None:
     """Search programs on prompts; an interrupted search goes on where it stopped."""
@@ -72,7 +73,9 @@ def search(
         seed=seed or 0,
     )
     items = None if data is None else read_items(data, limit)
-    engine = opt.load_model(model, device=device, precision=precision, policy=policy, no_ledger=True)
+    engine = opt.load_model(
+        model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
+    )
     if bridges is not None:
         engine.load_bridges(bridges)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype) if cached else None)

@@ -50,6 +50,7 @@ def train(
     model: opt.Model = None,
     policy: opt.PolicyFile = None,
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
 ) -> None:
     """Train a router; after Ctrl-C the same command goes on from its checkpoints."""
@@ -64,7 +65,9 @@ def train(
         settings = PolicySettings(price=price, epochs=epochs, seeds=numbers)
     matrix = RewardMatrix.load(rewards)  # before seconds are spent on loading the model
     items = None if data is None else read_items(data)
-    engine = opt.load_model(model, device=device, precision=precision, policy=policy, no_ledger=True)
+    engine = opt.load_model(
+        model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
+    )
     target = out or saved_router_path(engine.fingerprint)
     with ProgressBars(quiet=as_json) as show:
         router = engine.train_router(

@@ -65,6 +65,10 @@ class Bridge:
         weight = tuple(factor.to(device, dtype) for factor in self.weight)
         return Bridge(weight, self.bias.to(device, dtype), self.first.to(device, dtype))
 
+    def at(self, device: torch.device) -> Bridge:
+        """The same map on a device: itself where it is there."""
+        return self if self.bias.device == device else self.to(self.bias.dtype, device)
+
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Carry states (N, E) at positions (N,) over the segment."""
         moved = x

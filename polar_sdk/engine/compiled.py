@@ -199,7 +199,7 @@ def _decode_part(decoder: Decoder, weights: Weights, kind: AttentionKind, *, sin
 
     axis = {} if single else {0: "rows"}
     rotary, moves = _rotary(decoder, kind, rows, None if single else "rows")
-    store = decoder.pool.store[: min(rows * 3, decoder.pool.size)]
+    store = decoder.pool.stores[0][: min(rows * 3, decoder.pool.size)]
     table = torch.zeros((rows, 3), dtype=torch.long, device=decoder.device)
     at = torch.full((rows,), 2 * PAGE, device=decoder.device)
     inputs = (_zeros(decoder, rows, family.hidden), *rotary, store, table, at)

@@ -16,6 +16,7 @@ import torch
 from polar_sdk.engine.eager import EagerKernels
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.pages import PAGE, PagePool
+from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.products import Plain, quantize
 from polar_sdk.errors import CacheMemoryError
 
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from polar_sdk.engine.bridge import Bridge
     from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.family import Family, Projected, Rotary, Weights
-    from polar_sdk.program import Step
+    from polar_sdk.program import Program, Step
 
-__all__ = ["Bring", "Decoder", "build_decoder"]
+__all__ = ["Bring", "Decoder", "build_decoder", "free_memory"]
 
 Bring = Callable[[Sequence["nn.Parameter"], torch.device], None]
 """Puts weights that are not in memory yet on a device, in the dtype that they run in."""
@@ -48,11 +49,12 @@ class Decoder:
     Attributes:
         family: The arithmetic.
         cost: FLOPs of each part, bridges included.
-        device: Where the weights are.
+        placement: Where each part of the weights is.
         dtype: Of activations, keys and values.
         precision: How matrices are stored: `bf16`, `fp16`, `fp32`, `int8` or `int4`.
         layers: Weights of each layer.
-        ends: Weights of embedding, final norm and head.
+        start: Weights of the embedding.
+        ends: Weights of final norm and head.
         kernels: What runs them: `EagerKernels`, or compiled ones.
         bridges: Maps that programs may cross layers by.
     """
@@ -64,17 +66,19 @@ class Decoder:
         *,
         precision: str | None = None,
         kv_memory: int | None = None,
-        device: torch.device | None = None,
+        placement: Placement | None = None,
         bring: Bring | None = None,
     ) -> None:
         self.family = family
-        self.device = device or model.device
+        self.placement = placement or Placement.whole(model.device, family.depth)
         modules = family.layer_modules(model)
         within = {id(weight) for module in modules for weight in module.parameters()}
         beside = [weight for weight in model.parameters() if id(weight) not in within]
-        with _brought(beside, self.device, bring):
-            self.ends: Weights = family.take_ends(model)
-        self.dtype: torch.dtype = self.ends["embedding"].dtype
+        with _brought(beside, self.placement.last, bring):
+            ends = family.take_ends(model)
+        self.start = _moved({name: value for name, value in ends.items() if name != "head"}, self.placement.first)
+        self.ends = _moved({name: value for name, value in ends.items() if name != "embedding"}, self.placement.last)
+        self.dtype: torch.dtype = self.start["embedding"].dtype
         self.precision = precision or _SHORT[self.dtype]
         # The head decides between near-equal tokens: in int4 it costs a tenth of them (`benchmarks/RESULTS.md`).
         self.ends["head"] = quantize(self.ends["head"], "int8" if self.precision == "int4" else self.precision)
@@ -83,19 +87,24 @@ class Decoder:
         self.kernels: Kernels = EagerKernels(family)
         self.bridges: dict[Segment, Bridge] = {}
         self._rotary_source: Any = family.take_rotary(model)
-        self._rotary: list[Rotary] = []
+        self._rotary: dict[torch.device, list[Rotary]] = {}
         self._kv_memory = kv_memory
         self._pool: PagePool | None = None
         self._making_pool = threading.Lock()
 
     def _take_layers(self, modules: Sequence[nn.Module], bring: Bring | None) -> Iterator[Weights]:
         for index, module in enumerate(modules):
-            with _brought(list(module.parameters()), self.device, bring):
+            with _brought(list(module.parameters()), self.placement.layers[index], bring):
                 weights = self.family.take_layer(index, module)
                 yield {
                     name: quantize(value, self.precision) if isinstance(value, Plain) else value
                     for name, value in weights.items()
                 }
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens enter."""
+        return self.placement.first
 
     @property
     def dtype_name(self) -> str:
@@ -128,20 +137,39 @@ class Decoder:
 
     def _make_pool(self) -> PagePool:
         family = self.family
-        page = 2 * family.kv_heads * PAGE * family.head_dim * self.dtype.itemsize
-        wanted = _POOL_ROWS * self.depth * -(-self.context_window // PAGE)
-        limit = self._kv_memory or int(_MOST_POOL_SHARE * _free_memory(self.device))
+        sizes = [(device, self._pages(device)) for device in self.placement.stores]
+        return PagePool(sizes, family.kv_heads, family.head_dim, self.dtype)
+
+    def _pages(self, device: torch.device) -> int:
+        """Pages that a device holds: of `kv_memory` its share by its number of layers, or half of what is free there.
+
+        Raises:
+            CacheMemoryError: Not even one for each of its layers.
+        """
+        page = 2 * self.family.kv_heads * PAGE * self.family.head_dim * self.dtype.itemsize
+        layers = self.placement.layers.count(device)
+        wanted = _POOL_ROWS * layers * -(-self.context_window // PAGE)
+        given = self._kv_memory and self._kv_memory * layers // self.depth
+        limit = given or int(_MOST_POOL_SHARE * free_memory(device))
         pages = min(wanted, limit // page)
-        if pages < self.depth:
+        if pages < layers:
             raise CacheMemoryError(
-                f"kv_memory={limit} bytes holds {pages} pages of keys and values; one request needs {self.depth}.",
+                f"kv_memory={limit} bytes holds {pages} pages of keys and values; one request needs {layers}.",
                 hint=f"Give it at least {self.depth * page} bytes.",
             )
-        return PagePool(pages, family.kv_heads, family.head_dim, self.dtype, self.device)
+        return pages
+
+    def stores(self, program: Program) -> tuple[int, ...]:
+        """For each visit of a program, which store of the pool its pages are in."""
+        return tuple(self.placement.store_of[layer] for layer in program.layers)
+
+    def store(self, layer: int) -> Tensor:
+        """The store that has the pages of a layer."""
+        return self.pool.stores[self.placement.store_of[layer]]
 
     def set_bridges(self, bridges: Mapping[Segment, Bridge]) -> None:
-        """Put these bridges in the place of those that the decoder had."""
-        self.bridges = dict(bridges)
+        """Put these bridges in the place of those that the decoder had, each beside the first layer that it crosses."""
+        self.bridges = {segment: bridge.at(self.placement.layers[segment[0]]) for segment, bridge in bridges.items()}
         self.cost = self.cost.with_bridges({segment: bridge.flops for segment, bridge in bridges.items()})
 
     def bridge(self, step: Step) -> Bridge:
@@ -155,15 +183,22 @@ class Decoder:
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Embed token ids (N,) at positions (N,) as hidden states (N, E)."""
-        return self.family.embed(tokens, positions, self.ends)
+        return self.family.embed(tokens, positions, self.start)
 
     def rotary(self, positions: Tensor, longest: int) -> list[Rotary]:
         """Cosine and sine at positions (N,), all below `longest`: (N, 1, r) each, one pair per kind of layer."""
-        if not self._rotary or (self._rotary[0][0].shape[0] < longest and self._rotary[0][0].numel()):
+        device = positions.device
+        tables = self._rotary.get(device)
+        if tables is None or (tables[0][0].shape[0] < longest and tables[0][0].numel()):
             length = min(max(2 * longest, 1024), max(self.context_window, longest))
             # One assignment: a thread that reads meanwhile sees the old tables or the new ones, both right.
-            self._rotary = self.family.rotary_tables(self._rotary_source, length, self.dtype, self.device)
-        return [(cos[positions], sin[positions]) if cos.numel() else (cos, sin) for cos, sin in self._rotary]
+            tables = self._rotary[device] = self._tables(length, device)
+        return [(cos[positions], sin[positions]) if cos.numel() else (cos, sin) for cos, sin in tables]
+
+    def _tables(self, length: int, device: torch.device) -> list[Rotary]:
+        """Tables of that length, made where tokens enter, so that they are the same on every device."""
+        made = self.family.rotary_tables(self._rotary_source, length, self.dtype, self.placement.first)
+        return [(cos.to(device), sin.to(device)) for cos, sin in made]
 
     def project(self, index: int, x: Tensor, rotary: list[Rotary]) -> Projected:
         """The part of layer `index` before attention, on (N, E)."""
@@ -174,20 +209,32 @@ class Decoder:
         return self.kernels.finish(self.layers[index], x, mixed)
 
     def head(self, x: Tensor) -> Tensor:
-        """Final norm and output projection of (M, E); returns float32 logits (M, V)."""
-        return self.kernels.head(self.ends, x)
+        """Final norm and output projection of (M, E), wherever they are; returns float32 logits (M, V)."""
+        return self.kernels.head(self.ends, x.to(self.placement.last))
 
 
 _SHORT: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
     available: Any = psutil.virtual_memory().available
     return int(available)
+
+
+def _moved(weights: Weights, device: torch.device) -> Weights:
+    """The same weights on a device."""
+    return {name: _move(value, device) for name, value in weights.items()}
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if value is None or isinstance(value, torch.Tensor):
+        return value if value is None else value.to(device)
+    return type(value)(*(_move(part, device) for part in value))
 
 
 @contextmanager
@@ -210,7 +257,7 @@ def build_decoder(
     *,
     precision: str | None = None,
     kv_memory: int | None = None,
-    device: torch.device | None = None,
+    placement: Placement | None = None,
     bring: Bring | None = None,
 ) -> Decoder:
     """Take over the weights of a Hugging Face causal language model.
@@ -219,13 +266,13 @@ def build_decoder(
         model: The model.
         precision: How to store matrices; None = as they are.
         kv_memory: Most bytes for keys and values; None = half of what is free.
-        device: Where to run; None = where the model is.
+        placement: Where each part runs; None = all where the model is.
         bring: Called with the weights of one layer after another, before they are used; the model is emptied then.
-            None = they are in memory, on that device, and stay as they are.
+            None = they are in memory, where they run, and stay as they are.
 
     Raises:
         UnsupportedArchitectureError: No family for it, or an option of it that is not supported.
         DeviceError: The device has no kernel for this precision.
     """
     family = find_family(model.config)
-    return Decoder(model, family, precision=precision, kv_memory=kv_memory, device=device, bring=bring)
+    return Decoder(model, family, precision=precision, kv_memory=kv_memory, placement=placement, bring=bring)

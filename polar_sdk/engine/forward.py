@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polar_sdk.engine.attention import write_pages
-from polar_sdk.engine.layout import Layout
+from polar_sdk.engine.layout import Layout, Members
 from polar_sdk.engine.rows import Row, extra_visits
 from polar_sdk.loops import damp
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.layout import Members
 
 __all__ = ["Row", "advance", "next_logits"]
 
@@ -43,13 +42,16 @@ def advance(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int
     """
     for row, new in zip(rows, tokens, strict=True):
         row.pages.reserve(row.length + len(new))
-    layout = Layout(rows, tokens, decoder.device)
+    layout = Layout(rows, tokens, decoder.placement.first)
     hidden = decoder.embed(layout.tokens, layout.positions)
     rotary = decoder.rotary(layout.positions, layout.longest)
-    ran: list[Members] = []
+    here, ran = layout, list[Members]()
     try:
-        for members in layout.members():
-            hidden = _run(decoder, layout, members, hidden, rotary)
+        for members in layout.members(decoder.placement.layers):
+            if members.layout is not here:
+                here = members.layout
+                hidden, rotary = hidden.to(here.device), decoder.rotary(here.positions, here.longest)
+            hidden = _run(decoder, here, members, hidden, rotary)
             ran.append(members)
     finally:
         _count(layout, ran)
@@ -116,7 +118,7 @@ def _pick(rotary: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]
 
 def _visit(decoder: Decoder, layer: int, members: Members, x: Tensor, rotary: list[tuple[Tensor, Tensor]]) -> Tensor:
     """One layer for the members' tokens (N, E)."""
-    kind, store = decoder.family.kinds[layer], decoder.pool.store
+    kind, store = decoder.family.kinds[layer], decoder.store(layer)
     if members.single and decoder.kernels.pages:
         weights = decoder.layers[layer]
         return decoder.kernels.decode(weights, x, rotary[kind.rope], kind, store, members.table, members.positions)

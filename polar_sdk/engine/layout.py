@@ -64,6 +64,8 @@ class Layout:
 
     def __init__(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]], device: torch.device) -> None:
         self.rows, self.device = rows, device
+        self._given = tokens
+        self._on = {device: self}
         self.plan = plan_of(tuple(row.program for row in rows), device)
         self.counts = [len(new) for new in tokens]
         self.starts = [sum(self.counts[:row]) for row in range(len(rows))]
@@ -75,14 +77,27 @@ class Layout:
         self.positions = torch.tensor(at, device=device)
         self._picked: dict[tuple[int, ...], Tensor] = {}
 
-    def members(self) -> Iterator[Members]:
-        """The rows that take part in each turn, those whose guard stopped it left out; turns without rows left out."""
+    def on(self, device: torch.device) -> Layout:
+        """The same pass, laid out on another device; made when it is first asked for."""
+        if device not in self._on:
+            other = Layout(self.rows, self._given, device)
+            other._on = self._on
+            self._on[device] = other
+        return self._on[device]
+
+    def members(self, devices: Sequence[torch.device]) -> Iterator[Members]:
+        """The rows that take part in each turn, those whose guard stopped it left out; turns without rows left out.
+
+        Args:
+            devices: Of each layer; a turn's members are laid out where its layer lies.
+        """
         start = 0
         for turn in self.plan.turns:
             span = slice(start, start + len(turn.members))
             going = [at for at, (row, place) in enumerate(turn.members) if place not in self.rows[row].stopped]
             if going:
-                yield Members(self, turn, span, None if len(going) == len(turn.members) else going)
+                layout = self.on(devices[turn.step.first])
+                yield Members(layout, turn, span, None if len(going) == len(turn.members) else going)
             start = span.stop
 
     @cached_property
@@ -93,12 +108,12 @@ class Layout:
 
     @cached_property
     def tables(self) -> Tensor:
-        """Page of each visit, row and block, (visits, B, blocks); 0 where there is none."""
+        """Place in its store of the page of each visit, row and block, (visits, B, blocks); 0 where there is none."""
         blocks = -(-self.longest // PAGE)
         visits = max(row.pages.visits for row in self.rows)
         table = torch.zeros((len(self.rows), blocks, visits), dtype=torch.long)
         for number, row in enumerate(self.rows):
-            filled = row.pages.table[:blocks]
+            filled = row.pages.places(blocks)
             table[number, : filled.shape[0], : filled.shape[1]] = filled
         return table.permute(2, 0, 1).contiguous().to(self.device)
 
@@ -169,8 +184,10 @@ class Members:
     @property
     def pages(self) -> Tensor:
         """Page of each token, (N,)."""
-        counts = torch.tensor([self.layout.counts[row] for row, _ in self.going], device=self.layout.device)
-        visits = self._own(self.layout.plan.visits).repeat_interleave(counts)
+        counts = [self.layout.counts[row] for row, _ in self.going]
+        repeats = torch.tensor(counts, device=self.layout.device)
+        # Told how many there will be, the device need not be waited for.
+        visits = self._own(self.layout.plan.visits).repeat_interleave(repeats, output_size=sum(counts))
         return self.layout.tables[visits, self._of(self.layout.owners), self.positions // PAGE]
 
     @property

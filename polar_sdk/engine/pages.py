@@ -1,15 +1,18 @@
-"""Keys and values in pages: one pool per model and device, from which rows take pages as they grow.
+"""Keys and values in pages: one pool per model, from which rows take pages as they grow.
 
 A page holds 64 tokens of one *visit* of one row, so a layer that runs twice keeps two independent histories, and no
-row pays for another's length. Pages are counted by their users, so that rows may share the start of a prompt.
+row pays for another's length. Pages are counted by their users, so that rows may share the start of a prompt. Pages
+lie in one store per device, and a number names the same page everywhere.
 Knows nothing of layers or programs: position among a program's visits is the only index.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import threading
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -28,57 +31,86 @@ PAGE: Final = 64
 
 
 class PagePool:
-    """A store of keys and values (P, 2, G, page, d), and which of its pages are free. Safe in several threads.
+    """Stores of keys and values (P, 2, G, page, d), and which of their pages are free. Safe in several threads.
 
-    The store is reserved at once and written as pages are first used: on a CPU, untouched pages take no memory. Low
+    A store is reserved at once and written as pages are first used: on a CPU, untouched pages take no memory. Low
     pages are given out first, so that a small load touches little.
+
+    Args:
+        sizes: For each store, where it lies and how many pages it has.
+        kv_heads: G.
+        head_dim: d.
+        dtype: Of keys and values.
     """
 
-    def __init__(self, pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.store = torch.empty((pages, 2, kv_heads, PAGE, head_dim), dtype=dtype, device=device)
-        self.size = pages
-        self._users = [0] * pages
-        self._clean = 0
-        """Pages below it have been cleared."""
-        self._free = list(range(pages))
+    def __init__(
+        self, sizes: Sequence[tuple[torch.device, int]], kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        self.stores = [
+            torch.empty((pages, 2, kv_heads, PAGE, head_dim), dtype=dtype, device=device) for device, pages in sizes
+        ]
+        self.sizes = [pages for _, pages in sizes]
+        """Pages of each store."""
+        self.starts = [sum(self.sizes[:store]) for store in range(len(sizes))]
+        """Number of the first page of each store."""
+        self.size = sum(self.sizes)
+        """Pages of all stores."""
+        self._users = [0] * self.size
+        self._clean = list(self.starts)
+        """Pages of each store below it have been cleared."""
+        self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
         self._lock = threading.Lock()
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self.store[0].numel() * self.store.element_size()
+        return self.stores[0][0].numel() * self.stores[0].element_size()
 
     @property
     def free(self) -> int:
         """Pages that nobody uses."""
-        return len(self._free)
+        return sum(map(len, self._free))
 
-    def take(self, count: int) -> list[int]:
-        """Take that many pages, all or none.
+    def counts(self, pages: Sequence[int]) -> list[int]:
+        """How many of these pages are in each store."""
+        if len(self.stores) == 1:
+            return [len(pages)]
+        found = Counter(self._store(page) for page in pages)
+        return [found[store] for store in range(len(self.stores))]
+
+    def take(self, stores: Sequence[int]) -> list[int]:
+        """Take one page of each of these stores, all or none.
 
         Raises:
             CacheMemoryError: Fewer are free.
         """
         with self._lock:
-            if count > len(self._free):
-                raise CacheMemoryError(
-                    f"{count} pages of keys and values are needed and {len(self._free)} of {self.size} are free.",
-                    hint="Send fewer or shorter requests at once, or load the model with a larger kv_memory.",
-                )
-            taken = [heapq.heappop(self._free) for _ in range(count)]
+            for store, count in Counter(stores).items():
+                if count > len(self._free[store]):
+                    raise CacheMemoryError(
+                        f"{count} pages of keys and values are needed and {len(self._free[store])} of "
+                        f"{self.sizes[store]} are free.",
+                        hint="Send fewer or shorter requests at once, or load the model with a larger kv_memory.",
+                    )
+            taken = [heapq.heappop(self._free[store]) for store in stores]
             for page in taken:
                 self._users[page] = 1
-            self._clear(max(taken, default=-1) + 1)
+            for store in set(stores):
+                self._clear(store, max(page for page, where in zip(taken, stores, strict=True) if where == store) + 1)
         return taken
 
-    def _clear(self, end: int) -> None:
-        """Clear pages up to `end` that were never used.
+    def _clear(self, store: int, end: int) -> None:
+        """Clear pages of a store up to `end` that were never used.
 
         Compiled attention weighs by 0 what it may not see, and what lies in new memory need not be a number.
         """
-        if end > self._clean:
-            self.store[self._clean : end].zero_()
-            self._clean = end
+        if end > self._clean[store]:
+            start = self.starts[store]
+            self.stores[store][self._clean[store] - start : end - start].zero_()
+            self._clean[store] = end
+
+    def _store(self, page: int) -> int:
+        return bisect.bisect_right(self.starts, page) - 1
 
     def share(self, pages: Sequence[int]) -> None:
         """Count one more user of each page."""
@@ -92,15 +124,21 @@ class PagePool:
             for page in pages:
                 self._users[page] -= 1
                 if self._users[page] == 0:
-                    heapq.heappush(self._free, page)
+                    heapq.heappush(self._free[self._store(page)], page)
 
 
 class PageTable:
-    """The pages of one row, per visit, of which the first `length` tokens are filled."""
+    """The pages of one row, per visit, of which the first `length` tokens are filled.
 
-    def __init__(self, pool: PagePool, visits: int) -> None:
-        self._pool = pool
-        self.visits = visits
+    Args:
+        pool: Where pages come from.
+        stores: For each visit, which store its pages are in.
+    """
+
+    def __init__(self, pool: PagePool, stores: Sequence[int]) -> None:
+        self._pool, self._stores = pool, stores
+        self._starts = torch.tensor([pool.starts[store] for store in stores], dtype=torch.long)
+        self.visits = len(stores)
         self.blocks: list[list[int]] = []
         """For every 64 tokens of the row, the page of each visit."""
         weakref.finalize(self, _give_back, pool, self.blocks)
@@ -129,7 +167,7 @@ class PageTable:
         missing = -(-tokens // PAGE) - len(self.blocks)
         if missing <= 0:
             return False
-        taken = self._pool.take(missing * self.visits)
+        taken = self._pool.take(list(self._stores) * missing)
         self.blocks += [taken[at : at + self.visits] for at in range(0, len(taken), self.visits)]
         self._table = None
         return True
@@ -147,11 +185,16 @@ class PageTable:
         _give_back(self._pool, self.blocks)
         self._table = None
 
+    def places(self, blocks: int) -> Tensor:
+        """Place of each visit's page in its store, for the first `blocks` blocks, (blocks, visits)."""
+        return torch.tensor(self.blocks[:blocks], dtype=torch.long) - self._starts
+
     def history(self, visit: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `length` tokens of one visit, copied together, (G, length, d) each."""
-        pages = [block[visit] for block in self.blocks[: -(-length // PAGE)]]
-        _, _, heads, page, size = self._pool.store.shape
-        stacked = self._pool.store[pages].permute(1, 2, 0, 3, 4).reshape(2, heads, len(pages) * page, size)
+        store, start = self._pool.stores[self._stores[visit]], self._pool.starts[self._stores[visit]]
+        pages = [block[visit] - start for block in self.blocks[: -(-length // PAGE)]]
+        _, _, heads, page, size = store.shape
+        stacked = store[pages].permute(1, 2, 0, 3, 4).reshape(2, heads, len(pages) * page, size)
         return stacked[0, :, :length], stacked[1, :, :length]
 
 

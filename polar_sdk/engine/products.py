@@ -204,7 +204,7 @@ def quantize(product: Plain, precision: str) -> Product:
 
 
 def _to_int8(product: Plain) -> Int8:
-    codes, scales = zip(*map(_int8_rows, product.weight.split(_QUANTIZE_ROWS)), strict=True)
+    codes, scales = zip(*map(_int8_rows, torch.split(product.weight, _QUANTIZE_ROWS)), strict=True)
     return Int8(torch.cat(codes), torch.cat(scales).to(product.weight.dtype), product.bias)
 
 

@@ -35,7 +35,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self.work = Work(self.decoder.cost, self.program)
-        self.pages = PageTable(self.decoder.pool, len(self.program.layers))
+        self.pages = PageTable(self.decoder.pool, self.decoder.stores(self.program))
 
     @property
     def length(self) -> int:

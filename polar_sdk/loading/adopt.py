@@ -12,13 +12,14 @@ from polar_sdk.loading.apart import run_apart
 from polar_sdk.loading.compiling import Compile, check_compile, use_compiled
 from polar_sdk.loading.fingerprint import fingerprint_of
 from polar_sdk.loading.load import LoadedModel
-from polar_sdk.loading.weights import check_finite, check_one_device
+from polar_sdk.loading.weights import check_finite, placement_of
 from polar_sdk.serving import Scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.placement import Placement
 
 __all__ = ["adopt"]
 
@@ -34,7 +35,7 @@ def adopt(
     """Wrap a model and its tokenizer; the weights are used in place, fused and rounded copies apart.
 
     Args:
-        model: On its device, in its dtype.
+        model: On its device, or whole layers on several, in its dtype.
         tokenizer: The model's own.
         precision: `int8` or `int4` to hold the matrices in integers; None = as they are.
         compile: Whether to run compiled layers.
@@ -42,15 +43,14 @@ def adopt(
 
     Raises:
         UnsupportedArchitectureError: The engine has no family for it.
-        DeviceError: The model lies on several devices, or its device has no kernel for this precision.
+        DeviceError: A layer lies on several devices or not in memory, or a device has no kernel for this precision.
         ModelDamagedError: A weight is nan or infinite.
         CompileError: Layers cannot be compiled here.
     """
     check_compile(compile)
     name = getattr(model.config, "name_or_path", "") or model.config.model_type
-    find_family(model.config)  # what is not supported at all is said first
-    check_one_device(model, name)
-    decoder = run_apart(lambda: _take_over(model, name, precision, kv_memory))
+    placement = placement_of(model, find_family(model.config), name)
+    decoder = run_apart(lambda: _take_over(model, placement, name, precision, kv_memory))
     use_compiled(decoder, compile)
     return LoadedModel(
         name=name,
@@ -67,6 +67,8 @@ def adopt(
     )
 
 
-def _take_over(model: PreTrainedModel, name: str, precision: str | None, kv_memory: int | None) -> Decoder:
+def _take_over(
+    model: PreTrainedModel, placement: Placement, name: str, precision: str | None, kv_memory: int | None
+) -> Decoder:
     check_finite(model, name)
-    return build_decoder(model, precision=precision, kv_memory=kv_memory)
+    return build_decoder(model, precision=precision, kv_memory=kv_memory, placement=placement)

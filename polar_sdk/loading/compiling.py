@@ -33,10 +33,16 @@ def use_compiled(decoder: Decoder, compile: Compile) -> bool:
     """Let a decoder run compiled layers, as far as `compile` allows; tells whether it does.
 
     Raises:
-        CompileError: `compile` is True and there is no compiler, or it failed.
+        CompileError: `compile` is True and there is no compiler, or it failed, or layers lie on several devices.
     """
     from polar_sdk.engine.compiled import load_kernels
 
+    if len(decoder.placement.devices) > 1:
+        if compile is True:
+            raise CompileError(
+                f"layers on several devices ({decoder.placement}) run uncompiled; use compile='auto' or False."
+            )
+        return False
     if compile is False or decoder.kernels.pages:
         return decoder.kernels.pages
     kernels = load_kernels(decoder, cache_folder() / "compiled", build=compile is True, progress=_progress)

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.errors import ModelError
+from polar_sdk.errors import DeviceError, ModelError
 from polar_sdk.loading.aliases import resolve
 from polar_sdk.loading.apart import run_apart
 from polar_sdk.loading.compiling import Compile, check_compile, use_compiled
 from polar_sdk.loading.convert import LOADING_LOCK
+from polar_sdk.loading.device_map import DeviceMap, Places, place, read_map
 from polar_sdk.loading.network import damaged, read_network
 from polar_sdk.loading.obtain import LocalModel, obtain
 from polar_sdk.loading.place import choose_device, choose_precision
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedModel", "clear_cache", "load_pretrained"]
 
-_Key = tuple[str, str, str, str, str]
+_Key = tuple[str, ...]
 _loaded: dict[_Key, LoadedModel] = {}
 
 
@@ -54,6 +55,7 @@ class LoadedModel:
     config: PreTrainedConfig
     generation_config: GenerationConfig
     device: torch.device
+    """Where tokens enter; with a device map, `decoder.placement` has the others."""
     dtype: torch.dtype
     adopted: ReferenceType[PreTrainedModel] | None = None
     """The transformers model that was in memory already, while its owner keeps it; None where `path` was read."""
@@ -64,6 +66,7 @@ def load_pretrained(
     *,
     revision: str | None = None,
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     precision: str = "auto",
     compile: Compile = "auto",
     kv_memory: int | None = None,
@@ -74,6 +77,7 @@ def load_pretrained(
         model: Alias, folder, `.gguf` file or hub id; None stands for `POLAR_MODEL` or else the default alias.
         revision: Branch, tag or commit of a hub model.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, …
+        device_map: Devices of layers, in the place of `device`; see `DeviceMap`.
         precision: `auto`, `bf16`, `fp16`, `fp32`, `int8` or `int4`.
         compile: Whether to run compiled layers; see `Compile`.
         kv_memory: Most bytes for keys and values of all requests together; None = half of the memory that is free.
@@ -86,20 +90,42 @@ def load_pretrained(
         ModelError: It cannot be found, fetched, read or placed on the device.
     """
     source = resolve(model)
-    place = choose_device(device)
-    kind, dtype = choose_precision(precision, place)
+    places = _places(device, device_map)
+    kind, dtype = _precision(precision, places)
     check_compile(compile)
     local = obtain(source, revision)
-    key = (str(local.folder), local.fingerprint, str(place), kind, str(compile is not False))
+    key = (str(local.folder), local.fingerprint, str(places), kind, str(compile is not False))
     loaded = _loaded.get(key)
     if loaded is None:
         with LOADING_LOCK:  # of several threads that ask for the same model, one loads it and the others get it
             loaded = _loaded.get(key)
             if loaded is None:
-                loaded = run_apart(lambda: _load(source.name, local, place, kind, dtype, kv_memory))
+                loaded = run_apart(lambda: _load(source.name, local, places, kind, dtype, kv_memory))
                 _loaded[key] = loaded
     use_compiled(loaded.decoder, compile)
     return loaded if loaded.name == source.name else replace(loaded, name=source.name)
+
+
+def _places(device: str, device_map: DeviceMap | None) -> Places:
+    """The devices that were asked for, looked up: one for everything, or those of a map.
+
+    Raises:
+        DeviceError: One is not here, or both were given.
+    """
+    if device_map is None:
+        return {"": choose_device(device)}
+    if device != "auto":
+        raise DeviceError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them.")
+    return read_map(device_map)
+
+
+def _precision(name: str, places: Places) -> tuple[str, torch.dtype]:
+    """What `choose_precision` says of the first device, which every other one must be able to do."""
+    first, *others = dict.fromkeys(places.values()) or [choose_device()]
+    kind, dtype = choose_precision(name, first)
+    for other in others:
+        choose_precision(kind, other)
+    return kind, dtype
 
 
 def clear_cache() -> None:
@@ -109,16 +135,18 @@ def clear_cache() -> None:
 
 
 def _load(
-    name: str, local: LocalModel, device: torch.device, precision: str, dtype: torch.dtype, kv_memory: int | None
+    name: str, local: LocalModel, places: Places, precision: str, dtype: torch.dtype, kv_memory: int | None
 ) -> LoadedModel:
     from polar_sdk.engine.decoder import build_decoder
+    from polar_sdk.engine.families import find_family
     from polar_sdk.serving import Scheduler
 
-    with quiet_transformers(), _memory_errors(name, device, dtype):
+    with quiet_transformers(), _memory_errors(name, places, dtype):
         network = read_network(local.folder, local.weights)
         tokenizer = _read_tokenizer(local.folder)
         bring = bringer(network, name, dtype)
-        decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, bring=bring, device=device)
+        placement = place(places, network, find_family(network.config), precision, dtype)
+        decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, placement=placement, bring=bring)
     return LoadedModel(
         name=name,
         path=local.folder,
@@ -128,7 +156,7 @@ def _load(
         tokenizer=tokenizer,
         config=network.config,
         generation_config=network.generation_config,
-        device=device,
+        device=decoder.device,
         dtype=dtype,
     )
 
@@ -145,15 +173,16 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _memory_errors(name: str, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _memory_errors(name: str, places: Places, dtype: torch.dtype) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         kind = str(dtype).removeprefix("torch.")
+        devices = "+".join(dict.fromkeys(map(str, places.values()))) or "this host"
         raise ModelError(
-            f"model {name!r} in {kind} does not fit the memory of {str(device)!r}.",
+            f"model {name!r} in {kind} does not fit the memory of {devices!r}.",
             hint="Choose a smaller model, precision='int8', or another device.",
         ) from error
 

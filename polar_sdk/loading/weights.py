@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from polar_sdk.engine.placement import Placement
 from polar_sdk.errors import DeviceError, ModelDamagedError
 
 if TYPE_CHECKING:
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from polar_sdk.engine.decoder import Bring
+    from polar_sdk.engine.family import Family
 
-__all__ = ["bringer", "check_finite", "check_one_device", "first_not_finite"]
+__all__ = ["bringer", "check_finite", "first_not_finite", "placement_of"]
 
 
 def check_finite(model: PreTrainedModel, name: str) -> None:
@@ -69,15 +71,23 @@ def _not_finite(name: str, weight: str) -> ModelDamagedError:
     )
 
 
-def check_one_device(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose weights lie on several devices, or are not in memory.
+def placement_of(model: PreTrainedModel, family: Family, name: str) -> Placement:
+    """Where the parts of a model lie, which its owner has placed.
 
     Raises:
-        DeviceError: They do, or are not.
+        DeviceError: A layer lies on several devices, or not in memory.
     """
-    devices = sorted({str(value.device) for value in model.parameters()})
-    if len(devices) > 1 or devices == ["meta"]:
+    ends = family.take_ends(model)
+    layers = [_place(f"layer {index}", layer, name) for index, layer in enumerate(family.layer_modules(model))]
+    return Placement(ends["embedding"].device, tuple(layers), ends["head"].weight.device)
+
+
+def _place(what: str, layer: nn.Module, name: str) -> torch.device:
+    devices = {weight.device for weight in layer.parameters()}
+    if len(devices) > 1 or str(next(iter(devices))) == "meta":
         raise DeviceError(
-            f"the weights of model {name!r} lie on {' and '.join(devices)}; the engine runs a model on one device.",
-            hint="Load it without device_map, and move it with .to(device).",
+            f"{what} of model {name!r} lies on {' and '.join(sorted(map(str, devices)))}; "
+            "the engine runs a layer on one device, from memory.",
+            hint="Move it with .to(device), or load the model with from_pretrained and a device_map.",
         )
+    return devices.pop()

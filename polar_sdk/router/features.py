@@ -53,7 +53,7 @@ class FeatureReader:
         length = states.new_full((1,), log(len(tokens)), dtype=torch.float32)
         if self.kind == "embedding":
             return torch.cat((states.mean(0, dtype=torch.float32), length))
-        states = self._run(states, positions)
+        states = self._run(states, positions).to(self.decoder.device)
         # The first position has a state of its own, large and alike for every prompt; it would drown the others.
         body = states[1:] if len(tokens) > 1 else states
         return torch.cat((body.mean(0, dtype=torch.float32), states[-1].float(), length))
@@ -69,8 +69,11 @@ class FeatureReader:
     def _run(self, states: Tensor, positions: Tensor) -> Tensor:
         """The first layers over one prompt, (T, E)."""
         decoder = self.decoder
-        rotary = decoder.rotary(positions, len(positions))
+        here, rotary = decoder.device, decoder.rotary(positions, len(positions))
         for layer in range(self.layers):
+            if (there := decoder.placement.layers[layer]) != here:
+                states, rotary = states.to(there), decoder.rotary(positions.to(there), len(positions))
+                here = there
             query, key, value = decoder.project(layer, states, rotary)
             kind = decoder.family.kinds[layer]
             mixed = attend_row(query, key.transpose(0, 1), value.transpose(0, 1), kind)

@@ -73,7 +73,7 @@ class Job:
         self.wake: Callable[[], None] = _nobody
         """Tells the scheduler that there is room for pieces again."""
         self.begin_ns = self.prefill_end_ns = self.end_ns = 0
-        self.sampler = Sampler(request.sampling, model.decoder.device)
+        self.sampler = Sampler(request.sampling, model.decoder.placement.last)
         self._end_tokens = _end_tokens(model)
         self._ahead, self._ended = ahead, ended
         self._pieces: deque[Piece] = deque()

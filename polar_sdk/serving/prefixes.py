@@ -15,6 +15,8 @@ from polar_sdk.engine.bridge import bridges_digest
 from polar_sdk.engine.pages import PAGE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.rows import Row
     from polar_sdk.requests import Request
@@ -31,7 +33,8 @@ class PrefixCache:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._kept: OrderedDict[_Key, list[int]] = OrderedDict()
-        self._pages = 0
+        self._pages = [0] * len(decoder.placement.stores)
+        """Pages kept in each store."""
 
     def lend(self, request: Request, row: Row) -> int:
         """Give a new row the longest kept start of its prompt; returns its tokens, 0 where there is none.
@@ -49,31 +52,34 @@ class PrefixCache:
         return len(blocks) * PAGE
 
     def keep(self, request: Request, row: Row, share: float) -> None:
-        """Keep the full pages of a prompt that has run, up to a share of all pages."""
+        """Keep the full pages of a prompt that has run, up to a share of the pages of each store."""
         pool = self._decoder.pool
-        room = int(share * pool.size)
+        room = [int(share * size) for size in pool.sizes]
         if row.stopped:
             return  # a loop was stopped in it: not what another request would compute
         for number, key in enumerate(self._keys(request, len(request.tokens))):
             block = row.pages.blocks[number]
             if key in self._kept:
                 continue
-            if len(block) > room:
+            counts = pool.counts(block)
+            left = [most - count for most, count in zip(room, counts, strict=True)]
+            if min(left) < 0:
                 return
-            self._evict(room - len(block))
+            self._evict(left)
             pool.share(block)
             self._kept[key] = list(block)
-            self._pages += len(block)
+            self._pages = [kept + count for kept, count in zip(self._pages, counts, strict=True)]
 
-    def make_room(self, promised: int) -> None:
-        """Let go of so many pages that those promised to running jobs are there."""
-        self._evict(self._decoder.pool.size - promised)
+    def make_room(self, promised: Sequence[int]) -> None:
+        """Let go of so many pages that those promised to running jobs, in each store, are there."""
+        self._evict([size - most for size, most in zip(self._decoder.pool.sizes, promised, strict=True)])
 
-    def _evict(self, most: int) -> None:
-        while self._pages > most and self._kept:
+    def _evict(self, most: Sequence[int]) -> None:
+        pool = self._decoder.pool
+        while self._kept and any(kept > limit for kept, limit in zip(self._pages, most, strict=True)):
             _, block = self._kept.popitem(last=False)
-            self._decoder.pool.release(block)
-            self._pages -= len(block)
+            pool.release(block)
+            self._pages = [kept - count for kept, count in zip(self._pages, pool.counts(block), strict=True)]
 
     def _keys(self, request: Request, tokens: int) -> list[_Key]:
         """One key per full page of the first `tokens` tokens, each a hash over the key before it."""

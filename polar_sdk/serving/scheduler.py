@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -69,8 +70,8 @@ class Scheduler:
         self.prefixes = PrefixCache(decoder)
         self._queue = FairQueue()
         self._running: list[Job] = []
-        self._promised: dict[Job, int] = {}
-        """Pages that each running job may need at most."""
+        self._promised: dict[Job, list[int]] = {}
+        """Pages of each store that each running job may need at most."""
         self._work = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -102,15 +103,19 @@ class Scheduler:
 
     def _check_size(self, job: Job) -> None:
         pool = self.decoder.pool
-        if (pages := self._pages(job)) > pool.size:
-            raise CacheMemoryError(
-                f"prompt and answer of {job.most_tokens} tokens need {pages * pool.page_bytes / 2**20:.0f} MiB of keys "
-                f"and values; {pool.size * pool.page_bytes / 2**20:.0f} MiB are set aside.",
-                hint="Shorten the prompt, lower max_tokens, or load the model with a larger kv_memory.",
-            )
+        for pages, size in zip(self._pages(job), pool.sizes, strict=True):
+            if pages > size:
+                raise CacheMemoryError(
+                    f"prompt and answer of {job.most_tokens} tokens need {pages * pool.page_bytes / 2**20:.0f} MiB of "
+                    f"keys and values; {size * pool.page_bytes / 2**20:.0f} MiB are set aside.",
+                    hint="Shorten the prompt, lower max_tokens, or load the model with a larger kv_memory.",
+                )
 
-    def _pages(self, job: Job) -> int:
-        return -(-job.most_tokens // PAGE) * len(job.request.route.program.layers)
+    def _pages(self, job: Job) -> list[int]:
+        """Pages of each store that a job may need at most."""
+        visits = Counter(self.decoder.stores(job.request.route.program))
+        blocks = -(-job.most_tokens // PAGE)
+        return [blocks * visits[store] for store in range(len(self.decoder.pool.sizes))]
 
     @torch.inference_mode()
     def _serve(self) -> None:
@@ -188,10 +193,11 @@ class Scheduler:
                 if job is None:
                     return
                 needed = self._pages(job)
-                if sum(self._promised.values()) + needed > pool.size:
+                promised = [sum(column) for column in zip(*self._promised.values(), needed, strict=True)]
+                if any(most > size for most, size in zip(promised, pool.sizes, strict=True)):
                     return
                 self._queue.serve(job)
-            self.prefixes.make_room(sum(self._promised.values()) + needed)
+            self.prefixes.make_room(promised)
             job.cached = self.prefixes.lend(job.request, job.row)
             self._running.append(job)
             self._promised[job] = needed

@@ -38,7 +38,8 @@ def test_a_folder_gives_what_the_model_in_memory_gives(
     read = load_pretrained(folder, device="cpu", precision=precision, compile=False).decoder
     clear_cache()
     in_memory = build_decoder(_cast(model, dtype))
-    for ours, theirs in zip([*read.layers, read.ends], [*in_memory.layers, in_memory.ends], strict=True):
+    every = ([decoder.start, *decoder.layers, decoder.ends] for decoder in (read, in_memory))
+    for ours, theirs in zip(*every, strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
             for one, other in zip(_tensors(ours[name]), _tensors(theirs[name]), strict=True):
@@ -114,11 +115,12 @@ def _save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy whose weights, and they alone, are of this dtype: the rotary frequencies stay exact."""
-    copied = type(model)(model.config)
+    copied: PreTrainedModel = type(model)(model.config)
     copied.load_state_dict(model.state_dict())
     for weight in copied.parameters():
         weight.data = weight.data.to(dtype)
-    return copied.requires_grad_(False).eval()
+    copied.train(False)
+    return copied
 
 
 def _logits(decoder: Decoder) -> Tensor:

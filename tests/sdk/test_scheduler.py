@@ -46,7 +46,7 @@ def run_together(calls: Sequence[Callable[[], Generation]]) -> list[Generation]:
 
 def all_pages_are_back(model: PolarModel) -> bool:
     pool = model.loaded.decoder.pool
-    model.scheduler.prefixes.make_room(pool.size)
+    model.scheduler.prefixes.make_room(pool.sizes)
     return pool.free == pool.size
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from polar_sdk import Program
+from polar_sdk.engine.attention import attend_seen
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.scoring import Question, Score, score_questions
 
@@ -56,16 +57,13 @@ def test_long_questions_score_as_in_passes_of_their_own(
 def test_a_mask_never_grows_with_the_square_of_the_question(
     tiny_family: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polar_sdk import scoring
-
     sizes: list[int] = []
-    attend = scoring.attend_seen
 
     def spy(*arguments: Any) -> torch.Tensor:
         sizes.append(arguments[-1].numel())
-        return attend(*arguments)
+        return attend_seen(*arguments)
 
-    monkeypatch.setattr(scoring, "attend_seen", spy)
+    monkeypatch.setattr("polar_sdk.scoring.attend_seen", spy)
     decoder = build_decoder(tiny_family("llama"))
     long = Question((7,) * 400, ((8,) * 100,))
     score_questions(decoder, [long], Program.identity(6))
