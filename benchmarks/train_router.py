@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=3, help="of the policy router; 0 leaves it out")
     parser.add_argument("--price", type=float, default=3.0, help="weight of a lost prompt for the policy router")
-    parser.add_argument("--tier", nargs="+", default=["economy=0.10", "standard=0.02", "premium=0.01"])
+    parser.add_argument("--tier", nargs="+", default=["economy=0.10", "standard=0.03", "premium=0.015"])
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tried on")
     options = parser.parse_args(arguments)

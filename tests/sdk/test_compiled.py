@@ -162,10 +162,12 @@ def test_without_a_compiler_the_error_says_so_and_eager_works(
 ) -> None:
     import torch._inductor.config as options
 
-    monkeypatch.setattr(options.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("PATH", "")
     part = replace(_head(eager), assumptions="uncached")
-    with pytest.raises(CompileError, match="cannot be compiled") as caught:
+    with (
+        options.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(CompileError, match="cannot be compiled") as caught,
+    ):
         part.compile(tmp_path / "head.pt2")
     assert caught.value.hint is not None
     assert "compile=False" in caught.value.hint

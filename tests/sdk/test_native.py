@@ -177,9 +177,9 @@ def test_without_a_compiler_layers_do_without(
 ) -> None:
     import torch._inductor.config as options
 
-    monkeypatch.setattr(options.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("PATH", "")
-    assert not library.load_library(tmp_path, HALF, CPU, build=True)
+    with options.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert not library.load_library(tmp_path, HALF, CPU, build=True)
     assert "native kernels cannot be compiled" in caplog.text
     assert not list(tmp_path.iterdir())
     assert library.version(HALF, CPU) == ""
