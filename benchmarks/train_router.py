@@ -29,15 +29,18 @@ from polar_sdk.data import (
     builtin_items,
     data_hash,
     distinct_items,
+    item_id,
     read_items,
     split_of,
 )
 from polar_sdk.learning import MenuSettings, PolicySettings, certify
+from polar_sdk.learning.measuring import marks
 from polar_sdk.learning.outcomes import Outcomes
 from polar_sdk.learning.page import to_html
 from polar_sdk.policy import TIERS
 from polar_sdk.program import Program
 from polar_sdk.rewards import Measurer, RewardCache, cache_path, make_tasks
+from polar_sdk.router import save_router
 from polar_sdk.router.layerwise import PolicyRouter
 from polar_sdk.search import RewardMatrix, Search, SearchOptions
 from polar_sdk.search.measured import measured_matrix
@@ -155,7 +158,15 @@ class Work:
                 bridges=self.folder / "bridges",
                 on_progress=self.show,
             )
+        for name, router in made.items():
+            save_router(self._remembering(router), self.folder / name)
         return made
+
+    def _remembering(self, router: LearnedRouter) -> LearnedRouter:
+        """The router, told of all prompts that it or its bridges learned from, so that it is judged on none of them."""
+        ids = [item_id(item) for item in distinct_items(self.items)]
+        seen = marks(one for one in ids if split_of(one) in ("train", "dev"))
+        return router.with_facts(training={**router.facts.training, "seen": seen})
 
     def resplit(self, name: str, router: LearnedRouter, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> None:
         """How often promises break: calibrated on a random half of the prompts that training left alone."""
@@ -261,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=3, help="of the policy router; 0 leaves it out")
     parser.add_argument("--price", type=float, default=3.0, help="weight of a lost prompt for the policy router")
-    parser.add_argument("--tier", nargs="+", default=["economy=0.10", "standard=0.03", "premium=0.015"])
+    parser.add_argument("--tier", nargs="+", default=["economy=0.25", "standard=0.03", "premium=0.015"])
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tried on")
     options = parser.parse_args(arguments)
