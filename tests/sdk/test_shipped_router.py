@@ -1,0 +1,54 @@
+"""The router that ships for the default model: found, certified, and at work."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from polar_sdk import PolarModel
+from polar_sdk.router import MenuRouter
+
+pytestmark = pytest.mark.model
+QUESTION = "Question: Which gas do plants take from the air to make sugar?\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def model() -> PolarModel:
+    return PolarModel.from_pretrained(precision="bf16", ledger=None)
+
+
+@pytest.fixture(scope="module")
+def router(model: PolarModel) -> MenuRouter:
+    assert isinstance(model.router, MenuRouter)
+    return model.router
+
+
+def test_it_serves_where_nothing_is_named_and_its_promises_hold(model: PolarModel, router: MenuRouter) -> None:
+    assert router.certified
+    assert router.certificate is not None and set(router.certificate.tiers) == {"economy", "standard", "premium"}
+    usage = model.generate("Name a colour.", max_tokens=2).usage
+    assert (usage.tier, usage.router) == ("standard", "menu")
+    assert usage.flops.router > 0
+
+
+def test_it_saves_a_third_of_a_choice_question_in_economy(model: PolarModel, router: MenuRouter) -> None:
+    assert router.certificate is not None
+    tokens = model.encode(QUESTION)
+    program = router.at(router.certificate.tiers["economy"].theta).route(tokens).program
+    cost = model.decoder.cost
+    full = cost.prefill(router.programs[0], len(tokens))
+    assert cost.prefill(program, len(tokens)) < full * 2 / 3
+    assert router.at(0.0).route(tokens).program == router.programs[0]
+
+
+def test_another_precision_is_not_certified_and_falls_back_to_the_policy() -> None:
+    whole = PolarModel.from_pretrained(precision="fp32", ledger=None)
+    assert whole.router is None
+    assert whole.generate("Name a colour.", max_tokens=1).usage.tier == "premium"
+
+
+def test_it_is_small() -> None:
+    folder = Path(str(resources.files("polar_sdk") / "routers" / "smollm2-135m-instruct"))
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 5_000_000
