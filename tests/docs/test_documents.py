@@ -189,13 +189,12 @@ class TestPages:
         assert project["version"] in dict(sections)
         assert all(date for name, date in sections[1:])
 
-    def test_the_tiers_are_those_of_the_shipped_policy(self) -> None:
-        policy = json.loads((ROOT / "polar_sdk/policies/smollm2-135m-instruct.json").read_text(encoding="utf-8"))
-        text = README.read_text(encoding="utf-8")
-        for name in ("standard", "economy"):
-            tier = policy["tiers"][name]
-            flops, agreement = re.findall(r"[0-9.]+%", tier["note"])
-            assert f"| {name} | `{tier['program']}` | {flops} | {agreement} |" in text
+    def test_the_promises_are_those_of_the_shipped_router(self) -> None:
+        file = ROOT / "polar_sdk/routers/smollm2-135m-instruct/router.json"
+        tiers = json.loads(file.read_text(encoding="utf-8"))["certificate"]["tiers"]
+        rows = README.read_text(encoding="utf-8").splitlines()
+        for name, promise in tiers.items():
+            assert any(row.startswith(f"| {name}") and f"| {100 * promise['alpha']:g}% |" in row for row in rows), name
             assert f"[{name} · program {tier['program']} · " in text
 
     def test_the_licence_is_the_one_that_is_named(self) -> None:
