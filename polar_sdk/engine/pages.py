@@ -59,7 +59,7 @@ class PagePool:
         self._clean = list(self.starts)
         """Pages of each store below it have been cleared."""
         self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
-        # Reentrant: a row that is collected as garbage gives its pages back in whichever thread that happens, this one too.
+        # Reentrant: a row collected as garbage gives its pages back in whichever thread that happens, this one too.
         self._lock = threading.RLock()
 
     @property
