@@ -23,7 +23,7 @@ PUBLIC = {
         AnswerItem ChoiceItem DEFAULT_SHARES Item PromptItem SPLITS Shares Split builtin_items check_labels data_hash
         distinct_items item_id normalised read_items split_of
     """,
-    "polar_sdk.rewards": "Measurer Reward RewardCache Task cache_path make_tasks rewards_of",
+    "polar_sdk.rewards": "Measurer Reward RewardCache SAME_ANSWER Task cache_path make_tasks rewards_of",
     "polar_sdk.search": """
         Menu MenuProgram RewardMatrix Search SearchOptions SearchResult rewards_path search
     """,
