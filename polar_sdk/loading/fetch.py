@@ -7,7 +7,7 @@ user's pip configuration hold here too. It does not know what the file is for.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -78,8 +78,17 @@ def _unpack(alias: Alias, wheel: Path, work: Path) -> Path:
     return target
 
 
+def _has_pip() -> bool:
+    """Whether this environment has pip, without touching the module.
+
+    Looking for the module, even by `find_spec`, makes setuptools leave the standard library's distutils in place for
+    good, and then torch's compiler cannot import setuptools.
+    """
+    return next(iter(importlib.metadata.distributions(name="pip")), None) is not None
+
+
 def _download(alias: Alias, work: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
+    if not _has_pip():
         raise _cannot(alias, "this Python environment has no pip", "Run `python -m ensurepip` first; then ")
     folder, log = work / "wheel", work / "pip.log"
     with (

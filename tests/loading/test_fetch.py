@@ -32,10 +32,10 @@ print(obtain(Alias(**json.loads(sys.argv[1]))).fingerprint)
 """
 
 
-def start(alias: Alias, **environment: str) -> subprocess.Popen[str]:
+def start(alias: Alias, then: str = "", **environment: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join(path for path in sys.path if path)
     return subprocess.Popen(
-        [sys.executable, "-c", OBTAIN, json.dumps(asdict(alias))],
+        [sys.executable, "-c", OBTAIN + then, json.dumps(asdict(alias))],
         env=os.environ | {"PYTHONPATH": paths} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -175,6 +175,14 @@ def test_interrupt_ends_pip(carried: Any, cache: Path) -> None:
                 pass  # ends when pip's end of the connection is closed
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
     assert left_over(cache) == []
+
+
+def test_the_compiler_can_be_used_after_a_download(carried: Any, index: Path, cache: Path) -> None:
+    """torch's compiler imports setuptools, which fails in a process that has looked for the module `pip`."""
+    process = start(carried.alias, then="import setuptools")
+    _, errors = process.communicate(timeout=120)
+    assert "fetching polar-tiny==1.0" in errors
+    assert process.returncode == 0, errors
 
 
 def test_two_processes_make_it_once(carried: Any, index: Path, cache: Path) -> None:

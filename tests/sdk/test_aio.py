@@ -1,7 +1,7 @@
 """Async calls: the loop runs on, a cancelled task stops compute, errors and context variables cross the thread.
 
 No test looks at a clock. Where two things must happen at once, an engine that waits for the loop stands in the way: a
-`Cancel` is asked before every token, so one that blocks holds the engine at a known place.
+logits hook is called once per token, so one that blocks holds the engine at a known place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from polar_sdk.usage import ListSink, Outcome, UsageRecord
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from torch import Tensor
+
     from polar_sdk.model import PolarModel
     from polar_sdk.requests import Cancel
 
@@ -29,31 +31,19 @@ LONG = 200
 """Tokens of an answer that no test waits for."""
 
 
-class Counted:
-    """A `Cancel` that counts how often the engine asked, once per token."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def is_set(self) -> bool:
-        self.times += 1
-        return False
-
-
 class Gate:
-    """A `Cancel` that lets the engine take so many tokens, then holds it until it is opened."""
+    """A logits hook that lets the engine take so many tokens, then holds it at the next until it is opened."""
 
     def __init__(self, tokens: int) -> None:
         self._free = tokens
         self.reached = threading.Event()
         self.opened = threading.Event()
 
-    def is_set(self) -> bool:
-        self._free -= 1
-        if self._free < 0:
+    def __call__(self, tokens: tuple[int, ...], logits: Tensor) -> Tensor:
+        if len(tokens) >= self._free:
             self.reached.set()
             assert self.opened.wait(60), "the gate was never opened"
-        return False
+        return logits
 
 
 def never_ending(model: PolarModel) -> str:
@@ -89,7 +79,7 @@ class TestGenerate:
 
     async def test_the_loop_ticks_while_the_engine_is_held(self, tiny: PolarModel, prompt: str) -> None:
         gate = Gate(2)
-        task = asyncio.ensure_future(tiny.agenerate(prompt, max_tokens=10, cancel=gate))
+        task = asyncio.ensure_future(tiny.agenerate(prompt, max_tokens=10, logits_hook=gate))
         await reached(gate)
         ticked = await ticks(100)  # the engine stands in mid-answer all this time
         assert not task.done()
@@ -99,7 +89,7 @@ class TestGenerate:
 
     async def test_cancelling_the_task_stops_compute(self, tiny: PolarModel, records: ListSink, prompt: str) -> None:
         gate = Gate(5)
-        task = asyncio.ensure_future(tiny.agenerate(prompt, max_tokens=LONG, cancel=gate))
+        task = asyncio.ensure_future(tiny.agenerate(prompt, max_tokens=LONG, logits_hook=gate))
         await reached(gate)
         task.cancel()
         await ticks()
@@ -113,7 +103,7 @@ class TestGenerate:
 
     async def test_a_timeout_stops_compute(self, tiny: PolarModel, records: ListSink, prompt: str) -> None:
         gate = Gate(3)
-        answering = asyncio.ensure_future(tiny.agenerate(prompt, max_tokens=LONG, cancel=gate))
+        answering = asyncio.ensure_future(tiny.agenerate(prompt, max_tokens=LONG, logits_hook=gate))
         await reached(gate)
         asyncio.get_running_loop().call_later(0.05, gate.opened.set)
         with pytest.raises(TimeoutError):
@@ -174,7 +164,7 @@ class TestStream:
 
     async def test_leaving_early_stops_compute(self, tiny: PolarModel, records: ListSink, prompt: str) -> None:
         gate = Gate(4)
-        chunks = tiny.astream(prompt, max_tokens=LONG, cancel=gate)
+        chunks = tiny.astream(prompt, max_tokens=LONG, logits_hook=gate)
         for _ in range(3):
             assert (await anext(chunks)).generation is None
         await reached(gate)
@@ -183,7 +173,7 @@ class TestStream:
         gate.opened.set()
         await closing
         (record,) = records.records
-        assert record.outcome is Outcome.CANCELLED
+        assert record.outcome is Outcome.CANCELLED, (record.error, record.tokens)
         assert 4 <= record.tokens.output <= 5
 
     async def test_a_slow_consumer_holds_the_engine_back(
@@ -217,7 +207,7 @@ class TestStream:
         gate = Gate(4)
 
         async def consume() -> None:
-            async for _ in tiny.astream(prompt, max_tokens=LONG, cancel=gate):
+            async for _ in tiny.astream(prompt, max_tokens=LONG, logits_hook=gate):
                 pass
 
         task = asyncio.ensure_future(consume())
@@ -233,7 +223,7 @@ class TestStream:
 
     async def test_the_loop_ticks_between_chunks(self, tiny: PolarModel, prompt: str) -> None:
         gate = Gate(3)
-        chunks = tiny.astream(prompt, max_tokens=8, cancel=gate)
+        chunks = tiny.astream(prompt, max_tokens=8, logits_hook=gate)
         waiting = asyncio.ensure_future(anext(chunks))
         await reached(gate)
         assert await ticks(100) == 100
