@@ -27,6 +27,7 @@ import polar_sdk.engine.products
 from polar_sdk.engine import native
 from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import EagerKernels
+from polar_sdk.engine.family import pick
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.products import Int4, Int8, Plain, one_by_one, wide_from
 from polar_sdk.errors import CompileError
@@ -126,7 +127,7 @@ class Part:
         """
         module = _Part(self.run, self.template, len(self.inputs))
         arguments = (*self.inputs, *_flat(self.template))
-        least = {"rows": 2, "tokens": self.least_tokens, "blocks": 1, "pages": 1}
+        least = {"batch": 2, "rows": 2, "tokens": self.least_tokens, "blocks": 1, "pages": 1}
         sizes = {name: torch.export.Dim(name, min=least[name], max=_MOST) for name in least}
         shapes = [{axis: sizes[name] for axis, name in given.items()} for given in self.dynamic]
         shapes += [{} for _ in _flat(self.template)]
@@ -189,23 +190,29 @@ def _layer_parts(decoder: Decoder, weights: Weights, kind: AttentionKind) -> Ite
 
 
 def _decode_part(decoder: Decoder, weights: Weights, kind: AttentionKind, *, single: bool) -> Part:
+    """A layer for one token of the only row, or of some of several: these it gathers, and puts back, by itself."""
     family = decoder.family
-    rows = 1 if single else _EXAMPLE_ROWS
+    rows, batch = (1, 1) if single else (_EXAMPLE_ROWS, _EXAMPLE_ROWS + 1)
 
     def decode(x: Tensor, cos: Tensor, sin: Tensor, store: Tensor, table: Tensor, at: Tensor, w: Weights) -> Tensor:
         query, key, value = family.project(x, (cos, sin), w)
         write_pages(store, table.gather(1, (at // PAGE)[:, None])[:, 0], at % PAGE, key, value)
         return family.finish(x, paged_decode(query, store, table, at, kind), w)
 
+    def decode_some(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+        return x.index_copy(0, index, decode(x.index_select(0, index), *pick((cos, sin), index), *rest))
+
     axis = {} if single else {0: "rows"}
-    rotary, moves = _rotary(decoder, kind, rows, None if single else "rows")
+    rotary, moves = _rotary(decoder, kind, batch, None if single else "batch")
     store = decoder.pool.stores[0][: min(rows * 3, decoder.pool.size)]
     table = torch.zeros((rows, 3), dtype=torch.long, device=decoder.device)
     at = torch.full((rows,), 2 * PAGE, device=decoder.device)
-    inputs = (_zeros(decoder, rows, family.hidden), *rotary, store, table, at)
+    x = _zeros(decoder, batch, family.hidden)
+    index = torch.arange(rows, device=decoder.device)
+    first, moving = ((x,), ({},)) if single else ((x, index), ({0: "batch"}, axis))
     return Part(
-        _decode_name(kind, single=single), decode, weights, inputs,
-        (axis, *moves, {0: "pages"}, {**axis, 1: "blocks"}, axis),
+        _decode_name(kind, single=single), decode if single else decode_some, weights,
+        (*first, *rotary, store, table, at), (*moving, *moves, {0: "pages"}, {**axis, 1: "blocks"}, axis),
         f"{_assumptions(decoder, weights)}|{kind}",
     )  # fmt: skip
 
@@ -342,16 +349,28 @@ class CompiledKernels:
         return self._eager.attend(query, keys, values, kind)
 
     def decode(
-        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, table: Tensor, at: Tensor
+        self,
+        w: Weights,
+        x: Tensor,
+        index: Tensor | None,
+        rotary: Rotary,
+        kind: AttentionKind,
+        store: Tensor,
+        table: Tensor,
+        at: Tensor,
     ) -> Tensor:
-        """A whole layer for one token per row."""
-        if 1 < x.shape[0] <= self._alone[id(w)]:
-            apart = zip(*(_apart(one, x.shape[0]) for one in (x, *rotary, table, at)), strict=True)
-            rows = [self.decode(w, x1, (cos, sin), kind, store, table1, at1) for x1, cos, sin, table1, at1 in apart]
-            return torch.cat(rows)
-        loader = self._decoders[id(w), x.shape[0] == 1]
-        result: Tensor = loader.run([x, *rotary, store, table, at, *self._tensors[id(w)]])[0]
-        return result
+        """A whole layer for one token of some rows."""
+        tensors, count = self._tensors[id(w)], table.shape[0]
+        if count > self._alone[id(w)]:
+            places = torch.arange(count, device=x.device) if index is None else index
+            every: Tensor = self._decoders[id(w), False].run([x, places, *rotary, store, table, at, *tensors])[0]
+            return every
+        some, turned = (x, rotary) if index is None else (x.index_select(0, index), pick(rotary, index))
+        apart = zip(*(_apart(one, count) for one in (some, *turned, table, at)), strict=True)
+        loader = self._decoders[id(w), True]
+        rows = [loader.run([x1, cos, sin, store, pages, at1, *tensors])[0] for x1, cos, sin, pages, at1 in apart]
+        after = rows[0] if count == 1 else torch.cat(rows)
+        return after if index is None else x.index_copy(0, index, after)
 
     def head(self, ends: Weights, x: Tensor) -> Tensor:
         """Logits."""

@@ -36,9 +36,28 @@ class Kernels(Protocol):
         ...
 
     def decode(
-        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, table: Tensor, at: Tensor
+        self,
+        w: Weights,
+        x: Tensor,
+        index: Tensor | None,
+        rotary: Rotary,
+        kind: AttentionKind,
+        store: Tensor,
+        table: Tensor,
+        at: Tensor,
     ) -> Tensor:
-        """A whole layer for one token per row (B, E) at positions `at` (B,), over pages `table` (B, n) of `store`."""
+        """A whole layer for one token of some of the rows (B, E); returns the states of all, (B, E).
+
+        Args:
+            w: The layer.
+            x: The states of all rows.
+            index: Which rows, (M,); None = all.
+            rotary: Of all rows.
+            kind: Of attention.
+            store: Of pages.
+            table: Pages of those rows, (M, n).
+            at: Their positions, (M,).
+        """
         ...
 
     def head(self, ends: Weights, x: Tensor) -> Tensor:
@@ -67,7 +86,15 @@ class EagerKernels:
         return attend_row(query, keys, values, kind)
 
     def decode(
-        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, table: Tensor, at: Tensor
+        self,
+        w: Weights,
+        x: Tensor,
+        index: Tensor | None,
+        rotary: Rotary,
+        kind: AttentionKind,
+        store: Tensor,
+        table: Tensor,
+        at: Tensor,
     ) -> Tensor:
         """Not offered: uncompiled, attention over pages would copy them; rows attend one by one instead."""
         raise NotImplementedError

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.products import Product
 
-__all__ = ["AttentionKind", "Family", "Projected", "Rotary", "Weights"]
+__all__ = ["AttentionKind", "Family", "Projected", "Rotary", "Weights", "pick"]
 
 Weights = dict[str, Any]
 """Weights of one layer by name: a `Product`, a tensor, or None."""
@@ -28,6 +28,12 @@ Rotary = tuple["Tensor", "Tensor"]
 """Cosine and sine of each packed token, (N, 1, r) each, r ≤ d; of size 0 where positions enter elsewhere."""
 Projected = tuple["Tensor", "Tensor", "Tensor"]
 """Queries (N, H, d), keys and values (N, G, d), ready for attention."""
+
+
+def pick(rotary: Rotary, index: Tensor) -> Rotary:
+    """Cosine and sine of some of the tokens."""
+    cos, sin = rotary
+    return (cos.index_select(0, index), sin.index_select(0, index)) if cos.numel() else rotary
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polar_sdk.engine.attention import write_pages
+from polar_sdk.engine.family import pick
 from polar_sdk.engine.layout import Layout, Members
 from polar_sdk.engine.rows import Row, extra_visits
 from polar_sdk.loops import damp
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.family import Rotary
 
 __all__ = ["Row", "advance", "next_logits"]
 
@@ -93,17 +95,23 @@ def next_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence
     return logits
 
 
-def _run(
-    decoder: Decoder, layout: Layout, members: Members, hidden: Tensor, rotary: list[tuple[Tensor, Tensor]]
-) -> Tensor:
+def _run(decoder: Decoder, layout: Layout, members: Members, hidden: Tensor, rotary: list[Rotary]) -> Tensor:
     """One step for its members; returns the hidden states of all rows."""
     index, step = members.index, members.step
+    fused = members.single and decoder.kernels.pages and not step.bridge
+    if fused and step.parts == 1 and not layout.guarded:
+        return _visit_pages(decoder, step.first, members, hidden, index, rotary)
     before = hidden if index is None else hidden.index_select(0, index)
     if step.bridge:
         after = decoder.bridge(step)(before, members.positions)
     else:
-        turned = rotary if index is None else [_pick(pair, index) for pair in rotary]
-        after = damp(before, _visit(decoder, step.first, members, before, turned), step.parts)
+        turned = rotary if index is None else [pick(pair, index) for pair in rotary]
+        visited = (
+            _visit_pages(decoder, step.first, members, before, None, turned)
+            if fused
+            else _visit(decoder, step.first, members, before, turned)
+        )
+        after = damp(before, visited, step.parts)
     if layout.guarded:
         after = _guarded(members, before, after)
     if index is None:
@@ -111,17 +119,19 @@ def _run(
     return hidden.index_copy_(0, index, after)
 
 
-def _pick(rotary: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = rotary
-    return (cos.index_select(0, index), sin.index_select(0, index)) if cos.numel() else rotary
+def _visit_pages(
+    decoder: Decoder, layer: int, members: Members, x: Tensor, index: Tensor | None, rotary: list[Rotary]
+) -> Tensor:
+    """One layer for one token of each member, which stand at `index` of the states x (B, E); returns all states."""
+    kind, weights = decoder.family.kinds[layer], decoder.layers[layer]
+    return decoder.kernels.decode(
+        weights, x, index, rotary[kind.rope], kind, decoder.store(layer), members.table, members.positions
+    )
 
 
-def _visit(decoder: Decoder, layer: int, members: Members, x: Tensor, rotary: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _visit(decoder: Decoder, layer: int, members: Members, x: Tensor, rotary: list[Rotary]) -> Tensor:
     """One layer for the members' tokens (N, E)."""
     kind, store = decoder.family.kinds[layer], decoder.store(layer)
-    if members.single and decoder.kernels.pages:
-        weights = decoder.layers[layer]
-        return decoder.kernels.decode(weights, x, rotary[kind.rope], kind, store, members.table, members.positions)
     query, key, value = decoder.project(layer, x, rotary)
     write_pages(store, members.pages, members.offsets, key, value)
     parts = []
