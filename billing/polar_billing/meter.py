@@ -25,13 +25,12 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.columns import to_units
 from polar_billing.errors import ConflictError, StoreError
 from polar_billing.ledger import Ledger
 from polar_billing.location import resolve
 from polar_billing.money import from_scaled, plain
 from polar_billing.price_book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.rating import COMPUTE, rate
+from polar_billing.rating import COMPUTE, cost_of, rate
 from polar_billing.storage import Entry, LedgerStorage
 from polar_billing.writer import Writer
 from polar_sdk.usage import UsageSink
@@ -201,11 +200,10 @@ class Meter(UsageSink):
     def entry(self, record: UsageRecord, rating: Rating | None = None) -> Entry:
         """A record with what its receipt says, as the ledger takes it."""
         book = self.price_book
-        rating = rating or rate(record, book, counterfactuals=False)
-        cost = rating.cost
-        if cost is not None:
-            to_units(cost)  # one that does not fit is told here, to the caller it belongs to
-        return Entry(record, self.source, book, cost, rating.unrated)
+        cost, unrated = cost_of(record, book) if rating is None else (rating.cost, rating.unrated)
+        entry = Entry(record, self.source, book, cost, unrated)
+        _ = entry.cost_units  # one that does not fit is told here, to the caller it belongs to
+        return entry
 
     def _store(self, entry: Entry) -> StoredUsage | None:
         """Store one record; None where it is on its way."""

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from polar_billing.canonical import record_json
+from polar_billing.columns import to_units
 from polar_billing.periods import ALL_TIME, Period
 
 if TYPE_CHECKING:
@@ -109,10 +110,19 @@ class Entry:
     """None where unrated. Unit: currency units of the book."""
     unrated: str | None = None
 
-    @property
+    @cached_property
     def identity(self) -> Identity:
         """What it is stored once by."""
         return (self.record.tenant, self.source, self.record.request_id)
+
+    @cached_property
+    def cost_units(self) -> int | None:
+        """The cost as the ledger holds it. Unit: 10^-12 of a currency unit.
+
+        Raises:
+            AmountError: It is beyond what the ledger can hold.
+        """
+        return None if self.cost is None else to_units(self.cost)
 
     @cached_property
     def canonical(self) -> bytes:
