@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from polar_billing.errors import ConflictError
     from polar_billing.price_book import PriceBook
+    from polar_billing.pricing.in_force import Choice
     from polar_billing.rating import Rating
     from polar_billing.usage_sums import Sum
     from polar_sdk.usage import UsageRecord
@@ -200,6 +201,14 @@ class LedgerStorage(ABC):
     @abstractmethod
     def price_books(self) -> dict[str, PriceBook]:
         """Every book that ever rated a record, by content hash."""
+
+    def price_choices(self) -> Sequence[Choice]:
+        """The price books that were put in force, in order; none where a store keeps no such thing.
+
+        Raises:
+            StoreError: It cannot be read.
+        """
+        return ()
 
     @abstractmethod
     def close(self) -> None:

@@ -134,7 +134,7 @@ def test_a_free_outcome_keeps_its_quantity_and_costs_nothing(book: PriceBook) ->
         ("compute (error, free)", record.flops.total, 0)
     ]
     assert rating.cost == 0
-    assert cost_of(record, book) == (0, None)
+    assert cost_of(record, book) == (Decimal(0), None)
     assert rate(record.model_copy(update={"outcome": Outcome.CANCELLED}), book).cost != 0
 
 

@@ -69,7 +69,7 @@ def test_charges_of_the_smallest_unit_from_the_meter_to_the_books(store: Ledger)
         for batch in batches_of(currency, part):
             assert {getattr(one, "cost", None) for one in meter.emit_many(batch)} == {unit}
         issued = issue_statement(store, currency, PERIOD, now=datetime(2026, 12, 2, tzinfo=UTC)).statement
-        assert (issued.total, issued.rounding, issued.requests) == (unit * part, 0, part)
+        assert (issued.total, issued.rounding, issued.requests) == (unit * part, Decimal(0), part)
         with store.snapshot() as connection:
             booked = balances(connection, currency)
         assert booked[Account.RECEIVABLE, currency] == unit * part

@@ -231,11 +231,11 @@ def test_every_deleted_row_is_found(stranger: Stranger) -> None:
 def test_every_added_row_is_found(stranger: Stranger) -> None:
     for name in CHAINED_TABLES:
         found = inspect(stranger.connection)
-        once = {key for one in found.get_unique_constraints(name) for key in one["column_names"]}
-        once |= {key for one in found.get_indexes(name) if one["unique"] for key in one["column_names"]}
+        once = {str(key) for one in found.get_unique_constraints(name) for key in one["column_names"]}
+        once |= {str(key) for one in found.get_indexes(name) if one["unique"] for key in one["column_names"]}
         new = {*stranger.key(name), *once} - ({"tenant"} if name != HEAD else set())
         for row in stranger.chosen(name):  # its like slips in among the rows of its tenant
-            added = {**row, **{str(key): other(row[str(key)], is_text(name, str(key))) for key in new}}
+            added = {**row, **{key: other(row[key], is_text(name, key)) for key in new}}
             named = stranger.named(name, [], [added])
             assert {tenant for tenant, _ in named} & {added.get("tenant", ""), ""}, (name, added, named)
 
