@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from polar_billing.canonical import record_json
-from polar_billing.columns import to_units
+from polar_billing.money import to_units
 from polar_billing.periods import ALL_TIME, Period
 
 if TYPE_CHECKING:
