@@ -42,19 +42,19 @@ def _fold(table: Table, console: Console) -> int:
     Returns:
         The least width of the table. Unit: characters.
     """
-    texts = [(column, _longest(column, console)) for column in table.columns if not column.no_wrap]
     wide = console.options.update(width=_WIDEST)
-    if console.measure(table, options=wide).maximum > console.width:
-        for column, longest in texts:
-            column.min_width = column.max_width = min(column.min_width or 1, longest)
-    least = console.measure(table, options=wide).minimum
-    spare = max(console.width - least, 0)
-    for column, longest in texts:
-        if column.max_width is not None:
-            taken = min(longest - column.max_width, spare)
-            column.max_width += taken
-            spare -= taken
-    return least
+    if (natural := console.measure(table, options=wide).maximum) <= console.width:
+        return natural
+    texts = [(column, _longest(column, console)) for column in table.columns if not column.no_wrap]
+    least = [min(column.min_width or 1, longest) for column, longest in texts]
+    for (column, _), width in zip(texts, least, strict=True):
+        column.min_width = column.max_width = width
+    needed = console.measure(table, options=wide).maximum  # not the minimum, for which figures break at their unit
+    spare = max(console.width - needed, 0)
+    for (column, longest), width in zip(texts, least, strict=True):
+        column.max_width = width + min(longest - width, spare)
+        spare -= column.max_width - width
+    return needed
 
 
 def _longest(column: Column, console: Console) -> int:

@@ -1,6 +1,6 @@
 """Which price book a statement is made by, and how revisions of a book get into the ledger.
 
-Revisions of a book share its id; the one put in force or stored last is in force. It agrees with the earlier ones about
+Revisions of a book share its id; the one put in force last is in force. It agrees with the earlier ones about
 the past (see `pricing.timeline`), so a statement by it charges what the receipts said, plus what plans add.
 """
 
@@ -90,11 +90,11 @@ def book_by_hash(connection: Connection, content_hash: str) -> PriceBook | None:
 
 
 def books_in_force(connection: Connection) -> dict[str, PriceBook]:
-    """The latest revision of every book, by id: of those put in force, and of those that only rated something."""
-    last = {choice.book.content_hash: choice.put_at for choice in read_choices(connection, {})}
-    rows = connection.execute(select(price_book_table)).all()
-    ordered = sorted(rows, key=lambda row: (max(row.stored_at, last.get(row.hash, row.stored_at)), row.hash))
-    return {row.id: PriceBook.from_document(row.document) for row in ordered}
+    """The revision of every book that is in force, by id: put in force last, or else the last that rated something."""
+    stored = price_book_table.c
+    rows = connection.execute(select(stored.id, stored.document).order_by(stored.stored_at, stored.hash))
+    found = {row.id: PriceBook.from_document(row.document) for row in rows}
+    return found | {choice.book.id: choice.book for choice in read_choices(connection, {})}
 
 
 def book_for(connection: Connection, tenant: str, period: Period, numbers: Numbers) -> PriceBook:
