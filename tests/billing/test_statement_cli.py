@@ -172,7 +172,7 @@ def test_agreement_is_measured_by_an_evaluation(tmp_path: Path) -> None:
         file.write_text(evaluation(agreed, 1_194), encoding="utf-8")
         made = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--json"))
         assert made["agreement"]["premium"] == [agreed, 1_194]
-        assert any("answers agreed" in line["item"] for line in made["lines"]) == credit
+        assert ("answers agreed" in json.dumps(made)) == credit
     told = ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--agreement", "premium=9/9")
     assert "answers agreed" not in told  # what is told by hand goes before
     file.write_text("{}", encoding="utf-8")
