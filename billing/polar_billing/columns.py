@@ -7,7 +7,7 @@ scaled integers. This module knows no table.
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -15,8 +15,7 @@ from sqlalchemy import BigInteger, Dialect, Text
 from sqlalchemy.types import TypeDecorator
 
 from polar_billing.canonical import canonical_json
-from polar_billing.errors import AmountError
-from polar_billing.money import STORED_SCALE, from_scaled, to_scaled
+from polar_billing.money import STORED_SCALE, from_scaled, to_units
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,31 +28,11 @@ __all__ = [
     "to_list_text",
     "to_map_text",
     "to_microseconds",
-    "to_units",
 ]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 """Reading multiplies by it; writing counts without it, which is quicker."""
-_INT64_MAX: Final = 2**63 - 1
-_EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
-"""Moves the decimal point of any amount without rounding."""
-
-
-def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:
-    """Count the units of 10^-scale in an amount.
-
-    Raises:
-        AmountError: It is not finite, too fine or too large to be kept exactly.
-    """
-    scaled = value.scaleb(scale, _EXACT) if value.is_finite() else value
-    units = int(scaled) if scaled.is_finite() else None
-    if units is None or units != scaled:
-        units = to_scaled(value, scale)  # says what is wrong
-    if abs(units) > _INT64_MAX:
-        limit = from_scaled(_INT64_MAX, scale)
-        raise AmountError(f"amount {value:f} is beyond the ledger's limit of {limit:f}.", hint="Split it.")
-    return units
 
 
 def to_microseconds(value: datetime) -> int:

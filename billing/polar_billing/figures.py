@@ -58,6 +58,7 @@ class Figures(BaseModel):
     latency_ns_p50: int | None
     """Queue, prefill and decode of completed requests, nearest rank. Unit: nanoseconds."""
     latency_ns_p95: int | None
+    latency_ns_p99: int | None
     unrated: dict[str, int]
     """Reason → requests without a price; they are in no amount."""
 
@@ -98,6 +99,7 @@ def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | N
         price_per_million_tokens=_money(total("exact") * 1_000_000, decimals, per=total("rated_tokens")),
         latency_ns_p50=_percentile(latencies, 50),
         latency_ns_p95=_percentile(latencies, 95),
+        latency_ns_p99=_percentile(latencies, 99),
         unrated=dict(sorted(unrated.items())),
     )
 

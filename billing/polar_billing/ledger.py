@@ -22,6 +22,7 @@ from polar_billing.errors import ConflictError, SchemaVersionError, StoreNotFoun
 from polar_billing.known import joined
 from polar_billing.location import default_file, describe, is_unmade, resolve, sqlite_file
 from polar_billing.price_book import PriceBook
+from polar_billing.price_choices import read_choices
 from polar_billing.rows import from_row
 from polar_billing.schema import (
     SCHEMA_VERSION,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL, Row, Select
 
+    from polar_billing.pricing.in_force import Choice
     from polar_billing.rating import Rating
     from polar_billing.storage import StoredUsage
     from polar_billing.usage_sums import Sum
@@ -70,6 +72,8 @@ class Ledger(LedgerStorage):
         self.url: URL = resolve(ledger)
         self._database = Database(self.url)
         self._preparing = threading.Lock()
+        self._books: dict[str, PriceBook] = {}
+        """Read before, by content hash: a book never changes."""
         self._forget()
 
     @property
@@ -199,6 +203,13 @@ class Ledger(LedgerStorage):
         with self._database.reading() as connection:
             rows = connection.execute(select(price_book_table.c.hash, price_book_table.c.document))
             return {row.hash: PriceBook.from_document(row.document) for row in rows}
+
+    def price_choices(self) -> Sequence[Choice]:
+        """The price books that were put in force, in order; see `LedgerStorage.price_choices`."""
+        if not self._has_tables():
+            return ()
+        with self._database.reading() as connection:
+            return read_choices(connection, self._books)
 
     def close(self) -> None:
         """Release connections."""

@@ -13,7 +13,8 @@ What has happened when `emit` returns is a choice, `durability`:
 * `sync`: committed by the calling thread itself, one at a time; no thread, no spool.
 
 Where the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice
-(but `sync`), and are stored exactly once when it is back. Knows neither the database nor how prices are applied.
+(but `sync`), and are stored exactly once when it is back. Knows neither the database nor how prices are chosen and
+applied.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ import atexit
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.columns import to_units
 from polar_billing.errors import ConflictError, StoreError
 from polar_billing.ledger import Ledger
 from polar_billing.location import resolve
 from polar_billing.money import from_scaled, plain
 from polar_billing.price_book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.rating import COMPUTE, rate
+from polar_billing.prices import Prices
+from polar_billing.rating import COMPUTE, Rating, cost_of, rate
 from polar_billing.storage import Entry, LedgerStorage
 from polar_billing.writer import Writer
 from polar_sdk.usage import UsageSink
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from decimal import Decimal
     from pathlib import Path
 
-    from polar_billing.rating import Rating
     from polar_billing.spool import SpoolStatus
     from polar_billing.storage import StoredUsage
     from polar_sdk.usage import UsageBound, UsageRecord
@@ -66,8 +67,8 @@ class Meter(UsageSink):
 
     Args:
         ledger: A store, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
-        prices: A price book or its file; None for `POLAR_PRICE_BOOK` or the example book. Read once, at first
-            use.
+        prices: A price book or its file, read once, at first use; None for the file of `POLAR_PRICE_BOOK`, or else
+            the books in force in the ledger, or else the example book (see `polar_billing.prices`).
         source: Who meters; request ids are unique per (tenant, source).
         durability: What has happened when `emit` returns; see the top of this module.
         sync: Short for `durability="sync"`.
@@ -96,20 +97,18 @@ class Meter(UsageSink):
         )
         self._spool_limit = spool_limit
         self._checked_at = float("-inf")
-        self._prices = prices
-        self._book: PriceBook | None = None
+        self._prices = Prices(self.ledger, prices)
         self._older_books: dict[str, PriceBook] = {}
 
     @property
     def price_book(self) -> PriceBook:
-        """The price book in force.
+        """The price book in force now, for tenants that no book names.
 
         Raises:
             PriceBookError: Its file is missing or wrong.
+            StoreError: The ledger cannot be read, and never was.
         """
-        if self._book is None:
-            self._book = self._prices if isinstance(self._prices, PriceBook) else PriceBook.load(self._prices)
-        return self._book
+        return self._prices.of(None)
 
     def check(self) -> None:
         """Raise if a record could not be priced and stored now.
@@ -121,7 +120,8 @@ class Meter(UsageSink):
             PriceBookError: The price book's file is missing or wrong.
             StoreError: The ledger is missing, read-only, full or damaged, or does not answer and the spool is full.
         """
-        _ = self.price_book
+        with suppress(StoreError):  # the ledger's own check tells, or tolerates it
+            _ = self.price_book
         writer, now = self._writer, time.monotonic()
         if writer is None:
             self.ledger.check()
@@ -153,7 +153,9 @@ class Meter(UsageSink):
             BudgetExceededError: No offer fits what is left.
             StoreError: The ledger cannot say.
         """
-        return 0 if self._budgets is None else self._budgets.reserve(bound, self.price_book, source=self.source)
+        if self._budgets is None:
+            return 0
+        return self._budgets.reserve(bound, self._prices.of(bound.tenant, bound.at), source=self.source)
 
     def release(self, tenant: str, request_id: str) -> None:
         """Give back what is held for a request that never began."""
@@ -175,10 +177,12 @@ class Meter(UsageSink):
             AmountError: The cost is beyond what the ledger can hold.
             StoreError: The record could not be stored. Where there is a spool it is kept there all the same.
         """
-        book = self.price_book
-        rating = rate(record, book, counterfactuals=False)
+        book, unknown = self._book_of(record)
+        rating = (
+            rate(record, book, counterfactuals=False) if unknown is None else Rating(book.currency, unrated=unknown)
+        )
         receipt = receipt_of(record, book, rating)  # before the thread that stores wants the interpreter as well
-        stored = self._store(self.entry(record, rating))
+        stored = self._store(_entry(record, self.source, book, rating.cost, rating.unrated))
         if stored is not None and stored.price_book_hash != book.content_hash:
             book = self._older_book(stored.price_book_hash)  # a replay, first rated under another book
             return receipt_of(record, book, rate(record, book, counterfactuals=False))
@@ -198,14 +202,20 @@ class Meter(UsageSink):
         """
         return self.ledger.append_many([self.entry(record) for record in records])
 
-    def entry(self, record: UsageRecord, rating: Rating | None = None) -> Entry:
+    def entry(self, record: UsageRecord) -> Entry:
         """A record with what its receipt says, as the ledger takes it."""
-        book = self.price_book
-        rating = rating or rate(record, book, counterfactuals=False)
-        cost = rating.cost
-        if cost is not None:
-            to_units(cost)  # one that does not fit is told here, to the caller it belongs to
-        return Entry(record, self.source, book, cost, rating.unrated)
+        book, unknown = self._book_of(record)
+        cost, unrated = cost_of(record, book) if unknown is None else (None, unknown)
+        return _entry(record, self.source, book, cost, unrated)
+
+    def _book_of(self, record: UsageRecord) -> tuple[PriceBook, str | None]:
+        """What a record is charged by; where the ledger never told, any book, and why the record has no price."""
+        try:
+            return self._prices.of(record.tenant, record.started_at), None
+        except StoreError as error:
+            if not error.retryable or self._writer is None or not self._writer.has_spool:
+                raise
+            return PriceBook.example(), f"the price books in force could not be read ({type(error).__name__})"
 
     def _store(self, entry: Entry) -> StoredUsage | None:
         """Store one record; None where it is on its way."""
@@ -252,6 +262,12 @@ class Meter(UsageSink):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _entry(record: UsageRecord, source: str, book: PriceBook, cost: Decimal | None, unrated: str | None) -> Entry:
+    entry = Entry(record, source, book, cost, unrated)
+    _ = entry.cost_units  # one that does not fit is told here, to the caller it belongs to
+    return entry
 
 
 def receipt_of(record: UsageRecord, book: PriceBook, rating: Rating) -> dict[str, Any]:

@@ -20,7 +20,7 @@ This module knows neither usage nor price books nor SQL.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import AmountError
@@ -41,6 +41,7 @@ __all__ = [
     "round_half_even",
     "round_lines",
     "to_scaled",
+    "to_units",
 ]
 
 STORED_SCALE: Final = 12
@@ -48,6 +49,10 @@ STORED_SCALE: Final = 12
 
 EXACT_SCALE: Final = 30
 """Decimals of an amount before rounding: 12 of the quantity + 12 of the price + 6 of the multiplier."""
+
+_INT64_MAX: Final = 2**63 - 1
+_EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+"""Moves the decimal point of any amount without rounding."""
 
 # ISO 4217, the currencies whose minor unit is not a hundredth.
 _ZERO_DECIMALS: Final = frozenset(
@@ -84,6 +89,22 @@ def to_scaled(value: Decimal | int, decimals: int) -> int:
         if rest:
             raise AmountError(f"amount {value} has more than {decimals} decimals.", hint="Round it first.")
     return -scaled if sign else scaled
+
+
+def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:
+    """Count the units of 10^-scale in an amount.
+
+    Raises:
+        AmountError: It is not finite, too fine or too large to be kept exactly.
+    """
+    scaled = value.scaleb(scale, _EXACT) if value.is_finite() else value
+    units = int(scaled) if scaled.is_finite() else None
+    if units is None or units != scaled:
+        units = to_scaled(value, scale)  # says what is wrong
+    if abs(units) > _INT64_MAX:
+        limit = from_scaled(_INT64_MAX, scale)
+        raise AmountError(f"amount {value:f} is beyond the ledger's limit of {limit:f}.", hint="Split it.")
+    return units
 
 
 def from_scaled(units: int, decimals: int) -> Decimal:

@@ -12,7 +12,15 @@ from decimal import Decimal
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Final
 
-from polar_billing.money import EXACT_SCALE, STORED_SCALE, RoundedLines, from_scaled, round_lines, to_scaled
+from polar_billing.money import (
+    EXACT_SCALE,
+    STORED_SCALE,
+    RoundedLines,
+    from_scaled,
+    round_half_even,
+    round_lines,
+    to_scaled,
+)
 from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ __all__ = [
     "Rate",
     "Rating",
     "charge_lines",
+    "cost_of",
     "free_lines",
     "multiply",
     "rate",
@@ -182,6 +191,26 @@ def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) 
     )
 
 
+def cost_of(record: UsageRecord, book: PriceBook) -> tuple[Decimal | None, str | None]:
+    """`rate(record, book).cost` and `.unrated` without the lines, which storing a record does not need."""
+    found = rate_of(book, record.tenant, record.tier, record.started_at)
+    if isinstance(found, str):
+        return None, found
+    exact = 0
+    if record.outcome not in book.free_outcomes:
+        compute, tokens_input, tokens_output, request = _per_count(found.entry.rates, found.multiplier)
+        tokens = record.tokens
+        exact = record.flops.total * compute + tokens.input * tokens_input + tokens.output * tokens_output + request
+    return from_scaled(round_half_even(exact, EXACT_SCALE, STORED_SCALE), STORED_SCALE), None
+
+
+@lru_cache(maxsize=1024)
+def _per_count(prices: tuple[Decimal | None, ...], multiplier: Decimal) -> tuple[int, ...]:
+    """What one counted unit of each of `ITEMS` costs, in units of 10^-30."""
+    priced = {place: _exact_per_count(price, item.decimals) for place, item, price in _priced(prices, multiplier)}
+    return tuple(priced.get(place, 0) for place in range(len(ITEMS)))
+
+
 def rate_of(book: PriceBook, tenant: str, tier: str | None, moment: datetime) -> Rate | str:
     """What a use is charged by, or why it is unrated."""
     entry = book.entry_at(moment, tenant)
@@ -203,7 +232,7 @@ def rate_in(entry: PriceEntry, tier: str | None, book: PriceBook) -> Rate | str:
 def charge_lines(counts: Counts, entry: PriceEntry, multiplier: Decimal) -> tuple[ChargeLine, ...]:
     """One line for each item that the entry has a price for."""
     quantities = tuple(counts.by_item.values())
-    priced = _priced(tuple(entry.components.values()), multiplier)
+    priced = _priced(entry.rates, multiplier)
     return tuple(ChargeLine(item, quantities[place], unit_price) for place, item, unit_price in priced)
 
 

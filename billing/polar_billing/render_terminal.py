@@ -15,13 +15,13 @@ from polar_billing.money import plain
 from polar_billing.tables import LABEL_WIDTH, add_numbers, add_row, new_table, printable, show
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from rich.console import RenderableType
     from rich.table import Table
 
     from polar_billing.query import UsageRow
-    from polar_billing.report import Figures, Report, TenantReport
+    from polar_billing.report import Figures, Report, TenantReport, TierReport
     from polar_billing.storage import StoredUsage
 
 __all__ = ["report_view", "requests_view", "show", "usage_view"]
@@ -83,7 +83,8 @@ def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[
 
 def report_view(report: Report) -> RenderableType:
     """The whole report: tiers over all tenants, then each tenant's statement."""
-    parts: list[RenderableType] = [_heading(report), _tiers(report), Text(), _comparison(report), Text()]
+    parts: list[RenderableType] = [_heading(report), _tiers(report), Text(), _service(report), Text()]
+    parts += [_comparison(report), Text()]
     parts += [_others(report), Text()] if report.others else []
     for tenant in report.tenants:
         parts += [_statement(tenant, report), Text()]
@@ -102,12 +103,11 @@ def _heading(report: Report) -> Text:
 
 
 def _tiers(report: Report) -> Table:
-    table = new_table(None, ["tenant", "tier"])
-    add_numbers(table, "requests", "tokens\nin", "\nout", "CU", "CU\nsaved", "saved", "router", "p50", "p95")
-    table.add_column("not completed", overflow="fold", min_width=LABEL_WIDTH + 5)
+    table = new_table("Usage", ["tenant", "tier"])
+    add_numbers(table, "requests", "tokens\nin", "\nout", "CU", "CU\nsaved", "saved", "router")
     for tenant in report.tenants:
-        for tier in tenant.tiers:
-            add_row(table, tenant.tenant, text.tier_name(tier.tier), *_usage_cells(tier.figures))
+        for name, tier in _rows(tenant):
+            add_row(table, name, text.tier_name(tier.tier), *_usage_cells(tier.figures))
         table.add_section()
     add_row(table, "total", "", *_usage_cells(report.figures), style="bold")
     return table
@@ -122,20 +122,45 @@ def _usage_cells(figures: Figures) -> list[str]:
         text.compute_units(figures.compute_units_saved, signed=True),
         text.share(figures.saved_share, signed=True),
         text.share(figures.router_share, decimals=2),
+    ]
+
+
+def _service(report: Report) -> Table:
+    """How long requests took, and what became of them."""
+    table = new_table("Latency and outcome", ["tenant", "tier"])
+    add_numbers(table, "p50", "p95", "p99")
+    table.add_column("not completed", overflow="fold", min_width=LABEL_WIDTH + 5)
+    for tenant in report.tenants:
+        for name, tier in _rows(tenant):
+            add_row(table, name, text.tier_name(tier.tier), *_service_cells(tier.figures))
+        table.add_section()
+    add_row(table, "total", "", *_service_cells(report.figures), style="bold")
+    return table
+
+
+def _service_cells(figures: Figures) -> list[str]:
+    return [
         text.milliseconds(figures.latency_ns_p50),
         text.milliseconds(figures.latency_ns_p95),
+        text.milliseconds(figures.latency_ns_p99),
         text.outcomes(figures.outcomes),
     ]
+
+
+def _rows(tenant: TenantReport) -> Iterator[tuple[str, TierReport]]:
+    """A tenant's tiers; its name stands at the first."""
+    for place, tier in enumerate(tenant.tiers):
+        yield ("" if place else tenant.tenant), tier
 
 
 def _comparison(report: Report) -> Table:
     table = new_table(f"Charges, {report.currency or 'nothing rated'}", ["tenant", "tier"])
     add_numbers(table, "charge", "at full depth", "per token", "per 1,000\nrequests", "per million\ntokens")
     for tenant in report.tenants:
-        for tier in tenant.tiers:
-            add_row(table, tenant.tenant, text.tier_name(tier.tier), *_money_cells(tier.figures))
+        for name, tier in _rows(tenant):
+            add_row(table, name, text.tier_name(tier.tier), *_money_cells(tier.figures))
         if tenant.rounding:
-            add_row(table, tenant.tenant, "rounding", text.money(tenant.rounding), "", "", "", "")
+            add_row(table, "", "rounding", text.money(tenant.rounding), "", "", "", "")
         table.add_section()
     add_row(table, "total", "", *_money_cells(report.figures), style="bold")
     return table

@@ -148,4 +148,5 @@ def raw_usage(connection: Connection, *conditions: ColumnElement[bool]) -> Itera
         .join(receipt_table, receipt_table.c.usage_seq == usage_table.c.seq)
         .where(*conditions)
     )
-    yield from connection.execute(query, execution_options={"yield_per": 1_000})
+    with connection.execute(query, execution_options={"yield_per": 1_000}) as rows:
+        yield from rows

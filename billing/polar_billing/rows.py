@@ -10,7 +10,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_billing.columns import to_list_text, to_map_text, to_microseconds, to_units
+from polar_billing.columns import to_list_text, to_map_text, to_microseconds
 from polar_billing.storage import StoredUsage
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
 
@@ -64,8 +64,7 @@ _work: Final = attrgetter(
 
 def receipt_to_raw(seq: int, entry: Entry) -> tuple[Any, ...]:
     """The row of `polar_receipt` as the database holds it, in the order of its columns."""
-    cost = None if entry.cost is None else to_units(entry.cost)
-    return (seq, entry.book.content_hash, cost, entry.unrated)
+    return (seq, entry.book.content_hash, entry.cost_units, entry.unrated)
 
 
 def from_row(row: Row[Any]) -> StoredUsage:

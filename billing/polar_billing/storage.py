@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from polar_billing.canonical import record_json
+from polar_billing.money import to_units
 from polar_billing.periods import ALL_TIME, Period
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from polar_billing.errors import ConflictError
     from polar_billing.price_book import PriceBook
+    from polar_billing.pricing.in_force import Choice
     from polar_billing.rating import Rating
     from polar_billing.usage_sums import Sum
     from polar_sdk.usage import UsageRecord
@@ -109,10 +111,19 @@ class Entry:
     """None where unrated. Unit: currency units of the book."""
     unrated: str | None = None
 
-    @property
+    @cached_property
     def identity(self) -> Identity:
         """What it is stored once by."""
         return (self.record.tenant, self.source, self.record.request_id)
+
+    @cached_property
+    def cost_units(self) -> int | None:
+        """The cost as the ledger holds it. Unit: 10^-12 of a currency unit.
+
+        Raises:
+            AmountError: It is beyond what the ledger can hold.
+        """
+        return None if self.cost is None else to_units(self.cost)
 
     @cached_property
     def canonical(self) -> bytes:
@@ -190,6 +201,14 @@ class LedgerStorage(ABC):
     @abstractmethod
     def price_books(self) -> dict[str, PriceBook]:
         """Every book that ever rated a record, by content hash."""
+
+    def price_choices(self) -> Sequence[Choice]:
+        """The price books that were put in force, in order; none where a store keeps no such thing.
+
+        Raises:
+            StoreError: It cannot be read.
+        """
+        return ()
 
     @abstractmethod
     def close(self) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from rich.console import Console, RenderableType
+    from rich.table import Column
 
 __all__ = ["LABEL_WIDTH", "add_numbers", "add_row", "new_table", "printable", "show"]
 
@@ -20,10 +22,43 @@ _WIDEST: Final = 1_000
 
 
 def show(view: RenderableType, console: Console) -> None:
-    """Print a view; where the console is too narrow for the digits, lines run over rather than lose any."""
-    needed = console.measure(view, options=console.options.update(width=_WIDEST)).minimum
-    console.width = max(console.width, needed)
+    """Print a view. Where the console is narrow, texts fold; where it is too narrow for the digits, lines run over."""
+    console.width = max([console.width, *(_fold(table, console) for table in _tables(view))])
     console.print(view)
+
+
+def _tables(view: RenderableType) -> Iterator[Table]:
+    if isinstance(view, Table):
+        yield view
+    for part in view.renderables if isinstance(view, Group) else ():
+        yield from _tables(part)
+
+
+def _fold(table: Table, console: Console) -> int:
+    """Give the columns of text what the figures leave of a console's width, the first one first.
+
+    rich would take from the widest first, past what a column needs at least.
+
+    Returns:
+        The least width of the table. Unit: characters.
+    """
+    wide = console.options.update(width=_WIDEST)
+    if (natural := console.measure(table, options=wide).maximum) <= console.width:
+        return natural
+    texts = [(column, _longest(column, console)) for column in table.columns if not column.no_wrap]
+    least = [min(column.min_width or 1, longest) for column, longest in texts]
+    for (column, _), width in zip(texts, least, strict=True):
+        column.min_width = column.max_width = width
+    needed = console.measure(table, options=wide).maximum  # not the minimum, for which figures break at their unit
+    spare = max(console.width - needed, 0)
+    for (column, longest), width in zip(texts, least, strict=True):
+        column.max_width = width + min(longest - width, spare)
+        spare -= column.max_width - width
+    return needed
+
+
+def _longest(column: Column, console: Console) -> int:
+    return max(console.measure(cell).maximum for cell in (column.header, *column.cells))
 
 
 def new_table(title: str | None, labels: Iterable[str]) -> Table:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import BigInteger, func, literal, select, type_coerce
 
-from polar_billing.columns import to_microseconds, to_units
+from polar_billing.columns import to_microseconds
+from polar_billing.money import to_units
 from polar_billing.rollups import quantities_of, raw_usage
 from polar_billing.schema import rollup_table, usage_table
 from polar_billing.schema.rollups import ROLLUP_KEYS, ROLLUP_QUANTITIES

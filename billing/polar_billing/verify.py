@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, String, and_, cast, exists, func, select
+from sqlalchemy import String, and_, cast, exists, func, select
 
 from polar_billing.chain import FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
 from polar_billing.chained import CHAINED
@@ -237,11 +237,13 @@ def _place(connection: Connection, tenant: str, subject: str, key: object) -> in
     """The number before which a row belongs that has none: that of the next row of its table."""
     if not isinstance(key, int):
         return None
-    link = link_table.c
-    later = and_(link.tenant == tenant, link.subject == subject, cast(link.key, BigInteger) > key)
-    found: int | None = connection.execute(select(func.min(link.number)).where(later)).scalar()
-    if found is not None:
-        return found
+    link, chained = link_table.c, CHAINED[subject]
+    query = select(link.number, link.key).where(link.tenant == tenant, link.subject == subject).order_by(link.number)
+    with connection.execute(query, execution_options={"yield_per": _LINKS_AT_ONCE}) as links:
+        for number, text in links:
+            other = chained.key_of(text)  # not left to the database, which fails where a key is no number any more
+            if isinstance(other, int) and other > key:
+                return int(number)
     return int(connection.execute(select(func.max(link.number)).where(link.tenant == tenant)).scalar() or 0) + 1
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_billing.canonical import canonical_json, record_json
-from polar_billing.columns import to_units
 from polar_billing.errors import AmountError
+from polar_billing.money import to_units
 from polar_billing.testing import usage_record
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))

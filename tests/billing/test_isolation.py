@@ -167,6 +167,7 @@ NOTHING_TO_TRY: dict[str, str] = {
     "Ledger.check_exists": "takes and returns nothing",
     "Ledger.close": "takes and returns nothing",
     "Ledger.price_books": "prices; no tenant's data",
+    "Ledger.price_choices": "prices; no tenant's data",
     "Ledger.stored_version": "the schema's version",
     "Ledger.unprepared": "a bare connection, for the operator's programs",
     "Ledger.snapshot": "a bare connection, for the operator's programs",

@@ -15,8 +15,10 @@ from polar_billing.ledger import Ledger
 from polar_billing.meter import Meter
 from polar_billing.migrate import migrate
 from polar_billing.postings import Account, Line, post
+from polar_billing.price_book import PriceBook
 from polar_billing.query import usage_rows
 from polar_billing.schema import SCHEMA_VERSION, metadata
+from polar_billing.statements import add_book, issued_statements
 from polar_billing.storage import ALL_TENANTS, Selection
 from polar_billing.testing import usage_record
 from polar_billing.verify import verify_ledger
@@ -24,9 +26,11 @@ from polar_billing.verify import verify_ledger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from sqlalchemy import Table
+
 DATA = Path(__file__).parent / "data"
 EVERYTHING = Selection(ALL_TENANTS)
-PINNED = DATA / "schema_v2.sql"
+ADDED_IN_3 = {"polar_price_in_force"}
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def _copy_of_version_1(old: Ledger, ledger: Ledger) -> None:
 
 
 def test_an_old_ledger_says_what_to_do(old: Ledger) -> None:
-    with pytest.raises(SchemaVersionError, match=r"has schema version 1, not 2 as this polar-llm needs.*polar migrate"):
+    with pytest.raises(SchemaVersionError, match=r"has schema version 1, not 3 as this polar-llm needs.*polar migrate"):
         list(old.read(EVERYTHING))
     with pytest.raises(SchemaVersionError, match="polar migrate"):
         old.check()
@@ -161,31 +165,71 @@ def test_a_ledger_of_a_later_polar_is_left_alone(old: Ledger) -> None:
     migrate(old)
     with old.transaction() as connection:
         connection.execute(text("INSERT INTO polar_schema VALUES (99, 0)"))
-    with pytest.raises(SchemaVersionError, match="schema version 99, newer than the 2"):
+    with pytest.raises(SchemaVersionError, match="schema version 99, newer than the 3"):
         migrate(old)
 
 
-def _statements(url: str) -> list[str]:
-    """The statements that make the tables on a database, sorted, since some have no order of their own."""
+@pytest.fixture
+def second(tmp_path: Path) -> Ledger:
+    """A ledger of version 2 with a bit of everything, made by that version."""
+    file = tmp_path / "second.sqlite3"
+    shutil.copy(DATA / "ledger_v2.sqlite3", file)
+    return Ledger(str(file))
+
+
+def test_a_ledger_of_version_2_is_brought_up_whole(second: Ledger, tmp_path: Path) -> None:
+    assert migrate(second) == (2, SCHEMA_VERSION)
+    with second.snapshot() as connection:
+        verified = verify_ledger(connection)
+    assert (verified.findings, verified.links) == ([], 49)
+    assert [len(issued_statements(second, tenant)) for tenant in ("acme", "globex")] == [2, 2]
+    assert (
+        Meter(second).emit(usage_record("new"))["price_book"] == "polar-example"
+    )  # as before, until one is put in force
+    with Ledger(str(tmp_path / "new.sqlite3")) as new:
+        new.check()
+        assert _shape(second) == _shape(new)
+
+
+def test_version_2_again_and_what_it_has_no_place_for(second: Ledger) -> None:
+    migrate(second)
+    assert migrate(second, 2) == (SCHEMA_VERSION, 2)
+    migrate(second)
+    assert add_book(second, PriceBook.example())
+    with pytest.raises(SchemaVersionError, match="holds rows, which schema version 2 has no place for"):
+        migrate(second, 2)
+
+
+def _statements(url: str, tables: list[Table]) -> list[str]:
+    """The statements that make tables on a database, sorted, since some have no order of their own."""
     written: list[str] = []
     engine: Any = create_mock_engine(
         url, lambda statement, *_: written.append(str(statement.compile(dialect=engine.dialect)).strip())
     )
-    metadata.create_all(engine, checkfirst=False)
+    metadata.create_all(engine, tables=tables, checkfirst=False)
     return sorted("\n".join(line.rstrip() for line in f"{one};".splitlines()) for one in written)
 
 
-def _definition() -> str:
-    return "\n".join(_statements("sqlite://") + _statements("postgresql+psycopg://")) + "\n"
+def _definition(tables: list[Table]) -> str:
+    stores = ("sqlite://", "postgresql+psycopg://")
+    return "\n".join(one for url in stores for one in _statements(url, tables)) + "\n"
 
 
-def test_the_tables_of_version_2_are_what_they_were() -> None:
-    """Migration 0002 makes the tables from their definition, so a change of that needs a version 3.
+def _pins() -> Iterator[tuple[Path, str]]:
+    older = [table for table in metadata.sorted_tables if table.name not in ADDED_IN_3]
+    yield DATA / "schema_v2.sql", _definition(older)
+    yield DATA / "schema_v3.sql", _definition(metadata.sorted_tables)
 
-    Until version 2 is released, `python tests/billing/test_migrations.py` writes the definition anew.
+
+def test_the_tables_are_what_they_were() -> None:
+    """Migrations make tables from their definition, so a change of one needs a new version, and the old one as text.
+
+    Until version 3 is released, `python tests/billing/test_migrations.py` writes the definitions anew.
     """
-    assert _definition() == PINNED.read_text(encoding="utf-8")
+    for pinned, definition in _pins():
+        assert definition == pinned.read_text(encoding="utf-8"), pinned.name
 
 
 if __name__ == "__main__":
-    PINNED.write_text(_definition(), encoding="utf-8")
+    for file, content in _pins():
+        file.write_text(content, encoding="utf-8")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from polar_billing.money import EXACT_SCALE, exact_sum
 from polar_billing.price_book import PriceBook, PriceEntry, TokenPrices
-from polar_billing.rating import rate
+from polar_billing.rating import cost_of, rate
 from polar_billing.testing import usage_record
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage
 
@@ -77,6 +77,7 @@ def test_amounts_are_exact(entry: PriceEntry, total: int, identity: int, inputs:
         assert Fraction(line.quantity) * Fraction(line.unit_price) == line.exact * unit
     rounded = rating.rounded
     assert exact_sum([*rounded.amounts, rounded.residue], 12) == rounded.total == rating.cost
+    assert cost_of(record, book_of(entry)) == (rating.cost, None)
 
 
 @given(entry=entries, points=st.lists(flops, min_size=2, max_size=20))
@@ -113,6 +114,7 @@ def test_use_without_a_price_is_unrated_never_free(book: PriceBook, changes: dic
     rating = rate(usage_record(**changes), book)
     assert rating.unrated == reason
     assert rating.cost is None
+    assert cost_of(usage_record(**changes), book) == (None, reason)
     assert rating.lines == ()
 
 
@@ -132,6 +134,7 @@ def test_a_free_outcome_keeps_its_quantity_and_costs_nothing(book: PriceBook) ->
         ("compute (error, free)", record.flops.total, 0)
     ]
     assert rating.cost == 0
+    assert cost_of(record, book) == (Decimal(0), None)
     assert rate(record.model_copy(update={"outcome": Outcome.CANCELLED}), book).cost != 0
 
 

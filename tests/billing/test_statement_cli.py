@@ -7,7 +7,7 @@ import io
 import json
 from decimal import Decimal
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
@@ -18,6 +18,8 @@ from polar_billing.errors import AmountError, PeriodError, PriceBookError, Query
 from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
 from polar_billing.rating import rate
 from polar_billing.testing import usage_record
+from polar_sdk.learning.results import Evaluation, Saved, SetResult, SystemResult
+from polar_sdk.statistics import wilson
 from polar_sdk.usage import FlopUsage
 
 if TYPE_CHECKING:
@@ -123,6 +125,59 @@ def test_csv_rows_sum_to_what_is_due() -> None:
     assert sum(Decimal(row["amount"]) for row in rows) == Decimal(made["due"]) == 0
     assert Decimal(made["total"]) > 0
     assert {row["tenant"] for row in rows} == {"initech"}
+
+
+def evaluation(agreed: int, compared: int) -> str:
+    """What `polar evaluate --json` writes of a router in two tiers, as far as a promise of agreement goes."""
+    saved = Saved(prefill=0.1, decode=0.1, total=0.1)
+    shared: dict[str, Any] = {
+        "answer_share": 1.0,
+        "non_identity_rate": 0.5,
+        "programs": {"0-29": 1.0},
+        "flops_saved": saved,
+    }
+    systems = [
+        SystemResult(name="identity", role="identity", agreement=wilson(compared, compared), **shared),
+        SystemResult(name="router (premium)", role="router", agreement=wilson(agreed, compared), **shared),
+        SystemResult(name="router (0.05)", role="router", agreement=wilson(1, compared), **shared),
+        SystemResult(name="shuffled router", role="control", agreement=wilson(2, compared), **shared),
+    ]
+    whole = SetResult(
+        name="all",
+        prompts=compared,
+        labelled=0,
+        data="",
+        systems=tuple(systems),
+        comparisons=(),
+        frontier=(),
+        generation={},
+    )
+    names = ("model", "fingerprint", "dtype", "device", "router", "point")
+    same: dict[str, Any] = dict.fromkeys(names, "x")
+    found = Evaluation(
+        **same,
+        sets=(whole,),
+        verdict=(),
+        certificate=None,
+        certificate_holds=False,
+        training={},
+    )
+    return json.dumps(found.plain())
+
+
+@pytest.mark.usefixtures("filled")
+def test_agreement_is_measured_by_an_evaluation(tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.json"
+    for agreed, credit in ((1_177, False), (1_170, True)):  # of 1,194: 98.6 and 98.0 %
+        file.write_text(evaluation(agreed, 1_194), encoding="utf-8")
+        made = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--json"))
+        assert made["agreement"]["premium"] == [agreed, 1_194]
+        assert ("answers agreed" in json.dumps(made)) == credit
+    told = ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--agreement", "premium=9/9")
+    assert "answers agreed" not in told  # what is told by hand goes before
+    file.write_text("{}", encoding="utf-8")
+    refused = polar("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file))
+    assert isinstance(refused.exception, QueryError)
 
 
 @pytest.mark.usefixtures("filled")

@@ -1,23 +1,42 @@
-"""A million charges of the smallest unit, in five currencies of 0, 2 and 3 decimals: nothing is lost or made."""
+"""Charges of the smallest unit, in five currencies of 0, 2 and 3 decimals: nothing is lost or made.
+
+`POLAR_TEST_CHARGES=1000000` takes a million of them from the meter to the books, on each store; a few thousand by
+default.
+"""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import os
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import pytest
 
 from polar_billing.ledger import Ledger
+from polar_billing.meter import Meter
 from polar_billing.money import EXACT_SCALE, currency_decimals, exact_sum, from_scaled, round_lines
 from polar_billing.periods import Period
+from polar_billing.postings import Account, Line, balances, post
 from polar_billing.price_book import PriceBook
+from polar_billing.query import usage_rows
 from polar_billing.rating import Counts
+from polar_billing.statements import issue_statement
 from polar_billing.statements.charges import charges_of
 from polar_billing.statements.lines import Facts, Use
 from polar_billing.statements.statement import printed
 from polar_billing.statements.windows import windows_of
+from polar_billing.storage import Selection
+from polar_billing.testing import usage_record
+from polar_billing.verify import verify_ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from polar_sdk.usage import UsageRecord
 
 MILLION = 10**6
+CHARGES = int(os.environ.get("POLAR_TEST_CHARGES", "5000"))
 CURRENCIES = ["JPY", "USD", "EUR", "KWD", "BHD"]
 PERIOD = Period.month("2026-11")
 
@@ -28,7 +47,37 @@ def book(currency: str, price: Decimal) -> PriceBook:
         "per_request": price,
         "tiers": {"standard": Decimal(1)},
     }
-    return PriceBook.model_validate({"id": "b", "currency": currency, "prices": [entry]})
+    return PriceBook.model_validate({"id": f"in {currency}", "currency": currency, "prices": [entry]})
+
+
+def batches_of(tenant: str, count: int) -> Iterator[list[UsageRecord]]:
+    """Records of one tenant, spread over the period."""
+    first = usage_record("r0", tenant=tenant, started_at=datetime(2026, 11, 1, tzinfo=UTC))
+    step = timedelta(days=30) / count
+    for start in range(0, count, 1_000):
+        numbers = range(start, min(start + 1_000, count))
+        changes = ({"request_id": f"r{n}", "started_at": first.started_at + n * step} for n in numbers)
+        yield [first.model_copy(update=change) for change in changes]
+
+
+@pytest.mark.parametrize("store", ["sqlite-file", "postgresql"], indirect=True)
+def test_charges_of_the_smallest_unit_from_the_meter_to_the_books(store: Ledger) -> None:
+    part = CHARGES // len(CURRENCIES)
+    for currency in CURRENCIES:  # one tenant for each
+        unit = from_scaled(1, currency_decimals(currency))
+        meter = Meter(store, prices=book(currency, unit), sync=True)
+        for batch in batches_of(currency, part):
+            assert {getattr(one, "cost", None) for one in meter.emit_many(batch)} == {unit}
+        issued = issue_statement(store, currency, PERIOD, now=datetime(2026, 12, 2, tzinfo=UTC)).statement
+        assert (issued.total, issued.rounding, issued.requests) == (unit * part, Decimal(0), part)
+        with store.snapshot() as connection:
+            booked = balances(connection, currency)
+        assert booked[Account.RECEIVABLE, currency] == unit * part
+        assert exact_sum(booked.values(), 12) == 0
+        (row,) = usage_rows(store, Selection(currency), by=["tenant"])
+        assert (row.cost, row.currency) == (unit * part, currency)
+    with store.snapshot() as connection:
+        assert verify_ledger(connection).findings == []  # every statement follows from its usage, with residue 0
 
 
 @pytest.mark.parametrize("currency", CURRENCIES)
@@ -58,8 +107,6 @@ def test_a_million_charges_on_a_statement_sum_to_their_exact_sum(currency: str, 
 
 
 def test_the_ledger_books_five_currencies_to_the_last_unit() -> None:
-    from polar_billing.postings import Account, Line, balances, post
-
     with Ledger("sqlite://") as ledger, ledger.transaction() as connection:
         for currency in CURRENCIES:
             unit = from_scaled(1, currency_decimals(currency))

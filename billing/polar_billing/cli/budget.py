@@ -71,18 +71,17 @@ def set_(
         ),
     ] = None,
     prices: Annotated[
-        Path | None, typer.Option(help="Price book; POLAR_PRICE_BOOK or the example by default.", metavar="FILE")
+        Path | None, typer.Option(help="Price book; the one that meters charge by, by default.", metavar="FILE")
     ] = None,
     ledger: LedgerOption = None,
 ) -> None:
     """Set a budget; it supersedes the one of the same tenant, name, unit and window."""
-    from polar_billing.price_book import PriceBook
-
-    book = PriceBook.load(prices)
     budgets = _open(ledger)
     from polar_billing.budgets.budget import Budget, OverBudget
     from polar_billing.periods import Window
+    from polar_billing.prices import Prices
 
+    book = Prices(budgets.ledger, prices).of(tenant)
     level, name = _scope(project, user, key)
     made = Budget(
         tenant,

@@ -5,6 +5,7 @@ Arguments in, text out; the work is done by `price_book`, `pricing` and `stateme
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +22,7 @@ __all__ = ["register"]
 
 FileArgument = Annotated[Path, typer.Argument(help="A price book, TOML.", metavar="FILE")]
 BookOption = Annotated[
-    Path | None, typer.Option(help="This price book, not the one in force in the ledger.", metavar="FILE")
+    Path | None, typer.Option(help="This price book, not the one that meters charge by.", metavar="FILE")
 ]
 
 
@@ -41,21 +42,34 @@ def register(app: typer.Typer) -> None:
     app.add_typer(price, name="price")
 
 
-def add(file: FileArgument, ledger: LedgerOption = None) -> None:
-    """Put a price book, or a revision of one, in force in the ledger.
+def add(
+    file: FileArgument,
+    for_all: Annotated[
+        bool, typer.Option("--for-all", help="Also for tenants that no book names, in place of the book so far.")
+    ] = False,
+    ledger: LedgerOption = None,
+) -> None:
+    """Put a price book, or a revision of one, in force in the ledger: meters charge by it from now on.
 
     A revision keeps everything that has been in force, or has rated a use, as it was; it adds entries that begin later.
+    A further book charges the tenants among its customers; with --for-all it charges all others as well.
     """
     from polar_billing.price_book import PRICE_BOOK_VARIABLE, PriceBook
 
     book = PriceBook.load(file)
     with open_ledger(ledger) as store:
+        from polar_billing.pricing.in_force import InForce
         from polar_billing.statements.books import add_book
 
-        added = add_book(store, book)
+        added = add_book(store, book, for_all=for_all)
         what = "is in force now" if added else "was in force already"
         typer.echo(f"Price book {book.id} ({book.content_hash[:12]}) {what} in the ledger {store.location}.")
-        typer.echo(f"Meters charge by it where {PRICE_BOOK_VARIABLE} names its file.")
+        others = InForce(store.price_choices()).book(None, datetime.max.replace(tzinfo=UTC))
+        if others is not None and others.id != book.id:
+            whom = f"the {len({one.tenant for one in book.customers})} tenant(s) it names"
+            typer.echo(f"It charges {whom}; {others.id} charges all others, until --for-all says otherwise.")
+        if named := os.environ.get(PRICE_BOOK_VARIABLE):
+            typer.echo(f"Meters here charge by {named} all the same, as {PRICE_BOOK_VARIABLE} says.")
 
 
 def show_book(
@@ -117,11 +131,10 @@ def quote(
 ) -> None:
     """Say the most a request can cost before it runs; a request within these bounds never costs more."""
     from polar_billing.periods import Period
-    from polar_billing.price_book import PriceBook
     from polar_billing.pricing.bound import quote as quote_request
 
     moment = Period.between(at, None).since or datetime.now(UTC)
-    prices = PriceBook.load(book) if book is not None else _for_tenant(tenant, ledger)
+    prices = _charging(tenant, book, moment, ledger)
     most = quote_request(prices, tenant, tier, flops, input_tokens, output_tokens, moment)
     amount = None if most.amount is None else f"{most.amount:f}"
     if as_json:
@@ -150,10 +163,9 @@ def _in_force(book_id: str, ledger: str | None) -> PriceBook:
     raise QueryError(f"the ledger has no price book {book_id!r}.", hint="Name the book to compare with.")
 
 
-def _for_tenant(tenant: str, ledger: str | None) -> PriceBook:
-    """The book in force that names the tenant, or the only one; else what a meter would use."""
-    from polar_billing.price_book import PriceBook
+def _charging(tenant: str, named: Path | None, moment: datetime, ledger: str | None) -> PriceBook:
+    """What a meter charges a tenant by."""
+    with open_ledger(ledger) as store:
+        from polar_billing.prices import Prices
 
-    books = _books(None, ledger)
-    named = [book for book in books if book.customers_of(tenant)] or books
-    return named[0] if len(named) == 1 else PriceBook.load()
+        return Prices(store, named).of(tenant, moment)

@@ -67,6 +67,10 @@ def statement(
         list[str] | None,
         typer.Option(help="Answers that agreed with full depth, of those compared.", metavar="TIER=AGREED/COMPARED"),
     ] = None,
+    agreement_from: Annotated[
+        Path | None,
+        typer.Option(help="Take the same from a file that `polar evaluate --json` wrote.", metavar="FILE"),
+    ] = None,
     trace: Annotated[int | None, typer.Option(help="List the usage that this line is about.", metavar="LINE")] = None,
     as_json: JsonOption = False,
     csv: CsvOption = None,
@@ -80,7 +84,8 @@ def statement(
         if month is None and since is None and until is None:
             _list(store, tenant, as_json)
             return
-        made, found = _make(store, tenant, (month, since, until, zone), issue, book, _agreements(agreement or []))
+        agreements = _agreements(agreement, agreement_from)
+        made, found = _make(store, tenant, (month, since, until, zone), issue, book, agreements)
         if trace is not None:
             _trace(store, found, trace, as_json)
         else:
@@ -152,11 +157,12 @@ def _trace(store: Ledger, found: IssuedStatement | None, number: int, as_json: b
         typer.echo("\n".join(map(str, numbers)) or "This line is about no usage.")
 
 
-def _agreements(texts: list[str]) -> dict[str, Agreement]:
+def _agreements(texts: list[str] | None, file: Path | None) -> dict[str, Agreement]:
     from polar_billing.statements import Agreement
+    from polar_billing.statements.evaluated import evaluated_agreement
 
-    found = {}
-    for text in texts:
+    found = {} if file is None else evaluated_agreement(file)
+    for text in texts or []:
         tier, _, counts = text.partition("=")
         agreed, slash, compared = counts.partition("/")
         if not (tier and slash and agreed.isdecimal() and compared.isdecimal()) or int(agreed) > int(compared):

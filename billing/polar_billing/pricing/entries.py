@@ -58,12 +58,13 @@ class PriceEntry(Checked):
     @property
     def components(self) -> dict[str, Decimal | None]:
         """Every price an entry can have, by its key in the file."""
-        return {
-            "per_compute_unit": self.per_compute_unit,
-            "per_million_input_tokens": self.per_million_input_tokens,
-            "per_million_output_tokens": self.per_million_output_tokens,
-            "per_request": self.per_request,
-        }
+        names = ("per_compute_unit", "per_million_input_tokens", "per_million_output_tokens", "per_request")
+        return dict(zip(names, self.rates, strict=True))
+
+    @property
+    def rates(self) -> tuple[Decimal | None, ...]:
+        """The values of `components`."""
+        return self.per_compute_unit, self.per_million_input_tokens, self.per_million_output_tokens, self.per_request
 
     def multiplier(self, tier: str | None) -> Decimal | None:
         """What prices are multiplied by for a tier, or None where the entry has no price for it."""

@@ -43,7 +43,7 @@ def book_view(book: PriceBook) -> RenderableType:
 def _rates(title: str, entries: tuple[PriceEntry, ...]) -> Table:
     table = new_table(title, ["from", "until"])
     add_numbers(table, "per CU", "per million\ninput", "per million\noutput", "per request")
-    table.add_column("tiers", overflow="fold")
+    table.add_column("tiers", overflow="fold", min_width=15)
     for entry in entries:
         tiers = [f"{tier} × {plain(multiplier)}" for tier, multiplier in entry.tiers.items()]
         tiers += [] if entry.untiered is None else [f"{text.NO_TIER} × {plain(entry.untiered)}"]

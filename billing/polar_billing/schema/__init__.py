@@ -1,8 +1,8 @@
-"""The ledger's tables, version 2, on one metadata, and the triggers that make them append-only.
+"""The ledger's tables, version 3, on one metadata, and the triggers that make them append-only.
 
 `usage` facts and receipts · `chain` the hash chain · `ledger` double entry · `retention` what pruning leaves ·
-`rollups` sums by hour · `budgets` budgets and holds · `statements` what was issued. A topic adds a module of its own,
-which is imported here so that its tables are created with the others. Knows no connection.
+`rollups` sums by hour · `budgets` budgets and holds · `statements` what was issued · `prices` books in force. A topic
+adds a module of its own, which is imported here so that its tables are created with the others. Knows no connection.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from polar_billing.schema.base import SCHEMA_VERSION, metadata
 from polar_billing.schema.budgets import budget_table, counter_table, hold_table
 from polar_billing.schema.chain import head_table, link_table
 from polar_billing.schema.ledger import entry_table, transaction_table
+from polar_billing.schema.prices import in_force_table
 from polar_billing.schema.retention import prune_table, pruned_table
 from polar_billing.schema.rollups import rollup_table
 from polar_billing.schema.statements import credit_note_table, statement_table
@@ -24,6 +25,7 @@ __all__ = [
     "entry_table",
     "head_table",
     "hold_table",
+    "in_force_table",
     "link_table",
     "metadata",
     "price_book_table",

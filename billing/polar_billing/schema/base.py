@@ -16,8 +16,9 @@ from sqlalchemy import DDL, BigInteger, Column, Integer, MetaData, Table, event
 
 __all__ = ["SCHEMA_VERSION", "SERIAL", "append_only", "count", "metadata", "on_create", "refuse_going_back"]
 
-SCHEMA_VERSION: Final = 2
-"""Version 1: facts and receipts. Version 2: hash chain, double entry, retention, rollups and all that rests on them."""
+SCHEMA_VERSION: Final = 3
+"""Version 1: facts and receipts. Version 2: hash chain, double entry, retention, rollups and all that rests on them.
+Version 3: which price books were put in force."""
 
 metadata: Final = MetaData()
 

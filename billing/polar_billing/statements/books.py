@@ -1,13 +1,13 @@
 """Which price book a statement is made by, and how revisions of a book get into the ledger.
 
-Revisions of a book share its id; the one stored last is in force. It agrees with the earlier ones about the past
-(see `pricing.timeline`), so a statement by it charges what the receipts said, plus what plans add.
+Revisions of a book share its id; the one put in force last is in force. It agrees with the earlier ones about
+the past (see `pricing.timeline`), so a statement by it charges what the receipts said, plus what plans add.
 """
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy import func, insert, select
 
@@ -15,30 +15,36 @@ from polar_billing import chain
 from polar_billing.errors import PriceBookError, QueryError
 from polar_billing.periods import Period
 from polar_billing.price_book import PriceBook
+from polar_billing.price_choices import read_choices, write_choice
+from polar_billing.prices import say_changed
 from polar_billing.pricing.timeline import check_revision, past_changes
 from polar_billing.schema.usage import price_book_table, receipt_table, usage_table
 from polar_billing.statements.facts import within
 from polar_billing.statements.windows import bounds
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Select
+    from collections.abc import Sequence
+
+    from sqlalchemy import Connection
 
     from polar_billing.ledger import Ledger
+    from polar_billing.pricing.in_force import Choice
     from polar_billing.statements.facts import Numbers
 
 __all__ = ["add_book", "book_by_hash", "book_for", "books_in_force", "store_book", "zone_of"]
 
 
-def add_book(ledger: Ledger, book: PriceBook, *, now: datetime | None = None) -> bool:
-    """Put a book, or a revision of one, in force.
+def add_book(ledger: Ledger, book: PriceBook, *, for_all: bool = False, now: datetime | None = None) -> bool:
+    """Put a book, or a revision of one, in force from now on; see `pricing.in_force` for whom it charges.
 
     Args:
         ledger: Where to.
         book: The book; a revision has the id of the book it follows.
+        for_all: Also for tenants that no book names. The first book and its revisions are, until another one is.
         now: The clock's time by default.
 
     Returns:
-        False where this very revision is in the ledger already.
+        False where it was in force just so already.
 
     Raises:
         PriceBookError: It changes a rate, term or plan that was in force or rated a use.
@@ -47,13 +53,25 @@ def add_book(ledger: Ledger, book: PriceBook, *, now: datetime | None = None) ->
     moment = now or datetime.now(UTC)
     with ledger.transaction() as connection:
         chain.lock_heads(connection, [chain.NO_TENANT])
-        if book_by_hash(connection, book.content_hash) is not None:
-            return False
-        former = _newest(connection, book.id)
-        if former is not None:
+        choices = read_choices(connection, {})
+        former = books_in_force(connection).get(book.id)
+        if former is not None and former.content_hash != book.content_hash:
             check_revision(former, book, now=moment, last_use=_last_use(connection, book.id))
+        main = _main(choices)
+        for_all = for_all or main in {None, book.id}
+        latest = next((one for one in reversed(choices) if one.book.id == book.id), None)
+        if latest is not None and latest.book.content_hash == book.content_hash and (main == book.id) == for_all:
+            return False
         store_book(connection, book)
+        put_at = max([moment, *(one.put_at for one in choices[-1:])])  # the order holds whatever the clock does
+        write_choice(connection, book, for_all=for_all, put_at=put_at)
+    say_changed()
     return True
+
+
+def _main(choices: Sequence[Choice]) -> str | None:
+    """The id of the book that is in force for all; None where there is no book."""
+    return next((one.book.id for one in reversed(choices) if one.for_all), None)
 
 
 def store_book(connection: Connection, book: PriceBook) -> None:
@@ -72,9 +90,11 @@ def book_by_hash(connection: Connection, content_hash: str) -> PriceBook | None:
 
 
 def books_in_force(connection: Connection) -> dict[str, PriceBook]:
-    """The latest revision of every book, by id."""
-    rows = connection.execute(_by_age()).all()
-    return {row.id: PriceBook.from_document(row.document) for row in rows}
+    """The revision of every book that is in force, by id: put in force last, or else the last that rated something."""
+    stored = price_book_table.c
+    rows = connection.execute(select(stored.id, stored.document).order_by(stored.stored_at, stored.hash))
+    found = {row.id: PriceBook.from_document(row.document) for row in rows}
+    return found | {choice.book.id: choice.book for choice in read_choices(connection, {})}
 
 
 def book_for(connection: Connection, tenant: str, period: Period, numbers: Numbers) -> PriceBook:
@@ -97,7 +117,7 @@ def book_for(connection: Connection, tenant: str, period: Period, numbers: Numbe
         told = " and ".join(repr(name) for name in names)
         raise PriceBookError(
             f"price books {told} have charged tenant {tenant!r} or have it on a plan.",
-            hint="Name one with --book FILE, and let meters use the same (POLAR_PRICE_BOOK).",
+            hint="Name the one to charge all of it by with --book FILE.",
         )
     book = found[names[0]]
     for former, last in used:
@@ -136,12 +156,12 @@ def zone_of(ledger: Ledger, tenant: str, book: PriceBook | None, month: str | No
 
 
 def _used(connection: Connection, tenant: str, period: Period, numbers: Numbers) -> list[tuple[PriceBook, datetime]]:
-    """The books that the receipts of a period were made by, each with the service time of its last use."""
+    """The books that the rated receipts of a period were made by, each with the service time of its last use."""
     usage, receipt = usage_table.c, receipt_table.c
     query = (
         select(receipt.price_book_hash, func.max(usage.started_at))
         .join(receipt_table, receipt.usage_seq == usage.seq)
-        .where(*within(tenant, *bounds(period), numbers))
+        .where(*within(tenant, *bounds(period), numbers), receipt.cost.is_not(None))
         .group_by(receipt.price_book_hash)
         .order_by(receipt.price_book_hash)
     )
@@ -161,16 +181,6 @@ def _ever(connection: Connection, tenant: str) -> list[str]:
         .limit(1)
     )
     return list(connection.execute(query).scalars())
-
-
-def _newest(connection: Connection, book_id: str) -> PriceBook | None:
-    rows = connection.execute(_by_age().where(price_book_table.c.id == book_id)).all()
-    return PriceBook.from_document(rows[-1].document) if rows else None
-
-
-def _by_age() -> Select[Any]:
-    stored = price_book_table.c
-    return select(stored.id, stored.document).order_by(stored.stored_at, stored.hash)
 
 
 def _last_use(connection: Connection, book_id: str) -> datetime | None:

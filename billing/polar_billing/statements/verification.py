@@ -5,7 +5,7 @@ Importing this module adds the check to `polar_billing.verify`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import select
 
@@ -14,6 +14,7 @@ from polar_billing.schema.statements import statement_table
 from polar_billing.statements.rechecking import recheck_in
 from polar_billing.statements.store import read_statements
 from polar_billing.verify import Finding, register_check
+from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 __all__ = ["check_statements"]
+
+_NO_SENSE: Final = (ValueError, TypeError, LookupError, ArithmeticError, PolarError)
+"""What stored values raise that somebody has changed into something they cannot be."""
 
 
 def check_statements(connection: Connection) -> Iterator[Finding]:
@@ -33,6 +37,8 @@ def check_statements(connection: Connection) -> Iterator[Finding]:
                     yield Finding(tenant, None, told)
         except StoreDamagedError as error:
             yield Finding(tenant, None, str(error))
+        except _NO_SENSE as error:
+            yield Finding(tenant, None, f"its statements cannot be made again ({type(error).__name__}: {error}).")
 
 
 register_check(check_statements)

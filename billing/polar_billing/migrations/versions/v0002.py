@@ -3,8 +3,9 @@
 Up keeps every row of version 1, links all of it in the order it was stored, and sums it up by hour. Down drops what
 version 2 added, and refuses while that holds what version 1 has no place for.
 
-The tables are those of `polar_billing.schema`, whose definition a test pins (`tests/billing/data/schema_v2.sql`). The
-day they become those of version 3, this file gets today's statements as text, as version 1 has.
+The tables are those of `polar_billing.schema` without what later versions added. A test pins their definition
+(`tests/billing/data/schema_v2.sql`): the day one of them changes, this file gets today's statements as text, as version
+1 has.
 
 Revision ID: 0002
 """
@@ -26,7 +27,7 @@ from polar_billing.schema import metadata
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Table
 
     from polar_billing.chain import Chained
 
@@ -36,6 +37,7 @@ revision = "0002"
 down_revision = "0001"
 
 _OLD: Final = {"polar_schema", "polar_price_book", "polar_usage", "polar_receipt", "polar_probe"}
+_LATER: Final = {"polar_price_in_force"}
 _DERIVED: Final = {"polar_chain_link", "polar_chain_head", "polar_usage_hour"}
 _ROWS_AT_ONCE: Final = 500
 _PRUNED: Final = {"polar_usage": "seq", "polar_receipt": "usage_seq"}
@@ -54,7 +56,7 @@ _NAMED_BY_RECEIPTS: Final = {"usage_seq": "polar_usage (seq)", "price_book_hash"
 def upgrade() -> None:
     """Add the tables, and fill those that follow from what is there."""
     connection = op.get_bind()
-    metadata.create_all(connection, tables=[table for table in metadata.sorted_tables if table.name not in _OLD])
+    metadata.create_all(connection, tables=_added())
     _run(connection, "ALTER TABLE polar_usage ADD COLUMN loops_stopped BIGINT DEFAULT '0' NOT NULL")
     for name, column in _PRUNED.items():
         _let_pruned_go(connection, name, column)
@@ -67,6 +69,10 @@ def upgrade() -> None:
         _link_all(connection, subject, CHAINED[subject])
     write_rollups(connection, sum_up(raw_usage(connection)))
     connection.execute(text("INSERT INTO polar_schema VALUES (2, :now)"), {"now": time.time_ns() // 1_000})
+
+
+def _added() -> list[Table]:
+    return [table for table in metadata.sorted_tables if table.name not in _OLD | _LATER]
 
 
 def _link_all(connection: Connection, subject: str, chained: Chained) -> None:
@@ -132,7 +138,7 @@ def _set_trigger(connection: Connection, name: str, function: str) -> None:
 def downgrade() -> None:
     """Drop what version 2 added; facts and receipts stay."""
     connection = op.get_bind()
-    added = [table for table in reversed(metadata.sorted_tables) if table.name not in _OLD]
+    added = _added()[::-1]
     for table in added:
         if table.name not in _DERIVED and connection.execute(select(func.count()).select_from(table)).scalar_one():
             raise SchemaVersionError(

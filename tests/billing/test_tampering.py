@@ -1,0 +1,258 @@
+"""Tampering with a ledger past this package, cell by cell and row by row, on both stores.
+
+Everything is found, and the first bad number of the chain is named. What is tampered with comes from the tables that
+the database has, not from a list here. Every column of every chained table is changed in the first two and the last two
+rows; POLAR_TEST_TAMPER=all takes every row, as for `benchmarks/RESULTS.md`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import and_, column, delete, insert, inspect, select, table, text
+from sqlalchemy.exc import IntegrityError
+
+from polar_billing.budgets.budget import Budget
+from polar_billing.budgets.keeper import Budgets
+from polar_billing.chained import CHAINED
+from polar_billing.meter import Meter
+from polar_billing.periods import Period
+from polar_billing.postings import Account, Line, post
+from polar_billing.price_book import PriceBook
+from polar_billing.retention import prune
+from polar_billing.schema import metadata
+from polar_billing.statements import add_book, credit_note, issue_statement
+from polar_billing.testing import usage_record
+from polar_billing.verify import verify_ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sqlalchemy import Connection, TableClause
+
+    from polar_billing.ledger import Ledger
+
+    Row = dict[str, Any]
+    Place = tuple[str, int]
+    Named = set[Place]
+
+pytestmark = pytest.mark.parametrize("store", ["sqlite-memory", "postgresql"], indirect=True)
+
+ALL_ROWS = os.environ.get("POLAR_TEST_TAMPER") == "all"
+NOON = datetime(2026, 10, 20, 12, tzinfo=UTC)
+TENANTS = ("acme", "globex")
+LINK, HEAD = "polar_chain_link", "polar_chain_head"
+PARTS = {str(part.name): chained for chained in CHAINED.values() for part in chained.parts}
+CHAINED_TABLES = sorted({str(one.table.name) for one in CHAINED.values()} | set(PARTS) | {LINK, HEAD})
+NOT_CHAINED = {
+    "polar_schema",  # which versions there were
+    "polar_probe",  # always empty
+    "polar_hold",  # changes once; what it settles to is in the chained usage
+    "polar_budget_counter",  # a projection, `polar budget show --recheck` makes it again
+    "polar_usage_hour",  # a projection, `verify` makes it again
+}
+
+
+def fill(ledger: Ledger) -> None:
+    """Two rows or more in every chained table, of both tenants wherever that can be."""
+    book = PriceBook.example()
+    add_book(ledger, PriceBook.model_validate({**book.model_dump(), "id": "other"}))
+    meter = Meter(ledger, prices=book, sync=True)
+    meter.emit_many(
+        usage_record(f"r{n}", tenant=TENANTS[n % 2], started_at=NOON + timedelta(days=n), output=n, tags={"n": str(n)})
+        for n in range(16)
+    )
+    meter.emit(usage_record("unrated", tier="gold", started_at=NOON + timedelta(days=17)))
+    for tenant in TENANTS:
+        for money in (5, 6):
+            Budgets(ledger).set(Budget(tenant, Decimal(money), "USD"))
+    with ledger.transaction() as connection:
+        for tenant in TENANTS:
+            for n in (1, 2):
+                lines = [Line(Account.CASH, Decimal(n), "USD"), Line(Account.RECEIVABLE, Decimal(-n), "USD")]
+                first = post(connection, tenant, "payment", f"p{n}", lines, NOON, note="paid")
+            post(connection, tenant, "correction", "c", lines[::-1], NOON, corrects=first)
+    for tenant in TENANTS:
+        for month in ("2026-10", "2026-11"):
+            one = issue_statement(ledger, tenant, Period.month(month), now=NOON + timedelta(days=90)).statement
+            credit_note(ledger, tenant, one.id, one.total, reason="sorry", reference=month)
+    with ledger.transaction() as connection:
+        for days in (2, 4):
+            for tenant in TENANTS:
+                prune(connection, tenant, NOON + timedelta(days=days))
+
+
+class Stranger:
+    """Changes a ledger past this package: without triggers and foreign keys. Every change can be taken back."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.links = {(row["subject"], row["key"]): (row["tenant"], row["number"]) for row in self.rows(LINK)}
+
+    def table(self, name: str) -> TableClause:
+        """A table as the database knows it, without the column types of the package."""
+        return table(name, *(column(one["name"]) for one in inspect(self.connection).get_columns(name)))
+
+    def key(self, name: str) -> list[str]:
+        return [str(one) for one in inspect(self.connection).get_pk_constraint(name)["constrained_columns"]]
+
+    def rows(self, name: str) -> list[Row]:
+        one = self.table(name)
+        found = self.connection.execute(select(one).order_by(*(one.c[key] for key in self.key(name)))).mappings()
+        return [{key: bytes(v) if isinstance(v, memoryview) else v for key, v in row.items()} for row in found]
+
+    def chosen(self, name: str) -> list[Row]:
+        """The rows that are tampered with."""
+        rows = self.rows(name)
+        return rows if ALL_ROWS or len(rows) < 5 else [*rows[:2], *rows[-2:]]
+
+    def place(self, name: str, row: Row) -> Place | None:
+        """The tenant and number of the link that stands for a row, as it was before it was touched."""
+        if name in {LINK, HEAD}:
+            return row["tenant"], row["number"]
+        if name in PARTS:
+            chained = PARTS[name]
+            key = row[next(column for part, column in chained.parts.items() if part.name == name)]
+        else:
+            chained = next(one for one in CHAINED.values() if one.table.name == name)
+            key = row[chained.key]
+        return self.links.get((str(chained.table.name).removeprefix("polar_"), str(key)))
+
+    def named(self, name: str, gone: Sequence[Row] = (), come: Sequence[Row] = ()) -> Named:
+        """Delete and insert rows, verify, take it back: what was named, tenant and least number, 0 for none.
+
+        Raises:
+            IntegrityError: The database itself would not have it so.
+        """
+        one, key = self.table(name), self.key(name)
+        taken_back = self.connection.begin_nested()
+        try:
+            for row in gone:
+                where = and_(*(one.c[part] == row[part] for part in key))
+                assert self.connection.execute(delete(one).where(where)).rowcount == 1
+            for row in come:
+                self.connection.execute(insert(one).values(row))
+            found: defaultdict[str, list[int]] = defaultdict(list)
+            for finding in verify_ledger(self.connection).findings:
+                found[finding.tenant] += [] if finding.number is None else [finding.number]
+        finally:
+            taken_back.rollback()
+        return {(tenant, min(numbers, default=0)) for tenant, numbers in found.items()}
+
+
+@pytest.fixture
+def stranger(store: Ledger) -> Iterator[Stranger]:
+    """A ledger with a bit of everything, in the hands of somebody who knows SQL."""
+    fill(store)
+    with store.transaction() as connection:
+        assert verify_ledger(connection).findings == []
+        with unguarded(connection):
+            yield Stranger(connection)
+
+
+@contextmanager
+def unguarded(connection: Connection) -> Iterator[None]:
+    taken_back = connection.begin_nested()
+    found = inspect(connection)
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("PRAGMA defer_foreign_keys = ON")
+        for (name,) in connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all():
+            connection.exec_driver_sql(f"DROP TRIGGER {name}")
+    else:
+        for name in found.get_table_names():
+            connection.exec_driver_sql(f"ALTER TABLE {name} DISABLE TRIGGER USER")
+            for foreign in found.get_foreign_keys(name):
+                connection.exec_driver_sql(f"ALTER TABLE {name} DROP CONSTRAINT {foreign['name']}")
+    yield
+    taken_back.rollback()
+
+
+def other(value: Any, is_text: bool) -> Any:
+    """Another value that the same column can hold."""
+    if value is None:
+        return "x" if is_text else 1
+    if isinstance(value, int):
+        return value + 1_000_003
+    if isinstance(value, bytes):
+        return bytes([value[0] ^ 1]) + value[1:]
+    return value[:-1] + ("x" if value[-1:] != "x" else "y")
+
+
+def is_text(name: str, column_name: str) -> bool:
+    return metadata.tables[name].c[column_name].type.compile().startswith(("TEXT", "VARCHAR"))
+
+
+def acceptable(stranger: Stranger, name: str, row: Row) -> set[Place]:
+    """What may be named for a row that was touched: its link, or what first misses it."""
+    place = stranger.place(name, row)
+    assert place is not None, (name, row)
+    tenant, number = place
+    if name == HEAD:  # whether the chain or its end is wrong cannot be told; a chain with a false name begins at 1
+        return {place, (tenant, number + 1), (tenant, 1)}
+    if name == "polar_pruned":  # the request that it is the proof of is missing without it
+        return {place, stranger.links["usage", str(row["seq"])]}
+    return {place}
+
+
+def test_every_table_is_chained_or_need_not_be(stranger: Stranger) -> None:
+    tables = {name for name in inspect(stranger.connection).get_table_names() if name.startswith("polar_")}
+    assert tables == set(CHAINED_TABLES) | NOT_CHAINED
+    for name in CHAINED_TABLES:
+        stored = {one["name"] for one in inspect(stranger.connection).get_columns(name)}
+        assert stored == set(metadata.tables[name].c.keys()), name  # which is what digests cover
+        rows = stranger.rows(name)
+        assert len(rows) >= 2, name
+        assert "tenant" not in stored or {*TENANTS} <= {row["tenant"] for row in rows}, name
+
+
+def test_every_changed_value_is_found(stranger: Stranger) -> None:
+    for name in CHAINED_TABLES:
+        for row in stranger.chosen(name):
+            for key, value in row.items():
+                changed = {**row, key: other(value, is_text(name, key))}
+                named = stranger.named(name, [row], [changed])
+                assert named & acceptable(stranger, name, row), (name, key, row, named)
+
+
+def test_every_deleted_row_is_found(stranger: Stranger) -> None:
+    for name in CHAINED_TABLES:
+        for row in stranger.chosen(name):
+            named = stranger.named(name, [row])
+            assert named & acceptable(stranger, name, row), (name, row, named)
+
+
+def test_every_added_row_is_found(stranger: Stranger) -> None:
+    for name in CHAINED_TABLES:
+        found = inspect(stranger.connection)
+        once = {str(key) for one in found.get_unique_constraints(name) for key in one["column_names"]}
+        once |= {str(key) for one in found.get_indexes(name) if one["unique"] for key in one["column_names"]}
+        new = {*stranger.key(name), *once} - ({"tenant"} if name != HEAD else set())
+        for row in stranger.chosen(name):  # its like slips in among the rows of its tenant
+            added = {**row, **{key: other(row[key], is_text(name, key)) for key in new}}
+            named = stranger.named(name, [], [added])
+            assert {tenant for tenant, _ in named} & {added.get("tenant", ""), ""}, (name, added, named)
+
+
+def test_everything_that_traded_places_is_found(stranger: Stranger) -> None:
+    """Two rows of every table, in every pair of neighbours: each value apart, and the whole rows."""
+    for name in CHAINED_TABLES:
+        found, key = 0, stranger.key(name)
+        for one, two in pairwise(stranger.chosen(name)):
+            wanted = acceptable(stranger, name, one) | acceptable(stranger, name, two)
+            single = [[part] for part in one if one[part] != two[part] and part not in key]
+            for traded in (*single, key):
+                come = [{**row, **{part: of[part] for part in traded}} for row, of in ((one, two), (two, one))]
+                if come == [two, one]:  # they say the same
+                    continue
+                with suppress(IntegrityError):
+                    named = stranger.named(name, [one, two], come)
+                    assert named & wanted, (name, traded, one, two, named)
+                    found += 1
+        assert found, name
