@@ -5,6 +5,9 @@ One object per line, in one of these forms; other keys are ignored, and items th
 - `{"question": …, "choices": […], "answer": index}`: what the model prefers is compared with the right choice;
 - `{"prompt": …, "answer": text}` (or `question` for `prompt`): what the model writes is compared with the text;
 - `{"prompt": …}`: label-free, the model's own answer at full depth is the reference.
+
+A text under the key `task` names the class that an item belongs to. Evaluations report each class apart; nothing else
+looks at it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,15 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from polar_sdk.errors import DataError
 
@@ -25,27 +36,32 @@ __all__ = ["AnswerItem", "ChoiceItem", "Item", "PromptItem", "builtin_items", "c
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 _FORMS = "{prompt}, {prompt, answer} or {question, choices, answer}"
+Task = Annotated[str | None, BeforeValidator(lambda value: value.strip() or None if isinstance(value, str) else None)]
 
 
-class PromptItem(BaseModel):
+class _Item(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    task: Task = Field(default=None, exclude=True)
+    """Class that it is reported with; no part of what is asked, so that no hash holds it."""
+
+
+class PromptItem(_Item):
     """A bare prompt."""
 
-    model_config = ConfigDict(frozen=True)
     prompt: Text
 
 
-class AnswerItem(BaseModel):
+class AnswerItem(_Item):
     """A prompt and the text that answers it."""
 
-    model_config = ConfigDict(frozen=True)
     prompt: Text = Field(validation_alias=AliasChoices("prompt", "question"))
     answer: Text
 
 
-class ChoiceItem(BaseModel):
+class ChoiceItem(_Item):
     """A question with several choices; `answer` is the index of the right one."""
 
-    model_config = ConfigDict(frozen=True)
     question: Text
     choices: tuple[Text, ...] = Field(min_length=2)
     answer: int = Field(ge=0)
@@ -59,7 +75,7 @@ def builtin_items() -> list[Item]:
     text = (resources.files("polar_sdk.data") / "prompts.jsonl").read_text(encoding="utf-8")
     kinds: dict[str, list[Item]] = {}
     for row in map(json.loads, text.splitlines()):
-        kinds.setdefault(row["task"], []).append(PromptItem(prompt=row["prompt"]))
+        kinds.setdefault(row["task"], []).append(PromptItem.model_validate(row))
     longest = max(map(len, kinds.values()))
     return [items[at] for at in range(longest) for items in kinds.values() if at < len(items)]
 

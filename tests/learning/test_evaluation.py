@@ -53,7 +53,7 @@ def result(
             points={"main": theta},
             outputs=router.outputs(router.reader.stack(test.tokens)),
             outcomes=Outcomes(test, block=lambda rows, programs: _no_skip_agrees(test, rows, programs)),
-            static_quality={Program.parse(one["program"]): one["quality"] for one in router.facts.training["static"]},
+            static=[Program.parse(one["program"]) for one in router.facts.training["static"]],
             policy=model.policy,
             cost=model.decoder.cost,
         ),
