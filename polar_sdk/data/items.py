@@ -88,7 +88,7 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
         limit: Keep the first that many different items.
 
     Raises:
-        DataError: The file is missing, empty, or a line has none of the forms.
+        DataError: The file is missing, empty, nothing but copies, or a line has none of the forms.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -98,6 +98,9 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
     items = _different(_item(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
     if not items:
         raise DataError(f"data file {str(path)!r} holds no prompt; give one JSON object per line.")
+    rows = sum(bool(line.strip()) for line in lines)
+    if len(items) == 1 < rows:
+        raise DataError(f"all {rows} prompts of data file {str(path)!r} are copies of one; give different prompts.")
     return items[:limit]
 
 
@@ -139,6 +142,8 @@ def _form(row: Any) -> type[Item]:
 def _reason(error: Any) -> str:
     if error["loc"] == ("choices",) and error["type"] == "too_short":
         return f"{len(error['input'])} choice leaves nothing to choose, a question needs at least 2"
+    if error["loc"] == ("answer",) and error["type"].startswith("int"):
+        return f"{error['input']!r} is no index of a choice; write the number of the right one, 0 is the first"
     return str(error["msg"])
 
 

@@ -6,7 +6,7 @@ Pure tensors, cut out of a `RewardMatrix`. Knows no model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from polar_sdk.router.counts import Loss
     from polar_sdk.search import RewardMatrix
 
-__all__ = ["Examples", "losses"]
+__all__ = ["Examples", "learned_losses", "losses"]
+
+_CHANGED: Final = 0.25
+"""What a changed answer weighs against one point of accuracy, where both are known."""
 
 
 def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
@@ -33,15 +36,32 @@ def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
     return drops.clamp(min=0) if loss == "harms" else drops
 
 
+def learned_losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
+    """(P, M) float32: the losses that a router learns from, with less chance in them than `losses`.
+
+    Whether a program happens to turn one wrong answer right or one right answer wrong cannot be told from a prompt; how
+    often it does can, and which answers it changes at all. So for `drops`, every labelled prompt has its program's mean
+    drop, and a little more or less of it as its answer changes or stays.
+    """
+    found = losses(matrix, loss)
+    known = matrix.labelled
+    if loss != "drops" or not bool(known.any()):
+        return found
+    differs = (~matrix.agree[known]).float()
+    found[known] = found[known].mean(0) + _CHANGED * (differs - differs.mean(0))
+    return found.clamp(-1, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Examples:
     """P prompts, M programs; column 0 is identity.
 
     Attributes:
         features: (P, F) float32.
-        lost: (P, M) float32, from `least` to 1; see `losses`.
+        lost: (P, M) float32, from `least` to 1; see `learned_losses`.
         margin: (P, M) float32; what the target `gap` regresses on.
         flops: (P, M) float64, the router's own in all columns but identity's.
+        kinds: (P,) number of each prompt's kind: a promise holds for each kind alike, and so must a decision.
         least: The smallest loss there is: −1 for `drops`, else 0.
     """
 
@@ -49,6 +69,7 @@ class Examples:
     lost: Tensor
     margin: Tensor
     flops: Tensor
+    kinds: Tensor
     least: float = 0.0
 
     @classmethod
@@ -64,7 +85,10 @@ class Examples:
         if loss != "differs" and not bool(matrix.labelled.any()):
             raise DataError(f"no prompt has an answer, which the loss {loss!r} needs; use 'differs', or give answers.")
         least = -1.0 if loss == "drops" else 0.0
-        return cls(features[keep], losses(matrix, loss)[keep], matrix.margin[keep], flops[keep], least)
+        names = sorted(set(matrix.kinds))
+        kinds = torch.tensor([names.index(kind) for kind in matrix.kinds])
+        lost = learned_losses(matrix, loss)
+        return cls(features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], least)
 
     def __len__(self) -> int:
         return len(self.features)

@@ -1,7 +1,7 @@
 """The utility of the deployed decision: what training selects by, never its loss.
 
-A menu router is used with its dial at the loosest θ whose share of lost prompts stays below a risk. Its utility is the
-share of FLOPs saved there, the mean over several risks. Pure tensors.
+A menu router is used with its dial at the loosest θ whose share of lost prompts stays below a risk, for each kind of
+prompt alike. Its utility is the share of FLOPs saved there, the mean over several risks. Pure tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Frontier(NamedTuple):
 
     thetas: tuple[float, ...]
     lost: Tensor
-    """Share of lost prompts at each θ."""
+    """Share of lost prompts at each θ, of the kind of prompt that loses most."""
     saved: Tensor
     """Share of all FLOPs saved at each θ."""
 
@@ -55,4 +55,6 @@ def frontier(needed: Tensor, examples: Examples, order: Sequence[int], thetas: S
     prompts = torch.arange(len(examples))
     flops = examples.flops[prompts, chosen].sum(1)
     saved = 1 - flops / examples.flops[:, 0].sum()
-    return Frontier(walk, examples.lost[prompts, chosen].double().mean(1), saved)
+    lost = examples.lost[prompts, chosen].double()
+    kinds = [lost[:, examples.kinds == kind].mean(1) for kind in examples.kinds.unique()]
+    return Frontier(walk, torch.stack(kinds).amax(0), saved)
