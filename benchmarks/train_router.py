@@ -88,13 +88,15 @@ class Work:
         matrix = self.search()
         tiers = _tiers(self.options.tier, "drops" if self.labelled else "differs")
         routers = self.train(matrix)
+        earned = {}
         for name in routers:
             certified = self.model.calibrate(self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
             if self.options.resplits and name != "policy":  # its programs are many, and none is in the matrix
                 self.resplit(name, certified, tiers)
-            self.evaluate(name)
-        best = max(routers, key=lambda name: routers[name].facts.training["utility"] if name != "policy" else -1.0)
-        self.ship(best)
+            earned[name] = any(one.outcome == "routed" for one in self.evaluate(name).classes)
+        menus = [name for name in routers if name.startswith("menu")]
+        best = max(menus, key=lambda name: routers[name].facts.training["utility"])
+        self.ship(best if earned[best] else "static")
 
     @property
     def labelled(self) -> bool:
@@ -149,14 +151,23 @@ class Work:
         return None if split == "train" else split_of(task.id, HALVES, seed=1)
 
     def train(self, matrix: RewardMatrix) -> dict[str, LearnedRouter]:
-        """A menu router on each kind of features, and the article's router."""
+        """A menu router that reads nothing, one on each kind of features, and the article's router."""
         menu = MenuSettings(
             steps=self.options.steps,
             seeds=_seeds(self.options.seeds),
             loss="drops" if self.labelled else "differs",
             risks=(0.03, 0.1, 0.25),
         )
-        made = {}
+        made = {
+            "static": self.model.train_router(
+                matrix,
+                kind="static",
+                settings=menu,
+                out=self.folder / "static",
+                bridges=self.folder / "bridges",
+                on_progress=self.show,
+            )
+        }
         for features in ("embedding", "early"):
             made[f"menu-{features}"] = self.model.train_router(
                 matrix,
@@ -192,10 +203,7 @@ class Work:
         """How often promises break: calibrated on a random half of the prompts that training left alone."""
         judge = Judge(self.model, router, on_progress=self.show)
         for one in judge.resplit(self.items, tiers=tiers, times=self.options.resplits):
-            print(
-                f"{name}: {one.tier}, {one.kind}: of {one.times} promises made on a random half, {one.other_half} broke "
-                f"on the other half and {one.pooled} on both together"
-            )
+            print(f"{name}: {one.text}")
 
     def evaluate(self, name: str) -> Evaluation:
         """Measure one router on the prompts it has not seen."""

@@ -109,8 +109,5 @@ def _report(router: LearnedRouter, folder: Path, broken: list[Resplits], *, as_j
         always = " (θ = 0: always identity)" if promise.theta == 0 else f" (θ = {promise.theta:.4f})"
         typer.echo(f"{name}: {promise.text}{always}")
     for one in broken:
-        typer.echo(
-            f"{one.tier}, {one.kind}: of {one.times} promises made on a random half, {one.other_half} broke on the other "
-            f"half and {one.pooled} on both together"
-        )
+        typer.echo(one.text)
     typer.echo(f"wrote {folder}")

@@ -102,9 +102,7 @@ class Walk:
             for loss, values in lost.items():
                 values.append(outcomes.losses(rows, programs, loss))
         on_progress("calibrating", len(dial), len(dial))
-        counted: dict[Loss, Tensor] = {
-            loss: torch.tensor(values, dtype=torch.int8) for loss, values in lost.items()
-        }
+        counted: dict[Loss, Tensor] = {loss: torch.tensor(values, dtype=torch.int8) for loss, values in lost.items()}
         return cls(router, outcomes, counted, torch.stack(flops))
 
     def certificate(self, rows: Sequence[int], tiers: Mapping[str, TierPromise], delta: float) -> Certificate:
@@ -117,11 +115,15 @@ class Walk:
             delta=delta,
             thetas=self.router.facts.dial,
             saved=tuple((1 - kept / full).tolist()),
-            kinds={kind: self._count(some) for kind, some in _by_kind(self.outcomes, rows).items()},
+            kinds={kind: self._count(some) for kind, some in self.by_kind(rows).items()},
         )
         for tier, (alpha, loss) in tiers.items():
             certificate = tier_promise(certificate, tier, alpha, loss)
         return certificate
+
+    def by_kind(self, rows: Sequence[int]) -> dict[str, list[int]]:
+        """Those rows, by kind of prompt."""
+        return _by_kind(self.outcomes, rows)
 
     def _count(self, rows: Sequence[int]) -> Counts:
         values = {loss: self.lost[loss][:, rows] for loss in _countable(self.outcomes, rows)}

@@ -1,7 +1,7 @@
 """Evaluation: a router beside identity, beside controls of equal cost, and beside the oracle, on the same prompts.
 
-Pure but for the outcomes it is given, which may measure. `evaluate_set` says which systems there are; `evaluate_classes`
-looks at the router alone, within one class of prompts after another. Renders nothing.
+Pure but for the outcomes it is given, which may measure. `evaluate_set` says which systems there are;
+`evaluate_classes` looks at the router alone, within one class of prompts after another. Renders nothing.
 """
 
 from __future__ import annotations

@@ -81,7 +81,12 @@ class Judge:
         return self._router.with_facts(training=training).with_certificate(certificate)
 
     def resplit(
-        self, items: Sequence[Item], *, tiers: Mapping[str, TierPromise] = TIER_ALPHAS, delta: float = 0.1, times: int = 100
+        self,
+        items: Sequence[Item],
+        *,
+        tiers: Mapping[str, TierPromise] = TIER_ALPHAS,
+        delta: float = 0.1,
+        times: int = 100,
     ) -> list[Resplits]:
         """Certify on random halves of what training left alone, and count the promises that the other half breaks."""
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}

@@ -39,8 +39,8 @@ model {{ e.fingerprint[:12] }}</p>
 <ul>{% for name, one in e.certificate.tiers.items() %}<li><b>{{ name }}</b>: {{ one.text }}</li>{% endfor %}</ul>
 {% endif %}
 {% if classes %}<h2>Within each class</h2>
-<p class="muted">Points of agreement (and of right answers, where they are known) that choosing per prompt gains over the
-same programs shuffled, and over the best static program of equal cost; exact McNemar.</p>
+<p class="muted">Points of agreement (and of right answers, where they are known) that choosing per prompt gains over
+the same programs shuffled, and over the best static program of equal cost; exact McNemar.</p>
 <table><tr>{% for name in class_columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in classes %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
 {% for set, chart, body, written in sets %}
@@ -82,9 +82,7 @@ def to_html(evaluation: Evaluation) -> str:
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     sets = [(one, Markup(_chart(one)), rows(one), generation_rows(one)) for one in evaluation.sets]
     classes = class_rows(evaluation.classes)
-    return template.render(
-        e=evaluation, sets=sets, columns=COLUMNS, classes=classes, class_columns=CLASS_COLUMNS
-    )
+    return template.render(e=evaluation, sets=sets, columns=COLUMNS, classes=classes, class_columns=CLASS_COLUMNS)
 
 
 def _chart(result: SetResult) -> str:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
-from polar_sdk.learning.calibrate import Walk
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from polar_sdk.learning.calibrate import TierPromise
+    from polar_sdk.learning.calibrate import TierPromise, Walk
     from polar_sdk.router.certificate import Certificate
     from polar_sdk.router.counts import Loss
 
@@ -33,6 +31,14 @@ class Resplits(NamedTuple):
     pooled: int
     """Times that more than α was lost on both halves together: the best estimate of the truth that there is."""
 
+    @property
+    def text(self) -> str:
+        """In words."""
+        return (
+            f"{self.tier}, {self.kind}: of {self.times} promises made on a random half, {self.other_half} broke on the "
+            f"other half and {self.pooled} on both together"
+        )
+
 
 def resplit(walk: Walk, tiers: Mapping[str, TierPromise], delta: float, times: int = 100) -> list[Resplits]:
     """Split a walk's prompts at random, calibrate, and count broken promises, by tier and kind of prompt.
@@ -40,15 +46,15 @@ def resplit(walk: Walk, tiers: Mapping[str, TierPromise], delta: float, times: i
     Raises:
         CalibrationSizeError: Half of the prompts is too few for a tier's α.
     """
-    kinds: dict[str, list[int]] = {}
-    for row, kind in enumerate(walk.outcomes.matrix.kinds):
-        kinds.setdefault(kind, []).append(row)
+    kinds = walk.by_kind(range(len(walk.outcomes)))
     broken = {(tier, kind): [0, 0] for tier in tiers for kind in (*kinds, "any")}
     for seed in range(times):
         here = _half(kinds, seed)
         certificate = walk.certificate(sorted(here), tiers, delta)
         for tier in tiers:
-            found = {kind: _breaks(walk, certificate, tier, rows, here) for kind, rows in kinds.items()}
+            found: dict[str, tuple[bool, bool]] = {
+                kind: _breaks(walk, certificate, tier, rows, here) for kind, rows in kinds.items()
+            }
             found["any"] = (any(a for a, _ in found.values()), any(b for _, b in found.values()))
             for kind, (other, pooled) in found.items():
                 broken[tier, kind][0] += other
@@ -62,9 +68,7 @@ def _half(kinds: Mapping[str, Sequence[int]], seed: int) -> set[int]:
     return {row for rows in kinds.values() for row in dice.sample(rows, len(rows) // 2)}
 
 
-def _breaks(
-    walk: Walk, certificate: Certificate, tier: str, rows: Sequence[int], here: set[int]
-) -> tuple[bool, bool]:
+def _breaks(walk: Walk, certificate: Certificate, tier: str, rows: Sequence[int], here: set[int]) -> tuple[bool, bool]:
     """Whether more than α is lost on the other half, and on both."""
     promise = certificate.tiers[tier]
     at = certificate.thetas.index(promise.theta)

@@ -56,5 +56,5 @@ def frontier(needed: Tensor, examples: Examples, order: Sequence[int], thetas: S
     flops = examples.flops[prompts, chosen].sum(1)
     saved = 1 - flops / examples.flops[:, 0].sum()
     lost = examples.lost[prompts, chosen].double()
-    kinds = [lost[:, examples.kinds == kind].mean(1) for kind in examples.kinds.unique()]
+    kinds = [lost[:, examples.kinds == kind].mean(1) for kind in sorted(set(examples.kinds.tolist()))]
     return Frontier(walk, torch.stack(kinds).amax(0), saved)

@@ -118,15 +118,15 @@ def test_the_script_makes_an_artifact(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("POLAR_DATA", str(folder / "data"))
     out = tmp_path / "shipped"
     quick = "--precision fp32 --sets first,second --limit 110 --segments 2-3 --text-segments 3-4 --distil 2 --tune 2"
-    quick += " --programs search --budgets 0.8 --menu 3 --prompts 12 --population 2 --generations 0 --layers 1 --steps 20 --seeds 0"
-    quick += " --epochs 1 --resplits 2 --timed 1 --tier economy=0.5 standard=0.3"
+    quick += " --programs search --budgets 0.8 --menu 3 --prompts 12 --population 2 --generations 0 --layers 1"
+    quick += " --steps 20 --seeds 0 --epochs 1 --resplits 2 --timed 1 --tier economy=0.5 standard=0.3"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     import_module("benchmarks.train_router").main(words)
     router = load_router(out)
     assert isinstance(router, LearnedRouter) and router.certificate is not None
     assert set(router.certificate.tiers) == {"economy", "standard"}
-    for name in ("menu-embedding", "menu-early", "policy"):
+    for name in ("static", "menu-embedding", "menu-early", "policy"):
         found = json.loads((tmp_path / "work" / f"{name}.json").read_text())
         assert [one["name"] for one in found["sets"]] == ["all", "package", "first", "second"]
         assert (tmp_path / "work" / f"{name}.html").is_file()

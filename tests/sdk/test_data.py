@@ -149,7 +149,7 @@ def test_lines_that_have_none_of_the_forms(line: str, says: str, tmp_path: Path)
 def test_a_file_of_copies_is_told_from_a_file_of_one(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "p"}\n' * 3)
-    with pytest.raises(DataError, match="all 3 prompts of data file .* are copies of one"):
+    with pytest.raises(DataError, match=r"all 3 prompts of data file .* are copies of one"):
         read_items(file)
     file.write_text('{"prompt": "p"}\n')
     assert read_items(file) == [PromptItem(prompt="p")]
