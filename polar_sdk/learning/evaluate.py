@@ -38,6 +38,8 @@ __all__ = ["Subjects", "evaluate_classes", "evaluate_set"]
 
 _DEALS: Final = 21
 """Deals of a control at random whose p-values the median is taken of: one could be lucky."""
+_SAME_COST: Final = 0.001
+"""Difference of cost that counts as none."""
 _RANDOM: Final = 4
 """Random programs that the prompts are dealt to."""
 _FRONTIER: Final = 25
@@ -158,7 +160,7 @@ class _Bench:
         drawn = random_programs(ratio, _RANDOM, subjects.cost, subjects.policy, subjects.seed)
         dealt = shuffled([drawn[row % len(drawn)] for row in self.rows], subjects.seed)
         runs = {
-            "shuffled router": self._run(shuffled(main.programs, subjects.seed, self.full), main.router_flops),
+            "shuffled router": self._shuffles(main)[0],
             "best static program": self._run(static.deal(len(self.rows), subjects.seed)),
             "random program": self._run(dealt),
         }
@@ -256,9 +258,16 @@ class _Bench:
         return self._against(control, main, [self.controls(main)[0][control]])
 
     def _shuffles(self, main: _Run) -> list[_Run]:
-        """Its programs dealt anew, several times."""
-        deals = (shuffled(main.programs, seed, self.full) for seed in self._seeds())
-        return [self._run(programs, main.router_flops) for programs in deals]
+        """Its programs dealt anew, several times, and never cheaper than it is itself.
+
+        Where long prompts run identity more often than short ones, dealing at random would be; there programs move
+        among prompts of about the same size only.
+        """
+        plain = [self._run(shuffled(main.programs, seed), main.router_flops) for seed in self._seeds()]
+        spent = fmean(one.flops for run in plain for one in run.outcomes)
+        if spent >= (1 - _SAME_COST) * fmean(one.flops for one in main.outcomes):
+            return plain
+        return [self._run(shuffled(main.programs, seed, self.full), main.router_flops) for seed in self._seeds()]
 
     def _statics(self, static: StaticMix) -> list[_Run]:
         """One program for all; a mix of two is dealt several times."""

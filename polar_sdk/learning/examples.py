@@ -93,6 +93,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.features)
 
+    def end(self, least: float) -> float:
+        """The θ at which a program may run that is expected to keep that share of the answers."""
+        return 1 - least / (1 - self.least)
+
     @property
     def kept(self) -> Tensor:
         """(P, M) float32 quality from 0 (lost) to 1 (the best there is): what the value head predicts."""

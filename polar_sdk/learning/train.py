@@ -103,7 +103,8 @@ class Trainer:
         network = Network.fresh(train.features, (), len(kept), seed=0)  # its weights are zero
         network.biases[-1].copy_(kept.logit())
         with torch.no_grad():
-            utility = frontier(needed_theta(network(dev.features)), dev, order).utility(settings.risks)
+            walked = frontier(needed_theta(network(dev.features)), dev, order, most=dev.end(settings.least))
+        utility = walked.utility(settings.risks)
         spread = {"utility": utility, "utility_mean": utility, "utility_spread": 0.0}
         record = {"settings": settings.model_dump(mode="json"), "picked": "static", **spread}
         return self._menu(Trained(network, record), dev, order, settings)
@@ -118,7 +119,7 @@ class Trainer:
     def _menu(self, trained: Trained, dev: Examples, order: Sequence[int], settings: MenuSettings) -> MenuRouter:
         with torch.no_grad():
             needed = needed_theta(trained.network(dev.features))
-        dial = menu_dial(needed, order)
+        dial = menu_dial(needed, order, most=dev.end(settings.least))
         walked = frontier(needed, dev, order, dial)
         router = MenuRouter(
             self._facts(trained, dial, walked.thetas[walked.best(_DEFAULT_RISK)], settings.loss),

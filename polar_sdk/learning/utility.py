@@ -41,7 +41,9 @@ class Frontier(NamedTuple):
         return sum(float(self.saved[self.best(risk)]) for risk in risks) / len(risks)
 
 
-def frontier(needed: Tensor, examples: Examples, order: Sequence[int], thetas: Sequence[float] = ()) -> Frontier:
+def frontier(
+    needed: Tensor, examples: Examples, order: Sequence[int], thetas: Sequence[float] = (), most: float = 1.0
+) -> Frontier:
     """Walk the dial.
 
     Args:
@@ -49,8 +51,9 @@ def frontier(needed: Tensor, examples: Examples, order: Sequence[int], thetas: S
         examples: What the programs did on those prompts.
         order: Programs cheaper than identity, cheapest first.
         thetas: Where to look, ascending from 0; none = where the choices change.
+        most: Where to stop looking, then.
     """
-    walk = tuple(thetas) or menu_dial(needed, order)
+    walk = tuple(thetas) or menu_dial(needed, order, most=most)
     chosen = cheapest(needed.double(), order, torch.tensor(walk, dtype=torch.float64).unsqueeze(1))
     prompts = torch.arange(len(examples))
     flops = examples.flops[prompts, chosen].sum(1)
