@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "routers" / "smollm2-135m-instruct"
 MOST_BYTES = 5_000_000
+HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:700"
+SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:1200,arc_easy.train@open:500"
 MENU = "0-15 [16-18] 19-29;0-13 [14-18] 19-29;0-11 [12-20] 21-29;0-11 [12-20] 21 [22-26] 27-29"
 """What ships: the longest bridges that kept their worth, two for texts and two for choices."""
 SEARCH = "search"
@@ -105,7 +107,9 @@ class Work:
 
     def heal(self) -> None:
         """Fit the bridges."""
-        self.model.load_bridges(Bridging(self.options, self.items, self.folder, self.show).run(self.model))
+        sets = read_sets(self.options.heal_sets.split(","), self.options.limit)
+        items = [item for some in sets.values() for item in some]
+        self.model.load_bridges(Bridging(self.options, items, self.folder, self.show).run(self.model))
 
     def search(self) -> RewardMatrix:
         """Search the menu, or take the one that was named, and measure it on what the cache does not know yet."""
@@ -156,7 +160,10 @@ class Work:
             steps=self.options.steps,
             seeds=_seeds(self.options.seeds),
             loss="drops" if self.labelled else "differs",
-            risks=(0.03, 0.1, 0.25),
+            hidden=((64,),),  # a linear head cannot say that a program serves one kind of prompt and ruins another
+            penalties=(0.3, 1.0, 3.0),
+            risks=(0.03, 0.1, 0.15),
+            least=self.options.least,
         )
         made = {
             "static": self.model.train_router(
@@ -274,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("out/router"), help="where stages keep their work")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="where the artifact goes")
     parser.add_argument("--limit", type=int, default=None, help="prompts of each set")
-    parser.add_argument("--sets", default="arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:700")
+    parser.add_argument("--sets", default=SETS, help="to route and to judge on")
+    parser.add_argument("--heal-sets", default=HEAL_SETS, help="to fit and tune the bridges on")
     parser.add_argument("--segments", default="12-20;12-20,22-26", help="bridges for choices")
     parser.add_argument("--text-segments", default="16-18;14-18", help="bridges for prompts answered in text")
     parser.add_argument("--distil", type=int, default=120, help="steps of training those, without labels")
@@ -286,15 +294,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--programs", default=MENU, help=f"the menu, parted by ;, or {SEARCH}")
     parser.add_argument("--menu", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=128, help="prompts that programs are evolved on")
-    parser.add_argument("--train", type=int, default=1000, help="prompts that routers learn from")
+    parser.add_argument("--train", type=int, default=3000, help="most prompts that routers learn from")
     parser.add_argument("--population", type=int, default=12)
     parser.add_argument("--generations", type=int, default=4)
     parser.add_argument("--layers", type=int, default=3, help="layers run for early features")
     parser.add_argument("--steps", type=int, default=200, help="training steps of the menu routers")
+    parser.add_argument("--least", type=float, default=0.6, help="least chance of an answer that a program is run at")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=3, help="of the policy router; 0 leaves it out")
     parser.add_argument("--price", type=float, default=3.0, help="weight of a lost prompt for the policy router")
-    parser.add_argument("--tier", nargs="+", default=["economy=0.25", "standard=0.03", "premium=0.015"])
+    parser.add_argument("--tier", nargs="+", default=["economy=0.2", "standard=0.03", "premium=0.015"])
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tried on")
     options = parser.parse_args(arguments)

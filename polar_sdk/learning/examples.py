@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from polar_sdk.errors import DataError
+from polar_sdk.rewards import SAME_ANSWER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Examples", "learned_losses", "losses"]
 
-_CHANGED: Final = 0.25
-"""What a changed answer weighs against one point of accuracy, where both are known."""
+_BLUR: Final = 0.05
+"""Share of an answer's tokens over which it turns from kept to lost."""
 
 
 def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
@@ -40,16 +41,17 @@ def learned_losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
     """(P, M) float32: the losses that a router learns from, with less chance in them than `losses`.
 
     Whether a program happens to turn one wrong answer right or one right answer wrong cannot be told from a prompt; how
-    often it does can, and which answers it changes at all. So for `drops`, every labelled prompt has its program's mean
-    drop, and a little more or less of it as its answer changes or stays.
+    often it does so can. So for `drops` every labelled prompt has its program's mean drop. And an answer in text that
+    falls one token short of being the same is not as lost as one of which nothing stays.
     """
     found = losses(matrix, loss)
+    written = torch.tensor([kind != "choice" for kind in matrix.kinds]) & ~(matrix.labelled & (loss != "differs"))
+    found[written, 1:] = torch.sigmoid((SAME_ANSWER - matrix.share[written, 1:]) / _BLUR)
     known = matrix.labelled
     if loss != "drops" or not bool(known.any()):
         return found
-    differs = (~matrix.agree[known]).float()
-    found[known] = found[known].mean(0) + _CHANGED * (differs - differs.mean(0))
-    return found.clamp(-1, 1)
+    found[known] = found[known].mean(0)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,8 +120,7 @@ class Judge:
         for at, (name, some) in enumerate(whole.items()):
             subjects = self._subjects(some, chosen, seed)
             results.append(evaluate_set(name, replace(subjects, timings={} if at else timings)))
-            if name in tasks:
-                classes += evaluate_classes(subjects, _classes(name, some))
+            classes += evaluate_classes(subjects, _classes(name, some) if name in tasks else _kinds(some))
         return Evaluation(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
@@ -185,6 +184,14 @@ class Judge:
                 end = time.perf_counter_ns()
                 each[name].append(((end - begin) / 1e6 / max(1, len(answer)), (routed - begin) / 1e6))
         return {name: (median(a for a, _ in some), median(b for _, b in some)) for name, some in each.items()}
+
+
+def _kinds(tasks: Sequence[Task]) -> dict[str, list[int]]:
+    """Rows of choice questions and of prompts answered in text, where there are both."""
+    found: dict[str, list[int]] = {}
+    for row, task in enumerate(tasks):
+        found.setdefault("all choices" if isinstance(task.item, ChoiceItem) else "all texts", []).append(row)
+    return found if len(found) > 1 else {}
 
 
 def _classes(name: str, tasks: Sequence[Task]) -> dict[str, list[int]]:

@@ -117,7 +117,7 @@ def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> 
 def test_the_script_makes_an_artifact(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLAR_DATA", str(folder / "data"))
     out = tmp_path / "shipped"
-    quick = "--precision fp32 --sets first,second --limit 110 --segments 2-3 --text-segments 3-4 --distil 2 --tune 2"
+    quick = "--precision fp32 --sets first,second --heal-sets first,second --limit 110 --segments 2-3 --text-segments 3-4 --distil 2 --tune 2"
     quick += " --programs search --budgets 0.8 --menu 3 --prompts 12 --population 2 --generations 0 --layers 1"
     quick += " --steps 20 --seeds 0 --epochs 1 --resplits 2 --timed 1 --tier economy=0.5 standard=0.3"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
