@@ -19,7 +19,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.router_bridges import Bridging
 from polar_sdk import PolarModel
@@ -36,7 +36,9 @@ from polar_sdk.data import (
     read_items,
     split_of,
 )
+from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.learning import Judge, MenuSettings, PolicySettings
+from polar_sdk.learning.checkpoint import run_key
 from polar_sdk.learning.measuring import marks
 from polar_sdk.learning.page import to_html
 from polar_sdk.policy import TIERS
@@ -88,17 +90,29 @@ class Work:
         """All stages."""
         self.heal()
         matrix = self.search()
+        names = ["menu-embedding", "static", "menu-early", *(["policy"] if self.options.epochs else [])]
+        made = {name: self.make(name, matrix) for name in names}
+        best = max((name for name in names if name.startswith("menu")), key=lambda name: made[name]["utility"])
+        self.ship(best if made[best]["routed"] else "static")
+
+    def make(self, name: str, matrix: RewardMatrix) -> dict[str, Any]:
+        """Train, certify and evaluate one router; what is done already for the same data and settings stays."""
         tiers = _tiers(self.options.tier, "drops" if self.labelled else "differs")
-        routers = self.train(matrix)
-        earned = {}
-        for name in routers:
-            certified = self.model.calibrate(self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
-            if self.options.resplits and name != "policy":  # its programs are many, and none is in the matrix
-                self.resplit(name, certified, tiers)
-            earned[name] = any(one.outcome == "routed" for one in self.evaluate(name).classes)
-        menus = [name for name in routers if name.startswith("menu")]
-        best = max(menus, key=lambda name: routers[name].facts.training["utility"])
-        self.ship(best if earned[best] else "static")
+        mark = self.folder / f"{name}.done.json"
+        settings = self._policy if name == "policy" else self._menu
+        key = run_key(
+            matrix.data, matrix.bridges, matrix.programs, settings, tiers, self.options.layers, ENGINE_VERSION
+        )
+        if mark.is_file() and (done := json.loads(mark.read_text(encoding="utf-8")))["key"] == key:
+            return dict(done)
+        router = self.train(name, matrix)
+        certified = self.model.calibrate(self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
+        if self.options.resplits and name != "policy":  # its programs are many, and none is in the matrix
+            self.resplit(name, certified, tiers)
+        routed = any(one.outcome == "routed" for one in self.evaluate(name).classes)
+        done = {"key": key, "utility": router.facts.training["utility"], "routed": routed}
+        mark.write_text(json.dumps(done) + "\n", encoding="utf-8")
+        return done
 
     @property
     def labelled(self) -> bool:
@@ -107,9 +121,8 @@ class Work:
 
     def heal(self) -> None:
         """Fit the bridges."""
-        sets = read_sets(self.options.heal_sets.split(","), self.options.limit)
-        items = [item for some in sets.values() for item in some]
-        self.model.load_bridges(Bridging(self.options, items, self.folder, self.show).run(self.model))
+        made = Bridging(self.options, self._healed(), self.folder, self.show).run(self.model)
+        self.model.load_bridges(made)
 
     def search(self) -> RewardMatrix:
         """Search the menu, or take the one that was named, and measure it on what the cache does not know yet."""
@@ -154,9 +167,9 @@ class Work:
             return split
         return None if split == "train" else split_of(task.id, HALVES, seed=1)
 
-    def train(self, matrix: RewardMatrix) -> dict[str, LearnedRouter]:
-        """A menu router that reads nothing, one on each kind of features, and the article's router."""
-        menu = MenuSettings(
+    @property
+    def _menu(self) -> MenuSettings:
+        return MenuSettings(
             steps=self.options.steps,
             seeds=_seeds(self.options.seeds),
             loss="drops" if self.labelled else "differs",
@@ -165,46 +178,38 @@ class Work:
             risks=(0.03, 0.1, 0.15),
             least=self.options.least,
         )
-        made = {
-            "static": self.model.train_router(
-                matrix,
-                kind="static",
-                settings=menu,
-                out=self.folder / "static",
-                bridges=self.folder / "bridges",
-                on_progress=self.show,
-            )
-        }
-        for features in ("embedding", "early"):
-            made[f"menu-{features}"] = self.model.train_router(
-                matrix,
-                features="early" if features == "early" else "embedding",
-                layers=self.options.layers,
-                settings=menu,
-                out=self.folder / f"menu-{features}",
-                bridges=self.folder / "bridges",
-                on_progress=self.show,
-            )
-        if self.options.epochs:
-            policy = PolicySettings(epochs=self.options.epochs, price=self.options.price)
-            made["policy"] = self.model.train_router(
-                matrix,
-                kind="policy",
-                items=self.items,
-                settings=policy,
-                out=self.folder / "policy",
-                bridges=self.folder / "bridges",
-                on_progress=self.show,
-            )
-        for name, router in made.items():
-            save_router(self._remembering(router), self.folder / name)
-        return made
 
-    def _remembering(self, router: LearnedRouter) -> LearnedRouter:
-        """The router, told of all prompts that it or its bridges learned from, so that it is judged on none of them."""
-        ids = [item_id(item) for item in distinct_items(self.items)]
-        seen = marks(one for one in ids if split_of(one) in ("train", "dev"))
-        return router.with_facts(training={**router.facts.training, "seen": seen})
+    @property
+    def _policy(self) -> PolicySettings:
+        return PolicySettings(epochs=self.options.epochs, price=self.options.price)
+
+    def train(self, name: str, matrix: RewardMatrix) -> LearnedRouter:
+        """A menu router on one kind of features, one that reads nothing, or the article's router."""
+        kind, _, features = name.partition("-")
+        router = self.model.train_router(
+            matrix,
+            kind=kind,  # type: ignore[arg-type]
+            items=self.items,
+            features="early" if features == "early" else "embedding",
+            layers=self.options.layers,
+            settings=self._policy if kind == "policy" else self._menu,
+            out=self.folder / name,
+            bridges=self.folder / "bridges",
+            on_progress=self.show,
+        )
+        router = router.with_facts(training={**router.facts.training, "seen": self._seen()})
+        save_router(router, self.folder / name)
+        return router
+
+    def _seen(self) -> str:
+        """All prompts that a router or its bridges learned from, so that it is judged on none of them."""
+        ids = [item_id(item) for item in distinct_items([*self.items, *self._healed()])]
+        return marks(one for one in ids if split_of(one) in ("train", "dev"))
+
+    def _healed(self) -> list[Item]:
+        """What the bridges are fitted on."""
+        sets = read_sets(self.options.heal_sets.split(","), self.options.limit)
+        return [item for some in sets.values() for item in some]
 
     def resplit(self, name: str, router: LearnedRouter, tiers: dict[str, TierPromise]) -> None:
         """How often promises break: calibrated on a random half of the prompts that training left alone."""
@@ -303,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=3, help="of the policy router; 0 leaves it out")
     parser.add_argument("--price", type=float, default=3.0, help="weight of a lost prompt for the policy router")
-    parser.add_argument("--tier", nargs="+", default=["economy=0.2", "standard=0.03", "premium=0.015"])
+    parser.add_argument("--tier", nargs="+", default=["economy=0.25", "standard=0.03", "premium=0.015"])
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tried on")
     options = parser.parse_args(arguments)
