@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "routers" / "smollm2-135m-instruct"
 MOST_BYTES = 5_000_000
 HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:700"
-SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:1200,arc_easy.train@open:500"
+SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:1200"
 MENU = "0-15 [16-18] 19-29;0-13 [14-18] 19-29;0-11 [12-20] 21-29;0-11 [12-20] 21 [22-26] 27-29"
 """What ships: the longest bridges that kept their worth, two for texts and two for choices."""
 SEARCH = "search"

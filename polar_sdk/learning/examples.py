@@ -92,6 +92,12 @@ class Examples:
         lost = learned_losses(matrix, loss)
         return cls(features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], least)
 
+    def rows(self, keep: Sequence[bool]) -> Examples:
+        """Some of them."""
+        mask = torch.tensor(keep)
+        tensors = (self.features, self.lost, self.margin, self.flops, self.kinds)
+        return Examples(*(one[mask] for one in tensors), least=self.least)
+
     def __len__(self) -> int:
         return len(self.features)
 

@@ -31,6 +31,15 @@ class Frontier(NamedTuple):
     saved: Tensor
     """Share of all FLOPs saved at each θ."""
 
+    @property
+    def efficient(self) -> Frontier:
+        """Without the θ that a looser one is no worse than: a certificate's walk would stop at them for nothing."""
+        later = self.lost.flip(0).cummin(0).values.flip(0)
+        keep = ((self.lost <= later) & (self.saved >= 0)).tolist()
+        keep[0] = True
+        thetas = tuple(theta for theta, kept in zip(self.thetas, keep, strict=True) if kept)
+        return Frontier(thetas, self.lost[keep], self.saved[keep])
+
     def best(self, risk: float) -> int:
         """Place of the loosest θ before the share of lost prompts first exceeds the risk."""
         beyond = (self.lost > risk).nonzero()
@@ -50,7 +59,8 @@ def frontier(
         needed: (P, M) least θ of each program for each prompt.
         examples: What the programs did on those prompts.
         order: Programs cheaper than identity, cheapest first.
-        thetas: Where to look, ascending from 0; none = where the choices change.
+        thetas: Where to look, ascending from 0; none = where the choices change, those left out that a looser θ is no
+            worse than.
         most: Where to stop looking, then.
     """
     walk = tuple(thetas) or menu_dial(needed, order, most=most)
@@ -60,4 +70,5 @@ def frontier(
     saved = 1 - flops / examples.flops[:, 0].sum()
     lost = examples.lost[prompts, chosen].double()
     kinds = [lost[:, examples.kinds == kind].mean(1) for kind in sorted(set(examples.kinds.tolist()))]
-    return Frontier(walk, torch.stack(kinds).amax(0), saved)
+    found = Frontier(walk, torch.stack(kinds).amax(0), saved)
+    return found if thetas else found.efficient
