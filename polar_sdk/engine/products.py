@@ -107,6 +107,8 @@ def _one_row(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _int8(x: Tensor, product: Int8) -> Tensor:
+    if native.multiplies_integers(x):
+        return native.product_int8(x, product.weight, product.scale)
     if _fused(x):
         return (_one_row(x, product.weight) * product.scale.float()).to(x.dtype)
     if x.device.type != "cpu" or _wide(x, _INT8_WIDE):
@@ -116,6 +118,8 @@ def _int8(x: Tensor, product: Int8) -> Tensor:
 
 
 def _int4(x: Tensor, product: Int4) -> Tensor:
+    if native.multiplies_integers(x) and _can_unpack(product):
+        return native.product_int4(x, product.packed, product.scales_zeros)
     if torch.compiler.is_compiling() and _wide(x, _INT4_WIDE) and _can_unpack(product):
         return _interleave([torch.mm(x, half) for half in _unpack(product, x.dtype)])
     total: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, product.packed, INT4_GROUP, product.scales_zeros)

@@ -20,7 +20,7 @@ from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from torch import Tensor
 
@@ -39,7 +39,7 @@ class Gate:
         self.reached = threading.Event()
         self.opened = threading.Event()
 
-    def __call__(self, tokens: tuple[int, ...], logits: Tensor) -> Tensor:
+    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
         if len(tokens) >= self._free:
             self.reached.set()
             assert self.opened.wait(60), "the gate was never opened"

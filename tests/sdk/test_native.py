@@ -19,7 +19,7 @@ from polar_sdk.engine.family import AttentionKind
 from polar_sdk.engine.forward import Row, next_logits
 from polar_sdk.engine.native import library
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.products import Plain, multiply
+from polar_sdk.engine.products import Int4, Int8, Plain, _interleave, _layout_known, _unpack, multiply, quantize
 from polar_sdk.program import Program
 from polar_sdk.testing import tiny_llama
 
@@ -95,6 +95,53 @@ def test_a_product_of_what_does_not_lie_together() -> None:
     _assert_close(library.product(x, weight, None), x.double() @ weight.double().T, torch.full((7, 50), 100.0))
 
 
+def _spread(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """For each output, what an error as large as a group's largest input would make of it at most, four times."""
+    groups = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % 32)).view(x.shape[0], -1, 32)
+    largest = groups.amax(-1, keepdim=True).expand_as(groups).flatten(1)[:, : x.shape[1]]
+    return 4 * largest @ weight.double().abs().T + 1
+
+
+def _uneven(seed: int, inputs: int) -> torch.Tensor:
+    """A row whose largest inputs are a thousand times the others, as in real models."""
+    x = _random(seed, 1, inputs)
+    x[:, ::37] *= 1000
+    return x
+
+
+@pytest.mark.usefixtures("native")
+@given(outputs=st.integers(1, 100), inputs=st.integers(1, 200), seed=st.integers(0, 2**20))
+def test_a_row_and_8_bit_integers(outputs: int, inputs: int, seed: int) -> None:
+    x, matrix = _uneven(seed, inputs), quantize(Plain(_random(seed + 1, outputs, inputs)), "int8")
+    assert isinstance(matrix, Int8)
+    weight = matrix.weight.double() * matrix.scale.double()[:, None]
+    got = library.product_int8(x, matrix.weight, matrix.scale)
+    _assert_close(got, x.double() @ weight.T, _spread(x, weight))
+
+
+@pytest.mark.usefixtures("native")
+@given(blocks=st.integers(1, 4), groups=st.integers(1, 9), seed=st.integers(0, 2**20))
+def test_a_row_and_4_bit_integers(blocks: int, groups: int, seed: int) -> None:
+    x, matrix = _uneven(seed, 32 * groups), quantize(Plain(_random(seed + 1, 64 * blocks, 32 * groups)), "int4")
+    assert isinstance(matrix, Int4)
+    assert _layout_known()
+    weight = _interleave(_unpack(matrix, torch.float64))
+    got = library.product_int4(x, matrix.packed, matrix.scales_zeros)
+    _assert_close(got, x.double() @ weight, _spread(x, weight.T))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(bad: float) -> None:
+    x = _random(0, 1, 64)
+    x[0, 40] = bad
+    eight, four = (quantize(Plain(_random(1, 64, 64)), precision) for precision in ("int8", "int4"))
+    assert isinstance(eight, Int8)
+    assert isinstance(four, Int4)
+    assert not library.product_int8(x, eight.weight, eight.scale).isfinite().any()
+    assert not library.product_int4(x, four.packed, four.scales_zeros).isfinite().any()
+
+
 @pytest.mark.usefixtures("native")
 @given(
     shape=HEADS, lengths=st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=5), kind=KINDS, seed=st.integers(0, 99)
@@ -130,9 +177,10 @@ def test_attention_of_a_prompt(
     _assert_close(got, wanted, torch.full_like(wanted, 4))
 
 
-def _decoder() -> Decoder:
+def _decoder(precision: str = "bf16") -> Decoder:
     """A head is 32 wide, which the kernels for attention take."""
-    return build_decoder(tiny_llama(layers=3, hidden_size=128).bfloat16(), kv_memory=1 << 24)
+    model = tiny_llama(layers=3, hidden_size=128).bfloat16()
+    return build_decoder(model, precision=precision, kv_memory=1 << 24)
 
 
 @torch.inference_mode()
@@ -162,6 +210,19 @@ def test_compiled_layers_compute_what_eager_ones_do(cache: Path) -> None:
         ours, theirs = (got - exact).abs(), (wanted - exact).abs()
         assert ours.mean() < 1.3 * theirs.mean(), f"mean {ours.mean():.3g} of ours, {theirs.mean():.3g} of eager layers"
         assert ours.max() < 2 * theirs.max(), f"largest {ours.max():.3g} of ours, {theirs.max():.3g} of eager layers"
+
+
+@pytest.mark.usefixtures("native")
+def test_compiled_layers_of_integers_compute_what_eager_ones_do(cache: Path) -> None:
+    torch.set_num_threads(1)
+    eager, compiled = _decoder("int4"), _decoder("int4")
+    assert any(isinstance(value, Int4) for value in compiled.layers[0].values())
+    kernels = load_kernels(compiled, cache, build=True)
+    assert kernels is not None
+    compiled.kernels = kernels
+    got, wanted = (_logits(one, ["0 2 1"], [70], 4) for one in (compiled, eager))
+    error = (got - wanted).abs().mean()  # both round in bfloat16
+    assert error < 0.04 * wanted.std(), f"mean {error:.3g}, spread {wanted.std():.3g}"
 
 
 @pytest.fixture

@@ -6,8 +6,22 @@ from polar_sdk.engine.native.library import (
     attends,
     load_library,
     multiplies,
+    multiplies_integers,
     product,
+    product_int4,
+    product_int8,
     version,
 )
 
-__all__ = ["attend_pages", "attend_prompt", "attends", "load_library", "multiplies", "product", "version"]
+__all__ = [
+    "attend_pages",
+    "attend_prompt",
+    "attends",
+    "load_library",
+    "multiplies",
+    "multiplies_integers",
+    "product",
+    "product_int4",
+    "product_int8",
+    "version",
+]

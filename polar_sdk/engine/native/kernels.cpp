@@ -6,12 +6,15 @@
 
 #include <torch/library.h>
 
+#include "integers.h"
 #include "pages.h"
 #include "products.h"
 #include "prompt.h"
 
 TORCH_LIBRARY(polar, library) {
   library.def("product(Tensor x, Tensor weight, Tensor? bias, bool pairs) -> Tensor");
+  library.def("product_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
+  library.def("product_int4(Tensor x, Tensor packed, Tensor scales_zeros) -> Tensor");
   library.def(
       "attend_pages(Tensor query, Tensor store, Tensor table, Tensor positions, float scale, int? window, float? "
       "softcap)"
@@ -22,6 +25,8 @@ TORCH_LIBRARY(polar, library) {
 
 TORCH_LIBRARY_IMPL(polar, CPU, library) {
   library.impl("product", polar::product);
+  library.impl("product_int8", polar::product_int8);
+  library.impl("product_int4", polar::product_int4);
   library.impl("attend_pages", polar::attend_pages);
   library.impl("attend_prompt", polar::attend_prompt);
 }

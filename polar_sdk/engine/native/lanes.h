@@ -69,6 +69,25 @@ inline void turn(const Half* from, int64_t stride, int64_t last, __mmask16 lanes
   }
 }
 
+// The sum of each of 16 vectors, in the lane of its number.
+inline __m512 sums_of(__m512 (&vectors)[kLanes]) {
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = vectors[2 * i], b = vectors[2 * i + 1];
+    vectors[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(vectors[2 * i]), b = _mm512_castps_pd(vectors[2 * i + 1]);
+    vectors[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int left = 2; left > 0; left /= 2) {
+    for (int i = 0; i < left; ++i) {
+      const __m512 a = vectors[2 * i], b = vectors[2 * i + 1];
+      vectors[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+  }
+  return vectors[0];
+}
+
 // Memory that a thread keeps from one call to the next; fresh pages cost more than what is computed in them.
 template <class Owner>
 float* scratch(int64_t words) {

@@ -1,9 +1,9 @@
 """The library made of the C++ files here: when it is used, how it is compiled and kept, how compiled layers call it.
 
-Three operations on bfloat16 tensors of a CPU: the product of two or more rows with a matrix, attention of one token per
-row over pages, and attention of the tokens of a prompt. Only compiled kernels use them, on processors with AVX512-BF16
-and without AMX (where torch's own products are faster). Elsewhere, and where the library cannot be compiled, layers do
-as torch does. Knows tensors, no families.
+Operations on bfloat16 tensors of a CPU: the product of two or more rows with a matrix, of one row with a matrix of
+integers, attention of one token per row over pages, and attention of the tokens of a prompt. Only compiled kernels use
+them, on processors with AVX512-BF16 and without AMX (where torch's own products are faster). Elsewhere, and where the
+library cannot be compiled, layers do as torch does. Knows tensors, no families.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from polar_sdk.engine.family import AttentionKind
 
-__all__ = ["attend_pages", "attend_prompt", "attends", "load_library", "multiplies", "product", "version"]
+__all__ = [
+    "attend_pages",
+    "attend_prompt",
+    "attends",
+    "load_library",
+    "multiplies",
+    "multiplies_integers",
+    "product",
+    "product_int4",
+    "product_int8",
+    "version",
+]
 
 _FOLDER: Final = Path(__file__).parent
 _HEAD_STEP: Final = 32
@@ -112,12 +123,18 @@ def _load(file: Path) -> None:
         _log.warning("native kernels in %s cannot be loaded: %s", file, " ".join(str(error).split())[:200])
         return
     torch.library.register_fake("polar::product", _product_shape)
+    torch.library.register_fake("polar::product_int8", _product_shape)
+    torch.library.register_fake("polar::product_int4", _product_int4_shape)
     torch.library.register_fake("polar::attend_pages", _attend_pages_shape)
     _loaded.add(_key())
 
 
 def _product_shape(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _product_int4_shape(x: Tensor, packed: Tensor, scales_zeros: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], scales_zeros.shape[1]))
 
 
 def _attend_pages_shape(query: Tensor, *_: object) -> Tensor:
@@ -137,6 +154,26 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply rows (M, K) by a matrix (N, K), add its bias (N,), and round once; returns (M, N)."""
     total: Tensor = torch.ops.polar.product(x, weight, bias, _pairs())
+    return total
+
+
+def multiplies_integers(x: Tensor) -> bool:
+    """Whether the product of one row (1, K) with a matrix of integers should be ours: in a compiled layer."""
+    return bool(version(x.dtype, x.device)) and x.shape[0] == 1 and torch.compiler.is_compiling()
+
+
+def product_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Multiply a row (1, K) by a matrix of 8-bit integers (N, K) with a scale (N,) per output; returns (1, N)."""
+    total: Tensor = torch.ops.polar.product_int8(x, weight, scale)
+    return total
+
+
+def product_int4(x: Tensor, packed: Tensor, scales_zeros: Tensor) -> Tensor:
+    """Multiply a row (1, K) by a matrix of 4-bit integers, packed as torch's kernel wants it; returns (1, N).
+
+    N is a multiple of 64. Scales and zeros are (K / 32, N, 2).
+    """
+    total: Tensor = torch.ops.polar.product_int4(x, packed, scales_zeros)
     return total
 
 

@@ -11,25 +11,6 @@
 
 namespace polar {
 
-// The sum of each of 16 vectors, in the lane of its number.
-inline __m512 sums_of(__m512 (&vectors)[kLanes]) {
-  for (int i = 0; i < 8; ++i) {
-    const __m512 a = vectors[2 * i], b = vectors[2 * i + 1];
-    vectors[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(vectors[2 * i]), b = _mm512_castps_pd(vectors[2 * i + 1]);
-    vectors[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  for (int left = 2; left > 0; left /= 2) {
-    for (int i = 0; i < left; ++i) {
-      const __m512 a = vectors[2 * i], b = vectors[2 * i + 1];
-      vectors[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    }
-  }
-  return vectors[0];
-}
-
 struct Attention {
   const Half* query;     // (B, H, d), `query_step` from one row to the next
   const Half* store;     // (P, 2, G, page, d)

@@ -13,11 +13,12 @@ namespace polar {
 
 // y (M, N) = x (M, K) · weight (N, K)ᵀ + bias. A *panel* of 32 outputs is turned so that outputs lie along lanes, in a
 // buffer of the thread's own; all rows of a block then pass over it, 12 at a time, while the next panel is fetched
-// from memory. So weights are read once, stay as torch holds them, and no sum has to be made across lanes. Up to 16
-// rows are bound by reading weights and by turning them: those are turned in registers and used at once.
+// from memory. So weights are read once, stay as torch holds them, and no sum has to be made across lanes. Few rows
+// are bound by reading weights and by turning them: those are turned in registers and used at once.
 
 constexpr int64_t kBlock = 1 << 18;  // words of rows that the second-level cache holds beside a panel
-constexpr int64_t kFew = 16;         // rows that are met by weights in registers
+constexpr int kFew = 16;             // rows that are met at a time by weights in registers …
+constexpr int64_t kStrips = 96;      // … where there are no more than so many in all
 
 // Words of a row of x and of a panel are 32 bits in both forms: a pair of inputs, multiplied by one instruction …
 struct Pairs {
@@ -99,32 +100,30 @@ void fill_panel(const Product& product, int64_t start, float* panel) {
   }
 }
 
-// Few rows: weights are turned in registers and used at once.
+// Few rows and 16 outputs: weights are turned in registers and used at once.
 template <class Form, int kCount>
-void run_few(const Product& product, int64_t start, const float* words, int64_t begin, int64_t end) {
+void run_few(const Product& product, int64_t start, const float* words, int64_t output) {
   constexpr int kSets = kCount <= 8 ? 2 : 1;  // enough sums at a time to hide how long one takes
-  for (int64_t output = begin; output < end; output += kLanes) {
-    const int64_t last = product.outputs - 1 - output;
-    const __mmask16 lanes = first_lanes(last + 1);
-    const Half* from = product.weight + output * product.inputs;
-    const char* ahead = reinterpret_cast<const char*>(from + kLanes * product.inputs);
-    __m512 sums[kCount][kSets];
-    for (auto& row : sums)
-      for (auto& sum : row) sum = _mm512_setzero_ps();
-    for (int64_t at = 0; at < product.padded(); at += kLanes) {
-      __m512i pairs[8];
-      turn(from + at, product.inputs, last, first_lanes(product.inputs - at), pairs);
+  const int64_t last = product.outputs - 1 - output;
+  const __mmask16 lanes = first_lanes(last + 1);
+  const Half* from = product.weight + output * product.inputs;
+  const char* ahead = reinterpret_cast<const char*>(from + kLanes * product.inputs);
+  __m512 sums[kCount][kSets];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int64_t at = 0; at < product.padded(); at += kLanes) {
+    __m512i pairs[8];
+    turn(from + at, product.inputs, last, first_lanes(product.inputs - at), pairs);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i, ahead += 64) {
-        _mm_prefetch(ahead, _MM_HINT_T0);
-        Form::template meet<kCount, kSets>(sums, words + (at + 2 * i) / Form::kInputs * kCount, pairs[i], i);
-      }
+    for (int i = 0; i < 8; ++i, ahead += 64) {
+      _mm_prefetch(ahead, _MM_HINT_T0);
+      Form::template meet<kCount, kSets>(sums, words + (at + 2 * i) / Form::kInputs * kCount, pairs[i], i);
     }
-    const __m512 bias = product.bias ? widen(product.bias + output, lanes) : _mm512_setzero_ps();
-    for (int row = 0; row < kCount; ++row) {
-      for (int set = 1; set < kSets; ++set) sums[row][0] = _mm512_add_ps(sums[row][0], sums[row][set]);
-      store_rounded(product.y + (start + row) * product.outputs + output, _mm512_add_ps(sums[row][0], bias), lanes);
-    }
+  }
+  const __m512 bias = product.bias ? widen(product.bias + output, lanes) : _mm512_setzero_ps();
+  for (int row = 0; row < kCount; ++row) {
+    for (int set = 1; set < kSets; ++set) sums[row][0] = _mm512_add_ps(sums[row][0], sums[row][set]);
+    store_rounded(product.y + (start + row) * product.outputs + output, _mm512_add_ps(sums[row][0], bias), lanes);
   }
 }
 
@@ -233,29 +232,34 @@ void run_panels(const Product& product, const Chunks& chunks, int64_t from, int6
   }
 }
 
-template <class Form, int kCount>
-void run_few_block(const Product& product, int64_t start, int64_t begin, int64_t end) {
-  float* words = scratch<Product>(kCount * product.padded() / Form::kInputs);
-  fill_rows<Form>(product, start, kCount, words);
-  run_few<Form, kCount>(product, start, words, begin, end);
+template <class Form, int... kCounts>
+void run_few_count(int64_t count, const Product& product, int64_t start, const float* words, int64_t output,
+                   std::integer_sequence<int, kCounts...>) {
+  ((count == kCounts + 1 ? run_few<Form, kCounts + 1>(product, start, words, output) : void()), ...);
 }
 
-template <class Form, int... kCounts>
-void run_few_count(int64_t count, const Product& product, int64_t start, int64_t begin, int64_t end,
-                   std::integer_sequence<int, kCounts...>) {
-  ((count == kCounts + 1 ? run_few_block<Form, kCounts + 1>(product, start, begin, end) : void()), ...);
+// Outputs from `begin` to `end`, 16 at a time, for all rows, so that all meet the weights while those are in the cache.
+template <class Form>
+void run_strips(const Product& product, int64_t begin, int64_t end) {
+  const int64_t steps = product.padded() / Form::kInputs, parts = parts_of(product.rows, kFew);
+  float* words = scratch<Product>(product.rows * steps);
+  const auto start = [&](int64_t part) { return part * product.rows / parts; };
+  for (int64_t part = 0; part < parts; ++part) {
+    fill_rows<Form>(product, start(part), start(part + 1) - start(part), words + start(part) * steps);
+  }
+  for (int64_t output = begin; output < end; output += kLanes) {
+    for (int64_t part = 0; part < parts; ++part) {
+      run_few_count<Form>(start(part + 1) - start(part), product, start(part), words + start(part) * steps, output,
+                          std::make_integer_sequence<int, kFew>());
+    }
+  }
 }
 
 template <class Form>
 void run_product(const Product& product) {
-  if (product.rows <= kFew) {
+  if (product.rows <= kStrips) {
     at::parallel_for(0, parts_of(product.outputs, kLanes), 1, [&](int64_t begin, int64_t end) {
-      const int64_t parts = parts_of(product.rows, kFew);
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t from = part * product.rows / parts, to = (part + 1) * product.rows / parts;
-        run_few_count<Form>(to - from, product, from, begin * kLanes, std::min(end * kLanes, product.outputs),
-                            std::make_integer_sequence<int, 16>());
-      }
+      run_strips<Form>(product, begin * kLanes, std::min(end * kLanes, product.outputs));
     });
     return;
   }
