@@ -1,10 +1,13 @@
-"""Make the shipped router: heal, search, train, calibrate, evaluate. `make router` runs it for the default model.
+"""Make the shipped router: heal, measure, train, calibrate, evaluate. `make router` runs it for the default model.
 
 Prompts: those of the package and, where POLAR_DATA names a folder, the JSONL sets in it that `--sets` names, each a
 class of its own in the evaluation. Some bridges are tuned to the right choices of those sets, others distilled on
-texts without labels. Every stage keeps its work, so that the same command goes on after Ctrl-C. What is
-measured is printed and written beside the work, the article's router too; the artifact goes to `--out`, and never more
-than 5 MB of it.
+texts without labels. The menu is the one that ships, unless `--programs search` asks for a search. Every stage keeps
+its work, so that the same command goes on after Ctrl-C. What is measured is printed and written beside the work, the
+article's router too; the artifact goes to `--out`, and never more than 5 MB of it.
+
+Tuned bridges know the questions of the train split: what programs do there says nothing of new questions. So a router
+learns about choices from the dev split, and about texts from train and dev.
 """
 
 from __future__ import annotations
@@ -12,12 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.router_bridges import Bridging
 from polar_sdk import PolarModel
@@ -26,6 +28,7 @@ from polar_sdk.data import (
     AnswerItem,
     ChoiceItem,
     PromptItem,
+    Shares,
     builtin_items,
     data_hash,
     distinct_items,
@@ -33,29 +36,39 @@ from polar_sdk.data import (
     read_items,
     split_of,
 )
-from polar_sdk.learning import MenuSettings, PolicySettings, certify
+from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.learning import Judge, MenuSettings, PolicySettings
+from polar_sdk.learning.checkpoint import run_key
 from polar_sdk.learning.measuring import marks
-from polar_sdk.learning.outcomes import Outcomes
 from polar_sdk.learning.page import to_html
 from polar_sdk.policy import TIERS
 from polar_sdk.program import Program
 from polar_sdk.rewards import Measurer, RewardCache, cache_path, make_tasks
 from polar_sdk.router import save_router
-from polar_sdk.router.layerwise import PolicyRouter
 from polar_sdk.search import RewardMatrix, Search, SearchOptions
 from polar_sdk.search.measured import measured_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_sdk.data import Item
+    from polar_sdk.data import Item, Split
     from polar_sdk.learning import Evaluation
     from polar_sdk.learning.calibrate import TierPromise
+    from polar_sdk.rewards import Task
     from polar_sdk.router import LearnedRouter
     from polar_sdk.router.counts import Loss
 
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "routers" / "smollm2-135m-instruct"
 MOST_BYTES = 5_000_000
+HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:700"
+SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:1200"
+MENU = "0-15 [16-18] 19-29;0-13 [14-18] 19-29;0-11 [12-20] 21-29;0-11 [12-20] 21 [22-26] 27-29"
+"""What ships: the longest bridges that kept their worth, two for texts and two for choices."""
+SEARCH = "search"
+HALVES = Shares(0.6, 0.4, 0.0, 0.0)
+"""Of the dev split of choices: to learn from and to choose by."""
+OPEN = "@open"
+"""Behind a set's name: its questions are asked without their choices."""
 
 
 @dataclass
@@ -77,14 +90,29 @@ class Work:
         """All stages."""
         self.heal()
         matrix = self.search()
+        names = ["menu-embedding", "static", "menu-early", *(["policy"] if self.options.epochs else [])]
+        made = {name: self.make(name, matrix) for name in names}
+        best = max((name for name in names if name.startswith("menu")), key=lambda name: made[name]["utility"])
+        self.ship(best if made[best]["routed"] else "static")
+
+    def make(self, name: str, matrix: RewardMatrix) -> dict[str, Any]:
+        """Train, certify and evaluate one router; what is done already for the same data and settings stays."""
         tiers = _tiers(self.options.tier, "drops" if self.labelled else "differs")
-        routers = self.train(matrix)
-        for name in routers:
-            certified = self.model.calibrate(self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
-            self.resplit(name, certified, matrix, tiers)
-            self.evaluate(name)
-        best = max(routers, key=lambda name: routers[name].facts.training["utility"] if name != "policy" else -1.0)
-        self.ship(best)
+        mark = self.folder / f"{name}.done.json"
+        settings = self._policy if name == "policy" else self._menu
+        key = run_key(
+            matrix.data, matrix.bridges, matrix.programs, settings, tiers, self.options.layers, ENGINE_VERSION
+        )
+        if mark.is_file() and (done := json.loads(mark.read_text(encoding="utf-8")))["key"] == key:
+            return dict(done)
+        router = self.train(name, matrix)
+        certified = self.model.calibrate(self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
+        if self.options.resplits and name != "policy":  # its programs are many, and none is in the matrix
+            self.resplit(name, certified, tiers)
+        routed = any(one.outcome == "routed" for one in self.evaluate(name).classes)
+        done = {"key": key, "utility": router.facts.training["utility"], "routed": routed}
+        mark.write_text(json.dumps(done) + "\n", encoding="utf-8")
+        return done
 
     @property
     def labelled(self) -> bool:
@@ -93,11 +121,12 @@ class Work:
 
     def heal(self) -> None:
         """Fit the bridges."""
-        self.model.load_bridges(Bridging(self.options, self.items, self.folder, self.show).run(self.model))
+        made = Bridging(self.options, self._healed(), self.folder, self.show).run(self.model)
+        self.model.load_bridges(made)
 
     def search(self) -> RewardMatrix:
         """Search the menu, or take the one that was named, and measure it on what the cache does not know yet."""
-        if self.options.programs:
+        if self.options.programs != SEARCH:
             return self._measure([Program.parse(text) for text in self.options.programs.split(";")])
         path = self.folder / "menu.json"
         options = SearchOptions(
@@ -115,78 +144,78 @@ class Work:
         return found.matrix
 
     def _measure(self, programs: list[Program]) -> RewardMatrix:
-        """The matrix of a menu that was named, on the prompts that a search would use."""
+        """The matrix of a menu that was named, on all prompts that say something about new ones."""
         with RewardCache(cache_path(self.model.fingerprint, self.model.dtype)) as cache:
             tasks = make_tasks(self.model, distinct_items(self.items), cache, on_progress=self.show)
-            split = {task.id: split_of(task.id) for task in tasks}
+            split = {task.id: self._split(task) for task in tasks}
             drawn = sorted(task.id for task in tasks if split[task.id] == "train")
-            tasks = [task for task in tasks if task.id not in set(drawn[self.options.train :])]
+            left_out = {*drawn[self.options.train :], *(one for one, name in split.items() if name is None)}
+            kept = [(task, split[task.id]) for task in tasks if task.id not in left_out]
             return measured_matrix(
                 Measurer(self.model, cache, self.show),
-                tasks,
+                [task for task, _ in kept],
                 [Program.identity(self.model.depth), *programs],
-                splits=[split[task.id] for task in tasks],
-                data=data_hash(task.item for task in tasks),
+                splits=[name for _, name in kept if name is not None],
+                data=data_hash(task.item for task, _ in kept),
+                write_tokens=None if not self.labelled else 64,
             )
 
-    def train(self, matrix: RewardMatrix) -> dict[str, LearnedRouter]:
-        """A menu router on each kind of features, and the article's router."""
-        menu = MenuSettings(
+    def _split(self, task: Task) -> Split | None:
+        """What a router may use a prompt for; None = nothing, as the bridges were tuned to its right choice."""
+        split = split_of(task.id)
+        if not (self.options.tune and isinstance(task.item, ChoiceItem)) or split in ("calibration", "test"):
+            return split
+        return None if split == "train" else split_of(task.id, HALVES, seed=1)
+
+    @property
+    def _menu(self) -> MenuSettings:
+        return MenuSettings(
             steps=self.options.steps,
             seeds=_seeds(self.options.seeds),
             loss="drops" if self.labelled else "differs",
+            hidden=((64,),),  # a linear head cannot say that a program serves one kind of prompt and ruins another
+            penalties=(0.3, 1.0, 3.0),
+            risks=(0.03, 0.1, 0.15),
+            least=self.options.least,
         )
-        made = {}
-        for features in ("embedding", "early"):
-            made[f"menu-{features}"] = self.model.train_router(
-                matrix,
-                features="early" if features == "early" else "embedding",
-                layers=self.options.layers,
-                settings=menu,
-                out=self.folder / f"menu-{features}",
-                bridges=self.folder / "bridges",
-                on_progress=self.show,
-            )
-        if self.options.epochs:
-            policy = PolicySettings(epochs=self.options.epochs, price=self.options.price)
-            made["policy"] = self.model.train_router(
-                matrix,
-                kind="policy",
-                items=self.items,
-                settings=policy,
-                out=self.folder / "policy",
-                bridges=self.folder / "bridges",
-                on_progress=self.show,
-            )
-        for name, router in made.items():
-            save_router(self._remembering(router), self.folder / name)
-        return made
 
-    def _remembering(self, router: LearnedRouter) -> LearnedRouter:
-        """The router, told of all prompts that it or its bridges learned from, so that it is judged on none of them."""
-        ids = [item_id(item) for item in distinct_items(self.items)]
-        seen = marks(one for one in ids if split_of(one) in ("train", "dev"))
-        return router.with_facts(training={**router.facts.training, "seen": seen})
+    @property
+    def _policy(self) -> PolicySettings:
+        return PolicySettings(epochs=self.options.epochs, price=self.options.price)
 
-    def resplit(self, name: str, router: LearnedRouter, matrix: RewardMatrix, tiers: dict[str, TierPromise]) -> None:
+    def train(self, name: str, matrix: RewardMatrix) -> LearnedRouter:
+        """A menu router on one kind of features, one that reads nothing, or the article's router."""
+        kind, _, features = name.partition("-")
+        router = self.model.train_router(
+            matrix,
+            kind=kind,  # type: ignore[arg-type]
+            items=self.items,
+            features="early" if features == "early" else "embedding",
+            layers=self.options.layers,
+            settings=self._policy if kind == "policy" else self._menu,
+            out=self.folder / name,
+            bridges=self.folder / "bridges",
+            on_progress=self.show,
+        )
+        router = router.with_facts(training={**router.facts.training, "seen": self._seen()})
+        save_router(router, self.folder / name)
+        return router
+
+    def _seen(self) -> str:
+        """All prompts that a router or its bridges learned from, so that it is judged on none of them."""
+        ids = [item_id(item) for item in distinct_items([*self.items, *self._healed()])]
+        return marks(one for one in ids if split_of(one) in ("train", "dev"))
+
+    def _healed(self) -> list[Item]:
+        """What the bridges are fitted on."""
+        sets = read_sets(self.options.heal_sets.split(","), self.options.limit)
+        return [item for some in sets.values() for item in some]
+
+    def resplit(self, name: str, router: LearnedRouter, tiers: dict[str, TierPromise]) -> None:
         """How often promises break: calibrated on a random half of the prompts that training left alone."""
-        rows = [at for at, split in enumerate(matrix.splits) if split in ("calibration", "test")]
-        if isinstance(router, PolicyRouter):  # its programs are not in the matrix
-            return
-        pool = matrix.rows(rows)
-        outputs = router.outputs(router.reader.stack(pool.tokens))
-        broken = dict.fromkeys(tiers, 0)
-        for seed in range(self.options.resplits):
-            order = random.Random(seed).sample(range(len(rows)), len(rows))
-            here, there = sorted(order[: len(rows) // 2]), sorted(order[len(rows) // 2 :])
-            certificate = certify(router, outputs[here], Outcomes(pool.rows(here)), tiers=tiers)
-            for tier, promise in certificate.tiers.items():
-                theta, loss = promise.theta, promise.loss
-                chosen = router.choose_all(outputs[there], theta) if theta else [router.programs[0]] * len(there)
-                lost = Outcomes(pool.rows(there)).losses(range(len(there)), chosen, loss)
-                broken[tier] += sum(lost) / len(lost) > promise.alpha
-        told = ", ".join(f"{tier} {count}" for tier, count in broken.items())
-        print(f"{name}: of {self.options.resplits} random re-splits broke the promise: {told}")
+        judge = Judge(self.model, router, on_progress=self.show)
+        for one in judge.resplit(self.items, tiers=tiers, times=self.options.resplits):
+            print(f"{name}: {one.text}")
 
     def evaluate(self, name: str) -> Evaluation:
         """Measure one router on the prompts it has not seen."""
@@ -228,20 +257,25 @@ def read_sets(names: Sequence[str], limit: int | None) -> dict[str, list[Item]]:
     """The package's prompts, and those sets of POLAR_DATA that are there: `name`, or `name:400` for its first 400.
 
     Prompts with an answer in text lose it: a model of this size writes hardly any of those answers, so that what it
-    would have written is the better measure.
+    would have written is the better measure. `name@open` asks the questions of a set without their choices.
     """
     folder = Path(os.environ.get("POLAR_DATA") or os.devnull)
     found = {}
     for name in names:
         stem, _, most = name.partition(":")
-        path = folder / f"{stem}.jsonl"
+        path = folder / f"{stem.removesuffix(OPEN)}.jsonl"
         if path.is_file():
-            found[stem] = [_unanswered(one) for one in read_items(path, int(most) if most else limit)]
+            items = read_items(path, int(most) if most else limit)
+            found[stem] = [_opened(one) if stem.endswith(OPEN) else _unanswered(one) for one in items]
     return {"package": builtin_items()[:limit], **found}
 
 
 def _unanswered(item: Item) -> Item:
     return PromptItem(prompt=item.prompt) if isinstance(item, AnswerItem) else item
+
+
+def _opened(item: Item) -> Item:
+    return PromptItem(prompt=item.question if isinstance(item, ChoiceItem) else item.prompt)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -252,7 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("out/router"), help="where stages keep their work")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="where the artifact goes")
     parser.add_argument("--limit", type=int, default=None, help="prompts of each set")
-    parser.add_argument("--sets", default="arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:700")
+    parser.add_argument("--sets", default=SETS, help="to route and to judge on")
+    parser.add_argument("--heal-sets", default=HEAL_SETS, help="to fit and tune the bridges on")
     parser.add_argument("--segments", default="12-20;12-20,22-26", help="bridges for choices")
     parser.add_argument("--text-segments", default="16-18;14-18", help="bridges for prompts answered in text")
     parser.add_argument("--distil", type=int, default=120, help="steps of training those, without labels")
@@ -261,14 +296,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--choices", type=float, default=0.3, help="weight of full depth's choices in those steps")
     parser.add_argument("--rate", type=float, default=4e-4, help="learning rate of those steps")
     parser.add_argument("--budgets", default="0.95,0.9,0.85,0.8,0.75,0.7,0.6")
-    parser.add_argument("--programs", help="a menu by hand, parted by ;, instead of a search")
+    parser.add_argument("--programs", default=MENU, help=f"the menu, parted by ;, or {SEARCH}")
     parser.add_argument("--menu", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=128, help="prompts that programs are evolved on")
-    parser.add_argument("--train", type=int, default=1000, help="prompts that routers learn from")
+    parser.add_argument("--train", type=int, default=3000, help="most prompts that routers learn from")
     parser.add_argument("--population", type=int, default=12)
     parser.add_argument("--generations", type=int, default=4)
     parser.add_argument("--layers", type=int, default=3, help="layers run for early features")
     parser.add_argument("--steps", type=int, default=200, help="training steps of the menu routers")
+    parser.add_argument("--least", type=float, default=0.6, help="least chance of an answer that a program is run at")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=3, help="of the policy router; 0 leaves it out")
     parser.add_argument("--price", type=float, default=3.0, help="weight of a lost prompt for the policy router")

@@ -120,7 +120,7 @@ class CalibrationMethods:
 
         Args:
             rewards: The reward matrix of `search`, or its file.
-            kind: `menu` chooses among the matrix's programs, `policy` layer by layer.
+            kind: `menu` chooses among the matrix's programs, `policy` layer by layer; `static` reads nothing.
             items: For `policy`: the items that were searched on; None = those that come with the package.
             features: `embedding`, or `early` to run the first layers and read their states.
             layers: Layers run for `early`.

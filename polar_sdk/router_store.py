@@ -80,9 +80,7 @@ def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
         try:
             host.policy.check(program, host.decoder.cost)
         except ProgramError as error:
-            raise RouterError(
-                f"the router may choose what the policy forbids: {error}", hint="Load it with another policy."
-            ) from error
+            raise RouterError(f"the router may choose what the policy forbids: {error}") from error
     return bound
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,10 @@ from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from polar_sdk.data import Item
     from polar_sdk.learning.calibrate import TierPromise
+    from polar_sdk.learning.resplit import Resplits
+    from polar_sdk.model import PolarModel
     from polar_sdk.router import LearnedRouter
 
 __all__ = ["register"]
@@ -36,6 +39,9 @@ def calibrate(
     ] = None,
     delta: Annotated[float, typer.Option(min=0.001, max=0.5, help="Most probability that a promise is wrong.")] = 0.1,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the router's own.")] = None,
+    resplits: Annotated[
+        int, typer.Option(min=0, help="Also certify on so many random halves, and count the promises that break.")
+    ] = 0,
     as_json: opt.AsJson = False,
     model: opt.Model = None,
     policy: opt.PolicyFile = None,
@@ -55,7 +61,20 @@ def calibrate(
     folder = router or saved_router_path(engine.fingerprint)
     with ProgressBars(quiet=as_json) as show:
         certified = engine.calibrate(items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)
-    _report(certified, out or folder, as_json=as_json)
+        broken = _tried(engine, certified, items, delta, resplits, show) if resplits else []
+    _report(certified, out or folder, broken, as_json=as_json)
+
+
+def _tried(
+    engine: PolarModel, router: LearnedRouter, items: list[Item] | None, delta: float, times: int, show: ProgressBars
+) -> list[Resplits]:
+    from polar_sdk.data import builtin_items
+    from polar_sdk.learning import Judge
+
+    assert router.certificate is not None
+    tiers = {name: (one.alpha, one.loss) for name, one in router.certificate.tiers.items()}
+    judge = Judge(engine, router, on_progress=show)
+    return judge.resplit(builtin_items() if items is None else items, tiers=tiers, delta=delta, times=times)
 
 
 def _tier(text: str) -> tuple[str, TierPromise]:
@@ -77,14 +96,18 @@ def _tier(text: str) -> tuple[str, TierPromise]:
     return name, (alpha, counted)
 
 
-def _report(router: LearnedRouter, folder: Path, *, as_json: bool) -> None:
+def _report(router: LearnedRouter, folder: Path, broken: list[Resplits], *, as_json: bool) -> None:
     certificate = router.certificate
     assert certificate is not None
     if as_json:
-        facts = {"out": str(folder), "certificate": certificate.model_dump(mode="json")}
+        facts: dict[str, Any] = {"out": str(folder), "certificate": certificate.model_dump(mode="json")}
+        if broken:
+            facts["resplits"] = [one._asdict() for one in broken]
         typer.echo(json.dumps(facts, indent=2))
         return
     for name, promise in certificate.tiers.items():
         always = " (θ = 0: always identity)" if promise.theta == 0 else f" (θ = {promise.theta:.4f})"
         typer.echo(f"{name}: {promise.text}{always}")
+    for one in broken:
+        typer.echo(one.text)
     typer.echo(f"wrote {folder}")

@@ -13,6 +13,8 @@ from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from polar_sdk.learning import Evaluation
     from polar_sdk.learning.results import SetResult
     from polar_sdk.router import LearnedRouter
@@ -104,6 +106,7 @@ def _show(found: Evaluation) -> None:
     console.print(f"{found.model} ({found.dtype} on {found.device}): {found.router}, compared at {found.point}")
     for result in found.sets:
         _show_set(console, result)
+    _show_classes(console, found)
     for name, promise in found.certificate.tiers.items() if found.certificate else ():
         console.print(f"{name}: {promise.text}", soft_wrap=True)
     if found.certificate and not found.certificate_holds:
@@ -112,13 +115,22 @@ def _show(found: Evaluation) -> None:
         console.print(f"• {sentence}", soft_wrap=True)
 
 
-def _show_set(console: object, result: SetResult) -> None:
-    from rich.console import Console
+def _show_classes(console: Console, found: Evaluation) -> None:
+    from rich.table import Table
+
+    from polar_sdk.learning.table import CLASS_COLUMNS, class_rows
+
+    table = Table(*CLASS_COLUMNS, title="within each class")
+    for row in class_rows(found.classes):
+        table.add_row(*row)
+    console.print(table)
+
+
+def _show_set(console: Console, result: SetResult) -> None:
     from rich.table import Table
 
     from polar_sdk.learning.table import COLUMNS, generation_rows, rows
 
-    assert isinstance(console, Console)
     table = Table(*COLUMNS, title=f"{result.name}: {result.prompts} prompts, {result.labelled} with a right answer")
     for row in rows(result):
         table.add_row(*row)

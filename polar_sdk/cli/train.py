@@ -27,7 +27,8 @@ def train(
     rewards: Annotated[Path, typer.Option(help="Rewards that `polar search` wrote.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
     kind: Annotated[
-        Literal["menu", "policy"], typer.Option(help="Choose whole programs, or skip, execute, loop per layer.")
+        Literal["menu", "policy", "static"],
+        typer.Option(help="Choose whole programs; or skip, execute, loop per layer; or one program, by the dial."),
     ] = "menu",
     features: Annotated[
         Literal["embedding", "early"], typer.Option(help="Read the embeddings, or the states after some layers.")

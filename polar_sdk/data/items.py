@@ -5,6 +5,9 @@ One object per line, in one of these forms; other keys are ignored, and items th
 - `{"question": …, "choices": […], "answer": index}`: what the model prefers is compared with the right choice;
 - `{"prompt": …, "answer": text}` (or `question` for `prompt`): what the model writes is compared with the text;
 - `{"prompt": …}`: label-free, the model's own answer at full depth is the reference.
+
+A text under the key `task` names the class that an item belongs to. Evaluations report each class apart; nothing else
+looks at it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,15 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from polar_sdk.errors import DataError
 
@@ -25,27 +36,32 @@ __all__ = ["AnswerItem", "ChoiceItem", "Item", "PromptItem", "builtin_items", "c
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 _FORMS = "{prompt}, {prompt, answer} or {question, choices, answer}"
+Task = Annotated[str | None, BeforeValidator(lambda value: value.strip() or None if isinstance(value, str) else None)]
 
 
-class PromptItem(BaseModel):
+class _Item(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    task: Task = Field(default=None, exclude=True)
+    """Class that it is reported with; no part of what is asked, so that no hash holds it."""
+
+
+class PromptItem(_Item):
     """A bare prompt."""
 
-    model_config = ConfigDict(frozen=True)
     prompt: Text
 
 
-class AnswerItem(BaseModel):
+class AnswerItem(_Item):
     """A prompt and the text that answers it."""
 
-    model_config = ConfigDict(frozen=True)
     prompt: Text = Field(validation_alias=AliasChoices("prompt", "question"))
     answer: Text
 
 
-class ChoiceItem(BaseModel):
+class ChoiceItem(_Item):
     """A question with several choices; `answer` is the index of the right one."""
 
-    model_config = ConfigDict(frozen=True)
     question: Text
     choices: tuple[Text, ...] = Field(min_length=2)
     answer: int = Field(ge=0)
@@ -59,7 +75,7 @@ def builtin_items() -> list[Item]:
     text = (resources.files("polar_sdk.data") / "prompts.jsonl").read_text(encoding="utf-8")
     kinds: dict[str, list[Item]] = {}
     for row in map(json.loads, text.splitlines()):
-        kinds.setdefault(row["task"], []).append(PromptItem(prompt=row["prompt"]))
+        kinds.setdefault(row["task"], []).append(PromptItem.model_validate(row))
     longest = max(map(len, kinds.values()))
     return [items[at] for at in range(longest) for items in kinds.values() if at < len(items)]
 
@@ -72,7 +88,7 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
         limit: Keep the first that many different items.
 
     Raises:
-        DataError: The file is missing, empty, or a line has none of the forms.
+        DataError: The file is missing, empty, nothing but copies, or a line has none of the forms.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -82,6 +98,9 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
     items = _different(_item(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
     if not items:
         raise DataError(f"data file {str(path)!r} holds no prompt; give one JSON object per line.")
+    rows = sum(bool(line.strip()) for line in lines)
+    if len(items) == 1 < rows:
+        raise DataError(f"all {rows} prompts of data file {str(path)!r} are copies of one; give different prompts.")
     return items[:limit]
 
 
@@ -123,6 +142,8 @@ def _form(row: Any) -> type[Item]:
 def _reason(error: Any) -> str:
     if error["loc"] == ("choices",) and error["type"] == "too_short":
         return f"{len(error['input'])} choice leaves nothing to choose, a question needs at least 2"
+    if error["loc"] == ("answer",) and error["type"].startswith("int"):
+        return f"{error['input']!r} is no index of a choice; write the number of the right one, 0 is the first"
     return str(error["msg"])
 
 

@@ -5,7 +5,10 @@ Pure but for the outcomes it is given. How a promise follows from the counts is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import torch
 
 from polar_sdk.errors import DataError
 from polar_sdk.router.certificate import Certificate, tier_promise
@@ -17,10 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.learning.outcomes import Outcomes
-    from polar_sdk.program import Program
     from polar_sdk.router.learned import LearnedRouter
 
-__all__ = ["TIER_ALPHAS", "TierPromise", "certify"]
+__all__ = ["TIER_ALPHAS", "TierPromise", "Walk", "certify"]
 
 TierPromise = tuple[float, Loss]
 """α and what counts as lost."""
@@ -58,52 +60,87 @@ def certify(
         CalibrationSizeError: A tier's α needs more prompts.
         DataError: A tier counts wrong answers, and the prompts come without right ones.
     """
-    kinds = _by_kind(outcomes)
-    _check(kinds, outcomes, tiers, delta)
-    dial = router.facts.dial
-    chosen: list[Sequence[Program]] = []
-    saved: list[float] = []
-    own = sum(router.route_flops(len(tokens)) for tokens in outcomes.matrix.tokens)
-    full = outcomes.matrix.flops[:, 0].sum().item()
-    for at, theta in enumerate(dial):
-        on_progress("calibrating", at, len(dial))
-        programs = [router.programs[0]] * len(outcomes) if theta == 0 else router.choose_all(outputs, theta)
-        spent = sum(one.flops for one in outcomes.all(programs)) + (own if theta else 0)
-        saved.append(1 - spent / full)
-        chosen.append(programs)
-    on_progress("calibrating", len(dial), len(dial))
-    certificate = Certificate(
-        subject=router.subject,
-        data=outcomes.matrix.data,
-        delta=delta,
-        thetas=dial,
-        saved=tuple(saved),
-        kinds={kind: _count(outcomes, rows, chosen) for kind, rows in kinds.items()},
-    )
-    for tier, (alpha, loss) in tiers.items():
-        certificate = tier_promise(certificate, tier, alpha, loss)
-    return certificate
+    _check(_by_kind(outcomes, range(len(outcomes))), outcomes, tiers, delta)
+    walk = Walk.along(router, outputs, outcomes, on_progress)
+    return walk.certificate(range(len(outcomes)), tiers, delta)
 
 
-def _by_kind(outcomes: Outcomes) -> dict[str, list[int]]:
-    """Rows of each kind of prompt."""
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """What a router does with P prompts at each of K values of θ.
+
+    Attributes:
+        router: Bound to its model.
+        outcomes: Of the prompts.
+        lost: (K, P) int8 by loss: 1 lost, −1 gained; what cannot be counted on a prompt is 0.
+        flops: (K, P) float64, the router's own included where it is asked.
+    """
+
+    router: LearnedRouter
+    outcomes: Outcomes
+    lost: Mapping[Loss, Tensor]
+    flops: Tensor
+
+    @classmethod
+    def along(
+        cls,
+        router: LearnedRouter,
+        outputs: Tensor,
+        outcomes: Outcomes,
+        on_progress: Callable[[str, int, int], None] = _silent,
+    ) -> Walk:
+        """Walk the router's dial."""
+        dial, rows = router.facts.dial, range(len(outcomes))
+        own = torch.tensor([router.route_flops(len(tokens)) for tokens in outcomes.matrix.tokens]).double()
+        lost: dict[Loss, list[list[int]]] = {loss: [] for loss in LOSSES}
+        flops = []
+        for at, theta in enumerate(dial):
+            on_progress("calibrating", at, len(dial))
+            programs = [router.programs[0]] * len(rows) if theta == 0 else router.choose_all(outputs, theta)
+            spent = torch.tensor([one.flops for one in outcomes.all(programs)]).double()
+            flops.append(spent + own if theta else spent)
+            for loss, values in lost.items():
+                values.append(outcomes.losses(rows, programs, loss))
+        on_progress("calibrating", len(dial), len(dial))
+        counted: dict[Loss, Tensor] = {loss: torch.tensor(values, dtype=torch.int8) for loss, values in lost.items()}
+        return cls(router, outcomes, counted, torch.stack(flops))
+
+    def certificate(self, rows: Sequence[int], tiers: Mapping[str, TierPromise], delta: float) -> Certificate:
+        """The certificate that these prompts give."""
+        kept = self.flops[:, list(rows)].sum(1)
+        full = self.outcomes.matrix.flops[list(rows), 0].sum().item()
+        certificate = Certificate(
+            subject=self.router.subject,
+            data=self.outcomes.matrix.data,
+            delta=delta,
+            thetas=self.router.facts.dial,
+            saved=tuple((1 - kept / full).tolist()),
+            kinds={kind: self._count(some) for kind, some in self.by_kind(rows).items()},
+        )
+        for tier, (alpha, loss) in tiers.items():
+            certificate = tier_promise(certificate, tier, alpha, loss)
+        return certificate
+
+    def by_kind(self, rows: Sequence[int]) -> dict[str, list[int]]:
+        """Those rows, by kind of prompt."""
+        return _by_kind(self.outcomes, rows)
+
+    def _count(self, rows: Sequence[int]) -> Counts:
+        values = {loss: self.lost[loss][:, rows] for loss in _countable(self.outcomes, rows)}
+        gained = (values["drops"] == -1).sum(1).tolist() if "drops" in values else ()
+        return Counts(
+            n=len(rows),
+            lost={loss: tuple((some == 1).sum(1).tolist()) for loss, some in values.items()},
+            gained=tuple(gained),
+        )
+
+
+def _by_kind(outcomes: Outcomes, rows: Sequence[int]) -> dict[str, list[int]]:
+    """Those rows, by kind of prompt."""
     found: dict[str, list[int]] = {}
-    for row, kind in enumerate(outcomes.matrix.kinds):
-        found.setdefault(kind, []).append(row)
+    for row in rows:
+        found.setdefault(outcomes.matrix.kinds[row], []).append(row)
     return found
-
-
-def _count(outcomes: Outcomes, rows: Sequence[int], chosen: Sequence[Sequence[Program]]) -> Counts:
-    """Counts of some rows, for the programs that were chosen for all rows at each θ."""
-    values = {
-        loss: [outcomes.losses(rows, [programs[row] for row in rows], loss) for programs in chosen]
-        for loss in _countable(outcomes, rows)
-    }
-    return Counts(
-        n=len(rows),
-        lost={loss: tuple(one.count(1) for one in some) for loss, some in values.items()},
-        gained=tuple(one.count(-1) for one in values.get("drops", ())),
-    )
 
 
 def _countable(outcomes: Outcomes, rows: Sequence[int]) -> tuple[Loss, ...]:

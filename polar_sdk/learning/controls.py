@@ -77,7 +77,7 @@ def best_static(quality: Mapping[Program, float], cost: Mapping[Program, float],
     """The best that fixed programs can do at a cost: the highest quality of one program or of two mixed.
 
     Args:
-        quality: Of each program on prompts other than those evaluated, identity included.
+        quality: Of each program, identity included.
         cost: Of each program on the prompts evaluated.
         target: Cost to meet; one that no program has is moved to the nearest that one has.
     """

@@ -1,18 +1,26 @@
 """Evaluation: a router beside identity, beside controls of equal cost, and beside the oracle, on the same prompts.
 
-Pure but for the outcomes it is given, which may measure. The figures of one system come from `_system`; which systems
-there are, from `evaluate_set`. Renders nothing.
+Pure but for the outcomes it is given, which may measure. `evaluate_set` says which systems there are;
+`evaluate_classes` looks at the router alone, within one class of prompts after another. Renders nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.learning.controls import best_static, oracle, random_programs, shuffled
-from polar_sdk.learning.results import Comparison, FrontierPoint, Generated, Saved, SetResult, SystemResult
+from polar_sdk.learning.controls import StaticMix, best_static, oracle, random_programs, shuffled
+from polar_sdk.learning.results import (
+    ClassResult,
+    Comparison,
+    FrontierPoint,
+    Generated,
+    Saved,
+    SetResult,
+    SystemResult,
+)
 from polar_sdk.program import Program
 from polar_sdk.statistics import mcnemar, paired_difference, wilson
 
@@ -26,10 +34,12 @@ if TYPE_CHECKING:
     from polar_sdk.policy import Policy
     from polar_sdk.router.learned import LearnedRouter
 
-__all__ = ["Subjects", "evaluate_set"]
+__all__ = ["Subjects", "evaluate_classes", "evaluate_set"]
 
-_SHUFFLES: Final = 21
-"""Shuffled routers whose p-values the median is taken of: one deal could be lucky."""
+_DEALS: Final = 21
+"""Deals of a control at random whose p-values the median is taken of: one could be lucky."""
+_SAME_COST: Final = 0.001
+"""Difference of cost that counts as none."""
 _RANDOM: Final = 4
 """Random programs that the prompts are dealt to."""
 _FRONTIER: Final = 25
@@ -45,8 +55,7 @@ class Subjects:
         points: θ by name, such as a tier's; the first is compared with the controls.
         outputs: What the router's network says about the prompts, (P, O).
         outcomes: Of the prompts.
-        static_quality: Of fixed programs on prompts other than these: 1 − the mean loss; identity has 1. All of them
-            are programs of the outcomes' matrix.
+        static: Fixed programs to compare with, identity among them; all are programs of the outcomes' matrix.
         policy: Bounds of random programs.
         cost: Of the model.
         rerun: Whether identity agreed with itself when it was run again, per prompt; None = it was not.
@@ -57,13 +66,19 @@ class Subjects:
     points: Mapping[str, float]
     outputs: Tensor
     outcomes: Outcomes
-    static_quality: Mapping[Program, float]
+    static: Sequence[Program]
     policy: Policy
     cost: CostModel
     rerun: Sequence[Outcome] | None = None
     seed: int = 0
     timings: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """By system: milliseconds per token, and of the router per request."""
+
+    def rows(self, keep: Sequence[int]) -> Subjects:
+        """The same for some of the prompts."""
+        return replace(
+            self, outputs=self.outputs[list(keep)], outcomes=self.outcomes.rows(keep), rerun=None, timings={}
+        )
 
 
 def evaluate_set(name: str, subjects: Subjects) -> SetResult:
@@ -88,6 +103,15 @@ def evaluate_set(name: str, subjects: Subjects) -> SetResult:
         frontier=tuple(bench.frontier()),
         generation={point: bench.generated(run) for point, run in routed.items()} if bench.written else {},
     )
+
+
+def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -> list[ClassResult]:
+    """The router at every point within each class, the rows of which are given."""
+    found = []
+    for name, rows in classes.items():
+        bench = _Bench(subjects.rows(rows))
+        found += [bench.within(name, point, bench.routed(theta)) for point, theta in subjects.points.items()]
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,23 +155,46 @@ class _Bench:
     def controls(self, main: _Run) -> tuple[dict[str, _Run], dict[str, str]]:
         """Systems of the main one's cost, and a note about some."""
         subjects = self.subjects
-        spent = sum(self._flops(main))
-        static = best_static(subjects.static_quality, self._static_costs(), spent)
-        ratio = min(1.0, spent / sum(self.full))
+        static = self._static(main)
+        ratio = min(1.0, sum(self._flops(main)) / sum(self.full))
         drawn = random_programs(ratio, _RANDOM, subjects.cost, subjects.policy, subjects.seed)
         dealt = shuffled([drawn[row % len(drawn)] for row in self.rows], subjects.seed)
         runs = {
-            "shuffled router": self._run(shuffled(main.programs, subjects.seed, self.full), main.router_flops),
+            "shuffled router": self._shuffles(main)[0],
             "best static program": self._run(static.deal(len(self.rows), subjects.seed)),
             "random program": self._run(dealt),
         }
         return runs, {"best static program": static.text}
 
+    def within(self, name: str, point: str, run: _Run) -> ClassResult:
+        """The router against the two controls that say whether reading a prompt earns anything."""
+        system, static = self.system(point, "router", run), self._static(run)
+        program, share = next(iter(system.programs.items()))
+        return ClassResult(
+            name=name,
+            point=point,
+            prompts=len(self.rows),
+            flops_saved=system.flops_saved.total,
+            non_identity_rate=system.non_identity_rate,
+            agreement=system.agreement.value,
+            accuracy_drop=system.accuracy_drop,
+            program=program,
+            program_share=share,
+            shuffled=self._against("shuffled router", run, self._shuffles(run)),
+            static=self._against("best static program", run, self._statics(static)),
+            static_program=static.text,
+        )
+
+    def _static(self, main: _Run) -> StaticMix:
+        """The best static program of a run's cost, chosen with hindsight: the one that agrees most on these prompts."""
+        quality = {one: fmean(self.subjects.outcomes.agreeing(one)) for one in self.subjects.static}
+        return best_static(quality, self._static_costs(), sum(self._flops(main)))
+
     def _static_costs(self) -> dict[Program, float]:
         """FLOPs of each fixed program over all prompts."""
         matrix = self.subjects.outcomes.matrix
         totals = dict(zip(matrix.programs, matrix.flops.double().sum(0).tolist(), strict=True))
-        return {program: totals[program] for program in self.subjects.static_quality}
+        return {program: totals[program] for program in self.subjects.static}
 
     def _flops(self, run: _Run) -> list[float]:
         """Per prompt, the router's included."""
@@ -203,12 +250,35 @@ class _Bench:
         )
 
     def comparison(self, control: str, main: _Run) -> Comparison:
-        """The router against a control; against the shuffled one, the median over several deals."""
+        """The router against a control."""
         if control == "shuffled router":
-            seeds = range(self.subjects.seed, self.subjects.seed + _SHUFFLES)
-            rivals = [self._run(shuffled(main.programs, seed, self.full), main.router_flops) for seed in seeds]
-        else:
-            rivals = [self.controls(main)[0][control]]
+            return self._against(control, main, self._shuffles(main))
+        if control == "best static program":
+            return self._against(control, main, self._statics(self._static(main)))
+        return self._against(control, main, [self.controls(main)[0][control]])
+
+    def _shuffles(self, main: _Run) -> list[_Run]:
+        """Its programs dealt anew, several times, and never cheaper than it is itself.
+
+        Where long prompts run identity more often than short ones, dealing at random would be; there programs move
+        among prompts of about the same size only.
+        """
+        plain = [self._run(shuffled(main.programs, seed), main.router_flops) for seed in self._seeds()]
+        spent = fmean(one.flops for run in plain for one in run.outcomes)
+        if spent >= (1 - _SAME_COST) * fmean(one.flops for one in main.outcomes):
+            return plain
+        return [self._run(shuffled(main.programs, seed, self.full), main.router_flops) for seed in self._seeds()]
+
+    def _statics(self, static: StaticMix) -> list[_Run]:
+        """One program for all; a mix of two is dealt several times."""
+        seeds = self._seeds() if static.cheap != static.dear else self._seeds()[:1]
+        return [self._run(static.deal(len(self.rows), seed)) for seed in seeds]
+
+    def _seeds(self) -> range:
+        return range(self.subjects.seed, self.subjects.seed + _DEALS)
+
+    def _against(self, control: str, main: _Run, rivals: Sequence[_Run]) -> Comparison:
+        """Paired figures; of several deals the median p-value and the mean gain."""
         right, agree = self._right(main), [one.agree for one in main.outcomes]
         theirs = [(self._right(rival), [one.agree for one in rival.outcomes]) for rival in rivals]
         return Comparison(

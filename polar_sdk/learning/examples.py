@@ -6,11 +6,12 @@ Pure tensors, cut out of a `RewardMatrix`. Knows no model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from polar_sdk.errors import DataError
+from polar_sdk.rewards import SAME_ANSWER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from polar_sdk.router.counts import Loss
     from polar_sdk.search import RewardMatrix
 
-__all__ = ["Examples", "losses"]
+__all__ = ["Examples", "learned_losses", "losses"]
+
+_BLUR: Final = 0.05
+"""Share of an answer's tokens over which it turns from kept to lost."""
 
 
 def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
@@ -33,15 +37,33 @@ def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
     return drops.clamp(min=0) if loss == "harms" else drops
 
 
+def learned_losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
+    """(P, M) float32: the losses that a router learns from, with less chance in them than `losses`.
+
+    Whether a program happens to turn one wrong answer right or one right answer wrong cannot be told from a prompt; how
+    often it does so can. So for `drops` every labelled prompt has its program's mean drop. And an answer in text that
+    falls one token short of being the same is not as lost as one of which nothing stays.
+    """
+    found = losses(matrix, loss)
+    written = torch.tensor([kind != "choice" for kind in matrix.kinds]) & ~(matrix.labelled & (loss != "differs"))
+    found[written, 1:] = torch.sigmoid((SAME_ANSWER - matrix.share[written, 1:]) / _BLUR)
+    known = matrix.labelled
+    if loss != "drops" or not bool(known.any()):
+        return found
+    found[known] = found[known].mean(0)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Examples:
     """P prompts, M programs; column 0 is identity.
 
     Attributes:
         features: (P, F) float32.
-        lost: (P, M) float32, from `least` to 1; see `losses`.
+        lost: (P, M) float32, from `least` to 1; see `learned_losses`.
         margin: (P, M) float32; what the target `gap` regresses on.
         flops: (P, M) float64, the router's own in all columns but identity's.
+        kinds: (P,) number of each prompt's kind: a promise holds for each kind alike, and so must a decision.
         least: The smallest loss there is: −1 for `drops`, else 0.
     """
 
@@ -49,6 +71,7 @@ class Examples:
     lost: Tensor
     margin: Tensor
     flops: Tensor
+    kinds: Tensor
     least: float = 0.0
 
     @classmethod
@@ -64,10 +87,23 @@ class Examples:
         if loss != "differs" and not bool(matrix.labelled.any()):
             raise DataError(f"no prompt has an answer, which the loss {loss!r} needs; use 'differs', or give answers.")
         least = -1.0 if loss == "drops" else 0.0
-        return cls(features[keep], losses(matrix, loss)[keep], matrix.margin[keep], flops[keep], least)
+        names = sorted(set(matrix.kinds))
+        kinds = torch.tensor([names.index(kind) for kind in matrix.kinds])
+        lost = learned_losses(matrix, loss)
+        return cls(features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], least)
+
+    def rows(self, keep: Sequence[bool]) -> Examples:
+        """Some of them."""
+        mask = torch.tensor(keep)
+        tensors = (self.features, self.lost, self.margin, self.flops, self.kinds)
+        return Examples(*(one[mask] for one in tensors), least=self.least)
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def end(self, least: float) -> float:
+        """The θ at which a program may run that is expected to keep that share of the answers."""
+        return 1 - least / (1 - self.least)
 
     @property
     def kept(self) -> Tensor:

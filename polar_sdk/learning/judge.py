@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.data import ChoiceItem
 from polar_sdk.errors import RouterError
-from polar_sdk.learning.calibrate import TIER_ALPHAS, certify
-from polar_sdk.learning.evaluate import Subjects, evaluate_set
+from polar_sdk.learning.calibrate import TIER_ALPHAS, Walk, certify
+from polar_sdk.learning.evaluate import Subjects, evaluate_classes, evaluate_set
 from polar_sdk.learning.measuring import Bench, marks, unseen
+from polar_sdk.learning.resplit import Resplits, resplit
 from polar_sdk.learning.results import Evaluation
 from polar_sdk.learning.verdict import verdict
 from polar_sdk.program import Program
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from polar_sdk.data import Item
     from polar_sdk.learning.calibrate import TierPromise
     from polar_sdk.learning.outcomes import Outcomes
-    from polar_sdk.learning.results import SetResult
     from polar_sdk.model import PolarModel
     from polar_sdk.rewards import RewardCache, Task
     from polar_sdk.router import Router
@@ -80,6 +80,20 @@ class Judge:
         training["calibrated"] = marks(task.id for task in tasks)
         return self._router.with_facts(training=training).with_certificate(certificate)
 
+    def resplit(
+        self,
+        items: Sequence[Item],
+        *,
+        tiers: Mapping[str, TierPromise] = TIER_ALPHAS,
+        delta: float = 0.1,
+        times: int = 100,
+    ) -> list[Resplits]:
+        """Certify on random halves of what training left alone, and count the promises that the other half breaks."""
+        training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
+        tasks = self._bench.tasks(unseen(items, training, calibrating=False))
+        walk = Walk.along(self._router, self._outputs(tasks), self._outcomes(tasks), self.on_progress)
+        return resplit(walk, tiers, delta, times)
+
     def evaluate(
         self,
         sets: Mapping[str, Sequence[Item]],
@@ -102,10 +116,11 @@ class Judge:
         everything = list({task.id: task for some in tasks.values() for task in some}.values())
         whole = {"all": everything, **tasks} if len(tasks) > 1 else tasks
         timings = self._timings(everything[:timed], chosen) if timed else {}
-        results = [
-            self._set(name, some, chosen, timings if at == 0 else {}, seed)
-            for at, (name, some) in enumerate(whole.items())
-        ]
+        results, classes = [], []
+        for at, (name, some) in enumerate(whole.items()):
+            subjects = self._subjects(some, chosen, seed)
+            results.append(evaluate_set(name, replace(subjects, timings={} if at else timings)))
+            classes += evaluate_classes(subjects, _classes(name, some) if name in tasks else _kinds(some))
         return Evaluation(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
@@ -114,7 +129,8 @@ class Judge:
             router=f"{self._router.kind} {self._router.version}",
             point=next(iter(chosen)),
             sets=tuple(results),
-            verdict=tuple(verdict(results)),
+            classes=tuple(classes),
+            verdict=tuple(verdict(results, classes)),
             certificate=self._router.certificate,
             certificate_holds=self._router.certified,
             training={name: value for name, value in training.items() if name not in ("seen", "calibrated")},
@@ -128,36 +144,22 @@ class Judge:
         order = sorted(certificate.tiers, key=lambda tier: tier != default)
         return {tier: certificate.tiers[tier].theta for tier in order}
 
-    def _set(
-        self,
-        name: str,
-        tasks: Sequence[Task],
-        points: Mapping[str, float],
-        timings: Mapping[str, tuple[float, float]],
-        seed: int,
-    ) -> SetResult:
-        outcomes = self._outcomes(tasks)
-        quality = {Program.identity(self.model.depth): 1.0}
-        quality |= {program: value for program, value in self._static().items() if program in outcomes.matrix.programs}
-        return evaluate_set(
-            name,
-            Subjects(
-                router=self._router,
-                points=points,
-                outputs=self._outputs(tasks),
-                outcomes=outcomes,
-                static_quality=quality,
-                policy=self.model.policy,
-                cost=self.model.decoder.cost,
-                rerun=self._bench.again(tasks),
-                seed=seed,
-                timings=timings,
-            ),
+    def _subjects(self, tasks: Sequence[Task], points: Mapping[str, float], seed: int) -> Subjects:
+        return Subjects(
+            router=self._router,
+            points=points,
+            outputs=self._outputs(tasks),
+            outcomes=self._outcomes(tasks),
+            static=list(dict.fromkeys([Program.identity(self.model.depth), *self._static()])),
+            policy=self.model.policy,
+            cost=self.model.decoder.cost,
+            rerun=self._bench.again(tasks),
+            seed=seed,
         )
 
-    def _static(self) -> dict[Program, float]:
-        listed = self._router.facts.training.get("static", ())
-        return {Program.parse(one["program"]): float(one["quality"]) for one in listed}
+    def _static(self) -> list[Program]:
+        """Fixed programs that were measured in training."""
+        return [Program.parse(one["program"]) for one in self._router.facts.training.get("static", ())]
 
     def _outcomes(self, tasks: Sequence[Task]) -> Outcomes:
         return self._bench.outcomes(tasks, [*self._router.programs, *self._static()])
@@ -182,6 +184,23 @@ class Judge:
                 end = time.perf_counter_ns()
                 each[name].append(((end - begin) / 1e6 / max(1, len(answer)), (routed - begin) / 1e6))
         return {name: (median(a for a, _ in some), median(b for _, b in some)) for name, some in each.items()}
+
+
+def _kinds(tasks: Sequence[Task]) -> dict[str, list[int]]:
+    """Rows of choice questions and of prompts answered in text, where there are both."""
+    found: dict[str, list[int]] = {}
+    for row, task in enumerate(tasks):
+        found.setdefault("all choices" if isinstance(task.item, ChoiceItem) else "all texts", []).append(row)
+    return found if len(found) > 1 else {}
+
+
+def _classes(name: str, tasks: Sequence[Task]) -> dict[str, list[int]]:
+    """Rows of each class of a set: all of it, and each task that its items name."""
+    found = {name: list(range(len(tasks)))}
+    for row, task in enumerate(tasks):
+        if task.item.task is not None:
+            found.setdefault(f"{name}/{task.item.task}", []).append(row)
+    return found
 
 
 def _prompt_of(item: Item) -> str:

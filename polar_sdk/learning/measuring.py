@@ -13,7 +13,6 @@ from polar_sdk.errors import DataError
 from polar_sdk.learning.outcomes import Outcome, Outcomes
 from polar_sdk.program import Program
 from polar_sdk.rewards import Measurer, RewardCache, cache_path, make_tasks
-from polar_sdk.scoring import Score, score_questions
 from polar_sdk.search.measured import measured_matrix
 
 if TYPE_CHECKING:
@@ -114,17 +113,13 @@ class Bench:
     def again(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Identity once more, measured afresh in another order and other packs: the noise floor.
 
-        What is written in text is not written again; there the answer's tokens are compared.
+        What is written in text is not written again; there the answer's tokens are compared. The second measurement is
+        kept too: a third one would say nothing more.
         """
         from polar_sdk.rewards import rewards_of
 
         identity = Program.identity(self.model.depth)
-        order = list(reversed(range(len(tasks))))
-        self.on_progress("identity again", 0, 1)
-        scores = score_questions(self.model.decoder, [tasks[at].question for at in order], identity)
-        afresh: list[Score] = [Score((), ())] * len(tasks)
-        for at, score in zip(order, scores, strict=True):
-            afresh[at] = score
+        afresh = self._measurer.repeated(list(reversed(tasks)))[::-1]
         known = self._measurer.outcomes(tasks, [identity])[identity]
         reward = rewards_of(tasks, known, afresh, identity, self.model.decoder.cost)
         first = self._measurer.right(tasks, identity).tolist()

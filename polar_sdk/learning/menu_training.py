@@ -204,4 +204,6 @@ def _logistic(outputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _utility(network: Network, dev: Examples, order: Sequence[int], settings: MenuSettings) -> float:
-    return frontier(needed_theta(network(dev.features)), dev, order).utility(settings.risks)
+    return frontier(needed_theta(network(dev.features)), dev, order, most=dev.end(settings.least)).utility(
+        settings.risks
+    )

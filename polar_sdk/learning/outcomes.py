@@ -55,6 +55,21 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.matrix)
 
+    def rows(self, keep: Sequence[int]) -> Outcomes:
+        """The same for some of the rows."""
+        block = self.block
+        asked = None if block is None else lambda rows, programs: block([keep[row] for row in rows], programs)
+        part = Outcomes(self.matrix.rows(keep), asked)
+        place = {row: at for at, row in enumerate(keep)}
+        part._measured = {
+            (place[row], program): known for (row, program), known in self._measured.items() if row in place
+        }
+        return part
+
+    def agreeing(self, program: Program) -> list[bool]:
+        """Per row, whether a program of the matrix answers as identity does."""
+        return self.matrix.agree[:, self._column[program]].tolist()
+
     def of(self, rows: Sequence[int], programs: Sequence[Program]) -> list[Outcome]:
         """Outcomes of pairs of a row and a program.
 

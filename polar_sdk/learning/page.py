@@ -9,7 +9,7 @@ import io
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.learning.table import COLUMNS, generation_rows, rows
+from polar_sdk.learning.table import CLASS_COLUMNS, COLUMNS, class_rows, generation_rows, rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +38,11 @@ model {{ e.fingerprint[:12] }}</p>
 {% if not e.certificate_holds %}<p>The certificate does not hold for what was run here.</p>{% endif %}
 <ul>{% for name, one in e.certificate.tiers.items() %}<li><b>{{ name }}</b>: {{ one.text }}</li>{% endfor %}</ul>
 {% endif %}
+{% if classes %}<h2>Within each class</h2>
+<p class="muted">Points of agreement (and of right answers, where they are known) that choosing per prompt gains over
+the same programs shuffled, and over the best static program of equal cost; exact McNemar.</p>
+<table><tr>{% for name in class_columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in classes %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
 {% for set, chart, body, written in sets %}
 <h2>{{ set.name }}</h2>
 <p class="muted">{{ set.prompts }} prompts, {{ set.labelled }} with a right answer; data {{ set.data[:12] }}</p>
@@ -76,7 +81,8 @@ def to_html(evaluation: Evaluation) -> str:
 
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     sets = [(one, Markup(_chart(one)), rows(one), generation_rows(one)) for one in evaluation.sets]
-    return template.render(e=evaluation, sets=sets, columns=COLUMNS)
+    classes = class_rows(evaluation.classes)
+    return template.render(e=evaluation, sets=sets, columns=COLUMNS, classes=classes, class_columns=CLASS_COLUMNS)
 
 
 def _chart(result: SetResult) -> str:

@@ -12,7 +12,16 @@ from pydantic import BaseModel, ConfigDict
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.statistics import Interval
 
-__all__ = ["Comparison", "Evaluation", "FrontierPoint", "Generated", "Saved", "SetResult", "SystemResult"]
+__all__ = [
+    "ClassResult",
+    "Comparison",
+    "Evaluation",
+    "FrontierPoint",
+    "Generated",
+    "Saved",
+    "SetResult",
+    "SystemResult",
+]
 
 
 class _Frozen(BaseModel):
@@ -73,6 +82,37 @@ class Comparison(_Frozen):
         return accuracy or (self.agreement_gain > 0 and self.agreement_p < 0.01)
 
 
+class ClassResult(_Frozen):
+    """The router within one class of prompts, at one of its points, against controls of equal cost."""
+
+    name: str
+    """A set, or `set/task` where its rows name tasks."""
+    point: str
+    prompts: int
+    flops_saved: float
+    non_identity_rate: float
+    agreement: float
+    accuracy_drop: Interval | None
+    program: str
+    """The most used one."""
+    program_share: float
+    """Of the prompts that run it."""
+    shuffled: Comparison
+    static: Comparison
+    static_program: str
+    """What the best static program of equal cost is, in words."""
+
+    @property
+    def outcome(self) -> Literal["identity", "static", "routed"]:
+        """What serves this class: full depth, a program that needs no router, or a choice per prompt that earns it.
+
+        `routed` only where the router beats both the shuffled router and the static program at p < 0.01.
+        """
+        if self.non_identity_rate == 0:
+            return "identity"
+        return "routed" if self.shuffled.beaten and self.static.beaten else "static"
+
+
 class FrontierPoint(_Frozen):
     """The router with its dial at one θ."""
 
@@ -123,6 +163,8 @@ class Evaluation(_Frozen):
     point: str
     """Tier, tolerance or θ that is compared with the controls."""
     sets: tuple[SetResult, ...]
+    classes: tuple[ClassResult, ...] = ()
+    """Every class at every point."""
     verdict: tuple[str, ...]
     certificate: Certificate | None
     certificate_holds: bool
@@ -148,4 +190,5 @@ class Evaluation(_Frozen):
             "mcnemar_vs_shuffled_agreement_p": getattr(against.get("shuffled router"), "agreement_p", None),
             "mcnemar_vs_static_agreement_p": getattr(against.get("best static program"), "agreement_p", None),
             **self.model_dump(mode="json"),
+            "classes": [{**one.model_dump(mode="json"), "outcome": one.outcome} for one in self.classes],
         }

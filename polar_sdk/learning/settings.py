@@ -35,6 +35,12 @@ class MenuSettings(_Settings):
     """Of the stochastic decision whose expected utility the policy gradient raises."""
     risks: tuple[float, ...] = Field(default=(0.02, 0.05, 0.1), min_length=1)
     """Shares of lost prompts at which the deployed decision is judged."""
+    least: float = Field(default=0.5, gt=0, lt=1)
+    """The dial ends where the router would run a program that it expects to keep an answer less often than that.
+
+    Without it a few prompts given up for lost, by the cheapest program, count for less than many that are a little at
+    risk: cheap on average, and of no use to those who asked.
+    """
     steps: int = Field(default=200, ge=1)
     check_every: int = Field(default=10, ge=1)
     """Steps between looks at the deployed utility."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from polar_sdk.learning.results import SetResult, SystemResult
+    from collections.abc import Sequence
+
+    from polar_sdk.learning.results import ClassResult, Comparison, SetResult, SystemResult
     from polar_sdk.statistics import Interval
 
-__all__ = ["COLUMNS", "generation_rows", "rows"]
+__all__ = ["CLASS_COLUMNS", "COLUMNS", "class_rows", "generation_rows", "rows"]
 
 COLUMNS: Final = (
     "system",
@@ -24,6 +26,24 @@ COLUMNS: Final = (
     "ms/token",
 )
 
+CLASS_COLUMNS: Final = (
+    "class",
+    "tier",
+    "prompts",
+    "FLOPs saved",
+    "≠ identity",
+    "agreement",
+    "drop (95 %)",
+    "over shuffled",
+    "over static",
+    "what serves it",
+)
+_OUTCOMES: Final = {
+    "identity": "full depth",
+    "static": "a static program is as good",
+    "routed": "a choice per prompt",
+}
+
 
 def rows(result: SetResult) -> list[tuple[str, ...]]:
     """One row per system."""
@@ -38,13 +58,44 @@ def generation_rows(result: SetResult) -> list[tuple[str, ...]]:
     ]
 
 
+def class_rows(classes: Sequence[ClassResult]) -> list[tuple[str, ...]]:
+    """One row per class and point."""
+    return [
+        (
+            one.name,
+            one.point,
+            str(one.prompts),
+            f"{one.flops_saved:.1%}",
+            f"{one.non_identity_rate:.0%}",
+            f"{one.agreement:.1%}",
+            _drop(one.accuracy_drop),
+            _over(one.shuffled),
+            _over(one.static),
+            _OUTCOMES[one.outcome],
+        )
+        for one in classes
+    ]
+
+
+def _over(one: Comparison) -> str:
+    """Points of agreement gained, and of accuracy where it is known, with p-values."""
+    agreement = f"{one.agreement_gain * 100:+.1f} (p {one.agreement_p:.2g})"
+    if one.accuracy_p is None or one.accuracy_gain is None:
+        return agreement
+    return f"{agreement}, right {one.accuracy_gain * 100:+.1f} (p {one.accuracy_p:.2g})"
+
+
+def _drop(drop: Interval | None) -> str:
+    return "–" if drop is None else f"{drop.value * 100:+.2f} [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]"
+
+
 def _row(system: SystemResult) -> tuple[str, ...]:
     name = system.name if system.deployable else f"{system.name} (not deployable)"
-    drop, p = system.accuracy_drop, system.mcnemar_vs_identity_p
+    p = system.mcnemar_vs_identity_p
     return (
         name,
         "–" if system.accuracy is None else _interval(system.accuracy),
-        "–" if drop is None else f"{drop.value * 100:+.2f} [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]",
+        _drop(system.accuracy_drop),
         "–" if p is None else f"{p:.2g}",
         _interval(system.agreement),
         f"{system.non_identity_rate:.0%}",

@@ -18,7 +18,8 @@ from polar_sdk.program import Program
 from polar_sdk.router.features import FeatureKind, FeatureReader
 from polar_sdk.router.layerwise import EXECUTE, PolicyRouter, policy_dial
 from polar_sdk.router.learned import RouterFacts
-from polar_sdk.router.menu import MenuRouter, by_cost, menu_dial, needed_theta
+from polar_sdk.router.menu import MenuRouter, by_cost, needed_theta
+from polar_sdk.router.network import Network
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RouterKind", "Trainer"]
 
-RouterKind = Literal["menu", "policy"]
+RouterKind = Literal["menu", "policy", "static"]
+"""`static` is a menu router that reads nothing: what a certificate is worth without routing."""
 _DEFAULT_RISK = 0.05
 """Share of lost dev prompts that an uncalibrated router is set to."""
 _DEV_PROMPTS = 256
@@ -87,21 +89,41 @@ class Trainer:
     def menu(self, settings: MenuSettings | None = None) -> MenuRouter:
         """Train a menu router over the programs of the matrix."""
         settings = settings or MenuSettings()
-        programs = self.matrix.programs
-        if len(programs) < 2:
-            raise DataError("the menu holds identity alone; search again with more budgets.")
-        order = by_cost(programs, self.model.decoder.cost)
-        order = order[: order.index(0)]
-        train, dev = (self._examples(split, settings) for split in ("train", "dev"))
+        order = self._order()
+        train, dev = self._examples(settings)
         trained = fit_menu(train, dev, order, settings, checkpoints=self.checkpoints, on_progress=self.on_progress)
+        return self._menu(trained, dev, order, settings)
+
+    def static(self, settings: MenuSettings | None = None) -> MenuRouter:
+        """A menu router that gives every prompt the same program, by its dial: what it must be better than."""
+        settings = settings or MenuSettings()
+        order = self._order()
+        train, dev = self._examples(settings)
+        kept = torch.cat((train.kept, dev.kept))[:, 1:].mean(0).clamp(1e-4, 1 - 1e-4)
+        network = Network.fresh(train.features, (), len(kept), seed=0)  # its weights are zero
+        network.biases[-1].copy_(kept.logit())
+        with torch.no_grad():
+            walked = frontier(needed_theta(network(dev.features)), dev, order, most=dev.end(settings.least))
+        utility = walked.utility(settings.risks)
+        spread = {"utility": utility, "utility_mean": utility, "utility_spread": 0.0}
+        record = {"settings": settings.model_dump(mode="json"), "picked": "static", **spread}
+        return self._menu(Trained(network, record), dev, order, settings)
+
+    def _order(self) -> list[int]:
+        """Programs cheaper than identity, cheapest first."""
+        if len(self.matrix.programs) < 2:
+            raise DataError("the menu holds identity alone; search again with more budgets.")
+        order = by_cost(self.matrix.programs, self.model.decoder.cost)
+        return order[: order.index(0)]
+
+    def _menu(self, trained: Trained, dev: Examples, order: Sequence[int], settings: MenuSettings) -> MenuRouter:
         with torch.no_grad():
             needed = needed_theta(trained.network(dev.features))
-        dial = menu_dial(needed, order)
-        walked = frontier(needed, dev, order, dial)
+        walked = frontier(needed, dev, order, most=dev.end(settings.least))
         router = MenuRouter(
-            self._facts(trained, dial, walked.thetas[walked.best(_DEFAULT_RISK)], settings.loss),
+            self._facts(trained, walked.thetas, walked.thetas[walked.best(_DEFAULT_RISK)], settings.loss),
             trained.network,
-            programs,
+            self.matrix.programs,
         )
         return router.bind(self.model.decoder, self.model.fingerprint)
 
@@ -152,10 +174,15 @@ class Trainer:
         dial = policy_dial(router.log_probabilities(outputs)[..., EXECUTE].exp())
         return router.with_facts(dial=dial).bind(self.model.decoder, self.model.fingerprint)
 
-    def _examples(self, split: Literal["train", "dev"], settings: MenuSettings) -> Examples:
-        matrix = self.matrix.of(split)
+    def _examples(self, settings: MenuSettings) -> tuple[Examples, Examples]:
+        """Those of the train and of the dev split; what is said of a program on average is said of both together."""
+        self.matrix.of("train"), self.matrix.of("dev")  # raises where there is none
+        matrix = self.matrix.of("train", "dev")
         own = [self._reader.flops(len(tokens)) for tokens in matrix.tokens]
-        return Examples.of(matrix, self._read(matrix.tokens), own, settings.loss)
+        both = Examples.of(matrix, self._read(matrix.tokens), own, settings.loss)
+        splits = [one for one, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
+        named = matrix.splits if len(both) == len(matrix) else splits
+        return both.rows([one == "train" for one in named]), both.rows([one == "dev" for one in named])
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         rows = []

@@ -1,7 +1,7 @@
 """The utility of the deployed decision: what training selects by, never its loss.
 
-A menu router is used with its dial at the loosest θ whose share of lost prompts stays below a risk. Its utility is the
-share of FLOPs saved there, the mean over several risks. Pure tensors.
+A menu router is used with its dial at the loosest θ whose share of lost prompts stays below a risk, for each kind of
+prompt alike. Its utility is the share of FLOPs saved there, the mean over several risks. Pure tensors.
 """
 
 from __future__ import annotations
@@ -27,9 +27,18 @@ class Frontier(NamedTuple):
 
     thetas: tuple[float, ...]
     lost: Tensor
-    """Share of lost prompts at each θ."""
+    """Share of lost prompts at each θ, of the kind of prompt that loses most."""
     saved: Tensor
     """Share of all FLOPs saved at each θ."""
+
+    @property
+    def efficient(self) -> Frontier:
+        """Without the θ that a looser one is no worse than: a certificate's walk would stop at them for nothing."""
+        later = self.lost.flip(0).cummin(0).values.flip(0)
+        keep = ((self.lost <= later) & (self.saved >= 0)).tolist()
+        keep[0] = True
+        thetas = tuple(theta for theta, kept in zip(self.thetas, keep, strict=True) if kept)
+        return Frontier(thetas, self.lost[keep], self.saved[keep])
 
     def best(self, risk: float) -> int:
         """Place of the loosest θ before the share of lost prompts first exceeds the risk."""
@@ -41,18 +50,25 @@ class Frontier(NamedTuple):
         return sum(float(self.saved[self.best(risk)]) for risk in risks) / len(risks)
 
 
-def frontier(needed: Tensor, examples: Examples, order: Sequence[int], thetas: Sequence[float] = ()) -> Frontier:
+def frontier(
+    needed: Tensor, examples: Examples, order: Sequence[int], thetas: Sequence[float] = (), most: float = 1.0
+) -> Frontier:
     """Walk the dial.
 
     Args:
         needed: (P, M) least θ of each program for each prompt.
         examples: What the programs did on those prompts.
         order: Programs cheaper than identity, cheapest first.
-        thetas: Where to look, ascending from 0; none = where the choices change.
+        thetas: Where to look, ascending from 0; none = where the choices change, those left out that a looser θ is no
+            worse than.
+        most: Where to stop looking, then.
     """
-    walk = tuple(thetas) or menu_dial(needed, order)
+    walk = tuple(thetas) or menu_dial(needed, order, most=most)
     chosen = cheapest(needed.double(), order, torch.tensor(walk, dtype=torch.float64).unsqueeze(1))
     prompts = torch.arange(len(examples))
     flops = examples.flops[prompts, chosen].sum(1)
     saved = 1 - flops / examples.flops[:, 0].sum()
-    return Frontier(walk, examples.lost[prompts, chosen].double().mean(1), saved)
+    lost = examples.lost[prompts, chosen].double()
+    kinds = [lost[:, examples.kinds == kind].mean(1) for kind in sorted(set(examples.kinds.tolist()))]
+    found = Frontier(walk, torch.stack(kinds).amax(0), saved)
+    return found if thetas else found.efficient

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from polar_sdk.learning.results import Comparison, SetResult
+    from polar_sdk.learning.results import ClassResult, Comparison, SetResult
 
 __all__ = ["verdict"]
 
@@ -17,9 +17,9 @@ _NEARLY_ALL = 0.9
 """Share of the prompts with one program from which on a router is called static."""
 
 
-def verdict(sets: Sequence[SetResult]) -> list[str]:
-    """Sentences about all prompts, and one about the sets."""
-    return [*_whole(sets[0]), *_classes(sets[1:])]
+def verdict(sets: Sequence[SetResult], classes: Sequence[ClassResult] = ()) -> list[str]:
+    """Sentences about all prompts at the first point, and about the classes at each point."""
+    return [*_whole(sets[0]), *_classes(classes)]
 
 
 def _whole(result: SetResult) -> Iterator[str]:
@@ -67,11 +67,30 @@ def _against(one: Comparison) -> str:
     )
 
 
-def _classes(sets: Sequence[SetResult]) -> Iterator[str]:
-    if not sets:
-        return
-    names = [one.name for one in sets if all(c.beaten for c in one.comparisons if c.control != "random program")]
-    yield (
-        f"It beats both the shuffled router and the best static program at p < 0.01 on {len(names)} of {len(sets)} "
-        f"sets{': ' + ', '.join(names) if names else ''}."
-    )
+def _classes(classes: Sequence[ClassResult]) -> Iterator[str]:
+    """Per point, which classes earn a choice per prompt, and what serves the others as well."""
+    for point in dict.fromkeys(one.point for one in classes):
+        here = [one for one in classes if one.point == point]
+        routed = [one for one in here if one.outcome == "routed"]
+        static = [one for one in here if one.outcome == "static"]
+        identity = [one for one in here if one.outcome == "identity"]
+        yield (
+            f"{point}: reading the prompt beats both the shuffled router and the best static program at p < 0.01 in "
+            f"{len(routed)} of {len(here)} classes{_named(routed)}."
+        )
+        if static:
+            known = ", ".join(f"{one.name} ({_served(one)})" for one in static)
+            yield f"{point}: a static program is as good within {known}."
+        if identity:
+            yield f"{point}: full depth for all of {', '.join(one.name for one in identity)}."
+
+
+def _named(classes: Sequence[ClassResult]) -> str:
+    return f": {', '.join(one.name for one in classes)}" if classes else ""
+
+
+def _served(one: ClassResult) -> str:
+    """Whether the router is that static program there already."""
+    if one.program_share >= _NEARLY_ALL:
+        return f"which it is: {one.program} for {one.program_share:.0%}"
+    return f"{one.static_program}; n = {one.prompts}"

@@ -56,13 +56,16 @@ def train_router(
         model.load_bridges(bridges)
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
     trainer = Trainer(model, matrix, features, layers, checkpoints, on_progress)
-    given: Any = settings
-    router: LearnedRouter = (
-        trainer.menu(given) if kind == "menu" else trainer.policy(builtin_items() if items is None else items, given)
-    )
+    router = _trained(trainer, kind, builtin_items() if items is None else items, settings)
     if out is not None:
         _save(router, Path(out), made)
     return router
+
+
+def _trained(trainer: Trainer, kind: RouterKind, items: Sequence[Item], settings: Any) -> LearnedRouter:
+    if kind == "policy":
+        return trainer.policy(items, settings)
+    return trainer.menu(settings) if kind == "menu" else trainer.static(settings)
 
 
 def calibrate_router(
@@ -108,9 +111,9 @@ def evaluate_router(
 
 
 def _check_settings(kind: str, settings: MenuSettings | PolicySettings | None) -> None:
-    wanted = {"menu": MenuSettings, "policy": PolicySettings}
+    wanted = {"menu": MenuSettings, "static": MenuSettings, "policy": PolicySettings}
     if kind not in wanted:
-        raise RouterError(f"router kind {kind!r} cannot be trained; menu and policy can.")
+        raise RouterError(f"router kind {kind!r} cannot be trained; menu, static and policy can.")
     if settings is not None and not isinstance(settings, wanted[kind]):
         raise RouterError(f"kind {kind!r} takes {wanted[kind].__name__}, not {type(settings).__name__}.")
 

@@ -81,6 +81,22 @@ class Measurer:
         self._fill(tasks, known, stage)
         return {program: [_read(values[task.key]) for task in tasks] for program, values in known.items()}
 
+    def repeated(self, tasks: Sequence[Task]) -> list[Score]:
+        """Scores under identity, measured a second time, in the packs that this order of the tasks makes."""
+        identity = Program.identity(self.model.depth)
+        name = f"{self._name(identity)} again"
+        known = self.cache.get((task.key for task in tasks), name)
+        missing = {task.key: task.question for task in tasks if task.key not in known}
+        keys = iter(missing)
+        some = list(packs(list(missing.values())))
+        for done, pack in enumerate(some):
+            self.on_progress("identity again", done, len(some))
+            scores = score_programs(self.model.loaded.decoder, pack, [identity])[identity]
+            fresh = dict(zip([next(keys) for _ in pack], map(_stored, scores), strict=True))
+            self.cache.put(name, fresh)
+            known |= fresh
+        return [_read(known[task.key]) for task in tasks]
+
     def rewards(
         self, tasks: Sequence[Task], programs: Iterable[Program], stage: str = "programs"
     ) -> dict[Program, Reward]:

@@ -41,9 +41,10 @@ def needed_theta(outputs: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(lost[..., :1]), lost), -1)
 
 
-def menu_dial(needed: Tensor, order: Sequence[int], points: int = 100) -> tuple[float, ...]:
-    """0, then quantiles of what the cheaper programs need over these prompts, (M, P)."""
+def menu_dial(needed: Tensor, order: Sequence[int], points: int = 100, most: float = 1.0) -> tuple[float, ...]:
+    """0, then quantiles of what the cheaper programs need over these prompts, (M, P), as far as `most`."""
     wanted = needed[:, list(order)].double().flatten()
+    wanted = wanted[wanted <= most]
     if not wanted.numel():
         return (0.0,)
     marks = torch.quantile(wanted, torch.linspace(0, 1, points, dtype=torch.float64)).tolist()

@@ -11,13 +11,16 @@ import torch
 from polar_sdk.data import ChoiceItem, Item, PromptItem, item_id
 from polar_sdk.errors import CalibrationSizeError, DataError, RouterError
 from polar_sdk.learning import MenuSettings, Trainer, certify
+from polar_sdk.learning.calibrate import Walk
 from polar_sdk.learning.controls import best_static, oracle, random_programs, shuffled
-from polar_sdk.learning.evaluate import Subjects, evaluate_set
+from polar_sdk.learning.evaluate import Subjects, evaluate_classes, evaluate_set
 from polar_sdk.learning.examples import losses
 from polar_sdk.learning.measuring import Bench, marks, unseen
 from polar_sdk.learning.outcomes import Outcomes
 from polar_sdk.learning.page import to_html
+from polar_sdk.learning.resplit import resplit
 from polar_sdk.learning.results import Evaluation
+from polar_sdk.learning.table import class_rows
 from polar_sdk.learning.verdict import verdict
 from polar_sdk.policy import Policy
 from polar_sdk.program import Program
@@ -53,7 +56,7 @@ def result(
             points={"main": theta},
             outputs=router.outputs(router.reader.stack(test.tokens)),
             outcomes=Outcomes(test, block=lambda rows, programs: _no_skip_agrees(test, rows, programs)),
-            static_quality={Program.parse(one["program"]): one["quality"] for one in router.facts.training["static"]},
+            static=[Program.parse(one["program"]) for one in router.facts.training["static"]],
             policy=model.policy,
             cost=model.decoder.cost,
         ),
@@ -78,6 +81,68 @@ def test_a_router_that_reads_beats_every_control(model: PolarModel, matrix: Call
     assert all(beaten.values()), [one for one in found.comparisons if not one.beaten]
     sentences = " ".join(verdict([found]))
     assert "It beats the shuffled router" in sentences and "Use the static program" not in sentences
+
+
+def subjects(model: PolarModel, rows: RewardMatrix, router: MenuRouter, points: dict[str, float]) -> Subjects:
+    return Subjects(
+        router=router,
+        points=points,
+        outputs=router.outputs(router.reader.stack(rows.tokens)),
+        outcomes=Outcomes(rows),
+        static=list(rows.programs),
+        policy=model.policy,
+        cost=model.decoder.cost,
+    )
+
+
+def test_classes_are_judged_apart(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    """Over easy and hard prompts together reading earns something; within either of them it cannot."""
+    router = Trainer(model, matrix()).menu(QUICK)
+    rows = matrix(600, seed=3)
+    easy = [at for at, tokens in enumerate(rows.tokens) if max(tokens) < 78]
+    hard = [at for at in range(600) if at not in set(easy)]
+    classes = {"both": list(range(600)), "easy": easy, "hard": hard}
+    found = evaluate_classes(subjects(model, rows, router, {"exact": 0.0, "main": 0.3}), classes)
+    assert [(one.name, one.point) for one in found] == [(n, p) for n in classes for p in ("exact", "main")]
+    outcomes = {(one.name, one.point): one.outcome for one in found}
+    assert outcomes["both", "exact"] == "identity" and outcomes["both", "main"] == "routed"
+    assert outcomes["easy", "main"] == "static"
+    one = next(one for one in found if (one.name, one.point) == ("easy", "main"))
+    assert one.prompts == len(easy) and one.program == "0-1 4-5" and one.program_share > 0.9
+    chosen = router.choose_all(router.outputs(router.reader.stack(rows.tokens)), 0.3)
+    assert one.agreement == sum(bool(rows.agree[at, rows.programs.index(chosen[at])]) for at in easy) / len(easy)
+    words = " ".join(verdict([result(model, matrix)[1]], found))
+    assert "main: reading the prompt beats both" in words and "within easy (which it is: 0-1 4-5" in words
+    assert "exact: full depth for all of both, easy, hard." in words
+    assert len(class_rows(found)) == 6
+
+
+def test_a_shuffled_router_is_never_cheaper(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    """Long prompts at full depth: dealt at random, they would cross instead, so they are dealt among long ones."""
+    from polar_sdk.learning.evaluate import _Bench, _Run
+
+    rows = matrix(400, seed=3)
+    bench = _Bench(subjects(model, rows, Trainer(model, matrix()).menu(QUICK), {}))
+    for sign in (1, -1):
+        programs = [rows.programs[2 if sign * (len(tokens) - 17) > 0 else 0] for tokens in rows.tokens]
+        run = _Run(programs, 0, bench.subjects.outcomes.all(programs))
+        dealt = [sum(one.flops for one in other.outcomes) for other in bench._shuffles(run)]
+        assert sum(dealt) / len(dealt) > 0.99 * sum(one.flops for one in run.outcomes)
+
+
+def test_promises_are_tried_on_random_halves(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    router = Trainer(model, matrix()).menu(QUICK)
+    rows = matrix(800, seed=5)
+    walk = Walk.along(router, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows))
+    whole = certify(router, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows), tiers=TIERS)
+    assert walk.certificate(range(800), TIERS, 0.1) == whole
+    found = {(one.tier, one.kind): one for one in resplit(walk, TIERS, 0.1, times=20)}
+    assert set(found) == {(tier, kind) for tier in TIERS for kind in ("choice", "any")}
+    assert all(one.pooled <= 4 and one.other_half <= 10 for one in found.values())
+    loose = walk.router.with_facts(dial=(0.0, 1.0))
+    broken = Walk.along(loose, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows))
+    none = resplit(broken, {"economy": (0.15, "differs")}, 0.1, times=5)
+    assert [one.pooled for one in none] == [0, 0]  # 42 % are lost at θ = 1, so every half refuses it
 
 
 def test_a_router_that_reads_nothing_is_told_to_go_static(

@@ -80,7 +80,11 @@ def test_from_prompts_to_a_certified_router(folder: Path, tmp_path: Path) -> Non
     assert "no promise" in polar("calibrate", "--router", router, "--tier", "gold=0.1", *here).output
 
     tiers = ["--tier", "economy=0.5", "--tier", "standard=0.2:harms"]
-    certified = facts("calibrate", "--router", router, "--data", second, *tiers, *here)["certificate"]
+    told = facts("calibrate", "--router", router, "--data", second, "--resplits", 3, *tiers, *here)
+    assert {(one["tier"], one["kind"], one["times"]) for one in told["resplits"]} == {
+        (tier, kind, 3) for tier in ("economy", "standard") for kind in ("choice", "any")
+    }
+    certified = told["certificate"]
     assert certified["kinds"]["choice"]["n"] == 110 and set(certified["tiers"]) == {"economy", "standard"}
 
     page = tmp_path / "page.html"
@@ -89,6 +93,9 @@ def test_from_prompts_to_a_certified_router(folder: Path, tmp_path: Path) -> Non
     assert found["point"] == "economy" and found["certificate_holds"]
     assert 0 < found["sets"][0]["prompts"] < 100  # what was trained on is left out
     assert found["certificate"] == certified
+    assert {"flops_saved", "accuracy_drop_ci95", "non_identity_rate", "mcnemar_vs_shuffled_p"} < set(found)
+    assert [(one["name"], one["point"]) for one in found["classes"]] == [("first", "economy")]
+    assert found["classes"][0]["outcome"] in ("identity", "static", "routed")
     names = [one["name"] for one in found["sets"][0]["systems"]]
     assert names[:3] == ["identity", "router (economy)", "identity again"] and names[-1] == "oracle"
     assert [one["ms_per_token"] is not None for one in found["sets"][0]["systems"]][:3] == [True, True, False]
@@ -117,16 +124,17 @@ def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> 
 def test_the_script_makes_an_artifact(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLAR_DATA", str(folder / "data"))
     out = tmp_path / "shipped"
-    quick = "--precision fp32 --sets first,second --limit 110 --segments 2-3 --text-segments 3-4 --distil 2 --tune 2"
-    quick += " --budgets 0.8 --menu 3 --prompts 12 --population 2 --generations 0 --layers 1 --steps 20 --seeds 0"
-    quick += " --epochs 1 --resplits 2 --timed 1 --tier economy=0.5 standard=0.3"
+    quick = "--precision fp32 --sets first,second --heal-sets first,second --limit 110 --segments 2-3"
+    quick += " --text-segments 3-4 --distil 2 --tune 2 --programs search --budgets 0.8 --menu 3 --prompts 12"
+    quick += " --population 2 --generations 0 --layers 1 --steps 20 --seeds 0 --epochs 1 --resplits 2 --timed 1"
+    quick += " --tier economy=0.5 standard=0.3"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     import_module("benchmarks.train_router").main(words)
     router = load_router(out)
     assert isinstance(router, LearnedRouter) and router.certificate is not None
     assert set(router.certificate.tiers) == {"economy", "standard"}
-    for name in ("menu-embedding", "menu-early", "policy"):
+    for name in ("static", "menu-embedding", "menu-early", "policy"):
         found = json.loads((tmp_path / "work" / f"{name}.json").read_text())
         assert [one["name"] for one in found["sets"]] == ["all", "package", "first", "second"]
         assert (tmp_path / "work" / f"{name}.html").is_file()

@@ -51,6 +51,16 @@ def test_what_cannot_be_learned_saves_less(model: PolarModel, matrix: Callable[.
     assert learned > noise + 0.03
 
 
+def test_a_static_router_reads_nothing_and_saves_less(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    trainer = Trainer(model, matrix())
+    static, menu = trainer.static(QUICK), trainer.menu(QUICK)
+    outputs = static.outputs(static.reader.stack(matrix(30, seed=2).tokens))
+    for theta in static.facts.dial:
+        assert len(set(static.choose_all(outputs, theta))) == 1
+    assert static.choose_all(outputs, static.facts.dial[-1])[0] == static.programs[2]
+    assert static.facts.training["utility"] < menu.facts.training["utility"]
+
+
 def test_the_gradient_alone_learns(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     """With the regression all but outweighed, the exact policy gradient separates easy from hard prompts."""
     settings = QUICK.model_copy(update={"targets": ("agreement",), "gradient": 1000.0, "temperature": 0.3})

@@ -134,6 +134,7 @@ def test_all_three_forms_are_read(tmp_path: Path) -> None:
     [
         ('{"question": "q", "choices": ["only"], "answer": 0}', "1 choice leaves nothing to choose"),
         ('{"question": "q", "choices": ["a", "b"]}', "answer: Field required"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": "a"}', "'a' is no index of a choice; write the number"),
         ('{"prompt": "p", "answer": 4}', "answer: Input should be a valid string"),
         ('{"answer": "4"}', "prompt: Field required"),
     ],
@@ -143,6 +144,25 @@ def test_lines_that_have_none_of_the_forms(line: str, says: str, tmp_path: Path)
     file.write_text(line)
     with pytest.raises(DataError, match=says):
         read_items(file)
+
+
+def test_a_file_of_copies_is_told_from_a_file_of_one(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "p"}\n' * 3)
+    with pytest.raises(DataError, match=r"all 3 prompts of data file .* are copies of one"):
+        read_items(file)
+    file.write_text('{"prompt": "p"}\n')
+    assert read_items(file) == [PromptItem(prompt="p")]
+
+
+def test_a_task_is_read_and_is_no_part_of_what_is_asked(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "p", "task": " chat "}\n{"prompt": "q", "task": 7}\n{"prompt": "r"}')
+    first, second, third = read_items(file)
+    assert (first.task, second.task, third.task) == ("chat", None, None)
+    bare = PromptItem(prompt="p")
+    assert item_id(first) == item_id(bare) and data_hash([first]) == data_hash([bare])
+    assert {item.task for item in builtin_items()} >= {"chat", "code", "translation"}
 
 
 def test_sets_that_hold_nothing_to_learn_from() -> None:
