@@ -55,11 +55,11 @@ def share(value: Decimal | None, *, signed: bool = False, decimals: int = 1) -> 
 
 
 def milliseconds(nanoseconds: int | None) -> str:
-    """A duration in milliseconds, or in seconds from ten seconds on."""
+    """A duration in milliseconds, or in seconds from one second on."""
     if nanoseconds is None:
         return DASH
-    if nanoseconds >= 10**10:
-        return f"{Decimal(nanoseconds) / 10**9:,.1f} s"
+    if nanoseconds >= 10**9:
+        return f"{Decimal(nanoseconds) / 10**9:,.2f} s"
     return f"{Decimal(nanoseconds) / 10**6:,.1f} ms"
 
 

@@ -232,3 +232,19 @@ def test_help_shows_an_example() -> None:
         result = polar(*command.split(), "--help")
         assert result.exit_code == 0
         assert f"Example: polar {command}" in result.output
+
+
+def test_a_further_book_says_whom_it_charges(plans: Path, monkeypatch: pytest.MonkeyPatch, ledger_url: str) -> None:
+    other = plans.with_name("other.toml")
+    plain = resources.files("polar_billing").joinpath("example_prices.toml").read_text(encoding="utf-8")
+    other.write_text(plain, encoding="utf-8")
+    assert "charges" not in ok("price", "add", str(plans))
+    assert "It charges nobody, as it names no tenant; polar-example-plans charges all others" in ok(
+        "price", "add", str(other)
+    )
+    assert "by price book polar-example-plans" in ok("price", "quote", "--flops", "1", "--tier", "standard")
+    assert "charges" not in ok("price", "add", str(other), "--for-all")
+    assert "by price book polar-example." in ok("price", "quote", "--flops", "1", "--tier", "standard")
+    monkeypatch.setenv("POLAR_PRICE_BOOK", str(plans))
+    assert f"Meters here charge by {plans} all the same" in ok("price", "add", str(other))
+    assert ledger_url.removeprefix("sqlite:///") in ok("price", "add", str(other))

@@ -63,7 +63,8 @@ NOT_CHAINED = {
 def fill(ledger: Ledger) -> None:
     """Two rows or more in every chained table, of both tenants wherever that can be."""
     book = PriceBook.example()
-    add_book(ledger, PriceBook.model_validate({**book.model_dump(), "id": "other"}))
+    for name in ("other", "further"):
+        add_book(ledger, PriceBook.model_validate({**book.model_dump(), "id": name}), for_all=True)
     meter = Meter(ledger, prices=book, sync=True)
     meter.emit_many(
         usage_record(f"r{n}", tenant=TENANTS[n % 2], started_at=NOON + timedelta(days=n), output=n, tags={"n": str(n)})

@@ -66,10 +66,11 @@ def add(
         typer.echo(f"Price book {book.id} ({book.content_hash[:12]}) {what} in the ledger {store.location}.")
         others = InForce(store.price_choices()).book(None, datetime.max.replace(tzinfo=UTC))
         if others is not None and others.id != book.id:
-            whom = f"the {len({one.tenant for one in book.customers})} tenant(s) it names"
+            named = len({one.tenant for one in book.customers})
+            whom = f"the {named:,} tenant(s) it names" if named else "nobody, as it names no tenant"
             typer.echo(f"It charges {whom}; {others.id} charges all others, until --for-all says otherwise.")
-        if named := os.environ.get(PRICE_BOOK_VARIABLE):
-            typer.echo(f"Meters here charge by {named} all the same, as {PRICE_BOOK_VARIABLE} says.")
+        if file_named := os.environ.get(PRICE_BOOK_VARIABLE):
+            typer.echo(f"Meters here charge by {file_named} all the same, as {PRICE_BOOK_VARIABLE} says.")
 
 
 def show_book(
