@@ -95,8 +95,9 @@ class Examples:
     def rows(self, keep: Sequence[bool]) -> Examples:
         """Some of them."""
         mask = torch.tensor(keep)
-        tensors = (self.features, self.lost, self.margin, self.flops, self.kinds)
-        return Examples(*(one[mask] for one in tensors), least=self.least)
+        return Examples(
+            self.features[mask], self.lost[mask], self.margin[mask], self.flops[mask], self.kinds[mask], self.least
+        )
 
     def __len__(self) -> int:
         return len(self.features)
