@@ -198,6 +198,8 @@ class Work:
             on_progress=self.show,
         )
         router = router.with_facts(training={**router.facts.training, "seen": self._seen()})
+        if kind == "policy":  # each θ has programs of its own, which must all be measured: only the usual reading is
+            router = router.with_facts(dial=(0.0, router.facts.default_theta))
         save_router(router, self.folder / name)
         return router
 

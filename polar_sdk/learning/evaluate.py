@@ -90,7 +90,8 @@ def evaluate_set(name: str, subjects: Subjects) -> SetResult:
     systems = [bench.identity()]
     systems += [bench.system(point, "router", run) for point, run in routed.items()]
     if subjects.rerun is not None:
-        systems.append(bench.system("identity again", "control", _Run(bench.identity_run.programs, 0, subjects.rerun)))
+        again = replace(bench.identity_run, outcomes=subjects.rerun)
+        systems.append(bench.system("identity again", "control", again))
     systems += [bench.system(control, "control", run, notes.get(control, "")) for control, run in controls.items()]
     systems.append(bench.system("oracle", "oracle", bench.oracle_run(), "not deployable: it knows the outcome"))
     return SetResult(
@@ -116,10 +117,10 @@ def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -
 
 @dataclass(frozen=True)
 class _Run:
-    """One system's programs, its router's FLOPs in all, and what came of it."""
+    """One system's programs, its router's FLOPs, and what came of it, per prompt."""
 
     programs: Sequence[Program]
-    router_flops: int
+    router_flops: Sequence[int]
     outcomes: Sequence[Outcome]
 
 
@@ -136,15 +137,15 @@ class _Bench:
         self.identity_run = self._run([Program.identity(subjects.cost.depth)] * len(self.rows))
         self.full = self._flops(self.identity_run)
 
-    def _run(self, programs: Sequence[Program], router_flops: int = 0) -> _Run:
-        return _Run(programs, router_flops, self.subjects.outcomes.all(programs))
+    def _run(self, programs: Sequence[Program], router_flops: Sequence[int] = ()) -> _Run:
+        return _Run(programs, router_flops or [0] * len(programs), self.subjects.outcomes.all(programs))
 
     def routed(self, theta: float) -> _Run:
         """The router with its dial at θ; at 0 it is not even asked."""
         if theta == 0:
             return self.identity_run
         router = self.subjects.router
-        flops = sum(router.route_flops(length) for length in self.lengths)
+        flops = [router.route_flops(length) for length in self.lengths]
         return self._run(router.choose_all(self.subjects.outputs, theta), flops)
 
     def oracle_run(self) -> _Run:
@@ -198,8 +199,7 @@ class _Bench:
 
     def _flops(self, run: _Run) -> list[float]:
         """Per prompt, the router's included."""
-        share = run.router_flops / len(run.outcomes)
-        return [one.flops + share for one in run.outcomes]
+        return [one.flops + own for one, own in zip(run.outcomes, run.router_flops, strict=True)]
 
     def identity(self) -> SystemResult:
         """Full depth."""
@@ -239,7 +239,7 @@ class _Bench:
         """Prefill: layers over the prompts and the router. Decode: the rest."""
         cost, identity = self.subjects.cost, self.identity_run.programs[0]
         pairs = list(zip(run.programs, self.lengths, strict=True))
-        prefill = sum(cost.prefill(program, length) for program, length in pairs) + run.router_flops
+        prefill = sum(cost.prefill(program, length) for program, length in pairs) + sum(run.router_flops)
         full_prefill = sum(cost.prefill(identity, length) for length in self.lengths)
         total, full = sum(self._flops(run)), sum(self.full)
         decode, full_decode = total - prefill, full - full_prefill
@@ -310,11 +310,10 @@ class _Bench:
     def generated(self, run: _Run) -> Generated:
         """The prompts that are answered in text."""
         outcomes = [run.outcomes[row] for row in self.written]
-        router = run.router_flops / len(self.rows) * len(outcomes)
-        full = sum(self.identity_run.outcomes[row].flops for row in self.written)
+        spent, full = self._flops(run), sum(self.identity_run.outcomes[row].flops for row in self.written)
         return Generated(
             prompts=len(outcomes),
             same_answer=wilson(sum(one.agree for one in outcomes), len(outcomes)),
             same_tokens=fmean(one.share for one in outcomes),
-            flops_saved=1 - (sum(one.flops for one in outcomes) + router) / full,
+            flops_saved=1 - sum(spent[row] for row in self.written) / full,
         )

@@ -125,7 +125,7 @@ def test_a_shuffled_router_is_never_cheaper(model: PolarModel, matrix: Callable[
     bench = _Bench(subjects(model, rows, Trainer(model, matrix()).menu(QUICK), {}))
     for sign in (1, -1):
         programs = [rows.programs[2 if sign * (len(tokens) - 17) > 0 else 0] for tokens in rows.tokens]
-        run = _Run(programs, 0, bench.subjects.outcomes.all(programs))
+        run = _Run(programs, [0] * len(programs), bench.subjects.outcomes.all(programs))
         dealt = [sum(one.flops for one in other.outcomes) for other in bench._shuffles(run)]
         assert sum(dealt) / len(dealt) > 0.99 * sum(one.flops for one in run.outcomes)
 
