@@ -157,7 +157,7 @@ class Work:
                 [Program.identity(self.model.depth), *programs],
                 splits=[name for _, name in kept if name is not None],
                 data=data_hash(task.item for task, _ in kept),
-                write_tokens=None if not self.labelled else 64,
+                write_tokens=64 if self.labelled else None,
             )
 
     def _split(self, task: Task) -> Split | None:

@@ -15,7 +15,7 @@ from polar_billing.money import plain
 from polar_billing.tables import LABEL_WIDTH, add_numbers, add_row, new_table, printable, show
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from rich.console import RenderableType
     from rich.table import Table
@@ -105,12 +105,7 @@ def _heading(report: Report) -> Text:
 def _tiers(report: Report) -> Table:
     table = new_table("Usage", ["tenant", "tier"])
     add_numbers(table, "requests", "tokens\nin", "\nout", "CU", "CU\nsaved", "saved", "router")
-    for tenant in report.tenants:
-        for name, tier in _rows(tenant):
-            add_row(table, name, text.tier_name(tier.tier), *_usage_cells(tier.figures))
-        table.add_section()
-    add_row(table, "total", "", *_usage_cells(report.figures), style="bold")
-    return table
+    return _by_tier(table, report, _usage_cells)
 
 
 def _usage_cells(figures: Figures) -> list[str]:
@@ -130,12 +125,7 @@ def _service(report: Report) -> Table:
     table = new_table("Latency and outcome", ["tenant", "tier"])
     add_numbers(table, "p50", "p95", "p99")
     table.add_column("not completed", overflow="fold", min_width=LABEL_WIDTH + 5)
-    for tenant in report.tenants:
-        for name, tier in _rows(tenant):
-            add_row(table, name, text.tier_name(tier.tier), *_service_cells(tier.figures))
-        table.add_section()
-    add_row(table, "total", "", *_service_cells(report.figures), style="bold")
-    return table
+    return _by_tier(table, report, _service_cells)
 
 
 def _service_cells(figures: Figures) -> list[str]:
@@ -145,6 +135,16 @@ def _service_cells(figures: Figures) -> list[str]:
         text.milliseconds(figures.latency_ns_p99),
         text.outcomes(figures.outcomes),
     ]
+
+
+def _by_tier(table: Table, report: Report, cells: Callable[[Figures], Sequence[str]]) -> Table:
+    """A row for each tenant and tier, and one for all."""
+    for tenant in report.tenants:
+        for name, tier in _rows(tenant):
+            add_row(table, name, text.tier_name(tier.tier), *cells(tier.figures))
+        table.add_section()
+    add_row(table, "total", "", *cells(report.figures), style="bold")
+    return table
 
 
 def _rows(tenant: TenantReport) -> Iterator[tuple[str, TierReport]]:

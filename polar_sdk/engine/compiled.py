@@ -14,6 +14,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -362,7 +363,7 @@ class CompiledKernels:
         """A whole layer for one token of some rows."""
         tensors, count = self._tensors[id(w)], table.shape[0]
         if count > self._alone[id(w)]:
-            places = torch.arange(count, device=x.device) if index is None else index
+            places = _all_rows(count, x.device) if index is None else index
             every: Tensor = self._decoders[id(w), False].run([x, places, *rotary, store, table, at, *tensors])[0]
             return every
         some, turned = (x, rotary) if index is None else (x.index_select(0, index), pick(rotary, index))
@@ -381,6 +382,12 @@ class CompiledKernels:
     def _run(self, name: str, w: Weights, inputs: list[Tensor]) -> list[Tensor]:
         found: list[Tensor] = self._loaders[name, self._shapes[id(w)]].run([*inputs, *self._tensors[id(w)]])
         return found
+
+
+@lru_cache(maxsize=64)
+def _all_rows(count: int, device: torch.device) -> Tensor:
+    """Places of all rows; made once, not for every layer."""
+    return torch.arange(count, device=device)
 
 
 def _apart(rows: Tensor, count: int) -> Sequence[Tensor]:

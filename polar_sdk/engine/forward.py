@@ -98,25 +98,24 @@ def next_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence
 def _run(decoder: Decoder, layout: Layout, members: Members, hidden: Tensor, rotary: list[Rotary]) -> Tensor:
     """One step for its members; returns the hidden states of all rows."""
     index, step = members.index, members.step
-    fused = members.single and decoder.kernels.pages and not step.bridge
-    if fused and step.parts == 1 and not layout.guarded:
+    if _pages(decoder, members) and not (step.bridge or step.parts > 1 or layout.guarded):
         return _visit_pages(decoder, step.first, members, hidden, index, rotary)
     before = hidden if index is None else hidden.index_select(0, index)
     if step.bridge:
         after = decoder.bridge(step)(before, members.positions)
     else:
         turned = rotary if index is None else [pick(pair, index) for pair in rotary]
-        visited = (
-            _visit_pages(decoder, step.first, members, before, None, turned)
-            if fused
-            else _visit(decoder, step.first, members, before, turned)
-        )
-        after = damp(before, visited, step.parts)
+        after = damp(before, _visit(decoder, step.first, members, before, turned), step.parts)
     if layout.guarded:
         after = _guarded(members, before, after)
     if index is None:
         return after
     return hidden.index_copy_(0, index, after)
+
+
+def _pages(decoder: Decoder, members: Members) -> bool:
+    """Whether a layer runs as one call over the pages."""
+    return members.single and decoder.kernels.pages
 
 
 def _visit_pages(
@@ -131,6 +130,8 @@ def _visit_pages(
 
 def _visit(decoder: Decoder, layer: int, members: Members, x: Tensor, rotary: list[Rotary]) -> Tensor:
     """One layer for the members' tokens (N, E)."""
+    if _pages(decoder, members):
+        return _visit_pages(decoder, layer, members, x, None, rotary)
     kind, store = decoder.family.kinds[layer], decoder.store(layer)
     query, key, value = decoder.project(layer, x, rotary)
     write_pages(store, members.pages, members.offsets, key, value)
