@@ -256,7 +256,7 @@ def _tiers(texts: Sequence[str], loss: Loss) -> dict[str, TierPromise]:
 
 
 def read_sets(names: Sequence[str], limit: int | None) -> dict[str, list[Item]]:
-    """The package's prompts, and those sets of POLAR_DATA that are there: `name`, or `name:400` for its first 400.
+    """The package's prompts, and those sets of POLAR_DATA that are there: `name`, or `name:400` for 400 drawn by hash.
 
     Prompts with an answer in text lose it: a model of this size writes hardly any of those answers, so that what it
     would have written is the better measure. `name@open` asks the questions of a set without their choices.
@@ -267,8 +267,9 @@ def read_sets(names: Sequence[str], limit: int | None) -> dict[str, list[Item]]:
         stem, _, most = name.partition(":")
         path = folder / f"{stem.removesuffix(OPEN)}.jsonl"
         if path.is_file():
-            items = read_items(path, int(most) if most else limit)
-            found[stem] = [_opened(one) if stem.endswith(OPEN) else _unanswered(one) for one in items]
+            items = read_items(path, limit)
+            drawn = sorted(items, key=item_id)[: int(most)] if most else items  # a file may hold kind after kind
+            found[stem] = [_opened(one) if stem.endswith(OPEN) else _unanswered(one) for one in drawn]
     return {"package": builtin_items()[:limit], **found}
 
 

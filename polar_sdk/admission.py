@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.router import Route, fixed_router
+from polar_sdk.router import fixed_router
 from polar_sdk.usage import Offer, UsageBound
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def _choices(request: Request, cost: CostModel) -> list[_Choice]:
     """What was asked for, then every tier of the policy that costs less, the dearest of them first."""
 
     def choice(tier: str | None, program: Program) -> _Choice:
-        used = cost.request(program, len(request.tokens), request.max_tokens, router=request.route.flops)
+        route = request.route.onto(program)
+        used = cost.request(program, len(request.tokens), request.max_tokens, router=route.flops)
         return _Choice(tier, program, used.total)
 
     asked = choice(request.tier, request.route.program)
@@ -100,6 +101,6 @@ def _served(request: Request, choice: _Choice, depth: int) -> Request:
         request,
         tier=choice.tier,
         router=fixed_router(choice.program, depth),
-        route=Route(choice.program, request.route.flops),
+        route=request.route.onto(choice.program),
         tags={**request.tags, DOWNGRADED_TAG: asked},
     )

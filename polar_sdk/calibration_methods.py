@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_sdk.generation import answer
 from polar_sdk.program import Program
+from polar_sdk.router.fixed import fixed_router
 from polar_sdk.usage import NullSink
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from polar_sdk.learning.calibrate import TierPromise
     from polar_sdk.loading import LoadedModel
     from polar_sdk.prompts import PromptEncoder
-    from polar_sdk.requests import Prompt, RequestMaker, RequestOptions
+    from polar_sdk.requests import Prompt, RequestMaker
     from polar_sdk.rewards import RewardCache
     from polar_sdk.router import LearnedRouter, Router
     from polar_sdk.router.features import FeatureKind
@@ -224,12 +225,24 @@ class CalibrationMethods:
         return str(self._loaded.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def greedy_answers(
-        self, prompts: Sequence[Prompt], *, max_tokens: int, program: Program | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        program: Program | None = None,
+        router: Router | None = None,
     ) -> list[tuple[int, ...]]:
-        """Token ids of greedy answers under a program (None = identity), for calibration; not metered."""
-        chosen = Program.identity(self._loaded.decoder.depth) if program is None else program
-        options: RequestOptions = {"program": chosen, "max_tokens": max_tokens}
-        requests = [self._maker.make(prompt, options) for prompt in prompts]
+        """Token ids of greedy answers, for calibration; not metered.
+
+        Args:
+            prompts: What to answer.
+            max_tokens: Most tokens of each answer.
+            program: What runs; None = identity.
+            router: What chooses, in the place of `program`.
+        """
+        depth = self._loaded.decoder.depth
+        maker = replace(self._maker, router=router or fixed_router(program or Program.identity(depth), depth))
+        requests = [maker.make(prompt, {"max_tokens": max_tokens}) for prompt in prompts]
         return [one.token_ids for one in answer(self._loaded, requests, NullSink())] if requests else []
 
     def _read_bridges(self, path: str | Path) -> BridgeSet:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
@@ -26,7 +27,7 @@ from polar_sdk.errors import (
     ToleranceError,
 )
 from polar_sdk.program import Program
-from polar_sdk.router import Route, Router, fixed_router
+from polar_sdk.router import Router, fixed_router
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.spelling import did_you_mean
 from polar_sdk.usage import new_request_id
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.logprobs import LogitsHook
     from polar_sdk.policy import Policy
     from polar_sdk.prompts import PromptEncoder, Template
+    from polar_sdk.router import Route
 
 __all__ = ["Cancel", "Message", "Prompt", "Request", "RequestMaker", "RequestOptions"]
 
@@ -160,11 +162,9 @@ class RequestMaker:
         if not tokens:
             raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
         tier, router = self._router(options)
-        route = router.route(tokens)
-        self.policy.check(route.program, self.cost)
-        return Request(
+        made = partial(
+            Request,
             tokens=tokens,
-            route=route,
             router=router,
             tier=tier,
             sampling=sampling,
@@ -179,6 +179,10 @@ class RequestMaker:
             logprobs=_logprobs(options.get("logprobs")),
             tiers={name: one.program for name, one in self.policy.tiers.items()},
         )
+        # Last, since it may run layers: a prompt that does not fit, or an option that is wrong, costs nothing.
+        route = router.route(tokens)
+        self.policy.check(route.program, self.cost)
+        return made(route=route)
 
     def make_batch(
         self, prompts: Sequence[Prompt], each: Sequence[RequestOptions] | None, shared: RequestOptions

@@ -46,6 +46,7 @@ def advance(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int
         row.pages.reserve(row.length + len(new))
     layout = Layout(rows, tokens, decoder.placement.first)
     hidden = decoder.embed(layout.tokens, layout.positions)
+    _take_over(decoder, layout, hidden)
     rotary = decoder.rotary(layout.positions, layout.longest)
     here, ran = layout, list[Members]()
     try:
@@ -60,7 +61,18 @@ def advance(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int
     for row, new in zip(rows, tokens, strict=True):
         row.pages.length += len(new)
         row.work.finish_pass()
+        if row.lead is not None and row.length >= row.lead.tokens:
+            row.end_lead()
     return hidden
+
+
+def _take_over(decoder: Decoder, layout: Layout, hidden: Tensor) -> None:
+    """Rows with a lead begin behind it: their states in the place of the embeddings, keys and values in their pages."""
+    for row, start, count in zip(layout.rows, layout.starts, layout.counts, strict=True):
+        if row.lead is not None:
+            end = row.length + count
+            hidden[start : start + count] = row.lead.states[row.length : end].to(hidden.device)
+            row.lead.fill(row.pages, [decoder.store(layer) for layer in range(row.lead.layers)], row.length, end)
 
 
 def _count(layout: Layout, ran: Sequence[Members]) -> None:

@@ -86,7 +86,7 @@ class Layout:
         return self._on[device]
 
     def members(self, devices: Sequence[torch.device]) -> Iterator[Members]:
-        """The rows that take part in each turn, those whose guard stopped it left out; turns without rows left out.
+        """The rows that take part in each turn, without those that leave it out; turns without rows are left out.
 
         Args:
             devices: Of each layer; a turn's members are laid out where its layer lies.
@@ -94,7 +94,7 @@ class Layout:
         start = 0
         for turn in self.plan.turns:
             span = slice(start, start + len(turn.members))
-            going = [at for at, (row, place) in enumerate(turn.members) if place not in self.rows[row].stopped]
+            going = [at for at, (row, place) in enumerate(turn.members) if place not in self.rows[row].left_out]
             if going:
                 layout = self.on(devices[turn.step.first])
                 yield Members(layout, turn, span, None if len(going) == len(turn.members) else going)

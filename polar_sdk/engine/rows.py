@@ -12,6 +12,7 @@ from polar_sdk.engine.work import Work
 
 if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.lead import Lead
     from polar_sdk.loops import LoopGuard
     from polar_sdk.program import Program
 
@@ -26,21 +27,33 @@ class Row:
     program: Program
     guard: LoopGuard | None = None
     """What watches the extra visits of loops; None = nobody."""
+    lead: Lead | None = None
+    """What the program's first layers made of the prompt already; None once it is taken over."""
     work: Work = field(init=False)
     pages: PageTable = field(init=False)
-    stopped: set[int] = field(default_factory=set)
-    """Places of the program that are left out from now on, because the guard stopped their loop."""
+    left_out: set[int] = field(default_factory=set)
+    """Places of the program that the next pass leaves out: loops that the guard stopped, and layers that ran ahead."""
     loops_stopped: int = 0
     """Loops that the guard has stopped."""
 
     def __post_init__(self) -> None:
         self.work = Work(self.decoder.cost, self.program)
         self.pages = PageTable(self.decoder.pool, self.decoder.stores(self.program))
+        if self.lead is not None:
+            self.work.ahead(self.program.steps[: self.lead.layers], self.lead.tokens)
+            self.left_out.update(range(self.lead.layers))
 
     @property
     def length(self) -> int:
         """Tokens that have been run."""
         return self.pages.length
+
+    def end_lead(self) -> None:
+        """From the next pass on, the program runs whole: its lead is taken over, or shall not be kept."""
+        if self.lead is not None:
+            self.left_out.difference_update(range(self.lead.layers))
+            self.lead.release()
+            self.lead = None
 
     def stop_loop(self, place: int) -> None:
         """Leave out this extra visit and those that follow it in the same loop, for the rest of the request."""
@@ -48,7 +61,7 @@ class Row:
         end = place
         while end < len(steps) and steps[end] == steps[place]:
             end += 1
-        self.stopped.update(range(place, end))
+        self.left_out.update(range(place, end))
         self.loops_stopped += 1
 
 

@@ -10,10 +10,12 @@ from collections import Counter
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from polar_sdk.cost import LayerCost
+from polar_sdk.cost import LayerCost, chunks
 from polar_sdk.usage import FlopUsage, VisitUsage
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polar_sdk.cost import CostModel
     from polar_sdk.program import Program, Step
 
@@ -43,6 +45,12 @@ class Work:
         self._add(self._cost.step(step).flops(queries, keys))
         if not step.bridge:
             visits[step.first] += 1
+
+    def ahead(self, steps: Sequence[Step], tokens: int) -> None:
+        """Count steps that ran over a whole prompt before the row was made."""
+        for start, end in chunks(tokens):
+            for step in steps:
+                self.step(step, end - start, end)
 
     def whole_pass(self, queries: int, keys: int) -> None:
         """Count every step of the program, finished with that many new tokens over that many keys."""

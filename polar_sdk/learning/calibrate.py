@@ -91,14 +91,15 @@ class Walk:
     ) -> Walk:
         """Walk the router's dial."""
         dial, rows = router.facts.dial, range(len(outcomes))
-        own = torch.tensor([router.route_flops(len(tokens)) for tokens in outcomes.matrix.tokens]).double()
+        lengths = [len(tokens) for tokens in outcomes.matrix.tokens]
         lost: dict[Loss, list[list[int]]] = {loss: [] for loss in LOSSES}
         flops = []
         for at, theta in enumerate(dial):
             on_progress("calibrating", at, len(dial))
             programs = [router.programs[0]] * len(rows) if theta == 0 else router.choose_all(outputs, theta)
             spent = torch.tensor([one.flops for one in outcomes.all(programs)]).double()
-            flops.append(spent + own if theta else spent)
+            own = [router.route_flops(length, one) for length, one in zip(lengths, programs, strict=True)]
+            flops.append(spent + torch.tensor(own).double() if theta else spent)
             for loss, values in lost.items():
                 values.append(outcomes.losses(rows, programs, loss))
         on_progress("calibrating", len(dial), len(dial))

@@ -145,8 +145,9 @@ class _Bench:
         if theta == 0:
             return self.identity_run
         router = self.subjects.router
-        flops = [router.route_flops(length) for length in self.lengths]
-        return self._run(router.choose_all(self.subjects.outputs, theta), flops)
+        programs = router.choose_all(self.subjects.outputs, theta)
+        flops = [router.route_flops(length, one) for length, one in zip(self.lengths, programs, strict=True)]
+        return self._run(programs, flops)
 
     def oracle_run(self) -> _Run:
         """The cheapest agreeing program that is known."""

@@ -75,14 +75,20 @@ class Examples:
     least: float = 0.0
 
     @classmethod
-    def of(cls, matrix: RewardMatrix, features: Tensor, router_flops: Sequence[int], loss: Loss) -> Examples:
+    def of(cls, matrix: RewardMatrix, features: Tensor, router_flops: Tensor, loss: Loss) -> Examples:
         """Of the rows of a matrix; for the loss `harms` of those whose answer is known.
+
+        Args:
+            matrix: Of P prompts and M programs.
+            features: (P, F).
+            router_flops: What the router executes before each program, (P, M); identity runs without it.
+            loss: See `Loss`.
 
         Raises:
             DataError: No row has an answer, and the loss needs one.
         """
         flops = matrix.flops.double()
-        flops[:, 1:] += torch.tensor(router_flops, dtype=torch.float64).unsqueeze(1)
+        flops[:, 1:] += router_flops[:, 1:]
         keep = matrix.labelled if loss == "harms" else torch.ones(len(matrix), dtype=torch.bool)
         if loss != "differs" and not bool(matrix.labelled.any()):
             raise DataError(f"no prompt has an answer, which the loss {loss!r} needs; use 'differs', or give answers.")

@@ -8,6 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.data import ChoiceItem
+from polar_sdk.engine.lead import run_lead
 from polar_sdk.errors import RouterError
 from polar_sdk.learning.calibrate import TIER_ALPHAS, Walk, certify
 from polar_sdk.learning.evaluate import Subjects, evaluate_classes, evaluate_set
@@ -169,7 +170,10 @@ class Judge:
         return self._router.outputs(features)
 
     def _timings(self, tasks: Sequence[Task], points: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-        """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts."""
+        """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts.
+
+        Layers that the router reads and the request takes over are the request's, and not in the router's time.
+        """
         asked = [_prompt_of(task.item) for task in tasks]
         systems = {"identity": 0.0, **{f"router ({name})": theta for name, theta in points.items()}}
         each: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
@@ -177,13 +181,22 @@ class Judge:
             self.on_progress("timing", at, len(asked))
             tokens = self.model.prompt_tokens(prompt)
             for name, theta in systems.items():
+                router = self._router.at(theta)
                 begin = time.perf_counter_ns()
-                program = self._router.at(theta).route(tokens).program
-                routed = time.perf_counter_ns()
-                answer = self.model.greedy_answers([prompt], max_tokens=_TIMED_TOKENS, program=program)[0]
+                answer = self.model.greedy_answers([prompt], max_tokens=_TIMED_TOKENS, router=router)[0]
                 end = time.perf_counter_ns()
-                each[name].append(((end - begin) / 1e6 / max(1, len(answer)), (routed - begin) / 1e6))
+                each[name].append(((end - begin) / 1e6 / max(1, len(answer)), self._own_time(router, tokens)))
         return {name: (median(a for a, _ in some), median(b for _, b in some)) for name, some in each.items()}
+
+    def _own_time(self, router: Router, tokens: Sequence[int]) -> float:
+        """Milliseconds that a router takes for one prompt, without those of a lead."""
+        begin = time.perf_counter_ns()
+        lead = router.route(tokens).lead
+        routed = time.perf_counter_ns()
+        if lead is not None:
+            run_lead(self.model.decoder, tokens, lead.layers)
+        end = time.perf_counter_ns()
+        return (routed - begin - (end - routed if lead else 0)) / 1e6
 
 
 def _kinds(tasks: Sequence[Task]) -> dict[str, list[int]]:

@@ -178,8 +178,8 @@ class Trainer:
         """Those of the train and of the dev split; what is said of a program on average is said of both together."""
         self.matrix.of("train"), self.matrix.of("dev")  # raises where there is none
         matrix = self.matrix.of("train", "dev")
-        own = [self._reader.flops(len(tokens)) for tokens in matrix.tokens]
-        both = Examples.of(matrix, self._read(matrix.tokens), own, settings.loss)
+        own = [[self._reader.flops(len(tokens), one) for one in matrix.programs] for tokens in matrix.tokens]
+        both = Examples.of(matrix, self._read(matrix.tokens), torch.tensor(own), settings.loss)
         splits = [one for one, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
         named = matrix.splits if len(both) == len(matrix) else splits
         return both.rows([one == "train" for one in named]), both.rows([one == "dev" for one in named])

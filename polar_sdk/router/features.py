@@ -1,7 +1,8 @@
 """What a learned router reads of a prompt: pooled input embeddings, or pooled hidden states after the first layers.
 
 `embedding` pools the input embeddings and costs no matrix product. `early` runs the first layers of the model over the
-prompt and pools their output; what they cost is the router's. Knows tokens and weights, no programs.
+prompt and pools their output. A program that begins with those layers takes over what they computed, so that reading
+costs it nothing; of another one, they are the router's cost. Knows tokens and weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from polar_sdk.engine.attention import attend_row
+from polar_sdk.engine.lead import begins, lead_flops, run_lead
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.lead import Lead
+    from polar_sdk.program import Program
 
 __all__ = ["FeatureKind", "FeatureReader"]
 
@@ -44,38 +47,28 @@ class FeatureReader:
         """Number of features for hidden states of that width: pooled states, and the prompt's length."""
         return width * (1 if self.kind == "embedding" else 2) + 1
 
-    @torch.inference_mode()
     def __call__(self, tokens: Sequence[int]) -> Tensor:
         """Features of one prompt, (F,) float32: mean state (`early`: also the last one), log of the length."""
-        ids = torch.tensor(tokens, device=self.decoder.device)
-        positions = torch.arange(len(tokens), device=self.decoder.device)
-        states = self.decoder.embed(ids, positions)
-        length = states.new_full((1,), log(len(tokens)), dtype=torch.float32)
-        if self.kind == "embedding":
-            return torch.cat((states.mean(0, dtype=torch.float32), length))
-        states = self._run(states, positions).to(self.decoder.device)
-        # The first position has a state of its own, large and alike for every prompt; it would drown the others.
-        body = states[1:] if len(tokens) > 1 else states
-        return torch.cat((body.mean(0, dtype=torch.float32), states[-1].float(), length))
+        return self.read(tokens)[0]
 
-    def flops(self, tokens: int) -> int:
-        """FLOPs of reading a prompt of that many tokens: those of the layers that run for it."""
-        return sum(cost.flops(tokens, tokens) for cost in self.decoder.cost.layers[: self.layers])
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int]) -> tuple[Tensor, Lead | None]:
+        """Features of one prompt, and the lead that its request may take over where layers ran for them."""
+        length = torch.full((1,), log(len(tokens)), device=self.decoder.device)
+        if self.kind == "embedding":
+            ids = torch.tensor(tokens, device=self.decoder.device)
+            states = self.decoder.embed(ids, torch.arange(len(tokens), device=self.decoder.device))
+            return torch.cat((states.mean(0, dtype=torch.float32), length)), None
+        lead = run_lead(self.decoder, tokens, self.layers)
+        # The first position has a state of its own, large and alike for every prompt; it would drown the others.
+        body = lead.states[1:] if len(tokens) > 1 else lead.states
+        pooled = torch.cat((body.mean(0, dtype=torch.float32), lead.states[-1].float()))
+        return torch.cat((pooled.to(self.decoder.device), length)), lead
+
+    def flops(self, tokens: int, program: Program) -> int:
+        """FLOPs of reading a prompt of that many tokens: those of layers that run for it alone."""
+        return 0 if begins(program, self.layers) else lead_flops(self.decoder.cost, self.layers, tokens)
 
     def stack(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Features of several prompts, (M, F)."""
         return torch.stack([self(tokens) for tokens in prompts])
-
-    def _run(self, states: Tensor, positions: Tensor) -> Tensor:
-        """The first layers over one prompt, (T, E)."""
-        decoder = self.decoder
-        here, rotary = decoder.device, decoder.rotary(positions, len(positions))
-        for layer in range(self.layers):
-            if (there := decoder.placement.layers[layer]) != here:
-                states, rotary = states.to(there), decoder.rotary(positions.to(there), len(positions))
-                here = there
-            query, key, value = decoder.project(layer, states, rotary)
-            kind = decoder.family.kinds[layer]
-            mixed = attend_row(query, key.transpose(0, 1), value.transpose(0, 1), kind)
-            states = decoder.finish(layer, states, mixed)
-        return states

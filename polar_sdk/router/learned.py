@@ -193,12 +193,13 @@ class LearnedRouter(Router):
     @torch.inference_mode()
     def choose(self, tokens: Sequence[int], theta: float) -> Route:
         """Choose for one prompt with the dial at θ."""
-        outputs = self._running(self.reader(tokens))
-        return Route(self.decide(outputs, theta), self.route_flops(len(tokens)))
+        features, lead = self.reader.read(tokens)
+        program = self.decide(self._running(features), theta)
+        return Route(self.programs[0], self.network.flops, lead).onto(program)
 
-    def route_flops(self, tokens: int) -> int:
-        """FLOPs that the router executes for a prompt of that many tokens."""
-        return self.network.flops + self.reader.flops(tokens)
+    def route_flops(self, tokens: int, program: Program) -> int:
+        """FLOPs that the router executes for a prompt of that many tokens and the program does not take over."""
+        return self.network.flops + self.reader.flops(tokens, program)
 
     @torch.inference_mode()
     def outputs(self, features: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Job:
         ended: Callable[[Job], None] | None = None,
     ) -> None:
         self.request, self.model = request, model
-        self.row = Row(model.decoder, request.route.program, guard)
+        self.row = Row(model.decoder, request.route.program, guard, request.route.lead)
         self.text = TextStream(model.tokenizer, request.stops)
         self.tokens: list[int] = []
         """Every sampled token."""

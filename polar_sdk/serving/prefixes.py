@@ -55,7 +55,7 @@ class PrefixCache:
         """Keep the full pages of a prompt that has run, up to a share of the pages of each store."""
         pool = self._decoder.pool
         room = [int(share * size) for size in pool.sizes]
-        if row.stopped:
+        if row.loops_stopped:
             return  # a loop was stopped in it: not what another request would compute
         for number, key in enumerate(self._keys(request, len(request.tokens))):
             block = row.pages.blocks[number]

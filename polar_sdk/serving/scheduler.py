@@ -94,7 +94,9 @@ class Scheduler:
             job.wake = self._wake
         with self._work:
             self._queue.put(jobs, self.limits.max_waiting)
-            for job in jobs:
+            for place, job in enumerate(jobs, len(self._queue) + len(self._running) - len(jobs)):
+                if place >= 2 * self.limits.max_rows:  # what waits for long must not hold memory meanwhile
+                    job.row.end_lead()
                 job.submitted = True
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._serve, name="polar-engine", daemon=True)

@@ -72,7 +72,7 @@ def test_the_frontier_counts_what_is_deployed(model: PolarModel, matrix: Callabl
     from polar_sdk.learning.examples import Examples
 
     rows = matrix(50)
-    examples = Examples.of(rows, torch.zeros(50, 3), [0] * 50, "differs")
+    examples = Examples.of(rows, torch.zeros(50, 3), torch.zeros(rows.flops.shape), "differs")
     needed = torch.tensor([[0.0, 0.25, 0.5]] * 50)
     walked = frontier(needed, examples, [2, 1], [0.0, 0.25, 0.5])
     assert walked.lost.tolist() == pytest.approx([0.0, *(~rows.agree[:, 1:]).double().mean(0).tolist()])
@@ -241,5 +241,6 @@ def test_a_policy_router_is_trained_on_a_model(model: PolarModel, tmp_path: Path
     router = Trainer(model, found.matrix).policy(items, settings, cache=RewardCache())
     assert isinstance(router, PolicyRouter)
     assert router.free == (1, 2, 3, 4)
-    assert router.at(0.5).route([5, 6, 7]).flops == router.route_flops(3)
+    route = router.at(0.5).route([5, 6, 7])
+    assert route.flops == router.route_flops(3, route.program)
     assert router.facts.training["parameter_share"] > 0

@@ -8,6 +8,7 @@ import pytest
 
 from polar_sdk.errors import CertificateError, RouterError, ToleranceError, UnknownTierError
 from polar_sdk.policy import Policy
+from polar_sdk.program import Program
 from polar_sdk.router import StaticRouter, save_router
 from polar_sdk.router_store import saved_router_path
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
@@ -40,7 +41,7 @@ def test_tiers_and_tolerances_are_certified_points(
 def test_usage_names_the_router_its_tier_and_its_flops(certified: MenuRouter) -> None:
     usage = tiny_model(router=certified).generate("some text", compute="economy", max_tokens=2).usage
     assert (usage.router, usage.router_version, usage.tier) == ("menu", certified.version, "economy")
-    assert usage.flops.router == certified.route_flops(usage.tokens.input) > 0
+    assert usage.flops.router == certified.route_flops(usage.tokens.input, Program.parse(usage.program)) > 0
     assert usage.flops.total < usage.identity_flops
 
 

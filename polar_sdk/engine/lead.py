@@ -1,0 +1,118 @@
+"""The lead: the first layers of a prompt, run ahead of its request because a router reads their output.
+
+What they computed is not computed again: a request whose program begins with those layers takes their states, keys and
+values over and goes on behind them. Knows tokens and layers, not what is read of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from polar_sdk.cost import chunks
+from polar_sdk.engine.attention import write_pages
+from polar_sdk.engine.pages import PAGE
+from polar_sdk.program import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.cost import CostModel
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.pages import PageTable
+    from polar_sdk.program import Program
+
+__all__ = ["Lead", "begins", "lead_flops", "run_lead"]
+
+
+class Lead:
+    """What the first layers made of one prompt of T tokens. Taken over once, by one row.
+
+    Attributes:
+        layers: How many ran.
+        flops: What they executed. Unit: FLOPs.
+        states: Behind the last of them, (T, E), on that layer's device.
+        keys: Of each layer, (T, G, d), on its device.
+        values: Of each layer, (T, G, d).
+    """
+
+    def __init__(self, flops: int, states: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self.layers, self.flops = len(keys), flops
+        self.states = states
+        self.keys, self.values = list(keys), list(values)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt, T."""
+        return len(self.states)
+
+    def begins(self, program: Program) -> bool:
+        """Whether a program can take it over."""
+        return begins(program, self.layers)
+
+    def fill(self, pages: PageTable, stores: Sequence[Tensor], start: int, end: int) -> None:
+        """Write keys and values of some tokens to the pages of a row's first visits.
+
+        Args:
+            pages: Of the row, with room for the tokens.
+            stores: Of each layer.
+            start: The first token.
+            end: Behind the last one.
+        """
+        positions = torch.arange(start, end)
+        places = pages.places(-(-end // PAGE))[positions // PAGE]
+        for layer, store in enumerate(stores):
+            at, offsets = places[:, layer].to(store.device), (positions % PAGE).to(store.device)
+            write_pages(store, at, offsets, self.keys[layer][start:end], self.values[layer][start:end])
+
+    def release(self) -> None:
+        """Let the tensors go; whoever still holds the lead holds numbers only."""
+        self.states = self.states[:0].clone()
+        self.keys, self.values = [], []
+
+
+def begins(program: Program, layers: int) -> bool:
+    """Whether a program's first steps are plain visits of the first layers, so that it can take a lead over."""
+    return program.steps[:layers] == tuple(Step(layer, layer) for layer in range(layers))
+
+
+def lead_flops(cost: CostModel, layers: int, tokens: int) -> int:
+    """FLOPs of the first layers over a prompt, which runs in the pieces in which every prompt does."""
+    pieces = chunks(tokens)
+    return sum(one.flops(end - start, end) for one in cost.layers[:layers] for start, end in pieces)
+
+
+@torch.inference_mode()
+def run_lead(decoder: Decoder, tokens: Sequence[int], layers: int) -> Lead:
+    """Run the first layers over a prompt.
+
+    Args:
+        decoder: The weights.
+        tokens: Token ids of the prompt, at least one.
+        layers: How many layers, at least one.
+    """
+    states: list[Tensor] = []
+    keys: list[list[Tensor]] = [[] for _ in range(layers)]
+    values: list[list[Tensor]] = [[] for _ in range(layers)]
+    for start, end in chunks(len(tokens)):
+        here = decoder.device
+        positions = torch.arange(start, end, device=here)
+        x, rotary = (
+            decoder.embed(torch.tensor(tokens[start:end], device=here), positions),
+            decoder.rotary(positions, end),
+        )
+        for layer in range(layers):
+            if (there := decoder.placement.layers[layer]) != here:
+                here, x, rotary = there, x.to(there), decoder.rotary(positions.to(there), end)
+            query, key, value = decoder.project(layer, x, rotary)
+            keys[layer].append(key)
+            values[layer].append(value)
+            seen = [torch.cat(parts).transpose(0, 1) for parts in (keys[layer], values[layer])]
+            mixed = decoder.kernels.attend(query, seen[0], seen[1], decoder.family.kinds[layer])
+            x = decoder.finish(layer, x, mixed)
+        states.append(x)
+    flops = lead_flops(decoder.cost, layers, len(tokens))
+    return Lead(flops, torch.cat(states), list(map(torch.cat, keys)), list(map(torch.cat, values)))
