@@ -159,18 +159,17 @@ class PriceBook(Checked):
         Raises:
             PriceBookError: The file is missing or wrong; the message names file, key and value.
         """
-        if path is None:
-            path = os.environ.get(PRICE_BOOK_VARIABLE) or None
-        if path is None:
+        named = path or os.environ.get(PRICE_BOOK_VARIABLE)
+        if not named:
             return cls.example()
-        file = Path(path).expanduser()
+        file = Path(named).expanduser()
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise PriceBookError(
                 f"price book {str(file)!r} cannot be read ({reason}).",
-                hint=f"Name a TOML file with --prices or {PRICE_BOOK_VARIABLE}.",
+                hint="Name a TOML file that can be read." if path else f"{PRICE_BOOK_VARIABLE} names it; correct that.",
             ) from error
         return cls.from_toml(text, name=str(file))
 
