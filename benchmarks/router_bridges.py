@@ -31,12 +31,14 @@ class Bridging:
     Attributes:
         options: Of the command line.
         items: All prompts; choices and texts are healed apart.
+        seed: Of the training.
         folder: Of the work; a finished part is not made again.
         show: Progress.
     """
 
     options: argparse.Namespace
     items: Sequence[Item]
+    seed: int
     folder: Path
     show: Callable[[str, int, int], None]
 
@@ -48,8 +50,10 @@ class Bridging:
         choices = [item for item in self.items if isinstance(item, ChoiceItem)]
         texts = [item for item in self.items if not isinstance(item, ChoiceItem)]
         given = self.options
-        tuned = HealOptions(distil=given.tune, labels=given.labels, choices=given.choices, rate=given.rate)
-        plain = HealOptions(distil=given.distil)
+        tuned = HealOptions(
+            distil=given.tune, labels=given.labels, choices=given.choices, rate=given.rate, seed=self.seed
+        )
+        plain = HealOptions(distil=given.distil, seed=self.seed)
         made = [
             self._heal(name, some, segments, options)
             for name, some, segments, options in (

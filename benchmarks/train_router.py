@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.router_bridges import Bridging
+from benchmarks.router_seeds import spread
 from polar_sdk import PolarModel
 from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.data import (
@@ -67,17 +68,30 @@ MENU = "0-15 [16-18] 19-29;0-13 [14-18] 19-29;0-11 [12-20] 21-29;0-11 [12-20] 21
 SEARCH = "search"
 HALVES = Shares(0.6, 0.4, 0.0, 0.0)
 """Of the dev split of choices: to learn from and to choose by."""
+MAIN = "menu-embedding"
+"""The router that every seed of the bridges makes; the others are made for the first seed alone, to compare with."""
+OTHERS = ("static", "menu-early")
 OPEN = "@open"
 """Behind a set's name: its questions are asked without their choices."""
 
 
 @dataclass
 class Work:
-    """One run: where it keeps things, and on what."""
+    """One run: where it keeps things, and on what.
+
+    Attributes:
+        model: The model.
+        options: Of the command line.
+        sets: Prompts by the name of their set.
+        seed: Of the bridges.
+        folder: What this seed makes.
+        show: Progress.
+    """
 
     model: PolarModel
     options: argparse.Namespace
     sets: dict[str, list[Item]]
+    seed: int
     folder: Path
     show: ProgressBars
 
@@ -86,14 +100,14 @@ class Work:
         """All prompts."""
         return [item for some in self.sets.values() for item in some]
 
-    def run(self) -> None:
-        """All stages."""
+    def run(self, names: Sequence[str]) -> tuple[float, Path]:
+        """All stages; the utility on dev of the best menu router, and the folder of what to ship of this seed."""
         self.heal()
         matrix = self.search()
-        names = ["menu-embedding", "static", "menu-early", *(["policy"] if self.options.epochs else [])]
         made = {name: self.make(name, matrix) for name in names}
         best = max((name for name in names if name.startswith("menu")), key=lambda name: made[name]["utility"])
-        self.ship(best if made[best]["routed"] else "static")
+        shipped = best if made[best]["routed"] or "static" not in made else "static"
+        return made[best]["utility"], self.folder / shipped
 
     def make(self, name: str, matrix: RewardMatrix) -> dict[str, Any]:
         """Train, certify and evaluate one router; what is done already for the same data and settings stays."""
@@ -121,7 +135,7 @@ class Work:
 
     def heal(self) -> None:
         """Fit the bridges."""
-        made = Bridging(self.options, self._healed(), self.folder, self.show).run(self.model)
+        made = Bridging(self.options, self._healed(), self.seed, self.folder, self.show).run(self.model)
         self.model.load_bridges(made)
 
     def search(self) -> RewardMatrix:
@@ -230,14 +244,15 @@ class Work:
             print(f"{name}: {sentence}")
         return found
 
-    def ship(self, name: str) -> None:
-        """Put the artifact where the package looks for it."""
-        size = sum(path.stat().st_size for path in (self.folder / name).rglob("*") if path.is_file())
-        if size > MOST_BYTES:
-            sys.exit(f"error: the router has {size:,} bytes, of at most {MOST_BYTES:,}; fit fewer or low-rank bridges.")
-        shutil.rmtree(self.options.out, ignore_errors=True)
-        shutil.copytree(self.folder / name, self.options.out)
-        print(f"wrote {self.options.out} ({name}, {size:,} bytes)")
+
+def ship(made: Path, out: Path) -> None:
+    """Put the artifact where the package looks for it."""
+    size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    if size > MOST_BYTES:
+        sys.exit(f"error: the router has {size:,} bytes, of at most {MOST_BYTES:,}; fit fewer or low-rank bridges.")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(made, out)
+    print(f"wrote {out} ({made}, {size:,} bytes)")
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -308,7 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=3, help="layers run for early features")
     parser.add_argument("--steps", type=int, default=200, help="training steps of the menu routers")
     parser.add_argument("--least", type=float, default=0.6, help="least chance of an answer that a program is run at")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", help="of the menu routers")
+    parser.add_argument("--bridge-seeds", default="0,1,2", help="bridges are made with each; the best on dev ships")
     parser.add_argument("--epochs", type=int, default=3, help="of the policy router; 0 leaves it out")
     parser.add_argument("--price", type=float, default=3.0, help="weight of a lost prompt for the policy router")
     parser.add_argument("--tier", nargs="+", default=["economy=0.25", "standard=0.03", "premium=0.015"])
@@ -317,7 +333,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None)
     with ProgressBars(quiet=not sys.stderr.isatty()) as show:
-        Work(model, options, read_sets(options.sets.split(","), options.limit), options.work, show).run()
+        sets = read_sets(options.sets.split(","), options.limit)
+        found: list[tuple[float, Path]] = []
+        for seed in _seeds(options.bridge_seeds):
+            work = Work(model, options, sets, seed, options.work / f"seed-{seed}", show)
+            found.append(work.run([MAIN] if found else [MAIN, *OTHERS, *(["policy"] if options.epochs else [])]))
+    print(spread([made.parent / f"{MAIN}.json" for _, made in found]))
+    ship(max(found)[1], options.out)
 
 
 if __name__ == "__main__":

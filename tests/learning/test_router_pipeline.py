@@ -121,22 +121,33 @@ def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> 
         assert result.exit_code == 2 and expected in result.output, result.output
 
 
-def test_the_script_makes_an_artifact(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_makes_an_artifact(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("POLAR_DATA", str(folder / "data"))
     out = tmp_path / "shipped"
     quick = "--precision fp32 --sets first,second --heal-sets first,second --limit 110 --segments 2-3"
     quick += " --text-segments 3-4 --distil 2 --tune 2 --programs search --budgets 0.8 --menu 3 --prompts 12"
     quick += " --population 2 --generations 0 --layers 1 --steps 20 --seeds 0 --epochs 1 --resplits 2 --timed 1"
-    quick += " --tier economy=0.5 standard=0.3"
+    quick += " --tier economy=0.5 standard=0.3 --bridge-seeds 0,1"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     import_module("benchmarks.train_router").main(words)
     router = load_router(out)
     assert isinstance(router, LearnedRouter) and router.certificate is not None
     assert set(router.certificate.tiers) == {"economy", "standard"}
-    for name in ("static", "menu-embedding", "menu-early", "policy"):
+    for name in (
+        "seed-0/static",
+        "seed-0/menu-embedding",
+        "seed-0/menu-early",
+        "seed-0/policy",
+        "seed-1/menu-embedding",
+    ):
         found = json.loads((tmp_path / "work" / f"{name}.json").read_text())
         assert [one["name"] for one in found["sets"]] == ["all", "package", "first", "second"]
         assert (tmp_path / "work" / f"{name}.html").is_file()
+    assert not (tmp_path / "work" / "seed-1" / "policy.json").exists()
+    said = capsys.readouterr().out
+    assert "2 seeds of the bridges" in said and "all choices, economy: FLOPs saved" in said
     if any(program.bridges for program in router.programs):
         assert (out / "bridges" / "bridges.json").is_file()
