@@ -31,7 +31,8 @@ class Bridging:
     Attributes:
         options: Of the command line.
         items: All prompts; choices and texts are healed apart.
-        seed: Of the training.
+        seed: Of the bridges for choices. Those for texts learn from no label and differ little: they have one seed.
+        shared: Where those for texts are made, for all seeds.
         folder: Of the work; a finished part is not made again.
         show: Progress.
     """
@@ -39,6 +40,7 @@ class Bridging:
     options: argparse.Namespace
     items: Sequence[Item]
     seed: int
+    shared: Path
     folder: Path
     show: Callable[[str, int, int], None]
 
@@ -53,20 +55,19 @@ class Bridging:
         tuned = HealOptions(
             distil=given.tune, labels=given.labels, choices=given.choices, rate=given.rate, seed=self.seed
         )
-        plain = HealOptions(distil=given.distil, seed=self.seed)
+        plain = HealOptions(distil=given.distil)
         made = [
-            self._heal(name, some, segments, options)
-            for name, some, segments, options in (
-                ("choices", choices, given.segments, tuned),
-                ("texts", texts, given.text_segments, plain),
+            self._heal(part, some, segments, options)
+            for part, some, segments, options in (
+                (self.folder / "bridges-choices", choices, given.segments, tuned),
+                (self.shared / "bridges-texts", texts, given.text_segments, plain),
             )
             if some and segments
         ]
         _together(made, data_hash(self.items), model).save(out)
         return out
 
-    def _heal(self, name: str, items: Sequence[Item], segments: str, options: HealOptions) -> BridgeSet:
-        out = self.folder / f"bridges-{name}"
+    def _heal(self, out: Path, items: Sequence[Item], segments: str, options: HealOptions) -> BridgeSet:
         if not (out / "bridges.json").is_file():
             model = PolarModel.from_pretrained(self.options.model, precision="fp32", ledger=None)
             options = replace(options, resume=out.is_dir())

@@ -61,10 +61,13 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "routers" / "smollm2-135m-instruct"
 MOST_BYTES = 5_000_000
-HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:700"
-SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:1200"
-MENU = "0-15 [16-18] 19-29;0-13 [14-18] 19-29;0-11 [12-20] 21-29;0-11 [12-20] 21 [22-26] 27-29"
-"""What ships: the longest bridges that kept their worth, two for texts and two for choices."""
+HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:2400,gsm8k.train:700"
+SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:1200,gsm8k.train:1200"
+MENU = (
+    "0-14 [15] 16 [17] 18-29;0-12 [13] 14 [15] 16 [17] 18-29;0-13 [14-18] 19-29;"
+    "0-11 [12-20] 21-29;0-11 [12-20] 21 [22-26] 27-29"
+)
+"""What ships: three programs for texts, whose bridges alternate with layers or not, and two for choices."""
 SEARCH = "search"
 HALVES = Shares(0.6, 0.4, 0.0, 0.0)
 """Of the dev split of choices: to learn from and to choose by."""
@@ -135,7 +138,9 @@ class Work:
 
     def heal(self) -> None:
         """Fit the bridges."""
-        made = Bridging(self.options, self._healed(), self.seed, self.folder, self.show).run(self.model)
+        made = Bridging(self.options, self._healed(), self.seed, self.options.work, self.folder, self.show).run(
+            self.model
+        )
         self.model.load_bridges(made)
 
     def search(self) -> RewardMatrix:
@@ -307,9 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", default=SETS, help="to route and to judge on")
     parser.add_argument("--heal-sets", default=HEAL_SETS, help="to fit and tune the bridges on")
     parser.add_argument("--segments", default="12-20;12-20,22-26", help="bridges for choices")
-    parser.add_argument("--text-segments", default="16-18;14-18", help="bridges for prompts answered in text")
-    parser.add_argument("--distil", type=int, default=120, help="steps of training those, without labels")
-    parser.add_argument("--tune", type=int, default=250, help="steps of training the others with the right choices")
+    parser.add_argument("--text-segments", default="13,15,17;14-18", help="bridges for prompts answered in text")
+    parser.add_argument("--distil", type=int, default=200, help="steps of training those, without labels")
+    parser.add_argument("--tune", type=int, default=380, help="steps of training the others with the right choices")
     parser.add_argument("--labels", type=float, default=2.0, help="weight of the right choices in those steps")
     parser.add_argument("--choices", type=float, default=0.3, help="weight of full depth's choices in those steps")
     parser.add_argument("--rate", type=float, default=4e-4, help="learning rate of those steps")
@@ -327,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bridge-seeds", default="0,1,2", help="bridges are made with each; the best on dev ships")
     parser.add_argument("--epochs", type=int, default=3, help="of the policy router; 0 leaves it out")
     parser.add_argument("--price", type=float, default=3.0, help="weight of a lost prompt for the policy router")
-    parser.add_argument("--tier", nargs="+", default=["economy=0.25", "standard=0.03", "premium=0.015"])
+    parser.add_argument("--tier", nargs="+", default=["economy=0.25", "standard=0.02", "premium=0.01"])
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tried on")
     options = parser.parse_args(arguments)

@@ -8,5 +8,5 @@ from typing import Final
 
 __all__ = ["ENGINE_VERSION"]
 
-ENGINE_VERSION: Final = "2"
+ENGINE_VERSION: Final = "3"
 """Raised with every change of the arithmetic that may change an answer; certificates hold for one version only."""
