@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "routers" / "smollm2-135m-instruct"
 MOST_BYTES = 5_000_000
 HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:2400,gsm8k.train:700"
-SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:1200,gsm8k.train:1200"
+SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:1200"
 MENU = (
     "0-14 [15] 16 [17] 18-29;0-12 [13] 14 [15] 16 [17] 18-29;0-13 [14-18] 19-29;"
     "0-11 [12-20] 21-29;0-11 [12-20] 21 [22-26] 27-29"
@@ -126,8 +126,7 @@ class Work:
         certified = self.model.calibrate(self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
         if self.options.resplits and name != "policy":  # its programs are many, and none is in the matrix
             self.resplit(name, certified, tiers)
-        routed = any(one.outcome == "routed" for one in self.evaluate(name).classes)
-        done = {"key": key, "utility": router.facts.training["utility"], "routed": routed}
+        done = {"key": key, "utility": router.facts.training["utility"], "routed": _earned(self.evaluate(name))}
         mark.write_text(json.dumps(done) + "\n", encoding="utf-8")
         return done
 
@@ -248,6 +247,12 @@ class Work:
         for sentence in found.verdict:
             print(f"{name}: {sentence}")
         return found
+
+
+def _earned(found: Evaluation) -> bool:
+    """Whether reading prompts beats both controls: over all of them together, or within a class."""
+    whole = [one.beaten for one in found.sets[0].comparisons if one.control != "random program"]
+    return all(whole) or any(one.outcome == "routed" for one in found.classes)
 
 
 def ship(made: Path, out: Path) -> None:
