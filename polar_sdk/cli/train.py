@@ -99,7 +99,7 @@ def _report(router: LearnedRouter, target: Path, *, as_json: bool) -> None:
         typer.echo(json.dumps(facts, indent=2))
         return
     typer.echo(f"{router.kind} router {router.version}, {training['parameters']:,} parameters", nl=False)
-    typer.echo(f" ({training['parameter_share']:.2%} of the base model's)")
+    typer.echo(f" ({training['parameter_share']:.2g} of the base model's)")
     typer.echo(f"utility on dev {training['utility']:.4f}; over the seeds {training['utility_mean']:.4f}", nl=False)
     typer.echo(f" ± {training['utility_spread']:.4f}")
     typer.echo(f"wrote {target}; it promises nothing until `polar calibrate --router {target}` has run")
