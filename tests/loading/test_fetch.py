@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from polar_sdk.loading import Alias
 
 OBTAIN = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands on that it is ignored
 from polar_sdk.loading.aliases import Alias
 from polar_sdk.loading.obtain import obtain
 print(obtain(Alias(**json.loads(sys.argv[1]))).fingerprint)
