@@ -31,16 +31,14 @@ class Bridging:
     Attributes:
         options: Of the command line.
         items: All prompts; choices and texts are healed apart.
-        seed: Of the bridges for choices. Those for texts learn from no label and differ little: they have one seed.
-        shared: Where those for texts are made, for all seeds.
-        folder: Of the work; a finished part is not made again.
+        seed: Of the bridges for choices; those for texts, which learn from no label, have one.
+        folder: Of this seed's work; those for texts lie beside it. A finished part is not made again.
         show: Progress.
     """
 
     options: argparse.Namespace
     items: Sequence[Item]
     seed: int
-    shared: Path
     folder: Path
     show: Callable[[str, int, int], None]
 
@@ -60,7 +58,7 @@ class Bridging:
             self._heal(part, some, segments, options)
             for part, some, segments, options in (
                 (self.folder / "bridges-choices", choices, given.segments, tuned),
-                (self.shared / "bridges-texts", texts, given.text_segments, plain),
+                (given.work / "bridges-texts", texts, given.text_segments, plain),
             )
             if some and segments
         ]

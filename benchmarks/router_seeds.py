@@ -23,7 +23,7 @@ def spread(evaluations: Sequence[Path]) -> str:
     found = [_figures(json.loads(path.read_text(encoding="utf-8"))) for path in evaluations]
     lines = [f"{len(found)} seeds of the bridges: mean ± spread, from lowest to highest, in %"]
     for name in found[0]:
-        values = [one[name] for one in found if name in one]
+        values = [one[name] for one in found]
         low, high = min(values), max(values)
         lines.append(f"{name:44} {fmean(values):7.2f} ± {pstdev(values):5.2f}   {low:7.2f} … {high:.2f}")
     return "\n".join(lines)

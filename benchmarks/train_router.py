@@ -138,9 +138,7 @@ class Work:
 
     def heal(self) -> None:
         """Fit the bridges."""
-        made = Bridging(self.options, self._healed(), self.seed, self.options.work, self.folder, self.show).run(
-            self.model
-        )
+        made = Bridging(self.options, self._healed(), self.seed, self.folder, self.show).run(self.model)
         self.model.load_bridges(made)
 
     def search(self) -> RewardMatrix:
