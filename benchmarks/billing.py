@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import create_engine, make_url, text
 
 from polar_billing import Ledger, Meter, Period, PriceBook, Selection, rate, usage_rows, verify_ledger
-from polar_billing.storage import Entry
+from polar_billing.ledger.contract import Entry
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 
 from polar_sdk import PolarModel, Program
-from polar_sdk.scan import Scanner, read_items
+from polar_sdk.lab.items import read_items
+from polar_sdk.lab.layer_scan import Scanner
 
 
 def main() -> None:

@@ -28,12 +28,12 @@ import torch
 
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, timed
 from polar_sdk import PolarModel, Program
-from polar_sdk.scoring import Question, score_questions
+from polar_sdk.engine.scoring import Question, score_questions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from polar_sdk.generation import Generation
+    from polar_sdk.request.generation import Generation
 
 SPIN = "600"
 """Turns that a waiting OpenMP thread makes before it sleeps (GOMP_SPINCOUNT); `benchmarks/RESULTS.md` says why 600."""
@@ -138,8 +138,8 @@ def _rest() -> None:
 def _fetch_gguf(model: str | None) -> Path | None:
     if model is not None:
         return None
-    from polar_sdk.loading.aliases import ALIASES
-    from polar_sdk.loading.fetch import get_gguf
+    from polar_sdk.models.aliases import ALIASES
+    from polar_sdk.models.fetch import get_gguf
 
     return get_gguf(ALIASES[0], Path(tempfile.mkdtemp(prefix="polar-bench-")))
 

@@ -18,8 +18,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from polar_sdk.engine.decoder import build_decoder
-from polar_sdk.engine.forward import Row, next_logits
-from polar_sdk.program import Program
+from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.row import Row
+from polar_sdk.programs.program import Program
 
 TESTS = Path(__file__).parents[1] / "tests" / "sdk"
 NAMES = {

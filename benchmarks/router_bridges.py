@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from polar_sdk import PolarModel
-from polar_sdk.bridges import BridgeSet, Healer, HealOptions
-from polar_sdk.data import ChoiceItem, data_hash
-from polar_sdk.rewards import RewardCache, cache_path
+from polar_sdk.lab.bridges.heal import Healer, HealOptions
+from polar_sdk.lab.items import ChoiceItem, data_hash
+from polar_sdk.lab.rewards.cache import RewardCache, cache_path
+from polar_sdk.router.bridge_set import BridgeSet
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from polar_sdk.data import Item
+    from polar_sdk.lab.items import Item
 
 __all__ = ["Bridging"]
 

@@ -24,8 +24,11 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.router_bridges import Bridging
 from benchmarks.router_seeds import spread
 from polar_sdk import PolarModel
-from polar_sdk.cli.progress import ProgressBars
-from polar_sdk.data import (
+from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.lab.evaluation.judge import Judge
+from polar_sdk.lab.evaluation.measuring import marks
+from polar_sdk.lab.evaluation.page import to_html
+from polar_sdk.lab.items import (
     AnswerItem,
     ChoiceItem,
     PromptItem,
@@ -37,27 +40,29 @@ from polar_sdk.data import (
     read_items,
     split_of,
 )
-from polar_sdk.engine import ENGINE_VERSION
-from polar_sdk.learning import Judge, MenuSettings, PolicySettings
-from polar_sdk.learning.checkpoint import run_key
-from polar_sdk.learning.measuring import marks
-from polar_sdk.learning.page import to_html
-from polar_sdk.policy import TIERS
-from polar_sdk.program import Program
-from polar_sdk.rewards import Measurer, RewardCache, cache_path, make_tasks
-from polar_sdk.router import save_router
-from polar_sdk.search import RewardMatrix, Search, SearchOptions
-from polar_sdk.search.measured import measured_matrix
+from polar_sdk.lab.program_search.measured import measured_matrix
+from polar_sdk.lab.program_search.options import SearchOptions
+from polar_sdk.lab.program_search.run import Search
+from polar_sdk.lab.rewards.cache import RewardCache, cache_path
+from polar_sdk.lab.rewards.measure import Measurer
+from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.lab.training.checkpoint import run_key
+from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
+from polar_sdk.programs.policy import TIERS
+from polar_sdk.programs.program import Program
+from polar_sdk.router.artifact import save_router
+from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_sdk.data import Item, Split
-    from polar_sdk.learning import Evaluation
-    from polar_sdk.learning.calibrate import TierPromise
-    from polar_sdk.rewards import Task
-    from polar_sdk.router import LearnedRouter
-    from polar_sdk.router.counts import Loss
+    from polar_sdk.lab.evaluation.calibrate import TierPromise
+    from polar_sdk.lab.evaluation.results import Evaluation
+    from polar_sdk.lab.items import Item, Split
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.lab.rewards.tasks import Task
+    from polar_sdk.router.certificate import Loss
+    from polar_sdk.router.learned import LearnedRouter
 
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "routers" / "smollm2-135m-instruct"
 MOST_BYTES = 5_000_000

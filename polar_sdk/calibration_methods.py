@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.generation import answer
-from polar_sdk.program import Program
+from polar_sdk.programs.program import Program
+from polar_sdk.request.generation import answer
 from polar_sdk.router.fixed import fixed_router
 from polar_sdk.usage import NullSink
 
@@ -18,21 +18,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from polar_sdk.bridges import BridgeSet
-    from polar_sdk.data import Item
-    from polar_sdk.learning import Evaluation, MenuSettings, PolicySettings, RouterKind
-    from polar_sdk.learning.calibrate import TierPromise
-    from polar_sdk.loading import LoadedModel
-    from polar_sdk.prompts import PromptEncoder
-    from polar_sdk.requests import Prompt, RequestMaker
-    from polar_sdk.rewards import RewardCache
-    from polar_sdk.router import LearnedRouter, Router
+    from polar_sdk.lab.evaluation.calibrate import TierPromise
+    from polar_sdk.lab.evaluation.results import Evaluation
+    from polar_sdk.lab.items import Item
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.lab.program_search.options import SearchResult
+    from polar_sdk.lab.rewards.cache import RewardCache
+    from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
+    from polar_sdk.lab.training.train import RouterKind
+    from polar_sdk.models.load import LoadedModel
+    from polar_sdk.request.prompts import PromptEncoder
+    from polar_sdk.request.request import Prompt, RequestMaker
+    from polar_sdk.router.base import Router
+    from polar_sdk.router.bridge_set import BridgeSet
     from polar_sdk.router.features import FeatureKind
-    from polar_sdk.search import RewardMatrix, SearchResult
+    from polar_sdk.router.learned import LearnedRouter
 
     Progress = Callable[[str, int, int], None]
-
-__all__ = ["CalibrationMethods"]
 
 
 def _silent(stage: str, done: int, total: int) -> None: ...
@@ -69,7 +71,7 @@ class CalibrationMethods:
             DataError: The data is empty or nothing but copies.
             BridgeError: A segment does not fit the model.
         """
-        from polar_sdk.bridges import Healer, HealOptions
+        from polar_sdk.lab.bridges.heal import Healer, HealOptions
 
         chosen = HealOptions(**options)
         made = Healer(self, items, segments, chosen, out=out, cache=cache, on_progress=on_progress).run()  # type: ignore[arg-type]
@@ -100,7 +102,7 @@ class CalibrationMethods:
         Raises:
             DataError: The data is empty, nothing but copies, or its labels are of one class.
         """
-        from polar_sdk.search import search
+        from polar_sdk.lab.program_search.run import search
 
         return search(self, items, **options)  # type: ignore[arg-type]
 
@@ -134,7 +136,7 @@ class CalibrationMethods:
             RouterModelError: The rewards were measured on another model or in another dtype.
             DataError: The matrix holds no train or no dev prompt, or its menu is identity alone.
         """
-        from polar_sdk.learning.workflow import train_router
+        from polar_sdk.lab.workflow import train_router
 
         return train_router(
             self,  # type: ignore[arg-type]
@@ -172,7 +174,7 @@ class CalibrationMethods:
         Raises:
             CalibrationSizeError: A tier's α needs more prompts.
         """
-        from polar_sdk.learning.workflow import calibrate_router
+        from polar_sdk.lab.workflow import calibrate_router
 
         return calibrate_router(
             self,  # type: ignore[arg-type]
@@ -204,7 +206,7 @@ class CalibrationMethods:
             seed: Of the controls.
             on_progress: Called with (stage, steps done, steps in all).
         """
-        from polar_sdk.learning.workflow import evaluate_router
+        from polar_sdk.lab.workflow import evaluate_router
 
         return evaluate_router(
             self,  # type: ignore[arg-type]
@@ -246,7 +248,7 @@ class CalibrationMethods:
         return [one.token_ids for one in answer(self._loaded, requests, NullSink())] if requests else []
 
     def _read_bridges(self, path: str | Path) -> BridgeSet:
-        from polar_sdk.bridges import BridgeSet
+        from polar_sdk.router.bridge_set import BridgeSet
 
         found = BridgeSet.load(path)
         found.check_model(self._loaded.name, self._loaded.fingerprint)

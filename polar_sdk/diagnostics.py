@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 
+from polar_sdk.engine.scoring import Question, score_programs, states_after
 from polar_sdk.errors import ContextWindowError, InvalidRequestError, ProgramDepthError
-from polar_sdk.program import Program
-from polar_sdk.scoring import Question, score_programs, states_after
+from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from polar_sdk.loading import LoadedModel
+    from polar_sdk.lab.items import Item as CalibrationItem
+    from polar_sdk.lab.layer_scan import ScanReport
     from polar_sdk.model import PolarModel
-    from polar_sdk.policy import Policy
-    from polar_sdk.prompts import PromptEncoder, Template
-    from polar_sdk.requests import Prompt
-    from polar_sdk.scan import CalibrationItem, ScanReport
+    from polar_sdk.models.load import LoadedModel
+    from polar_sdk.programs.policy import Policy
+    from polar_sdk.request.prompts import PromptEncoder, Template
+    from polar_sdk.request.request import Prompt
 
-__all__ = ["Diagnostics", "Pool"]
 
 Pool = Literal["mean", "last", "none"]
 """What becomes of the states of a prompt's tokens: their mean, the last one, or all of them."""
@@ -155,7 +155,8 @@ class Diagnostics:
             items: Calibration items; None = the prompts that come with the package.
             **options: `lengths`, `loops` and `removals` of `Scanner.scan`.
         """
-        from polar_sdk.scan import Scanner, builtin_items
+        from polar_sdk.lab.items import builtin_items
+        from polar_sdk.lab.layer_scan import Scanner
 
         return Scanner(cast("PolarModel", self), builtin_items() if items is None else items).scan(**options)
 

@@ -45,61 +45,20 @@ PolarError
 
 This module knows nothing of torch, of frameworks or of money. A message names the value, the limit and the
 fix on one line; `hint` repeats the fix alone for programs that show it apart.
+
+The nearest of the names that would have been right, for the message of an error. Knows no names itself.
 """
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from datetime import datetime
 
     from polar_sdk.usage import UsageRecord
-
-__all__ = [
-    "BridgeDamagedError",
-    "BridgeError",
-    "BridgeModelError",
-    "BudgetExceededError",
-    "CacheMemoryError",
-    "CalibrationSizeError",
-    "CertificateError",
-    "CompileError",
-    "ContextWindowError",
-    "CostCeilingError",
-    "DataError",
-    "DeviceError",
-    "EmptyPromptError",
-    "ExportError",
-    "FolderError",
-    "FolderExistsError",
-    "InvalidRequestError",
-    "LogitsHookError",
-    "MissingBridgeError",
-    "ModelDamagedError",
-    "ModelError",
-    "ModelFetchError",
-    "ModelNotFoundError",
-    "PolarError",
-    "PolicyError",
-    "ProgramDepthError",
-    "ProgramError",
-    "ProgramSyntaxError",
-    "ProtectedLayerError",
-    "QueueFullError",
-    "RequestTimeoutError",
-    "RouterDamagedError",
-    "RouterError",
-    "RouterModelError",
-    "SamplingError",
-    "SinkError",
-    "SinkNotFoundError",
-    "TagError",
-    "ToleranceError",
-    "UnknownTierError",
-    "UnsupportedArchitectureError",
-    "VisitLimitError",
-]
 
 
 class PolarError(Exception):
@@ -346,3 +305,22 @@ class SinkError(PolarError, OSError):
 
 class SinkNotFoundError(SinkError):
     """No meter is installed for the ledger that was asked for."""
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`, or None where none is like it.
+
+    Args:
+        name: What was given.
+        known: What would have been right.
+        cutoff: Least likeness, from 0 (anything) to 1 (equal).
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """End of a message about an unknown name: the nearest known one, or else all of them."""
+    names = sorted(known)
+    near = nearest(name, names)
+    return f"did you mean {near!r}?" if near else f"known are: {', '.join(names)}."

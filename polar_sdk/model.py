@@ -9,18 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from polar_sdk.aio import iterate_in_thread, run_in_thread
 from polar_sdk.calibration_methods import CalibrationMethods
 from polar_sdk.diagnostics import Diagnostics
-from polar_sdk.generation import Chunk, Generation, answer, stream
-from polar_sdk.loading import load_pretrained
-from polar_sdk.loading.adopt import adopt
-from polar_sdk.loading.export import export
-from polar_sdk.policy_store import find_policy
-from polar_sdk.program import Program
-from polar_sdk.prompts import PromptEncoder
-from polar_sdk.requests import RequestMaker, RequestOptions
-from polar_sdk.router_store import find_router
+from polar_sdk.models.adopt import adopt
+from polar_sdk.models.export import export
+from polar_sdk.models.load import load_pretrained
+from polar_sdk.programs.program import Program
+from polar_sdk.request.generation import Chunk, Generation, answer, stream
+from polar_sdk.request.prompts import PromptEncoder
+from polar_sdk.request.request import RequestMaker, RequestOptions
+from polar_sdk.request.threads import iterate_in_thread, run_in_thread
+from polar_sdk.router.store import find_policy, find_router
 from polar_sdk.sinks import AUTO_LEDGER, find_sink
 
 if TYPE_CHECKING:
@@ -30,16 +29,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.loading import LoadedModel
-    from polar_sdk.loading.compiling import Compile
-    from polar_sdk.loading.device_map import DeviceMap
-    from polar_sdk.policy import Policy
-    from polar_sdk.requests import Cancel, Prompt, Request
-    from polar_sdk.router import Router
-    from polar_sdk.serving import Scheduler
+    from polar_sdk.models.compilation import Compile
+    from polar_sdk.models.load import LoadedModel
+    from polar_sdk.models.placement import DeviceMap
+    from polar_sdk.programs.policy import Policy
+    from polar_sdk.request.request import Cancel, Prompt, Request
+    from polar_sdk.router.base import Router
+    from polar_sdk.serving.scheduler import Scheduler
     from polar_sdk.usage import FlopUsage, UsageSink
-
-__all__ = ["PolarModel"]
 
 
 class PolarModel(Diagnostics, CalibrationMethods):

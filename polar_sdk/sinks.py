@@ -18,7 +18,6 @@ from polar_sdk.usage import NullSink, UsageRecord, UsageSink
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["AUTO_LEDGER", "JsonlSink", "find_sink"]
 
 GROUP: Final = "polar_sdk.sinks"
 LEDGER_VARIABLE: Final = "POLAR_LEDGER"

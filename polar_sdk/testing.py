@@ -10,12 +10,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.model import PolarModel
-from polar_sdk.policy import Policy
+from polar_sdk.programs.policy import Policy
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["tiny_llama", "tiny_model", "tiny_tokenizer"]
 
 _SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 _CHAT = (

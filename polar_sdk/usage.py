@@ -18,22 +18,6 @@ from uuid import UUID
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-__all__ = [
-    "FLOPS_PER_COMPUTE_UNIT",
-    "FlopUsage",
-    "ListSink",
-    "NullSink",
-    "Offer",
-    "Outcome",
-    "Receipt",
-    "TokenUsage",
-    "UsageBound",
-    "UsageRecord",
-    "UsageSink",
-    "VisitUsage",
-    "new_request_id",
-]
-
 SCHEMA_VERSION: Final = 1
 FLOPS_FORMULA = "torch-1"
 """Version of the FLOPs formula: one multiply-accumulate is 2 FLOPs; matrix products and attention count, as

@@ -32,31 +32,6 @@ from __future__ import annotations
 
 from polar_sdk.errors import PolarError, SinkError
 
-__all__ = [
-    "AmountError",
-    "BillingError",
-    "BudgetError",
-    "ConflictError",
-    "CurrencyMixError",
-    "LedgerUnsoundError",
-    "LedgerUrlError",
-    "MissingExtraError",
-    "OutputError",
-    "PeriodError",
-    "PriceBookError",
-    "QueryError",
-    "RecordRefusedError",
-    "SchemaVersionError",
-    "StoreDamagedError",
-    "StoreError",
-    "StoreFullError",
-    "StoreLockedError",
-    "StoreNotFoundError",
-    "StoreReadOnlyError",
-    "StoreUnavailableError",
-    "UnbalancedError",
-]
-
 
 class BillingError(PolarError):
     """Base of every error of metering and billing."""

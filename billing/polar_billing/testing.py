@@ -13,7 +13,6 @@ from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["usage_record"]
 
 FLOPS_PER_VISITED_TOKEN: Final = 7_077_888
 FLOPS_PER_HEAD: Final = 56_623_104

@@ -1,6 +1,6 @@
 """What `PolarLLM` and `ChatPolar` share: LangChain's settings, options of a call, cache keys, cache hits.
 
-Settings and the engine behind them are `polar_sdk.settings`. Knows no messages and no callbacks.
+Settings and the engine behind them are `polar_sdk.frameworks.model_settings`. Knows no messages and no callbacks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from langchain_polar._caller import Caller
 from langchain_polar._facts import cached_metadata, cached_record
 from langchain_polar._serving import Call
 from langchain_polar.errors import langchain_errors
-from polar_sdk.settings import ModelSettings
+from polar_sdk.frameworks.model_settings import ModelSettings
 from polar_sdk.sinks import find_sink
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from langchain_core.language_models.base import LangSmithParams
 
     from polar_sdk import PolarModel
-
-__all__ = ["PolarBase"]
 
 
 class PolarBase(ModelSettings):

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
     from langchain_core.callbacks.manager import BaseRunManager
 
-    from polar_sdk.requests import RequestOptions
+    from polar_sdk.request.request import RequestOptions
 
-__all__ = ["Caller"]
 
 _FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")
 """Prefixes of metadata that frameworks add by themselves: run bookkeeping, of no use on a bill."""

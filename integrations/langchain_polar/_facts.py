@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
-from polar_sdk.facts import cost_facts
+from polar_sdk.frameworks.cost import cost_facts
 from polar_sdk.usage import Outcome, UsageRecord, new_request_id
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from polar_sdk import Generation
     from polar_sdk.usage import Receipt
 
-__all__ = ["cached_metadata", "cached_record", "response_metadata", "totals", "usage_metadata"]
 
 _UNKNOWN = "unknown"
 """Model or router of a cache entry that another program wrote."""

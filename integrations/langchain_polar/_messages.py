@@ -16,7 +16,6 @@ from polar_sdk.errors import InvalidRequestError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["to_roles"]
 
 _ROLES: Final = {
     "system": "system",

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
     from langchain_polar._caller import Caller
     from polar_sdk import Chunk, Generation, PolarModel
-    from polar_sdk.requests import Prompt
-
-__all__ = ["Call"]
+    from polar_sdk.request.request import Prompt
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,6 @@ from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["CostTotals", "PolarCall", "PolarCostCallbackHandler", "get_polar_cost_callback"]
-
 
 @dataclass(frozen=True)
 class PolarCall:

@@ -20,7 +20,7 @@ from langchain_polar._caller import Caller
 from langchain_polar._facts import response_metadata, usage_metadata
 from langchain_polar._messages import to_roles
 from langchain_polar.errors import langchain_errors
-from polar_sdk.settings import CALLER_OPTIONS
+from polar_sdk.frameworks.model_settings import CALLER_OPTIONS
 from polar_sdk.usage import new_request_id
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     import polar_sdk
     from langchain_polar._serving import Call
-
-__all__ = ["ChatPolar"]
 
 
 class ChatPolar(PolarBase, BaseChatModel):

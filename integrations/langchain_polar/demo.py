@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from langchain_polar import ChatPolar
     from langchain_polar.callbacks import PolarCall
 
-__all__ = ["register"]
 
 OutOption = Annotated[Path | None, typer.Option(help="Folder for ledger and report; default: the user's data folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]

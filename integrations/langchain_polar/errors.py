@@ -18,7 +18,6 @@ from polar_sdk import errors as polar
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["langchain_errors"]
 
 _FAMILIES: Final[tuple[tuple[type[polar.PolarError], type[langchain.ModelError]], ...]] = (
     (polar.ContextWindowError, langchain.ContextOverflowError),

@@ -15,7 +15,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_polar._base import PolarBase
 from langchain_polar._caller import Caller
 from langchain_polar._facts import response_metadata, totals, usage_metadata
-from polar_sdk.settings import CALLER_OPTIONS
+from polar_sdk.frameworks.model_settings import CALLER_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     import polar_sdk
     from langchain_polar._serving import Call
-
-__all__ = ["PolarLLM"]
 
 
 class PolarLLM(PolarBase, BaseLLM):

@@ -17,14 +17,13 @@ from llama_index.core.base.llms.types import (
 )
 
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.facts import cost_facts
+from polar_sdk.frameworks.cost import cost_facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk import Generation
 
-__all__ = ["chat_response", "completion_response", "to_roles"]
 
 _ROLES: Final = {
     MessageRole.SYSTEM: "system",

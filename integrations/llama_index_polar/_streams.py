@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     Stream = Generator[Any, None, None]
     AsyncStream = AsyncGenerator[Any, None]
 
-__all__ = ["areport_stream", "aresponses", "report_stream", "responses"]
-
 
 def responses(chunks: Iterator[Chunk], respond: Respond) -> Stream:
     """Chunks as responses; closing this generator closes the engine's, which ends the request."""

@@ -2,6 +2,8 @@
 
 None calls another, because each one's decorator reports an event: one call, one event. The async four never
 block the event loop. `response.raw` holds usage, cost and compute; on streams the last response has it.
+
+What LlamaIndex adds to `polar_sdk.frameworks.model_settings`: its way to say who asks. Knows no messages.
 """
 
 from __future__ import annotations
@@ -22,19 +24,53 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM, default_completion_to_prompt
+from llama_index_instrumentation.dispatcher import active_instrument_tags
+from pydantic import model_validator
 
 from llama_index_polar._messages import chat_response, completion_response, to_roles
-from llama_index_polar._settings import PolarSettings
 from llama_index_polar._streams import areport_stream, aresponses, report_stream, responses
+from polar_sdk.frameworks.model_settings import ModelSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from llama_index_polar._streams import AsyncStream, Respond, Stream
-    from polar_sdk.prompts import Template
-    from polar_sdk.requests import Prompt
+    from polar_sdk.request.prompts import Template
+    from polar_sdk.request.request import Prompt
 
-__all__ = ["PolarLLM"]
+
+class PolarSettings(ModelSettings):
+    """Settings of a PoLar model; those marked *per call* may also be passed to `chat` and its kin.
+
+    `tenant` and tags may also be told as `instrument_tags({"tenant": …})` around any LlamaIndex call; these are laid
+    over those of the object, and those of the call over both.
+    """
+
+    max_tokens: int = 256
+    """Most tokens of the answer; LlamaIndex keeps this much of the context window free. Per call."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_class_name(cls, values: Any) -> Any:
+        """Take what `to_dict` gives: LlamaIndex writes the name of the class into it."""
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if name != "class_name"}
+        return values
+
+    def _options(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Engine options of one call.
+
+        Raises:
+            TypeError: An option that does not exist, with the nearest that does.
+        """
+        around = {key: str(value) for key, value in active_instrument_tags.get().items()}
+        tenant = around.pop("tenant", None)
+        return {
+            **self._with_options(call)._answering(),
+            "tenant": call.get("tenant") or tenant or self._own_tenant,
+            "tags": {**self.usage_tags, **around, **(call.get("usage_tags") or {})},
+            "request_id": call.get("request_id"),
+        }
 
 
 class PolarLLM(PolarSettings, LLM):

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polar_sdk.cli import options as opt
-from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from polar_sdk.data import Item
-    from polar_sdk.learning.calibrate import TierPromise
-    from polar_sdk.learning.resplit import Resplits
+    from polar_sdk.lab.evaluation.calibrate import TierPromise
+    from polar_sdk.lab.evaluation.resplit import Resplits
+    from polar_sdk.lab.items import Item
     from polar_sdk.model import PolarModel
-    from polar_sdk.router import LearnedRouter
-
-__all__ = ["register"]
+    from polar_sdk.router.learned import LearnedRouter
 
 
 def register(app: typer.Typer) -> None:
@@ -50,8 +48,8 @@ def calibrate(
     precision: opt.Precision = "auto",
 ) -> None:
     """Certify the tiers of a router."""
-    from polar_sdk.data import read_items
-    from polar_sdk.router_store import saved_router_path
+    from polar_sdk.lab.items import read_items
+    from polar_sdk.router.store import saved_router_path
 
     tiers = dict(map(_tier, tier)) if tier else None
     items = [item for path in data for item in read_items(path)] if data else None
@@ -68,8 +66,8 @@ def calibrate(
 def _tried(
     engine: PolarModel, router: LearnedRouter, items: list[Item] | None, delta: float, times: int, show: ProgressBars
 ) -> list[Resplits]:
-    from polar_sdk.data import builtin_items
-    from polar_sdk.learning import Judge
+    from polar_sdk.lab.evaluation.judge import Judge
+    from polar_sdk.lab.items import builtin_items
 
     assert router.certificate is not None
     tiers = {name: (one.alpha, one.loss) for name, one in router.certificate.tiers.items()}
@@ -78,8 +76,8 @@ def _tried(
 
 
 def _tier(text: str) -> tuple[str, TierPromise]:
-    from polar_sdk.policy import TIERS
-    from polar_sdk.router.counts import LOSSES
+    from polar_sdk.programs.policy import TIERS
+    from polar_sdk.router.certificate import LOSSES
 
     name, _, promise = text.partition("=")
     number, _, loss = promise.partition(":")

@@ -15,7 +15,6 @@ from polar_sdk.errors import InvalidRequestError
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
 
-__all__ = ["register"]
 
 _LEAVE = frozenset({"/exit", "/quit", "/bye"})
 

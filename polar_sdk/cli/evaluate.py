@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polar_sdk.cli import options as opt
-from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from polar_sdk.learning import Evaluation
-    from polar_sdk.learning.results import SetResult
-    from polar_sdk.router import LearnedRouter
+    from polar_sdk.lab.evaluation.results import Evaluation, SetResult
+    from polar_sdk.router.learned import LearnedRouter
 
-__all__ = ["register"]
 
 _WIDTH = 150
 """Columns that a table of figures needs: a narrower terminal wraps lines, which loses nothing."""
@@ -57,8 +55,8 @@ def evaluate(
     precision: opt.Precision = "auto",
 ) -> None:
     """Measure a router on prompts that it has not seen."""
-    from polar_sdk.data import read_items
-    from polar_sdk.learning.page import require_report, to_html
+    from polar_sdk.lab.evaluation.page import require_report, to_html
+    from polar_sdk.lab.items import read_items
 
     if html is not None:  # before minutes are spent on measuring
         require_report()
@@ -118,7 +116,7 @@ def _show(found: Evaluation) -> None:
 def _show_classes(console: Console, found: Evaluation) -> None:
     from rich.table import Table
 
-    from polar_sdk.learning.table import CLASS_COLUMNS, class_rows
+    from polar_sdk.lab.evaluation.table import CLASS_COLUMNS, class_rows
 
     table = Table(*CLASS_COLUMNS, title="within each class")
     for row in class_rows(found.classes):
@@ -129,7 +127,7 @@ def _show_classes(console: Console, found: Evaluation) -> None:
 def _show_set(console: Console, result: SetResult) -> None:
     from rich.table import Table
 
-    from polar_sdk.learning.table import COLUMNS, generation_rows, rows
+    from polar_sdk.lab.evaluation.table import COLUMNS, generation_rows, rows
 
     table = Table(*COLUMNS, title=f"{result.name}: {result.prompts} prompts, {result.labelled} with a right answer")
     for row in rows(result):

@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from polar_sdk.cli import options as opt
-from polar_sdk.program import Program
-
-__all__ = ["register"]
+from polar_sdk.programs.program import Program
 
 
 def register(app: typer.Typer) -> None:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polar_sdk.cli import options as opt
-from polar_sdk.cli.progress import ProgressBars
+from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from polar_sdk.bridges import BridgeSet
-
-__all__ = ["register"]
+    from polar_sdk.router.bridge_set import BridgeSet
 
 
 def register(app: typer.Typer) -> None:
@@ -51,9 +49,9 @@ def heal(
     precision: opt.Precision = "auto",
 ) -> None:
     """Fit cheap maps that stand for segments of layers; the model's own weights stay as they are."""
-    from polar_sdk.bridges import Healer, HealOptions, parse_segments
-    from polar_sdk.data import read_items
-    from polar_sdk.rewards import RewardCache, cache_path
+    from polar_sdk.lab.bridges.heal import Healer, HealOptions, parse_segments
+    from polar_sdk.lab.items import read_items
+    from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 
     options = HealOptions(
         ridge=ridge,

@@ -19,8 +19,6 @@ from typer.core import TyperGroup
 from polar_sdk.cli import calibrate, chat, evaluate, export, heal, models, run, scan, search, train
 from polar_sdk.errors import PolarError
 
-__all__ = ["app", "main"]
-
 _GROUP = "polar_sdk.commands"
 _INTERRUPTED = 130
 

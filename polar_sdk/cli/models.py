@@ -11,12 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from polar_sdk.loading.aliases import ALIASES, DEFAULT_ALIAS, Alias, find_alias, resolve
-from polar_sdk.loading.obtain import obtain
-from polar_sdk.loading.paths import models_folder
-from polar_sdk.loading.store import Manifest, list_stored, remove_stored
-
-__all__ = ["register"]
+from polar_sdk.models.aliases import ALIASES, DEFAULT_ALIAS, Alias, find_alias, resolve
+from polar_sdk.models.find import obtain
+from polar_sdk.models.paths import models_folder
+from polar_sdk.models.store import Manifest, list_stored, remove_stored
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _models = typer.Typer(invoke_without_command=True, no_args_is_help=False)
@@ -68,7 +66,7 @@ def compile_layers(
     precision: Annotated[str, typer.Option(help="auto, bf16, fp16, fp32, int8 or int4.")] = "auto",
 ) -> None:
     """Compile a model's layers for this machine, once; every process uses them from then on. Needs a C++ compiler."""
-    from polar_sdk.loading import load_pretrained
+    from polar_sdk.models.load import load_pretrained
 
     begin = time.monotonic()
     loaded = load_pretrained(name, device=device, precision=precision, compile=True)

@@ -8,29 +8,6 @@ import typer
 
 from polar_sdk.errors import InvalidRequestError
 
-__all__ = [
-    "AsJson",
-    "Compute",
-    "Device",
-    "DeviceMap",
-    "Ledger",
-    "MaxTokens",
-    "Model",
-    "NoLedger",
-    "PolicyFile",
-    "Precision",
-    "ProgramText",
-    "RouterFolder",
-    "Seed",
-    "Tags",
-    "Temperature",
-    "Tenant",
-    "TopK",
-    "TopP",
-    "compute_of",
-    "load_model",
-]
-
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id, folder or .gguf file.")]
 Compute = Annotated[
     str | None,

@@ -13,10 +13,8 @@ from polar_sdk.cli import options as opt
 from polar_sdk.errors import EmptyPromptError
 
 if TYPE_CHECKING:
-    from polar_sdk.generation import Generation
     from polar_sdk.model import PolarModel
-
-__all__ = ["footer", "register"]
+    from polar_sdk.request.generation import Generation
 
 
 def register(app: typer.Typer) -> None:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polar_sdk.cli import options as opt
-from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from polar_sdk.scan import ProgramScore, ScanReport
+    from polar_sdk.lab.layer_scan import ProgramScore, ScanReport
 
-__all__ = ["register"]
 
 _BUILTIN = 70
 """Built-in prompts that a scan takes unless told otherwise: all of them would take ten times as long."""
@@ -48,7 +47,8 @@ def scan(
     precision: opt.Precision = "auto",
 ) -> None:
     """Measure blocks of skipped layers and loops against full depth, and pick programs for two tiers."""
-    from polar_sdk.scan import Scanner, builtin_items, read_items
+    from polar_sdk.lab.items import builtin_items, read_items
+    from polar_sdk.lab.layer_scan import Scanner
 
     sizes = _lengths(lengths)
     if out is not None and not out.absolute().parent.is_dir():  # before minutes are spent on scanning
@@ -79,8 +79,8 @@ def _lengths(text: str) -> list[int]:
 
 
 def _save(report: ScanReport, picks: dict[str, ProgramScore]) -> str:
-    from polar_sdk.policy_store import saved_policy_path
-    from polar_sdk.scan.pick import policy_of
+    from polar_sdk.lab.layer_scan import policy_of
+    from polar_sdk.router.store import saved_policy_path
 
     path = saved_policy_path(report.fingerprint)
     policy_of(report, picks).save(path)

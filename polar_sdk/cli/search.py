@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from polar_sdk.cli import options as opt
-from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from polar_sdk.search import Menu
-
-__all__ = ["register"]
+    from polar_sdk.lab.program_search.menu import Menu
 
 
 def register(app: typer.Typer) -> None:
@@ -55,9 +53,10 @@ def search(
     precision: opt.Precision = "auto",
 ) -> None:
     """Search programs on prompts; an interrupted search goes on where it stopped."""
-    from polar_sdk.data import read_items
-    from polar_sdk.rewards import RewardCache, cache_path
-    from polar_sdk.search import Search, SearchOptions
+    from polar_sdk.lab.items import read_items
+    from polar_sdk.lab.program_search.options import SearchOptions
+    from polar_sdk.lab.program_search.run import Search
+    from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 
     options = SearchOptions(
         budgets=_numbers(budgets),

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from polar_sdk.cli import options as opt
-from polar_sdk.cli.progress import ProgressBars
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from polar_sdk.router import LearnedRouter
-
-__all__ = ["register"]
+    from polar_sdk.router.learned import LearnedRouter
 
 
 def register(app: typer.Typer) -> None:
@@ -55,10 +53,10 @@ def train(
     precision: opt.Precision = "auto",
 ) -> None:
     """Train a router; after Ctrl-C the same command goes on from its checkpoints."""
-    from polar_sdk.data import read_items
-    from polar_sdk.learning import MenuSettings, PolicySettings
-    from polar_sdk.router_store import saved_router_path
-    from polar_sdk.search import RewardMatrix
+    from polar_sdk.lab.items import read_items
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
+    from polar_sdk.router.store import saved_router_path
 
     numbers = _seeds(seeds)
     settings: MenuSettings | PolicySettings = MenuSettings(loss=loss, seeds=numbers)

@@ -22,7 +22,6 @@ from polar_sdk.engine import native
 if TYPE_CHECKING:
     from polar_sdk.engine.family import AttentionKind
 
-__all__ = ["attend_row", "attend_seen", "paged_decode", "write_pages"]
 
 _BLOCK: Final = 128
 """Queries that attend at once in `_by_blocks`: their scores stay in the processor's cache."""

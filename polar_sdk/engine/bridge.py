@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.program import Program
-
-__all__ = ["Bridge", "bridges_digest"]
+    from polar_sdk.programs.program import Program
 
 
 @dataclass(frozen=True)

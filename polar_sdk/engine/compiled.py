@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import polar_sdk.engine.attention
 import polar_sdk.engine.family
-import polar_sdk.engine.native.library
+import polar_sdk.engine.native
 import polar_sdk.engine.parts
 import polar_sdk.engine.products
 from polar_sdk.engine import native
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.family import AttentionKind, Family, Projected, Rotary, Weights
 
-__all__ = ["CompiledKernels", "Part", "load_kernels", "parts"]
 
 _MOST: Final = 1 << 20
 _EXAMPLE_ROWS: Final = 4
@@ -49,7 +48,7 @@ _MATRICES: Final = (Plain, Int8, Int4)
 _SOURCES: Final = (
     polar_sdk.engine.attention,
     polar_sdk.engine.family,
-    polar_sdk.engine.native.library,
+    polar_sdk.engine.native,
     polar_sdk.engine.parts,
     polar_sdk.engine.products,
 )

@@ -26,13 +26,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from polar_sdk.cost import CostModel, Segment
     from polar_sdk.engine.bridge import Bridge
     from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.family import Family, Projected, Rotary, Weights
-    from polar_sdk.program import Program, Step
+    from polar_sdk.programs.cost import CostModel, Segment
+    from polar_sdk.programs.program import Program, Step
 
-__all__ = ["Bring", "Decoder", "build_decoder", "free_memory"]
 
 Bring = Callable[[Sequence["nn.Parameter"], torch.device], None]
 """Puts weights that are not in memory yet on a device, in the dtype that they run in."""

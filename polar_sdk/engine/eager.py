@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import AttentionKind, Family, Projected, Rotary, Weights
 
-__all__ = ["EagerKernels", "Kernels"]
-
 
 class Kernels(Protocol):
     """The parts of a layer, ready to run."""

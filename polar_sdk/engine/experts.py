@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import Weights
 
-__all__ = ["choose_experts", "run_experts", "take_experts"]
-
 
 def take_experts(block: Any) -> Weights:
     """Weights of a Hugging Face block: `router` (X, E), and two matrices per expert, named by its number.

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from polar_sdk.cost import CostModel, LayerCost
+from polar_sdk.programs.cost import CostModel, LayerCost
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.products import Product
 
-__all__ = ["AttentionKind", "Family", "Projected", "Rotary", "Weights", "pick"]
 
 Weights = dict[str, Any]
 """Weights of one layer by name: a `Product`, a tensor, or None."""

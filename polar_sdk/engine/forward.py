@@ -14,8 +14,8 @@ import torch
 from polar_sdk.engine.attention import write_pages
 from polar_sdk.engine.family import pick
 from polar_sdk.engine.layout import Layout, Members
-from polar_sdk.engine.rows import Row, extra_visits
-from polar_sdk.loops import damp
+from polar_sdk.engine.row import Row, extra_visits
+from polar_sdk.programs.guard import damp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.family import Rotary
-
-__all__ = ["Row", "advance", "next_logits"]
 
 
 def advance(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:

@@ -10,22 +10,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polar_sdk.cost import chunks
 from polar_sdk.engine.attention import write_pages
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.program import Step
+from polar_sdk.programs.cost import chunks
+from polar_sdk.programs.program import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from polar_sdk.cost import CostModel
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.pages import PageTable
-    from polar_sdk.program import Program
-
-__all__ = ["Lead", "begins", "lead_flops", "run_lead"]
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.program import Program
 
 
 class Lead:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["PAGE", "PagePool", "PageTable"]
 
 PAGE: Final = 64
 """Tokens per page."""

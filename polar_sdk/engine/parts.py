@@ -22,25 +22,6 @@ if TYPE_CHECKING:
     from polar_sdk.engine.family import Rotary, Weights
     from polar_sdk.engine.products import Product
 
-__all__ = [
-    "activation",
-    "attention_kinds",
-    "fuse",
-    "fuse_head_norms",
-    "gated_mlp",
-    "layer_norm",
-    "no_rotary",
-    "offset_rms_norm",
-    "plain_mlp",
-    "refuse",
-    "refuse_other_windows",
-    "rms_norm",
-    "rotary_table",
-    "rotate",
-    "soft_cap",
-    "take",
-    "take_norm",
-]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

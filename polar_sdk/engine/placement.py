@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Placement"]
-
 
 @dataclass(frozen=True)
 class Placement:

@@ -21,17 +21,6 @@ from polar_sdk.errors import DeviceError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "INT4_GROUP",
-    "PRECISIONS",
-    "Int4",
-    "Int8",
-    "Plain",
-    "Product",
-    "multiply",
-    "quantize",
-    "wide_from",
-]
 
 PRECISIONS: Final = ("bf16", "fp32", "fp16", "int8", "int4")
 INT4_GROUP: Final = 32

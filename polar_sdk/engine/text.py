@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Detokenizer", "StopMatcher", "TextStream"]
 
 _REPLACEMENT = "\ufffd"
 """What an incomplete character decodes to."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polar_sdk.errors import RouterDamagedError, RouterError
-from polar_sdk.program import Program
+from polar_sdk.programs.program import Program
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.fixed import IdentityRouter, StaticRouter
 from polar_sdk.router.hashes import hash_programs, hash_tensors
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.router.base import Router
 
-__all__ = ["load_router", "save_router"]
 
 _JSON: Final = "router.json"
 _WEIGHTS: Final = "router.safetensors"

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk.engine.lead import Lead
-    from polar_sdk.program import Program
-
-__all__ = ["Route", "Router"]
+    from polar_sdk.programs.program import Program
 
 
 @dataclass(frozen=True, slots=True)

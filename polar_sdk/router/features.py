@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.lead import Lead
-    from polar_sdk.program import Program
+    from polar_sdk.programs.program import Program
 
-__all__ = ["FeatureKind", "FeatureReader"]
 
 FeatureKind = Literal["embedding", "early"]
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from polar_sdk.program import Program
+from polar_sdk.programs.program import Program
 from polar_sdk.router.base import Route, Router
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-__all__ = ["IdentityRouter", "StaticRouter", "fixed_router"]
 
 
 class StaticRouter(Router):

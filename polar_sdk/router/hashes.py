@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.program import Program
-
-__all__ = ["hash_bridges", "hash_programs", "hash_tensors", "hash_texts"]
+    from polar_sdk.programs.program import Program
 
 
 def hash_texts(texts: Iterable[str]) -> str:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 
-from polar_sdk.program import Program
+from polar_sdk.programs.program import Program
 from polar_sdk.router.learned import LearnedRouter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ACTIONS", "EXECUTE", "HIDDEN", "PolicyRouter", "policy_dial", "program_of"]
 
 ACTIONS: Final = ("skip", "execute", "loop")
 """An action's index is the number of visits it gives its layer."""

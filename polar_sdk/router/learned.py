@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.program import Program
+    from polar_sdk.programs.program import Program
     from polar_sdk.router.network import Network
-
-__all__ = ["AtTheta", "LearnedRouter", "RouterFacts"]
 
 
 class RouterFacts(BaseModel):

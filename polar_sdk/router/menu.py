@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from polar_sdk.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
+from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.router.learned import LearnedRouter
 
 if TYPE_CHECKING:
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.cost import CostModel
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.program import Program
-
-__all__ = ["MenuRouter", "by_cost", "cheapest", "menu_dial", "needed_theta"]
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.program import Program
 
 
 def by_cost(programs: Sequence[Program], cost: CostModel) -> list[int]:

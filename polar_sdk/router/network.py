@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Network"]
-
 
 @dataclass(frozen=True)
 class Network:

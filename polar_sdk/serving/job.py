@@ -11,23 +11,21 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal
 
-from polar_sdk.cost import CHUNK
-from polar_sdk.engine.logprobs import TokenLogprobs, apply_hook, read_logprobs
-from polar_sdk.engine.rows import Row
-from polar_sdk.engine.sampling import Sampler
+from polar_sdk.engine.row import Row
+from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, read_logprobs
 from polar_sdk.engine.text import TextStream
 from polar_sdk.errors import RequestTimeoutError
+from polar_sdk.programs.cost import CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
-    from polar_sdk.loading import LoadedModel
-    from polar_sdk.loops import LoopGuard
-    from polar_sdk.requests import Request
+    from polar_sdk.models.load import LoadedModel
+    from polar_sdk.programs.guard import LoopGuard
+    from polar_sdk.request.request import Request
 
-__all__ = ["FinishReason", "Job", "Piece", "choose"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Piece = tuple[str, tuple[TokenLogprobs, ...] | None]

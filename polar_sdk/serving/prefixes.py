@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.rows import Row
-    from polar_sdk.requests import Request
+    from polar_sdk.engine.row import Row
+    from polar_sdk.request.request import Request
 
-__all__ = ["PrefixCache"]
 
 _Key = bytes
 """A hash over tenant, program, bridges and all tokens up to the end of the page."""

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.serving.job import Job
 
-__all__ = ["FairQueue"]
-
 
 class FairQueue:
     """Jobs that wait, in order of arrival per tenant. Not safe in several threads: its owner locks."""

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.serving.job import Job
 
-__all__ = ["Limits", "Scheduler"]
 
 _IDLE_SECONDS: Final = 2.0
 """The thread ends after so long without work, so that it keeps no weights alive."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from polar_billing.ledger import Ledger
-from polar_billing.price_book import PriceBook
-from polar_billing.rating import rate
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.prices.book import PriceBook
+from polar_billing.prices.rating import rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from polar_billing.storage import LedgerStorage, StoredUsage
+    from polar_billing.ledger.contract import LedgerStorage, StoredUsage
     from polar_sdk.usage import UsageRecord
 
 POSTGRES_VARIABLE = "POLAR_TEST_POSTGRES_URL"

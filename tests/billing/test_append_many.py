@@ -11,20 +11,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polar_billing.canonical import content_hash
 from polar_billing.errors import ConflictError
-from polar_billing.ledger import Ledger
-from polar_billing.meter import Meter
-from polar_billing.periods import Period
-from polar_billing.query import usage_rows
-from polar_billing.retention import prune
-from polar_billing.storage import ALL_TENANTS, Selection, StoredUsage
+from polar_billing.ledger.contract import ALL_TENANTS, Selection, StoredUsage
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.retention import prune
+from polar_billing.metering.meter import Meter
+from polar_billing.proof.verify import verify_ledger
+from polar_billing.reports.query import usage_rows
 from polar_billing.testing import usage_record
-from polar_billing.verify import verify_ledger
+from polar_billing.values.canonical import content_hash
+from polar_billing.values.periods import Period
 from polar_sdk.usage import Outcome, UsageRecord
 
 if TYPE_CHECKING:
-    from polar_billing.storage import LedgerStorage
+    from polar_billing.ledger.contract import LedgerStorage
 
 EVERYTHING = Selection(ALL_TENANTS)
 START = datetime(2026, 10, 31, 21, tzinfo=UTC)

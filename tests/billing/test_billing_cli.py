@@ -21,17 +21,18 @@ from polar_billing.errors import (
     StoreDamagedError,
     StoreNotFoundError,
 )
-from polar_billing.meter import Meter
-from polar_billing.render_terminal import report_view, show
-from polar_billing.report import build_report
+from polar_billing.metering.meter import Meter
+from polar_billing.reports.report import build_report
+from polar_billing.reports.terminal import report_view
 from polar_billing.testing import usage_record
 from polar_sdk.errors import PolarError
+from polar_sdk.show.tables import show
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
 
 
 def polar(*arguments: str) -> Result:

@@ -18,15 +18,15 @@ from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.cli import register
 from polar_billing.errors import BudgetError, CurrencyMixError, PeriodError, PriceBookError
-from polar_billing.meter import Meter
-from polar_billing.schema import counter_table
+from polar_billing.ledger.schema import counter_table
+from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 from polar_sdk.usage import Offer, UsageBound
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
     from polar_sdk.errors import PolarError
 
 

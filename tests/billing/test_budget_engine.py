@@ -11,15 +11,15 @@ import pytest
 from langchain_polar import ChatPolar, PolarLLM
 from polar_billing.budgets.budget import Budget, Level, OverBudget
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.storage import Selection
-from polar_sdk.admission import DOWNGRADED_TAG
+from polar_billing.ledger.contract import Selection
 from polar_sdk.errors import BudgetExceededError
+from polar_sdk.request.admission import DOWNGRADED_TAG
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
-    from polar_billing.ledger import Ledger
-    from polar_billing.storage import StoredUsage
+    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.ledger.ledger import Ledger
     from polar_sdk.model import PolarModel
 
 MOST = 6
@@ -115,8 +115,8 @@ def test_a_money_budget_counts_what_the_receipts_say(model: PolarModel, ledger: 
 
 
 def test_an_unpriced_request_cannot_be_held_to_a_money_budget(model: PolarModel, budgets: Budgets) -> None:
-    from polar_billing.meter import Meter
-    from polar_billing.price_book import PriceBook
+    from polar_billing.metering.meter import Meter
+    from polar_billing.prices.book import PriceBook
 
     book = PriceBook.example().model_dump()
     for entry in book["prices"]:

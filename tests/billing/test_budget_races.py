@@ -19,13 +19,13 @@ import pytest
 
 from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
-from polar_billing.ledger import Ledger
-from polar_billing.storage import Selection
+from polar_billing.ledger.contract import Selection
+from polar_billing.ledger.ledger import Ledger
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.storage import LedgerStorage
+    from polar_billing.ledger.contract import LedgerStorage
 
 PROCESSES, RESERVATIONS = (int(part) for part in os.environ.get("POLAR_TEST_RACE", "4x25").split("x"))
 CU = 10**12
@@ -41,7 +41,7 @@ tiers = {standard = 1}
 COMMON = """
 import os, random, signal, sys
 from datetime import UTC, datetime
-from polar_billing.meter import Meter
+from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound

@@ -16,24 +16,24 @@ from sqlalchemy import text, update
 from polar_billing.budgets import counters, keeper
 from polar_billing.budgets.budget import LARGEST_COUNT, Budget, Level, OverBudget, to_count
 from polar_billing.budgets.choose import Cost, Refusal, Standing, choose
+from polar_billing.budgets.counters import FULL
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.budgets.projection import FULL
 from polar_billing.errors import BudgetError, CurrencyMixError, PeriodError, StoreError
-from polar_billing.ledger import Ledger
-from polar_billing.meter import Meter
-from polar_billing.periods import Period, Window
-from polar_billing.price_book import PriceBook
-from polar_billing.rating import rate
-from polar_billing.schema import counter_table
-from polar_billing.storage import ALL_TENANTS
+from polar_billing.ledger.contract import ALL_TENANTS
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.schema import counter_table
+from polar_billing.metering.meter import Meter
+from polar_billing.prices.book import PriceBook
+from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
+from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import BudgetExceededError, SinkError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.storage import LedgerStorage
+    from polar_billing.ledger.contract import LedgerStorage
 
 CU = 10**12
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)

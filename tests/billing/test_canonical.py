@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_billing.canonical import canonical_json, record_json
 from polar_billing.errors import AmountError
-from polar_billing.money import to_units
 from polar_billing.testing import usage_record
+from polar_billing.values.canonical import canonical_json, record_json
+from polar_billing.values.money import to_units
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 values = st.recursive(

@@ -14,21 +14,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import text, update
 
 from polar_billing.budgets.budget import Budget, Level, OverBudget
+from polar_billing.budgets.holds import HoldState
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.budgets.records import HoldState
 from polar_billing.errors import ConflictError
-from polar_billing.ledger import Ledger
-from polar_billing.periods import Period, Window
-from polar_billing.price_book import PriceBook
-from polar_billing.rating import rate
-from polar_billing.schema import hold_table
-from polar_billing.storage import ALL_TENANTS
+from polar_billing.ledger.contract import ALL_TENANTS
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.schema import hold_table
+from polar_billing.prices.book import PriceBook
+from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
+from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
 
 if TYPE_CHECKING:
-    from polar_billing.storage import LedgerStorage
+    from polar_billing.ledger.contract import LedgerStorage
 
 CU = 10**12
 START = datetime(2026, 3, 28, 12, tzinfo=UTC)  # the day before clocks change in Berlin

@@ -116,7 +116,7 @@ def payment(amount: int) -> list[Line]:
 
 
 def polar_tables() -> list[str]:
-    from polar_billing.schema import metadata
+    from polar_billing.ledger.schema import metadata
 
     return sorted(str(table.name) for table in metadata.tables.values() if "tenant" in table.c)
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.ledger import Ledger
-from polar_billing.meter import Meter
-from polar_billing.postings import Account, balances
-from polar_billing.storage import ALL_TENANTS, Selection
-from polar_billing.verify import verify_ledger
+from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.postings import Account, balances
+from polar_billing.metering.meter import Meter
+from polar_billing.proof.verify import verify_ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,9 +36,9 @@ NURSERY = """
 import json, os, signal, sys, threading
 from datetime import UTC, datetime
 from decimal import Decimal
-from polar_billing.ledger import Ledger
-from polar_billing.meter import Meter
-from polar_billing.postings import Account, Line, post
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.metering.meter import Meter
+from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.testing import usage_record
 
 WRITERS = "among append bulk canonical chain connection ledger meter postings recovery rollups rows spool writer"
@@ -158,9 +158,9 @@ def test_what_was_acknowledged_survives_without_another_try(url: str) -> None:
     """Killed right after an answer, before anything was committed: the next reader finds it."""
     script = """
 import os, signal, sys, threading
-from polar_billing.meter import Meter
+from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
-from polar_billing.writer import Writer
+from polar_billing.metering.writer import Writer
 Writer._store = lambda self, tickets, segment: threading.Event().wait()  # the commit never comes
 meter = Meter(sys.argv[1], durability="spool")
 for n in range(5):

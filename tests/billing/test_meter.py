@@ -13,17 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polar_billing.errors import ConflictError, PriceBookError
-from polar_billing.meter import Meter, open_meter
-from polar_billing.price_book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.report import build_report
-from polar_billing.storage import ALL_TENANTS, Selection
+from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.metering.meter import Meter, open_meter
+from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
+from polar_billing.reports.report import build_report
 from polar_billing.testing import usage_record
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
 
 EVERYTHING = Selection(ALL_TENANTS)
 
@@ -129,7 +129,7 @@ def test_eight_threads_through_one_meter(ledger: Ledger) -> None:
 
 WORKER = """
 import sys
-from polar_billing.meter import open_meter
+from polar_billing.metering.meter import open_meter
 from polar_billing.testing import usage_record
 meter = open_meter(None)
 for n in range(30):
@@ -155,7 +155,7 @@ def test_four_processes_begin_together_on_a_new_ledger(ledger: Ledger) -> None:
 def test_a_forked_child_meters_on_connections_of_its_own(ledger_url: str, ledger: Ledger) -> None:
     script = """
 import os, sys
-from polar_billing.meter import open_meter
+from polar_billing.metering.meter import open_meter
 from polar_billing.testing import usage_record
 meter = open_meter(None)
 meter.emit(usage_record("parent before"))

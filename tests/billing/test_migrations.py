@@ -11,17 +11,18 @@ import pytest
 from sqlalchemy import create_mock_engine, inspect, text
 
 from polar_billing.errors import SchemaVersionError
-from polar_billing.ledger import Ledger
-from polar_billing.meter import Meter
-from polar_billing.migrate import migrate
-from polar_billing.postings import Account, Line, post
-from polar_billing.price_book import PriceBook
-from polar_billing.query import usage_rows
-from polar_billing.schema import SCHEMA_VERSION, metadata
-from polar_billing.statements import add_book, issued_statements
-from polar_billing.storage import ALL_TENANTS, Selection
+from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.migrate import migrate
+from polar_billing.ledger.postings import Account, Line, post
+from polar_billing.ledger.schema import SCHEMA_VERSION, metadata
+from polar_billing.metering.meter import Meter
+from polar_billing.prices.book import PriceBook
+from polar_billing.proof.verify import verify_ledger
+from polar_billing.reports.query import usage_rows
+from polar_billing.statements.books import add_book
+from polar_billing.statements.issue import issued_statements
 from polar_billing.testing import usage_record
-from polar_billing.verify import verify_ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ def both(request: pytest.FixtureRequest, old: Ledger, new_postgres: Callable[[],
 
 
 def _copy_of_version_1(old: Ledger, ledger: Ledger) -> None:
-    from polar_billing.migrations.versions.v0001 import _POSTGRES
+    from polar_billing.ledger.migrations.versions.v0001 import _POSTGRES
 
     rows: dict[str, list[Any]] = {}
     source = sqlite3.connect(str(old.url.database))

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, insert, select
 
-from polar_billing.columns import ScaledDecimal
 from polar_billing.errors import AmountError
-from polar_billing.money import (
+from polar_billing.ledger.schema.base import ScaledDecimal
+from polar_billing.values.money import (
     EXACT_SCALE,
     currency_decimals,
     exact_sum,

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 from sqlalchemy import make_url
 
-from polar_billing import append, recovery
 from polar_billing.errors import PeriodError, StoreUnavailableError
-from polar_billing.ledger import Ledger
-from polar_billing.meter import Meter
-from polar_billing.periods import Period
-from polar_billing.statements import issue_statement, issued_statements
-from polar_billing.storage import ALL_TENANTS, Selection
+from polar_billing.ledger import append
+from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.metering import recovery
+from polar_billing.metering.meter import Meter
+from polar_billing.proof.verify import verify_ledger
+from polar_billing.statements.issue import issue_statement, issued_statements
 from polar_billing.testing import usage_record
-from polar_billing.verify import verify_ledger
+from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_billing.money import EXACT_SCALE
-from polar_billing.periods import Period
-from polar_billing.price_book import PriceBook
-from polar_billing.rating import Counts
+from polar_billing.prices.book import PriceBook
+from polar_billing.prices.rating import Counts
 from polar_billing.statements.charges import Charges, charges_of
-from polar_billing.statements.lines import Agreement, ExactLine, Facts, Use
-from polar_billing.statements.windows import Window, windows_of
+from polar_billing.statements.lines import Agreement, ExactLine, Facts, Use, Window, windows_of
+from polar_billing.values.money import EXACT_SCALE
+from polar_billing.values.periods import Period
 
 PERIOD = Period.month("2026-11")
 SINCE = datetime(2026, 11, 1, tzinfo=UTC)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_billing.errors import PeriodError
-from polar_billing.periods import Period, Window
+from polar_billing.values.periods import Period, Window
 
 # Clocks that change at midnight, by half an hour, over the date line, or not at all.
 ZONES = [

@@ -11,15 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polar_billing.errors import AmountError, ConflictError, QueryError, UnbalancedError
-from polar_billing.ledger import Ledger
-from polar_billing.money import exact_sum
-from polar_billing.postings import Account, Line, balances, post, reversal, transaction_lines
-from polar_billing.verify import verify_ledger
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.postings import Account, Line, balances, post, reversal, transaction_lines
+from polar_billing.proof.verify import verify_ledger
+from polar_billing.values.money import exact_sum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_billing.storage import LedgerStorage
+    from polar_billing.ledger.contract import LedgerStorage
 
 AT = datetime(2026, 11, 30, tzinfo=UTC)
 CHARGE = [Line(Account.RECEIVABLE, Decimal("12.5"), "USD"), Line(Account.REVENUE, Decimal("-12.5"), "USD")]

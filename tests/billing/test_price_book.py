@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_billing.errors import PriceBookError
-from polar_billing.price_book import PRICE_BOOK_VARIABLE, PriceBook
+from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 
 if TYPE_CHECKING:
     from pathlib import Path

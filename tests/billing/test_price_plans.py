@@ -8,8 +8,8 @@ from decimal import Decimal
 import pytest
 
 from polar_billing.errors import PriceBookError
-from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
-from polar_billing.pricing.timeline import changes, check_revision, past_changes
+from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
+from polar_billing.prices.revisions import changes, check_revision, past_changes
 
 HEAD = """
 id = "b"

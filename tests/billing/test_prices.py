@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from polar_billing import prices
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.errors import PriceBookError
-from polar_billing.meter import Meter
-from polar_billing.price_book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.prices import Prices
-from polar_billing.pricing.in_force import Choice, InForce
-from polar_billing.statements import add_book
+from polar_billing.metering.meter import Meter
+from polar_billing.prices import current as prices
+from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
+from polar_billing.prices.current import Prices
+from polar_billing.prices.in_force import Choice, InForce
+from polar_billing.proof.verify import verify_ledger
+from polar_billing.statements.books import add_book
 from polar_billing.testing import usage_record
-from polar_billing.verify import verify_ledger
 from polar_sdk.usage import Offer, UsageBound
 
 if TYPE_CHECKING:
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
 
 NOW = datetime(2026, 11, 15, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)

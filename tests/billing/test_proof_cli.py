@@ -23,11 +23,11 @@ from polar_billing.errors import (
     SchemaVersionError,
     StoreNotFoundError,
 )
-from polar_billing.meter import Meter
+from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
 
 DATA = Path(__file__).parent / "data"
 OLD, NEW = datetime(2025, 12, 31, 23, 59, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_billing.errors import AmountError
-from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
-from polar_billing.pricing.bound import quote
-from polar_billing.rating import rate
+from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
+from polar_billing.prices.quote import quote
+from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord
 

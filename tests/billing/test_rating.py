@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_billing.money import EXACT_SCALE, exact_sum
-from polar_billing.price_book import PriceBook, PriceEntry, TokenPrices
-from polar_billing.rating import cost_of, rate
+from polar_billing.prices.book import PriceBook
+from polar_billing.prices.entries import PriceEntry, TokenPrices
+from polar_billing.prices.rating import cost_of, rate
 from polar_billing.testing import usage_record
+from polar_billing.values.money import EXACT_SCALE, exact_sum
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.meter import Meter
-from polar_billing.money import exact_sum
-from polar_billing.periods import Period
-from polar_billing.price_book import PriceBook
-from polar_billing.render_csv import report_csv
-from polar_billing.report import Report, build_report
-from polar_billing.storage import ALL_TENANTS, Selection
+from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.metering.meter import Meter
+from polar_billing.prices.book import PriceBook
+from polar_billing.reports.csv import report_csv
+from polar_billing.reports.report import Report, build_report
 from polar_billing.testing import usage_record
+from polar_billing.values.money import exact_sum
+from polar_billing.values.periods import Period
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord
 
 if TYPE_CHECKING:
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
 
 PATHS: dict[str | None, tuple[int, ...]] = {
     "economy": (0, 1, 4, 5),

@@ -13,22 +13,22 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from polar_billing.cli import register
-from polar_billing.periods import Period
-from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
-from polar_billing.rating import rate
-from polar_billing.render_html import report_html
-from polar_billing.render_terminal import report_view
-from polar_billing.report import build_report
-from polar_billing.statements import issue_statement
-from polar_billing.storage import ALL_TENANTS, Selection
-from polar_billing.tables import show
+from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
+from polar_billing.prices.rating import rate
+from polar_billing.reports.html import report_html
+from polar_billing.reports.report import build_report
+from polar_billing.reports.terminal import report_view
+from polar_billing.statements.issue import issue_statement
 from polar_billing.testing import usage_record
+from polar_billing.values.periods import Period
+from polar_sdk.show.tables import show
 from polar_sdk.usage import FlopUsage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
 
 NOVEMBER = Period.month("2026-11")
 PLANS = PriceBook.example(EXAMPLE_PLANS)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.meter import Meter
-from polar_billing.render_html import report_html
-from polar_billing.report import Report, build_report
-from polar_billing.storage import Selection
+from polar_billing.ledger.contract import Selection
+from polar_billing.metering.meter import Meter
+from polar_billing.reports.html import report_html
+from polar_billing.reports.report import Report, build_report
 from polar_billing.testing import usage_record
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
 
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
 NASTY = "<script>alert('1')</script>&amp;\"'"
@@ -148,9 +148,9 @@ def test_a_missing_extra_is_told() -> None:
 import sys
 sys.modules["jinja2"] = None
 from polar_billing.errors import MissingExtraError
-from polar_billing.ledger import Ledger
-from polar_billing.render_html import report_html
-from polar_billing.report import build_report
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.reports.html import report_html
+from polar_billing.reports.report import build_report
 try:
     report_html(build_report(Ledger()))
 except MissingExtraError as error:

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing import connection
 from polar_billing.errors import ConflictError, RecordRefusedError, StoreLockedError, StoreReadOnlyError
-from polar_billing.ledger import Ledger
-from polar_billing.meter import Meter, open_meter
-from polar_billing.recovery import warning_of
-from polar_billing.spool import Spool, spool_folder
-from polar_billing.storage import ALL_TENANTS, Selection
+from polar_billing.ledger import connection
+from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.metering.meter import Meter, open_meter
+from polar_billing.metering.recovery import warning_of
+from polar_billing.metering.spool import Spool, spool_folder
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from polar_billing.meter import Durability
+    from polar_billing.metering.meter import Durability
 
 EVERYTHING = Selection(ALL_TENANTS)
 
@@ -82,9 +82,9 @@ def test_the_spool_has_a_limit(ledger_url: str) -> None:
 def test_another_process_stores_what_one_left(ledger_url: str, locked: sqlite3.Connection) -> None:
     script = """
 import os, sys
-from polar_billing import connection
+from polar_billing.ledger import connection
 connection.BUSY_TIMEOUT_MS = 20
-from polar_billing.meter import open_meter
+from polar_billing.metering.meter import open_meter
 from polar_billing.testing import usage_record
 meter = open_meter(sys.argv[1])
 meter.emit(usage_record("left", tags={"ä": "\\u2028 \\n"}))
@@ -117,7 +117,7 @@ def test_a_full_disk_is_told_and_harms_nothing(tmp_path: Path) -> None:
     script = """
 import resource, signal, sys
 from polar_billing.errors import StoreError
-from polar_billing.meter import Meter
+from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 meter = Meter(sys.argv[1])
 meter.emit(usage_record("first"))

@@ -15,17 +15,17 @@ from typer.testing import CliRunner, Result
 
 from polar_billing.cli import register
 from polar_billing.errors import AmountError, PeriodError, PriceBookError, QueryError
-from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
-from polar_billing.rating import rate
+from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
+from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
-from polar_sdk.learning.results import Evaluation, Saved, SetResult, SystemResult
-from polar_sdk.statistics import wilson
+from polar_sdk.lab.evaluation.results import Evaluation, Saved, SetResult, SystemResult
+from polar_sdk.router.exact_tests import wilson
 from polar_sdk.usage import FlopUsage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
     from polar_sdk.errors import PolarError
 
 PLANS = PriceBook.example(EXAMPLE_PLANS)

@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.ledger import Ledger
-from polar_billing.meter import Meter
-from polar_billing.money import EXACT_SCALE, currency_decimals, exact_sum, from_scaled, round_lines
-from polar_billing.periods import Period
-from polar_billing.postings import Account, Line, balances, post
-from polar_billing.price_book import PriceBook
-from polar_billing.query import usage_rows
-from polar_billing.rating import Counts
-from polar_billing.statements import issue_statement
+from polar_billing.ledger.contract import Selection
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.postings import Account, Line, balances, post
+from polar_billing.metering.meter import Meter
+from polar_billing.prices.book import PriceBook
+from polar_billing.prices.rating import Counts
+from polar_billing.proof.verify import verify_ledger
+from polar_billing.reports.query import usage_rows
 from polar_billing.statements.charges import charges_of
-from polar_billing.statements.lines import Facts, Use
+from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.lines import Facts, Use, windows_of
 from polar_billing.statements.statement import printed
-from polar_billing.statements.windows import windows_of
-from polar_billing.storage import Selection
 from polar_billing.testing import usage_record
-from polar_billing.verify import verify_ledger
+from polar_billing.values.money import EXACT_SCALE, currency_decimals, exact_sum, from_scaled, round_lines
+from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

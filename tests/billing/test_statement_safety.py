@@ -11,32 +11,28 @@ import pytest
 from sqlalchemy import func, select, text
 
 from polar_billing.errors import PeriodError, PriceBookError, QueryError
-from polar_billing.periods import Period
-from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
-from polar_billing.rating import rate
-from polar_billing.retention import prune
-from polar_billing.schema.ledger import transaction_table
-from polar_billing.schema.statements import statement_table
-from polar_billing.statements import (
-    IssuedStatement,
-    add_book,
-    credit_note,
-    draft_statement,
-    issue_statement,
-    issued_statements,
-    lines_of_usage,
-    recheck,
-    reprice,
-    usage_of_line,
-)
+from polar_billing.ledger.retention import prune
+from polar_billing.ledger.schema.ledger import transaction_table
+from polar_billing.ledger.schema.statements import statement_table
+from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
+from polar_billing.prices.rating import rate
+from polar_billing.proof.verify import verify_ledger
+from polar_billing.statements.books import add_book
+from polar_billing.statements.issue import issue_statement, issued_statements
+from polar_billing.statements.make import draft_statement
+from polar_billing.statements.notes import credit_note
+from polar_billing.statements.rechecking import recheck
+from polar_billing.statements.repricing import reprice
+from polar_billing.statements.trace import lines_of_usage, usage_of_line
 from polar_billing.testing import usage_record
-from polar_billing.verify import verify_ledger
+from polar_billing.values.periods import Period
 from polar_sdk.usage import FlopUsage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.statements.store import IssuedStatement
 
 NOVEMBER, DECEMBER = Period.month("2026-11"), Period.month("2026-12")
 END, LATER = datetime(2026, 12, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)

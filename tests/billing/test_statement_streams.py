@@ -10,13 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polar_billing.ledger import Ledger
-from polar_billing.periods import Period
-from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
-from polar_billing.rating import rate
-from polar_billing.statements import draft_statement, issue_statement, recheck
-from polar_billing.storage import Entry
+from polar_billing.ledger.contract import Entry
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
+from polar_billing.prices.rating import rate
+from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.make import draft_statement
+from polar_billing.statements.rechecking import recheck
 from polar_billing.testing import usage_record
+from polar_billing.values.periods import Period
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord
 
 if TYPE_CHECKING:

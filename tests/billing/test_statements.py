@@ -10,31 +10,26 @@ import pytest
 from sqlalchemy import text
 
 from polar_billing.errors import AmountError, ConflictError, CurrencyMixError, PeriodError, PriceBookError, QueryError
-from polar_billing.money import exact_sum
-from polar_billing.periods import ALL_TIME, Period
-from polar_billing.postings import Account, balances
-from polar_billing.price_book import EXAMPLE_PLANS, PriceBook
-from polar_billing.rating import rate
-from polar_billing.statements import (
-    Agreement,
-    Statement,
-    add_book,
-    credit_note,
-    credit_notes,
-    draft_statement,
-    issue_statement,
-    issued_statements,
-    lines_of_usage,
-    recheck,
-    reprice,
-    usage_of_line,
-)
-from polar_billing.storage import ALL_TENANTS
+from polar_billing.ledger.contract import ALL_TENANTS
+from polar_billing.ledger.postings import Account, balances
+from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
+from polar_billing.prices.rating import rate
+from polar_billing.statements.books import add_book
+from polar_billing.statements.issue import issue_statement, issued_statements
+from polar_billing.statements.lines import Agreement
+from polar_billing.statements.make import draft_statement
+from polar_billing.statements.notes import credit_note, credit_notes
+from polar_billing.statements.rechecking import recheck
+from polar_billing.statements.repricing import reprice
+from polar_billing.statements.trace import lines_of_usage, usage_of_line
 from polar_billing.testing import usage_record
+from polar_billing.values.money import exact_sum
+from polar_billing.values.periods import ALL_TIME, Period
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage
 
 if TYPE_CHECKING:
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.statements.statement import Statement
 
 NOVEMBER, DECEMBER = Period.month("2026-11"), Period.month("2026-12")
 END = datetime(2026, 12, 1, tzinfo=UTC)

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_billing.errors import ConflictError
-from polar_billing.periods import Period
-from polar_billing.price_book import PriceBook
-from polar_billing.rating import rate
-from polar_billing.storage import ALL_TENANTS, LedgerStorage, Selection
+from polar_billing.ledger.contract import ALL_TENANTS, LedgerStorage, Selection
+from polar_billing.prices.book import PriceBook
+from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
+from polar_billing.values.periods import Period
 from polar_sdk.errors import SinkError
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polar_billing.storage import StoredUsage
+    from polar_billing.ledger.contract import StoredUsage
 
     Put = Callable[[LedgerStorage, UsageRecord], StoredUsage]
 

@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console, Group
 
-from polar_billing.tables import add_numbers, add_row, new_table, show
+from polar_sdk.show.tables import add_numbers, add_row, new_table, show
 
 NAME = "a-company-with-a-long-name"
 FIGURES = ("123,456", "0.000123456789")

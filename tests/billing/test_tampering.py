@@ -21,23 +21,25 @@ from sqlalchemy.exc import IntegrityError
 
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.chained import CHAINED
-from polar_billing.meter import Meter
-from polar_billing.periods import Period
-from polar_billing.postings import Account, Line, post
-from polar_billing.price_book import PriceBook
-from polar_billing.retention import prune
-from polar_billing.schema import metadata
-from polar_billing.statements import add_book, credit_note, issue_statement
+from polar_billing.ledger.chain import CHAINED
+from polar_billing.ledger.postings import Account, Line, post
+from polar_billing.ledger.retention import prune
+from polar_billing.ledger.schema import metadata
+from polar_billing.metering.meter import Meter
+from polar_billing.prices.book import PriceBook
+from polar_billing.proof.verify import verify_ledger
+from polar_billing.statements.books import add_book
+from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.notes import credit_note
 from polar_billing.testing import usage_record
-from polar_billing.verify import verify_ledger
+from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sqlalchemy import Connection, TableClause
 
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
 
     Row = dict[str, Any]
     Place = tuple[str, int]

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_billing.errors import CurrencyMixError, QueryError
-from polar_billing.meter import Meter
-from polar_billing.periods import Period
-from polar_billing.price_book import PriceBook
-from polar_billing.query import usage_rows
-from polar_billing.storage import ALL_TENANTS, Selection
+from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.metering.meter import Meter
+from polar_billing.prices.book import PriceBook
+from polar_billing.reports.query import usage_rows
 from polar_billing.testing import usage_record
+from polar_billing.values.periods import Period
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
 
 EVERYTHING = Selection(ALL_TENANTS)
 

@@ -15,16 +15,17 @@ import pytest
 
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.chain import Head
-from polar_billing.ledger import Ledger
-from polar_billing.meter import Meter
-from polar_billing.periods import Period
-from polar_billing.postings import Account, Line, post
-from polar_billing.proof import check_receipt, make_receipt
-from polar_billing.retention import prune
-from polar_billing.statements import credit_note, issue_statement
+from polar_billing.ledger.chain import Head
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.postings import Account, Line, post
+from polar_billing.ledger.retention import prune
+from polar_billing.metering.meter import Meter
+from polar_billing.proof.receipts import check_receipt, make_receipt
+from polar_billing.proof.verify import Verification, check_head, verify_ledger
+from polar_billing.statements.issue import issue_statement
+from polar_billing.statements.notes import credit_note
 from polar_billing.testing import usage_record
-from polar_billing.verify import Verification, check_head, verify_ledger
+from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

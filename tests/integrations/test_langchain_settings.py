@@ -261,5 +261,5 @@ def test_importing_the_package_imports_neither_torch_nor_langchain() -> None:
 def test_public_names() -> None:
     for name in langchain_polar.__all__:
         assert getattr(langchain_polar, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'Chat'"):
-        _ = langchain_polar.Chat
+    with pytest.raises(AttributeError, match="No langchain_polar attribute Chat"):
+        _ = langchain_polar.Chat  # type: ignore[attr-defined]

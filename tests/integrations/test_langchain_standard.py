@@ -15,7 +15,8 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 
 from langchain_polar import ChatPolar
 from polar_sdk import PolarModel
-from polar_sdk.loading import ALIASES, cache_folder
+from polar_sdk.models.aliases import ALIASES
+from polar_sdk.models.paths import cache_folder
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:

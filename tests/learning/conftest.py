@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from polar_sdk.program import Program
-from polar_sdk.search import RewardMatrix
+from polar_sdk.lab.program_search.matrix import RewardMatrix
+from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:

@@ -8,32 +8,33 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from polar_sdk.data import ChoiceItem, Item, PromptItem, item_id
 from polar_sdk.errors import CalibrationSizeError, DataError, RouterError
-from polar_sdk.learning import MenuSettings, Trainer, certify
-from polar_sdk.learning.calibrate import Walk
-from polar_sdk.learning.controls import best_static, oracle, random_programs, shuffled
-from polar_sdk.learning.evaluate import Subjects, evaluate_classes, evaluate_set
-from polar_sdk.learning.examples import losses
-from polar_sdk.learning.measuring import Bench, marks, unseen
-from polar_sdk.learning.outcomes import Outcomes
-from polar_sdk.learning.page import to_html
-from polar_sdk.learning.resplit import resplit
-from polar_sdk.learning.results import Evaluation
-from polar_sdk.learning.table import class_rows
-from polar_sdk.learning.verdict import verdict
-from polar_sdk.policy import Policy
-from polar_sdk.program import Program
-from polar_sdk.rewards import RewardCache
+from polar_sdk.lab.evaluation.calibrate import Walk, certify
+from polar_sdk.lab.evaluation.controls import best_static, oracle, random_programs, shuffled
+from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set
+from polar_sdk.lab.evaluation.measuring import Bench, marks, unseen
+from polar_sdk.lab.evaluation.outcomes import Outcomes
+from polar_sdk.lab.evaluation.page import to_html
+from polar_sdk.lab.evaluation.resplit import resplit
+from polar_sdk.lab.evaluation.results import Evaluation
+from polar_sdk.lab.evaluation.table import class_rows
+from polar_sdk.lab.evaluation.verdict import verdict
+from polar_sdk.lab.items import ChoiceItem, Item, PromptItem, item_id
+from polar_sdk.lab.rewards.cache import RewardCache
+from polar_sdk.lab.training.examples import losses
+from polar_sdk.lab.training.settings import MenuSettings
+from polar_sdk.lab.training.train import Trainer
+from polar_sdk.programs.policy import Policy
+from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polar_sdk.learning.results import SetResult
+    from polar_sdk.lab.evaluation.results import SetResult
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.model import PolarModel
     from polar_sdk.router.menu import MenuRouter
-    from polar_sdk.search import RewardMatrix
 
 QUICK = MenuSettings(targets=("agreement",), hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risks=(0.1,))
 TIERS: dict[str, Any] = {"economy": (0.15, "differs"), "standard": (0.1, "harms")}
@@ -119,7 +120,7 @@ def test_classes_are_judged_apart(model: PolarModel, matrix: Callable[..., Rewar
 
 def test_a_shuffled_router_is_never_cheaper(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     """Long prompts at full depth: dealt at random, they would cross instead, so they are dealt among long ones."""
-    from polar_sdk.learning.evaluate import _Bench, _Run
+    from polar_sdk.lab.evaluation.evaluate import _Bench, _Run
 
     rows = matrix(400, seed=3)
     bench = _Bench(subjects(model, rows, Trainer(model, matrix()).menu(QUICK), {}))

@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from polar_sdk.cli.main import app
-from polar_sdk.router import LearnedRouter, load_router
+from polar_sdk.router.artifact import load_router
+from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 
 if TYPE_CHECKING:

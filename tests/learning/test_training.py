@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from polar_sdk.errors import DataError, RouterError, RouterModelError
-from polar_sdk.learning import MenuSettings, PolicySettings, Trainer
-from polar_sdk.learning.policy_training import PolicyTask, fit_policy
-from polar_sdk.learning.utility import frontier
-from polar_sdk.program import Program
-from polar_sdk.router import MenuRouter, load_router
+from polar_sdk.lab.training.layerwise_training import PolicyTask, fit_policy
+from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
+from polar_sdk.lab.training.train import Trainer
+from polar_sdk.lab.training.utility import frontier
+from polar_sdk.programs.program import Program
+from polar_sdk.router.artifact import load_router
 from polar_sdk.router.layerwise import ACTIONS, PolicyRouter, program_of
-from polar_sdk.router.menu import needed_theta
+from polar_sdk.router.menu import MenuRouter, needed_theta
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.model import PolarModel
-    from polar_sdk.search import RewardMatrix
 
 QUICK = MenuSettings(hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risks=(0.1,))
 
@@ -69,7 +70,7 @@ def test_the_gradient_alone_learns(model: PolarModel, matrix: Callable[..., Rewa
 
 
 def test_the_frontier_counts_what_is_deployed(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    from polar_sdk.learning.examples import Examples
+    from polar_sdk.lab.training.examples import Examples
 
     rows = matrix(50)
     examples = Examples.of(rows, torch.zeros(50, 3), torch.zeros(rows.flops.shape), "differs")
@@ -230,8 +231,8 @@ def test_an_action_is_its_number_of_visits() -> None:
 
 
 def test_a_policy_router_is_trained_on_a_model(model: PolarModel, tmp_path: Path) -> None:
-    from polar_sdk.data import PromptItem
-    from polar_sdk.rewards import RewardCache
+    from polar_sdk.lab.items import PromptItem
+    from polar_sdk.lab.rewards.cache import RewardCache
 
     items = [PromptItem(prompt=f"say {word} {number}") for number in range(12) for word in ("red", "sea", "owl", "ink")]
     found = model.search(

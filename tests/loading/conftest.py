@@ -17,7 +17,8 @@ from gguf.vocab import bytes_to_unicode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from polar_sdk.loading import Alias, clear_cache
+from polar_sdk.models.aliases import Alias
+from polar_sdk.models.load import clear_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

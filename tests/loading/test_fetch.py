@@ -17,18 +17,18 @@ import pytest
 import torch
 
 from polar_sdk.errors import ModelDamagedError, ModelError, ModelFetchError, ModelNotFoundError
-from polar_sdk.loading import load_pretrained
-from polar_sdk.loading.obtain import obtain
-from polar_sdk.loading.store import Recipe, converted, list_stored, remove_stored
+from polar_sdk.models.find import obtain
+from polar_sdk.models.load import load_pretrained
+from polar_sdk.models.store import Recipe, converted, list_stored, remove_stored
 
 if TYPE_CHECKING:
-    from polar_sdk.loading import Alias
+    from polar_sdk.models.aliases import Alias
 
 OBTAIN = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands on that it is ignored
-from polar_sdk.loading.aliases import Alias
-from polar_sdk.loading.obtain import obtain
+from polar_sdk.models.aliases import Alias
+from polar_sdk.models.find import obtain
 print(obtain(Alias(**json.loads(sys.argv[1]))).fingerprint)
 """
 

@@ -13,19 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as voice
 
-from polar_sdk.errors import (
-    InvalidRequestError,
-    ModelDamagedError,
-    ModelNotFoundError,
-    UnsupportedArchitectureError,
-)
-from polar_sdk.loading import clear_cache, fingerprint_of, load_pretrained
-from polar_sdk.loading.fingerprint import file_sha256
+from polar_sdk.errors import InvalidRequestError, ModelDamagedError, ModelNotFoundError, UnsupportedArchitectureError
+from polar_sdk.models.fingerprint import file_sha256, fingerprint_of
+from polar_sdk.models.load import clear_cache, load_pretrained
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_sdk.loading import LoadedModel
+    from polar_sdk.models.load import LoadedModel
 
 
 def test_loads(folder: Path) -> None:

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from polar_sdk.cli.models import register
 from polar_sdk.errors import ModelNotFoundError
-from polar_sdk.loading import load_pretrained
-from polar_sdk.loading.obtain import obtain
+from polar_sdk.models.find import obtain
+from polar_sdk.models.load import load_pretrained
 
 app = typer.Typer()
 register(app)

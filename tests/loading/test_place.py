@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polar_sdk.errors import DeviceError
-from polar_sdk.loading import choose_device, choose_precision
+from polar_sdk.models.placement import choose_device, choose_precision
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from polar_sdk.errors import ModelNotFoundError
-from polar_sdk.loading import ALIASES, resolve
-from polar_sdk.loading.aliases import Folder, Gguf, Hub
+from polar_sdk.models.aliases import ALIASES, Folder, Gguf, Hub, resolve
 
 DEFAULT = ALIASES[0]
 

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_sdk.program import Program
-from polar_sdk.router.certificate import Certificate
-from polar_sdk.router.counts import Counts
+from polar_sdk.programs.program import Program
+from polar_sdk.router.certificate import Certificate, Counts
 from polar_sdk.router.features import FeatureReader
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter

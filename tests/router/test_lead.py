@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from polar_sdk.cost import CHUNK
 from polar_sdk.engine.lead import begins, lead_flops, run_lead
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.policy import Policy
-from polar_sdk.program import Program
+from polar_sdk.programs.cost import CHUNK
+from polar_sdk.programs.policy import Policy
+from polar_sdk.programs.program import Program
 from polar_sdk.router.features import FeatureReader
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter
@@ -24,8 +24,8 @@ from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 
 if TYPE_CHECKING:
-    from polar_sdk.generation import Generation
     from polar_sdk.model import PolarModel
+    from polar_sdk.request.generation import Generation
 
 DEPTH, LAYERS, THETA = 6, 2, 0.3
 TEXT = "an early word "

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_sdk.errors import CertificateError, RouterError, ToleranceError, UnknownTierError
-from polar_sdk.policy import Policy
-from polar_sdk.program import Program
-from polar_sdk.router import StaticRouter, save_router
-from polar_sdk.router_store import saved_router_path
+from polar_sdk.programs.policy import Policy
+from polar_sdk.programs.program import Program
+from polar_sdk.router.artifact import save_router
+from polar_sdk.router.fixed import StaticRouter
+from polar_sdk.router.store import saved_router_path
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

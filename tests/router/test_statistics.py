@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.statistics import (
+from polar_sdk.router.exact_tests import (
     binomial_cdf,
     least_paired_prompts,
     least_prompts,

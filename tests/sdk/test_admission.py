@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_sdk.admission import DOWNGRADED_TAG
 from polar_sdk.errors import BudgetExceededError, SinkError
+from polar_sdk.request.admission import DOWNGRADED_TAG
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 

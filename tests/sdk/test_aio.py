@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_sdk.aio import _AHEAD as AHEAD
-from polar_sdk.aio import iterate_in_thread, run_in_thread
 from polar_sdk.errors import EmptyPromptError, RequestTimeoutError, SinkError
+from polar_sdk.request.threads import _AHEAD as AHEAD
+from polar_sdk.request.threads import iterate_in_thread, run_in_thread
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.model import PolarModel
-    from polar_sdk.requests import Cancel
+    from polar_sdk.request.request import Cancel
 
 LONG = 200
 """Tokens of an answer that no test waits for."""

@@ -11,7 +11,7 @@ import torch
 
 from polar_sdk import ListSink, PolarModel
 from polar_sdk.errors import CacheMemoryError, DeviceError, ModelDamagedError
-from polar_sdk.loading import clear_cache
+from polar_sdk.models.load import clear_cache
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -11,16 +11,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, Policy, Program
-from polar_sdk.bridges import BridgeSet, Healer, HealOptions, parse_segments
-from polar_sdk.bridges.loss import Reference, choice_scores, loss_of, slots_of
-from polar_sdk.bridges.ridge import Ridge
-from polar_sdk.bridges.states import make_packs, workshop
 from polar_sdk.cli.main import app
-from polar_sdk.data import ChoiceItem, Item, PromptItem, builtin_items
 from polar_sdk.engine.bridge import Bridge, bridges_digest
-from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.row import Row
 from polar_sdk.errors import BridgeDamagedError, BridgeError, BridgeModelError, DataError, MissingBridgeError
-from polar_sdk.rewards import RewardCache, make_tasks
+from polar_sdk.lab.bridges.fit import Ridge
+from polar_sdk.lab.bridges.heal import Healer, HealOptions, parse_segments
+from polar_sdk.lab.bridges.loss import Reference, choice_scores, loss_of, slots_of
+from polar_sdk.lab.bridges.states import make_packs, workshop
+from polar_sdk.lab.items import ChoiceItem, Item, PromptItem, builtin_items
+from polar_sdk.lab.rewards.cache import RewardCache
+from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.router.bridge_set import BridgeSet
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -367,7 +370,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_command_goes_on_from(
         return loss_of(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("polar_sdk.bridges.distil.loss_of", interrupted)
+        patch.setattr("polar_sdk.lab.bridges.distil.loss_of", interrupted)
         cut = CliRunner().invoke(app, [*command, str(tmp_path / "cut")])
     assert (cut.exit_code, "--resume goes on" in cut.output) == (130, True)
     assert not (tmp_path / "cut" / "bridges.json").exists()

@@ -15,10 +15,11 @@ from polar_sdk.engine import compiled
 from polar_sdk.engine.compiled import CompiledKernels, load_kernels, parts
 from polar_sdk.engine.decoder import Decoder, build_decoder
 from polar_sdk.engine.eager import EagerKernels
-from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pages import PAGE
+from polar_sdk.engine.row import Row
 from polar_sdk.errors import CompileError
-from polar_sdk.program import Program
+from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama
 
 if TYPE_CHECKING:

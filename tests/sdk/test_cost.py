@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.cost import CostModel, LayerCost
-from polar_sdk.program import Program
+from polar_sdk.programs.cost import CostModel, LayerCost
+from polar_sdk.programs.program import Program
 
 DEPTH = 7
 numbers = st.integers(0, 10**9)

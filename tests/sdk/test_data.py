@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.data import (
+from polar_sdk.errors import DataError
+from polar_sdk.lab.items import (
+    NEAR,
     SPLITS,
     AnswerItem,
     ChoiceItem,
     Item,
     PromptItem,
     Shares,
+    _members,
     builtin_items,
     check_labels,
     data_hash,
@@ -27,8 +30,6 @@ from polar_sdk.data import (
     read_items,
     split_of,
 )
-from polar_sdk.data.distinct import NEAR, _members
-from polar_sdk.errors import DataError
 
 if TYPE_CHECKING:
     import random
@@ -186,7 +187,7 @@ def test_the_hash_of_a_set_knows_answers_and_no_order() -> None:
 
 
 def test_the_prompts_of_the_package() -> None:
-    file = resources.files("polar_sdk.data") / "prompts.jsonl"
+    file = resources.files("polar_sdk") / "shipped" / "prompts.jsonl"
     text = file.read_text(encoding="utf-8")
     kinds = Counter(json.loads(line)["task"] for line in text.splitlines())
     assert len(text.encode()) <= 150_000

@@ -14,17 +14,18 @@ import pytest
 import torch
 
 from polar_sdk import PolarModel, Policy, Program
-from polar_sdk.bridges.states import workshop
 from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.families import find_family
-from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.lead import run_lead
 from polar_sdk.engine.placement import Placement
+from polar_sdk.engine.row import Row
+from polar_sdk.engine.scoring import Question, score_questions, states_after
 from polar_sdk.errors import CacheMemoryError, CompileError, DeviceError
-from polar_sdk.loading import clear_cache
-from polar_sdk.loading.device_map import place, read_map
-from polar_sdk.scoring import Question, score_questions, states_after
+from polar_sdk.lab.bridges.states import workshop
+from polar_sdk.models.load import clear_cache
+from polar_sdk.models.placement import place, read_map
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 from polar_sdk.usage import ListSink
 
@@ -47,7 +48,7 @@ MIXED = ("mixtral", "qwen2_moe")
 @pytest.fixture
 def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every device that torch has a name for is here, with 8 GiB free, and `cpu:0` is another one than `cpu`."""
-    monkeypatch.setattr("polar_sdk.loading.device_map.choose_device", torch.device)
+    monkeypatch.setattr("polar_sdk.models.placement.choose_device", torch.device)
     monkeypatch.setattr("polar_sdk.engine.decoder.free_memory", lambda device: 8 << 30)
 
 

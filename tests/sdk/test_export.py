@@ -13,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
 from polar_sdk import PolarModel, Policy
-from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.row import Row
 from polar_sdk.errors import ExportError, FolderError, FolderExistsError, ProgramDepthError, ProtectedLayerError
-from polar_sdk.loading import clear_cache
-from polar_sdk.program import Program
+from polar_sdk.models.load import clear_cache
+from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -12,15 +12,9 @@ import pytest
 import torch
 
 from polar_sdk import ListSink, Policy, Program, StaticRouter
-from polar_sdk.errors import (
-    PolicyError,
-    ProgramError,
-    RequestTimeoutError,
-    SinkError,
-    UnsupportedArchitectureError,
-)
-from polar_sdk.router import Route, Router
-from polar_sdk.serving import Limits
+from polar_sdk.errors import PolicyError, ProgramError, RequestTimeoutError, SinkError, UnsupportedArchitectureError
+from polar_sdk.router.base import Route, Router
+from polar_sdk.serving.scheduler import Limits
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 from polar_sdk.usage import UsageSink
 
@@ -28,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk.model import PolarModel
-    from polar_sdk.requests import RequestOptions
+    from polar_sdk.request.request import RequestOptions
     from polar_sdk.usage import UsageRecord
 
 LOOP = "0-2 3x2 4-5"
@@ -43,7 +37,8 @@ def model() -> PolarModel:
 def test_greedy_tokens_with_the_cache_are_those_without_it(model: PolarModel, program: str) -> None:
     done = model.generate("the sea", program=program, max_tokens=40)
     decoder, prompt = model.loaded.decoder, model._encoder.encode("the sea")
-    from polar_sdk.engine.forward import Row, next_logits
+    from polar_sdk.engine.forward import next_logits
+    from polar_sdk.engine.row import Row
 
     tokens: list[int] = []
     while len(tokens) < len(done.token_ids):  # everything again from the start for each token
@@ -180,7 +175,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("polar_sdk.requests.time", clock)
+    monkeypatch.setattr("polar_sdk.request.request.time", clock)
     return clock
 
 

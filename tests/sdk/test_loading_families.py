@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from polar_sdk import Program
 from polar_sdk.engine.decoder import build_decoder
-from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.row import Row
 from polar_sdk.errors import UnsupportedArchitectureError
-from polar_sdk.loading import clear_cache, load_pretrained
-from polar_sdk.loading.mapped import map_weights
+from polar_sdk.models.load import clear_cache, load_pretrained
+from polar_sdk.models.network import map_weights
 from polar_sdk.testing import tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk import ListSink, Policy
-from polar_sdk.engine.logprobs import read_logprobs
+from polar_sdk.engine.sampling import read_logprobs
 from polar_sdk.errors import InvalidRequestError, LogitsHookError, PolarError, SamplingError
 from polar_sdk.testing import tiny_llama, tiny_model
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.model import PolarModel
-    from polar_sdk.requests import RequestOptions
+    from polar_sdk.request.request import RequestOptions
 
 A, Z = ord("A"), ord("Z")
 

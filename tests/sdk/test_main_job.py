@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, Program
 from polar_sdk.cli.main import app
-from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.row import Row
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from polar_sdk import ListSink, Policy, Program
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.eager import EagerKernels
-from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.row import Row
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from polar_sdk.engine.decoder import build_decoder
-from polar_sdk.engine.forward import Row, advance, next_logits
-from polar_sdk.program import Program
+from polar_sdk.engine.forward import advance, next_logits
+from polar_sdk.engine.row import Row
+from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

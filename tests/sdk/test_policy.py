@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.cost import CostModel, LayerCost
 from polar_sdk.errors import (
     CostCeilingError,
     PolicyError,
@@ -19,9 +18,10 @@ from polar_sdk.errors import (
     UnknownTierError,
     VisitLimitError,
 )
-from polar_sdk.policy import TIERS, Policy, Tier
-from polar_sdk.policy_store import find_policy, saved_policy_path
-from polar_sdk.program import Program
+from polar_sdk.programs.cost import CostModel, LayerCost
+from polar_sdk.programs.policy import TIERS, Policy, Tier
+from polar_sdk.programs.program import Program
+from polar_sdk.router.store import find_policy, saved_policy_path
 from polar_sdk.testing import tiny_model, tiny_policy
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ class TestStore:
     def test_every_shipped_policy_is_sound(self) -> None:
         from importlib import resources
 
-        for file in (resources.files("polar_sdk") / "policies").iterdir():
+        for file in (resources.files("polar_sdk") / "shipped" / "policies").iterdir():
             if file.name.endswith(".json"):
                 stored = json.loads(file.read_text(encoding="utf-8"))
                 policy = Policy.shipped(stored["fingerprint"])

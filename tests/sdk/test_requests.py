@@ -22,13 +22,13 @@ from polar_sdk.errors import (
     ToleranceError,
     UnknownTierError,
 )
-from polar_sdk.program import Program
-from polar_sdk.router import StaticRouter
+from polar_sdk.programs.program import Program
+from polar_sdk.router.fixed import StaticRouter
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
-    from polar_sdk.requests import Prompt
+    from polar_sdk.request.request import Prompt
     from polar_sdk.usage import ListSink
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from polar_sdk import Policy, Program
 from polar_sdk.cli.main import app
-from polar_sdk.data import ChoiceItem, PromptItem
-from polar_sdk.engine.forward import Row, next_logits
+from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.row import Row
+from polar_sdk.engine.scoring import Question, packs, score_programs, score_questions
 from polar_sdk.errors import DataError
-from polar_sdk.scan import Scanner, builtin_items, read_items
-from polar_sdk.scan.pick import policy_of
-from polar_sdk.scoring import Question, packs, score_programs, score_questions
+from polar_sdk.lab.items import ChoiceItem, PromptItem, builtin_items, read_items
+from polar_sdk.lab.layer_scan import Scanner, policy_of
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def test_shared_starts_change_no_score(model: PolarModel) -> None:
 
 
 def test_packs_keep_order_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polar_sdk.scoring._PACK_TOKENS", 10)
+    monkeypatch.setattr("polar_sdk.engine.scoring._PACK_TOKENS", 10)
     questions = [Question((0,) * size, ((1,),)) for size in (3, 4, 20, 1, 1, 1, 6)]
     found = list(packs(questions))
     assert [question for pack in found for question in pack] == questions

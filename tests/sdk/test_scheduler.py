@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_sdk.errors import CacheMemoryError, QueueFullError
-from polar_sdk.policy import Policy
-from polar_sdk.serving import Limits
+from polar_sdk.programs.policy import Policy
+from polar_sdk.serving.scheduler import Limits
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from polar_sdk.generation import Generation
     from polar_sdk.model import PolarModel
+    from polar_sdk.request.generation import Generation
 
 PROGRAMS = ["0-5", "0-1 3-5", "0-1 3x2 4-5", "0 2-5", "0-1 2~2 4-5"]
 LONG = 200

@@ -14,24 +14,26 @@ from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, Policy, Program
 from polar_sdk.cli.main import app
-from polar_sdk.cost import CostModel, LayerCost
-from polar_sdk.data import AnswerItem, ChoiceItem, Item, PromptItem, Shares
+from polar_sdk.engine.scoring import score_programs
 from polar_sdk.errors import DataError
-from polar_sdk.rewards import SAME_ANSWER, Measurer, RewardCache, cache_path, make_tasks
-from polar_sdk.rewards.answers import is_right
-from polar_sdk.rewards.measure import _preferred
-from polar_sdk.scoring import score_programs
-from polar_sdk.search import Menu, RewardMatrix, Search, SearchOptions, SearchResult, rewards_path
-from polar_sdk.search.cover import cover
-from polar_sdk.search.cuts import Edit, Space
-from polar_sdk.search.evolve import evolve
+from polar_sdk.lab.items import AnswerItem, ChoiceItem, Item, PromptItem, Shares
+from polar_sdk.lab.program_search.cuts import Edit, Space
+from polar_sdk.lab.program_search.evolve import evolve
+from polar_sdk.lab.program_search.matrix import RewardMatrix
+from polar_sdk.lab.program_search.menu import Menu, cover
+from polar_sdk.lab.program_search.options import SearchOptions, SearchResult, rewards_path
+from polar_sdk.lab.program_search.run import Search
+from polar_sdk.lab.rewards.cache import RewardCache, cache_path
+from polar_sdk.lab.rewards.measure import SAME_ANSWER, Measurer, _preferred, is_right
+from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.programs.cost import CostModel, LayerCost
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from polar_sdk.scoring import Question
+    from polar_sdk.engine.scoring import Question
 
 DEPTH = 6
 IDENTITY = Program.identity(DEPTH)
@@ -173,7 +175,7 @@ class Counter:
             self.answered += [(prompt, f"{program} {max_tokens}") for prompt in prompts]
             return answer(own, prompts, max_tokens=max_tokens, program=program)
 
-        monkeypatch.setattr("polar_sdk.rewards.measure.score_programs", count)
+        monkeypatch.setattr("polar_sdk.lab.rewards.measure.score_programs", count)
         monkeypatch.setattr(PolarModel, "greedy_answers", write)
 
 
@@ -253,7 +255,9 @@ def test_a_seed_repeats_a_search_and_another_seed_is_another_search(model: Polar
 
 def test_labels_as_the_objective_choose_by_what_is_right(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """With labels that are the choices of one program, a program of the menu is right on all that was searched on."""
-    monkeypatch.setattr("polar_sdk.search.evolve._RUNGS", (1.0,))  # so few prompts that halving would be chance
+    monkeypatch.setattr(
+        "polar_sdk.lab.program_search.evolve._RUNGS", (1.0,)
+    )  # so few prompts that halving would be chance
     favourite = Program.parse("0 2-5")
     tasks = make_tasks(model, [item for item in ITEMS if isinstance(item, ChoiceItem)], RewardCache())
     outcomes = Measurer(model, RewardCache()).outcomes(tasks, [favourite])[favourite]

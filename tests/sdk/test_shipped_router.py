@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from polar_sdk import PolarModel
-from polar_sdk.router import MenuRouter
+from polar_sdk.router.menu import MenuRouter
 
 pytestmark = pytest.mark.model
 QUESTION = "Question: Which gas do plants take from the air to make sugar?\nAnswer:"
@@ -50,5 +50,5 @@ def test_another_precision_is_not_certified_and_falls_back_to_the_policy() -> No
 
 
 def test_it_is_small() -> None:
-    folder = Path(str(resources.files("polar_sdk") / "routers" / "smollm2-135m-instruct"))
+    folder = Path(str(resources.files("polar_sdk") / "shipped" / "routers" / "smollm2-135m-instruct"))
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 5_000_000

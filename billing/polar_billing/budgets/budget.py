@@ -10,16 +10,14 @@ from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_billing.currencies import CURRENCIES
 from polar_billing.errors import BudgetError
-from polar_billing.money import STORED_SCALE, from_scaled, plain, to_scaled
-from polar_billing.periods import Window, load_zone
-from polar_sdk.spelling import did_you_mean, nearest
+from polar_billing.values.money import CURRENCIES, STORED_SCALE, from_scaled, plain, to_scaled
+from polar_billing.values.periods import Window, load_zone
+from polar_sdk.errors import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["COMPUTE_UNIT", "LARGEST_COUNT", "Budget", "Level", "OverBudget", "to_count"]
 
 COMPUTE_UNIT: Final = "CU"
 """The unit of a budget in compute: 10^12 FLOPs."""

@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING
 
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, OverBudget, to_count
 from polar_billing.errors import CurrencyMixError
-from polar_billing.money import plain
-from polar_billing.periods import load_zone
+from polar_billing.values.money import plain
+from polar_billing.values.periods import load_zone
 from polar_sdk.errors import BudgetExceededError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_billing.periods import Period
-
-__all__ = ["Cost", "Refusal", "Standing", "choose", "needed"]
+    from polar_billing.values.periods import Period
 
 
 @dataclass(frozen=True)

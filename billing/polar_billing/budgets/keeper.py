@@ -16,28 +16,26 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import func, select
 
-from polar_billing import chain
 from polar_billing.budgets import counters
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
 from polar_billing.budgets.choose import Refusal, Standing
-from polar_billing.budgets.projection import computed
-from polar_billing.budgets.records import Hold, HoldState, in_force, latest_holds, open_holds, write_budget
-from polar_billing.budgets.reserve import costs, hold
+from polar_billing.budgets.counters import computed
+from polar_billing.budgets.holds import Hold, HoldState, costs, hold, in_force, latest_holds, open_holds, write_budget
 from polar_billing.budgets.settle import free, with_budgets
 from polar_billing.errors import BudgetError, CurrencyMixError, StoreError
-from polar_billing.ledger import Ledger
-from polar_billing.periods import Period, Window
-from polar_billing.storage import ALL_TENANTS, AllTenants
+from polar_billing.ledger import chain
+from polar_billing.ledger.contract import ALL_TENANTS, AllTenants
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.values.periods import Period, Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sqlalchemy import Connection
 
-    from polar_billing.price_book import PriceBook
+    from polar_billing.prices.book import PriceBook
     from polar_sdk.usage import UsageBound
 
-__all__ = ["HOLD_LIFETIME", "Budgets", "Difference"]
 
 HOLD_LIFETIME: Final = timedelta(minutes=15)
 """After that a hold that nobody resolved expires: its process is gone. Longer than any answer takes."""

@@ -15,21 +15,20 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import bindparam, select, update
 
-from polar_billing.among import Among
 from polar_billing.budgets.budget import COMPUTE_UNIT, to_count
 from polar_billing.budgets.counters import Change, Scope, change, touched
-from polar_billing.budgets.records import Hold, HoldState, latest_holds, resolve
-from polar_billing.money import STORED_SCALE, to_scaled
-from polar_billing.schema import budget_table, hold_table
+from polar_billing.budgets.holds import Hold, HoldState, latest_holds, resolve
+from polar_billing.ledger.lookup import Among
+from polar_billing.ledger.schema import budget_table, hold_table
+from polar_billing.values.money import STORED_SCALE, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from sqlalchemy import Connection, Row
 
-    from polar_billing.storage import Entry
+    from polar_billing.ledger.contract import Entry
 
-__all__ = ["free", "settle", "with_budgets"]
 
 _NOTHING: Final = Decimal(0)
 _WITH_BUDGETS: Final = select(budget_table.c.tenant).distinct()

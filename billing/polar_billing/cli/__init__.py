@@ -12,7 +12,6 @@ from polar_billing.cli import budget, price, proof, statement, usage
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["register"]
 
 _TOPICS = (usage, proof, price, statement, budget)
 

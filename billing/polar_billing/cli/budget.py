@@ -25,10 +25,9 @@ from polar_billing.errors import BudgetError
 if TYPE_CHECKING:
     from polar_billing.budgets.budget import Level
     from polar_billing.budgets.keeper import Budgets
-    from polar_billing.price_book import PriceBook
-    from polar_billing.storage import AllTenants
+    from polar_billing.ledger.contract import AllTenants
+    from polar_billing.prices.book import PriceBook
 
-__all__ = ["register"]
 
 _Tenant = Annotated[str, typer.Argument(help="Whose budget.", metavar="TENANT")]
 _Unit = Annotated[str, typer.Argument(help="A currency's code, or CU for compute units.", metavar="UNIT")]
@@ -78,8 +77,8 @@ def set_(
     """Set a budget; it supersedes the one of the same tenant, name, unit and window."""
     budgets = _open(ledger)
     from polar_billing.budgets.budget import Budget, OverBudget
-    from polar_billing.periods import Window
-    from polar_billing.prices import Prices
+    from polar_billing.prices.current import Prices
+    from polar_billing.values.periods import Window
 
     book = Prices(budgets.ledger, prices).of(tenant)
     level, name = _scope(project, user, key)
@@ -108,7 +107,7 @@ def show_(
 ) -> None:
     """Show what is spent, held and left of every budget, and when it resets."""
     budgets = _open(ledger)
-    from polar_billing.budgets.render import standing_facts
+    from polar_billing.reports.budgets import standing_facts
 
     rows = [standing_facts(one) for one in budgets.standings(_whose(tenant))]
     _print(rows, as_json, csv, title="Budgets", nothing=f"No budgets{_of(tenant)} in the ledger.")
@@ -141,7 +140,7 @@ def holds(
 ) -> None:
     """Show what is held for requests that are running now."""
     budgets = _open(ledger)
-    from polar_billing.budgets.render import hold_facts
+    from polar_billing.reports.budgets import hold_facts
 
     if expire and (freed := budgets.expire(_whose(tenant))):
         typer.echo(f"{freed} expired.", err=True)
@@ -158,7 +157,7 @@ def recheck(
 ) -> None:
     """Add up holds and usage again, and say which counters differ; exit code 1 if any does."""
     budgets = _open(ledger)
-    from polar_billing.budgets.render import standing_facts
+    from polar_billing.reports.budgets import standing_facts
 
     found = budgets.recheck(_whose(tenant), repair=repair)
     rows = [{**standing_facts(one.counted), "should_be": standing_facts(one.computed)} for one in found]
@@ -202,7 +201,7 @@ def _zone_of(tenant: str, book: PriceBook) -> str:
 
 
 def _whose(tenant: str | None) -> str | AllTenants:
-    from polar_billing.storage import ALL_TENANTS
+    from polar_billing.ledger.contract import ALL_TENANTS
 
     return ALL_TENANTS if tenant is None else tenant
 
@@ -212,7 +211,7 @@ def _of(tenant: str | None) -> str:
 
 
 def _print(rows: list[dict[str, Any]], as_json: bool, csv: Path | None, *, title: str, nothing: str) -> None:
-    from polar_billing.budgets.render import as_csv, as_table
+    from polar_billing.reports.budgets import as_csv, as_table
 
     if csv is not None and rows:
         write_file(csv, as_csv(rows))

@@ -17,33 +17,11 @@ from polar_billing.errors import MissingExtraError, OutputError, QueryError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from polar_billing.ledger import Ledger
-    from polar_billing.periods import Period
-    from polar_billing.price_book import PriceBook
-    from polar_billing.storage import LedgerStorage, Selection
+    from polar_billing.ledger.contract import LedgerStorage, Selection
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.values.periods import Period
 
-__all__ = [
-    "CsvOption",
-    "CurrencyOption",
-    "JsonOption",
-    "LedgerOption",
-    "MonthOption",
-    "PricesOption",
-    "SinceOption",
-    "TenantOption",
-    "TierOption",
-    "UntilOption",
-    "ZoneOption",
-    "book_of",
-    "existing_ledger",
-    "open_ledger",
-    "period_of",
-    "say_nothing_found",
-    "selection_of",
-    "show",
-    "show_json",
-    "write_file",
-]
 
 LedgerOption = Annotated[
     str | None,
@@ -76,8 +54,8 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> Ledger:
         recover: First store what waits in the spool of processes that have ended; a warning says what still waits.
     """
     try:
-        from polar_billing.ledger import Ledger
-        from polar_billing.recovery import recover_abandoned, warning_of
+        from polar_billing.ledger.ledger import Ledger
+        from polar_billing.metering.recovery import recover_abandoned, warning_of
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"this command needs {error.name!r}.",
@@ -105,7 +83,7 @@ def existing_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[Led
 
 def period_of(month: str | None, since: str | None, until: str | None, zone: str) -> Period:
     """The period that the options name."""
-    from polar_billing.periods import Period
+    from polar_billing.values.periods import Period
 
     if month is None:
         return Period.between(since, until, zone)
@@ -116,7 +94,7 @@ def period_of(month: str | None, since: str | None, until: str | None, zone: str
 
 def selection_of(tenant: str | None, period: Period, tier: str | None, model: str | None, tags: list[str]) -> Selection:
     """The selection that the options name."""
-    from polar_billing.storage import ALL_TENANTS, Selection
+    from polar_billing.ledger.contract import ALL_TENANTS, Selection
 
     pairs = {}
     for text in tags:
@@ -129,14 +107,14 @@ def selection_of(tenant: str | None, period: Period, tier: str | None, model: st
 
 def book_of(prices: Path | None) -> PriceBook | None:
     """The price book of a file; None where none is named."""
-    from polar_billing.price_book import PriceBook
+    from polar_billing.prices.book import PriceBook
 
     return None if prices is None else PriceBook.load(prices)
 
 
 def say_nothing_found(store: LedgerStorage, selection: Selection) -> None:
     """Say in words that there is no usage, and under which conditions."""
-    from polar_billing.storage import ALL_TENANTS, Selection
+    from polar_billing.ledger.contract import ALL_TENANTS, Selection
 
     if next(store.read(Selection(ALL_TENANTS), newest=1), None) is None:
         typer.echo(f'No usage yet in the ledger {store.location}. Run `polar run "Hello"` and look again.')
@@ -153,7 +131,7 @@ def show(view: Any) -> None:
     """Print a view to the terminal, or as plain text elsewhere."""
     from rich.console import Console
 
-    from polar_billing.render_terminal import show as show_on
+    from polar_sdk.show.tables import show as show_on
 
     console = Console()
     if not console.is_terminal or console.is_dumb_terminal:

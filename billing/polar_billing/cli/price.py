@@ -16,9 +16,8 @@ from polar_billing.cli.options import JsonOption, LedgerOption, open_ledger, sho
 from polar_billing.errors import QueryError
 
 if TYPE_CHECKING:
-    from polar_billing.price_book import PriceBook
+    from polar_billing.prices.book import PriceBook
 
-__all__ = ["register"]
 
 FileArgument = Annotated[Path, typer.Argument(help="A price book, TOML.", metavar="FILE")]
 BookOption = Annotated[
@@ -54,11 +53,11 @@ def add(
     A revision keeps everything that has been in force, or has rated a use, as it was; it adds entries that begin later.
     A further book charges the tenants among its customers; with --for-all it charges all others as well.
     """
-    from polar_billing.price_book import PRICE_BOOK_VARIABLE, PriceBook
+    from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 
     book = PriceBook.load(file)
     with open_ledger(ledger) as store:
-        from polar_billing.pricing.in_force import InForce
+        from polar_billing.prices.in_force import InForce
         from polar_billing.statements.books import add_book
 
         added = add_book(store, book, for_all=for_all)
@@ -81,7 +80,7 @@ def show_book(
     as_json: JsonOption = False,
 ) -> None:
     """Show price books: rates, plans, customers and prepaid credits."""
-    from polar_billing.pricing.render import book_view
+    from polar_billing.reports.books import book_view
 
     books = _books(file, ledger)
     if as_json:
@@ -103,8 +102,8 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a price book changes, and what of that lies in the past and would be refused."""
-    from polar_billing.price_book import PriceBook
-    from polar_billing.pricing.timeline import changes
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.prices.revisions import changes
 
     new = PriceBook.load(file)
     old = PriceBook.load(other) if other is not None else _in_force(new.id, ledger)
@@ -131,8 +130,8 @@ def quote(
     as_json: JsonOption = False,
 ) -> None:
     """Say the most a request can cost before it runs; a request within these bounds never costs more."""
-    from polar_billing.periods import Period
-    from polar_billing.pricing.bound import quote as quote_request
+    from polar_billing.prices.quote import quote as quote_request
+    from polar_billing.values.periods import Period
 
     moment = Period.between(at, None).since or datetime.now(UTC)
     prices = _charging(tenant, book, moment, ledger)
@@ -147,7 +146,7 @@ def quote(
 
 
 def _books(file: Path | None, ledger: str | None) -> list[PriceBook]:
-    from polar_billing.price_book import PriceBook
+    from polar_billing.prices.book import PriceBook
 
     if file is not None:
         return [PriceBook.load(file)]
@@ -167,6 +166,6 @@ def _in_force(book_id: str, ledger: str | None) -> PriceBook:
 def _charging(tenant: str, named: Path | None, moment: datetime, ledger: str | None) -> PriceBook:
     """What a meter charges a tenant by."""
     with open_ledger(ledger) as store:
-        from polar_billing.prices import Prices
+        from polar_billing.prices.current import Prices
 
         return Prices(store, named).of(tenant, moment)

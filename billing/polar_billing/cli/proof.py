@@ -22,8 +22,6 @@ from polar_billing.cli.options import (
 )
 from polar_billing.errors import LedgerUnsoundError, OutputError, QueryError
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
@@ -46,8 +44,8 @@ def verify(
     Needs nothing but the database. It cannot tell a ledger that was rewritten as a whole, or taken back to an earlier
     state, from a true one: keep receipts, or the heads that this prints, elsewhere, and check them here.
     """
-    from polar_billing.proof import check_receipt
-    from polar_billing.verify import verify_ledger
+    from polar_billing.proof.receipts import check_receipt
+    from polar_billing.proof.verify import verify_ledger
 
     with existing_ledger(ledger, recover=False) as store, store.snapshot() as connection:
         if receipt is not None:
@@ -97,7 +95,7 @@ def receipt(
     source: Annotated[str, typer.Option(help="The meter that stored it.", metavar="NAME")] = "polar",
 ) -> None:
     """Print the receipt of one request as JSON: what it cost, by which prices, and its place in the chain."""
-    from polar_billing.proof import make_receipt
+    from polar_billing.proof.receipts import make_receipt
 
     with existing_ledger(ledger) as store, store.snapshot() as connection:
         show_json(make_receipt(connection, tenant, request, source=source))
@@ -111,9 +109,9 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete the facts of old requests, keep their proof: hashes, receipts and totals stay, and verify still passes."""
-    from polar_billing.periods import Period
-    from polar_billing.retention import prune as prune_tenant
-    from polar_billing.retention import tenants_before
+    from polar_billing.ledger.retention import prune as prune_tenant
+    from polar_billing.ledger.retention import tenants_before
+    from polar_billing.values.periods import Period
 
     until = Period.between(None, before, zone).until
     assert until is not None  # it was given
@@ -135,8 +133,8 @@ def migrate(
     to: Annotated[int | None, typer.Option(help="Schema version; the newest by default.", metavar="VERSION")] = None,
 ) -> None:
     """Bring a ledger of another polar-llm to this one's schema, in one transaction; back it up first."""
-    from polar_billing.migrate import migrate as migrate_ledger
-    from polar_billing.schema import SCHEMA_VERSION
+    from polar_billing.ledger.migrate import migrate as migrate_ledger
+    from polar_billing.ledger.schema import SCHEMA_VERSION
 
     with open_ledger(ledger, recover=False) as store:
         before, after = migrate_ledger(store, SCHEMA_VERSION if to is None else to)

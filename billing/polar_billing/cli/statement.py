@@ -32,10 +32,11 @@ from polar_billing.cli.options import (
 from polar_billing.errors import AmountError, QueryError
 
 if TYPE_CHECKING:
-    from polar_billing.ledger import Ledger
-    from polar_billing.statements import Agreement, IssuedStatement, Statement
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.statements.lines import Agreement
+    from polar_billing.statements.statement import Statement
+    from polar_billing.statements.store import IssuedStatement
 
-__all__ = ["register"]
 
 OneTenant = Annotated[str, typer.Option(help="Whose statement.", metavar="NAME")]
 BookOption = Annotated[
@@ -101,24 +102,24 @@ def _make(
     agreements: dict[str, Agreement],
 ) -> tuple[Statement, IssuedStatement | None]:
     """The statement, and the same as the ledger holds it where it was issued."""
-    from polar_billing import statements
+    import polar_billing
     from polar_billing.statements.books import zone_of
 
     prices = book_of(book)
     month, since, until, zone = named
     period = period_of(month, since, until, zone or zone_of(store, tenant, prices, month))
     if issue:
-        found = statements.issue_statement(store, tenant, period, book=prices, agreement=agreements)
+        found = polar_billing.issue_statement(store, tenant, period, book=prices, agreement=agreements)
         return found.statement, found
-    for one in statements.issued_statements(store, tenant) if prices is None else []:
+    for one in polar_billing.issued_statements(store, tenant) if prices is None else []:
         if one.statement.period == period:
             return one.statement, one
-    return statements.draft_statement(store, tenant, period, book=prices, agreement=agreements), None
+    return polar_billing.draft_statement(store, tenant, period, book=prices, agreement=agreements), None
 
 
 def _list(store: Ledger, tenant: str, as_json: bool) -> None:
-    from polar_billing.statements import issued_statements
-    from polar_billing.statements.render import issued_view
+    from polar_billing.reports.statements import issued_view
+    from polar_billing.statements.issue import issued_statements
 
     found = issued_statements(store, tenant)
     if as_json:
@@ -130,7 +131,7 @@ def _list(store: Ledger, tenant: str, as_json: bool) -> None:
 
 
 def _show(made: Statement, found: IssuedStatement | None, as_json: bool, csv: Path | None) -> None:
-    from polar_billing.statements.render import statement_csv, statement_view
+    from polar_billing.reports.statements import statement_csv, statement_view
 
     if csv is not None:
         write_file(csv, statement_csv(made))
@@ -142,7 +143,7 @@ def _show(made: Statement, found: IssuedStatement | None, as_json: bool, csv: Pa
 
 
 def _trace(store: Ledger, found: IssuedStatement | None, number: int, as_json: bool) -> None:
-    from polar_billing.statements import usage_of_line
+    from polar_billing.statements.trace import usage_of_line
 
     if found is None:
         raise QueryError("a draft has no trace yet.", hint="Issue it with --issue.")
@@ -158,8 +159,8 @@ def _trace(store: Ledger, found: IssuedStatement | None, number: int, as_json: b
 
 
 def _agreements(texts: list[str] | None, file: Path | None) -> dict[str, Agreement]:
-    from polar_billing.statements import Agreement
-    from polar_billing.statements.evaluated import evaluated_agreement
+    from polar_billing.statements.lines import Agreement
+    from polar_billing.statements.promises import evaluated_agreement
 
     found = {} if file is None else evaluated_agreement(file)
     for text in texts or []:
@@ -180,14 +181,14 @@ def credit_note(
     ledger: LedgerOption = None,
 ) -> None:
     """Take an amount off an issued statement, which itself stays as it is."""
-    from polar_billing import statements
+    import polar_billing
 
     try:
         value = Decimal(amount)
     except InvalidOperation as error:
         raise AmountError(f"amount {amount!r} is not a number.", hint="Write it like 12.50.") from error
     with existing_ledger(ledger) as store:
-        note = statements.credit_note(store, tenant, statement_id, value, reason=reason, reference=reference)
+        note = polar_billing.credit_note(store, tenant, statement_id, value, reason=reason, reference=reference)
         typer.echo(f"Credit note {note.reference}: {note.amount:f} off statement {note.statement}.")
 
 
@@ -206,7 +207,7 @@ def reprice(
 
     Without a period it is about this month.
     """
-    from polar_billing.price_book import PriceBook
+    from polar_billing.prices.book import PriceBook
 
     period = period_of(month, since, until, zone)
     if month is None and since is None and until is None:
@@ -214,11 +215,11 @@ def reprice(
         period = period_of(f"{now:%Y-%m}", None, None, zone)
     other = PriceBook.load(book)
     with open_ledger(ledger) as store:
-        from polar_billing import statements
-        from polar_billing.statements.render import repriced_csv, repriced_view
-        from polar_billing.storage import ALL_TENANTS
+        import polar_billing
+        from polar_billing.ledger.contract import ALL_TENANTS
+        from polar_billing.reports.statements import repriced_csv, repriced_view
 
-        rows = statements.reprice(store, ALL_TENANTS if tenant is None else tenant, period, other)
+        rows = polar_billing.reprice(store, ALL_TENANTS if tenant is None else tenant, period, other)
     if csv is not None:
         write_file(csv, repriced_csv(rows))
     if as_json:

@@ -33,9 +33,7 @@ from polar_billing.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from polar_billing.storage import LedgerStorage, Selection
-
-__all__ = ["register"]
+    from polar_billing.ledger.contract import LedgerStorage, Selection
 
 
 def register(app: typer.Typer) -> None:
@@ -77,9 +75,9 @@ def usage(
         if requests:
             _show_requests(store, selection, last, as_json)
             return
-        from polar_billing.query import usage_rows
-        from polar_billing.render_csv import usage_csv
-        from polar_billing.render_terminal import usage_view
+        from polar_billing.reports.csv import usage_csv
+        from polar_billing.reports.query import usage_rows
+        from polar_billing.reports.terminal import usage_view
 
         groups = by or ["tenant", "tier"]
         rows = usage_rows(store, selection, by=groups, prices=book_of(prices), currency=currency)
@@ -114,18 +112,18 @@ def report(
 
     Without --tenant it is the operator's view over every tenant, and without a period over all time.
     """
-    from polar_billing.price_book import PriceBook
+    from polar_billing.prices.book import PriceBook
 
     selection = selection_of(tenant, period_of(month, since, until, zone), tier, None, [])
     with open_ledger(ledger) as store:
-        from polar_billing.render_csv import report_csv
-        from polar_billing.render_terminal import report_view
-        from polar_billing.report import build_report
+        from polar_billing.reports.csv import report_csv
+        from polar_billing.reports.report import build_report
+        from polar_billing.reports.terminal import report_view
 
         books = [PriceBook.load(file) for file in compare or []]
         made = build_report(store, selection, prices=book_of(prices), currency=currency, compare=books)
         if html is not None:
-            from polar_billing.render_html import report_html
+            from polar_billing.reports.html import report_html
 
             write_file(html, report_html(made))
         if csv is not None:
@@ -139,7 +137,7 @@ def report(
 
 
 def _show_requests(store: LedgerStorage, selection: Selection, last: int, as_json: bool) -> None:
-    from polar_billing.render_terminal import requests_view
+    from polar_billing.reports.terminal import requests_view
 
     found = list(store.read(selection, newest=last))
     currencies = {digest: book.currency for digest, book in store.price_books().items()}

@@ -12,35 +12,3 @@ Inside, arrows point one way: `windows` and `lines` → `bands`, `promises`, `ch
 `facts` (summed usage) → `statement`, `credits`, `store`, `books` → `make` → `issue`, `rechecking`, `trace`,
 `repricing`, `notes`; `render` sets, `verification` is what `polar verify` runs.
 """
-
-from __future__ import annotations
-
-from polar_billing.statements.books import add_book
-from polar_billing.statements.issue import issue_statement, issued_statements
-from polar_billing.statements.lines import Agreement
-from polar_billing.statements.make import draft_statement
-from polar_billing.statements.notes import CreditNote, credit_note, credit_notes
-from polar_billing.statements.rechecking import recheck
-from polar_billing.statements.repricing import Repriced, reprice
-from polar_billing.statements.statement import Statement, StatementLine
-from polar_billing.statements.store import IssuedStatement
-from polar_billing.statements.trace import lines_of_usage, usage_of_line
-
-__all__ = [
-    "Agreement",
-    "CreditNote",
-    "IssuedStatement",
-    "Repriced",
-    "Statement",
-    "StatementLine",
-    "add_book",
-    "credit_note",
-    "credit_notes",
-    "draft_statement",
-    "issue_statement",
-    "issued_statements",
-    "lines_of_usage",
-    "recheck",
-    "reprice",
-    "usage_of_line",
-]

@@ -11,22 +11,21 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from polar_billing.money import EXACT_SCALE, STORED_SCALE, from_scaled, plain, to_scaled
-from polar_billing.pricing import bands
-from polar_billing.pricing.plans import Banded
-from polar_billing.rating import ITEMS, multiply
+from polar_billing.prices import bands
+from polar_billing.prices.plans import Banded
+from polar_billing.prices.rating import ITEMS, multiply
 from polar_billing.statements.lines import ExactLine, Use
-from polar_billing.tiers import tier_order
+from polar_billing.values.money import EXACT_SCALE, STORED_SCALE, from_scaled, plain, to_scaled
+from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from decimal import Decimal
 
-    from polar_billing.pricing.plans import Package, PeriodPrice
-    from polar_billing.rating import Rate
-    from polar_billing.statements.windows import Window
+    from polar_billing.prices.plans import Package, PeriodPrice
+    from polar_billing.prices.rating import Rate
+    from polar_billing.statements.lines import Window
 
-__all__ = ["Rated", "period_lines", "pool_weights"]
 
 Rated = tuple["Use", "Rate"]
 

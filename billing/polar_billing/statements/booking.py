@@ -6,8 +6,8 @@ from collections import defaultdict
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
-from polar_billing.money import from_scaled, to_scaled
-from polar_billing.postings import Account, Line, post
+from polar_billing.ledger.postings import Account, Line, post
+from polar_billing.values.money import from_scaled, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from polar_billing.price_book import PriceBook
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.statement import CreditUse, Statement
 
-__all__ = ["STATEMENT", "book_credit_note", "book_statement", "statement_lines"]
 
 STATEMENT: Final = "statement"
 """Kind of the transaction that books a statement; its reference is the statement's id."""

@@ -11,27 +11,25 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, insert, select
 
-from polar_billing import chain
 from polar_billing.errors import PriceBookError, QueryError
-from polar_billing.periods import Period
-from polar_billing.price_book import PriceBook
-from polar_billing.price_choices import read_choices, write_choice
-from polar_billing.prices import say_changed
-from polar_billing.pricing.timeline import check_revision, past_changes
-from polar_billing.schema.usage import price_book_table, receipt_table, usage_table
+from polar_billing.ledger import chain
+from polar_billing.ledger.books import read_choices, write_choice
+from polar_billing.ledger.schema.usage import price_book_table, receipt_table, usage_table
+from polar_billing.prices.book import PriceBook
+from polar_billing.prices.current import say_changed
+from polar_billing.prices.revisions import check_revision, past_changes
 from polar_billing.statements.facts import within
-from polar_billing.statements.windows import bounds
+from polar_billing.statements.lines import bounds
+from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sqlalchemy import Connection
 
-    from polar_billing.ledger import Ledger
-    from polar_billing.pricing.in_force import Choice
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.in_force import Choice
     from polar_billing.statements.facts import Numbers
-
-__all__ = ["add_book", "book_by_hash", "book_for", "books_in_force", "store_book", "zone_of"]
 
 
 def add_book(ledger: Ledger, book: PriceBook, *, for_all: bool = False, now: datetime | None = None) -> bool:

@@ -20,27 +20,24 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Final
 
-from polar_billing.money import EXACT_SCALE, divide_half_even, plain, to_scaled
-from polar_billing.rating import ITEMS, ChargeLine, charge_lines, free_lines, rate_in
+from polar_billing.prices.rating import ITEMS, ChargeLine, charge_lines, free_lines, rate_in
 from polar_billing.statements.bands import period_lines
-from polar_billing.statements.lines import ExactLine
+from polar_billing.statements.lines import ExactLine, bounds
 from polar_billing.statements.promises import service_credits
-from polar_billing.statements.windows import bounds
-from polar_billing.tiers import tier_order
+from polar_billing.values.money import EXACT_SCALE, divide_half_even, plain, to_scaled
+from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from datetime import datetime, timedelta
     from decimal import Decimal
 
-    from polar_billing.periods import Period
-    from polar_billing.price_book import PriceBook
-    from polar_billing.pricing.plans import Terms
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.prices.plans import Terms
     from polar_billing.statements.bands import Rated
-    from polar_billing.statements.lines import Facts, Use
-    from polar_billing.statements.windows import Stretch, Window
+    from polar_billing.statements.lines import Facts, Stretch, Use, Window
+    from polar_billing.values.periods import Period
 
-__all__ = ["Charges", "charges_of"]
 
 _PERCENT: Final = 100 * 10**6
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_billing.money import from_scaled, to_scaled
+from polar_billing.statements.lines import bounds
 from polar_billing.statements.statement import CreditUse
-from polar_billing.statements.windows import bounds
+from polar_billing.values.money import from_scaled, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from decimal import Decimal
 
-    from polar_billing.periods import Period
-    from polar_billing.price_book import PriceBook
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.statement import Statement
-
-__all__ = ["left_after", "pay"]
+    from polar_billing.values.periods import Period
 
 
 def left_after(statements: Iterable[Statement]) -> dict[str, Decimal]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import ColumnElement, func, select
 
-from polar_billing.rating import Counts
-from polar_billing.schema.usage import usage_table
+from polar_billing.ledger.schema.usage import usage_table
+from polar_billing.prices.rating import Counts
 from polar_billing.statements.lines import Facts, Use
 from polar_sdk.usage import Outcome
 
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from polar_billing.statements.lines import Agreement
-    from polar_billing.statements.windows import Stretch, Window
+    from polar_billing.statements.lines import Agreement, Stretch, Window
 
-__all__ = ["Numbers", "count_requests", "facts_of", "last_number", "within"]
 
 _MILLION: Final = 10**6
 

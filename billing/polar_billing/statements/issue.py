@@ -10,27 +10,25 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from polar_billing import chain
 from polar_billing.errors import CurrencyMixError, PeriodError
+from polar_billing.ledger import chain
 from polar_billing.statements.booking import book_statement
 from polar_billing.statements.books import book_for, store_book
 from polar_billing.statements.credits import left_after
 from polar_billing.statements.facts import Numbers, last_number
+from polar_billing.statements.lines import bounds
 from polar_billing.statements.make import Wanted, check_kept, late_usage, make_statement
 from polar_billing.statements.store import read_statements, store_statement
-from polar_billing.statements.windows import bounds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from polar_billing.ledger import Ledger
-    from polar_billing.periods import Period
-    from polar_billing.price_book import PriceBook
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.lines import Agreement
     from polar_billing.statements.statement import Statement
     from polar_billing.statements.store import IssuedStatement, Late
-
-__all__ = ["issue_statement", "issued_statements"]
+    from polar_billing.values.periods import Period
 
 
 def issue_statement(

@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING
 from sqlalchemy import func, select
 
 from polar_billing.errors import PeriodError, StoreDamagedError
-from polar_billing.money import EXACT_SCALE, from_scaled, to_scaled
-from polar_billing.schema.retention import prune_table
+from polar_billing.ledger.schema.retention import prune_table
 from polar_billing.statements.books import book_by_hash, book_for
 from polar_billing.statements.charges import Charges, charges_of
 from polar_billing.statements.credits import left_after, pay
 from polar_billing.statements.facts import Numbers, count_requests, facts_of, last_number
-from polar_billing.statements.lines import Agreement
+from polar_billing.statements.lines import Agreement, bounds, windows_of
 from polar_billing.statements.statement import Statement, printed, statement_id, usage_by_tier
 from polar_billing.statements.store import Late, read_statements
-from polar_billing.statements.windows import bounds, windows_of
+from polar_billing.values.money import EXACT_SCALE, from_scaled, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,13 +33,11 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from polar_billing.ledger import Ledger
-    from polar_billing.periods import Period
-    from polar_billing.price_book import PriceBook
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.lines import ExactLine, Facts
     from polar_billing.statements.store import IssuedStatement
-
-__all__ = ["Wanted", "check_kept", "draft_statement", "late_usage", "make_statement", "wanted_again"]
+    from polar_billing.values.periods import Period
 
 
 @dataclass(frozen=True)

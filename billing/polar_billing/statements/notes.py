@@ -9,21 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import insert, select
 
-from polar_billing import chain
 from polar_billing.errors import AmountError, ConflictError, QueryError
-from polar_billing.money import exact_sum, to_scaled
-from polar_billing.schema.ledger import transaction_table
-from polar_billing.schema.statements import credit_note_table
+from polar_billing.ledger import chain
+from polar_billing.ledger.schema.ledger import transaction_table
+from polar_billing.ledger.schema.statements import credit_note_table
 from polar_billing.statements.booking import STATEMENT, book_credit_note
 from polar_billing.statements.store import find_statement
+from polar_billing.values.money import exact_sum, to_scaled
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
     from polar_billing.statements.store import IssuedStatement
-
-__all__ = ["CreditNote", "credit_note", "credit_notes"]
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,30 @@
-"""Service credits: what is given back where a tier's promised latency or agreement was missed. Pure."""
+"""Service credits: what is given back where a tier's promised latency or agreement was missed. Pure.
+
+How many answers of each tier agreed with full depth, from the file that `polar evaluate --json` wrote.
+
+The evaluation serves every prompt of its set at full depth and by the router; that is what a promise of agreement is
+settled by. Knows no usage.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import json
+import re
+from typing import TYPE_CHECKING, Any, Final
 
-from polar_billing.money import divide_half_even, from_scaled, plain, to_scaled
-from polar_billing.rating import ITEMS
+from polar_billing.errors import QueryError
+from polar_billing.prices.rating import ITEMS
 from polar_billing.statements.bands import pool_weights
-from polar_billing.statements.lines import ExactLine
+from polar_billing.statements.lines import Agreement, ExactLine
+from polar_billing.values.money import divide_half_even, from_scaled, plain, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
-    from polar_billing.pricing.plans import Promise, Terms
+    from polar_billing.prices.plans import Promise, Terms
     from polar_billing.statements.bands import Rated
-    from polar_billing.statements.lines import Agreement, Facts
-    from polar_billing.statements.windows import Window
-
-__all__ = ["missed", "service_credits"]
+    from polar_billing.statements.lines import Facts, Window
 
 _PERCENT: Final = 100 * 10**6
 """The whole, in the units of a percentage with 6 decimals."""
@@ -79,3 +86,32 @@ def _share_of(tier: str, terms: Terms, usage: Sequence[ExactLine], rated: Sequen
             if weights.total():
                 own += divide_half_even(pooled * weights[tier], weights.total())
     return own
+
+
+_TIER: Final = re.compile(r"router \((.+)\)")
+
+
+def evaluated_agreement(file: Path) -> dict[str, Agreement]:
+    """Tier → what was measured over all prompts of the evaluation.
+
+    Raises:
+        QueryError: The file cannot be read, or is none of `polar evaluate --json`.
+    """
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))["sets"][0]
+        found = dict(_tiers(whole))
+    except OSError as error:
+        raise QueryError(f"{str(file)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise QueryError(
+            f"{str(file)!r} holds no evaluation ({type(error).__name__}: {error}).",
+            hint="Write one with `polar evaluate --data FILE --json > evaluation.json`.",
+        ) from error
+    return found
+
+
+def _tiers(whole: dict[str, Any]) -> list[tuple[str, Agreement]]:
+    compared = int(whole["prompts"])
+    shares = {system["name"]: system["agreement"][0] for system in whole["systems"] if system["role"] == "router"}
+    tiers = ((_TIER.fullmatch(name), share) for name, share in shares.items())
+    return [(named[1], Agreement(round(share * compared), compared)) for named, share in tiers if named]

@@ -11,28 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
-from polar_billing.money import exact_sum
-from polar_billing.postings import transaction_lines
-from polar_billing.price_book import PriceBook
-from polar_billing.schema.ledger import transaction_table
-from polar_billing.schema.retention import prune_table
-from polar_billing.schema.statements import statement_table
-from polar_billing.schema.usage import price_book_table
+from polar_billing.ledger.postings import transaction_lines
+from polar_billing.ledger.schema.ledger import transaction_table
+from polar_billing.ledger.schema.retention import prune_table
+from polar_billing.ledger.schema.statements import statement_table
+from polar_billing.ledger.schema.usage import price_book_table
+from polar_billing.prices.book import PriceBook
 from polar_billing.statements.booking import STATEMENT, statement_lines
 from polar_billing.statements.make import late_usage, make_statement, wanted_again
 from polar_billing.statements.statement import statement_id
 from polar_billing.statements.store import read_statements
+from polar_billing.values.money import exact_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import Connection, Row
 
-    from polar_billing.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger
     from polar_billing.statements.statement import Statement
     from polar_billing.statements.store import IssuedStatement
-
-__all__ = ["recheck", "recheck_in", "rests_on_hashes"]
 
 
 def recheck(ledger: Ledger, issued: IssuedStatement) -> list[str]:

@@ -14,23 +14,21 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 
 from polar_billing.errors import CurrencyMixError
-from polar_billing.money import exact_sum
-from polar_billing.schema.usage import usage_table
+from polar_billing.ledger.contract import AllTenants
+from polar_billing.ledger.schema.usage import usage_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.facts import Numbers, last_number
+from polar_billing.statements.lines import bounds
 from polar_billing.statements.make import Wanted, make_statement
-from polar_billing.statements.windows import bounds
-from polar_billing.storage import AllTenants
+from polar_billing.values.money import exact_sum
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from polar_billing.ledger import Ledger
-    from polar_billing.periods import Period
-    from polar_billing.price_book import PriceBook
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.statement import Statement
-
-__all__ = ["Repriced", "reprice"]
+    from polar_billing.values.periods import Period
 
 
 class Repriced(BaseModel):

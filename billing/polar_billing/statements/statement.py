@@ -15,20 +15,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
-from polar_billing.money import plain, round_lines
-from polar_billing.periods import Period
-from polar_billing.rating import COMPUTE, Counts
-from polar_billing.statements.lines import ExactLine, Kind
-from polar_billing.statements.windows import bounds
-from polar_billing.tiers import tier_order
+from polar_billing.prices.rating import COMPUTE, Counts
+from polar_billing.statements.lines import ExactLine, Kind, bounds
+from polar_billing.values.money import plain, round_lines
+from polar_billing.values.periods import Period
+from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_billing.price_book import PriceBook
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.lines import Facts
 
-__all__ = ["CreditUse", "Statement", "StatementLine", "TierUsage", "printed", "statement_id", "usage_by_tier"]
 
 Amount = Annotated[Decimal, PlainSerializer(lambda value: f"{value:f}", when_used="json")]
 Figure = Annotated[Decimal, PlainSerializer(plain, when_used="json")]

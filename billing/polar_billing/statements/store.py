@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import insert, select
 
-from polar_billing import chain
 from polar_billing.errors import StoreDamagedError
-from polar_billing.schema.statements import statement_table
+from polar_billing.ledger import chain
+from polar_billing.ledger.schema.statements import statement_table
 from polar_billing.statements.facts import Numbers
 from polar_billing.statements.statement import Statement
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from sqlalchemy import Connection, Row
-
-__all__ = ["IssuedStatement", "Late", "find_statement", "read_statements", "store_statement"]
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,20 @@ from typing import TYPE_CHECKING
 from sqlalchemy import ColumnElement, and_, false, or_, select
 
 from polar_billing.errors import QueryError
-from polar_billing.schema.usage import usage_table
+from polar_billing.ledger.schema.usage import usage_table
 from polar_billing.statements.facts import Numbers, within
-from polar_billing.statements.lines import USAGE_KINDS
+from polar_billing.statements.lines import USAGE_KINDS, windows_of
 from polar_billing.statements.make import wanted_again
 from polar_billing.statements.store import find_statement, read_statements
-from polar_billing.statements.windows import windows_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from polar_billing.ledger import Ledger
-    from polar_billing.periods import Period
-    from polar_billing.price_book import PriceBook
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.statement import Statement, StatementLine
     from polar_billing.statements.store import IssuedStatement
-
-__all__ = ["lines_of_usage", "usage_of_line"]
+    from polar_billing.values.periods import Period
 
 
 def usage_of_line(ledger: Ledger, issued: IssuedStatement, line: StatementLine) -> list[int]:

@@ -1,6 +1,6 @@
 """What `polar verify` checks of statements: every issued one is made again; see `rechecking`.
 
-Importing this module adds the check to `polar_billing.verify`.
+Importing this module adds the check to `polar_billing.proof.verify`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import select
 
 from polar_billing.errors import StoreDamagedError
-from polar_billing.schema.statements import statement_table
+from polar_billing.ledger.schema.statements import statement_table
+from polar_billing.proof.verify import Finding, register_check
 from polar_billing.statements.rechecking import recheck_in
 from polar_billing.statements.store import read_statements
-from polar_billing.verify import Finding, register_check
 from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-__all__ = ["check_statements"]
 
 _NO_SENSE: Final = (ValueError, TypeError, LookupError, ArithmeticError, PolarError)
 """What stored values raise that somebody has changed into something they cannot be."""

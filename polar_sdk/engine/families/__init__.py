@@ -13,7 +13,6 @@ from polar_sdk.errors import UnsupportedArchitectureError
 if TYPE_CHECKING:
     from polar_sdk.engine.family import Family
 
-__all__ = ["SUPPORTED", "find_family"]
 
 _FAMILIES: Final = {
     "gemma2": "gemma2:Gemma2Family",

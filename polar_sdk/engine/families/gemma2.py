@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import Weights
 
-__all__ = ["Gemma2Family"]
-
 
 class Gemma2Family(LlamaFamily):
     """`Gemma2ForCausalLM`.

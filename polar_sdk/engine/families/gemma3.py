@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import Rotary, Weights
 
-__all__ = ["Gemma3Family"]
-
 
 class Gemma3Family(Gemma2Family):
     """`Gemma3ForCausalLM`, and the text part of `Gemma3ForConditionalGeneration`; images are not read.

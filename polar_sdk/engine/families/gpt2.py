@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import Weights
 
-__all__ = ["GPT2Family"]
-
 
 class GPT2Family(PlainFamily):
     """`GPT2LMHeadModel`: a query sees all keys before it, with scores that may be scaled by layer."""

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import Projected, Rotary, Weights
 
-__all__ = ["GPTNeoXFamily"]
-
 
 class GPTNeoXFamily(PlainFamily):
     """`GPTNeoXForCausalLM`: a query sees all keys before it."""

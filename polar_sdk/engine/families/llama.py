@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-__all__ = ["LlamaFamily", "check_rope"]
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies do not depend on the length of the request."""

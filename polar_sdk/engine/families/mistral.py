@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 from polar_sdk.engine.families.llama import LlamaFamily
 from polar_sdk.engine.parts import refuse_other_windows
 
-__all__ = ["MistralFamily"]
-
 
 class MistralFamily(LlamaFamily):
     """`MistralForCausalLM`: a query sees the last `sliding_window` keys, its own included; None = all.

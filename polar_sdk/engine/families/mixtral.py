@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import Weights
 
-__all__ = ["MixtralFamily"]
-
 
 class MixtralFamily(MistralFamily):
     """`MixtralForCausalLM`: a query sees the last `sliding_window` keys, its own included; None = all."""

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import Weights
 
-__all__ = ["OPTFamily"]
 
 _OFFSET = 2
 """Row of the position embedding that position 0 reads."""

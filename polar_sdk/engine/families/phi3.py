@@ -10,8 +10,6 @@ from polar_sdk.engine.parts import take
 if TYPE_CHECKING:
     from polar_sdk.engine.family import Weights
 
-__all__ = ["Phi3Family"]
-
 
 class Phi3Family(MistralFamily):
     """`Phi3ForCausalLM`: a query sees the last `sliding_window` keys, its own included; None = all.

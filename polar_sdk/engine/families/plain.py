@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["PlainFamily"]
-
 
 class PlainFamily(Family):
     """Weights of a layer are `attn_norm`, `qkv`, `out`, `mlp_norm`, `up` and `down`; of the ends, `norm` and `head`."""

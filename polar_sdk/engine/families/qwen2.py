@@ -7,8 +7,6 @@ from typing import Any, ClassVar
 from polar_sdk.engine.families.llama import LlamaFamily
 from polar_sdk.engine.parts import attention_kinds
 
-__all__ = ["Qwen2Family"]
-
 
 class Qwen2Family(LlamaFamily):
     """`Qwen2ForCausalLM`: layers of type `sliding_attention` see the last `sliding_window` keys, own included."""

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import Weights
 
-__all__ = ["Qwen2MoeFamily"]
-
 
 class Qwen2MoeFamily(Qwen2Family):
     """`Qwen2MoeForCausalLM`: layers of type `sliding_attention` see the last `sliding_window` keys, own included."""

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.family import Weights
 
-__all__ = ["Qwen3Family"]
-
 
 class Qwen3Family(Qwen2Family):
     """`Qwen3ForCausalLM`: layers of type `sliding_attention` see the last `sliding_window` keys, own included."""

@@ -1,27 +1,182 @@
-"""Kernels of our own in C++, for what torch does slowly on processors with AVX512-BF16: see `library.py`."""
+"""The library made of the C++ files here: when it is used, how it is compiled and kept, how compiled layers call it.
 
-from polar_sdk.engine.native.library import (
-    attend_pages,
-    attend_prompt,
-    attends,
-    load_library,
-    multiplies,
-    multiplies_integers,
-    product,
-    product_int4,
-    product_int8,
-    version,
-)
+Operations on bfloat16 tensors of a CPU: the product of two or more rows with a matrix, of one row with a matrix of
+integers, attention of one token per row over pages, and attention of the tokens of a prompt. Only compiled kernels use
+them, on processors with AVX512-BF16 and without AMX (where torch's own products are faster). Elsewhere, and where the
+library cannot be compiled, layers do as torch does. Knows tensors, no families.
+"""
 
-__all__ = [
-    "attend_pages",
-    "attend_prompt",
-    "attends",
-    "load_library",
-    "multiplies",
-    "multiplies_integers",
-    "product",
-    "product_int4",
-    "product_int8",
-    "version",
-]
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from polar_sdk.engine.family import AttentionKind
+
+
+_FOLDER: Final = Path(__file__).parent
+_HEAD_STEP: Final = 32
+"""What the size of a head must be a multiple of: bfloat16 numbers in a register."""
+_log = logging.getLogger(__name__)
+_loaded: set[str] = set()
+"""Version of the library in this process, if any."""
+
+
+@cache
+def _supported() -> bool:
+    """Whether this processor can run the kernels, and gains by it."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def _key() -> str:
+    """Names the library on disk: its source, torch, and the processor that it is compiled for."""
+    source = "".join(file.read_text() for file in sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")]))
+    return hashlib.sha256(f"{source}|{torch.__version__}|{_processor()}".encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """Vendor, and instructions, of which the library may use any."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return "".join(sorted({line for line in lines if line.startswith(("vendor_id", "flags"))}))
+
+
+@cache
+def _pairs() -> bool:
+    """Whether to multiply by the instruction for pairs of bfloat16 numbers.
+
+    On AMD's cores it does twice the work of a float32 product in the same time; on Intel's it takes four times as long.
+    """
+    return "AuthenticAMD" in _processor()
+
+
+def load_library(folder: Path, dtype: torch.dtype, device: torch.device, *, build: bool) -> bool:
+    """Make the kernels available in this process, where they can be used.
+
+    Args:
+        folder: Where the library is kept.
+        dtype: Of activations, keys and values.
+        device: Where they are.
+        build: Whether to compile the library if it is not there yet; it takes some ten seconds.
+
+    Returns:
+        Whether compiled layers may call them. A compiler that is missing or fails is only logged: layers do without.
+    """
+    if not _fits(dtype, device) or not _supported():
+        return False
+    if _loaded:
+        return True
+    file = folder / f"native-{_key()}.so"
+    if build and not file.exists():
+        _build(file)
+    if file.exists():
+        _load(file)
+    return bool(_loaded)
+
+
+def _fits(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.bfloat16 and device.type == "cpu"
+
+
+def _build(file: Path) -> None:
+    """Compile the library; it appears whole or not at all."""
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=file.parent) as beside:
+            options = CppTorchOptions(include_pytorch=True, warning_all=False)
+            builder = CppBuilder("native", str(_FOLDER / "kernels.cpp"), options, output_dir=beside)
+            builder.build()
+            Path(builder.get_target_file_path()).replace(file)
+    except Exception as error:  # the compiler raises what it likes
+        _log.warning("native kernels cannot be compiled, layers run without: %s", " ".join(str(error).split())[:200])
+
+
+def _load(file: Path) -> None:
+    try:
+        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        _log.warning("native kernels in %s cannot be loaded: %s", file, " ".join(str(error).split())[:200])
+        return
+    torch.library.register_fake("polar::product", _product_shape)
+    torch.library.register_fake("polar::product_int8", _product_shape)
+    torch.library.register_fake("polar::product_int4", _product_int4_shape)
+    torch.library.register_fake("polar::attend_pages", _attend_pages_shape)
+    _loaded.add(_key())
+
+
+def _product_shape(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _product_int4_shape(x: Tensor, packed: Tensor, scales_zeros: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], scales_zeros.shape[1]))
+
+
+def _attend_pages_shape(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
+
+
+def version(dtype: torch.dtype, device: torch.device) -> str:
+    """What compiled layers of such activations depend on; empty where they use no kernel of ours."""
+    return next(iter(_loaded), "") if _fits(dtype, device) else ""
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of rows (M, K) with a matrix (N, K) should be ours: M is 2 or more, in a compiled layer."""
+    return bool(version(x.dtype, x.device)) and weight.dtype == x.dtype and torch.compiler.is_compiling()
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply rows (M, K) by a matrix (N, K), add its bias (N,), and round once; returns (M, N)."""
+    total: Tensor = torch.ops.polar.product(x, weight, bias, _pairs())
+    return total
+
+
+def multiplies_integers(x: Tensor) -> bool:
+    """Whether the product of one row (1, K) with a matrix of integers should be ours: in a compiled layer."""
+    return bool(version(x.dtype, x.device)) and x.shape[0] == 1 and torch.compiler.is_compiling()
+
+
+def product_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Multiply a row (1, K) by a matrix of 8-bit integers (N, K) with a scale (N,) per output; returns (1, N)."""
+    total: Tensor = torch.ops.polar.product_int8(x, weight, scale)
+    return total
+
+
+def product_int4(x: Tensor, packed: Tensor, scales_zeros: Tensor) -> Tensor:
+    """Multiply a row (1, K) by a matrix of 4-bit integers, packed as torch's kernel wants it; returns (1, N).
+
+    N is a multiple of 64. Scales and zeros are (K / 32, N, 2).
+    """
+    total: Tensor = torch.ops.polar.product_int4(x, packed, scales_zeros)
+    return total
+
+
+def attends(query: Tensor) -> bool:
+    """Whether attention of queries (…, d) can be ours."""
+    return bool(version(query.dtype, query.device)) and query.shape[-1] % _HEAD_STEP == 0
+
+
+def attend_pages(query: Tensor, store: Tensor, table: Tensor, positions: Tensor, kind: AttentionKind) -> Tensor:
+    """`attention.paged_decode`, with its arguments and result."""
+    mixed: Tensor = torch.ops.polar.attend_pages(query, store, table, positions, kind.scale, kind.window, kind.softcap)
+    return mixed
+
+
+def attend_prompt(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    """`attention.attend_row`, with its arguments and result."""
+    mixed: Tensor = torch.ops.polar.attend_prompt(query, keys, values, kind.scale, kind.window, kind.softcap)
+    return mixed

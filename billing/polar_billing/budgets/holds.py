@@ -1,0 +1,288 @@
+"""Hold what a request may use, in every budget that covers it, inside one transaction.
+
+Takes an open transaction that has locked the head of the tenant's chain, and in which due holds have expired. Opens
+nothing and asks no clock.
+
+Budgets and holds as rows, and back. Takes an open transaction; knows no clock and decides nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import bindparam, insert, select, update
+
+from polar_billing.budgets import counters
+from polar_billing.budgets.budget import Budget, Level, OverBudget
+from polar_billing.budgets.choose import Cost, Refusal, Standing, choose, needed
+from polar_billing.budgets.counters import Scope
+from polar_billing.errors import ConflictError, StoreError
+from polar_billing.ledger import chain
+from polar_billing.ledger.schema import budget_table, hold_table
+from polar_billing.prices.quote import quote
+from polar_billing.values.canonical import canonical_json
+from polar_billing.values.money import STORED_SCALE, from_scaled, to_scaled
+from polar_billing.values.periods import Period, Window
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from datetime import timedelta
+    from decimal import Decimal
+
+    from sqlalchemy import Connection, Row
+
+    from polar_billing.prices.book import PriceBook
+    from polar_sdk.usage import Offer, UsageBound
+
+Identity = tuple[str, str, str]
+"""Tenant, source and request id."""
+_IDS_AT_ONCE: Final = 500
+
+chain.register_chained(budget_table)
+
+# Built once: building a statement costs more than running it.
+_BUDGETS: Final = select(budget_table).order_by(budget_table.c.seq)
+_BUDGETS_OF: Final = _BUDGETS.where(budget_table.c.tenant == bindparam("tenant"))
+_BUDGETS_NAMED: Final = _BUDGETS_OF.where(
+    budget_table.c.level.in_([*Level]), budget_table.c.name.in_(bindparam("names", expanding=True))
+)
+_HOLDS_OF: Final = (
+    select(hold_table)
+    .where(
+        hold_table.c.tenant == bindparam("tenant"),
+        hold_table.c.source == bindparam("source"),
+        hold_table.c.request_id.in_(bindparam("ids", expanding=True)),
+    )
+    .order_by(hold_table.c.attempt)
+)
+_OPEN: Final = (
+    select(hold_table)
+    .where(hold_table.c.state == "held", hold_table.c.expires_at <= bindparam("due"))
+    .order_by(hold_table.c.seq)
+)
+_OPEN_OF: Final = _OPEN.where(hold_table.c.tenant == bindparam("tenant"))
+
+
+class HoldState(StrEnum):
+    """How a hold stands; it leaves `held` once, for one of the others."""
+
+    HELD = "held"
+    SETTLED = "settled"
+    RELEASED = "released"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True)
+class Hold:
+    """What is reserved for one request, or how that ended."""
+
+    seq: int
+    source: str
+    request_id: str
+    attempt: int
+    """1 for the first; a request that was released or expired may be tried again."""
+    scope: Scope
+    fingerprint: str
+    """Of the bound it was made for."""
+    offer: int
+    """Index of the offer it was made for."""
+    cost_bound: Decimal
+    """Unit: `scope.currency`."""
+    flops_bound: int
+    held_at: datetime
+    expires_at: datetime
+    state: HoldState
+
+    @property
+    def compute_units_bound(self) -> Decimal:
+        """Most compute the request may use, exactly. Unit: CU."""
+        return from_scaled(self.flops_bound, STORED_SCALE)
+
+    @property
+    def identity(self) -> Identity:
+        """Whose request it is for."""
+        return (self.scope.tenant, self.source, self.request_id)
+
+
+def write_budget(connection: Connection, budget: Budget, *, closed: bool, now: datetime) -> None:
+    """Put a budget in force, or out of it, and link that into the tenant's chain."""
+    tenant, level, name, unit, window = budget.key
+    values: dict[str, Any] = {"tenant": tenant, "level": level, "name": name, "unit": unit, "time_window": window}
+    values |= {"limit_count": budget.limit_count, "decimals": budget.decimals, "zone": budget.zone}
+    values |= {"over_budget": str(budget.over_budget), "closed": int(closed), "set_at": now}
+    seq = connection.execute(insert(budget_table).values(values).returning(budget_table.c.seq)).scalar_one()
+    chain.link(connection, budget_table, seq)
+
+
+def in_force(connection: Connection, tenant: str | None, names: Mapping[str, str] | None = None) -> list[Budget]:
+    """The budgets in force, in the order in which they were first set.
+
+    Args:
+        connection: Any transaction.
+        tenant: Whose; None for every tenant.
+        names: Level → name, to have those alone; None for all of them.
+    """
+    values: dict[str, Any]
+    query, values = (_BUDGETS, {}) if tenant is None else (_BUDGETS_OF, {"tenant": tenant})
+    if names is not None and tenant is not None:
+        query, values = _BUDGETS_NAMED, {"tenant": tenant, "names": sorted(set(names.values()))}
+    last = {
+        (one.tenant, one.level, one.name, one.unit, one.time_window): one for one in connection.execute(query, values)
+    }
+    found = [_budget(one) for one in last.values() if not one.closed]
+    return found if names is None else [one for one in found if names.get(one.level) == (one.name or "")]
+
+
+def _budget(row: Row[Any]) -> Budget:
+    return Budget(
+        tenant=row.tenant,
+        limit=from_scaled(row.limit_count, row.decimals),
+        unit=row.unit,
+        level=Level(row.level),
+        name=row.name or None,
+        window=Window(row.time_window),
+        zone=row.zone,
+        over_budget=OverBudget(row.over_budget),
+    )
+
+
+def fingerprint(bound: UsageBound) -> str:
+    """SHA-256 over what a request may use: equal for a repeated call, however much later."""
+    facts = bound.model_dump(mode="json", exclude={"at", "tags"})
+    return hashlib.sha256(canonical_json([facts, sorted(bound.tags.items())])).hexdigest()
+
+
+def insert_hold(connection: Connection, scope: Scope, values: Mapping[str, Any]) -> None:
+    """Write a hold; `values` are the columns beside those of its scope."""
+    names = {"project": scope.project, "user_name": scope.user, "key_name": scope.key}
+    own = {"tenant": scope.tenant, **names, "at": scope.at, "currency": scope.currency}
+    connection.execute(insert(hold_table).values({**own, **values}))
+
+
+def latest_holds(connection: Connection, identities: Iterable[Identity]) -> dict[Identity, Hold]:
+    """The last hold of each request."""
+    ids: dict[tuple[str, str], list[str]] = {}
+    for tenant, source, request_id in sorted(set(identities)):
+        ids.setdefault((tenant, source), []).append(request_id)
+    found: dict[Identity, Hold] = {}
+    for (tenant, source), wanted in ids.items():
+        for start in range(0, len(wanted), _IDS_AT_ONCE):
+            values = {"tenant": tenant, "source": source, "ids": wanted[start : start + _IDS_AT_ONCE]}
+            found |= {hold.identity: hold for hold in map(_hold, connection.execute(_HOLDS_OF, values))}
+    return found
+
+
+def open_holds(connection: Connection, tenant: str | None, *, due: datetime | None = None) -> list[Hold]:
+    """What is held, the oldest first.
+
+    Args:
+        connection: Any transaction.
+        tenant: Whose; None for every tenant.
+        due: Only what expires until then.
+    """
+    until = datetime.max.replace(tzinfo=UTC) if due is None else due
+    query, whose = (_OPEN, {}) if tenant is None else (_OPEN_OF, {"tenant": tenant})
+    return [_hold(one) for one in connection.execute(query, {"due": until, **whose})]
+
+
+def _hold(row: Row[Any]) -> Hold:
+    return Hold(
+        seq=row.seq,
+        source=row.source,
+        request_id=row.request_id,
+        attempt=row.attempt,
+        scope=Scope(row.tenant, row.project, row.user_name, row.key_name, row.at, row.currency),
+        fingerprint=row.fingerprint,
+        offer=row.offer,
+        cost_bound=row.cost_bound,
+        flops_bound=row.flops_bound,
+        held_at=row.held_at,
+        expires_at=row.expires_at,
+        state=HoldState(row.state),
+    )
+
+
+def resolve(connection: Connection, seqs: Sequence[int], state: HoldState, now: datetime, **values: Any) -> None:
+    """Resolve holds; a trigger refuses one that was resolved before."""
+    changes = {"state": str(state), "resolved_at": now, **values}
+    for start in range(0, len(seqs), _IDS_AT_ONCE):
+        some = hold_table.c.seq.in_(seqs[start : start + _IDS_AT_ONCE])
+        connection.execute(update(hold_table).where(some).values(changes))
+
+
+def costs(bound: UsageBound, book: PriceBook) -> list[Cost]:
+    """The most that each offer of a request can cost under a price book."""
+    return [_cost(bound, offer, book) for offer in bound.offers]
+
+
+def _cost(bound: UsageBound, offer: Offer, book: PriceBook) -> Cost:
+    most = quote(
+        book, bound.tenant, offer.tier, offer.flops_bound, bound.tokens_input, bound.tokens_output_max, bound.at
+    )
+    money = None if most.amount is None else to_scaled(most.amount, STORED_SCALE)
+    return Cost(most.currency, money, offer.flops_bound, most.unrated)
+
+
+def hold(
+    connection: Connection,
+    bound: UsageBound,
+    offers: Sequence[Cost],
+    *,
+    source: str,
+    now: datetime,
+    lifetime: timedelta,
+) -> int | Refusal:
+    """Hold the first offer that fits every budget.
+
+    Returns:
+        Its index, or why there is none, in which case nothing is held.
+
+    Raises:
+        ConflictError: The request id is in use, or has been used.
+        CurrencyMixError: A budget is in another currency than the price book.
+    """
+    identity = (bound.tenant, source, bound.request_id)
+    last = latest_holds(connection, [identity]).get(identity)
+    if last is not None and last.state in {HoldState.HELD, HoldState.SETTLED}:
+        return _repeated(last, bound)
+    scope = counters.Scope.of(bound.tenant, bound.tags, bound.at, offers[0].currency)
+    found = _standings(connection, scope, offers[0])
+    chosen = choose([standing for _, standing in found], offers)
+    if isinstance(chosen, Refusal) or not found:
+        return chosen
+    cost = offers[chosen]
+    _take(connection, found, cost)
+    values: dict[str, Any] = {"source": source, "request_id": bound.request_id, "fingerprint": fingerprint(bound)}
+    values |= {"attempt": 1 if last is None else last.attempt + 1, "offer": chosen, "state": str(HoldState.HELD)}
+    values |= {"cost_bound": from_scaled(cost.money or 0, STORED_SCALE), "flops_bound": cost.flops}
+    insert_hold(connection, scope, {**values, "held_at": now, "expires_at": now + lifetime})
+    return chosen
+
+
+def _standings(connection: Connection, scope: counters.Scope, first: Cost) -> list[tuple[int, Standing]]:
+    budgets = in_force(connection, scope.tenant, scope.names)
+    for budget in budgets:
+        needed(first, budget)  # before any counter: one of another currency cannot be kept
+    windows = [(budget, Period.containing(scope.at, budget.window, budget.zone)) for budget in budgets]
+    return counters.standings(connection, windows, scope)
+
+
+def _repeated(last: Hold, bound: UsageBound) -> int:
+    """The answer of the first time, if it is the same call."""
+    if last.state is HoldState.HELD and last.fingerprint == fingerprint(bound):
+        return last.offer
+    how = "was served before" if last.state is HoldState.SETTLED else "is being served, with other content"
+    raise ConflictError(
+        f"request {bound.request_id!r} of tenant {bound.tenant!r} {how}.", hint="Give every request an id of its own."
+    )
+
+
+def _take(connection: Connection, found: list[tuple[int, Standing]], cost: Cost) -> None:
+    amounts = {seq: (needed(cost, one.budget) or 0, one.budget.limit_count) for seq, one in found}
+    if not counters.raise_held(connection, amounts):
+        # Never reached while every writer locks the tenant first; should one not, nothing is held.
+        raise StoreError(f"a budget of tenant {found[0][1].budget.tenant!r} changed meanwhile.", hint="Try again.")

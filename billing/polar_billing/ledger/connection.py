@@ -1,0 +1,219 @@
+"""Connections to the ledger's database: durable, with foreign keys on, writers taking turns.
+
+One class per kind of database is not needed: SQLite wants settings per connection and an explicit BEGIN,
+PostgreSQL wants neither. This module knows no table.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import threading
+import time
+from contextlib import closing, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from polar_billing.errors import MissingExtraError, StoreLockedError, StoreReadOnlyError
+from polar_billing.ledger.location import describe, is_sqlite_memory
+from polar_billing.ledger.store_errors import translate
+from polar_sdk.errors import PolarError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+BUSY_TIMEOUT_MS: Final = 10_000
+"""How long a writer waits for its turn before the ledger counts as locked. Unit: milliseconds."""
+
+PATIENCE_S: Final = 60.0
+"""How long a transaction waits for its turn where there is no spool to fall back on. Unit: seconds."""
+
+_WRITES: Final = "polar_writes"
+_WAITS: Final = "polar_waits_s"
+
+
+class Database:
+    """An engine made on first use, and transactions on it that raise `StoreError`.
+
+    Writers of one process queue on a lock rather than on the database's busy handler, which sleeps and is not
+    fair. After a fork the child makes an engine and a lock of its own: connections must not be shared across
+    processes.
+    """
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self.in_memory = is_sqlite_memory(url)
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._process = os.getpid()
+        self._engine: Engine | None = None
+        self._making = threading.Lock()
+        self._writing = threading.RLock()
+
+    @property
+    def is_sqlite(self) -> bool:
+        """True on SQLite, where a database is a file or memory."""
+        return self.url.get_backend_name() == "sqlite"
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; made on first use and again after `close` or a fork."""
+        if self._process != os.getpid():
+            if self._engine is not None:
+                self._engine.dispose(close=False)  # the parent still uses these connections
+            self._fresh()
+        with self._making:
+            if self._engine is None:
+                self._engine = self._make_engine()
+            return self._engine
+
+    def _make_engine(self) -> Engine:
+        if self.is_sqlite:
+            # One connection for a database in memory, since another one would see another database.
+            options: dict[str, Any] = {"poolclass": StaticPool} if self.in_memory else {}
+            engine = create_engine(self.url, connect_args={"check_same_thread": False}, **options)
+            event.listen(engine, "connect", _prepare_sqlite)
+            event.listen(engine, "begin", _begin_sqlite)
+            return engine
+        try:
+            return create_engine(self.url, pool_pre_ping=True)
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                f"ledger {describe(self.url)!r} needs {error.name!r}.",
+                hint="Install the extra postgres of polar-llm, in a clone: `pip install '.[postgres]'`.",
+            ) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the ledger throughout.
+
+        Raises:
+            StoreError: The database cannot be opened or read.
+        """
+        engine = self.engine
+        if self.in_memory:  # its one connection is shared, so readers take turns as well
+            with self._writing, self._translated(), engine.begin() as connection:
+                yield connection
+            return
+        options: dict[str, Any] = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        with self._translated(), engine.connect() as plain:
+            connection = plain.execution_options(**options)
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def writing(self, *, keep: bool = True, patience_s: float | None = None) -> Iterator[Connection]:
+        """A transaction that holds the write lock from its beginning; durable when the block has ended.
+
+        Args:
+            keep: False to take everything back at the end.
+            patience_s: How long to wait for other processes that write a SQLite file; None for
+                `BUSY_TIMEOUT_MS`. Unit: seconds.
+
+        Raises:
+            StoreError: The database cannot be opened or written; nothing was stored in part.
+            IntegrityError: A key exists already; left to the caller, who knows what that means.
+        """
+        engine = self.engine
+        turn = self._writing if self.is_sqlite else nullcontext()
+        with turn, self._translated(), engine.connect() as plain:
+            connection = plain.execution_options(
+                **{_WRITES: True, _WAITS: BUSY_TIMEOUT_MS / 1000 if patience_s is None else patience_s}
+            )
+            with connection.begin() as transaction:
+                yield connection
+                if not keep:
+                    transaction.rollback()
+
+    def use_write_ahead_log(self) -> None:
+        """Let readers and a writer of a SQLite file work side by side; the file remembers it.
+
+        SQLite does not wait for its turn here as it does elsewhere, so this does.
+
+        Raises:
+            StoreError: The file cannot be opened.
+        """
+        deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+        while True:
+            try:
+                with self._translated(), closing(self.engine.raw_connection()) as connection:
+                    connection.cursor().execute("PRAGMA journal_mode = WAL")
+            except StoreReadOnlyError:
+                return  # reading works without; the first write tells
+            except StoreLockedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise translate(error.orig, self.url) from error
+        except sqlite3.Error as error:  # from a raw connection
+            raise translate(error, self.url) from error
+        except Exception as error:
+            if getattr(error, "sqlstate", self) is self or isinstance(error, PolarError):
+                raise
+            raise translate(error, self.url) from error  # from a raw connection to PostgreSQL
+
+    def close(self) -> None:
+        """Release the connections; the next use opens new ones."""
+        with self._making:
+            if self._engine is not None and self._process == os.getpid():
+                self._engine.dispose()
+            self._engine = None
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions on its own; see _begin_sqlite
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA synchronous = FULL")  # in WAL mode the default may lose the last commits to a power cut
+    cursor.execute("PRAGMA cache_size = -65536")  # KiB: the upper pages of the indexes of some million requests
+    cursor.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: fewer copies of the same page into the file
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A writer that begins as a reader cannot wait for its turn when it upgrades; it fails at once. So:
+    # IMMEDIATE.
+    if not connection.get_execution_options().get(_WRITES, False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    driver: Any = connection.connection.driver_connection
+    driver.execute("PRAGMA busy_timeout = 0")
+    try:
+        _take_turn(driver, connection.get_execution_options()[_WAITS])
+    finally:
+        driver.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
+
+def _take_turn(driver: Any, patience_s: float) -> None:
+    """Begin a write transaction, asking the more often the longer it waits.
+
+    SQLite's own waiting asks ever more rarely, so that among many writers the newest wins and one may never have its
+    turn. Here the one that has waited longest is the likeliest to be next.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            driver.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            waited = time.monotonic() - begun
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > patience_s:
+                raise
+            time.sleep(random.uniform(0.001, 0.006) / (1 + 2 * waited))
+        else:
+            return

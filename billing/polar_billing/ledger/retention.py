@@ -1,0 +1,91 @@
+"""Retention: delete the facts of old requests, keep their proof.
+
+Of a pruned request stay its identity, content hash and receipt (`polar_pruned`), its link in the chain, and its
+share of the sums by hour; what is gone is what was said about it: program, tags, tokens, timings. So a replay is
+still recognised, the chain still closes, and totals stay what they were. Knows no prices.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import delete, insert, literal, select
+
+from polar_billing.ledger import chain
+from polar_billing.ledger.rollups import raw_usage, sum_up
+from polar_billing.ledger.schema import prune_table, pruned_table, receipt_table, usage_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sqlalchemy import Connection
+
+    from polar_billing.ledger.rollups import Sums
+
+
+_KEPT: Final = ("seq", "tenant", "source", "request_id", "content_hash", "stored_at")
+_KEPT_OF_RECEIPT: Final = ("price_book_hash", "cost", "unrated")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What one pruning took away."""
+
+    tenant: str
+    before: datetime
+    requests: int
+
+
+def prune(connection: Connection, tenant: str, before: datetime) -> Pruning:
+    """Delete the facts of a tenant's requests served before a moment.
+
+    Args:
+        connection: An open write transaction.
+        tenant: Whose.
+        before: Service time, itself excluded.
+    """
+    chain.lock_heads(connection, [tenant])
+    old = (usage_table.c.tenant == tenant, usage_table.c.started_at < before)
+    sums = sum_up(raw_usage(connection, *old))
+    requests = sum(quantities[0] for quantities in sums.values())
+    if requests:
+        _keep_proofs(connection, tenant, before, requests, sums)
+        pruned = select(pruned_table.c.seq).where(pruned_table.c.tenant == tenant)
+        connection.execute(delete(receipt_table).where(receipt_table.c.usage_seq.in_(pruned)))
+        connection.execute(delete(usage_table).where(usage_table.c.tenant == tenant, usage_table.c.seq.in_(pruned)))
+    return Pruning(tenant, before, requests)
+
+
+def tenants_before(connection: Connection, before: datetime) -> list[str]:
+    """Every tenant with facts of requests served before a moment."""
+    query = select(usage_table.c.tenant).where(usage_table.c.started_at < before).distinct()
+    return list(connection.execute(query.order_by(usage_table.c.tenant)).scalars())
+
+
+def _keep_proofs(connection: Connection, tenant: str, before: datetime, requests: int, sums: Sums) -> None:
+    totals = json.dumps([[*key, *quantities] for key, quantities in sorted(sums.items())], ensure_ascii=False)
+    values = {"tenant": tenant, "before": before, "pruned_at": datetime.now(UTC), "requests": requests}
+    added = insert(prune_table).values(**values, totals=totals).returning(prune_table.c.id)
+    number: int = connection.execute(added).scalar_one()
+    kept = [usage_table.c[name] for name in _KEPT] + [receipt_table.c[name] for name in _KEPT_OF_RECEIPT]
+    query = (
+        select(literal(number), *kept)
+        .join(receipt_table, receipt_table.c.usage_seq == usage_table.c.seq)
+        .where(usage_table.c.tenant == tenant, usage_table.c.started_at < before)
+    )
+    names = ["prune_id", *_KEPT, *_KEPT_OF_RECEIPT]
+    connection.execute(insert(pruned_table).from_select(names, query))
+    chain.link(connection, prune_table, number)
+
+
+def pruned_totals(connection: Connection, tenant: str) -> Iterable[Sums]:
+    """The sums by hour of what was pruned of a tenant, one per pruning."""
+    for text in connection.execute(select(prune_table.c.totals).where(prune_table.c.tenant == tenant)).scalars():
+        rows: list[list[Any]] = json.loads(text)
+        yield {tuple(row[:8]): row[8:] for row in rows}
+
+
+chain.register_chained(prune_table, parts={pruned_table: "prune_id"})

@@ -1,0 +1,212 @@
+"""What every table of the ledger shares: the metadata, column types and the triggers that forbid changes.
+
+A module of this package that declares a table calls `append_only(table, …)` for it, and registers it with
+`polar_billing.ledger.chain.register_chained` if its rows belong into the hash chain. Knows no table and no
+connection.
+
+Chained tables hold integers, text and bytes only (no booleans, floats or database decimals): their rows are
+hashed as the database returns them, on every database alike.
+
+Column types of the ledger: exact on every database, because each is an integer or a text underneath.
+
+`Numeric` on SQLite goes through a binary float and returns other digits than were stored; so amounts are
+scaled integers. This module knows no table.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+from sqlalchemy import DDL, BigInteger, Column, Dialect, Integer, MetaData, Table, Text, event
+from sqlalchemy.types import TypeDecorator
+
+from polar_billing.values.canonical import canonical_json
+from polar_billing.values.money import STORED_SCALE, from_scaled, to_units
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+"""Reading multiplies by it; writing counts without it, which is quicker."""
+
+
+def to_microseconds(value: datetime) -> int:
+    """Count the microseconds since 1970-01-01T00:00Z, in integers."""
+    since = value - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+
+
+def to_list_text(value: Sequence[int]) -> str:
+    """Write integers as a compact JSON array."""
+    return canonical_json(value).decode()
+
+
+def to_map_text(value: Mapping[str, str]) -> str:
+    """Write a mapping as compact JSON with sorted keys."""
+    return canonical_json(dict(value)).decode()
+
+
+class ScaledDecimal(TypeDecorator[Decimal]):
+    """A Decimal as an int64 count of 10^-scale; by default the 10^-12 of stored amounts.
+
+    Refuses what it cannot hold exactly: an int64 at scale 12 ends at ±9,223,372.036854775807.
+    """
+
+    impl = BigInteger
+    cache_ok = True
+
+    def __init__(self, scale: int = STORED_SCALE) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> int | None:
+        """Count the units, or refuse."""
+        return None if value is None else to_units(value, self.scale)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> Decimal | None:
+        """Give the Decimal back, digit for digit."""
+        return None if value is None else from_scaled(value, self.scale)
+
+
+class UtcMicroseconds(TypeDecorator[datetime]):
+    """An aware datetime as an int64 count of microseconds since 1970-01-01T00:00Z; sorts as time does."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """Count the microseconds, in integers."""
+        return None if value is None else to_microseconds(value)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
+        """Give the UTC datetime back."""
+        return None if value is None else _EPOCH + value * _MICROSECOND
+
+
+class IntegerList(TypeDecorator[tuple[int, ...]]):
+    """A tuple of integers as compact JSON text: one number per layer, read back whole."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: tuple[int, ...] | None, dialect: Dialect) -> str | None:
+        """Write the JSON array."""
+        return None if value is None else to_list_text(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[int, ...] | None:
+        """Read the JSON array."""
+        return None if value is None else tuple(orjson.loads(value))
+
+
+class TextMap(TypeDecorator["Mapping[str, str]"]):
+    """A mapping of strings as JSON text with sorted keys."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Mapping[str, str] | None, dialect: Dialect) -> str | None:
+        """Write the JSON object."""
+        return None if value is None else to_map_text(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> dict[str, str] | None:
+        """Read the JSON object."""
+        if value is None:
+            return None
+        found: dict[str, Any] = orjson.loads(value)
+        return found
+
+
+SCHEMA_VERSION: Final = 3
+"""Version 1: facts and receipts. Version 2: hash chain, double entry, retention, rollups and all that rests on them.
+Version 3: which price books were put in force."""
+
+metadata: Final = MetaData()
+
+# SQLite numbers rows by itself only in a column declared INTEGER, which is 64 bits wide there.
+SERIAL: Final = BigInteger().with_variant(Integer, "sqlite")
+
+_POSTGRES_REFUSAL: Final = """
+CREATE OR REPLACE FUNCTION polar_refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE EXCEPTION '%% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation'; END $$
+"""
+
+
+def count(name: str) -> Column[int]:
+    """A column of whole numbers that is always known."""
+    return Column(name, BigInteger, nullable=False)
+
+
+def append_only(table: Table, *, same_row: str | None, deletable_if: str | None = None) -> None:
+    """Attach the triggers that refuse every change of a stored row, for both databases.
+
+    Args:
+        table: The table.
+        same_row: SQL that is true of a stored row that an insert of `NEW` would replace. REPLACE deletes the old row
+            without firing DELETE triggers, so such an insert is refused as well. Usually `id = NEW.id`; None where
+            looking costs too much.
+        deletable_if: SQL over `OLD` that allows one row to be deleted; without it none ever is.
+    """
+    name = table.name
+    refuse = f"BEGIN SELECT RAISE(ABORT, '{name} is append-only'); END"
+    # Not ABORT, for which SQLite would keep a copy of every page that an insert touches.
+    fail = f"BEGIN SELECT RAISE(FAIL, '{name} is append-only'); END"
+    unless = "" if deletable_if is None else f"WHEN NOT ({deletable_if}) "
+    on_create(table, "sqlite", f"CREATE TRIGGER {name}_no_update BEFORE UPDATE ON {name} {refuse}")
+    on_create(table, "sqlite", f"CREATE TRIGGER {name}_no_delete BEFORE DELETE ON {name} {unless}{refuse}")
+    if same_row is not None:
+        exists = f"WHEN EXISTS (SELECT 1 FROM {name} WHERE {same_row})"
+        on_create(table, "sqlite", f"CREATE TRIGGER {name}_no_replace BEFORE INSERT ON {name} {exists} {fail}")
+    for statement in _postgres_triggers(name, deletable_if):
+        on_create(table, "postgresql", statement)
+
+
+def _postgres_triggers(name: str, deletable_if: str | None) -> tuple[str, ...]:
+    truncate = (
+        f"CREATE TRIGGER {name}_no_truncate BEFORE TRUNCATE ON {name} "
+        "FOR EACH STATEMENT EXECUTE FUNCTION polar_refuse_change()"
+    )
+    if deletable_if is None:
+        row = "FOR EACH ROW EXECUTE FUNCTION polar_refuse_change()"
+        return (f"CREATE TRIGGER {name}_no_change BEFORE UPDATE OR DELETE ON {name} {row}", truncate)
+    # A trigger's WHEN may not look into another table there; a function may.
+    guard = (
+        f"CREATE OR REPLACE FUNCTION {name}_guard() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"IF TG_OP = 'DELETE' AND ({deletable_if}) THEN RETURN OLD; END IF; "
+        "RAISE EXCEPTION '%% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation'; END $$"
+    )
+    row = f"FOR EACH ROW EXECUTE FUNCTION {name}_guard()"
+    return (guard, f"CREATE TRIGGER {name}_no_change BEFORE UPDATE OR DELETE ON {name} {row}", truncate)
+
+
+def refuse_going_back(table: Table, counter: str) -> None:
+    """Attach triggers that let a row of `table` change only while its `counter` rises, and never be deleted."""
+    name = table.name
+    refuse = f"BEGIN SELECT RAISE(ABORT, '{name} only moves forward'); END"
+    back = f"WHEN NEW.{counter} <= OLD.{counter}"
+    on_create(table, "sqlite", f"CREATE TRIGGER {name}_forward BEFORE UPDATE ON {name} {back} {refuse}")
+    on_create(table, "sqlite", f"CREATE TRIGGER {name}_no_delete BEFORE DELETE ON {name} {refuse}")
+    function = "EXECUTE FUNCTION polar_refuse_change()"
+    on_create(
+        table,
+        "postgresql",
+        f"CREATE TRIGGER {name}_forward BEFORE UPDATE ON {name} "
+        f"FOR EACH ROW WHEN (NEW.{counter} <= OLD.{counter}) {function}",
+    )
+    on_create(table, "postgresql", f"CREATE TRIGGER {name}_no_delete BEFORE DELETE ON {name} FOR EACH ROW {function}")
+
+
+def on_create(table: Table, dialect: str, statement: str) -> None:
+    """Run a statement after the table was created on that database."""
+    _on(table, "after_create", dialect, statement)
+
+
+def _on(target: Table | MetaData, moment: str, dialect: str, statement: str) -> None:
+    ddl = DDL(statement)  # type: ignore[no-untyped-call]
+    event.listen(target, moment, ddl.execute_if(dialect=dialect))
+
+
+_on(metadata, "before_create", "postgresql", _POSTGRES_REFUSAL)

@@ -1,0 +1,121 @@
+"""Budgets and holds.
+
+* `polar_budget`          what was decided, append-only; the last row of a key is in force
+* `polar_hold`            one row per request of a tenant with budgets: what it may use at most, how it was resolved,
+                          and what it used; it changes once, from `held` to one of the three ends
+* `polar_budget_counter`  spent and held per budget and window: a projection of the other tables and of the usage, which
+                          can be dropped and is then made again; its checks are the last line of defence
+
+Amounts of a hold count 10^-12 of a currency or of a compute unit (a FLOP). A budget and its counters count
+10^-`decimals`, so few that the limit fits a column a few times over. Knows no connection.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import CheckConstraint, Column, Index, Integer, String, Table, Text, UniqueConstraint, text
+
+from polar_billing.ledger.schema.base import (
+    SERIAL,
+    ScaledDecimal,
+    UtcMicroseconds,
+    append_only,
+    count,
+    metadata,
+    on_create,
+)
+
+budget_table: Final = Table(
+    "polar_budget",
+    metadata,
+    Column("seq", SERIAL, primary_key=True),
+    Column("tenant", String(200), nullable=False),
+    Column("level", String(10), nullable=False),
+    Column("name", String(200), nullable=False),  # of the project, user or key; empty on the tenant's own level
+    Column("unit", String(3), nullable=False),  # a currency's code, or CU
+    Column("time_window", String(10), nullable=False),
+    count("limit_count"),
+    Column("decimals", Integer, nullable=False),
+    Column("zone", String(100), nullable=False),
+    Column("over_budget", String(10), nullable=False),
+    Column("closed", Integer, nullable=False),  # 1 = from here on no such budget
+    Column("set_at", UtcMicroseconds, nullable=False),
+    Index("polar_budget_by_scope", "tenant", "level", "name"),
+    sqlite_autoincrement=True,
+)
+
+hold_table: Final = Table(
+    "polar_hold",
+    metadata,
+    Column("seq", SERIAL, primary_key=True),
+    Column("tenant", String(200), nullable=False),
+    Column("source", String(200), nullable=False),
+    Column("request_id", String(200), nullable=False),
+    Column("attempt", Integer, nullable=False),  # 1, 2, … of the same request; only the last may be held
+    Column("project", Text),
+    Column("user_name", Text),
+    Column("key_name", Text),
+    Column("at", UtcMicroseconds, nullable=False),  # service time: which windows it counts in
+    Column("fingerprint", String(64), nullable=False),  # of the bound, to tell a repeated call from another request
+    Column("offer", Integer, nullable=False),
+    Column("currency", String(3), nullable=False),
+    Column("cost_bound", ScaledDecimal(), nullable=False),
+    count("flops_bound"),
+    Column("held_at", UtcMicroseconds, nullable=False),
+    Column("expires_at", UtcMicroseconds, nullable=False),
+    Column("state", String(10), nullable=False),  # held, settled, released, expired
+    Column("resolved_at", UtcMicroseconds),
+    Column("cost", ScaledDecimal()),  # what a settled one used
+    Column("flops", SERIAL),
+    UniqueConstraint("tenant", "source", "request_id", "attempt", name="polar_hold_once"),
+    Index("polar_hold_by_tenant", "tenant", "at"),
+    Index(
+        "polar_hold_open",
+        "tenant",
+        "expires_at",
+        sqlite_where=text("state = 'held'"),
+        postgresql_where=text("state = 'held'"),
+    ),
+    CheckConstraint("state IN ('held', 'settled', 'released', 'expired')", name="polar_hold_state"),
+    CheckConstraint("(state = 'held') = (resolved_at IS NULL)", name="polar_hold_resolved"),
+    sqlite_autoincrement=True,
+)
+
+counter_table: Final = Table(
+    "polar_budget_counter",
+    metadata,
+    Column("seq", SERIAL, primary_key=True),
+    Column("tenant", String(200), nullable=False),
+    Column("level", String(10), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("unit", String(3), nullable=False),
+    Column("time_window", String(10), nullable=False),
+    Column("starts", UtcMicroseconds, nullable=False),
+    Column("ends", UtcMicroseconds, nullable=False),
+    Column("decimals", Integer, nullable=False),
+    count("spent"),
+    count("held"),
+    UniqueConstraint("tenant", "level", "name", "unit", "time_window", "starts", name="polar_budget_counter_once"),
+    CheckConstraint("spent >= 0 AND held >= 0", name="polar_budget_counter_not_negative"),
+)
+
+append_only(budget_table, same_row="seq = NEW.seq")
+
+_ONCE: Final = "polar_hold is resolved once"
+for _verb, _when in (
+    ("UPDATE", "OLD.state <> 'held' OR NEW.state = 'held' OR NEW.cost_bound <> OLD.cost_bound"),
+    ("DELETE", "OLD.state = 'held'"),
+):
+    _name = f"polar_hold_once_{_verb.lower()}"
+    on_create(
+        hold_table,
+        "sqlite",
+        f"CREATE TRIGGER {_name} BEFORE {_verb} ON polar_hold WHEN {_when} BEGIN SELECT RAISE(ABORT, '{_ONCE}'); END",
+    )
+    on_create(
+        hold_table,
+        "postgresql",
+        f"CREATE TRIGGER {_name} BEFORE {_verb} ON polar_hold FOR EACH ROW WHEN ({_when}) "
+        "EXECUTE FUNCTION polar_refuse_change()",
+    )

@@ -1,0 +1,1 @@
+"""From a usage record to the ledger: the meter, its thread, and the spool."""

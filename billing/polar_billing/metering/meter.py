@@ -1,0 +1,336 @@
+"""The meter: the sink that stores every usage record in a ledger and answers what it cost.
+
+The engine finds it through the entry point `polar_sdk.sinks`, so nobody imports this package to be metered.
+
+What has happened when `emit` returns is a choice, `durability`:
+
+* `commit`: the record is committed to the ledger and flushed to its disk, together with whatever other threads
+  emitted meanwhile. A power cut loses nothing that was answered. One emit waits as long as a commit takes.
+* `spool`: the record is in a file of the spool, in the operating system's hands, and a thread commits it within
+  milliseconds. The end of the process, SIGKILL included, loses nothing; a power cut or a crash of the operating
+  system may lose the last moments. A request id used again with other content is then found too late to raise: it
+  is logged, and kept in the spool. What the engine uses by default, because it costs a request next to nothing.
+* `sync`: committed by the calling thread itself, one at a time; no thread, no spool.
+
+Where the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice
+(but `sync`), and are stored exactly once when it is back. Knows neither the database nor how prices are chosen and
+applied.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+from polar_billing.budgets.keeper import Budgets
+from polar_billing.errors import ConflictError, StoreError
+from polar_billing.ledger.contract import Entry, LedgerStorage
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.location import resolve
+from polar_billing.metering.writer import Writer
+from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
+from polar_billing.prices.current import Prices
+from polar_billing.prices.rating import COMPUTE, Rating, cost_of, rate
+from polar_billing.values.money import from_scaled, plain
+from polar_sdk.usage import UsageSink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from decimal import Decimal
+    from pathlib import Path
+
+    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.metering.spool import SpoolStatus
+    from polar_sdk.usage import UsageBound, UsageRecord
+
+
+DEFAULT_SOURCE: Final = "polar"
+SPOOL_LIMIT: Final = 100_000
+"""Records that may wait in the spool before `check` refuses requests."""
+GATHER_S: Final = 0.005
+"""Where nobody waits for the commit, it waits this long for more records, and for the answer to be on its way."""
+_CHECK_EVERY_S: Final = 1.0
+"""A ledger that took records this lately is not tried again before a request."""
+
+Durability = Literal["commit", "spool", "sync"]
+
+
+class Meter(UsageSink):
+    """Stores usage records durably, exactly once each, and answers with a receipt. Safe in several threads.
+
+    Constructing one opens nothing: the ledger is made at the first `check` or `emit`.
+
+    Args:
+        ledger: A store, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
+        prices: A price book or its file, read once, at first use; None for the file of `POLAR_PRICE_BOOK`, or else
+            the books in force in the ledger, or else the example book (see `polar_billing.prices.current`).
+        source: Who meters; request ids are unique per (tenant, source).
+        durability: What has happened when `emit` returns; see the top of this module.
+        sync: Short for `durability="sync"`.
+        spool_limit: Records that may wait in the spool, while the ledger does not answer, before `check` refuses
+            requests; 0 to refuse them at once.
+    """
+
+    def __init__(
+        self,
+        ledger: LedgerStorage | str | None = None,
+        *,
+        prices: PriceBook | str | Path | None = None,
+        source: str = DEFAULT_SOURCE,
+        durability: Durability = "commit",
+        sync: bool = False,
+        spool_limit: int = SPOOL_LIMIT,
+    ) -> None:
+        self.ledger = ledger if isinstance(ledger, LedgerStorage) else Ledger(ledger)
+        self.source = source
+        self._budgets = Budgets(self.ledger) if isinstance(self.ledger, Ledger) else None
+        asynchronous = durability != "sync" and not sync and isinstance(self.ledger, Ledger)
+        self._waits = durability != "spool"
+        gather_s = 0.0 if self._waits else GATHER_S
+        self._writer = (
+            Writer(self.ledger, gather_s=gather_s) if asynchronous and isinstance(self.ledger, Ledger) else None
+        )
+        self._spool_limit = spool_limit
+        self._checked_at = float("-inf")
+        self._prices = Prices(self.ledger, prices)
+        self._older_books: dict[str, PriceBook] = {}
+
+    @property
+    def price_book(self) -> PriceBook:
+        """The price book in force now, for tenants that no book names.
+
+        Raises:
+            PriceBookError: Its file is missing or wrong.
+            StoreError: The ledger cannot be read, and never was.
+        """
+        return self._prices.of(None)
+
+    def check(self) -> None:
+        """Raise if a record could not be priced and stored now.
+
+        A ledger that took a record within the last second is not tried again. One that does not answer or is locked
+        is no reason to refuse while the spool has room.
+
+        Raises:
+            PriceBookError: The price book's file is missing or wrong.
+            StoreError: The ledger is missing, read-only, full or damaged, or does not answer and the spool is full.
+        """
+        with suppress(StoreError):  # the ledger's own check tells, or tolerates it
+            _ = self.price_book
+        writer, now = self._writer, time.monotonic()
+        if writer is None:
+            self.ledger.check()
+            return
+        if writer.failure is None and now - max(self._checked_at, writer.succeeded_at) < _CHECK_EVERY_S:
+            return
+        if writer.failure is not None and now - writer.failed_at < _CHECK_EVERY_S:
+            self._tolerate(writer, writer.failure)
+            return
+        try:
+            self.ledger.check()
+        except StoreError as error:
+            writer.failed(error)
+            self._tolerate(writer, error)
+        else:
+            self._checked_at = now
+
+    def _tolerate(self, writer: Writer, error: StoreError) -> None:
+        if not error.retryable or not writer.has_spool or writer.kept_records >= self._spool_limit:
+            raise error
+
+    def reserve(self, bound: UsageBound) -> int:
+        """Hold what a request may use at most, in every budget that covers it; see `Budgets.reserve`.
+
+        Returns:
+            Index of the offer to serve.
+
+        Raises:
+            BudgetExceededError: No offer fits what is left.
+            StoreError: The ledger cannot say.
+        """
+        if self._budgets is None:
+            return 0
+        return self._budgets.reserve(bound, self._prices.of(bound.tenant, bound.at), source=self.source)
+
+    def release(self, tenant: str, request_id: str) -> None:
+        """Give back what is held for a request that never began."""
+        if self._budgets is not None:
+            self._budgets.release(tenant, request_id, source=self.source)
+
+    def emit(self, record: UsageRecord) -> dict[str, Any]:
+        """Store one record and its receipt, as durably as `durability` says.
+
+        A record emitted again with the same content stores nothing and gets the receipt of the first time (where
+        `durability` is `spool`: the receipt by the prices in force, which the ledger may then disagree with).
+
+        Returns:
+            The receipt: cost as exact decimal text (None where unrated), currency, compute units, charge
+            lines.
+
+        Raises:
+            ConflictError: The ledger holds this request id of this tenant with other content.
+            AmountError: The cost is beyond what the ledger can hold.
+            StoreError: The record could not be stored. Where there is a spool it is kept there all the same.
+        """
+        book, unknown = self._book_of(record)
+        rating = (
+            rate(record, book, counterfactuals=False) if unknown is None else Rating(book.currency, unrated=unknown)
+        )
+        receipt = receipt_of(record, book, rating)  # before the thread that stores wants the interpreter as well
+        stored = self._store(_entry(record, self.source, book, rating.cost, rating.unrated))
+        if stored is not None and stored.price_book_hash != book.content_hash:
+            book = self._older_book(stored.price_book_hash)  # a replay, first rated under another book
+            return receipt_of(record, book, rate(record, book, counterfactuals=False))
+        return receipt
+
+    def emit_many(self, records: Iterable[UsageRecord]) -> list[StoredUsage | ConflictError]:
+        """Store many records and their receipts in one transaction, committed when this returns.
+
+        For imports and for hosts that gather records themselves; some 1,000 at a time.
+
+        Returns:
+            For each record what is stored, or the conflict that kept it out.
+
+        Raises:
+            AmountError: A cost is beyond what the ledger can hold.
+            StoreError: The ledger could not take them; then none is stored, and none is in the spool.
+        """
+        return self.ledger.append_many([self.entry(record) for record in records])
+
+    def entry(self, record: UsageRecord) -> Entry:
+        """A record with what its receipt says, as the ledger takes it."""
+        book, unknown = self._book_of(record)
+        cost, unrated = cost_of(record, book) if unknown is None else (None, unknown)
+        return _entry(record, self.source, book, cost, unrated)
+
+    def _book_of(self, record: UsageRecord) -> tuple[PriceBook, str | None]:
+        """What a record is charged by; where the ledger never told, any book, and why the record has no price."""
+        try:
+            return self._prices.of(record.tenant, record.started_at), None
+        except StoreError as error:
+            if not error.retryable or self._writer is None or not self._writer.has_spool:
+                raise
+            return PriceBook.example(), f"the price books in force could not be read ({type(error).__name__})"
+
+    def _store(self, entry: Entry) -> StoredUsage | None:
+        """Store one record; None where it is on its way."""
+        if self._writer is None:
+            (stored,) = self.ledger.append_many([entry])
+            if isinstance(stored, ConflictError):
+                raise stored
+            return stored
+        (ticket,), safe = self._writer.submit([entry])
+        return ticket.result() if self._waits or not safe else None
+
+    def flush(self) -> None:
+        """Return when every record emitted so far is in the ledger, or kept in the spool."""
+        if self._writer is not None:
+            self._writer.drain()
+
+    def recover(self) -> None:
+        """Store now what waits in the spool, also of processes that have ended.
+
+        Raises:
+            StoreError: The ledger cannot take it; nothing is lost.
+        """
+        if self._writer is not None:
+            self._writer.recover()
+
+    @property
+    def spool(self) -> SpoolStatus | None:
+        """What waits in the spool of this ledger; None where it has none."""
+        return None if self._writer is None else self._writer.status()
+
+    def _older_book(self, content_hash: str) -> PriceBook:
+        if content_hash not in self._older_books:
+            self._older_books = self.ledger.price_books()
+        return self._older_books[content_hash]
+
+    def close(self) -> None:
+        """Store what is on its way and release the ledger's connections; using the meter again opens new ones."""
+        if self._writer is not None:
+            self._writer.close()
+        self.ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _entry(record: UsageRecord, source: str, book: PriceBook, cost: Decimal | None, unrated: str | None) -> Entry:
+    entry = Entry(record, source, book, cost, unrated)
+    _ = entry.cost_units  # one that does not fit is told here, to the caller it belongs to
+    return entry
+
+
+def receipt_of(record: UsageRecord, book: PriceBook, rating: Rating) -> dict[str, Any]:
+    """What a request cost, JSON-like; the lines sum to the cost to the last of its 12 decimals."""
+    rounded = rating.rounded
+    lines = [
+        _line(line.item.name, line.quantity, line.item.unit, line.unit_price, amount)
+        for line, amount in zip(rating.lines, rounded.amounts, strict=True)
+    ]
+    if rounded.residue:
+        lines.append(
+            {
+                "name": "rounding",
+                "quantity": None,
+                "unit": None,
+                "unit_price": None,
+                "amount": f"{rounded.residue:f}",
+            }
+        )
+    return {
+        "cost": None if rating.unrated is not None else f"{rounded.total:f}",
+        "currency": rating.currency,
+        "compute_units": f"{from_scaled(record.flops.total, COMPUTE.decimals):f}",
+        "price_book": book.id,
+        "price_book_hash": book.content_hash,
+        "tier": record.tier,
+        "lines": lines,
+        "unrated": rating.unrated,
+    }
+
+
+def _line(name: str, quantity: Decimal, unit: str, unit_price: Decimal, amount: Decimal) -> dict[str, Any]:
+    return {
+        "name": name,
+        "quantity": f"{quantity:f}",
+        "unit": unit,
+        "unit_price": plain(unit_price),
+        "amount": f"{amount:f}",
+    }
+
+
+_open: dict[tuple[str, str | None], Meter] = {}
+_opening = threading.Lock()
+
+
+def open_meter(url: str | None = None) -> UsageSink:
+    """The meter of a ledger; one per ledger and price book in a process, shared by all who ask for it.
+
+    Its `durability` is `spool`; see the top of this module for what that promises.
+
+    Args:
+        url: As for `Meter`.
+
+    Raises:
+        LedgerUrlError: The URL names no supported store.
+    """
+    key = (resolve(url).render_as_string(hide_password=False), os.environ.get(PRICE_BOOK_VARIABLE))
+    with _opening:
+        if key not in _open:
+            _open[key] = Meter(key[0], durability="spool")
+        return _open[key]
+
+
+@atexit.register
+def _close_all() -> None:
+    for meter in _open.values():
+        meter.close()

@@ -1,0 +1,299 @@
+"""Group commit: one thread per meter stores whatever is waiting, in one transaction.
+
+Callers hand records over and either wait until they are committed or go on, when the records are in the spool. A
+ledger that cannot take them now makes the file of the spool stay, flushed to the disk; the writer tries again before
+the next records, at most once a second. Knows no prices and no SQL.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from polar_billing.errors import BillingError, StoreError
+from polar_billing.metering import pending
+from polar_billing.metering.recovery import store, store_file
+from polar_billing.metering.spool import Spool, Unfinished, spool_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from polar_billing.ledger.contract import Entry, StoredUsage
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.metering.spool import Segment, SpoolStatus
+
+
+_log: Final = logging.getLogger("polar_billing")
+_AT_ONCE: Final = 1_000
+"""Records in one transaction."""
+_IDLE_S: Final = 2.0
+"""A thread without work ends after this; the next record starts another."""
+_RETRY_S: Final = 1.0
+
+
+@dataclass
+class Ticket:
+    """A record on its way."""
+
+    entry: Entry
+    turn: threading.Condition
+    """Of the writer, notified after each commit: making an event for every record costs more than hashing it."""
+    done: bool = False
+    stored: StoredUsage | None = None
+    """As stored; None while it waits in the spool."""
+    error: BillingError | None = None
+
+    def result(self) -> StoredUsage | None:
+        """Wait; then what is stored, or None where it waits in the spool.
+
+        Raises:
+            ConflictError: The ledger holds this request with other content.
+            StoreError: It could not be stored, and will not be by waiting.
+        """
+        with self.turn:
+            self.turn.wait_for(lambda: self.done)
+        if self.error is not None:
+            raise self.error
+        return self.stored
+
+
+class Writer:
+    """Stores records of one meter in groups. Safe in several threads and after a fork.
+
+    Args:
+        ledger: Where to.
+        capacity: Most records waiting; who hands over more waits for room.
+        gather_s: How long a commit waits for more records. Unit: seconds.
+    """
+
+    def __init__(self, ledger: Ledger, *, capacity: int = 10_000, gather_s: float = 0.0) -> None:
+        self._ledger = ledger
+        self._capacity = capacity
+        self._gather_s = gather_s
+        self._folder: Path | None = spool_folder(ledger.url)
+        self._fresh()
+        pending.register(ledger.identity, self)
+        atexit.register(_drain_at_exit, weakref.ref(self))
+
+    def _fresh(self) -> None:
+        """Begin anew: at first, and in a forked child, whose parent stores what it had taken on."""
+        self._process = os.getpid()
+        self._turn = threading.Condition()
+        self._storing = threading.Lock()
+        self._queue: list[Ticket] = []
+        self._busy = False
+        self._hurry = False
+        """Somebody waits for everything to be stored."""
+        self._thread: threading.Thread | None = None
+        self._spool = None if self._folder is None else Spool(self._folder)
+        self._segment: Segment | None = None
+        self._kept: list[Path] = []
+        self.kept_records = 0
+        """Records of this process that wait in the spool."""
+        self.failure: StoreError | None = None
+        """Why the ledger did not take the last records; None once it takes some."""
+        self.succeeded_at = 0.0
+        """When it last took some. Unit: seconds of `time.monotonic`."""
+        self.failed_at = 0.0
+        self._looked_around = False
+
+    def _mine(self) -> None:
+        if self._process != os.getpid():
+            if self._spool is not None:
+                self._spool.abandon(self._segment)
+            self._fresh()
+
+    def submit(self, entries: list[Entry]) -> tuple[list[Ticket], bool]:
+        """Hand records over.
+
+        Returns:
+            Their tickets, and whether they survive the end of this process already.
+        """
+        self._mine()
+        tickets = [Ticket(entry, self._turn) for entry in entries]
+        with self._turn:
+            while len(self._queue) >= self._capacity:
+                self._turn.wait()
+            safe = self._write_down(entries)
+            idle = not self._queue
+            self._queue += tickets
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="polar-meter", daemon=True)
+                self._thread.start()
+            if idle:
+                self._turn.notify_all()
+        return tickets, safe
+
+    def _write_down(self, entries: list[Entry]) -> bool:
+        if self._spool is None:
+            return False
+        try:
+            if self._segment is None:
+                self._segment = self._spool.segment()
+            self._segment.append(entries)
+        except OSError as error:
+            _log.warning("spool %s cannot be written (%s)", self._spool.folder, error)
+            return False
+        return True
+
+    def _run(self) -> None:
+        while (taken := self._take()) is not None:
+            tickets, segment = taken
+            try:
+                with self._storing:
+                    self._store(tickets, segment)
+            except BaseException as error:  # whatever happened, nobody may wait forever
+                _log.exception("storing usage failed")
+                told = StoreError(f"ledger {self._ledger.location!r} failed ({error!r}).")
+                self._put_aside([ticket for ticket in tickets if not ticket.done], segment, told)
+            with self._turn:
+                self._busy = False
+                self._turn.notify_all()
+
+    def _take(self) -> tuple[list[Ticket], Segment | None] | None:
+        """Everything that waits, with the file it is written down in; None when there has been nothing for long."""
+        with self._turn:
+            if not self._queue:
+                self._turn.wait(_IDLE_S)
+            if not self._queue:
+                self._thread = None
+                return None
+            self._busy = True
+            if self._gather_s:
+                self._turn.wait_for(lambda: self._hurry or len(self._queue) >= _AT_ONCE, self._gather_s)
+            tickets, self._queue = self._queue, []
+            segment, self._segment = self._segment, None
+            self._turn.notify_all()
+            return tickets, segment
+
+    def _store(self, tickets: list[Ticket], segment: Segment | None) -> None:
+        if self.failure is not None and time.monotonic() - self.failed_at < _RETRY_S and segment is not None:
+            self._put_aside(tickets, segment, self.failure)
+            return
+        try:
+            self._store_kept()
+            for start in range(0, len(tickets), _AT_ONCE):
+                self._commit(tickets[start : start + _AT_ONCE])
+        except StoreError as error:
+            self.failure, self.failed_at = error, time.monotonic()
+            self._put_aside([ticket for ticket in tickets if not ticket.done], segment, error)
+            return
+        self.failure, self.succeeded_at = None, time.monotonic()
+        if segment is not None and self._spool is not None:
+            with self._turn:
+                self._spool.reuse(segment)
+
+    def _commit(self, tickets: list[Ticket]) -> None:
+        answers = store(self._ledger, self._spool, [ticket.entry for ticket in tickets])
+        for ticket, answer in zip(tickets, answers, strict=True):
+            if isinstance(answer, BillingError):
+                ticket.error = answer
+            else:
+                ticket.stored = answer
+        self._finish(tickets)
+
+    def _put_aside(self, tickets: list[Ticket], segment: Segment | None, error: StoreError) -> None:
+        """Keep records on the disk. Who waits for them hears of a failure that will not pass by itself."""
+        if segment is None or self._spool is None:
+            self._fail(tickets, error)
+            return
+        try:
+            self._kept.append(self._spool.keep(segment))
+        except OSError:
+            self._fail(tickets, error)
+            return
+        self.kept_records += len(tickets)
+        for ticket in tickets:
+            ticket.error = None if error.retryable else error
+        self._finish(tickets)
+
+    def _fail(self, tickets: list[Ticket], error: StoreError) -> None:
+        waiting = [ticket for ticket in tickets if not ticket.done]
+        for ticket in waiting:
+            ticket.error = error
+        self._finish(waiting)
+
+    def _finish(self, tickets: list[Ticket]) -> None:
+        with self._turn:
+            for ticket in tickets:
+                ticket.done = True
+            self._turn.notify_all()
+
+    def _store_kept(self) -> None:
+        """Store what an earlier failure left, of this process and, once, of processes that have ended."""
+        if self._spool is None:
+            return
+        for path in list(self._kept):
+            store_file(self._ledger, self._spool, Unfinished(path))
+            self._kept.remove(path)
+        self.kept_records = 0
+        if not self._looked_around:
+            self._looked_around = True
+            for file in self._spool.abandoned():
+                store_file(self._ledger, self._spool, file)
+
+    @property
+    def has_spool(self) -> bool:
+        """True if records can wait on the disk."""
+        return self._folder is not None
+
+    def failed(self, error: StoreError) -> None:
+        """Note that the ledger does not take records now, so that the next ones do not wait for it in vain."""
+        self._mine()
+        self.failure, self.failed_at = error, time.monotonic()
+
+    def status(self) -> SpoolStatus | None:
+        """What waits in the spool; None without one."""
+        self._mine()
+        return None if self._spool is None else self._spool.status()
+
+    def recover(self) -> None:
+        """Store what waits in the spool now, of this process and of processes that have ended.
+
+        Raises:
+            StoreError: The ledger still cannot take it; nothing is lost.
+        """
+        self._mine()
+        self.drain()
+        with self._storing:
+            self._looked_around = False
+            self._store_kept()
+            self.failure = None
+
+    def drain(self) -> None:
+        """Return when every record handed over so far is in the ledger, or kept in the spool."""
+        if self._process != os.getpid() or threading.current_thread() is self._thread:
+            return
+        with self._turn:
+            self._hurry = True
+            self._turn.notify_all()
+            while self._queue or self._busy:
+                self._turn.wait()
+            self._hurry = False
+
+    def close(self) -> None:
+        """Drain, try once more to store what was kept, and leave no empty file behind."""
+        if self._process != os.getpid():
+            return
+        self.drain()
+        with self._storing, self._turn:
+            try:
+                if self._kept:
+                    self._store_kept()
+            except BillingError as error:
+                _log.warning("%d records stay in the spool (%s)", self.kept_records, error)
+            if self._spool is not None:
+                self._spool.close([self._segment] if self._segment is not None else [])
+                self._segment = None
+
+
+def _drain_at_exit(reference: weakref.ref[Writer]) -> None:
+    writer = reference()
+    if writer is not None:
+        writer.close()

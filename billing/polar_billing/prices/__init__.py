@@ -1,0 +1,1 @@
+"""Price books: read, dated, in force; rating and quotes. Knows no stored usage."""

@@ -1,0 +1,221 @@
+"""Price books: dated prices, chosen by the time of use, read from TOML and checked.
+
+A book is never edited in the ledger: every book that rated a request is kept there whole, under the SHA-256
+of its content, so a changed file cannot change what was already charged. A use that a book has no price for
+is unrated with a reason, never free by accident.
+
+This module knows no usage records (see `rating`) and no database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+from decimal import Decimal
+from functools import cached_property
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+
+from pydantic import Field, StringConstraints, ValidationError, field_serializer, field_validator, model_validator
+
+from polar_billing.errors import AmountError, PriceBookError
+from polar_billing.prices.entries import PriceEntry, entry_at, timeline
+from polar_billing.prices.fields import Checked, Name
+from polar_billing.prices.plans import Credit, Customer, Plan, in_order
+from polar_billing.values.money import STORED_SCALE, currency_decimals, to_scaled
+from polar_sdk.usage import Outcome
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+
+PRICE_BOOK_VARIABLE: Final = "POLAR_PRICE_BOOK"
+EXAMPLE_BOOK: Final = "example_prices.toml"
+EXAMPLE_PLANS: Final = "example_plans.toml"
+_MOST_PROBLEMS: Final = 3
+_ADDED_LATER: Final = ("plans", "customers", "credits")
+
+
+class PriceBook(Checked):
+    """Dated prices in one currency."""
+
+    id: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100)]
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
+    """ISO 4217 code."""
+    decimals: Annotated[int, Field(strict=True, ge=0, le=STORED_SCALE)] | None = None
+    """Decimals a statement line is rounded to; by default those of the currency's minor unit."""
+    free_outcomes: frozenset[Outcome] = frozenset()
+    """Outcomes that are metered but charged at 0, for example `error`."""
+    prices: Annotated[tuple[PriceEntry, ...], Field(min_length=1)]
+    """In order of `effective_from`, whatever the order in the file."""
+
+    plans: dict[Name, Plan] = Field(default_factory=dict)
+    """What customers' contracts add, by name."""
+    customers: tuple[Customer, ...] = ()
+    """Which tenant is on which plan from when; others pay the plain rates."""
+    credits: tuple[Credit, ...] = ()
+    """Prepaid money of tenants."""
+
+    @field_validator("prices")
+    @classmethod
+    def _one_price_at_a_time(cls, entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
+        return timeline(entries)
+
+    @field_validator("customers")
+    @classmethod
+    def _one_plan_at_a_time(cls, customers: tuple[Customer, ...]) -> tuple[Customer, ...]:
+        return tuple(in_order(customers, lambda one: (one.tenant, one.effective_from), "customers"))
+
+    @field_validator("credits")
+    @classmethod
+    def _one_credit_per_id(cls, credits_: tuple[Credit, ...]) -> tuple[Credit, ...]:
+        return tuple(in_order(credits_, lambda one: (one.id,), "credits"))
+
+    @model_validator(mode="after")
+    def _names_what_it_has(self) -> Self:
+        for customer in self.customers:
+            if customer.plan is not None and customer.plan not in self.plans:
+                raise ValueError(f"customer {customer.tenant!r} is on plan {customer.plan!r}, which the book has not")
+        for credit in self.credits:
+            _check_decimals(credit, self.statement_decimals)
+        return self
+
+    @field_serializer("free_outcomes")
+    def _sorted(self, outcomes: frozenset[Outcome]) -> list[str]:
+        return sorted(outcomes)
+
+    @property
+    def statement_decimals(self) -> int:
+        """Decimals of a statement line: those of the book, or of its currency."""
+        return currency_decimals(self.currency) if self.decimals is None else self.decimals
+
+    @cached_property
+    def document(self) -> str:
+        """The content as canonical JSON; what the ledger keeps and the hash covers."""
+        content = self.model_dump(mode="json")
+        for key in _ADDED_LATER:  # absent where empty, so that older books keep their hash
+            if not content[key]:
+                del content[key]
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over the content, hexadecimal; comments and order in the file do not matter."""
+        return hashlib.sha256(self.document.encode()).hexdigest()
+
+    def entry_at(self, moment: datetime, tenant: str | None = None) -> PriceEntry | None:
+        """The entry in force at a time of use, or None before the first and in a gap.
+
+        Args:
+            moment: The time of use.
+            tenant: Whose plan may bring rates of its own; None for the plain rates.
+        """
+        return entry_at(self.entries_at(moment, tenant), moment)
+
+    def entries_at(self, moment: datetime, tenant: str | None) -> tuple[PriceEntry, ...]:
+        """The timeline of rates that a tenant is on at a moment: its plan's, or else the book's."""
+        plan = None if tenant is None else self.plan_at(moment, tenant)
+        return plan.prices if plan is not None and plan.prices else self.prices
+
+    def customer_at(self, moment: datetime, tenant: str) -> Customer | None:
+        """What the book says of a tenant at a moment."""
+        found = [one for one in self._by_tenant.get(tenant, ()) if one.effective_from <= moment]
+        return found[-1] if found else None
+
+    def plan_at(self, moment: datetime, tenant: str) -> Plan | None:
+        """The plan a tenant is on at a moment; None for the plain rates."""
+        customer = self.customer_at(moment, tenant)
+        return None if customer is None or customer.plan is None else self.plans[customer.plan]
+
+    def customers_of(self, tenant: str) -> tuple[Customer, ...]:
+        """Everything the book says of a tenant, by time."""
+        return self._by_tenant.get(tenant, ())
+
+    def changes_of(self, tenant: str) -> list[datetime]:
+        """Every moment at which a tenant's rates, plan or terms can change, in order."""
+        timelines = [self.prices, *(plan.prices for plan in self.plans.values())]
+        moments = {entry.effective_from for entries in timelines for entry in entries}
+        moments |= {entry.effective_until for entries in timelines for entry in entries if entry.effective_until}
+        moments |= {terms.effective_from for plan in self.plans.values() for terms in plan.terms}
+        return sorted(moments | {customer.effective_from for customer in self.customers_of(tenant)})
+
+    @cached_property
+    def _by_tenant(self) -> dict[str, tuple[Customer, ...]]:
+        grouped = groupby(self.customers, key=lambda one: one.tenant)
+        return {tenant: tuple(customers) for tenant, customers in grouped}
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Self:
+        """Read a price book.
+
+        Args:
+            path: A TOML file; None for the file of `POLAR_PRICE_BOOK`, or else the example of the package.
+
+        Raises:
+            PriceBookError: The file is missing or wrong; the message names file, key and value.
+        """
+        named = path or os.environ.get(PRICE_BOOK_VARIABLE)
+        if not named:
+            return cls.example()
+        file = Path(named).expanduser()
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise PriceBookError(
+                f"price book {str(file)!r} cannot be read ({reason}).",
+                hint="Name a TOML file that can be read." if path else f"{PRICE_BOOK_VARIABLE} names it; correct that.",
+            ) from error
+        return cls.from_toml(text, name=str(file))
+
+    @classmethod
+    def example(cls, name: str = EXAMPLE_BOOK) -> Self:
+        """A book shipped with the package, by default the one without plans; prices are examples, not advice."""
+        text = resources.files("polar_billing").joinpath(name).read_text(encoding="utf-8")
+        return cls.from_toml(text, name=name)
+
+    @classmethod
+    def from_toml(cls, text: str, *, name: str = "<text>") -> Self:
+        """Read a price book from TOML text; `name` stands for the file in messages."""
+        try:
+            return cls.model_validate(tomllib.loads(text, parse_float=Decimal))
+        except tomllib.TOMLDecodeError as error:
+            raise PriceBookError(f"price book {name!r} is not valid TOML: {error}.") from error
+        except ValidationError as error:
+            raise PriceBookError(f"price book {name!r}: {_problems(error)}") from error
+
+    @classmethod
+    def from_document(cls, document: str) -> Self:
+        """Read a book back from the canonical JSON that the ledger keeps."""
+        return cls.model_validate_json(document)
+
+
+def _check_decimals(credit: Credit, decimals: int) -> None:
+    try:
+        to_scaled(credit.amount, decimals)
+    except AmountError:
+        raise ValueError(
+            f"credit {credit.id!r} ({credit.amount}) has more than the {decimals} decimals of a statement"
+        ) from None
+
+
+def _problems(error: ValidationError) -> str:
+    """Say on one line which keys are wrong, with what value and why."""
+    found = error.errors(include_url=False)
+    told = "; ".join(_problem(dict(problem)) for problem in found[:_MOST_PROBLEMS])
+    more = len(found) - _MOST_PROBLEMS
+    return f"{told}; and {more} more." if more > 0 else f"{told}."
+
+
+def _problem(problem: dict[str, Any]) -> str:
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+    reason = str(problem["msg"]).removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    value = problem["input"]
+    if isinstance(value, (dict, list, tuple)):
+        return f"{key}: {reason}" if key else reason
+    return f"{key} = {str(value)!r}: {reason}"

@@ -1,0 +1,217 @@
+"""Plans: what a customer's contract adds to the rates of a book, rated over a whole statement period.
+
+A plan has dated terms: a flat fee, a minimum, a discount, items that are priced in bands or packages, and what
+each tier promises. Customers are on a plan from a moment on. Prepaid credits pay statements down.
+
+This module holds and checks terms; `statements.charges` applies them.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from polar_billing.prices.entries import PriceEntry, timeline
+from polar_billing.prices.fields import Amount, Checked, Moment, Name, Percent, Price, Quantity, Share
+from polar_billing.values.money import to_scaled
+from polar_billing.values.periods import load_zone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from datetime import datetime
+    from decimal import Decimal
+
+Thing = TypeVar("Thing")
+Counted = Literal["compute_units", "million_input_tokens", "million_output_tokens", "requests"]
+_DECIMALS: Final = {"compute_units": 12, "million_input_tokens": 6, "million_output_tokens": 6, "requests": 0}
+
+
+class Band(Checked):
+    """One band; it ends at `up_to`, that included."""
+
+    up_to: Quantity | None = None
+    """Unit: that of the item. None for the last band, which has no end."""
+    unit_price: Price
+    """Currency units per unit of the item."""
+
+
+class _PeriodItem(Checked):
+    per: Counted
+    """What is counted. Units: CU, million prompt or sampled tokens, requests."""
+    pool: bool = False
+    """False: each tier is counted by itself and its price multiplied by the tier's multiplier.
+    True: all tiers are counted together, each unit as many times as its tier's multiplier says."""
+
+    @property
+    def decimals(self) -> int:
+        """Counted quantities are integers of 10^-decimals of the unit."""
+        return _DECIMALS[self.per]
+
+    def _check_countable(self, quantity: Decimal, key: str) -> None:
+        try:
+            to_scaled(quantity, self.decimals)
+        except ValueError:
+            raise ValueError(f"{key} ({quantity}) has more than the {self.decimals} decimals of {self.per}") from None
+
+
+class Banded(_PeriodItem):
+    """Graduated bands (each part at its band's price) or volume bands (all of it at the last band's)."""
+
+    model: Literal["graduated", "volume"]
+    bands: Annotated[tuple[Band, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _rise_to_an_open_end(self) -> Self:
+        if self.bands[-1].up_to is not None:
+            raise ValueError("the last band has an end; leave out its up_to")
+        bounds = [band.up_to for band in self.bands[:-1]]
+        for bound in bounds:
+            if bound is None:
+                raise ValueError("a band before the last has no up_to")
+            self._check_countable(bound, "up_to")
+        for one, following in pairwise(bounds):
+            if one is not None and following is not None and one >= following:
+                raise ValueError(f"bands must rise: up_to {following} follows {one}")
+        return self
+
+
+class Package(_PeriodItem):
+    """Blocks of `size`, each started one charged whole."""
+
+    model: Literal["package"]
+    size: Quantity
+    price: Amount
+    """Currency units per block."""
+
+    @model_validator(mode="after")
+    def _can_be_counted(self) -> Self:
+        self._check_countable(self.size, "size")
+        return self
+
+
+PeriodPrice = Annotated[Banded | Package, Field(discriminator="model")]
+
+
+class Promise(Checked):
+    """What a tier promises per statement period, and what is given back where that was missed."""
+
+    latency_ms_p95_max: Annotated[int, Field(strict=True, gt=0)] | None = None
+    """95th percentile (nearest rank) of completed requests: queue, prefill and decode. Unit: milliseconds."""
+    agreement_min: Share | None = None
+    """Share of compared answers that are as at full depth."""
+    credit_percent: Percent
+    """Of the tier's discounted charges; given once, whether one or both were missed."""
+
+    @model_validator(mode="after")
+    def _promises_something(self) -> Self:
+        if self.latency_ms_p95_max is None and self.agreement_min is None:
+            raise ValueError("promises nothing; give latency_ms_p95_max or agreement_min")
+        return self
+
+
+class Terms(Checked):
+    """The terms of a plan from one moment on, per statement period."""
+
+    effective_from: Moment
+    flat_fee: Amount | None = None
+    """Currency units per period; for a part of a period that part of it."""
+    minimum: Amount | None = None
+    """What usage is topped up to, after the discount; for a part of a period that part of it."""
+    discount_percent: Percent | None = None
+    """Off every usage charge; not off the fee or the minimum."""
+    items: tuple[PeriodPrice, ...] = ()
+    """Items priced over the period; they replace the book's rate for that item on statements."""
+    promises: dict[str, Promise] = Field(default_factory=dict)
+    """By tier."""
+
+    @model_validator(mode="after")
+    def _one_price_per_item(self) -> Self:
+        counted = [item.per for item in self.items]
+        twice = sorted({per for per in counted if counted.count(per) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]} is priced twice; keep one of the items")
+        return self
+
+
+class Plan(Checked):
+    """A plan: rates of its own, where it has any, and terms."""
+
+    prices: tuple[PriceEntry, ...] = ()
+    """Rates of a request that replace the book's for tenants on this plan; empty for the book's."""
+    terms: tuple[Terms, ...] = ()
+    """In order of `effective_from`; before the first the plan adds nothing."""
+
+    @field_validator("prices")
+    @classmethod
+    def _one_price_at_a_time(cls, entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
+        return timeline(entries)
+
+    @field_validator("terms")
+    @classmethod
+    def _one_set_of_terms_at_a_time(cls, terms: tuple[Terms, ...]) -> tuple[Terms, ...]:
+        return tuple(in_order(terms, lambda one: (one.effective_from,), "terms"))
+
+    def terms_at(self, moment: datetime) -> Terms | None:
+        """The terms in force at a moment."""
+        found = [one for one in self.terms if one.effective_from <= moment]
+        return found[-1] if found else None
+
+
+class Customer(Checked):
+    """Which plan a tenant is on from one moment on."""
+
+    tenant: Name
+    plan: Name | None = None
+    """None for the book's plain rates."""
+    effective_from: Moment
+    zone: str = "UTC"
+    """IANA time zone of the tenant's statement periods."""
+
+    @field_validator("zone")
+    @classmethod
+    def _is_a_zone(cls, name: str) -> str:
+        load_zone(name)  # a PeriodError is a ValueError
+        return name
+
+
+class Credit(Checked):
+    """Prepaid money of a tenant; it pays what statements come to until it is used up or has expired."""
+
+    id: Name
+    """Unique within the book."""
+    tenant: Name
+    amount: Amount
+    effective_from: Moment
+    """It pays statements whose period ends later than this."""
+    expires_at: Moment | None = None
+    """It pays no statement whose period begins at this moment or later."""
+    priority: Annotated[int, Field(strict=True, ge=0, le=1_000)] = 100
+    """Lower is used first; then what expires first."""
+
+    @model_validator(mode="after")
+    def _lasts(self) -> Self:
+        if self.expires_at is not None and self.expires_at <= self.effective_from:
+            raise ValueError(f"expires_at ({self.expires_at}) is not after {self.effective_from}")
+        return self
+
+    @property
+    def order(self) -> tuple[int, bool, str, str, str]:
+        """Sort key: what is used first."""
+        expires = "" if self.expires_at is None else self.expires_at.isoformat()
+        return (self.priority, self.expires_at is None, expires, self.effective_from.isoformat(), self.id)
+
+
+def in_order(things: Iterable[Thing], key: Callable[[Thing], tuple[object, ...]], what: str) -> list[Thing]:
+    """Sort the entries of a list in a book, and refuse two with one key.
+
+    Raises:
+        ValueError: There are two; `what` names the list.
+    """
+    ordered = sorted(things, key=key)
+    for one, following in pairwise(ordered):
+        if key(one) == key(following):
+            told = " from ".join(str(part) for part in key(one))
+            raise ValueError(f"two {what} are {told}; keep one")
+    return ordered

@@ -1,0 +1,96 @@
+"""`quote`: the most a request can cost, before it runs. Pure: no clock, no store.
+
+    from polar_billing.prices.quote import quote
+
+    most = quote(book, tenant, tier, flops_bound, tokens_input, tokens_output, at)
+    most.amount      Decimal with 12 decimals, or None where the use would be unrated
+    most.unrated     why, or None
+    most.currency
+
+The bound is exact: prices are not negative, so a request costs most when it executes every FLOP and samples
+every token it may, and rounding half to even keeps that order. A request that keeps to the bounds is rated (see
+`rating.rate`) at `amount` or less, and at `amount` where it uses them up. It bounds what the receipt says; fees,
+bands, minimums and credits of a plan belong to a statement period, not to a request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from polar_billing.errors import AmountError
+from polar_billing.prices.rating import ChargeLine, Counts, Rating, charge_lines, rate_of
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from decimal import Decimal
+
+    from polar_billing.prices.book import PriceBook
+
+
+@dataclass(frozen=True)
+class Quote:
+    """The most a request can cost under a price book, or why that cannot be said."""
+
+    currency: str
+    amount: Decimal | None
+    """12 decimals; None where the use would be unrated. Unit: currency units."""
+    lines: tuple[ChargeLine, ...] = ()
+    unrated: str | None = None
+
+
+def quote(
+    book: PriceBook,
+    tenant: str,
+    tier: str | None,
+    flops_bound: int,
+    tokens_input: int,
+    tokens_output: int,
+    at: datetime,
+    *,
+    until: datetime | None = None,
+) -> Quote:
+    """Bound what a request can cost before it runs.
+
+    Args:
+        book: The prices.
+        tenant: Who asks; its plan may bring rates of its own.
+        tier: The tier asked for, None for a program named by hand.
+        flops_bound: Most FLOPs it can execute: most tokens through the dearest allowed program, the router
+            included.
+        tokens_input: Prompt tokens.
+        tokens_output: Most tokens it may sample.
+        at: When the request will be served. Aware.
+        until: Where it may be served as late as this: the dearest rates in force from `at` to then, both
+            included. One moment without a price in between makes it unrated.
+
+    Returns:
+        The bound; `amount` is None where the book has no price for such a use.
+
+    Raises:
+        AmountError: A bound is negative.
+    """
+    for name, count in (("flops_bound", flops_bound), ("tokens_input", tokens_input), ("tokens_output", tokens_output)):
+        if count < 0:
+            raise AmountError(f"{name} ({count}) is negative.", hint="Give the most the request can use.")
+    counts = Counts(1, flops_bound, tokens_input, tokens_output)
+    ratings = [_rate(book, tenant, tier, counts, moment) for moment in _moments(book, tenant, at, until)]
+    for rating in ratings:
+        if rating.unrated is not None:
+            return Quote(book.currency, None, unrated=rating.unrated)
+    dearest = max(ratings, key=lambda rating: sum(line.exact for line in rating.lines))
+    return Quote(book.currency, dearest.cost, dearest.lines)
+
+
+def _rate(book: PriceBook, tenant: str, tier: str | None, counts: Counts, moment: datetime) -> Rating:
+    found = rate_of(book, tenant, tier, moment)
+    if isinstance(found, str):
+        return Rating(book.currency, unrated=found)
+    return Rating(book.currency, charge_lines(counts, found.entry, found.multiplier))
+
+
+def _moments(book: PriceBook, tenant: str, at: datetime, until: datetime | None) -> list[datetime]:
+    """`at`, and every moment up to `until` at which the tenant's rates change."""
+    if until is None:
+        return [at]
+    return [at, *(moment for moment in book.changes_of(tenant) if at < moment <= until)]

@@ -1,0 +1,259 @@
+"""Rating: usage record × price book → charge lines. Pure: no clock, no store, no rounding.
+
+Also the two counterfactuals that reports show: the same request at full depth under the same prices, and the
+same tokens under conventional per-token prices. Amounts are exact integers of 10^-30 of the currency (see
+`money`); whoever prints or stores them rounds once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Final
+
+from polar_billing.values.money import (
+    EXACT_SCALE,
+    STORED_SCALE,
+    RoundedLines,
+    from_scaled,
+    round_half_even,
+    round_lines,
+    to_scaled,
+)
+from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.prices.entries import PriceEntry
+    from polar_sdk.usage import UsageRecord
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that can be charged for."""
+
+    name: str
+    unit: str
+    """Unit of the price and of the quantity on paper."""
+    decimals: int
+    """Counted quantities are integers of 10^-decimals of `unit`: FLOPs of a CU, tokens of a million."""
+
+    def quantity(self, count: int) -> Decimal:
+        """A counted quantity in `unit`, exactly."""
+        return from_scaled(count, self.decimals)
+
+
+COMPUTE: Final = Item("compute", "CU", 12)
+INPUT_TOKENS: Final = Item("input tokens", "million tokens", 6)
+OUTPUT_TOKENS: Final = Item("output tokens", "million tokens", 6)
+REQUESTS: Final = Item("requests", "request", 0)
+
+assert 10**COMPUTE.decimals == FLOPS_PER_COMPUTE_UNIT
+ITEMS: Final = {
+    "compute_units": COMPUTE,
+    "million_input_tokens": INPUT_TOKENS,
+    "million_output_tokens": OUTPUT_TOKENS,
+    "requests": REQUESTS,
+}
+"""By the key that period prices name them with; in the order of `PriceEntry.components`."""
+UNIT_PRICE_SCALE: Final = STORED_SCALE + 6
+"""Decimals of price × multiplier."""
+
+
+@dataclass(frozen=True)
+class ChargeLine:
+    """One charged quantity: `quantity × unit_price = amount`, exactly."""
+
+    item: Item
+    count: int
+    """Quantity in counted units: FLOPs, tokens or requests."""
+    unit_price: Decimal
+    """Currency units per `item.unit`, the tier's multiplier included."""
+
+    @property
+    def exact(self) -> int:
+        """The amount in units of 10^-30 of the currency."""
+        return self.count * _exact_per_count(self.unit_price, self.item.decimals)
+
+    @property
+    def quantity(self) -> Decimal:
+        """The quantity in `item.unit`."""
+        return self.item.quantity(self.count)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What one usage record costs under one price book, or why that cannot be said."""
+
+    currency: str
+    lines: tuple[ChargeLine, ...] = ()
+    full_depth_lines: tuple[ChargeLine, ...] = ()
+    """The same request had it run the identity program, under the same prices."""
+    per_token_lines: tuple[ChargeLine, ...] | None = None
+    """The same tokens under the entry's `token_reference`; None where it has none."""
+    unrated: str | None = None
+    """Why there is no price; then there are no lines, and the cost is unknown rather than 0."""
+
+    @cached_property
+    def rounded(self) -> RoundedLines:
+        """The lines rounded to the 12 decimals of a receipt, their residue and their total."""
+        return round_lines([line.exact for line in self.lines], STORED_SCALE)
+
+    @property
+    def cost(self) -> Decimal | None:
+        """The cost with 12 decimals, None where unrated. Unit: currency units."""
+        return None if self.unrated is not None else self.rounded.total
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counted quantities of a request, or of many requests at one price."""
+
+    requests: int = 0
+    flops: int = 0
+    tokens_input: int = 0
+    """Prompt tokens, cached ones included."""
+    tokens_output: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.requests + other.requests,
+            self.flops + other.flops,
+            self.tokens_input + other.tokens_input,
+            self.tokens_output + other.tokens_output,
+        )
+
+    @property
+    def by_item(self) -> dict[str, int]:
+        """What is counted, by the key that prices name it with."""
+        return {
+            "compute_units": self.flops,
+            "million_input_tokens": self.tokens_input,
+            "million_output_tokens": self.tokens_output,
+            "requests": self.requests,
+        }
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one use is charged by: an entry, and the multiplier of its tier."""
+
+    entry: PriceEntry
+    multiplier: Decimal
+
+
+def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) -> Rating:
+    """Price one usage record by the entry in force for its tenant when it was served.
+
+    Args:
+        record: The facts.
+        book: The prices.
+        counterfactuals: False to leave them out, where a request waits for its receipt.
+
+    Returns:
+        Charge lines, or a reason why the use is unrated: no price at that time, or none for that tier.
+    """
+    found = rate_of(book, record.tenant, record.tier, record.started_at)
+    if isinstance(found, str):
+        return Rating(book.currency, unrated=found)
+    counts = Counts(1, record.flops.total, record.tokens.input, record.tokens.output)
+    entry = found.entry
+    if record.outcome in book.free_outcomes:
+        free = free_lines(counts, entry, str(record.outcome))
+        return Rating(book.currency, lines=free, per_token_lines=_per_token(counts, entry, Decimal(0)))
+    lines = charge_lines(counts, entry, found.multiplier)
+    if not counterfactuals:
+        return Rating(book.currency, lines)
+    return Rating(
+        currency=book.currency,
+        lines=lines,
+        full_depth_lines=charge_lines(replace(counts, flops=record.identity_flops), entry, found.multiplier),
+        per_token_lines=_per_token(counts, entry, Decimal(1)),
+    )
+
+
+def cost_of(record: UsageRecord, book: PriceBook) -> tuple[Decimal | None, str | None]:
+    """`rate(record, book).cost` and `.unrated` without the lines, which storing a record does not need."""
+    found = rate_of(book, record.tenant, record.tier, record.started_at)
+    if isinstance(found, str):
+        return None, found
+    exact = 0
+    if record.outcome not in book.free_outcomes:
+        compute, tokens_input, tokens_output, request = _per_count(found.entry.rates, found.multiplier)
+        tokens = record.tokens
+        exact = record.flops.total * compute + tokens.input * tokens_input + tokens.output * tokens_output + request
+    return from_scaled(round_half_even(exact, EXACT_SCALE, STORED_SCALE), STORED_SCALE), None
+
+
+@lru_cache(maxsize=1024)
+def _per_count(prices: tuple[Decimal | None, ...], multiplier: Decimal) -> tuple[int, ...]:
+    """What one counted unit of each of `ITEMS` costs, in units of 10^-30."""
+    priced = {place: _exact_per_count(price, item.decimals) for place, item, price in _priced(prices, multiplier)}
+    return tuple(priced.get(place, 0) for place in range(len(ITEMS)))
+
+
+def rate_of(book: PriceBook, tenant: str, tier: str | None, moment: datetime) -> Rate | str:
+    """What a use is charged by, or why it is unrated."""
+    entry = book.entry_at(moment, tenant)
+    if entry is None:
+        return f"price book {book.id!r} has no price at {moment.isoformat(timespec='seconds')}"
+    return rate_in(entry, tier, book)
+
+
+def rate_in(entry: PriceEntry, tier: str | None, book: PriceBook) -> Rate | str:
+    """What a tier is charged by under an entry, or why it is unrated."""
+    multiplier = entry.multiplier(tier)
+    if multiplier is None:
+        what = "a program named by hand" if tier is None else f"tier {tier!r}"
+        since = entry.effective_from.date().isoformat()
+        return f"price book {book.id!r} of {since} has no price for {what}"
+    return Rate(entry, multiplier)
+
+
+def charge_lines(counts: Counts, entry: PriceEntry, multiplier: Decimal) -> tuple[ChargeLine, ...]:
+    """One line for each item that the entry has a price for."""
+    quantities = tuple(counts.by_item.values())
+    priced = _priced(entry.rates, multiplier)
+    return tuple(ChargeLine(item, quantities[place], unit_price) for place, item, unit_price in priced)
+
+
+@lru_cache(maxsize=1024)  # a book has few prices, a report many requests
+def _priced(prices: tuple[Decimal | None, ...], multiplier: Decimal) -> tuple[tuple[int, Item, Decimal], ...]:
+    """Place among `ITEMS`, item and unit price of everything that has a price."""
+    pairs = enumerate(zip(ITEMS.values(), prices, strict=True))
+    return tuple((place, item, multiply(price, multiplier)) for place, (item, price) in pairs if price is not None)
+
+
+def free_lines(counts: Counts, entry: PriceEntry, outcome: str) -> tuple[ChargeLine, ...]:
+    """Lines that keep the quantities and charge nothing."""
+    return tuple(
+        replace(line, item=replace(line.item, name=f"{line.item.name} ({outcome}, free)"))
+        for line in charge_lines(counts, entry, Decimal(0))
+    )
+
+
+def _per_token(counts: Counts, entry: PriceEntry, multiplier: Decimal) -> tuple[ChargeLine, ...] | None:
+    reference = entry.token_reference
+    if reference is None:
+        return None
+    priced = (
+        (INPUT_TOKENS, counts.tokens_input, reference.per_million_input_tokens),
+        (OUTPUT_TOKENS, counts.tokens_output, reference.per_million_output_tokens),
+    )
+    return tuple(ChargeLine(item, count, multiply(price, multiplier)) for item, count, price in priced)
+
+
+@lru_cache(maxsize=1024)
+def multiply(price: Decimal, multiplier: Decimal) -> Decimal:
+    """Price × multiplier, exact whatever the decimal context of the thread."""
+    scaled = to_scaled(price, STORED_SCALE) * to_scaled(multiplier, 6)
+    return from_scaled(scaled, UNIT_PRICE_SCALE)
+
+
+@lru_cache(maxsize=1024)
+def _exact_per_count(unit_price: Decimal, decimals: int) -> int:
+    """What one counted unit costs, in units of 10^-30."""
+    return to_scaled(unit_price, UNIT_PRICE_SCALE) * int(10 ** (EXACT_SCALE - UNIT_PRICE_SCALE - decimals))

@@ -1,0 +1,1 @@
+"""Proves a ledger and a receipt from the database alone."""

@@ -1,0 +1,283 @@
+"""Verify a ledger from its own database: walk every chain, and compute again what can be computed again.
+
+What it finds: any stored value changed, any row deleted, inserted or put in another's place, in every chained table
+and in the chain itself; entries that do not sum to zero; rollups that are not the sums of their usage. It names the
+first bad number of each tenant's chain.
+
+What it cannot find by itself: a ledger that somebody rewrote as a whole, all hashes and heads computed anew, or took
+back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
+`check_head` and `polar_billing.proof.receipts` do.
+
+Knows no prices; who derives more from the ledger adds a check with `register_check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import String, and_, cast, exists, func, select
+
+from polar_billing.ledger.chain import CHAINED, FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
+from polar_billing.ledger.retention import pruned_totals
+from polar_billing.ledger.rollups import merge, raw_usage, stored_rollups, sum_up
+from polar_billing.ledger.schema import (
+    entry_table,
+    head_table,
+    link_table,
+    price_book_table,
+    pruned_table,
+    receipt_table,
+    rollup_table,
+    usage_table,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Connection, Select
+
+    from polar_billing.ledger.chain import Chained
+
+
+_LINKS_AT_ONCE: Final = 500
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it was written."""
+
+    tenant: str
+    """Empty for what belongs to no tenant."""
+    number: int | None
+    """In the tenant's chain; None for what has no place there."""
+    what: str
+
+    def __str__(self) -> str:
+        where = f"tenant {self.tenant!r}" if self.tenant else "price books and other rows of no tenant"
+        return f"{where}{'' if self.number is None else f', number {self.number}'}: {self.what}"
+
+
+@dataclass
+class Verification:
+    """What a walk over a ledger found."""
+
+    links: int = 0
+    """Links walked."""
+    heads: dict[str, Head] = field(default_factory=dict)
+    """The end of each chain, as stored; worth keeping elsewhere."""
+    findings: list[Finding] = field(default_factory=list)
+    """The first of each chain, and all that was found outside the chains."""
+
+    @property
+    def sound(self) -> bool:
+        """True if nothing was found."""
+        return not self.findings
+
+
+Check = Callable[["Connection"], Iterator[Finding]]
+_CHECKS: Final[list[Check]] = []
+
+
+def register_check(check: Check) -> None:
+    """Add a check of something derived that can be computed again; it runs after the chains were walked."""
+    _CHECKS.append(check)
+
+
+def verify_ledger(connection: Connection, tenant: str | None = None) -> Verification:
+    """Walk the chains.
+
+    Args:
+        connection: A transaction that sees one state of the ledger.
+        tenant: Only this tenant's chain; None for the whole ledger, unlinked rows and sums included.
+    """
+    import polar_billing.statements.verification  # noqa: F401  (registers its check, and imports this module)
+
+    made = Verification()
+    heads = {row.tenant: Head(row.number, bytes(row.hash)) for row in connection.execute(select(head_table))}
+    tenants = set(heads) | set(connection.execute(select(link_table.c.tenant).distinct()).scalars())
+    for name in sorted(tenants) if tenant is None else [tenant]:
+        found = _walk(connection, name, heads.get(name, Head()), made)
+        made.findings += [] if found is None else [found]
+        made.heads[name] = heads.get(name, Head())
+    for check in (*_OWN_CHECKS, *_CHECKS) if tenant is None else ():
+        made.findings += check(connection)
+    return made
+
+
+def check_head(connection: Connection, tenant: str, kept: Head) -> Finding | None:
+    """Compare a head that was kept elsewhere with the chain: finds a ledger rewritten or taken back since."""
+    where = and_(link_table.c.tenant == tenant, link_table.c.number == kept.number)
+    found = connection.execute(select(link_table.c.hash).where(where)).scalar()
+    if found is None:
+        return Finding(tenant, kept.number, "is missing, though a head kept elsewhere knows it.")
+    if bytes(found) != kept.hash:
+        return Finding(tenant, kept.number, "has another hash than the head kept elsewhere.")
+    return None
+
+
+def wrong_link_after(connection: Connection, start: Link) -> Finding | None:
+    """The first bad link of a chain after one that is good; its rows are not looked at."""
+    last = Head(start.number, start.hash)
+    for links in _pages(connection, start.tenant, after=start.number):
+        for link in links:
+            if (what := _wrong_link(link, last)) is not None:
+                return Finding(start.tenant, last.number + 1, what)
+            last = Head(link.number, link.hash)
+    stored = connection.execute(select(head_table).where(head_table.c.tenant == start.tenant)).one_or_none()
+    if stored is None or Head(stored.number, bytes(stored.hash)) != last:
+        return Finding(start.tenant, last.number, "is the last link, but the head says otherwise.")
+    return None
+
+
+def _walk(connection: Connection, tenant: str, head: Head, made: Verification) -> Finding | None:
+    """Walk one chain up to its first bad number."""
+    last = Head()
+    for links in _pages(connection, tenant):
+        rows = _rows_of(connection, links)
+        for link in links:
+            what = _wrong_link(link, last) or _wrong_row(connection, link, rows)
+            if what is not None:
+                return Finding(tenant, min(link.number, last.number + 1), what)
+            last = Head(link.number, link.hash)
+            made.links += 1
+    if last.number < head.number:
+        return Finding(tenant, last.number + 1, f"is missing; the head says the chain ends with number {head.number}.")
+    if last != head:
+        return Finding(
+            tenant, last.number, f"is the last link, but the head says number {head.number} or another hash."
+        )
+    return None
+
+
+def _pages(connection: Connection, tenant: str, after: int | None = None) -> Iterator[list[Link]]:
+    query = select(link_table).where(link_table.c.tenant == tenant).order_by(link_table.c.number).limit(_LINKS_AT_ONCE)
+    last = after
+    while True:
+        page = query if last is None else query.where(link_table.c.number > last)
+        links = [Link(*row[:4], *map(bytes, row[4:])) for row in connection.execute(page)]
+        if not links:
+            return
+        yield links
+        last = links[-1].number
+
+
+def _wrong_link(link: Link, last: Head) -> str | None:
+    if link.number != last.number + 1:
+        return f"is missing or out of order; number {link.number} follows number {last.number}."
+    if link.previous != (last.hash if last.number else FIRST_PREVIOUS):
+        return "does not follow from the link before it."
+    if hash_of(link.tenant, link.number, link.subject, link.key, link.digest, link.previous) != link.hash:
+        return "was changed; its hash is not that of its content."
+    return None
+
+
+Rows = dict[tuple[str, str], list[tuple[str, tuple[Any, ...]]]]
+
+
+def _rows_of(connection: Connection, links: Sequence[Link]) -> Rows:
+    """The rows that links stand for, by subject and key."""
+    found: Rows = {}
+    for subject, chained in CHAINED.items():
+        keys = [key for link in links if link.subject == subject and (key := chained.key_of(link.key)) is not None]
+        for key, rows in raw_rows(connection, chained, keys).items():
+            found[subject, key] = rows
+    return found
+
+
+def _wrong_row(connection: Connection, link: Link, rows: Rows) -> str | None:
+    if link.subject not in CHAINED:
+        return f"is of a kind that this polar-llm does not know, {link.subject!r}."
+    found = rows.get((link.subject, link.key))
+    name = f"row {link.key} of polar_{link.subject}"
+    if found is None:
+        return None if _was_pruned(connection, link) else f"{name} is missing."
+    if digest_of(link.subject, found) != link.digest:
+        return f"{name}, or a row that belongs to it, was changed, added or removed."
+    if CHAINED[link.subject].tenant_of(found[0][1]) != link.tenant:
+        return f"{name} is of another tenant."
+    return None
+
+
+def _was_pruned(connection: Connection, link: Link) -> bool:
+    if link.subject != "usage" or (key := CHAINED["usage"].key_of(link.key)) is None:
+        return False
+    pruned = pruned_table.c
+    query = select(pruned.seq).where(pruned.seq == key, pruned.tenant == link.tenant)
+    return connection.execute(query).first() is not None
+
+
+def _unlinked(connection: Connection) -> Iterator[Finding]:
+    """Rows of chained tables that no link stands for, and parts that belong to no row."""
+    for subject, chained in CHAINED.items():
+        key = chained.table.c[chained.key]
+        linked = exists().where(link_table.c.subject == subject, link_table.c.key == cast(key, String))
+        for row in connection.execute(_plain_keys(chained, key).where(~linked).order_by(key).limit(1)):
+            number = _place(connection, row.tenant, subject, row.key)
+            yield Finding(
+                row.tenant, number, f"row {row.key} of {chained.table.name} was added; no link stands for it."
+            )
+        for part, column in chained.parts.items():
+            orphan = select(part.c[column]).where(~exists().where(key == part.c[column])).limit(1)
+            for named in connection.execute(orphan).scalars():
+                yield Finding(
+                    "", None, f"a row of {part.name} belongs to row {named} of {chained.table.name}, which is missing."
+                )
+
+
+def _plain_keys(chained: Chained, key: Any) -> Select[Any]:
+    tenant = chained.table.c.tenant if "tenant" in chained.table.c else cast("", String)
+    return select(key.label("key"), tenant.label("tenant"))
+
+
+def _place(connection: Connection, tenant: str, subject: str, key: object) -> int | None:
+    """The number before which a row belongs that has none: that of the next row of its table."""
+    if not isinstance(key, int):
+        return None
+    link, chained = link_table.c, CHAINED[subject]
+    query = select(link.number, link.key).where(link.tenant == tenant, link.subject == subject).order_by(link.number)
+    with connection.execute(query, execution_options={"yield_per": _LINKS_AT_ONCE}) as links:
+        for number, text in links:
+            other = chained.key_of(text)  # not left to the database, which fails where a key is no number any more
+            if isinstance(other, int) and other > key:
+                return int(number)
+    return int(connection.execute(select(func.max(link.number)).where(link.tenant == tenant)).scalar() or 0) + 1
+
+
+def _without_book(connection: Connection) -> Iterator[Finding]:
+    """Receipts by a price book that the ledger does not hold."""
+    receipt = receipt_table.c
+    held = exists().where(price_book_table.c.hash == receipt.price_book_hash)
+    for digest in connection.execute(select(receipt.price_book_hash).where(~held).limit(1)).scalars():
+        yield Finding("", None, f"receipts name price book {digest}, which is missing.")
+
+
+def _unbalanced(connection: Connection) -> Iterator[Finding]:
+    """Transactions whose entries do not sum to zero."""
+    entry = entry_table.c
+    sums = (func.sum(entry.whole).label("whole"), func.sum(entry.rest).label("rest"))
+    query = select(entry.transaction_id, func.min(entry.tenant).label("tenant"), entry.currency, *sums)
+    for row in connection.execute(query.group_by(entry.transaction_id, entry.currency)):
+        if int(row.whole) * 10**12 + int(row.rest):
+            yield Finding(row.tenant, None, f"transaction {row.transaction_id} does not sum to zero in {row.currency}.")
+
+
+def _wrong_rollups(connection: Connection) -> Iterator[Finding]:
+    """Sums by hour that are not those of the usage they stand for."""
+    tenants = set(connection.execute(select(usage_table.c.tenant).distinct()).scalars())
+    tenants |= set(connection.execute(select(rollup_table.c.tenant).distinct()).scalars())
+    for tenant in sorted(tenants):
+        stored = stored_rollups(connection, rollup_table.c.tenant == tenant)
+        try:
+            usage = sum_up(raw_usage(connection, usage_table.c.tenant == tenant))
+            computed = merge(usage, *pruned_totals(connection, tenant))
+        except (ValueError, TypeError):  # a value that is no number any more
+            yield Finding(tenant, None, "its usage cannot be added up.")
+            continue
+        wrong = sorted(key for key in stored.keys() | computed.keys() if stored.get(key) != computed.get(key))
+        if wrong:
+            yield Finding(tenant, None, f"the rollup of hour {wrong[0][1]} since 1970 is not the sum of its usage.")
+
+
+_OWN_CHECKS: Final[tuple[Check, ...]] = (_unlinked, _without_book, _unbalanced, _wrong_rollups)

@@ -1,0 +1,1 @@
+"""What people and other programs read: usage, reports, statements, price books, budgets."""

@@ -1,0 +1,265 @@
+"""The tiered pricing report: what each tenant used and owes per tier, and what it would have been otherwise.
+
+A tenant's section is a statement: lines of quantity × unit price, each rounded once, and one rounding line,
+which sum to the tenant's total to the last unit; the total of the report is the sum of the tenants'. This
+module makes the figures; `render_terminal`, `render_csv` and `render_html` only set them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime
+from decimal import Decimal
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from polar_billing.ledger.contract import ALL_TENANTS, AllTenants, LedgerStorage, Selection
+from polar_billing.reports.figures import Figures, OtherCharge, charges_under, figures_of, issued_within, summed
+from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
+from polar_billing.statements.statement import Statement
+from polar_billing.values.money import exact_sum, round_lines
+from polar_billing.values.tiers import tier_order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from polar_billing.prices.book import PriceBook
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ReportLine(_Part):
+    """One line of a tenant's statement."""
+
+    tier: str | None
+    item: str
+    quantity: Decimal
+    unit: str
+    unit_price: Decimal
+    """The tier's multiplier included."""
+    amount: Decimal
+    """`quantity × unit_price`, rounded once."""
+
+
+class DepthPanel(_Part):
+    """Where one tier of one model spent its visits. Unit: visits per layer, index = layer."""
+
+    model: str
+    tier: str | None
+    visits_prefill: tuple[int, ...]
+    visits_decode: tuple[int, ...]
+
+    @property
+    def visits(self) -> tuple[int, ...]:
+        """Prefill and decode together."""
+        return tuple(a + b for a, b in zip(self.visits_prefill, self.visits_decode, strict=True))
+
+
+class TierReport(_Part):
+    """One tier of one tenant."""
+
+    tier: str | None
+    """None for programs named by hand."""
+    figures: Figures
+    depth: tuple[DepthPanel, ...]
+
+
+class TenantReport(_Part):
+    """One tenant: `sum(line.amount) + rounding == total`."""
+
+    tenant: str
+    tiers: tuple[TierReport, ...]
+    lines: tuple[ReportLine, ...]
+    rounding: Decimal
+    total: Decimal
+    figures: Figures
+    others: tuple[OtherCharge, ...] = ()
+    """The same usage under the price books it was to be compared with."""
+    statements: tuple[Statement, ...] = ()
+    """Issued over the period or parts of it; with what plans add, so they may differ from the lines above."""
+
+
+class PriceBookUsed(_Part):
+    """A book that rated something in the report."""
+
+    id: str
+    content_hash: str
+
+
+class Report(_Part):
+    """The usage and the charges of one period."""
+
+    format: str = "polar-report-1"
+    generated_at: datetime
+    ledger: str
+    period: str
+    since: datetime | None
+    until: datetime | None
+    """Not part of the period."""
+    zone: str
+    tenant: str | None
+    """The one tenant it is about; None for the operator's view over all."""
+    rerated: bool
+    """True where a price book was named instead of those of the receipts."""
+    price_books: tuple[PriceBookUsed, ...]
+    currency: str | None
+    """None where nothing was rated."""
+    decimals: int
+    tenants: tuple[TenantReport, ...]
+    tiers: tuple[TierReport, ...]
+    """Every tenant together, by tier; the rounding lines are in no tier."""
+    rounding: Decimal
+    total: Decimal
+    figures: Figures
+    others: tuple[OtherCharge, ...] = ()
+    """Every tenant's usage together under the price books it was to be compared with."""
+
+    @property
+    def is_empty(self) -> bool:
+        """True where no request falls into the period."""
+        return self.figures.requests == 0
+
+
+def build_report(
+    ledger: LedgerStorage,
+    selection: Selection | None = None,
+    *,
+    prices: PriceBook | None = None,
+    currency: str | None = None,
+    compare: Sequence[PriceBook] = (),
+    now: datetime | None = None,
+) -> Report:
+    """Make the report of a period.
+
+    Args:
+        ledger: Where the usage is.
+        selection: Which usage; the operator's view over all tenants and all time by default.
+        prices: Rate by this book instead of the one each receipt was made by.
+        currency: Leave out what is rated in another currency.
+        compare: Books to rate the same usage by as well.
+        now: When the report says it was made; the clock's time by default.
+
+    Raises:
+        CurrencyMixError: The usage is rated in several currencies and none was chosen.
+        StoreError: The ledger cannot be read.
+    """
+    selection = Selection(ALL_TENANTS) if selection is None else selection
+    rater = Rater(ledger.price_books(), instead=prices, currency=currency)
+    groups = accumulate(ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier))
+    ordered = sorted(groups, key=lambda key: (key[0], tier_order(key[1])))
+    tenants = tuple(
+        _tenant(tenant, {tier: groups[tenant, tier] for _, tier in keys}, rater.decimals)
+        for tenant, keys in groupby(ordered, key=lambda key: key[0])
+    )
+    others = charges_under(ledger, selection, compare)
+    # A report on one tier, or by another book, is not about what was owed.
+    issued = (
+        {} if prices or selection.tier else issued_within(ledger, [one.tenant for one in tenants], selection.period)
+    )
+    tenants = tuple(
+        tenant.model_copy(update={"others": others.get(tenant.tenant, ()), "statements": issued.get(tenant.tenant, ())})
+        for tenant in tenants
+    )
+    total = exact_sum((tenant.total for tenant in tenants), rater.decimals)
+    period = selection.period
+    return Report(
+        generated_at=now or datetime.now(UTC),
+        ledger=ledger.location,
+        period=period.label,
+        since=period.since,
+        until=period.until,
+        zone=period.zone,
+        tenant=None if isinstance(selection.tenant, AllTenants) else selection.tenant,
+        rerated=prices is not None,
+        price_books=tuple(
+            PriceBookUsed(id=book.id, content_hash=digest) for digest, book in sorted(rater.used.items())
+        ),
+        currency=rater.currency,
+        decimals=rater.decimals,
+        tenants=tenants,
+        tiers=_over_tenants(tenants, groups, rater.decimals),
+        rounding=exact_sum((tenant.rounding for tenant in tenants), rater.decimals),
+        total=total,
+        figures=figures_of(groups.values(), rater.decimals, total),
+        others=summed(others.values()),
+    )
+
+
+def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) -> TenantReport:
+    lines = [(tier, line) for tier, totals in tiers.items() for line in totals.lines]
+    rounded = round_lines([line.exact for _, line in lines], decimals)
+    printed = tuple(
+        ReportLine(
+            tier=tier,
+            item=line.item.name,
+            quantity=line.quantity,
+            unit=line.item.unit,
+            unit_price=line.unit_price,
+            amount=amount,
+        )
+        for (tier, line), amount in zip(lines, rounded.amounts, strict=True)
+    )
+    charges = _charges(printed, decimals)
+    return TenantReport(
+        tenant=tenant,
+        tiers=tuple(
+            TierReport(
+                tier=tier,
+                figures=figures_of([totals], decimals, charges.get(tier)),
+                depth=_depth(tier, [totals]),
+            )
+            for tier, totals in tiers.items()
+        ),
+        lines=printed,
+        rounding=rounded.residue,
+        total=rounded.total,
+        figures=figures_of(tiers.values(), decimals, rounded.total),
+    )
+
+
+def _over_tenants(
+    tenants: tuple[TenantReport, ...], groups: dict[tuple[str, str | None], UsageTotals], decimals: int
+) -> tuple[TierReport, ...]:
+    charges = _charges([line for tenant in tenants for line in tenant.lines], decimals)
+    tiers = sorted({tier for _, tier in groups}, key=tier_order)
+    members = {tier: [totals for (_, other), totals in groups.items() if other == tier] for tier in tiers}
+    return tuple(
+        TierReport(
+            tier=tier,
+            figures=figures_of(members[tier], decimals, charges.get(tier)),
+            depth=_depth(tier, members[tier]),
+        )
+        for tier in tiers
+    )
+
+
+def _charges(lines: Iterable[ReportLine], decimals: int) -> dict[str | None, Decimal]:
+    """The sum of the printed lines of each tier."""
+    amounts: defaultdict[str | None, list[Decimal]] = defaultdict(list)
+    for line in lines:
+        amounts[line.tier].append(line.amount)
+    return {tier: exact_sum(found, decimals) for tier, found in amounts.items()}
+
+
+def _depth(tier: str | None, groups: list[UsageTotals]) -> tuple[DepthPanel, ...]:
+    models: defaultdict[str, LayerVisits] = defaultdict(LayerVisits)
+    for totals in groups:
+        for model, visits in totals.visits.items():
+            models[model].add(visits.prefill, visits.decode)
+    return tuple(
+        DepthPanel(model=model, tier=tier, visits_prefill=tuple(prefill), visits_decode=tuple(decode))
+        for model, visits in sorted(models.items())
+        for prefill, decode in [_padded(visits)]
+    )
+
+
+def _padded(visits: LayerVisits) -> tuple[list[int], list[int]]:
+    layers = max(len(visits.prefill), len(visits.decode))
+    return (
+        visits.prefill + [0] * (layers - len(visits.prefill)),
+        visits.decode + [0] * (layers - len(visits.decode)),
+    )

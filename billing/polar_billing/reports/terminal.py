@@ -1,0 +1,223 @@
+"""Usage and reports as tables in the terminal.
+
+The figures come from `query` and `report`; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.text import Text
+
+from polar_billing.reports import text
+from polar_billing.values.money import plain
+from polar_sdk.show.tables import LABEL_WIDTH, add_numbers, add_row, new_table, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.reports.figures import Figures
+    from polar_billing.reports.query import UsageRow
+    from polar_billing.reports.report import Report, TenantReport, TierReport
+
+
+def usage_view(rows: Sequence[UsageRow], *, title: str) -> RenderableType:
+    """One line per group."""
+    dimensions = list(rows[0].group)
+    table = new_table(title, dimensions)
+    currency = rows[0].currency or ""
+    add_numbers(table, "requests", "tokens\nin", "\nout", "visits", "CU", "CU\nsaved", f"cost\n{currency}".strip())
+    table.add_column("not completed", overflow="fold", min_width=LABEL_WIDTH + 5)
+    for row in rows:
+        labels = [_label(name, value) for name, value in row.group.items()]
+        add_row(
+            table,
+            *labels,
+            text.count(row.requests),
+            text.count(row.tokens_input),
+            text.count(row.tokens_output),
+            text.count(row.visits),
+            text.compute_units(row.compute_units),
+            text.compute_units(row.compute_units_saved, signed=True),
+            text.money(row.cost),
+            text.outcomes(row.outcomes),
+        )
+    return Group(table, *_unrated(reason for row in rows for reason in row.unrated.items()))
+
+
+def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[str, str]) -> RenderableType:
+    """One line per request; `currencies` by the hash of the price book."""
+    table = new_table(title, [])
+    table.add_column("served (UTC)", no_wrap=True)
+    table.add_column("request", overflow="fold", min_width=18)  # half a UUID
+    for name in ("tenant", "tier"):
+        table.add_column(name, overflow="fold", min_width=LABEL_WIDTH)
+    table.add_column("program", overflow="fold", min_width=LABEL_WIDTH + 2)
+    add_numbers(table, "in", "out", "GFLOPs", "CU", "cost")
+    table.add_column("outcome", overflow="fold", min_width=LABEL_WIDTH + 1)
+    for stored in usage:
+        record = stored.record
+        cost = text.DASH if stored.cost is None else f"{text.money(stored.cost)} {currencies[stored.price_book_hash]}"
+        add_row(
+            table,
+            f"{record.started_at:%Y-%m-%d %H:%M:%S}",
+            record.request_id,
+            record.tenant,
+            text.tier_name(record.tier),
+            record.program or text.DASH,
+            text.count(record.tokens.input),
+            text.count(record.tokens.output),
+            f"{record.flops.total / 10**9:,.1f}",
+            f"{record.compute_units:,.4f}",
+            cost,
+            str(record.outcome),
+        )
+    return Group(table, *_unrated((stored.unrated, 1) for stored in usage if stored.unrated is not None))
+
+
+def report_view(report: Report) -> RenderableType:
+    """The whole report: tiers over all tenants, then each tenant's statement."""
+    parts: list[RenderableType] = [_heading(report), _tiers(report), Text(), _service(report), Text()]
+    parts += [_comparison(report), Text()]
+    parts += [_others(report), Text()] if report.others else []
+    for tenant in report.tenants:
+        parts += [_statement(tenant, report), Text()]
+    parts += _unrated(report.figures.unrated.items())
+    return Group(*parts)
+
+
+def _heading(report: Report) -> Text:
+    who = "every tenant" if report.tenant is None else f"tenant {report.tenant}"
+    how = "rated again by" if report.rerated else "as charged by"
+    books = ", ".join(book.id for book in report.price_books) or text.DASH
+    return Text.assemble(
+        ("PoLar tiered pricing report", "bold"),
+        f" · {printable(who)} · {report.period}\nledger {report.ledger} · {how} price book {books}\n",
+    )
+
+
+def _tiers(report: Report) -> Table:
+    table = new_table("Usage", ["tenant", "tier"])
+    add_numbers(table, "requests", "tokens\nin", "\nout", "CU", "CU\nsaved", "saved", "router")
+    return _by_tier(table, report, _usage_cells)
+
+
+def _usage_cells(figures: Figures) -> list[str]:
+    return [
+        text.count(figures.requests),
+        text.count(figures.tokens_input),
+        text.count(figures.tokens_output),
+        text.compute_units(figures.compute_units),
+        text.compute_units(figures.compute_units_saved, signed=True),
+        text.share(figures.saved_share, signed=True),
+        text.share(figures.router_share, decimals=2),
+    ]
+
+
+def _service(report: Report) -> Table:
+    """How long requests took, and what became of them."""
+    table = new_table("Latency and outcome", ["tenant", "tier"])
+    add_numbers(table, "p50", "p95", "p99")
+    table.add_column("not completed", overflow="fold", min_width=LABEL_WIDTH + 5)
+    return _by_tier(table, report, _service_cells)
+
+
+def _service_cells(figures: Figures) -> list[str]:
+    return [
+        text.milliseconds(figures.latency_ns_p50),
+        text.milliseconds(figures.latency_ns_p95),
+        text.milliseconds(figures.latency_ns_p99),
+        text.outcomes(figures.outcomes),
+    ]
+
+
+def _by_tier(table: Table, report: Report, cells: Callable[[Figures], Sequence[str]]) -> Table:
+    """A row for each tenant and tier, and one for all."""
+    for tenant in report.tenants:
+        for name, tier in _rows(tenant):
+            add_row(table, name, text.tier_name(tier.tier), *cells(tier.figures))
+        table.add_section()
+    add_row(table, "total", "", *cells(report.figures), style="bold")
+    return table
+
+
+def _rows(tenant: TenantReport) -> Iterator[tuple[str, TierReport]]:
+    """A tenant's tiers; its name stands at the first."""
+    for place, tier in enumerate(tenant.tiers):
+        yield ("" if place else tenant.tenant), tier
+
+
+def _comparison(report: Report) -> Table:
+    table = new_table(f"Charges, {report.currency or 'nothing rated'}", ["tenant", "tier"])
+    add_numbers(table, "charge", "at full depth", "per token", "per 1,000\nrequests", "per million\ntokens")
+    for tenant in report.tenants:
+        for name, tier in _rows(tenant):
+            add_row(table, name, text.tier_name(tier.tier), *_money_cells(tier.figures))
+        if tenant.rounding:
+            add_row(table, "", "rounding", text.money(tenant.rounding), "", "", "", "")
+        table.add_section()
+    add_row(table, "total", "", *_money_cells(report.figures), style="bold")
+    return table
+
+
+def _money_cells(figures: Figures) -> list[str]:
+    return [
+        text.money(figures.charge),
+        text.money(figures.charge_full_depth),
+        text.money(figures.charge_per_token),
+        text.money(figures.price_per_1000_requests),
+        text.money(figures.price_per_million_tokens),
+    ]
+
+
+def _others(report: Report) -> Table:
+    """The same usage under other price books, one line per tenant."""
+    table = new_table("The same usage under other price books", ["tenant"])
+    add_numbers(table, f"charge\n{report.currency or ''}".strip())
+    add_numbers(table, *(f"{other.price_book}\n{other.currency}" for other in report.others))
+    for tenant in report.tenants:
+        add_row(table, tenant.tenant, text.money(tenant.total), *(text.money(other.charge) for other in tenant.others))
+    table.add_section()
+    totals = (text.money(other.charge) for other in report.others)
+    add_row(table, "total", text.money(report.total), *totals, style="bold")
+    return table
+
+
+def _statement(tenant: TenantReport, report: Report) -> Table:
+    currency = report.currency or ""
+    table = new_table(f"Statement of {tenant.tenant}, {report.period}", ["tier", "item"])
+    add_numbers(table, "quantity", "unit price", f"amount {currency}".strip())
+    for line in tenant.lines:
+        add_row(
+            table,
+            text.tier_name(line.tier),
+            line.item,
+            f"{plain(line.quantity)} {line.unit}",
+            f"{plain(line.unit_price)} / {line.unit}",
+            text.money(line.amount),
+        )
+    add_row(table, "", "rounding", "", "", text.money(tenant.rounding))
+    table.add_section()
+    add_row(table, "total", "", "", "", text.money(tenant.total), style="bold")
+    return table
+
+
+def _label(dimension: str, value: str | None) -> str:
+    if dimension == "tier":
+        return text.tier_name(value)
+    return text.DASH if value is None else value
+
+
+def _unrated(reasons: Iterable[tuple[str, int]]) -> list[Text]:
+    counted: dict[str, int] = {}
+    for reason, number in reasons:
+        counted[reason] = counted.get(reason, 0) + number
+    return [
+        Text(f"{number:,} unrated, in no amount above: {reason}.", style="yellow")
+        for reason, number in sorted(counted.items())
+    ]

@@ -1,0 +1,180 @@
+"""Sums over usage: one accumulator that the usage query and the report share, so that they cannot disagree.
+
+Everything adds up in Python integers, exactly and in any order; amounts come from summed quantities, not from
+rounded amounts. Knows no store and no output format.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TYPE_CHECKING, TypeVar
+
+from polar_billing.errors import CurrencyMixError
+from polar_billing.prices.rating import ChargeLine, Item, Rating, rate
+from polar_sdk.usage import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from decimal import Decimal
+
+    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.prices.book import PriceBook
+    from polar_sdk.usage import UsageRecord
+
+
+Key = TypeVar("Key")
+
+
+@dataclass
+class LayerVisits:
+    """Visits per layer, index = layer. Unit: visits."""
+
+    prefill: list[int] = field(default_factory=list)
+    decode: list[int] = field(default_factory=list)
+
+    def add(self, prefill: Sequence[int], decode: Sequence[int]) -> None:
+        """Add visits layer by layer; a shorter list counts as zeros at its end."""
+        self.prefill = [a + b for a, b in zip_longest(self.prefill, prefill, fillvalue=0)]
+        self.decode = [a + b for a, b in zip_longest(self.decode, decode, fillvalue=0)]
+
+
+@dataclass
+class UsageTotals:
+    """What a group of requests used and what that costs; see `UsageRecord` for the units."""
+
+    requests: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    tokens_input: int = 0
+    tokens_cached: int = 0
+    tokens_output: int = 0
+    flops: int = 0
+    flops_router: int = 0
+    identity_flops: int = 0
+    visits: defaultdict[str, LayerVisits] = field(default_factory=lambda: defaultdict(LayerVisits))
+    """By model: layers of different models do not add up."""
+    latencies_ns: list[int] = field(default_factory=list)
+    """Of completed requests: queue, prefill and decode."""
+    unrated: Counter[str] = field(default_factory=Counter)
+    """Requests without a price, by reason; they are in the sums above but in no amount."""
+    rated_tokens: int = 0
+    """Input and output tokens of rated requests."""
+    charged: Counter[tuple[Item, Decimal]] = field(default_factory=Counter)
+    """Counted quantity per item and unit price."""
+    full_depth_exact: int = 0
+    """The rated requests at full depth under the same prices. Unit: 10^-30 of the currency."""
+    per_token_exact: int = 0
+    without_reference: int = 0
+    """Rated requests whose price entry has no per-token reference to compare with."""
+
+    @property
+    def rated(self) -> int:
+        """Requests with a price."""
+        return self.requests - self.unrated.total()
+
+    @property
+    def lines(self) -> list[ChargeLine]:
+        """One line per item and unit price, in a fixed order."""
+        lines = [ChargeLine(item, count, price) for (item, price), count in self.charged.items()]
+        return sorted(lines, key=lambda line: (line.item.name, line.unit_price))
+
+    @property
+    def exact(self) -> int:
+        """The cost of the rated requests. Unit: 10^-30 of the currency."""
+        return sum(line.exact for line in self.lines)
+
+    def add(self, record: UsageRecord, rating: Rating) -> None:
+        """Count one request in."""
+        self.requests += 1
+        self.outcomes[str(record.outcome)] += 1
+        self.tokens_input += record.tokens.input
+        self.tokens_cached += record.tokens.cached
+        self.tokens_output += record.tokens.output
+        self.flops += record.flops.total
+        self.flops_router += record.flops.router
+        self.identity_flops += record.identity_flops
+        if record.visits.prefill or record.visits.decode:
+            self.visits[record.model].add(record.visits.prefill, record.visits.decode)
+        if record.outcome is Outcome.COMPLETED:
+            self.latencies_ns.append(record.queue_ns + record.prefill_ns + record.decode_ns)
+        self._add_amounts(record, rating)
+
+    def _add_amounts(self, record: UsageRecord, rating: Rating) -> None:
+        if rating.unrated is not None:
+            self.unrated[rating.unrated] += 1
+            return
+        self.rated_tokens += record.tokens.input + record.tokens.output
+        for line in rating.lines:
+            self.charged[line.item, line.unit_price] += line.count
+        self.full_depth_exact += sum(line.exact for line in rating.full_depth_lines)
+        if rating.per_token_lines is None:
+            self.without_reference += 1
+        else:
+            self.per_token_exact += sum(line.exact for line in rating.per_token_lines)
+
+
+def only_currency(currencies: Iterable[str]) -> str | None:
+    """The one currency of several amounts; None where there are no amounts.
+
+    Raises:
+        CurrencyMixError: There are several.
+    """
+    found = sorted(set(currencies))
+    if len(found) > 1:
+        raise CurrencyMixError(
+            f"this usage was charged in {' and '.join(found)}, which cannot be added.",
+            hint=f"Choose one with --currency {found[0]}, or rate all of it with --prices FILE.",
+        )
+    return found[0] if found else None
+
+
+class Rater:
+    """Rates stored usage: by the book each receipt was made by, or all of it by another one.
+
+    Args:
+        books: Every book of the ledger, by content hash.
+        instead: Rate everything by this book, whatever the receipts say.
+        currency: Leave out what is rated in another currency; without it, several currencies are an error.
+    """
+
+    def __init__(
+        self, books: Mapping[str, PriceBook], *, instead: PriceBook | None = None, currency: str | None = None
+    ) -> None:
+        self._books = books
+        self._instead = instead
+        self._currency = currency
+        self.used: dict[str, PriceBook] = {}
+        """The books that rated something, by content hash."""
+
+    def rate(self, stored: StoredUsage) -> Rating | None:
+        """The rating of one stored request, or None where it is in a currency left out."""
+        book = self._instead or self._books[stored.price_book_hash]
+        if self._currency is not None and book.currency != self._currency:
+            return None
+        self.used[book.content_hash] = book
+        return rate(stored.record, book)
+
+    @property
+    def currency(self) -> str | None:
+        """The one currency of everything rated; None where nothing was.
+
+        Raises:
+            CurrencyMixError: There are several.
+        """
+        return only_currency({book.currency for book in self.used.values()})
+
+    @property
+    def decimals(self) -> int:
+        """Decimals of a statement line: the finest of the books used."""
+        return max((book.statement_decimals for book in self.used.values()), default=2)
+
+
+def accumulate(usage: Iterable[StoredUsage], rater: Rater, key: Callable[[StoredUsage], Key]) -> dict[Key, UsageTotals]:
+    """Sum usage up by a key."""
+    groups: dict[Key, UsageTotals] = {}
+    for stored in usage:
+        rating = rater.rate(stored)
+        if rating is not None:
+            groups.setdefault(key(stored), UsageTotals()).add(stored.record, rating)
+    return groups

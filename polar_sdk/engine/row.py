@@ -1,0 +1,170 @@
+"""A row: one sequence with its program, its pages, its counts, and what its loops are doing.
+
+Count what was really executed for one row, step by step, as it happens.
+
+The forward pass reports what has run: a whole pass, or of one that broke off each finished step, so that a request is
+counted up to its last finished layer. Knows costs and counts only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from polar_sdk.engine.pages import PageTable
+from polar_sdk.programs.cost import LayerCost, chunks
+from polar_sdk.usage import FlopUsage, VisitUsage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.lead import Lead
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.guard import LoopGuard
+    from polar_sdk.programs.program import Program, Step
+
+
+class Work:
+    """Executed visits and FLOPs of one row."""
+
+    def __init__(self, cost: CostModel, program: Program) -> None:
+        self._cost, self._program = cost, program
+        self._prefill_visits = [0] * cost.depth
+        self._decode_visits = [0] * cost.depth
+        self._prefill_passes = self._decode_passes = 0
+        """Whole passes, whose visits are not in the lists."""
+        self._prefill_flops = 0
+        self._decode_flops = 0
+        self._head_flops = 0
+        self.decode_steps = 0
+        """Decode steps that ran to their end."""
+        self.prefilled = False
+        """Whether the whole prompt has run; whoever feeds the row says so with `end_prefill`."""
+
+    def step(self, step: Step, queries: int, keys: int) -> None:
+        """Count one finished step with that many new tokens over that many keys; a bridge is no visit."""
+        visits = self._decode_visits if self.prefilled else self._prefill_visits
+        self._add(self._cost.step(step).flops(queries, keys))
+        if not step.bridge:
+            visits[step.first] += 1
+
+    def ahead(self, steps: Sequence[Step], tokens: int) -> None:
+        """Count steps that ran over a whole prompt before the row was made."""
+        for start, end in chunks(tokens):
+            for step in steps:
+                self.step(step, end - start, end)
+
+    def whole_pass(self, queries: int, keys: int) -> None:
+        """Count every step of the program, finished with that many new tokens over that many keys."""
+        self._add(self._whole.flops(queries, keys))
+        if self.prefilled:
+            self._decode_passes += 1
+        else:
+            self._prefill_passes += 1
+
+    @cached_property
+    def _whole(self) -> LayerCost:
+        """Cost of all steps together."""
+        costs = [self._cost.step(step) for step in self._program]
+        return LayerCost(sum(one.linear for one in costs), sum(one.attention for one in costs))
+
+    def _add(self, flops: int) -> None:
+        if self.prefilled:
+            self._decode_flops += flops
+        else:
+            self._prefill_flops += flops
+
+    def finish_pass(self) -> None:
+        """Count one finished pass through the program."""
+        if self.prefilled:
+            self.decode_steps += 1
+
+    def end_prefill(self) -> None:
+        """The prompt has run to its end; what follows is decoding."""
+        self.prefilled = True
+
+    def head(self, positions: int = 1) -> None:
+        """Count logits computed for that many positions."""
+        self._head_flops += self._cost.head * positions
+
+    def visits(self) -> VisitUsage:
+        """Executed visits per layer."""
+        often = Counter(self._program.layers)
+        return VisitUsage(
+            prefill=tuple(n + self._prefill_passes * often[layer] for layer, n in enumerate(self._prefill_visits)),
+            decode=tuple(n + self._decode_passes * often[layer] for layer, n in enumerate(self._decode_visits)),
+        )
+
+    def flops(self, router: int = 0) -> FlopUsage:
+        """Executed FLOPs by part, with those of the router added; bridges count with the layers."""
+        total = self._prefill_flops + self._decode_flops + self._head_flops + router
+        return FlopUsage(
+            layers_prefill=self._prefill_flops,
+            layers_decode=self._decode_flops,
+            head=self._head_flops,
+            router=router,
+            total=total,
+        )
+
+
+@dataclass
+class Row:
+    """One sequence that runs a program."""
+
+    decoder: Decoder
+    program: Program
+    guard: LoopGuard | None = None
+    """What watches the extra visits of loops; None = nobody."""
+    lead: Lead | None = None
+    """What the program's first layers made of the prompt already; None once it is taken over."""
+    work: Work = field(init=False)
+    pages: PageTable = field(init=False)
+    left_out: set[int] = field(default_factory=set)
+    """Places of the program that the next pass leaves out: loops that the guard stopped, and layers that ran ahead."""
+    loops_stopped: int = 0
+    """Loops that the guard has stopped."""
+
+    def __post_init__(self) -> None:
+        self.work = Work(self.decoder.cost, self.program)
+        self.pages = PageTable(self.decoder.pool, self.decoder.stores(self.program))
+        if self.lead is not None:
+            self.work.ahead(self.program.steps[: self.lead.layers], self.lead.tokens)
+            self.left_out.update(range(self.lead.layers))
+
+    @property
+    def length(self) -> int:
+        """Tokens that have been run."""
+        return self.pages.length
+
+    def end_lead(self) -> None:
+        """From the next pass on, the program runs whole: its lead is taken over, or shall not be kept."""
+        if self.lead is not None:
+            self.left_out.difference_update(range(self.lead.layers))
+            self.lead.release()
+            self.lead = None
+
+    def stop_loop(self, place: int) -> None:
+        """Leave out this extra visit and those that follow it in the same loop, for the rest of the request."""
+        steps = self.program.steps
+        end = place
+        while end < len(steps) and steps[end] == steps[place]:
+            end += 1
+        self.left_out.update(range(place, end))
+        self.loops_stopped += 1
+
+
+@lru_cache(maxsize=1024)
+def page_slots(program: Program) -> tuple[int, ...]:
+    """For each place of a program, which of the row's histories a visit there uses; bridges use none."""
+    return tuple(count - 1 for count in accumulate(0 if step.bridge else 1 for step in program.steps))
+
+
+@lru_cache(maxsize=1024)
+def extra_visits(program: Program) -> frozenset[int]:
+    """Places that visit the layer that was visited just before: what a guard watches."""
+    steps = program.steps
+    return frozenset(at for at in range(1, len(steps)) if steps[at] == steps[at - 1] and not steps[at].bridge)

@@ -1,0 +1,1 @@
+"""What the model classes of frameworks share. Knows no framework."""

@@ -1,0 +1,209 @@
+"""Settings of a model object that loads on first use: what the model classes of frameworks are built upon.
+
+Frameworks make such objects freely, so that constructing one loads nothing and imports no torch; weights come from the
+engine's process-wide cache. Knows no framework.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from polar_sdk.errors import did_you_mean
+from polar_sdk.models.aliases import DEFAULT_ALIAS, MODEL_VARIABLE
+from polar_sdk.programs.policy import Policy
+from polar_sdk.programs.program import Program
+from polar_sdk.router.base import Router
+from polar_sdk.sinks import AUTO_LEDGER
+from polar_sdk.usage import UsageSink
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from polar_sdk import PolarModel as Engine
+else:
+    Engine = Any  # importing the class would import torch
+
+
+CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
+"""Options of a call that say who asks; they change no answer."""
+_ANSWERING: Final = ("compute", "program", "temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "timeout")
+"""Settings that the engine takes as options by the same name."""
+_WHOSE: Final = ("policy", "router", "ledger", "sink")
+_ENGINE_SETTINGS: Final = ("revision", "device", "device_map", "precision", "compile", "kv_memory", *_WHOSE)
+"""What `engine=` brings along, besides the model."""
+_FOR_TOOLS: Final = ("tools", "tool_choice", "functions", "response_format")
+_loading = threading.RLock()
+"""Held while an engine is made, so that threads that start together load once."""
+
+
+class ModelSettings(BaseModel):
+    """Settings of a PoLar model; those marked *per call* may also be passed with each call."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+    model: str | None = None
+    """Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, or else the default model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    compute: str | float | None = None
+    """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05; None =
+    the default tier. Per call."""
+    program: Program | str | None = None
+    """A program by hand, e.g. `0-11 18-29`; wins over `compute`. Per call."""
+    temperature: float = 0.0
+    """0 = greedy. Per call."""
+    top_p: float = 1.0
+    """Share of probability sampled from. Per call."""
+    top_k: int = 0
+    """Number of tokens sampled from; 0 = all. Per call."""
+    max_tokens: int | None = None
+    """Most tokens of the answer; None = 256, or what the context window leaves. Per call."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts that end the answer and are no part of it. Per call."""
+    seed: int | None = None
+    """Makes sampling repeatable. Per call."""
+    timeout: float | None = None
+    """Longest time of one answer; then it stops and raises `RequestTimeoutError`. Unit: seconds. Per call."""
+    tenant: str = "default"
+    """Who is charged. Per call."""
+    usage_tags: dict[str, str] = Field(default_factory=dict)
+    """Tags on usage records; those of a call are laid over them. Per call."""
+    ledger: str | None = AUTO_LEDGER
+    """`"auto"`, a ledger URL, or None to meter nothing."""
+    sink: UsageSink | None = Field(default=None, exclude=True, repr=False)
+    """Where usage records go, instead of a ledger."""
+    policy: Policy | str | Path | None = None
+    """Policy or policy file; None = the one shipped for the model."""
+    router: Router | str | Path | None = None
+    """Router, or the folder of one; None = the one shipped for the model, where its certificate holds here."""
+    device: str = "auto"
+    """`auto`, or a torch device such as `cpu` or `cuda:1`."""
+    device_map: str | dict[str, Any] | None = None
+    """Whole layers on several devices, in the place of `device`: `auto`, or `{"0-14": "cuda:0", "15-29": "cuda:1"}`."""
+    precision: str = "auto"
+    """`auto`, `bf16`, `fp16`, `fp32`, `int8` or `int4`."""
+    compile: bool | Literal["auto"] = "auto"
+    """True compiles layers that are not compiled yet; `auto` runs compiled ones where they are on disk; False never."""
+    kv_memory: int | None = None
+    """Most bytes for keys and values of all requests together; None = half of the memory that is free."""
+    engine: Engine | None = Field(default=None, exclude=True, repr=False)
+    """A `PolarModel` at hand, used as it is: one that you have set up, or `polar_sdk.testing.tiny_model()`."""
+
+    _engines: dict[str | None, Engine] = PrivateAttr(default_factory=dict)
+    """Engines by the model's name; copies of the object share them."""
+
+    per_call: ClassVar[frozenset[str]] = frozenset(_ANSWERING)
+    """Settings that a call may change; who asks is told by `CALLER_OPTIONS`."""
+    dropped: ClassVar[frozenset[str]] = frozenset()
+    """Options of a call that mean nothing here and are taken all the same."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_settings(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            _refuse_unknown(values, cls.model_fields, cls.__name__)
+        return values
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value.absolute()) if isinstance(value, Path) else value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else list(value or ())
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_one(cls, value: Any) -> Any:
+        if value is not None:
+            from polar_sdk import PolarModel
+
+            if not isinstance(value, PolarModel):
+                raise ValueError(f"engine= takes a polar_sdk.PolarModel, not {type(value).__name__}")
+        return value
+
+    @model_validator(mode="after")
+    def _model_or_engine(self) -> Self:
+        if self.engine is None:
+            self.model = self.model or os.environ.get(MODEL_VARIABLE) or None
+            return self
+        defaults = type(self).model_fields
+        clash = [name for name in _ENGINE_SETTINGS if getattr(self, name) != defaults[name].default]
+        if self.model not in (None, self.engine.name):
+            clash.append("model")
+        if clash:
+            raise ValueError(f"engine= brings its own {clash[0]}: pass {clash[0]}= to the PolarModel instead.")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model for traces and usage; loads nothing."""
+        if self.engine is not None and self.model is None:
+            return self.engine.name
+        return self.model or DEFAULT_ALIAS
+
+    @property
+    def _own_tenant(self) -> str | None:
+        """The object's tenant; None = leave it to the tenant of the engine at hand."""
+        return self.tenant if self.engine is None or self.tenant != "default" else None
+
+    def _engine(self) -> Engine:
+        """The engine, loaded on first use."""
+        if self.engine is not None and self.model in (None, self.engine.name):
+            return self.engine
+        if self.model not in self._engines:
+            with _loading:
+                if self.model not in self._engines:  # another thread may have been faster
+                    self._engines[self.model] = self._load()
+        return self._engines[self.model]
+
+    def _load(self) -> Engine:
+        from polar_sdk import PolarModel
+
+        return PolarModel.from_pretrained(
+            self.model,
+            revision=self.revision,
+            device=self.device,
+            device_map=self.device_map,
+            precision=self.precision,
+            compile=self.compile,
+            kv_memory=self.kv_memory,
+            policy=self.policy,
+            router=self.router,
+            ledger=self.ledger,
+            sink=self.sink if self.engine is None else self.engine.sink,
+        )
+
+    def _with_options(self, options: Mapping[str, Any]) -> Self:
+        """A copy with the options of one call as its settings.
+
+        Raises:
+            TypeError: An option that does not exist, with the nearest that does.
+        """
+        _refuse_unknown(options, {*self.per_call, *CALLER_OPTIONS, *self.dropped}, f"a call of {type(self).__name__}")
+        update = {name: value for name, value in options.items() if name in self.per_call}
+        if update.get("compute") is not None:
+            update.setdefault("program", None)  # a program of the object must not outvote the tier of the call
+        if isinstance(update.get("model"), Path):
+            update["model"] = str(update["model"].absolute())
+        return self.model_copy(update=update) if update else self
+
+    def _answering(self) -> dict[str, Any]:
+        """Engine options that say how to answer."""
+        return {name: getattr(self, name) for name in _ANSWERING}
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], whose: str) -> None:
+    for name in given:
+        if name in known:
+            continue
+        if name in _FOR_TOOLS:
+            raise NotImplementedError(f"{name}= is not supported: this model writes text alone.")
+        raise TypeError(f"{name!r} is no setting of {whose}; {did_you_mean(name, known)}")

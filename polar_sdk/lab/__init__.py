@@ -1,0 +1,1 @@
+"""The laboratory: heal, search, train, calibrate, evaluate and scan. Serving never imports it."""

@@ -1,0 +1,1 @@
+"""Fits and trains bridges, the maps that stand for segments of skipped layers."""

@@ -1,0 +1,190 @@
+"""Fit the bridges of one group, one after another along the program that uses them all.
+
+Each bridge is fitted on the states that the program really has before it, those behind earlier bridges included, and
+aims at the states that full depth has behind the segment; so later bridges make good what earlier ones got wrong.
+
+Ridge least squares in closed form: the map from the states before a segment to the states behind it.
+
+What is fitted is the difference that the segment makes. Sums are kept in float64, so that states come in pack by pack
+and none need be held. Position 0 is left out of the fit; it gets the mean of its own differences. Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from polar_sdk.engine.bridge import Bridge
+from polar_sdk.lab.bridges.states import layers
+from polar_sdk.programs.program import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.lab.bridges.states import Pack
+    from polar_sdk.programs.cost import Segment
+
+
+class Ridge:
+    """Sums over pairs of states (N, E), from which a bridge is solved.
+
+    Args:
+        width: E.
+        device: Where the states are.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        exact = {"dtype": torch.float64 if device.type != "mps" else torch.float32, "device": device}
+        self.count = 0
+        """Pairs so far, position 0 left out."""
+        self._inputs, self._moves = torch.zeros(width, **exact), torch.zeros(width, **exact)  # type: ignore[call-overload]
+        self._gram, self._cross = torch.zeros(width, width, **exact), torch.zeros(width, width, **exact)  # type: ignore[call-overload]
+        self._first, self._firsts = torch.zeros(width, **exact), 0  # type: ignore[call-overload]
+
+    def add(self, before: Tensor, after: Tensor, positions: Tensor) -> None:
+        """Take in states before and behind the segment, (N, E) each, at positions (N,)."""
+        inputs, moves = before.float(), after.float() - before.float()
+        later = positions != 0
+        self._first += moves[~later].sum(0)
+        self._firsts += int((~later).sum())
+        inputs, moves = inputs[later], moves[later]
+        self.count += len(inputs)
+        self._inputs += inputs.sum(0)
+        self._moves += moves.sum(0)
+        self._gram += inputs.T @ inputs
+        self._cross += inputs.T @ moves
+
+    def solve(self, strength: float, rank: int | None = None) -> Bridge:
+        """The bridge, in float32.
+
+        Args:
+            strength: Ridge penalty as a multiple of the mean variance of an input.
+            rank: Most rank of the map: of all maps of that rank, the one whose outputs are nearest to the full map's.
+                None = full.
+        """
+        count = max(self.count, 1)
+        input_mean, move_mean = self._inputs / count, self._moves / count
+        gram = self._gram - count * torch.outer(input_mean, input_mean)
+        cross = self._cross - count * torch.outer(input_mean, move_mean)
+        penalty = strength * gram.diagonal().mean().clamp(min=1e-12)
+        ridged = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        weight = torch.linalg.solve(ridged, cross)
+        bias = move_mean - input_mean @ weight
+        factors = (weight,) if rank is None or rank >= len(gram) else _low_rank(weight, ridged, rank)
+        first = self._first / max(self._firsts, 1)
+        return Bridge(tuple(factor.float().contiguous() for factor in factors), bias.float(), first.float())
+
+
+def _low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (E, r) and (r, E): the weight projected on the directions in which its outputs vary most."""
+    outputs = weight.T @ gram @ weight
+    directions = torch.linalg.eigh(outputs).eigenvectors[:, -rank:]
+    return weight @ directions, directions.T
+
+
+def unexplained(before: Tensor, after: Tensor, carried: Tensor, positions: Tensor) -> tuple[float, float]:
+    """Squared error of a bridge, and of a plain skip, over one pack: two sums over all but position 0.
+
+    Args:
+        before: States before the segment, (N, E).
+        after: States that the segment gives, (N, E).
+        carried: States that the bridge gives, (N, E).
+        positions: (N,).
+    """
+    later = positions != 0
+    wanted = after[later].float()
+    bridge = (carried[later].float() - wanted).square().sum()
+    skip = (before[later].float() - wanted).square().sum()
+    return float(bridge), float(skip)
+
+
+def fit_group(
+    decoder: Decoder,
+    packs: Sequence[Pack],
+    group: Sequence[Segment],
+    *,
+    known: Mapping[Segment, Bridge],
+    strength: float,
+    rank: int | None,
+    on_segment: Callable[[Segment], None] = lambda segment: None,
+) -> dict[Segment, Bridge]:
+    """Fit the bridges of a group that are not known yet.
+
+    Args:
+        decoder: A copy that may be given bridges; see `states.workshop`.
+        packs: What to fit on.
+        group: Segments in order.
+        known: Bridges that stay as they are.
+        strength: See `Ridge.solve`.
+        rank: See `Ridge.solve`.
+        on_segment: Called after each segment.
+    """
+    fitted: dict[Segment, Bridge] = {}
+    with torch.inference_mode():
+        walk = _Walk(decoder, packs)
+        for segment in group:
+            walk.to(segment)
+            if segment not in known:
+                ridge = Ridge(walk.ours[0].shape[-1], decoder.device)
+                for pack, ours, theirs in zip(packs, walk.ours, walk.theirs, strict=True):
+                    ridge.add(ours, theirs, pack.walk.positions)
+                fitted[segment] = ridge.solve(strength, rank).to(decoder.dtype, decoder.device)
+            decoder.set_bridges({**decoder.bridges, segment: known.get(segment) or fitted[segment]})
+            walk.cross(segment)
+            on_segment(segment)
+    return {segment: _outside_inference(bridge) for segment, bridge in fitted.items()}
+
+
+def held_out_errors(decoder: Decoder, packs: Sequence[Pack], group: Sequence[Segment]) -> dict[Segment, float]:
+    """Per segment, the squared error of its bridge over that of a plain skip, along the program that uses them all."""
+    errors = {}
+    with torch.inference_mode():
+        walk = _Walk(decoder, packs)
+        for segment in group:
+            before, theirs = walk.to(segment)
+            walk.cross(segment)
+            pairs = [
+                unexplained(old, wanted, carried, pack.walk.positions)
+                for pack, old, wanted, carried in zip(packs, before, theirs, walk.ours, strict=True)
+            ]
+            skip = sum(one for _, one in pairs)
+            errors[segment] = sum(one for one, _ in pairs) / skip if skip else float("nan")
+    return errors
+
+
+class _Walk:
+    """States of all packs along the program (`ours`) and at full depth (`theirs`), held at one place each."""
+
+    def __init__(self, decoder: Decoder, packs: Sequence[Pack]) -> None:
+        self._decoder, self._packs = decoder, packs
+        self.ours = [pack.walk.embedded for pack in packs]
+        self.theirs = self.ours
+        self._ours_at = self._theirs_at = 0
+
+    def to(self, segment: Segment) -> tuple[list[Tensor], list[Tensor]]:
+        """Move on until `ours` is before the segment and `theirs` behind it."""
+        first, last = segment
+        shared = self.ours is self.theirs
+        self.ours = self._run(self.ours, layers(self._ours_at, first))
+        if shared:
+            self.theirs, self._theirs_at = self.ours, first
+        self.theirs = self._run(self.theirs, layers(self._theirs_at, last + 1))
+        self._ours_at, self._theirs_at = first, last + 1
+        return self.ours, self.theirs
+
+    def cross(self, segment: Segment) -> None:
+        """Carry `ours` over the segment by its bridge."""
+        self.ours = self._run(self.ours, [Step(*segment, bridge=True)])
+        self._ours_at = segment[1] + 1
+
+    def _run(self, states: list[Tensor], steps: list[Step]) -> list[Tensor]:
+        return [pack.run(self._decoder, x, steps) for pack, x in zip(self._packs, states, strict=True)]
+
+
+def _outside_inference(bridge: Bridge) -> Bridge:
+    """Copies that training may put derivatives on."""
+    weight = tuple(factor.clone() for factor in bridge.weight)
+    return Bridge(weight, bridge.bias.clone(), bridge.first.clone())

@@ -1,0 +1,317 @@
+"""Heal skips: from a model and prompts to a set of bridges, with what was measured on prompts held out.
+
+Uses the train split to fit and the dev split to measure; the calibration and test splits are left alone. Base weights
+stay as they are.
+
+Segments as text: `12-15,17-20;12-20` is two groups. The bridges of a group are fitted one after another.
+
+Knows layer numbers, no weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.errors import BridgeError
+from polar_sdk.lab.bridges.distil import Plan, Trainer
+from polar_sdk.lab.bridges.fit import fit_group, held_out_errors
+from polar_sdk.lab.bridges.states import make_packs, workshop
+from polar_sdk.lab.items import builtin_items, data_hash, distinct_items, item_id, split_of
+from polar_sdk.lab.rewards.cache import RewardCache
+from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.router.bridge_set import BridgeSet, SegmentRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polar_sdk.engine.bridge import Bridge
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.lab.bridges.states import Pack
+    from polar_sdk.lab.items import Item
+    from polar_sdk.lab.rewards.tasks import Task
+    from polar_sdk.model import PolarModel
+    from polar_sdk.programs.cost import Segment
+
+_SEGMENT: Final = re.compile(r"\[?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?\]?")
+
+
+def parse_segments(text: str, depth: int) -> list[list[Segment]]:
+    """Groups of segments, each in order.
+
+    Args:
+        text: Segments with commas between them, groups with semicolons.
+        depth: Layers of the model.
+
+    Raises:
+        BridgeError: It does not parse, a segment does not fit the model, or two of one group overlap.
+    """
+    groups = [[_segment(part, depth) for part in group.split(",")] for group in text.split(";") if group.strip()]
+    if not groups:
+        raise BridgeError("no segment is given; write first and last layers, for example '12-15,17-20'.")
+    for group in groups:
+        group.sort()
+        for one, other in pairwise(group):
+            if other[0] <= one[1]:
+                raise BridgeError(
+                    f"segments {one[0]}-{one[1]} and {other[0]}-{other[1]} overlap; part them by ';' to fit both."
+                )
+        if sum(last - first + 1 for first, last in group) == depth:
+            raise BridgeError(f"the segments cross all {depth} layers; leave at least one layer out.")
+    return groups
+
+
+def segments_text(groups: list[list[Segment]]) -> str:
+    """The text form of groups."""
+    return ";".join(",".join(f"{first}-{last}" for first, last in group) for group in groups)
+
+
+def _segment(text: str, depth: int) -> Segment:
+    match = _SEGMENT.fullmatch(text.strip())
+    if match is None:
+        raise BridgeError(f"segment {text.strip()!r} does not parse; write first and last layer, for example '12-15'.")
+    first = int(match[1])
+    last = first if match[2] is None else int(match[2])
+    if not first <= last < depth:
+        raise BridgeError(
+            f"segment {text.strip()!r} does not fit: first and last layer must rise and lie between 0 and {depth - 1}."
+        )
+    return first, last
+
+
+Progress = Callable[[str, int, int], None]
+_FIT_TOKENS: Final = 4096
+_FIT_TASKS: Final = 1000
+"""Most tasks that the closed form is fitted on: some 50,000 tokens, where each output has 577 unknowns."""
+_TRAIN_TOKENS: Final = 2048
+"""Tokens of one training batch: the head's weights are read once for them, and their logits are held twice."""
+
+
+def _silent(stage: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """How to fit.
+
+    Attributes:
+        ridge: Penalty as a multiple of the mean variance of a state's entries.
+        rank: Most rank of the maps; None = full.
+        distil: Steps of training on top of the closed form; 0 = none.
+        rate: Learning rate of the training.
+        choices: Weight of the choices' scores at full depth in the training.
+        labels: Weight of the right choices in the training. More than 0 fits the maps to labels: that is fine-tuning.
+        drop: How often a bridge is left out in every other training step.
+        seed: Of the training.
+        answer_tokens: Most tokens of identity's answers to prompts.
+        start: Folder of bridges to start from; segments that it holds are not fitted anew.
+        resume: Go on from the checkpoint in the output folder.
+    """
+
+    ridge: float = 1e-3
+    rank: int | None = None
+    distil: int = 0
+    rate: float = 2e-4
+    choices: float = 1.0
+    labels: float = 0.0
+    drop: float = 0.25
+    seed: int = 0
+    answer_tokens: int = 24
+    start: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ridge) and self.ridge > 0):
+            raise BridgeError(f"ridge={self.ridge} is out of range; use more than 0, for example 0.001.")
+        if self.rank is not None and self.rank < 1:
+            raise BridgeError(f"rank={self.rank} is out of range; use 1 or more, or None for full rank.")
+        if self.distil < 0 or self.answer_tokens < 1:
+            raise BridgeError(
+                f"distil={self.distil} and answer_tokens={self.answer_tokens}: use at least 0 steps and 1 token."
+            )
+        if not (0 <= self.drop < 1 and self.rate > 0):
+            raise BridgeError(f"drop={self.drop} and rate={self.rate}: use 0 or more but less than 1, and more than 0.")
+        if not (self.choices >= 0 and self.labels >= 0):
+            raise BridgeError(f"choices={self.choices} and labels={self.labels} are weights; use 0 or more.")
+
+
+@dataclass
+class Healer:
+    """Fits bridges on one model.
+
+    Attributes:
+        model: The model; it is not changed.
+        items: Prompts; None = those that come with the package.
+        segments: Text form of the groups, see `parse_segments`.
+        options: How to fit.
+        out: Folder of the result and of checkpoints; None keeps both in memory.
+        cache: Where identity's answers are kept.
+        on_progress: Called with (stage, steps done, steps in all).
+    """
+
+    model: PolarModel
+    items: Sequence[Item] | None
+    segments: str
+    options: HealOptions = field(default_factory=HealOptions)
+    out: str | Path | None = None
+    cache: RewardCache | None = None
+    on_progress: Progress = _silent
+
+    def run(self) -> BridgeSet:
+        """Fit, train if asked to, measure, and save if there is a folder.
+
+        Raises:
+            DataError: The data is empty or nothing but copies.
+            BridgeError: A segment does not fit, no prompt is left to fit on, or a checkpoint is of another run.
+        """
+        groups = parse_segments(self.segments, self.model.depth)
+        self._check_precision()
+        items = distinct_items(builtin_items() if self.items is None else self.items)
+        train, held_out = self._tasks(items)
+        decoder = workshop(self.model.loaded.decoder)
+        decoder.set_bridges({})
+        fitted = self._fit(decoder, make_packs(decoder, _some(train, _FIT_TASKS), _FIT_TOKENS), groups)
+        training: dict[str, Any] = {"segments": segments_text(groups), "prompts": len(train), **self._settings()}
+        if self.options.distil:
+            fitted, losses = self._distil(decoder, train, held_out, groups, fitted, data_hash(items))
+            training |= losses
+        errors = self._errors(decoder, held_out, groups, fitted)
+        made = BridgeSet(
+            bridges=fitted,
+            records=tuple(_record(segment, bridge, errors.get(segment)) for segment, bridge in fitted.items()),
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            dtype=self.model.dtype,
+            data=data_hash(items),
+            training=training,
+        )
+        if self.out is not None:
+            made.save(self.out)
+            self._checkpoint().unlink(missing_ok=True)  # type: ignore[union-attr]
+        return made
+
+    def _check_precision(self) -> None:
+        if self.options.distil and self.model.dtype.startswith("int"):
+            raise BridgeError(
+                f"bridges cannot be trained through {self.model.dtype} weights, which have no derivatives; load the "
+                "model with precision='bf16' (the bridges serve every precision), or use distil=0."
+            )
+
+    def _tasks(self, items: Sequence[Item]) -> tuple[list[Task], list[Task]]:
+        """Tasks of the train split and of the dev split."""
+        split = {part: [one for one in items if split_of(item_id(one)) == part] for part in ("train", "dev")}
+        cache = self.cache or RewardCache()
+        made = {
+            part: make_tasks(
+                self.model, some, cache, answer_tokens=self.options.answer_tokens, on_progress=self.on_progress
+            )
+            for part, some in split.items()
+        }
+        return made["train"], made["dev"]
+
+    def _fit(self, decoder: Decoder, packs: Sequence[Pack], groups: list[list[Segment]]) -> dict[Segment, Bridge]:
+        fitted = self._given(decoder, {segment for group in groups for segment in group})
+        total = sum(map(len, groups))
+        done = 0
+
+        def step(_: Segment) -> None:
+            nonlocal done
+            done += 1
+            self.on_progress("fitting bridges", done, total)
+
+        self.on_progress("fitting bridges", 0, total)
+        for group in groups:
+            fitted |= fit_group(
+                decoder,
+                packs,
+                group,
+                known=fitted,
+                strength=self.options.ridge,
+                rank=self.options.rank,
+                on_segment=step,
+            )
+        return fitted
+
+    def _given(self, decoder: Decoder, wanted: set[Segment]) -> dict[Segment, Bridge]:
+        """The bridges to start from."""
+        if self.options.start is None:
+            return {}
+        found = BridgeSet.load(self.options.start)
+        found.check_model(self.model.name, self.model.fingerprint)
+        return {
+            segment: bridge.to(decoder.dtype, decoder.device)
+            for segment, bridge in found.bridges.items()
+            if segment in wanted
+        }
+
+    def _distil(
+        self,
+        decoder: Decoder,
+        train: Sequence[Task],
+        held_out: Sequence[Task],
+        groups: list[list[Segment]],
+        fitted: dict[Segment, Bridge],
+        data: str,
+    ) -> tuple[dict[Segment, Bridge], dict[str, Any]]:
+        """Train; where held-out prompts do not gain by it, the closed form stays."""
+        own = self.options
+        plan = Plan(
+            steps=own.distil, rate=own.rate, choices=own.choices, labels=own.labels, drop=own.drop, seed=own.seed
+        )
+        packs = make_packs(decoder, train, _TRAIN_TOKENS)
+        trainer = Trainer(decoder, packs, groups, fitted, plan, self._mark(groups, data), self._checkpoint())
+        if own.resume:
+            trainer.resume()
+        trainer.run(lambda done, total: self.on_progress("training bridges", done, total))
+        trained = trainer.bridges()
+        measured = make_packs(decoder, held_out or train, _TRAIN_TOKENS)
+        before, after = trainer.loss(measured, fitted), trainer.loss(measured, trained)
+        facts = {
+            "loss_closed_form": before,
+            "loss_trained": after,
+            "losses": trainer.losses,
+            "kept_training": after < before,
+        }
+        return (trained if after < before else fitted), facts
+
+    def _errors(
+        self,
+        decoder: Decoder,
+        held_out: Sequence[Task],
+        groups: list[list[Segment]],
+        fitted: dict[Segment, Bridge],
+    ) -> dict[Segment, float]:
+        if not held_out:
+            return {}
+        decoder.set_bridges(fitted)
+        packs = make_packs(decoder, held_out, _FIT_TOKENS)
+        found = [held_out_errors(decoder, packs, group) for group in reversed(groups)]
+        return {segment: error for errors in found for segment, error in errors.items()}
+
+    def _checkpoint(self) -> Path | None:
+        return None if self.out is None else Path(self.out) / "checkpoint.safetensors"
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.options).items() if name != "resume"}
+
+    def _mark(self, groups: list[list[Segment]], data: str) -> str:
+        facts = [self.model.fingerprint, self.model.dtype, segments_text(groups), data, self._settings()]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _some(tasks: Sequence[Task], most: int) -> list[Task]:
+    """At most so many tasks, drawn by their hashes: a file may hold one kind after another."""
+    return sorted(tasks, key=lambda task: task.id)[:most]
+
+
+def _record(segment: Segment, bridge: Bridge, error: float | None) -> SegmentRecord:
+    kind = "full rank" if bridge.rank is None else f"rank {bridge.rank}"
+    first, last = segment
+    return SegmentRecord(first=first, last=last, kind=kind, flops_per_token=bridge.flops, error_of_skip=error)

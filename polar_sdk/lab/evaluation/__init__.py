@@ -1,0 +1,1 @@
+"""Certifies and evaluates routers."""

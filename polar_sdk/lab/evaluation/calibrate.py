@@ -1,0 +1,165 @@
+"""Calibration: count what a router loses along its dial on prompts it never saw, and certify tiers on the counts.
+
+Pure but for the outcomes it is given. How a promise follows from the counts is `router/certificate.py`'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from polar_sdk.errors import DataError
+from polar_sdk.router.certificate import LOSSES, Certificate, Counts, Loss, tier_promise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.lab.evaluation.outcomes import Outcomes
+    from polar_sdk.router.learned import LearnedRouter
+
+
+TierPromise = tuple[float, Loss]
+"""α and what counts as lost."""
+TIER_ALPHAS: Final[dict[str, TierPromise]] = {
+    "economy": (0.10, "differs"),
+    "standard": (0.05, "differs"),
+    "premium": (0.02, "differs"),
+}
+"""What the tiers promise unless told otherwise."""
+
+
+def _silent(stage: str, done: int, total: int) -> None: ...
+
+
+def certify(
+    router: LearnedRouter,
+    outputs: Tensor,
+    outcomes: Outcomes,
+    *,
+    tiers: Mapping[str, TierPromise] = TIER_ALPHAS,
+    delta: float = 0.1,
+    on_progress: Callable[[str, int, int], None] = _silent,
+) -> Certificate:
+    """Certify tiers of a bound router.
+
+    Args:
+        router: Bound to the model that the outcomes were measured on.
+        outputs: What its network says about the calibration prompts, (P, O).
+        outcomes: Of the calibration prompts, P rows.
+        tiers: α and loss of each tier.
+        delta: Most probability that a promise is wrong.
+        on_progress: Called with (stage, values of θ done, values in all).
+
+    Raises:
+        CalibrationSizeError: A tier's α needs more prompts.
+        DataError: A tier counts wrong answers, and the prompts come without right ones.
+    """
+    _check(_by_kind(outcomes, range(len(outcomes))), outcomes, tiers, delta)
+    walk = Walk.along(router, outputs, outcomes, on_progress)
+    return walk.certificate(range(len(outcomes)), tiers, delta)
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """What a router does with P prompts at each of K values of θ.
+
+    Attributes:
+        router: Bound to its model.
+        outcomes: Of the prompts.
+        lost: (K, P) int8 by loss: 1 lost, −1 gained; what cannot be counted on a prompt is 0.
+        flops: (K, P) float64, the router's own included where it is asked.
+    """
+
+    router: LearnedRouter
+    outcomes: Outcomes
+    lost: Mapping[Loss, Tensor]
+    flops: Tensor
+
+    @classmethod
+    def along(
+        cls,
+        router: LearnedRouter,
+        outputs: Tensor,
+        outcomes: Outcomes,
+        on_progress: Callable[[str, int, int], None] = _silent,
+    ) -> Walk:
+        """Walk the router's dial."""
+        dial, rows = router.facts.dial, range(len(outcomes))
+        lengths = [len(tokens) for tokens in outcomes.matrix.tokens]
+        lost: dict[Loss, list[list[int]]] = {loss: [] for loss in LOSSES}
+        flops = []
+        for at, theta in enumerate(dial):
+            on_progress("calibrating", at, len(dial))
+            programs = [router.programs[0]] * len(rows) if theta == 0 else router.choose_all(outputs, theta)
+            spent = torch.tensor([one.flops for one in outcomes.all(programs)]).double()
+            own = [router.route_flops(length, one) for length, one in zip(lengths, programs, strict=True)]
+            flops.append(spent + torch.tensor(own).double() if theta else spent)
+            for loss, values in lost.items():
+                values.append(outcomes.losses(rows, programs, loss))
+        on_progress("calibrating", len(dial), len(dial))
+        counted: dict[Loss, Tensor] = {loss: torch.tensor(values, dtype=torch.int8) for loss, values in lost.items()}
+        return cls(router, outcomes, counted, torch.stack(flops))
+
+    def certificate(self, rows: Sequence[int], tiers: Mapping[str, TierPromise], delta: float) -> Certificate:
+        """The certificate that these prompts give."""
+        kept = self.flops[:, list(rows)].sum(1)
+        full = self.outcomes.matrix.flops[list(rows), 0].sum().item()
+        certificate = Certificate(
+            subject=self.router.subject,
+            data=self.outcomes.matrix.data,
+            delta=delta,
+            thetas=self.router.facts.dial,
+            saved=tuple((1 - kept / full).tolist()),
+            kinds={kind: self._count(some) for kind, some in self.by_kind(rows).items()},
+        )
+        for tier, (alpha, loss) in tiers.items():
+            certificate = tier_promise(certificate, tier, alpha, loss)
+        return certificate
+
+    def by_kind(self, rows: Sequence[int]) -> dict[str, list[int]]:
+        """Those rows, by kind of prompt."""
+        return _by_kind(self.outcomes, rows)
+
+    def _count(self, rows: Sequence[int]) -> Counts:
+        values = {loss: self.lost[loss][:, rows] for loss in _countable(self.outcomes, rows)}
+        gained = (values["drops"] == -1).sum(1).tolist() if "drops" in values else ()
+        return Counts(
+            n=len(rows),
+            lost={loss: tuple((some == 1).sum(1).tolist()) for loss, some in values.items()},
+            gained=tuple(gained),
+        )
+
+
+def _by_kind(outcomes: Outcomes, rows: Sequence[int]) -> dict[str, list[int]]:
+    """Those rows, by kind of prompt."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        found.setdefault(outcomes.matrix.kinds[row], []).append(row)
+    return found
+
+
+def _countable(outcomes: Outcomes, rows: Sequence[int]) -> tuple[Loss, ...]:
+    """Losses that these rows can be counted by."""
+    return LOSSES if bool(outcomes.matrix.labelled[list(rows)].all()) else ("differs",)
+
+
+def _check(
+    kinds: Mapping[str, Sequence[int]], outcomes: Outcomes, tiers: Mapping[str, TierPromise], delta: float
+) -> None:
+    """Before anything is measured: whether the losses can be counted, and on prompts enough."""
+    labelled = outcomes.matrix.labelled
+    countable = {"differs": True, "harms": bool(labelled.all()), "drops": bool(labelled.any())}
+    for _, loss in tiers.values():
+        if not countable[loss]:
+            needed = (
+                "an answer with every calibration prompt" if loss == "harms" else "calibration prompts with answers"
+            )
+            raise DataError(f"a tier that counts wrong answers (loss {loss!r}) needs {needed}.")
+    for kind, rows in kinds.items():
+        empty = Counts(n=len(rows), lost=dict.fromkeys(_countable(outcomes, rows), ()))
+        for alpha, loss in tiers.values():
+            empty.check_size(kind, alpha, delta, loss)

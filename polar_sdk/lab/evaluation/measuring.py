@@ -1,0 +1,154 @@
+"""From prompts to matrices: which prompts may be used for what, and what programs do on them.
+
+The bridge between the pure parts of this package and a model; measurements are kept in the cache of rewards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.errors import DataError
+from polar_sdk.lab.evaluation.outcomes import Outcome, Outcomes
+from polar_sdk.lab.items import check_labels, data_hash, distinct_items, item_id, split_of
+from polar_sdk.lab.program_search.measured import measured_matrix
+from polar_sdk.lab.rewards.cache import RewardCache, cache_path
+from polar_sdk.lab.rewards.measure import Measurer
+from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.programs.program import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from polar_sdk.lab.items import Item, Split
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.lab.rewards.tasks import Task
+    from polar_sdk.model import PolarModel
+
+
+_MARK: Final = 8
+"""Hexadecimal digits of a prompt's id that a router remembers: 1 of 4 billion."""
+
+
+def marks(ids: Iterable[str]) -> str:
+    """What a router remembers of prompts, so that it is not judged on them."""
+    return "".join(sorted(one[:_MARK] for one in ids))
+
+
+def _known(training: dict[str, Any], *names: str) -> set[str]:
+    texts = [str(training.get(name, "")) for name in names]
+    return {text[at : at + _MARK] for text in texts for at in range(0, len(text), _MARK)}
+
+
+def unseen(items: Sequence[Item], training: dict[str, Any], *, calibrating: bool) -> list[Item]:
+    """The items that a router may be calibrated or evaluated on, without duplicates.
+
+    What it was trained on is left out, and for evaluation what it was calibrated on. If the data is what it was trained
+    on, calibration takes the calibration split alone, so that the test split stays for evaluation.
+
+    Raises:
+        DataError: None is left.
+    """
+    distinct = distinct_items(items)
+    check_labels(distinct)
+    trained = _known(training, "seen")
+    if calibrating:
+        left = [item for item in distinct if item_id(item)[:_MARK] not in trained]
+        if len(left) < len(distinct):
+            left = [item for item in left if split_of(item_id(item)) == "calibration"]
+    else:
+        used = trained | _known(training, "calibrated")
+        left = [item for item in distinct if item_id(item)[:_MARK] not in used]
+    if not left:
+        raise DataError(
+            f"the router has seen all {len(distinct)} different prompts in training or calibration; give it others."
+        )
+    return left
+
+
+@dataclass
+class Bench:
+    """Measures programs on items of one model.
+
+    Attributes:
+        model: The model.
+        on_progress: Called with (stage, steps done, steps in all).
+        cache: What is known already; None = the one on disk.
+    """
+
+    model: PolarModel
+    on_progress: Callable[[str, int, int], None]
+    cache: RewardCache | None = None
+
+    def __post_init__(self) -> None:
+        store = self.cache or RewardCache(cache_path(self.model.fingerprint, self.model.dtype))
+        self._measurer = Measurer(self.model, store, self.on_progress)
+        self._store = store
+
+    def tasks(self, items: Sequence[Item]) -> list[Task]:
+        """Items as tasks; those that do not fit the context window are left out."""
+        return make_tasks(self.model, items, self._store, on_progress=self.on_progress)
+
+    def matrix(
+        self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool = True, split: Split = "test"
+    ) -> RewardMatrix:
+        """What every one of the programs, identity first, does on every task.
+
+        Args:
+            tasks: At least one.
+            programs: Any; identity is put first.
+            labels: Whether right answers are looked at; answers in text must be written for that, which is slow.
+            split: Name of the split in the matrix.
+        """
+        wanted = list(dict.fromkeys([Program.identity(self.model.depth), *programs]))
+        return self._matrix(tasks, wanted, labels=labels, split=split)
+
+    def outcomes(self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool = True) -> Outcomes:
+        """Outcomes on the tasks: of the programs now, of others when they are asked for."""
+
+        def block(rows: Sequence[int], asked: Sequence[Program]) -> RewardMatrix:
+            return self._matrix([tasks[row] for row in rows], list(asked), labels=labels, split="test")
+
+        return Outcomes(self.matrix(tasks, programs, labels=labels), block)
+
+    def again(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Identity once more, measured afresh in another order and other packs: the noise floor.
+
+        What is written in text is not written again; there the answer's tokens are compared. The second measurement is
+        kept too: a third one would say nothing more.
+        """
+        from polar_sdk.lab.rewards.measure import rewards_of
+
+        identity = Program.identity(self.model.depth)
+        afresh = self._measurer.repeated(list(reversed(tasks)))[::-1]
+        known = self._measurer.outcomes(tasks, [identity])[identity]
+        reward = rewards_of(tasks, known, afresh, identity, self.model.decoder.cost)
+        first = self._measurer.right(tasks, identity).tolist()
+        right = [_chosen_right(task, score) for task, score in zip(tasks, afresh, strict=True)]
+        return [
+            Outcome(agree, share, before if now is None else now, flops)
+            for agree, share, before, now, flops in zip(
+                reward.agree.tolist(), reward.share.tolist(), first, right, reward.flops.tolist(), strict=True
+            )
+        ]
+
+    def _matrix(self, tasks: Sequence[Task], programs: list[Program], *, labels: bool, split: Split) -> RewardMatrix:
+        if not tasks:
+            raise DataError("no prompt is left that fits the model's context window; give shorter ones.")
+        return measured_matrix(
+            self._measurer,
+            tasks,
+            programs,
+            splits=[split] * len(tasks),
+            data=data_hash(task.item for task in tasks),
+            write_tokens=64 if labels else None,
+        )
+
+
+def _chosen_right(task: Task, scored: Any) -> bool | None:
+    """Whether the likeliest choice is the right one; None for prompts that are answered in text."""
+    answer = getattr(task.item, "answer", None)
+    if not isinstance(answer, int):
+        return None
+    scores = [value / size for value, size in zip(scored.loglikelihoods, task.characters, strict=True)]
+    return max(range(len(scores)), key=scores.__getitem__) == answer

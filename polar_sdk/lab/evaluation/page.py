@@ -1,0 +1,119 @@
+"""An evaluation as one HTML file that needs nothing else: verdict, tables, and the quality–compute frontier as SVG.
+
+Needs the extra `report` (jinja2, matplotlib). Knows how to draw, not how anything was measured.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.errors import InvalidRequestError
+from polar_sdk.lab.evaluation.table import CLASS_COLUMNS, COLUMNS, class_rows, generation_rows, rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from polar_sdk.lab.evaluation.results import Evaluation, SetResult, SystemResult
+
+
+_STYLE: Final[Any] = {"svg.fonttype": "none", "svg.hashsalt": "polar", "font.size": 9}
+_COLOURS: Final = {"identity": "#1c2733", "router": "#2f6f9f", "control": "#c08a2e", "oracle": "#8a8f98"}
+_PAGE: Final = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Router of {{ e.model }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; display: block; overflow-x: auto }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #dfe4e8; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+.muted { color: #5d6975 } svg { max-width: 100%; height: auto }
+</style></head><body>
+<h1>Router of {{ e.model }}</h1>
+<p class="muted">{{ e.router }} · {{ e.dtype }} on {{ e.device }} · compared at {{ e.point }} ·
+model {{ e.fingerprint[:12] }}</p>
+<ul>{% for sentence in e.verdict %}<li>{{ sentence }}</li>{% endfor %}</ul>
+{% if e.certificate %}<h2>Promises</h2>
+{% if not e.certificate_holds %}<p>The certificate does not hold for what was run here.</p>{% endif %}
+<ul>{% for name, one in e.certificate.tiers.items() %}<li><b>{{ name }}</b>: {{ one.text }}</li>{% endfor %}</ul>
+{% endif %}
+{% if classes %}<h2>Within each class</h2>
+<p class="muted">Points of agreement (and of right answers, where they are known) that choosing per prompt gains over
+the same programs shuffled, and over the best static program of equal cost; exact McNemar.</p>
+<table><tr>{% for name in class_columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in classes %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
+{% for set, chart, body, written in sets %}
+<h2>{{ set.name }}</h2>
+<p class="muted">{{ set.prompts }} prompts, {{ set.labelled }} with a right answer; data {{ set.data[:12] }}</p>
+{{ chart }}
+<table><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in body %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for system in set.systems if system.note %}<p class="muted">{{ system.name }}: {{ system.note }}</p>{% endfor %}
+{% if written %}<h3>Prompts answered in text</h3>
+<table><tr><th>tier</th><th>prompts</th><th>same answer</th><th>same tokens</th><th>FLOPs saved</th></tr>
+{% for row in written %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
+{% endfor %}
+</body></html>
+"""
+
+
+def require_report() -> None:
+    """Raise before minutes are spent where a page cannot be drawn.
+
+    Raises:
+        InvalidRequestError: The extra `report` is not installed.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InvalidRequestError(
+            f"a page of an evaluation needs {error.name}; install the extra: pip install 'polar-llm[report]'."
+        ) from error
+
+
+def to_html(evaluation: Evaluation) -> str:
+    """The page."""
+    require_report()
+    import jinja2
+    from markupsafe import Markup
+
+    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    sets = [(one, Markup(_chart(one)), rows(one), generation_rows(one)) for one in evaluation.sets]
+    classes = class_rows(evaluation.classes)
+    return template.render(e=evaluation, sets=sets, columns=COLUMNS, classes=classes, class_columns=CLASS_COLUMNS)
+
+
+def _chart(result: SetResult) -> str:
+    """Agreement, and accuracy where it is known, over the share of FLOPs saved."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    panels = ["agreement", *(["accuracy"] if result.labelled else [])]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6 * len(panels), 3.2), layout="constrained")
+        for at, panel in enumerate(panels):
+            _draw(figure.add_subplot(1, len(panels), at + 1), result, panel)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _draw(axes: Axes, result: SetResult, panel: str) -> None:
+    line = [(100 * one.flops_saved, getattr(one, panel)) for one in result.frontier]
+    axes.plot([x for x, _ in line], [100 * y for _, y in line], color=_COLOURS["router"], linewidth=1.2, zorder=1)
+    for system in result.systems:
+        height = _height(system, panel)
+        if height is not None:
+            x = 100 * system.flops_saved.total
+            axes.scatter([x], [100 * height], color=_COLOURS[system.role], s=22, zorder=2)
+            axes.annotate(system.name, (x, 100 * height), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("FLOPs saved, %")
+    axes.set_ylabel(f"{panel}, %")
+    axes.grid(visible=True, linewidth=0.4, color="#dfe4e8")
+
+
+def _height(system: SystemResult, panel: str) -> float | None:
+    interval = system.agreement if panel == "agreement" else system.accuracy
+    return None if interval is None else interval.value

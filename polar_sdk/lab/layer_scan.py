@@ -1,0 +1,268 @@
+"""The scan: a heat map of skipped blocks and loops, and a greedy path of removals. Measures; decides nothing.
+
+Reference is the model itself at full depth: its own greedy answers to bare prompts (teacher-forced, so that one pass
+judges all tokens), and the choice it prefers. Programs share the visits at their start (`scoring.score_programs`).
+
+What a scan found, as data: a score per program, the heat map and the picks. Saves as JSON; renders nothing.
+
+From a scan to a policy: the tiers' programs, each with the sentence that says what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from polar_sdk.engine.scoring import Question, Score, packs, score_programs
+from polar_sdk.errors import DataError
+from polar_sdk.lab.items import ChoiceItem
+from polar_sdk.lab.rewards.tasks import choice_question
+from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
+from polar_sdk.programs.policy import Policy, Tier
+from polar_sdk.programs.program import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from polar_sdk.lab.items import AnswerItem, Item, PromptItem
+    from polar_sdk.model import PolarModel
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ProgramScore(_Frozen):
+    """One program, measured against identity on the calibration items."""
+
+    program: Program
+    flops_ratio: float
+    """FLOPs over identity's, at 128 prompt and 64 output tokens."""
+    agreement: Share | None = None
+    """Bare prompts: share of the tokens of identity's own answers that the program would choose too, given the same
+    start. None where the set holds no bare prompts."""
+    excess_nats: float | None = None
+    """Bare prompts: mean loss in log-likelihood per token of identity's answers. Unit: nats."""
+    same_choice: Share | None = None
+    """Choice questions: share where the program prefers the same choice as identity. None where there are none."""
+    accuracy: Share | None = None
+    """Choice questions: share where the program prefers the right choice."""
+
+    @property
+    def fidelity(self) -> float:
+        """How much behaves like identity: the worse of `agreement` and `same_choice`."""
+        return min(value for value in (self.agreement, self.same_choice) if value is not None)
+
+
+class ScanReport(_Frozen):
+    """A whole scan."""
+
+    model: str
+    fingerprint: str
+    dtype: str
+    prompts: int
+    """Bare prompts used."""
+    questions: int
+    """Choice questions used."""
+    answer_tokens: int
+    """Tokens of identity's own answers that agreement is measured on."""
+    identity: ProgramScore
+    skips: tuple[ProgramScore, ...]
+    """One per block of skipped layers."""
+    loops: tuple[ProgramScore, ...]
+    """One per layer visited twice."""
+    path: tuple[ProgramScore, ...]
+    """Greedy removal of one layer after another, each time the one whose loss is least."""
+
+    def cheapest(self, floor: float) -> ProgramScore:
+        """The cheapest program of the path with at least that fidelity; identity if none has."""
+        good = [score for score in (self.identity, *self.path) if score.fidelity >= floor]
+        return min(good, key=lambda score: score.flops_ratio)
+
+
+def policy_of(report: ScanReport, picks: Mapping[str, ProgramScore]) -> Policy:
+    """A policy for the scanned model: the picks, full depth for the other tiers, standard by default."""
+    full = Tier(program=report.identity.program, note="Full depth.")
+    tiers = {name: Tier(program=score.program, note=_note(report, score)) for name, score in picks.items()}
+    return Policy(
+        model=report.model,
+        fingerprint=report.fingerprint,
+        default_tier="standard",
+        tiers={**tiers, "premium": full, "exact": full},
+    )
+
+
+def _note(report: ScanReport, score: ProgramScore) -> str:
+    said = [f"{score.flops_ratio:.1%} of full depth's FLOPs"]
+    if score.agreement is not None:
+        said.append(f"{score.agreement:.1%} of {report.answer_tokens} answer tokens as at full depth")
+    if score.same_choice is not None:
+        said.append(f"{score.same_choice:.1%} of {report.questions} choices as at full depth")
+    return "Scanned: " + "; ".join(said) + "."
+
+
+_BATCH = 16
+"""Prompts answered together for the reference."""
+
+
+def _silent(stage: str, done: int, total: int) -> None: ...
+
+
+@dataclass
+class Scanner:
+    """Scans one model on one calibration set.
+
+    Attributes:
+        model: The model; its policy's protected layers are never removed.
+        items: Calibration items, at least one.
+        answer_tokens: Length of identity's answers to bare prompts. Unit: tokens.
+        on_progress: Called with (stage, programs done, programs in all).
+    """
+
+    model: PolarModel
+    items: Sequence[Item]
+    answer_tokens: int = 24
+    on_progress: Callable[[str, int, int], None] = _silent
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise DataError("the calibration set is empty; give at least one prompt.")
+
+    def scan(self, lengths: Sequence[int] = (1, 2, 3), *, loops: bool = True, removals: int = 8) -> ScanReport:
+        """Measure blocks of skipped layers, loops, and a greedy path of removals.
+
+        Args:
+            lengths: Block lengths to skip, at every start that no protected layer forbids.
+            loops: Whether to measure each layer visited twice.
+            removals: Layers removed one after another; 0 leaves the path out.
+        """
+        skips = [program for length in lengths for program in self._blocks(length)]
+        doubled = [Program.looping(self._depth, {layer: 2}) for layer in self._free] if loops else []
+        scores = self.measure([*skips, *doubled], "heat map")
+        return ScanReport(
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            dtype=self.model.dtype,
+            prompts=len(self._prompts),
+            questions=len(self._choices),
+            answer_tokens=sum(question.tokens - len(question.prompt) for question in self._answers),
+            identity=self._score(self._identity, self._reference[0], self._reference[1]),
+            skips=tuple(scores[program] for program in skips),
+            loops=tuple(scores[program] for program in doubled),
+            path=tuple(self._remove(removals)),
+        )
+
+    def measure(self, programs: Iterable[Program], stage: str = "programs") -> dict[Program, ProgramScore]:
+        """Score programs against identity on the calibration set."""
+        wanted = list(dict.fromkeys(programs))
+        passes = len(list(packs(self._answers))) + len(list(packs(self._choice_questions)))
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self.on_progress(stage, done, passes * len(wanted))
+
+        answers = score_programs(self.model.loaded.decoder, self._answers, wanted, step)
+        choices = score_programs(self.model.loaded.decoder, self._choice_questions, wanted, step)
+        return {program: self._score(program, answers[program], choices[program]) for program in wanted}
+
+    @property
+    def _depth(self) -> int:
+        return self.model.depth
+
+    @cached_property
+    def _identity(self) -> Program:
+        return Program.identity(self._depth)
+
+    @cached_property
+    def _free(self) -> list[int]:
+        protected = {layer % self._depth for layer in self.model.policy.protected}
+        return [layer for layer in range(self._depth) if layer not in protected]
+
+    def _blocks(self, length: int) -> list[Program]:
+        free = set(self._free)
+        starts = [start for start in self._free if all(start + more in free for more in range(length))]
+        return [Program.skipping(self._depth, range(start, start + length)) for start in starts]
+
+    def _remove(self, removals: int) -> Iterable[ProgramScore]:
+        """Greedy path: remove the layer whose absence costs least, measured on top of those already gone."""
+        gone: list[int] = []
+        for number in range(min(removals, len(self._free))):
+            candidates = {
+                Program.skipping(self._depth, [*gone, layer]): layer for layer in self._free if layer not in gone
+            }
+            scores = self.measure(candidates, f"removal {number + 1} of {removals}")
+            best = max(scores.values(), key=lambda score: (-(score.excess_nats or 0.0), score.fidelity))
+            gone.append(candidates[best.program])
+            yield best
+
+    @cached_property
+    def _prompts(self) -> list[PromptItem | AnswerItem]:
+        return [item for item in self.items if not isinstance(item, ChoiceItem)]
+
+    @cached_property
+    def _choices(self) -> list[ChoiceItem]:
+        return [item for item in self.items if isinstance(item, ChoiceItem)]
+
+    @cached_property
+    def _answers(self) -> list[Question]:
+        """Bare prompts, each continued by what identity answers."""
+        texts = [item.prompt for item in self._prompts]
+        questions: list[Question] = []
+        for start in range(0, len(texts), _BATCH):
+            self.on_progress("reference answers", start, len(texts))
+            batch = texts[start : start + _BATCH]
+            prompts = [tuple(self.model.prompt_tokens(text)) for text in batch]
+            answers = self.model.greedy_answers(batch, max_tokens=self.answer_tokens)
+            questions += [Question(prompt, (answer,)) for prompt, answer in zip(prompts, answers, strict=True)]
+        return questions
+
+    @cached_property
+    def _choice_questions(self) -> list[Question]:
+        return [choice_question(self.model, item) for item in self._choices]
+
+    @cached_property
+    def _reference(self) -> tuple[list[Score], list[Score]]:
+        decoder = self.model.loaded.decoder
+        answers = score_programs(decoder, self._answers, [self._identity])[self._identity]
+        choices = score_programs(decoder, self._choice_questions, [self._identity])[self._identity]
+        return answers, choices
+
+    def _score(self, program: Program, answers: Sequence[Score], choices: Sequence[Score]) -> ProgramScore:
+        full = self.model.cost(prompt=NOMINAL_PROMPT, output=NOMINAL_OUTPUT).total
+        ratio = self.model.cost(program, prompt=NOMINAL_PROMPT, output=NOMINAL_OUTPUT).total / full
+        score = ProgramScore(program=program, flops_ratio=ratio)
+        if answers:
+            score = score.model_copy(update=self._on_answers(answers))
+        if choices:
+            score = score.model_copy(update=self._on_choices(choices))
+        return score
+
+    def _on_answers(self, answers: Sequence[Score]) -> dict[str, float]:
+        tokens = [token for question in self._answers for token in question.continuations[0]]
+        chosen = [token for score in answers for token in score.greedy[0]]
+        lost = sum(r.loglikelihoods[0] - s.loglikelihoods[0] for r, s in zip(self._reference[0], answers, strict=True))
+        same = sum(a == b for a, b in zip(tokens, chosen, strict=True))
+        return {"agreement": same / len(tokens), "excess_nats": lost / len(tokens)}
+
+    def _on_choices(self, choices: Sequence[Score]) -> dict[str, float]:
+        lengths = [[len(choice) for choice in item.choices] for item in self._choices]
+        ours = [_preferred(score, size) for score, size in zip(choices, lengths, strict=True)]
+        full = [_preferred(score, size) for score, size in zip(self._reference[1], lengths, strict=True)]
+        right = [item.answer for item in self._choices]
+        return {
+            "same_choice": sum(a == b for a, b in zip(ours, full, strict=True)) / len(ours),
+            "accuracy": sum(a == b for a, b in zip(ours, right, strict=True)) / len(ours),
+        }
+
+
+def _preferred(score: Score, characters: Sequence[int]) -> int:
+    """Index of the choice with the highest log-likelihood per character, so that short choices have no advantage."""
+    per_character = [value / size for value, size in zip(score.loglikelihoods, characters, strict=True)]
+    return max(range(len(per_character)), key=per_character.__getitem__)

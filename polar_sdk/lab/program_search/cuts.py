@@ -1,0 +1,152 @@
+"""Cuts: how a program departs from full depth, as a few edits of segments, and random changes of them.
+
+An edit skips a segment, crosses it by its bridge, or visits a layer twice. Edits of one cut do not overlap. Knows what
+programs cost and which a policy allows; measures nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+from polar_sdk.errors import ProgramError
+from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
+from polar_sdk.programs.program import Program, Step
+
+if TYPE_CHECKING:
+    import random
+
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.policy import Policy
+
+
+_LONGEST_SKIP: Final = 4
+_TRIES: Final = 60
+
+
+class Edit(NamedTuple):
+    """One departure from full depth."""
+
+    first: int
+    last: int
+    kind: Literal["skip", "bridge", "loop"]
+
+
+Cut = frozenset[Edit]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The programs that may be searched on one model.
+
+    Attributes:
+        cost: Costs, bridges included.
+        policy: Bounds.
+        loops: Whether layers may be visited twice.
+    """
+
+    cost: CostModel
+    policy: Policy
+    loops: bool = True
+
+    @cached_property
+    def slack(self) -> float:
+        """How far below its budget a program may cost, as a share of identity: a little more than one layer."""
+        dearest = max(self.cost.layers, key=lambda layer: layer.flops(NOMINAL_PROMPT, NOMINAL_PROMPT))
+        layer = self.cost.layers.index(dearest)
+        return max(0.03, 1.1 * (1 - self.ratio(frozenset({Edit(layer, layer, "skip")}))))
+
+    def program(self, cut: Cut) -> Program:
+        """The program of a cut."""
+        steps: list[Step] = []
+        starts = {edit.first: edit for edit in cut}
+        layer = 0
+        while layer < self.cost.depth:
+            edit = starts.get(layer, Edit(layer, layer, "loop"))
+            if edit.kind == "bridge":
+                steps.append(Step(edit.first, edit.last, bridge=True))
+            elif edit.kind == "loop":
+                steps += [Step(layer, layer)] * (2 if layer in starts else 1)
+            layer = edit.last + 1
+        return Program(steps)
+
+    def ratio(self, cut: Cut) -> float:
+        """FLOPs over identity's, at 128 prompt and 64 output tokens."""
+        identity = self.cost.request(Program.identity(self.cost.depth), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
+        return self.cost.request(self.program(cut), NOMINAL_PROMPT, NOMINAL_OUTPUT).total / identity
+
+    def allowed(self, cut: Cut) -> bool:
+        """Whether the edits are apart, and the policy lets the program run."""
+        edits = sorted(cut)
+        if any(after.first <= before.last for before, after in pairwise(edits)):
+            return False
+        try:
+            self.policy.check(self.program(cut), self.cost)
+        except ProgramError:
+            return False
+        return True
+
+    def random_cut(self, budget: float, dice: random.Random) -> Cut | None:
+        """A cut made from nothing; None where none was found."""
+        return self.fit(frozenset(), budget, dice)
+
+    def neighbour(self, cut: Cut, budget: float, dice: random.Random) -> Cut | None:
+        """A cut with one edit moved, resized or exchanged, at about the same cost; None where none was found."""
+        if not cut:
+            return self.random_cut(budget, dice)
+        edit = dice.choice(sorted(cut))
+        others = cut - {edit}
+        changed = dice.choice([self._moved, self._resized, self._exchanged])(edit, dice)
+        start = others if changed is None else others | {changed}
+        return self.fit(start if self.allowed(start) else others, budget, dice)
+
+    def fit(self, cut: Cut, budget: float, dice: random.Random) -> Cut | None:
+        """Add edits, or take skips back, until the cost is at most `budget` and at most `slack` below it."""
+        for _ in range(_TRIES):
+            ratio = self.ratio(cut)
+            if budget - self.slack <= ratio <= budget:
+                return cut
+            changed = cut | {self._any(dice)} if ratio > budget else self._less(cut, dice)
+            if self.allowed(changed):
+                cut = changed
+        return None
+
+    def _any(self, dice: random.Random) -> Edit:
+        bridges = sorted(self.cost.bridges)
+        if bridges and dice.random() < 0.6:
+            return Edit(*dice.choice(bridges), "bridge")
+        if self.loops and dice.random() < 0.08:
+            layer = dice.randrange(self.cost.depth)
+            return Edit(layer, layer, "loop")
+        first = dice.randrange(self.cost.depth)
+        return Edit(first, min(first + dice.randint(0, _LONGEST_SKIP - 1), self.cost.depth - 1), "skip")
+
+    def _less(self, cut: Cut, dice: random.Random) -> Cut:
+        """The cut with one edit shortened or gone."""
+        edit = dice.choice(sorted(cut))
+        shorter = {edit._replace(last=edit.last - 1)} if edit.kind == "skip" and edit.last > edit.first else set()
+        return cut - {edit} | shorter
+
+    def _moved(self, edit: Edit, dice: random.Random) -> Edit | None:
+        if edit.kind == "bridge":
+            return self._exchanged(edit, dice)
+        by = dice.choice([-2, -1, 1, 2])
+        if edit.first + by < 0 or edit.last + by >= self.cost.depth:
+            return None
+        return edit._replace(first=edit.first + by, last=edit.last + by)
+
+    def _resized(self, edit: Edit, dice: random.Random) -> Edit | None:
+        if edit.kind != "skip":
+            return self._exchanged(edit, dice)
+        last = edit.last + dice.choice([-1, 1])
+        return edit._replace(last=last) if edit.first <= last < self.cost.depth else None
+
+    def _exchanged(self, edit: Edit, dice: random.Random) -> Edit | None:
+        """A skip for a bridge over the same layers, or the other way round; or any other edit."""
+        if edit.kind == "skip" and (edit.first, edit.last) in self.cost.bridges:
+            return edit._replace(kind="bridge")
+        if edit.kind == "bridge" and dice.random() < 0.5:
+            return edit._replace(kind="skip")
+        return self._any(dice)

@@ -1,0 +1,176 @@
+"""The reward matrix: what every program of a menu does on every prompt. Measured once, read by training and evaluation.
+
+P prompts × M programs; column 0 is identity. One safetensors file, no pickle: tensors as named below, everything else
+as JSON in the file's metadata. Knows no model: token ids, programs as text, and numbers.
+
+How the numbers are meant, by kind of prompt (`kinds`):
+
+===========  ===================================  ==================================================================
+             `choice`                             `prompt` (bare) and `answer` (with a text that is right)
+===========  ===================================  ==================================================================
+`agree`      the same choice as identity          along identity's own greedy answer the program would choose
+                                                  three quarters of the tokens as identity does (`SAME_ANSWER`)
+`share`      1.0 or 0.0, as `agree`               share of those tokens
+`margin`     score of identity's choice less the  mean over those tokens of the log-likelihood under the program less
+             best other score, per character;     that under identity; identity has 0, worse programs are negative
+             negative where they disagree
+`right`      the choice is the right one          `answer`: the generated text is the answer; `prompt`: False
+`labelled`   True                                 `answer`: True; `prompt`: False
+`flops`      packed scoring of all choices        a request of that prompt with the answer's length
+===========  ===================================  ==================================================================
+
+Unit of `margin`: nats per character for choices, nats per token otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from polar_sdk.errors import DataError
+from polar_sdk.programs.program import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.lab.items import Split
+
+
+Kind = Literal["choice", "prompt", "answer"]
+_FORMAT: Final = "polar-rewards-1"
+_PER_ROW: Final = ("ids", "kinds", "splits", "tokens")
+_TENSORS: Final = ("agree", "share", "margin", "right", "labelled", "flops")
+_TEXTS: Final = ("ids", "kinds", "splits", "model", "fingerprint", "dtype", "bridges", "data")
+
+
+@dataclass(frozen=True, eq=False)
+class RewardMatrix:
+    """Rewards of M programs on P prompts. Column 0 is identity.
+
+    Attributes:
+        ids: Hash of each prompt's normalised text, P; the same over runs and files.
+        kinds: What each prompt is, P.
+        splits: `train`, `dev`, `calibration` or `test`, P.
+        tokens: Token ids of each prompt as a router sees it, P tuples.
+        programs: The menu, M.
+        agree: (P, M) bool.
+        share: (P, M) float32.
+        margin: (P, M) float32.
+        right: (P, M) bool; False where `labelled` is False.
+        labelled: (P,) bool.
+        flops: (P, M) int64. The router's own are not in it. Unit: FLOPs.
+        model: Name of the base model.
+        fingerprint: Of the base model.
+        dtype: Of the weights: `bfloat16`, `int8`, …
+        bridges: Hash of the bridges that the programs use; empty where they use none.
+        data: Hash of all prompts.
+    """
+
+    ids: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    splits: tuple[Split, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    programs: tuple[Program, ...]
+    agree: Tensor
+    share: Tensor
+    margin: Tensor
+    right: Tensor
+    labelled: Tensor
+    flops: Tensor
+    model: str
+    fingerprint: str
+    dtype: str
+    bridges: str
+    data: str
+
+    def __post_init__(self) -> None:
+        shape = (len(self.ids), len(self.programs))
+        for name in ("agree", "share", "margin", "right", "flops"):
+            if tuple(getattr(self, name).shape) != shape:
+                raise DataError(f"reward matrix: {name} is {tuple(getattr(self, name).shape)}, not {shape}.")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def saved(self) -> Tensor:
+        """(P, M) share of identity's FLOPs that each program saves; negative where it costs more."""
+        return 1 - self.flops / self.flops[:, :1]
+
+    def rows(self, keep: Tensor | Sequence[int]) -> RewardMatrix:
+        """The same matrix with these rows only, in this order.
+
+        Args:
+            keep: Row numbers, or a boolean mask (P,).
+        """
+        index = torch.as_tensor(keep)
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
+        numbers = index.tolist()
+        per_row = {name: tuple(getattr(self, name)[n] for n in numbers) for name in _PER_ROW}
+        tensors = {name: getattr(self, name)[index] for name in _TENSORS}
+        rest = {field.name: getattr(self, field.name) for field in fields(self)}
+        return RewardMatrix(**{**rest, **per_row, **tensors})
+
+    def of(self, *splits: Split, kinds: Collection[Kind] = ("choice", "prompt", "answer")) -> RewardMatrix:
+        """The rows of these splits (and kinds).
+
+        Raises:
+            DataError: There is none.
+        """
+        wanted = [n for n, split in enumerate(self.splits) if split in splits and self.kinds[n] in kinds]
+        if not wanted:
+            raise DataError(
+                f"the reward matrix has no prompt in {', '.join(splits)} (it has {len(self)} in all); "
+                "search again with more prompts."
+            )
+        return self.rows(wanted)
+
+    def save(self, path: str | Path) -> None:
+        """Write the matrix as one safetensors file; its folder is made if need be."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        tensors["token_ids"] = torch.tensor([token for row in self.tokens for token in row], dtype=torch.int32)
+        tensors["token_counts"] = torch.tensor([len(row) for row in self.tokens], dtype=torch.int32)
+        texts = {name: getattr(self, name) for name in _TEXTS} | {"programs": [one.text for one in self.programs]}
+        save_file(tensors, target, {"format": _FORMAT, "facts": json.dumps(texts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> RewardMatrix:
+        """Read a matrix back.
+
+        Raises:
+            DataError: The file is missing, damaged or something else.
+        """
+        hint = "Make it with `polar search`."
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"reward matrix {str(path)!r} cannot be read ({error}).", hint=hint) from error
+        if metadata.get("format") != _FORMAT:
+            found = metadata.get("format", "something else")
+            raise DataError(f"{str(path)!r} is no reward matrix of format {_FORMAT!r} but {found!r}.", hint=hint)
+        try:
+            return cls(**_facts(json.loads(metadata["facts"]), tensors))
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"reward matrix {str(path)!r} is damaged ({error}).", hint=hint) from error
+
+
+def _facts(texts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    rows = torch.split(tensors["token_ids"], tensors["token_counts"].tolist())
+    return {
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in texts.items()},
+        **{name: tensors[name] for name in _TENSORS},
+        "programs": tuple(map(Program.parse, texts["programs"])),
+        "tokens": tuple(tuple(row.tolist()) for row in rows),
+    }

@@ -1,0 +1,116 @@
+"""A menu: the programs that a router may choose from, with what was measured of each. A JSON file for people to read.
+
+The numbers that training reads stand beside it, in the reward matrix. Knows no model.
+
+Pick a menu: few programs that together serve most prompts cheaply. Knows numbers, no programs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from polar_sdk.errors import DataError
+from polar_sdk.programs.program import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def cover(gains: Tensor, size: int, must: Sequence[int] = ()) -> list[int]:
+    """Columns that cover the rows best, picked greedily.
+
+    A row gains the highest of its picked columns, and never less than 0. The sum of that has diminishing returns, so
+    the greedy pick is within 1 − 1/e of the best one. Stops early where no column adds anything.
+
+    Args:
+        gains: (P, C), what prompt p gains if it may run candidate c.
+        size: Most columns.
+        must: Columns that are picked whatever they gain.
+
+    Returns:
+        Columns in the order of picking, `must` first.
+    """
+    picked = list(dict.fromkeys(must))[:size]
+    held = gains[:, picked].amax(1).clamp(min=0) if picked else torch.zeros(len(gains), dtype=gains.dtype)
+    while len(picked) < size:
+        added = (gains - held[:, None]).clamp(min=0).sum(0)
+        added[picked] = 0
+        best = int(added.argmax())
+        if added[best] <= 0:
+            break
+        picked.append(best)
+        held = torch.maximum(held, gains[:, best])
+    return picked
+
+
+_FORMAT: Final = "polar-menu-1"
+
+
+class MenuProgram(BaseModel):
+    """One program of a menu."""
+
+    model_config = ConfigDict(frozen=True)
+
+    program: Program
+    flops_ratio: float
+    """FLOPs over identity's, at 128 prompt and 64 output tokens."""
+    agreement: float
+    """Share of the dev prompts (train, where there are too few) on which it answers as identity does."""
+    token_agreement: float
+    """The same by tokens, for prompts that are no choice question."""
+    accuracy: float | None
+    """Share of labelled prompts among them that it answers right; None where there are none."""
+
+
+class Menu(BaseModel):
+    """A menu of one model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: str = _FORMAT
+    model: str
+    fingerprint: str
+    dtype: str
+    bridges: str
+    """Hash of the bridges that the programs use; empty where they use none."""
+    data: str
+    """Hash of the prompts."""
+    seed: int
+    prompts: dict[str, int]
+    """Prompts of each split."""
+    tried: int
+    """Different programs that were measured on all search prompts."""
+    programs: tuple[MenuProgram, ...]
+    """Identity first, then from dear to cheap."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the file; its folder is made if need be."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Menu:
+        """Read a file back.
+
+        Raises:
+            DataError: It is missing, damaged or something else.
+        """
+        hint = "Make it with `polar search`."
+        try:
+            menu = cls.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            raise DataError(f"menu {str(path)!r} cannot be read ({error.strerror}).", hint=hint) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "file"
+            raise DataError(f"menu {str(path)!r} is damaged: {where}: {first['msg']}.", hint=hint) from error
+        if menu.format != _FORMAT:
+            raise DataError(f"{str(path)!r} has format {menu.format!r}, not {_FORMAT!r}.", hint=hint)
+        return menu

@@ -1,0 +1,1 @@
+"""What a program does on a prompt, measured once and kept."""

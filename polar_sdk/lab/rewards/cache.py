@@ -1,0 +1,99 @@
+"""What was measured, on disk, so that nothing is measured twice and an interrupted search goes on where it stopped.
+
+One SQLite file per model, dtype and engine version; a row per prompt and program, the hash of the bridges that the
+program uses being part of its name. Stored values are JSON. Knows no model and does not know what the values mean.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.errors import DataError
+from polar_sdk.models.paths import cache_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+
+_LAYOUT = 2
+"""Version of the values' layout; files of other versions are not looked at."""
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (
+    prompt TEXT NOT NULL, program TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (prompt, program)
+) WITHOUT ROWID
+"""
+
+
+def cache_path(fingerprint: str, dtype: str) -> Path:
+    """Where rewards of a model are kept: in the cache folder, see `POLAR_CACHE`."""
+    return cache_folder() / "rewards" / f"{fingerprint[:24]}-{dtype}-{ENGINE_VERSION}.{_LAYOUT}.sqlite3"
+
+
+class RewardCache:
+    """Values by (prompt, program). One object serves one thread; several processes may share a file.
+
+    Args:
+        path: The file; its folder is made if need be. None keeps the values in memory, for this object alone.
+
+    Raises:
+        DataError: The file cannot be opened or is none of ours.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._name = ":memory:" if path is None else str(path)
+        with self._errors():
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._store = sqlite3.connect(self._name, timeout=60)
+            if path is not None:
+                self._store.execute("PRAGMA journal_mode=WAL")
+                self._store.execute("PRAGMA synchronous=NORMAL")
+            self._store.execute(_SCHEMA)
+            self._store.commit()
+
+    def get(self, prompts: Iterable[str], program: str) -> dict[str, Any]:
+        """What is known of these prompts under this program."""
+        with self._errors():
+            rows = (
+                (
+                    prompt,
+                    self._store.execute("SELECT value FROM facts WHERE prompt = ? AND program = ?", (prompt, program)),
+                )
+                for prompt in set(prompts)
+            )
+            found = ((prompt, cursor.fetchone()) for prompt, cursor in rows)
+            return {prompt: json.loads(row[0]) for prompt, row in found if row is not None}
+
+    def put(self, program: str, values: Mapping[str, Any]) -> None:
+        """Keep values by prompt under this program; on disk when this returns."""
+        rows = [(prompt, program, json.dumps(value)) for prompt, value in values.items()]
+        with self._errors(), self._store:
+            self._store.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._store.close()
+
+    def __enter__(self) -> RewardCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise DataError(
+                f"the cache of rewards {self._name!r} cannot be used ({error}).",
+                hint="Remove the file, or set POLAR_CACHE to a folder that can be written.",
+            ) from error

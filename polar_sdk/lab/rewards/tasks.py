@@ -1,0 +1,131 @@
+"""From items to tasks: what is scored for each item, as token ids. Identity's own answers are the reference.
+
+A choice question is a plain text that ends in `Answer:`, with every choice as a continuation. A prompt goes through the
+chat template, continued by identity's greedy answer: one pass over it tells for each of its tokens whether a program
+would have chosen the same. Knows a model's tokenizer; scores nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from polar_sdk.engine.scoring import Question
+from polar_sdk.lab.items import AnswerItem, ChoiceItem, item_id
+from polar_sdk.programs.program import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from polar_sdk.lab.items import Item
+    from polar_sdk.lab.rewards.cache import RewardCache
+    from polar_sdk.lab.rewards.measure import Kind
+    from polar_sdk.model import PolarModel
+
+
+_BATCH = 16
+"""Prompts that are answered together."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One item, ready to be scored.
+
+    Attributes:
+        item: Where it comes from.
+        question: Its prompt, and what may follow: the choices, or identity's answer.
+    """
+
+    item: Item
+    question: Question
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of what the item asks; see `polar_sdk.data.item_id`."""
+        return item_id(self.item)
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the token ids: what a score depends on."""
+        return hashlib.sha256(repr((self.question.prompt, self.question.continuations)).encode()).hexdigest()[:40]
+
+    @property
+    def kind(self) -> Kind:
+        """What the item is."""
+        if isinstance(self.item, ChoiceItem):
+            return "choice"
+        return "answer" if isinstance(self.item, AnswerItem) else "prompt"
+
+    @property
+    def characters(self) -> tuple[int, ...]:
+        """Length of each choice; scores are compared per character, so that short choices have no advantage."""
+        return tuple(map(len, self.item.choices)) if isinstance(self.item, ChoiceItem) else (1,)
+
+
+def make_tasks(
+    model: PolarModel,
+    items: Sequence[Item],
+    cache: RewardCache,
+    *,
+    answer_tokens: int = 24,
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[Task]:
+    """One task per item, in order; prompts are answered at full depth where the cache has no answer.
+
+    An item whose question does not fit the model's context window is left out.
+
+    Args:
+        model: Whose tokens, and whose answers.
+        items: Any kinds.
+        cache: Where answers are kept.
+        answer_tokens: Most tokens of an answer.
+        on_progress: Called with (stage, prompts done, prompts in all).
+    """
+    prompts = [item.prompt for item in items if not isinstance(item, ChoiceItem)]
+    answers = _answers(model, list(dict.fromkeys(prompts)), cache, answer_tokens, on_progress)
+    tasks = [
+        Task(item, choice_question(model, item) if isinstance(item, ChoiceItem) else answers[item.prompt])
+        for item in items
+        if isinstance(item, ChoiceItem) or item.prompt in answers
+    ]
+    return [task for task in tasks if _longest(task.question) <= model.context_window]
+
+
+def choice_question(model: PolarModel, item: ChoiceItem) -> Question:
+    """The one form in which choices are put to a model: plain text, each choice a continuation after `Answer:`."""
+    prompt = tuple(model.encode(f"Question: {item.question}\nAnswer:"))
+    return Question(prompt, tuple(tuple(model.encode(f" {choice}")) for choice in item.choices))
+
+
+def _longest(question: Question) -> int:
+    return len(question.prompt) + max(map(len, question.continuations))
+
+
+def _answers(
+    model: PolarModel,
+    prompts: Sequence[str],
+    cache: RewardCache,
+    answer_tokens: int,
+    on_progress: Callable[[str, int, int], None],
+) -> dict[str, Question]:
+    """Prompt tokens and identity's answer, by prompt; prompts that leave no room for an answer are left out."""
+    tokens = {prompt: tuple(model.prompt_tokens(prompt)) for prompt in prompts}
+    room = model.context_window - answer_tokens
+    keys = {prompt: _prompt_key(ids) for prompt, ids in tokens.items() if len(ids) <= room}
+    program = f"{Program.identity(model.depth)} answers {answer_tokens}"
+    known = cache.get(keys.values(), program)
+    missing = [prompt for prompt, key in keys.items() if key not in known]
+    for start in range(0, len(missing), _BATCH):
+        batch = missing[start : start + _BATCH]
+        new = model.greedy_answers(batch, max_tokens=answer_tokens)
+        fresh = {keys[prompt]: list(answer) for prompt, answer in zip(batch, new, strict=True)}
+        cache.put(program, fresh)
+        known |= fresh
+        on_progress("identity's answers", start + len(batch), len(missing))
+    return {prompt: Question(tokens[prompt], (tuple(known[key]),)) for prompt, key in keys.items()}
+
+
+def _prompt_key(tokens: tuple[int, ...]) -> str:
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()[:40]

@@ -1,0 +1,1 @@
+"""Trains routers on measured rewards."""

@@ -1,0 +1,122 @@
+"""What a router learns from: the features of prompts beside what every program of a menu did on them.
+
+Pure tensors, cut out of a `RewardMatrix`. Knows no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from polar_sdk.errors import DataError
+from polar_sdk.lab.rewards.measure import SAME_ANSWER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.router.certificate import Loss
+
+
+_BLUR: Final = 0.05
+"""Share of an answer's tokens over which it turns from kept to lost."""
+
+
+def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
+    """(P, M) float32: 1 where a prompt is lost against identity under a program, −1 where it is gained; see `Loss`."""
+    differs = (~matrix.agree).float()
+    if loss == "differs":
+        return differs
+    drops = matrix.right[:, :1].float() - matrix.right.float()
+    drops = torch.where(matrix.labelled.unsqueeze(1), drops, differs)
+    return drops.clamp(min=0) if loss == "harms" else drops
+
+
+def learned_losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
+    """(P, M) float32: the losses that a router learns from, with less chance in them than `losses`.
+
+    Whether a program happens to turn one wrong answer right or one right answer wrong cannot be told from a prompt; how
+    often it does so can. So for `drops` every labelled prompt has its program's mean drop. And an answer in text that
+    falls one token short of being the same is not as lost as one of which nothing stays.
+    """
+    found = losses(matrix, loss)
+    written = torch.tensor([kind != "choice" for kind in matrix.kinds]) & ~(matrix.labelled & (loss != "differs"))
+    found[written, 1:] = torch.sigmoid((SAME_ANSWER - matrix.share[written, 1:]) / _BLUR)
+    known = matrix.labelled
+    if loss != "drops" or not bool(known.any()):
+        return found
+    found[known] = found[known].mean(0)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """P prompts, M programs; column 0 is identity.
+
+    Attributes:
+        features: (P, F) float32.
+        lost: (P, M) float32, from `least` to 1; see `learned_losses`.
+        margin: (P, M) float32; what the target `gap` regresses on.
+        flops: (P, M) float64, the router's own in all columns but identity's.
+        kinds: (P,) number of each prompt's kind: a promise holds for each kind alike, and so must a decision.
+        least: The smallest loss there is: −1 for `drops`, else 0.
+    """
+
+    features: Tensor
+    lost: Tensor
+    margin: Tensor
+    flops: Tensor
+    kinds: Tensor
+    least: float = 0.0
+
+    @classmethod
+    def of(cls, matrix: RewardMatrix, features: Tensor, router_flops: Tensor, loss: Loss) -> Examples:
+        """Of the rows of a matrix; for the loss `harms` of those whose answer is known.
+
+        Args:
+            matrix: Of P prompts and M programs.
+            features: (P, F).
+            router_flops: What the router executes before each program, (P, M); identity runs without it.
+            loss: See `Loss`.
+
+        Raises:
+            DataError: No row has an answer, and the loss needs one.
+        """
+        flops = matrix.flops.double()
+        flops[:, 1:] += router_flops[:, 1:]
+        keep = matrix.labelled if loss == "harms" else torch.ones(len(matrix), dtype=torch.bool)
+        if loss != "differs" and not bool(matrix.labelled.any()):
+            raise DataError(f"no prompt has an answer, which the loss {loss!r} needs; use 'differs', or give answers.")
+        least = -1.0 if loss == "drops" else 0.0
+        names = sorted(set(matrix.kinds))
+        kinds = torch.tensor([names.index(kind) for kind in matrix.kinds])
+        lost = learned_losses(matrix, loss)
+        return cls(features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], least)
+
+    def rows(self, keep: Sequence[bool]) -> Examples:
+        """Some of them."""
+        mask = torch.tensor(keep)
+        return Examples(
+            self.features[mask], self.lost[mask], self.margin[mask], self.flops[mask], self.kinds[mask], self.least
+        )
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def end(self, least: float) -> float:
+        """The θ at which a program may run that is expected to keep that share of the answers."""
+        return 1 - least / (1 - self.least)
+
+    @property
+    def kept(self) -> Tensor:
+        """(P, M) float32 quality from 0 (lost) to 1 (the best there is): what the value head predicts."""
+        return (1 - self.lost) / (1 - self.least)
+
+    @property
+    def saved(self) -> Tensor:
+        """(P, M) float32 share of identity's FLOPs that each program saves."""
+        return (1 - self.flops / self.flops[:, :1]).float()

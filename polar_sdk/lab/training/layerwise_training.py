@@ -1,0 +1,209 @@
+"""Training a policy router: the article's policy gradient over free per-layer actions, with a leave-one-out baseline.
+
+Several programs are drawn per prompt; each is judged by its reward less the mean reward of the others, not divided by
+a standard deviation, which would blow up noise where all do alike. Reward = FLOPs saved − price × lost. Rewards come
+from a function, so that anything can be learned from: a model, a matrix, a rule. Knows features and rewards only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from polar_sdk.lab.training.checkpoint import Checkpoint, run_key
+from polar_sdk.lab.training.menu_training import Trained
+from polar_sdk.router.layerwise import ACTIONS, EXECUTE, HIDDEN, program_of
+from polar_sdk.router.network import Network
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from polar_sdk.lab.training.settings import PolicySettings
+    from polar_sdk.programs.program import Program
+
+
+class Measure(Protocol):
+    """Runs programs on prompts."""
+
+    def __call__(self, rows: Sequence[int], programs: Sequence[Program], /) -> tuple[Tensor, Tensor]:
+        """(lost, saved) of each pair of a prompt and a program: bool and share of identity's FLOPs, (N,) each."""
+        ...
+
+
+@dataclass(frozen=True)
+class PolicyTask:
+    """What to learn.
+
+    Attributes:
+        features: (P, F) of all prompts.
+        train: Rows to learn from.
+        dev: Rows to judge by.
+        depth: Layers, D.
+        free: Layers that are decided about; the others execute.
+        measure: Rewards of (row, program) pairs.
+        start: Program that training starts near, for example the menu's best; None = identity.
+    """
+
+    features: Tensor
+    train: Sequence[int]
+    dev: Sequence[int]
+    depth: int
+    free: Sequence[int]
+    measure: Measure
+    start: Program | None = None
+
+
+def _silent(stage: str, done: int, total: int) -> None: ...
+
+
+def fit_policy(
+    task: PolicyTask,
+    settings: PolicySettings,
+    *,
+    checkpoints: Path | None = None,
+    on_progress: Callable[[str, int, int], None] = _silent,
+) -> Trained:
+    """Train with every seed; the seed and the epoch with the best utility of the greedy decision on dev win.
+
+    Args:
+        task: What to learn.
+        settings: How.
+        checkpoints: Folder for the state after each epoch, taken up again after Ctrl-C.
+        on_progress: Called with (stage, epochs done, epochs in all).
+    """
+    key = run_key(settings, float(task.features.double().sum()), *map(tuple, (task.train, task.dev, task.free)))
+    checkpoint = Checkpoint(checkpoints, key)
+    results = []
+    for number, seed in enumerate(settings.seeds):
+        run = _Run(task, settings, seed, checkpoint)
+
+        def show(done: int, before: int = number * settings.epochs) -> None:
+            on_progress("training the policy router", before + done, len(settings.seeds) * settings.epochs)
+
+        results.append(run.train(show))
+    checkpoint.clear(f"policy-{seed}" for seed in settings.seeds)
+    utilities = [utility for utility, _, _ in results]
+    best, network, history = max(results, key=lambda result: result[0])
+    record = {
+        "settings": settings.model_dump(mode="json"),
+        "free_layers": list(task.free),
+        "utility": best,
+        "utility_mean": fmean(utilities),
+        "utility_spread": pstdev(utilities),
+        "history": history,
+    }
+    return Trained(network, record)
+
+
+class _Run:
+    """One seed's training, one epoch at a time."""
+
+    def __init__(self, task: PolicyTask, settings: PolicySettings, seed: int, checkpoint: Checkpoint) -> None:
+        self.task, self.settings, self.seed, self.checkpoint = task, settings, seed, checkpoint
+        features = task.features[list(task.train)]
+        self.network = Network.fresh(features, HIDDEN, len(task.free) * len(ACTIONS), seed)
+        self.network.biases[-1].copy_(self._start().flatten())
+        self.best = (-float("inf"), Network.of(self.network.tensors()))
+        self.history: list[float] = []
+        for tensor in self.network.trainable:
+            tensor.requires_grad_(True)
+        self.optimizer = torch.optim.Adam(self.network.trainable, lr=settings.learning_rate)
+
+    def train(self, show: Callable[[int], None]) -> tuple[float, Network, list[float]]:
+        """Run the epochs that are left."""
+        self._resume()
+        while len(self.history) < self.settings.epochs and not self._stalled():
+            show(len(self.history))
+            self._epoch(len(self.history))
+            utility = self._utility()
+            self.history.append(utility)
+            if utility > self.best[0]:
+                self.best = (utility, Network.of(self.network.tensors()))
+            self._save()
+        return (*self.best, self.history)
+
+    def _start(self) -> Tensor:
+        """Logits (L, 3) of the start: each layer most likely has the visits it has in the start program."""
+        rest = (1 - self.settings.execute) / 2
+        chances = torch.full((len(self.task.free), len(ACTIONS)), rest)
+        visits = [1] * self.task.depth if self.task.start is None else self.task.start.visits(self.task.depth)
+        for at, layer in enumerate(self.task.free):
+            chances[at, min(visits[layer], 2)] = self.settings.execute
+        return chances.log()
+
+    def _epoch(self, number: int) -> None:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + number)  # the same after a resume
+        rows = torch.tensor(self.task.train)[torch.randperm(len(self.task.train), generator=generator)]
+        for batch in rows.split(self.settings.batch):  # type: ignore[no-untyped-call]
+            self._step(batch, generator)
+
+    def _step(self, rows: Tensor, generator: torch.Generator) -> None:
+        """One leave-one-out policy gradient step."""
+        settings, count = self.settings, self.settings.samples
+        logs = self._logs(rows)  # (B, L, 3)
+        chances = logs.detach().exp().repeat_interleave(count, 0)
+        drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(len(rows) * count, -1)
+        reward = self._reward(rows.repeat_interleave(count), drawn).view(-1, count)
+        advantage = (reward - (reward.sum(1, keepdim=True) - reward) / (count - 1)).flatten()
+        taken = logs.repeat_interleave(count, 0).gather(-1, drawn.unsqueeze(-1)).squeeze(-1).sum(-1)
+        entropy = -(logs.exp() * logs).sum(-1).mean()
+        loss = -(advantage * taken).mean() - settings.entropy * entropy
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def _logs(self, rows: Tensor) -> Tensor:
+        outputs = self.network(self.task.features[rows])
+        return outputs.view(len(rows), len(self.task.free), len(ACTIONS)).log_softmax(-1)
+
+    def _reward(self, rows: Tensor, actions: Tensor) -> Tensor:
+        """Rewards (N,) of one action per free layer, (N, L), for rows (N,)."""
+        whole = torch.full((len(actions), self.task.depth), EXECUTE)
+        whole[:, list(self.task.free)] = actions
+        lost, saved = self.task.measure(rows.tolist(), [program_of(tuple(one)) for one in whole.tolist()])
+        return saved.float() - self.settings.price * lost.float()
+
+    @torch.no_grad()
+    def _utility(self) -> float:
+        """Mean reward of the greedy decision on the dev rows."""
+        rows = torch.tensor(self.task.dev)
+        return float(self._reward(rows, self._logs(rows).argmax(-1)).mean())
+
+    def _stalled(self) -> bool:
+        patience = self.settings.patience
+        return len(self.history) > patience and max(self.history[-patience:]) < max(self.history[:-patience])
+
+    def _save(self) -> None:
+        tensors = {f"now {name}": tensor for name, tensor in self.network.tensors().items()}
+        tensors |= {f"best {name}": tensor for name, tensor in self.best[1].tensors().items()}
+        for at, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam {at} {name}": torch.as_tensor(value) for name, value in state.items()}
+        facts: dict[str, Any] = {"history": self.history, "utility": self.best[0]}
+        self.checkpoint.save(f"policy-{self.seed}", tensors, facts)
+
+    def _resume(self) -> None:
+        kept = self.checkpoint.load(f"policy-{self.seed}")
+        if kept is None:
+            return
+        tensors, facts = kept
+        now = Network.of(_named(tensors, "now "))
+        with torch.no_grad():
+            for mine, saved in zip(self.network.trainable, now.trainable, strict=True):
+                mine.copy_(saved)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _named(tensors, "adam ").items():
+            at, _, key = name.partition(" ")
+            state.setdefault(int(at), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.best = (float(facts["utility"]), Network.of(_named(tensors, "best ")))
+        self.history = list(facts["history"])
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

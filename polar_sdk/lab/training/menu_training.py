@@ -1,0 +1,208 @@
+"""Training the value head of a menu router on the whole reward matrix, positives and negatives.
+
+Two targets. `agreement`: the log-loss of "nothing is lost" per program, plus the exact policy gradient: with every
+reward known, the expected utility of a soft decision is a plain sum, no sampling. `gap`: the margin under each program,
+then mapped to a probability on the dev prompts. Runs are told apart by the deployed utility on dev, never by a loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from polar_sdk.lab.training.checkpoint import Checkpoint, run_key
+from polar_sdk.lab.training.utility import frontier
+from polar_sdk.router.menu import needed_theta
+from polar_sdk.router.network import Network
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from polar_sdk.lab.training.examples import Examples
+    from polar_sdk.lab.training.settings import MenuSettings
+
+
+_Config = tuple[str, tuple[int, ...], float]
+"""Target, hidden sizes, penalty."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The network that was picked, and how training went.
+
+    Attributes:
+        network: Its outputs are logits of "nothing is lost" per program after identity.
+        record: For the artifact: picked configuration, utilities of all, spread over seeds.
+    """
+
+    network: Network
+    record: dict[str, Any]
+
+
+def _silent(stage: str, done: int, total: int) -> None: ...
+
+
+def fit_menu(
+    train: Examples,
+    dev: Examples,
+    order: Sequence[int],
+    settings: MenuSettings,
+    *,
+    checkpoints: Path | None = None,
+    on_progress: Callable[[str, int, int], None] = _silent,
+) -> Trained:
+    """Train every configuration with every seed, and pick.
+
+    The configuration with the best mean utility over its seeds wins, then its best seed: a single lucky run does not.
+
+    Args:
+        train: To fit on.
+        dev: To choose by; apart from `train`.
+        order: Programs cheaper than identity, cheapest first.
+        settings: What to try.
+        checkpoints: Folder for finished runs, taken up again by a later call with the same data and settings.
+        on_progress: Called with (stage, runs done, runs in all).
+    """
+    configs: list[_Config] = list(product(settings.targets, settings.hidden, settings.penalties))
+    runs = [(config, seed) for config in configs for seed in settings.seeds]
+    checkpoint = Checkpoint(checkpoints, run_key(settings, *map(_digest, (train, dev))))
+    results: dict[tuple[_Config, int], tuple[float, Network]] = {}
+    for number, (config, seed) in enumerate(runs):
+        on_progress("training the menu router", number, len(runs))
+        results[config, seed] = _kept(checkpoint, number) or _run(train, dev, order, settings, config, seed)
+        utility, network = results[config, seed]
+        checkpoint.save(f"run-{number}", network.tensors(), {"utility": utility})
+    on_progress("training the menu router", len(runs), len(runs))
+    checkpoint.clear(f"run-{number}" for number in range(len(runs)))
+    utilities = {config: [results[config, seed][0] for seed in settings.seeds] for config in configs}
+    best = max(configs, key=lambda config: fmean(utilities[config]))
+    utility, network = max((results[best, seed] for seed in settings.seeds), key=lambda result: result[0])
+    return Trained(network, _record(best, utility, utilities, settings))
+
+
+def _record(
+    best: _Config, utility: float, utilities: dict[_Config, list[float]], settings: MenuSettings
+) -> dict[str, Any]:
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "picked": {"target": best[0], "hidden": list(best[1]), "penalty": best[2]},
+        "utility": utility,
+        "utility_mean": fmean(utilities[best]),
+        "utility_spread": pstdev(utilities[best]),
+        "utilities": [
+            {"target": config[0], "hidden": list(config[1]), "penalty": config[2], "by_seed": values}
+            for config, values in utilities.items()
+        ],
+    }
+
+
+def _digest(examples: Examples) -> list[float]:
+    """Numbers that change whenever the data does, as far as a run's name needs."""
+    return [float(one.double().sum()) for one in (examples.features, examples.lost, examples.margin, examples.flops)]
+
+
+def _kept(checkpoint: Checkpoint, number: int) -> tuple[float, Network] | None:
+    kept = checkpoint.load(f"run-{number}")
+    return None if kept is None else (float(kept[1]["utility"]), Network.of(kept[0]))
+
+
+def _run(
+    train: Examples, dev: Examples, order: Sequence[int], settings: MenuSettings, config: _Config, seed: int
+) -> tuple[float, Network]:
+    """One configuration with one seed; the state whose deployed utility on dev was best."""
+    target, hidden, penalty = config
+    network = Network.fresh(train.features, hidden, train.lost.shape[1] - 1, seed)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = network.trainable
+    for tensor in parameters:
+        tensor.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    goal = _goal(train, target)
+    weight = penalty * train.features.shape[1] / (2 * len(train))
+    best, waited = (-float("inf"), network), 0
+    for step in range(1, settings.steps + 1):
+        optimizer.zero_grad()
+        outputs = network(train.features)
+        loss = goal(outputs) + weight * sum(w.square().sum() for w in network.weights) / outputs.shape[1]
+        if target == "agreement" and settings.gradient:
+            loss = loss - settings.gradient * _expected_utility(outputs, train, settings, generator)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if step % settings.check_every == 0 or step == settings.steps:
+            candidate = _deployable(network, dev, target)
+            utility = _utility(candidate, dev, order, settings)
+            best, waited = ((utility, candidate), 0) if utility > best[0] else (best, waited + 1)
+            if waited >= settings.patience:
+                break
+    return best
+
+
+def _goal(train: Examples, target: str) -> Callable[[Tensor], Tensor]:
+    """The regression loss of a target, a function of the outputs."""
+    if target == "agreement":
+        kept = train.kept[:, 1:]
+        return lambda outputs: F.binary_cross_entropy_with_logits(outputs, kept)
+    margin = train.margin[:, 1:]
+    scaled = (margin - margin.mean(0)) / margin.std(0, unbiased=False).clamp(min=1e-6)
+    return lambda outputs: F.smooth_l1_loss(outputs, scaled)
+
+
+def _expected_utility(
+    outputs: Tensor, examples: Examples, settings: MenuSettings, generator: torch.Generator
+) -> Tensor:
+    """Mean expected utility of a soft decision at a random price; its gradient is the exact policy gradient."""
+    low, high = settings.prices
+    price = low * (high / low) ** float(torch.rand((), generator=generator))
+    saved = examples.saved
+    identity = torch.zeros_like(outputs[:, :1])
+    predicted = torch.cat((identity, 1 - (1 - examples.least) * torch.sigmoid(outputs)), 1)
+    chances = ((saved - price * predicted) / settings.temperature).softmax(-1)
+    gained = (saved - price * examples.lost) / (1 + price)
+    expected: Tensor = (chances * gained).sum(-1).mean()
+    return expected
+
+
+@torch.no_grad()
+def _deployable(network: Network, dev: Examples, target: str) -> Network:
+    """A frozen copy whose outputs are logits of "nothing is lost"."""
+    frozen = Network.of(network.tensors())
+    if target == "agreement":
+        return frozen
+    slope, shift = _logistic(frozen(dev.features), dev.kept[:, 1:])
+    weights = (*frozen.weights[:-1], frozen.weights[-1] * slope)
+    biases = (*frozen.biases[:-1], frozen.biases[-1] * slope + shift)
+    return Network(frozen.mean, frozen.scale, weights, biases)
+
+
+@torch.enable_grad()
+def _logistic(outputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """One slope and a shift per program that map outputs to logits of `kept`, by regularised maximum likelihood."""
+    log_slope = torch.zeros((), requires_grad=True)
+    shift = torch.zeros(outputs.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_slope, shift], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = outputs * log_slope.exp() + shift
+        loss = F.binary_cross_entropy_with_logits(logits, kept)
+        loss = loss + (log_slope.square() + shift.square().mean()) / len(outputs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return log_slope.detach().exp(), shift.detach()
+
+
+@torch.no_grad()
+def _utility(network: Network, dev: Examples, order: Sequence[int], settings: MenuSettings) -> float:
+    return frontier(needed_theta(network(dev.features)), dev, order, most=dev.end(settings.least)).utility(
+        settings.risks
+    )

@@ -1,0 +1,226 @@
+"""Training a router for a model: from a reward matrix to a router that can be calibrated, saved and served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from polar_sdk.errors import DataError, RouterModelError
+from polar_sdk.lab.evaluation.measuring import Bench, marks
+from polar_sdk.lab.training.examples import Examples, losses
+from polar_sdk.lab.training.layerwise_training import PolicyTask, fit_policy
+from polar_sdk.lab.training.menu_training import Trained, fit_menu
+from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
+from polar_sdk.lab.training.utility import frontier
+from polar_sdk.programs.program import Program
+from polar_sdk.router.features import FeatureKind, FeatureReader
+from polar_sdk.router.layerwise import EXECUTE, PolicyRouter, policy_dial
+from polar_sdk.router.learned import RouterFacts
+from polar_sdk.router.menu import MenuRouter, by_cost, needed_theta
+from polar_sdk.router.network import Network
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from polar_sdk.lab.items import Item
+    from polar_sdk.lab.program_search.matrix import RewardMatrix
+    from polar_sdk.lab.rewards.cache import RewardCache
+    from polar_sdk.model import PolarModel
+    from polar_sdk.router.certificate import Loss
+
+
+RouterKind = Literal["menu", "policy", "static"]
+"""`static` is a menu router that reads nothing: what a certificate is worth without routing."""
+_DEFAULT_RISK = 0.05
+"""Share of lost dev prompts that an uncalibrated router is set to."""
+_DEV_PROMPTS = 256
+"""Most dev prompts that a policy router is judged by: each look runs programs of its own."""
+_NATURAL = 0.5
+"""θ at which a policy router reads its network in the usual way."""
+
+
+def _silent(stage: str, done: int, total: int) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Trains routers for one model.
+
+    Attributes:
+        model: The model, with the bridges that programs use.
+        matrix: What programs do on the train and dev prompts (`polar search`).
+        features: What the router reads.
+        layers: Layers run for the features `early`.
+        checkpoints: Folder for checkpoints; None keeps none.
+        on_progress: Called with (stage, steps done, steps in all).
+    """
+
+    model: PolarModel
+    matrix: RewardMatrix
+    features: FeatureKind = "embedding"
+    layers: int = 3
+    checkpoints: Path | None = None
+    on_progress: Callable[[str, int, int], None] = field(default=_silent)
+
+    def __post_init__(self) -> None:
+        if self.matrix.fingerprint != self.model.fingerprint:
+            raise RouterModelError(
+                f"the reward matrix was measured on model {self.matrix.model} ({self.matrix.fingerprint[:12]}…), but "
+                f"this model is {self.model.fingerprint[:12]}….",
+                hint="Measure it with `polar search`.",
+            )
+        if self.matrix.dtype != self.model.dtype:
+            raise RouterModelError(
+                f"the reward matrix was measured in {self.matrix.dtype}, but this model runs in {self.model.dtype}.",
+                hint="Load the model in that precision, or run `polar search` again.",
+            )
+        if self.features == "early" and not 1 <= self.layers < self.model.depth:
+            raise DataError(
+                f"--layers {self.layers} is out of range; use 1 to {self.model.depth - 1}, 2 to 4 is usual."
+            )
+        self._reader = FeatureReader(self.model.decoder, self.features, self.layers if self.features == "early" else 0)
+
+    def menu(self, settings: MenuSettings | None = None) -> MenuRouter:
+        """Train a menu router over the programs of the matrix."""
+        settings = settings or MenuSettings()
+        order = self._order()
+        train, dev = self._examples(settings)
+        trained = fit_menu(train, dev, order, settings, checkpoints=self.checkpoints, on_progress=self.on_progress)
+        return self._menu(trained, dev, order, settings)
+
+    def static(self, settings: MenuSettings | None = None) -> MenuRouter:
+        """A menu router that gives every prompt the same program, by its dial: what it must be better than."""
+        settings = settings or MenuSettings()
+        order = self._order()
+        train, dev = self._examples(settings)
+        kept = torch.cat((train.kept, dev.kept))[:, 1:].mean(0).clamp(1e-4, 1 - 1e-4)
+        network = Network.fresh(train.features, (), len(kept), seed=0)  # its weights are zero
+        network.biases[-1].copy_(kept.logit())
+        with torch.no_grad():
+            walked = frontier(needed_theta(network(dev.features)), dev, order, most=dev.end(settings.least))
+        utility = walked.utility(settings.risks)
+        spread = {"utility": utility, "utility_mean": utility, "utility_spread": 0.0}
+        record = {"settings": settings.model_dump(mode="json"), "picked": "static", **spread}
+        return self._menu(Trained(network, record), dev, order, settings)
+
+    def _order(self) -> list[int]:
+        """Programs cheaper than identity, cheapest first."""
+        if len(self.matrix.programs) < 2:
+            raise DataError("the menu holds identity alone; search again with more budgets.")
+        order = by_cost(self.matrix.programs, self.model.decoder.cost)
+        return order[: order.index(0)]
+
+    def _menu(self, trained: Trained, dev: Examples, order: Sequence[int], settings: MenuSettings) -> MenuRouter:
+        with torch.no_grad():
+            needed = needed_theta(trained.network(dev.features))
+        walked = frontier(needed, dev, order, most=dev.end(settings.least))
+        router = MenuRouter(
+            self._facts(trained, walked.thetas, walked.thetas[walked.best(_DEFAULT_RISK)], settings.loss),
+            trained.network,
+            self.matrix.programs,
+        )
+        return router.bind(self.model.decoder, self.model.fingerprint)
+
+    def policy(
+        self,
+        items: Sequence[Item],
+        settings: PolicySettings | None = None,
+        *,
+        prompts: int = 1000,
+        cache: RewardCache | None = None,
+    ) -> PolicyRouter:
+        """Train a policy router by running the programs it draws.
+
+        Args:
+            items: The items that the matrix was measured on.
+            settings: How.
+            prompts: Most prompts to train on.
+            cache: Where rewards are kept; None = the one on disk.
+        """
+        settings = settings or PolicySettings()
+        bench = Bench(self.model, self.on_progress, cache)
+        wanted = dict(zip(self.matrix.ids, self.matrix.splits, strict=True))
+        tasks = [task for task in bench.tasks(items) if wanted.get(task.id) in ("train", "dev")]
+        rows = {name: [at for at, task in enumerate(tasks) if wanted[task.id] == name] for name in ("train", "dev")}
+        if not rows["train"] or not rows["dev"]:
+            raise DataError("the items hold no train or no dev prompt of the reward matrix; pass the searched items.")
+        outcomes = bench.outcomes(tasks, [], labels=False)
+
+        def measure(chosen: Sequence[int], programs: Sequence[Program]) -> tuple[Tensor, Tensor]:
+            found = outcomes.of(chosen, programs)
+            full = outcomes.of(chosen, [outcomes.matrix.programs[0]] * len(chosen))
+            saved = [1 - one.flops / all_.flops for one, all_ in zip(found, full, strict=True)]
+            return torch.tensor([not one.agree for one in found]), torch.tensor(saved)
+
+        protected = {layer % self.model.depth for layer in self.model.policy.protected}
+        task = PolicyTask(
+            features=self._read([task.question.prompt for task in tasks]),
+            train=rows["train"][:prompts],
+            dev=rows["dev"][:_DEV_PROMPTS],
+            depth=self.model.depth,
+            free=[layer for layer in range(self.model.depth) if layer not in protected],
+            measure=measure,
+        )
+        trained = fit_policy(task, settings, checkpoints=self.checkpoints, on_progress=self.on_progress)
+        identity = (Program.identity(self.model.depth),)
+        router = PolicyRouter(self._facts(trained, (0.0,), _NATURAL, "differs"), trained.network, identity)
+        outputs = router.outputs(task.features[task.dev])
+        dial = policy_dial(router.log_probabilities(outputs)[..., EXECUTE].exp())
+        return router.with_facts(dial=dial).bind(self.model.decoder, self.model.fingerprint)
+
+    def _examples(self, settings: MenuSettings) -> tuple[Examples, Examples]:
+        """Those of the train and of the dev split; what is said of a program on average is said of both together."""
+        self.matrix.of("train"), self.matrix.of("dev")  # raises where there is none
+        matrix = self.matrix.of("train", "dev")
+        own = [[self._reader.flops(len(tokens), one) for one in matrix.programs] for tokens in matrix.tokens]
+        both = Examples.of(matrix, self._read(matrix.tokens), torch.tensor(own), settings.loss)
+        splits = [one for one, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
+        named = matrix.splits if len(both) == len(matrix) else splits
+        return both.rows([one == "train" for one in named]), both.rows([one == "dev" for one in named])
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        rows = []
+        for at, tokens in enumerate(prompts):
+            if at % 50 == 0:
+                self.on_progress("reading features", at, len(prompts))
+            rows.append(self._reader(tokens).cpu())
+        return torch.stack(rows).clone()
+
+    def _facts(self, trained: Trained, dial: tuple[float, ...], theta: float, loss: Loss) -> RouterFacts:
+        matrix, cost = self.matrix, self.model.decoder.cost
+        base = (sum(layer.linear for layer in cost.layers) + cost.head) // 2
+        used = [one for one, split in zip(matrix.ids, matrix.splits, strict=True) if split in ("train", "dev")]
+        record: dict[str, Any] = {
+            **trained.record,
+            "data": matrix.data,
+            "prompts": {split: matrix.splits.count(split) for split in ("train", "dev")},
+            "parameters": trained.network.parameters,
+            "parameter_share": trained.network.parameters / base,
+            "static": self._static(loss),
+            "seen": marks(used),
+        }
+        return RouterFacts(
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            depth=self.model.depth,
+            features=self.features,
+            feature_layers=self._reader.layers,
+            dial=dial,
+            default_theta=theta,
+            training=record,
+        )
+
+    def _static(self, loss: Loss) -> list[dict[str, Any]]:
+        """How each program alone does on the dev prompts, for the control "best static program"."""
+        dev = self.matrix.of("dev")
+        quality = (1 - losses(dev, loss).mean(0)).tolist()
+        saved = (1 - dev.flops.double().sum(0) / dev.flops[:, 0].double().sum()).tolist()
+        return [
+            {"program": program.text, "quality": quality[at], "saved": saved[at]}
+            for at, program in enumerate(dev.programs)
+        ]

@@ -1,0 +1,119 @@
+"""The identity of a model: SHA-256 over what makes its function, the configuration and the weights.
+
+It does not depend on the dtype or device a model runs in, on its name, nor on its folder. It is the hash of
+files: the same tensors cut into other shards have another fingerprint. The tokenizer is no part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.models.paths import cache_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+_NO_FUNCTION: Final = frozenset({"transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range"})
+"""Configuration fields that do not change what the model computes; so do none that begin with `_`."""
+_HASHES_LOCK: Final = threading.Lock()
+
+
+def fingerprint_of_folder(folder: Path, weights: Iterable[Path]) -> str:
+    """Fingerprint of a model folder: `config.json` and its weight files."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return _digest(_functional(config), *(file_sha256(path) for path in sorted(weights)))
+
+
+def fingerprint_of_conversion(gguf_sha256: str, version: int) -> str:
+    """Fingerprint of a model converted from a GGUF file, which holds configuration and weights in one.
+
+    The sum of the source, not of the result: it is the same on every host, whichever releases wrote
+    the result.
+    """
+    return _digest("gguf", version, gguf_sha256)
+
+
+def fingerprint_of(model: PreTrainedModel) -> str:
+    """Fingerprint of a model in memory; another value than that of the files it may come from.
+
+    Weights are hashed as float32, which holds every float16 and bfloat16 value. Tied weights count once.
+    """
+    seen: set[int] = set()
+    sums: list[str] = []
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            sums.append(f"{name} {tuple(tensor.shape)} {_tensor_sha256(tensor)}")
+    return _digest(_functional(model.config.to_dict()), *sums)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, remembered in the cache by path, size and time of last change."""
+    path = path.resolve()
+    stat = path.stat()
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    with _HASHES_LOCK:
+        known = _read_hashes().get(str(path))
+    if known is not None and known[:2] == stamp:
+        return str(known[2])
+    value = hash_file(path)
+    with _HASHES_LOCK:
+        _remember(path, [*stamp, value])
+    return value
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, read now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(*parts: object) -> str:
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _functional(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        str(name): _functional(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _NO_FUNCTION and not str(name).startswith("_")
+    }
+
+
+def _tensor_sha256(tensor: Tensor) -> str:
+    import torch
+
+    value = tensor.detach().to("cpu")
+    exact = value.to(torch.float32) if value.is_floating_point() else value
+    return hashlib.sha256(exact.contiguous().numpy().data).hexdigest()
+
+
+def _read_hashes() -> dict[str, list[Any]]:
+    try:
+        known = json.loads((cache_folder() / "file-hashes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(path: Path, entry: list[Any]) -> None:
+    """Best effort: two processes may lose each other's entry, and a read-only cache keeps none."""
+    known = {name: value for name, value in _read_hashes().items() if Path(name).exists()}
+    known[str(path)] = entry
+    target = cache_folder() / "file-hashes.json"
+    draft = target.with_suffix(f".{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(known), encoding="utf-8")
+        draft.replace(target)

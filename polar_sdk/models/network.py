@@ -1,0 +1,165 @@
+"""The network of a model folder as transformers builds it, its weights not read yet.
+
+transformers finds every weight's place by its own rules, older names and fused experts included. It is given tensors in
+the dtype that the files have, so that it copies nothing; whoever runs the model casts layer by layer.
+
+Weights of safetensors files as tensors that are read when they are first used, layer by layer.
+
+Every layer has a mapping of its own, because the pages of a mapping count as memory of the process until all tensors in
+it are gone: whoever copies the weights of a layer and drops them has dropped its part of the file too. Knows files and
+names, no architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+import warnings
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.errors import ModelDamagedError, UnsupportedArchitectureError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedModel
+
+_DTYPES: Final = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_LAYER: Final = re.compile(r".*?\.\d+\.")
+"""What the names of the weights of one layer begin with: `model.layers.7.`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor in a file; the bytes from `start` to `end` are its values."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    start: int
+    end: int
+
+
+def map_weights(files: Iterable[Path]) -> dict[str, Tensor]:
+    """All weights of these files by name; nothing but the headers is read yet. They must not be written to.
+
+    Raises:
+        UnsupportedArchitectureError: A weight has a dtype that the engine does not run.
+        OSError: A file cannot be read.
+    """
+    found: dict[str, Tensor] = {}
+    for path in files:
+        groups: dict[str, list[_Entry]] = defaultdict(list)
+        for entry in _entries(path):
+            layer = _LAYER.match(entry.name)
+            groups[layer.group() if layer else entry.name].append(entry)
+        for entries in groups.values():
+            found |= _map(path, entries)
+    return found
+
+
+def _entries(path: Path) -> Iterator[_Entry]:
+    """What the header says: 8 bytes of length, then JSON with offsets that count from its end."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    for name, told in header.items():
+        if name != "__metadata__":
+            start, end = (8 + length + offset for offset in told["data_offsets"])
+            yield _Entry(name, _known_dtype(name, told["dtype"]), told["shape"], start, end)
+
+
+def _known_dtype(name: str, told: str) -> str:
+    if told not in _DTYPES:
+        raise UnsupportedArchitectureError(
+            f"weight {name} is stored as {told}, which is not supported; supported are: {', '.join(_DTYPES)}."
+        )
+    return _DTYPES[told]
+
+
+def _map(path: Path, entries: list[_Entry]) -> dict[str, Tensor]:
+    """The tensors of one layer, over one mapping, which ends with the last of them."""
+    import torch
+
+    start = min(entry.start for entry in entries)
+    start -= start % mmap.ALLOCATIONGRANULARITY
+    length = max(entry.end for entry in entries) - start
+    found: dict[str, Tensor] = {}
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) if length else b""
+        for entry in entries:
+            dtype = getattr(torch, entry.dtype)
+            if entry.start == entry.end:
+                found[entry.name] = torch.empty(entry.shape, dtype=dtype)
+                continue
+            count = (entry.end - entry.start) // dtype.itemsize
+            flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=entry.start - start)
+            found[entry.name] = flat.view(entry.shape)
+    return found
+
+
+def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
+    """The network on the CPU, with weights that are read from the files when they are first used.
+
+    Raises:
+        ModelDamagedError: A weight is missing or has another shape.
+        UnsupportedArchitectureError: A weight has a dtype that the engine does not run.
+    """
+    from safetensors import SafetensorError
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    weights = map_weights(files)
+    try:
+        network, report = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=_dtype(weights.values()), output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        if "memory" in str(error):
+            raise
+        raise damaged(folder, str(error)) from error
+    # transformers fills what is missing with random numbers and goes on.
+    for what in ("missing_keys", "mismatched_keys"):
+        if report[what]:
+            raise damaged(folder, f"{what.replace('_', ' ')}: {', '.join(map(str, sorted(report[what])[:3]))}")
+    result: PreTrainedModel = network.requires_grad_(False).eval()
+    result.generation_config = _generation_config(folder)
+    return result
+
+
+def damaged(folder: Path, reason: str) -> ModelDamagedError:
+    """The error for a folder that cannot be loaded."""
+    return ModelDamagedError(
+        f"model folder {str(folder)!r} is damaged ({' '.join(reason.split())[:300]}).",
+        hint="Copy or fetch the model again.",
+    )
+
+
+def _dtype(weights: Iterable[Tensor]) -> torch.dtype:
+    """The floating-point dtype that most of the weights have; the few others are cast to it."""
+    import torch
+
+    sizes = Counter({torch.float32: 0})
+    for weight in weights:
+        if weight.is_floating_point():
+            sizes[weight.dtype] += weight.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """The settings of generation; a model saved without them has some in its configuration."""
+    from transformers import GenerationConfig
+
+    own = (folder / "generation_config.json").is_file()
+    return GenerationConfig.from_pretrained(folder, None if own else "config.json", local_files_only=True)

@@ -1,0 +1,109 @@
+"""Where things lie on disk, and how this package writes there: locked, in a work folder, space checked first.
+
+    <cache>/models/<key>/         one converted model with its `polar.json`; moved here whole, never edited
+    <cache>/locks/<key>.lock      held while that model is being made
+    <cache>/work/<key>/           only while it is being made
+    <cache>/file-hashes.json      sums of weight files, so that they are read once and not on every load
+
+It does not know what a model is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_dir
+
+from polar_sdk.errors import ModelError, PolarError
+from polar_sdk.show.progress import say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+CACHE_VARIABLE: Final = "POLAR_CACHE"
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def cache_folder() -> Path:
+    """The cache: `POLAR_CACHE`, or else `polar` among the user's caches. Not created here."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named).expanduser().absolute() if named else Path(user_cache_dir("polar", appauthor=False))
+
+
+def models_folder() -> Path:
+    """The folder of converted models."""
+    return cache_folder() / "models"
+
+
+@contextmanager
+def work_folder(key: str) -> Iterator[Path]:
+    """Lock `key` against threads and processes, and hand out an empty folder, gone when the block ends.
+
+    It lies in the cache, so that moving a result from it into place is one atomic rename. What a killed
+    process left there, the next one to hold the lock removes.
+    """
+    work = cache_folder() / "work" / key
+    with disk_errors(), _locked(key):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _locked(key: str) -> Iterator[None]:
+    path = cache_folder() / "locks" / f"{key}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that is preparing {key}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn an operating-system error of the block into one line about the cache folder."""
+    try:
+        yield
+    except PolarError:  # some of them are OSErrors too
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise disk_full() from error
+        raise ModelError(
+            f"cache folder {str(cache_folder())!r} cannot be used ({error.strerror or error}).",
+            hint=f"Make it writable, or set {CACHE_VARIABLE} to another folder.",
+        ) from error
+
+
+def disk_full(needed: int | None = None, free: int | None = None) -> ModelError:
+    """The error for a disk without room; sizes in bytes where they are known."""
+    detail = "" if needed is None or free is None else f": {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+    return ModelError(
+        f"the disk of cache folder {str(cache_folder())!r} is full{detail}.",
+        hint=f"Free some space, or set {CACHE_VARIABLE} to a folder on another disk.",
+    )
+
+
+def require_space(needed: int) -> None:
+    """Raise before any work if the cache's disk cannot take `needed` bytes."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise disk_full(needed, free)

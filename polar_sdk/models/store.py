@@ -1,0 +1,173 @@
+"""The converted models in the cache: make one at most once, check it, list them, remove one.
+
+A model is made in a work folder and moved into place whole: what lies under `models/` is complete, whatever
+was interrupted. It does not know how a GGUF file is got.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+
+from polar_sdk.errors import ModelDamagedError, ModelNotFoundError
+from polar_sdk.models.convert import CONVERSION, convert, stored_dtype
+from polar_sdk.models.fingerprint import file_sha256, fingerprint_of_conversion, hash_file
+from polar_sdk.models.folder import check_folder
+from polar_sdk.models.paths import models_folder, work_folder
+from polar_sdk.show.progress import stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+_MANIFEST: Final = "polar.json"
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Recipe(_Facts):
+    """What a conversion is made from."""
+
+    key: str
+    """Folder name in the cache; holds the first digits of the source's hash."""
+    name: str
+    """What the model is called: alias, or file name of the GGUF file."""
+    origin: str
+    """Where the GGUF file came from: a pip requirement or a path."""
+    gguf_sha256: str
+    licence: str | None = None
+    """SPDX expression; None where it is not known."""
+
+
+class StoredFile(_Facts):
+    """One file of a conversion."""
+
+    bytes: int
+    """Size. Unit: bytes."""
+    sha256: str
+
+
+class Manifest(_Facts):
+    """`polar.json` of a converted model."""
+
+    conversion: int
+    """Version of the conversion that made it."""
+    made_from: Recipe
+    made_at: AwareDatetime
+    fingerprint: str
+    files: dict[str, StoredFile]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files. Unit: bytes."""
+        return sum(file.bytes for file in self.files.values())
+
+
+def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
+    """The folder of a converted model, made now if the cache does not hold it.
+
+    Args:
+        recipe: What to make.
+        get_gguf: Given the work folder, returns the path of the checked GGUF file; called only if needed.
+
+    Raises:
+        ModelDamagedError: The cache holds it, but a file is missing or was changed.
+    """
+    folder = models_folder() / recipe.key
+    if read_manifest(folder) is None:
+        with work_folder(recipe.key) as work:
+            if read_manifest(folder) is None:  # else another process made it while this one waited for the lock
+                _make(recipe, get_gguf(work), work / "model")
+                shutil.rmtree(folder, ignore_errors=True)  # made by an older conversion
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                (work / "model").replace(folder)
+    check_stored(folder)
+    return folder
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a converted model; None where there is none, or one of another conversion."""
+    try:
+        manifest = Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return manifest if manifest.conversion == CONVERSION else None
+
+
+def check_stored(folder: Path) -> None:
+    """Compare the files of a conversion with its manifest; a file unchanged since last time is not read.
+
+    Raises:
+        ModelDamagedError: A file is missing, cut short or changed.
+    """
+    manifest = read_manifest(folder)
+    for name, facts in manifest.files.items() if manifest else ():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != facts.bytes or file_sha256(path) != facts.sha256:
+            raise ModelDamagedError(
+                f"cached model file {str(path)!r} is damaged: it is not what the conversion wrote.",
+                hint=repair_hint(folder),
+            )
+
+
+def repair_hint(folder: Path) -> str:
+    """How to replace a damaged conversion."""
+    manifest = read_manifest(folder)
+    name = folder.name if manifest is None else manifest.made_from.name
+    return f"Run `polar models remove {name}`, then load or fetch it again."
+
+
+def list_stored() -> list[Manifest]:
+    """All converted models in the cache, by name."""
+    folders = models_folder().glob("*/")
+    manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
+    return sorted(manifests, key=lambda manifest: (manifest.made_from.name, manifest.made_from.key))
+
+
+def remove_stored(name: str) -> int:
+    """Remove the conversions of that name or key from the cache.
+
+    Returns:
+        Bytes freed.
+
+    Raises:
+        ModelNotFoundError: The cache holds none.
+    """
+    found = [manifest for manifest in list_stored() if name in (manifest.made_from.name, manifest.made_from.key)]
+    if not found:
+        held = sorted({manifest.made_from.name for manifest in list_stored()})
+        raise ModelNotFoundError(
+            f"model {name!r} is not in {str(models_folder())!r}, which holds: {', '.join(held) or 'nothing'}."
+        )
+    for manifest in found:
+        key = manifest.made_from.key
+        # Moved away first: a half-removed model never lies under its name.
+        with work_folder(key) as work, suppress(FileNotFoundError):
+            (models_folder() / key).replace(work / "model")
+    return sum(manifest.bytes for manifest in found)
+
+
+def _make(recipe: Recipe, gguf: Path, folder: Path) -> None:
+    with stage(f"converting {gguf.name} to safetensors, once"):
+        convert(gguf, folder, stored_dtype(gguf))
+        check_folder(folder)  # what the engine cannot run does not enter the cache
+        files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    manifest = Manifest(
+        conversion=CONVERSION,
+        made_from=recipe,
+        made_at=datetime.now(UTC),
+        fingerprint=fingerprint_of_conversion(recipe.gguf_sha256, CONVERSION),
+        files=files,
+    )
+    (folder / _MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _describe(path: Path) -> StoredFile:
+    return StoredFile(bytes=path.stat().st_size, sha256=hash_file(path))

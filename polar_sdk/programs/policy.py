@@ -1,0 +1,220 @@
+"""The policy: what bounds a program, and the programs that the tiers of one model stand for.
+
+A policy is a JSON file: the one shipped for the default model lies in `polar_sdk/policies/`, `polar scan --save` writes
+one for any other. It knows programs and costs, not weights; it chooses nothing itself (the router does).
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from polar_sdk.errors import (
+    CostCeilingError,
+    PolicyError,
+    ProtectedLayerError,
+    UnknownTierError,
+    VisitLimitError,
+    nearest,
+)
+from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
+from polar_sdk.programs.guard import LoopGuard
+from polar_sdk.programs.program import Program
+
+if TYPE_CHECKING:
+    from polar_sdk.programs.cost import CostModel
+
+
+TIERS = ("economy", "standard", "premium", "exact")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tier(_Frozen):
+    """One named offer of a policy, as far as the engine is concerned."""
+
+    program: Program
+    """What every prompt of this tier runs, until a learned router chooses per prompt."""
+    note: str = ""
+    """What was measured for this program, in a sentence; no promise follows from it."""
+
+
+class Policy(_Frozen):
+    """Bounds of the router, and the programs of the tiers."""
+
+    model: str | None = None
+    """Name of the model it was made for; None = any."""
+    fingerprint: str | None = None
+    """Fingerprint of that model; None = any."""
+    protected: tuple[int, ...] = (0, 1, -1)
+    """Layers that every program visits; negative numbers count from the last layer."""
+    max_visits: int = Field(default=3, ge=1)
+    """Most visits of one layer by one program."""
+    cost_ceiling: float = Field(default=1.15, gt=0)
+    """Most FLOPs of a program, as a multiple of identity's."""
+    loop_guard: LoopGuard | None = LoopGuard()
+    """What an extra visit of a loop may do to the hidden state before the loop is stopped; None = anything."""
+    default_tier: str | None = None
+    """Tier of a request that names none; None = identity."""
+    tiers: dict[str, Tier] = Field(default_factory=dict)
+
+    @field_validator("tiers")
+    @classmethod
+    def _known_tiers(cls, tiers: dict[str, Tier]) -> dict[str, Tier]:
+        if unknown := sorted(set(tiers) - set(TIERS)):
+            raise ValueError(f"tier {unknown[0]!r} is not one of {', '.join(TIERS)}")
+        return tiers
+
+    @model_validator(mode="after")
+    def _default_exists(self) -> Self:
+        if self.default_tier is not None and self.default_tier not in self.tiers:
+            raise ValueError(f"default_tier {self.default_tier!r} is not among the tiers {sorted(self.tiers)}")
+        return self
+
+    @classmethod
+    def permissive(cls) -> Self:
+        """No bounds beyond the model's own depth: for research and parity tests."""
+        return cls(protected=(), max_visits=4096, cost_ceiling=float("inf"), loop_guard=None)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a policy file.
+
+        Raises:
+            PolicyError: The file is missing, is no JSON, or holds a wrong value.
+        """
+        try:
+            return cls._from_json(Path(path).read_text(encoding="utf-8"), str(path))
+        except OSError as error:
+            raise PolicyError(
+                f"policy file {str(path)!r} cannot be read ({error.strerror}).",
+                hint="Make one with `polar scan --save`.",
+            ) from error
+        except UnicodeDecodeError as error:
+            raise PolicyError(
+                f"policy file {str(path)!r} is no UTF-8 text (byte {error.start}).",
+                hint="Make one with `polar scan --save`.",
+            ) from error
+
+    @classmethod
+    def shipped(cls, fingerprint: str) -> Self | None:
+        """The policy that comes with this package for a model, or None."""
+        folder = resources.files("polar_sdk") / "shipped" / "policies"
+        for file in folder.iterdir():
+            if file.name.endswith(".json"):
+                policy = cls._from_json(file.read_text(encoding="utf-8"), file.name)
+                if policy.fingerprint == fingerprint:
+                    return policy
+        return None
+
+    @classmethod
+    def _from_json(cls, text: str, name: str) -> Self:
+        try:
+            return cls.model_validate(json.loads(text))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "file"
+            raise PolicyError(f"policy {name!r}: {where}: {first['msg'].rstrip('.')}.") from error
+        except json.JSONDecodeError as error:
+            raise PolicyError(f"policy {name!r} is no JSON (line {error.lineno}: {error.msg}).") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy file; its folder is made if need be."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data: dict[str, Any] = self.model_dump(mode="json")
+        target.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    def bind(self, fingerprint: str, cost: CostModel) -> None:
+        """Check that the policy belongs to this model and that all its tiers may run on it.
+
+        Raises:
+            PolicyError: It was made for another model.
+            ProgramError: A tier's program breaks the policy's own bounds.
+        """
+        if self.fingerprint is not None and self.fingerprint != fingerprint:
+            raise PolicyError(
+                f"the policy was made for model {self.model or 'unnamed'} ({self.fingerprint[:12]}…), "
+                f"but this model is {fingerprint[:12]}…; make one for it with `polar scan --save`."
+            )
+        for layer in self.protected:
+            if not -cost.depth <= layer < cost.depth:
+                raise PolicyError(
+                    f"the policy protects layer {layer}, which does not exist; the model has {cost.depth} layers, "
+                    f"numbered 0 to {cost.depth - 1}, or -{cost.depth} to -1 from the end."
+                )
+        for tier in self.tiers.values():
+            self.check(tier.program, cost)
+        if "exact" in self.tiers and not self.tiers["exact"].program.is_identity(cost.depth):
+            raise PolicyError(
+                f"tier 'exact' has program {self.tiers['exact'].program.text!r}; it means full depth, "
+                f"0-{cost.depth - 1}: give that program another tier's name."
+            )
+
+    def program_for(self, tier: str | None, depth: int) -> tuple[str | None, Program]:
+        """The tier in force and its program; identity where neither request nor policy names a tier.
+
+        Raises:
+            UnknownTierError: No such tier in this policy.
+        """
+        name = tier if tier is not None else self.default_tier
+        if name is not None and not isinstance(name, str):
+            raise UnknownTierError(f"tier {name!r} is no text; use one of {', '.join(TIERS)}.")
+        if name is None:
+            return None, Program.identity(depth)
+        if name in self.tiers:
+            return name, self.tiers[name].program
+        if name == "exact":  # full depth needs no policy file
+            return name, Program.identity(depth)
+        raise UnknownTierError(self._unknown_tier(name))
+
+    def _unknown_tier(self, name: str) -> str:
+        known = sorted({*self.tiers, "exact"}, key=TIERS.index)
+        if name in TIERS:
+            return (
+                f"tier {name!r} has no program for this model; its policy offers {', '.join(known)}. "
+                "Make one with `polar scan --save`."
+            )
+        near = nearest(name, known)
+        suggestion = f" Did you mean {near!r}?" if near else ""
+        return f"tier {name!r} is unknown; use one of {', '.join(known)}.{suggestion}"
+
+    def check(self, program: Program, cost: CostModel) -> None:
+        """Raise the ProgramError that says why a program may not run.
+
+        Raises:
+            ProgramDepthError: A visit lies beyond the model.
+            ProtectedLayerError: A protected layer is skipped.
+            VisitLimitError: One layer is visited too often.
+            CostCeilingError: The program is too dear at 128 prompt and 64 output tokens.
+        """
+        program.check_depth(cost.depth)
+        skipped = set(program.skips(cost.depth)) & {layer % cost.depth for layer in self.protected}
+        if skipped:
+            raise ProtectedLayerError(
+                f"program {program.text!r} skips layer {min(skipped)}, which the policy protects "
+                f"(protected: {', '.join(map(str, self.protected))}).",
+                hint="Keep it, or load the model with a policy whose `protected` leaves it out.",
+            )
+        if program.most_visits > self.max_visits:
+            raise VisitLimitError(
+                f"program {program.text!r} visits one layer {program.most_visits} times; "
+                f"at most {self.max_visits} are allowed.",
+                hint="Loop less, or raise `max_visits` in the policy.",
+            )
+        self._check_cost(program, cost)
+
+    def _check_cost(self, program: Program, cost: CostModel) -> None:
+        identity = cost.request(Program.identity(cost.depth), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
+        ratio = cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total / identity
+        if ratio > self.cost_ceiling:
+            raise CostCeilingError(
+                f"program {program.text!r} costs {ratio:.4g} × identity; at most {self.cost_ceiling:g} × is allowed.",
+                hint="Skip more, or raise `cost_ceiling` in the policy.",
+            )

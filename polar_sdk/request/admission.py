@@ -1,0 +1,105 @@
+"""Before compute: ask the sink whether each request may run, and serve the offer that it chose.
+
+A sink with budgets may refuse a request or take a cheaper program of the policy. Knows no money and no budget: it
+makes offers (program, tier, most FLOPs) and obeys the answer.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from polar_sdk.router.fixed import fixed_router
+from polar_sdk.usage import Offer, UsageBound
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.program import Program
+    from polar_sdk.request.request import Request
+    from polar_sdk.usage import UsageSink
+
+
+DOWNGRADED_TAG: Final = "polar.downgraded_from"
+"""Tag of the usage record of a request that was served cheaper than asked: the tier, or else the program, asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A program that may serve a request. Unit of `flops`: FLOPs, at the longest answer, the router included."""
+
+    tier: str | None
+    program: Program
+    flops: int
+
+
+def admit(requests: Sequence[Request], cost: CostModel, sink: UsageSink) -> list[Request]:
+    """Reserve for every request, or for none.
+
+    Args:
+        requests: What would run together.
+        cost: FLOPs of programs on this model.
+        sink: Who decides.
+
+    Returns:
+        The requests as they are to be served, in the same order.
+
+    Raises:
+        BudgetExceededError: A budget has no room for one of them; what was held for the others is given back.
+        SinkError: The sink cannot tell; likewise.
+    """
+    admitted: list[Request] = []
+    reserved: list[UsageBound] = []
+    try:
+        for request in requests:
+            choices = _choices(request, cost)
+            bound = _bound(request, choices)
+            chosen = sink.reserve(bound)
+            reserved.append(bound)
+            admitted.append(request if chosen == 0 else _served(request, choices[chosen], cost.depth))
+    except BaseException:
+        for bound in reserved:
+            with suppress(Exception):  # any sink, any error: the first one matters, and a hold expires by itself
+                sink.release(bound.tenant, bound.request_id)
+        raise
+    return admitted
+
+
+def _choices(request: Request, cost: CostModel) -> list[_Choice]:
+    """What was asked for, then every tier of the policy that costs less, the dearest of them first."""
+
+    def choice(tier: str | None, program: Program) -> _Choice:
+        route = request.route.onto(program)
+        used = cost.request(program, len(request.tokens), request.max_tokens, router=route.flops)
+        return _Choice(tier, program, used.total)
+
+    asked = choice(request.tier, request.route.program)
+    tiers = [choice(tier, program) for tier, program in request.tiers.items()]
+    cheaper = [one for one in tiers if one.flops < asked.flops]
+    return [asked, *sorted(cheaper, key=lambda one: -one.flops)]
+
+
+def _bound(request: Request, choices: Sequence[_Choice]) -> UsageBound:
+    return UsageBound(
+        request_id=request.request_id,
+        tenant=request.tenant,
+        tags=dict(request.tags),
+        tokens_input=len(request.tokens),
+        tokens_output_max=request.max_tokens,
+        offers=tuple(Offer(tier=one.tier, program=one.program.text, flops_bound=one.flops) for one in choices),
+        at=request.started_at,
+    )
+
+
+def _served(request: Request, choice: _Choice, depth: int) -> Request:
+    """The request on another program; the FLOPs that its router executed stay."""
+    asked = request.tier if request.tier is not None else request.route.program.text
+    return replace(
+        request,
+        tier=choice.tier,
+        router=fixed_router(choice.program, depth),
+        route=request.route.onto(choice.program),
+        tags={**request.tags, DOWNGRADED_TAG: asked},
+    )

@@ -1,0 +1,135 @@
+"""Which router a model gets, and what must be at hand before it serves: its bridges, and a policy that lets it.
+
+The caller's router, else the user's own for the model, else the shipped one. A router that nobody named is taken only
+where its certificate holds for what would run; one that was named is taken as it is, and refuses what it cannot keep.
+
+Which policy a model gets: the caller's, else the user's own for it, else the shipped one, else plain bounds.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from polar_sdk.errors import BridgeError, ProgramError, RouterError
+from polar_sdk.models.paths import cache_folder
+from polar_sdk.programs.policy import Policy
+from polar_sdk.router.artifact import load_router
+from polar_sdk.router.base import Router
+from polar_sdk.router.learned import LearnedRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from polar_sdk.engine.decoder import Decoder
+
+
+def saved_policy_path(fingerprint: str) -> Path:
+    """Where `polar scan --save` keeps the user's policy for a model."""
+    return cache_folder() / "policies" / f"{fingerprint}.json"
+
+
+def find_policy(policy: Policy | str | Path | None, fingerprint: str) -> Policy:
+    """Choose the policy for a model.
+
+    Args:
+        policy: A policy, or the path of a policy file; None looks for one.
+        fingerprint: The model's.
+
+    Raises:
+        PolicyError: The file that was named or found is wrong.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if policy is not None:
+        return Policy.load(policy)
+    saved = saved_policy_path(fingerprint)
+    if saved.exists():
+        return Policy.load(saved)
+    return Policy.shipped(fingerprint) or Policy()
+
+
+BRIDGES = "bridges"
+"""Name of the folder in a router's folder that holds its bridges."""
+
+
+class _Host(Protocol):
+    """The model object that a router joins."""
+
+    policy: Policy
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    def load_bridges(self, path: str | Path) -> object: ...
+
+
+def saved_router_path(fingerprint: str) -> Path:
+    """Where `polar train` keeps the user's router for a model."""
+    return cache_folder() / "routers" / fingerprint
+
+
+def find_router(router: Router | str | Path | None, host: _Host, *, look: bool) -> Router | None:
+    """The router that serves a model, ready to.
+
+    Args:
+        router: A router, or the folder of one; None looks for one.
+        host: The model.
+        look: Whether to look at all where none was named.
+
+    Raises:
+        RouterError: The one that was named is damaged, belongs to another model, or breaks the policy's bounds.
+    """
+    if isinstance(router, Router):
+        return attach_router(router, host, None)
+    if router is not None:
+        return attach_router(load_router(router), host, Path(router))
+    return next(_holding(host), None) if look else None
+
+
+def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
+    """Load the bridges that lie beside a router, and bind it to the model.
+
+    Raises:
+        RouterModelError: It was trained for another model.
+        RouterError: One of its programs breaks the policy's bounds.
+    """
+    if not isinstance(router, LearnedRouter):
+        return router
+    if router.facts.fingerprint == host.fingerprint and folder is not None and (folder / BRIDGES).is_dir():
+        host.load_bridges(folder / BRIDGES)
+    bound = router.bind(host.decoder, host.fingerprint)
+    for program in bound.programs:
+        try:
+            host.policy.check(program, host.decoder.cost)
+        except ProgramError as error:
+            raise RouterError(f"the router may choose what the policy forbids: {error}") from error
+    return bound
+
+
+def _holding(host: _Host) -> Iterator[Router]:
+    """Routers at hand for the model whose promises hold here; a damaged one is passed over, as nobody named it."""
+    for folder in _at_hand(host.fingerprint):
+        try:
+            router = load_router(folder)
+            if isinstance(router, LearnedRouter) and router.fits(host.fingerprint, host.decoder.dtype_name):
+                bound = attach_router(router, host, folder)
+                if isinstance(bound, LearnedRouter) and bound.certified:
+                    yield bound
+        except (RouterError, BridgeError, ProgramError):
+            continue
+
+
+def _at_hand(fingerprint: str) -> Iterator[Path]:
+    saved = saved_router_path(fingerprint)
+    if (saved / "router.json").is_file():
+        yield saved
+    shipped = resources.files("polar_sdk") / "shipped" / "routers"
+    if shipped.is_dir():
+        for one in shipped.iterdir():
+            if isinstance(one, Path) and (one / "router.json").is_file():
+                yield one

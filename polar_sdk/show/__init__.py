@@ -1,0 +1,1 @@
+"""What people see: tables, progress. Shared by the commands and by billing."""
