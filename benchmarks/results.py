@@ -1,8 +1,8 @@
 """What benchmarks measured, as data: one JSON file per run in `benchmarks/results`, named `<date>-<topic>.json`.
 
 `docs/generate_results.py` makes `docs/results.md` and the figures of the README from the newest ones. A second run of a
-topic on the same day gets `-2` at the end of its name, so nothing is overwritten. Knows nothing of what is measured;
-imports neither torch nor the packages under test.
+topic on the same day is `<date>-<topic>.2.json`, so nothing is overwritten. Knows nothing of what is measured;
+imports no package under test.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 from datetime import UTC, date, datetime
@@ -29,8 +30,8 @@ PACKAGES = ("torch", "transformers", "llama-cpp-python", "sqlalchemy")
 EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 QUIET_LOAD = 0.3
 """Load average per core below which nothing else counts as running."""
-Topic = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(-[a-z][a-z0-9]*)*$")]
-_FILE = re.compile(r"(\d{4}-\d{2}-\d{2})-(.+?)(?:-(\d+))?\.json")
+Topic = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$")]
+_FILE = re.compile(r"(\d{4}-\d{2}-\d{2})-([a-z0-9-]+)(?:\.(\d+))?\.json")
 
 
 class _Frozen(BaseModel):
@@ -148,17 +149,30 @@ class Found(NamedTuple):
 
 
 class Recorder:
-    """Collects the figures of a run that begins now, and keeps its file up to date, so that Ctrl-C loses nothing."""
+    """Collects the figures of a run that begins now, and keeps its file up to date, so that Ctrl-C loses nothing.
 
-    def __init__(self, topic: str, folder: Path = RESULTS, *, accelerator: str | None = None) -> None:
+    Args:
+        topic: Of the run, and of its figures unless they name another.
+        folder: Where the file goes.
+        model: Another model than the default one.
+        device: What the model runs on.
+
+    Another model or device has topics of its own: its figures replace none of the default model's on a CPU.
+    """
+
+    def __init__(
+        self, topic: str, folder: Path = RESULTS, *, model: str | Path | None = None, device: str = "cpu"
+    ) -> None:
         self.folder = folder
         self.path: Path | None = None
+        variant = f"{Path(model).name if model else ''} {device.removeprefix('cpu')}".lower()
+        self._suffix = "".join(f"-{part}" for part in re.findall("[a-z0-9]+", variant))
         self.run = Run(
-            topic=topic,
+            topic=topic + self._suffix,
             date=datetime.now(UTC).date(),
             command=shlex.join(["python", *sys.orig_argv[1:]]),
             commit=_commit(),
-            machine=Machine.here(accelerator),
+            machine=Machine.here(None if device == "cpu" else _accelerator(device)),
             versions=_versions(),
             quiet=psutil.getloadavg()[0] / (os.cpu_count() or 1) < QUIET_LOAD,
             figures=(),
@@ -167,7 +181,8 @@ class Recorder:
     def add(self, name: str, value: float, unit: str, *, topic: str | None = None, **facts: Any) -> Figure:
         """Record a figure, rounded to four digits; `facts` are further fields of `Figure`."""
         numbers = {key: _rounded(fact) if isinstance(fact, float) else fact for key, fact in facts.items()}
-        figure = Figure(topic=topic or self.run.topic, name=name, value=_rounded(value), unit=unit, **numbers)
+        topic = self.run.topic if topic is None else topic + self._suffix
+        figure = Figure(topic=topic, name=name, value=_rounded(value), unit=unit, **numbers)
         self.run = Run(**{**dict(self.run), "figures": (*self.run.figures, figure)})
         self.path = write_run(self.run, self.folder, self.path)
         return figure
@@ -178,7 +193,7 @@ def write_run(run: Run, folder: Path = RESULTS, path: Path | None = None) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
     while path is None:
-        name = folder / f"{run.date}-{run.topic}{f'-{number}' if number > 1 else ''}.json"
+        name = folder / f"{run.date}-{run.topic}{f'.{number}' if number > 1 else ''}.json"
         number, path = number + 1, None if name.exists() else name
     path.write_text(run.text, encoding="utf-8", newline="\n")
     return path
@@ -207,6 +222,12 @@ def _cpu_info() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def _accelerator(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def _commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
@@ -217,7 +238,7 @@ def _commit() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
     for name in PACKAGES:
         try:
             found[name] = version(name)
