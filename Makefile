@@ -54,7 +54,7 @@ bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, whi
 	$(BIN)/python -m benchmarks.engine
 
 bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
-	$(BIN)/python benchmarks/billing.py
+	$(BIN)/python -m benchmarks.billing
 
 router: model ## Heal, search, train, certify and evaluate the shipped router; POLAR_DATA names a folder of JSONL sets
 	$(BIN)/python -m benchmarks.train_router

@@ -1,17 +1,15 @@
 """Measure metering and billing: ingest on both stores, what metering adds to a request, the usage query, size.
 
-    python benchmarks/billing.py [--only ingest,metering] [--events N] [--ingest N] [--rounds N] [--postgres URL]
+    python -m benchmarks.billing [--only ingest,metering] [--events N] [--ingest N] [--rounds N] [--postgres URL]
 
-Prints Markdown, and as the last line one JSON object. PostgreSQL is the server that `--postgres` or
-POLAR_TEST_POSTGRES_URL names, or else one started from its pip package; without either its figure is null. What was not
-asked for is null as well. Ingest is the median of `--rounds` runs, each into a new ledger. Knows no models: the records
-are made up.
+Prints Markdown and writes the figures to `--results`. PostgreSQL is the server that `--postgres` or
+POLAR_TEST_POSTGRES_URL names, or else one started from its pip package; without either it is left out. Ingest is the
+median of `--rounds` runs, each into a new ledger. Knows no models: the records are made up.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sqlite3
@@ -27,12 +25,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import create_engine, make_url, text
 
+from benchmarks.results import RESULTS, Recorder
 from polar_billing import Ledger, Meter, Period, PriceBook, Selection, rate, usage_rows, verify_ledger
 from polar_billing.ledger.contract import Entry
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from polar_sdk.usage import UsageRecord
@@ -160,36 +159,36 @@ class Bench:
     ingest: int
     rounds: int
     postgres: str | None
-    figures: dict[str, Any]
+    recorder: Recorder
 
 
 def measure_ingest(bench: Bench) -> None:
     """Ingest on both stores, through the ledger and through the meter."""
-    _ingest(bench, "SQLite", "sqlite", lambda name: nullcontext(str(bench.folder / f"{name}.sqlite3")))
+    _ingest(bench, "SQLite", 20_000, lambda name: nullcontext(str(bench.folder / f"{name}.sqlite3")))
     with postgres_server(bench.postgres) as server:
         if server is not None:
-            _ingest(bench, "PostgreSQL", "postgres", lambda _: database(server))
+            _ingest(bench, "PostgreSQL", 10_000, lambda _: database(server))
 
 
-def _ingest(bench: Bench, store: str, key: str, place: Callable[[str], AbstractContextManager[str]]) -> None:
+def _ingest(bench: Bench, store: str, goal: int, place: Callable[[str], AbstractContextManager[str]]) -> None:
+    note = f"batches of {BATCH:,}, {bench.ingest:,} events, {bench.rounds} rounds"
     for what, run in (("append_many", ingest), ("Meter.emit_many", emitting)):
         found = []
         for n in range(bench.rounds):
             with place(f"{what}-{n}") as url, Ledger(url) as ledger:
                 found.append(run(ledger, bench.ingest))
-        speed, busy = (median(column) for column in zip(*found, strict=True))
-        bench.figures.setdefault(f"ingest_{key}_eps", round(speed))
-        least, most = min(one for one, _ in found), max(one for one, _ in found)
-        told = f"{speed:,.0f} events/s ({least:,.0f} to {most:,.0f}), {busy:.1f} µs of processor each"
-        _row(f"{store}, `{what}`, batches of {BATCH:,}, {bench.ingest:,} events, {bench.rounds} rounds", told)
+        speeds, busy = zip(*found, strict=True)
+        _record(bench, f"{store}, `{what}`", speeds, "events/s", goal=goal, note=note)
+        _record(bench, f"{store}, `{what}`, processor time of the client", busy, "µs/event", note=note)
 
 
 def measure_metering(bench: Bench) -> None:
     """What metering adds to a request on the caller's thread."""
     for durability, requests in (("spool", 2_000), ("commit", 200), ("sync", 200)):
         middle, slow = metering(str(bench.folder / f"{durability}.sqlite3"), durability, requests, 0.002)
-        bench.figures.setdefault("record_ms_p50", round(middle, 4))
-        _row(f"check + emit, `durability={durability!r}`: median, p99", f"{middle:.3f} ms, {slow:.3f} ms")
+        name = f'check + emit, `durability="{durability}"`'
+        _record(bench, f"{name}, median", [middle], "ms", goal=0.2 if durability == "spool" else None, better="lower")
+        _record(bench, f"{name}, p99", [slow], "ms")
 
 
 def measure_query(bench: Bench) -> None:
@@ -203,20 +202,19 @@ def measure_query(bench: Bench) -> None:
             begun = time.perf_counter()
             ledger.append_many(waiting)
             seconds += time.perf_counter() - begun
-        _row(f"SQLite, `append_many`, {events:,} events into one ledger", f"{events / seconds:,.0f} events/s")
-        for name, rollups in (("usage_rollup_ms", True), ("usage_raw_ms", False)):
+        size = f"{events:,} requests in the ledger"
+        _record(bench, "SQLite, `append_many`, all into one ledger", [events / seconds], "events/s", note=size)
+        for what, rollups, goal in (("hourly sums", True, 100), ("raw records", False, 1_000)):
             took, requests = querying(ledger, rollups=rollups)
-            bench.figures[name] = round(took, 1)
-            what = "sums by hour" if rollups else "usage"
-            _row(f"usage of one tenant and month ({requests:,} of {events:,} requests) from {what}", f"{took:.1f} ms")
+            name, note = f"usage of one tenant and month, from {what}", f"{requests:,} of {size}"
+            _record(bench, name, [took], "ms", goal=goal, better="lower", note=note)
         begun = time.perf_counter()
         with ledger.snapshot() as connection:
             assert verify_ledger(connection).sound
-        _row(f"verify, {events:,} requests", f"{time.perf_counter() - begun:.1f} s")
+        _record(bench, "`polar verify`", [time.perf_counter() - begun], "s", note=size)
     with closing(sqlite3.connect(file)) as fold:
         fold.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    bench.figures["bytes_per_event"] = round(file.stat().st_size / events)
-    _row("size on disk, indexes included", f"{bench.figures['bytes_per_event']:,} bytes/event")
+    _record(bench, "SQLite, size on disk, indexes included", [file.stat().st_size / events], "bytes/event", note=size)
 
 
 MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
@@ -224,10 +222,6 @@ MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
     "metering": measure_metering,
     "query": measure_query,
 }
-FIGURES = (
-    *("ingest_sqlite_eps", "ingest_postgres_eps", "record_ms_p50"),
-    *("usage_rollup_ms", "usage_raw_ms", "bytes_per_event"),
-)
 
 
 def main() -> None:
@@ -237,22 +231,28 @@ def main() -> None:
     options.add_argument("--ingest", type=int, default=50_000, help="requests of each ingest run")
     options.add_argument("--rounds", type=int, default=5, help="ingest runs per store")
     options.add_argument("--postgres", default=os.environ.get("POLAR_TEST_POSTGRES_URL"), metavar="URL")
+    options.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     chosen = options.parse_args()
+    recorder = Recorder("billing", chosen.results)
     print(f"## Metering and billing, {datetime.now(UTC):%Y-%m-%d}\n")
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
     print(f"SQLite {sqlite3.sqlite_version}; load average at the start {os.getloadavg()[0]:.1f}\n")
     print("| what | figure |\n|---|---|")
-    figures: dict[str, Any] = {}
     with TemporaryDirectory(prefix="polar-bench-") as folder:
-        bench = Bench(Path(folder), chosen.events, chosen.ingest, chosen.rounds, chosen.postgres, figures)
+        bench = Bench(Path(folder), chosen.events, chosen.ingest, chosen.rounds, chosen.postgres, recorder)
         for name in chosen.only.split(",") if chosen.only else MEASURES:
             MEASURES[name](bench)
-    print()
-    print(json.dumps(dict.fromkeys(FIGURES) | figures))
+    print(f"\nwrote {recorder.path}")
 
 
-def _row(what: str, figure: str) -> None:
-    print(f"| {what} | {figure} |", flush=True)
+def _record(bench: Bench, name: str, values: Sequence[float], unit: str, **facts: Any) -> None:
+    """Record and print the median over rounds; of one round, without its range."""
+    if len(values) > 1:
+        facts |= {"low": min(values), "high": max(values), "interval": "rounds"}
+    figure = bench.recorder.add(name, median(values), unit, **facts)
+    spread = "" if figure.low is None else f" ({figure.low:,g} to {figure.high:,g})"
+    note = f", {figure.note}" if figure.note else ""
+    print(f"| {figure.name}{note} | {figure.value:,g}{spread} {unit} |", flush=True)
 
 
 if __name__ == "__main__":

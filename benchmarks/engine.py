@@ -3,14 +3,13 @@
     python -m benchmarks.engine [--model NAME] [--gguf FILE] [--device cuda] [--rounds 5] [--only decode,prefill]
 
 All systems run in turn, round by round, so that a slow moment of the machine meets all of them; a ratio is the median
-over the rounds. Prompts are new in every round, so that no prefix cache helps. Prints a Markdown table, and as the last
-line one JSON object. llama.cpp needs `pip install --group bench`; without it, or off the CPU, its ratio is null.
+over the rounds. Prompts are new in every round, so that no prefix cache helps. Prints a Markdown table and writes the
+figures to `--results`. llama.cpp needs `pip install --group bench`; without it, or off the CPU, it is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -20,6 +19,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, timed
+from benchmarks.results import RESULTS, Recorder
 from polar_sdk import PolarModel, Program
 from polar_sdk.engine.scoring import Question, score_questions
 
@@ -36,22 +37,20 @@ if TYPE_CHECKING:
     from polar_sdk.request.generation import Generation
 
 SPIN = "600"
-"""Turns that a waiting OpenMP thread makes before it sleeps (GOMP_SPINCOUNT); `benchmarks/RESULTS.md` says why 600."""
+"""Turns that a waiting OpenMP thread makes before it sleeps (GOMP_SPINCOUNT); `benchmarks/LOG.md` says why 600."""
 NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
-Result = dict[str, float | None]
 
 
 def main() -> None:
     args = _arguments()
     bench = Bench(args)
     names = args.only.split(",") if args.only else list(MEASURES)
-    facts: Result = {}
     print(f"{bench.model('bf16').name}, {bench.device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| what | ours | peer | ratio |\n|---|---|---|---|", flush=True)
     for name in names:
-        facts |= MEASURES[name](bench)
-    print("\n" + json.dumps(facts))
+        MEASURES[name](bench)
+    print(f"\nwrote {bench.recorder.path}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -61,6 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help=f"some of: {','.join(MEASURES)}")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     return parser.parse_args()
 
 
@@ -70,6 +70,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device: str = args.device
+        self.recorder = Recorder("engine", args.results, model=args.model, device=self.device)
         self._random = random.Random(0)
         self._models: dict[str, PolarModel] = {}
 
@@ -144,13 +145,40 @@ def _fetch_gguf(model: str | None) -> Path | None:
     return get_gguf(ALIASES[0], Path(tempfile.mkdtemp(prefix="polar-bench-")))
 
 
-def _row(what: str, results: Sequence[Sequence[float]], unit: str = "tokens/s") -> float:
-    """Print a line of the table from our results and a peer's, per round; returns the median ratio."""
-    ours, peer = results
-    ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
-    cells = [f"{statistics.median(one):.3g} ({min(one):.3g} to {max(one):.3g}) {unit}" for one in (ours, peer)]
-    print(f"| {what} | {cells[0]} | {cells[1]} | **{ratio:.2f}** |", flush=True)
-    return round(ratio, 3)
+@dataclass(frozen=True)
+class Peer:
+    """What ours is compared with, and the ratio that is the goal."""
+
+    name: str
+    goal: float | None = None
+
+
+HF, HF_BATCH = "Hugging Face `generate`, bf16", "Hugging Face `generate`, one batch of 16, bf16"
+LLAMA, IDENTITY = "llama.cpp, Q4_1", "the same at full depth"
+
+
+def _record(
+    bench: Bench, name: str, results: Sequence[Sequence[float]], peer: Peer, unit: str = "tokens/s", note: str = ""
+) -> float:
+    """Record and print our results and the peer's, per round; returns the median ratio."""
+    ours, theirs = results
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    bench.recorder.add(
+        name,
+        statistics.median(ours),
+        unit,
+        low=min(ours),
+        high=max(ours),
+        interval="rounds",
+        peer=peer.name,
+        peer_value=statistics.median(theirs),
+        ratio=ratio,
+        goal=peer.goal,
+        note=note or None,
+    )
+    cells = [f"{statistics.median(one):.3g} ({min(one):.3g} to {max(one):.3g}) {unit}" for one in results]
+    print(f"| {name}; {peer.name} | {cells[0]} | {cells[1]} | **{ratio:.2f}** |", flush=True)
+    return ratio
 
 
 def _decode_speed(answer: Callable[[str, int], float], prompt: str) -> float:
@@ -159,7 +187,7 @@ def _decode_speed(answer: Callable[[str, int], float], prompt: str) -> float:
     return (NEW - 1) / (answer(prompt, NEW) - first)
 
 
-def decode(bench: Bench) -> Result:
+def decode(bench: Bench) -> None:
     def ours(precision: str) -> Callable[[], float]:
         return lambda: _decode_speed(lambda text, new: bench.answer(precision, text, new), bench.prompt(40))
 
@@ -167,13 +195,14 @@ def decode(bench: Bench) -> Result:
         return _decode_speed(lambda text, new: bench.hugging_face.generate([bench.ids(text)], new), bench.prompt(40))
 
     speeds = bench.alternate(ours("bf16"), hugging_face)
-    return {"decode_vs_hf": _row("decode, batch 1, bf16; Hugging Face bf16", speeds)}
+    _record(bench, "decode, batch 1, bf16", speeds, Peer(HF, goal=3))
 
 
-def decode_integers(bench: Bench) -> Result:
+def decode_integers(bench: Bench) -> None:
     llama = bench.llama
     if llama is None:
-        return {"decode_vs_llamacpp": None}
+        print("| decode, batch 1, int4 and int8; llama.cpp is not available | | | |", flush=True)
+        return
 
     def ours(precision: str) -> Callable[[], float]:
         return lambda: _decode_speed(lambda text, new: bench.answer(precision, text, new), bench.prompt(40))
@@ -182,11 +211,11 @@ def decode_integers(bench: Bench) -> Result:
         return _decode_speed(lambda text, new: llama.generate(bench.ids(text), new), bench.prompt(40))
 
     int4, int8, theirs = bench.alternate(ours("int4"), ours("int8"), peer)
-    _row("decode, batch 1, int8; llama.cpp Q4_1", [int8, theirs])
-    return {"decode_vs_llamacpp": _row("decode, batch 1, int4; llama.cpp Q4_1", [int4, theirs])}
+    _record(bench, "decode, batch 1, int8", [int8, theirs], Peer(LLAMA, goal=1))
+    _record(bench, "decode, batch 1, int4", [int4, theirs], Peer(LLAMA, goal=1))
 
 
-def prefill(bench: Bench) -> Result:
+def prefill(bench: Bench) -> None:
     def ours(precision: str) -> Callable[[], float]:
         return lambda: PREFILL / bench.answer(precision, bench.prompt(PREFILL), 1)
 
@@ -194,16 +223,15 @@ def prefill(bench: Bench) -> Result:
         return PREFILL / bench.hugging_face.generate([bench.ids(bench.prompt(PREFILL))], 1)
 
     bf16, int8, int4, theirs = bench.alternate(ours("bf16"), ours("int8"), ours("int4"), hugging_face)
-    _row("prefill 512, int8; Hugging Face bf16", [int8, theirs])
-    _row("prefill 512, int4; Hugging Face bf16", [int4, theirs])
-    return {"prefill_vs_hf": _row("prefill 512, bf16; Hugging Face bf16", [bf16, theirs])}
+    _record(bench, "prefill of 512 tokens, int8", [int8, theirs], Peer(HF))
+    _record(bench, "prefill of 512 tokens, int4", [int4, theirs], Peer(HF))
+    _record(bench, "prefill of 512 tokens, bf16", [bf16, theirs], Peer(HF, goal=1.3))
 
 
-def lean_program(bench: Bench) -> Result:
+def lean_program(bench: Bench) -> None:
     """Does a program with fewer FLOPs take as much less time?"""
     model = bench.model("bf16")
     identity, lean = Program.identity(model.depth), _programs(model, 1, LEAN, PREFILL, 1)[0]
-    facts: Result = {}
     for name, prompt, new in (("prefill", PREFILL, 1), ("decode", 40, NEW)):
 
         def seconds(program: Program, prompt: int = prompt, new: int = new) -> float:
@@ -217,9 +245,10 @@ def lean_program(bench: Bench) -> Result:
 
         share = flops(lean) / flops(identity)
         times = bench.alternate(partial(seconds, lean), partial(seconds, identity))
-        ratio = _row(f"{name}, time of a program with {share:.0%} of the FLOPs; identity", times, unit="s")
-        facts[f"time_over_flops_{name}"] = round(ratio / share, 3)
-    return facts
+        note = f"program with {share:.0%} of the FLOPs"
+        ratio = _record(bench, f"{name}, time of a shorter program", times, Peer(IDENTITY), "s", note)
+        over = bench.recorder.add(f"{name}, time ÷ FLOPs", ratio / share, "", goal=1.05, better="lower", note=note)
+        print(f"| {over.name}; {note} | {over.value:.2f} | | |", flush=True)
 
 
 def _programs(model: PolarModel, count: int, share: float, prompt: int, output: int) -> list[Program]:
@@ -240,7 +269,7 @@ def _program(layers: Sequence[int]) -> Program:
     return Program.parse(" ".join(map(str, layers)))
 
 
-def mixed_programs(bench: Bench) -> Result:
+def mixed_programs(bench: Bench) -> None:
     model = bench.model("bf16")
     mixed = _programs(model, ROWS, MEAN, 64, ROW_NEW)
     same = [Program.identity(model.depth)] * ROWS
@@ -254,15 +283,14 @@ def mixed_programs(bench: Bench) -> Result:
         return _new_tokens(answers) / (time.perf_counter() - begin)
 
     speeds = bench.alternate(lambda: run(mixed), lambda: run(same))
-    what = "16 requests of 64 tokens, 48 new, 16 programs at 70 % of the FLOPs; 16 at identity"
-    return {"mixed_programs_gain": _row(what, speeds)}
+    _record(bench, "16 requests at once, 16 programs at 70% of the FLOPs", speeds, Peer(IDENTITY, goal=1.3))
 
 
 def _new_tokens(answers: Sequence[Generation]) -> int:
     return sum(len(one.token_ids) for one in answers)
 
 
-def concurrent(bench: Bench) -> Result:
+def concurrent(bench: Bench) -> None:
     model = bench.model("bf16")
     identity = Program.identity(model.depth)
 
@@ -282,10 +310,10 @@ def concurrent(bench: Bench) -> Result:
         return ROWS * ROW_NEW / bench.hugging_face.generate(prompts, ROW_NEW)
 
     speeds = bench.alternate(ours, hugging_face)
-    return {"concurrent_vs_hf": _row("16 concurrent requests, bf16; Hugging Face, one batch of 16", speeds)}
+    _record(bench, "16 requests at once, bf16", speeds, Peer(HF_BATCH, goal=2))
 
 
-def scoring(bench: Bench) -> Result:
+def scoring(bench: Bench) -> None:
     model = bench.model("bf16")
     identity = Program.identity(model.depth)
 
@@ -304,26 +332,21 @@ def scoring(bench: Bench) -> Result:
         return QUESTIONS / bench.hugging_face.score(questions())
 
     speeds = bench.alternate(ours, hugging_face)
-    what = "4-choice questions; Hugging Face, one padded pass per choice"
-    return {"scoring_vs_hf": _row(what, speeds, unit="questions/s")}
+    peer = Peer("Hugging Face, one padded pass per choice", goal=6)
+    _record(bench, "questions with 4 choices, bf16", speeds, peer, "questions/s")
 
 
-def memory(bench: Bench) -> Result:
-    command = [sys.executable, "-m", "benchmarks.memory", "--device", bench.device]
-    command += ["--model", bench.args.model] if bench.args.model else []
-    ended = subprocess.run(command, check=True, capture_output=True, text=True)
-    facts = json.loads(ended.stdout.splitlines()[-1])
-    grown, least = facts["peak"] - facts["after_imports"], facts["weights"] + facts["keys_and_values"]
-    mib = {name: f"{size / 2**20:.0f} MiB" for name, size in (facts | {"grown": grown, "least": least}).items()}
-    print(
-        f"| memory, 4 requests of 1,024 tokens: peak {mib['peak']}, after imports {mib['after_imports']} "
-        f"| grown by {mib['grown']} | weights {mib['weights']} + KV {mib['keys_and_values']} "
-        f"| **{grown / least:.2f}** |"
+def memory(bench: Bench) -> None:
+    """In a process of its own, since a peak never comes down again; it writes a file of its own."""
+    folder, model = str(bench.recorder.folder), bench.args.model
+    command = [sys.executable, "-m", "benchmarks.memory", "--device", bench.device, "--results", folder]
+    ended = subprocess.run(
+        [*command, *(["--model", model] if model else [])], check=True, stdout=subprocess.PIPE, text=True
     )
-    return {"rss_ratio": round(grown / least, 3)}
+    print(ended.stdout, end="", flush=True)
 
 
-MEASURES: dict[str, Callable[[Bench], Result]] = {
+MEASURES: dict[str, Callable[[Bench], None]] = {
     "decode": decode,
     "decode_integers": decode_integers,
     "prefill": prefill,

@@ -2,14 +2,14 @@
 
     python -m benchmarks.memory [--model NAME] [--precision bf16]
 
-Prints one JSON object, in bytes: resident memory after the imports, its peak, weights, and keys and values of 4,096
-tokens. `benchmarks/engine.py` runs it as a process of its own, since a peak never comes down again.
+Prints a row of a Markdown table and writes the figures to `--results`: by how much resident memory grew after the
+imports, beside the weights and the keys and values of 4,096 tokens. `benchmarks/engine.py` runs it as a process of its
+own, since a peak never comes down again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 from pathlib import Path
@@ -20,16 +20,19 @@ import torch
 import transformers.modeling_utils  # noqa: F401  (what loading will import is no growth)
 
 from benchmarks.peers import apart
+from benchmarks.results import RESULTS, Recorder
 from polar_sdk import PolarModel, Program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROWS, TOKENS, NEW = 4, 1024, 24
+MIB = 2**20
 
 
 def main() -> None:
     args = _arguments()
+    recorder = Recorder("memory", args.results, model=args.model, device=args.device)
     before = psutil.Process().memory_info().rss
     model = apart(
         lambda: PolarModel.from_pretrained(
@@ -39,18 +42,25 @@ def main() -> None:
     word = model.encode(" light")
     assert len(word) == 1
     prompts = [" light" * (TOKENS - NEW)] * ROWS
-    answers = model.generate_batch(prompts, template="raw", max_tokens=NEW, program=Program.identity(model.depth))
+    model.generate_batch(prompts, template="raw", max_tokens=NEW, program=Program.identity(model.depth))
     decoder = model.loaded.decoder
-    facts = {
-        "after_imports": before,
-        "peak": _peak(),
-        "weights": sum(
-            {one.data_ptr(): one.nbytes for one in _tensors([decoder.start, *decoder.layers, decoder.ends])}.values()
-        ),
-        "keys_and_values": ROWS * TOKENS * model.depth * decoder.pool.page_bytes // 64,
-        "tokens": sum(one.usage.tokens.input + one.usage.tokens.output for one in answers),
-    }
-    print(json.dumps(facts))
+    tensors = _tensors([decoder.start, *decoder.layers, decoder.ends])
+    weights = sum({one.data_ptr(): one.nbytes for one in tensors}.values())
+    kept = ROWS * TOKENS * model.depth * decoder.pool.page_bytes // 64
+    peak = _peak()
+    grown = recorder.add(
+        f"growth after imports, {args.precision}, {ROWS} requests of {TOKENS:,} tokens",
+        (peak - before) / MIB,
+        "MiB",
+        peer="weights + keys and values",
+        peer_value=(weights + kept) / MIB,
+        ratio=(peak - before) / (weights + kept),
+        goal=1.5,
+        better="lower",
+        note=f"peak {peak / MIB:.0f} MiB, after imports {before / MIB:.0f} MiB, weights {weights / MIB:.0f} MiB",
+    )
+    least = f"{grown.peer_value:.0f} MiB (weights {weights / MIB:.0f})"
+    print(f"| memory, {grown.name}; {grown.peer} | {grown.value:.0f} MiB | {least} | **{grown.ratio:.2f}** |")
 
 
 def _arguments() -> argparse.Namespace:
@@ -58,6 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     return parser.parse_args()
 
 

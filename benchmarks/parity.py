@@ -1,6 +1,6 @@
-"""How far each family is from the untouched Hugging Face model: Markdown rows for the README.
+"""How far each family is from the untouched Hugging Face model. Prints a Markdown table, and writes it to `--results`.
 
-    python benchmarks/parity.py [--seeds 10]
+    python -m benchmarks.parity [--seeds 10]
 
 Tiny random models in float32, the same that the tests use (`tests/sdk`), and the same comparisons; a number is the
 largest difference of a logit over the largest logit. The tests allow 1e-5.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.results import RESULTS, Recorder
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.row import Row
@@ -37,17 +38,21 @@ NAMES = {
     "mixtral": "Mixtral (mixture of experts)",
     "qwen2_moe": "Qwen 2 MoE (mixture of experts, one shared)",
 }
+COLUMNS = ("identity", "layers skipped and looped", "cached decoding", "mixed batch")
+GAP = "largest difference of a logit ÷ largest logit"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="random programs per family and comparison")
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
+    args = parser.parse_args()
+    seeds, recorder = args.seeds, Recorder("parity", args.results)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     tests = runpy.run_path(str(TESTS / "test_parity.py")) | runpy.run_path(str(TESTS / "conftest.py"))
-    print("| family | `model_type` | identity | layers skipped and looped | cached decoding | mixed batch | FLOPs |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| family | `model_type` | {' | '.join(COLUMNS)} | FLOPs |")
+    print(f"|---|---|{'---|' * len(COLUMNS)}---|")
     for family in tests["FAMILIES"]:
         model = tests["build_family"](family)
         gaps = [
@@ -56,8 +61,13 @@ def main() -> None:
             _decoding(tests, model, seeds, same=True),
             _decoding(tests, model, seeds, same=False),
         ]
-        told = " | ".join(f"{gap:.0e}" for gap in gaps)
-        print(f"| {NAMES[family]} | `{family}` | {told} | {_flops(tests, model)} |", flush=True)
+        label = f"{NAMES[family]}, `{family}`"
+        for column, gap in zip(COLUMNS, gaps, strict=True):
+            recorder.add(f"{label}: {column}", gap, GAP, goal=1e-5, better="lower")
+        off = _flops(tests, model)
+        recorder.add(f"{label}: FLOPs off", off, "FLOPs", goal=0, better="lower")
+        row = " | ".join(f"{gap:.0e}" for gap in gaps)
+        print(f"| {NAMES[family]} | `{family}` | {row} | {f'off by {off}' if off else 'exact'} |", flush=True)
 
 
 def _gap(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -91,15 +101,14 @@ def _decoding(tests: dict[str, Any], model: Any, seeds: int, *, same: bool) -> f
     return worst
 
 
-def _flops(tests: dict[str, Any], model: Any) -> str:
-    """Whether a ragged batch of different programs, prefill and one decode step, is metered to the FLOP."""
+def _flops(tests: dict[str, Any], model: Any) -> int:
+    """FLOPs metered too many or too few for a ragged batch of different programs, prefill and one decode step."""
     decoder = build_decoder(model)
     rows = [Row(decoder, Program.parse(text)) for text in tests["PROGRAMS"]]
     with FlopCounterMode(display=False) as counter:
         next_logits(decoder, rows, [[3] * (5 + 4 * number) for number in range(len(rows))])
         next_logits(decoder, rows, [[4]] * len(rows))
-    off = sum(row.work.flops().total for row in rows) - counter.get_total_flops()
-    return "exact" if off == 0 else f"off by {off}"
+    return abs(int(sum(row.work.flops().total for row in rows) - counter.get_total_flops()))
 
 
 if __name__ == "__main__":

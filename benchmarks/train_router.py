@@ -4,7 +4,7 @@ Prompts: those of the package and, where POLAR_DATA names a folder, the JSONL se
 class of its own in the evaluation. Some bridges are tuned to the right choices of those sets, others distilled on
 texts without labels. The menu is the one that ships, unless `--programs search` asks for a search. Every stage keeps
 its work, so that the same command goes on after Ctrl-C. What is measured is printed and written beside the work, the
-article's router too; the artifact goes to `--out`, and never more than 5 MB of it.
+article's router too; the figures of what ships go to `--results`, the artifact to `--out`, at most 5 MB of it.
 
 Tuned bridges know the questions of the train split: what programs do there says nothing of new questions. So a router
 learns about choices from the dev split, and about texts from train and dev.
@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_bridges import Bridging
-from benchmarks.router_seeds import spread
+from benchmarks.router_seeds import record_router, record_seeds
 from polar_sdk import PolarModel
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.lab.evaluation.judge import Judge
@@ -238,8 +239,11 @@ class Work:
     def resplit(self, name: str, router: LearnedRouter, tiers: dict[str, TierPromise]) -> None:
         """How often promises break: calibrated on a random half of the prompts that training left alone."""
         judge = Judge(self.model, router, on_progress=self.show)
-        for one in judge.resplit(self.items, tiers=tiers, times=self.options.resplits):
+        broken = judge.resplit(self.items, tiers=tiers, times=self.options.resplits)
+        for one in broken:
             print(f"{name}: {one.text}")
+        rows = [one._asdict() for one in broken if one.kind == "any"]
+        (self.folder / f"{name}.resplits.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
     def evaluate(self, name: str) -> Evaluation:
         """Measure one router on the prompts it has not seen."""
@@ -344,7 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tier", nargs="+", default=["economy=0.25", "standard=0.02", "premium=0.01"])
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tried on")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     options = parser.parse_args(arguments)
+    recorder = Recorder("router", options.results, model=options.model)
     model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None)
     with ProgressBars(quiet=not sys.stderr.isatty()) as show:
         sets = read_sets(options.sets.split(","), options.limit)
@@ -352,8 +358,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in _seeds(options.bridge_seeds):
             work = Work(model, options, sets, seed, options.work / f"seed-{seed}", show)
             found.append(work.run([MAIN] if found else [MAIN, *OTHERS, *(["policy"] if options.epochs else [])]))
-    print(spread([made.parent / f"{MAIN}.json" for _, made in found]))
-    ship(max(found)[1], options.out)
+    print(record_seeds(recorder, [made.parent / f"{MAIN}.json" for _, made in found]))
+    shipped = max(found)[1]
+    record_router(recorder, shipped.with_suffix(".json"))
+    print(f"wrote {recorder.path}")
+    ship(shipped, options.out)
 
 
 if __name__ == "__main__":

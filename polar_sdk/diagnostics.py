@@ -149,7 +149,7 @@ class Diagnostics:
         return torch.stack(pooled) if pooled else torch.empty((0, decoder.family.hidden), device=decoder.device)
 
     def scan(self, items: Sequence[CalibrationItem] | None = None, **options: Any) -> ScanReport:
-        """Measure which layers this model can do without; see `polar_sdk.scan.Scanner`.
+        """Measure which layers this model can do without; see `lab.layer_scan.Scanner`.
 
         Args:
             items: Calibration items; None = the prompts that come with the package.

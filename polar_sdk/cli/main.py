@@ -92,7 +92,7 @@ _register_all()
 def main() -> None:
     """Entry point of the command `polar`."""
     # Threads that wait for work should spin for a moment and then sleep: those that sleep at once halve the speed of
-    # decoding, those that spin for long ruin it for a second process on the same cores (benchmarks/RESULTS.md). Read
+    # decoding, those that spin for long ruin it for a second process on the same cores (benchmarks/LOG.md). Read
     # when torch is first imported, which has not happened yet.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "600")

@@ -1,6 +1,6 @@
 """`polar models`: which models there are on this host; fetch one before it is needed, compile its layers, remove one.
 
-Prints what `polar_sdk.loading` knows.
+Prints what `polar_sdk.models` knows.
 """
 
 from __future__ import annotations

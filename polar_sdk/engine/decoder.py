@@ -79,7 +79,7 @@ class Decoder:
         self.ends = _moved({name: value for name, value in ends.items() if name != "embedding"}, self.placement.last)
         self.dtype: torch.dtype = self.start["embedding"].dtype
         self.precision = precision or _SHORT[self.dtype]
-        # The head decides between near-equal tokens: in int4 it costs a tenth of them (`benchmarks/RESULTS.md`).
+        # The head decides between near-equal tokens: in int4 it costs a tenth of them (`benchmarks/LOG.md`).
         self.ends["head"] = quantize(self.ends["head"], "int8" if self.precision == "int4" else self.precision)
         self.layers = list(self._take_layers(modules, bring))
         self.cost: CostModel = family.cost()

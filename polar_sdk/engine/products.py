@@ -2,7 +2,7 @@
 
 A matrix is one of three named tuples of tensors: `Plain` (the model's own dtype), `Int8` (a scale per output) or `Int4`
 (a scale and a zero point per group of inputs). `multiply` is pure and can be compiled. One row is bound by reading the
-weights, many rows by arithmetic, so each kind has a narrow and a wide form; `benchmarks/RESULTS.md` has the figures
+weights, many rows by arithmetic, so each kind has a narrow and a wide form; `benchmarks/LOG.md` has the figures
 behind every choice. Knows nothing of layers.
 """
 

@@ -6,7 +6,7 @@ Run heavy work in a thread that ends with it.
 
 libgomp keeps a pool for every thread that ever ran a parallel region, and once the pools hold more threads than there
 are cores, none of them may spin while it waits: a model loaded in the main thread then decodes at half the speed in the
-engine's (`benchmarks/RESULTS.md`). The pool of a thread that has ended is gone.
+engine's (`benchmarks/LOG.md`). The pool of a thread that has ended is gone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The policy: what bounds a program, and the programs that the tiers of one model stand for.
 
-A policy is a JSON file: the one shipped for the default model lies in `polar_sdk/policies/`, `polar scan --save` writes
+A policy is a JSON file: the one shipped for the default model lies in `polar_sdk/shipped/policies/`, `polar scan --save` writes
 one for any other. It knows programs and costs, not weights; it chooses nothing itself (the router does).
 """
 

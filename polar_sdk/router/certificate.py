@@ -31,7 +31,7 @@ Loss = Literal["differs", "harms", "drops"]
 """What counts as lost.
 
 `differs`: the answer differs from identity's: another choice, or in text fewer than three quarters of the tokens that
-identity would choose (`polar_sdk.rewards.SAME_ANSWER`). `harms`: identity is right and the program is wrong. `drops`:
+identity would choose (`lab.rewards.measure.SAME_ANSWER`). `harms`: identity is right and the program is wrong. `drops`:
 the same, less the prompts where it is the other way round, so that α bounds the drop of accuracy; where no right answer
 is known, an answer that differs is lost.
 """

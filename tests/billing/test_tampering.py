@@ -2,7 +2,7 @@
 
 Everything is found, and the first bad number of the chain is named. What is tampered with comes from the tables that
 the database has, not from a list here. Every column of every chained table is changed in the first two and the last two
-rows; POLAR_TEST_TAMPER=all takes every row, as for `benchmarks/RESULTS.md`.
+rows; POLAR_TEST_TAMPER=all takes every row, as for `docs/results.md`.
 """
 
 from __future__ import annotations

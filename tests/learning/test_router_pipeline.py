@@ -132,6 +132,7 @@ def test_the_script_makes_an_artifact(
     quick += " --population 2 --generations 0 --layers 1 --steps 20 --seeds 0 --epochs 1 --resplits 2 --timed 1"
     quick += " --tier economy=0.5 standard=0.3 --bridge-seeds 0,1"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
+    words += ["--results", str(tmp_path / "results")]
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     import_module("benchmarks.train_router").main(words)
     router = load_router(out)
@@ -150,5 +151,9 @@ def test_the_script_makes_an_artifact(
     assert not (tmp_path / "work" / "seed-1" / "policy.json").exists()
     said = capsys.readouterr().out
     assert "2 seeds of the bridges" in said and "all choices, economy: FLOPs saved" in said
+    (results,) = (tmp_path / "results").glob("*.json")
+    figures = [one["name"] for one in json.loads(results.read_text())["figures"]]
+    assert {"economy: FLOPs saved", "standard: accuracy drop", "economy: same tokens"} <= set(figures)
+    assert "economy: promises broken on the other half" in figures
     if any(program.bridges for program in router.programs):
         assert (out / "bridges" / "bridges.json").is_file()

@@ -235,7 +235,7 @@ def test_conversion_of_another_version_is_replaced(carried: Any, index: Path, ca
 
 def test_hub_without_network_fails_at_once(cache: Path, tmp_path: Path) -> None:
     # In a process of its own: the hub client reads its settings when it is imported.
-    script = "from polar_sdk.loading import load_pretrained; load_pretrained('org/name')"
+    script = "from polar_sdk.models.load import load_pretrained; load_pretrained('org/name')"
     paths = os.pathsep.join(path for path in sys.path if path)
     settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": paths}
     done = subprocess.run(

@@ -43,7 +43,7 @@ class Task:
 
     @cached_property
     def id(self) -> str:
-        """Hash of what the item asks; see `polar_sdk.data.item_id`."""
+        """Hash of what the item asks; see `lab.items.item_id`."""
         return item_id(self.item)
 
     @cached_property
