@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_bridges import Bridging
 from benchmarks.router_seeds import record_router, record_seeds
-from polar_sdk import PolarModel
+from polar_sdk import PolarModel, lab
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.measuring import marks
@@ -130,7 +130,7 @@ class Work:
         if mark.is_file() and (done := json.loads(mark.read_text(encoding="utf-8")))["key"] == key:
             return dict(done)
         router = self.train(name, matrix)
-        certified = self.model.calibrate(self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
+        certified = lab.calibrate(self.model, self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
         if self.options.resplits and name != "policy":  # its programs are many, and none is in the matrix
             self.resplit(name, certified, tiers)
         done = {"key": key, "utility": router.facts.training["utility"], "routed": _earned(self.evaluate(name))}
@@ -145,7 +145,7 @@ class Work:
     def heal(self) -> None:
         """Fit the bridges."""
         made = Bridging(self.options, self._healed(), self.seed, self.folder, self.show).run(self.model)
-        self.model.load_bridges(made)
+        self.model.use_bridges(made)
 
     def search(self) -> RewardMatrix:
         """Search the menu, or take the one that was named, and measure it on what the cache does not know yet."""
@@ -209,7 +209,8 @@ class Work:
     def train(self, name: str, matrix: RewardMatrix) -> LearnedRouter:
         """A menu router on one kind of features, one that reads nothing, or the article's router."""
         kind, _, features = name.partition("-")
-        router = self.model.train_router(
+        router = lab.train(
+            self.model,
             matrix,
             kind=kind,  # type: ignore[arg-type]
             items=self.items,
@@ -247,8 +248,8 @@ class Work:
 
     def evaluate(self, name: str) -> Evaluation:
         """Measure one router on the prompts it has not seen."""
-        found = self.model.evaluate(
-            self.sets, router=self.folder / name, timed=self.options.timed, on_progress=self.show
+        found = lab.evaluate(
+            self.model, self.sets, router=self.folder / name, timed=self.options.timed, on_progress=self.show
         )
         (self.folder / f"{name}.json").write_text(json.dumps(found.plain(), indent=1) + "\n", encoding="utf-8")
         (self.folder / f"{name}.html").write_text(to_html(found), encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
@@ -58,7 +59,7 @@ def calibrate(
     )
     folder = router or saved_router_path(engine.fingerprint)
     with ProgressBars(quiet=as_json) as show:
-        certified = engine.calibrate(items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)
+        certified = lab.calibrate(engine, items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)
         broken = _tried(engine, certified, items, delta, resplits, show) if resplits else []
     _report(certified, out or folder, broken, as_json=as_json)
 

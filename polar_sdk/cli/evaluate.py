@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
@@ -74,7 +75,7 @@ def evaluate(
     )
     points = _points(engine.router, compute or [], theta or [])
     with ProgressBars(quiet=as_json) as show:
-        found = engine.evaluate(sets, points=points, timed=timed, seed=seed or 0, on_progress=show)
+        found = lab.evaluate(engine, sets, points=points, timed=timed, seed=seed or 0, on_progress=show)
     if html is not None:
         html.write_text(to_html(found), encoding="utf-8")
     if as_json:

@@ -76,7 +76,7 @@ def search(
         model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
     )
     if bridges is not None:
-        engine.load_bridges(bridges)
+        engine.use_bridges(bridges)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype) if cached else None)
     try:
         with cache, ProgressBars(quiet=as_json) as show:

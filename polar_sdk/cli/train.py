@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
@@ -69,7 +70,8 @@ def train(
     )
     target = out or saved_router_path(engine.fingerprint)
     with ProgressBars(quiet=as_json) as show:
-        router = engine.train_router(
+        router = lab.train(
+            engine,
             matrix,
             kind=kind,
             items=items,

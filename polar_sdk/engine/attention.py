@@ -20,7 +20,7 @@ from torch.utils import flop_counter
 from polar_sdk.engine import native
 
 if TYPE_CHECKING:
-    from polar_sdk.engine.family import AttentionKind
+    from polar_sdk.engine.types import AttentionKind
 
 
 _BLOCK: Final = 128

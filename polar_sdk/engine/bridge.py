@@ -16,9 +16,6 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.programs.program import Program
-
 
 @dataclass(frozen=True)
 class Bridge:
@@ -73,13 +70,3 @@ class Bridge:
         for factor in self.weight:
             moved = moved @ factor
         return x + torch.where((positions == 0).unsqueeze(-1), self.first, moved + self.bias)
-
-
-def bridges_digest(decoder: Decoder, program: Program) -> str:
-    """Hash of the maps that a program crosses layers by; empty where it uses none.
-
-    Raises:
-        MissingBridgeError: The decoder lacks one of them.
-    """
-    used = [decoder.bridge(step).digest for step in program if step.bridge]
-    return hashlib.sha256(" ".join(used).encode()).hexdigest() if used else ""

@@ -25,12 +25,13 @@ import polar_sdk.engine.family
 import polar_sdk.engine.native
 import polar_sdk.engine.parts
 import polar_sdk.engine.products
+import polar_sdk.engine.types
 from polar_sdk.engine import native
 from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import EagerKernels
-from polar_sdk.engine.family import pick
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.products import Int4, Int8, Plain, one_by_one, wide_from
+from polar_sdk.engine.types import pick
 from polar_sdk.errors import CompileError
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.family import AttentionKind, Family, Projected, Rotary, Weights
+    from polar_sdk.engine.family import Family
+    from polar_sdk.engine.types import AttentionKind, Projected, Rotary, Weights
 
 
 _MOST: Final = 1 << 20
@@ -51,6 +53,7 @@ _SOURCES: Final = (
     polar_sdk.engine.native,
     polar_sdk.engine.parts,
     polar_sdk.engine.products,
+    polar_sdk.engine.types,
 )
 _log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.bridge import Bridge
     from polar_sdk.engine.eager import Kernels
-    from polar_sdk.engine.family import Family, Projected, Rotary, Weights
+    from polar_sdk.engine.family import Family
+    from polar_sdk.engine.types import Projected, Rotary, Weights
     from polar_sdk.programs.cost import CostModel, Segment
     from polar_sdk.programs.program import Program, Step
 

@@ -12,7 +12,8 @@ from polar_sdk.engine.attention import attend_row
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_sdk.engine.family import AttentionKind, Family, Projected, Rotary, Weights
+    from polar_sdk.engine.family import Family
+    from polar_sdk.engine.types import AttentionKind, Projected, Rotary, Weights
 
 
 class Kernels(Protocol):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.engine.family import Weights
+    from polar_sdk.engine.types import Weights
 
 
 def take_experts(block: Any) -> Weights:

@@ -8,9 +8,10 @@ Tokens of all rows lie packed one after another, (N, E), without padding.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from polar_sdk.engine.products import multiply
+from polar_sdk.engine.types import AttentionKind
 from polar_sdk.programs.cost import CostModel, LayerCost
 
 if TYPE_CHECKING:
@@ -19,37 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from polar_sdk.engine.products import Product
-
-
-Weights = dict[str, Any]
-"""Weights of one layer by name: a `Product`, a tensor, or None."""
-Rotary = tuple["Tensor", "Tensor"]
-"""Cosine and sine of each packed token, (N, 1, r) each, r ≤ d; of size 0 where positions enter elsewhere."""
-Projected = tuple["Tensor", "Tensor", "Tensor"]
-"""Queries (N, H, d), keys and values (N, G, d), ready for attention."""
-
-
-def pick(rotary: Rotary, index: Tensor) -> Rotary:
-    """Cosine and sine of some of the tokens."""
-    cos, sin = rotary
-    return (cos.index_select(0, index), sin.index_select(0, index)) if cos.numel() else rotary
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionKind:
-    """How a layer attends; layers of one kind share their compiled code.
-
-    Attributes:
-        scale: Factor on the scores.
-        window: Keys that a query sees, its own included; None = all before it.
-        softcap: Scores pass through cap × tanh(score / cap); None = as they are.
-        rope: Which of the family's rotary tables the layer turns by.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    rope: int = 0
+    from polar_sdk.engine.types import Projected, Rotary, Weights
 
 
 class Family(ABC):
@@ -121,8 +92,6 @@ class Family(ABC):
 
     def logits(self, x: Tensor, ends: Weights) -> Tensor:
         """Final norm and output projection of (M, E); returns float32 logits (M, V)."""
-        from polar_sdk.engine.products import multiply
-
         head: Product = ends["head"]
         return multiply(self.norm(x, ends), head).float()
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from polar_sdk.engine.attention import write_pages
-from polar_sdk.engine.family import pick
 from polar_sdk.engine.layout import Layout, Members
 from polar_sdk.engine.row import Row, extra_visits
+from polar_sdk.engine.types import pick
 from polar_sdk.programs.guard import damp
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.family import Rotary
+    from polar_sdk.engine.types import Rotary
 
 
 def advance(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:

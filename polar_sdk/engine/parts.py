@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from polar_sdk.engine.family import AttentionKind
 from polar_sdk.engine.products import Plain, multiply
+from polar_sdk.engine.types import AttentionKind
 from polar_sdk.errors import UnsupportedArchitectureError
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.engine.family import Rotary, Weights
     from polar_sdk.engine.products import Product
+    from polar_sdk.engine.types import Rotary, Weights
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.family import AttentionKind
+    from polar_sdk.engine.types import AttentionKind
     from polar_sdk.programs.program import Program, Step
 
 

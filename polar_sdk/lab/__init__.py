@@ -1,1 +1,8 @@
-"""The laboratory: heal, search, train, calibrate, evaluate and scan. Serving never imports it."""
+"""The laboratory: functions that take a model, to heal, search, train, calibrate, evaluate and scan it.
+
+Serving never imports it. The public names are in `__init__.pyi` and load on first use.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from polar_sdk.engine.scoring import Question, Score, packs, score_programs
 from polar_sdk.errors import DataError
-from polar_sdk.lab.items import ChoiceItem
+from polar_sdk.lab.items import ChoiceItem, builtin_items
 from polar_sdk.lab.rewards.tasks import choice_question
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.programs.policy import Policy, Tier
 from polar_sdk.programs.program import Program
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from polar_sdk.lab.items import AnswerItem, Item, PromptItem
     from polar_sdk.model import PolarModel
@@ -110,7 +111,15 @@ _BATCH = 16
 """Prompts answered together for the reference."""
 
 
-def _silent(stage: str, done: int, total: int) -> None: ...
+def scan(model: PolarModel, items: Sequence[Item] | None = None, **options: Any) -> ScanReport:
+    """Measure which layers a model can do without.
+
+    Args:
+        model: The model.
+        items: Calibration items; None = the prompts that come with the package.
+        **options: `lengths`, `loops` and `removals` of `Scanner.scan`.
+    """
+    return Scanner(model, builtin_items() if items is None else items).scan(**options)
 
 
 @dataclass
@@ -127,7 +136,7 @@ class Scanner:
     model: PolarModel
     items: Sequence[Item]
     answer_tokens: int = 24
-    on_progress: Callable[[str, int, int], None] = _silent
+    on_progress: Progress = silent
 
     def __post_init__(self) -> None:
         if not self.items:

@@ -1,4 +1,7 @@
-"""The three steps as one call each: train, calibrate, evaluate; from files and to files."""
+"""The steps from prompts to a certified router, one call each: heal, train, calibrate, evaluate.
+
+From files and to files. `search` is in `program_search.run`, `scan` in `layer_scan`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import DataError, RouterError
+from polar_sdk.lab.bridges.heal import Healer, HealOptions
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.items import builtin_items
@@ -18,42 +22,86 @@ from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.base import Router
 from polar_sdk.router.bridge_set import BridgeSet
 from polar_sdk.router.store import BRIDGES, attach_router
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from polar_sdk.lab.evaluation.calibrate import TierPromise
     from polar_sdk.lab.evaluation.results import Evaluation
     from polar_sdk.lab.items import Item
+    from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.model import PolarModel
     from polar_sdk.router.features import FeatureKind
     from polar_sdk.router.learned import LearnedRouter
-
-    Progress = Callable[[str, int, int], None]
 
 
 _CHECKPOINTS = "checkpoints"
 
 
-def train_router(
+def heal(
+    model: PolarModel,
+    items: Sequence[Item] | None = None,
+    segments: str = "",
+    *,
+    out: str | Path | None = None,
+    cache: RewardCache | None = None,
+    on_progress: Progress = silent,
+    **options: Any,
+) -> BridgeSet:
+    """Fit bridges over segments of layers; the model uses them from now on.
+
+    Args:
+        model: The model.
+        items: Prompts to fit on; None = those that come with the package.
+        segments: First and last layers, such as `12-15,17-20`; groups that are not used together are separated by `;`.
+        out: Folder to write the bridges to; checkpoints are kept there too.
+        cache: Where full depth's answers to prompts are kept; None = in memory.
+        on_progress: Called with (stage, steps done, steps in all).
+        **options: Fields of `HealOptions`.
+
+    Raises:
+        DataError: The data is empty or nothing but copies.
+        BridgeError: A segment does not fit the model.
+    """
+    healer = Healer(model, items, segments, HealOptions(**options), out=out, cache=cache, on_progress=on_progress)
+    return model.use_bridges(healer.run())
+
+
+def train(
     model: PolarModel,
     rewards: RewardMatrix | str | Path,
     *,
-    kind: RouterKind,
-    items: Sequence[Item] | None,
-    features: FeatureKind,
-    layers: int,
-    settings: MenuSettings | PolicySettings | None,
-    out: str | Path | None,
-    bridges: str | Path | None,
-    on_progress: Progress,
+    kind: RouterKind = "menu",
+    items: Sequence[Item] | None = None,
+    features: FeatureKind = "embedding",
+    layers: int = 3,
+    settings: MenuSettings | PolicySettings | None = None,
+    out: str | Path | None = None,
+    bridges: str | Path | None = None,
+    on_progress: Progress = silent,
 ) -> LearnedRouter:
-    """See `PolarModel.train_router`."""
+    """Train a router on what programs do on prompts; it serves once it is calibrated.
+
+    Args:
+        model: The model.
+        rewards: The reward matrix of `search`, or its file.
+        kind: `menu` chooses among the matrix's programs, `policy` layer by layer; `static` reads nothing.
+        items: For `policy`: the items that were searched on; None = those that come with the package.
+        features: `embedding`, or `early` to run the first layers and read their states.
+        layers: Layers run for `early`.
+        settings: How to train; None = as usual.
+        out: Folder to write the router to; checkpoints are kept there until training is done.
+        bridges: Folder of the bridges that the programs cross, to be written beside the router.
+        on_progress: Called with (stage, steps done, steps in all).
+
+    Raises:
+        RouterModelError: The rewards were measured on another model or in another dtype.
+        DataError: The matrix holds no train or no dev prompt, or its menu is identity alone.
+    """
     _check_settings(kind, settings)
     matrix = rewards if isinstance(rewards, RewardMatrix) else RewardMatrix.load(rewards)
     made = None if bridges is None else BridgeSet.load(bridges)
     if bridges is not None:
-        model.load_bridges(bridges)
+        model.use_bridges(bridges)
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
     trainer = Trainer(model, matrix, features, layers, checkpoints, on_progress)
     router = _trained(trainer, kind, builtin_items() if items is None else items, settings)
@@ -68,17 +116,30 @@ def _trained(trainer: Trainer, kind: RouterKind, items: Sequence[Item], settings
     return trainer.menu(settings) if kind == "menu" else trainer.static(settings)
 
 
-def calibrate_router(
+def calibrate(
     model: PolarModel,
-    items: Sequence[Item] | None,
+    items: Sequence[Item] | None = None,
     *,
-    router: Router | str | Path | None,
-    tiers: Mapping[str, TierPromise] | None,
-    delta: float,
-    out: str | Path | None,
-    on_progress: Progress,
+    router: Router | str | Path | None = None,
+    tiers: Mapping[str, TierPromise] | None = None,
+    delta: float = 0.1,
+    out: str | Path | None = None,
+    on_progress: Progress = silent,
 ) -> LearnedRouter:
-    """See `PolarModel.calibrate`."""
+    """Certify what a router promises, on prompts it was not trained on.
+
+    Args:
+        model: The model.
+        items: Prompts; None = those that come with the package.
+        router: A trained router or its folder; None = this model's.
+        tiers: α, and what counts as lost (`differs`, `harms` or `drops`), by tier; None = the usual ones.
+        delta: Most probability that a promise is wrong.
+        out: Folder to write the certified router to; None, where `router` is a folder, writes it there.
+        on_progress: Called with (stage, steps done, steps in all).
+
+    Raises:
+        CalibrationSizeError: A tier's α needs more prompts.
+    """
     judge = Judge(model, _obtain(model, router), on_progress=on_progress)
     certified = judge.calibrate(
         builtin_items() if items is None else items, tiers=TIER_ALPHAS if tiers is None else tiers, delta=delta
@@ -91,17 +152,27 @@ def calibrate_router(
     return certified
 
 
-def evaluate_router(
+def evaluate(
     model: PolarModel,
-    data: Sequence[Item] | Mapping[str, Sequence[Item]] | None,
+    data: Sequence[Item] | Mapping[str, Sequence[Item]] | None = None,
     *,
-    router: Router | str | Path | None,
-    points: Mapping[str, float] | None,
-    timed: int,
-    seed: int,
-    on_progress: Progress,
+    router: Router | str | Path | None = None,
+    points: Mapping[str, float] | None = None,
+    timed: int = 8,
+    seed: int = 0,
+    on_progress: Progress = silent,
 ) -> Evaluation:
-    """See `PolarModel.evaluate`."""
+    """Measure a router beside identity and honest controls, on prompts it has not seen.
+
+    Args:
+        model: The model.
+        data: Items, or several sets by name; None = the prompts that come with the package.
+        router: A trained router or its folder; None = this model's.
+        points: θ by name; None = the certified tiers. The first is compared with the controls.
+        timed: Prompts that are timed.
+        seed: Of the controls.
+        on_progress: Called with (stage, steps done, steps in all).
+    """
     given = builtin_items() if data is None else data
     sets = given if isinstance(given, Mapping) else {"data": given}
     if not sets:

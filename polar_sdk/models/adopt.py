@@ -10,8 +10,9 @@ from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.families import find_family
 from polar_sdk.models.compilation import Compile, check_compile, use_compiled
 from polar_sdk.models.fingerprint import fingerprint_of
-from polar_sdk.models.load import LoadedModel, run_apart
+from polar_sdk.models.load import run_apart
 from polar_sdk.models.weights import check_finite, placement_of
+from polar_sdk.serving.loaded import LoadedModel
 from polar_sdk.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:

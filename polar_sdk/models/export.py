@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from polar_sdk.engine.family import AttentionKind
-    from polar_sdk.models.load import LoadedModel
+    from polar_sdk.engine.types import AttentionKind
     from polar_sdk.programs.program import Program
+    from polar_sdk.serving.loaded import LoadedModel
 
 
 def export(loaded: LoadedModel, program: Program, folder: str | Path, *, force: bool = False) -> Path:

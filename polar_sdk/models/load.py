@@ -15,7 +15,7 @@ import threading
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from polar_sdk.errors import DeviceError, ModelError
@@ -26,17 +26,15 @@ from polar_sdk.models.find import LocalModel, obtain
 from polar_sdk.models.network import damaged, read_network
 from polar_sdk.models.placement import DeviceMap, Places, choose_device, choose_precision, place, read_map
 from polar_sdk.models.weights import bringer
+from polar_sdk.serving.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-    from weakref import ReferenceType
 
     import torch
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.serving.scheduler import Scheduler
 
 T = TypeVar("T")
 
@@ -60,29 +58,6 @@ def run_apart(call: Callable[[], T]) -> T:
 
 _Key = tuple[str, ...]
 _loaded: dict[_Key, LoadedModel] = {}
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory, shared by all who ask for it. Nothing in it may be changed."""
-
-    name: str
-    """What it was asked for by: alias, hub id or path."""
-    path: Path
-    """The folder it was loaded from."""
-    fingerprint: str
-    """SHA-256 over configuration and weights, hexadecimal."""
-    decoder: Decoder
-    scheduler: Scheduler
-    """Runs the requests of all who share these weights."""
-    tokenizer: PreTrainedTokenizerBase
-    config: PreTrainedConfig
-    generation_config: GenerationConfig
-    device: torch.device
-    """Where tokens enter; with a device map, `decoder.placement` has the others."""
-    dtype: torch.dtype
-    adopted: ReferenceType[PreTrainedModel] | None = None
-    """The transformers model that was in memory already, while its owner keeps it; None where `path` was read."""
 
 
 def load_pretrained(

@@ -1,7 +1,7 @@
 """The policy: what bounds a program, and the programs that the tiers of one model stand for.
 
-A policy is a JSON file: the one shipped for the default model lies in `polar_sdk/shipped/policies/`, `polar scan --save` writes
-one for any other. It knows programs and costs, not weights; it chooses nothing itself (the router does).
+A policy is a JSON file: the one for the default model ships in `polar_sdk/shipped/policies/`, `polar scan --save`
+writes one for any other. It knows programs and costs, not weights; it chooses nothing itself (the router does).
 """
 
 from __future__ import annotations

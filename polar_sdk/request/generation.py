@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from polar_sdk.engine.sampling import TokenLogprobs
-    from polar_sdk.models.load import LoadedModel
     from polar_sdk.programs.guard import LoopGuard
     from polar_sdk.request.request import Request
     from polar_sdk.serving.job import Piece
+    from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.usage import UsageSink
 
 
@@ -94,8 +94,11 @@ def answer(
     sink.check()
     ended: SimpleQueue[Job] = SimpleQueue()
     requests = admit(requests, model.decoder.cost, sink)
-    jobs = [Job(request, model, guard=guard, ended=ended.put) for request in requests]
-    with _Recorder(jobs, sink) as recorder:
+    jobs = [
+        Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, ended=ended.put)
+        for request in requests
+    ]
+    with _Recorder(model, jobs, sink) as recorder:
         model.scheduler.submit(jobs)
         finished = {job: recorder.finish(job) for job in (ended.get() for _ in jobs)}
     return [finished[job] for job in jobs]
@@ -115,8 +118,8 @@ def stream(
     """
     sink.check()
     (request,) = admit([request], model.decoder.cost, sink)
-    job = Job(request, model, guard=guard, ahead=_AHEAD)
-    with _Recorder([job], sink) as recorder:
+    job = Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, ahead=_AHEAD)
+    with _Recorder(model, [job], sink) as recorder:
         model.scheduler.submit([job])
         held: Piece | None = None
         for piece in job.pieces():
@@ -130,8 +133,8 @@ def stream(
 class _Recorder:
     """Sees to it that every job of one call is recorded once, whatever happens in the block it guards."""
 
-    def __init__(self, jobs: Sequence[Job], sink: UsageSink) -> None:
-        self._jobs, self._sink = jobs, sink
+    def __init__(self, model: LoadedModel, jobs: Sequence[Job], sink: UsageSink) -> None:
+        self._model, self._jobs, self._sink = model, jobs, sink
         self._records: dict[Job, UsageRecord] = {}
         """Final facts; stored at the end if they were not yet, unchanged after a sink that failed."""
         self._stored: set[Job] = set()
@@ -182,11 +185,11 @@ class _Recorder:
 
     def _record(self, job: Job, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
         if job not in self._records:
-            self._records[job] = _facts(job, outcome, error)
+            self._records[job] = _facts(self._model, job, outcome, error)
         return self._records[job]
 
 
-def _facts(job: Job, outcome: Outcome, error: BaseException | None) -> UsageRecord:
+def _facts(model: LoadedModel, job: Job, outcome: Outcome, error: BaseException | None) -> UsageRecord:
     """The usage record of a job that computes no more."""
     request, row, now = job.request, job.row, time.perf_counter_ns()
     begin = job.begin_ns or now
@@ -195,8 +198,8 @@ def _facts(job: Job, outcome: Outcome, error: BaseException | None) -> UsageReco
         request_id=request.request_id,
         tenant=request.tenant,
         tags=dict(request.tags),
-        model=job.model.name,
-        model_fingerprint=job.model.fingerprint,
+        model=model.name,
+        model_fingerprint=model.fingerprint,
         router=request.router.kind,
         router_version=request.router.version,
         tier=request.tier,

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from polar_sdk.engine.hashes import hash_programs, hash_tensors
 from polar_sdk.errors import RouterDamagedError, RouterError
 from polar_sdk.programs.program import Program
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.fixed import IdentityRouter, StaticRouter
-from polar_sdk.router.hashes import hash_programs, hash_tensors
 from polar_sdk.router.layerwise import PolicyRouter
 from polar_sdk.router.learned import LearnedRouter, RouterFacts
 from polar_sdk.router.menu import MenuRouter

@@ -15,12 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.engine.hashes import hash_bridges, hash_programs, hash_tensors
 from polar_sdk.errors import RouterError, RouterModelError, UnknownTierError
 from polar_sdk.router.base import Route, Router
 from polar_sdk.router.certificate import Certificate, Subject
 from polar_sdk.router.features import FeatureKind, FeatureReader
 from polar_sdk.router.fixed import IdentityRouter
-from polar_sdk.router.hashes import hash_bridges, hash_programs, hash_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

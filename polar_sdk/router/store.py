@@ -65,7 +65,7 @@ class _Host(Protocol):
     @property
     def decoder(self) -> Decoder: ...
 
-    def load_bridges(self, path: str | Path) -> object: ...
+    def use_bridges(self, path: str | Path) -> object: ...
 
 
 def saved_router_path(fingerprint: str) -> Path:
@@ -101,7 +101,7 @@ def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
     if not isinstance(router, LearnedRouter):
         return router
     if router.facts.fingerprint == host.fingerprint and folder is not None and (folder / BRIDGES).is_dir():
-        host.load_bridges(folder / BRIDGES)
+        host.use_bridges(folder / BRIDGES)
     bound = router.bind(host.decoder, host.fingerprint)
     for program in bound.programs:
         try:

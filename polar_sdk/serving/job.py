@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import torch
+    from transformers import PreTrainedTokenizerBase
 
-    from polar_sdk.models.load import LoadedModel
+    from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.guard import LoopGuard
     from polar_sdk.request.request import Request
 
@@ -37,7 +38,9 @@ class Job:
 
     Args:
         request: What to answer.
-        model: The weights and the tokenizer.
+        decoder: The weights.
+        tokenizer: Makes text of tokens.
+        end_tokens: Ids that end an answer.
         guard: What watches loops.
         ahead: Pieces computed before the caller has taken the earlier ones; None = any number.
         ended: Called, by the scheduler's thread, when nothing more will be computed.
@@ -46,15 +49,17 @@ class Job:
     def __init__(
         self,
         request: Request,
-        model: LoadedModel,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        end_tokens: frozenset[int],
         *,
         guard: LoopGuard | None = None,
         ahead: int | None = None,
         ended: Callable[[Job], None] | None = None,
     ) -> None:
-        self.request, self.model = request, model
-        self.row = Row(model.decoder, request.route.program, guard, request.route.lead)
-        self.text = TextStream(model.tokenizer, request.stops)
+        self.request = request
+        self.row = Row(decoder, request.route.program, guard, request.route.lead)
+        self.text = TextStream(tokenizer, request.stops)
         self.tokens: list[int] = []
         """Every sampled token."""
         self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []
@@ -71,8 +76,8 @@ class Job:
         self.wake: Callable[[], None] = _nobody
         """Tells the scheduler that there is room for pieces again."""
         self.begin_ns = self.prefill_end_ns = self.end_ns = 0
-        self.sampler = Sampler(request.sampling, model.decoder.placement.last)
-        self._end_tokens = _end_tokens(model)
+        self.sampler = Sampler(request.sampling, decoder.placement.last)
+        self._end_tokens = end_tokens
         self._ahead, self._ended = ahead, ended
         self._pieces: deque[Piece] = deque()
         self._shown = 0
@@ -214,13 +219,6 @@ def choose(jobs: Sequence[Job], logits: torch.Tensor) -> list[int | None]:
         token if plain else None if job.shaped else job.sampler(logits[row])
         for row, (job, token, plain) in enumerate(zip(jobs, best, greedy, strict=True))
     ]
-
-
-def _end_tokens(model: LoadedModel) -> frozenset[int]:
-    """Ids that end an answer: those of the generation settings, and the tokenizer's end of text."""
-    ids = model.generation_config.eos_token_id
-    listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in [*listed, model.tokenizer.eos_token_id] if token is not None)
 
 
 def _timed_out(job: Job) -> RequestTimeoutError:

@@ -11,7 +11,7 @@ from array import array
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from polar_sdk.engine.bridge import bridges_digest
+from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.engine.pages import PAGE
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class PrefixCache:
     def _keys(self, request: Request, tokens: int) -> list[_Key]:
         """One key per full page of the first `tokens` tokens, each a hash over the key before it."""
         program = request.route.program
-        start_of_all = (request.tenant, program.text, bridges_digest(self._decoder, program))
+        start_of_all = (request.tenant, program.text, hash_bridges(self._decoder, [program]))
         key = hashlib.sha256(repr(start_of_all).encode()).digest()
         keys = []
         for start in range(0, tokens - PAGE + 1, PAGE):

@@ -1,18 +1,30 @@
-"""What a person sees while a model is prepared: a bar on a terminal, else one line a stage.
+"""Progress: how long work reports how far it is, and what a person sees of it on standard error.
 
-All of it goes to standard error. It does not know what is being done.
-
-Progress bars on standard error for commands that take a while.
+Knows nothing of the work.
 """
 
 from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from rich.progress import Progress as Bar
+    from rich.progress import ProgressColumn, TaskID
+
+
+class Progress(Protocol):
+    """What long work calls with (stage, steps done, steps in all)."""
+
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """Report how far a stage is."""
+
+
+def silent(stage: str, done: int, total: int, /) -> None:
+    """Show nothing."""
 
 
 def say(line: str) -> None:
@@ -22,7 +34,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show one stage while the block runs.
+    """Show one stage while the block runs: a bar on a terminal, else one line.
 
     Args:
         label: What is being done.
@@ -35,19 +47,10 @@ def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None
         say(label)
         yield lambda _: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TimeElapsedColumn
 
     sized = (BarColumn(), DownloadColumn()) if total is not None else (SpinnerColumn(),)
-    console = Console(file=sys.stderr)
-    with Progress(TextColumn("polar: {task.description}"), *sized, TimeElapsedColumn(), console=console) as bar:
+    with _bar("polar: ", *sized, TimeElapsedColumn()) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.update(task, completed=done)
         if total is not None:
@@ -55,21 +58,13 @@ def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None
 
 
 class ProgressBars:
-    """One bar per stage; called with (stage, steps done, steps in all)."""
+    """One bar per stage; a `Progress`."""
 
     def __init__(self, *, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
-        )
-        self._tasks: dict[str, int] = {}
+        self._bar = _bar("", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), quiet=quiet)
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> ProgressBars:
         self._bar.start()
@@ -78,8 +73,16 @@ class ProgressBars:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
         """Show how far a stage is."""
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
-        self._bar.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+        self._bar.update(self._tasks[stage], completed=done, total=total)
+
+
+def _bar(prefix: str, *columns: ProgressColumn, quiet: bool = False) -> Bar:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TextColumn
+
+    return Bar(TextColumn(prefix + "{task.description}"), *columns, console=Console(stderr=True), disable=quiet)

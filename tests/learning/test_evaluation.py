@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from polar_sdk import lab
 from polar_sdk.errors import CalibrationSizeError, DataError, RouterError
 from polar_sdk.lab.evaluation.calibrate import Walk, certify
 from polar_sdk.lab.evaluation.controls import best_static, oracle, random_programs, shuffled
@@ -339,7 +340,7 @@ def test_identity_again_agrees_with_itself(model: PolarModel) -> None:
 
 def test_a_router_without_a_dial_cannot_be_judged(model: PolarModel) -> None:
     with pytest.raises(RouterError, match=r"the model has no router\. Name a trained one"):
-        tiny_model().evaluate([PromptItem(prompt="x")])
+        lab.evaluate(tiny_model(), [PromptItem(prompt="x")])
 
 
 def test_the_page_stands_alone_and_escapes(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from polar_sdk import lab
 from polar_sdk.errors import DataError, RouterError, RouterModelError
 from polar_sdk.lab.training.layerwise_training import PolicyTask, fit_policy
 from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
@@ -128,12 +129,12 @@ def test_training_writes_what_can_be_loaded(
 ) -> None:
     path = tmp_path / "m.safetensors"
     matrix().save(path)
-    made = model.train_router(path, settings=QUICK, out=tmp_path / "router")
+    made = lab.train(model, path, settings=QUICK, out=tmp_path / "router")
     read = load_router(tmp_path / "router")
     assert isinstance(read, MenuRouter) and read.version == made.version
     assert read.facts.training["prompts"] == {"train": 300, "dev": 200}
     with pytest.raises(RouterError, match="takes MenuSettings"):
-        model.train_router(path, settings=PolicySettings())
+        lab.train(model, path, settings=PolicySettings())
 
 
 # -- the article's router ------------------------------------------------------------------------------------------
@@ -235,8 +236,16 @@ def test_a_policy_router_is_trained_on_a_model(model: PolarModel, tmp_path: Path
     from polar_sdk.lab.rewards.cache import RewardCache
 
     items = [PromptItem(prompt=f"say {word} {number}") for number in range(12) for word in ("red", "sea", "owl", "ink")]
-    found = model.search(
-        items, budgets=(0.8,), population=2, generations=0, menu=2, prompts=4, answer_tokens=3, cache=RewardCache()
+    found = lab.search(
+        model,
+        items,
+        budgets=(0.8,),
+        population=2,
+        generations=0,
+        menu=2,
+        prompts=4,
+        answer_tokens=3,
+        cache=RewardCache(),
     )
     settings = PolicySettings(epochs=1, batch=8, samples=2)
     router = Trainer(model, found.matrix).policy(items, settings, cache=RewardCache())

@@ -20,7 +20,7 @@ from polar_sdk.models.load import clear_cache, load_pretrained
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_sdk.models.load import LoadedModel
+    from polar_sdk.serving.loaded import LoadedModel
 
 
 def test_loads(folder: Path) -> None:

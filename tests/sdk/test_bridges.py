@@ -10,10 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from polar_sdk import PolarModel, Policy, Program
+from polar_sdk import PolarModel, Policy, Program, lab
 from polar_sdk.cli.main import app
-from polar_sdk.engine.bridge import Bridge, bridges_digest
+from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import BridgeDamagedError, BridgeError, BridgeModelError, DataError, MissingBridgeError
 from polar_sdk.lab.bridges.fit import Ridge
@@ -121,7 +122,7 @@ def test_a_later_bridge_is_fitted_on_what_the_earlier_one_leaves(model: PolarMod
 
 @pytest.mark.parametrize("rank", [None, 5])
 def test_metered_flops_are_those_that_the_counter_counts(model: PolarModel, rank: int | None) -> None:
-    model._use(healed(model, rank=rank))
+    model.use_bridges(healed(model, rank=rank))
     decoder, program = model.loaded.decoder, Program.parse("0 [1-2] 3 [4] 5")
     row = Row(decoder, program)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -134,7 +135,7 @@ def test_metered_flops_are_those_that_the_counter_counts(model: PolarModel, rank
 
 def test_packs_run_as_the_engine_runs(model: PolarModel) -> None:
     """Hidden states that bridges are fitted on are those that a request has."""
-    model._use(healed(model))
+    model.use_bridges(healed(model))
     decoder, program = model.loaded.decoder, Program.parse("0 [1-2] 3 [4] 5")
     tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
     pack = make_packs(decoder, tasks[:3], 4096)[0]
@@ -253,7 +254,7 @@ def test_saved_bridges_read_back_and_serve(model: PolarModel, tmp_path: Path) ->
     other = tiny_model(policy=Policy.permissive(), bridges=tmp_path / "b")
     with pytest.raises(MissingBridgeError, match="no bridge over layers 1-2"):
         model.generate("hello", program=program)
-    model.load_bridges(tmp_path / "b")
+    model.use_bridges(tmp_path / "b")
     answers = [one.generate("hello", program=program, max_tokens=5) for one in (model, other)]
     assert answers[0].token_ids == answers[1].token_ids
     assert (
@@ -264,7 +265,7 @@ def test_saved_bridges_read_back_and_serve(model: PolarModel, tmp_path: Path) ->
 
 
 def test_the_method_of_the_model_uses_what_it_fits(model: PolarModel) -> None:
-    made = model.heal(ITEMS, "1-2", answer_tokens=4)
+    made = lab.heal(model, ITEMS, "1-2", answer_tokens=4)
     assert set(model.loaded.decoder.bridges) == set(made.bridges) == {(1, 2)}
     assert model.generate("x", program="0 [1-2] 3-5", max_tokens=1).usage.program == "0 [1-2] 3-5"
 
@@ -279,25 +280,25 @@ def test_training_goes_on_from_bridges_at_hand(model: PolarModel, tmp_path: Path
 def test_kept_starts_of_prompts_are_not_those_of_other_bridges(model: PolarModel) -> None:
     """The same program with another map gives other keys and values; pages of the old ones must not be lent."""
     program, prompt = "0 [1-2] 3-5", "a prompt of more than one page of keys and values, " * 4
-    model._use(healed(model, "1-2"))
+    model.use_bridges(healed(model, "1-2"))
     model.generate(prompt, program=program, max_tokens=2)
     assert model.generate(prompt, program=program, max_tokens=2).usage.tokens.cached > 0
-    model._use(healed(model, "1-2", rank=1))
+    model.use_bridges(healed(model, "1-2", rank=1))
     again = model.generate(prompt, program=program, max_tokens=2)
     assert again.usage.tokens.cached == 0
-    assert bridges_digest(model.loaded.decoder, Program.parse(program))
-    assert bridges_digest(model.loaded.decoder, Program.identity(DEPTH)) == ""
+    assert hash_bridges(model.loaded.decoder, [Program.parse(program)])
+    assert hash_bridges(model.loaded.decoder, [Program.identity(DEPTH)]) == ""
 
 
 def test_bridges_of_another_model_and_damaged_ones(model: PolarModel, tmp_path: Path) -> None:
     folder = tmp_path / "b"
     healed(model, "1-2", out=folder)
     with pytest.raises(BridgeModelError, match="fitted for model"):
-        make_model(seed=1).load_bridges(folder)
+        make_model(seed=1).use_bridges(folder)
     good = (folder / "bridges.safetensors").read_bytes()
     (folder / "bridges.safetensors").write_bytes(good[:-4] + b"\x00\x01\x02\x03")
     with pytest.raises(BridgeDamagedError, match="is not the file that"):
-        model.load_bridges(folder)
+        model.use_bridges(folder)
     (folder / "bridges.safetensors").write_bytes(good)
     facts = json.loads((folder / "bridges.json").read_text())
     for change, says in (
@@ -307,10 +308,10 @@ def test_bridges_of_another_model_and_damaged_ones(model: PolarModel, tmp_path: 
     ):
         (folder / "bridges.json").write_text(json.dumps(facts | change))
         with pytest.raises(BridgeDamagedError, match=says):
-            model.load_bridges(folder)
+            model.use_bridges(folder)
     (folder / "bridges.json").unlink()
     with pytest.raises(BridgeDamagedError, match="No such file"):
-        model.load_bridges(folder)
+        model.use_bridges(folder)
 
 
 @pytest.mark.parametrize(
@@ -344,12 +345,12 @@ def test_settings_out_of_range(wrong: dict[str, float]) -> None:
 
 def test_data_that_cannot_be_fitted_on(model: PolarModel) -> None:
     with pytest.raises(DataError, match="no prompt"):
-        model.heal([], "1-2")
+        lab.heal(model, [], "1-2")
     with pytest.raises(DataError, match="copies of one"):
-        model.heal([PromptItem(prompt="a"), PromptItem(prompt="A")], "1-2")
+        lab.heal(model, [PromptItem(prompt="a"), PromptItem(prompt="A")], "1-2")
     integers = PolarModel.from_hf(tiny_llama(), tiny_tokenizer(), precision="int8", ledger=None)
     with pytest.raises(BridgeError, match="int8 weights, which have no derivatives"):
-        integers.heal(ITEMS, "1-2", distil=1)
+        lab.heal(integers, ITEMS, "1-2", distil=1)
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_the_command_goes_on_from(

@@ -20,7 +20,7 @@ from polar_sdk.engine.row import Row
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_sdk.engine.family import Weights
+    from polar_sdk.engine.types import Weights
 
 
 pytestmark = pytest.mark.model

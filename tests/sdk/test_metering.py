@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.family import Projected, Rotary, Weights
+    from polar_sdk.engine.types import Projected, Rotary, Weights
     from polar_sdk.model import PolarModel
 
     TinyFamily = Callable[..., PreTrainedModel]

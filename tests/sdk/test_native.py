@@ -16,11 +16,11 @@ from polar_sdk.engine import native as library
 from polar_sdk.engine.attention import attend_row, paged_decode, write_pages
 from polar_sdk.engine.compiled import load_kernels
 from polar_sdk.engine.decoder import Decoder, build_decoder
-from polar_sdk.engine.family import AttentionKind
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.products import Int4, Int8, Plain, _interleave, _layout_known, _unpack, multiply, quantize
 from polar_sdk.engine.row import Row
+from polar_sdk.engine.types import AttentionKind
 from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from polar_sdk import PolarModel, Policy, Program
+from polar_sdk import PolarModel, Policy, Program, lab
 from polar_sdk.cli.main import app
 from polar_sdk.engine.scoring import score_programs
 from polar_sdk.errors import DataError
@@ -66,7 +66,7 @@ SMALL = {"budgets": (0.8, 0.6), "population": 4, "generations": 1, "menu": 5, "a
 def model() -> PolarModel:
     """A model with two bridges."""
     made = tiny_model(policy=Policy(protected=(0, -1)))
-    made.heal(ITEMS, "1-2;2-4", answer_tokens=4)
+    lab.heal(made, ITEMS, "1-2;2-4", answer_tokens=4)
     return made
 
 
@@ -208,7 +208,7 @@ def test_other_bridges_are_other_programs_to_the_cache(tmp_path: Path, monkeypat
         tasks = make_tasks(model, ITEMS[:4], cache, answer_tokens=4)
         programs = [Program.parse(text) for text in ("0-5", "0-1 3-5", "0 [1-2] 3-5")]
         for rank, expected in ((2, 3), (3, 1)):
-            model.heal(ITEMS, "1-2", rank=rank, answer_tokens=4)
+            lab.heal(model, ITEMS, "1-2", rank=rank, answer_tokens=4)
             with monkeypatch.context() as patch:
                 counter = Counter(patch)
                 Measurer(model, cache).outcomes(tasks, programs)
@@ -396,15 +396,15 @@ def test_options_out_of_range(wrong: dict[str, object], says: str) -> None:
 
 def test_data_and_policies_that_leave_nothing_to_search(model: PolarModel) -> None:
     with pytest.raises(DataError, match="no prompt"):
-        model.search([])
+        lab.search(model, [])
     with pytest.raises(DataError, match="copies of one"):
-        model.search([PromptItem(prompt="a"), PromptItem(prompt="A")])
+        lab.search(model, [PromptItem(prompt="a"), PromptItem(prompt="A")])
     same = [item.model_copy(update={"answer": 0}) for item in ITEMS if isinstance(item, ChoiceItem)]
     with pytest.raises(DataError, match="choice questions is index 0"):
-        model.search(same)
+        lab.search(model, same)
     closed = tiny_model(policy=Policy(protected=tuple(range(DEPTH))))
     with pytest.raises(DataError, match="no program that the policy allows"):
-        closed.search(ITEMS, budgets=(0.5,), answer_tokens=2)
+        lab.search(closed, ITEMS, budgets=(0.5,), answer_tokens=2)
 
 
 def test_a_cache_that_cannot_be_used(tmp_path: Path) -> None:

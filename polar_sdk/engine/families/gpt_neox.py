@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from polar_sdk.engine.family import Projected, Rotary, Weights
+    from polar_sdk.engine.types import Projected, Rotary, Weights
 
 
 class GPTNeoXFamily(PlainFamily):

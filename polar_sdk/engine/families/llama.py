@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F  # noqa: N812
 
-from polar_sdk.engine.family import Family, Projected, Rotary, Weights
+from polar_sdk.engine.family import Family
 from polar_sdk.engine.parts import activation, fuse, gated_mlp, rms_norm, rotary_table, rotate, take
 from polar_sdk.engine.products import multiply
 from polar_sdk.errors import UnsupportedArchitectureError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from polar_sdk.engine.types import Projected, Rotary, Weights
 
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")

@@ -10,7 +10,7 @@ from polar_sdk.engine.families.mistral import MistralFamily
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_sdk.engine.family import Weights
+    from polar_sdk.engine.types import Weights
 
 
 class MixtralFamily(MistralFamily):

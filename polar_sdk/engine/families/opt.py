@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from polar_sdk.engine.family import Weights
+    from polar_sdk.engine.types import Weights
 
 
 _OFFSET = 2

@@ -8,7 +8,7 @@ from polar_sdk.engine.families.mistral import MistralFamily
 from polar_sdk.engine.parts import take
 
 if TYPE_CHECKING:
-    from polar_sdk.engine.family import Weights
+    from polar_sdk.engine.types import Weights
 
 
 class Phi3Family(MistralFamily):

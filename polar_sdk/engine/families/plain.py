@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.engine.family import Family, Projected, Rotary, Weights
+from polar_sdk.engine.family import Family
 from polar_sdk.engine.parts import layer_norm, no_rotary, plain_mlp
 from polar_sdk.engine.products import multiply
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
+
+    from polar_sdk.engine.types import Projected, Rotary, Weights
 
 
 class PlainFamily(Family):

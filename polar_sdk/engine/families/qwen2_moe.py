@@ -13,7 +13,7 @@ from polar_sdk.engine.parts import gated_mlp
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_sdk.engine.family import Weights
+    from polar_sdk.engine.types import Weights
 
 
 class Qwen2MoeFamily(Qwen2Family):

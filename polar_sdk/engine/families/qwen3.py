@@ -10,7 +10,7 @@ from polar_sdk.engine.parts import fuse_head_norms
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polar_sdk.engine.family import Weights
+    from polar_sdk.engine.types import Weights
 
 
 class Qwen3Family(Qwen2Family):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from polar_sdk.engine.family import AttentionKind
+    from polar_sdk.engine.types import AttentionKind
 
 
 _FOLDER: Final = Path(__file__).parent

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +27,7 @@ from polar_sdk.lab.items import builtin_items, data_hash, distinct_items, item_i
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.router.bridge_set import BridgeSet, SegmentRecord
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,15 +86,11 @@ def _segment(text: str, depth: int) -> Segment:
     return first, last
 
 
-Progress = Callable[[str, int, int], None]
 _FIT_TOKENS: Final = 4096
 _FIT_TASKS: Final = 1000
 """Most tasks that the closed form is fitted on: some 50,000 tokens, where each output has 577 unknowns."""
 _TRAIN_TOKENS: Final = 2048
 """Tokens of one training batch: the head's weights are read once for them, and their logits are held twice."""
-
-
-def _silent(stage: str, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ class Healer:
     options: HealOptions = field(default_factory=HealOptions)
     out: str | Path | None = None
     cache: RewardCache | None = None
-    on_progress: Progress = _silent
+    on_progress: Progress = silent
 
     def run(self) -> BridgeSet:
         """Fit, train if asked to, measure, and save if there is a folder.

@@ -12,9 +12,10 @@ import torch
 
 from polar_sdk.errors import DataError
 from polar_sdk.router.certificate import LOSSES, Certificate, Counts, Loss, tier_promise
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -32,9 +33,6 @@ TIER_ALPHAS: Final[dict[str, TierPromise]] = {
 """What the tiers promise unless told otherwise."""
 
 
-def _silent(stage: str, done: int, total: int) -> None: ...
-
-
 def certify(
     router: LearnedRouter,
     outputs: Tensor,
@@ -42,7 +40,7 @@ def certify(
     *,
     tiers: Mapping[str, TierPromise] = TIER_ALPHAS,
     delta: float = 0.1,
-    on_progress: Callable[[str, int, int], None] = _silent,
+    on_progress: Progress = silent,
 ) -> Certificate:
     """Certify tiers of a bound router.
 
@@ -85,7 +83,7 @@ class Walk:
         router: LearnedRouter,
         outputs: Tensor,
         outcomes: Outcomes,
-        on_progress: Callable[[str, int, int], None] = _silent,
+        on_progress: Progress = silent,
     ) -> Walk:
         """Walk the router's dial."""
         dial, rows = router.facts.dial, range(len(outcomes))

@@ -18,9 +18,10 @@ from polar_sdk.lab.evaluation.verdict import verdict
 from polar_sdk.lab.items import ChoiceItem
 from polar_sdk.programs.program import Program
 from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -37,9 +38,6 @@ _TIMED_TOKENS: Final = 16
 """Length of the answers that are timed."""
 
 
-def _silent(stage: str, done: int, total: int) -> None: ...
-
-
 @dataclass
 class Judge:
     """Calibrates and evaluates one router.
@@ -54,7 +52,7 @@ class Judge:
     model: PolarModel
     router: Router | None = None
     cache: RewardCache | None = None
-    on_progress: Callable[[str, int, int], None] = field(default=_silent)
+    on_progress: Progress = field(default=silent)
 
     def __post_init__(self) -> None:
         found = self.router or self.model.router

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.lab.program_search.matrix import RewardMatrix
-from polar_sdk.router.hashes import hash_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

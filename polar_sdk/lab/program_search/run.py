@@ -9,7 +9,6 @@ an interrupted search goes on where it stopped.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -26,22 +25,21 @@ from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.measure import Measurer, Reward
 from polar_sdk.lab.rewards.tasks import Task, make_tasks
 from polar_sdk.programs.program import Program
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.model import PolarModel
 
 
-Progress = Callable[[str, int, int], None]
 _FEW: Final = 32
 """Fewer dev prompts than this say too little; then the menu is picked on the train split."""
 _FINALISTS: Final = 48
 """Programs that may come onto the menu: the fittest of all budgets."""
-
-
-def _silent(stage: str, done: int, total: int) -> None: ...
 
 
 def search(
@@ -49,10 +47,21 @@ def search(
     items: Sequence[Item] | None = None,
     *,
     cache: RewardCache | None = None,
-    on_progress: Progress = _silent,
+    on_progress: Progress = silent,
     **options: object,
 ) -> SearchResult:
-    """Search on one model; see `Search` and `SearchOptions`."""
+    """Search programs for several budgets and pick a menu.
+
+    Args:
+        model: The model, with the bridges that programs may use; its policy bounds the programs.
+        items: Prompts to search on; None = those that come with the package.
+        cache: What is known already; None = nothing.
+        on_progress: Called with (stage, steps done, steps in all).
+        **options: Fields of `SearchOptions`.
+
+    Raises:
+        DataError: The data is empty, nothing but copies, or its labels are of one class.
+    """
     chosen = SearchOptions(**options)  # type: ignore[arg-type]
     return Search(model, items, chosen, cache or RewardCache(), on_progress).run()
 
@@ -73,7 +82,7 @@ class Search:
     items: Sequence[Item] | None = None
     options: SearchOptions = field(default_factory=SearchOptions)
     cache: RewardCache = field(default_factory=RewardCache)
-    on_progress: Progress = _silent
+    on_progress: Progress = silent
 
     def run(self) -> SearchResult:
         """Search, pick and measure.

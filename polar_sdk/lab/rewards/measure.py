@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from polar_sdk.engine.bridge import bridges_digest
+from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.engine.scoring import Score, packs, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
 from polar_sdk.programs.program import Program
@@ -50,7 +50,6 @@ def _value(number: str) -> float:
     return float(number.replace(",", ""))
 
 
-Kind = Literal["choice", "prompt", "answer"]
 _BATCH = 16
 SAME_ANSWER: Final = 0.75
 """Share of the tokens of identity's answer that a program must choose too, for its answer to count as the same one.
@@ -158,7 +157,7 @@ class Measurer:
         return known
 
     def _name(self, program: Program) -> str:
-        return f"{program.text} {bridges_digest(self.model.loaded.decoder, program)[:24]}".strip()
+        return f"{program.text} {hash_bridges(self.model.loaded.decoder, [program])[:24]}".strip()
 
     def _fill(self, tasks: Sequence[Task], known: dict[Program, dict[str, Any]], stage: str) -> None:
         """Score what is missing, pack by pack; tasks that lack the same programs go together."""

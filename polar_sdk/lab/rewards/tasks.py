@@ -10,21 +10,22 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from polar_sdk.engine.scoring import Question
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, item_id
 from polar_sdk.programs.program import Program
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
-    from polar_sdk.lab.rewards.measure import Kind
     from polar_sdk.model import PolarModel
 
 
+Kind = Literal["choice", "prompt", "answer"]
 _BATCH = 16
 """Prompts that are answered together."""
 
@@ -70,7 +71,7 @@ def make_tasks(
     cache: RewardCache,
     *,
     answer_tokens: int = 24,
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    on_progress: Progress = silent,
 ) -> list[Task]:
     """One task per item, in order; prompts are answered at full depth where the cache has no answer.
 

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.router.hashes import hash_texts
+from polar_sdk.engine.hashes import hash_texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

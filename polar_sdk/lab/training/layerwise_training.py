@@ -17,6 +17,7 @@ from polar_sdk.lab.training.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.training.menu_training import Trained
 from polar_sdk.router.layerwise import ACTIONS, EXECUTE, HIDDEN, program_of
 from polar_sdk.router.network import Network
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,15 +60,12 @@ class PolicyTask:
     start: Program | None = None
 
 
-def _silent(stage: str, done: int, total: int) -> None: ...
-
-
 def fit_policy(
     task: PolicyTask,
     settings: PolicySettings,
     *,
     checkpoints: Path | None = None,
-    on_progress: Callable[[str, int, int], None] = _silent,
+    on_progress: Progress = silent,
 ) -> Trained:
     """Train with every seed; the seed and the epoch with the best utility of the greedy decision on dev win.
 

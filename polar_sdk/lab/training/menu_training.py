@@ -19,6 +19,7 @@ from polar_sdk.lab.training.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.training.utility import frontier
 from polar_sdk.router.menu import needed_theta
 from polar_sdk.router.network import Network
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,9 +48,6 @@ class Trained:
     record: dict[str, Any]
 
 
-def _silent(stage: str, done: int, total: int) -> None: ...
-
-
 def fit_menu(
     train: Examples,
     dev: Examples,
@@ -57,7 +55,7 @@ def fit_menu(
     settings: MenuSettings,
     *,
     checkpoints: Path | None = None,
-    on_progress: Callable[[str, int, int], None] = _silent,
+    on_progress: Progress = silent,
 ) -> Trained:
     """Train every configuration with every seed, and pick.
 

@@ -20,9 +20,10 @@ from polar_sdk.router.layerwise import EXECUTE, PolicyRouter, policy_dial
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter, by_cost, needed_theta
 from polar_sdk.router.network import Network
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -44,9 +45,6 @@ _NATURAL = 0.5
 """θ at which a policy router reads its network in the usual way."""
 
 
-def _silent(stage: str, done: int, total: int) -> None: ...
-
-
 @dataclass
 class Trainer:
     """Trains routers for one model.
@@ -65,7 +63,7 @@ class Trainer:
     features: FeatureKind = "embedding"
     layers: int = 3
     checkpoints: Path | None = None
-    on_progress: Callable[[str, int, int], None] = field(default=_silent)
+    on_progress: Progress = field(default=silent)
 
     def __post_init__(self) -> None:
         if self.matrix.fingerprint != self.model.fingerprint:

@@ -1,0 +1,39 @@
+"""What the engine's functions hand each other: weights, rotary pairs, queries, keys and values, kinds of attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weights = dict[str, Any]
+"""Weights of one layer by name: a `Product`, a tensor, or None."""
+Rotary = tuple["Tensor", "Tensor"]
+"""Cosine and sine of each packed token, (N, 1, r) each, r ≤ d; of size 0 where positions enter elsewhere."""
+Projected = tuple["Tensor", "Tensor", "Tensor"]
+"""Queries (N, H, d), keys and values (N, G, d), ready for attention."""
+
+
+def pick(rotary: Rotary, index: Tensor) -> Rotary:
+    """Cosine and sine of some of the tokens."""
+    cos, sin = rotary
+    return (cos.index_select(0, index), sin.index_select(0, index)) if cos.numel() else rotary
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKind:
+    """How a layer attends; layers of one kind share their compiled code.
+
+    Attributes:
+        scale: Factor on the scores.
+        window: Keys that a query sees, its own included; None = all before it.
+        softcap: Scores pass through cap × tanh(score / cap); None = as they are.
+        rope: Which of the family's rotary tables the layer turns by.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    rope: int = 0

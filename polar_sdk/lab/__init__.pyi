@@ -1,0 +1,23 @@
+# The public names, each once: `__init__.py` loads them from here on first use.
+from .bridges.heal import HealOptions as HealOptions
+from .evaluation.results import Evaluation as Evaluation
+from .items import AnswerItem as AnswerItem
+from .items import ChoiceItem as ChoiceItem
+from .items import Item as Item
+from .items import PromptItem as PromptItem
+from .items import builtin_items as builtin_items
+from .items import read_items as read_items
+from .layer_scan import ScanReport as ScanReport
+from .layer_scan import scan as scan
+from .program_search.matrix import RewardMatrix as RewardMatrix
+from .program_search.options import SearchOptions as SearchOptions
+from .program_search.options import SearchResult as SearchResult
+from .program_search.run import search as search
+from .training.settings import MenuSettings as MenuSettings
+from .training.settings import PolicySettings as PolicySettings
+from .workflow import calibrate as calibrate
+from .workflow import evaluate as evaluate
+from .workflow import heal as heal
+from .workflow import train as train
+
+__all__: list[str]

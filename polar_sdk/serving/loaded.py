@@ -1,0 +1,47 @@
+"""A model in memory: the weights, the scheduler that runs them, the tokenizer, and what identifies them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from weakref import ReferenceType
+
+    import torch
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.serving.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, shared by all who ask for it. Nothing in it may be changed."""
+
+    name: str
+    """What it was asked for by: alias, hub id or path."""
+    path: Path
+    """The folder it was loaded from."""
+    fingerprint: str
+    """SHA-256 over configuration and weights, hexadecimal."""
+    decoder: Decoder
+    scheduler: Scheduler
+    """Runs the requests of all who share these weights."""
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+    device: torch.device
+    """Where tokens enter; with a device map, `decoder.placement` has the others."""
+    dtype: torch.dtype
+    adopted: ReferenceType[PreTrainedModel] | None = None
+    """The transformers model that was in memory already, while its owner keeps it; None where `path` was read."""
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end an answer: those of the generation settings, and the tokenizer's end of text."""
+        ids = self.generation_config.eos_token_id
+        listed = ids if isinstance(ids, list) else [ids]
+        return frozenset(token for token in [*listed, self.tokenizer.eos_token_id] if token is not None)
