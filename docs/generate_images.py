@@ -32,7 +32,7 @@ class Palette(NamedTuple):
 
 
 LIGHT: Final = Palette("#1f2328", "#57606a", "#8c959f", "#3949ab", "#ffffff", "#b04a00", "#f3f5f9")
-DARK: Final = Palette("#e6edf3", "#a5b0bc", "#6e7781", "#8fa0f5", "#10142b", "#ffb066", "#20242d")
+DARK: Final = Palette("#e6edf3", "#a5b0bc", "#6e7781", "#8fa0f5", "#10142b", "#ffb066", "#2d333f")
 
 
 class Drawing:
@@ -87,7 +87,7 @@ class Drawing:
         else:
             self.box(x, y, size, size, dashed=self.colour.line)
         colour = self.colour.on_run if runs else self.colour.quiet
-        self.text(x + size / 2, y + size / 2 + 4, name, colour=colour, size=11, anchor="middle")
+        self.text(x + size / 2, y + size / 2 + 4, name, colour=colour, size=12, anchor="middle")
 
     def arc(self, left: float, right: float, y: float, rise: float, colour: str) -> None:
         """An arc from one point to another at the same height, with an arrow head where it lands."""
@@ -111,11 +111,11 @@ def path(palette: Palette) -> str:
     draw = Drawing(880, 318, title, palette)
     draw.box(10, 10, 268, 56, fill=palette.card)
     draw.text(24, 34, "What is the capital of France?", bold=True)
-    draw.text(24, 54, "tier economy · tenant acme", colour=palette.quiet, size=12)
+    draw.text(24, 54, "tier economy · tenant acme", colour=palette.quiet, size=13)
     draw.path("M278,38 L308,38", arrow=True)
     draw.box(310, 10, 172, 56, fill=palette.card)
     draw.text(324, 34, "router", bold=True)
-    draw.text(324, 54, "reads the prompt", colour=palette.quiet, size=12)
+    draw.text(324, 54, "reads the prompt", colour=palette.quiet, size=13)
     draw.path("M482,38 L522,38", arrow=True)
     draw.box(524, 10, 346, 56, fill=palette.card)
     draw.text(538, 34, "program", bold=True)
@@ -128,13 +128,13 @@ def path(palette: Palette) -> str:
     for layer in sorted(bridged):
         middle = 10 + layer * step + size / 2
         draw.arc(middle - 21, middle + 21, y - 2, 26, palette.bridge)
-    draw.text(10, 104, "27 of 30 layers run", colour=palette.quiet, size=12)
-    draw.text(870, 104, "3 layers are crossed by bridges", colour=palette.bridge, size=12, anchor="end")
+    draw.text(10, 104, "27 of 30 layers run", colour=palette.quiet, size=13)
+    draw.text(870, 104, "3 layers are crossed by bridges", colour=palette.bridge, size=13, anchor="end")
 
     draw.box(10, 168, 268, 140, fill=palette.card)
     draw.text(24, 194, "answer", bold=True)
     draw.text(24, 220, "The capital of France is Paris.")
-    draw.text(24, 244, "37 prompt tokens, 8 sampled", colour=palette.quiet, size=12)
+    draw.text(24, 244, "37 prompt tokens, 8 sampled", colour=palette.quiet, size=13)
     draw.path("M278,238 L308,238", arrow=True)
     draw.box(310, 168, 560, 140, fill=palette.card)
     draw.text(324, 194, "bill", bold=True)
@@ -147,8 +147,8 @@ def path(palette: Palette) -> str:
     for at, (what, figure, note) in enumerate(rows):
         baseline = 220 + 25 * at
         draw.text(324, baseline, what, colour=palette.quiet, size=13)
-        draw.text(430, baseline, figure, size=13, mono=True)
-        draw.text(856, baseline, note, colour=palette.quiet, size=12, anchor="end")
+        draw.text(436, baseline, figure, size=13, mono=True)
+        draw.text(856, baseline, note, colour=palette.quiet, size=13, anchor="end")
     return draw.svg()
 
 
@@ -191,16 +191,16 @@ def proof(palette: Palette) -> str:
         x = 10 + 222 * at
         draw.box(x, 10, 194, 54, fill=palette.card)
         draw.text(x + 14, 33, row, bold=True)
-        draw.text(x + 14, 52, what, colour=palette.quiet, size=12)
+        draw.text(x + 14, 52, what, colour=palette.quiet, size=13)
         draw.down(x + 97, 64, 108)
-        draw.text(x + 107, 91, "digest", colour=palette.quiet, size=12)
+        draw.text(x + 107, 91, "digest", colour=palette.quiet, size=13)
         draw.box(x, 110, 194, 54, fill=palette.run)
         draw.text(x + 14, 133, f"link {at + 1}", colour=palette.on_run, bold=True)
-        draw.text(x + 14, 152, "hash of digest and link before", colour=palette.on_run, size=11)
+        draw.text(x + 14, 152, "digest + previous hash", colour=palette.on_run, size=13)
         if at:
             draw.path(f"M{x - 28:g},137 L{x - 2:g},137", arrow=True)
     draw.path("M329,222 L329,166", colour=palette.bridge)
-    draw.text(339, 200, "names link 2", colour=palette.bridge, size=12)
+    draw.text(339, 200, "names link 2", colour=palette.bridge, size=13)
     draw.box(10, 222, 416, 68, dashed=palette.bridge)
     draw.text(24, 248, "receipt, kept by the tenant", bold=True)
     draw.text(24, 272, "a rewritten ledger no longer agrees with it", colour=palette.quiet, size=13)
