@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import typer.main
 
+from polar_billing import PriceBook
 from polar_sdk.cli.main import app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "examples" / "README.md"])
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 MOST_WORDS = 1_000
@@ -185,6 +186,27 @@ def exists(name: str) -> bool:
     """Whether a path of the project leads somewhere, from the root or from inside a package."""
     roots = [ROOT, ROOT / "polar_sdk", ROOT / "billing", ROOT / "billing" / "polar_billing"]
     return any((root / name).exists() for root in roots)
+
+
+class TestPriceBook:
+    PAGE = ROOT / "docs" / "billing.md"
+
+    @staticmethod
+    def fields() -> set[str]:
+        schema = PriceBook.model_json_schema()
+        return {name for model in [schema, *schema["$defs"].values()] for name in model.get("properties", {})}
+
+    def test_every_field_is_on_the_page(self) -> None:
+        named = set(re.findall(r"`(\w+)`", without_blocks(self.PAGE)))
+        assert self.fields() - named == set()
+
+    def test_every_field_of_the_page_exists(self) -> None:
+        rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", without_blocks(self.PAGE), re.MULTILINE)
+        assert {name for row in rows for name in re.findall(r"\w+", row)} <= self.fields()
+
+    def test_the_example_is_a_book(self) -> None:
+        [example] = blocks(self.PAGE, "toml")
+        assert PriceBook.from_toml(example.text).currency == "EUR"
 
 
 class TestConfiguration:
