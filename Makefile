@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 
-.PHONY: help install demo test test-fast check format model bench-engine bench-billing router clean
+.PHONY: help install demo test test-fast check format docs model bench-engine bench-billing router clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,13 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(STAMP) ## Generate the generated documents and build the site into site/
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_images.py
+	test ! -f docs/generate_results.py || $(BIN)/python docs/generate_results.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, which it builds first
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.engine
@@ -59,5 +66,5 @@ bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
 router: model ## Heal, search, train, certify and evaluate the shipped router; POLAR_DATA names a folder of JSONL sets
 	$(BIN)/python -m benchmarks.train_router
 
-clean: ## Remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out
+clean: ## Remove .venv, caches and the built site
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site

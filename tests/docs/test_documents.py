@@ -6,12 +6,14 @@ Python blocks that make the default model have the marker `model`; all else here
 from __future__ import annotations
 
 import ast
-import fnmatch
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -20,14 +22,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import typer.main
 
+from polar_billing import PriceBook
 from polar_sdk.cli.main import app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "examples" / "README.md"])
 README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "ARCHITECTURE.md"
+MOST_WORDS = 1_000
+FIRST_CODE_ENDS = 45
+"""Line by which the README has shown code and what it prints."""
+OF_THE_MODEL = ("from_pretrained", "from langchain_polar", "from llama_index_polar")
+"""What a Python block says that loads the default model, unless it says `tiny_model`."""
 COMMANDS: Any = typer.main.get_command(app)
 
 
@@ -54,9 +63,12 @@ def python_blocks() -> list[Any]:
     """Every Python block; one that makes a model other than the tiny one needs the default model."""
     found = [block for page in PAGES for block in blocks(page, "python")]
     return [
-        pytest.param(block, marks=() if "tiny_model" in block.text else pytest.mark.model, id=str(block))
-        for block in found
+        pytest.param(block, marks=pytest.mark.model if needs_model(block) else (), id=str(block)) for block in found
     ]
+
+
+def needs_model(block: Block) -> bool:
+    return "tiny_model" not in block.text and any(said in block.text for said in OF_THE_MODEL)
 
 
 def said_to_print(code: str) -> str:
@@ -66,7 +78,7 @@ def said_to_print(code: str) -> str:
 class TestPython:
     def test_the_readme_has_code_and_output_early(self) -> None:
         first = next(blocks(README, "python"))
-        assert first.line + first.text.count("\n") < 30
+        assert first.line + first.text.count("\n") < FIRST_CODE_ENDS
         assert said_to_print(first.text)
         assert len([line for line in first.text.splitlines() if line and not line.startswith("#>")]) <= 5
 
@@ -83,6 +95,33 @@ class TestPython:
         with redirect_stdout(printed):
             exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
         assert printed.getvalue() == said_to_print(block.text)
+
+
+class TestReadme:
+    def test_it_is_short(self) -> None:
+        assert len(README.read_text(encoding="utf-8").split()) <= MOST_WORDS
+
+    def test_figures_stand_between_their_markers(self) -> None:
+        """A generator replaces what is between them; see `docs/results.md`."""
+        text = README.read_text(encoding="utf-8")
+        figures = re.search(r"^<!-- figures: start -->\n(.+)^<!-- figures: end -->$", text, re.DOTALL | re.MULTILINE)
+        assert figures is not None
+        assert re.search(r"\[[−+\-]\d", figures[1]), "a drop needs its interval"
+
+    @pytest.mark.model
+    def test_the_metered_run_prints_what_it_says(self, tmp_path: Path) -> None:
+        """The commands of the console block, one after another on one ledger, and their whole output."""
+        [block] = blocks(README, "console")
+        environment = {**os.environ, "POLAR_LEDGER": str(tmp_path / "ledger.sqlite3"), "COLUMNS": "100"}
+        printed = []
+        for line in block.text.splitlines():
+            if line.startswith("$ polar "):
+                command = [sys.executable, "-c", "from polar_sdk.cli.main import main; main()", *shlex.split(line)[2:]]
+                done = subprocess.run(
+                    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+                )
+                printed += [line, *(one.rstrip() for one in done.stdout.rstrip().splitlines())]
+        assert printed == block.text.splitlines()
 
 
 def commands() -> Iterator[Any]:
@@ -122,64 +161,100 @@ class TestShell:
             assert not re.search(r"pip install [^\n]*polar-sdk", page.read_text(encoding="utf-8")), page.name
 
 
-class TestFileTree:
-    @staticmethod
-    def listed() -> list[str]:
-        """Paths of the README's tree, folders with a slash at the end; indentation is nesting."""
-        text = README.read_text(encoding="utf-8").partition("## Files\n")[2]
-        tree = re.search(r"```\n(.*?)```", text, re.DOTALL)
-        assert tree is not None
-        paths: list[str] = []
-        parent = ""
-        for line in tree[1].splitlines():
-            name = line.split()[0]
-            parent = parent if line.startswith(" ") else name
-            paths.append(parent + name if line.startswith(" ") else name)
-        return paths
-
+class TestArchitecture:
     def test_every_path_exists(self) -> None:
-        for path in self.listed():
-            assert (ROOT / path).exists(), path
-            assert (ROOT / path).is_dir() == path.endswith("/"), path
+        """Files and folders, in the text and in the diagrams; there a module may stand without its `.py`."""
+        text = ARCHITECTURE.read_text(encoding="utf-8")
+        diagrams = "".join(block.text for block in blocks(ARCHITECTURE, ""))
+        named = set(re.findall(r"[\w./]+\.(?:py|toml|md)\b", text)) - {"__init__.py"}
+        named |= set(re.findall(r"(?<![\w./])[a-z_]+(?:/[a-z_]+)*/(?![\w/])", text))
+        named |= set(re.findall(r"(?<![\w./])[a-z_]+(?:/[a-z_]+)+(?![\w./])", diagrams))
+        assert named
+        for name in sorted(named):
+            assert exists(name) or exists(f"{name}.py"), name
 
-    def test_top_level_is_complete(self) -> None:
-        patterns = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
-        real = {
-            path.name + "/" * path.is_dir()
-            for path in ROOT.iterdir()
-            if not (path.name.startswith(".") and path.name != ".ci")
-            and not any(fnmatch.fnmatch(path.name, pattern.rstrip("/")) for pattern in patterns)
-        }
-        assert {path for path in self.listed() if path.count("/") <= path.endswith("/")} == real
-
-    def test_packages_are_complete(self) -> None:
+    def test_every_part_is_named(self) -> None:
+        text = ARCHITECTURE.read_text(encoding="utf-8")
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
         packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-        assert {f"{package}/" for package in packages} <= set(self.listed())
+        parts = [path.name for path in (ROOT / "polar_sdk").iterdir() if (path / "__init__.py").exists()]
+        for name in [*packages, *parts]:
+            assert f"{name}/" in text or f"`{name}`" in text or Path(name).name == "polar_sdk", name
 
-    def test_every_part_of_the_engine_is_listed(self) -> None:
-        listed = set(self.listed())
-        for path in (ROOT / "polar_sdk").iterdir():
-            if path.is_dir() and (path / "__init__.py").exists():
-                assert f"polar_sdk/{path.name}/" in listed
+
+def exists(name: str) -> bool:
+    """Whether a path of the project leads somewhere, from the root or from inside a package."""
+    roots = [ROOT, ROOT / "polar_sdk", ROOT / "billing", ROOT / "billing" / "polar_billing"]
+    return any((root / name).exists() for root in roots)
+
+
+class TestPriceBook:
+    PAGE = ROOT / "docs" / "billing.md"
+
+    @staticmethod
+    def fields() -> set[str]:
+        schema = PriceBook.model_json_schema()
+        return {name for model in [schema, *schema["$defs"].values()] for name in model.get("properties", {})}
+
+    def test_every_field_is_on_the_page(self) -> None:
+        named = set(re.findall(r"`(\w+)`", without_blocks(self.PAGE)))
+        assert self.fields() - named == set()
+
+    def test_every_field_of_the_page_exists(self) -> None:
+        rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", without_blocks(self.PAGE), re.MULTILINE)
+        assert {name for row in rows for name in re.findall(r"\w+", row)} <= self.fields()
+
+    def test_the_example_is_a_book(self) -> None:
+        [example] = blocks(self.PAGE, "toml")
+        assert PriceBook.from_toml(example.text).currency == "EUR"
+
+
+class TestConfiguration:
+    """`docs/configuration.md` lists every environment variable that the source reads, and no other of PoLar's."""
+
+    @staticmethod
+    def sources() -> Iterator[str]:
+        for folder in ("polar_sdk", "billing", "integrations", "benchmarks", "examples", "tests"):
+            for path in (ROOT / folder).rglob("*.py"):
+                yield path.read_text(encoding="utf-8")
+        yield (ROOT / "Makefile").read_text(encoding="utf-8")
+
+    @staticmethod
+    def listed() -> set[str]:
+        text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+        return set(re.findall(r"^\| `([A-Z_]+)` \|", text, re.MULTILINE))
+
+    def test_variables_of_ours(self) -> None:
+        used = {name for text in self.sources() for name in re.findall(r"\bPOLAR_[A-Z]+(?:_[A-Z]+)*\b", text)}
+        assert {name for name in self.listed() if name.startswith("POLAR_")} == used
+
+    def test_variables_that_are_read_by_their_name(self) -> None:
+        read = r"""environ(?:\.\w+)?[\[(]["']([A-Z][A-Z_]+)["']|["']([A-Z][A-Z_]+)["'] (?:not )?in os\.environ"""
+        used = {name for text in self.sources() for names in re.findall(read, text) for name in names if name}
+        assert used <= self.listed()
 
 
 class TestPages:
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
     def test_links_lead_to_files(self, page: Path) -> None:
-        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        text = without_blocks(page)
+        targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
+        for target in targets:
             if not re.match(r"https?://", target):
-                assert (page.parent / target.partition("#")[0]).exists(), target
+                path, _, anchor = target.partition("#")
+                file = page.parent / path if path else page
+                assert file.exists(), target
+                assert not anchor or anchor in anchors(file), target
 
-    @pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md"])
-    def test_paths_in_the_text_exist(self, page: str) -> None:
-        """Names in backticks that look like a file of the project are one, from the root or inside a package."""
-        roots = [ROOT, ROOT / "polar_sdk", ROOT / "billing"]
-        text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-        for name in re.findall(r"`([\w./]+(?:\.py|\.toml|\.md|/))`", text):
-            if name == "__init__.py":
-                continue
-            assert any((root / name).exists() for root in roots), name
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+    def test_paths_in_the_text_exist(self, page: Path) -> None:
+        """Names in backticks that look like a file of the project, with a folder or in capitals, are one."""
+        for name in re.findall(r"`([\w.]+/[\w./]+(?:\.py|\.toml|\.md|/)|[A-Z]+\.md)`", without_blocks(page)):
+            assert exists(name), name
+
+    def test_every_page_is_on_the_site(self) -> None:
+        listed = re.findall(r"^  - .+: ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+        assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
     def test_the_changelog_knows_this_version(self) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -190,11 +265,12 @@ class TestPages:
         assert all(date for name, date in sections[1:])
 
     def test_the_promises_are_those_of_the_shipped_router(self) -> None:
-        file = ROOT / "polar_sdk/routers/smollm2-135m-instruct/router.json"
-        tiers = json.loads(file.read_text(encoding="utf-8"))["certificate"]["tiers"]
-        rows = README.read_text(encoding="utf-8").splitlines()
-        for name, promise in tiers.items():
-            assert any(row.startswith(f"| {name}") and f"| {100 * promise['alpha']:g}% |" in row for row in rows), name
+        [file] = (ROOT / "polar_sdk").glob("**/smollm2-135m-instruct/router.json")
+        certificate = json.loads(file.read_text(encoding="utf-8"))["certificate"]
+        page = (ROOT / "docs" / "router.md").read_text(encoding="utf-8")
+        promised = dict(re.findall(r"^\| (\w+) \| .* drops by at most (\d+)% \|$", page, re.MULTILINE))
+        assert promised == {name: f"{100 * promise['alpha']:g}" for name, promise in certificate["tiers"].items()}
+        assert f"at δ = {certificate['delta']:g}" in page
 
     def test_the_licence_is_the_one_that_is_named(self) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -205,9 +281,31 @@ class TestPages:
         assert "END OF TERMS AND CONDITIONS" in text
 
     def test_the_commands_page_is_what_the_command_says(self) -> None:
-        spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs" / "generate_cli.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = generator("generate_cli")
         assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/generate_cli.py"
+
+    def test_the_pictures_are_what_is_drawn(self) -> None:
+        pictures = generator("generate_images").pictures()
+        assert set(pictures) <= set((ROOT / "docs" / "images").glob("*.svg"))
+        for file, content in pictures.items():
+            assert file.read_text(encoding="utf-8") == content, "run: python docs/generate_images.py"
+
+
+def generator(name: str) -> Any:
+    """A script of `docs/`, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
