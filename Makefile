@@ -38,6 +38,21 @@ test: model ## Run every test, the real model included
 test-fast: $(STAMP) ## Run the tests that need no model
 	$(OFFLINE) $(BIN)/python -m pytest -m "not model"
 
+test-sdk: $(STAMP) ## Run the tests of polar_sdk that need no model
+	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/sdk
+
+test-engine: $(STAMP) ## Run the tests of the engine, the scheduler and requests
+	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/sdk/engine tests/sdk/serving tests/sdk/request
+
+test-lab: $(STAMP) ## Run the tests of the laboratory that need no model
+	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/sdk/lab
+
+test-billing: $(STAMP) ## Run the tests of polar_billing
+	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/billing
+
+test-integrations: $(STAMP) ## Run the tests of the integrations that need no model
+	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/integrations
+
 check: $(STAMP) ## Check format, lint, types, layers and docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

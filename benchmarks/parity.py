@@ -50,7 +50,7 @@ def main() -> None:
     seeds, recorder = args.seeds, Recorder("parity", args.results)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    tests = runpy.run_path(str(TESTS / "test_parity.py")) | runpy.run_path(str(TESTS / "conftest.py"))
+    tests = runpy.run_path(str(TESTS / "engine" / "test_parity.py")) | runpy.run_path(str(TESTS / "conftest.py"))
     print(f"| family | `model_type` | {' | '.join(COLUMNS)} | FLOPs |")
     print(f"|---|---|{'---|' * len(COLUMNS)}---|")
     for family in tests["FAMILIES"]:

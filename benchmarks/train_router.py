@@ -27,7 +27,6 @@ from benchmarks.router_seeds import record_router, record_seeds
 from polar_sdk import PolarModel, lab
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.lab.evaluation.judge import Judge
-from polar_sdk.lab.evaluation.measuring import marks
 from polar_sdk.lab.evaluation.page import to_html
 from polar_sdk.lab.items import (
     AnswerItem,
@@ -48,6 +47,7 @@ from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.lab.training.checkpoint import run_key
+from polar_sdk.lab.training.measuring import marks
 from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
 from polar_sdk.programs.policy import TIERS
 from polar_sdk.programs.program import Program
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.certificate import Loss
     from polar_sdk.router.learned import LearnedRouter
 
-SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "routers" / "smollm2-135m-instruct"
+SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "shipped" / "routers" / "smollm2-135m-instruct"
 MOST_BYTES = 5_000_000
 HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:2400,gsm8k.train:700"
 SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:1200"

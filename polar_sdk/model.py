@@ -18,8 +18,8 @@ from polar_sdk.models.export import export
 from polar_sdk.models.load import load_pretrained
 from polar_sdk.programs.program import Program
 from polar_sdk.request.generation import Chunk, Generation, answer, stream
+from polar_sdk.request.maker import RequestMaker
 from polar_sdk.request.prompts import PromptEncoder
-from polar_sdk.request.request import RequestMaker, RequestOptions
 from polar_sdk.request.threads import iterate_in_thread, run_in_thread
 from polar_sdk.router.bridge_set import BridgeSet
 from polar_sdk.router.fixed import fixed_router
@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from polar_sdk.models.compilation import Compile
     from polar_sdk.models.placement import DeviceMap
     from polar_sdk.programs.policy import Policy
+    from polar_sdk.request.options import Prompt, RequestOptions
     from polar_sdk.request.prompts import Template
-    from polar_sdk.request.request import Cancel, Prompt, Request
     from polar_sdk.router.base import Router
     from polar_sdk.serving.loaded import LoadedModel
+    from polar_sdk.serving.request import Cancel, Request
     from polar_sdk.serving.scheduler import Scheduler
     from polar_sdk.usage import FlopUsage, UsageSink
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from langchain_core.callbacks.manager import BaseRunManager
 
-    from polar_sdk.request.request import RequestOptions
+    from polar_sdk.request.options import RequestOptions
 
 
 _FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from langchain_polar._caller import Caller
     from polar_sdk import Chunk, Generation, PolarModel
-    from polar_sdk.request.request import Prompt
+    from polar_sdk.request.options import Prompt
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from llama_index_polar._streams import AsyncStream, Respond, Stream
+    from polar_sdk.request.options import Prompt
     from polar_sdk.request.prompts import Template
-    from polar_sdk.request.request import Prompt
 
 
 class PolarSettings(ModelSettings):

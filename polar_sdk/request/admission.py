@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.program import Program
-    from polar_sdk.request.request import Request
+    from polar_sdk.serving.request import Request
     from polar_sdk.usage import UsageSink
 
 
@@ -96,10 +96,12 @@ def _bound(request: Request, choices: Sequence[_Choice]) -> UsageBound:
 def _served(request: Request, choice: _Choice, depth: int) -> Request:
     """The request on another program; the FLOPs that its router executed stay."""
     asked = request.tier if request.tier is not None else request.route.program.text
+    fixed = fixed_router(choice.program, depth)
     return replace(
         request,
         tier=choice.tier,
-        router=fixed_router(choice.program, depth),
+        router=fixed.kind,
+        router_version=fixed.version,
         route=request.route.onto(choice.program),
         tags={**request.tags, DOWNGRADED_TAG: asked},
     )

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.sampling import TokenLogprobs
     from polar_sdk.programs.guard import LoopGuard
-    from polar_sdk.request.request import Request
     from polar_sdk.serving.job import Piece
     from polar_sdk.serving.loaded import LoadedModel
+    from polar_sdk.serving.request import Request
     from polar_sdk.usage import UsageSink
 
 
@@ -200,8 +200,8 @@ def _facts(model: LoadedModel, job: Job, outcome: Outcome, error: BaseException 
         tags=dict(request.tags),
         model=model.name,
         model_fingerprint=model.fingerprint,
-        router=request.router.kind,
-        router_version=request.router.version,
+        router=request.router,
+        router_version=request.router_version,
         tier=request.tier,
         program=request.route.program.text,
         outcome=outcome,

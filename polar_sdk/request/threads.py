@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
 
-    from polar_sdk.request.request import Cancel
+    from polar_sdk.serving.request import Cancel
 
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from polar_sdk.engine.lead import begins, lead_flops, run_lead
+from polar_sdk.engine.route import begins, lead_flops, run_lead
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.lead import Lead
+    from polar_sdk.engine.route import Lead
     from polar_sdk.programs.program import Program
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from polar_sdk.engine.route import Route
 from polar_sdk.programs.program import Program
-from polar_sdk.router.base import Route, Router
+from polar_sdk.router.base import Router
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

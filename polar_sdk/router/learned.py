@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.engine.hashes import hash_bridges, hash_programs, hash_tensors
+from polar_sdk.engine.route import Route
 from polar_sdk.errors import RouterError, RouterModelError, UnknownTierError
-from polar_sdk.router.base import Route, Router
+from polar_sdk.router.base import Router
 from polar_sdk.router.certificate import Certificate, Subject
 from polar_sdk.router.features import FeatureKind, FeatureReader
 from polar_sdk.router.fixed import IdentityRouter

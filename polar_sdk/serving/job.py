@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.guard import LoopGuard
-    from polar_sdk.request.request import Request
+    from polar_sdk.serving.request import Request
 
 
 FinishReason = Literal["stop", "length", "cancelled"]

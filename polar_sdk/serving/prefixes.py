@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.row import Row
-    from polar_sdk.request.request import Request
+    from polar_sdk.serving.request import Request
 
 
 _Key = bytes

@@ -1,6 +1,6 @@
 """The storage contract: what every ledger store promises, whatever the database.
 
-`tests/billing/test_storage_contract.py` holds each backend to it. Knows no SQL.
+`tests/billing/ledger/test_storage_contract.py` holds each backend to it. Knows no SQL.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.lab.evaluation.outcomes import Outcomes
+    from polar_sdk.lab.training.outcomes import Outcomes
     from polar_sdk.router.learned import LearnedRouter
 
 

@@ -16,7 +16,7 @@ from polar_sdk.programs.program import Program
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from polar_sdk.lab.evaluation.outcomes import Outcomes
+    from polar_sdk.lab.training.outcomes import Outcomes
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.policy import Policy
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.lab.evaluation.outcomes import Outcome, Outcomes
+    from polar_sdk.lab.training.outcomes import Outcome, Outcomes
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.policy import Policy
     from polar_sdk.router.learned import LearnedRouter

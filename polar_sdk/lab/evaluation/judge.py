@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.engine.lead import run_lead
+from polar_sdk.engine.route import run_lead
 from polar_sdk.errors import RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, Walk, certify
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set
-from polar_sdk.lab.evaluation.measuring import Bench, marks, unseen
 from polar_sdk.lab.evaluation.resplit import Resplits, resplit
 from polar_sdk.lab.evaluation.results import Evaluation
 from polar_sdk.lab.evaluation.verdict import verdict
 from polar_sdk.lab.items import ChoiceItem
+from polar_sdk.lab.training.measuring import Bench, marks, unseen
 from polar_sdk.programs.program import Program
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.show.progress import Progress, silent
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.lab.evaluation.calibrate import TierPromise
-    from polar_sdk.lab.evaluation.outcomes import Outcomes
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.lab.rewards.tasks import Task
+    from polar_sdk.lab.training.outcomes import Outcomes
     from polar_sdk.model import PolarModel
     from polar_sdk.router.base import Router
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from polar_sdk.errors import DataError, RouterModelError
-from polar_sdk.lab.evaluation.measuring import Bench, marks
 from polar_sdk.lab.training.examples import Examples, losses
 from polar_sdk.lab.training.layerwise_training import PolicyTask, fit_policy
+from polar_sdk.lab.training.measuring import Bench, marks
 from polar_sdk.lab.training.menu_training import Trained, fit_menu
 from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
 from polar_sdk.lab.training.utility import frontier

@@ -29,7 +29,7 @@ from polar_billing.testing import usage_record
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 OLD, NEW = datetime(2025, 12, 31, 23, 59, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
 
 

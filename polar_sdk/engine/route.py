@@ -1,11 +1,12 @@
-"""The lead: the first layers of a prompt, run ahead of its request because a router reads their output.
+"""The route of a prompt: the program that a router chose, and the lead that it ran to choose it.
 
-What they computed is not computed again: a request whose program begins with those layers takes their states, keys and
+A lead is the first layers of a prompt, run ahead of its request because a router reads their output. What they computed is not computed again: a request whose program begins with those layers takes their states, keys and
 values over and goes on behind them. Knows tokens and layers, not what is read of them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,30 @@ if TYPE_CHECKING:
     from polar_sdk.engine.pages import PageTable
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A router's answer for one prompt.
+
+    Attributes:
+        program: What the prompt runs, fixed for the whole request.
+        flops: FLOPs the router itself executed, those of the lead not included.
+        lead: What the program's first layers made of the prompt already, since the router reads that; None = nothing.
+    """
+
+    program: Program
+    flops: int = 0
+    lead: Lead | None = None
+
+    def onto(self, program: Program) -> Route:
+        """The same reading of the prompt with another program.
+
+        A program that does not begin with the layers of the lead cannot take it over: it was the router's alone then.
+        """
+        if self.lead is None or self.lead.begins(program):
+            return replace(self, program=program)
+        return Route(program, self.flops + self.lead.flops)
 
 
 class Lead:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from polar_sdk import ListSink, Policy, Program, StaticRouter
+from polar_sdk.engine.route import Route
 from polar_sdk.errors import PolicyError, ProgramError, RequestTimeoutError, SinkError, UnsupportedArchitectureError
-from polar_sdk.router.base import Route, Router
+from polar_sdk.router.base import Router
 from polar_sdk.serving.scheduler import Limits
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 from polar_sdk.usage import UsageSink
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk.model import PolarModel
-    from polar_sdk.request.request import RequestOptions
+    from polar_sdk.request.options import RequestOptions
     from polar_sdk.usage import UsageRecord
 
 LOOP = "0-2 3x2 4-5"
@@ -175,7 +176,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("polar_sdk.request.request.time", clock)
+    monkeypatch.setattr("polar_sdk.serving.request.time", clock)
     return clock
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Table
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 EVERYTHING = Selection(ALL_TENANTS)
 ADDED_IN_3 = {"polar_price_in_force"}
 
@@ -225,7 +225,7 @@ def _pins() -> Iterator[tuple[Path, str]]:
 def test_the_tables_are_what_they_were() -> None:
     """Migrations make tables from their definition, so a change of one needs a new version, and the old one as text.
 
-    Until version 3 is released, `python tests/billing/test_migrations.py` writes the definitions anew.
+    Until version 3 is released, `python tests/billing/ledger/test_migrations.py` writes the definitions anew.
     """
     for pinned, definition in _pins():
         assert definition == pinned.read_text(encoding="utf-8"), pinned.name

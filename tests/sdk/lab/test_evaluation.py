@@ -13,8 +13,6 @@ from polar_sdk.errors import CalibrationSizeError, DataError, RouterError
 from polar_sdk.lab.evaluation.calibrate import Walk, certify
 from polar_sdk.lab.evaluation.controls import best_static, oracle, random_programs, shuffled
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set
-from polar_sdk.lab.evaluation.measuring import Bench, marks, unseen
-from polar_sdk.lab.evaluation.outcomes import Outcomes
 from polar_sdk.lab.evaluation.page import to_html
 from polar_sdk.lab.evaluation.resplit import resplit
 from polar_sdk.lab.evaluation.results import Evaluation
@@ -23,6 +21,8 @@ from polar_sdk.lab.evaluation.verdict import verdict
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem, item_id
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.training.examples import losses
+from polar_sdk.lab.training.measuring import Bench, marks, unseen
+from polar_sdk.lab.training.outcomes import Outcomes
 from polar_sdk.lab.training.settings import MenuSettings
 from polar_sdk.lab.training.train import Trainer
 from polar_sdk.programs.policy import Policy

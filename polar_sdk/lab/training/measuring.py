@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.evaluation.outcomes import Outcome, Outcomes
 from polar_sdk.lab.items import check_labels, data_hash, distinct_items, item_id, split_of
 from polar_sdk.lab.program_search.measured import measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.lab.training.outcomes import Outcome, Outcomes
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.model import PolarModel
-    from polar_sdk.request.request import Cancel
+    from polar_sdk.serving.request import Cancel
 
 LONG = 200
 """Tokens of an answer that no test waits for."""

@@ -133,7 +133,7 @@ def test_the_script_makes_an_artifact(
     quick += " --tier economy=0.5 standard=0.3 --bridge-seeds 0,1"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
     words += ["--results", str(tmp_path / "results")]
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    monkeypatch.syspath_prepend(Path(__file__).parents[3])
     import_module("benchmarks.train_router").main(words)
     router = load_router(out)
     assert isinstance(router, LearnedRouter) and router.certificate is not None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.model import PolarModel
-    from polar_sdk.request.request import RequestOptions
+    from polar_sdk.request.options import RequestOptions
 
 A, Z = ord("A"), ord("Z")
 

@@ -28,7 +28,7 @@ from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
-    from polar_sdk.request.request import Prompt
+    from polar_sdk.request.options import Prompt
     from polar_sdk.usage import ListSink
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -289,7 +289,7 @@ class TestPrecedence:
 
     def test_program_over_tier(self, tiny: PolarModel) -> None:
         request = made(tiny, "hello", compute="economy", program="0 5")
-        assert (request.tier, request.route.program.text, request.router.kind) == (None, "0 5", "static")
+        assert (request.tier, request.route.program.text, request.router) == (None, "0 5", "static")
 
     def test_router_over_default_tier(self) -> None:
         model = tiny_model(router=StaticRouter("0 4-5"))
@@ -298,8 +298,8 @@ class TestPrecedence:
         assert made(model, "hello", program="0 5").route.program.text == "0 5"
 
     def test_full_depth_is_named_identity(self, tiny: PolarModel) -> None:
-        assert made(tiny, "hello", compute="exact").router.kind == "identity"
-        assert made(tiny, "hello", program="0-5").router.kind == "identity"
+        assert made(tiny, "hello", compute="exact").router == "identity"
+        assert made(tiny, "hello", program="0-5").router == "identity"
 
     def test_a_routers_program_is_bounded_too(self) -> None:
         with pytest.raises(ProtectedLayerError):

@@ -1,0 +1,164 @@
+"""From what a caller asks to what the engine runs: prompt to tokens, tier to program, and every check before compute.
+
+Knows a tokenizer, a policy and a cost model; runs nothing. A request that gets past here can be served.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from polar_sdk.engine.sampling import Sampling
+from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, ToleranceError
+from polar_sdk.programs.program import Program
+from polar_sdk.request.options import (
+    RequestOptions,
+    check_cancel,
+    check_hook,
+    check_logprobs,
+    check_name,
+    check_stops,
+    check_tags,
+    check_timeout,
+    given,
+    override,
+    refuse_unknown,
+)
+from polar_sdk.router.fixed import fixed_router
+from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.serving.request import Request
+from polar_sdk.usage import new_request_id
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.policy import Policy
+    from polar_sdk.request.options import Prompt
+    from polar_sdk.request.prompts import PromptEncoder
+    from polar_sdk.router.base import Router
+
+_DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class RequestMaker:
+    """Makes requests for one model object."""
+
+    encoder: PromptEncoder
+    policy: Policy
+    cost: CostModel
+    context_window: int
+    router: Router | None
+    tenant: str
+    tags: Mapping[str, str]
+
+    def make(self, prompt: Prompt, options: RequestOptions) -> Request:
+        """Check a prompt and its options.
+
+        Raises:
+            InvalidRequestError: Or one of its kinds, naming the value, the limit and the fix.
+            ProgramError: The program cannot or may not run.
+        """
+        refuse_unknown(options)
+        sampling = Sampling(
+            temperature=options.get("temperature", 0.0),
+            top_p=options.get("top_p", 1.0),
+            top_k=options.get("top_k", 0),
+            seed=options.get("seed"),
+        )
+        tokens = tuple(self.encoder.encode(prompt, options.get("template", "auto")))
+        if not tokens:
+            raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
+        tier, router = self._router(options)
+        made = partial(
+            Request,
+            tokens=tokens,
+            router=router.kind,
+            router_version=router.version,
+            tier=tier,
+            sampling=sampling,
+            stops=check_stops(options.get("stop")),
+            max_tokens=self._max_tokens(len(tokens), options.get("max_tokens")),
+            tenant=check_name("tenant", given(options.get("tenant"), self.tenant)),
+            tags={**check_tags(self.tags), **check_tags(given(options.get("tags"), {}))},
+            request_id=check_name("request_id", given(options.get("request_id"), new_request_id())),
+            cancel=check_cancel(options.get("cancel")),
+            timeout=check_timeout(options.get("timeout")),
+            logits_hook=check_hook(options.get("logits_hook")),
+            logprobs=check_logprobs(options.get("logprobs")),
+            tiers={name: one.program for name, one in self.policy.tiers.items()},
+        )
+        # Last, since it may run layers: a prompt that does not fit, or an option that is wrong, costs nothing.
+        route = router.route(tokens)
+        self.policy.check(route.program, self.cost)
+        return made(route=route)
+
+    def make_batch(
+        self, prompts: Sequence[Prompt], each: Sequence[RequestOptions] | None, shared: RequestOptions
+    ) -> list[Request]:
+        """Check prompts that will decode together, with what each has of its own laid over what they share.
+
+        Raises:
+            InvalidRequestError: Or one of its kinds; also where `prompts` and `each` do not make one batch.
+            ProgramError: A program cannot or may not run.
+        """
+        if isinstance(prompts, str):
+            raise InvalidRequestError("generate_batch takes a list of prompts, not one text; use generate, or [text].")
+        own: Sequence[RequestOptions] = [{} for _ in prompts] if each is None else each
+        if len(own) != len(prompts):
+            raise InvalidRequestError(f"each has {len(own)} options for {len(prompts)} prompts; give one per prompt.")
+        requests = [self.make(prompt, override(shared, one)) for prompt, one in zip(prompts, own, strict=True)]
+        for request_id, times in Counter(request.request_id for request in requests).most_common(1):
+            if times > 1:
+                raise InvalidRequestError(
+                    f"{times} prompts have the request_id {request_id!r}; give each its own in each=."
+                )
+        return requests
+
+    def _router(self, options: RequestOptions) -> tuple[str | None, Router]:
+        """The tier to record and the router in force: program by hand, else tier, else router, else default tier."""
+        program, tier = options.get("program"), options.get("compute")
+        if program is not None:
+            return None, fixed_router(Program.of(program), self.cost.depth)
+        if isinstance(tier, (int, float)):
+            return self._at_tolerance(float(tier))
+        if isinstance(self.router, LearnedRouter):
+            return self.router.serving(tier)
+        if tier is None and self.router is not None:
+            return None, self.router
+        name, chosen = self.policy.program_for(tier, self.cost.depth)
+        return name, fixed_router(chosen, self.cost.depth)
+
+    def _at_tolerance(self, tolerance: float) -> tuple[str | None, Router]:
+        if not isinstance(self.router, LearnedRouter):
+            raise ToleranceError(
+                f"compute={tolerance:g} is a tolerance, and no certified router is loaded that could promise it; name "
+                "a tier, or load a router with router=."
+            )
+        return self.router.serving(tolerance)
+
+    def _max_tokens(self, prompt: int, asked: int | None) -> int:
+        room = self.context_window - prompt
+        if room < 1:
+            raise ContextWindowError(
+                f"the prompt has {prompt} tokens; the context window is {self.context_window} and the answer needs at "
+                "least 1: shorten the prompt."
+            )
+        if asked is None:
+            return min(_DEFAULT_MAX_TOKENS, room)
+        try:
+            asked = operator.index(asked)
+        except TypeError:
+            raise SamplingError(f"max_tokens={asked!r} is not a whole number; pass one.") from None
+        if asked < 1:
+            raise SamplingError(f"max_tokens={asked} is out of range; use 1 or more.")
+        if asked > room:
+            raise ContextWindowError(
+                f"max_tokens={asked} and a prompt of {prompt} tokens exceed the context window of "
+                f"{self.context_window}; use max_tokens of at most {room}."
+            )
+        return asked

@@ -1,0 +1,164 @@
+"""What a caller may ask of a request, and the check of each option. Knows no model."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from polar_sdk.engine.sampling import MOST_ALTERNATIVES
+from polar_sdk.errors import InvalidRequestError, SamplingError, TagError, did_you_mean
+
+if TYPE_CHECKING:
+    from polar_sdk.engine.sampling import LogitsHook
+    from polar_sdk.programs.program import Program
+    from polar_sdk.request.prompts import Template
+    from polar_sdk.serving.request import Cancel
+
+Message = Mapping[str, str]
+"""One chat message: `role` (system, user, assistant) and `content`."""
+Prompt = str | Sequence[Message]
+T = TypeVar("T")
+_LONGEST_NAME = 200
+_OF_THE_BATCH = frozenset({"cancel", "timeout"})
+"""Options that end a batch as a whole."""
+
+
+class RequestOptions(TypedDict, total=False):
+    """Keyword options of `PolarModel.generate` and its kin."""
+
+    template: Template
+    """`auto`: a plain text becomes one user message if the model has a chat template; `chat`: it must have one;
+    `raw`: the text as it is, special tokens in it understood, none added."""
+    compute: str | float | None
+    """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05: the
+    largest share of answers that may differ from identity's. None = the default tier."""
+    program: Program | str | None
+    """A program by hand; wins over `compute` and over the router."""
+    max_tokens: int | None
+    """Most tokens of the answer; None = 256, or what the context window leaves."""
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: str | Sequence[str] | None
+    """Texts that end the answer; they are not part of it."""
+    logits_hook: LogitsHook | None
+    """Called before each token is chosen, greedily or not: (ids sampled so far, float32 logits (V,)) → logits (V,).
+    It holds up all rows and must not call the model; an error in it ends this request only."""
+    logprobs: int | None
+    """Report the log-probability of each sampled token and of so many likeliest ones, 0 to 20, by the logits after the
+    hook and before temperature, top-k and top-p; None = report none."""
+    tenant: str | None
+    tags: Mapping[str, str] | None
+    """Merged over the tags of the object."""
+    request_id: str | None
+    """Idempotency key of the usage record; None = a new UUIDv7."""
+    cancel: Cancel | None
+    """Set it from any thread: the request ends within one token."""
+    timeout: float | None
+    """Longest time from the making of the request to its last token; then `RequestTimeoutError`. Unit: seconds."""
+
+
+def given(value: T | None, default: T) -> T:
+    """Only None means "not given": an empty tenant is a mistake, not the default tenant."""
+    return default if value is None else value
+
+
+def refuse_unknown(options: RequestOptions) -> None:
+    """Refuse an option that does not exist, naming the nearest one that does."""
+    for name in options:
+        if name not in RequestOptions.__annotations__:
+            raise InvalidRequestError(
+                f"option {name!r} is unknown; {did_you_mean(str(name), RequestOptions.__annotations__)}"
+            )
+
+
+def override(shared: RequestOptions, own: RequestOptions) -> RequestOptions:
+    """Options of one row of a batch; its tags are laid over the shared ones, as those over the object's."""
+    if not isinstance(own, Mapping):
+        raise InvalidRequestError(f"each holds {own!r}; pass a mapping of options per prompt.")
+    if alone := sorted(_OF_THE_BATCH & set(own)):
+        raise InvalidRequestError(f"{alone[0]} in each= would end one row; it ends the batch: pass it beside each=.")
+    merged: RequestOptions = {**shared, **own}
+    if shared.get("tags") is not None and own.get("tags") is not None:
+        merged["tags"] = {**check_tags(given(shared.get("tags"), {})), **check_tags(given(own.get("tags"), {}))}
+    return merged
+
+
+def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The texts that end an answer, none of them empty."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    for text in stops:
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"stop {text!r} is not text; use str().")
+    if "" in stops:
+        raise InvalidRequestError("a stop string is empty, so every answer would end at once; leave it out.")
+    return stops
+
+
+def check_name(what: str, value: str) -> str:
+    """A tenant, a request id or the name of a tag: short text, not blank."""
+    _storable(what, value)
+    if not value.strip() or len(value) > _LONGEST_NAME:
+        raise TagError(f"{what} {value[:40]!r} has {len(value)} characters; use 1 to {_LONGEST_NAME}, not all blank.")
+    return value
+
+
+def check_tags(tags: Mapping[str, str]) -> Mapping[str, str]:
+    """Tags whose names and values a usage record can hold."""
+    if not isinstance(tags, Mapping):
+        raise TagError(f"tags are {tags!r}; pass a mapping of text to text.")
+    for key, value in tags.items():
+        check_name("tag", key)
+        _storable(f"the value of tag {key!r}", value)
+    return tags
+
+
+def _storable(what: str, value: str) -> None:
+    """Refuse before compute what no usage record or ledger can hold; afterwards the work would go unmetered."""
+    if not isinstance(value, str):
+        raise TagError(f"{what} is {value!r}, which is not text; use str().")
+    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise TagError(f"{what} {value[:40]!r} holds a null character or a lone surrogate; pass valid Unicode text.")
+
+
+def check_cancel(cancel: Cancel | None) -> Cancel | None:
+    """Something with `is_set`, or None."""
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise InvalidRequestError(f"cancel is {cancel!r}; pass something with is_set(), such as threading.Event().")
+    return cancel
+
+
+def check_hook(hook: LogitsHook | None) -> LogitsHook | None:
+    """A function of token ids and logits, or None."""
+    if hook is not None and not callable(hook):
+        raise InvalidRequestError(f"logits_hook is {hook!r}; pass a function of token ids and logits, or None.")
+    return hook
+
+
+def check_logprobs(asked: Any) -> int | None:
+    """How many alternatives to report per token, or None."""
+    if asked is None:
+        return None
+    try:
+        count = operator.index(asked)
+    except TypeError:
+        raise SamplingError(f"logprobs={asked!r} is not a whole number; pass one, or None.") from None
+    if isinstance(asked, bool) or not 0 <= count <= MOST_ALTERNATIVES:
+        raise SamplingError(f"logprobs={asked} is out of range; use 0 to {MOST_ALTERNATIVES}, or None.")
+    return count
+
+
+def check_timeout(timeout: Any) -> float | None:
+    """A time allowed in seconds, or None."""
+    if timeout is None:
+        return None
+    if not isinstance(timeout, Real):
+        raise InvalidRequestError(f"timeout={timeout!r} is not a number; pass seconds, or None.")
+    seconds = float(timeout)
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise InvalidRequestError(f"timeout={timeout} is out of range; use more than 0 seconds, or None.")
+    return seconds

@@ -1,0 +1,62 @@
+"""A request that passed every check: what the engine runs, for whom, and when it must end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from polar_sdk.engine.route import Route
+    from polar_sdk.engine.sampling import LogitsHook, Sampling
+    from polar_sdk.programs.program import Program
+
+
+class Cancel(Protocol):
+    """Something that can say "stop", for example a `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """True from the moment the request should end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request, checked and ready to run."""
+
+    tokens: tuple[int, ...]
+    """Prompt, chat template included; length = input tokens."""
+    route: Route
+    router: str
+    """Kind of the router that chose."""
+    router_version: str
+    tier: str | None
+    sampling: Sampling
+    stops: tuple[str, ...]
+    max_tokens: int
+    tenant: str
+    tags: Mapping[str, str]
+    request_id: str
+    cancel: Cancel | None
+    timeout: float | None
+    """Time allowed from creation on; None = any. Unit: seconds."""
+    logits_hook: LogitsHook | None = None
+    logprobs: int | None = None
+    tiers: Mapping[str, Program] = field(default_factory=dict)
+    """Programs of the policy's tiers, of which a sink with budgets may choose a cheaper one; see `admission`."""
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    created_ns: int = field(default_factory=time.perf_counter_ns)
+    """Monotonic time of creation, for queue time and timeout. Unit: nanoseconds."""
+
+    @property
+    def cancelled(self) -> bool:
+        """True once the caller has said stop."""
+        return self.cancel is not None and self.cancel.is_set()
+
+    @property
+    def late(self) -> bool:
+        """True once the time allowed is up."""
+        return self.timeout is not None and time.perf_counter_ns() - self.created_ns >= self.timeout * 1e9
