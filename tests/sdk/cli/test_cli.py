@@ -301,7 +301,7 @@ class TestProcess:
         process.send_signal(signal.SIGINT)  # in a chat it breaks off the answer, not the conversation
         _, errors = process.communicate(b"/exit\n", timeout=TIMEOUT_S)
         assert process.returncode == 0
-        assert errors.decode() == "[broken off]\n"
+        assert errors.decode() == "[interrupted]\n"
         assert [stored["outcome"] for stored in requests_in_ledger()] == ["cancelled"]
 
     def test_a_reader_that_has_had_enough(self, running: list[subprocess.Popen[bytes]], on_tiny: list[str]) -> None:
