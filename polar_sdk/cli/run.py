@@ -85,7 +85,7 @@ def _facts(generation: Generation) -> dict[str, Any]:
 
 
 def footer(generation: Generation) -> str:
-    """One line: tier, program, tokens, FLOPs and saving, and the price where the sink named one."""
+    """One line: tier, program, tokens, FLOPs and saving, and the price where the sink gave one."""
     usage = generation.usage
     saved = usage.flops_saved / usage.identity_flops if usage.identity_flops else 0.0
     parts = [

@@ -73,7 +73,7 @@ def test_a_prompt_that_the_memory_does_not_hold() -> None:
 def test_a_precision_that_there_is_not(tmp_path: Path, precision: str) -> None:
     tiny_llama().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(DeviceError, match=f"precision '{precision}' is unknown; choose one of: auto, bf16"):
+    with pytest.raises(DeviceError, match=f"precision '{precision}' is unknown; choose from: auto, bf16"):
         PolarModel.from_pretrained(tmp_path, precision=precision, ledger=None)
 
 

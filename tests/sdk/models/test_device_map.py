@@ -84,7 +84,7 @@ class TestMaps:
 
     def test_parts_of_a_layer_may_be_named_if_they_stay_together(self) -> None:
         parts = {"": 0, "model.layers.2.mlp": 1}
-        with pytest.raises(DeviceError, match=r"cuts layer 'model.layers.2' in pieces on cuda:0 and cuda:1; give each"):
+        with pytest.raises(DeviceError, match=r"splits layer 'model.layers.2' over cuda:0 and cuda:1; assign one"):
             planned(parts)
         whole = {"": 1, "model.layers.2.mlp": 1}
         assert planned(whole).devices == (CUDA1,)
@@ -105,8 +105,8 @@ class TestMaps:
             ({"model.layers.6": 0, "": 0}, r"names 'model\.layers\.6', which .* did you mean 'model\.layers\.\d'\?"),
             ({"model.layers": 0, "lm_head": 0}, r"no device for 'model\.embed_tokens'; add it"),
             ({"model.embed_tokens": 0, "lm_head": 0, "model.layers.0": 0}, r"no device for 'model\.layers\.1\."),
-            ({"": "disk"}, r"gives '' the device 'disk'; weights must lie in memory"),
-            ({}, r"device_map=\{\} is no map; use 'auto', or for example"),
+            ({"": "disk"}, r"gives '' the device 'disk'; weights must be in memory"),
+            ({}, r"device_map=\{\} is not a map; use 'auto', or for example"),
             (7, r"device_map=7 is no map"),
             ("0-5", r"gives '0-5' the device ''"),
         ],

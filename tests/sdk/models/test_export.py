@@ -162,7 +162,7 @@ def test_what_lies_there_is_not_overwritten(folder: Path, tmp_path: Path) -> Non
     model, out = read(folder), tmp_path / "cut"
     out.mkdir()  # an empty folder is in nobody's way
     model.export("0-4", out)
-    with pytest.raises(FolderExistsError, match=r"holds a model already; .*force"):
+    with pytest.raises(FolderExistsError, match=r"contains a model already; .*force"):
         model.export("0 5", out)
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 5
     model.export("0 5", out, force=True)

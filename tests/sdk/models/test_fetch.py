@@ -247,7 +247,7 @@ def test_hub_without_network_fails_at_once(cache: Path, tmp_path: Path) -> None:
         check=False,
     )
     last = done.stderr.splitlines()[-1]
-    assert "ModelFetchError: model 'org/name' is no local folder, not in the hub cache" in last
+    assert "ModelFetchError: model 'org/name' is neither a local folder nor in the hub cache" in last
     assert "Run `polar models fetch org/name` with a network" in last
     assert "Retrying" not in done.stderr
 
