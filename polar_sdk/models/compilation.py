@@ -42,8 +42,8 @@ def use_compiled(decoder: Decoder, compile: Compile) -> bool:
                 f"layers on several devices ({decoder.placement}) run uncompiled; use compile='auto' or False."
             )
         return False
-    if compile is False or decoder.kernels.pages:
-        return decoder.kernels.pages
+    if compile is False or decoder.kernels.has_paged_decode:
+        return decoder.kernels.has_paged_decode
     kernels = load_kernels(decoder, cache_folder() / "compiled", build=compile is True, progress=_progress)
     if kernels is None:
         _log.info("layers run uncompiled; `polar models compile` makes them faster, once for all processes")

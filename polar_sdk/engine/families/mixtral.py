@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from polar_sdk.engine.experts import choose_experts, run_experts, take_experts
 from polar_sdk.engine.families.mistral import MistralFamily
+from polar_sdk.engine.parts import choose_experts, run_experts, take_experts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F  # noqa: N812
 
-from polar_sdk.engine.experts import choose_experts, run_experts, take_experts
 from polar_sdk.engine.families.qwen2 import Qwen2Family
-from polar_sdk.engine.parts import gated_mlp
+from polar_sdk.engine.parts import choose_experts, gated_mlp, run_experts, take_experts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -130,7 +130,7 @@ def fit_group(
             if segment not in known:
                 ridge = Ridge(walk.ours[0].shape[-1], decoder.device)
                 for pack, ours, theirs in zip(packs, walk.ours, walk.theirs, strict=True):
-                    ridge.add(ours, theirs, pack.walk.positions)
+                    ridge.add(ours, theirs, pack.packed.positions)
                 fitted[segment] = ridge.solve(strength, rank).to(decoder.dtype, decoder.device)
             decoder.set_bridges({**decoder.bridges, segment: known.get(segment) or fitted[segment]})
             walk.cross(segment)
@@ -147,7 +147,7 @@ def held_out_errors(decoder: Decoder, packs: Sequence[Pack], group: Sequence[Seg
             before, theirs = walk.to(segment)
             walk.cross(segment)
             pairs = [
-                unexplained(old, wanted, carried, pack.walk.positions)
+                unexplained(old, wanted, carried, pack.packed.positions)
                 for pack, old, wanted, carried in zip(packs, before, theirs, walk.ours, strict=True)
             ]
             skip = sum(one for _, one in pairs)
@@ -160,7 +160,7 @@ class _Walk:
 
     def __init__(self, decoder: Decoder, packs: Sequence[Pack]) -> None:
         self._decoder, self._packs = decoder, packs
-        self.ours = [pack.walk.embedded for pack in packs]
+        self.ours = [pack.packed.embedded for pack in packs]
         self.theirs = self.ours
         self._ours_at = self._theirs_at = 0
 

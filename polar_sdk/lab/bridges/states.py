@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polar_sdk.engine.eager import EagerKernels
-from polar_sdk.engine.scoring import Walk, packs, predictors
+from polar_sdk.engine.scoring import PackedQuestions, packs, predictors
 from polar_sdk.errors import BridgeError, DeviceError
 from polar_sdk.programs.program import Step
 
@@ -32,20 +32,20 @@ class Pack:
 
     Attributes:
         tasks: In order.
-        walk: Where their tokens lie, and which attend to which.
+        packed: Where their tokens are, and which attend to which.
         sources: Places that predict the continuations' tokens, (M,).
         targets: Those tokens, (M,).
     """
 
     tasks: tuple[Task, ...]
-    walk: Walk
+    packed: PackedQuestions
     sources: Tensor
     targets: Tensor
 
     def run(self, decoder: Decoder, x: Tensor, steps: Iterable[Step]) -> Tensor:
         """Move states (N, E) along some steps."""
         for step in steps:
-            x = self.walk.step(decoder, step, x)
+            x = self.packed.step(decoder, step, x)
         return x
 
 
@@ -83,7 +83,7 @@ def make_packs(decoder: Decoder, tasks: Sequence[Task], limit: int) -> list[Pack
         made.append(
             Pack(
                 tasks=tuple(next(waiting) for _ in questions),
-                walk=Walk(decoder, questions),
+                packed=PackedQuestions(decoder, questions),
                 sources=_tensor(sources, decoder.device),
                 targets=_tensor(targets, decoder.device),
             )

@@ -15,11 +15,10 @@ from polar_sdk.lab.training.menu_training import Trained, fit_menu
 from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
 from polar_sdk.lab.training.utility import frontier
 from polar_sdk.programs.program import Program
-from polar_sdk.router.features import FeatureKind, FeatureReader
 from polar_sdk.router.layerwise import EXECUTE, PolicyRouter, policy_dial
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter, by_cost, needed_theta
-from polar_sdk.router.network import Network
+from polar_sdk.router.network import FeatureKind, FeatureReader, Network
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:

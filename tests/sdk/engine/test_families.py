@@ -18,10 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polar_sdk import Program
 from polar_sdk.engine.decoder import build_decoder
-from polar_sdk.engine.experts import choose_experts, run_experts
 from polar_sdk.engine.families import SUPPORTED, find_family
 from polar_sdk.engine.forward import advance
-from polar_sdk.engine.parts import gated_mlp
+from polar_sdk.engine.parts import choose_experts, gated_mlp, run_experts
 from polar_sdk.engine.products import Plain
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import UnsupportedArchitectureError

@@ -172,8 +172,8 @@ EXAMPLE = "'0-11 15x2 18-29'"
         ("٣", "'٣'", EXAMPLE),  # a digit, but none that the canonical text has
         ("5-3", "'5-3'", "3-5"),
         ("7x0", "'7x0'", "leave the layer out"),
-        ("0-29x999", "4096", "leave layers out"),
-        ("0-2000 0-2000 0-2000", "4096", "leave layers out"),
+        ("0-29x999", "4096", "skip more or loop less"),
+        ("0-2000 0-2000 0-2000", "4096", "skip more or loop less"),
     ],
 )
 def test_a_text_that_does_not_parse(text: str, value: str, fix: str) -> None:
@@ -188,7 +188,7 @@ def test_a_text_that_does_not_parse(text: str, value: str, fix: str) -> None:
 
 @pytest.mark.parametrize("value", [5, None, 1.5, [0, 1.5], ["0", "1"], {"a": 1}])
 def test_neither_program_nor_text_nor_path(value: object) -> None:
-    with pytest.raises(ProgramSyntaxError, match="neither text nor whole numbers"):
+    with pytest.raises(ProgramSyntaxError, match="neither text nor a sequence of layers"):
         Program.of(value)  # type: ignore[arg-type]
 
 

@@ -122,7 +122,7 @@ def test_a_promise_holds_for_every_kind_of_prompt() -> None:
     with pytest.raises(CertificateError, match="'harms' was not counted"):
         certificate.promise(0.1, "harms")
     with pytest.raises(
-        CalibrationSizeError, match=r"at least 230 calibration prompts at δ = 0\.1; you gave 150 of kind"
+        CalibrationSizeError, match=r"at least 230 calibration prompts at δ = 0\.1; there are 150 of kind"
     ):
         mixed.promise(0.01)
     with pytest.raises(ToleranceError, match="the smallest that 150 calibration prompts"):

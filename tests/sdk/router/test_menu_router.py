@@ -13,10 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from polar_sdk.engine.scoring import Question, score_programs
 from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.programs.program import Program
-from polar_sdk.router.features import FeatureReader
 from polar_sdk.router.learned import AtTheta, RouterFacts
 from polar_sdk.router.menu import MenuRouter, cheapest, menu_dial, needed_theta
-from polar_sdk.router.network import Network
+from polar_sdk.router.network import FeatureReader, Network
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
