@@ -181,8 +181,8 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("content", "told"),
         [
-            (b"", "no JSON"),
-            (b"{", "no JSON (line 1"),
+            (b"", "not valid JSON"),
+            (b"{", "not valid JSON (line 1"),
             (b"\xff\xfe{}", "not UTF-8 text (byte 0)"),
             (b"[]", "file:"),
             (b'{"max_visits": 0}', "max_visits:"),

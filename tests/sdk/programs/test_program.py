@@ -194,7 +194,7 @@ def test_neither_program_nor_text_nor_path(value: object) -> None:
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [((), "empty"), ((0, -3), "-3"), ((10_000,), "highest is 9999"), ((0,) * 4097, "4097 steps, of at most 4096")],
+    [((), "empty"), ((0, -3), "-3"), ((10_000,), "highest is 9999"), ((0,) * 4097, "4097 steps; at most 4096")],
 )
 def test_paths_that_no_text_could_name(path: tuple[int, ...], message: str) -> None:
     with pytest.raises(ProgramSyntaxError, match=message):

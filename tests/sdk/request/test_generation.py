@@ -323,7 +323,7 @@ def test_an_unsupported_architecture_says_what_is_supported() -> None:
     from polar_sdk import PolarModel
 
     bloom = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=260))
-    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom' is not supported; supported are: .*llama"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom' is not supported; choose from: .*llama"):
         PolarModel.from_hf(bloom, tiny_tokenizer())
 
 

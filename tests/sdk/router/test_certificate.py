@@ -51,7 +51,9 @@ def test_a_theta_that_saves_less_is_not_taken() -> None:
 
 
 def test_too_few_prompts_are_told_how_many_are_needed() -> None:
-    with pytest.raises(CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; you"):
+    with pytest.raises(
+        CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; there are"
+    ):
         made(n=120, lost={"differs": (0, 1, 2, 3)}).promise(0.01)
 
 

@@ -91,7 +91,7 @@ def test_another_model_is_refused(router: MenuRouter, model: PolarModel) -> None
 
 def test_an_unbound_router_says_so(router: MenuRouter) -> None:
     unbound = MenuRouter(router.facts, router.network, router.programs)
-    with pytest.raises(RouterError, match="bound to no model"):
+    with pytest.raises(RouterError, match="not bound to a model"):
         unbound.at(0.2).route(TOKENS)
 
 

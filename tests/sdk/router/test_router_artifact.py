@@ -94,7 +94,7 @@ def test_altered_weights_are_found(folder: Path) -> None:
 
 def test_an_altered_menu_is_found(folder: Path) -> None:
     edit(folder, lambda facts: facts["programs"].append("0-1"))
-    with pytest.raises(RouterDamagedError, match="its programs are not those"):
+    with pytest.raises(RouterDamagedError, match="its programs are not the ones"):
         load_router(folder)
 
 

@@ -102,7 +102,7 @@ def test_a_full_queue_refuses_and_computes_nothing() -> None:
     sink = ListSink()
     model = tiny_model(sink=sink)
     model.scheduler.limits = Limits(max_waiting=3)
-    with pytest.raises(QueueFullError, match="4 more do not fit the limit of 3") as caught:
+    with pytest.raises(QueueFullError, match="4 more would exceed the limit of 3") as caught:
         model.generate_batch(["a", "b", "c", "d"], max_tokens=2)
     assert caught.value.retryable
     assert [record.flops.total for record in sink.records] == [0] * 4
