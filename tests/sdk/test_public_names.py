@@ -10,8 +10,12 @@ import pytest
 
 PUBLIC = {
     "polar_sdk": """
-        Chunk Generation IdentityRouter JsonlSink ListSink MenuRouter NullSink PolarError PolarModel Policy PolicyRouter
-        Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
+        Chunk Generation IdentityRouter JsonlSink LayerwiseRouter ListSink MenuRouter NullSink PolarError PolarModel
+        Policy Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
+    """,
+    "polar_sdk.lab": """
+        AnswerItem ChoiceItem Evaluation HealOptions Item LayerwiseSettings MenuSettings PromptItem RewardMatrix
+        ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal read_items scan search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME Account Agreement AmountError BillingError Budget BudgetError Budgets ConflictError
@@ -74,9 +78,10 @@ def test_every_error_is_listed_and_drawn() -> None:
         ("import langchain_polar", f"{HEAVY} {FRAMEWORKS}"),
         ("import llama_index_polar", f"{HEAVY} {FRAMEWORKS}"),
         (
-            "from polar_sdk.frameworks.model_settings import ModelSettings; ModelSettings(compute='economy')",
+            "from polar_sdk.frameworks import ModelSettings; ModelSettings(compute='economy')",
             f"{HEAVY} {FRAMEWORKS}",
         ),
+        ("from polar_sdk.models.load import LoadOptions, adopt, load_pretrained", f"{HEAVY} {FRAMEWORKS}"),
     ],
 )
 def test_imports_stay_light(statement: str, unwanted: str) -> None:
