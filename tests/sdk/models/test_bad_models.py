@@ -51,7 +51,7 @@ def test_an_adopted_model_with_a_weight_that_is_no_number() -> None:
 
 def test_a_model_that_is_not_in_memory() -> None:
     model: Any = tiny_llama()
-    with pytest.raises(DeviceError, match="layer 0 of model 'llama' lies on meta; the engine runs a layer on one"):
+    with pytest.raises(DeviceError, match="layer 0 of model 'llama' is on meta; the engine runs a layer on one"):
         PolarModel.from_hf(model.to("meta"), tiny_tokenizer(), ledger=None)
 
 

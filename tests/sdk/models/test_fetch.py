@@ -66,7 +66,7 @@ def test_fetch_convert_load_remove(carried: Any, index: Path, cache: Path) -> No
 
     assert remove_stored("tiny") == manifest.bytes
     assert left_over(cache) == []
-    with pytest.raises(ModelNotFoundError, match="which holds: nothing"):
+    with pytest.raises(ModelNotFoundError, match="which contains: nothing"):
         remove_stored("tiny")
 
 
