@@ -1,4 +1,4 @@
-"""The policy router, the published article's design: an MLP says for each layer skip, execute or loop.
+"""The layerwise router, the published article's design: an MLP says for each layer skip, execute or loop.
 
 It reads the pooled input embeddings, and has two hidden layers of 256 units. With its dial at θ a layer leaves
 "execute" where the probability of executing it is below θ, for the likelier of the other two: 0 is identity, 1/2 the

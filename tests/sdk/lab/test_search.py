@@ -22,7 +22,7 @@ from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.program_search.menu import Menu, cover
 from polar_sdk.lab.program_search.search import Search, SearchOptions, SearchResult, rewards_path
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
-from polar_sdk.lab.rewards.measure import SAME_ANSWER, Measurer, _preferred, is_right
+from polar_sdk.lab.rewards.measure import SAME_ANSWER, Measurer, is_right, preferred_choice
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.cost import CostModel, LayerCost
 from polar_sdk.testing import tiny_model
@@ -260,7 +260,7 @@ def test_labels_as_the_objective_choose_by_what_is_right(model: PolarModel, monk
     tasks = make_tasks(model, [item for item in ITEMS if isinstance(item, ChoiceItem)], RewardCache())
     outcomes = Measurer(model, RewardCache()).outcomes(tasks, [favourite])[favourite]
     items: list[Item] = [
-        task.item.model_copy(update={"answer": _preferred(task, outcome)})
+        task.item.model_copy(update={"answer": preferred_choice(outcome, task.characters)})
         for task, outcome in zip(tasks, outcomes, strict=True)
     ]
     everything = Shares(1, 0, 0, 0)
@@ -302,7 +302,7 @@ def test_rows_of_a_matrix(found: SearchResult) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b"polar-rewards-1", b"polar-rewards-9")),
-            "no reward matrix",
+            "not a reward matrix",
         ),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"splits", b"splats")), "damaged"),
     ],
