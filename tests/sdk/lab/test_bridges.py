@@ -372,7 +372,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_command_goes_on_from(
     with monkeypatch.context() as patch:
         patch.setattr("polar_sdk.lab.bridges.distil.loss_of", interrupted)
         cut = CliRunner().invoke(app, [*command, str(tmp_path / "cut")])
-    assert (cut.exit_code, "--resume goes on" in cut.output) == (130, True)
+    assert (cut.exit_code, "--resume continues" in cut.output) == (130, True)
     assert not (tmp_path / "cut" / "bridges.json").exists()
     again = CliRunner().invoke(app, [*command, str(tmp_path / "cut"), "--resume"])
     whole = CliRunner().invoke(app, [*command, str(tmp_path / "whole")])

@@ -441,7 +441,7 @@ def test_the_command_searches_and_writes_menu_and_rewards(
     assert [one["program"] for one in told["programs"]] == [one.program.text for one in Menu.load(out).programs]
     assert RewardMatrix.load(told["rewards"]).programs[0] == IDENTITY
     wrong = CliRunner().invoke(app, [*command[:5], "--budgets", "cheap"])
-    assert (wrong.exit_code, "no list of numbers" in wrong.output) == (2, True)
+    assert (wrong.exit_code, "not a list of numbers" in wrong.output) == (2, True)
 
 
 def test_the_menu_is_measured_on_no_more_train_prompts_than_asked_for(model: PolarModel) -> None:
