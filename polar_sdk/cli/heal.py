@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 def heal(
     segments: Annotated[
-        str, typer.Option(help="First and last layers, e.g. 12-15,17-20; separate groups not used together by ;.")
+        str, typer.Option(help="First and last layers, e.g. 12-15,17-20; a semicolon separates alternative groups.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the bridges to.")],
     data: Annotated[

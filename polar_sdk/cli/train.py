@@ -27,7 +27,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
     kind: Annotated[
         Literal["menu", "policy", "static"],
-        typer.Option(help="Choose a program; choose skip, execute or loop for each layer; or one program for all."),
+        typer.Option(
+            help="Choose a program (menu), an action for each layer (policy), or one program for all (static)."
+        ),
     ] = "menu",
     features: Annotated[
         Literal["embedding", "early"], typer.Option(help="Read the embeddings, or the states after some layers.")
@@ -35,7 +37,7 @@ def train(
     layers: Annotated[int, typer.Option(min=1, help="Layers to run for --features early.")] = 3,
     loss: Annotated[
         Literal["differs", "harms", "drops"],
-        typer.Option(help="What counts as lost: any difference; right turned wrong; or that, less wrong turned right."),
+        typer.Option(help="What counts as lost: another answer; right turned wrong; or that, less wrong turned right."),
     ] = "differs",
     bridges: Annotated[Path | None, typer.Option(help="Folder of the bridges that the programs cross.")] = None,
     data: Annotated[

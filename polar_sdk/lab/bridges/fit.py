@@ -85,10 +85,10 @@ def make_packs(decoder: Decoder, tasks: Sequence[Task], limit: int) -> list[Pack
     if not tasks:
         raise BridgeError("there is no prompt to fit bridges on; give more prompts.")
     remaining = iter(tasks)
-    made = []
+    packed = []
     for questions in packs([task.question for task in tasks], limit):
         sources, targets = predictors(questions)
-        made.append(
+        packed.append(
             Pack(
                 tasks=tuple(next(remaining) for _ in questions),
                 walk=Walk(decoder, questions),
@@ -96,7 +96,7 @@ def make_packs(decoder: Decoder, tasks: Sequence[Task], limit: int) -> list[Pack
                 targets=_tensor(targets, decoder.device),
             )
         )
-    return made
+    return packed
 
 
 def _tensor(values: Sequence[int], device: torch.device) -> Tensor:
