@@ -1,7 +1,7 @@
 """A set of bridges on disk: a folder with `bridges.safetensors` and `bridges.json`. No pickle.
 
-The JSON names the model by fingerprint, every segment with what was measured of it, the data by hash, how the maps
-were made, and the hash of the tensor file. Knows bridges, not how they are fitted.
+The JSON holds the model's fingerprint, what was measured of each segment, the hash of the data, how the maps were made,
+and the hash of the tensor file. Knows bridges, not how they are fitted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.programs.cost import Segment
+    from polar_sdk.serving.loaded import LoadedModel
 
 
 _FORMAT: Final = "polar-bridges-1"
@@ -36,7 +37,7 @@ class _Frozen(BaseModel):
 
 
 class SegmentRecord(_Frozen):
-    """One bridge, as the JSON file has it."""
+    """One bridge, as the JSON file describes it."""
 
     first: int
     last: int
@@ -44,8 +45,8 @@ class SegmentRecord(_Frozen):
     """`full rank`, or `rank 64`."""
     flops_per_token: int
     error_of_skip: float | None
-    """Squared error on held-out prompts over that of a plain skip, along the program that uses the whole group; below 1
-    the bridge is better. None where there was no held-out prompt."""
+    """Squared error on held-out prompts, divided by that of a plain skip, in the program that uses the whole group;
+    below 1 the bridge is better. None where no prompt was held out."""
 
 
 class _Record(_Frozen):
@@ -86,11 +87,16 @@ class BridgeSet:
         """Size of the tensors. Unit: bytes."""
         return sum(tensor.nbytes for bridge in self.bridges.values() for tensor in bridge.tensors)
 
+    @classmethod
+    def of(cls, bridges: BridgeSet | str | Path) -> BridgeSet:
+        """Bridges as they are, or those in a folder."""
+        return bridges if isinstance(bridges, BridgeSet) else cls.load(bridges)
+
     def check_model(self, name: str, fingerprint: str) -> None:
         """Refuse a model that these bridges were not fitted on.
 
         Raises:
-            BridgeModelError: Its fingerprint differs.
+            BridgeModelError: The fingerprints differ.
         """
         if self.fingerprint != fingerprint:
             raise BridgeModelError(
@@ -99,8 +105,19 @@ class BridgeSet:
                 hint="Fit bridges for it with `polar heal`.",
             )
 
+    def place_on(self, loaded: LoadedModel) -> None:
+        """Add these bridges to those that a model in memory has already.
+
+        Raises:
+            BridgeModelError: They were fitted for another model.
+        """
+        self.check_model(loaded.name, loaded.fingerprint)
+        decoder = loaded.decoder
+        placed = {segment: bridge.to(decoder.dtype, decoder.device) for segment, bridge in self.bridges.items()}
+        decoder.set_bridges({**decoder.bridges, **placed})
+
     def save(self, folder: str | Path) -> Path:
-        """Write both files; the folder is made if need be. Returns the folder."""
+        """Write both files; the folder is created if needed. Returns the folder."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -155,14 +172,14 @@ class BridgeSet:
 
 
 def _named(bridge: Bridge) -> dict[str, Tensor]:
-    weights = {f"weight.{number}": factor for number, factor in enumerate(bridge.weight)}
+    weights = {f"weight.{index}": factor for index, factor in enumerate(bridge.weight)}
     return {**weights, "bias": bridge.bias, "first": bridge.first}
 
 
 def _bridges(source: Path, record: _Record, data: bytes) -> dict[Segment, Bridge]:
     try:
         tensors = load_tensors(data)
-        return {(one.first, one.last): _bridge(tensors, f"{one.first}-{one.last}") for one in record.segments}
+        return {(each.first, each.last): _bridge(tensors, f"{each.first}-{each.last}") for each in record.segments}
     except (SafetensorError, KeyError) as error:
         raise _damaged(source, f"{_TENSORS}: {error}") from error
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import bindparam, insert, select, text
 
-from polar_billing.budgets.settle import settle
+from polar_billing.budgets.settlement import settle
 from polar_billing.errors import ConflictError
 from polar_billing.ledger import chain
 from polar_billing.ledger.contract import PrunedUsage, StoredUsage

@@ -8,6 +8,6 @@ from __future__ import annotations
 from polar_billing.budgets import holds as budget_records
 from polar_billing.ledger import append, postings, retention
 from polar_billing.ledger import books as price_choices
-from polar_billing.statements import notes, store
+from polar_billing.statements import credit_notes, store
 
-MODULES = (append, postings, price_choices, retention, budget_records, store, notes)
+MODULES = (append, postings, price_choices, retention, budget_records, store, credit_notes)

@@ -18,8 +18,8 @@ from polar_billing.ledger.schema.usage import price_book_table, receipt_table, u
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.current import say_changed
 from polar_billing.prices.revisions import check_revision, past_changes
-from polar_billing.statements.facts import within
 from polar_billing.statements.lines import bounds
+from polar_billing.statements.usage import within
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.in_force import Choice
-    from polar_billing.statements.facts import Numbers
+    from polar_billing.statements.usage import SeqRange
 
 
 def add_book(ledger: Ledger, book: PriceBook, *, for_all: bool = False, now: datetime | None = None) -> bool:
@@ -95,7 +95,7 @@ def books_in_force(connection: Connection) -> dict[str, PriceBook]:
     return found | {choice.book.id: choice.book for choice in read_choices(connection, {})}
 
 
-def book_for(connection: Connection, tenant: str, period: Period, numbers: Numbers) -> PriceBook:
+def book_for(connection: Connection, tenant: str, period: Period, numbers: SeqRange) -> PriceBook:
     """The book in force for a tenant and period.
 
     It is the latest revision of the book that the tenant's receipts were made by, or that has the tenant on a plan;
@@ -153,7 +153,7 @@ def zone_of(ledger: Ledger, tenant: str, book: PriceBook | None, month: str | No
     return customers[-1].zone if customers else "UTC"
 
 
-def _used(connection: Connection, tenant: str, period: Period, numbers: Numbers) -> list[tuple[PriceBook, datetime]]:
+def _used(connection: Connection, tenant: str, period: Period, numbers: SeqRange) -> list[tuple[PriceBook, datetime]]:
     """The books that the rated receipts of a period were made by, each with the service time of its last use."""
     usage, receipt = usage_table.c, receipt_table.c
     query = (

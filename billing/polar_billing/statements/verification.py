@@ -12,7 +12,7 @@ from sqlalchemy import select
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger.schema.statements import statement_table
 from polar_billing.proof.verify import Finding, register_check
-from polar_billing.statements.rechecking import recheck_in
+from polar_billing.statements.audit import recheck_in
 from polar_billing.statements.store import read_statements
 from polar_sdk.errors import PolarError
 
