@@ -27,7 +27,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from benchmarks.results import RESULTS, Recorder
 from polar_billing import Ledger, Meter, Period, PriceBook, Selection, rate, usage_rows, verify_ledger
-from polar_billing.ledger.contract import Entry
+from polar_billing.ledger.records import Entry
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:

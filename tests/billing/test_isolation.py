@@ -161,7 +161,6 @@ NOTHING_TO_TRY: dict[str, str] = {
     "Selection": "a value; it cannot be made without a tenant",
     "StoredUsage": "a value",
     "UsageRow": "a value",
-    "LedgerStorage": "the contract that Ledger is tried for",
     "rate": "pure: one record, one book",
     "Ledger.check": "takes and returns nothing",
     "Ledger.check_exists": "takes and returns nothing",

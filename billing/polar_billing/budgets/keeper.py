@@ -7,8 +7,6 @@ database server's on PostgreSQL, so that hosts need not agree. Rates nothing its
 
 from __future__ import annotations
 
-import itertools
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,12 +22,13 @@ from polar_billing.budgets.holds import Hold, HoldState, costs, hold, in_force, 
 from polar_billing.budgets.settle import free, with_budgets
 from polar_billing.errors import BudgetError, CurrencyMixError, StoreError
 from polar_billing.ledger import chain
-from polar_billing.ledger.contract import ALL_TENANTS, AllTenants
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS, AllTenants
 from polar_billing.values.periods import Period, Window
+from polar_billing.values.remembered import Changes, Remembered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from sqlalchemy import Connection
 
@@ -43,9 +42,7 @@ SEEN_WITHIN_S: Final = 5.0
 """How long a process may not see the first budget that another one sets for a tenant. Unit: seconds."""
 
 
-_changes = itertools.count(1)
-_last_change = 0
-"""Rises with every budget that this process sets, so that each `Budgets` in it looks again at once."""
+_changes: Final = Changes()
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,7 @@ class Budgets:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.lifetime = lifetime
         self._clock = clock
-        self._tenants: set[str] | None = None
-        self._looked_at = 0.0
-        self._looked_after = 0
+        self._tenants = Remembered(self._tenants_with_budgets, _changes)
 
     def set(self, budget: Budget, book: PriceBook | None = None) -> None:
         """Put a budget in force from now on; it supersedes the one of the same tenant, level, name, unit and window.
@@ -99,7 +94,7 @@ class Budgets:
         with self._locked(budget.tenant) as (connection, now):
             if budget not in in_force(connection, budget.tenant):
                 self._write(connection, budget, now, closed=False)
-        _say_changed()
+        _changes.announce()
 
     def close(
         self, tenant: str, *, level: Level | str, unit: str, window: Window | str, name: str | None = None
@@ -117,7 +112,7 @@ class Budgets:
             found = next((budget for budget in in_force(connection, tenant) if budget.key == key), None)
             if found is not None:
                 self._write(connection, found, now, closed=True)
-        _say_changed()
+        _changes.announce()
         if found is None:
             what = f"tenant {tenant!r} has no budget in {unit} per {window} of the level {level}"
             raise BudgetError(
@@ -246,22 +241,18 @@ class Budgets:
         Raises:
             StoreError: The ledger is away, and the tenant had a budget, or that was never known.
         """
-        known, after = self._tenants, _last_change
-        stale = self._looked_after != after or time.monotonic() - self._looked_at > SEEN_WITHIN_S
-        if known is None or stale:
-            try:
-                with self.ledger.snapshot() as connection:
-                    known = self._tenants = with_budgets(connection)
-            except StoreError:
-                if known is None or tenant in known:
-                    raise
-            self._looked_at, self._looked_after = time.monotonic(), after
-        return tenant in known
+        try:
+            self._tenants.refresh(SEEN_WITHIN_S)
+        except StoreError:
+            if self._tenants.value is None or tenant in self._tenants.value:
+                self._tenants.forget()
+                raise
+        assert self._tenants.value is not None
+        return tenant in self._tenants.value
 
-
-def _say_changed() -> None:
-    global _last_change  # noqa: PLW0603  (one number per process is the point)
-    _last_change = next(_changes)
+    def _tenants_with_budgets(self) -> Collection[str]:
+        with self.ledger.snapshot() as connection:
+            return with_budgets(connection)
 
 
 def _named(tenant: str | AllTenants) -> str | None:

@@ -25,7 +25,7 @@ from polar_billing.errors import BudgetError
 if TYPE_CHECKING:
     from polar_billing.budgets.budget import Level
     from polar_billing.budgets.keeper import Budgets
-    from polar_billing.ledger.contract import AllTenants
+    from polar_billing.ledger.records import AllTenants
     from polar_billing.prices.book import PriceBook
 
 
@@ -80,7 +80,7 @@ def set_(
     from polar_billing.prices.current import Prices
     from polar_billing.values.periods import Window
 
-    book = Prices(budgets.ledger, prices).of(tenant)
+    book = Prices(budgets.ledger.price_choices, prices).of(tenant)
     level, name = _scope(project, user, key)
     made = Budget(
         tenant,
@@ -201,7 +201,7 @@ def _zone_of(tenant: str, book: PriceBook) -> str:
 
 
 def _whose(tenant: str | None) -> str | AllTenants:
-    from polar_billing.ledger.contract import ALL_TENANTS
+    from polar_billing.ledger.records import ALL_TENANTS
 
     return ALL_TENANTS if tenant is None else tenant
 

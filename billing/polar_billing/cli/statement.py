@@ -216,7 +216,7 @@ def reprice(
     other = PriceBook.load(book)
     with open_ledger(ledger) as store:
         import polar_billing
-        from polar_billing.ledger.contract import ALL_TENANTS
+        from polar_billing.ledger.records import ALL_TENANTS
         from polar_billing.reports.statements import repriced_csv, repriced_view
 
         rows = polar_billing.reprice(store, ALL_TENANTS if tenant is None else tenant, period, other)

@@ -33,7 +33,8 @@ from polar_billing.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from polar_billing.ledger.contract import LedgerStorage, Selection
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import Selection
 
 
 def register(app: typer.Typer) -> None:
@@ -136,7 +137,7 @@ def report(
             show(report_view(made))
 
 
-def _show_requests(store: LedgerStorage, selection: Selection, last: int, as_json: bool) -> None:
+def _show_requests(store: Ledger, selection: Selection, last: int, as_json: bool) -> None:
     from polar_billing.reports.terminal import requests_view
 
     found = list(store.read(selection, newest=last))

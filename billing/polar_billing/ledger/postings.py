@@ -33,7 +33,7 @@ from sqlalchemy import Connection, func, insert, select
 
 from polar_billing.errors import AmountError, ConflictError, QueryError, UnbalancedError
 from polar_billing.ledger import chain
-from polar_billing.ledger.schema.ledger import entry_table, transaction_table
+from polar_billing.ledger.schema import entry_table, transaction_table
 from polar_billing.values.money import STORED_SCALE, from_scaled, to_scaled
 
 if TYPE_CHECKING:
@@ -242,6 +242,3 @@ def balances(
         (Account(account), currency): from_scaled(int(whole) * _UNIT + int(rest), STORED_SCALE)
         for account, currency, whole, rest in connection.execute(query)
     }
-
-
-chain.register_chained(transaction_table, parts={entry_table: "transaction_id"})

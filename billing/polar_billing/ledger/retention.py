@@ -86,6 +86,3 @@ def pruned_totals(connection: Connection, tenant: str) -> Iterable[Sums]:
     for text in connection.execute(select(prune_table.c.totals).where(prune_table.c.tenant == tenant)).scalars():
         rows: list[list[Any]] = json.loads(text)
         yield {tuple(row[:8]): row[8:] for row in rows}
-
-
-chain.register_chained(prune_table, parts={pruned_table: "prune_id"})

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.errors import ConflictError, StoreError
-from polar_billing.ledger.contract import Entry, LedgerStorage
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.location import resolve
+from polar_billing.ledger.records import Entry
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.prices.current import Prices
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
     from pathlib import Path
 
-    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.ledger.records import StoredUsage
     from polar_billing.metering.spool import SpoolStatus
     from polar_sdk.usage import UsageBound, UsageRecord
 
@@ -77,7 +77,7 @@ class Meter(UsageSink):
 
     def __init__(
         self,
-        ledger: LedgerStorage | str | None = None,
+        ledger: Ledger | str | None = None,
         *,
         prices: PriceBook | str | Path | None = None,
         source: str = DEFAULT_SOURCE,
@@ -85,18 +85,15 @@ class Meter(UsageSink):
         sync: bool = False,
         spool_limit: int = SPOOL_LIMIT,
     ) -> None:
-        self.ledger = ledger if isinstance(ledger, LedgerStorage) else Ledger(ledger)
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.source = source
-        self._budgets = Budgets(self.ledger) if isinstance(self.ledger, Ledger) else None
-        asynchronous = durability != "sync" and not sync and isinstance(self.ledger, Ledger)
+        self._budgets = Budgets(self.ledger)
         self._waits = durability != "spool"
-        gather_s = 0.0 if self._waits else GATHER_S
-        self._writer = (
-            Writer(self.ledger, gather_s=gather_s) if asynchronous and isinstance(self.ledger, Ledger) else None
-        )
+        asynchronous = durability != "sync" and not sync
+        self._writer = Writer(self.ledger, gather_s=0.0 if self._waits else GATHER_S) if asynchronous else None
         self._spool_limit = spool_limit
         self._checked_at = float("-inf")
-        self._prices = Prices(self.ledger, prices)
+        self._prices = Prices(self.ledger.price_choices, prices)
         self._older_books: dict[str, PriceBook] = {}
 
     @property
@@ -152,14 +149,11 @@ class Meter(UsageSink):
             BudgetExceededError: No offer fits what is left.
             StoreError: The ledger cannot say.
         """
-        if self._budgets is None:
-            return 0
         return self._budgets.reserve(bound, self._prices.of(bound.tenant, bound.at), source=self.source)
 
     def release(self, tenant: str, request_id: str) -> None:
         """Give back what is held for a request that never began."""
-        if self._budgets is not None:
-            self._budgets.release(tenant, request_id, source=self.source)
+        self._budgets.release(tenant, request_id, source=self.source)
 
     def emit(self, record: UsageRecord) -> dict[str, Any]:
         """Store one record and its receipt, as durably as `durability` says.

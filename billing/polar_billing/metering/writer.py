@@ -17,21 +17,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import BillingError, StoreError
-from polar_billing.metering import pending
-from polar_billing.metering.recovery import store, store_file
-from polar_billing.metering.spool import Spool, Unfinished, spool_folder
+from polar_billing.ledger.hooks import register_pending
+from polar_billing.metering.spool import BATCH, Spool, Unfinished, spool_folder, store, store_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.ledger.contract import Entry, StoredUsage
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import Entry, StoredUsage
     from polar_billing.metering.spool import Segment, SpoolStatus
 
 
 _log: Final = logging.getLogger("polar_billing")
-_AT_ONCE: Final = 1_000
-"""Records in one transaction."""
 _IDLE_S: Final = 2.0
 """A thread without work ends after this; the next record starts another."""
 _RETRY_S: Final = 1.0
@@ -68,7 +65,7 @@ class Writer:
 
     Args:
         ledger: Where to.
-        capacity: Most records waiting; who hands over more waits for room.
+        capacity: Maximum number of waiting records; whoever hands over more waits for room.
         gather_s: How long a commit waits for more records. Unit: seconds.
     """
 
@@ -77,11 +74,11 @@ class Writer:
         self._capacity = capacity
         self._gather_s = gather_s
         self._folder: Path | None = spool_folder(ledger.url)
-        self._fresh()
-        pending.register(ledger.identity, self)
+        self._start_anew()
+        register_pending(ledger.identity, self)
         atexit.register(_drain_at_exit, weakref.ref(self))
 
-    def _fresh(self) -> None:
+    def _start_anew(self) -> None:
         """Begin anew: at first, and in a forked child, whose parent stores what it had taken on."""
         self._process = os.getpid()
         self._turn = threading.Condition()
@@ -101,13 +98,13 @@ class Writer:
         self.succeeded_at = 0.0
         """When it last took some. Unit: seconds of `time.monotonic`."""
         self.failed_at = 0.0
-        self._looked_around = False
+        self._stored_abandoned = False
 
-    def _mine(self) -> None:
+    def _restart_after_fork(self) -> None:
         if self._process != os.getpid():
             if self._spool is not None:
                 self._spool.abandon(self._segment)
-            self._fresh()
+            self._start_anew()
 
     def submit(self, entries: list[Entry]) -> tuple[list[Ticket], bool]:
         """Hand records over.
@@ -115,7 +112,7 @@ class Writer:
         Returns:
             Their tickets, and whether they survive the end of this process already.
         """
-        self._mine()
+        self._restart_after_fork()
         tickets = [Ticket(entry, self._turn) for entry in entries]
         with self._turn:
             while len(self._queue) >= self._capacity:
@@ -150,8 +147,8 @@ class Writer:
                     self._store(tickets, segment)
             except BaseException as error:  # whatever happened, nobody may wait forever
                 _log.exception("storing usage failed")
-                told = StoreError(f"ledger {self._ledger.location!r} failed ({error!r}).")
-                self._put_aside([ticket for ticket in tickets if not ticket.done], segment, told)
+                failure = StoreError(f"ledger {self._ledger.location!r} failed ({error!r}).")
+                self._put_aside([ticket for ticket in tickets if not ticket.done], segment, failure)
             with self._turn:
                 self._busy = False
                 self._turn.notify_all()
@@ -166,7 +163,7 @@ class Writer:
                 return None
             self._busy = True
             if self._gather_s:
-                self._turn.wait_for(lambda: self._hurry or len(self._queue) >= _AT_ONCE, self._gather_s)
+                self._turn.wait_for(lambda: self._hurry or len(self._queue) >= BATCH, self._gather_s)
             tickets, self._queue = self._queue, []
             segment, self._segment = self._segment, None
             self._turn.notify_all()
@@ -178,8 +175,8 @@ class Writer:
             return
         try:
             self._store_kept()
-            for start in range(0, len(tickets), _AT_ONCE):
-                self._commit(tickets[start : start + _AT_ONCE])
+            for start in range(0, len(tickets), BATCH):
+                self._commit(tickets[start : start + BATCH])
         except StoreError as error:
             self.failure, self.failed_at = error, time.monotonic()
             self._put_aside([ticket for ticket in tickets if not ticket.done], segment, error)
@@ -233,8 +230,8 @@ class Writer:
             store_file(self._ledger, self._spool, Unfinished(path))
             self._kept.remove(path)
         self.kept_records = 0
-        if not self._looked_around:
-            self._looked_around = True
+        if not self._stored_abandoned:
+            self._stored_abandoned = True
             for file in self._spool.abandoned():
                 store_file(self._ledger, self._spool, file)
 
@@ -245,12 +242,12 @@ class Writer:
 
     def failed(self, error: StoreError) -> None:
         """Note that the ledger does not take records now, so that the next ones do not wait for it in vain."""
-        self._mine()
+        self._restart_after_fork()
         self.failure, self.failed_at = error, time.monotonic()
 
     def status(self) -> SpoolStatus | None:
         """What waits in the spool; None without one."""
-        self._mine()
+        self._restart_after_fork()
         return None if self._spool is None else self._spool.status()
 
     def recover(self) -> None:
@@ -259,10 +256,10 @@ class Writer:
         Raises:
             StoreError: The ledger still cannot take it; nothing is lost.
         """
-        self._mine()
+        self._restart_after_fork()
         self.drain()
         with self._storing:
-            self._looked_around = False
+            self._stored_abandoned = False
             self._store_kept()
             self.failure = None
 

@@ -10,7 +10,6 @@ This module knows no usage records (see `rating`) and no database.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tomllib
 from decimal import Decimal
@@ -23,9 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 from pydantic import Field, StringConstraints, ValidationError, field_serializer, field_validator, model_validator
 
 from polar_billing.errors import AmountError, PriceBookError
-from polar_billing.prices.entries import PriceEntry, entry_at, timeline
-from polar_billing.prices.fields import Checked, Name
+from polar_billing.prices.entries import Checked, Name, PriceEntry, entry_at, timeline
 from polar_billing.prices.plans import Credit, Customer, Plan, in_order
+from polar_billing.values.canonical import canonical_text
 from polar_billing.values.money import STORED_SCALE, currency_decimals, to_scaled
 from polar_sdk.usage import Outcome
 
@@ -100,7 +99,7 @@ class PriceBook(Checked):
         for key in _ADDED_LATER:  # absent where empty, so that older books keep their hash
             if not content[key]:
                 del content[key]
-        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return canonical_text(content)
 
     @cached_property
     def content_hash(self) -> str:

@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from polar_billing.prices.entries import PriceEntry, timeline
-from polar_billing.prices.fields import Amount, Checked, Moment, Name, Percent, Price, Quantity, Share
+from polar_billing.prices.entries import (
+    Amount,
+    Checked,
+    Moment,
+    Name,
+    Percent,
+    Price,
+    PriceEntry,
+    Quantity,
+    Share,
+    timeline,
+)
 from polar_billing.values.money import to_scaled
 from polar_billing.values.periods import load_zone
 

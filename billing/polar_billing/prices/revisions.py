@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from polar_billing.prices.book import PriceBook
-    from polar_billing.prices.entries import PriceEntry
-    from polar_billing.prices.fields import Checked
+    from polar_billing.prices.entries import Checked, PriceEntry
     from polar_billing.prices.plans import Plan
 
 

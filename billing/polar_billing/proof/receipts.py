@@ -12,10 +12,10 @@ from sqlalchemy import and_, select
 
 from polar_billing.errors import QueryError
 from polar_billing.ledger.append import find_known
-from polar_billing.ledger.chain import CHAINED, Link, digest_of, hash_of, raw_rows
-from polar_billing.ledger.contract import StoredUsage
-from polar_billing.ledger.schema import link_table, price_book_table
-from polar_billing.prices.book import PriceBook
+from polar_billing.ledger.books import read_book
+from polar_billing.ledger.chain import Link, digest_of, hash_of, raw_rows
+from polar_billing.ledger.records import StoredUsage
+from polar_billing.ledger.schema import CHAINED, link_table
 from polar_billing.proof.verify import wrong_link_after
 from polar_billing.values.money import STORED_SCALE, from_scaled
 from polar_sdk.usage import COMPUTE_UNIT_VERSION
@@ -51,7 +51,12 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
     digest, stored = known
     link = _link_of(connection, str(stored.seq))
     flops = stored.record.flops.total if isinstance(stored, StoredUsage) else None
-    book = _book(connection, stored.price_book_hash)
+    book = read_book(connection, stored.price_book_hash)
+    if book is None:
+        raise QueryError(
+            f"price book {stored.price_book_hash} of request {request_id!r} is not in the ledger.",
+            hint="Run `polar verify`.",
+        )
     return {
         "format": FORMAT,
         "tenant": tenant,
@@ -127,8 +132,3 @@ def _link_of(connection: Connection, key: str) -> Link:
     if row is None:
         raise QueryError(f"request number {key} has no link in the chain.", hint="Run `polar verify`.")
     return Link(*row[:4], *map(bytes, row[4:]))
-
-
-def _book(connection: Connection, digest: str) -> PriceBook:
-    document = select(price_book_table.c.document).where(price_book_table.c.hash == digest)
-    return PriceBook.from_document(connection.execute(document).scalar_one())

@@ -8,21 +8,22 @@ What it cannot find by itself: a ledger that somebody rewrote as a whole, all ha
 back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
 `check_head` and `polar_billing.proof.receipts` do.
 
-Knows no prices; who derives more from the ledger adds a check with `register_check`.
+Whatever else follows from the ledger is recomputed as well: every issued statement. Knows no prices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import String, and_, cast, exists, func, select
 
-from polar_billing.ledger.chain import CHAINED, FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
+from polar_billing.errors import StoreDamagedError
+from polar_billing.ledger.chain import FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
 from polar_billing.ledger.retention import pruned_totals
 from polar_billing.ledger.rollups import merge, raw_usage, stored_rollups, sum_up
 from polar_billing.ledger.schema import (
+    CHAINED,
     entry_table,
     head_table,
     link_table,
@@ -30,18 +31,24 @@ from polar_billing.ledger.schema import (
     pruned_table,
     receipt_table,
     rollup_table,
+    statement_table,
     usage_table,
 )
+from polar_billing.statements.rechecking import recheck_in
+from polar_billing.statements.store import read_statements
+from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sqlalchemy import Connection, Select
 
-    from polar_billing.ledger.chain import Chained
+    from polar_billing.ledger.schema import Chained
 
 
-_LINKS_AT_ONCE: Final = 500
+_LINKS_BATCH: Final = 500
+_NO_SENSE: Final = (ValueError, TypeError, LookupError, ArithmeticError, PolarError)
+"""What stored values raise that somebody has changed into something they cannot be."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +83,6 @@ class Verification:
         return not self.findings
 
 
-Check = Callable[["Connection"], Iterator[Finding]]
-_CHECKS: Final[list[Check]] = []
-
-
-def register_check(check: Check) -> None:
-    """Add a check of something derived that can be computed again; it runs after the chains were walked."""
-    _CHECKS.append(check)
-
-
 def verify_ledger(connection: Connection, tenant: str | None = None) -> Verification:
     """Walk the chains.
 
@@ -92,8 +90,6 @@ def verify_ledger(connection: Connection, tenant: str | None = None) -> Verifica
         connection: A transaction that sees one state of the ledger.
         tenant: Only this tenant's chain; None for the whole ledger, unlinked rows and sums included.
     """
-    import polar_billing.statements.verification  # noqa: F401  (registers its check, and imports this module)
-
     made = Verification()
     heads = {row.tenant: Head(row.number, bytes(row.hash)) for row in connection.execute(select(head_table))}
     tenants = set(heads) | set(connection.execute(select(link_table.c.tenant).distinct()).scalars())
@@ -101,7 +97,7 @@ def verify_ledger(connection: Connection, tenant: str | None = None) -> Verifica
         found = _walk(connection, name, heads.get(name, Head()), made)
         made.findings += [] if found is None else [found]
         made.heads[name] = heads.get(name, Head())
-    for check in (*_OWN_CHECKS, *_CHECKS) if tenant is None else ():
+    for check in _CHECKS if tenant is None else ():
         made.findings += check(connection)
     return made
 
@@ -152,7 +148,7 @@ def _walk(connection: Connection, tenant: str, head: Head, made: Verification) -
 
 
 def _pages(connection: Connection, tenant: str, after: int | None = None) -> Iterator[list[Link]]:
-    query = select(link_table).where(link_table.c.tenant == tenant).order_by(link_table.c.number).limit(_LINKS_AT_ONCE)
+    query = select(link_table).where(link_table.c.tenant == tenant).order_by(link_table.c.number).limit(_LINKS_BATCH)
     last = after
     while True:
         page = query if last is None else query.where(link_table.c.number > last)
@@ -237,7 +233,7 @@ def _place(connection: Connection, tenant: str, subject: str, key: object) -> in
         return None
     link, chained = link_table.c, CHAINED[subject]
     query = select(link.number, link.key).where(link.tenant == tenant, link.subject == subject).order_by(link.number)
-    with connection.execute(query, execution_options={"yield_per": _LINKS_AT_ONCE}) as links:
+    with connection.execute(query, execution_options={"yield_per": _LINKS_BATCH}) as links:
         for number, text in links:
             other = chained.key_of(text)  # not left to the database, which fails where a key is no number any more
             if isinstance(other, int) and other > key:
@@ -280,4 +276,24 @@ def _wrong_rollups(connection: Connection) -> Iterator[Finding]:
             yield Finding(tenant, None, f"the rollup of hour {wrong[0][1]} since 1970 is not the sum of its usage.")
 
 
-_OWN_CHECKS: Final[tuple[Check, ...]] = (_unlinked, _without_book, _unbalanced, _wrong_rollups)
+def _wrong_statements(connection: Connection) -> Iterator[Finding]:
+    """One finding per difference between an issued statement and what follows from the ledger."""
+    tenants = connection.execute(select(statement_table.c.tenant).distinct().order_by(statement_table.c.tenant))
+    for tenant in tenants.scalars().all():
+        try:
+            for issued in read_statements(connection, tenant):
+                for difference in recheck_in(connection, issued):
+                    yield Finding(tenant, None, difference)
+        except StoreDamagedError as error:
+            yield Finding(tenant, None, str(error))
+        except _NO_SENSE as error:
+            yield Finding(tenant, None, f"its statements cannot be made again ({type(error).__name__}: {error}).")
+
+
+_CHECKS: Final[tuple[Callable[[Connection], Iterator[Finding]], ...]] = (
+    _unlinked,
+    _without_book,
+    _unbalanced,
+    _wrong_rollups,
+    _wrong_statements,
+)

@@ -22,7 +22,8 @@ from polar_billing.values.money import EXACT_SCALE, divide_half_even, exact_sum,
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from polar_billing.ledger.contract import LedgerStorage, Selection
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import Selection
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.statement import Statement
     from polar_billing.values.periods import Period
@@ -150,7 +151,7 @@ class OtherCharge(BaseModel):
 
 
 def charges_under(
-    ledger: LedgerStorage, selection: Selection, books: Sequence[PriceBook]
+    ledger: Ledger, selection: Selection, books: Sequence[PriceBook]
 ) -> dict[str, tuple[OtherCharge, ...]]:
     """What each tenant's usage comes to under each book, in the order of the books."""
     found: dict[str, list[OtherCharge]] = {}
@@ -186,13 +187,10 @@ def _sum(members: tuple[OtherCharge, ...]) -> OtherCharge:
     return members[0].model_copy(update={"charge": charge, "unrated": sum(one.unrated for one in members)})
 
 
-def issued_within(ledger: LedgerStorage, tenants: Iterable[str], period: Period) -> dict[str, tuple[Statement, ...]]:
+def issued_within(ledger: Ledger, tenants: Iterable[str], period: Period) -> dict[str, tuple[Statement, ...]]:
     """The statements of tenants whose periods lie within a period, in the order they were issued."""
-    from polar_billing.ledger.ledger import Ledger
     from polar_billing.statements.issue import issued_statements
 
-    if not isinstance(ledger, Ledger):  # another store keeps no statements
-        return {}
     return {
         tenant: tuple(one.statement for one in issued_statements(ledger, tenant) if _lies_in(one.statement, period))
         for tenant in tenants

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from polar_billing.ledger.contract import ALL_TENANTS, AllTenants, LedgerStorage, Selection
+from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
+from polar_billing.prices.entries import tier_order
 from polar_billing.reports.figures import Figures, OtherCharge, charges_under, figures_of, issued_within, summed
 from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
 from polar_billing.statements.statement import Statement
 from polar_billing.values.money import exact_sum, round_lines
-from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
 
 
@@ -125,7 +126,7 @@ class Report(_Part):
 
 
 def build_report(
-    ledger: LedgerStorage,
+    ledger: Ledger,
     selection: Selection | None = None,
     *,
     prices: PriceBook | None = None,

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.prices import bands
+from polar_billing.prices.entries import tier_order
 from polar_billing.prices.plans import Banded
 from polar_billing.prices.rating import ITEMS, multiply
 from polar_billing.statements.lines import ExactLine, Use
 from polar_billing.values.money import EXACT_SCALE, STORED_SCALE, from_scaled, plain, to_scaled
-from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

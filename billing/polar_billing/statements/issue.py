@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from polar_billing.errors import CurrencyMixError, PeriodError
 from polar_billing.ledger import chain
+from polar_billing.ledger.books import store_books
+from polar_billing.ledger.schema import NO_TENANT
 from polar_billing.statements.booking import book_statement
-from polar_billing.statements.books import book_for, store_book
+from polar_billing.statements.books import book_for
 from polar_billing.statements.credits import left_after
 from polar_billing.statements.facts import Numbers, last_number
 from polar_billing.statements.lines import bounds
@@ -98,10 +100,10 @@ def _store(
 ) -> IssuedStatement | None:
     """Store and book it, unless another statement of the tenant came first; then None."""
     with ledger.transaction() as connection:
-        chain.lock_heads(connection, [chain.NO_TENANT, wanted.tenant])
+        chain.lock_heads(connection, [NO_TENANT, wanted.tenant])
         if len(read_statements(connection, wanted.tenant)) != len(earlier):
             return None
-        store_book(connection, wanted.book)
+        store_books(connection, {wanted.book.content_hash: wanted.book})
         stored = store_statement(connection, statement, wanted.seq_until, late, moment)
         touched = left_after(one.statement for one in earlier)
         book_statement(connection, statement, wanted.book, touched)

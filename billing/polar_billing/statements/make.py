@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from sqlalchemy import func, select
 
 from polar_billing.errors import PeriodError, StoreDamagedError
-from polar_billing.ledger.schema.retention import prune_table
-from polar_billing.statements.books import book_by_hash, book_for
+from polar_billing.ledger.books import read_book
+from polar_billing.ledger.schema import prune_table
+from polar_billing.statements.books import book_for
 from polar_billing.statements.charges import Charges, charges_of
 from polar_billing.statements.credits import left_after, pay
 from polar_billing.statements.facts import Numbers, count_requests, facts_of, last_number
@@ -182,7 +183,7 @@ def wanted_again(connection: Connection, statement: Statement, seq_until: int) -
     Raises:
         StoreDamagedError: Its price book is gone from the ledger.
     """
-    book = book_by_hash(connection, statement.price_book_hash)
+    book = read_book(connection, statement.price_book_hash)
     if book is None:
         raise StoreDamagedError(
             f"price book {statement.price_book_hash[:12]} of statement {statement.id!r} is not in the ledger.",

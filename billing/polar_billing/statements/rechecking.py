@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
+from polar_billing.ledger.books import read_book
 from polar_billing.ledger.postings import transaction_lines
-from polar_billing.ledger.schema.ledger import transaction_table
-from polar_billing.ledger.schema.retention import prune_table
-from polar_billing.ledger.schema.statements import statement_table
-from polar_billing.ledger.schema.usage import price_book_table
-from polar_billing.prices.book import PriceBook
+from polar_billing.ledger.schema import prune_table, statement_table, transaction_table
 from polar_billing.statements.booking import STATEMENT, statement_lines
 from polar_billing.statements.make import late_usage, make_statement, wanted_again
 from polar_billing.statements.statement import statement_id
@@ -66,12 +63,10 @@ def _differences(connection: Connection, issued: IssuedStatement) -> Iterator[st
     yield from _columns(connection, issued)
     yield from _sums(statement)
     yield from _booking(connection, statement)
-    document = connection.execute(
-        select(price_book_table.c.document).where(price_book_table.c.hash == statement.price_book_hash)
-    ).scalar()
-    if document is None:
+    book = read_book(connection, statement.price_book_hash)
+    if book is None:
         yield f"price book {statement.price_book_hash} is not in the ledger"
-    elif PriceBook.from_document(document).content_hash != statement.price_book_hash:
+    elif book.content_hash != statement.price_book_hash:
         yield f"price book {statement.price_book_hash} has other content than its hash says"
     elif not rests_on_hashes(connection, issued):
         yield from _remade(connection, issued)

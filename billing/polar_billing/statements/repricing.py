@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 
 from polar_billing.errors import CurrencyMixError
-from polar_billing.ledger.contract import AllTenants
-from polar_billing.ledger.schema.usage import usage_table
+from polar_billing.ledger.records import AllTenants
+from polar_billing.ledger.schema import usage_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.facts import Numbers, last_number
 from polar_billing.statements.lines import bounds

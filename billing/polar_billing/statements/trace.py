@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import ColumnElement, and_, false, or_, select
 
 from polar_billing.errors import QueryError
-from polar_billing.ledger.schema.usage import usage_table
+from polar_billing.ledger.schema import usage_table
 from polar_billing.statements.facts import Numbers, within
 from polar_billing.statements.lines import USAGE_KINDS, windows_of
 from polar_billing.statements.make import wanted_again

@@ -11,16 +11,16 @@ import pytest
 from sqlalchemy import create_mock_engine, inspect, text
 
 from polar_billing.errors import SchemaVersionError
-from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.migrate import migrate
 from polar_billing.ledger.postings import Account, Line, post
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.ledger.schema import SCHEMA_VERSION, metadata
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.reports.query import usage_rows
-from polar_billing.statements.books import add_book
 from polar_billing.statements.issue import issued_statements
 from polar_billing.testing import usage_record
 

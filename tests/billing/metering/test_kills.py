@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.ledger.contract import ALL_TENANTS, Selection
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, balances
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.proof.verify import verify_ledger
 
@@ -41,7 +41,7 @@ from polar_billing.metering.meter import Meter
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.testing import usage_record
 
-WRITERS = "among append bulk canonical chain connection ledger meter postings recovery rollups rows spool writer"
+WRITERS = "append books canonical chain connection ledger meter postings records rollups spool writer"
 FILES = {f"{name}.py" for name in WRITERS.split()}
 passed = 0
 

@@ -12,10 +12,10 @@ from sqlalchemy import make_url
 
 from polar_billing.errors import PeriodError, StoreUnavailableError
 from polar_billing.ledger import append
-from polar_billing.ledger.contract import ALL_TENANTS, Selection
 from polar_billing.ledger.ledger import Ledger
-from polar_billing.metering import recovery
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
+from polar_billing.metering.spool import warning_of
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.statements.issue import issue_statement, issued_statements
 from polar_billing.testing import usage_record
@@ -113,7 +113,7 @@ def test_a_server_that_stops_and_comes_back_has_every_record_once(server: Any) -
             list(meter.ledger.read(EVERYTHING))
         with pytest.raises(StoreUnavailableError):
             meter.recover()
-        assert "wait to be stored" in str(recovery.warning_of(meter.ledger))
+        assert "wait to be stored" in str(warning_of(meter.ledger))
         server.ensure_postgres_running()
         meter.recover()
         quick.recover()
@@ -125,4 +125,4 @@ def test_a_server_that_stops_and_comes_back_has_every_record_once(server: Any) -
         assert found == sorted(f"{when}-{n}" for when in ("before", "while", "quick", "after") for n in range(3))
         with meter.ledger.snapshot() as connection:
             assert verify_ledger(connection).findings == []
-        assert recovery.warning_of(meter.ledger) is None
+        assert warning_of(meter.ledger) is None

@@ -21,14 +21,13 @@ from sqlalchemy.exc import IntegrityError
 
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.ledger.chain import CHAINED
+from polar_billing.ledger.books import add_book
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.ledger.retention import prune
-from polar_billing.ledger.schema import metadata
+from polar_billing.ledger.schema import CHAINED, metadata
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.proof.verify import verify_ledger
-from polar_billing.statements.books import add_book
 from polar_billing.statements.issue import issue_statement
 from polar_billing.statements.notes import credit_note
 from polar_billing.testing import usage_record

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.ledger.contract import Selection
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, Line, balances, post
+from polar_billing.ledger.records import Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import Counts

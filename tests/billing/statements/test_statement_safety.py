@@ -11,13 +11,12 @@ import pytest
 from sqlalchemy import func, select, text
 
 from polar_billing.errors import PeriodError, PriceBookError, QueryError
+from polar_billing.ledger.books import add_book
 from polar_billing.ledger.retention import prune
-from polar_billing.ledger.schema.ledger import transaction_table
-from polar_billing.ledger.schema.statements import statement_table
+from polar_billing.ledger.schema import statement_table, transaction_table
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
-from polar_billing.statements.books import add_book
 from polar_billing.statements.issue import issue_statement, issued_statements
 from polar_billing.statements.make import draft_statement
 from polar_billing.statements.notes import credit_note

@@ -10,11 +10,11 @@ import pytest
 from sqlalchemy import text
 
 from polar_billing.errors import AmountError, ConflictError, CurrencyMixError, PeriodError, PriceBookError, QueryError
-from polar_billing.ledger.contract import ALL_TENANTS
+from polar_billing.ledger.books import add_book
 from polar_billing.ledger.postings import Account, balances
+from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.prices.rating import rate
-from polar_billing.statements.books import add_book
 from polar_billing.statements.issue import issue_statement, issued_statements
 from polar_billing.statements.lines import Agreement
 from polar_billing.statements.make import draft_statement
