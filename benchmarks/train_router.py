@@ -27,7 +27,7 @@ from benchmarks.router_seeds import record_router, record_seeds
 from polar_sdk import PolarModel, lab
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.lab.evaluation.judge import Judge
-from polar_sdk.lab.evaluation.page import to_html
+from polar_sdk.lab.evaluation.rendering import to_html
 from polar_sdk.lab.items import (
     AnswerItem,
     ChoiceItem,
@@ -40,15 +40,15 @@ from polar_sdk.lab.items import (
     read_items,
     split_of,
 )
-from polar_sdk.lab.program_search.measured import measured_matrix
-from polar_sdk.lab.program_search.options import SearchOptions
-from polar_sdk.lab.program_search.run import Search
+from polar_sdk.lab.program_search.matrix import measured_matrix
+from polar_sdk.lab.program_search.search import Search, SearchOptions
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.lab.training.checkpoint import run_key
+from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
 from polar_sdk.lab.training.measuring import marks
-from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
+from polar_sdk.lab.training.menu_training import MenuSettings
 from polar_sdk.programs.policy import TIERS
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import save_router
@@ -203,8 +203,8 @@ class Work:
         )
 
     @property
-    def _policy(self) -> PolicySettings:
-        return PolicySettings(epochs=self.options.epochs, price=self.options.price)
+    def _policy(self) -> LayerwiseSettings:
+        return LayerwiseSettings(epochs=self.options.epochs, price=self.options.price)
 
     def train(self, name: str, matrix: RewardMatrix) -> LearnedRouter:
         """A menu router on one kind of features, one that reads nothing, or the article's router."""

@@ -10,7 +10,7 @@ from .request.generation import Generation as Generation
 from .router.base import Router as Router
 from .router.fixed import IdentityRouter as IdentityRouter
 from .router.fixed import StaticRouter as StaticRouter
-from .router.layerwise import PolicyRouter as PolicyRouter
+from .router.layerwise import LayerwiseRouter as LayerwiseRouter
 from .router.menu import MenuRouter as MenuRouter
 from .sinks import JsonlSink as JsonlSink
 from .usage import ListSink as ListSink

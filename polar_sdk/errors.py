@@ -40,8 +40,9 @@ PolarError
 │   └── CompileError                      layers cannot be compiled here
 ├── FolderError (OSError)                 a model folder cannot be written: no room, no permission
 │   └── FolderExistsError (FileExistsError)  something lies there already
-└── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
-    └── SinkNotFoundError
+├── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
+│   └── SinkNotFoundError
+└── MissingExtraError (ImportError)       an optional dependency is not installed
 
 This module knows nothing of torch, of frameworks or of money. A message names the value, the limit and the
 fix on one line; `hint` repeats the fix alone for programs that show it apart.
@@ -305,6 +306,12 @@ class SinkError(PolarError, OSError):
 
 class SinkNotFoundError(SinkError):
     """No meter is installed for the ledger that was asked for."""
+
+
+class MissingExtraError(PolarError, ImportError):
+    """An optional dependency of polar-llm is not installed."""
+
+    exit_code = 2
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

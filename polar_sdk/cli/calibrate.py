@@ -14,8 +14,7 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from polar_sdk.lab.evaluation.calibrate import TierPromise
-    from polar_sdk.lab.evaluation.resplit import Resplits
+    from polar_sdk.lab.evaluation.calibrate import Resplits, TierPromise
     from polar_sdk.lab.items import Item
     from polar_sdk.model import PolarModel
     from polar_sdk.router.learned import LearnedRouter

@@ -56,7 +56,7 @@ def evaluate(
     precision: opt.Precision = "auto",
 ) -> None:
     """Measure a router on prompts that it has not seen."""
-    from polar_sdk.lab.evaluation.page import require_report, to_html
+    from polar_sdk.lab.evaluation.rendering import require_report, to_html
     from polar_sdk.lab.items import read_items
 
     if html is not None:  # before minutes are spent on measuring
@@ -117,7 +117,7 @@ def _show(found: Evaluation) -> None:
 def _show_classes(console: Console, found: Evaluation) -> None:
     from rich.table import Table
 
-    from polar_sdk.lab.evaluation.table import CLASS_COLUMNS, class_rows
+    from polar_sdk.lab.evaluation.rendering import CLASS_COLUMNS, class_rows
 
     table = Table(*CLASS_COLUMNS, title="within each class")
     for row in class_rows(found.classes):
@@ -128,7 +128,7 @@ def _show_classes(console: Console, found: Evaluation) -> None:
 def _show_set(console: Console, result: SetResult) -> None:
     from rich.table import Table
 
-    from polar_sdk.lab.evaluation.table import COLUMNS, generation_rows, rows
+    from polar_sdk.lab.evaluation.rendering import COLUMNS, generation_rows, rows
 
     table = Table(*COLUMNS, title=f"{result.name}: {result.prompts} prompts, {result.labelled} with a right answer")
     for row in rows(result):

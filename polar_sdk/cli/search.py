@@ -54,8 +54,7 @@ def search(
 ) -> None:
     """Search programs on prompts; an interrupted search goes on where it stopped."""
     from polar_sdk.lab.items import read_items
-    from polar_sdk.lab.program_search.options import SearchOptions
-    from polar_sdk.lab.program_search.run import Search
+    from polar_sdk.lab.program_search.search import Search, SearchOptions
     from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 
     options = SearchOptions(

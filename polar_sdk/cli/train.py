@@ -56,13 +56,14 @@ def train(
     """Train a router; after Ctrl-C the same command goes on from its checkpoints."""
     from polar_sdk.lab.items import read_items
     from polar_sdk.lab.program_search.matrix import RewardMatrix
-    from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
+    from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
+    from polar_sdk.lab.training.menu_training import MenuSettings
     from polar_sdk.router.store import saved_router_path
 
     numbers = _seeds(seeds)
-    settings: MenuSettings | PolicySettings = MenuSettings(loss=loss, seeds=numbers)
+    settings: MenuSettings | LayerwiseSettings = MenuSettings(loss=loss, seeds=numbers)
     if kind == "policy":
-        settings = PolicySettings(price=price, epochs=epochs, seeds=numbers)
+        settings = LayerwiseSettings(price=price, epochs=epochs, seeds=numbers)
     matrix = RewardMatrix.load(rewards)  # before seconds are spent on loading the model
     items = None if data is None else read_items(data)
     engine = opt.load_model(

@@ -1,7 +1,8 @@
 """The route of a prompt: the program that a router chose, and the lead that it ran to choose it.
 
-A lead is the first layers of a prompt, run ahead of its request because a router reads their output. What they computed is not computed again: a request whose program begins with those layers takes their states, keys and
-values over and goes on behind them. Knows tokens and layers, not what is read of them.
+A lead is the first layers of a prompt, run ahead of its request because a router reads their output. What they computed
+is not computed again: a request whose program begins with those layers takes their states, keys and values over and
+continues after them. Knows tokens and layers, not what is read of them.
 """
 
 from __future__ import annotations

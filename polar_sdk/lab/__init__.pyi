@@ -10,11 +10,11 @@ from .items import read_items as read_items
 from .layer_scan import ScanReport as ScanReport
 from .layer_scan import scan as scan
 from .program_search.matrix import RewardMatrix as RewardMatrix
-from .program_search.options import SearchOptions as SearchOptions
-from .program_search.options import SearchResult as SearchResult
-from .program_search.run import search as search
-from .training.settings import MenuSettings as MenuSettings
-from .training.settings import PolicySettings as PolicySettings
+from .program_search.search import SearchOptions as SearchOptions
+from .program_search.search import SearchResult as SearchResult
+from .program_search.search import search as search
+from .training.layerwise_training import LayerwiseSettings as LayerwiseSettings
+from .training.menu_training import MenuSettings as MenuSettings
 from .workflow import calibrate as calibrate
 from .workflow import evaluate as evaluate
 from .workflow import heal as heal

@@ -45,13 +45,15 @@ if TYPE_CHECKING:
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 _FORMS = "{prompt}, {prompt, answer} or {question, choices, answer}"
-Task = Annotated[str | None, BeforeValidator(lambda value: value.strip() or None if isinstance(value, str) else None)]
+TaskName = Annotated[
+    str | None, BeforeValidator(lambda value: value.strip() or None if isinstance(value, str) else None)
+]
 
 
 class _Item(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    task: Task = Field(default=None, exclude=True)
+    task: TaskName = Field(default=None, exclude=True)
     """Class that it is reported with; no part of what is asked, so that no hash holds it."""
 
 

@@ -16,8 +16,9 @@ from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.lab.program_search.matrix import RewardMatrix
-from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
-from polar_sdk.lab.training.train import RouterKind, Trainer
+from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
+from polar_sdk.lab.training.menu_training import MenuSettings
+from polar_sdk.lab.training.train import RouterKind, RouterTrainer
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.base import Router
 from polar_sdk.router.bridge_set import BridgeSet
@@ -74,7 +75,7 @@ def train(
     items: Sequence[Item] | None = None,
     features: FeatureKind = "embedding",
     layers: int = 3,
-    settings: MenuSettings | PolicySettings | None = None,
+    settings: MenuSettings | LayerwiseSettings | None = None,
     out: str | Path | None = None,
     bridges: str | Path | None = None,
     on_progress: Progress = silent,
@@ -103,14 +104,14 @@ def train(
     if bridges is not None:
         model.use_bridges(bridges)
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
-    trainer = Trainer(model, matrix, features, layers, checkpoints, on_progress)
+    trainer = RouterTrainer(model, matrix, features, layers, checkpoints, on_progress)
     router = _trained(trainer, kind, builtin_items() if items is None else items, settings)
     if out is not None:
         _save(router, Path(out), made)
     return router
 
 
-def _trained(trainer: Trainer, kind: RouterKind, items: Sequence[Item], settings: Any) -> LearnedRouter:
+def _trained(trainer: RouterTrainer, kind: RouterKind, items: Sequence[Item], settings: Any) -> LearnedRouter:
     if kind == "policy":
         return trainer.policy(items, settings)
     return trainer.menu(settings) if kind == "menu" else trainer.static(settings)
@@ -181,8 +182,8 @@ def evaluate(
     return judge.evaluate(sets, points=points, timed=timed, seed=seed)
 
 
-def _check_settings(kind: str, settings: MenuSettings | PolicySettings | None) -> None:
-    wanted = {"menu": MenuSettings, "static": MenuSettings, "policy": PolicySettings}
+def _check_settings(kind: str, settings: MenuSettings | LayerwiseSettings | None) -> None:
+    wanted = {"menu": MenuSettings, "static": MenuSettings, "policy": LayerwiseSettings}
     if kind not in wanted:
         raise RouterError(f"router kind {kind!r} cannot be trained; menu, static and policy can.")
     if settings is not None and not isinstance(settings, wanted[kind]):

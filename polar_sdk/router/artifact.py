@@ -17,7 +17,7 @@ from polar_sdk.errors import RouterDamagedError, RouterError
 from polar_sdk.programs.program import Program
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.fixed import IdentityRouter, StaticRouter
-from polar_sdk.router.layerwise import PolicyRouter
+from polar_sdk.router.layerwise import LayerwiseRouter
 from polar_sdk.router.learned import LearnedRouter, RouterFacts
 from polar_sdk.router.menu import MenuRouter
 from polar_sdk.router.network import Network
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _JSON: Final = "router.json"
 _WEIGHTS: Final = "router.safetensors"
-_LEARNED: Final = {"menu": MenuRouter, "policy": PolicyRouter}
+_LEARNED: Final = {"menu": MenuRouter, "policy": LayerwiseRouter}
 
 
 class _File(BaseModel):

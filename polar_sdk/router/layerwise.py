@@ -32,7 +32,7 @@ def program_of(actions: tuple[int, ...]) -> Program:
     return Program.editing(len(actions), dict(enumerate(actions)))
 
 
-class PolicyRouter(LearnedRouter):
+class LayerwiseRouter(LearnedRouter):
     """Chooses an action per layer."""
 
     kind: ClassVar[str] = "policy"
@@ -58,7 +58,7 @@ class PolicyRouter(LearnedRouter):
         return [program_of(row) for row in map(tuple, actions.tolist())]
 
 
-def policy_dial(execute: Tensor, points: int = 40) -> tuple[float, ...]:
+def layerwise_dial(execute: Tensor, points: int = 40) -> tuple[float, ...]:
     """0, then quantiles of the probabilities of executing, over layers and prompts."""
     marks = torch.quantile(execute.double().flatten(), torch.linspace(0, 1, points, dtype=torch.float64)) + 1e-9
     return (0.0, *sorted(set(marks.clamp(max=1.0).tolist())))

@@ -10,8 +10,12 @@ import pytest
 
 PUBLIC = {
     "polar_sdk": """
-        Chunk Generation IdentityRouter JsonlSink ListSink MenuRouter NullSink PolarError PolarModel Policy PolicyRouter
-        Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
+        Chunk Generation IdentityRouter JsonlSink LayerwiseRouter ListSink MenuRouter NullSink PolarError PolarModel
+        Policy Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
+    """,
+    "polar_sdk.lab": """
+        AnswerItem ChoiceItem Evaluation HealOptions Item LayerwiseSettings MenuSettings PromptItem RewardMatrix
+        ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal read_items scan search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME Account Agreement AmountError BillingError Budget BudgetError Budgets ConflictError

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from polar_sdk.engine.bridge import Bridge
 from polar_sdk.errors import BridgeError
+from polar_sdk.lab.bridges.fit import layers
 from polar_sdk.lab.bridges.loss import ChoiceSlots, Reference, choice_scores, loss_of, slots_of
-from polar_sdk.lab.bridges.states import layers
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.lab.bridges.states import Pack
+    from polar_sdk.lab.bridges.fit import Pack
     from polar_sdk.programs.cost import Segment
 
 
@@ -55,7 +55,7 @@ class _Start(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class DistilPlan:
     """How to train.
 
     Attributes:
@@ -81,11 +81,11 @@ class Plan:
         return self.rate * min(1, (step + 1) / _WARM_UP) * (0.05 + 0.95 * cosine)
 
 
-class Trainer:
+class BridgeTrainer:
     """Trains the bridges of all groups together; groups take turns.
 
     Args:
-        decoder: A copy that may be given bridges; see `states.workshop`.
+        decoder: A copy that may be given bridges; see `states.trainable_copy`.
         packs: What to train on.
         groups: Segments that are used together.
         bridges: Where training starts.
@@ -100,7 +100,7 @@ class Trainer:
         packs: Sequence[Pack],
         groups: Sequence[Sequence[Segment]],
         bridges: Mapping[Segment, Bridge],
-        plan: Plan,
+        plan: DistilPlan,
         mark: str,
         kept: Path | None,
     ) -> None:

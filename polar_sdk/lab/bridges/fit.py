@@ -1,31 +1,104 @@
-"""Fit the bridges of one group, one after another along the program that uses them all.
+"""Fit the bridges of one group in closed form, one after another along the program that uses them all.
 
-Each bridge is fitted on the states that the program really has before it, those behind earlier bridges included, and
-aims at the states that full depth has behind the segment; so later bridges make good what earlier ones got wrong.
+Each bridge is fitted on the states that this program really has before the segment, those after earlier bridges
+included, and aims at the states that full depth has after it; so later bridges correct what earlier ones got wrong.
+The fit is ridge least squares on the change that the segment makes. Sums are kept in float64 and filled pack by pack,
+so that no states need to be held. Position 0 is left out of the fit; it gets the mean of its own changes.
 
-Ridge least squares in closed form: the map from the states before a segment to the states behind it.
-
-What is fitted is the difference that the segment makes. Sums are kept in float64, so that states come in pack by pack
-and none need be held. Position 0 is left out of the fit; it gets the mean of its own differences. Knows tensors only.
+All of this runs on a copy of the decoder, so that unfinished bridges never serve a request, with the plain kernels,
+whose arithmetic has derivatives. Knows packs of questions, programs and tensors; no items and no files.
 """
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from polar_sdk.engine.bridge import Bridge
-from polar_sdk.lab.bridges.states import layers
+from polar_sdk.engine.eager import EagerKernels
+from polar_sdk.engine.scoring import Walk, packs, predictors
+from polar_sdk.errors import BridgeError, DeviceError
 from polar_sdk.programs.program import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.lab.bridges.states import Pack
+    from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.programs.cost import Segment
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Some tasks, packed without padding.
+
+    Attributes:
+        tasks: In order.
+        walk: Where their tokens lie, and which attend to which.
+        sources: Places that predict the continuations' tokens, (M,).
+        targets: Those tokens, (M,).
+    """
+
+    tasks: tuple[Task, ...]
+    walk: Walk
+    sources: Tensor
+    targets: Tensor
+
+    def run(self, decoder: Decoder, x: Tensor, steps: Iterable[Step]) -> Tensor:
+        """Move states (N, E) along some steps."""
+        for step in steps:
+            x = self.walk.step(decoder, step, x)
+        return x
+
+
+def trainable_copy(decoder: Decoder) -> Decoder:
+    """A copy that shares the weights and has bridges of its own, run by the plain kernels.
+
+    Raises:
+        DeviceError: Layers lie on several devices: states before and behind a bridge are compared on one.
+    """
+    if len(decoder.placement.devices) > 1:
+        raise DeviceError(f"bridges are made on one device, not on {decoder.placement}; load the model on one.")
+    own = copy.copy(decoder)
+    own.kernels = EagerKernels(decoder.family)
+    own.set_bridges(decoder.bridges)
+    return own
+
+
+def layers(first: int, behind: int) -> list[Step]:
+    """Visits of layers first … behind − 1."""
+    return [Step(layer, layer) for layer in range(first, behind)]
+
+
+def make_packs(decoder: Decoder, tasks: Sequence[Task], limit: int) -> list[Pack]:
+    """Pack tasks, at most `limit` tokens together.
+
+    Raises:
+        BridgeError: There is no task.
+    """
+    if not tasks:
+        raise BridgeError("there is no prompt to fit bridges on; give more prompts.")
+    waiting = iter(tasks)
+    made = []
+    for questions in packs([task.question for task in tasks], limit):
+        sources, targets = predictors(questions)
+        made.append(
+            Pack(
+                tasks=tuple(next(waiting) for _ in questions),
+                walk=Walk(decoder, questions),
+                sources=_tensor(sources, decoder.device),
+                targets=_tensor(targets, decoder.device),
+            )
+        )
+    return made
+
+
+def _tensor(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device=device)
 
 
 class Ridge:
@@ -114,7 +187,7 @@ def fit_group(
     """Fit the bridges of a group that are not known yet.
 
     Args:
-        decoder: A copy that may be given bridges; see `states.workshop`.
+        decoder: A copy that may be given bridges; see `states.trainable_copy`.
         packs: What to fit on.
         group: Segments in order.
         known: Bridges that stay as they are.
@@ -124,7 +197,7 @@ def fit_group(
     """
     fitted: dict[Segment, Bridge] = {}
     with torch.inference_mode():
-        walk = _Walk(decoder, packs)
+        walk = _PackStates(decoder, packs)
         for segment in group:
             walk.to(segment)
             if segment not in known:
@@ -142,7 +215,7 @@ def held_out_errors(decoder: Decoder, packs: Sequence[Pack], group: Sequence[Seg
     """Per segment, the squared error of its bridge over that of a plain skip, along the program that uses them all."""
     errors = {}
     with torch.inference_mode():
-        walk = _Walk(decoder, packs)
+        walk = _PackStates(decoder, packs)
         for segment in group:
             before, theirs = walk.to(segment)
             walk.cross(segment)
@@ -155,7 +228,7 @@ def held_out_errors(decoder: Decoder, packs: Sequence[Pack], group: Sequence[Seg
     return errors
 
 
-class _Walk:
+class _PackStates:
     """States of all packs along the program (`ours`) and at full depth (`theirs`), held at one place each."""
 
     def __init__(self, decoder: Decoder, packs: Sequence[Pack]) -> None:

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import BridgeError
-from polar_sdk.lab.bridges.distil import Plan, Trainer
-from polar_sdk.lab.bridges.fit import fit_group, held_out_errors
-from polar_sdk.lab.bridges.states import make_packs, workshop
+from polar_sdk.lab.bridges.distil import BridgeTrainer, DistilPlan
+from polar_sdk.lab.bridges.fit import fit_group, held_out_errors, make_packs, trainable_copy
 from polar_sdk.lab.items import builtin_items, data_hash, distinct_items, item_id, split_of
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.bridge import Bridge
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.lab.bridges.states import Pack
+    from polar_sdk.lab.bridges.fit import Pack
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.model import PolarModel
@@ -171,7 +170,7 @@ class Healer:
         self._check_precision()
         items = distinct_items(builtin_items() if self.items is None else self.items)
         train, held_out = self._tasks(items)
-        decoder = workshop(self.model.loaded.decoder)
+        decoder = trainable_copy(self.model.loaded.decoder)
         decoder.set_bridges({})
         fitted = self._fit(decoder, make_packs(decoder, _some(train, _FIT_TASKS), _FIT_TOKENS), groups)
         training: dict[str, Any] = {"segments": segments_text(groups), "prompts": len(train), **self._settings()}
@@ -258,11 +257,11 @@ class Healer:
     ) -> tuple[dict[Segment, Bridge], dict[str, Any]]:
         """Train; where held-out prompts do not gain by it, the closed form stays."""
         own = self.options
-        plan = Plan(
+        plan = DistilPlan(
             steps=own.distil, rate=own.rate, choices=own.choices, labels=own.labels, drop=own.drop, seed=own.seed
         )
         packs = make_packs(decoder, train, _TRAIN_TOKENS)
-        trainer = Trainer(decoder, packs, groups, fitted, plan, self._mark(groups, data), self._checkpoint())
+        trainer = BridgeTrainer(decoder, packs, groups, fitted, plan, self._mark(groups, data), self._checkpoint())
         if own.resume:
             trainer.resume()
         trainer.run(lambda done, total: self.on_progress("training bridges", done, total))

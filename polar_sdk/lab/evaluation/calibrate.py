@@ -5,8 +5,9 @@ Pure but for the outcomes it is given. How a promise follows from the counts is 
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -57,12 +58,12 @@ def certify(
         DataError: A tier counts wrong answers, and the prompts come without right ones.
     """
     _check(_by_kind(outcomes, range(len(outcomes))), outcomes, tiers, delta)
-    walk = Walk.along(router, outputs, outcomes, on_progress)
+    walk = DialWalk.along(router, outputs, outcomes, on_progress)
     return walk.certificate(range(len(outcomes)), tiers, delta)
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
+class DialWalk:
     """What a router does with P prompts at each of K values of θ.
 
     Attributes:
@@ -84,8 +85,8 @@ class Walk:
         outputs: Tensor,
         outcomes: Outcomes,
         on_progress: Progress = silent,
-    ) -> Walk:
-        """Walk the router's dial."""
+    ) -> DialWalk:
+        """DialWalk the router's dial."""
         dial, rows = router.facts.dial, range(len(outcomes))
         lengths = [len(tokens) for tokens in outcomes.matrix.tokens]
         lost: dict[Loss, list[list[int]]] = {loss: [] for loss in LOSSES}
@@ -161,3 +162,69 @@ def _check(
         empty = Counts(n=len(rows), lost=dict.fromkeys(_countable(outcomes, rows), ()))
         for alpha, loss in tiers.values():
             empty.check_size(kind, alpha, delta, loss)
+
+
+class Resplits(NamedTuple):
+    """How often one tier's promise broke for one kind of prompt."""
+
+    tier: str
+    kind: str
+    """A kind of prompt, or `any` of them."""
+    times: int
+    other_half: int
+    """Times that more than α was lost on the half that was not calibrated on."""
+    pooled: int
+    """Times that more than α was lost on both halves together: the best estimate of the truth that there is."""
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        return (
+            f"{self.tier}, {self.kind}: of {self.times} promises made on a random half, {self.other_half} broke on the "
+            f"other half and {self.pooled} on both together"
+        )
+
+
+def resplit(walk: DialWalk, tiers: Mapping[str, TierPromise], delta: float, times: int = 100) -> list[Resplits]:
+    """Split a walk's prompts at random, calibrate, and count broken promises, by tier and kind of prompt.
+
+    Raises:
+        CalibrationSizeError: Half of the prompts is too few for a tier's α.
+    """
+    kinds = walk.by_kind(range(len(walk.outcomes)))
+    broken = {(tier, kind): [0, 0] for tier in tiers for kind in (*kinds, "any")}
+    for seed in range(times):
+        here = _half(kinds, seed)
+        certificate = walk.certificate(sorted(here), tiers, delta)
+        for tier in tiers:
+            found: dict[str, tuple[bool, bool]] = {
+                kind: _breaks(walk, certificate, tier, rows, here) for kind, rows in kinds.items()
+            }
+            found["any"] = (any(a for a, _ in found.values()), any(b for _, b in found.values()))
+            for kind, (other, pooled) in found.items():
+                broken[tier, kind][0] += other
+                broken[tier, kind][1] += pooled
+    return [Resplits(tier, kind, times, *counts) for (tier, kind), counts in broken.items()]
+
+
+def _half(kinds: Mapping[str, Sequence[int]], seed: int) -> set[int]:
+    """Half of the rows of each kind."""
+    dice = random.Random(seed)
+    return {row for rows in kinds.values() for row in dice.sample(rows, len(rows) // 2)}
+
+
+def _breaks(
+    walk: DialWalk, certificate: Certificate, tier: str, rows: Sequence[int], here: set[int]
+) -> tuple[bool, bool]:
+    """Whether more than α is lost on the other half, and on both."""
+    promise = certificate.tiers[tier]
+    at = certificate.thetas.index(promise.theta)
+    labelled = bool(walk.outcomes.matrix.labelled[list(rows)].all())
+    loss: Loss = "differs" if promise.loss == "drops" and not labelled else promise.loss
+    lost = walk.lost[loss][at]
+    other = [row for row in rows if row not in here]
+    return _mean(lost[other].tolist()) > promise.alpha, _mean(lost[list(rows)].tolist()) > promise.alpha
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values)

@@ -1,7 +1,7 @@
 """The controls of an evaluation: what a router must be better than, at the same cost, to be worth having.
 
-Programs in, programs out: shuffled, random and static systems of equal cost, and the oracle. Knows outcomes only where
-the oracle needs them.
+Programs in, programs out: shuffled, random and static systems of equal cost, and the oracle. Only
+the oracle looks at outcomes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def shuffled(programs: Sequence[Program], seed: int, sizes: Sequence[float] | No
     """
     dice = random.Random(seed)
     dealt = list(programs)
-    order = sorted(range(len(dealt)), key=lambda at: (0.0 if sizes is None else sizes[at], at))
+    order = sorted(range(len(dealt)), key=lambda row: (0.0 if sizes is None else sizes[row], row))
     block = len(order) if sizes is None else _NEIGHBOURS
     for start in range(0, len(order), block or 1):
         places = order[start : start + block]
@@ -47,29 +47,29 @@ def shuffled(programs: Sequence[Program], seed: int, sizes: Sequence[float] | No
 
 @dataclass(frozen=True)
 class StaticMix:
-    """A program for every prompt, or two dealt at random where no single one has the cost.
+    """One program for every prompt, or two dealt at random where no single one has the cost.
 
     Attributes:
         cheap: The cheaper one.
-        dear: The dearer one; the same where there is only one.
+        expensive: The more expensive one; the same where there is only one.
         share: Of the prompts that run the cheaper one.
     """
 
     cheap: Program
-    dear: Program
+    expensive: Program
     share: float
 
     def deal(self, count: int, seed: int) -> list[Program]:
         """One program per prompt."""
         cheap = round(self.share * count)
-        return shuffled([self.cheap] * cheap + [self.dear] * (count - cheap), seed)
+        return shuffled([self.cheap] * cheap + [self.expensive] * (count - cheap), seed)
 
     @property
     def text(self) -> str:
-        """In words."""
-        if self.cheap == self.dear:
+        """The mix in words."""
+        if self.cheap == self.expensive:
             return self.cheap.text
-        return f"{self.share:.0%} {self.cheap.text}, {1 - self.share:.0%} {self.dear.text}"
+        return f"{self.share:.0%} {self.cheap.text}, {1 - self.share:.0%} {self.expensive.text}"
 
 
 def best_static(quality: Mapping[Program, float], cost: Mapping[Program, float], target: float) -> StaticMix:
@@ -77,22 +77,22 @@ def best_static(quality: Mapping[Program, float], cost: Mapping[Program, float],
 
     Args:
         quality: Of each program, identity included.
-        cost: Of each program on the prompts evaluated.
-        target: Cost to meet; one that no program has is moved to the nearest that one has.
+        cost: Of each program on the evaluated prompts.
+        target: Cost to meet; a cost outside the programs' range is moved to its nearer end.
     """
-    cheapest, dearest = min(quality, key=cost.__getitem__), max(quality, key=cost.__getitem__)
-    target = min(max(target, cost[cheapest]), cost[dearest])
-    found, height = StaticMix(cheapest, cheapest, 1.0), -1.0
+    cheapest, most_expensive = min(quality, key=cost.__getitem__), max(quality, key=cost.__getitem__)
+    target = min(max(target, cost[cheapest]), cost[most_expensive])
+    best, best_quality = StaticMix(cheapest, cheapest, 1.0), -1.0
     for cheap in quality:
-        for dear in quality:
-            if not cost[cheap] <= target <= cost[dear]:
+        for expensive in quality:
+            if not cost[cheap] <= target <= cost[expensive]:
                 continue
-            span = cost[dear] - cost[cheap]
-            share = (cost[dear] - target) / span if span else 1.0
-            mixed = share * quality[cheap] + (1 - share) * quality[dear]
-            if mixed > height + 1e-12:
-                found, height = StaticMix(cheap, cheap if share == 1 else dear, share), mixed
-    return found
+            span = cost[expensive] - cost[cheap]
+            share = (cost[expensive] - target) / span if span else 1.0
+            mixed = share * quality[cheap] + (1 - share) * quality[expensive]
+            if mixed > best_quality + 1e-12:
+                best, best_quality = StaticMix(cheap, cheap if share == 1 else expensive, share), mixed
+    return best
 
 
 def random_programs(ratio: float, count: int, cost: CostModel, policy: Policy, seed: int) -> list[Program]:
@@ -110,18 +110,18 @@ def random_programs(ratio: float, count: int, cost: CostModel, policy: Policy, s
     free = [layer for layer in range(cost.depth) if layer not in protected]
     full = cost.request(Program.identity(cost.depth), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
     layer = full - cost.request(Program.skipping(cost.depth, free[:1]), NOMINAL_PROMPT, NOMINAL_OUTPUT).total
-    wanted = max(0.0, (1 - ratio) * full / layer)
-    # Between two whole numbers of layers both occur, in the share that gives the ratio on average.
-    more = round((wanted - int(wanted)) * count)
-    numbers = [min(int(wanted) + (at < more), len(free)) for at in range(count)]
-    return [Program.skipping(cost.depth, generator.sample(free, number)) for number in numbers]
+    skips = max(0.0, (1 - ratio) * full / layer)
+    # Between two whole numbers of layers both occur, in the shares that give the ratio on average.
+    more = round((skips - int(skips)) * count)
+    counts = [min(int(skips) + (place < more), len(free)) for place in range(count)]
+    return [Program.skipping(cost.depth, generator.sample(free, skipped)) for skipped in counts]
 
 
 def oracle(outcomes: Outcomes, programs: Sequence[Program]) -> list[Program]:
-    """Per prompt the cheapest of the programs that answers as identity does: known only afterwards."""
+    """Per prompt the cheapest of the programs that answers as identity does: only known in hindsight."""
     chosen = []
     for row in range(len(outcomes)):
-        facts = outcomes.of([row] * len(programs), programs)
-        agreeing = [(one.flops, at) for at, one in enumerate(facts) if one.agree]
+        of_row = outcomes.of([row] * len(programs), programs)
+        agreeing = [(outcome.flops, index) for index, outcome in enumerate(of_row) if outcome.agree]
         chosen.append(programs[min(agreeing)[1]])
     return chosen

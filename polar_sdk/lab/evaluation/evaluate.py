@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.lab.evaluation.controls import StaticMix, best_static, oracle, random_programs, shuffled
+from polar_sdk.lab.evaluation.controls import best_static, oracle, random_programs, shuffled
 from polar_sdk.lab.evaluation.results import (
+    RANDOM,
+    SHUFFLED,
+    STATIC,
     ClassResult,
     Comparison,
     FrontierPoint,
@@ -29,20 +32,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.lab.training.outcomes import Outcome, Outcomes
+    from polar_sdk.lab.training.outcomes import Outcomes, PromptOutcome
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.policy import Policy
     from polar_sdk.router.learned import LearnedRouter
 
 
 _DEALS: Final = 21
-"""Deals of a control at random whose p-values the median is taken of: one could be lucky."""
+"""Deals of a random control; the median of their p-values is reported, as a single deal could be lucky."""
 _SAME_COST: Final = 0.001
-"""Difference of cost that counts as none."""
-_RANDOM: Final = 4
-"""Random programs that the prompts are dealt to."""
-_FRONTIER: Final = 25
-"""Points of the frontier."""
+"""Relative difference in cost that is ignored."""
+_RANDOM_PROGRAMS: Final = 4
+"""Random programs that are dealt to the prompts."""
+_FRONTIER_POINTS: Final = 25
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ class Subjects:
     Attributes:
         router: Bound to the model.
         points: θ by name, such as a tier's; the first is compared with the controls.
-        outputs: What the router's network says about the prompts, (P, O).
+        outputs: The router network's outputs for the prompts, (P, O).
         outcomes: Of the prompts.
         static: Fixed programs to compare with, identity among them; all are programs of the outcomes' matrix.
         policy: Bounds of random programs.
         cost: Of the model.
-        rerun: Whether identity agreed with itself when it was run again, per prompt; None = it was not.
-        seed: Of all that is dealt at random.
+        rerun: Outcomes of identity, run a second time, per prompt; None = it was not.
+        seed: Of everything that is dealt at random.
     """
 
     router: LearnedRouter
@@ -68,7 +70,7 @@ class Subjects:
     static: Sequence[Program]
     policy: Policy
     cost: CostModel
-    rerun: Sequence[Outcome] | None = None
+    rerun: Sequence[PromptOutcome] | None = None
     seed: int = 0
     timings: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """By system: milliseconds per token, and of the router per request."""
@@ -82,48 +84,66 @@ class Subjects:
 
 def evaluate_set(name: str, subjects: Subjects) -> SetResult:
     """Evaluate every system on one set."""
-    bench = _Bench(subjects)
-    routed = {f"router ({point})": bench.routed(theta) for point, theta in subjects.points.items()}
+    evaluator = _SetEvaluator(subjects)
+    routed = {f"router ({point})": evaluator.routed(theta) for point, theta in subjects.points.items()}
     main = next(iter(routed.values()))
-    controls, notes = bench.controls(main)
-    systems = [bench.identity()]
-    systems += [bench.system(point, "router", run) for point, run in routed.items()]
+    controls = evaluator.controls(main)
+    systems = [evaluator.system("identity", "identity", evaluator.identity_run)]
+    systems += [evaluator.system(point, "router", run) for point, run in routed.items()]
     if subjects.rerun is not None:
-        again = replace(bench.identity_run, outcomes=subjects.rerun)
-        systems.append(bench.system("identity again", "control", again))
-    systems += [bench.system(control, "control", run, notes.get(control, "")) for control, run in controls.items()]
-    systems.append(bench.system("oracle", "oracle", bench.oracle_run(), "not deployable: it knows the outcome"))
+        again = replace(evaluator.identity_run, outcomes=subjects.rerun)
+        systems.append(evaluator.system("identity again", "control", again))
+    systems += [evaluator.system(control.name, "control", control.shown, control.note) for control in controls]
+    systems.append(evaluator.system("oracle", "oracle", evaluator.oracle_run(), "not deployable: it knows the outcome"))
     return SetResult(
         name=name,
-        prompts=len(bench.rows),
-        labelled=len(bench.labelled),
+        prompts=len(evaluator.rows),
+        labelled=len(evaluator.labelled),
         data=subjects.outcomes.matrix.data,
         systems=tuple(systems),
-        comparisons=tuple(bench.comparison(control, main) for control in controls),
-        frontier=tuple(bench.frontier()),
-        generation={point: bench.generated(run) for point, run in routed.items()} if bench.written else {},
+        comparisons=tuple(evaluator.compare(main, control) for control in controls),
+        frontier=tuple(evaluator.frontier()),
+        generation={point: evaluator.generated(run) for point, run in routed.items()} if evaluator.written else {},
     )
 
 
 def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -> list[ClassResult]:
-    """The router at every point within each class, the rows of which are given."""
-    found = []
+    """The router at every point within each class.
+
+    Args:
+        subjects: Of the whole set.
+        classes: Rows of each class, by name.
+    """
+    results = []
     for name, rows in classes.items():
-        bench = _Bench(subjects.rows(rows))
-        found += [bench.within(name, point, bench.routed(theta)) for point, theta in subjects.points.items()]
-    return found
+        evaluator = _SetEvaluator(subjects.rows(rows))
+        results += [evaluator.within(name, point, evaluator.routed(theta)) for point, theta in subjects.points.items()]
+    return results
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One system's programs, its router's FLOPs, and what came of it, per prompt."""
+    """One system's programs, its router's FLOPs, and the outcomes, per prompt."""
 
     programs: Sequence[Program]
     router_flops: Sequence[int]
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[PromptOutcome]
 
 
-class _Bench:
+@dataclass(frozen=True)
+class _Control:
+    """A rival of a run, at the same cost: one run, or several deals of a random one, of which the first is shown."""
+
+    name: str
+    deals: Sequence[_Run]
+    note: str = ""
+
+    @property
+    def shown(self) -> _Run:
+        return self.deals[0]
+
+
+class _SetEvaluator:
     """Runs and measures systems on one set."""
 
     def __init__(self, subjects: Subjects) -> None:
@@ -140,35 +160,24 @@ class _Bench:
         return _Run(programs, router_flops or [0] * len(programs), self.subjects.outcomes.all(programs))
 
     def routed(self, theta: float) -> _Run:
-        """The router with its dial at θ; at 0 it is not even asked."""
+        """The router with its dial at θ; at 0 it is not even run."""
         if theta == 0:
             return self.identity_run
         router = self.subjects.router
         programs = router.choose_all(self.subjects.outputs, theta)
-        flops = [router.route_flops(length, one) for length, one in zip(self.lengths, programs, strict=True)]
+        flops = [router.route_flops(length, program) for length, program in zip(self.lengths, programs, strict=True)]
         return self._run(programs, flops)
 
     def oracle_run(self) -> _Run:
-        """The cheapest agreeing program that is known."""
-        known = self.subjects.outcomes.matrix.programs
-        return self._run(oracle(self.subjects.outcomes, known))
+        """The cheapest agreeing program of the matrix, prompt by prompt."""
+        return self._run(oracle(self.subjects.outcomes, self.subjects.outcomes.matrix.programs))
 
-    def controls(self, main: _Run) -> tuple[dict[str, _Run], dict[str, str]]:
-        """Systems of the main one's cost, and a note about some."""
-        subjects = self.subjects
-        static = self._static(main)
-        ratio = min(1.0, sum(self._flops(main)) / sum(self.full))
-        drawn = random_programs(ratio, _RANDOM, subjects.cost, subjects.policy, subjects.seed)
-        dealt = shuffled([drawn[row % len(drawn)] for row in self.rows], subjects.seed)
-        runs = {
-            "shuffled router": self._shuffles(main)[0],
-            "best static program": self._run(static.deal(len(self.rows), subjects.seed)),
-            "random program": self._run(dealt),
-        }
-        return runs, {"best static program": static.text}
+    def controls(self, run: _Run) -> list[_Control]:
+        """All rivals of a run."""
+        return [self._shuffled(run), self._static(run), self._random(run)]
 
     def within(self, name: str, point: str, run: _Run) -> ClassResult:
-        """The router against the two controls that say whether reading a prompt earns anything."""
+        """The router against the two controls that show whether reading a prompt earns anything."""
         system, static = self.system(point, "router", run), self._static(run)
         program, share = next(iter(system.programs.items()))
         return ClassResult(
@@ -181,15 +190,43 @@ class _Bench:
             accuracy_drop=system.accuracy_drop,
             program=program,
             program_share=share,
-            shuffled=self._against("shuffled router", run, self._shuffles(run)),
-            static=self._against("best static program", run, self._statics(static)),
-            static_program=static.text,
+            shuffled=self.compare(run, self._shuffled(run)),
+            static=self.compare(run, static),
+            static_program=static.note,
         )
 
-    def _static(self, main: _Run) -> StaticMix:
-        """The best static program of a run's cost, chosen with hindsight: the one that agrees most on these prompts."""
-        quality = {one: fmean(self.subjects.outcomes.agreeing(one)) for one in self.subjects.static}
-        return best_static(quality, self._static_costs(), sum(self._flops(main)))
+    def _shuffled(self, run: _Run) -> _Control:
+        """The run's own programs dealt anew, several times, and never cheaper than the run itself.
+
+        Where long prompts run identity more often than short ones, dealing at random would be cheaper; there programs
+        move among prompts of about the same size only.
+        """
+        deals = [self._run(shuffled(run.programs, seed), run.router_flops) for seed in self._seeds()]
+        spent = fmean(outcome.flops for deal in deals for outcome in deal.outcomes)
+        if spent < (1 - _SAME_COST) * fmean(outcome.flops for outcome in run.outcomes):
+            deals = [self._run(shuffled(run.programs, seed, self.full), run.router_flops) for seed in self._seeds()]
+        return _Control(SHUFFLED, deals)
+
+    def _static(self, run: _Run) -> _Control:
+        """The best static program of the run's cost, chosen with hindsight: the one that agrees most on these prompts.
+
+        A mix of two programs is dealt several times.
+        """
+        quality = {program: fmean(self.subjects.outcomes.agreeing(program)) for program in self.subjects.static}
+        mix = best_static(quality, self._static_costs(), sum(self._flops(run)))
+        seeds = self._seeds() if mix.cheap != mix.expensive else self._seeds()[:1]
+        return _Control(STATIC, [self._run(mix.deal(len(self.rows), seed)) for seed in seeds], mix.text)
+
+    def _random(self, run: _Run) -> _Control:
+        """A few programs that skip random layers, dealt to the prompts."""
+        subjects = self.subjects
+        ratio = min(1.0, sum(self._flops(run)) / sum(self.full))
+        drawn = random_programs(ratio, _RANDOM_PROGRAMS, subjects.cost, subjects.policy, subjects.seed)
+        dealt = shuffled([drawn[row % len(drawn)] for row in self.rows], subjects.seed)
+        return _Control(RANDOM, [self._run(dealt)])
+
+    def _seeds(self) -> range:
+        return range(self.subjects.seed, self.subjects.seed + _DEALS)
 
     def _static_costs(self) -> dict[Program, float]:
         """FLOPs of each fixed program over all prompts."""
@@ -199,16 +236,12 @@ class _Bench:
 
     def _flops(self, run: _Run) -> list[float]:
         """Per prompt, the router's included."""
-        return [one.flops + own for one, own in zip(run.outcomes, run.router_flops, strict=True)]
-
-    def identity(self) -> SystemResult:
-        """Full depth."""
-        return self.system("identity", "identity", self.identity_run)
+        return [outcome.flops + own for outcome, own in zip(run.outcomes, run.router_flops, strict=True)]
 
     def system(self, name: str, role: str, run: _Run, note: str = "") -> SystemResult:
         """The figures of one system."""
         right, reference = self._right(run), self._right(self.identity_run)
-        agree = [one.agree for one in run.outcomes]
+        agree = [outcome.agree for outcome in run.outcomes]
         identity = self.identity_run.programs[0]
         timing = self.subjects.timings.get(name)
         return SystemResult.model_validate(
@@ -221,7 +254,7 @@ class _Bench:
                 "accuracy_drop": paired_difference(reference, right) if right else None,
                 "mcnemar_vs_identity_p": mcnemar(reference, right) if right else None,
                 "agreement": wilson(sum(agree), len(agree)),
-                "answer_share": fmean(one.share for one in run.outcomes),
+                "answer_share": fmean(outcome.share for outcome in run.outcomes),
                 "non_identity_rate": fmean(program != identity for program in run.programs),
                 "programs": {
                     program.text: count / len(run.programs) for program, count in Counter(run.programs).most_common()
@@ -249,40 +282,12 @@ class _Bench:
             total=1 - total / full,
         )
 
-    def comparison(self, control: str, main: _Run) -> Comparison:
-        """The router against a control."""
-        if control == "shuffled router":
-            return self._against(control, main, self._shuffles(main))
-        if control == "best static program":
-            return self._against(control, main, self._statics(self._static(main)))
-        return self._against(control, main, [self.controls(main)[0][control]])
-
-    def _shuffles(self, main: _Run) -> list[_Run]:
-        """Its programs dealt anew, several times, and never cheaper than it is itself.
-
-        Where long prompts run identity more often than short ones, dealing at random would be; there programs move
-        among prompts of about the same size only.
-        """
-        plain = [self._run(shuffled(main.programs, seed), main.router_flops) for seed in self._seeds()]
-        spent = fmean(one.flops for run in plain for one in run.outcomes)
-        if spent >= (1 - _SAME_COST) * fmean(one.flops for one in main.outcomes):
-            return plain
-        return [self._run(shuffled(main.programs, seed, self.full), main.router_flops) for seed in self._seeds()]
-
-    def _statics(self, static: StaticMix) -> list[_Run]:
-        """One program for all; a mix of two is dealt several times."""
-        seeds = self._seeds() if static.cheap != static.dear else self._seeds()[:1]
-        return [self._run(static.deal(len(self.rows), seed)) for seed in seeds]
-
-    def _seeds(self) -> range:
-        return range(self.subjects.seed, self.subjects.seed + _DEALS)
-
-    def _against(self, control: str, main: _Run, rivals: Sequence[_Run]) -> Comparison:
-        """Paired figures; of several deals the median p-value and the mean gain."""
-        right, agree = self._right(main), [one.agree for one in main.outcomes]
-        theirs = [(self._right(rival), [one.agree for one in rival.outcomes]) for rival in rivals]
+    def compare(self, run: _Run, control: _Control) -> Comparison:
+        """Paired figures of a run and a control; of several deals the median p-value and the mean gain."""
+        right, agree = self._right(run), [outcome.agree for outcome in run.outcomes]
+        theirs = [(self._right(deal), [outcome.agree for outcome in deal.outcomes]) for deal in control.deals]
         return Comparison(
-            control=control,
+            control=control.name,
             accuracy_p=median(mcnemar(right, other) for other, _ in theirs) if right else None,
             accuracy_gain=fmean(fmean(right) - fmean(other) for other, _ in theirs) if right else None,
             agreement_p=median(mcnemar(agree, other) for _, other in theirs),
@@ -292,7 +297,7 @@ class _Bench:
     def frontier(self) -> list[FrontierPoint]:
         """The router along its dial."""
         dial = self.subjects.router.facts.dial
-        step = max(1, len(dial) // _FRONTIER)
+        step = max(1, len(dial) // _FRONTIER_POINTS)
         points = []
         for theta in dict.fromkeys([*dial[::step], dial[-1]]):
             run = self.routed(theta)
@@ -301,7 +306,7 @@ class _Bench:
                 FrontierPoint(
                     theta=theta,
                     flops_saved=self._saved(run).total,
-                    agreement=fmean(one.agree for one in run.outcomes),
+                    agreement=fmean(outcome.agree for outcome in run.outcomes),
                     accuracy=fmean(right) if right else None,
                 )
             )
@@ -313,7 +318,7 @@ class _Bench:
         spent, full = self._flops(run), sum(self.identity_run.outcomes[row].flops for row in self.written)
         return Generated(
             prompts=len(outcomes),
-            same_answer=wilson(sum(one.agree for one in outcomes), len(outcomes)),
-            same_tokens=fmean(one.share for one in outcomes),
+            same_answer=wilson(sum(outcome.agree for outcome in outcomes), len(outcomes)),
+            same_tokens=fmean(outcome.share for outcome in outcomes),
             flops_saved=1 - sum(spent[row] for row in self.written) / full,
         )

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from polar_sdk.engine.route import run_lead
 from polar_sdk.errors import RouterError
-from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, Walk, certify
+from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, resplit
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set
-from polar_sdk.lab.evaluation.resplit import Resplits, resplit
-from polar_sdk.lab.evaluation.results import Evaluation
-from polar_sdk.lab.evaluation.verdict import verdict
+from polar_sdk.lab.evaluation.results import Evaluation, verdict
 from polar_sdk.lab.items import ChoiceItem
 from polar_sdk.lab.training.measuring import Bench, marks, unseen
 from polar_sdk.programs.program import Program
@@ -90,7 +88,7 @@ class Judge:
         """Certify on random halves of what training left alone, and count the promises that the other half breaks."""
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=False))
-        walk = Walk.along(self._router, self._outputs(tasks), self._outcomes(tasks), self.on_progress)
+        walk = DialWalk.along(self._router, self._outputs(tasks), self._outcomes(tasks), self.on_progress)
         return resplit(walk, tiers, delta, times)
 
     def evaluate(

@@ -1,23 +1,32 @@
-"""What an evaluation found, as data. Saves as JSON; measures and renders nothing.
+"""What an evaluation found, as data, and in words: did routing per prompt earn anything, and what to run if not.
 
-Shares are fractions of 1; an interval is a value with the ends of its 95 % confidence interval.
+Shares are fractions of 1; an interval is a value with the ends of its 95 % confidence interval. Saves as JSON; measures
+and draws nothing.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.exact_tests import Interval
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
+
+SHUFFLED: Final = "shuffled router"
+STATIC: Final = "best static program"
+RANDOM: Final = "random program"
+_ACCURACY_BOUND: Final = 0.02
+"""The accuracy drop that the verdict speaks about."""
+_NEARLY_ALL: Final = 0.9
+"""Share of the prompts on one program from which a router is called static."""
 
 
-class Saved(_Frozen):
+class Saved(BaseModel, frozen=True):
     """Share of identity's FLOPs saved; router, head and bridges are counted on the system's side."""
 
     prefill: float
@@ -27,23 +36,23 @@ class Saved(_Frozen):
     total: float
 
 
-class SystemResult(_Frozen):
+class SystemResult(BaseModel, frozen=True):
     """One system on one set."""
 
     name: str
     role: Literal["identity", "router", "control", "oracle"]
     deployable: bool = True
-    """False for what needs to know the outcome before it runs."""
+    """False for a system that must know the outcome before it runs."""
     note: str = ""
     accuracy: Interval | None = None
     """With Wilson's interval; None where no prompt has an answer."""
     accuracy_drop: Interval | None = None
-    """Identity's accuracy − this one's, paired."""
+    """Identity's accuracy − this system's, paired."""
     mcnemar_vs_identity_p: float | None = None
     agreement: Interval
     """Share of prompts with the same answer as identity, with Wilson's interval."""
     answer_share: float
-    """Mean share of identity's answer that stays: of its tokens, for prompts that are answered in text."""
+    """Mean share of identity's answer that is kept: of its tokens, for prompts that are answered in text."""
     non_identity_rate: float
     programs: dict[str, float]
     """Share of the prompts that run each program, the most used one first."""
@@ -51,10 +60,10 @@ class SystemResult(_Frozen):
     ms_per_token: float | None = None
     """Wall-clock at batch 1 per token of short answers, prompt included. Unit: milliseconds; None = not timed."""
     router_ms: float | None = None
-    """Of it, per request: what the router took. Unit: milliseconds."""
+    """Time of the router per request, included above. Unit: milliseconds."""
 
 
-class Comparison(_Frozen):
+class Comparison(BaseModel, frozen=True):
     """The router against one control of equal cost, paired, exact McNemar."""
 
     control: str
@@ -71,7 +80,7 @@ class Comparison(_Frozen):
         return accuracy or (self.agreement_gain > 0 and self.agreement_p < 0.01)
 
 
-class ClassResult(_Frozen):
+class ClassResult(BaseModel, frozen=True):
     """The router within one class of prompts, at one of its points, against controls of equal cost."""
 
     name: str
@@ -89,11 +98,11 @@ class ClassResult(_Frozen):
     shuffled: Comparison
     static: Comparison
     static_program: str
-    """What the best static program of equal cost is, in words."""
+    """The best static program of equal cost, in words."""
 
     @property
     def outcome(self) -> Literal["identity", "static", "routed"]:
-        """What serves this class: full depth, a program that needs no router, or a choice per prompt that earns it.
+        """What should serve this class: full depth, a program without a router, or a choice per prompt that earns it.
 
         `routed` only where the router beats both the shuffled router and the static program at p < 0.01.
         """
@@ -102,7 +111,7 @@ class ClassResult(_Frozen):
         return "routed" if self.shuffled.beaten and self.static.beaten else "static"
 
 
-class FrontierPoint(_Frozen):
+class FrontierPoint(BaseModel, frozen=True):
     """The router with its dial at one θ."""
 
     theta: float
@@ -111,7 +120,7 @@ class FrontierPoint(_Frozen):
     accuracy: float | None
 
 
-class Generated(_Frozen):
+class Generated(BaseModel, frozen=True):
     """Prompts answered in text, by one tier."""
 
     prompts: int
@@ -120,7 +129,7 @@ class Generated(_Frozen):
     flops_saved: float
 
 
-class SetResult(_Frozen):
+class SetResult(BaseModel, frozen=True):
     """All systems on one set of prompts."""
 
     name: str
@@ -140,7 +149,7 @@ class SetResult(_Frozen):
         return next(system for system in self.systems if system.role == "router")
 
 
-class Evaluation(_Frozen):
+class Evaluation(BaseModel, frozen=True):
     """A whole evaluation; the first set holds all prompts together."""
 
     model: str
@@ -160,24 +169,105 @@ class Evaluation(_Frozen):
     training: dict[str, Any]
 
     def plain(self) -> dict[str, Any]:
-        """Everything as JSON-like data, the figures that matter most under plain keys."""
+        """Everything as JSON-like data, with the most important figures under plain keys."""
         whole = self.sets[0]
         main, drop = whole.main, whole.main.accuracy_drop
-        against = {one.control.split(" (")[0]: one for one in whole.comparisons}
+        against = {comparison.control: comparison for comparison in whole.comparisons}
 
         def p_value(control: str) -> float | None:
-            one = against.get(control)
-            return None if one is None else one.agreement_p if one.accuracy_p is None else one.accuracy_p
+            comparison = against.get(control)
+            if comparison is None:
+                return None
+            return comparison.agreement_p if comparison.accuracy_p is None else comparison.accuracy_p
 
         return {
             "flops_saved": main.flops_saved.total,
             "accuracy_drop": None if drop is None else drop.value,
             "accuracy_drop_ci95": None if drop is None else [drop.low, drop.high],
             "non_identity_rate": main.non_identity_rate,
-            "mcnemar_vs_shuffled_p": p_value("shuffled router"),
-            "mcnemar_vs_static_p": p_value("best static program"),
-            "mcnemar_vs_shuffled_agreement_p": getattr(against.get("shuffled router"), "agreement_p", None),
-            "mcnemar_vs_static_agreement_p": getattr(against.get("best static program"), "agreement_p", None),
+            "mcnemar_vs_shuffled_p": p_value(SHUFFLED),
+            "mcnemar_vs_static_p": p_value(STATIC),
+            "mcnemar_vs_shuffled_agreement_p": getattr(against.get(SHUFFLED), "agreement_p", None),
+            "mcnemar_vs_static_agreement_p": getattr(against.get(STATIC), "agreement_p", None),
             **self.model_dump(mode="json"),
-            "classes": [{**one.model_dump(mode="json"), "outcome": one.outcome} for one in self.classes],
+            "classes": [{**result.model_dump(mode="json"), "outcome": result.outcome} for result in self.classes],
         }
+
+
+def verdict(sets: Sequence[SetResult], classes: Sequence[ClassResult] = ()) -> list[str]:
+    """Sentences about all prompts at the first point, and about the classes at each point."""
+    return [*_whole(sets[0]), *_classes(classes)]
+
+
+def _whole(result: SetResult) -> Iterator[str]:
+    main = result.main
+    yield f"The router saves {main.flops_saved.total:.1%} of the FLOPs; it leaves identity for " + (
+        f"{main.non_identity_rate:.0%} of the prompts and agrees with it on {main.agreement.value:.1%}."
+    )
+    if main.accuracy_drop is not None:
+        drop = main.accuracy_drop
+        excluded = "excludes" if drop.high < _ACCURACY_BOUND else "does not exclude"
+        yield (
+            f"Accuracy drops by {drop.value * 100:.2f} points (95 % interval {drop.low * 100:+.2f} to "
+            f"{drop.high * 100:+.2f}), which {excluded} {_ACCURACY_BOUND * 100:.0f} points."
+        )
+    if main.non_identity_rate == 0:
+        yield "It chooses identity for every prompt: it saves nothing and is not worth running."
+        return
+    unbeaten = [rival.control for rival in result.comparisons if rival.control != RANDOM and not rival.beaten]
+    for comparison in result.comparisons:
+        yield _against(comparison)
+    if unbeaten:
+        yield (
+            f"The router does not beat the {' nor the '.join(unbeaten)} of equal cost: which prompt gets which program "
+            f"does not matter here. {_instead(result)}"
+        )
+
+
+def _instead(result: SetResult) -> str:
+    """What to run where the router earns nothing."""
+    program, share = next(iter(result.main.programs.items()))
+    if share >= _NEARLY_ALL:
+        return f"It is in effect a static program already: {program} for {share:.0%} of these prompts."
+    static = next(system for system in result.systems if system.name == STATIC)
+    return f"Use the static program instead: {static.note}."
+
+
+def _against(rival: Comparison) -> str:
+    verb = "beats" if rival.beaten else "does not beat"
+    accuracy = ""
+    if rival.accuracy_p is not None and rival.accuracy_gain is not None:
+        accuracy = f"accuracy {rival.accuracy_gain * 100:+.2f} points, p = {rival.accuracy_p:.2g}; "
+    return (
+        f"It {verb} the {rival.control} of equal cost ({accuracy}agreement {rival.agreement_gain * 100:+.2f} points, "
+        f"p = {rival.agreement_p:.2g}; exact McNemar)."
+    )
+
+
+def _classes(classes: Sequence[ClassResult]) -> Iterator[str]:
+    """Per point, which classes earn a choice per prompt, and what serves the others just as well."""
+    for point in dict.fromkeys(result.point for result in classes):
+        here = [result for result in classes if result.point == point]
+        routed = [result for result in here if result.outcome == "routed"]
+        static = [result for result in here if result.outcome == "static"]
+        identity = [result for result in here if result.outcome == "identity"]
+        yield (
+            f"{point}: reading the prompt beats both the shuffled router and the best static program at p < 0.01 in "
+            f"{len(routed)} of {len(here)} classes{_named(routed)}."
+        )
+        if static:
+            served = ", ".join(f"{result.name} ({_served(result)})" for result in static)
+            yield f"{point}: a static program is as good within {served}."
+        if identity:
+            yield f"{point}: full depth for all of {', '.join(result.name for result in identity)}."
+
+
+def _named(classes: Sequence[ClassResult]) -> str:
+    return f": {', '.join(result.name for result in classes)}" if classes else ""
+
+
+def _served(result: ClassResult) -> str:
+    """The static program, or that the router runs it there already."""
+    if result.program_share >= _NEARLY_ALL:
+        return f"which it is: {result.program} for {result.program_share:.0%}"
+    return f"{result.static_program}; n = {result.prompts}"

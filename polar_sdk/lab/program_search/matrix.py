@@ -27,12 +27,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.errors import DataError
 from polar_sdk.programs.program import Program
 
@@ -42,9 +43,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.lab.items import Split
+    from polar_sdk.lab.rewards.measure import Measurer
+    from polar_sdk.lab.rewards.tasks import PromptKind, Task
 
 
-Kind = Literal["choice", "prompt", "answer"]
 _FORMAT: Final = "polar-rewards-1"
 _PER_ROW: Final = ("ids", "kinds", "splits", "tokens")
 _TENSORS: Final = ("agree", "share", "margin", "right", "labelled", "flops")
@@ -75,7 +77,7 @@ class RewardMatrix:
     """
 
     ids: tuple[str, ...]
-    kinds: tuple[Kind, ...]
+    kinds: tuple[PromptKind, ...]
     splits: tuple[Split, ...]
     tokens: tuple[tuple[int, ...], ...]
     programs: tuple[Program, ...]
@@ -119,7 +121,7 @@ class RewardMatrix:
         rest = {field.name: getattr(self, field.name) for field in fields(self)}
         return RewardMatrix(**{**rest, **per_row, **tensors})
 
-    def of(self, *splits: Split, kinds: Collection[Kind] = ("choice", "prompt", "answer")) -> RewardMatrix:
+    def of(self, *splits: Split, kinds: Collection[PromptKind] = ("choice", "prompt", "answer")) -> RewardMatrix:
         """The rows of these splits (and kinds).
 
         Raises:
@@ -174,3 +176,50 @@ def _facts(texts: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         "programs": tuple(map(Program.parse, texts["programs"])),
         "tokens": tuple(tuple(row.tolist()) for row in rows),
     }
+
+
+def measured_matrix(
+    measurer: Measurer,
+    tasks: Sequence[Task],
+    programs: Sequence[Program],
+    *,
+    splits: Sequence[Split],
+    data: str,
+    write_tokens: int | None = 64,
+    stage: str = "programs",
+) -> RewardMatrix:
+    """What every program does on every task.
+
+    Args:
+        measurer: Of the model.
+        tasks: At least one.
+        programs: Identity first.
+        splits: Of each task.
+        data: Hash of the prompts.
+        write_tokens: Most tokens of answers that are compared with the right text; None looks at no right answer, since
+            answers in text must be written for that, which is slow.
+        stage: For progress.
+    """
+    model = measurer.model
+    rewards = measurer.rewards(tasks, programs, stage)
+    known = write_tokens is not None
+    nothing = torch.zeros(len(tasks), dtype=torch.bool)
+    right = [nothing if write_tokens is None else measurer.right(tasks, one, write_tokens) for one in programs]
+    return RewardMatrix(
+        ids=tuple(task.id for task in tasks),
+        kinds=tuple(task.kind for task in tasks),
+        splits=tuple(splits),
+        tokens=tuple(task.question.prompt for task in tasks),
+        programs=tuple(programs),
+        agree=torch.stack([rewards[program].agree for program in programs], 1),
+        share=torch.stack([rewards[program].share for program in programs], 1),
+        margin=torch.stack([rewards[program].margin for program in programs], 1),
+        right=torch.stack(right, 1),
+        labelled=torch.tensor([known and task.kind != "prompt" for task in tasks]),
+        flops=torch.stack([rewards[program].flops for program in programs], 1),
+        model=model.name,
+        fingerprint=model.fingerprint,
+        dtype=model.dtype,
+        bridges=hash_bridges(model.loaded.decoder, programs),
+        data=data,
+    )

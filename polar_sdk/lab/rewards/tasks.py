@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
 
 
-Kind = Literal["choice", "prompt", "answer"]
+PromptKind = Literal["choice", "prompt", "answer"]
 _BATCH = 16
 """Prompts that are answered together."""
 
@@ -53,7 +53,7 @@ class Task:
         return hashlib.sha256(repr((self.question.prompt, self.question.continuations)).encode()).hexdigest()[:40]
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> PromptKind:
         """What the item is."""
         if isinstance(self.item, ChoiceItem):
             return "choice"

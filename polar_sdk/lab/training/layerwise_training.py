@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import torch
+from pydantic import BaseModel, Field
 
 from polar_sdk.lab.training.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.training.menu_training import Trained
@@ -25,8 +26,26 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.lab.training.settings import PolicySettings
     from polar_sdk.programs.program import Program
+
+
+class LayerwiseSettings(BaseModel, frozen=True, extra="forbid"):
+    """How a policy router is trained: the article's way, leave-one-out policy gradient."""
+
+    price: Annotated[float, Field(gt=0)] = 3.0
+    """What a lost prompt weighs in the reward, against the whole FLOPs of one."""
+    samples: int = Field(default=4, ge=2)
+    """Programs drawn per prompt and step; each is judged against the mean of the others."""
+    epochs: int = Field(default=8, ge=1)
+    batch: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    entropy: float = Field(default=0.003, ge=0)
+    """Weight of the entropy bonus."""
+    execute: float = Field(default=0.9, gt=0, lt=1)
+    """Probability of executing a layer that the policy starts from."""
+    patience: int = Field(default=3, ge=1)
+    """Epochs without a better utility on dev before training stops."""
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
 
 
 class Measure(Protocol):
@@ -38,7 +57,7 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
-class PolicyTask:
+class LayerwiseTask:
     """What to learn.
 
     Attributes:
@@ -60,9 +79,9 @@ class PolicyTask:
     start: Program | None = None
 
 
-def fit_policy(
-    task: PolicyTask,
-    settings: PolicySettings,
+def fit_layerwise(
+    task: LayerwiseTask,
+    settings: LayerwiseSettings,
     *,
     checkpoints: Path | None = None,
     on_progress: Progress = silent,
@@ -102,7 +121,7 @@ def fit_policy(
 class _Run:
     """One seed's training, one epoch at a time."""
 
-    def __init__(self, task: PolicyTask, settings: PolicySettings, seed: int, checkpoint: Checkpoint) -> None:
+    def __init__(self, task: LayerwiseTask, settings: LayerwiseSettings, seed: int, checkpoint: Checkpoint) -> None:
         self.task, self.settings, self.seed, self.checkpoint = task, settings, seed, checkpoint
         features = task.features[list(task.train)]
         self.network = Network.fresh(features, HIDDEN, len(task.free) * len(ACTIONS), seed)

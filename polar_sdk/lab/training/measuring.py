@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import check_labels, data_hash, distinct_items, item_id, split_of
-from polar_sdk.lab.program_search.measured import measured_matrix
+from polar_sdk.lab.program_search.matrix import measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
-from polar_sdk.lab.training.outcomes import Outcome, Outcomes
+from polar_sdk.lab.training.outcomes import Outcomes, PromptOutcome
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Bench:
 
         return Outcomes(self.matrix(tasks, programs, labels=labels), block)
 
-    def again(self, tasks: Sequence[Task]) -> list[Outcome]:
+    def again(self, tasks: Sequence[Task]) -> list[PromptOutcome]:
         """Identity once more, measured afresh in another order and other packs: the noise floor.
 
         What is written in text is not written again; there the answer's tokens are compared. The second measurement is
@@ -126,7 +126,7 @@ class Bench:
         first = self._measurer.right(tasks, identity).tolist()
         right = [_chosen_right(task, score) for task, score in zip(tasks, afresh, strict=True)]
         return [
-            Outcome(agree, share, before if now is None else now, flops)
+            PromptOutcome(agree, share, before if now is None else now, flops)
             for agree, share, before, now, flops in zip(
                 reward.agree.tolist(), reward.share.tolist(), first, right, reward.flops.tolist(), strict=True
             )

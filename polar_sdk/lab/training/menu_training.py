@@ -1,8 +1,12 @@
-"""Training the value head of a menu router on the whole reward matrix, positives and negatives.
+"""Train the value head of a menu router on the whole reward matrix, on prompts lost and prompts kept.
 
-Two targets. `agreement`: the log-loss of "nothing is lost" per program, plus the exact policy gradient: with every
-reward known, the expected utility of a soft decision is a plain sum, no sampling. `gap`: the margin under each program,
-then mapped to a probability on the dev prompts. Runs are told apart by the deployed utility on dev, never by a loss.
+There are two targets. `agreement`: the log-loss of "nothing is lost" per program, plus the exact policy gradient: as
+every reward is known, the expected utility of a soft decision is a plain sum and needs no sampling. `gap`: the margin
+under each program, then mapped to a probability on the dev prompts.
+
+Runs are compared by the utility of the deployed decision on dev, never by a loss. A menu router serves with its dial at
+the loosest θ whose share of lost prompts stays below a risk, for each kind of prompt alike; the utility is the share of
+FLOPs saved there, averaged over several risks. Knows tensors only, no model.
 """
 
 from __future__ import annotations
@@ -10,14 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from pydantic import BaseModel, Field
 
 from polar_sdk.lab.training.checkpoint import Checkpoint, run_key
-from polar_sdk.lab.training.utility import frontier
-from polar_sdk.router.menu import needed_theta
+from polar_sdk.router.certificate import Loss
+from polar_sdk.router.menu import cheapest, menu_dial, needed_theta
 from polar_sdk.router.network import Network
 from polar_sdk.show.progress import Progress, silent
 
@@ -28,7 +33,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.lab.training.examples import Examples
-    from polar_sdk.lab.training.settings import MenuSettings
+
+
+Target = Literal["agreement", "gap"]
+"""What the value head predicts: whether nothing is lost, or the margin under the program."""
+
+
+class MenuSettings(BaseModel, frozen=True, extra="forbid"):
+    """How a menu router is trained; every combination of targets, sizes and penalties is tried with every seed."""
+
+    loss: Loss = "differs"
+    targets: tuple[Target, ...] = Field(default=("agreement", "gap"), min_length=1)
+    hidden: tuple[tuple[int, ...], ...] = Field(default=((), (64,)), min_length=1)
+    """Hidden layers of the head; () is a linear one."""
+    penalties: tuple[float, ...] = Field(default=(0.3, 3.0), min_length=1)
+    """Squared weights, relative to the number of features over prompts."""
+    gradient: float = Field(default=1.0, ge=0)
+    """Weight of the exact policy gradient beside the regression (target `agreement`)."""
+    prices: tuple[float, float] = (2.0, 30.0)
+    """Range of what a lost prompt weighs against the whole FLOPs of one, for the policy gradient."""
+    temperature: float = Field(default=0.05, gt=0)
+    """Of the stochastic decision whose expected utility the policy gradient raises."""
+    risks: tuple[float, ...] = Field(default=(0.02, 0.05, 0.1), min_length=1)
+    """Shares of lost prompts at which the deployed decision is judged."""
+    least: float = Field(default=0.5, gt=0, lt=1)
+    """The dial ends where the router would run a program that it expects to keep an answer less often than that.
+
+    Without it a few prompts given up for lost, by the cheapest program, count for less than many that are a little at
+    risk: cheap on average, and of no use to those who asked.
+    """
+    steps: int = Field(default=200, ge=1)
+    check_every: int = Field(default=10, ge=1)
+    """Steps between looks at the deployed utility."""
+    patience: int = Field(default=6, ge=1)
+    """Looks without a better utility before a run stops."""
+    learning_rate: float = Field(default=0.01, gt=0)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
 
 
 _Config = tuple[str, tuple[int, ...], float]
@@ -204,3 +244,55 @@ def _utility(network: Network, dev: Examples, order: Sequence[int], settings: Me
     return frontier(needed_theta(network(dev.features)), dev, order, most=dev.end(settings.least)).utility(
         settings.risks
     )
+
+
+class Frontier(NamedTuple):
+    """What a menu router does along its dial, on given prompts."""
+
+    thetas: tuple[float, ...]
+    lost: Tensor
+    """Share of lost prompts at each θ, of the kind of prompt that loses most."""
+    saved: Tensor
+    """Share of all FLOPs saved at each θ."""
+
+    @property
+    def efficient(self) -> Frontier:
+        """Without the θ that a looser one is no worse than: a certificate's walk would stop at them for nothing."""
+        later = self.lost.flip(0).cummin(0).values.flip(0)
+        keep = ((self.lost <= later) & (self.saved >= 0)).tolist()
+        keep[0] = True
+        thetas = tuple(theta for theta, kept in zip(self.thetas, keep, strict=True) if kept)
+        return Frontier(thetas, self.lost[keep], self.saved[keep])
+
+    def best(self, risk: float) -> int:
+        """Place of the loosest θ before the share of lost prompts first exceeds the risk."""
+        beyond = (self.lost > risk).nonzero()
+        return int(beyond[0]) - 1 if len(beyond) else len(self.thetas) - 1
+
+    def utility(self, risks: Sequence[float]) -> float:
+        """Mean over the risks of the share of FLOPs saved."""
+        return sum(float(self.saved[self.best(risk)]) for risk in risks) / len(risks)
+
+
+def frontier(
+    needed: Tensor, examples: Examples, order: Sequence[int], thetas: Sequence[float] = (), most: float = 1.0
+) -> Frontier:
+    """Walk the dial.
+
+    Args:
+        needed: (P, M) least θ of each program for each prompt.
+        examples: What the programs did on those prompts.
+        order: Programs cheaper than identity, cheapest first.
+        thetas: Where to look, ascending from 0; none = where the choices change, those left out that a looser θ is no
+            worse than.
+        most: Where to stop looking, then.
+    """
+    walk = tuple(thetas) or menu_dial(needed, order, most=most)
+    chosen = cheapest(needed.double(), order, torch.tensor(walk, dtype=torch.float64).unsqueeze(1))
+    prompts = torch.arange(len(examples))
+    flops = examples.flops[prompts, chosen].sum(1)
+    saved = 1 - flops / examples.flops[:, 0].sum()
+    lost = examples.lost[prompts, chosen].double()
+    kinds = [lost[:, examples.kinds == kind].mean(1) for kind in sorted(set(examples.kinds.tolist()))]
+    found = Frontier(walk, torch.stack(kinds).amax(0), saved)
+    return found if thetas else found.efficient

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.certificate import Loss
 
 
-class Outcome(NamedTuple):
+class PromptOutcome(NamedTuple):
     """One program on one prompt."""
 
     agree: bool
@@ -47,7 +47,7 @@ class Outcomes:
 
     def __post_init__(self) -> None:
         self._column = {program: at for at, program in enumerate(self.matrix.programs)}
-        self._measured: dict[tuple[int, Program], Outcome] = {}
+        self._measured: dict[tuple[int, Program], PromptOutcome] = {}
         self._lists = _lists(self.matrix)
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Outcomes:
         """Per row, whether a program of the matrix answers as identity does."""
         return self.matrix.agree[:, self._column[program]].tolist()
 
-    def of(self, rows: Sequence[int], programs: Sequence[Program]) -> list[Outcome]:
+    def of(self, rows: Sequence[int], programs: Sequence[Program]) -> list[PromptOutcome]:
         """Outcomes of pairs of a row and a program.
 
         Raises:
@@ -79,7 +79,7 @@ class Outcomes:
         known = [self._known(pair) for pair in pairs]
         return [outcome for outcome in known if outcome is not None]
 
-    def all(self, programs: Sequence[Program]) -> list[Outcome]:
+    def all(self, programs: Sequence[Program]) -> list[PromptOutcome]:
         """Outcomes of one program per row."""
         return self.of(range(len(self)), programs)
 
@@ -95,13 +95,13 @@ class Outcomes:
             values.append(max(0, drop) if loss == "harms" else drop)
         return values
 
-    def _known(self, pair: tuple[int, Program]) -> Outcome | None:
+    def _known(self, pair: tuple[int, Program]) -> PromptOutcome | None:
         column = self._column.get(pair[1])
         return self._measured.get(pair) if column is None else self._cell(pair[0], column)
 
-    def _cell(self, row: int, column: int) -> Outcome:
+    def _cell(self, row: int, column: int) -> PromptOutcome:
         agree, share, right, flops = self._lists
-        return Outcome(agree[row][column], share[row][column], right[row][column], flops[row][column])
+        return PromptOutcome(agree[row][column], share[row][column], right[row][column], flops[row][column])
 
     def _measure(self, pairs: Sequence[tuple[int, Program]]) -> None:
         """Measure pairs in blocks: by program where few programs are asked for, by row otherwise."""
@@ -122,7 +122,7 @@ class Outcomes:
         for at, row in enumerate(rows):
             for column, program in enumerate(measured.programs):
                 cell = (agree[at][column], share[at][column], right[at][column], flops[at][column])
-                self._measured[row, program] = Outcome(*cell)
+                self._measured[row, program] = PromptOutcome(*cell)
 
 
 def _distinct(rows: Iterable[int]) -> list[int]:

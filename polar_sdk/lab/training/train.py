@@ -9,14 +9,12 @@ import torch
 
 from polar_sdk.errors import DataError, RouterModelError
 from polar_sdk.lab.training.examples import Examples, losses
-from polar_sdk.lab.training.layerwise_training import PolicyTask, fit_policy
+from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.measuring import Bench, marks
-from polar_sdk.lab.training.menu_training import Trained, fit_menu
-from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
-from polar_sdk.lab.training.utility import frontier
+from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_menu, frontier
 from polar_sdk.programs.program import Program
 from polar_sdk.router.features import FeatureKind, FeatureReader
-from polar_sdk.router.layerwise import EXECUTE, PolicyRouter, policy_dial
+from polar_sdk.router.layerwise import EXECUTE, LayerwiseRouter, layerwise_dial
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter, by_cost, needed_theta
 from polar_sdk.router.network import Network
@@ -46,7 +44,7 @@ _NATURAL = 0.5
 
 
 @dataclass
-class Trainer:
+class RouterTrainer:
     """Trains routers for one model.
 
     Attributes:
@@ -127,11 +125,11 @@ class Trainer:
     def policy(
         self,
         items: Sequence[Item],
-        settings: PolicySettings | None = None,
+        settings: LayerwiseSettings | None = None,
         *,
         prompts: int = 1000,
         cache: RewardCache | None = None,
-    ) -> PolicyRouter:
+    ) -> LayerwiseRouter:
         """Train a policy router by running the programs it draws.
 
         Args:
@@ -140,7 +138,7 @@ class Trainer:
             prompts: Most prompts to train on.
             cache: Where rewards are kept; None = the one on disk.
         """
-        settings = settings or PolicySettings()
+        settings = settings or LayerwiseSettings()
         bench = Bench(self.model, self.on_progress, cache)
         wanted = dict(zip(self.matrix.ids, self.matrix.splits, strict=True))
         tasks = [task for task in bench.tasks(items) if wanted.get(task.id) in ("train", "dev")]
@@ -156,7 +154,7 @@ class Trainer:
             return torch.tensor([not one.agree for one in found]), torch.tensor(saved)
 
         protected = {layer % self.model.depth for layer in self.model.policy.protected}
-        task = PolicyTask(
+        task = LayerwiseTask(
             features=self._read([task.question.prompt for task in tasks]),
             train=rows["train"][:prompts],
             dev=rows["dev"][:_DEV_PROMPTS],
@@ -164,11 +162,11 @@ class Trainer:
             free=[layer for layer in range(self.model.depth) if layer not in protected],
             measure=measure,
         )
-        trained = fit_policy(task, settings, checkpoints=self.checkpoints, on_progress=self.on_progress)
+        trained = fit_layerwise(task, settings, checkpoints=self.checkpoints, on_progress=self.on_progress)
         identity = (Program.identity(self.model.depth),)
-        router = PolicyRouter(self._facts(trained, (0.0,), _NATURAL, "differs"), trained.network, identity)
+        router = LayerwiseRouter(self._facts(trained, (0.0,), _NATURAL, "differs"), trained.network, identity)
         outputs = router.outputs(task.features[task.dev])
-        dial = policy_dial(router.log_probabilities(outputs)[..., EXECUTE].exp())
+        dial = layerwise_dial(router.log_probabilities(outputs)[..., EXECUTE].exp())
         return router.with_facts(dial=dial).bind(self.model.decoder, self.model.fingerprint)
 
     def _examples(self, settings: MenuSettings) -> tuple[Examples, Examples]:

@@ -17,10 +17,9 @@ from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import BridgeDamagedError, BridgeError, BridgeModelError, DataError, MissingBridgeError
-from polar_sdk.lab.bridges.fit import Ridge
+from polar_sdk.lab.bridges.fit import Ridge, make_packs, trainable_copy
 from polar_sdk.lab.bridges.heal import Healer, HealOptions, parse_segments
 from polar_sdk.lab.bridges.loss import Reference, choice_scores, loss_of, slots_of
-from polar_sdk.lab.bridges.states import make_packs, workshop
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem, builtin_items
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
@@ -140,7 +139,7 @@ def test_packs_run_as_the_engine_runs(model: PolarModel) -> None:
     tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
     pack = make_packs(decoder, tasks[:3], 4096)[0]
     with torch.inference_mode():
-        states = pack.run(workshop(decoder), pack.walk.embedded, program.steps)
+        states = pack.run(trainable_copy(decoder), pack.walk.embedded, program.steps)
         at = 0
         for task in tasks[:3]:
             tokens = [*task.question.prompt, *task.question.continuations[0]]

@@ -10,21 +10,18 @@ import torch
 
 from polar_sdk import lab
 from polar_sdk.errors import CalibrationSizeError, DataError, RouterError
-from polar_sdk.lab.evaluation.calibrate import Walk, certify
+from polar_sdk.lab.evaluation.calibrate import DialWalk, certify, resplit
 from polar_sdk.lab.evaluation.controls import best_static, oracle, random_programs, shuffled
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set
-from polar_sdk.lab.evaluation.page import to_html
-from polar_sdk.lab.evaluation.resplit import resplit
-from polar_sdk.lab.evaluation.results import Evaluation
-from polar_sdk.lab.evaluation.table import class_rows
-from polar_sdk.lab.evaluation.verdict import verdict
+from polar_sdk.lab.evaluation.rendering import class_rows, to_html
+from polar_sdk.lab.evaluation.results import Evaluation, verdict
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem, item_id
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.training.examples import losses
 from polar_sdk.lab.training.measuring import Bench, marks, unseen
+from polar_sdk.lab.training.menu_training import MenuSettings
 from polar_sdk.lab.training.outcomes import Outcomes
-from polar_sdk.lab.training.settings import MenuSettings
-from polar_sdk.lab.training.train import Trainer
+from polar_sdk.lab.training.train import RouterTrainer
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_model
@@ -49,7 +46,7 @@ def learned(request: pytest.FixtureRequest) -> dict[bool, Any]:
 def result(
     model: PolarModel, matrix: Callable[..., RewardMatrix], *, learnable: bool = True, theta: float = 0.3
 ) -> tuple[MenuRouter, SetResult]:
-    router = Trainer(model, matrix(learnable=learnable)).menu(QUICK)
+    router = RouterTrainer(model, matrix(learnable=learnable)).menu(QUICK)
     test = matrix(500, seed=3, learnable=learnable)
     found = evaluate_set(
         "synthetic",
@@ -99,7 +96,7 @@ def subjects(model: PolarModel, rows: RewardMatrix, router: MenuRouter, points: 
 
 def test_classes_are_judged_apart(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     """Over easy and hard prompts together reading earns something; within either of them it cannot."""
-    router = Trainer(model, matrix()).menu(QUICK)
+    router = RouterTrainer(model, matrix()).menu(QUICK)
     rows = matrix(600, seed=3)
     easy = [at for at, tokens in enumerate(rows.tokens) if max(tokens) < 78]
     hard = [at for at in range(600) if at not in set(easy)]
@@ -121,28 +118,28 @@ def test_classes_are_judged_apart(model: PolarModel, matrix: Callable[..., Rewar
 
 def test_a_shuffled_router_is_never_cheaper(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     """Long prompts at full depth: dealt at random, they would cross instead, so they are dealt among long ones."""
-    from polar_sdk.lab.evaluation.evaluate import _Bench, _Run
+    from polar_sdk.lab.evaluation.evaluate import _Run, _SetEvaluator
 
     rows = matrix(400, seed=3)
-    bench = _Bench(subjects(model, rows, Trainer(model, matrix()).menu(QUICK), {}))
+    evaluator = _SetEvaluator(subjects(model, rows, RouterTrainer(model, matrix()).menu(QUICK), {}))
     for sign in (1, -1):
         programs = [rows.programs[2 if sign * (len(tokens) - 17) > 0 else 0] for tokens in rows.tokens]
-        run = _Run(programs, [0] * len(programs), bench.subjects.outcomes.all(programs))
-        dealt = [sum(one.flops for one in other.outcomes) for other in bench._shuffles(run)]
+        run = _Run(programs, [0] * len(programs), evaluator.subjects.outcomes.all(programs))
+        dealt = [sum(one.flops for one in deal.outcomes) for deal in evaluator._shuffled(run).deals]
         assert sum(dealt) / len(dealt) > 0.99 * sum(one.flops for one in run.outcomes)
 
 
 def test_promises_are_tried_on_random_halves(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    router = Trainer(model, matrix()).menu(QUICK)
+    router = RouterTrainer(model, matrix()).menu(QUICK)
     rows = matrix(800, seed=5)
-    walk = Walk.along(router, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows))
+    walk = DialWalk.along(router, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows))
     whole = certify(router, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows), tiers=TIERS)
     assert walk.certificate(range(800), TIERS, 0.1) == whole
     found = {(one.tier, one.kind): one for one in resplit(walk, TIERS, 0.1, times=20)}
     assert set(found) == {(tier, kind) for tier in TIERS for kind in ("choice", "any")}
     assert all(one.pooled <= 4 and one.other_half <= 10 for one in found.values())
     loose = walk.router.with_facts(dial=(0.0, 1.0))
-    broken = Walk.along(loose, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows))
+    broken = DialWalk.along(loose, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows))
     none = resplit(broken, {"economy": (0.15, "differs")}, 0.1, times=5)
     assert [one.pooled for one in none] == [0, 0]  # 42 % are lost at θ = 1, so every half refuses it
 
@@ -187,7 +184,7 @@ def test_the_figures_are_those_counted_by_hand(model: PolarModel, matrix: Callab
 
 
 def test_calibration_counts_what_is_lost(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    router = Trainer(model, matrix()).menu(QUICK)
+    router = RouterTrainer(model, matrix()).menu(QUICK)
     rows = matrix(300, seed=5)
     outputs = router.outputs(router.reader.stack(rows.tokens))
     certificate = certify(router, outputs, Outcomes(rows), tiers=TIERS)
@@ -229,13 +226,13 @@ def test_a_router_may_be_trained_on_the_drop_of_accuracy(
     rows = matrix()
     right = torch.rand(rows.right.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     rows = replace(rows, right=right, labelled=torch.ones(len(rows), dtype=torch.bool))
-    strict = Trainer(model, rows).menu(QUICK.model_copy(update={"loss": "harms"}))
-    router = Trainer(model, rows).menu(QUICK.model_copy(update={"loss": "drops"}))
+    strict = RouterTrainer(model, rows).menu(QUICK.model_copy(update={"loss": "harms"}))
+    router = RouterTrainer(model, rows).menu(QUICK.model_copy(update={"loss": "drops"}))
     assert router.facts.training["utility"] > strict.facts.training["utility"] + 0.1
 
 
 def test_bad_calibration_sets_are_told_what_would_help(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    router = Trainer(model, matrix()).menu(QUICK)
+    router = RouterTrainer(model, matrix()).menu(QUICK)
     rows = matrix(120, seed=5)
     outputs = router.outputs(router.reader.stack(rows.tokens))
     with pytest.raises(
@@ -268,10 +265,10 @@ def test_static_programs_are_mixed_to_the_cost() -> None:
     quality, cost = {whole: 1.0, half: 0.9, third: 0.2}, {whole: 6.0, half: 3.0, third: 2.0}
     assert best_static(quality, cost, 3.0).text == "0-2"
     mixed = best_static(quality, cost, 4.5)
-    assert (mixed.cheap, mixed.dear, mixed.share) == (half, whole, 0.5)
+    assert (mixed.cheap, mixed.expensive, mixed.share) == (half, whole, 0.5)
     assert sorted(one.text for one in mixed.deal(4, 0)) == ["0-2", "0-2", "0-5", "0-5"]
     assert best_static(quality, cost, 1.0).cheap == third
-    assert best_static(quality, cost, 9.0).dear == whole
+    assert best_static(quality, cost, 9.0).expensive == whole
 
 
 def test_random_programs_have_the_cost_on_average(model: PolarModel) -> None:

@@ -17,12 +17,10 @@ from polar_sdk.cli.main import app
 from polar_sdk.engine.scoring import score_programs
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, Item, PromptItem, Shares
-from polar_sdk.lab.program_search.cuts import Edit, Space
-from polar_sdk.lab.program_search.evolve import evolve
+from polar_sdk.lab.program_search.cuts import Edit, Space, evolve
 from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.program_search.menu import Menu, cover
-from polar_sdk.lab.program_search.options import SearchOptions, SearchResult, rewards_path
-from polar_sdk.lab.program_search.run import Search
+from polar_sdk.lab.program_search.search import Search, SearchOptions, SearchResult, rewards_path
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import SAME_ANSWER, Measurer, _preferred, is_right
 from polar_sdk.lab.rewards.tasks import make_tasks
@@ -256,7 +254,7 @@ def test_a_seed_repeats_a_search_and_another_seed_is_another_search(model: Polar
 def test_labels_as_the_objective_choose_by_what_is_right(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """With labels that are the choices of one program, a program of the menu is right on all that was searched on."""
     monkeypatch.setattr(
-        "polar_sdk.lab.program_search.evolve._RUNGS", (1.0,)
+        "polar_sdk.lab.program_search.cuts._RUNGS", (1.0,)
     )  # so few prompts that halving would be chance
     favourite = Program.parse("0 2-5")
     tasks = make_tasks(model, [item for item in ITEMS if isinstance(item, ChoiceItem)], RewardCache())

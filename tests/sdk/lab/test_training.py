@@ -9,13 +9,12 @@ import torch
 
 from polar_sdk import lab
 from polar_sdk.errors import DataError, RouterError, RouterModelError
-from polar_sdk.lab.training.layerwise_training import PolicyTask, fit_policy
-from polar_sdk.lab.training.settings import MenuSettings, PolicySettings
-from polar_sdk.lab.training.train import Trainer
-from polar_sdk.lab.training.utility import frontier
+from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
+from polar_sdk.lab.training.menu_training import MenuSettings, frontier
+from polar_sdk.lab.training.train import RouterTrainer
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router
-from polar_sdk.router.layerwise import ACTIONS, PolicyRouter, program_of
+from polar_sdk.router.layerwise import ACTIONS, LayerwiseRouter, program_of
 from polar_sdk.router.menu import MenuRouter, needed_theta
 from polar_sdk.testing import tiny_model
 
@@ -38,7 +37,7 @@ def test_a_menu_router_learns_which_prompts_are_easy(
 ) -> None:
     settings = QUICK.model_copy(update={"targets": (target,)})
     # FLOPs of early features would outweigh what this little model can save, so that utility is looked at without.
-    router = Trainer(model, matrix(), features, layers=1).menu(settings)
+    router = RouterTrainer(model, matrix(), features, layers=1).menu(settings)
     test = matrix(400, seed=9)
     outputs = router.outputs(router.reader.stack(test.tokens))
     lost = [needed_theta(outputs)[:, 2] > 0.3, ~test.agree[:, 2]]
@@ -48,13 +47,14 @@ def test_a_menu_router_learns_which_prompts_are_easy(
 
 def test_what_cannot_be_learned_saves_less(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     learned, noise = (
-        Trainer(model, matrix(learnable=learnable)).menu(QUICK).facts.training["utility"] for learnable in (True, False)
+        RouterTrainer(model, matrix(learnable=learnable)).menu(QUICK).facts.training["utility"]
+        for learnable in (True, False)
     )
     assert learned > noise + 0.03
 
 
 def test_a_static_router_reads_nothing_and_saves_less(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
-    trainer = Trainer(model, matrix())
+    trainer = RouterTrainer(model, matrix())
     static, menu = trainer.static(QUICK), trainer.menu(QUICK)
     outputs = static.outputs(static.reader.stack(matrix(30, seed=2).tokens))
     for theta in static.facts.dial:
@@ -66,7 +66,7 @@ def test_a_static_router_reads_nothing_and_saves_less(model: PolarModel, matrix:
 def test_the_gradient_alone_learns(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     """With the regression all but outweighed, the exact policy gradient separates easy from hard prompts."""
     settings = QUICK.model_copy(update={"targets": ("agreement",), "gradient": 1000.0, "temperature": 0.3})
-    router = Trainer(model, matrix()).menu(settings)
+    router = RouterTrainer(model, matrix()).menu(settings)
     assert router.facts.training["utility"] > 0.1
 
 
@@ -87,7 +87,7 @@ def test_menu_training_resumes_after_an_interruption(
     model: PolarModel, matrix: Callable[..., RewardMatrix], tmp_path: Path
 ) -> None:
     settings = QUICK.model_copy(update={"seeds": (0, 1, 2), "steps": 20})
-    whole = Trainer(model, matrix()).menu(settings)
+    whole = RouterTrainer(model, matrix()).menu(settings)
     trained: list[int] = []
 
     def interrupt(stage: str, done: int, total: int) -> None:
@@ -97,18 +97,18 @@ def test_menu_training_resumes_after_an_interruption(
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Trainer(model, matrix(), checkpoints=tmp_path / "c", on_progress=interrupt).menu(settings)
+        RouterTrainer(model, matrix(), checkpoints=tmp_path / "c", on_progress=interrupt).menu(settings)
     assert len(list((tmp_path / "c").iterdir())) == 3
-    again = Trainer(model, matrix(), checkpoints=tmp_path / "c").menu(settings)
+    again = RouterTrainer(model, matrix(), checkpoints=tmp_path / "c").menu(settings)
     assert again.version == whole.version
     assert not (tmp_path / "c").exists()
 
 
 def test_a_matrix_of_another_model_or_dtype_is_refused(matrix: Callable[..., RewardMatrix]) -> None:
     with pytest.raises(RouterModelError, match="was measured on model tiny"):
-        Trainer(tiny_model(seed=4), matrix())
+        RouterTrainer(tiny_model(seed=4), matrix())
     with pytest.raises(RouterModelError, match="measured in float32"):
-        Trainer(tiny_model(precision="int8"), _as(matrix(), fingerprint=tiny_model(precision="int8").fingerprint))
+        RouterTrainer(tiny_model(precision="int8"), _as(matrix(), fingerprint=tiny_model(precision="int8").fingerprint))
 
 
 def _as(matrix: RewardMatrix, **changes: Any) -> RewardMatrix:
@@ -119,9 +119,9 @@ def _as(matrix: RewardMatrix, **changes: Any) -> RewardMatrix:
 
 def test_a_matrix_without_dev_prompts_is_refused(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     with pytest.raises(DataError, match="no prompt in dev"):
-        Trainer(model, matrix().of("train")).menu(QUICK)
+        RouterTrainer(model, matrix().of("train")).menu(QUICK)
     with pytest.raises(DataError, match="--layers 6 is out of range"):
-        Trainer(model, matrix(), "early", layers=6)
+        RouterTrainer(model, matrix(), "early", layers=6)
 
 
 def test_training_writes_what_can_be_loaded(
@@ -134,7 +134,7 @@ def test_training_writes_what_can_be_loaded(
     assert isinstance(read, MenuRouter) and read.version == made.version
     assert read.facts.training["prompts"] == {"train": 300, "dev": 200}
     with pytest.raises(RouterError, match="takes MenuSettings"):
-        lab.train(model, path, settings=PolicySettings())
+        lab.train(model, path, settings=LayerwiseSettings())
 
 
 # -- the article's router ------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def rule(features: Tensor) -> Callable[[Sequence[int], Sequence[Program]], tuple
     return measure
 
 
-def task(prompts: int = 400, **changes: Any) -> PolicyTask:
+def task(prompts: int = 400, **changes: Any) -> LayerwiseTask:
     features = torch.randn((prompts, 4), generator=torch.Generator().manual_seed(0))
     facts: dict[str, Any] = {
         "features": features,
@@ -163,14 +163,14 @@ def task(prompts: int = 400, **changes: Any) -> PolicyTask:
         "free": (1, 2, 3, 4),
         "measure": rule(features),
     }
-    return PolicyTask(**facts | changes)
+    return LayerwiseTask(**facts | changes)
 
 
-LEARN = PolicySettings(price=0.5, epochs=30, patience=30, learning_rate=3e-3, batch=15)
+LEARN = LayerwiseSettings(price=0.5, epochs=30, patience=30, learning_rate=3e-3, batch=15)
 
 
 def test_the_policy_gradient_learns_to_read_the_prompt() -> None:
-    trained = fit_policy(task(), LEARN)
+    trained = fit_layerwise(task(), LEARN)
     # Skipping 1 and 4 everywhere saves 1/3; skipping 2 where it is not needed, 1/12 more; without reading, no more.
     assert trained.record["utility"] > 0.36
     facts = {"free_layers": [1, 2, 3, 4]}
@@ -181,11 +181,11 @@ def test_the_policy_gradient_learns_to_read_the_prompt() -> None:
     assert 3 in needs.layers and 3 in needs_not.layers
 
 
-def _policy(network: Any, training: dict[str, Any]) -> PolicyRouter:
+def _policy(network: Any, training: dict[str, Any]) -> LayerwiseRouter:
     from polar_sdk.router.learned import RouterFacts
 
     facts = RouterFacts(model="t", fingerprint="f", depth=6, training=training)
-    return PolicyRouter(facts, network, [Program.identity(6)])
+    return LayerwiseRouter(facts, network, [Program.identity(6)])
 
 
 def test_a_high_price_keeps_identity() -> None:
@@ -193,22 +193,22 @@ def test_a_high_price_keeps_identity() -> None:
         whole = Program.identity(6)
         return torch.tensor([one != whole for one in programs]), torch.tensor([1 - len(one) / 6 for one in programs])
 
-    trained = fit_policy(task(measure=never), LEARN.model_copy(update={"epochs": 3}))
+    trained = fit_layerwise(task(measure=never), LEARN.model_copy(update={"epochs": 3}))
     assert trained.record["utility"] == 0.0
 
 
 def test_policy_training_resumes_after_an_interruption(tmp_path: Path) -> None:
     settings = LEARN.model_copy(update={"epochs": 4})
-    whole = fit_policy(task(), settings)
+    whole = fit_layerwise(task(), settings)
 
     def interrupt(stage: str, done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit_policy(task(), settings, checkpoints=tmp_path / "c", on_progress=interrupt)
+        fit_layerwise(task(), settings, checkpoints=tmp_path / "c", on_progress=interrupt)
     started: list[int] = []
-    again = fit_policy(
+    again = fit_layerwise(
         task(), settings, checkpoints=tmp_path / "c", on_progress=lambda stage, done, total: started.append(done)
     )
     assert started[0] == 2
@@ -217,7 +217,7 @@ def test_policy_training_resumes_after_an_interruption(tmp_path: Path) -> None:
 
 
 def test_the_dial_of_a_policy_router_goes_from_identity_to_everything() -> None:
-    trained = fit_policy(task(), LEARN.model_copy(update={"epochs": 2}))
+    trained = fit_layerwise(task(), LEARN.model_copy(update={"epochs": 2}))
     router = _policy(trained.network, {"free_layers": [1, 2, 3, 4]})
     outputs = router.outputs(torch.randn(20, 4))
     assert set(router.choose_all(outputs, 0.0)) == {Program.identity(6)}
@@ -247,9 +247,9 @@ def test_a_policy_router_is_trained_on_a_model(model: PolarModel, tmp_path: Path
         answer_tokens=3,
         cache=RewardCache(),
     )
-    settings = PolicySettings(epochs=1, batch=8, samples=2)
-    router = Trainer(model, found.matrix).policy(items, settings, cache=RewardCache())
-    assert isinstance(router, PolicyRouter)
+    settings = LayerwiseSettings(epochs=1, batch=8, samples=2)
+    router = RouterTrainer(model, found.matrix).policy(items, settings, cache=RewardCache())
+    assert isinstance(router, LayerwiseRouter)
     assert router.free == (1, 2, 3, 4)
     route = router.at(0.5).route([5, 6, 7])
     assert route.flops == router.route_flops(3, route.program)

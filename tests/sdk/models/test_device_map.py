@@ -23,7 +23,7 @@ from polar_sdk.engine.route import run_lead
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.scoring import Question, score_questions, states_after
 from polar_sdk.errors import CacheMemoryError, CompileError, DeviceError
-from polar_sdk.lab.bridges.states import workshop
+from polar_sdk.lab.bridges.fit import trainable_copy
 from polar_sdk.models.load import clear_cache
 from polar_sdk.models.placement import place, read_map
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
@@ -262,7 +262,7 @@ class TestServing:
         ):
             _split(folder, compile=True)
         with pytest.raises(DeviceError, match=r"bridges are made on one device, not on cpu\+cpu:0"):
-            workshop(_split(folder).loaded.decoder)
+            trainable_copy(_split(folder).loaded.decoder)
 
 
 def test_a_model_that_its_owner_has_split() -> None:

@@ -15,7 +15,7 @@ from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.base import Router
 from polar_sdk.router.fixed import IdentityRouter, StaticRouter
-from polar_sdk.router.layerwise import PolicyRouter
+from polar_sdk.router.layerwise import LayerwiseRouter
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter
 from polar_sdk.router.network import Network
@@ -60,9 +60,9 @@ def test_a_policy_router_comes_back_as_it_was(model: PolarModel, tmp_path: Path)
     facts = RouterFacts(model="t", fingerprint=model.fingerprint, depth=6, training={"free_layers": [1, 2, 3, 4]})
     network = Network.fresh(torch.randn(9, 49), (256, 256), 12, seed=3)
     network.weights[-1].normal_()
-    router = PolicyRouter(facts, network, [Program.identity(6)]).bind(model.decoder, model.fingerprint)
+    router = LayerwiseRouter(facts, network, [Program.identity(6)]).bind(model.decoder, model.fingerprint)
     read = load_router(save_router(router, tmp_path))
-    assert isinstance(read, PolicyRouter)
+    assert isinstance(read, LayerwiseRouter)
     assert read.bind(model.decoder, model.fingerprint).choose(TOKENS, 0.5) == router.choose(TOKENS, 0.5)
 
 

@@ -1,6 +1,7 @@
-"""An evaluation as one HTML file that needs nothing else: verdict, tables, and the quality–compute frontier as SVG.
+"""An evaluation as rows of text, for the terminal and for HTML, and as one page that needs no other file.
 
-Needs the extra `report` (jinja2, matplotlib). Knows how to draw, not how anything was measured.
+The page holds the verdict, tables, and the quality–compute frontier as SVG; it needs the extra `report` (jinja2,
+matplotlib). Knows how to draw, not how anything was measured.
 """
 
 from __future__ import annotations
@@ -8,13 +9,114 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_sdk.errors import InvalidRequestError
-from polar_sdk.lab.evaluation.table import CLASS_COLUMNS, COLUMNS, class_rows, generation_rows, rows
+from polar_sdk.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
 
-    from polar_sdk.lab.evaluation.results import Evaluation, SetResult, SystemResult
+    from polar_sdk.lab.evaluation.results import ClassResult, Comparison, Evaluation, SetResult, SystemResult
+    from polar_sdk.router.exact_tests import Interval
+
+
+COLUMNS: Final = (
+    "system",
+    "accuracy",
+    "drop (95 %)",
+    "McNemar p",
+    "agreement",
+    "≠ identity",
+    "programs",
+    "FLOPs saved",
+    "prefill",
+    "decode",
+    "ms/token",
+)
+
+CLASS_COLUMNS: Final = (
+    "class",
+    "tier",
+    "prompts",
+    "FLOPs saved",
+    "≠ identity",
+    "agreement",
+    "drop (95 %)",
+    "over shuffled",
+    "over static",
+    "what serves it",
+)
+_OUTCOMES: Final = {
+    "identity": "full depth",
+    "static": "a static program is as good",
+    "routed": "a choice per prompt",
+}
+
+
+def rows(result: SetResult) -> list[tuple[str, ...]]:
+    """One row per system."""
+    return [_row(system) for system in result.systems]
+
+
+def generation_rows(result: SetResult) -> list[tuple[str, ...]]:
+    """Per tier: prompts, same answers, same tokens, FLOPs saved."""
+    return [
+        (name, str(text.prompts), _interval(text.same_answer), f"{text.same_tokens:.1%}", f"{text.flops_saved:.1%}")
+        for name, text in result.generation.items()
+    ]
+
+
+def class_rows(classes: Sequence[ClassResult]) -> list[tuple[str, ...]]:
+    """One row per class and point."""
+    return [
+        (
+            result.name,
+            result.point,
+            str(result.prompts),
+            f"{result.flops_saved:.1%}",
+            f"{result.non_identity_rate:.0%}",
+            f"{result.agreement:.1%}",
+            _drop(result.accuracy_drop),
+            _over(result.shuffled),
+            _over(result.static),
+            _OUTCOMES[result.outcome],
+        )
+        for result in classes
+    ]
+
+
+def _over(rival: Comparison) -> str:
+    """Points of agreement gained, and of accuracy where it is known, with p-values."""
+    agreement = f"{rival.agreement_gain * 100:+.1f} (p {rival.agreement_p:.2g})"
+    if rival.accuracy_p is None or rival.accuracy_gain is None:
+        return agreement
+    return f"{agreement}, right {rival.accuracy_gain * 100:+.1f} (p {rival.accuracy_p:.2g})"
+
+
+def _drop(drop: Interval | None) -> str:
+    return "–" if drop is None else f"{drop.value * 100:+.2f} [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]"
+
+
+def _row(system: SystemResult) -> tuple[str, ...]:
+    name = system.name if system.deployable else f"{system.name} (not deployable)"
+    p = system.mcnemar_vs_identity_p
+    return (
+        name,
+        "–" if system.accuracy is None else _interval(system.accuracy),
+        _drop(system.accuracy_drop),
+        "–" if p is None else f"{p:.2g}",
+        _interval(system.agreement),
+        f"{system.non_identity_rate:.0%}",
+        str(len(system.programs)),
+        f"{system.flops_saved.total:.1%}",
+        f"{system.flops_saved.prefill:.1%}",
+        f"{system.flops_saved.decode:.1%}",
+        "–" if system.ms_per_token is None else f"{system.ms_per_token:.1f}",
+    )
+
+
+def _interval(value: Interval) -> str:
+    return f"{value.value:.1%} [{value.low * 100:.0f}, {value.high * 100:.0f}]"
 
 
 _STYLE: Final[Any] = {"svg.fonttype": "none", "svg.hashsalt": "polar", "font.size": 9}
@@ -58,17 +160,18 @@ the same programs shuffled, and over the best static program of equal cost; exac
 
 
 def require_report() -> None:
-    """Raise before minutes are spent where a page cannot be drawn.
+    """Check that a page can be drawn, before minutes are spent on measuring.
 
     Raises:
-        InvalidRequestError: The extra `report` is not installed.
+        MissingExtraError: jinja2 or matplotlib is not installed.
     """
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InvalidRequestError(
-            f"a page of an evaluation needs {error.name}; install the extra: pip install 'polar-llm[report]'."
+        raise MissingExtraError(
+            f"the page of an evaluation needs {error.name}, which is not installed.",
+            hint="Install the extra report of polar-llm, in a clone: `pip install '.[report]'`.",
         ) from error
 
 
@@ -79,7 +182,7 @@ def to_html(evaluation: Evaluation) -> str:
     from markupsafe import Markup
 
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    sets = [(one, Markup(_chart(one)), rows(one), generation_rows(one)) for one in evaluation.sets]
+    sets = [(result, Markup(_chart(result)), rows(result), generation_rows(result)) for result in evaluation.sets]
     classes = class_rows(evaluation.classes)
     return template.render(e=evaluation, sets=sets, columns=COLUMNS, classes=classes, class_columns=CLASS_COLUMNS)
 
@@ -92,8 +195,8 @@ def _chart(result: SetResult) -> str:
     panels = ["agreement", *(["accuracy"] if result.labelled else [])]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(4.6 * len(panels), 3.2), layout="constrained")
-        for at, panel in enumerate(panels):
-            _draw(figure.add_subplot(1, len(panels), at + 1), result, panel)
+        for place, panel in enumerate(panels, 1):
+            _draw(figure.add_subplot(1, len(panels), place), result, panel)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -101,7 +204,7 @@ def _chart(result: SetResult) -> str:
 
 
 def _draw(axes: Axes, result: SetResult, panel: str) -> None:
-    line = [(100 * one.flops_saved, getattr(one, panel)) for one in result.frontier]
+    line = [(100 * point.flops_saved, getattr(point, panel)) for point in result.frontier]
     axes.plot([x for x, _ in line], [100 * y for _, y in line], color=_COLOURS["router"], linewidth=1.2, zorder=1)
     for system in result.systems:
         height = _height(system, panel)
