@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def find_known(connection: Connection, identities: Iterable[Identity]) -> Known:
-    """Look identities up."""
+    """Look up which of some identities are stored."""
     groups = _groups_of(identities)
     known = _pruned_among(connection, groups)
     for row in _rows(connection, _USAGE, groups):
@@ -43,7 +43,7 @@ def find_known(connection: Connection, identities: Iterable[Identity]) -> Known:
 
 
 def find_pruned(connection: Connection, identities: Iterable[Identity]) -> Known:
-    """Look up only what retention left; most ledgers were never pruned, and tell at once."""
+    """Look up only what retention left; most ledgers were never pruned, and one quick query says so."""
     if connection.execute(_ANY_PRUNED).first() is None:
         return {}
     return _pruned_among(connection, _groups_of(identities))
@@ -105,7 +105,7 @@ def store_entries(
 
     Args:
         connection: An open write transaction.
-        entries: In the order they shall be stored.
+        entries: In the order to store them in.
         as_new: Insert first: retrying the rare duplicate is cheaper than checking every record.
 
     Raises:
@@ -133,7 +133,7 @@ def _answer(entry: Entry, digest: str, stored: StoredUsage | PrunedUsage) -> Sto
     return ConflictError(
         f"request {entry.record.request_id!r} of tenant {entry.record.tenant!r} is in the ledger (seq {stored.seq}) "
         "with other content.",
-        hint="Give every request an id of its own; the first record stands.",
+        hint="Give every request its own id; the first record stands.",
     )
 
 

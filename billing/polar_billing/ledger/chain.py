@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 FIRST_PREVIOUS: Final = bytes(32)
-"""What the first link of a chain names as the hash before it."""
+"""What the first link of a chain names as the previous hash."""
 
 _HEADS: Final = Among(select(head_table).order_by(head_table.c.tenant).with_for_update(), head_table.c.tenant)
 _MOVE_HEAD: Final = ("number = excluded.number", "hash = excluded.hash")
@@ -87,8 +87,8 @@ def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str
     Args:
         connection: A write transaction in which the rows were inserted.
         new: What to append.
-        heads: What `lock_heads` answered in this transaction for all their tenants, moved along by this; None to
-            lock them now.
+        heads: What `lock_heads` returned in this transaction for all their tenants; updated here. None to lock
+            them now.
     """
     heads = lock_heads(connection, {link.tenant for link in new}) if heads is None else heads
     ends: dict[str, tuple[int, bytes]] = {link.tenant: heads[link.tenant] for link in new}
@@ -148,14 +148,14 @@ def raw_rows(
     Returns:
         Key as text → the row and then its parts, each with the name of its table; missing rows are missing.
     """
-    found: dict[str, list[tuple[str, tuple[Any, ...]]]] = {}
+    rows_by_key: dict[str, list[tuple[str, tuple[Any, ...]]]] = {}
     for key, values in _read(connection, chained.table, chained.key, keys):
-        found[str(key)] = [(str(chained.table.name), values)]
+        rows_by_key[str(key)] = [(str(chained.table.name), values)]
     for table, column in chained.parts.items():
         for key, values in _read(connection, table, column, keys):
-            if (rows := found.get(str(key))) is not None:
+            if (rows := rows_by_key.get(str(key))) is not None:
                 rows.append((str(table.name), values))
-    return found
+    return rows_by_key
 
 
 def _read(

@@ -59,22 +59,22 @@ _COPY_FROM: Final = 20
 
 
 class Database:
-    """An engine made on first use, and transactions on it that raise `StoreError`.
+    """An engine created on first use, and transactions on it that raise `StoreError`.
 
     Writers of one process queue on a lock rather than on the database's busy handler, which sleeps and is not
-    fair. After a fork the child makes an engine and a lock of its own: connections must not be shared across
+    fair. After a fork the child creates its own engine and lock: connections must not be shared across
     processes.
     """
 
     def __init__(self, url: URL) -> None:
         self.url = url
         self.in_memory = is_sqlite_memory(url)
-        self._fresh()
+        self._reset()
 
-    def _fresh(self) -> None:
+    def _reset(self) -> None:
         self._process = os.getpid()
         self._engine: Engine | None = None
-        self._making = threading.Lock()
+        self._creating = threading.Lock()
         self._writing = threading.RLock()
 
     @property
@@ -84,17 +84,17 @@ class Database:
 
     @property
     def engine(self) -> Engine:
-        """The engine; made on first use and again after `close` or a fork."""
+        """The engine; created on first use, and again after `close` or a fork."""
         if self._process != os.getpid():
             if self._engine is not None:
                 self._engine.dispose(close=False)  # the parent still uses these connections
-            self._fresh()
-        with self._making:
+            self._reset()
+        with self._creating:
             if self._engine is None:
-                self._engine = self._make_engine()
+                self._engine = self._create_engine()
             return self._engine
 
-    def _make_engine(self) -> Engine:
+    def _create_engine(self) -> Engine:
         if self.is_sqlite:
             # One connection for a database in memory, since another one would see another database.
             options: dict[str, Any] = {"poolclass": StaticPool} if self.in_memory else {}
@@ -133,13 +133,13 @@ class Database:
         """A transaction that holds the write lock from its beginning; durable when the block has ended.
 
         Args:
-            keep: False to take everything back at the end.
+            keep: False to roll everything back at the end.
             patience_s: How long to wait for other processes that write a SQLite file; None for
                 `BUSY_TIMEOUT_MS`. Unit: seconds.
 
         Raises:
             StoreError: The database cannot be opened or written; nothing was stored in part.
-            IntegrityError: A key exists already; left to the caller, who knows what that means.
+            IntegrityError: A key exists already; the caller knows what that means.
         """
         engine = self.engine
         turn = self._writing if self.is_sqlite else nullcontext()
@@ -153,9 +153,9 @@ class Database:
                     transaction.rollback()
 
     def use_write_ahead_log(self) -> None:
-        """Let readers and a writer of a SQLite file work side by side; the file remembers it.
+        """Allow readers and a writer of a SQLite file to work side by side; the file remembers it.
 
-        SQLite does not wait for its turn here as it does elsewhere, so this does.
+        SQLite does not wait for its turn here as it does elsewhere, so this method does.
 
         Raises:
             StoreError: The file cannot be opened.
@@ -166,7 +166,7 @@ class Database:
                 with self._translated(), closing(self.engine.raw_connection()) as connection:
                     connection.cursor().execute("PRAGMA journal_mode = WAL")
             except StoreReadOnlyError:
-                return  # reading works without; the first write tells
+                return  # reading works without it; the first write raises
             except StoreLockedError:
                 if time.monotonic() > deadline:
                     raise
@@ -191,7 +191,7 @@ class Database:
 
     def close(self) -> None:
         """Release the connections; the next use opens new ones."""
-        with self._making:
+        with self._creating:
             if self._engine is not None and self._process == os.getpid():
                 self._engine.dispose()
             self._engine = None
@@ -223,10 +223,10 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _take_turn(driver: Any, patience_s: float) -> None:
-    """Begin a write transaction, asking the more often the longer it waits.
+    """Begin a write transaction, trying more often the longer it waits.
 
-    SQLite's own waiting asks ever more rarely, so that among many writers the newest wins and one may never have its
-    turn. Here the one that has waited longest is the likeliest to be next.
+    SQLite's own waiting tries ever more rarely, so that among many writers the newest wins and some may never have a
+    turn. Here the writer that has waited longest is the likeliest to be next.
     """
     begun = time.monotonic()
     while True:
@@ -284,7 +284,7 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, 
     if dialect.name == "postgresql" and len(rows) >= _COPY_FROM:
         _copy(connection, f"COPY {_place(table, dialect)} FROM STDIN", rows)
     else:
-        # Whoever writes takes the whole transaction back on an error, so SQLite need not keep what undoes one row.
+        # An error rolls the whole transaction back, so SQLite need not keep what would undo a single row.
         verb = "INSERT OR FAIL" if dialect.name == "sqlite" else "INSERT"
         connection.exec_driver_sql(f"{verb} {_into(table, dialect)}", list(rows))
 

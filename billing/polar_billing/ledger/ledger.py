@@ -100,7 +100,7 @@ class Ledger:
     def check(self) -> None:
         """Raise StoreError if a record could not be stored now.
 
-        Tries a write and takes it back, and looks at the free disk, which such a write does not touch.
+        Tries a write, rolls it back, and looks at the free disk space, which such a write does not touch.
         """
         self._prepare()
         with self._database.writing(keep=False) as connection:
@@ -169,7 +169,7 @@ class Ledger:
     def snapshot(self) -> Iterator[Connection]:
         """A transaction that sees one state of the ledger throughout; for `balances` and its like.
 
-        A ledger that was not made yet is seen as an empty one, and is not made by looking.
+        A ledger that does not exist yet is seen as an empty one, and looking does not create it.
 
         Raises:
             StoreError: The ledger cannot be read.
@@ -272,7 +272,7 @@ class Ledger:
         self._prepared_file: tuple[int, int] | None = None
 
     def _file_identity(self) -> tuple[int, int]:
-        """Which file the URL leads to now; the same for all that are no plain file."""
+        """Which file the URL leads to now; the same for all that are not plain files."""
         if self._file is None:
             return (0, 0)
         try:
@@ -286,14 +286,14 @@ class Ledger:
             return False
         if self._prepared_file == self._file_identity():
             return True
-        self.close()  # the file was removed or replaced: what an open connection wrote there would be lost
+        self.close()  # the file was removed or replaced: what an open connection writes there would be lost
         return False
 
     def check_exists(self) -> None:
-        """Raise where there is nothing yet, for those who would otherwise prove that nothing is sound.
+        """Raise if there is nothing yet, for callers that would otherwise prove an empty ledger sound.
 
         Raises:
-            StoreNotFoundError: The ledger was not made yet, or is somewhere else.
+            StoreNotFoundError: The ledger does not exist yet, or is somewhere else.
         """
         if not self._has_tables():
             raise StoreNotFoundError(
@@ -326,7 +326,7 @@ class Ledger:
             self._prepared_file = self._file_identity()
 
     def _make_default_folder(self) -> None:
-        """Create the folder that nobody named; where somebody did name one, a missing one is a mistake."""
+        """Create the default folder; where the user named one, a missing folder is a mistake."""
         folder = default_file().parent
         if self._file != default_file() or folder.is_dir():
             return
@@ -335,7 +335,7 @@ class Ledger:
         except OSError as error:
             raise StoreReadOnlyError(
                 f"ledger folder {str(folder)!r} cannot be created ({error.strerror}).",
-                hint="Set POLAR_LEDGER to a place you may write, or pass ledger=None to run unmetered.",
+                hint="Set POLAR_LEDGER to a file in a writable folder, or pass ledger=None to run unmetered.",
             ) from error
 
     def _create(self) -> None:
@@ -349,7 +349,7 @@ class Ledger:
 
     @contextmanager
     def unprepared(self) -> Iterator[Connection]:
-        """A write transaction on a ledger of any schema version, whose tables are as they are; for migrations.
+        """A write transaction on a ledger of any schema version, tables untouched; for migrations.
 
         Raises:
             StoreError: The ledger cannot be written.
@@ -359,7 +359,7 @@ class Ledger:
             yield connection
 
     def stored_version(self, connection: Connection) -> int | None:
-        """The schema version of what is stored; None where there are no tables."""
+        """The schema version of what is stored; None if there are no tables."""
         if not inspect(connection).has_table(version_table.name):
             return None
         version: int | None = connection.execute(select(func.max(version_table.c.version))).scalar()
@@ -373,5 +373,5 @@ class Ledger:
         older = version < SCHEMA_VERSION
         raise SchemaVersionError(
             f"ledger {self.location!r} has schema version {version}, not {SCHEMA_VERSION} as this polar-llm needs.",
-            hint="Back it up, then run `polar migrate`." if older else "Use the polar-llm that made it.",
+            hint="Back it up, then run `polar migrate`." if older else "Use the polar-llm version that created it.",
         )

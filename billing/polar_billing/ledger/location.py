@@ -36,9 +36,9 @@ _DRIVERS: Final = {
     "postgres": "postgresql+psycopg",
 }
 
-_ELSEWHERE: Final = "Set POLAR_LEDGER to one that can, or pass ledger=None to run unmetered."
+_ELSEWHERE: Final = "Set POLAR_LEDGER to a ledger that can be written, or pass ledger=None to run unmetered."
 
-_CONTENT: Final = "Look at the record's texts; nothing of it was stored."
+_CONTENT: Final = "Check the record's texts; nothing of it was stored."
 
 _SQLITE: Final[dict[int, tuple[type[StoreError], str, str]]] = {
     sqlite3.SQLITE_READONLY: (StoreReadOnlyError, "cannot be written: it is read-only.", _ELSEWHERE),
@@ -50,8 +50,8 @@ _SQLITE: Final[dict[int, tuple[type[StoreError], str, str]]] = {
     ),
     sqlite3.SQLITE_BUSY: (
         StoreLockedError,
-        "is locked by another process for too long.",
-        "Try again, or end the process that holds it.",
+        "has been locked by another process for too long.",
+        "Try again, or end the process that locks it.",
     ),
     sqlite3.SQLITE_LOCKED: (StoreLockedError, "is locked by another connection.", "Try again."),
     sqlite3.SQLITE_NOTADB: (
@@ -64,15 +64,15 @@ _SQLITE: Final[dict[int, tuple[type[StoreError], str, str]]] = {
         "is damaged.",
         "Restore it from a backup, or save what `sqlite3 FILE .recover` reads.",
     ),
-    sqlite3.SQLITE_CONSTRAINT: (RecordRefusedError, "does not take this content.", _CONTENT),
-    sqlite3.SQLITE_TOOBIG: (RecordRefusedError, "does not take content this large.", _CONTENT),
+    sqlite3.SQLITE_CONSTRAINT: (RecordRefusedError, "does not accept this content.", _CONTENT),
+    sqlite3.SQLITE_TOOBIG: (RecordRefusedError, "does not accept content this large.", _CONTENT),
     sqlite3.SQLITE_IOERR: (StoreError, "cannot be read or written: input/output error.", "Check the disk."),
 }
 
 # SQLSTATE, the longest prefix wins: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
-    "22": (RecordRefusedError, "does not take this content.", _CONTENT),
-    "23": (RecordRefusedError, "does not take this content.", _CONTENT),
+    "22": (RecordRefusedError, "does not accept this content.", _CONTENT),
+    "23": (RecordRefusedError, "does not accept this content.", _CONTENT),
     "25006": (StoreReadOnlyError, "cannot be written: the server is read-only.", _ELSEWHERE),
     "42501": (
         StoreReadOnlyError,
@@ -80,7 +80,7 @@ _POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
         "Grant INSERT and SELECT on its tables.",
     ),
     "53100": (StoreFullError, "cannot take another record: the server's disk is full.", "Free some space."),
-    "55P03": (StoreLockedError, "is locked by another session for too long.", "Try again."),
+    "55P03": (StoreLockedError, "has been locked by another session for too long.", "Try again."),
     "40": (StoreLockedError, "gave way to another transaction.", "Try again."),
     "3D000": (StoreNotFoundError, "does not exist on the server.", "Create it with `createdb`."),
     "28": (StoreUnavailableError, "refuses the login.", "Check user and password."),
@@ -91,13 +91,13 @@ _POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
 
 
 def is_unmade(url: URL) -> bool:
-    """True if the file of a ledger is not there yet; where its folder is missing too, the database is to complain."""
+    """True if the file of a ledger is not there yet; if its folder is missing too, the database is left to complain."""
     file = sqlite_file(url)
     return file is not None and not file.exists() and (file.parent.is_dir() or file == default_file())
 
 
 def default_file() -> Path:
-    """The ledger of a user who names none."""
+    """The ledger of a user who does not name one."""
     return user_data_path("polar", appauthor=False) / "ledger.sqlite3"
 
 
@@ -133,7 +133,7 @@ def resolve(ledger: str | None = None) -> URL:
 
 
 def sqlite_file(url: URL) -> Path | None:
-    """The file behind a SQLite URL; None for a database in memory, a `file:` URI or a server."""
+    """The file of a SQLite URL; None for a database in memory, a `file:` URI or a server."""
     if url.get_backend_name() != "sqlite" or "uri" in url.query:
         return None
     if url.database in {None, "", ":memory:"}:
@@ -182,7 +182,7 @@ def _first_line(error: object) -> str:
 
 
 def disk_full(url: URL, free: int, needed: int) -> StoreFullError:
-    """The error for a disk that has too little room before anything was tried. Unit: bytes."""
+    """The error for a disk with too little room, before anything was tried. Unit: bytes."""
     return StoreFullError(
         f"ledger {describe(url)!r} cannot take another record: {free:,} bytes free, {needed:,} needed.",
         hint="Free some space on that disk.",
@@ -199,7 +199,7 @@ def _cannot_open(url: URL) -> StoreError:
     folder = file.parent
     if not folder.is_dir():
         return StoreNotFoundError(
-            f"ledger {name} cannot be made: folder {str(folder)!r} does not exist.",
+            f"ledger {name} cannot be created: folder {str(folder)!r} does not exist.",
             hint=f"Create it with `mkdir -p {folder}`.",
         )
     return StoreReadOnlyError(

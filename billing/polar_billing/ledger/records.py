@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 Identity = tuple[str, str, str]
-"""Tenant, source, request id: what a request is stored once by."""
+"""Tenant, source, request id: the key a request is stored once under."""
 
 
 class AllTenants:
-    """Stands where a tenant would: the operator's view. A query never spans tenants by omission."""
+    """Takes the place of a tenant: the operator's view. A query never spans tenants by omission."""
 
     def __repr__(self) -> str:
         return "ALL_TENANTS"
@@ -59,7 +59,7 @@ class StoredUsage(NamedTuple):
     """One request as the ledger holds it."""
 
     seq: int
-    """Rises with every record stored; never given twice."""
+    """Rises with every record stored; never used twice."""
     source: str
     record: UsageRecord
     stored_at: datetime
@@ -101,7 +101,7 @@ class Entry:
 
     @cached_property
     def identity(self) -> Identity:
-        """What it is stored once by."""
+        """The key it is stored once under."""
         return (self.record.tenant, self.source, self.record.request_id)
 
     @cached_property
@@ -115,7 +115,7 @@ class Entry:
 
     @cached_property
     def canonical(self) -> bytes:
-        """The record's JSON; made once, for the spool and for the hash."""
+        """The record's JSON; written once, for the spool and for the hash."""
         return record_json(self.record)
 
     @cached_property
@@ -227,8 +227,8 @@ def conditions(selection: Selection, columns: Any, moment: Any, since: Any, unti
         since: First moment; None for no limit.
         until: First moment after it; None for no limit.
     """
-    wanted = [] if isinstance(selection.tenant, AllTenants) else [columns.tenant == selection.tenant]
-    wanted += [] if selection.tier is None else [columns.tier == selection.tier]
-    wanted += [] if selection.model is None else [columns.model == selection.model]
-    wanted += [] if since is None else [moment >= since]
-    return wanted + ([] if until is None else [moment < until])
+    where = [] if isinstance(selection.tenant, AllTenants) else [columns.tenant == selection.tenant]
+    where += [] if selection.tier is None else [columns.tier == selection.tier]
+    where += [] if selection.model is None else [columns.model == selection.model]
+    where += [] if since is None else [moment >= since]
+    return where + ([] if until is None else [moment < until])

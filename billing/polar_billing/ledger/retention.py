@@ -32,7 +32,7 @@ _KEPT_OF_RECEIPT: Final = ("price_book_hash", "cost", "unrated")
 
 @dataclass(frozen=True)
 class Pruning:
-    """What one pruning took away."""
+    """What one pruning deleted."""
 
     tenant: str
     before: datetime

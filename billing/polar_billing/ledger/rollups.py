@@ -99,7 +99,7 @@ def sum_up(rows: Iterable[RawUsage]) -> Sums:
     return sums
 
 
-@lru_cache(maxsize=4096)  # the same programs come again and again
+@lru_cache(maxsize=4096)  # the same programs come up again and again
 def visits_in(text: str) -> int:
     """The sum of a JSON array of integers. Unit: visits."""
     inner = text[1:-1]
@@ -170,7 +170,7 @@ _KEYS_WITHOUT_HOUR: Final = tuple(name for name in ROLLUP_KEYS if name != "hour"
 
 @dataclass(frozen=True)
 class Sum:
-    """Requests that have everything in common that a query may ask for, and what they used."""
+    """Requests that share everything a query can group by, and what they used."""
 
     tenant: str
     tier: str | None
@@ -180,7 +180,7 @@ class Sum:
     price_book_hash: str
     unrated: str | None
     at: int
-    """A moment of service that stands for all of them, where the query asks for it. Unit: microseconds since 1970."""
+    """A moment of service that stands for all of them, if the query asks for it. Unit: microseconds since 1970."""
     quantities: list[int]
     """Requests, then `ROLLUP_QUANTITIES`."""
 
@@ -250,10 +250,10 @@ def _from_rollups(
     keys = [columns[name] for name in _KEYS_WITHOUT_HOUR]
     sums = [func.sum(columns.requests)]
     sums += [func.sum(columns[f"{name}_{part}"]) for name in ROLLUP_QUANTITIES for part in ("millions", "rest")]
-    wanted = conditions(selection, columns, columns.hour, first, last)
+    where = conditions(selection, columns, columns.hour, first, last)
     groups = [*keys, columns.hour] if hourly else keys
     split: dict[int, None] = {}
-    for row in connection.execute(select(*keys, hour, *sums).where(*wanted).group_by(*groups)):
+    for row in connection.execute(select(*keys, hour, *sums).where(*where).group_by(*groups)):
         tenant, tier, model, source, outcome, book, unrated, at, requests, *parts = row
         if hourly and _is_split(at, selection.period.zone):
             split[at] = None

@@ -36,7 +36,7 @@ from polar_sdk.usage import UsageRecord, new_request_id
 
 try:
     import fcntl
-except ImportError:  # Windows: without such locks nobody could tell a file in use from one left behind
+except ImportError:  # Windows: without such locks a file in use cannot be told from one left over
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class SpoolStatus:
 
     folder: Path
     waiting: int = 0
-    """Records not in the ledger yet, as far as the files tell."""
+    """Records not in the ledger yet, as far as the files show."""
     rejected: int = 0
     """Records that the ledger refused as conflicts."""
     damaged: int = 0
@@ -139,7 +139,7 @@ def _lock(path: Path) -> int:
     """Open a file and lock it, without waiting; the lock ends with its process, however that ends.
 
     Raises:
-        OSError: Somebody else has it, or it cannot be opened.
+        OSError: Another process has it, or it cannot be opened.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -176,7 +176,7 @@ class Spool:
         """An empty file to append to.
 
         Raises:
-            OSError: The folder cannot be made or written.
+            OSError: The folder cannot be created or written.
         """
         if self._free:
             return self._free.pop()
@@ -199,7 +199,7 @@ class Spool:
         return segment.path
 
     def close(self, current: Iterable[Segment] = ()) -> None:
-        """Remove this process's empty files and let go of the others."""
+        """Remove this process's empty files and release the others."""
         for segment in (*self._free, *current):
             segment.close()
             if segment.records == 0:
@@ -213,7 +213,7 @@ class Spool:
             self.folder.rmdir()
 
     def abandon(self, current: Segment | None) -> None:
-        """Close what a forked child inherited; the parent goes on with it, and keeps its lock."""
+        """Close what a forked child inherited; the parent keeps using it, and keeps its lock."""
         for segment in (*self._free, *([] if current is None else [current])):
             segment.close()
         if self._lock is not None:
@@ -291,7 +291,7 @@ class Unfinished:
         return read
 
     def entries(self) -> list[Entry]:
-        """The records, ready to be stored; damaged lines are put aside."""
+        """The records, ready to be stored; damaged lines are set aside."""
         read = self.lines()
         if read.damaged:
             with self.path.with_suffix(".damaged").open("ab") as file:
@@ -322,14 +322,14 @@ def _count_lines(path: Path) -> int:
 
 
 def store(ledger: Ledger, spool: Spool | None, entries: list[Entry]) -> list[StoredUsage | BillingError]:
-    """Store records; what the ledger refuses for its content is kept aside and keeps no other out.
+    """Store records; those the ledger refuses for their content are set aside and keep no others out.
 
     Raises:
         StoreError: The ledger cannot take records now.
     """
     try:
         answers: list[StoredUsage | BillingError] = list(ledger.append_many(entries))
-    except RecordRefusedError:  # of one of them; the others are to be stored
+    except RecordRefusedError:  # because of one of them; the others are still to be stored
         answers = [_store_one(ledger, entry) for entry in entries]
     pairs = zip(entries, answers, strict=True)
     refused = [entry for entry, answer in pairs if isinstance(answer, BillingError)]
@@ -374,7 +374,7 @@ def recover_abandoned(ledger: Ledger) -> None:
 
 
 def warning_of(ledger: Ledger) -> str | None:
-    """What a reader of this ledger should know about its spool; None where nothing waits."""
+    """What a reader of this ledger should know about its spool; None if nothing waits."""
     folder = spool_folder(ledger.url)
     if folder is None or not folder.is_dir():
         return None

@@ -1,8 +1,8 @@
 """Group commit: one thread per meter stores whatever is waiting, in one transaction.
 
-Callers hand records over and either wait until they are committed or go on, when the records are in the spool. A
-ledger that cannot take them now makes the file of the spool stay, flushed to the disk; the writer tries again before
-the next records, at most once a second. Knows no prices and no SQL.
+Callers hand records over and either wait until they are committed, or go on once they are in the spool. If the ledger
+cannot take them now, the file of the spool stays, flushed to the disk; the writer tries again before the next records,
+at most once a second. Knows no prices and no SQL.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Ticket:
 
     entry: Entry
     turn: threading.Condition
-    """Of the writer, notified after each commit: making an event for every record costs more than hashing it."""
+    """Of the writer, notified after each commit: creating an event for every record costs more than hashing it."""
     done: bool = False
     stored: StoredUsage | None = None
     """As stored; None while it waits in the spool."""
@@ -79,14 +79,14 @@ class Writer:
         atexit.register(_drain_at_exit, weakref.ref(self))
 
     def _start_anew(self) -> None:
-        """Begin anew: at first, and in a forked child, whose parent stores what it had taken on."""
+        """Start with nothing: at first, and in a forked child, whose parent stores what it had accepted."""
         self._process = os.getpid()
         self._turn = threading.Condition()
         self._storing = threading.Lock()
         self._queue: list[Ticket] = []
         self._busy = False
         self._hurry = False
-        """Somebody waits for everything to be stored."""
+        """True while a caller waits for everything to be stored."""
         self._thread: threading.Thread | None = None
         self._spool = None if self._folder is None else Spool(self._folder)
         self._segment: Segment | None = None
@@ -117,7 +117,7 @@ class Writer:
         with self._turn:
             while len(self._queue) >= self._capacity:
                 self._turn.wait()
-            safe = self._write_down(entries)
+            safe = self._spool_entries(entries)
             idle = not self._queue
             self._queue += tickets
             if self._thread is None:
@@ -127,7 +127,7 @@ class Writer:
                 self._turn.notify_all()
         return tickets, safe
 
-    def _write_down(self, entries: list[Entry]) -> bool:
+    def _spool_entries(self, entries: list[Entry]) -> bool:
         if self._spool is None:
             return False
         try:
@@ -145,7 +145,7 @@ class Writer:
             try:
                 with self._storing:
                     self._store(tickets, segment)
-            except BaseException as error:  # whatever happened, nobody may wait forever
+            except BaseException as error:  # whatever happened, no caller may wait forever
                 _log.exception("storing usage failed")
                 failure = StoreError(f"ledger {self._ledger.location!r} failed ({error!r}).")
                 self._put_aside([ticket for ticket in tickets if not ticket.done], segment, failure)
@@ -154,7 +154,7 @@ class Writer:
                 self._turn.notify_all()
 
     def _take(self) -> tuple[list[Ticket], Segment | None] | None:
-        """Everything that waits, with the file it is written down in; None when there has been nothing for long."""
+        """Everything that waits, with the spool file that holds it; None after a long time without records."""
         with self._turn:
             if not self._queue:
                 self._turn.wait(_IDLE_S)
@@ -196,7 +196,7 @@ class Writer:
         self._finish(tickets)
 
     def _put_aside(self, tickets: list[Ticket], segment: Segment | None, error: StoreError) -> None:
-        """Keep records on the disk. Who waits for them hears of a failure that will not pass by itself."""
+        """Keep records on the disk. Callers that wait for them get an error only if it will not pass by itself."""
         if segment is None or self._spool is None:
             self._fail(tickets, error)
             return
@@ -241,7 +241,7 @@ class Writer:
         return self._folder is not None
 
     def failed(self, error: StoreError) -> None:
-        """Note that the ledger does not take records now, so that the next ones do not wait for it in vain."""
+        """Note that the ledger does not take records now, so that the next ones do not wait in vain."""
         self._restart_after_fork()
         self.failure, self.failed_at = error, time.monotonic()
 
@@ -275,7 +275,7 @@ class Writer:
             self._hurry = False
 
     def close(self) -> None:
-        """Drain, try once more to store what was kept, and leave no empty file behind."""
+        """Drain, try once more to store what was kept, and remove empty files."""
         if self._process != os.getpid():
             return
         self.drain()

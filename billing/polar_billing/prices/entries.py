@@ -108,7 +108,7 @@ class TokenPrices(Checked):
 
 
 class PriceEntry(Checked):
-    """The prices from one moment on. A price that is absent charges nothing and makes no line."""
+    """The prices from one moment on. A price that is absent charges nothing and adds no line."""
 
     effective_from: Moment
     effective_until: Moment | None = None
@@ -158,12 +158,12 @@ def timeline(entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
         ValueError: Two begin together, or one ends after the next has begun.
     """
     ordered = tuple(sorted(entries, key=lambda entry: entry.effective_from))
-    for one, following in pairwise(ordered):
+    for entry, following in pairwise(ordered):
         start = following.effective_from.isoformat()
-        if one.effective_from == following.effective_from:
+        if entry.effective_from == following.effective_from:
             raise ValueError(f"two entries are effective from {start}; keep one")
-        if one.effective_until is not None and one.effective_until > following.effective_from:
-            raise ValueError(f"the entry until {one.effective_until.isoformat()} overlaps the one from {start}")
+        if entry.effective_until is not None and entry.effective_until > following.effective_from:
+            raise ValueError(f"the entry until {entry.effective_until.isoformat()} overlaps the one from {start}")
     return ordered
 
 
@@ -177,7 +177,7 @@ def entry_at(entries: tuple[PriceEntry, ...], moment: datetime) -> PriceEntry | 
 
 
 def tier_order(tier: str | None) -> tuple[int, str]:
-    """Sort key of a tier: from the cheapest of the usual ones up, others by name, none last."""
+    """Sort key of a tier: the usual ones from the cheapest up, then others by name, then none."""
     if tier is None:
         return (len(_TIERS) + 1, "")
     return (_TIERS.index(tier), "") if tier in _TIERS else (len(_TIERS), tier)

@@ -162,7 +162,7 @@ def _postgres_triggers(name: str, deletable_if: str | None) -> tuple[str, ...]:
 
 
 def refuse_going_back(table: Table, counter: str) -> None:
-    """Attach triggers that let a row of `table` change only while its `counter` rises, and never be deleted."""
+    """Attach triggers that allow a row of `table` to change only if its `counter` rises, and never to be deleted."""
     name = table.name
     refuse = f"BEGIN SELECT RAISE(ABORT, '{name} only moves forward'); END"
     back = f"WHEN NEW.{counter} <= OLD.{counter}"

@@ -116,7 +116,7 @@ usage_table: Final = Table(
     UniqueConstraint("tenant", "source", "request_id", name="polar_usage_once"),
     Index("polar_usage_by_tenant", "tenant", "started_at"),
     Index("polar_usage_by_time", "started_at"),
-    sqlite_autoincrement=True,  # a number is never given twice
+    sqlite_autoincrement=True,  # a number is never used twice
 )
 
 receipt_table: Final = Table(
