@@ -19,7 +19,7 @@ from polar_sdk.lab.layer_scan import Scanner
 
 def main() -> None:
     args = _arguments()
-    model = PolarModel.from_pretrained(args.model, dtype=args.dtype, ledger=None)
+    model = PolarModel.from_pretrained(args.model, precision=args.precision, ledger=None)
     tiers = [tier.program.text for tier in model.policy.tiers.values()]
     texts = [Program.identity(model.depth).text, *(args.program or tiers)]
     programs = list(dict.fromkeys(map(Program.parse, texts)))
@@ -40,7 +40,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--program", action="append")
     parser.add_argument("--model")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--precision", default="auto")
     return parser.parse_args()
 
 

@@ -32,7 +32,7 @@ def _recover(ledger: "Ledger") -> None:
 
 
 def _settle(connection: "Connection", entries: "Sequence[Entry]") -> None:
-    from polar_billing.budgets.settle import settle
+    from polar_billing.budgets.settlement import settle
 
     settle(connection, entries)
 

@@ -1,6 +1,6 @@
 """What `PolarLLM` and `ChatPolar` share: LangChain's settings, options of a call, cache keys, cache hits.
 
-Settings and the engine behind them are `polar_sdk.frameworks.model_settings`. Knows no messages and no callbacks.
+Settings and the engine behind them are `polar_sdk.frameworks`. Knows no messages and no callbacks.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, SecretStr
 
-from langchain_polar._caller import Caller
-from langchain_polar._facts import cached_metadata, cached_record
-from langchain_polar._serving import Call
+from langchain_polar._calls import Call, Caller
+from langchain_polar._messages import cached_metadata, cached_record
 from langchain_polar.errors import langchain_errors
-from polar_sdk.frameworks.model_settings import ModelSettings
+from polar_sdk.frameworks import ModelSettings
 from polar_sdk.sinks import find_sink
 
 if TYPE_CHECKING:

@@ -16,11 +16,10 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables.config import ensure_config
 
 from langchain_polar._base import PolarBase
-from langchain_polar._caller import Caller
-from langchain_polar._facts import response_metadata, usage_metadata
-from langchain_polar._messages import to_roles
+from langchain_polar._calls import Caller
+from langchain_polar._messages import response_metadata, to_roles, usage_metadata
 from langchain_polar.errors import langchain_errors
-from polar_sdk.frameworks.model_settings import CALLER_OPTIONS
+from polar_sdk.frameworks import CALLER_OPTIONS
 from polar_sdk.usage import new_request_id
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
 
     import polar_sdk
-    from langchain_polar._serving import Call
+    from langchain_polar._calls import Call
 
 
 class ChatPolar(PolarBase, BaseChatModel):

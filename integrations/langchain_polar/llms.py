@@ -13,9 +13,9 @@ from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from langchain_polar._base import PolarBase
-from langchain_polar._caller import Caller
-from langchain_polar._facts import response_metadata, totals, usage_metadata
-from polar_sdk.frameworks.model_settings import CALLER_OPTIONS
+from langchain_polar._calls import Caller
+from langchain_polar._messages import response_metadata, totals, usage_metadata
+from polar_sdk.frameworks import CALLER_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
 
     import polar_sdk
-    from langchain_polar._serving import Call
+    from langchain_polar._calls import Call
 
 
 class PolarLLM(PolarBase, BaseLLM):

@@ -3,7 +3,7 @@
 None calls another, because each one's decorator reports an event: one call, one event. The async four never
 block the event loop. `response.raw` holds usage, cost and compute; on streams the last response has it.
 
-What LlamaIndex adds to `polar_sdk.frameworks.model_settings`: its way to say who asks. Knows no messages.
+What LlamaIndex adds to `polar_sdk.frameworks`: its way to say who asks. Knows no messages.
 """
 
 from __future__ import annotations
@@ -27,16 +27,22 @@ from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 from pydantic import model_validator
 
-from llama_index_polar._messages import chat_response, completion_response, to_roles
-from llama_index_polar._streams import areport_stream, aresponses, report_stream, responses
-from polar_sdk.frameworks.model_settings import ModelSettings
+from llama_index_polar._messages import (
+    areport_stream,
+    aresponses,
+    chat_response,
+    completion_response,
+    report_stream,
+    responses,
+    to_roles,
+)
+from polar_sdk.frameworks import ModelSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from llama_index_polar._streams import AsyncStream, Respond, Stream
-    from polar_sdk.request.options import Prompt
-    from polar_sdk.request.prompts import Template
+    from llama_index_polar._messages import AsyncStream, Respond, Stream
+    from polar_sdk.request.options import Prompt, Template
 
 
 class PolarSettings(ModelSettings):

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import ModelDamagedError, UnsupportedArchitectureError
-from polar_sdk.models.weights import first_not_finite
+from polar_sdk.models.network import first_not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,9 +25,8 @@ from polar_sdk.errors import (
 from polar_sdk.models.aliases import Alias, Folder, Gguf, Hub, Source
 from polar_sdk.models.fetch import get_gguf
 from polar_sdk.models.fingerprint import file_sha256, fingerprint_of_folder
-from polar_sdk.models.folder import check_folder
 from polar_sdk.models.paths import require_space
-from polar_sdk.models.store import Recipe, converted, read_manifest, repair_hint
+from polar_sdk.models.store import Recipe, check_folder, converted, read_manifest, repair_hint
 from polar_sdk.show.progress import say
 
 _PATTERNS: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]

@@ -1,86 +1,81 @@
-"""Load a model once per process and hand it to everybody: decoder, tokenizer and what identifies them.
+"""A model in memory: loaded once per process from its files, or taken over from transformers.
 
-It knows no router, no request and no usage. Weights stay until `clear_cache`.
-
-Run heavy work in a thread that ends with it.
-
-libgomp keeps a pool for every thread that ever ran a parallel region, and once the pools hold more threads than there
-are cores, none of them may spin while it waits: a model loaded in the main thread then decodes at half the speed in the
-engine's (`benchmarks/LOG.md`). The pool of a thread that has ended is gone.
+Everybody who asks for the same files, device and precision gets the same decoder, and weights stay until `clear_cache`.
+Knows no router, no request and no usage; importing it imports no torch.
 """
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import Future
+import logging
+import weakref
 from contextlib import contextmanager
-from contextvars import copy_context
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, Unpack
 
-from polar_sdk.errors import DeviceError, ModelError
+from polar_sdk.errors import CompileError, DeviceError, ModelError, did_you_mean
 from polar_sdk.models.aliases import resolve
-from polar_sdk.models.compilation import Compile, check_compile, use_compiled
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
 from polar_sdk.models.find import LocalModel, obtain
-from polar_sdk.models.network import damaged, read_network
-from polar_sdk.models.placement import DeviceMap, Places, choose_device, choose_precision, place, read_map
-from polar_sdk.models.weights import bringer
+from polar_sdk.models.fingerprint import fingerprint_of
+from polar_sdk.models.network import bringer, check_finite, damaged, read_network
+from polar_sdk.models.paths import cache_folder
+from polar_sdk.models.placement import (
+    DeviceMap,
+    Places,
+    choose_device,
+    choose_precision,
+    place,
+    placement_of,
+    read_map,
+)
 from polar_sdk.serving.loaded import LoadedModel
+from polar_sdk.serving.threads import run_apart
+from polar_sdk.show.progress import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Iterator
 
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.placement import Placement
 
 
-T = TypeVar("T")
-
-
-def run_apart(call: Callable[[], T]) -> T:
-    """Call in a thread of its own and wait for it; what it raises is raised here."""
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as problem:  # handed to the caller, whatever it is
-            done.set_exception(problem)
-
-    thread = threading.Thread(target=copy_context().run, args=(run,), name="polar-load", daemon=True)
-    thread.start()
-    result = done.result()
-    thread.join()  # so that its pool is gone
-    return result
-
-
+Compile = bool | Literal["auto"]
+"""True compiles layers that are not compiled yet; `auto` uses compiled ones if they are on disk; False never does."""
 _Key = tuple[str, ...]
-_loaded: dict[_Key, LoadedModel] = {}
+_log: Final = logging.getLogger(__name__)
+_loaded: Final[dict[_Key, LoadedModel]] = {}
 
 
-def load_pretrained(
-    model: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    device: str = "auto",
-    device_map: DeviceMap | None = None,
-    precision: str = "auto",
-    compile: Compile = "auto",
-    kv_memory: int | None = None,
-) -> LoadedModel:
+class LoadOptions(TypedDict, total=False):
+    """How a model is loaded: the options of `PolarModel.from_pretrained` that belong to its weights."""
+
+    revision: str | None
+    """Branch, tag or commit of a hub id; default: the main branch."""
+    device: str
+    """`auto`, the default, or a torch device such as `cpu` or `cuda:1`."""
+    device_map: DeviceMap | None
+    """Whole layers on several devices, instead of `device`: `auto` by the memory that is free; by range,
+    `{"0-14": "cuda:0", "15-29": "cuda:1"}`; or by module, as Hugging Face has it. They run uncompiled."""
+    precision: str
+    """`auto`, the default, or `bf16`, `fp16`, `fp32`, `int8` or `int4`."""
+    compile: Compile
+    """True compiles layers that are not compiled yet (half a minute or so, once for all processes); `auto`, the
+    default, runs compiled ones where they are on disk; False never does."""
+    kv_memory: int | None
+    """Max bytes for keys and values of all requests together; None = half of the memory that is free when the model
+    is first loaded."""
+
+
+def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptions]) -> LoadedModel:
     """Load a model, or return the one already in memory.
 
     Args:
-        model: Alias, folder, `.gguf` file or hub id; None stands for `POLAR_MODEL` or else the default alias.
-        revision: Branch, tag or commit of a hub model.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, …
-        device_map: Devices of layers, in the place of `device`; see `DeviceMap`.
-        precision: `auto`, `bf16`, `fp16`, `fp32`, `int8` or `int4`.
-        compile: Whether to run compiled layers; see `Compile`.
-        kv_memory: Most bytes for keys and values of all requests together; None = half of the memory that is free.
-            Looked at when the model is first loaded.
+        model: Alias, folder, `.gguf` file or hub id; None = `POLAR_MODEL`, or else the default model.
+        **options: See `LoadOptions`.
 
     Returns:
         The model; the same decoder for the same files, device and precision.
@@ -88,43 +83,69 @@ def load_pretrained(
     Raises:
         ModelError: It cannot be found, fetched, read or placed on the device.
     """
+    for name in options:
+        if name not in LoadOptions.__annotations__:
+            raise TypeError(f"loading has no option {name!r}; {did_you_mean(name, LoadOptions.__annotations__)}")
     source = resolve(model)
-    places = _places(device, device_map)
-    kind, dtype = _precision(precision, places)
-    check_compile(compile)
-    local = obtain(source, revision)
-    key = (str(local.folder), local.fingerprint, str(places), kind, str(compile is not False))
+    places = _places(options.get("device", "auto"), options.get("device_map"))
+    precision, dtype = _precision(options.get("precision", "auto"), places)
+    compile = _checked(options.get("compile", "auto"))
+    local = obtain(source, options.get("revision"))
+    key = (str(local.folder), local.fingerprint, str(places), precision, str(compile is not False))
     loaded = _loaded.get(key)
     if loaded is None:
         with LOADING_LOCK:  # of several threads that ask for the same model, one loads it and the others get it
             loaded = _loaded.get(key)
             if loaded is None:
-                loaded = run_apart(lambda: _load(source.name, local, places, kind, dtype, kv_memory))
+                kv_memory = options.get("kv_memory")
+                loaded = run_apart(lambda: _load(source.name, local, places, precision, dtype, kv_memory))
                 _loaded[key] = loaded
-    use_compiled(loaded.decoder, compile)
+    _use_compiled(loaded.decoder, compile)
     return loaded if loaded.name == source.name else replace(loaded, name=source.name)
 
 
-def _places(device: str, device_map: DeviceMap | None) -> Places:
-    """The devices that were asked for, looked up: one for everything, or those of a map.
+def adopt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    precision: str | None = None,
+    compile: Compile = "auto",
+    kv_memory: int | None = None,
+) -> LoadedModel:
+    """Wrap a model and its tokenizer; the weights are used in place, except for fused and quantized copies.
+
+    No file is read and nothing is cached.
+
+    Args:
+        model: On its device, or whole layers on several, in its dtype.
+        tokenizer: The model's own.
+        precision: `int8` or `int4` to hold the matrices in integers; None = as they are.
+        compile: As in `LoadOptions`.
+        kv_memory: As in `LoadOptions`.
 
     Raises:
-        DeviceError: One is not here, or both were given.
+        UnsupportedArchitectureError: The engine has no family for it.
+        DeviceError: A layer is on several devices or not in memory, or a device has no kernel for this precision.
+        ModelDamagedError: A weight is nan or infinite.
+        CompileError: Layers cannot be compiled here.
     """
-    if device_map is None:
-        return {"": choose_device(device)}
-    if device != "auto":
-        raise DeviceError(f"device={device!r} and device_map={device_map!r} exclude each other; give one of them.")
-    return read_map(device_map)
+    from polar_sdk.engine.families import find_family
 
-
-def _precision(name: str, places: Places) -> tuple[str, torch.dtype]:
-    """What `choose_precision` says of the first device, which every other one must be able to do."""
-    first, *others = dict.fromkeys(places.values()) or [choose_device()]
-    kind, dtype = choose_precision(name, first)
-    for other in others:
-        choose_precision(kind, other)
-    return kind, dtype
+    _checked(compile)
+    name = getattr(model.config, "name_or_path", "") or model.config.model_type
+    placement = placement_of(model, find_family(model.config), name)
+    decoder = run_apart(lambda: _take_over(model, placement, name, precision, kv_memory))
+    _use_compiled(decoder, compile)
+    return _in_memory(
+        decoder,
+        model,
+        tokenizer,
+        name=name,
+        path=Path(name),
+        fingerprint=fingerprint_of(model),
+        dtype=decoder.dtype,
+        adopted=weakref.ref(model),  # kept alive, it would hold beside the fused matrices what they were made from
+    )
 
 
 def clear_cache() -> None:
@@ -133,12 +154,39 @@ def clear_cache() -> None:
         _loaded.clear()
 
 
+def _checked(compile: Compile) -> Compile:
+    if not isinstance(compile, bool) and compile != "auto":
+        raise CompileError(f"compile={compile!r} is unknown; use True, False or 'auto'.")
+    return compile
+
+
+def _places(device: str, device_map: DeviceMap | None) -> Places:
+    """The devices named by the caller, looked up: one for everything, or those of a map.
+
+    Raises:
+        DeviceError: One is not available here, or both were given.
+    """
+    if device_map is None:
+        return {"": choose_device(device)}
+    if device != "auto":
+        raise DeviceError(f"device={device!r} and device_map={device_map!r} exclude each other; pass one of them.")
+    return read_map(device_map)
+
+
+def _precision(name: str, places: Places) -> tuple[str, torch.dtype]:
+    """What `choose_precision` says of the first device, which every other one must be able to do."""
+    first, *others = dict.fromkeys(places.values()) or [choose_device()]
+    precision, dtype = choose_precision(name, first)
+    for other in others:
+        choose_precision(precision, other)
+    return precision, dtype
+
+
 def _load(
     name: str, local: LocalModel, places: Places, precision: str, dtype: torch.dtype, kv_memory: int | None
 ) -> LoadedModel:
     from polar_sdk.engine.decoder import build_decoder
     from polar_sdk.engine.families import find_family
-    from polar_sdk.serving.scheduler import Scheduler
 
     with quiet_transformers(), _memory_errors(name, places, dtype):
         network = read_network(local.folder, local.weights)
@@ -146,18 +194,62 @@ def _load(
         bring = bringer(network, name, dtype)
         placement = place(places, network, find_family(network.config), precision, dtype)
         decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, placement=placement, bring=bring)
+    return _in_memory(
+        decoder, network, tokenizer, name=name, path=local.folder, fingerprint=local.fingerprint, dtype=dtype
+    )
+
+
+def _take_over(
+    model: PreTrainedModel, placement: Placement, name: str, precision: str | None, kv_memory: int | None
+) -> Decoder:
+    from polar_sdk.engine.decoder import build_decoder
+
+    check_finite(model, name)
+    return build_decoder(model, precision=precision, kv_memory=kv_memory, placement=placement)
+
+
+def _in_memory(
+    decoder: Decoder, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **identity: Any
+) -> LoadedModel:
+    """The shared object for a decoder; `identity` is what only a file or only a caller's model can say."""
+    from polar_sdk.serving.scheduler import Scheduler
+
     return LoadedModel(
-        name=name,
-        path=local.folder,
-        fingerprint=local.fingerprint,
         decoder=decoder,
         scheduler=Scheduler(decoder),
         tokenizer=tokenizer,
         config=network.config,
         generation_config=network.generation_config,
         device=decoder.device,
-        dtype=dtype,
+        **identity,
     )
+
+
+def _use_compiled(decoder: Decoder, compile: Compile) -> None:
+    """Make a decoder run compiled layers, as far as `compile` allows.
+
+    Raises:
+        CompileError: `compile` is True and there is no compiler, or it failed, or layers are on several devices.
+    """
+    from polar_sdk.engine.compiled import load_kernels
+
+    if len(decoder.placement.devices) > 1:
+        if compile is True:
+            raise CompileError(
+                f"layers on several devices ({decoder.placement}) run uncompiled; use compile='auto' or False."
+            )
+        return
+    if compile is False or decoder.kernels.pages:
+        return
+    kernels = load_kernels(decoder, cache_folder() / "compiled", build=compile is True, progress=_say_compiling)
+    if kernels is None:
+        _log.info("layers run uncompiled; `polar models compile` makes them faster, once for all processes")
+    else:
+        decoder.kernels = kernels
+
+
+def _say_compiling(part: str, number: int, count: int) -> None:
+    say(f"compiling {part.split(' Attention', maxsplit=1)[0]} ({number} of {count}) …")
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,13 +1,12 @@
-"""The network of a model folder as transformers builds it, its weights not read yet.
+"""The network of a model folder as transformers builds it, with weights that are read when they are first used.
 
 transformers finds every weight's place by its own rules, older names and fused experts included. It is given tensors in
-the dtype that the files have, so that it copies nothing; whoever runs the model casts layer by layer.
-
-Weights of safetensors files as tensors that are read when they are first used, layer by layer.
+the dtype that the files have, so that it copies nothing; whoever runs the model casts layer by layer, with `bringer`,
+which refuses weights that are not finite.
 
 Every layer has a mapping of its own, because the pages of a mapping count as memory of the process until all tensors in
-it are gone: whoever copies the weights of a layer and drops them has dropped its part of the file too. Knows files and
-names, no architecture.
+it are gone: whoever copies the weights of a layer and drops them has dropped its part of the file too. Knows files,
+names and values of weights, no architecture.
 """
 
 from __future__ import annotations
@@ -27,8 +26,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import GenerationConfig, PreTrainedModel
+
+    from polar_sdk.engine.decoder import Bring
 
 _DTYPES: Final = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -136,6 +137,54 @@ def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
     result: PreTrainedModel = network.requires_grad_(False).eval()
     result.generation_config = _generation_config(folder)
     return result
+
+
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights with nan or infinity in them: every answer would be noise, and it would be billed.
+
+    Args:
+        model: The model; each of its weights is read once.
+        name: What the model is called, for the error.
+
+    Raises:
+        ModelDamagedError: A weight is not finite.
+    """
+    if (weight := first_not_finite(model)) is not None:
+        raise _not_finite(name, weight)
+
+
+def first_not_finite(model: PreTrainedModel) -> str | None:
+    """Name of the first weight with nan or infinity in it; None where all are finite."""
+    return next((name for name, weight in model.named_parameters() if not _finite(weight)), None)
+
+
+def bringer(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Bring:
+    """What brings weights of a model into memory, in this dtype, and refuses those that `check_finite` refuses.
+
+    The weights are copied even where nothing has to change: a file may be replaced while its model runs.
+    """
+    names = {id(weight): weight_name for weight_name, weight in model.named_parameters()}
+
+    def bring(weights: Iterable[nn.Parameter], device: torch.device) -> None:
+        for weight in weights:
+            weight.data = weight.data.to(device, dtype, copy=True)
+            if not _finite(weight):
+                raise _not_finite(name, names[id(weight)])
+
+    return bring
+
+
+def _finite(weight: Tensor) -> bool:
+    """A sum is finite only if every term is, and it needs no second tensor of the same size."""
+    import torch
+
+    return bool(weight.detach().sum(dtype=torch.float32).isfinite())
+
+
+def _not_finite(name: str, weight: str) -> ModelDamagedError:
+    return ModelDamagedError(
+        f"model {name!r} is damaged: weight {weight} is not finite.", hint="Copy, fetch or train the model again."
+    )
 
 
 def damaged(folder: Path, reason: str) -> ModelDamagedError:

@@ -268,6 +268,28 @@ def _balanced(network: PreTrainedModel, family: Family, precision: str, dtype: t
     return {name: _device(name, device) for name, device in made.items()}
 
 
+def placement_of(model: PreTrainedModel, family: Family, name: str) -> Placement:
+    """Where the parts of a model lie, which its owner has placed.
+
+    Raises:
+        DeviceError: A layer lies on several devices, or not in memory.
+    """
+    ends = family.take_ends(model)
+    layers = [_one_device(f"layer {index}", layer, name) for index, layer in enumerate(family.layer_modules(model))]
+    return Placement(ends["embedding"].device, tuple(layers), ends["head"].weight.device)
+
+
+def _one_device(what: str, layer: nn.Module, name: str) -> torch.device:
+    devices = {weight.device for weight in layer.parameters()}
+    if len(devices) > 1 or str(next(iter(devices))) == "meta":
+        raise DeviceError(
+            f"{what} of model {name!r} lies on {' and '.join(sorted(map(str, devices)))}; "
+            "the engine runs a layer on one device, from memory.",
+            hint="Move it with .to(device), or load the model with from_pretrained and a device_map.",
+        )
+    return devices.pop()
+
+
 def check_room(
     placement: Placement, network: PreTrainedModel, family: Family, precision: str, dtype: torch.dtype
 ) -> None:

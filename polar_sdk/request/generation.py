@@ -16,6 +16,7 @@ from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.programs.program import Program
 from polar_sdk.request.admission import admit
 from polar_sdk.serving.job import FinishReason, Job
+from polar_sdk.serving.threads import AHEAD
 from polar_sdk.usage import Outcome, Receipt, TokenUsage, UsageRecord
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
 _STOPS = (GeneratorExit, KeyboardInterrupt, SystemExit, RequestTimeoutError)
 """What ends a request without being an error of it: its stream was closed, the process was told to end (the command
 `polar` turns SIGTERM into SystemExit), or its time was up."""
-_AHEAD = 2
-"""Pieces of a stream computed before the consumer asks: enough to hide the hand-over, little to waste if it leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +90,8 @@ def answer(
         CacheMemoryError: A request does not fit the memory for keys and values.
         RequestTimeoutError: The time of a request is up; the record of every request is stored by then.
     """
+    if not requests:
+        return []
     sink.check()
     ended: SimpleQueue[Job] = SimpleQueue()
     requests = admit(requests, model.decoder.cost, sink)
@@ -118,7 +119,7 @@ def stream(
     """
     sink.check()
     (request,) = admit([request], model.decoder.cost, sink)
-    job = Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, ahead=_AHEAD)
+    job = Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, ahead=AHEAD)
     with _Recorder(model, [job], sink) as recorder:
         model.scheduler.submit([job])
         held: Piece | None = None

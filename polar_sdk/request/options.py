@@ -6,24 +6,49 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from polar_sdk.engine.sampling import MOST_ALTERNATIVES
 from polar_sdk.errors import InvalidRequestError, SamplingError, TagError, did_you_mean
+from polar_sdk.models.load import LoadOptions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from polar_sdk.engine.sampling import LogitsHook
+    from polar_sdk.programs.policy import Policy
     from polar_sdk.programs.program import Program
-    from polar_sdk.request.prompts import Template
+    from polar_sdk.router.base import Router
     from polar_sdk.serving.request import Cancel
+    from polar_sdk.usage import UsageSink
 
 Message = Mapping[str, str]
 """One chat message: `role` (system, user, assistant) and `content`."""
 Prompt = str | Sequence[Message]
+Template = Literal["auto", "chat", "raw"]
 T = TypeVar("T")
 _LONGEST_NAME = 200
 _OF_THE_BATCH = frozenset({"cancel", "timeout"})
 """Options that end a batch as a whole."""
+
+
+class ModelOptions(LoadOptions, total=False):
+    """Keyword options of `PolarModel.from_pretrained`: how the weights are loaded, and what this object does."""
+
+    policy: Policy | str | Path | None
+    """Policy or policy file; None = the one shipped for the model."""
+    router: Router | str | Path | None
+    """Router or its folder; None = the one shipped for the model, unless `policy` is given."""
+    bridges: str | Path | None
+    """Folder of bridges that `polar heal` wrote."""
+    ledger: str | None
+    """`"auto"`, the default, a ledger URL, or None to meter nothing."""
+    sink: UsageSink | None
+    """Where usage records go, instead of a ledger."""
+    tenant: str
+    """Who is billed for requests that name no tenant."""
+    tags: Mapping[str, str] | None
+    """Tags of every request."""
 
 
 class RequestOptions(TypedDict, total=False):
@@ -60,6 +85,17 @@ class RequestOptions(TypedDict, total=False):
     """Set it from any thread: the request ends within one token."""
     timeout: float | None
     """Longest time from the making of the request to its last token; then `RequestTimeoutError`. Unit: seconds."""
+
+
+def split_loading(options: ModelOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that say how weights are loaded, and those of the model object."""
+    own: dict[str, Any] = dict(options)
+    return {name: own.pop(name) for name in LoadOptions.__annotations__ if name in own}, own
+
+
+def ending_on(cancel: Cancel, options: RequestOptions) -> RequestOptions:
+    """The options of a call that ends when `cancel` is set."""
+    return {**options, "cancel": cancel}
 
 
 def given(value: T | None, default: T) -> T:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.programs.cost import Segment
+    from polar_sdk.serving.loaded import LoadedModel
 
 
 _FORMAT: Final = "polar-bridges-1"
@@ -86,6 +87,11 @@ class BridgeSet:
         """Size of the tensors. Unit: bytes."""
         return sum(tensor.nbytes for bridge in self.bridges.values() for tensor in bridge.tensors)
 
+    @classmethod
+    def of(cls, bridges: BridgeSet | str | Path) -> BridgeSet:
+        """Bridges as they are, or those in a folder."""
+        return bridges if isinstance(bridges, BridgeSet) else cls.load(bridges)
+
     def check_model(self, name: str, fingerprint: str) -> None:
         """Refuse a model that these bridges were not fitted on.
 
@@ -98,6 +104,17 @@ class BridgeSet:
                 f"({fingerprint[:12]}…).",
                 hint="Fit bridges for it with `polar heal`.",
             )
+
+    def place_on(self, loaded: LoadedModel) -> None:
+        """Add these bridges to those that a model in memory has already.
+
+        Raises:
+            BridgeModelError: They were fitted for another model.
+        """
+        self.check_model(loaded.name, loaded.fingerprint)
+        decoder = loaded.decoder
+        placed = {segment: bridge.to(decoder.dtype, decoder.device) for segment, bridge in self.bridges.items()}
+        decoder.set_bridges({**decoder.bridges, **placed})
 
     def save(self, folder: str | Path) -> Path:
         """Write both files; the folder is made if need be. Returns the folder."""

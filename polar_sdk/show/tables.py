@@ -1,4 +1,7 @@
-"""Tables in the terminal, as every command sets them: plain names, every digit. Knows no figures."""
+"""Tables in the terminal, the same for every command: names are plain text, figures keep every digit.
+
+Knows no figures.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ if TYPE_CHECKING:
 
 
 LABEL_WIDTH: Final = 8
-_WIDEST: Final = 1_000
+"""Minimum width of a column of texts. Unit: characters."""
+_MAX_WIDTH: Final = 1_000
 
 
 def show(view: RenderableType, console: Console) -> None:
-    """Print a view. Where the console is narrow, texts fold; where it is too narrow for the digits, lines run over."""
+    """Print a view. On a narrow console texts fold; where it is too narrow for the digits, lines run over."""
     console.width = max([console.width, *(_fold(table, console) for table in _tables(view))])
     console.print(view)
 
@@ -34,23 +38,23 @@ def _tables(view: RenderableType) -> Iterator[Table]:
 
 
 def _fold(table: Table, console: Console) -> int:
-    """Give the columns of text what the figures leave of a console's width, the first one first.
+    """Give the columns of text the width that the figures leave, the first column first.
 
-    rich would take from the widest first, past what a column needs at least.
+    rich would take from the widest first, even below what a column needs.
 
     Returns:
-        The least width of the table. Unit: characters.
+        The minimum width of the table. Unit: characters.
     """
-    wide = console.options.update(width=_WIDEST)
+    wide = console.options.update(width=_MAX_WIDTH)
     if (natural := console.measure(table, options=wide).maximum) <= console.width:
         return natural
     texts = [(column, _longest(column, console)) for column in table.columns if not column.no_wrap]
-    least = [min(column.min_width or 1, longest) for column, longest in texts]
-    for (column, _), width in zip(texts, least, strict=True):
+    minimums = [min(column.min_width or 1, longest) for column, longest in texts]
+    for (column, _), width in zip(texts, minimums, strict=True):
         column.min_width = column.max_width = width
-    needed = console.measure(table, options=wide).maximum  # not the minimum, for which figures break at their unit
+    needed = console.measure(table, options=wide).maximum  # not .minimum, at which figures break before their unit
     spare = max(console.width - needed, 0)
-    for (column, longest), width in zip(texts, least, strict=True):
+    for (column, longest), width in zip(texts, minimums, strict=True):
         column.max_width = width + min(longest - width, spare)
         spare -= column.max_width - width
     return needed
@@ -61,15 +65,26 @@ def _longest(column: Column, console: Console) -> int:
 
 
 def new_table(title: str | None, labels: Iterable[str]) -> Table:
-    """A table with a title and these first columns of text."""
+    """A table with a title, whose first columns are these, of texts."""
     heading = None if title is None else Text(printable(title))
     table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bold")
     table.show_edge = False
     table.pad_edge = False
     table.padding = (0, 1, 0, 0)
-    for label in labels:
-        table.add_column(label, overflow="fold", min_width=LABEL_WIDTH)
+    add_labels(table, *labels)
     return table
+
+
+def add_labels(table: Table, *names: str, width: int = LABEL_WIDTH) -> None:
+    """Add columns of texts, which fold where the console is narrow, down to a minimum width."""
+    for name in names:
+        table.add_column(name, overflow="fold", min_width=width)
+
+
+def add_numbers(table: Table, *names: str) -> None:
+    """Add columns of figures, which never lose a digit."""
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
 
 
 def add_row(table: Table, *cells: str, style: str | None = None) -> None:
@@ -78,11 +93,5 @@ def add_row(table: Table, *cells: str, style: str | None = None) -> None:
 
 
 def printable(text: str) -> str:
-    """A name must not steer the terminal either."""
+    """The text without control characters: a name must not steer the terminal."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
-
-
-def add_numbers(table: Table, *names: str) -> None:
-    """Add columns of figures, which never lose a digit."""
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)

@@ -78,9 +78,10 @@ def test_every_error_is_listed_and_drawn() -> None:
         ("import langchain_polar", f"{HEAVY} {FRAMEWORKS}"),
         ("import llama_index_polar", f"{HEAVY} {FRAMEWORKS}"),
         (
-            "from polar_sdk.frameworks.model_settings import ModelSettings; ModelSettings(compute='economy')",
+            "from polar_sdk.frameworks import ModelSettings; ModelSettings(compute='economy')",
             f"{HEAVY} {FRAMEWORKS}",
         ),
+        ("from polar_sdk.models.load import LoadOptions, adopt, load_pretrained", f"{HEAVY} {FRAMEWORKS}"),
     ],
 )
 def test_imports_stay_light(statement: str, unwanted: str) -> None:

@@ -1,7 +1,11 @@
 """Budgets and holds: what a tenant, project, user or key may use per window, enforced before compute.
 
-`budget` the definition · `choose` which offer fits, pure · `records` rows · `counters` spent and held per window ·
-`projection` the same computed from what is stored · `reserve` the most a request may use is held · `settle` a hold
-becomes what was used, when its record is stored · `keeper` the whole · `render` for people and programs.
+* `budget`      the definition of a budget, pure
+* `offers`      which offer of a request fits its budgets, pure
+* `counters`    what is spent and held per budget and window
+* `holds`       the maximum that a request may use, held before it runs
+* `settlement`  a hold becomes what was used, when the usage record is stored
+* `keeper`      `Budgets`, which does all of this on a ledger
+
 Nothing is imported here, so that the pure parts load without a database.
 """

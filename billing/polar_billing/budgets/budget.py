@@ -1,11 +1,11 @@
 """A budget as a value: how much of a currency or of compute may be used in each window, and by whom.
 
-Knows neither requests nor the store.
+Knows neither requests nor a database.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 COMPUTE_UNIT: Final = "CU"
 """The unit of a budget in compute: 10^12 FLOPs."""
-LARGEST_COUNT: Final = 10**18
-"""Most that a limit may count, in units of 10^-decimals: a ninth of what a column holds."""
-_LONGEST_NAME: Final = 200
+MAX_COUNT: Final = 10**18
+"""The largest limit, in units of 10^-decimals: a ninth of what a column holds."""
+_MAX_NAME: Final = 200
+"""Unit: characters."""
 
 
 class Level(StrEnum):
@@ -36,46 +37,46 @@ class Level(StrEnum):
 
 
 class OverBudget(StrEnum):
-    """What becomes of a request that the budget has no room for."""
+    """What happens to a request that the budget has no room for."""
 
     REFUSE = "refuse"
     SHALLOWER = "shallower"
-    """Serve a cheaper offer that fits; refuse where none does."""
+    """Serve a cheaper offer that fits; refuse if none does."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit per window of time; one of several that may cover a request.
+    """A limit per window of time; several budgets may cover a request.
 
-    A budget is identified by tenant, level, name, unit and window; setting it again supersedes what was in force.
+    A budget is identified by tenant, level, name, unit and window; setting it again supersedes the one in force.
 
     Raises:
-        BudgetError: A value is none of those that its field allows; the message names value, limit and fix.
+        BudgetError: A value is not one that its field allows; the message names value, limit and fix.
         PeriodError: The time zone is unknown.
     """
 
     tenant: str
     limit: Decimal
-    """Most per window. Unit: `unit`."""
+    """Maximum per window. Unit: `unit`."""
     unit: str = COMPUTE_UNIT
     """A currency's code, which must be that of the price book, or `CU` for compute units."""
     level: Level = Level.TENANT
     name: str | None = None
-    """The project, user or key, as the tag of that name on a request says; None for the tenant as a whole."""
+    """The project, user or key, as on a request's tag `project`, `user` or `key`; None for the whole tenant."""
     window: Window = Window.MONTH
     zone: str = "UTC"
-    """IANA name of the time zone whose calendar begins the windows."""
+    """IANA name of the time zone in whose calendar the windows begin."""
     over_budget: OverBudget = OverBudget.REFUSE
 
     def __post_init__(self) -> None:
-        own: dict[str, Any] = {
+        checked: dict[str, Any] = {
             "tenant": self.tenant.strip() if isinstance(self.tenant, str) else self.tenant,  # as on usage records
             "limit": _limit(self.limit),
             "level": _one_of(Level, "level", self.level),
             "window": _one_of(Window, "window", self.window),
             "over_budget": _one_of(OverBudget, "over_budget", self.over_budget),
         }
-        for field, value in own.items():
+        for field, value in checked.items():
             object.__setattr__(self, field, value)  # frozen: the only place that writes
         _check_unit(self.unit)
         load_zone(self.zone)
@@ -87,7 +88,7 @@ class Budget:
         if self.level is Level.TENANT:
             if self.name is not None:
                 raise BudgetError(
-                    f"a budget of the level tenant was given the name {self.name!r}.",
+                    f"a budget of the level tenant takes no name (got {self.name!r}).",
                     hint="Leave the name out, or give the level project, user or key.",
                 )
             return
@@ -97,16 +98,16 @@ class Budget:
 
     @property
     def decimals(self) -> int:
-        """Decimals that the budget counts in: 12, or fewer where the limit is so large that 12 would not fit."""
+        """Decimals that the budget counts in: 12, or fewer if the limit is too large for 12."""
         whole = len(str(int(self.limit)))  # digits before the point
-        return max(0, min(STORED_SCALE, len(str(LARGEST_COUNT)) - 1 - whole))
+        return max(0, min(STORED_SCALE, len(str(MAX_COUNT)) - 1 - whole))
 
     @property
     def limit_count(self) -> int:
         """The limit in units of 10^-decimals."""
         count = _scaled(self.limit, self.decimals)
-        if count > LARGEST_COUNT:
-            raise BudgetError(f"limit {self.limit} is too large.", hint=f"Use at most {LARGEST_COUNT:,}.")
+        if count > MAX_COUNT:
+            raise BudgetError(f"limit {self.limit} is too large.", hint=f"Use at most {MAX_COUNT:,}.")
         return count
 
     @property
@@ -117,11 +118,11 @@ class Budget:
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """What makes two definitions the same budget: tenant, level, name, unit, window."""
+        """Identifies a budget across its definitions: tenant, level, name, unit, window."""
         return (self.tenant, self.level, self.name or "", self.unit, self.window)
 
     def covers(self, tags: Mapping[str, str]) -> bool:
-        """True if a request of the tenant with these tags counts in this budget."""
+        """True if a request of the tenant with these tags counts towards this budget."""
         return self.level is Level.TENANT or tags.get(self.level) == self.name
 
     def amount(self, count: int) -> Decimal:
@@ -132,13 +133,9 @@ class Budget:
         """A count of 10^-decimals for people."""
         return f"{plain(self.amount(count))} {self.unit}"
 
-    def superseded(self, **changes: Any) -> Budget:
-        """The same budget with other values."""
-        return replace(self, **changes)
-
 
 def to_count(amount: int, decimals: int) -> int:
-    """A count of 10^-12 as one of 10^-decimals, rounded up: what is not known to fit must not fit."""
+    """A count of 10^-12 as one of 10^-decimals, rounded up: an amount must not fit unless it is known to."""
     return -(-amount // int(10 ** (STORED_SCALE - decimals)))
 
 
@@ -150,11 +147,11 @@ def _limit(value: object) -> Decimal:
     except InvalidOperation:
         raise BudgetError(f"limit {value!r} is not a number.", hint='Write it like "12.50".') from None
     if not limit.is_finite():
-        raise BudgetError(f"limit {value} is not finite.", hint="Close the budget to lift the limit.")
+        raise BudgetError(f"limit {value} is not finite.", hint="Close the budget to lift its limit.")
     if limit < 0:
         raise BudgetError(f"limit {value} is negative.", hint="Use 0 or more; 0 refuses every request.")
-    if limit > LARGEST_COUNT:
-        raise BudgetError(f"limit {limit} is too large.", hint=f"Use at most {LARGEST_COUNT:,}.")
+    if limit > MAX_COUNT:
+        raise BudgetError(f"limit {limit} is too large.", hint=f"Use at most {MAX_COUNT:,}.")
     return limit
 
 
@@ -172,20 +169,20 @@ def _one_of(kind: type[StrEnum], field: str, value: object) -> StrEnum:
         return kind(str(value))
     except ValueError:
         raise BudgetError(
-            f"{field} {value!r} is unknown; {did_you_mean(str(value), [str(one) for one in kind])}"
+            f"{field} {value!r} is unknown; {did_you_mean(str(value), [str(member) for member in kind])}"
         ) from None
 
 
 def _check_unit(unit: object) -> None:
-    known = [COMPUTE_UNIT, *CURRENCIES]
-    if unit in known:
+    units = [COMPUTE_UNIT, *CURRENCIES]
+    if unit in units:
         return
     upper = str(unit).strip().upper()
-    near = upper if upper in known else nearest(upper, known)
+    near = upper if upper in units else nearest(upper, units)
     hint = "Use an ISO 4217 code such as EUR, or CU." if near is None else f"Did you mean {near!r}?"
     raise BudgetError(f"unit {unit!r} is neither a currency nor CU.", hint=hint)
 
 
 def _check_name(what: str, value: object) -> None:
-    if not isinstance(value, str) or not value.strip() or len(value) > _LONGEST_NAME or "\x00" in value:
-        raise BudgetError(f"{what} {str(value)[:40]!r} is no name.", hint=f"Use 1 to {_LONGEST_NAME} characters.")
+    if not isinstance(value, str) or not value.strip() or len(value) > _MAX_NAME or "\x00" in value:
+        raise BudgetError(f"{what} {str(value)[:40]!r} is not a valid name.", hint=f"Use 1 to {_MAX_NAME} characters.")

@@ -1,19 +1,14 @@
 """What is spent and held per budget and window: the counters, and how they are computed from what is stored.
 
-A counter is a projection: held is the sum over the open holds of its window, spent the sum over the settled ones and
-over usage that was stored without a hold, such as that from before the tenant had a budget. It is made when a request
-first needs it, and kept in step by whoever changes a hold in the same transaction. Every function here takes an open
-transaction that has locked the head of the tenant's chain. Knows no clock and no policy.
-
-What is spent and held in a window, computed from the holds and from usage that was stored without one.
-
-Everything is summed in the database, in two columns of which neither can leave 64 bits. Takes an open transaction;
-knows no counters.
+A counter is a projection: held is the sum of the open holds of its window, spent the sum of the settled ones and of
+usage that was stored without a hold, such as usage from before the tenant had a budget. It is computed when a request
+first needs it: in the database, in two columns of which neither can leave 64 bits. From then on whoever changes a hold
+keeps it in step, in the same transaction. Every function here takes an open transaction; those that write need the head
+of the tenant's chain to be locked. Knows no clock and decides nothing.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -22,8 +17,9 @@ from sqlalchemy import BigInteger, Text, and_, bindparam, case, cast, exists, fu
 from sqlalchemy.dialects.postgresql import JSON
 
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
-from polar_billing.budgets.choose import Standing
-from polar_billing.ledger.schema import counter_table, hold_table, price_book_table, receipt_table, usage_table
+from polar_billing.budgets.offers import Standing
+from polar_billing.ledger.books import read_books
+from polar_billing.ledger.schema import counter_table, hold_table, receipt_table, usage_table
 from polar_billing.values.money import STORED_SCALE
 from polar_billing.values.periods import Period
 
@@ -33,7 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection, Row, Select
 
 FULL: Final = 2**62
-"""Where a counter stops: far beyond any limit, and so that adding to it never leaves the 64 bits of its column."""
+"""Where a counter stops: far above any limit, and low enough that a sum never leaves the 64 bits of its column."""
 _MILLION: Final = 10**6
 _NAME_COLUMNS: Final = {
     Level.PROJECT: hold_table.c.project,
@@ -43,7 +39,7 @@ _NAME_COLUMNS: Final = {
 
 
 def computed(connection: Connection, budget: Budget, period: Period) -> Standing:
-    """A budget in one of its windows, from what is stored."""
+    """A budget in one of its windows, computed from holds and usage."""
     held = _total(connection, _over_holds(budget, period, "held"))
     spent = _total(connection, _over_holds(budget, period, "settled"))
     spent += _total(connection, _over_usage(connection, budget, period))
@@ -80,7 +76,7 @@ def _over_usage(connection: Connection, budget: Budget, period: Period) -> Selec
 
 
 def _sums(counts: ColumnElement[Any], decimals: int) -> Select[Any]:
-    """Sum counts of 10^-12, each rounded up to 10^-decimals, in two columns."""
+    """Sum counts of 10^-12, each rounded up to 10^-decimals, as millions and rest."""
     step = 10 ** (STORED_SCALE - decimals)
     rounded = counts if step == 1 else counts // step + case((counts % step > 0, 1), else_=0)
     return select(func.sum(rounded // _MILLION).label("millions"), func.sum(rounded % _MILLION).label("rest"))
@@ -97,8 +93,7 @@ def _within(column: ColumnElement[datetime], period: Period) -> list[ColumnEleme
 
 
 def _books(connection: Connection, currency: str) -> list[str]:
-    rows = connection.execute(select(price_book_table.c.hash, price_book_table.c.document))
-    return [row.hash for row in rows if json.loads(row.document)["currency"] == currency]
+    return [digest for digest, book in read_books(connection).items() if book.currency == currency]
 
 
 def _tag(connection: Connection, level: Level) -> ColumnElement[Any]:
@@ -111,8 +106,8 @@ def _tag(connection: Connection, level: Level) -> ColumnElement[Any]:
 
 _FIRST: Final = datetime(1, 1, 1, tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
-_MOST_NAMES: Final = 500
-"""SQLite takes at least 999 parameters in one statement."""
+_MAX_NAMES: Final = 500
+"""Names in one query; every SQLite takes 999 parameters or more."""
 
 # Built once: building a statement costs more than running it.
 _TOUCHED_ANY: Final = select(counter_table).where(
@@ -127,7 +122,7 @@ _TOUCHED: Final = _TOUCHED_ANY.where(
 
 @dataclass(frozen=True)
 class Scope:
-    """Which counters a request counts in."""
+    """Which counters a request counts towards."""
 
     tenant: str
     project: str | None
@@ -148,7 +143,7 @@ class Scope:
         return {Level.TENANT: "", **{level: name for level, name in named.items() if name is not None}}
 
     def counts_in(self, counter: Row[Any]) -> bool:
-        """True if the request counts in a row of the counters."""
+        """True if the request counts towards this row of the counters."""
         return (
             counter.tenant == self.tenant
             and self.names.get(counter.level) == counter.name
@@ -159,7 +154,7 @@ class Scope:
 
 @dataclass
 class Change:
-    """What is to be added to a counter, and taken from what it holds. Unit: 10^-decimals of it."""
+    """What to add to a counter's spent, and what to take from its held. Unit: 10^-decimals of its unit."""
 
     spent: int = 0
     freed: int = 0
@@ -168,52 +163,49 @@ class Change:
 def standings(
     connection: Connection, windows: Sequence[tuple[Budget, Period]], scope: Scope
 ) -> list[tuple[int, Standing]]:
-    """Budgets in their windows around `scope.at`, each with the number of its counter, which is made if need be."""
-    rows = {_place(row): row for row in touched(connection, [scope])}
-    found = []
+    """Budgets in their windows around `scope.at`, each with the number of its counter, which is created if needed."""
+    rows = {_key(row): row for row in touched(connection, [scope])}
+    standings = []
     for budget, period in windows:
         row = rows.get((*budget.key, period.since or _FIRST))
         if row is None:
-            found.append(_make(connection, computed(connection, budget, period)))
+            standings.append(_insert(connection, computed(connection, budget, period)))
         else:
-            found.append((row.seq, Standing(budget, period, row.spent, row.held)))
-    return found
+            standings.append((row.seq, Standing(budget, period, row.spent, row.held)))
+    return standings
 
 
-def _place(row: Row[Any]) -> tuple[object, ...]:
+def _key(row: Row[Any]) -> tuple[object, ...]:
     return (row.tenant, row.level, row.name, row.unit, row.time_window, row.starts)
 
 
-def _make(connection: Connection, made: Standing) -> tuple[int, Standing]:
-    tenant, level, name, unit, window = made.budget.key
+def _insert(connection: Connection, standing: Standing) -> tuple[int, Standing]:
+    tenant, level, name, unit, window = standing.budget.key
     values: dict[str, Any] = {"tenant": tenant, "level": level, "name": name, "unit": unit, "time_window": window}
-    values |= {"starts": made.period.since or _FIRST, "ends": made.period.until or _LAST}
-    values |= {"decimals": made.budget.decimals, "spent": made.spent, "held": made.held}
+    values |= {"starts": standing.period.since or _FIRST, "ends": standing.period.until or _LAST}
+    values |= {"decimals": standing.budget.decimals, "spent": standing.spent, "held": standing.held}
     seq: int = connection.execute(counter_table.insert().values(values).returning(counter_table.c.seq)).scalar_one()
-    return seq, made
+    return seq, standing
 
 
-def look(connection: Connection, budget: Budget, period: Period) -> Standing:
-    """A budget in one of its windows; writes nothing."""
-    found = _find(connection, budget, period)
-    return computed(connection, budget, period) if found is None else Standing(budget, period, found.spent, found.held)
+def read_standing(connection: Connection, budget: Budget, period: Period) -> Standing:
+    """A budget in one of its windows, from its counter if there is one; writes nothing."""
+    query = select(counter_table).where(_of(budget), counter_table.c.starts == (period.since or _FIRST))
+    row = connection.execute(query).one_or_none()
+    return computed(connection, budget, period) if row is None else Standing(budget, period, row.spent, row.held)
 
 
-def all_of(connection: Connection, budgets: Iterable[Budget]) -> list[Standing]:
-    """Every counter of these budgets, as it stands."""
-    rows = [(one, row) for one in budgets for row in connection.execute(select(counter_table).where(_is(one)))]
+def read_standings(connection: Connection, budgets: Iterable[Budget]) -> list[Standing]:
+    """Every counter of these budgets."""
     return [
-        Standing(one, Period.containing(row.starts, one.window, one.zone), row.spent, row.held) for one, row in rows
+        Standing(budget, Period.containing(row.starts, budget.window, budget.zone), row.spent, row.held)
+        for budget in budgets
+        for row in connection.execute(select(counter_table).where(_of(budget))).all()
     ]
 
 
-def _find(connection: Connection, budget: Budget, period: Period) -> Row[Any] | None:
-    query = select(counter_table).where(_is(budget), counter_table.c.starts == (period.since or _FIRST))
-    return connection.execute(query).one_or_none()
-
-
 def raise_held(connection: Connection, amounts: Mapping[int, tuple[int, int]]) -> bool:
-    """Hold amounts if every one of them still fits; False where one does not, and then the caller rolls back.
+    """Hold amounts if all of them still fit; False if one does not, and then the caller rolls back.
 
     Args:
         connection: The transaction to roll back.
@@ -230,7 +222,7 @@ def raise_held(connection: Connection, amounts: Mapping[int, tuple[int, int]]) -
 
 
 def touched(connection: Connection, scopes: Sequence[Scope]) -> list[Row[Any]]:
-    """The counters that exist and that any of the requests counts in."""
+    """The counters that exist and that any of the requests counts towards."""
     if not scopes:
         return []
     values: dict[str, Any] = {
@@ -239,17 +231,17 @@ def touched(connection: Connection, scopes: Sequence[Scope]) -> list[Row[Any]]:
         "last": max(scope.at for scope in scopes),
     }
     names = {name for scope in scopes for name in scope.names.values()}
-    # With very many names all of the tenants' counters are looked at.
-    query, named = (_TOUCHED, {"names": sorted(names)}) if len(names) <= _MOST_NAMES else (_TOUCHED_ANY, {})
+    # With too many names for one query, read all counters of the tenants.
+    query, named = (_TOUCHED, {"names": sorted(names)}) if len(names) <= _MAX_NAMES else (_TOUCHED_ANY, {})
     rows = connection.execute(query, {**values, **named})
     return [row for row in rows if any(scope.counts_in(row) for scope in scopes)]
 
 
 def change(connection: Connection, changes: Iterable[tuple[int, Change]]) -> None:
-    """Change counters by their number; one that is full stays full, and none falls below zero."""
+    """Change counters, given by number; a full one stays full, and none falls below zero."""
     counter = counter_table.c
-    for seq, one in sorted(changes, key=lambda pair: pair[0]):
-        spent, freed = min(one.spent, FULL), min(one.freed, FULL)
+    for seq, difference in sorted(changes, key=lambda pair: pair[0]):
+        spent, freed = min(difference.spent, FULL), min(difference.freed, FULL)
         values = {
             "spent": case((counter.spent > FULL - spent, FULL), else_=counter.spent + spent),
             "held": case((counter.held < freed, 0), else_=counter.held - freed),
@@ -258,11 +250,11 @@ def change(connection: Connection, changes: Iterable[tuple[int, Change]]) -> Non
 
 
 def drop(connection: Connection, budget: Budget) -> None:
-    """Forget the counters of a budget whose limit or zone changes; they are computed again when needed."""
-    connection.execute(counter_table.delete().where(_is(budget)))
+    """Delete the counters of a budget whose limit or zone changes; they are computed again when needed."""
+    connection.execute(counter_table.delete().where(_of(budget)))
 
 
-def _is(budget: Budget) -> ColumnElement[bool]:
+def _of(budget: Budget) -> ColumnElement[bool]:
     counter = counter_table.c
     tenant, level, name, unit, window = budget.key
     return and_(

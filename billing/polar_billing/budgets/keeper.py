@@ -1,8 +1,9 @@
 """`Budgets`: set them, hold money and compute for a request before it runs, and say what is left.
 
 Every hold covers all budgets of a request in one transaction, which no other of the same tenant overlaps: the head of
-the tenant's chain is locked first, as by whoever stores usage. What cannot be decided is refused. The clock is the
-database server's on PostgreSQL, so that hosts need not agree. Rates nothing itself (see `pricing.bound`).
+the tenant's chain is locked first, as it is by whoever stores usage. What cannot be decided is refused. On PostgreSQL
+the clock is the database server's, so that the clocks of hosts need not agree. Rates nothing itself (see
+`prices.quote`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from sqlalchemy import func, select
 
 from polar_billing.budgets import counters
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
-from polar_billing.budgets.choose import Refusal, Standing
 from polar_billing.budgets.counters import computed
 from polar_billing.budgets.holds import Hold, HoldState, costs, hold, in_force, latest_holds, open_holds, write_budget
-from polar_billing.budgets.settle import free, with_budgets
+from polar_billing.budgets.offers import Refusal, Standing
+from polar_billing.budgets.settlement import free, with_budgets
 from polar_billing.errors import BudgetError, CurrencyMixError, StoreError
 from polar_billing.ledger import chain
 from polar_billing.ledger.ledger import Ledger
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 
 
 HOLD_LIFETIME: Final = timedelta(minutes=15)
-"""After that a hold that nobody resolved expires: its process is gone. Longer than any answer takes."""
+"""After this time a hold that nobody resolved expires: its process is gone. Longer than any answer takes."""
 SEEN_WITHIN_S: Final = 5.0
-"""How long a process may not see the first budget that another one sets for a tenant. Unit: seconds."""
+"""How long a process may miss the first budget that another process sets for a tenant. Unit: seconds."""
 
 
 _changes: Final = Changes()
@@ -47,7 +48,7 @@ _changes: Final = Changes()
 
 @dataclass(frozen=True)
 class Difference:
-    """A counter that says other than what is stored adds up to."""
+    """A counter that differs from what holds and usage add up to."""
 
     counted: Standing
     computed: Standing
@@ -58,8 +59,8 @@ class Budgets:
 
     Args:
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
-        lifetime: After how long a hold expires that nobody resolved.
-        clock: What time it is, UTC; None for the database's own, or this machine's with SQLite.
+        lifetime: How long until a hold that nobody resolved expires.
+        clock: Returns the time, UTC; None for the database server's clock, or this machine's with SQLite.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class Budgets:
     def set(self, budget: Budget, book: PriceBook | None = None) -> None:
         """Put a budget in force from now on; it supersedes the one of the same tenant, level, name, unit and window.
 
-        What was spent in the window so far counts, also from before there was a budget.
+        What was spent in the window so far counts, even from before there was a budget.
 
         Args:
-            budget: What to allow.
+            budget: The budget.
             book: The price book in force, to refuse a currency that nothing will be charged in.
 
         Raises:
@@ -88,7 +89,7 @@ class Budgets:
         """
         if book is not None and budget.unit not in {COMPUTE_UNIT, book.currency}:
             raise CurrencyMixError(
-                f"a budget in {budget.unit} cannot be kept: price book {book.id!r} is in {book.currency}.",
+                f"a budget in {budget.unit} cannot be enforced: price book {book.id!r} is in {book.currency}.",
                 hint=f"Set it in {book.currency}, or in CU.",
             )
         with self._locked(budget.tenant) as (connection, now):
@@ -99,26 +100,26 @@ class Budgets:
     def close(
         self, tenant: str, *, level: Level | str, unit: str, window: Window | str, name: str | None = None
     ) -> Budget:
-        """Lift a budget; its definitions stay in the ledger.
+        """Close a budget; its definitions stay in the ledger.
 
         Returns:
-            What was in force.
+            The budget that was in force.
 
         Raises:
             BudgetError: There is no such budget.
         """
         key = (tenant, str(level), name or "", unit, str(window))
         with self._locked(tenant) as (connection, now):
-            found = next((budget for budget in in_force(connection, tenant) if budget.key == key), None)
-            if found is not None:
-                self._write(connection, found, now, closed=True)
+            budget = next((budget for budget in in_force(connection, tenant) if budget.key == key), None)
+            if budget is not None:
+                self._write(connection, budget, now, closed=True)
         _changes.announce()
-        if found is None:
+        if budget is None:
             what = f"tenant {tenant!r} has no budget in {unit} per {window} of the level {level}"
             raise BudgetError(
                 f"{what}{'' if name is None else f' and the name {name!r}'}.", hint="See `polar budget show`."
             )
-        return found
+        return budget
 
     def _write(self, connection: Connection, budget: Budget, now: datetime, *, closed: bool) -> None:
         write_budget(connection, budget, closed=closed, now=now)
@@ -127,29 +128,30 @@ class Budgets:
     def in_force(self, tenant: str | AllTenants) -> list[Budget]:
         """The budgets of a tenant, or of all of them, in the order in which they were first set."""
         with self.ledger.snapshot() as connection:
-            return in_force(connection, _named(tenant))
+            return in_force(connection, _name_of(tenant))
 
     def standings(self, tenant: str | AllTenants, at: datetime | None = None) -> list[Standing]:
         """What is spent, held and left of every budget in the window of `at`; None for now."""
         with self.ledger.snapshot() as connection:
             moment = self._now(connection) if at is None else at
-            budgets = in_force(connection, _named(tenant))
-            return [counters.look(connection, one, Period.containing(moment, one.window, one.zone)) for one in budgets]
+            budgets = in_force(connection, _name_of(tenant))
+            windows = ((budget, Period.containing(moment, budget.window, budget.zone)) for budget in budgets)
+            return [counters.read_standing(connection, budget, period) for budget, period in windows]
 
     def holds(self, tenant: str | AllTenants) -> list[Hold]:
-        """What is held now, the oldest first."""
+        """The open holds, the oldest first."""
         with self.ledger.snapshot() as connection:
-            return open_holds(connection, _named(tenant))
+            return open_holds(connection, _name_of(tenant))
 
     def reserve(self, bound: UsageBound, book: PriceBook, *, source: str) -> int:
-        """Hold what a request may use at most, in every budget that covers it, or in none.
+        """Hold the maximum that a request may use, in every budget that covers it or in none.
 
-        The same call again, as after a lost answer, gets the same offer and holds nothing more.
+        The same call again, for example after a lost answer, returns the same offer and holds nothing more.
 
         Args:
             bound: The request and its offers.
             book: The prices it will be charged by.
-            source: Who meters; request ids are unique per (tenant, source).
+            source: The meter; request ids are unique per (tenant, source).
 
         Returns:
             Index of the offer to serve.
@@ -171,25 +173,25 @@ class Budgets:
         return chosen
 
     def release(self, tenant: str, request_id: str, *, source: str) -> bool:
-        """Give back what is held for a request that never began; True if something was."""
+        """Free what is held for a request that never began; True if something was."""
         if not self._may_have_budgets(tenant):
             return False
         identity = (tenant, source, request_id)
         with self._locked(tenant) as (connection, now):
-            found = latest_holds(connection, [identity]).get(identity)
-            if found is None or found.state is not HoldState.HELD:
+            latest = latest_holds(connection, [identity]).get(identity)
+            if latest is None or latest.state is not HoldState.HELD:
                 return False
-            free(connection, [found], HoldState.RELEASED, now)
+            free(connection, [latest], HoldState.RELEASED, now)
         return True
 
     def expire(self, tenant: str | AllTenants = ALL_TENANTS) -> int:
-        """Free what is held past its time; `reserve` does so for its own tenant. Returns how many holds expired."""
+        """Expire the holds that are due and return their number; `reserve` does so for its own tenant."""
         with self.ledger.snapshot() as connection:
-            due = open_holds(connection, _named(tenant), due=self._now(connection))
+            due = open_holds(connection, _name_of(tenant), due=self._now(connection))
         expired = 0
-        for one in sorted({one.scope.tenant for one in due}):
-            with self._locked(one) as (connection, now):
-                expired += self._expire(connection, one, now)
+        for name in sorted({open_hold.scope.tenant for open_hold in due}):
+            with self._locked(name) as (connection, now):
+                expired += self._expire(connection, name, now)
         return expired
 
     def _expire(self, connection: Connection, tenant: str, now: datetime) -> int:
@@ -199,30 +201,30 @@ class Budgets:
         return len(due)
 
     def recheck(self, tenant: str | AllTenants, *, repair: bool = False) -> list[Difference]:
-        """Compute every counter again from holds and usage, and say which differ.
+        """Compute every counter again from holds and usage, and return those that differ.
 
         Args:
             tenant: Whose.
-            repair: Forget those that differ, so that they are computed when next needed.
+            repair: Delete those that differ, so that they are computed when next needed.
         """
         with self.ledger.snapshot() as connection:
-            names = {budget.tenant for budget in in_force(connection, _named(tenant))}
-        found = []
-        for one in sorted(names):
-            with self._locked(one) as (connection, _):
-                found += (differing := self._differing(connection, one))
-                for difference in differing if repair else ():
+            names = {budget.tenant for budget in in_force(connection, _name_of(tenant))}
+        differences = []
+        for name in sorted(names):
+            with self._locked(name) as (connection, _):
+                differences += (found := self._differences(connection, name))
+                for difference in found if repair else ():
                     counters.drop(connection, difference.counted.budget)
-        return found
+        return differences
 
-    def _differing(self, connection: Connection, tenant: str) -> list[Difference]:
-        counted = counters.all_of(connection, in_force(connection, tenant))
-        pairs = ((one, computed(connection, one.budget, one.period)) for one in counted)
-        return [Difference(one, again) for one, again in pairs if one != again]
+    def _differences(self, connection: Connection, tenant: str) -> list[Difference]:
+        standings = counters.read_standings(connection, in_force(connection, tenant))
+        pairs = ((counted, computed(connection, counted.budget, counted.period)) for counted in standings)
+        return [Difference(counted, expected) for counted, expected in pairs if counted != expected]
 
     @contextmanager
     def _locked(self, tenant: str) -> Iterator[tuple[Connection, datetime]]:
-        """A write transaction that has the tenant to itself, and the time in it."""
+        """A write transaction that has the tenant to itself, and the current time."""
         with self.ledger.transaction() as connection:
             chain.lock_heads(connection, {tenant})
             yield connection, self._now(connection)
@@ -236,10 +238,10 @@ class Budgets:
         return datetime.now(UTC)
 
     def _may_have_budgets(self, tenant: str) -> bool:
-        """False if the tenant had no budget a moment ago: then a request costs no transaction.
+        """False if the tenant had no budget a moment ago, so that its requests cost no transaction.
 
         Raises:
-            StoreError: The ledger is away, and the tenant had a budget, or that was never known.
+            StoreError: The ledger cannot be read, and the tenant had a budget or the budgets were never read.
         """
         try:
             self._tenants.refresh(SEEN_WITHIN_S)
@@ -255,5 +257,5 @@ class Budgets:
             return with_budgets(connection)
 
 
-def _named(tenant: str | AllTenants) -> str | None:
+def _name_of(tenant: str | AllTenants) -> str | None:
     return None if isinstance(tenant, AllTenants) else tenant

@@ -107,9 +107,9 @@ def show_(
 ) -> None:
     """Show what is spent, held and left of every budget, and when it resets."""
     budgets = _open(ledger)
-    from polar_billing.reports.budgets import standing_facts
+    from polar_billing.reports.billing_tables import standing_row
 
-    rows = [standing_facts(one) for one in budgets.standings(_whose(tenant))]
+    rows = [standing_row(one) for one in budgets.standings(_whose(tenant))]
     _print(rows, as_json, csv, title="Budgets", nothing=f"No budgets{_of(tenant)} in the ledger.")
 
 
@@ -140,11 +140,11 @@ def holds(
 ) -> None:
     """Show what is held for requests that are running now."""
     budgets = _open(ledger)
-    from polar_billing.reports.budgets import hold_facts
+    from polar_billing.reports.billing_tables import hold_row
 
     if expire and (freed := budgets.expire(_whose(tenant))):
         typer.echo(f"{freed} expired.", err=True)
-    rows = [hold_facts(one) for one in budgets.holds(_whose(tenant))]
+    rows = [hold_row(one) for one in budgets.holds(_whose(tenant))]
     _print(rows, as_json, csv, title="Holds", nothing=f"Nothing is held{_of(tenant)}.")
 
 
@@ -157,10 +157,10 @@ def recheck(
 ) -> None:
     """Add up holds and usage again, and say which counters differ; exit code 1 if any does."""
     budgets = _open(ledger)
-    from polar_billing.reports.budgets import standing_facts
+    from polar_billing.reports.billing_tables import standing_row
 
     found = budgets.recheck(_whose(tenant), repair=repair)
-    rows = [{**standing_facts(one.counted), "should_be": standing_facts(one.computed)} for one in found]
+    rows = [{**standing_row(one.counted), "should_be": standing_row(one.computed)} for one in found]
     if as_json:
         show_json(rows)
     elif not rows:
@@ -211,13 +211,14 @@ def _of(tenant: str | None) -> str:
 
 
 def _print(rows: list[dict[str, Any]], as_json: bool, csv: Path | None, *, title: str, nothing: str) -> None:
-    from polar_billing.reports.budgets import as_csv, as_table
+    from polar_billing.reports.billing_tables import rows_view
+    from polar_billing.reports.csv import write_rows
 
     if csv is not None and rows:
-        write_file(csv, as_csv(rows))
+        write_file(csv, write_rows(list(rows[0]), rows))
     if as_json:
         show_json(rows)
     elif not rows:
         typer.echo(nothing)
     elif csv is None:
-        show(as_table(rows, title))
+        show(rows_view(rows, title))

@@ -80,7 +80,7 @@ def show_book(
     as_json: JsonOption = False,
 ) -> None:
     """Show price books: rates, plans, customers and prepaid credits."""
-    from polar_billing.reports.books import book_view
+    from polar_billing.reports.billing_tables import book_view
 
     books = _books(file, ledger)
     if as_json:

@@ -118,7 +118,7 @@ def _make(
 
 
 def _list(store: Ledger, tenant: str, as_json: bool) -> None:
-    from polar_billing.reports.statements import issued_view
+    from polar_billing.reports.billing_tables import issued_view
     from polar_billing.statements.issue import issued_statements
 
     found = issued_statements(store, tenant)
@@ -131,7 +131,8 @@ def _list(store: Ledger, tenant: str, as_json: bool) -> None:
 
 
 def _show(made: Statement, found: IssuedStatement | None, as_json: bool, csv: Path | None) -> None:
-    from polar_billing.reports.statements import statement_csv, statement_view
+    from polar_billing.reports.billing_tables import statement_view
+    from polar_billing.reports.csv import statement_csv
 
     if csv is not None:
         write_file(csv, statement_csv(made))
@@ -143,7 +144,7 @@ def _show(made: Statement, found: IssuedStatement | None, as_json: bool, csv: Pa
 
 
 def _trace(store: Ledger, found: IssuedStatement | None, number: int, as_json: bool) -> None:
-    from polar_billing.statements.trace import usage_of_line
+    from polar_billing.statements.audit import usage_of_line
 
     if found is None:
         raise QueryError("a draft has no trace yet.", hint="Issue it with --issue.")
@@ -217,7 +218,8 @@ def reprice(
     with open_ledger(ledger) as store:
         import polar_billing
         from polar_billing.ledger.records import ALL_TENANTS
-        from polar_billing.reports.statements import repriced_csv, repriced_view
+        from polar_billing.reports.billing_tables import repriced_view
+        from polar_billing.reports.csv import repriced_csv
 
         rows = polar_billing.reprice(store, ALL_TENANTS if tenant is None else tenant, period, other)
     if csv is not None:

@@ -78,7 +78,7 @@ def usage(
             return
         from polar_billing.reports.csv import usage_csv
         from polar_billing.reports.query import usage_rows
-        from polar_billing.reports.terminal import usage_view
+        from polar_billing.reports.usage_tables import usage_view
 
         groups = by or ["tenant", "tier"]
         rows = usage_rows(store, selection, by=groups, prices=book_of(prices), currency=currency)
@@ -119,7 +119,7 @@ def report(
     with open_ledger(ledger) as store:
         from polar_billing.reports.csv import report_csv
         from polar_billing.reports.report import build_report
-        from polar_billing.reports.terminal import report_view
+        from polar_billing.reports.usage_tables import report_view
 
         books = [PriceBook.load(file) for file in compare or []]
         made = build_report(store, selection, prices=book_of(prices), currency=currency, compare=books)
@@ -138,7 +138,7 @@ def report(
 
 
 def _show_requests(store: Ledger, selection: Selection, last: int, as_json: bool) -> None:
-    from polar_billing.reports.terminal import requests_view
+    from polar_billing.reports.usage_tables import requests_view
 
     found = list(store.read(selection, newest=last))
     currencies = {digest: book.currency for digest, book in store.price_books().items()}

@@ -202,7 +202,7 @@ class Meter(UsageSink):
         return _entry(record, self.source, book, cost, unrated)
 
     def _book_of(self, record: UsageRecord) -> tuple[PriceBook, str | None]:
-        """The book a record is charged by; if the ledger was never readable, any book, and why the record has no price."""
+        """The book a record is charged by; if the ledger was never readable, any, and why there is no price."""
         try:
             return self._prices.of(record.tenant, record.started_at), None
         except StoreError as error:

@@ -34,7 +34,7 @@ from polar_billing.ledger.schema import (
     statement_table,
     usage_table,
 )
-from polar_billing.statements.rechecking import recheck_in
+from polar_billing.statements.audit import recheck_in
 from polar_billing.statements.store import read_statements
 from polar_sdk.errors import PolarError
 

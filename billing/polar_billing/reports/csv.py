@@ -1,7 +1,4 @@
-"""Usage and reports as CSV: exact figures, one header line, the charges of a report sum to its total.
-
-A report has one row per tenant and tier, and one per tenant for its rounding line. Nothing is computed here.
-"""
+"""Usage, reports, statements and repricings as CSV: exact figures and one header line. Computes nothing."""
 
 from __future__ import annotations
 
@@ -10,10 +7,12 @@ import io
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from polar_billing.reports.comparison import Repriced
     from polar_billing.reports.query import UsageRow
     from polar_billing.reports.report import Report, TenantReport, TierReport
+    from polar_billing.statements.statement import Statement
 
 
 _FIGURES = (
@@ -22,6 +21,11 @@ _FIGURES = (
     "charge", "charge_full_depth", "charge_per_token", "price_per_1000_requests", "price_per_million_tokens",
     "latency_ns_p50", "latency_ns_p95", "latency_ns_p99",
 )  # fmt: skip
+_LINE = (
+    "number", "kind", "tier", "item", "quantity", "unit", "unit_price", "amount", "since", "until", "outcome", "note",
+    "corrects",
+)  # fmt: skip
+_REPRICED = ("tenant", "requests", "currency", "price_book", "charged", "other_price_book", "other", "difference")
 _OUTCOMES = ("completed", "cancelled", "error", "cached")
 
 
@@ -48,9 +52,25 @@ def usage_csv(rows: Sequence[UsageRow]) -> str:
 
 
 def report_csv(report: Report) -> str:
-    """One row per tenant and tier, and per tenant's rounding line."""
+    """One row per tenant and tier, and one per tenant for its rounding line; the charges sum to the report's total."""
     header = ["since", "until", "tenant", "kind", "tier", "currency", *_FIGURES, "unrated", *_OUTCOMES]
     return write_rows(header, (row for tenant in report.tenants for row in _tenant(tenant, report)))
+
+
+def statement_csv(statement: Statement) -> str:
+    """One row per line; the amounts of all rows sum to what is due."""
+    rows: list[dict[str, Any]] = [{name: getattr(line, name) for name in _LINE} for line in statement.lines]
+    rows.append({"kind": "rounding", "amount": statement.rounding})
+    rows += [
+        {"kind": "prepaid", "item": use.id, "amount": use.used.copy_negate()} for use in statement.credits if use.used
+    ]
+    common = {"statement": statement.id, "tenant": statement.tenant, "currency": statement.currency}
+    return write_rows([*common, *_LINE], ({**common, **row} for row in rows))
+
+
+def repriced_csv(rows: Sequence[Repriced]) -> str:
+    """One row per tenant."""
+    return write_rows(list(_REPRICED), ({name: getattr(row, name) for name in _REPRICED} for row in rows))
 
 
 def _tenant(tenant: TenantReport, report: Report) -> Iterable[dict[str, Any]]:
@@ -75,7 +95,7 @@ def _tier(tier: TierReport) -> dict[str, Any]:
     }
 
 
-def write_rows(header: list[str], rows: Iterable[dict[str, Any]]) -> str:
+def write_rows(header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as CSV text with one header line; a column that a row lacks is empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, header, restval="", lineterminator="\n")
@@ -86,7 +106,7 @@ def write_rows(header: list[str], rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A cell as text; a text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    """A cell as text; one that a spreadsheet would run as a formula gets an apostrophe in front."""
     if value is None:
         return ""
     if not isinstance(value, str):

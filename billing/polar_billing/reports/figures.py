@@ -1,10 +1,6 @@
 """The figures of a report: what some requests used and owe, and what they would have owed otherwise.
 
 Worked out from exact sums, rounded once per group. Knows no tenant and no output format.
-
-What a report shows beside the charges: the same usage under other price books, and statements already issued.
-
-Other books are applied request by request, as receipts are; what plans add over a period is `statements.repricing`'s.
 """
 
 from __future__ import annotations
@@ -16,17 +12,12 @@ from typing import TYPE_CHECKING, Final
 from pydantic import BaseModel, ConfigDict
 
 from polar_billing.prices.rating import COMPUTE
-from polar_billing.reports.totals import Rater, UsageTotals, accumulate
-from polar_billing.values.money import EXACT_SCALE, divide_half_even, exact_sum, from_scaled, round_half_even
+from polar_billing.values.money import EXACT_SCALE, divide_half_even, from_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
-    from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.records import Selection
-    from polar_billing.prices.book import PriceBook
-    from polar_billing.statements.statement import Statement
-    from polar_billing.values.periods import Period
+    from polar_billing.reports.totals import UsageTotals
 
 _SHARE_DECIMALS: Final = 6
 
@@ -49,15 +40,15 @@ class Figures(BaseModel):
     compute_units_saved: Decimal
     """Full depth less executed; negative where loops or the router cost more. Unit: CU."""
     saved_share: Decimal | None
-    """Saved of full depth, from 1 down; None where nothing would have been executed."""
+    """Saved compute as a share of full depth, at most 1; None where nothing would have been executed."""
     router_share: Decimal | None
     """The router's part of the executed compute units."""
     charge: Decimal | None
-    """The sum of the statement lines; None where no request has a price."""
+    """The sum of the lines; None where no request has a price."""
     charge_full_depth: Decimal | None
     """The same requests at full depth under the same prices."""
     charge_per_token: Decimal | None
-    """The same tokens under the price book's per-token reference; None where it has none for some of them."""
+    """The same tokens under the price book's per-token reference; None where some of them have no reference."""
     price_per_1000_requests: Decimal | None
     """Charge per 1,000 rated requests."""
     price_per_million_tokens: Decimal | None
@@ -71,12 +62,12 @@ class Figures(BaseModel):
 
 
 def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | None) -> Figures:
-    """Work the figures of several groups together out.
+    """Work out the figures of several groups together.
 
     Args:
         groups: The sums.
         decimals: Decimals of amounts.
-        charge: The sum of their statement lines; it was rounded line by line, so it cannot be worked out here.
+        charge: The sum of their lines; those are rounded one by one, so it cannot be worked out here.
     """
     parts = list(groups)
 
@@ -118,9 +109,9 @@ def _money(exact: int, decimals: int, *, per: int = 1) -> Decimal | None:
 
 
 def _summed(exact: Iterable[int], decimals: int) -> Decimal:
-    """Each group rounded once, then added: as charges are, so that what cost the same is shown as the same."""
+    """Each group rounded once, then added, as charges are, so that equal costs are shown as equal."""
     step = int(10 ** (EXACT_SCALE - decimals))
-    return from_scaled(sum(divide_half_even(one, step) for one in exact), decimals)
+    return from_scaled(sum(divide_half_even(amount, step) for amount in exact), decimals)
 
 
 def _share(part: int, whole: int) -> Decimal | None:
@@ -130,73 +121,7 @@ def _share(part: int, whole: int) -> Decimal | None:
 
 
 def _percentile(ordered: list[int], percent: int) -> int | None:
-    """Nearest rank: the smallest value that so many percent do not exceed; always one that occurred."""
+    """Nearest rank: the smallest value that `percent` of all do not exceed; always one that occurred."""
     if not ordered:
         return None
     return ordered[-(-len(ordered) * percent // 100) - 1]
-
-
-class OtherCharge(BaseModel):
-    """The same usage under one other price book."""
-
-    model_config = ConfigDict(frozen=True)
-
-    price_book: str
-    content_hash: str
-    currency: str
-    charge: Decimal | None
-    """None where the book has a price for none of it. Unit: `currency`."""
-    unrated: int
-    """Requests that the book has no price for; they are not in the charge."""
-
-
-def charges_under(
-    ledger: Ledger, selection: Selection, books: Sequence[PriceBook]
-) -> dict[str, tuple[OtherCharge, ...]]:
-    """What each tenant's usage comes to under each book, in the order of the books."""
-    found: dict[str, list[OtherCharge]] = {}
-    for book in books:
-        rater = Rater({}, instead=book)
-        groups = accumulate(ledger.read(selection), rater, lambda stored: stored.record.tenant)
-        for tenant, totals in groups.items():
-            found.setdefault(tenant, []).append(_charge(book, totals))
-    return {tenant: tuple(charges) for tenant, charges in found.items()}
-
-
-def _charge(book: PriceBook, totals: UsageTotals) -> OtherCharge:
-    decimals = book.statement_decimals
-    charge = from_scaled(round_half_even(totals.exact, EXACT_SCALE, decimals), decimals)
-    return OtherCharge(
-        price_book=book.id,
-        content_hash=book.content_hash,
-        currency=book.currency,
-        charge=charge if totals.rated else None,
-        unrated=totals.unrated.total(),
-    )
-
-
-def summed(charges: Iterable[tuple[OtherCharge, ...]]) -> tuple[OtherCharge, ...]:
-    """Every tenant together, by book."""
-    return tuple(_sum(members) for members in zip(*charges, strict=True))
-
-
-def _sum(members: tuple[OtherCharge, ...]) -> OtherCharge:
-    amounts = [one.charge for one in members if one.charge is not None]
-    decimals = max((-int(amount.as_tuple().exponent) for amount in amounts), default=0)
-    charge = exact_sum(amounts, decimals) if amounts else None
-    return members[0].model_copy(update={"charge": charge, "unrated": sum(one.unrated for one in members)})
-
-
-def issued_within(ledger: Ledger, tenants: Iterable[str], period: Period) -> dict[str, tuple[Statement, ...]]:
-    """The statements of tenants whose periods lie within a period, in the order they were issued."""
-    from polar_billing.statements.issue import issued_statements
-
-    return {
-        tenant: tuple(one.statement for one in issued_statements(ledger, tenant) if _lies_in(one.statement, period))
-        for tenant in tenants
-    }
-
-
-def _lies_in(statement: Statement, period: Period) -> bool:
-    begins = period.since is None or statement.since >= period.since
-    return begins and (period.until is None or statement.until <= period.until)

@@ -1,26 +1,22 @@
 """The usage query: who used what, grouped by tenant, tier, model, day, tag and more.
 
-A query names its tenant, or says `ALL_TENANTS` to be the operator's. Knows no output format.
+A query names its tenant, or `ALL_TENANTS` for the operator's view. Knows no output format.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
-from operator import add
 from typing import TYPE_CHECKING, Final
 
 from pydantic import BaseModel, ConfigDict
 
 from polar_billing.errors import QueryError
-from polar_billing.ledger.rollups import SUM_DIMENSIONS, Sum, sum_of
-from polar_billing.ledger.schema import ROLLUP_QUANTITIES
+from polar_billing.ledger.rollups import SUM_DIMENSIONS, sum_of
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE
-from polar_billing.reports.totals import Rater, UsageTotals, accumulate, only_currency
+from polar_billing.reports.totals import Rater, UsageSums, accumulate, only_currency
 from polar_billing.values.money import EXACT_SCALE, STORED_SCALE, from_scaled, round_half_even
 
 if TYPE_CHECKING:
@@ -28,29 +24,19 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection, StoredUsage
+    from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
     from polar_billing.values.periods import Period
 
 
-DIMENSIONS: Final = (
-    "tenant",
-    "tier",
-    "model",
-    "program",
-    "router",
-    "outcome",
-    "device",
-    "day",
-    "month",
-    "source",
-)
+DIMENSIONS: Final = ("tenant", "tier", "model", "program", "router", "outcome", "device", "day", "month", "source")
 _TAG: Final = "tag:"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _QUARTER: Final = timedelta(minutes=15)
 _QUARTER_US: Final = 900_000_000
 
 Group = tuple[str | None, ...]
-"""The values of the dimensions asked for."""
+"""The values of the dimensions that usage is grouped by."""
 
 
 class UsageRow(BaseModel):
@@ -72,10 +58,10 @@ class UsageRow(BaseModel):
     compute_units: Decimal
     """Executed. Unit: CU."""
     compute_units_saved: Decimal
-    """Against full depth; negative where more was executed. Unit: CU."""
+    """Compared with full depth; negative where more was executed. Unit: CU."""
     cost: Decimal | None
-    """Of the rated requests, 12 decimals: the sum of their receipts, or where another price book was asked for, their
-    exact cost by it, rounded once. None where none is rated. Unit: `currency`."""
+    """Of the rated requests, 12 decimals: the sum of their receipts or, under another price book, their exact cost,
+    rounded once. None where none is rated. Unit: `currency`."""
     currency: str | None
     unrated: dict[str, int]
     """Reason → requests without a price."""
@@ -90,16 +76,16 @@ def usage_rows(
     currency: str | None = None,
     rollups: bool = True,
 ) -> list[UsageRow]:
-    """Sum usage up by group.
+    """Sum usage by group.
 
     Args:
         ledger: Where the usage is.
         selection: Which usage; names its tenant or `ALL_TENANTS`.
-        by: Dimensions of the group: tenant, tier, model, program, router, outcome, device, day, month,
+        by: Dimensions to group by: tenant, tier, model, program, router, outcome, device, day, month,
             source, tag:KEY.
         prices: Rate by this book instead of the one each receipt was made by.
         currency: Leave out what is rated in another currency.
-        rollups: False to add up from usage, where sums by hour would serve; the rows are the same.
+        rollups: False to add up usage itself even where sums by hour would do; the rows are the same.
 
     Returns:
         One row per group, sorted by it; no row where there was no usage.
@@ -114,7 +100,12 @@ def usage_rows(
         return _rows_of_receipts(ledger, selection, by, currency, rollups)
     rater = Rater(ledger.price_books(), instead=prices, currency=currency)
     groups = accumulate(ledger.read(selection), rater, lambda stored: tuple(read(stored) for read in readers))
-    return [_row(named, groups[group], rater.currency) for group, named in _ordered(groups, by)]
+    rows = []
+    for group, named in _ordered(groups, by):
+        totals = groups[group]
+        cost = from_scaled(round_half_even(totals.exact, EXACT_SCALE, STORED_SCALE), STORED_SCALE)
+        rows.append(_row(named, totals, cost, rater.currency))
+    return rows
 
 
 def _ordered(groups: Iterable[Group], by: Sequence[str]) -> list[tuple[Group, dict[str, str | None]]]:
@@ -129,15 +120,18 @@ def _rows_of_receipts(
 ) -> list[UsageRow]:
     """Rows whose cost is what the receipts say."""
     currencies = {digest: book.currency for digest, book in ledger.price_books().items()}
-    found: set[str] = set()
-    groups: dict[Group, _Sums] = {}
-    for group, one in _sums(ledger, selection, by, rollups):
-        of = currencies[one.price_book_hash]
-        if currency is None or of == currency:
-            found.add(of)
-            groups.setdefault(group, _Sums()).add(one)
-    the_one = only_currency(found)
-    return [groups[group].row(named, the_one) for group, named in _ordered(groups, by)]
+    charged_in: set[str] = set()
+    groups: dict[Group, UsageSums] = {}
+    for group, usage in _sums(ledger, selection, by, rollups):
+        book_currency = currencies[usage.price_book_hash]
+        if currency is None or book_currency == currency:
+            charged_in.add(book_currency)
+            groups.setdefault(group, UsageSums()).add_sum(usage, usage.unrated)
+    row_currency = only_currency(charged_in)
+    return [
+        _row(named, groups[group], from_scaled(groups[group].receipts, STORED_SCALE), row_currency)
+        for group, named in _ordered(groups, by)
+    ]
 
 
 def _sums(ledger: Ledger, selection: Selection, by: Sequence[str], rollups: bool) -> Iterator[tuple[Group, Sum]]:
@@ -148,54 +142,20 @@ def _sums(ledger: Ledger, selection: Selection, by: Sequence[str], rollups: bool
         return
     hourly = "day" in by or "month" in by
     dates = _dates(selection.period)
-    for one in ledger.usage_sums(selection, hourly=hourly, rollups=rollups):
-        date = dates(one.at) if hourly else ""
+    for usage in ledger.usage_sums(selection, hourly=hourly, rollups=rollups):
+        date = dates(usage.at) if hourly else ""
         special = {"day": date, "month": date[:-3]}
-        yield tuple(special[name] if name in special else getattr(one, name) for name in by), one
+        yield tuple(special[name] if name in special else getattr(usage, name) for name in by), usage
 
 
 def _dates(period: Period) -> Callable[[int], str]:
-    """The day of a moment in microseconds since 1970, in the period's zone; the same all through a quarter hour."""
+    """Microseconds since 1970 → day in the period's zone; the same throughout a quarter of an hour."""
 
     @lru_cache(maxsize=100_000)
     def of_quarter(quarter: int) -> str:
         return period.local_date(_EPOCH + quarter * _QUARTER).isoformat()
 
-    return lambda at: of_quarter(at // _QUARTER_US)
-
-
-@dataclass
-class _Sums:
-    """What the requests of a group used."""
-
-    quantities: list[int] = field(default_factory=lambda: [0] * (1 + len(ROLLUP_QUANTITIES)))
-    outcomes: Counter[str] = field(default_factory=Counter)
-    unrated: Counter[str] = field(default_factory=Counter)
-
-    def add(self, one: Sum) -> None:
-        self.quantities = list(map(add, self.quantities, one.quantities))
-        self.outcomes[one.outcome] += one.quantities[0]
-        if one.unrated is not None:
-            self.unrated[one.unrated] += one.quantities[0]
-
-    def row(self, group: dict[str, str | None], currency: str | None) -> UsageRow:
-        requests, tokens_input, tokens_cached, tokens_output, visits, flops, identity_flops, cost = self.quantities
-        rated = requests - self.unrated.total()
-        return UsageRow(
-            group=group,
-            requests=requests,
-            outcomes=dict(sorted(self.outcomes.items())),
-            tokens_input=tokens_input,
-            tokens_cached=tokens_cached,
-            tokens_output=tokens_output,
-            visits=visits,
-            flops=flops,
-            compute_units=COMPUTE.quantity(flops),
-            compute_units_saved=COMPUTE.quantity(identity_flops - flops),
-            cost=from_scaled(cost, STORED_SCALE) if rated else None,
-            currency=currency,
-            unrated=dict(sorted(self.unrated.items())),
-        )
+    return lambda moment: of_quarter(moment // _QUARTER_US)
 
 
 def _reader(dimension: str, selection: Selection) -> Callable[[StoredUsage], str | None]:
@@ -220,20 +180,19 @@ def _sort_key(dimension: str, value: str | None) -> tuple[int, str]:
     return (0, value) if value is not None else (1, "")
 
 
-def _row(group: dict[str, str | None], totals: UsageTotals, currency: str | None) -> UsageRow:
-    cost = from_scaled(round_half_even(totals.exact, EXACT_SCALE, STORED_SCALE), STORED_SCALE)
+def _row(group: dict[str, str | None], sums: UsageSums, cost: Decimal, currency: str | None) -> UsageRow:
     return UsageRow(
         group=group,
-        requests=totals.requests,
-        outcomes=dict(sorted(totals.outcomes.items())),
-        tokens_input=totals.tokens_input,
-        tokens_cached=totals.tokens_cached,
-        tokens_output=totals.tokens_output,
-        visits=sum(sum(visits.prefill) + sum(visits.decode) for visits in totals.visits.values()),
-        flops=totals.flops,
-        compute_units=COMPUTE.quantity(totals.flops),
-        compute_units_saved=COMPUTE.quantity(totals.identity_flops - totals.flops),
-        cost=cost if totals.rated else None,
+        requests=sums.requests,
+        outcomes=dict(sorted(sums.outcomes.items())),
+        tokens_input=sums.tokens_input,
+        tokens_cached=sums.tokens_cached,
+        tokens_output=sums.tokens_output,
+        visits=sums.visits,
+        flops=sums.flops,
+        compute_units=COMPUTE.quantity(sums.flops),
+        compute_units_saved=COMPUTE.quantity(sums.identity_flops - sums.flops),
+        cost=cost if sums.rated else None,
         currency=currency,
-        unrated=dict(sorted(totals.unrated.items())),
+        unrated=dict(sorted(sums.unrated.items())),
     )

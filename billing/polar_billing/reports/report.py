@@ -1,8 +1,8 @@
 """The tiered pricing report: what each tenant used and owes per tier, and what it would have been otherwise.
 
-A tenant's section is a statement: lines of quantity × unit price, each rounded once, and one rounding line,
-which sum to the tenant's total to the last unit; the total of the report is the sum of the tenants'. This
-module makes the figures; `render_terminal`, `render_csv` and `render_html` only set them.
+A tenant's section reads like a statement: lines of quantity × unit price, each rounded once, and one rounding line,
+which sum to the tenant's total to the last digit; the total of the report is the sum of the tenants'. This
+module works the figures out; `usage_tables`, `csv` and `html` only render them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict
 
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
 from polar_billing.prices.entries import tier_order
-from polar_billing.reports.figures import Figures, OtherCharge, charges_under, figures_of, issued_within, summed
+from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
+from polar_billing.reports.figures import Figures, figures_of
 from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
 from polar_billing.statements.statement import Statement
 from polar_billing.values.money import exact_sum, round_lines
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
+    from polar_billing.values.periods import Period
 
 
 class _Part(BaseModel):
@@ -47,7 +49,7 @@ class ReportLine(_Part):
 
 
 class DepthPanel(_Part):
-    """Where one tier of one model spent its visits. Unit: visits per layer, index = layer."""
+    """The visits of one tier of one model. Unit: visits per layer, index = layer."""
 
     model: str
     tier: str | None
@@ -79,9 +81,9 @@ class TenantReport(_Part):
     total: Decimal
     figures: Figures
     others: tuple[OtherCharge, ...] = ()
-    """The same usage under the price books it was to be compared with."""
+    """The same usage under the price books of `--compare`."""
     statements: tuple[Statement, ...] = ()
-    """Issued over the period or parts of it; with what plans add, so they may differ from the lines above."""
+    """Issued over the period or parts of it; they include what plans add, so they may differ from the lines above."""
 
 
 class PriceBookUsed(_Part):
@@ -92,7 +94,7 @@ class PriceBookUsed(_Part):
 
 
 class Report(_Part):
-    """The usage and the charges of one period."""
+    """The usage and charges of one period."""
 
     format: str = "polar-report-1"
     generated_at: datetime
@@ -103,25 +105,25 @@ class Report(_Part):
     """Not part of the period."""
     zone: str
     tenant: str | None
-    """The one tenant it is about; None for the operator's view over all."""
+    """The one tenant it is about; None for the operator's view of all."""
     rerated: bool
-    """True where a price book was named instead of those of the receipts."""
+    """True where everything was rated by one named price book instead of those of the receipts."""
     price_books: tuple[PriceBookUsed, ...]
     currency: str | None
     """None where nothing was rated."""
     decimals: int
     tenants: tuple[TenantReport, ...]
     tiers: tuple[TierReport, ...]
-    """Every tenant together, by tier; the rounding lines are in no tier."""
+    """All tenants together, by tier; the rounding lines are not in any tier."""
     rounding: Decimal
     total: Decimal
     figures: Figures
     others: tuple[OtherCharge, ...] = ()
-    """Every tenant's usage together under the price books it was to be compared with."""
+    """The usage of all tenants together under the price books of `--compare`."""
 
     @property
     def is_empty(self) -> bool:
-        """True where no request falls into the period."""
+        """True if no request falls into the period."""
         return self.figures.requests == 0
 
 
@@ -134,15 +136,15 @@ def build_report(
     compare: Sequence[PriceBook] = (),
     now: datetime | None = None,
 ) -> Report:
-    """Make the report of a period.
+    """Build the report of a period.
 
     Args:
         ledger: Where the usage is.
-        selection: Which usage; the operator's view over all tenants and all time by default.
+        selection: Which usage; by default the operator's view of all tenants and all time.
         prices: Rate by this book instead of the one each receipt was made by.
         currency: Leave out what is rated in another currency.
         compare: Books to rate the same usage by as well.
-        now: When the report says it was made; the clock's time by default.
+        now: When the report says it was made; by default the current time.
 
     Raises:
         CurrencyMixError: The usage is rated in several currencies and none was chosen.
@@ -158,9 +160,8 @@ def build_report(
     )
     others = charges_under(ledger, selection, compare)
     # A report on one tier, or by another book, is not about what was owed.
-    issued = (
-        {} if prices or selection.tier else issued_within(ledger, [one.tenant for one in tenants], selection.period)
-    )
+    names = [] if prices or selection.tier else [tenant.tenant for tenant in tenants]
+    issued = _issued_within(ledger, names, selection.period)
     tenants = tuple(
         tenant.model_copy(update={"others": others.get(tenant.tenant, ()), "statements": issued.get(tenant.tenant, ())})
         for tenant in tenants
@@ -186,14 +187,14 @@ def build_report(
         rounding=exact_sum((tenant.rounding for tenant in tenants), rater.decimals),
         total=total,
         figures=figures_of(groups.values(), rater.decimals, total),
-        others=summed(others.values()),
+        others=sum_charges(others.values()),
     )
 
 
 def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) -> TenantReport:
     lines = [(tier, line) for tier, totals in tiers.items() for line in totals.lines]
     rounded = round_lines([line.exact for _, line in lines], decimals)
-    printed = tuple(
+    report_lines = tuple(
         ReportLine(
             tier=tier,
             item=line.item.name,
@@ -204,7 +205,7 @@ def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) ->
         )
         for (tier, line), amount in zip(lines, rounded.amounts, strict=True)
     )
-    charges = _charges(printed, decimals)
+    charges = _charges(report_lines, decimals)
     return TenantReport(
         tenant=tenant,
         tiers=tuple(
@@ -215,7 +216,7 @@ def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) ->
             )
             for tier, totals in tiers.items()
         ),
-        lines=printed,
+        lines=report_lines,
         rounding=rounded.residue,
         total=rounded.total,
         figures=figures_of(tiers.values(), decimals, rounded.total),
@@ -239,17 +240,17 @@ def _over_tenants(
 
 
 def _charges(lines: Iterable[ReportLine], decimals: int) -> dict[str | None, Decimal]:
-    """The sum of the printed lines of each tier."""
+    """The sum of the lines of each tier."""
     amounts: defaultdict[str | None, list[Decimal]] = defaultdict(list)
     for line in lines:
         amounts[line.tier].append(line.amount)
-    return {tier: exact_sum(found, decimals) for tier, found in amounts.items()}
+    return {tier: exact_sum(tier_amounts, decimals) for tier, tier_amounts in amounts.items()}
 
 
 def _depth(tier: str | None, groups: list[UsageTotals]) -> tuple[DepthPanel, ...]:
     models: defaultdict[str, LayerVisits] = defaultdict(LayerVisits)
     for totals in groups:
-        for model, visits in totals.visits.items():
+        for model, visits in totals.layer_visits.items():
             models[model].add(visits.prefill, visits.decode)
     return tuple(
         DepthPanel(model=model, tier=tier, visits_prefill=tuple(prefill), visits_decode=tuple(decode))
@@ -264,3 +265,20 @@ def _padded(visits: LayerVisits) -> tuple[list[int], list[int]]:
         visits.prefill + [0] * (layers - len(visits.prefill)),
         visits.decode + [0] * (layers - len(visits.decode)),
     )
+
+
+def _issued_within(ledger: Ledger, tenants: Iterable[str], period: Period) -> dict[str, tuple[Statement, ...]]:
+    """The statements of tenants whose periods are within a period, in the order they were issued."""
+    from polar_billing.statements.issue import issued_statements
+
+    return {
+        tenant: tuple(
+            issued.statement for issued in issued_statements(ledger, tenant) if _is_within(issued.statement, period)
+        )
+        for tenant in tenants
+    }
+
+
+def _is_within(statement: Statement, period: Period) -> bool:
+    begins = period.since is None or statement.since >= period.since
+    return begins and (period.until is None or statement.until <= period.until)

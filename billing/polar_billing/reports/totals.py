@@ -1,7 +1,8 @@
-"""Sums over usage: one accumulator that the usage query and the report share, so that they cannot disagree.
+"""Sums over usage, which the usage query and the report share, so that they cannot disagree.
 
-Everything adds up in Python integers, exactly and in any order; amounts come from summed quantities, not from
-rounded amounts. Knows no store and no output format.
+`UsageSums` is what sums by hour and receipts hold; `UsageTotals` adds what only a record and its rating tell: layers,
+latencies and the lines that are charged. Everything adds up in Python integers, exactly and in any order; amounts come
+from summed quantities, not from rounded amounts. Knows no store and no output format.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, TypeVar
 
 from polar_billing.errors import CurrencyMixError
+from polar_billing.ledger.rollups import sum_of
 from polar_billing.prices.rating import ChargeLine, Item, Rating, rate
 from polar_sdk.usage import Outcome
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     from polar_billing.ledger.records import StoredUsage
+    from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
     from polar_sdk.usage import UsageRecord
 
@@ -41,37 +44,61 @@ class LayerVisits:
 
 
 @dataclass
-class UsageTotals:
-    """What a group of requests used and what that costs; see `UsageRecord` for the units."""
+class UsageSums:
+    """What a group of requests used, and what its receipts come to; see `UsageRecord` for the units."""
 
     requests: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     tokens_input: int = 0
     tokens_cached: int = 0
     tokens_output: int = 0
+    visits: int = 0
     flops: int = 0
-    flops_router: int = 0
     identity_flops: int = 0
-    visits: defaultdict[str, LayerVisits] = field(default_factory=lambda: defaultdict(LayerVisits))
-    """By model: layers of different models do not add up."""
-    latencies_ns: list[int] = field(default_factory=list)
-    """Of completed requests: queue, prefill and decode."""
+    receipts: int = 0
+    """The sum of the receipts. Unit: 10^-12 of the currency."""
     unrated: Counter[str] = field(default_factory=Counter)
     """Requests without a price, by reason; they are in the sums above but in no amount."""
-    rated_tokens: int = 0
-    """Input and output tokens of rated requests."""
-    charged: Counter[tuple[Item, Decimal]] = field(default_factory=Counter)
-    """Counted quantity per item and unit price."""
-    full_depth_exact: int = 0
-    """The rated requests at full depth under the same prices. Unit: 10^-30 of the currency."""
-    per_token_exact: int = 0
-    without_reference: int = 0
-    """Rated requests whose price entry has no per-token reference to compare with."""
 
     @property
     def rated(self) -> int:
         """Requests with a price."""
         return self.requests - self.unrated.total()
+
+    def add_sum(self, usage: Sum, unrated: str | None) -> None:
+        """Count in requests that are added up already; `unrated` says why they have no price."""
+        requests, tokens_input, tokens_cached, tokens_output, visits, flops, identity_flops, cost = usage.quantities
+        self.requests += requests
+        self.outcomes[usage.outcome] += requests
+        self.tokens_input += tokens_input
+        self.tokens_cached += tokens_cached
+        self.tokens_output += tokens_output
+        self.visits += visits
+        self.flops += flops
+        self.identity_flops += identity_flops
+        self.receipts += cost
+        if unrated is not None:
+            self.unrated[unrated] += requests
+
+
+@dataclass
+class UsageTotals(UsageSums):
+    """What a group of requests used and what that costs under the prices it is rated by."""
+
+    flops_router: int = 0
+    layer_visits: defaultdict[str, LayerVisits] = field(default_factory=lambda: defaultdict(LayerVisits))
+    """By model: layers of different models do not add up."""
+    latencies_ns: list[int] = field(default_factory=list)
+    """Of completed requests: queue, prefill and decode."""
+    rated_tokens: int = 0
+    """Input and output tokens of rated requests."""
+    charged: Counter[tuple[Item, Decimal]] = field(default_factory=Counter)
+    """Quantity per item and unit price. Unit: FLOPs, tokens or requests."""
+    full_depth_exact: int = 0
+    """The rated requests at full depth under the same prices. Unit: 10^-30 of the currency."""
+    per_token_exact: int = 0
+    without_reference: int = 0
+    """Rated requests whose price entry has no per-token reference to compare with."""
 
     @property
     def lines(self) -> list[ChargeLine]:
@@ -84,25 +111,19 @@ class UsageTotals:
         """The cost of the rated requests. Unit: 10^-30 of the currency."""
         return sum(line.exact for line in self.lines)
 
-    def add(self, record: UsageRecord, rating: Rating) -> None:
-        """Count one request in."""
-        self.requests += 1
-        self.outcomes[str(record.outcome)] += 1
-        self.tokens_input += record.tokens.input
-        self.tokens_cached += record.tokens.cached
-        self.tokens_output += record.tokens.output
-        self.flops += record.flops.total
+    def add(self, stored: StoredUsage, rating: Rating) -> None:
+        """Count in one request."""
+        self.add_sum(sum_of(stored), rating.unrated)
+        record = stored.record
         self.flops_router += record.flops.router
-        self.identity_flops += record.identity_flops
         if record.visits.prefill or record.visits.decode:
-            self.visits[record.model].add(record.visits.prefill, record.visits.decode)
+            self.layer_visits[record.model].add(record.visits.prefill, record.visits.decode)
         if record.outcome is Outcome.COMPLETED:
             self.latencies_ns.append(record.queue_ns + record.prefill_ns + record.decode_ns)
         self._add_amounts(record, rating)
 
     def _add_amounts(self, record: UsageRecord, rating: Rating) -> None:
         if rating.unrated is not None:
-            self.unrated[rating.unrated] += 1
             return
         self.rated_tokens += record.tokens.input + record.tokens.output
         for line in rating.lines:
@@ -120,17 +141,17 @@ def only_currency(currencies: Iterable[str]) -> str | None:
     Raises:
         CurrencyMixError: There are several.
     """
-    found = sorted(set(currencies))
-    if len(found) > 1:
+    codes = sorted(set(currencies))
+    if len(codes) > 1:
         raise CurrencyMixError(
-            f"this usage was charged in {' and '.join(found)}, which cannot be added.",
-            hint=f"Choose one with --currency {found[0]}, or rate all of it with --prices FILE.",
+            f"this usage was charged in {' and '.join(codes)}, which cannot be added.",
+            hint=f"Choose one with --currency {codes[0]}, or rate all of it with --prices FILE.",
         )
-    return found[0] if found else None
+    return codes[0] if codes else None
 
 
 class Rater:
-    """Rates stored usage: by the book each receipt was made by, or all of it by another one.
+    """Rates stored usage by the book that each receipt was made by, or all of it by another book.
 
     Args:
         books: Every book of the ledger, by content hash.
@@ -148,7 +169,7 @@ class Rater:
         """The books that rated something, by content hash."""
 
     def rate(self, stored: StoredUsage) -> Rating | None:
-        """The rating of one stored request, or None where it is in a currency left out."""
+        """The rating of one stored request; None where it is in a currency that is left out."""
         book = self._instead or self._books[stored.price_book_hash]
         if self._currency is not None and book.currency != self._currency:
             return None
@@ -171,10 +192,10 @@ class Rater:
 
 
 def accumulate(usage: Iterable[StoredUsage], rater: Rater, key: Callable[[StoredUsage], Key]) -> dict[Key, UsageTotals]:
-    """Sum usage up by a key."""
+    """Rate usage and sum it by a key."""
     groups: dict[Key, UsageTotals] = {}
     for stored in usage:
         rating = rater.rate(stored)
         if rating is not None:
-            groups.setdefault(key(stored), UsageTotals()).add(stored.record, rating)
+            groups.setdefault(key(stored), UsageTotals()).add(stored, rating)
     return groups

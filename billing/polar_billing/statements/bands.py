@@ -1,8 +1,8 @@
 """Items that a plan prices over the period: graduated and volume bands, and packages. Pure.
 
-Without `pool` each tier is counted by itself and the price multiplied by the tier's multiplier; where a
-multiplier changes within a window, counting starts anew. With `pool` all tiers fill the same bands, and each unit
-counts as many times as its tier's multiplier says: 1 CU at 1.25 counts as 1.25 weighted CU.
+Without `pool` each tier is counted by itself and the price is multiplied by the tier's multiplier; where a
+multiplier changes within a phase, counting starts anew. With `pool` all tiers fill the same bands, and each unit is
+weighted by its tier's multiplier: 1 CU at 1.25 counts as 1.25 weighted CU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from polar_billing.prices.plans import Package, PeriodPrice
     from polar_billing.prices.rating import Rate
-    from polar_billing.statements.lines import Window
+    from polar_billing.statements.lines import Phase
 
 
 Rated = tuple["Use", "Rate"]
@@ -35,7 +35,7 @@ _ONE: Final = 10**_WEIGHT_SCALE
 
 @dataclass(frozen=True)
 class _Scope:
-    """What is counted together, and what its prices are multiplied by."""
+    """A quantity that is counted together, and what its prices are multiplied by."""
 
     tier: str | None
     multiplier: int
@@ -52,21 +52,21 @@ class _Scope:
         return scaled * self.multiplier * int(10 ** (EXACT_SCALE - STORED_SCALE - _WEIGHT_SCALE - decimals))
 
 
-def period_lines(item: PeriodPrice, window: Window, rated: Sequence[Rated]) -> list[ExactLine]:
-    """Price one item over a window.
+def period_lines(item: PeriodPrice, phase: Phase, rated: Sequence[Rated]) -> list[ExactLine]:
+    """Price one item over a phase.
 
     Args:
-        item: How.
-        window: Where; its terms hold the item.
-        rated: Charged usage of the window, each with what it is charged by.
+        item: The item and its prices.
+        phase: A phase whose terms include the item.
+        rated: Charged usage of the phase, each with the rate that it is charged by.
     """
     scopes = [_pooled(item, rated)] if item.pool else _by_tier(item, rated)
-    make = _band_lines if isinstance(item, Banded) else _package_lines
-    return [line for scope in scopes for line in make(item, window, scope)]  # type: ignore[arg-type]
+    lines_of = _band_lines if isinstance(item, Banded) else _package_lines
+    return [line for scope in scopes for line in lines_of(item, phase, scope)]  # type: ignore[arg-type]
 
 
 def pool_weights(item: PeriodPrice, rated: Iterable[Rated]) -> Counter[str | None]:
-    """How much of a pooled quantity is each tier's. Unit: 10^-6 of a counted unit."""
+    """Each tier's part of a pooled quantity. Unit: 10^-6 of a counted unit."""
     weights: Counter[str | None] = Counter()
     for use, rate in rated:
         weights[use.tier] += use.counts.by_item[item.per] * to_scaled(rate.multiplier, _WEIGHT_SCALE)
@@ -85,23 +85,23 @@ def _by_tier(item: PeriodPrice, rated: Sequence[Rated]) -> list[_Scope]:
     return [_Scope(tier, multiplier, units, item.decimals) for (tier, multiplier), units in ordered]
 
 
-def _band_lines(item: Banded, window: Window, scope: _Scope) -> Iterator[ExactLine]:
+def _band_lines(item: Banded, phase: Phase, scope: _Scope) -> Iterator[ExactLine]:
     split = bands.graduated if item.model == "graduated" else bands.volume
     scaled = [(None if band.up_to is None else to_scaled(band.up_to, scope.decimals), band) for band in item.bands]
     for part, band in split(scope.units, scaled):
         upto = "beyond" if band.up_to is None else f"up to {plain(band.up_to)}"
         yield _line(
-            item, window, scope, f"{item.model}, {upto}", from_scaled(part, scope.decimals), _unit(item),
+            item, phase, scope, f"{item.model}, {upto}", from_scaled(part, scope.decimals), _unit(item),
             band.unit_price, scope.exact(part, scope.decimals, band.unit_price),
         )  # fmt: skip
 
 
-def _package_lines(item: Package, window: Window, scope: _Scope) -> Iterator[ExactLine]:
+def _package_lines(item: Package, phase: Phase, scope: _Scope) -> Iterator[ExactLine]:
     blocks = bands.packages(scope.units, to_scaled(item.size, scope.decimals))
     if blocks:
         unit = f"package of {plain(item.size)} {_unit(item)}"
         exact = scope.exact(blocks, 0, item.price)
-        yield _line(item, window, scope, "packages", from_scaled(blocks, 0), unit, item.price, exact)
+        yield _line(item, phase, scope, "packages", from_scaled(blocks, 0), unit, item.price, exact)
 
 
 def _unit(item: PeriodPrice) -> str:
@@ -109,14 +109,14 @@ def _unit(item: PeriodPrice) -> str:
 
 
 def _line(
-    item: PeriodPrice, window: Window, scope: _Scope, how: str, quantity: Decimal, unit: str, price: Decimal, exact: int
+    item: PeriodPrice, phase: Phase, scope: _Scope, how: str, quantity: Decimal, unit: str, price: Decimal, exact: int
 ) -> ExactLine:
     return ExactLine(
         kind="pool" if item.pool else "usage",
         item=f"{ITEMS[item.per].name} ({how})",
         exact=exact,
-        since=window.since,
-        until=window.until,
+        since=phase.since,
+        until=phase.until,
         tier=scope.tier,
         quantity=quantity,
         unit=unit,

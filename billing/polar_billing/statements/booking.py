@@ -1,4 +1,7 @@
-"""The double entry of statements, prepaid credits and credit notes. Knows accounts, not how amounts come about."""
+"""The double-entry bookings of statements, prepaid credits and credit notes.
+
+Knows accounts, not how amounts are worked out.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ STATEMENT: Final = "statement"
 """Kind of the transaction that books a statement; its reference is the statement's id."""
 
 _ACCOUNTS: Final = {"discount": Account.DISCOUNTS, "service credit": Account.SERVICE_CREDITS}
-"""By kind of line; every other kind is revenue."""
+"""By kind of line; every other kind counts as revenue."""
 
 
 def book_statement(
@@ -71,10 +74,9 @@ def _book_credit(connection: Connection, statement: Statement, use: CreditUse, a
 
 
 def _book_expiry(connection: Connection, statement: Statement, use: CreditUse) -> None:
-    gone = use.expired
     lines = [
-        Line(Account.CREDITS, gone, statement.currency),
-        Line(Account.EXPIRED_CREDITS, gone.copy_negate(), statement.currency),
+        Line(Account.CREDITS, use.expired, statement.currency),
+        Line(Account.EXPIRED_CREDITS, use.expired.copy_negate(), statement.currency),
     ]
     post(connection, statement.tenant, "credit_expiry", use.id, lines, statement.until)
 
@@ -89,7 +91,7 @@ def book_credit_note(
         statement: The statement.
         reference: The note's idempotency key within the tenant.
         amount: Positive.
-        at: When it holds.
+        at: When it takes effect.
         corrects: The transaction that booked the statement.
     """
     lines = [

@@ -15,8 +15,8 @@ from polar_billing.errors import PriceBookError, QueryError
 from polar_billing.ledger.books import books_in_force, read_book
 from polar_billing.ledger.schema import price_book_table, receipt_table, usage_table
 from polar_billing.prices.revisions import past_changes
-from polar_billing.statements.facts import within
 from polar_billing.statements.lines import bounds
+from polar_billing.statements.usage import within
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
-    from polar_billing.statements.facts import Numbers
+    from polar_billing.statements.usage import SeqRange
 
 
-def book_for(connection: Connection, tenant: str, period: Period, numbers: Numbers) -> PriceBook:
+def book_for(connection: Connection, tenant: str, period: Period, numbers: SeqRange) -> PriceBook:
     """The book in force for a tenant and period.
 
     It is the latest revision of the book that the tenant's receipts were made by, or that has the tenant on a plan;
@@ -85,7 +85,7 @@ def zone_of(ledger: Ledger, tenant: str, book: PriceBook | None, month: str | No
     return customers[-1].zone if customers else "UTC"
 
 
-def _used(connection: Connection, tenant: str, period: Period, numbers: Numbers) -> list[tuple[PriceBook, datetime]]:
+def _used(connection: Connection, tenant: str, period: Period, numbers: SeqRange) -> list[tuple[PriceBook, datetime]]:
     """The books that the rated receipts of a period were made by, each with the service time of its last use."""
     usage, receipt = usage_table.c, receipt_table.c
     query = (

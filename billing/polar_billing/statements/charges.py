@@ -1,11 +1,11 @@
 """What a tenant's usage over a period costs, line by line: summed usage × book → exact lines. Pure.
 
-Per window of constant terms, in this order:
+Per phase of constant terms, in this order:
 
 1. usage at the rates of a request: one line per tier, item and stretch of constant rates;
-2. items that the plan prices over the period (see `bands`), in place of 1 for those items;
+2. items that the plan prices over the period (see `bands`), instead of 1;
 3. the discount, off 1 and 2;
-4. the minimum, where 1 to 3 come to less;
+4. a top-up to the minimum, where 1 to 3 come to less;
 5. the flat fee;
 6. service credits of tiers whose promise was missed: a share of their part of 1 to 3.
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.plans import Terms
     from polar_billing.statements.bands import Rated
-    from polar_billing.statements.lines import Facts, Stretch, Use, Window
+    from polar_billing.statements.lines import PeriodUsage, Phase, Stretch, Use
     from polar_billing.values.periods import Period
 
 
@@ -44,33 +44,33 @@ _PERCENT: Final = 100 * 10**6
 
 @dataclass(frozen=True)
 class Charges:
-    """Exact lines, and the usage that no line is about."""
+    """Exact lines, and the usage that is on none of them."""
 
     lines: tuple[ExactLine, ...]
     unrated: dict[str, int]
     """Reason → requests; they are in no amount."""
 
 
-def charges_of(book: PriceBook, period: Period, windows: Iterable[Window], facts: Facts) -> Charges:
+def charges_of(book: PriceBook, period: Period, phases: Iterable[Phase], usage: PeriodUsage) -> Charges:
     """Rate a tenant's usage over a period.
 
     Args:
         book: The prices.
-        period: The whole period; fees of a window are its part of it.
-        windows: How the book cuts the period for the tenant.
-        facts: The usage, in any order.
+        period: The whole period; each phase is charged its part of a fee, by time.
+        phases: How the book cuts the period for the tenant.
+        usage: What was used, in any order.
     """
     unrated: Counter[str] = Counter()
     lines: list[ExactLine] = []
-    for window in windows:
-        uses = _in_order(use for use in facts.uses if use.stretch in window.stretches)
+    for phase in phases:
+        uses = _in_order(use for use in usage.uses if use.stretch in phase.stretches)
         rated = _rated(uses, book, unrated)
         charged = [(use, rate) for use, rate in rated if use.outcome not in book.free_outcomes]
         free = [(use, rate) for use, rate in rated if use.outcome in book.free_outcomes]
-        usage = [*_usage(charged, window.terms), *_period_items(window, charged), *_free(free)]
-        lines += usage
-        if window.terms is not None:
-            lines += _terms(window, window.terms, period, usage, charged, facts)
+        used = [*_usage(charged, phase.terms), *_period_items(phase, charged), *_free(free)]
+        lines += used
+        if phase.terms is not None:
+            lines += _terms(phase, phase.terms, period, used, charged, usage)
     return Charges(tuple(lines), dict(sorted(unrated.items())))
 
 
@@ -79,28 +79,28 @@ def _in_order(uses: Iterable[Use]) -> list[Use]:
 
 
 def _rated(uses: Iterable[Use], book: PriceBook, unrated: Counter[str]) -> list[Rated]:
-    found: list[Rated] = []
+    rated: list[Rated] = []
     for use in uses:
         entry = use.stretch.entry
         if entry is None:
-            unrated[f"price book {book.id!r} has no price from {_moment(use.stretch)}"] += use.counts.requests
+            unrated[f"price book {book.id!r} has no price from {_span(use.stretch)}"] += use.counts.requests
             continue
         rate = rate_in(entry, use.tier, book)
         if isinstance(rate, str):
             unrated[rate] += use.counts.requests
         else:
-            found.append((use, rate))
-    return found
+            rated.append((use, rate))
+    return rated
 
 
-def _moment(stretch: Stretch) -> str:
+def _span(stretch: Stretch) -> str:
     return f"{stretch.since.isoformat()} until {stretch.until.isoformat()}"
 
 
 def _usage(charged: list[Rated], terms: Terms | None) -> Iterator[ExactLine]:
     """Lines at the rates of a request, of the items that the plan does not price over the period."""
     replaced = {ITEMS[item.per].name for item in terms.items} if terms is not None else set()
-    for _, members in groupby(charged, key=lambda one: (one[0].stretch.since, one[0].tier)):  # in order already
+    for _, members in groupby(charged, key=lambda pair: (pair[0].stretch.since, pair[0].tier)):  # already in order
         (use, rate), *others = members
         counts = sum((other.counts for other, _ in others), use.counts)
         for line in charge_lines(counts, rate.entry, rate.multiplier):
@@ -129,37 +129,37 @@ def _line(line: ChargeLine, stretch: Stretch, tier: str | None, outcome: str | N
     )
 
 
-def _period_items(window: Window, charged: list[Rated]) -> list[ExactLine]:
-    items = window.terms.items if window.terms is not None else ()
-    return list(chain.from_iterable(period_lines(item, window, charged) for item in items))
+def _period_items(phase: Phase, charged: list[Rated]) -> list[ExactLine]:
+    items = phase.terms.items if phase.terms is not None else ()
+    return list(chain.from_iterable(period_lines(item, phase, charged) for item in items))
 
 
 def _terms(
-    window: Window, terms: Terms, period: Period, usage: list[ExactLine], charged: list[Rated], facts: Facts
+    phase: Phase, terms: Terms, period: Period, used: list[ExactLine], charged: list[Rated], usage: PeriodUsage
 ) -> Iterator[ExactLine]:
-    came_to = sum(line.exact for line in usage)
-    discount = -_percent_of(came_to, terms.discount_percent)
-    if terms.discount_percent and came_to:
-        item = f"discount {plain(terms.discount_percent)} % off {window.plan}"
-        yield ExactLine("discount", item, discount, window.since, window.until)
-    short = _part_of(terms.minimum, window, period) - came_to - discount
+    subtotal = sum(line.exact for line in used)
+    discount = -_percent_of(subtotal, terms.discount_percent)
+    if terms.discount_percent and subtotal:
+        item = f"discount {plain(terms.discount_percent)} % off {phase.plan}"
+        yield ExactLine("discount", item, discount, phase.since, phase.until)
+    short = _part_of(terms.minimum, phase, period) - subtotal - discount
     if terms.minimum is not None and short > 0:
-        yield ExactLine("minimum", f"minimum of {window.plan}", short, window.since, window.until)
+        yield ExactLine("minimum", f"minimum of {phase.plan}", short, phase.since, phase.until)
     if terms.flat_fee is not None:
-        fee = _part_of(terms.flat_fee, window, period)
-        yield ExactLine("fee", f"flat fee of {window.plan}", fee, window.since, window.until)
-    yield from service_credits(window, terms, usage, charged, facts)
+        fee = _part_of(terms.flat_fee, phase, period)
+        yield ExactLine("fee", f"flat fee of {phase.plan}", fee, phase.since, phase.until)
+    yield from service_credits(phase, terms, used, charged, usage)
 
 
 def _percent_of(exact: int, percent: Decimal | None) -> int:
     return divide_half_even(exact * to_scaled(percent or 0, 6), _PERCENT)
 
 
-def _part_of(amount: Decimal | None, window: Window, period: Period) -> int:
-    """A window's part of an amount per period, by time; the parts of all windows sum to the amount."""
+def _part_of(amount: Decimal | None, phase: Phase, period: Period) -> int:
+    """A phase's part of an amount per period, by time; the parts of all phases sum to the amount."""
     since, until = bounds(period)
     exact = to_scaled(amount or 0, EXACT_SCALE)
-    return _up_to(exact, window.until, since, until - since) - _up_to(exact, window.since, since, until - since)
+    return _up_to(exact, phase.until, since, until - since) - _up_to(exact, phase.since, since, until - since)
 
 
 def _up_to(exact: int, moment: datetime, since: datetime, length: timedelta) -> int:

@@ -1,8 +1,8 @@
 """Issue statements: store, chain and book them, each once and for ever.
 
 Usage is read outside the write transaction, so that metering goes on meanwhile. That is safe because a statement
-takes usage up to a number that was fixed while nobody else stored usage of the tenant, and such usage never
-changes; if another statement of the tenant is issued in between, the reading is done again.
+takes usage up to a sequence number that was fixed while nobody else stored usage of the tenant, and such usage never
+changes; if another statement of the tenant is issued in between, usage is read again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from polar_billing.ledger.books import store_books
 from polar_billing.ledger.schema import NO_TENANT
 from polar_billing.statements.booking import book_statement
 from polar_billing.statements.books import book_for
-from polar_billing.statements.credits import left_after
-from polar_billing.statements.facts import Numbers, last_number
+from polar_billing.statements.draft import Basis, check_kept, compute_statement, find_late_usage
 from polar_billing.statements.lines import bounds
-from polar_billing.statements.make import Wanted, check_kept, late_usage, make_statement
+from polar_billing.statements.statement import credits_left
 from polar_billing.statements.store import read_statements, store_statement
+from polar_billing.statements.usage import SeqRange, last_seq
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.lines import Agreement
     from polar_billing.statements.statement import Statement
-    from polar_billing.statements.store import IssuedStatement, Late
+    from polar_billing.statements.store import IssuedStatement, LateUsage
     from polar_billing.values.periods import Period
 
 
@@ -42,18 +42,18 @@ def issue_statement(
     agreement: Mapping[str, Agreement] | None = None,
     now: datetime | None = None,
 ) -> IssuedStatement:
-    """Issue the statement of a tenant and period, or give back the one that was issued.
+    """Issue the statement of a tenant and period, or return the one that was issued.
 
     Args:
         ledger: Where the usage is.
         tenant: Whose statement.
-        period: Half-open; it must be over, and touch no other statement's of this tenant and currency.
+        period: Half-open; it must be over, and overlap no other statement of this tenant and currency.
         book: Charge by this book; by default the one in force for the tenant.
         agreement: As for `draft_statement`.
-        now: Statement time; the clock's by default.
+        now: Statement time; by default the current time.
 
     Returns:
-        The statement as stored. Issued again, it is the first one, whatever was stored since.
+        The statement as stored. Issued again, it is still the first one, whatever was stored since.
 
     Raises:
         PeriodError: The period is not over, has no end, overlaps an issued statement's, or some of its usage was
@@ -68,18 +68,18 @@ def issue_statement(
     while True:
         with ledger.transaction() as connection:
             chain.lock_heads(connection, [tenant])  # no usage of this tenant is on its way now
-            numbers = Numbers(last_number(connection, tenant))
+            seqs = SeqRange(last_seq(connection, tenant))
         with ledger.snapshot() as connection:
             earlier = read_statements(connection, tenant)
-            if (found := _issued(earlier, period, book)) is not None:
-                return found
+            if (issued := _issued(earlier, period, book)) is not None:
+                return issued
             check_kept(connection, tenant, period)
-            chosen = book or book_for(connection, tenant, period, numbers)
-            wanted = Wanted(tenant, period, chosen, numbers.until, agreement or {})
-            _check_fits(wanted, earlier)
-            late = late_usage(connection, wanted, earlier)
-            statement = make_statement(connection, wanted, earlier, late)
-        stored = _store(ledger, wanted, statement, late, earlier, moment)
+            chosen = book or book_for(connection, tenant, period, seqs)
+            basis = Basis(tenant, period, chosen, seqs.until, agreement or {})
+            _check_fits(basis, earlier)
+            late = find_late_usage(connection, basis, earlier)
+            statement = compute_statement(connection, basis, earlier, late)
+        stored = _store(ledger, basis, statement, late, earlier, moment)
         if stored is not None:
             return stored
 
@@ -92,32 +92,32 @@ def issued_statements(ledger: Ledger, tenant: str) -> list[IssuedStatement]:
 
 def _store(
     ledger: Ledger,
-    wanted: Wanted,
+    basis: Basis,
     statement: Statement,
-    late: tuple[Late, ...],
+    late: tuple[LateUsage, ...],
     earlier: Sequence[IssuedStatement],
     moment: datetime,
 ) -> IssuedStatement | None:
-    """Store and book it, unless another statement of the tenant came first; then None."""
+    """Store and book it; None if another statement of the tenant came first."""
     with ledger.transaction() as connection:
-        chain.lock_heads(connection, [NO_TENANT, wanted.tenant])
-        if len(read_statements(connection, wanted.tenant)) != len(earlier):
+        chain.lock_heads(connection, [NO_TENANT, basis.tenant])
+        if len(read_statements(connection, basis.tenant)) != len(earlier):
             return None
-        store_books(connection, {wanted.book.content_hash: wanted.book})
-        stored = store_statement(connection, statement, wanted.seq_until, late, moment)
-        touched = left_after(one.statement for one in earlier)
-        book_statement(connection, statement, wanted.book, touched)
+        store_books(connection, {basis.book.content_hash: basis.book})
+        stored = store_statement(connection, statement, basis.seq_until, late, moment)
+        touched = credits_left(issued.statement for issued in earlier)
+        book_statement(connection, statement, basis.book, touched)
     return stored
 
 
 def _issued(earlier: Sequence[IssuedStatement], period: Period, book: PriceBook | None) -> IssuedStatement | None:
-    """The statement of a period, if it was issued; in the book's currency, where a book was named."""
+    """The statement of a period if it was issued; where a book was named, in its currency."""
     since, until = bounds(period)
-    for one in earlier:
-        statement = one.statement
+    for issued in earlier:
+        statement = issued.statement
         same_currency = book is None or book.currency == statement.currency
         if (statement.since, statement.until) == (since, until) and same_currency:
-            return one
+            return issued
     return None
 
 
@@ -125,23 +125,23 @@ def _check_over(period: Period, moment: datetime) -> None:
     _, until = bounds(period)
     if until > moment:
         raise PeriodError(
-            f"period {period.label} ends at {until.isoformat()}, which has not come yet.",
-            hint="Issue it when it is over; until then make a draft.",
+            f"period {period.label} ends at {until.isoformat()}, which is still to come.",
+            hint="Issue it once the period is over; until then make a draft.",
         )
 
 
-def _check_fits(wanted: Wanted, earlier: Sequence[IssuedStatement]) -> None:
-    since, until = bounds(wanted.period)
-    for one in earlier:
-        statement = one.statement
-        if statement.currency != wanted.book.currency:
+def _check_fits(basis: Basis, earlier: Sequence[IssuedStatement]) -> None:
+    since, until = bounds(basis.period)
+    for issued in earlier:
+        statement = issued.statement
+        if statement.currency != basis.book.currency:
             raise CurrencyMixError(
-                f"tenant {wanted.tenant!r} has statements in {statement.currency}, and price book "
-                f"{wanted.book.id!r} is in {wanted.book.currency}.",
+                f"tenant {basis.tenant!r} has statements in {statement.currency}, and price book "
+                f"{basis.book.id!r} is in {basis.book.currency}.",
                 hint=f"Name a book in {statement.currency} with --book FILE.",
             )
         if statement.since < until and since < statement.until:
             raise PeriodError(
-                f"period {wanted.period.label} overlaps statement {statement.id!r} over {statement.period.label}.",
-                hint="Begin where that one ends; what was missing on it becomes late usage.",
+                f"period {basis.period.label} overlaps statement {statement.id!r} over {statement.period.label}.",
+                hint="Begin where that one ends; usage that is missing from it becomes late usage.",
             )

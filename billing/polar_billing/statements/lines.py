@@ -1,11 +1,8 @@
-"""What rating over a period takes in and gives out: summed usage, and lines with exact amounts.
+"""What rating over a period takes in and gives out: the phases of the period, the usage in them, and exact lines.
 
-Knows neither prices nor a database.
-
-Which prices and terms hold when, for one tenant over one period.
-
-A period is cut into windows in which the plan's terms stay the same, and each window into stretches in which the
-rates of a request do. Windows and stretches are half-open and partition the period. Knows no usage.
+A period is cut into phases, in which the plan's terms stay the same, and each phase into stretches, in which the rates
+of a request do. Both are half-open and partition the period. Usage is summed per stretch, and each line is about a
+stretch or a phase. Knows neither how a line is priced nor a database.
 """
 
 from __future__ import annotations
@@ -28,9 +25,15 @@ if TYPE_CHECKING:
     from polar_billing.values.periods import Period
 
 
+Kind = Literal["usage", "pool", "discount", "minimum", "fee", "service credit"]
+"""The kind of a line. `pool`: usage of all tiers counted together."""
+
+USAGE_KINDS: Final = ("usage", "pool")
+
+
 @dataclass(frozen=True)
 class Stretch:
-    """A part of a period with one entry in force, `since <= t < until`."""
+    """A part of a period with one price entry in force, `since <= t < until`."""
 
     since: datetime
     until: datetime
@@ -39,7 +42,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Window:
+class Phase:
     """A part of a period with one set of terms, `since <= t < until`."""
 
     since: datetime
@@ -47,53 +50,6 @@ class Window:
     plan: str | None
     terms: Terms | None
     stretches: tuple[Stretch, ...]
-
-
-def bounds(period: Period) -> tuple[datetime, datetime]:
-    """Both ends of a period.
-
-    Raises:
-        PeriodError: It has none on one side; a statement needs both.
-    """
-    if period.since is None or period.until is None:
-        raise PeriodError(f"a statement cannot be over {period.label}.", hint="Give a month, or --since and --until.")
-    return period.since, period.until
-
-
-def windows_of(book: PriceBook, tenant: str, period: Period) -> tuple[Window, ...]:
-    """Cut a period where the tenant's plan, terms or rates change.
-
-    Raises:
-        PeriodError: The period has no beginning or no end.
-    """
-    since, until = bounds(period)
-    cuts = [since, *(moment for moment in book.changes_of(tenant) if since < moment < until), until]
-    parts = [(_terms(book, tenant, one), Stretch(one, end, book.entry_at(one, tenant))) for one, end in pairwise(cuts)]
-    grouped = groupby(parts, key=lambda part: part[0])
-    return tuple(_window(plan, terms, [stretch for _, stretch in members]) for (plan, terms), members in grouped)
-
-
-def _terms(book: PriceBook, tenant: str, moment: datetime) -> tuple[str | None, Terms | None]:
-    customer = book.customer_at(moment, tenant)
-    if customer is None or customer.plan is None:
-        return None, None
-    return customer.plan, book.plans[customer.plan].terms_at(moment)
-
-
-def _window(plan: str | None, terms: Terms | None, stretches: list[Stretch]) -> Window:
-    merged: list[Stretch] = []
-    for stretch in stretches:  # other plans' changes cut nothing
-        if merged and merged[-1].entry == stretch.entry:
-            merged[-1] = Stretch(merged[-1].since, stretch.until, stretch.entry)
-        else:
-            merged.append(stretch)
-    return Window(merged[0].since, merged[-1].until, plan, terms, tuple(merged))
-
-
-Kind = Literal["usage", "pool", "discount", "minimum", "fee", "service credit"]
-"""`pool`: usage of all tiers counted together; there and in everything below, a tier of None is no tier."""
-
-USAGE_KINDS: Final = ("usage", "pool")
 
 
 @dataclass(frozen=True)
@@ -116,12 +72,12 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Everything about a tenant and period that charges depend on."""
+class PeriodUsage:
+    """Everything about a tenant's use of a period that charges depend on."""
 
     uses: tuple[Use, ...] = ()
     latency_ns_p95: Mapping[tuple[datetime, str], int] = field(default_factory=dict)
-    """By beginning of the window and tier, where there were completed requests. Unit: nanoseconds."""
+    """By beginning of the phase and tier, where there were completed requests. Unit: nanoseconds."""
     agreement: Mapping[str, Agreement] = field(default_factory=dict)
     """By tier."""
 
@@ -136,18 +92,64 @@ class ExactLine:
     """The amount. Unit: 10^-30 of the currency."""
     since: datetime
     until: datetime
-    """The stretch or window it is about, itself excluded."""
+    """End of the stretch or phase it is about, excluded."""
     tier: str | None = None
+    """None for programs named by hand, and for lines that are not about a single tier."""
     quantity: Decimal | None = None
     unit: str | None = None
     unit_price: Decimal | None = None
     outcome: str | None = None
-    """The one outcome it is about, where that is free; None for all that are charged."""
+    """The one outcome it is about, where that is free; None for all outcomes that are charged."""
     note: str | None = None
     corrects: str | None = None
     """The statement whose period it belongs to, where that is an earlier one."""
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What makes two lines the same line of two ratings of one period."""
+        """Identifies a line across two ratings of one period."""
         return (self.kind, self.item, self.since, self.until, self.tier, self.unit, self.unit_price, self.outcome)
+
+
+def bounds(period: Period) -> tuple[datetime, datetime]:
+    """Both ends of a period.
+
+    Raises:
+        PeriodError: One end is missing; a statement needs both.
+    """
+    if period.since is None or period.until is None:
+        raise PeriodError(
+            f"a statement cannot be over {period.label}: its period needs both ends.",
+            hint="Give a month, or --since and --until.",
+        )
+    return period.since, period.until
+
+
+def phases_of(book: PriceBook, tenant: str, period: Period) -> tuple[Phase, ...]:
+    """Cut a period where the tenant's plan, terms or rates change.
+
+    Raises:
+        PeriodError: The period has no beginning or no end.
+    """
+    since, until = bounds(period)
+    cuts = [since, *(moment for moment in book.changes_of(tenant) if since < moment < until), until]
+    stretches = [Stretch(begin, end, book.entry_at(begin, tenant)) for begin, end in pairwise(cuts)]
+    parts = [(_terms(book, tenant, stretch.since), stretch) for stretch in stretches]
+    grouped = groupby(parts, key=lambda part: part[0])
+    return tuple(_phase(plan, terms, [stretch for _, stretch in members]) for (plan, terms), members in grouped)
+
+
+def _terms(book: PriceBook, tenant: str, moment: datetime) -> tuple[str | None, Terms | None]:
+    customer = book.customer_at(moment, tenant)
+    if customer is None or customer.plan is None:
+        return None, None
+    return customer.plan, book.plans[customer.plan].terms_at(moment)
+
+
+def _phase(plan: str | None, terms: Terms | None, stretches: list[Stretch]) -> Phase:
+    merged: list[Stretch] = []
+    for stretch in stretches:  # changes of other plans cut nothing
+        if merged and merged[-1].entry == stretch.entry:
+            merged[-1] = Stretch(merged[-1].since, stretch.until, stretch.entry)
+        else:
+            merged.append(stretch)
+    return Phase(merged[0].since, merged[-1].until, plan, terms, tuple(merged))

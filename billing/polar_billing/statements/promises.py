@@ -1,9 +1,8 @@
-"""Service credits: what is given back where a tier's promised latency or agreement was missed. Pure.
+"""Promises of tiers: the service credits for those that were missed, and the evaluation that agreement is taken from.
 
-How many answers of each tier agreed with full depth, from the file that `polar evaluate --json` wrote.
-
-The evaluation serves every prompt of its set at full depth and by the router; that is what a promise of agreement is
-settled by. Knows no usage.
+A promise is about latency, which the ledger knows, or about agreement with full depth, which it does not: that comes
+from the file that `polar evaluate --json` writes, which serves every prompt of its set at full depth and by the router.
+Knows no database.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ if TYPE_CHECKING:
 
     from polar_billing.prices.plans import Promise, Terms
     from polar_billing.statements.bands import Rated
-    from polar_billing.statements.lines import Facts, Window
+    from polar_billing.statements.lines import PeriodUsage, Phase
 
 _PERCENT: Final = 100 * 10**6
 """The whole, in the units of a percentage with 6 decimals."""
 
 
 def service_credits(
-    window: Window, terms: Terms, usage: Sequence[ExactLine], rated: Sequence[Rated], facts: Facts
+    phase: Phase, terms: Terms, used: Sequence[ExactLine], rated: Sequence[Rated], usage: PeriodUsage
 ) -> Iterator[ExactLine]:
-    """One line for each tier of a window that missed its promise.
+    """One line for each tier that missed its promise in a phase.
 
     Args:
-        window: Where.
+        phase: The phase.
         terms: Its terms.
-        usage: Its usage lines, before the discount.
+        used: Its usage lines, before the discount.
         rated: Its charged usage.
-        facts: What was measured.
+        usage: What was measured over the period.
     """
     for tier, promise in sorted(terms.promises.items()):
-        reasons = missed(promise, facts.latency_ns_p95.get((window.since, tier)), facts.agreement.get(tier))
-        base = _share_of(tier, terms, usage, rated)
+        reasons = missed(promise, usage.latency_ns_p95.get((phase.since, tier)), usage.agreement.get(tier))
+        base = _share_of(tier, terms, used, rated)
         if not reasons or not base:
             continue
         kept = _PERCENT - to_scaled(terms.discount_percent or 0, 6)
@@ -53,35 +52,35 @@ def service_credits(
             kind="service credit",
             item=f"service credit {plain(promise.credit_percent)} %",
             exact=-part,
-            since=window.since,
-            until=window.until,
+            since=phase.since,
+            until=phase.until,
             tier=tier,
             note="; ".join(reasons),
         )
 
 
 def missed(promise: Promise, latency_ns: int | None, agreement: Agreement | None) -> list[str]:
-    """Say what of a promise was missed; what was not measured was not missed."""
+    """Why a promise was missed, empty where it was kept; what was not measured was not missed."""
     reasons = []
-    most = promise.latency_ms_p95_max
-    if most is not None and latency_ns is not None and latency_ns > most * 10**6:
-        reasons.append(f"p95 latency {latency_ns / 10**6:.1f} ms, promised {most} ms")
-    least = promise.agreement_min
-    if least is not None and agreement is not None:  # where nothing was compared, nothing was missed
-        if agreement.agreed * 10**6 >= to_scaled(least, 6) * agreement.compared:
-            return reasons
-        told = f"{agreement.agreed} of {agreement.compared} answers agreed"
-        reasons.append(f"{told}, promised {plain(from_scaled(to_scaled(least, 6), 4))} %")
+    # The reasons become notes of statement lines: their wording is part of issued statements.
+    latency_max = promise.latency_ms_p95_max
+    if latency_max is not None and latency_ns is not None and latency_ns > latency_max * 10**6:
+        reasons.append(f"p95 latency {latency_ns / 10**6:.1f} ms, promised {latency_max} ms")
+    if promise.agreement_min is not None and agreement is not None:
+        agreement_min = to_scaled(promise.agreement_min, 6)
+        if agreement.agreed * 10**6 < agreement_min * agreement.compared:  # not where nothing was compared
+            counts = f"{agreement.agreed} of {agreement.compared} answers agreed"
+            reasons.append(f"{counts}, promised {plain(from_scaled(agreement_min, 4))} %")
     return reasons
 
 
-def _share_of(tier: str, terms: Terms, usage: Sequence[ExactLine], rated: Sequence[Rated]) -> int:
-    """A tier's part of the usage lines; of pooled ones by its part of the weighted quantity."""
-    own = sum(line.exact for line in usage if line.kind == "usage" and line.tier == tier)
+def _share_of(tier: str, terms: Terms, used: Sequence[ExactLine], rated: Sequence[Rated]) -> int:
+    """A tier's part of the usage lines; of pooled lines, in proportion to its weighted quantity."""
+    own = sum(line.exact for line in used if line.kind == "usage" and line.tier == tier)
     for item in terms.items:
         if item.pool:
             name = ITEMS[item.per].name
-            pooled = sum(line.exact for line in usage if line.kind == "pool" and line.item.startswith(f"{name} ("))
+            pooled = sum(line.exact for line in used if line.kind == "pool" and line.item.startswith(f"{name} ("))
             weights = pool_weights(item, rated)
             if weights.total():
                 own += divide_half_even(pooled * weights[tier], weights.total())
@@ -92,26 +91,25 @@ _TIER: Final = re.compile(r"router \((.+)\)")
 
 
 def evaluated_agreement(file: Path) -> dict[str, Agreement]:
-    """Tier → what was measured over all prompts of the evaluation.
+    """Read an evaluation: tier → agreement over all of its prompts.
 
     Raises:
-        QueryError: The file cannot be read, or is none of `polar evaluate --json`.
+        QueryError: The file cannot be read, or was not written by `polar evaluate --json`.
     """
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))["sets"][0]
-        found = dict(_tiers(whole))
+        return dict(_tiers(whole))
     except OSError as error:
         raise QueryError(f"{str(file)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
     except (ValueError, TypeError, LookupError) as error:
         raise QueryError(
-            f"{str(file)!r} holds no evaluation ({type(error).__name__}: {error}).",
+            f"{str(file)!r} is not an evaluation ({type(error).__name__}: {error}).",
             hint="Write one with `polar evaluate --data FILE --json > evaluation.json`.",
         ) from error
-    return found
 
 
 def _tiers(whole: dict[str, Any]) -> list[tuple[str, Agreement]]:
     compared = int(whole["prompts"])
     shares = {system["name"]: system["agreement"][0] for system in whole["systems"] if system["role"] == "router"}
     tiers = ((_TIER.fullmatch(name), share) for name, share in shares.items())
-    return [(named[1], Agreement(round(share * compared), compared)) for named, share in tiers if named]
+    return [(match[1], Agreement(round(share * compared), compared)) for match, share in tiers if match]

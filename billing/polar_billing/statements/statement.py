@@ -2,7 +2,11 @@
 
 `sum(line.amount) + rounding == total`, and `total - sum(credit.used) == due`, to the last digit. The text depends on
 nothing but the usage, the book and what was issued before: not on the order in which usage was stored, nor on when
-the statement is made. Knows no database.
+the statement is computed.
+
+A prepaid credit pays a statement whose period it touches: one that ends after the credit begins, and begins before it
+expires. The lower priority number goes first, then what expires first. What is left of a credit that expires within
+the period is gone after this statement. Knows no database.
 """
 
 from __future__ import annotations
@@ -18,14 +22,14 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE, Counts
 from polar_billing.statements.lines import ExactLine, Kind, bounds
-from polar_billing.values.money import plain, round_lines
+from polar_billing.values.money import from_scaled, plain, round_lines, to_scaled
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from polar_billing.prices.book import PriceBook
-    from polar_billing.statements.lines import Facts
+    from polar_billing.statements.lines import PeriodUsage
 
 
 Amount = Annotated[Decimal, PlainSerializer(lambda value: f"{value:f}", when_used="json")]
@@ -43,7 +47,7 @@ class StatementLine(_Part):
     """From 1."""
     kind: Kind
     tier: str | None
-    """None for programs named by hand, and for lines that are about no single tier."""
+    """None for programs named by hand, and for lines that are not about a single tier."""
     item: str
     quantity: Figure | None
     unit: str | None
@@ -53,7 +57,7 @@ class StatementLine(_Part):
     """Rounded once, half to even."""
     since: datetime
     until: datetime
-    """The part of the period the line is about, itself excluded."""
+    """End of the part of the period that the line is about, excluded."""
     outcome: str | None = None
     """The one outcome it is about, where that is free."""
     note: str | None = None
@@ -62,7 +66,7 @@ class StatementLine(_Part):
 
 
 class TierUsage(_Part):
-    """What was served in the period, by tier; unrated requests included, late usage of earlier periods not."""
+    """What one tier served in the period; includes unrated requests, but not late usage of earlier periods."""
 
     tier: str | None
     requests: int
@@ -92,28 +96,28 @@ class Statement(_Part):
     until: datetime
     """Not part of the period."""
     zone: str
-    """IANA name; the period's ends are told in it."""
+    """IANA name of the time zone that the period's ends are shown in."""
     currency: str
     decimals: int
     price_book: str
     price_book_hash: str
     requests: int
-    """Served in the period and on this statement, unrated ones included; without late usage of earlier ones."""
+    """Served in the period and on this statement; includes unrated requests, but not late usage of earlier periods."""
     requests_late: int
     """Late usage of earlier statements' periods, charged here."""
     unrated: dict[str, int]
     """Reason → requests without a price; they are in no amount."""
     usage: tuple[TierUsage, ...]
     agreement: dict[str, tuple[int, int]]
-    """Tier → answers that agreed with full depth, and answers compared; as told by who issued it."""
+    """Tier → answers that agreed with full depth, and answers compared; as stated by whoever issued it."""
     lines: tuple[StatementLine, ...]
     rounding: Amount
-    """What the rounded lines miss of the rounded sum; a line of its own on paper."""
+    """The rounded total less the sum of the rounded lines; a line of its own on paper."""
     total: Amount
     """Charges before prepaid credits."""
     credits: tuple[CreditUse, ...]
     due: Amount
-    """What is left to pay; negative where the tenant is owed."""
+    """What is left to pay; negative where money is owed to the tenant."""
 
     @property
     def period(self) -> Period:
@@ -126,10 +130,10 @@ class Statement(_Part):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def usage_by_tier(facts: Facts) -> tuple[TierUsage, ...]:
-    """Sum a period's usage up by tier."""
+def usage_by_tier(usage: PeriodUsage) -> tuple[TierUsage, ...]:
+    """Sum a period's usage by tier."""
     counts: dict[str | None, Counts] = {}
-    for use in facts.uses:
+    for use in usage.uses:
         counts[use.tier] = counts.get(use.tier, Counts()) + use.counts
     return tuple(
         TierUsage(
@@ -139,7 +143,7 @@ def usage_by_tier(facts: Facts) -> tuple[TierUsage, ...]:
             tokens_input=counted.tokens_input,
             tokens_output=counted.tokens_output,
         )
-        for tier, counted in sorted(counts.items(), key=lambda one: tier_order(one[0]))
+        for tier, counted in sorted(counts.items(), key=lambda item: tier_order(item[0]))
     )
 
 
@@ -150,14 +154,14 @@ def statement_id(tenant: str, period: Period, currency: str) -> str:
     return f"st-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
-def printed(lines: Sequence[ExactLine], book: PriceBook) -> tuple[tuple[StatementLine, ...], Decimal, Decimal]:
-    """Round lines once each.
+def rounded_lines(lines: Sequence[ExactLine], book: PriceBook) -> tuple[tuple[StatementLine, ...], Decimal, Decimal]:
+    """Round each line once.
 
     Returns:
         The lines, the residue and the total; the first two sum to the third.
     """
     rounded = round_lines([line.exact for line in lines], book.statement_decimals)
-    made = tuple(
+    statement_lines = tuple(
         StatementLine(
             number=number,
             kind=line.kind,
@@ -175,4 +179,47 @@ def printed(lines: Sequence[ExactLine], book: PriceBook) -> tuple[tuple[Statemen
         )
         for number, (line, amount) in enumerate(zip(lines, rounded.amounts, strict=True), start=1)
     )
-    return made, rounded.residue, rounded.total
+    return statement_lines, rounded.residue, rounded.total
+
+
+def credits_left(statements: Iterable[Statement]) -> dict[str, Decimal]:
+    """What is left of each credit that a tenant's statements, in the order they were issued, have touched."""
+    return {use.id: use.after for statement in statements for use in statement.credits}
+
+
+def pay_with_credits(
+    total: Decimal, tenant: str, period: Period, book: PriceBook, left: Mapping[str, Decimal]
+) -> tuple[tuple[CreditUse, ...], Decimal]:
+    """Pay a total with the tenant's credits.
+
+    Args:
+        total: The statement's total; nothing is paid unless it is positive.
+        tenant: Whose credits.
+        period: The statement's.
+        book: Defines the credits.
+        left: What is left of credits that earlier statements touched.
+
+    Returns:
+        What became of each credit that could pay, and what is due.
+    """
+    decimals = book.statement_decimals
+    owed = to_scaled(total, decimals)
+    since, until = bounds(period)
+    uses = []
+    own = (credit for credit in book.credits if credit.tenant == tenant)
+    for credit in sorted(own, key=lambda credit: credit.order):
+        before = to_scaled(left.get(credit.id, credit.amount), decimals)
+        if credit.effective_from >= until or not before:
+            continue
+        over = credit.expires_at is not None and credit.expires_at <= until
+        usable = credit.expires_at is None or credit.expires_at > since
+        used = min(before, max(owed, 0)) if usable else 0
+        owed -= used
+        expired = before - used if over else 0
+        amounts = (from_scaled(units, decimals) for units in (before, used, expired, before - used - expired))
+        uses.append(
+            CreditUse.model_validate(
+                dict(zip(("id", "before", "used", "expired", "after"), (credit.id, *amounts), strict=True))
+            )
+        )
+    return tuple(uses), from_scaled(owed, decimals)

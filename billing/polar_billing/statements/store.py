@@ -1,6 +1,6 @@
 """Issued statements in the ledger: rows of `polar_statement`, and back.
 
-Knows how a statement is found, not how it is made.
+Knows how a statement is stored and looked up, not how it is computed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from sqlalchemy import insert, select
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger import chain
 from polar_billing.ledger.schema import statement_table
-from polar_billing.statements.facts import Numbers
 from polar_billing.statements.statement import Statement
+from polar_billing.statements.usage import SeqRange
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Late:
+class LateUsage:
     """Usage of an earlier statement's period that was stored after that statement was issued."""
 
     statement: str
     """Id of the earlier statement."""
-    numbers: Numbers
+    seqs: SeqRange
     """Which usage."""
 
 
@@ -41,19 +41,19 @@ class IssuedStatement:
     """Rises with every statement issued."""
     statement: Statement
     seq_until: int
-    """Usage up to this number, included, is on it."""
-    late: tuple[Late, ...]
+    """Usage up to this sequence number, included, is on it."""
+    late: tuple[LateUsage, ...]
     issued_at: datetime
     """Statement time, UTC."""
 
     @property
     def reference(self) -> str:
-        """What its bookings are called."""
+        """The reference of its bookings."""
         return self.statement.id
 
 
 def store_statement(
-    connection: Connection, statement: Statement, seq_until: int, late: tuple[Late, ...], issued_at: datetime
+    connection: Connection, statement: Statement, seq_until: int, late: tuple[LateUsage, ...], issued_at: datetime
 ) -> IssuedStatement:
     """Store a new statement as a link of its tenant's chain; the caller has checked that there is none."""
     values = {
@@ -64,7 +64,7 @@ def store_statement(
         "id": statement.id,
         "price_book_hash": statement.price_book_hash,
         "seq_until": seq_until,
-        "late": json.dumps([[one.statement, one.numbers.after, one.numbers.until] for one in late]),
+        "late": json.dumps([[usage.statement, usage.seqs.after, usage.seqs.until] for usage in late]),
         "issued_at": issued_at,
         "document": statement.document,
     }
@@ -75,7 +75,7 @@ def store_statement(
 
 
 def read_statements(connection: Connection, tenant: str, *, before: int | None = None) -> list[IssuedStatement]:
-    """A tenant's statements in the order they were issued; `before` a number, itself excluded."""
+    """A tenant's statements in the order they were issued; with `before`, only those of a lower number."""
     issued = statement_table.c
     query = select(statement_table).where(issued.tenant == tenant).order_by(issued.number)
     if before is not None:
@@ -95,10 +95,10 @@ def _from_row(row: Row[Any]) -> IssuedStatement:
     """Read a row.
 
     Raises:
-        StoreDamagedError: What it holds is no statement.
+        StoreDamagedError: Its content is not a statement.
     """
     try:
-        late = tuple(Late(name, Numbers(until=until, after=after)) for name, after, until in json.loads(row.late))
+        late = tuple(LateUsage(name, SeqRange(until=until, after=after)) for name, after, until in json.loads(row.late))
         statement = Statement.model_validate_json(row.document)
     except ValueError as error:
         raise StoreDamagedError(

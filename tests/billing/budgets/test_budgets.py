@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from sqlalchemy import text, update
 
 from polar_billing.budgets import counters, keeper
-from polar_billing.budgets.budget import LARGEST_COUNT, Budget, Level, OverBudget, to_count
-from polar_billing.budgets.choose import Cost, Refusal, Standing, choose
+from polar_billing.budgets.budget import MAX_COUNT, Budget, Level, OverBudget, to_count
 from polar_billing.budgets.counters import FULL
 from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.offers import Cost, Refusal, Standing, choose
 from polar_billing.errors import BudgetError, CurrencyMixError, PeriodError, StoreError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS
@@ -81,7 +82,7 @@ def budgets(store: Ledger) -> Budgets:
         ({"limit": 0.1}, "limit 0.1 is not a decimal number. Write it as text"),
         ({"limit": True}, "limit True is not a decimal number"),
         ({"limit": "much"}, "limit 'much' is not a number"),
-        ({"limit": LARGEST_COUNT + 1}, "is too large. Use at most 1,000,000,000,000,000,000"),
+        ({"limit": MAX_COUNT + 1}, "is too large. Use at most 1,000,000,000,000,000,000"),
         ({"limit": "0.0000000000001"}, "has more than 12 decimals"),
         ({"limit": "1234567.123456789012"}, "has more than 11 decimals"),
         ({"unit": "usd"}, "unit 'usd' is neither a currency nor CU. Did you mean 'USD'?"),
@@ -89,11 +90,11 @@ def budgets(store: Ledger) -> Budgets:
         ({"level": "team"}, "level 'team' is unknown; did you mean 'tenant'?"),
         ({"window": "year"}, "window 'year' is unknown"),
         ({"over_budget": "ask"}, "over_budget 'ask' is unknown"),
-        ({"name": "x"}, "a budget of the level tenant was given the name 'x'"),
+        ({"name": "x"}, "a budget of the level tenant takes no name (got 'x')"),
         ({"level": "user"}, "a budget of the level user has no name. Name the user."),
-        ({"level": "key", "name": " "}, "key ' ' is no name"),
-        ({"tenant": ""}, "tenant '' is no name. Use 1 to 200 characters."),
-        ({"tenant": "x" * 201}, "is no name"),
+        ({"level": "key", "name": " "}, "key ' ' is not a valid name"),
+        ({"tenant": ""}, "tenant '' is not a valid name. Use 1 to 200 characters."),
+        ({"tenant": "x" * 201}, "is not a valid name"),
     ],
 )
 def test_what_is_no_budget_is_told(fields: dict[str, Any], message: str) -> None:
@@ -116,11 +117,11 @@ def test_ordinary_limits_are_kept_to_the_last_decimal(limit: Decimal) -> None:
     assert budget.amount(budget.limit_count) == limit
 
 
-@given(st.integers(0, LARGEST_COUNT), st.integers(0, 10**18))
+@given(st.integers(0, MAX_COUNT), st.integers(0, 10**18))
 def test_large_limits_are_exact_and_amounts_round_up(limit: int, amount: int) -> None:
     budget = Budget("acme", Decimal(limit), "VND")
     assert budget.amount(budget.limit_count) == limit
-    assert budget.limit_count <= LARGEST_COUNT
+    assert budget.limit_count <= MAX_COUNT
     count = to_count(amount, budget.decimals)
     exact = Decimal(amount).scaleb(-12)
     assert exact <= budget.amount(count) < exact + Decimal(1).scaleb(-budget.decimals)
@@ -164,7 +165,7 @@ def test_a_budget_is_superseded_not_edited(budgets: Budgets) -> None:
     first = Budget("acme", Decimal(10))
     budgets.set(first)
     budgets.set(first)  # the same again says nothing new
-    budgets.set(first.superseded(limit="20", zone="Asia/Tokyo"))
+    budgets.set(replace(first, limit=Decimal(20), zone="Asia/Tokyo"))
     assert budgets.in_force("acme") == [Budget("acme", Decimal(20), zone="Asia/Tokyo")]
     with budgets.ledger.snapshot() as connection:
         rows = connection.execute(text("SELECT limit_count, zone FROM polar_budget ORDER BY seq")).all()
@@ -243,7 +244,7 @@ def test_each_window_of_the_zone_begins_anew(budgets: Budgets) -> None:
 
 
 def test_a_currency_that_nothing_is_charged_in_is_refused(budgets: Budgets) -> None:
-    with pytest.raises(CurrencyMixError, match="a budget in EUR cannot be kept: price book 'in USD' is in USD"):
+    with pytest.raises(CurrencyMixError, match="a budget in EUR cannot be enforced: price book 'in USD' is in USD"):
         budgets.set(Budget("acme", Decimal(1), "EUR"), USD)
     budgets.set(Budget("acme", Decimal(1), "EUR"))  # no book at hand to compare with
     with pytest.raises(CurrencyMixError, match="the budget of tenant 'acme' is in EUR, the price book in USD"):

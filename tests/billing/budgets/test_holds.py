@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -212,7 +212,7 @@ class Holds(RuleBasedStateMachine):
 
     @rule(limit=st.integers(5, 60))
     def set_another_limit(self, limit: int) -> None:
-        budget = self.limits["acme", "tenant", "", "CU", "month"].superseded(limit=Decimal(limit))
+        budget = replace(self.limits["acme", "tenant", "", "CU", "month"], limit=Decimal(limit))
         self.budgets.set(budget, BOOK)
         self.limits[budget.key] = budget
 

@@ -23,7 +23,7 @@ from polar_billing.errors import (
 )
 from polar_billing.metering.meter import Meter
 from polar_billing.reports.report import build_report
-from polar_billing.reports.terminal import report_view
+from polar_billing.reports.usage_tables import report_view
 from polar_billing.testing import usage_record
 from polar_sdk.errors import PolarError
 from polar_sdk.show.tables import show

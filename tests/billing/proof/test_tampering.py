@@ -28,8 +28,8 @@ from polar_billing.ledger.schema import CHAINED, metadata
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.proof.verify import verify_ledger
+from polar_billing.statements.credit_notes import credit_note
 from polar_billing.statements.issue import issue_statement
-from polar_billing.statements.notes import credit_note
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 

@@ -22,8 +22,8 @@ from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter
 from polar_billing.proof.receipts import check_receipt, make_receipt
 from polar_billing.proof.verify import Verification, check_head, verify_ledger
+from polar_billing.statements.credit_notes import credit_note
 from polar_billing.statements.issue import issue_statement
-from polar_billing.statements.notes import credit_note
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 

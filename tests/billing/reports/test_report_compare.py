@@ -18,7 +18,7 @@ from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.reports.html import report_html
 from polar_billing.reports.report import build_report
-from polar_billing.reports.terminal import report_view
+from polar_billing.reports.usage_tables import report_view
 from polar_billing.statements.issue import issue_statement
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import Counts
 from polar_billing.statements.charges import Charges, charges_of
-from polar_billing.statements.lines import Agreement, ExactLine, Facts, Use, Window, windows_of
+from polar_billing.statements.lines import Agreement, ExactLine, PeriodUsage, Phase, Use, phases_of
 from polar_billing.values.money import EXACT_SCALE
 from polar_billing.values.periods import Period
 
@@ -50,10 +50,10 @@ def plan_book(terms: dict[str, Any] | None = None, **changes: Any) -> PriceBook:
 
 
 def charge(book: PriceBook, used: list[tuple[str | None, Counts]], outcome: str = "completed", **facts: Any) -> Charges:
-    windows = windows_of(book, "acme", PERIOD)
-    stretch = windows[0].stretches[0]
+    phases = phases_of(book, "acme", PERIOD)
+    stretch = phases[0].stretches[0]
     uses = tuple(Use(stretch, tier, outcome, count) for tier, count in used)
-    return charges_of(book, PERIOD, windows, Facts(uses, **facts))
+    return charges_of(book, PERIOD, phases, PeriodUsage(uses, **facts))
 
 
 def total(charges: Charges) -> Fraction:
@@ -145,15 +145,15 @@ def test_a_fee_over_a_change_of_terms_is_split_by_time_and_sums_to_itself() -> N
     later = {"effective_from": "2026-11-11T00:00:00Z", "flat_fee": "40"}
     content = plan_book(terms).model_dump(mode="json")
     content["plans"]["p"]["terms"].append(later)
-    windows = windows_of(PriceBook.model_validate(content), "acme", PERIOD)
-    assert [(window.since.day, window.until.day) for window in windows] == [(1, 11), (11, 1)]
-    charges = charges_of(PriceBook.model_validate(content), PERIOD, windows, Facts())
+    phases = phases_of(PriceBook.model_validate(content), "acme", PERIOD)
+    assert [(phase.since.day, phase.until.day) for phase in phases] == [(1, 11), (11, 1)]
+    charges = charges_of(PriceBook.model_validate(content), PERIOD, phases, PeriodUsage())
     fees = [line.exact for line in of_kind(charges, "fee")]
     tenth = 10**EXACT_SCALE
     assert fees == [(10 * tenth + 1) // 3, (80 * tenth + 1) // 3]  # 10 and 20 days of 30, to 10^-30
     content["plans"]["p"]["terms"][1]["flat_fee"] = "10"
     same = PriceBook.model_validate(content)
-    parts = of_kind(charges_of(same, PERIOD, windows_of(same, "acme", PERIOD), Facts()), "fee")
+    parts = of_kind(charges_of(same, PERIOD, phases_of(same, "acme", PERIOD), PeriodUsage()), "fee")
     assert sum(line.exact for line in parts) == 10 * tenth
 
 
@@ -163,9 +163,9 @@ def test_windows_partition_the_period_whatever_changes_within() -> None:
         {**ENTRY, "effective_from": "2026-11-05T00:00:00Z", "effective_until": "2026-11-07T00:00:00Z"}
     )
     content["customers"].append({"tenant": "acme", "effective_from": "2026-11-06T00:00:00Z"})
-    windows = windows_of(PriceBook.model_validate(content), "acme", PERIOD)
-    assert [window.plan for window in windows] == ["p", None]
-    stretches = [stretch for window in windows for stretch in window.stretches]
+    phases = phases_of(PriceBook.model_validate(content), "acme", PERIOD)
+    assert [phase.plan for phase in phases] == ["p", None]
+    stretches = [stretch for phase in phases for stretch in phase.stretches]
     assert (stretches[0].since, stretches[-1].until) == (PERIOD.since, PERIOD.until)
     assert all(one.until == following.since for one, following in pairwise(stretches))
     assert [stretch.entry is None for stretch in stretches] == [False, False, False, True]
@@ -214,9 +214,9 @@ def test_what_has_no_price_is_unrated_and_in_no_line() -> None:
     }
     assert total(charges) == Fraction("0.401")
     early = Period(datetime(2025, 11, 1, tzinfo=UTC), datetime(2025, 12, 1, tzinfo=UTC))
-    windows = windows_of(plan_book(), "acme", early)
+    phases = phases_of(plan_book(), "acme", early)
     none = charges_of(
-        plan_book(), early, windows, Facts((Use(windows[0].stretches[0], "standard", "completed", Counts(4)),))
+        plan_book(), early, phases, PeriodUsage((Use(phases[0].stretches[0], "standard", "completed", Counts(4)),))
     )
     assert none.lines == ()
     assert list(none.unrated.values()) == [4]
@@ -244,6 +244,6 @@ def test_neither_order_nor_batching_of_the_sums_matters(
 
 
 def test_windows_know_the_plan(book: PriceBook) -> None:
-    window: Window = windows_of(book, "acme", PERIOD)[0]
-    assert window.plan is None
-    assert window.terms is None
+    phase: Phase = phases_of(book, "acme", PERIOD)[0]
+    assert phase.plan is None
+    assert phase.terms is None

@@ -23,8 +23,8 @@ from polar_billing.proof.verify import verify_ledger
 from polar_billing.reports.query import usage_rows
 from polar_billing.statements.charges import charges_of
 from polar_billing.statements.issue import issue_statement
-from polar_billing.statements.lines import Facts, Use, windows_of
-from polar_billing.statements.statement import printed
+from polar_billing.statements.lines import PeriodUsage, Use, phases_of
+from polar_billing.statements.statement import rounded_lines
 from polar_billing.testing import usage_record
 from polar_billing.values.money import EXACT_SCALE, currency_decimals, exact_sum, from_scaled, round_lines
 from polar_billing.values.periods import Period
@@ -95,10 +95,10 @@ def test_a_million_charges_on_a_statement_sum_to_their_exact_sum(currency: str, 
     decimals = currency_decimals(currency)
     price = from_scaled(1, decimals) * Decimal(share)
     prices = book(currency, price)
-    windows = windows_of(prices, "acme", PERIOD)
-    use = Use(windows[0].stretches[0], "standard", "completed", Counts(MILLION))
-    (line,) = charges_of(prices, PERIOD, windows, Facts((use,))).lines
-    lines, rounding, total = printed([line], prices)
+    phases = phases_of(prices, "acme", PERIOD)
+    use = Use(phases[0].stretches[0], "standard", "completed", Counts(MILLION))
+    (line,) = charges_of(prices, PERIOD, phases, PeriodUsage((use,))).lines
+    lines, rounding, total = rounded_lines([line], prices)
     assert rounding == 0
     assert total == lines[0].amount == round(price * MILLION, decimals)
     parts = round_lines([line.exact // 1_000] * 1_000, decimals)  # the same in a thousand lines, each rounded

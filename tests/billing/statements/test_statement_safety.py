@@ -17,12 +17,11 @@ from polar_billing.ledger.schema import statement_table, transaction_table
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
+from polar_billing.reports.comparison import reprice
+from polar_billing.statements.audit import lines_of_usage, recheck, usage_of_line
+from polar_billing.statements.credit_notes import credit_note
+from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import issue_statement, issued_statements
-from polar_billing.statements.make import draft_statement
-from polar_billing.statements.notes import credit_note
-from polar_billing.statements.rechecking import recheck
-from polar_billing.statements.repricing import reprice
-from polar_billing.statements.trace import lines_of_usage, usage_of_line
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.usage import FlopUsage
@@ -182,7 +181,7 @@ def test_no_public_function_reads_or_charges_another_tenant(store: Ledger) -> No
         lines_of_usage(store, "thief", theirs)
     with pytest.raises(QueryError, match="has no statement"):
         credit_note(store, "thief", hers.statement.id, Decimal("0.1"), reason="mine now", reference="1")
-    with pytest.raises(QueryError, match="is not one of statement"):
+    with pytest.raises(QueryError, match="is not on statement"):
         usage_of_line(store, mine, hers.statement.lines[0].model_copy(update={"number": 99}))
     assert draft_statement(store, "victim", DECEMBER, book=PLANS).document == before
     assert issued_statements(store, "victim") == [hers]

@@ -15,13 +15,12 @@ from polar_billing.ledger.postings import Account, balances
 from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.prices.rating import rate
+from polar_billing.reports.comparison import reprice
+from polar_billing.statements.audit import lines_of_usage, recheck, usage_of_line
+from polar_billing.statements.credit_notes import credit_note, credit_notes
+from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import issue_statement, issued_statements
 from polar_billing.statements.lines import Agreement
-from polar_billing.statements.make import draft_statement
-from polar_billing.statements.notes import credit_note, credit_notes
-from polar_billing.statements.rechecking import recheck
-from polar_billing.statements.repricing import reprice
-from polar_billing.statements.trace import lines_of_usage, usage_of_line
 from polar_billing.testing import usage_record
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import ALL_TIME, Period
@@ -244,7 +243,7 @@ def test_mistakes_are_told_and_store_nothing(store: Ledger) -> None:
         draft_statement(store, "nobody", NOVEMBER)
     with pytest.raises(PeriodError, match="cannot be over all time"):
         draft_statement(store, "someone", ALL_TIME)
-    with pytest.raises(PeriodError, match="has not come yet"):
+    with pytest.raises(PeriodError, match="is still to come"):
         issue_statement(store, "someone", NOVEMBER, now=END - timedelta(microseconds=1))
     assert issued_statements(store, "someone") == []
     issue_statement(store, "someone", NOVEMBER, now=LATER)

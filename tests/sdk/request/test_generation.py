@@ -130,8 +130,8 @@ def test_a_stop_string_found_at_the_very_end_is_a_stop() -> None:
 
 
 def test_the_end_token_ends_the_answer() -> None:
+    first = tiny_model().generate("hi", max_tokens=8).token_ids
     model = tiny_model()
-    first = model.generate("hi", max_tokens=8).token_ids
     model.loaded.generation_config.eos_token_id = [first[3]]
     done = model.generate("hi", max_tokens=8)
     assert (done.token_ids, done.finish_reason) == (first[: first.index(first[3]) + 1], "stop")

@@ -1,9 +1,9 @@
-"""Settle holds: what was reserved for a request becomes what it used, in the transaction that stores its record.
+"""Settle holds: what was held for a request becomes what it used, in the transaction that stores its record.
 
 `append.store_entries` calls `settle(connection, entries)` once per transaction, with the entries that were new, after
 their rows are written; the heads of the tenants' chains are locked by then. A record without a hold (it expired, or
-came from elsewhere) counts in the counters that exist all the same. Nothing here raises for want of budget: what was
-used is used. Knows no prices and no policy.
+came from elsewhere) still counts in the counters that exist. Nothing here is refused for lack of budget: what was used
+is used. Knows no prices.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 _NOTHING: Final = Decimal(0)
 _WITH_BUDGETS: Final = select(budget_table.c.tenant).distinct()
-_THOSE_WITH_BUDGETS: Final = Among(_WITH_BUDGETS, budget_table.c.tenant)
+_AMONG_WITH_BUDGETS: Final = Among(_WITH_BUDGETS, budget_table.c.tenant)
 
 Amounts = tuple[Scope, Decimal, int]
-"""Where something counts, its money and its FLOPs."""
+"""A scope, and the money and FLOPs that count in it."""
 
 
 def settle(connection: Connection, entries: Sequence[Entry]) -> None:
@@ -46,13 +46,13 @@ def settle(connection: Connection, entries: Sequence[Entry]) -> None:
         entries: Records that were not stored before, each once.
     """
     tenants = with_budgets(connection, {entry.record.tenant for entry in entries})
-    mine = [entry for entry in entries if entry.record.tenant in tenants]
-    if not mine:
+    budgeted = [entry for entry in entries if entry.record.tenant in tenants]
+    if not budgeted:
         return
-    holds = latest_holds(connection, [entry.identity for entry in mine])
+    holds = latest_holds(connection, [entry.identity for entry in budgeted])
     spent: list[Amounts] = []
     settled: list[tuple[Hold, Amounts]] = []
-    for entry in mine:
+    for entry in budgeted:
         hold = holds.get(entry.identity)
         used = _used(entry, hold)
         spent.append(used)
@@ -63,24 +63,24 @@ def settle(connection: Connection, entries: Sequence[Entry]) -> None:
 
 
 def with_budgets(connection: Connection, tenants: Collection[str] | None = None) -> set[str]:
-    """The tenants, of those given or of all, that ever had a budget."""
-    found = connection.execute(_WITH_BUDGETS) if tenants is None else _THOSE_WITH_BUDGETS.run(connection, tenants)
-    return set(found.scalars())
+    """The tenants, out of these or of all, that ever had a budget."""
+    rows = connection.execute(_WITH_BUDGETS) if tenants is None else _AMONG_WITH_BUDGETS.run(connection, tenants)
+    return set(rows.scalars())
 
 
 def free(connection: Connection, holds: Sequence[Hold], state: HoldState, now: datetime) -> None:
-    """Resolve open holds without any use: released, or expired."""
+    """Resolve open holds without use, as released or expired."""
     resolve(connection, [hold.seq for hold in holds], state, now)
     _count(connection, [], holds)
 
 
 def _used(entry: Entry, hold: Hold | None) -> Amounts:
-    """What a record counts: by the scope that was held for it, and by the book that rated it."""
+    """What a record counts, in the scope of its hold and at the cost on its receipt."""
     record, currency = entry.record, entry.book.currency
     if hold is None or hold.state is not HoldState.HELD:
         scope = Scope.of(record.tenant, record.tags, record.started_at, currency)
         return scope, entry.cost if entry.cost is not None else _NOTHING, record.flops.total
-    # Without a price, what was held for it stays taken: it is not known to have cost less.
+    # An unrated record counts what was held for it: it is not known to have cost less.
     cost = entry.cost if entry.cost is not None else hold.cost_bound
     return replace(hold.scope, currency=currency), cost, record.flops.total
 
@@ -99,21 +99,16 @@ def _resolve(connection: Connection, settled: Sequence[tuple[Hold, Amounts]]) ->
 
 
 def _count(connection: Connection, spent: Iterable[Amounts], freed: Iterable[Hold]) -> None:
-    """Bring every counter that exists in step."""
+    """Update every counter that exists."""
     used = list(spent)
     held: list[Amounts] = [(hold.scope, hold.cost_bound, hold.flops_bound) for hold in freed]
     counters = touched(connection, [scope for scope, _, _ in [*used, *held]])
-    changes = (
-        (
-            counter.seq,
-            Change(
-                spent=sum(_amount(counter, one) for one in used if one[0].counts_in(counter)),
-                freed=sum(_amount(counter, one) for one in held if one[0].counts_in(counter)),
-            ),
-        )
-        for counter in counters
-    )
+    changes = ((counter.seq, Change(spent=_total(counter, used), freed=_total(counter, held))) for counter in counters)
     change(connection, changes)
+
+
+def _total(counter: Row[tuple[int, ...]], counted: Iterable[Amounts]) -> int:
+    return sum(_amount(counter, amounts) for amounts in counted if amounts[0].counts_in(counter))
 
 
 def _amount(counter: Row[tuple[int, ...]], amounts: Amounts) -> int:

@@ -1,4 +1,4 @@
-"""Credit notes: money taken off an issued statement, which itself stays as it is. Knows no usage."""
+"""Credit notes: money taken off an issued statement, which itself is not changed. Knows no usage."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def credit_note(
         ledger: Where the statement is.
         tenant: Whose.
         statement_id: Its id.
-        amount: Positive, with at most the statement's decimals; with earlier notes not above its total.
+        amount: Positive, with at most the statement's decimals; together with earlier notes at most its total.
         reason: For people.
         reference: The caller's idempotency key within the tenant.
-        now: Statement time of the note; the clock's by default.
+        now: Statement time of the note; by default the current time.
 
     Raises:
         QueryError: The tenant has no such statement.
-        AmountError: The amount is not finite, not positive, too fine or more than the statement came to.
+        AmountError: The amount is not finite, not positive, too fine or more than is left of the statement.
         ConflictError: The reference was used with other content.
         StoreError: It could not be stored; then nothing was stored or booked.
     """
@@ -72,9 +72,9 @@ def credit_note(
                 f"tenant {tenant!r} has no statement {statement_id!r}.", hint="`polar statement` lists them."
             )
         earlier = _notes(connection, issued)
-        same = _by_reference(connection, tenant, reference)
-        if same is not None:
-            return _again(same, issued, amount, reason)
+        repeated = _by_reference(connection, tenant, reference)
+        if repeated is not None:
+            return _same_as_stored(repeated, issued, amount, reason)
         _check_amount(amount, issued, earlier)
         moment = now or datetime.now(UTC)
         book_credit_note(connection, issued.statement, reference, amount, moment, _transaction(connection, issued))
@@ -82,7 +82,7 @@ def credit_note(
 
 
 def credit_notes(ledger: Ledger, issued: IssuedStatement) -> list[CreditNote]:
-    """What was taken off a statement, in order."""
+    """The credit notes of a statement, in order."""
     with ledger.snapshot() as connection:
         return _notes(connection, issued)
 
@@ -133,11 +133,11 @@ def _by_reference(connection: Connection, tenant: str, reference: str) -> Row[An
     return connection.execute(query).one_or_none()
 
 
-def _again(row: Row[Any], issued: IssuedStatement, amount: Decimal, reason: str) -> CreditNote:
+def _same_as_stored(row: Row[Any], issued: IssuedStatement, amount: Decimal, reason: str) -> CreditNote:
     if (row.statement, Decimal(row.amount), row.reason) != (issued.number, amount, reason):
         raise ConflictError(
             f"credit note {row.reference!r} of tenant {row.tenant!r} exists with other content.",
-            hint="Give every note a reference of its own.",
+            hint="Give every note its own reference.",
         )
     return _from_row(row, issued.statement.id)
 
@@ -147,5 +147,5 @@ def _transaction(connection: Connection, issued: IssuedStatement) -> int:
     query = select(booked.id).where(
         booked.tenant == issued.statement.tenant, booked.kind == STATEMENT, booked.reference == issued.statement.id
     )
-    number: int = connection.execute(query).scalar_one()
-    return number
+    transaction: int = connection.execute(query).scalar_one()
+    return transaction

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from polar_sdk.errors import did_you_mean
 from polar_sdk.models.aliases import DEFAULT_ALIAS, MODEL_VARIABLE
+from polar_sdk.models.load import LoadOptions
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.router.base import Router
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from polar_sdk import PolarModel as Engine
+    from polar_sdk.usage import Receipt, UsageRecord
 else:
     Engine = Any  # importing the class would import torch
 
@@ -34,7 +36,7 @@ CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
 _ANSWERING: Final = ("compute", "program", "temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "timeout")
 """Settings that the engine takes as options by the same name."""
 _WHOSE: Final = ("policy", "router", "ledger", "sink")
-_ENGINE_SETTINGS: Final = ("revision", "device", "device_map", "precision", "compile", "kv_memory", *_WHOSE)
+_ENGINE_SETTINGS: Final = (*LoadOptions.__annotations__, *_WHOSE)
 """What `engine=` brings along, besides the model."""
 _FOR_TOOLS: Final = ("tools", "tool_choice", "functions", "response_format")
 _loading = threading.RLock()
@@ -167,14 +169,10 @@ class ModelSettings(BaseModel):
     def _load(self) -> Engine:
         from polar_sdk import PolarModel
 
+        loading: Any = {name: getattr(self, name) for name in LoadOptions.__annotations__}
         return PolarModel.from_pretrained(
             self.model,
-            revision=self.revision,
-            device=self.device,
-            device_map=self.device_map,
-            precision=self.precision,
-            compile=self.compile,
-            kv_memory=self.kv_memory,
+            **loading,
             policy=self.policy,
             router=self.router,
             ledger=self.ledger,
@@ -207,3 +205,36 @@ def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], whose: str
         if name in _FOR_TOOLS:
             raise NotImplementedError(f"{name}= is not supported: this model writes text alone.")
         raise TypeError(f"{name!r} is no setting of {whose}; {did_you_mean(name, known)}")
+
+
+def cost_facts(record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:
+    """Money and compute of one answer.
+
+    Returns:
+        `cost`, a float for display, None where no price is known; `cost_details`, with the exact decimal as text;
+        `polar`, what was executed and for whom.
+    """
+    receipt = receipt or {}
+    amount = receipt.get("cost")
+    details = {"amount": amount, "currency": receipt.get("currency"), "price_book": receipt.get("price_book")}
+    if receipt.get("unrated"):
+        details["unrated"] = receipt["unrated"]
+    return {"cost": None if amount is None else float(amount), "cost_details": details, "polar": _executed(record)}
+
+
+def _executed(record: UsageRecord) -> dict[str, Any]:
+    return {
+        "program": record.program,
+        "visits": record.visits.total,
+        "flops": record.flops.total,
+        "identity_flops": record.identity_flops,
+        "compute_units": record.compute_units,
+        "tier": record.tier,
+        "tenant": record.tenant,
+        "tags": dict(record.tags),
+        "request_id": record.request_id,
+        "outcome": record.outcome.value,
+        "model_fingerprint": record.model_fingerprint,
+        "router": record.router,
+        "router_version": record.router_version,
+    }

@@ -1,7 +1,7 @@
-"""Which offer a request may be served with, given what its budgets have left. Pure: no clock, no store.
+"""Which offer a request may be served with, given what its budgets have left. Pure: no clock, no database.
 
-An offer fits where every budget that covers the request has room for the most it can use. The first that fits is
-served; a budget that refuses ends the search, one that says `shallower` lets it go on to the next, cheaper offer.
+An offer fits if every budget that covers the request has room for the maximum it can use. The first that fits is
+served; a budget that refuses ends the search, one that says `shallower` allows the next, cheaper offer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an offer, or a request that ran, uses. Counts of 10^-12: of the currency, and of a compute unit (FLOPs)."""
+    """What an offer can use at most. Counts of 10^-12: of the currency, and of a compute unit (FLOPs)."""
 
     currency: str
     money: int | None
-    """None where the price book has no price for it."""
+    """None if the price book has no price for it."""
     flops: int
     unrated: str | None = None
     """Why there is no price."""
@@ -44,19 +44,19 @@ class Standing:
 
     @property
     def left(self) -> int:
-        """What is neither spent nor held; negative where the limit was lowered, or usage came without a hold."""
+        """What is neither spent nor held; negative if the limit was lowered, or if usage came without a hold."""
         return self.budget.limit_count - self.spent - self.held
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request is not served: the budget that has no room, and for what."""
+    """Why a request is not served: the budget without room, and what the request would use."""
 
     standing: Standing
     cost: Cost
 
     def error(self) -> BudgetExceededError:
-        """The error that says which level, what is left, what was needed and when it resets."""
+        """The error, which says whose budget it is, what is left, what was needed and when it resets."""
         budget, standing = self.standing.budget, self.standing
         amount = needed(self.cost, budget)
         until = standing.period.until
@@ -72,7 +72,7 @@ class Refusal:
             )
         return BudgetExceededError(
             message if resets is None else f"{message} It resets at {resets.isoformat()}.",
-            hint="Lower max_tokens, take a cheaper tier, or raise it with `polar budget set`.",
+            hint="Lower max_tokens, ask for a cheaper tier, or raise the budget with `polar budget set`.",
             level=budget.level,
             name=budget.tenant if budget.name is None else budget.name,
             limit=plain(budget.amount(budget.limit_count)),
@@ -84,7 +84,7 @@ class Refusal:
 
 
 def needed(cost: Cost, budget: Budget) -> int | None:
-    """What a cost takes of a budget, in its counts; None where that is not known.
+    """What a cost takes from a budget, in its counts; None if that is not known.
 
     Raises:
         CurrencyMixError: Budget and price book are in different currencies.
@@ -100,11 +100,11 @@ def needed(cost: Cost, budget: Budget) -> int | None:
 
 
 def choose(standings: Sequence[Standing], offers: Sequence[Cost]) -> int | Refusal:
-    """Index of the first offer that fits every budget, or why none may be served.
+    """Index of the first offer that fits every budget, or why none can be served.
 
     Args:
         standings: Every budget that covers the request.
-        offers: In order of preference.
+        offers: At least one, in order of preference.
 
     Raises:
         CurrencyMixError: Budget and price book are in different currencies.
@@ -118,7 +118,7 @@ def choose(standings: Sequence[Standing], offers: Sequence[Cost]) -> int | Refus
         refusal = Refusal((strict or over)[0], offer)
         if strict:
             break
-    assert refusal is not None  # a request has at least one offer
+    assert refusal is not None  # there is at least one offer
     return refusal
 
 

@@ -1,10 +1,11 @@
 """Usage and reports as tables in the terminal.
 
-The figures come from `query` and `report`; nothing is computed here.
+The figures come from `query` and `report`; computes nothing.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from polar_billing.reports import text
 from polar_billing.values.money import plain
-from polar_sdk.show.tables import LABEL_WIDTH, add_numbers, add_row, new_table, printable
+from polar_sdk.show.tables import LABEL_WIDTH, add_labels, add_numbers, add_row, new_table, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ def usage_view(rows: Sequence[UsageRow], *, title: str) -> RenderableType:
     table = new_table(title, dimensions)
     currency = rows[0].currency or ""
     add_numbers(table, "requests", "tokens\nin", "\nout", "visits", "CU", "CU\nsaved", f"cost\n{currency}".strip())
-    table.add_column("not completed", overflow="fold", min_width=LABEL_WIDTH + 5)
+    add_labels(table, "not completed", width=LABEL_WIDTH + 5)
     for row in rows:
         labels = [_label(name, value) for name, value in row.group.items()]
         add_row(
@@ -54,12 +55,11 @@ def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[
     """One line per request; `currencies` by the hash of the price book."""
     table = new_table(title, [])
     table.add_column("served (UTC)", no_wrap=True)
-    table.add_column("request", overflow="fold", min_width=18)  # half a UUID
-    for name in ("tenant", "tier"):
-        table.add_column(name, overflow="fold", min_width=LABEL_WIDTH)
-    table.add_column("program", overflow="fold", min_width=LABEL_WIDTH + 2)
+    add_labels(table, "request", width=18)  # half a UUID
+    add_labels(table, "tenant", "tier")
+    add_labels(table, "program", width=LABEL_WIDTH + 2)
     add_numbers(table, "in", "out", "GFLOPs", "CU", "cost")
-    table.add_column("outcome", overflow="fold", min_width=LABEL_WIDTH + 1)
+    add_labels(table, "outcome", width=LABEL_WIDTH + 1)
     for stored in usage:
         record = stored.record
         cost = text.DASH if stored.cost is None else f"{text.money(stored.cost)} {currencies[stored.price_book_hash]}"
@@ -81,7 +81,7 @@ def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[
 
 
 def report_view(report: Report) -> RenderableType:
-    """The whole report: tiers over all tenants, then each tenant's statement."""
+    """The whole report: usage, latency and charges of every tenant, then each tenant's lines."""
     parts: list[RenderableType] = [_heading(report), _tiers(report), Text(), _service(report), Text()]
     parts += [_comparison(report), Text()]
     parts += [_others(report), Text()] if report.others else []
@@ -120,10 +120,10 @@ def _usage_cells(figures: Figures) -> list[str]:
 
 
 def _service(report: Report) -> Table:
-    """How long requests took, and what became of them."""
+    """How long requests took, and how they ended."""
     table = new_table("Latency and outcome", ["tenant", "tier"])
     add_numbers(table, "p50", "p95", "p99")
-    table.add_column("not completed", overflow="fold", min_width=LABEL_WIDTH + 5)
+    add_labels(table, "not completed", width=LABEL_WIDTH + 5)
     return _by_tier(table, report, _service_cells)
 
 
@@ -137,7 +137,7 @@ def _service_cells(figures: Figures) -> list[str]:
 
 
 def _by_tier(table: Table, report: Report, cells: Callable[[Figures], Sequence[str]]) -> Table:
-    """A row for each tenant and tier, and one for all."""
+    """A row for each tenant and tier, and one for the total."""
     for tenant in report.tenants:
         for name, tier in _rows(tenant):
             add_row(table, name, text.tier_name(tier.tier), *cells(tier.figures))
@@ -147,9 +147,9 @@ def _by_tier(table: Table, report: Report, cells: Callable[[Figures], Sequence[s
 
 
 def _rows(tenant: TenantReport) -> Iterator[tuple[str, TierReport]]:
-    """A tenant's tiers; its name stands at the first."""
-    for place, tier in enumerate(tenant.tiers):
-        yield ("" if place else tenant.tenant), tier
+    """A tenant's tiers; only the first carries the tenant's name."""
+    for index, tier in enumerate(tenant.tiers):
+        yield ("" if index else tenant.tenant), tier
 
 
 def _comparison(report: Report) -> Table:
@@ -214,10 +214,10 @@ def _label(dimension: str, value: str | None) -> str:
 
 
 def _unrated(reasons: Iterable[tuple[str, int]]) -> list[Text]:
-    counted: dict[str, int] = {}
-    for reason, number in reasons:
-        counted[reason] = counted.get(reason, 0) + number
+    counts: Counter[str] = Counter()
+    for reason, requests in reasons:
+        counts[reason] += requests
     return [
-        Text(f"{number:,} unrated, in no amount above: {reason}.", style="yellow")
-        for reason, number in sorted(counted.items())
+        Text(f"{requests:,} unrated, in no amount above: {reason}.", style="yellow")
+        for reason, requests in sorted(counts.items())
     ]

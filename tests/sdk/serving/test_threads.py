@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_sdk.errors import EmptyPromptError, RequestTimeoutError, SinkError
-from polar_sdk.request.threads import _AHEAD as AHEAD
-from polar_sdk.request.threads import iterate_in_thread, run_in_thread
+from polar_sdk.serving.threads import AHEAD, iterate_in_thread, run_in_thread
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
 

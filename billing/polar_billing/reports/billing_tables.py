@@ -1,0 +1,239 @@
+"""Price books, budgets, statements and repricings as tables in the terminal. Computes nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.console import Group
+from rich.text import Text
+
+from polar_billing.prices.plans import Banded
+from polar_billing.reports import text
+from polar_billing.statements.lines import USAGE_KINDS
+from polar_billing.values.money import plain
+from polar_billing.values.periods import load_zone
+from polar_sdk.show.tables import add_labels, add_numbers, add_row, new_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from datetime import datetime
+    from decimal import Decimal
+
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from polar_billing.budgets.holds import Hold
+    from polar_billing.budgets.offers import Standing
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.prices.entries import PriceEntry
+    from polar_billing.prices.plans import PeriodPrice, Terms
+    from polar_billing.reports.comparison import Repriced
+    from polar_billing.statements.statement import Statement, StatementLine
+    from polar_billing.statements.store import IssuedStatement
+
+
+_AMOUNTS: Final = frozenset({"limit", "spent", "held", "left", "cost_bound", "compute_units_bound"})
+"""The columns of budgets and holds that are figures."""
+
+
+def book_view(book: PriceBook) -> RenderableType:
+    """Rates, then plans, customers and credits where there are any."""
+    free = f" · free: {', '.join(sorted(book.free_outcomes))}" if book.free_outcomes else ""
+    facts = f"{book.currency}, lines rounded to {book.statement_decimals} decimals{free} · {book.content_hash[:12]}"
+    parts: list[RenderableType] = [_rates(f"Price book {book.id}", book.prices), Text(facts, style="dim")]
+    for name, plan in book.plans.items():
+        parts += [Text(), *([_rates(f"Plan {name}, its own rates", plan.prices)] if plan.prices else [])]
+        parts += [Text(line) for terms in plan.terms for line in _terms(name, terms)]
+    parts += [Text(), _customers(book)] if book.customers else []
+    parts += [Text(), _book_credits(book)] if book.credits else []
+    return Group(*parts)
+
+
+def _rates(title: str, entries: tuple[PriceEntry, ...]) -> Table:
+    table = new_table(title, ["from", "until"])
+    add_numbers(table, "per CU", "per million\ninput", "per million\noutput", "per request")
+    table.add_column("tiers", overflow="fold", min_width=15)
+    for entry in entries:
+        tiers = [f"{tier} × {plain(multiplier)}" for tier, multiplier in entry.tiers.items()]
+        tiers += [] if entry.untiered is None else [f"{text.NO_TIER} × {plain(entry.untiered)}"]
+        prices = (_price(price) for price in entry.components.values())
+        add_row(table, _moment(entry.effective_from), _moment(entry.effective_until), *prices, ", ".join(tiers))
+    return table
+
+
+def _terms(name: str, terms: Terms) -> Iterator[str]:
+    fixed = {"flat fee": terms.flat_fee, "minimum": terms.minimum, "discount %": terms.discount_percent}
+    amounts = [f"{what} {plain(amount)}" for what, amount in fixed.items() if amount is not None]
+    yield f"Plan {name} from {_moment(terms.effective_from)}: {', '.join(amounts) or 'no fee, minimum or discount'}"
+    for item in terms.items:
+        yield f"  {item.per}{', pooled' if item.pool else ''}: {_period_price(item)}"
+    for tier, promise in terms.promises.items():
+        latency = [] if promise.latency_ms_p95_max is None else [f"p95 ≤ {promise.latency_ms_p95_max} ms"]
+        agreement = [] if promise.agreement_min is None else [f"agreement ≥ {plain(promise.agreement_min)}"]
+        yield f"  {tier} promises {', '.join(latency + agreement)}, or {plain(promise.credit_percent)} % back"
+
+
+def _period_price(item: PeriodPrice) -> str:
+    if not isinstance(item, Banded):
+        return f"{plain(item.price)} per started {plain(item.size)}"
+    bands = (f"{_price(band.unit_price)} {_upto(band.up_to)}" for band in item.bands)
+    return f"{item.model}: {', '.join(bands)}"
+
+
+def _upto(bound: Decimal | None) -> str:
+    return "beyond" if bound is None else f"up to {plain(bound)}"
+
+
+def _customers(book: PriceBook) -> Table:
+    table = new_table("Customers", ["tenant", "plan", "from", "zone"])
+    for customer in book.customers:
+        since = _moment(customer.effective_from)
+        add_row(table, customer.tenant, customer.plan or text.DASH, since, customer.zone)
+    return table
+
+
+def _book_credits(book: PriceBook) -> Table:
+    table = new_table("Prepaid credits, in order of use", ["credit", "tenant", "from", "until"])
+    add_numbers(table, "priority", f"amount {book.currency}")
+    for credit in sorted(book.credits, key=lambda credit: (credit.tenant, credit.order)):
+        moments = (_moment(credit.effective_from), _moment(credit.expires_at))
+        add_row(table, credit.id, credit.tenant, *moments, str(credit.priority), plain(credit.amount))
+    return table
+
+
+def _moment(moment: datetime | None) -> str:
+    if moment is None:
+        return text.DASH
+    return f"{moment:%Y-%m-%d}" if moment.hour == moment.minute == moment.second == 0 else moment.isoformat()
+
+
+def _price(price: Decimal | None) -> str:
+    return text.DASH if price is None else plain(price)
+
+
+def standing_row(standing: Standing) -> dict[str, Any]:
+    """One budget in one window, as a row for JSON, CSV and tables; amounts are exact decimals as text, in `unit`."""
+    budget = standing.budget
+    until = standing.period.until
+    return {
+        "tenant": budget.tenant,
+        "level": str(budget.level),
+        "name": budget.name,
+        "window": str(budget.window),
+        "unit": budget.unit,
+        "limit": plain(budget.amount(budget.limit_count)),
+        "spent": plain(budget.amount(standing.spent)),
+        "held": plain(budget.amount(standing.held)),
+        "left": plain(budget.amount(standing.left)),
+        "over_budget": str(budget.over_budget),
+        "zone": budget.zone,
+        "resets_at": None if until is None else until.astimezone(load_zone(budget.zone)).isoformat(),
+    }
+
+
+def hold_row(hold: Hold) -> dict[str, Any]:
+    """One open hold, as a row for JSON, CSV and tables."""
+    scope = hold.scope
+    return {
+        "tenant": scope.tenant,
+        "source": hold.source,
+        "request_id": hold.request_id,
+        "project": scope.project,
+        "user": scope.user,
+        "key": scope.key,
+        "currency": scope.currency,
+        "cost_bound": plain(hold.cost_bound),
+        "compute_units_bound": plain(hold.compute_units_bound),
+        "held_at": hold.held_at.isoformat(),
+        "expires_at": hold.expires_at.isoformat(),
+    }
+
+
+def rows_view(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Budgets or holds, one line each, a column per field."""
+    table = new_table(title, [])
+    for name in rows[0]:
+        add_column = add_numbers if name in _AMOUNTS else add_labels
+        add_column(table, name.replace("_", " "))
+    for row in rows:
+        add_row(table, *(text.DASH if value is None else str(value) for value in row.values()))
+    return table
+
+
+def statement_view(statement: Statement, issued: IssuedStatement | None) -> RenderableType:
+    """A statement, line by line; `issued` None for a draft."""
+    state = "draft" if issued is None else f"issued {issued.issued_at:%Y-%m-%d %H:%M} UTC"
+    heading = f"Statement of {statement.tenant}, {statement.period.label} · {state}"
+    table = new_table(heading, ["line", "tier", "item"])
+    add_numbers(table, "quantity", "unit price", f"amount {statement.currency}")
+    for line in statement.lines:
+        add_row(table, str(line.number), _tier(line), _item(line), *_figures(line), text.money(line.amount))
+    add_row(table, "", "", "rounding", "", "", text.money(statement.rounding))
+    table.add_section()
+    add_row(table, "", "", "total", "", "", text.money(statement.total), style="bold")
+    _credits(table, statement)
+    facts = f"{statement.id} · price book {statement.price_book} {statement.price_book_hash[:12]}"
+    return Group(table, Text(facts, style="dim"), *_unrated(statement))
+
+
+def issued_view(issued: Sequence[IssuedStatement], tenant: str) -> Table:
+    """A tenant's issued statements, one line each."""
+    table = new_table(f"Statements of {tenant}", ["statement", "period", "issued (UTC)"])
+    add_numbers(table, "total", "due")
+    for entry in issued:
+        statement = entry.statement
+        amounts = (f"{text.money(amount)} {statement.currency}" for amount in (statement.total, statement.due))
+        add_row(table, statement.id, statement.period.label, f"{entry.issued_at:%Y-%m-%d %H:%M}", *amounts)
+    return table
+
+
+def repriced_view(rows: Sequence[Repriced], period: str) -> RenderableType:
+    """The same usage under two price books, one line per tenant."""
+    table = new_table(f"The same usage under {rows[0].other_price_book}, {period}", ["tenant", "charged by"])
+    add_numbers(table, "requests", f"charged {rows[0].currency}", "under it", "difference")
+    for row in rows:
+        amounts = (text.money(row.charged), text.money(row.other), _signed(row.difference))
+        add_row(table, row.tenant, row.price_book, text.count(row.requests), *amounts)
+    notes = [
+        Text(f"{row.tenant}: {requests:,} unrated under it: {reason}.", style="yellow")
+        for row in rows
+        for reason, requests in row.other_unrated.items()
+    ]
+    return Group(table, *notes)
+
+
+def _tier(line: StatementLine) -> str:
+    if line.kind == "usage" or line.tier is not None:
+        return text.tier_name(line.tier)
+    return text.DASH
+
+
+def _item(line: StatementLine) -> str:
+    late = "" if line.corrects is None else f", late on {line.corrects}"
+    return f"{line.item}{late}" if line.kind in USAGE_KINDS or line.note is None else f"{line.item}{late}: {line.note}"
+
+
+def _figures(line: StatementLine) -> tuple[str, str]:
+    if line.quantity is None or line.unit_price is None:
+        return "", ""
+    return f"{plain(line.quantity)} {line.unit}", f"{plain(line.unit_price)} / {line.unit}"
+
+
+def _credits(table: Table, statement: Statement) -> None:
+    if not statement.credits:
+        return
+    for use in statement.credits:
+        left = f"{text.money(use.after)} left" + (f", {text.money(use.expired)} expired" if use.expired else "")
+        add_row(table, "", "", f"prepaid {use.id} ({left})", "", "", text.money(use.used.copy_negate()))
+    add_row(table, "", "", "due", "", "", text.money(statement.due), style="bold")
+
+
+def _unrated(statement: Statement) -> list[Text]:
+    return [
+        Text(f"{requests:,} unrated, in no amount above: {reason}.", style="yellow")
+        for reason, requests in statement.unrated.items()
+    ]
+
+
+def _signed(amount: Decimal) -> str:
+    return f"{amount:+,f}" if amount else text.money(abs(amount))

@@ -1,0 +1,237 @@
+"""Compute a statement from one state of the ledger: this period's charges, late usage of earlier ones, credits.
+
+    draft_statement(ledger, tenant, period)    what a statement would say now; books nothing
+    issue_statement(ledger, tenant, period)    the statement, once and for ever (in `statements.issue`)
+
+A statement takes usage up to a sequence number. What is stored later is late, and becomes correction lines on the
+next statement: what the earlier period comes to with the late usage, less what it came to without.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from sqlalchemy import func, select
+
+from polar_billing.errors import PeriodError, StoreDamagedError
+from polar_billing.ledger.books import read_book
+from polar_billing.ledger.schema import prune_table
+from polar_billing.statements.books import book_for
+from polar_billing.statements.charges import Charges, charges_of
+from polar_billing.statements.lines import Agreement, bounds, phases_of
+from polar_billing.statements.statement import (
+    Statement,
+    credits_left,
+    pay_with_credits,
+    rounded_lines,
+    statement_id,
+    usage_by_tier,
+)
+from polar_billing.statements.store import LateUsage, read_statements
+from polar_billing.statements.usage import SeqRange, count_requests, last_seq, read_usage
+from polar_billing.values.money import EXACT_SCALE, from_scaled, to_scaled
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from datetime import datetime
+    from decimal import Decimal
+
+    from sqlalchemy import Connection
+
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.statements.lines import ExactLine, PeriodUsage
+    from polar_billing.statements.store import IssuedStatement
+    from polar_billing.values.periods import Period
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a statement is computed from, together with the tenant's earlier statements."""
+
+    tenant: str
+    period: Period
+    book: PriceBook
+    seq_until: int
+    """Usage up to this sequence number, included, is on it."""
+    agreement: Mapping[str, Agreement] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """The statement's id."""
+        return statement_id(self.tenant, self.period, self.book.currency)
+
+
+def draft_statement(
+    ledger: Ledger,
+    tenant: str,
+    period: Period,
+    *,
+    book: PriceBook | None = None,
+    agreement: Mapping[str, Agreement] | None = None,
+) -> Statement:
+    """Say what a statement would say now; stores and books nothing.
+
+    Args:
+        ledger: Where the usage is.
+        tenant: Whose statement; no other tenant's usage is read.
+        period: Half-open; needs both ends.
+        book: Charge by this book; by default the one in force for the tenant (see `books`).
+        agreement: How many answers of a tier agreed with full depth, where that was measured and a plan promises it.
+
+    Raises:
+        PeriodError: The period has no beginning or no end, or some of its usage was deleted by retention.
+        QueryError: The ledger knows nothing of the tenant.
+        PriceBookError: It is not clear which book to charge by.
+        StoreError: The ledger cannot be read.
+    """
+    with ledger.snapshot() as connection:
+        check_kept(connection, tenant, period)
+        seqs = SeqRange(last_seq(connection, tenant))
+        chosen = book or book_for(connection, tenant, period, seqs)
+        basis = Basis(tenant, period, chosen, seqs.until, agreement or {})
+        earlier = read_statements(connection, tenant)
+        return compute_statement(connection, basis, earlier, find_late_usage(connection, basis, earlier))
+
+
+def check_kept(connection: Connection, tenant: str, period: Period) -> None:
+    """Refuse a period of which retention has deleted usage: a statement over it would be too low.
+
+    Raises:
+        PeriodError: Some was deleted.
+    """
+    since, _ = bounds(period)
+    pruned = prune_table.c
+    query = select(func.max(pruned.before)).where(pruned.tenant == tenant, pruned.before > since, pruned.requests > 0)
+    before: datetime | None = connection.execute(query).scalar()
+    if before is not None:
+        raise PeriodError(
+            f"usage of tenant {tenant!r} served before {before.isoformat()} was pruned, and period {period.label} "
+            "needs it.",
+            hint="Issue statements before you prune.",
+        )
+
+
+def find_late_usage(connection: Connection, basis: Basis, earlier: Sequence[IssuedStatement]) -> tuple[LateUsage, ...]:
+    """Find usage of earlier statements' periods that is not on any statement yet."""
+    charged = {issued.statement.id: issued.seq_until for issued in earlier}
+    for issued in earlier:
+        for late in issued.late:
+            charged[late.statement] = late.seqs.until
+    found = []
+    for issued in earlier:
+        statement = issued.statement
+        if statement.currency != basis.book.currency or statement.id == basis.id:
+            continue
+        seqs = SeqRange(basis.seq_until, after=charged[statement.id])
+        if _count_late(connection, statement, seqs):
+            found.append(LateUsage(statement.id, seqs))
+    return tuple(found)
+
+
+def compute_statement(
+    connection: Connection, basis: Basis, earlier: Sequence[IssuedStatement], late: tuple[LateUsage, ...]
+) -> Statement:
+    """Compute a statement; the same arguments and usage give the same statement, to the byte.
+
+    Args:
+        connection: Any transaction of the ledger.
+        basis: Whose, when, by which book.
+        earlier: The tenant's statements issued before, in order.
+        late: The usage of their periods to charge here.
+    """
+    tenant, period, book = basis.tenant, basis.period, basis.book
+    usage, charges = _charges(connection, basis)
+    by_id = {issued.statement.id: issued.statement for issued in earlier}
+    corrected = [(by_id[late_usage.statement], late_usage.seqs) for late_usage in late]
+    corrections = [_correction(connection, statement, seqs) for statement, seqs in corrected]
+    correction_lines = (line for correction in corrections for line in correction.lines)
+    lines, rounding, total = rounded_lines([*charges.lines, *correction_lines], book)
+    credits_, due = pay_with_credits(total, tenant, period, book, credits_left(by_id.values()))
+    since, until = bounds(period)
+    return Statement(
+        id=basis.id,
+        tenant=tenant,
+        since=since,
+        until=until,
+        zone=period.zone,
+        currency=book.currency,
+        decimals=book.statement_decimals,
+        price_book=book.id,
+        price_book_hash=book.content_hash,
+        requests=sum(use.counts.requests for use in usage.uses),
+        requests_late=sum(_count_late(connection, statement, seqs) for statement, seqs in corrected),
+        unrated=_added(charges.unrated, *(correction.unrated for correction in corrections)),
+        usage=usage_by_tier(usage),
+        agreement={tier: (counts.agreed, counts.compared) for tier, counts in sorted(basis.agreement.items())},
+        lines=lines,
+        rounding=rounding,
+        total=total,
+        credits=credits_,
+        due=due,
+    )
+
+
+def basis_of(connection: Connection, statement: Statement, seq_until: int) -> Basis:
+    """What an issued statement was computed from.
+
+    Raises:
+        StoreDamagedError: Its price book is gone from the ledger.
+    """
+    book = read_book(connection, statement.price_book_hash)
+    if book is None:
+        raise StoreDamagedError(
+            f"price book {statement.price_book_hash[:12]} of statement {statement.id!r} is not in the ledger.",
+            hint="Run `polar verify`.",
+        )
+    agreement = {tier: Agreement(*counts) for tier, counts in statement.agreement.items()}
+    return Basis(statement.tenant, statement.period, book, seq_until, agreement)
+
+
+def _charges(connection: Connection, basis: Basis) -> tuple[PeriodUsage, Charges]:
+    phases = phases_of(basis.book, basis.tenant, basis.period)
+    usage = read_usage(connection, basis.tenant, phases, SeqRange(basis.seq_until), basis.agreement)
+    return usage, charges_of(basis.book, basis.period, phases, usage)
+
+
+def _correction(connection: Connection, statement: Statement, seqs: SeqRange) -> Charges:
+    """What an earlier period comes to with its late usage, less what it came to without; by that statement's book."""
+    basis = basis_of(connection, statement, seqs.until)
+    _, after = _charges(connection, basis)
+    _, before = _charges(connection, replace(basis, seq_until=seqs.after))
+    unrated = {reason: count - before.unrated.get(reason, 0) for reason, count in after.unrated.items()}
+    lines = (replace(line, corrects=statement.id) for line in _difference(after.lines, before.lines))
+    return Charges(tuple(lines), {reason: count for reason, count in unrated.items() if count})
+
+
+def _difference(after: Sequence[ExactLine], before: Sequence[ExactLine]) -> Iterator[ExactLine]:
+    """Lines that turn one rating of a period into another; lines that are equal in both are left out."""
+    old = {line.key: line for line in before}
+    for line in after:
+        former = old.pop(line.key, None)
+        if former is None:
+            yield line
+        elif (line.exact, line.quantity) != (former.exact, former.quantity):
+            yield replace(line, exact=line.exact - former.exact, quantity=_minus(line.quantity, former.quantity))
+    for line in old.values():
+        yield replace(line, exact=-line.exact, quantity=_minus(None, line.quantity))
+
+
+def _minus(quantity: Decimal | None, former: Decimal | None) -> Decimal | None:
+    """A difference of quantities, exact whatever the decimal context of the thread."""
+    if quantity is None and former is None:
+        return None
+    return from_scaled(to_scaled(quantity or 0, EXACT_SCALE) - to_scaled(former or 0, EXACT_SCALE), EXACT_SCALE)
+
+
+def _count_late(connection: Connection, statement: Statement, seqs: SeqRange) -> int:
+    return count_requests(connection, statement.tenant, statement.since, statement.until, seqs)
+
+
+def _added(*counts: Mapping[str, int]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for by_reason in counts:
+        total.update(by_reason)
+    return dict(sorted(total.items()))

@@ -1,0 +1,129 @@
+"""A tenant's usage of a period, summed straight from the usage rows, for rating over that period.
+
+Sums do not depend on the order in which usage was stored. FLOPs are summed as millions and rest, since a plain sum
+would leave 64 bits. Usage is selected by its sequence number too, so that reading it twice gives the same. Knows no
+prices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import ColumnElement, func, select
+
+from polar_billing.ledger.schema import usage_table
+from polar_billing.prices.rating import Counts
+from polar_billing.statements.lines import PeriodUsage, Use
+from polar_sdk.usage import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from datetime import datetime
+
+    from sqlalchemy import Connection
+
+    from polar_billing.statements.lines import Agreement, Phase, Stretch
+
+
+_MILLION: Final = 10**6
+
+
+@dataclass(frozen=True)
+class SeqRange:
+    """Usage by its sequence number, `after < seq <= until`."""
+
+    until: int
+    after: int = 0
+
+
+def read_usage(
+    connection: Connection,
+    tenant: str,
+    phases: Sequence[Phase],
+    seqs: SeqRange,
+    agreement: Mapping[str, Agreement],
+) -> PeriodUsage:
+    """Read what rating needs; see `charges.charges_of`.
+
+    Args:
+        connection: Any transaction of the ledger.
+        tenant: Whose usage; no other tenant's is read.
+        phases: How the book cuts the period.
+        seqs: Which usage.
+        agreement: What was measured elsewhere about the answers, by tier.
+    """
+    stretches = [stretch for phase in phases for stretch in phase.stretches]
+    return PeriodUsage(
+        uses=tuple(use for stretch in stretches for use in _uses(connection, tenant, stretch, seqs)),
+        latency_ns_p95=dict(_latencies(connection, tenant, phases, seqs)),
+        agreement=dict(agreement),
+    )
+
+
+def within(tenant: str, since: datetime, until: datetime, seqs: SeqRange) -> list[ColumnElement[bool]]:
+    """The conditions that select one tenant's usage in a half-open span of service time."""
+    usage = usage_table.c
+    conditions = [usage.tenant == tenant, usage.started_at >= since, usage.started_at < until]
+    return [*conditions, usage.seq > seqs.after, usage.seq <= seqs.until]
+
+
+def count_requests(connection: Connection, tenant: str, since: datetime, until: datetime, seqs: SeqRange) -> int:
+    """The number of a tenant's requests served in a half-open span of time."""
+    query = select(func.count()).select_from(usage_table).where(*within(tenant, since, until, seqs))
+    return connection.execute(query).scalar_one()
+
+
+def last_seq(connection: Connection, tenant: str) -> int:
+    """The sequence number of the tenant's latest usage; 0 where there is none."""
+    seq: int | None = connection.execute(
+        select(func.max(usage_table.c.seq)).where(usage_table.c.tenant == tenant)
+    ).scalar()
+    return seq or 0
+
+
+def _uses(connection: Connection, tenant: str, stretch: Stretch, seqs: SeqRange) -> Iterator[Use]:
+    usage = usage_table.c
+    query = (
+        select(
+            usage.tier,
+            usage.outcome,
+            func.count(),
+            func.sum(usage.flops_total // _MILLION),
+            func.sum(usage.flops_total % _MILLION),
+            func.sum(usage.tokens_input),
+            func.sum(usage.tokens_output),
+        )
+        .where(*within(tenant, stretch.since, stretch.until, seqs))
+        .group_by(usage.tier, usage.outcome)
+    )
+    for tier, outcome, requests, millions, rest, tokens_input, tokens_output in connection.execute(query):
+        flops = int(millions) * _MILLION + int(rest)
+        yield Use(stretch, tier, outcome, Counts(requests, flops, int(tokens_input), int(tokens_output)))
+
+
+def _latencies(
+    connection: Connection, tenant: str, phases: Sequence[Phase], seqs: SeqRange
+) -> Iterator[tuple[tuple[datetime, str], int]]:
+    for phase in phases:
+        promises = {} if phase.terms is None else phase.terms.promises
+        for tier, promise in promises.items():
+            if promise.latency_ms_p95_max is not None:
+                conditions = within(tenant, phase.since, phase.until, seqs)
+                latency = _p95(connection, [*conditions, usage_table.c.tier == tier])
+                if latency is not None:
+                    yield (phase.since, tier), latency
+
+
+def _p95(connection: Connection, conditions: list[ColumnElement[bool]]) -> int | None:
+    """The 95th percentile, nearest rank, of completed requests. Unit: nanoseconds."""
+    usage = usage_table.c
+    completed = [*conditions, usage.outcome == str(Outcome.COMPLETED)]
+    count = connection.execute(select(func.count()).select_from(usage_table).where(*completed)).scalar_one()
+    if not count:
+        return None
+    latency: Any = usage.queue_ns + usage.prefill_ns + usage.decode_ns
+    rank = -(-95 * count // 100) - 1
+    query = select(latency).where(*completed).order_by(latency).offset(rank).limit(1)
+    percentile: int = connection.execute(query).scalar_one()
+    return percentile

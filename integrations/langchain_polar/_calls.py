@@ -1,0 +1,131 @@
+"""One call of the engine for a LangChain run: who it is for, and how it is answered, whole or streamed, sync or async.
+
+LangChain says who asks as `config={"metadata": …, "tags": …, "run_id": …}`; here that becomes tenant, tags and request
+id. Knows no messages and no callbacks. Nothing is metered here: the engine records every request in its own `finally`,
+also where a stream is closed or a task is cancelled.
+"""
+
+from __future__ import annotations
+
+from contextlib import aclosing, closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from langchain_polar.errors import langchain_errors
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+    from uuid import UUID
+
+    from langchain_core.callbacks.manager import BaseRunManager
+
+    from polar_sdk import Chunk, Generation, PolarModel
+    from polar_sdk.request.options import Prompt, RequestOptions
+
+
+_FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")
+"""Prefixes of metadata that frameworks add by themselves: run bookkeeping, of no use on a bill."""
+_FRAMEWORK_TAGS: Final = ("seq:step:", "map:key:", "branch:", "condition:", "graph:step:")
+_LONGEST: Final = 200
+"""Longest metadata value taken over; longer ones are payload, no labels. Unit: characters."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who one request is for; what is None or empty is left to the model object."""
+
+    tenant: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    request_id: str | None = None
+
+    @classmethod
+    def of_run(cls, manager: BaseRunManager | None) -> Caller:
+        """Read LangChain's run manager; its run id becomes the request id, so traces and ledger meet."""
+        return cls() if manager is None else cls.of(manager.metadata, manager.tags, manager.run_id)
+
+    @classmethod
+    def of(
+        cls, metadata: Mapping[str, Any] | None, tags: Sequence[str] | None, run_id: UUID | str | None = None
+    ) -> Caller:
+        """Read the parts of a LangChain config.
+
+        The metadata key `tenant` is the tenant; other short scalar values become tags under their own key;
+        LangChain's tags become one tag, `langchain_tags`, joined by commas.
+        """
+        found = {key: str(value) for key, value in (metadata or {}).items() if _is_label(key, value)}
+        tenant = found.pop("tenant", None)
+        if names := [tag for tag in tags or () if not tag.startswith(_FRAMEWORK_TAGS)]:
+            found["langchain_tags"] = ",".join(dict.fromkeys(names))
+        return cls(tenant, found, None if run_id is None else str(run_id))
+
+    def over(self, tenant: str, tags: Mapping[str, str]) -> Caller:
+        """This caller, where it names nothing with those of the engine."""
+        return Caller(self.tenant or tenant, {**tags, **self.tags}, self.request_id)
+
+    def as_options(self) -> RequestOptions:
+        """Who asks, as the engine takes it."""
+        return {"tenant": self.tenant, "tags": self.tags, "request_id": self.request_id}
+
+    def with_call(self, options: Mapping[str, Any]) -> Caller:
+        """What the call itself named wins over what the config named."""
+        return Caller(
+            options.get("tenant") or self.tenant,
+            {**self.tags, **(options.get("usage_tags") or {})},
+            options.get("request_id") or self.request_id,
+        )
+
+
+def _is_label(key: str, value: object) -> bool:
+    if key.startswith(_FRAMEWORK_KEYS) or not isinstance(value, str | int | float | bool):
+        return False
+    return len(str(value).strip()) > 0 and len(str(value)) <= _LONGEST
+
+
+@dataclass(frozen=True)
+class Call:
+    """An engine, and the options of one call."""
+
+    engine: PolarModel
+    options: Mapping[str, Any]
+    """Engine options that say how to answer."""
+    caller: Caller
+
+    def one(self, prompt: Prompt) -> Generation:
+        """Answer one prompt."""
+        with langchain_errors():
+            return self.engine.generate(prompt, **self._single())
+
+    async def aone(self, prompt: Prompt) -> Generation:
+        """As `one`, without blocking the event loop."""
+        with langchain_errors():
+            return await self.engine.agenerate(prompt, **self._single())
+
+    def stream(self, prompt: Prompt) -> Iterator[Chunk]:
+        """Chunks as they come; closing this iterator closes the engine's, which ends the request."""
+        with langchain_errors(), closing(self.engine.stream(prompt, **self._single())) as chunks:
+            for chunk in chunks:
+                if chunk.text or chunk.generation is not None:
+                    yield chunk
+
+    async def astream(self, prompt: Prompt) -> AsyncIterator[Chunk]:
+        """As `stream`, without blocking the event loop."""
+        with langchain_errors():
+            chunks = self.engine.astream(prompt, **self._single())
+            async with aclosing(cast("AsyncGenerator[Chunk]", chunks)):
+                async for chunk in chunks:
+                    if chunk.text or chunk.generation is not None:
+                        yield chunk
+
+    def rows(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
+        """Answer several prompts, which decode together, each for its own caller."""
+        with langchain_errors():
+            return self.engine.generate_batch(prompts, each=[one.as_options() for one in callers], **self.options)
+
+    async def arows(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
+        """As `rows`, off the event loop; a cancelled task stops every row within one token."""
+        with langchain_errors():
+            each = [one.as_options() for one in callers]
+            return await self.engine.agenerate_batch(prompts, each=each, **self.options)
+
+    def _single(self) -> dict[str, Any]:
+        return {**self.options, **self.caller.as_options()}

@@ -1,1 +1,0 @@
-"""What the model classes of frameworks share. Knows no framework."""
