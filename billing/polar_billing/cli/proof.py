@@ -45,7 +45,7 @@ def verify(
     state, from a true one: keep receipts, or the heads that this prints, elsewhere, and check them here.
     """
     from polar_billing.proof.receipts import check_receipt
-    from polar_billing.proof.verify import verify_ledger
+    from polar_billing.proof.verify import verify_in
 
     with existing_ledger(ledger, recover=False) as store, store.snapshot() as connection:
         if receipt is not None:
@@ -54,7 +54,7 @@ def verify(
                 raise LedgerUnsoundError(f"receipt {str(receipt)!r}: {checked}")
             typer.echo(f"The receipt {receipt} agrees with the ledger {store.location}.")
             return
-        found = verify_ledger(connection, tenant)
+        found = verify_in(connection, tenant)
     if as_json:
         show_json(
             {

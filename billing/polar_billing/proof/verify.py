@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Select
 
+    from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.schema import Chained
 
 
@@ -83,13 +84,22 @@ class Verification:
         return not self.findings
 
 
-def verify_ledger(connection: Connection, tenant: str | None = None) -> Verification:
-    """Walk the chains.
+def verify_ledger(ledger: Ledger, tenant: str | None = None) -> Verification:
+    """Walk the chains of one state of a ledger, and recompute what follows from it; see the top of this module.
 
     Args:
-        connection: A transaction that sees one state of the ledger.
-        tenant: Only this tenant's chain; None for the whole ledger, unlinked rows and sums included.
+        ledger: What to verify.
+        tenant: Only this tenant's chain; None for the whole ledger, unlinked rows, sums and statements included.
+
+    Raises:
+        StoreError: The ledger cannot be read.
     """
+    with ledger.snapshot() as connection:
+        return verify_in(connection, tenant)
+
+
+def verify_in(connection: Connection, tenant: str | None = None) -> Verification:
+    """As `verify_ledger`, in a transaction that sees one state of the ledger."""
     verification = Verification()
     heads = {row.tenant: Head(row.number, bytes(row.hash)) for row in connection.execute(select(head_table))}
     tenants = set(heads) | set(connection.execute(select(link_table.c.tenant).distinct()).scalars())

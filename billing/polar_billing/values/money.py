@@ -157,8 +157,3 @@ def plain(value: Decimal) -> str:
     """Write a number without exponent and without trailing zeros."""
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def format_money(amount: Decimal, currency: str) -> str:
-    """Write an amount for people: thousands grouped, the currency's code behind."""
-    return f"{amount:,f} {currency}"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from polar_billing.errors import AmountError, ConflictError, QueryError, UnbalancedError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, Line, balances, post, reversal, transaction_lines
-from polar_billing.proof.verify import verify_ledger
+from polar_billing.proof.verify import verify_in
 from polar_billing.values.money import exact_sum
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def book(store: Ledger, reference: str, lines: Sequence[Line], **more: Any) -> i
 def standing(store: Ledger, tenant: str = "acme", **more: Any) -> dict[tuple[Account, str], Decimal]:
     assert isinstance(store, Ledger)
     with store.snapshot() as connection:
-        assert verify_ledger(connection).findings == []
+        assert verify_in(connection).findings == []
         return balances(connection, tenant, **more)
 
 

@@ -48,8 +48,7 @@ def test_a_book_put_in_force_is_charged_by_at_once(store: Ledger) -> None:
     assert add_book(store, book_of("mine", "1"), now=NOW)
     assert cost(meter, at=NOW + HOUR) == 1
     assert not add_book(store, book_of("mine", "1"), now=NOW)
-    with store.snapshot() as connection:
-        assert verify_ledger(connection).findings == []
+    assert verify_ledger(store).findings == []
 
 
 def test_another_process_sees_it_a_second_later(
