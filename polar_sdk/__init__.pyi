@@ -7,9 +7,9 @@ from .programs.policy import Tier as Tier
 from .programs.program import Program as Program
 from .request.generation import Chunk as Chunk
 from .request.generation import Generation as Generation
+from .router.base import IdentityRouter as IdentityRouter
 from .router.base import Router as Router
-from .router.fixed import IdentityRouter as IdentityRouter
-from .router.fixed import StaticRouter as StaticRouter
+from .router.base import StaticRouter as StaticRouter
 from .router.layerwise import LayerwiseRouter as LayerwiseRouter
 from .router.menu import MenuRouter as MenuRouter
 from .sinks import JsonlSink as JsonlSink

@@ -16,8 +16,8 @@ from polar_sdk.request.generation import Chunk, Generation, answer, stream
 from polar_sdk.request.maker import PromptEncoder, RequestMaker
 from polar_sdk.request.options import ending_on, split_loading
 from polar_sdk.request.scores import hidden_states, loglikelihoods
+from polar_sdk.router.base import fixed_router
 from polar_sdk.router.bridge_set import BridgeSet
-from polar_sdk.router.fixed import fixed_router
 from polar_sdk.router.store import find_policy, find_router
 from polar_sdk.serving.threads import iterate_in_thread, run_in_thread
 from polar_sdk.sinks import AUTO_LEDGER, find_sink
@@ -163,7 +163,7 @@ class PolarModel:
     @property
     def compiled(self) -> bool:
         """Whether layers run compiled."""
-        return self._loaded.decoder.kernels.pages
+        return self._loaded.decoder.kernels.has_paged_decode
 
     @property
     def scheduler(self) -> Scheduler:

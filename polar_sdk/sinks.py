@@ -1,4 +1,4 @@
-"""Find the sink that usage records go to, without knowing who stores them.
+"""Find the sink that usage records go to, without knowing what stores them.
 
 A package that can store records registers a factory under the entry-point group `polar_sdk.sinks`; `polar_billing`
 registers `default`. A factory takes a ledger URL, or None for the place it chooses itself.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GROUP: Final = "polar_sdk.sinks"
 LEDGER_VARIABLE: Final = "POLAR_LEDGER"
 AUTO_LEDGER: Final = "auto"
-"""The ledger of `POLAR_LEDGER`, or else a file in the user's data folder."""
+"""The ledger named by `POLAR_LEDGER`, or else a file in the user's data folder."""
 
 
 def find_sink(ledger: str | None = AUTO_LEDGER, sink: UsageSink | None = None) -> UsageSink:
@@ -30,10 +30,10 @@ def find_sink(ledger: str | None = AUTO_LEDGER, sink: UsageSink | None = None) -
 
     Args:
         ledger: `"auto"`, a URL for the registered meter, or None to turn metering off.
-        sink: Used as it is when given; then `ledger` is not looked at.
+        sink: If given, it is used as it is, and `ledger` is ignored.
 
     Returns:
-        The sink; the caller owns it only if it passed it in.
+        The sink; the caller owns it only if it was passed in.
 
     Raises:
         SinkNotFoundError: A ledger URL was named, by argument or `POLAR_LEDGER`, but no meter is installed.
@@ -50,7 +50,7 @@ def find_sink(ledger: str | None = AUTO_LEDGER, sink: UsageSink | None = None) -
         return NullSink()
     raise SinkNotFoundError(
         f"ledger {url!r} cannot be written: no meter is installed.",
-        hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`, or pass ledger=None.",
+        hint="Install the extra `billing` of polar-llm, in a clone: `pip install '.[billing]'`, or pass ledger=None.",
     )
 
 
@@ -67,7 +67,7 @@ def _registered_factory() -> Callable[[str | None], UsageSink] | None:
 class JsonlSink(UsageSink):
     """Appends one JSON object per request to a text file.
 
-    For logs and for hosts without a database. It keeps no idempotency: a record emitted twice stands twice.
+    For logs and for hosts without a database. It does not deduplicate: a record emitted twice is written twice.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -89,5 +89,5 @@ class JsonlSink(UsageSink):
         except OSError as error:
             raise SinkError(
                 f"usage log {str(self.path)!r} cannot be written ({error.strerror}).",
-                hint="Check that the folder exists and that you may write there.",
+                hint="Check that the folder exists and is writable.",
             ) from error

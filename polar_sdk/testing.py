@@ -1,7 +1,7 @@
-"""A tiny real model for tests, ours and yours: the true engine over random weights, no download, loads at once.
+"""A tiny but real model for tests, ours and yours: the real engine over random weights, without download.
 
 `tiny_model()` is a Llama of a few small layers with a byte-level tokenizer and a chat template. Its answers are
-noise, but repeatable noise: programs, streaming, cancellation, usage records and sinks behave as with any other model.
+repeatable noise; programs, streaming, cancellation, usage records and sinks behave as with any other model.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def tiny_model(
 
     Args:
         layers: Depth, D.
-        seed: Of the random weights.
-        context_window: Most tokens of prompt and answer together.
-        ledger: As in `PolarModel`; here metering is off unless asked for.
-        **settings: Further settings of `PolarModel`; the policy is permissive with tiers unless given.
+        seed: For the random weights.
+        context_window: Maximum number of tokens of prompt and answer together.
+        ledger: As in `PolarModel`, but metering is off by default.
+        **settings: Further settings of `PolarModel`; the policy is `tiny_policy` by default.
     """
     policy = settings.pop("policy", None) or tiny_policy(layers)
     model = tiny_llama(layers=layers, seed=seed, max_position_embeddings=context_window)
-    settings.setdefault("compile", False)  # nothing to gain, and no cache of compiled layers to look for
+    settings.setdefault("compile", False)  # nothing to gain, and no compiled layers to look for
     return PolarModel.from_hf(model, tiny_tokenizer(), policy=policy, ledger=ledger, **settings)
 
 
@@ -59,7 +59,7 @@ def tiny_policy(layers: int) -> Policy:
 
 
 def tiny_llama(*, layers: int = 6, seed: int = 0, **options: Any) -> LlamaForCausalLM:
-    """A random Llama: 48 wide, 4 query heads, 2 key and value heads; `options` go to its configuration."""
+    """A random Llama, 48 wide, with 4 query heads and 2 key and value heads; `options` go to its configuration."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +72,7 @@ def tiny_llama(*, layers: int = 6, seed: int = 0, **options: Any) -> LlamaForCau
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
-            "initializer_range": 0.2,  # spread logits, so that a wrong token shows
+            "initializer_range": 0.2,  # spreads the logits, so that a wrong token shows
             "eos_token_id": 256,
             "bos_token_id": None,
             "pad_token_id": None,

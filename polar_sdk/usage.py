@@ -1,8 +1,8 @@
-"""The one meeting point of engine and billing: the usage record, its bound beforehand, and the sink both go to.
+"""The one meeting point of engine and billing: the usage record, the bound that precedes it, and the sink for both.
 
-Facts only: no prices, no torch, no framework. Old records can therefore be rated again under another price
-book. Everything a record counts is work that was really executed; a cancelled or failed request is counted up
-to the last layer it finished. A bound says before a request runs what it can use at most.
+Facts only: no prices, no torch, no framework. Old records can therefore be rated again under another price book. A
+record counts only work that was actually executed; a cancelled or failed request is counted up to the last layer it
+finished. A bound states, before a request runs, the maximum that it can use.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ FLOPS_PER_COMPUTE_UNIT = 10**12
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 Receipt = Mapping[str, Any]
-"""What a sink answers, JSON-like: `cost` (exact decimal as text), `currency`, `cost_details`, … The engine passes it on
-unread; it may be empty, when the sink prices nothing."""
+"""What a sink returns, JSON-like: `cost` (exact decimal as text), `currency`, `cost_details`, … The engine passes it on
+unread; it may be empty where the sink prices nothing."""
 
 
 class Outcome(StrEnum):
@@ -41,7 +41,7 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     ERROR = "error"
     CACHED = "cached"
-    """Answered from a cache outside the engine: 0 FLOPs were executed."""
+    """Answered from a cache outside the engine; 0 FLOPs were executed."""
 
 
 class _Facts(BaseModel):
@@ -62,7 +62,7 @@ class TokenUsage(_Facts):
     def _cached_is_part_of_input(self) -> Self:
         if self.cached > self.input:
             raise ValueError(
-                f"cached tokens ({self.cached}) exceed input tokens ({self.input}), of which they are part"
+                f"cached tokens ({self.cached}) exceed input tokens ({self.input}), of which they are a part"
             )
         return self
 
@@ -87,7 +87,7 @@ class FlopUsage(_Facts):
     """Executed FLOPs by part. Unit: FLOPs; one multiply-accumulate is 2."""
 
     embed: NonNegative = 0
-    """Embedding look-up; a gather, so 0 for every supported family."""
+    """Embedding lookup: a gather, so 0 for every supported family."""
     layers_prefill: NonNegative = 0
     layers_decode: NonNegative = 0
     head: NonNegative = 0
@@ -113,24 +113,24 @@ class UsageRecord(_Facts):
     tenant: Name = "default"
     tags: Mapping[str, str] = Field(default_factory=dict)
     model: Name
-    """The name the model was asked for by: alias, hub id or path."""
+    """The name the model was requested by: alias, hub id or path."""
     model_fingerprint: Name
-    """SHA-256 over configuration and weights, hexadecimal."""
+    """SHA-256 of configuration and weights, hexadecimal."""
     router: Name
     """Router kind: identity, static, …"""
     router_version: Name
     tier: Name | None = None
-    """The tier asked for (economy, standard, premium, exact); None where a program was named by hand."""
+    """The tier requested (economy, standard, premium, exact); None where a program was named by hand."""
     program: str
     """Canonical text of the program, e.g. `0-11 15x2 18-29`; empty for a cached answer."""
     outcome: Outcome
     finish_reason: Literal["stop", "length", "cancelled", "error", "cached"]
     error: str | None = None
-    """Class name of the error, where the outcome is `error`."""
+    """Class name of the error, if the outcome is `error`."""
     tokens: TokenUsage = TokenUsage()
     visits: VisitUsage = VisitUsage()
     loops_stopped: NonNegative = 0
-    """Loops that the guard stopped because an extra visit ran away; their later visits did not run. Unit: loops."""
+    """Loops that the guard stopped because an extra visit breached it; their later visits did not run. Unit: loops."""
     flops: FlopUsage = FlopUsage()
     flops_formula: str = FLOPS_FORMULA
     identity_flops: NonNegative = 0
@@ -140,9 +140,9 @@ class UsageRecord(_Facts):
     device: str = "none"
     dtype: str = "none"
     started_at: AwareDatetime
-    """Service time: when the engine took the request up, UTC."""
+    """Service time: when the engine accepted the request, UTC."""
     queue_ns: NonNegative = 0
-    """Waiting before prefill began. Unit: nanoseconds."""
+    """Time waited before prefill began. Unit: nanoseconds."""
     prefill_ns: NonNegative = 0
     decode_ns: NonNegative = 0
 
@@ -153,7 +153,7 @@ class UsageRecord(_Facts):
 
     @property
     def compute_units(self) -> float:
-        """Executed compute units, for display; billing works on the integers. Unit: CU."""
+        """Executed compute units, for display; billing uses the integers. Unit: CU."""
         return self.flops.total / FLOPS_PER_COMPUTE_UNIT
 
     @property
@@ -163,18 +163,18 @@ class UsageRecord(_Facts):
 
 
 class Offer(_Facts):
-    """One program that a request may be served with, and what it uses at most."""
+    """One program that a request may be served with, and the maximum it can use."""
 
     tier: Name | None = None
     """The tier it stands for; None where a program or a router was named instead."""
     program: str
     """Canonical text of the program."""
     flops_bound: NonNegative
-    """FLOPs if the answer takes all its tokens, those of the router included. Unit: FLOPs."""
+    """FLOPs if the answer is as long as it may be, those of the router included. Unit: FLOPs."""
 
 
 class UsageBound(_Facts):
-    """What a request can use at most, exact before it computes anything."""
+    """The maximum that a request can use, exact and known before it computes anything."""
 
     request_id: Name
     tenant: Name
@@ -182,9 +182,9 @@ class UsageBound(_Facts):
     tokens_input: NonNegative
     """Prompt tokens, chat template included."""
     tokens_output_max: NonNegative
-    """Most tokens of the answer."""
+    """Maximum number of tokens of the answer."""
     offers: Annotated[tuple[Offer, ...], Field(min_length=1)]
-    """In order of preference: first what was asked for, then cheaper ones, the cheapest last."""
+    """In order of preference: first what was requested, then cheaper ones, the cheapest last."""
     at: AwareDatetime
     """Service time, UTC: `started_at` of the record to come."""
 
@@ -197,8 +197,8 @@ class UsageBound(_Facts):
 class UsageSink(ABC):
     """Where usage records go: a meter, a log file, a list in a test.
 
-    Implementations must be safe to call from several threads. For each request the engine calls `reserve` before it
-    computes, and then once `emit`, however the request ends, or `release` where it never began.
+    Implementations must be thread-safe. For each request the engine calls `reserve` before it computes, and then
+    exactly once either `emit`, however the request ends, or `release` if it never began.
     """
 
     def check(self) -> None:  # noqa: B027  (a sink without preconditions need not override it)
@@ -209,24 +209,25 @@ class UsageSink(ABC):
         """
 
     def reserve(self, bound: UsageBound) -> int:
-        """Say which of its offers a request may be served with; called before the request computes anything.
+        """Choose which of its offers a request may be served with; called before the request computes anything.
 
-        A sink with budgets holds what the offer can use at most until `emit` or `release`. This one has none.
+        A sink with budgets holds the maximum that the offer can use until `emit` or `release`. By default there are no
+        budgets.
 
         Returns:
             Index of the offer to serve.
 
         Raises:
-            BudgetExceededError: No offer fits what is left.
-            SinkError: That cannot be found out now.
+            BudgetExceededError: No offer fits what is left of a budget.
+            SinkError: The budgets cannot be read now.
         """
         return 0
 
     def release(self, tenant: str, request_id: str) -> None:  # noqa: B027
-        """Give back what `reserve` held for a request that never began; where nothing is held, nothing happens.
+        """Release what `reserve` held for a request that never began; without a hold, do nothing.
 
         Raises:
-            SinkError: The store cannot do it now; the hold then ends when it expires.
+            SinkError: The store cannot do so now; the hold then ends when it expires.
         """
 
     @abstractmethod
@@ -234,14 +235,14 @@ class UsageSink(ABC):
         """Store one record durably, exactly once per (tenant, request_id).
 
         Returns:
-            A receipt for the caller, or None where the sink prices nothing.
+            A receipt for the caller, or None if the sink prices nothing.
 
         Raises:
             SinkError: The record could not be stored.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Flush and release what the sink holds; further calls to `emit` may fail."""
+        """Flush and release the sink's resources; further calls to `emit` may fail."""
 
 
 class NullSink(UsageSink):

@@ -7,4 +7,4 @@ E hidden size, H query heads, G key and value heads, d head size, V vocabulary.
 from typing import Final
 
 ENGINE_VERSION: Final = "3"
-"""Raised with every change of the arithmetic that may change an answer; certificates hold for one version only."""
+"""Incremented with every change to the arithmetic that may change an answer; certificates hold for one version only."""

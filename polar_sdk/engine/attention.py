@@ -1,11 +1,11 @@
 """Attention: of one row's new tokens over its history, and of one new token per row over pages of keys and values.
 
 The first goes row by row, through torch's fused kernel, or through plain products where a soft cap forbids it or, in
-bfloat16 on a CPU, where they are faster. The second is pure and made to be compiled into a layer: it reads the pages
-where they lie, so nothing is gathered or padded.
+bfloat16 on a CPU, where they are faster. The second is pure and made to be compiled into a layer: it reads the pages in
+place, so nothing is gathered or padded.
 
-Also teaches `FlopCounterMode` the CPU form of torch's kernel. torch registers formulas for the CUDA forms only, so on
-a CPU it counts attention as nothing; with this registration it counts the same on both, which is what the meter counts.
+Importing this also registers the CPU form of torch's kernel with `FlopCounterMode`. torch has formulas for the CUDA
+forms only, so on a CPU it would count attention as nothing; now it counts the same on both, as the meter does.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from polar_sdk.engine.types import AttentionKind
 
 
-_BLOCK: Final = 128
-"""Queries that attend at once in `_by_blocks`: their scores stay in the processor's cache."""
+QUERY_BATCH: Final = 128
+"""Number of queries that `_by_blocks` runs together: their scores stay in the processor's cache."""
 
 
 def attend_row(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
@@ -45,7 +45,7 @@ def attend_row(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind)
         return _by_blocks(query, keys, values, kind)
     if kind.softcap is not None:
         return _capped(query, keys, values, kind)
-    # torch's own causal flag aligns the mask to the upper left, which is wrong for a row with history.
+    # torch's causal flag aligns the mask to the upper left, which is wrong for a row with history.
     masked = windowed or 1 < tokens < total
     mixed = F.scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0),
@@ -68,27 +68,28 @@ def _mask(tokens: int, total: int, window: int | None, device: torch.device) -> 
 def _by_blocks(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
     """Attention in blocks of queries, each over the keys up to its end.
 
-    For 512 tokens this takes 60 % of the time of torch's kernel for CPUs, and for 32 tokens a sixth: nothing past a
+    For 512 tokens this takes 60 % of the time of torch's kernel for CPUs, and for 32 tokens a sixth: nothing after a
     block is computed, and heads that share keys are one product. Scores are rounded to bfloat16, as in the eager
     attention of transformers; the kernel keeps them in float32.
     """
     tokens, heads, size = query.shape
     groups, total, _ = keys.shape
-    grouped = query.view(tokens, groups, heads // groups, size).permute(1, 2, 0, 3)
-    mixed = query.new_empty(tokens, heads, size)
-    for start in range(0, tokens, _BLOCK):
-        end = min(start + _BLOCK, tokens)
+    grouped = query.view(tokens, groups, heads // groups, size).permute(1, 2, 0, 3)  # (G, H / G, T, d)
+    mixed = query.new_empty(tokens, heads, size)  # (T, H, d)
+    for start in range(0, tokens, QUERY_BATCH):  # t queries, which see s keys
+        end = min(start + QUERY_BATCH, tokens)
         seen = slice(_first_key(total - tokens + start, kind), total - tokens + end)
-        scores = _scores(grouped[:, :, start:end], keys[:, seen], kind)
-        if kind.window is None:  # all of the block see what came before it
-            diagonal = scores[..., scores.shape[-1] - (end - start) :]
+        scores = _scores(grouped[:, :, start:end], keys[:, seen], kind)  # (G, H / G, t, s)
+        if kind.window is None:  # all queries of the block see all that came before it
+            diagonal = scores[..., scores.shape[-1] - (end - start) :]  # (G, H / G, t, t)
             diagonal.masked_fill_(~_mask(end - start, end - start, None, query.device), float("-inf"))
         else:
             scores.masked_fill_(~_mask(end - start, scores.shape[-1], kind.window, query.device), float("-inf"))
-        weights = scores.softmax(-1)
-        part = torch.bmm(weights.flatten(1, 2), values[:, seen])
-        mixed[start:end] = part.view(groups, heads // groups, end - start, size).permute(2, 0, 1, 3).flatten(1, 2)
-    return mixed.view(tokens, -1)
+        weights = scores.softmax(-1)  # (G, H / G, t, s)
+        part = torch.bmm(weights.flatten(1, 2), values[:, seen])  # (G, H / G × t, d)
+        part = part.view(groups, heads // groups, end - start, size)  # (G, H / G, t, d)
+        mixed[start:end] = part.permute(2, 0, 1, 3).flatten(1, 2)  # (t, H, d)
+    return mixed.view(tokens, -1)  # (T, H × d)
 
 
 def _first_key(position: int, kind: AttentionKind) -> int:
@@ -107,7 +108,7 @@ def _scores(query: Tensor, keys: Tensor, kind: AttentionKind) -> Tensor:
 
 
 def attend_seen(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, seen: Tensor) -> Tensor:
-    """Attention of queries (T, H, d) over keys and values (G, S, d), as far as `seen` (T, S) allows; (T, H × d)."""
+    """Attention of queries (T, H, d) over the keys and values (G, S, d) that `seen` (T, S) marks; (T, H × d)."""
     tokens, heads, size = query.shape
     groups = keys.shape[0]
     if kind.softcap is None and query.dtype != torch.bfloat16:
@@ -123,6 +124,7 @@ def attend_seen(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind
 
 
 def _capped(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    """`attend_row` with a soft cap, which torch's kernel does not have."""
     assert kind.softcap is not None
     tokens, heads, size = query.shape
     groups, total, _ = keys.shape
@@ -148,14 +150,14 @@ def paged_decode(query: Tensor, store: Tensor, table: Tensor, positions: Tensor,
     Args:
         query: (B, H, d).
         store: (P, 2, G, page, d).
-        table: Pages of each row in order, (B, n); entries past the row's end may name any page.
-        positions: Position of each row's token, (B,); it sees all keys up to it, as far as the window reaches.
+        table: Pages of each row in order, (B, n); entries after the row's end may name any page.
+        positions: Position of each row's token, (B,); it sees the keys up to its own, as far as the window reaches.
         kind: Scale, window and soft cap.
 
     Returns:
         (B, H × d).
     """
-    if torch.compiler.is_compiling() and native.attends(query):
+    if torch.compiler.is_compiling() and native.can_attend(query):
         return native.attend_pages(query, store, table, positions, kind)
     rows, count = table.shape
     _, _, groups, page, size = store.shape
@@ -165,9 +167,11 @@ def paged_decode(query: Tensor, store: Tensor, table: Tensor, positions: Tensor,
     scores = (grouped * history[:, :, 0, :, None].float()).sum(-1) * kind.scale  # (B, n, G, H / G, page)
     if kind.softcap is not None:
         scores = kind.softcap * torch.tanh(scores / kind.softcap)
-    at = torch.arange(count * page, device=query.device).view(1, count, 1, 1, page)
-    here = positions.view(rows, 1, 1, 1, 1)
-    hidden = at > here if kind.window is None else (at > here) | (at <= here - kind.window)
+    key_positions = torch.arange(count * page, device=query.device).view(1, count, 1, 1, page)
+    own = positions.view(rows, 1, 1, 1, 1)
+    hidden = key_positions > own
+    if kind.window is not None:
+        hidden = hidden | (key_positions <= own - kind.window)
     scores = scores.masked_fill(hidden, float("-inf"))
     weights = (scores - scores.amax((1, 4), keepdim=True)).exp()
     mixed = (weights.unsqueeze(-1) * history[:, :, 1, :, None].float()).sum(4).sum(1)  # (B, G, H / G, d)

@@ -1,7 +1,7 @@
 """A bridge: a cheap map fitted to carry the hidden state over a segment of layers. Pure arithmetic, no fitting here.
 
-The first position of a sequence has a state of its own, large and nearly the same for every prompt; a map fitted on the
-others would be bent by it, so that position gets a constant instead. Knows tensors and FLOPs.
+The state of the first position of a sequence is large and nearly the same for every prompt. It would distort the map
+fitted to the others, so that position gets a constant instead. Knows tensors and FLOPs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Bridge:
 
     @property
     def rank(self) -> int | None:
-        """Of a low-rank map its r; None where the map is of full rank."""
+        """The r of a low-rank map; None for a map of full rank."""
         return None if len(self.weight) == 1 else self.weight[0].shape[1]
 
     @property
@@ -48,12 +48,12 @@ class Bridge:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the map, as float32; the same on every device."""
-        total = hashlib.sha256()
+        """Hash of the map as float32; the same on every device."""
+        digest = hashlib.sha256()
         for tensor in self.tensors:
-            total.update(repr(tuple(tensor.shape)).encode())
-            total.update(tensor.detach().float().cpu().contiguous().numpy().data)
-        return total.hexdigest()
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def to(self, dtype: torch.dtype, device: torch.device) -> Bridge:
         """The same map in another dtype, on another device."""
@@ -61,12 +61,12 @@ class Bridge:
         return Bridge(weight, self.bias.to(device, dtype), self.first.to(device, dtype))
 
     def at(self, device: torch.device) -> Bridge:
-        """The same map on a device: itself where it is there."""
+        """The same map on a device; itself if it is there already."""
         return self if self.bias.device == device else self.to(self.bias.dtype, device)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Carry states (N, E) at positions (N,) over the segment."""
-        moved = x
+        product = x
         for factor in self.weight:
-            moved = moved @ factor
-        return x + torch.where((positions == 0).unsqueeze(-1), self.first, moved + self.bias)
+            product = product @ factor
+        return x + torch.where((positions == 0).unsqueeze(-1), self.first, product + self.bias)

@@ -1,7 +1,7 @@
 """The frozen weights of one model, ready to run layer by layer: embed, project, finish, head.
 
-Takes the weights over from a Hugging Face model, layer by layer, in the precision asked for. Knows tokens and layers;
-rows, programs and the cache are the forward pass's business.
+Takes the weights over from a Hugging Face model, layer by layer, in the requested precision. Knows tokens, layers and
+single steps; what runs in which order over whose history is up to those who run the steps.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program, Step
 
 
+Attend = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+"""Attention of queries (N, H, d) with their new keys and values (N, G, d); returns (N, H × d)."""
 Bring = Callable[[Sequence["nn.Parameter"], torch.device], None]
-"""Puts weights that are not in memory yet on a device, in the dtype that they run in."""
+"""Loads weights that are not in memory yet onto a device, in the dtype that they run in."""
 
-_MOST_POOL_SHARE = 0.5
-"""Most of the memory that is free when the pool is made, that it may take."""
-_POOL_ROWS = 64
-"""Rows of the longest context that the pool is made for where memory allows."""
+MAX_POOL_SHARE: Final = 0.5
+"""Share of the memory free when the pool is made that it may take."""
+POOL_ROWS: Final = 64
+"""Rows of the longest context that the pool is sized for where memory allows."""
+_SHORT_NAMES: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Decoder:
@@ -56,7 +59,7 @@ class Decoder:
         start: Weights of the embedding.
         ends: Weights of final norm and head.
         kernels: What runs them: `EagerKernels`, or compiled ones.
-        bridges: Maps that programs may cross layers by.
+        bridges: Maps by which programs may cross layers.
     """
 
     def __init__(
@@ -72,14 +75,14 @@ class Decoder:
         self.family = family
         self.placement = placement or Placement.whole(model.device, family.depth)
         modules = family.layer_modules(model)
-        within = {id(weight) for module in modules for weight in module.parameters()}
-        beside = [weight for weight in model.parameters() if id(weight) not in within]
-        with _brought(beside, self.placement.last, bring):
+        in_layers = {id(weight) for module in modules for weight in module.parameters()}
+        outside_layers = [weight for weight in model.parameters() if id(weight) not in in_layers]
+        with _brought(outside_layers, self.placement.last, bring):
             ends = family.take_ends(model)
         self.start = _moved({name: value for name, value in ends.items() if name != "head"}, self.placement.first)
         self.ends = _moved({name: value for name, value in ends.items() if name != "embedding"}, self.placement.last)
         self.dtype: torch.dtype = self.start["embedding"].dtype
-        self.precision = precision or _SHORT[self.dtype]
+        self.precision = precision or _SHORT_NAMES[self.dtype]
         # The head decides between near-equal tokens: in int4 it costs a tenth of them (`benchmarks/LOG.md`).
         self.ends["head"] = quantize(self.ends["head"], "int8" if self.precision == "int4" else self.precision)
         self.layers = list(self._take_layers(modules, bring))
@@ -118,7 +121,7 @@ class Decoder:
 
     @property
     def context_window(self) -> int:
-        """Most tokens of prompt and answer together."""
+        """Maximum number of tokens of prompt and answer together."""
         return self.family.context_window
 
     @property
@@ -131,27 +134,27 @@ class Decoder:
         """Pages for keys and values, made at first use."""
         if self._pool is None:
             with self._making_pool:
-                if self._pool is None:  # another thread may have been faster
+                if self._pool is None:  # another thread may have made it meanwhile
                     self._pool = self._make_pool()
         return self._pool
 
     def _make_pool(self) -> PagePool:
         family = self.family
-        sizes = [(device, self._pages(device)) for device in self.placement.stores]
+        sizes = [(device, self._pool_size(device)) for device in self.placement.stores]
         return PagePool(sizes, family.kv_heads, family.head_dim, self.dtype)
 
-    def _pages(self, device: torch.device) -> int:
-        """Pages that a device holds: of `kv_memory` its share by its number of layers, or half of what is free there.
+    def _pool_size(self, device: torch.device) -> int:
+        """Number of pages on a device: its share of `kv_memory` by its number of layers, or half of what is free there.
 
         Raises:
-            CacheMemoryError: Not even one for each of its layers.
+            CacheMemoryError: There is not even one for each of its layers.
         """
         page = 2 * self.family.kv_heads * PAGE * self.family.head_dim * self.dtype.itemsize
         layers = self.placement.layers.count(device)
-        wanted = _POOL_ROWS * layers * -(-self.context_window // PAGE)
-        given = self._kv_memory and self._kv_memory * layers // self.depth
-        limit = given or int(_MOST_POOL_SHARE * free_memory(device))
-        pages = min(wanted, limit // page)
+        useful = POOL_ROWS * layers * -(-self.context_window // PAGE)
+        share = self._kv_memory and self._kv_memory * layers // self.depth
+        limit = share or int(MAX_POOL_SHARE * free_memory(device))
+        pages = min(useful, limit // page)
         if pages < layers:
             raise CacheMemoryError(
                 f"kv_memory={limit} bytes holds {pages} pages of keys and values; one request needs {layers}.",
@@ -164,11 +167,11 @@ class Decoder:
         return tuple(self.placement.store_of[layer] for layer in program.layers)
 
     def store(self, layer: int) -> Tensor:
-        """The store that has the pages of a layer."""
+        """The store that holds the pages of a layer."""
         return self.pool.stores[self.placement.store_of[layer]]
 
     def set_bridges(self, bridges: Mapping[Segment, Bridge]) -> None:
-        """Put these bridges in the place of those that the decoder had, each beside the first layer that it crosses."""
+        """Replace the decoder's bridges by these, each on the device of the first layer that it crosses."""
         self.bridges = {segment: bridge.at(self.placement.layers[segment[0]]) for segment, bridge in bridges.items()}
         self.cost = self.cost.with_bridges({segment: bridge.flops for segment, bridge in bridges.items()})
 
@@ -191,29 +194,49 @@ class Decoder:
         tables = self._rotary.get(device)
         if tables is None or (tables[0][0].shape[0] < longest and tables[0][0].numel()):
             length = min(max(2 * longest, 1024), max(self.context_window, longest))
-            # One assignment: a thread that reads meanwhile sees the old tables or the new ones, both right.
+            # One assignment: a thread that reads meanwhile sees the old tables or the new ones, both correct.
             tables = self._rotary[device] = self._tables(length, device)
         return [(cos[positions], sin[positions]) if cos.numel() else (cos, sin) for cos, sin in tables]
 
     def _tables(self, length: int, device: torch.device) -> list[Rotary]:
-        """Tables of that length, made where tokens enter, so that they are the same on every device."""
-        made = self.family.rotary_tables(self._rotary_source, length, self.dtype, self.placement.first)
-        return [(cos.to(device), sin.to(device)) for cos, sin in made]
+        """Tables of that length, computed where tokens enter, so that they are the same on every device."""
+        tables = self.family.rotary_tables(self._rotary_source, length, self.dtype, self.placement.first)
+        return [(cos.to(device), sin.to(device)) for cos, sin in tables]
+
+    def run_step(self, step: Step, x: Tensor, positions: Tensor, rotary: list[Rotary], attend: Attend) -> Tensor:
+        """One step of a program: a bridge, or a visit of a layer, which goes 1 / parts of the way.
+
+        Args:
+            step: What runs.
+            x: States before it, (N, E), on the device of its layer.
+            positions: Of the tokens, (N,).
+            rotary: At these positions.
+            attend: Stores keys and values, and attends over the histories they belong to.
+
+        Returns:
+            States after it, (N, E).
+        """
+        if step.bridge:
+            return self.bridge(step)(x, positions)
+        query, key, value = self.project(step.first, x, rotary)
+        return damp(x, self.finish(step.first, x, attend(query, key, value)), step.parts)
 
     def project(self, index: int, x: Tensor, rotary: list[Rotary]) -> Projected:
         """The part of layer `index` before attention, on (N, E)."""
         return self.kernels.project(self.layers[index], x, rotary[self.family.kinds[index].rope])
 
     def finish(self, index: int, x: Tensor, mixed: Tensor) -> Tensor:
-        """The part of layer `index` after attention: its input (N, E) and what attention gave (N, H × d)."""
+        """The part of layer `index` after attention, from its input (N, E) and the result of attention (N, H × d)."""
         return self.kernels.finish(self.layers[index], x, mixed)
 
     def head(self, x: Tensor) -> Tensor:
-        """Final norm and output projection of (M, E), wherever they are; returns float32 logits (M, V)."""
+        """Final norm and output projection of (M, E), on their own device; returns float32 logits (M, V)."""
         return self.kernels.head(self.ends, x.to(self.placement.last))
 
 
-_SHORT: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+def damp(before: Tensor, after: Tensor, parts: int) -> Tensor:
+    """Take 1 / parts of the way from one state to the other."""
+    return after if parts == 1 else before + (after - before) / parts
 
 
 def free_memory(device: torch.device) -> int:
@@ -239,9 +262,9 @@ def _move(value: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _brought(weights: Sequence[nn.Parameter], device: torch.device, bring: Bring | None) -> Iterator[None]:
-    """Weights that are there while the block takes what it needs of them, and gone afterwards where they were brought.
+    """Load weights for the block that takes what it needs of them, and free them afterwards.
 
-    So fused and rounded copies never stand beside all that they were made from.
+    So fused and rounded copies never occupy memory together with all the weights they are made from.
     """
     if bring is None:
         yield
@@ -265,13 +288,13 @@ def build_decoder(
     Args:
         model: The model.
         precision: How to store matrices; None = as they are.
-        kv_memory: Most bytes for keys and values; None = half of what is free.
-        placement: Where each part runs; None = all where the model is.
-        bring: Called with the weights of one layer after another, before they are used; the model is emptied then.
-            None = they are in memory, where they run, and stay as they are.
+        kv_memory: Maximum number of bytes for keys and values; None = half of what is free.
+        placement: Where each part runs; None = everything where the model is.
+        bring: Called with the weights of one layer after another before they are used, which empties the model.
+            None = they are in memory already, on the devices where they run, and stay there.
 
     Raises:
-        UnsupportedArchitectureError: No family for it, or an option of it that is not supported.
+        UnsupportedArchitectureError: There is no family for it, or one of its options is not supported.
         DeviceError: The device has no kernel for this precision.
     """
     family = find_family(model.config)

@@ -1,11 +1,11 @@
-"""Kernels: what runs a layer's parts. Here the plain ones; `compiled.py` has those from the compiler.
+"""Kernels: what runs the parts of a layer. Here are the plain ones; `compiled.py` has those from the compiler.
 
-Whoever runs a layer asks for kernels and does not see which he got. Knows weights and activations only.
+Callers use the protocol and never learn which implementation runs. Knows weights and activations only.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from polar_sdk.engine.attention import attend_row
 
@@ -16,10 +16,21 @@ if TYPE_CHECKING:
     from polar_sdk.engine.types import AttentionKind, Projected, Rotary, Weights
 
 
+class PagedTokens(NamedTuple):
+    """One token each of M of the B rows, and where their histories are stored."""
+
+    rows: Tensor | None
+    """Which rows, (M,); None = all."""
+    table: Tensor
+    """Pages of those rows, (M, blocks)."""
+    positions: Tensor
+    """Positions of their tokens, (M,)."""
+
+
 class Kernels(Protocol):
     """The parts of a layer, ready to run."""
 
-    pages: bool
+    has_paged_decode: bool
     """Whether `decode` can be used."""
 
     def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
@@ -35,27 +46,17 @@ class Kernels(Protocol):
         ...
 
     def decode(
-        self,
-        w: Weights,
-        x: Tensor,
-        index: Tensor | None,
-        rotary: Rotary,
-        kind: AttentionKind,
-        store: Tensor,
-        table: Tensor,
-        at: Tensor,
+        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
     ) -> Tensor:
-        """A whole layer for one token of some of the rows (B, E); returns the states of all, (B, E).
+        """A whole layer for one token of some of the rows; returns the states of all rows, (B, E).
 
         Args:
-            w: The layer.
-            x: The states of all rows.
-            index: Which rows, (M,); None = all.
+            w: Weights of the layer.
+            x: States of all rows, (B, E).
             rotary: Of all rows.
-            kind: Of attention.
-            store: Of pages.
-            table: Pages of those rows, (M, n).
-            at: Their positions, (M,).
+            kind: How the layer attends.
+            store: The pages, (P, 2, G, page, d).
+            tokens: Which rows, and where their histories are.
         """
         ...
 
@@ -67,7 +68,7 @@ class Kernels(Protocol):
 class EagerKernels:
     """The family's functions as they stand."""
 
-    pages = False
+    has_paged_decode = False
 
     def __init__(self, family: Family) -> None:
         self._family = family
@@ -81,21 +82,13 @@ class EagerKernels:
         return self._family.finish(x, mixed, w)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
-        """Attention in the middle, by torch's kernels."""
+        """Attention by torch's kernels."""
         return attend_row(query, keys, values, kind)
 
     def decode(
-        self,
-        w: Weights,
-        x: Tensor,
-        index: Tensor | None,
-        rotary: Rotary,
-        kind: AttentionKind,
-        store: Tensor,
-        table: Tensor,
-        at: Tensor,
+        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
     ) -> Tensor:
-        """Not offered: uncompiled, attention over pages would copy them; rows attend one by one instead."""
+        """Not available: without a compiler, attention over pages would copy them, so rows attend one by one."""
         raise NotImplementedError
 
     def head(self, ends: Weights, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What one architecture computes: pure functions over the weights of a layer. Knows no cache, no rows, no programs.
 
-A family is written once, in plain torch, and run three ways: as it stands, compiled for many tokens, and compiled for
-one token per row with attention in the middle. So its functions must not look at values of tensors, only at shapes.
-Tokens of all rows lie packed one after another, (N, E), without padding.
+A family is written once, in plain torch, and run three ways: as it is, compiled for many tokens, and compiled for one
+token per row with attention in the middle. So its functions must depend on the shapes of tensors only, not on values.
+Tokens of all rows are packed one after another, (N, E), without padding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Family(ABC):
-    """The arithmetic of one architecture, with the sizes of one model. Made from a Hugging Face model, holds no tensor.
+    """The arithmetic of one architecture, with the sizes of one model. Holds no tensors.
 
     Reference for every family, order of casts included: `transformers.models.<model_type>.modeling_<model_type>`.
     """
@@ -32,13 +32,13 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]
     """Values of the configuration's `model_type` that this family runs."""
     compiled: ClassVar[bool] = True
-    """Whether its functions can be compiled; False where they look at values, as a mixture of experts must."""
+    """Whether its functions can be compiled; False where they depend on values, as a mixture of experts must."""
 
     def __init__(self, config: Any) -> None:
-        """Read the sizes that every configuration has; a family with other names for them sets its own.
+        """Read the sizes that every configuration has; a family with other names for them sets them itself.
 
         Raises:
-            UnsupportedArchitectureError: The configuration asks for an option that is not supported.
+            UnsupportedArchitectureError: The configuration has an option that is not supported.
         """
         self.hidden: int = config.hidden_size
         self.depth: int = config.num_hidden_layers
@@ -67,7 +67,7 @@ class Family(ABC):
         """Embed token ids (N,) at positions (N,); returns (N, E)."""
 
     def take_rotary(self, model: PreTrainedModel) -> Any:
-        """What `rotary_tables` works from, such as the model's rotary module; it must not hold weights."""
+        """What `rotary_tables` needs, such as the model's rotary module; it must not hold weights."""
         return None
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Family(ABC):
 
     @abstractmethod
     def project(self, x: Tensor, rotary: Rotary, w: Weights) -> Projected:
-        """The part of a layer before attention: norm, projections, positions. `x` is (N, E)."""
+        """The part of a layer before attention: norm, projections and positions. `x` is (N, E)."""
 
     @abstractmethod
     def finish(self, x: Tensor, mixed: Tensor, w: Weights) -> Tensor:
@@ -96,7 +96,7 @@ class Family(ABC):
         return multiply(self.norm(x, ends), head).float()
 
     def cost(self) -> CostModel:
-        """FLOPs of every part: 2 per multiply-accumulate, and for attention 4 per query, key and head dimension."""
+        """FLOPs of every part: 2 per multiply-accumulate, so 4 per query, key and head dimension in attention."""
         attention = 4 * self.heads * self.head_dim
         layers = tuple(LayerCost(2 * self.layer_linear(index), attention) for index in range(self.depth))
         return CostModel(layers=layers, head=2 * self.hidden * self.vocab)

@@ -1,4 +1,4 @@
-"""Hashes of what a certificate is about: programs, weights, bridges. Knows no files."""
+"""Hashes of what a certificate is issued for: programs, weights, bridges. Knows no files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hash_programs(programs: Sequence[Program]) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors; float32 holds every narrower value."""
+    """SHA-256 of named tensors, as float32, which holds every narrower value exactly."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
@@ -37,10 +37,10 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_bridges(decoder: Decoder, programs: Iterable[Program]) -> str:
-    """SHA-256 of the bridges that programs cross, as the model holds them; empty where there are none.
+    """SHA-256 of the bridges that programs use, as the model has them; empty where they use none.
 
     Raises:
-        MissingBridgeError: The model lacks one.
+        MissingBridgeError: The model does not have one of them.
     """
     steps = sorted({step for program in programs for step in program if step.bridge})
     return hash_texts(f"{step.first}-{step.last} {decoder.bridge(step).digest}" for step in steps) if steps else ""

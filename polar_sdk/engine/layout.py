@@ -1,9 +1,8 @@
-"""Where the tokens of one pass lie: packed one after another, each with its row, position and place in the pages.
+"""The layout of one pass: in which turns rows share layers, and where each packed token has its row, position and page.
 
-What depends on the programs alone, who takes part in which turn, is a *plan*, kept from pass to pass; what depends on
-the pass is built once, for all turns together. So a turn needs little work that depends on the number of rows.
-
-The order in which rows with different programs share the layers of one pass. Pure: indices in, indices out.
+Rows with different programs share the layers of a pass in *turns*. Who takes part in which turn depends on the programs
+alone: that is a *plan*, kept from pass to pass. What depends on the pass is built once, for all turns together, so that
+a turn needs little work that grows with the number of rows. Pure: indices in, indices out.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class Turn(NamedTuple):
 
 @lru_cache(maxsize=64)
 def schedule(programs: tuple[Program, ...]) -> tuple[Turn, ...]:
-    """Merge programs so that a layer's weights are read once for all rows that want it next.
+    """Merge programs so that a layer's weights are read once for all rows that need it next.
 
-    Always the lowest step that any row wants next: rows that loop wait for none, and rows with the same program stay
-    together throughout. Every row runs its own program in its own order. Kept, since rows decode together for long.
+    Rows that loop wait for none, and rows with the same program stay together throughout. Every row runs its program in
+    its own order. Cached, since rows decode together for long.
     """
     return tuple(_turns(programs))
 
@@ -46,14 +45,19 @@ def schedule(programs: tuple[Program, ...]) -> tuple[Turn, ...]:
 def _turns(programs: Sequence[Program]) -> Iterator[Turn]:
     if all(program == programs[0] for program in programs):
         rows = range(len(programs))
-        yield from (Turn(step, tuple((row, at) for row in rows)) for at, step in enumerate(programs[0].steps))
+        yield from (Turn(step, tuple((row, place) for row in rows)) for place, step in enumerate(programs[0].steps))
         return
-    at = [0] * len(programs)
-    while wanted := {row: program.steps[at[row]] for row, program in enumerate(programs) if at[row] < len(program)}:
-        step = min(wanted.values())
-        members = tuple((row, at[row]) for row, next_step in wanted.items() if next_step == step)
+    # Scan order: always the lowest step (by layer) that any row needs next, run for all rows that need exactly it.
+    #     row 0: 0 1 2 3        turns: 0 (both) · 1 (row 0) · 2 (both) · 2 (row 1) · 3 (both)
+    #     row 1: 0 2 2 3        A row waits at a layer until those behind it have come up to it.
+    places = [0] * len(programs)
+    while following := {
+        row: program.steps[places[row]] for row, program in enumerate(programs) if places[row] < len(program)
+    }:
+        step = min(following.values())
+        members = tuple((row, places[row]) for row, next_step in following.items() if next_step == step)
         for row, _ in members:
-            at[row] += 1
+            places[row] += 1
         yield Turn(step, members)
 
 
@@ -86,16 +90,16 @@ class Layout:
     Attributes:
         tokens: Token ids, (N,).
         positions: Position of each token in its row, (N,).
-        counts: New tokens of each row.
+        counts: Number of new tokens of each row.
         single: Whether every row has one token.
         guarded: Whether any row has loops that are watched.
-        longest: Most tokens of any row after the pass.
+        longest: Length of the longest row after the pass. Unit: tokens.
     """
 
     def __init__(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]], device: torch.device) -> None:
         self.rows, self.device = rows, device
-        self._given = tokens
-        self._on = {device: self}
+        self._new_tokens = tokens
+        self._by_device = {device: self}
         self.plan = plan_of(tuple(row.program for row in rows), device)
         self.counts = [len(new) for new in tokens]
         self.starts = [sum(self.counts[:row]) for row in range(len(rows))]
@@ -103,23 +107,25 @@ class Layout:
         self.guarded = any(row.guard is not None and extra_visits(row.program) for row in rows)
         self.longest = max(row.length + count for row, count in zip(rows, self.counts, strict=True))
         self.tokens = torch.tensor([token for new in tokens for token in new], device=device)
-        at = [place for row, count in zip(rows, self.counts, strict=True) for place in _span(row.length, count)]
-        self.positions = torch.tensor(at, device=device)
-        self._picked: dict[tuple[int, ...], Tensor] = {}
+        positions = [
+            position for row, count in zip(rows, self.counts, strict=True) for position in _span(row.length, count)
+        ]
+        self.positions = torch.tensor(positions, device=device)
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def on(self, device: torch.device) -> Layout:
-        """The same pass, laid out on another device; made when it is first asked for."""
-        if device not in self._on:
-            other = Layout(self.rows, self._given, device)
-            other._on = self._on
-            self._on[device] = other
-        return self._on[device]
+        """The same pass, laid out on another device; built when it is first needed."""
+        if device not in self._by_device:
+            other = Layout(self.rows, self._new_tokens, device)
+            other._by_device = self._by_device
+            self._by_device[device] = other
+        return self._by_device[device]
 
     def members(self, devices: Sequence[torch.device]) -> Iterator[Members]:
-        """The rows that take part in each turn, without those that leave it out; turns without rows are left out.
+        """The rows that take part in each turn, without those that leave it out; turns without rows are dropped.
 
         Args:
-            devices: Of each layer; a turn's members are laid out where its layer lies.
+            devices: Of each layer; a turn's members are laid out on the device of its layer.
         """
         start = 0
         for turn in self.plan.turns:
@@ -133,18 +139,18 @@ class Layout:
     @cached_property
     def owners(self) -> Tensor:
         """Row of each token, (N,)."""
-        rows = [number for number, count in enumerate(self.counts) for _ in range(count)]
+        rows = [row for row, count in enumerate(self.counts) for _ in range(count)]
         return torch.tensor(rows, device=self.device)
 
     @cached_property
     def tables(self) -> Tensor:
         """Place in its store of the page of each visit, row and block, (visits, B, blocks); 0 where there is none."""
         blocks = -(-self.longest // PAGE)
-        visits = max(row.pages.visits for row in self.rows)
+        visits = max(row.page_table.visits for row in self.rows)
         table = torch.zeros((len(self.rows), blocks, visits), dtype=torch.long)
-        for number, row in enumerate(self.rows):
-            filled = row.pages.places(blocks)
-            table[number, : filled.shape[0], : filled.shape[1]] = filled
+        for index, row in enumerate(self.rows):
+            places = row.page_table.places(blocks)
+            table[index, : places.shape[0], : places.shape[1]] = places
         return table.permute(2, 0, 1).contiguous().to(self.device)
 
     @cached_property
@@ -158,11 +164,11 @@ class Layout:
         return self.positions[self.plan.rows]
 
     def index(self, rows: tuple[int, ...]) -> Tensor:
-        """Positions of some rows' tokens among the packed ones."""
-        if rows not in self._picked:
-            at = [place for row in rows for place in _span(self.starts[row], self.counts[row])]
-            self._picked[rows] = torch.tensor(at, device=self.device)
-        return self._picked[rows]
+        """Places of some rows' tokens among the packed ones."""
+        if rows not in self._indices:
+            places = [place for row in rows for place in _span(self.starts[row], self.counts[row])]
+            self._indices[rows] = torch.tensor(places, device=self.device)
+        return self._indices[rows]
 
 
 class Members:
@@ -187,60 +193,60 @@ class Members:
 
     @cached_property
     def index(self) -> Tensor | None:
-        """Positions of the members' tokens among the packed ones; None = all."""
+        """Places of the members' tokens among the packed ones; None = all."""
         if len(self.going) == len(self.layout.rows):
             return None
         if self.single:
-            return self._own(self.layout.plan.rows)
+            return self._of_members(self.layout.plan.rows)
         return self.layout.index(tuple(row for row, _ in self.going))
 
     @cached_property
     def positions(self) -> Tensor:
         """Position of each token in its row, (N,)."""
         if self.single:
-            return self._own(self.layout.member_positions)
-        return self._of(self.layout.positions)
+            return self._of_members(self.layout.member_positions)
+        return self._of_tokens(self.layout.positions)
 
     @property
     def table(self) -> Tensor:
         """Pages of each row in order, (B, blocks); each row has one token."""
-        return self._own(self.layout.member_tables)
+        return self._of_members(self.layout.member_tables)
 
     @property
-    def offsets(self) -> Tensor:
-        """Place of each token in its page, (N,)."""
+    def token_offsets(self) -> Tensor:
+        """Place of each token within its page, (N,)."""
         return self.positions % PAGE
 
     @property
-    def pages(self) -> Tensor:
+    def token_pages(self) -> Tensor:
         """Page of each token, (N,)."""
         counts = [self.layout.counts[row] for row, _ in self.going]
         repeats = torch.tensor(counts, device=self.layout.device)
-        # Told how many there will be, the device need not be waited for.
-        visits = self._own(self.layout.plan.visits).repeat_interleave(repeats, output_size=sum(counts))
-        return self.layout.tables[visits, self._of(self.layout.owners), self.positions // PAGE]
+        # With the size of the output given, the device need not be waited for.
+        visits = self._of_members(self.layout.plan.visits).repeat_interleave(repeats, output_size=sum(counts))
+        return self.layout.tables[visits, self._of_tokens(self.layout.owners), self.positions // PAGE]
 
     @property
     def places(self) -> list[tuple[Row, int, slice]]:
         """(row, place in its program, its tokens among the members')."""
-        found, start = [], 0
+        places, start = [], 0
         for row, place in self.going:
             end = start + self.layout.counts[row]
-            found.append((self.layout.rows[row], place, slice(start, end)))
+            places.append((self.layout.rows[row], place, slice(start, end)))
             start = end
-        return found
+        return places
 
     @property
     def spans(self) -> list[tuple[Row, int, slice]]:
         """(row, history, its tokens among the members')."""
         return [(row, page_slots(row.program)[place], span) for row, place, span in self.places]
 
-    def _own(self, values: Tensor) -> Tensor:
+    def _of_members(self, values: Tensor) -> Tensor:
         """Of values for every member of every turn, those of this turn."""
         values = values[self._span]
         return values if self._kept is None else values[self._kept]
 
-    def _of(self, values: Tensor) -> Tensor:
+    def _of_tokens(self, values: Tensor) -> Tensor:
         """Of values for every token, the members'."""
         return values if self.index is None else values[self.index]
 

@@ -1,9 +1,16 @@
 """Keys and values in pages: one pool per model, from which rows take pages as they grow.
 
 A page holds 64 tokens of one *visit* of one row, so a layer that runs twice keeps two independent histories, and no
-row pays for another's length. Pages are counted by their users, so that rows may share the start of a prompt. Pages
-lie in one store per device, and a number names the same page everywhere.
-Knows nothing of layers or programs: position among a program's visits is the only index.
+row pays for another's length. Of a row whose program makes three visits, and which has 150 tokens::
+
+              visit 0   visit 1   visit 2
+    block 0   page 7    page 8    page 9     tokens 0 … 63, of all visits
+    block 1   page 10   page 11   page 12    tokens 64 … 127
+    block 2   page 31   page 32   page 33    tokens 128 … 149; 42 places of each page are empty
+
+The users of a page are counted, so that rows may share the first blocks of a prompt. Pages are stored on one device
+each, in its *store*; page numbers run through all stores. Knows nothing of layers or programs: the place among a
+program's visits is the only index.
 """
 
 from __future__ import annotations
@@ -30,13 +37,13 @@ PAGE: Final = 64
 
 
 class PagePool:
-    """Stores of keys and values (P, 2, G, page, d), and which of their pages are free. Safe in several threads.
+    """Stores of keys and values (P, 2, G, page, d), and which of their pages are free. Thread-safe.
 
     A store is reserved at once and written as pages are first used: on a CPU, untouched pages take no memory. Low
-    pages are given out first, so that a small load touches little.
+    numbers are given out first, so that a small load touches little.
 
     Args:
-        sizes: For each store, where it lies and how many pages it has.
+        sizes: For each store, its device and its number of pages.
         kv_heads: G.
         head_dim: d.
         dtype: Of keys and values.
@@ -55,10 +62,10 @@ class PagePool:
         self.size = sum(self.sizes)
         """Pages of all stores."""
         self._users = [0] * self.size
-        self._clean = list(self.starts)
-        """Pages of each store below it have been cleared."""
+        self._cleared = list(self.starts)
+        """For each store, the first page that has never been cleared."""
         self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
-        # Reentrant: a row collected as garbage gives its pages back in whichever thread that happens, this one too.
+        # Reentrant: a row collected as garbage gives its pages back in whatever thread that happens, this one included.
         self._lock = threading.RLock()
 
     @property
@@ -68,27 +75,27 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """Pages that nobody uses."""
+        """Number of pages that nobody uses."""
         return sum(map(len, self._free))
 
     def counts(self, pages: Sequence[int]) -> list[int]:
         """How many of these pages are in each store."""
         if len(self.stores) == 1:
             return [len(pages)]
-        found = Counter(self._store(page) for page in pages)
-        return [found[store] for store in range(len(self.stores))]
+        counts = Counter(self._store(page) for page in pages)
+        return [counts[store] for store in range(len(self.stores))]
 
     def take(self, stores: Sequence[int]) -> list[int]:
         """Take one page of each of these stores, all or none.
 
         Raises:
-            CacheMemoryError: Fewer are free.
+            CacheMemoryError: Too few are free.
         """
         with self._lock:
             for store, count in Counter(stores).items():
                 if count > len(self._free[store]):
                     raise CacheMemoryError(
-                        f"{count} pages of keys and values are needed and {len(self._free[store])} of "
+                        f"{count} pages of keys and values are needed, but only {len(self._free[store])} of "
                         f"{self.sizes[store]} are free.",
                         hint="Send fewer or shorter requests at once, or load the model with a larger kv_memory.",
                     )
@@ -96,18 +103,19 @@ class PagePool:
             for page in taken:
                 self._users[page] = 1
             for store in set(stores):
-                self._clear(store, max(page for page, where in zip(taken, stores, strict=True) if where == store) + 1)
+                last = max(page for page, owner in zip(taken, stores, strict=True) if owner == store)
+                self._clear(store, last + 1)
         return taken
 
     def _clear(self, store: int, end: int) -> None:
-        """Clear pages of a store up to `end` that were never used.
+        """Clear the pages of a store before `end` that have never been used.
 
-        Compiled attention weighs by 0 what it may not see, and what lies in new memory need not be a number.
+        Compiled attention gives weight 0 to what it may not see, but 0 × NaN is NaN, and new memory may hold NaN.
         """
-        if end > self._clean[store]:
+        if end > self._cleared[store]:
             start = self.starts[store]
-            self.stores[store][self._clean[store] - start : end - start].zero_()
-            self._clean[store] = end
+            self.stores[store][self._cleared[store] - start : end - start].zero_()
+            self._cleared[store] = end
 
     def _store(self, page: int) -> int:
         return bisect.bisect_right(self.starts, page) - 1
@@ -119,7 +127,7 @@ class PagePool:
                 self._users[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Count one user less of each page; a page without users is free."""
+        """Count one user fewer of each page; a page without users is free."""
         with self._lock:
             for page in pages:
                 self._users[page] -= 1
@@ -128,11 +136,11 @@ class PagePool:
 
 
 class PageTable:
-    """The pages of one row, per visit, of which the first `length` tokens are filled.
+    """The pages of one row, per visit; the first `length` tokens are filled.
 
     Args:
         pool: Where pages come from.
-        stores: For each visit, which store its pages are in.
+        stores: For each visit, the store of its pages.
     """
 
     def __init__(self, pool: PagePool, stores: Sequence[int]) -> None:
@@ -142,51 +150,40 @@ class PageTable:
         self.blocks: list[list[int]] = []
         """For every 64 tokens of the row, the page of each visit."""
         weakref.finalize(self, _give_back, pool, self.blocks)
-        self._table: Tensor | None = None
         self.length = 0
-        """Tokens whose keys and values every visit holds; advanced by the forward pass, not by a visit."""
+        """Tokens whose keys and values every visit holds; the forward pass advances it, not a visit."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages held, shared ones included."""
         return len(self.blocks) * self.visits * self._pool.page_bytes
 
-    @property
-    def table(self) -> Tensor:
-        """`blocks` as a tensor, (blocks, visits)."""
-        if self._table is None:
-            self._table = torch.tensor(self.blocks, dtype=torch.long).view(-1, self.visits)
-        return self._table
-
     def reserve(self, tokens: int) -> bool:
-        """Make room for that many tokens in all; tells whether pages were added.
+        """Make room for that many tokens in all; returns whether pages were added.
 
         Raises:
-            CacheMemoryError: The pool has too few free pages; then nothing changed.
+            CacheMemoryError: The pool has too few free pages; nothing has changed then.
         """
         missing = -(-tokens // PAGE) - len(self.blocks)
         if missing <= 0:
             return False
         taken = self._pool.take(list(self._stores) * missing)
         self.blocks += [taken[at : at + self.visits] for at in range(0, len(taken), self.visits)]
-        self._table = None
         return True
 
     def adopt(self, blocks: Sequence[list[int]]) -> None:
-        """Begin with full pages that another row has filled."""
+        """Begin with blocks that another row has filled."""
         assert not self.blocks
         self._pool.share([page for block in blocks for page in block])
         self.blocks += blocks
-        self._table = None
         self.length = len(blocks) * PAGE
 
     def release(self) -> None:
-        """Give all pages back; the row holds no history any more."""
+        """Give all pages back; the row has no history any more."""
         _give_back(self._pool, self.blocks)
-        self._table = None
 
     def places(self, blocks: int) -> Tensor:
-        """Place of each visit's page in its store, for the first `blocks` blocks, (blocks, visits)."""
+        """Place within its store of each visit's page, for the first `blocks` blocks, (blocks, visits)."""
         return torch.tensor(self.blocks[:blocks], dtype=torch.long) - self._starts
 
     def history(self, visit: int, length: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""Pieces that families are made of: norms, rotary turns, gated and plain feed-forward, kinds of attention.
+"""Pieces that families are made of: kinds of attention, norms, rotary turns, feed-forwards and mixtures of experts.
 
-Pure functions of tensors, and of configurations. Knows no family.
+Pure functions of tensors, and of configurations. All can be compiled but the experts: which of them a token goes to
+depends on values, and what a token does not go to is not executed. Knows no family.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The activation function that a configuration names.
 
     Raises:
-        UnsupportedArchitectureError: No such activation here.
+        UnsupportedArchitectureError: The activation is not supported.
     """
     if name not in _ACTIVATIONS:
         raise UnsupportedArchitectureError(
-            f"activation {name!r} is not supported; supported are: {', '.join(sorted(_ACTIVATIONS))}."
+            f"activation {name!r} is not supported; choose from: {', '.join(sorted(_ACTIVATIONS))}."
         )
     return _ACTIVATIONS[name]
 
@@ -53,30 +54,30 @@ def refuse(config: Any, option: str, supported: str) -> NoReturn:
     Args:
         config: The configuration.
         option: Name of the option.
-        supported: What the option may be instead, for the message.
+        supported: The values that are supported, for the message.
 
     Raises:
         UnsupportedArchitectureError: Always.
     """
     raise UnsupportedArchitectureError(
         f"{option}={getattr(config, option)!r} of architecture {config.model_type!r} is not supported; "
-        f"supported is: {supported}."
+        f"it must be {supported}."
     )
 
 
 def attention_kinds(config: Any, scale: float, softcap: float | None = None) -> tuple[AttentionKind, ...]:
-    """The kind of each layer, by the configuration's `layer_types`: full, or the last `sliding_window` keys.
+    """The kind of each layer, by the configuration's `layer_types`: all keys, or the last `sliding_window` keys.
 
     Hugging Face masks the keys with key ≤ query − sliding_window, so a query sees `sliding_window` keys, its own
-    included: exactly `AttentionKind.window`. Kinds name the rotary table of their type, types in alphabetical order.
+    included: exactly `AttentionKind.window`.
 
     Raises:
-        UnsupportedArchitectureError: A layer of another type, or a sliding one without a window.
+        UnsupportedArchitectureError: A layer has another type, or is sliding without a window.
     """
-    known = ("full_attention", "sliding_attention")
+    supported = ("full_attention", "sliding_attention")
     types: list[str] = config.layer_types
-    if not set(types) <= set(known):
-        refuse(config, "layer_types", " and ".join(known))
+    if not set(types) <= set(supported):
+        refuse(config, "layer_types", " or ".join(supported))
     if "sliding_attention" in types and not config.sliding_window:
         refuse(config, "sliding_window", "at least 1 where a layer is of type sliding_attention")
     window = {"full_attention": None, "sliding_attention": config.sliding_window}
@@ -84,14 +85,14 @@ def attention_kinds(config: Any, scale: float, softcap: float | None = None) -> 
 
 
 def refuse_other_windows(config: Any) -> None:
-    """Refuse `layer_types` in a family whose layers all attend alike: Hugging Face would not look at them.
+    """Refuse `layer_types` in a family whose layers all attend alike: Hugging Face ignores them there.
 
     Raises:
-        UnsupportedArchitectureError: Layers of several types, or of one that `sliding_window` contradicts.
+        UnsupportedArchitectureError: Layers have several types, or one that contradicts `sliding_window`.
     """
     expected = "sliding_attention" if config.sliding_window else "full_attention"
     if set(getattr(config, "layer_types", None) or [expected]) != {expected}:
-        refuse(config, "layer_types", f"{expected} in all layers, as sliding_window={config.sliding_window} says")
+        refuse(config, "layer_types", f"{expected} in all layers, since sliding_window is {config.sliding_window}")
 
 
 def take(linear: Any) -> Plain:
@@ -100,7 +101,7 @@ def take(linear: Any) -> Plain:
 
 
 def fuse(linears: Sequence[Any]) -> Plain:
-    """Several projections of the same input as one matrix, outputs one after another."""
+    """Several projections of the same input as one matrix, their outputs one after another."""
     weight = torch.cat([linear.weight.detach() for linear in linears]).contiguous()
     biased = linears[0].bias is not None
     return Plain(weight, torch.cat([linear.bias.detach() for linear in linears]) if biased else None)
@@ -120,7 +121,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def offset_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm whose weight is stored as its difference from one, cast back at the end, as Gemma does."""
+    """Root-mean-square norm whose weight is stored as its difference from 1, cast back at the end, as Gemma does."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * (1.0 + weight.float())).to(x.dtype)
@@ -136,7 +137,7 @@ def take_norm(name: str, norm: Any) -> Weights:
 
 
 def layer_norm(x: Tensor, w: Weights, name: str, eps: float) -> Tensor:
-    """Norm by mean and variance over the last axis, with the weights that `take_norm` named."""
+    """Norm by mean and variance over the last axis, with the weights from `take_norm`."""
     return F.layer_norm(x, x.shape[-1:], w[name], w[f"{name}_bias"], eps)
 
 
@@ -146,7 +147,7 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 def no_rotary(dtype: torch.dtype, device: torch.device) -> Rotary:
-    """The table of a family whose positions enter with the embedding: of size 0, whatever the length."""
+    """The table of a family whose positions enter with the embedding: of size 0, for any length."""
     empty = torch.empty((1, 1, 0), dtype=dtype, device=device)
     return empty, empty
 
@@ -166,8 +167,8 @@ def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
 
 def rotary_table(module: Any, length: int, dtype: torch.dtype, device: torch.device, *extra: Any) -> Rotary:
     """Cosine and sine (length, 1, r) from a Hugging Face rotary module; `extra` goes to its call."""
-    every = torch.arange(length, device=device).unsqueeze(0)
-    cos, sin = module(torch.empty(0, dtype=dtype, device=device), every, *extra)
+    positions = torch.arange(length, device=device).unsqueeze(0)
+    cos, sin = module(torch.empty(0, dtype=dtype, device=device), positions, *extra)
     return cos[0].unsqueeze(1).contiguous(), sin[0].unsqueeze(1).contiguous()
 
 
@@ -180,3 +181,38 @@ def gated_mlp(x: Tensor, gate_up: Product, down: Product, act: Callable[[Tensor]
 def plain_mlp(x: Tensor, up: Product, down: Product, act: Callable[[Tensor], Tensor]) -> Tensor:
     """down(act(up))."""
     return multiply(act(multiply(x, up)), down)
+
+
+def take_experts(block: Any) -> Weights:
+    """Weights of a Hugging Face block: `router` (X, E), and two matrices per expert, named by its index.
+
+    The router stays a tensor: it is small, and in few bits it would send tokens to other experts.
+    """
+    weights: Weights = {"router": block.gate.weight.detach()}
+    for expert, (gate_up, down) in enumerate(zip(block.experts.gate_up_proj, block.experts.down_proj, strict=True)):
+        weights |= {f"gate_up.{expert}": Plain(gate_up.detach()), f"down.{expert}": Plain(down.detach())}
+    return weights
+
+
+def choose_experts(x: Tensor, router: Tensor, count: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Send each token (N, E) to the `count` experts with the largest router probability.
+
+    Returns:
+        Scores in float32, which sum to 1 per token if `normalise`, and indices of the experts, (N, count) each.
+    """
+    scores, chosen = F.linear(x, router).float().softmax(-1).topk(count, dim=-1)
+    return (scores / scores.sum(-1, keepdim=True) if normalise else scores), chosen
+
+
+def run_experts(x: Tensor, scores: Tensor, chosen: Tensor, w: Weights, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run each expert once over the tokens (N, E) that it gets, and sum by their scores (N, k); returns (N, E)."""
+    count = chosen.shape[1]
+    order = chosen.flatten().argsort(stable=True)
+    sizes = chosen.flatten().bincount(minlength=w["router"].shape[0]).tolist()
+    total = torch.zeros_like(x)
+    for expert, places in enumerate(torch.split(order, sizes)):
+        if places.numel():
+            tokens = places // count
+            out = gated_mlp(x[tokens], w[f"gate_up.{expert}"], w[f"down.{expert}"], act)
+            total.index_add_(0, tokens, (out * scores.flatten()[places, None]).to(x.dtype))
+    return total

@@ -1,4 +1,4 @@
-"""Which device holds which layer. Knows devices and numbers of layers, no weights."""
+"""Which device holds which layer. Knows devices and layer indices, no weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Placement:
     Attributes:
         first: Of the embedding, where tokens enter.
         layers: Of each layer, with its pages of keys and values.
-        last: Of the final norm and the head, where logits leave.
+        last: Of the final norm and the head, where logits are computed.
     """
 
     first: torch.device
@@ -31,7 +31,7 @@ class Placement:
 
     @cached_property
     def stores(self) -> tuple[torch.device, ...]:
-        """The devices of layers, each once: pages of keys and values lie on these."""
+        """The devices of layers, each once: they store the pages of keys and values."""
         return tuple(dict.fromkeys(self.layers))
 
     @cached_property
@@ -41,7 +41,7 @@ class Placement:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """All devices, each once, in the order in which a token meets them."""
+        """All devices, each once, in the order in which a token passes them."""
         return tuple(dict.fromkeys((self.first, *self.layers, self.last)))
 
     def __str__(self) -> str:

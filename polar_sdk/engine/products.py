@@ -2,8 +2,8 @@
 
 A matrix is one of three named tuples of tensors: `Plain` (the model's own dtype), `Int8` (a scale per output) or `Int4`
 (a scale and a zero point per group of inputs). `multiply` is pure and can be compiled. One row is bound by reading the
-weights, many rows by arithmetic, so each kind has a narrow and a wide form; `benchmarks/LOG.md` has the figures
-behind every choice. Knows nothing of layers.
+weights, many rows by arithmetic, so each kind has a narrow and a wide form; `benchmarks/LOG.md` has the measurements
+for every choice. Knows nothing of layers.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 PRECISIONS: Final = ("bf16", "fp32", "fp16", "int8", "int4")
 INT4_GROUP: Final = 32
-"""Inputs that share a scale and a zero point in int4: the group of Q4_1 files, so that those lose next to nothing."""
-_INT8_WIDE: Final = 32
-_INT4_WIDE: Final = 128
-"""Rows from which on compiled code unpacks weights once, instead of asking torch's kernel, which does so per row."""
-_QUANTIZE_ROWS: Final = 4096
-"""Outputs that are rounded to int8 at once, so that no float32 copy of a whole head is made."""
+"""Number of inputs that share a scale and a zero point in int4: as in Q4_1 files, which so lose next to nothing."""
+MIN_WIDE_INT8: Final = 32
+MIN_WIDE_INT4: Final = 128
+"""Minimum number of rows for which compiled code unpacks weights once; torch's kernel unpacks them for every row."""
+QUANTIZE_BATCH: Final = 4096
+"""Number of outputs that are rounded to int8 together, so that no float32 copy of a whole head is made."""
 _INT4_BLOCK: Final = 64
-"""Outputs that torch's packed int4 layout keeps together."""
+"""Number of outputs that torch's packed int4 layout keeps together."""
 
 
 class Plain(NamedTuple):
@@ -50,7 +50,7 @@ class Int8(NamedTuple):
 
 
 class Int4(NamedTuple):
-    """A matrix in 4-bit integers, packed as torch's kernel wants it; scales and zeros are (K / group, N, 2)."""
+    """A matrix in 4-bit integers, packed as torch's kernel expects it; scales and zeros are (K / group, N, 2)."""
 
     packed: Tensor
     scales_zeros: Tensor
@@ -72,61 +72,61 @@ def multiply(x: Tensor, product: Product) -> Tensor:
 
 
 def _plain(x: Tensor, product: Plain) -> Tensor:
-    if _fused(x):
+    if _is_fused(x):
         total = _one_row(x, product.weight)
         return (total if product.bias is None else total + product.bias.float()).to(x.dtype)
-    if native.multiplies(x, product.weight):
+    if native.can_multiply(x, product.weight):
         return native.product(x, *product)
     return F.linear(x, product.weight, product.bias)
 
 
-def _fused(x: Tensor) -> bool:
+def _is_fused(x: Tensor) -> bool:
     """Whether the compiler should write the product itself: one row on a CPU.
 
-    Written as multiply and sum, it fuses the product with what stands around it and reads weights at full speed; a
+    Written as multiply and sum, the product is fused with the operations around it and reads weights at full speed; a
     library call takes twice as long. For 2 to 4 rows the compiler's code is no faster than the library.
     """
     return x.shape[0] == 1 and x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
 def _one_row(x: Tensor, weight: Tensor) -> Tensor:
-    """Float32 (1, N), in halves that the compiler sums side by side; one sum after another takes 1.4 times as long."""
+    """Float32 (1, N), in halves that the compiler sums in parallel; one sum after another takes 1.4 times as long."""
     wide = x.float()
     return torch.cat([(half.float() * wide).sum(-1) for half in weight.chunk(2)]).unsqueeze(0)
 
 
 def _int8(x: Tensor, product: Int8) -> Tensor:
-    if native.multiplies_integers(x):
+    if native.can_multiply_integers(x):
         return native.product_int8(x, product.weight, product.scale)
-    if _fused(x):
+    if _is_fused(x):
         return (_one_row(x, product.weight) * product.scale.float()).to(x.dtype)
-    if x.device.type != "cpu" or _wide(x, _INT8_WIDE):
+    if x.device.type != "cpu" or _has_rows(x, MIN_WIDE_INT8):
         return F.linear(x, product.weight.to(x.dtype)) * product.scale
     total: Tensor = torch.ops.aten._weight_int8pack_mm(x, product.weight, product.scale)
     return total
 
 
 def _int4(x: Tensor, product: Int4) -> Tensor:
-    if native.multiplies_integers(x) and _can_unpack(product):
+    if native.can_multiply_integers(x) and _can_unpack(product):
         return native.product_int4(x, product.packed, product.scales_zeros)
-    if torch.compiler.is_compiling() and _wide(x, _INT4_WIDE) and _can_unpack(product):
+    if torch.compiler.is_compiling() and _has_rows(x, MIN_WIDE_INT4) and _can_unpack(product):
         return _interleave([torch.mm(x, half) for half in _unpack(product, x.dtype)])
     total: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, product.packed, INT4_GROUP, product.scales_zeros)
     return total
 
 
-def _wide(x: Tensor, least: int) -> bool:
-    """Whether there are at least so many rows; of compiled code, whether there always are."""
-    return statically_known_true(x.shape[0] >= least)
+def _has_rows(x: Tensor, minimum: int) -> bool:
+    """Whether there are at least `minimum` rows; in code that is being compiled, whether there always are."""
+    return statically_known_true(x.shape[0] >= minimum)
 
 
-def wide_from(product: Product) -> int:
-    """Rows that code must be compiled for, at least, to use the form for many rows."""
-    return {Plain: 2, Int8: _INT8_WIDE, Int4: _INT4_WIDE}[type(product)]
+def min_wide_rows(product: Product) -> int:
+    """Minimum number of rows that code must be compiled for to use the form for many rows."""
+    return {Plain: 2, Int8: MIN_WIDE_INT8, Int4: MIN_WIDE_INT4}[type(product)]
 
 
-def one_by_one(product: Product) -> int:
-    """Rows up to which compiled code for one row, run row by row, beats that for any number of rows."""
+def max_rows_one_by_one(product: Product) -> int:
+    """Maximum number of rows for which compiled code for one row, run row by row, beats the code for any number."""
     if isinstance(product, Plain) and not native.version(product.weight.dtype, product.weight.device):
         return 2
     return 1
@@ -139,8 +139,8 @@ def _can_unpack(product: Int4) -> bool:
 def _codes(packed: Tensor, inputs: int) -> list[Tensor]:
     """Codes of the first and the second 32 outputs of each block of 64, (N / 64, K, 32) each, as float32.
 
-    torch packs the code of output n into the low half of a byte, and that of n + 32 into the high half. In float32,
-    since the compiler vectorises that and not the shift of a byte.
+    torch packs the code of output n into the low half of a byte, and that of n + 32 into the high half. They are split
+    in float32 because the compiler vectorises that, but not the shift of a byte.
     """
     pairs = packed.view(-1, inputs, _INT4_BLOCK // 2).float()
     high = (pairs * 0.0625).floor()
@@ -150,25 +150,26 @@ def _codes(packed: Tensor, inputs: int) -> list[Tensor]:
 def _unpack(product: Int4, dtype: torch.dtype) -> list[Tensor]:
     """The matrix, transposed, (K, N / 2) twice: the outputs whose codes are in the low halves, and the others."""
     groups, outputs, _ = product.scales_zeros.shape
-    blocks, half = outputs // _INT4_BLOCK, _INT4_BLOCK // 2
-    scales, zeros = product.scales_zeros.view(groups, 1, blocks, 2, half, 2).float().unbind(-1)
+    blocks, half = outputs // _INT4_BLOCK, _INT4_BLOCK // 2  # N / 64, 32
+    scales_zeros = product.scales_zeros.view(groups, 1, blocks, 2, half, 2).float()
+    scales, zeros = scales_zeros.unbind(-1)  # (K / 32, 1, N / 64, 2, 32) each
     weights = []
-    for which, codes in enumerate(_codes(product.packed, groups * INT4_GROUP)):
-        grouped = codes.view(blocks, groups, INT4_GROUP, half).permute(1, 2, 0, 3)
-        weight = (grouped - 8) * scales[:, :, :, which] + zeros[:, :, :, which]
-        weights.append(weight.to(dtype).reshape(groups * INT4_GROUP, outputs // 2))
+    for which, codes in enumerate(_codes(product.packed, groups * INT4_GROUP)):  # (N / 64, K, 32)
+        grouped = codes.view(blocks, groups, INT4_GROUP, half).permute(1, 2, 0, 3)  # (K / 32, 32, N / 64, 32)
+        weight = (grouped - 8) * scales[:, :, :, which] + zeros[:, :, :, which]  # the same
+        weights.append(weight.to(dtype).reshape(groups * INT4_GROUP, outputs // 2))  # (K, N / 2)
     return weights
 
 
 def _interleave(halves: list[Tensor]) -> Tensor:
     """Put outputs that were computed in two halves (M, N / 2) in order, (M, N)."""
-    half = _INT4_BLOCK // 2
-    return torch.stack([one.view(one.shape[0], -1, half) for one in halves], dim=2).flatten(1)
+    size = _INT4_BLOCK // 2
+    return torch.stack([half.view(half.shape[0], -1, size) for half in halves], dim=2).flatten(1)
 
 
 @cache
 def _layout_known() -> bool:
-    """Whether torch packs int4 on this machine as `_codes` reads it; asked before anything is compiled."""
+    """Whether torch packs int4 on this machine as `_codes` reads it; computed before anything is compiled."""
     codes = torch.randint(16, (128, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     read = torch.cat(_codes(packed, 64), dim=-1).transpose(1, 2).reshape(128, 64)
@@ -182,7 +183,7 @@ def _add(total: Tensor, bias: Tensor | None) -> Tensor:
 def quantize(product: Plain, precision: str) -> Product:
     """Store a matrix in int8 or int4, by rounding to nearest; other precisions leave it as it is.
 
-    A matrix whose sides int4 cannot group stays in int8.
+    A matrix with sides that int4 cannot group is stored in int8 instead.
 
     Raises:
         DeviceError: The device has no kernel for this precision.
@@ -197,7 +198,7 @@ def quantize(product: Plain, precision: str) -> Product:
 
 
 def _to_int8(product: Plain) -> Int8:
-    codes, scales = zip(*map(_int8_rows, torch.split(product.weight, _QUANTIZE_ROWS)), strict=True)
+    codes, scales = zip(*map(_int8_rows, torch.split(product.weight, QUANTIZE_BATCH)), strict=True)
     return Int8(torch.cat(codes), torch.cat(scales).to(product.weight.dtype), product.bias)
 
 
@@ -216,5 +217,5 @@ def _to_int4(product: Plain) -> Int4:
     # The kernel reads weight = (code − 8) × scale + zero.
     scales_zeros = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).contiguous()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    _layout_known()  # so that compiling, which computes nothing, finds the answer
+    _layout_known()  # cached here for the compiler, which computes nothing
     return Int4(packed, scales_zeros.to(product.weight.dtype), product.bias)

@@ -1,13 +1,14 @@
 """The route of a prompt: the program that a router chose, and the lead that it ran to choose it.
 
-A lead is the first layers of a prompt, run ahead of its request because a router reads their output. What they computed
-is not computed again: a request whose program begins with those layers takes their states, keys and values over and
-continues after them. Knows tokens and layers, not what is read of them.
+A *lead* is what the first layers make of a prompt, run before its request because a router reads their output. It is
+not computed again: a request whose program begins with those layers takes over their states, keys and values and goes
+on after them. Knows tokens and layers, not what a router reads in the states.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +35,9 @@ class Route:
 
     Attributes:
         program: What the prompt runs, fixed for the whole request.
-        flops: FLOPs the router itself executed, those of the lead not included.
-        lead: What the program's first layers made of the prompt already, since the router reads that; None = nothing.
+        flops: FLOPs that the router itself executed; those of the lead are not included.
+        lead: What the program's first layers have already made of the prompt, because the router reads it; None where
+            it reads no layers.
     """
 
     program: Program
@@ -43,9 +45,10 @@ class Route:
     lead: Lead | None = None
 
     def onto(self, program: Program) -> Route:
-        """The same reading of the prompt with another program.
+        """The same route with another program.
 
-        A program that does not begin with the layers of the lead cannot take it over: it was the router's alone then.
+        A program that does not begin with the layers of the lead cannot take it over; the lead then counts as the
+        router's work.
         """
         if self.lead is None or self.lead.begins(program):
             return replace(self, program=program)
@@ -56,9 +59,9 @@ class Lead:
     """What the first layers made of one prompt of T tokens. Taken over once, by one row.
 
     Attributes:
-        layers: How many ran.
+        layers: Number of layers that ran.
         flops: What they executed. Unit: FLOPs.
-        states: Behind the last of them, (T, E), on that layer's device.
+        states: After the last of them, (T, E), on that layer's device.
         keys: Of each layer, (T, G, d), on its device.
         values: Of each layer, (T, G, d).
     """
@@ -78,22 +81,22 @@ class Lead:
         return begins(program, self.layers)
 
     def fill(self, pages: PageTable, stores: Sequence[Tensor], start: int, end: int) -> None:
-        """Write keys and values of some tokens to the pages of a row's first visits.
+        """Write keys and values of tokens `start` … `end` − 1 to the pages of a row's first visits.
 
         Args:
             pages: Of the row, with room for the tokens.
             stores: Of each layer.
             start: The first token.
-            end: Behind the last one.
+            end: The token after the last one.
         """
         positions = torch.arange(start, end)
         places = pages.places(-(-end // PAGE))[positions // PAGE]
         for layer, store in enumerate(stores):
-            at, offsets = places[:, layer].to(store.device), (positions % PAGE).to(store.device)
-            write_pages(store, at, offsets, self.keys[layer][start:end], self.values[layer][start:end])
+            pages_of_layer, offsets = places[:, layer].to(store.device), (positions % PAGE).to(store.device)
+            write_pages(store, pages_of_layer, offsets, self.keys[layer][start:end], self.values[layer][start:end])
 
     def release(self) -> None:
-        """Let the tensors go; whoever still holds the lead holds numbers only."""
+        """Free the tensors; whoever still holds the lead holds only its numbers."""
         self.states = self.states[:0].clone()
         self.keys, self.values = [], []
 
@@ -104,9 +107,9 @@ def begins(program: Program, layers: int) -> bool:
 
 
 def lead_flops(cost: CostModel, layers: int, tokens: int) -> int:
-    """FLOPs of the first layers over a prompt, which runs in the pieces in which every prompt does."""
+    """FLOPs of the first layers over a prompt, which runs in the same chunks as every prompt."""
     pieces = chunks(tokens)
-    return sum(one.flops(end - start, end) for one in cost.layers[:layers] for start, end in pieces)
+    return sum(layer.flops(end - start, end) for layer in cost.layers[:layers] for start, end in pieces)
 
 
 @torch.inference_mode()
@@ -116,27 +119,28 @@ def run_lead(decoder: Decoder, tokens: Sequence[int], layers: int) -> Lead:
     Args:
         decoder: The weights.
         tokens: Token ids of the prompt, at least one.
-        layers: How many layers, at least one.
+        layers: Number of layers, at least one.
     """
     states: list[Tensor] = []
     keys: list[list[Tensor]] = [[] for _ in range(layers)]
     values: list[list[Tensor]] = [[] for _ in range(layers)]
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys[layer].append(key)
+        values[layer].append(value)
+        all_keys, all_values = (torch.cat(pieces).transpose(0, 1) for pieces in (keys[layer], values[layer]))
+        return decoder.kernels.attend(query, all_keys, all_values, decoder.family.kinds[layer])
+
     for start, end in chunks(len(tokens)):
         here = decoder.device
         positions = torch.arange(start, end, device=here)
-        x, rotary = (
-            decoder.embed(torch.tensor(tokens[start:end], device=here), positions),
-            decoder.rotary(positions, end),
-        )
-        for layer in range(layers):
-            if (there := decoder.placement.layers[layer]) != here:
-                here, x, rotary = there, x.to(there), decoder.rotary(positions.to(there), end)
-            query, key, value = decoder.project(layer, x, rotary)
-            keys[layer].append(key)
-            values[layer].append(value)
-            seen = [torch.cat(parts).transpose(0, 1) for parts in (keys[layer], values[layer])]
-            mixed = decoder.kernels.attend(query, seen[0], seen[1], decoder.family.kinds[layer])
-            x = decoder.finish(layer, x, mixed)
+        x = decoder.embed(torch.tensor(tokens[start:end], device=here), positions)
+        rotary = decoder.rotary(positions, end)
+        for layer, device in enumerate(decoder.placement.layers[:layers]):
+            if device != here:
+                here, x, positions = device, x.to(device), positions.to(device)
+                rotary = decoder.rotary(positions, end)
+            x = decoder.run_step(Step(layer, layer), x, positions, rotary, partial(attend, layer))
         states.append(x)
     flops = lead_flops(decoder.cost, layers, len(tokens))
     return Lead(flops, torch.cat(states), list(map(torch.cat, keys)), list(map(torch.cat, values)))

@@ -1,9 +1,7 @@
-"""A row: one sequence with its program, its pages, its counts, and what its loops are doing.
+"""A row: one sequence with its program, its pages, the state of its loops, and the work that was executed for it.
 
-Count what was really executed for one row, step by step, as it happens.
-
-The forward pass reports what has run: a whole pass, or of one that broke off each finished step, so that a request is
-counted up to its last finished layer. Knows costs and counts only.
+The forward pass reports what has run: a whole pass, or each finished step of a pass that was interrupted, so that a
+request is counted up to its last finished layer. Knows costs and counts; no prices and no requests.
 """
 
 from __future__ import annotations
@@ -24,8 +22,54 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.route import Lead
     from polar_sdk.programs.cost import CostModel
-    from polar_sdk.programs.guard import LoopGuard
+    from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.programs.program import Program, Step
+
+
+@dataclass
+class Row:
+    """One sequence that runs a program."""
+
+    decoder: Decoder
+    program: Program
+    guard: LoopGuard | None = None
+    """What watches the extra visits of loops; None = nothing."""
+    lead: Lead | None = None
+    """What the program's first layers have already made of the prompt; None once it is taken over."""
+    work: Work = field(init=False)
+    page_table: PageTable = field(init=False)
+    left_out: set[int] = field(default_factory=set)
+    """Places of the program that the next pass leaves out: loops that the guard stopped, and layers of the lead."""
+    loops_stopped: int = 0
+    """Number of loops that the guard has stopped."""
+
+    def __post_init__(self) -> None:
+        self.work = Work(self.decoder.cost, self.program)
+        self.page_table = PageTable(self.decoder.pool, self.decoder.stores(self.program))
+        if self.lead is not None:
+            self.work.count_lead(self.program.steps[: self.lead.layers], self.lead.tokens)
+            self.left_out.update(range(self.lead.layers))
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that have been run."""
+        return self.page_table.length
+
+    def end_lead(self) -> None:
+        """From the next pass on, run the whole program: its lead has been taken over, or is not to be kept."""
+        if self.lead is not None:
+            self.left_out.difference_update(range(self.lead.layers))
+            self.lead.release()
+            self.lead = None
+
+    def stop_loop(self, place: int) -> None:
+        """Leave out this extra visit and those that follow it in the same loop, for the rest of the request."""
+        steps = self.program.steps
+        end = place
+        while end < len(steps) and steps[end] == steps[place]:
+            end += 1
+        self.left_out.update(range(place, end))
+        self.loops_stopped += 1
 
 
 class Work:
@@ -46,14 +90,14 @@ class Work:
         """Whether the whole prompt has run; whoever feeds the row says so with `end_prefill`."""
 
     def step(self, step: Step, queries: int, keys: int) -> None:
-        """Count one finished step with that many new tokens over that many keys; a bridge is no visit."""
+        """Count one finished step with that many new tokens over that many keys; a bridge is not a visit."""
         visits = self._decode_visits if self.prefilled else self._prefill_visits
         self._add(self._cost.step(step).flops(queries, keys))
         if not step.bridge:
             visits[step.first] += 1
 
-    def ahead(self, steps: Sequence[Step], tokens: int) -> None:
-        """Count steps that ran over a whole prompt before the row was made."""
+    def count_lead(self, steps: Sequence[Step], tokens: int) -> None:
+        """Count steps that ran over a whole prompt before there was a row."""
         for start, end in chunks(tokens):
             for step in steps:
                 self.step(step, end - start, end)
@@ -70,7 +114,7 @@ class Work:
     def _whole(self) -> LayerCost:
         """Cost of all steps together."""
         costs = [self._cost.step(step) for step in self._program]
-        return LayerCost(sum(one.linear for one in costs), sum(one.attention for one in costs))
+        return LayerCost(sum(cost.linear for cost in costs), sum(cost.attention for cost in costs))
 
     def _add(self, flops: int) -> None:
         if self.prefilled:
@@ -93,10 +137,10 @@ class Work:
 
     def visits(self) -> VisitUsage:
         """Executed visits per layer."""
-        often = Counter(self._program.layers)
+        per_pass = Counter(self._program.layers)
         return VisitUsage(
-            prefill=tuple(n + self._prefill_passes * often[layer] for layer, n in enumerate(self._prefill_visits)),
-            decode=tuple(n + self._decode_passes * often[layer] for layer, n in enumerate(self._decode_visits)),
+            prefill=tuple(n + self._prefill_passes * per_pass[layer] for layer, n in enumerate(self._prefill_visits)),
+            decode=tuple(n + self._decode_passes * per_pass[layer] for layer, n in enumerate(self._decode_visits)),
         )
 
     def flops(self, router: int = 0) -> FlopUsage:
@@ -109,52 +153,6 @@ class Work:
             router=router,
             total=total,
         )
-
-
-@dataclass
-class Row:
-    """One sequence that runs a program."""
-
-    decoder: Decoder
-    program: Program
-    guard: LoopGuard | None = None
-    """What watches the extra visits of loops; None = nobody."""
-    lead: Lead | None = None
-    """What the program's first layers made of the prompt already; None once it is taken over."""
-    work: Work = field(init=False)
-    pages: PageTable = field(init=False)
-    left_out: set[int] = field(default_factory=set)
-    """Places of the program that the next pass leaves out: loops that the guard stopped, and layers that ran ahead."""
-    loops_stopped: int = 0
-    """Loops that the guard has stopped."""
-
-    def __post_init__(self) -> None:
-        self.work = Work(self.decoder.cost, self.program)
-        self.pages = PageTable(self.decoder.pool, self.decoder.stores(self.program))
-        if self.lead is not None:
-            self.work.ahead(self.program.steps[: self.lead.layers], self.lead.tokens)
-            self.left_out.update(range(self.lead.layers))
-
-    @property
-    def length(self) -> int:
-        """Tokens that have been run."""
-        return self.pages.length
-
-    def end_lead(self) -> None:
-        """From the next pass on, the program runs whole: its lead is taken over, or shall not be kept."""
-        if self.lead is not None:
-            self.left_out.difference_update(range(self.lead.layers))
-            self.lead.release()
-            self.lead = None
-
-    def stop_loop(self, place: int) -> None:
-        """Leave out this extra visit and those that follow it in the same loop, for the rest of the request."""
-        steps = self.program.steps
-        end = place
-        while end < len(steps) and steps[end] == steps[place]:
-            end += 1
-        self.left_out.update(range(place, end))
-        self.loops_stopped += 1
 
 
 @lru_cache(maxsize=1024)

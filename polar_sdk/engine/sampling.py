@@ -1,12 +1,8 @@
-"""Choose the next token from logits: greedy, or temperature, top-k and top-p from a seeded generator.
+"""Choose the next token from logits: first what a request may do to its own logits, then greedy or random sampling.
 
-The filters are Hugging Face's own logits warpers. Every row has a generator of its own, so that a seed gives the same
-answer alone and in a batch.
-
-What a request may ask of its own logits: a hook that changes them, and the log-probabilities that result.
-
-Both act on one row before temperature, top-k and top-p. Rows that ask for neither never come here. Knows logits and
-token ids, no text and no requests.
+A hook may change the logits of a row, and the log-probabilities that result may be read; both come before temperature,
+top-k and top-p, whose filters are Hugging Face's own logits warpers. Every row has a generator of its own, so that a
+seed gives the same answer alone and in a batch. Knows logits and token ids, no text and no requests.
 """
 
 from __future__ import annotations
@@ -28,11 +24,21 @@ if TYPE_CHECKING:
 LogitsHook = Callable[[Sequence[int], "Tensor"], "Tensor"]
 """Given the token ids sampled so far and the float32 logits (V,) of the next one, returns the logits (V,) to use.
 
-−inf forbids a token; at least one must stay possible. It runs in the engine's thread between two tokens, so all rows
-wait for it, and it must not call the model. The logits given are its own to change.
+−inf forbids a token; at least one must stay possible. The hook runs in the engine's thread between two tokens, so all
+rows wait for it, and it must not call the model. It may change the logits in place.
 """
-MOST_ALTERNATIVES: Final = 20
-"""Most alternatives per token that `logprobs` may ask for."""
+MAX_ALTERNATIVES: Final = 20
+"""Maximum number of alternatives per token that `logprobs` may request."""
+_GREEDY_BELOW: Final = 1e-5
+"""Lower temperatures choose greedily: logits divided by less could leave the range of float32."""
+_TYPES: Final[tuple[tuple[str, type, str], ...]] = (
+    ("temperature", Real, "a number"),
+    ("top_p", Real, "a number"),
+    ("top_k", Integral, "a whole number"),
+    ("seed", Integral, "a whole number"),
+)
+_NO_IDS: Final = torch.empty((1, 0), dtype=torch.long)
+"""The warpers' signature requires the tokens so far; none of those used here reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,7 @@ class TokenLogprobs:
     Attributes:
         token: Id of the sampled token.
         logprob: Its log-probability. Unit: nats.
-        top: The likeliest tokens at that place and their log-probabilities, likeliest first, as many as were asked for.
+        top: The likeliest tokens at that place with their log-probabilities, likeliest first; as many as requested.
     """
 
     token: int
@@ -54,17 +60,17 @@ def apply_hook(hook: LogitsHook, tokens: Sequence[int], logits: Tensor) -> Tenso
     """Let a hook change the logits (V,) of the token that follows `tokens`.
 
     Raises:
-        LogitsHookError: What it returned is no logits, or allows no token. An error of its own passes through.
+        LogitsHookError: It did not return logits, or allows no token. Its own errors pass through.
     """
     changed: Any = hook(tuple(tokens), logits)
     if not isinstance(changed, torch.Tensor) or changed.shape != logits.shape:
-        what = tuple(changed.shape) if isinstance(changed, torch.Tensor) else type(changed).__name__
-        raise LogitsHookError(f"the logits_hook returned {what}; it must return logits of shape {tuple(logits.shape)}.")
+        what = f"shape {tuple(changed.shape)}" if isinstance(changed, torch.Tensor) else type(changed).__name__
+        raise LogitsHookError(f"logits_hook returned {what}; it must return logits of shape {tuple(logits.shape)}.")
     usable: Tensor = changed.to(device=logits.device, dtype=torch.float32)
     if not math.isfinite(highest := float(usable.max())):  # nan and +inf win a maximum
         raise LogitsHookError(
-            f"after {len(tokens)} tokens the logits_hook left {highest} as the highest logit; it must leave at least "
-            "one finite logit, and none that is nan or +inf."
+            f"after {len(tokens)} tokens the highest logit that logits_hook returned is {highest}; it must leave at "
+            "least one finite logit, and none that is nan or +inf."
         )
     return usable
 
@@ -77,10 +83,6 @@ def read_logprobs(logits: Tensor, token: int, alternatives: int) -> TokenLogprob
     return TokenLogprobs(token, float(likelihoods[token]), top)
 
 
-_GREEDY_BELOW = 1e-5
-"""Temperatures below it choose greedily: logits divided by less could leave the range of float32."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling settings.
@@ -88,8 +90,8 @@ class Sampling:
     Attributes:
         temperature: 0 (or less than 0.00001) chooses greedily; otherwise logits are divided by it.
         top_p: Keep the most likely tokens that together reach this probability; 1 keeps all.
-        top_k: Keep that many most likely tokens; 0 keeps all.
-        seed: Makes sampling repeatable on one device; None draws a fresh one.
+        top_k: Keep this many of the most likely tokens; 0 keeps all.
+        seed: Makes sampling repeatable on one device; None draws a new one.
     """
 
     temperature: float = 0.0
@@ -98,7 +100,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, kind, what in _KINDS:
+        for name, kind, what in _TYPES:
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "seed" and value is None):
                 raise SamplingError(f"{name}={value!r} is not {what}; pass one.")
@@ -110,18 +112,6 @@ class Sampling:
             raise SamplingError(f"top_k={self.top_k} is out of range; use 0 (off) or more.")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise SamplingError(f"seed={self.seed} is out of range; use a 64-bit integer.")
-
-
-_KINDS: tuple[tuple[str, type, str], ...] = (
-    ("temperature", Real, "a number"),
-    ("top_p", Real, "a number"),
-    ("top_k", Integral, "a whole number"),
-    ("seed", Integral, "a whole number"),
-)
-
-
-_NO_IDS = torch.empty((1, 0), dtype=torch.long)
-"""The warpers' signature asks for the tokens so far; none of those used here reads them."""
 
 
 class Sampler:
@@ -151,7 +141,7 @@ class Sampler:
 def _filters(sampling: Sampling) -> list[LogitsProcessor]:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]  # it refuses 1, an int
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]  # it refuses the int 1
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(int(sampling.top_k)))
     if sampling.top_p < 1:

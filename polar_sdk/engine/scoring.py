@@ -1,19 +1,19 @@
-"""Log-likelihoods of continuations behind a shared prompt, many questions in one pass. For scans; not metered.
+"""Log-likelihoods of continuations after a shared prompt, many questions in one pass. For scans; not metered.
 
-All tokens of all questions lie packed without padding. A prompt runs once per program however many continuations it
+All tokens of all questions are packed without padding. A prompt runs once per program however many continuations it
 has: each continuation attends to the prompt's keys and values and to its own. Knows programs, no text and no policy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
 import torch
 
 from polar_sdk.engine.attention import attend_seen
-from polar_sdk.programs.guard import damp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program, Step
 
 
-_PACK_TOKENS = 4096
+MAX_PACK_TOKENS = 4096
 """Questions run together up to this many tokens."""
-_BLOCK = 128
-"""Tokens that attend at once: their scores stay in the processor's cache, and the masks are small."""
-_HEAD_ROWS = 1024
-"""Positions whose logits are held at once: V floats each."""
+QUERY_BATCH = 128
+"""Number of tokens that attend together: their scores stay in the processor's cache, and the masks are small."""
+HEAD_BATCH = 1024
+"""Number of positions whose logits are held together: V floats each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ class Question:
 
     @property
     def tokens(self) -> int:
-        """Tokens that one pass runs."""
+        """Number of tokens that one pass runs."""
         return len(self.prompt) + sum(map(len, self.continuations))
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt and its longest continuation together."""
+        """Number of tokens of the prompt and its longest continuation together."""
         return len(self.prompt) + max(map(len, self.continuations), default=0)
 
 
@@ -57,7 +57,7 @@ class Score:
 
     Attributes:
         loglikelihoods: Per continuation, in nats, summed over its tokens.
-        greedy: Per continuation, for each of its tokens, the id that the program itself would have chosen there.
+        greedy: Per continuation, for each of its tokens, the id that the program itself would have chosen.
     """
 
     loglikelihoods: tuple[float, ...]
@@ -69,12 +69,12 @@ class Score:
         return max(range(len(self.loglikelihoods)), key=self.loglikelihoods.__getitem__)
 
 
-class _Span:
+class _QuestionSpan:
     """The packed tokens of one question: its prompt, then its continuations.
 
     Args:
-        own: Its places in the pack, T of them.
-        prompt: Tokens of the prompt.
+        own: Its T places in the pack.
+        prompt: Number of tokens of the prompt.
         positions: Position of each token of the pack; continuations restart where the prompt ends, (N,).
         parts: 0 for tokens of a prompt, else the number of the continuation, from 1, (N,).
         windows: The windows that layers have.
@@ -84,29 +84,29 @@ class _Span:
         self, own: slice, prompt: int, positions: Tensor, parts: Tensor, windows: Iterable[int | None]
     ) -> None:
         self._own, self._prompt, self._positions, self._parts = own, prompt, positions[own], parts[own]
-        rows = slice(0, min(_BLOCK, own.stop - own.start))
-        self._first = {window: self._seen(rows, rows, window) for window in windows}
-        """The masks of the first block, which are all that a short question needs, in every layer."""
+        rows = slice(0, min(QUERY_BATCH, own.stop - own.start))
+        self._first_masks = {window: self._seen(rows, rows, window) for window in windows}
+        """The masks of the first block, by window: all that a short question needs, in every layer."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind) -> Iterator[Tensor]:
-        """Attention within the question, (T, H × d), some queries at a time, so that no (T, T) mask is ever held."""
+        """Attention within the question, (T, H × d), in blocks of queries, so that no (T, T) mask is ever held."""
         query, keys, values = query[self._own], key[self._own].transpose(0, 1), value[self._own].transpose(0, 1)
-        for first in range(0, len(query), _BLOCK):
-            rows = slice(first, min(first + _BLOCK, len(query)))
-            columns = slice(self._first_key(first, kind.window), rows.stop)
-            seen = self._seen(rows, columns, kind.window) if first else self._first[kind.window]
+        for start in range(0, len(query), QUERY_BATCH):
+            rows = slice(start, min(start + QUERY_BATCH, len(query)))
+            columns = slice(self._first_key(start, kind.window), rows.stop)
+            seen = self._seen(rows, columns, kind.window) if start else self._first_masks[kind.window]
             yield attend_seen(query[rows], keys[:, columns], values[:, columns], kind, seen)
 
     def _first_key(self, row: int, window: int | None) -> int:
-        """The first token that this one or one behind it looks at."""
+        """The first token that this one, or one after it, attends to."""
         return 0 if window is None else max(0, min(row, self._prompt) - window + 1)
 
     def _seen(self, rows: slice, columns: slice, window: int | None) -> Tensor:
-        """Which tokens (columns) each token (rows) looks at: those before it in the prompt and in its own part."""
-        theirs = self._parts[columns]
-        before = self._positions[rows, None] - self._positions[None, columns]
-        seen = (before >= 0) & ((theirs == 0) | (theirs == self._parts[rows, None]))
-        return seen if window is None else seen & (before < window)
+        """Which tokens (columns) each token (rows) attends to: those before it in the prompt and in its own part."""
+        key_parts = self._parts[columns]
+        distance = self._positions[rows, None] - self._positions[None, columns]
+        seen = (distance >= 0) & ((key_parts == 0) | (key_parts == self._parts[rows, None]))
+        return seen if window is None else seen & (distance < window)
 
 
 def score_questions(decoder: Decoder, questions: Sequence[Question], program: Program) -> list[Score]:
@@ -125,7 +125,7 @@ def score_programs(
     Args:
         decoder: The weights.
         questions: What to score.
-        programs: Any order; duplicates count once.
+        programs: In any order; duplicates count once.
         on_program: Called after each program of each pack, for progress.
     """
     ordered = sorted(set(programs), key=lambda program: program.steps)
@@ -141,11 +141,11 @@ def states_after(decoder: Decoder, prompts: Sequence[tuple[int, ...]], steps: Se
     """Hidden states (T, E) of each prompt's tokens after these steps, before the final norm; no steps: embeddings."""
     states: list[Tensor] = []
     for pack in packs([Question(prompt, ()) for prompt in prompts]):
-        with torch.no_grad():  # not inference mode: what comes out may enter somebody's training
-            walk = Walk(decoder, pack)
-            x = walk.embedded
+        with torch.no_grad():  # not inference mode: the states may be used in training
+            packed = PackedQuestions(decoder, pack)
+            x = packed.embedded
             for step in steps:
-                x = walk.step(decoder, step, x)
+                x = packed.step(decoder, step, x)
         states.extend(torch.split(x, [len(question.prompt) for question in pack]))
     return states
 
@@ -155,7 +155,7 @@ def packs(questions: Sequence[Question], limit: int | None = None) -> Iterator[l
     size = 0
     pack: list[Question] = []
     for question in questions:
-        if pack and size + question.tokens > (limit or _PACK_TOKENS):
+        if pack and size + question.tokens > (limit or MAX_PACK_TOKENS):
             yield pack
             pack, size = [], 0
         size += question.tokens
@@ -169,54 +169,50 @@ def _final_states(
 ) -> Iterator[tuple[Program, Tensor]]:
     """Hidden states (N, E) of a pack after each program.
 
-    In lexicographic order neighbours share the longest starts, so a stack of the states after each visit of the current
-    program is a walk through the trie of all programs: at most one visit per edge, at most D states held.
+    In lexicographic order neighbours share the longest starts, so a stack of the states after each step of the current
+    program walks through the trie of all programs: each edge runs once, and no more states are held than a program has
+    steps.
     """
-    walk = Walk(decoder, pack)
-    stack = [walk.embedded]
+    packed = PackedQuestions(decoder, pack)
+    stack = [packed.embedded]
     before: tuple[Step, ...] = ()
     for program in ordered:
         shared = _shared_start(before, program.steps)
         del stack[shared + 1 :]
         with torch.inference_mode():
             for step in program.steps[shared:]:
-                stack.append(walk.step(decoder, step, stack[-1]))
+                stack.append(packed.step(decoder, step, stack[-1]))
         before = program.steps
         yield program, stack[-1]
 
 
-class Walk:
-    """A pack laid out, and what every step of a program needs of it, on every device that has layers."""
+class PackedQuestions:
+    """A pack of questions laid out for the steps of any program, on every device that has layers."""
 
     def __init__(self, decoder: Decoder, pack: Sequence[Question]) -> None:
-        tokens, places, parts = _lay_out(pack)
+        tokens, positions, parts = _lay_out(pack)
         windows = {kind.window for kind in decoder.family.kinds}
-        self._grounds = {
-            device: _Ground(
-                decoder, pack, torch.tensor(places, device=device), torch.tensor(parts, device=device), windows
+        self._by_device = {
+            device: _DevicePack(
+                decoder, pack, torch.tensor(positions, device=device), torch.tensor(parts, device=device), windows
             )
             for device in decoder.placement.devices
         }
         first = decoder.placement.first
-        self.positions = self._grounds[first].positions
-        """Position of each token, where tokens enter, (N,)."""
+        self.positions = self._by_device[first].positions
+        """Position of each token, (N,), on the device where tokens enter."""
         self.embedded = decoder.embed(torch.tensor(tokens, device=first), self.positions)
         """Hidden states before the first step, (N, E)."""
 
     def step(self, decoder: Decoder, step: Step, x: Tensor) -> Tensor:
         """One step of a program for all packed tokens, (N, E), on the device of its layer."""
         device = decoder.placement.layers[step.first]
-        ground, x = self._grounds[device], x.to(device)
-        if step.bridge:
-            return decoder.bridge(step)(x, ground.positions)
-        kind = decoder.family.kinds[step.first]
-        query, key, value = decoder.project(step.first, x, ground.rotary)
-        mixed = torch.cat([part for span in ground.spans for part in span.attend(query, key, value, kind)])
-        return damp(x, decoder.finish(step.first, x, mixed), step.parts)
+        packed, kind = self._by_device[device], decoder.family.kinds[step.first]
+        return decoder.run_step(step, x.to(device), packed.positions, packed.rotary, partial(packed.attend, kind))
 
 
-class _Ground:
-    """What the layers of one device need of a pack: positions (N,), rotary angles, and who looks at whom."""
+class _DevicePack:
+    """What the layers of one device need of a pack: positions (N,), rotary angles, and who attends to whom."""
 
     def __init__(
         self, decoder: Decoder, pack: Sequence[Question], positions: Tensor, parts: Tensor, windows: set[int | None]
@@ -225,10 +221,14 @@ class _Ground:
         self.rotary = decoder.rotary(positions, max(question.longest for question in pack))
         sizes = [question.tokens for question in pack]
         ends = list(accumulate(sizes))
-        self.spans = [
-            _Span(slice(end - size, end), len(question.prompt), positions, parts, windows)
+        self._spans = [
+            _QuestionSpan(slice(end - size, end), len(question.prompt), positions, parts, windows)
             for question, size, end in zip(pack, sizes, ends, strict=True)
         ]
+
+    def attend(self, kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of every question within itself, (N, H × d)."""
+        return torch.cat([block for span in self._spans for block in span.attend(query, key, value, kind)])
 
 
 def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[int]]:
@@ -245,27 +245,28 @@ def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[int]]
     return tokens, positions, parts
 
 
-def _shared_start(one: Sequence[Step], other: Sequence[Step]) -> int:
+def _shared_start(first: Sequence[Step], second: Sequence[Step]) -> int:
     """Number of steps that two programs have in common before they differ."""
-    same = (a == b for a, b in zip(one, other, strict=False))
+    same = (a == b for a, b in zip(first, second, strict=False))
     return sum(1 for _ in takewhile(bool, same))
 
 
 def predictors(pack: Sequence[Question]) -> tuple[list[int], list[int]]:
-    """Packed places that predict the continuations' tokens, and those tokens.
+    """Places in the pack that predict the continuations' tokens, and those tokens.
 
-    The prompt's end predicts the first token of each continuation, the token before it each other one.
+    The end of the prompt predicts the first token of each continuation; every other one is predicted by the token
+    before it.
     """
     sources: list[int] = []
     targets: list[int] = []
-    at = 0
+    start = 0
     for question in pack:
-        prompt_end = at + len(question.prompt)
-        at = prompt_end
+        prompt_end = start + len(question.prompt)
+        start = prompt_end
         for tail in question.continuations:
-            sources.extend([prompt_end - 1, *range(at, at + len(tail) - 1)])
+            sources.extend([prompt_end - 1, *range(start, start + len(tail) - 1)])
             targets.extend(tail)
-            at += len(tail)
+            start += len(tail)
     return sources, targets
 
 
@@ -279,21 +280,21 @@ def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Sc
 def _predict(decoder: Decoder, states: Tensor, targets: list[int]) -> tuple[list[float], list[int]]:
     likelihoods: list[float] = []
     choices: list[int] = []
-    for start in range(0, len(targets), _HEAD_ROWS):
-        logits = decoder.head(states[start : start + _HEAD_ROWS])
-        wanted = torch.tensor(targets[start : start + _HEAD_ROWS], device=logits.device)
-        likelihoods += (-torch.nn.functional.cross_entropy(logits, wanted, reduction="none")).tolist()
+    for start in range(0, len(targets), HEAD_BATCH):
+        logits = decoder.head(states[start : start + HEAD_BATCH])
+        batch = torch.tensor(targets[start : start + HEAD_BATCH], device=logits.device)
+        likelihoods += (-torch.nn.functional.cross_entropy(logits, batch, reduction="none")).tolist()
         choices += logits.argmax(-1).tolist()
     return likelihoods, choices
 
 
 def _regroup(pack: Sequence[Question], likelihoods: list[float], choices: list[int]) -> list[Score]:
-    scores, at = [], 0
+    scores, start = [], 0
     for question in pack:
         sums, greedy = [], []
         for tail in question.continuations:
-            sums.append(sum(likelihoods[at : at + len(tail)]))
-            greedy.append(tuple(choices[at : at + len(tail)]))
-            at += len(tail)
+            sums.append(sum(likelihoods[start : start + len(tail)]))
+            greedy.append(tuple(choices[start : start + len(tail)]))
+            start += len(tail)
         scores.append(Score(tuple(sums), tuple(greedy)))
     return scores

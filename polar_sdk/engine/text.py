@@ -1,8 +1,8 @@
-"""Turn token ids into text piece by piece, and stop at stop strings, wherever token borders fall.
+"""Turn token ids into text piece by piece, and stop at stop strings, wherever the borders of tokens fall.
 
-Knows a tokenizer's `decode` and nothing of models. Text that could still become part of a stop string, or of a
-character of several bytes, is held back until that is decided; a stop string itself is never emitted. Where several
-match, the one that begins first cuts, so the pieces that the text came in make no difference.
+Text that could still become part of a stop string, or of a character of several bytes, is held back until that is
+decided; a stop string itself is never emitted. Where several match, the one that begins first cuts, so the result does
+not depend on the pieces in which the text arrived. Knows a tokenizer's `decode`, and nothing of models.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\ufffd"
 """What an incomplete character decodes to."""
-_MOST_HELD = 3
-"""Characters held back at most: what the bytes of one incomplete character can decode to."""
-_LONGEST_WINDOW = 64
-"""Tokens in a row without a whole character at their end, after which the bytes are taken as they are."""
+MAX_HELD = 3
+"""Maximum number of characters held back: what the bytes of one incomplete character can decode to."""
+MAX_WINDOW = 64
+"""Maximum number of tokens without a whole character at their end; after that, bytes are shown as they are."""
 
 
 class Detokenizer:
     """Decodes a growing list of tokens; each call returns only the new text.
 
     A token's text can depend on the one before it (leading spaces, bytes of one character), so every step decodes a
-    short window of tokens whole. The window moves up wherever the text ends in a whole character.
+    short window of tokens as a whole. The window moves up wherever the text ends in a whole character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -38,21 +38,21 @@ class Detokenizer:
         self._shown = 0  # characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        """Add one token; returns the text that became certain, maybe none."""
+        """Add one token; returns the text that became certain, which may be empty."""
         self._ids.append(token)
-        return self._take(final=len(self._ids) - self._border > _LONGEST_WINDOW)
+        return self._take(final=len(self._ids) - self._border > MAX_WINDOW)
 
     def finish(self) -> str:
         """Return what is left, incomplete characters included."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> str:
-        now = self._decode(self._ids[self._context :])
-        whole = now.rstrip(_REPLACEMENT)
-        end = len(now) if final else max(len(whole), len(now) - _MOST_HELD)
-        piece = now[self._shown : end]
+        text = self._decode(self._ids[self._context :])
+        whole = text.rstrip(_REPLACEMENT)
+        end = len(text) if final else max(len(whole), len(text) - MAX_HELD)
+        piece = text[self._shown : end]
         self._shown = max(self._shown, end)
-        if end == len(now):
+        if end == len(text):
             self._context, self._border = self._border, len(self._ids)
             self._shown = len(self._decode(self._ids[self._context :]))
         return piece
@@ -76,24 +76,24 @@ class StopMatcher:
         if self.stopped or not self._stops:
             return "" if self.stopped else text
         self._held += text
-        at = self._first_stop()
+        start = self._first_stop()
         # A longer stop that begins earlier may still be coming: of `abc` and `b`, the text `ab` decides nothing yet.
         undecided = len(self._held) - max(_overlap(self._held, stop) for stop in self._stops)
-        if at is not None and at <= undecided:
-            return self._cut(at)
+        if start is not None and start <= undecided:
+            return self._cut(start)
         shown, self._held = self._held[:undecided], self._held[undecided:]
         return shown
 
     def finish(self) -> str:
-        """Return what was held back and turned out to be no stop string."""
-        at = self._first_stop()
-        return self._cut(len(self._held) if at is None else at, stopped=at is not None)
+        """Return what was held back and did not become a stop string."""
+        start = self._first_stop()
+        return self._cut(len(self._held) if start is None else start, stopped=start is not None)
 
     def _first_stop(self) -> int | None:
-        return min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
+        return min((start for stop in self._stops if (start := self._held.find(stop)) >= 0), default=None)
 
-    def _cut(self, at: int, *, stopped: bool = True) -> str:
-        shown, self._held = self._held[:at], ""
+    def _cut(self, end: int, *, stopped: bool = True) -> str:
+        shown, self._held = self._held[:end], ""
         self.stopped = self.stopped or stopped
         return shown
 

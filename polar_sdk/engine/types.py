@@ -1,4 +1,4 @@
-"""What the engine's functions hand each other: weights, rotary pairs, queries, keys and values, kinds of attention."""
+"""What the engine's functions pass to each other: weights, rotary pairs, queries, keys, values, kinds of attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Projected = tuple["Tensor", "Tensor", "Tensor"]
 
 
 def pick(rotary: Rotary, index: Tensor) -> Rotary:
-    """Cosine and sine of some of the tokens."""
+    """Cosine and sine of the tokens at `index`."""
     cos, sin = rotary
     return (cos.index_select(0, index), sin.index_select(0, index)) if cos.numel() else rotary
 
@@ -28,9 +28,9 @@ class AttentionKind:
 
     Attributes:
         scale: Factor on the scores.
-        window: Keys that a query sees, its own included; None = all before it.
-        softcap: Scores pass through cap × tanh(score / cap); None = as they are.
-        rope: Which of the family's rotary tables the layer turns by.
+        window: Number of keys that a query sees, its own included; None = all up to its own.
+        softcap: Scores pass through cap × tanh(score / cap); None = unchanged.
+        rope: Index of the layer's table among the family's rotary tables.
     """
 
     scale: float

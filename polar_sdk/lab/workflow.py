@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.model import PolarModel
-    from polar_sdk.router.features import FeatureKind
     from polar_sdk.router.learned import LearnedRouter
+    from polar_sdk.router.network import FeatureKind
 
 
 _CHECKPOINTS = "checkpoints"

@@ -239,7 +239,7 @@ def _use_compiled(decoder: Decoder, compile: Compile) -> None:
                 f"layers on several devices ({decoder.placement}) run uncompiled; use compile='auto' or False."
             )
         return
-    if compile is False or decoder.kernels.pages:
+    if compile is False or decoder.kernels.has_paged_decode:
         return
     kernels = load_kernels(decoder, cache_folder() / "compiled", build=compile is True, progress=_say_compiling)
     if kernels is None:

@@ -202,7 +202,7 @@ def _check_architecture(config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind not in SUPPORTED:
         raise UnsupportedArchitectureError(
-            f"architecture {kind!r} is not supported; supported are: {', '.join(SUPPORTED)}."
+            f"architecture {kind!r} is not supported; choose from: {', '.join(SUPPORTED)}."
         )
 
 

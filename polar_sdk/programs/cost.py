@@ -1,8 +1,8 @@
 """What a program costs, in FLOPs, for given lengths: exact integers, before anything runs.
 
-The formula is the one of `torch.utils.flop_counter.FlopCounterMode`: 2 FLOPs per multiply-accumulate, matrix products
-and attention only, attention as the full rectangle queries × keys. Knows numbers of FLOPs, not weights and not money.
-A family describes its layers once (`LayerCost`); the same numbers price a plan and meter a run, so that the two agree.
+The formula is that of `torch.utils.flop_counter.FlopCounterMode`: 2 FLOPs per multiply-accumulate, matrix products and
+attention only, attention as the full rectangle queries × keys. A family describes its layers once (`LayerCost`); the
+same numbers estimate a plan and meter a run, so that the two agree. Knows numbers of FLOPs, not weights and not money.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 CHUNK = 512
-"""A prompt runs in pieces that end at multiples of this many tokens. Fixed, because what attention costs depends on the
-pieces: a bill must not depend on who else was served at the time. Unit: tokens."""
+"""A prompt runs in chunks that end at multiples of this length. Fixed, because the cost of attention depends on the
+chunks, and a bill must not depend on who else was served at the time. Unit: tokens."""
 Segment = tuple[int, int]
 """First and last layer that a bridge crosses."""
 
 NOMINAL_PROMPT = 128
 NOMINAL_OUTPUT = 64
-"""Lengths at which programs are compared where no request is at hand: a short chat turn. Unit: tokens."""
+"""Lengths at which programs are compared where there is no request: a short chat turn. Unit: tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +80,22 @@ class CostModel:
         if not step.bridge:
             return self.layers[step.first]
         if (step.first, step.last) not in self.bridges:
-            known = ", ".join(f"[{first}-{last}]" for first, last in sorted(self.bridges)) or "none"
+            available = ", ".join(f"[{first}-{last}]" for first, last in sorted(self.bridges)) or "none"
             raise MissingBridgeError(
-                f"there is no bridge over layers {step.first}-{step.last}; this model has: {known}.",
+                f"there is no bridge over layers {step.first}-{step.last}; this model has: {available}.",
                 hint="Fit it with `polar heal`, or load the bridges that the program was made for.",
             )
         return LayerCost(linear=self.bridges[step.first, step.last], attention=0)
 
     def prefill(self, program: Program, prompt: int, *, cached: int = 0) -> int:
-        """FLOPs of the layers for a prompt of that many tokens, of which the first `cached` are not run again."""
+        """FLOPs of the layers for a prompt of that many tokens, the first `cached` of which are not run again."""
         costs = [self.step(step) for step in program]
         return sum(cost.flops(end - start, end) for start, end in chunks(prompt, cached) for cost in costs)
 
     def decode(self, program: Program, prompt: int, steps: int) -> int:
         """FLOPs of the layers for that many decode steps after the prompt.
 
-        Step i (from 1) runs one query over prompt + i keys; the sum over steps is closed.
+        Step i (from 1) runs one query over prompt + i keys; the sum over the steps has a closed form.
         """
         pairs = steps * prompt + steps * (steps + 1) // 2
         costs = [self.step(step) for step in program]
@@ -124,6 +124,6 @@ class CostModel:
 
 
 def chunks(prompt: int, cached: int = 0) -> list[tuple[int, int]]:
-    """The pieces, (start, end) each, in which a prompt runs whose first `cached` tokens are not run again."""
+    """The chunks, (start, end) each, in which a prompt runs whose first `cached` tokens are not run again."""
     starts = [cached, *range((cached // CHUNK + 1) * CHUNK, prompt, CHUNK)]
     return [(start, end) for start, end in pairwise([*starts, prompt]) if start < end]

@@ -1,12 +1,13 @@
-"""The policy: what bounds a program, and the programs that the tiers of one model stand for.
+"""The policy: what bounds a program and its loops, and the programs that the tiers of one model stand for.
 
 A policy is a JSON file: the one for the default model ships in `polar_sdk/shipped/policies/`, `polar scan --save`
-writes one for any other. It knows programs and costs, not weights; it chooses nothing itself (the router does).
+writes one for any other. It chooses nothing itself; the router does. Knows programs and costs, not weights.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -22,10 +23,11 @@ from polar_sdk.errors import (
     nearest,
 )
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
-from polar_sdk.programs.guard import LoopGuard
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from polar_sdk.programs.cost import CostModel
 
 
@@ -36,13 +38,41 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+@dataclass(frozen=True, slots=True)
+class LoopGuard:
+    """What an extra visit may do to the hidden state.
+
+    A layer was trained to be visited once. Fed its own output, it may blow the state up or turn it away. The guard
+    checks each extra visit at the row's last token, and on a breach restores the state before it. The loop then stays
+    off for the rest of the request, so that no later step misses the keys of a visit that was left out.
+
+    Attributes:
+        max_step: Maximum length of the change, as a multiple of the length of the state before it.
+        min_cosine: Minimum cosine between the states before and after.
+    """
+
+    max_step: float = 1.0
+    min_cosine: float = 0.5
+
+    def breached(self, before: Tensor, after: Tensor) -> Tensor:
+        """Which rows breach, (B,) of booleans, for states (B, E) before and after an extra visit."""
+        import torch.nn.functional as F  # noqa: N812  (a policy is read where torch is not needed)
+
+        old, new = before.float(), after.float()
+        step = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-12)
+        cosine = F.cosine_similarity(old, new, dim=-1)
+        # Written so that NaN breaches.
+        kept: Tensor = (step <= self.max_step) & (cosine >= self.min_cosine)
+        return ~kept
+
+
 class Tier(_Frozen):
     """One named offer of a policy, as far as the engine is concerned."""
 
     program: Program
     """What every prompt of this tier runs, until a learned router chooses per prompt."""
     note: str = ""
-    """What was measured for this program, in a sentence; no promise follows from it."""
+    """What was measured for this program, in a sentence; it is not a promise."""
 
 
 class Policy(_Frozen):
@@ -55,9 +85,9 @@ class Policy(_Frozen):
     protected: tuple[int, ...] = (0, 1, -1)
     """Layers that every program visits; negative numbers count from the last layer."""
     max_visits: int = Field(default=3, ge=1)
-    """Most visits of one layer by one program."""
+    """Maximum number of visits of one layer by one program."""
     cost_ceiling: float = Field(default=1.15, gt=0)
-    """Most FLOPs of a program, as a multiple of identity's."""
+    """Maximum FLOPs of a program, as a multiple of identity's."""
     loop_guard: LoopGuard | None = LoopGuard()
     """What an extra visit of a loop may do to the hidden state before the loop is stopped; None = anything."""
     default_tier: str | None = None
@@ -87,24 +117,24 @@ class Policy(_Frozen):
         """Read a policy file.
 
         Raises:
-            PolicyError: The file is missing, is no JSON, or holds a wrong value.
+            PolicyError: The file is missing, is not valid JSON, or contains a wrong value.
         """
         try:
             return cls._from_json(Path(path).read_text(encoding="utf-8"), str(path))
         except OSError as error:
             raise PolicyError(
                 f"policy file {str(path)!r} cannot be read ({error.strerror}).",
-                hint="Make one with `polar scan --save`.",
+                hint="Create one with `polar scan --save`.",
             ) from error
         except UnicodeDecodeError as error:
             raise PolicyError(
-                f"policy file {str(path)!r} is no UTF-8 text (byte {error.start}).",
-                hint="Make one with `polar scan --save`.",
+                f"policy file {str(path)!r} is not UTF-8 text (byte {error.start}).",
+                hint="Create one with `polar scan --save`.",
             ) from error
 
     @classmethod
     def shipped(cls, fingerprint: str) -> Self | None:
-        """The policy that comes with this package for a model, or None."""
+        """The policy that ships with this package for a model, or None."""
         folder = resources.files("polar_sdk") / "shipped" / "policies"
         for file in folder.iterdir():
             if file.name.endswith(".json"):
@@ -122,26 +152,26 @@ class Policy(_Frozen):
             where = ".".join(str(part) for part in first["loc"]) or "file"
             raise PolicyError(f"policy {name!r}: {where}: {first['msg'].rstrip('.')}.") from error
         except json.JSONDecodeError as error:
-            raise PolicyError(f"policy {name!r} is no JSON (line {error.lineno}: {error.msg}).") from error
+            raise PolicyError(f"policy {name!r} is not valid JSON (line {error.lineno}: {error.msg}).") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the policy file; its folder is made if need be."""
+        """Write the policy file; its folder is created if needed."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         data: dict[str, Any] = self.model_dump(mode="json")
         target.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     def bind(self, fingerprint: str, cost: CostModel) -> None:
-        """Check that the policy belongs to this model and that all its tiers may run on it.
+        """Check that the policy belongs to this model and that all its tiers can run on it.
 
         Raises:
-            PolicyError: It was made for another model.
+            PolicyError: It was made for another model, or does not fit this one.
             ProgramError: A tier's program breaks the policy's own bounds.
         """
         if self.fingerprint is not None and self.fingerprint != fingerprint:
             raise PolicyError(
                 f"the policy was made for model {self.model or 'unnamed'} ({self.fingerprint[:12]}…), "
-                f"but this model is {fingerprint[:12]}…; make one for it with `polar scan --save`."
+                f"but this model is {fingerprint[:12]}…; create one for it with `polar scan --save`."
             )
         for layer in self.protected:
             if not -cost.depth <= layer < cost.depth:
@@ -153,19 +183,19 @@ class Policy(_Frozen):
             self.check(tier.program, cost)
         if "exact" in self.tiers and not self.tiers["exact"].program.is_identity(cost.depth):
             raise PolicyError(
-                f"tier 'exact' has program {self.tiers['exact'].program.text!r}; it means full depth, "
-                f"0-{cost.depth - 1}: give that program another tier's name."
+                f"tier 'exact' has program {self.tiers['exact'].program.text!r}, but it means full depth, "
+                f"0-{cost.depth - 1}; give the program to another tier."
             )
 
     def program_for(self, tier: str | None, depth: int) -> tuple[str | None, Program]:
         """The tier in force and its program; identity where neither request nor policy names a tier.
 
         Raises:
-            UnknownTierError: No such tier in this policy.
+            UnknownTierError: The policy has no such tier.
         """
         name = tier if tier is not None else self.default_tier
         if name is not None and not isinstance(name, str):
-            raise UnknownTierError(f"tier {name!r} is no text; use one of {', '.join(TIERS)}.")
+            raise UnknownTierError(f"tier must be a string (got {name!r}); use one of {', '.join(TIERS)}.")
         if name is None:
             return None, Program.identity(depth)
         if name in self.tiers:
@@ -179,7 +209,7 @@ class Policy(_Frozen):
         if name in TIERS:
             return (
                 f"tier {name!r} has no program for this model; its policy offers {', '.join(known)}. "
-                "Make one with `polar scan --save`."
+                "Create one with `polar scan --save`."
             )
         near = nearest(name, known)
         suggestion = f" Did you mean {near!r}?" if near else ""
@@ -192,7 +222,7 @@ class Policy(_Frozen):
             ProgramDepthError: A visit lies beyond the model.
             ProtectedLayerError: A protected layer is skipped.
             VisitLimitError: One layer is visited too often.
-            CostCeilingError: The program is too dear at 128 prompt and 64 output tokens.
+            CostCeilingError: The program is too expensive at 128 prompt and 64 output tokens.
         """
         program.check_depth(cost.depth)
         skipped = set(program.skips(cost.depth)) & {layer % cost.depth for layer in self.protected}

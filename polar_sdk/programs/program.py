@@ -1,8 +1,8 @@
 """The program: the sequence of steps that a prompt runs, as an immutable value.
 
-A step visits a layer, or crosses several layers by a bridge. A *damped* visit takes only part of the way: of K damped
-visits in a row each moves the state by 1/K of what the layer would add. Knows nothing of weights, prices or policies:
-it can say what it visits, not whether that is allowed (`policy.py`) or what it costs (`cost.py`).
+A step visits a layer, or crosses several layers by a bridge. A *damped* visit goes only part of the way: of K damped
+visits in a row, each moves the state by 1/K of what the layer would add. Knows nothing of weights, prices or policies:
+a program can say what it visits, not whether that is allowed (`policy.py`) or what it costs (`cost.py`).
 
 Text form (canonical, round-trips): items separated by one space, each a layer or an ascending run, optionally
 repeated. `0-11 15x2 18-29` visits layers 0 to 11, then 15 twice, then 18 to 29. `12-14x2` visits 12 13 14 12 13 14.
@@ -37,12 +37,12 @@ _ITEM = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?(?:([x~])([0-9]{1,4}))?")
 _BRIDGE = re.compile(r"\[([0-9]{1,4})(?:-([0-9]{1,4}))?\]")
 _LAST_LAYER = 9999
 """Highest layer index that the grammar can write."""
-_MOST_VISITS = 4096
-"""Longest program there is: a guard against typing errors such as `0-29x999`, far above any real depth."""
+MAX_STEPS = 4096
+"""Maximum length of a program: a guard against typing errors such as `0-29x999`, far above any real depth."""
 
 
 class Step(NamedTuple):
-    """One step of a program. Steps sort by layer, so that programs with a common start lie side by side."""
+    """One step of a program. Steps sort by layer, so that sorting puts programs with a common start side by side."""
 
     first: int
     """The layer, or the first layer that a bridge crosses."""
@@ -65,24 +65,24 @@ class Program:
     steps: tuple[Step, ...]
 
     def __init__(self, steps: Iterable[Step | int]) -> None:
-        made = tuple(step if isinstance(step, Step) else Step(step, step) for step in steps)
-        object.__setattr__(self, "steps", made)
-        if not made:
+        all_steps = tuple(step if isinstance(step, Step) else Step(step, step) for step in steps)
+        object.__setattr__(self, "steps", all_steps)
+        if not all_steps:
             raise ProgramSyntaxError("the program is empty; it needs at least one layer, for example '0-29'.")
-        if (lowest := min(step.first for step in made)) < 0:
+        if (lowest := min(step.first for step in all_steps)) < 0:
             raise ProgramSyntaxError(f"layer {lowest} in a program is negative; layers start at 0.")
-        if (highest := max(step.last for step in made)) > _LAST_LAYER:
+        if (highest := max(step.last for step in all_steps)) > _LAST_LAYER:
             raise ProgramSyntaxError(f"layer {highest} in a program is too high; the highest is {_LAST_LAYER}.")
-        if len(made) > _MOST_VISITS:
+        if len(all_steps) > MAX_STEPS:
             raise ProgramSyntaxError(
-                f"the program has {len(made)} steps, of at most {_MOST_VISITS}; leave layers out or loop less."
+                f"the program has {len(all_steps)} steps; at most {MAX_STEPS} are allowed: skip more or loop less."
             )
-        if all(step.bridge for step in made):
+        if all(step.bridge for step in all_steps):
             raise ProgramSyntaxError("the program visits no layer; it needs at least one, for example '0-29'.")
-        for step, same in groupby(made):
+        for step, same in groupby(all_steps):
             if (count := len(list(same))) % step.parts:
                 raise ProgramSyntaxError(
-                    f"layer {step.first} has {count} visits damped to 1/{step.parts}; they come {step.parts} at a time."
+                    f"layer {step.first} has {count} visits damped to 1/{step.parts}; use a multiple of {step.parts}."
                 )
 
     @classmethod
@@ -100,7 +100,7 @@ class Program:
         steps: list[Step] = []
         for item in text.replace(",", " ").split():
             steps.extend(_parse_item(item, text))
-            if len(steps) > _MOST_VISITS:
+            if len(steps) > MAX_STEPS:
                 raise _too_long(text)
         return cls(steps)
 
@@ -124,7 +124,7 @@ class Program:
 
     @classmethod
     def editing(cls, depth: int, visits: Mapping[int, int]) -> Self:
-        """Identity with the number of visits of some layers set: 0 skips, 1 executes, more loops."""
+        """Identity with the number of visits of some layers changed: 0 skips, 1 executes, more loops."""
         for layer, count in visits.items():
             if not 0 <= layer < depth:
                 raise ProgramDepthError(_depth_message(layer, depth))
@@ -140,20 +140,20 @@ class Program:
             ProgramDepthError: A segment leaves the model, runs backwards or overlaps another.
         """
         steps: list[Step] = []
-        at = 0
+        start = 0
         for first, last in sorted(segments):
-            if not at <= first <= last < depth:
+            if not start <= first <= last < depth:
                 raise ProgramDepthError(
-                    f"bridge {first}-{last} does not fit: it must lie between layers {at} and {depth - 1}."
+                    f"bridge {first}-{last} does not fit; it must cross layers between {start} and {depth - 1}."
                 )
-            steps += [Step(layer, layer) for layer in range(at, first)]
+            steps += [Step(layer, layer) for layer in range(start, first)]
             steps.append(Step(first, last, bridge=True))
-            at = last + 1
-        return cls([*steps, *range(at, depth)])
+            start = last + 1
+        return cls([*steps, *range(start, depth)])
 
     @classmethod
     def of(cls, value: Program | str | Iterable[int]) -> Program:
-        """Take a program, its text form, or a path of layer indices.
+        """The program of a program, its text form, or a sequence of layer indices.
 
         Raises:
             ProgramSyntaxError: It is none of these.
@@ -166,7 +166,7 @@ class Program:
             return cls(step if isinstance(step, Step) else operator.index(step) for step in value)
         except TypeError as error:
             raise ProgramSyntaxError(
-                f"program {value!r} is neither text nor whole numbers; write for example '0-11 15x2 18-29'."
+                f"program {value!r} is neither text nor a sequence of layers; write for example '0-11 15x2 18-29'."
             ) from error
 
     @property
@@ -176,7 +176,7 @@ class Program:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layer of each visit, in order; bridges are left out."""
+        """Layer of each visit, in order, without bridges."""
         return tuple(step.first for step in self.steps if not step.bridge)
 
     @property
@@ -186,7 +186,7 @@ class Program:
 
     @property
     def most_visits(self) -> int:
-        """The highest number of visits that any one layer has."""
+        """The number of visits of the layer that is visited most often."""
         return max(Counter(self.layers).values())
 
     def visits(self, depth: int) -> tuple[int, ...]:
@@ -203,7 +203,7 @@ class Program:
         return self.steps == tuple(Step(layer, layer) for layer in range(depth))
 
     def check_depth(self, depth: int) -> None:
-        """Raise ProgramDepthError if a visit lies beyond the model."""
+        """Raise ProgramDepthError if a step goes beyond the last layer of the model."""
         if (deepest := max(step.last for step in self.steps)) >= depth:
             raise ProgramDepthError(f"program {self.text!r}: {_depth_message(deepest, depth)}")
 
@@ -218,7 +218,7 @@ class Program:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        # In policy files and reports a program stands as its text form.
+        # In policy files and reports a program is written in its text form.
         from pydantic_core import core_schema
 
         return core_schema.no_info_plain_validator_function(
@@ -238,13 +238,13 @@ def _parse_item(item: str, text: str) -> list[Step]:
     match = _ITEM.fullmatch(item)
     if match is None or (match[3] == "~" and match[2] is not None):
         raise ProgramSyntaxError(
-            f"program {text!r} does not parse at {item!r}; write layers and ranges, for example '0-11 15x2 18-29'."
+            f"program {text!r} cannot be parsed at {item!r}; write layers and ranges, for example '0-11 15x2 18-29'."
         )
     first, last = _span(match[1], match[2], item, text)
     count = 1 if match[4] is None else int(match[4])
     if count < 1:
         raise ProgramSyntaxError(f"{item!r} in program {text!r} repeats 0 times; leave the layer out to skip it.")
-    if (last - first + 1) * count > _MOST_VISITS:
+    if (last - first + 1) * count > MAX_STEPS:
         raise _too_long(text)
     parts = count if match[3] == "~" else 1
     return [Step(layer, layer, parts) for layer in range(first, last + 1)] * count
@@ -260,7 +260,7 @@ def _span(first_text: str, last_text: str | None, item: str, text: str) -> tuple
 
 def _too_long(text: str) -> ProgramSyntaxError:
     return ProgramSyntaxError(
-        f"program {text!r} has more than {_MOST_VISITS} steps, the most there may be; leave layers out or loop less."
+        f"program {text!r} has more than {MAX_STEPS} steps, which is the limit; skip more or loop less."
     )
 
 
@@ -278,7 +278,7 @@ def _runs(steps: tuple[Step, ...]) -> Iterator[Step]:
 
 
 def _continues(steps: tuple[Step, ...], at: int) -> bool:
-    """Whether the step is the next of the run that the step before it is part of."""
+    """Whether the step continues the run of the step before it."""
     before, step = steps[at - 1], steps[at]
     plain = (before.parts, before.bridge) == (step.parts, step.bridge) == (1, False)
     return plain and step.first == before.first + 1 and not _looped(steps, at) and not _looped(steps, at - 1)

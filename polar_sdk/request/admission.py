@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.router.fixed import fixed_router
+from polar_sdk.router.base import fixed_router
 from polar_sdk.usage import Offer, UsageBound
 
 if TYPE_CHECKING:

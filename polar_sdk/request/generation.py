@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from polar_sdk.engine.sampling import TokenLogprobs
-    from polar_sdk.programs.guard import LoopGuard
+    from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.serving.job import Piece
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.request import Request
@@ -96,7 +96,7 @@ def answer(
     ended: SimpleQueue[Job] = SimpleQueue()
     requests = admit(requests, model.decoder.cost, sink)
     jobs = [
-        Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, ended=ended.put)
+        Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, on_end=ended.put)
         for request in requests
     ]
     with _Recorder(model, jobs, sink) as recorder:
@@ -119,7 +119,7 @@ def stream(
     """
     sink.check()
     (request,) = admit([request], model.decoder.cost, sink)
-    job = Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, ahead=AHEAD)
+    job = Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, max_ahead=AHEAD)
     with _Recorder(model, [job], sink) as recorder:
         model.scheduler.submit([job])
         held: Piece | None = None

@@ -28,7 +28,7 @@ from polar_sdk.request.options import (
     override,
     refuse_unknown,
 )
-from polar_sdk.router.fixed import fixed_router
+from polar_sdk.router.base import fixed_router
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.serving.request import Request
 from polar_sdk.usage import new_request_id

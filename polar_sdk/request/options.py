@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from polar_sdk.engine.sampling import MOST_ALTERNATIVES
+from polar_sdk.engine.sampling import MAX_ALTERNATIVES
 from polar_sdk.errors import InvalidRequestError, SamplingError, TagError, did_you_mean
 from polar_sdk.models.load import LoadOptions
 
@@ -183,8 +183,8 @@ def check_logprobs(asked: Any) -> int | None:
         count = operator.index(asked)
     except TypeError:
         raise SamplingError(f"logprobs={asked!r} is not a whole number; pass one, or None.") from None
-    if isinstance(asked, bool) or not 0 <= count <= MOST_ALTERNATIVES:
-        raise SamplingError(f"logprobs={asked} is out of range; use 0 to {MOST_ALTERNATIVES}, or None.")
+    if isinstance(asked, bool) or not 0 <= count <= MAX_ALTERNATIVES:
+        raise SamplingError(f"logprobs={asked} is out of range; use 0 to {MAX_ALTERNATIVES}, or None.")
     return count
 
 

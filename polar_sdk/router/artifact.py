@@ -1,7 +1,7 @@
 """A router on disk: a folder with `router.safetensors` (weights) and `router.json` (everything else). No pickle.
 
-`router.json` holds kind, programs, base model, training record, certificate, and the hashes of weights and programs,
-so that a file that was altered or lost is found before it serves. Bridges lie beside them in a file of their own.
+`router.json` holds kind, programs, base model, training record, certificate, and the hashes of weights and programs, so
+that an altered or missing file is detected before it serves. Bridges are stored beside them in a folder of their own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from polar_sdk.engine.hashes import hash_programs, hash_tensors
 from polar_sdk.errors import RouterDamagedError, RouterError
 from polar_sdk.programs.program import Program
+from polar_sdk.router.base import IdentityRouter, StaticRouter
 from polar_sdk.router.certificate import Certificate
-from polar_sdk.router.fixed import IdentityRouter, StaticRouter
 from polar_sdk.router.layerwise import LayerwiseRouter
 from polar_sdk.router.learned import LearnedRouter, RouterFacts
 from polar_sdk.router.menu import MenuRouter
@@ -44,15 +44,15 @@ class _File(BaseModel):
     programs_sha256: str
     weights_sha256: str
     facts: RouterFacts | None = None
-    """None for the kinds that need no training."""
+    """None for kinds that need no training."""
     certificate: Certificate | None = None
 
 
 def save_router(router: Router, folder: str | Path) -> Path:
-    """Write a router's folder, made if need be; returns it.
+    """Write a router's folder, which is created if needed; returns it.
 
     Raises:
-        RouterError: It is of a kind that cannot be stored.
+        RouterError: Its kind cannot be stored.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def save_router(router: Router, folder: str | Path) -> Path:
     from safetensors.torch import save_file
 
     save_file(tensors, target / _WEIGHTS)
-    # Last, and in one step: a folder with a router.json is whole.
+    # Last, and in one step: a folder with a router.json is complete.
     draft = target / f"{_JSON}.tmp"
     draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(target / _JSON)
@@ -78,10 +78,10 @@ def load_router(folder: str | Path) -> Router:
     source = Path(folder)
     file = _read_json(source)
     if hash_programs(file.programs) != file.programs_sha256:
-        raise _damaged(source, _JSON, "its programs are not those it was saved with")
+        raise _damaged(source, _JSON, "its programs are not the ones it was saved with")
     tensors = _read_weights(source)
     if hash_tensors(tensors) != file.weights_sha256:
-        raise _damaged(source, _WEIGHTS, "its weights are not those it was saved with")
+        raise _damaged(source, _WEIGHTS, "its weights are not the ones it was saved with")
     if file.kind in ("identity", "static"):
         program = file.programs[0]
         return IdentityRouter(len(program)) if file.kind == "identity" else StaticRouter(program)
@@ -130,7 +130,7 @@ def _read_json(source: Path) -> _File:
     if not path.is_file():
         raise RouterError(
             f"there is no router in folder {str(source)!r} ({_JSON} is missing).",
-            hint="Train one with `polar train --out FOLDER`, or name its folder.",
+            hint="Train one with `polar train --out FOLDER`, or pass the folder of one.",
         )
     try:
         return _File.model_validate(json.loads(path.read_text(encoding="utf-8")))

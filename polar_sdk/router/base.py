@@ -1,24 +1,60 @@
-"""What a router is: prompt tokens in, a program and the router's own cost out. Knows no text and no money."""
+"""What a router is: prompt tokens in, a program and the router's own cost out; and the two that read no prompt.
+
+Knows no text and no money.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from polar_sdk.engine.route import Route
+from polar_sdk.programs.program import Program
 
-    from polar_sdk.engine.route import Route
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 class Router(ABC):
     """Maps a prompt to a program. Implementations hold no state that a request changes."""
 
     kind: ClassVar[str]
-    """Name of the kind, as it stands in usage records."""
+    """Name of the kind, as usage records show it."""
     version: str = "1"
     """Version of the rule or of the trained weights."""
 
     @abstractmethod
     def route(self, tokens: Sequence[int]) -> Route:
-        """Choose the program for one prompt of that many token ids."""
+        """Choose the program for one prompt, given as token ids."""
+
+
+class StaticRouter(Router):
+    """One program, named by hand or picked by a scan."""
+
+    kind: ClassVar[str] = "static"
+
+    def __init__(self, program: Program | str | Iterable[int]) -> None:
+        self._route = Route(Program.of(program))
+
+    @property
+    def program(self) -> Program:
+        """The program every prompt runs."""
+        return self._route.program
+
+    def route(self, tokens: Sequence[int]) -> Route:
+        """Return the one program."""
+        return self._route
+
+
+class IdentityRouter(StaticRouter):
+    """Every layer once."""
+
+    kind: ClassVar[str] = "identity"
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(Program.identity(depth))
+
+
+def fixed_router(program: Program, depth: int) -> Router:
+    """The router of a program that was fixed before the prompt was read."""
+    return IdentityRouter(depth) if program.is_identity(depth) else StaticRouter(program)

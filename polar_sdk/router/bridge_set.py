@@ -1,7 +1,7 @@
 """A set of bridges on disk: a folder with `bridges.safetensors` and `bridges.json`. No pickle.
 
-The JSON names the model by fingerprint, every segment with what was measured of it, the data by hash, how the maps
-were made, and the hash of the tensor file. Knows bridges, not how they are fitted.
+The JSON holds the model's fingerprint, what was measured of each segment, the hash of the data, how the maps were made,
+and the hash of the tensor file. Knows bridges, not how they are fitted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Frozen(BaseModel):
 
 
 class SegmentRecord(_Frozen):
-    """One bridge, as the JSON file has it."""
+    """One bridge, as the JSON file describes it."""
 
     first: int
     last: int
@@ -45,8 +45,8 @@ class SegmentRecord(_Frozen):
     """`full rank`, or `rank 64`."""
     flops_per_token: int
     error_of_skip: float | None
-    """Squared error on held-out prompts over that of a plain skip, along the program that uses the whole group; below 1
-    the bridge is better. None where there was no held-out prompt."""
+    """Squared error on held-out prompts, divided by that of a plain skip, in the program that uses the whole group;
+    below 1 the bridge is better. None where no prompt was held out."""
 
 
 class _Record(_Frozen):
@@ -96,7 +96,7 @@ class BridgeSet:
         """Refuse a model that these bridges were not fitted on.
 
         Raises:
-            BridgeModelError: Its fingerprint differs.
+            BridgeModelError: The fingerprints differ.
         """
         if self.fingerprint != fingerprint:
             raise BridgeModelError(
@@ -117,7 +117,7 @@ class BridgeSet:
         decoder.set_bridges({**decoder.bridges, **placed})
 
     def save(self, folder: str | Path) -> Path:
-        """Write both files; the folder is made if need be. Returns the folder."""
+        """Write both files; the folder is created if needed. Returns the folder."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -172,14 +172,14 @@ class BridgeSet:
 
 
 def _named(bridge: Bridge) -> dict[str, Tensor]:
-    weights = {f"weight.{number}": factor for number, factor in enumerate(bridge.weight)}
+    weights = {f"weight.{index}": factor for index, factor in enumerate(bridge.weight)}
     return {**weights, "bias": bridge.bias, "first": bridge.first}
 
 
 def _bridges(source: Path, record: _Record, data: bytes) -> dict[Segment, Bridge]:
     try:
         tensors = load_tensors(data)
-        return {(one.first, one.last): _bridge(tensors, f"{one.first}-{one.last}") for one in record.segments}
+        return {(each.first, each.last): _bridge(tensors, f"{each.first}-{each.last}") for each in record.segments}
     except (SafetensorError, KeyError) as error:
         raise _damaged(source, f"{_TENSORS}: {error}") from error
 

@@ -1,15 +1,11 @@
 """The certificate: what was counted when a router was calibrated, for what exactly, and which promises follow.
 
-A router has one dial, its looseness θ: 0 always runs identity, more lets cheaper programs through. Calibration counts
-the lost prompts at each θ of a fixed sequence that was chosen before. *Learn-then-Test* walks it from identity upward:
-θ is accepted while an exact test rejects "more than α of such prompts are lost" at level δ, and the walk
-stops at the first θ it does not reject, so that the promise at the last accepted θ holds with probability 1 − δ.
-A promise holds for each kind of prompt alike (choices, texts): a θ is accepted where the tests of all kinds reject.
-That needs no correction, since the promise is broken only if one of them is wrong. Knows counts and hashes; no prompts.
-
-What calibration counted for one kind of prompt, and how surely less than a share of such prompts is lost.
-
-Knows counts and the tests on them; no programs, no promises.
+A router has one dial, its looseness θ: 0 always runs identity, more allows cheaper programs. Calibration counts the
+lost prompts at each θ of a fixed sequence chosen beforehand. *Learn-then-Test* walks the sequence from identity upward:
+θ is accepted while an exact test rejects "more than α of such prompts are lost" at level δ, and the walk stops at the
+first θ where it does not, so that the promise at the last accepted θ holds with probability 1 − δ. A promise holds for
+each kind of prompt (choices, texts) separately: a θ is accepted where the tests of all kinds reject. That needs no
+correction, since the promise is broken only if one of them is wrong. Knows counts and hashes, no prompts.
 """
 
 from __future__ import annotations
@@ -32,8 +28,8 @@ Loss = Literal["differs", "harms", "drops"]
 
 `differs`: the answer differs from identity's: another choice, or in text fewer than three quarters of the tokens that
 identity would choose (`lab.rewards.measure.SAME_ANSWER`). `harms`: identity is right and the program is wrong. `drops`:
-the same, less the prompts where it is the other way round, so that α bounds the drop of accuracy; where no right answer
-is known, an answer that differs is lost.
+the same, minus the prompts where it is the other way round, so that α bounds the drop in accuracy; where the right
+answer is not known, an answer that differs is lost.
 """
 LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
 
@@ -44,11 +40,11 @@ class Counts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n: int = Field(ge=1)
-    """Calibration prompts."""
+    """Number of calibration prompts."""
     lost: dict[Loss, tuple[int, ...]]
-    """Lost prompts at each θ; `harms` and `drops` only where the answers are known."""
+    """Number of prompts lost at each θ; `harms` and `drops` only where the right answers are known."""
     gained: tuple[int, ...] = ()
-    """Prompts gained at each θ, for the loss `drops`."""
+    """Number of prompts gained at each θ, for the loss `drops`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -59,14 +55,14 @@ class Counts(BaseModel):
                 raise ValueError(f"{name} needs one count of 0 to {self.n} per theta")
         return self
 
-    def pair(self, at: int, loss: Loss) -> tuple[int, int]:
-        """Prompts lost and gained at the θ of that number."""
+    def pair(self, index: int, loss: Loss) -> tuple[int, int]:
+        """Number of prompts lost and gained at the θ of this index."""
         counted = self._counted(loss)
-        return self.lost[counted][at], self.gained[at] if counted == "drops" else 0
+        return self.lost[counted][index], self.gained[index] if counted == "drops" else 0
 
-    def p_value(self, at: int, alpha: float, delta: float, loss: Loss) -> float:
-        """Of "more than α is lost at that θ"."""
-        lost, gained = self.pair(at, loss)
+    def p_value(self, index: int, alpha: float, delta: float, loss: Loss) -> float:
+        """Of "more than α is lost at the θ of this index"."""
+        lost, gained = self.pair(index, loss)
         if self._counted(loss) == "drops":
             return paired_loss_p(lost, gained, self.n, alpha, delta)
         return binomial_cdf(lost, self.n, alpha)
@@ -81,16 +77,16 @@ class Counts(BaseModel):
         needed = (least_paired_prompts if paired else least_prompts)(alpha, delta)
         if self.n < needed:
             raise CalibrationSizeError(
-                f"α = {alpha * 100:g} % needs at least {needed} calibration prompts at δ = {delta:g}; you gave "
+                f"α = {alpha * 100:g} % needs at least {needed} calibration prompts at δ = {delta:g}; there are "
                 f"{self.n} of kind {kind!r}.",
-                hint="Give more prompts of that kind, none of it, or a larger α.",
+                hint="Pass more prompts of that kind or none of it, or choose a larger α.",
             )
 
     def _counted(self, loss: Loss) -> Loss:
-        """What was counted for a loss: without right answers a drop is an answer that differs."""
+        """What was counted for a loss: without right answers, an answer that differs counts as a drop."""
         counted: Loss = "differs" if loss == "drops" and "drops" not in self.lost else loss
         if counted not in self.lost:
-            raise CertificateError(f"loss {loss!r} was not counted; calibrate on a set with answers.")
+            raise CertificateError(f"loss {loss!r} was not counted; calibrate on prompts with answers.")
         return counted
 
 
@@ -102,7 +98,7 @@ class _Frozen(BaseModel):
 
 
 class Subject(_Frozen):
-    """What a certificate holds for; a promise is void where one of these differs from what would run."""
+    """What a certificate holds for; a promise is void if one of these differs from what would run."""
 
     model: str
     """Fingerprint of the base model."""
@@ -111,14 +107,14 @@ class Subject(_Frozen):
     router: str
     """Hash of the router's weights."""
     bridges: str
-    """Hash of the bridges that those programs cross; empty where they cross none."""
+    """Hash of the bridges that those programs use; empty where they use none."""
     dtype: str
-    """How the base model's weights are held."""
+    """Precision of the base model's weights."""
     engine: str
     """Version of the engine's arithmetic."""
 
     def difference(self, other: Subject) -> str | None:
-        """Name and values of the first field that differs, or None."""
+        """Name and values of the first field that differs; None where all are equal."""
         for name in type(self).model_fields:
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
@@ -133,13 +129,13 @@ class Promise(_Frozen):
     delta: Share
     loss: Loss
     n: dict[str, int]
-    """Calibration prompts of each kind."""
+    """Number of calibration prompts of each kind."""
     k: dict[str, int]
-    """Those of them that were lost at θ."""
+    """Number of them that were lost at θ."""
     gained: dict[str, int]
-    """Those that were gained, where the loss is `drops`."""
+    """Number of them that were gained, where the loss is `drops`."""
     theta: float = Field(ge=0)
-    """Of the accepted θ the one that saves most; 0 = always identity."""
+    """The accepted θ that saves most; 0 = always identity."""
 
     @property
     def text(self) -> str:
@@ -169,7 +165,7 @@ class Certificate(_Frozen):
     kinds: dict[str, Counts] = Field(min_length=1)
     """What was counted at each θ, by kind of prompt: `choice`, `prompt`, `answer`."""
     saved: tuple[float, ...]
-    """Share of identity's FLOPs saved at each θ, the router's own counted."""
+    """Share of identity's FLOPs saved at each θ, after those of the router."""
     tiers: dict[str, Promise] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -187,20 +183,20 @@ class Certificate(_Frozen):
         return self
 
     def promise(self, alpha: float, loss: Loss = "differs") -> Promise:
-        """Of all θ that the counts allow at α, the one that saves most.
+        """The promise at the θ that saves most among those that the counts allow at α.
 
         Raises:
             CalibrationSizeError: Not even identity could be certified with so few prompts.
-            CertificateError: That loss was not counted.
+            CertificateError: This loss was not counted.
         """
         for kind, counts in self.kinds.items():
             counts.check_size(kind, alpha, self.delta, loss)
         accepted = 0
-        for at in range(len(self.thetas)):
-            if any(counts.p_value(at, alpha, self.delta, loss) > self.delta for counts in self.kinds.values()):
+        for index in range(len(self.thetas)):
+            if any(counts.p_value(index, alpha, self.delta, loss) > self.delta for counts in self.kinds.values()):
                 break
-            # All accepted θ hold together, so any may be taken; one that saves less than nothing is not.
-            accepted = at if self.saved[at] > self.saved[accepted] else accepted
+            # All accepted θ hold together, so any of them may be taken, but none that saves less than identity does.
+            accepted = index if self.saved[index] > self.saved[accepted] else accepted
         pairs = {kind: counts.pair(accepted, loss) for kind, counts in self.kinds.items()}
         return Promise(
             alpha=alpha,
@@ -216,12 +212,11 @@ class Certificate(_Frozen):
         """The promise that at most that share of answers differs from identity's.
 
         Raises:
-            ToleranceError: It is no share, or smaller than anything the calibration can promise.
+            ToleranceError: It is not between 0 and 1, or smaller than anything the calibration can promise.
         """
         if not 0 < tolerance < 1:
             raise ToleranceError(
-                f"tolerance {tolerance:g} is out of range; it is a share between 0 and 1, such as 0.05; "
-                "compute='exact' tolerates nothing."
+                f"tolerance {tolerance:g} is out of range; use a share above 0 and below 1, or compute='exact'."
             )
         fewest = min(counts.n for counts in self.kinds.values())
         least = smallest_alpha(fewest, self.delta)
@@ -229,7 +224,7 @@ class Certificate(_Frozen):
             raise ToleranceError(
                 f"tolerance {tolerance:g} is below {least:.4f}, the smallest that {fewest} calibration prompts can "
                 f"certify at δ = {self.delta:g}.",
-                hint="Ask for more, use compute='exact', or run `polar calibrate` with more prompts.",
+                hint="Use a larger tolerance or compute='exact', or run `polar calibrate` with more prompts.",
             )
         return self.promise(tolerance)
 
@@ -242,11 +237,11 @@ class Certificate(_Frozen):
         if (difference := self.subject.difference(running)) is not None:
             raise CertificateError(
                 f"the router's certificate holds for {difference}.",
-                hint="Run `polar calibrate` for this setting, or ask for compute='exact'.",
+                hint="Run `polar calibrate` for this setting, or use compute='exact'.",
             )
 
 
 def tier_promise(certificate: Certificate, tier: str, alpha: float, loss: Loss) -> Certificate:
-    """The certificate with one more tier, promised as loosely as its counts allow."""
+    """The certificate with one more tier, whose promise is as loose as its counts allow."""
     tiers = {**certificate.tiers, tier: certificate.promise(alpha, loss)}
     return Certificate.model_validate({**certificate.model_dump(), "tiers": tiers})

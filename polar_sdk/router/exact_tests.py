@@ -1,7 +1,7 @@
-"""The statistics that calibration and evaluation rest on: exact. Knows counts, no prompts.
+"""The exact statistics that calibration and evaluation rest on. Knows counts, no prompts.
 
-Binomial tails are sums of exact terms (logarithms of the gamma function), those of paired differences come from their
-characteristic function, so that no approximation stands between a count and a promise.
+Binomial tails are sums of exact terms (logarithms of the gamma function), and those of paired differences come from
+their characteristic function, so that no approximation stands between a count and a promise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _Z95 = NormalDist().inv_cdf(0.975)
 _SHARE_OF_DELTA = 0.1
-"""Of δ, what `paired_loss_p` spends on bounding how many pairs differ at all."""
+"""The share of δ that `paired_loss_p` spends on bounding how many pairs differ at all."""
 _NUISANCE_POINTS = 8
 
 
@@ -34,7 +34,7 @@ class Interval(NamedTuple):
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(X ≤ k) of n draws that each succeed with probability p."""
+    """P(X ≤ k) for n draws that each succeed with probability p."""
     if k >= n or p <= 0:
         return 1.0
     if k < 0 or p >= 1:
@@ -45,33 +45,33 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
 
 
 def least_prompts(alpha: float, delta: float) -> int:
-    """Fewest calibration prompts that can certify α at δ at all: those of which not one may be lost."""
+    """Minimum number of calibration prompts that can certify α at δ, where none of them may be lost."""
     return ceil(log(delta) / log1p(-alpha) - 1e-9)
 
 
 def least_paired_prompts(alpha: float, delta: float) -> int:
-    """Fewest calibration prompts with which `paired_loss_p` can be δ or less: those of which no pair may differ."""
+    """Minimum number of calibration prompts with which `paired_loss_p` can reach δ, where no pair may differ."""
     return ceil(log(_SHARE_OF_DELTA * delta) / log1p(-alpha) - 1e-9)
 
 
 @lru_cache(maxsize=4096)
 def paired_loss_p(lost: int, gained: int, n: int, alpha: float, delta: float) -> float:
-    """P-value of "the mean loss is α or more", of n pairs of which some are lost (+1), some gained (−1).
+    """P-value of "the mean loss is α or more" for n pairs, of which some are lost (+1) and some gained (−1).
 
     How many pairs differ at all is not known beforehand. It is bounded first, at a tenth of δ (Clopper and Pearson);
-    the p-value is the largest exact probability of a sum like this one, or a smaller one, within that bound, and that
-    tenth on top (Berger and Boos, 1994). So with δ it holds for any n, without a normal approximation.
+    the p-value is the largest exact probability of a sum as small as this one within that bound, plus that tenth
+    (Berger and Boos, 1994). So at level δ it is valid for any n, without a normal approximation.
 
     Args:
-        lost: Pairs that the second system loses.
-        gained: Pairs that it wins.
-        n: All pairs.
+        lost: Number of pairs that the second system loses.
+        gained: Number of pairs that it wins.
+        n: Number of all pairs.
         alpha: The mean loss that is to be ruled out.
-        delta: The level that the p-value is compared with; the bound's share is a part of it.
+        delta: The level that the p-value is compared with; it includes the share spent on the bound.
     """
     spent = _SHARE_OF_DELTA * delta
     most = _upper_share(lost + gained, n, spent)
-    if most < alpha:  # so few differ that the mean cannot reach α
+    if most < alpha:  # so few pairs differ that the mean cannot reach α
         return spent
     # The probability is smooth in the share that differs; its upper end is where it is largest in practice.
     differ = torch.linspace(alpha, most, _NUISANCE_POINTS, dtype=torch.float64)
@@ -88,27 +88,27 @@ def _upper_share(k: int, n: int, level: float) -> float:
 
 
 def _sum_cdf(total: int, n: int, up: Tensor, down: Tensor) -> Tensor:
-    """P(sum ≤ total) of n draws that are +1, −1 or 0, for chances (K,) of +1 and −1; (K,).
+    """P(sum ≤ total) for n draws of +1, −1 or 0, with probabilities (K,) of +1 and −1; returns (K,).
 
-    Exact up to rounding: the characteristic function, inverted at 2^m points, more than there are sums.
+    Exact up to rounding: the characteristic function is inverted at 2^m points, more than there are possible sums.
     """
     size = 1 << (2 * n + 1).bit_length()
     angle = 2 * torch.pi * torch.arange(size, dtype=torch.float64) / size
     turn = torch.complex(torch.cos(angle), -torch.sin(angle))
     up, down = up[:, None], down[:, None]
     chances = torch.fft.ifft((up * turn + down * turn.conj() + (1 - up - down)) ** n).real
-    # Place s holds the probability of the sum s, negative ones from the end.
-    kept = torch.cat((chances[:, -n:], chances[:, : n + 1]), 1)[:, : total + n + 1]
-    return kept.sum(1).clamp(0, 1)
+    # Index s holds the probability of the sum s; negative sums count from the end.
+    tail = torch.cat((chances[:, -n:], chances[:, : n + 1]), 1)[:, : total + n + 1]
+    return tail.sum(1).clamp(0, 1)
 
 
 def smallest_alpha(n: int, delta: float) -> float:
-    """The smallest α that n prompts can certify at δ, reached where none is lost."""
+    """The smallest α that n prompts can certify at δ; it takes that none is lost."""
     return -expm1(log(delta) / n)
 
 
 def wilson(k: int, n: int) -> Interval:
-    """A share k of n, with Wilson's 95 % interval.
+    """The share k of n, with Wilson's 95 % interval.
 
     Raises:
         ValueError: n is 0.
@@ -124,7 +124,8 @@ def wilson(k: int, n: int) -> Interval:
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
     """Mean of first − second over the same prompts, with its 95 % interval (normal, from the paired differences).
 
-    Where all pairs are equal the interval does not collapse to a point: its half is what n prompts leave open, 3 / n.
+    Where all pairs are equal the interval does not collapse to a point: its half-width is what n prompts leave open,
+    3 / n.
     """
     differences = [int(a) - int(b) for a, b in zip(first, second, strict=True)]
     n = len(differences)
@@ -137,7 +138,7 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Interval
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Two-sided exact p-value that one of two systems is right more often, over the same prompts."""
+    """Two-sided exact p-value of "both systems are right equally often", over the same prompts."""
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     split = only_first + only_second

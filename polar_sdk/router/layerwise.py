@@ -1,8 +1,8 @@
-"""The policy router, the published article's design: an MLP says for each layer skip, execute or loop.
+"""The policy router, the design of the published article: for each layer an MLP decides to skip, execute or loop it.
 
-It reads the pooled input embeddings, and has two hidden layers of 256 units. With its dial at θ a layer leaves
-"execute" where the probability of executing it is below θ, for the likelier of the other two: 0 is identity, 1/2 the
-usual reading. Protected layers always execute. Knows no text and no money.
+It reads the pooled input embeddings, and has two hidden layers of 256 units. With its dial at θ, a layer whose
+probability of "execute" is below θ gets the likelier of the other two: 0 is identity, 1/2 the usual reading. Protected
+layers always execute. Knows no text and no money.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class LayerwiseRouter(LearnedRouter):
         chosen = torch.where(chances[..., EXECUTE] < theta, other, EXECUTE)
         actions = torch.full((len(outputs), self.facts.depth), EXECUTE)
         actions[:, list(self.free)] = chosen.cpu()
-        # Loops that outnumber the skips would cost more than identity, which no router here is meant to.
+        # With more loops than skips a program would cost more than identity, which no router here may do.
         actions[actions.sum(-1) > self.facts.depth] = EXECUTE
         return [program_of(row) for row in map(tuple, actions.tolist())]
 
 
 def layerwise_dial(execute: Tensor, points: int = 40) -> tuple[float, ...]:
     """0, then quantiles of the probabilities of executing, over layers and prompts."""
-    marks = torch.quantile(execute.double().flatten(), torch.linspace(0, 1, points, dtype=torch.float64)) + 1e-9
-    return (0.0, *sorted(set(marks.clamp(max=1.0).tolist())))
+    thetas = torch.quantile(execute.double().flatten(), torch.linspace(0, 1, points, dtype=torch.float64)) + 1e-9
+    return (0.0, *sorted(set(thetas.clamp(max=1.0).tolist())))

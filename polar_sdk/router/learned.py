@@ -1,8 +1,8 @@
 """Learned routers: what the kinds `menu` and `policy` have in common.
 
-A learned router is made without a model (trained, or read from its folder) and serves once it is bound to one. It has
-one dial, its looseness θ, from 0 (always identity) upward. A tier or a tolerance of a request becomes a θ through the
-certificate, and only while what would run is what was certified. Knows no text and no money.
+A learned router is created without a model (trained, or read from its folder) and serves once it is bound to one. It
+has one dial, its looseness θ, from 0 (always identity) upward. The certificate turns the tier or tolerance of a request
+into a θ, but only while what would run is what was certified. Knows no text and no money.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.engine.hashes import hash_bridges, hash_programs, hash_tensors
 from polar_sdk.engine.route import Route
 from polar_sdk.errors import RouterError, RouterModelError, UnknownTierError
-from polar_sdk.router.base import Router
+from polar_sdk.router.base import IdentityRouter, Router
 from polar_sdk.router.certificate import Certificate, Subject
-from polar_sdk.router.features import FeatureKind, FeatureReader
-from polar_sdk.router.fixed import IdentityRouter
+from polar_sdk.router.network import FeatureKind, FeatureReader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class RouterFacts(BaseModel):
-    """What is written about a learned router, besides its weights."""
+    """What is stored about a learned router, besides its weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -43,12 +42,12 @@ class RouterFacts(BaseModel):
     fingerprint: str
     """Fingerprint of the base model."""
     depth: int = Field(ge=1)
-    """Layers of the base model, D."""
+    """Number of layers of the base model, D."""
     features: FeatureKind = "embedding"
     feature_layers: int = Field(default=0, ge=0)
-    """Layers that run before the features are read; 0 unless `features` is `early`."""
+    """Number of layers that run before the features are read; 0 unless `features` is `early`."""
     dial: tuple[float, ...] = (0.0,)
-    """Values of θ, ascending from 0, that calibration walks through; fixed in training."""
+    """Values of θ, ascending from 0, that calibration tests in order; fixed in training."""
     default_theta: float = Field(default=0.0, ge=0)
     """θ of an uncalibrated router, chosen on the dev prompts; it promises nothing."""
     default_tier: str = "standard"
@@ -61,9 +60,9 @@ class LearnedRouter(Router):
     """A network that reads a prompt and chooses its program.
 
     Attributes:
-        facts: What is written about it.
+        facts: What is stored about it.
         network: Its weights, on the CPU.
-        programs: The programs it may choose by name; identity first.
+        programs: The programs it may choose; identity first.
         certificate: Counts and promises, or None before calibration.
     """
 
@@ -85,11 +84,11 @@ class LearnedRouter(Router):
         self._subject: Subject | None = None
 
     def bind(self, decoder: Decoder, fingerprint: str) -> Self:
-        """A copy that serves on that model.
+        """A copy that serves on this model.
 
         Raises:
-            RouterModelError: It was trained for another model.
-            MissingBridgeError: A program crosses layers by a bridge that the model does not have.
+            RouterModelError: The router was trained for another model.
+            MissingBridgeError: A program uses a bridge that the model does not have.
         """
         if fingerprint != self.facts.fingerprint:
             raise RouterModelError(
@@ -116,11 +115,11 @@ class LearnedRouter(Router):
         """Reads features on the model that the router is bound to.
 
         Raises:
-            RouterError: It is bound to none.
+            RouterError: It is not bound to a model.
         """
         if self._reader is None:
             raise RouterError(
-                "the router is bound to no model.", hint="Pass it to PolarModel(router=…), which binds it."
+                "the router is not bound to a model.", hint="Pass it to PolarModel(router=…), which binds it."
             )
         return self._reader
 
@@ -134,7 +133,7 @@ class LearnedRouter(Router):
         return self._subject.model_copy(update={"bridges": bridges})
 
     def fits(self, fingerprint: str, dtype: str) -> bool:
-        """Whether it was certified for that model in that dtype; known before it is bound."""
+        """Whether it was certified for this model in this dtype; known before it is bound."""
         if self.certificate is None:
             return False
         subject = self.certificate.subject
@@ -150,7 +149,7 @@ class LearnedRouter(Router):
 
         Raises:
             UnknownTierError: The router's certificate has no such tier.
-            ToleranceError: A tolerance that it cannot promise.
+            ToleranceError: The certificate cannot promise such a tolerance.
             CertificateError: The promise does not hold for what would run.
         """
         if compute == "exact":
@@ -158,8 +157,8 @@ class LearnedRouter(Router):
         if self.certificate is None:
             if compute is not None:
                 raise UnknownTierError(
-                    f"compute={compute!r} is a promise, and this router is not calibrated; use 'exact', or leave "
-                    "compute out. Calibrate it with `polar calibrate`."
+                    f"compute={compute!r} is a promise, but this router is not calibrated; use 'exact', leave compute "
+                    "out, or calibrate the router with `polar calibrate`."
                 )
             return None, self.at(self.facts.default_theta)
         self.certificate.check(self.subject)
@@ -169,15 +168,15 @@ class LearnedRouter(Router):
         return tier, self.at(0.0 if tier is None else self.certificate.tiers[tier].theta)
 
     def _tier(self, compute: str | None) -> str | None:
-        """The certified tier in force; None = none was asked for and there is no default one."""
+        """The certified tier in force; None = none was requested and there is no default."""
         assert self.certificate is not None
         tiers = self.certificate.tiers
         if compute is None:
             return self.facts.default_tier if self.facts.default_tier in tiers else None
         if compute not in tiers:
-            known = ", ".join([*tiers, "exact"])
+            names = ", ".join([*tiers, "exact"])
             raise UnknownTierError(
-                f"tier {compute!r} is not certified for this router; use one of {known}, or a tolerance such as 0.05."
+                f"tier {compute!r} is not certified for this router; use one of {names}, or a tolerance such as 0.05."
             )
         return compute
 
@@ -186,7 +185,7 @@ class LearnedRouter(Router):
         return AtTheta(self, theta) if theta > 0 else IdentityRouter(self.facts.depth)
 
     def route(self, tokens: Sequence[int]) -> Route:
-        """Choose at the default tier, or uncalibrated at the default θ."""
+        """Choose at the default tier, or at the default θ where the router is not calibrated."""
         return self.serving(None)[1].route(tokens)
 
     @torch.inference_mode()
@@ -197,12 +196,12 @@ class LearnedRouter(Router):
         return Route(self.programs[0], self.network.flops, lead).onto(program)
 
     def route_flops(self, tokens: int, program: Program) -> int:
-        """FLOPs that the router executes for a prompt of that many tokens and the program does not take over."""
+        """FLOPs that the router executes for a prompt of that many tokens, less those that the program takes over."""
         return self.network.flops + self.reader.flops(tokens, program)
 
     @torch.inference_mode()
     def outputs(self, features: Tensor) -> Tensor:
-        """What the network says about many prompts, (M, F) to (M, O), on the CPU."""
+        """The network's outputs (M, O) for the features (M, F) of many prompts, on the CPU."""
         return self.network(features.cpu())
 
     def with_facts(self, **changes: Any) -> Self:
@@ -226,11 +225,11 @@ class LearnedRouter(Router):
         return self.choose_all(outputs.unsqueeze(0), theta)[0]
 
     def _prepare(self, decoder: Decoder) -> None:
-        """Look up what decisions need of the model."""
+        """Look up what decisions need to know about the model."""
 
 
 class AtTheta(Router):
-    """A learned router with its dial fixed, for one request."""
+    """A learned router with its dial set, for one request."""
 
     def __init__(self, router: LearnedRouter, theta: float) -> None:
         self._router, self._theta = router, theta

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 def by_cost(programs: Sequence[Program], cost: CostModel) -> list[int]:
     """Indices of programs, cheapest first, at 128 prompt and 64 output tokens."""
-    price = [cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total for program in programs]
-    return sorted(range(len(programs)), key=price.__getitem__)
+    flops = [cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total for program in programs]
+    return sorted(range(len(programs)), key=flops.__getitem__)
 
 
 def needed_theta(outputs: Tensor) -> Tensor:
-    """The least θ at which each program may run, (…, P) for outputs (…, P − 1): 1 − its quality; 0 for identity.
+    """The smallest θ at which each program may run, (…, P) for outputs (…, P − 1): 1 − its quality; 0 for identity.
 
     Outputs are logits of the qualities of the programs after identity.
     """
@@ -40,26 +40,26 @@ def needed_theta(outputs: Tensor) -> Tensor:
 
 
 def menu_dial(needed: Tensor, order: Sequence[int], points: int = 100, most: float = 1.0) -> tuple[float, ...]:
-    """0, then quantiles of what the cheaper programs need over these prompts, (M, P), as far as `most`."""
-    wanted = needed[:, list(order)].double().flatten()
-    wanted = wanted[wanted <= most]
-    if not wanted.numel():
+    """0, then quantiles of the θ that the cheaper programs need over these prompts, (M, P), up to `most`."""
+    thetas = needed[:, list(order)].double().flatten()
+    thetas = thetas[thetas <= most]
+    if not thetas.numel():
         return (0.0,)
-    marks = torch.quantile(wanted, torch.linspace(0, 1, points, dtype=torch.float64)).tolist()
-    return (0.0, *sorted({mark for mark in marks if mark > 0}))
+    quantiles = torch.quantile(thetas, torch.linspace(0, 1, points, dtype=torch.float64)).tolist()
+    return (0.0, *sorted({theta for theta in quantiles if theta > 0}))
 
 
 def cheapest(needed: Tensor, order: Sequence[int], theta: float | Tensor) -> Tensor:
     """Index of the cheapest program that may run, per prompt: (M,) for `needed` (M, P).
 
     Args:
-        needed: The least θ of each program.
+        needed: The smallest θ of each program.
         order: Programs cheaper than identity, cheapest first.
         theta: The dial; a tensor (K, 1) of several gives (K, M).
     """
     chosen = torch.zeros_like(needed[:, 0] <= theta, dtype=torch.long)
-    for at in reversed(order):
-        chosen = torch.where(needed[:, at] <= theta, at, chosen)
+    for program in reversed(order):
+        chosen = torch.where(needed[:, program] <= theta, program, chosen)
     return chosen
 
 
@@ -77,8 +77,9 @@ class MenuRouter(LearnedRouter):
     def decide(self, outputs: Tensor, theta: float) -> Program:
         """The cheapest program whose quality is at least 1 − θ."""
         needed = needed_theta(outputs).tolist()
-        return self.programs[next((at for at in self._order if needed[at] <= theta), 0)]
+        return self.programs[next((program for program in self._order if needed[program] <= theta), 0)]
 
     def choose_all(self, outputs: Tensor, theta: float) -> list[Program]:
         """The same for many prompts."""
-        return [self.programs[at] for at in cheapest(needed_theta(outputs).double(), self._order, theta).tolist()]
+        chosen = cheapest(needed_theta(outputs).double(), self._order, theta)
+        return [self.programs[program] for program in chosen.tolist()]

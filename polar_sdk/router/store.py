@@ -1,16 +1,17 @@
-"""Which router a model gets, and what must be at hand before it serves: its bridges, and a policy that lets it.
+"""Which policy and which router a model gets, and what must be there before a router serves.
 
-The caller's router, else the user's own for the model, else the shipped one. A router that nobody named is taken only
-where its certificate holds for what would run; one that was named is taken as it is, and refuses what it cannot keep.
-
-Which policy a model gets: the caller's, else the user's own for it, else the shipped one, else plain bounds.
+Policy: the caller's, else the user's own for the model, else the shipped one, else plain bounds. Router: the caller's,
+else the user's own for the model, else the shipped one. A router that nobody named is used only if its certificate
+holds for what would run; a named one is used as it is, and refuses requests whose promise it cannot keep. Before it
+serves, its bridges are loaded and its programs checked against the policy. Knows files and models, not how routers are
+trained.
 """
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from polar_sdk.errors import BridgeError, ProgramError, RouterError
 from polar_sdk.models.paths import cache_folder
@@ -24,34 +25,8 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
 
-
-def saved_policy_path(fingerprint: str) -> Path:
-    """Where `polar scan --save` keeps the user's policy for a model."""
-    return cache_folder() / "policies" / f"{fingerprint}.json"
-
-
-def find_policy(policy: Policy | str | Path | None, fingerprint: str) -> Policy:
-    """Choose the policy for a model.
-
-    Args:
-        policy: A policy, or the path of a policy file; None looks for one.
-        fingerprint: The model's.
-
-    Raises:
-        PolicyError: The file that was named or found is wrong.
-    """
-    if isinstance(policy, Policy):
-        return policy
-    if policy is not None:
-        return Policy.load(policy)
-    saved = saved_policy_path(fingerprint)
-    if saved.exists():
-        return Policy.load(saved)
-    return Policy.shipped(fingerprint) or Policy()
-
-
-BRIDGES = "bridges"
-"""Name of the folder in a router's folder that holds its bridges."""
+BRIDGES: Final = "bridges"
+"""Name of the folder in a router's folder that contains its bridges."""
 
 
 class _Host(Protocol):
@@ -68,31 +43,56 @@ class _Host(Protocol):
     def use_bridges(self, path: str | Path) -> object: ...
 
 
+def saved_policy_path(fingerprint: str) -> Path:
+    """Where `polar scan --save` keeps the user's policy for a model."""
+    return cache_folder() / "policies" / f"{fingerprint}.json"
+
+
 def saved_router_path(fingerprint: str) -> Path:
     """Where `polar train` keeps the user's router for a model."""
     return cache_folder() / "routers" / fingerprint
 
 
+def find_policy(policy: Policy | str | Path | None, fingerprint: str) -> Policy:
+    """Choose the policy for a model.
+
+    Args:
+        policy: A policy, or the path of a policy file; None looks for one.
+        fingerprint: The model's.
+
+    Raises:
+        PolicyError: The named or saved policy file is wrong.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if policy is not None:
+        return Policy.load(policy)
+    saved = saved_policy_path(fingerprint)
+    if saved.exists():
+        return Policy.load(saved)
+    return Policy.shipped(fingerprint) or Policy()
+
+
 def find_router(router: Router | str | Path | None, host: _Host, *, look: bool) -> Router | None:
-    """The router that serves a model, ready to.
+    """Choose the router for a model and prepare it to serve.
 
     Args:
         router: A router, or the folder of one; None looks for one.
         host: The model.
-        look: Whether to look at all where none was named.
+        look: Whether to look for one where none was named.
 
     Raises:
-        RouterError: The one that was named is damaged, belongs to another model, or breaks the policy's bounds.
+        RouterError: The named router is damaged, belongs to another model, or breaks the policy's bounds.
     """
     if isinstance(router, Router):
         return attach_router(router, host, None)
     if router is not None:
         return attach_router(load_router(router), host, Path(router))
-    return next(_holding(host), None) if look else None
+    return next(_certified_routers(host), None) if look else None
 
 
 def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
-    """Load the bridges that lie beside a router, and bind it to the model.
+    """Load the bridges that are stored beside a router, and bind it to the model.
 
     Raises:
         RouterModelError: It was trained for another model.
@@ -111,9 +111,9 @@ def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
     return bound
 
 
-def _holding(host: _Host) -> Iterator[Router]:
-    """Routers at hand for the model whose promises hold here; a damaged one is passed over, as nobody named it."""
-    for folder in _at_hand(host.fingerprint):
+def _certified_routers(host: _Host) -> Iterator[Router]:
+    """Routers for the model whose promises hold here; a damaged one is passed over, because nobody named it."""
+    for folder in _router_folders(host.fingerprint):
         try:
             router = load_router(folder)
             if isinstance(router, LearnedRouter) and router.fits(host.fingerprint, host.decoder.dtype_name):
@@ -124,12 +124,13 @@ def _holding(host: _Host) -> Iterator[Router]:
             continue
 
 
-def _at_hand(fingerprint: str) -> Iterator[Path]:
+def _router_folders(fingerprint: str) -> Iterator[Path]:
+    """The user's own router for the model, then every shipped one."""
     saved = saved_router_path(fingerprint)
     if (saved / "router.json").is_file():
         yield saved
     shipped = resources.files("polar_sdk") / "shipped" / "routers"
     if shipped.is_dir():
-        for one in shipped.iterdir():
-            if isinstance(one, Path) and (one / "router.json").is_file():
-                yield one
+        for folder in shipped.iterdir():
+            if isinstance(folder, Path) and (folder / "router.json").is_file():
+                yield folder

@@ -1,4 +1,4 @@
-"""Serving many callers through one engine: jobs, the scheduler that runs them, shared starts of prompts.
+"""Serving many callers through one engine: jobs, the scheduler that runs them, and shared starts of prompts.
 
-Knows requests, rows and tokens; no sinks, no records and no money.
+Knows requests, rows and tokens; no sinks, no usage records and no money.
 """

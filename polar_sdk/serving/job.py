@@ -1,7 +1,7 @@
 """A job: one request on its way through the engine, from the queue to its last token.
 
-The scheduler's thread moves it on; the caller's thread waits for pieces of text or for the end. Neither touches what is
-the other's: the caller only sets `cancel` and takes pieces.
+The scheduler's thread advances it; the caller's thread waits for pieces of text or for the end. Neither touches what
+belongs to the other: the caller only calls `cancel` and takes pieces.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.programs.guard import LoopGuard
+    from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.serving.request import Request
 
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Piece = tuple[str, tuple[TokenLogprobs, ...] | None]
-"""Text that a token made certain, and the token's log-probabilities where they were asked for."""
+"""Text that a token made certain, and the token's log-probabilities where they were requested."""
 
 
 class Job:
@@ -42,8 +42,8 @@ class Job:
         tokenizer: Makes text of tokens.
         end_tokens: Ids that end an answer.
         guard: What watches loops.
-        ahead: Pieces computed before the caller has taken the earlier ones; None = any number.
-        ended: Called, by the scheduler's thread, when nothing more will be computed.
+        max_ahead: Maximum number of pieces computed before the caller takes them; None = any number.
+        on_end: Called by the scheduler's thread when nothing more will be computed.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Job:
         end_tokens: frozenset[int],
         *,
         guard: LoopGuard | None = None,
-        ahead: int | None = None,
-        ended: Callable[[Job], None] | None = None,
+        max_ahead: int | None = None,
+        on_end: Callable[[Job], None] | None = None,
     ) -> None:
         self.request = request
         self.row = Row(decoder, request.route.program, guard, request.route.lead)
@@ -63,30 +63,30 @@ class Job:
         self.tokens: list[int] = []
         """Every sampled token."""
         self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []
-        """One per sampled token, where the request asks for them."""
-        self.shaped = request.logits_hook is not None or request.logprobs is not None
-        """Whether its logits need a look of their own: `sample` in the place of the batch's `choose`."""
+        """One per sampled token, where the request wants them."""
+        self.needs_logits = request.logits_hook is not None or request.logprobs is not None
+        """True if the request has a hook or wants log-probabilities: `sample` chooses its tokens, not `choose`."""
         self.cached = 0
-        """Prompt tokens whose keys and values were at hand."""
+        """Prompt tokens whose keys and values were already available."""
         self.finish: FinishReason | None = None
         self.error: BaseException | None = None
-        """What ended the job, where it did not finish by itself."""
+        """What ended the job, where it did not finish normally."""
         self.kv_bytes = 0
         """Largest key and value storage. Unit: bytes."""
-        self.wake: Callable[[], None] = _nobody
+        self.wake: Callable[[], None] = _no_wakeup
         """Tells the scheduler that there is room for pieces again."""
         self.begin_ns = self.prefill_end_ns = self.end_ns = 0
         self.sampler = Sampler(request.sampling, decoder.placement.last)
         self._end_tokens = end_tokens
-        self._ahead, self._ended = ahead, ended
+        self._max_ahead, self._on_end = max_ahead, on_end
         self._pieces: deque[Piece] = deque()
         self._shown = 0
-        """Tokens whose pieces have been made."""
+        """Number of tokens whose pieces have been put out."""
         self._change = threading.Condition()
         self._done = False
         self._cancelled = False
         self.submitted = False
-        """Whether the scheduler has it; from then on it ends by itself or by `cancel`."""
+        """Whether the scheduler has the job; from then on it ends by itself or by `cancel`."""
 
     # -- the caller's side ------------------------------------------------------------------------------------------
 
@@ -96,11 +96,11 @@ class Job:
         return self._done
 
     def cancel(self) -> None:
-        """Ask the job to stop; it does so before its next token."""
+        """Request the job to stop; it does so before its next token."""
         self._cancelled = True
 
     def pieces(self) -> Iterator[Piece]:
-        """One piece per token as it comes, and one without a token where the job is cancelled, until it is done."""
+        """One piece per token as it arrives, and one without a token where the job is cancelled, until it is done."""
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._pieces or self._done)
@@ -126,26 +126,26 @@ class Job:
 
     @property
     def chunk(self) -> Sequence[int]:
-        """The next piece of the prompt, which ends where `cost.CHUNK` says, whatever else is running."""
+        """The next chunk of the prompt; it ends at a multiple of `cost.CHUNK`, whatever else is running."""
         return self.pending[: CHUNK - self.row.length % CHUNK]
 
     @property
     def prefilled(self) -> bool:
-        """Whether the prompt has run and the first token was sampled."""
+        """Whether the prompt has run and the first token has been sampled."""
         return bool(self.tokens)
 
     @property
-    def most_tokens(self) -> int:
-        """Tokens that the row holds if the answer takes all it may."""
+    def max_length(self) -> int:
+        """Number of tokens in the row if the answer is as long as it may be."""
         return len(self.request.tokens) + self.request.max_tokens
 
     @property
     def paused(self) -> bool:
-        """Whether the caller has to take pieces before more are made."""
-        return self._ahead is not None and len(self._pieces) >= self._ahead
+        """Whether the caller must take pieces before more are computed."""
+        return self._max_ahead is not None and len(self._pieces) >= self._max_ahead
 
-    def stop_if_asked(self) -> None:
-        """End the job if its caller wants that or its time is up."""
+    def stop_if_due(self) -> None:
+        """End the job if its caller has cancelled it or its time is up."""
         if self._cancelled or self.request.cancelled:
             self.finish = "cancelled"
             self.end(self.text.finish())
@@ -153,11 +153,11 @@ class Job:
             self.fail(_timed_out(self))
 
     def start_clock(self) -> None:
-        """Compute begins."""
+        """Note that compute begins now."""
         self.begin_ns = self.begin_ns or time.perf_counter_ns()
 
     def sample(self, logits: torch.Tensor) -> None:
-        """Go on by a token from logits (V,) that the request's hook may change and whose log-probabilities it may want.
+        """Choose the next token from logits (V,), which the hook may change and whose log-probabilities are kept.
 
         Raises:
             Exception: Whatever the hook raises.
@@ -171,7 +171,7 @@ class Job:
         self.take(token)
 
     def take(self, token: int) -> None:
-        """Go on by a sampled token; ends the job where the answer ends."""
+        """Add a sampled token; ends the job where the answer ends."""
         now = time.perf_counter_ns()
         self.prefill_end_ns = self.prefill_end_ns or now
         self.end_ns = now
@@ -179,24 +179,24 @@ class Job:
         ended = token in self._end_tokens
         piece = "" if ended else self.text.push(token)
         if ended or self.text.stopped or len(self.tokens) >= self.request.max_tokens:
-            piece += self.text.finish()  # in what was held back, too, a stop string may be found
+            piece += self.text.finish()  # what was held back may contain a stop string, too
             self.finish = "stop" if ended or self.text.stopped else "length"
             self.end(piece)
         else:
             self._put(piece)
 
     def fail(self, error: BaseException) -> None:
-        """End the job by an error."""
+        """End the job with an error."""
         self.error = error
         self.end("")
 
     def end(self, piece: str) -> None:
-        """Nothing more will be computed: give the memory back and wake the caller."""
-        self.kv_bytes = self.row.pages.nbytes
-        self.row.pages.release()
+        """Nothing more will be computed: free the pages and wake the caller."""
+        self.kv_bytes = self.row.page_table.nbytes
+        self.row.page_table.release()
         self._put(piece, done=True)
-        if self._ended is not None:
-            self._ended(self)
+        if self._on_end is not None:
+            self._on_end(self)
 
     def _put(self, text: str, *, done: bool = False) -> None:
         new = None if self.logprobs is None else tuple(self.logprobs[self._shown :])
@@ -207,22 +207,22 @@ class Job:
             self._change.notify_all()
 
 
-def _nobody() -> None:
-    """Nobody to wake: the job has not been submitted."""
+def _no_wakeup() -> None:
+    """There is no scheduler to wake: the job has not been submitted."""
 
 
 def choose(jobs: Sequence[Job], logits: torch.Tensor) -> list[int | None]:
-    """Sample the next token of each job from logits (B, V); None for the jobs that look at their logits themselves."""
-    greedy = [job.sampler.greedy and not job.shaped for job in jobs]
+    """Sample the next token of each job from logits (B, V); None for the jobs that need their logits themselves."""
+    greedy = [job.sampler.greedy and not job.needs_logits for job in jobs]
     best: list[int] = logits.argmax(-1).tolist() if any(greedy) else [0] * len(jobs)
     return [
-        token if plain else None if job.shaped else job.sampler(logits[row])
+        token if plain else None if job.needs_logits else job.sampler(logits[row])
         for row, (job, token, plain) in enumerate(zip(jobs, best, greedy, strict=True))
     ]
 
 
 def _timed_out(job: Job) -> RequestTimeoutError:
     return RequestTimeoutError(
-        f"the answer was stopped by timeout={job.request.timeout} s after {len(job.tokens)} tokens.",
+        f"the answer was stopped after {len(job.tokens)} tokens by timeout={job.request.timeout} s.",
         hint="Raise timeout, lower max_tokens, or use a cheaper tier.",
     )

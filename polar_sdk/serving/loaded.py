@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, shared by all who ask for it. Nothing in it may be changed."""
+    """A model in memory, shared by all callers that load it. Nothing in it may be changed."""
 
     name: str
-    """What it was asked for by: alias, hub id or path."""
+    """The name it was requested by: alias, hub id or path."""
     path: Path
     """The folder it was loaded from."""
     fingerprint: str
-    """SHA-256 over configuration and weights, hexadecimal."""
+    """SHA-256 of configuration and weights, hexadecimal."""
     decoder: Decoder
     scheduler: Scheduler
-    """Runs the requests of all who share these weights."""
+    """Runs the requests of all callers that share these weights."""
     tokenizer: PreTrainedTokenizerBase
     config: PreTrainedConfig
     generation_config: GenerationConfig
     device: torch.device
-    """Where tokens enter; with a device map, `decoder.placement` has the others."""
+    """Where tokens enter; `decoder.placement` has the other devices of a device map."""
     dtype: torch.dtype
     adopted: ReferenceType[PreTrainedModel] | None = None
-    """The transformers model that was in memory already, while its owner keeps it; None where `path` was read."""
+    """The transformers model that gave the weights, as long as its owner keeps it; None where `path` was read."""
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:

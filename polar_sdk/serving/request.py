@@ -1,4 +1,4 @@
-"""A request that passed every check: what the engine runs, for whom, and when it must end."""
+"""A request that has passed every check: what the engine runs, for whom, and when it must end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Cancel(Protocol):
-    """Something that can say "stop", for example a `threading.Event`."""
+    """Something that can request a stop, for example a `threading.Event`."""
 
     def is_set(self) -> bool:
         """True from the moment the request should end."""
@@ -28,10 +28,10 @@ class Request:
     """One request, checked and ready to run."""
 
     tokens: tuple[int, ...]
-    """Prompt, chat template included; length = input tokens."""
+    """Prompt, chat template included; its length is the number of input tokens."""
     route: Route
     router: str
-    """Kind of the router that chose."""
+    """Kind of the router that chose the route."""
     router_version: str
     tier: str | None
     sampling: Sampling
@@ -42,18 +42,18 @@ class Request:
     request_id: str
     cancel: Cancel | None
     timeout: float | None
-    """Time allowed from creation on; None = any. Unit: seconds."""
+    """Time allowed from creation; None = unlimited. Unit: seconds."""
     logits_hook: LogitsHook | None = None
     logprobs: int | None = None
     tiers: Mapping[str, Program] = field(default_factory=dict)
-    """Programs of the policy's tiers, of which a sink with budgets may choose a cheaper one; see `admission`."""
+    """Programs of the policy's tiers, among which a sink with budgets may choose a cheaper one; see `admission`."""
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     created_ns: int = field(default_factory=time.perf_counter_ns)
     """Monotonic time of creation, for queue time and timeout. Unit: nanoseconds."""
 
     @property
     def cancelled(self) -> bool:
-        """True once the caller has said stop."""
+        """True once the caller has requested a stop."""
         return self.cancel is not None and self.cancel.is_set()
 
     @property

@@ -1,15 +1,19 @@
 """Continuous batching: one thread runs the rows of all callers together, token by token.
 
 Finished rows leave and waiting ones join between two tokens. Prompts run in chunks, so that a long one does not hold
-up those who are decoding. A row is let in only when the pages it may need at most are there, so that no answer breaks
-off for want of memory. The thread lives while there is work, and a little longer.
+up rows that are decoding. A row is admitted only when the maximum number of pages it may need is free, so that no
+answer ends for lack of memory.
+
+Who is admitted next is fair between tenants (start-time fair queueing): every tenant has a clock that ticks when one of
+its jobs is served, and the tenant whose clock is furthest behind is next. A new tenant starts at the clock of those who
+wait, so that neither a flood nor a long absence earns a privilege.
 """
 
 from __future__ import annotations
 
 import atexit
 import threading
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -17,15 +21,14 @@ from weakref import WeakSet
 
 import torch
 
-from polar_sdk.engine.forward import advance, next_logits
+from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.errors import CacheMemoryError
+from polar_sdk.errors import CacheMemoryError, QueueFullError
 from polar_sdk.serving.job import choose
 from polar_sdk.serving.prefixes import PrefixCache
-from polar_sdk.serving.queue import FairQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -34,30 +37,85 @@ if TYPE_CHECKING:
 
 
 _IDLE_SECONDS: Final = 2.0
-"""The thread ends after so long without work, so that it keeps no weights alive."""
+"""The thread ends after this time without work, so that it keeps no weights alive."""
 _LIVING: Final[WeakSet[Scheduler]] = WeakSet()
 """Schedulers that may have a thread."""
 _POLL_SECONDS: Final = 0.02
-"""How often to look whether a caller that lags behind has set `cancel` or run out of time; those tell nobody."""
+"""How often to check whether a caller that lags behind has cancelled or run out of time, which wakes nobody."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one engine takes on at a time.
+    """How much one engine takes on at a time.
 
     Attributes:
-        max_rows: Rows that run together.
-        max_waiting: Requests that may wait; one more is refused with `QueueFullError`.
-        beside: Prompt tokens that run in one pass while others are decoding, to the next whole chunk.
-        alone: The same while nobody is.
-        prefix_share: Most of the pages that may keep starts of prompts for later requests; 0 turns that off.
+        max_rows: Maximum number of rows that run together.
+        max_waiting: Maximum number of requests that wait; one more is refused with `QueueFullError`.
+        prefill_beside: Prompt tokens that run in one pass while other rows are decoding, to the next whole chunk.
+        prefill_alone: The same while no row is decoding.
+        prefix_share: Maximum share of the pages that keep starts of prompts for later requests; 0 turns that off.
     """
 
     max_rows: int = 32
     max_waiting: int = 1024
-    beside: int = 256
-    alone: int = 2048
+    prefill_beside: int = 256
+    prefill_alone: int = 2048
     prefix_share: float = 0.25
+
+
+class FairQueue:
+    """Jobs that wait, in order of arrival per tenant. Not thread-safe: its owner locks."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[Job]] = {}
+        self._clocks: dict[str, int] = {}
+        self._now = 0
+        """Clock of the tenant served last."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def __iter__(self) -> Iterator[Job]:
+        return (job for jobs in self._waiting.values() for job in jobs)
+
+    def put(self, jobs: Sequence[Job], limit: int) -> None:
+        """Add jobs, all or none.
+
+        Raises:
+            QueueFullError: More than `limit` would wait.
+        """
+        if len(self) + len(jobs) > limit:
+            raise QueueFullError(
+                f"{len(self)} requests are already waiting; {len(jobs)} more would exceed the limit of {limit}.",
+                hint="Try again when some are done, or raise max_waiting in the limits of the scheduler.",
+            )
+        for job in jobs:
+            tenant = job.request.tenant
+            if tenant not in self._waiting:
+                self._waiting[tenant] = deque()
+                self._clocks[tenant] = max(self._clocks.get(tenant, 0), self._now)
+            self._waiting[tenant].append(job)
+
+    def first(self) -> Job | None:
+        """The job to serve next, or None; between tenants with equal clocks, the job that has waited longest."""
+        oldest = [jobs[0] for jobs in self._waiting.values()]
+        return min(oldest, key=lambda job: (self._clocks[job.request.tenant], job.request.created_ns), default=None)
+
+    def serve(self, job: Job) -> None:
+        """Take a job out to be served; its tenant's clock ticks."""
+        tenant = job.request.tenant
+        self._now = self._clocks[tenant]
+        self._clocks[tenant] += 1
+        self.remove(job)
+
+    def remove(self, job: Job) -> None:
+        """Take a job out without serving it."""
+        tenant = job.request.tenant
+        self._waiting[tenant].remove(job)
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+            if self._clocks[tenant] <= self._now:
+                del self._clocks[tenant]  # it would start at the same clock again
 
 
 class Scheduler:
@@ -70,23 +128,23 @@ class Scheduler:
         self._queue = FairQueue()
         self._running: list[Job] = []
         self._promised: dict[Job, list[int]] = {}
-        """Pages of each store that each running job may need at most."""
+        """Maximum number of pages of each store that each running job may need."""
         self._work = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
         _LIVING.add(self)
 
     def __len__(self) -> int:
-        """Jobs that wait or run."""
+        """Number of jobs that wait or run."""
         with self._work:
             return len(self._queue) + len(self._running)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Let jobs run, together if there is room.
+        """Run jobs, together if there is room.
 
         Raises:
-            QueueFullError: Too many wait already.
-            CacheMemoryError: One could never run, because its keys and values do not fit the memory for them.
+            QueueFullError: Too many are waiting already.
+            CacheMemoryError: One could never run, because its keys and values exceed the memory set aside for them.
         """
         for job in jobs:
             self._check_size(job)
@@ -94,7 +152,7 @@ class Scheduler:
         with self._work:
             self._queue.put(jobs, self.limits.max_waiting)
             for place, job in enumerate(jobs, len(self._queue) + len(self._running) - len(jobs)):
-                if place >= 2 * self.limits.max_rows:  # what waits for long must not hold memory meanwhile
+                if place >= 2 * self.limits.max_rows:  # a job that waits for long must not hold memory
                     job.row.end_lead()
                 job.submitted = True
             if self._thread is None or not self._thread.is_alive():
@@ -104,18 +162,18 @@ class Scheduler:
 
     def _check_size(self, job: Job) -> None:
         pool = self.decoder.pool
-        for pages, size in zip(self._pages(job), pool.sizes, strict=True):
+        for pages, size in zip(self._pages_needed(job), pool.sizes, strict=True):
             if pages > size:
                 raise CacheMemoryError(
-                    f"prompt and answer of {job.most_tokens} tokens need {pages * pool.page_bytes / 2**20:.0f} MiB of "
+                    f"prompt and answer of {job.max_length} tokens need {pages * pool.page_bytes / 2**20:.0f} MiB of "
                     f"keys and values; {size * pool.page_bytes / 2**20:.0f} MiB are set aside.",
                     hint="Shorten the prompt, lower max_tokens, or load the model with a larger kv_memory.",
                 )
 
-    def _pages(self, job: Job) -> list[int]:
-        """Pages of each store that a job may need at most."""
+    def _pages_needed(self, job: Job) -> list[int]:
+        """Maximum number of pages of each store that a job may need."""
         visits = Counter(self.decoder.stores(job.request.route.program))
-        blocks = -(-job.most_tokens // PAGE)
+        blocks = -(-job.max_length // PAGE)
         return [blocks * visits[store] for store in range(len(self.decoder.pool.sizes))]
 
     @torch.inference_mode()
@@ -123,16 +181,16 @@ class Scheduler:
         while self._await_work():
             try:
                 self._round()
-            except BaseException as error:  # a fault of this module: no caller may wait forever for it
+            except BaseException as error:  # a bug in this module must not leave callers waiting forever
                 self._fail_all(error)
 
     def _round(self) -> None:
         self._sweep()
         self._admit()
-        # Decoding first: a row gets one token per round, so that `cancel` is looked at before each.
+        # Decoding first: a row gets one token per round, so that `cancel` is checked before each.
         passes = [self._decode(), self._prefill()]
         if not any(passes):
-            with self._work:  # every caller lags behind: wait for one to read on, and look for cancellations
+            with self._work:  # every caller lags behind: wait for one to read on, and check for cancellations
                 self._work.wait(_POLL_SECONDS)
 
     def _fail_all(self, error: BaseException) -> None:
@@ -144,7 +202,7 @@ class Scheduler:
                 job.fail(error)
 
     def _await_work(self) -> bool:
-        """Wait for something to do; False once there was nothing for a while, and then this thread is over."""
+        """Wait for something to do; False after a while without work, and then this thread ends."""
         with self._work:
             self._work.wait_for(lambda: self._busy() or self._closing, _IDLE_SECONDS)
             if not self._busy():
@@ -153,7 +211,7 @@ class Scheduler:
             return True
 
     def close(self) -> None:
-        """Cancel every job and wait for the thread to end; a later job starts another."""
+        """Cancel every job and wait for the thread to end; a later job starts a new one."""
         with self._work:
             thread = self._thread
             if thread is None:
@@ -172,12 +230,12 @@ class Scheduler:
         return bool(self._running) or len(self._queue) > 0
 
     def _sweep(self) -> None:
-        """Let go of jobs that are done, cancelled or out of time, whether they run or wait."""
+        """Remove jobs that are done, cancelled or out of time, whether they run or wait."""
         with self._work:
             waiting = list(self._queue)
         for job in [*waiting, *self._running]:
             if not job.done:
-                self._attempt([job], job.stop_if_asked)
+                self._attempt([job], job.stop_if_due)
         with self._work:
             for job in waiting:
                 if job.done:
@@ -186,16 +244,16 @@ class Scheduler:
         self._promised = {job: self._promised[job] for job in self._running}
 
     def _admit(self) -> None:
-        """Take waiting jobs in as far as rows and pages reach; the next in turn is never passed over."""
+        """Admit waiting jobs while there are rows and pages for them; the next in turn is never passed over."""
         pool = self.decoder.pool
         while len(self._running) < self.limits.max_rows:
             with self._work:
                 job = self._queue.first()
                 if job is None:
                     return
-                needed = self._pages(job)
-                promised = [sum(column) for column in zip(*self._promised.values(), needed, strict=True)]
-                if any(most > size for most, size in zip(promised, pool.sizes, strict=True)):
+                needed = self._pages_needed(job)
+                promised = [sum(store) for store in zip(*self._promised.values(), needed, strict=True)]
+                if any(pages > size for pages, size in zip(promised, pool.sizes, strict=True)):
                     return
                 self._queue.serve(job)
             self.prefixes.make_room(promised)
@@ -204,9 +262,9 @@ class Scheduler:
             self._promised[job] = needed
 
     def _prefill(self) -> bool:
-        """One pass over the next chunk of the prompts that have not run to their end, oldest first."""
-        lone = not any(job.prefilled for job in self._running)
-        left = self.limits.alone if lone else self.limits.beside
+        """One pass over the next chunks of the prompts that have not run to their end, oldest first."""
+        decoding = any(job.prefilled for job in self._running)
+        left = self.limits.prefill_beside if decoding else self.limits.prefill_alone
         jobs, chunks = [], []
         for job in self._running:
             if not job.prefilled and not job.done and left > 0:
@@ -222,20 +280,14 @@ class Scheduler:
         for job in jobs:
             job.start_clock()
         ends = [len(chunk) == len(job.pending) for job, chunk in zip(jobs, chunks, strict=True)]
-        hidden = advance(self.decoder, [job.row for job in jobs], chunks)
+        logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends)
         ended = [job for job, end in zip(jobs, ends, strict=True) if end]
-        if not ended:
-            return
-        lasts = torch.tensor([len(chunk) for chunk in chunks], device=hidden.device).cumsum(0) - 1
-        logits = self.decoder.head(hidden[lasts[torch.tensor(ends, device=hidden.device)]])
         for job in ended:
-            job.row.work.head()
-            job.row.work.end_prefill()
             self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
         self._sample(ended, logits)
 
     def _decode(self) -> bool:
-        """One token for every row that is past its prompt and whose caller keeps up."""
+        """One token for every row whose prompt has run and whose caller keeps up."""
         jobs = [job for job in self._running if job.prefilled and not job.done and not job.paused]
         if jobs:
             self._attempt(jobs, lambda: self._run_decode(jobs))
@@ -247,16 +299,16 @@ class Scheduler:
 
     def _sample(self, jobs: Sequence[Job], logits: Tensor) -> None:
         for row, (job, token) in enumerate(zip(jobs, choose(jobs, logits), strict=True)):
-            if token is None:  # a hook is the caller's code: its errors end this job alone
+            if token is None:  # a hook is the caller's code: its errors end only this job
                 self._attempt([job], partial(job.sample, logits[row]))
             else:
                 job.take(token)
 
     def _attempt(self, jobs: Sequence[Job], run: Callable[[], None]) -> None:
-        """Run a pass; an error ends the jobs that were in it, and no others."""
+        """Run a pass; an error ends the jobs that were part of it, and no others."""
         try:
             run()
-        except BaseException as error:  # handed to the callers, whatever it is; the thread serves the others
+        except BaseException as error:  # handed to the callers, whatever it is; the thread goes on serving others
             for job in jobs:
                 if not job.done:
                     job.fail(error)
@@ -264,6 +316,6 @@ class Scheduler:
 
 @atexit.register
 def _close_all() -> None:
-    """End the threads before the interpreter ends: it would stop one within torch, which aborts the process."""
+    """End the threads before the interpreter does: it would stop one inside torch, which aborts the process."""
     for scheduler in list(_LIVING):
         scheduler.close()

@@ -184,7 +184,8 @@ class TestArchitecture:
 
 def exists(name: str) -> bool:
     """Whether a path of the project leads somewhere, from the root or from inside a package."""
-    roots = [ROOT, ROOT / "polar_sdk", ROOT / "billing", ROOT / "billing" / "polar_billing"]
+    packages = [ROOT / "polar_sdk", ROOT / "polar_sdk" / "lab", ROOT / "billing" / "polar_billing"]
+    roots = [ROOT, ROOT / "billing", *packages]
     return any((root / name).exists() for root in roots)
 
 

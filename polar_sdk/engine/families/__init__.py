@@ -1,6 +1,6 @@
 """The registry of model families: one small module each, found by the configuration's `model_type`.
 
-To add one: write its module beside `llama.py`, and name it here.
+To add one, write its module beside `llama.py` and list it here.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def find_family(config: Any) -> Family:
     """The family of a configuration.
 
     Raises:
-        UnsupportedArchitectureError: No family for this architecture, or an option of it that is not supported.
+        UnsupportedArchitectureError: There is no family for this architecture, or one of its options is not supported.
     """
     kind = config.model_type
     if kind not in _FAMILIES:
         raise UnsupportedArchitectureError(
-            f"architecture {kind!r} is not supported; supported are: {', '.join(SUPPORTED)}."
+            f"architecture {kind!r} is not supported; choose from: {', '.join(SUPPORTED)}."
         )
     module, name = _FAMILIES[kind].split(":")
     family: type[Family] = getattr(import_module(f"{__name__}.{module}"), name)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Gemma2Family(LlamaFamily):
     """`Gemma2ForCausalLM`.
 
-    Layers of type `sliding_attention` (every other one) see the last `sliding_window` keys, own included. Scores are
-    scaled by `query_pre_attn_scalar` and capped before the mask; logits are capped too.
+    Layers of type `sliding_attention` (every other one) see the last `sliding_window` keys, their own included. Scores
+    are scaled by `query_pre_attn_scalar` and capped before the mask; logits are capped too.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma2",)
@@ -56,7 +56,7 @@ class Gemma2Family(LlamaFamily):
         return super().embed(tokens, positions, ends) * scale
 
     def rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The norm whose weight is an offset from one."""
+        """The norm whose weight is an offset from 1."""
         return offset_rms_norm(x, weight, self.eps)
 
     def finish(self, x: Tensor, mixed: Tensor, w: Weights) -> Tensor:

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class Gemma3Family(Gemma2Family):
-    """`Gemma3ForCausalLM`, and the text part of `Gemma3ForConditionalGeneration`; images are not read.
+    """`Gemma3ForCausalLM`, and the text part of `Gemma3ForConditionalGeneration`; images are not supported.
 
-    Local layers (type `sliding_attention`) see the last `sliding_window` keys, own included.
+    Local layers (type `sliding_attention`) see the last `sliding_window` keys, their own included. `AttentionKind.rope`
+    is the index of the layer's type in alphabetical order.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3_text", "gemma3")
@@ -29,7 +30,7 @@ class Gemma3Family(Gemma2Family):
         text = config.get_text_config()
         super().__init__(text)
         if text.attn_logit_softcapping is not None:
-            # The reference reads this option and does not act on it, so there is nothing to be equal to.
+            # The reference reads this option but ignores it, so there is nothing to compare with.
             refuse(text, "attn_logit_softcapping", "None")
         self.layer_types: list[str] = sorted(set(text.layer_types))
         for kind in self.layer_types:

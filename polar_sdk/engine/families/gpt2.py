@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GPT2Family(PlainFamily):
-    """`GPT2LMHeadModel`: a query sees all keys before it, with scores that may be scaled by layer."""
+    """`GPT2LMHeadModel`: a query sees all keys up to its own; scores may be scaled by layer."""
 
     model_types: ClassVar[tuple[str, ...]] = ("gpt2",)
 

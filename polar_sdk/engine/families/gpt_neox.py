@@ -1,4 +1,4 @@
-"""The GPT-NeoX family (Pythia): attention and feed-forward side by side, a rotary turn of a part of each head."""
+"""The GPT-NeoX family (Pythia): attention and feed-forward in parallel, and a rotary turn of part of each head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class GPTNeoXFamily(PlainFamily):
-    """`GPTNeoXForCausalLM`: a query sees all keys before it."""
+    """`GPTNeoXForCausalLM`: a query sees all keys up to its own."""
 
     model_types: ClassVar[tuple[str, ...]] = ("gpt_neox",)
 
@@ -50,7 +50,7 @@ class GPTNeoXFamily(PlainFamily):
         }
 
     def _take_qkv(self, linear: Any) -> Plain:
-        """Outputs head by head (query, key, value of each) brought into the order of all queries, keys, values."""
+        """Outputs ordered by head (query, key, value of each), reordered to all queries, all keys, all values."""
         by_head = (self.heads, 3, self.head_dim)
         weight = linear.weight.detach().view(*by_head, self.hidden).transpose(0, 1).reshape(-1, self.hidden)
         if linear.bias is None:

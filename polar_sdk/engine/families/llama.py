@@ -31,7 +31,7 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class LlamaFamily(Family):
-    """`LlamaForCausalLM`, and what differs from it by options alone."""
+    """`LlamaForCausalLM`, and models that differ from it only in options."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llama",)
     act_option: ClassVar[str] = "hidden_act"
@@ -42,7 +42,7 @@ class LlamaFamily(Family):
         check_rope(config.rope_parameters)
         self.eps: float = config.rms_norm_eps
         self.intermediate: int = config.intermediate_size
-        self.act_name: str = getattr(config, self.act_option)  # compiled code is kept under it
+        self.act_name: str = getattr(config, self.act_option)  # part of the name of compiled code
         self.act = activation(self.act_name)
 
     def inner(self, model: PreTrainedModel) -> Any:
@@ -90,7 +90,7 @@ class LlamaFamily(Family):
         return [rotary_table(rotary, length, dtype, device)]
 
     def project(self, x: Tensor, rotary: Rotary, w: Weights) -> Projected:
-        """Norm, fused projections, rotary turn of queries and keys in one go."""
+        """Norm, fused projections, one rotary turn of queries and keys together."""
         qkv = multiply(self.rms(x, w["attn_norm"]), w["qkv"])
         qkv = qkv.view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
         turning = self.heads + self.kv_heads
@@ -132,10 +132,10 @@ def check_rope(parameters: Mapping[str, Any]) -> None:
     """Refuse rotary variants whose angles change with the length of the request.
 
     Raises:
-        UnsupportedArchitectureError: Such a variant.
+        UnsupportedArchitectureError: It is such a variant.
     """
     rope = parameters.get("rope_type", "default")
     if rope not in _ROPE_TYPES:
         raise UnsupportedArchitectureError(
-            f"rotary variant {rope!r} is not supported; supported are: {', '.join(_ROPE_TYPES)}."
+            f"rotary variant {rope!r} is not supported; choose from: {', '.join(_ROPE_TYPES)}."
         )

@@ -12,7 +12,7 @@ from polar_sdk.engine.parts import refuse_other_windows
 class MistralFamily(LlamaFamily):
     """`MistralForCausalLM`: a query sees the last `sliding_window` keys, its own included; None = all.
 
-    Hugging Face masks the keys with key ≤ query − sliding_window, and looks at no `layer_types`.
+    Hugging Face masks the keys with key ≤ query − sliding_window, and ignores `layer_types`.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("mistral",)

@@ -1,11 +1,11 @@
-"""The Mixtral family: Mistral with a mixture of experts in the place of the feed-forward."""
+"""The Mixtral family: Mistral with a mixture of experts instead of the feed-forward."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from polar_sdk.engine.experts import choose_experts, run_experts, take_experts
 from polar_sdk.engine.families.mistral import MistralFamily
+from polar_sdk.engine.parts import choose_experts, run_experts, take_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +29,10 @@ class MixtralFamily(MistralFamily):
         return take_experts(block)
 
     def mlp(self, x: Tensor, w: Weights) -> Tensor:
-        """The chosen experts, scores made to sum to one and kept in float32."""
+        """The chosen experts, by scores that sum to 1 and stay in float32."""
         scores, chosen = choose_experts(x, w["router"], self.experts_per_token, normalise=True)
         return run_experts(x, scores, chosen, w, self.act)
 
     def mlp_linear(self, index: int) -> int:
-        """The router, and as many experts as a token goes to."""
+        """The router, and the experts that one token goes to."""
         return self.hidden * (self.experts + 3 * self.experts_per_token * self.intermediate)

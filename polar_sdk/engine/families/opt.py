@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 _OFFSET = 2
-"""Row of the position embedding that position 0 reads."""
+"""Row of the position embedding that belongs to position 0."""
 
 
 class OPTFamily(PlainFamily):
-    """`OPTForCausalLM` with norms before each half of a layer, as all sizes but 350m have: a query sees all keys."""
+    """`OPTForCausalLM` with norms before each half of a layer, as all sizes but 350m: a query sees all keys."""
 
     model_types: ClassVar[tuple[str, ...]] = ("opt",)
 

@@ -1,4 +1,4 @@
-"""The Phi-3 family: Llama with matrices fused already, a sliding window, and a rotary turn of a part of each head."""
+"""The Phi-3 family: Llama with fused matrices, a sliding window, and a rotary turn of part of each head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Phi3Family(MistralFamily):
     """`Phi3ForCausalLM`: a query sees the last `sliding_window` keys, its own included; None = all.
 
-    The rotary variant `longrope` is refused: it changes the angles of all positions when a request grows long.
+    The rotary variant `longrope` is refused: it changes the angles of all positions when a request gets long.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("phi3",)

@@ -28,9 +28,9 @@ class PlainFamily(Family):
     intermediate: int
     """Width of the feed-forward."""
     act_name: str
-    """Activation of the feed-forward, by name: compiled code is kept under it."""
+    """Activation of the feed-forward, by name: part of the name of compiled code."""
     act: Callable[[Tensor], Tensor]
-    """The same as a function."""
+    """The activation as a function."""
 
     def rotary_tables(self, rotary: Any, length: int, dtype: torch.dtype, device: torch.device) -> list[Rotary]:
         """None: positions enter with the embedding."""

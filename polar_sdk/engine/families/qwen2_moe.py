@@ -1,4 +1,4 @@
-"""The Qwen 2 MoE family: Qwen 2 with, in some layers, a mixture of experts beside one that every token goes to."""
+"""The Qwen 2 MoE family: Qwen 2 whose layers may have a mixture of experts, and one that every token goes to."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F  # noqa: N812
 
-from polar_sdk.engine.experts import choose_experts, run_experts, take_experts
 from polar_sdk.engine.families.qwen2 import Qwen2Family
-from polar_sdk.engine.parts import gated_mlp
+from polar_sdk.engine.parts import choose_experts, gated_mlp, run_experts, take_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,23 +35,23 @@ class Qwen2MoeFamily(Qwen2Family):
         """Whether a layer has experts, one entry per layer."""
 
     def take_mlp(self, block: Any) -> Weights:
-        """Llama's; where there are experts, `gate_up` and `down` are those of the shared one."""
+        """Llama's; in a layer with experts, `gate_up` and `down` are those of the shared one."""
         if not hasattr(block, "experts"):
             return super().take_mlp(block)
         gate = block.shared_expert_gate.weight.detach()
         return {**super().take_mlp(block.shared_expert), "shared_gate": gate, **take_experts(block)}
 
     def mlp(self, x: Tensor, w: Weights) -> Tensor:
-        """The chosen experts and the shared one, whose share a gate decides; or the feed-forward of a plain layer."""
-        every = gated_mlp(x, w["gate_up"], w["down"], self.act)
+        """The chosen experts and the shared one, weighted by a gate; or the feed-forward of a plain layer."""
+        shared = gated_mlp(x, w["gate_up"], w["down"], self.act)
         if "router" not in w:
-            return every
+            return shared
         scores, chosen = choose_experts(x, w["router"], self.experts_per_token, normalise=self.normalise)
-        some = run_experts(x, scores.to(x.dtype), chosen, w, self.act)
-        return some + F.linear(x, w["shared_gate"]).sigmoid() * every
+        mixed = run_experts(x, scores.to(x.dtype), chosen, w, self.act)
+        return mixed + F.linear(x, w["shared_gate"]).sigmoid() * shared
 
     def mlp_linear(self, index: int) -> int:
-        """Router, gate, the shared expert, and as many others as a token goes to."""
+        """Router, gate, the shared expert, and the others that one token goes to."""
         if not self.mixed[index]:
             return super().mlp_linear(index)
         width = self.experts_per_token * self.expert_width + self.shared_width

@@ -1,9 +1,9 @@
-"""The library made of the C++ files here: when it is used, how it is compiled and kept, how compiled layers call it.
+"""The library built from the C++ files here: when it is used, how it is compiled and kept, how compiled layers call it.
 
 Operations on bfloat16 tensors of a CPU: the product of two or more rows with a matrix, of one row with a matrix of
-integers, attention of one token per row over pages, and attention of the tokens of a prompt. Only compiled kernels use
-them, on processors with AVX512-BF16 and without AMX (where torch's own products are faster). Elsewhere, and where the
-library cannot be compiled, layers do as torch does. Knows tensors, no families.
+integers, attention of one token per row over pages, and attention of the tokens of a prompt. Only compiled kernels
+use them, on processors with AVX512-BF16 and without AMX (where torch's own products are faster). Elsewhere, and where
+the library cannot be compiled, layers use torch's operations. Knows tensors, no families.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 _FOLDER: Final = Path(__file__).parent
 _HEAD_STEP: Final = 32
-"""What the size of a head must be a multiple of: bfloat16 numbers in a register."""
+"""The size of a head must be a multiple of this: bfloat16 numbers in a register."""
 _log = logging.getLogger(__name__)
 _loaded: set[str] = set()
-"""Version of the library in this process, if any."""
+"""Version of the library loaded in this process, if any."""
 
 
 @cache
 def _supported() -> bool:
-    """Whether this processor can run the kernels, and gains by it."""
+    """Whether this processor can run the kernels and is faster with them."""
     if not sys.platform.startswith("linux"):
         return False
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
@@ -41,22 +41,22 @@ def _supported() -> bool:
 
 @cache
 def _key() -> str:
-    """Names the library on disk: its source, torch, and the processor that it is compiled for."""
+    """Name of the library on disk, from its source, torch, and the processor that it is compiled for."""
     source = "".join(file.read_text() for file in sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")]))
     return hashlib.sha256(f"{source}|{torch.__version__}|{_processor()}".encode()).hexdigest()[:32]
 
 
 def _processor() -> str:
-    """Vendor, and instructions, of which the library may use any."""
+    """Vendor and instruction sets of the processor; the library may use any of them."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return "".join(sorted({line for line in lines if line.startswith(("vendor_id", "flags"))}))
 
 
 @cache
 def _pairs() -> bool:
-    """Whether to multiply by the instruction for pairs of bfloat16 numbers.
+    """Whether to multiply with the instruction for pairs of bfloat16 numbers.
 
-    On AMD's cores it does twice the work of a float32 product in the same time; on Intel's it takes four times as long.
+    On AMD cores it does twice the work of a float32 product in the same time; on Intel cores it takes 4 times as long.
     """
     return "AuthenticAMD" in _processor()
 
@@ -67,11 +67,11 @@ def load_library(folder: Path, dtype: torch.dtype, device: torch.device, *, buil
     Args:
         folder: Where the library is kept.
         dtype: Of activations, keys and values.
-        device: Where they are.
-        build: Whether to compile the library if it is not there yet; it takes some ten seconds.
+        device: Of the same.
+        build: Whether to compile the library if it is not there yet, which takes about ten seconds.
 
     Returns:
-        Whether compiled layers may call them. A compiler that is missing or fails is only logged: layers do without.
+        Whether compiled layers may call them. A compiler that is missing or fails is only logged: layers run without.
     """
     if not _fits(dtype, device) or not _supported():
         return False
@@ -95,9 +95,9 @@ def _build(file: Path) -> None:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent) as beside:
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
             options = CppTorchOptions(include_pytorch=True, warning_all=False)
-            builder = CppBuilder("native", str(_FOLDER / "kernels.cpp"), options, output_dir=beside)
+            builder = CppBuilder("native", str(_FOLDER / "kernels.cpp"), options, output_dir=scratch)
             builder.build()
             Path(builder.get_target_file_path()).replace(file)
     except Exception as error:  # the compiler raises what it likes
@@ -130,12 +130,12 @@ def _attend_pages_shape(query: Tensor, *_: object) -> Tensor:
 
 
 def version(dtype: torch.dtype, device: torch.device) -> str:
-    """What compiled layers of such activations depend on; empty where they use no kernel of ours."""
+    """Version of the library that compiled layers of such activations depend on; empty where they use none of it."""
     return next(iter(_loaded), "") if _fits(dtype, device) else ""
 
 
-def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of rows (M, K) with a matrix (N, K) should be ours: M is 2 or more, in a compiled layer."""
+def can_multiply(x: Tensor, weight: Tensor) -> bool:
+    """Whether to use `product` for rows (M, K) and a matrix (N, K): in a compiled layer, where M is 2 or more."""
     return bool(version(x.dtype, x.device)) and weight.dtype == x.dtype and torch.compiler.is_compiling()
 
 
@@ -145,8 +145,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return total
 
 
-def multiplies_integers(x: Tensor) -> bool:
-    """Whether the product of one row (1, K) with a matrix of integers should be ours: in a compiled layer."""
+def can_multiply_integers(x: Tensor) -> bool:
+    """Whether to use `product_int8` and `product_int4` for activations (M, K): in a compiled layer, where M is 1."""
     return bool(version(x.dtype, x.device)) and x.shape[0] == 1 and torch.compiler.is_compiling()
 
 
@@ -157,7 +157,7 @@ def product_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def product_int4(x: Tensor, packed: Tensor, scales_zeros: Tensor) -> Tensor:
-    """Multiply a row (1, K) by a matrix of 4-bit integers, packed as torch's kernel wants it; returns (1, N).
+    """Multiply a row (1, K) by a matrix of 4-bit integers, packed as torch's kernel expects it; returns (1, N).
 
     N is a multiple of 64. Scales and zeros are (K / 32, N, 2).
     """
@@ -165,8 +165,8 @@ def product_int4(x: Tensor, packed: Tensor, scales_zeros: Tensor) -> Tensor:
     return total
 
 
-def attends(query: Tensor) -> bool:
-    """Whether attention of queries (…, d) can be ours."""
+def can_attend(query: Tensor) -> bool:
+    """Whether `attend_pages` and `attend_prompt` can be used for queries (…, d)."""
     return bool(version(query.dtype, query.device)) and query.shape[-1] % _HEAD_STEP == 0
 
 

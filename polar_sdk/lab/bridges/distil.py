@@ -219,7 +219,7 @@ class BridgeTrainer:
 
     def _start(self, pack: Pack) -> _Start:
         with torch.no_grad():
-            states = pack.run(self._decoder, pack.walk.embedded, layers(0, self._lead))
+            states = pack.run(self._decoder, pack.packed.embedded, layers(0, self._lead))
             final = pack.run(self._decoder, states, layers(self._lead, self._decoder.depth))[pack.sources]
             choices = slots_of(pack.tasks, self._decoder.device)
             scores = None if choices is None else choice_scores(self._decoder.head(final), pack.targets, choices)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.eager import EagerKernels
-from polar_sdk.engine.scoring import Walk, packs, predictors
+from polar_sdk.engine.scoring import PackedQuestions, packs, predictors
 from polar_sdk.errors import BridgeError, DeviceError
 from polar_sdk.programs.program import Step
 
@@ -38,20 +38,20 @@ class Pack:
 
     Attributes:
         tasks: In order.
-        walk: Where their tokens lie, and which attend to which.
+        packed: Where their tokens lie, and which attend to which.
         sources: Places that predict the continuations' tokens, (M,).
         targets: Those tokens, (M,).
     """
 
     tasks: tuple[Task, ...]
-    walk: Walk
+    packed: PackedQuestions
     sources: Tensor
     targets: Tensor
 
     def run(self, decoder: Decoder, x: Tensor, steps: Iterable[Step]) -> Tensor:
         """Move states (N, E) along some steps."""
         for step in steps:
-            x = self.walk.step(decoder, step, x)
+            x = self.packed.step(decoder, step, x)
         return x
 
 
@@ -89,7 +89,7 @@ def make_packs(decoder: Decoder, tasks: Sequence[Task], limit: int) -> list[Pack
         made.append(
             Pack(
                 tasks=tuple(next(waiting) for _ in questions),
-                walk=Walk(decoder, questions),
+                packed=PackedQuestions(decoder, questions),
                 sources=_tensor(sources, decoder.device),
                 targets=_tensor(targets, decoder.device),
             )
@@ -203,7 +203,7 @@ def fit_group(
             if segment not in known:
                 ridge = Ridge(walk.ours[0].shape[-1], decoder.device)
                 for pack, ours, theirs in zip(packs, walk.ours, walk.theirs, strict=True):
-                    ridge.add(ours, theirs, pack.walk.positions)
+                    ridge.add(ours, theirs, pack.packed.positions)
                 fitted[segment] = ridge.solve(strength, rank).to(decoder.dtype, decoder.device)
             decoder.set_bridges({**decoder.bridges, segment: known.get(segment) or fitted[segment]})
             walk.cross(segment)
@@ -220,7 +220,7 @@ def held_out_errors(decoder: Decoder, packs: Sequence[Pack], group: Sequence[Seg
             before, theirs = walk.to(segment)
             walk.cross(segment)
             pairs = [
-                unexplained(old, wanted, carried, pack.walk.positions)
+                unexplained(old, wanted, carried, pack.packed.positions)
                 for pack, old, wanted, carried in zip(packs, before, theirs, walk.ours, strict=True)
             ]
             skip = sum(one for _, one in pairs)
@@ -233,7 +233,7 @@ class _PackStates:
 
     def __init__(self, decoder: Decoder, packs: Sequence[Pack]) -> None:
         self._decoder, self._packs = decoder, packs
-        self.ours = [pack.walk.embedded for pack in packs]
+        self.ours = [pack.packed.embedded for pack in packs]
         self.theirs = self.ours
         self._ours_at = self._theirs_at = 0
 

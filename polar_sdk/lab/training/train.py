@@ -13,11 +13,10 @@ from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, Layerwi
 from polar_sdk.lab.training.measuring import Bench, marks
 from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_menu, frontier
 from polar_sdk.programs.program import Program
-from polar_sdk.router.features import FeatureKind, FeatureReader
 from polar_sdk.router.layerwise import EXECUTE, LayerwiseRouter, layerwise_dial
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter, by_cost, needed_theta
-from polar_sdk.router.network import Network
+from polar_sdk.router.network import FeatureKind, FeatureReader, Network
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -187,7 +187,7 @@ class TestMistakes:
     def test_a_policy_file_that_is_wrong(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "wrong.json").write_bytes(b"\xff{")
         words = ["run", "hi", "--model", str(folder), "--policy"]
-        refused(polar(*words, str(tmp_path / "wrong.json")), 2, "wrong.json", "no UTF-8")
+        refused(polar(*words, str(tmp_path / "wrong.json")), 2, "wrong.json", "not UTF-8")
         refused(polar(*words, str(tmp_path / "absent.json")), 2, "absent.json", "polar scan --save")
 
     def test_an_unknown_command_or_option(self) -> None:

@@ -131,10 +131,13 @@ def test_an_error_in_a_hook_ends_its_request_and_no_other(after: int) -> None:
     ("returned", "words"),
     [
         (lambda logits: None, ["returned NoneType", "shape (260,)"]),
-        (lambda logits: logits[:-1], ["returned (259,)", "shape (260,)"]),
-        (lambda logits: logits.fill_(float("-inf")), ["after 0 tokens", "left -inf", "at least one finite logit"]),
-        (lambda logits: logits * float("nan"), ["left nan"]),
-        (lambda logits: logits + float("inf"), ["left inf"]),
+        (lambda logits: logits[:-1], ["returned shape (259,)", "shape (260,)"]),
+        (
+            lambda logits: logits.fill_(float("-inf")),
+            ["after 0 tokens", "hook returned is -inf", "one finite logit"],
+        ),
+        (lambda logits: logits * float("nan"), ["hook returned is nan"]),
+        (lambda logits: logits + float("inf"), ["hook returned is inf"]),
     ],
     ids=["nothing", "another shape", "no token", "nan", "+inf"],
 )

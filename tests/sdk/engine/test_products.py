@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk.engine import products
-from polar_sdk.engine.products import INT4_GROUP, Int4, Int8, Plain, Product, multiply, quantize, wide_from
+from polar_sdk.engine.products import INT4_GROUP, Int4, Int8, Plain, Product, min_wide_rows, multiply, quantize
 from polar_sdk.errors import DeviceError
 
 SHAPES = st.tuples(
@@ -118,4 +118,4 @@ def test_another_layout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wide_code_needs_the_most_rows_for_int4() -> None:
     plain = Plain(torch.randn(64, 64))
-    assert [wide_from(quantize(plain, precision)) for precision in ("bf16", "int8", "int4")] == [2, 32, 128]
+    assert [min_wide_rows(quantize(plain, precision)) for precision in ("bf16", "int8", "int4")] == [2, 32, 128]

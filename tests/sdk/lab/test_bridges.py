@@ -139,7 +139,7 @@ def test_packs_run_as_the_engine_runs(model: PolarModel) -> None:
     tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
     pack = make_packs(decoder, tasks[:3], 4096)[0]
     with torch.inference_mode():
-        states = pack.run(trainable_copy(decoder), pack.walk.embedded, program.steps)
+        states = pack.run(trainable_copy(decoder), pack.packed.embedded, program.steps)
         at = 0
         for task in tasks[:3]:
             tokens = [*task.question.prompt, *task.question.continuations[0]]

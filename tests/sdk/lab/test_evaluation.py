@@ -236,7 +236,7 @@ def test_bad_calibration_sets_are_told_what_would_help(model: PolarModel, matrix
     rows = matrix(120, seed=5)
     outputs = router.outputs(router.reader.stack(rows.tokens))
     with pytest.raises(
-        CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; you gave"
+        CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; there are"
     ):
         certify(router, outputs, Outcomes(rows), tiers={"premium": (0.01, "differs")})
 

@@ -77,7 +77,9 @@ def test_from_prompts_to_a_certified_router(folder: Path, tmp_path: Path) -> Non
 
     refused = polar("calibrate", "--router", router, "--data", second, "--tier", "premium=0.01", *here)
     assert refused.exit_code == 2
-    assert "α = 1 % needs at least 230 calibration prompts at δ = 0.1; you gave 110 of kind 'choice'." in refused.output
+    assert (
+        "α = 1 % needs at least 230 calibration prompts at δ = 0.1; there are 110 of kind 'choice'." in refused.output
+    )
     assert "no promise" in polar("calibrate", "--router", router, "--tier", "gold=0.1", *here).output
 
     tiers = ["--tier", "economy=0.5", "--tier", "standard=0.2:harms"]

@@ -181,7 +181,7 @@ def _passes(decoder: Decoder, starts: list[list[int]]) -> list[torch.Tensor]:
     found.append(next_logits(decoder, rows, [[5, 6, 7]] * len(rows)))
     found.append(next_logits(decoder, rows, [[9]] * len(rows)))
     for row in rows:
-        row.pages.release()
+        row.page_table.release()
     return found
 
 

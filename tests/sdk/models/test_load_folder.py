@@ -153,7 +153,7 @@ def test_folder_without_a_model(tmp_path: Path, cache: Path) -> None:
 def test_other_architecture_is_refused_before_its_weights_are_read(folder: Path) -> None:
     _edit_config(folder, model_type="mamba")
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UnsupportedArchitectureError, match=r"'mamba' is not supported; supported are: .*llama"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"'mamba' is not supported; choose from: .*llama"):
         load_pretrained(folder)
 
 

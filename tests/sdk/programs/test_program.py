@@ -172,8 +172,8 @@ EXAMPLE = "'0-11 15x2 18-29'"
         ("٣", "'٣'", EXAMPLE),  # a digit, but none that the canonical text has
         ("5-3", "'5-3'", "3-5"),
         ("7x0", "'7x0'", "leave the layer out"),
-        ("0-29x999", "4096", "leave layers out"),
-        ("0-2000 0-2000 0-2000", "4096", "leave layers out"),
+        ("0-29x999", "4096", "skip more or loop less"),
+        ("0-2000 0-2000 0-2000", "4096", "skip more or loop less"),
     ],
 )
 def test_a_text_that_does_not_parse(text: str, value: str, fix: str) -> None:
@@ -188,13 +188,13 @@ def test_a_text_that_does_not_parse(text: str, value: str, fix: str) -> None:
 
 @pytest.mark.parametrize("value", [5, None, 1.5, [0, 1.5], ["0", "1"], {"a": 1}])
 def test_neither_program_nor_text_nor_path(value: object) -> None:
-    with pytest.raises(ProgramSyntaxError, match="neither text nor whole numbers"):
+    with pytest.raises(ProgramSyntaxError, match="neither text nor a sequence of layers"):
         Program.of(value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [((), "empty"), ((0, -3), "-3"), ((10_000,), "highest is 9999"), ((0,) * 4097, "4097 steps, of at most 4096")],
+    [((), "empty"), ((0, -3), "-3"), ((10_000,), "highest is 9999"), ((0,) * 4097, "4097 steps; at most 4096")],
 )
 def test_paths_that_no_text_could_name(path: tuple[int, ...], message: str) -> None:
     with pytest.raises(ProgramSyntaxError, match=message):

@@ -78,7 +78,7 @@ def test_rows_of_a_batch_answer_as_they_do_alone(model: PolarModel, sampled: boo
 
 
 def test_prompts_run_a_few_at_a_time(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.scheduler, "limits", Limits(alone=20, beside=7))
+    monkeypatch.setattr(model.scheduler, "limits", Limits(prefill_alone=20, prefill_beside=7))
     prompts = ["x" * length for length in (3, 30, 8, 8, 1)]
     together = model.generate_batch(prompts, max_tokens=6)
     assert [d.token_ids for d in together] == [model.generate(p, max_tokens=6).token_ids for p in prompts]
@@ -323,7 +323,7 @@ def test_an_unsupported_architecture_says_what_is_supported() -> None:
     from polar_sdk import PolarModel
 
     bloom = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=260))
-    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom' is not supported; supported are: .*llama"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom' is not supported; choose from: .*llama"):
         PolarModel.from_hf(bloom, tiny_tokenizer())
 
 

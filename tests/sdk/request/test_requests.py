@@ -23,7 +23,7 @@ from polar_sdk.errors import (
     UnknownTierError,
 )
 from polar_sdk.programs.program import Program
-from polar_sdk.router.fixed import StaticRouter
+from polar_sdk.router.base import StaticRouter
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

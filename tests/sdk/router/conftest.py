@@ -8,10 +8,9 @@ import pytest
 
 from polar_sdk.programs.program import Program
 from polar_sdk.router.certificate import Certificate, Counts
-from polar_sdk.router.features import FeatureReader
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter
-from polar_sdk.router.network import Network
+from polar_sdk.router.network import FeatureReader, Network
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:

@@ -51,7 +51,9 @@ def test_a_theta_that_saves_less_is_not_taken() -> None:
 
 
 def test_too_few_prompts_are_told_how_many_are_needed() -> None:
-    with pytest.raises(CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; you"):
+    with pytest.raises(
+        CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; there are"
+    ):
         made(n=120, lost={"differs": (0, 1, 2, 3)}).promise(0.01)
 
 
@@ -122,7 +124,7 @@ def test_a_promise_holds_for_every_kind_of_prompt() -> None:
     with pytest.raises(CertificateError, match="'harms' was not counted"):
         certificate.promise(0.1, "harms")
     with pytest.raises(
-        CalibrationSizeError, match=r"at least 230 calibration prompts at δ = 0\.1; you gave 150 of kind"
+        CalibrationSizeError, match=r"at least 230 calibration prompts at δ = 0\.1; there are 150 of kind"
     ):
         mixed.promise(0.01)
     with pytest.raises(ToleranceError, match="the smallest that 150 calibration prompts"):

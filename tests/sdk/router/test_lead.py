@@ -16,10 +16,9 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.programs.cost import CHUNK
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
-from polar_sdk.router.features import FeatureReader
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter
-from polar_sdk.router.network import Network
+from polar_sdk.router.network import FeatureReader, Network
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 

@@ -13,10 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from polar_sdk.engine.scoring import Question, score_programs
 from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.programs.program import Program
-from polar_sdk.router.features import FeatureReader
 from polar_sdk.router.learned import AtTheta, RouterFacts
 from polar_sdk.router.menu import MenuRouter, cheapest, menu_dial, needed_theta
-from polar_sdk.router.network import Network
+from polar_sdk.router.network import FeatureReader, Network
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
@@ -92,7 +91,7 @@ def test_another_model_is_refused(router: MenuRouter, model: PolarModel) -> None
 
 def test_an_unbound_router_says_so(router: MenuRouter) -> None:
     unbound = MenuRouter(router.facts, router.network, router.programs)
-    with pytest.raises(RouterError, match="bound to no model"):
+    with pytest.raises(RouterError, match="not bound to a model"):
         unbound.at(0.2).route(TOKENS)
 
 

@@ -13,8 +13,7 @@ from polar_sdk.engine.route import Route
 from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
-from polar_sdk.router.base import Router
-from polar_sdk.router.fixed import IdentityRouter, StaticRouter
+from polar_sdk.router.base import IdentityRouter, Router, StaticRouter
 from polar_sdk.router.layerwise import LayerwiseRouter
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter
@@ -89,13 +88,13 @@ def test_altered_weights_are_found(folder: Path) -> None:
     tensors = load_file(path)
     tensors["bias.0"] = tensors["bias.0"] + 1
     save_file(tensors, path)
-    with pytest.raises(RouterDamagedError, match="its weights are not those it was saved with"):
+    with pytest.raises(RouterDamagedError, match="its weights are not the ones it was saved with"):
         load_router(folder)
 
 
 def test_an_altered_menu_is_found(folder: Path) -> None:
     edit(folder, lambda facts: facts["programs"].append("0-1"))
-    with pytest.raises(RouterDamagedError, match="its programs are not those"):
+    with pytest.raises(RouterDamagedError, match="its programs are not the ones"):
         load_router(folder)
 
 

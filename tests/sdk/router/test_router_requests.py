@@ -10,7 +10,7 @@ from polar_sdk.errors import CertificateError, RouterError, ToleranceError, Unkn
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import save_router
-from polar_sdk.router.fixed import StaticRouter
+from polar_sdk.router.base import StaticRouter
 from polar_sdk.router.store import saved_router_path
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 

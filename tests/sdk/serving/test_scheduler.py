@@ -75,7 +75,7 @@ async def test_more_asyncio_callers_than_the_loop_has_threads() -> None:
 
 def test_long_prompts_run_in_chunks_beside_those_who_decode() -> None:
     model, alone = tiny_model(context_window=2048), tiny_model(context_window=2048)
-    model.scheduler.limits = Limits(beside=9, alone=30)
+    model.scheduler.limits = Limits(prefill_beside=9, prefill_alone=30)
     texts = ["a" * 1200, "b", "c" * 510, "d" * 31]
     together = run_together([partial(model.generate, text, max_tokens=20) for text in texts])
     for done, text in zip(together, texts, strict=True):
@@ -102,7 +102,7 @@ def test_a_full_queue_refuses_and_computes_nothing() -> None:
     sink = ListSink()
     model = tiny_model(sink=sink)
     model.scheduler.limits = Limits(max_waiting=3)
-    with pytest.raises(QueueFullError, match="4 more do not fit the limit of 3") as caught:
+    with pytest.raises(QueueFullError, match="4 more would exceed the limit of 3") as caught:
         model.generate_batch(["a", "b", "c", "d"], max_tokens=2)
     assert caught.value.retryable
     assert [record.flops.total for record in sink.records] == [0] * 4

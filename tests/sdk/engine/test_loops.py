@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from polar_sdk.engine.decoder import build_decoder
+from polar_sdk.engine.decoder import build_decoder, damp
 from polar_sdk.engine.forward import advance, next_logits
 from polar_sdk.engine.row import Row
-from polar_sdk.programs.guard import LoopGuard, damp
-from polar_sdk.programs.policy import Policy
+from polar_sdk.programs.policy import LoopGuard, Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama, tiny_model
 from polar_sdk.usage import ListSink
