@@ -1,6 +1,6 @@
-"""`polar budget`: set budgets, show what is left of them, close them, and look at what is held.
+"""The commands `polar budget set`, `show`, `close`, `holds` and `recheck`.
 
-Arguments in, text out; the figures come from `polar_billing.budgets`. Heavy imports wait until a command runs.
+Arguments in, text out; the work is done by `budgets`.
 """
 
 from __future__ import annotations
@@ -10,30 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polar_billing.cli.options import (
-    CsvOption,
-    JsonOption,
-    LedgerOption,
-    TenantOption,
-    open_ledger,
-    show,
-    show_json,
-    write_file,
-)
+from polar_billing.cli import options as opt
 from polar_billing.errors import BudgetError
 
 if TYPE_CHECKING:
     from polar_billing.budgets.budget import Level
     from polar_billing.budgets.keeper import Budgets
-    from polar_billing.ledger.contract import AllTenants
     from polar_billing.prices.book import PriceBook
 
 
-_Tenant = Annotated[str, typer.Argument(help="Whose budget.", metavar="TENANT")]
-_Unit = Annotated[str, typer.Argument(help="A currency's code, or CU for compute units.", metavar="UNIT")]
-_Project = Annotated[str | None, typer.Option(help="Budget of this project alone.", metavar="NAME")]
-_User = Annotated[str | None, typer.Option(help="Budget of this user alone.", metavar="NAME")]
-_Key = Annotated[str | None, typer.Option(help="Budget of this key alone.", metavar="NAME")]
+_Tenant = Annotated[str, typer.Argument(help="The tenant.", metavar="TENANT")]
+_Unit = Annotated[str, typer.Argument(help="Currency code, or CU for compute units.", metavar="UNIT")]
+_Project = Annotated[str | None, typer.Option(help="Budget of this project only.", metavar="NAME")]
+_User = Annotated[str | None, typer.Option(help="Budget of this user only.", metavar="NAME")]
+_Key = Annotated[str | None, typer.Option(help="Budget of this key only.", metavar="NAME")]
 _Window = Annotated[str, typer.Option(help="day, week or month.", metavar="WINDOW")]
 
 _budget = typer.Typer(no_args_is_help=True)
@@ -52,7 +42,7 @@ def budget() -> None:
 @_budget.command("set", epilog="Example: polar budget set acme 50 USD --window day --user ann --zone Europe/Berlin")
 def set_(
     tenant: _Tenant,
-    limit: Annotated[str, typer.Argument(help="Most per window, for example 12.50.", metavar="LIMIT")],
+    limit: Annotated[str, typer.Argument(help="Maximum per window, e.g. 12.50.", metavar="LIMIT")],
     unit: _Unit,
     window: _Window = "month",
     project: _Project = None,
@@ -60,19 +50,19 @@ def set_(
     key: _Key = None,
     over_budget: Annotated[
         str,
-        typer.Option(help="refuse, or shallower: serve a cheaper tier that fits.", metavar="POLICY"),
+        typer.Option(help="refuse, or shallower: serve a cheaper tier that fits.", metavar="ACTION"),
     ] = "refuse",
     zone: Annotated[
         str | None,
         typer.Option(
-            help="IANA time zone of the windows; that of the tenant in the price book by default, or else UTC.",
+            help="IANA time zone of the windows; by default the tenant's in the price book, or else UTC.",
             metavar="ZONE",
         ),
     ] = None,
     prices: Annotated[
-        Path | None, typer.Option(help="Price book; the one that meters charge by, by default.", metavar="FILE")
+        Path | None, typer.Option(help="Price book; by default the one in force.", metavar="FILE")
     ] = None,
-    ledger: LedgerOption = None,
+    ledger: opt.Ledger = None,
 ) -> None:
     """Set a budget; it supersedes the one of the same tenant, name, unit and window."""
     budgets = _open(ledger)
@@ -80,9 +70,9 @@ def set_(
     from polar_billing.prices.current import Prices
     from polar_billing.values.periods import Window
 
-    book = Prices(budgets.ledger, prices).of(tenant)
+    book = Prices(budgets.ledger.price_choices, prices).of(tenant)
     level, name = _scope(project, user, key)
-    made = Budget(
+    new = Budget(
         tenant,
         limit,  # type: ignore[arg-type]  # text is checked and turned into a Decimal there
         unit,
@@ -92,24 +82,20 @@ def set_(
         zone=zone or _zone_of(tenant, book),
         over_budget=over_budget,  # type: ignore[arg-type]
     )
-    assert isinstance(made.window, Window)
-    assert isinstance(made.over_budget, OverBudget)
-    budgets.set(made, book)
-    (standing,) = (one for one in budgets.standings(tenant) if one.budget.key == made.key)
-    typer.echo(
-        f"The {made.window}'s budget of {made.who} is {made.say(made.limit_count)}; {made.say(standing.left)} left."
-    )
+    assert isinstance(new.window, Window)
+    assert isinstance(new.over_budget, OverBudget)
+    budgets.set(new, book)
+    (standing,) = (standing for standing in budgets.standings(tenant) if standing.budget.key == new.key)
+    typer.echo(f"The {new.window}'s budget of {new.who} is {new.say(new.limit_count)}; {new.say(standing.left)} left.")
 
 
 @_budget.command("show", epilog="Example: polar budget show --tenant acme --json")
-def show_(
-    tenant: TenantOption = None, as_json: JsonOption = False, csv: CsvOption = None, ledger: LedgerOption = None
-) -> None:
+def show_(tenant: opt.Tenant = None, as_json: opt.Json = False, csv: opt.Csv = None, ledger: opt.Ledger = None) -> None:
     """Show what is spent, held and left of every budget, and when it resets."""
     budgets = _open(ledger)
     from polar_billing.reports.billing_tables import standing_row
 
-    rows = [standing_row(one) for one in budgets.standings(_whose(tenant))]
+    rows = [standing_row(standing) for standing in budgets.standings(opt.tenant_or_all(tenant))]
     _print(rows, as_json, csv, title="Budgets", nothing=f"No budgets{_of(tenant)} in the ledger.")
 
 
@@ -121,9 +107,9 @@ def close(
     project: _Project = None,
     user: _User = None,
     key: _Key = None,
-    ledger: LedgerOption = None,
+    ledger: opt.Ledger = None,
 ) -> None:
-    """Lift a budget; what it was stays in the ledger."""
+    """Close a budget; its definitions stay in the ledger."""
     budgets = _open(ledger)
     level, name = _scope(project, user, key)
     closed = budgets.close(tenant, level=level, name=name, unit=unit, window=window)
@@ -132,52 +118,55 @@ def close(
 
 @_budget.command(epilog="Example: polar budget holds --tenant acme")
 def holds(
-    tenant: TenantOption = None,
-    expire: Annotated[bool, typer.Option("--expire", help="First free what is held past its time.")] = False,
-    as_json: JsonOption = False,
-    csv: CsvOption = None,
-    ledger: LedgerOption = None,
+    tenant: opt.Tenant = None,
+    expire: Annotated[bool, typer.Option("--expire", help="First expire the holds that are due.")] = False,
+    as_json: opt.Json = False,
+    csv: opt.Csv = None,
+    ledger: opt.Ledger = None,
 ) -> None:
-    """Show what is held for requests that are running now."""
+    """Show what is held for requests that are running."""
     budgets = _open(ledger)
     from polar_billing.reports.billing_tables import hold_row
 
-    if expire and (freed := budgets.expire(_whose(tenant))):
+    if expire and (freed := budgets.expire(opt.tenant_or_all(tenant))):
         typer.echo(f"{freed} expired.", err=True)
-    rows = [hold_row(one) for one in budgets.holds(_whose(tenant))]
+    rows = [hold_row(hold) for hold in budgets.holds(opt.tenant_or_all(tenant))]
     _print(rows, as_json, csv, title="Holds", nothing=f"Nothing is held{_of(tenant)}.")
 
 
 @_budget.command(epilog="Example: polar budget recheck --tenant acme")
 def recheck(
-    tenant: TenantOption = None,
+    tenant: opt.Tenant = None,
     repair: Annotated[bool, typer.Option("--repair", help="Replace the counters that differ.")] = False,
-    as_json: JsonOption = False,
-    ledger: LedgerOption = None,
+    as_json: opt.Json = False,
+    ledger: opt.Ledger = None,
 ) -> None:
-    """Add up holds and usage again, and say which counters differ; exit code 1 if any does."""
+    """Add up holds and usage again and show which counters differ; exit code 1 if any does."""
     budgets = _open(ledger)
     from polar_billing.reports.billing_tables import standing_row
 
-    found = budgets.recheck(_whose(tenant), repair=repair)
-    rows = [{**standing_row(one.counted), "should_be": standing_row(one.computed)} for one in found]
+    differences = budgets.recheck(opt.tenant_or_all(tenant), repair=repair)
+    rows = [
+        {**standing_row(difference.counted), "should_be": standing_row(difference.computed)}
+        for difference in differences
+    ]
     if as_json:
-        show_json(rows)
+        opt.show_json(rows)
     elif not rows:
-        typer.echo("Every counter is what holds and usage add up to.")
-    for one in () if as_json else found:
-        amounts = [one.counted.budget.say(count) for count in (one.counted.spent, one.computed.spent)]
-        held = [one.counted.budget.say(count) for count in (one.counted.held, one.computed.held)]
+        typer.echo("Every counter agrees with what holds and usage add up to.")
+    for difference in () if as_json else differences:
+        counted, computed, budget = difference.counted, difference.computed, difference.counted.budget
         typer.echo(
-            f"{one.counted.budget.who}, {one.counted.period.label}: spent {amounts[0]}, should be {amounts[1]}; "
-            f"held {held[0]}, should be {held[1]}."
+            f"{budget.who}, {counted.period.label}: "
+            f"spent {budget.say(counted.spent)}, should be {budget.say(computed.spent)}; "
+            f"held {budget.say(counted.held)}, should be {budget.say(computed.held)}."
         )
-    if found and not repair:
+    if differences and not repair:
         raise typer.Exit(1)
 
 
 def _open(ledger: str | None) -> Budgets:
-    opened = open_ledger(ledger)
+    opened = opt.open_ledger(ledger)
     from polar_billing.budgets.keeper import Budgets
 
     return Budgets(opened)
@@ -187,10 +176,10 @@ def _scope(project: str | None, user: str | None, key: str | None) -> tuple[Leve
     from polar_billing.budgets.budget import Level
 
     named = {Level.PROJECT: project, Level.USER: user, Level.KEY: key}
-    given = [(level, name) for level, name in named.items() if name is not None]
-    if len(given) > 1:
-        raise BudgetError("a budget was given for several of --project, --user and --key.", hint="Give one of them.")
-    return given[0] if given else (Level.TENANT, None)
+    scopes = [(level, name) for level, name in named.items() if name is not None]
+    if len(scopes) > 1:
+        raise BudgetError("several of --project, --user and --key were given.", hint="Give one of them.")
+    return scopes[0] if scopes else (Level.TENANT, None)
 
 
 def _zone_of(tenant: str, book: PriceBook) -> str:
@@ -198,12 +187,6 @@ def _zone_of(tenant: str, book: PriceBook) -> str:
 
     customer = book.customer_at(datetime.now(UTC), tenant)
     return "UTC" if customer is None else customer.zone
-
-
-def _whose(tenant: str | None) -> str | AllTenants:
-    from polar_billing.ledger.contract import ALL_TENANTS
-
-    return ALL_TENANTS if tenant is None else tenant
 
 
 def _of(tenant: str | None) -> str:
@@ -215,10 +198,10 @@ def _print(rows: list[dict[str, Any]], as_json: bool, csv: Path | None, *, title
     from polar_billing.reports.csv import write_rows
 
     if csv is not None and rows:
-        write_file(csv, write_rows(list(rows[0]), rows))
+        opt.write_file(csv, write_rows(list(rows[0]), rows))
     if as_json:
-        show_json(rows)
+        opt.show_json(rows)
     elif not rows:
         typer.echo(nothing)
     elif csv is None:
-        show(rows_view(rows, title))
+        opt.show(rows_view(rows, title))

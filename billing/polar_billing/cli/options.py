@@ -1,7 +1,4 @@
-"""Options and helpers that the commands share. Heavy imports wait until a command runs.
-
-Knows no command.
-"""
+"""Options and helpers that the commands share. Heavy imports wait until a command runs. Knows no command."""
 
 from __future__ import annotations
 
@@ -17,45 +14,45 @@ from polar_billing.errors import MissingExtraError, OutputError, QueryError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from polar_billing.ledger.contract import LedgerStorage, Selection
-    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.ledger import Ledger as LedgerStore
+    from polar_billing.ledger.records import AllTenants, Selection
     from polar_billing.prices.book import PriceBook
     from polar_billing.values.periods import Period
 
 
-LedgerOption = Annotated[
+Ledger = Annotated[
     str | None,
-    typer.Option(help="Ledger URL or SQLite file; POLAR_LEDGER or the user's data folder by default.", metavar="URL"),
+    typer.Option(help="Ledger URL or SQLite file; by default POLAR_LEDGER or the user's data folder.", metavar="URL"),
 ]
-TenantOption = Annotated[
-    str | None, typer.Option(help="Only this tenant; without it every tenant of the ledger.", metavar="NAME")
-]
-MonthOption = Annotated[str | None, typer.Option(help="A calendar month, e.g. 2026-11.", metavar="YYYY-MM")]
-SinceOption = Annotated[str | None, typer.Option(help="First day or moment of the period.", metavar="DATE")]
-UntilOption = Annotated[str | None, typer.Option(help="End of the period, itself excluded.", metavar="DATE")]
-ZoneOption = Annotated[str, typer.Option(help="IANA time zone that dates are meant in.", metavar="ZONE")]
-TierOption = Annotated[str | None, typer.Option(help="Only this tier.", metavar="NAME")]
-PricesOption = Annotated[
+Tenant = Annotated[str | None, typer.Option(help="Only this tenant; by default every tenant.", metavar="NAME")]
+OneTenant = Annotated[str, typer.Option(help="The tenant.", metavar="NAME")]
+Month = Annotated[str | None, typer.Option(help="A calendar month, e.g. 2026-11.", metavar="YYYY-MM")]
+Since = Annotated[str | None, typer.Option(help="Start of the period: a date, or a date and time.", metavar="DATE")]
+Until = Annotated[str | None, typer.Option(help="End of the period, excluded.", metavar="DATE")]
+Zone = Annotated[str, typer.Option(help="IANA time zone of the dates.", metavar="ZONE")]
+Tier = Annotated[str | None, typer.Option(help="Only this tier.", metavar="NAME")]
+Prices = Annotated[
     Path | None,
-    typer.Option(
-        help="Rate all of it by this price book, not by the book each request was charged by.", metavar="FILE"
-    ),
+    typer.Option(help="Rate everything by this price book, not by the one on each receipt.", metavar="FILE"),
 ]
-CurrencyOption = Annotated[str | None, typer.Option(help="Only what is charged in this currency.", metavar="CODE")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
-CsvOption = Annotated[Path | None, typer.Option(help="Write CSV to this file; - for standard output.", metavar="FILE")]
+Book = Annotated[
+    Path | None, typer.Option(help="Charge by this price book instead of the one in force.", metavar="FILE")
+]
+Currency = Annotated[str | None, typer.Option(help="Only what was charged in this currency.", metavar="CODE")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
+Csv = Annotated[Path | None, typer.Option(help="Write CSV to this file; - is standard output.", metavar="FILE")]
 
 
-def open_ledger(ledger: str | None, *, recover: bool = True) -> Ledger:
-    """The ledger; where its database library is missing, the error says which extra brings it.
+def open_ledger(ledger: str | None, *, recover: bool = True) -> LedgerStore:
+    """Open the ledger; if its database library is missing, the error says which extra installs it.
 
     Args:
-        ledger: What the option says.
-        recover: First store what waits in the spool of processes that have ended; a warning says what still waits.
+        ledger: The value of `--ledger`.
+        recover: First store what waits in the spools of processes that have ended; a warning says what still waits.
     """
     try:
         from polar_billing.ledger.ledger import Ledger
-        from polar_billing.metering.recovery import recover_abandoned, warning_of
+        from polar_billing.metering.spool import recover_abandoned, warning_of
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"this command needs {error.name!r}.",
@@ -70,8 +67,8 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> Ledger:
 
 
 @contextmanager
-def existing_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[Ledger]:
-    """A ledger that was made before, for what would be worth nothing, or wrong, on one whose name was misspelt.
+def existing_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[LedgerStore]:
+    """Open a ledger that must exist: for commands that would prove nothing, or do harm, on a misspelt name.
 
     Raises:
         StoreNotFoundError: There is none.
@@ -92,9 +89,16 @@ def period_of(month: str | None, since: str | None, until: str | None, zone: str
     return Period.month(month, zone)
 
 
+def tenant_or_all(tenant: str | None) -> str | AllTenants:
+    """The tenant, or all of them where none is named."""
+    from polar_billing.ledger.records import ALL_TENANTS
+
+    return ALL_TENANTS if tenant is None else tenant
+
+
 def selection_of(tenant: str | None, period: Period, tier: str | None, model: str | None, tags: list[str]) -> Selection:
     """The selection that the options name."""
-    from polar_billing.ledger.contract import ALL_TENANTS, Selection
+    from polar_billing.ledger.records import Selection
 
     pairs = {}
     for text in tags:
@@ -102,29 +106,29 @@ def selection_of(tenant: str | None, period: Period, tier: str | None, model: st
         if not equals or not key:
             raise QueryError(f"tag {text!r} is not KEY=VALUE.", hint="Write it like --tag team=search.")
         pairs[key] = value
-    return Selection(ALL_TENANTS if tenant is None else tenant, period, tier, model, pairs)
+    return Selection(tenant_or_all(tenant), period, tier, model, pairs)
 
 
 def book_of(prices: Path | None) -> PriceBook | None:
-    """The price book of a file; None where none is named."""
+    """The price book in a file; None if no file is named."""
     from polar_billing.prices.book import PriceBook
 
     return None if prices is None else PriceBook.load(prices)
 
 
-def say_nothing_found(store: LedgerStorage, selection: Selection) -> None:
-    """Say in words that there is no usage, and under which conditions."""
-    from polar_billing.ledger.contract import ALL_TENANTS, Selection
+def say_nothing_found(store: LedgerStore, selection: Selection) -> None:
+    """Say that there is no usage, and under which conditions."""
+    from polar_billing.ledger.records import ALL_TENANTS, Selection
 
     if next(store.read(Selection(ALL_TENANTS), newest=1), None) is None:
         typer.echo(f'No usage yet in the ledger {store.location}. Run `polar run "Hello"` and look again.')
         return
-    what = [f"period {selection.period.label}"]
-    what += [f"tenant {selection.tenant}"] if isinstance(selection.tenant, str) else []
-    what += [f"tier {selection.tier}"] if selection.tier else []
-    what += [f"model {selection.model}"] if selection.model else []
-    what += [f"tag {key}={value}" for key, value in selection.tags.items()]
-    typer.echo(f"No usage for {', '.join(what)} in the ledger {store.location}; it holds other usage.")
+    conditions = [f"period {selection.period.label}"]
+    conditions += [f"tenant {selection.tenant}"] if isinstance(selection.tenant, str) else []
+    conditions += [f"tier {selection.tier}"] if selection.tier else []
+    conditions += [f"model {selection.model}"] if selection.model else []
+    conditions += [f"tag {key}={value}" for key, value in selection.tags.items()]
+    typer.echo(f"No usage for {', '.join(conditions)} in the ledger {store.location}; it holds other usage.")
 
 
 def show(view: Any) -> None:
@@ -145,7 +149,7 @@ def show_json(data: object) -> None:
 
 
 def write_file(path: Path, content: str) -> None:
-    """Write a file, or standard output where it is called `-`."""
+    """Write a file, or standard output if the path is `-`."""
     if str(path) == "-":
         typer.echo(content, nl=False)
         return

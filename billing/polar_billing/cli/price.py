@@ -1,6 +1,6 @@
 """The commands `polar price add`, `show`, `diff` and `quote`.
 
-Arguments in, text out; the work is done by `price_book`, `pricing` and `statements.books`.
+Arguments in, text out; the work is done by `prices` and `ledger`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polar_billing.cli.options import JsonOption, LedgerOption, open_ledger, show, show_json
+from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
 
 if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
 
 
-FileArgument = Annotated[Path, typer.Argument(help="A price book, TOML.", metavar="FILE")]
-BookOption = Annotated[
-    Path | None, typer.Option(help="This price book, not the one that meters charge by.", metavar="FILE")
-]
+_File = Annotated[Path, typer.Argument(help="A price book (TOML).", metavar="FILE")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     price = typer.Typer(
         no_args_is_help=True,
-        help="Price books: put in force, show, compare, quote.",
+        help="Put price books in force, show and compare them, and quote prices.",
         epilog="Example: polar price show",
     )
     price.command("add", epilog="Example: polar price add prices.toml")(add)
@@ -42,107 +39,116 @@ def register(app: typer.Typer) -> None:
 
 
 def add(
-    file: FileArgument,
+    file: _File,
     for_all: Annotated[
-        bool, typer.Option("--for-all", help="Also for tenants that no book names, in place of the book so far.")
+        bool,
+        typer.Option("--for-all", help="Also charge the tenants that no book names, instead of the book so far."),
     ] = False,
-    ledger: LedgerOption = None,
+    ledger: opt.Ledger = None,
 ) -> None:
     """Put a price book, or a revision of one, in force in the ledger: meters charge by it from now on.
 
-    A revision keeps everything that has been in force, or has rated a use, as it was; it adds entries that begin later.
-    A further book charges the tenants among its customers; with --for-all it charges all others as well.
+    A revision may only add entries that begin later: what has been in force, or has rated usage, stays as it was. A
+    further book charges the tenants among its customers; with --for-all it charges all other tenants as well.
     """
     from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 
     book = PriceBook.load(file)
-    with open_ledger(ledger) as store:
-        from polar_billing.prices.in_force import InForce
-        from polar_billing.statements.books import add_book
+    with opt.open_ledger(ledger) as store:
+        from polar_billing.ledger.books import add_book
+        from polar_billing.prices.current import InForce
 
         added = add_book(store, book, for_all=for_all)
-        what = "is in force now" if added else "was in force already"
-        typer.echo(f"Price book {book.id} ({book.content_hash[:12]}) {what} in the ledger {store.location}.")
+        state = "is in force now" if added else "was in force already"
+        typer.echo(f"Price book {book.id} ({book.content_hash[:12]}) {state} in the ledger {store.location}.")
         others = InForce(store.price_choices()).book(None, datetime.max.replace(tzinfo=UTC))
         if others is not None and others.id != book.id:
-            named = len({one.tenant for one in book.customers})
+            named = len({customer.tenant for customer in book.customers})
             whom = f"the {named:,} tenant(s) it names" if named else "nobody, as it names no tenant"
-            typer.echo(f"It charges {whom}; {others.id} charges all others, until --for-all says otherwise.")
+            typer.echo(f"It charges {whom}; {others.id} charges all others; --for-all changes that.")
         if file_named := os.environ.get(PRICE_BOOK_VARIABLE):
             typer.echo(f"Meters here charge by {file_named} all the same, as {PRICE_BOOK_VARIABLE} says.")
 
 
 def show_book(
     file: Annotated[
-        Path | None, typer.Argument(help="A price book; without it those in force in the ledger.", metavar="[FILE]")
+        Path | None, typer.Argument(help="A price book; by default those in force in the ledger.", metavar="[FILE]")
     ] = None,
-    ledger: LedgerOption = None,
-    as_json: JsonOption = False,
+    ledger: opt.Ledger = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Show price books: rates, plans, customers and prepaid credits."""
     from polar_billing.reports.billing_tables import book_view
 
     books = _books(file, ledger)
     if as_json:
-        show_json([{"content_hash": book.content_hash, **book.model_dump(mode="json")} for book in books])
+        opt.show_json([{"content_hash": book.content_hash, **book.model_dump(mode="json")} for book in books])
     elif not books:
-        typer.echo("No price book in the ledger yet. `polar price add FILE` puts one in force.")
+        typer.echo("No price book in the ledger yet; `polar price add FILE` puts one in force.")
     else:
         for book in books:
-            show(book_view(book))
+            opt.show(book_view(book))
 
 
 def diff(
-    file: FileArgument,
+    file: _File,
     other: Annotated[
         Path | None,
-        typer.Argument(help="The book it is compared with; without it the one of its id in force.", metavar="[OLD]"),
+        typer.Argument(help="The book to compare with; by default the book of the same id in force.", metavar="[OLD]"),
     ] = None,
-    ledger: LedgerOption = None,
-    as_json: JsonOption = False,
+    ledger: opt.Ledger = None,
+    as_json: opt.Json = False,
 ) -> None:
-    """Say what a price book changes, and what of that lies in the past and would be refused."""
+    """Show what a price book changes, and which changes are in the past and would be refused."""
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.revisions import changes
 
     new = PriceBook.load(file)
     old = PriceBook.load(other) if other is not None else _in_force(new.id, ledger)
     now = datetime.now(UTC)
-    found = [(change, change.effective_from is None or change.effective_from <= now) for change in changes(old, new)]
+    compared = [(change, change.effective_from is None or change.effective_from <= now) for change in changes(old, new)]
     if as_json:
-        show_json([{"path": change.path, "old": change.old, "new": change.new, "past": past} for change, past in found])
-    elif not found:
+        opt.show_json(
+            [{"path": change.path, "old": change.old, "new": change.new, "past": past} for change, past in compared]
+        )
+    elif not compared:
         typer.echo("The two price books say the same.")
     else:
-        for change, past in found:
+        for change, past in compared:
             typer.echo(f"{change}{'   (past: refused)' if past else ''}")
 
 
 def quote(
-    flops: Annotated[int, typer.Option(min=0, help="Most FLOPs the request can execute.", metavar="NUMBER")],
-    input_tokens: Annotated[int, typer.Option("--input", min=0, help="Prompt tokens.", metavar="NUMBER")] = 0,
-    output_tokens: Annotated[int, typer.Option("--output", min=0, help="Most tokens sampled.", metavar="NUMBER")] = 0,
-    tenant: Annotated[str, typer.Option(help="Who asks.", metavar="NAME")] = "default",
-    tier: Annotated[str | None, typer.Option(help="The tier; none for a program by hand.", metavar="NAME")] = None,
-    at: Annotated[str | None, typer.Option(help="When it is served; now by default.", metavar="DATE")] = None,
-    book: BookOption = None,
-    ledger: LedgerOption = None,
-    as_json: JsonOption = False,
+    flops: Annotated[int, typer.Option(min=0, help="Maximum FLOPs that the request executes.", metavar="NUMBER")],
+    input_tokens: Annotated[int, typer.Option("--input", min=0, help="Number of prompt tokens.", metavar="NUMBER")] = 0,
+    output_tokens: Annotated[
+        int, typer.Option("--output", min=0, help="Maximum number of tokens sampled.", metavar="NUMBER")
+    ] = 0,
+    tenant: Annotated[str, typer.Option(help="The tenant.", metavar="NAME")] = "default",
+    tier: Annotated[
+        str | None, typer.Option(help="The tier; by default none: a program by hand.", metavar="NAME")
+    ] = None,
+    at: Annotated[str | None, typer.Option(help="When the request is served; by default now.", metavar="DATE")] = None,
+    book: opt.Book = None,
+    ledger: opt.Ledger = None,
+    as_json: opt.Json = False,
 ) -> None:
-    """Say the most a request can cost before it runs; a request within these bounds never costs more."""
+    """Quote the maximum price of a request before it runs; within these bounds it never costs more."""
     from polar_billing.prices.quote import quote as quote_request
     from polar_billing.values.periods import Period
 
     moment = Period.between(at, None).since or datetime.now(UTC)
     prices = _charging(tenant, book, moment, ledger)
-    most = quote_request(prices, tenant, tier, flops, input_tokens, output_tokens, moment)
-    amount = None if most.amount is None else f"{most.amount:f}"
+    quoted = quote_request(prices, tenant, tier, flops, input_tokens, output_tokens, moment)
+    amount = None if quoted.amount is None else f"{quoted.amount:f}"
     if as_json:
-        show_json({"amount": amount, "currency": most.currency, "unrated": most.unrated, "price_book": prices.id})
+        opt.show_json(
+            {"amount": amount, "currency": quoted.currency, "unrated": quoted.unrated, "price_book": prices.id}
+        )
     elif amount is None:
-        typer.echo(f"Unrated: {most.unrated}.")
+        typer.echo(f"Unrated: {quoted.unrated}.")
     else:
-        typer.echo(f"At most {amount} {most.currency}, by price book {prices.id}.")
+        typer.echo(f"At most {amount} {quoted.currency}, by price book {prices.id}.")
 
 
 def _books(file: Path | None, ledger: str | None) -> list[PriceBook]:
@@ -150,8 +156,8 @@ def _books(file: Path | None, ledger: str | None) -> list[PriceBook]:
 
     if file is not None:
         return [PriceBook.load(file)]
-    with open_ledger(ledger) as store, store.snapshot() as connection:
-        from polar_billing.statements.books import books_in_force
+    with opt.open_ledger(ledger) as store, store.snapshot() as connection:
+        from polar_billing.ledger.books import books_in_force
 
         return [book for _, book in sorted(books_in_force(connection).items())]
 
@@ -160,12 +166,12 @@ def _in_force(book_id: str, ledger: str | None) -> PriceBook:
     for book in _books(None, ledger):
         if book.id == book_id:
             return book
-    raise QueryError(f"the ledger has no price book {book_id!r}.", hint="Name the book to compare with.")
+    raise QueryError(f"the ledger has no price book {book_id!r}.", hint="Name the file to compare with.")
 
 
 def _charging(tenant: str, named: Path | None, moment: datetime, ledger: str | None) -> PriceBook:
-    """What a meter charges a tenant by."""
-    with open_ledger(ledger) as store:
+    """The book that a meter charges a tenant by."""
+    with opt.open_ledger(ledger) as store:
         from polar_billing.prices.current import Prices
 
-        return Prices(store, named).of(tenant, moment)
+        return Prices(store.price_choices, named).of(tenant, moment)

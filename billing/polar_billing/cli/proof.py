@@ -1,6 +1,6 @@
 """The commands that prove and keep the ledger: `polar verify`, `receipt`, `prune` and `migrate`.
 
-Arguments in, text out; the work is done by `verify`, `proof`, `retention` and `migrate`.
+Arguments in, text out; the work is done by `proof` and `ledger`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,7 @@ from typing import Annotated
 
 import typer
 
-from polar_billing.cli.options import (
-    JsonOption,
-    LedgerOption,
-    TenantOption,
-    ZoneOption,
-    existing_ledger,
-    open_ledger,
-    show_json,
-)
+from polar_billing.cli import options as opt
 from polar_billing.errors import LedgerUnsoundError, OutputError, QueryError
 
 
@@ -32,83 +24,82 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    ledger: LedgerOption = None,
-    tenant: TenantOption = None,
+    ledger: opt.Ledger = None,
+    tenant: opt.Tenant = None,
     receipt: Annotated[
-        Path | None, typer.Option(help="Check this receipt against the chain.", metavar="FILE", exists=False)
+        Path | None, typer.Option(help="Only check this receipt against the chain.", metavar="FILE", exists=False)
     ] = None,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Prove that nothing in the ledger was changed, deleted, inserted or moved since it was written.
 
-    Needs nothing but the database. It cannot tell a ledger that was rewritten as a whole, or taken back to an earlier
-    state, from a true one: keep receipts, or the heads that this prints, elsewhere, and check them here.
+    Needs nothing but the database. It cannot detect a ledger that was rewritten as a whole or rolled back to an earlier
+    state: for that, keep receipts, or the heads that this prints, elsewhere, and check them here.
     """
     from polar_billing.proof.receipts import check_receipt
-    from polar_billing.proof.verify import verify_ledger
+    from polar_billing.proof.verify import verify_in
 
-    with existing_ledger(ledger, recover=False) as store, store.snapshot() as connection:
+    with opt.existing_ledger(ledger, recover=False) as store, store.snapshot() as connection:
         if receipt is not None:
             checked = check_receipt(connection, _read_receipt(receipt))
             if checked is not None:
                 raise LedgerUnsoundError(f"receipt {str(receipt)!r}: {checked}")
             typer.echo(f"The receipt {receipt} agrees with the ledger {store.location}.")
             return
-        found = verify_ledger(connection, tenant)
+        verified = verify_in(connection, tenant)
+    heads = sorted(verified.heads.items())
     if as_json:
-        show_json(
+        opt.show_json(
             {
-                "sound": found.sound,
-                "links": found.links,
-                "heads": {
-                    name: {"number": head.number, "hash": head.hash.hex()} for name, head in sorted(found.heads.items())
-                },
-                "findings": [vars(finding) for finding in found.findings],
+                "sound": verified.sound,
+                "links": verified.links,
+                "heads": {name: {"number": head.number, "hash": head.hash.hex()} for name, head in heads},
+                "findings": [vars(finding) for finding in verified.findings],
             }
         )
-    elif found.sound:
-        typer.echo(f"The ledger {store.location} is sound: {found.links:,} links of {len(found.heads)} chains.")
-        for name, head in sorted(found.heads.items()):
+    elif verified.sound:
+        typer.echo(f"The ledger {store.location} is sound: {verified.links:,} links of {len(verified.heads)} chains.")
+        for name, head in heads:
             typer.echo(f"  {name or '(no tenant)'}: number {head.number:,}, hash {head.hash.hex()}")
-    if not found.sound:
-        more = len(found.findings) - 1
-        also = f" And {more} more; --json lists them." if more else ""
-        raise LedgerUnsoundError(f"ledger {store.location!r} is not as it was written. {found.findings[0]}{also}")
+    if not verified.sound:
+        more = len(verified.findings) - 1
+        also = f" {more} more: --json lists them." if more else ""
+        raise LedgerUnsoundError(f"ledger {store.location!r} is not as it was written. {verified.findings[0]}{also}")
 
 
 def _read_receipt(path: Path) -> dict[str, object]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise OutputError(f"receipt {str(path)!r} cannot be read ({error.strerror}).", hint="Name a file.") from error
+        raise OutputError(f"{str(path)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
     except ValueError as error:
-        raise QueryError(f"receipt {str(path)!r} is not JSON.", hint="Use what `polar receipt` printed.") from error
-    if not isinstance(found, dict):
-        raise QueryError(f"receipt {str(path)!r} is no receipt.", hint="Use what `polar receipt` printed.")
-    return found
+        raise QueryError(f"{str(path)!r} is not valid JSON.", hint="Use what `polar receipt` printed.") from error
+    if not isinstance(document, dict):
+        raise QueryError(f"{str(path)!r} is not a receipt.", hint="Use what `polar receipt` printed.")
+    return document
 
 
 def receipt(
-    request: Annotated[str, typer.Argument(help="The request's id.", metavar="REQUEST")],
-    ledger: LedgerOption = None,
-    tenant: Annotated[str, typer.Option(help="The tenant it belongs to.", metavar="NAME")] = "default",
-    source: Annotated[str, typer.Option(help="The meter that stored it.", metavar="NAME")] = "polar",
+    request: Annotated[str, typer.Argument(help="Id of the request.", metavar="REQUEST")],
+    ledger: opt.Ledger = None,
+    tenant: Annotated[str, typer.Option(help="Tenant of the request.", metavar="NAME")] = "default",
+    source: Annotated[str, typer.Option(help="Meter that stored it.", metavar="NAME")] = "polar",
 ) -> None:
     """Print the receipt of one request as JSON: what it cost, by which prices, and its place in the chain."""
     from polar_billing.proof.receipts import make_receipt
 
-    with existing_ledger(ledger) as store, store.snapshot() as connection:
-        show_json(make_receipt(connection, tenant, request, source=source))
+    with opt.existing_ledger(ledger) as store, store.snapshot() as connection:
+        opt.show_json(make_receipt(connection, tenant, request, source=source))
 
 
 def prune(
-    before: Annotated[str, typer.Option(help="Delete what was served before this day.", metavar="DATE")],
-    ledger: LedgerOption = None,
-    tenant: TenantOption = None,
-    zone: ZoneOption = "UTC",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    before: Annotated[str, typer.Option(help="Delete facts of requests served before this day.", metavar="DATE")],
+    ledger: opt.Ledger = None,
+    tenant: opt.Tenant = None,
+    zone: opt.Zone = "UTC",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete the facts of old requests, keep their proof: hashes, receipts and totals stay, and verify still passes."""
+    """Delete the facts of old requests; hashes, receipts and totals stay, and `polar verify` still passes."""
     from polar_billing.ledger.retention import prune as prune_tenant
     from polar_billing.ledger.retention import tenants_before
     from polar_billing.values.periods import Period
@@ -117,28 +108,28 @@ def prune(
     assert until is not None  # it was given
     if not yes:
         typer.confirm(f"Delete the facts of every request served before {until.isoformat()}?", abort=True)
-    with existing_ledger(ledger) as store:
+    with opt.existing_ledger(ledger) as store:
         with store.snapshot() as connection:
             tenants = tenants_before(connection, until) if tenant is None else [tenant]
         for name in tenants:
             with store.transaction() as connection:
-                done = prune_tenant(connection, name, until)
-            typer.echo(f"{name}: {done.requests:,} requests pruned.")
+                pruned = prune_tenant(connection, name, until)
+            typer.echo(f"{name}: {pruned.requests:,} requests pruned.")
         if not tenants:
             typer.echo(f"Nothing was served before {until.isoformat()}.")
 
 
 def migrate(
-    ledger: LedgerOption = None,
-    to: Annotated[int | None, typer.Option(help="Schema version; the newest by default.", metavar="VERSION")] = None,
+    ledger: opt.Ledger = None,
+    to: Annotated[int | None, typer.Option(help="Schema version; by default the newest.", metavar="VERSION")] = None,
 ) -> None:
-    """Bring a ledger of another polar-llm to this one's schema, in one transaction; back it up first."""
+    """Migrate a ledger of another polar-llm version to this one's schema, in one transaction; back it up first."""
     from polar_billing.ledger.migrate import migrate as migrate_ledger
     from polar_billing.ledger.schema import SCHEMA_VERSION
 
-    with open_ledger(ledger, recover=False) as store:
+    with opt.open_ledger(ledger, recover=False) as store:
         before, after = migrate_ledger(store, SCHEMA_VERSION if to is None else to)
         if before == after:
-            typer.echo(f"The ledger {store.location} has schema version {after} already.")
+            typer.echo(f"The ledger {store.location} already has schema version {after}.")
         else:
-            typer.echo(f"The ledger {store.location} went from schema version {before} to {after}.")
+            typer.echo(f"The ledger {store.location} was migrated from schema version {before} to {after}.")

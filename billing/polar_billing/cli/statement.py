@@ -1,6 +1,6 @@
 """The commands `polar statement`, `credit-note` and `reprice`.
 
-Arguments in, text out; the work is done by `statements`.
+Arguments in, text out; the work is done by `statements` and `reports`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polar_billing.cli.options import (
-    CsvOption,
-    JsonOption,
-    LedgerOption,
-    MonthOption,
-    SinceOption,
-    TenantOption,
-    UntilOption,
-    ZoneOption,
-    book_of,
-    existing_ledger,
-    open_ledger,
-    period_of,
-    show,
-    show_json,
-    write_file,
-)
+from polar_billing.cli import options as opt
 from polar_billing.errors import AmountError, QueryError
 
 if TYPE_CHECKING:
@@ -36,12 +20,6 @@ if TYPE_CHECKING:
     from polar_billing.statements.lines import Agreement
     from polar_billing.statements.statement import Statement
     from polar_billing.statements.store import IssuedStatement
-
-
-OneTenant = Annotated[str, typer.Option(help="Whose statement.", metavar="NAME")]
-BookOption = Annotated[
-    Path | None, typer.Option(help="Charge by this price book, not by the one in force.", metavar="FILE")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -54,66 +32,70 @@ def register(app: typer.Typer) -> None:
 
 
 def statement(
-    tenant: OneTenant,
-    ledger: LedgerOption = None,
-    month: MonthOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
+    tenant: opt.OneTenant,
+    ledger: opt.Ledger = None,
+    month: opt.Month = None,
+    since: opt.Since = None,
+    until: opt.Until = None,
     zone: Annotated[
-        str | None, typer.Option(help="IANA time zone of the period; the customer's, or UTC.", metavar="ZONE")
+        str | None,
+        typer.Option(help="IANA time zone of the period; by default the customer's, or UTC.", metavar="ZONE"),
     ] = None,
     issue: Annotated[bool, typer.Option("--issue", help="Issue it: store, chain and book it, once.")] = False,
-    book: BookOption = None,
+    book: opt.Book = None,
     agreement: Annotated[
         list[str] | None,
-        typer.Option(help="Answers that agreed with full depth, of those compared.", metavar="TIER=AGREED/COMPARED"),
+        typer.Option(
+            help="How many compared answers of a tier agreed with full depth; may be repeated.",
+            metavar="TIER=AGREED/COMPARED",
+        ),
     ] = None,
     agreement_from: Annotated[
         Path | None,
-        typer.Option(help="Take the same from a file that `polar evaluate --json` wrote.", metavar="FILE"),
+        typer.Option(help="Read the agreement from a file that `polar evaluate --json` wrote.", metavar="FILE"),
     ] = None,
-    trace: Annotated[int | None, typer.Option(help="List the usage that this line is about.", metavar="LINE")] = None,
-    as_json: JsonOption = False,
-    csv: CsvOption = None,
+    trace: Annotated[int | None, typer.Option(help="List the usage that this line charges.", metavar="LINE")] = None,
+    as_json: opt.Json = False,
+    csv: opt.Csv = None,
 ) -> None:
-    """Show what a tenant owes for a period, line by line; without a period list what was issued.
+    """Show what a tenant owes for a period, line by line; without a period, list the tenant's issued statements.
 
-    Until it is issued it is a draft. An issued statement never changes: usage that is stored later becomes a correction
-    on the next one.
+    A statement is a draft until it is issued, and never changes afterwards: usage that is stored later becomes a
+    correction on the next one.
     """
-    with open_ledger(ledger) as store:
+    with opt.open_ledger(ledger) as store:
         if month is None and since is None and until is None:
             _list(store, tenant, as_json)
             return
         agreements = _agreements(agreement, agreement_from)
-        made, found = _make(store, tenant, (month, since, until, zone), issue, book, agreements)
+        document, issued = _statement(store, tenant, (month, since, until, zone), issue, book, agreements)
         if trace is not None:
-            _trace(store, found, trace, as_json)
+            _trace(store, issued, trace, as_json)
         else:
-            _show(made, found, as_json, csv)
+            _show(document, issued, as_json, csv)
 
 
-def _make(
+def _statement(
     store: Ledger,
     tenant: str,
-    named: tuple[str | None, str | None, str | None, str | None],
+    period_options: tuple[str | None, str | None, str | None, str | None],
     issue: bool,
     book: Path | None,
     agreements: dict[str, Agreement],
 ) -> tuple[Statement, IssuedStatement | None]:
-    """The statement, and the same as the ledger holds it where it was issued."""
+    """The statement, and the same as the ledger holds it if it was issued."""
     import polar_billing
     from polar_billing.statements.books import zone_of
 
-    prices = book_of(book)
-    month, since, until, zone = named
-    period = period_of(month, since, until, zone or zone_of(store, tenant, prices, month))
+    prices = opt.book_of(book)
+    month, since, until, zone = period_options
+    period = opt.period_of(month, since, until, zone or zone_of(store, tenant, prices, month))
     if issue:
-        found = polar_billing.issue_statement(store, tenant, period, book=prices, agreement=agreements)
-        return found.statement, found
-    for one in polar_billing.issued_statements(store, tenant) if prices is None else []:
-        if one.statement.period == period:
-            return one.statement, one
+        new = polar_billing.issue_statement(store, tenant, period, book=prices, agreement=agreements)
+        return new.statement, new
+    for issued in polar_billing.issued_statements(store, tenant) if prices is None else []:
+        if issued.statement.period == period:
+            return issued.statement, issued
     return polar_billing.draft_statement(store, tenant, period, book=prices, agreement=agreements), None
 
 
@@ -121,112 +103,112 @@ def _list(store: Ledger, tenant: str, as_json: bool) -> None:
     from polar_billing.reports.billing_tables import issued_view
     from polar_billing.statements.issue import issued_statements
 
-    found = issued_statements(store, tenant)
+    statements = issued_statements(store, tenant)
     if as_json:
-        show_json([one.statement.model_dump(mode="json") for one in found])
-    elif found:
-        show(issued_view(found, tenant))
+        opt.show_json([issued.statement.model_dump(mode="json") for issued in statements])
+    elif statements:
+        opt.show(issued_view(statements, tenant))
     else:
-        typer.echo(f"No statement of {tenant} was issued yet. Name a month for a draft: --month 2026-11.")
+        typer.echo(f"No statement of {tenant} has been issued yet. For a draft, name a month: --month 2026-11.")
 
 
-def _show(made: Statement, found: IssuedStatement | None, as_json: bool, csv: Path | None) -> None:
+def _show(document: Statement, issued: IssuedStatement | None, as_json: bool, csv: Path | None) -> None:
     from polar_billing.reports.billing_tables import statement_view
     from polar_billing.reports.csv import statement_csv
 
     if csv is not None:
-        write_file(csv, statement_csv(made))
+        opt.write_file(csv, statement_csv(document))
     if as_json:
-        issued_at = None if found is None else found.issued_at.isoformat()
-        show_json({"issued_at": issued_at, **made.model_dump(mode="json")})
+        issued_at = None if issued is None else issued.issued_at.isoformat()
+        opt.show_json({"issued_at": issued_at, **document.model_dump(mode="json")})
     elif csv is None:
-        show(statement_view(made, found))
+        opt.show(statement_view(document, issued))
 
 
-def _trace(store: Ledger, found: IssuedStatement | None, number: int, as_json: bool) -> None:
+def _trace(store: Ledger, issued: IssuedStatement | None, number: int, as_json: bool) -> None:
     from polar_billing.statements.audit import usage_of_line
 
-    if found is None:
-        raise QueryError("a draft has no trace yet.", hint="Issue it with --issue.")
-    if not 1 <= number <= len(found.statement.lines):
+    if issued is None:
+        raise QueryError("a draft cannot be traced.", hint="Issue it with --issue.")
+    lines = issued.statement.lines
+    if not 1 <= number <= len(lines):
         raise QueryError(
-            f"statement {found.statement.id!r} has no line {number}.", hint=f"It has {len(found.statement.lines)}."
+            f"statement {issued.statement.id!r} has no line {number}.", hint=f"Its lines are 1 to {len(lines)}."
         )
-    numbers = usage_of_line(store, found, found.statement.lines[number - 1])
+    seqs = usage_of_line(store, issued, lines[number - 1])
     if as_json:
-        show_json(numbers)
+        opt.show_json(seqs)
     else:
-        typer.echo("\n".join(map(str, numbers)) or "This line is about no usage.")
+        typer.echo("\n".join(map(str, seqs)) or "No usage is charged by this line.")
 
 
 def _agreements(texts: list[str] | None, file: Path | None) -> dict[str, Agreement]:
     from polar_billing.statements.lines import Agreement
     from polar_billing.statements.promises import evaluated_agreement
 
-    found = {} if file is None else evaluated_agreement(file)
+    agreements = {} if file is None else evaluated_agreement(file)
     for text in texts or []:
         tier, _, counts = text.partition("=")
         agreed, slash, compared = counts.partition("/")
         if not (tier and slash and agreed.isdecimal() and compared.isdecimal()) or int(agreed) > int(compared):
             raise QueryError(f"agreement {text!r} is not TIER=AGREED/COMPARED.", hint="Write it like premium=970/1000.")
-        found[tier] = Agreement(int(agreed), int(compared))
-    return found
+        agreements[tier] = Agreement(int(agreed), int(compared))
+    return agreements
 
 
 def credit_note(
     statement_id: Annotated[str, typer.Argument(help="The statement's id.", metavar="STATEMENT")],
-    amount: Annotated[str, typer.Argument(help="What to take off it, in its currency.", metavar="AMOUNT")],
-    tenant: OneTenant,
+    amount: Annotated[str, typer.Argument(help="Amount to take off, in the statement's currency.", metavar="AMOUNT")],
+    tenant: opt.OneTenant,
     reason: Annotated[str, typer.Option(help="Why, in words.", metavar="TEXT")],
-    reference: Annotated[str, typer.Option(help="Your number for it; used again it does nothing.", metavar="TEXT")],
-    ledger: LedgerOption = None,
+    reference: Annotated[str, typer.Option(help="Your own reference; repeating it has no effect.", metavar="TEXT")],
+    ledger: opt.Ledger = None,
 ) -> None:
-    """Take an amount off an issued statement, which itself stays as it is."""
+    """Take an amount off an issued statement, which itself does not change."""
     import polar_billing
 
     try:
         value = Decimal(amount)
     except InvalidOperation as error:
         raise AmountError(f"amount {amount!r} is not a number.", hint="Write it like 12.50.") from error
-    with existing_ledger(ledger) as store:
+    with opt.existing_ledger(ledger) as store:
         note = polar_billing.credit_note(store, tenant, statement_id, value, reason=reason, reference=reference)
         typer.echo(f"Credit note {note.reference}: {note.amount:f} off statement {note.statement}.")
 
 
 def reprice(
     book: Annotated[Path, typer.Option(help="The other price book.", metavar="FILE")],
-    ledger: LedgerOption = None,
-    tenant: TenantOption = None,
-    month: MonthOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    zone: ZoneOption = "UTC",
-    as_json: JsonOption = False,
-    csv: CsvOption = None,
+    ledger: opt.Ledger = None,
+    tenant: opt.Tenant = None,
+    month: opt.Month = None,
+    since: opt.Since = None,
+    until: opt.Until = None,
+    zone: opt.Zone = "UTC",
+    as_json: opt.Json = False,
+    csv: opt.Csv = None,
 ) -> None:
-    """Show what the same usage would come to under another price book, and the difference per tenant.
+    """Show what each tenant's usage would come to under another price book, and the difference.
 
-    Without a period it is about this month.
+    The default period is this month.
     """
     from polar_billing.prices.book import PriceBook
 
-    period = period_of(month, since, until, zone)
+    period = opt.period_of(month, since, until, zone)
     if month is None and since is None and until is None:
         now = datetime.now(UTC)
-        period = period_of(f"{now:%Y-%m}", None, None, zone)
+        period = opt.period_of(f"{now:%Y-%m}", None, None, zone)
     other = PriceBook.load(book)
-    with open_ledger(ledger) as store:
+    with opt.open_ledger(ledger) as store:
         import polar_billing
-        from polar_billing.ledger.contract import ALL_TENANTS
         from polar_billing.reports.billing_tables import repriced_view
         from polar_billing.reports.csv import repriced_csv
 
-        rows = polar_billing.reprice(store, ALL_TENANTS if tenant is None else tenant, period, other)
+        rows = polar_billing.reprice(store, opt.tenant_or_all(tenant), period, other)
     if csv is not None:
-        write_file(csv, repriced_csv(rows))
+        opt.write_file(csv, repriced_csv(rows))
     if as_json:
-        show_json([row.model_dump(mode="json") for row in rows])
+        opt.show_json([row.model_dump(mode="json") for row in rows])
     elif not rows:
         typer.echo(f"No usage in {period.label}.")
     elif csv is None:
-        show(repriced_view(rows, period.label))
+        opt.show(repriced_view(rows, period.label))

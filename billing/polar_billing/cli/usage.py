@@ -1,6 +1,6 @@
 """The commands `polar usage` and `polar report`.
 
-Arguments in, text out; the figures come from `query` and `report`.
+Arguments in, text out; the figures come from `reports`.
 """
 
 from __future__ import annotations
@@ -10,30 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polar_billing.cli.options import (
-    CsvOption,
-    CurrencyOption,
-    JsonOption,
-    LedgerOption,
-    MonthOption,
-    PricesOption,
-    SinceOption,
-    TenantOption,
-    TierOption,
-    UntilOption,
-    ZoneOption,
-    book_of,
-    open_ledger,
-    period_of,
-    say_nothing_found,
-    selection_of,
-    show,
-    show_json,
-    write_file,
-)
+from polar_billing.cli import options as opt
 
 if TYPE_CHECKING:
-    from polar_billing.ledger.contract import LedgerStorage, Selection
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import Selection
 
 
 def register(app: typer.Typer) -> None:
@@ -46,32 +27,37 @@ def register(app: typer.Typer) -> None:
 
 
 def usage(
-    ledger: LedgerOption = None,
-    tenant: TenantOption = None,
-    month: MonthOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    zone: ZoneOption = "UTC",
-    tier: TierOption = None,
+    ledger: opt.Ledger = None,
+    tenant: opt.Tenant = None,
+    month: opt.Month = None,
+    since: opt.Since = None,
+    until: opt.Until = None,
+    zone: opt.Zone = "UTC",
+    tier: opt.Tier = None,
     model: Annotated[str | None, typer.Option(help="Only this model.", metavar="NAME")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="Only requests with this tag.", metavar="KEY=VALUE")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(help="Only requests with this tag; may be repeated.", metavar="KEY=VALUE")
+    ] = None,
     by: Annotated[
         list[str] | None,
-        typer.Option(help="Group by tenant, tier, model, program, outcome, day, month, tag:KEY, …", metavar="WHAT"),
+        typer.Option(
+            help="Group by tenant, tier, model, program, outcome, day, month, tag:KEY, …; may be repeated.",
+            metavar="WHAT",
+        ),
     ] = None,
     requests: Annotated[bool, typer.Option("--requests", help="List single requests, the latest first.")] = False,
-    last: Annotated[int, typer.Option(min=1, help="How many requests --requests lists.")] = 20,
-    prices: PricesOption = None,
-    currency: CurrencyOption = None,
-    as_json: JsonOption = False,
-    csv: CsvOption = None,
+    last: Annotated[int, typer.Option(min=1, help="Number of requests that --requests lists.")] = 20,
+    prices: opt.Prices = None,
+    currency: opt.Currency = None,
+    as_json: opt.Json = False,
+    csv: opt.Csv = None,
 ) -> None:
     """Show who used what: requests, tokens, layer visits, compute units and cost.
 
-    Without --tenant it shows every tenant of the ledger, and without a period all time.
+    By default it covers every tenant and all time.
     """
-    selection = selection_of(tenant, period_of(month, since, until, zone), tier, model, tag or [])
-    with open_ledger(ledger) as store:
+    selection = opt.selection_of(tenant, opt.period_of(month, since, until, zone), tier, model, tag or [])
+    with opt.open_ledger(ledger) as store:
         if requests:
             _show_requests(store, selection, last, as_json)
             return
@@ -80,69 +66,70 @@ def usage(
         from polar_billing.reports.usage_tables import usage_view
 
         groups = by or ["tenant", "tier"]
-        rows = usage_rows(store, selection, by=groups, prices=book_of(prices), currency=currency)
+        rows = usage_rows(store, selection, by=groups, prices=opt.book_of(prices), currency=currency)
         if csv is not None:
-            write_file(csv, usage_csv(rows))
+            opt.write_file(csv, usage_csv(rows))
         if as_json:
-            show_json([row.model_dump(mode="json") for row in rows])
+            opt.show_json([row.model_dump(mode="json") for row in rows])
         elif not rows:
-            say_nothing_found(store, selection)
+            opt.say_nothing_found(store, selection)
         elif csv is None:
-            show(usage_view(rows, title=f"Usage, {selection.period.label}"))
+            opt.show(usage_view(rows, title=f"Usage, {selection.period.label}"))
 
 
 def report(
-    ledger: LedgerOption = None,
-    tenant: TenantOption = None,
-    month: MonthOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    zone: ZoneOption = "UTC",
-    tier: TierOption = None,
-    prices: PricesOption = None,
-    currency: CurrencyOption = None,
-    as_json: JsonOption = False,
-    csv: CsvOption = None,
+    ledger: opt.Ledger = None,
+    tenant: opt.Tenant = None,
+    month: opt.Month = None,
+    since: opt.Since = None,
+    until: opt.Until = None,
+    zone: opt.Zone = "UTC",
+    tier: opt.Tier = None,
+    prices: opt.Prices = None,
+    currency: opt.Currency = None,
+    as_json: opt.Json = False,
+    csv: opt.Csv = None,
     compare: Annotated[
-        list[Path] | None, typer.Option(help="Show the same usage under this price book as well.", metavar="FILE")
+        list[Path] | None,
+        typer.Option(help="Also show the same usage under this price book; may be repeated.", metavar="FILE"),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML file.", metavar="FILE")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.", metavar="FILE")] = None,
 ) -> None:
-    """Report usage and charges by tenant and tier, beside full depth and per-token pricing.
+    """Report usage and charges by tenant and tier, compared with full depth and per-token pricing.
 
-    Without --tenant it is the operator's view over every tenant, and without a period over all time.
+    By default it covers every tenant and all time.
     """
     from polar_billing.prices.book import PriceBook
 
-    selection = selection_of(tenant, period_of(month, since, until, zone), tier, None, [])
-    with open_ledger(ledger) as store:
+    selection = opt.selection_of(tenant, opt.period_of(month, since, until, zone), tier, None, [])
+    with opt.open_ledger(ledger) as store:
         from polar_billing.reports.csv import report_csv
         from polar_billing.reports.report import build_report
         from polar_billing.reports.usage_tables import report_view
 
         books = [PriceBook.load(file) for file in compare or []]
-        made = build_report(store, selection, prices=book_of(prices), currency=currency, compare=books)
+        built = build_report(store, selection, prices=opt.book_of(prices), currency=currency, compare=books)
         if html is not None:
             from polar_billing.reports.html import report_html
 
-            write_file(html, report_html(made))
+            opt.write_file(html, report_html(built))
         if csv is not None:
-            write_file(csv, report_csv(made))
+            opt.write_file(csv, report_csv(built))
         if as_json:
-            show_json(made.model_dump(mode="json"))
-        elif made.is_empty:
-            say_nothing_found(store, selection)
+            opt.show_json(built.model_dump(mode="json"))
+        elif built.is_empty:
+            opt.say_nothing_found(store, selection)
         elif csv is None and html is None:
-            show(report_view(made))
+            opt.show(report_view(built))
 
 
-def _show_requests(store: LedgerStorage, selection: Selection, last: int, as_json: bool) -> None:
+def _show_requests(store: Ledger, selection: Selection, last: int, as_json: bool) -> None:
     from polar_billing.reports.usage_tables import requests_view
 
-    found = list(store.read(selection, newest=last))
+    requests = list(store.read(selection, newest=last))
     currencies = {digest: book.currency for digest, book in store.price_books().items()}
     if as_json:
-        show_json(
+        opt.show_json(
             [
                 {
                     "seq": stored.seq,
@@ -152,10 +139,10 @@ def _show_requests(store: LedgerStorage, selection: Selection, last: int, as_jso
                     "unrated": stored.unrated,
                     **stored.record.model_dump(mode="json"),
                 }
-                for stored in found
+                for stored in requests
             ]
         )
-    elif not found:
-        say_nothing_found(store, selection)
+    elif not requests:
+        opt.say_nothing_found(store, selection)
     else:
-        show(requests_view(found, title=f"The last {len(found)} requests", currencies=currencies))
+        opt.show(requests_view(requests, title=f"The last {len(requests)} requests", currencies=currencies))

@@ -117,8 +117,8 @@ def test_migrating_says_from_where_to_where(tmp_path: Path) -> None:
     shutil.copy(DATA / "ledger_v1.sqlite3", file)
     assert isinstance(polar("verify", "--ledger", str(file)).exception, SchemaVersionError)
     told = polar("migrate", "--ledger", str(file))
-    assert told.output == f"The ledger {file} went from schema version 1 to 3.\n"
-    assert polar("migrate", "--ledger", str(file)).output == f"The ledger {file} has schema version 3 already.\n"
+    assert told.output == f"The ledger {file} was migrated from schema version 1 to 3.\n"
+    assert polar("migrate", "--ledger", str(file)).output == f"The ledger {file} already has schema version 3.\n"
     assert polar("verify", "--ledger", str(file)).exit_code == 0
     assert "from schema version 3 to 1" in polar("migrate", "--ledger", str(file), "--to", "1").output
     assert isinstance(polar("migrate", "--ledger", str(file), "--to", "9").exception, SchemaVersionError)
