@@ -40,8 +40,6 @@ Identity = tuple[str, str, str]
 """Tenant, source and request id."""
 _ID_BATCH: Final = 500
 
-chain.register_chained(budget_table)
-
 # Built once: building a statement costs more than running it.
 _BUDGETS: Final = select(budget_table).order_by(budget_table.c.seq)
 _BUDGETS_OF: Final = _BUDGETS.where(budget_table.c.tenant == bindparam("tenant"))

@@ -32,7 +32,7 @@ _KEPT_OF_RECEIPT: Final = ("price_book_hash", "cost", "unrated")
 
 @dataclass(frozen=True)
 class Pruning:
-    """What one pruning took away."""
+    """What one pruning deleted."""
 
     tenant: str
     before: datetime
@@ -86,6 +86,3 @@ def pruned_totals(connection: Connection, tenant: str) -> Iterable[Sums]:
     for text in connection.execute(select(prune_table.c.totals).where(prune_table.c.tenant == tenant)).scalars():
         rows: list[list[Any]] = json.loads(text)
         yield {tuple(row[:8]): row[8:] for row in rows}
-
-
-chain.register_chained(prune_table, parts={pruned_table: "prune_id"})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.ledger.records import StoredUsage
     from polar_billing.reports.figures import Figures
     from polar_billing.reports.query import UsageRow
     from polar_billing.reports.report import Report, TenantReport, TierReport

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
+from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE, Counts
 from polar_billing.statements.lines import ExactLine, Kind, bounds
 from polar_billing.values.money import from_scaled, plain, round_lines, to_scaled
 from polar_billing.values.periods import Period
-from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

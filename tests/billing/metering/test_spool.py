@@ -12,11 +12,10 @@ import pytest
 
 from polar_billing.errors import ConflictError, RecordRefusedError, StoreLockedError, StoreReadOnlyError
 from polar_billing.ledger import connection
-from polar_billing.ledger.contract import ALL_TENANTS, Selection
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter, open_meter
-from polar_billing.metering.recovery import warning_of
-from polar_billing.metering.spool import Spool, spool_folder
+from polar_billing.metering.spool import Spool, spool_folder, warning_of
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:

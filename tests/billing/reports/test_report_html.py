@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.ledger.contract import Selection
+from polar_billing.ledger.records import Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.reports.html import report_html
 from polar_billing.reports.report import Report, build_report

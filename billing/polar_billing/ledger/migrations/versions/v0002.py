@@ -20,16 +20,15 @@ from sqlalchemy import func, select, text
 
 from polar_billing.errors import SchemaVersionError
 from polar_billing.ledger import chain
-from polar_billing.ledger.chain import CHAINED
 from polar_billing.ledger.rollups import raw_usage, sum_up, write_rollups
-from polar_billing.ledger.schema import metadata
+from polar_billing.ledger.schema import CHAINED, metadata
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import Connection, Table
 
-    from polar_billing.ledger.chain import Chained
+    from polar_billing.ledger.schema import Chained
 
 
 revision = "0002"
