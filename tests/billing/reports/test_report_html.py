@@ -136,7 +136,7 @@ def test_a_report_of_thirty_tenants_stays_one_page_of_sane_size(ledger: Ledger) 
 
 
 def test_empty_and_unrated_reports_render(ledger: Ledger) -> None:
-    assert "No usage falls into this period." in report_html(build_report(ledger))
+    assert "There is no usage in this period." in report_html(build_report(ledger))
     Meter(ledger).emit(usage_record(tier="gold", outcome=Outcome.CACHED))
     html = report_html(build_report(ledger))
     assert 'id="charges"' not in html
