@@ -1,6 +1,6 @@
-"""What a router and several seeds of its bridges were found to do, as figures: quality per tier, spread over the seeds.
+"""Figures of a router and of several seeds of its bridges: quality per tier, and the spread over the seeds.
 
-Used by `train_router.py`; reads the evaluations and re-splits that it leaves behind, and measures nothing.
+Used by `train_router.py`; reads the evaluations and re-splits that it wrote, and measures nothing.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ _CLASSES = {"all choices": "choices", "all texts": "texts"}
 
 
 def record_router(recorder: Recorder, evaluation: Path) -> None:
-    """What one router does: per tier on choices and on texts, beside its controls, and how often promises broke."""
-    found = json.loads(evaluation.read_text(encoding="utf-8"))
-    certificate = found["certificate"] or {"tiers": {}}
-    for one in found["classes"]:
-        promise = certificate["tiers"].get(one["point"], {}).get("alpha")
-        _record_class(recorder, one, None if promise is None else 100 * promise)
-    for point, one in found["sets"][0]["generation"].items():
+    """One router: per tier on choices and on texts, beside its controls, and how often its promises broke."""
+    facts = json.loads(evaluation.read_text(encoding="utf-8"))
+    certificate = facts["certificate"] or {"tiers": {}}
+    for result in facts["classes"]:
+        alpha = certificate["tiers"].get(result["point"], {}).get("alpha")
+        _record_class(recorder, result, None if alpha is None else 100 * alpha)
+    for point, texts in facts["sets"][0]["generation"].items():
         tier = point.removeprefix("router (").removesuffix(")")
-        recorder.add(f"{tier}: same tokens", 100 * one["same_tokens"], "%", topic="texts")
-    for one in found["sets"][0]["comparisons"]:
-        for what in ("agreement", "accuracy"):
-            if (gain := one[f"{what}_gain"]) is not None:
-                name = f"{found['point']} over {one['control']}: {what}"
-                note = f"exact McNemar, p = {one[f'{what}_p']:.2g}"
+        recorder.add(f"{tier}: same tokens", 100 * texts["same_tokens"], "%", topic="texts")
+    for comparison in facts["sets"][0]["comparisons"]:
+        for figure in ("agreement", "accuracy"):
+            if (gain := comparison[f"{figure}_gain"]) is not None:
+                name = f"{facts['point']} over {comparison['control']}: {figure}"
+                note = f"exact McNemar, p = {comparison[f'{figure}_p']:.2g}"
                 recorder.add(name, 100 * gain, "points", topic="controls", note=note)
     resplits = evaluation.with_suffix(".resplits.json")
     if resplits.is_file():
-        for one in json.loads(resplits.read_text(encoding="utf-8")):
-            share = 100 * one["other_half"] / one["times"]
-            note = f"{one['times']} promises made on a random half of the prompts"
-            name = f"{one['tier']}: promises broken on the other half"
+        for row in json.loads(resplits.read_text(encoding="utf-8")):
+            share = 100 * row["other_half"] / row["times"]
+            note = f"{row['times']} promises made on a random half of the prompts"
+            name = f"{row['tier']}: promises broken on the other half"
             recorder.add(name, share, "%", topic="controls", goal=10, better="lower", note=note)
 
 
-def _record_class(recorder: Recorder, one: dict[str, Any], promise: float | None) -> None:
+def _record_class(recorder: Recorder, result: dict[str, Any], promise: float | None) -> None:
     """One class of prompts in one tier."""
-    topic = _CLASSES.get(one["name"])
+    topic = _CLASSES.get(result["name"])
     if topic is None:
         return
-    tier, note = one["point"], f"{one['prompts']:,} prompts"
-    recorder.add(f"{tier}: FLOPs saved", 100 * one["flops_saved"], "%", topic=topic, note=note)
-    if one["accuracy_drop"] is not None:
-        drop, low, high = (100 * value for value in one["accuracy_drop"])
+    tier, note = result["point"], f"{result['prompts']:,} prompts"
+    recorder.add(f"{tier}: FLOPs saved", 100 * result["flops_saved"], "%", topic=topic, note=note)
+    if result["accuracy_drop"] is not None:
+        drop, low, high = (100 * value for value in result["accuracy_drop"])
         facts = {"low": low, "high": high, "interval": "95%", "goal": promise, "better": "lower", "note": note}
         recorder.add(f"{tier}: accuracy drop", drop, "points", topic=topic, **facts)
-    recorder.add(f"{tier}: other program than full depth", 100 * one["non_identity_rate"], "%", topic=topic)
-    recorder.add(f"{tier}: same answer", 100 * one["agreement"], "%", topic=topic)
+    recorder.add(f"{tier}: other program than full depth", 100 * result["non_identity_rate"], "%", topic=topic)
+    recorder.add(f"{tier}: same answer", 100 * result["agreement"], "%", topic=topic)
 
 
 def record_seeds(recorder: Recorder, evaluations: Sequence[Path]) -> str:
     """Mean and range over the seeds of the bridges; also as text, a line per class, tier and figure."""
-    found = [_figures(json.loads(path.read_text(encoding="utf-8"))) for path in evaluations]
-    lines = [f"{len(found)} seeds of the bridges: mean ± spread, from lowest to highest, in %"]
-    for name in found[0]:
-        values = [one[name] for one in found]
+    by_seed = [_figures(json.loads(path.read_text(encoding="utf-8"))) for path in evaluations]
+    lines = [f"{len(by_seed)} seeds of the bridges: mean ± spread, from lowest to highest, in %"]
+    for name in by_seed[0]:
+        values = [figures[name] for figures in by_seed]
         low, high = min(values), max(values)
         lines.append(f"{name:44} {fmean(values):7.2f} ± {pstdev(values):5.2f}   {low:7.2f} … {high:.2f}")
         note = f"spread {pstdev(values):.2f}; {', '.join(f'{value:.2f}' for value in values)}"
@@ -79,13 +79,13 @@ def record_seeds(recorder: Recorder, evaluations: Sequence[Path]) -> str:
 def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
     """Figures by name, in percent."""
     figures: dict[str, float] = {}
-    for one in evaluation["classes"]:
-        if one["name"] not in _CLASSES:
+    for result in evaluation["classes"]:
+        if result["name"] not in _CLASSES:
             continue
-        start = f"{one['name']}, {one['point']}"
-        figures[f"{start}: FLOPs saved"] = 100 * one["flops_saved"]
-        figures[f"{start}: other program"] = 100 * one["non_identity_rate"]
-        figures[f"{start}: same answer"] = 100 * one["agreement"]
-        if one["accuracy_drop"] is not None:  # value, low, high
-            figures[f"{start}: accuracy drop"] = 100 * one["accuracy_drop"][0]
+        start = f"{result['name']}, {result['point']}"
+        figures[f"{start}: FLOPs saved"] = 100 * result["flops_saved"]
+        figures[f"{start}: other program"] = 100 * result["non_identity_rate"]
+        figures[f"{start}: same answer"] = 100 * result["agreement"]
+        if result["accuracy_drop"] is not None:  # value, low, high
+            figures[f"{start}: accuracy drop"] = 100 * result["accuracy_drop"][0]
     return figures

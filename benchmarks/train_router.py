@@ -1,13 +1,13 @@
 """Make the shipped router: heal, measure, train, calibrate, evaluate. `make router` runs it for the default model.
 
-Prompts: those of the package and, where POLAR_DATA names a folder, the JSONL sets in it that `--sets` names, each a
-class of its own in the evaluation. Some bridges are tuned to the right choices of those sets, others distilled on
-texts without labels. The menu is the one that ships, unless `--programs search` asks for a search. Every stage keeps
-its work, so that the same command goes on after Ctrl-C. What is measured is printed and written beside the work, the
-article's router too; the figures of what ships go to `--results`, the artifact to `--out`, at most 5 MB of it.
+The prompts are those of the package and, where POLAR_DATA names a folder, the JSONL sets in it that `--sets` names,
+each a class of its own in the evaluation. Some bridges are tuned to the right choices of those sets, others distilled
+on texts without labels. The menu is the one that ships, unless `--programs search` asks for a search. Every stage keeps
+its work, so that the same command resumes after Ctrl-C. The measurements, of the article's router too, are printed and
+written beside the work; the figures of what ships go to `--results`, and the artifact, of at most 5 MB, to `--out`.
 
-Tuned bridges know the questions of the train split: what programs do there says nothing of new questions. So a router
-learns about choices from the dev split, and about texts from train and dev.
+Tuned bridges have seen the questions of the train split, so that programs do not behave there as on new questions. So a
+router learns about choices from the dev split, and about texts from train and dev.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from polar_sdk import PolarModel, lab
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import to_html
+from polar_sdk.lab.evaluation.results import RANDOM
 from polar_sdk.lab.items import (
     AnswerItem,
     ChoiceItem,
@@ -41,7 +42,6 @@ from polar_sdk.lab.items import (
     split_of,
 )
 from polar_sdk.lab.program_search.matrix import measured_matrix
-from polar_sdk.lab.program_search.search import Search, SearchOptions
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
@@ -66,36 +66,38 @@ if TYPE_CHECKING:
     from polar_sdk.router.learned import LearnedRouter
 
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "shipped" / "routers" / "smollm2-135m-instruct"
-MOST_BYTES = 5_000_000
+MAX_BYTES = 5_000_000
 HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:2400,gsm8k.train:700"
 SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:1200"
 MENU = (
     "0-14 [15] 16 [17] 18-29;0-12 [13] 14 [15] 16 [17] 18-29;0-13 [14-18] 19-29;"
     "0-11 [12-20] 21-29;0-11 [12-20] 21 [22-26] 27-29"
 )
-"""What ships: three programs for texts, whose bridges alternate with layers or not, and two for choices."""
+"""The shipped menu: three programs for texts, with bridges that alternate with layers or not, and two for choices."""
 SEARCH = "search"
 HALVES = Shares(0.6, 0.4, 0.0, 0.0)
-"""Of the dev split of choices: to learn from and to choose by."""
+"""Of the dev split of choices: to train on, and to choose by."""
 MAIN = "menu-embedding"
-"""The router that every seed of the bridges makes, of which the best on dev ships; the others are made for the first
-seed alone, to compare with. It reads embeddings: early states do better on dev, but promises on them broke too often.
+"""The router that is trained for every seed of the bridges, of which the best on dev ships.
+
+The others are trained for the first seed only, for comparison. It reads embeddings: early states do better on dev, but
+their promises broke too often.
 """
 OTHERS = ("static", "menu-early")
 OPEN = "@open"
-"""Behind a set's name: its questions are asked without their choices."""
+"""Suffix of a set's name: its questions are asked without their choices."""
 
 
 @dataclass
 class Work:
-    """One run: where it keeps things, and on what.
+    """All stages for one seed of the bridges.
 
     Attributes:
         model: The model.
         options: Of the command line.
         sets: Prompts by the name of their set.
         seed: Of the bridges.
-        folder: What this seed makes.
+        folder: Of this seed's work.
         show: Progress.
     """
 
@@ -109,21 +111,21 @@ class Work:
     @property
     def items(self) -> list[Item]:
         """All prompts."""
-        return [item for some in self.sets.values() for item in some]
+        return [item for items in self.sets.values() for item in items]
 
     def run(self, names: Sequence[str]) -> tuple[float, Path]:
-        """All stages; the utility on dev of the main router, and the folder of what to ship of this seed."""
+        """Run all stages; returns the utility on dev of the main router, and the folder of the router to ship."""
         self.heal()
         matrix = self.search()
-        made = {name: self.make(name, matrix) for name in names}
-        shipped = MAIN if made[MAIN]["routed"] or "static" not in made else "static"
-        return made[MAIN]["utility"], self.folder / shipped
+        facts = {name: self.make(name, matrix) for name in names}
+        shipped = MAIN if facts[MAIN]["routed"] or "static" not in facts else "static"
+        return facts[MAIN]["utility"], self.folder / shipped
 
     def make(self, name: str, matrix: RewardMatrix) -> dict[str, Any]:
-        """Train, certify and evaluate one router; what is done already for the same data and settings stays."""
+        """Train, certify and evaluate one router, unless that is done already for the same data and settings."""
         tiers = _tiers(self.options.tier, "drops" if self.labelled else "differs")
         mark = self.folder / f"{name}.done.json"
-        settings = self._policy if name == "policy" else self._menu
+        settings = self._layerwise if name == "policy" else self._menu
         key = run_key(
             matrix.data, matrix.bridges, matrix.programs, settings, tiers, self.options.layers, ENGINE_VERSION
         )
@@ -131,7 +133,7 @@ class Work:
             return dict(done)
         router = self.train(name, matrix)
         certified = lab.calibrate(self.model, self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
-        if self.options.resplits and name != "policy":  # its programs are many, and none is in the matrix
+        if self.options.resplits and name != "policy":  # it runs many programs, none of them in the matrix
             self.resplit(name, certified, tiers)
         done = {"key": key, "utility": router.facts.training["utility"], "routed": _earned(self.evaluate(name))}
         mark.write_text(json.dumps(done) + "\n", encoding="utf-8")
@@ -144,35 +146,36 @@ class Work:
 
     def heal(self) -> None:
         """Fit the bridges."""
-        made = Bridging(self.options, self._healed(), self.seed, self.folder, self.show).run(self.model)
-        self.model.use_bridges(made)
+        bridges = Bridging(self.options, self._healed(), self.seed, self.folder, self.show).run(self.model)
+        self.model.use_bridges(bridges)
 
     def search(self) -> RewardMatrix:
-        """Search the menu, or take the one that was named, and measure it on what the cache does not know yet."""
+        """Search the menu, or take the one in the options; prompts in the cache are not measured again."""
         if self.options.programs != SEARCH:
             return self._measure([Program.parse(text) for text in self.options.programs.split(";")])
-        path = self.folder / "menu.json"
-        options = SearchOptions(
-            budgets=tuple(map(float, self.options.budgets.split(","))),
-            menu=self.options.menu,
-            prompts=self.options.prompts,
-            train=self.options.train,
-            population=self.options.population,
-            generations=self.options.generations,
-        )
-        cache = RewardCache(cache_path(self.model.fingerprint, self.model.dtype))
-        with cache:
-            found = Search(self.model, self.items, options, cache, self.show).run()
-        found.save(path)
-        return found.matrix
+        with RewardCache(cache_path(self.model.fingerprint, self.model.dtype)) as cache:
+            result = lab.search(
+                self.model,
+                self.items,
+                cache=cache,
+                on_progress=self.show,
+                budgets=tuple(map(float, self.options.budgets.split(","))),
+                menu=self.options.menu,
+                prompts=self.options.prompts,
+                train=self.options.train,
+                population=self.options.population,
+                generations=self.options.generations,
+            )
+        result.save(self.folder / "menu.json")
+        return result.matrix
 
     def _measure(self, programs: list[Program]) -> RewardMatrix:
-        """The matrix of a menu that was named, on all prompts that say something about new ones."""
+        """The matrix of a given menu, on all prompts that show how it does on new ones."""
         with RewardCache(cache_path(self.model.fingerprint, self.model.dtype)) as cache:
             tasks = make_tasks(self.model, distinct_items(self.items), cache, on_progress=self.show)
             split = {task.id: self._split(task) for task in tasks}
             drawn = sorted(task.id for task in tasks if split[task.id] == "train")
-            left_out = {*drawn[self.options.train :], *(one for one, name in split.items() if name is None)}
+            left_out = {*drawn[self.options.train :], *(item for item, name in split.items() if name is None)}
             kept = [(task, split[task.id]) for task in tasks if task.id not in left_out]
             return measured_matrix(
                 Measurer(self.model, cache, self.show),
@@ -184,7 +187,7 @@ class Work:
             )
 
     def _split(self, task: Task) -> Split | None:
-        """What a router may use a prompt for; None = nothing, as the bridges were tuned to its right choice."""
+        """The split that a prompt counts as; None = it is not used, as the bridges were tuned to its right choice."""
         split = split_of(task.id)
         if not (self.options.tune and isinstance(task.item, ChoiceItem)) or split in ("calibration", "test"):
             return split
@@ -196,18 +199,18 @@ class Work:
             steps=self.options.steps,
             seeds=_seeds(self.options.seeds),
             loss="drops" if self.labelled else "differs",
-            hidden=((64,),),  # a linear head cannot say that a program serves one kind of prompt and ruins another
+            hidden=((64,),),  # a linear head cannot tell that a program serves one kind of prompt and ruins another
             penalties=(0.3, 1.0, 3.0),
             risks=(0.03, 0.1, 0.15),
             least=self.options.least,
         )
 
     @property
-    def _policy(self) -> LayerwiseSettings:
+    def _layerwise(self) -> LayerwiseSettings:
         return LayerwiseSettings(epochs=self.options.epochs, price=self.options.price)
 
     def train(self, name: str, matrix: RewardMatrix) -> LearnedRouter:
-        """A menu router on one kind of features, one that reads nothing, or the article's router."""
+        """Train a menu router on one kind of features, one that reads nothing, or the article's router."""
         kind, _, features = name.partition("-")
         router = lab.train(
             self.model,
@@ -216,62 +219,62 @@ class Work:
             items=self.items,
             features="early" if features == "early" else "embedding",
             layers=self.options.layers,
-            settings=self._policy if kind == "policy" else self._menu,
+            settings=self._layerwise if kind == "policy" else self._menu,
             out=self.folder / name,
             bridges=self.folder / "bridges",
             on_progress=self.show,
         )
         router = router.with_facts(training={**router.facts.training, "seen": self._seen()})
-        if kind == "policy":  # each θ has programs of its own, which must all be measured: only the usual reading is
+        if kind == "policy":  # every θ has programs of its own, which would all have to be measured: one θ is enough
             router = router.with_facts(dial=(0.0, router.facts.default_theta))
         save_router(router, self.folder / name)
         return router
 
     def _seen(self) -> str:
-        """All prompts that a router or its bridges learned from, so that it is judged on none of them."""
-        ids = [item_id(item) for item in distinct_items([*self.items, *self._healed()])]
-        return marks(one for one in ids if split_of(one) in ("train", "dev"))
+        """Marks of all prompts that a router or its bridges learned from, so that it is judged on none of them."""
+        ids = map(item_id, distinct_items([*self.items, *self._healed()]))
+        return marks(identity for identity in ids if split_of(identity) in ("train", "dev"))
 
     def _healed(self) -> list[Item]:
-        """What the bridges are fitted on."""
+        """The prompts that the bridges are fitted on."""
         sets = read_sets(self.options.heal_sets.split(","), self.options.limit)
-        return [item for some in sets.values() for item in some]
+        return [item for items in sets.values() for item in items]
 
     def resplit(self, name: str, router: LearnedRouter, tiers: dict[str, TierPromise]) -> None:
-        """How often promises break: calibrated on a random half of the prompts that training left alone."""
+        """Count promises that break, made on random halves of the prompts that training did not use."""
         judge = Judge(self.model, router, on_progress=self.show)
         broken = judge.resplit(self.items, tiers=tiers, times=self.options.resplits)
-        for one in broken:
-            print(f"{name}: {one.text}")
-        rows = [one._asdict() for one in broken if one.kind == "any"]
+        for count in broken:
+            print(f"{name}: {count.text}")
+        rows = [count._asdict() for count in broken if count.kind == "any"]
         (self.folder / f"{name}.resplits.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
     def evaluate(self, name: str) -> Evaluation:
         """Measure one router on the prompts it has not seen."""
-        found = lab.evaluate(
+        evaluation = lab.evaluate(
             self.model, self.sets, router=self.folder / name, timed=self.options.timed, on_progress=self.show
         )
-        (self.folder / f"{name}.json").write_text(json.dumps(found.plain(), indent=1) + "\n", encoding="utf-8")
-        (self.folder / f"{name}.html").write_text(to_html(found), encoding="utf-8")
-        for sentence in found.verdict:
+        (self.folder / f"{name}.json").write_text(json.dumps(evaluation.plain(), indent=1) + "\n", encoding="utf-8")
+        (self.folder / f"{name}.html").write_text(to_html(evaluation), encoding="utf-8")
+        for sentence in evaluation.verdict:
             print(f"{name}: {sentence}")
-        return found
+        return evaluation
 
 
-def _earned(found: Evaluation) -> bool:
+def _earned(evaluation: Evaluation) -> bool:
     """Whether reading prompts beats both controls: over all of them together, or within a class."""
-    whole = [one.beaten for one in found.sets[0].comparisons if one.control != "random program"]
-    return all(whole) or any(one.outcome == "routed" for one in found.classes)
+    whole = [rival.beaten for rival in evaluation.sets[0].comparisons if rival.control != RANDOM]
+    return all(whole) or any(result.outcome == "routed" for result in evaluation.classes)
 
 
-def ship(made: Path, out: Path) -> None:
-    """Put the artifact where the package looks for it."""
-    size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
-    if size > MOST_BYTES:
-        sys.exit(f"error: the router has {size:,} bytes, of at most {MOST_BYTES:,}; fit fewer or low-rank bridges.")
+def ship(router: Path, out: Path) -> None:
+    """Copy the artifact to where the package looks for it."""
+    size = sum(path.stat().st_size for path in router.rglob("*") if path.is_file())
+    if size > MAX_BYTES:
+        sys.exit(f"error: the router has {size:,} bytes, {MAX_BYTES:,} are allowed; fit fewer or low-rank bridges.")
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(made, out)
-    print(f"wrote {out} ({made}, {size:,} bytes)")
+    shutil.copytree(router, out)
+    print(f"wrote {out} ({router}, {size:,} bytes)")
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -279,32 +282,33 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _tiers(texts: Sequence[str], loss: Loss) -> dict[str, TierPromise]:
-    """`economy=0.1`, several."""
+    """Promises by tier, from texts such as `economy=0.1`."""
     tiers: dict[str, TierPromise] = {}
     for text in texts:
         name, alpha = text.split("=")
         if name not in TIERS:
-            raise ValueError(f"tier {name!r} is not one of {', '.join(TIERS)}")
+            raise ValueError(f"tier {name!r} does not exist; choose from: {', '.join(TIERS)}.")
         tiers[name] = (float(alpha), loss)
     return tiers
 
 
 def read_sets(names: Sequence[str], limit: int | None) -> dict[str, list[Item]]:
-    """The package's prompts, and those sets of POLAR_DATA that are there: `name`, or `name:400` for 400 drawn by hash.
+    """The package's prompts, and those sets that POLAR_DATA has: `name`, or `name:400` for 400 prompts drawn by hash.
 
-    Prompts with an answer in text lose it: a model of this size writes hardly any of those answers, so that what it
-    would have written is the better measure. `name@open` asks the questions of a set without their choices.
+    Answers in text are removed: a model of this size writes hardly any of them, so that its own answer at full depth is
+    the better reference. `name@open` asks the questions of a set without their choices.
     """
     folder = Path(os.environ.get("POLAR_DATA") or os.devnull)
-    found = {}
+    sets = {}
     for name in names:
-        stem, _, most = name.partition(":")
+        stem, _, limit_of_set = name.partition(":")
         path = folder / f"{stem.removesuffix(OPEN)}.jsonl"
         if path.is_file():
             items = read_items(path, limit)
-            drawn = sorted(items, key=item_id)[: int(most)] if most else items  # a file may hold kind after kind
-            found[stem] = [_opened(one) if stem.endswith(OPEN) else _unanswered(one) for one in drawn]
-    return {"package": builtin_items()[:limit], **found}
+            if limit_of_set:
+                items = sorted(items, key=item_id)[: int(limit_of_set)]  # by hash: a file may be sorted by kind
+            sets[stem] = [_opened(item) if stem.endswith(OPEN) else _unanswered(item) for item in items]
+    return {"package": builtin_items()[:limit], **sets}
 
 
 def _unanswered(item: Item) -> Item:
@@ -320,47 +324,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="default: the default model")
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--work", type=Path, default=Path("out/router"), help="where stages keep their work")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="where the artifact goes")
-    parser.add_argument("--limit", type=int, default=None, help="prompts of each set")
-    parser.add_argument("--sets", default=SETS, help="to route and to judge on")
-    parser.add_argument("--heal-sets", default=HEAL_SETS, help="to fit and tune the bridges on")
+    parser.add_argument("--work", type=Path, default=Path("out/router"), help="folder for the work of all stages")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder for the artifact")
+    parser.add_argument("--limit", type=int, default=None, help="maximum prompts of each set")
+    parser.add_argument("--sets", default=SETS, help="sets to train and to judge the router on")
+    parser.add_argument("--heal-sets", default=HEAL_SETS, help="sets to fit and tune the bridges on")
     parser.add_argument("--segments", default="12-20;12-20,22-26", help="bridges for choices")
     parser.add_argument("--text-segments", default="13,15,17;14-18", help="bridges for prompts answered in text")
-    parser.add_argument("--distil", type=int, default=200, help="steps of training those, without labels")
-    parser.add_argument("--tune", type=int, default=380, help="steps of training the others with the right choices")
+    parser.add_argument(
+        "--distil", type=int, default=200, help="training steps of the bridges for texts, without labels"
+    )
+    parser.add_argument(
+        "--tune", type=int, default=380, help="training steps of the bridges for choices, with the right choices"
+    )
     parser.add_argument("--labels", type=float, default=2.0, help="weight of the right choices in those steps")
     parser.add_argument("--choices", type=float, default=0.3, help="weight of full depth's choices in those steps")
     parser.add_argument("--rate", type=float, default=4e-4, help="learning rate of those steps")
     parser.add_argument("--budgets", default="0.95,0.9,0.85,0.8,0.75,0.7,0.6")
-    parser.add_argument("--programs", default=MENU, help=f"the menu, parted by ;, or {SEARCH}")
+    parser.add_argument("--programs", default=MENU, help=f"programs of the menu, separated by ;, or {SEARCH}")
     parser.add_argument("--menu", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=128, help="prompts that programs are evolved on")
-    parser.add_argument("--train", type=int, default=3000, help="most prompts that routers learn from")
+    parser.add_argument("--train", type=int, default=3000, help="maximum prompts that routers learn from")
     parser.add_argument("--population", type=int, default=12)
     parser.add_argument("--generations", type=int, default=4)
     parser.add_argument("--layers", type=int, default=3, help="layers run for early features")
     parser.add_argument("--steps", type=int, default=200, help="training steps of the menu routers")
-    parser.add_argument("--least", type=float, default=0.6, help="least chance of an answer that a program is run at")
-    parser.add_argument("--seeds", default="0,1,2", help="of the menu routers")
-    parser.add_argument("--bridge-seeds", default="0,1,2", help="bridges are made with each; the best on dev ships")
-    parser.add_argument("--epochs", type=int, default=3, help="of the policy router; 0 leaves it out")
-    parser.add_argument("--price", type=float, default=3.0, help="weight of a lost prompt for the policy router")
+    parser.add_argument(
+        "--least", type=float, default=0.6, help="minimum chance of keeping an answer at which a program runs"
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of the menu routers")
+    parser.add_argument("--bridge-seeds", default="0,1,2", help="seeds of the bridges; the best on dev ships")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of the layerwise router; 0 leaves it out")
+    parser.add_argument("--price", type=float, default=3.0, help="price of a lost prompt for the layerwise router")
     parser.add_argument("--tier", nargs="+", default=["economy=0.25", "standard=0.02", "premium=0.01"])
     parser.add_argument("--timed", type=int, default=8)
-    parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tried on")
+    parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tested on")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     options = parser.parse_args(arguments)
     recorder = Recorder("router", options.results, model=options.model)
     model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None)
     with ProgressBars(quiet=not sys.stderr.isatty()) as show:
         sets = read_sets(options.sets.split(","), options.limit)
-        found: list[tuple[float, Path]] = []
+        candidates: list[tuple[float, Path]] = []
         for seed in _seeds(options.bridge_seeds):
             work = Work(model, options, sets, seed, options.work / f"seed-{seed}", show)
-            found.append(work.run([MAIN] if found else [MAIN, *OTHERS, *(["policy"] if options.epochs else [])]))
-    print(record_seeds(recorder, [made.parent / f"{MAIN}.json" for _, made in found]))
-    shipped = max(found)[1]
+            candidates.append(
+                work.run([MAIN] if candidates else [MAIN, *OTHERS, *(["policy"] if options.epochs else [])])
+            )
+    print(record_seeds(recorder, [router.parent / f"{MAIN}.json" for _, router in candidates]))
+    shipped = max(candidates)[1]
     record_router(recorder, shipped.with_suffix(".json"))
     print(f"wrote {recorder.path}")
     ship(shipped, options.out)

@@ -25,15 +25,15 @@ from .errors import StoreNotFoundError as StoreNotFoundError
 from .errors import StoreReadOnlyError as StoreReadOnlyError
 from .errors import StoreUnavailableError as StoreUnavailableError
 from .errors import UnbalancedError as UnbalancedError
-from .ledger.contract import ALL_TENANTS as ALL_TENANTS
-from .ledger.contract import LedgerStorage as LedgerStorage
-from .ledger.contract import Selection as Selection
-from .ledger.contract import StoredUsage as StoredUsage
+from .ledger.books import add_book as add_book
 from .ledger.ledger import Ledger as Ledger
 from .ledger.postings import Account as Account
 from .ledger.postings import Line as Line
 from .ledger.postings import balances as balances
 from .ledger.postings import post as post
+from .ledger.records import ALL_TENANTS as ALL_TENANTS
+from .ledger.records import Selection as Selection
+from .ledger.records import StoredUsage as StoredUsage
 from .metering.meter import Meter as Meter
 from .metering.meter import open_meter as open_meter
 from .prices.book import PriceBook as PriceBook
@@ -55,7 +55,6 @@ from .reports.report import build_report as build_report
 from .statements.audit import lines_of_usage as lines_of_usage
 from .statements.audit import recheck as recheck
 from .statements.audit import usage_of_line as usage_of_line
-from .statements.books import add_book as add_book
 from .statements.credit_notes import CreditNote as CreditNote
 from .statements.credit_notes import credit_note as credit_note
 from .statements.credit_notes import credit_notes as credit_notes

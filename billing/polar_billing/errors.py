@@ -16,16 +16,16 @@ BillingError (PolarError)
 ├── AmountError (ValueError)               not finite, too fine or too large to be kept exactly
 ├── UnbalancedError (ValueError)           the lines of a transaction that do not sum to zero
 ├── PriceBookError (ValueError)            a price book that is missing or malformed
-├── BudgetError (ValueError)               a budget that is malformed, or none of that name
+├── BudgetError (ValueError)               a malformed or unknown budget
 ├── PeriodError (ValueError)               a month, date or time zone that does not parse
-├── QueryError (ValueError)                a question about usage that cannot be answered as asked
+├── QueryError (ValueError)                a question about usage that cannot be answered
 │   └── CurrencyMixError                   amounts of several currencies in one sum
-├── OutputError (OSError)                  a report cannot be written where it was asked for
+├── OutputError (OSError)                  a report cannot be written to its destination
 └── MissingExtraError (ImportError)        an optional dependency is not installed
 
 A request that a budget has no room for raises `polar_sdk.errors.BudgetExceededError`, which callers can catch without
 this package. The store errors and the conflict are sink errors too, so the engine fails closed on them without knowing
-this package. This module knows no SQL: `store_errors` decides which database failure is which of these.
+this package. This module knows no SQL: `ledger.location` decides which database failure is which of these.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class StoreUnavailableError(StoreError):
 
 
 class SchemaVersionError(StoreError):
-    """The ledger's tables were made by another version of polar-llm."""
+    """The ledger's tables were created by another version of polar-llm."""
 
 
 class ConflictError(BillingError, SinkError, ValueError):
@@ -84,7 +84,7 @@ class ConflictError(BillingError, SinkError, ValueError):
 
 
 class LedgerUnsoundError(BillingError):
-    """A ledger that was changed past this package, or a receipt that does not agree with it."""
+    """A ledger that was changed by other means than this package, or a receipt that does not agree with it."""
 
 
 class LedgerUrlError(BillingError, ValueError):
@@ -112,7 +112,7 @@ class PriceBookError(BillingError, ValueError):
 
 
 class BudgetError(BillingError, ValueError):
-    """A budget that is malformed, or that no tenant has."""
+    """A budget that is malformed or unknown."""
 
     exit_code = 2
 
@@ -124,7 +124,7 @@ class PeriodError(BillingError, ValueError):
 
 
 class QueryError(BillingError, ValueError):
-    """A question about usage that cannot be answered as it was asked."""
+    """A question about usage that cannot be answered as it was put."""
 
     exit_code = 2
 
@@ -134,7 +134,7 @@ class CurrencyMixError(QueryError):
 
 
 class OutputError(BillingError, OSError):
-    """A report cannot be written where it was asked for."""
+    """A report cannot be written to its destination."""
 
 
 class MissingExtraError(BillingError, ImportError):

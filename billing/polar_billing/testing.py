@@ -1,4 +1,4 @@
-"""Made-up usage records, for tests of billing and of programs built on it.
+"""Invented usage records, for tests of billing and of programs built on it.
 
 They are consistent (parts sum to totals, visits follow the path) but nothing was executed for them.
 """
@@ -35,7 +35,7 @@ def usage_record(
     router_flops: int = 0,
     **changes: Any,
 ) -> UsageRecord:
-    """Make a usage record of a request that ran `path`.
+    """Create a usage record of a request that ran `path`.
 
     Args:
         request_id: The idempotency key; a new one by default.

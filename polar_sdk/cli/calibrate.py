@@ -1,4 +1,4 @@
-"""`polar calibrate`: what a router promises, certified on prompts it was not trained on."""
+"""`polar calibrate`: certify what a router promises, on prompts it was not trained on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
+    from polar_sdk.lab import Item
     from polar_sdk.lab.evaluation.calibrate import Resplits, TierPromise
-    from polar_sdk.lab.items import Item
     from polar_sdk.model import PolarModel
     from polar_sdk.router.learned import LearnedRouter
 
@@ -29,16 +29,18 @@ def calibrate(
     router: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="JSONL of prompts; may be repeated; default: built-in. What it was trained on is left out."),
+        typer.Option(help="JSONL of prompts; repeatable; default: built-in. Prompts it was trained on are left out."),
     ] = None,
     tier: Annotated[
         list[str] | None,
-        typer.Option(help="tier=α, or tier=α:drops for the drop of accuracy, :harms for right answers turned wrong."),
+        typer.Option(help="tier=α; or tier=α:drops for the drop in accuracy, :harms for right answers turned wrong."),
     ] = None,
-    delta: Annotated[float, typer.Option(min=0.001, max=0.5, help="Most probability that a promise is wrong.")] = 0.1,
+    delta: Annotated[
+        float, typer.Option(min=0.001, max=0.5, help="Maximum probability that a promise is wrong.")
+    ] = 0.1,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the router's own.")] = None,
     resplits: Annotated[
-        int, typer.Option(min=0, help="Also certify on so many random halves, and count the promises that break.")
+        int, typer.Option(min=0, help="Also certify on N random halves, and count the promises that break.")
     ] = 0,
     as_json: opt.AsJson = False,
     model: opt.Model = None,
@@ -48,31 +50,29 @@ def calibrate(
     precision: opt.Precision = "auto",
 ) -> None:
     """Certify the tiers of a router."""
-    from polar_sdk.lab.items import read_items
     from polar_sdk.router.store import saved_router_path
 
     tiers = dict(map(_tier, tier)) if tier else None
-    items = [item for path in data for item in read_items(path)] if data else None
+    items = [item for path in data for item in lab.read_items(path)] if data else None
     engine = opt.load_model(
         model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
     )
     folder = router or saved_router_path(engine.fingerprint)
     with ProgressBars(quiet=as_json) as show:
         certified = lab.calibrate(engine, items, router=folder, tiers=tiers, delta=delta, out=out, on_progress=show)
-        broken = _tried(engine, certified, items, delta, resplits, show) if resplits else []
+        broken = _resplits(engine, certified, items, delta, resplits, show) if resplits else []
     _report(certified, out or folder, broken, as_json=as_json)
 
 
-def _tried(
+def _resplits(
     engine: PolarModel, router: LearnedRouter, items: list[Item] | None, delta: float, times: int, show: ProgressBars
 ) -> list[Resplits]:
     from polar_sdk.lab.evaluation.judge import Judge
-    from polar_sdk.lab.items import builtin_items
 
     assert router.certificate is not None
-    tiers = {name: (one.alpha, one.loss) for name, one in router.certificate.tiers.items()}
+    tiers = {name: (promise.alpha, promise.loss) for name, promise in router.certificate.tiers.items()}
     judge = Judge(engine, router, on_progress=show)
-    return judge.resplit(builtin_items() if items is None else items, tiers=tiers, delta=delta, times=times)
+    return judge.resplit(lab.builtin_items() if items is None else items, tiers=tiers, delta=delta, times=times)
 
 
 def _tier(text: str) -> tuple[str, TierPromise]:
@@ -85,11 +85,11 @@ def _tier(text: str) -> tuple[str, TierPromise]:
         alpha = float(number)
     except ValueError:
         alpha = 0.0
-    counted = next((one for one in LOSSES if one == (loss or "differs")), None)
+    counted = next((known for known in LOSSES if known == (loss or "differs")), None)
     if name not in TIERS[:-1] or not 0 < alpha < 1 or counted is None:
         raise InvalidRequestError(
-            f"--tier {text!r} is no promise; write for example economy=0.1 or standard=0.05:drops, "
-            f"for {', '.join(TIERS[:-1])}."
+            f"--tier {text!r} is not a promise; write e.g. economy=0.1 or standard=0.05:drops. "
+            f"Tiers: {', '.join(TIERS[:-1])}."
         )
     return name, (alpha, counted)
 
@@ -100,12 +100,12 @@ def _report(router: LearnedRouter, folder: Path, broken: list[Resplits], *, as_j
     if as_json:
         facts: dict[str, Any] = {"out": str(folder), "certificate": certificate.model_dump(mode="json")}
         if broken:
-            facts["resplits"] = [one._asdict() for one in broken]
+            facts["resplits"] = [count._asdict() for count in broken]
         typer.echo(json.dumps(facts, indent=2))
         return
     for name, promise in certificate.tiers.items():
         always = " (θ = 0: always identity)" if promise.theta == 0 else f" (θ = {promise.theta:.4f})"
         typer.echo(f"{name}: {promise.text}{always}")
-    for one in broken:
-        typer.echo(one.text)
+    for count in broken:
+        typer.echo(count.text)
     typer.echo(f"wrote {folder}")

@@ -1,4 +1,4 @@
-"""`polar evaluate`: a router beside identity and honest controls, as a table, as JSON and as a page."""
+"""`polar evaluate`: a router beside identity and honest controls, as a table, as JSON and as an HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _WIDTH = 150
-"""Columns that a table of figures needs: a narrower terminal wraps lines, which loses nothing."""
+"""Width that a table of figures needs; a narrower terminal wraps its lines, so that nothing is lost."""
 
 
 def register(app: typer.Typer) -> None:
@@ -34,20 +34,22 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="JSONL of {prompt}, {prompt, answer} or {question, choices, answer}; may be repeated."),
+        typer.Option(
+            help="JSONL of {prompt}, {prompt, answer} or {question, choices, answer}; repeatable; default: built-in."
+        ),
     ] = None,
     router: Annotated[Path | None, typer.Option(help="Folder of the router; default: the model's.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many items of each file.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items of each file.")] = None,
     compute: Annotated[
         list[str] | None,
-        typer.Option("--compute", "-c", help="Tier or tolerance; may be repeated; the first meets the controls."),
+        typer.Option("--compute", "-c", help="Tier or tolerance; repeatable; the first is compared with the controls."),
     ] = None,
     theta: Annotated[
-        list[float] | None, typer.Option(help="Setting of the dial, without a promise; may be repeated.")
+        list[float] | None, typer.Option(help="Setting of the dial (θ), without a promise; repeatable.")
     ] = None,
     timed: Annotated[int, typer.Option(min=0, help="Prompts to time at batch 1.")] = 8,
     seed: opt.Seed = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with the frontier plotted.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page, with the frontier plotted.")] = None,
     as_json: opt.AsJson = False,
     model: opt.Model = None,
     policy: opt.PolicyFile = None,
@@ -57,13 +59,14 @@ def evaluate(
 ) -> None:
     """Measure a router on prompts that it has not seen."""
     from polar_sdk.lab.evaluation.rendering import require_report, to_html
-    from polar_sdk.lab.items import read_items
 
     if html is not None:  # before minutes are spent on measuring
         require_report()
         if not html.absolute().parent.is_dir():
-            raise InvalidRequestError(f"--html {str(html)!r} cannot be written: its folder does not exist; make it.")
-    sets = {path.stem: read_items(path, limit) for path in data} if data else None
+            raise InvalidRequestError(
+                f"--html {str(html)!r} cannot be written: its folder does not exist; create it first."
+            )
+    sets = {path.stem: lab.read_items(path, limit) for path in data} if data else None
     engine = opt.load_model(
         model,
         device=device,
@@ -75,17 +78,17 @@ def evaluate(
     )
     points = _points(engine.router, compute or [], theta or [])
     with ProgressBars(quiet=as_json) as show:
-        found = lab.evaluate(engine, sets, points=points, timed=timed, seed=seed or 0, on_progress=show)
+        evaluation = lab.evaluate(engine, sets, points=points, timed=timed, seed=seed or 0, on_progress=show)
     if html is not None:
-        html.write_text(to_html(found), encoding="utf-8")
+        html.write_text(to_html(evaluation), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(found.plain(), indent=2))
+        typer.echo(json.dumps(evaluation.plain(), indent=2))
     else:
-        _show(found)
+        _show(evaluation)
 
 
 def _points(router: Router | None, compute: list[str], thetas: list[float]) -> dict[str, float] | None:
-    """θ by name, for what was asked for; None = the usual ones."""
+    """θ by name, for the given tiers, tolerances and settings; None = the default points."""
     from polar_sdk.router.learned import AtTheta, LearnedRouter
 
     if not (compute or thetas) or not isinstance(router, LearnedRouter):
@@ -97,30 +100,31 @@ def _points(router: Router | None, compute: list[str], thetas: list[float]) -> d
     return points | {f"θ = {theta:g}": theta for theta in thetas}
 
 
-def _show(found: Evaluation) -> None:
+def _show(evaluation: Evaluation) -> None:
     from rich.console import Console
 
     console = Console()
     console.width = max(console.width, _WIDTH)
-    console.print(f"{found.model} ({found.dtype} on {found.device}): {found.router}, compared at {found.point}")
-    for result in found.sets:
+    where = f"{evaluation.dtype} on {evaluation.device}"
+    console.print(f"{evaluation.model} ({where}): {evaluation.router}, compared at {evaluation.point}")
+    for result in evaluation.sets:
         _show_set(console, result)
-    _show_classes(console, found)
-    for name, promise in found.certificate.tiers.items() if found.certificate else ():
+    _show_classes(console, evaluation)
+    for name, promise in evaluation.certificate.tiers.items() if evaluation.certificate else ():
         console.print(f"{name}: {promise.text}", soft_wrap=True)
-    if found.certificate and not found.certificate_holds:
+    if evaluation.certificate and not evaluation.certificate_holds:
         console.print("The certificate does not hold for what was run here.")
-    for sentence in found.verdict:
+    for sentence in evaluation.verdict:
         console.print(f"• {sentence}", soft_wrap=True)
 
 
-def _show_classes(console: Console, found: Evaluation) -> None:
+def _show_classes(console: Console, evaluation: Evaluation) -> None:
     from rich.table import Table
 
     from polar_sdk.lab.evaluation.rendering import CLASS_COLUMNS, class_rows
 
     table = Table(*CLASS_COLUMNS, title="within each class")
-    for row in class_rows(found.classes):
+    for row in class_rows(evaluation.classes):
         table.add_row(*row)
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""`polar scan`: which layers this model can do without, shown as a heat map; saved as a policy on request."""
+"""`polar scan`: which layers this model can do without, as a heat map; saved as a policy on request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 
 _BUILTIN = 70
-"""Built-in prompts that a scan takes unless told otherwise: all of them would take ten times as long."""
+"""Built-in prompts that a scan uses by default; all of them would take ten times as long."""
+_COLOURS = ((0.9, "green"), (0.75, "yellow"), (0.5, "magenta"), (0, "red"))
+"""Minimum fidelity of each colour."""
 
 
 def register(app: typer.Typer) -> None:
@@ -32,31 +35,28 @@ def scan(
         Path | None,
         typer.Option(help="JSONL of {prompt} or {question, choices, answer}; default: 70 built-in prompts."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many items.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
     lengths: Annotated[str, typer.Option(help="Lengths of the skipped blocks, comma-separated.")] = "1,2,3",
     loops: Annotated[bool, typer.Option(help="Also measure each layer visited twice.")] = True,
-    removals: Annotated[int, typer.Option(min=0, help="Layers to remove one after another.")] = 8,
-    standard: Annotated[float, typer.Option(min=0, max=1, help="Least fidelity of the standard tier.")] = 0.8,
-    economy: Annotated[float, typer.Option(min=0, max=1, help="Least fidelity of the economy tier.")] = 0.7,
+    removals: Annotated[int, typer.Option(min=0, help="Layers to remove, one after another.")] = 8,
+    standard: Annotated[float, typer.Option(min=0, max=1, help="Minimum fidelity of the standard tier.")] = 0.8,
+    economy: Annotated[float, typer.Option(min=0, max=1, help="Minimum fidelity of the economy tier.")] = 0.7,
     save: Annotated[bool, typer.Option("--save", help="Save the picks as your policy for this model.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the whole scan as JSON to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write the whole scan to, as JSON.")] = None,
     as_json: opt.AsJson = False,
     model: opt.Model = None,
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
 ) -> None:
-    """Measure blocks of skipped layers and loops against full depth, and pick programs for two tiers."""
-    from polar_sdk.lab.items import builtin_items, read_items
-    from polar_sdk.lab.layer_scan import Scanner
-
+    """Compare blocks of skipped layers and loops with full depth, and pick programs for two tiers."""
     sizes = _lengths(lengths)
     if out is not None and not out.absolute().parent.is_dir():  # before minutes are spent on scanning
-        raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; make it first.")
-    items = builtin_items()[: limit or _BUILTIN] if data is None else read_items(data, limit)
+        raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; create it first.")
+    items = lab.builtin_items()[: limit or _BUILTIN] if data is None else lab.read_items(data, limit)
     engine = opt.load_model(model, device=device, device_map=device_map, precision=precision, no_ledger=True)
     with ProgressBars(quiet=as_json) as show:
-        report = Scanner(engine, items, on_progress=show).scan(sizes, loops=loops, removals=removals)
+        report = lab.scan(engine, items, lengths=sizes, loops=loops, removals=removals, on_progress=show)
     if out is not None:
         out.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     picks = {"economy": report.cheapest(economy), "standard": report.cheapest(standard)}
@@ -74,7 +74,7 @@ def _lengths(text: str) -> list[int]:
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1:
-        raise InvalidRequestError(f"--lengths {text!r} is no list of numbers from 1; write for example 1,2,3.")
+        raise InvalidRequestError(f"--lengths {text!r} is not a list of whole numbers from 1, e.g. 1,2,3.")
     return sizes
 
 
@@ -93,7 +93,7 @@ def _show(report: ScanReport, picks: dict[str, ProgramScore], saved: str | None)
     console = Console()
     console.print(
         f"{report.model} ({report.dtype}): {report.prompts} prompts with {report.answer_tokens} answer tokens, "
-        f"{report.questions} questions; fidelity = share that stays as at full depth"
+        f"{report.questions} questions; fidelity = share that is the same as at full depth"
     )
     console.print(_heat_map(report))
     console.print(_list("Greedy removal", [report.identity, *report.path]))
@@ -114,8 +114,8 @@ def _heat_map(report: ScanReport) -> Table:
         table.add_column(f"{layer:3d}", justify="right", no_wrap=True)
     rows: dict[str, dict[int, float]] = {}
     for score in report.skips:
-        gone = score.program.skips(depth)
-        rows.setdefault(str(len(gone)), {})[gone[0]] = score.fidelity
+        skipped = score.program.skips(depth)
+        rows.setdefault(str(len(skipped)), {})[skipped[0]] = score.fidelity
     for score in report.loops:
         rows.setdefault("x2", {})[score.program.visits(depth).index(2)] = score.fidelity
     for name, cells in rows.items():
@@ -126,9 +126,7 @@ def _heat_map(report: ScanReport) -> Table:
 def _cell(share: float | None) -> str:
     if share is None:
         return "  ·"
-    colour = next(
-        name for least, name in ((0.9, "green"), (0.75, "yellow"), (0.5, "magenta"), (0, "red")) if share >= least
-    )
+    colour = next(name for floor, name in _COLOURS if share >= floor)
     return f"[{colour}]{share * 100:3.0f}[/]"
 
 
@@ -136,9 +134,9 @@ def _list(title: str, scores: list[ProgramScore], names: list[str] | None = None
     from rich.table import Table
 
     table = Table("", "program", "FLOPs", "agreement", "nats lost", "same choice", "accuracy", title=title)
-    for number, score in enumerate(scores):
+    for index, score in enumerate(scores):
         table.add_row(
-            names[number] if names else str(number),
+            names[index] if names else str(index),
             score.program.text,
             f"{score.flops_ratio:.1%}",
             *(

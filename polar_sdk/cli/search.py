@@ -1,13 +1,14 @@
-"""`polar search`: look for programs at several budgets, and pick the menu that a router is trained on."""
+"""`polar search`: search programs at several budgets, and pick the menu that a router is trained on."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
@@ -24,26 +25,28 @@ def register(app: typer.Typer) -> None:
 
 
 def search(
-    out: Annotated[Path, typer.Option(help="Menu file to write; the rewards go beside it.")],
+    out: Annotated[Path, typer.Option(help="Menu file to write; the rewards are written beside it.")],
     data: Annotated[
         Path | None,
         typer.Option(help="JSONL of {prompt}, {prompt, answer} or {question, choices, answer}; default: built-in."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many items.")] = None,
-    budgets: Annotated[str, typer.Option(help="FLOPs of the programs, as shares of full depth.")] = "0.9,0.8,0.7,0.6",
-    menu: Annotated[int, typer.Option(min=2, help="Most programs on the menu, full depth included.")] = 12,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
+    budgets: Annotated[str, typer.Option(help="FLOPs of the programs, as shares of full depth's.")] = "0.9,0.8,0.7,0.6",
+    menu: Annotated[int, typer.Option(min=2, help="Maximum number of programs on the menu, full depth included.")] = 12,
     bridges: Annotated[Path | None, typer.Option(help="Folder of bridges that programs may use.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that programs are evolved on.")] = 128,
-    train: Annotated[int, typer.Option(min=1, help="Train prompts that the menu is measured on.")] = 1000,
+    train: Annotated[int, typer.Option(min=1, help="Maximum train prompts that the menu is measured on.")] = 1000,
     population: Annotated[int, typer.Option(min=1, help="Programs tried per generation and budget.")] = 12,
     generations: Annotated[int, typer.Option(min=0, help="Generations per budget, after the first.")] = 4,
     objective: Annotated[
-        Literal["identity", "labels"], typer.Option(help="Answer as full depth does, or choose what is right.")
+        Literal["identity", "labels"], typer.Option(help="Answer as full depth does, or prefer the right choice.")
     ] = "identity",
     loops: Annotated[bool, typer.Option(help="Also try layers visited twice.")] = True,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Length of full depth's answers to prompts.")] = 24,
-    write_tokens: Annotated[int, typer.Option(min=1, help="Length of answers compared with the right text.")] = 64,
-    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep what is measured, for the next run.")] = True,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of full depth's answers to prompts.")] = 24,
+    write_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum tokens of answers checked against the right text.")
+    ] = 64,
+    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep measurements for the next run.")] = True,
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
     model: opt.Model = None,
@@ -52,25 +55,24 @@ def search(
     device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
 ) -> None:
-    """Search programs on prompts; an interrupted search goes on where it stopped."""
-    from polar_sdk.lab.items import read_items
-    from polar_sdk.lab.program_search.search import Search, SearchOptions
+    """Search programs on prompts; an interrupted search resumes where it stopped."""
     from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 
-    options = SearchOptions(
-        budgets=_numbers(budgets),
-        menu=menu,
-        prompts=prompts,
-        train=train,
-        population=population,
-        generations=generations,
-        objective=objective,
-        loops=loops,
-        answer_tokens=answer_tokens,
-        write_tokens=write_tokens,
-        seed=seed or 0,
-    )
-    items = None if data is None else read_items(data, limit)
+    options: dict[str, Any] = {
+        "budgets": _numbers(budgets),
+        "menu": menu,
+        "prompts": prompts,
+        "train": train,
+        "population": population,
+        "generations": generations,
+        "objective": objective,
+        "loops": loops,
+        "answer_tokens": answer_tokens,
+        "write_tokens": write_tokens,
+        "seed": seed or 0,
+    }
+    lab.SearchOptions(**options)  # checks them before seconds are spent on loading the model
+    items = None if data is None else lab.read_items(data, limit)
     engine = opt.load_model(
         model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
     )
@@ -79,25 +81,25 @@ def search(
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype) if cached else None)
     try:
         with cache, ProgressBars(quiet=as_json) as show:
-            found = Search(engine, items, options, cache, show).run()
+            result = lab.search(engine, items, cache=cache, on_progress=show, **options)
     except KeyboardInterrupt:
         if cached:
-            typer.echo("note: what was measured is kept; the same command goes on from there.", err=True)
+            typer.echo("note: measurements are kept; the same command resumes from there.", err=True)
         raise
-    rewards = found.save(out)
+    rewards = result.save(out)
     if as_json:
         typer.echo(
-            json.dumps({**found.menu.model_dump(mode="json"), "out": str(out), "rewards": str(rewards)}, indent=2)
+            json.dumps({**result.menu.model_dump(mode="json"), "out": str(out), "rewards": str(rewards)}, indent=2)
         )
     else:
-        _show(found.menu, out, rewards)
+        _show(result.menu, out, rewards)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InvalidRequestError(f"--budgets {text!r} is no list of numbers; write for example 0.9,0.8,0.7.") from None
+        raise InvalidRequestError(f"--budgets {text!r} is not a list of numbers, e.g. 0.9,0.8,0.7.") from None
 
 
 def _show(menu: Menu, out: Path, rewards: Path) -> None:
@@ -105,14 +107,14 @@ def _show(menu: Menu, out: Path, rewards: Path) -> None:
     from rich.table import Table
 
     table = Table("", "program", "FLOPs", "agreement", "tokens", "accuracy", title="Menu")
-    for number, one in enumerate(menu.programs):
+    for index, row in enumerate(menu.programs):
         table.add_row(
-            str(number),
-            one.program.text,
-            f"{one.flops_ratio:.1%}",
-            f"{one.agreement:.1%}",
-            f"{one.token_agreement:.1%}",
-            "–" if one.accuracy is None else f"{one.accuracy:.1%}",
+            str(index),
+            row.program.text,
+            f"{row.flops_ratio:.1%}",
+            f"{row.agreement:.1%}",
+            f"{row.token_agreement:.1%}",
+            "–" if row.accuracy is None else f"{row.accuracy:.1%}",
         )
     console = Console()
     console.print(table)

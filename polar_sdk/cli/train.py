@@ -23,29 +23,29 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    rewards: Annotated[Path, typer.Option(help="Rewards that `polar search` wrote.")],
+    rewards: Annotated[Path, typer.Option(help="Rewards file that `polar search` wrote.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
     kind: Annotated[
         Literal["menu", "policy", "static"],
-        typer.Option(help="Choose whole programs; or skip, execute, loop per layer; or one program, by the dial."),
+        typer.Option(
+            help="Choose a program (menu), an action for each layer (policy), or one program for all (static)."
+        ),
     ] = "menu",
     features: Annotated[
         Literal["embedding", "early"], typer.Option(help="Read the embeddings, or the states after some layers.")
     ] = "embedding",
-    layers: Annotated[int, typer.Option(min=1, help="Layers run for --features early.")] = 3,
+    layers: Annotated[int, typer.Option(min=1, help="Layers to run for --features early.")] = 3,
     loss: Annotated[
         Literal["differs", "harms", "drops"],
-        typer.Option(help="Lost is what differs, what was right and is wrong, or the same less what was gained."),
+        typer.Option(help="What counts as lost: another answer; right turned wrong; or that, less wrong turned right."),
     ] = "differs",
     bridges: Annotated[Path | None, typer.Option(help="Folder of the bridges that the programs cross.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="For --kind policy: the JSONL that was searched; default: built-in.")
     ] = None,
-    price: Annotated[float, typer.Option(min=0.01, help="For --kind policy: weight of a lost prompt.")] = 3.0,
+    price: Annotated[float, typer.Option(min=0.01, help="For --kind policy: price of a lost prompt.")] = 3.0,
     epochs: Annotated[int, typer.Option(min=1, help="For --kind policy: passes over the prompts.")] = 8,
-    seeds: Annotated[
-        str, typer.Option(help="Seeds to train with, comma-separated; the best on dev is kept.")
-    ] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Training seeds, comma-separated; the best on dev is kept.")] = "0,1,2",
     as_json: opt.AsJson = False,
     model: opt.Model = None,
     policy: opt.PolicyFile = None,
@@ -53,19 +53,14 @@ def train(
     device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
 ) -> None:
-    """Train a router; after Ctrl-C the same command goes on from its checkpoints."""
-    from polar_sdk.lab.items import read_items
-    from polar_sdk.lab.program_search.matrix import RewardMatrix
-    from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
-    from polar_sdk.lab.training.menu_training import MenuSettings
+    """Train a router; after Ctrl-C the same command resumes from its checkpoints."""
     from polar_sdk.router.store import saved_router_path
 
-    numbers = _seeds(seeds)
-    settings: MenuSettings | LayerwiseSettings = MenuSettings(loss=loss, seeds=numbers)
+    settings: lab.MenuSettings | lab.LayerwiseSettings = lab.MenuSettings(loss=loss, seeds=_seeds(seeds))
     if kind == "policy":
-        settings = LayerwiseSettings(price=price, epochs=epochs, seeds=numbers)
-    matrix = RewardMatrix.load(rewards)  # before seconds are spent on loading the model
-    items = None if data is None else read_items(data)
+        settings = lab.LayerwiseSettings(price=price, epochs=epochs, seeds=_seeds(seeds))
+    matrix = lab.RewardMatrix.load(rewards)  # before seconds are spent on loading the model
+    items = None if data is None else lab.read_items(data)
     engine = opt.load_model(
         model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
     )
@@ -90,7 +85,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InvalidRequestError(f"--seeds {text!r} is no list of whole numbers; write for example 0,1,2.") from None
+        raise InvalidRequestError(f"--seeds {text!r} is not a list of whole numbers, e.g. 0,1,2.") from None
 
 
 def _report(router: LearnedRouter, target: Path, *, as_json: bool) -> None:
@@ -101,6 +96,8 @@ def _report(router: LearnedRouter, target: Path, *, as_json: bool) -> None:
         return
     typer.echo(f"{router.kind} router {router.version}, {training['parameters']:,} parameters", nl=False)
     typer.echo(f" ({training['parameter_share']:.2g} of the base model's)")
-    typer.echo(f"utility on dev {training['utility']:.4f}; over the seeds {training['utility_mean']:.4f}", nl=False)
+    typer.echo(
+        f"utility on dev {training['utility']:.4f}; mean over the seeds {training['utility_mean']:.4f}", nl=False
+    )
     typer.echo(f" ± {training['utility_spread']:.4f}")
-    typer.echo(f"wrote {target}; it promises nothing until `polar calibrate --router {target}` has run")
+    typer.echo(f"wrote {target}; it has no certificate until you run `polar calibrate --router {target}`")

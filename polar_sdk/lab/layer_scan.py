@@ -1,24 +1,22 @@
-"""The scan: a heat map of skipped blocks and loops, and a greedy path of removals. Measures; decides nothing.
+"""The scan: which layers a model can do without; a heat map of skipped blocks and loops, and a greedy removal path.
 
-Reference is the model itself at full depth: its own greedy answers to bare prompts (teacher-forced, so that one pass
-judges all tokens), and the choice it prefers. Programs share the visits at their start (`scoring.score_programs`).
-
-What a scan found, as data: a score per program, the heat map and the picks. Saves as JSON; renders nothing.
-
-From a scan to a policy: the tiers' programs, each with the sentence that says what was measured.
+The reference is the model itself at full depth: its own greedy answers to bare prompts (teacher-forced, so that one
+pass judges all tokens), and the choice it prefers. A scan measures and decides nothing; what it found saves as JSON,
+and `policy_of` turns picked programs into a policy whose tiers say what was measured. Renders nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from polar_sdk.engine.scoring import Question, Score, packs, score_programs
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, builtin_items
+from polar_sdk.lab.rewards.measure import preferred_choice
 from polar_sdk.lab.rewards.tasks import choice_question
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.programs.policy import Policy, Tier
@@ -32,21 +30,19 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
 
 Share = Annotated[float, Field(ge=0, le=1)]
+_BATCH: Final = 16
+"""Prompts answered together for the reference."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class ProgramScore(_Frozen):
+class ProgramScore(BaseModel, frozen=True):
     """One program, measured against identity on the calibration items."""
 
     program: Program
     flops_ratio: float
     """FLOPs over identity's, at 128 prompt and 64 output tokens."""
     agreement: Share | None = None
-    """Bare prompts: share of the tokens of identity's own answers that the program would choose too, given the same
-    start. None where the set holds no bare prompts."""
+    """Bare prompts: share of the tokens of identity's own answers that the program would choose too, given the tokens
+    before. None where the set holds no bare prompts."""
     excess_nats: float | None = None
     """Bare prompts: mean loss in log-likelihood per token of identity's answers. Unit: nats."""
     same_choice: Share | None = None
@@ -56,11 +52,11 @@ class ProgramScore(_Frozen):
 
     @property
     def fidelity(self) -> float:
-        """How much behaves like identity: the worse of `agreement` and `same_choice`."""
+        """How much stays as at full depth: the lower of `agreement` and `same_choice`."""
         return min(value for value in (self.agreement, self.same_choice) if value is not None)
 
 
-class ScanReport(_Frozen):
+class ScanReport(BaseModel, frozen=True):
     """A whole scan."""
 
     model: str
@@ -78,48 +74,40 @@ class ScanReport(_Frozen):
     loops: tuple[ProgramScore, ...]
     """One per layer visited twice."""
     path: tuple[ProgramScore, ...]
-    """Greedy removal of one layer after another, each time the one whose loss is least."""
+    """Greedy removal of one layer after another, each time the one that costs least."""
 
     def cheapest(self, floor: float) -> ProgramScore:
-        """The cheapest program of the path with at least that fidelity; identity if none has."""
+        """The cheapest program of the path with at least that fidelity; identity where none has it."""
         good = [score for score in (self.identity, *self.path) if score.fidelity >= floor]
         return min(good, key=lambda score: score.flops_ratio)
 
 
-def policy_of(report: ScanReport, picks: Mapping[str, ProgramScore]) -> Policy:
-    """A policy for the scanned model: the picks, full depth for the other tiers, standard by default."""
-    full = Tier(program=report.identity.program, note="Full depth.")
-    tiers = {name: Tier(program=score.program, note=_note(report, score)) for name, score in picks.items()}
-    return Policy(
-        model=report.model,
-        fingerprint=report.fingerprint,
-        default_tier="standard",
-        tiers={**tiers, "premium": full, "exact": full},
-    )
-
-
-def _note(report: ScanReport, score: ProgramScore) -> str:
-    said = [f"{score.flops_ratio:.1%} of full depth's FLOPs"]
-    if score.agreement is not None:
-        said.append(f"{score.agreement:.1%} of {report.answer_tokens} answer tokens as at full depth")
-    if score.same_choice is not None:
-        said.append(f"{score.same_choice:.1%} of {report.questions} choices as at full depth")
-    return "Scanned: " + "; ".join(said) + "."
-
-
-_BATCH = 16
-"""Prompts answered together for the reference."""
-
-
-def scan(model: PolarModel, items: Sequence[Item] | None = None, **options: Any) -> ScanReport:
-    """Measure which layers a model can do without.
+def scan(
+    model: PolarModel,
+    items: Sequence[Item] | None = None,
+    *,
+    lengths: Sequence[int] = (1, 2, 3),
+    loops: bool = True,
+    removals: int = 8,
+    answer_tokens: int = 24,
+    on_progress: Progress = silent,
+) -> ScanReport:
+    """Measure which layers a model can do without: blocks of skipped layers, loops, and a greedy path of removals.
 
     Args:
-        model: The model.
+        model: The model; its policy's protected layers are never skipped.
         items: Calibration items; None = the prompts that come with the package.
-        **options: `lengths`, `loops` and `removals` of `Scanner.scan`.
+        lengths: Lengths of the skipped blocks; each starts at every layer where no protected layer is in the way.
+        loops: Whether to measure each layer visited twice.
+        removals: Layers removed one after another; 0 leaves the path out.
+        answer_tokens: Length of identity's answers to bare prompts. Unit: tokens.
+        on_progress: Called with (stage, steps done, steps in all).
+
+    Raises:
+        DataError: There is no item.
     """
-    return Scanner(model, builtin_items() if items is None else items).scan(**options)
+    scanner = Scanner(model, builtin_items() if items is None else items, answer_tokens, on_progress)
+    return scanner.scan(lengths, loops=loops, removals=removals)
 
 
 @dataclass
@@ -127,10 +115,10 @@ class Scanner:
     """Scans one model on one calibration set.
 
     Attributes:
-        model: The model; its policy's protected layers are never removed.
+        model: The model; its policy's protected layers are never skipped.
         items: Calibration items, at least one.
         answer_tokens: Length of identity's answers to bare prompts. Unit: tokens.
-        on_progress: Called with (stage, programs done, programs in all).
+        on_progress: Called with (stage, steps done, steps in all).
     """
 
     model: PolarModel
@@ -143,13 +131,7 @@ class Scanner:
             raise DataError("the calibration set is empty; give at least one prompt.")
 
     def scan(self, lengths: Sequence[int] = (1, 2, 3), *, loops: bool = True, removals: int = 8) -> ScanReport:
-        """Measure blocks of skipped layers, loops, and a greedy path of removals.
-
-        Args:
-            lengths: Block lengths to skip, at every start that no protected layer forbids.
-            loops: Whether to measure each layer visited twice.
-            removals: Layers removed one after another; 0 leaves the path out.
-        """
+        """Measure blocks of skipped layers, loops, and a greedy path of removals; see the function `scan`."""
         skips = [program for length in lengths for program in self._blocks(length)]
         doubled = [Program.looping(self._depth, {layer: 2}) for layer in self._free] if loops else []
         scores = self.measure([*skips, *doubled], "heat map")
@@ -168,18 +150,18 @@ class Scanner:
 
     def measure(self, programs: Iterable[Program], stage: str = "programs") -> dict[Program, ProgramScore]:
         """Score programs against identity on the calibration set."""
-        wanted = list(dict.fromkeys(programs))
+        distinct = list(dict.fromkeys(programs))
         passes = len(list(packs(self._answers))) + len(list(packs(self._choice_questions)))
         done = 0
 
         def step() -> None:
             nonlocal done
             done += 1
-            self.on_progress(stage, done, passes * len(wanted))
+            self.on_progress(stage, done, passes * len(distinct))
 
-        answers = score_programs(self.model.loaded.decoder, self._answers, wanted, step)
-        choices = score_programs(self.model.loaded.decoder, self._choice_questions, wanted, step)
-        return {program: self._score(program, answers[program], choices[program]) for program in wanted}
+        answers = score_programs(self.model.loaded.decoder, self._answers, distinct, step)
+        choices = score_programs(self.model.loaded.decoder, self._choice_questions, distinct, step)
+        return {program: self._score(program, answers[program], choices[program]) for program in distinct}
 
     @property
     def _depth(self) -> int:
@@ -196,17 +178,17 @@ class Scanner:
 
     def _blocks(self, length: int) -> list[Program]:
         free = set(self._free)
-        starts = [start for start in self._free if all(start + more in free for more in range(length))]
+        starts = [start for start in self._free if all(start + offset in free for offset in range(length))]
         return [Program.skipping(self._depth, range(start, start + length)) for start in starts]
 
     def _remove(self, removals: int) -> Iterable[ProgramScore]:
         """Greedy path: remove the layer whose absence costs least, measured on top of those already gone."""
         gone: list[int] = []
-        for number in range(min(removals, len(self._free))):
+        for count in range(1, min(removals, len(self._free)) + 1):
             candidates = {
                 Program.skipping(self._depth, [*gone, layer]): layer for layer in self._free if layer not in gone
             }
-            scores = self.measure(candidates, f"removal {number + 1} of {removals}")
+            scores = self.measure(candidates, f"removal {count} of {removals}")
             best = max(scores.values(), key=lambda score: (-(score.excess_nats or 0.0), score.fidelity))
             gone.append(candidates[best.program])
             yield best
@@ -256,14 +238,17 @@ class Scanner:
     def _on_answers(self, answers: Sequence[Score]) -> dict[str, float]:
         tokens = [token for question in self._answers for token in question.continuations[0]]
         chosen = [token for score in answers for token in score.greedy[0]]
-        lost = sum(r.loglikelihoods[0] - s.loglikelihoods[0] for r, s in zip(self._reference[0], answers, strict=True))
+        lost = sum(
+            full.loglikelihoods[0] - score.loglikelihoods[0]
+            for full, score in zip(self._reference[0], answers, strict=True)
+        )
         same = sum(a == b for a, b in zip(tokens, chosen, strict=True))
         return {"agreement": same / len(tokens), "excess_nats": lost / len(tokens)}
 
     def _on_choices(self, choices: Sequence[Score]) -> dict[str, float]:
         lengths = [[len(choice) for choice in item.choices] for item in self._choices]
-        ours = [_preferred(score, size) for score, size in zip(choices, lengths, strict=True)]
-        full = [_preferred(score, size) for score, size in zip(self._reference[1], lengths, strict=True)]
+        ours = [preferred_choice(score, size) for score, size in zip(choices, lengths, strict=True)]
+        full = [preferred_choice(score, size) for score, size in zip(self._reference[1], lengths, strict=True)]
         right = [item.answer for item in self._choices]
         return {
             "same_choice": sum(a == b for a, b in zip(ours, full, strict=True)) / len(ours),
@@ -271,7 +256,22 @@ class Scanner:
         }
 
 
-def _preferred(score: Score, characters: Sequence[int]) -> int:
-    """Index of the choice with the highest log-likelihood per character, so that short choices have no advantage."""
-    per_character = [value / size for value, size in zip(score.loglikelihoods, characters, strict=True)]
-    return max(range(len(per_character)), key=per_character.__getitem__)
+def policy_of(report: ScanReport, picks: Mapping[str, ProgramScore]) -> Policy:
+    """A policy for the scanned model: the picks, full depth for the other tiers, standard by default."""
+    full = Tier(program=report.identity.program, note="Full depth.")
+    tiers = {name: Tier(program=score.program, note=_note(report, score)) for name, score in picks.items()}
+    return Policy(
+        model=report.model,
+        fingerprint=report.fingerprint,
+        default_tier="standard",
+        tiers={**tiers, "premium": full, "exact": full},
+    )
+
+
+def _note(report: ScanReport, score: ProgramScore) -> str:
+    parts = [f"{score.flops_ratio:.1%} of full depth's FLOPs"]
+    if score.agreement is not None:
+        parts.append(f"{score.agreement:.1%} of {report.answer_tokens} answer tokens as at full depth")
+    if score.same_choice is not None:
+        parts.append(f"{score.same_choice:.1%} of {report.questions} choices as at full depth")
+    return "Scanned: " + "; ".join(parts) + "."

@@ -1,6 +1,6 @@
-"""The steps from prompts to a certified router, one call each: heal, train, calibrate, evaluate.
+"""The steps from prompts to a certified router, one call each: heal, train, calibrate, evaluate; from and to files.
 
-From files and to files. `search` is in `program_search.run`, `scan` in `layer_scan`.
+`search` is in `program_search.search`, `scan` in `layer_scan`. Knows which part does a step, not how.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
 from polar_sdk.lab.training.menu_training import MenuSettings
 from polar_sdk.lab.training.train import RouterKind, RouterTrainer
+from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.base import Router
 from polar_sdk.router.bridge_set import BridgeSet
@@ -52,16 +53,17 @@ def heal(
 
     Args:
         model: The model.
-        items: Prompts to fit on; None = those that come with the package.
-        segments: First and last layers, such as `12-15,17-20`; groups that are not used together are separated by `;`.
+        items: Prompts to fit on; None = the prompts that come with the package.
+        segments: First and last layers, e.g. `12-15,17-20`; groups that are not used together are separated by `;`.
         out: Folder to write the bridges to; checkpoints are kept there too.
-        cache: Where full depth's answers to prompts are kept; None = in memory.
+        cache: Where identity's answers to prompts are kept; None = in memory.
         on_progress: Called with (stage, steps done, steps in all).
         **options: Fields of `HealOptions`.
 
     Raises:
         DataError: The data is empty or nothing but copies.
-        BridgeError: A segment does not fit the model.
+        BridgeError: An option is out of range, a segment does not fit the model, no prompt is left to fit on, or a
+            checkpoint is of another run.
     """
     healer = Healer(model, items, segments, HealOptions(**options), out=out, cache=cache, on_progress=on_progress)
     return model.use_bridges(healer.run())
@@ -80,40 +82,41 @@ def train(
     bridges: str | Path | None = None,
     on_progress: Progress = silent,
 ) -> LearnedRouter:
-    """Train a router on what programs do on prompts; it serves once it is calibrated.
+    """Train a router on what programs do on prompts; once it is calibrated, it serves.
 
     Args:
         model: The model.
         rewards: The reward matrix of `search`, or its file.
         kind: `menu` chooses among the matrix's programs, `policy` layer by layer; `static` reads nothing.
-        items: For `policy`: the items that were searched on; None = those that come with the package.
+        items: For `policy`: the items that were searched on; None = the prompts that come with the package.
         features: `embedding`, or `early` to run the first layers and read their states.
         layers: Layers run for `early`.
-        settings: How to train; None = as usual.
+        settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
         out: Folder to write the router to; checkpoints are kept there until training is done.
-        bridges: Folder of the bridges that the programs cross, to be written beside the router.
+        bridges: Folder of the bridges that the programs cross; these are written beside the router.
         on_progress: Called with (stage, steps done, steps in all).
 
     Raises:
         RouterModelError: The rewards were measured on another model or in another dtype.
+        RouterError: The kind is unknown, the settings are for another kind, or bridges that programs cross are missing.
         DataError: The matrix holds no train or no dev prompt, or its menu is identity alone.
     """
     _check_settings(kind, settings)
     matrix = rewards if isinstance(rewards, RewardMatrix) else RewardMatrix.load(rewards)
-    made = None if bridges is None else BridgeSet.load(bridges)
+    bridge_set = None if bridges is None else BridgeSet.load(bridges)
     if bridges is not None:
         model.use_bridges(bridges)
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
     trainer = RouterTrainer(model, matrix, features, layers, checkpoints, on_progress)
     router = _trained(trainer, kind, builtin_items() if items is None else items, settings)
     if out is not None:
-        _save(router, Path(out), made)
+        _save(router, Path(out), bridge_set)
     return router
 
 
 def _trained(trainer: RouterTrainer, kind: RouterKind, items: Sequence[Item], settings: Any) -> LearnedRouter:
     if kind == "policy":
-        return trainer.policy(items, settings)
+        return trainer.layerwise(items, settings)
     return trainer.menu(settings) if kind == "menu" else trainer.static(settings)
 
 
@@ -131,15 +134,17 @@ def calibrate(
 
     Args:
         model: The model.
-        items: Prompts; None = those that come with the package.
+        items: Prompts; None = the prompts that come with the package. What the router was trained on is left out.
         router: A trained router or its folder; None = this model's.
-        tiers: α, and what counts as lost (`differs`, `harms` or `drops`), by tier; None = the usual ones.
-        delta: Most probability that a promise is wrong.
-        out: Folder to write the certified router to; None, where `router` is a folder, writes it there.
+        tiers: α, and what counts as lost (`differs`, `harms` or `drops`), by tier; None = `TIER_ALPHAS`.
+        delta: Maximum probability that a promise is wrong.
+        out: Folder to write the certified router to; None = the folder `router`, where that is one.
         on_progress: Called with (stage, steps done, steps in all).
 
     Raises:
         CalibrationSizeError: A tier's α needs more prompts.
+        DataError: No unseen prompt is left, or the labels are of one class.
+        RouterError: There is no learned router.
     """
     judge = Judge(model, _obtain(model, router), on_progress=on_progress)
     certified = judge.calibrate(
@@ -148,8 +153,8 @@ def calibrate(
     target = out if out is not None else router
     if isinstance(target, (str, Path)):
         beside = None if isinstance(router, Router) or router is None else Path(router) / BRIDGES
-        made = BridgeSet.load(beside) if beside is not None and beside.is_dir() else None
-        _save(certified, Path(target), made)
+        bridge_set = BridgeSet.load(beside) if beside is not None and beside.is_dir() else None
+        _save(certified, Path(target), bridge_set)
     return certified
 
 
@@ -167,15 +172,20 @@ def evaluate(
 
     Args:
         model: The model.
-        data: Items, or several sets by name; None = the prompts that come with the package.
+        data: Items, or several sets by name; None = the prompts that come with the package. What the router was
+            trained or calibrated on is left out.
         router: A trained router or its folder; None = this model's.
         points: θ by name; None = the certified tiers. The first is compared with the controls.
-        timed: Prompts that are timed.
+        timed: Prompts that are timed; 0 times none.
         seed: Of the controls.
         on_progress: Called with (stage, steps done, steps in all).
+
+    Raises:
+        DataError: There is no set, no unseen prompt is left, or the labels are of one class.
+        RouterError: There is no learned router.
     """
-    given = builtin_items() if data is None else data
-    sets = given if isinstance(given, Mapping) else {"data": given}
+    items = builtin_items() if data is None else data
+    sets = items if isinstance(items, Mapping) else {"data": items}
     if not sets:
         raise DataError("there is no set to evaluate on; give at least one.")
     judge = Judge(model, _obtain(model, router), on_progress=on_progress)
@@ -183,37 +193,32 @@ def evaluate(
 
 
 def _check_settings(kind: str, settings: MenuSettings | LayerwiseSettings | None) -> None:
-    wanted = {"menu": MenuSettings, "static": MenuSettings, "policy": LayerwiseSettings}
-    if kind not in wanted:
-        raise RouterError(f"router kind {kind!r} cannot be trained; menu, static and policy can.")
-    if settings is not None and not isinstance(settings, wanted[kind]):
-        raise RouterError(f"kind {kind!r} takes {wanted[kind].__name__}, not {type(settings).__name__}.")
+    by_kind = {"menu": MenuSettings, "policy": LayerwiseSettings, "static": MenuSettings}
+    if kind not in by_kind:
+        raise RouterError(f"router kind {kind!r} cannot be trained; choose from: {', '.join(by_kind)}.")
+    if settings is not None and not isinstance(settings, by_kind[kind]):
+        raise RouterError(f"kind {kind!r} takes {by_kind[kind].__name__}, not {type(settings).__name__}.")
 
 
 def _obtain(model: PolarModel, router: Router | str | Path | None) -> Router | None:
-    """A router at hand, bound; from a folder, its bridges are loaded too."""
+    """The router; one from a folder is bound to the model, and its bridges are loaded too."""
     if router is None or isinstance(router, Router):
         return router
     return attach_router(load_router(router), model, Path(router))
 
 
-def _save(router: LearnedRouter, folder: Path, made: BridgeSet | None) -> None:
-    """Write a router, and of the bridges those that its programs cross."""
+def _save(router: LearnedRouter, folder: Path, bridge_set: BridgeSet | None) -> None:
+    """Write a router, and those bridges that its programs cross."""
     crossed = {segment for program in router.programs for segment in program.bridges}
-    crossed |= {segment for one in router.facts.training.get("static", ()) for segment in _segments(one["program"])}
-    if crossed and made is None:
+    static = [Program.parse(row["program"]) for row in router.facts.training.get("static", ())]
+    crossed |= {segment for program in static for segment in program.bridges}
+    if crossed and bridge_set is None:
         raise RouterError(
-            f"the router's programs cross layers by bridges, such as {min(crossed)}, that would be left behind.",
+            f"the router's programs cross layers by bridges, such as {min(crossed)}, that would not be saved with it.",
             hint="Name their folder with bridges=, or --bridges.",
         )
-    if crossed and made is not None:
-        kept = {segment: bridge for segment, bridge in made.bridges.items() if segment in crossed}
-        records = tuple(record for record in made.records if (record.first, record.last) in crossed)
-        replace(made, bridges=kept, records=records).save(folder / BRIDGES)
+    if crossed and bridge_set is not None:
+        kept = {segment: bridge for segment, bridge in bridge_set.bridges.items() if segment in crossed}
+        records = tuple(record for record in bridge_set.records if (record.first, record.last) in crossed)
+        replace(bridge_set, bridges=kept, records=records).save(folder / BRIDGES)
     save_router(router, folder)
-
-
-def _segments(text: str) -> Sequence[tuple[int, int]]:
-    from polar_sdk.programs.program import Program
-
-    return Program.parse(text).bridges

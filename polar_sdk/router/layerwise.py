@@ -1,4 +1,4 @@
-"""The policy router, the design of the published article: for each layer an MLP decides to skip, execute or loop it.
+"""The layerwise router, as designed in the article: for each layer an MLP decides to skip, execute or loop it.
 
 It reads the pooled input embeddings, and has two hidden layers of 256 units. With its dial at θ, a layer whose
 probability of "execute" is below θ gets the likelier of the other two: 0 is identity, 1/2 the usual reading. Protected

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from polar_billing.ledger.contract import LedgerStorage, StoredUsage
+    from polar_billing.ledger.records import StoredUsage
     from polar_sdk.usage import UsageRecord
 
 POSTGRES_VARIABLE = "POLAR_TEST_POSTGRES_URL"
@@ -35,7 +35,7 @@ def ledger(ledger_url: str) -> Iterator[Ledger]:
 
 
 @pytest.fixture(params=["sqlite-file", "sqlite-memory", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LedgerStorage]:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
     """A ledger on each backend."""
     if request.param == "postgresql":
         url = request.getfixturevalue("new_postgres")(request.getfixturevalue("postgres_template"))
@@ -125,10 +125,10 @@ def book() -> PriceBook:
 
 
 @pytest.fixture
-def put(book: PriceBook) -> Callable[[LedgerStorage, UsageRecord], StoredUsage]:
+def put(book: PriceBook) -> Callable[[Ledger, UsageRecord], StoredUsage]:
     """Store a record as the meter does."""
 
-    def store_it(ledger: LedgerStorage, record: UsageRecord) -> StoredUsage:
+    def store_it(ledger: Ledger, record: UsageRecord) -> StoredUsage:
         return ledger.append(record, source="test", book=book, rating=rate(record, book))
 
     return store_it

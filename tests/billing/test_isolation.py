@@ -161,7 +161,6 @@ NOTHING_TO_TRY: dict[str, str] = {
     "Selection": "a value; it cannot be made without a tenant",
     "StoredUsage": "a value",
     "UsageRow": "a value",
-    "LedgerStorage": "the contract that Ledger is tried for",
     "rate": "pure: one record, one book",
     "Ledger.check": "takes and returns nothing",
     "Ledger.check_exists": "takes and returns nothing",
@@ -336,8 +335,7 @@ def the_victims_statement(world: World) -> None:
 @case("verify_ledger")
 def verification(world: World) -> None:
     for tenant in (ATTACKER, *LOOKALIKES):
-        with world.ledger.snapshot() as connection:
-            made = verify_ledger(connection, tenant)
+        made = verify_ledger(world.ledger, tenant)
         assert VICTIM not in repr(made).replace(repr(tenant), "")
         assert made.links == 0 or tenant == ATTACKER or tenant == ""
 

@@ -19,7 +19,7 @@ PUBLIC = {
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME Account Agreement AmountError BillingError Budget BudgetError Budgets ConflictError
-        CreditNote CurrencyMixError IssuedStatement Ledger LedgerStorage LedgerUnsoundError LedgerUrlError Level
+        CreditNote CurrencyMixError IssuedStatement Ledger LedgerUnsoundError LedgerUrlError Level
         Line Meter MissingExtraError OutputError OverBudget Period PeriodError PriceBook PriceBookError
         QueryError Quote Rating RecordRefusedError Report Repriced SchemaVersionError Selection Statement
         StatementLine StoreDamagedError StoreError StoreFullError StoreLockedError StoreNotFoundError

@@ -9,7 +9,6 @@ of the tenant's chain to be locked. Knows no clock and decides nothing.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +18,8 @@ from sqlalchemy.dialects.postgresql import JSON
 
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
 from polar_billing.budgets.offers import Standing
-from polar_billing.ledger.schema import counter_table, hold_table, price_book_table, receipt_table, usage_table
+from polar_billing.ledger.books import read_books
+from polar_billing.ledger.schema import counter_table, hold_table, receipt_table, usage_table
 from polar_billing.values.money import STORED_SCALE
 from polar_billing.values.periods import Period
 
@@ -93,8 +93,7 @@ def _within(column: ColumnElement[datetime], period: Period) -> list[ColumnEleme
 
 
 def _books(connection: Connection, currency: str) -> list[str]:
-    rows = connection.execute(select(price_book_table.c.hash, price_book_table.c.document))
-    return [row.hash for row in rows if json.loads(row.document)["currency"] == currency]
+    return [digest for digest, book in read_books(connection).items() if book.currency == currency]
 
 
 def _tag(connection: Connection, level: Level) -> ColumnElement[Any]:

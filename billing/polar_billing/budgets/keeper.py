@@ -8,8 +8,6 @@ the clock is the database server's, so that the clocks of hosts need not agree. 
 
 from __future__ import annotations
 
-import itertools
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,12 +23,13 @@ from polar_billing.budgets.offers import Refusal, Standing
 from polar_billing.budgets.settlement import free, with_budgets
 from polar_billing.errors import BudgetError, CurrencyMixError, StoreError
 from polar_billing.ledger import chain
-from polar_billing.ledger.contract import ALL_TENANTS, AllTenants
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS, AllTenants
 from polar_billing.values.periods import Period, Window
+from polar_billing.values.remembered import Changes, Remembered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from sqlalchemy import Connection
 
@@ -44,9 +43,7 @@ SEEN_WITHIN_S: Final = 5.0
 """How long a process may miss the first budget that another process sets for a tenant. Unit: seconds."""
 
 
-_changes = itertools.count(1)
-_last_change = 0
-"""Rises with every budget that this process sets, so that each `Budgets` in it reads them again at once."""
+_changes: Final = Changes()
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,7 @@ class Budgets:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.lifetime = lifetime
         self._clock = clock
-        self._tenants: set[str] | None = None
-        self._read_at = 0.0
-        self._read_after = 0
+        self._tenants = Remembered(self._tenants_with_budgets, _changes)
 
     def set(self, budget: Budget, book: PriceBook | None = None) -> None:
         """Put a budget in force from now on; it supersedes the one of the same tenant, level, name, unit and window.
@@ -100,7 +95,7 @@ class Budgets:
         with self._locked(budget.tenant) as (connection, now):
             if budget not in in_force(connection, budget.tenant):
                 self._write(connection, budget, now, closed=False)
-        _note_change()
+        _changes.announce()
 
     def close(
         self, tenant: str, *, level: Level | str, unit: str, window: Window | str, name: str | None = None
@@ -118,7 +113,7 @@ class Budgets:
             budget = next((budget for budget in in_force(connection, tenant) if budget.key == key), None)
             if budget is not None:
                 self._write(connection, budget, now, closed=True)
-        _note_change()
+        _changes.announce()
         if budget is None:
             what = f"tenant {tenant!r} has no budget in {unit} per {window} of the level {level}"
             raise BudgetError(
@@ -248,22 +243,18 @@ class Budgets:
         Raises:
             StoreError: The ledger cannot be read, and the tenant had a budget or the budgets were never read.
         """
-        budgeted, after = self._tenants, _last_change
-        stale = self._read_after != after or time.monotonic() - self._read_at > SEEN_WITHIN_S
-        if budgeted is None or stale:
-            try:
-                with self.ledger.snapshot() as connection:
-                    budgeted = self._tenants = with_budgets(connection)
-            except StoreError:
-                if budgeted is None or tenant in budgeted:
-                    raise
-            self._read_at, self._read_after = time.monotonic(), after
-        return tenant in budgeted
+        try:
+            self._tenants.refresh(SEEN_WITHIN_S)
+        except StoreError:
+            if self._tenants.value is None or tenant in self._tenants.value:
+                self._tenants.forget()
+                raise
+        assert self._tenants.value is not None
+        return tenant in self._tenants.value
 
-
-def _note_change() -> None:
-    global _last_change  # noqa: PLW0603  (one number per process is the point)
-    _last_change = next(_changes)
+    def _tenants_with_budgets(self) -> Collection[str]:
+        with self.ledger.snapshot() as connection:
+            return with_budgets(connection)
 
 
 def _name_of(tenant: str | AllTenants) -> str | None:

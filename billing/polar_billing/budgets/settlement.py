@@ -18,7 +18,7 @@ from sqlalchemy import bindparam, select, update
 from polar_billing.budgets.budget import COMPUTE_UNIT, to_count
 from polar_billing.budgets.counters import Change, Scope, change, touched
 from polar_billing.budgets.holds import Hold, HoldState, latest_holds, resolve
-from polar_billing.ledger.lookup import Among
+from polar_billing.ledger.connection import Among
 from polar_billing.ledger.schema import budget_table, hold_table
 from polar_billing.values.money import STORED_SCALE, to_scaled
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Row
 
-    from polar_billing.ledger.contract import Entry
+    from polar_billing.ledger.records import Entry
 
 
 _NOTHING: Final = Decimal(0)

@@ -70,7 +70,7 @@ def set_(
     from polar_billing.prices.current import Prices
     from polar_billing.values.periods import Window
 
-    book = Prices(budgets.ledger, prices).of(tenant)
+    book = Prices(budgets.ledger.price_choices, prices).of(tenant)
     level, name = _scope(project, user, key)
     new = Budget(
         tenant,

@@ -14,8 +14,8 @@ from polar_billing.errors import MissingExtraError, OutputError, QueryError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from polar_billing.ledger.contract import AllTenants, LedgerStorage, Selection
     from polar_billing.ledger.ledger import Ledger as LedgerStore
+    from polar_billing.ledger.records import AllTenants, Selection
     from polar_billing.prices.book import PriceBook
     from polar_billing.values.periods import Period
 
@@ -52,7 +52,7 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> LedgerStore:
     """
     try:
         from polar_billing.ledger.ledger import Ledger
-        from polar_billing.metering.recovery import recover_abandoned, warning_of
+        from polar_billing.metering.spool import recover_abandoned, warning_of
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"this command needs {error.name!r}.",
@@ -91,14 +91,14 @@ def period_of(month: str | None, since: str | None, until: str | None, zone: str
 
 def tenant_or_all(tenant: str | None) -> str | AllTenants:
     """The tenant, or all of them where none is named."""
-    from polar_billing.ledger.contract import ALL_TENANTS
+    from polar_billing.ledger.records import ALL_TENANTS
 
     return ALL_TENANTS if tenant is None else tenant
 
 
 def selection_of(tenant: str | None, period: Period, tier: str | None, model: str | None, tags: list[str]) -> Selection:
     """The selection that the options name."""
-    from polar_billing.ledger.contract import Selection
+    from polar_billing.ledger.records import Selection
 
     pairs = {}
     for text in tags:
@@ -116,9 +116,9 @@ def book_of(prices: Path | None) -> PriceBook | None:
     return None if prices is None else PriceBook.load(prices)
 
 
-def say_nothing_found(store: LedgerStorage, selection: Selection) -> None:
+def say_nothing_found(store: LedgerStore, selection: Selection) -> None:
     """Say that there is no usage, and under which conditions."""
-    from polar_billing.ledger.contract import ALL_TENANTS, Selection
+    from polar_billing.ledger.records import ALL_TENANTS, Selection
 
     if next(store.read(Selection(ALL_TENANTS), newest=1), None) is None:
         typer.echo(f'No usage yet in the ledger {store.location}. Run `polar run "Hello"` and look again.')

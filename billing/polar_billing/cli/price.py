@@ -55,8 +55,8 @@ def add(
 
     book = PriceBook.load(file)
     with opt.open_ledger(ledger) as store:
-        from polar_billing.prices.in_force import InForce
-        from polar_billing.statements.books import add_book
+        from polar_billing.ledger.books import add_book
+        from polar_billing.prices.current import InForce
 
         added = add_book(store, book, for_all=for_all)
         state = "is in force now" if added else "was in force already"
@@ -157,7 +157,7 @@ def _books(file: Path | None, ledger: str | None) -> list[PriceBook]:
     if file is not None:
         return [PriceBook.load(file)]
     with opt.open_ledger(ledger) as store, store.snapshot() as connection:
-        from polar_billing.statements.books import books_in_force
+        from polar_billing.ledger.books import books_in_force
 
         return [book for _, book in sorted(books_in_force(connection).items())]
 
@@ -174,4 +174,4 @@ def _charging(tenant: str, named: Path | None, moment: datetime, ledger: str | N
     with opt.open_ledger(ledger) as store:
         from polar_billing.prices.current import Prices
 
-        return Prices(store, named).of(tenant, moment)
+        return Prices(store.price_choices, named).of(tenant, moment)

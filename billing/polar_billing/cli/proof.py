@@ -37,7 +37,7 @@ def verify(
     state: for that, keep receipts, or the heads that this prints, elsewhere, and check them here.
     """
     from polar_billing.proof.receipts import check_receipt
-    from polar_billing.proof.verify import verify_ledger
+    from polar_billing.proof.verify import verify_in
 
     with opt.existing_ledger(ledger, recover=False) as store, store.snapshot() as connection:
         if receipt is not None:
@@ -46,7 +46,7 @@ def verify(
                 raise LedgerUnsoundError(f"receipt {str(receipt)!r}: {checked}")
             typer.echo(f"The receipt {receipt} agrees with the ledger {store.location}.")
             return
-        verified = verify_ledger(connection, tenant)
+        verified = verify_in(connection, tenant)
     heads = sorted(verified.heads.items())
     if as_json:
         opt.show_json(

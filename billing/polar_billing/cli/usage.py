@@ -13,7 +13,8 @@ import typer
 from polar_billing.cli import options as opt
 
 if TYPE_CHECKING:
-    from polar_billing.ledger.contract import LedgerStorage, Selection
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import Selection
 
 
 def register(app: typer.Typer) -> None:
@@ -122,7 +123,7 @@ def report(
             opt.show(report_view(built))
 
 
-def _show_requests(store: LedgerStorage, selection: Selection, last: int, as_json: bool) -> None:
+def _show_requests(store: Ledger, selection: Selection, last: int, as_json: bool) -> None:
     from polar_billing.reports.usage_tables import requests_view
 
     requests = list(store.read(selection, newest=last))

@@ -1,7 +1,9 @@
-"""Connections to the ledger's database: durable, with foreign keys on, writers taking turns.
+"""The database under the ledger: connections that are durable, transactions that take turns, statements over many rows.
 
-One class per kind of database is not needed: SQLite wants settings per connection and an explicit BEGIN,
-PostgreSQL wants neither. This module knows no table.
+One class per kind of database is not needed: SQLite wants settings per connection and an explicit BEGIN, PostgreSQL
+wants neither. Where rows come by the thousand, statements are prepared once and take values as the database holds
+them, past SQLAlchemy's column types, whose work per value would cost more than the database's own. Knows no
+particular table.
 """
 
 from __future__ import annotations
@@ -12,18 +14,34 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, contextmanager, nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event
+from sqlalchemy import (
+    ARRAY,
+    URL,
+    Connection,
+    Engine,
+    StaticPool,
+    Text,
+    any_,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    select,
+)
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from polar_billing.errors import MissingExtraError, StoreLockedError, StoreReadOnlyError
-from polar_billing.ledger.location import describe, is_sqlite_memory
-from polar_billing.ledger.store_errors import translate
+from polar_billing.ledger.location import describe, is_sqlite_memory, translate
+from polar_billing.values.canonical import canonical_json
 from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from sqlalchemy import ColumnElement, Dialect, Result, Select, Table
 
 
 BUSY_TIMEOUT_MS: Final = 10_000
@@ -35,24 +53,28 @@ PATIENCE_S: Final = 60.0
 _WRITES: Final = "polar_writes"
 _WAITS: Final = "polar_waits_s"
 
+_TEXTS: Final = "among"
+_COPY_FROM: Final = 20
+"""Rows from which COPY pays for its two round trips on PostgreSQL."""
+
 
 class Database:
-    """An engine made on first use, and transactions on it that raise `StoreError`.
+    """An engine created on first use, and transactions on it that raise `StoreError`.
 
     Writers of one process queue on a lock rather than on the database's busy handler, which sleeps and is not
-    fair. After a fork the child makes an engine and a lock of its own: connections must not be shared across
+    fair. After a fork the child creates its own engine and lock: connections must not be shared across
     processes.
     """
 
     def __init__(self, url: URL) -> None:
         self.url = url
         self.in_memory = is_sqlite_memory(url)
-        self._fresh()
+        self._reset()
 
-    def _fresh(self) -> None:
+    def _reset(self) -> None:
         self._process = os.getpid()
         self._engine: Engine | None = None
-        self._making = threading.Lock()
+        self._creating = threading.Lock()
         self._writing = threading.RLock()
 
     @property
@@ -62,17 +84,17 @@ class Database:
 
     @property
     def engine(self) -> Engine:
-        """The engine; made on first use and again after `close` or a fork."""
+        """The engine; created on first use, and again after `close` or a fork."""
         if self._process != os.getpid():
             if self._engine is not None:
                 self._engine.dispose(close=False)  # the parent still uses these connections
-            self._fresh()
-        with self._making:
+            self._reset()
+        with self._creating:
             if self._engine is None:
-                self._engine = self._make_engine()
+                self._engine = self._create_engine()
             return self._engine
 
-    def _make_engine(self) -> Engine:
+    def _create_engine(self) -> Engine:
         if self.is_sqlite:
             # One connection for a database in memory, since another one would see another database.
             options: dict[str, Any] = {"poolclass": StaticPool} if self.in_memory else {}
@@ -111,13 +133,13 @@ class Database:
         """A transaction that holds the write lock from its beginning; durable when the block has ended.
 
         Args:
-            keep: False to take everything back at the end.
+            keep: False to roll everything back at the end.
             patience_s: How long to wait for other processes that write a SQLite file; None for
                 `BUSY_TIMEOUT_MS`. Unit: seconds.
 
         Raises:
             StoreError: The database cannot be opened or written; nothing was stored in part.
-            IntegrityError: A key exists already; left to the caller, who knows what that means.
+            IntegrityError: A key exists already; the caller knows what that means.
         """
         engine = self.engine
         turn = self._writing if self.is_sqlite else nullcontext()
@@ -131,9 +153,9 @@ class Database:
                     transaction.rollback()
 
     def use_write_ahead_log(self) -> None:
-        """Let readers and a writer of a SQLite file work side by side; the file remembers it.
+        """Allow readers and a writer of a SQLite file to work side by side; the file remembers it.
 
-        SQLite does not wait for its turn here as it does elsewhere, so this does.
+        SQLite does not wait for its turn here as it does elsewhere, so this method does.
 
         Raises:
             StoreError: The file cannot be opened.
@@ -144,7 +166,7 @@ class Database:
                 with self._translated(), closing(self.engine.raw_connection()) as connection:
                     connection.cursor().execute("PRAGMA journal_mode = WAL")
             except StoreReadOnlyError:
-                return  # reading works without; the first write tells
+                return  # reading works without it; the first write raises
             except StoreLockedError:
                 if time.monotonic() > deadline:
                     raise
@@ -169,7 +191,7 @@ class Database:
 
     def close(self) -> None:
         """Release the connections; the next use opens new ones."""
-        with self._making:
+        with self._creating:
             if self._engine is not None and self._process == os.getpid():
                 self._engine.dispose()
             self._engine = None
@@ -201,10 +223,10 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _take_turn(driver: Any, patience_s: float) -> None:
-    """Begin a write transaction, asking the more often the longer it waits.
+    """Begin a write transaction, trying more often the longer it waits.
 
-    SQLite's own waiting asks ever more rarely, so that among many writers the newest wins and one may never have its
-    turn. Here the one that has waited longest is the likeliest to be next.
+    SQLite's own waiting tries ever more rarely, so that among many writers the newest wins and some may never have a
+    turn. Here the writer that has waited longest is the likeliest to be next.
     """
     begun = time.monotonic()
     while True:
@@ -217,3 +239,101 @@ def _take_turn(driver: Any, patience_s: float) -> None:
             time.sleep(random.uniform(0.001, 0.006) / (1 + 2 * waited))
         else:
             return
+
+
+class Among:
+    """A query for the rows where a column of texts is one of those given, built once and run often.
+
+    All texts travel as one parameter: thousands of parameters cost more than the query, and SQLite limits their
+    number.
+
+    Args:
+        query: Everything else; may have parameters of its own.
+        column: The column.
+    """
+
+    def __init__(self, query: Select[Any], column: ColumnElement[str]) -> None:
+        unpacked = func.json_each(bindparam(_TEXTS, type_=Text)).table_valued("value")
+        self._on_sqlite = query.where(column.in_(select(unpacked.c.value)))
+        self._on_postgres = query.where(column == any_(bindparam(_TEXTS, type_=ARRAY(Text))))
+
+    def run(self, connection: Connection, texts: Iterable[str], **others: Any) -> Result[Any]:
+        """Run it.
+
+        Args:
+            connection: A transaction.
+            texts: What the column may be.
+            **others: The query's own parameters.
+        """
+        if connection.dialect.name == "postgresql":
+            return connection.execute(self._on_postgres, {_TEXTS: list(texts), **others})
+        return connection.execute(self._on_sqlite, {_TEXTS: canonical_json(list(texts)).decode(), **others})
+
+
+def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Insert rows of raw values, in order.
+
+    Args:
+        connection: A write transaction.
+        table: Where to.
+        rows: One tuple per row, in the order of the table's columns: integers, text, bytes or None.
+    """
+    if not rows:
+        return
+    dialect = connection.dialect
+    if dialect.name == "postgresql" and len(rows) >= _COPY_FROM:
+        _copy(connection, f"COPY {_place(table, dialect)} FROM STDIN", rows)
+    else:
+        # An error rolls the whole transaction back, so SQLite need not keep what would undo a single row.
+        verb = "INSERT OR FAIL" if dialect.name == "sqlite" else "INSERT"
+        connection.exec_driver_sql(f"{verb} {_into(table, dialect)}", list(rows))
+
+
+def upsert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]], changes: Sequence[str]) -> None:
+    """Insert rows of raw values, or change those of the same primary key, in order.
+
+    Args:
+        connection: A write transaction.
+        table: Where to; its primary key is one column.
+        rows: As for `insert_rows`, no two of the same key.
+        changes: SQL assignments to the stored row, over `excluded`, the row given; none to leave it as it is.
+    """
+    if not rows:
+        return
+    dialect = connection.dialect
+    (key,) = table.primary_key.columns
+    then = f"UPDATE SET {', '.join(changes)}" if changes else "NOTHING"
+    conflict = f"ON CONFLICT ({key.name}) DO {then}"
+    if dialect.name == "postgresql":
+        columns = tuple(map(list, zip(*rows, strict=True)))
+        connection.exec_driver_sql(f"INSERT {_into_from_arrays(table, dialect)} {conflict}", columns)
+    else:
+        connection.exec_driver_sql(f"INSERT {_into(table, dialect)} {conflict}", list(rows))
+
+
+@lru_cache(maxsize=64)
+def _place(table: Table, dialect: Dialect) -> str:
+    quote = dialect.identifier_preparer.quote
+    return f"{quote(table.name)} ({', '.join(quote(column.name) for column in table.c)})"
+
+
+@lru_cache(maxsize=64)
+def _into(table: Table, dialect: Dialect) -> str:
+    mark = "%s" if dialect.name == "postgresql" else "?"
+    return f"INTO {_place(table, dialect)} VALUES ({', '.join([mark] * len(table.c))})"
+
+
+@lru_cache(maxsize=64)
+def _into_from_arrays(table: Table, dialect: Dialect) -> str:
+    arrays = ", ".join(f"%s::{column.type.compile(dialect)}[]" for column in table.c)
+    return f"INTO {_place(table, dialect)} SELECT * FROM unnest({arrays})"
+
+
+def _copy(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    driver: Any = connection.connection.driver_connection
+    try:
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row(row)
+    except connection.dialect.loaded_dbapi.IntegrityError as error:
+        raise IntegrityError(statement, None, error) from error  # as SQLAlchemy's own statements do

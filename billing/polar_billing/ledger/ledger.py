@@ -1,6 +1,7 @@
 """The ledger on SQL: SQLite by default, PostgreSQL by URL, one code for both.
 
-Stores facts and receipts; knows nothing of how prices are applied or reports made.
+Stores facts and receipts; knows nothing of how prices are applied or reports made, nor of how records reach it: what
+others do when it is read or written is in `hooks`.
 """
 
 from __future__ import annotations
@@ -10,54 +11,63 @@ import threading
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from sqlalchemy import ColumnElement, Connection, func, insert, inspect, select, text
+from sqlalchemy import Connection, func, insert, inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
 from polar_billing.errors import ConflictError, SchemaVersionError, StoreNotFoundError, StoreReadOnlyError
-from polar_billing.ledger import store_errors
+from polar_billing.ledger import hooks
 from polar_billing.ledger.append import joined, store_entries
-from polar_billing.ledger.books import read_choices
+from polar_billing.ledger.books import read_books, read_choices
 from polar_billing.ledger.connection import PATIENCE_S, Database
-from polar_billing.ledger.contract import AllTenants, Entry, LedgerStorage, Selection
-from polar_billing.ledger.location import default_file, describe, is_unmade, resolve, sqlite_file
+from polar_billing.ledger.location import (
+    default_file,
+    describe,
+    disk_full,
+    is_absent,
+    resolve,
+    sqlite_file,
+    translate,
+)
+from polar_billing.ledger.records import Entry, Selection, conditions, from_row
 from polar_billing.ledger.rollups import read_sums
-from polar_billing.ledger.rows import from_row
 from polar_billing.ledger.schema import (
     SCHEMA_VERSION,
     metadata,
-    price_book_table,
     probe_table,
     usage_table,
     version_table,
 )
-from polar_billing.metering import pending, recovery
-from polar_billing.prices.book import PriceBook
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
     from sqlalchemy import URL, Row, Select
 
-    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.ledger.records import StoredUsage
     from polar_billing.ledger.rollups import Sum
-    from polar_billing.prices.in_force import Choice
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.prices.current import Choice
     from polar_billing.prices.rating import Rating
     from polar_sdk.usage import UsageRecord
 
 
-_LEAST_FREE_BYTES: Final = 4 * 2**20
+_MIN_FREE_BYTES: Final = 4 * 2**20
 """Below this much free disk a ledger file counts as full: a record takes some 2 kB, but the write-ahead log
 and its checkpoint need room as well, and other programs write too."""
 
 _PROBE: Final = "x" * 16_384
-_ROWS_AT_ONCE: Final = 1_000
+_ROWS_BATCH: Final = 1_000
 _SCHEMA_LOCK: Final = 0x506F4C6172  # "PoLar"; any number that only this package takes
 
 
-class Ledger(LedgerStorage):
-    """An append-only ledger of usage in a SQL database.
+class Ledger:
+    """An append-only ledger of usage in a SQL database. Safe to call from several threads.
+
+    * `append` is durable when it returns, and idempotent by (tenant, source, request id).
+    * Nothing stored is ever changed or deleted, except by retention, which keeps its proof.
+    * Constructing a ledger opens and creates nothing; reading one that does not exist yet finds it empty.
 
     Args:
         ledger: A SQLAlchemy URL or the path of a SQLite file; None for `POLAR_LEDGER`, or else
@@ -69,11 +79,12 @@ class Ledger(LedgerStorage):
 
     def __init__(self, ledger: str | None = None) -> None:
         self.url: URL = resolve(ledger)
+        self._file = sqlite_file(self.url)
         self._database = Database(self.url)
         self._preparing = threading.Lock()
         self._books: dict[str, PriceBook] = {}
         """Read before, by content hash: a book never changes."""
-        self._forget()
+        self._forget_file()
 
     @property
     def location(self) -> str:
@@ -89,26 +100,41 @@ class Ledger(LedgerStorage):
     def check(self) -> None:
         """Raise StoreError if a record could not be stored now.
 
-        Tries a write and takes it back, and looks at the free disk, which such a write does not touch.
+        Tries a write, rolls it back, and looks at the free disk space, which such a write does not touch.
         """
         self._prepare()
         with self._database.writing(keep=False) as connection:
             connection.execute(insert(probe_table).values(payload=_PROBE))
-        file = sqlite_file(self.url)
-        if file is not None:
-            free = shutil.disk_usage(file.parent).free
-            if free < _LEAST_FREE_BYTES:
-                raise store_errors.disk_full(self.url, free, _LEAST_FREE_BYTES)
+        if self._file is not None:
+            free = shutil.disk_usage(self._file.parent).free
+            if free < _MIN_FREE_BYTES:
+                raise disk_full(self.url, free, _MIN_FREE_BYTES)
 
     def append(self, record: UsageRecord, *, source: str, book: PriceBook, rating: Rating) -> StoredUsage:
-        """Store one record with its receipt; see `LedgerStorage.append`."""
+        """Store one record with its receipt.
+
+        Returns:
+            The stored record; for a replay the one stored the first time, with the receipt of that time.
+
+        Raises:
+            ConflictError: The same (tenant, source, request id) is stored with other content.
+            StoreError: It could not be stored; then nothing was.
+        """
         (stored,) = self.append_many([Entry(record, source, book, rating.cost, rating.unrated)])
         if isinstance(stored, ConflictError):
             raise stored
         return stored
 
     def append_many(self, entries: Sequence[Entry]) -> list[StoredUsage | ConflictError]:
-        """Store many records with their receipts in one transaction; see `LedgerStorage.append_many`."""
+        """Store many records with their receipts in one transaction, in order.
+
+        Returns:
+            For each entry what `append` would return, or the conflict that `append` would raise; one that conflicts
+            stores nothing and keeps none of the others out.
+
+        Raises:
+            StoreError: The store cannot take them; then nothing was stored.
+        """
         if not entries:
             return []
         with suppress(IntegrityError):
@@ -116,7 +142,7 @@ class Ledger(LedgerStorage):
         try:
             return self._append_many(entries, as_new=False)
         except IntegrityError as error:
-            raise store_errors.translate(error.orig, self.url) from error
+            raise translate(error.orig, self.url) from error
 
     def _append_many(self, entries: Sequence[Entry], *, as_new: bool) -> list[StoredUsage | ConflictError]:
         with self._writing() as connection:
@@ -135,7 +161,7 @@ class Ledger(LedgerStorage):
         Raises:
             StoreError: The ledger cannot be written; nothing of the block was stored.
         """
-        pending.drain(self.identity)
+        hooks.drain(self.identity)
         with self._writing(PATIENCE_S) as connection:
             yield connection
 
@@ -143,12 +169,12 @@ class Ledger(LedgerStorage):
     def snapshot(self) -> Iterator[Connection]:
         """A transaction that sees one state of the ledger throughout; for `balances` and its like.
 
-        A ledger that was not made yet is seen as an empty one, and is not made by looking.
+        A ledger that does not exist yet is seen as an empty one, and looking does not create it.
 
         Raises:
             StoreError: The ledger cannot be read.
         """
-        pending.drain(self.identity)
+        hooks.drain(self.identity)
         if not self._has_tables():
             with Ledger("sqlite://") as empty, empty.transaction() as connection:
                 yield connection
@@ -158,90 +184,116 @@ class Ledger(LedgerStorage):
             yield connection
 
     def read(self, selection: Selection, *, newest: int | None = None) -> Iterator[StoredUsage]:
-        """Read usage in the order it was served; see `LedgerStorage.read`."""
-        pending.drain(self.identity)
-        recovery.recover_abandoned(self)
+        """Read usage in the order it was served (service time, then seq), from one state of the store.
+
+        Args:
+            selection: Which records.
+            newest: Only this many of the latest, latest first.
+        """
+        self._complete_usage()
         if not self._has_tables():
             return
-        query = joined().where(*_conditions(selection))
-        order = (usage_table.c.started_at, usage_table.c.seq)
+        period, usage = selection.period, usage_table.c
+        query = joined().where(*conditions(selection, usage, usage.started_at, period.since, period.until))
+        order = (usage.started_at, usage.seq)
         query = query.order_by(*order) if newest is None else query.order_by(*(column.desc() for column in order))
         tags = dict(selection.tags)
         if newest is not None and not tags:
             query = query.limit(newest)
         with closing(self._rows(query)) as rows:  # a caller may stop early; the cursor must not outlive that
-            found = (
+            tagged = (
                 stored
                 for stored in map(from_row, rows)
                 if all(stored.record.tags.get(key) == value for key, value in tags.items())
             )
-            yield from islice(found, newest)
+            yield from islice(tagged, newest)
+
+    def _complete_usage(self) -> None:
+        """Let everything in that others still hold for this ledger."""
+        hooks.drain(self.identity)
+        for hook in hooks.before_usage_is_read:
+            hook(self)
 
     def _rows(self, query: Select[Any]) -> Generator[Row[Any], None, None]:
         with self._database.reading() as connection:
             if not self._database.in_memory:
-                with connection.execution_options(yield_per=_ROWS_AT_ONCE).execute(query) as result:
+                with connection.execution_options(yield_per=_ROWS_BATCH).execute(query) as result:
                     yield from result
                 return
             rows = connection.execute(query).all()
         yield from rows  # its one connection must be free while the caller works
 
     def usage_sums(self, selection: Selection, *, hourly: bool, rollups: bool = True) -> Iterator[Sum]:
-        """Read usage added up; see `LedgerStorage.usage_sums`."""
-        pending.drain(self.identity)
-        recovery.recover_abandoned(self)
+        """Read usage added up, by tenant, tier, model, source, outcome, price book and reason for no price.
+
+        What retention deleted the facts of still counts in sums of whole hours.
+
+        Args:
+            selection: Which usage; its tags are ignored.
+            hourly: Keep hours apart.
+            rollups: False to add it all up from usage.
+        """
+        self._complete_usage()
         if self._has_tables():
             with self._database.reading() as connection:
                 yield from read_sums(connection, selection, hourly=hourly, rollups=rollups)
 
     def price_books(self) -> dict[str, PriceBook]:
         """Every book that ever rated a record, by content hash."""
-        pending.drain(self.identity)
+        hooks.drain(self.identity)
         if not self._has_tables():
             return {}
         with self._database.reading() as connection:
-            rows = connection.execute(select(price_book_table.c.hash, price_book_table.c.document))
-            return {row.hash: PriceBook.from_document(row.document) for row in rows}
+            return read_books(connection)
 
     def price_choices(self) -> Sequence[Choice]:
-        """The price books that were put in force, in order; see `LedgerStorage.price_choices`."""
+        """The price books that were put in force, in order.
+
+        Raises:
+            StoreError: They cannot be read.
+        """
         if not self._has_tables():
             return ()
         with self._database.reading() as connection:
             return read_choices(connection, self._books)
 
     def close(self) -> None:
-        """Release connections."""
+        """Release connections; the ledger can be used again and then opens new ones."""
         self._database.close()
-        self._forget()
+        self._forget_file()
 
-    def _forget(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _forget_file(self) -> None:
         self._prepared_file: tuple[int, int] | None = None
 
     def _file_identity(self) -> tuple[int, int]:
-        """Which file the URL leads to now; the same for all that are no plain file."""
-        file = sqlite_file(self.url)
-        if file is None:
+        """Which file the URL leads to now; the same for all that are not plain files."""
+        if self._file is None:
             return (0, 0)
         try:
-            found = file.stat()
+            status = self._file.stat()
         except OSError:
             return (-1, -1)
-        return (found.st_dev, found.st_ino)
+        return (status.st_dev, status.st_ino)
 
     def _is_prepared(self) -> bool:
         if self._prepared_file is None:
             return False
         if self._prepared_file == self._file_identity():
             return True
-        self.close()  # the file was removed or replaced: what an open connection wrote there would be lost
+        self.close()  # the file was removed or replaced: what an open connection writes there would be lost
         return False
 
     def check_exists(self) -> None:
-        """Raise where there is nothing yet, for those who would otherwise prove that nothing is sound.
+        """Raise if there is nothing yet, for callers that would otherwise prove an empty ledger sound.
 
         Raises:
-            StoreNotFoundError: The ledger was not made yet, or is somewhere else.
+            StoreNotFoundError: The ledger does not exist yet, or is somewhere else.
         """
         if not self._has_tables():
             raise StoreNotFoundError(
@@ -252,7 +304,7 @@ class Ledger(LedgerStorage):
         """True if there is something to read; never creates anything."""
         if self._is_prepared():
             return True
-        if is_unmade(self.url):
+        if is_absent(self.url):
             return False
         with self._database.reading() as connection:
             return self._version(connection) is not None
@@ -274,16 +326,16 @@ class Ledger(LedgerStorage):
             self._prepared_file = self._file_identity()
 
     def _make_default_folder(self) -> None:
-        """Create the folder that nobody named; where somebody did name one, a missing one is a mistake."""
+        """Create the default folder; where the user named one, a missing folder is a mistake."""
         folder = default_file().parent
-        if sqlite_file(self.url) != default_file() or folder.is_dir():
+        if self._file != default_file() or folder.is_dir():
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreReadOnlyError(
                 f"ledger folder {str(folder)!r} cannot be created ({error.strerror}).",
-                hint="Set POLAR_LEDGER to a place you may write, or pass ledger=None to run unmetered.",
+                hint="Set POLAR_LEDGER to a file in a writable folder, or pass ledger=None to run unmetered.",
             ) from error
 
     def _create(self) -> None:
@@ -297,17 +349,17 @@ class Ledger(LedgerStorage):
 
     @contextmanager
     def unprepared(self) -> Iterator[Connection]:
-        """A write transaction on a ledger of any schema version, whose tables are as they are; for migrations.
+        """A write transaction on a ledger of any schema version, tables untouched; for migrations.
 
         Raises:
             StoreError: The ledger cannot be written.
         """
-        pending.drain(self.identity)
+        hooks.drain(self.identity)
         with self._database.writing() as connection:
             yield connection
 
     def stored_version(self, connection: Connection) -> int | None:
-        """The schema version of what is stored; None where there are no tables."""
+        """The schema version of what is stored; None if there are no tables."""
         if not inspect(connection).has_table(version_table.name):
             return None
         version: int | None = connection.execute(select(func.max(version_table.c.version))).scalar()
@@ -321,21 +373,5 @@ class Ledger(LedgerStorage):
         older = version < SCHEMA_VERSION
         raise SchemaVersionError(
             f"ledger {self.location!r} has schema version {version}, not {SCHEMA_VERSION} as this polar-llm needs.",
-            hint="Back it up, then run `polar migrate`." if older else "Use the polar-llm that made it.",
+            hint="Back it up, then run `polar migrate`." if older else "Use the polar-llm version that created it.",
         )
-
-
-def _conditions(selection: Selection) -> list[ColumnElement[bool]]:
-    usage = usage_table.c
-    wanted: list[ColumnElement[bool]] = []
-    if not isinstance(selection.tenant, AllTenants):
-        wanted.append(usage.tenant == selection.tenant)
-    if selection.period.since is not None:
-        wanted.append(usage.started_at >= selection.period.since)
-    if selection.period.until is not None:
-        wanted.append(usage.started_at < selection.period.until)
-    if selection.tier is not None:
-        wanted.append(usage.tier == selection.tier)
-    if selection.model is not None:
-        wanted.append(usage.model == selection.model)
-    return wanted

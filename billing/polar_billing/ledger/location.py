@@ -1,11 +1,15 @@
-"""Where the ledger is: argument, else `POLAR_LEDGER`, else a SQLite file in the user's data folder.
+"""Where the ledger is, and what is wrong when its database fails.
 
-Turns what a person writes (a URL or a plain path) into a URL this package supports. Opens nothing.
+The ledger is where the argument says, else `POLAR_LEDGER`, else in a SQLite file in the user's data folder; what a
+person writes (a URL or a plain path) becomes a URL that this package supports. A failure of the database becomes the
+`StoreError` that names the ledger, the cause and the fix: chosen by the error's code, never by its wording. Opens
+nothing; looks at the file system only to explain a failure that already happened.
 """
 
 from __future__ import annotations
 
 import os
+import sqlite3
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +17,17 @@ from platformdirs import user_data_path
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from polar_billing.errors import LedgerUrlError
+from polar_billing.errors import (
+    LedgerUrlError,
+    RecordRefusedError,
+    StoreDamagedError,
+    StoreError,
+    StoreFullError,
+    StoreLockedError,
+    StoreNotFoundError,
+    StoreReadOnlyError,
+    StoreUnavailableError,
+)
 
 LEDGER_VARIABLE: Final = "POLAR_LEDGER"
 _DRIVERS: Final = {
@@ -22,15 +36,68 @@ _DRIVERS: Final = {
     "postgres": "postgresql+psycopg",
 }
 
+_ELSEWHERE: Final = "Set POLAR_LEDGER to a ledger that can be written, or pass ledger=None to run unmetered."
 
-def is_unmade(url: URL) -> bool:
-    """True if the file of a ledger is not there yet; where its folder is missing too, the database is to complain."""
+_CONTENT: Final = "Check the record's texts; nothing of it was stored."
+
+_SQLITE: Final[dict[int, tuple[type[StoreError], str, str]]] = {
+    sqlite3.SQLITE_READONLY: (StoreReadOnlyError, "cannot be written: it is read-only.", _ELSEWHERE),
+    sqlite3.SQLITE_PERM: (StoreReadOnlyError, "may not be opened: permission denied.", _ELSEWHERE),
+    sqlite3.SQLITE_FULL: (
+        StoreFullError,
+        "cannot take another record: the disk or the database is full.",
+        "Free some space; what is stored is unharmed.",
+    ),
+    sqlite3.SQLITE_BUSY: (
+        StoreLockedError,
+        "has been locked by another process for too long.",
+        "Try again, or end the process that locks it.",
+    ),
+    sqlite3.SQLITE_LOCKED: (StoreLockedError, "is locked by another connection.", "Try again."),
+    sqlite3.SQLITE_NOTADB: (
+        StoreDamagedError,
+        "is not a SQLite database.",
+        "Name another file with POLAR_LEDGER or --ledger.",
+    ),
+    sqlite3.SQLITE_CORRUPT: (
+        StoreDamagedError,
+        "is damaged.",
+        "Restore it from a backup, or save what `sqlite3 FILE .recover` reads.",
+    ),
+    sqlite3.SQLITE_CONSTRAINT: (RecordRefusedError, "does not accept this content.", _CONTENT),
+    sqlite3.SQLITE_TOOBIG: (RecordRefusedError, "does not accept content this large.", _CONTENT),
+    sqlite3.SQLITE_IOERR: (StoreError, "cannot be read or written: input/output error.", "Check the disk."),
+}
+
+# SQLSTATE, the longest prefix wins: https://www.postgresql.org/docs/current/errcodes-appendix.html
+_POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
+    "22": (RecordRefusedError, "does not accept this content.", _CONTENT),
+    "23": (RecordRefusedError, "does not accept this content.", _CONTENT),
+    "25006": (StoreReadOnlyError, "cannot be written: the server is read-only.", _ELSEWHERE),
+    "42501": (
+        StoreReadOnlyError,
+        "may not be written by this role.",
+        "Grant INSERT and SELECT on its tables.",
+    ),
+    "53100": (StoreFullError, "cannot take another record: the server's disk is full.", "Free some space."),
+    "55P03": (StoreLockedError, "has been locked by another session for too long.", "Try again."),
+    "40": (StoreLockedError, "gave way to another transaction.", "Try again."),
+    "3D000": (StoreNotFoundError, "does not exist on the server.", "Create it with `createdb`."),
+    "28": (StoreUnavailableError, "refuses the login.", "Check user and password."),
+    "08": (StoreUnavailableError, "does not answer.", "Check that the server runs and can be reached."),
+    "57": (StoreUnavailableError, "is shutting down or starting.", "Try again."),
+    "XX": (StoreDamagedError, "reports damaged data.", "Look at the server's log."),
+}
+
+
+def is_absent(url: URL) -> bool:
+    """True if the file of a ledger is not there yet; if its folder is missing too, the database is left to complain."""
     file = sqlite_file(url)
     return file is not None and not file.exists() and (file.parent.is_dir() or file == default_file())
 
 
 def default_file() -> Path:
-    """The ledger of a user who names none."""
+    """The ledger of a user who does not name one."""
     return user_data_path("polar", appauthor=False) / "ledger.sqlite3"
 
 
@@ -66,7 +133,7 @@ def resolve(ledger: str | None = None) -> URL:
 
 
 def sqlite_file(url: URL) -> Path | None:
-    """The file behind a SQLite URL; None for a database in memory, a `file:` URI or a server."""
+    """The file of a SQLite URL; None for a database in memory, a `file:` URI or a server."""
     if url.get_backend_name() != "sqlite" or "uri" in url.query:
         return None
     if url.database in {None, "", ":memory:"}:
@@ -83,3 +150,58 @@ def describe(url: URL) -> str:
     """The ledger for messages: the path of a file, or the URL without its password."""
     file = sqlite_file(url)
     return url.set(drivername=url.get_backend_name()).render_as_string() if file is None else str(file)
+
+
+def translate(error: BaseException | None, url: URL) -> StoreError:
+    """Turn a driver's error into the store error that says what to do; `error` is the driver's own."""
+    name = repr(describe(url))
+    code = getattr(error, "sqlite_errorcode", None)
+    if isinstance(code, int):
+        primary = code & 0xFF  # the extended codes keep the primary one in the low byte
+        if primary == sqlite3.SQLITE_CANTOPEN:
+            return _cannot_open(url)
+        known = _SQLITE.get(primary)
+    elif url.get_backend_name() == "postgresql":
+        state = getattr(error, "sqlstate", None) or ("22" if type(error).__name__ == "DataError" else None)
+        if state is None:  # no connection was made, and the driver keeps the server's reason as text alone
+            return StoreUnavailableError(
+                f"ledger {name} cannot be reached ({_first_line(error)}).",
+                hint="Check that the server runs, and the names of host, database and user.",
+            )
+        known = next((_POSTGRES[state[:n]] for n in (5, 2) if state[:n] in _POSTGRES), None)
+    else:
+        known = None
+    if known is None:
+        return StoreError(f"ledger {name} failed ({_first_line(error)}).", hint="Nothing was stored in part.")
+    kind, what, hint = known
+    return kind(f"ledger {name} {what}", hint=hint)
+
+
+def _first_line(error: object) -> str:
+    return " ".join(str(error).strip().partition("\n")[0].split())
+
+
+def disk_full(url: URL, free: int, needed: int) -> StoreFullError:
+    """The error for a disk with too little room, before anything was tried. Unit: bytes."""
+    return StoreFullError(
+        f"ledger {describe(url)!r} cannot take another record: {free:,} bytes free, {needed:,} needed.",
+        hint="Free some space on that disk.",
+    )
+
+
+def _cannot_open(url: URL) -> StoreError:
+    name = repr(describe(url))
+    file = sqlite_file(url)
+    if file is None:
+        return StoreNotFoundError(f"ledger {name} cannot be opened.", hint="Check that the file exists.")
+    if file.is_dir():
+        return StoreNotFoundError(f"ledger {name} is a folder, not a file.", hint="Name a file in it.")
+    folder = file.parent
+    if not folder.is_dir():
+        return StoreNotFoundError(
+            f"ledger {name} cannot be created: folder {str(folder)!r} does not exist.",
+            hint=f"Create it with `mkdir -p {folder}`.",
+        )
+    return StoreReadOnlyError(
+        f"ledger {name} cannot be opened: permission denied in folder {str(folder)!r}.", hint=_ELSEWHERE
+    )

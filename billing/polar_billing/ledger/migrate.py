@@ -10,7 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from polar_billing.errors import MissingExtraError, SchemaVersionError
-from polar_billing.ledger.location import is_unmade
+from polar_billing.ledger.location import is_absent
 from polar_billing.ledger.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ def migrate(ledger: Ledger, to: int = SCHEMA_VERSION) -> tuple[int, int]:
     """
     if not 1 <= to <= SCHEMA_VERSION:
         raise SchemaVersionError(
-            f"schema version {to} is unknown; this polar-llm knows 1 to {SCHEMA_VERSION}.",
-            hint="Use another polar-llm.",
+            f"schema version {to} is unknown; this polar-llm knows versions 1 to {SCHEMA_VERSION}.",
+            hint="Use another version of polar-llm.",
         )
-    nothing = SchemaVersionError(f"ledger {ledger.location!r} holds nothing to migrate.", hint="Name another one.")
-    if is_unmade(ledger.url):
-        raise nothing  # to open it would make it
+    nothing = SchemaVersionError(f"ledger {ledger.location!r} holds nothing to migrate.", hint="Name another ledger.")
+    if is_absent(ledger.url):
+        raise nothing  # opening it would create it
     with ledger.unprepared() as connection:
         before = ledger.stored_version(connection)
         if before is None:
@@ -49,7 +49,7 @@ def migrate(ledger: Ledger, to: int = SCHEMA_VERSION) -> tuple[int, int]:
             raise SchemaVersionError(
                 f"ledger {ledger.location!r} has schema version {before}, newer than the "
                 f"{SCHEMA_VERSION} of this polar-llm.",
-                hint="Use the polar-llm that made it.",
+                hint="Use the polar-llm version that created it.",
             )
         if before != to:
             _run(connection, before, to)

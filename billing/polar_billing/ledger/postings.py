@@ -1,7 +1,7 @@
 """Double entry: book a transaction whose entries sum to zero, and read balances off the entries.
 
-For those who book, inside their own open write transaction (`Ledger.transaction()`), so that what they store and
-what they book become durable together or not at all:
+To be called inside an open write transaction (`Ledger.transaction()`), so that what the
+caller stores and what it books become durable together or not at all:
 
     post(connection, tenant, kind, reference, lines, at, corrects=None, note=None) -> int
 
@@ -12,8 +12,8 @@ what they book become durable together or not at all:
 
 * An amount is positive for a debit and negative for a credit, with at most 12 decimals and no upper limit.
 * The lines sum to zero in every currency, or `UnbalancedError` says by how much they do not.
-* (tenant, kind, reference) is booked once: again with the same lines, `post` answers the first transaction; with
-  others it raises `ConflictError`.
+* (tenant, kind, reference) is booked once: again with the same lines, `post` returns the id of the first transaction;
+  with others it raises `ConflictError`.
 * Nothing booked is ever changed. A correction is a transaction of its own that names in `corrects` the id of the
   one it corrects; `reversal(lines)` turns lines around.
 * The transaction is linked into the tenant's hash chain before `post` returns.
@@ -33,7 +33,7 @@ from sqlalchemy import Connection, func, insert, select
 
 from polar_billing.errors import AmountError, ConflictError, QueryError, UnbalancedError
 from polar_billing.ledger import chain
-from polar_billing.ledger.schema.ledger import entry_table, transaction_table
+from polar_billing.ledger.schema import entry_table, transaction_table
 from polar_billing.values.money import STORED_SCALE, from_scaled, to_scaled
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ def post(
         kind: Why: statement, payment, grant, hold, …
         reference: The caller's idempotency key within tenant and kind.
         lines: At least two; they sum to zero in every currency. Lines of 0 are allowed.
-        at: When it holds: service or statement time; the time of booking is noted beside it.
+        at: When it takes effect: service or statement time; the time of booking is noted beside it.
         corrects: The id of a transaction of the same tenant that this one corrects.
-        note: Words for people.
+        note: Text for people.
 
     Returns:
         The id of the transaction, the first one's where it was booked before.
@@ -121,7 +121,7 @@ def post(
     chain.lock_heads(connection, [tenant])  # on PostgreSQL: no one else books for this tenant now
     values = {"corrects": corrects, "note": note, "effective_at": at}
     if (booked := _booked(connection, tenant, kind, reference)) is not None:
-        return _again(connection, booked, values, lines, amounts)
+        return _booked_before(connection, booked, values, lines, amounts)
     if corrects is not None:
         _check_corrected(connection, tenant, corrects)
     identity = {"tenant": tenant, "kind": kind, "reference": reference, "booked_at": datetime.now(UTC)}
@@ -135,18 +135,18 @@ def post(
 def _checked(lines: Sequence[Line]) -> list[int]:
     """The amounts in units of 10^-12, which balance."""
     if len(lines) < 2:
-        raise UnbalancedError(f"a transaction of {len(lines)} line(s) cannot balance.", hint="Give at least two.")
+        raise UnbalancedError(f"a transaction of {len(lines)} line(s) cannot balance.", hint="Give at least two lines.")
     amounts = [to_scaled(line.amount, STORED_SCALE) for line in lines]
     sums: defaultdict[str, int] = defaultdict(int)
     for line, amount in zip(lines, amounts, strict=True):
         if abs(amount) // _UNIT > _INT64_MAX:
-            raise AmountError(f"amount {line.amount} is beyond 64 bits.", hint="Split it.")
+            raise AmountError(f"amount {line.amount} does not fit in 64 bits.", hint="Split it into several lines.")
         sums[line.currency] += amount
     for currency, rest in sums.items():
         if rest:
             raise UnbalancedError(
                 f"the lines of a transaction sum to {from_scaled(rest, STORED_SCALE):f} {currency}, not 0.",
-                hint="Every debit needs credits of the same sum.",
+                hint="Match every debit with credits of the same sum.",
             )
     return amounts
 
@@ -177,16 +177,16 @@ def _booked(connection: Connection, tenant: str, kind: str, reference: str) -> R
     return connection.execute(query).one_or_none()
 
 
-def _again(
+def _booked_before(
     connection: Connection, booked: Row[Any], values: dict[str, Any], lines: Sequence[Line], amounts: Sequence[int]
 ) -> int:
     number: int = booked.id
     same = all(getattr(booked, name) == value for name, value in values.items())
     stored = transaction_lines(connection, booked.tenant, number)
-    given = [
+    expected = [
         Line(line.account, from_scaled(a, STORED_SCALE), line.currency) for line, a in zip(lines, amounts, strict=True)
     ]
-    if not same or stored != given:
+    if not same or stored != expected:
         raise ConflictError(
             f"{booked.kind} {booked.reference!r} of tenant {booked.tenant!r} is booked (transaction {number}) "
             "with other content.",
@@ -206,12 +206,12 @@ def _check_corrected(connection: Connection, tenant: str, corrects: int) -> None
 
 
 def reversal(lines: Iterable[Line]) -> list[Line]:
-    """The lines that take a transaction back."""
+    """The lines that reverse a transaction."""
     return [Line(line.account, line.amount.copy_negate(), line.currency) for line in lines]  # `-` would round
 
 
 def transaction_lines(connection: Connection, tenant: str, number: int) -> list[Line]:
-    """The lines of one transaction of a tenant, in order; empty where there is none."""
+    """The lines of one transaction of a tenant, in order; empty if there is none."""
     entry = entry_table.c
     query = select(entry_table).where(entry.transaction_id == number, entry.tenant == tenant).order_by(entry.line)
     return [
@@ -223,12 +223,12 @@ def transaction_lines(connection: Connection, tenant: str, number: int) -> list[
 def balances(
     connection: Connection, tenant: str, *, until: datetime | None = None
 ) -> dict[tuple[Account, str], Decimal]:
-    """What each account of a tenant stands at, summed over its entries.
+    """The balance of each account of a tenant, summed over its entries.
 
     Args:
         connection: Any transaction of the ledger.
         tenant: Whose books.
-        until: Count only what holds before this moment; None for everything.
+        until: Count only what takes effect before this moment; None for everything.
 
     Returns:
         (account, currency) → debits minus credits, exact. Unit: currency units.
@@ -242,6 +242,3 @@ def balances(
         (Account(account), currency): from_scaled(int(whole) * _UNIT + int(rest), STORED_SCALE)
         for account, currency, whole, rest in connection.execute(query)
     }
-
-
-chain.register_chained(transaction_table, parts={entry_table: "transaction_id"})

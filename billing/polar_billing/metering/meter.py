@@ -1,6 +1,6 @@
 """The meter: the sink that stores every usage record in a ledger and answers what it cost.
 
-The engine finds it through the entry point `polar_sdk.sinks`, so nobody imports this package to be metered.
+The engine finds it through the entry point `polar_sdk.sinks`, so no import is needed to be metered.
 
 What has happened when `emit` returns is a choice, `durability`:
 
@@ -9,10 +9,10 @@ What has happened when `emit` returns is a choice, `durability`:
 * `spool`: the record is in a file of the spool, in the operating system's hands, and a thread commits it within
   milliseconds. The end of the process, SIGKILL included, loses nothing; a power cut or a crash of the operating
   system may lose the last moments. A request id used again with other content is then found too late to raise: it
-  is logged, and kept in the spool. What the engine uses by default, because it costs a request next to nothing.
+  is logged, and kept in the spool. The engine uses this by default, because it costs a request next to nothing.
 * `sync`: committed by the calling thread itself, one at a time; no thread, no spool.
 
-Where the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice
+If the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice
 (but `sync`), and are stored exactly once when it is back. Knows neither the database nor how prices are chosen and
 applied.
 """
@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.errors import ConflictError, StoreError
-from polar_billing.ledger.contract import Entry, LedgerStorage
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.location import resolve
+from polar_billing.ledger.records import Entry
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.prices.current import Prices
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
     from pathlib import Path
 
-    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.ledger.records import StoredUsage
     from polar_billing.metering.spool import SpoolStatus
     from polar_sdk.usage import UsageBound, UsageRecord
 
@@ -52,9 +52,9 @@ DEFAULT_SOURCE: Final = "polar"
 SPOOL_LIMIT: Final = 100_000
 """Records that may wait in the spool before `check` refuses requests."""
 GATHER_S: Final = 0.005
-"""Where nobody waits for the commit, it waits this long for more records, and for the answer to be on its way."""
+"""How long a commit that nobody waits for waits for more records, and for the answer to be sent. Unit: seconds."""
 _CHECK_EVERY_S: Final = 1.0
-"""A ledger that took records this lately is not tried again before a request."""
+"""A ledger that took records within this time is not tried again before a request. Unit: seconds."""
 
 Durability = Literal["commit", "spool", "sync"]
 
@@ -62,10 +62,10 @@ Durability = Literal["commit", "spool", "sync"]
 class Meter(UsageSink):
     """Stores usage records durably, exactly once each, and answers with a receipt. Safe in several threads.
 
-    Constructing one opens nothing: the ledger is made at the first `check` or `emit`.
+    Constructing one opens nothing: the ledger is created at the first `check` or `emit`.
 
     Args:
-        ledger: A store, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
+        ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
         prices: A price book or its file, read once, at first use; None for the file of `POLAR_PRICE_BOOK`, or else
             the books in force in the ledger, or else the example book (see `polar_billing.prices.current`).
         source: Who meters; request ids are unique per (tenant, source).
@@ -77,7 +77,7 @@ class Meter(UsageSink):
 
     def __init__(
         self,
-        ledger: LedgerStorage | str | None = None,
+        ledger: Ledger | str | None = None,
         *,
         prices: PriceBook | str | Path | None = None,
         source: str = DEFAULT_SOURCE,
@@ -85,18 +85,15 @@ class Meter(UsageSink):
         sync: bool = False,
         spool_limit: int = SPOOL_LIMIT,
     ) -> None:
-        self.ledger = ledger if isinstance(ledger, LedgerStorage) else Ledger(ledger)
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.source = source
-        self._budgets = Budgets(self.ledger) if isinstance(self.ledger, Ledger) else None
-        asynchronous = durability != "sync" and not sync and isinstance(self.ledger, Ledger)
+        self._budgets = Budgets(self.ledger)
         self._waits = durability != "spool"
-        gather_s = 0.0 if self._waits else GATHER_S
-        self._writer = (
-            Writer(self.ledger, gather_s=gather_s) if asynchronous and isinstance(self.ledger, Ledger) else None
-        )
+        asynchronous = durability != "sync" and not sync
+        self._writer = Writer(self.ledger, gather_s=0.0 if self._waits else GATHER_S) if asynchronous else None
         self._spool_limit = spool_limit
         self._checked_at = float("-inf")
-        self._prices = Prices(self.ledger, prices)
+        self._prices = Prices(self.ledger.price_choices, prices)
         self._older_books: dict[str, PriceBook] = {}
 
     @property
@@ -113,13 +110,13 @@ class Meter(UsageSink):
         """Raise if a record could not be priced and stored now.
 
         A ledger that took a record within the last second is not tried again. One that does not answer or is locked
-        is no reason to refuse while the spool has room.
+        does not refuse requests while the spool has room.
 
         Raises:
             PriceBookError: The price book's file is missing or wrong.
             StoreError: The ledger is missing, read-only, full or damaged, or does not answer and the spool is full.
         """
-        with suppress(StoreError):  # the ledger's own check tells, or tolerates it
+        with suppress(StoreError):  # the check of the ledger below raises, or tolerates it
             _ = self.price_book
         writer, now = self._writer, time.monotonic()
         if writer is None:
@@ -150,16 +147,13 @@ class Meter(UsageSink):
 
         Raises:
             BudgetExceededError: No offer fits what is left.
-            StoreError: The ledger cannot say.
+            StoreError: The ledger cannot be read or written.
         """
-        if self._budgets is None:
-            return 0
         return self._budgets.reserve(bound, self._prices.of(bound.tenant, bound.at), source=self.source)
 
     def release(self, tenant: str, request_id: str) -> None:
         """Give back what is held for a request that never began."""
-        if self._budgets is not None:
-            self._budgets.release(tenant, request_id, source=self.source)
+        self._budgets.release(tenant, request_id, source=self.source)
 
     def emit(self, record: UsageRecord) -> dict[str, Any]:
         """Store one record and its receipt, as durably as `durability` says.
@@ -208,7 +202,7 @@ class Meter(UsageSink):
         return _entry(record, self.source, book, cost, unrated)
 
     def _book_of(self, record: UsageRecord) -> tuple[PriceBook, str | None]:
-        """What a record is charged by; where the ledger never told, any book, and why the record has no price."""
+        """The book a record is charged by; if the ledger was never readable, any, and why there is no price."""
         try:
             return self._prices.of(record.tenant, record.started_at), None
         except StoreError as error:
@@ -217,7 +211,7 @@ class Meter(UsageSink):
             return PriceBook.example(), f"the price books in force could not be read ({type(error).__name__})"
 
     def _store(self, entry: Entry) -> StoredUsage | None:
-        """Store one record; None where it is on its way."""
+        """Store one record; None if it is still on its way."""
         if self._writer is None:
             (stored,) = self.ledger.append_many([entry])
             if isinstance(stored, ConflictError):
@@ -265,7 +259,7 @@ class Meter(UsageSink):
 
 def _entry(record: UsageRecord, source: str, book: PriceBook, cost: Decimal | None, unrated: str | None) -> Entry:
     entry = Entry(record, source, book, cost, unrated)
-    _ = entry.cost_units  # one that does not fit is told here, to the caller it belongs to
+    _ = entry.cost_units  # raises here, in the call it belongs to, if it does not fit
     return entry
 
 
@@ -313,7 +307,7 @@ _opening = threading.Lock()
 
 
 def open_meter(url: str | None = None) -> UsageSink:
-    """The meter of a ledger; one per ledger and price book in a process, shared by all who ask for it.
+    """The meter of a ledger; one per ledger and price book in a process, shared by all callers.
 
     Its `durability` is `spool`; see the top of this module for what that promises.
 

@@ -1,13 +1,14 @@
-"""The spool: records on disk that are not in the ledger yet.
+"""The spool: records on disk that are not in the ledger yet, and how they get there.
 
 Each meter appends its records to a file of its own before it answers. The bytes are then in the operating system's
 hands, so the end of the process, SIGKILL included, loses nothing. Once they are committed to the ledger, the file is
 emptied. When the ledger cannot take them, the file is flushed to the disk and stays, and is stored later by the same
-process or by any other: exactly once, because the ledger knows every request it holds.
+process or by any other: exactly once, because the ledger knows every request it holds, so a file that was stored in
+part, or twice at once, adds nothing twice.
 
 One line per record: the first 16 hexadecimal digits of the SHA-256 of the rest, a space, JSON. A last line that was
 cut off was never acknowledged and is dropped; any other damaged line is kept aside in a file `*.damaged`. Records
-that the ledger refuses as conflicts are kept in `rejected.jsonl`. Knows no threads and no database.
+that the ledger refuses for their content are kept in `rejected.jsonl`. Knows no threads and no SQL.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,15 +27,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from platformdirs import user_data_path
 
-from polar_billing.ledger.contract import Entry
+from polar_billing.errors import BillingError, RecordRefusedError, StoreError
 from polar_billing.ledger.location import sqlite_file
+from polar_billing.ledger.records import Entry
 from polar_billing.prices.book import PriceBook
 from polar_billing.values.canonical import canonical_json
 from polar_sdk.usage import UsageRecord, new_request_id
 
 try:
     import fcntl
-except ImportError:  # Windows: without such locks nobody could tell a file in use from one left behind
+except ImportError:  # Windows: without such locks a file in use cannot be told from one left over
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
@@ -41,10 +44,17 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL
 
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import StoredUsage
+
 
 SPOOL_VARIABLE: Final = "POLAR_SPOOL"
 """Folder for the spools of all ledgers; by default beside a SQLite file, else in the user's data folder."""
 
+BATCH: Final = 1_000
+"""Records stored in one transaction."""
+
+_log: Final = logging.getLogger("polar_billing")
 _CHECKSUM: Final = 16
 _REJECTED: Final = "rejected.jsonl"
 
@@ -67,7 +77,7 @@ class SpoolStatus:
 
     folder: Path
     waiting: int = 0
-    """Records not in the ledger yet, as far as the files tell."""
+    """Records not in the ledger yet, as far as the files show."""
     rejected: int = 0
     """Records that the ledger refused as conflicts."""
     damaged: int = 0
@@ -129,7 +139,7 @@ def _lock(path: Path) -> int:
     """Open a file and lock it, without waiting; the lock ends with its process, however that ends.
 
     Raises:
-        OSError: Somebody else has it, or it cannot be opened.
+        OSError: Another process has it, or it cannot be opened.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -166,7 +176,7 @@ class Spool:
         """An empty file to append to.
 
         Raises:
-            OSError: The folder cannot be made or written.
+            OSError: The folder cannot be created or written.
         """
         if self._free:
             return self._free.pop()
@@ -189,7 +199,7 @@ class Spool:
         return segment.path
 
     def close(self, current: Iterable[Segment] = ()) -> None:
-        """Remove this process's empty files and let go of the others."""
+        """Remove this process's empty files and release the others."""
         for segment in (*self._free, *current):
             segment.close()
             if segment.records == 0:
@@ -203,7 +213,7 @@ class Spool:
             self.folder.rmdir()
 
     def abandon(self, current: Segment | None) -> None:
-        """Close what a forked child inherited; the parent goes on with it, and keeps its lock."""
+        """Close what a forked child inherited; the parent keeps using it, and keeps its lock."""
         for segment in (*self._free, *([] if current is None else [current])):
             segment.close()
         if self._lock is not None:
@@ -281,7 +291,7 @@ class Unfinished:
         return read
 
     def entries(self) -> list[Entry]:
-        """The records, ready to be stored; damaged lines are put aside."""
+        """The records, ready to be stored; damaged lines are set aside."""
         read = self.lines()
         if read.damaged:
             with self.path.with_suffix(".damaged").open("ab") as file:
@@ -309,3 +319,67 @@ def _count_lines(path: Path) -> int:
         return path.read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
+
+
+def store(ledger: Ledger, spool: Spool | None, entries: list[Entry]) -> list[StoredUsage | BillingError]:
+    """Store records; those the ledger refuses for their content are set aside and keep no others out.
+
+    Raises:
+        StoreError: The ledger cannot take records now.
+    """
+    try:
+        answers: list[StoredUsage | BillingError] = list(ledger.append_many(entries))
+    except RecordRefusedError:  # because of one of them; the others are still to be stored
+        answers = [_store_one(ledger, entry) for entry in entries]
+    pairs = zip(entries, answers, strict=True)
+    refused = [entry for entry, answer in pairs if isinstance(answer, BillingError)]
+    for entry in refused:
+        _log.error("the ledger refused request %r of tenant %r", entry.record.request_id, entry.record.tenant)
+    if spool is not None and refused:
+        spool.reject(refused)
+    return answers
+
+
+def _store_one(ledger: Ledger, entry: Entry) -> StoredUsage | BillingError:
+    try:
+        return ledger.append_many([entry])[0]
+    except RecordRefusedError as error:
+        return error
+
+
+def store_file(ledger: Ledger, spool: Spool, file: Unfinished) -> None:
+    """Store a file of the spool and delete it.
+
+    Raises:
+        StoreError: The ledger cannot take records now; the file stays.
+    """
+    entries = file.entries()
+    for start in range(0, len(entries), BATCH):
+        store(ledger, spool, entries[start : start + BATCH])
+    file.remove()
+
+
+def recover_abandoned(ledger: Ledger) -> None:
+    """Store what processes that have ended left; where the ledger cannot take it now, it stays."""
+    folder = spool_folder(ledger.url)
+    if folder is None or not folder.is_dir():
+        return
+    spool = Spool(folder)
+    try:
+        for file in spool.abandoned():
+            store_file(ledger, spool, file)
+        spool.close()  # removes the folder where nothing is left in it
+    except (StoreError, OSError) as error:
+        _log.warning("what waits in the spool %s cannot be stored now (%s)", folder, error)
+
+
+def warning_of(ledger: Ledger) -> str | None:
+    """What a reader of this ledger should know about its spool; None if nothing waits."""
+    folder = spool_folder(ledger.url)
+    if folder is None or not folder.is_dir():
+        return None
+    status = Spool(folder).status()
+    counts = [f"{status.waiting:,} request(s) wait to be stored"] if status.waiting else []
+    counts += [f"{status.rejected:,} were refused as conflicts"] if status.rejected else []
+    counts += [f"{status.damaged:,} line(s) are damaged"] if status.damaged else []
+    return f"spool {str(folder)!r}: {', '.join(counts)}." if counts else None

@@ -1,8 +1,8 @@
 """Group commit: one thread per meter stores whatever is waiting, in one transaction.
 
-Callers hand records over and either wait until they are committed or go on, when the records are in the spool. A
-ledger that cannot take them now makes the file of the spool stay, flushed to the disk; the writer tries again before
-the next records, at most once a second. Knows no prices and no SQL.
+Callers hand records over and either wait until they are committed, or go on once they are in the spool. If the ledger
+cannot take them now, the file of the spool stays, flushed to the disk; the writer tries again before the next records,
+at most once a second. Knows no prices and no SQL.
 """
 
 from __future__ import annotations
@@ -17,21 +17,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import BillingError, StoreError
-from polar_billing.metering import pending
-from polar_billing.metering.recovery import store, store_file
-from polar_billing.metering.spool import Spool, Unfinished, spool_folder
+from polar_billing.ledger.hooks import register_pending
+from polar_billing.metering.spool import BATCH, Spool, Unfinished, spool_folder, store, store_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.ledger.contract import Entry, StoredUsage
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import Entry, StoredUsage
     from polar_billing.metering.spool import Segment, SpoolStatus
 
 
 _log: Final = logging.getLogger("polar_billing")
-_AT_ONCE: Final = 1_000
-"""Records in one transaction."""
 _IDLE_S: Final = 2.0
 """A thread without work ends after this; the next record starts another."""
 _RETRY_S: Final = 1.0
@@ -43,7 +40,7 @@ class Ticket:
 
     entry: Entry
     turn: threading.Condition
-    """Of the writer, notified after each commit: making an event for every record costs more than hashing it."""
+    """Of the writer, notified after each commit: creating an event for every record costs more than hashing it."""
     done: bool = False
     stored: StoredUsage | None = None
     """As stored; None while it waits in the spool."""
@@ -68,7 +65,7 @@ class Writer:
 
     Args:
         ledger: Where to.
-        capacity: Most records waiting; who hands over more waits for room.
+        capacity: Maximum number of waiting records; whoever hands over more waits for room.
         gather_s: How long a commit waits for more records. Unit: seconds.
     """
 
@@ -77,19 +74,19 @@ class Writer:
         self._capacity = capacity
         self._gather_s = gather_s
         self._folder: Path | None = spool_folder(ledger.url)
-        self._fresh()
-        pending.register(ledger.identity, self)
+        self._start_anew()
+        register_pending(ledger.identity, self)
         atexit.register(_drain_at_exit, weakref.ref(self))
 
-    def _fresh(self) -> None:
-        """Begin anew: at first, and in a forked child, whose parent stores what it had taken on."""
+    def _start_anew(self) -> None:
+        """Start with nothing: at first, and in a forked child, whose parent stores what it had accepted."""
         self._process = os.getpid()
         self._turn = threading.Condition()
         self._storing = threading.Lock()
         self._queue: list[Ticket] = []
         self._busy = False
         self._hurry = False
-        """Somebody waits for everything to be stored."""
+        """True while a caller waits for everything to be stored."""
         self._thread: threading.Thread | None = None
         self._spool = None if self._folder is None else Spool(self._folder)
         self._segment: Segment | None = None
@@ -101,13 +98,13 @@ class Writer:
         self.succeeded_at = 0.0
         """When it last took some. Unit: seconds of `time.monotonic`."""
         self.failed_at = 0.0
-        self._looked_around = False
+        self._stored_abandoned = False
 
-    def _mine(self) -> None:
+    def _restart_after_fork(self) -> None:
         if self._process != os.getpid():
             if self._spool is not None:
                 self._spool.abandon(self._segment)
-            self._fresh()
+            self._start_anew()
 
     def submit(self, entries: list[Entry]) -> tuple[list[Ticket], bool]:
         """Hand records over.
@@ -115,12 +112,12 @@ class Writer:
         Returns:
             Their tickets, and whether they survive the end of this process already.
         """
-        self._mine()
+        self._restart_after_fork()
         tickets = [Ticket(entry, self._turn) for entry in entries]
         with self._turn:
             while len(self._queue) >= self._capacity:
                 self._turn.wait()
-            safe = self._write_down(entries)
+            safe = self._spool_entries(entries)
             idle = not self._queue
             self._queue += tickets
             if self._thread is None:
@@ -130,7 +127,7 @@ class Writer:
                 self._turn.notify_all()
         return tickets, safe
 
-    def _write_down(self, entries: list[Entry]) -> bool:
+    def _spool_entries(self, entries: list[Entry]) -> bool:
         if self._spool is None:
             return False
         try:
@@ -148,16 +145,16 @@ class Writer:
             try:
                 with self._storing:
                     self._store(tickets, segment)
-            except BaseException as error:  # whatever happened, nobody may wait forever
+            except BaseException as error:  # whatever happened, no caller may wait forever
                 _log.exception("storing usage failed")
-                told = StoreError(f"ledger {self._ledger.location!r} failed ({error!r}).")
-                self._put_aside([ticket for ticket in tickets if not ticket.done], segment, told)
+                failure = StoreError(f"ledger {self._ledger.location!r} failed ({error!r}).")
+                self._put_aside([ticket for ticket in tickets if not ticket.done], segment, failure)
             with self._turn:
                 self._busy = False
                 self._turn.notify_all()
 
     def _take(self) -> tuple[list[Ticket], Segment | None] | None:
-        """Everything that waits, with the file it is written down in; None when there has been nothing for long."""
+        """Everything that waits, with the spool file that holds it; None after a long time without records."""
         with self._turn:
             if not self._queue:
                 self._turn.wait(_IDLE_S)
@@ -166,7 +163,7 @@ class Writer:
                 return None
             self._busy = True
             if self._gather_s:
-                self._turn.wait_for(lambda: self._hurry or len(self._queue) >= _AT_ONCE, self._gather_s)
+                self._turn.wait_for(lambda: self._hurry or len(self._queue) >= BATCH, self._gather_s)
             tickets, self._queue = self._queue, []
             segment, self._segment = self._segment, None
             self._turn.notify_all()
@@ -178,8 +175,8 @@ class Writer:
             return
         try:
             self._store_kept()
-            for start in range(0, len(tickets), _AT_ONCE):
-                self._commit(tickets[start : start + _AT_ONCE])
+            for start in range(0, len(tickets), BATCH):
+                self._commit(tickets[start : start + BATCH])
         except StoreError as error:
             self.failure, self.failed_at = error, time.monotonic()
             self._put_aside([ticket for ticket in tickets if not ticket.done], segment, error)
@@ -199,7 +196,7 @@ class Writer:
         self._finish(tickets)
 
     def _put_aside(self, tickets: list[Ticket], segment: Segment | None, error: StoreError) -> None:
-        """Keep records on the disk. Who waits for them hears of a failure that will not pass by itself."""
+        """Keep records on the disk. Callers that wait for them get an error only if it will not pass by itself."""
         if segment is None or self._spool is None:
             self._fail(tickets, error)
             return
@@ -233,8 +230,8 @@ class Writer:
             store_file(self._ledger, self._spool, Unfinished(path))
             self._kept.remove(path)
         self.kept_records = 0
-        if not self._looked_around:
-            self._looked_around = True
+        if not self._stored_abandoned:
+            self._stored_abandoned = True
             for file in self._spool.abandoned():
                 store_file(self._ledger, self._spool, file)
 
@@ -244,13 +241,13 @@ class Writer:
         return self._folder is not None
 
     def failed(self, error: StoreError) -> None:
-        """Note that the ledger does not take records now, so that the next ones do not wait for it in vain."""
-        self._mine()
+        """Note that the ledger does not take records now, so that the next ones do not wait in vain."""
+        self._restart_after_fork()
         self.failure, self.failed_at = error, time.monotonic()
 
     def status(self) -> SpoolStatus | None:
         """What waits in the spool; None without one."""
-        self._mine()
+        self._restart_after_fork()
         return None if self._spool is None else self._spool.status()
 
     def recover(self) -> None:
@@ -259,10 +256,10 @@ class Writer:
         Raises:
             StoreError: The ledger still cannot take it; nothing is lost.
         """
-        self._mine()
+        self._restart_after_fork()
         self.drain()
         with self._storing:
-            self._looked_around = False
+            self._stored_abandoned = False
             self._store_kept()
             self.failure = None
 
@@ -278,7 +275,7 @@ class Writer:
             self._hurry = False
 
     def close(self) -> None:
-        """Drain, try once more to store what was kept, and leave no empty file behind."""
+        """Drain, try once more to store what was kept, and remove empty files."""
         if self._process != os.getpid():
             return
         self.drain()

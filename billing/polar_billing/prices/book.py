@@ -10,7 +10,6 @@ This module knows no usage records (see `rating`) and no database.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tomllib
 from decimal import Decimal
@@ -23,9 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 from pydantic import Field, StringConstraints, ValidationError, field_serializer, field_validator, model_validator
 
 from polar_billing.errors import AmountError, PriceBookError
-from polar_billing.prices.entries import PriceEntry, entry_at, timeline
-from polar_billing.prices.fields import Checked, Name
+from polar_billing.prices.entries import Checked, Name, PriceEntry, entry_at, timeline
 from polar_billing.prices.plans import Credit, Customer, Plan, in_order
+from polar_billing.values.canonical import canonical_text
 from polar_billing.values.money import STORED_SCALE, currency_decimals, to_scaled
 from polar_sdk.usage import Outcome
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 PRICE_BOOK_VARIABLE: Final = "POLAR_PRICE_BOOK"
 EXAMPLE_BOOK: Final = "example_prices.toml"
 EXAMPLE_PLANS: Final = "example_plans.toml"
-_MOST_PROBLEMS: Final = 3
+_MAX_PROBLEMS: Final = 3
 _ADDED_LATER: Final = ("plans", "customers", "credits")
 
 
@@ -68,18 +67,20 @@ class PriceBook(Checked):
     @field_validator("customers")
     @classmethod
     def _one_plan_at_a_time(cls, customers: tuple[Customer, ...]) -> tuple[Customer, ...]:
-        return tuple(in_order(customers, lambda one: (one.tenant, one.effective_from), "customers"))
+        return tuple(in_order(customers, lambda customer: (customer.tenant, customer.effective_from), "customers"))
 
     @field_validator("credits")
     @classmethod
     def _one_credit_per_id(cls, credits_: tuple[Credit, ...]) -> tuple[Credit, ...]:
-        return tuple(in_order(credits_, lambda one: (one.id,), "credits"))
+        return tuple(in_order(credits_, lambda credit: (credit.id,), "credits"))
 
     @model_validator(mode="after")
-    def _names_what_it_has(self) -> Self:
+    def _plans_exist(self) -> Self:
         for customer in self.customers:
             if customer.plan is not None and customer.plan not in self.plans:
-                raise ValueError(f"customer {customer.tenant!r} is on plan {customer.plan!r}, which the book has not")
+                raise ValueError(
+                    f"customer {customer.tenant!r} is on plan {customer.plan!r}, which the book does not have"
+                )
         for credit in self.credits:
             _check_decimals(credit, self.statement_decimals)
         return self
@@ -100,7 +101,7 @@ class PriceBook(Checked):
         for key in _ADDED_LATER:  # absent where empty, so that older books keep their hash
             if not content[key]:
                 del content[key]
-        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return canonical_text(content)
 
     @cached_property
     def content_hash(self) -> str:
@@ -123,8 +124,8 @@ class PriceBook(Checked):
 
     def customer_at(self, moment: datetime, tenant: str) -> Customer | None:
         """What the book says of a tenant at a moment."""
-        found = [one for one in self._by_tenant.get(tenant, ()) if one.effective_from <= moment]
-        return found[-1] if found else None
+        past = [customer for customer in self._by_tenant.get(tenant, ()) if customer.effective_from <= moment]
+        return past[-1] if past else None
 
     def plan_at(self, moment: datetime, tenant: str) -> Plan | None:
         """The plan a tenant is on at a moment; None for the plain rates."""
@@ -145,7 +146,7 @@ class PriceBook(Checked):
 
     @cached_property
     def _by_tenant(self) -> dict[str, tuple[Customer, ...]]:
-        grouped = groupby(self.customers, key=lambda one: one.tenant)
+        grouped = groupby(self.customers, key=lambda customer: customer.tenant)
         return {tenant: tuple(customers) for tenant, customers in grouped}
 
     @classmethod
@@ -168,7 +169,7 @@ class PriceBook(Checked):
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise PriceBookError(
                 f"price book {str(file)!r} cannot be read ({reason}).",
-                hint="Name a TOML file that can be read." if path else f"{PRICE_BOOK_VARIABLE} names it; correct that.",
+                hint="Name a readable TOML file." if path else f"Correct the path in {PRICE_BOOK_VARIABLE}.",
             ) from error
         return cls.from_toml(text, name=str(file))
 
@@ -205,10 +206,10 @@ def _check_decimals(credit: Credit, decimals: int) -> None:
 
 def _problems(error: ValidationError) -> str:
     """Say on one line which keys are wrong, with what value and why."""
-    found = error.errors(include_url=False)
-    told = "; ".join(_problem(dict(problem)) for problem in found[:_MOST_PROBLEMS])
-    more = len(found) - _MOST_PROBLEMS
-    return f"{told}; and {more} more." if more > 0 else f"{told}."
+    problems = error.errors(include_url=False)
+    text = "; ".join(_problem(dict(problem)) for problem in problems[:_MAX_PROBLEMS])
+    more = len(problems) - _MAX_PROBLEMS
+    return f"{text}; and {more} more." if more > 0 else f"{text}."
 
 
 def _problem(problem: dict[str, Any]) -> str:

@@ -1,56 +1,107 @@
-"""The prices that a meter, a budget or a quote goes by: a book that is named, or what is in force in the ledger.
+"""Which price book a use is charged by: the one that is named, or of those put in force the one that holds for it.
 
 In this order: the book or file given, the file that POLAR_PRICE_BOOK names, the books that were put in force in the
-ledger (`polar price add`, see `pricing.in_force`), the example book. What is in force is looked up again once a second,
-so a book put in force elsewhere is charged by a second later at the latest. Knows no usage and no rates.
+ledger (`polar price add`), the example book.
+
+Of the books in force, one that has the tenant among its customers goes before the others; of several such books the one
+put in force last. Every other tenant is charged by the book that is in force for all. What is put in force later
+changes nothing for what was used before; only the first book also holds for the time before it, when there was none.
+
+What is in force is looked up again once a second, so a book put in force elsewhere is charged by a second later at the
+latest. Knows no usage, no rates and no ledger: what was put in force is handed in.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
+from bisect import bisect_right
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import StoreError
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.prices.in_force import InForce
+from polar_billing.values.remembered import Changes, Remembered
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from polar_billing.ledger.contract import LedgerStorage
 
-
-_LOOK_EVERY_S: Final = 1.0
-_changes = itertools.count(1)
-_last_change = 0
-"""Rises with every book that this process puts in force, so that each `Prices` in it looks again at once."""
+_SEEN_WITHIN_S: Final = 1.0
+_changes: Final = Changes()
 
 
 def say_changed() -> None:
     """Say that a book was put in force in some ledger."""
-    global _last_change  # noqa: PLW0603  (one number per process is the point)
-    _last_change = next(_changes)
+    _changes.announce()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A book, or a revision of one, put in force."""
+
+    book: PriceBook
+    for_all: bool
+    """Also for tenants that no book names."""
+    put_at: datetime
+
+
+class InForce:
+    """The books in force over time.
+
+    Args:
+        choices: In the order they were made; `put_at` never falls.
+    """
+
+    def __init__(self, choices: Sequence[Choice]) -> None:
+        self.choices = tuple(choices)
+        self._moments = [choice.put_at for choice in choices]
+        self._states = list(_states(choices))
+
+    def book(self, tenant: str | None, moment: datetime) -> PriceBook | None:
+        """What a use is charged by; None where no book was ever put in force.
+
+        Args:
+            tenant: Who used it; None for any that no book names.
+            moment: The time of use.
+        """
+        if not self._states:
+            return None
+        named, for_all = self._states[max(bisect_right(self._moments, moment) - 1, 0)]
+        if tenant is None:
+            return for_all
+        return next((book for book in named if book.customer_at(moment, tenant) is not None), for_all)
+
+
+def _states(choices: Sequence[Choice]) -> Iterator[tuple[tuple[PriceBook, ...], PriceBook]]:
+    """After each choice: the books with customers, the latest first, and the book for all."""
+    latest: dict[str, PriceBook] = {}
+    main = ""
+    for choice in choices:
+        book = choice.book
+        latest.pop(book.id, None)
+        latest[book.id] = book
+        if choice.for_all or not main:
+            main = book.id
+        yield tuple(book for book in reversed(latest.values()) if book.customers), latest[main]
 
 
 class Prices:
     """What uses in one ledger are charged by. Safe in several threads.
 
     Args:
-        ledger: Whose books in force.
+        choices: Reads the books put in force, in order: `Ledger.price_choices`.
         named: A book or its file, which then charges everything; None for what the top of this module says.
     """
 
-    def __init__(self, ledger: LedgerStorage, named: PriceBook | str | Path | None = None) -> None:
-        self._ledger = ledger
+    def __init__(self, choices: Callable[[], Sequence[Choice]], named: PriceBook | str | Path | None = None) -> None:
+        self._read_choices = choices
         self._named = named
         self._book: PriceBook | None = None
-        self._in_force: InForce | None = None
+        self._in_force = Remembered(self._read, _changes)
         self._failure: StoreError | None = None
-        self._looked_at = float("-inf")
-        self._looked_after = 0
 
     def of(self, tenant: str | None, moment: datetime | None = None) -> PriceBook:
         """What a tenant's use is charged by.
@@ -63,38 +114,31 @@ class Prices:
             PriceBookError: The file that is named is missing or wrong.
             StoreError: The ledger cannot be read, and never was, so what is in force is not known.
         """
-        if (named := self._one()) is not None:
+        if (named := self._named_book()) is not None:
             return named
-        found = self._look().book(tenant, moment or datetime.now(UTC))
-        return _example() if found is None else found
+        return self._known().book(tenant, moment or datetime.now(UTC)) or _example()
 
-    def _one(self) -> PriceBook | None:
+    def _named_book(self) -> PriceBook | None:
         """The book that charges everything, read once; None where the ledger says."""
         if self._book is None and (self._named is not None or os.environ.get(PRICE_BOOK_VARIABLE)):
             self._book = self._named if isinstance(self._named, PriceBook) else PriceBook.load(self._named)
         return self._book
 
-    def _look(self) -> InForce:
-        now, after = time.monotonic(), _last_change
-        if now - self._looked_at >= _LOOK_EVERY_S or self._looked_after != after:
-            try:
-                choices = tuple(self._ledger.price_choices())
-            except StoreError as error:  # what was in force a moment ago is the best there is
-                self._failure = error
-            else:
-                if self._in_force is None or self._in_force.choices != choices:
-                    self._in_force = InForce(choices)
-            self._looked_at, self._looked_after = now, after
-        if self._in_force is None:
+    def _known(self) -> InForce:
+        try:
+            self._in_force.refresh(_SEEN_WITHIN_S)
+        except StoreError as error:  # what was in force a moment ago is the best there is
+            self._failure = error
+        if self._in_force.value is None:
             assert self._failure is not None
             raise self._failure
-        return self._in_force
+        return self._in_force.value
+
+    def _read(self) -> InForce:
+        choices, known = tuple(self._read_choices()), self._in_force.value
+        return known if known is not None and known.choices == choices else InForce(choices)
 
 
-_examples: list[PriceBook] = []
-
-
+@cache
 def _example() -> PriceBook:
-    if not _examples:
-        _examples.append(PriceBook.example())
-    return _examples[0]
+    return PriceBook.example()

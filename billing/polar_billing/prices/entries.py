@@ -1,20 +1,102 @@
-"""Entries of a price book: the rates of one request from one moment on, and timelines of them.
+"""Entries of a price book: the rates of one request from one moment on, timelines of them, and their fields.
 
-Knows no book and no usage record.
+Fields are exact decimals within limits, and moments with an offset. Knows no book and no usage record.
 """
 
 from __future__ import annotations
 
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
 from itertools import pairwise
-from typing import TYPE_CHECKING, Self
+from typing import Annotated, Final, Self
 
-from pydantic import model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
-from polar_billing.prices.fields import Checked, Moment, Multiplier, Price
+from polar_billing.values.money import STORED_SCALE
 
-if TYPE_CHECKING:
-    from datetime import datetime
-    from decimal import Decimal
+_TIERS: Final = ("economy", "standard", "premium", "exact")
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, (bool, float)):  # a float would bring binary digits in; TOML numbers arrive as Decimal
+        raise ValueError("must be a decimal number")
+    return value
+
+
+def _plain(value: Decimal) -> Decimal:
+    """Drop trailing zeros, so that 0.40 and 0.4 are one content and one hash."""
+    text = format(value, "f")  # not normalize(), which rounds to the thread's decimal context
+    return Decimal(text.rstrip("0").rstrip(".") or "0") if "." in text else value
+
+
+def _date_is_midnight_utc(value: object) -> object:
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return datetime.combine(value, time(), UTC)
+    return value
+
+
+def _aware(value: datetime) -> datetime:
+    if value.tzinfo is None:
+        raise ValueError("needs an offset from UTC, for example 2026-01-01T00:00:00Z")
+    return value.astimezone(UTC)
+
+
+Price = Annotated[
+    Decimal,
+    BeforeValidator(_no_bool),
+    Field(ge=0, le=1_000_000, max_digits=19, decimal_places=STORED_SCALE),
+    AfterValidator(_plain),
+]
+"""Currency units; 12 decimals."""
+Amount = Annotated[
+    Decimal,
+    BeforeValidator(_no_bool),
+    Field(ge=0, le=10**12, max_digits=25, decimal_places=STORED_SCALE),
+    AfterValidator(_plain),
+]
+"""Currency units of a whole statement; 12 decimals."""
+Multiplier = Annotated[
+    Decimal,
+    BeforeValidator(_no_bool),
+    Field(ge=0, le=1_000, max_digits=10, decimal_places=6),
+    AfterValidator(_plain),
+]
+Percent = Annotated[
+    Decimal,
+    BeforeValidator(_no_bool),
+    Field(ge=0, le=100, max_digits=9, decimal_places=6),
+    AfterValidator(_plain),
+]
+Share = Annotated[
+    Decimal,
+    BeforeValidator(_no_bool),
+    Field(ge=0, le=1, max_digits=7, decimal_places=6),
+    AfterValidator(_plain),
+]
+Quantity = Annotated[
+    Decimal,
+    BeforeValidator(_no_bool),
+    Field(gt=0, le=10**12, max_digits=25, decimal_places=STORED_SCALE),
+    AfterValidator(_plain),
+]
+"""In the unit of what is counted: CU, million tokens, requests."""
+Moment = Annotated[datetime, BeforeValidator(_date_is_midnight_utc), AfterValidator(_aware)]
+"""A date is midnight UTC."""
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+
+
+class Checked(BaseModel):
+    """A part of a book: frozen, and without keys that nobody reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TokenPrices(Checked):
@@ -26,7 +108,7 @@ class TokenPrices(Checked):
 
 
 class PriceEntry(Checked):
-    """The prices from one moment on. A price that is absent charges nothing and makes no line."""
+    """The prices from one moment on. A price that is absent charges nothing and adds no line."""
 
     effective_from: Moment
     effective_until: Moment | None = None
@@ -76,12 +158,12 @@ def timeline(entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
         ValueError: Two begin together, or one ends after the next has begun.
     """
     ordered = tuple(sorted(entries, key=lambda entry: entry.effective_from))
-    for one, following in pairwise(ordered):
+    for entry, following in pairwise(ordered):
         start = following.effective_from.isoformat()
-        if one.effective_from == following.effective_from:
+        if entry.effective_from == following.effective_from:
             raise ValueError(f"two entries are effective from {start}; keep one")
-        if one.effective_until is not None and one.effective_until > following.effective_from:
-            raise ValueError(f"the entry until {one.effective_until.isoformat()} overlaps the one from {start}")
+        if entry.effective_until is not None and entry.effective_until > following.effective_from:
+            raise ValueError(f"the entry until {entry.effective_until.isoformat()} overlaps the one from {start}")
     return ordered
 
 
@@ -92,3 +174,10 @@ def entry_at(entries: tuple[PriceEntry, ...], moment: datetime) -> PriceEntry | 
             ended = entry.effective_until is not None and moment >= entry.effective_until
             return None if ended else entry
     return None
+
+
+def tier_order(tier: str | None) -> tuple[int, str]:
+    """Sort key of a tier: the usual ones from the cheapest up, then others by name, then none."""
+    if tier is None:
+        return (len(_TIERS) + 1, "")
+    return (_TIERS.index(tier), "") if tier in _TIERS else (len(_TIERS), tier)

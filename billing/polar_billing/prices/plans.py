@@ -1,6 +1,6 @@
 """Plans: what a customer's contract adds to the rates of a book, rated over a whole statement period.
 
-A plan has dated terms: a flat fee, a minimum, a discount, items that are priced in bands or packages, and what
+A plan has dated terms: a flat fee, a minimum, a discount, items priced in bands or packages, and what
 each tier promises. Customers are on a plan from a moment on. Prepaid credits pay statements down.
 
 This module holds and checks terms; `statements.charges` applies them.
@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from polar_billing.prices.entries import PriceEntry, timeline
-from polar_billing.prices.fields import Amount, Checked, Moment, Name, Percent, Price, Quantity, Share
+from polar_billing.prices.entries import (
+    Amount,
+    Checked,
+    Moment,
+    Name,
+    Percent,
+    Price,
+    PriceEntry,
+    Quantity,
+    Share,
+    timeline,
+)
 from polar_billing.values.money import to_scaled
 from polar_billing.values.periods import load_zone
 
@@ -23,7 +33,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from decimal import Decimal
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 Counted = Literal["compute_units", "million_input_tokens", "million_output_tokens", "requests"]
 _DECIMALS: Final = {"compute_units": 12, "million_input_tokens": 6, "million_output_tokens": 6, "requests": 0}
 
@@ -71,9 +81,9 @@ class Banded(_PeriodItem):
             if bound is None:
                 raise ValueError("a band before the last has no up_to")
             self._check_countable(bound, "up_to")
-        for one, following in pairwise(bounds):
-            if one is not None and following is not None and one >= following:
-                raise ValueError(f"bands must rise: up_to {following} follows {one}")
+        for bound, following in pairwise(bounds):
+            if bound is not None and following is not None and bound >= following:
+                raise ValueError(f"bands must rise: up_to {following} follows {bound}")
         return self
 
 
@@ -129,9 +139,9 @@ class Terms(Checked):
     @model_validator(mode="after")
     def _one_price_per_item(self) -> Self:
         counted = [item.per for item in self.items]
-        twice = sorted({per for per in counted if counted.count(per) > 1})
-        if twice:
-            raise ValueError(f"{twice[0]} is priced twice; keep one of the items")
+        repeated = sorted({per for per in counted if counted.count(per) > 1})
+        if repeated:
+            raise ValueError(f"{repeated[0]} is priced twice; keep one of the items")
         return self
 
 
@@ -151,12 +161,12 @@ class Plan(Checked):
     @field_validator("terms")
     @classmethod
     def _one_set_of_terms_at_a_time(cls, terms: tuple[Terms, ...]) -> tuple[Terms, ...]:
-        return tuple(in_order(terms, lambda one: (one.effective_from,), "terms"))
+        return tuple(in_order(terms, lambda terms_: (terms_.effective_from,), "terms"))
 
     def terms_at(self, moment: datetime) -> Terms | None:
         """The terms in force at a moment."""
-        found = [one for one in self.terms if one.effective_from <= moment]
-        return found[-1] if found else None
+        past = [terms for terms in self.terms if terms.effective_from <= moment]
+        return past[-1] if past else None
 
 
 class Customer(Checked):
@@ -203,15 +213,15 @@ class Credit(Checked):
         return (self.priority, self.expires_at is None, expires, self.effective_from.isoformat(), self.id)
 
 
-def in_order(things: Iterable[Thing], key: Callable[[Thing], tuple[object, ...]], what: str) -> list[Thing]:
+def in_order(items: Iterable[Item], key: Callable[[Item], tuple[object, ...]], what: str) -> list[Item]:
     """Sort the entries of a list in a book, and refuse two with one key.
 
     Raises:
         ValueError: There are two; `what` names the list.
     """
-    ordered = sorted(things, key=key)
-    for one, following in pairwise(ordered):
-        if key(one) == key(following):
-            told = " from ".join(str(part) for part in key(one))
-            raise ValueError(f"two {what} are {told}; keep one")
+    ordered = sorted(items, key=key)
+    for item, following in pairwise(ordered):
+        if key(item) == key(following):
+            name = " from ".join(str(part) for part in key(item))
+            raise ValueError(f"two {what} are {name}; keep one")
     return ordered

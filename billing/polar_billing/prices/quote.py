@@ -1,11 +1,4 @@
-"""`quote`: the most a request can cost, before it runs. Pure: no clock, no store.
-
-    from polar_billing.prices.quote import quote
-
-    most = quote(book, tenant, tier, flops_bound, tokens_input, tokens_output, at)
-    most.amount      Decimal with 12 decimals, or None where the use would be unrated
-    most.unrated     why, or None
-    most.currency
+"""`quote`: the maximum a request can cost, before it runs. Pure: no clock, no store.
 
 The bound is exact: prices are not negative, so a request costs most when it executes every FLOP and samples
 every token it may, and rounding half to even keeps that order. A request that keeps to the bounds is rated (see
@@ -30,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quote:
-    """The most a request can cost under a price book, or why that cannot be said."""
+    """The maximum a request can cost under a price book, or why that cannot be said."""
 
     currency: str
     amount: Decimal | None
@@ -55,14 +48,14 @@ def quote(
     Args:
         book: The prices.
         tenant: Who asks; its plan may bring rates of its own.
-        tier: The tier asked for, None for a program named by hand.
-        flops_bound: Most FLOPs it can execute: most tokens through the dearest allowed program, the router
+        tier: The requested tier, None for a program named by hand.
+        flops_bound: Maximum FLOPs it can execute: all tokens through the most expensive allowed program, the router
             included.
         tokens_input: Prompt tokens.
-        tokens_output: Most tokens it may sample.
+        tokens_output: Maximum number of tokens it may sample.
         at: When the request will be served. Aware.
-        until: Where it may be served as late as this: the dearest rates in force from `at` to then, both
-            included. One moment without a price in between makes it unrated.
+        until: If it may be served as late as this: the most expensive rates in force from `at` to then, both included,
+            count. One moment without a price in between makes it unrated.
 
     Returns:
         The bound; `amount` is None where the book has no price for such a use.
@@ -72,21 +65,21 @@ def quote(
     """
     for name, count in (("flops_bound", flops_bound), ("tokens_input", tokens_input), ("tokens_output", tokens_output)):
         if count < 0:
-            raise AmountError(f"{name} ({count}) is negative.", hint="Give the most the request can use.")
+            raise AmountError(f"{name} ({count}) is negative.", hint="Give the maximum the request can use.")
     counts = Counts(1, flops_bound, tokens_input, tokens_output)
     ratings = [_rate(book, tenant, tier, counts, moment) for moment in _moments(book, tenant, at, until)]
     for rating in ratings:
         if rating.unrated is not None:
             return Quote(book.currency, None, unrated=rating.unrated)
-    dearest = max(ratings, key=lambda rating: sum(line.exact for line in rating.lines))
-    return Quote(book.currency, dearest.cost, dearest.lines)
+    highest = max(ratings, key=lambda rating: sum(line.exact for line in rating.lines))
+    return Quote(book.currency, highest.cost, highest.lines)
 
 
 def _rate(book: PriceBook, tenant: str, tier: str | None, counts: Counts, moment: datetime) -> Rating:
-    found = rate_of(book, tenant, tier, moment)
-    if isinstance(found, str):
-        return Rating(book.currency, unrated=found)
-    return Rating(book.currency, charge_lines(counts, found.entry, found.multiplier))
+    rate = rate_of(book, tenant, tier, moment)
+    if isinstance(rate, str):
+        return Rating(book.currency, unrated=rate)
+    return Rating(book.currency, charge_lines(counts, rate.entry, rate.multiplier))
 
 
 def _moments(book: PriceBook, tenant: str, at: datetime, until: datetime | None) -> list[datetime]:

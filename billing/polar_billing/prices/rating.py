@@ -2,7 +2,7 @@
 
 Also the two counterfactuals that reports show: the same request at full depth under the same prices, and the
 same tokens under conventional per-token prices. Amounts are exact integers of 10^-30 of the currency (see
-`money`); whoever prints or stores them rounds once.
+`money`); they are rounded once, when printed or stored.
 """
 
 from __future__ import annotations
@@ -151,38 +151,38 @@ def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) 
     Args:
         record: The facts.
         book: The prices.
-        counterfactuals: False to leave them out, where a request waits for its receipt.
+        counterfactuals: False to leave them out, because a request waits for its receipt.
 
     Returns:
         Charge lines, or a reason why the use is unrated: no price at that time, or none for that tier.
     """
-    found = rate_of(book, record.tenant, record.tier, record.started_at)
-    if isinstance(found, str):
-        return Rating(book.currency, unrated=found)
+    charged_by = rate_of(book, record.tenant, record.tier, record.started_at)
+    if isinstance(charged_by, str):
+        return Rating(book.currency, unrated=charged_by)
     counts = Counts(1, record.flops.total, record.tokens.input, record.tokens.output)
-    entry = found.entry
+    entry = charged_by.entry
     if record.outcome in book.free_outcomes:
         free = free_lines(counts, entry, str(record.outcome))
         return Rating(book.currency, lines=free, per_token_lines=_per_token(counts, entry, Decimal(0)))
-    lines = charge_lines(counts, entry, found.multiplier)
+    lines = charge_lines(counts, entry, charged_by.multiplier)
     if not counterfactuals:
         return Rating(book.currency, lines)
     return Rating(
         currency=book.currency,
         lines=lines,
-        full_depth_lines=charge_lines(replace(counts, flops=record.identity_flops), entry, found.multiplier),
+        full_depth_lines=charge_lines(replace(counts, flops=record.identity_flops), entry, charged_by.multiplier),
         per_token_lines=_per_token(counts, entry, Decimal(1)),
     )
 
 
 def cost_of(record: UsageRecord, book: PriceBook) -> tuple[Decimal | None, str | None]:
     """`rate(record, book).cost` and `.unrated` without the lines, which storing a record does not need."""
-    found = rate_of(book, record.tenant, record.tier, record.started_at)
-    if isinstance(found, str):
-        return None, found
+    charged_by = rate_of(book, record.tenant, record.tier, record.started_at)
+    if isinstance(charged_by, str):
+        return None, charged_by
     exact = 0
     if record.outcome not in book.free_outcomes:
-        compute, tokens_input, tokens_output, request = _per_count(found.entry.rates, found.multiplier)
+        compute, tokens_input, tokens_output, request = _per_count(charged_by.entry.rates, charged_by.multiplier)
         tokens = record.tokens
         exact = record.flops.total * compute + tokens.input * tokens_input + tokens.output * tokens_output + request
     return from_scaled(round_half_even(exact, EXACT_SCALE, STORED_SCALE), STORED_SCALE), None

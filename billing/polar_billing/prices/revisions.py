@@ -1,4 +1,4 @@
-"""What one revision of a price book changes against another, and what of that lies in the past. Pure.
+"""What one revision of a price book changes against another, and which of it concerns the past. Pure.
 
 Books are revised by adding entries that begin later; a rate, term or plan that has been in force stays what it
 was. Prepaid credits, and plans that nobody can be on yet, may be added at any time: they change no rate.
@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from polar_billing.prices.book import PriceBook
-    from polar_billing.prices.entries import PriceEntry
-    from polar_billing.prices.fields import Checked
+    from polar_billing.prices.entries import Checked, PriceEntry
     from polar_billing.prices.plans import Plan
 
 
-_MOST_TOLD: Final = 3
+_MAX_NAMED: Final = 3
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 """When an added credit, or a plan that is new, changes a rate."""
 
@@ -60,8 +59,7 @@ def changes(old: PriceBook, new: PriceBook) -> list[Change]:
 
 def past_changes(old: PriceBook, new: PriceBook, until: datetime) -> list[Change]:
     """The differences that touch what was in force at or before a moment."""
-    found = changes(old, new)
-    return [change for change in found if change.effective_from is None or change.effective_from <= until]
+    return [change for change in changes(old, new) if change.effective_from is None or change.effective_from <= until]
 
 
 def check_revision(old: PriceBook, new: PriceBook, *, now: datetime, last_use: datetime | None) -> None:
@@ -69,7 +67,7 @@ def check_revision(old: PriceBook, new: PriceBook, *, now: datetime, last_use: d
 
     Args:
         old: The book in force.
-        new: The book that shall follow it; of the same id.
+        new: The book that is to follow it; of the same id.
         now: The clock's time.
         last_use: Service time of the latest use that the old book rated; None where there is none.
 
@@ -77,12 +75,12 @@ def check_revision(old: PriceBook, new: PriceBook, *, now: datetime, last_use: d
         PriceBookError: A rate, term or plan that was in force, or that rated a use, would change.
     """
     until = now if last_use is None else max(now, last_use)
-    found = past_changes(old, new, until)
-    if found:
-        told = "; ".join(str(change) for change in found[:_MOST_TOLD])
-        more = f"; and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
+    past = past_changes(old, new, until)
+    if past:
+        named = "; ".join(str(change) for change in past[:_MAX_NAMED])
+        more = f"; and {len(past) - _MAX_NAMED} more" if len(past) > _MAX_NAMED else ""
         raise PriceBookError(
-            f"price book {new.id!r} changes what was in force by {until.isoformat(timespec='seconds')}: {told}{more}.",
+            f"price book {new.id!r} changes what was in force by {until.isoformat(timespec='seconds')}: {named}{more}.",
             hint="Keep past entries as they are and add one with a later effective_from.",
         )
 
@@ -130,12 +128,12 @@ def _compare(path: str, old: _Part | None, new: _Part | None) -> Iterator[Change
         yield Change(path, "present", None, old.begins)
     elif old is not None and new is not None:
         for key in sorted(old.values.keys() | new.values.keys()):
-            one, other = old.values.get(key), new.values.get(key)
-            if one != other:
+            before, after = old.values.get(key), new.values.get(key)
+            if before != after:
                 begins = old.begins
                 if key == "effective_until":  # an end that moves changes nothing before the earlier of the two
                     begins = min(end for end in (old.ends, new.ends) if end is not None)
-                yield Change(f"{path}.{key}" if key else path, one, other, begins)
+                yield Change(f"{path}.{key}" if key else path, before, after, begins)
 
 
 def _leaves(model: Checked) -> dict[str, str]:

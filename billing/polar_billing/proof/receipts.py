@@ -1,7 +1,7 @@
 """Receipts that can be proved: one request's cost, and its place in the hash chain of its tenant.
 
-A receipt is a small JSON object that the tenant keeps. `check_receipt` holds every value of it against the ledger, and
-walks the chain from it to the head; so whoever holds a receipt notices when the ledger is rewritten. Knows no prices.
+A receipt is a small JSON object that the tenant keeps. `check_receipt` checks every value of it against the ledger, and
+walks the chain from it to the head; so the holder of a receipt notices if the ledger was rewritten. Knows no prices.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from sqlalchemy import and_, select
 
 from polar_billing.errors import QueryError
 from polar_billing.ledger.append import find_known
-from polar_billing.ledger.chain import CHAINED, Link, digest_of, hash_of, raw_rows
-from polar_billing.ledger.contract import StoredUsage
-from polar_billing.ledger.schema import link_table, price_book_table
-from polar_billing.prices.book import PriceBook
+from polar_billing.ledger.books import read_book
+from polar_billing.ledger.chain import Link, digest_of, hash_of, raw_rows
+from polar_billing.ledger.records import StoredUsage
+from polar_billing.ledger.schema import CHAINED, link_table
 from polar_billing.proof.verify import wrong_link_after
 from polar_billing.values.money import STORED_SCALE, from_scaled
 from polar_sdk.usage import COMPUTE_UNIT_VERSION
@@ -46,12 +46,17 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
     if known is None:
         raise QueryError(
             f"request {request_id!r} of tenant {tenant!r} and source {source!r} is not in the ledger.",
-            hint="Look with `polar usage --requests`; give the tenant with --tenant.",
+            hint="List requests with `polar usage --requests --tenant NAME`.",
         )
     digest, stored = known
     link = _link_of(connection, str(stored.seq))
     flops = stored.record.flops.total if isinstance(stored, StoredUsage) else None
-    book = _book(connection, stored.price_book_hash)
+    book = read_book(connection, stored.price_book_hash)
+    if book is None:
+        raise QueryError(
+            f"price book {stored.price_book_hash} of request {request_id!r} is not in the ledger.",
+            hint="Run `polar verify`.",
+        )
     return {
         "format": FORMAT,
         "tenant": tenant,
@@ -77,19 +82,21 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
 
 
 def check_receipt(connection: Connection, receipt: Mapping[str, Any]) -> str | None:
-    """Hold a receipt against the ledger.
+    """Check a receipt against the ledger.
 
     Returns:
-        What does not agree, or None where all of it does.
+        What does not agree, or None if all of it does.
 
     Raises:
-        QueryError: It is no receipt.
+        QueryError: It is not a receipt.
     """
     if receipt.get("format") != FORMAT or not isinstance(receipt.get("chain"), dict):
-        raise QueryError(f"receipt format {receipt.get('format')!r} is not {FORMAT!r}.", hint="Use polar receipt.")
+        raise QueryError(
+            f"receipt format {receipt.get('format')!r} is not {FORMAT!r}.", hint="Use the output of `polar receipt`."
+        )
     names = [receipt.get(name) for name in ("tenant", "request_id", "source")]
     if not all(isinstance(name, str) for name in names):
-        raise QueryError("the receipt names no tenant, request and source.", hint="Use what `polar receipt` printed.")
+        raise QueryError("the receipt names no tenant, request and source.", hint="Use the output of `polar receipt`.")
     tenant, request_id, source = map(str, names)
     try:
         now = make_receipt(connection, tenant, request_id, source=source)
@@ -105,17 +112,17 @@ def check_receipt(connection: Connection, receipt: Mapping[str, Any]) -> str | N
 
 def _wrong_from(connection: Connection, tenant: str, number: int) -> str | None:
     """What is wrong with the request's row, or with the chain from its link to the head."""
-    link = _first(connection, tenant, number)
+    link = _link_at(connection, tenant, number)
     if hash_of(link.tenant, link.number, link.subject, link.key, link.digest, link.previous) != link.hash:
         return f"number {number} of the chain was changed."
-    found = raw_rows(connection, CHAINED[_SUBJECT], [int(link.key)]).get(link.key)
-    if found is not None and digest_of(_SUBJECT, found) != link.digest:
+    rows = raw_rows(connection, CHAINED[_SUBJECT], [int(link.key)]).get(link.key)
+    if rows is not None and digest_of(_SUBJECT, rows) != link.digest:
         return f"the request was changed after it was stored (number {number} of the chain)."
     wrong = wrong_link_after(connection, link)
     return None if wrong is None else f"number {wrong.number} of the chain {wrong.what}"
 
 
-def _first(connection: Connection, tenant: str, number: int) -> Link:
+def _link_at(connection: Connection, tenant: str, number: int) -> Link:
     where = and_(link_table.c.tenant == tenant, link_table.c.number == number)
     row = connection.execute(select(link_table).where(where)).one()
     return Link(*row[:4], *map(bytes, row[4:]))
@@ -127,8 +134,3 @@ def _link_of(connection: Connection, key: str) -> Link:
     if row is None:
         raise QueryError(f"request number {key} has no link in the chain.", hint="Run `polar verify`.")
     return Link(*row[:4], *map(bytes, row[4:]))
-
-
-def _book(connection: Connection, digest: str) -> PriceBook:
-    document = select(price_book_table.c.document).where(price_book_table.c.hash == digest)
-    return PriceBook.from_document(connection.execute(document).scalar_one())

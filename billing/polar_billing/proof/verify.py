@@ -1,28 +1,29 @@
-"""Verify a ledger from its own database: walk every chain, and compute again what can be computed again.
+"""Verify a ledger from its own database: walk every chain, and recompute what can be recomputed.
 
-What it finds: any stored value changed, any row deleted, inserted or put in another's place, in every chained table
+What it finds: any stored value changed, any row deleted, inserted or swapped with another, in every chained table
 and in the chain itself; entries that do not sum to zero; rollups that are not the sums of their usage. It names the
 first bad number of each tenant's chain.
 
-What it cannot find by itself: a ledger that somebody rewrote as a whole, all hashes and heads computed anew, or took
+What it cannot find by itself: a ledger that was rewritten as a whole, all hashes and heads recomputed, or taken
 back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
 `check_head` and `polar_billing.proof.receipts` do.
 
-Knows no prices; who derives more from the ledger adds a check with `register_check`.
+Whatever else follows from the ledger is recomputed as well: every issued statement. Knows no prices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import String, and_, cast, exists, func, select
 
-from polar_billing.ledger.chain import CHAINED, FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
+from polar_billing.errors import StoreDamagedError
+from polar_billing.ledger.chain import FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
 from polar_billing.ledger.retention import pruned_totals
 from polar_billing.ledger.rollups import merge, raw_usage, stored_rollups, sum_up
 from polar_billing.ledger.schema import (
+    CHAINED,
     entry_table,
     head_table,
     link_table,
@@ -30,18 +31,25 @@ from polar_billing.ledger.schema import (
     pruned_table,
     receipt_table,
     rollup_table,
+    statement_table,
     usage_table,
 )
+from polar_billing.statements.audit import recheck_in
+from polar_billing.statements.store import read_statements
+from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sqlalchemy import Connection, Select
 
-    from polar_billing.ledger.chain import Chained
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.schema import Chained
 
 
-_LINKS_AT_ONCE: Final = 500
+_LINKS_BATCH: Final = 500
+_MALFORMED: Final = (ValueError, TypeError, LookupError, ArithmeticError, PolarError)
+"""What is raised by stored values that were changed into something they cannot be."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Finding:
     tenant: str
     """Empty for what belongs to no tenant."""
     number: int | None
-    """In the tenant's chain; None for what has no place there."""
+    """In the tenant's chain; None for what has no place in it."""
     what: str
 
     def __str__(self) -> str:
@@ -76,43 +84,41 @@ class Verification:
         return not self.findings
 
 
-Check = Callable[["Connection"], Iterator[Finding]]
-_CHECKS: Final[list[Check]] = []
-
-
-def register_check(check: Check) -> None:
-    """Add a check of something derived that can be computed again; it runs after the chains were walked."""
-    _CHECKS.append(check)
-
-
-def verify_ledger(connection: Connection, tenant: str | None = None) -> Verification:
-    """Walk the chains.
+def verify_ledger(ledger: Ledger, tenant: str | None = None) -> Verification:
+    """Walk the chains of one state of a ledger, and recompute what follows from it; see the top of this module.
 
     Args:
-        connection: A transaction that sees one state of the ledger.
-        tenant: Only this tenant's chain; None for the whole ledger, unlinked rows and sums included.
-    """
-    import polar_billing.statements.verification  # noqa: F401  (registers its check, and imports this module)
+        ledger: What to verify.
+        tenant: Only this tenant's chain; None for the whole ledger, unlinked rows, sums and statements included.
 
-    made = Verification()
+    Raises:
+        StoreError: The ledger cannot be read.
+    """
+    with ledger.snapshot() as connection:
+        return verify_in(connection, tenant)
+
+
+def verify_in(connection: Connection, tenant: str | None = None) -> Verification:
+    """As `verify_ledger`, in a transaction that sees one state of the ledger."""
+    verification = Verification()
     heads = {row.tenant: Head(row.number, bytes(row.hash)) for row in connection.execute(select(head_table))}
     tenants = set(heads) | set(connection.execute(select(link_table.c.tenant).distinct()).scalars())
     for name in sorted(tenants) if tenant is None else [tenant]:
-        found = _walk(connection, name, heads.get(name, Head()), made)
-        made.findings += [] if found is None else [found]
-        made.heads[name] = heads.get(name, Head())
-    for check in (*_OWN_CHECKS, *_CHECKS) if tenant is None else ():
-        made.findings += check(connection)
-    return made
+        finding = _walk(connection, name, heads.get(name, Head()), verification)
+        verification.findings += [] if finding is None else [finding]
+        verification.heads[name] = heads.get(name, Head())
+    for check in _CHECKS if tenant is None else ():
+        verification.findings += check(connection)
+    return verification
 
 
 def check_head(connection: Connection, tenant: str, kept: Head) -> Finding | None:
     """Compare a head that was kept elsewhere with the chain: finds a ledger rewritten or taken back since."""
     where = and_(link_table.c.tenant == tenant, link_table.c.number == kept.number)
-    found = connection.execute(select(link_table.c.hash).where(where)).scalar()
-    if found is None:
+    stored = connection.execute(select(link_table.c.hash).where(where)).scalar()
+    if stored is None:
         return Finding(tenant, kept.number, "is missing, though a head kept elsewhere knows it.")
-    if bytes(found) != kept.hash:
+    if bytes(stored) != kept.hash:
         return Finding(tenant, kept.number, "has another hash than the head kept elsewhere.")
     return None
 
@@ -131,7 +137,7 @@ def wrong_link_after(connection: Connection, start: Link) -> Finding | None:
     return None
 
 
-def _walk(connection: Connection, tenant: str, head: Head, made: Verification) -> Finding | None:
+def _walk(connection: Connection, tenant: str, head: Head, verification: Verification) -> Finding | None:
     """Walk one chain up to its first bad number."""
     last = Head()
     for links in _pages(connection, tenant):
@@ -141,7 +147,7 @@ def _walk(connection: Connection, tenant: str, head: Head, made: Verification) -
             if what is not None:
                 return Finding(tenant, min(link.number, last.number + 1), what)
             last = Head(link.number, link.hash)
-            made.links += 1
+            verification.links += 1
     if last.number < head.number:
         return Finding(tenant, last.number + 1, f"is missing; the head says the chain ends with number {head.number}.")
     if last != head:
@@ -152,7 +158,7 @@ def _walk(connection: Connection, tenant: str, head: Head, made: Verification) -
 
 
 def _pages(connection: Connection, tenant: str, after: int | None = None) -> Iterator[list[Link]]:
-    query = select(link_table).where(link_table.c.tenant == tenant).order_by(link_table.c.number).limit(_LINKS_AT_ONCE)
+    query = select(link_table).where(link_table.c.tenant == tenant).order_by(link_table.c.number).limit(_LINKS_BATCH)
     last = after
     while True:
         page = query if last is None else query.where(link_table.c.number > last)
@@ -178,24 +184,24 @@ Rows = dict[tuple[str, str], list[tuple[str, tuple[Any, ...]]]]
 
 def _rows_of(connection: Connection, links: Sequence[Link]) -> Rows:
     """The rows that links stand for, by subject and key."""
-    found: Rows = {}
+    rows_by_link: Rows = {}
     for subject, chained in CHAINED.items():
         keys = [key for link in links if link.subject == subject and (key := chained.key_of(link.key)) is not None]
         for key, rows in raw_rows(connection, chained, keys).items():
-            found[subject, key] = rows
-    return found
+            rows_by_link[subject, key] = rows
+    return rows_by_link
 
 
 def _wrong_row(connection: Connection, link: Link, rows: Rows) -> str | None:
     if link.subject not in CHAINED:
         return f"is of a kind that this polar-llm does not know, {link.subject!r}."
-    found = rows.get((link.subject, link.key))
+    stored = rows.get((link.subject, link.key))
     name = f"row {link.key} of polar_{link.subject}"
-    if found is None:
+    if stored is None:
         return None if _was_pruned(connection, link) else f"{name} is missing."
-    if digest_of(link.subject, found) != link.digest:
+    if digest_of(link.subject, stored) != link.digest:
         return f"{name}, or a row that belongs to it, was changed, added or removed."
-    if CHAINED[link.subject].tenant_of(found[0][1]) != link.tenant:
+    if CHAINED[link.subject].tenant_of(stored[0][1]) != link.tenant:
         return f"{name} is of another tenant."
     return None
 
@@ -237,9 +243,9 @@ def _place(connection: Connection, tenant: str, subject: str, key: object) -> in
         return None
     link, chained = link_table.c, CHAINED[subject]
     query = select(link.number, link.key).where(link.tenant == tenant, link.subject == subject).order_by(link.number)
-    with connection.execute(query, execution_options={"yield_per": _LINKS_AT_ONCE}) as links:
+    with connection.execute(query, execution_options={"yield_per": _LINKS_BATCH}) as links:
         for number, text in links:
-            other = chained.key_of(text)  # not left to the database, which fails where a key is no number any more
+            other = chained.key_of(text)  # not left to the database, which fails if a key is not a number any more
             if isinstance(other, int) and other > key:
                 return int(number)
     return int(connection.execute(select(func.max(link.number)).where(link.tenant == tenant)).scalar() or 0) + 1
@@ -272,7 +278,7 @@ def _wrong_rollups(connection: Connection) -> Iterator[Finding]:
         try:
             usage = sum_up(raw_usage(connection, usage_table.c.tenant == tenant))
             computed = merge(usage, *pruned_totals(connection, tenant))
-        except (ValueError, TypeError):  # a value that is no number any more
+        except (ValueError, TypeError):  # a value that is not a number any more
             yield Finding(tenant, None, "its usage cannot be added up.")
             continue
         wrong = sorted(key for key in stored.keys() | computed.keys() if stored.get(key) != computed.get(key))
@@ -280,4 +286,24 @@ def _wrong_rollups(connection: Connection) -> Iterator[Finding]:
             yield Finding(tenant, None, f"the rollup of hour {wrong[0][1]} since 1970 is not the sum of its usage.")
 
 
-_OWN_CHECKS: Final[tuple[Check, ...]] = (_unlinked, _without_book, _unbalanced, _wrong_rollups)
+def _wrong_statements(connection: Connection) -> Iterator[Finding]:
+    """One finding per difference between an issued statement and what follows from the ledger."""
+    tenants = connection.execute(select(statement_table.c.tenant).distinct().order_by(statement_table.c.tenant))
+    for tenant in tenants.scalars().all():
+        try:
+            for issued in read_statements(connection, tenant):
+                for difference in recheck_in(connection, issued):
+                    yield Finding(tenant, None, difference)
+        except StoreDamagedError as error:
+            yield Finding(tenant, None, str(error))
+        except _MALFORMED as error:
+            yield Finding(tenant, None, f"its statements cannot be rebuilt ({type(error).__name__}: {error}).")
+
+
+_CHECKS: Final[tuple[Callable[[Connection], Iterator[Finding]], ...]] = (
+    _unlinked,
+    _without_book,
+    _unbalanced,
+    _wrong_rollups,
+    _wrong_statements,
+)

@@ -1,7 +1,7 @@
-"""The charts of the HTML report, as SVG that stands inside the page.
+"""The charts of the HTML report, as SVG inside the page.
 
-Text stays text (selectable, set in the page's own fonts), nothing is fetched, and the same report gives the
-same bytes. Every figure shown is in a table of the page too. Knows no HTML but the `<svg>` element.
+Text stays text (selectable, in the page's own fonts), nothing is fetched, and the same report gives the same bytes.
+Every figure shown is also in a table of the page. Knows no HTML but the `<svg>` element.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INK: Final = "#1c2733"
 MUTED: Final = "#5d6975"
 GRID: Final = "#dfe4e8"
 PALE: Final = "#c9d2d9"
-# Told apart by lightness as well as by hue, so also in grey print and by colour-blind readers.
+# They differ in lightness as well as in hue, for grey print and for colour-blind readers.
 TIER_COLORS: Final = {
     "economy": "#4fa3a5",
     "standard": "#2f6f9f",
@@ -59,7 +59,7 @@ _STYLE: Final[Any] = {
     "ytick.major.size": 0,
     "legend.frameon": False,
 }
-_MOST_TENANTS: Final = 40
+_MAX_TENANTS: Final = 40
 _PANELS_PER_ROW: Final = 2
 
 
@@ -69,7 +69,7 @@ def tier_color(tier: str | None) -> str:
 
 
 def charges_by_tier(report: Report) -> str:
-    """Per tier what was charged, beside the same usage at full depth and per token."""
+    """Charges by tier, next to the same usage at full depth and per token."""
     tiers = [tier for tier in report.tiers if tier.figures.charge is not None]
     series: list[tuple[str, str, list[Decimal | None]]] = [
         ("charged", _CHARGED, [tier.figures.charge for tier in tiers]),
@@ -97,19 +97,19 @@ def charges_by_tier(report: Report) -> str:
         _categories(axes, [text.tier_name(tier.tier) for tier in tiers])
         _amounts(axes, report)
         axes.margins(x=0.14)
-        axes.set_xlim(left=0)  # where every charge rounds to 0, the axis would else show negative ones
+        axes.set_xlim(left=0)  # if every charge rounds to 0, the axis would otherwise show negative ones
         _legend(figure, axes)
 
     return _svg(
         "charges-by-tier",
         0.9 + 0.62 * len(tiers),
         draw,
-        "Charges by tier beside full depth and per-token pricing",
+        "Charges by tier, next to full depth and per-token pricing",
     )
 
 
 def compute_by_tier(report: Report) -> str:
-    """Per tier the compute units executed, beside those of full depth."""
+    """Compute units executed by tier, next to those at full depth."""
     tiers = report.tiers
 
     def draw(figure: Figure) -> None:
@@ -127,19 +127,19 @@ def compute_by_tier(report: Report) -> str:
         for place, tier in enumerate(tiers):
             saved = text.share(tier.figures.saved_share, signed=True)
             label = f"{text.compute_units(tier.figures.compute_units)} CU, {saved} saved"
-            at = max(full[place], executed[place])
-            axes.annotate(label, (at, place), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
+            end = max(full[place], executed[place])
+            axes.annotate(label, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
         _categories(axes, [text.tier_name(tier.tier) for tier in tiers])
         axes.set_xlabel("compute units (10¹² FLOPs); the wide pale bar is the same usage at full depth")
         axes.grid(axis="x")
         axes.margins(x=0.27)
 
-    return _svg("compute-by-tier", 0.75 + 0.42 * len(tiers), draw, "Compute units executed by tier beside full depth")
+    return _svg("compute-by-tier", 0.75 + 0.42 * len(tiers), draw, "Compute units executed by tier, next to full depth")
 
 
 def charges_by_tenant(report: Report) -> str:
-    """Per tenant the charge, split by tier, the largest first."""
-    ranked = sorted(report.tenants, key=lambda tenant: (-tenant.total, tenant.tenant))[:_MOST_TENANTS]
+    """Charges by tenant, split by tier, the largest first."""
+    ranked = sorted(report.tenants, key=lambda tenant: (-tenant.total, tenant.tenant))[:_MAX_TENANTS]
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -170,7 +170,7 @@ def charges_by_tenant(report: Report) -> str:
         _categories(axes, [tenant.tenant for tenant in ranked])
         _amounts(axes, report)
         axes.margins(x=0.14)
-        axes.set_xlim(left=0)  # where every charge rounds to 0, the axis would else show negative ones
+        axes.set_xlim(left=0)  # if every charge rounds to 0, the axis would otherwise show negative ones
         _legend(figure, axes)
 
     return _svg("charges-by-tenant", 0.95 + 0.26 * len(ranked), draw, "Charges by tenant, split by tier")
@@ -241,7 +241,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _svg(name: str, height: float, draw: Callable[[Figure], None], label: str) -> str:
-    """Draw a figure and cut what an SVG inside a page does not need, names made unique to the chart."""
+    """Draw a figure as SVG, without what a page does not need, and with ids that are unique to the chart."""
     out = io.StringIO()
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 
 from polar_billing.errors import CurrencyMixError
-from polar_billing.ledger.contract import AllTenants
-from polar_billing.ledger.schema.usage import usage_table
+from polar_billing.ledger.records import AllTenants
+from polar_billing.ledger.schema import usage_table
 from polar_billing.reports.totals import Rater, UsageTotals, accumulate
 from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, compute_statement
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from polar_billing.ledger.contract import LedgerStorage, Selection
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import Selection
     from polar_billing.prices.book import PriceBook
     from polar_billing.statements.statement import Statement
     from polar_billing.values.periods import Period
@@ -73,7 +73,7 @@ class Repriced(BaseModel):
 
 
 def charges_under(
-    ledger: LedgerStorage, selection: Selection, books: Sequence[PriceBook]
+    ledger: Ledger, selection: Selection, books: Sequence[PriceBook]
 ) -> dict[str, tuple[OtherCharge, ...]]:
     """What each tenant's usage comes to under each book, in the order of the books."""
     charges: dict[str, list[OtherCharge]] = {}

@@ -121,7 +121,7 @@ def _share(part: int, whole: int) -> Decimal | None:
 
 
 def _percentile(ordered: list[int], percent: int) -> int | None:
-    """Nearest rank: the smallest value that `percent` of all do not exceed; always one that occurred."""
+    """The nearest-rank percentile, which is always one of the values."""
     if not ordered:
         return None
     return ordered[-(-len(ordered) * percent // 100) - 1]

@@ -1,4 +1,4 @@
-"""A report as one HTML file: styles and charts inside, nothing fetched, made for the screen and for A4.
+"""A report as one HTML page: styles and charts inside, nothing fetched, for the screen and for A4.
 
 The template is `report.html.jinja`; the figures come from `report`, the charts from `charts`. Needs the extra
 `report` (jinja2, matplotlib).
@@ -22,7 +22,7 @@ _TEMPLATE: Final = "report.html.jinja"
 
 
 def report_html(report: Report) -> str:
-    """Set a report as one self-contained HTML page.
+    """Render a report as one self-contained HTML page.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
@@ -66,7 +66,7 @@ def _source(name: str) -> str:
 
 
 def _charts(report: Report, charts: Any) -> dict[str, str]:
-    """The charts by name; an empty text for one that would show nothing."""
+    """The charts by name; empty where a chart would show nothing."""
     drawn = {"compute": "", "charges": "", "tenants": ""}
     if report.is_empty:
         return drawn

@@ -14,15 +14,16 @@ from pydantic import BaseModel, ConfigDict
 
 from polar_billing.errors import QueryError
 from polar_billing.ledger.rollups import SUM_DIMENSIONS, sum_of
+from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE
 from polar_billing.reports.totals import Rater, UsageSums, accumulate, only_currency
 from polar_billing.values.money import EXACT_SCALE, STORED_SCALE, from_scaled, round_half_even
-from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from polar_billing.ledger.contract import LedgerStorage, Selection, StoredUsage
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import Selection, StoredUsage
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
     from polar_billing.values.periods import Period
@@ -67,7 +68,7 @@ class UsageRow(BaseModel):
 
 
 def usage_rows(
-    ledger: LedgerStorage,
+    ledger: Ledger,
     selection: Selection,
     *,
     by: Sequence[str] = ("tenant", "tier"),
@@ -115,7 +116,7 @@ def _ordered(groups: Iterable[Group], by: Sequence[str]) -> list[tuple[Group, di
 
 
 def _rows_of_receipts(
-    ledger: LedgerStorage, selection: Selection, by: Sequence[str], currency: str | None, rollups: bool
+    ledger: Ledger, selection: Selection, by: Sequence[str], currency: str | None, rollups: bool
 ) -> list[UsageRow]:
     """Rows whose cost is what the receipts say."""
     currencies = {digest: book.currency for digest, book in ledger.price_books().items()}
@@ -133,7 +134,7 @@ def _rows_of_receipts(
     ]
 
 
-def _sums(ledger: LedgerStorage, selection: Selection, by: Sequence[str], rollups: bool) -> Iterator[tuple[Group, Sum]]:
+def _sums(ledger: Ledger, selection: Selection, by: Sequence[str], rollups: bool) -> Iterator[tuple[Group, Sum]]:
     if not SUM_DIMENSIONS.issuperset(by) or selection.tags:
         readers = [_reader(dimension, selection) for dimension in by]
         for stored in ledger.read(selection):

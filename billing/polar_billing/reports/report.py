@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from polar_billing.ledger.contract import ALL_TENANTS, AllTenants, LedgerStorage, Selection
+from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
+from polar_billing.prices.entries import tier_order
 from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
 from polar_billing.reports.figures import Figures, figures_of
 from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
 from polar_billing.statements.statement import Statement
 from polar_billing.values.money import exact_sum, round_lines
-from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
     from polar_billing.values.periods import Period
 
@@ -127,7 +128,7 @@ class Report(_Part):
 
 
 def build_report(
-    ledger: LedgerStorage,
+    ledger: Ledger,
     selection: Selection | None = None,
     *,
     prices: PriceBook | None = None,
@@ -266,13 +267,10 @@ def _padded(visits: LayerVisits) -> tuple[list[int], list[int]]:
     )
 
 
-def _issued_within(ledger: LedgerStorage, tenants: Iterable[str], period: Period) -> dict[str, tuple[Statement, ...]]:
+def _issued_within(ledger: Ledger, tenants: Iterable[str], period: Period) -> dict[str, tuple[Statement, ...]]:
     """The statements of tenants whose periods are within a period, in the order they were issued."""
-    from polar_billing.ledger.ledger import Ledger
     from polar_billing.statements.issue import issued_statements
 
-    if not isinstance(ledger, Ledger):  # another store keeps no statements
-        return {}
     return {
         tenant: tuple(
             issued.statement for issued in issued_statements(ledger, tenant) if _is_within(issued.statement, period)

@@ -1,4 +1,4 @@
-"""Figures as people read them, the same words and digits in the terminal and in HTML.
+"""Figures as text for people: the same words and digits in the terminal and in HTML.
 
 None is unknown and prints as a dash; zero is zero. Knows no output format.
 """
@@ -10,11 +10,11 @@ from typing import Final
 
 DASH: Final = "–"
 NO_TIER: Final = "by hand"
-"""The tier column of a request whose program was named by hand."""
+"""Shown as the tier of a request whose program was named by hand."""
 
 
 def tier_name(tier: str | None) -> str:
-    """A tier, or the words for none."""
+    """A tier's name, or the words for no tier."""
     return NO_TIER if tier is None else tier
 
 
@@ -24,18 +24,18 @@ def count(value: int) -> str:
 
 
 def compute_units(value: Decimal, *, signed: bool = False) -> str:
-    """Compute units with 4 decimals, or 1 from a thousand on. Unit: CU."""
+    """Compute units with 4 decimals, or with 1 from 1,000 CU. Unit: CU."""
     rounded = value.quantize(Decimal("0.1") if abs(value) >= 1_000 else Decimal("0.0001"), ROUND_HALF_EVEN)
     return f"{rounded or abs(rounded):{'+' if signed and rounded else ''},f}"
 
 
 def money(value: Decimal | None) -> str:
-    """An amount, every digit of it."""
+    """An amount with all of its digits."""
     return DASH if value is None else f"{value:,f}"
 
 
 def share(value: Decimal | None, *, signed: bool = False, decimals: int = 1) -> str:
-    """A share as per cent."""
+    """A share as a percentage."""
     if value is None:
         return DASH
     percent = (value * 100).quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_EVEN)
@@ -43,7 +43,7 @@ def share(value: Decimal | None, *, signed: bool = False, decimals: int = 1) -> 
 
 
 def milliseconds(nanoseconds: int | None) -> str:
-    """A duration in milliseconds, or in seconds from one second on."""
+    """A duration in milliseconds, or in seconds from one second."""
     if nanoseconds is None:
         return DASH
     if nanoseconds >= 10**9:
@@ -51,7 +51,7 @@ def milliseconds(nanoseconds: int | None) -> str:
     return f"{Decimal(nanoseconds) / 10**6:,.1f} ms"
 
 
-def outcomes(found: dict[str, int]) -> str:
+def outcomes(counts: dict[str, int]) -> str:
     """Outcomes other than completed, for example `2 cancelled`; a dash where all completed."""
-    others = [f"{number:,} {outcome}" for outcome, number in found.items() if outcome != "completed"]
+    others = [f"{requests:,} {outcome}" for outcome, requests in counts.items() if outcome != "completed"]
     return ", ".join(others) or DASH

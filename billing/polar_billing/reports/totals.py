@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from decimal import Decimal
 
-    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.ledger.records import StoredUsage
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
     from polar_sdk.usage import UsageRecord

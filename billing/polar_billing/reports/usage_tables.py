@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.ledger.records import StoredUsage
     from polar_billing.reports.figures import Figures
     from polar_billing.reports.query import UsageRow
     from polar_billing.reports.report import Report, TenantReport, TierReport
@@ -92,7 +92,7 @@ def report_view(report: Report) -> RenderableType:
 
 
 def _heading(report: Report) -> Text:
-    who = "every tenant" if report.tenant is None else f"tenant {report.tenant}"
+    who = "all tenants" if report.tenant is None else f"tenant {report.tenant}"
     how = "rated again by" if report.rerated else "as charged by"
     books = ", ".join(book.id for book in report.price_books) or text.DASH
     return Text.assemble(

@@ -16,12 +16,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import ColumnElement, and_, false, or_, select
 
 from polar_billing.errors import QueryError
+from polar_billing.ledger.books import read_book
 from polar_billing.ledger.postings import transaction_lines
-from polar_billing.ledger.schema.ledger import transaction_table
-from polar_billing.ledger.schema.retention import prune_table
-from polar_billing.ledger.schema.statements import statement_table
-from polar_billing.ledger.schema.usage import price_book_table, usage_table
-from polar_billing.prices.book import PriceBook
+from polar_billing.ledger.schema import prune_table, statement_table, transaction_table, usage_table
 from polar_billing.statements.booking import STATEMENT, statement_lines
 from polar_billing.statements.draft import basis_of, compute_statement, find_late_usage
 from polar_billing.statements.lines import USAGE_KINDS, phases_of
@@ -36,6 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.statement import Statement, StatementLine
     from polar_billing.statements.store import IssuedStatement
     from polar_billing.values.periods import Period
@@ -109,12 +107,10 @@ def _differences(connection: Connection, issued: IssuedStatement) -> Iterator[st
     yield from _check_columns(connection, issued)
     yield from _check_sums(statement)
     yield from _check_booking(connection, statement)
-    document = connection.execute(
-        select(price_book_table.c.document).where(price_book_table.c.hash == statement.price_book_hash)
-    ).scalar()
-    if document is None:
+    book = read_book(connection, statement.price_book_hash)
+    if book is None:
         yield f"price book {statement.price_book_hash} is not in the ledger"
-    elif PriceBook.from_document(document).content_hash != statement.price_book_hash:
+    elif book.content_hash != statement.price_book_hash:
         yield f"price book {statement.price_book_hash} does not have the content that its hash stands for"
     elif not rests_on_hashes(connection, issued):
         yield from _check_usage(connection, issued)

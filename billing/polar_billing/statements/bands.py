@@ -1,4 +1,11 @@
-"""Items that a plan prices over the period: graduated and volume bands, and packages. Pure.
+"""Items that a plan prices over the period, in bands and packages, as integer arithmetic on counted quantities. Pure.
+
+* graduated: each part of the quantity costs the price of the band it is in. Continuous and, for prices that are not
+  negative, monotone; splitting a stretch at any point costs the same in sum.
+* volume: the whole quantity costs the price of the band its last unit is in.
+* package: every started block of a size costs the same.
+
+A band ends at its bound, the bound included; the last band has none. Nothing is rounded.
 
 Without `pool` each tier is counted by itself and the price is multiplied by the tier's multiplier; where a
 multiplier changes within a phase, counting starts anew. With `pool` all tiers fill the same bands, and each unit is
@@ -9,14 +16,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from polar_billing.prices import bands
+from polar_billing.prices.entries import tier_order
 from polar_billing.prices.plans import Banded
 from polar_billing.prices.rating import ITEMS, multiply
 from polar_billing.statements.lines import ExactLine, Use
 from polar_billing.values.money import EXACT_SCALE, STORED_SCALE, from_scaled, plain, to_scaled
-from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     from polar_billing.statements.lines import Phase
 
 
+BandPrice = TypeVar("BandPrice")
 Rated = tuple["Use", "Rate"]
 
 _WEIGHT_SCALE: Final = 6
@@ -86,7 +93,7 @@ def _by_tier(item: PeriodPrice, rated: Sequence[Rated]) -> list[_Scope]:
 
 
 def _band_lines(item: Banded, phase: Phase, scope: _Scope) -> Iterator[ExactLine]:
-    split = bands.graduated if item.model == "graduated" else bands.volume
+    split = graduated if item.model == "graduated" else volume
     scaled = [(None if band.up_to is None else to_scaled(band.up_to, scope.decimals), band) for band in item.bands]
     for part, band in split(scope.units, scaled):
         upto = "beyond" if band.up_to is None else f"up to {plain(band.up_to)}"
@@ -97,7 +104,7 @@ def _band_lines(item: Banded, phase: Phase, scope: _Scope) -> Iterator[ExactLine
 
 
 def _package_lines(item: Package, phase: Phase, scope: _Scope) -> Iterator[ExactLine]:
-    blocks = bands.packages(scope.units, to_scaled(item.size, scope.decimals))
+    blocks = packages(scope.units, to_scaled(item.size, scope.decimals))
     if blocks:
         unit = f"package of {plain(item.size)} {_unit(item)}"
         exact = scope.exact(blocks, 0, item.price)
@@ -122,3 +129,36 @@ def _line(
         unit=unit,
         unit_price=multiply(price, from_scaled(scope.multiplier, _WEIGHT_SCALE)),
     )
+
+
+def graduated(quantity: int, bands: Sequence[tuple[int | None, BandPrice]]) -> Iterator[tuple[int, BandPrice]]:
+    """Split a quantity over bands.
+
+    Args:
+        quantity: Counted units, not negative.
+        bands: Upper bound (None for the last) and rate of each, bounds rising.
+
+    Yields:
+        The part in each band that has one, and the band's rate; the parts sum to the quantity.
+    """
+    lower = 0
+    for bound, rate in bands:
+        upper = quantity if bound is None else min(quantity, bound)
+        if upper > lower:
+            yield upper - lower, rate
+            lower = upper
+
+
+def volume(quantity: int, bands: Sequence[tuple[int | None, BandPrice]]) -> Iterator[tuple[int, BandPrice]]:
+    """Give the whole quantity the rate of the band its last unit is in; nothing for 0."""
+    if quantity == 0:
+        return
+    for bound, rate in bands:
+        if bound is None or quantity <= bound:
+            yield quantity, rate
+            return
+
+
+def packages(quantity: int, size: int) -> int:
+    """Count the started blocks of `size`; none for 0."""
+    return -(-quantity // size)

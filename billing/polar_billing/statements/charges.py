@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Final
 
+from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import ITEMS, ChargeLine, charge_lines, free_lines, rate_in
 from polar_billing.statements.bands import period_lines
 from polar_billing.statements.lines import ExactLine, bounds
 from polar_billing.statements.promises import service_credits
 from polar_billing.values.money import EXACT_SCALE, divide_half_even, plain, to_scaled
-from polar_billing.values.tiers import tier_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

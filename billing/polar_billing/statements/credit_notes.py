@@ -11,8 +11,7 @@ from sqlalchemy import insert, select
 
 from polar_billing.errors import AmountError, ConflictError, QueryError
 from polar_billing.ledger import chain
-from polar_billing.ledger.schema.ledger import transaction_table
-from polar_billing.ledger.schema.statements import credit_note_table
+from polar_billing.ledger.schema import credit_note_table, transaction_table
 from polar_billing.statements.booking import STATEMENT, book_credit_note
 from polar_billing.statements.store import find_statement
 from polar_billing.values.money import exact_sum, to_scaled
@@ -150,6 +149,3 @@ def _transaction(connection: Connection, issued: IssuedStatement) -> int:
     )
     transaction: int = connection.execute(query).scalar_one()
     return transaction
-
-
-chain.register_chained(credit_note_table)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from sqlalchemy import func, select
 
 from polar_billing.errors import PeriodError, StoreDamagedError
-from polar_billing.ledger.schema.retention import prune_table
-from polar_billing.statements.books import book_by_hash, book_for
+from polar_billing.ledger.books import read_book
+from polar_billing.ledger.schema import prune_table
+from polar_billing.statements.books import book_for
 from polar_billing.statements.charges import Charges, charges_of
 from polar_billing.statements.lines import Agreement, bounds, phases_of
 from polar_billing.statements.statement import (
@@ -179,7 +180,7 @@ def basis_of(connection: Connection, statement: Statement, seq_until: int) -> Ba
     Raises:
         StoreDamagedError: Its price book is gone from the ledger.
     """
-    book = book_by_hash(connection, statement.price_book_hash)
+    book = read_book(connection, statement.price_book_hash)
     if book is None:
         raise StoreDamagedError(
             f"price book {statement.price_book_hash[:12]} of statement {statement.id!r} is not in the ledger.",

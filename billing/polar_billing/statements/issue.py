@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from polar_billing.errors import CurrencyMixError, PeriodError
 from polar_billing.ledger import chain
+from polar_billing.ledger.books import store_books
+from polar_billing.ledger.schema import NO_TENANT
 from polar_billing.statements.booking import book_statement
-from polar_billing.statements.books import book_for, store_book
+from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, check_kept, compute_statement, find_late_usage
 from polar_billing.statements.lines import bounds
 from polar_billing.statements.statement import credits_left
@@ -98,10 +100,10 @@ def _store(
 ) -> IssuedStatement | None:
     """Store and book it; None if another statement of the tenant came first."""
     with ledger.transaction() as connection:
-        chain.lock_heads(connection, [chain.NO_TENANT, basis.tenant])
+        chain.lock_heads(connection, [NO_TENANT, basis.tenant])
         if len(read_statements(connection, basis.tenant)) != len(earlier):
             return None
-        store_book(connection, basis.book)
+        store_books(connection, {basis.book.content_hash: basis.book})
         stored = store_statement(connection, statement, basis.seq_until, late, moment)
         touched = credits_left(issued.statement for issued in earlier)
         book_statement(connection, statement, basis.book, touched)

@@ -13,7 +13,7 @@ from sqlalchemy import insert, select
 
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger import chain
-from polar_billing.ledger.schema.statements import statement_table
+from polar_billing.ledger.schema import statement_table
 from polar_billing.statements.statement import Statement
 from polar_billing.statements.usage import SeqRange
 
@@ -106,6 +106,3 @@ def _from_row(row: Row[Any]) -> IssuedStatement:
             hint="Run `polar verify`.",
         ) from error
     return IssuedStatement(row.number, statement, row.seq_until, late, row.issued_at)
-
-
-chain.register_chained(statement_table)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import ColumnElement, func, select
 
-from polar_billing.ledger.schema.usage import usage_table
+from polar_billing.ledger.schema import usage_table
 from polar_billing.prices.rating import Counts
 from polar_billing.statements.lines import PeriodUsage, Use
 from polar_sdk.usage import Outcome

@@ -4,8 +4,8 @@ Three scales, each an integer count of a fixed unit, so that no arithmetic here 
 
 * **stored** amounts count 10^-12 of the currency's major unit (`STORED_SCALE`). An int64 column then holds up
   to 9,223,372.036854775807 for one request, and at a price of 1 per compute unit one FLOP costs exactly one
-  unit. Finer would leave too little room above, coarser would lose what a short request on a small model
-  costs.
+  unit. A finer unit would leave too little room above, a coarser one would lose what a short request on a small
+  model costs.
 * **exact** amounts count 10^-30 (`EXACT_SCALE`). They are Python integers and live only in memory: quantity
   (FLOPs are 10^-12 compute units) × price (12 decimals) × tier multiplier (6 decimals) fits without rounding.
 * **statement** lines count 10^-d, d being the decimals of the price book: by default those of the currency.
@@ -14,11 +14,8 @@ Rounding happens once, from exact to a line of a statement (or of a receipt, a s
 12 decimals): half to even. The total is the exact sum rounded the same way, and what the rounded lines miss
 of it is a line of its own, so the lines always sum to the total to the last unit.
 
-This module knows neither usage nor price books nor SQL.
-
-The currencies there are: the active codes of ISO 4217, to tell a typing error from a currency.
-
-Funds codes, metals and the codes for tests are left out. Knows no amounts.
+`CURRENCIES` are the active codes of ISO 4217, to tell a typing error from a currency; funds codes, metals and the codes
+for tests are left out. Knows neither usage nor price books nor SQL.
 """
 
 from __future__ import annotations
@@ -74,7 +71,7 @@ def to_scaled(value: Decimal | int, decimals: int) -> int:
     """
     number = Decimal(value)
     if not number.is_finite():
-        raise AmountError(f"amount {value} is not finite.", hint="Use a number.")
+        raise AmountError(f"amount {value} is not finite.", hint="Use a finite number.")
     sign, digits, exponent = number.as_tuple()
     assert isinstance(exponent, int)  # finite
     magnitude = int("".join(map(str, digits)) or "0")
@@ -160,8 +157,3 @@ def plain(value: Decimal) -> str:
     """Write a number without exponent and without trailing zeros."""
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def format_money(amount: Decimal, currency: str) -> str:
-    """Write an amount for people: thousands grouped, the currency's code behind."""
-    return f"{amount:,f} {currency}"

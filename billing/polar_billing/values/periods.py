@@ -19,7 +19,7 @@ _MONTH: Final = re.compile(r"(\d{4})-(\d{2})")
 
 
 class Window(StrEnum):
-    """How long a period lasts that begins anew by the calendar of a zone."""
+    """How long a period lasts that repeats by the calendar of a zone."""
 
     DAY = "day"
     WEEK = "week"
@@ -36,7 +36,7 @@ class Period:
     until: datetime | None = None
     """First instant after it, UTC; None for no limit."""
     zone: str = "UTC"
-    """IANA name of the time zone that dates are told in."""
+    """IANA name of the time zone that dates are given in."""
 
     def __post_init__(self) -> None:
         if self.since is not None and self.until is not None and self.since >= self.until:
@@ -64,7 +64,7 @@ class Period:
         """The period between two dates or date-times; either may be None for no limit.
 
         Raises:
-            PeriodError: A text is no ISO 8601 date, the zone is unknown or the period is empty.
+            PeriodError: A text is not an ISO 8601 date, the zone is unknown or the period is empty.
         """
         load_zone(zone)
         return cls(
@@ -75,7 +75,7 @@ class Period:
 
     @classmethod
     def containing(cls, moment: datetime, window: Window, zone: str = "UTC") -> Period:
-        """The day, week or month of a zone that an instant lies in; at both ends of the calendar it has no limit.
+        """The day, week or month of a zone that contains an instant; at both ends of the calendar it has no limit.
 
         The borders are the instants at which a date begins for the first time. By them, and not by the local date of
         the instant: where clocks go back over midnight a date comes, goes and comes again, and some dates do not
@@ -115,7 +115,7 @@ ALL_TIME: Final = Period()
 
 
 def load_zone(name: str) -> ZoneInfo:
-    """Look an IANA time zone up.
+    """Look up an IANA time zone.
 
     Raises:
         PeriodError: There is none of that name.
@@ -135,7 +135,7 @@ def _first_day(day: date, window: Window) -> date:
 
 
 def _border(first: date, window: Window, steps: int, zone: str) -> datetime | None:
-    """The instant that begins the window so many steps after the one of `first`; None beyond the calendar."""
+    """The instant that begins the window `steps` after the one of `first`; None beyond the calendar."""
     try:
         if window is Window.MONTH:
             years, month = divmod(first.month - 1 + steps, 12)

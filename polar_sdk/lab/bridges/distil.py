@@ -1,7 +1,7 @@
-"""Train bridges through the frozen rest of the model, so that its predictions come near to those of full depth.
+"""Train bridges through the frozen rest of the model, so that its predictions approach those of full depth.
 
-The base model's weights get no gradient. Every random choice depends on seed and step alone, so that a run that was
-interrupted and resumed ends where an uninterrupted one does. Knows packs and bridges, no items and no files' names.
+The base model's weights get no gradient. Every random choice depends on the seed and the step alone, so that a run that
+was interrupted and resumed ends where an uninterrupted one does. Knows packs and bridges, no items.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ if TYPE_CHECKING:
 
 
 _WARM_UP: Final = 15
-_KEEP_EVERY: Final = 20
+"""Steps over which the learning rate rises."""
+_CHECKPOINT_EVERY: Final = 20
 """Steps between checkpoints."""
-_SHOWN: Final = 256
+_SAMPLED_TOKENS: Final = 256
 """Predicted tokens of a pack whose whole distributions are compared."""
 _MEASURED: Final = -1
-"""The step of what is measured, not trained."""
+"""The step number of a loss that is measured, not trained."""
 
 
 class _Start(NamedTuple):
-    """What one pack brings to every step: N tokens, M of them predicted."""
+    """What one pack contributes to every step: N tokens, M of them predicted."""
 
     states: Tensor
     """Before the first layer that any program leaves out, (N, E)."""
     final: Tensor
-    """What identity predicts from, (M, E)."""
+    """Identity's last states where it predicts, (M, E)."""
     choices: ChoiceSlots | None
     scores: Tensor | None
     """Identity's scores of the choices, (Q, C)."""
@@ -60,12 +61,12 @@ class DistilPlan:
 
     Attributes:
         steps: Batches.
-        rate: Learning rate of Adam at its highest.
-        choices: Weight of the difference of the choices' scores.
+        rate: Peak learning rate of Adam.
+        choices: Weight of the difference between the choices' scores.
         labels: Weight of the cross-entropy on the right choice.
-        drop: How often a bridge is left out in every other step, its layers run instead, so that the bridges also
-            serve programs that use only some of them.
-        seed: Of order and dropping.
+        drop: Probability that a bridge is left out in every other step and its layers run instead, so that the bridges
+            also serve programs that use only some of them.
+        seed: Of the order and of dropping.
     """
 
     steps: int
@@ -85,13 +86,13 @@ class BridgeTrainer:
     """Trains the bridges of all groups together; groups take turns.
 
     Args:
-        decoder: A copy that may be given bridges; see `states.trainable_copy`.
+        decoder: A copy whose bridges may be set; see `fit.trainable_copy`.
         packs: What to train on.
         groups: Segments that are used together.
         bridges: Where training starts.
         plan: How to train.
-        mark: Says what the run is made of; a checkpoint with another mark is refused.
-        kept: File of the checkpoint, or None.
+        mark: Names the run's data, segments and settings; a checkpoint with another mark is refused.
+        checkpoint: File of the checkpoint; None keeps none.
     """
 
     def __init__(
@@ -102,10 +103,10 @@ class BridgeTrainer:
         bridges: Mapping[Segment, Bridge],
         plan: DistilPlan,
         mark: str,
-        kept: Path | None,
+        checkpoint: Path | None,
     ) -> None:
         self._decoder, self._packs, self._groups = decoder, packs, groups
-        self._plan, self._mark, self._kept = plan, mark, kept
+        self._plan, self._mark, self._checkpoint = plan, mark, checkpoint
         self._values = {
             segment: [tensor.detach().float().clone().requires_grad_() for tensor in bridge.tensors]
             for segment, bridge in bridges.items()
@@ -114,35 +115,35 @@ class BridgeTrainer:
         self._lead = min(group[0][0] for group in groups)
         self._starts: dict[int, _Start] = {}
         self.done = 0
-        """Steps that are done."""
+        """Steps done."""
         self.losses: list[float] = []
         """One per step."""
 
     def run(self, on_step: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Train to the plan's end; whatever stops it leaves a checkpoint."""
-        whole = True
+        """Train to the end of the plan; whatever stops it leaves a checkpoint."""
+        consistent = True
         try:
             while self.done < self._plan.steps:
                 self._backward(self.done)
-                whole = False  # interrupted from here on, the values would be half old and half new
+                consistent = False  # interrupted from here on, the values would be half old and half new
                 self._adam.step()
                 self.done += 1
-                whole = True
-                if self.done % _KEEP_EVERY == 0:
+                consistent = True
+                if self.done % _CHECKPOINT_EVERY == 0:
                     self.keep()
                 on_step(self.done, self._plan.steps)
         except BaseException:
-            if whole:
+            if consistent:
                 self.keep()
             raise
 
     def bridges(self) -> dict[Segment, Bridge]:
         """The bridges as they are now, in the decoder's dtype."""
-        made = {segment: _bridge([value.detach() for value in values]) for segment, values in self._values.items()}
-        return {segment: bridge.to(self._decoder.dtype, self._decoder.device) for segment, bridge in made.items()}
+        exact = {segment: _bridge([value.detach() for value in values]) for segment, values in self._values.items()}
+        return {segment: bridge.to(self._decoder.dtype, self._decoder.device) for segment, bridge in exact.items()}
 
     def loss(self, packs: Sequence[Pack], bridges: Mapping[Segment, Bridge]) -> float:
-        """Mean loss of bridges over packs and groups, nothing dropped."""
+        """Mean loss of bridges over packs and groups, with none dropped."""
         self._decoder.set_bridges(bridges)
         with torch.no_grad():
             values = [
@@ -154,45 +155,47 @@ class BridgeTrainer:
 
     def keep(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        if self._kept is None:
+        if self._checkpoint is None:
             return
-        self._kept.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{number}.value": value.detach() for number, value in enumerate(self._all())}
-        for number, value in enumerate(self._all()):
+        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{index}.value": value.detach() for index, value in enumerate(self._all())}
+        for index, value in enumerate(self._all()):
             for name, moment in self._adam.state.get(value, {}).items():
-                tensors[f"{number}.{name}"] = moment.detach().clone()
-        draft = self._kept.with_suffix(".tmp")
+                tensors[f"{index}.{name}"] = moment.detach().clone()
+        draft = self._checkpoint.with_suffix(".tmp")
         save_file(tensors, draft, {"mark": self._mark, "done": str(self.done), "losses": json.dumps(self.losses)})
-        draft.replace(self._kept)
+        draft.replace(self._checkpoint)
 
     def resume(self) -> bool:
-        """Go on from the checkpoint; False where there is none.
+        """Continue from the checkpoint; False where there is none.
 
         Raises:
-            BridgeError: It is of another run, or damaged.
+            BridgeError: It is from another run, or damaged.
         """
-        if self._kept is None or not self._kept.is_file():
+        if self._checkpoint is None or not self._checkpoint.is_file():
             return False
         try:
-            with safe_open(str(self._kept), framework="pt", device=str(self._decoder.device)) as file:
+            with safe_open(str(self._checkpoint), framework="pt", device=str(self._decoder.device)) as file:
                 facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         except (OSError, SafetensorError) as error:
-            raise BridgeError(f"checkpoint {str(self._kept)!r} cannot be read ({error}); start without it.") from error
+            raise BridgeError(
+                f"checkpoint {str(self._checkpoint)!r} cannot be read ({error}); start without --resume."
+            ) from error
         if facts.get("mark") != self._mark:
             raise BridgeError(
-                f"checkpoint {str(self._kept)!r} is of a run with other data, segments or settings; repeat those, or "
-                "start without --resume."
+                f"checkpoint {str(self._checkpoint)!r} is from a run with other data, segments or settings; use those "
+                "again, or start without --resume."
             )
         self._restore(tensors)
         self.done, self.losses = int(facts["done"]), json.loads(facts["losses"])
         return True
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        for number, value in enumerate(self._all()):
+        for index, value in enumerate(self._all()):
             with torch.no_grad():
-                value.copy_(tensors.pop(f"{number}.value"))
-            moments = {name.partition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{number}.")}
+                value.copy_(tensors.pop(f"{index}.value"))
+            moments = {name.partition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{index}.")}
             if moments:
                 self._adam.state[value] = moments
 
@@ -205,10 +208,10 @@ class BridgeTrainer:
             group["lr"] = self._plan.rate_at(step)
         self._adam.zero_grad()
         self._decoder.set_bridges({segment: self._trainable(segment) for segment in self._values})
-        number = self._pack_of(step)
-        if number not in self._starts:
-            self._starts[number] = self._start(self._packs[number])
-        loss = self._loss(self._packs[number], self._starts[number], self._program(step), step)
+        index = self._pack_of(step)
+        if index not in self._starts:
+            self._starts[index] = self._start(self._packs[index])
+        loss = self._loss(self._packs[index], self._starts[index], self._program(step), step)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._all(), 1.0)
         del self.losses[step:]
@@ -233,26 +236,27 @@ class BridgeTrainer:
         return loss_of(logits, full, pack.targets, start.choices, distil=plan.choices, labels=plan.labels)
 
     def _reference(self, start: _Start, step: int) -> Reference:
-        places = len(start.final)
-        some = random.Random(f"{self._plan.seed} {step} shown").sample(range(places), min(_SHOWN, places))
-        shown = torch.tensor(sorted(some), device=self._decoder.device)
+        predicted = len(start.final)
+        dice = random.Random(f"{self._plan.seed} {step} shown")
+        rows = sorted(dice.sample(range(predicted), min(_SAMPLED_TOKENS, predicted)))
+        sampled = torch.tensor(rows, device=self._decoder.device)
         with torch.no_grad():
-            return Reference(shown, self._decoder.head(start.final[shown]), start.scores)
+            return Reference(sampled, self._decoder.head(start.final[sampled]), start.scores)
 
     def _pack_of(self, step: int) -> int:
-        """Each pack once per epoch, in an order of its own."""
-        epoch, at = divmod(step, len(self._packs))
+        """Index of a step's pack: each pack once per epoch, in an order of the epoch's own."""
+        epoch, place = divmod(step, len(self._packs))
         order = list(range(len(self._packs)))
         random.Random(f"{self._plan.seed} {epoch}").shuffle(order)
-        return order[at]
+        return order[place]
 
     def _program(self, step: int) -> Program:
-        """The program of the step's group; in every other step with some bridges dropped, though never all."""
+        """The program of the step's group; in every other step with some bridges dropped, but never all."""
         group = self._groups[step % len(self._groups)]
         dice = random.Random(f"{self._plan.seed} {step} drop")
         stays = dice.choice(group)
         dropping = step // len(self._groups) % 2 == 1
-        kept = [one for one in group if one == stays or not dropping or dice.random() >= self._plan.drop]
+        kept = [segment for segment in group if segment == stays or not dropping or dice.random() >= self._plan.drop]
         return Program.bridging(self._decoder.depth, kept)
 
 

@@ -38,8 +38,8 @@ class Pack:
 
     Attributes:
         tasks: In order.
-        packed: Where their tokens lie, and which attend to which.
-        sources: Places that predict the continuations' tokens, (M,).
+        packed: Their tokens' positions and attention, and one step of a program for all of them.
+        sources: Rows that predict the continuations' tokens, (M,).
         targets: Those tokens, (M,).
     """
 
@@ -56,45 +56,47 @@ class Pack:
 
 
 def trainable_copy(decoder: Decoder) -> Decoder:
-    """A copy that shares the weights and has bridges of its own, run by the plain kernels.
+    """A copy of a decoder that shares the weights and has bridges of its own, run by the plain kernels.
 
     Raises:
-        DeviceError: Layers lie on several devices: states before and behind a bridge are compared on one.
+        DeviceError: Its layers are on several devices: states before and after a bridge are compared on one.
     """
     if len(decoder.placement.devices) > 1:
-        raise DeviceError(f"bridges are made on one device, not on {decoder.placement}; load the model on one.")
+        raise DeviceError(
+            f"bridges are fitted on one device, not on {decoder.placement}; load the model on one device."
+        )
     own = copy.copy(decoder)
     own.kernels = EagerKernels(decoder.family)
     own.set_bridges(decoder.bridges)
     return own
 
 
-def layers(first: int, behind: int) -> list[Step]:
-    """Visits of layers first … behind − 1."""
-    return [Step(layer, layer) for layer in range(first, behind)]
+def layers(first: int, end: int) -> list[Step]:
+    """Visits of layers first … end − 1."""
+    return [Step(layer, layer) for layer in range(first, end)]
 
 
 def make_packs(decoder: Decoder, tasks: Sequence[Task], limit: int) -> list[Pack]:
-    """Pack tasks, at most `limit` tokens together.
+    """Pack tasks, at most `limit` tokens in each pack.
 
     Raises:
         BridgeError: There is no task.
     """
     if not tasks:
         raise BridgeError("there is no prompt to fit bridges on; give more prompts.")
-    waiting = iter(tasks)
-    made = []
+    remaining = iter(tasks)
+    packed = []
     for questions in packs([task.question for task in tasks], limit):
         sources, targets = predictors(questions)
-        made.append(
+        packed.append(
             Pack(
-                tasks=tuple(next(waiting) for _ in questions),
+                tasks=tuple(next(remaining) for _ in questions),
                 packed=PackedQuestions(decoder, questions),
                 sources=_tensor(sources, decoder.device),
                 targets=_tensor(targets, decoder.device),
             )
         )
-    return made
+    return packed
 
 
 def _tensor(values: Sequence[int], device: torch.device) -> Tensor:
@@ -112,13 +114,13 @@ class Ridge:
     def __init__(self, width: int, device: torch.device) -> None:
         exact = {"dtype": torch.float64 if device.type != "mps" else torch.float32, "device": device}
         self.count = 0
-        """Pairs so far, position 0 left out."""
+        """Pairs added so far, position 0 left out."""
         self._inputs, self._moves = torch.zeros(width, **exact), torch.zeros(width, **exact)  # type: ignore[call-overload]
         self._gram, self._cross = torch.zeros(width, width, **exact), torch.zeros(width, width, **exact)  # type: ignore[call-overload]
         self._first, self._firsts = torch.zeros(width, **exact), 0  # type: ignore[call-overload]
 
     def add(self, before: Tensor, after: Tensor, positions: Tensor) -> None:
-        """Take in states before and behind the segment, (N, E) each, at positions (N,)."""
+        """Add states before and after the segment, (N, E) each, at positions (N,)."""
         inputs, moves = before.float(), after.float() - before.float()
         later = positions != 0
         self._first += moves[~later].sum(0)
@@ -135,8 +137,8 @@ class Ridge:
 
         Args:
             strength: Ridge penalty as a multiple of the mean variance of an input.
-            rank: Most rank of the map: of all maps of that rank, the one whose outputs are nearest to the full map's.
-                None = full.
+            rank: Maximum rank of the map: of all maps of that rank, the one whose outputs are nearest to the full
+                map's. None = full.
         """
         count = max(self.count, 1)
         input_mean, move_mean = self._inputs / count, self._moves / count
@@ -152,7 +154,7 @@ class Ridge:
 
 
 def _low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (E, r) and (r, E): the weight projected on the directions in which its outputs vary most."""
+    """Factors (E, r) and (r, E): the weight projected onto the directions in which its outputs vary most."""
     outputs = weight.T @ gram @ weight
     directions = torch.linalg.eigh(outputs).eigenvectors[:, -rank:]
     return weight @ directions, directions.T
@@ -163,14 +165,14 @@ def unexplained(before: Tensor, after: Tensor, carried: Tensor, positions: Tenso
 
     Args:
         before: States before the segment, (N, E).
-        after: States that the segment gives, (N, E).
-        carried: States that the bridge gives, (N, E).
+        after: States that the segment computes, (N, E).
+        carried: States that the bridge computes, (N, E).
         positions: (N,).
     """
     later = positions != 0
-    wanted = after[later].float()
-    bridge = (carried[later].float() - wanted).square().sum()
-    skip = (before[later].float() - wanted).square().sum()
+    target = after[later].float()
+    bridge = (carried[later].float() - target).square().sum()
+    skip = (before[later].float() - target).square().sum()
     return float(bridge), float(skip)
 
 
@@ -184,10 +186,10 @@ def fit_group(
     rank: int | None,
     on_segment: Callable[[Segment], None] = lambda segment: None,
 ) -> dict[Segment, Bridge]:
-    """Fit the bridges of a group that are not known yet.
+    """Fit those bridges of a group that are not known yet.
 
     Args:
-        decoder: A copy that may be given bridges; see `states.trainable_copy`.
+        decoder: A copy whose bridges may be set; see `trainable_copy`.
         packs: What to fit on.
         group: Segments in order.
         known: Bridges that stay as they are.
@@ -197,16 +199,16 @@ def fit_group(
     """
     fitted: dict[Segment, Bridge] = {}
     with torch.inference_mode():
-        walk = _PackStates(decoder, packs)
+        states = _PackStates(decoder, packs)
         for segment in group:
-            walk.to(segment)
+            states.to(segment)
             if segment not in known:
-                ridge = Ridge(walk.ours[0].shape[-1], decoder.device)
-                for pack, ours, theirs in zip(packs, walk.ours, walk.theirs, strict=True):
+                ridge = Ridge(states.ours[0].shape[-1], decoder.device)
+                for pack, ours, theirs in zip(packs, states.ours, states.theirs, strict=True):
                     ridge.add(ours, theirs, pack.packed.positions)
                 fitted[segment] = ridge.solve(strength, rank).to(decoder.dtype, decoder.device)
             decoder.set_bridges({**decoder.bridges, segment: known.get(segment) or fitted[segment]})
-            walk.cross(segment)
+            states.cross(segment)
             on_segment(segment)
     return {segment: _outside_inference(bridge) for segment, bridge in fitted.items()}
 
@@ -215,21 +217,21 @@ def held_out_errors(decoder: Decoder, packs: Sequence[Pack], group: Sequence[Seg
     """Per segment, the squared error of its bridge over that of a plain skip, along the program that uses them all."""
     errors = {}
     with torch.inference_mode():
-        walk = _PackStates(decoder, packs)
+        states = _PackStates(decoder, packs)
         for segment in group:
-            before, theirs = walk.to(segment)
-            walk.cross(segment)
+            before, theirs = states.to(segment)
+            states.cross(segment)
             pairs = [
-                unexplained(old, wanted, carried, pack.packed.positions)
-                for pack, old, wanted, carried in zip(packs, before, theirs, walk.ours, strict=True)
+                unexplained(ours, after, carried, pack.packed.positions)
+                for pack, ours, after, carried in zip(packs, before, theirs, states.ours, strict=True)
             ]
-            skip = sum(one for _, one in pairs)
-            errors[segment] = sum(one for one, _ in pairs) / skip if skip else float("nan")
+            skip = sum(of_skip for _, of_skip in pairs)
+            errors[segment] = sum(of_bridge for of_bridge, _ in pairs) / skip if skip else float("nan")
     return errors
 
 
 class _PackStates:
-    """States of all packs along the program (`ours`) and at full depth (`theirs`), held at one place each."""
+    """States of all packs, along the program (`ours`) and at full depth (`theirs`), each after one layer."""
 
     def __init__(self, decoder: Decoder, packs: Sequence[Pack]) -> None:
         self._decoder, self._packs = decoder, packs
@@ -238,7 +240,7 @@ class _PackStates:
         self._ours_at = self._theirs_at = 0
 
     def to(self, segment: Segment) -> tuple[list[Tensor], list[Tensor]]:
-        """Move on until `ours` is before the segment and `theirs` behind it."""
+        """Advance `ours` to the start of the segment and `theirs` to its end."""
         first, last = segment
         shared = self.ours is self.theirs
         self.ours = self._run(self.ours, layers(self._ours_at, first))
@@ -258,6 +260,6 @@ class _PackStates:
 
 
 def _outside_inference(bridge: Bridge) -> Bridge:
-    """Copies that training may put derivatives on."""
+    """A copy that training may compute derivatives of."""
     weight = tuple(factor.clone() for factor in bridge.weight)
     return Bridge(weight, bridge.bias.clone(), bridge.first.clone())

@@ -1,11 +1,8 @@
-"""Heal skips: from a model and prompts to a set of bridges, with what was measured on prompts held out.
+"""Heal skips: from a model and prompts to a set of bridges, with what was measured on held-out prompts.
 
-Uses the train split to fit and the dev split to measure; the calibration and test splits are left alone. Base weights
-stay as they are.
-
-Segments as text: `12-15,17-20;12-20` is two groups. The bridges of a group are fitted one after another.
-
-Knows layer numbers, no weights.
+The train split is fitted on and the dev split measured on; the calibration and test splits are left alone, and the base
+weights stay as they are. Segments are given as text: `12-15,17-20;12-20` is two groups, and the bridges of a group are
+fitted one after another. Knows which steps there are; how a bridge is fitted or trained is known to `fit` and `distil`.
 """
 
 from __future__ import annotations
@@ -39,57 +36,14 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.programs.cost import Segment
 
+
 _SEGMENT: Final = re.compile(r"\[?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?\]?")
-
-
-def parse_segments(text: str, depth: int) -> list[list[Segment]]:
-    """Groups of segments, each in order.
-
-    Args:
-        text: Segments with commas between them, groups with semicolons.
-        depth: Layers of the model.
-
-    Raises:
-        BridgeError: It does not parse, a segment does not fit the model, or two of one group overlap.
-    """
-    groups = [[_segment(part, depth) for part in group.split(",")] for group in text.split(";") if group.strip()]
-    if not groups:
-        raise BridgeError("no segment is given; write first and last layers, for example '12-15,17-20'.")
-    for group in groups:
-        group.sort()
-        for one, other in pairwise(group):
-            if other[0] <= one[1]:
-                raise BridgeError(
-                    f"segments {one[0]}-{one[1]} and {other[0]}-{other[1]} overlap; part them by ';' to fit both."
-                )
-        if sum(last - first + 1 for first, last in group) == depth:
-            raise BridgeError(f"the segments cross all {depth} layers; leave at least one layer out.")
-    return groups
-
-
-def segments_text(groups: list[list[Segment]]) -> str:
-    """The text form of groups."""
-    return ";".join(",".join(f"{first}-{last}" for first, last in group) for group in groups)
-
-
-def _segment(text: str, depth: int) -> Segment:
-    match = _SEGMENT.fullmatch(text.strip())
-    if match is None:
-        raise BridgeError(f"segment {text.strip()!r} does not parse; write first and last layer, for example '12-15'.")
-    first = int(match[1])
-    last = first if match[2] is None else int(match[2])
-    if not first <= last < depth:
-        raise BridgeError(
-            f"segment {text.strip()!r} does not fit: first and last layer must rise and lie between 0 and {depth - 1}."
-        )
-    return first, last
-
-
 _FIT_TOKENS: Final = 4096
-_FIT_TASKS: Final = 1000
-"""Most tasks that the closed form is fitted on: some 50,000 tokens, where each output has 577 unknowns."""
+"""Maximum tokens of a pack that the closed form reads."""
+_MAX_FIT_TASKS: Final = 1000
+"""Maximum tasks for the closed form: some 50,000 tokens, where each output has 577 unknowns."""
 _TRAIN_TOKENS: Final = 2048
-"""Tokens of one training batch: the head's weights are read once for them, and their logits are held twice."""
+"""Maximum tokens of a training batch: the head's weights are read once for it, and its logits are held twice."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +52,16 @@ class HealOptions:
 
     Attributes:
         ridge: Penalty as a multiple of the mean variance of a state's entries.
-        rank: Most rank of the maps; None = full.
+        rank: Maximum rank of the maps; None = full.
         distil: Steps of training on top of the closed form; 0 = none.
         rate: Learning rate of the training.
-        choices: Weight of the choices' scores at full depth in the training.
-        labels: Weight of the right choices in the training. More than 0 fits the maps to labels: that is fine-tuning.
-        drop: How often a bridge is left out in every other training step.
+        choices: Weight of the difference between the choices' scores in the training.
+        labels: Weight of the right choices in the training; more than 0 fits the maps to labels, which is fine-tuning.
+        drop: Probability that a bridge is left out in every other training step.
         seed: Of the training.
-        answer_tokens: Most tokens of identity's answers to prompts.
-        start: Folder of bridges to start from; segments that it holds are not fitted anew.
-        resume: Go on from the checkpoint in the output folder.
+        answer_tokens: Maximum tokens of identity's answers to prompts.
+        start: Folder of bridges to start from; the segments in it are not fitted again.
+        resume: Whether to continue from the checkpoint in the output folder.
     """
 
     ridge: float = 1e-3
@@ -124,7 +78,7 @@ class HealOptions:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise BridgeError(f"ridge={self.ridge} is out of range; use more than 0, for example 0.001.")
+            raise BridgeError(f"ridge={self.ridge} is out of range; use more than 0, e.g. 0.001.")
         if self.rank is not None and self.rank < 1:
             raise BridgeError(f"rank={self.rank} is out of range; use 1 or more, or None for full rank.")
         if self.distil < 0 or self.answer_tokens < 1:
@@ -132,7 +86,9 @@ class HealOptions:
                 f"distil={self.distil} and answer_tokens={self.answer_tokens}: use at least 0 steps and 1 token."
             )
         if not (0 <= self.drop < 1 and self.rate > 0):
-            raise BridgeError(f"drop={self.drop} and rate={self.rate}: use 0 or more but less than 1, and more than 0.")
+            raise BridgeError(
+                f"drop={self.drop} and rate={self.rate}: use a drop from 0 to below 1, and a rate above 0."
+            )
         if not (self.choices >= 0 and self.labels >= 0):
             raise BridgeError(f"choices={self.choices} and labels={self.labels} are weights; use 0 or more.")
 
@@ -143,11 +99,11 @@ class Healer:
 
     Attributes:
         model: The model; it is not changed.
-        items: Prompts; None = those that come with the package.
-        segments: Text form of the groups, see `parse_segments`.
+        items: Prompts; None = the prompts that come with the package.
+        segments: Text form of the groups; see `parse_segments`.
         options: How to fit.
-        out: Folder of the result and of checkpoints; None keeps both in memory.
-        cache: Where identity's answers are kept.
+        out: Folder of the result and of the checkpoint; None keeps the result in memory and no checkpoint.
+        cache: Where identity's answers are kept; None = in memory.
         on_progress: Called with (stage, steps done, steps in all).
     """
 
@@ -160,11 +116,11 @@ class Healer:
     on_progress: Progress = silent
 
     def run(self) -> BridgeSet:
-        """Fit, train if asked to, measure, and save if there is a folder.
+        """Fit, train if there are steps to train, measure, and save if there is a folder.
 
         Raises:
             DataError: The data is empty or nothing but copies.
-            BridgeError: A segment does not fit, no prompt is left to fit on, or a checkpoint is of another run.
+            BridgeError: A segment does not fit, no prompt is left to fit on, or a checkpoint is from another run.
         """
         groups = parse_segments(self.segments, self.model.depth)
         self._check_precision()
@@ -172,13 +128,13 @@ class Healer:
         train, held_out = self._tasks(items)
         decoder = trainable_copy(self.model.loaded.decoder)
         decoder.set_bridges({})
-        fitted = self._fit(decoder, make_packs(decoder, _some(train, _FIT_TASKS), _FIT_TOKENS), groups)
+        fitted = self._fit(decoder, make_packs(decoder, _drawn(train, _MAX_FIT_TASKS), _FIT_TOKENS), groups)
         training: dict[str, Any] = {"segments": segments_text(groups), "prompts": len(train), **self._settings()}
         if self.options.distil:
             fitted, losses = self._distil(decoder, train, held_out, groups, fitted, data_hash(items))
             training |= losses
         errors = self._errors(decoder, held_out, groups, fitted)
-        made = BridgeSet(
+        bridge_set = BridgeSet(
             bridges=fitted,
             records=tuple(_record(segment, bridge, errors.get(segment)) for segment, bridge in fitted.items()),
             model=self.model.name,
@@ -188,31 +144,34 @@ class Healer:
             training=training,
         )
         if self.out is not None:
-            made.save(self.out)
+            bridge_set.save(self.out)
             self._checkpoint().unlink(missing_ok=True)  # type: ignore[union-attr]
-        return made
+        return bridge_set
 
     def _check_precision(self) -> None:
         if self.options.distil and self.model.dtype.startswith("int"):
             raise BridgeError(
                 f"bridges cannot be trained through {self.model.dtype} weights, which have no derivatives; load the "
-                "model with precision='bf16' (the bridges serve every precision), or use distil=0."
+                "model with precision='bf16' (the bridges serve in every precision), or use distil=0."
             )
 
     def _tasks(self, items: Sequence[Item]) -> tuple[list[Task], list[Task]]:
         """Tasks of the train split and of the dev split."""
-        split = {part: [one for one in items if split_of(item_id(one)) == part] for part in ("train", "dev")}
         cache = self.cache or RewardCache()
-        made = {
-            part: make_tasks(
-                self.model, some, cache, answer_tokens=self.options.answer_tokens, on_progress=self.on_progress
+        train, dev = (
+            make_tasks(
+                self.model,
+                [item for item in items if split_of(item_id(item)) == split],
+                cache,
+                answer_tokens=self.options.answer_tokens,
+                on_progress=self.on_progress,
             )
-            for part, some in split.items()
-        }
-        return made["train"], made["dev"]
+            for split in ("train", "dev")
+        )
+        return train, dev
 
     def _fit(self, decoder: Decoder, packs: Sequence[Pack], groups: list[list[Segment]]) -> dict[Segment, Bridge]:
-        fitted = self._given(decoder, {segment for group in groups for segment in group})
+        fitted = self._start(decoder, {segment for group in groups for segment in group})
         total = sum(map(len, groups))
         done = 0
 
@@ -234,16 +193,16 @@ class Healer:
             )
         return fitted
 
-    def _given(self, decoder: Decoder, wanted: set[Segment]) -> dict[Segment, Bridge]:
+    def _start(self, decoder: Decoder, segments: set[Segment]) -> dict[Segment, Bridge]:
         """The bridges to start from."""
         if self.options.start is None:
             return {}
-        found = BridgeSet.load(self.options.start)
-        found.check_model(self.model.name, self.model.fingerprint)
+        start = BridgeSet.load(self.options.start)
+        start.check_model(self.model.name, self.model.fingerprint)
         return {
             segment: bridge.to(decoder.dtype, decoder.device)
-            for segment, bridge in found.bridges.items()
-            if segment in wanted
+            for segment, bridge in start.bridges.items()
+            if segment in segments
         }
 
     def _distil(
@@ -255,14 +214,19 @@ class Healer:
         fitted: dict[Segment, Bridge],
         data: str,
     ) -> tuple[dict[Segment, Bridge], dict[str, Any]]:
-        """Train; where held-out prompts do not gain by it, the closed form stays."""
-        own = self.options
+        """Train; where held-out prompts do not gain from it, the closed form stays."""
+        options = self.options
         plan = DistilPlan(
-            steps=own.distil, rate=own.rate, choices=own.choices, labels=own.labels, drop=own.drop, seed=own.seed
+            steps=options.distil,
+            rate=options.rate,
+            choices=options.choices,
+            labels=options.labels,
+            drop=options.drop,
+            seed=options.seed,
         )
         packs = make_packs(decoder, train, _TRAIN_TOKENS)
         trainer = BridgeTrainer(decoder, packs, groups, fitted, plan, self._mark(groups, data), self._checkpoint())
-        if own.resume:
+        if options.resume:
             trainer.resume()
         trainer.run(lambda done, total: self.on_progress("training bridges", done, total))
         trained = trainer.bridges()
@@ -287,8 +251,8 @@ class Healer:
             return {}
         decoder.set_bridges(fitted)
         packs = make_packs(decoder, held_out, _FIT_TOKENS)
-        found = [held_out_errors(decoder, packs, group) for group in reversed(groups)]
-        return {segment: error for errors in found for segment, error in errors.items()}
+        by_group = [held_out_errors(decoder, packs, group) for group in reversed(groups)]
+        return {segment: error for errors in by_group for segment, error in errors.items()}
 
     def _checkpoint(self) -> Path | None:
         return None if self.out is None else Path(self.out) / "checkpoint.safetensors"
@@ -301,12 +265,54 @@ class Healer:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _some(tasks: Sequence[Task], most: int) -> list[Task]:
-    """At most so many tasks, drawn by their hashes: a file may hold one kind after another."""
-    return sorted(tasks, key=lambda task: task.id)[:most]
+def _drawn(tasks: Sequence[Task], limit: int) -> list[Task]:
+    """At most N tasks, drawn by their hashes: a file may be sorted by kind."""
+    return sorted(tasks, key=lambda task: task.id)[:limit]
 
 
 def _record(segment: Segment, bridge: Bridge, error: float | None) -> SegmentRecord:
     kind = "full rank" if bridge.rank is None else f"rank {bridge.rank}"
     first, last = segment
     return SegmentRecord(first=first, last=last, kind=kind, flops_per_token=bridge.flops, error_of_skip=error)
+
+
+def parse_segments(text: str, depth: int) -> list[list[Segment]]:
+    """Groups of segments, each in order.
+
+    Args:
+        text: Segments with commas between them, groups with semicolons.
+        depth: Layers of the model.
+
+    Raises:
+        BridgeError: It does not parse, a segment does not fit the model, or two of one group overlap.
+    """
+    groups = [[_segment(part, depth) for part in group.split(",")] for group in text.split(";") if group.strip()]
+    if not groups:
+        raise BridgeError("no segment is given; write first and last layers, e.g. '12-15,17-20'.")
+    for group in groups:
+        group.sort()
+        for before, after in pairwise(group):
+            if after[0] <= before[1]:
+                spans = f"{before[0]}-{before[1]} and {after[0]}-{after[1]}"
+                raise BridgeError(f"segments {spans} overlap; separate them by ';' to fit both.")
+        if sum(last - first + 1 for first, last in group) == depth:
+            raise BridgeError(f"the segments cross all {depth} layers; keep at least one layer.")
+    return groups
+
+
+def segments_text(groups: list[list[Segment]]) -> str:
+    """The text form of groups."""
+    return ";".join(",".join(f"{first}-{last}" for first, last in group) for group in groups)
+
+
+def _segment(text: str, depth: int) -> Segment:
+    match = _SEGMENT.fullmatch(text.strip())
+    if match is None:
+        raise BridgeError(f"segment {text.strip()!r} does not parse; write first and last layer, e.g. '12-15'.")
+    first = int(match[1])
+    last = first if match[2] is None else int(match[2])
+    if not first <= last < depth:
+        raise BridgeError(
+            f"segment {text.strip()!r} does not fit: first ≤ last is needed, both between 0 and {depth - 1}."
+        )
+    return first, last

@@ -1,8 +1,8 @@
-"""What distillation makes small: how far a program's predictions are from those of full depth. Knows tensors only.
+"""The loss of distillation: how far a program's predictions are from those of full depth. Knows tensors only.
 
-Three terms, each a mean: the divergence of the token distributions; the difference of the choices' scores, centred per
-question, since only differences between choices decide; and, where asked for, the cross-entropy on the right choice.
-The last is no distillation: it fits the maps to labels.
+It has three terms, each a mean: the divergence of the token distributions; the difference between the choices' scores,
+centred per question, since only differences between choices matter; and optionally the cross-entropy on the right
+choice. The last is not distillation: it fits the maps to labels.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 _UNIT: Final = 0.1
-"""Score difference that counts as one, in nats per character: most decisions are closer than a few of these."""
+"""Score difference that counts as 1, in nats per character: most decisions are closer than a few of these."""
 _TEMPERATURE: Final = 0.3
-"""Of the cross-entropy, in nats per character."""
+"""Temperature of the cross-entropy, in nats per character."""
 
 
 class ChoiceSlots(NamedTuple):
-    """Where the choices of a pack are among its predicted tokens; Q questions of at most C choices."""
+    """Which of a pack's predicted tokens belong to which choice; Q questions of at most C choices."""
 
     slot: Tensor
-    """For each predicted token, which entry of (Q × C) it adds to, or the last one for tokens of no choice; (M,)."""
+    """For each predicted token, the entry of (Q × C) that it adds to; Q × C for tokens of no choice, (M,)."""
     characters: Tensor
     """Length of each choice, (Q, C); 1 where there is none."""
     valid: Tensor
@@ -42,10 +42,13 @@ class ChoiceSlots(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What identity says about a pack; M predicted tokens, of which S are compared whole."""
+    """Identity's predictions for a pack: M predicted tokens, whose distributions are compared at a sample of S.
 
-    shown: Tensor
-    """Places of those among the M, (S,): a sample gives the same gradient on average, for a fraction of the head."""
+    A sample gives the same gradient on average, for a fraction of the head's cost.
+    """
+
+    sampled: Tensor
+    """Rows of the sample among the M, (S,)."""
     logits: Tensor
     """(S, V)."""
     scores: Tensor | None
@@ -57,15 +60,15 @@ def slots_of(tasks: Sequence[Task], device: torch.device) -> ChoiceSlots | None:
     questions = [task for task in tasks if isinstance(task.item, ChoiceItem)]
     if not questions:
         return None
-    most = max(len(task.characters) for task in questions)
-    spare, number = len(questions) * most, 0
+    width = max(len(task.characters) for task in questions)
+    spare, row = len(questions) * width, 0
     slot: list[int] = []
     for task in tasks:
-        chosen = isinstance(task.item, ChoiceItem)
-        for at, tail in enumerate(task.question.continuations):
-            slot += [number * most + at if chosen else spare] * len(tail)
-        number += chosen
-    rows = [[*task.characters, *[0] * (most - len(task.characters))] for task in questions]
+        is_choice = isinstance(task.item, ChoiceItem)
+        for column, tail in enumerate(task.question.continuations):
+            slot += [row * width + column if is_choice else spare] * len(tail)
+        row += is_choice
+    rows = [[*task.characters, *[0] * (width - len(task.characters))] for task in questions]
     characters = torch.tensor(rows, dtype=torch.float32, device=device)
     right = [task.item.answer for task in questions if isinstance(task.item, ChoiceItem)]
     return ChoiceSlots(
@@ -80,22 +83,22 @@ def loss_of(
 
     Args:
         ours: Logits of the program where a continuation's token is predicted, (M, V).
-        full: What identity says there.
+        full: Identity's predictions there.
         targets: Those tokens, (M,).
         choices: The pack's choices.
-        distil: Weight of the difference of the choices' scores.
-        labels: Weight of the cross-entropy on the right choice; 0 looks at no label.
+        distil: Weight of the difference between the choices' scores.
+        labels: Weight of the cross-entropy on the right choice; 0 uses no label.
     """
-    mine, theirs = ours[full.shown].float().log_softmax(-1), full.logits.float().log_softmax(-1)
-    loss = (theirs.exp() * (theirs - mine)).sum(-1).mean()
+    ours_log, full_log = ours[full.sampled].float().log_softmax(-1), full.logits.float().log_softmax(-1)
+    loss = (full_log.exp() * (full_log - ours_log)).sum(-1).mean()
     if choices is None or full.scores is None:
         return loss
-    scores, wanted = choice_scores(ours, targets, choices), _centred(full.scores, choices)
-    apart = F.huber_loss(_centred(scores, choices) / _UNIT, wanted / _UNIT, reduction="none")
-    loss = loss + distil * apart[choices.valid].mean()
+    scores, reference = choice_scores(ours, targets, choices), _centred(full.scores, choices)
+    difference = F.huber_loss(_centred(scores, choices) / _UNIT, reference / _UNIT, reduction="none")
+    loss = loss + distil * difference[choices.valid].mean()
     if labels:
-        ruled = scores.masked_fill(~choices.valid, -1e9) / _TEMPERATURE
-        loss = loss + labels * F.cross_entropy(ruled, choices.right)
+        logits = scores.masked_fill(~choices.valid, -1e9) / _TEMPERATURE
+        loss = loss + labels * F.cross_entropy(logits, choices.right)
     return loss
 
 

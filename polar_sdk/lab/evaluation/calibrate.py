@@ -1,6 +1,10 @@
-"""Calibration: count what a router loses along its dial on prompts it never saw, and certify tiers on the counts.
+"""Calibration: count what a router loses along its dial on unseen prompts, and certify tiers on the counts.
 
-Pure but for the outcomes it is given. How a promise follows from the counts is `router/certificate.py`'s business.
+`resplit` tests such promises: it calibrates on one random half of the prompts and looks at the other half, many times.
+The other half is a sample too: its share of lost prompts is above the truth as often as below. So two things are
+counted: promises that the other half breaks, and promises that all prompts together break.
+
+Pure but for the outcomes it is given. `router/certificate.py` knows how a promise follows from the counts.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ TIER_ALPHAS: Final[dict[str, TierPromise]] = {
     "standard": (0.05, "differs"),
     "premium": (0.02, "differs"),
 }
-"""What the tiers promise unless told otherwise."""
+"""What the tiers promise by default."""
 
 
 def certify(
@@ -47,15 +51,15 @@ def certify(
 
     Args:
         router: Bound to the model that the outcomes were measured on.
-        outputs: What its network says about the calibration prompts, (P, O).
+        outputs: Its network's outputs for the calibration prompts, (P, O).
         outcomes: Of the calibration prompts, P rows.
         tiers: α and loss of each tier.
-        delta: Most probability that a promise is wrong.
+        delta: Maximum probability that a promise is wrong.
         on_progress: Called with (stage, values of θ done, values in all).
 
     Raises:
         CalibrationSizeError: A tier's α needs more prompts.
-        DataError: A tier counts wrong answers, and the prompts come without right ones.
+        DataError: A tier counts wrong answers, but the right ones are not known.
     """
     _check(_by_kind(outcomes, range(len(outcomes))), outcomes, tiers, delta)
     walk = DialWalk.along(router, outputs, outcomes, on_progress)
@@ -69,8 +73,8 @@ class DialWalk:
     Attributes:
         router: Bound to its model.
         outcomes: Of the prompts.
-        lost: (K, P) int8 by loss: 1 lost, −1 gained; what cannot be counted on a prompt is 0.
-        flops: (K, P) float64, the router's own included where it is asked.
+        lost: (K, P) int8 by loss: 1 lost, −1 gained, 0 neither.
+        flops: (K, P) float64, the router's own included where it runs.
     """
 
     router: LearnedRouter
@@ -91,11 +95,11 @@ class DialWalk:
         lengths = [len(tokens) for tokens in outcomes.matrix.tokens]
         lost: dict[Loss, list[list[int]]] = {loss: [] for loss in LOSSES}
         flops = []
-        for at, theta in enumerate(dial):
-            on_progress("calibrating", at, len(dial))
+        for done, theta in enumerate(dial):
+            on_progress("calibrating", done, len(dial))
             programs = [router.programs[0]] * len(rows) if theta == 0 else router.choose_all(outputs, theta)
-            spent = torch.tensor([one.flops for one in outcomes.all(programs)]).double()
-            own = [router.route_flops(length, one) for length, one in zip(lengths, programs, strict=True)]
+            spent = torch.tensor([outcome.flops for outcome in outcomes.all(programs)]).double()
+            own = [router.route_flops(length, program) for length, program in zip(lengths, programs, strict=True)]
             flops.append(spent + torch.tensor(own).double() if theta else spent)
             for loss, values in lost.items():
                 values.append(outcomes.losses(rows, programs, loss))
@@ -104,16 +108,16 @@ class DialWalk:
         return cls(router, outcomes, counted, torch.stack(flops))
 
     def certificate(self, rows: Sequence[int], tiers: Mapping[str, TierPromise], delta: float) -> Certificate:
-        """The certificate that these prompts give."""
-        kept = self.flops[:, list(rows)].sum(1)
+        """The certificate that calibration on these prompts gives."""
+        spent = self.flops[:, list(rows)].sum(1)
         full = self.outcomes.matrix.flops[list(rows), 0].sum().item()
         certificate = Certificate(
             subject=self.router.subject,
             data=self.outcomes.matrix.data,
             delta=delta,
             thetas=self.router.facts.dial,
-            saved=tuple((1 - kept / full).tolist()),
-            kinds={kind: self._count(some) for kind, some in self.by_kind(rows).items()},
+            saved=tuple((1 - spent / full).tolist()),
+            kinds={kind: self._count(of_kind) for kind, of_kind in self.by_kind(rows).items()},
         )
         for tier, (alpha, loss) in tiers.items():
             certificate = tier_promise(certificate, tier, alpha, loss)
@@ -128,35 +132,33 @@ class DialWalk:
         gained = (values["drops"] == -1).sum(1).tolist() if "drops" in values else ()
         return Counts(
             n=len(rows),
-            lost={loss: tuple((some == 1).sum(1).tolist()) for loss, some in values.items()},
+            lost={loss: tuple((change == 1).sum(1).tolist()) for loss, change in values.items()},
             gained=tuple(gained),
         )
 
 
 def _by_kind(outcomes: Outcomes, rows: Sequence[int]) -> dict[str, list[int]]:
     """Those rows, by kind of prompt."""
-    found: dict[str, list[int]] = {}
+    kinds: dict[str, list[int]] = {}
     for row in rows:
-        found.setdefault(outcomes.matrix.kinds[row], []).append(row)
-    return found
+        kinds.setdefault(outcomes.matrix.kinds[row], []).append(row)
+    return kinds
 
 
 def _countable(outcomes: Outcomes, rows: Sequence[int]) -> tuple[Loss, ...]:
-    """Losses that these rows can be counted by."""
+    """The losses that can be counted on these rows."""
     return LOSSES if bool(outcomes.matrix.labelled[list(rows)].all()) else ("differs",)
 
 
 def _check(
     kinds: Mapping[str, Sequence[int]], outcomes: Outcomes, tiers: Mapping[str, TierPromise], delta: float
 ) -> None:
-    """Before anything is measured: whether the losses can be counted, and on prompts enough."""
+    """Check, before anything is measured, that the losses can be counted and that the prompts are enough."""
     labelled = outcomes.matrix.labelled
     countable = {"differs": True, "harms": bool(labelled.all()), "drops": bool(labelled.any())}
     for _, loss in tiers.values():
         if not countable[loss]:
-            needed = (
-                "an answer with every calibration prompt" if loss == "harms" else "calibration prompts with answers"
-            )
+            needed = "an answer for every calibration prompt" if loss == "harms" else "calibration prompts with answers"
             raise DataError(f"a tier that counts wrong answers (loss {loss!r}) needs {needed}.")
     for kind, rows in kinds.items():
         empty = Counts(n=len(rows), lost=dict.fromkeys(_countable(outcomes, rows), ()))
@@ -169,16 +171,16 @@ class Resplits(NamedTuple):
 
     tier: str
     kind: str
-    """A kind of prompt, or `any` of them."""
+    """A kind of prompt, or `any`: the promise broke for at least one of them."""
     times: int
     other_half: int
     """Times that more than α was lost on the half that was not calibrated on."""
     pooled: int
-    """Times that more than α was lost on both halves together: the best estimate of the truth that there is."""
+    """Times that more than α was lost on both halves together, the best available estimate of the truth."""
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The counts in words."""
         return (
             f"{self.tier}, {self.kind}: of {self.times} promises made on a random half, {self.other_half} broke on the "
             f"other half and {self.pooled} on both together"
@@ -186,7 +188,7 @@ class Resplits(NamedTuple):
 
 
 def resplit(walk: DialWalk, tiers: Mapping[str, TierPromise], delta: float, times: int = 100) -> list[Resplits]:
-    """Split a walk's prompts at random, calibrate, and count broken promises, by tier and kind of prompt.
+    """Split a walk's prompts at random, calibrate, and count broken promises by tier and kind of prompt.
 
     Raises:
         CalibrationSizeError: Half of the prompts is too few for a tier's α.
@@ -197,11 +199,9 @@ def resplit(walk: DialWalk, tiers: Mapping[str, TierPromise], delta: float, time
         here = _half(kinds, seed)
         certificate = walk.certificate(sorted(here), tiers, delta)
         for tier in tiers:
-            found: dict[str, tuple[bool, bool]] = {
-                kind: _breaks(walk, certificate, tier, rows, here) for kind, rows in kinds.items()
-            }
-            found["any"] = (any(a for a, _ in found.values()), any(b for _, b in found.values()))
-            for kind, (other, pooled) in found.items():
+            breaks = {kind: _breaks(walk, certificate, tier, rows, here) for kind, rows in kinds.items()}
+            breaks["any"] = (any(other for other, _ in breaks.values()), any(pooled for _, pooled in breaks.values()))
+            for kind, (other, pooled) in breaks.items():
                 broken[tier, kind][0] += other
                 broken[tier, kind][1] += pooled
     return [Resplits(tier, kind, times, *counts) for (tier, kind), counts in broken.items()]
@@ -218,10 +218,10 @@ def _breaks(
 ) -> tuple[bool, bool]:
     """Whether more than α is lost on the other half, and on both."""
     promise = certificate.tiers[tier]
-    at = certificate.thetas.index(promise.theta)
+    setting = certificate.thetas.index(promise.theta)
     labelled = bool(walk.outcomes.matrix.labelled[list(rows)].all())
     loss: Loss = "differs" if promise.loss == "drops" and not labelled else promise.loss
-    lost = walk.lost[loss][at]
+    lost = walk.lost[loss][setting]
     other = [row for row in rows if row not in here]
     return _mean(lost[other].tolist()) > promise.alpha, _mean(lost[list(rows)].tolist()) > promise.alpha
 

@@ -1,4 +1,4 @@
-"""Calibrating and evaluating a router on a model: from items to a certificate, and to an evaluation."""
+"""Calibrate and evaluate a router on a model: from items to a certificate, and to an evaluation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Judge:
     Attributes:
         model: The model.
         router: A learned router; None = the model's.
-        cache: Where rewards are kept; None = the one on disk.
+        cache: Where rewards are kept; None = the file on disk.
         on_progress: Called with (stage, steps done, steps in all).
     """
 
@@ -53,21 +53,21 @@ class Judge:
     on_progress: Progress = field(default=silent)
 
     def __post_init__(self) -> None:
-        found = self.router or self.model.router
-        if not isinstance(found, LearnedRouter):
-            what = "no router" if found is None else f"a router of kind {found.kind}, which has nothing to calibrate"
+        router = self.router or self.model.router
+        if not isinstance(router, LearnedRouter):
+            what = "no router" if router is None else f"a router of kind {router.kind}, which has nothing to calibrate"
             raise RouterError(f"the model has {what}.", hint="Name a trained one, or train it with `polar train`.")
-        self._router: LearnedRouter = found.bind(self.model.decoder, self.model.fingerprint)
+        self._router: LearnedRouter = router.bind(self.model.decoder, self.model.fingerprint)
         self._bench = Bench(self.model, self.on_progress, self.cache)
 
     def calibrate(
         self, items: Sequence[Item], *, tiers: Mapping[str, TierPromise] = TIER_ALPHAS, delta: float = 0.1
     ) -> LearnedRouter:
-        """The router with a certificate made on these items, those left out that it was trained on.
+        """The router with a certificate made on these items, without those that it was trained on.
 
         Raises:
             CalibrationSizeError: A tier's α needs more prompts.
-            DataError: Nothing is left, or the labels are of one class.
+            DataError: No unseen item is left, or the labels are of one class.
         """
         training = {name: value for name, value in self._router.facts.training.items() if name != "calibrated"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=True))
@@ -85,7 +85,7 @@ class Judge:
         delta: float = 0.1,
         times: int = 100,
     ) -> list[Resplits]:
-        """Certify on random halves of what training left alone, and count the promises that the other half breaks."""
+        """Certify on random halves of the items that training did not use, and count the promises that then break."""
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=False))
         walk = DialWalk.along(self._router, self._outputs(tasks), self._outcomes(tasks), self.on_progress)
@@ -102,29 +102,29 @@ class Judge:
         """Evaluate on sets of items, and on all of them together.
 
         Args:
-            sets: By name; what the router was trained or calibrated on is left out.
+            sets: Items by name; what the router was trained or calibrated on is left out.
             points: θ by name; None = the certified tiers, or the default θ. The first is compared with the controls.
             timed: Prompts that are timed; 0 times none.
             seed: Of the controls.
         """
-        chosen = dict(points or self._points())
+        thetas = dict(points or self._points())
         training = self._router.facts.training
         tasks = {name: self._bench.tasks(unseen(items, training, calibrating=False)) for name, items in sets.items()}
-        everything = list({task.id: task for some in tasks.values() for task in some}.values())
+        everything = list({task.id: task for of_set in tasks.values() for task in of_set}.values())
         whole = {"all": everything, **tasks} if len(tasks) > 1 else tasks
-        timings = self._timings(everything[:timed], chosen) if timed else {}
+        timings = self._timings(everything[:timed], thetas) if timed else {}
         results, classes = [], []
-        for at, (name, some) in enumerate(whole.items()):
-            subjects = self._subjects(some, chosen, seed)
-            results.append(evaluate_set(name, replace(subjects, timings={} if at else timings)))
-            classes += evaluate_classes(subjects, _classes(name, some) if name in tasks else _kinds(some))
+        for index, (name, of_set) in enumerate(whole.items()):
+            subjects = self._subjects(of_set, thetas, seed)
+            results.append(evaluate_set(name, replace(subjects, timings={} if index else timings)))
+            classes += evaluate_classes(subjects, _classes(name, of_set) if name in tasks else _kinds(of_set))
         return Evaluation(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
             dtype=self.model.dtype,
             device=self.model.device,
             router=f"{self._router.kind} {self._router.version}",
-            point=next(iter(chosen)),
+            point=next(iter(thetas)),
             sets=tuple(results),
             classes=tuple(classes),
             verdict=tuple(verdict(results, classes)),
@@ -134,7 +134,7 @@ class Judge:
         )
 
     def _points(self) -> dict[str, float]:
-        """The default tier first, then the others."""
+        """θ of the certified tiers, the default tier first; the default θ where there are none."""
         certificate, default = self._router.certificate, self._router.facts.default_tier
         if certificate is None or not certificate.tiers:
             return {"uncalibrated": self._router.facts.default_theta}
@@ -155,8 +155,8 @@ class Judge:
         )
 
     def _static(self) -> list[Program]:
-        """Fixed programs that were measured in training."""
-        return [Program.parse(one["program"]) for one in self._router.facts.training.get("static", ())]
+        """The fixed programs that were measured in training."""
+        return [Program.parse(row["program"]) for row in self._router.facts.training.get("static", ())]
 
     def _outcomes(self, tasks: Sequence[Task]) -> Outcomes:
         return self._bench.outcomes(tasks, [*self._router.programs, *self._static()])
@@ -168,24 +168,27 @@ class Judge:
     def _timings(self, tasks: Sequence[Task], points: Mapping[str, float]) -> dict[str, tuple[float, float]]:
         """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts.
 
-        Layers that the router reads and the request takes over are the request's, and not in the router's time.
+        Time of the layers that a router reads and the request then reuses counts as the request's, not the router's.
         """
-        asked = [_prompt_of(task.item) for task in tasks]
+        prompts = [_prompt_of(task.item) for task in tasks]
         systems = {"identity": 0.0, **{f"router ({name})": theta for name, theta in points.items()}}
-        each: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
-        for at, prompt in enumerate(asked):
-            self.on_progress("timing", at, len(asked))
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
+        for done, prompt in enumerate(prompts):
+            self.on_progress("timing", done, len(prompts))
             tokens = self.model.prompt_tokens(prompt)
             for name, theta in systems.items():
                 router = self._router.at(theta)
                 begin = time.perf_counter_ns()
                 answer = self.model.greedy_answers([prompt], max_tokens=_TIMED_TOKENS, router=router)[0]
                 end = time.perf_counter_ns()
-                each[name].append(((end - begin) / 1e6 / max(1, len(answer)), self._own_time(router, tokens)))
-        return {name: (median(a for a, _ in some), median(b for _, b in some)) for name, some in each.items()}
+                times[name].append(((end - begin) / 1e6 / max(1, len(answer)), self._own_time(router, tokens)))
+        return {
+            name: (median(per_token for per_token, _ in pairs), median(own for _, own in pairs))
+            for name, pairs in times.items()
+        }
 
     def _own_time(self, router: Router, tokens: Sequence[int]) -> float:
-        """Milliseconds that a router takes for one prompt, without those of a lead."""
+        """Milliseconds that a router takes for one prompt, without its lead."""
         begin = time.perf_counter_ns()
         lead = router.route(tokens).lead
         routed = time.perf_counter_ns()
@@ -197,19 +200,19 @@ class Judge:
 
 def _kinds(tasks: Sequence[Task]) -> dict[str, list[int]]:
     """Rows of choice questions and of prompts answered in text, where there are both."""
-    found: dict[str, list[int]] = {}
+    kinds: dict[str, list[int]] = {}
     for row, task in enumerate(tasks):
-        found.setdefault("all choices" if isinstance(task.item, ChoiceItem) else "all texts", []).append(row)
-    return found if len(found) > 1 else {}
+        kinds.setdefault("all choices" if isinstance(task.item, ChoiceItem) else "all texts", []).append(row)
+    return kinds if len(kinds) > 1 else {}
 
 
 def _classes(name: str, tasks: Sequence[Task]) -> dict[str, list[int]]:
     """Rows of each class of a set: all of it, and each task that its items name."""
-    found = {name: list(range(len(tasks)))}
+    classes = {name: list(range(len(tasks)))}
     for row, task in enumerate(tasks):
         if task.item.task is not None:
-            found.setdefault(f"{name}/{task.item.task}", []).append(row)
-    return found
+            classes.setdefault(f"{name}/{task.item.task}", []).append(row)
+    return classes
 
 
 def _prompt_of(item: Item) -> str:

@@ -1,7 +1,9 @@
-"""Cuts: how a program departs from full depth, as a few edits of segments, and random changes of them.
+"""Cuts: how programs depart from full depth, as a few edits of segments, and their evolution under a budget.
 
-An edit skips a segment, crosses it by its bridge, or visits a layer twice. Edits of one cut do not overlap. Knows what
-programs cost and which a policy allows; measures nothing.
+An edit skips a segment, crosses it by its bridge, or visits a layer twice; the edits of one cut do not overlap.
+Programs of about one cost are changed one edit at a time and judged by successive halving: all new programs are tried
+on a quarter of the prompts, the better half of them on half of the prompts, and the better half of those on all, so
+that weak ones cost little. Knows what programs cost and which a policy allows, but not how their fitness is measured.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ if TYPE_CHECKING:
     from polar_sdk.programs.policy import Policy
 
 
-_LONGEST_SKIP: Final = 4
+_MAX_SKIP: Final = 4
+"""Maximum layers that a new skip leaves out."""
 _TRIES: Final = 60
+"""Edits that are tried to bring a cut to its budget."""
+_RUNGS: Final = (0.25, 0.5, 1.0)
+"""Shares of the prompts that programs are tried on, one after another."""
 
 
 class Edit(NamedTuple):
@@ -43,8 +49,8 @@ class Space:
     """The programs that may be searched on one model.
 
     Attributes:
-        cost: Costs, bridges included.
-        policy: Bounds.
+        cost: Of the model, its bridges included.
+        policy: Bounds the programs.
         loops: Whether layers may be visited twice.
     """
 
@@ -54,9 +60,9 @@ class Space:
 
     @cached_property
     def slack(self) -> float:
-        """How far below its budget a program may cost, as a share of identity: a little more than one layer."""
-        dearest = max(self.cost.layers, key=lambda layer: layer.flops(NOMINAL_PROMPT, NOMINAL_PROMPT))
-        layer = self.cost.layers.index(dearest)
+        """How far below its budget a program's cost may be, as a share of identity's: a little more than one layer."""
+        most_expensive = max(self.cost.layers, key=lambda layer: layer.flops(NOMINAL_PROMPT, NOMINAL_PROMPT))
+        layer = self.cost.layers.index(most_expensive)
         return max(0.03, 1.1 * (1 - self.ratio(frozenset({Edit(layer, layer, "skip")}))))
 
     def program(self, cut: Cut) -> Program:
@@ -79,7 +85,7 @@ class Space:
         return self.cost.request(self.program(cut), NOMINAL_PROMPT, NOMINAL_OUTPUT).total / identity
 
     def allowed(self, cut: Cut) -> bool:
-        """Whether the edits are apart, and the policy lets the program run."""
+        """Whether no edits overlap and the policy allows the program."""
         edits = sorted(cut)
         if any(after.first <= before.last for before, after in pairwise(edits)):
             return False
@@ -90,11 +96,11 @@ class Space:
         return True
 
     def random_cut(self, budget: float, dice: random.Random) -> Cut | None:
-        """A cut made from nothing; None where none was found."""
+        """A cut built from scratch; None where none fits."""
         return self.fit(frozenset(), budget, dice)
 
     def neighbour(self, cut: Cut, budget: float, dice: random.Random) -> Cut | None:
-        """A cut with one edit moved, resized or exchanged, at about the same cost; None where none was found."""
+        """A cut with one edit moved, resized or exchanged, at about the same cost; None where none fits."""
         if not cut:
             return self.random_cut(budget, dice)
         edit = dice.choice(sorted(cut))
@@ -104,17 +110,17 @@ class Space:
         return self.fit(start if self.allowed(start) else others, budget, dice)
 
     def fit(self, cut: Cut, budget: float, dice: random.Random) -> Cut | None:
-        """Add edits, or take skips back, until the cost is at most `budget` and at most `slack` below it."""
+        """Add edits, or take some back, until the cost is at most `budget` and at most `slack` below it."""
         for _ in range(_TRIES):
             ratio = self.ratio(cut)
             if budget - self.slack <= ratio <= budget:
                 return cut
-            changed = cut | {self._any(dice)} if ratio > budget else self._less(cut, dice)
+            changed = cut | {self._random_edit(dice)} if ratio > budget else self._shortened(cut, dice)
             if self.allowed(changed):
                 cut = changed
         return None
 
-    def _any(self, dice: random.Random) -> Edit:
+    def _random_edit(self, dice: random.Random) -> Edit:
         bridges = sorted(self.cost.bridges)
         if bridges and dice.random() < 0.6:
             return Edit(*dice.choice(bridges), "bridge")
@@ -122,9 +128,9 @@ class Space:
             layer = dice.randrange(self.cost.depth)
             return Edit(layer, layer, "loop")
         first = dice.randrange(self.cost.depth)
-        return Edit(first, min(first + dice.randint(0, _LONGEST_SKIP - 1), self.cost.depth - 1), "skip")
+        return Edit(first, min(first + dice.randint(0, _MAX_SKIP - 1), self.cost.depth - 1), "skip")
 
-    def _less(self, cut: Cut, dice: random.Random) -> Cut:
+    def _shortened(self, cut: Cut, dice: random.Random) -> Cut:
         """The cut with one edit shortened or gone."""
         edit = dice.choice(sorted(cut))
         shorter = {edit._replace(last=edit.last - 1)} if edit.kind == "skip" and edit.last > edit.first else set()
@@ -133,10 +139,10 @@ class Space:
     def _moved(self, edit: Edit, dice: random.Random) -> Edit | None:
         if edit.kind == "bridge":
             return self._exchanged(edit, dice)
-        by = dice.choice([-2, -1, 1, 2])
-        if edit.first + by < 0 or edit.last + by >= self.cost.depth:
+        offset = dice.choice([-2, -1, 1, 2])
+        if edit.first + offset < 0 or edit.last + offset >= self.cost.depth:
             return None
-        return edit._replace(first=edit.first + by, last=edit.last + by)
+        return edit._replace(first=edit.first + offset, last=edit.last + offset)
 
     def _resized(self, edit: Edit, dice: random.Random) -> Edit | None:
         if edit.kind != "skip":
@@ -145,29 +151,28 @@ class Space:
         return edit._replace(last=last) if edit.first <= last < self.cost.depth else None
 
     def _exchanged(self, edit: Edit, dice: random.Random) -> Edit | None:
-        """A skip for a bridge over the same layers, or the other way round; or any other edit."""
+        """A bridge over the same layers for a skip, or the other way round; or any other edit."""
         if edit.kind == "skip" and (edit.first, edit.last) in self.cost.bridges:
             return edit._replace(kind="bridge")
         if edit.kind == "bridge" and dice.random() < 0.5:
             return edit._replace(kind="skip")
-        return self._any(dice)
+        return self._random_edit(dice)
 
 
 Fitness = Callable[[Sequence[Program], float], dict[Program, float]]
 """Fitness of programs, on that share of the prompts."""
-_RUNGS: Final = (0.25, 0.5, 1.0)
 
 
 def evolve(
     space: Space, budget: float, fitness_of: Fitness, *, population: int, generations: int, dice: random.Random
 ) -> dict[Program, float]:
-    """Fitness on all prompts of every program that came so far; empty where no program fits the budget.
+    """Fitness on all prompts of every program that reached the last rung; empty where no program fits the budget.
 
     Args:
         space: Where to look.
-        budget: Most FLOPs of a program, as a share of identity's.
+        budget: Maximum FLOPs of a program, as a share of identity's.
         fitness_of: Measures programs.
-        population: Programs that stay from one generation to the next, and that are tried anew in each.
+        population: Programs kept from one generation to the next, and new ones tried in each.
         generations: Rounds after the first.
         dice: Source of chance.
     """
@@ -185,24 +190,24 @@ def _brood(
     space: Space, budget: float, parents: Sequence[Cut], seen: Collection[Program], count: int, dice: random.Random
 ) -> dict[Program, Cut]:
     """Programs not seen before: neighbours of the parents, or random ones where there are none."""
-    found: dict[Program, Cut] = {}
+    brood: dict[Program, Cut] = {}
     for _ in range(6 * count):
-        if len(found) == count:
+        if len(brood) == count:
             break
         cut = space.neighbour(dice.choice(parents), budget, dice) if parents else space.random_cut(budget, dice)
         if cut and (program := space.program(cut)) not in seen:
-            found[program] = cut
-    return found
+            brood[program] = cut
+    return brood
 
 
 def _halve(programs: list[Program], fitness_of: Fitness) -> dict[Program, float]:
-    """Fitness on all prompts of those that reach the last rung."""
+    """Fitness on all prompts of the programs that reach the last rung."""
     fitness: dict[Program, float] = {}
-    for number, share in enumerate(_RUNGS):
+    for rung, share in enumerate(_RUNGS):
         if not programs:
             return {}
         fitness = fitness_of(programs, share)
-        if number < len(_RUNGS) - 1:
+        if rung < len(_RUNGS) - 1:
             ranked = sorted(programs, key=lambda program: (-fitness[program], program.steps))
             programs = ranked[: max(1, (len(ranked) + 1) // 2)]
     return fitness

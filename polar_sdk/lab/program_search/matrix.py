@@ -1,12 +1,13 @@
 """The reward matrix: what every program of a menu does on every prompt. Measured once, read by training and evaluation.
 
 P prompts × M programs; column 0 is identity. One safetensors file, no pickle: tensors as named below, everything else
-as JSON in the file's metadata. Knows no model: token ids, programs as text, and numbers.
+as JSON in the file's metadata. A matrix knows no model: token ids, programs as text, and numbers; `measured_matrix`
+makes one from a model, which runs what the cache does not hold.
 
-How the numbers are meant, by kind of prompt (`kinds`):
+What the numbers mean, by kind of prompt (`kinds`):
 
 ===========  ===================================  ==================================================================
-             `choice`                             `prompt` (bare) and `answer` (with a text that is right)
+             `choice`                             `prompt` (bare) and `answer` (with the right text)
 ===========  ===================================  ==================================================================
 `agree`      the same choice as identity          along identity's own greedy answer the program would choose
                                                   three quarters of the tokens as identity does (`SAME_ANSWER`)
@@ -61,14 +62,14 @@ class RewardMatrix:
         ids: Hash of each prompt's normalised text, P; the same over runs and files.
         kinds: What each prompt is, P.
         splits: `train`, `dev`, `calibration` or `test`, P.
-        tokens: Token ids of each prompt as a router sees it, P tuples.
+        tokens: Token ids of each prompt as a router reads it, P tuples.
         programs: The menu, M.
         agree: (P, M) bool.
         share: (P, M) float32.
         margin: (P, M) float32.
         right: (P, M) bool; False where `labelled` is False.
         labelled: (P,) bool.
-        flops: (P, M) int64. The router's own are not in it. Unit: FLOPs.
+        flops: (P, M) int64, without the router's own. Unit: FLOPs.
         model: Name of the base model.
         fingerprint: Of the base model.
         dtype: Of the weights: `bfloat16`, `int8`, …
@@ -97,7 +98,7 @@ class RewardMatrix:
         shape = (len(self.ids), len(self.programs))
         for name in ("agree", "share", "margin", "right", "flops"):
             if tuple(getattr(self, name).shape) != shape:
-                raise DataError(f"reward matrix: {name} is {tuple(getattr(self, name).shape)}, not {shape}.")
+                raise DataError(f"reward matrix: {name} has shape {tuple(getattr(self, name).shape)}, not {shape}.")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -111,12 +112,12 @@ class RewardMatrix:
         """The same matrix with these rows only, in this order.
 
         Args:
-            keep: Row numbers, or a boolean mask (P,).
+            keep: Row indices, or a boolean mask (P,).
         """
         index = torch.as_tensor(keep)
         index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
-        numbers = index.tolist()
-        per_row = {name: tuple(getattr(self, name)[n] for n in numbers) for name in _PER_ROW}
+        kept = index.tolist()
+        per_row = {name: tuple(getattr(self, name)[row] for row in kept) for name in _PER_ROW}
         tensors = {name: getattr(self, name)[index] for name in _TENSORS}
         rest = {field.name: getattr(self, field.name) for field in fields(self)}
         return RewardMatrix(**{**rest, **per_row, **tensors})
@@ -127,13 +128,13 @@ class RewardMatrix:
         Raises:
             DataError: There is none.
         """
-        wanted = [n for n, split in enumerate(self.splits) if split in splits and self.kinds[n] in kinds]
-        if not wanted:
+        kept = [row for row, split in enumerate(self.splits) if split in splits and self.kinds[row] in kinds]
+        if not kept:
             raise DataError(
                 f"the reward matrix has no prompt in {', '.join(splits)} (it has {len(self)} in all); "
                 "search again with more prompts."
             )
-        return self.rows(wanted)
+        return self.rows(kept)
 
     def save(self, path: str | Path) -> None:
         """Write the matrix as one safetensors file; its folder is made if need be."""
@@ -142,7 +143,9 @@ class RewardMatrix:
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         tensors["token_ids"] = torch.tensor([token for row in self.tokens for token in row], dtype=torch.int32)
         tensors["token_counts"] = torch.tensor([len(row) for row in self.tokens], dtype=torch.int32)
-        texts = {name: getattr(self, name) for name in _TEXTS} | {"programs": [one.text for one in self.programs]}
+        texts = {name: getattr(self, name) for name in _TEXTS} | {
+            "programs": [program.text for program in self.programs]
+        }
         save_file(tensors, target, {"format": _FORMAT, "facts": json.dumps(texts)})
 
     @classmethod
@@ -150,18 +153,20 @@ class RewardMatrix:
         """Read a matrix back.
 
         Raises:
-            DataError: The file is missing, damaged or something else.
+            DataError: The file is missing, damaged or not a reward matrix.
         """
         hint = "Make it with `polar search`."
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         except (OSError, SafetensorError) as error:
             raise DataError(f"reward matrix {str(path)!r} cannot be read ({error}).", hint=hint) from error
         if metadata.get("format") != _FORMAT:
-            found = metadata.get("format", "something else")
-            raise DataError(f"{str(path)!r} is no reward matrix of format {_FORMAT!r} but {found!r}.", hint=hint)
+            raise DataError(
+                f"{str(path)!r} is not a reward matrix: its format is {metadata.get('format')!r}, not {_FORMAT!r}.",
+                hint=hint,
+            )
         try:
             return cls(**_facts(json.loads(metadata["facts"]), tensors))
         except (KeyError, ValueError, TypeError) as error:
@@ -194,17 +199,17 @@ def measured_matrix(
         measurer: Of the model.
         tasks: At least one.
         programs: Identity first.
-        splits: Of each task.
+        splits: One per task.
         data: Hash of the prompts.
-        write_tokens: Most tokens of answers that are compared with the right text; None looks at no right answer, since
-            answers in text must be written for that, which is slow.
-        stage: For progress.
+        write_tokens: Maximum tokens of answers that are compared with the right text; None compares no answer with the
+            right one: answers in text must be written for that, which is slow.
+        stage: What progress is reported as.
     """
     model = measurer.model
     rewards = measurer.rewards(tasks, programs, stage)
-    known = write_tokens is not None
-    nothing = torch.zeros(len(tasks), dtype=torch.bool)
-    right = [nothing if write_tokens is None else measurer.right(tasks, one, write_tokens) for one in programs]
+    labels = write_tokens is not None
+    none = torch.zeros(len(tasks), dtype=torch.bool)
+    right = [none if write_tokens is None else measurer.right(tasks, program, write_tokens) for program in programs]
     return RewardMatrix(
         ids=tuple(task.id for task in tasks),
         kinds=tuple(task.kind for task in tasks),
@@ -215,7 +220,7 @@ def measured_matrix(
         share=torch.stack([rewards[program].share for program in programs], 1),
         margin=torch.stack([rewards[program].margin for program in programs], 1),
         right=torch.stack(right, 1),
-        labelled=torch.tensor([known and task.kind != "prompt" for task in tasks]),
+        labelled=torch.tensor([labels and task.kind != "prompt" for task in tasks]),
         flops=torch.stack([rewards[program].flops for program in programs], 1),
         model=model.name,
         fingerprint=model.fingerprint,

@@ -1,8 +1,7 @@
 """A menu: the programs that a router may choose from, with what was measured of each. A JSON file for people to read.
 
-The numbers that training reads stand beside it, in the reward matrix. Knows no model.
-
-Pick a menu: few programs that together serve most prompts cheaply. Knows numbers, no programs.
+The numbers that training reads are in the reward matrix beside it. `cover` picks the few programs that together serve
+most prompts cheaply. Knows no model.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from polar_sdk.errors import DataError
 from polar_sdk.programs.program import Program
@@ -22,56 +21,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def cover(gains: Tensor, size: int, must: Sequence[int] = ()) -> list[int]:
-    """Columns that cover the rows best, picked greedily.
-
-    A row gains the highest of its picked columns, and never less than 0. The sum of that has diminishing returns, so
-    the greedy pick is within 1 − 1/e of the best one. Stops early where no column adds anything.
-
-    Args:
-        gains: (P, C), what prompt p gains if it may run candidate c.
-        size: Most columns.
-        must: Columns that are picked whatever they gain.
-
-    Returns:
-        Columns in the order of picking, `must` first.
-    """
-    picked = list(dict.fromkeys(must))[:size]
-    held = gains[:, picked].amax(1).clamp(min=0) if picked else torch.zeros(len(gains), dtype=gains.dtype)
-    while len(picked) < size:
-        added = (gains - held[:, None]).clamp(min=0).sum(0)
-        added[picked] = 0
-        best = int(added.argmax())
-        if added[best] <= 0:
-            break
-        picked.append(best)
-        held = torch.maximum(held, gains[:, best])
-    return picked
-
-
 _FORMAT: Final = "polar-menu-1"
 
 
-class MenuProgram(BaseModel):
+class MenuProgram(BaseModel, frozen=True):
     """One program of a menu."""
-
-    model_config = ConfigDict(frozen=True)
 
     program: Program
     flops_ratio: float
     """FLOPs over identity's, at 128 prompt and 64 output tokens."""
     agreement: float
-    """Share of the dev prompts (train, where there are too few) on which it answers as identity does."""
+    """Share of the dev prompts (train prompts, if dev is too small) on which it answers as identity does."""
     token_agreement: float
-    """The same by tokens, for prompts that are no choice question."""
+    """The same by tokens for prompts answered in text."""
     accuracy: float | None
-    """Share of labelled prompts among them that it answers right; None where there are none."""
+    """Share of the labelled prompts among them that it answers right; None where there are none."""
 
 
-class Menu(BaseModel):
+class Menu(BaseModel, frozen=True):
     """A menu of one model."""
-
-    model_config = ConfigDict(frozen=True)
 
     format: str = _FORMAT
     model: str
@@ -85,9 +53,9 @@ class Menu(BaseModel):
     prompts: dict[str, int]
     """Prompts of each split."""
     tried: int
-    """Different programs that were measured on all search prompts."""
+    """Distinct programs that were measured on all search prompts."""
     programs: tuple[MenuProgram, ...]
-    """Identity first, then from dear to cheap."""
+    """Identity first, then from expensive to cheap."""
 
     def save(self, path: str | Path) -> None:
         """Write the file; its folder is made if need be."""
@@ -100,7 +68,7 @@ class Menu(BaseModel):
         """Read a file back.
 
         Raises:
-            DataError: It is missing, damaged or something else.
+            DataError: It is missing, damaged or not a menu.
         """
         hint = "Make it with `polar search`."
         try:
@@ -114,3 +82,30 @@ class Menu(BaseModel):
         if menu.format != _FORMAT:
             raise DataError(f"{str(path)!r} has format {menu.format!r}, not {_FORMAT!r}.", hint=hint)
         return menu
+
+
+def cover(gains: Tensor, size: int, must: Sequence[int] = ()) -> list[int]:
+    """Columns that cover the rows best, picked greedily.
+
+    A row gains the highest of its picked columns, and never less than 0. The sum has diminishing returns, so that the
+    greedy pick reaches at least 1 − 1/e of the best one. Stops early where no column adds anything.
+
+    Args:
+        gains: (P, C), what prompt p gains if it may run candidate c.
+        size: Maximum number of columns.
+        must: Columns that are picked whatever they gain.
+
+    Returns:
+        Columns in the order of picking, `must` first.
+    """
+    picked = list(dict.fromkeys(must))[:size]
+    gained = gains[:, picked].amax(1).clamp(min=0) if picked else torch.zeros(len(gains), dtype=gains.dtype)
+    while len(picked) < size:
+        added = (gains - gained[:, None]).clamp(min=0).sum(0)
+        added[picked] = 0
+        best = int(added.argmax())
+        if added[best] <= 0:
+            break
+        picked.append(best)
+        gained = torch.maximum(gained, gains[:, best])
+    return picked

@@ -1,15 +1,16 @@
 """The search: from prompts and budgets to a menu and its reward matrix.
 
-Programs are evolved on prompts of the train split, the menu is picked on the dev split, and every prompt of every split
-is then measured under the menu, of the train split as many as a router learns from. Calibration and test prompts have
-no say in what is on it. With the same seed a search repeats itself, and the cache answers for what was measured before:
-an interrupted search goes on where it stopped.
+Programs are evolved on prompts of the train split, and the menu is picked on the dev split; then the prompts of all
+splits are measured under it, of the train split as many as a router learns from. Calibration and test prompts have no
+influence on the menu. The same seed repeats a search, and the cache supplies what was measured before, so that an
+interrupted search resumes where it stopped.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -33,6 +34,7 @@ from polar_sdk.lab.program_search.menu import Menu, MenuProgram, cover
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.measure import Measurer, Reward
 from polar_sdk.lab.rewards.tasks import Task, make_tasks
+from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
 
@@ -51,15 +53,16 @@ class SearchOptions:
 
     Attributes:
         budgets: FLOPs of the programs to look for, as shares of identity's.
-        menu: Most programs on the menu, identity included.
+        menu: Maximum number of programs on the menu, identity included.
         prompts: Prompts of the train split that programs are evolved on.
-        train: Most prompts of the train split that the menu is measured on, drawn by hash: what a router learns from.
+        train: Maximum prompts of the train split that the menu is measured on, drawn by hash: a router learns from
+            these.
         population: Programs tried per generation and budget.
-        generations: Generations per budget, after a first one of random programs.
-        objective: `identity`: answer as full depth does; `labels`: choose the right choice where one is known.
+        generations: Generations per budget after the first, which is random.
+        objective: `identity`: answer as full depth does; `labels`: prefer the right choice where it is known.
         loops: Whether layers may be visited twice.
-        answer_tokens: Most tokens of identity's answers to prompts.
-        write_tokens: Most tokens of the answers that are compared with the right text.
+        answer_tokens: Maximum tokens of identity's answers to prompts.
+        write_tokens: Maximum tokens of the answers that are compared with the right text.
         shares: Of the splits.
         seed: Of everything random.
     """
@@ -79,17 +82,19 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         if not self.budgets or not all(0 < budget < 1 for budget in self.budgets):
-            raise DataError(f"budgets {self.budgets} must lie between 0 and 1; use for example 0.9,0.8,0.7,0.6.")
+            raise DataError(f"budgets {self.budgets} must be between 0 and 1, e.g. 0.9,0.8,0.7,0.6.")
         if self.menu < 2:
-            raise DataError(f"a menu of {self.menu} leaves nothing to choose; use at least 2, identity is one of them.")
+            raise DataError(f"menu={self.menu} leaves nothing to choose from; use at least 2, identity included.")
         if self.objective not in ("identity", "labels"):
-            raise DataError(f"objective {self.objective!r} is unknown; use identity or labels.")
-        least = min(
+            raise DataError(f"objective {self.objective!r} does not exist; use identity or labels.")
+        smallest = min(
             self.prompts, self.train, self.population, self.generations + 1, self.answer_tokens, self.write_tokens
         )
-        if least < 1:
+        if smallest < 1:
             raise DataError(
-                "prompts, train, population, answer_tokens and write_tokens must be at least 1, generations 0."
+                f"prompts={self.prompts}, train={self.train}, population={self.population}, generations="
+                f"{self.generations}, answer_tokens={self.answer_tokens}, write_tokens={self.write_tokens}: "
+                "use at least 0 generations, and at least 1 of the others."
             )
         self.shares.check()
 
@@ -109,14 +114,14 @@ class SearchResult:
 
 
 def rewards_path(menu: str | Path) -> Path:
-    """Where the reward matrix of a menu file is: `menu.json` has `menu.rewards.safetensors` beside it."""
+    """The path of the reward matrix of a menu file: `menu.json` has `menu.rewards.safetensors` beside it."""
     return Path(menu).with_suffix(".rewards.safetensors")
 
 
-_FEW: Final = 32
-"""Fewer dev prompts than this say too little; then the menu is picked on the train split."""
+_MIN_DEV: Final = 32
+"""Dev prompts below which the menu is picked on the train split: fewer show too little."""
 _FINALISTS: Final = 48
-"""Programs that may come onto the menu: the fittest of all budgets."""
+"""Programs that the menu is picked from: the fittest of all budgets."""
 
 
 def search(
@@ -127,20 +132,21 @@ def search(
     on_progress: Progress = silent,
     **options: object,
 ) -> SearchResult:
-    """Search programs for several budgets and pick a menu.
+    """Search programs for several budgets, pick a menu, and measure every prompt under it.
 
     Args:
         model: The model, with the bridges that programs may use; its policy bounds the programs.
-        items: Prompts to search on; None = those that come with the package.
-        cache: What is known already; None = nothing.
+        items: Prompts to search on; None = the prompts that come with the package.
+        cache: What has been measured already; None = nothing.
         on_progress: Called with (stage, steps done, steps in all).
         **options: Fields of `SearchOptions`.
 
     Raises:
-        DataError: The data is empty, nothing but copies, or its labels are of one class.
+        DataError: An option is out of range; the data is empty, nothing but copies, or its labels are of one class; no
+            prompt is in the train split; or the policy allows no program of these budgets.
     """
-    chosen = SearchOptions(**options)  # type: ignore[arg-type]
-    return Search(model, items, chosen, cache or RewardCache(), on_progress).run()
+    checked = SearchOptions(**options)  # type: ignore[arg-type]
+    return Search(model, items, checked, cache or RewardCache(), on_progress).run()
 
 
 @dataclass
@@ -149,9 +155,9 @@ class Search:
 
     Attributes:
         model: The model, with the bridges that programs may use; its policy bounds the programs.
-        items: Prompts; None = those that come with the package.
+        items: Prompts; None = the prompts that come with the package.
         options: How to search.
-        cache: What is known already.
+        cache: What has been measured already.
         on_progress: Called with (stage, steps done, steps in all).
     """
 
@@ -165,8 +171,8 @@ class Search:
         """Search, pick and measure.
 
         Raises:
-            DataError: The data is empty, nothing but copies, its labels are of one class, or no prompt is in the train
-                split.
+            DataError: The data is empty, nothing but copies, its labels are of one class, no prompt is in the train
+                split, or the policy allows no program of these budgets.
         """
         items = distinct_items(builtin_items() if self.items is None else self.items)
         check_labels(items)
@@ -182,18 +188,18 @@ class Search:
         drawn = sorted(train, key=lambda task: task.id)
         fitness = self._evolve(drawn[: self.options.prompts])
         if not any(fitness.values()):
+            budgets = ", ".join(f"{budget:g}" for budget in self.options.budgets)
             raise DataError(
-                f"no program that the policy allows costs {', '.join(f'{one:g}' for one in self.options.budgets)} of "
-                "full depth; give other budgets, or a policy that protects fewer layers."
+                f"no program that the policy allows costs {budgets} of full depth; give other budgets, or a policy "
+                "that protects fewer layers."
             )
-        judged = dev if len(dev) >= _FEW else train
+        judged = dev if len(dev) >= _MIN_DEV else train
         programs = self._pick(fitness, judged)
         dropped = {task.id for task in drawn[self.options.train :]}
         measured = [task for task in tasks if task.id not in dropped]
         matrix = self._matrix(measured, programs, data_hash(items))
-        return SearchResult(
-            self._menu(matrix, judged, len({one for found in fitness.values() for one in found})), matrix
-        )
+        tried = {program for of_budget in fitness.values() for program in of_budget}
+        return SearchResult(self._menu(matrix, judged, len(tried)), matrix)
 
     @property
     def _identity(self) -> Program:
@@ -203,28 +209,27 @@ class Search:
         """Fitness on all search prompts, by budget."""
         decoder = self.model.loaded.decoder
         space = Space(decoder.cost, self.model.policy, loops=self.options.loops)
+        fitness = {}
+        for place, budget in enumerate(self.options.budgets, 1):
+            stage = f"budget {budget:g} ({place} of {len(self.options.budgets)})"
 
-        found = {}
-        for number, budget in enumerate(self.options.budgets, 1):
-            stage = f"budget {budget:g} ({number} of {len(self.options.budgets)})"
+            def fitness_of(programs: Sequence[Program], share: float, stage: str = stage) -> dict[Program, float]:
+                first = tasks[: max(1, round(share * len(tasks)))]
+                rewards = self._measurer.rewards(first, programs, stage)
+                return {program: self._fitness(first, program, reward) for program, reward in rewards.items()}
 
-            def judge(programs: Sequence[Program], share: float, stage: str = stage) -> dict[Program, float]:
-                some = tasks[: max(1, round(share * len(tasks)))]
-                rewards = self._measurer.rewards(some, programs, stage)
-                return {program: self._fitness(some, program, reward) for program, reward in rewards.items()}
-
-            found[budget] = evolve(
+            fitness[budget] = evolve(
                 space,
                 budget,
-                judge,
+                fitness_of,
                 population=self.options.population,
                 generations=self.options.generations,
                 dice=random.Random(f"{self.options.seed} {budget}"),
             )
-        return found
+        return fitness
 
     def _fitness(self, tasks: Sequence[Task], program: Program, reward: Reward) -> float:
-        """Mean reward; a little of the margin parts programs that tie."""
+        """Mean reward, plus a little of the margin to separate programs that tie."""
         value = reward.share
         if self.options.objective == "labels":
             choice = torch.tensor([isinstance(task.item, ChoiceItem) for task in tasks])
@@ -235,14 +240,15 @@ class Search:
 
     def _pick(self, fitness: dict[float, dict[Program, float]], tasks: Sequence[Task]) -> list[Program]:
         """Identity, the fittest program of each budget, and what covers the prompts best beside them."""
-        winners = [max(found, key=lambda one: (found[one], one.text)) for found in fitness.values() if found]
-        ranked = [
-            sorted(found, key=lambda one, found=found: (-found[one], one.text))  # type: ignore[misc]
-            for found in fitness.values()
+        winners = [
+            max(values.items(), key=lambda pair: (pair[1], pair[0].text))[0] for values in fitness.values() if values
         ]
-        most = max(map(len, ranked), default=0)
-        turns = [found[place] for place in range(most) for found in ranked if place < len(found)]
-        pool = list(dict.fromkeys([self._identity, *winners, *turns]))[:_FINALISTS]
+        rankings = [
+            [program for program, _ in sorted(values.items(), key=lambda pair: (-pair[1], pair[0].text))]
+            for values in fitness.values()
+        ]
+        in_turn = [program for rank in zip_longest(*rankings) for program in rank if program is not None]
+        pool = list(dict.fromkeys([self._identity, *winners, *in_turn]))[:_FINALISTS]
         rewards = self._measurer.rewards(tasks, pool, "finalists")
         gains = torch.stack([_gain(rewards[program], rewards[self._identity]) for program in pool], dim=1)
         must = [0, *(pool.index(program) for program in winners)]
@@ -261,8 +267,8 @@ class Search:
         )
 
     def _menu(self, matrix: RewardMatrix, judged: Sequence[Task], tried: int) -> Menu:
-        wanted = {task.id for task in judged}
-        rows = matrix.rows([number for number, one in enumerate(matrix.ids) if one in wanted])
+        ids = {task.id for task in judged}
+        rows = matrix.rows([row for row, item_id in enumerate(matrix.ids) if item_id in ids])
         return Menu(
             model=matrix.model,
             fingerprint=matrix.fingerprint,
@@ -272,22 +278,20 @@ class Search:
             seed=self.options.seed,
             prompts={split: matrix.splits.count(split) for split in dict.fromkeys(matrix.splits)},
             tried=tried,
-            programs=tuple(self._line(rows, column, program) for column, program in enumerate(matrix.programs)),
+            programs=tuple(self._menu_program(rows, column) for column in range(len(matrix.programs))),
         )
 
-    def _line(self, rows: RewardMatrix, column: int, program: Program) -> MenuProgram:
-        known = rows.right[rows.labelled, column].float()
+    def _menu_program(self, rows: RewardMatrix, column: int) -> MenuProgram:
+        right = rows.right[rows.labelled, column].float()
         return MenuProgram(
-            program=program,
-            flops_ratio=self._ratio(program),
+            program=rows.programs[column],
+            flops_ratio=self._ratio(rows.programs[column]),
             agreement=float(rows.agree[:, column].float().mean()),
             token_agreement=float(rows.share[:, column].mean()),
-            accuracy=float(known.mean()) if len(known) else None,
+            accuracy=float(right.mean()) if len(right) else None,
         )
 
     def _ratio(self, program: Program) -> float:
-        from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
-
         cost = self.model.loaded.decoder.cost
         full = cost.request(self._identity, NOMINAL_PROMPT, NOMINAL_OUTPUT).total
         return cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total / full

@@ -1,7 +1,7 @@
-"""What was measured, on disk, so that nothing is measured twice and an interrupted search goes on where it stopped.
+"""Measurements on disk, so that nothing is measured twice and an interrupted search resumes where it stopped.
 
-One SQLite file per model, dtype and engine version; a row per prompt and program, the hash of the bridges that the
-program uses being part of its name. Stored values are JSON. Knows no model and does not know what the values mean.
+One SQLite file per model, dtype and engine version, with a row per prompt and program; a program's name includes the
+hash of the bridges that it uses. Values are stored as JSON. Knows no model, and not what the values mean.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _LAYOUT = 2
-"""Version of the values' layout; files of other versions are not looked at."""
+"""Version of the values' layout, part of the file's name: files of other versions are not read."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (
     prompt TEXT NOT NULL, program TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (prompt, program)
@@ -39,10 +39,10 @@ class RewardCache:
     """Values by (prompt, program). One object serves one thread; several processes may share a file.
 
     Args:
-        path: The file; its folder is made if need be. None keeps the values in memory, for this object alone.
+        path: The file; its folder is made if need be. None = in memory, for this object alone.
 
     Raises:
-        DataError: The file cannot be opened or is none of ours.
+        DataError: The file cannot be opened or is not such a cache.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -58,7 +58,7 @@ class RewardCache:
             self._store.commit()
 
     def get(self, prompts: Iterable[str], program: str) -> dict[str, Any]:
-        """What is known of these prompts under this program."""
+        """The values of these prompts under this program, as far as they are stored."""
         with self._errors():
             rows = (
                 (
@@ -67,11 +67,11 @@ class RewardCache:
                 )
                 for prompt in set(prompts)
             )
-            found = ((prompt, cursor.fetchone()) for prompt, cursor in rows)
-            return {prompt: json.loads(row[0]) for prompt, row in found if row is not None}
+            values = ((prompt, cursor.fetchone()) for prompt, cursor in rows)
+            return {prompt: json.loads(row[0]) for prompt, row in values if row is not None}
 
     def put(self, program: str, values: Mapping[str, Any]) -> None:
-        """Keep values by prompt under this program; on disk when this returns."""
+        """Store values by prompt under this program; they are on disk when this returns."""
         rows = [(prompt, program, json.dumps(value)) for prompt, value in values.items()]
         with self._errors(), self._store:
             self._store.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", rows)
@@ -95,5 +95,5 @@ class RewardCache:
         except (sqlite3.Error, OSError) as error:
             raise DataError(
                 f"the cache of rewards {self._name!r} cannot be used ({error}).",
-                hint="Remove the file, or set POLAR_CACHE to a folder that can be written.",
+                hint="Remove the file, or set POLAR_CACHE to a writable folder.",
             ) from error

@@ -1,9 +1,7 @@
-"""Run programs on tasks and say how each compares with identity. What the cache holds is not run again.
+"""Run programs on tasks, compare each with identity, and judge answers by the right ones.
 
-Programs are scored together, so that visits that they share at their start run once (`engine.scoring`). Work is
-kept pack by pack: whoever interrupts it loses one pack.
-
-Whether a written answer is the right one. Knows texts only.
+What the cache holds is not run again. Programs are scored together, so that the visits they share at their start run
+once (`engine.scoring`). Results are stored pack by pack: an interruption loses one pack at most.
 """
 
 from __future__ import annotations
@@ -19,9 +17,10 @@ from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.engine.scoring import Score, packs, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
 from polar_sdk.programs.program import Program
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -32,30 +31,13 @@ if TYPE_CHECKING:
     from polar_sdk.programs.cost import CostModel
 
 _NUMBER: Final = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-def is_right(written: str, answer: str) -> bool:
-    """Whether what was written is the answer.
-
-    Texts are compared after case, punctuation and spacing are evened out. Where the answer is a number, the last
-    number that was written counts, so that working may come before it.
-    """
-    if _NUMBER.fullmatch(answer.strip()):
-        numbers = _NUMBER.findall(written)
-        return bool(numbers) and _value(numbers[-1]) == _value(answer.strip())
-    return normalised(written) == normalised(answer)
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
-
-
-_BATCH = 16
+_BATCH: Final = 16
+"""Prompts that are answered together."""
 SAME_ANSWER: Final = 0.75
 """Share of the tokens of identity's answer that a program must choose too, for its answer to count as the same one.
 
-All of them would be too much to ask: where two tokens are almost as likely, identity itself chooses otherwise when it
-is run in other packs, 1 time in 100, and one such token in an answer changes nothing that a reader would miss.
+Not all of them: where two tokens are almost as likely, identity itself chooses otherwise 1 time in 100 when it is run
+in other packs, and one such token in an answer changes nothing that a reader would notice.
 """
 
 
@@ -82,33 +64,33 @@ class Measurer:
 
     Attributes:
         model: The model, with the bridges that programs use.
-        cache: What is known already.
+        cache: What has been measured already.
         on_progress: Called with (stage, steps done, steps in all).
     """
 
     model: PolarModel
     cache: RewardCache
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    on_progress: Progress = silent
 
-    def outcomes(
+    def scores(
         self, tasks: Sequence[Task], programs: Iterable[Program], stage: str = "programs"
     ) -> dict[Program, list[Score]]:
         """Score of every task under every program, in the order of the tasks."""
-        wanted = list(dict.fromkeys(programs))
-        known = {program: self.cache.get((task.key for task in tasks), self._name(program)) for program in wanted}
+        distinct = dict.fromkeys(programs)
+        known = {program: self.cache.get((task.key for task in tasks), self._name(program)) for program in distinct}
         self._fill(tasks, known, stage)
         return {program: [_read(values[task.key]) for task in tasks] for program, values in known.items()}
 
     def repeated(self, tasks: Sequence[Task]) -> list[Score]:
-        """Scores under identity, measured a second time, in the packs that this order of the tasks makes."""
+        """Scores under identity, measured a second time, in the packs that result from this order of the tasks."""
         identity = Program.identity(self.model.depth)
         name = f"{self._name(identity)} again"
         known = self.cache.get((task.key for task in tasks), name)
         missing = {task.key: task.question for task in tasks if task.key not in known}
         keys = iter(missing)
-        some = list(packs(list(missing.values())))
-        for done, pack in enumerate(some):
-            self.on_progress("identity again", done, len(some))
+        missing_packs = list(packs(list(missing.values())))
+        for done, pack in enumerate(missing_packs):
+            self.on_progress("identity again", done, len(missing_packs))
             scores = score_programs(self.model.loaded.decoder, pack, [identity])[identity]
             fresh = dict(zip([next(keys) for _ in pack], map(_stored, scores), strict=True))
             self.cache.put(name, fresh)
@@ -119,26 +101,26 @@ class Measurer:
         self, tasks: Sequence[Task], programs: Iterable[Program], stage: str = "programs"
     ) -> dict[Program, Reward]:
         """Rewards of every program on the tasks."""
-        wanted = list(dict.fromkeys(programs))
+        distinct = list(dict.fromkeys(programs))
         identity = Program.identity(self.model.depth)
-        found = self.outcomes(tasks, [identity, *wanted], stage)
+        scores = self.scores(tasks, [identity, *distinct], stage)
         cost = self.model.loaded.decoder.cost
-        return {program: rewards_of(tasks, found[identity], found[program], program, cost) for program in wanted}
+        return {program: rewards_of(tasks, scores[identity], scores[program], program, cost) for program in distinct}
 
     def right(self, tasks: Sequence[Task], program: Program, max_tokens: int = 64) -> Tensor:
-        """(P,) bool: whether the program's answer is right; False where nobody said what is right.
+        """(P,) bool: whether the program's answer is right; False where the right one is not known.
 
-        Choices are compared by their scores; prompts with an answer are generated, greedily, and read.
+        Choices are compared by their scores; prompts with an answer are answered greedily, and the text is compared.
         """
         scored = [task for task in tasks if isinstance(task.item, ChoiceItem)]
         written = [task for task in tasks if isinstance(task.item, AnswerItem)]
-        found = dict(zip((task.key for task in scored), self.outcomes(scored, [program])[program], strict=True))
+        scores = dict(zip((task.key for task in scored), self.scores(scored, [program])[program], strict=True))
         texts = self._generated(written, program, max_tokens)
-        return torch.tensor([self._is_right(task, found, texts) for task in tasks], dtype=torch.bool)
+        return torch.tensor([self._is_right(task, scores, texts) for task in tasks], dtype=torch.bool)
 
-    def _is_right(self, task: Task, found: dict[str, Score], texts: dict[str, str]) -> bool:
+    def _is_right(self, task: Task, scores: dict[str, Score], texts: dict[str, str]) -> bool:
         if isinstance(task.item, ChoiceItem):
-            return _preferred(task, found[task.key]) == task.item.answer
+            return preferred_choice(scores[task.key], task.characters) == task.item.answer
         return isinstance(task.item, AnswerItem) and is_right(texts[task.key], task.item.answer)
 
     def _generated(self, tasks: Sequence[Task], program: Program, max_tokens: int) -> dict[str, str]:
@@ -163,8 +145,8 @@ class Measurer:
         """Score what is missing, pack by pack; tasks that lack the same programs go together."""
         groups: dict[tuple[Program, ...], dict[str, Question]] = defaultdict(dict)
         for task in tasks:
-            lacking = tuple(program for program, values in known.items() if task.key not in values)
-            groups[lacking][task.key] = task.question
+            missing = tuple(program for program, values in known.items() if task.key not in values)
+            groups[missing][task.key] = task.question
         groups.pop((), None)
         total = sum(len(programs) * len(list(packs(list(group.values())))) for programs, group in groups.items())
         done = 0
@@ -178,9 +160,9 @@ class Measurer:
             keys = iter(group)
             for pack in packs(list(group.values())):
                 scores = score_programs(self.model.loaded.decoder, pack, programs, step)
-                names = [next(keys) for _ in pack]
+                pack_keys = [next(keys) for _ in pack]
                 for program in programs:
-                    fresh = dict(zip(names, map(_stored, scores[program]), strict=True))
+                    fresh = dict(zip(pack_keys, map(_stored, scores[program]), strict=True))
                     self.cache.put(self._name(program), fresh)
                     known[program] |= fresh
 
@@ -188,8 +170,8 @@ class Measurer:
 def rewards_of(
     tasks: Sequence[Task], identity: Sequence[Score], ours: Sequence[Score], program: Program, cost: CostModel
 ) -> Reward:
-    """Compare a program's outcomes with identity's, task by task."""
-    rows = [_compare(task, full, one) for task, full, one in zip(tasks, identity, ours, strict=True)]
+    """Compare a program's scores with identity's, task by task."""
+    rows = [_compare(task, full, score) for task, full, score in zip(tasks, identity, ours, strict=True)]
     return Reward(
         agree=torch.tensor([row[0] for row in rows], dtype=torch.bool),
         share=torch.tensor([row[1] for row in rows], dtype=torch.float32),
@@ -201,36 +183,57 @@ def rewards_of(
 def _compare(task: Task, full: Score, ours: Score) -> tuple[bool, float, float]:
     """(agree, share, margin) of one task."""
     if isinstance(task.item, ChoiceItem):
-        wanted, scores = _preferred(task, full), _scores(task, ours)
-        rivals = [score for number, score in enumerate(scores) if number != wanted]
-        agrees = _preferred(task, ours) == wanted
-        return agrees, float(agrees), scores[wanted] - max(rivals)
+        preferred, scores = preferred_choice(full, task.characters), _per_character(ours, task.characters)
+        rivals = [score for choice, score in enumerate(scores) if choice != preferred]
+        agrees = preferred_choice(ours, task.characters) == preferred
+        return agrees, float(agrees), scores[preferred] - max(rivals)
     # Identity's answer was written one token at a time; scored in one pass, identity itself may choose otherwise where
-    # two tokens are almost as likely. So what is compared are the choices of both in one pass.
+    # two tokens are almost as likely. So the choices of both in one pass are compared.
     pairs = list(zip(ours.greedy[0], full.greedy[0], strict=True))
     share = sum(a == b for a, b in pairs) / len(pairs)
     return share >= SAME_ANSWER, share, (ours.loglikelihoods[0] - full.loglikelihoods[0]) / len(pairs)
 
 
-def _scores(task: Task, score: Score) -> list[float]:
-    """Log-likelihood per character of each choice."""
-    return [value / size for value, size in zip(score.loglikelihoods, task.characters, strict=True)]
+def preferred_choice(score: Score, characters: Sequence[int]) -> int:
+    """Index of the choice with the highest log-likelihood per character, so that short choices have no advantage.
 
-
-def _preferred(task: Task, score: Score) -> int:
-    scores = _scores(task, score)
+    Args:
+        score: Of all choices of a question.
+        characters: Length of each choice.
+    """
+    scores = _per_character(score, characters)
     return max(range(len(scores)), key=scores.__getitem__)
 
 
+def _per_character(score: Score, characters: Sequence[int]) -> list[float]:
+    return [value / size for value, size in zip(score.loglikelihoods, characters, strict=True)]
+
+
 def _flops(task: Task, program: Program, cost: CostModel) -> int:
-    """Packed scoring of the choices behind their prompt; or a request that gives the answer."""
+    """Of packed scoring of the choices after their prompt, or of a request that gives the answer."""
     prompt = len(task.question.prompt)
     if not isinstance(task.item, ChoiceItem):
         return cost.request(program, prompt, len(task.question.continuations[0])).total
     tails = [len(tail) for tail in task.question.continuations]
     steps = [cost.step(step) for step in program]
-    layers = sum(one.flops(prompt, prompt) + sum(one.flops(tail, prompt + tail) for tail in tails) for one in steps)
+    layers = sum(step.flops(prompt, prompt) + sum(step.flops(tail, prompt + tail) for tail in tails) for step in steps)
     return layers + cost.head * sum(tails)
+
+
+def is_right(written: str, answer: str) -> bool:
+    """Whether a written text is the answer.
+
+    Texts are compared after case, punctuation and spacing are evened out. Where the answer is a number, the last
+    number in the text counts, so that working may come before it.
+    """
+    if _NUMBER.fullmatch(answer.strip()):
+        numbers = _NUMBER.findall(written)
+        return bool(numbers) and _value(numbers[-1]) == _value(answer.strip())
+    return normalised(written) == normalised(answer)
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))
 
 
 def _stored(score: Score) -> Any:

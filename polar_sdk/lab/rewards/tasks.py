@@ -1,8 +1,8 @@
 """From items to tasks: what is scored for each item, as token ids. Identity's own answers are the reference.
 
 A choice question is a plain text that ends in `Answer:`, with every choice as a continuation. A prompt goes through the
-chat template, continued by identity's greedy answer: one pass over it tells for each of its tokens whether a program
-would have chosen the same. Knows a model's tokenizer; scores nothing.
+chat template, continued by identity's greedy answer: one pass over it shows for each token whether a program would
+have chosen the same. Knows a model's tokenizer; scores nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from polar_sdk.engine.scoring import Question
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, item_id
@@ -18,7 +18,7 @@ from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 PromptKind = Literal["choice", "prompt", "answer"]
-_BATCH = 16
+_BATCH: Final = 16
 """Prompts that are answered together."""
 
 
@@ -49,7 +49,7 @@ class Task:
 
     @cached_property
     def key(self) -> str:
-        """Hash of the token ids: what a score depends on."""
+        """Hash of the token ids, on which a score depends."""
         return hashlib.sha256(repr((self.question.prompt, self.question.continuations)).encode()).hexdigest()[:40]
 
     @property
@@ -61,7 +61,7 @@ class Task:
 
     @property
     def characters(self) -> tuple[int, ...]:
-        """Length of each choice; scores are compared per character, so that short choices have no advantage."""
+        """Length of each choice; 1 for a prompt, which is not a choice question."""
         return tuple(map(len, self.item.choices)) if isinstance(self.item, ChoiceItem) else (1,)
 
 
@@ -78,10 +78,10 @@ def make_tasks(
     An item whose question does not fit the model's context window is left out.
 
     Args:
-        model: Whose tokens, and whose answers.
-        items: Any kinds.
+        model: Its tokenizer is used, and its answers.
+        items: Of any kind.
         cache: Where answers are kept.
-        answer_tokens: Most tokens of an answer.
+        answer_tokens: Maximum tokens of an answer.
         on_progress: Called with (stage, prompts done, prompts in all).
     """
     prompts = [item.prompt for item in items if not isinstance(item, ChoiceItem)]
@@ -91,16 +91,17 @@ def make_tasks(
         for item in items
         if isinstance(item, ChoiceItem) or item.prompt in answers
     ]
-    return [task for task in tasks if _longest(task.question) <= model.context_window]
+    return [task for task in tasks if _length(task.question) <= model.context_window]
 
 
 def choice_question(model: PolarModel, item: ChoiceItem) -> Question:
-    """The one form in which choices are put to a model: plain text, each choice a continuation after `Answer:`."""
+    """A choice question as a model sees it, in training and evaluation alike: plain text, choices after `Answer:`."""
     prompt = tuple(model.encode(f"Question: {item.question}\nAnswer:"))
     return Question(prompt, tuple(tuple(model.encode(f" {choice}")) for choice in item.choices))
 
 
-def _longest(question: Question) -> int:
+def _length(question: Question) -> int:
+    """Tokens of the prompt and its longest continuation."""
     return len(question.prompt) + max(map(len, question.continuations))
 
 
@@ -109,7 +110,7 @@ def _answers(
     prompts: Sequence[str],
     cache: RewardCache,
     answer_tokens: int,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: Progress,
 ) -> dict[str, Question]:
     """Prompt tokens and identity's answer, by prompt; prompts that leave no room for an answer are left out."""
     tokens = {prompt: tuple(model.prompt_tokens(prompt)) for prompt in prompts}
@@ -120,8 +121,8 @@ def _answers(
     missing = [prompt for prompt, key in keys.items() if key not in known]
     for start in range(0, len(missing), _BATCH):
         batch = missing[start : start + _BATCH]
-        new = model.greedy_answers(batch, max_tokens=answer_tokens)
-        fresh = {keys[prompt]: list(answer) for prompt, answer in zip(batch, new, strict=True)}
+        written = model.greedy_answers(batch, max_tokens=answer_tokens)
+        fresh = {keys[prompt]: list(answer) for prompt, answer in zip(batch, written, strict=True)}
         cache.put(program, fresh)
         known |= fresh
         on_progress("identity's answers", start + len(batch), len(missing))

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: safetensors files in a folder, so that Ctrl-C loses at most one step.
 
-A run is named by a hash of its settings and data; what another run left in the folder is not taken up. No pickle.
+A run is named by a hash of its settings and data; files that another run left in the folder are ignored. No pickle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run_key(*parts: object) -> str:
-    """The name of a run with those settings and data."""
+    """The name of a run with these settings and data."""
     return hash_texts(map(repr, parts))
 
 
@@ -28,15 +28,15 @@ class Checkpoint:
     """Saves and finds the steps of one run.
 
     Attributes:
-        folder: Where; None keeps nothing.
-        key: The run's name.
+        folder: Of the files; None keeps none.
+        key: The run's name, see `run_key`.
     """
 
     folder: Path | None
     key: str
 
     def save(self, step: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Keep a step, in place of an earlier state of it."""
+        """Write a step, replacing an earlier state of it."""
         if self.folder is None:
             return
         from safetensors.torch import save_file
@@ -49,7 +49,7 @@ class Checkpoint:
         draft.replace(path)
 
     def load(self, step: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A kept step of this very run, or None; a file that cannot be read counts as none."""
+        """A step of this run, or None; a file that cannot be read counts as none."""
         from safetensors import SafetensorError, safe_open
 
         if self.folder is None:
@@ -64,7 +64,7 @@ class Checkpoint:
             return None
 
     def clear(self, steps: Iterable[str]) -> None:
-        """Remove steps that are done with, and the folder if nothing else is in it."""
+        """Remove steps that are no longer needed, and the folder if nothing else is in it."""
         if self.folder is None or not self.folder.is_dir():
             return
         for step in steps:

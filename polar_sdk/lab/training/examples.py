@@ -1,6 +1,6 @@
-"""What a router learns from: the features of prompts beside what every program of a menu did on them.
+"""What a router learns from: the features of prompts, and what every program of a menu did on them.
 
-Pure tensors, cut out of a `RewardMatrix`. Knows no model.
+Pure tensors, taken from a `RewardMatrix`. Knows no model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _BLUR: Final = 0.05
-"""Share of an answer's tokens over which it turns from kept to lost."""
+"""Width, as a share of an answer's tokens, over which it turns from kept to lost."""
 
 
 def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
@@ -37,20 +37,20 @@ def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
 
 
 def learned_losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
-    """(P, M) float32: the losses that a router learns from, with less chance in them than `losses`.
+    """(P, M) float32: the losses that a router learns from, which hold less chance than `losses`.
 
-    Whether a program happens to turn one wrong answer right or one right answer wrong cannot be told from a prompt; how
-    often it does so can. So for `drops` every labelled prompt has its program's mean drop. And an answer in text that
-    falls one token short of being the same is not as lost as one of which nothing stays.
+    A prompt does not show whether a program happens to turn this wrong answer right or this right answer wrong, only
+    how often it does so. So for `drops` every labelled prompt has its program's mean drop. And an answer in text that
+    falls one token short of being the same is less lost than one of which nothing is kept.
     """
-    found = losses(matrix, loss)
+    learned = losses(matrix, loss)
     written = torch.tensor([kind != "choice" for kind in matrix.kinds]) & ~(matrix.labelled & (loss != "differs"))
-    found[written, 1:] = torch.sigmoid((SAME_ANSWER - matrix.share[written, 1:]) / _BLUR)
+    learned[written, 1:] = torch.sigmoid((SAME_ANSWER - matrix.share[written, 1:]) / _BLUR)
     known = matrix.labelled
     if loss != "drops" or not bool(known.any()):
-        return found
-    found[known] = found[known].mean(0)
-    return found
+        return learned
+    learned[known] = learned[known].mean(0)
+    return learned
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +62,8 @@ class Examples:
         lost: (P, M) float32, from `least` to 1; see `learned_losses`.
         margin: (P, M) float32; what the target `gap` regresses on.
         flops: (P, M) float64, the router's own in all columns but identity's.
-        kinds: (P,) number of each prompt's kind: a promise holds for each kind alike, and so must a decision.
-        least: The smallest loss there is: −1 for `drops`, else 0.
+        kinds: (P,) index of each prompt's kind: a promise holds for each kind alike, and so must a decision.
+        least: The smallest possible loss: −1 for `drops`, else 0.
     """
 
     features: Tensor
@@ -75,7 +75,7 @@ class Examples:
 
     @classmethod
     def of(cls, matrix: RewardMatrix, features: Tensor, router_flops: Tensor, loss: Loss) -> Examples:
-        """Of the rows of a matrix; for the loss `harms` of those whose answer is known.
+        """Examples of the rows of a matrix; for the loss `harms`, of those whose answer is known.
 
         Args:
             matrix: Of P prompts and M programs.
@@ -84,13 +84,15 @@ class Examples:
             loss: See `Loss`.
 
         Raises:
-            DataError: No row has an answer, and the loss needs one.
+            DataError: No row has an answer, and the loss needs answers.
         """
         flops = matrix.flops.double()
         flops[:, 1:] += router_flops[:, 1:]
         keep = matrix.labelled if loss == "harms" else torch.ones(len(matrix), dtype=torch.bool)
         if loss != "differs" and not bool(matrix.labelled.any()):
-            raise DataError(f"no prompt has an answer, which the loss {loss!r} needs; use 'differs', or give answers.")
+            raise DataError(
+                f"the loss {loss!r} needs prompts with answers, and none has one; use 'differs', or give answers."
+            )
         least = -1.0 if loss == "drops" else 0.0
         names = sorted(set(matrix.kinds))
         kinds = torch.tensor([names.index(kind) for kind in matrix.kinds])
@@ -98,7 +100,7 @@ class Examples:
         return cls(features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], least)
 
     def rows(self, keep: Sequence[bool]) -> Examples:
-        """Some of them."""
+        """The examples for which `keep` is true."""
         mask = torch.tensor(keep)
         return Examples(
             self.features[mask], self.lost[mask], self.margin[mask], self.flops[mask], self.kinds[mask], self.least
@@ -108,12 +110,12 @@ class Examples:
         return len(self.features)
 
     def end(self, least: float) -> float:
-        """The θ at which a program may run that is expected to keep that share of the answers."""
+        """The θ from which a program may run that is expected to keep only that share of the answers."""
         return 1 - least / (1 - self.least)
 
     @property
     def kept(self) -> Tensor:
-        """(P, M) float32 quality from 0 (lost) to 1 (the best there is): what the value head predicts."""
+        """(P, M) float32 quality from 0 (lost) to 1 (the best possible): what the value head predicts."""
         return (1 - self.lost) / (1 - self.least)
 
     @property

@@ -1,8 +1,9 @@
-"""Training a policy router: the article's policy gradient over free per-layer actions, with a leave-one-out baseline.
+"""Train a layerwise router: the article's policy gradient over an action per free layer, with a leave-one-out baseline.
 
-Several programs are drawn per prompt; each is judged by its reward less the mean reward of the others, not divided by
-a standard deviation, which would blow up noise where all do alike. Reward = FLOPs saved − price × lost. Rewards come
-from a function, so that anything can be learned from: a model, a matrix, a rule. Knows features and rewards only.
+Several programs are drawn per prompt; each is judged by its reward less the mean reward of the others. That is not
+divided by a standard deviation, which would amplify noise where all do alike. Reward = FLOPs saved − price × lost.
+Rewards come from a function, so that a router can learn from anything: a model, a matrix, a rule. Knows features and
+rewards only.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 
 
 class LayerwiseSettings(BaseModel, frozen=True, extra="forbid"):
-    """How a policy router is trained: the article's way, leave-one-out policy gradient."""
+    """How a layerwise router is trained: as in the article, by leave-one-out policy gradient."""
 
     price: Annotated[float, Field(gt=0)] = 3.0
-    """What a lost prompt weighs in the reward, against the whole FLOPs of one."""
+    """Price of a lost prompt in the reward, in full FLOPs of a prompt."""
     samples: int = Field(default=4, ge=2)
     """Programs drawn per prompt and step; each is judged against the mean of the others."""
     epochs: int = Field(default=8, ge=1)
@@ -42,7 +43,7 @@ class LayerwiseSettings(BaseModel, frozen=True, extra="forbid"):
     entropy: float = Field(default=0.003, ge=0)
     """Weight of the entropy bonus."""
     execute: float = Field(default=0.9, gt=0, lt=1)
-    """Probability of executing a layer that the policy starts from."""
+    """Probability of executing a layer at the start of training."""
     patience: int = Field(default=3, ge=1)
     """Epochs without a better utility on dev before training stops."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
@@ -52,7 +53,7 @@ class Measure(Protocol):
     """Runs programs on prompts."""
 
     def __call__(self, rows: Sequence[int], programs: Sequence[Program], /) -> tuple[Tensor, Tensor]:
-        """(lost, saved) of each pair of a prompt and a program: bool and share of identity's FLOPs, (N,) each."""
+        """(lost, saved) of each pair of a prompt and a program: bool, and share of identity's FLOPs, (N,) each."""
         ...
 
 
@@ -63,11 +64,11 @@ class LayerwiseTask:
     Attributes:
         features: (P, F) of all prompts.
         train: Rows to learn from.
-        dev: Rows to judge by.
+        dev: Rows to choose by.
         depth: Layers, D.
-        free: Layers that are decided about; the others execute.
+        free: Layers that the router decides about; the others execute.
         measure: Rewards of (row, program) pairs.
-        start: Program that training starts near, for example the menu's best; None = identity.
+        start: Program that training starts near, such as the menu's best; None = identity.
     """
 
     features: Tensor
@@ -86,22 +87,22 @@ def fit_layerwise(
     checkpoints: Path | None = None,
     on_progress: Progress = silent,
 ) -> Trained:
-    """Train with every seed; the seed and the epoch with the best utility of the greedy decision on dev win.
+    """Train with every seed; the seed and epoch whose greedy decision has the best utility on dev win.
 
     Args:
         task: What to learn.
         settings: How.
-        checkpoints: Folder for the state after each epoch, taken up again after Ctrl-C.
+        checkpoints: Folder for the state after each epoch, from which a later call resumes; None keeps none.
         on_progress: Called with (stage, epochs done, epochs in all).
     """
     key = run_key(settings, float(task.features.double().sum()), *map(tuple, (task.train, task.dev, task.free)))
     checkpoint = Checkpoint(checkpoints, key)
     results = []
-    for number, seed in enumerate(settings.seeds):
+    for index, seed in enumerate(settings.seeds):
         run = _Run(task, settings, seed, checkpoint)
 
-        def show(done: int, before: int = number * settings.epochs) -> None:
-            on_progress("training the policy router", before + done, len(settings.seeds) * settings.epochs)
+        def show(done: int, before: int = index * settings.epochs) -> None:
+            on_progress("training the layerwise router", before + done, len(settings.seeds) * settings.epochs)
 
         results.append(run.train(show))
     checkpoint.clear(f"policy-{seed}" for seed in settings.seeds)
@@ -133,7 +134,7 @@ class _Run:
         self.optimizer = torch.optim.Adam(self.network.trainable, lr=settings.learning_rate)
 
     def train(self, show: Callable[[int], None]) -> tuple[float, Network, list[float]]:
-        """Run the epochs that are left."""
+        """Run the remaining epochs; returns the best utility, its network, and the utilities of all epochs."""
         self._resume()
         while len(self.history) < self.settings.epochs and not self._stalled():
             show(len(self.history))
@@ -146,51 +147,51 @@ class _Run:
         return (*self.best, self.history)
 
     def _start(self) -> Tensor:
-        """Logits (L, 3) of the start: each layer most likely has the visits it has in the start program."""
+        """Logits (L, 3) to start from: each layer most likely has the visits that it has in the start program."""
         rest = (1 - self.settings.execute) / 2
         chances = torch.full((len(self.task.free), len(ACTIONS)), rest)
         visits = [1] * self.task.depth if self.task.start is None else self.task.start.visits(self.task.depth)
-        for at, layer in enumerate(self.task.free):
-            chances[at, min(visits[layer], 2)] = self.settings.execute
+        for row, layer in enumerate(self.task.free):
+            chances[row, min(visits[layer], 2)] = self.settings.execute
         return chances.log()
 
-    def _epoch(self, number: int) -> None:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + number)  # the same after a resume
+    def _epoch(self, epoch: int) -> None:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)  # the same after a resume
         rows = torch.tensor(self.task.train)[torch.randperm(len(self.task.train), generator=generator)]
         for batch in rows.split(self.settings.batch):  # type: ignore[no-untyped-call]
             self._step(batch, generator)
 
     def _step(self, rows: Tensor, generator: torch.Generator) -> None:
-        """One leave-one-out policy gradient step."""
+        """One step of leave-one-out policy gradient."""
         settings, count = self.settings, self.settings.samples
-        logs = self._logs(rows)  # (B, L, 3)
-        chances = logs.detach().exp().repeat_interleave(count, 0)
+        log_chances = self._log_chances(rows)  # (B, L, 3)
+        chances = log_chances.detach().exp().repeat_interleave(count, 0)
         drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(len(rows) * count, -1)
         reward = self._reward(rows.repeat_interleave(count), drawn).view(-1, count)
         advantage = (reward - (reward.sum(1, keepdim=True) - reward) / (count - 1)).flatten()
-        taken = logs.repeat_interleave(count, 0).gather(-1, drawn.unsqueeze(-1)).squeeze(-1).sum(-1)
-        entropy = -(logs.exp() * logs).sum(-1).mean()
+        taken = log_chances.repeat_interleave(count, 0).gather(-1, drawn.unsqueeze(-1)).squeeze(-1).sum(-1)
+        entropy = -(log_chances.exp() * log_chances).sum(-1).mean()
         loss = -(advantage * taken).mean() - settings.entropy * entropy
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
-    def _logs(self, rows: Tensor) -> Tensor:
+    def _log_chances(self, rows: Tensor) -> Tensor:
         outputs = self.network(self.task.features[rows])
         return outputs.view(len(rows), len(self.task.free), len(ACTIONS)).log_softmax(-1)
 
     def _reward(self, rows: Tensor, actions: Tensor) -> Tensor:
         """Rewards (N,) of one action per free layer, (N, L), for rows (N,)."""
-        whole = torch.full((len(actions), self.task.depth), EXECUTE)
-        whole[:, list(self.task.free)] = actions
-        lost, saved = self.task.measure(rows.tolist(), [program_of(tuple(one)) for one in whole.tolist()])
+        by_layer = torch.full((len(actions), self.task.depth), EXECUTE)
+        by_layer[:, list(self.task.free)] = actions
+        lost, saved = self.task.measure(rows.tolist(), [program_of(tuple(row)) for row in by_layer.tolist()])
         return saved.float() - self.settings.price * lost.float()
 
     @torch.no_grad()
     def _utility(self) -> float:
         """Mean reward of the greedy decision on the dev rows."""
         rows = torch.tensor(self.task.dev)
-        return float(self._reward(rows, self._logs(rows).argmax(-1)).mean())
+        return float(self._reward(rows, self._log_chances(rows).argmax(-1)).mean())
 
     def _stalled(self) -> bool:
         patience = self.settings.patience
@@ -199,28 +200,29 @@ class _Run:
     def _save(self) -> None:
         tensors = {f"now {name}": tensor for name, tensor in self.network.tensors().items()}
         tensors |= {f"best {name}": tensor for name, tensor in self.best[1].tensors().items()}
-        for at, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam {at} {name}": torch.as_tensor(value) for name, value in state.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam {index} {name}": torch.as_tensor(value) for name, value in state.items()}
         facts: dict[str, Any] = {"history": self.history, "utility": self.best[0]}
         self.checkpoint.save(f"policy-{self.seed}", tensors, facts)
 
     def _resume(self) -> None:
-        kept = self.checkpoint.load(f"policy-{self.seed}")
-        if kept is None:
+        saved = self.checkpoint.load(f"policy-{self.seed}")
+        if saved is None:
             return
-        tensors, facts = kept
+        tensors, facts = saved
         now = Network.of(_named(tensors, "now "))
         with torch.no_grad():
-            for mine, saved in zip(self.network.trainable, now.trainable, strict=True):
-                mine.copy_(saved)
+            for current, kept in zip(self.network.trainable, now.trainable, strict=True):
+                current.copy_(kept)
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _named(tensors, "adam ").items():
-            at, _, key = name.partition(" ")
-            state.setdefault(int(at), {})[key] = tensor
+            index, _, key = name.partition(" ")
+            state.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.best = (float(facts["utility"]), Network.of(_named(tensors, "best ")))
         self.history = list(facts["history"])
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names have the prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,6 +1,6 @@
-"""From prompts to matrices: which prompts may be used for what, and what programs do on them.
+"""From prompts to matrices: which prompts a router may be judged on, and what programs do on them.
 
-The bridge between the pure parts of this package and a model; measurements are kept in the cache of rewards.
+Connects the pure parts of training and evaluation with a model; measurements are kept in the cache of rewards.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.items import check_labels, data_hash, distinct_items, item_id, split_of
+from polar_sdk.lab.items import ChoiceItem, check_labels, data_hash, distinct_items, item_id, split_of
 from polar_sdk.lab.program_search.matrix import measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
-from polar_sdk.lab.rewards.measure import Measurer
+from polar_sdk.lab.rewards.measure import Measurer, preferred_choice, rewards_of
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.lab.training.outcomes import Outcomes, PromptOutcome
 from polar_sdk.programs.program import Program
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
+    from polar_sdk.engine.scoring import Score
     from polar_sdk.lab.items import Item, Split
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.lab.rewards.tasks import Task
@@ -27,42 +29,40 @@ if TYPE_CHECKING:
 
 
 _MARK: Final = 8
-"""Hexadecimal digits of a prompt's id that a router remembers: 1 of 4 billion."""
+"""Hexadecimal digits of a prompt's id that a router remembers; two prompts share them 1 time in 4 billion."""
 
 
 def marks(ids: Iterable[str]) -> str:
-    """What a router remembers of prompts, so that it is not judged on them."""
-    return "".join(sorted(one[:_MARK] for one in ids))
+    """What a router remembers of the prompts with these ids, so that it is not judged on them."""
+    return "".join(sorted(item_id[:_MARK] for item_id in ids))
 
 
-def _known(training: dict[str, Any], *names: str) -> set[str]:
+def _marked(training: dict[str, Any], *names: str) -> set[str]:
     texts = [str(training.get(name, "")) for name in names]
-    return {text[at : at + _MARK] for text in texts for at in range(0, len(text), _MARK)}
+    return {text[start : start + _MARK] for text in texts for start in range(0, len(text), _MARK)}
 
 
 def unseen(items: Sequence[Item], training: dict[str, Any], *, calibrating: bool) -> list[Item]:
     """The items that a router may be calibrated or evaluated on, without duplicates.
 
-    What it was trained on is left out, and for evaluation what it was calibrated on. If the data is what it was trained
-    on, calibration takes the calibration split alone, so that the test split stays for evaluation.
+    What it was trained on is left out, and for evaluation also what it was calibrated on. If the data includes what it
+    was trained on, calibration takes the calibration split only, so that the test split is left for evaluation.
 
     Raises:
         DataError: None is left.
     """
     distinct = distinct_items(items)
     check_labels(distinct)
-    trained = _known(training, "seen")
+    trained = _marked(training, "seen")
     if calibrating:
         left = [item for item in distinct if item_id(item)[:_MARK] not in trained]
         if len(left) < len(distinct):
             left = [item for item in left if split_of(item_id(item)) == "calibration"]
     else:
-        used = trained | _known(training, "calibrated")
+        used = trained | _marked(training, "calibrated")
         left = [item for item in distinct if item_id(item)[:_MARK] not in used]
     if not left:
-        raise DataError(
-            f"the router has seen all {len(distinct)} different prompts in training or calibration; give it others."
-        )
+        raise DataError(f"all {len(distinct)} prompts were used to train or calibrate this router; pass unseen ones.")
     return left
 
 
@@ -73,11 +73,11 @@ class Bench:
     Attributes:
         model: The model.
         on_progress: Called with (stage, steps done, steps in all).
-        cache: What is known already; None = the one on disk.
+        cache: What has been measured already; None = the file on disk.
     """
 
     model: PolarModel
-    on_progress: Callable[[str, int, int], None]
+    on_progress: Progress = silent
     cache: RewardCache | None = None
 
     def __post_init__(self) -> None:
@@ -97,31 +97,30 @@ class Bench:
         Args:
             tasks: At least one.
             programs: Any; identity is put first.
-            labels: Whether right answers are looked at; answers in text must be written for that, which is slow.
+            labels: Whether answers are compared with the right ones; answers in text must be written for that, which is
+                slow.
             split: Name of the split in the matrix.
         """
-        wanted = list(dict.fromkeys([Program.identity(self.model.depth), *programs]))
-        return self._matrix(tasks, wanted, labels=labels, split=split)
+        distinct = list(dict.fromkeys([Program.identity(self.model.depth), *programs]))
+        return self._matrix(tasks, distinct, labels=labels, split=split)
 
     def outcomes(self, tasks: Sequence[Task], programs: Sequence[Program], *, labels: bool = True) -> Outcomes:
-        """Outcomes on the tasks: of the programs now, of others when they are asked for."""
+        """Outcomes on the tasks: of these programs now, of others when they are needed."""
 
-        def block(rows: Sequence[int], asked: Sequence[Program]) -> RewardMatrix:
-            return self._matrix([tasks[row] for row in rows], list(asked), labels=labels, split="test")
+        def block(rows: Sequence[int], others: Sequence[Program]) -> RewardMatrix:
+            return self._matrix([tasks[row] for row in rows], list(others), labels=labels, split="test")
 
         return Outcomes(self.matrix(tasks, programs, labels=labels), block)
 
     def again(self, tasks: Sequence[Task]) -> list[PromptOutcome]:
         """Identity once more, measured afresh in another order and other packs: the noise floor.
 
-        What is written in text is not written again; there the answer's tokens are compared. The second measurement is
-        kept too: a third one would say nothing more.
+        Answers in text are not written again; their tokens are compared. The second measurement is kept too: a third
+        one would add nothing.
         """
-        from polar_sdk.lab.rewards.measure import rewards_of
-
         identity = Program.identity(self.model.depth)
         afresh = self._measurer.repeated(list(reversed(tasks)))[::-1]
-        known = self._measurer.outcomes(tasks, [identity])[identity]
+        known = self._measurer.scores(tasks, [identity])[identity]
         reward = rewards_of(tasks, known, afresh, identity, self.model.decoder.cost)
         first = self._measurer.right(tasks, identity).tolist()
         right = [_chosen_right(task, score) for task, score in zip(tasks, afresh, strict=True)]
@@ -134,7 +133,7 @@ class Bench:
 
     def _matrix(self, tasks: Sequence[Task], programs: list[Program], *, labels: bool, split: Split) -> RewardMatrix:
         if not tasks:
-            raise DataError("no prompt is left that fits the model's context window; give shorter ones.")
+            raise DataError("no prompt fits the model's context window; give shorter ones.")
         return measured_matrix(
             self._measurer,
             tasks,
@@ -145,10 +144,8 @@ class Bench:
         )
 
 
-def _chosen_right(task: Task, scored: Any) -> bool | None:
-    """Whether the likeliest choice is the right one; None for prompts that are answered in text."""
-    answer = getattr(task.item, "answer", None)
-    if not isinstance(answer, int):
+def _chosen_right(task: Task, score: Score) -> bool | None:
+    """Whether the preferred choice is the right one; None for prompts that are answered in text."""
+    if not isinstance(task.item, ChoiceItem):
         return None
-    scores = [value / size for value, size in zip(scored.loglikelihoods, task.characters, strict=True)]
-    return max(range(len(scores)), key=scores.__getitem__) == answer
+    return preferred_choice(score, task.characters) == task.item.answer

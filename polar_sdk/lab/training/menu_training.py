@@ -47,26 +47,26 @@ class MenuSettings(BaseModel, frozen=True, extra="forbid"):
     hidden: tuple[tuple[int, ...], ...] = Field(default=((), (64,)), min_length=1)
     """Hidden layers of the head; () is a linear one."""
     penalties: tuple[float, ...] = Field(default=(0.3, 3.0), min_length=1)
-    """Squared weights, relative to the number of features over prompts."""
+    """Weights of the squared weights, relative to the number of features over prompts."""
     gradient: float = Field(default=1.0, ge=0)
     """Weight of the exact policy gradient beside the regression (target `agreement`)."""
     prices: tuple[float, float] = (2.0, 30.0)
-    """Range of what a lost prompt weighs against the whole FLOPs of one, for the policy gradient."""
+    """Range of the price of a lost prompt, in full FLOPs of a prompt, for the policy gradient."""
     temperature: float = Field(default=0.05, gt=0)
-    """Of the stochastic decision whose expected utility the policy gradient raises."""
+    """Of the stochastic decision whose expected utility the policy gradient increases."""
     risks: tuple[float, ...] = Field(default=(0.02, 0.05, 0.1), min_length=1)
     """Shares of lost prompts at which the deployed decision is judged."""
     least: float = Field(default=0.5, gt=0, lt=1)
-    """The dial ends where the router would run a program that it expects to keep an answer less often than that.
+    """The dial ends where the router would run a program that it expects to keep the answer with less probability.
 
-    Without it a few prompts given up for lost, by the cheapest program, count for less than many that are a little at
-    risk: cheap on average, and of no use to those who asked.
+    Without this limit, giving up on a few prompts, by the cheapest program, would count for less than a small risk on
+    many: cheap on average, and useless to whoever sent those prompts.
     """
     steps: int = Field(default=200, ge=1)
     check_every: int = Field(default=10, ge=1)
-    """Steps between looks at the deployed utility."""
+    """Steps between measurements of the deployed utility."""
     patience: int = Field(default=6, ge=1)
-    """Looks without a better utility before a run stops."""
+    """Measurements without a better utility before a run stops."""
     learning_rate: float = Field(default=0.01, gt=0)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
 
@@ -97,29 +97,29 @@ def fit_menu(
     checkpoints: Path | None = None,
     on_progress: Progress = silent,
 ) -> Trained:
-    """Train every configuration with every seed, and pick.
+    """Train every configuration with every seed, and pick one.
 
-    The configuration with the best mean utility over its seeds wins, then its best seed: a single lucky run does not.
+    The configuration with the best mean utility over its seeds wins, not a single lucky run; then its best seed.
 
     Args:
         train: To fit on.
-        dev: To choose by; apart from `train`.
+        dev: To choose by; shares no prompt with `train`.
         order: Programs cheaper than identity, cheapest first.
         settings: What to try.
-        checkpoints: Folder for finished runs, taken up again by a later call with the same data and settings.
+        checkpoints: Folder for finished runs, read by a later call with the same data and settings; None keeps none.
         on_progress: Called with (stage, runs done, runs in all).
     """
     configs: list[_Config] = list(product(settings.targets, settings.hidden, settings.penalties))
     runs = [(config, seed) for config in configs for seed in settings.seeds]
     checkpoint = Checkpoint(checkpoints, run_key(settings, *map(_digest, (train, dev))))
     results: dict[tuple[_Config, int], tuple[float, Network]] = {}
-    for number, (config, seed) in enumerate(runs):
-        on_progress("training the menu router", number, len(runs))
-        results[config, seed] = _kept(checkpoint, number) or _run(train, dev, order, settings, config, seed)
+    for index, (config, seed) in enumerate(runs):
+        on_progress("training the menu router", index, len(runs))
+        results[config, seed] = _finished(checkpoint, index) or _run(train, dev, order, settings, config, seed)
         utility, network = results[config, seed]
-        checkpoint.save(f"run-{number}", network.tensors(), {"utility": utility})
+        checkpoint.save(f"run-{index}", network.tensors(), {"utility": utility})
     on_progress("training the menu router", len(runs), len(runs))
-    checkpoint.clear(f"run-{number}" for number in range(len(runs)))
+    checkpoint.clear(f"run-{index}" for index in range(len(runs)))
     utilities = {config: [results[config, seed][0] for seed in settings.seeds] for config in configs}
     best = max(configs, key=lambda config: fmean(utilities[config]))
     utility, network = max((results[best, seed] for seed in settings.seeds), key=lambda result: result[0])
@@ -143,19 +143,21 @@ def _record(
 
 
 def _digest(examples: Examples) -> list[float]:
-    """Numbers that change whenever the data does, as far as a run's name needs."""
-    return [float(one.double().sum()) for one in (examples.features, examples.lost, examples.margin, examples.flops)]
+    """Sums that change with the data, for a run's name."""
+    tensors = (examples.features, examples.lost, examples.margin, examples.flops)
+    return [float(tensor.double().sum()) for tensor in tensors]
 
 
-def _kept(checkpoint: Checkpoint, number: int) -> tuple[float, Network] | None:
-    kept = checkpoint.load(f"run-{number}")
-    return None if kept is None else (float(kept[1]["utility"]), Network.of(kept[0]))
+def _finished(checkpoint: Checkpoint, index: int) -> tuple[float, Network] | None:
+    """Utility and network of a run that an earlier call finished."""
+    saved = checkpoint.load(f"run-{index}")
+    return None if saved is None else (float(saved[1]["utility"]), Network.of(saved[0]))
 
 
 def _run(
     train: Examples, dev: Examples, order: Sequence[int], settings: MenuSettings, config: _Config, seed: int
 ) -> tuple[float, Network]:
-    """One configuration with one seed; the state whose deployed utility on dev was best."""
+    """Utility and network of one configuration with one seed, at the step whose deployed utility on dev was best."""
     target, hidden, penalty = config
     network = Network.fresh(train.features, hidden, train.lost.shape[1] - 1, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -163,13 +165,15 @@ def _run(
     for tensor in parameters:
         tensor.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
-    goal = _goal(train, target)
+    regression = _regression(train, target)
     weight = penalty * train.features.shape[1] / (2 * len(train))
     best, waited = (-float("inf"), network), 0
     for step in range(1, settings.steps + 1):
         optimizer.zero_grad()
         outputs = network(train.features)
-        loss = goal(outputs) + weight * sum(w.square().sum() for w in network.weights) / outputs.shape[1]
+        loss = (
+            regression(outputs) + weight * sum(weights.square().sum() for weights in network.weights) / outputs.shape[1]
+        )
         if target == "agreement" and settings.gradient:
             loss = loss - settings.gradient * _expected_utility(outputs, train, settings, generator)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -183,8 +187,8 @@ def _run(
     return best
 
 
-def _goal(train: Examples, target: str) -> Callable[[Tensor], Tensor]:
-    """The regression loss of a target, a function of the outputs."""
+def _regression(train: Examples, target: str) -> Callable[[Tensor], Tensor]:
+    """The regression loss of a target, as a function of the outputs."""
     if target == "agreement":
         kept = train.kept[:, 1:]
         return lambda outputs: F.binary_cross_entropy_with_logits(outputs, kept)
@@ -241,23 +245,22 @@ def _logistic(outputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _utility(network: Network, dev: Examples, order: Sequence[int], settings: MenuSettings) -> float:
-    return frontier(needed_theta(network(dev.features)), dev, order, most=dev.end(settings.least)).utility(
-        settings.risks
-    )
+    needed = needed_theta(network(dev.features))
+    return frontier(needed, dev, order, max_theta=dev.end(settings.least)).utility(settings.risks)
 
 
 class Frontier(NamedTuple):
-    """What a menu router does along its dial, on given prompts."""
+    """What a menu router does on some prompts along its dial."""
 
     thetas: tuple[float, ...]
     lost: Tensor
-    """Share of lost prompts at each θ, of the kind of prompt that loses most."""
+    """Share of lost prompts at each θ, of the kind of prompt that loses the most."""
     saved: Tensor
     """Share of all FLOPs saved at each θ."""
 
     @property
     def efficient(self) -> Frontier:
-        """Without the θ that a looser one is no worse than: a certificate's walk would stop at them for nothing."""
+        """Without the θs that a looser one matches: there the walk of a certificate would stop needlessly."""
         later = self.lost.flip(0).cummin(0).values.flip(0)
         keep = ((self.lost <= later) & (self.saved >= 0)).tolist()
         keep[0] = True
@@ -265,17 +268,17 @@ class Frontier(NamedTuple):
         return Frontier(thetas, self.lost[keep], self.saved[keep])
 
     def best(self, risk: float) -> int:
-        """Place of the loosest θ before the share of lost prompts first exceeds the risk."""
-        beyond = (self.lost > risk).nonzero()
-        return int(beyond[0]) - 1 if len(beyond) else len(self.thetas) - 1
+        """Index of the loosest θ before the share of lost prompts first exceeds the risk."""
+        above = (self.lost > risk).nonzero()
+        return int(above[0]) - 1 if len(above) else len(self.thetas) - 1
 
     def utility(self, risks: Sequence[float]) -> float:
-        """Mean over the risks of the share of FLOPs saved."""
+        """Share of FLOPs saved, averaged over the risks."""
         return sum(float(self.saved[self.best(risk)]) for risk in risks) / len(risks)
 
 
 def frontier(
-    needed: Tensor, examples: Examples, order: Sequence[int], thetas: Sequence[float] = (), most: float = 1.0
+    needed: Tensor, examples: Examples, order: Sequence[int], thetas: Sequence[float] = (), max_theta: float = 1.0
 ) -> Frontier:
     """Walk the dial.
 
@@ -283,16 +286,16 @@ def frontier(
         needed: (P, M) least θ of each program for each prompt.
         examples: What the programs did on those prompts.
         order: Programs cheaper than identity, cheapest first.
-        thetas: Where to look, ascending from 0; none = where the choices change, those left out that a looser θ is no
-            worse than.
-        most: Where to stop looking, then.
+        thetas: Where to measure, ascending from 0; none = where the choices change, without the θs that a looser one
+            matches.
+        max_theta: Where the dial ends if no `thetas` are given.
     """
-    walk = tuple(thetas) or menu_dial(needed, order, most=most)
+    walk = tuple(thetas) or menu_dial(needed, order, most=max_theta)
     chosen = cheapest(needed.double(), order, torch.tensor(walk, dtype=torch.float64).unsqueeze(1))
     prompts = torch.arange(len(examples))
     flops = examples.flops[prompts, chosen].sum(1)
     saved = 1 - flops / examples.flops[:, 0].sum()
     lost = examples.lost[prompts, chosen].double()
     kinds = [lost[:, examples.kinds == kind].mean(1) for kind in sorted(set(examples.kinds.tolist()))]
-    found = Frontier(walk, torch.stack(kinds).amax(0), saved)
-    return found if thetas else found.efficient
+    walked = Frontier(walk, torch.stack(kinds).amax(0), saved)
+    return walked if thetas else walked.efficient

@@ -1,6 +1,6 @@
-"""What programs do on prompts, pair by pair: read from a reward matrix, measured where it has no answer.
+"""What programs do on prompts, pair by pair: read from a reward matrix, and measured where it lacks the program.
 
-Knows rows and programs; how a pair is measured is the caller's business.
+Knows rows and programs; the caller knows how to measure a pair.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from polar_sdk.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class PromptOutcome(NamedTuple):
-    """One program on one prompt."""
+    """What one program does on one prompt."""
 
     agree: bool
     share: float
-    """Share of identity's answer that stays; see `RewardMatrix`."""
+    """Share of identity's answer that is kept; see `RewardMatrix`."""
     right: bool
     flops: int
     """Without the router's."""
@@ -39,14 +39,14 @@ class Outcomes:
 
     Attributes:
         matrix: Known outcomes; column 0 is identity.
-        block: Measures what is not known, as a matrix of the rows and programs asked for; None = nothing can be.
+        block: Measures what is not known, as a matrix of the given rows and programs; None = nothing can be measured.
     """
 
     matrix: RewardMatrix
     block: Callable[[Sequence[int], Sequence[Program]], RewardMatrix] | None = None
 
     def __post_init__(self) -> None:
-        self._column = {program: at for at, program in enumerate(self.matrix.programs)}
+        self._column = {program: column for column, program in enumerate(self.matrix.programs)}
         self._measured: dict[tuple[int, Program], PromptOutcome] = {}
         self._lists = _lists(self.matrix)
 
@@ -56,11 +56,11 @@ class Outcomes:
     def rows(self, keep: Sequence[int]) -> Outcomes:
         """The same for some of the rows."""
         block = self.block
-        asked = None if block is None else lambda rows, programs: block([keep[row] for row in rows], programs)
-        part = Outcomes(self.matrix.rows(keep), asked)
-        place = {row: at for at, row in enumerate(keep)}
+        measure = None if block is None else lambda rows, programs: block([keep[row] for row in rows], programs)
+        part = Outcomes(self.matrix.rows(keep), measure)
+        place = {row: index for index, row in enumerate(keep)}
         part._measured = {
-            (place[row], program): known for (row, program), known in self._measured.items() if row in place
+            (place[row], program): outcome for (row, program), outcome in self._measured.items() if row in place
         }
         return part
 
@@ -72,7 +72,7 @@ class Outcomes:
         """Outcomes of pairs of a row and a program.
 
         Raises:
-            DataError: A program is not in the matrix, and there is no way to measure it.
+            DataError: A program is not in the matrix and cannot be measured.
         """
         pairs = list(zip(rows, programs, strict=True))
         self._measure([pair for pair in dict.fromkeys(pairs) if self._known(pair) is None])
@@ -87,11 +87,12 @@ class Outcomes:
         """Whether each pair is lost (1) or gained (−1) against identity; see `Loss`."""
         outcomes = self.of(rows, programs)
         if loss == "differs":
-            return [int(not one.agree) for one in outcomes]
+            return [int(not outcome.agree) for outcome in outcomes]
         labelled = self.matrix.labelled.tolist()
         values = []
-        for row, one in zip(rows, outcomes, strict=True):
-            drop = int(self._cell(row, 0).right) - int(one.right) if labelled[row] else int(not one.agree)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            differs = int(not outcome.agree)
+            drop = int(self._cell(row, 0).right) - int(outcome.right) if labelled[row] else differs
             values.append(max(0, drop) if loss == "harms" else drop)
         return values
 
@@ -104,7 +105,7 @@ class Outcomes:
         return PromptOutcome(agree[row][column], share[row][column], right[row][column], flops[row][column])
 
     def _measure(self, pairs: Sequence[tuple[int, Program]]) -> None:
-        """Measure pairs in blocks: by program where few programs are asked for, by row otherwise."""
+        """Measure pairs in blocks: by program where there are fewer programs than rows, by row otherwise."""
         if not pairs:
             return
         if self.block is None:
@@ -114,19 +115,16 @@ class Outcomes:
         for pair in pairs:
             blocks.setdefault(pair[1] if by_program else pair[0], []).append(pair)
         for block in blocks.values():
-            rows, programs = _distinct(row for row, _ in block), list(dict.fromkeys(program for _, program in block))
+            rows = list(dict.fromkeys(row for row, _ in block))
+            programs = list(dict.fromkeys(program for _, program in block))
             self._keep(rows, self.block(rows, programs))
 
     def _keep(self, rows: Sequence[int], measured: RewardMatrix) -> None:
         agree, share, right, flops = _lists(measured)
-        for at, row in enumerate(rows):
+        for place, row in enumerate(rows):
             for column, program in enumerate(measured.programs):
-                cell = (agree[at][column], share[at][column], right[at][column], flops[at][column])
+                cell = (agree[place][column], share[place][column], right[place][column], flops[place][column])
                 self._measured[row, program] = PromptOutcome(*cell)
-
-
-def _distinct(rows: Iterable[int]) -> list[int]:
-    return list(dict.fromkeys(rows))
 
 
 def _lists(matrix: RewardMatrix) -> tuple[list[list[bool]], list[list[float]], list[list[bool]], list[list[int]]]:

@@ -1,9 +1,9 @@
-"""Training a router for a model: from a reward matrix to a router that can be calibrated, saved and served."""
+"""Train a router for a model: from a reward matrix to a router that can be calibrated, saved and served."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 RouterKind = Literal["menu", "policy", "static"]
-"""`static` is a menu router that reads nothing: what a certificate is worth without routing."""
-_DEFAULT_RISK = 0.05
-"""Share of lost dev prompts that an uncalibrated router is set to."""
-_DEV_PROMPTS = 256
-"""Most dev prompts that a policy router is judged by: each look runs programs of its own."""
-_NATURAL = 0.5
-"""θ at which a policy router reads its network in the usual way."""
+"""`policy` decides layer by layer; `static` is a menu router that reads nothing, the baseline of routing."""
+_DEFAULT_RISK: Final = 0.05
+"""Share of lost dev prompts at which an uncalibrated router serves."""
+_MAX_DEV_PROMPTS: Final = 256
+"""Maximum dev prompts for a layerwise router: each epoch runs other programs on them."""
+_LIKELIEST_THETA: Final = 0.5
+"""θ at which a layerwise router leaves "execute" where it is less likely than not."""
 
 
 @dataclass
@@ -75,9 +75,7 @@ class RouterTrainer:
                 hint="Load the model in that precision, or run `polar search` again.",
             )
         if self.features == "early" and not 1 <= self.layers < self.model.depth:
-            raise DataError(
-                f"--layers {self.layers} is out of range; use 1 to {self.model.depth - 1}, 2 to 4 is usual."
-            )
+            raise DataError(f"--layers {self.layers} is out of range; use 1 to {self.model.depth - 1}, usually 2 to 4.")
         self._reader = FeatureReader(self.model.decoder, self.features, self.layers if self.features == "early" else 0)
 
     def menu(self, settings: MenuSettings | None = None) -> MenuRouter:
@@ -89,7 +87,7 @@ class RouterTrainer:
         return self._menu(trained, dev, order, settings)
 
     def static(self, settings: MenuSettings | None = None) -> MenuRouter:
-        """A menu router that gives every prompt the same program, by its dial: what it must be better than."""
+        """A menu router that runs the same program for every prompt, by its dial: the baseline of routing."""
         settings = settings or MenuSettings()
         order = self._order()
         train, dev = self._examples(settings)
@@ -97,7 +95,7 @@ class RouterTrainer:
         network = Network.fresh(train.features, (), len(kept), seed=0)  # its weights are zero
         network.biases[-1].copy_(kept.logit())
         with torch.no_grad():
-            walked = frontier(needed_theta(network(dev.features)), dev, order, most=dev.end(settings.least))
+            walked = frontier(needed_theta(network(dev.features)), dev, order, max_theta=dev.end(settings.least))
         utility = walked.utility(settings.risks)
         spread = {"utility": utility, "utility_mean": utility, "utility_spread": 0.0}
         record = {"settings": settings.model_dump(mode="json"), "picked": "static", **spread}
@@ -113,7 +111,7 @@ class RouterTrainer:
     def _menu(self, trained: Trained, dev: Examples, order: Sequence[int], settings: MenuSettings) -> MenuRouter:
         with torch.no_grad():
             needed = needed_theta(trained.network(dev.features))
-        walked = frontier(needed, dev, order, most=dev.end(settings.least))
+        walked = frontier(needed, dev, order, max_theta=dev.end(settings.least))
         router = MenuRouter(
             self._facts(trained, walked.thetas, walked.thetas[walked.best(_DEFAULT_RISK)], settings.loss),
             trained.network,
@@ -121,7 +119,7 @@ class RouterTrainer:
         )
         return router.bind(self.model.decoder, self.model.fingerprint)
 
-    def policy(
+    def layerwise(
         self,
         items: Sequence[Item],
         settings: LayerwiseSettings | None = None,
@@ -129,67 +127,69 @@ class RouterTrainer:
         prompts: int = 1000,
         cache: RewardCache | None = None,
     ) -> LayerwiseRouter:
-        """Train a policy router by running the programs it draws.
+        """Train a layerwise router by running the programs that it draws.
 
         Args:
             items: The items that the matrix was measured on.
-            settings: How.
-            prompts: Most prompts to train on.
-            cache: Where rewards are kept; None = the one on disk.
+            settings: How to train; None = the defaults.
+            prompts: Maximum prompts to train on.
+            cache: Where rewards are kept; None = the file on disk.
         """
         settings = settings or LayerwiseSettings()
         bench = Bench(self.model, self.on_progress, cache)
-        wanted = dict(zip(self.matrix.ids, self.matrix.splits, strict=True))
-        tasks = [task for task in bench.tasks(items) if wanted.get(task.id) in ("train", "dev")]
-        rows = {name: [at for at, task in enumerate(tasks) if wanted[task.id] == name] for name in ("train", "dev")}
+        split = dict(zip(self.matrix.ids, self.matrix.splits, strict=True))
+        tasks = [task for task in bench.tasks(items) if split.get(task.id) in ("train", "dev")]
+        rows = {name: [row for row, task in enumerate(tasks) if split[task.id] == name] for name in ("train", "dev")}
         if not rows["train"] or not rows["dev"]:
-            raise DataError("the items hold no train or no dev prompt of the reward matrix; pass the searched items.")
+            raise DataError(
+                "the items hold no train or no dev prompt of the reward matrix; pass the items that were searched on."
+            )
         outcomes = bench.outcomes(tasks, [], labels=False)
 
         def measure(chosen: Sequence[int], programs: Sequence[Program]) -> tuple[Tensor, Tensor]:
-            found = outcomes.of(chosen, programs)
+            ours = outcomes.of(chosen, programs)
             full = outcomes.of(chosen, [outcomes.matrix.programs[0]] * len(chosen))
-            saved = [1 - one.flops / all_.flops for one, all_ in zip(found, full, strict=True)]
-            return torch.tensor([not one.agree for one in found]), torch.tensor(saved)
+            saved = [1 - outcome.flops / identity.flops for outcome, identity in zip(ours, full, strict=True)]
+            return torch.tensor([not outcome.agree for outcome in ours]), torch.tensor(saved)
 
         protected = {layer % self.model.depth for layer in self.model.policy.protected}
         task = LayerwiseTask(
             features=self._read([task.question.prompt for task in tasks]),
             train=rows["train"][:prompts],
-            dev=rows["dev"][:_DEV_PROMPTS],
+            dev=rows["dev"][:_MAX_DEV_PROMPTS],
             depth=self.model.depth,
             free=[layer for layer in range(self.model.depth) if layer not in protected],
             measure=measure,
         )
         trained = fit_layerwise(task, settings, checkpoints=self.checkpoints, on_progress=self.on_progress)
         identity = (Program.identity(self.model.depth),)
-        router = LayerwiseRouter(self._facts(trained, (0.0,), _NATURAL, "differs"), trained.network, identity)
+        router = LayerwiseRouter(self._facts(trained, (0.0,), _LIKELIEST_THETA, "differs"), trained.network, identity)
         outputs = router.outputs(task.features[task.dev])
         dial = layerwise_dial(router.log_probabilities(outputs)[..., EXECUTE].exp())
         return router.with_facts(dial=dial).bind(self.model.decoder, self.model.fingerprint)
 
     def _examples(self, settings: MenuSettings) -> tuple[Examples, Examples]:
-        """Those of the train and of the dev split; what is said of a program on average is said of both together."""
+        """Examples of the train and of the dev split; means per program are taken over both together."""
         self.matrix.of("train"), self.matrix.of("dev")  # raises where there is none
         matrix = self.matrix.of("train", "dev")
-        own = [[self._reader.flops(len(tokens), one) for one in matrix.programs] for tokens in matrix.tokens]
+        own = [[self._reader.flops(len(tokens), program) for program in matrix.programs] for tokens in matrix.tokens]
         both = Examples.of(matrix, self._read(matrix.tokens), torch.tensor(own), settings.loss)
-        splits = [one for one, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
-        named = matrix.splits if len(both) == len(matrix) else splits
-        return both.rows([one == "train" for one in named]), both.rows([one == "dev" for one in named])
+        labelled = [split for split, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
+        splits = matrix.splits if len(both) == len(matrix) else labelled
+        return both.rows([split == "train" for split in splits]), both.rows([split == "dev" for split in splits])
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         rows = []
-        for at, tokens in enumerate(prompts):
-            if at % 50 == 0:
-                self.on_progress("reading features", at, len(prompts))
+        for done, tokens in enumerate(prompts):
+            if done % 50 == 0:
+                self.on_progress("reading features", done, len(prompts))
             rows.append(self._reader(tokens).cpu())
         return torch.stack(rows).clone()
 
     def _facts(self, trained: Trained, dial: tuple[float, ...], theta: float, loss: Loss) -> RouterFacts:
         matrix, cost = self.matrix, self.model.decoder.cost
         base = (sum(layer.linear for layer in cost.layers) + cost.head) // 2
-        used = [one for one, split in zip(matrix.ids, matrix.splits, strict=True) if split in ("train", "dev")]
+        used = [item_id for item_id, split in zip(matrix.ids, matrix.splits, strict=True) if split in ("train", "dev")]
         record: dict[str, Any] = {
             **trained.record,
             "data": matrix.data,
@@ -216,6 +216,6 @@ class RouterTrainer:
         quality = (1 - losses(dev, loss).mean(0)).tolist()
         saved = (1 - dev.flops.double().sum(0) / dev.flops[:, 0].double().sum()).tolist()
         return [
-            {"program": program.text, "quality": quality[at], "saved": saved[at]}
-            for at, program in enumerate(dev.programs)
+            {"program": program.text, "quality": quality[column], "saved": saved[column]}
+            for column, program in enumerate(dev.programs)
         ]

@@ -11,15 +11,15 @@ import pytest
 from langchain_polar import ChatPolar, PolarLLM
 from polar_billing.budgets.budget import Budget, Level, OverBudget
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.ledger.contract import Selection
+from polar_billing.ledger.records import Selection
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.request.admission import DOWNGRADED_TAG
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
-    from polar_billing.ledger.contract import StoredUsage
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import StoredUsage
     from polar_sdk.model import PolarModel
 
 MOST = 6

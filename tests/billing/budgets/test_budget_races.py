@@ -19,13 +19,12 @@ import pytest
 
 from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
-from polar_billing.ledger.contract import Selection
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import Selection
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.ledger.contract import LedgerStorage
 
 PROCESSES, RESERVATIONS = (int(part) for part in os.environ.get("POLAR_TEST_RACE", "4x25").split("x"))
 CU = 10**12
@@ -104,7 +103,7 @@ def prices(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shared(store: LedgerStorage) -> Ledger:
+def shared(store: Ledger) -> Ledger:
     assert isinstance(store, Ledger)
     return store
 

@@ -20,8 +20,8 @@ from polar_billing.budgets.counters import FULL
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.budgets.offers import Cost, Refusal, Standing, choose
 from polar_billing.errors import BudgetError, CurrencyMixError, PeriodError, StoreError
-from polar_billing.ledger.contract import ALL_TENANTS
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.ledger.schema import counter_table
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
@@ -34,7 +34,6 @@ from polar_sdk.usage import FlopUsage, Offer, UsageBound
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polar_billing.ledger.contract import LedgerStorage
 
 CU = 10**12
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
@@ -63,13 +62,13 @@ def bound(request_id: str, flops: int, *, at: datetime = NOON, **changes: Any) -
     return UsageBound(request_id=request_id, **fields)
 
 
-def use(ledger: LedgerStorage, request_id: str, flops: int, book: PriceBook = USD, **changes: Any) -> None:
+def use(ledger: Ledger, request_id: str, flops: int, book: PriceBook = USD, **changes: Any) -> None:
     record = usage_record(request_id, flops=FlopUsage(head=flops, total=flops), **{"started_at": NOON, **changes})
     ledger.append(record, source="polar", book=book, rating=rate(record, book))
 
 
 @pytest.fixture
-def budgets(store: LedgerStorage) -> Budgets:
+def budgets(store: Ledger) -> Budgets:
     assert isinstance(store, Ledger)
     return Budgets(store)
 
@@ -335,7 +334,7 @@ def test_another_process_sees_a_first_budget_before_long(tmp_path: Path, monkeyp
         here.reserve(bound("b", CU), USD, source="polar")
 
 
-def test_this_process_sees_a_first_budget_at_once(store: LedgerStorage) -> None:
+def test_this_process_sees_a_first_budget_at_once(store: Ledger) -> None:
     assert isinstance(store, Ledger)
     one, another = Budgets(store), Budgets(store)
     assert one.reserve(bound("a", CU), USD, source="polar") == 0
@@ -344,7 +343,7 @@ def test_this_process_sees_a_first_budget_at_once(store: LedgerStorage) -> None:
         one.reserve(bound("b", CU), USD, source="polar")
 
 
-def test_the_meter_reserves_settles_and_releases(store: LedgerStorage) -> None:
+def test_the_meter_reserves_settles_and_releases(store: Ledger) -> None:
     assert isinstance(store, Ledger)
     meter, budgets = Meter(store, prices=USD), Budgets(store)
     budgets.set(Budget("acme", Decimal(3), "USD"), USD)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -17,8 +16,8 @@ from polar_billing.budgets.budget import Budget, Level, OverBudget
 from polar_billing.budgets.holds import HoldState
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.errors import ConflictError
-from polar_billing.ledger.contract import ALL_TENANTS
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.ledger.schema import hold_table
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
@@ -26,9 +25,6 @@ from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
-
-if TYPE_CHECKING:
-    from polar_billing.ledger.contract import LedgerStorage
 
 CU = 10**12
 START = datetime(2026, 3, 28, 12, tzinfo=UTC)  # the day before clocks change in Berlin
@@ -61,7 +57,7 @@ def bound_of(
     )
 
 
-def emit(ledger: LedgerStorage, bound: UsageBound, flops: int) -> None:
+def emit(ledger: Ledger, bound: UsageBound, flops: int) -> None:
     record = usage_record(
         bound.request_id,
         tenant=bound.tenant,
@@ -234,7 +230,7 @@ Holds.TestCase.settings = settings(max_examples=25, stateful_step_count=25, dead
 TestHolds = Holds.TestCase
 
 
-def test_a_hold_is_resolved_once_whoever_tries(store: LedgerStorage) -> None:
+def test_a_hold_is_resolved_once_whoever_tries(store: Ledger) -> None:
     assert isinstance(store, Ledger)
     budgets = Budgets(store)
     budgets.set(Budget("acme", Decimal(10)))
@@ -249,7 +245,7 @@ def test_a_hold_is_resolved_once_whoever_tries(store: LedgerStorage) -> None:
     assert [hold.request_id for hold in budgets.holds("acme")] == ["b"]
 
 
-def test_a_released_request_may_be_tried_again(store: LedgerStorage) -> None:
+def test_a_released_request_may_be_tried_again(store: Ledger) -> None:
     assert isinstance(store, Ledger)
     budgets = Budgets(store)
     budgets.set(Budget("acme", Decimal(1)))
@@ -262,7 +258,7 @@ def test_a_released_request_may_be_tried_again(store: LedgerStorage) -> None:
     assert (standing.spent, standing.held, standing.left) == (CU // 2, 0, CU // 2)
 
 
-def test_a_request_in_progress_keeps_its_id_to_itself(store: LedgerStorage) -> None:
+def test_a_request_in_progress_keeps_its_id_to_itself(store: Ledger) -> None:
     assert isinstance(store, Ledger)
     budgets = Budgets(store)
     budgets.set(Budget("acme", Decimal(10)))

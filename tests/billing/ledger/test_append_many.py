@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polar_billing.errors import ConflictError
-from polar_billing.ledger.contract import ALL_TENANTS, Selection, StoredUsage
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS, Selection, StoredUsage
 from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter
 from polar_billing.proof.verify import verify_ledger
@@ -22,9 +21,6 @@ from polar_billing.testing import usage_record
 from polar_billing.values.canonical import content_hash
 from polar_billing.values.periods import Period
 from polar_sdk.usage import Outcome, UsageRecord
-
-if TYPE_CHECKING:
-    from polar_billing.ledger.contract import LedgerStorage
 
 EVERYTHING = Selection(ALL_TENANTS)
 START = datetime(2026, 10, 31, 21, tzinfo=UTC)
@@ -54,7 +50,7 @@ def test_the_content_hash_covers_every_field_of_a_record(record: UsageRecord) ->
     assert content_hash(record) == hashlib.sha256(text.encode()).hexdigest()
 
 
-def content(ledger: LedgerStorage) -> list[str]:
+def content(ledger: Ledger) -> list[str]:
     return sorted(f"{one.record.model_dump_json()} {one.cost} {one.unrated}" for one in ledger.read(EVERYTHING))
 
 
@@ -73,8 +69,7 @@ def test_permuted_repeated_and_rebatched_streams_give_the_same_content(
                 size = data.draw(st.integers(min_value=1, max_value=len(left)))
                 meter.emit_many(left[:size])
                 left = left[size:]
-            with ledger.snapshot() as connection:
-                assert verify_ledger(connection).findings == []
+            assert verify_ledger(ledger).findings == []
             rows = [row.model_dump_json() for row in usage_rows(ledger, EVERYTHING, by=["tenant", "tier", "day"])]
             found.add("\n".join(content(ledger) + rows))
     assert len(found) == 1
@@ -106,7 +101,7 @@ def test_sums_by_hour_answer_as_usage_itself_does(
                 ]
 
 
-def test_a_conflict_keeps_none_of_the_others_out(store: LedgerStorage) -> None:
+def test_a_conflict_keeps_none_of_the_others_out(store: Ledger) -> None:
     meter = Meter(store, sync=True)
     meter.emit(usage_record("taken"))
     batch = [
@@ -125,7 +120,7 @@ def test_a_conflict_keeps_none_of_the_others_out(store: LedgerStorage) -> None:
     assert store.append_many([]) == []
 
 
-def test_a_pruned_request_is_still_known(store: LedgerStorage) -> None:
+def test_a_pruned_request_is_still_known(store: Ledger) -> None:
     assert isinstance(store, Ledger)
     meter = Meter(store, sync=True)
     old, young = (
@@ -143,5 +138,4 @@ def test_a_pruned_request_is_still_known(store: LedgerStorage) -> None:
     assert meter.emit(old) == receipt
     with pytest.raises(ConflictError):
         meter.emit(old.model_copy(update={"decode_ns": 1}))
-    with store.snapshot() as connection:
-        assert verify_ledger(connection).findings == []
+    assert verify_ledger(store).findings == []

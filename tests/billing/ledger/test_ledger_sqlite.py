@@ -21,8 +21,8 @@ from polar_billing.errors import (
     StoreReadOnlyError,
 )
 from polar_billing.ledger import connection
-from polar_billing.ledger.contract import ALL_TENANTS, Selection
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 from polar_sdk.errors import SinkError
@@ -185,7 +185,7 @@ def _no_more_pages(connection: sqlite3.Connection, _record: object) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/shm is Linux's")
 def test_the_free_disk_is_looked_at(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polar_billing.ledger.ledger._LEAST_FREE_BYTES", 2**62)
+    monkeypatch.setattr("polar_billing.ledger.ledger._MIN_FREE_BYTES", 2**62)
     with pytest.raises(StoreFullError) as caught:
         ledger.check()
     assert_told(caught.value, "bytes free", "needed")

@@ -13,32 +13,31 @@ from hypothesis import strategies as st
 from polar_billing.errors import AmountError, ConflictError, QueryError, UnbalancedError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, Line, balances, post, reversal, transaction_lines
-from polar_billing.proof.verify import verify_ledger
+from polar_billing.proof.verify import verify_in
 from polar_billing.values.money import exact_sum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_billing.ledger.contract import LedgerStorage
 
 AT = datetime(2026, 11, 30, tzinfo=UTC)
 CHARGE = [Line(Account.RECEIVABLE, Decimal("12.5"), "USD"), Line(Account.REVENUE, Decimal("-12.5"), "USD")]
 
 
-def book(store: LedgerStorage, reference: str, lines: Sequence[Line], **more: Any) -> int:
+def book(store: Ledger, reference: str, lines: Sequence[Line], **more: Any) -> int:
     assert isinstance(store, Ledger)
     with store.transaction() as connection:
         return post(connection, more.pop("tenant", "acme"), "statement", reference, lines, more.pop("at", AT), **more)
 
 
-def standing(store: LedgerStorage, tenant: str = "acme", **more: Any) -> dict[tuple[Account, str], Decimal]:
+def standing(store: Ledger, tenant: str = "acme", **more: Any) -> dict[tuple[Account, str], Decimal]:
     assert isinstance(store, Ledger)
     with store.snapshot() as connection:
-        assert verify_ledger(connection).findings == []
+        assert verify_in(connection).findings == []
         return balances(connection, tenant, **more)
 
 
-def test_a_transaction_is_booked_once(store: LedgerStorage) -> None:
+def test_a_transaction_is_booked_once(store: Ledger) -> None:
     first = book(store, "2026-11", CHARGE, note="November")
     assert book(store, "2026-11", CHARGE, note="November") == first
     for changed in ({"note": "other"}, {"note": "November", "at": AT + timedelta(microseconds=1)}):
@@ -52,7 +51,7 @@ def test_a_transaction_is_booked_once(store: LedgerStorage) -> None:
     assert standing(store, "globex") == {}
 
 
-def test_a_correction_names_what_it_corrects(store: LedgerStorage) -> None:
+def test_a_correction_names_what_it_corrects(store: Ledger) -> None:
     first = book(store, "2026-11", CHARGE)
     book(store, "2026-11 taken back", reversal(CHARGE), corrects=first, at=AT + timedelta(days=1))
     assert set(standing(store).values()) == {Decimal(0)}

@@ -1,4 +1,4 @@
-"""The storage contract, held against every backend."""
+"""What a ledger promises, checked on every backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_billing.errors import ConflictError
-from polar_billing.ledger.contract import ALL_TENANTS, LedgerStorage, Selection
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
@@ -20,9 +20,10 @@ from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polar_billing.ledger.contract import StoredUsage
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import StoredUsage
 
-    Put = Callable[[LedgerStorage, UsageRecord], StoredUsage]
+    Put = Callable[[Ledger, UsageRecord], StoredUsage]
 
 EVERYTHING = Selection(ALL_TENANTS)
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
@@ -51,14 +52,14 @@ def extremes() -> list[UsageRecord]:
     ]
 
 
-def test_a_new_store_is_empty_and_can_be_written(store: LedgerStorage) -> None:
+def test_a_new_store_is_empty_and_can_be_written(store: Ledger) -> None:
     assert list(store.read(EVERYTHING)) == []
     assert store.price_books() == {}
     store.check()
     assert list(store.read(EVERYTHING)) == []
 
 
-def test_records_come_back_as_they_went_in(store: LedgerStorage, put: Put) -> None:
+def test_records_come_back_as_they_went_in(store: Ledger, put: Put) -> None:
     before = datetime.now(UTC)
     written = {record.request_id: put(store, record) for record in extremes()}
     for stored in store.read(EVERYTHING):
@@ -70,7 +71,7 @@ def test_records_come_back_as_they_went_in(store: LedgerStorage, put: Put) -> No
     assert not written
 
 
-def test_a_receipt_stays_with_its_record(store: LedgerStorage, put: Put, book: PriceBook) -> None:
+def test_a_receipt_stays_with_its_record(store: Ledger, put: Put, book: PriceBook) -> None:
     rated, unrated = put(store, usage_record("a")), put(store, usage_record("b", tier="gold"))
     read = {stored.record.request_id: stored for stored in store.read(EVERYTHING)}
     assert read["a"].cost == rated.cost == rate(rated.record, book).cost
@@ -78,7 +79,7 @@ def test_a_receipt_stays_with_its_record(store: LedgerStorage, put: Put, book: P
     assert store.price_books() == {book.content_hash: book}
 
 
-def test_an_identical_replay_changes_nothing(store: LedgerStorage, put: Put) -> None:
+def test_an_identical_replay_changes_nothing(store: Ledger, put: Put) -> None:
     record = usage_record("same", tags={"a": "1", "b": "2"})
     first = put(store, record)
     again = put(store, usage_record("same", tags={"b": "2", "a": "1"}))
@@ -86,7 +87,7 @@ def test_an_identical_replay_changes_nothing(store: LedgerStorage, put: Put) -> 
     assert list(store.read(EVERYTHING)) == [first]
 
 
-def test_a_replay_keeps_the_receipt_of_the_first_time(store: LedgerStorage, put: Put, book: PriceBook) -> None:
+def test_a_replay_keeps_the_receipt_of_the_first_time(store: Ledger, put: Put, book: PriceBook) -> None:
     record = usage_record("same")
     first = put(store, record)
     dearer = book.model_copy(update={"id": "dearer"})
@@ -106,7 +107,7 @@ def test_a_replay_keeps_the_receipt_of_the_first_time(store: LedgerStorage, put:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_same_id_with_other_content_is_a_conflict(store: LedgerStorage, put: Put, change: dict[str, Any]) -> None:
+def test_the_same_id_with_other_content_is_a_conflict(store: Ledger, put: Put, change: dict[str, Any]) -> None:
     first = put(store, usage_record("same"))
     with pytest.raises(ConflictError, match=r"request 'same' of tenant 'acme' is in the ledger \(seq \d+\)") as caught:
         put(store, usage_record("same", **change))
@@ -115,7 +116,7 @@ def test_the_same_id_with_other_content_is_a_conflict(store: LedgerStorage, put:
     assert list(store.read(EVERYTHING)) == [first]
 
 
-def test_ids_are_unique_per_tenant_and_source_only(store: LedgerStorage, put: Put, book: PriceBook) -> None:
+def test_ids_are_unique_per_tenant_and_source_only(store: Ledger, put: Put, book: PriceBook) -> None:
     record = usage_record("same")
     put(store, record)
     put(store, usage_record("same", tenant="globex"))
@@ -123,12 +124,12 @@ def test_ids_are_unique_per_tenant_and_source_only(store: LedgerStorage, put: Pu
     assert len(list(store.read(EVERYTHING))) == 3
 
 
-def test_seq_rises(store: LedgerStorage, put: Put) -> None:
+def test_seq_rises(store: Ledger, put: Put) -> None:
     seqs = [put(store, usage_record()).seq for _ in range(5)]
     assert seqs == sorted(set(seqs))
 
 
-def test_a_selection_never_shows_another_tenant(store: LedgerStorage, put: Put) -> None:
+def test_a_selection_never_shows_another_tenant(store: Ledger, put: Put) -> None:
     for tenant in ("acme", "globex", "ACME", "acme "):
         put(store, usage_record(tenant=tenant, request_id=f"of {tenant!r}"))
     assert {stored.record.tenant for stored in store.read(Selection("acme"))} == {"acme"}
@@ -136,7 +137,7 @@ def test_a_selection_never_shows_another_tenant(store: LedgerStorage, put: Put) 
     assert list(store.read(Selection("' OR 1=1 --"))) == []
 
 
-def test_a_selection_holds_every_condition(store: LedgerStorage, put: Put) -> None:
+def test_a_selection_holds_every_condition(store: Ledger, put: Put) -> None:
     put(store, usage_record("wanted", tags={"team": "search", "x": "y"}))
     put(store, usage_record("tier", tier="premium", tags={"team": "search"}))
     put(store, usage_record("model", model="other", tags={"team": "search"}))
@@ -148,7 +149,7 @@ def test_a_selection_holds_every_condition(store: LedgerStorage, put: Put) -> No
     assert [stored.record.request_id for stored in found] == ["wanted"]
 
 
-def test_reading_is_in_order_of_service(store: LedgerStorage, put: Put) -> None:
+def test_reading_is_in_order_of_service(store: Ledger, put: Put) -> None:
     for minute in (3, 1, 2, 1):
         put(store, usage_record(started_at=NOON + timedelta(minutes=minute), tags={"odd": str(minute % 2)}))
     found = [stored.record.started_at.minute for stored in store.read(EVERYTHING)]
@@ -159,7 +160,7 @@ def test_reading_is_in_order_of_service(store: LedgerStorage, put: Put) -> None:
     assert [stored.record.started_at.minute for stored in store.read(odd, newest=2)] == [3, 1]
 
 
-def test_a_store_can_be_written_while_it_is_read(store: LedgerStorage, put: Put) -> None:
+def test_a_store_can_be_written_while_it_is_read(store: Ledger, put: Put) -> None:
     put(store, usage_record("a"))
     put(store, usage_record("b"))
     reading = store.read(EVERYTHING)
@@ -168,7 +169,7 @@ def test_a_store_can_be_written_while_it_is_read(store: LedgerStorage, put: Put)
     assert [stored.record.request_id for stored in reading] == ["b"]  # one state throughout
 
 
-def test_threads_store_each_record_once(store: LedgerStorage, put: Put) -> None:
+def test_threads_store_each_record_once(store: Ledger, put: Put) -> None:
     records = [usage_record(f"r{n}") for n in range(15)]
     failures: list[BaseException] = []
 
@@ -188,7 +189,7 @@ def test_threads_store_each_record_once(store: LedgerStorage, put: Put) -> None:
     assert sorted(s.record.request_id for s in store.read(EVERYTHING)) == sorted(r.request_id for r in records)
 
 
-def test_sums_beyond_64_bits_are_exact(store: LedgerStorage, put: Put) -> None:
+def test_sums_beyond_64_bits_are_exact(store: Ledger, put: Put) -> None:
     total = 2**62 + 1
     for n in range(5):
         put(store, usage_record(f"r{n}", flops=FlopUsage(head=total, total=total), tier="gold"))

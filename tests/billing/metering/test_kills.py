@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.ledger.contract import ALL_TENANTS, Selection
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, balances
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
-from polar_billing.proof.verify import verify_ledger
+from polar_billing.proof.verify import verify_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ from polar_billing.metering.meter import Meter
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.testing import usage_record
 
-WRITERS = "among append bulk canonical chain connection ledger meter postings recovery rollups rows spool writer"
+WRITERS = "append books canonical chain connection ledger meter postings records rollups spool writer"
 FILES = {f"{name}.py" for name in WRITERS.split()}
 passed = 0
 
@@ -148,7 +148,7 @@ def test_kills_at_every_write_point(url: str, durability: str, nursery: Nursery)
         assert len(stored) == len(set(stored)) == (KILLS + 2) * 3
         assert {f"used {name}" for name in stored} == {line for line in told if line.startswith("used ")}
         with meter.ledger.snapshot() as connection:
-            assert verify_ledger(connection).findings == []
+            assert verify_in(connection).findings == []
             books = balances(connection, "acme")
         assert sum(books.values()) == 0
         assert books[Account.CASH, "USD"] * 100 == sum(line.startswith("paid ") for line in told) == len(stored)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polar_billing.errors import ConflictError, PriceBookError
-from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter, open_meter
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.reports.report import build_report

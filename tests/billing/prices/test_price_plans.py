@@ -84,7 +84,7 @@ def test_books_without_plans_keep_the_hash_of_their_first_release() -> None:
         (PROMISE, "promises nothing"),
         (PROMISE + "agreement_min = 1.5", "agreement_min = '1.5'"),
         (PROMISE + "latency_ms_p95_max = 0", "latency_ms_p95_max = '0'"),
-        (CUSTOMER + 'plan = "gold"', "customer 'acme' is on plan 'gold', which the book has not"),
+        (CUSTOMER + 'plan = "gold"', "customer 'acme' is on plan 'gold', which the book does not have"),
         (CUSTOMER + 'zone = "Mars/Olympus"', "time zone 'Mars/Olympus' is unknown"),
         (CUSTOMER + CUSTOMER, "two customers are acme from 2026-01-01"),
         (CREDIT + CREDIT, "two credits are c"),

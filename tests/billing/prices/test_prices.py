@@ -12,13 +12,12 @@ import pytest
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.errors import PriceBookError
+from polar_billing.ledger.books import add_book
 from polar_billing.metering.meter import Meter
 from polar_billing.prices import current as prices
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.prices.current import Prices
-from polar_billing.prices.in_force import Choice, InForce
+from polar_billing.prices.current import Choice, InForce, Prices
 from polar_billing.proof.verify import verify_ledger
-from polar_billing.statements.books import add_book
 from polar_billing.testing import usage_record
 from polar_sdk.usage import Offer, UsageBound
 
@@ -49,20 +48,19 @@ def test_a_book_put_in_force_is_charged_by_at_once(store: Ledger) -> None:
     assert add_book(store, book_of("mine", "1"), now=NOW)
     assert cost(meter, at=NOW + HOUR) == 1
     assert not add_book(store, book_of("mine", "1"), now=NOW)
-    with store.snapshot() as connection:
-        assert verify_ledger(connection).findings == []
+    assert verify_ledger(store).findings == []
 
 
 def test_another_process_sees_it_a_second_later(
     ledger_url: str, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prices, "_LOOK_EVERY_S", 10**9)
+    monkeypatch.setattr(prices, "_SEEN_WITHIN_S", 10**9)
     with Meter(ledger_url) as meter:
         assert cost(meter) != 7
-        monkeypatch.setattr("polar_billing.statements.books.say_changed", lambda: None)  # as if in another process
+        monkeypatch.setattr("polar_billing.ledger.books.say_changed", lambda: None)  # as if in another process
         add_book(ledger, book_of("mine", "7"), now=NOW)
         assert cost(meter) != 7
-        monkeypatch.setattr(prices, "_LOOK_EVERY_S", 0.0)
+        monkeypatch.setattr(prices, "_SEEN_WITHIN_S", 0.0)
         assert cost(meter) == 7
 
 
@@ -141,7 +139,7 @@ def test_budgets_reserve_by_the_book_in_force(store: Ledger) -> None:
 
 
 def test_looking_makes_no_ledger(ledger_url: str, ledger: Ledger) -> None:
-    assert Prices(ledger).of("acme").id == "polar-example"
+    assert Prices(ledger.price_choices).of("acme").id == "polar-example"
     assert not ledger.price_choices()
     assert not Path(ledger_url.removeprefix("sqlite:///")).exists()
 

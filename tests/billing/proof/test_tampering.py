@@ -21,14 +21,13 @@ from sqlalchemy.exc import IntegrityError
 
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.ledger.chain import CHAINED
+from polar_billing.ledger.books import add_book
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.ledger.retention import prune
-from polar_billing.ledger.schema import metadata
+from polar_billing.ledger.schema import CHAINED, metadata
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
-from polar_billing.proof.verify import verify_ledger
-from polar_billing.statements.books import add_book
+from polar_billing.proof.verify import verify_in
 from polar_billing.statements.credit_notes import credit_note
 from polar_billing.statements.issue import issue_statement
 from polar_billing.testing import usage_record
@@ -143,7 +142,7 @@ class Stranger:
             for row in come:
                 self.connection.execute(insert(one).values(row))
             found: defaultdict[str, list[int]] = defaultdict(list)
-            for finding in verify_ledger(self.connection).findings:
+            for finding in verify_in(self.connection).findings:
                 found[finding.tenant] += [] if finding.number is None else [finding.number]
         finally:
             taken_back.rollback()
@@ -155,7 +154,7 @@ def stranger(store: Ledger) -> Iterator[Stranger]:
     """A ledger with a bit of everything, in the hands of somebody who knows SQL."""
     fill(store)
     with store.transaction() as connection:
-        assert verify_ledger(connection).findings == []
+        assert verify_in(connection).findings == []
         with unguarded(connection):
             yield Stranger(connection)
 

@@ -66,8 +66,8 @@ def copy(sound: Path, tmp_path: Path) -> Path:
 
 
 def verified(file: Path) -> Verification:
-    with Ledger(str(file)) as ledger, ledger.snapshot() as connection:
-        return verify_ledger(connection)
+    with Ledger(str(file)) as ledger:
+        return verify_ledger(ledger)
 
 
 class Stranger:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.reports.csv import report_csv

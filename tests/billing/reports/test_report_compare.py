@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from polar_billing.cli import register
-from polar_billing.ledger.contract import ALL_TENANTS, Selection
+from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.reports.html import report_html

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.ledger.contract import Selection
+from polar_billing.ledger.records import Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.reports.html import report_html
 from polar_billing.reports.report import Report, build_report
@@ -136,7 +136,7 @@ def test_a_report_of_thirty_tenants_stays_one_page_of_sane_size(ledger: Ledger) 
 
 
 def test_empty_and_unrated_reports_render(ledger: Ledger) -> None:
-    assert "No usage falls into this period." in report_html(build_report(ledger))
+    assert "There is no usage in this period." in report_html(build_report(ledger))
     Meter(ledger).emit(usage_record(tier="gold", outcome=Outcome.CACHED))
     html = report_html(build_report(ledger))
     assert 'id="charges"' not in html

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polar_billing.ledger.contract import Entry
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import Entry
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.statements.audit import recheck

@@ -1,4 +1,4 @@
-"""A reward matrix over the tiny model with a rule that can be learned: which half of the alphabet a prompt uses."""
+"""Prompts and choice questions, and a reward matrix with a rule that can be learned: which letters a prompt uses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from polar_sdk.lab.items import ChoiceItem, Item, PromptItem
 from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_model
@@ -18,7 +19,22 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
 
 DEPTH = 6
+THINGS = "apples pears boats trains clouds rivers stones birds maps songs lamps doors".split()  # noqa: SIM905
 MENU = (Program.identity(DEPTH), Program.skipping(DEPTH, [2]), Program.skipping(DEPTH, [2, 3]))
+
+
+@pytest.fixture(scope="session")
+def mixed_items() -> list[Item]:
+    """Twelve prompts and twelve choice questions."""
+    return [
+        *(PromptItem(prompt=f"tell me all of the {thing} there") for thing in THINGS),
+        *(
+            ChoiceItem(
+                question=f"which colour have {thing}?", choices=("red", f"blue {thing}", "green"), answer=number % 3
+            )
+            for number, thing in enumerate(THINGS)
+        ),
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -27,30 +27,10 @@ from polar_sdk.router.bridge_set import BridgeSet
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 DEPTH = 6
-THINGS = [
-    "apples",
-    "pears",
-    "boats",
-    "trains",
-    "clouds",
-    "rivers",
-    "stones",
-    "birds",
-    "maps",
-    "songs",
-    "lamps",
-    "doors",
-]
-ITEMS: list[Item] = [
-    *(PromptItem(prompt=f"tell me all of the {thing} there") for thing in THINGS),
-    *(
-        ChoiceItem(question=f"which colour have {thing}?", choices=("red", f"blue {thing}", "green"), answer=number % 3)
-        for number, thing in enumerate(THINGS)
-    ),
-]
 
 
 def make_model(seed: int = 0) -> PolarModel:
@@ -62,9 +42,15 @@ def model() -> PolarModel:
     return make_model()
 
 
-def healed(model: PolarModel, segments: str = "1-2,4", out: Path | None = None, **options: object) -> BridgeSet:
-    chosen = HealOptions(**{"answer_tokens": 6, **options})  # type: ignore[arg-type]
-    return Healer(model, ITEMS, segments, chosen, out=out).run()
+@pytest.fixture
+def healed(mixed_items: list[Item]) -> Callable[..., BridgeSet]:
+    """Fit bridges, which the model does not use yet."""
+
+    def heal(model: PolarModel, segments: str = "1-2,4", out: Path | None = None, **options: object) -> BridgeSet:
+        chosen = HealOptions(**{"answer_tokens": 6, **options})  # type: ignore[arg-type]
+        return Healer(model, mixed_items, segments, chosen, out=out).run()
+
+    return heal
 
 
 def same(one: BridgeSet, other: BridgeSet) -> bool:
@@ -106,21 +92,27 @@ def test_a_low_rank_map_is_the_best_of_its_rank_on_what_it_saw() -> None:
     assert errors[0] < 1e-2 < errors[1] < 0.9 * errors[2]
 
 
-def test_bridges_come_nearer_to_the_segment_than_a_skip_on_prompts_held_out(model: PolarModel) -> None:
+def test_bridges_come_nearer_to_the_segment_than_a_skip_on_prompts_held_out(
+    model: PolarModel, healed: Callable[..., BridgeSet]
+) -> None:
     made = healed(model, "1-2,4;2-4")
     assert [(record.first, record.last) for record in made.records] == [(1, 2), (4, 4), (2, 4)]
     assert all(record.error_of_skip is not None and record.error_of_skip < 0.9 for record in made.records)
     assert model.loaded.decoder.bridges == {}  # fitting leaves the model alone
 
 
-def test_a_later_bridge_is_fitted_on_what_the_earlier_one_leaves(model: PolarModel) -> None:
+def test_a_later_bridge_is_fitted_on_what_the_earlier_one_leaves(
+    model: PolarModel, healed: Callable[..., BridgeSet]
+) -> None:
     together, alone = healed(model, "1-2,4"), healed(model, "4")
     assert together.bridges[4, 4].digest != alone.bridges[4, 4].digest
     assert together.bridges[1, 2].digest == healed(model, "1-2").bridges[1, 2].digest
 
 
 @pytest.mark.parametrize("rank", [None, 5])
-def test_metered_flops_are_those_that_the_counter_counts(model: PolarModel, rank: int | None) -> None:
+def test_metered_flops_are_those_that_the_counter_counts(
+    model: PolarModel, rank: int | None, healed: Callable[..., BridgeSet]
+) -> None:
     model.use_bridges(healed(model, rank=rank))
     decoder, program = model.loaded.decoder, Program.parse("0 [1-2] 3 [4] 5")
     row = Row(decoder, program)
@@ -132,11 +124,13 @@ def test_metered_flops_are_those_that_the_counter_counts(model: PolarModel, rank
     assert row.work.visits().prefill == (1, 0, 0, 1, 0, 1)
 
 
-def test_packs_run_as_the_engine_runs(model: PolarModel) -> None:
+def test_packs_run_as_the_engine_runs(
+    model: PolarModel, mixed_items: list[Item], healed: Callable[..., BridgeSet]
+) -> None:
     """Hidden states that bridges are fitted on are those that a request has."""
     model.use_bridges(healed(model))
     decoder, program = model.loaded.decoder, Program.parse("0 [1-2] 3 [4] 5")
-    tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
+    tasks = make_tasks(model, mixed_items, RewardCache(), answer_tokens=5)
     pack = make_packs(decoder, tasks[:3], 4096)[0]
     with torch.inference_mode():
         states = pack.run(trainable_copy(decoder), pack.packed.embedded, program.steps)
@@ -161,16 +155,16 @@ def _tensors(layer: dict[str, object]) -> list[torch.Tensor]:
     return [value for value in layer.values() if isinstance(value, torch.Tensor)]
 
 
-def test_training_that_does_harm_is_not_kept(model: PolarModel) -> None:
+def test_training_that_does_harm_is_not_kept(model: PolarModel, healed: Callable[..., BridgeSet]) -> None:
     made = healed(model, distil=4, rate=50.0)
     assert not made.training["kept_training"]
     assert same(made, healed(model))
 
 
-def test_labels_change_the_training_only_where_they_are_asked_for(model: PolarModel) -> None:
+def test_labels_change_the_training_only_where_they_are_asked_for(model: PolarModel, mixed_items: list[Item]) -> None:
     turned: list[Item] = [
         item.model_copy(update={"answer": (item.answer + 1) % 3}) if isinstance(item, ChoiceItem) else item
-        for item in ITEMS
+        for item in mixed_items
     ]
 
     def train(items: list[Item], labels: float) -> list[float]:
@@ -178,12 +172,12 @@ def test_labels_change_the_training_only_where_they_are_asked_for(model: PolarMo
         losses: list[float] = Healer(model, items, "2", options).run().training["losses"]
         return losses
 
-    assert train(ITEMS, 0.0) == train(turned, 0.0)
-    assert train(ITEMS, 2.0) != train(turned, 2.0)
+    assert train(mixed_items, 0.0) == train(turned, 0.0)
+    assert train(mixed_items, 2.0) != train(turned, 2.0)
 
 
-def test_the_loss_is_zero_for_identity_and_its_terms_add_up(model: PolarModel) -> None:
-    tasks = make_tasks(model, ITEMS[-3:], RewardCache())
+def test_the_loss_is_zero_for_identity_and_its_terms_add_up(model: PolarModel, mixed_items: list[Item]) -> None:
+    tasks = make_tasks(model, mixed_items[-3:], RewardCache())
     pack = make_packs(model.loaded.decoder, tasks, 4096)[0]
     slots = slots_of(tasks, torch.device("cpu"))
     assert slots is not None
@@ -212,7 +206,9 @@ def _scores_by_hand(logits: torch.Tensor, targets: torch.Tensor, tasks: list) ->
     ]  # fmt: skip
 
 
-def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(model: PolarModel, tmp_path: Path) -> None:
+def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
+    model: PolarModel, tmp_path: Path, mixed_items: list[Item]
+) -> None:
     class Stop(KeyboardInterrupt):
         pass
 
@@ -221,17 +217,19 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(model: Pol
             raise Stop
 
     options = HealOptions(distil=12, answer_tokens=6, drop=0.5)
-    whole = Healer(model, ITEMS, "1-2,4", options, out=tmp_path / "whole").run()
+    whole = Healer(model, mixed_items, "1-2,4", options, out=tmp_path / "whole").run()
     with pytest.raises(Stop):
-        Healer(model, ITEMS, "1-2,4", options, out=tmp_path / "cut", on_progress=interrupt).run()
+        Healer(model, mixed_items, "1-2,4", options, out=tmp_path / "cut", on_progress=interrupt).run()
     assert (tmp_path / "cut" / "checkpoint.safetensors").is_file()
     with pytest.raises(BridgeError, match="other data, segments or settings"):
-        Healer(model, ITEMS, "1-2,4", HealOptions(distil=13, answer_tokens=6, resume=True), out=tmp_path / "cut").run()
+        Healer(
+            model, mixed_items, "1-2,4", HealOptions(distil=13, answer_tokens=6, resume=True), out=tmp_path / "cut"
+        ).run()
     steps = []
     resumed = HealOptions(distil=12, answer_tokens=6, drop=0.5, resume=True)
     again = Healer(
         model,
-        ITEMS,
+        mixed_items,
         "1-2,4",
         resumed,
         out=tmp_path / "cut",
@@ -243,7 +241,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(model: Pol
     assert not (tmp_path / "cut" / "checkpoint.safetensors").exists()
 
 
-def test_saved_bridges_read_back_and_serve(model: PolarModel, tmp_path: Path) -> None:
+def test_saved_bridges_read_back_and_serve(model: PolarModel, tmp_path: Path, healed: Callable[..., BridgeSet]) -> None:
     made = healed(model, out=tmp_path / "b", rank=4)
     found = BridgeSet.load(tmp_path / "b")
     assert same(found, made)
@@ -263,20 +261,24 @@ def test_saved_bridges_read_back_and_serve(model: PolarModel, tmp_path: Path) ->
     )
 
 
-def test_the_method_of_the_model_uses_what_it_fits(model: PolarModel) -> None:
-    made = lab.heal(model, ITEMS, "1-2", answer_tokens=4)
+def test_the_method_of_the_model_uses_what_it_fits(model: PolarModel, mixed_items: list[Item]) -> None:
+    made = lab.heal(model, mixed_items, "1-2", answer_tokens=4)
     assert set(model.loaded.decoder.bridges) == set(made.bridges) == {(1, 2)}
     assert model.generate("x", program="0 [1-2] 3-5", max_tokens=1).usage.program == "0 [1-2] 3-5"
 
 
-def test_training_goes_on_from_bridges_at_hand(model: PolarModel, tmp_path: Path) -> None:
+def test_training_goes_on_from_bridges_at_hand(
+    model: PolarModel, tmp_path: Path, healed: Callable[..., BridgeSet]
+) -> None:
     low = healed(model, "1-2", out=tmp_path / "b", rank=4)
     more = healed(model, "1-2,4", start=str(tmp_path / "b"))
     assert more.bridges[1, 2].digest == low.bridges[1, 2].digest
     assert [record.kind for record in more.records] == ["rank 4", "full rank"]
 
 
-def test_kept_starts_of_prompts_are_not_those_of_other_bridges(model: PolarModel) -> None:
+def test_kept_starts_of_prompts_are_not_those_of_other_bridges(
+    model: PolarModel, healed: Callable[..., BridgeSet]
+) -> None:
     """The same program with another map gives other keys and values; pages of the old ones must not be lent."""
     program, prompt = "0 [1-2] 3-5", "a prompt of more than one page of keys and values, " * 4
     model.use_bridges(healed(model, "1-2"))
@@ -289,7 +291,9 @@ def test_kept_starts_of_prompts_are_not_those_of_other_bridges(model: PolarModel
     assert hash_bridges(model.loaded.decoder, [Program.identity(DEPTH)]) == ""
 
 
-def test_bridges_of_another_model_and_damaged_ones(model: PolarModel, tmp_path: Path) -> None:
+def test_bridges_of_another_model_and_damaged_ones(
+    model: PolarModel, tmp_path: Path, healed: Callable[..., BridgeSet]
+) -> None:
     folder = tmp_path / "b"
     healed(model, "1-2", out=folder)
     with pytest.raises(BridgeModelError, match="fitted for model"):
@@ -342,23 +346,23 @@ def test_settings_out_of_range(wrong: dict[str, float]) -> None:
         HealOptions(**wrong)  # type: ignore[arg-type]
 
 
-def test_data_that_cannot_be_fitted_on(model: PolarModel) -> None:
+def test_data_that_cannot_be_fitted_on(model: PolarModel, mixed_items: list[Item]) -> None:
     with pytest.raises(DataError, match="no prompt"):
         lab.heal(model, [], "1-2")
     with pytest.raises(DataError, match="copies of one"):
         lab.heal(model, [PromptItem(prompt="a"), PromptItem(prompt="A")], "1-2")
     integers = PolarModel.from_hf(tiny_llama(), tiny_tokenizer(), precision="int8", ledger=None)
     with pytest.raises(BridgeError, match="int8 weights, which have no derivatives"):
-        lab.heal(integers, ITEMS, "1-2", distil=1)
+        lab.heal(integers, mixed_items, "1-2", distil=1)
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_the_command_goes_on_from(
-    model: PolarModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PolarModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed_items: list[Item]
 ) -> None:
     monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(item.model_dump_json() for item in ITEMS))
+    data.write_text("\n".join(item.model_dump_json() for item in mixed_items))
     command = ["heal", "--data", str(data), "--segments", "1-2", "--distil", "5", "--answer-tokens", "4", "--out"]
     calls = 0
 
@@ -372,7 +376,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_command_goes_on_from(
     with monkeypatch.context() as patch:
         patch.setattr("polar_sdk.lab.bridges.distil.loss_of", interrupted)
         cut = CliRunner().invoke(app, [*command, str(tmp_path / "cut")])
-    assert (cut.exit_code, "--resume goes on" in cut.output) == (130, True)
+    assert (cut.exit_code, "--resume continues" in cut.output) == (130, True)
     assert not (tmp_path / "cut" / "bridges.json").exists()
     again = CliRunner().invoke(app, [*command, str(tmp_path / "cut"), "--resume"])
     whole = CliRunner().invoke(app, [*command, str(tmp_path / "whole")])
@@ -381,12 +385,12 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_command_goes_on_from(
 
 
 def test_the_command_fits_says_the_size_and_resumes(
-    model: PolarModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PolarModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed_items: list[Item]
 ) -> None:
     monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(item.model_dump_json() for item in ITEMS))
+    data.write_text("\n".join(item.model_dump_json() for item in mixed_items))
     command = ["heal", "--data", str(data), "--segments", "1-2,4", "--out", str(tmp_path / "b"), "--answer-tokens", "4"]
     result = CliRunner().invoke(app, [*command, "--distil", "2"])
     assert result.exit_code == 0, result.output

@@ -38,11 +38,6 @@ QUICK = MenuSettings(targets=("agreement",), hidden=((),), penalties=(0.1,), see
 TIERS: dict[str, Any] = {"economy": (0.15, "differs"), "standard": (0.1, "harms")}
 
 
-@pytest.fixture(scope="module")
-def learned(request: pytest.FixtureRequest) -> dict[bool, Any]:
-    return {}
-
-
 def result(
     model: PolarModel, matrix: Callable[..., RewardMatrix], *, learnable: bool = True, theta: float = 0.3
 ) -> tuple[MenuRouter, SetResult]:
@@ -247,7 +242,7 @@ def test_what_a_router_has_seen_is_left_out() -> None:
     assert unseen(items, seen, calibrating=False) == items[4:]
     assert unseen(items[3:], {}, calibrating=True) == items[3:]
     assert set(unseen([*items * 2, *_many()], seen, calibrating=True)) < set(_many() + items[3:])
-    with pytest.raises(DataError, match="has seen all 3 different prompts"):
+    with pytest.raises(DataError, match="all 3 prompts were used to train or calibrate this router"):
         unseen(items[:3], seen, calibrating=False)
     with pytest.raises(DataError, match="copies of one"):
         unseen(items[:1] * 5, {}, calibrating=True)

@@ -133,9 +133,12 @@ def test_all_three_forms_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"question": "q", "choices": ["only"], "answer": 0}', "1 choice leaves nothing to choose"),
+        ('{"question": "q", "choices": ["only"], "answer": 0}', "at least 2 choices \\(got 1\\)"),
         ('{"question": "q", "choices": ["a", "b"]}', "answer: Field required"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": "a"}', "'a' is no index of a choice; write the number"),
+        (
+            '{"question": "q", "choices": ["a", "b"], "answer": "a"}',
+            "'a' is not the index of a choice; write the index",
+        ),
         ('{"prompt": "p", "answer": 4}', "answer: Input should be a valid string"),
         ('{"answer": "4"}', "prompt: Field required"),
     ],

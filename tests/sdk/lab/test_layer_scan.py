@@ -145,11 +145,11 @@ def test_files_are_read_deduplicated_and_limited(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("", "holds no prompt"),
-        ("nonsense", r"data\.jsonl:1: no JSON"),
+        ("nonsense", r"data\.jsonl:1: not valid JSON"),
         ('{"text": "x"}', r"data\.jsonl:1: prompt: Field required"),
         ('{"prompt": " "}', r"data\.jsonl:1: prompt"),
         ('{"question": "q", "choices": ["only"], "answer": 0}', r"data\.jsonl:1: choices"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"answer 2 is no index of 2 choices"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"answer 2 is not an index of 2 choices"),
         ("[1]", r"data\.jsonl:1: line"),
     ],
 )

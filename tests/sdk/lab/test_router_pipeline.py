@@ -80,7 +80,7 @@ def test_from_prompts_to_a_certified_router(folder: Path, tmp_path: Path) -> Non
     assert (
         "α = 1 % needs at least 230 calibration prompts at δ = 0.1; there are 110 of kind 'choice'." in refused.output
     )
-    assert "no promise" in polar("calibrate", "--router", router, "--tier", "gold=0.1", *here).output
+    assert "not a promise" in polar("calibrate", "--router", router, "--tier", "gold=0.1", *here).output
 
     tiers = ["--tier", "economy=0.5", "--tier", "standard=0.2:harms"]
     told = facts("calibrate", "--router", router, "--data", second, "--resplits", 3, *tiers, *here)
@@ -114,7 +114,7 @@ def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> 
     here = ["--model", folder, "--precision", "fp32"]
     for words, expected in (
         (["train", "--rewards", tmp_path / "no.safetensors"], "cannot be read"),
-        (["train", "--rewards", tmp_path / "no.safetensors", "--seeds", "a"], "no list of whole numbers"),
+        (["train", "--rewards", tmp_path / "no.safetensors", "--seeds", "a"], "not a list of whole numbers"),
         (["calibrate", "--router", tmp_path / "no"], "there is no router in folder"),
         (["evaluate", "--router", tmp_path / "no"], "there is no router in folder"),
         (["evaluate", "--html", tmp_path / "no" / "page.html"], "its folder does not exist"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.program_search.menu import Menu, cover
 from polar_sdk.lab.program_search.search import Search, SearchOptions, SearchResult, rewards_path
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
-from polar_sdk.lab.rewards.measure import SAME_ANSWER, Measurer, _preferred, is_right
+from polar_sdk.lab.rewards.measure import SAME_ANSWER, Measurer, is_right, preferred_choice
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.cost import CostModel, LayerCost
 from polar_sdk.testing import tiny_model
@@ -35,54 +35,50 @@ if TYPE_CHECKING:
 
 DEPTH = 6
 IDENTITY = Program.identity(DEPTH)
-THINGS = [
-    "apples",
-    "pears",
-    "boats",
-    "trains",
-    "clouds",
-    "rivers",
-    "stones",
-    "birds",
-    "maps",
-    "songs",
-    "lamps",
-    "doors",
-]
-ITEMS: list[Item] = [
-    *(PromptItem(prompt=f"tell me all of the {thing} there") for thing in THINGS),
-    *(
-        ChoiceItem(question=f"which colour have {thing}?", choices=("red", f"blue {thing}", "green"), answer=number % 3)
-        for number, thing in enumerate(THINGS)
-    ),
-    AnswerItem(prompt="how many moons has the earth?", answer="1"),
-]
-SMALL = {"budgets": (0.8, 0.6), "population": 4, "generations": 1, "menu": 5, "answer_tokens": 5, "write_tokens": 4}
+SMALL: dict[str, Any] = {
+    "budgets": (0.8, 0.6),
+    "population": 4,
+    "generations": 1,
+    "menu": 5,
+    "answer_tokens": 5,
+    "write_tokens": 4,
+}
 
 
 @pytest.fixture(scope="module")
-def model() -> PolarModel:
+def all_items(mixed_items: list[Item]) -> list[Item]:
+    """Items of all three forms."""
+    return [*mixed_items, AnswerItem(prompt="how many moons has the earth?", answer="1")]
+
+
+@pytest.fixture(scope="module")
+def model(all_items: list[Item]) -> PolarModel:
     """A model with two bridges."""
     made = tiny_model(policy=Policy(protected=(0, -1)))
-    lab.heal(made, ITEMS, "1-2;2-4", answer_tokens=4)
+    lab.heal(made, all_items, "1-2;2-4", answer_tokens=4)
     return made
 
 
-def search(model: PolarModel, cache: RewardCache | None = None, **options: object) -> SearchResult:
-    chosen = SearchOptions(**{**SMALL, **options})  # type: ignore[arg-type]
-    return Search(model, ITEMS, chosen, cache or RewardCache()).run()
+@pytest.fixture(scope="module")
+def search(all_items: list[Item]) -> Callable[..., SearchResult]:
+    """A small search on all items."""
+
+    def run(model: PolarModel, cache: RewardCache | None = None, **options: Any) -> SearchResult:
+        return lab.search(model, all_items, cache=cache, **{**SMALL, **options})
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def found(model: PolarModel) -> SearchResult:
+def found(model: PolarModel, search: Callable[..., SearchResult]) -> SearchResult:
     return search(model)
 
 
-def test_rewards_are_what_scoring_by_hand_gives(model: PolarModel) -> None:
+def test_rewards_are_what_scoring_by_hand_gives(model: PolarModel, all_items: list[Item]) -> None:
     program = Program.parse("0 [1-2] 3 5")
-    tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
+    tasks = make_tasks(model, all_items, RewardCache(), answer_tokens=5)
     reward = Measurer(model, RewardCache()).rewards(tasks, [program])[program]
-    for number, item in enumerate(ITEMS):
+    for number, item in enumerate(all_items):
         if isinstance(item, ChoiceItem):
             prompt, tails = f"Question: {item.question}\nAnswer:", [f" {choice}" for choice in item.choices]
             scores = [
@@ -106,12 +102,12 @@ def test_rewards_are_what_scoring_by_hand_gives(model: PolarModel) -> None:
                 assert int(reward.flops[number]) == usage.flops.total
 
 
-def test_identity_agrees_with_itself_and_saves_nothing(model: PolarModel) -> None:
-    tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
+def test_identity_agrees_with_itself_and_saves_nothing(model: PolarModel, all_items: list[Item]) -> None:
+    tasks = make_tasks(model, all_items, RewardCache(), answer_tokens=5)
     reward = Measurer(model, RewardCache()).rewards(tasks, [IDENTITY])[IDENTITY]
     assert reward.agree.all()
     assert (reward.share == 1).all()
-    prompts = torch.tensor([not isinstance(item, ChoiceItem) for item in ITEMS])
+    prompts = torch.tensor([not isinstance(item, ChoiceItem) for item in all_items])
     assert torch.equal(reward.margin[prompts], torch.zeros(int(prompts.sum())))
 
 
@@ -130,18 +126,18 @@ def test_what_counts_as_the_right_text(written: str, answer: str, right: bool) -
     assert is_right(written, answer) is right
 
 
-def test_right_is_read_from_choices_and_from_what_is_written(model: PolarModel) -> None:
+def test_right_is_read_from_choices_and_from_what_is_written(model: PolarModel, all_items: list[Item]) -> None:
     program = Program.parse("0-1 3-5")
     text = model.generate("write", program=program, max_tokens=4).text
     items: list[Item] = [
         AnswerItem(prompt="write", answer=text),
         AnswerItem(prompt="write", answer=f"{text} not"),
-        *ITEMS,
+        *all_items,
     ]
     tasks = make_tasks(model, items, RewardCache(), answer_tokens=5)
     right = Measurer(model, RewardCache()).right(tasks, program, max_tokens=4)
     by_hand = []
-    for item in ITEMS:
+    for item in all_items:
         if isinstance(item, ChoiceItem):
             values = model.score(
                 f"Question: {item.question}\nAnswer:", [f" {c}" for c in item.choices], program=program
@@ -178,7 +174,11 @@ class Counter:
 
 
 def test_an_interrupted_search_goes_on_and_measures_nothing_twice(
-    model: PolarModel, found: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PolarModel,
+    found: SearchResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    search: Callable[..., SearchResult],
 ) -> None:
     file = tmp_path / "rewards.sqlite3"
     with monkeypatch.context() as patch, RewardCache(file) as cache:
@@ -200,34 +200,38 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_twice(
     assert (len(third.pairs), len(third.answered)) == (0, 0)
 
 
-def test_other_bridges_are_other_programs_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_bridges_are_other_programs_to_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_items: list[Item]
+) -> None:
     model = tiny_model(policy=Policy.permissive())
     with RewardCache(tmp_path / "rewards.sqlite3") as cache:
-        tasks = make_tasks(model, ITEMS[:4], cache, answer_tokens=4)
+        tasks = make_tasks(model, all_items[:4], cache, answer_tokens=4)
         programs = [Program.parse(text) for text in ("0-5", "0-1 3-5", "0 [1-2] 3-5")]
         for rank, expected in ((2, 3), (3, 1)):
-            lab.heal(model, ITEMS, "1-2", rank=rank, answer_tokens=4)
+            lab.heal(model, all_items, "1-2", rank=rank, answer_tokens=4)
             with monkeypatch.context() as patch:
                 counter = Counter(patch)
-                Measurer(model, cache).outcomes(tasks, programs)
+                Measurer(model, cache).scores(tasks, programs)
             assert len({program for _, program in counter.pairs}) == expected
 
 
-def test_the_matrix_holds_what_the_programs_do_on_every_prompt(model: PolarModel, found: SearchResult) -> None:
+def test_the_matrix_holds_what_the_programs_do_on_every_prompt(
+    model: PolarModel, found: SearchResult, all_items: list[Item]
+) -> None:
     matrix = found.matrix
     assert matrix.programs[0] == IDENTITY
     assert 2 <= len(matrix.programs) <= 5
-    assert len(matrix) == len(ITEMS)
+    assert len(matrix) == len(all_items)
     assert matrix.agree[:, 0].all()
-    tasks = make_tasks(model, ITEMS, RewardCache(), answer_tokens=5)
+    tasks = make_tasks(model, all_items, RewardCache(), answer_tokens=5)
     assert matrix.ids == tuple(task.id for task in tasks)
     assert matrix.tokens == tuple(task.question.prompt for task in tasks)
     rewards = Measurer(model, RewardCache()).rewards(tasks, matrix.programs)
     for column, program in enumerate(matrix.programs):
         assert torch.equal(matrix.agree[:, column], rewards[program].agree)
         assert torch.equal(matrix.flops[:, column], rewards[program].flops)
-    assert torch.equal(matrix.saved[:, 0], torch.zeros(len(ITEMS), dtype=torch.float64))
-    assert matrix.labelled.tolist() == [not isinstance(item, PromptItem) for item in ITEMS]
+    assert torch.equal(matrix.saved[:, 0], torch.zeros(len(all_items), dtype=torch.float64))
+    assert matrix.labelled.tolist() == [not isinstance(item, PromptItem) for item in all_items]
     assert not matrix.right[~matrix.labelled].any()
     assert matrix.fingerprint == model.fingerprint
 
@@ -238,29 +242,33 @@ def test_the_menu_has_identity_and_a_program_for_every_budget(model: PolarModel,
     assert (ratios[0], found.menu.programs[0].agreement) == (1.0, 1.0)
     assert ratios[1:] == sorted(ratios[1:], reverse=True)
     slack = Space(model.loaded.decoder.cost, model.policy).slack
-    for budget in SMALL["budgets"]:  # type: ignore[attr-defined]
+    for budget in SMALL["budgets"]:
         assert any(budget - slack <= ratio <= budget for ratio in ratios)
     for one in found.menu.programs:
         model.policy.check(one.program, model.loaded.decoder.cost)
 
 
-def test_a_seed_repeats_a_search_and_another_seed_is_another_search(model: PolarModel, found: SearchResult) -> None:
+def test_a_seed_repeats_a_search_and_another_seed_is_another_search(
+    model: PolarModel, found: SearchResult, search: Callable[..., SearchResult]
+) -> None:
     assert search(model).menu == found.menu
     assert found.menu.seed == 0
     other = search(model, seed=5, loops=False)
     assert all(one.program.most_visits == 1 for one in other.menu.programs)
 
 
-def test_labels_as_the_objective_choose_by_what_is_right(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_as_the_objective_choose_by_what_is_right(
+    model: PolarModel, monkeypatch: pytest.MonkeyPatch, all_items: list[Item]
+) -> None:
     """With labels that are the choices of one program, a program of the menu is right on all that was searched on."""
     monkeypatch.setattr(
         "polar_sdk.lab.program_search.cuts._RUNGS", (1.0,)
     )  # so few prompts that halving would be chance
     favourite = Program.parse("0 2-5")
-    tasks = make_tasks(model, [item for item in ITEMS if isinstance(item, ChoiceItem)], RewardCache())
-    outcomes = Measurer(model, RewardCache()).outcomes(tasks, [favourite])[favourite]
+    tasks = make_tasks(model, [item for item in all_items if isinstance(item, ChoiceItem)], RewardCache())
+    outcomes = Measurer(model, RewardCache()).scores(tasks, [favourite])[favourite]
     items: list[Item] = [
-        task.item.model_copy(update={"answer": _preferred(task, outcome)})
+        task.item.model_copy(update={"answer": preferred_choice(outcome, task.characters)})
         for task, outcome in zip(tasks, outcomes, strict=True)
     ]
     everything = Shares(1, 0, 0, 0)
@@ -302,7 +310,7 @@ def test_rows_of_a_matrix(found: SearchResult) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b"polar-rewards-1", b"polar-rewards-9")),
-            "no reward matrix",
+            "not a reward matrix",
         ),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"splits", b"splats")), "damaged"),
     ],
@@ -392,17 +400,17 @@ def test_options_out_of_range(wrong: dict[str, object], says: str) -> None:
         SearchOptions(**wrong)  # type: ignore[arg-type]
 
 
-def test_data_and_policies_that_leave_nothing_to_search(model: PolarModel) -> None:
+def test_data_and_policies_that_leave_nothing_to_search(model: PolarModel, all_items: list[Item]) -> None:
     with pytest.raises(DataError, match="no prompt"):
         lab.search(model, [])
     with pytest.raises(DataError, match="copies of one"):
         lab.search(model, [PromptItem(prompt="a"), PromptItem(prompt="A")])
-    same = [item.model_copy(update={"answer": 0}) for item in ITEMS if isinstance(item, ChoiceItem)]
+    same = [item.model_copy(update={"answer": 0}) for item in all_items if isinstance(item, ChoiceItem)]
     with pytest.raises(DataError, match="choice questions is index 0"):
         lab.search(model, same)
     closed = tiny_model(policy=Policy(protected=tuple(range(DEPTH))))
     with pytest.raises(DataError, match="no program that the policy allows"):
-        lab.search(closed, ITEMS, budgets=(0.5,), answer_tokens=2)
+        lab.search(closed, all_items, budgets=(0.5,), answer_tokens=2)
 
 
 def test_a_cache_that_cannot_be_used(tmp_path: Path) -> None:
@@ -423,12 +431,12 @@ def test_the_cache_has_a_file_per_model_and_dtype(tmp_path: Path, monkeypatch: p
 
 
 def test_the_command_searches_and_writes_menu_and_rewards(
-    model: PolarModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PolarModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_items: list[Item]
 ) -> None:
     monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
     data, out = tmp_path / "data.jsonl", tmp_path / "menu.json"
-    data.write_text("\n".join(item.model_dump_json() for item in ITEMS))
+    data.write_text("\n".join(item.model_dump_json() for item in all_items))
     command = ["search", "--data", str(data), "--out", str(out), "--budgets", "0.8,0.6", "--menu", "5"]
     command += ["--population", "4", "--generations", "1", "--answer-tokens", "5", "--write-tokens", "4"]
     result = CliRunner().invoke(app, command)
@@ -441,10 +449,12 @@ def test_the_command_searches_and_writes_menu_and_rewards(
     assert [one["program"] for one in told["programs"]] == [one.program.text for one in Menu.load(out).programs]
     assert RewardMatrix.load(told["rewards"]).programs[0] == IDENTITY
     wrong = CliRunner().invoke(app, [*command[:5], "--budgets", "cheap"])
-    assert (wrong.exit_code, "no list of numbers" in wrong.output) == (2, True)
+    assert (wrong.exit_code, "not a list of numbers" in wrong.output) == (2, True)
 
 
-def test_the_menu_is_measured_on_no_more_train_prompts_than_asked_for(model: PolarModel) -> None:
+def test_the_menu_is_measured_on_no_more_train_prompts_than_asked_for(
+    model: PolarModel, search: Callable[..., SearchResult]
+) -> None:
     whole, part = (
         search(model, train=train, menu=2, prompts=4, population=2, generations=0).matrix for train in (1000, 2)
     )

@@ -174,14 +174,14 @@ def test_the_policy_gradient_learns_to_read_the_prompt() -> None:
     # Skipping 1 and 4 everywhere saves 1/3; skipping 2 where it is not needed, 1/12 more; without reading, no more.
     assert trained.record["utility"] > 0.36
     facts = {"free_layers": [1, 2, 3, 4]}
-    router = _policy(trained.network, facts)
+    router = _layerwise(trained.network, facts)
     some = torch.tensor([[2.0, 0, 0, 0], [-2.0, 0, 0, 0]])
     needs, needs_not = (router.decide(row, 0.5) for row in trained.network(some))
     assert 2 in needs.layers and 2 not in needs_not.layers
     assert 3 in needs.layers and 3 in needs_not.layers
 
 
-def _policy(network: Any, training: dict[str, Any]) -> LayerwiseRouter:
+def _layerwise(network: Any, training: dict[str, Any]) -> LayerwiseRouter:
     from polar_sdk.router.learned import RouterFacts
 
     facts = RouterFacts(model="t", fingerprint="f", depth=6, training=training)
@@ -197,7 +197,7 @@ def test_a_high_price_keeps_identity() -> None:
     assert trained.record["utility"] == 0.0
 
 
-def test_policy_training_resumes_after_an_interruption(tmp_path: Path) -> None:
+def test_layerwise_training_resumes_after_an_interruption(tmp_path: Path) -> None:
     settings = LEARN.model_copy(update={"epochs": 4})
     whole = fit_layerwise(task(), settings)
 
@@ -216,9 +216,9 @@ def test_policy_training_resumes_after_an_interruption(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.network.trainable, whole.network.trainable, strict=True))
 
 
-def test_the_dial_of_a_policy_router_goes_from_identity_to_everything() -> None:
+def test_the_dial_of_a_layerwise_router_goes_from_identity_to_everything() -> None:
     trained = fit_layerwise(task(), LEARN.model_copy(update={"epochs": 2}))
-    router = _policy(trained.network, {"free_layers": [1, 2, 3, 4]})
+    router = _layerwise(trained.network, {"free_layers": [1, 2, 3, 4]})
     outputs = router.outputs(torch.randn(20, 4))
     assert set(router.choose_all(outputs, 0.0)) == {Program.identity(6)}
     left = [sum(one != Program.identity(6) for one in router.choose_all(outputs, theta)) for theta in (0.2, 0.5, 1.01)]
@@ -231,7 +231,7 @@ def test_an_action_is_its_number_of_visits() -> None:
     assert program_of((1, 0, 2, 1)).text == "0 2x2 3"
 
 
-def test_a_policy_router_is_trained_on_a_model(model: PolarModel, tmp_path: Path) -> None:
+def test_a_layerwise_router_is_trained_on_a_model(model: PolarModel, tmp_path: Path) -> None:
     from polar_sdk.lab.items import PromptItem
     from polar_sdk.lab.rewards.cache import RewardCache
 
@@ -248,7 +248,7 @@ def test_a_policy_router_is_trained_on_a_model(model: PolarModel, tmp_path: Path
         cache=RewardCache(),
     )
     settings = LayerwiseSettings(epochs=1, batch=8, samples=2)
-    router = RouterTrainer(model, found.matrix).policy(items, settings, cache=RewardCache())
+    router = RouterTrainer(model, found.matrix).layerwise(items, settings, cache=RewardCache())
     assert isinstance(router, LayerwiseRouter)
     assert router.free == (1, 2, 3, 4)
     route = router.at(0.5).route([5, 6, 7])

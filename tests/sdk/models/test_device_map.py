@@ -261,7 +261,7 @@ class TestServing:
             CompileError, match=r"layers on several devices \(cpu\+cpu:0\) run uncompiled; use compile="
         ):
             _split(folder, compile=True)
-        with pytest.raises(DeviceError, match=r"bridges are made on one device, not on cpu\+cpu:0"):
+        with pytest.raises(DeviceError, match=r"bridges are fitted on one device, not on cpu\+cpu:0"):
             trainable_copy(_split(folder).loaded.decoder)
 
 

@@ -1,24 +1,39 @@
-"""The ledger's tables, version 3, on one metadata, and the triggers that make them append-only.
+"""The ledger's tables, version 3, on one metadata, which of them are chained, and the triggers that forbid changes.
 
-`usage` facts and receipts · `chain` the hash chain · `ledger` double entry · `retention` what pruning leaves ·
-`rollups` sums by hour · `budgets` budgets and holds · `statements` what was issued · `prices` books in force. A topic
-adds a module of its own, which is imported here so that its tables are created with the others. Knows no connection.
+`usage` facts, receipts, price books, sums, retention · `ledger` the hash chain and double entry · `budgets` budgets and
+holds · `statements` what was issued. A new table belongs in one of them or in a module of its own that is imported
+here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
 """
 
 from __future__ import annotations
 
-from polar_billing.ledger.schema.base import SCHEMA_VERSION, metadata
+from typing import Final
+
+from polar_billing.ledger.schema.base import NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
 from polar_billing.ledger.schema.budgets import budget_table, counter_table, hold_table
-from polar_billing.ledger.schema.chain import head_table, link_table
-from polar_billing.ledger.schema.ledger import entry_table, transaction_table
-from polar_billing.ledger.schema.prices import in_force_table
-from polar_billing.ledger.schema.retention import prune_table, pruned_table
-from polar_billing.ledger.schema.rollups import rollup_table
+from polar_billing.ledger.schema.ledger import entry_table, head_table, link_table, transaction_table
 from polar_billing.ledger.schema.statements import credit_note_table, statement_table
-from polar_billing.ledger.schema.usage import price_book_table, probe_table, receipt_table, usage_table, version_table
+from polar_billing.ledger.schema.usage import (
+    ROLLUP_KEYS,
+    ROLLUP_QUANTITIES,
+    in_force_table,
+    price_book_table,
+    probe_table,
+    prune_table,
+    pruned_table,
+    receipt_table,
+    rollup_table,
+    usage_table,
+    version_table,
+)
 
 __all__ = [
+    "CHAINED",
+    "NO_TENANT",
+    "ROLLUP_KEYS",
+    "ROLLUP_QUANTITIES",
     "SCHEMA_VERSION",
+    "Chained",
     "budget_table",
     "counter_table",
     "credit_note_table",
@@ -35,7 +50,23 @@ __all__ = [
     "receipt_table",
     "rollup_table",
     "statement_table",
+    "subject_of",
     "transaction_table",
     "usage_table",
     "version_table",
 ]
+
+CHAINED: Final = {
+    chained.subject: chained
+    for chained in (
+        Chained(price_book_table),
+        Chained(usage_table, {receipt_table: "usage_seq"}),
+        Chained(transaction_table, {entry_table: "transaction_id"}),
+        Chained(in_force_table),
+        Chained(prune_table, {pruned_table: "prune_id"}),
+        Chained(budget_table),
+        Chained(statement_table),
+        Chained(credit_note_table),
+    )
+}
+"""Every table whose rows are links of the hash chain, by subject; a ledger is verified over all of them."""

@@ -1,21 +1,14 @@
-"""What every table of the ledger shares: the metadata, column types and the triggers that forbid changes.
+"""What every table of the ledger shares: the metadata, exact column types, and the triggers that forbid changes.
 
-A module of this package that declares a table calls `append_only(table, …)` for it, and registers it with
-`polar_billing.ledger.chain.register_chained` if its rows belong into the hash chain. Knows no table and no
-connection.
-
-Chained tables hold integers, text and bytes only (no booleans, floats or database decimals): their rows are
-hashed as the database returns them, on every database alike.
-
-Column types of the ledger: exact on every database, because each is an integer or a text underneath.
-
-`Numeric` on SQLite goes through a binary float and returns other digits than were stored; so amounts are
-scaled integers. This module knows no table.
+`Numeric` on SQLite goes through a binary float and returns other digits than were stored, so every column is an integer
+or a text underneath, on every database alike: amounts are scaled integers, moments are microseconds. Knows no table
+and no connection.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,31 +16,14 @@ import orjson
 from sqlalchemy import DDL, BigInteger, Column, Dialect, Integer, MetaData, Table, Text, event
 from sqlalchemy.types import TypeDecorator
 
-from polar_billing.values.canonical import canonical_json
+from polar_billing.values.canonical import EPOCH, canonical_text, to_microseconds
 from polar_billing.values.money import STORED_SCALE, from_scaled, to_units
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 """Reading multiplies by it; writing counts without it, which is quicker."""
-
-
-def to_microseconds(value: datetime) -> int:
-    """Count the microseconds since 1970-01-01T00:00Z, in integers."""
-    since = value - _EPOCH
-    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
-
-
-def to_list_text(value: Sequence[int]) -> str:
-    """Write integers as a compact JSON array."""
-    return canonical_json(value).decode()
-
-
-def to_map_text(value: Mapping[str, str]) -> str:
-    """Write a mapping as compact JSON with sorted keys."""
-    return canonical_json(dict(value)).decode()
 
 
 class ScaledDecimal(TypeDecorator[Decimal]):
@@ -84,7 +60,7 @@ class UtcMicroseconds(TypeDecorator[datetime]):
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
         """Give the UTC datetime back."""
-        return None if value is None else _EPOCH + value * _MICROSECOND
+        return None if value is None else EPOCH + value * _MICROSECOND
 
 
 class IntegerList(TypeDecorator[tuple[int, ...]]):
@@ -95,7 +71,7 @@ class IntegerList(TypeDecorator[tuple[int, ...]]):
 
     def process_bind_param(self, value: tuple[int, ...] | None, dialect: Dialect) -> str | None:
         """Write the JSON array."""
-        return None if value is None else to_list_text(value)
+        return None if value is None else canonical_text(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[int, ...] | None:
         """Read the JSON array."""
@@ -110,14 +86,14 @@ class TextMap(TypeDecorator["Mapping[str, str]"]):
 
     def process_bind_param(self, value: Mapping[str, str] | None, dialect: Dialect) -> str | None:
         """Write the JSON object."""
-        return None if value is None else to_map_text(value)
+        return None if value is None else canonical_text(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> dict[str, str] | None:
         """Read the JSON object."""
         if value is None:
             return None
-        found: dict[str, Any] = orjson.loads(value)
-        return found
+        mapping: dict[str, Any] = orjson.loads(value)
+        return mapping
 
 
 SCHEMA_VERSION: Final = 3
@@ -125,6 +101,9 @@ SCHEMA_VERSION: Final = 3
 Version 3: which price books were put in force."""
 
 metadata: Final = MetaData()
+
+NO_TENANT: Final = ""
+"""The chain of rows that belong to no tenant, such as price books; no tenant has an empty name."""
 
 # SQLite numbers rows by itself only in a column declared INTEGER, which is 64 bits wide there.
 SERIAL: Final = BigInteger().with_variant(Integer, "sqlite")
@@ -183,7 +162,7 @@ def _postgres_triggers(name: str, deletable_if: str | None) -> tuple[str, ...]:
 
 
 def refuse_going_back(table: Table, counter: str) -> None:
-    """Attach triggers that let a row of `table` change only while its `counter` rises, and never be deleted."""
+    """Attach triggers that allow a row of `table` to change only if its `counter` rises, and never to be deleted."""
     name = table.name
     refuse = f"BEGIN SELECT RAISE(ABORT, '{name} only moves forward'); END"
     back = f"WHEN NEW.{counter} <= OLD.{counter}"
@@ -197,6 +176,50 @@ def refuse_going_back(table: Table, counter: str) -> None:
         f"FOR EACH ROW WHEN (NEW.{counter} <= OLD.{counter}) {function}",
     )
     on_create(table, "postgresql", f"CREATE TRIGGER {name}_no_delete BEFORE DELETE ON {name} FOR EACH ROW {function}")
+
+
+@dataclass(frozen=True)
+class Chained:
+    """A table whose rows are links of the hash chain, one chain per tenant.
+
+    Such a table is append-only, has one primary-key column and, unless its rows belong to no tenant, a column
+    `tenant`. It holds integers, text and bytes only (no booleans, floats or database decimals), because its rows are
+    hashed as the database returns them. Its parts are rows that never change once their row is linked.
+    """
+
+    table: Table
+    parts: Mapping[Table, str] = field(default_factory=dict)
+    """Tables whose rows belong to a row of `table` → their column that names it."""
+
+    @property
+    def subject(self) -> str:
+        """What links call the table: its name without the prefix."""
+        return subject_of(self.table)
+
+    @property
+    def key(self) -> str:
+        """Name of the primary-key column."""
+        (column,) = self.table.primary_key.columns
+        return str(column.name)
+
+    def key_of(self, text: str) -> int | str | None:
+        """The primary key that a link's text stands for; None where it cannot be one."""
+        if not isinstance(self.table.c[self.key].type, Integer):
+            return text
+        try:
+            return int(text)
+        except ValueError:
+            return None
+
+    def tenant_of(self, row: Sequence[Any]) -> str:
+        """Whose chain a row of the table belongs to; empty where the table knows no tenants."""
+        columns = self.table.c.keys()
+        return str(row[columns.index("tenant")]) if "tenant" in columns else NO_TENANT
+
+
+def subject_of(table: Table) -> str:
+    """What links call a table: its name without the prefix."""
+    return str(table.name).removeprefix("polar_")
 
 
 def on_create(table: Table, dialect: str, statement: str) -> None:

@@ -4,7 +4,7 @@
 * `polar_hold`            one row per request of a tenant with budgets: what it may use at most, how it was resolved,
                           and what it used; it changes once, from `held` to one of the three ends
 * `polar_budget_counter`  spent and held per budget and window: a projection of the other tables and of the usage, which
-                          can be dropped and is then made again; its checks are the last line of defence
+                          can be dropped and is then rebuilt; its checks are the last line of defence
 
 Amounts of a hold count 10^-12 of a currency or of a compute unit (a FLOP). A budget and its counters count
 10^-`decimals`, so few that the limit fits a column a few times over. Knows no connection.

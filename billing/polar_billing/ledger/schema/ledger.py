@@ -1,17 +1,66 @@
-"""Double entry: transactions, each of two or more entries that sum to zero per currency.
+"""The hash chain and double entry.
 
-An amount is kept as whole currency units and a rest of 10^-12 units, both with the sign of the amount, so
-that neither a single entry nor a SUM over many can leave the 64 bits of a column. Balances are not stored;
-they are sums over entries. Knows no connection.
+* `polar_chain_link`   one link per chained row, numbered per tenant: what it stands for (table and key), digest of that
+                       row, previous hash, own hash
+* `polar_chain_head`   the last number and hash of each tenant; it moves forward only
+* `polar_transaction`  one row per transaction, of two or more entries that sum to zero per currency
+* `polar_entry`        one row per entry
+
+A link outlives its row: retention deletes rows and keeps links. The tenant of rows that belong to no tenant, such as
+price books, is the empty text. How hashes are computed is `polar_billing.ledger.chain`'s to know.
+
+An amount is kept as whole currency units and a rest of 10^-12 units, both with the sign of the amount, so that neither
+a single entry nor a SUM over many can leave the 64 bits of a column. Balances are not stored; they are sums over
+entries. Knows no connection.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import Column, ForeignKey, Index, Integer, String, Table, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 
-from polar_billing.ledger.schema.base import SERIAL, UtcMicroseconds, append_only, count, metadata
+from polar_billing.ledger.schema.base import (
+    SERIAL,
+    UtcMicroseconds,
+    append_only,
+    count,
+    metadata,
+    refuse_going_back,
+)
+
+link_table: Final = Table(
+    "polar_chain_link",
+    metadata,
+    Column("tenant", String(200), primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),  # 1, 2, 3 … within the tenant
+    Column("subject", String(40), nullable=False),  # the table of the row, without its prefix
+    Column("key", String(100), nullable=False),  # its primary key, as text
+    Column("digest", LargeBinary(32), nullable=False),
+    Column("previous", LargeBinary(32), nullable=False),
+    Column("hash", LargeBinary(32), nullable=False),
+    Index("polar_chain_link_once", "subject", "key", unique=True),
+    sqlite_with_rowid=False,  # kept in order of the chain, without a second index
+)
+
+head_table: Final = Table(
+    "polar_chain_head",
+    metadata,
+    Column("tenant", String(200), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("hash", LargeBinary(32), nullable=False),
+)
 
 transaction_table: Final = Table(
     "polar_transaction",
@@ -41,6 +90,8 @@ entry_table: Final = Table(
     Index("polar_entry_by_account", "tenant", "account", "currency"),
 )
 
+append_only(link_table, same_row=None)  # a link put in another's place breaks the chain, which `verify` finds
+refuse_going_back(head_table, "number")
 append_only(
     transaction_table,
     same_row="id = NEW.id OR (tenant = NEW.tenant AND kind = NEW.kind AND reference = NEW.reference)",

@@ -4,7 +4,7 @@
                        usage it is about
 * `polar_credit_note`  what was taken off a statement afterwards
 
-The columns beside the document are what the database looks rows up by; `verify` holds them to the document. Knows
+The columns beside the document are what the database looks rows up by; `verify` checks them against the document. Knows
 no connection.
 """
 

@@ -1,14 +1,20 @@
-"""Facts and receipts: the tables of schema version 1.
+"""Usage and what belongs to it: facts, receipts, price books, sums by hour, and what retention leaves.
 
-* `polar_schema`      which versions of these tables the database has had
-* `polar_price_book`  every price book that ever rated a request, whole, by content hash
-* `polar_usage`       one row per request: facts only, no prices
-* `polar_receipt`     what the caller was told a request costs, and by which book
-* `polar_probe`       always empty; `check` inserts here and rolls back
+* `polar_schema`          which versions of these tables the database has had
+* `polar_price_book`      every price book that ever rated a request, whole, by content hash
+* `polar_price_in_force`  one row each time a book, or a revision of one, was put in force; since version 3
+* `polar_usage`           one row per request: facts only, no prices
+* `polar_receipt`         what the caller was told a request costs, and by which book
+* `polar_usage_hour`      usage summed up by hour: a cache that makes queries quick, and that `verify` recomputes
+* `polar_prune`           one row per tenant and pruning: up to when, how many, and their totals by hour
+* `polar_pruned`          one row per pruned request: identity, content hash and receipt, so that a replay is still
+                          recognised and the chain still closes; the facts themselves are gone
+* `polar_probe`           always empty; `check` inserts here and rolls back
 
-Facts and money are separate tables on purpose: usage can be rated again under another book, while a receipt
-stays what it was. Names carry a prefix, so the ledger may live in an application's own database. Knows no
-connection.
+Facts and money are separate tables on purpose: usage can be rated again under another book, while a receipt stays what
+it was. Every quantity of a sum is two columns, whole millions and the rest: a SUM over FLOPs leaves 64 bits after some
+660,000 requests of 14 TFLOP, while a SUM over MFLOP does not, and nothing is rounded. Names carry a prefix, so the
+ledger may live in an application's own database. Knows no connection.
 """
 
 from __future__ import annotations
@@ -18,9 +24,11 @@ from typing import Final
 from sqlalchemy import (
     BigInteger,
     Column,
+    ForeignKey,
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     String,
     Table,
     Text,
@@ -52,6 +60,16 @@ price_book_table: Final = Table(
     Column("id", String(100), nullable=False),
     Column("document", Text, nullable=False),  # canonical JSON; SHA-256 of it is the key
     Column("stored_at", UtcMicroseconds, nullable=False),
+)
+
+in_force_table: Final = Table(
+    "polar_price_in_force",
+    metadata,
+    Column("seq", SERIAL, primary_key=True),
+    Column("price_book_hash", String(64), ForeignKey("polar_price_book.hash"), nullable=False),
+    Column("for_all", Integer, nullable=False),  # 1 = for tenants that no book names as well
+    Column("put_at", UtcMicroseconds, nullable=False),
+    sqlite_autoincrement=True,
 )
 
 usage_table: Final = Table(
@@ -98,7 +116,7 @@ usage_table: Final = Table(
     UniqueConstraint("tenant", "source", "request_id", name="polar_usage_once"),
     Index("polar_usage_by_tenant", "tenant", "started_at"),
     Index("polar_usage_by_time", "started_at"),
-    sqlite_autoincrement=True,  # a number is never given twice
+    sqlite_autoincrement=True,  # a number is never used twice
 )
 
 receipt_table: Final = Table(
@@ -116,8 +134,69 @@ receipt_table: Final = Table(
 
 probe_table: Final = Table("polar_probe", metadata, Column("payload", Text, nullable=False))
 
+ROLLUP_KEYS: Final = ("tenant", "hour", "tier", "model", "source", "outcome", "price_book_hash", "unrated")
+"""What a row of the rollup stands for; a tier or a reason that is absent is the empty text."""
+
+ROLLUP_QUANTITIES: Final = (
+    "tokens_input",
+    "tokens_cached",
+    "tokens_output",
+    "visits",
+    "flops",
+    "identity_flops",
+    "cost",  # of the receipts; unit: 10^-12 of the currency
+)
+
+rollup_table: Final = Table(
+    "polar_usage_hour",
+    metadata,
+    Column("id", LargeBinary(32), primary_key=True),  # SHA-256 over the eight columns that follow
+    Column("tenant", String(200), nullable=False),
+    Column("hour", BigInteger, nullable=False),  # hours since 1970, service time, UTC
+    Column("tier", String(200), nullable=False),
+    Column("model", String(200), nullable=False),
+    Column("source", String(200), nullable=False),
+    Column("outcome", String(20), nullable=False),
+    Column("price_book_hash", String(64), nullable=False),
+    Column("unrated", Text, nullable=False),
+    count("requests"),
+    *(count(f"{name}_{part}") for name in ROLLUP_QUANTITIES for part in ("millions", "rest")),
+    Index("polar_usage_hour_by_tenant", "tenant", "hour"),
+    Index("polar_usage_hour_by_time", "hour"),
+)
+
+prune_table: Final = Table(
+    "polar_prune",
+    metadata,
+    Column("id", SERIAL, primary_key=True),
+    Column("tenant", String(200), nullable=False),
+    Column("before", UtcMicroseconds, nullable=False),  # service time, itself excluded
+    Column("pruned_at", UtcMicroseconds, nullable=False),
+    count("requests"),
+    Column("totals", Text, nullable=False),  # JSON: the rollup rows that these requests made
+    sqlite_autoincrement=True,
+)
+
+pruned_table: Final = Table(
+    "polar_pruned",
+    metadata,
+    Column("seq", SERIAL, primary_key=True, autoincrement=False),  # of polar_usage
+    Column("prune_id", SERIAL, ForeignKey("polar_prune.id"), nullable=False),
+    Column("tenant", String(200), nullable=False),
+    Column("source", String(200), nullable=False),
+    Column("request_id", String(200), nullable=False),
+    Column("content_hash", String(64), nullable=False),
+    Column("stored_at", UtcMicroseconds, nullable=False),
+    Column("price_book_hash", String(64), nullable=False),
+    Column("cost", ScaledDecimal()),
+    Column("unrated", Text),
+    UniqueConstraint("tenant", "source", "request_id", name="polar_pruned_once"),
+    Index("polar_pruned_by_prune", "prune_id"),
+)
+
 append_only(version_table, same_row="version = NEW.version")
 append_only(price_book_table, same_row="hash = NEW.hash")
+append_only(in_force_table, same_row="seq = NEW.seq")
 append_only(
     usage_table,
     same_row="seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)",
@@ -127,4 +206,9 @@ append_only(
     receipt_table,
     same_row="usage_seq = NEW.usage_seq",
     deletable_if="EXISTS (SELECT 1 FROM polar_pruned WHERE polar_pruned.seq = OLD.usage_seq)",
+)
+append_only(prune_table, same_row="id = NEW.id")
+append_only(
+    pruned_table,
+    same_row="seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)",
 )

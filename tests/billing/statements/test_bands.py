@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_billing.prices.bands import graduated, packages, volume
+from polar_billing.statements.bands import graduated, packages, volume
 
 quantities = st.integers(min_value=0, max_value=10**24)
 prices = st.integers(min_value=0, max_value=10**18)

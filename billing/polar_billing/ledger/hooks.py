@@ -1,0 +1,53 @@
+"""What others do when a ledger is read or written, so that the ledger need not know them.
+
+* Writers that hand records over a moment after they took them: whoever reads the ledger in this process waits for them.
+* `before_usage_is_read` and `on_stored`: filled once, by `polar_billing` itself, for every ledger of the process.
+
+Imports nothing but the standard library, so that importing `polar_billing` stays quick. Knows neither spool nor budget.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, MutableSet, Sequence
+
+    from sqlalchemy import Connection
+
+    from polar_billing.ledger.records import Entry
+
+
+class Pending(Protocol):
+    """A writer that may hold records back for a moment."""
+
+    def drain(self) -> None:
+        """Return when every record handed over so far is stored, or safe on the disk."""
+
+
+before_usage_is_read: Final[list[Callable[[Any], None]]] = []
+"""Called with a `Ledger` before its usage is read, outside any transaction."""
+
+on_stored: Final[list[Callable[[Connection, Sequence[Entry]], None]]] = []
+"""Called in the transaction that stored new records, after their rows were written, with the heads of their tenants'
+chains locked; what it raises takes the records back as well."""
+
+_lock: Final = threading.Lock()
+_pending: Final[defaultdict[str, MutableSet[Pending]]] = defaultdict(weakref.WeakSet)
+
+
+def register_pending(ledger: str, writer: Pending) -> None:
+    """Note that a writer may hold records of a ledger back, for as long as it lives; by `Ledger.identity`."""
+    with _lock:
+        _pending[ledger].add(writer)
+
+
+def drain(ledger: str) -> None:
+    """Wait for every record on its way into a ledger in this process."""
+    with _lock:
+        writers = list(_pending.get(ledger, ()))
+    for writer in writers:
+        writer.drain()

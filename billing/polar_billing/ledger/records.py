@@ -1,0 +1,234 @@
+"""What goes into the ledger and what comes out of it: entries, stored usage, what retention leaves, selections.
+
+Also the way of a usage record to one row of `polar_usage` and back, written out field by field rather than derived, so
+that a new field of the record cannot slip past the schema unnoticed; the round trip is tested over generated records.
+Rows are trusted when read: they were validated when written and cannot change. Opens nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from polar_billing.values.canonical import canonical_text, record_json, to_microseconds
+from polar_billing.values.money import to_units
+from polar_billing.values.periods import ALL_TIME, Period
+from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+    from decimal import Decimal
+
+    from sqlalchemy import ColumnElement, Row
+
+    from polar_billing.prices.book import PriceBook
+
+
+Identity = tuple[str, str, str]
+"""Tenant, source, request id: the key a request is stored once under."""
+
+
+class AllTenants:
+    """Takes the place of a tenant: the operator's view. A query never spans tenants by omission."""
+
+    def __repr__(self) -> str:
+        return "ALL_TENANTS"
+
+
+ALL_TENANTS: Final = AllTenants()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which usage to read; every condition must hold."""
+
+    tenant: str | AllTenants
+    period: Period = ALL_TIME
+    """Over service time."""
+    tier: str | None = None
+    """None for every tier, requests without one included."""
+    model: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+class StoredUsage(NamedTuple):
+    """One request as the ledger holds it."""
+
+    seq: int
+    """Rises with every record stored; never used twice."""
+    source: str
+    record: UsageRecord
+    stored_at: datetime
+    """When the ledger took it in, UTC; service time is `record.started_at`."""
+    price_book_hash: str
+    """The book that the receipt was made by."""
+    cost: Decimal | None
+    """What the receipt said, 12 decimals; None where unrated. Unit: currency units of the book."""
+    unrated: str | None
+
+
+@dataclass(frozen=True)
+class PrunedUsage:
+    """What retention leaves of a request: its number, its content hash and its receipt."""
+
+    seq: int
+    source: str
+    stored_at: datetime
+    price_book_hash: str
+    cost: Decimal | None
+    unrated: str | None
+
+    def of(self, record: UsageRecord) -> StoredUsage:
+        """The stored request again, with the record that a replay brought."""
+        return StoredUsage(self.seq, self.source, record, self.stored_at, self.price_book_hash, self.cost, self.unrated)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record on its way into the ledger, with what its receipt says."""
+
+    record: UsageRecord
+    source: str
+    book: PriceBook
+    """The book that the receipt was made by."""
+    cost: Decimal | None
+    """None where unrated. Unit: currency units of the book."""
+    unrated: str | None = None
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The key it is stored once under."""
+        return (self.record.tenant, self.source, self.record.request_id)
+
+    @cached_property
+    def cost_units(self) -> int | None:
+        """The cost as the ledger holds it. Unit: 10^-12 of a currency unit.
+
+        Raises:
+            AmountError: It is beyond what the ledger can hold.
+        """
+        return None if self.cost is None else to_units(self.cost)
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The record's JSON; written once, for the spool and for the hash."""
+        return record_json(self.record)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over it, hexadecimal."""
+        return hashlib.sha256(self.canonical).hexdigest()
+
+
+def to_raw(seq: int, entry: Entry, stored_at: int) -> tuple[Any, ...]:
+    """The row of `polar_usage` as the database holds it, in the order of its columns.
+
+    Args:
+        seq: The number it is stored under.
+        entry: What is stored.
+        stored_at: Stored time. Unit: microseconds since 1970.
+    """
+    record = entry.record
+    visits = record.visits
+    return (
+        seq,
+        record.tenant,
+        entry.source,
+        record.request_id,
+        entry.content_hash,
+        record.schema_version,
+        to_microseconds(record.started_at),
+        stored_at,
+        canonical_text(record.tags) if record.tags else "{}",
+        *_how_it_ran(record),
+        str(record.outcome),
+        record.finish_reason,
+        record.error,
+        *_tokens(record),
+        canonical_text(visits.prefill),
+        canonical_text(visits.decode),
+        *_work(record),
+    )
+
+
+_how_it_ran: Final = attrgetter("model", "model_fingerprint", "router", "router_version", "tier", "program")
+_tokens: Final = attrgetter("tokens.input", "tokens.cached", "tokens.output")
+_work: Final = attrgetter(
+    *("flops.embed", "flops.layers_prefill", "flops.layers_decode", "flops.head", "flops.router", "flops.total"),
+    *("flops_formula", "identity_flops", "kv_bytes_peak", "device", "dtype"),
+    *("queue_ns", "prefill_ns", "decode_ns", "loops_stopped"),
+)
+
+
+def receipt_to_raw(seq: int, entry: Entry) -> tuple[Any, ...]:
+    """The row of `polar_receipt` as the database holds it, in the order of its columns."""
+    return (seq, entry.book.content_hash, entry.cost_units, entry.unrated)
+
+
+def from_row(row: Row[Any]) -> StoredUsage:
+    """The stored usage of a row of `polar_usage` joined with its receipt."""
+    record = UsageRecord.model_construct(
+        schema_version=row.record_version,
+        request_id=row.request_id,
+        tenant=row.tenant,
+        tags=row.tags,
+        model=row.model,
+        model_fingerprint=row.model_fingerprint,
+        router=row.router,
+        router_version=row.router_version,
+        tier=row.tier,
+        program=row.program,
+        outcome=Outcome(row.outcome),
+        finish_reason=row.finish_reason,
+        error=row.error,
+        tokens=TokenUsage.model_construct(input=row.tokens_input, cached=row.tokens_cached, output=row.tokens_output),
+        visits=VisitUsage.model_construct(prefill=row.visits_prefill, decode=row.visits_decode),
+        flops=FlopUsage.model_construct(
+            embed=row.flops_embed,
+            layers_prefill=row.flops_layers_prefill,
+            layers_decode=row.flops_layers_decode,
+            head=row.flops_head,
+            router=row.flops_router,
+            total=row.flops_total,
+        ),
+        loops_stopped=row.loops_stopped,
+        flops_formula=row.flops_formula,
+        identity_flops=row.identity_flops,
+        kv_bytes_peak=row.kv_bytes_peak,
+        device=row.device,
+        dtype=row.dtype,
+        started_at=row.started_at,
+        queue_ns=row.queue_ns,
+        prefill_ns=row.prefill_ns,
+        decode_ns=row.decode_ns,
+    )
+    return StoredUsage(
+        seq=row.seq,
+        source=row.source,
+        record=record,
+        stored_at=row.stored_at,
+        price_book_hash=row.price_book_hash,
+        cost=row.cost,
+        unrated=row.unrated,
+    )
+
+
+def conditions(selection: Selection, columns: Any, moment: Any, since: Any, until: Any) -> list[ColumnElement[bool]]:
+    """The conditions of a selection in SQL, over usage or over its sums by hour; its tags are left to the caller.
+
+    Args:
+        selection: Whose usage, of which tier and model.
+        columns: Columns of a table with `tenant`, `tier` and `model`.
+        moment: The column that says when, in the unit of the two bounds.
+        since: First moment; None for no limit.
+        until: First moment after it; None for no limit.
+    """
+    where = [] if isinstance(selection.tenant, AllTenants) else [columns.tenant == selection.tenant]
+    where += [] if selection.tier is None else [columns.tier == selection.tier]
+    where += [] if selection.model is None else [columns.model == selection.model]
+    where += [] if since is None else [moment >= since]
+    return where + ([] if until is None else [moment < until])

@@ -1,0 +1,63 @@
+"""A value that is read rarely and remembered meanwhile: read again after some time, or as soon as it changes here.
+
+For what every request asks of a ledger and what seldom changes: the price books in force, who has budgets. Knows no
+ledger.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Value = TypeVar("Value")
+
+
+class Changes:
+    """Changes that this process makes itself, so that it need not wait to see them. One per kind of value."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self.last = 0
+
+    def announce(self) -> None:
+        """Say that such a value has changed in some ledger: whoever remembers one reads it again."""
+        self.last = next(self._numbers)
+
+
+class Remembered(Generic[Value]):
+    """The value that was read last. Safe in several threads, which may read it twice.
+
+    Args:
+        read: Reads the value.
+        changes: Those of this process.
+    """
+
+    def __init__(self, read: Callable[[], Value], changes: Changes) -> None:
+        self._read = read
+        self._changes = changes
+        self._read_at = float("-inf")
+        self._read_after = 0
+        self.value: Value | None = None
+        """None until it could be read."""
+
+    def refresh(self, seconds: float) -> None:
+        """Read the value if that is due; where it fails, the former one stays and is good for another while.
+
+        Args:
+            seconds: For how long a value is good.
+
+        Raises:
+            Exception: Whatever `read` raises.
+        """
+        now, after = time.monotonic(), self._changes.last
+        if now - self._read_at >= seconds or self._read_after != after:
+            self._read_at, self._read_after = now, after
+            self.value = self._read()
+
+    def forget(self) -> None:
+        """Read it again next time, whatever the clock says."""
+        self._read_at = float("-inf")
