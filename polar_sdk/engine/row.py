@@ -165,4 +165,6 @@ def page_slots(program: Program) -> tuple[int, ...]:
 def extra_visits(program: Program) -> frozenset[int]:
     """Places that visit the layer that was visited just before: what a guard watches."""
     steps = program.steps
-    return frozenset(at for at in range(1, len(steps)) if steps[at] == steps[at - 1] and not steps[at].bridge)
+    return frozenset(
+        place for place in range(1, len(steps)) if steps[place] == steps[place - 1] and not steps[place].bridge
+    )
