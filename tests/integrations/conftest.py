@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class _WatchedSink(ListSink):
-    """Says when the engine has taken a request up: it asks `check` right before it computes."""
+    """Shows when the engine has accepted a request: it calls `check` right before it computes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked = 0
+        self.checks = 0
 
     def check(self) -> None:
-        self.asked += 1
+        self.checks += 1
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ class FrameworkContract:
     async def check_cancelled_task(self, call: Awaitable[Any], max_tokens: int, requests: int = 1) -> None:
         """A cancelled task stops compute, and every request that it had made is recorded."""
         task = asyncio.ensure_future(call)
-        await self._until(lambda: self._sink.asked)
+        await self._until(lambda: self._sink.checks)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
