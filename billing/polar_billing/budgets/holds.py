@@ -33,11 +33,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Row
 
+    from polar_billing.ledger.records import Identity
     from polar_billing.prices.book import PriceBook
     from polar_sdk.usage import Offer, UsageBound
 
-Identity = tuple[str, str, str]
-"""Tenant, source and request id."""
 _ID_BATCH: Final = 500
 
 # Built once: building a statement costs more than running it.

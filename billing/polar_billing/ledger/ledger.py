@@ -25,7 +25,7 @@ from polar_billing.ledger.location import (
     default_file,
     describe,
     disk_full,
-    is_unmade,
+    is_absent,
     resolve,
     sqlite_file,
     translate,
@@ -304,7 +304,7 @@ class Ledger:
         """True if there is something to read; never creates anything."""
         if self._is_prepared():
             return True
-        if is_unmade(self.url):
+        if is_absent(self.url):
             return False
         with self._database.reading() as connection:
             return self._version(connection) is not None

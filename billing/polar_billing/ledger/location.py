@@ -90,7 +90,7 @@ _POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
 }
 
 
-def is_unmade(url: URL) -> bool:
+def is_absent(url: URL) -> bool:
     """True if the file of a ledger is not there yet; if its folder is missing too, the database is left to complain."""
     file = sqlite_file(url)
     return file is not None and not file.exists() and (file.parent.is_dir() or file == default_file())

@@ -10,7 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from polar_billing.errors import MissingExtraError, SchemaVersionError
-from polar_billing.ledger.location import is_unmade
+from polar_billing.ledger.location import is_absent
 from polar_billing.ledger.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def migrate(ledger: Ledger, to: int = SCHEMA_VERSION) -> tuple[int, int]:
             hint="Use another version of polar-llm.",
         )
     nothing = SchemaVersionError(f"ledger {ledger.location!r} holds nothing to migrate.", hint="Name another ledger.")
-    if is_unmade(ledger.url):
+    if is_absent(ledger.url):
         raise nothing  # opening it would create it
     with ledger.unprepared() as connection:
         before = ledger.stored_version(connection)

@@ -66,19 +66,20 @@ def tenants_before(connection: Connection, before: datetime) -> list[str]:
 
 
 def _keep_proofs(connection: Connection, tenant: str, before: datetime, requests: int, sums: Sums) -> None:
+    # Not canonical JSON, which ends at 64 bits; the text is hashed as it is stored.
     totals = json.dumps([[*key, *quantities] for key, quantities in sorted(sums.items())], ensure_ascii=False)
     values = {"tenant": tenant, "before": before, "pruned_at": datetime.now(UTC), "requests": requests}
     added = insert(prune_table).values(**values, totals=totals).returning(prune_table.c.id)
-    number: int = connection.execute(added).scalar_one()
+    prune_id: int = connection.execute(added).scalar_one()
     kept = [usage_table.c[name] for name in _KEPT] + [receipt_table.c[name] for name in _KEPT_OF_RECEIPT]
     query = (
-        select(literal(number), *kept)
+        select(literal(prune_id), *kept)
         .join(receipt_table, receipt_table.c.usage_seq == usage_table.c.seq)
         .where(usage_table.c.tenant == tenant, usage_table.c.started_at < before)
     )
     names = ["prune_id", *_KEPT, *_KEPT_OF_RECEIPT]
     connection.execute(insert(pruned_table).from_select(names, query))
-    chain.link(connection, prune_table, number)
+    chain.link(connection, prune_table, prune_id)
 
 
 def pruned_totals(connection: Connection, tenant: str) -> Iterable[Sums]:

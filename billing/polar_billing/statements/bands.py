@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from polar_billing.statements.lines import Phase
 
 
-Price = TypeVar("Price")
+BandPrice = TypeVar("BandPrice")
 Rated = tuple["Use", "Rate"]
 
 _WEIGHT_SCALE: Final = 6
@@ -138,7 +138,7 @@ def _line(
     )
 
 
-def graduated(quantity: int, bands: Sequence[tuple[int | None, Price]]) -> Iterator[tuple[int, Price]]:
+def graduated(quantity: int, bands: Sequence[tuple[int | None, BandPrice]]) -> Iterator[tuple[int, BandPrice]]:
     """Split a quantity over bands.
 
     Args:
@@ -156,7 +156,7 @@ def graduated(quantity: int, bands: Sequence[tuple[int | None, Price]]) -> Itera
             lower = upper
 
 
-def volume(quantity: int, bands: Sequence[tuple[int | None, Price]]) -> Iterator[tuple[int, Price]]:
+def volume(quantity: int, bands: Sequence[tuple[int | None, BandPrice]]) -> Iterator[tuple[int, BandPrice]]:
     """Give the whole quantity the rate of the band its last unit is in; nothing for 0."""
     if quantity == 0:
         return

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE, Counts
 from polar_billing.statements.lines import ExactLine, Kind, bounds
+from polar_billing.values.canonical import canonical_text
 from polar_billing.values.money import from_scaled, plain, round_lines, to_scaled
 from polar_billing.values.periods import Period
 
@@ -127,7 +128,7 @@ class Statement(_Part):
     @property
     def document(self) -> str:
         """The whole statement as canonical JSON."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return canonical_text(self.model_dump(mode="json"))
 
 
 def usage_by_tier(usage: PeriodUsage) -> tuple[TierUsage, ...]:

@@ -1,4 +1,4 @@
-"""The storage contract, held against every backend."""
+"""What a ledger promises, checked on every backend."""
 
 from __future__ import annotations
 

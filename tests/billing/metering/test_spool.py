@@ -137,6 +137,25 @@ except StoreError as error:
     assert set(held(url)) >= {"first", *(f"r{n}" for n in range(int(stored)))}
 
 
+def test_a_ledger_alone_finds_what_waits(ledger_url: str, tmp_path: Path) -> None:
+    """Whoever reads sees what an earlier process acknowledged, without knowing of meters and spools."""
+    with Meter(ledger_url, sync=True) as meter:
+        meter.emit(usage_record("stored"))
+        waiting = Spool(tmp_path / "ledger.sqlite3.spool")
+        segment = waiting.segment()
+        segment.append([meter.entry(usage_record("waiting"))])
+        waiting.keep(segment)
+        waiting.close()
+    script = """
+import sys
+from polar_billing import ALL_TENANTS, Ledger, Selection
+assert not any(name.startswith("polar_billing.metering") for name in sys.modules)
+print(*sorted(stored.record.request_id for stored in Ledger(sys.argv[1]).read(Selection(ALL_TENANTS))))
+"""
+    run = subprocess.run([sys.executable, "-c", script, ledger_url], check=True, capture_output=True, text=True)
+    assert run.stdout.split() == ["stored", "waiting"]
+
+
 def test_a_record_cut_off_is_dropped_and_a_damaged_one_kept_aside(ledger_url: str, tmp_path: Path) -> None:
     folder = tmp_path / "ledger.sqlite3.spool"
     with Ledger(ledger_url) as ledger:

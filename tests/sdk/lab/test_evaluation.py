@@ -38,11 +38,6 @@ QUICK = MenuSettings(targets=("agreement",), hidden=((),), penalties=(0.1,), see
 TIERS: dict[str, Any] = {"economy": (0.15, "differs"), "standard": (0.1, "harms")}
 
 
-@pytest.fixture(scope="module")
-def learned(request: pytest.FixtureRequest) -> dict[bool, Any]:
-    return {}
-
-
 def result(
     model: PolarModel, matrix: Callable[..., RewardMatrix], *, learnable: bool = True, theta: float = 0.3
 ) -> tuple[MenuRouter, SetResult]:

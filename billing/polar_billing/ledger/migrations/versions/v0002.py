@@ -37,7 +37,7 @@ down_revision = "0001"
 _OLD: Final = {"polar_schema", "polar_price_book", "polar_usage", "polar_receipt", "polar_probe"}
 _LATER: Final = {"polar_price_in_force"}
 _DERIVED: Final = {"polar_chain_link", "polar_chain_head", "polar_usage_hour"}
-_ROWS_AT_ONCE: Final = 500
+_ROWS_BATCH: Final = 500
 _PRUNED: Final = {"polar_usage": "seq", "polar_receipt": "usage_seq"}
 """Tables whose rows retention may delete → their column that `polar_pruned.seq` names."""
 _SAME_ROW: Final = {
@@ -86,7 +86,7 @@ def _link_all(connection: Connection, subject: str, chained: Chained) -> None:
 
 def _pages(connection: Connection, chained: Chained) -> Iterator[list[int | str]]:
     key = chained.table.c[chained.key]
-    query = select(key).order_by(key).limit(_ROWS_AT_ONCE)
+    query = select(key).order_by(key).limit(_ROWS_BATCH)
     keys = list(connection.execute(query).scalars())
     while keys:
         yield keys
