@@ -334,7 +334,7 @@ def test_a_misspelt_setting_or_option_names_the_nearest(llm: PolarLLM) -> None:
 
 
 def test_an_engine_brings_its_own_settings(engine: PolarModel) -> None:
-    with pytest.raises(ValueError, match="engine= brings its own sink"):
+    with pytest.raises(ValueError, match="engine= has its own sink"):
         PolarLLM(engine=engine, sink=ListSink())
     with pytest.raises(ValueError, match=r"takes a polar_sdk\.PolarModel, not str"):
         PolarLLM(engine="tiny")
