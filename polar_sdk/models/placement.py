@@ -122,7 +122,7 @@ def _mps_has_bfloat16() -> bool:
 DeviceMap = str | Mapping[str, "str | int | torch.device"]
 """`auto`; or devices by range of layers or by module; as text, `0-14=cuda:0,15-29=cuda:1`."""
 Places = dict[str, "torch.device"]
-"""A map with its devices looked up; empty = make one."""
+"""A map with its devices looked up; empty = choose them by the memory that is free."""
 _RANGE: Final = re.compile(r"(\d+)(?:-(\d+))?")
 _SPARE: Final = 0.9
 """Share of the free memory that a map made here fills with weights: keys and values need the rest."""

@@ -1,8 +1,8 @@
 """Model folders: the converted models in the cache, and whether a folder, theirs or any, can be loaded.
 
-A model is made in a work folder and moved into place whole: what is stored under `models/` is complete, whatever was
-interrupted. A folder is judged by its `config.json` and the headers of its weight files; no weights are read. Pickled
-weights (`.bin`) are not accepted: reading them can run code. Does not know how a GGUF file is fetched.
+A model is converted in a work folder and moved into place whole: what is stored under `models/` is complete, whatever
+was interrupted. A folder is judged by its `config.json` and the headers of its weight files; no weights are read.
+Pickled weights (`.bin`) are not accepted: reading them can run code. Does not know how a GGUF file is fetched.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
             if (
                 read_manifest(folder) is None
             ):  # otherwise another process converted it while this one waited for the lock
-                _make(recipe, get_gguf(work), work / "model")
+                _convert(recipe, get_gguf(work), work / "model")
                 shutil.rmtree(folder, ignore_errors=True)  # written by an older conversion
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 (work / "model").replace(folder)
@@ -158,7 +158,7 @@ def remove_stored(name: str) -> int:
     return sum(manifest.bytes for manifest in manifests)
 
 
-def _make(recipe: Recipe, gguf: Path, folder: Path) -> None:
+def _convert(recipe: Recipe, gguf: Path, folder: Path) -> None:
     with stage(f"converting {gguf.name} to safetensors, once"):
         convert(gguf, folder, stored_dtype(gguf))
         check_folder(folder)  # what the engine cannot run does not enter the cache

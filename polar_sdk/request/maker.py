@@ -24,7 +24,7 @@ from polar_sdk.request.options import (
     check_stops,
     check_tags,
     check_timeout,
-    given,
+    or_default,
     override,
     refuse_unknown,
 )
@@ -76,8 +76,8 @@ class PromptEncoder:
         try:
             if isinstance(prompt, str):
                 return self._text(prompt, template)
-            given: Any = prompt
-            if isinstance(given, bytes) or not isinstance(given, Sequence):
+            untyped: Any = prompt
+            if isinstance(untyped, bytes) or not isinstance(untyped, Sequence):
                 raise InvalidRequestError(
                     f"the prompt is of type {type(prompt).__name__}; pass a text or a list of messages."
                 )
@@ -163,9 +163,9 @@ class RequestMaker:
             sampling=sampling,
             stops=check_stops(options.get("stop")),
             max_tokens=self._max_tokens(len(tokens), options.get("max_tokens")),
-            tenant=check_name("tenant", given(options.get("tenant"), self.tenant)),
-            tags={**check_tags(self.tags), **check_tags(given(options.get("tags"), {}))},
-            request_id=check_name("request_id", given(options.get("request_id"), new_request_id())),
+            tenant=check_name("tenant", or_default(options.get("tenant"), self.tenant)),
+            tags={**check_tags(self.tags), **check_tags(or_default(options.get("tags"), {}))},
+            request_id=check_name("request_id", or_default(options.get("request_id"), new_request_id())),
             cancel=check_cancel(options.get("cancel")),
             timeout=check_timeout(options.get("timeout")),
             logits_hook=check_hook(options.get("logits_hook")),

@@ -29,7 +29,7 @@ Template = Literal["auto", "chat", "raw"]
 T = TypeVar("T")
 MAX_NAME_LENGTH = 200
 """What a usage record stores. Unit: characters."""
-_OF_THE_BATCH = frozenset({"cancel", "timeout"})
+_BATCH_OPTIONS = frozenset({"cancel", "timeout"})
 """Options that end a batch as a whole."""
 
 
@@ -99,8 +99,8 @@ def ending_on(cancel: Cancel, options: RequestOptions) -> RequestOptions:
     return {**options, "cancel": cancel}
 
 
-def given(value: T | None, default: T) -> T:
-    """Only None means "not given": an empty tenant is a mistake, not the default tenant."""
+def or_default(value: T | None, default: T) -> T:
+    """Only None means "not set": an empty tenant is a mistake, not the default tenant."""
     return default if value is None else value
 
 
@@ -117,11 +117,12 @@ def override(shared: RequestOptions, own: RequestOptions) -> RequestOptions:
     """Options of one row of a batch; its tags override the shared ones, as those override the object's."""
     if not isinstance(own, Mapping):
         raise InvalidRequestError(f"each= contains {own!r}; pass one mapping of options per prompt.")
-    if alone := sorted(_OF_THE_BATCH & set(own)):
-        raise InvalidRequestError(f"{alone[0]} ends the whole batch, so each= cannot contain it; pass it beside each=.")
+    for name in sorted(_BATCH_OPTIONS & set(own)):
+        raise InvalidRequestError(f"{name} ends the whole batch, so each= cannot contain it; pass it beside each=.")
     merged: RequestOptions = {**shared, **own}
-    if shared.get("tags") is not None and own.get("tags") is not None:
-        merged["tags"] = {**check_tags(given(shared.get("tags"), {})), **check_tags(given(own.get("tags"), {}))}
+    shared_tags, own_tags = shared.get("tags"), own.get("tags")
+    if shared_tags is not None and own_tags is not None:
+        merged["tags"] = {**check_tags(shared_tags), **check_tags(own_tags)}
     return merged
 
 
