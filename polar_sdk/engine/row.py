@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.route import Lead
+    from polar_sdk.engine.lead import Lead
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.programs.program import Program, Step

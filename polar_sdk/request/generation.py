@@ -1,8 +1,8 @@
 """Answers and their records: requests in, text out, and exactly one usage record per request, however it ends.
 
-The scheduler computes; here its jobs are waited for and recorded, in the caller's thread. Metering lives in `finally`
-here and nowhere else, so that a stream that is closed, a task that is cancelled and an error in mid-layer are all
-recorded up to the last executed layer.
+The scheduler computes; this module waits for its jobs and records them, in the caller's thread. Metering happens in
+`finally` here and nowhere else, so that a closed stream, a cancelled task and an error in mid-layer are all recorded up
+to the last executed layer.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
     Outcome.ERROR: "error",
 }
 _STOPS = (GeneratorExit, KeyboardInterrupt, SystemExit, RequestTimeoutError)
-"""What ends a request without being an error of it: its stream was closed, the process was told to end (the command
-`polar` turns SIGTERM into SystemExit), or its time was up."""
+"""What ends a request without being its error: its stream was closed, the process was asked to end (the command `polar`
+turns SIGTERM into SystemExit), or its time was up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class Generation:
 
     Attributes:
         text: The answer, without stop string and special tokens.
-        token_ids: Every sampled token, the end-of-text token and those of a stop string included.
+        token_ids: Every sampled token, including the end-of-text token and those of a stop string.
         finish_reason: `stop` (end of text or stop string), `length` or `cancelled`.
         usage: What was executed.
-        receipt: What the sink answered, for example the cost; None where it prices nothing.
+        receipt: What the sink answered, such as the cost; None where it prices nothing.
         logprobs: One per token of `token_ids`, by the logits after the hook and before temperature, top-k and top-p;
             None where the request asks for none.
     """
@@ -67,7 +67,7 @@ class Chunk:
     """A piece of a streamed answer; `generation` is set on exactly the last one.
 
     Attributes:
-        text: The piece; where a stop string may be coming, its text follows later.
+        text: The piece; text that may begin a stop string is held back until it is certain.
         generation: The whole answer.
         logprobs: Of the token sampled for this piece; empty in a last piece without one, after a cancellation. None
             where the request asks for none.
@@ -86,9 +86,9 @@ def answer(
     Raises:
         SinkError: Before compute, if usage could not be recorded.
         BudgetExceededError: Before compute, if a budget has no room for one of them; then none runs.
-        QueueFullError: Too many requests wait already.
+        QueueFullError: Too many requests are waiting.
         CacheMemoryError: A request does not fit the memory for keys and values.
-        RequestTimeoutError: The time of a request is up; the record of every request is stored by then.
+        RequestTimeoutError: A request ran out of time; the record of every request is stored by then.
     """
     if not requests:
         return []
@@ -132,12 +132,12 @@ def stream(
 
 
 class _Recorder:
-    """Sees to it that every job of one call is recorded once, whatever happens in the block it guards."""
+    """Guarantees one usage record per job of a call, however the block exits."""
 
     def __init__(self, model: LoadedModel, jobs: Sequence[Job], sink: UsageSink) -> None:
         self._model, self._jobs, self._sink = model, jobs, sink
         self._records: dict[Job, UsageRecord] = {}
-        """Final facts; stored at the end if they were not yet, unchanged after a sink that failed."""
+        """Final records; those not stored yet are stored at the end, unchanged if the sink failed before."""
         self._stored: set[Job] = set()
 
     def finish(self, job: Job) -> Generation:
@@ -162,20 +162,20 @@ class _Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: object) -> None:
-        """Stop what still runs and store a record of it; a sink that fails for one is still asked for the others."""
-        left = [job for job in self._jobs if job not in self._stored]
-        for job in left:
+        """Stop what still runs and store its records; a sink that fails for one job is still called for the others."""
+        unrecorded = [job for job in self._jobs if job not in self._stored]
+        for job in unrecorded:
             job.cancel()
         problems: list[Exception] = []
-        for job in left:
+        for job in unrecorded:
             if job.submitted:
                 job.wait()  # at most one token
             try:
-                # The same facts under the same id: had the first attempt stored them after all, nothing doubles.
+                # The same record under the same id: if the first attempt stored it after all, nothing is counted twice.
                 self._sink.emit(self._final(job, failure))
             except Exception as problem:  # any sink, any error: the remaining jobs must be recorded all the same
                 problems.append(problem)
-        # A timeout is an OSError, as what disks raise: it must not hide their errors.
+        # A timeout is an OSError, like the errors of disks, which it must not hide.
         if problems and (failure is None or isinstance(failure, _STOPS) or not isinstance(failure, type(problems[0]))):
             raise problems[0]
 
@@ -186,11 +186,11 @@ class _Recorder:
 
     def _record(self, job: Job, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
         if job not in self._records:
-            self._records[job] = _facts(self._model, job, outcome, error)
+            self._records[job] = _usage(self._model, job, outcome, error)
         return self._records[job]
 
 
-def _facts(model: LoadedModel, job: Job, outcome: Outcome, error: BaseException | None) -> UsageRecord:
+def _usage(model: LoadedModel, job: Job, outcome: Outcome, error: BaseException | None) -> UsageRecord:
     """The usage record of a job that computes no more."""
     request, row, now = job.request, job.row, time.perf_counter_ns()
     begin = job.begin_ns or now
@@ -224,7 +224,7 @@ def _facts(model: LoadedModel, job: Job, outcome: Outcome, error: BaseException 
 
 
 def _identity_flops(job: Job, executed: int) -> int:
-    """The finished passes at full depth; where not even the prefill finished, nothing is claimed as saved."""
+    """FLOPs of the finished passes at full depth; where not even the prefill finished, no saving is claimed."""
     work = job.row.work
     if not work.prefilled:
         return executed

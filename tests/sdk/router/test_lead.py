@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from polar_sdk.engine.route import begins, lead_flops, run_lead
+from polar_sdk.engine.lead import begins, lead_flops, run_lead
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.programs.cost import CHUNK
 from polar_sdk.programs.policy import Policy
