@@ -89,7 +89,14 @@ class RequestOptions(TypedDict, total=False):
 
 
 def split_loading(options: ModelOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that say how weights are loaded, and those of the model object."""
+    """The options that say how weights are loaded, and those of the model object.
+
+    Raises:
+        TypeError: An option does not exist; the message names the nearest that does.
+    """
+    for name in options:
+        if name not in ModelOptions.__annotations__:
+            raise TypeError(f"PolarModel has no option {name!r}; {did_you_mean(name, ModelOptions.__annotations__)}")
     own: dict[str, Any] = dict(options)
     return {name: own.pop(name) for name in LoadOptions.__annotations__ if name in own}, own
 

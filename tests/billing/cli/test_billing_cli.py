@@ -75,9 +75,9 @@ def test_usage_shows_every_tenant_unless_one_is_named(polar: Callable[..., Resul
     assert "acme" in everyone
     assert "globex" in everyone
     assert "by hand" in everyone
-    one = polar("usage", "--tenant", "acme").output
-    assert "acme" in one
-    assert "globex" not in one
+    acme = polar("usage", "--tenant", "acme").output
+    assert "acme" in acme
+    assert "globex" not in acme
 
 
 @pytest.mark.usefixtures("filled")
@@ -114,7 +114,7 @@ def test_single_requests_are_listed_latest_first(polar: Callable[..., Result]) -
 def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger, polar: Callable[..., Result]) -> None:
     report = json.loads(polar("report", "--json").stdout)
     text = polar("report").output
-    for wanted in (
+    for expected in (
         report["total"],
         filled.location,
         "polar-example",
@@ -122,7 +122,7 @@ def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger, 
         "Statement of acme",
         "Statement of globex",
     ):
-        assert wanted in text
+        assert expected in text
     for tenant in report["tenants"]:
         assert tenant["total"] in text
         for line in tenant["lines"]:

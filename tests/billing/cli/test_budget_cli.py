@@ -89,7 +89,7 @@ def test_the_tenants_zone_stands_in_the_price_book(
     )
     for tenant in ("acme", "globex"):
         assert polar("set", tenant, "1", "USD", "--prices", str(book)).exit_code == 0
-    assert [one.zone for tenant in ("acme", "globex") for one in Budgets(ledger).in_force(tenant)] == [
+    assert [budget.zone for tenant in ("acme", "globex") for budget in Budgets(ledger).in_force(tenant)] == [
         "Asia/Kolkata",
         "UTC",
     ]
@@ -133,7 +133,7 @@ def test_holds_are_shown_and_expire(filled: Budgets, polar: Callable[..., Result
 def test_close_lifts_a_budget(filled: Budgets, polar: Callable[..., Result]) -> None:
     done = polar("close", "acme", "CU", "--user", "[red]ann")
     assert done.output == "The month's budget of user '[red]ann' of tenant 'acme', 0.5 CU, is closed.\n"
-    assert [one.unit for one in filled.in_force("acme")] == ["USD"]
+    assert [budget.unit for budget in filled.in_force("acme")] == ["USD"]
 
 
 def test_recheck_finds_what_is_wrong(filled: Budgets, polar: Callable[..., Result]) -> None:

@@ -72,10 +72,10 @@ def test_price_add_puts_a_book_in_force_once_and_refuses_to_change_the_past(
 
 def test_price_show_tells_everything_the_book_says(plans: Path, ok: Callable[..., str]) -> None:
     shown = ok("price", "show", str(plans))
-    for wanted in ("0.0004", "premium × 1.25", "starter", "flat fee 19", "0.25 per started 1000", "initech-welcome"):
-        assert wanted in shown
-    for wanted in ("up to 100000", "graduated", "p95 ≤ 2000 ms", "America/New_York", "Plan reserved, its own rates"):
-        assert wanted in shown
+    for text in ("0.0004", "premium × 1.25", "starter", "flat fee 19", "0.25 per started 1000", "initech-welcome"):
+        assert text in shown
+    for text in ("up to 100000", "graduated", "p95 ≤ 2000 ms", "America/New_York", "Plan reserved, its own rates"):
+        assert text in shown
     assert "No price book" in ok("price", "show")
 
 
@@ -109,10 +109,10 @@ def test_a_statement_is_drafted_issued_listed_and_traced(ok: Callable[..., str])
 
 @pytest.mark.usefixtures("filled")
 def test_csv_rows_sum_to_what_is_due(ok: Callable[..., str]) -> None:
-    made = json.loads(ok("statement", "--tenant", "initech", *MONTH, "--json"))
+    statement = json.loads(ok("statement", "--tenant", "initech", *MONTH, "--json"))
     rows = list(csv.DictReader(io.StringIO(ok("statement", "--tenant", "initech", *MONTH, "--csv", "-"))))
-    assert sum(Decimal(row["amount"]) for row in rows) == Decimal(made["due"]) == 0
-    assert Decimal(made["total"]) > 0
+    assert sum(Decimal(row["amount"]) for row in rows) == Decimal(statement["due"]) == 0
+    assert Decimal(statement["total"]) > 0
     assert {row["tenant"] for row in rows} == {"initech"}
 
 
@@ -143,7 +143,7 @@ def evaluation(agreed: int, compared: int) -> str:
     )
     names = ("model", "fingerprint", "dtype", "device", "router", "point")
     same: dict[str, Any] = dict.fromkeys(names, "x")
-    found = Evaluation(
+    evaluated = Evaluation(
         **same,
         sets=(whole,),
         verdict=(),
@@ -151,7 +151,7 @@ def evaluation(agreed: int, compared: int) -> str:
         certificate_holds=False,
         training={},
     )
-    return json.dumps(found.plain())
+    return json.dumps(evaluated.plain())
 
 
 @pytest.mark.usefixtures("filled")
@@ -161,11 +161,11 @@ def test_agreement_is_measured_by_an_evaluation(
     file = tmp_path / "evaluation.json"
     for agreed, credit in ((1_177, False), (1_170, True)):  # of 1,194: 98.6 and 98.0 %
         file.write_text(evaluation(agreed, 1_194), encoding="utf-8")
-        made = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--json"))
-        assert made["agreement"]["premium"] == [agreed, 1_194]
-        assert ("answers agreed" in json.dumps(made)) == credit
-    told = ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--agreement", "premium=9/9")
-    assert "answers agreed" not in told  # what is told by hand goes before
+        statement = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--json"))
+        assert statement["agreement"]["premium"] == [agreed, 1_194]
+        assert ("answers agreed" in json.dumps(statement)) == credit
+    shown = ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--agreement", "premium=9/9")
+    assert "answers agreed" not in shown  # what is stated by hand takes precedence
     file.write_text("{}", encoding="utf-8")
     refused = polar("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file))
     assert isinstance(refused.exception, QueryError)
@@ -173,8 +173,8 @@ def test_agreement_is_measured_by_an_evaluation(
 
 @pytest.mark.usefixtures("filled")
 def test_agreement_is_told_and_gives_service_credit(ok: Callable[..., str]) -> None:
-    told = ok("statement", "--tenant", "globex", *MONTH, "--agreement", "premium=90/100")
-    assert "service credit 10 %: 90 of 100 answers agreed, promised 98 %" in told
+    shown = ok("statement", "--tenant", "globex", *MONTH, "--agreement", "premium=90/100")
+    assert "service credit 10 %: 90 of 100 answers agreed, promised 98 %" in shown
 
 
 @pytest.mark.usefixtures("filled")

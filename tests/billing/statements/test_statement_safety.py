@@ -61,9 +61,9 @@ def in_threads(work: Callable[[], object], count: int) -> list[BaseException]:
 
 def test_many_who_issue_the_same_statement_get_one(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r")
-    made: list[IssuedStatement] = []
-    assert in_threads(lambda: made.append(issue_statement(store, "someone", NOVEMBER, now=LATER)), 6) == []
-    assert len({one.number for one in made}) == 1
+    issued: list[IssuedStatement] = []
+    assert in_threads(lambda: issued.append(issue_statement(store, "someone", NOVEMBER, now=LATER)), 6) == []
+    assert len({entry.number for entry in issued}) == 1
     with store.snapshot() as connection:
         assert connection.execute(select(func.count()).select_from(statement_table)).scalar() == 1
         assert connection.execute(select(func.count()).select_from(transaction_table)).scalar() == 1
@@ -77,10 +77,10 @@ def test_two_periods_issued_at_once_charge_late_usage_once(store: Ledger, put: C
     waiting = iter(periods)
     after = datetime(2027, 3, 1, tzinfo=UTC)
     assert in_threads(lambda: issue_statement(store, "someone", next(waiting), now=after), 3) == []
-    made = issued_statements(store, "someone")
-    assert len(made) == 4
-    assert sum(one.statement.requests_late for one in made) == 1
-    assert [told for one in made for told in recheck(store, one)] == []
+    issued = issued_statements(store, "someone")
+    assert len(issued) == 4
+    assert sum(entry.statement.requests_late for entry in issued) == 1
+    assert [difference for entry in issued for difference in recheck(store, entry)] == []
 
 
 def test_usage_stored_while_a_statement_is_issued_is_on_it_or_late_never_lost(
@@ -98,7 +98,9 @@ def test_usage_stored_while_a_statement_is_issued_is_on_it_or_late_never_lost(
     (november,) = issued_statements(store, "someone")
     december = issue_statement(store, "someone", DECEMBER, now=LATER)
     assert november.statement.requests + december.statement.requests_late == 21
-    on_lines = [number for one in (november, december) for number in usage_of_line(store, one, one.statement.lines[0])]
+    on_lines = [
+        number for entry in (november, december) for number in usage_of_line(store, entry, entry.statement.lines[0])
+    ]
     assert sorted(on_lines) == sorted(set(on_lines))
     assert len(on_lines) == 21
 
@@ -110,8 +112,8 @@ def test_verify_makes_every_statement_again(ledger: Ledger, put: Callable[..., i
     with ledger.transaction() as connection:
         connection.execute(text("DROP TRIGGER polar_usage_no_update"))
         connection.execute(text("UPDATE polar_usage SET tier = 'economy'"))
-    told = " ".join(str(one) for one in verify_ledger(ledger).findings)
-    assert "and the usage makes it" in told
+    findings = " ".join(str(finding) for finding in verify_ledger(ledger).findings)
+    assert "and the usage makes it" in findings
 
 
 @pytest.mark.parametrize("column", [column.name for column in statement_table.columns])
@@ -139,12 +141,12 @@ def test_any_flipped_column_of_a_statement_is_found(ledger: Ledger, column: str,
 
 def test_pruned_usage_is_never_missing_from_a_statement_in_silence(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r")
-    made = issue_statement(store, "someone", NOVEMBER, now=END)
+    issued = issue_statement(store, "someone", NOVEMBER, now=END)
     put(store, "december", started_at=END)
     with store.transaction() as connection:
         prune(connection, "someone", LATER)
-    assert recheck(store, made) == []  # its sums and bookings; the chain stands for the rest
-    assert issue_statement(store, "someone", NOVEMBER, now=LATER) == made
+    assert recheck(store, issued) == []  # its sums and bookings; the chain stands for the rest
+    assert issue_statement(store, "someone", NOVEMBER, now=LATER) == issued
     with pytest.raises(PeriodError, match="was pruned"):
         draft_statement(store, "someone", DECEMBER)
     with pytest.raises(PeriodError, match="was pruned"):
@@ -168,7 +170,7 @@ def test_no_public_function_reads_or_charges_another_tenant(store: Ledger, put: 
     before = draft_statement(store, "victim", DECEMBER, book=PLANS).document
     mine = issue_statement(store, "thief", NOVEMBER, now=END)
     assert mine.statement.requests == 1
-    assert [one.statement.tenant for one in issued_statements(store, "thief")] == ["thief"]
+    assert [entry.statement.tenant for entry in issued_statements(store, "thief")] == ["thief"]
     assert [row.tenant for row in reprice(store, "thief", NOVEMBER, PLANS)] == ["thief"]
     for line in mine.statement.lines:
         assert theirs not in usage_of_line(store, mine, line)

@@ -56,7 +56,7 @@ def test_a_statement_sums_what_receipts_said_by_tier(store: Ledger, put: Callabl
     }
     assert statement.unrated == {"price book 'polar-example-plans' of 2024-01-01 has no price for tier 'gold'": 1}
     assert statement.requests == 5
-    assert [(one.tier, one.requests, one.compute_units) for one in statement.usage] == [
+    assert [(tier.tier, tier.requests, tier.compute_units) for tier in statement.usage] == [
         ("economy", 1, Decimal(1_000)),
         ("standard", 2, Decimal(2_000)),
         ("gold", 1, Decimal(1_000)),
@@ -69,20 +69,20 @@ def test_issued_once_and_for_ever_booked_and_provable(store: Ledger, put: Callab
     for number in range(4):
         put(store, f"r{number}", tier=["premium", "standard"][number % 2], tenant="globex", units=200_000)
     period = Period.month("2026-11", "America/New_York")
-    made = issue_statement(store, "globex", period, agreement={"premium": Agreement(90, 100)}, now=LATER)
-    assert adds_up(made.statement)
-    kinds = [line.kind for line in made.statement.lines]
+    issued = issue_statement(store, "globex", period, agreement={"premium": Agreement(90, 100)}, now=LATER)
+    assert adds_up(issued.statement)
+    kinds = [line.kind for line in issued.statement.lines]
     assert kinds.count("pool") == 2
     assert {"discount", "service credit"} <= set(kinds)
     put(store, "late", tier="standard", tenant="globex")
     again = issue_statement(store, "globex", period, now=LATER + timedelta(days=1))
-    assert again == made
-    assert recheck(store, made) == []
+    assert again == issued
+    assert recheck(store, issued) == []
     with store.snapshot() as connection:
         booked = balances(connection, "globex")
-    assert booked[Account.RECEIVABLE, "USD"] == made.statement.due
+    assert booked[Account.RECEIVABLE, "USD"] == issued.statement.due
     assert exact_sum(booked.values(), 12) == 0
-    discount = exact_sum((line.amount for line in made.statement.lines if line.kind == "discount"), 4)
+    discount = exact_sum((line.amount for line in issued.statement.lines if line.kind == "discount"), 4)
     assert booked[Account.DISCOUNTS, "USD"] == -discount
 
 
@@ -93,9 +93,9 @@ def test_a_narrow_decimal_context_of_the_caller_touches_nothing(ledger: Ledger, 
     expected = [draft_statement(ledger, tenant, NOVEMBER, agreement=agreement) for tenant in ("globex", "initech")]
     with localcontext(prec=2):
         for statement in expected:
-            made = issue_statement(ledger, statement.tenant, NOVEMBER, agreement=agreement, now=LATER)
-            assert made.statement.document == statement.document
-            assert recheck(ledger, made) == []
+            issued = issue_statement(ledger, statement.tenant, NOVEMBER, agreement=agreement, now=LATER)
+            assert issued.statement.document == statement.document
+            assert recheck(ledger, issued) == []
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/Santiago", "Pacific/Apia", "Australia/Lord_Howe"])
@@ -106,7 +106,7 @@ def test_every_use_is_on_the_statement_of_exactly_one_month(ledger: Ledger, zone
         for step in (-1, 0, 1):
             put(ledger, f"{place} {step}", tier="standard", started_at=border + timedelta(microseconds=step))
     drafts = [draft_statement(ledger, "someone", period) for period in months]
-    assert [one.requests for one in drafts] == [1, *[3] * 10, 2]
+    assert [draft.requests for draft in drafts] == [1, *[3] * 10, 2]
 
 
 def test_lines_lead_to_usage_and_usage_to_lines(store: Ledger, put: Callable[..., int]) -> None:
@@ -118,15 +118,15 @@ def test_lines_lead_to_usage_and_usage_to_lines(store: Ledger, put: Callable[...
         "e": put(store, "e", tier="standard", started_at=END),
         "f": put(store, "f", tier="standard", tenant="other"),
     }
-    made = issue_statement(store, "someone", NOVEMBER, now=LATER)
-    traced = {(line.tier, line.item): usage_of_line(store, made, line) for line in made.statement.lines}
+    issued = issue_statement(store, "someone", NOVEMBER, now=LATER)
+    traced = {(line.tier, line.item): usage_of_line(store, issued, line) for line in issued.statement.lines}
     assert traced["standard", "compute"] == traced["standard", "requests"] == [numbers["a"]]
     assert traced["standard", "compute (error, free)"] == [numbers["b"]]
     assert traced[None, "compute"] == [numbers["c"]]
     for name in "abc":
-        for one, line in lines_of_usage(store, "someone", numbers[name]):
-            assert one == made
-            assert numbers[name] in usage_of_line(store, made, line)
+        for charged_on, line in lines_of_usage(store, "someone", numbers[name]):
+            assert charged_on == issued
+            assert numbers[name] in usage_of_line(store, issued, line)
     assert [line.item for _, line in lines_of_usage(store, "someone", numbers["a"])] == ["compute", "requests"]
     assert lines_of_usage(store, "someone", numbers["d"]) == []  # unrated
     assert lines_of_usage(store, "someone", numbers["e"]) == []  # not on a statement yet
@@ -149,7 +149,7 @@ def test_late_usage_is_a_correction_on_the_next_statement_and_nothing_is_lost(
     pooled = [line for line in corrections if line.kind == "pool"]
     assert [line.quantity for line in pooled] == [10_000, 40_000]
     assert usage_of_line(store, december, pooled[0]) == [late]
-    assert {one.number for one, _ in lines_of_usage(store, "globex", late)} == {december.number}
+    assert {entry.number for entry, _ in lines_of_usage(store, "globex", late)} == {december.number}
     assert recheck(store, november) == recheck(store, december) == []
     assert adds_up(statement)
     # The two statements come to what one over everything would have, up to the rounding of their lines.
@@ -192,29 +192,29 @@ def test_credits_pay_by_priority_until_used_up_or_expired(store: Ledger, put: Ca
 def test_a_customer_without_usage_still_owes_the_fee(store: Ledger) -> None:
     add_book(store, PLANS)
     berlin = Period.month("2026-11", "Europe/Berlin")
-    made = issue_statement(store, "acme", berlin, now=LATER)
-    assert [(line.kind, line.amount) for line in made.statement.lines] == [("fee", Decimal(19))]
-    assert recheck(store, made) == []
+    issued = issue_statement(store, "acme", berlin, now=LATER)
+    assert [(line.kind, line.amount) for line in issued.statement.lines] == [("fee", Decimal(19))]
+    assert recheck(store, issued) == []
 
 
 def test_credit_notes_take_off_at_most_what_was_asked_for(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r", tier="standard", units=100_000)
-    made = issue_statement(store, "someone", NOVEMBER, now=LATER)
-    total = made.statement.total
-    note = credit_note(store, "someone", made.statement.id, Decimal(15), reason="outage", reference="n1")
-    again = credit_note(store, "someone", made.statement.id, Decimal(15), reason="outage", reference="n1")
+    issued = issue_statement(store, "someone", NOVEMBER, now=LATER)
+    total = issued.statement.total
+    note = credit_note(store, "someone", issued.statement.id, Decimal(15), reason="outage", reference="n1")
+    again = credit_note(store, "someone", issued.statement.id, Decimal(15), reason="outage", reference="n1")
     assert note == again
-    assert credit_notes(store, made) == [note]
+    assert credit_notes(store, issued) == [note]
     with pytest.raises(ConflictError, match="other content"):
-        credit_note(store, "someone", made.statement.id, Decimal(14), reason="outage", reference="n1")
+        credit_note(store, "someone", issued.statement.id, Decimal(14), reason="outage", reference="n1")
     for amount in ("0", "-1", "NaN", "Infinity", "0.00001", str(total)):
         with pytest.raises(AmountError):
-            credit_note(store, "someone", made.statement.id, Decimal(amount), reason="x", reference="n2")
+            credit_note(store, "someone", issued.statement.id, Decimal(amount), reason="x", reference="n2")
     with pytest.raises(QueryError, match="has no statement"):
-        credit_note(store, "other", made.statement.id, Decimal(1), reason="x", reference="n3")
+        credit_note(store, "other", issued.statement.id, Decimal(1), reason="x", reference="n3")
     with store.snapshot() as connection:
         assert balances(connection, "someone")[Account.RECEIVABLE, "USD"] == total - 15
-    assert recheck(store, made) == []
+    assert recheck(store, issued) == []
 
 
 def test_reprice_shows_the_difference_per_tenant(store: Ledger, put: Callable[..., int]) -> None:
@@ -292,11 +292,11 @@ def test_one_tenants_statement_never_reads_another(store: Ledger, put: Callable[
         if tenant.strip() != "someone":
             put(store, "mine", tenant=tenant, tier="standard", units=9_000_000)
     assert draft_statement(store, "someone", NOVEMBER).document == before
-    made = issue_statement(store, "someone", NOVEMBER, now=LATER)
+    issued = issue_statement(store, "someone", NOVEMBER, now=LATER)
     assert issued_statements(store, "other") == []
     with store.snapshot() as connection:
         assert balances(connection, "other") == {}
-    assert usage_of_line(store, made, made.statement.lines[0]) == [1]
+    assert usage_of_line(store, issued, issued.statement.lines[0]) == [1]
 
 
 def test_latency_promises_are_measured_on_completed_requests(store: Ledger, put: Callable[..., int]) -> None:
@@ -329,12 +329,15 @@ def test_token_volume_and_own_rates(store: Ledger, put: Callable[..., int]) -> N
 
 def test_recheck_names_what_does_not_follow(ledger: Ledger, put: Callable[..., int]) -> None:
     put(ledger, "r", tier="standard", units=1_000)
-    made = issue_statement(ledger, "someone", NOVEMBER, now=LATER)
+    issued = issue_statement(ledger, "someone", NOVEMBER, now=LATER)
     with ledger.transaction() as connection:
         connection.execute(text("DROP TRIGGER polar_usage_no_update"))
         connection.execute(text("UPDATE polar_usage SET flops_total = flops_total + 1"))
-    told = recheck(ledger, made)
-    assert [word for one in told for word in ("usage is", "line 1 is") if word in one] == ["usage is", "line 1 is"]
+    differences = recheck(ledger, issued)
+    assert [word for differing in differences for word in ("usage is", "line 1 is") if word in differing] == [
+        "usage is",
+        "line 1 is",
+    ]
     with ledger.transaction() as connection:
         connection.execute(text("UPDATE polar_usage SET flops_total = flops_total - 1"))
         connection.execute(text("DROP TRIGGER polar_statement_no_update"))
