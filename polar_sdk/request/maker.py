@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, ToleranceError
 from polar_sdk.programs.program import Program
+from polar_sdk.reading import shown
 from polar_sdk.request.options import (
     RequestOptions,
     check_cancel,
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from polar_sdk.router.base import Router
 
 _DEFAULT_MAX_TOKENS = 256
+_MAX_GROWTH = 4
+"""What a chat template may make of the messages: this many times their characters, and `_MAX_ADDED` more."""
+_MAX_ADDED = 200_000
+"""Unit: characters."""
 
 
 class PromptEncoder:
@@ -115,13 +120,24 @@ class PromptEncoder:
     def _render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if not self.has_chat_template:
             raise InvalidRequestError("this model has no chat template; pass a text with template='raw'.")
-        from jinja2 import TemplateError
-
         plain: list[Any] = [dict(message) for message in messages]
         try:
             rendered = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise InvalidRequestError(f"the model's chat template refuses these messages: {error}.") from error
+        except UnicodeEncodeError:
+            raise
+        except Exception as error:  # a template is code of a stranger: it may raise anything
+            reason = str(error).rstrip(".")[:300] or "no reason given"
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {type(error).__name__}: {reason}.",
+                hint="Correct the template in the model's folder, or pass a text with template='raw'.",
+            ) from error
+        written = sum(len(message["role"]) + len(message["content"]) for message in messages)
+        if len(str(rendered)) > _MAX_GROWTH * written + _MAX_ADDED:
+            raise InvalidRequestError(
+                f"the model's chat template makes {len(str(rendered)):,} characters of {written:,}; at most "
+                f"{_MAX_GROWTH} times as many and {_MAX_ADDED:,} more are encoded.",
+                hint="Correct the template in the model's folder, or pass a text with template='raw'.",
+            )
         return list(self.tokenizer.encode(str(rendered), add_special_tokens=False))
 
 
@@ -210,7 +226,10 @@ class RequestMaker:
         if program is not None:
             return None, fixed_router(Program.of(program), self.cost.depth)
         if isinstance(tier, (int, float)):
-            return self._at_tolerance(float(tier))
+            try:
+                return self._at_tolerance(float(tier))
+            except OverflowError:
+                raise ToleranceError(f"compute={shown(tier)} is too large; use a share below 1.") from None
         if isinstance(self.router, LearnedRouter):
             return self.router.serving(tier)
         if tier is None and self.router is not None:
@@ -238,12 +257,12 @@ class RequestMaker:
         try:
             max_tokens = operator.index(max_tokens)
         except TypeError:
-            raise SamplingError(f"max_tokens={max_tokens!r} is not a whole number; pass one.") from None
+            raise SamplingError(f"max_tokens={shown(max_tokens)} is not a whole number; pass one.") from None
         if max_tokens < 1:
-            raise SamplingError(f"max_tokens={max_tokens} is out of range; use 1 or more.")
+            raise SamplingError(f"max_tokens={shown(max_tokens)} is out of range; use 1 or more.")
         if max_tokens > room:
             raise ContextWindowError(
-                f"max_tokens={max_tokens} and a prompt of {prompt} tokens exceed the context window of "
+                f"max_tokens={shown(max_tokens)} and a prompt of {prompt} tokens exceed the context window of "
                 f"{self.context_window}; use max_tokens of at most {room}."
             )
         return max_tokens

@@ -5,7 +5,6 @@ Arguments in, text out; the work is done by `proof` and `ledger`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,10 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import LedgerUnsoundError, OutputError, QueryError
+from polar_sdk.reading import Unreadable, parse_object, read_bytes
+
+_MAX_RECEIPT = 2**20
+"""Unit: bytes."""
 
 
 def register(app: typer.Typer) -> None:
@@ -72,14 +75,13 @@ def verify(
 
 def _read_receipt(path: Path) -> dict[str, object]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(read_bytes(path, _MAX_RECEIPT))
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
-    except (ValueError, RecursionError) as error:
-        raise QueryError(f"{str(path)!r} is not valid JSON.", hint="Use what `polar receipt` printed.") from error
-    if not isinstance(document, dict):
-        raise QueryError(f"{str(path)!r} is not a receipt.", hint="Use what `polar receipt` printed.")
-    return document
+    except Unreadable as error:
+        raise QueryError(
+            f"{str(path)!r} is not a receipt: {error}.", hint="Use what `polar receipt` printed."
+        ) from error
 
 
 def receipt(
