@@ -57,7 +57,8 @@ class RequestOptions(TypedDict, total=False):
 
     template: Template
     """`auto`: a plain text becomes one user message if the model has a chat template; `chat`: it must have one;
-    `raw`: the text as it is, special tokens in it recognised, none added."""
+    `raw`: the text as it is, special tokens in it recognised; only the beginning token is added, where the tokenizer
+    does so by default and the text has none. In `auto` and `chat`, special tokens in a text or message stay text."""
     compute: str | float | None
     """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05: the
     largest share of answers that may differ from identity's. None = the default tier."""
