@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, ToleranceError
 from polar_sdk.programs.program import Program
+from polar_sdk.request.names import check_name, check_tags
 from polar_sdk.request.options import (
     RequestOptions,
     check_cancel,
     check_hook,
     check_logprobs,
-    check_name,
     check_stops,
-    check_tags,
     check_timeout,
     or_default,
     override,
