@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_sdk.errors import TagError
-from polar_sdk.usage import ListSink
 from polar_sdk.testing import tiny_model
+from polar_sdk.usage import ListSink
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
