@@ -6,7 +6,7 @@ Knows neither requests nor a database.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +14,8 @@ from polar_billing.errors import BudgetError
 from polar_billing.values.money import CURRENCIES, STORED_SCALE, from_scaled, plain, to_scaled
 from polar_billing.values.periods import Window, load_zone
 from polar_sdk.errors import did_you_mean, nearest
+from polar_sdk.reading import Unreadable, parse_decimal, shown
+from polar_sdk.usage import flaw_of_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,7 +72,6 @@ class Budget:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "tenant": self.tenant.strip() if isinstance(self.tenant, str) else self.tenant,  # as on usage records
             "limit": _limit(self.limit),
             "level": _one_of(Level, "level", self.level),
             "window": _one_of(Window, "window", self.window),
@@ -95,6 +96,16 @@ class Budget:
         if self.name is None:
             raise BudgetError(f"a budget of the level {self.level} has no name.", hint=f"Name the {self.level}.")
         _check_name(self.level, self.name)
+
+    def check_names(self) -> None:
+        """Check what no request can be named, as requests do. Ledgers may hold older budgets with such names.
+
+        Raises:
+            BudgetError: A name begins or ends with white space or contains a control character.
+        """
+        for what, name in (("tenant", self.tenant), (self.level, self.name or "")):
+            if (flaw := flaw_of_name(name)) is not None:
+                raise BudgetError(f"{what} {name[:40]!r} {flaw}.", hint="Remove it.")
 
     @property
     def decimals(self) -> int:
@@ -141,11 +152,11 @@ def to_count(amount: int, decimals: int) -> int:
 
 def _limit(value: object) -> Decimal:
     if isinstance(value, (bool, float)) or not isinstance(value, (Decimal, int, str)):
-        raise BudgetError(f"limit {value!r} is not a decimal number.", hint='Write it as text, like "12.50".')
+        raise BudgetError(f"limit {shown(value)} is not a decimal number.", hint='Write it as text, like "12.50".')
     try:
-        limit = Decimal(value)
-    except InvalidOperation:
-        raise BudgetError(f"limit {value!r} is not a number.", hint='Write it like "12.50".') from None
+        limit = parse_decimal(value)
+    except Unreadable as error:
+        raise BudgetError(f"limit {error}.", hint='Write it like "12.50".') from None
     if not limit.is_finite():
         raise BudgetError(f"limit {value} is not finite.", hint="Close the budget to lift its limit.")
     if limit < 0:
