@@ -1,10 +1,10 @@
-"""Speed and memory of the engine beside Hugging Face `generate` and llama.cpp, and beside itself at full depth.
+"""Speed and memory of the engine compared with Hugging Face `generate`, llama.cpp, and itself at full depth.
 
     python -m benchmarks.engine [--model NAME] [--gguf FILE] [--device cuda] [--rounds 5] [--only decode,prefill]
 
-All systems run in turn, round by round, so that a slow moment of the machine meets all of them; a ratio is the median
+All systems run in turn, round by round, so that a slow moment of the machine affects all of them; a ratio is the median
 over the rounds. Prompts are new in every round, so that no prefix cache helps. Prints a Markdown table and writes the
-figures to `--results`. llama.cpp needs `pip install --group bench`; without it, or off the CPU, it is left out.
+figures to `--results`. llama.cpp needs `pip install --group bench`; without it, or on a GPU, it is left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from polar_sdk.request.generation import Generation
 
 SPIN = "600"
-"""Turns that a waiting OpenMP thread makes before it sleeps (GOMP_SPINCOUNT); `benchmarks/LOG.md` says why 600."""
+"""Spins of a waiting OpenMP thread before it sleeps (GOMP_SPINCOUNT); `benchmarks/LOG.md` says why 600."""
 NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
 
@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
 
 
 class Bench:
-    """The systems, loaded when first asked for, and prompts without end."""
+    """The systems, loaded on first use, and an endless supply of prompts."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -105,7 +105,7 @@ class Bench:
         return [f" {word}" for word in words.split() if len(self.model("bf16").encode(f" {word}")) == 1]
 
     def prompt(self, tokens: int) -> str:
-        """A text of that many tokens that has not been used before."""
+        """A new text of that many tokens."""
         return "".join(self._random.choices(self._words, k=tokens))
 
     def ids(self, prompt: str) -> list[int]:
@@ -119,13 +119,13 @@ class Bench:
         return timed(lambda: model.generate(prompt, template="raw", max_tokens=new, program=chosen))
 
     def alternate(self, *runs: Callable[[], float]) -> list[list[float]]:
-        """What each run returns, round by round, after one round to warm up; nobody's threads are left from before."""
+        """What each run returns, round by round, after one round to warm up; no threads are left over between runs."""
         results: list[list[float]] = [[] for _ in runs]
-        for number in range(self.args.rounds + 1):
+        for round_index in range(self.args.rounds + 1):
             for result, run in zip(results, runs, strict=True):
                 _rest()
                 value = run()
-                if number:
+                if round_index:
                     result.append(value)
         return results
 
@@ -147,7 +147,7 @@ def _fetch_gguf(model: str | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Peer:
-    """What ours is compared with, and the ratio that is the goal."""
+    """What the engine is compared with, and the ratio that is the goal."""
 
     name: str
     goal: float | None = None
@@ -176,7 +176,7 @@ def _record(
         goal=peer.goal,
         note=note or None,
     )
-    cells = [f"{statistics.median(one):.3g} ({min(one):.3g} to {max(one):.3g}) {unit}" for one in results]
+    cells = [f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g}) {unit}" for values in results]
     print(f"| {name}; {peer.name} | {cells[0]} | {cells[1]} | **{ratio:.2f}** |", flush=True)
     return ratio
 
@@ -229,7 +229,7 @@ def prefill(bench: Bench) -> None:
 
 
 def lean_program(bench: Bench) -> None:
-    """Does a program with fewer FLOPs take as much less time?"""
+    """Does a program with fewer FLOPs take proportionally less time?"""
     model = bench.model("bf16")
     identity, lean = Program.identity(model.depth), _programs(model, 1, LEAN, PREFILL, 1)[0]
     for name, prompt, new in (("prefill", PREFILL, 1), ("decode", 40, NEW)):
@@ -255,14 +255,14 @@ def _programs(model: PolarModel, count: int, share: float, prompt: int, output: 
     """Random programs of about that share of identity's FLOPs, all different, without repeated layers."""
     chooser = random.Random(1)
     full = model.cost(prompt=prompt, output=output).total
-    found: list[Program] = []
-    while len(found) < count:
+    programs: list[Program] = []
+    while len(programs) < count:
         layers = list(range(model.depth))
         while model.cost(_program(layers), prompt=prompt, output=output).total > share * full:
             layers.remove(chooser.choice(layers[2:-1]))
-        if (program := _program(layers)) not in found:
-            found.append(program)
-    return found
+        if (program := _program(layers)) not in programs:
+            programs.append(program)
+    return programs
 
 
 def _program(layers: Sequence[int]) -> Program:
@@ -278,7 +278,7 @@ def mixed_programs(bench: Bench) -> None:
         prompts = [bench.prompt(48 + 2 * row) for row in range(ROWS)]
         begin = time.perf_counter()
         answers = model.generate_batch(
-            prompts, each=[{"program": one} for one in programs], template="raw", max_tokens=ROW_NEW
+            prompts, each=[{"program": program} for program in programs], template="raw", max_tokens=ROW_NEW
         )
         return _new_tokens(answers) / (time.perf_counter() - begin)
 
@@ -287,7 +287,7 @@ def mixed_programs(bench: Bench) -> None:
 
 
 def _new_tokens(answers: Sequence[Generation]) -> int:
-    return sum(len(one.token_ids) for one in answers)
+    return sum(len(answer.token_ids) for answer in answers)
 
 
 def concurrent(bench: Bench) -> None:
@@ -318,15 +318,15 @@ def scoring(bench: Bench) -> None:
     identity = Program.identity(model.depth)
 
     def questions() -> list[tuple[list[int], list[list[int]]]]:
-        sizes = [(36 + number % 9, 3 + number % 5) for number in range(QUESTIONS)]
+        sizes = [(36 + index % 9, 3 + index % 5) for index in range(QUESTIONS)]
         return [
             (bench.ids(bench.prompt(prompt)), [bench.ids(bench.prompt(choice)) for _ in range(4)])
             for prompt, choice in sizes
         ]
 
     def ours() -> float:
-        asked = [Question(tuple(prompt), tuple(map(tuple, choices))) for prompt, choices in questions()]
-        return QUESTIONS / apart(lambda: timed(lambda: score_questions(model.loaded.decoder, asked, identity)))
+        batch = [Question(tuple(prompt), tuple(map(tuple, choices))) for prompt, choices in questions()]
+        return QUESTIONS / apart(lambda: timed(lambda: score_questions(model.loaded.decoder, batch, identity)))
 
     def hugging_face() -> float:
         return QUESTIONS / bench.hugging_face.score(questions())
@@ -337,7 +337,7 @@ def scoring(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    """In a process of its own, since a peak never comes down again; it writes a file of its own."""
+    """In a process of its own, since a peak never falls again; it writes its own file."""
     folder, model = str(bench.recorder.folder), bench.args.model
     command = [sys.executable, "-m", "benchmarks.memory", "--device", bench.device, "--results", folder]
     ended = subprocess.run(

@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory [--model NAME] [--precision bf16]
 
-Prints a row of a Markdown table and writes the figures to `--results`: by how much resident memory grew after the
-imports, beside the weights and the keys and values of 4,096 tokens. `benchmarks/engine.py` runs it as a process of its
-own, since a peak never comes down again.
+Prints a row of a Markdown table and writes the figures to `--results`: how much resident memory grew after the imports,
+compared with the weights and the keys and values of 4,096 tokens. `benchmarks/engine.py` runs it as a process of its
+own, since a peak never falls again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-import transformers.modeling_utils  # noqa: F401  (what loading will import is no growth)
+import transformers.modeling_utils  # noqa: F401  (what loading imports does not count as growth)
 
 from benchmarks.peers import apart
 from benchmarks.results import RESULTS, Recorder
@@ -45,7 +45,7 @@ def main() -> None:
     model.generate_batch(prompts, template="raw", max_tokens=NEW, program=Program.identity(model.depth))
     decoder = model.loaded.decoder
     tensors = _tensors([decoder.start, *decoder.layers, decoder.ends])
-    weights = sum({one.data_ptr(): one.nbytes for one in tensors}.values())
+    weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
     kept = ROWS * TOKENS * model.depth * decoder.pool.page_bytes // 64
     peak = _peak()
     grown = recorder.add(
@@ -59,8 +59,8 @@ def main() -> None:
         better="lower",
         note=f"peak {peak / MIB:.0f} MiB, after imports {before / MIB:.0f} MiB, weights {weights / MIB:.0f} MiB",
     )
-    least = f"{grown.peer_value:.0f} MiB (weights {weights / MIB:.0f})"
-    print(f"| memory, {grown.name}; {grown.peer} | {grown.value:.0f} MiB | {least} | **{grown.ratio:.2f}** |")
+    minimum = f"{grown.peer_value:.0f} MiB (weights {weights / MIB:.0f})"
+    print(f"| memory, {grown.name}; {grown.peer} | {grown.value:.0f} MiB | {minimum} | **{grown.ratio:.2f}** |")
 
 
 def _arguments() -> argparse.Namespace:
@@ -72,16 +72,16 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _tensors(found: Any) -> Iterator[torch.Tensor]:
-    if isinstance(found, torch.Tensor):
-        yield found
-    elif isinstance(found, dict | list | tuple):
-        for one in found.values() if isinstance(found, dict) else found:
-            yield from _tensors(one)
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _peak() -> int:
-    """Most resident memory of this process; `getrusage` alone may show the parent's, from before the start."""
+    """Peak resident memory of this process; `getrusage` alone may show the parent's, from before the start."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

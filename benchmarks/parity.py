@@ -1,9 +1,9 @@
-"""How far each family is from the untouched Hugging Face model. Prints a Markdown table, and writes it to `--results`.
+"""How far each family is from the untouched Hugging Face model. Prints a Markdown table and writes it to `--results`.
 
     python -m benchmarks.parity [--seeds 10]
 
-Tiny random models in float32, the same that the tests use (`tests/sdk`), and the same comparisons; a number is the
-largest difference of a logit over the largest logit. The tests allow 1e-5.
+Uses the tiny random models in float32 and the comparisons of the tests (`tests/sdk`); a number is the largest
+difference of a logit divided by the largest logit. The tests allow 1e-5.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ def _decoding(tests: dict[str, Any], model: Any, seeds: int, *, same: bool) -> f
 
 
 def _flops(tests: dict[str, Any], model: Any) -> int:
-    """FLOPs metered too many or too few for a ragged batch of different programs, prefill and one decode step."""
+    """Error of the metered FLOPs for a ragged batch of different programs: prefill and one decode step."""
     decoder = build_decoder(model)
     rows = [Row(decoder, Program.parse(text)) for text in tests["PROGRAMS"]]
     with FlopCounterMode(display=False) as counter:
-        next_logits(decoder, rows, [[3] * (5 + 4 * number) for number in range(len(rows))])
+        next_logits(decoder, rows, [[3] * (5 + 4 * index) for index in range(len(rows))])
         next_logits(decoder, rows, [[4]] * len(rows))
     return abs(int(sum(row.work.flops().total for row in rows) - counter.get_total_flops()))
 

@@ -1,8 +1,8 @@
-"""What the engine is measured against: Hugging Face `generate` and llama.cpp, behind the few calls that are timed.
+"""What the engine is measured against: Hugging Face `generate` and llama.cpp, wrapped in the few calls that are timed.
 
-Every call runs in a thread of its own that ends with it. OpenMP keeps a pool of threads per calling thread, and once
-the pools together have more threads than the machine has cores, all of them sleep at every wait: two systems that are
-merely loaded in one process would halve each other's speed. Knows nothing of programs or of PoLar.
+Every call runs in a thread that ends with it. OpenMP keeps a pool of threads per calling thread, and once the pools
+together have more threads than the machine has cores, all of them sleep at every wait: two systems that are merely
+loaded in one process would halve each other's speed. Knows nothing of programs or PoLar.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-__all__ = ["HuggingFace", "LlamaCpp", "apart", "timed"]
-
 T = TypeVar("T")
 
 
 def apart(run: Callable[[], T]) -> T:
-    """Run something in a thread that ends with it, so that its pool of OpenMP threads ends too."""
+    """Run a function in a thread that ends with it, so that its pool of OpenMP threads ends too."""
     results: list[T] = []
     thread = threading.Thread(target=lambda: results.append(run()))
     thread.start()
     thread.join()
     if not results:
-        raise RuntimeError("the measured code failed; its traceback stands above")
+        raise RuntimeError("the measured code failed; see the traceback above")
     return results[0]
 
 
@@ -51,7 +49,7 @@ class HuggingFace:
         self._device = device
 
     def generate(self, prompts: Sequence[Sequence[int]], new: int) -> float:
-        """Seconds to answer prompts as one batch, padded on the left, with so many tokens each."""
+        """Seconds to answer prompts as one batch, padded on the left, with `new` tokens each."""
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self._device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -59,7 +57,7 @@ class HuggingFace:
         return apart(lambda: timed(lambda: self._model.generate(ids, attention_mask=mask.to(self._device), **options)))
 
     def score(self, questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> float:
-        """Seconds to score every choice with a forward pass of its own, all padded to the longest."""
+        """Seconds to score every choice in its own forward pass, all padded to the longest."""
         longest = max(len(prompt) + len(choice) for prompt, choices in questions for choice in choices)
         return apart(lambda: timed(lambda: self._score(questions, longest)))
 
@@ -84,7 +82,7 @@ class LlamaCpp:
         self._model: Any = Llama(str(gguf), n_threads=threads, n_threads_batch=threads, n_ctx=2048, verbose=False)
 
     def generate(self, prompt: Sequence[int], new: int) -> float:
-        """Seconds to answer one prompt with so many tokens."""
+        """Seconds to answer one prompt with `new` tokens."""
         return apart(lambda: timed(lambda: self._run(prompt, new)))
 
     def _run(self, prompt: Sequence[int], new: int) -> None:

@@ -1,6 +1,6 @@
 """From a few metered requests to a bill: usage by tenant and tier, other prices, and a page to print.
 
-Run it with `python examples/billing_report.py [FOLDER]`. The ledger is made in that folder, or in a temporary
+Run it with `python examples/billing_report.py [FOLDER]`. The ledger is created in that folder, or in a temporary
 one; yours is not touched.
 """
 

@@ -74,11 +74,11 @@ def main() -> None:
     for tenant, question in QUESTIONS:
         with instrument_tags({"tenant": tenant, "app": "handbook"}):
             response: Any = engine.query(question)
-        found = response.source_nodes[0]
+        source = response.source_nodes[0]
         usage = sink.records[-1]
         print(question)
         print(f"  {str(response).strip()}")
-        print(f"  from: {found.text.partition('.')[0]} (similarity {found.score:.2f})")
+        print(f"  from: {source.text.partition('.')[0]} (similarity {source.score:.2f})")
         print(
             f"  tenant {usage.tenant} · {usage.tokens.input}+{usage.tokens.output} tokens · "
             f"program {usage.program} · {usage.compute_units:.4f} CU\n"

@@ -9,10 +9,10 @@ PolarError
 │   ├── ToleranceError                    `compute=` is a tolerance that the router cannot promise
 │   ├── TagError                          a tag or tenant that cannot be stored
 │   ├── LogitsHookError                   a logits hook that returns no usable logits
-│   └── CacheMemoryError (MemoryError)    its keys and values do not fit the memory set aside for them
+│   └── CacheMemoryError (MemoryError)    its keys and values do not fit the memory reserved for them
 ├── RequestTimeoutError (TimeoutError)    the request ran longer than its `timeout`; retryable
 ├── BudgetExceededError                   a budget has no room for the request; exit code 3
-├── QueueFullError                        too many requests wait already; retryable
+├── QueueFullError                        too many requests are waiting; retryable
 ├── ProgramError (ValueError)             a program that cannot or may not run
 │   ├── ProgramSyntaxError                the text form does not parse
 │   ├── ProgramDepthError                 a layer the model does not have
@@ -21,16 +21,16 @@ PolarError
 │   ├── MissingBridgeError                crosses layers by a bridge that the model does not have
 │   ├── CostCeilingError                  costs more than the policy's ceiling
 │   └── ExportError                       no plain model computes what it computes
-├── PolicyError (ValueError)              a policy file that is wrong or belongs to another model
+├── PolicyError (ValueError)              a policy file that is malformed or belongs to another model
 ├── RouterError (ValueError)              a router that cannot serve here
 │   ├── RouterModelError                  it was trained for another model
-│   ├── RouterDamagedError                a file of it is missing, altered or malformed
-│   └── CertificateError                  its promise was made for something else than what would run
+│   ├── RouterDamagedError                one of its files is missing, altered or malformed
+│   └── CertificateError                  its promise does not cover what would run
 ├── BridgeError (ValueError)              bridges that cannot be fitted or used here
 │   ├── BridgeModelError                  they were fitted for another model
-│   └── BridgeDamagedError                a file of them is missing, altered or malformed
+│   └── BridgeDamagedError                one of their files is missing, altered or malformed
 ├── DataError (ValueError)                a calibration file that is missing, empty or malformed
-│   └── CalibrationSizeError              too few prompts for the promise that was asked for
+│   └── CalibrationSizeError              too few prompts for the requested promise
 ├── ModelError                            the model cannot be loaded or run
 │   ├── ModelNotFoundError (FileNotFoundError)
 │   ├── ModelFetchError (ConnectionError)     retryable
@@ -38,16 +38,15 @@ PolarError
 │   ├── UnsupportedArchitectureError
 │   ├── DeviceError                       device, dtype or precision not available here
 │   └── CompileError                      layers cannot be compiled here
-├── FolderError (OSError)                 a model folder cannot be written: no room, no permission
-│   └── FolderExistsError (FileExistsError)  something lies there already
+├── FolderError (OSError)                 a model folder cannot be written: no space, no permission
+│   └── FolderExistsError (FileExistsError)  something is stored there already
 ├── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
 │   └── SinkNotFoundError
 └── MissingExtraError (ImportError)       an optional dependency is not installed
 
-This module knows nothing of torch, of frameworks or of money. A message names the value, the limit and the
-fix on one line; `hint` repeats the fix alone for programs that show it apart.
-
-The nearest of the names that would have been right, for the message of an error. Knows no names itself.
+A message names the value, the limit and the fix on one line; `hint` repeats the fix alone, for programs that show it
+apart. Where a name is unknown, `did_you_mean` says which one may have been meant. Knows nothing of torch, of frameworks
+or of money.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class PolarError(Exception):
     """Base of every PoLar error.
 
     Attributes:
-        hint: What the user can do about it, or None where the message says all.
+        hint: What the user can do about it, or None where the message says everything.
         retryable: True where the same call may succeed later without a change.
         exit_code: What the command `polar` exits with: 2 for the caller's mistake, 3 over a budget, 1 otherwise.
     """
@@ -94,7 +93,7 @@ class ContextWindowError(InvalidRequestError):
 
 
 class SamplingError(InvalidRequestError):
-    """A sampling setting lies outside its range."""
+    """A sampling setting is outside its range."""
 
 
 class UnknownTierError(InvalidRequestError):
@@ -114,11 +113,11 @@ class LogitsHookError(InvalidRequestError):
 
 
 class CacheMemoryError(InvalidRequestError, MemoryError):
-    """Keys and values of a request do not fit the memory set aside for them."""
+    """Keys and values of a request do not fit the memory reserved for them."""
 
 
 class QueueFullError(PolarError):
-    """Too many requests wait already; try again when some are done."""
+    """Too many requests are waiting; try again when some are done."""
 
     retryable = True
 
@@ -127,8 +126,8 @@ class RequestTimeoutError(PolarError, TimeoutError):
     """A request was stopped because it ran longer than its `timeout`.
 
     Attributes:
-        usage: The record of the stopped request, exact to the last executed layer; in a batch, of the first row that
-            was stopped (the sink has one of every row).
+        usage: The record of the stopped request, exact to the last executed layer; in a batch, that of the first row
+            that was stopped (the sink has the record of every row).
     """
 
     retryable = True
@@ -139,11 +138,11 @@ class RequestTimeoutError(PolarError, TimeoutError):
 
 
 class BudgetExceededError(PolarError):
-    """A request was refused before it computed anything, because a budget has no room for it.
+    """A request was refused before any compute, because a budget has no room for it.
 
     Attributes:
         level: Whose budget it is: tenant, project, user or key.
-        name: Of the project, user or key; of the tenant itself on its own level.
+        name: Name of the project, user or key; on the tenant's own level, of the tenant.
         limit: The budget, exact decimal as text. Unit: `unit`.
         remaining: What is neither spent nor held, exact decimal as text; negative where more was spent. Unit: `unit`.
         needed: What the cheapest offer could have used at most, exact decimal as text. Unit: `unit`.
@@ -203,7 +202,7 @@ class CostCeilingError(ProgramError):
 
 
 class ExportError(ProgramError):
-    """No plain model computes what the program computes, or the model's weights are not at hand."""
+    """No plain model computes what the program computes, or the model's weights are not available."""
 
 
 class PolicyError(PolarError, ValueError):
@@ -219,7 +218,7 @@ class DataError(PolarError, ValueError):
 
 
 class CalibrationSizeError(DataError):
-    """Too few calibration prompts for the promise that was asked for."""
+    """Too few calibration prompts for the requested promise."""
 
 
 class RouterError(PolarError, ValueError):
@@ -233,11 +232,11 @@ class RouterModelError(RouterError):
 
 
 class RouterDamagedError(RouterError):
-    """A file of the router is missing, altered or malformed."""
+    """One of the router's files is missing, altered or malformed."""
 
 
 class CertificateError(RouterError):
-    """The router's promise was made for something else than what would run."""
+    """The router's promise does not cover what would run."""
 
 
 class BridgeError(PolarError, ValueError):
@@ -251,7 +250,7 @@ class BridgeModelError(BridgeError):
 
 
 class BridgeDamagedError(BridgeError):
-    """A file of the bridges is missing, altered or malformed."""
+    """One of the bridges' files is missing, altered or malformed."""
 
 
 class ModelError(PolarError):
@@ -259,7 +258,7 @@ class ModelError(PolarError):
 
 
 class ModelNotFoundError(ModelError, FileNotFoundError):
-    """No model under that alias, hub id, folder or file."""
+    """There is no model of that alias, hub id, folder or file."""
 
     exit_code = 2
 
@@ -281,7 +280,7 @@ class UnsupportedArchitectureError(ModelError):
 
 
 class DeviceError(ModelError):
-    """The device, dtype or precision asked for is not available here."""
+    """The requested device, dtype or precision is not available here."""
 
     exit_code = 2
 
@@ -295,7 +294,7 @@ class FolderError(PolarError, OSError):
 
 
 class FolderExistsError(FolderError, FileExistsError):
-    """Something lies already where a model folder is to be written."""
+    """Something is stored already where a model folder is to be written."""
 
     exit_code = 2
 
@@ -305,7 +304,7 @@ class SinkError(PolarError, OSError):
 
 
 class SinkNotFoundError(SinkError):
-    """No meter is installed for the ledger that was asked for."""
+    """No meter is installed for the requested ledger."""
 
 
 class MissingExtraError(PolarError, ImportError):
@@ -315,19 +314,19 @@ class MissingExtraError(PolarError, ImportError):
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known name most like `name`, or None where none is like it.
+    """The known name most similar to `name`, or None where none is similar.
 
     Args:
-        name: What was given.
-        known: What would have been right.
-        cutoff: Least likeness, from 0 (anything) to 1 (equal).
+        name: The unknown name.
+        known: The names that are valid.
+        cutoff: Minimum similarity, from 0 (anything) to 1 (equal).
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return close[0] if close else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """End of a message about an unknown name: the nearest known one, or else all of them."""
+    """How a message about an unknown name ends: with the nearest known one, or else with all of them."""
     names = sorted(known)
     near = nearest(name, names)
-    return f"did you mean {near!r}?" if near else f"known are: {', '.join(names)}."
+    return f"did you mean {near!r}?" if near else f"choose from: {', '.join(names)}."

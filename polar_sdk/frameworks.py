@@ -1,6 +1,6 @@
-"""Settings of a model object that loads on first use: what the model classes of frameworks are built upon.
+"""What the model classes of frameworks share: settings of a model that loads on first use, and the cost of an answer.
 
-Frameworks make such objects freely, so that constructing one loads nothing and imports no torch; weights come from the
+Frameworks construct model objects freely, so constructing one loads nothing and imports no torch; weights come from the
 engine's process-wide cache. Knows no framework.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from polar_sdk.errors import did_you_mean
 from polar_sdk.models.aliases import DEFAULT_ALIAS, MODEL_VARIABLE
-from polar_sdk.models.load import LoadOptions
+from polar_sdk.models.load import Compile, LoadOptions
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
 from polar_sdk.router.base import Router
@@ -23,7 +23,7 @@ from polar_sdk.sinks import AUTO_LEDGER
 from polar_sdk.usage import UsageSink
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from polar_sdk import PolarModel as Engine
     from polar_sdk.usage import Receipt, UsageRecord
@@ -32,15 +32,15 @@ else:
 
 
 CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
-"""Options of a call that say who asks; they change no answer."""
-_ANSWERING: Final = ("compute", "program", "temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "timeout")
-"""Settings that the engine takes as options by the same name."""
-_WHOSE: Final = ("policy", "router", "ledger", "sink")
-_ENGINE_SETTINGS: Final = (*LoadOptions.__annotations__, *_WHOSE)
-"""What `engine=` brings along, besides the model."""
-_FOR_TOOLS: Final = ("tools", "tool_choice", "functions", "response_format")
+"""Options of a call that say who asks; they do not change the answer."""
+_PER_CALL: Final = ("compute", "program", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "timeout")
+"""Settings that are options of the engine by the same name."""
+_OBJECT_SETTINGS: Final = ("policy", "router", "ledger", "sink")
+_ENGINE_SETTINGS: Final = (*LoadOptions.__annotations__, *_OBJECT_SETTINGS)
+"""What belongs to `engine=`, besides the model."""
+_TOOL_OPTIONS: Final = ("tools", "tool_choice", "functions", "response_format")
 _loading = threading.RLock()
-"""Held while an engine is made, so that threads that start together load once."""
+"""Held while an engine is loaded, so that threads that start together load it once."""
 
 
 class ModelSettings(BaseModel):
@@ -50,31 +50,29 @@ class ModelSettings(BaseModel):
 
     model: str | None = None
     """Alias, hub id, folder or `.gguf` file; None = `POLAR_MODEL`, or else the default model."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
     compute: str | float | None = None
     """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05; None =
     the default tier. Per call."""
     program: Program | str | None = None
-    """A program by hand, e.g. `0-11 18-29`; wins over `compute`. Per call."""
+    """A program by hand, e.g. `0-11 18-29`; overrides `compute`. Per call."""
     temperature: float = 0.0
     """0 = greedy. Per call."""
     top_p: float = 1.0
-    """Share of probability sampled from. Per call."""
+    """Sample from the likeliest tokens up to this total probability. Per call."""
     top_k: int = 0
-    """Number of tokens sampled from; 0 = all. Per call."""
+    """Sample from this number of likeliest tokens; 0 = all. Per call."""
     max_tokens: int | None = None
-    """Most tokens of the answer; None = 256, or what the context window leaves. Per call."""
+    """Max tokens of the answer; None = 256, or what the context window leaves. Per call."""
     stop: list[str] = Field(default_factory=list)
-    """Texts that end the answer and are no part of it. Per call."""
+    """Texts that end the answer and are not part of it. Per call."""
     seed: int | None = None
     """Makes sampling repeatable. Per call."""
     timeout: float | None = None
-    """Longest time of one answer; then it stops and raises `RequestTimeoutError`. Unit: seconds. Per call."""
+    """Max time of one answer; then it stops and raises `RequestTimeoutError`. Unit: seconds. Per call."""
     tenant: str = "default"
-    """Who is charged. Per call."""
+    """Who is billed. Per call."""
     usage_tags: dict[str, str] = Field(default_factory=dict)
-    """Tags on usage records; those of a call are laid over them. Per call."""
+    """Tags on usage records; those of a call override them. Per call."""
     ledger: str | None = AUTO_LEDGER
     """`"auto"`, a ledger URL, or None to meter nothing."""
     sink: UsageSink | None = Field(default=None, exclude=True, repr=False)
@@ -83,26 +81,23 @@ class ModelSettings(BaseModel):
     """Policy or policy file; None = the one shipped for the model."""
     router: Router | str | Path | None = None
     """Router, or the folder of one; None = the one shipped for the model, where its certificate holds here."""
+    # How the weights are loaded: `polar_sdk.models.load.LoadOptions` says what each field means.
+    revision: str | None = None
     device: str = "auto"
-    """`auto`, or a torch device such as `cpu` or `cuda:1`."""
     device_map: str | dict[str, Any] | None = None
-    """Whole layers on several devices, in the place of `device`: `auto`, or `{"0-14": "cuda:0", "15-29": "cuda:1"}`."""
     precision: str = "auto"
-    """`auto`, `bf16`, `fp16`, `fp32`, `int8` or `int4`."""
-    compile: bool | Literal["auto"] = "auto"
-    """True compiles layers that are not compiled yet; `auto` runs compiled ones where they are on disk; False never."""
+    compile: Compile = "auto"
     kv_memory: int | None = None
-    """Most bytes for keys and values of all requests together; None = half of the memory that is free."""
     engine: Engine | None = Field(default=None, exclude=True, repr=False)
-    """A `PolarModel` at hand, used as it is: one that you have set up, or `polar_sdk.testing.tiny_model()`."""
+    """A `PolarModel` to use as it is: one that you have set up, or `polar_sdk.testing.tiny_model()`."""
 
     _engines: dict[str | None, Engine] = PrivateAttr(default_factory=dict)
     """Engines by the model's name; copies of the object share them."""
 
-    per_call: ClassVar[frozenset[str]] = frozenset(_ANSWERING)
-    """Settings that a call may change; who asks is told by `CALLER_OPTIONS`."""
+    per_call: ClassVar[frozenset[str]] = frozenset(_PER_CALL)
+    """Settings that a call may change; `CALLER_OPTIONS` say who asks."""
     dropped: ClassVar[frozenset[str]] = frozenset()
-    """Options of a call that mean nothing here and are taken all the same."""
+    """Options of a call that are accepted and have no effect."""
 
     @model_validator(mode="before")
     @classmethod
@@ -118,12 +113,12 @@ class ModelSettings(BaseModel):
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _one_stop_as_list(cls, value: Any) -> Any:
+    def _single_stop_as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else list(value or ())
 
     @field_validator("engine")
     @classmethod
-    def _engine_is_one(cls, value: Any) -> Any:
+    def _check_engine(cls, value: Any) -> Any:
         if value is not None:
             from polar_sdk import PolarModel
 
@@ -141,7 +136,7 @@ class ModelSettings(BaseModel):
         if self.model not in (None, self.engine.name):
             clash.append("model")
         if clash:
-            raise ValueError(f"engine= brings its own {clash[0]}: pass {clash[0]}= to the PolarModel instead.")
+            raise ValueError(f"engine= has its own {clash[0]}: pass {clash[0]}= to the PolarModel instead.")
         return self
 
     @property
@@ -153,7 +148,7 @@ class ModelSettings(BaseModel):
 
     @property
     def _own_tenant(self) -> str | None:
-        """The object's tenant; None = leave it to the tenant of the engine at hand."""
+        """The object's tenant; None = that of the given engine."""
         return self.tenant if self.engine is None or self.tenant != "default" else None
 
     def _engine(self) -> Engine:
@@ -183,28 +178,28 @@ class ModelSettings(BaseModel):
         """A copy with the options of one call as its settings.
 
         Raises:
-            TypeError: An option that does not exist, with the nearest that does.
+            TypeError: An option does not exist; the message names the nearest that does.
         """
         _refuse_unknown(options, {*self.per_call, *CALLER_OPTIONS, *self.dropped}, f"a call of {type(self).__name__}")
         update = {name: value for name, value in options.items() if name in self.per_call}
         if update.get("compute") is not None:
-            update.setdefault("program", None)  # a program of the object must not outvote the tier of the call
+            update.setdefault("program", None)  # a program of the object must not override the tier of the call
         if isinstance(update.get("model"), Path):
             update["model"] = str(update["model"].absolute())
         return self.model_copy(update=update) if update else self
 
-    def _answering(self) -> dict[str, Any]:
-        """Engine options that say how to answer."""
-        return {name: getattr(self, name) for name in _ANSWERING}
+    def _answer_options(self) -> dict[str, Any]:
+        """Engine options that determine the answer."""
+        return {name: getattr(self, name) for name in _PER_CALL}
 
 
-def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], whose: str) -> None:
-    for name in given:
+def _refuse_unknown(names: Iterable[str], known: Collection[str], owner: str) -> None:
+    for name in names:
         if name in known:
             continue
-        if name in _FOR_TOOLS:
-            raise NotImplementedError(f"{name}= is not supported: this model writes text alone.")
-        raise TypeError(f"{name!r} is no setting of {whose}; {did_you_mean(name, known)}")
+        if name in _TOOL_OPTIONS:
+            raise NotImplementedError(f"{name}= is not supported: this model only writes text.")
+        raise TypeError(f"{owner} has no setting {name!r}; {did_you_mean(name, known)}")
 
 
 def cost_facts(record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:

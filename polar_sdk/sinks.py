@@ -50,7 +50,7 @@ def find_sink(ledger: str | None = AUTO_LEDGER, sink: UsageSink | None = None) -
         return NullSink()
     raise SinkNotFoundError(
         f"ledger {url!r} cannot be written: no meter is installed.",
-        hint="Install the extra `billing` of polar-llm, in a clone: `pip install '.[billing]'`, or pass ledger=None.",
+        hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`, or pass ledger=None.",
     )
 
 

@@ -1,6 +1,6 @@
 """What `PolarLLM` and `ChatPolar` share: LangChain's settings, options of a call, cache keys, cache hits.
 
-Settings and the engine behind them are `polar_sdk.frameworks`. Knows no messages and no callbacks.
+Settings and the engine that they load are `polar_sdk.frameworks`. Knows no messages and no callbacks.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 
 class PolarBase(ModelSettings):
-    """Settings of a PoLar model; those marked *per call* may also be passed to `invoke` and its kin.
+    """Settings of a PoLar model; those marked *per call* may also be passed to `invoke` and the like.
 
-    `model` is per call too. `stop=` of a call replaces the object's. `tenant` may also stand in a config's metadata;
+    `model` is per call too. `stop=` of a call replaces the object's. `tenant` may also be in a config's metadata;
     LangChain's own `tags` are for tracing, and are recorded beside `usage_tags`.
     """
 
     streaming: bool | None = None
     """True = `invoke` streams, so that callbacks see tokens; None = only `stream` does."""
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
-    """Ignored: the model runs here. Taken so that code written for a hosted model runs unchanged."""
+    """Ignored: the model runs here. Accepted so that code written for a hosted model runs unchanged."""
     max_retries: int | None = Field(default=None, exclude=True, repr=False)
-    """Ignored: no network lies between, so the same request would fail the same way."""
+    """Ignored: no network is involved, so the same request would fail the same way."""
 
     per_call: ClassVar[frozenset[str]] = ModelSettings.per_call - {"stop"} | {"model"}
-    """`stop` has its own way in."""
+    """`stop` is a parameter of its own."""
     dropped: ClassVar[frozenset[str]] = frozenset({"api_key", "max_retries", "stream"})
-    """`stream` has done its work in LangChain."""
+    """LangChain has acted on `stream` already."""
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -84,7 +84,7 @@ class PolarBase(ModelSettings):
             return super()._engine()
 
     def _call(self, options: Mapping[str, Any], stop: Sequence[str] | None, caller: Caller) -> Call:
-        """Make one call of the engine ready; loads it if need be."""
+        """Prepare one call of the engine; loads it if needed."""
         bound = self._with_options(options)
         return Call(bound._engine(), bound._engine_options(stop), self._caller(caller, options))
 
@@ -93,10 +93,10 @@ class PolarBase(ModelSettings):
         return await asyncio.to_thread(self._call, options, stop, caller)
 
     def _engine_options(self, stop: Sequence[str] | None) -> dict[str, Any]:
-        return self._answering() if stop is None else {**self._answering(), "stop": stop}
+        return self._answer_options() if stop is None else {**self._answer_options(), "stop": stop}
 
     def _caller(self, caller: Caller, options: Mapping[str, Any]) -> Caller:
-        """Call over config over object; under all of them lie the tenant and tags of an engine at hand."""
+        """The call overrides the config, which overrides the object, which overrides a given engine."""
         named = caller.with_call(options)
         return Caller(named.tenant or self._own_tenant, {**self.usage_tags, **named.tags}, named.request_id)
 
@@ -113,7 +113,7 @@ class PolarBase(ModelSettings):
 
 
 def _router_setting(router: Any) -> str | None:
-    """A router that was set, by version or folder; None = whichever comes with the model."""
+    """The configured router, by version or folder; None = whichever comes with the model."""
     return None if router is None else str(getattr(router, "version", router))
 
 

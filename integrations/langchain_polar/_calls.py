@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 _FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")
-"""Prefixes of metadata that frameworks add by themselves: run bookkeeping, of no use on a bill."""
+"""Prefixes of metadata that frameworks add themselves: run bookkeeping, of no use on a bill."""
 _FRAMEWORK_TAGS: Final = ("seq:step:", "map:key:", "branch:", "condition:", "graph:step:")
-_LONGEST: Final = 200
-"""Longest metadata value taken over; longer ones are payload, no labels. Unit: characters."""
+MAX_LABEL_LENGTH: Final = 200
+"""Longer metadata values are payload, not labels. Unit: characters."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who one request is for; what is None or empty is left to the model object."""
+    """Who one request is for; where a field is None or empty, the model object decides."""
 
     tenant: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -52,14 +52,14 @@ class Caller:
         The metadata key `tenant` is the tenant; other short scalar values become tags under their own key;
         LangChain's tags become one tag, `langchain_tags`, joined by commas.
         """
-        found = {key: str(value) for key, value in (metadata or {}).items() if _is_label(key, value)}
-        tenant = found.pop("tenant", None)
+        labels = {key: str(value) for key, value in (metadata or {}).items() if _is_label(key, value)}
+        tenant = labels.pop("tenant", None)
         if names := [tag for tag in tags or () if not tag.startswith(_FRAMEWORK_TAGS)]:
-            found["langchain_tags"] = ",".join(dict.fromkeys(names))
-        return cls(tenant, found, None if run_id is None else str(run_id))
+            labels["langchain_tags"] = ",".join(dict.fromkeys(names))
+        return cls(tenant, labels, None if run_id is None else str(run_id))
 
     def over(self, tenant: str, tags: Mapping[str, str]) -> Caller:
-        """This caller, where it names nothing with those of the engine."""
+        """This caller, with tenant and tags of the engine where it names none."""
         return Caller(self.tenant or tenant, {**tags, **self.tags}, self.request_id)
 
     def as_options(self) -> RequestOptions:
@@ -67,7 +67,7 @@ class Caller:
         return {"tenant": self.tenant, "tags": self.tags, "request_id": self.request_id}
 
     def with_call(self, options: Mapping[str, Any]) -> Caller:
-        """What the call itself named wins over what the config named."""
+        """This caller, overridden by what the call itself names."""
         return Caller(
             options.get("tenant") or self.tenant,
             {**self.tags, **(options.get("usage_tags") or {})},
@@ -78,7 +78,7 @@ class Caller:
 def _is_label(key: str, value: object) -> bool:
     if key.startswith(_FRAMEWORK_KEYS) or not isinstance(value, str | int | float | bool):
         return False
-    return len(str(value).strip()) > 0 and len(str(value)) <= _LONGEST
+    return len(str(value).strip()) > 0 and len(str(value)) <= MAX_LABEL_LENGTH
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,22 @@ class Call:
 
     engine: PolarModel
     options: Mapping[str, Any]
-    """Engine options that say how to answer."""
+    """Engine options that determine the answer."""
     caller: Caller
 
-    def one(self, prompt: Prompt) -> Generation:
+    def answer(self, prompt: Prompt) -> Generation:
         """Answer one prompt."""
         with langchain_errors():
-            return self.engine.generate(prompt, **self._single())
+            return self.engine.generate(prompt, **self._options())
 
-    async def aone(self, prompt: Prompt) -> Generation:
-        """As `one`, without blocking the event loop."""
+    async def aanswer(self, prompt: Prompt) -> Generation:
+        """As `answer`, without blocking the event loop."""
         with langchain_errors():
-            return await self.engine.agenerate(prompt, **self._single())
+            return await self.engine.agenerate(prompt, **self._options())
 
     def stream(self, prompt: Prompt) -> Iterator[Chunk]:
         """Chunks as they come; closing this iterator closes the engine's, which ends the request."""
-        with langchain_errors(), closing(self.engine.stream(prompt, **self._single())) as chunks:
+        with langchain_errors(), closing(self.engine.stream(prompt, **self._options())) as chunks:
             for chunk in chunks:
                 if chunk.text or chunk.generation is not None:
                     yield chunk
@@ -110,22 +110,22 @@ class Call:
     async def astream(self, prompt: Prompt) -> AsyncIterator[Chunk]:
         """As `stream`, without blocking the event loop."""
         with langchain_errors():
-            chunks = self.engine.astream(prompt, **self._single())
+            chunks = self.engine.astream(prompt, **self._options())
             async with aclosing(cast("AsyncGenerator[Chunk]", chunks)):
                 async for chunk in chunks:
                     if chunk.text or chunk.generation is not None:
                         yield chunk
 
-    def rows(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
+    def answer_batch(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
         """Answer several prompts, which decode together, each for its own caller."""
         with langchain_errors():
-            return self.engine.generate_batch(prompts, each=[one.as_options() for one in callers], **self.options)
+            return self.engine.generate_batch(prompts, each=[caller.as_options() for caller in callers], **self.options)
 
-    async def arows(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
-        """As `rows`, off the event loop; a cancelled task stops every row within one token."""
+    async def aanswer_batch(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
+        """As `answer_batch`, without blocking the event loop; a cancelled task stops every row within one token."""
         with langchain_errors():
-            each = [one.as_options() for one in callers]
+            each = [caller.as_options() for caller in callers]
             return await self.engine.agenerate_batch(prompts, each=each, **self.options)
 
-    def _single(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         return {**self.options, **self.caller.as_options()}

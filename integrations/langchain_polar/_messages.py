@@ -1,6 +1,6 @@
 """Between LangChain and the engine: messages to the roles of a chat template, answers to the metadata users look at.
 
-Text alone: a block that is neither text nor a trace of tool use is refused, never dropped in silence. Tokens go to
+Text only: a block that is neither text nor a trace of tool use is refused, never dropped in silence. Tokens go to
 `usage_metadata` as integers only, since a float there breaks LangChain's own usage counter; money and compute go to the
 response metadata. A hit in LangChain's cache becomes a usage record that says nothing was executed. Knows no model.
 """
@@ -40,8 +40,7 @@ _ROLES: Final = {
 _NOT_SPOKEN: Final = frozenset(
     {"reasoning", "thinking", "tool_call", "tool_use", "tool_call_chunk", "input_json_delta"}
 )
-"""Blocks of an earlier answer that are no part of its text; tool calls are read from
-`AIMessage.tool_calls`."""
+"""Blocks of an earlier answer that are not part of its text; tool calls are read from `AIMessage.tool_calls`."""
 _UNKNOWN: Final = "unknown"
 """Model or router of a cache entry that another program wrote."""
 
@@ -49,20 +48,21 @@ _UNKNOWN: Final = "unknown"
 def to_roles(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
     """Map messages to `{"role": …, "content": …}`, one for one.
 
-    A tool's result is told as a user's message that names the tool, since chat templates without tools know
-    three roles.
+    A tool's result becomes a user's message that names the tool, since chat templates without tools know three roles.
 
     Raises:
         InvalidRequestError: A role or a content block that this model cannot read.
     """
-    return [{"role": _role(message), "content": _content(message, at)} for at, message in enumerate(messages)]
+    return [
+        {"role": _role(message), "content": _content(message, position)} for position, message in enumerate(messages)
+    ]
 
 
 def _role(message: BaseMessage) -> str:
     name = message.role if isinstance(message, ChatMessage) else message.type.removesuffix("MessageChunk").lower()
     if name not in _ROLES:
         raise InvalidRequestError(
-            f"a message of role {name!r} has no place in a chat template.",
+            f"a message of role {name!r} cannot be put into a chat template.",
             hint="Use system, human (user), ai (assistant) or tool messages.",
         )
     return _ROLES[name]
@@ -94,8 +94,8 @@ def _block(block: str | dict[Any, Any], message: BaseMessage, position: int) -> 
         return ""
     raise InvalidRequestError(
         f"a content block of type {kind!r} in message {position + 1} ({message.type}) cannot be read: "
-        "this model takes text alone.",
-        hint="Put its content into words, or send it to a model that takes such input.",
+        "this model reads text only.",
+        hint="Put its content into words, or use a model that accepts such input.",
     )
 
 
@@ -123,8 +123,8 @@ def response_metadata(generation: Generation) -> dict[str, Any]:
 def totals(generations: Sequence[Generation]) -> dict[str, Any]:
     """Sums over the prompts of one call, for `LLMResult.llm_output`.
 
-    They all stand under `token_usage`, the one key that LangChain empties for every prompt but the first, so
-    that a callback that adds results up counts them once.
+    They are all under `token_usage`, the one key that LangChain empties for every prompt but the first, so that a
+    callback that adds up results counts them once.
     """
     records = [generation.usage for generation in generations]
     amounts = [(generation.receipt or {}).get("cost") for generation in generations]

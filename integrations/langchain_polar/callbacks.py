@@ -1,7 +1,7 @@
 """`get_polar_cost_callback`: what a block of LangChain calls cost, by model, tier, tag and tenant.
 
 Reads what PoLar models write into their results and nothing else. It sees what LangChain shows to callbacks:
-an answer broken off half-way, and one that `PolarLLM` took from a cache, never reach a callback. The ledger
+an interrupted answer, and one that `PolarLLM` took from a cache, never reach a callback. The ledger
 has both.
 """
 
@@ -84,7 +84,7 @@ class CostTotals:
 
 
 class PolarCostCallbackHandler(BaseCallbackHandler):
-    """Collects the bill of every answer that it is told of. Safe to share between threads."""
+    """Collects the bill of every answer that LangChain reports to it. Safe to share between threads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class PolarCostCallbackHandler(BaseCallbackHandler):
 
     @property
     def by_tier(self) -> dict[str, CostTotals]:
-        """Sums per tier; calls with a program by hand stand under `by hand`."""
+        """Sums per tier; calls with a program by hand are under `by hand`."""
         return _sums(self.calls, lambda call: [call.tier or "by hand"])
 
     @property
@@ -124,9 +124,10 @@ class PolarCostCallbackHandler(BaseCallbackHandler):
 
     def on_llm_end(self, response: LLMResult, **_: Any) -> None:
         """Take the bills from a result; results of other models hold none."""
-        found = [call for row in response.generations for one in row if (call := _bill(one)) is not None]
+        answers = [answer for row in response.generations for answer in row]
+        calls = [call for answer in answers if (call := _bill(answer)) is not None]
         with self._lock:
-            self._calls.extend(found)
+            self._calls.extend(calls)
 
     def __repr__(self) -> str:
         total = self.total
@@ -155,7 +156,7 @@ def _bill(generation: object) -> PolarCall | None:
     if not facts:
         return None
     amount = money.get("amount")
-    computed = facts["outcome"] != "cached"  # LangChain leaves the tokens of the original on a cached message
+    computed = facts["outcome"] != "cached"  # LangChain keeps the tokens of the original on a cached message
     return PolarCall(
         model=info.get("model_name") or "unknown",
         tier=facts["tier"],
@@ -174,7 +175,7 @@ def _bill(generation: object) -> PolarCall | None:
 
 
 _active: ContextVar[PolarCostCallbackHandler | None] = ContextVar("polar_cost_callback", default=None)
-register_configure_hook(_active, inheritable=True)  # once: LangChain keeps every hook that it is given
+register_configure_hook(_active, inheritable=True)  # once: LangChain keeps every hook that is registered
 
 
 @contextmanager

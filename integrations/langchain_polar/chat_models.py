@@ -1,7 +1,7 @@
 """`ChatPolar`: messages in, a message out, as LangChain's `BaseChatModel`.
 
-Tokens stand on `message.usage_metadata`; model, finish reason, cost and compute on
-`message.response_metadata`. On streams both stand on the last chunk alone, because LangChain adds chunks up.
+Tokens are in `message.usage_metadata`; model, finish reason, cost and compute in `message.response_metadata`. On
+streams only the last chunk has both, because LangChain adds chunks up.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ class ChatPolar(PolarBase, BaseChatModel):
         >>> message = ChatPolar(compute="economy").invoke("What is the capital of France?")  # doctest: +SKIP
         >>> message.response_metadata["polar"]["flops"], message.response_metadata["cost"]  # doctest: +SKIP
 
-    Text alone: it calls no tools and sees no images. `batch` runs its inputs in threads, as LangChain does;
-    rows that decode together are had with `PolarLLM`. An answer from LangChain's cache is recorded as
-    `outcome=cached` with 0 FLOPs, and its message says so; its `usage_metadata` keeps the tokens of the
-    original, as LangChain has it.
+    Text only: it calls no tools and sees no images. `batch` runs its inputs in threads, as LangChain does; use
+    `PolarLLM` for rows that decode together. An answer from LangChain's cache is recorded as `outcome=cached` with 0
+    FLOPs, and its message says so; its `usage_metadata` keeps the tokens of the original, as LangChain does.
     """
 
     @property
@@ -55,7 +54,7 @@ class ChatPolar(PolarBase, BaseChatModel):
         return "polar-chat"
 
     def _resolve_model_profile(self) -> ModelProfile:
-        """What agents ask before they call; the window is filled in once the model is loaded."""
+        """What agents check before they call; the window is filled in once the model is loaded."""
         profile: ModelProfile = {
             "open_weights": True,
             "text_inputs": True,
@@ -76,7 +75,7 @@ class ChatPolar(PolarBase, BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Input tokens that these messages would be billed for, chat template included."""
         if tools:
-            raise NotImplementedError("tools= cannot be counted: this model writes text alone.")
+            raise NotImplementedError("tools= cannot be counted: this model only writes text.")
         with langchain_errors():
             return self._engine().count_tokens(to_roles(messages))
 
@@ -91,7 +90,7 @@ class ChatPolar(PolarBase, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
         config = _with_run_id(config)
-        return super().stream(input, config, stop=stop, **self._told(config, kwargs))
+        return super().stream(input, config, stop=stop, **self._with_caller(config, kwargs))
 
     def astream(  # noqa: D102
         self,
@@ -102,10 +101,10 @@ class ChatPolar(PolarBase, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         config = _with_run_id(config)
-        return super().astream(input, config, stop=stop, **self._told(config, kwargs))
+        return super().astream(input, config, stop=stop, **self._with_caller(config, kwargs))
 
-    def _told(self, config: RunnableConfig, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a stream, with what its config says about the caller among them."""
+    def _with_caller(self, config: RunnableConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a stream, including what its config says about the caller."""
         about = {**(self.metadata or {}), **(config.get("metadata") or {})}
         caller = Caller.of(about, [*(config.get("tags") or []), *(self.tags or [])], config.get("run_id"))
         named = caller.with_call(options)
@@ -114,10 +113,10 @@ class ChatPolar(PolarBase, BaseChatModel):
     # --- LangChain's cache. ---
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """The cache key: who asks is no part of it."""
+        """The cache key: who asks is not part of it."""
         bound = self._with_options(kwargs)
-        answering = {name: value for name, value in kwargs.items() if name not in CALLER_OPTIONS}
-        return BaseChatModel._get_llm_string(bound, stop=stop, **answering)
+        relevant = {name: value for name, value in kwargs.items() if name not in CALLER_OPTIONS}
+        return BaseChatModel._get_llm_string(bound, stop=stop, **relevant)
 
     def _replay_v2_events_for_cache_hit(
         self,
@@ -165,7 +164,7 @@ class ChatPolar(PolarBase, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call, roles = self._ready(messages, kwargs, stop, run_manager)
-        return _result(call.one(roles))
+        return _result(call.answer(roles))
 
     async def _agenerate(
         self,
@@ -175,7 +174,7 @@ class ChatPolar(PolarBase, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call, roles = await asyncio.to_thread(self._ready, messages, kwargs, stop, run_manager)
-        return _result(await call.aone(roles))
+        return _result(await call.aanswer(roles))
 
     def _stream(
         self,
@@ -215,7 +214,7 @@ class ChatPolar(PolarBase, BaseChatModel):
 
 
 def _with_run_id(config: RunnableConfig | None) -> RunnableConfig:
-    """A config whose run id is known before LangChain would make one, so that record and trace share it."""
+    """A config whose run id is known before LangChain would create one, so that record and trace share it."""
     config = ensure_config(config)
     config.setdefault("run_id", UUID(new_request_id()))
     return config

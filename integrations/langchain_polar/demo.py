@@ -1,8 +1,8 @@
 """`polar demo`: a metered LangChain chain on the real model, from prompts to the bill.
 
-Two tenants ask nine questions of rising difficulty on three tiers, one answer is streamed, one is broken off;
-then the ledger and the report are shown by the commands a user would type. It has a ledger of its own, made
-anew each time. Knows no billing: prices come back with the answers, tables come from the commands of `polar`.
+Two tenants ask nine questions of rising difficulty on three tiers, one answer is streamed, one is interrupted; then the
+ledger and the report are shown by the commands that a user would type. It has a ledger of its own, created anew each
+time. Knows no billing: prices come back with the answers, tables come from the commands of `polar`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OutOption = Annotated[Path | None, typer.Option(help="Folder for ledger and repo
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 LEDGER: Final = "polar-demo.sqlite3"
 REPORT: Final = "polar-demo.html"
-"""Made anew each time, so they bear names that no ledger or report of the user has."""
+"""Created anew each time, so they have names that no ledger or report of the user has."""
 MAX_TOKENS: Final = 32
 _BREAK_AFTER: Final = 8
 """Pieces of text after which the demo leaves a stream. Unit: chunks."""
@@ -61,7 +61,7 @@ QUESTIONS: Final = (
     Question("acme", "premium", "Write a two-line poem about a lighthouse in fog."),
 )
 STREAMED: Final = Question("globex", "standard", "Tell me about the moon in two sentences.")
-BROKEN_OFF: Final = Question("acme", "premium", "Tell me a long story about a clockmaker.")
+INTERRUPTED: Final = Question("acme", "premium", "Tell me a long story about a clockmaker.")
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def _on_screen(app: typer.Typer, chat: ChatPolar, folder: Path) -> None:
     for piece in _stream(chat, STREAMED):
         sys.stdout.write(piece.replace("\n", "\n  "))
         sys.stdout.flush()
-    console.print(f"\n\n[bold]Broken off half-way[/bold]  {BROKEN_OFF.text}")
-    console.print(f"  {''.join(_broken_off(chat))}… [dim]left; compute stops and the record says so[/dim]\n")
+    console.print(f"\n\n[bold]Interrupted[/bold]  {INTERRUPTED.text}")
+    console.print(f"  {''.join(_interrupted(chat))}… [dim]left; compute stops and the record says so[/dim]\n")
     ledger = str(folder / LEDGER)
     console.print("[bold]The ledger[/bold]  [dim]$ polar usage --requests --ledger FILE[/dim]")
     _polar(app, "usage", "--requests", "--ledger", ledger)
@@ -139,11 +139,11 @@ def _on_screen(app: typer.Typer, chat: ChatPolar, folder: Path) -> None:
 def _as_json(app: typer.Typer, chat: ChatPolar, folder: Path) -> dict[str, Any]:
     ledger = str(folder / LEDGER)
     answers = [asdict(answered) for answered in _answers(chat)]
-    streamed, broken_off = "".join(_stream(chat, STREAMED)), "".join(_broken_off(chat))
+    streamed, broken_off = "".join(_stream(chat, STREAMED)), "".join(_interrupted(chat))
     return {
         "answers": answers,
         "streamed": {**asdict(STREAMED), "answer": streamed},
-        "broken_off": {**asdict(BROKEN_OFF), "answer": broken_off},
+        "broken_off": {**asdict(INTERRUPTED), "answer": broken_off},
         "requests": json.loads(_captured(app, "usage", "--requests", "--json", "--ledger", ledger)),
         "report": json.loads(_captured(app, "report", "--json", "--ledger", ledger)),
         "html": str(_write_report(app, folder)),
@@ -172,9 +172,9 @@ def _stream(chat: ChatPolar, question: Question) -> Generator[str]:
         yield str(chunk.content)
 
 
-def _broken_off(chat: ChatPolar) -> list[str]:
+def _interrupted(chat: ChatPolar) -> list[str]:
     """Leave a stream after a few pieces."""
-    stream = _stream(chat, BROKEN_OFF)
+    stream = _stream(chat, INTERRUPTED)
     with contextlib.closing(stream):
         return list(islice(stream, _BREAK_AFTER))
 
@@ -223,7 +223,7 @@ def _write_report(app: typer.Typer, folder: Path) -> Path:
 
 
 def _make_fresh(folder: Path) -> None:
-    """Make the folder, and take the ledger and the report of the last time out of it."""
+    """Create the folder, and remove the ledger and the report of the last run from it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", REPORT):
         (folder / name).unlink(missing_ok=True)

@@ -1,9 +1,8 @@
 """PoLar's errors as members of LangChain's error family.
 
 Code that catches `langchain_core.exceptions.ContextOverflowError` and code that catches
-`polar_sdk.errors.ContextWindowError` must both work, so each PoLar error that LangChain has a word for is
-raised as a class that is both. The original stays reachable as `__cause__`. Knows nothing of models or
-requests.
+`polar_sdk.errors.ContextWindowError` must both work, so each PoLar error that has a counterpart in LangChain is raised
+as a class that is both. The original is its `__cause__`. Knows nothing of models or requests.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ _FAMILIES: Final[tuple[tuple[type[polar.PolarError], type[langchain.ModelError]]
     (polar.ProgramError, langchain.ModelInvalidRequestError),
     (polar.PolicyError, langchain.ModelInvalidRequestError),
 )
-"""The first PoLar class that an error is an instance of decides its LangChain class. Errors of the store and
-of the machine (SinkError, ModelDamagedError, …) have no counterpart there and pass as they are."""
+"""The first PoLar class that an error is an instance of decides its LangChain class. Errors of the store and of the
+machine (SinkError, ModelDamagedError, …) have no counterpart there and are raised as they are."""
 
 _TWINS: Final[dict[tuple[type, type], type[polar.PolarError]]] = {}
-"""The classes that are both, made on first use."""
+"""The classes that are both, created on first use."""
 
 
 @contextmanager
@@ -60,12 +59,12 @@ def _rebuild(
     mine: type[polar.PolarError], theirs: type[langchain.ModelError], message: str, state: Mapping[str, Any]
 ) -> polar.PolarError:
     error = _twin_class(mine, theirs)(message)
-    vars(error).update(state)  # not by the constructor: the message holds the hint already
+    vars(error).update(state)  # not by the constructor: the message contains the hint already
     return error
 
 
 def _twin_class(mine: type[polar.PolarError], theirs: type[langchain.ModelError]) -> type[polar.PolarError]:
-    def reduce(self: polar.PolarError) -> tuple[Any, ...]:  # a class made here has no address to pickle by
+    def reduce(self: polar.PolarError) -> tuple[Any, ...]:  # a class created here has no import path to be pickled by
         return _rebuild, (mine, theirs, str(self), vars(self))
 
     if (mine, theirs) not in _TWINS:

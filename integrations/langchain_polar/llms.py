@@ -1,7 +1,7 @@
 """`PolarLLM`: text in, text out, as LangChain's `BaseLLM`.
 
-Prompts of one call decode together, each with its own usage in `generation_info`; the sums stand in
-`llm_output`. For messages, and for LangChain's own usage callback, take `ChatPolar`.
+Prompts of one call decode together, each with its own usage in `generation_info`; the sums are in `llm_output`. For
+messages, and for LangChain's own usage callback, use `ChatPolar`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class PolarLLM(PolarBase, BaseLLM):
         >>> PolarLLM().invoke("What is the capital of France?")  # doctest: +SKIP
         'The capital of France is Paris.'
 
-    Where what stands: `generation_info` of each generation holds `usage_metadata`, `cost`, `cost_details` and
-    `polar` (program, FLOPs, tier, …); on streams it stands on the last chunk. An answer from LangChain's
-    cache is recorded as `outcome=cached` with 0 FLOPs.
+    `generation_info` of each generation contains `usage_metadata`, `cost`, `cost_details` and `polar` (program, FLOPs,
+    tier, …); on streams, that of the last chunk. An answer from LangChain's cache is recorded as `outcome=cached` with
+    0 FLOPs.
     """
 
     template: Literal["auto", "chat", "raw"] = "auto"
-    """`auto`: the prompt becomes a user's message if the model has a chat template; `raw`: it is completed as
-    it stands, special tokens in it understood, none added. Per call."""
+    """`auto`: the prompt becomes a user's message if the model has a chat template; `raw`: it is completed as it is,
+    special tokens in it recognised, none added. Per call."""
 
     per_call: ClassVar[frozenset[str]] = PolarBase.per_call | {"template"}
 
@@ -57,8 +57,8 @@ class PolarLLM(PolarBase, BaseLLM):
     def _engine_options(self, stop: Sequence[str] | None) -> dict[str, Any]:
         return {**super()._engine_options(stop), "template": self.template}
 
-    # --- LangChain's public entry points, for two things it leaves out: its cache key ignores the options of
-    # --- a call, and a hit in its cache reaches no callback.
+    # --- LangChain's public entry points, for two things that it omits: its cache key ignores the options of a call,
+    # --- and a hit in its cache reaches no callback.
 
     def generate(  # noqa: D102  (documented by LangChain)
         self,
@@ -72,11 +72,11 @@ class PolarLLM(PolarBase, BaseLLM):
         run_id: UUID | list[UUID | None] | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        bound, left = self._bind(kwargs)
+        bound, caller_options = self._bind(kwargs)
         result = super(PolarLLM, bound).generate(
-            prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **left
+            prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **caller_options
         )
-        return bound._settle_hits(result, bound._callers(len(prompts), metadata, tags), left)
+        return bound._settle_hits(result, bound._callers(len(prompts), metadata, tags), caller_options)
 
     async def agenerate(  # noqa: D102
         self,
@@ -90,11 +90,13 @@ class PolarLLM(PolarBase, BaseLLM):
         run_id: UUID | list[UUID | None] | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        bound, left = self._bind(kwargs)
+        bound, caller_options = self._bind(kwargs)
         result = await super(PolarLLM, bound).agenerate(
-            prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **left
+            prompts, stop, callbacks, tags=tags, metadata=metadata, run_name=run_name, run_id=run_id, **caller_options
         )
-        return await asyncio.to_thread(bound._settle_hits, result, bound._callers(len(prompts), metadata, tags), left)
+        return await asyncio.to_thread(
+            bound._settle_hits, result, bound._callers(len(prompts), metadata, tags), caller_options
+        )
 
     def _bind(self, options: Mapping[str, Any]) -> tuple[PolarLLM, dict[str, Any]]:
         """Options that change the answer, as settings of a copy; and those that only say who asks."""
@@ -134,7 +136,7 @@ class PolarLLM(PolarBase, BaseLLM):
         run_managers: list[CallbackManagerForLLMRun],
         **kwargs: Any,
     ) -> LLMResult:
-        """Hand every prompt's run on: LangChain itself passes `_generate` the first one only."""
+        """Pass on the run of every prompt: LangChain itself passes only the first one to `_generate`."""
         callers = [Caller.of_run(manager) for manager in run_managers]
         return super()._generate_helper(prompts, stop, run_managers, callers=callers, **kwargs)
 
@@ -159,7 +161,7 @@ class PolarLLM(PolarBase, BaseLLM):
         call = self._call(kwargs, stop, Caller.of_run(run_manager))
         if self.streaming and len(prompts) == 1:
             return _result([_streamed(call.stream(prompts[0]), run_manager)])
-        return _result(call.rows(prompts, self._each(prompts, call, callers, kwargs)))
+        return _result(call.answer_batch(prompts, self._each(prompts, call, callers, kwargs)))
 
     async def _agenerate(
         self,
@@ -172,7 +174,7 @@ class PolarLLM(PolarBase, BaseLLM):
         call = await self._acall(kwargs, stop, Caller.of_run(run_manager))
         if self.streaming and len(prompts) == 1:
             return _result([await _astreamed(call.astream(prompts[0]), run_manager)])
-        return _result(await call.arows(prompts, self._each(prompts, call, callers, kwargs)))
+        return _result(await call.aanswer_batch(prompts, self._each(prompts, call, callers, kwargs)))
 
     def _each(
         self, prompts: Sequence[str], call: Call, callers: Sequence[Caller] | None, options: Mapping[str, Any]
@@ -211,7 +213,7 @@ class PolarLLM(PolarBase, BaseLLM):
 
 
 def _result(generations: Sequence[polar_sdk.Generation]) -> LLMResult:
-    rows = [[Generation(text=one.text, generation_info=_info(one))] for one in generations]
+    rows = [[Generation(text=answer.text, generation_info=_info(answer))] for answer in generations]
     return LLMResult(generations=rows, llm_output=totals(generations))
 
 
@@ -225,7 +227,7 @@ def _piece(chunk: polar_sdk.Chunk) -> GenerationChunk:
 
 
 def _streamed(chunks: Iterator[polar_sdk.Chunk], run_manager: CallbackManagerForLLMRun | None) -> polar_sdk.Generation:
-    """Run a stream to its end for `streaming=True`, telling the callbacks."""
+    """Run a stream to its end for `streaming=True`, reporting tokens to callbacks."""
     last = None
     for chunk in chunks:
         last = chunk.generation

@@ -51,7 +51,7 @@ def to_roles(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     """Map messages to `{"role": …, "content": …}`, one for one.
 
     Raises:
-        InvalidRequestError: A content block that is no text: this model would not see it.
+        InvalidRequestError: A content block is not text: this model would not see it.
     """
     return [
         {"role": _ROLES[message.role], "content": _content(message, position)}
@@ -71,11 +71,11 @@ def _block(block: object, position: int) -> str:
         return block.text
     if isinstance(block, ToolCallBlock):
         return json.dumps({"name": block.tool_name, "arguments": block.tool_kwargs})
-    if isinstance(block, ThinkingBlock | CachePoint):  # no part of what was said
+    if isinstance(block, ThinkingBlock | CachePoint):  # not part of what was said
         return ""
     raise InvalidRequestError(
-        f"a {type(block).__name__} in message {position + 1} cannot be read: this model takes text alone.",
-        hint="Put its content into words, or send it to a model that takes such input.",
+        f"a {type(block).__name__} in message {position + 1} cannot be read: this model reads text only.",
+        hint="Put its content into words, or use a model that accepts such input.",
     )
 
 
@@ -130,7 +130,7 @@ async def aresponses(chunks: AsyncIterator[Chunk], respond: Respond) -> AsyncStr
 def report_stream(
     decorate: Callable[..., Any], start: Callable[[], Stream], llm: Any, *args: Any, **kwargs: Any
 ) -> Stream:
-    """Start a stream under a LlamaIndex decorator; `llm` and the arguments are what its events tell."""
+    """Start a stream under a LlamaIndex decorator; `llm` and the arguments are what its events report."""
     stream: Stream | None = None
 
     def call(*_: Any, **__: Any) -> Stream:

@@ -1,9 +1,9 @@
 """`PolarLLM`: the LlamaIndex model. Each of the eight calls goes to the engine on its own.
 
-None calls another, because each one's decorator reports an event: one call, one event. The async four never
-block the event loop. `response.raw` holds usage, cost and compute; on streams the last response has it.
+None calls another, because the decorator of each reports an event: one call, one event. The four async ones never block
+the event loop. `response.raw` contains usage, cost and compute; on streams only the last response has it.
 
-What LlamaIndex adds to `polar_sdk.frameworks`: its way to say who asks. Knows no messages.
+To the settings of `polar_sdk.frameworks` it adds LlamaIndex's way to say who asks. Knows no messages.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ if TYPE_CHECKING:
 
 
 class PolarSettings(ModelSettings):
-    """Settings of a PoLar model; those marked *per call* may also be passed to `chat` and its kin.
+    """Settings of a PoLar model; those marked *per call* may also be passed to `chat` and the like.
 
-    `tenant` and tags may also be told as `instrument_tags({"tenant": …})` around any LlamaIndex call; these are laid
-    over those of the object, and those of the call over both.
+    `tenant` and tags may also be given as `instrument_tags({"tenant": …})` around any LlamaIndex call; these override
+    those of the object, and those of the call override both.
     """
 
     max_tokens: int = 256
-    """Most tokens of the answer; LlamaIndex keeps this much of the context window free. Per call."""
+    """Max tokens of the answer; LlamaIndex keeps this much of the context window free. Per call."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_class_name(cls, values: Any) -> Any:
-        """Take what `to_dict` gives: LlamaIndex writes the name of the class into it."""
+        """Accept what `to_dict` returns: LlamaIndex writes the name of the class into it."""
         if isinstance(values, dict):
             return {name: value for name, value in values.items() if name != "class_name"}
         return values
@@ -67,12 +67,12 @@ class PolarSettings(ModelSettings):
         """Engine options of one call.
 
         Raises:
-            TypeError: An option that does not exist, with the nearest that does.
+            TypeError: An option does not exist; the message names the nearest that does.
         """
         around = {key: str(value) for key, value in active_instrument_tags.get().items()}
         tenant = around.pop("tenant", None)
         return {
-            **self._with_options(call)._answering(),
+            **self._with_options(call)._answer_options(),
             "tenant": call.get("tenant") or tenant or self._own_tenant,
             "tags": {**self.usage_tags, **around, **(call.get("usage_tags") or {})},
             "request_id": call.get("request_id"),
@@ -87,8 +87,8 @@ class PolarLLM(PolarSettings, LLM):
         >>> PolarLLM().complete("What is the capital of France?").text  # doctest: +SKIP
         'The capital of France is Paris.'
 
-    It writes text alone and calls no tools. `formatted=True` means that the prompt holds the special tokens
-    already: none are added. `metadata` needs the context window, so reading it loads the model.
+    It writes text only and calls no tools. `formatted=True` means that the prompt contains the special tokens already:
+    none are added. `metadata` needs the context window, so reading it loads the model.
     """
 
     @classmethod
@@ -109,7 +109,7 @@ class PolarLLM(PolarSettings, LLM):
         )
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Token ids of a plain text; as `Settings.tokenizer` it lets LlamaIndex count as this model does."""
+        """Token ids of a plain text; as `Settings.tokenizer`, it makes LlamaIndex count as this model does."""
         return self._engine().encode(text)
 
     def to_payload(self) -> dict[str, Any]:

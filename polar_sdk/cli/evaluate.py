@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from polar_sdk.lab.evaluation.results import Evaluation, SetResult
-    from polar_sdk.router.learned import LearnedRouter
+    from polar_sdk.router.base import Router
 
 
 _WIDTH = 150
@@ -87,7 +87,7 @@ def evaluate(
         _show(evaluation)
 
 
-def _points(router: LearnedRouter | None, compute: list[str], thetas: list[float]) -> dict[str, float] | None:
+def _points(router: Router | None, compute: list[str], thetas: list[float]) -> dict[str, float] | None:
     """θ by name, for the given tiers, tolerances and settings; None = the default points."""
     from polar_sdk.router.learned import AtTheta, LearnedRouter
 

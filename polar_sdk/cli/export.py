@@ -19,8 +19,8 @@ def register(app: typer.Typer) -> None:
 
 def export(
     program: Annotated[str, typer.Option("--program", "-p", help="Layers to keep, each once, e.g. '0-20 25-29'.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; its parents are made.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that lies there already.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write; its parents are created.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is stored there already.")] = False,
     as_json: opt.AsJson = False,
     model: opt.Model = None,
     policy: opt.PolicyFile = None,

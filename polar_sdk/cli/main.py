@@ -1,8 +1,8 @@
-"""Assemble the command `polar`, and turn every error a user can make into one line and an exit code.
+"""Assemble the command `polar`, and turn every error a user can cause into one line and an exit code.
 
 Exit codes: 0 done; 1 a store, a model or the disk failed; 2 the caller's mistake; 3 over a budget; 130 interrupted.
-Commands of other parts (`usage`, `report`, `demo`) come from the entry-point group `polar_sdk.commands`; each says
-itself which extra it lacks.
+Commands of other parts (`usage`, `report`, `demo`) come from the entry point group `polar_sdk.commands`; each says
+itself which extra it needs.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted; what was executed until then is in the ledger.", _INTERRUPTED)
         except UnicodeDecodeError as error:  # standard input in a strict locale
-            _fail(f"standard input is no {error.encoding} text (byte {error.start}); pass valid text.", 2)
-        except BrokenPipeError:  # the reader, such as `head`, has had enough
-            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (or the interpreter complains at its end)
+            _fail(f"standard input is not valid {error.encoding} (byte {error.start}); pass valid text.", 2)
+        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (or the interpreter complains when it exits)
             raise typer.Exit(0) from None
         except OSError as error:
             where = f" {error.filename!r}" if error.filename else ""
@@ -54,13 +54,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Run a local LLM by program of layers, and account for the compute that was executed.",
+    help="Run a local LLM along a program of layers, and account for the compute that was executed.",
     epilog="Start with: polar demo",
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(show: bool) -> None:
+    if show:
         from polar_sdk import __version__
 
         typer.echo(f"polar {__version__}")
@@ -73,7 +73,7 @@ def polar(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Run a local LLM by program of layers, and account for the compute that was executed."""
+    """Run a local LLM along a program of layers, and account for the compute that was executed."""
 
 
 def _register_all() -> None:
@@ -82,8 +82,8 @@ def _register_all() -> None:
     for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
         try:
             entry.load()(app)
-        except Exception as error:  # somebody else's package must not take `polar run` down
-            typer.echo(f"warning: commands of {entry.value!r} are left out: {error!r}", err=True)
+        except Exception as error:  # another package must not break `polar run`
+            typer.echo(f"warning: commands of {entry.value!r} are missing: {error!r}", err=True)
 
 
 _register_all()

@@ -1,4 +1,4 @@
-"""`polar models`: which models there are on this host; fetch one before it is needed, compile its layers, remove one.
+"""`polar models`: list the models on this host, fetch one before it is needed, compile its layers, remove one.
 
 Prints what `polar_sdk.models` knows.
 """
@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from polar_sdk.cli import options as opt
 from polar_sdk.models.aliases import ALIASES, DEFAULT_ALIAS, Alias, find_alias, resolve
 from polar_sdk.models.find import obtain
 from polar_sdk.models.paths import models_folder
 from polar_sdk.models.store import Manifest, list_stored, remove_stored
 
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _models = typer.Typer(invoke_without_command=True, no_args_is_help=False)
 
 
@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 @_models.callback(epilog="Example: polar models --json")
-def models(context: typer.Context, as_json: _Json = False) -> None:
+def models(context: typer.Context, as_json: opt.AsJson = False) -> None:
     """List the aliases and the models converted into the cache."""
     if context.invoked_subcommand is not None:
         return
@@ -41,7 +41,7 @@ def models(context: typer.Context, as_json: _Json = False) -> None:
 def fetch(
     name: Annotated[str, typer.Argument(help="Alias, hub id or `.gguf` file.")] = DEFAULT_ALIAS,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    as_json: _Json = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Fetch, check and convert a model, so that it loads without a network from then on."""
     source = resolve(name)
@@ -62,8 +62,8 @@ def fetch(
 @_models.command("compile", epilog="Example: polar models compile --precision int4")
 def compile_layers(
     name: Annotated[str, typer.Argument(help="Alias, hub id, folder or `.gguf` file.")] = DEFAULT_ALIAS,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, bf16, fp16, fp32, int8 or int4.")] = "auto",
+    device: opt.Device = "auto",
+    precision: opt.Precision = "auto",
 ) -> None:
     """Compile a model's layers for this machine, once; every process uses them from then on. Needs a C++ compiler."""
     from polar_sdk.models.load import load_pretrained
@@ -77,7 +77,7 @@ def compile_layers(
 @_models.command(epilog="Example: polar models remove smollm2-135m-instruct")
 def remove(
     name: Annotated[str, typer.Argument(help="Alias, or name of a `.gguf` file that was converted.")],
-    as_json: _Json = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Remove a converted model from the cache; the file it was made from stays."""
     alias = find_alias(name)

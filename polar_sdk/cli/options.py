@@ -1,12 +1,20 @@
-"""Options that several commands share, as typer annotations, and what becomes of them."""
+"""Options that several commands share, as typer annotations, and the model and request that they describe."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
 import typer
 
 from polar_sdk.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from polar_sdk.model import PolarModel
+    from polar_sdk.request.options import ModelOptions, RequestOptions
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id, folder or .gguf file.")]
 Compute = Annotated[
@@ -19,13 +27,13 @@ Compute = Annotated[
     ),
 ]
 ProgramText = Annotated[str | None, typer.Option("--program", "-p", help="Program by hand, e.g. '0-11 15x2 18-29'.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of the answer.")]
-Temperature = Annotated[float, typer.Option(help="0 chooses greedily.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
-TopK = Annotated[int, typer.Option(help="Keep that many likeliest tokens; 0 keeps all.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Max tokens of the answer.")]
+Temperature = Annotated[float, typer.Option(help="0 = greedy.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this total probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from the N likeliest tokens; 0 = all.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Tenant = Annotated[str, typer.Option(help="Who is billed.")]
-Tags = Annotated[list[str] | None, typer.Option("--tag", help="key=value on the usage record; may be repeated.")]
+Tags = Annotated[list[str] | None, typer.Option("--tag", help="key=value, put on the usage record; may be repeated.")]
 Ledger = Annotated[
     str | None, typer.Option(help="Ledger as a SQLAlchemy URL; default: POLAR_LEDGER or your data folder.")
 ]
@@ -41,34 +49,95 @@ Precision = Annotated[str, typer.Option(help="auto, bf16, fp16, fp32, int8 or in
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What the options of `with_model` say."""
+
+    model: dict[str, Any]
+    """Arguments of `load_model`."""
+    request: RequestOptions
+    """Options of every request."""
+
+    def load(self) -> PolarModel:
+        """Load the model."""
+        return load_model(**self.model)
+
+
+def with_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Add to a command the options of a request and of the model that answers it.
+
+    Args:
+        command: Takes what they say as `chosen`; typer does not see that parameter.
+    """
+    own = _parameters(command)
+    del own["chosen"]
+    arguments = {name: option for name, option in own.items() if option.default is inspect.Parameter.empty}
+    request, model = _parameters(_request), _parameters(_model)
+
+    def run(**values: Any) -> None:
+        chosen = Chosen(
+            model=_model(**{name: values[name] for name in model}),
+            request=cast("RequestOptions", _request(**{name: values[name] for name in request})),
+        )
+        command(**{name: values[name] for name in own}, chosen=chosen)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    options = {**arguments, **request, **own, **model}
+    run.__annotations__ = {name: option.annotation for name, option in options.items()}
+    run.__signature__ = inspect.Signature(list(options.values()))  # type: ignore[attr-defined]
+    return run
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function, eval_str=True).parameters.items()
+    return {name: option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, option in parameters}
+
+
+def _request(
+    compute: Compute = None,
+    program: ProgramText = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+) -> dict[str, Any]:
+    return {
+        "compute": compute_of(compute),
+        "program": program,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+
+
+def _model(
+    tenant: Tenant = "default",
+    tag: Tags = None,
+    model: Model = None,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    precision: Precision = "auto",
+    policy: PolicyFile = None,
+    router: RouterFolder = None,
+    ledger: Ledger = None,
+    no_ledger: NoLedger = False,
+) -> dict[str, Any]:
+    return locals()
+
+
 def load_model(
-    model: str | None,
-    *,
-    device: str,
-    device_map: str | None = None,
-    precision: str,
-    policy: str | None = None,
-    router: str | None = None,
-    ledger: str | None = None,
-    no_ledger: bool = False,
-    tenant: str = "default",
-    tags: list[str] | None = None,
-) -> Any:
-    """Load the model that the options describe."""
+    model: str | None, *, no_ledger: bool = False, tag: Sequence[str] | None = None, **options: Unpack[ModelOptions]
+) -> PolarModel:
+    """Load the model that the options describe; `tag` holds texts such as `team=search`."""
     from polar_sdk.model import PolarModel
     from polar_sdk.sinks import AUTO_LEDGER
 
-    return PolarModel.from_pretrained(
-        model,
-        device=device,
-        device_map=device_map,
-        precision=precision,
-        policy=policy,
-        router=router,
-        ledger=None if no_ledger else ledger or AUTO_LEDGER,
-        tenant=tenant,
-        tags=dict(map(_tag, tags or [])),
-    )
+    options["ledger"] = None if no_ledger else options.get("ledger") or AUTO_LEDGER
+    options["tags"] = dict(map(_key_and_value, tag or ()))
+    return PolarModel.from_pretrained(model, **options)
 
 
 def compute_of(text: str | None) -> str | float | None:
@@ -81,8 +150,8 @@ def compute_of(text: str | None) -> str | float | None:
         return text
 
 
-def _tag(text: str) -> tuple[str, str]:
+def _key_and_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise InvalidRequestError(f"tag {text!r} is no key=value pair; write for example --tag team=search.")
+        raise InvalidRequestError(f"tag {text!r} is not key=value, such as --tag team=search.")
     return key, value

@@ -290,7 +290,7 @@ def load_kernels(
     native.load_library(folder, decoder.dtype, decoder.device, build=build)
     needed = parts(decoder)
     loaders = {}
-    for number, (which, part) in enumerate(needed.items(), start=1):
+    for number, (key, part) in enumerate(needed.items(), start=1):
         file = folder / f"{part.key}.pt2"
         loader = _open(file)
         if loader is None and not build:
@@ -299,7 +299,7 @@ def load_kernels(
             progress(part.name, number, len(needed))
             part.compile(file)
             loader = torch._inductor.aoti_load_package(str(file)).loader
-        loaders[which] = loader
+        loaders[key] = loader
     return CompiledKernels(decoder, loaders)
 
 

@@ -130,7 +130,7 @@ class Layout:
         start = 0
         for turn in self.plan.turns:
             span = slice(start, start + len(turn.members))
-            going = [at for at, (row, place) in enumerate(turn.members) if place not in self.rows[row].left_out]
+            going = [index for index, (row, place) in enumerate(turn.members) if place not in self.rows[row].left_out]
             if going:
                 layout = self.on(devices[turn.step.first])
                 yield Members(layout, turn, span, None if len(going) == len(turn.members) else going)
@@ -183,7 +183,7 @@ class Members:
 
     def __init__(self, layout: Layout, turn: Turn, span: slice, kept: list[int] | None) -> None:
         self.layout, self.step, self._span, self._kept = layout, turn.step, span, kept
-        self.going = turn.members if kept is None else [turn.members[at] for at in kept]
+        self.going = turn.members if kept is None else [turn.members[index] for index in kept]
         """(row, place in its program)."""
 
     @property

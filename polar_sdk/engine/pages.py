@@ -168,7 +168,7 @@ class PageTable:
         if missing <= 0:
             return False
         taken = self._pool.take(list(self._stores) * missing)
-        self.blocks += [taken[at : at + self.visits] for at in range(0, len(taken), self.visits)]
+        self.blocks += [taken[start : start + self.visits] for start in range(0, len(taken), self.visits)]
         return True
 
     def adopt(self, blocks: Sequence[list[int]]) -> None:

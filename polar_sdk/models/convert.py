@@ -1,11 +1,8 @@
 """Turn a GGUF file into a folder that `from_pretrained` reads fast: safetensors, tokenizer, chat template.
 
-It does not know where the file came from or where the folder will lie.
-
-Keep transformers from talking while it loads: progress bars, log lines and warnings.
-
-What it says there is for people who call transformers themselves. Everything is put back afterwards. The
-settings belong to the process, so callers hold one lock around this.
+transformers does the work, and is kept quiet meanwhile: its progress bars, log lines and warnings are for people who
+call it themselves. Its settings belong to the process, so callers hold `LOADING_LOCK`. Does not know where the file
+came from or where the folder will be stored.
 """
 
 from __future__ import annotations
@@ -30,25 +27,25 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers while the block runs."""
-    from transformers.utils import logging as voice
+    """Silence transformers while the block runs, and restore its settings afterwards."""
+    from transformers.utils import logging as output
 
-    level, bars = voice.get_verbosity(), voice.is_progress_bar_enabled()
-    voice.set_verbosity(logging.CRITICAL)
-    voice.disable_progress_bar()  # type: ignore[no-untyped-call]
+    level, bars = output.get_verbosity(), output.is_progress_bar_enabled()
+    output.set_verbosity(logging.CRITICAL)
+    output.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings(), _quiet_gguf():
             warnings.simplefilter("ignore")
             yield
     finally:
-        voice.set_verbosity(level)
+        output.set_verbosity(level)
         if bars:
-            voice.enable_progress_bar()  # type: ignore[no-untyped-call]
+            output.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def _quiet_gguf() -> Iterator[None]:
-    """The GGUF reader draws its bar with tqdm itself, past transformers' own switch."""
+    """Silence the GGUF reader, which draws its bar with tqdm itself, regardless of transformers' own switch."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     bar = getattr(reader, "tqdm", None)
@@ -63,7 +60,7 @@ def _quiet_gguf() -> Iterator[None]:
 
 
 CONVERSION: Final = 1
-"""Version of the conversion. Raise it when the same file gives other weights; fingerprints follow."""
+"""Version of the conversion. Raise it when the same file yields other weights; fingerprints change with it."""
 
 LOADING_LOCK: Final = threading.RLock()
 """Held around every call of `from_pretrained`, which sets the process-wide default dtype while it runs."""
@@ -76,7 +73,7 @@ def stored_dtype(gguf: Path) -> str:
     """The dtype to store a conversion in: that of an unquantized file, bfloat16 for a quantized one.
 
     bfloat16 keeps 8 significant bits. A 4-bit block has 16 steps, so that the rounding is far below the error
-    already in the file; most weights were bfloat16 before they were quantized, and most run in it again.
+    already in the file; most weights were bfloat16 before they were quantized, and run in it again.
     """
     import gguf as reader
 
@@ -93,7 +90,7 @@ def convert(gguf: Path, into: Path, dtype: str = "bfloat16") -> None:
 
     Args:
         gguf: The file.
-        into: A folder to make.
+        into: The folder to create.
         dtype: What to store the weights in.
 
     Raises:
@@ -109,7 +106,7 @@ def convert(gguf: Path, into: Path, dtype: str = "bfloat16") -> None:
                 gguf.parent,
                 gguf_file=gguf.name,
                 dtype=getattr(torch, dtype),
-                quantization_config=GgufConfig(dequantize=True),  # else the weights stay in 4-bit blocks
+                quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay in 4-bit blocks
             )
             tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except MemoryError:

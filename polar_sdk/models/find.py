@@ -1,12 +1,9 @@
 """From what a name means to a local folder that can be loaded, with its fingerprint.
 
-It reads no weights into memory.
-
-Get a model from the Hugging Face hub: the local hub cache first, the network only if it lacks the model.
-
-A cached model is used as it is, without asking whether the hub has a newer one: a host without a network
-works, and a service does not change under its users. `polar models fetch org/name` asks. Only safetensors
-weights are fetched. It does not know how a model is loaded.
+A hub model comes from the local hub cache, and from the network only if that lacks it. A cached model is used as it is,
+without asking whether the hub has a newer one: a host without a network works, and a service does not change under its
+users. `polar models fetch org/name` asks. Only safetensors weights are fetched, and none are read into memory here.
+Does not know how a model is loaded.
 """
 
 from __future__ import annotations
@@ -59,12 +56,12 @@ def _local(name: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
-    # A download that broke off may have left a folder without weights.
+    # An interrupted download may have left a folder without weights.
     return folder if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file() else None
 
 
 def _ask_once(name: str, revision: str | None) -> None:
-    """One short request: a host without a network hears of it now, not after the hub client's retries."""
+    """One short request: a host without a network fails now, not after the hub client's retries."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -78,10 +75,10 @@ def _ask_once(name: str, revision: str | None) -> None:
         raise ModelNotFoundError(f"hub model {name!r} has no revision {revision!r}.") from error
     except RepositoryNotFoundError as error:
         raise ModelNotFoundError(
-            f"model {name!r} is no local folder, and the hub has no such model.",
+            f"model {name!r} is not a local folder, and the hub has no such model.",
             hint="Check the spelling; for a private model run `hf auth login` first.",
         ) from error
-    except Exception as error:  # whichever HTTP client the installed hub client is built on
+    except Exception as error:  # of whichever HTTP client the installed hub client is built on
         raise _unreachable(name, error) from error
 
 
@@ -105,13 +102,13 @@ def _download(name: str, revision: str | None) -> Path:
 def _unreachable(name: str, error: Exception) -> ModelFetchError:
     reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return ModelFetchError(
-        f"model {name!r} is no local folder, not in the hub cache, and the hub cannot be reached ({reason}).",
-        hint=f"Run `polar models fetch {name}` with a network, or name a local folder or `.gguf` file.",
+        f"model {name!r} is neither a local folder nor in the hub cache, and the hub cannot be reached ({reason}).",
+        hint=f"Run `polar models fetch {name}` with a network connection, or pass a local folder or `.gguf` file.",
     )
 
 
 _GROWTH: Final = 5
-"""Room to ask for before converting, in sizes of the GGUF file: 4.5 bits a weight become 16."""
+"""Free space required before converting, in sizes of the GGUF file: 4.5 bits per weight become 16."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def obtain(source: Source, revision: str | None = None, *, refresh: bool = False
 
     Raises:
         ModelError: See the tree in `polar_sdk.errors`.
-        InvalidRequestError: A revision of something that has none.
+        InvalidRequestError: A revision of something that has no revisions.
     """
     if revision is not None and not isinstance(source, Hub):
         raise InvalidRequestError(

@@ -1,7 +1,7 @@
-"""The identity of a model: SHA-256 over what makes its function, the configuration and the weights.
+"""The identity of a model: SHA-256 over what determines its function, the configuration and the weights.
 
-It does not depend on the dtype or device a model runs in, on its name, nor on its folder. It is the hash of
-files: the same tensors cut into other shards have another fingerprint. The tokenizer is no part of it.
+It does not depend on the dtype or device that a model runs in, on its name, or on its folder. It is the hash of files:
+the same tensors in other shards have another fingerprint. The tokenizer is not part of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _NO_FUNCTION: Final = frozenset({"transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range"})
-"""Configuration fields that do not change what the model computes; so do none that begin with `_`."""
+"""Configuration fields that do not change what the model computes; nor do those that begin with `_`."""
 _HASHES_LOCK: Final = threading.Lock()
 
 
@@ -35,18 +35,17 @@ def fingerprint_of_folder(folder: Path, weights: Iterable[Path]) -> str:
 
 
 def fingerprint_of_conversion(gguf_sha256: str, version: int) -> str:
-    """Fingerprint of a model converted from a GGUF file, which holds configuration and weights in one.
+    """Fingerprint of a model converted from a GGUF file, which holds both configuration and weights.
 
-    The sum of the source, not of the result: it is the same on every host, whichever releases wrote
-    the result.
+    It is over the source, not the result: it is the same on every host, whichever releases wrote the result.
     """
     return _digest("gguf", version, gguf_sha256)
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:
-    """Fingerprint of a model in memory; another value than that of the files it may come from.
+    """Fingerprint of a model in memory; it differs from that of the files that it may come from.
 
-    Weights are hashed as float32, which holds every float16 and bfloat16 value. Tied weights count once.
+    Weights are hashed as float32, which represents every float16 and bfloat16 value. Tied weights count once.
     """
     seen: set[int] = set()
     sums: list[str] = []

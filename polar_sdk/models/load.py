@@ -144,7 +144,7 @@ def adopt(
         path=Path(name),
         fingerprint=fingerprint_of(model),
         dtype=decoder.dtype,
-        adopted=weakref.ref(model),  # kept alive, it would hold beside the fused matrices what they were made from
+        adopted=weakref.ref(model),  # kept alive, it would hold the matrices that were fused, beside the fused ones
     )
 
 

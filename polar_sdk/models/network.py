@@ -51,40 +51,40 @@ class _Entry:
 
 
 def map_weights(files: Iterable[Path]) -> dict[str, Tensor]:
-    """All weights of these files by name; nothing but the headers is read yet. They must not be written to.
+    """All weights of these files by name; only the headers are read yet. The weights must not be written to.
 
     Raises:
         UnsupportedArchitectureError: A weight has a dtype that the engine does not run.
         OSError: A file cannot be read.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for path in files:
         groups: dict[str, list[_Entry]] = defaultdict(list)
         for entry in _entries(path):
             layer = _LAYER.match(entry.name)
             groups[layer.group() if layer else entry.name].append(entry)
         for entries in groups.values():
-            found |= _map(path, entries)
-    return found
+            weights |= _map(path, entries)
+    return weights
 
 
 def _entries(path: Path) -> Iterator[_Entry]:
-    """What the header says: 8 bytes of length, then JSON with offsets that count from its end."""
+    """The entries of the header: 8 bytes of length, then JSON with offsets that count from its end."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
-    for name, told in header.items():
+    for name, facts in header.items():
         if name != "__metadata__":
-            start, end = (8 + length + offset for offset in told["data_offsets"])
-            yield _Entry(name, _known_dtype(name, told["dtype"]), told["shape"], start, end)
+            start, end = (8 + length + offset for offset in facts["data_offsets"])
+            yield _Entry(name, _known_dtype(name, facts["dtype"]), facts["shape"], start, end)
 
 
-def _known_dtype(name: str, told: str) -> str:
-    if told not in _DTYPES:
+def _known_dtype(name: str, dtype: str) -> str:
+    if dtype not in _DTYPES:
         raise UnsupportedArchitectureError(
-            f"weight {name} is stored as {told}, which is not supported; supported are: {', '.join(_DTYPES)}."
+            f"weight {name} is stored as {dtype}, which is not supported; choose from: {', '.join(_DTYPES)}."
         )
-    return _DTYPES[told]
+    return _DTYPES[dtype]
 
 
 def _map(path: Path, entries: list[_Entry]) -> dict[str, Tensor]:
@@ -94,19 +94,19 @@ def _map(path: Path, entries: list[_Entry]) -> dict[str, Tensor]:
     start = min(entry.start for entry in entries)
     start -= start % mmap.ALLOCATIONGRANULARITY
     length = max(entry.end for entry in entries) - start
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     with path.open("rb") as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) if length else b""
         for entry in entries:
             dtype = getattr(torch, entry.dtype)
             if entry.start == entry.end:
-                found[entry.name] = torch.empty(entry.shape, dtype=dtype)
+                tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
                 continue
             count = (entry.end - entry.start) // dtype.itemsize
             flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=entry.start - start)
-            found[entry.name] = flat.view(entry.shape)
-    return found
+            tensors[entry.name] = flat.view(entry.shape)
+    return tensors
 
 
 def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
@@ -159,7 +159,7 @@ def first_not_finite(model: PreTrainedModel) -> str | None:
 
 
 def bringer(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Bring:
-    """What brings weights of a model into memory, in this dtype, and refuses those that `check_finite` refuses.
+    """A function that brings weights of a model into memory, in this dtype, and refuses what `check_finite` refuses.
 
     The weights are copied even where nothing has to change: a file may be replaced while its model runs.
     """
@@ -175,7 +175,7 @@ def bringer(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Bring:
 
 
 def _finite(weight: Tensor) -> bool:
-    """A sum is finite only if every term is, and it needs no second tensor of the same size."""
+    """A sum is finite only if every term is, and needs no second tensor of the same size."""
     import torch
 
     return bool(weight.detach().sum(dtype=torch.float32).isfinite())
@@ -207,7 +207,7 @@ def _dtype(weights: Iterable[Tensor]) -> torch.dtype:
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
-    """The settings of generation; a model saved without them has some in its configuration."""
+    """The generation settings; a model saved without them has some in its configuration."""
     from transformers import GenerationConfig
 
     own = (folder / "generation_config.json").is_file()

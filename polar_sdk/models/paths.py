@@ -1,11 +1,11 @@
-"""Where things lie on disk, and how this package writes there: locked, in a work folder, space checked first.
+"""Where things are stored on disk, and how this package writes there: locked, in a work folder, space checked first.
 
     <cache>/models/<key>/         one converted model with its `polar.json`; moved here whole, never edited
-    <cache>/locks/<key>.lock      held while that model is being made
-    <cache>/work/<key>/           only while it is being made
-    <cache>/file-hashes.json      sums of weight files, so that they are read once and not on every load
+    <cache>/locks/<key>.lock      held while that model is being prepared
+    <cache>/work/<key>/           only while it is being prepared
+    <cache>/file-hashes.json      hashes of weight files, so that they are read once and not on every load
 
-It does not know what a model is.
+Does not know what a model is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def cache_folder() -> Path:
-    """The cache: `POLAR_CACHE`, or else `polar` among the user's caches. Not created here."""
+    """The cache: `POLAR_CACHE`, or else `polar` in the user's cache folder. Not created here."""
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named).expanduser().absolute() if named else Path(user_cache_dir("polar", appauthor=False))
 
@@ -44,10 +44,10 @@ def models_folder() -> Path:
 
 @contextmanager
 def work_folder(key: str) -> Iterator[Path]:
-    """Lock `key` against threads and processes, and hand out an empty folder, gone when the block ends.
+    """Lock `key` against threads and processes, and yield an empty folder that is removed when the block ends.
 
-    It lies in the cache, so that moving a result from it into place is one atomic rename. What a killed
-    process left there, the next one to hold the lock removes.
+    It is in the cache, so that moving a result from it into place is one atomic rename. What a killed process left
+    there is removed by the next one to hold the lock.
     """
     work = cache_folder() / "work" / key
     with disk_errors(), _locked(key):
@@ -77,7 +77,7 @@ def _locked(key: str) -> Iterator[None]:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn an operating-system error of the block into one line about the cache folder."""
+    """Turn an operating system error of the block into one line about the cache folder."""
     try:
         yield
     except PolarError:  # some of them are OSErrors too
@@ -92,7 +92,7 @@ def disk_errors() -> Iterator[None]:
 
 
 def disk_full(needed: int | None = None, free: int | None = None) -> ModelError:
-    """The error for a disk without room; sizes in bytes where they are known."""
+    """The error for a disk without space; sizes in bytes where they are known."""
     detail = "" if needed is None or free is None else f": {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
     return ModelError(
         f"the disk of cache folder {str(cache_folder())!r} is full{detail}.",
@@ -101,7 +101,7 @@ def disk_full(needed: int | None = None, free: int | None = None) -> ModelError:
 
 
 def require_space(needed: int) -> None:
-    """Raise before any work if the cache's disk cannot take `needed` bytes."""
+    """Raise before any work if the disk of the cache has no room for `needed` bytes."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free

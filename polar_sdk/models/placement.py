@@ -1,11 +1,8 @@
-"""Where each layer goes: reads a device map, or makes one from the memory that is free.
+"""Where a model runs and in which precision: one device, or a device map for its layers.
 
-A map names devices for ranges of layers (`{"0-14": "cuda:0", "15-29": "cuda:1"}`), or for modules as Hugging Face does
-(`{"model.embed_tokens": 0, "model.layers.0": 0, …}`). A layer is never cut in two. It reads no weights.
-
-Where a model runs and in which precision: reads the caller's words and looks at the hardware.
-
-It does not know which model.
+Device and precision follow from the caller's words and the hardware. A map names devices for ranges of layers
+(`{"0-14": "cuda:0", "15-29": "cuda:1"}`), or for modules as Hugging Face does (`{"model.embed_tokens": 0,
+"model.layers.0": 0, …}`), or is made from the memory that is free. A layer is never split. Reads no weights.
 """
 
 from __future__ import annotations
@@ -75,7 +72,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, torch.dtype]
 
     precision = _SPELLINGS.get(name, name)
     if precision not in {"auto", *PRECISIONS}:
-        raise DeviceError(f"precision {name!r} is unknown; choose one of: auto, {', '.join(PRECISIONS)}.")
+        raise DeviceError(f"precision {name!r} is unknown; choose from: auto, {', '.join(PRECISIONS)}.")
     if precision == "int4" and device.type != "cpu":
         raise DeviceError(f"precision 'int4' is not available on {str(device)!r}; choose int8, bf16 or fp16.")
     if precision in _DTYPES:
@@ -95,7 +92,7 @@ def _no_device(name: str, accelerator: torch.device | None) -> DeviceError:
     choices = ["auto", "cpu"]
     if accelerator is not None:
         choices += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
-    return DeviceError(f"device {name!r} is not available here; choose one of: {', '.join(choices)}.")
+    return DeviceError(f"device {name!r} is not available here; choose from: {', '.join(choices)}.")
 
 
 def _auto_dtype(device: torch.device) -> torch.dtype:
@@ -125,19 +122,19 @@ def _mps_has_bfloat16() -> bool:
 DeviceMap = str | Mapping[str, "str | int | torch.device"]
 """`auto`; or devices by range of layers or by module; as text, `0-14=cuda:0,15-29=cuda:1`."""
 Places = dict[str, "torch.device"]
-"""A map with its devices looked up; empty = make one."""
+"""A map with its devices looked up; empty = choose them by the memory that is free."""
 _RANGE: Final = re.compile(r"(\d+)(?:-(\d+))?")
 _SPARE: Final = 0.9
-"""Share of the free memory that a map made here fills with weights: keys and values need some too."""
+"""Share of the free memory that a map made here fills with weights: keys and values need the rest."""
 _BYTES: Final = {"int8": 1.0, "int4": 0.625}
 """Bytes per weight in integers; int4 with a scale and a zero point per 32."""
 
 
 def read_map(device_map: DeviceMap) -> Places:
-    """Look the devices of a map up, whatever the model.
+    """Look up the devices of a map, whatever the model.
 
     Raises:
-        DeviceError: It is no map, or names a device that is not here.
+        DeviceError: It is not a map, or names a device that is not available here.
     """
     if device_map == "auto":
         return {}
@@ -145,7 +142,7 @@ def read_map(device_map: DeviceMap) -> Places:
         pairs = [pair.partition("=") for pair in device_map.split(",")]
         device_map = {name.strip(): device.strip() for name, _, device in pairs}
     if not isinstance(device_map, Mapping) or not device_map:
-        raise DeviceError(f"device_map={device_map!r} is no map; use 'auto', or for example {{'0-14': 'cuda:0'}}.")
+        raise DeviceError(f"device_map={device_map!r} is not a map; use 'auto', or for example {{'0-14': 'cuda:0'}}.")
     return {str(name): _device(str(name), device) for name, device in device_map.items()}
 
 
@@ -154,7 +151,7 @@ def _device(name: str, device: object) -> torch.device:
     text = f"{_accelerator()}:{device}" if str(device).isdigit() else str(device)
     if text in {"", "disk", "meta", "auto"}:
         raise DeviceError(
-            f"device_map gives {name!r} the device {text!r}; weights must lie in memory: name a device such as 'cpu'."
+            f"device_map gives {name!r} the device {text!r}; weights must be in memory: use a device such as 'cpu'."
         )
     return choose_device(text)
 
@@ -162,12 +159,12 @@ def _device(name: str, device: object) -> torch.device:
 def _accelerator() -> str:
     import torch
 
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cuda" if found is None else found.type
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cuda" if accelerator is None else accelerator.type
 
 
 def place(places: Places, network: PreTrainedModel, family: Family, precision: str, dtype: torch.dtype) -> Placement:
-    """The placement that a map means for a network; an empty map is made from the memory that is free.
+    """The placement that a map describes for a network; an empty map is filled from the memory that is free.
 
     Raises:
         DeviceError: A layer or module of the map is not in the model, one of the model's is not in the map, or the
@@ -212,7 +209,7 @@ def _by_module(places: Places, network: PreTrainedModel, family: Family) -> Plac
     last = _lookup(names[id(head)], places) or (layers[-1] if head.weight is embedding.weight else None)
     for name, device in ((names[id(embedding)], first), (names[id(head)], last)):
         if device is None:
-            raise DeviceError(f"device_map has no device for {name!r}; add it, or '' for all that is not named.")
+            raise DeviceError(f"device_map has no device for {name!r}; add it, or '' for everything that is not named.")
     assert first is not None
     assert last is not None
     return Placement(first, layers, last)
@@ -230,25 +227,25 @@ def _check_names(places: Places, network: PreTrainedModel) -> None:
 
 
 def _of_layer(name: str, layer: nn.Module, places: Places) -> torch.device:
-    found = {_lookup(f"{name}.{weight}", places): weight for weight, _ in layer.named_parameters()}
-    if None in found:
-        raise DeviceError(f"device_map has no device for '{name}.{found[None]}'; give each layer one device.")
-    if len(found) > 1:
-        raise DeviceError(f"device_map cuts layer {name!r} in pieces on {_and(found)}; give each layer one device.")
-    (device,) = found
+    weights = {_lookup(f"{name}.{weight}", places): weight for weight, _ in layer.named_parameters()}
+    if None in weights:
+        raise DeviceError(f"device_map has no device for '{name}.{weights[None]}'; assign one device to each layer.")
+    if len(weights) > 1:
+        raise DeviceError(f"device_map splits layer {name!r} over {_and(weights)}; assign one device to each layer.")
+    (device,) = weights
     assert device is not None
     return device
 
 
 def _lookup(name: str, places: Places) -> torch.device | None:
-    """The device of the longest name in the map that this one begins with."""
+    """The device of the longest name in the map that is a prefix of this one."""
     while name not in places and name:
         name = name.rpartition(".")[0]
     return places.get(name)
 
 
 def _balanced(network: PreTrainedModel, family: Family, precision: str, dtype: torch.dtype) -> Places:
-    """A map over the accelerators that are here, evenly, and over the CPU where those do not hold all."""
+    """A map that fills the accelerators of this host evenly, and the CPU where they cannot hold everything."""
     import torch
     from accelerate import infer_auto_device_map
     from accelerate.utils import CustomDtype, get_balanced_memory, get_max_memory
@@ -257,22 +254,22 @@ def _balanced(network: PreTrainedModel, family: Family, precision: str, dtype: t
     whole = list({type(layer).__name__ for layer in family.layer_modules(network)})
     free = {where: int(_SPARE * size) for where, size in get_max_memory().items()}
     options = {"no_split_module_classes": whole, "dtype": stored}
-    made = infer_auto_device_map(network, get_balanced_memory(network, free, **options), **options)
-    if "disk" in made.values():
+    devices = infer_auto_device_map(network, get_balanced_memory(network, free, **options), **options)
+    if "disk" in devices.values():
         sizes = ", ".join(f"{size / 2**30:.1f} GiB on {where}" for where, size in free.items())
         needed = _size(network.parameters(), precision, dtype) / 2**30
         raise DeviceError(
             f"the model needs {needed:.1f} GiB in {precision}; free are {sizes}.",
             hint="Choose a lower precision, such as int8, or a smaller model.",
         )
-    return {name: _device(name, device) for name, device in made.items()}
+    return {name: _device(name, device) for name, device in devices.items()}
 
 
 def placement_of(model: PreTrainedModel, family: Family, name: str) -> Placement:
-    """Where the parts of a model lie, which its owner has placed.
+    """Where the parts of a model are that its owner has placed.
 
     Raises:
-        DeviceError: A layer lies on several devices, or not in memory.
+        DeviceError: A layer is on several devices, or not in memory.
     """
     ends = family.take_ends(model)
     layers = [_one_device(f"layer {index}", layer, name) for index, layer in enumerate(family.layer_modules(model))]
@@ -283,7 +280,7 @@ def _one_device(what: str, layer: nn.Module, name: str) -> torch.device:
     devices = {weight.device for weight in layer.parameters()}
     if len(devices) > 1 or str(next(iter(devices))) == "meta":
         raise DeviceError(
-            f"{what} of model {name!r} lies on {' and '.join(sorted(map(str, devices)))}; "
+            f"{what} of model {name!r} is on {' and '.join(sorted(map(str, devices)))}; "
             "the engine runs a layer on one device, from memory.",
             hint="Move it with .to(device), or load the model with from_pretrained and a device_map.",
         )
@@ -296,7 +293,7 @@ def check_room(
     """Refuse a placement that the devices have no memory for, before a weight is read.
 
     Raises:
-        DeviceError: One has not enough.
+        DeviceError: One does not have enough.
     """
     from polar_sdk.engine.decoder import free_memory
 
@@ -308,7 +305,7 @@ def check_room(
             layers = [layer for layer, where in enumerate(placement.layers) if where == device]
             raise DeviceError(
                 f"{_listed(layers)} need {size / 2**30:.2f} GiB on {device}, where {free / 2**30:.2f} GiB are free.",
-                hint="Give some of them another device, or choose a lower precision, such as int8.",
+                hint="Assign another device to some of them, or choose a lower precision, such as int8.",
             )
 
 

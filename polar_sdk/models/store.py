@@ -1,8 +1,8 @@
 """Model folders: the converted models in the cache, and whether a folder, theirs or any, can be loaded.
 
-A model is made in a work folder and moved into place whole: what is stored under `models/` is complete, whatever was
-interrupted. A folder is judged by its `config.json` and the headers of its weight files; no weights are read. Pickled
-weights (`.bin`) are not accepted: reading them can run code. Does not know how a GGUF file is fetched.
+A model is converted in a work folder and moved into place whole: what is stored under `models/` is complete, whatever
+was interrupted. A folder is judged by its `config.json` and the headers of its weight files; no weights are read.
+Pickled weights (`.bin`) are not accepted: reading them can run code. Does not know how a GGUF file is fetched.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class _Facts(BaseModel):
 
 
 class Recipe(_Facts):
-    """What a conversion is made from."""
+    """The source of a conversion."""
 
     key: str
     """Folder name in the cache; holds the first digits of the source's hash."""
     name: str
-    """What the model is called: alias, or file name of the GGUF file."""
+    """Name of the model: alias, or file name of the GGUF file."""
     origin: str
     """Where the GGUF file came from: a pip requirement or a path."""
     gguf_sha256: str
@@ -60,7 +60,7 @@ class Manifest(_Facts):
     """`polar.json` of a converted model."""
 
     conversion: int
-    """Version of the conversion that made it."""
+    """Version of the conversion that wrote it."""
     made_from: Recipe
     made_at: AwareDatetime
     fingerprint: str
@@ -73,10 +73,10 @@ class Manifest(_Facts):
 
 
 def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
-    """The folder of a converted model, made now if the cache does not hold it.
+    """The folder of a converted model, converted now if the cache does not hold it.
 
     Args:
-        recipe: What to make.
+        recipe: What to convert.
         get_gguf: Given the work folder, returns the path of the checked GGUF file; called only if needed.
 
     Raises:
@@ -85,9 +85,11 @@ def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
     folder = models_folder() / recipe.key
     if read_manifest(folder) is None:
         with work_folder(recipe.key) as work:
-            if read_manifest(folder) is None:  # else another process made it while this one waited for the lock
-                _make(recipe, get_gguf(work), work / "model")
-                shutil.rmtree(folder, ignore_errors=True)  # made by an older conversion
+            if (
+                read_manifest(folder) is None
+            ):  # otherwise another process converted it while this one waited for the lock
+                _convert(recipe, get_gguf(work), work / "model")
+                shutil.rmtree(folder, ignore_errors=True)  # written by an older conversion
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 (work / "model").replace(folder)
     check_stored(folder)
@@ -95,7 +97,7 @@ def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a converted model; None where there is none, or one of another conversion."""
+    """The manifest of a converted model; None where there is none, or one of another version."""
     try:
         manifest = Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
     except (OSError, ValidationError):
@@ -104,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def check_stored(folder: Path) -> None:
-    """Compare the files of a conversion with its manifest; a file unchanged since last time is not read.
+    """Compare the files of a conversion with its manifest; a file unchanged since the last check is not read.
 
     Raises:
         ModelDamagedError: A file is missing, cut short or changed.
@@ -114,7 +116,7 @@ def check_stored(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or path.stat().st_size != facts.bytes or file_sha256(path) != facts.sha256:
             raise ModelDamagedError(
-                f"cached model file {str(path)!r} is damaged: it is not what the conversion wrote.",
+                f"cached model file {str(path)!r} is damaged: it differs from what the conversion wrote.",
                 hint=repair_hint(folder),
             )
 
@@ -142,21 +144,21 @@ def remove_stored(name: str) -> int:
     Raises:
         ModelNotFoundError: The cache holds none.
     """
-    found = [manifest for manifest in list_stored() if name in (manifest.made_from.name, manifest.made_from.key)]
-    if not found:
+    manifests = [manifest for manifest in list_stored() if name in (manifest.made_from.name, manifest.made_from.key)]
+    if not manifests:
         held = sorted({manifest.made_from.name for manifest in list_stored()})
         raise ModelNotFoundError(
-            f"model {name!r} is not in {str(models_folder())!r}, which holds: {', '.join(held) or 'nothing'}."
+            f"model {name!r} is not in {str(models_folder())!r}, which contains: {', '.join(held) or 'nothing'}."
         )
-    for manifest in found:
+    for manifest in manifests:
         key = manifest.made_from.key
-        # Moved away first: a half-removed model never lies under its name.
+        # Moved away first: no half-removed model is ever stored under its name.
         with work_folder(key) as work, suppress(FileNotFoundError):
             (models_folder() / key).replace(work / "model")
-    return sum(manifest.bytes for manifest in found)
+    return sum(manifest.bytes for manifest in manifests)
 
 
-def _make(recipe: Recipe, gguf: Path, folder: Path) -> None:
+def _convert(recipe: Recipe, gguf: Path, folder: Path) -> None:
     with stage(f"converting {gguf.name} to safetensors, once"):
         convert(gguf, folder, stored_dtype(gguf))
         check_folder(folder)  # what the engine cannot run does not enter the cache
@@ -211,13 +213,13 @@ def _read_json(path: Path, hint: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelNotFoundError(
-            f"folder {str(path.parent)!r} holds no model: {path.name} is missing.",
-            hint="Name the folder that `save_pretrained` wrote, or a `.gguf` file.",
+            f"folder {str(path.parent)!r} contains no model: {path.name} is missing.",
+            hint="Pass the folder that `save_pretrained` wrote, or a `.gguf` file.",
         ) from error
     except (OSError, ValueError) as error:
         raise ModelDamagedError(f"{str(path)!r} cannot be read ({error}).", hint=hint) from error
     if not isinstance(value, dict):
-        raise ModelDamagedError(f"{str(path)!r} holds no JSON object.", hint=hint)
+        raise ModelDamagedError(f"{str(path)!r} does not contain a JSON object.", hint=hint)
     return value
 
 
@@ -227,7 +229,7 @@ def _weight_files(folder: Path, hint: str) -> Sequence[Path]:
         return [single]
     if not (folder / _INDEX).is_file():
         raise ModelNotFoundError(
-            f"folder {str(folder)!r} holds no safetensors weights.",
+            f"folder {str(folder)!r} contains no safetensors weights.",
             hint="Save it again with `save_pretrained`; pickled weights can run code and are not loaded.",
         )
     shards = sorted(set(_read_json(folder / _INDEX, hint).get("weight_map", {}).values()))

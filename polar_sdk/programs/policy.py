@@ -219,7 +219,7 @@ class Policy(_Frozen):
         """Raise the ProgramError that says why a program may not run.
 
         Raises:
-            ProgramDepthError: A visit lies beyond the model.
+            ProgramDepthError: A step goes beyond the last layer of the model.
             ProtectedLayerError: A protected layer is skipped.
             VisitLimitError: One layer is visited too often.
             CostCeilingError: The program is too expensive at 128 prompt and 64 output tokens.

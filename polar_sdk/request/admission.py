@@ -1,7 +1,7 @@
-"""Before compute: ask the sink whether each request may run, and serve the offer that it chose.
+"""Before compute: ask the sink whether each request may run, and serve the offer that it chooses.
 
-A sink with budgets may refuse a request or take a cheaper program of the policy. Knows no money and no budget: it
-makes offers (program, tier, most FLOPs) and obeys the answer.
+A sink with budgets may refuse a request or take a cheaper program of the policy. Knows no money and no budget: it makes
+offers (program, tier, max FLOPs) and obeys the answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 DOWNGRADED_TAG: Final = "polar.downgraded_from"
-"""Tag of the usage record of a request that was served cheaper than asked: the tier, or else the program, asked for."""
+"""Tag of the usage record of a request that was served cheaper than requested: the requested tier, or else program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ def admit(requests: Sequence[Request], cost: CostModel, sink: UsageSink) -> list
         The requests as they are to be served, in the same order.
 
     Raises:
-        BudgetExceededError: A budget has no room for one of them; what was held for the others is given back.
-        SinkError: The sink cannot tell; likewise.
+        BudgetExceededError: A budget has no room for one of them; what was held for the others is released.
+        SinkError: The sink cannot decide; likewise.
     """
     admitted: list[Request] = []
     reserved: list[UsageBound] = []
@@ -61,24 +61,24 @@ def admit(requests: Sequence[Request], cost: CostModel, sink: UsageSink) -> list
             admitted.append(request if chosen == 0 else _served(request, choices[chosen], cost.depth))
     except BaseException:
         for bound in reserved:
-            with suppress(Exception):  # any sink, any error: the first one matters, and a hold expires by itself
+            with suppress(Exception):  # any sink, any error: the first error matters, and a hold expires by itself
                 sink.release(bound.tenant, bound.request_id)
         raise
     return admitted
 
 
 def _choices(request: Request, cost: CostModel) -> list[_Choice]:
-    """What was asked for, then every tier of the policy that costs less, the dearest of them first."""
+    """The requested program, then every tier of the policy that costs less, the most expensive first."""
 
     def choice(tier: str | None, program: Program) -> _Choice:
         route = request.route.onto(program)
         used = cost.request(program, len(request.tokens), request.max_tokens, router=route.flops)
         return _Choice(tier, program, used.total)
 
-    asked = choice(request.tier, request.route.program)
+    requested = choice(request.tier, request.route.program)
     tiers = [choice(tier, program) for tier, program in request.tiers.items()]
-    cheaper = [one for one in tiers if one.flops < asked.flops]
-    return [asked, *sorted(cheaper, key=lambda one: -one.flops)]
+    cheaper = [tier for tier in tiers if tier.flops < requested.flops]
+    return [requested, *sorted(cheaper, key=lambda tier: -tier.flops)]
 
 
 def _bound(request: Request, choices: Sequence[_Choice]) -> UsageBound:
@@ -88,14 +88,16 @@ def _bound(request: Request, choices: Sequence[_Choice]) -> UsageBound:
         tags=dict(request.tags),
         tokens_input=len(request.tokens),
         tokens_output_max=request.max_tokens,
-        offers=tuple(Offer(tier=one.tier, program=one.program.text, flops_bound=one.flops) for one in choices),
+        offers=tuple(
+            Offer(tier=choice.tier, program=choice.program.text, flops_bound=choice.flops) for choice in choices
+        ),
         at=request.started_at,
     )
 
 
 def _served(request: Request, choice: _Choice, depth: int) -> Request:
     """The request on another program; the FLOPs that its router executed stay."""
-    asked = request.tier if request.tier is not None else request.route.program.text
+    requested = request.tier if request.tier is not None else request.route.program.text
     fixed = fixed_router(choice.program, depth)
     return replace(
         request,
@@ -103,5 +105,5 @@ def _served(request: Request, choice: _Choice, depth: int) -> Request:
         router=fixed.kind,
         router_version=fixed.version,
         route=request.route.onto(choice.program),
-        tags={**request.tags, DOWNGRADED_TAG: asked},
+        tags={**request.tags, DOWNGRADED_TAG: requested},
     )

@@ -1,8 +1,8 @@
 """Answers: requests in, text out, whole or in pieces.
 
-The scheduler computes; here its jobs are waited for, in the caller's thread, and their recorder is told when the caller
-leaves, so that a stream that is closed, a task that is cancelled and an error in mid-layer are all recorded up to the
-last executed layer.
+The scheduler computes; this module waits for its jobs, in the caller's thread, and tells their recorder when the caller
+leaves, so that a closed stream, a cancelled task and an error in mid-layer are all recorded up to the last executed
+layer.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Generation:
 
     Attributes:
         text: The answer, without stop string and special tokens.
-        token_ids: Every sampled token, the end-of-text token and those of a stop string included.
+        token_ids: Every sampled token, including the end-of-text token and those of a stop string.
         finish_reason: `stop` (end of text or stop string), `length` or `cancelled`.
         usage: What was executed.
-        receipt: What the sink answered, for example the cost; None where it prices nothing.
+        receipt: What the sink answered, such as the cost; None where it prices nothing.
         logprobs: One per token of `token_ids`, by the logits after the hook and before temperature, top-k and top-p;
             None where the request asks for none.
     """
@@ -58,7 +58,7 @@ class Chunk:
     """A piece of a streamed answer; `generation` is set on exactly the last one.
 
     Attributes:
-        text: The piece; where a stop string may be coming, its text follows later.
+        text: The piece; text that may begin a stop string is held back until it is certain.
         generation: The whole answer.
         logprobs: Of the token sampled for this piece; empty in a last piece without one, after a cancellation. None
             where the request asks for none.
@@ -77,9 +77,9 @@ def answer(
     Raises:
         SinkError: Before compute, if usage could not be recorded.
         BudgetExceededError: Before compute, if a budget has no room for one of them; then none runs.
-        QueueFullError: Too many requests wait already.
+        QueueFullError: Too many requests are waiting.
         CacheMemoryError: A request does not fit the memory for keys and values.
-        RequestTimeoutError: The time of a request is up; the record of every request is stored by then.
+        RequestTimeoutError: A request ran out of time; the record of every request is stored by then.
     """
     if not requests:
         return []
@@ -153,7 +153,9 @@ class _Stream(Generator["Chunk", None, None]):
             raise
 
     def close(self) -> None:
-        """Stop compute within one token and record what ran."""
+        """Stop compute within one token and record what ran; in a forked child, do nothing."""
+        if self._process != os.getpid():
+            return
         self._chunks.close()
         self._recorder.end(GeneratorExit())
 

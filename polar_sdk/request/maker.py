@@ -1,6 +1,7 @@
 """From what a caller asks to what the engine runs: prompt to tokens, tier to program, and every check before compute.
 
-Knows a tokenizer, a policy and a cost model; runs nothing. A request that gets past here can be served.
+Knows a tokenizer with its chat template, a policy and a cost model; runs nothing but a router. A request that gets past
+here can be served.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.engine.sampling import Sampling
@@ -24,7 +24,7 @@ from polar_sdk.request.options import (
     check_stops,
     check_tags,
     check_timeout,
-    given,
+    or_default,
     override,
     refuse_unknown,
 )
@@ -36,6 +36,7 @@ from polar_sdk.usage import new_request_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from polar_sdk.engine.route import Route
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.policy import Policy
     from polar_sdk.request.options import Prompt, Template
@@ -45,7 +46,7 @@ _DEFAULT_MAX_TOKENS = 256
 
 
 class PromptEncoder:
-    """Encodes texts and chat messages for one tokenizer."""
+    """Encodes texts and chat messages for one tokenizer and its chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -68,43 +69,43 @@ class PromptEncoder:
 
         Raises:
             EmptyPromptError: The prompt holds no text.
-            InvalidRequestError: A template the model lacks, a message without role or content, or broken Unicode.
+            InvalidRequestError: A template that the model lacks, a message without role or content, or broken Unicode.
         """
         if template not in ("auto", "chat", "raw"):
             raise InvalidRequestError(f"template {template!r} is unknown; use auto, chat or raw.")
         try:
             if isinstance(prompt, str):
                 return self._text(prompt, template)
-            given: Any = prompt
-            if isinstance(given, bytes) or not isinstance(given, Sequence):
+            untyped: Any = prompt
+            if isinstance(untyped, bytes) or not isinstance(untyped, Sequence):
                 raise InvalidRequestError(
                     f"the prompt is of type {type(prompt).__name__}; pass a text or a list of messages."
                 )
             return self._chat(prompt, template)
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
-                f"the prompt holds a lone surrogate at character {error.start}; pass valid Unicode text."
+                f"the prompt contains a lone surrogate at character {error.start}; pass valid Unicode text."
             ) from error
 
     def _text(self, text: str, template: Template) -> list[int]:
-        text.encode()  # the tokenizer's own complaint about broken Unicode names nothing
+        text.encode()  # the tokenizer's own error for broken Unicode names nothing
         if not text.strip():
             raise EmptyPromptError(f"the prompt is empty ({len(text)} blank characters); give it some text.")
         if template == "chat" or (template == "auto" and self.has_chat_template):
             return self._render([{"role": "user", "content": text}])
-        # `raw` means that the caller has placed every special token; otherwise the tokenizer's own apply.
+        # `raw`: the caller has placed every special token; otherwise the tokenizer adds its own.
         return list(self.tokenizer.encode(text, add_special_tokens=template != "raw"))
 
     def _chat(self, messages: Sequence[Mapping[str, str]], template: Template) -> list[int]:
         if template == "raw":
             raise InvalidRequestError("template 'raw' takes a text, not messages; render them first.")
-        for number, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise InvalidRequestError(f"message {number} is {message!r}; each needs the keys 'role' and 'content'.")
+                raise InvalidRequestError(f"message {index} is {message!r}; each needs the keys 'role' and 'content'.")
             for key in ("role", "content"):
                 if not isinstance(message[key], str):
                     raise InvalidRequestError(
-                        f"message {number} has the {key} {message[key]!r}; it must be text: join its parts first."
+                        f"message {index} has the {key} {message[key]!r}; it must be text: join its parts first."
                     )
                 message[key].encode()
         if not any(message["content"].strip() for message in messages):
@@ -140,7 +141,7 @@ class RequestMaker:
         """Check a prompt and its options.
 
         Raises:
-            InvalidRequestError: Or one of its kinds, naming the value, the limit and the fix.
+            InvalidRequestError: Or a subclass.
             ProgramError: The program cannot or may not run.
         """
         refuse_unknown(options)
@@ -154,8 +155,7 @@ class RequestMaker:
         if not tokens:
             raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
         tier, router = self._router(options)
-        made = partial(
-            Request,
+        return Request(
             tokens=tokens,
             router=router.kind,
             router_version=router.version,
@@ -163,41 +163,46 @@ class RequestMaker:
             sampling=sampling,
             stops=check_stops(options.get("stop")),
             max_tokens=self._max_tokens(len(tokens), options.get("max_tokens")),
-            tenant=check_name("tenant", given(options.get("tenant"), self.tenant)),
-            tags={**check_tags(self.tags), **check_tags(given(options.get("tags"), {}))},
-            request_id=check_name("request_id", given(options.get("request_id"), new_request_id())),
+            tenant=check_name("tenant", or_default(options.get("tenant"), self.tenant)),
+            tags={**check_tags(self.tags), **check_tags(or_default(options.get("tags"), {}))},
+            request_id=check_name("request_id", or_default(options.get("request_id"), new_request_id())),
             cancel=check_cancel(options.get("cancel")),
             timeout=check_timeout(options.get("timeout")),
             logits_hook=check_hook(options.get("logits_hook")),
             logprobs=check_logprobs(options.get("logprobs")),
-            tiers={name: one.program for name, one in self.policy.tiers.items()},
+            tiers={name: tier.program for name, tier in self.policy.tiers.items()},
+            # Last, since it may run layers: a prompt that does not fit, or an invalid option, costs nothing.
+            route=self._route(router, tokens),
         )
-        # Last, since it may run layers: a prompt that does not fit, or an option that is wrong, costs nothing.
-        route = router.route(tokens)
-        self.policy.check(route.program, self.cost)
-        return made(route=route)
 
     def make_batch(
         self, prompts: Sequence[Prompt], each: Sequence[RequestOptions] | None, shared: RequestOptions
     ) -> list[Request]:
-        """Check prompts that will decode together, with what each has of its own laid over what they share.
+        """Check prompts that will decode together; the options of each override the shared ones.
 
         Raises:
-            InvalidRequestError: Or one of its kinds; also where `prompts` and `each` do not make one batch.
+            InvalidRequestError: Or a subclass; also where `prompts` and `each` differ in length.
             ProgramError: A program cannot or may not run.
         """
         if isinstance(prompts, str):
-            raise InvalidRequestError("generate_batch takes a list of prompts, not one text; use generate, or [text].")
+            raise InvalidRequestError(
+                "generate_batch takes a list of prompts, not one text; use generate, or pass [text]."
+            )
         own: Sequence[RequestOptions] = [{} for _ in prompts] if each is None else each
         if len(own) != len(prompts):
-            raise InvalidRequestError(f"each has {len(own)} options for {len(prompts)} prompts; give one per prompt.")
-        requests = [self.make(prompt, override(shared, one)) for prompt, one in zip(prompts, own, strict=True)]
+            raise InvalidRequestError(f"each= has {len(own)} entries for {len(prompts)} prompts; pass one per prompt.")
+        requests = [self.make(prompt, override(shared, options)) for prompt, options in zip(prompts, own, strict=True)]
         for request_id, times in Counter(request.request_id for request in requests).most_common(1):
             if times > 1:
                 raise InvalidRequestError(
-                    f"{times} prompts have the request_id {request_id!r}; give each its own in each=."
+                    f"{times} prompts have the request_id {request_id!r}; pass each its own in each=."
                 )
         return requests
+
+    def _route(self, router: Router, tokens: tuple[int, ...]) -> Route:
+        route = router.route(tokens)
+        self.policy.check(route.program, self.cost)
+        return route
 
     def _router(self, options: RequestOptions) -> tuple[str | None, Router]:
         """The tier to record and the router in force: program by hand, else tier, else router, else default tier."""
@@ -216,29 +221,29 @@ class RequestMaker:
     def _at_tolerance(self, tolerance: float) -> tuple[str | None, Router]:
         if not isinstance(self.router, LearnedRouter):
             raise ToleranceError(
-                f"compute={tolerance:g} is a tolerance, and no certified router is loaded that could promise it; name "
-                "a tier, or load a router with router=."
+                f"compute={tolerance:g} is a tolerance, but no certified router is loaded that could promise it; use a "
+                "tier, or load a router with router=."
             )
         return self.router.serving(tolerance)
 
-    def _max_tokens(self, prompt: int, asked: int | None) -> int:
+    def _max_tokens(self, prompt: int, max_tokens: int | None) -> int:
         room = self.context_window - prompt
         if room < 1:
             raise ContextWindowError(
                 f"the prompt has {prompt} tokens; the context window is {self.context_window} and the answer needs at "
                 "least 1: shorten the prompt."
             )
-        if asked is None:
+        if max_tokens is None:
             return min(_DEFAULT_MAX_TOKENS, room)
         try:
-            asked = operator.index(asked)
+            max_tokens = operator.index(max_tokens)
         except TypeError:
-            raise SamplingError(f"max_tokens={asked!r} is not a whole number; pass one.") from None
-        if asked < 1:
-            raise SamplingError(f"max_tokens={asked} is out of range; use 1 or more.")
-        if asked > room:
+            raise SamplingError(f"max_tokens={max_tokens!r} is not a whole number; pass one.") from None
+        if max_tokens < 1:
+            raise SamplingError(f"max_tokens={max_tokens} is out of range; use 1 or more.")
+        if max_tokens > room:
             raise ContextWindowError(
-                f"max_tokens={asked} and a prompt of {prompt} tokens exceed the context window of "
+                f"max_tokens={max_tokens} and a prompt of {prompt} tokens exceed the context window of "
                 f"{self.context_window}; use max_tokens of at most {room}."
             )
-        return asked
+        return max_tokens

@@ -1,4 +1,4 @@
-"""What a caller may ask of a request, and the check of each option. Knows no model."""
+"""What a caller may set, of a model object and of each request, and the check of each option. Knows no model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 Template = Literal["auto", "chat", "raw"]
 T = TypeVar("T")
-_LONGEST_NAME = 200
-_OF_THE_BATCH = frozenset({"cancel", "timeout"})
+MAX_NAME_LENGTH = 200
+"""What a usage record stores. Unit: characters."""
+_BATCH_OPTIONS = frozenset({"cancel", "timeout"})
 """Options that end a batch as a whole."""
 
 
@@ -52,18 +53,18 @@ class ModelOptions(LoadOptions, total=False):
 
 
 class RequestOptions(TypedDict, total=False):
-    """Keyword options of `PolarModel.generate` and its kin."""
+    """Keyword options of `PolarModel.generate` and the like."""
 
     template: Template
     """`auto`: a plain text becomes one user message if the model has a chat template; `chat`: it must have one;
-    `raw`: the text as it is, special tokens in it understood, none added."""
+    `raw`: the text as it is, special tokens in it recognised, none added."""
     compute: str | float | None
     """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05: the
     largest share of answers that may differ from identity's. None = the default tier."""
     program: Program | str | None
     """A program by hand; wins over `compute` and over the router."""
     max_tokens: int | None
-    """Most tokens of the answer; None = 256, or what the context window leaves."""
+    """Max tokens of the answer; None = 256, or what the context window leaves."""
     temperature: float
     top_p: float
     top_k: int
@@ -72,23 +73,30 @@ class RequestOptions(TypedDict, total=False):
     """Texts that end the answer; they are not part of it."""
     logits_hook: LogitsHook | None
     """Called before each token is chosen, greedily or not: (ids sampled so far, float32 logits (V,)) → logits (V,).
-    It holds up all rows and must not call the model; an error in it ends this request only."""
+    It blocks all rows and must not call the model; an error in it ends this request only."""
     logprobs: int | None
-    """Report the log-probability of each sampled token and of so many likeliest ones, 0 to 20, by the logits after the
-    hook and before temperature, top-k and top-p; None = report none."""
+    """Report the log-probability of each sampled token and of the N likeliest ones, N from 0 to 20, by the logits after
+    the hook and before temperature, top-k and top-p; None = report none."""
     tenant: str | None
     tags: Mapping[str, str] | None
-    """Merged over the tags of the object."""
+    """They override the tags of the model object, name by name."""
     request_id: str | None
     """Idempotency key of the usage record; None = a new UUIDv7."""
     cancel: Cancel | None
     """Set it from any thread: the request ends within one token."""
     timeout: float | None
-    """Longest time from the making of the request to its last token; then `RequestTimeoutError`. Unit: seconds."""
+    """Max time from the creation of the request to its last token; then `RequestTimeoutError`. Unit: seconds."""
 
 
 def split_loading(options: ModelOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that say how weights are loaded, and those of the model object."""
+    """The options that say how weights are loaded, and those of the model object.
+
+    Raises:
+        TypeError: An option does not exist; the message names the nearest that does.
+    """
+    for name in options:
+        if name not in ModelOptions.__annotations__:
+            raise TypeError(f"PolarModel has no option {name!r}; {did_you_mean(name, ModelOptions.__annotations__)}")
     own: dict[str, Any] = dict(options)
     return {name: own.pop(name) for name in LoadOptions.__annotations__ if name in own}, own
 
@@ -98,8 +106,8 @@ def ending_on(cancel: Cancel, options: RequestOptions) -> RequestOptions:
     return {**options, "cancel": cancel}
 
 
-def given(value: T | None, default: T) -> T:
-    """Only None means "not given": an empty tenant is a mistake, not the default tenant."""
+def or_default(value: T | None, default: T) -> T:
+    """Only None means "not set": an empty tenant is a mistake, not the default tenant."""
     return default if value is None else value
 
 
@@ -113,14 +121,15 @@ def refuse_unknown(options: RequestOptions) -> None:
 
 
 def override(shared: RequestOptions, own: RequestOptions) -> RequestOptions:
-    """Options of one row of a batch; its tags are laid over the shared ones, as those over the object's."""
+    """Options of one row of a batch; its tags override the shared ones, as those override the object's."""
     if not isinstance(own, Mapping):
-        raise InvalidRequestError(f"each holds {own!r}; pass a mapping of options per prompt.")
-    if alone := sorted(_OF_THE_BATCH & set(own)):
-        raise InvalidRequestError(f"{alone[0]} in each= would end one row; it ends the batch: pass it beside each=.")
+        raise InvalidRequestError(f"each= contains {own!r}; pass one mapping of options per prompt.")
+    for name in sorted(_BATCH_OPTIONS & set(own)):
+        raise InvalidRequestError(f"{name} ends the whole batch, so each= cannot contain it; pass it beside each=.")
     merged: RequestOptions = {**shared, **own}
-    if shared.get("tags") is not None and own.get("tags") is not None:
-        merged["tags"] = {**check_tags(given(shared.get("tags"), {})), **check_tags(given(own.get("tags"), {}))}
+    shared_tags, own_tags = shared.get("tags"), own.get("tags")
+    if shared_tags is not None and own_tags is not None:
+        merged["tags"] = {**check_tags(shared_tags), **check_tags(own_tags)}
     return merged
 
 
@@ -131,22 +140,24 @@ def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise InvalidRequestError(f"stop {text!r} is not text; use str().")
     if "" in stops:
-        raise InvalidRequestError("a stop string is empty, so every answer would end at once; leave it out.")
+        raise InvalidRequestError("a stop string is empty, so every answer would end at once; remove it.")
     return stops
 
 
 def check_name(what: str, value: str) -> str:
     """A tenant, a request id or the name of a tag: short text, not blank."""
     _storable(what, value)
-    if not value.strip() or len(value) > _LONGEST_NAME:
-        raise TagError(f"{what} {value[:40]!r} has {len(value)} characters; use 1 to {_LONGEST_NAME}, not all blank.")
+    if not value.strip() or len(value) > MAX_NAME_LENGTH:
+        raise TagError(
+            f"{what} {value[:40]!r} has {len(value)} characters; use 1 to {MAX_NAME_LENGTH}, not only blanks."
+        )
     return value
 
 
 def check_tags(tags: Mapping[str, str]) -> Mapping[str, str]:
     """Tags whose names and values a usage record can hold."""
     if not isinstance(tags, Mapping):
-        raise TagError(f"tags are {tags!r}; pass a mapping of text to text.")
+        raise TagError(f"tags is {tags!r}; pass a mapping of text to text.")
     for key, value in tags.items():
         check_name("tag", key)
         _storable(f"the value of tag {key!r}", value)
@@ -154,11 +165,11 @@ def check_tags(tags: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _storable(what: str, value: str) -> None:
-    """Refuse before compute what no usage record or ledger can hold; afterwards the work would go unmetered."""
+    """Refuse before compute what no usage record or ledger can store; later, the work would go unmetered."""
     if not isinstance(value, str):
         raise TagError(f"{what} is {value!r}, which is not text; use str().")
     if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise TagError(f"{what} {value[:40]!r} holds a null character or a lone surrogate; pass valid Unicode text.")
+        raise TagError(f"{what} {value[:40]!r} contains a null character or a lone surrogate; pass valid Unicode text.")
 
 
 def check_cancel(cancel: Cancel | None) -> Cancel | None:
@@ -175,21 +186,21 @@ def check_hook(hook: LogitsHook | None) -> LogitsHook | None:
     return hook
 
 
-def check_logprobs(asked: Any) -> int | None:
+def check_logprobs(logprobs: Any) -> int | None:
     """How many alternatives to report per token, or None."""
-    if asked is None:
+    if logprobs is None:
         return None
     try:
-        count = operator.index(asked)
+        count = operator.index(logprobs)
     except TypeError:
-        raise SamplingError(f"logprobs={asked!r} is not a whole number; pass one, or None.") from None
-    if isinstance(asked, bool) or not 0 <= count <= MAX_ALTERNATIVES:
-        raise SamplingError(f"logprobs={asked} is out of range; use 0 to {MAX_ALTERNATIVES}, or None.")
+        raise SamplingError(f"logprobs={logprobs!r} is not a whole number; pass one, or None.") from None
+    if isinstance(logprobs, bool) or not 0 <= count <= MAX_ALTERNATIVES:
+        raise SamplingError(f"logprobs={logprobs} is out of range; use 0 to {MAX_ALTERNATIVES}, or None.")
     return count
 
 
 def check_timeout(timeout: Any) -> float | None:
-    """A time allowed in seconds, or None."""
+    """The max time in seconds, or None."""
     if timeout is None:
         return None
     if not isinstance(timeout, Real):

@@ -41,8 +41,8 @@ _FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
     Outcome.ERROR: "error",
 }
 _STOPS = (GeneratorExit, KeyboardInterrupt, SystemExit, RequestTimeoutError)
-"""What ends a request without being an error of it: its stream was closed, the process was told to end (the command
-`polar` turns SIGTERM into SystemExit), or its time was up."""
+"""What ends a request without being its error: its stream was closed, the process was asked to end (the command `polar`
+turns SIGTERM into SystemExit), or its time was up."""
 _IDLE_SECONDS: Final = 2.0
 """The thread of late records ends after this time without one."""
 _PATIENCE_SECONDS: Final = 5.0
@@ -53,7 +53,7 @@ _EXIT_SECONDS: Final = 10.0
 
 
 class Recorder:
-    """Sees to it that every job of one call is recorded once, whatever happens in the block it guards.
+    """Guarantees one usage record per job of a call, however the call ends.
 
     Args:
         model: What runs the jobs.
@@ -64,7 +64,7 @@ class Recorder:
         self._jobs: tuple[Job, ...] = ()
         self._model, self._sink = model, sink
         self._records: dict[Job, UsageRecord] = {}
-        """Final facts; stored at the end if they were not yet, unchanged after a sink that failed."""
+        """Final records; those not stored yet are stored at the end, unchanged if the sink failed before."""
         self._receipts: dict[Job, Receipt | None] = {}
         """Of the jobs whose records are stored."""
         self._ended = False
@@ -97,7 +97,7 @@ class Recorder:
             return record, self._receipts[job]
 
     def end(self, failure: BaseException | None = None) -> None:
-        """Stop what still runs and store a record of it; a sink that fails for one is still asked for the others.
+        """Stop what still runs and store its records; a sink that fails for one job is still called for the others.
 
         Where this thread must not wait, another one does, and what the sink raises is logged. In a forked child this
         does nothing: the jobs are the parent's.
@@ -111,13 +111,13 @@ class Recorder:
         """
         if not self._is_open():
             return
-        for job in self._left():
+        for job in self._unrecorded():
             job.cancel()
         if not may_wait():
             self._hand_over(failure)
             return
         problems = run_uncut(partial(self._store, failure))
-        # A timeout is an OSError, as what disks raise: it must not hide their errors.
+        # A timeout is an OSError, like the errors of disks, which it must not hide.
         if problems and (failure is None or isinstance(failure, _STOPS) or not isinstance(failure, type(problems[0]))):
             raise problems[0]
 
@@ -125,7 +125,7 @@ class Recorder:
         """As `end`, without waiting and without the sink, whatever the thread; the lock is free when it is done."""
         if not self._is_open():
             return None
-        for job in self._left():
+        for job in self._unrecorded():
             job.cancel()
         return self._hand_over(None)
 
@@ -141,11 +141,11 @@ class Recorder:
         if stored is not None and may_wait():
             stored.acquire(timeout=_PATIENCE_SECONDS)
 
-    def _left(self) -> list[Job]:
+    def _unrecorded(self) -> list[Job]:
         return [job for job in self._jobs if job not in self._receipts]
 
     def _is_open(self) -> bool:
-        return not self._ended and self._process == os.getpid() and bool(self._left())
+        return not self._ended and self._process == os.getpid() and bool(self._unrecorded())
 
     def _hand_over(self, failure: BaseException | None) -> threading.Lock:
         stored = threading.Lock()
@@ -168,11 +168,11 @@ class Recorder:
         with self._storing:
             if self._ended:
                 return ()
-            for job in self._left():
+            for job in self._unrecorded():
                 if job.submitted:
                     job.wait()  # at most one token
                 try:
-                    # The same facts under the same id: had the first attempt stored them after all, nothing doubles.
+                    # The same record under the same id: if an attempt stored it after all, nothing is counted twice.
                     self._receipts[job] = self._sink.emit(self._final(job, failure))
                 except Exception as problem:  # any sink, any error: the remaining jobs must be recorded all the same
                     problems.append(problem)
@@ -186,7 +186,7 @@ class Recorder:
 
     def _record(self, job: Job, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
         if job not in self._records:
-            self._records[job] = _facts(self._model, job, outcome, error)
+            self._records[job] = _usage(self._model, job, outcome, error)
         return self._records[job]
 
 
@@ -264,7 +264,7 @@ def _finish_all() -> None:
         _log.error("the process ended before the usage records of its dropped requests could be stored")
 
 
-def _facts(model: LoadedModel, job: Job, outcome: Outcome, error: BaseException | None) -> UsageRecord:
+def _usage(model: LoadedModel, job: Job, outcome: Outcome, error: BaseException | None) -> UsageRecord:
     """The usage record of a job that computes no more."""
     request, row, now = job.request, job.row, time.perf_counter_ns()
     begin = job.begin_ns or now
@@ -298,7 +298,7 @@ def _facts(model: LoadedModel, job: Job, outcome: Outcome, error: BaseException 
 
 
 def _identity_flops(job: Job, executed: int) -> int:
-    """The finished passes at full depth; where not even the prefill finished, nothing is claimed as saved."""
+    """FLOPs of the finished passes at full depth; where not even the prefill finished, no saving is claimed."""
     work = job.row.work
     if not work.prefilled:
         return executed

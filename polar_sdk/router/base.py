@@ -8,11 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from polar_sdk.engine.route import Route
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from polar_sdk.engine.route import Route
 
 
 class Router(ABC):
@@ -34,16 +35,14 @@ class StaticRouter(Router):
     kind: ClassVar[str] = "static"
 
     def __init__(self, program: Program | str | Iterable[int]) -> None:
-        self._route = Route(Program.of(program))
-
-    @property
-    def program(self) -> Program:
-        """The program every prompt runs."""
-        return self._route.program
+        self.program = Program.of(program)
+        """The program that every prompt runs."""
 
     def route(self, tokens: Sequence[int]) -> Route:
         """Return the one program."""
-        return self._route
+        from polar_sdk.engine.route import Route  # imports torch, which naming a router must not
+
+        return Route(self.program)
 
 
 class IdentityRouter(StaticRouter):

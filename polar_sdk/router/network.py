@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from polar_sdk.engine.route import begins, lead_flops, run_lead
+from polar_sdk.engine.lead import begins, lead_flops, run_lead
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.route import Lead
+    from polar_sdk.engine.lead import Lead
     from polar_sdk.programs.program import Program
 
 

@@ -1,8 +1,8 @@
-"""Blocking engine calls in threads of their own: heavy work apart, and asyncio callers who must not block their loop.
+"""Blocking engine calls in threads of their own: heavy work, and calls from asyncio, whose loop must not be blocked.
 
-The engine itself is synchronous; its thread runs with the caller's context variables, and stops when the task that
-awaits it is cancelled. Here is also what keeps clean-up from being cut off, or from waiting for its own thread. Knows
-nothing of models.
+The engine itself is synchronous. Such a thread runs with the caller's context variables, and stops when the task that
+awaits it is cancelled. Also here: how clean-up is kept from being interrupted, and from waiting for its own thread.
+Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 AHEAD = 2
-"""Pieces of a stream made before its consumer asks for them: enough to hide the hand-over, little to waste if it
-leaves."""
+"""Number of pieces of a stream computed before its consumer requests them: enough to hide the handover, and little to
+waste if it leaves."""
 
 
 class InternalThread(threading.Thread):
@@ -72,7 +72,7 @@ class _Leave:
 
 
 class _End:
-    """The end of a stream that another thread makes."""
+    """The end of a stream that another thread produces."""
 
 
 def may_wait() -> bool:
@@ -138,11 +138,11 @@ def run_uncut(call: Callable[[], T]) -> T:
 
 
 def run_apart(call: Callable[[], T]) -> T:
-    """Run heavy work in a thread that ends with it, and wait; what it raises is raised here.
+    """Run heavy work in a thread that ends with it, and wait; its errors are raised here.
 
-    libgomp keeps a pool for every thread that ever ran a parallel region, and once the pools hold more threads than
-    there are cores, none of them may spin while it waits: a model loaded in the main thread then decodes at half the
-    speed in the engine's (`benchmarks/LOG.md`). The pool of a thread that has ended is gone.
+    libgomp keeps a pool for every thread that has ever run a parallel region, and once the pools hold more threads than
+    there are cores, none of them may spin while it waits: a model loaded in the main thread then decodes at half speed
+    in the engine's (`benchmarks/LOG.md`). The pool of a thread ends with it.
     """
     thread, result = _start(call, "polar-load", daemon=True)
     value = result.result()
@@ -151,10 +151,10 @@ def run_apart(call: Callable[[], T]) -> T:
 
 
 async def run_in_thread(call: Callable[[Cancel], T], cancel: Cancel | None) -> T:
-    """Run `call` in a thread; if the awaiting task is cancelled, ask it to stop and wait until it has.
+    """Run `call` in a thread; if the awaiting task is cancelled, request it to stop and wait until it has.
 
-    Waiting keeps the promise that after a cancellation nothing computes any more and the usage record is stored,
-    however often the task is cancelled: anyio does so at every await. The first cancellation is raised.
+    The wait ensures that after a cancellation nothing is computed any more and the usage record is stored, however
+    often the task is cancelled (anyio cancels at every await). The first cancellation is raised.
     """
     stop = _AnyCancel(cancel)
     worker = _awaitable(lambda: call(stop), "polar-request")
@@ -215,8 +215,8 @@ async def iterate_in_thread(
 def _awaitable(call: Callable[[], T], name: str) -> asyncio.Future[T]:
     """Run `call` in a thread of its own, for the running event loop.
 
-    The loop's few threads would let only that many requests reach the engine, and a consumer that pauses would hold
-    one of them all the while.
+    The loop's own few threads would allow only that many requests to reach the engine, and a consumer that pauses would
+    occupy one of them.
     """
     return asyncio.wrap_future(_start(call, name)[1])
 
@@ -234,7 +234,7 @@ async def _ended(worker: asyncio.Future[T]) -> asyncio.CancelledError | None:
         except asyncio.CancelledError as raised:
             first = first or raised
     if not worker.cancelled():
-        worker.exception()  # retrieved, so that asyncio does not report it a second time
+        worker.exception()  # retrieved, so that asyncio does not report it again
     return first
 
 
@@ -255,5 +255,5 @@ def _fulfil(result: Future[T], call: Callable[[], T]) -> None:
     result.set_running_or_notify_cancel()  # from here on, nobody can cancel the future under the thread
     try:
         result.set_result(call())
-    except BaseException as problem:  # handed to whoever waits, whatever it is
+    except BaseException as problem:  # handed to the waiting caller, whatever it is
         result.set_exception(problem)

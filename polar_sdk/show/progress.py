@@ -1,4 +1,4 @@
-"""Progress: how long work reports how far it is, and what a person sees of it on standard error.
+"""Progress: how long-running work reports how far it is, and what a person sees of it on standard error.
 
 Knows nothing of the work.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """What long work calls with (stage, steps done, steps in all)."""
+    """What long-running work calls with (stage, steps done, steps in total)."""
 
     def __call__(self, stage: str, done: int, total: int, /) -> None:
         """Report how far a stage is."""
@@ -28,7 +28,7 @@ def silent(stage: str, done: int, total: int, /) -> None:
 
 
 def say(line: str) -> None:
-    """Print one line about what is going on."""
+    """Print one line about what is happening."""
     print(f"polar: {line}", file=sys.stderr, flush=True)
 
 
@@ -38,7 +38,7 @@ def stage(label: str, total: int | None = None) -> Iterator[Callable[[int], None
 
     Args:
         label: What is being done.
-        total: Bytes to expect; None for a stage that cannot tell how far it is.
+        total: Bytes to expect; None for a stage that cannot say how far it is.
 
     Yields:
         A function that takes the number of bytes done so far.

@@ -1,7 +1,9 @@
-"""A tiny real engine for the integration tests, and a sink that shows what it recorded."""
+"""A tiny real engine for the integration tests, a sink that shows what it got, and what both frameworks promise."""
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing, closing
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -9,20 +11,23 @@ import pytest
 
 from polar_sdk import ListSink, UsageRecord
 from polar_sdk.testing import tiny_model
+from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+
     from polar_sdk import PolarModel
 
 
 class _WatchedSink(ListSink):
-    """Says when the engine has taken a request up: it asks `check` right before it computes."""
+    """Shows when the engine has accepted a request: it calls `check` right before it computes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked = 0
+        self.checks = 0
 
     def check(self) -> None:
-        self.asked += 1
+        self.checks += 1
 
 
 @pytest.fixture
@@ -51,3 +56,71 @@ def priced_sink() -> ListSink:
 @pytest.fixture
 def priced(priced_sink: ListSink) -> PolarModel:
     return tiny_model(sink=priced_sink)
+
+
+class FrameworkContract:
+    """What every framework promises of answers that are left, and of the event loop while one is computed."""
+
+    def __init__(self, sink: Any) -> None:
+        self._sink = sink
+
+    def check_left_stream(self, stream: Generator[Any], pieces: int, max_computed: int) -> None:
+        """A stream that is closed after some pieces stops and is recorded; two tokens are computed ahead."""
+        with closing(stream):
+            for _ in range(pieces):
+                next(stream)
+            assert self._sink.records == []
+        (record,) = self._sink.records
+        assert record.outcome is Outcome.CANCELLED
+        assert pieces <= record.tokens.output <= max_computed
+        assert record.flops.total > 0
+
+    async def check_left_async_stream(self, stream: AsyncGenerator[Any], max_tokens: int) -> None:
+        """The same for an async stream, which ends a little later."""
+        async with aclosing(stream):
+            await anext(stream)
+        await self._until(lambda: bool(self._sink.records))
+        self._check_cancelled(max_tokens)
+
+    async def check_cancelled_task(self, call: Awaitable[Any], max_tokens: int, requests: int = 1) -> None:
+        """A cancelled task stops compute, and every request that it had made is recorded."""
+        task = asyncio.ensure_future(call)
+        await self._until(lambda: self._sink.checks)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await self._until(lambda: len(self._sink.records) == requests)
+        self._check_cancelled(max_tokens)
+
+    async def check_loop_runs(self, call: Awaitable[Any]) -> None:
+        """The event loop goes on while an answer is computed."""
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.001)
+
+        ticker = asyncio.ensure_future(tick())
+        await call
+        ticker.cancel()
+        assert ticks >= 5, "the event loop stood still"
+
+    def _check_cancelled(self, max_tokens: int) -> None:
+        for record in self._sink.records:
+            assert record.outcome is Outcome.CANCELLED
+            assert record.tokens.output < max_tokens
+
+    @staticmethod
+    async def _until(condition: Callable[[], Any]) -> None:
+        for _ in range(500):
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("nothing was recorded within 5 s")
+
+
+@pytest.fixture
+def contract(sink: ListSink) -> FrameworkContract:
+    return FrameworkContract(sink)

@@ -60,7 +60,7 @@ def test_tool_calls_of_an_earlier_answer_are_told() -> None:
 def test_what_is_no_text_is_refused_before_compute(kind: str) -> None:
     chat = ChatPolar(engine=tiny_model())
     message = HumanMessage([{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "x"}}])
-    with pytest.raises(langchain.ModelInvalidRequestError, match=r"message 1 \(human\) cannot be read.*text alone"):
+    with pytest.raises(langchain.ModelInvalidRequestError, match=r"message 1 \(human\) cannot be read.*text only"):
         chat.invoke([message])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import import_module
+from inspect import signature
+from typing import Any
 
 import pytest
 
@@ -94,3 +96,19 @@ def test_the_star_import_brings_every_name() -> None:
     code = f"from polar_sdk import *; print([n for n in '''{PUBLIC['polar_sdk']}'''.split() if n not in globals()])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0)
+
+
+def test_model_options_are_those_of_loading_and_of_the_constructor() -> None:
+    from polar_sdk import PolarModel
+    from polar_sdk.frameworks import ModelSettings
+    from polar_sdk.models.load import LoadOptions, load_pretrained
+    from polar_sdk.request.options import ModelOptions
+
+    constructor = set(signature(PolarModel).parameters) - {"loaded"}
+    assert set(ModelOptions.__annotations__) == set(LoadOptions.__annotations__) | constructor
+    assert set(LoadOptions.__annotations__) <= set(ModelSettings.model_fields)
+    misspelt: Any = {"precison": "int8"}
+    with pytest.raises(TypeError, match="PolarModel has no option 'precison'; did you mean 'precision'"):
+        PolarModel.from_pretrained(**misspelt)  # before anything is loaded
+    with pytest.raises(TypeError, match="loading has no option 'precison'; did you mean 'precision'"):
+        load_pretrained(**misspelt)

@@ -29,8 +29,8 @@ class RecordedUrl(ListSink):
 
 def registered(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Register `value` as the default sink, or nothing."""
-    found = () if value is None else (EntryPoint("default", value, sinks.GROUP),)
-    monkeypatch.setattr(sinks, "entry_points", lambda **wanted: EntryPoints(found).select(**wanted))
+    entries = () if value is None else (EntryPoint("default", value, sinks.GROUP),)
+    monkeypatch.setattr(sinks, "entry_points", lambda **criteria: EntryPoints(entries).select(**criteria))
 
 
 def url_of(sink: UsageSink) -> str | None:
@@ -117,8 +117,8 @@ def test_a_record_is_offered_again_unchanged() -> None:
     sink = Forgetful()
     with pytest.raises(SinkError, match="connection is gone"):
         tiny_model(sink=sink).generate_batch(["one", "two"], max_tokens=1)
-    first, again, other = sink.records
-    assert first == again
+    first, second, other = sink.records
+    assert first == second
     assert (first.outcome, other.outcome) == (Outcome.COMPLETED, Outcome.ERROR)
     assert first.request_id != other.request_id
 
@@ -129,8 +129,8 @@ class TestJsonl:
         model = tiny_model(sink=sink)
         done = [model.generate(prompt, max_tokens=3) for prompt in ("one", "two\nlines", "héllo €")]
         lines = sink.path.read_text(encoding="utf-8").splitlines()
-        assert [UsageRecord.model_validate_json(line) for line in lines] == [one.usage for one in done]
-        assert [one.receipt for one in done] == [None] * 3
+        assert [UsageRecord.model_validate_json(line) for line in lines] == [answer.usage for answer in done]
+        assert [answer.receipt for answer in done] == [None] * 3
 
     def test_check_writes_nothing(self, tmp_path: Path) -> None:
         sink = JsonlSink(str(tmp_path / "usage.jsonl"))
@@ -145,10 +145,10 @@ class TestJsonl:
                 sink.emit(record(f"{thread}-{number}", note="x" * 3000))
 
         threads = [threading.Thread(target=write, args=(thread,)) for thread in range(8)]
-        for one in threads:
-            one.start()
-        for one in threads:
-            one.join()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         ids = [
             UsageRecord.model_validate_json(line).request_id
             for line in sink.path.read_text(encoding="utf-8").splitlines()

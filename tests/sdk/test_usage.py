@@ -116,18 +116,18 @@ class TestRecord:
         assert record(started_at=local).started_at.utcoffset() == timedelta(0)
 
     def test_derived_figures(self) -> None:
-        one = record(flops=FlopUsage(head=FLOPS_PER_COMPUTE_UNIT, total=FLOPS_PER_COMPUTE_UNIT), identity_flops=5)
-        assert one.compute_units == 1.0
-        assert one.flops_saved == 5 - FLOPS_PER_COMPUTE_UNIT  # negative: it cost more than full depth
+        usage = record(flops=FlopUsage(head=FLOPS_PER_COMPUTE_UNIT, total=FLOPS_PER_COMPUTE_UNIT), identity_flops=5)
+        assert usage.compute_units == 1.0
+        assert usage.flops_saved == 5 - FLOPS_PER_COMPUTE_UNIT  # negative: it cost more than full depth
         assert VisitUsage(prefill=(1, 0, 2), decode=(3, 0, 6)).total == 12
 
 
 class TestRequestId:
     def test_version_and_variant_bits(self) -> None:
         for _ in range(200):
-            one = UUID(new_request_id())
-            assert one.version == 7
-            assert one.variant == RFC_4122
+            identifier = UUID(new_request_id())
+            assert identifier.version == 7
+            assert identifier.variant == RFC_4122
 
     def test_it_begins_with_the_time(self) -> None:
         before = time.time_ns() // 1_000_000
@@ -135,12 +135,12 @@ class TestRequestId:
         assert before <= stamp <= time.time_ns() // 1_000_000
 
     def test_later_ids_sort_after_earlier_ones(self) -> None:
-        made: list[tuple[int, str]] = []
-        while len({stamp for stamp, _ in made}) < 5:  # ids of five different milliseconds
-            one = new_request_id()
-            made.append((UUID(one).int >> 80, one))
-        for stamp, one in made:
-            assert all(one < other for later, other in made if later > stamp)
+        stamped: list[tuple[int, str]] = []
+        while len({stamp for stamp, _ in stamped}) < 5:  # ids of five different milliseconds
+            identifier = new_request_id()
+            stamped.append((UUID(identifier).int >> 80, identifier))
+        for stamp, identifier in stamped:
+            assert all(identifier < other for later, other in stamped if later > stamp)
 
     def test_no_id_comes_twice(self) -> None:
         assert len({new_request_id() for _ in range(5000)}) == 5000

@@ -162,7 +162,7 @@ def _link(usage: Sequence[Any], receipt: Sequence[Any]) -> chain.NewLink:
 
 
 def _numbers(connection: Connection, count: int) -> Sequence[int]:
-    """The next numbers of `polar_usage`, which no one else will get."""
+    """The next numbers of `polar_usage`, reserved for this transaction."""
     if connection.dialect.name == "postgresql":
         numbers: list[int] = connection.execute(_NEXT_ON_POSTGRES, {"count": count}).scalar_one()
         return numbers

@@ -38,7 +38,7 @@ def add_book(ledger: _Ledger, book: PriceBook, *, for_all: bool = False, now: da
     """Put a book, or a revision of one, in force from now on; see `prices.current` for whom it charges.
 
     Args:
-        ledger: The `Ledger` to put it in force in.
+        ledger: The `Ledger` in which to put it in force.
         book: The book; a revision has the id of the book it follows.
         for_all: Also for tenants that no book names. The first book and its revisions are, until another one is.
         now: The clock's time by default.

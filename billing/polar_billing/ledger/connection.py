@@ -1,6 +1,6 @@
 """The database under the ledger: connections that are durable, transactions that take turns, statements over many rows.
 
-One class per kind of database is not needed: SQLite wants settings per connection and an explicit BEGIN, PostgreSQL
+The two kinds of database need no class each: SQLite wants settings per connection and an explicit BEGIN, PostgreSQL
 wants neither. Where rows come by the thousand, statements are prepared once and take values as the database holds
 them, past SQLAlchemy's column types, whose work per value would cost more than the database's own. Knows no
 particular table.
@@ -275,7 +275,7 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, 
 
     Args:
         connection: A write transaction.
-        table: Where to.
+        table: The table to insert into.
         rows: One tuple per row, in the order of the table's columns: integers, text, bytes or None.
     """
     if not rows:
@@ -294,7 +294,7 @@ def upsert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, 
 
     Args:
         connection: A write transaction.
-        table: Where to; its primary key is one column.
+        table: The table; its primary key is one column.
         rows: As for `insert_rows`, no two of the same key.
         changes: SQL assignments to the stored row, over `excluded`, the row given; none to leave it as it is.
     """

@@ -1,6 +1,6 @@
 """What others do when a ledger is read or written, so that the ledger need not know them.
 
-* Writers that hand records over a moment after they took them: whoever reads the ledger in this process waits for them.
+* Writers that store records a moment after they accepted them: readers of the ledger in this process wait for them.
 * `before_usage_is_read` and `on_stored`: filled once, by `polar_billing` itself, for every ledger of the process.
 
 Imports nothing but the standard library, so that importing `polar_billing` stays quick. Knows neither spool nor budget.
@@ -33,7 +33,7 @@ before_usage_is_read: Final[list[Callable[[Any], None]]] = []
 
 on_stored: Final[list[Callable[[Connection, Sequence[Entry]], None]]] = []
 """Called in the transaction that stored new records, after their rows were written, with the heads of their tenants'
-chains locked; what it raises takes the records back as well."""
+chains locked; if it raises, the records are rolled back as well."""
 
 _lock: Final = threading.Lock()
 _pending: Final[defaultdict[str, MutableSet[Pending]]] = defaultdict(weakref.WeakSet)

@@ -1,4 +1,4 @@
-"""The ledger on SQL: SQLite by default, PostgreSQL by URL, one code for both.
+"""The ledger on SQL: SQLite by default, PostgreSQL by URL, the same code for both.
 
 Stores facts and receipts; knows nothing of how prices are applied or reports made, nor of how records reach it: what
 others do when it is read or written is in `hooks`.
@@ -156,7 +156,7 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A write transaction on the ledger, durable when the block has ended; for `post` and its like.
+        """A write transaction on the ledger, durable when the block has ended; for `post` and similar functions.
 
         Raises:
             StoreError: The ledger cannot be written; nothing of the block was stored.
@@ -167,7 +167,7 @@ class Ledger:
 
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the ledger throughout; for `balances` and its like.
+        """A transaction that sees one state of the ledger throughout; for `balances` and similar functions.
 
         A ledger that does not exist yet is seen as an empty one, and looking does not create it.
 
@@ -209,7 +209,7 @@ class Ledger:
             yield from islice(tagged, newest)
 
     def _complete_usage(self) -> None:
-        """Let everything in that others still hold for this ledger."""
+        """Bring in what others still hold for this ledger."""
         hooks.drain(self.identity)
         for hook in hooks.before_usage_is_read:
             hook(self)
@@ -226,7 +226,7 @@ class Ledger:
     def usage_sums(self, selection: Selection, *, hourly: bool, rollups: bool = True) -> Iterator[Sum]:
         """Read usage added up, by tenant, tier, model, source, outcome, price book and reason for no price.
 
-        What retention deleted the facts of still counts in sums of whole hours.
+        Requests whose facts retention deleted still count in sums of whole hours.
 
         Args:
             selection: Which usage; its tags are ignored.

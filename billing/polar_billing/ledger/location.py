@@ -1,7 +1,7 @@
 """Where the ledger is, and what is wrong when its database fails.
 
-The ledger is where the argument says, else `POLAR_LEDGER`, else in a SQLite file in the user's data folder; what a
-person writes (a URL or a plain path) becomes a URL that this package supports. A failure of the database becomes the
+The ledger is named by the argument, else by `POLAR_LEDGER`, else it is a SQLite file in the user's data folder; what
+the user writes (a URL or a plain path) becomes a URL that this package supports. A failure of the database becomes the
 `StoreError` that names the ledger, the cause and the fix: chosen by the error's code, never by its wording. Opens
 nothing; looks at the file system only to explain a failure that already happened.
 """
@@ -42,7 +42,7 @@ _CONTENT: Final = "Check the record's texts; nothing of it was stored."
 
 _SQLITE: Final[dict[int, tuple[type[StoreError], str, str]]] = {
     sqlite3.SQLITE_READONLY: (StoreReadOnlyError, "cannot be written: it is read-only.", _ELSEWHERE),
-    sqlite3.SQLITE_PERM: (StoreReadOnlyError, "may not be opened: permission denied.", _ELSEWHERE),
+    sqlite3.SQLITE_PERM: (StoreReadOnlyError, "cannot be opened: permission denied.", _ELSEWHERE),
     sqlite3.SQLITE_FULL: (
         StoreFullError,
         "cannot take another record: the disk or the database is full.",
@@ -76,7 +76,7 @@ _POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
     "25006": (StoreReadOnlyError, "cannot be written: the server is read-only.", _ELSEWHERE),
     "42501": (
         StoreReadOnlyError,
-        "may not be written by this role.",
+        "cannot be written by this role.",
         "Grant INSERT and SELECT on its tables.",
     ),
     "53100": (StoreFullError, "cannot take another record: the server's disk is full.", "Free some space."),
@@ -91,7 +91,7 @@ _POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
 
 
 def is_absent(url: URL) -> bool:
-    """True if the file of a ledger is not there yet; if its folder is missing too, the database is left to complain."""
+    """True if the file of a ledger does not exist yet; if its folder is missing too, opening it raises."""
     file = sqlite_file(url)
     return file is not None and not file.exists() and (file.parent.is_dir() or file == default_file())
 

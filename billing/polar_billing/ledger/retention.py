@@ -1,6 +1,6 @@
 """Retention: delete the facts of old requests, keep their proof.
 
-Of a pruned request stay its identity, content hash and receipt (`polar_pruned`), its link in the chain, and its
+A pruned request keeps its identity, content hash and receipt (`polar_pruned`), its link in the chain, and its
 share of the sums by hour; what is gone is what was said about it: program, tags, tokens, timings. So a replay is
 still recognised, the chain still closes, and totals stay what they were. Knows no prices.
 """

@@ -1,4 +1,4 @@
-"""Sums of usage by hour: kept up to date as usage is stored, computed again from usage, and read for queries.
+"""Sums of usage by hour: kept up to date as usage is stored, recomputed from usage, and read for queries.
 
 One way of adding up serves the writer, `verify`, retention and migrations: everything is added in Python integers and
 kept as whole millions and a rest, so nothing overflows and nothing is rounded. A query reads the sums by hour where it
@@ -208,7 +208,7 @@ def read_sums(connection: Connection, selection: Selection, *, hourly: bool, rol
 
     Args:
         connection: A transaction that sees one state of the ledger.
-        selection: Which usage; its tags are not looked at.
+        selection: Which usage; its tags are ignored.
         hourly: Keep hours apart, because the query asks for days or months.
         rollups: False to add it all up from usage.
     """

@@ -226,7 +226,7 @@ class Meter(UsageSink):
             self._writer.drain()
 
     def recover(self) -> None:
-        """Store now what waits in the spool, also of processes that have ended.
+        """Store now what waits in the spool, including that of processes that have ended.
 
         Raises:
             StoreError: The ledger cannot take it; nothing is lost.
@@ -236,7 +236,7 @@ class Meter(UsageSink):
 
     @property
     def spool(self) -> SpoolStatus | None:
-        """What waits in the spool of this ledger; None where it has none."""
+        """What waits in the spool of this ledger; None if it has none."""
         return None if self._writer is None else self._writer.status()
 
     def _older_book(self, content_hash: str) -> PriceBook:

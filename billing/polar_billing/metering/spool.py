@@ -220,7 +220,7 @@ class Spool:
             os.close(self._lock)
 
     def reject(self, entries: Iterable[Entry]) -> None:
-        """Keep records that the ledger refused as conflicts, flushed to the disk."""
+        """Keep records that the ledger refused for their content, flushed to the disk."""
         lines = b"".join(_line(_entry_json(entry)) for entry in entries)
         if lines:
             with (self.folder / _REJECTED).open("ab") as file:
@@ -360,7 +360,7 @@ def store_file(ledger: Ledger, spool: Spool, file: Unfinished) -> None:
 
 
 def recover_abandoned(ledger: Ledger) -> None:
-    """Store what processes that have ended left; where the ledger cannot take it now, it stays."""
+    """Store what processes that have ended left; if the ledger cannot take it now, it stays."""
     folder = spool_folder(ledger.url)
     if folder is None or not folder.is_dir():
         return

@@ -47,7 +47,7 @@ class Ticket:
     error: BillingError | None = None
 
     def result(self) -> StoredUsage | None:
-        """Wait; then what is stored, or None where it waits in the spool.
+        """Wait; then what is stored, or None if it waits in the spool.
 
         Raises:
             ConflictError: The ledger holds this request with other content.
@@ -64,7 +64,7 @@ class Writer:
     """Stores records of one meter in groups. Safe in several threads and after a fork.
 
     Args:
-        ledger: Where to.
+        ledger: The ledger to store in.
         capacity: Maximum number of waiting records; whoever hands over more waits for room.
         gather_s: How long a commit waits for more records. Unit: seconds.
     """

@@ -113,7 +113,7 @@ class PriceBook(Checked):
 
         Args:
             moment: The time of use.
-            tenant: Whose plan may bring rates of its own; None for the plain rates.
+            tenant: The tenant, whose plan may have its own rates; None for the plain rates.
         """
         return entry_at(self.entries_at(moment, tenant), moment)
 

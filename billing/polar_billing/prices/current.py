@@ -1,4 +1,4 @@
-"""Which price book a use is charged by: the one that is named, or of those put in force the one that holds for it.
+"""Which price book a use is charged by: the one that is named, or the one in force for it.
 
 In this order: the book or file given, the file that POLAR_PRICE_BOOK names, the books that were put in force in the
 ledger (`polar price add`), the example book.
@@ -52,7 +52,7 @@ class InForce:
     """The books in force over time.
 
     Args:
-        choices: In the order they were made; `put_at` never falls.
+        choices: In the order they were put in force; `put_at` never falls.
     """
 
     def __init__(self, choices: Sequence[Choice]) -> None:

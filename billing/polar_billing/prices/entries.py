@@ -94,7 +94,7 @@ Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max
 
 
 class Checked(BaseModel):
-    """A part of a book: frozen, and without keys that nobody reads."""
+    """A part of a book: frozen, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -152,7 +152,7 @@ class PriceEntry(Checked):
 
 
 def timeline(entries: tuple[PriceEntry, ...]) -> tuple[PriceEntry, ...]:
-    """Order entries by time, and refuse two at once.
+    """Order entries by time, and refuse overlaps.
 
     Raises:
         ValueError: Two begin together, or one ends after the next has begun.

@@ -39,7 +39,7 @@ _DECIMALS: Final = {"compute_units": 12, "million_input_tokens": 6, "million_out
 
 
 class Band(Checked):
-    """One band; it ends at `up_to`, that included."""
+    """One band; it ends at `up_to`, included."""
 
     up_to: Quantity | None = None
     """Unit: that of the item. None for the last band, which has no end."""
@@ -52,7 +52,7 @@ class _PeriodItem(Checked):
     """What is counted. Units: CU, million prompt or sampled tokens, requests."""
     pool: bool = False
     """False: each tier is counted by itself and its price multiplied by the tier's multiplier.
-    True: all tiers are counted together, each unit as many times as its tier's multiplier says."""
+    True: all tiers are counted together, each unit weighted by its tier's multiplier."""
 
     @property
     def decimals(self) -> int:
@@ -88,7 +88,7 @@ class Banded(_PeriodItem):
 
 
 class Package(_PeriodItem):
-    """Blocks of `size`, each started one charged whole."""
+    """Blocks of `size`; every started block is charged in full."""
 
     model: Literal["package"]
     size: Quantity
@@ -105,7 +105,7 @@ PeriodPrice = Annotated[Banded | Package, Field(discriminator="model")]
 
 
 class Promise(Checked):
-    """What a tier promises per statement period, and what is given back where that was missed."""
+    """What a tier promises per statement period, and what is given back if that was missed."""
 
     latency_ms_p95_max: Annotated[int, Field(strict=True, gt=0)] | None = None
     """95th percentile (nearest rank) of completed requests: queue, prefill and decode. Unit: milliseconds."""
@@ -126,9 +126,9 @@ class Terms(Checked):
 
     effective_from: Moment
     flat_fee: Amount | None = None
-    """Currency units per period; for a part of a period that part of it."""
+    """Currency units per period; pro rata for a part of a period."""
     minimum: Amount | None = None
-    """What usage is topped up to, after the discount; for a part of a period that part of it."""
+    """What usage is topped up to, after the discount; pro rata for a part of a period."""
     discount_percent: Percent | None = None
     """Off every usage charge; not off the fee or the minimum."""
     items: tuple[PeriodPrice, ...] = ()
@@ -146,7 +146,7 @@ class Terms(Checked):
 
 
 class Plan(Checked):
-    """A plan: rates of its own, where it has any, and terms."""
+    """A plan: its own rates, if any, and terms."""
 
     prices: tuple[PriceEntry, ...] = ()
     """Rates of a request that replace the book's for tenants on this plan; empty for the book's."""

@@ -47,7 +47,7 @@ def quote(
 
     Args:
         book: The prices.
-        tenant: Who asks; its plan may bring rates of its own.
+        tenant: The tenant; its plan may have its own rates.
         tier: The requested tier, None for a program named by hand.
         flops_bound: Maximum FLOPs it can execute: all tokens through the most expensive allowed program, the router
             included.

@@ -35,7 +35,7 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
 
     Args:
         connection: A transaction that sees one state of the ledger.
-        tenant: Whose.
+        tenant: The tenant that the request belongs to.
         request_id: Its id.
         source: Which meter stored it.
 

@@ -4,7 +4,7 @@ What it finds: any stored value changed, any row deleted, inserted or swapped wi
 and in the chain itself; entries that do not sum to zero; rollups that are not the sums of their usage. It names the
 first bad number of each tenant's chain.
 
-What it cannot find by itself: a ledger that was rewritten as a whole, all hashes and heads recomputed, or taken
+What it cannot find by itself: a ledger that was rewritten as a whole, all hashes and heads recomputed, or rolled
 back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
 `check_head` and `polar_billing.proof.receipts` do.
 
@@ -113,13 +113,13 @@ def verify_in(connection: Connection, tenant: str | None = None) -> Verification
 
 
 def check_head(connection: Connection, tenant: str, kept: Head) -> Finding | None:
-    """Compare a head that was kept elsewhere with the chain: finds a ledger rewritten or taken back since."""
+    """Compare a head that was kept elsewhere with the chain: finds a ledger rewritten or rolled back since."""
     where = and_(link_table.c.tenant == tenant, link_table.c.number == kept.number)
     stored = connection.execute(select(link_table.c.hash).where(where)).scalar()
     if stored is None:
         return Finding(tenant, kept.number, "is missing, though a head kept elsewhere knows it.")
     if bytes(stored) != kept.hash:
-        return Finding(tenant, kept.number, "has another hash than the head kept elsewhere.")
+        return Finding(tenant, kept.number, "has a different hash from the head kept elsewhere.")
     return None
 
 
@@ -238,7 +238,7 @@ def _plain_keys(chained: Chained, key: Any) -> Select[Any]:
 
 
 def _place(connection: Connection, tenant: str, subject: str, key: object) -> int | None:
-    """The number before which a row belongs that has none: that of the next row of its table."""
+    """Where a row without a number belongs: before the number of the next row of its table."""
     if not isinstance(key, int):
         return None
     link, chained = link_table.c, CHAINED[subject]

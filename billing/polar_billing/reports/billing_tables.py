@@ -62,15 +62,16 @@ def _rates(title: str, entries: tuple[PriceEntry, ...]) -> Table:
 
 
 def _terms(name: str, terms: Terms) -> Iterator[str]:
-    fixed = {"flat fee": terms.flat_fee, "minimum": terms.minimum, "discount %": terms.discount_percent}
+    fixed = {"flat fee": terms.flat_fee, "minimum": terms.minimum}
     amounts = [f"{what} {plain(amount)}" for what, amount in fixed.items() if amount is not None]
+    amounts += [] if terms.discount_percent is None else [f"discount {plain(terms.discount_percent)} %"]
     yield f"Plan {name} from {_moment(terms.effective_from)}: {', '.join(amounts) or 'no fee, minimum or discount'}"
     for item in terms.items:
         yield f"  {item.per}{', pooled' if item.pool else ''}: {_period_price(item)}"
     for tier, promise in terms.promises.items():
         latency = [] if promise.latency_ms_p95_max is None else [f"p95 ≤ {promise.latency_ms_p95_max} ms"]
         agreement = [] if promise.agreement_min is None else [f"agreement ≥ {plain(promise.agreement_min)}"]
-        yield f"  {tier} promises {', '.join(latency + agreement)}, or {plain(promise.credit_percent)} % back"
+        yield f"  {tier} promises {', '.join(latency + agreement)}; {plain(promise.credit_percent)} % back if missed"
 
 
 def _period_price(item: PeriodPrice) -> str:
@@ -190,12 +191,12 @@ def issued_view(issued: Sequence[IssuedStatement], tenant: str) -> Table:
 def repriced_view(rows: Sequence[Repriced], period: str) -> RenderableType:
     """The same usage under two price books, one line per tenant."""
     table = new_table(f"The same usage under {rows[0].other_price_book}, {period}", ["tenant", "charged by"])
-    add_numbers(table, "requests", f"charged {rows[0].currency}", "under it", "difference")
+    add_numbers(table, "requests", f"charged {rows[0].currency}", "repriced", "difference")
     for row in rows:
         amounts = (text.money(row.charged), text.money(row.other), _signed(row.difference))
         add_row(table, row.tenant, row.price_book, text.count(row.requests), *amounts)
     notes = [
-        Text(f"{row.tenant}: {requests:,} unrated under it: {reason}.", style="yellow")
+        Text(f"{row.tenant}: {requests:,} unrated when repriced: {reason}.", style="yellow")
         for row in rows
         for reason, requests in row.other_unrated.items()
     ]
@@ -230,7 +231,7 @@ def _credits(table: Table, statement: Statement) -> None:
 
 def _unrated(statement: Statement) -> list[Text]:
     return [
-        Text(f"{requests:,} unrated, in no amount above: {reason}.", style="yellow")
+        Text(f"{requests:,} unrated, not in the amounts above: {reason}.", style="yellow")
         for reason, requests in statement.unrated.items()
     ]
 

@@ -20,6 +20,7 @@ from polar_billing.prices.entries import tier_order
 from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
 from polar_billing.reports.figures import Figures, figures_of
 from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
+from polar_billing.statements.issue import issued_statements
 from polar_billing.statements.statement import Statement
 from polar_billing.values.money import exact_sum, round_lines
 
@@ -269,8 +270,6 @@ def _padded(visits: LayerVisits) -> tuple[list[int], list[int]]:
 
 def _issued_within(ledger: Ledger, tenants: Iterable[str], period: Period) -> dict[str, tuple[Statement, ...]]:
     """The statements of tenants whose periods are within a period, in the order they were issued."""
-    from polar_billing.statements.issue import issued_statements
-
     return {
         tenant: tuple(
             issued.statement for issued in issued_statements(ledger, tenant) if _is_within(issued.statement, period)

@@ -93,7 +93,7 @@ def report_view(report: Report) -> RenderableType:
 
 def _heading(report: Report) -> Text:
     who = "all tenants" if report.tenant is None else f"tenant {report.tenant}"
-    how = "rated again by" if report.rerated else "as charged by"
+    how = "rated again by" if report.rerated else "charged by"
     books = ", ".join(book.id for book in report.price_books) or text.DASH
     return Text.assemble(
         ("PoLar tiered pricing report", "bold"),
@@ -218,6 +218,6 @@ def _unrated(reasons: Iterable[tuple[str, int]]) -> list[Text]:
     for reason, requests in reasons:
         counts[reason] += requests
     return [
-        Text(f"{requests:,} unrated, in no amount above: {reason}.", style="yellow")
+        Text(f"{requests:,} unrated, not in the amounts above: {reason}.", style="yellow")
         for reason, requests in sorted(counts.items())
     ]

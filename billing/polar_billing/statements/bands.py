@@ -41,7 +41,7 @@ _ONE: Final = 10**_WEIGHT_SCALE
 
 
 @dataclass(frozen=True)
-class _Scope:
+class _Quantity:
     """A quantity that is counted together, and what its prices are multiplied by."""
 
     tier: str | None
@@ -67,9 +67,9 @@ def period_lines(item: PeriodPrice, phase: Phase, rated: Sequence[Rated]) -> lis
         phase: A phase whose terms include the item.
         rated: Charged usage of the phase, each with the rate that it is charged by.
     """
-    scopes = [_pooled(item, rated)] if item.pool else _by_tier(item, rated)
+    quantities = [_pooled(item, rated)] if item.pool else _by_tier(item, rated)
     lines_of = _band_lines if isinstance(item, Banded) else _package_lines
-    return [line for scope in scopes for line in lines_of(item, phase, scope)]  # type: ignore[arg-type]
+    return [line for counted in quantities for line in lines_of(item, phase, counted)]  # type: ignore[arg-type]
 
 
 def pool_weights(item: PeriodPrice, rated: Iterable[Rated]) -> Counter[str | None]:
@@ -80,35 +80,35 @@ def pool_weights(item: PeriodPrice, rated: Iterable[Rated]) -> Counter[str | Non
     return weights
 
 
-def _pooled(item: PeriodPrice, rated: Sequence[Rated]) -> _Scope:
-    return _Scope(None, _ONE, pool_weights(item, rated).total(), item.decimals + _WEIGHT_SCALE)
+def _pooled(item: PeriodPrice, rated: Sequence[Rated]) -> _Quantity:
+    return _Quantity(None, _ONE, pool_weights(item, rated).total(), item.decimals + _WEIGHT_SCALE)
 
 
-def _by_tier(item: PeriodPrice, rated: Sequence[Rated]) -> list[_Scope]:
+def _by_tier(item: PeriodPrice, rated: Sequence[Rated]) -> list[_Quantity]:
     counted: Counter[tuple[str | None, int]] = Counter()
     for use, rate in rated:
         counted[use.tier, to_scaled(rate.multiplier, _WEIGHT_SCALE)] += use.counts.by_item[item.per]
     ordered = sorted(counted.items(), key=lambda entry: (tier_order(entry[0][0]), entry[0][1]))
-    return [_Scope(tier, multiplier, units, item.decimals) for (tier, multiplier), units in ordered]
+    return [_Quantity(tier, multiplier, units, item.decimals) for (tier, multiplier), units in ordered]
 
 
-def _band_lines(item: Banded, phase: Phase, scope: _Scope) -> Iterator[ExactLine]:
+def _band_lines(item: Banded, phase: Phase, counted: _Quantity) -> Iterator[ExactLine]:
     split = graduated if item.model == "graduated" else volume
-    scaled = [(None if band.up_to is None else to_scaled(band.up_to, scope.decimals), band) for band in item.bands]
-    for part, band in split(scope.units, scaled):
+    scaled = [(None if band.up_to is None else to_scaled(band.up_to, counted.decimals), band) for band in item.bands]
+    for part, band in split(counted.units, scaled):
         upto = "beyond" if band.up_to is None else f"up to {plain(band.up_to)}"
         yield _line(
-            item, phase, scope, f"{item.model}, {upto}", from_scaled(part, scope.decimals), _unit(item),
-            band.unit_price, scope.exact(part, scope.decimals, band.unit_price),
+            item, phase, counted, f"{item.model}, {upto}", from_scaled(part, counted.decimals), _unit(item),
+            band.unit_price, counted.exact(part, counted.decimals, band.unit_price),
         )  # fmt: skip
 
 
-def _package_lines(item: Package, phase: Phase, scope: _Scope) -> Iterator[ExactLine]:
-    blocks = packages(scope.units, to_scaled(item.size, scope.decimals))
+def _package_lines(item: Package, phase: Phase, counted: _Quantity) -> Iterator[ExactLine]:
+    blocks = packages(counted.units, to_scaled(item.size, counted.decimals))
     if blocks:
         unit = f"package of {plain(item.size)} {_unit(item)}"
-        exact = scope.exact(blocks, 0, item.price)
-        yield _line(item, phase, scope, "packages", from_scaled(blocks, 0), unit, item.price, exact)
+        exact = counted.exact(blocks, 0, item.price)
+        yield _line(item, phase, counted, "packages", from_scaled(blocks, 0), unit, item.price, exact)
 
 
 def _unit(item: PeriodPrice) -> str:
@@ -116,7 +116,14 @@ def _unit(item: PeriodPrice) -> str:
 
 
 def _line(
-    item: PeriodPrice, phase: Phase, scope: _Scope, how: str, quantity: Decimal, unit: str, price: Decimal, exact: int
+    item: PeriodPrice,
+    phase: Phase,
+    counted: _Quantity,
+    how: str,
+    quantity: Decimal,
+    unit: str,
+    price: Decimal,
+    exact: int,
 ) -> ExactLine:
     return ExactLine(
         kind="pool" if item.pool else "usage",
@@ -124,10 +131,10 @@ def _line(
         exact=exact,
         since=phase.since,
         until=phase.until,
-        tier=scope.tier,
+        tier=counted.tier,
         quantity=quantity,
         unit=unit,
-        unit_price=multiply(price, from_scaled(scope.multiplier, _WEIGHT_SCALE)),
+        unit_price=multiply(price, from_scaled(counted.multiplier, _WEIGHT_SCALE)),
     )
 
 

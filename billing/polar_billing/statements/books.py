@@ -1,7 +1,7 @@
-"""Which price book a statement is made by.
+"""Which price book a statement is computed by.
 
 The revision in force agrees with the earlier ones about the past (see `prices.revisions`), so a statement by it charges
-what the receipts said, plus what plans add.
+what the receipts say, plus what plans add.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from polar_billing.statements.usage import SeqRange
 
 
-def book_for(connection: Connection, tenant: str, period: Period, numbers: SeqRange) -> PriceBook:
+def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange) -> PriceBook:
     """The book in force for a tenant and period.
 
     It is the latest revision of the book that the tenant's receipts were made by, or that has the tenant on a plan;
@@ -37,19 +37,18 @@ def book_for(connection: Connection, tenant: str, period: Period, numbers: SeqRa
         QueryError: The ledger knows nothing of the tenant.
         PriceBookError: There are several, or the latest revision contradicts a receipt.
     """
-    used = _used(connection, tenant, period, numbers)
-    found = books_in_force(connection)
-    named = {book_id for book_id, book in found.items() if _is_customer(book, tenant, period)}
-    names = sorted({book.id for book, _ in used} | named) or _ever(connection, tenant)
-    if not names:
+    used = _used(connection, tenant, period, seqs)
+    in_force = books_in_force(connection)
+    planned = {book_id for book_id, book in in_force.items() if _is_customer(book, tenant, period)}
+    ids = sorted({book.id for book, _ in used} | planned) or _last_charged_book(connection, tenant)
+    if not ids:
         raise QueryError(f"tenant {tenant!r} has no usage in the ledger and no plan.", hint="Check the name.")
-    if len(names) > 1:
-        told = " and ".join(repr(name) for name in names)
+    if len(ids) > 1:
         raise PriceBookError(
-            f"price books {told} have charged tenant {tenant!r} or have it on a plan.",
-            hint="Name the one to charge all of it by with --book FILE.",
+            f"price books {' and '.join(map(repr, ids))} have charged tenant {tenant!r} or have it on a plan.",
+            hint="Name the one to charge everything by with --book FILE.",
         )
-    book = found[names[0]]
+    book = in_force[ids[0]]
     for former, last in used:
         if past_changes(former, book, last):
             raise PriceBookError(
@@ -61,10 +60,10 @@ def book_for(connection: Connection, tenant: str, period: Period, numbers: SeqRa
 
 
 def _is_customer(book: PriceBook, tenant: str, period: Period) -> bool:
-    """True where the book has the tenant on a plan at some time of the period."""
+    """True if the book has the tenant on a plan at some time in the period."""
     since, until = bounds(period)
-    begins = (one.effective_from for one in book.customers_of(tenant) if since < one.effective_from < until)
-    return any(book.plan_at(moment, tenant) is not None for moment in (since, *begins))
+    changes = (entry.effective_from for entry in book.customers_of(tenant) if since < entry.effective_from < until)
+    return any(book.plan_at(moment, tenant) is not None for moment in (since, *changes))
 
 
 def zone_of(ledger: Ledger, tenant: str, book: PriceBook | None, month: str | None) -> str:
@@ -73,25 +72,26 @@ def zone_of(ledger: Ledger, tenant: str, book: PriceBook | None, month: str | No
     Args:
         ledger: Where books in force are looked up.
         tenant: Whose.
-        book: The book, where it is named.
-        month: The month in question; the zone of its last day holds. None for today.
+        book: The book, if one is named.
+        month: The month of the statement, whose last day decides; None for today.
     """
     moment = datetime.now(UTC) if month is None else bounds(Period.month(month))[1] - timedelta(microseconds=1)
-    books = [book]
     if book is None:
         with ledger.snapshot() as connection:
             books = list(books_in_force(connection).values())
-    customers = [found for one in books if one is not None and (found := one.customer_at(moment, tenant))]
+    else:
+        books = [book]
+    customers = [customer for book in books if (customer := book.customer_at(moment, tenant)) is not None]
     return customers[-1].zone if customers else "UTC"
 
 
-def _used(connection: Connection, tenant: str, period: Period, numbers: SeqRange) -> list[tuple[PriceBook, datetime]]:
+def _used(connection: Connection, tenant: str, period: Period, seqs: SeqRange) -> list[tuple[PriceBook, datetime]]:
     """The books that the rated receipts of a period were made by, each with the service time of its last use."""
     usage, receipt = usage_table.c, receipt_table.c
     query = (
         select(receipt.price_book_hash, func.max(usage.started_at))
         .join(receipt_table, receipt.usage_seq == usage.seq)
-        .where(*within(tenant, *bounds(period), numbers), receipt.cost.is_not(None))
+        .where(*within(tenant, *bounds(period), seqs), receipt.cost.is_not(None))
         .group_by(receipt.price_book_hash)
         .order_by(receipt.price_book_hash)
     )
@@ -99,8 +99,8 @@ def _used(connection: Connection, tenant: str, period: Period, numbers: SeqRange
     return [(book, last) for digest, last in rows if (book := read_book(connection, digest)) is not None]
 
 
-def _ever(connection: Connection, tenant: str) -> list[str]:
-    """The one book that the tenant's latest receipt was made by."""
+def _last_charged_book(connection: Connection, tenant: str) -> list[str]:
+    """The id of the book that the tenant's latest receipt was made by; empty where there is none."""
     usage, receipt = usage_table.c, receipt_table.c
     query = (
         select(price_book_table.c.id)

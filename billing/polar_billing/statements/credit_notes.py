@@ -69,7 +69,8 @@ def credit_note(
         issued = find_statement(connection, tenant, statement_id)
         if issued is None:
             raise QueryError(
-                f"tenant {tenant!r} has no statement {statement_id!r}.", hint="`polar statement` lists them."
+                f"tenant {tenant!r} has no statement {statement_id!r}.",
+                hint="`polar statement --tenant NAME` lists them.",
             )
         earlier = _notes(connection, issued)
         repeated = _by_reference(connection, tenant, reference)

@@ -50,7 +50,7 @@ class Period:
         """The calendar month `YYYY-MM` of a zone.
 
         Raises:
-            PeriodError: No such month or zone.
+            PeriodError: There is no such month or zone.
         """
         match = _MONTH.fullmatch(text.strip())
         year, month = (int(match[1]), int(match[2])) if match else (0, 0)

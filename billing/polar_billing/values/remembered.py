@@ -17,14 +17,14 @@ Value = TypeVar("Value")
 
 
 class Changes:
-    """Changes that this process makes itself, so that it need not wait to see them. One per kind of value."""
+    """Changes that this process makes itself, so that it sees them at once. One object per kind of value."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self.last = 0
 
     def announce(self) -> None:
-        """Say that such a value has changed in some ledger: whoever remembers one reads it again."""
+        """Say that such a value has changed in some ledger: it is read again wherever it is remembered."""
         self.last = next(self._numbers)
 
 
@@ -45,7 +45,7 @@ class Remembered(Generic[Value]):
         """None until it could be read."""
 
     def refresh(self, seconds: float) -> None:
-        """Read the value if that is due; where it fails, the former one stays and is good for another while.
+        """Read the value if that is due; if it fails, the former one stays and is good for another period.
 
         Args:
             seconds: For how long a value is good.

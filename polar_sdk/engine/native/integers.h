@@ -10,12 +10,12 @@
 
 namespace polar {
 
-// y (1, N) = x (1, K) · (integers (N, K) × scales)ᵀ. One row is bound by reading the weights, if what is done to each of
-// them is little. So the row is rounded too, to 16-bit integers, 32 of which share a scale: the largest of them keep
-// seven bits more than bfloat16 gave them. Sums over a group are exact; those over groups are float32.
+// y (1, N) = x (1, K) · (integers (N, K) × scales)ᵀ. One row is bound by reading the weights, as long as little is done
+// to each of them. So the row is rounded too, to 16-bit integers, 32 of which share a scale: the largest of them keep
+// seven bits more than bfloat16 had. Sums over a group are exact; those over groups are float32.
 
 constexpr int64_t kGroup = 32;
-constexpr float kMost = 127 * 256;  // the largest integer: both of its bytes are signed
+constexpr float kMax = 127 * 256;  // the largest integer: both of its bytes are signed
 constexpr int64_t kBlock4 = 64;     // outputs that the packed 4-bit layout keeps together
 
 // The row in groups, padded with zeros.
@@ -37,9 +37,9 @@ inline Rounded round_row(const Half* x, int64_t inputs) {
     const int64_t at = group * kGroup, left = inputs - at;
     const __m512 first = widen(x + at, first_lanes(left)), second = widen(x + at + kLanes, first_lanes(left - kLanes));
     float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
-    if (_mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q)) most = NAN;  // which a maximum may lose, and no integer can be
-    scale[group] = most / kMost;
-    const __m512 by = _mm512_set1_ps(most > 0 ? kMost / most : 0.0f);
+    if (_mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q)) most = NAN;  // a maximum may lose it, integers cannot hold it
+    scale[group] = most / kMax;
+    const __m512 by = _mm512_set1_ps(most > 0 ? kMax / most : 0.0f);
     const __m512i low_half = _mm512_cvtps_epi32(_mm512_mul_ps(first, by));
     const __m512i high_half = _mm512_cvtps_epi32(_mm512_mul_ps(second, by));
     sum[group] = scale[group] * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(low_half, high_half)));
@@ -56,7 +56,7 @@ inline Rounded round_row(const Half* x, int64_t inputs) {
   return {whole, reinterpret_cast<const int32_t*>(high), reinterpret_cast<const int32_t*>(low), scale, sum, groups};
 }
 
-// Sums of 16 outputs, of which the first `count` are there, from `weight` on.
+// Sums of 16 outputs from `weight` on, of which the first `count` exist.
 inline __m512 meet_bytes(const Rounded& row, const int8_t* weight, int64_t inputs, int64_t count) {
   __m512 totals[kLanes];
   for (auto& total : totals) total = _mm512_setzero_ps();
@@ -97,7 +97,7 @@ inline at::Tensor product_int8(const at::Tensor& x, const at::Tensor& weight, co
   return y;
 }
 
-// Four bytes of the row beside four others, each for half of the lanes.
+// Four bytes of the row next to four others, each for half of the lanes.
 inline __m512i beside(const int32_t* words) {
   return _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
 }
@@ -115,8 +115,8 @@ inline void gather_sums(const __m512i (&high)[4], const __m512i (&low)[4], __m51
   sums[1] = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(first, second, 0xdd));
 }
 
-// Eight inputs of 64 outputs: a byte holds the codes of outputs n and n + 32 for one input. Turned, so that four inputs
-// of an output lie in a word: inputs 0 to 3 in the lower half of the lanes, 4 to 7 in the upper.
+// Eight inputs of 64 outputs: a byte holds the codes of outputs n and n + 32 for one input. Transposed, so that four
+// inputs of an output share a word: inputs 0 to 3 in the lower half of the lanes, 4 to 7 in the upper.
 inline void unpack(const uint8_t* from, __m512i (&codes)[4]) {
   __m512i rows[4];
 #pragma GCC unroll 4
@@ -159,14 +159,14 @@ inline void meet_codes(const Rounded& row, const uint8_t* packed, const Half* sc
     }
     const __m512 by = _mm512_set1_ps(row.scale[group]), sum = _mm512_set1_ps(row.sum[group]);
     const __m512 less = _mm512_set1_ps(-8 * row.sum[group]);
-    const Half* given = scales_zeros + group * outputs * 2;
-    for (int64_t line = 0; line < 4; ++line) _mm_prefetch(given + 2 * kBlock4 + 32 * line, _MM_HINT_T0);
+    const Half* own = scales_zeros + group * outputs * 2;
+    for (int64_t line = 0; line < 4; ++line) _mm_prefetch(own + 2 * kBlock4 + 32 * line, _MM_HINT_T0);
     for (int half = 0; half < 2; ++half) {
       __m512 sums[2];
       gather_sums(high[half], low[half], sums);
       for (int i = 0; i < 2; ++i) {
         const int64_t part = 2 * half + i;
-        const __m512i pairs = _mm512_loadu_si512(given + part * 2 * kLanes);
+        const __m512i pairs = _mm512_loadu_si512(own + part * 2 * kLanes);
         const __m512 coded = _mm512_fmadd_ps(sums[i], by, less);
         totals[part] = _mm512_fmadd_ps(second_of(pairs), sum, totals[part]);
         totals[part] = _mm512_fmadd_ps(first_of(pairs), coded, totals[part]);
@@ -176,14 +176,14 @@ inline void meet_codes(const Rounded& row, const uint8_t* packed, const Half* sc
   for (int64_t part = 0; part < 4; ++part) store_rounded(y + part * kLanes, totals[part]);
 }
 
-// `packed` as `_convert_weight_to_int4pack_for_cpu` makes it, of a multiple of 64 outputs and of 32 inputs.
+// `packed` as `_convert_weight_to_int4pack_for_cpu` returns it, with a multiple of 64 outputs and of 32 inputs.
 inline at::Tensor product_int4(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales_zeros) {
-  const at::Tensor row = x.contiguous(), matrix = packed.contiguous(), given = scales_zeros.contiguous();
+  const at::Tensor row = x.contiguous(), matrix = packed.contiguous(), pairs = scales_zeros.contiguous();
   const int64_t inputs = x.size(1), outputs = scales_zeros.size(1);
   at::Tensor y = at::empty({1, outputs}, x.options());
   const Rounded rounded = round_row(read(row), inputs);
   const auto* from = static_cast<const uint8_t*>(matrix.const_data_ptr());
-  const Half* scales = read(given);
+  const Half* scales = read(pairs);
   auto* to = static_cast<Half*>(y.mutable_data_ptr());
   at::parallel_for(0, outputs / kBlock4, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {

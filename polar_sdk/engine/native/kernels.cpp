@@ -1,5 +1,5 @@
-// Kernels for processors with AVX512-BF16, and the operations that torch knows them by. `library.py` compiles this file
-// once for each processor, and says when they are used.
+// Kernels for processors with AVX512-BF16, and the operations under which torch knows them. `__init__.py` compiles this
+// file once for each processor, and decides when they are used.
 //
 // Letters as in `polar_sdk/engine`: M rows, K inputs, N outputs; B rows of one token, H query heads, G key and value
 // heads, d head size. Sums are float32; only results are rounded to bfloat16.

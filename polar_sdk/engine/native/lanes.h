@@ -1,4 +1,4 @@
-// Pieces of the kernels: bfloat16 in and out of registers, sums and powers of 16 lanes, memory of a thread.
+// Pieces of the kernels: bfloat16 into and out of registers, sums and powers of 16 lanes, memory of a thread.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,8 +12,8 @@ namespace polar {
 
 using Half = uint16_t;  // the bits of a bfloat16
 constexpr int64_t kLanes = 16;
-constexpr int64_t kPanel = 32;  // lanes that a product goes over at a time …
-constexpr int64_t kRows = 12;   // … for so many rows: 24 sums, of 32 registers
+constexpr int64_t kPanel = 32;  // lanes that a product handles at a time …
+constexpr int64_t kRows = 12;   // … for this many rows: 24 sums, of 32 registers
 
 inline const Half* read(const at::Tensor& tensor) { return static_cast<const Half*>(tensor.const_data_ptr()); }
 
@@ -35,12 +35,12 @@ inline __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1);
 }
 
-// Lanes from `begin` to `end`, either of which may lie outside.
+// Lanes from `begin` to `end`, either of which may be out of range.
 inline __mmask16 lanes_between(int64_t begin, int64_t end) {
   return static_cast<__mmask16>(first_lanes(end) & ~first_lanes(begin));
 }
 
-// Sixteen inputs of 16 outputs, turned: for each of 8 pairs of inputs, the weights of the 16 outputs that it meets.
+// Sixteen inputs of 16 outputs, transposed: for each of 8 pairs of inputs, the weights of the 16 outputs.
 // Row r begins at from + min(r, last) × stride.
 inline void turn(const Half* from, int64_t stride, int64_t last, __mmask16 lanes, __m512i (&pairs)[8]) {
   const auto row = [&](int64_t r) { return _mm256_maskz_loadu_epi16(lanes, from + std::min(r, last) * stride); };
@@ -88,7 +88,7 @@ inline __m512 sums_of(__m512 (&vectors)[kLanes]) {
   return vectors[0];
 }
 
-// Memory that a thread keeps from one call to the next; fresh pages cost more than what is computed in them.
+// Memory that a thread keeps from one call to the next: new pages would cost more than what is computed in them.
 template <class Owner>
 float* scratch(int64_t words) {
   thread_local std::vector<float> kept;
@@ -97,9 +97,9 @@ float* scratch(int64_t words) {
   return kept.data() + (64 - address % 64) % 64 / sizeof(float);
 }
 
-inline int64_t parts_of(int64_t count, int64_t most) { return (count + most - 1) / most; }
+inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// e to the power of values that are 0 or less, or not a great deal more.
+// e to the power of values that are at most a little above 0.
 inline __m512 exponential(__m512 x) {
   x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
   const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);

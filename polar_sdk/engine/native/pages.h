@@ -39,8 +39,8 @@ inline void fetch(const Half* from, int64_t size) {
   }
 }
 
-// Scores of one query over the keys up to `end`, minus infinity before `first`. If `next` is not null, fetches
-// meanwhile the same values, and the keys a page on; `next` is the page that comes after the last.
+// Scores of one query over the keys up to `end`, minus infinity before `first`. If `next` is not null, also fetches the
+// values of these keys and the keys one page ahead; `next` is the page after the last one.
 inline float score(const Attention& it, int64_t row, int64_t group, const Half* query, const Half* next, int64_t first,
                    int64_t end, float* scores) {
   __m512 highest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -51,13 +51,13 @@ inline float score(const Attention& it, int64_t row, int64_t group, const Half* 
       fetch(key + it.page < end ? it.at(row, group, key + it.page, 0) : next + key % it.page * it.size, it.size);
     }
     __m512 products[kLanes];
-    for (auto& one : products) one = _mm512_setzero_ps();
+    for (auto& product : products) product = _mm512_setzero_ps();
     for (int64_t part = 0; part < it.size; part += 2 * kLanes) {
-      const auto asked = reinterpret_cast<__m512bh>(_mm512_loadu_si512(query + part));
+      const auto queried = reinterpret_cast<__m512bh>(_mm512_loadu_si512(query + part));
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes; ++i) {
-        const auto known = reinterpret_cast<__m512bh>(_mm512_loadu_si512(keys + i * it.size + part));
-        products[i] = _mm512_dpbf16_ps(products[i], asked, known);
+        const auto stored = reinterpret_cast<__m512bh>(_mm512_loadu_si512(keys + i * it.size + part));
+        products[i] = _mm512_dpbf16_ps(products[i], queried, stored);
       }
     }
     __m512 values = _mm512_mul_ps(sums_of(products), _mm512_set1_ps(it.scale));
@@ -73,7 +73,7 @@ inline float score(const Attention& it, int64_t row, int64_t group, const Half* 
   return _mm512_reduce_max_ps(highest);
 }
 
-// Makes weights of scores, so far as they are seen; returns the sum of the weights.
+// Turns scores into weights; returns the sum of the weights of the keys from `first` to `end`.
 inline float weigh(float* scores, int64_t first, int64_t end, float highest) {
   __m512 total = _mm512_setzero_ps();
   for (int64_t key = first / kLanes * kLanes; key < end; key += kLanes) {
@@ -91,7 +91,7 @@ void mix(const Attention& it, int64_t row, int64_t group, int64_t part, int64_t 
          const float* weights, int64_t length, const float* totals, Half* to) {
   __m512 sums[kHeads][kParts][2];
   for (auto& head : sums)
-    for (auto& one : head) one[0] = one[1] = _mm512_setzero_ps();
+    for (auto& sum : head) sum[0] = sum[1] = _mm512_setzero_ps();
   for (int64_t key = first; key < end;) {
     const Half* values = it.at(row, group, key, 1) + part;
     for (const int64_t stop = std::min(end, (key / it.page + 1) * it.page); key < stop; ++key, values += it.size) {
@@ -141,10 +141,11 @@ inline void attend(const Attention& it, int64_t row, int64_t group, const Half* 
   for (int64_t head = 0; head < it.sharing(); head += kHeads) {
     const int64_t count = std::min(it.sharing() - head, kHeads), at = (group * it.sharing() + head) * it.size;
     float totals[kHeads];
-    for (int64_t one = 0; one < count; ++one) {
-      float* own = scores + one * length;
-      const Half* query = it.query + row * it.query_step + at + one * it.size;
-      totals[one] = weigh(own, first, end, score(it, row, group, query, head + one ? nullptr : next, first, end, own));
+    for (int64_t index = 0; index < count; ++index) {
+      float* own = scores + index * length;
+      const Half* query = it.query + row * it.query_step + at + index * it.size;
+      const float highest = score(it, row, group, query, head + index ? nullptr : next, first, end, own);
+      totals[index] = weigh(own, first, end, highest);
     }
     const int64_t step = it.size % (4 * kLanes) == 0 ? 4 * kLanes : 2 * kLanes;
     for (int64_t part = 0; part < it.size; part += step) {
@@ -176,10 +177,10 @@ inline at::Tensor attend_pages(const at::Tensor& query, const at::Tensor& store,
                      window.value_or(0),
                      static_cast<float>(softcap.value_or(0.0))};
   at::parallel_for(0, rows * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t one = begin; one < end; ++one) {
-      const int64_t next = std::min(one + 1, rows * groups - 1), row = next / groups;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t next = std::min(task + 1, rows * groups - 1), row = next / groups;
       const int64_t first = it.first(row) / it.page * it.page;
-      attend(it, one / groups, one % groups, it.at(row, next % groups, first, 0));
+      attend(it, task / groups, task % groups, it.at(row, next % groups, first, 0));
     }
   });
   return mixed;

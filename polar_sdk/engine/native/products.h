@@ -11,14 +11,14 @@
 
 namespace polar {
 
-// y (M, N) = x (M, K) · weight (N, K)ᵀ + bias. A *panel* of 32 outputs is turned so that outputs lie along lanes, in a
-// buffer of the thread's own; all rows of a block then pass over it, 12 at a time, while the next panel is fetched
-// from memory. So weights are read once, stay as torch holds them, and no sum has to be made across lanes. Few rows
-// are bound by reading weights and by turning them: those are turned in registers and used at once.
+// y (M, N) = x (M, K) · weight (N, K)ᵀ + bias. A *panel* of 32 outputs is transposed into a buffer of the thread, so
+// that outputs are along lanes; all rows of a block are then multiplied by it, 12 at a time, while the next panel is
+// fetched from memory. So weights are read once, stay in torch's layout, and no sum runs across lanes. Few rows are
+// bound by reading and transposing weights: for them, weights are transposed in registers and used at once.
 
-constexpr int64_t kBlock = 1 << 18;  // words of rows that the second-level cache holds beside a panel
-constexpr int kFew = 16;             // rows that are met at a time by weights in registers …
-constexpr int64_t kStrips = 96;      // … where there are no more than so many in all
+constexpr int64_t kBlock = 1 << 18;  // words of rows that fit the second-level cache together with a panel
+constexpr int kFew = 16;             // rows multiplied at a time by weights in registers …
+constexpr int64_t kStrips = 96;      // … where there are no more than this many in all
 
 // Words of a row of x and of a panel are 32 bits in both forms: a pair of inputs, multiplied by one instruction …
 struct Pairs {
@@ -37,7 +37,7 @@ struct Pairs {
   }
 };
 
-// … or one input as float32. `library.py` says which is faster where.
+// … or one input as float32. `_pairs` in `__init__.py` says which is faster where.
 struct Singles {
   static constexpr int64_t kInputs = 1;
   static __m512 add(__m512 sum, __m512 x, __m512 weight) { return _mm512_fmadd_ps(x, weight, sum); }
@@ -69,7 +69,7 @@ struct Product {
   int64_t padded() const { return (inputs + kPanel - 1) / kPanel * kPanel; }
 };
 
-// Inputs of some rows as words, those that stand at the same place of their rows side by side; zero past the inputs.
+// Inputs of some rows as words, those at the same place of their rows side by side; zero after the last input.
 template <class Form>
 void fill_rows(const Product& product, int64_t start, int64_t rows, float* words) {
   const int64_t steps = product.padded() / Form::kInputs;
@@ -84,8 +84,8 @@ void fill_rows(const Product& product, int64_t start, int64_t rows, float* words
   }
 }
 
-// 32 outputs from `start`, turned: for each word of a row, the 32 weights it meets. Past the last output it repeats
-// that.
+// 32 outputs from `start`, transposed: for each word of a row, the 32 weights for it. After the last output that one is
+// repeated.
 template <class Form>
 void fill_panel(const Product& product, int64_t start, float* panel) {
   constexpr int64_t kWords = 2 / Form::kInputs * kPanel;  // of a pair of inputs
@@ -100,7 +100,7 @@ void fill_panel(const Product& product, int64_t start, float* panel) {
   }
 }
 
-// Few rows and 16 outputs: weights are turned in registers and used at once.
+// Few rows and 16 outputs: weights are transposed in registers and used at once.
 template <class Form, int kCount>
 void run_few(const Product& product, int64_t start, const float* words, int64_t output) {
   constexpr int kSets = kCount <= 8 ? 2 : 1;  // enough sums at a time to hide how long one takes
@@ -238,7 +238,7 @@ void run_few_count(int64_t count, const Product& product, int64_t start, const f
   ((count == kCounts + 1 ? run_few<Form, kCounts + 1>(product, start, words, output) : void()), ...);
 }
 
-// Outputs from `begin` to `end`, 16 at a time, for all rows, so that all meet the weights while those are in the cache.
+// Outputs from `begin` to `end`, 16 at a time, for all rows, so that all rows use the weights while these are cached.
 template <class Form>
 void run_strips(const Product& product, int64_t begin, int64_t end) {
   const int64_t steps = product.padded() / Form::kInputs, parts = parts_of(product.rows, kFew);
@@ -279,7 +279,7 @@ inline at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const s
   const at::Tensor rows = x.contiguous(), matrix = weight.contiguous();
   const at::Tensor added = bias.has_value() ? bias->contiguous() : at::Tensor();
   at::Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
-  const Product given{read(rows),
+  const Product operands{read(rows),
                       read(matrix),
                       added.defined() ? read(added) : nullptr,
                       static_cast<Half*>(y.mutable_data_ptr()),
@@ -287,9 +287,9 @@ inline at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const s
                       x.size(1),
                       weight.size(0)};
   if (pairs) {
-    run_product<Pairs>(given);
+    run_product<Pairs>(operands);
   } else {
-    run_product<Singles>(given);
+    run_product<Singles>(operands);
   }
   return y;
 }

@@ -11,9 +11,9 @@
 
 namespace polar {
 
-// A task takes some tokens of the heads that share keys, and passes over the keys in blocks. Of each block, the keys
-// are turned so that keys lie along lanes, and scores and mixed values are products of 12 queries at a time. Weights
-// are relative to the highest score so far, and what was summed is scaled when a higher one comes.
+// A task takes some tokens of the heads that share keys, and goes over the keys in blocks. The keys of a block are
+// transposed so that they are along lanes, and scores and mixed values are products of 12 queries at a time. Weights
+// are relative to the highest score so far, and the sums so far are scaled when a higher one appears.
 
 constexpr int64_t kTokens = 64;  // of a task
 constexpr int64_t kKeys = 64;    // of a block
@@ -57,7 +57,7 @@ void meet_panel(const float* words, const float* panel, int64_t width, int64_t s
   }
 }
 
-// One task: `count` tokens from `start`, of one group. Rows are (head, token), in chunks of 12, the last one filled up.
+// One task: `count` tokens from `start`, of one group. Rows are (head, token), in chunks of 12, the last one padded.
 class PromptTask {
  public:
   PromptTask(const Prompt& it, int64_t group, int64_t start)
@@ -112,30 +112,31 @@ class PromptTask {
 
   void fill_block(int64_t key, int64_t count) {
     const Half* keys = it_.keys + key * it_.key_step + group_ * it_.key_group;
-    for (int64_t some = 0; some < kKeys; some += kLanes) {
-      const int64_t first = std::min(some, count - 1);
+    for (int64_t start = 0; start < kKeys; start += kLanes) {
+      const int64_t first = std::min(start, count - 1);
       for (int64_t at = 0; at < it_.size; at += kLanes) {
         __m512i pairs[8];
         turn(keys + first * it_.key_step + at, it_.key_step, count - 1 - first, 0xffff, pairs);
         for (int64_t pair = 0; pair < 8; ++pair) {
-          float* to = keys_ + (at + 2 * pair) * kKeys + some;
+          float* to = keys_ + (at + 2 * pair) * kKeys + start;
           _mm512_storeu_ps(to, first_of(pairs[pair]));
           _mm512_storeu_ps(to + kKeys, second_of(pairs[pair]));
         }
       }
     }
-    for (int64_t one = 0; one < kKeys; ++one) {
-      const Half* from = it_.values + (key + one) * it_.value_step + group_ * it_.value_group;
+    for (int64_t offset = 0; offset < kKeys; ++offset) {
+      const Half* from = it_.values + (key + offset) * it_.value_step + group_ * it_.value_group;
       for (int64_t at = 0; at < it_.size; at += kLanes) {
-        _mm512_storeu_ps(values_ + one * it_.size + at, one < count ? widen(from + at, 0xffff) : _mm512_setzero_ps());
+        const __m512 value = offset < count ? widen(from + at, 0xffff) : _mm512_setzero_ps();
+        _mm512_storeu_ps(values_ + offset * it_.size + at, value);
       }
     }
   }
 
   void run_chunk(int64_t chunk, int64_t key) {
     const float* queries = queries_ + chunk * kRows * it_.size;
-    for (int64_t some = 0; some < kKeys; some += kPanel) {
-      meet_panel<kRows, 1>(queries, keys_ + some, kKeys, it_.size, nullptr, scores_ + some, kKeys);
+    for (int64_t start = 0; start < kKeys; start += kPanel) {
+      meet_panel<kRows, 1>(queries, keys_ + start, kKeys, it_.size, nullptr, scores_ + start, kKeys);
     }
     float shares[kRows];
     for (int64_t row = 0; row < kRows; ++row) shares[row] = weigh_row(chunk * kRows + row, key, scores_ + row * kKeys);
@@ -145,7 +146,7 @@ class PromptTask {
     }
   }
 
-  // Makes weights of the scores of a row; returns the factor that what was summed before is to be scaled by.
+  // Turns the scores of a row into weights; returns the factor by which the sums so far must be scaled.
   float weigh_row(int64_t row, int64_t key, float* scores) {
     const int64_t at = position(token(std::min(row, rows_ - 1))), first = first_key(at);
     __m512 values[kKeys / kLanes];
@@ -215,7 +216,7 @@ inline at::Tensor attend_prompt(const at::Tensor& query, const at::Tensor& keys,
   const int64_t blocks = parts_of(tokens, kTokens);
   at::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t number = task / groups;  // first and last in turn, since later tokens see more keys
+      const int64_t number = task / groups;  // first and last alternate, since later tokens see more keys
       const int64_t block = number % 2 ? blocks - 1 - number / 2 : number / 2;
       PromptTask(it, task % groups, block * kTokens).run();
     }

@@ -72,7 +72,7 @@ class Measurer:
     cache: RewardCache
     on_progress: Progress = silent
 
-    def outcomes(
+    def scores(
         self, tasks: Sequence[Task], programs: Iterable[Program], stage: str = "programs"
     ) -> dict[Program, list[Score]]:
         """Score of every task under every program, in the order of the tasks."""
@@ -103,7 +103,7 @@ class Measurer:
         """Rewards of every program on the tasks."""
         distinct = list(dict.fromkeys(programs))
         identity = Program.identity(self.model.depth)
-        scores = self.outcomes(tasks, [identity, *distinct], stage)
+        scores = self.scores(tasks, [identity, *distinct], stage)
         cost = self.model.loaded.decoder.cost
         return {program: rewards_of(tasks, scores[identity], scores[program], program, cost) for program in distinct}
 
@@ -114,7 +114,7 @@ class Measurer:
         """
         scored = [task for task in tasks if isinstance(task.item, ChoiceItem)]
         written = [task for task in tasks if isinstance(task.item, AnswerItem)]
-        scores = dict(zip((task.key for task in scored), self.outcomes(scored, [program])[program], strict=True))
+        scores = dict(zip((task.key for task in scored), self.scores(scored, [program])[program], strict=True))
         texts = self._generated(written, program, max_tokens)
         return torch.tensor([self._is_right(task, scores, texts) for task in tasks], dtype=torch.bool)
 
@@ -170,7 +170,7 @@ class Measurer:
 def rewards_of(
     tasks: Sequence[Task], identity: Sequence[Score], ours: Sequence[Score], program: Program, cost: CostModel
 ) -> Reward:
-    """Compare a program's outcomes with identity's, task by task."""
+    """Compare a program's scores with identity's, task by task."""
     rows = [_compare(task, full, score) for task, full, score in zip(tasks, identity, ours, strict=True)]
     return Reward(
         agree=torch.tensor([row[0] for row in rows], dtype=torch.bool),

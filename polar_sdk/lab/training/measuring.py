@@ -120,7 +120,7 @@ class Bench:
         """
         identity = Program.identity(self.model.depth)
         afresh = self._measurer.repeated(list(reversed(tasks)))[::-1]
-        known = self._measurer.outcomes(tasks, [identity])[identity]
+        known = self._measurer.scores(tasks, [identity])[identity]
         reward = rewards_of(tasks, known, afresh, identity, self.model.decoder.cost)
         first = self._measurer.right(tasks, identity).tolist()
         right = [_chosen_right(task, score) for task, score in zip(tasks, afresh, strict=True)]

@@ -53,7 +53,7 @@ def test_a_request_over_budget_is_stopped_before_it_computes(
     def never(*_: object) -> None:
         raise AssertionError("a layer ran")
 
-    monkeypatch.setattr("polar_sdk.serving.scheduler.advance", never)
+    monkeypatch.setattr("polar_sdk.serving.scheduler.next_logits", never)
     with pytest.raises(BudgetExceededError, match="the month's budget of tenant 'acme' has") as caught:
         model.generate("hello", compute="premium", max_tokens=MOST)
     error = caught.value
@@ -78,7 +78,7 @@ def test_an_exact_fit_is_served_and_what_was_not_used_comes_back(
     done = model.generate("hello", compute="premium", max_tokens=MOST)
     (standing,) = budgets.standings("acme")
     assert (standing.spent, standing.held) == (done.usage.flops.total, 0)
-    assert [one.record for one in usage(ledger)] == [done.usage]
+    assert [stored.record for stored in usage(ledger)] == [done.usage]
     with pytest.raises(BudgetExceededError):
         model.generate("hello", compute="premium", max_tokens=MOST)
     model.generate("hello", tenant="globex", max_tokens=MOST)  # not theirs
@@ -139,7 +139,7 @@ def test_a_refused_row_of_a_batch_stops_the_batch_and_gives_the_others_holds_bac
         model.generate_batch(["a", "b", "c"], each=each, max_tokens=MOST)  # type: ignore[arg-type]
     assert usage(ledger) == []
     assert budgets.holds("acme") == []
-    assert [one.held for one in budgets.standings("acme")] == [0, 0]
+    assert [standing.held for standing in budgets.standings("acme")] == [0, 0]
     done = model.generate_batch(["a", "c"], each=[each[0], each[2]], max_tokens=MOST)  # type: ignore[list-item]
     assert [one.record for one in usage(ledger)] == [one.usage for one in done]
     assert budgets.standings("acme")[0].spent == sum(one.usage.flops.total for one in done)
@@ -172,7 +172,9 @@ def test_an_error_in_mid_layer_settles_what_ran(
         model.generate("hello", max_tokens=MOST)
     (stored,) = usage(ledger)
     assert stored.record.outcome is Outcome.ERROR
-    assert [(one.spent, one.held) for one in budgets.standings("acme")] == [(stored.record.flops.total, 0)]
+    assert [(standing.spent, standing.held) for standing in budgets.standings("acme")] == [
+        (stored.record.flops.total, 0)
+    ]
 
 
 def test_langchain_is_stopped_or_served_cheaper_too(model: PolarModel, ledger: Ledger, budgets: Budgets) -> None:

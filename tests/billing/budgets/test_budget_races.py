@@ -124,9 +124,9 @@ def test_processes_race_three_levels_of_budgets(shared: Ledger, prices: Path) ->
     begin = perf_counter()
     workers = [worker(RACE, shared, prices, number, RESERVATIONS) for number in range(PROCESSES)]
     served = refused = 0
-    for one in workers:
-        out, errors = one.communicate(timeout=3_000)
-        assert one.returncode == 0, errors
+    for process in workers:
+        out, errors = process.communicate(timeout=3_000)
+        assert process.returncode == 0, errors
         served, refused = served + int(out.split()[0]), refused + int(out.split()[1])
     seconds = perf_counter() - begin
     standings = budgets.standings("acme", AT)
@@ -134,7 +134,8 @@ def test_processes_race_three_levels_of_budgets(shared: Ledger, prices: Path) ->
     print(
         f"{shared.url.get_backend_name()}: {demand} reservations in {seconds:.1f} s, {served} served, {refused} refused"
     )
-    print([f"{one.budget.who}: {one.budget.say(one.spent)} of {one.budget.limit:f}" for one in standings])
+    for standing in standings:
+        print(f"{standing.budget.who}: {standing.budget.say(standing.spent)} of {standing.budget.limit:f}")
     assert overspent == []
     assert [standing.held for standing in standings] == [0, 0, 0]
     assert budgets.holds("acme") == []
@@ -142,8 +143,8 @@ def test_processes_race_three_levels_of_budgets(shared: Ledger, prices: Path) ->
     assert refused > 0
     usage = list(shared.read(Selection("acme")))
     assert len(usage) == served
-    assert sum(one.record.flops.total for one in usage) == standings[0].spent
-    by_user = Counter({one.record.tags["user"]: 0 for one in usage})
+    assert sum(stored.record.flops.total for stored in usage) == standings[0].spent
+    by_user = Counter({stored.record.tags["user"]: 0 for stored in usage})
     for stored in usage:
         by_user[stored.record.tags["user"]] += stored.record.flops.total
     assert by_user["ann"] == standings[1].spent
@@ -161,7 +162,7 @@ def test_what_a_killed_process_held_expires(shared: Ledger, prices: Path) -> Non
     assert holder.returncode == -signal.SIGKILL, errors
     (hold,) = budgets.holds("acme")
     assert hold.request_id == "killed"
-    assert [(one.spent, one.held) for one in budgets.standings("acme", AT)] == [(CU // 2, 3 * CU)] * 2
+    assert [(standing.spent, standing.held) for standing in budgets.standings("acme", AT)] == [(CU // 2, 3 * CU)] * 2
     assert budgets.expire() == 0  # not yet
     later = hold.expires_at - timedelta(microseconds=1)
     assert budgets.expire() == 0
@@ -169,5 +170,5 @@ def test_what_a_killed_process_held_expires(shared: Ledger, prices: Path) -> Non
     assert hold.expires_at - hold.held_at == HOLD_LIFETIME
     assert budgets.expire() == 1
     assert budgets.holds("acme") == []
-    assert [(one.spent, one.held) for one in budgets.standings("acme", AT)] == [(CU // 2, 0)] * 2
+    assert [(standing.spent, standing.held) for standing in budgets.standings("acme", AT)] == [(CU // 2, 0)] * 2
     assert budgets.recheck("acme") == []

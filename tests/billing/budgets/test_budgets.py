@@ -141,24 +141,28 @@ standings = st.builds(
 
 
 @given(st.lists(standings, max_size=4), st.lists(costs, min_size=1, max_size=4))
-def test_what_is_chosen_fits_everywhere_and_is_the_first_that_may_be(found: list[Standing], offers: list[Cost]) -> None:
+def test_what_is_chosen_fits_everywhere_and_is_the_first_that_can_be(
+    standings: list[Standing], offers: list[Cost]
+) -> None:
     def over(offer: Cost) -> list[Standing]:
-        amounts = [(one, offer.flops if one.budget.unit == "CU" else offer.money) for one in found]
+        amounts = [(standing, offer.flops if standing.budget.unit == "CU" else offer.money) for standing in standings]
         return [
-            one for one, amount in amounts if amount is None or one.spent + one.held + amount > one.budget.limit_count
+            standing
+            for standing, amount in amounts
+            if amount is None or standing.spent + standing.held + amount > standing.budget.limit_count
         ]
 
-    chosen = choose(found, offers)
+    chosen = choose(standings, offers)
     if isinstance(chosen, Refusal):
         assert chosen.standing in over(chosen.cost)
         assert str(chosen.error())
-        refusing = [one.budget.over_budget is OverBudget.REFUSE for one in over(chosen.cost)]
+        refusing = [standing.budget.over_budget is OverBudget.REFUSE for standing in over(chosen.cost)]
         assert any(refusing) or all(over(offer) for offer in offers)
         return
     assert over(offers[chosen]) == []
     for skipped in offers[:chosen]:
         assert over(skipped)
-        assert all(one.budget.over_budget is OverBudget.SHALLOWER for one in over(skipped))
+        assert all(standing.budget.over_budget is OverBudget.SHALLOWER for standing in over(skipped))
 
 
 def test_a_budget_is_superseded_not_edited(budgets: Budgets) -> None:
@@ -202,12 +206,12 @@ def test_usage_before_the_first_budget_counts(budgets: Budgets) -> None:
     budgets.set(Budget("acme", Decimal(10), "CU"))
     budgets.set(Budget("acme", Decimal(4), "CU", Level.USER, "ann"))
     expected = [4 * CU, 5 * CU, 3 * CU]
-    assert [one.spent for one in budgets.standings("acme", NOON)] == expected  # computed
+    assert [standing.spent for standing in budgets.standings("acme", NOON)] == expected  # computed
     with pytest.raises(BudgetExceededError, match="has 1 CU left of 4 CU"):
         budgets.reserve(bound("a", CU + 1, tags={"user": "ann"}), USD, source="polar")
-    assert [one.spent for one in budgets.standings("acme", NOON)] == expected  # and counted
+    assert [standing.spent for standing in budgets.standings("acme", NOON)] == expected  # and counted
     use(budgets.ledger, "without a hold", CU, tags={"user": "ann"})
-    assert [one.spent for one in budgets.standings("acme", NOON)] == [5 * CU, 6 * CU, 4 * CU]
+    assert [standing.spent for standing in budgets.standings("acme", NOON)] == [5 * CU, 6 * CU, 4 * CU]
     assert budgets.recheck("acme") == []
 
 
@@ -224,7 +228,7 @@ def test_a_limit_changed_within_a_window_keeps_what_was_spent(budgets: Budgets) 
             with pytest.raises(BudgetExceededError, match="has -1 CU left of 5 CU"):
                 budgets.reserve(bound("c", 1), USD, source="polar")
     use(budgets.ledger, "b", CU)
-    assert [(one.spent, one.held) for one in budgets.standings("acme", NOON)] == [(3 * CU, 0)]
+    assert [(standing.spent, standing.held) for standing in budgets.standings("acme", NOON)] == [(3 * CU, 0)]
 
 
 def test_each_window_of_the_zone_begins_anew(budgets: Budgets) -> None:
@@ -276,7 +280,7 @@ def test_recheck_finds_a_counter_that_lies_and_repairs_it(budgets: Budgets) -> N
     (difference,) = budgets.recheck(ALL_TENANTS, repair=True)
     assert (difference.counted.spent, difference.computed.spent) == (7, 0)
     assert budgets.recheck("acme") == []
-    assert [(one.spent, one.held) for one in budgets.standings("acme", NOON)] == [(0, CU)]
+    assert [(standing.spent, standing.held) for standing in budgets.standings("acme", NOON)] == [(0, CU)]
 
 
 def test_a_hold_is_never_taken_past_the_limit_even_by_a_writer_that_forgot_to_lock(budgets: Budgets) -> None:
@@ -336,11 +340,11 @@ def test_another_process_sees_a_first_budget_before_long(tmp_path: Path, monkeyp
 
 def test_this_process_sees_a_first_budget_at_once(store: Ledger) -> None:
     assert isinstance(store, Ledger)
-    one, another = Budgets(store), Budgets(store)
-    assert one.reserve(bound("a", CU), USD, source="polar") == 0
+    first, another = Budgets(store), Budgets(store)
+    assert first.reserve(bound("a", CU), USD, source="polar") == 0
     another.set(Budget(" acme ", Decimal(0)))  # blanks around a tenant are no part of its name
     with pytest.raises(BudgetExceededError, match="tenant 'acme'"):
-        one.reserve(bound("b", CU), USD, source="polar")
+        first.reserve(bound("b", CU), USD, source="polar")
 
 
 def test_the_meter_reserves_settles_and_releases(store: Ledger) -> None:
@@ -354,5 +358,5 @@ def test_the_meter_reserves_settles_and_releases(store: Ledger) -> None:
     assert meter.reserve(bound("b", 2 * CU)) == 0
     meter.release("acme", "b")
     meter.release("acme", "b")
-    assert [(one.spent, one.held) for one in budgets.standings("acme", NOON)] == [(CU, 0)]
+    assert [(standing.spent, standing.held) for standing in budgets.standings("acme", NOON)] == [(CU, 0)]
     meter.close()

@@ -45,7 +45,7 @@ def bound_of(
     request_id: str, at: datetime, flops: int, *cheaper: int, tags: dict[str, str] | None = None, tenant: str = "acme"
 ) -> UsageBound:
     offers = [Offer(tier="standard", program="0-5", flops_bound=flops)]
-    offers += [Offer(tier="economy", program="0 5", flops_bound=one) for one in cheaper]
+    offers += [Offer(tier="economy", program="0 5", flops_bound=flops) for flops in cheaper]
     return UsageBound(
         request_id=request_id,
         tenant=tenant,
@@ -116,19 +116,19 @@ class Holds(RuleBasedStateMachine):
         assert period.since is not None
         assert period.until is not None
         mine = [
-            one
-            for one in self.requests
-            if one.bound.tenant == budget.tenant
-            and budget.covers(one.bound.tags)
-            and period.since <= one.bound.at < period.until
+            request
+            for request in self.requests
+            if request.bound.tenant == budget.tenant
+            and budget.covers(request.bound.tags)
+            and period.since <= request.bound.at < period.until
         ]
-        spent = sum(one.used for one in mine)
-        return spent, sum(one.flops for one in mine if one.state is HoldState.HELD)
+        spent = sum(request.used for request in mine)
+        return spent, sum(request.flops for request in mine if request.state is HoldState.HELD)
 
     def expire_due(self, tenant: str) -> None:
-        for one in self.requests:
-            if one.bound.tenant == tenant and one.state is HoldState.HELD and one.held_until <= self.now:
-                one.state = HoldState.EXPIRED
+        for request in self.requests:
+            if request.bound.tenant == tenant and request.state is HoldState.HELD and request.held_until <= self.now:
+                request.state = HoldState.EXPIRED
 
     @rule(
         tags=st.fixed_dictionaries({}, optional={"user": st.sampled_from(["ann", "bob"]), "key": st.just("k1")}),
@@ -156,44 +156,44 @@ class Holds(RuleBasedStateMachine):
         self.requests.append(Expected(bound, fits[0], self.now + LIFETIME, HoldState.HELD))
 
     def some(self, data: st.DataObject, *states: HoldState) -> Expected | None:
-        found = [one for one in self.requests if one.state in states]
+        found = [request for request in self.requests if request.state in states]
         return data.draw(st.sampled_from(found)) if found else None
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def reserve_again(self, data: st.DataObject) -> None:
-        one = data.draw(st.sampled_from(self.requests))
-        self.expire_due(one.bound.tenant)
-        self.budgets.expire(one.bound.tenant)
-        if one.state is HoldState.HELD:
-            later = one.bound.model_copy(update={"at": self.now})
-            assert self.budgets.reserve(later, BOOK, source="polar") == one.offer  # and nothing more is held
-        elif one.state is HoldState.SETTLED:
+        request = data.draw(st.sampled_from(self.requests))
+        self.expire_due(request.bound.tenant)
+        self.budgets.expire(request.bound.tenant)
+        if request.state is HoldState.HELD:
+            later = request.bound.model_copy(update={"at": self.now})
+            assert self.budgets.reserve(later, BOOK, source="polar") == request.offer  # and nothing more is held
+        elif request.state is HoldState.SETTLED:
             with pytest.raises(ConflictError, match="was served before"):
-                self.budgets.reserve(one.bound, BOOK, source="polar")
+                self.budgets.reserve(request.bound, BOOK, source="polar")
 
     @rule(data=st.data(), share=st.floats(0, 1))
     def settle(self, data: st.DataObject, share: float) -> None:
-        if one := self.some(data, HoldState.HELD):
-            one.used = int(one.flops * share)
-            emit(self.ledger, one.bound, one.used)
-            one.state = HoldState.SETTLED
-            emit(self.ledger, one.bound, one.used)  # a replay counts nothing
+        if request := self.some(data, HoldState.HELD):
+            request.used = int(request.flops * share)
+            emit(self.ledger, request.bound, request.used)
+            request.state = HoldState.SETTLED
+            emit(self.ledger, request.bound, request.used)  # a replay counts nothing
 
     @rule(data=st.data())
     def settle_late(self, data: st.DataObject) -> None:
         """The answer took longer than its hold: what it used counts all the same."""
-        if (one := self.some(data, HoldState.EXPIRED, HoldState.RELEASED)) and not one.used:
-            one.used = one.flops
-            emit(self.ledger, one.bound, one.used)
+        if (request := self.some(data, HoldState.EXPIRED, HoldState.RELEASED)) and not request.used:
+            request.used = request.flops
+            emit(self.ledger, request.bound, request.used)
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        if one := self.some(data, *HoldState):
-            given_back = self.budgets.release(one.bound.tenant, one.bound.request_id, source="polar")
-            assert given_back == (one.state is HoldState.HELD)
+        if request := self.some(data, *HoldState):
+            given_back = self.budgets.release(request.bound.tenant, request.bound.request_id, source="polar")
+            assert given_back == (request.state is HoldState.HELD)
             if given_back:
-                one.state = HoldState.RELEASED
+                request.state = HoldState.RELEASED
 
     @rule(minutes=st.integers(1, 14 * 60))
     def time_passes(self, minutes: int) -> None:
@@ -205,10 +205,10 @@ class Holds(RuleBasedStateMachine):
 
     @rule()
     def expire(self) -> None:
-        before = sum(one.state is HoldState.HELD for one in self.requests)
+        before = sum(request.state is HoldState.HELD for request in self.requests)
         self.expire_due("acme")
         self.expire_due("globex")
-        assert self.budgets.expire() == before - sum(one.state is HoldState.HELD for one in self.requests)
+        assert self.budgets.expire() == before - sum(request.state is HoldState.HELD for request in self.requests)
 
     @rule(limit=st.integers(5, 60))
     def set_another_limit(self, limit: int) -> None:
@@ -222,7 +222,7 @@ class Holds(RuleBasedStateMachine):
             return
         for standing in self.budgets.standings(ALL_TENANTS, self.now):
             assert (standing.spent, standing.held) == self.expected(standing.budget, self.now)
-        held = [one.bound.request_id for one in self.requests if one.state is HoldState.HELD]
+        held = [request.bound.request_id for request in self.requests if request.state is HoldState.HELD]
         assert [hold.request_id for hold in self.budgets.holds(ALL_TENANTS)] == held
 
 

@@ -7,11 +7,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
-import typer
 from rich.console import Console
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from polar_billing.cli import register
 from polar_billing.errors import (
     CurrencyMixError,
     OutputError,
@@ -30,15 +28,10 @@ from polar_sdk.show.tables import show
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
-
-
-def polar(*arguments: str) -> Result:
-    app = typer.Typer()
-    register(app)
-    return CliRunner().invoke(app, list(arguments))
 
 
 @pytest.fixture
@@ -51,7 +44,7 @@ def filled(ledger: Ledger) -> Ledger:
     return ledger
 
 
-def test_an_empty_ledger_is_said_in_words(tmp_path: Path) -> None:
+def test_an_empty_ledger_is_said_in_words(tmp_path: Path, polar: Callable[..., Result]) -> None:
     for command in ("usage", "report", "usage --requests"):
         result = polar(*command.split())
         assert result.exit_code == 0
@@ -68,25 +61,27 @@ def test_an_empty_ledger_is_said_in_words(tmp_path: Path) -> None:
         *("prune --before 2026-01-01 --yes --tenant acme", "credit-note st-1 1 --tenant a --reason b --reference c"),
     ],
 )
-def test_a_misspelt_ledger_is_not_made_by_looking_into_it(tmp_path: Path, command: str) -> None:
+def test_a_misspelt_ledger_is_not_made_by_looking_into_it(
+    tmp_path: Path, command: str, polar: Callable[..., Result]
+) -> None:
     result = polar(*command.split())
     assert result.output if result.exception is None else isinstance(result.exception, PolarError)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("filled")
-def test_usage_shows_every_tenant_unless_one_is_named() -> None:
+def test_usage_shows_every_tenant_unless_one_is_named(polar: Callable[..., Result]) -> None:
     everyone = polar("usage").output
     assert "acme" in everyone
     assert "globex" in everyone
     assert "by hand" in everyone
-    one = polar("usage", "--tenant", "acme").output
-    assert "acme" in one
-    assert "globex" not in one
+    acme = polar("usage", "--tenant", "acme").output
+    assert "acme" in acme
+    assert "globex" not in acme
 
 
 @pytest.mark.usefixtures("filled")
-def test_what_is_not_found_is_said_with_the_conditions() -> None:
+def test_what_is_not_found_is_said_with_the_conditions(polar: Callable[..., Result]) -> None:
     result = polar("usage", "--tenant", "nobody", "--month", "2026-11")
     assert result.exit_code == 0
     assert "No usage for period 2026-11-01 to 2026-12-01 (end excluded), UTC, tenant nobody" in result.output
@@ -94,7 +89,7 @@ def test_what_is_not_found_is_said_with_the_conditions() -> None:
 
 
 @pytest.mark.usefixtures("filled")
-def test_json_stands_alone_on_standard_output() -> None:
+def test_json_stands_alone_on_standard_output(polar: Callable[..., Result]) -> None:
     rows = json.loads(polar("usage", "--json", "--by", "tenant").stdout)
     assert [(row["group"]["tenant"], row["requests"]) for row in rows] == [("acme", 2), ("globex", 1)]
     assert isinstance(rows[0]["cost"], str)
@@ -104,7 +99,7 @@ def test_json_stands_alone_on_standard_output() -> None:
 
 
 @pytest.mark.usefixtures("filled")
-def test_single_requests_are_listed_latest_first() -> None:
+def test_single_requests_are_listed_latest_first(polar: Callable[..., Result]) -> None:
     text = polar("usage", "--requests", "--last", "2").output
     assert text.index("third") < text.index("second")
     assert "first" not in text
@@ -116,10 +111,10 @@ def test_single_requests_are_listed_latest_first() -> None:
     assert listed[0]["currency"] == "USD"
 
 
-def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger) -> None:
+def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger, polar: Callable[..., Result]) -> None:
     report = json.loads(polar("report", "--json").stdout)
     text = polar("report").output
-    for wanted in (
+    for expected in (
         report["total"],
         filled.location,
         "polar-example",
@@ -127,7 +122,7 @@ def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger) 
         "Statement of acme",
         "Statement of globex",
     ):
-        assert wanted in text
+        assert expected in text
     for tenant in report["tenants"]:
         assert tenant["total"] in text
         for line in tenant["lines"]:
@@ -135,7 +130,7 @@ def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger) 
 
 
 @pytest.mark.usefixtures("filled")
-def test_files_are_written_and_named_on_standard_error(tmp_path: Path) -> None:
+def test_files_are_written_and_named_on_standard_error(tmp_path: Path, polar: Callable[..., Result]) -> None:
     result = polar("report", "--csv", str(tmp_path / "r.csv"), "--html", str(tmp_path / "r.html"), "--json")
     json.loads(result.stdout)
     assert "r.csv" in result.stderr
@@ -146,7 +141,7 @@ def test_files_are_written_and_named_on_standard_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("filled")
-def test_other_prices_rate_the_same_usage_again(tmp_path: Path) -> None:
+def test_other_prices_rate_the_same_usage_again(tmp_path: Path, polar: Callable[..., Result]) -> None:
     prices = tmp_path / "dear.toml"
     prices.write_text(
         'id = "dear"\ncurrency = "JPY"\n[[prices]]\neffective_from = 2026-01-01\nper_request = 7\n'
@@ -172,7 +167,9 @@ def test_other_prices_rate_the_same_usage_again(tmp_path: Path) -> None:
         ("report --csv /no/such/folder/r.csv", OutputError, 1),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(arguments: str, kind: type[PolarError], code: int) -> None:
+def test_a_mistake_is_one_line_and_an_exit_code(
+    arguments: str, kind: type[PolarError], code: int, polar: Callable[..., Result]
+) -> None:
     result = polar(*arguments.split())
     assert isinstance(result.exception, kind)
     assert result.exception.exit_code == code
@@ -180,14 +177,14 @@ def test_a_mistake_is_one_line_and_an_exit_code(arguments: str, kind: type[Polar
     assert result.stdout == ""
 
 
-def test_a_file_that_is_no_ledger_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_ledger_is_told(tmp_path: Path, polar: Callable[..., Result]) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("no database at all\n" * 100)
     result = polar("usage", "--ledger", str(file))
     assert isinstance(result.exception, StoreDamagedError)
 
 
-def test_currencies_are_chosen_by_the_reader(filled: Ledger) -> None:
+def test_currencies_are_chosen_by_the_reader(filled: Ledger, polar: Callable[..., Result]) -> None:
     book = Meter(filled).price_book
     euros = type(book).from_document(book.document.replace('"USD"', '"EUR"'))
     Meter(filled, prices=euros).emit(usage_record("euros"))
@@ -195,14 +192,14 @@ def test_currencies_are_chosen_by_the_reader(filled: Ledger) -> None:
     assert json.loads(polar("report", "--currency", "EUR", "--json").stdout)["figures"]["requests"] == 1
 
 
-def test_help_shows_an_example() -> None:
+def test_help_shows_an_example(polar: Callable[..., Result]) -> None:
     for command in ("usage", "report"):
         result = polar(command, "--help")
         assert result.exit_code == 0
         assert f"Example: polar {command}" in result.output
 
 
-def test_names_are_text_in_the_terminal_too(ledger: Ledger) -> None:
+def test_names_are_text_in_the_terminal_too(ledger: Ledger, polar: Callable[..., Result]) -> None:
     for tenant in ("[red]", "[/]", ":smile:", "\x1b[2Jclear"):
         Meter(ledger).emit(usage_record(tenant=tenant))
     for command in ("usage", "report", "usage --requests"):

@@ -7,16 +7,15 @@ import io
 import json
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-import typer
 from sqlalchemy import update
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.cli import register
 from polar_billing.errors import BudgetError, CurrencyMixError, PeriodError, PriceBookError
 from polar_billing.ledger.schema import counter_table
 from polar_billing.metering.meter import Meter
@@ -24,16 +23,17 @@ from polar_billing.testing import usage_record
 from polar_sdk.usage import Offer, UsageBound
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
     from polar_sdk.errors import PolarError
 
 
-def polar(*arguments: str) -> Result:
-    app = typer.Typer()
-    register(app)
-    return CliRunner().invoke(app, ["budget", *arguments])
+@pytest.fixture
+def polar(polar: Callable[..., Result]) -> Callable[..., Result]:
+    """`polar budget`."""
+    return partial(polar, "budget")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def filled(ledger: Ledger) -> Budgets:
     return budgets
 
 
-def test_set_says_what_is_left(ledger: Ledger) -> None:
+def test_set_says_what_is_left(ledger: Ledger, polar: Callable[..., Result]) -> None:
     Meter(ledger, source="import").emit(usage_record("before", started_at=datetime.now(UTC)))
     done = polar("set", "acme", "0.1", "CU", "--window", "week", "--zone", "Asia/Tokyo")
     assert done.exit_code == 0, done.output
@@ -68,7 +68,9 @@ def test_set_says_what_is_left(ledger: Ledger) -> None:
     assert done.output == "The month's budget of key 'k1' of tenant 'acme' is 5 USD; 5 USD left.\n"
 
 
-def test_the_tenants_zone_stands_in_the_price_book(ledger: Ledger, tmp_path: Path) -> None:
+def test_the_tenants_zone_stands_in_the_price_book(
+    ledger: Ledger, tmp_path: Path, polar: Callable[..., Result]
+) -> None:
     book = tmp_path / "book.toml"
     book.write_text(
         """
@@ -87,13 +89,13 @@ def test_the_tenants_zone_stands_in_the_price_book(ledger: Ledger, tmp_path: Pat
     )
     for tenant in ("acme", "globex"):
         assert polar("set", tenant, "1", "USD", "--prices", str(book)).exit_code == 0
-    assert [one.zone for tenant in ("acme", "globex") for one in Budgets(ledger).in_force(tenant)] == [
+    assert [budget.zone for tenant in ("acme", "globex") for budget in Budgets(ledger).in_force(tenant)] == [
         "Asia/Kolkata",
         "UTC",
     ]
 
 
-def test_show_prints_every_figure_three_ways(filled: Budgets) -> None:
+def test_show_prints_every_figure_three_ways(filled: Budgets, polar: Callable[..., Result]) -> None:
     rows = json.loads(polar("show", "--json").output)
     assert [(row["tenant"], row["level"], row["unit"]) for row in rows] == [
         ("acme", "tenant", "USD"),
@@ -116,7 +118,7 @@ def test_show_prints_every_figure_three_ways(filled: Budgets) -> None:
     assert polar("show", "--tenant", "nobody").output == "No budgets of tenant 'nobody' in the ledger.\n"
 
 
-def test_holds_are_shown_and_expire(filled: Budgets) -> None:
+def test_holds_are_shown_and_expire(filled: Budgets, polar: Callable[..., Result]) -> None:
     (hold,) = json.loads(polar("holds", "--json").output)
     assert (hold["tenant"], hold["request_id"], hold["user"]) == ("acme", "running", "[red]ann")
     assert hold["compute_units_bound"] == "0.1"
@@ -128,13 +130,13 @@ def test_holds_are_shown_and_expire(filled: Budgets) -> None:
     assert polar("holds").output == "Nothing is held.\n"
 
 
-def test_close_lifts_a_budget(filled: Budgets) -> None:
+def test_close_lifts_a_budget(filled: Budgets, polar: Callable[..., Result]) -> None:
     done = polar("close", "acme", "CU", "--user", "[red]ann")
     assert done.output == "The month's budget of user '[red]ann' of tenant 'acme', 0.5 CU, is closed.\n"
-    assert [one.unit for one in filled.in_force("acme")] == ["USD"]
+    assert [budget.unit for budget in filled.in_force("acme")] == ["USD"]
 
 
-def test_recheck_finds_what_is_wrong(filled: Budgets) -> None:
+def test_recheck_finds_what_is_wrong(filled: Budgets, polar: Callable[..., Result]) -> None:
     assert polar("recheck").output == "Every counter agrees with what holds and usage add up to.\n"
     with filled.ledger.transaction() as connection:
         connection.execute(update(counter_table).where(counter_table.c.level == "user").values(held=7))
@@ -163,7 +165,9 @@ def test_recheck_finds_what_is_wrong(filled: Budgets) -> None:
         ("close acme CU", BudgetError, "tenant 'acme' has no budget in CU per month of the level tenant"),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(arguments: str, kind: type[PolarError], message: str) -> None:
+def test_a_mistake_is_one_line_and_an_exit_code(
+    arguments: str, kind: type[PolarError], message: str, polar: Callable[..., Result]
+) -> None:
     result = polar(*arguments.split())
     assert isinstance(result.exception, kind)
     assert result.exception.exit_code == 2

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from polar_billing.cli import register
 from polar_billing.errors import (
     LedgerUnsoundError,
     OutputError,
@@ -27,16 +25,12 @@ from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polar_billing.ledger.ledger import Ledger
 
 DATA = Path(__file__).parents[1] / "data"
 OLD, NEW = datetime(2025, 12, 31, 23, 59, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def polar(*arguments: str, answer: str | None = None) -> Result:
-    app = typer.Typer()
-    register(app)
-    return CliRunner().invoke(app, list(arguments), input=answer)
 
 
 @pytest.fixture
@@ -53,46 +47,46 @@ def change(ledger: Ledger, statement: str) -> None:
         stranger.execute(statement)
 
 
-def test_a_sound_ledger_prints_its_heads(filled: Ledger) -> None:
-    told = polar("verify")
-    assert told.exit_code == 0
-    assert told.output.startswith(f"The ledger {filled.location} is sound: 4 links of 3 chains.")
-    assert "acme: number 2, hash " in told.output
-    found = json.loads(polar("verify", "--tenant", "acme", "--json").output)
-    assert (found["sound"], found["findings"], found["heads"]["acme"]["number"]) == (True, [], 2)
+def test_a_sound_ledger_prints_its_heads(filled: Ledger, polar: Callable[..., Result]) -> None:
+    result = polar("verify")
+    assert result.exit_code == 0
+    assert result.output.startswith(f"The ledger {filled.location} is sound: 4 links of 3 chains.")
+    assert "acme: number 2, hash " in result.output
+    verified = json.loads(polar("verify", "--tenant", "acme", "--json").output)
+    assert (verified["sound"], verified["findings"], verified["heads"]["acme"]["number"]) == (True, [], 2)
 
 
-def test_a_ledger_that_is_not_there_proves_nothing(tmp_path: Path) -> None:
+def test_a_ledger_that_is_not_there_proves_nothing(tmp_path: Path, polar: Callable[..., Result]) -> None:
     for arguments in (["verify"], ["receipt", "a"]):
-        told = polar(*arguments, "--ledger", str(tmp_path / "misspelt.sqlite3"))
-        assert isinstance(told.exception, StoreNotFoundError)
+        result = polar(*arguments, "--ledger", str(tmp_path / "misspelt.sqlite3"))
+        assert isinstance(result.exception, StoreNotFoundError)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_changed_ledger_names_the_first_bad_number(filled: Ledger) -> None:
+def test_a_changed_ledger_names_the_first_bad_number(filled: Ledger, polar: Callable[..., Result]) -> None:
     change(filled, "UPDATE polar_usage SET tokens_output = tokens_output + 1 WHERE request_id = 'b'")
-    told = polar("verify")
-    assert isinstance(told.exception, LedgerUnsoundError)
-    assert "is not as it was written" in str(told.exception)
-    found = polar("verify", "--json")
-    assert isinstance(found.exception, LedgerUnsoundError)
-    findings = json.loads(found.output)["findings"]
+    result = polar("verify")
+    assert isinstance(result.exception, LedgerUnsoundError)
+    assert "is not as it was written" in str(result.exception)
+    verified = polar("verify", "--json")
+    assert isinstance(verified.exception, LedgerUnsoundError)
+    findings = json.loads(verified.output)["findings"]
     assert (findings[0]["tenant"], findings[0]["number"]) == ("acme", 2)
 
 
-def test_a_receipt_is_checked_against_the_chain(filled: Ledger, tmp_path: Path) -> None:
+def test_a_receipt_is_checked_against_the_chain(filled: Ledger, tmp_path: Path, polar: Callable[..., Result]) -> None:
     printed = polar("receipt", "b", "--tenant", "acme")
     assert printed.exit_code == 0
     file = tmp_path / "receipt.json"
     file.write_text(printed.output, encoding="utf-8")
-    told = polar("verify", "--receipt", str(file))
-    assert told.output == f"The receipt {file} agrees with the ledger {filled.location}.\n"
+    result = polar("verify", "--receipt", str(file))
+    assert result.output == f"The receipt {file} agrees with the ledger {filled.location}.\n"
     file.write_text(json.dumps({**json.loads(printed.output), "cost": "0.000000000001"}), encoding="utf-8")
     assert isinstance(polar("verify", "--receipt", str(file)).exception, LedgerUnsoundError)
 
 
 @pytest.mark.usefixtures("filled")
-def test_a_receipt_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_receipt_that_is_none_is_told(tmp_path: Path, polar: Callable[..., Result]) -> None:
     file = tmp_path / "receipt.json"
     assert isinstance(polar("verify", "--receipt", str(file)).exception, OutputError)
     for content in ("{", "[]"):
@@ -102,7 +96,7 @@ def test_a_receipt_that_is_none_is_told(tmp_path: Path) -> None:
         assert isinstance(polar("receipt", *arguments).exception, QueryError)
 
 
-def test_pruning_asks_and_keeps_the_proof(filled: Ledger) -> None:
+def test_pruning_asks_and_keeps_the_proof(filled: Ledger, polar: Callable[..., Result]) -> None:
     receipt = polar("receipt", "a", "--tenant", "acme").output
     assert polar("prune", "--before", "2026-01-01", answer="n\n").exit_code == 1
     assert receipt == polar("receipt", "a", "--tenant", "acme").output
@@ -112,12 +106,12 @@ def test_pruning_asks_and_keeps_the_proof(filled: Ledger) -> None:
     assert isinstance(polar("prune", "--before", "yesterday", "--yes").exception, PeriodError)
 
 
-def test_migrating_says_from_where_to_where(tmp_path: Path) -> None:
+def test_migrating_says_from_where_to_where(tmp_path: Path, polar: Callable[..., Result]) -> None:
     file = tmp_path / "old.sqlite3"
     shutil.copy(DATA / "ledger_v1.sqlite3", file)
     assert isinstance(polar("verify", "--ledger", str(file)).exception, SchemaVersionError)
-    told = polar("migrate", "--ledger", str(file))
-    assert told.output == f"The ledger {file} was migrated from schema version 1 to 3.\n"
+    result = polar("migrate", "--ledger", str(file))
+    assert result.output == f"The ledger {file} was migrated from schema version 1 to 3.\n"
     assert polar("migrate", "--ledger", str(file)).output == f"The ledger {file} already has schema version 3.\n"
     assert polar("verify", "--ledger", str(file)).exit_code == 0
     assert "from schema version 3 to 1" in polar("migrate", "--ledger", str(file), "--to", "1").output

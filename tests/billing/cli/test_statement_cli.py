@@ -10,10 +10,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from polar_billing.cli import register
 from polar_billing.errors import AmountError, PeriodError, PriceBookError, QueryError
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.prices.rating import rate
@@ -23,6 +21,7 @@ from polar_sdk.router.exact_tests import wilson
 from polar_sdk.usage import FlopUsage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
@@ -31,18 +30,6 @@ if TYPE_CHECKING:
 PLANS = PriceBook.example(EXAMPLE_PLANS)
 TOML = resources.files("polar_billing").joinpath(EXAMPLE_PLANS).read_text(encoding="utf-8")
 MONTH = ("--month", "2026-10")
-
-
-def polar(*arguments: str) -> Result:
-    app = typer.Typer()
-    register(app)
-    return CliRunner().invoke(app, list(arguments))
-
-
-def ok(*arguments: str) -> str:
-    result = polar(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture
@@ -67,7 +54,9 @@ def filled(ledger: Ledger) -> Ledger:
     return ledger
 
 
-def test_price_add_puts_a_book_in_force_once_and_refuses_to_change_the_past(plans: Path) -> None:
+def test_price_add_puts_a_book_in_force_once_and_refuses_to_change_the_past(
+    plans: Path, polar: Callable[..., Result], ok: Callable[..., str]
+) -> None:
     assert "is in force now" in ok("price", "add", str(plans))
     assert "was in force already" in ok("price", "add", str(plans))
     assert "The two price books say the same." in ok("price", "diff", str(plans))
@@ -81,16 +70,16 @@ def test_price_add_puts_a_book_in_force_once_and_refuses_to_change_the_past(plan
     assert json.loads(ok("price", "show", "--json"))[0]["content_hash"] == PLANS.content_hash
 
 
-def test_price_show_tells_everything_the_book_says(plans: Path) -> None:
+def test_price_show_tells_everything_the_book_says(plans: Path, ok: Callable[..., str]) -> None:
     shown = ok("price", "show", str(plans))
-    for wanted in ("0.0004", "premium × 1.25", "starter", "flat fee 19", "0.25 per started 1000", "initech-welcome"):
-        assert wanted in shown
-    for wanted in ("up to 100000", "graduated", "p95 ≤ 2000 ms", "America/New_York", "Plan reserved, its own rates"):
-        assert wanted in shown
+    for text in ("0.0004", "premium × 1.25", "starter", "flat fee 19", "0.25 per started 1000", "initech-welcome"):
+        assert text in shown
+    for text in ("up to 100000", "graduated", "p95 ≤ 2000 ms", "America/New_York", "Plan reserved, its own rates"):
+        assert text in shown
     assert "No price book" in ok("price", "show")
 
 
-def test_price_quote(plans: Path) -> None:
+def test_price_quote(plans: Path, ok: Callable[..., str]) -> None:
     request = ("--flops", str(10**12), "--input", "1000", "--output", "100", "--book", str(plans))
     asked = ("price", "quote", *request, "--tier", "standard", "--tenant")
     assert "At most 0.000410000000 USD" in ok(*asked, "acme")
@@ -101,7 +90,7 @@ def test_price_quote(plans: Path) -> None:
 
 
 @pytest.mark.usefixtures("filled")
-def test_a_statement_is_drafted_issued_listed_and_traced() -> None:
+def test_a_statement_is_drafted_issued_listed_and_traced(ok: Callable[..., str]) -> None:
     shown = ok("statement", "--tenant", "globex", *MONTH)
     assert "draft" in shown
     assert "America/New_York" in shown  # the customer's zone, since the book names one
@@ -119,11 +108,11 @@ def test_a_statement_is_drafted_issued_listed_and_traced() -> None:
 
 
 @pytest.mark.usefixtures("filled")
-def test_csv_rows_sum_to_what_is_due() -> None:
-    made = json.loads(ok("statement", "--tenant", "initech", *MONTH, "--json"))
+def test_csv_rows_sum_to_what_is_due(ok: Callable[..., str]) -> None:
+    statement = json.loads(ok("statement", "--tenant", "initech", *MONTH, "--json"))
     rows = list(csv.DictReader(io.StringIO(ok("statement", "--tenant", "initech", *MONTH, "--csv", "-"))))
-    assert sum(Decimal(row["amount"]) for row in rows) == Decimal(made["due"]) == 0
-    assert Decimal(made["total"]) > 0
+    assert sum(Decimal(row["amount"]) for row in rows) == Decimal(statement["due"]) == 0
+    assert Decimal(statement["total"]) > 0
     assert {row["tenant"] for row in rows} == {"initech"}
 
 
@@ -154,7 +143,7 @@ def evaluation(agreed: int, compared: int) -> str:
     )
     names = ("model", "fingerprint", "dtype", "device", "router", "point")
     same: dict[str, Any] = dict.fromkeys(names, "x")
-    found = Evaluation(
+    evaluated = Evaluation(
         **same,
         sets=(whole,),
         verdict=(),
@@ -162,32 +151,34 @@ def evaluation(agreed: int, compared: int) -> str:
         certificate_holds=False,
         training={},
     )
-    return json.dumps(found.plain())
+    return json.dumps(evaluated.plain())
 
 
 @pytest.mark.usefixtures("filled")
-def test_agreement_is_measured_by_an_evaluation(tmp_path: Path) -> None:
+def test_agreement_is_measured_by_an_evaluation(
+    tmp_path: Path, polar: Callable[..., Result], ok: Callable[..., str]
+) -> None:
     file = tmp_path / "evaluation.json"
     for agreed, credit in ((1_177, False), (1_170, True)):  # of 1,194: 98.6 and 98.0 %
         file.write_text(evaluation(agreed, 1_194), encoding="utf-8")
-        made = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--json"))
-        assert made["agreement"]["premium"] == [agreed, 1_194]
-        assert ("answers agreed" in json.dumps(made)) == credit
-    told = ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--agreement", "premium=9/9")
-    assert "answers agreed" not in told  # what is told by hand goes before
+        statement = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--json"))
+        assert statement["agreement"]["premium"] == [agreed, 1_194]
+        assert ("answers agreed" in json.dumps(statement)) == credit
+    shown = ok("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file), "--agreement", "premium=9/9")
+    assert "answers agreed" not in shown  # what is stated by hand takes precedence
     file.write_text("{}", encoding="utf-8")
     refused = polar("statement", "--tenant", "globex", *MONTH, "--agreement-from", str(file))
     assert isinstance(refused.exception, QueryError)
 
 
 @pytest.mark.usefixtures("filled")
-def test_agreement_is_told_and_gives_service_credit() -> None:
-    told = ok("statement", "--tenant", "globex", *MONTH, "--agreement", "premium=90/100")
-    assert "service credit 10 %: 90 of 100 answers agreed, promised 98 %" in told
+def test_agreement_is_told_and_gives_service_credit(ok: Callable[..., str]) -> None:
+    shown = ok("statement", "--tenant", "globex", *MONTH, "--agreement", "premium=90/100")
+    assert "service credit 10 %: 90 of 100 answers agreed, promised 98 %" in shown
 
 
 @pytest.mark.usefixtures("filled")
-def test_credit_note_and_reprice(plans: Path) -> None:
+def test_credit_note_and_reprice(plans: Path, ok: Callable[..., str]) -> None:
     issued = json.loads(ok("statement", "--tenant", "globex", *MONTH, "--issue", "--json"))
     note = ("credit-note", issued["id"], "1.5", "--tenant", "globex", "--reason", "outage", "--reference", "7")
     assert f"1.5 off statement {issued['id']}" in ok(*note)
@@ -220,21 +211,23 @@ def test_credit_note_and_reprice(plans: Path) -> None:
         ("reprice --book /no/such/prices.toml", PriceBookError),
     ],
 )
-def test_a_mistake_is_one_line(arguments: str, kind: type[PolarError]) -> None:
+def test_a_mistake_is_one_line(arguments: str, kind: type[PolarError], polar: Callable[..., Result]) -> None:
     result = polar(*arguments.split())
     assert isinstance(result.exception, kind)
     assert "\n" not in str(result.exception)
     assert result.stdout == ""
 
 
-def test_help_shows_an_example() -> None:
+def test_help_shows_an_example(polar: Callable[..., Result]) -> None:
     for command in ("price add", "price show", "price diff", "price quote", "statement", "credit-note", "reprice"):
         result = polar(*command.split(), "--help")
         assert result.exit_code == 0
         assert f"Example: polar {command}" in result.output
 
 
-def test_a_further_book_says_whom_it_charges(plans: Path, monkeypatch: pytest.MonkeyPatch, ledger_url: str) -> None:
+def test_a_further_book_says_whom_it_charges(
+    plans: Path, monkeypatch: pytest.MonkeyPatch, ledger_url: str, ok: Callable[..., str]
+) -> None:
     other = plans.with_name("other.toml")
     plain = resources.files("polar_billing").joinpath("example_prices.toml").read_text(encoding="utf-8")
     other.write_text(plain, encoding="utf-8")

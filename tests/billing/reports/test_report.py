@@ -35,7 +35,7 @@ def records(ledger: Ledger) -> list[UsageRecord]:
     """Two tenants, four tiers, all outcomes, one tier without a price."""
     meter = Meter(ledger)
     outcomes = [*Outcome, Outcome.COMPLETED]
-    made = [
+    records = [
         usage_record(
             f"{tenant}-{tier}-{n}",
             tenant=tenant,
@@ -50,10 +50,10 @@ def records(ledger: Ledger) -> list[UsageRecord]:
         for tier, path in PATHS.items()
         for n in range(11)
     ]
-    made.append(usage_record("gold", tenant="globex", tier="gold"))
-    for record in made:
+    records.append(usage_record("gold", tenant="globex", tier="gold"))
+    for record in records:
         meter.emit(record)
-    return made
+    return records
 
 
 @pytest.fixture
@@ -177,8 +177,8 @@ def test_a_price_change_within_the_period_makes_two_lines(ledger: Ledger) -> Non
     for hour in (10, 11, 12):
         meter.emit(usage_record(started_at=datetime(2026, 11, 15, hour, tzinfo=UTC)))
     lines = build_report(ledger).tenants[0].lines
-    found = [(line.quantity, line.unit_price, line.amount) for line in lines]
-    assert found == [(Decimal(2), Decimal(1), Decimal(2)), (Decimal(1), Decimal(3), Decimal(3))]
+    figures = [(line.quantity, line.unit_price, line.amount) for line in lines]
+    assert figures == [(Decimal(2), Decimal(1), Decimal(2)), (Decimal(1), Decimal(3), Decimal(3))]
 
 
 def test_months_of_a_zone_partition_the_charges(ledger: Ledger) -> None:

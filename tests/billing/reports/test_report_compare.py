@@ -54,28 +54,28 @@ def test_the_same_usage_under_other_books_by_tenant_and_in_total(filled: Ledger)
     charge, euros = by_tenant["other"].others
     assert (charge.price_book, charge.charge, charge.unrated) == ("polar-dear", Decimal("2.0000"), 0)
     assert (euros.currency, euros.charge, euros.unrated) == ("EUR", Decimal("0.4"), 1)
-    assert [one.charge for one in report.others] == [Decimal("3.0000"), Decimal("0.9")]
+    assert [charge.charge for charge in report.others] == [Decimal("3.0000"), Decimal("0.9")]
     assert build_report(filled).others == ()
     assert by_tenant["other"].figures.price_per_1000_requests == Decimal("500.0125")  # (0.4 + 0.6 + 0.000025) / 2
 
 
 def test_issued_statements_are_in_the_report_of_their_period(filled: Ledger) -> None:
-    made = issue_statement(filled, "globex", NOVEMBER, now=datetime(2026, 12, 2, tzinfo=UTC)).statement
+    statement = issue_statement(filled, "globex", NOVEMBER, now=datetime(2026, 12, 2, tzinfo=UTC)).statement
     report = build_report(filled, Selection(ALL_TENANTS, NOVEMBER))
-    assert {tenant.tenant: tenant.statements for tenant in report.tenants} == {"globex": (made,), "other": ()}
-    assert json.loads(report.model_dump_json())["tenants"][0]["statements"][0]["id"] == made.id
+    assert {tenant.tenant: tenant.statements for tenant in report.tenants} == {"globex": (statement,), "other": ()}
+    assert json.loads(report.model_dump_json())["tenants"][0]["statements"][0]["id"] == statement.id
     assert build_report(filled, Selection("globex", NOVEMBER, "premium")).tenants[0].statements == ()
     assert build_report(filled, Selection("globex", Period.month("2026-11", "Asia/Tokyo"))).tenants[0].statements == ()
 
 
 def test_page_and_terminal_show_both(filled: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
-    made = issue_statement(filled, "globex", NOVEMBER, now=datetime(2026, 12, 2, tzinfo=UTC)).statement
+    statement = issue_statement(filled, "globex", NOVEMBER, now=datetime(2026, 12, 2, tzinfo=UTC)).statement
     report = build_report(filled, compare=[DEAR, EUROS])
     page = report_html(report)
-    assert made.id in page
+    assert statement.id in page
     assert "minimum of growth" in page
-    for wanted in ("polar-dear", "euros, EUR", "has no price for 1 of these requests", f"{made.total:f}"):
-        assert wanted in page
+    for text in ("polar-dear", "euros, EUR", "has no price for 1 of these requests", f"{statement.total:f}"):
+        assert text in page
     show(report_view(report), Console(width=200, no_color=True))
     out = capsys.readouterr().out
     assert "The same usage under other price books" in out
@@ -93,4 +93,4 @@ def test_the_command_takes_books_to_compare(tmp_path: Path) -> None:
     register(app)
     result = CliRunner().invoke(app, ["report", "--json", "--compare", str(file)])
     assert result.exit_code == 0, result.output
-    assert [one["charge"] for one in json.loads(result.stdout)["others"]] == ["21.00"]
+    assert [charge["charge"] for charge in json.loads(result.stdout)["others"]] == ["21.00"]

@@ -156,6 +156,6 @@ try:
 except MissingExtraError as error:
     print(error, error.exit_code)
 """
-    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     hint = "Install the extra report of polar-llm, in a clone: `pip install '.[report]'`."
-    assert told == f"the HTML report needs 'jinja2'. {hint} 2\n"
+    assert printed == f"the HTML report needs 'jinja2'. {hint} 2\n"

@@ -27,8 +27,8 @@ def printed(width: int) -> list[str]:
 @pytest.mark.parametrize("width", [20, 60, 74, 80, 120, 200])
 def test_no_width_loses_a_digit_or_a_heading(width: int) -> None:
     text = "\n".join(printed(width))
-    for wanted in (*FIGURES, "+46.1 %", "tenant", "requests", "not completed"):
-        assert wanted in text
+    for expected in (*FIGURES, "+46.1 %", "tenant", "requests", "not completed"):
+        assert expected in text
     letters = "".join(line[: line.find("standard")] if "standard" in line else line[:26] for line in printed(width)[4:])
     assert NAME in letters.replace(" ", "")
 

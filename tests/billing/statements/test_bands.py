@@ -63,12 +63,12 @@ def test_graduated_cost_is_additive_across_splits(bands: list[tuple[int | None, 
 
 @given(bands=band_lists(), quantity=quantities)
 def test_volume_gives_everything_the_price_of_the_last_unit(bands: list[tuple[int | None, int]], quantity: int) -> None:
-    found = list(volume(quantity, bands))
+    parts = list(volume(quantity, bands))
     if quantity == 0:
-        assert found == []
+        assert parts == []
         return
     last_unit = cost(quantity, bands) - cost(quantity - 1, bands)
-    assert found == [(quantity, last_unit)]
+    assert parts == [(quantity, last_unit)]
 
 
 @given(quantity=quantities, size=st.integers(min_value=1, max_value=10**20))

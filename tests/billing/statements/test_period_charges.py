@@ -167,7 +167,7 @@ def test_windows_partition_the_period_whatever_changes_within() -> None:
     assert [phase.plan for phase in phases] == ["p", None]
     stretches = [stretch for phase in phases for stretch in phase.stretches]
     assert (stretches[0].since, stretches[-1].until) == (PERIOD.since, PERIOD.until)
-    assert all(one.until == following.since for one, following in pairwise(stretches))
+    assert all(stretch.until == following.since for stretch, following in pairwise(stretches))
     assert [stretch.entry is None for stretch in stretches] == [False, False, False, True]
 
 

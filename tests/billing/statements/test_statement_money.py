@@ -66,7 +66,7 @@ def test_charges_of_the_smallest_unit_from_the_meter_to_the_books(store: Ledger)
         unit = from_scaled(1, currency_decimals(currency))
         meter = Meter(store, prices=book(currency, unit), sync=True)
         for batch in batches_of(currency, part):
-            assert {getattr(one, "cost", None) for one in meter.emit_many(batch)} == {unit}
+            assert {getattr(receipt, "cost", None) for receipt in meter.emit_many(batch)} == {unit}
         issued = issue_statement(store, currency, PERIOD, now=datetime(2026, 12, 2, tzinfo=UTC)).statement
         assert (issued.total, issued.rounding, issued.requests) == (unit * part, Decimal(0), part)
         with store.snapshot() as connection:
@@ -112,7 +112,7 @@ def test_the_ledger_books_five_currencies_to_the_last_unit() -> None:
             lines = [Line(Account.RECEIVABLE, amount, currency), Line(Account.REVENUE, -amount + unit, currency)]
             lines.append(Line(Account.ROUNDING, -unit, currency))
             post(connection, "acme", "statement", currency, lines, datetime(2026, 12, 1, tzinfo=UTC))
-        found = balances(connection, "acme")
+        sums = balances(connection, "acme")
     for currency in CURRENCIES:
-        assert exact_sum((value for (_, code), value in found.items() if code == currency), 12) == 0
-        assert found[Account.RECEIVABLE, currency] == from_scaled(MILLION, currency_decimals(currency))
+        assert exact_sum((value for (_, code), value in sums.items() if code == currency), 12) == 0
+        assert sums[Account.RECEIVABLE, currency] == from_scaled(MILLION, currency_decimals(currency))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import func, select, text
@@ -15,16 +16,13 @@ from polar_billing.ledger.books import add_book
 from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import statement_table, transaction_table
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
-from polar_billing.prices.rating import rate
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.reports.comparison import reprice
 from polar_billing.statements.audit import lines_of_usage, recheck, usage_of_line
 from polar_billing.statements.credit_notes import credit_note
 from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import issue_statement, issued_statements
-from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
-from polar_sdk.usage import FlopUsage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,11 +35,10 @@ END, LATER = datetime(2026, 12, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)
 PLANS = PriceBook.example(EXAMPLE_PLANS)
 
 
-def put(ledger: Ledger, request_id: str, *, book: PriceBook = PLANS, **changes: Any) -> int:
-    """Store a request of 1,000 CU; its number."""
-    flops = FlopUsage(head=10**15, total=10**15)
-    record = usage_record(request_id, flops=flops, **{"tenant": "someone", **changes})
-    return ledger.append(record, source="test", book=book, rating=rate(record, book)).seq
+@pytest.fixture
+def put(put: Callable[..., int]) -> Callable[..., int]:
+    """As for all statements, with 1,000 CU."""
+    return partial(put, units=1_000)
 
 
 def in_threads(work: Callable[[], object], count: int) -> list[BaseException]:
@@ -62,17 +59,17 @@ def in_threads(work: Callable[[], object], count: int) -> list[BaseException]:
     return raised
 
 
-def test_many_who_issue_the_same_statement_get_one(store: Ledger) -> None:
+def test_many_who_issue_the_same_statement_get_one(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r")
-    made: list[IssuedStatement] = []
-    assert in_threads(lambda: made.append(issue_statement(store, "someone", NOVEMBER, now=LATER)), 6) == []
-    assert len({one.number for one in made}) == 1
+    issued: list[IssuedStatement] = []
+    assert in_threads(lambda: issued.append(issue_statement(store, "someone", NOVEMBER, now=LATER)), 6) == []
+    assert len({entry.number for entry in issued}) == 1
     with store.snapshot() as connection:
         assert connection.execute(select(func.count()).select_from(statement_table)).scalar() == 1
         assert connection.execute(select(func.count()).select_from(transaction_table)).scalar() == 1
 
 
-def test_two_periods_issued_at_once_charge_late_usage_once(store: Ledger) -> None:
+def test_two_periods_issued_at_once_charge_late_usage_once(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "november")
     issue_statement(store, "someone", NOVEMBER, now=END)
     put(store, "late")
@@ -80,13 +77,15 @@ def test_two_periods_issued_at_once_charge_late_usage_once(store: Ledger) -> Non
     waiting = iter(periods)
     after = datetime(2027, 3, 1, tzinfo=UTC)
     assert in_threads(lambda: issue_statement(store, "someone", next(waiting), now=after), 3) == []
-    made = issued_statements(store, "someone")
-    assert len(made) == 4
-    assert sum(one.statement.requests_late for one in made) == 1
-    assert [told for one in made for told in recheck(store, one)] == []
+    issued = issued_statements(store, "someone")
+    assert len(issued) == 4
+    assert sum(entry.statement.requests_late for entry in issued) == 1
+    assert [difference for entry in issued for difference in recheck(store, entry)] == []
 
 
-def test_usage_stored_while_a_statement_is_issued_is_on_it_or_late_never_lost(store: Ledger) -> None:
+def test_usage_stored_while_a_statement_is_issued_is_on_it_or_late_never_lost(
+    store: Ledger, put: Callable[..., int]
+) -> None:
     put(store, "first")
     numbers = iter(range(1_000))
 
@@ -99,24 +98,26 @@ def test_usage_stored_while_a_statement_is_issued_is_on_it_or_late_never_lost(st
     (november,) = issued_statements(store, "someone")
     december = issue_statement(store, "someone", DECEMBER, now=LATER)
     assert november.statement.requests + december.statement.requests_late == 21
-    on_lines = [number for one in (november, december) for number in usage_of_line(store, one, one.statement.lines[0])]
+    on_lines = [
+        number for entry in (november, december) for number in usage_of_line(store, entry, entry.statement.lines[0])
+    ]
     assert sorted(on_lines) == sorted(set(on_lines))
     assert len(on_lines) == 21
 
 
-def test_verify_makes_every_statement_again(ledger: Ledger) -> None:
+def test_verify_makes_every_statement_again(ledger: Ledger, put: Callable[..., int]) -> None:
     put(ledger, "r", tenant="globex")
     issue_statement(ledger, "globex", NOVEMBER, now=END)
     assert verify_ledger(ledger).sound
     with ledger.transaction() as connection:
         connection.execute(text("DROP TRIGGER polar_usage_no_update"))
         connection.execute(text("UPDATE polar_usage SET tier = 'economy'"))
-    told = " ".join(str(one) for one in verify_ledger(ledger).findings)
-    assert "and the usage makes it" in told
+    findings = " ".join(str(finding) for finding in verify_ledger(ledger).findings)
+    assert "and the usage makes it" in findings
 
 
 @pytest.mark.parametrize("column", [column.name for column in statement_table.columns])
-def test_any_flipped_column_of_a_statement_is_found(ledger: Ledger, column: str) -> None:
+def test_any_flipped_column_of_a_statement_is_found(ledger: Ledger, column: str, put: Callable[..., int]) -> None:
     put(ledger, "r")
     issue_statement(ledger, "someone", NOVEMBER, now=END)
     changed = {
@@ -138,14 +139,14 @@ def test_any_flipped_column_of_a_statement_is_found(ledger: Ledger, column: str)
     assert not verify_ledger(ledger, None).sound
 
 
-def test_pruned_usage_is_never_missing_from_a_statement_in_silence(store: Ledger) -> None:
+def test_pruned_usage_is_never_missing_from_a_statement_in_silence(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r")
-    made = issue_statement(store, "someone", NOVEMBER, now=END)
+    issued = issue_statement(store, "someone", NOVEMBER, now=END)
     put(store, "december", started_at=END)
     with store.transaction() as connection:
         prune(connection, "someone", LATER)
-    assert recheck(store, made) == []  # its sums and bookings; the chain stands for the rest
-    assert issue_statement(store, "someone", NOVEMBER, now=LATER) == made
+    assert recheck(store, issued) == []  # its sums and bookings; the chain stands for the rest
+    assert issue_statement(store, "someone", NOVEMBER, now=LATER) == issued
     with pytest.raises(PeriodError, match="was pruned"):
         draft_statement(store, "someone", DECEMBER)
     with pytest.raises(PeriodError, match="was pruned"):
@@ -153,7 +154,7 @@ def test_pruned_usage_is_never_missing_from_a_statement_in_silence(store: Ledger
     assert verify_ledger(store).sound
 
 
-def test_a_plan_in_another_book_than_the_receipts_is_not_passed_over(store: Ledger) -> None:
+def test_a_plan_in_another_book_than_the_receipts_is_not_passed_over(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r", tenant="acme", book=PriceBook.example())
     assert draft_statement(store, "acme", NOVEMBER).price_book == "polar-example"
     add_book(store, PLANS)
@@ -162,14 +163,14 @@ def test_a_plan_in_another_book_than_the_receipts_is_not_passed_over(store: Ledg
     assert [line.kind for line in draft_statement(store, "acme", NOVEMBER, book=PLANS).lines][-1] == "fee"
 
 
-def test_no_public_function_reads_or_charges_another_tenant(store: Ledger) -> None:
+def test_no_public_function_reads_or_charges_another_tenant(store: Ledger, put: Callable[..., int]) -> None:
     theirs = put(store, "theirs", tenant="victim")
     put(store, "mine", tenant="thief")
     hers = issue_statement(store, "victim", NOVEMBER, now=END)
     before = draft_statement(store, "victim", DECEMBER, book=PLANS).document
     mine = issue_statement(store, "thief", NOVEMBER, now=END)
     assert mine.statement.requests == 1
-    assert [one.statement.tenant for one in issued_statements(store, "thief")] == ["thief"]
+    assert [entry.statement.tenant for entry in issued_statements(store, "thief")] == ["thief"]
     assert [row.tenant for row in reprice(store, "thief", NOVEMBER, PLANS)] == ["thief"]
     for line in mine.statement.lines:
         assert theirs not in usage_of_line(store, mine, line)

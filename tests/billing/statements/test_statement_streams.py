@@ -56,7 +56,7 @@ def store_batches(ledger: Ledger, batches: Iterable[list[UsageRecord]]) -> None:
     for batch in batches:
         ratings = [(record, rate(record, PLANS)) for record in batch]
         entries = [Entry(record, "test", PLANS, rating.cost, rating.unrated) for record, rating in ratings]
-        assert not [one for one in ledger.append_many(entries) if isinstance(one, Exception)]
+        assert not [receipt for receipt in ledger.append_many(entries) if isinstance(receipt, Exception)]
 
 
 def batched(data: st.DataObject, stream: list[UsageRecord]) -> list[list[UsageRecord]]:
@@ -94,10 +94,10 @@ def test_every_store_makes_the_same_statement(store: Ledger, order: int) -> None
         for n in range(30)
     ]
     store_batches(store, [records[::order][:7], records[::order]])
-    (found,) = documents(store, ["globex"])
+    (document,) = documents(store, ["globex"])
     with Ledger("sqlite://") as reference:
         store_batches(reference, [records])
-        assert [found] == documents(reference, ["globex"])
+        assert [document] == documents(reference, ["globex"])
 
 
 @given(stream=streams(), data=st.data())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import text
@@ -14,19 +14,19 @@ from polar_billing.ledger.books import add_book
 from polar_billing.ledger.postings import Account, balances
 from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
-from polar_billing.prices.rating import rate
 from polar_billing.reports.comparison import reprice
 from polar_billing.statements.audit import lines_of_usage, recheck, usage_of_line
 from polar_billing.statements.credit_notes import credit_note, credit_notes
 from polar_billing.statements.draft import draft_statement
 from polar_billing.statements.issue import issue_statement, issued_statements
 from polar_billing.statements.lines import Agreement
-from polar_billing.testing import usage_record
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import ALL_TIME, Period
-from polar_sdk.usage import FlopUsage, Outcome, TokenUsage
+from polar_sdk.usage import Outcome, TokenUsage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.statements.statement import Statement
 
@@ -36,13 +36,6 @@ LATER = datetime(2027, 1, 1, tzinfo=UTC)
 PLANS = PriceBook.example(EXAMPLE_PLANS)
 
 
-def put(ledger: Ledger, request_id: str, *, book: PriceBook = PLANS, units: int = 1, **changes: Any) -> int:
-    """Store a request of so many CU; its number."""
-    flops = FlopUsage(head=units * 10**12, total=units * 10**12)
-    record = usage_record(request_id, flops=flops, **{"tenant": "someone", **changes})
-    return ledger.append(record, source="test", book=book, rating=rate(record, book)).seq
-
-
 def adds_up(statement: Statement) -> bool:
     decimals = statement.decimals
     lines = exact_sum([*(line.amount for line in statement.lines), statement.rounding], decimals)
@@ -50,7 +43,7 @@ def adds_up(statement: Statement) -> bool:
     return lines == statement.total and exact_sum((statement.due, paid), decimals) == statement.total
 
 
-def test_a_statement_sums_what_receipts_said_by_tier(store: Ledger) -> None:
+def test_a_statement_sums_what_receipts_said_by_tier(store: Ledger, put: Callable[..., int]) -> None:
     for number, tier in enumerate(["economy", "standard", "standard", None, "gold"]):
         put(store, f"r{number}", tier=tier, units=1_000)
     statement = draft_statement(store, "someone", NOVEMBER)
@@ -63,7 +56,7 @@ def test_a_statement_sums_what_receipts_said_by_tier(store: Ledger) -> None:
     }
     assert statement.unrated == {"price book 'polar-example-plans' of 2024-01-01 has no price for tier 'gold'": 1}
     assert statement.requests == 5
-    assert [(one.tier, one.requests, one.compute_units) for one in statement.usage] == [
+    assert [(tier.tier, tier.requests, tier.compute_units) for tier in statement.usage] == [
         ("economy", 1, Decimal(1_000)),
         ("standard", 2, Decimal(2_000)),
         ("gold", 1, Decimal(1_000)),
@@ -72,51 +65,51 @@ def test_a_statement_sums_what_receipts_said_by_tier(store: Ledger) -> None:
     assert issued_statements(store, "someone") == []  # a draft leaves nothing behind
 
 
-def test_issued_once_and_for_ever_booked_and_provable(store: Ledger) -> None:
+def test_issued_once_and_for_ever_booked_and_provable(store: Ledger, put: Callable[..., int]) -> None:
     for number in range(4):
         put(store, f"r{number}", tier=["premium", "standard"][number % 2], tenant="globex", units=200_000)
     period = Period.month("2026-11", "America/New_York")
-    made = issue_statement(store, "globex", period, agreement={"premium": Agreement(90, 100)}, now=LATER)
-    assert adds_up(made.statement)
-    kinds = [line.kind for line in made.statement.lines]
+    issued = issue_statement(store, "globex", period, agreement={"premium": Agreement(90, 100)}, now=LATER)
+    assert adds_up(issued.statement)
+    kinds = [line.kind for line in issued.statement.lines]
     assert kinds.count("pool") == 2
     assert {"discount", "service credit"} <= set(kinds)
     put(store, "late", tier="standard", tenant="globex")
     again = issue_statement(store, "globex", period, now=LATER + timedelta(days=1))
-    assert again == made
-    assert recheck(store, made) == []
+    assert again == issued
+    assert recheck(store, issued) == []
     with store.snapshot() as connection:
         booked = balances(connection, "globex")
-    assert booked[Account.RECEIVABLE, "USD"] == made.statement.due
+    assert booked[Account.RECEIVABLE, "USD"] == issued.statement.due
     assert exact_sum(booked.values(), 12) == 0
-    discount = exact_sum((line.amount for line in made.statement.lines if line.kind == "discount"), 4)
+    discount = exact_sum((line.amount for line in issued.statement.lines if line.kind == "discount"), 4)
     assert booked[Account.DISCOUNTS, "USD"] == -discount
 
 
-def test_a_narrow_decimal_context_of_the_caller_touches_nothing(ledger: Ledger) -> None:
+def test_a_narrow_decimal_context_of_the_caller_touches_nothing(ledger: Ledger, put: Callable[..., int]) -> None:
     for tenant, tier in (("globex", "premium"), ("initech", "standard")):
         put(ledger, "r", tenant=tenant, tier=tier, units=1_234_567)
     agreement = {"premium": Agreement(971, 1000)}
     expected = [draft_statement(ledger, tenant, NOVEMBER, agreement=agreement) for tenant in ("globex", "initech")]
     with localcontext(prec=2):
         for statement in expected:
-            made = issue_statement(ledger, statement.tenant, NOVEMBER, agreement=agreement, now=LATER)
-            assert made.statement.document == statement.document
-            assert recheck(ledger, made) == []
+            issued = issue_statement(ledger, statement.tenant, NOVEMBER, agreement=agreement, now=LATER)
+            assert issued.statement.document == statement.document
+            assert recheck(ledger, issued) == []
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/Santiago", "Pacific/Apia", "Australia/Lord_Howe"])
-def test_every_use_is_on_the_statement_of_exactly_one_month(ledger: Ledger, zone: str) -> None:
+def test_every_use_is_on_the_statement_of_exactly_one_month(ledger: Ledger, zone: str, put: Callable[..., int]) -> None:
     months = [Period.month(f"2026-{month:02}", zone) for month in range(1, 13)]
     borders = [period.since for period in months if period.since is not None]
     for place, border in enumerate(borders[1:]):
         for step in (-1, 0, 1):
             put(ledger, f"{place} {step}", tier="standard", started_at=border + timedelta(microseconds=step))
     drafts = [draft_statement(ledger, "someone", period) for period in months]
-    assert [one.requests for one in drafts] == [1, *[3] * 10, 2]
+    assert [draft.requests for draft in drafts] == [1, *[3] * 10, 2]
 
 
-def test_lines_lead_to_usage_and_usage_to_lines(store: Ledger) -> None:
+def test_lines_lead_to_usage_and_usage_to_lines(store: Ledger, put: Callable[..., int]) -> None:
     numbers = {
         "a": put(store, "a", tier="standard"),
         "b": put(store, "b", tier="standard", outcome=Outcome.ERROR, error="X"),
@@ -125,15 +118,15 @@ def test_lines_lead_to_usage_and_usage_to_lines(store: Ledger) -> None:
         "e": put(store, "e", tier="standard", started_at=END),
         "f": put(store, "f", tier="standard", tenant="other"),
     }
-    made = issue_statement(store, "someone", NOVEMBER, now=LATER)
-    traced = {(line.tier, line.item): usage_of_line(store, made, line) for line in made.statement.lines}
+    issued = issue_statement(store, "someone", NOVEMBER, now=LATER)
+    traced = {(line.tier, line.item): usage_of_line(store, issued, line) for line in issued.statement.lines}
     assert traced["standard", "compute"] == traced["standard", "requests"] == [numbers["a"]]
     assert traced["standard", "compute (error, free)"] == [numbers["b"]]
     assert traced[None, "compute"] == [numbers["c"]]
     for name in "abc":
-        for one, line in lines_of_usage(store, "someone", numbers[name]):
-            assert one == made
-            assert numbers[name] in usage_of_line(store, made, line)
+        for charged_on, line in lines_of_usage(store, "someone", numbers[name]):
+            assert charged_on == issued
+            assert numbers[name] in usage_of_line(store, issued, line)
     assert [line.item for _, line in lines_of_usage(store, "someone", numbers["a"])] == ["compute", "requests"]
     assert lines_of_usage(store, "someone", numbers["d"]) == []  # unrated
     assert lines_of_usage(store, "someone", numbers["e"]) == []  # not on a statement yet
@@ -141,7 +134,9 @@ def test_lines_lead_to_usage_and_usage_to_lines(store: Ledger) -> None:
         lines_of_usage(store, "someone", numbers["f"])
 
 
-def test_late_usage_is_a_correction_on_the_next_statement_and_nothing_is_lost(store: Ledger) -> None:
+def test_late_usage_is_a_correction_on_the_next_statement_and_nothing_is_lost(
+    store: Ledger, put: Callable[..., int]
+) -> None:
     put(store, "on time", tenant="globex", tier="standard", units=90_000)
     november = issue_statement(store, "globex", NOVEMBER, now=END)
     late = put(store, "late", tenant="globex", tier="standard", units=50_000)  # crosses a band
@@ -154,7 +149,7 @@ def test_late_usage_is_a_correction_on_the_next_statement_and_nothing_is_lost(st
     pooled = [line for line in corrections if line.kind == "pool"]
     assert [line.quantity for line in pooled] == [10_000, 40_000]
     assert usage_of_line(store, december, pooled[0]) == [late]
-    assert {one.number for one, _ in lines_of_usage(store, "globex", late)} == {december.number}
+    assert {entry.number for entry, _ in lines_of_usage(store, "globex", late)} == {december.number}
     assert recheck(store, november) == recheck(store, december) == []
     assert adds_up(statement)
     # The two statements come to what one over everything would have, up to the rounding of their lines.
@@ -167,7 +162,7 @@ def test_late_usage_is_a_correction_on_the_next_statement_and_nothing_is_lost(st
     assert january.late == ()  # charged once
 
 
-def test_credits_pay_by_priority_until_used_up_or_expired(store: Ledger) -> None:
+def test_credits_pay_by_priority_until_used_up_or_expired(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "november", tenant="initech", tier="standard", units=100_000)
     put(store, "december", tenant="initech", tier="standard", units=100_000, started_at=END)
     first = issue_statement(store, "initech", NOVEMBER, now=END).statement
@@ -197,32 +192,32 @@ def test_credits_pay_by_priority_until_used_up_or_expired(store: Ledger) -> None
 def test_a_customer_without_usage_still_owes_the_fee(store: Ledger) -> None:
     add_book(store, PLANS)
     berlin = Period.month("2026-11", "Europe/Berlin")
-    made = issue_statement(store, "acme", berlin, now=LATER)
-    assert [(line.kind, line.amount) for line in made.statement.lines] == [("fee", Decimal(19))]
-    assert recheck(store, made) == []
+    issued = issue_statement(store, "acme", berlin, now=LATER)
+    assert [(line.kind, line.amount) for line in issued.statement.lines] == [("fee", Decimal(19))]
+    assert recheck(store, issued) == []
 
 
-def test_credit_notes_take_off_at_most_what_was_asked_for(store: Ledger) -> None:
+def test_credit_notes_take_off_at_most_what_was_asked_for(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r", tier="standard", units=100_000)
-    made = issue_statement(store, "someone", NOVEMBER, now=LATER)
-    total = made.statement.total
-    note = credit_note(store, "someone", made.statement.id, Decimal(15), reason="outage", reference="n1")
-    again = credit_note(store, "someone", made.statement.id, Decimal(15), reason="outage", reference="n1")
+    issued = issue_statement(store, "someone", NOVEMBER, now=LATER)
+    total = issued.statement.total
+    note = credit_note(store, "someone", issued.statement.id, Decimal(15), reason="outage", reference="n1")
+    again = credit_note(store, "someone", issued.statement.id, Decimal(15), reason="outage", reference="n1")
     assert note == again
-    assert credit_notes(store, made) == [note]
+    assert credit_notes(store, issued) == [note]
     with pytest.raises(ConflictError, match="other content"):
-        credit_note(store, "someone", made.statement.id, Decimal(14), reason="outage", reference="n1")
+        credit_note(store, "someone", issued.statement.id, Decimal(14), reason="outage", reference="n1")
     for amount in ("0", "-1", "NaN", "Infinity", "0.00001", str(total)):
         with pytest.raises(AmountError):
-            credit_note(store, "someone", made.statement.id, Decimal(amount), reason="x", reference="n2")
+            credit_note(store, "someone", issued.statement.id, Decimal(amount), reason="x", reference="n2")
     with pytest.raises(QueryError, match="has no statement"):
-        credit_note(store, "other", made.statement.id, Decimal(1), reason="x", reference="n3")
+        credit_note(store, "other", issued.statement.id, Decimal(1), reason="x", reference="n3")
     with store.snapshot() as connection:
         assert balances(connection, "someone")[Account.RECEIVABLE, "USD"] == total - 15
-    assert recheck(store, made) == []
+    assert recheck(store, issued) == []
 
 
-def test_reprice_shows_the_difference_per_tenant(store: Ledger) -> None:
+def test_reprice_shows_the_difference_per_tenant(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "a", tier="standard", units=1_000)
     put(store, "b", tier="standard", tenant="other", units=3_000)
     dear = PriceBook.from_document(PLANS.document.replace('"0.0004"', '"0.0008"').replace("example-plans", "dear"))
@@ -237,7 +232,7 @@ def test_reprice_shows_the_difference_per_tenant(store: Ledger) -> None:
         reprice(store, ALL_TENANTS, NOVEMBER, euros)
 
 
-def test_mistakes_are_told_and_store_nothing(store: Ledger) -> None:
+def test_mistakes_are_told_and_store_nothing(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "r", tier="standard", units=1_000)
     with pytest.raises(QueryError, match="'nobody' has no usage in the ledger and no plan"):
         draft_statement(store, "nobody", NOVEMBER)
@@ -259,7 +254,7 @@ def test_mistakes_are_told_and_store_nothing(store: Ledger) -> None:
     assert len(issued_statements(store, "someone")) == 1
 
 
-def test_a_past_rate_cannot_change(store: Ledger) -> None:
+def test_a_past_rate_cannot_change(store: Ledger, put: Callable[..., int]) -> None:
     assert add_book(store, PLANS, now=END)
     assert not add_book(store, PLANS, now=END)
     edited = PriceBook.from_document(PLANS.document.replace('"0.0004"', '"0.0005"'))
@@ -273,7 +268,7 @@ def test_a_past_rate_cannot_change(store: Ledger) -> None:
         draft_statement(store, "someone", NOVEMBER)
 
 
-def test_a_revision_in_force_charges_by_the_time_of_use(store: Ledger) -> None:
+def test_a_revision_in_force_charges_by_the_time_of_use(store: Ledger, put: Callable[..., int]) -> None:
     add_book(store, PLANS, now=datetime(2026, 11, 1, tzinfo=UTC))
     change = datetime(2026, 11, 20, tzinfo=UTC)
     content = PLANS.model_dump(mode="json")
@@ -290,21 +285,21 @@ def test_a_revision_in_force_charges_by_the_time_of_use(store: Ledger) -> None:
     ]
 
 
-def test_one_tenants_statement_never_reads_another(store: Ledger) -> None:
+def test_one_tenants_statement_never_reads_another(store: Ledger, put: Callable[..., int]) -> None:
     put(store, "mine", tier="standard", units=1_000)
     before = draft_statement(store, "someone", NOVEMBER).document
     for tenant in ("other", "someone ", "Someone", "%"):
         if tenant.strip() != "someone":
             put(store, "mine", tenant=tenant, tier="standard", units=9_000_000)
     assert draft_statement(store, "someone", NOVEMBER).document == before
-    made = issue_statement(store, "someone", NOVEMBER, now=LATER)
+    issued = issue_statement(store, "someone", NOVEMBER, now=LATER)
     assert issued_statements(store, "other") == []
     with store.snapshot() as connection:
         assert balances(connection, "other") == {}
-    assert usage_of_line(store, made, made.statement.lines[0]) == [1]
+    assert usage_of_line(store, issued, issued.statement.lines[0]) == [1]
 
 
-def test_latency_promises_are_measured_on_completed_requests(store: Ledger) -> None:
+def test_latency_promises_are_measured_on_completed_requests(store: Ledger, put: Callable[..., int]) -> None:
     for number in range(20):
         slow = number < 2
         put(
@@ -323,7 +318,7 @@ def test_latency_promises_are_measured_on_completed_requests(store: Ledger) -> N
     assert abs(given.amount + charged / 10) <= Decimal("0.0001")
 
 
-def test_token_volume_and_own_rates(store: Ledger) -> None:
+def test_token_volume_and_own_rates(store: Ledger, put: Callable[..., int]) -> None:
     tokens = TokenUsage(input=10**6, output=60 * 10**6)
     put(store, "r", tenant="initech", tier="premium", tokens=tokens, units=0)
     statement = draft_statement(store, "initech", NOVEMBER)
@@ -332,14 +327,17 @@ def test_token_volume_and_own_rates(store: Ledger) -> None:
     assert amounts["input tokens"] == Decimal("0.012")
 
 
-def test_recheck_names_what_does_not_follow(ledger: Ledger) -> None:
+def test_recheck_names_what_does_not_follow(ledger: Ledger, put: Callable[..., int]) -> None:
     put(ledger, "r", tier="standard", units=1_000)
-    made = issue_statement(ledger, "someone", NOVEMBER, now=LATER)
+    issued = issue_statement(ledger, "someone", NOVEMBER, now=LATER)
     with ledger.transaction() as connection:
         connection.execute(text("DROP TRIGGER polar_usage_no_update"))
         connection.execute(text("UPDATE polar_usage SET flops_total = flops_total + 1"))
-    told = recheck(ledger, made)
-    assert [word for one in told for word in ("usage is", "line 1 is") if word in one] == ["usage is", "line 1 is"]
+    differences = recheck(ledger, issued)
+    assert [word for differing in differences for word in ("usage is", "line 1 is") if word in differing] == [
+        "usage is",
+        "line 1 is",
+    ]
     with ledger.transaction() as connection:
         connection.execute(text("UPDATE polar_usage SET flops_total = flops_total - 1"))
         connection.execute(text("DROP TRIGGER polar_statement_no_update"))

@@ -298,10 +298,10 @@ class TestProcess:
         process.stdin.write(b"hello\n")
         process.stdin.flush()
         assert process.stdout.read(4)
-        process.send_signal(signal.SIGINT)  # in a chat it breaks off the answer, not the conversation
+        process.send_signal(signal.SIGINT)  # in a chat it interrupts the answer, not the conversation
         _, errors = process.communicate(b"/exit\n", timeout=TIMEOUT_S)
         assert process.returncode == 0
-        assert errors.decode() == "[broken off]\n"
+        assert errors.decode() == "[interrupted]\n"
         assert [stored["outcome"] for stored in requests_in_ledger()] == ["cancelled"]
 
     def test_a_reader_that_has_had_enough(self, running: list[subprocess.Popen[bytes]], on_tiny: list[str]) -> None:
@@ -385,7 +385,7 @@ class TestExport:
         refused(polar(*words, "0 2x2 4-5"), 2, "visits layer 2 2 times", "each layer once")
         refused(polar(*words, "0-b"), 2, "'0-b'")
         assert polar(*words, "0-5").exit_code == 0
-        refused(polar(*words, "0 5"), 2, "holds a model already", "--force")
+        refused(polar(*words, "0 5"), 2, "contains a model already", "--force")
         assert polar(*words, "0 5", "--force").exit_code == 0
         assert json.loads((tmp_path / "cut" / "config.json").read_text())["num_hidden_layers"] == 2
 

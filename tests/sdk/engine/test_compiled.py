@@ -1,7 +1,4 @@
-"""Compiled kernels against the same functions as they stand, and the packages that hold them on disk.
-
-The packages of one tiny Llama are compiled once and kept in pytest's cache: a key names all that they depend on.
-"""
+"""Compiled kernels against the same functions uncompiled, and the packages that store them on disk."""
 
 from __future__ import annotations
 
@@ -15,17 +12,17 @@ from polar_sdk.engine import compiled
 from polar_sdk.engine.compiled import CompiledKernels, load_kernels, parts
 from polar_sdk.engine.decoder import Decoder, build_decoder
 from polar_sdk.engine.eager import EagerKernels
-from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.row import Row
 from polar_sdk.errors import CompileError
-from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from polar_sdk.engine.compiled import Part
+
+    LogitsOf = Callable[[Decoder, Sequence[str], Sequence[int], int], torch.Tensor]
 
 LAYERS = 3
 PROGRAMS = ("0-2", "0 2", "0 1 1 2", "0-1")
@@ -35,39 +32,23 @@ def _decoder(**options: int) -> Decoder:
     return build_decoder(tiny_llama(layers=LAYERS, **options), kv_memory=1 << 24)
 
 
-@pytest.fixture(scope="session")
-def packages(request: pytest.FixtureRequest) -> Path:
-    return request.config.cache.mkdir("compiled") if request.config.cache else pytest.fail("needs pytest's cache")
-
-
 @pytest.fixture(scope="module")
 def decoder(packages: Path) -> Decoder:
-    made = _decoder()
+    compiled = _decoder()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in every test of a tiny model; a key tells for how many threads code was made
+    torch.set_num_threads(1)  # as in every test of a tiny model; code is compiled for a number of threads
     try:
-        kernels = load_kernels(made, packages, build=True)
+        kernels = load_kernels(compiled, packages, build=True)
     finally:
         torch.set_num_threads(threads)
     assert isinstance(kernels, CompiledKernels)
-    made.kernels = kernels
-    return made
+    compiled.kernels = kernels
+    return compiled
 
 
 @pytest.fixture(scope="module")
 def eager() -> Decoder:
     return _decoder()
-
-
-@torch.inference_mode()
-def _logits(decoder: Decoder, programs: tuple[str, ...], prompts: list[int], steps: int) -> torch.Tensor:
-    """Logits of a prefill and of decode steps with given tokens, (1 + steps, B, V)."""
-    rows = [Row(decoder, Program.parse(text)) for text in programs]
-    tokens = [[(7 * at + row) % 256 for at in range(length)] for row, length in enumerate(prompts)]
-    found = [next_logits(decoder, rows, tokens)]
-    following = [[[(step + 3 * row) % 256] for row in range(len(rows))] for step in range(steps)]
-    found.extend(next_logits(decoder, rows, new) for new in following)
-    return torch.stack(found)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +64,14 @@ def _logits(decoder: Decoder, programs: tuple[str, ...], prompts: list[int], ste
     ],
 )
 def test_compiled_is_eager(
-    decoder: Decoder, eager: Decoder, programs: tuple[str, ...], prompts: list[int], steps: int
+    decoder: Decoder,
+    eager: Decoder,
+    logits_of: LogitsOf,
+    programs: tuple[str, ...],
+    prompts: list[int],
+    steps: int,
 ) -> None:
-    got, wanted = (_logits(one, programs, prompts, steps) for one in (decoder, eager))
-    error = (got - wanted).abs()
+    error = (logits_of(decoder, programs, prompts, steps) - logits_of(eager, programs, prompts, steps)).abs()
     assert error.max() < 1e-3, f"largest {error.max():.2e}, mean {error.mean():.2e}"
 
 
@@ -97,8 +82,8 @@ def test_parts_are_what_the_family_computes(decoder: Decoder, rows: int) -> None
     x = torch.randn(rows, decoder.family.hidden)
     rotary = decoder.rotary(torch.arange(rows), rows)[0]
     kernels = decoder.kernels
-    for got, wanted in zip(kernels.project(weights, x, rotary), eager.project(weights, x, rotary), strict=True):
-        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(kernels.project(weights, x, rotary), eager.project(weights, x, rotary), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(kernels.finish(weights, x, x), eager.finish(weights, x, x), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(kernels.head(decoder.ends, x), eager.head(decoder.ends, x), atol=1e-4, rtol=1e-4)
 
@@ -111,27 +96,26 @@ def test_what_is_on_disk_is_not_compiled_again(
     assert load_kernels(_decoder(), packages, build=False) is not None
 
 
-def test_nothing_on_disk_and_no_leave_to_build(tmp_path: Path) -> None:
+def test_nothing_on_disk_and_no_permission_to_build(tmp_path: Path) -> None:
     assert load_kernels(_decoder(), tmp_path, build=False) is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a package", None])
-def test_a_damaged_package_is_built_again(
-    decoder: Decoder, packages: Path, tmp_path: Path, damage: bytes | None
-) -> None:
-    made = _decoder()
-    files = {part.key: packages / f"{part.key}.pt2" for part in parts(made).values()}
+@pytest.mark.usefixtures("decoder")
+def test_a_damaged_package_is_rebuilt(packages: Path, tmp_path: Path, damage: bytes | None) -> None:
+    decoder = _decoder()
+    files = {part.key: packages / f"{part.key}.pt2" for part in parts(decoder).values()}
     for file in files.values():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    head = next(part for part in parts(made).values() if part.name == "head 1")
+    head = _head(decoder)
     broken = tmp_path / f"{head.key}.pt2"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
-    assert load_kernels(made, tmp_path, build=False) is None
-    told: list[str] = []
-    kernels = load_kernels(made, tmp_path, build=True, progress=lambda name, number, count: told.append(name))
+    assert load_kernels(decoder, tmp_path, build=False) is None
+    names: list[str] = []
+    kernels = load_kernels(decoder, tmp_path, build=True, progress=lambda name, number, count: names.append(name))
     assert kernels is not None
-    assert told == ["head 1"]
+    assert names == ["head 1"]
 
 
 def _keys(decoder: Decoder) -> set[str]:
@@ -159,7 +143,7 @@ def _head(decoder: Decoder) -> Part:
 
 
 def test_without_a_compiler_the_error_says_so_and_eager_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: Decoder
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: Decoder, logits_of: LogitsOf
 ) -> None:
     import torch._inductor.config as options
 
@@ -173,4 +157,4 @@ def test_without_a_compiler_the_error_says_so_and_eager_works(
     assert caught.value.hint is not None
     assert "compile=False" in caught.value.hint
     assert not list(tmp_path.iterdir())
-    assert _logits(eager, PROGRAMS[:1], [4], 1).isfinite().all()
+    assert logits_of(eager, PROGRAMS[:1], [4], 1).isfinite().all()

@@ -186,10 +186,10 @@ def test_a_mixture_runs_each_token_through_the_experts_it_chose_and_no_others() 
         mixed = run_experts(x, scores, chosen, weights, torch.relu)
     assert counter.get_total_flops() == 9 * 2 * (2 * 12 * 8 + 2 * 8 * 6)
     for token in range(9):
-        one = x[token : token + 1]
-        wanted = sum(
-            score * gated_mlp(one, weights[f"gate_up.{expert}"], weights[f"down.{expert}"], torch.relu)
+        state = x[token : token + 1]
+        expected = sum(
+            score * gated_mlp(state, weights[f"gate_up.{expert}"], weights[f"down.{expert}"], torch.relu)
             for score, expert in zip(scores[token].tolist(), chosen[token].tolist(), strict=True)
         )
-        torch.testing.assert_close(mixed[token : token + 1], wanted)
+        torch.testing.assert_close(mixed[token : token + 1], expected)
     torch.testing.assert_close(scores.sum(-1), torch.ones(9))

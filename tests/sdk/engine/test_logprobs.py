@@ -78,8 +78,8 @@ def test_rows_with_and_without_a_hook_decode_together(model: PolarModel) -> None
         {"logits_hook": only(allowed[:1])},
     ]
     together = model.generate_batch(prompts, each=each, max_tokens=9)
-    for done, prompt, one in zip(together, prompts, each, strict=True):
-        own: RequestOptions = {"max_tokens": 9, **one}
+    for done, prompt, options in zip(together, prompts, each, strict=True):
+        own: RequestOptions = {"max_tokens": 9, **options}
         alone = model.generate(prompt, **own)
         assert (done.token_ids, done.usage.flops) == (alone.token_ids, alone.usage.flops)
     assert together[3].text == "A" * 9
@@ -156,12 +156,12 @@ def test_logprobs_are_the_references(model: PolarModel) -> None:
     assert done.logprobs is not None
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt + list(done.token_ids)])).logits[0].log_softmax(-1)
-    for at, (found, token) in enumerate(zip(done.logprobs, done.token_ids, strict=True)):
+    for at, (logprobs, token) in enumerate(zip(done.logprobs, done.token_ids, strict=True)):
         row = expected[len(prompt) - 1 + at]
-        assert found.token == token
-        assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
-        assert [token for token, _ in found.top] == row.topk(4).indices.tolist()
-        assert [value for _, value in found.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
+        assert logprobs.token == token
+        assert logprobs.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [token for token, _ in logprobs.top] == row.topk(4).indices.tolist()
+        assert [value for _, value in logprobs.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
 
 
 def test_logprobs_are_taken_before_temperature_and_after_the_hook(model: PolarModel) -> None:
@@ -176,7 +176,9 @@ def test_logprobs_are_taken_before_temperature_and_after_the_hook(model: PolarMo
 
 def test_zero_alternatives_report_the_token_alone(model: PolarModel) -> None:
     done = model.generate("hello", max_tokens=3, logprobs=0)
-    assert [(one.token, one.top) for one in done.logprobs or ()] == [(token, ()) for token in done.token_ids]
+    assert [(logprobs.token, logprobs.top) for logprobs in done.logprobs or ()] == [
+        (token, ()) for token in done.token_ids
+    ]
 
 
 def test_chunks_report_what_the_generation_reports(model: PolarModel) -> None:
@@ -184,7 +186,7 @@ def test_chunks_report_what_the_generation_reports(model: PolarModel) -> None:
     last = chunks[-1].generation
     assert last is not None
     assert last.logprobs is not None
-    assert tuple(one for chunk in chunks for one in chunk.logprobs or ()) == last.logprobs
+    assert tuple(logprobs for chunk in chunks for logprobs in chunk.logprobs or ()) == last.logprobs
     assert [len(chunk.logprobs or ()) for chunk in chunks] == [1] * 7
     assert [chunk.logprobs for chunk in model.stream("hello", max_tokens=3)] == [None] * 3
 
@@ -198,8 +200,8 @@ def test_a_cancelled_stream_reports_what_it_sampled(model: PolarModel) -> None:
     last = chunks[-1].generation
     assert last is not None
     assert last.finish_reason == "cancelled"
-    assert tuple(one.token for one in last.logprobs or ()) == last.token_ids
-    assert tuple(one for chunk in chunks for one in chunk.logprobs or ()) == last.logprobs
+    assert tuple(logprobs.token for logprobs in last.logprobs or ()) == last.token_ids
+    assert tuple(logprobs for chunk in chunks for logprobs in chunk.logprobs or ()) == last.logprobs
     assert chunks[-1].logprobs == ()
 
 
@@ -228,9 +230,9 @@ def test_bad_options_are_refused_before_compute(
 def test_log_probabilities_add_up(values: list[float], data: st.DataObject) -> None:
     logits = torch.tensor(values)
     token = data.draw(st.integers(0, len(values) - 1))
-    found = read_logprobs(logits, token, 20)
-    assert len(found.top) == min(20, len(values))
-    assert [value for _, value in found.top] == sorted((value for _, value in found.top), reverse=True)
-    assert sum(torch.tensor([value for _, value in found.top]).exp().tolist()) <= 1 + 1e-4
-    assert found.logprob <= found.top[0][1]
-    assert dict(found.top).get(token, found.logprob) == found.logprob
+    logprobs = read_logprobs(logits, token, 20)
+    assert len(logprobs.top) == min(20, len(values))
+    assert [value for _, value in logprobs.top] == sorted((value for _, value in logprobs.top), reverse=True)
+    assert sum(torch.tensor([value for _, value in logprobs.top]).exp().tolist()) <= 1 + 1e-4
+    assert logprobs.logprob <= logprobs.top[0][1]
+    assert dict(logprobs.top).get(token, logprobs.logprob) == logprobs.logprob

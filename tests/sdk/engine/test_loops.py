@@ -37,15 +37,15 @@ def states(decoder: Decoder, text: str, guard: LoopGuard | None = None) -> torch
 
 def test_damped_visits_move_by_their_share(decoder: Decoder) -> None:
     before = states(decoder, "0-2")
-    one = damp(before, states(decoder, "0-3"), 2)
+    half_way = damp(before, states(decoder, "0-3"), 2)
     # The second half step starts where the first ended; its layer is the same.
     model: Any = tiny_llama()
     with torch.inference_mode():
         positions = torch.arange(len(TOKENS)).unsqueeze(0)
         rotary = model.model.rotary_emb(before, positions)
         mask = torch.full((len(TOKENS), len(TOKENS)), float("-inf")).triu(1)[None, None]
-        second = model.model.layers[3](one.unsqueeze(0), position_embeddings=rotary, attention_mask=mask)[0]
-    expected = damp(one, second.view_as(one), 2)
+        second = model.model.layers[3](half_way.unsqueeze(0), position_embeddings=rotary, attention_mask=mask)[0]
+    expected = damp(half_way, second.view_as(half_way), 2)
     assert (states(decoder, "0-2 3~2") - expected).abs().max() < 1e-4
 
 

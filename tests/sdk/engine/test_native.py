@@ -1,7 +1,4 @@
-"""Native kernels against the same sums in float64, and what happens where they cannot be compiled or used.
-
-The library and the packages of a tiny model are compiled once and kept in pytest's cache.
-"""
+"""Native kernels against the same sums in float64, and what happens where they cannot be compiled or used."""
 
 from __future__ import annotations
 
@@ -16,16 +13,16 @@ from polar_sdk.engine import native as library
 from polar_sdk.engine.attention import attend_row, paged_decode, write_pages
 from polar_sdk.engine.compiled import load_kernels
 from polar_sdk.engine.decoder import Decoder, build_decoder
-from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.products import Int4, Int8, Plain, _interleave, _layout_known, _unpack, multiply, quantize
-from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
-from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    LogitsOf = Callable[[Decoder, Sequence[str], Sequence[int], int], torch.Tensor]
 
 HALF, CPU = torch.bfloat16, torch.device("cpu")
 KINDS = st.builds(
@@ -39,27 +36,22 @@ HEADS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.sampled_from([32, 64,
 
 
 @pytest.fixture(scope="session")
-def cache(request: pytest.FixtureRequest) -> Path:
-    return request.config.cache.mkdir("compiled") if request.config.cache else pytest.fail("needs pytest's cache")
-
-
-@pytest.fixture(scope="session")
-def native(cache: Path) -> None:
+def native(packages: Path) -> None:
     """The library, in this process from now on."""
     if not library._supported():
         pytest.skip("this processor has no AVX512-BF16, or has AMX")
-    assert library.load_library(cache, HALF, CPU, build=True)
+    assert library.load_library(packages, HALF, CPU, build=True)
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(HALF)
 
 
-def _assert_close(got: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor) -> None:
+def _assert_close(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) -> None:
     """As close as one rounding of the result and float32 sums of terms of this size allow."""
     assert got.dtype == HALF
-    error = (got.double() - wanted).abs()
-    limit = wanted.abs() * 2**-8 + size * 2**-18 + 1e-30
+    error = (got.double() - expected).abs()
+    limit = expected.abs() * 2**-8 + size * 2**-18 + 1e-30
     assert (error <= limit).all(), f"largest {error.max():.3g}, mean {error.mean():.3g}, allowed {limit.min():.3g}"
 
 
@@ -75,9 +67,9 @@ def _assert_close(got: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor) -
 def test_a_product_is_rounded_once(rows: int, outputs: int, inputs: int, pairs: bool, biased: bool, seed: int) -> None:
     x, weight = _random(seed, rows, inputs), _random(seed + 1, outputs, inputs)
     bias = _random(seed + 2, outputs) if biased else None
-    wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     got = torch.ops.polar.product(x, weight, bias, pairs)
-    _assert_close(got, wanted, x.double().abs() @ weight.double().abs().T + 1)
+    _assert_close(got, expected, x.double().abs() @ weight.double().abs().T + 1)
 
 
 @pytest.mark.usefixtures("native")
@@ -160,8 +152,8 @@ def test_attention_over_pages(shape: tuple[int, int, int], lengths: list[int], k
     query = _random(seed, rows, groups * (sharing + 2), size)[:, : groups * sharing]
     positions = torch.tensor(lengths) - 1
     got = library.attend_pages(query, store, table, positions, kind)
-    wanted = paged_decode(query.double(), store.nan_to_num().double(), table, positions, kind)
-    _assert_close(got, wanted, torch.full_like(wanted, 4))
+    expected = paged_decode(query.double(), store.nan_to_num().double(), table, positions, kind)
+    _assert_close(got, expected, torch.full_like(expected, 4))
 
 
 @pytest.mark.usefixtures("native")
@@ -174,8 +166,8 @@ def test_attention_of_a_prompt(
     keys = _random(seed + 1, before + tokens, groups, size).transpose(0, 1)
     values = _random(seed + 2, groups, before + tokens, size)
     got = library.attend_prompt(query, keys, values, kind)
-    wanted = attend_row(query.double(), keys.double(), values.double(), kind)
-    _assert_close(got, wanted, torch.full_like(wanted, 4))
+    expected = attend_row(query.double(), keys.double(), values.double(), kind)
+    _assert_close(got, expected, torch.full_like(expected, 4))
 
 
 def _decoder(precision: str = "bf16") -> Decoder:
@@ -184,19 +176,11 @@ def _decoder(precision: str = "bf16") -> Decoder:
     return build_decoder(model, precision=precision, kv_memory=1 << 24)
 
 
-@torch.inference_mode()
-def _logits(decoder: Decoder, programs: list[str], prompts: list[int], steps: int) -> torch.Tensor:
-    rows = [Row(decoder, Program.parse(text)) for text in programs]
-    found = [next_logits(decoder, rows, [[(7 * at + row) % 256 for at in range(n)] for row, n in enumerate(prompts)])]
-    found += [next_logits(decoder, rows, [[step + 3 * row] for row in range(len(rows))]) for step in range(steps)]
-    return torch.stack(found)
-
-
 @pytest.mark.usefixtures("native")
-def test_compiled_layers_compute_what_eager_ones_do(cache: Path) -> None:
+def test_compiled_layers_compute_what_eager_ones_do(packages: Path, logits_of: LogitsOf) -> None:
     torch.set_num_threads(1)
     eager, compiled = _decoder(), _decoder()
-    kernels = load_kernels(compiled, cache, build=True)
+    kernels = load_kernels(compiled, packages, build=True)
     assert kernels is not None
     compiled.kernels = kernels
     cases: list[tuple[list[str], list[int]]] = [
@@ -205,25 +189,25 @@ def test_compiled_layers_compute_what_eager_ones_do(cache: Path) -> None:
         (["0-2"] * 17, [5] * 17),
     ]
     for programs, prompts in cases:
-        got, wanted = (_logits(one, programs, prompts, 3) for one in (compiled, eager))
-        exact = _logits(build_decoder(tiny_llama(layers=3, hidden_size=128), kv_memory=1 << 24), programs, prompts, 3)
+        single = build_decoder(tiny_llama(layers=3, hidden_size=128), kv_memory=1 << 24)
+        exact = logits_of(single, programs, prompts, 3)
         # Both round in bfloat16: neither is further from float32 than the other, within a factor.
-        ours, theirs = (got - exact).abs(), (wanted - exact).abs()
+        ours, theirs = ((logits_of(decoder, programs, prompts, 3) - exact).abs() for decoder in (compiled, eager))
         assert ours.mean() < 1.3 * theirs.mean(), f"mean {ours.mean():.3g} of ours, {theirs.mean():.3g} of eager layers"
         assert ours.max() < 2 * theirs.max(), f"largest {ours.max():.3g} of ours, {theirs.max():.3g} of eager layers"
 
 
 @pytest.mark.usefixtures("native")
-def test_compiled_layers_of_integers_compute_what_eager_ones_do(cache: Path) -> None:
+def test_compiled_layers_of_integers_compute_what_eager_ones_do(packages: Path, logits_of: LogitsOf) -> None:
     torch.set_num_threads(1)
     eager, compiled = _decoder("int4"), _decoder("int4")
     assert any(isinstance(value, Int4) for value in compiled.layers[0].values())
-    kernels = load_kernels(compiled, cache, build=True)
+    kernels = load_kernels(compiled, packages, build=True)
     assert kernels is not None
     compiled.kernels = kernels
-    got, wanted = (_logits(one, ["0 2 1"], [70], 4) for one in (compiled, eager))
-    error = (got - wanted).abs().mean()  # both round in bfloat16
-    assert error < 0.04 * wanted.std(), f"mean {error:.3g}, spread {wanted.std():.3g}"
+    ours, theirs = (logits_of(decoder, ["0 2 1"], [70], 4) for decoder in (compiled, eager))
+    error = (ours - theirs).abs().mean()  # both round in bfloat16
+    assert error < 0.04 * theirs.std(), f"mean {error:.3g}, spread {theirs.std():.3g}"
 
 
 @pytest.fixture
@@ -248,13 +232,13 @@ def test_without_a_compiler_layers_do_without(
 
 
 @pytest.mark.usefixtures("fresh")
-def test_nothing_is_compiled_without_leave(tmp_path: Path) -> None:
+def test_nothing_is_compiled_without_permission(tmp_path: Path) -> None:
     assert not library.load_library(tmp_path / "none", HALF, CPU, build=False)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("fresh")
-def test_a_damaged_library_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_library_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / f"native-{library._key()}.so").write_bytes(b"no library")
     assert not library.load_library(tmp_path, HALF, CPU, build=False)
     assert "cannot be loaded" in caplog.text

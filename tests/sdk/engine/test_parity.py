@@ -42,7 +42,7 @@ def assert_close(ours: Tensor, reference: Tensor, what: str) -> None:
 def reference_model(model: PreTrainedModel, program: Program) -> PreTrainedModel:
     """The same model rebuilt with one deep copy of a layer per visit: what a program means, by definition."""
     rebuilt = copy.deepcopy(model)
-    path, layers = next((path, found) for path, found in rebuilt.named_modules() if isinstance(found, nn.ModuleList))
+    path, layers = next((path, module) for path, module in rebuilt.named_modules() if isinstance(module, nn.ModuleList))
     assert len(layers) == DEPTH, path
     copies = [copy.deepcopy(layers[layer]) for layer in program.layers]
     for position, layer in enumerate(copies):

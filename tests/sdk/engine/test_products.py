@@ -47,12 +47,12 @@ def _stored(product: Product) -> torch.Tensor:
 
 def _close(got: torch.Tensor, x: torch.Tensor, product: Product) -> None:
     stored = _stored(product)
-    wanted = x.double() @ stored.T
+    expected = x.double() @ stored.T
     if product.bias is not None:
-        wanted = wanted + product.bias.double()
+        expected = expected + product.bias.double()
     # What rounding each input, weight, partial sum and result to the dtype may add up to.
-    size = x.double().abs() @ stored.abs().T + wanted.abs() + 1
-    error = (got.double() - wanted).abs()
+    size = x.double().abs() @ stored.abs().T + expected.abs() + 1
+    error = (got.double() - expected).abs()
     limit = size * torch.finfo(x.dtype).eps * 4
     assert (error <= limit).all(), f"largest {error.max():.3g}, mean {error.mean():.3g}, allowed {limit.min():.3g}"
 

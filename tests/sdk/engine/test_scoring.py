@@ -46,9 +46,9 @@ def test_long_questions_score_as_in_passes_of_their_own(
     family: str, tiny_family: Callable[..., PreTrainedModel]
 ) -> None:
     """With windows and soft caps, where the family has them."""
-    model, asked = tiny_family(family), questions(random.Random(0))
-    found = score_questions(build_decoder(model), asked, Program.identity(6))
-    for question, ours in zip(asked, found, strict=True):
+    model, batch = tiny_family(family), questions(random.Random(0))
+    scores = score_questions(build_decoder(model), batch, Program.identity(6))
+    for question, ours in zip(batch, scores, strict=True):
         theirs = plain(model, question)
         assert ours.loglikelihoods == pytest.approx(theirs.loglikelihoods, rel=2e-5, abs=1e-3)
         assert ours.greedy == theirs.greedy

@@ -83,8 +83,8 @@ def cut(text: str, at: list[int]) -> list[str]:
 
 
 def before_first_stop(text: str, stops: list[str]) -> str:
-    found = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(found)] if found else text
+    starts = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(starts)] if starts else text
 
 
 # Few letters, so that stops overlap themselves, each other, and the borders of pieces.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from polar_sdk import lab
-from polar_sdk.errors import CalibrationSizeError, DataError, RouterError
+from polar_sdk.errors import CalibrationSizeError, DataError, MissingExtraError, RouterError
 from polar_sdk.lab.evaluation.calibrate import DialWalk, certify, resplit
 from polar_sdk.lab.evaluation.controls import best_static, oracle, random_programs, shuffled
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set
-from polar_sdk.lab.evaluation.rendering import class_rows, to_html
+from polar_sdk.lab.evaluation.rendering import class_rows, require_report, to_html
 from polar_sdk.lab.evaluation.results import Evaluation, verdict
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem, item_id
 from polar_sdk.lab.rewards.cache import RewardCache
@@ -36,11 +37,6 @@ if TYPE_CHECKING:
 
 QUICK = MenuSettings(targets=("agreement",), hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risks=(0.1,))
 TIERS: dict[str, Any] = {"economy": (0.15, "differs"), "standard": (0.1, "harms")}
-
-
-@pytest.fixture(scope="module")
-def learned(request: pytest.FixtureRequest) -> dict[bool, Any]:
-    return {}
 
 
 def result(
@@ -372,3 +368,9 @@ def test_the_page_stands_alone_and_escapes(model: PolarModel, matrix: Callable[.
         "mcnemar_vs_static_p",
         "certificate",
     } <= set(plain)
+
+
+def test_a_page_without_its_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"needs matplotlib, .* `pip install '\.\[report\]'`"):
+        require_report()

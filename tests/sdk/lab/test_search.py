@@ -211,7 +211,7 @@ def test_other_bridges_are_other_programs_to_the_cache(
             lab.heal(model, all_items, "1-2", rank=rank, answer_tokens=4)
             with monkeypatch.context() as patch:
                 counter = Counter(patch)
-                Measurer(model, cache).outcomes(tasks, programs)
+                Measurer(model, cache).scores(tasks, programs)
             assert len({program for _, program in counter.pairs}) == expected
 
 
@@ -266,7 +266,7 @@ def test_labels_as_the_objective_choose_by_what_is_right(
     )  # so few prompts that halving would be chance
     favourite = Program.parse("0 2-5")
     tasks = make_tasks(model, [item for item in all_items if isinstance(item, ChoiceItem)], RewardCache())
-    outcomes = Measurer(model, RewardCache()).outcomes(tasks, [favourite])[favourite]
+    outcomes = Measurer(model, RewardCache()).scores(tasks, [favourite])[favourite]
     items: list[Item] = [
         task.item.model_copy(update={"answer": preferred_choice(outcome, task.characters)})
         for task, outcome in zip(tasks, outcomes, strict=True)

@@ -51,7 +51,7 @@ def test_an_adopted_model_with_a_weight_that_is_no_number() -> None:
 
 def test_a_model_that_is_not_in_memory() -> None:
     model: Any = tiny_llama()
-    with pytest.raises(DeviceError, match="layer 0 of model 'llama' lies on meta; the engine runs a layer on one"):
+    with pytest.raises(DeviceError, match="layer 0 of model 'llama' is on meta; the engine runs a layer on one"):
         PolarModel.from_hf(model.to("meta"), tiny_tokenizer(), ledger=None)
 
 
@@ -73,7 +73,7 @@ def test_a_prompt_that_the_memory_does_not_hold() -> None:
 def test_a_precision_that_there_is_not(tmp_path: Path, precision: str) -> None:
     tiny_llama().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(DeviceError, match=f"precision '{precision}' is unknown; choose one of: auto, bf16"):
+    with pytest.raises(DeviceError, match=f"precision '{precision}' is unknown; choose from: auto, bf16"):
         PolarModel.from_pretrained(tmp_path, precision=precision, ledger=None)
 
 

@@ -18,8 +18,8 @@ from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.lead import run_lead
 from polar_sdk.engine.placement import Placement
-from polar_sdk.engine.route import run_lead
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.scoring import Question, score_questions, states_after
 from polar_sdk.errors import CacheMemoryError, CompileError, DeviceError
@@ -84,7 +84,7 @@ class TestMaps:
 
     def test_parts_of_a_layer_may_be_named_if_they_stay_together(self) -> None:
         parts = {"": 0, "model.layers.2.mlp": 1}
-        with pytest.raises(DeviceError, match=r"cuts layer 'model.layers.2' in pieces on cuda:0 and cuda:1; give each"):
+        with pytest.raises(DeviceError, match=r"splits layer 'model.layers.2' over cuda:0 and cuda:1; assign one"):
             planned(parts)
         whole = {"": 1, "model.layers.2.mlp": 1}
         assert planned(whole).devices == (CUDA1,)
@@ -105,9 +105,9 @@ class TestMaps:
             ({"model.layers.6": 0, "": 0}, r"names 'model\.layers\.6', which .* did you mean 'model\.layers\.\d'\?"),
             ({"model.layers": 0, "lm_head": 0}, r"no device for 'model\.embed_tokens'; add it"),
             ({"model.embed_tokens": 0, "lm_head": 0, "model.layers.0": 0}, r"no device for 'model\.layers\.1\."),
-            ({"": "disk"}, r"gives '' the device 'disk'; weights must lie in memory"),
-            ({}, r"device_map=\{\} is no map; use 'auto', or for example"),
-            (7, r"device_map=7 is no map"),
+            ({"": "disk"}, r"gives '' the device 'disk'; weights must be in memory"),
+            ({}, r"device_map=\{\} is not a map; use 'auto', or for example"),
+            (7, r"device_map=7 is not a map"),
             ("0-5", r"gives '0-5' the device ''"),
         ],
     )
@@ -118,7 +118,7 @@ class TestMaps:
     def test_a_map_that_does_not_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("polar_sdk.engine.decoder.free_memory", lambda device: 40_000)
         with pytest.raises(
-            DeviceError, match=r"layers 0, 1, 2, 3, 4 need 0\.00 GiB on cuda:0, where 0\.00 GiB are free\. Give some"
+            DeviceError, match=r"layers 0, 1, 2, 3, 4 need 0\.00 GiB on cuda:0, where 0\.00 GiB are free\. Assign"
         ):
             planned({"0-4": 0, "5": 1})
 
@@ -268,7 +268,7 @@ class TestServing:
 def test_a_model_that_its_owner_has_split() -> None:
     model = tiny_llama()
     model.model.layers[3].mlp.to("meta")
-    with pytest.raises(DeviceError, match=r"layer 3 of model 'llama' lies on cpu and meta; the engine runs a layer on"):
+    with pytest.raises(DeviceError, match=r"layer 3 of model 'llama' is on cpu and meta; the engine runs a layer on"):
         PolarModel.from_hf(model, tiny_tokenizer(), ledger=None)
 
 

@@ -57,7 +57,7 @@ def test_every_variant_computes_the_same_elsewhere(
         folder = model.export(program, tmp_path / "cut")
     except ExportError as error:
         assert variant == "gpt2, scores scaled by layer"
-        assert "at another place" in str(error)
+        assert "at another position" in str(error)
         return
     same_as_the_engine(model, program, folder)
     assert source.config.num_hidden_layers == 6  # the adopted model is not changed
@@ -162,7 +162,7 @@ def test_what_lies_there_is_not_overwritten(folder: Path, tmp_path: Path) -> Non
     model, out = read(folder), tmp_path / "cut"
     out.mkdir()  # an empty folder is in nobody's way
     model.export("0-4", out)
-    with pytest.raises(FolderExistsError, match=r"holds a model already; .*force"):
+    with pytest.raises(FolderExistsError, match=r"contains a model already; .*force"):
         model.export("0 5", out)
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 5
     model.export("0 5", out, force=True)
@@ -172,7 +172,7 @@ def test_what_lies_there_is_not_overwritten(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "text").write_text("mine")
     for taken in (tmp_path / "notes", tmp_path / "notes" / "text"):
-        with pytest.raises(FolderExistsError, match="exists and is no model folder"):
+        with pytest.raises(FolderExistsError, match="exists and is not a model folder"):
             model.export("0 5", taken, force=True)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "ledger.sqlite3") == [
         "cut",
@@ -229,5 +229,5 @@ def test_a_folder_where_nothing_may_be_written(folder: Path, tmp_path: Path) -> 
 def test_an_adopted_model_must_still_be_there(tmp_path: Path) -> None:
     model = adopt(tiny_llama())
     gc.collect()
-    with pytest.raises(ExportError, match=r"not at hand.*Keep that model"):
+    with pytest.raises(ExportError, match=r"not available.*Keep that model"):
         model.export("0 5", tmp_path / "cut")

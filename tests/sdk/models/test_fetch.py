@@ -66,7 +66,7 @@ def test_fetch_convert_load_remove(carried: Any, index: Path, cache: Path) -> No
 
     assert remove_stored("tiny") == manifest.bytes
     assert left_over(cache) == []
-    with pytest.raises(ModelNotFoundError, match="which holds: nothing"):
+    with pytest.raises(ModelNotFoundError, match="which contains: nothing"):
         remove_stored("tiny")
 
 
@@ -247,7 +247,7 @@ def test_hub_without_network_fails_at_once(cache: Path, tmp_path: Path) -> None:
         check=False,
     )
     last = done.stderr.splitlines()[-1]
-    assert "ModelFetchError: model 'org/name' is no local folder, not in the hub cache" in last
+    assert "ModelFetchError: model 'org/name' is neither a local folder nor in the hub cache" in last
     assert "Run `polar models fetch org/name` with a network" in last
     assert "Retrying" not in done.stderr
 

@@ -25,7 +25,7 @@ def test_cpu_has_one_spelling(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "meta", "tpu", "cuda:x"])
 def test_device_that_is_not_here(name: str) -> None:
-    with pytest.raises(DeviceError, match="choose one of: auto, cpu") as raised:
+    with pytest.raises(DeviceError, match="choose from: auto, cpu") as raised:
         choose_device(name)
     assert repr(name) in str(raised.value)
     assert raised.value.exit_code == 2
@@ -71,6 +71,6 @@ def test_auto_precision_without_bfloat16_instructions(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["int3", "float64", "FLOAT32", "half", ""])
 def test_unknown_precision(name: str) -> None:
-    with pytest.raises(DeviceError, match="choose one of: auto, bf16, fp16, fp32, int8, int4") as raised:
+    with pytest.raises(DeviceError, match="choose from: auto, bf16, fp16, fp32, int8, int4") as raised:
         choose_precision(name, CPU)
     assert repr(name) in str(raised.value)

@@ -109,7 +109,7 @@ class TestTiers:
     policy = tiny_policy(6)
 
     @pytest.mark.parametrize(
-        ("asked", "name", "program"),
+        ("tier", "name", "program"),
         [
             ("economy", "economy", "0 3-5"),
             ("standard", "standard", "0 2-5"),
@@ -118,8 +118,8 @@ class TestTiers:
             (None, "standard", "0 2-5"),
         ],
     )
-    def test_programs(self, asked: str | None, name: str, program: str) -> None:
-        assert self.policy.program_for(asked, 6) == (name, Program.parse(program))
+    def test_programs(self, tier: str | None, name: str, program: str) -> None:
+        assert self.policy.program_for(tier, 6) == (name, Program.parse(program))
 
     def test_without_tiers_only_full_depth(self) -> None:
         assert Policy().program_for(None, 6) == (None, Program.identity(6))
@@ -128,19 +128,19 @@ class TestTiers:
             Policy().program_for("economy", 6)
 
     @pytest.mark.parametrize(
-        ("asked", "meant"), [("econmy", "economy"), ("Standard", "standard"), ("premum", "premium"), ("exakt", "exact")]
+        ("tier", "meant"), [("econmy", "economy"), ("Standard", "standard"), ("premum", "premium"), ("exakt", "exact")]
     )
-    def test_a_suggestion_for_a_slip(self, asked: str, meant: str) -> None:
+    def test_a_suggestion_for_a_slip(self, tier: str, meant: str) -> None:
         with pytest.raises(UnknownTierError) as caught:
-            self.policy.program_for(asked, 6)
-        assert repr(asked) in str(caught.value)
+            self.policy.program_for(tier, 6)
+        assert repr(tier) in str(caught.value)
         assert "economy, standard, premium, exact" in str(caught.value)
         assert f"Did you mean {meant!r}?" in str(caught.value)
 
-    @pytest.mark.parametrize("asked", ["", "xyzzy"])
-    def test_no_suggestion_where_nothing_is_near(self, asked: str) -> None:
+    @pytest.mark.parametrize("tier", ["", "xyzzy"])
+    def test_no_suggestion_where_nothing_is_near(self, tier: str) -> None:
         with pytest.raises(UnknownTierError) as caught:
-            self.policy.program_for(asked, 6)
+            self.policy.program_for(tier, 6)
         assert "Did you mean" not in str(caught.value)
 
     def test_a_tier_that_is_no_text(self) -> None:
@@ -179,7 +179,7 @@ class TestFiles:
         assert stored["tiers"]["economy"]["program"] == "0 3-5"
 
     @pytest.mark.parametrize(
-        ("content", "told"),
+        ("content", "message"),
         [
             (b"", "not valid JSON"),
             (b"{", "not valid JSON (line 1"),
@@ -197,12 +197,12 @@ class TestFiles:
             (b'{"default_tier": "economy"}', "default_tier 'economy' is not among the tiers"),
         ],
     )
-    def test_malformed(self, tmp_path: Path, content: bytes, told: str) -> None:
+    def test_malformed(self, tmp_path: Path, content: bytes, message: str) -> None:
         path = tmp_path / "wrong.json"
         path.write_bytes(content)
         with pytest.raises(PolicyError) as caught:
             Policy.load(path)
-        assert told in str(caught.value)
+        assert message in str(caught.value)
         assert "wrong.json" in str(caught.value)
         assert "\n" not in str(caught.value)
         assert ".." not in str(caught.value).replace("...", "")

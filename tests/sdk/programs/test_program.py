@@ -147,11 +147,11 @@ def test_shorthands() -> None:
 
 
 def test_programs_are_values() -> None:
-    one, same = Program.parse("0-3"), Program.of([0, 1, 2, 3])
-    assert one == same
-    assert {one: "found"}[same] == "found"
+    program, same = Program.parse("0-3"), Program.of([0, 1, 2, 3])
+    assert program == same
+    assert {program: "found"}[same] == "found"
     with pytest.raises(AttributeError):
-        one.steps = ()  # type: ignore[misc]
+        program.steps = ()  # type: ignore[misc]
 
 
 EXAMPLE = "'0-11 15x2 18-29'"

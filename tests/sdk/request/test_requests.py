@@ -53,11 +53,11 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[PolarError], list[str]]] = [
     ({"top_k": 1.5}, SamplingError, ["top_k=1.5", "whole number"]),
     ({"seed": 2**63}, SamplingError, ["seed=9223372036854775808", "64-bit"]),
     ({"seed": 0.5}, SamplingError, ["seed=0.5", "whole number"]),
-    ({"stop": ""}, InvalidRequestError, ["stop string is empty", "leave it out"]),
-    ({"stop": ["a", ""]}, InvalidRequestError, ["stop string is empty", "leave it out"]),
+    ({"stop": ""}, InvalidRequestError, ["stop string is empty", "remove it"]),
+    ({"stop": ["a", ""]}, InvalidRequestError, ["stop string is empty", "remove it"]),
     ({"stop": [7]}, InvalidRequestError, ["stop 7", "str()"]),
     ({"tenant": ""}, TagError, ["tenant ''", "1 to 200"]),
-    ({"tenant": " \t"}, TagError, ["tenant ' \\t'", "not all blank"]),
+    ({"tenant": " \t"}, TagError, ["tenant ' \\t'", "not only blanks"]),
     ({"tenant": "x" * 201}, TagError, ["tenant 'xxx", "201 characters", "1 to 200"]),
     ({"tenant": 5}, TagError, ["tenant is 5", "str()"]),
     ({"tenant": "\ud800"}, TagError, ["tenant '\\ud800'", "valid Unicode"]),
@@ -67,12 +67,12 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[PolarError], list[str]]] = [
     ({"request_id": "\udfff"}, TagError, ["request_id '\\udfff'", "valid Unicode"]),
     ({"tags": {"a": 1}}, TagError, ["tag 'a' is 1", "str()"]),
     ({"tags": {1: "a"}}, TagError, ["tag is 1", "str()"]),
-    ({"tags": {" ": "a"}}, TagError, ["tag ' '", "not all blank"]),
+    ({"tags": {" ": "a"}}, TagError, ["tag ' '", "not only blanks"]),
     ({"tags": {"a": "\ud800"}}, TagError, ["tag 'a'", "valid Unicode"]),
-    ({"tags": ["a"]}, TagError, ["tags are ['a']", "mapping"]),
+    ({"tags": ["a"]}, TagError, ["tags is ['a']", "mapping"]),
     ({"compute": "econmy"}, UnknownTierError, ["'econmy'", "economy, standard, premium, exact", "mean 'economy'"]),
     ({"compute": ""}, UnknownTierError, ["''", "economy, standard, premium, exact"]),
-    ({"compute": 5}, ToleranceError, ["compute=5", "no certified router", "name a tier"]),
+    ({"compute": 5}, ToleranceError, ["compute=5", "no certified router", "use a tier"]),
     ({"program": ""}, ProgramSyntaxError, ["empty", "'0-29'"]),
     ({"program": "0-b"}, ProgramSyntaxError, ["'0-b'", "'0-11 15x2 18-29'"]),
     ({"program": 5}, ProgramSyntaxError, ["program 5", "'0-11 15x2 18-29'"]),
@@ -81,7 +81,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[PolarError], list[str]]] = [
     ({"template": "jinja"}, InvalidRequestError, ["'jinja'", "auto, chat or raw"]),
     ({"cancel": True}, InvalidRequestError, ["cancel is True", "threading.Event()"]),
     ({"max_token": 5}, InvalidRequestError, ["'max_token'", "did you mean 'max_tokens'?"]),
-    ({"xyz": 5}, InvalidRequestError, ["'xyz'", "known are: cancel, compute", "top_p."]),
+    ({"xyz": 5}, InvalidRequestError, ["'xyz'", "choose from: cancel, compute", "top_p."]),
     ({"timeout": 0}, InvalidRequestError, ["timeout=0", "more than 0 seconds"]),
     ({"timeout": -1.5}, InvalidRequestError, ["timeout=-1.5", "more than 0 seconds"]),
     ({"timeout": float("inf")}, InvalidRequestError, ["timeout=inf", "or None"]),
@@ -156,9 +156,9 @@ def test_one_bad_prompt_stops_a_batch_before_compute(tiny: PolarModel, records: 
 def test_batches_that_make_no_sense(tiny: PolarModel, records: ListSink) -> None:
     with pytest.raises(InvalidRequestError, match=r"not one text.*\[text\]"):
         tiny.generate_batch("hello")
-    with pytest.raises(InvalidRequestError, match=r"2 prompts have the request_id 'x'; give each its own in each="):
+    with pytest.raises(InvalidRequestError, match=r"2 prompts have the request_id 'x'; pass each its own in each="):
         tiny.generate_batch(["a", "b"], request_id="x")
-    with pytest.raises(InvalidRequestError, match="each has 1 options for 2 prompts"):
+    with pytest.raises(InvalidRequestError, match="each= has 1 entries for 2 prompts"):
         tiny.generate_batch(["a", "b"], each=[{}])
     with pytest.raises(InvalidRequestError, match="2 prompts have the request_id 'x'"):
         tiny.generate_batch(["a", "b", "c"], each=[{"request_id": "x"}, {}, {"request_id": "x"}])
@@ -166,13 +166,13 @@ def test_batches_that_make_no_sense(tiny: PolarModel, records: ListSink) -> None
     with pytest.raises(InvalidRequestError, match="'sed' is unknown; did you mean 'seed'"):
         tiny.generate_batch(["a", "b"], each=wrong)
     wrong[1] = "x"
-    with pytest.raises(InvalidRequestError, match="each holds 'x'; pass a mapping"):
+    with pytest.raises(InvalidRequestError, match="each= contains 'x'; pass one mapping"):
         tiny.generate_batch(["a", "b"], each=wrong)
-    with pytest.raises(InvalidRequestError, match="timeout in each= would end one row"):
+    with pytest.raises(InvalidRequestError, match="timeout ends the whole batch"):
         tiny.generate_batch(["a", "b"], each=[{}, {"timeout": 1}])
-    with pytest.raises(InvalidRequestError, match="cancel in each= would end one row"):
+    with pytest.raises(InvalidRequestError, match="cancel ends the whole batch"):
         tiny.generate_batch(["a", "b"], each=[{"cancel": threading.Event()}, {}])
-    with pytest.raises(TagError, match=r"tags are \['a'\]"):
+    with pytest.raises(TagError, match=r"tags is \['a'\]"):
         wrong[1] = {"tags": ["a"]}
         tiny.generate_batch(["a", "b"], each=wrong, tags={"c": "d"})
     assert tiny.generate_batch([]) == tiny.generate_batch([], each=[]) == []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SUBJECT = Subject(model="m", menu="n", router="r", bridges="", dtype="float32", engine="1")
 
 
-def made(
+def certificate_of(
     n: int = 500,
     lost: dict[str, Any] | None = None,
     gained: tuple[int, ...] = (),
@@ -37,61 +37,61 @@ def made(
 
 
 def test_the_last_accepted_theta_is_promised() -> None:
-    assert made().promise(0.05).theta == 0.2  # 18 of 500 is the most at 5 %
-    assert made().promise(0.02).theta == 0.1  # 5 of 500 is the most at 2 %
-    assert made().promise(0.02).k == {"choice": 5}
+    assert certificate_of().promise(0.05).theta == 0.2  # 18 of 500 is the most at 5 %
+    assert certificate_of().promise(0.02).theta == 0.1  # 5 of 500 is the most at 2 %
+    assert certificate_of().promise(0.02).k == {"choice": 5}
 
 
 def test_the_walk_stops_at_the_first_failure() -> None:
-    assert made(lost={"differs": (0, 30, 5, 5)}).promise(0.02).theta == 0.0
+    assert certificate_of(lost={"differs": (0, 30, 5, 5)}).promise(0.02).theta == 0.0
 
 
 def test_a_theta_that_saves_less_is_not_taken() -> None:
-    assert made(saved=(0.0, -0.1, -0.05, 0.3)).promise(0.05).theta == 0.0
+    assert certificate_of(saved=(0.0, -0.1, -0.05, 0.3)).promise(0.05).theta == 0.0
 
 
 def test_too_few_prompts_are_told_how_many_are_needed() -> None:
     with pytest.raises(
         CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; there are"
     ):
-        made(n=120, lost={"differs": (0, 1, 2, 3)}).promise(0.01)
+        certificate_of(n=120, lost={"differs": (0, 1, 2, 3)}).promise(0.01)
 
 
 def test_a_tolerance_below_the_smallest_certifiable_is_an_error() -> None:
     with pytest.raises(ToleranceError, match=r"tolerance 0\.004 is below 0\.0046, the smallest that 500"):
-        made().at_tolerance(0.004)
+        certificate_of().at_tolerance(0.004)
     for bad in (0.0, -0.1, 1.0, float("nan")):
         with pytest.raises(ToleranceError):
-            made().at_tolerance(bad)
+            certificate_of().at_tolerance(bad)
 
 
 def test_promises_loosen_with_the_tolerance() -> None:
-    thetas = [made().at_tolerance(alpha).theta for alpha in (0.005, 0.02, 0.05, 0.06, 0.5)]
+    thetas = [certificate_of().at_tolerance(alpha).theta for alpha in (0.005, 0.02, 0.05, 0.06, 0.5)]
     assert thetas == sorted(thetas)
     assert thetas[0] == 0.0 and thetas[-1] == 0.3
 
 
 def test_a_promise_that_does_not_follow_from_the_counts_is_refused() -> None:
-    forged = made().promise(0.05).model_copy(update={"theta": 0.3})
+    forged = certificate_of().promise(0.05).model_copy(update={"theta": 0.3})
     with pytest.raises(ValidationError, match="does not follow from the counts"):
-        made(tiers={"standard": forged.model_dump()})
+        certificate_of(tiers={"standard": forged.model_dump()})
 
 
 @pytest.mark.parametrize("field", list(Subject.model_fields))
 def test_any_other_hash_voids_the_promise(field: str) -> None:
     with pytest.raises(CertificateError, match=f"{field} .* would run"):
-        made().check(SUBJECT.model_copy(update={field: "other"}))
-    made().check(SUBJECT)
+        certificate_of().check(SUBJECT.model_copy(update={field: "other"}))
+    certificate_of().check(SUBJECT)
 
 
 def test_an_uncounted_loss_is_refused() -> None:
     with pytest.raises(CertificateError, match="was not counted"):
-        made().promise(0.1, "harms")
+        certificate_of().promise(0.1, "harms")
 
 
 def drops(lost: tuple[int, ...], gained: tuple[int, ...], **changes: Any) -> Certificate:
     counts = {"differs": tuple(a + b for a, b in zip(lost, gained, strict=True)), "drops": lost}
-    return made(1300, counts, gained, **changes)
+    return certificate_of(1300, counts, gained, **changes)
 
 
 def test_what_is_gained_makes_good_what_is_lost() -> None:
@@ -105,21 +105,23 @@ def test_what_is_gained_makes_good_what_is_lost() -> None:
 
 def test_gains_must_be_counted_with_drops() -> None:
     with pytest.raises(ValidationError, match="gained needs one count"):
-        made(lost={"differs": (0, 1, 2, 3), "drops": (0, 1, 2, 3)}, gained=(1, 2))
+        certificate_of(lost={"differs": (0, 1, 2, 3), "drops": (0, 1, 2, 3)}, gained=(1, 2))
     with pytest.raises(CalibrationSizeError, match="α = 2 % needs at least 228"):
-        made(200, lost={"differs": (0, 0, 0, 0), "drops": (0, 0, 0, 0)}, gained=(0, 0, 0, 0)).promise(0.02, "drops")
+        certificate_of(200, lost={"differs": (0, 0, 0, 0), "drops": (0, 0, 0, 0)}, gained=(0, 0, 0, 0)).promise(
+            0.02, "drops"
+        )
 
 
 def test_a_promise_holds_for_every_kind_of_prompt() -> None:
     texts = {"n": 150, "lost": {"differs": (0, 0, 20, 20)}}
-    mixed = made(others={"prompt": texts})
-    assert made().promise(0.05).theta == 0.2  # 18 of 500 choices; with 20 of 150 texts that is too much
+    mixed = certificate_of(others={"prompt": texts})
+    assert certificate_of().promise(0.05).theta == 0.2  # 18 of 500 choices; with 20 of 150 texts that is too much
     promise = mixed.promise(0.05)
     assert (promise.theta, promise.n, promise.k) == (0.1, {"choice": 500, "prompt": 150}, {"choice": 5, "prompt": 0})
     assert mixed.promise(0.2).theta == 0.3
     # Where no right answer is known, a drop is an answer that differs.
     counts = {"differs": (0, 300, 300, 400), "drops": (0, 150, 150, 200)}
-    certificate = made(1300, counts, (0, 160, 110, 110), {"prompt": texts})
+    certificate = certificate_of(1300, counts, (0, 160, 110, 110), {"prompt": texts})
     assert certificate.promise(0.06, "drops").theta == 0.1
     with pytest.raises(CertificateError, match="'harms' was not counted"):
         certificate.promise(0.1, "harms")
@@ -148,7 +150,7 @@ def test_of_100_splits_at_most_10_break_the_promise(alpha: float) -> None:
         dealt = torch.randperm(prompts, generator=generator)
         counts = outcome[:, dealt[:400]].sum(1).long().tolist()
         saved = [0.001 * at for at in range(len(thetas))]
-        certificate = made(n=400, thetas=thetas, lost={"differs": counts}, saved=saved)
+        certificate = certificate_of(n=400, thetas=thetas, lost={"differs": counts}, saved=saved)
         at = thetas.index(certificate.promise(alpha).theta)
         broken += float(outcome[at, dealt[400:]].mean()) > alpha
         loosened += at > 0

@@ -88,10 +88,10 @@ def chances(n: int, up: float, down: float) -> dict[tuple[int, int], float]:
 )
 def test_a_paired_promise_breaks_no_more_often_than_told(alpha: float, differ: float) -> None:
     """All outcomes of 24 pairs whose mean loss is α, the worst that "α or more" can be, whatever share differs."""
-    found = chances(24, (differ + alpha) / 2, (differ - alpha) / 2)
-    assert sum(found.values()) == pytest.approx(1)
+    outcomes = chances(24, (differ + alpha) / 2, (differ - alpha) / 2)
+    assert sum(outcomes.values()) == pytest.approx(1)
     assert (
-        sum(chance for (lost, gained), chance in found.items() if paired_loss_p(lost, gained, 24, alpha, 0.1) <= 0.1)
+        sum(chance for (lost, gained), chance in outcomes.items() if paired_loss_p(lost, gained, 24, alpha, 0.1) <= 0.1)
         <= 0.1
     )
 

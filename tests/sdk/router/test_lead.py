@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from polar_sdk.engine.route import begins, lead_flops, run_lead
+from polar_sdk.engine.lead import begins, lead_flops, run_lead
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.programs.cost import CHUNK
 from polar_sdk.programs.policy import Policy
@@ -92,7 +92,7 @@ def test_a_batch_of_both_kinds_is_answered_as_one_by_one() -> None:
         tiny_model().generate(prompt, program=program, max_tokens=6)
         for prompt, program in zip(prompts, ["0-1 3-5", "0-5", "0-1 3-5"], strict=True)
     ]
-    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
 
 
 def test_a_cached_start_and_a_lead_go_together() -> None:
@@ -102,7 +102,7 @@ def test_a_cached_start_and_a_lead_go_together() -> None:
     cached = second.usage.tokens.cached
     assert first.usage.tokens.cached == 0 < cached
     cost, tokens = engine.decoder.cost, second.usage.tokens.input
-    rest = sum(one.flops(tokens - cached, tokens) for one in cost.layers[3:])
+    rest = sum(layer.flops(tokens - cached, tokens) for layer in cost.layers[3:])
     assert second.usage.visits.prefill == (1, 1, 0, 1, 1, 1)
     assert second.usage.flops.layers_prefill == lead_flops(cost, LAYERS, tokens) + rest
 
@@ -129,11 +129,11 @@ def _set() -> Any:
 def test_a_full_house_keeps_no_leads() -> None:
     engine = tiny_model(router=early_router(tiny_model(), "0-1 3-5"))
     engine.scheduler.limits = replace(engine.scheduler.limits, max_rows=1)
-    found = engine.generate_batch([TEXT] * 6, max_tokens=3)
+    answers = engine.generate_batch([TEXT] * 6, max_tokens=3)
     by_hand = tiny_model().generate(TEXT, program="0-1 3-5", max_tokens=3)
-    assert {one.token_ids for one in found} == {by_hand.token_ids}
-    again = [one.usage.visits.prefill for one in found]
-    assert (2, 2, 0, 1, 1, 1) in again, "those at the end of the queue run their first layers anew, and say so"
+    assert {answer.token_ids for answer in answers} == {by_hand.token_ids}
+    visits = [answer.usage.visits.prefill for answer in answers]
+    assert (2, 2, 0, 1, 1, 1) in visits, "those at the end of the queue run their first layers anew, and say so"
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,12 +149,12 @@ def test_a_lead_costs_what_it_says(tokens: int, layers: int) -> None:
 def test_features_are_those_of_the_states_of_identity() -> None:
     model = tiny_model(context_window=4 * CHUNK)
     tokens = [3 + number % 200 for number in range(CHUNK + 40)]
-    found = FeatureReader(model.decoder, "early", LAYERS)(tokens)
+    features = FeatureReader(model.decoder, "early", LAYERS)(tokens)
     lead = run_lead(model.decoder, tokens, LAYERS)
     text = model.decode(tokens)
-    assert found.shape == (2 * 48 + 1,) and text
-    torch.testing.assert_close(found[:48], lead.states[1:].mean(0))
-    torch.testing.assert_close(found[48:96], lead.states[-1])
+    assert features.shape == (2 * 48 + 1,) and text
+    torch.testing.assert_close(features[:48], lead.states[1:].mean(0))
+    torch.testing.assert_close(features[48:96], lead.states[-1])
 
 
 @pytest.mark.parametrize(

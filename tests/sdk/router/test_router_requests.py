@@ -113,8 +113,8 @@ def test_the_users_certified_router_is_found(
     folder = save_router(router, saved_router_path(certified.facts.fingerprint))
     assert fresh().router is None  # it promises nothing
     save_router(certified, folder)
-    found = fresh().router
-    assert found is not None and found.version == certified.version
+    served = fresh().router
+    assert served is not None and served.version == certified.version
     assert fresh(policy=Policy()).router is None  # a named policy says what the tiers are
     (folder / "router.safetensors").write_bytes(b"")
     assert fresh().router is None  # nobody named it

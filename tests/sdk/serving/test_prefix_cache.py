@@ -23,22 +23,22 @@ def model() -> PolarModel:
 def test_a_shared_start_is_cached_and_changes_no_answer(model: PolarModel) -> None:
     first = model.generate(START + "one", max_tokens=8)
     second = model.generate(START + "two", max_tokens=8)
-    again = tiny_model().generate(START + "two", max_tokens=8)
+    uncached = tiny_model().generate(START + "two", max_tokens=8)
     assert (first.usage.tokens.cached, second.usage.tokens.cached) == (0, 128)
-    assert second.token_ids == again.token_ids
-    assert second.usage.tokens.input == again.usage.tokens.input
-    assert second.usage.flops.layers_prefill < again.usage.flops.layers_prefill
+    assert second.token_ids == uncached.token_ids
+    assert second.usage.tokens.input == uncached.usage.tokens.input
+    assert second.usage.flops.layers_prefill < uncached.usage.flops.layers_prefill
     cost = model.loaded.decoder.cost
     program = model.policy.tiers["standard"].program
-    assert second.usage.flops == cost.request(program, again.usage.tokens.input, 8, cached=128)
+    assert second.usage.flops == cost.request(program, uncached.usage.tokens.input, 8, cached=128)
 
 
 def test_a_whole_prompt_is_never_taken_from_the_cache(model: PolarModel) -> None:
     text = "x" * 128
     model.generate(text, template="raw", max_tokens=2)
-    again = model.generate(text, template="raw", max_tokens=2)
-    assert again.usage.tokens.input == 128
-    assert again.usage.tokens.cached == 64  # the last token has to run for its logits
+    repeated = model.generate(text, template="raw", max_tokens=2)
+    assert repeated.usage.tokens.input == 128
+    assert repeated.usage.tokens.cached == 64  # the last token has to run for its logits
 
 
 @pytest.mark.parametrize("other", [{"tenant": "globex"}, {"program": "0-1 3-5"}, {"compute": "economy"}])

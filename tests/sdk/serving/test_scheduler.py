@@ -29,19 +29,19 @@ LONG = 200
 
 def run_together(calls: Sequence[Callable[[], Generation]]) -> list[Generation]:
     """Call all from threads of their own, begun together."""
-    found: dict[int, Generation] = {}
+    results: dict[int, Generation] = {}
     begin = threading.Barrier(len(calls))
 
     def run(index: int, call: Callable[[], Generation]) -> None:
         begin.wait()
-        found[index] = call()
+        results[index] = call()
 
     threads = [threading.Thread(target=run, args=pair) for pair in enumerate(calls)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [found[index] for index in range(len(calls))]
+    return [results[index] for index in range(len(calls))]
 
 
 def all_pages_are_back(model: PolarModel) -> bool:
@@ -95,7 +95,9 @@ def test_rows_beyond_the_limit_wait_for_their_turn() -> None:
     model.scheduler.limits = Limits(max_rows=2)
     done = model.generate_batch([f"prompt {number}" for number in range(7)], max_tokens=5)
     alone = tiny_model()
-    assert [one.text for one in done] == [alone.generate(f"prompt {number}", max_tokens=5).text for number in range(7)]
+    assert [answer.text for answer in done] == [
+        alone.generate(f"prompt {number}", max_tokens=5).text for number in range(7)
+    ]
 
 
 def test_a_full_queue_refuses_and_computes_nothing() -> None:
@@ -185,7 +187,9 @@ def test_memory_is_promised_before_a_row_is_let_in() -> None:
     model = tiny_model(kv_memory=6 * 2 * 2 * 64 * 12 * 4 * 2)
     done = model.generate_batch(["a" * 60, "b" * 60, "c" * 60], max_tokens=50)
     alone = tiny_model()
-    assert [one.token_ids for one in done] == [alone.generate(letter * 60, max_tokens=50).token_ids for letter in "abc"]
+    assert [answer.token_ids for answer in done] == [
+        alone.generate(letter * 60, max_tokens=50).token_ids for letter in "abc"
+    ]
 
 
 def test_an_abandoned_stream_stops_and_is_recorded() -> None:

@@ -122,7 +122,7 @@ class TestGenerate:
 
     async def test_each_reaches_its_row(self, tiny: PolarModel, records: ListSink) -> None:
         done = await tiny.agenerate_batch(["a", "b"], each=[{"tenant": "one"}, {"tenant": "two"}], max_tokens=1)
-        assert [one.usage.tenant for one in done] == ["one", "two"]
+        assert [answer.usage.tenant for answer in done] == ["one", "two"]
 
     async def test_the_callers_cancel_gives_what_there_is(self, tiny: PolarModel, records: ListSink) -> None:
         cancel = threading.Event()
@@ -137,9 +137,9 @@ class TestGenerate:
         done = await asyncio.gather(
             *(tiny.agenerate(text, compute=tier, max_tokens=12) for text, tier in zip(prompts, tiers, strict=True))
         )
-        for one, text, tier in zip(done, prompts, tiers, strict=True):
-            assert one.token_ids == tiny.generate(text, compute=tier, max_tokens=12).token_ids
-        assert len({one.usage.request_id for one in done}) == 6
+        for answer, text, tier in zip(done, prompts, tiers, strict=True):
+            assert answer.token_ids == tiny.generate(text, compute=tier, max_tokens=12).token_ids
+        assert len({answer.usage.request_id for answer in done}) == 6
 
     async def test_a_bad_request_raises(self, tiny: PolarModel, records: ListSink) -> None:
         with pytest.raises(EmptyPromptError):
