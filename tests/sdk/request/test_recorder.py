@@ -311,6 +311,7 @@ class TestFork:
             with model.scheduler._work:
                 assert model.scheduler._running
             assert model.generate("hi", max_tokens=3).finish_reason
+            model.scheduler.close()
             assert len(model.scheduler) == 0
             Chat(model.stream("mine", max_tokens=LONG))
             gc.collect()
@@ -421,7 +422,8 @@ def script(text: str, *arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("mode", ["collect", "leave"])
 def test_streams_left_open_are_recorded_when_the_process_ends(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "records"
-    assert script(EXIT, str(path), mode).wait(60) == 0
+    with script(EXIT, str(path), mode) as process:
+        assert process.wait(60) == 0
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(line["id"] for line in found) == ["collected", "dropped", "kept"]
     assert {line["outcome"] for line in found} == {"cancelled"}
@@ -433,17 +435,17 @@ def test_streams_left_open_are_recorded_when_the_process_ends(tmp_path: Path, mo
 def test_further_interrupts_lose_no_record(tmp_path: Path, mode: str, signals: int) -> None:
     """Twenty requests are interrupted; each has one record, and KeyboardInterrupt arrives when it is stored."""
     path = tmp_path / "records"
-    process = script(INTERRUPTED, str(path), mode)
-    assert process.stdout is not None
-    for attempt in range(20):
-        assert process.stdout.readline() == "go\n"
-        for number in range(signals):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.001 + 0.0002 * attempt * (number + 1))
-        while (line := process.stdout.readline()) == "go\n":  # the record is stored a second time, from its start
-            pass
-        assert line == "interrupted\n"
-        assert len(path.read_text().splitlines()) == attempt + 1
-    assert process.wait(60) == 0
+    with script(INTERRUPTED, str(path), mode) as process:
+        assert process.stdout is not None
+        for attempt in range(20):
+            assert process.stdout.readline() == "go\n"
+            for number in range(signals):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.001 + 0.0002 * attempt * (number + 1))
+            while (line := process.stdout.readline()) == "go\n":  # the record is stored anew, from its start
+                pass
+            assert line == "interrupted\n"
+            assert len(path.read_text().splitlines()) == attempt + 1
+    assert process.returncode == 0
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["id"] for line in found] == [f"r{attempt}" for attempt in range(20)]
