@@ -34,7 +34,7 @@ table says otherwise, the model is SmolLM2-135M-Instruct in bfloat16. FLOPs are 
 `torch.utils.flop_counter.FlopCounterMode` counts them. A ratio is ours over the peer's: the median over rounds in which
 both ran in turn. Missed goals are marked. On a busy machine only ratios and counts are worth quoting. Runs marked
 *transcribed* were copied from a written record of that day, so their commits may be missing. What was tried and learnt
-is in the [log](../benchmarks/LOG.md).
+is in `benchmarks/LOG.md`.
 """
 
 

@@ -1,4 +1,4 @@
-"""Pieces that families are made of: kinds of attention, norms, rotary turns, feed-forwards and mixtures of experts.
+"""Pieces that families are made of: kinds of attention, norms, rotations, feed-forwards and mixtures of experts.
 
 Pure functions of tensors, and of configurations. All can be compiled but the experts: which of them a token goes to
 depends on values, and what a token does not go to is not executed. Knows no family.
@@ -153,16 +153,16 @@ def no_rotary(dtype: torch.dtype, device: torch.device) -> Rotary:
 
 
 def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
-    """Turn (N, heads, d) by the rotary angles: x cos + (−x₂, x₁) sin, x₁ and x₂ the halves of x.
+    """Rotate (N, heads, d) by the rotary angles: x cos + (−x₂, x₁) sin, x₁ and x₂ the halves of x.
 
-    Where the table is narrower than d, only the first entries of each head are turned.
+    Where the table is narrower than d, only the first entries of each head are rotated.
     """
     cos, sin = rotary
     width = cos.shape[-1]
-    turned = heads if width == heads.shape[-1] else heads[..., :width]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return turned if width == heads.shape[-1] else torch.cat((turned, heads[..., width:]), dim=-1)
+    rotated = heads if width == heads.shape[-1] else heads[..., :width]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return rotated if width == heads.shape[-1] else torch.cat((rotated, heads[..., width:]), dim=-1)
 
 
 def rotary_table(module: Any, length: int, dtype: torch.dtype, device: torch.device, *extra: Any) -> Rotary:

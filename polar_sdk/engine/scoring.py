@@ -76,14 +76,14 @@ class _QuestionSpan:
         own: Its T places in the pack.
         prompt: Number of tokens of the prompt.
         positions: Position of each token of the pack; continuations restart where the prompt ends, (N,).
-        parts: 0 for tokens of a prompt, else the number of the continuation, from 1, (N,).
+        branches: 0 for tokens of a prompt, else the number of the continuation, from 1, (N,).
         windows: The windows that layers have.
     """
 
     def __init__(
-        self, own: slice, prompt: int, positions: Tensor, parts: Tensor, windows: Iterable[int | None]
+        self, own: slice, prompt: int, positions: Tensor, branches: Tensor, windows: Iterable[int | None]
     ) -> None:
-        self._own, self._prompt, self._positions, self._parts = own, prompt, positions[own], parts[own]
+        self._own, self._prompt, self._positions, self._branches = own, prompt, positions[own], branches[own]
         rows = slice(0, min(QUERY_BATCH, own.stop - own.start))
         self._first_masks = {window: self._seen(rows, rows, window) for window in windows}
         """The masks of the first block, by window: all that a short question needs, in every layer."""
@@ -103,9 +103,9 @@ class _QuestionSpan:
 
     def _seen(self, rows: slice, columns: slice, window: int | None) -> Tensor:
         """Which tokens (columns) each token (rows) attends to: those before it in the prompt and in its own part."""
-        key_parts = self._parts[columns]
+        key_branches = self._branches[columns]
         distance = self._positions[rows, None] - self._positions[None, columns]
-        seen = (distance >= 0) & ((key_parts == 0) | (key_parts == self._parts[rows, None]))
+        seen = (distance >= 0) & ((key_branches == 0) | (key_branches == self._branches[rows, None]))
         return seen if window is None else seen & (distance < window)
 
 
@@ -190,11 +190,11 @@ class PackedQuestions:
     """A pack of questions laid out for the steps of any program, on every device that has layers."""
 
     def __init__(self, decoder: Decoder, pack: Sequence[Question]) -> None:
-        tokens, positions, parts = _lay_out(pack)
+        tokens, positions, branches = _lay_out(pack)
         windows = {kind.window for kind in decoder.family.kinds}
         self._by_device = {
             device: _DevicePack(
-                decoder, pack, torch.tensor(positions, device=device), torch.tensor(parts, device=device), windows
+                decoder, pack, torch.tensor(positions, device=device), torch.tensor(branches, device=device), windows
             )
             for device in decoder.placement.devices
         }
@@ -215,14 +215,14 @@ class _DevicePack:
     """What the layers of one device need of a pack: positions (N,), rotary angles, and who attends to whom."""
 
     def __init__(
-        self, decoder: Decoder, pack: Sequence[Question], positions: Tensor, parts: Tensor, windows: set[int | None]
+        self, decoder: Decoder, pack: Sequence[Question], positions: Tensor, branches: Tensor, windows: set[int | None]
     ) -> None:
         self.positions = positions
         self.rotary = decoder.rotary(positions, max(question.longest for question in pack))
         sizes = [question.tokens for question in pack]
         ends = list(accumulate(sizes))
         self._spans = [
-            _QuestionSpan(slice(end - size, end), len(question.prompt), positions, parts, windows)
+            _QuestionSpan(slice(end - size, end), len(question.prompt), positions, branches, windows)
             for question, size, end in zip(pack, sizes, ends, strict=True)
         ]
 
@@ -232,17 +232,17 @@ class _DevicePack:
 
 
 def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[int]]:
-    """Tokens of a pack, with their positions and parts; continuations restart at the position after their prompt."""
+    """Tokens of a pack, with their positions and branches; continuations restart at the position after their prompt."""
     tokens: list[int] = []
     positions: list[int] = []
-    parts: list[int] = []
+    branches: list[int] = []
     for question in pack:
-        for part, piece in enumerate((question.prompt, *question.continuations)):
-            start = len(question.prompt) if part else 0
+        for branch, piece in enumerate((question.prompt, *question.continuations)):
+            start = len(question.prompt) if branch else 0
             tokens.extend(piece)
             positions.extend(range(start, start + len(piece)))
-            parts.extend([part] * len(piece))
-    return tokens, positions, parts
+            branches.extend([branch] * len(piece))
+    return tokens, positions, branches
 
 
 def _shared_start(first: Sequence[Step], second: Sequence[Step]) -> int:

@@ -253,6 +253,11 @@ class TestPages:
         for name in re.findall(r"`([\w.]+/[\w./]+(?:\.py|\.toml|\.md|/)|[A-Z]+\.md)`", without_blocks(page)):
             assert exists(name), name
 
+    @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+    def test_pages_of_the_site_link_to_nothing_outside_it(self, page: Path) -> None:
+        """What the site does not have, `make docs` cannot link to; name such a file in backticks."""
+        assert "](../" not in without_blocks(page)
+
     def test_every_page_is_on_the_site(self) -> None:
         listed = re.findall(r"^  - .+: ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
         assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))

@@ -6,7 +6,7 @@ Knows neither requests nor a database.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +14,7 @@ from polar_billing.errors import BudgetError
 from polar_billing.values.money import CURRENCIES, STORED_SCALE, from_scaled, plain, to_scaled
 from polar_billing.values.periods import Window, load_zone
 from polar_sdk.errors import did_you_mean, nearest
+from polar_sdk.reading import Unreadable, parse_decimal, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,11 +142,11 @@ def to_count(amount: int, decimals: int) -> int:
 
 def _limit(value: object) -> Decimal:
     if isinstance(value, (bool, float)) or not isinstance(value, (Decimal, int, str)):
-        raise BudgetError(f"limit {value!r} is not a decimal number.", hint='Write it as text, like "12.50".')
+        raise BudgetError(f"limit {shown(value)} is not a decimal number.", hint='Write it as text, like "12.50".')
     try:
-        limit = Decimal(value)
-    except InvalidOperation:
-        raise BudgetError(f"limit {value!r} is not a number.", hint='Write it like "12.50".') from None
+        limit = parse_decimal(value)
+    except Unreadable as error:
+        raise BudgetError(f"limit {error}.", hint='Write it like "12.50".') from None
     if not limit.is_finite():
         raise BudgetError(f"limit {value} is not finite.", hint="Close the budget to lift its limit.")
     if limit < 0:

@@ -42,9 +42,12 @@ def verify(
     with opt.existing_ledger(ledger, recover=False) as store, store.snapshot() as connection:
         if receipt is not None:
             checked = check_receipt(connection, _read_receipt(receipt))
-            if checked is not None:
-                raise LedgerUnsoundError(f"receipt {str(receipt)!r}: {checked}")
-            typer.echo(f"The receipt {receipt} agrees with the ledger {store.location}.")
+            if checked.wrong is not None:
+                raise LedgerUnsoundError(f"receipt {str(receipt)!r}: {checked.wrong}")
+            agrees = f"The receipt {receipt} agrees with the ledger {store.location}"
+            fields = ", ".join(checked.unchecked)
+            but = f", but {fields} cannot be checked: the facts of the request were pruned" if fields else ""
+            typer.echo(f"{agrees}{but}.")
             return
         verified = verify_in(connection, tenant)
     heads = sorted(verified.heads.items())
@@ -72,7 +75,7 @@ def _read_receipt(path: Path) -> dict[str, object]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QueryError(f"{str(path)!r} is not valid JSON.", hint="Use what `polar receipt` printed.") from error
     if not isinstance(document, dict):
         raise QueryError(f"{str(path)!r} is not a receipt.", hint="Use what `polar receipt` printed.")

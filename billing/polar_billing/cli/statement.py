@@ -6,14 +6,13 @@ Arguments in, text out; the work is done by `statements` and `reports`.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from polar_billing.cli import options as opt
-from polar_billing.errors import AmountError, QueryError
+from polar_billing.errors import QueryError
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
@@ -166,11 +165,9 @@ def credit_note(
 ) -> None:
     """Take an amount off an issued statement, which itself does not change."""
     import polar_billing
+    from polar_billing.values.money import read_amount
 
-    try:
-        value = Decimal(amount)
-    except InvalidOperation as error:
-        raise AmountError(f"amount {amount!r} is not a number.", hint="Write it like 12.50.") from error
+    value = read_amount(amount)
     with opt.existing_ledger(ledger) as store:
         note = polar_billing.credit_note(store, tenant, statement_id, value, reason=reason, reference=reference)
         typer.echo(f"Credit note {note.reference}: {note.amount:f} off statement {note.statement}.")

@@ -47,7 +47,7 @@ def add_book(ledger: _Ledger, book: PriceBook, *, for_all: bool = False, now: da
         False if it was already in force in the same way.
 
     Raises:
-        PriceBookError: It changes a rate, term or plan that was in force or rated a use.
+        PriceBookError: It changes a rate, term or plan that was in force or rated a use, or it can charge nothing.
         StoreError: It could not be stored.
     """
     moment = now or datetime.now(UTC)
@@ -55,6 +55,8 @@ def add_book(ledger: _Ledger, book: PriceBook, *, for_all: bool = False, now: da
         chain.lock_heads(connection, [NO_TENANT])
         choices = read_choices(connection, {})
         former = books_in_force(connection).get(book.id)
+        if former is None or former.content_hash != book.content_hash:
+            book.check_rates()
         if former is not None and former.content_hash != book.content_hash:
             check_revision(former, book, now=moment, last_use=_last_use(connection, book.id))
         main = _main(choices)

@@ -41,7 +41,7 @@ from polar_billing.ledger.schema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Sequence
 
     from sqlalchemy import URL, Row, Select
 
@@ -245,6 +245,17 @@ class Ledger:
             return {}
         with self._database.reading() as connection:
             return read_books(connection)
+
+    def find_books(self, hashes: Iterable[str]) -> dict[str, PriceBook]:
+        """The stored books of these hashes; unlike `price_books` it waits for no record on its way.
+
+        Raises:
+            StoreError: They cannot be read.
+        """
+        if not self._has_tables():
+            return {}
+        with self._database.reading() as connection:
+            return read_books(connection, hashes)
 
     def price_choices(self) -> Sequence[Choice]:
         """The price books that were put in force, in order.

@@ -161,13 +161,14 @@ class Meter(UsageSink):
         A record emitted again with the same content stores nothing and gets the receipt of the first time (where
         `durability` is `spool`: the receipt by the prices in force, which the ledger may then disagree with).
 
+        A use that has no price, or one beyond what the ledger holds, is stored unrated with the reason.
+
         Returns:
             The receipt: cost as exact decimal text (None where unrated), currency, compute units, charge
             lines.
 
         Raises:
             ConflictError: The ledger holds this request id of this tenant with other content.
-            AmountError: The cost is beyond what the ledger can hold.
             StoreError: The record could not be stored. Where there is a spool it is kept there all the same.
         """
         book, unknown = self._book_of(record)
@@ -190,7 +191,6 @@ class Meter(UsageSink):
             For each record what is stored, or the conflict that kept it out.
 
         Raises:
-            AmountError: A cost is beyond what the ledger can hold.
             StoreError: The ledger could not take them; then none is stored, and none is in the spool.
         """
         return self.ledger.append_many([self.entry(record) for record in records])

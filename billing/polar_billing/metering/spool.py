@@ -7,20 +7,19 @@ process or by any other: exactly once, because the ledger knows every request it
 part, or twice at once, adds nothing twice.
 
 One line per record: the first 16 hexadecimal digits of the SHA-256 of the rest, a space, JSON. A last line that was
-cut off was never acknowledged and is dropped; any other damaged line is kept aside in a file `*.damaged`. Records
-that the ledger refuses for their content are kept in `rejected.jsonl`. Knows no threads and no SQL.
+cut off was never acknowledged and is dropped. Any other line that is damaged, or whose content cannot be read (that of
+a newer version, say), is kept aside in a file `*.damaged`, and the others are stored. Records that the ledger refuses
+for their content are kept in `rejected.jsonl`. Knows no threads and no SQL.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -32,6 +31,8 @@ from polar_billing.ledger.location import sqlite_file
 from polar_billing.ledger.records import Entry
 from polar_billing.prices.book import PriceBook
 from polar_billing.values.canonical import canonical_json
+from polar_billing.values.money import read_amount
+from polar_sdk.reading import Unreadable, parse_object
 from polar_sdk.usage import UsageRecord, new_request_id
 
 try:
@@ -40,7 +41,7 @@ except ImportError:  # Windows: without such locks a file in use cannot be told 
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from sqlalchemy import URL
 
@@ -57,6 +58,8 @@ BATCH: Final = 1_000
 _log: Final = logging.getLogger("polar_billing")
 _CHECKSUM: Final = 16
 _REJECTED: Final = "rejected.jsonl"
+_MAX_LINE: Final = 128 * 2**20
+"""A price book is a line of its own. Unit: bytes."""
 
 
 def spool_folder(url: URL) -> Path | None:
@@ -81,7 +84,7 @@ class SpoolStatus:
     rejected: int = 0
     """Records that the ledger refused as conflicts."""
     damaged: int = 0
-    """Lines whose checksum does not hold."""
+    """Lines whose checksum does not hold, or whose content cannot be read."""
 
 
 class Segment:
@@ -253,13 +256,14 @@ class Spool:
             self.folder,
             sum(len(file.lines().entries) for file in files),
             _count_lines(self.folder / _REJECTED),
-            sum(_count_lines(path) for path in self.folder.glob("*.damaged")),
+            sum(_count_damaged(path) for path in self.folder.glob("*.damaged")),
         )
 
 
 @dataclass(frozen=True)
 class _Read:
-    entries: list[dict[str, Any]]
+    entries: list[tuple[bytes, dict[str, Any]]]
+    """Each record's line, and what it says."""
     books: dict[str, str]
     damaged: list[bytes]
 
@@ -279,34 +283,98 @@ class Unfinished:
             return read
         *whole, _cut_off = content.split(b"\n")
         for line in whole:
-            checksum, _, text = line.partition(b" ")
-            if hashlib.sha256(text).hexdigest()[:_CHECKSUM].encode() != checksum:
+            try:
+                values = _values(line)
+            except Unreadable:
                 read.damaged.append(line)
                 continue
-            values = json.loads(text)
-            if "book" in values:
-                read.books[hashlib.sha256(values["book"].encode()).hexdigest()] = values["book"]
+            if (document := values.get("book")) is not None:
+                read.books[hashlib.sha256(document.encode()).hexdigest()] = document
             else:
-                read.entries.append(values)
+                read.entries.append((line, values))
         return read
 
-    def entries(self) -> list[Entry]:
-        """The records, ready to be stored; damaged lines are set aside."""
+    def entries(self, find_books: Callable[[set[str]], Mapping[str, PriceBook]]) -> list[Entry]:
+        """The records, ready to be stored; lines that are damaged or cannot be read are set aside.
+
+        Args:
+            find_books: Finds books in the ledger by their hashes, where the line with a record's book is damaged.
+        """
         read = self.lines()
-        if read.damaged:
-            with self.path.with_suffix(".damaged").open("ab") as file:
-                file.writelines(line + b"\n" for line in read.damaged)
-        return [_entry(values, read.books) for values in read.entries]
+        missing = {by for _, values in read.entries if isinstance(by := values.get("by"), str)} - read.books.keys()
+        stored_books = find_books(missing) if missing else {}
+        entries: list[Entry] = []
+        damaged = list(read.damaged)
+        for line, values in read.entries:
+            try:
+                entries.append(_entry(values, read.books, stored_books))
+            except Exception as error:  # whatever is wrong with one line keeps no other out
+                _log.error("a line of %s cannot be read (%r); it is set aside", self.path, error)
+                damaged.append(line)
+                if (document := read.books.get(str(values.get("by")))) is not None:
+                    book = _line(canonical_json({"book": document})).rstrip(b"\n")
+                    damaged += [] if book in damaged else [book]  # without it nobody can tell what was charged
+        if damaged:
+            _write_aside(self.path.with_suffix(".damaged"), damaged)
+        return entries
 
     def remove(self) -> None:
         """Delete the file: its records are in the ledger."""
         self.path.unlink(missing_ok=True)
 
 
-def _entry(values: dict[str, Any], books: dict[str, str]) -> Entry:
-    cost = None if values["cost"] is None else Decimal(values["cost"])
-    book = _book(books[values["by"]])
-    return Entry(UsageRecord.model_validate(values["record"]), values["source"], book, cost, values["unrated"])
+def _values(line: bytes) -> dict[str, Any]:
+    """What a line says.
+
+    Raises:
+        Unreadable: Its checksum is wrong, or it is neither a record nor a price book.
+    """
+    checksum, _, text = line.partition(b" ")
+    if hashlib.sha256(text).hexdigest()[:_CHECKSUM].encode() != checksum:
+        raise Unreadable("not the line that was written")
+    values = parse_object(text, max_bytes=_MAX_LINE)
+    try:
+        values.get("book", "").encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise Unreadable("not a price book") from error
+    return values
+
+
+def _entry(values: dict[str, Any], books: Mapping[str, str], stored_books: Mapping[str, PriceBook]) -> Entry:
+    cost = None if values["cost"] is None else read_amount(values["cost"])
+    document = books.get(values["by"])
+    book = stored_books[values["by"]] if document is None else _book(document)
+    source, unrated = values["source"], values["unrated"]
+    if not isinstance(source, str) or not isinstance(unrated, str | None):
+        raise TypeError("source and unrated are texts")
+    entry = Entry(UsageRecord.model_validate(values["record"]), source, book, cost, unrated)
+    _ = entry.cost_units, entry.canonical  # raises here what storing would raise later, with all others of its batch
+    return entry
+
+
+def _write_aside(path: Path, lines: list[bytes]) -> None:
+    """Keep the lines of a spool file, flushed to the disk; anew each time, as that file is read until it is stored."""
+    with path.open("wb") as file:
+        file.writelines(line + b"\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _count_damaged(path: Path) -> int:
+    """Lines set aside, without the whole lines of price books that are kept for them."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return 0
+    return sum(1 for line in lines if b' {"book":' not in line[: _CHECKSUM + 9] or not _is_whole(line))
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        _values(line)
+    except Unreadable:
+        return False
+    return True
 
 
 @lru_cache(maxsize=16)
@@ -353,7 +421,7 @@ def store_file(ledger: Ledger, spool: Spool, file: Unfinished) -> None:
     Raises:
         StoreError: The ledger cannot take records now; the file stays.
     """
-    entries = file.entries()
+    entries = file.entries(ledger.find_books)
     for start in range(0, len(entries), BATCH):
         store(ledger, spool, entries[start : start + BATCH])
     file.remove()

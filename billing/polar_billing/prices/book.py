@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tomllib
-from decimal import Decimal
 from functools import cached_property
 from importlib import resources
 from itertools import groupby
@@ -25,7 +23,16 @@ from polar_billing.errors import AmountError, PriceBookError
 from polar_billing.prices.entries import Checked, Name, PriceEntry, entry_at, timeline
 from polar_billing.prices.plans import Credit, Customer, Plan, in_order
 from polar_billing.values.canonical import canonical_text
-from polar_billing.values.money import STORED_SCALE, currency_decimals, to_scaled
+from polar_billing.values.money import (
+    CURRENCIES,
+    STORED_MAX,
+    STORED_SCALE,
+    currency_decimals,
+    from_scaled,
+    plain,
+    to_scaled,
+)
+from polar_sdk import reading
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
@@ -36,6 +43,8 @@ PRICE_BOOK_VARIABLE: Final = "POLAR_PRICE_BOOK"
 EXAMPLE_BOOK: Final = "example_prices.toml"
 EXAMPLE_PLANS: Final = "example_plans.toml"
 _MAX_PROBLEMS: Final = 3
+_MAX_DOCUMENT: Final = 64 * 2**20
+"""Unit: bytes."""
 _ADDED_LATER: Final = ("plans", "customers", "credits")
 
 
@@ -164,9 +173,9 @@ class PriceBook(Checked):
             return cls.example()
         file = Path(named).expanduser()
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            text = reading.read_text(file, reading.MAX_TOML_BYTES)
+        except (OSError, reading.Unreadable) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
             raise PriceBookError(
                 f"price book {str(file)!r} cannot be read ({reason}).",
                 hint="Name a readable TOML file." if path else f"Correct the path in {PRICE_BOOK_VARIABLE}.",
@@ -181,18 +190,75 @@ class PriceBook(Checked):
 
     @classmethod
     def from_toml(cls, text: str, *, name: str = "<text>") -> Self:
-        """Read a price book from TOML text; `name` stands for the file in messages."""
+        """Read a price book from TOML text; `name` stands for the file in messages.
+
+        Raises:
+            PriceBookError: It is not TOML, or a key is missing or wrong; or it can charge nothing, see `check_rates`.
+        """
         try:
-            return cls.model_validate(tomllib.loads(text, parse_float=Decimal))
-        except tomllib.TOMLDecodeError as error:
-            raise PriceBookError(f"price book {name!r} is not valid TOML: {error}.") from error
+            book = cls.model_validate(reading.parse_toml(text))
+        except reading.Unreadable as error:
+            raise PriceBookError(f"price book {name!r} is {_lead(str(error))}.") from error
         except ValidationError as error:
             raise PriceBookError(f"price book {name!r}: {_problems(error)}") from error
+        book.check_rates(name)
+        return book
 
     @classmethod
     def from_document(cls, document: str) -> Self:
-        """Read a book back from the canonical JSON that the ledger keeps."""
-        return cls.model_validate_json(document)
+        """Read a book back from the canonical JSON that the ledger keeps.
+
+        Raises:
+            PriceBookError: The text is not such a document.
+        """
+        try:
+            return cls.model_validate(reading.parse_object(document, max_bytes=_MAX_DOCUMENT))
+        except reading.Unreadable as error:
+            raise PriceBookError(f"a stored price book is {_lead(str(error))}.", hint="Run `polar verify`.") from error
+        except ValidationError as error:
+            raise PriceBookError(f"a stored price book: {_problems(error)}", hint="Run `polar verify`.") from error
+
+    def check_rates(self, name: str | None = None) -> None:
+        """Refuse rates by which no use could be charged. Books that are in force already are not asked again.
+
+        Args:
+            name: What stands for the book in messages; None for its id.
+
+        Raises:
+            PriceBookError: A tier or the currency matches nothing, or one request or compute unit costs more than the
+                ledger holds.
+        """
+        book = f"price book {self.id if name is None else name!r}"
+        if self.currency not in CURRENCIES:
+            raise PriceBookError(f"{book}: currency = {self.currency!r} is not in use.", hint="Use an ISO 4217 code.")
+        timelines = {"": self.prices} | {f"plans.{plan}.": self.plans[plan].prices for plan in self.plans}
+        for where, entries in timelines.items():
+            for entry in entries:
+                _check_entry(entry, f"{book}: {where}prices from {entry.effective_from.isoformat()}", self.currency)
+
+
+def _check_entry(entry: PriceEntry, where: str, currency: str) -> None:
+    for tier in entry.tiers:
+        if not tier or tier != tier.strip():
+            raise PriceBookError(f"{where}: tier {tier!r} can never match.", hint="Write it without blanks.")
+    once = {"per_request": entry.per_request, "per_compute_unit": entry.per_compute_unit}
+    multipliers = {**{f"tier {tier!r}": value for tier, value in entry.tiers.items()}, "untiered": entry.untiered}
+    for who, multiplier in multipliers.items():
+        for key, price in once.items():
+            if price is None or multiplier is None:
+                continue
+            cost = to_scaled(price, STORED_SCALE) * to_scaled(multiplier, 6)
+            if cost > STORED_MAX * 10**6:
+                raise PriceBookError(
+                    f"{where}: {key} = {plain(price)} × {plain(multiplier)} ({who}) is more than a receipt holds, "
+                    f"{from_scaled(STORED_MAX, STORED_SCALE):f} {currency}.",
+                    hint="Lower the price or the multiplier.",
+                )
+
+
+def _lead(reason: str) -> str:
+    """A reason as it follows "is": what is wrong with a number is not what the book is."""
+    return reason if reason.startswith(("not ", "larger ", "nested ")) else f"beyond a limit: {reason}"
 
 
 def _check_decimals(credit: Credit, decimals: int) -> None:
@@ -219,4 +285,4 @@ def _problem(problem: dict[str, Any]) -> str:
     value = problem["input"]
     if isinstance(value, (dict, list, tuple)):
         return f"{key}: {reason}" if key else reason
-    return f"{key} = {str(value)!r}: {reason}"
+    return f"{key} = {reading.shown(str(value))}: {reason}"

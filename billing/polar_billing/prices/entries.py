@@ -5,6 +5,7 @@ Fields are exact decimals within limits, and moments with an offset. Knows no bo
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from itertools import pairwise
@@ -21,14 +22,20 @@ from pydantic import (
 )
 
 from polar_billing.values.money import STORED_SCALE
+from polar_sdk.reading import Unreadable, parse_decimal
 
 _TIERS: Final = ("economy", "standard", "premium", "exact")
+_DATED: Final = re.compile(r"\s*\d{4}-\d\d-\d\d")
+"""What a text with a date begins with; others are taken for seconds since 1970."""
 
 
-def _no_bool(value: object) -> object:
-    if isinstance(value, (bool, float)):  # a float would bring binary digits in; TOML numbers arrive as Decimal
-        raise ValueError("must be a decimal number")
-    return value
+def _decimal(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
+        raise ValueError("must be a decimal number")  # a float would bring binary digits in; TOML's arrive as Decimal
+    try:
+        return parse_decimal(value)
+    except Unreadable as error:
+        raise ValueError(str(error)) from error
 
 
 def _plain(value: Decimal) -> Decimal:
@@ -37,58 +44,63 @@ def _plain(value: Decimal) -> Decimal:
     return Decimal(text.rstrip("0").rstrip(".") or "0") if "." in text else value
 
 
-def _date_is_midnight_utc(value: object) -> object:
+def _dated(value: object) -> object:
     if isinstance(value, date) and not isinstance(value, datetime):
         return datetime.combine(value, time(), UTC)
-    return value
+    if isinstance(value, datetime) or (isinstance(value, str) and _DATED.match(value)):
+        return value
+    raise ValueError("is not a date or a date-time; write it like 2026-01-01 or 2026-01-01T00:00:00Z")
 
 
 def _aware(value: datetime) -> datetime:
     if value.tzinfo is None:
         raise ValueError("needs an offset from UTC, for example 2026-01-01T00:00:00Z")
-    return value.astimezone(UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is outside the years 1 to 9999 in UTC") from None
 
 
 Price = Annotated[
     Decimal,
-    BeforeValidator(_no_bool),
+    BeforeValidator(_decimal),
     Field(ge=0, le=1_000_000, max_digits=19, decimal_places=STORED_SCALE),
     AfterValidator(_plain),
 ]
 """Currency units; 12 decimals."""
 Amount = Annotated[
     Decimal,
-    BeforeValidator(_no_bool),
+    BeforeValidator(_decimal),
     Field(ge=0, le=10**12, max_digits=25, decimal_places=STORED_SCALE),
     AfterValidator(_plain),
 ]
 """Currency units of a whole statement; 12 decimals."""
 Multiplier = Annotated[
     Decimal,
-    BeforeValidator(_no_bool),
+    BeforeValidator(_decimal),
     Field(ge=0, le=1_000, max_digits=10, decimal_places=6),
     AfterValidator(_plain),
 ]
 Percent = Annotated[
     Decimal,
-    BeforeValidator(_no_bool),
+    BeforeValidator(_decimal),
     Field(ge=0, le=100, max_digits=9, decimal_places=6),
     AfterValidator(_plain),
 ]
 Share = Annotated[
     Decimal,
-    BeforeValidator(_no_bool),
+    BeforeValidator(_decimal),
     Field(ge=0, le=1, max_digits=7, decimal_places=6),
     AfterValidator(_plain),
 ]
 Quantity = Annotated[
     Decimal,
-    BeforeValidator(_no_bool),
+    BeforeValidator(_decimal),
     Field(gt=0, le=10**12, max_digits=25, decimal_places=STORED_SCALE),
     AfterValidator(_plain),
 ]
 """In the unit of what is counted: CU, million tokens, requests."""
-Moment = Annotated[datetime, BeforeValidator(_date_is_midnight_utc), AfterValidator(_aware)]
+Moment = Annotated[datetime, BeforeValidator(_dated), AfterValidator(_aware)]
 """A date is midnight UTC."""
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from polar_billing.errors import AmountError
-from polar_billing.prices.rating import ChargeLine, Counts, Rating, charge_lines, rate_of
+from polar_billing.prices.rating import ChargeLine, Counts, Rating, charge_lines, rate_of, reason_beyond
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -79,7 +79,9 @@ def _rate(book: PriceBook, tenant: str, tier: str | None, counts: Counts, moment
     rate = rate_of(book, tenant, tier, moment)
     if isinstance(rate, str):
         return Rating(book.currency, unrated=rate)
-    return Rating(book.currency, charge_lines(counts, rate.entry, rate.multiplier))
+    lines = charge_lines(counts, rate.entry, rate.multiplier)
+    beyond = reason_beyond(sum(line.exact for line in lines), book)
+    return Rating(book.currency, lines) if beyond is None else Rating(book.currency, unrated=beyond)
 
 
 def _moments(book: PriceBook, tenant: str, at: datetime, until: datetime | None) -> list[datetime]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from polar_billing.values.money import (
     EXACT_SCALE,
+    STORED_MAX,
     STORED_SCALE,
     RoundedLines,
     from_scaled,
@@ -59,6 +60,7 @@ ITEMS: Final = {
     "requests": REQUESTS,
 }
 """By the key that period prices name them with; in the order of `PriceEntry.components`."""
+_MAX_EXACT: Final = STORED_MAX * 10 ** (EXACT_SCALE - STORED_SCALE)
 UNIT_PRICE_SCALE: Final = STORED_SCALE + 6
 """Decimals of price × multiplier."""
 
@@ -154,7 +156,8 @@ def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) 
         counterfactuals: False to leave them out, because a request waits for its receipt.
 
     Returns:
-        Charge lines, or a reason why the use is unrated: no price at that time, or none for that tier.
+        Charge lines, or a reason why the use is unrated: no price at that time, none for that tier, or a cost beyond
+        what the ledger holds.
     """
     charged_by = rate_of(book, record.tenant, record.tier, record.started_at)
     if isinstance(charged_by, str):
@@ -165,6 +168,8 @@ def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) 
         free = free_lines(counts, entry, str(record.outcome))
         return Rating(book.currency, lines=free, per_token_lines=_per_token(counts, entry, Decimal(0)))
     lines = charge_lines(counts, entry, charged_by.multiplier)
+    if (beyond := reason_beyond(sum(line.exact for line in lines), book)) is not None:
+        return Rating(book.currency, unrated=beyond)
     if not counterfactuals:
         return Rating(book.currency, lines)
     return Rating(
@@ -185,7 +190,18 @@ def cost_of(record: UsageRecord, book: PriceBook) -> tuple[Decimal | None, str |
         compute, tokens_input, tokens_output, request = _per_count(charged_by.entry.rates, charged_by.multiplier)
         tokens = record.tokens
         exact = record.flops.total * compute + tokens.input * tokens_input + tokens.output * tokens_output + request
+    if (beyond := reason_beyond(exact, book)) is not None:
+        return None, beyond
     return from_scaled(round_half_even(exact, EXACT_SCALE, STORED_SCALE), STORED_SCALE), None
+
+
+def reason_beyond(exact: int, book: PriceBook) -> str | None:
+    """Why a cost in units of 10^-30 cannot be stored; None where it can."""
+    if exact <= _MAX_EXACT:
+        return None
+    cost = from_scaled(round_half_even(exact, EXACT_SCALE, 0), 0)
+    limit = from_scaled(STORED_MAX, STORED_SCALE)
+    return f"price book {book.id!r} makes it cost {cost:f} {book.currency}, and a receipt holds at most {limit:f}"
 
 
 @lru_cache(maxsize=1024)

@@ -1,11 +1,14 @@
 """Receipts that can be proved: one request's cost, and its place in the hash chain of its tenant.
 
-A receipt is a small JSON object that the tenant keeps. `check_receipt` checks every value of it against the ledger, and
-walks the chain from it to the head; so the holder of a receipt notices if the ledger was rewritten. Knows no prices.
+A receipt is a small JSON object that the tenant keeps. `check_receipt` checks that it has exactly the fields of a
+receipt, checks every value against the ledger, and walks the chain from it to the head; so the holder of a receipt
+notices if the ledger was rewritten. Knows no prices.
 """
 
 from __future__ import annotations
 
+import reprlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import and_, select
@@ -28,6 +31,21 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "polar-receipt-1"
 _SUBJECT: Final = "usage"
+_IDENTITY: Final = ("tenant", "source", "request_id")
+_LOST_WITH_FACTS: Final = "compute_units"
+"""What a receipt says and a pruned ledger no longer knows."""
+_MAX_SHOWN: Final = 100
+"""Unit: characters."""
+
+
+@dataclass(frozen=True)
+class ReceiptCheck:
+    """What came of checking a receipt."""
+
+    wrong: str | None
+    """What does not agree with the ledger; None if nothing was found."""
+    unchecked: tuple[str, ...] = ()
+    """Fields that the ledger can no longer check, because retention deleted the facts."""
 
 
 def make_receipt(connection: Connection, tenant: str, request_id: str, *, source: str = "polar") -> dict[str, Any]:
@@ -42,7 +60,8 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
     Raises:
         QueryError: The ledger holds no such request of this tenant.
     """
-    known = find_known(connection, [(tenant, source, request_id)]).get((tenant, source, request_id))
+    identity = (tenant, source, request_id)
+    known = find_known(connection, [identity]).get(identity) if all(map(_can_be_stored, identity)) else None
     if known is None:
         raise QueryError(
             f"request {request_id!r} of tenant {tenant!r} and source {source!r} is not in the ledger.",
@@ -81,33 +100,81 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
     }
 
 
-def check_receipt(connection: Connection, receipt: Mapping[str, Any]) -> str | None:
-    """Check a receipt against the ledger.
+def check_receipt(connection: Connection, receipt: Mapping[str, Any]) -> ReceiptCheck:
+    """Check a receipt against the ledger: its fields, their values, and the chain from its link to the head.
 
-    Returns:
-        What does not agree, or None if all of it does.
+    Args:
+        connection: A transaction that sees one state of the ledger.
+        receipt: As read from JSON.
 
     Raises:
         QueryError: It is not a receipt.
     """
-    if receipt.get("format") != FORMAT or not isinstance(receipt.get("chain"), dict):
+    if receipt.get("format") != FORMAT:
         raise QueryError(
-            f"receipt format {receipt.get('format')!r} is not {FORMAT!r}.", hint="Use the output of `polar receipt`."
+            f"receipt format {_shown(receipt.get('format'))} is not {FORMAT!r}.",
+            hint="Use the output of `polar receipt`.",
         )
-    names = [receipt.get(name) for name in ("tenant", "request_id", "source")]
-    if not all(isinstance(name, str) for name in names):
-        raise QueryError("the receipt names no tenant, request and source.", hint="Use the output of `polar receipt`.")
-    tenant, request_id, source = map(str, names)
+    tenant, source, request_id = (_name(receipt, field) for field in _IDENTITY)
     try:
-        now = make_receipt(connection, tenant, request_id, source=source)
+        stored = make_receipt(connection, tenant, request_id, source=source)
     except QueryError:
-        return f"request {request_id!r} of tenant {tenant!r} is not in the ledger; it was deleted or never stored."
-    for name, value in receipt.items():
-        if name == "compute_units" and now[name] is None:
-            continue  # pruned: the facts are gone, the proof is not
-        if now.get(name) != value:
-            return f"{name} is {value!r} on the receipt and {now.get(name)!r} in the ledger."
-    return _wrong_from(connection, tenant, int(now["chain"]["number"]))
+        request = f"request {_shown(request_id)} of tenant {_shown(tenant)}"
+        return ReceiptCheck(f"{request} is not in the ledger; it was deleted or never stored.")
+    unchecked = _unchecked(receipt, stored)
+    wrong = _differing(receipt, {**stored, **{field: receipt[field] for field in unchecked}})
+    return ReceiptCheck(wrong or _wrong_from(connection, tenant, int(stored["chain"]["number"])), unchecked)
+
+
+def _name(receipt: Mapping[str, Any], field: str) -> str:
+    """One of the three texts that identify the request.
+
+    Raises:
+        QueryError: It is missing, or not a text that a database can be asked for.
+    """
+    value = receipt.get(field)
+    if not isinstance(value, str) or not _can_be_stored(value):
+        raise QueryError(
+            f"{field} of the receipt is {_shown(value)}, which names nothing.",
+            hint="Use the output of `polar receipt`.",
+        )
+    return value
+
+
+def _can_be_stored(text: str) -> bool:
+    """False for text that no ledger holds: with half of a surrogate pair, or with NUL."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\x00" not in text
+
+
+def _unchecked(receipt: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """The field that stays unchecked after pruning: the facts are gone, the proof is not."""
+    pruned = stored[_LOST_WITH_FACTS] is None and isinstance(receipt.get(_LOST_WITH_FACTS), str)
+    return (_LOST_WITH_FACTS,) if pruned else ()
+
+
+def _differing(receipt: Mapping[str, Any], stored: Mapping[str, Any], within: str = "") -> str | None:
+    """The first field that is missing, too many or of another value than in the ledger."""
+    for field, value in stored.items():
+        name = f"{within}{field}"
+        if field not in receipt:
+            return f"{name} is missing from the receipt; it is {value!r} in the ledger."
+        on_receipt = receipt[field]
+        if isinstance(value, dict) and isinstance(on_receipt, dict):
+            if (wrong := _differing(on_receipt, value, f"{name}.")) is not None:
+                return wrong
+        elif type(on_receipt) is not type(value) or on_receipt != value:
+            return f"{name} is {_shown(on_receipt)} on the receipt and {value!r} in the ledger."
+    extra = next((field for field in receipt if field not in stored), None)
+    return None if extra is None else f"{within}{_shown(extra)} is on the receipt, and no receipt has such a field."
+
+
+def _shown(value: object) -> str:
+    """A value of a receipt, which may be of any kind, size and depth, for one line."""
+    return repr(value) if isinstance(value, str) and len(value) <= _MAX_SHOWN else reprlib.repr(value)
 
 
 def _wrong_from(connection: Connection, tenant: str, number: int) -> str | None:

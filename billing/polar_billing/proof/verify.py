@@ -14,6 +14,7 @@ Whatever else follows from the ledger is recomputed as well: every issued statem
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import String, and_, cast, exists, func, select
@@ -21,7 +22,7 @@ from sqlalchemy import String, and_, cast, exists, func, select
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger.chain import FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
 from polar_billing.ledger.retention import pruned_totals
-from polar_billing.ledger.rollups import merge, raw_usage, stored_rollups, sum_up
+from polar_billing.ledger.rollups import merge, misfiled_rollups, raw_usage, stored_rollups, sum_up
 from polar_billing.ledger.schema import (
     CHAINED,
     entry_table,
@@ -270,10 +271,14 @@ def _unbalanced(connection: Connection) -> Iterator[Finding]:
 
 
 def _wrong_rollups(connection: Connection) -> Iterator[Finding]:
-    """Sums by hour that are not those of the usage they stand for."""
+    """Sums by hour that are not those of the usage they stand for, or stored under another id."""
     tenants = set(connection.execute(select(usage_table.c.tenant).distinct()).scalars())
     tenants |= set(connection.execute(select(rollup_table.c.tenant).distinct()).scalars())
     for tenant in sorted(tenants):
+        for key in islice(misfiled_rollups(connection, tenant), 1):
+            yield Finding(
+                tenant, None, f"the rollup of hour {key[1]} since 1970 is stored under another id than its own."
+            )
         stored = stored_rollups(connection, rollup_table.c.tenant == tenant)
         try:
             usage = sum_up(raw_usage(connection, usage_table.c.tenant == tenant))

@@ -25,6 +25,7 @@ from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import AmountError
+from polar_sdk.reading import Unreadable, parse_decimal, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -44,7 +45,10 @@ STORED_SCALE: Final = 12
 EXACT_SCALE: Final = 30
 """Decimals of an amount before rounding: 12 of the quantity + 12 of the price + 6 of the multiplier."""
 
-_INT64_MAX: Final = 2**63 - 1
+STORED_MAX: Final = 2**63 - 1
+"""The largest amount in the ledger. Unit: 10^-12 of the currency's major unit."""
+_MAX_SIZE: Final = 1_000
+"""Digits of an amount, before and after the point: far more than any sum has, and few enough to count at once."""
 _EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 """Moves the decimal point of any amount without rounding."""
 
@@ -67,13 +71,19 @@ def to_scaled(value: Decimal | int, decimals: int) -> int:
     """Count how many units of 10^-decimals a value is.
 
     Raises:
-        AmountError: The value is not finite, or has more decimals than that.
+        AmountError: The value is not finite, has more decimals than that, or is absurdly large.
     """
     number = Decimal(value)
     if not number.is_finite():
         raise AmountError(f"amount {value} is not finite.", hint="Use a finite number.")
+    if not number:
+        return 0  # whatever its exponent
     sign, digits, exponent = number.as_tuple()
     assert isinstance(exponent, int)  # finite
+    if len(digits) > _MAX_SIZE or number.adjusted() > _MAX_SIZE:
+        raise AmountError(f"amount {shown(str(number))} is too large to count.", hint="Use a smaller amount.")
+    if number.adjusted() < -decimals:
+        raise AmountError(f"amount {shown(str(number))} has more than {decimals} decimals.", hint="Round it first.")
     magnitude = int("".join(map(str, digits)) or "0")
     shift = exponent + decimals
     if shift >= 0:
@@ -85,18 +95,35 @@ def to_scaled(value: Decimal | int, decimals: int) -> int:
     return -scaled if sign else scaled
 
 
+def read_amount(text: str | int | Decimal) -> Decimal:
+    """A finite amount that somebody wrote, within the limits of `polar_sdk.reading`.
+
+    Raises:
+        AmountError: It is not such a number.
+    """
+    try:
+        amount = parse_decimal(text.strip() if isinstance(text, str) else text)
+    except Unreadable as error:
+        raise AmountError(f"amount {error}.", hint="Write it like 12.50.") from error
+    if not amount.is_finite():
+        raise AmountError(f"amount {amount} is not finite.", hint="Use a finite number.")
+    return amount
+
+
 def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:
     """Count the units of 10^-scale in an amount.
 
     Raises:
         AmountError: It is not finite, too fine or too large to be kept exactly.
     """
+    if value.is_finite() and not -_MAX_SIZE < value.adjusted() < _MAX_SIZE:
+        value = from_scaled(to_scaled(value, scale), scale)  # 0 of any exponent is 0; what else is so large is refused
     scaled = value.scaleb(scale, _EXACT) if value.is_finite() else value
     units = int(scaled) if scaled.is_finite() else None
     if units is None or units != scaled:
         units = to_scaled(value, scale)  # says what is wrong
-    if abs(units) > _INT64_MAX:
-        limit = from_scaled(_INT64_MAX, scale)
+    if abs(units) > STORED_MAX:
+        limit = from_scaled(STORED_MAX, scale)
         raise AmountError(f"amount {value:f} is beyond the ledger's limit of {limit:f}.", hint="Split it.")
     return units
 

@@ -57,7 +57,10 @@ class Period:
         if not (1 <= year < 9999 and 1 <= month <= 12):
             raise PeriodError(f"month {text!r} is not YYYY-MM.", hint="Write it like 2026-11.")
         following = date(year + month // 12, month % 12 + 1, 1)
-        return cls(_midnight(date(year, month, 1), zone), _midnight(following, zone), zone)
+        try:
+            return cls(_midnight(date(year, month, 1), zone), _midnight(following, zone), zone)
+        except OverflowError as error:
+            raise PeriodError(f"month {text!r} is outside the years 1 to 9999 in UTC.", hint="Use another.") from error
 
     @classmethod
     def between(cls, since: str | None, until: str | None, zone: str = "UTC") -> Period:
@@ -162,4 +165,11 @@ def _moment(text: str, zone: str) -> datetime:
         ) from error
     if value.tzinfo is None:
         value = value.replace(tzinfo=load_zone(zone))
-    return value.astimezone(UTC)
+    try:
+        utc = value.astimezone(UTC)
+        utc.astimezone(load_zone(zone))  # as headings say it
+        return utc
+    except OverflowError as error:
+        raise PeriodError(
+            f"date {text!r} is outside the years 1 to 9999 in UTC or {zone}.", hint="Use another year."
+        ) from error

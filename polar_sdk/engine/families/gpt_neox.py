@@ -1,4 +1,4 @@
-"""The GPT-NeoX family (Pythia): attention and feed-forward in parallel, and a rotary turn of part of each head."""
+"""The GPT-NeoX family (Pythia): attention and feed-forward in parallel, and a rotation of part of each head."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class GPTNeoXFamily(PlainFamily):
         return [rotary_table(rotary, length, dtype, device)]
 
     def project(self, x: Tensor, rotary: Rotary, w: Weights) -> Projected:
-        """Norm, fused projections, rotary turn of the first entries of queries and keys."""
+        """Norm, fused projections, rotation of the first entries of queries and keys."""
         query, key, value = super().project(x, rotary, w)
         return rotate(query, rotary), rotate(key, rotary), value
 

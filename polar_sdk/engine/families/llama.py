@@ -2,7 +2,7 @@
 
 Query, key and value projections are fused into one matrix, gate and up projections into another, so that a decode
 step makes four matrix products per layer instead of seven. Other families with a gated feed-forward build on this one
-and override what differs: `rms`, `before_turn`, `mlp`, and the weights they read.
+and override what differs: `rms`, `before_rotation`, `mlp`, and the weights they read.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ class LlamaFamily(Family):
         return [rotary_table(rotary, length, dtype, device)]
 
     def project(self, x: Tensor, rotary: Rotary, w: Weights) -> Projected:
-        """Norm, fused projections, one rotary turn of queries and keys together."""
+        """Norm, fused projections, one rotation of queries and keys together."""
         qkv = multiply(self.rms(x, w["attn_norm"]), w["qkv"])
         qkv = qkv.view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
-        turning = self.heads + self.kv_heads
-        turned = rotate(self.before_turn(qkv[:, :turning], w), rotary)
-        return turned[:, : self.heads], turned[:, self.heads :], qkv[:, turning:]
+        rotating = self.heads + self.kv_heads
+        rotated = rotate(self.before_rotation(qkv[:, :rotating], w), rotary)
+        return rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, rotating:]
 
     def finish(self, x: Tensor, mixed: Tensor, w: Weights) -> Tensor:
         """Output projection and feed-forward, each added to the residual stream."""
@@ -110,8 +110,8 @@ class LlamaFamily(Family):
         """The norm of this family, over the last axis."""
         return rms_norm(x, weight, self.eps)
 
-    def before_turn(self, heads: Tensor, w: Weights) -> Tensor:
-        """What happens to queries and keys (N, H + G, d) before their rotary turn: here nothing."""
+    def before_rotation(self, heads: Tensor, w: Weights) -> Tensor:
+        """What happens to queries and keys (N, H + G, d) before their rotation: here nothing."""
         return heads
 
     def mlp(self, x: Tensor, w: Weights) -> Tensor:

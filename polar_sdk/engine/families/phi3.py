@@ -1,4 +1,4 @@
-"""The Phi-3 family: Llama with fused matrices, a sliding window, and a rotary turn of part of each head."""
+"""The Phi-3 family: Llama with fused matrices, a sliding window, and a rotation of part of each head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Qwen 3 family: Qwen 2 with a norm on every query and key head before its rotary turn."""
+"""The Qwen 3 family: Qwen 2 with a norm on every query and key head before its rotation."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ class Qwen3Family(Qwen2Family):
         norms = fuse_head_norms(attention.q_norm, attention.k_norm, self.heads, self.kv_heads)
         return {**super().take_layer(index, layer), "head_norms": norms}
 
-    def before_turn(self, heads: Tensor, w: Weights) -> Tensor:
+    def before_rotation(self, heads: Tensor, w: Weights) -> Tensor:
         """Norm over each head."""
         return self.rms(heads, w["head_norms"])

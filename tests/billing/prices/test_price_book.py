@@ -79,7 +79,7 @@ def test_prices_keep_their_digits_under_any_decimal_context() -> None:
         ),
         (
             HEAD + ENTRY.replace("0.5", '"half"'),
-            "prices[0].per_compute_unit = 'half': input should be a valid decimal",
+            "prices[0].per_compute_unit = 'half': 'half' is not a number",
         ),
         (HEAD + ENTRY.replace("0.5", "0.0000000000001"), "prices[0].per_compute_unit = '1E-13'"),
         (HEAD + ENTRY.replace("standard = 1", "standard = -1"), "prices[0].tiers.standard = '-1'"),

@@ -15,12 +15,13 @@ import pytest
 
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
+from polar_billing.errors import QueryError
 from polar_billing.ledger.chain import Head
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter
-from polar_billing.proof.receipts import check_receipt, make_receipt
+from polar_billing.proof.receipts import ReceiptCheck, check_receipt, make_receipt
 from polar_billing.proof.verify import Verification, check_head, verify_ledger
 from polar_billing.statements.credit_notes import credit_note
 from polar_billing.statements.issue import issue_statement
@@ -155,23 +156,98 @@ def test_a_wrong_rollup_is_found(copy: Path) -> None:
     assert "rollup" in finding.what
 
 
+def test_rollups_that_traded_ids_are_found_before_usage_is_added_to_them(copy: Path) -> None:
+    with Stranger(copy) as connection:
+        ids = dict(connection.execute("SELECT tenant, id FROM polar_usage_hour").fetchall())
+        for tenant, id_ in (("acme", b"x" * 32), ("globex", ids["acme"]), ("acme", ids["globex"])):
+            old = ids[tenant] if id_ != ids["globex"] else b"x" * 32
+            connection.execute("UPDATE polar_usage_hour SET id = ? WHERE id = ?", (id_, old))
+    findings = verified(copy).findings
+    assert [finding.tenant for finding in findings] == ["acme", "globex"]
+    assert all("under another id than its own" in finding.what for finding in findings)
+
+
 @pytest.fixture
 def receipt(copy: Path) -> Iterator[dict[str, Any]]:
     with Ledger(str(copy)) as ledger, ledger.snapshot() as connection:
         yield json.loads(json.dumps(make_receipt(connection, "globex", "r5")))
 
 
-def told(file: Path, receipt: dict[str, Any]) -> str | None:
+def checked(file: Path, receipt: dict[str, Any]) -> ReceiptCheck:
     with Ledger(str(file)) as ledger, ledger.snapshot() as connection:
         return check_receipt(connection, receipt)
 
 
-def test_a_receipt_agrees_with_its_ledger_also_after_pruning(copy: Path, receipt: dict[str, Any]) -> None:
-    assert told(copy, receipt) is None
-    with Ledger(str(copy)) as ledger, ledger.transaction() as connection:
+def told(file: Path, receipt: dict[str, Any]) -> str | None:
+    return checked(file, receipt).wrong
+
+
+def prune_all(file: Path) -> None:
+    with Ledger(str(file)) as ledger, ledger.transaction() as connection:
         assert prune(connection, "globex", NOON + timedelta(days=30)).requests == REQUESTS // 2
-    assert told(copy, receipt) is None
+
+
+def test_a_receipt_agrees_with_its_ledger_also_after_pruning(copy: Path, receipt: dict[str, Any]) -> None:
+    assert checked(copy, receipt) == ReceiptCheck(None)
+    prune_all(copy)
+    assert checked(copy, receipt) == ReceiptCheck(None, ("compute_units",))
     assert verified(copy).findings == []
+
+
+def test_after_pruning_compute_units_are_said_to_be_unchecked(copy: Path, receipt: dict[str, Any]) -> None:
+    prune_all(copy)
+    assert checked(copy, {**receipt, "compute_units": "9"}) == ReceiptCheck(None, ("compute_units",))
+    assert "compute_units is 9 on the receipt" in str(told(copy, {**receipt, "compute_units": 9}))
+    without = {name: value for name, value in receipt.items() if name != "compute_units"}
+    assert "compute_units is missing from the receipt" in str(told(copy, without))
+    with Ledger(str(copy)) as ledger, ledger.snapshot() as connection:
+        later = make_receipt(connection, "globex", "r5")
+    assert later["compute_units"] is None
+    assert checked(copy, later) == ReceiptCheck(None)  # it says nothing of compute units, and so does the ledger
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_receipt_has_every_field_and_no_other(copy: Path, receipt: dict[str, Any], pruned: bool) -> None:
+    if pruned:
+        prune_all(copy)
+    named = {"format", "tenant", "source", "request_id"}  # without these it is not a receipt
+    for field in receipt.keys() - named:
+        without = {name: value for name, value in receipt.items() if name != field}
+        assert str(told(copy, without)).startswith(f"{field} is missing from the receipt"), field
+        if receipt[field] is not None and not (pruned and field == "compute_units"):
+            assert str(told(copy, {**receipt, field: None})).startswith(f"{field} is None on the receipt"), field
+        assert f"{field} is " in str(told(copy, {**receipt, field: [receipt[field]]})), field
+    for field in named:
+        for wrong in ({**receipt, field: None}, {name: value for name, value in receipt.items() if name != field}):
+            with pytest.raises(QueryError, match=field):
+                told(copy, wrong)
+    chain = receipt["chain"]
+    for field in chain:
+        without = {name: value for name, value in chain.items() if name != field}
+        assert f"chain.{field} is missing from the receipt" in str(told(copy, {**receipt, "chain": without}))
+        assert f"chain.{field} is None" in str(told(copy, {**receipt, "chain": {**chain, field: None}}))
+    assert "'discount' is on the receipt" in str(told(copy, {**receipt, "discount": None}))
+    assert "chain.'more' is on the receipt" in str(told(copy, {**receipt, "chain": {**chain, "more": 1}}))
+    assert "chain.number" in str(told(copy, {**receipt, "chain": {**chain, "number": float(chain["number"])}}))
+
+
+def test_whatever_a_receipt_holds_is_told_in_one_short_line(copy: Path, receipt: dict[str, Any]) -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for value in (nested, {"a": nested}, "\ud800", "x" * 10**6, 10**4000, float("nan"), "\x00", b"\xff"):
+        for field in receipt:
+            try:
+                said = str(told(copy, {**receipt, field: value}))
+            except QueryError as error:
+                said = str(error)
+            assert said != "None", field
+            assert len(said.encode()) < 500, field
+            assert "\n" not in said
+        assert len(str(told(copy, {**receipt, "chain": {**receipt["chain"], "number": value}}))) < 500
+        assert told(copy, {**receipt, "more": value}) is not None
+    with Ledger(str(copy)) as ledger, ledger.snapshot() as connection, pytest.raises(QueryError, match="not in the"):
+        make_receipt(connection, "\ud800", "r5")
 
 
 def test_every_value_of_a_receipt_is_checked(copy: Path, receipt: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Statistics: exact where exactness is claimed, checked against fractions and published values."""
+"""Statistics: exact where exactness is claimed, checked against fractions, scipy and published values."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from math import comb
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import beta, binom, binomtest
 
 from polar_sdk.router.exact_tests import (
+    _upper_share,
     binomial_cdf,
     least_paired_prompts,
     least_prompts,
@@ -26,6 +28,34 @@ def test_binomial_tail_is_the_exact_sum(n: int, k: int, percent: int) -> None:
     p = Fraction(percent, 100)
     exact = sum(comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(min(k, n) + 1))
     assert binomial_cdf(k, n, percent / 100) == pytest.approx(float(exact), rel=1e-9, abs=1e-12)
+
+
+class TestAgainstScipy:
+    """The run-time code needs no scipy; these hold it to scipy's answers for sizes that calibration has."""
+
+    @given(n=st.integers(1, 5_000), data=st.data(), p=st.floats(0.001, 0.999))
+    def test_binomial_tail(self, n: int, data: st.DataObject, p: float) -> None:
+        k = data.draw(st.integers(0, n))
+        assert binomial_cdf(k, n, p) == pytest.approx(binom.cdf(k, n, p), rel=1e-6, abs=1e-9)
+
+    @given(n=st.integers(1, 3_000), data=st.data(), level=st.floats(0.001, 0.4))
+    def test_upper_limit_of_clopper_and_pearson(self, n: int, data: st.DataObject, level: float) -> None:
+        k = data.draw(st.integers(0, n - 1))
+        assert _upper_share(k, n, level) == pytest.approx(beta.ppf(1 - level, k + 1, n - k), rel=1e-6)
+
+    @given(n=st.integers(1, 3_000), data=st.data())
+    def test_interval_of_wilson(self, n: int, data: st.DataObject) -> None:
+        k = data.draw(st.integers(0, n))
+        expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
+        assert wilson(k, n)[1:] == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-9)
+
+    @given(only_first=st.integers(0, 150), only_second=st.integers(0, 150))
+    def test_mcnemar(self, only_first: int, only_second: int) -> None:
+        first = [True] * only_first + [False] * only_second + [True]
+        second = [False] * only_first + [True] * only_second + [True]
+        split = only_first + only_second
+        expected = binomtest(only_first, split).pvalue if split else 1.0
+        assert mcnemar(first, second) == pytest.approx(expected, rel=1e-9)
 
 
 def test_known_allowances_of_500_prompts() -> None:

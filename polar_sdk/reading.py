@@ -1,0 +1,221 @@
+"""The one front of every reader of JSON, TOML and decimal text: parsed within limits, or refused with a reason.
+
+Files come from strangers, and a parser alone answers a bomb with RecursionError, MemoryError or minutes of CPU. Here a
+text is measured before it is parsed: its bytes, how deep it nests, how many digits its numbers have, and how many parts
+its dotted keys have. What is beyond a limit or does not parse raises `Unreadable`, whose text says what was found and
+what the limit is, without a full stop; a reader turns it into its own error, which names the file and the fix.
+
+Knows no file of the project, and only the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Final
+
+MAX_BYTES: Final = 16 * 2**20
+"""Of a JSON file, unless its reader says otherwise."""
+MAX_TOML_BYTES: Final = 2 * 2**20
+MAX_DEPTH: Final = 64
+"""Of lists and mappings in each other."""
+MAX_DIGITS: Final = 100
+"""Of a number."""
+MAX_EXPONENT: Final = 100
+"""Of a decimal number, in both directions."""
+MAX_KEY_PARTS: Final = 16
+"""Of a dotted key in TOML."""
+_MAX_SHOWN: Final = 60
+"""Characters of a value in a message."""
+
+_JSON_TOKEN: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
+"""A string, whole or to the end of the text, or a bracket. Possessive, so that no text is read twice."""
+_TOML_TOKEN: Final = re.compile(
+    r'"""(?:[^"\\]++|\\.|"(?!""))*+(?:"{3,5})?'
+    r"|'''(?:[^']++|'(?!''))*+(?:'{3,5})?"
+    r'|"(?:[^"\\\n]++|\\.)*+"?'
+    r"|'[^'\n]*+'?"
+    r"|#[^\n]*+"
+    r"|[\[{]|[\]}]|\.|[A-Za-z0-9_+-]++|[ \t]++|[^\s]|\s",
+    re.DOTALL,
+)
+_TOML_DIGITS: Final = re.compile(rf"[0-9A-Fa-f_]{{{MAX_DIGITS + 1},}}")
+
+
+class Unreadable(ValueError):  # noqa: N818  (never leaves a reader; what does is the reader's own error)
+    """A text is beyond a limit or does not parse; the message says what and which limit."""
+
+
+def shown(value: object) -> str:
+    """A value for a message: its `repr`, cut off where it is long, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits has no text
+        return f"a value of type {type(value).__name__} that is too long to show"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """The content of a file that is not too large.
+
+    Raises:
+        OSError: It cannot be read.
+        Unreadable: It is larger, or its path is no path.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(max_bytes + 1)  # also where the size is not known before: a pipe, /dev/zero
+    except ValueError as error:  # a null character in the path
+        raise Unreadable(f"the path is not valid ({error})") from error
+    check_size(content, max_bytes)
+    return content
+
+
+def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
+    """The content of a UTF-8 file that is not too large.
+
+    Raises:
+        OSError: It cannot be read.
+        Unreadable: It is larger, or not UTF-8.
+    """
+    return _text(read_bytes(path, max_bytes))
+
+
+def check_size(content: bytes | str, max_bytes: int) -> None:
+    """Refuse what is too large.
+
+    Raises:
+        Unreadable: It is.
+    """
+    if len(content) > max_bytes:
+        raise Unreadable(f"larger than the {max_bytes:,} bytes that are read")
+
+
+def parse_json(content: bytes | str, *, max_bytes: int = MAX_BYTES) -> Any:
+    """The value of a JSON text; `NaN` and `Infinity` count as numbers, as Python writes them.
+
+    Raises:
+        Unreadable: It is not JSON or beyond a limit.
+    """
+    check_size(content, max_bytes)
+    text = _text(content)
+    if text.count("[") + text.count("{") > MAX_DEPTH:  # otherwise it cannot nest too deeply
+        _check_depth(text)
+    try:
+        return json.loads(text, parse_int=_integer, parse_float=_float)
+    except json.JSONDecodeError as error:
+        raise Unreadable(f"not valid JSON (line {error.lineno}: {error.msg})") from error
+    except RecursionError as error:  # called from deep within another program
+        raise Unreadable("nested too deeply for what is left of the stack") from error
+
+
+def parse_object(content: bytes | str, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The mapping that a JSON text holds.
+
+    Raises:
+        Unreadable: It is not JSON, not an object, or beyond a limit.
+    """
+    value = parse_json(content, max_bytes=max_bytes)
+    if not isinstance(value, dict):
+        raise Unreadable("not a JSON object")
+    return value
+
+
+def parse_toml(text: str, *, max_bytes: int = MAX_TOML_BYTES) -> dict[str, Any]:
+    """The mapping of a TOML text; numbers with a point or an exponent are `Decimal`.
+
+    Raises:
+        Unreadable: It is not TOML or beyond a limit.
+    """
+    check_size(text, max_bytes)
+    _check_toml(text)
+    try:
+        return tomllib.loads(text, parse_float=parse_decimal)
+    except Unreadable:
+        raise
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise Unreadable(f"not valid TOML: {error}") from error
+
+
+def parse_decimal(value: str | int | Decimal) -> Decimal:
+    """A decimal number whose digits and exponent are limited; nan and infinity are for the caller to judge.
+
+    Without the limits, `int()` or a fixed notation of `0e999999999` takes minutes and gigabytes.
+
+    Raises:
+        Unreadable: It is not a number, or beyond a limit.
+    """
+    if isinstance(value, str) and len(value) > 2 * MAX_DIGITS:
+        raise Unreadable(f"number {shown(value)} has {len(value):,} characters; at most {2 * MAX_DIGITS} are read")
+    if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
+        raise Unreadable(f"number {shown(value)} has more than {MAX_DIGITS} digits")
+    try:
+        number = Decimal(value)
+    except (InvalidOperation, ValueError, TypeError) as error:
+        raise Unreadable(f"{shown(value)} is not a number") from error
+    _, digits, exponent = number.as_tuple()
+    if isinstance(exponent, int) and (len(digits) > MAX_DIGITS or abs(exponent) > MAX_EXPONENT):
+        raise Unreadable(
+            f"number {shown(str(number))} has too many digits or too large an exponent; "
+            f"at most {MAX_DIGITS} digits and an exponent from -{MAX_EXPONENT} to {MAX_EXPONENT} are read"
+        )
+    return number
+
+
+def _text(content: bytes | str) -> str:
+    if isinstance(content, str):
+        return content
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"not UTF-8 text (byte {error.start})") from error
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for token in _JSON_TOKEN.finditer(text):
+        first = text[token.start()]
+        depth = _deeper(depth, first)
+
+
+def _deeper(depth: int, bracket: str) -> int:
+    if bracket in "[{":
+        if depth == MAX_DEPTH:
+            raise Unreadable(f"nested more than {MAX_DEPTH} levels deep")
+        return depth + 1
+    return depth - 1 if bracket in "]}" else depth
+
+
+def _check_toml(text: str) -> None:
+    """Depth, parts of dotted keys and digits, looked at before the parser does."""
+    depth = parts = 0
+    for token in _TOML_TOKEN.finditer(text):
+        word = token.group()
+        first = word[0]
+        depth = _deeper(depth, first)
+        if first == ".":
+            parts += 1
+            if parts >= MAX_KEY_PARTS:
+                raise Unreadable(f"a dotted key has more than {MAX_KEY_PARTS} parts")
+        elif first in "=,[]{}\n#":
+            parts = 0
+        if len(word) > MAX_DIGITS and first not in "\"'#" and _TOML_DIGITS.search(word):
+            raise Unreadable(f"number {shown(word)} has more than {MAX_DIGITS} digits")
+
+
+def _integer(digits: str) -> int:
+    _check_digits(digits)
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    _check_digits(digits)
+    return float(digits)
+
+
+def _check_digits(digits: str) -> None:
+    if len(digits) > MAX_DIGITS:
+        raise Unreadable(f"number {shown(digits)} has {len(digits):,} digits; at most {MAX_DIGITS} are read")
