@@ -239,7 +239,7 @@ class TestStream:
         next(stream)
         with pytest.raises(KeyError, match="mine"):
             stream.throw(KeyError("mine"))
-        assert [(record.outcome, record.error) for record in records.records] == [("error", "KeyError")]
+        assert [(record.outcome, record.error) for record in records.records] == [("cancelled", None)]
 
     def test_a_generator_exit_thrown_into_it_closes_it(self, tiny: PolarModel, records: ListSink) -> None:
         stream = tiny.stream("hello", max_tokens=LONG)
