@@ -22,7 +22,7 @@ from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Sequence
 
     from torch import Tensor
 
@@ -343,7 +343,7 @@ class TestCancelledOften:
             async for _ in model.astream(prompt, max_tokens=LONG, logits_hook=gate):
                 pass
 
-        calls = {
+        calls: dict[str, Callable[[], Coroutine[object, object, object]]] = {
             "generate": lambda: model.agenerate(prompt, max_tokens=LONG, logits_hook=gate),
             "stream": consume,
             "batch": lambda: model.agenerate_batch([prompt, "b"], max_tokens=LONG, logits_hook=gate),
@@ -385,7 +385,7 @@ def test_a_stream_whose_loop_is_gone_ends_and_is_recorded(prompt: str) -> None:
     model = tiny_model(sink=sink)
     loop = asyncio.new_event_loop()
     chunks = model.astream(prompt, max_tokens=LONG)
-    loop.run_until_complete(anext(chunks))  # type: ignore[arg-type]
+    loop.run_until_complete(anext(chunks))
     (producer,) = [thread for thread in threading.enumerate() if thread.name == "polar-stream"]
     loop.close()
     del chunks
