@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 from polar_sdk.models.export import export
 from polar_sdk.models.load import adopt, load_pretrained
 from polar_sdk.programs.program import Program
+from polar_sdk.request.encoder import PromptEncoder
 from polar_sdk.request.generation import Chunk, Generation, answer, stream
-from polar_sdk.request.maker import PromptEncoder, RequestMaker
+from polar_sdk.request.maker import RequestMaker
 from polar_sdk.request.options import ending_on, split_loading
 from polar_sdk.request.scores import hidden_states, loglikelihoods
 from polar_sdk.router.base import fixed_router

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -29,6 +30,8 @@ FLOPS_PER_COMPUTE_UNIT = 10**12
 
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+_CONTROL: Final = frozenset({"Cc", "Cf", "Zl", "Zp"})
+"""Unicode categories: control, format, line separator, paragraph separator."""
 Receipt = Mapping[str, Any]
 """What a sink returns, JSON-like: `cost` (exact decimal as text), `currency`, `cost_details`, … The engine passes it on
 unread; it may be empty where the sink prices nothing."""
@@ -261,6 +264,27 @@ class ListSink(UsageSink):
     def emit(self, record: UsageRecord) -> None:
         """Append the record."""
         self.records.append(record)
+
+
+def flaw_of_name(name: str) -> str | None:
+    """What makes a text unfit to name a tenant, a tag or a request, in words; None if nothing does.
+
+    A name that only looks like another one would be charged apart from it, or be mistaken for it.
+    """
+    if name != name.strip():
+        return "begins or ends with white space"
+    return flaw_of_text(name)
+
+
+def flaw_of_text(text: str) -> str | None:
+    """The first control character of a text, in words; None if there is none.
+
+    Control characters include line breaks, invisible characters and those that turn the direction of writing.
+    """
+    for character in text:
+        if unicodedata.category(character) in _CONTROL:
+            return f"contains the control character U+{ord(character):04X}"
+    return None
 
 
 def new_request_id() -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from langchain_polar.errors import langchain_errors
+from polar_sdk.usage import flaw_of_name, flaw_of_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")
 """Prefixes of metadata that frameworks add themselves: run bookkeeping, of no use on a bill."""
 _FRAMEWORK_TAGS: Final = ("seq:step:", "map:key:", "branch:", "condition:", "graph:step:")
+_SCALAR: Final = (str, int, float, bool)
 MAX_LABEL_LENGTH: Final = 200
 """Longer metadata values are payload, not labels. Unit: characters."""
 
@@ -49,12 +51,14 @@ class Caller:
     ) -> Caller:
         """Read the parts of a LangChain config.
 
-        The metadata key `tenant` is the tenant; other short scalar values become tags under their own key;
-        LangChain's tags become one tag, `langchain_tags`, joined by commas.
+        The metadata key `tenant` is the tenant; other short scalar values without control characters become tags under
+        their own key; LangChain's tags become one tag, `langchain_tags`, joined by commas.
         """
+        named = (metadata or {}).get("tenant")
+        tenant = str(named) if isinstance(named, _SCALAR) and named != "" else None  # the engine checks it
         labels = {key: str(value) for key, value in (metadata or {}).items() if _is_label(key, value)}
-        tenant = labels.pop("tenant", None)
-        if names := [tag for tag in tags or () if not tag.startswith(_FRAMEWORK_TAGS)]:
+        labels.pop("tenant", None)
+        if names := [tag for tag in tags or () if not tag.startswith(_FRAMEWORK_TAGS) and flaw_of_text(tag) is None]:
             labels["langchain_tags"] = ",".join(dict.fromkeys(names))
         return cls(tenant, labels, None if run_id is None else str(run_id))
 
@@ -76,9 +80,10 @@ class Caller:
 
 
 def _is_label(key: str, value: object) -> bool:
-    if key.startswith(_FRAMEWORK_KEYS) or not isinstance(value, str | int | float | bool):
+    if key.startswith(_FRAMEWORK_KEYS) or flaw_of_name(key) is not None or not isinstance(value, _SCALAR):
         return False
-    return len(str(value).strip()) > 0 and len(str(value)) <= MAX_LABEL_LENGTH
+    text = str(value)
+    return len(text.strip()) > 0 and len(text) <= MAX_LABEL_LENGTH and flaw_of_text(text) is None
 
 
 @dataclass(frozen=True)

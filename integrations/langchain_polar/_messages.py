@@ -17,6 +17,7 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks import cost_facts
+from polar_sdk.request.names import check_name, check_tags
 from polar_sdk.usage import Outcome, UsageRecord, new_request_id
 
 if TYPE_CHECKING:
@@ -150,12 +151,15 @@ def cached_record(metadata: Mapping[str, Any], caller: Caller, tenant: str) -> U
         metadata: Response metadata of the cached answer.
         caller: Who got it this time.
         tenant: Used where the caller names none.
+
+    Raises:
+        TagError: A name that no request can have.
     """
     origin: Mapping[str, Any] = metadata.get("polar") or {}
     return UsageRecord(
-        request_id=caller.request_id or new_request_id(),
-        tenant=caller.tenant or tenant,
-        tags=dict(caller.tags),
+        request_id=check_name("request_id", caller.request_id or new_request_id()),
+        tenant=check_name("tenant", caller.tenant or tenant),
+        tags=dict(check_tags(caller.tags)),
         model=metadata.get("model_name") or _UNKNOWN,
         model_fingerprint=origin.get("model_fingerprint") or _UNKNOWN,
         router=origin.get("router") or _UNKNOWN,

@@ -42,7 +42,7 @@ class PolarLLM(PolarBase, BaseLLM):
 
     template: Literal["auto", "chat", "raw"] = "auto"
     """`auto`: the prompt becomes a user's message if the model has a chat template; `raw`: it is completed as it is,
-    special tokens in it recognised, none added. Per call."""
+    special tokens in it recognised. Per call."""
 
     per_call: ClassVar[frozenset[str]] = PolarBase.per_call | {"template"}
 

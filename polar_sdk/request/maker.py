@@ -1,28 +1,26 @@
-"""From what a caller asks to what the engine runs: prompt to tokens, tier to program, and every check before compute.
+"""From what a caller asks to what the engine runs: tier to program, and every check before compute.
 
-Knows a tokenizer with its chat template, a policy and a cost model; runs nothing but a router. A request that gets past
-here can be served.
+Knows an encoder of prompts, a policy and a cost model; runs nothing but a router. A request that gets past here can be
+served.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, ToleranceError
 from polar_sdk.programs.program import Program
+from polar_sdk.request.names import check_name, check_tags
 from polar_sdk.request.options import (
     RequestOptions,
     check_cancel,
     check_hook,
     check_logprobs,
-    check_name,
     check_stops,
-    check_tags,
     check_timeout,
     or_default,
     override,
@@ -34,95 +32,16 @@ from polar_sdk.serving.request import Request
 from polar_sdk.usage import new_request_id
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from collections.abc import Mapping, Sequence
 
     from polar_sdk.engine.route import Route
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.policy import Policy
-    from polar_sdk.request.options import Prompt, Template
+    from polar_sdk.request.encoder import PromptEncoder
+    from polar_sdk.request.options import Prompt
     from polar_sdk.router.base import Router
 
 _DEFAULT_MAX_TOKENS = 256
-
-
-class PromptEncoder:
-    """Encodes texts and chat messages for one tokenizer and its chat template."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-
-    @property
-    def has_chat_template(self) -> bool:
-        """True where messages can be rendered."""
-        return getattr(self.tokenizer, "chat_template", None) is not None
-
-    def plain(self, text: str) -> list[int]:
-        """Token ids of a text, no template, no special tokens."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def encode(self, prompt: str | Sequence[Mapping[str, str]], template: Template = "auto") -> list[int]:
-        """Token ids of a prompt.
-
-        Args:
-            prompt: A text, or chat messages.
-            template: See `RequestOptions`.
-
-        Raises:
-            EmptyPromptError: The prompt holds no text.
-            InvalidRequestError: A template that the model lacks, a message without role or content, or broken Unicode.
-        """
-        if template not in ("auto", "chat", "raw"):
-            raise InvalidRequestError(f"template {template!r} is unknown; use auto, chat or raw.")
-        try:
-            if isinstance(prompt, str):
-                return self._text(prompt, template)
-            untyped: Any = prompt
-            if isinstance(untyped, bytes) or not isinstance(untyped, Sequence):
-                raise InvalidRequestError(
-                    f"the prompt is of type {type(prompt).__name__}; pass a text or a list of messages."
-                )
-            return self._chat(prompt, template)
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"the prompt contains a lone surrogate at character {error.start}; pass valid Unicode text."
-            ) from error
-
-    def _text(self, text: str, template: Template) -> list[int]:
-        text.encode()  # the tokenizer's own error for broken Unicode names nothing
-        if not text.strip():
-            raise EmptyPromptError(f"the prompt is empty ({len(text)} blank characters); give it some text.")
-        if template == "chat" or (template == "auto" and self.has_chat_template):
-            return self._render([{"role": "user", "content": text}])
-        # `raw`: the caller has placed every special token; otherwise the tokenizer adds its own.
-        return list(self.tokenizer.encode(text, add_special_tokens=template != "raw"))
-
-    def _chat(self, messages: Sequence[Mapping[str, str]], template: Template) -> list[int]:
-        if template == "raw":
-            raise InvalidRequestError("template 'raw' takes a text, not messages; render them first.")
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise InvalidRequestError(f"message {index} is {message!r}; each needs the keys 'role' and 'content'.")
-            for key in ("role", "content"):
-                if not isinstance(message[key], str):
-                    raise InvalidRequestError(
-                        f"message {index} has the {key} {message[key]!r}; it must be text: join its parts first."
-                    )
-                message[key].encode()
-        if not any(message["content"].strip() for message in messages):
-            raise EmptyPromptError(f"the prompt is empty ({len(messages)} messages without text); give it some text.")
-        return self._render(messages)
-
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        if not self.has_chat_template:
-            raise InvalidRequestError("this model has no chat template; pass a text with template='raw'.")
-        from jinja2 import TemplateError
-
-        plain: list[Any] = [dict(message) for message in messages]
-        try:
-            rendered = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise InvalidRequestError(f"the model's chat template refuses these messages: {error}.") from error
-        return list(self.tokenizer.encode(str(rendered), add_special_tokens=False))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from polar_sdk.engine.sampling import MAX_ALTERNATIVES
-from polar_sdk.errors import InvalidRequestError, SamplingError, TagError, did_you_mean
+from polar_sdk.errors import InvalidRequestError, SamplingError, did_you_mean
 from polar_sdk.models.load import LoadOptions
+from polar_sdk.request.names import check_tags
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +28,6 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 Template = Literal["auto", "chat", "raw"]
 T = TypeVar("T")
-MAX_NAME_LENGTH = 200
-"""What a usage record stores. Unit: characters."""
 _BATCH_OPTIONS = frozenset({"cancel", "timeout"})
 """Options that end a batch as a whole."""
 
@@ -57,7 +56,8 @@ class RequestOptions(TypedDict, total=False):
 
     template: Template
     """`auto`: a plain text becomes one user message if the model has a chat template; `chat`: it must have one;
-    `raw`: the text as it is, special tokens in it recognised, none added."""
+    `raw`: the text as it is, special tokens in it recognised; only the beginning token is added, where the tokenizer
+    does so by default and the text has none. In `auto` and `chat`, special tokens in a text or message stay text."""
     compute: str | float | None
     """Tier: economy, standard, premium or exact; or a tolerance that a certified router promises, such as 0.05: the
     largest share of answers that may differ from identity's. None = the default tier."""
@@ -78,6 +78,7 @@ class RequestOptions(TypedDict, total=False):
     """Report the log-probability of each sampled token and of the N likeliest ones, N from 0 to 20, by the logits after
     the hook and before temperature, top-k and top-p; None = report none."""
     tenant: str | None
+    """Who is billed. Names of tenants, tags and requests have no white space around them and no control characters."""
     tags: Mapping[str, str] | None
     """They override the tags of the model object, name by name."""
     request_id: str | None
@@ -142,34 +143,6 @@ def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if "" in stops:
         raise InvalidRequestError("a stop string is empty, so every answer would end at once; remove it.")
     return stops
-
-
-def check_name(what: str, value: str) -> str:
-    """A tenant, a request id or the name of a tag: short text, not blank."""
-    _storable(what, value)
-    if not value.strip() or len(value) > MAX_NAME_LENGTH:
-        raise TagError(
-            f"{what} {value[:40]!r} has {len(value)} characters; use 1 to {MAX_NAME_LENGTH}, not only blanks."
-        )
-    return value
-
-
-def check_tags(tags: Mapping[str, str]) -> Mapping[str, str]:
-    """Tags whose names and values a usage record can hold."""
-    if not isinstance(tags, Mapping):
-        raise TagError(f"tags is {tags!r}; pass a mapping of text to text.")
-    for key, value in tags.items():
-        check_name("tag", key)
-        _storable(f"the value of tag {key!r}", value)
-    return tags
-
-
-def _storable(what: str, value: str) -> None:
-    """Refuse before compute what no usage record or ledger can store; later, the work would go unmetered."""
-    if not isinstance(value, str):
-        raise TagError(f"{what} is {value!r}, which is not text; use str().")
-    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise TagError(f"{what} {value[:40]!r} contains a null character or a lone surrogate; pass valid Unicode text.")
 
 
 def check_cancel(cancel: Cancel | None) -> Cancel | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.program import Program
-    from polar_sdk.request.maker import PromptEncoder
+    from polar_sdk.request.encoder import PromptEncoder
     from polar_sdk.request.options import Prompt, Template
 
 

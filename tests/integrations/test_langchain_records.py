@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import get_usage_metadata_callback
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.output_parsers import StrOutputParser
@@ -14,6 +15,7 @@ from langchain_core.prompts import ChatPromptTemplate
 
 from langchain_polar import ChatPolar, PolarLLM
 from polar_sdk import ListSink
+from polar_sdk.errors import TagError
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -52,6 +54,23 @@ async def test_config_reaches_the_record(kind: Any, engine: PolarModel, sink: Li
     assert record.tenant == "acme"
     assert record.request_id == str(RUN)
     assert record.tags == {"app": "shop", "team": "search", "depth": "3", "langchain_tags": "nightly"}
+
+
+@BOTH
+def test_a_tenant_is_refused_and_a_label_left_out_if_it_cannot_be_a_name(
+    kind: Any, engine: PolarModel, sink: ListSink
+) -> None:
+    model = kind(engine=engine, max_tokens=1, cache=InMemoryCache())
+    labels = {"team": "a\x1b[2J", "\u202eteam": "b", "app": "shop"}
+    for _ in ("computed", "cached"):
+        for tenant in (" acme", "acme\u00a0", "ac\u200bme", " ", "x" * 201):
+            with pytest.raises(TagError, match="tenant"):
+                model.invoke("Hello", config={"metadata": {"tenant": tenant}})
+            assert not sink.records
+        model.invoke("Hello", config={"metadata": {"tenant": "acme", **labels}, "tags": ["nightly", "a\nb"]})
+        (record,) = sink.records
+        assert record.tags == {"app": "shop", "langchain_tags": "nightly"}
+        sink.records.clear()
 
 
 @BOTH

@@ -15,6 +15,7 @@ from polar_billing.values.money import CURRENCIES, STORED_SCALE, from_scaled, pl
 from polar_billing.values.periods import Window, load_zone
 from polar_sdk.errors import did_you_mean, nearest
 from polar_sdk.reading import Unreadable, parse_decimal, shown
+from polar_sdk.usage import flaw_of_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +72,6 @@ class Budget:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "tenant": self.tenant.strip() if isinstance(self.tenant, str) else self.tenant,  # as on usage records
             "limit": _limit(self.limit),
             "level": _one_of(Level, "level", self.level),
             "window": _one_of(Window, "window", self.window),
@@ -96,6 +96,16 @@ class Budget:
         if self.name is None:
             raise BudgetError(f"a budget of the level {self.level} has no name.", hint=f"Name the {self.level}.")
         _check_name(self.level, self.name)
+
+    def check_names(self) -> None:
+        """Check what no request can be named, as requests do. Ledgers may hold older budgets with such names.
+
+        Raises:
+            BudgetError: A name begins or ends with white space or contains a control character.
+        """
+        for what, name in (("tenant", self.tenant), (self.level, self.name or "")):
+            if (flaw := flaw_of_name(name)) is not None:
+                raise BudgetError(f"{what} {name[:40]!r} {flaw}.", hint="Remove it.")
 
     @property
     def decimals(self) -> int:

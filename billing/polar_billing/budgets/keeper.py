@@ -85,8 +85,10 @@ class Budgets:
             book: The price book in force, to refuse a currency that nothing will be charged in.
 
         Raises:
+            BudgetError: No request can have the name of its tenant, project, user or key.
             CurrencyMixError: The budget is in another currency than the price book.
         """
+        budget.check_names()
         if book is not None and budget.unit not in {COMPUTE_UNIT, book.currency}:
             raise CurrencyMixError(
                 f"a budget in {budget.unit} cannot be enforced: price book {book.id!r} is in {book.currency}.",

@@ -342,7 +342,7 @@ def test_this_process_sees_a_first_budget_at_once(store: Ledger) -> None:
     assert isinstance(store, Ledger)
     first, another = Budgets(store), Budgets(store)
     assert first.reserve(bound("a", CU), USD, source="polar") == 0
-    another.set(Budget(" acme ", Decimal(0)))  # blanks around a tenant are no part of its name
+    another.set(Budget("acme", Decimal(0)))
     with pytest.raises(BudgetExceededError, match="tenant 'acme'"):
         first.reserve(bound("b", CU), USD, source="polar")
 
@@ -360,3 +360,13 @@ def test_the_meter_reserves_settles_and_releases(store: Ledger) -> None:
     meter.release("acme", "b")
     assert [(standing.spent, standing.held) for standing in budgets.standings("acme", NOON)] == [(CU, 0)]
     meter.close()
+
+
+@pytest.mark.parametrize("name", [" acme", "acme\u00a0", "ac\nme", "ac\u202eme", "\x1b[2J"])
+def test_a_budget_is_not_set_for_a_name_that_no_request_can_have(ledger: Ledger, name: str) -> None:
+    budgets = Budgets(ledger)
+    with pytest.raises(BudgetError, match=r"tenant '.*(white space|control character U\+\w{4})\. Remove it"):
+        budgets.set(Budget(name, Decimal(1)))
+    with pytest.raises(BudgetError, match=r"user '.*(white space|control character U\+\w{4})\. Remove it"):
+        budgets.set(Budget("acme", Decimal(1), level=Level.USER, name=name))
+    assert budgets.in_force(ALL_TENANTS) == []

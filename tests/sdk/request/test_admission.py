@@ -81,7 +81,7 @@ def test_the_offer_that_the_sink_chose_is_what_runs(options: dict[str, str], ask
 
 def test_a_refused_request_of_a_batch_gives_back_what_was_held_for_the_others() -> None:
     gate = Gate(refuse="c")
-    model = tiny_model(sink=gate, tenant=" acme ")  # blanks are no part of the name, here as on the record
+    model = tiny_model(sink=gate, tenant="acme")
     with pytest.raises(BudgetExceededError, match=r"nothing is left\. Wait\.") as caught:
         model.generate_batch(["1", "2", "3", "4"], each=[{"request_id": name} for name in "abcd"], max_tokens=2)
     assert (caught.value.level, caught.value.name, caught.value.exit_code) == ("tenant", "acme", 3)

@@ -1,0 +1,229 @@
+"""From a prompt to token ids: the model's chat template, and texts whose special tokens stay text.
+
+Knows a tokenizer and its template; neither requests nor models.
+
+A template writes special tokens around messages. The same characters inside a message are text, or else whoever writes
+a message could end it and begin a system turn. Only prompts that contain such characters take the longer path below.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.errors import EmptyPromptError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from polar_sdk.request.options import Template
+
+_SAMPLE: Final = ({"role": "user", "content": "a"},)
+"""A conversation that shows what the template writes around a message."""
+
+
+class PromptEncoder:
+    """Encodes texts and chat messages for one tokenizer and its chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True where messages can be rendered."""
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text, no template, no special tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], template: Template = "auto") -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+            prompt: A text, or chat messages.
+            template: See `RequestOptions`.
+
+        Raises:
+            EmptyPromptError: The prompt holds no text.
+            InvalidRequestError: A template that the model lacks, a message without role or content, or broken Unicode.
+        """
+        if template not in ("auto", "chat", "raw"):
+            raise InvalidRequestError(f"template {template!r} is unknown; use auto, chat or raw.")
+        try:
+            if isinstance(prompt, str):
+                return self._text(prompt, template)
+            untyped: Any = prompt
+            if isinstance(untyped, bytes) or not isinstance(untyped, Sequence):
+                raise InvalidRequestError(
+                    f"the prompt is of type {type(prompt).__name__}; pass a text or a list of messages."
+                )
+            return self._chat(prompt, template)
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"the prompt contains a lone surrogate at character {error.start}; pass valid Unicode text."
+            ) from error
+
+    def _text(self, text: str, template: Template) -> list[int]:
+        text.encode()  # the tokenizer's own error for broken Unicode names nothing
+        if not text.strip():
+            raise EmptyPromptError(f"the prompt is empty ({len(text)} blank characters); give it some text.")
+        if template == "chat" or (template == "auto" and self.has_chat_template):
+            return self._render([{"role": "user", "content": text}])
+        if template == "raw":  # the caller has placed every special token but, perhaps, the first
+            ids = self.plain(text)
+            return ids if ids[:1] == self._beginning else [*self._beginning, *ids]
+        if self._markers.search(text):
+            self._as_text(text)  # refuses what cannot be text
+            return list(self._text_tokenizer.encode(text, split_special_tokens=True))
+        return list(self.tokenizer.encode(text))
+
+    def _chat(self, messages: Sequence[Mapping[str, str]], template: Template) -> list[int]:
+        if template == "raw":
+            raise InvalidRequestError("template 'raw' takes a text, not messages; render them first.")
+        for index, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+                raise InvalidRequestError(f"message {index} is {message!r}; each needs the keys 'role' and 'content'.")
+            for key in ("role", "content"):
+                if not isinstance(message[key], str):
+                    raise InvalidRequestError(
+                        f"message {index} has the {key} {message[key]!r}; it must be text: join its parts first."
+                    )
+                message[key].encode()
+        if not any(message["content"].strip() for message in messages):
+            raise EmptyPromptError(f"the prompt is empty ({len(messages)} messages without text); give it some text.")
+        return self._render(messages)
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if not self.has_chat_template:
+            raise InvalidRequestError("this model has no chat template; pass a text with template='raw'.")
+        plain: list[Any] = [dict(message) for message in messages]
+        held = _Held(self._markers)
+        rendered = self._rendered(held.of(plain))
+        if not held.texts:
+            return self.plain(rendered)
+        ids: list[int] = []
+        for piece, is_text in self._pieces(rendered, held):
+            ids += self._as_text(held.restored(piece)) if is_text else self.plain(piece)
+        return ids
+
+    def _rendered(self, messages: Any) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except TemplateError as error:
+            raise InvalidRequestError(f"the model's chat template refuses these messages: {error}.") from error
+
+    def _pieces(self, rendered: str, held: _Held) -> list[tuple[str, bool]]:
+        """The rendered template in pieces; True for those between two markers that hold text of a special token."""
+        parts = self._markers.split(rendered)  # text, marker, text, …, text
+        pieces: list[tuple[str, bool]] = []
+        marker_before = ""
+        for text, marker in zip(parts[::2], [*parts[1::2], ""], strict=True):
+            if not held.is_in(text):
+                pieces.append((text + marker, False))
+            else:
+                # White space that a marker takes in goes with it.
+                start = len(text) - len(text.lstrip()) if self._takes_in(marker_before, "rstrip") else 0
+                stop = len(text.rstrip()) if self._takes_in(marker, "lstrip") else len(text)
+                pieces += [(text[:start], False), (text[start:stop], True), (text[stop:] + marker, False)]
+            marker_before = marker
+        joined: list[tuple[str, bool]] = []
+        for piece, is_text in pieces:
+            if joined and not is_text and not joined[-1][1]:
+                joined[-1] = (joined[-1][0] + piece, False)
+            elif piece:
+                joined.append((piece, is_text))
+        return joined
+
+    def _takes_in(self, marker: str, side: str) -> bool:
+        return bool(marker) and bool(getattr(self._special[marker][1], side))
+
+    def _as_text(self, text: str) -> list[int]:
+        """Token ids of a text, none of them of a special token.
+
+        Raises:
+            InvalidRequestError: This tokenizer makes special tokens of the text even so.
+        """
+        ids = list(self._text_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        for content, (index, _) in self._special.items():
+            if index in ids:
+                raise InvalidRequestError(
+                    f"the prompt contains {content!r}, which this model's tokenizer cannot read as text; remove it, or "
+                    "pass a text with template='raw'."
+                )
+        return ids
+
+    @cached_property
+    def _beginning(self) -> list[int]:
+        """The token that the tokenizer puts before a text by default; empty where it puts none."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer.encode("a")[:1] == [bos] != self.plain("a")[:1] else []
+
+    @cached_property
+    def _special(self) -> dict[str, tuple[int, Any]]:
+        """Id and description of each special token, and of other added tokens that the template puts around messages.
+
+        Some models do not mark theirs as special.
+        """
+        added = self.tokenizer.added_tokens_decoder.items()
+        try:
+            around = self._rendered(list(_SAMPLE)) if self.has_chat_template else ""
+        except InvalidRequestError:
+            around = ""
+        return {
+            token.content: (index, token)
+            for index, token in added
+            if token.content.strip() and (token.special or token.content in around)
+        }
+
+    @cached_property
+    def _markers(self) -> re.Pattern[str]:
+        """Matches the text of any special token, the longest first, as the tokenizer does."""
+        contents = sorted(self._special, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, contents))})" if contents else "((?!))")
+
+    @cached_property
+    def _text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy that reads special tokens as text: it is a state of the tokenizer, and other threads use that one."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        unmarked = [token.content for _, token in self._special.values() if not token.special]
+        if unmarked and (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.add_special_tokens(unmarked)  # they keep their ids
+        return tokenizer
+
+
+class _Held:
+    """Texts of special tokens taken out of messages, each with a stand-in that no message can contain."""
+
+    def __init__(self, markers: re.Pattern[str]) -> None:
+        self.texts: list[str] = []
+        self._markers = markers
+        self._key = f"x{secrets.token_hex(16)}x"
+
+    def of(self, value: Any) -> Any:
+        """Messages, or a part of one, with stand-ins."""
+        if isinstance(value, str):
+            return self._markers.sub(self._stand_in, value)
+        if isinstance(value, Mapping):
+            return {name: self.of(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.of(part) for part in value]
+        return value
+
+    def is_in(self, rendered: str) -> bool:
+        """True if the text contains a stand-in."""
+        return self._key in rendered
+
+    def restored(self, rendered: str) -> str:
+        """The text with what the stand-ins stand for."""
+        return re.sub(f"{self._key}(\\d+)x", lambda match: self.texts[int(match[1])], rendered)
+
+    def _stand_in(self, match: re.Match[str]) -> str:
+        self.texts.append(match[0])
+        return f"{self._key}{len(self.texts) - 1}x"

@@ -1,0 +1,45 @@
+"""Who asks: the checks of tenants, tags and request ids, before anything is computed in their name.
+
+A name is taken as it is or refused, never changed: two names that differ are never charged as one. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from polar_sdk.errors import TagError
+from polar_sdk.usage import flaw_of_name, flaw_of_text
+
+_MAX_LENGTH: Final = 200
+"""What a usage record stores. Unit: characters."""
+
+
+def check_name(what: str, value: str) -> str:
+    """A tenant, a request id or the name of a tag: short text, not blank, without white space around it."""
+    _storable(what, value)
+    if not value.strip() or len(value) > _MAX_LENGTH:
+        raise TagError(f"{what} {value[:40]!r} has {len(value)} characters; use 1 to {_MAX_LENGTH}, not only blanks.")
+    if (flaw := flaw_of_name(value)) is not None:
+        raise TagError(f"{what} {value[:40]!r} {flaw}; remove it.")
+    return value
+
+
+def check_tags(tags: Mapping[str, str]) -> Mapping[str, str]:
+    """Tags whose names and values a usage record can hold."""
+    if not isinstance(tags, Mapping):
+        raise TagError(f"tags is {tags!r}; pass a mapping of text to text.")
+    for key, value in tags.items():
+        check_name("tag", key)
+        _storable(f"the value of tag {key!r}", value)
+        if (flaw := flaw_of_text(value)) is not None:
+            raise TagError(f"the value of tag {key!r}, {value[:40]!r}, {flaw}; remove it.")
+    return tags
+
+
+def _storable(what: str, value: str) -> None:
+    """Refuse before compute what no usage record or ledger can store; later, the work would go unmetered."""
+    if not isinstance(value, str):
+        raise TagError(f"{what} is {value!r}, which is not text; use str().")
+    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise TagError(f"{what} {value[:40]!r} contains a null character or a lone surrogate; pass valid Unicode text.")
