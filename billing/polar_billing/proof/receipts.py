@@ -8,7 +8,7 @@ notices if the ledger was rewritten. Knows no prices.
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import and_, select
@@ -18,8 +18,17 @@ from polar_billing.ledger.append import find_known
 from polar_billing.ledger.books import read_book
 from polar_billing.ledger.chain import Link, digest_of, hash_of, raw_rows
 from polar_billing.ledger.records import StoredUsage
-from polar_billing.ledger.schema import CHAINED, link_table
-from polar_billing.proof.verify import wrong_link_after
+from polar_billing.ledger.schema import (
+    CHAINED,
+    head_table,
+    link_table,
+    price_book_table,
+    pruned_table,
+    receipt_table,
+    usage_table,
+)
+from polar_billing.proof.cells import well_typed
+from polar_billing.proof.verify import MALFORMED, wrong_link_after
 from polar_billing.values.money import STORED_SCALE, from_scaled
 from polar_sdk.usage import COMPUTE_UNIT_VERSION
 
@@ -32,6 +41,8 @@ if TYPE_CHECKING:
 FORMAT: Final = "polar-receipt-1"
 _SUBJECT: Final = "usage"
 _IDENTITY: Final = ("tenant", "source", "request_id")
+_TABLES: Final = (usage_table, receipt_table, pruned_table, price_book_table, link_table, head_table)
+"""What a receipt is checked against."""
 _LOST_WITH_FACTS: Final = "compute_units"
 """What a receipt says and a pruned ledger no longer knows."""
 _MAX_SHOWN: Final = 100
@@ -116,11 +127,24 @@ def check_receipt(connection: Connection, receipt: Mapping[str, Any]) -> Receipt
             hint="Use the output of `polar receipt`.",
         )
     tenant, source, request_id = (_name(receipt, field) for field in _IDENTITY)
+    with well_typed(connection, _TABLES) as wrong:
+        checked = _checked(connection, receipt, tenant, source, request_id)
+    cells = [cell.what for cell in wrong if cell.tenant in {tenant, ""}]
+    if checked.wrong is None or not cells:
+        return checked
+    return replace(checked, wrong=f"{checked.wrong} Perhaps because {cells[0]}")  # its row was hidden
+
+
+def _checked(
+    connection: Connection, receipt: Mapping[str, Any], tenant: str, source: str, request_id: str
+) -> ReceiptCheck:
     try:
         stored = make_receipt(connection, tenant, request_id, source=source)
     except QueryError:
         request = f"request {_shown(request_id)} of tenant {_shown(tenant)}"
         return ReceiptCheck(f"{request} is not in the ledger; it was deleted or never stored.")
+    except MALFORMED as error:
+        return ReceiptCheck(f"the request in the ledger cannot be read ({type(error).__name__}).")
     unchecked = _unchecked(receipt, stored)
     wrong = _differing(receipt, {**stored, **{field: receipt[field] for field in unchecked}})
     return ReceiptCheck(wrong or _wrong_from(connection, tenant, int(stored["chain"]["number"])), unchecked)

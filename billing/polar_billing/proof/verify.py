@@ -1,8 +1,9 @@
 """Verify a ledger from its own database: walk every chain, and recompute what can be recomputed.
 
-What it finds: any stored value changed, any row deleted, inserted or swapped with another, in every chained table
-and in the chain itself; entries that do not sum to zero; rollups that are not the sums of their usage. It names the
-first bad number of each tenant's chain.
+What it finds: any cell of another type than its column declares; any stored value changed, any row deleted, inserted or
+swapped with another, in every chained table and in the chain itself; entries that do not sum to zero; rollups that are
+not the sums of their usage. It names the first bad number of each tenant's chain. A row with a cell of another type is
+named and not read, so that the rest can be verified (`polar_billing.proof.cells`).
 
 What it cannot find by itself: a ledger that was rewritten as a whole, all hashes and heads recomputed, or rolled
 back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
@@ -13,11 +14,13 @@ Whatever else follows from the ledger is recomputed as well: every issued statem
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import String, and_, cast, exists, func, select
+from sqlalchemy import Connection, String, and_, cast, exists, func, select
+from sqlalchemy.exc import DataError
 
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger.chain import FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
@@ -35,22 +38,25 @@ from polar_billing.ledger.schema import (
     statement_table,
     usage_table,
 )
+from polar_billing.proof.cells import well_typed
 from polar_billing.statements.audit import recheck_in
 from polar_billing.statements.store import read_statements
 from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
-    from sqlalchemy import Connection, Select
+    from sqlalchemy import Select
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.schema import Chained
 
 
 _LINKS_BATCH: Final = 500
-_MALFORMED: Final = (ValueError, TypeError, LookupError, ArithmeticError, PolarError)
-"""What is raised by stored values that were changed into something they cannot be."""
+_MILLION: Final = 10**6
+"""Sums of a column are taken of its millions and of the rest, of which neither leaves 64 bits."""
+MALFORMED: Final = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, PolarError, DataError)
+"""What is raised by stored values of the declared type that were changed into something they cannot mean."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +108,36 @@ def verify_ledger(ledger: Ledger, tenant: str | None = None) -> Verification:
 def verify_in(connection: Connection, tenant: str | None = None) -> Verification:
     """As `verify_ledger`, in a transaction that sees one state of the ledger."""
     verification = Verification()
-    heads = {row.tenant: Head(row.number, bytes(row.hash)) for row in connection.execute(select(head_table))}
-    tenants = set(heads) | set(connection.execute(select(link_table.c.tenant).distinct()).scalars())
-    for name in sorted(tenants) if tenant is None else [tenant]:
-        finding = _walk(connection, name, heads.get(name, Head()), verification)
-        verification.findings += [] if finding is None else [finding]
-        verification.heads[name] = heads.get(name, Head())
-    for check in _CHECKS if tenant is None else ():
-        verification.findings += check(connection)
+    with well_typed(connection) as wrong:
+        of_all = tenant is None
+        cells = (cell for cell in wrong if of_all or cell.tenant in {tenant, ""})
+        verification.findings += [Finding(cell.tenant, None, cell.what) for cell in cells]
+        heads = {row.tenant: Head(row.number, bytes(row.hash)) for row in connection.execute(select(head_table))}
+        tenants = set(heads) | set(connection.execute(select(link_table.c.tenant).distinct()).scalars())
+        for name in sorted(tenants) if tenant is None else [tenant]:
+            finding = _walk(connection, name, heads.get(name, Head()), verification)
+            verification.findings += [] if finding is None else [finding]
+            verification.heads[name] = heads.get(name, Head())
+        for what, check in _CHECKS.items() if of_all else ():
+            verification.findings += _carried_out(connection, what, check)
     return verification
+
+
+def _carried_out(connection: Connection, what: str, check: Check) -> list[Finding]:
+    """The findings of a check; one that stops at what cannot be read is a finding too, and the others go on."""
+    findings: list[Finding] = []
+    attempt = connection.begin_nested()  # on PostgreSQL a query that fails ends its transaction
+    try:
+        findings.extend(check(connection))
+    except MALFORMED as error:
+        findings.append(Finding("", None, f"{what} cannot be verified ({_in_words(error)})."))
+    finally:
+        attempt.rollback()
+    return findings
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def check_head(connection: Connection, tenant: str, kept: Head) -> Finding | None:
@@ -263,11 +290,14 @@ def _without_book(connection: Connection) -> Iterator[Finding]:
 def _unbalanced(connection: Connection) -> Iterator[Finding]:
     """Transactions whose entries do not sum to zero."""
     entry = entry_table.c
-    sums = (func.sum(entry.whole).label("whole"), func.sum(entry.rest).label("rest"))
-    query = select(entry.transaction_id, func.min(entry.tenant).label("tenant"), entry.currency, *sums)
-    for row in connection.execute(query.group_by(entry.transaction_id, entry.currency)):
-        if int(row.whole) * 10**12 + int(row.rest):
-            yield Finding(row.tenant, None, f"transaction {row.transaction_id} does not sum to zero in {row.currency}.")
+    parts = (entry.whole // _MILLION, entry.whole % _MILLION, entry.rest // _MILLION, entry.rest % _MILLION)
+    query = select(entry.transaction_id, func.min(entry.tenant).label("tenant"), entry.currency, *map(func.sum, parts))
+    for transaction, tenant, currency, *sums in connection.execute(
+        query.group_by(entry.transaction_id, entry.currency)
+    ):
+        whole_millions, whole, rest_millions, rest = map(int, sums)
+        if (whole_millions * _MILLION + whole) * 10**12 + rest_millions * _MILLION + rest:
+            yield Finding(tenant, None, f"transaction {transaction} does not sum to zero in {currency}.")
 
 
 def _wrong_rollups(connection: Connection) -> Iterator[Finding]:
@@ -283,10 +313,10 @@ def _wrong_rollups(connection: Connection) -> Iterator[Finding]:
         try:
             usage = sum_up(raw_usage(connection, usage_table.c.tenant == tenant))
             computed = merge(usage, *pruned_totals(connection, tenant))
-        except (ValueError, TypeError):  # a value that is not a number any more
-            yield Finding(tenant, None, "its usage cannot be added up.")
+            wrong = sorted(key for key in stored.keys() | computed.keys() if stored.get(key) != computed.get(key))
+        except MALFORMED as error:
+            yield Finding(tenant, None, f"its usage cannot be added up ({_in_words(error)}).")
             continue
-        wrong = sorted(key for key in stored.keys() | computed.keys() if stored.get(key) != computed.get(key))
         if wrong:
             yield Finding(tenant, None, f"the rollup of hour {wrong[0][1]} since 1970 is not the sum of its usage.")
 
@@ -301,14 +331,16 @@ def _wrong_statements(connection: Connection) -> Iterator[Finding]:
                     yield Finding(tenant, None, difference)
         except StoreDamagedError as error:
             yield Finding(tenant, None, str(error))
-        except _MALFORMED as error:
-            yield Finding(tenant, None, f"its statements cannot be rebuilt ({type(error).__name__}: {error}).")
+        except MALFORMED as error:
+            yield Finding(tenant, None, f"its statements cannot be rebuilt ({_in_words(error)}).")
 
 
-_CHECKS: Final[tuple[Callable[[Connection], Iterator[Finding]], ...]] = (
-    _unlinked,
-    _without_book,
-    _unbalanced,
-    _wrong_rollups,
-    _wrong_statements,
-)
+Check = Callable[[Connection], Iterator[Finding]]
+
+_CHECKS: Final[Mapping[str, Check]] = {
+    "links of rows": _unlinked,
+    "price books of receipts": _without_book,
+    "sums of transactions": _unbalanced,
+    "sums by hour": _wrong_rollups,
+    "issued statements": _wrong_statements,
+}

@@ -207,9 +207,10 @@ class Chained:
         if not isinstance(self.table.c[self.key].type, Integer):
             return text
         try:
-            return int(text)
+            number = int(text)
         except ValueError:
             return None
+        return number if abs(number) < 2**63 else None  # as many bits as a column has
 
     def tenant_of(self, row: Sequence[Any]) -> str:
         """Whose chain a row of the table belongs to; empty where the table knows no tenants."""
