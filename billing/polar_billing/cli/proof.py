@@ -13,6 +13,7 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import LedgerUnsoundError, OutputError, QueryError
+from polar_sdk.show.lines import print_line
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +48,7 @@ def verify(
             agrees = f"The receipt {receipt} agrees with the ledger {store.location}"
             fields = ", ".join(checked.unchecked)
             but = f", but {fields} cannot be checked: the facts of the request were pruned" if fields else ""
-            typer.echo(f"{agrees}{but}.")
+            print_line(f"{agrees}{but}.")
             return
         verified = verify_in(connection, tenant)
     heads = sorted(verified.heads.items())
@@ -61,9 +62,9 @@ def verify(
             }
         )
     elif verified.sound:
-        typer.echo(f"The ledger {store.location} is sound: {verified.links:,} links of {len(verified.heads)} chains.")
+        print_line(f"The ledger {store.location} is sound: {verified.links:,} links of {len(verified.heads)} chains.")
         for name, head in heads:
-            typer.echo(f"  {name or '(no tenant)'}: number {head.number:,}, hash {head.hash.hex()}")
+            print_line(f"  {name or '(no tenant)'}: number {head.number:,}, hash {head.hash.hex()}")
     if not verified.sound:
         more = len(verified.findings) - 1
         also = f" {more} more: --json lists them." if more else ""
@@ -117,9 +118,9 @@ def prune(
         for name in tenants:
             with store.transaction() as connection:
                 pruned = prune_tenant(connection, name, until)
-            typer.echo(f"{name}: {pruned.requests:,} requests pruned.")
+            print_line(f"{name}: {pruned.requests:,} requests pruned.")
         if not tenants:
-            typer.echo(f"Nothing was served before {until.isoformat()}.")
+            print_line(f"Nothing was served before {until.isoformat()}.")
 
 
 def migrate(
@@ -133,6 +134,6 @@ def migrate(
     with opt.open_ledger(ledger, recover=False) as store:
         before, after = migrate_ledger(store, SCHEMA_VERSION if to is None else to)
         if before == after:
-            typer.echo(f"The ledger {store.location} already has schema version {after}.")
+            print_line(f"The ledger {store.location} already has schema version {after}.")
         else:
-            typer.echo(f"The ledger {store.location} was migrated from schema version {before} to {after}.")
+            print_line(f"The ledger {store.location} was migrated from schema version {before} to {after}.")
