@@ -13,6 +13,7 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
+from polar_sdk.reading import shown
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from polar_billing.statements.lines import Agreement
     from polar_billing.statements.statement import Statement
     from polar_billing.statements.store import IssuedStatement
+
+
+_MAX_COUNT_DIGITS = 18
 
 
 def register(app: typer.Typer) -> None:
@@ -151,8 +155,11 @@ def _agreements(texts: list[str] | None, file: Path | None) -> dict[str, Agreeme
     for text in texts or []:
         tier, _, counts = text.partition("=")
         agreed, slash, compared = counts.partition("/")
-        if not (tier and slash and agreed.isdecimal() and compared.isdecimal()) or int(agreed) > int(compared):
-            raise QueryError(f"agreement {text!r} is not TIER=AGREED/COMPARED.", hint="Write it like premium=970/1000.")
+        counted = all(count.isdecimal() and len(count) <= _MAX_COUNT_DIGITS for count in (agreed, compared))
+        if not (tier and slash and counted) or int(agreed) > int(compared):
+            raise QueryError(
+                f"agreement {shown(text)} is not TIER=AGREED/COMPARED.", hint="Write it like premium=970/1000."
+            )
         agreements[tier] = Agreement(int(agreed), int(compared))
     return agreements
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_billing.budgets.budget import Budget
-from polar_billing.errors import AmountError, BudgetError, PeriodError, PriceBookError
+from polar_billing.cli.statement import _agreements
+from polar_billing.errors import AmountError, BudgetError, PeriodError, PriceBookError, QueryError
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
@@ -142,3 +143,9 @@ def test_dates_beyond_the_calendar_are_refused(since: str, zone: str) -> None:
 def test_a_month_beyond_the_calendar_is_refused() -> None:
     with pytest.raises(PeriodError, match="outside the years 1 to 9999"):
         Period.month("0001-01", "Asia/Tokyo")
+
+
+def test_an_agreement_of_absurd_size_is_refused() -> None:
+    with pytest.raises(QueryError, match="is not TIER=AGREED/COMPARED"):
+        _agreements([f"premium={'9' * 5_000}/{'9' * 5_000}"], None)
+    assert _agreements(["premium=970/1000"], None)["premium"].agreed == 970
