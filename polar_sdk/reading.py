@@ -48,6 +48,12 @@ _TOML_DIGITS: Final = re.compile(rf"[0-9A-Fa-f_]{{{MAX_DIGITS + 1},}}")
 class Unreadable(ValueError):  # noqa: N818  (never leaves a reader; what does is the reader's own error)
     """A text is beyond a limit or does not parse; the message says what and which limit."""
 
+    @property
+    def fault(self) -> str:
+        """The message as it follows "the file is": what is wrong with a number is not what the file is."""
+        reason = str(self)
+        return reason if reason.startswith(("not ", "larger ", "nested ")) else f"beyond a limit: {reason}"
+
 
 def shown(value: object) -> str:
     """A value for a message: its `repr`, cut off where it is long, whatever it is."""

@@ -11,6 +11,7 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _report(router: LearnedRouter, folder: Path, broken: list[Resplits], *, as_j
         return
     for name, promise in certificate.tiers.items():
         always = " (θ = 0: always identity)" if promise.theta == 0 else f" (θ = {promise.theta:.4f})"
-        typer.echo(f"{name}: {promise.text}{always}")
+        print_line(f"{name}: {promise.text}{always}")
     for count in broken:
-        typer.echo(count.text)
-    typer.echo(f"wrote {folder}")
+        print_line(count.text)
+    print_line(f"wrote {folder}")

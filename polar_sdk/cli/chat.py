@@ -11,6 +11,7 @@ import typer
 from polar_sdk.cli import options as opt
 from polar_sdk.cli.run import footer
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
@@ -65,11 +66,11 @@ def _answer(engine: PolarModel, messages: list[dict[str, str]], request: Request
                 sys.stdout.flush()
                 if chunk.generation is not None:
                     typer.echo()
-                    typer.echo(footer(chunk.generation), err=True)
+                    print_line(footer(chunk.generation), err=True)
     except KeyboardInterrupt:
         typer.echo()
-        typer.echo("[interrupted]", err=True)
+        print_line("[interrupted]", err=True)
     except InvalidRequestError as error:  # for example, the conversation has outgrown the context window
-        typer.echo(f"error: {error}", err=True)
+        print_line(f"error: {error}", err=True)
         return None
     return shown

@@ -10,6 +10,7 @@ import typer
 
 from polar_sdk.cli import options as opt
 from polar_sdk.programs.program import Program
+from polar_sdk.show.lines import print_line
 
 
 def register(app: typer.Typer) -> None:
@@ -34,4 +35,4 @@ def export(
         facts = {"folder": str(folder), "program": chosen.text, "layers": len(chosen), "bytes": size}
         typer.echo(json.dumps(facts, indent=2))
     else:
-        typer.echo(f"{chosen.text} of {engine.name} is now a model of {size / 1e6:,.1f} MB in {folder}")
+        print_line(f"{chosen.text} of {engine.name} is now a model of {size / 1e6:,.1f} MB in {folder}")

@@ -10,6 +10,7 @@ import typer
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
+from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def heal(
         with cache, ProgressBars(quiet=as_json) as show:
             bridges = lab.heal(engine, items, segments, out=out, cache=cache, on_progress=show, **options)
     except KeyboardInterrupt:
-        typer.echo("note: the same command with --resume continues from the last checkpoint.", err=True)
+        print_line("note: the same command with --resume continues from the last checkpoint.", err=True)
         raise
     if as_json:
         typer.echo(json.dumps(_facts(bridges, out), indent=2))

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from polar_sdk.cli import calibrate, chat, evaluate, export, heal, models, run, scan, search, train
 from polar_sdk.errors import PolarError
+from polar_sdk.show.lines import print_line, survive_encodings
 
 _GROUP = "polar_sdk.commands"
 _INTERRUPTED = 130
@@ -44,7 +45,7 @@ class _Group(TyperGroup):
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    print_line(f"error: {' '.join(message.split())}", err=True)
     raise typer.Exit(code)
 
 
@@ -63,7 +64,7 @@ def _show_version(show: bool) -> None:
     if show:
         from polar_sdk import __version__
 
-        typer.echo(f"polar {__version__}")
+        print_line(f"polar {__version__}")
         raise typer.Exit
 
 
@@ -83,7 +84,7 @@ def _register_all() -> None:
         try:
             entry.load()(app)
         except Exception as error:  # another package must not break `polar run`
-            typer.echo(f"warning: commands of {entry.value!r} are missing: {error!r}", err=True)
+            print_line(f"warning: commands of {entry.value!r} are missing: {error!r}", err=True)
 
 
 _register_all()
@@ -97,6 +98,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "600")
     signal.signal(signal.SIGTERM, _terminated)
+    survive_encodings()
     app()
 
 

@@ -16,6 +16,7 @@ from polar_sdk.models.aliases import ALIASES, DEFAULT_ALIAS, Alias, find_alias, 
 from polar_sdk.models.find import obtain
 from polar_sdk.models.paths import models_folder
 from polar_sdk.models.store import Manifest, list_stored, remove_stored
+from polar_sdk.show.lines import print_line
 
 _models = typer.Typer(invoke_without_command=True, no_args_is_help=False)
 
@@ -56,7 +57,7 @@ def fetch(
         }
         typer.echo(json.dumps(facts, indent=2))
     else:
-        typer.echo(f"{source.name} is ready: {_megabytes(size)} in {local.folder}")
+        print_line(f"{source.name} is ready: {_megabytes(size)} in {local.folder}")
 
 
 @_models.command("compile", epilog="Example: polar models compile --precision int4")
@@ -71,7 +72,7 @@ def compile_layers(
     begin = time.monotonic()
     loaded = load_pretrained(name, device=device, precision=precision, compile=True)
     seconds = time.monotonic() - begin
-    typer.echo(f"{loaded.name} is compiled for {loaded.device} in {loaded.decoder.dtype_name} ({seconds:.0f} s)")
+    print_line(f"{loaded.name} is compiled for {loaded.device} in {loaded.decoder.dtype_name} ({seconds:.0f} s)")
 
 
 @_models.command(epilog="Example: polar models remove smollm2-135m-instruct")

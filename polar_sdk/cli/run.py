@@ -11,6 +11,7 @@ import typer
 
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import EmptyPromptError
+from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
@@ -56,7 +57,7 @@ def _print_answer(generation: Generation, *, as_json: bool) -> None:
         typer.echo(json.dumps(_facts(generation), indent=2))
     else:
         typer.echo(generation.text)
-        typer.echo(footer(generation), err=True)
+        print_line(footer(generation), err=True)
 
 
 def _print_stream(engine: PolarModel, text: str, request: RequestOptions, *, as_json: bool) -> None:
@@ -72,7 +73,7 @@ def _print_stream(engine: PolarModel, text: str, request: RequestOptions, *, as_
             if chunk.generation is not None:
                 typer.echo(json.dumps(_facts(chunk.generation)) if as_json else "")
                 if not as_json:
-                    typer.echo(footer(chunk.generation), err=True)
+                    print_line(footer(chunk.generation), err=True)
 
 
 def _facts(generation: Generation) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def search(
             result = lab.search(engine, items, cache=cache, on_progress=show, **options)
     except KeyboardInterrupt:
         if cached:
-            typer.echo("note: measurements are kept; the same command resumes from there.", err=True)
+            print_line("note: measurements are kept; the same command resumes from there.", err=True)
         raise
     rewards = result.save(out)
     if as_json:

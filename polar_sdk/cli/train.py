@@ -11,6 +11,7 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -94,10 +95,8 @@ def _report(router: LearnedRouter, target: Path, *, as_json: bool) -> None:
         facts = {"out": str(target), "kind": router.kind, "version": router.version, "training": training}
         typer.echo(json.dumps(facts, indent=2))
         return
-    typer.echo(f"{router.kind} router {router.version}, {training['parameters']:,} parameters", nl=False)
-    typer.echo(f" ({training['parameter_share']:.2g} of the base model's)")
-    typer.echo(
-        f"utility on dev {training['utility']:.4f}; mean over the seeds {training['utility_mean']:.4f}", nl=False
-    )
-    typer.echo(f" ± {training['utility_spread']:.4f}")
-    typer.echo(f"wrote {target}; it has no certificate until you run `polar calibrate --router {target}`")
+    size = f"{training['parameters']:,} parameters ({training['parameter_share']:.2g} of the base model's)"
+    print_line(f"{router.kind} router {router.version}, {size}")
+    mean = f"{training['utility_mean']:.4f} ± {training['utility_spread']:.4f}"
+    print_line(f"utility on dev {training['utility']:.4f}; mean over the seeds {mean}")
+    print_line(f"wrote {target}; it has no certificate until you run `polar calibrate --router {target}`")

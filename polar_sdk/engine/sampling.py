@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from polar_sdk.errors import LogitsHookError, SamplingError
+from polar_sdk.reading import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,15 +104,15 @@ class Sampling:
         for name, kind, what in _TYPES:
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "seed" and value is None):
-                raise SamplingError(f"{name}={value!r} is not {what}; pass one.")
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
-            raise SamplingError(f"temperature={self.temperature} is out of range; use 0 (greedy) to 100.")
+                raise SamplingError(f"{name}={shown(value)} is not {what}; pass one.")
+        if not 0 <= self.temperature <= 100:  # nan is not either
+            raise SamplingError(f"temperature={shown(self.temperature)} is out of range; use 0 (greedy) to 100.")
         if not 0 < self.top_p <= 1:
-            raise SamplingError(f"top_p={self.top_p} is out of range; use a number above 0 and at most 1.")
-        if self.top_k < 0:
-            raise SamplingError(f"top_k={self.top_k} is out of range; use 0 (off) or more.")
+            raise SamplingError(f"top_p={shown(self.top_p)} is out of range; use a number above 0 and at most 1.")
+        if not 0 <= self.top_k < 2**63:
+            raise SamplingError(f"top_k={shown(self.top_k)} is out of range; use 0 (off) or more.")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise SamplingError(f"seed={self.seed} is out of range; use a 64-bit integer.")
+            raise SamplingError(f"seed={shown(self.seed)} is out of range; use a 64-bit integer.")
 
 
 class Sampler:

@@ -15,22 +15,22 @@ an item depends on its text alone: it stays where it is when a file is shuffled 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from importlib import resources
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, StringConstraints, ValidationError
 
 from polar_sdk.errors import DataError
+from polar_sdk.reading import Unreadable, parse_json, read_text, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 TaskName = Annotated[
@@ -40,6 +40,9 @@ Split = Literal["train", "dev", "calibration", "test"]
 SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 NEAR: Final = 0.8
 """Overlap from which two items are near duplicates."""
+_MAX_FILE: Final = 512 * 2**20
+_MAX_LINE: Final = 4 * 2**20
+"""A text beyond the context window of any model. Unit: bytes."""
 _FORMS: Final = "{prompt}, {prompt, answer} or {question, choices, answer}"
 _KEPT: Final = re.compile(r"[\w+\-*/=<>%]")
 """Letters, digits, and the signs that tell one calculation from another."""
@@ -80,7 +83,7 @@ def builtin_items() -> list[Item]:
     """The bare prompts that come with the package, of eight kinds of task, interleaved by kind."""
     text = (resources.files("polar_sdk") / "shipped" / "prompts.jsonl").read_text(encoding="utf-8")
     kinds: dict[str, list[Item]] = {}
-    for row in map(json.loads, text.splitlines()):
+    for row in map(parse_json, text.splitlines()):
         kinds.setdefault(row["task"], []).append(PromptItem.model_validate(row))
     longest = max(map(len, kinds.values()))
     return [items[place] for place in range(longest) for items in kinds.values() if place < len(items)]
@@ -97,8 +100,8 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
         DataError: The file is missing, empty, nothing but copies, or a line has none of the forms.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, _MAX_FILE)
+    except (OSError, Unreadable) as error:
         raise DataError(f"data file {str(path)!r} cannot be read ({error}).") from error
     lines = text.split("\n")  # not splitlines(), which also breaks at characters that JSON allows inside a text
     rows = {number: line for number, line in enumerate(lines, 1) if line.strip()}
@@ -114,10 +117,10 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
 
 def _item(line: str, where: str) -> Item:
     try:
-        row: Any = json.loads(line)
+        row = parse_json(line, max_bytes=_MAX_LINE)
         item = _form(row).model_validate(row)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg}); give one object per line.") from error
+    except Unreadable as error:
+        raise DataError(f"{where}: {error}; give one object per line.") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "line"
@@ -140,7 +143,7 @@ def _reason(error: Any) -> str:
     if error["loc"] == ("choices",) and error["type"] == "too_short":
         return f"a question needs at least 2 choices (got {len(error['input'])})"
     if error["loc"] == ("answer",) and error["type"].startswith("int"):
-        return f"{error['input']!r} is not the index of a choice; write the index of the right one, counted from 0"
+        return f"{shown(error['input'])} is not the index of a choice; write the index of the right one, counted from 0"
     return str(error["msg"])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.models.paths import cache_folder
+from polar_sdk.reading import Unreadable, parse_object, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ _HASHES_LOCK: Final = threading.Lock()
 
 def fingerprint_of_folder(folder: Path, weights: Iterable[Path]) -> str:
     """Fingerprint of a model folder: `config.json` and its weight files."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = parse_object(read_bytes(folder / "config.json"))
     return _digest(_functional(config), *(file_sha256(path) for path in sorted(weights)))
 
 
@@ -100,10 +101,10 @@ def _tensor_sha256(tensor: Tensor) -> str:
 
 def _read_hashes() -> dict[str, list[Any]]:
     try:
-        known = json.loads((cache_folder() / "file-hashes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = parse_object(read_bytes(cache_folder() / "file-hashes.json"))
+    except (OSError, Unreadable):
         return {}
-    return known if isinstance(known, dict) else {}
+    return {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) == 3}
 
 
 def _remember(path: Path, entry: list[Any]) -> None:

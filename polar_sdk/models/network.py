@@ -11,7 +11,6 @@ names and values of weights, no architecture.
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
 import warnings
@@ -19,7 +18,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_sdk.errors import ModelDamagedError, UnsupportedArchitectureError
+from polar_sdk.errors import ModelDamagedError, PolarError, UnsupportedArchitectureError
+from polar_sdk.reading import parse_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +35,10 @@ _DTYPES: Final = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_FEW_WEIGHTS: Final = 10**6
+"""More than the files of a tiny model hold may be described without harm."""
+_MAX_HEADER: Final = 100_000_000
+"""The format's own limit. Unit: bytes."""
 _LAYER: Final = re.compile(r".*?\.\d+\.")
 """What the names of the weights of one layer begin with: `model.layers.7.`."""
 
@@ -72,7 +76,7 @@ def _entries(path: Path) -> Iterator[_Entry]:
     """The entries of the header: 8 bytes of length, then JSON with offsets that count from its end."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
+        header = parse_object(file.read(min(length, _MAX_HEADER)), max_bytes=_MAX_HEADER)
     for name, facts in header.items():
         if name != "__metadata__":
             start, end = (8 + length + offset for offset in facts["data_offsets"])
@@ -116,18 +120,24 @@ def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
         ModelDamagedError: A weight is missing or has another shape.
         UnsupportedArchitectureError: A weight has a dtype that the engine does not run.
     """
-    from safetensors import SafetensorError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        generation = _generation_config(folder)
+    except Exception as error:  # a wrong value breaks the configuration's class anywhere
+        raise damaged(folder, f"configuration: {error}") from error
     weights = map_weights(files)
     try:
+        _check_parameters(kind, config, weights.values())
         network, report = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=_dtype(weights.values()), output_loading_info=True
         )
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        if "memory" in str(error):
+    except (MemoryError, PolarError):
+        raise
+    except Exception as error:  # a size that does not fit the others breaks the model's class anywhere
+        if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
         raise damaged(folder, str(error)) from error
     # transformers fills what is missing with random numbers and goes on.
@@ -135,8 +145,23 @@ def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
         if report[what]:
             raise damaged(folder, f"{what.replace('_', ' ')}: {', '.join(map(str, sorted(report[what])[:3]))}")
     result: PreTrainedModel = network.requires_grad_(False).eval()
-    result.generation_config = _generation_config(folder)
+    result.generation_config = generation
     return result
+
+
+def _check_parameters(kind: Any, config: Any, weights: Iterable[Tensor]) -> None:
+    """Refuse a configuration of a far larger network: transformers would fill what the files lack with random numbers.
+
+    Raises:
+        ValueError: The network has more than twice the weights that are stored; tied ones may be stored once.
+    """
+    import torch
+
+    with torch.device("meta"):  # shapes only
+        described = sum(weight.numel() for weight in kind(config).parameters())
+    stored = sum(weight.numel() for weight in weights)
+    if described > 2 * stored + _FEW_WEIGHTS:
+        raise ValueError(f"config.json describes {described:,} weights, and the files hold {stored:,}")
 
 
 def check_finite(model: PreTrainedModel, name: str) -> None:

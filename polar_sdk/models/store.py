@@ -7,7 +7,8 @@ Pickled weights (`.bin`) are not accepted: reading them can run code. Does not k
 
 from __future__ import annotations
 
-import json
+import math
+import re
 import shutil
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from polar_sdk.errors import ModelDamagedError, ModelNotFoundError, UnsupportedA
 from polar_sdk.models.convert import CONVERSION, convert, stored_dtype
 from polar_sdk.models.fingerprint import file_sha256, fingerprint_of_conversion, hash_file
 from polar_sdk.models.paths import models_folder, work_folder
+from polar_sdk.programs.program import MAX_STEPS
+from polar_sdk.reading import Unreadable, parse_json, parse_object, read_bytes, shown
 from polar_sdk.show.progress import stage
 
 if TYPE_CHECKING:
@@ -28,6 +31,24 @@ if TYPE_CHECKING:
 
 _MANIFEST: Final = "polar.json"
 _INDEX: Final = "model.safetensors.index.json"
+_MAX_JSON: Final = 64 * 2**20
+"""The index of a large model names every weight. Unit: bytes."""
+_SHARD: Final = re.compile(r"[\w+,@=-][\w+,@=.-]{0,200}\.safetensors")
+_LAYER: Final = re.compile(r".*?\.(\d+)\.|(\d+)\.")
+"""Names of weights of a layer hold its index first: `model.layers.7.`, `h.7.`."""
+_CONFIG_DTYPES: Final = (None, "auto", "float16", "bfloat16", "float32", "float64")
+_WIDTHS: Final = (
+    *("hidden_size", "n_embd", "intermediate_size", "n_inner", "ffn_dim", "head_dim", "word_embed_proj_dim"),
+    *("num_attention_heads", "n_head", "num_key_value_heads", "num_experts", "num_local_experts"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+)
+_SIZES: Final = {
+    **dict.fromkeys(_WIDTHS, 2**20),
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), MAX_STEPS),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 2**27),
+    "vocab_size": 2**24,
+}
+"""The largest value of each size in a configuration; the largest models there are stay far below."""
 
 
 class _Facts(BaseModel):
@@ -99,8 +120,8 @@ def converted(recipe: Recipe, get_gguf: Callable[[Path], Path]) -> Path:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a converted model; None where there is none, or one of another version."""
     try:
-        manifest = Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
-    except (OSError, ValidationError):
+        manifest = Manifest.model_validate(parse_json(read_bytes(folder / _MANIFEST)))
+    except (OSError, Unreadable, ValidationError):
         return None
     return manifest if manifest.conversion == CONVERSION else None
 
@@ -192,9 +213,17 @@ def check_folder(folder: Path, hint: str = "Copy or fetch the model again.") -> 
         ModelDamagedError: A file is cut short or not readable.
         UnsupportedArchitectureError: The engine has no family for it.
     """
-    _check_architecture(_read_json(folder / "config.json", hint))
+    path = folder / "config.json"
+    config = _read_json(path, hint)
+    _check_architecture(config)
+    text = config.get("text_config")
+    layers = max(_check_sizes(path, part, hint) for part in (config, text) if isinstance(part, dict))
     weights = _weight_files(folder, hint)
-    _check_headers(weights, hint)
+    stored = _check_headers(weights, hint)
+    if layers > stored:
+        raise ModelDamagedError(
+            f"{str(path)!r} is wrong: it has {layers} layers, and the weights are those of {stored}.", hint=hint
+        )
     return tuple(weights)
 
 
@@ -208,19 +237,39 @@ def _check_architecture(config: dict[str, Any]) -> None:
         )
 
 
+def _check_sizes(path: Path, config: dict[str, Any], hint: str) -> int:
+    """Refuse sizes by which transformers would fail, or ask for all memory there is; returns the number of layers.
+
+    Raises:
+        ModelDamagedError: A value is not a size, not a number or not a dtype.
+    """
+
+    def wrong(name: str, value: object, wanted: str) -> ModelDamagedError:
+        return ModelDamagedError(f"{str(path)!r} is wrong: {name} = {shown(value)}; it must be {wanted}.", hint=hint)
+
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise wrong(name, value, "finite")
+        if name in ("dtype", "torch_dtype") and value not in _CONFIG_DTYPES:
+            raise wrong(name, value, f"one of {', '.join(filter(None, _CONFIG_DTYPES))}")
+        limit = _SIZES.get(name)
+        lowest = 0 if "expert" in name or "moe" in name else 1
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if limit is not None and value is not None and not (whole and lowest <= value <= limit):
+            raise wrong(name, value, f"a whole number from {lowest} to {limit:,}")
+    return int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
+
+
 def _read_json(path: Path, hint: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(read_bytes(path, _MAX_JSON))
     except FileNotFoundError as error:
         raise ModelNotFoundError(
             f"folder {str(path.parent)!r} contains no model: {path.name} is missing.",
             hint="Pass the folder that `save_pretrained` wrote, or a `.gguf` file.",
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, Unreadable) as error:
         raise ModelDamagedError(f"{str(path)!r} cannot be read ({error}).", hint=hint) from error
-    if not isinstance(value, dict):
-        raise ModelDamagedError(f"{str(path)!r} does not contain a JSON object.", hint=hint)
-    return value
 
 
 def _weight_files(folder: Path, hint: str) -> Sequence[Path]:
@@ -232,19 +281,34 @@ def _weight_files(folder: Path, hint: str) -> Sequence[Path]:
             f"folder {str(folder)!r} contains no safetensors weights.",
             hint="Save it again with `save_pretrained`; pickled weights can run code and are not loaded.",
         )
-    shards = sorted(set(_read_json(folder / _INDEX, hint).get("weight_map", {}).values()))
+    places = _read_json(folder / _INDEX, hint).get("weight_map", {})
+    names = set(map(_shard_name, places.values())) if isinstance(places, dict) else {None}
+    if None in names:
+        raise ModelDamagedError(
+            f"{str(folder / _INDEX)!r} is wrong: a weight is not in a `.safetensors` file of the folder itself.",
+            hint=hint,
+        )
+    shards = sorted(name for name in names if name is not None)
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
         raise ModelDamagedError(f"folder {str(folder)!r} lacks {', '.join(missing) or 'every shard'}.", hint=hint)
     return [folder / name for name in shards]
 
 
-def _check_headers(weights: Sequence[Path], hint: str) -> None:
+def _shard_name(name: object) -> str | None:
+    """A file name without a folder; None for anything else, so that no index reaches outside its own folder."""
+    return name if isinstance(name, str) and _SHARD.fullmatch(name) else None
+
+
+def _check_headers(weights: Sequence[Path], hint: str) -> int:
+    """Check that the files are whole; returns the number of layers that they have weights of."""
     from safetensors import SafetensorError, safe_open
 
+    layers: set[str] = set()
     for path in weights:
         try:
-            with safe_open(path, framework="np"):  # compares the header's offsets with the size of the file
-                pass
+            with safe_open(path, framework="np") as file:  # compares the header's offsets with the size of the file
+                layers |= {match[1] for name in file.keys() if (match := _LAYER.match(name))}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelDamagedError(f"weight file {str(path)!r} is damaged ({error}).", hint=hint) from error
+    return len(layers)

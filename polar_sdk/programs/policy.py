@@ -24,6 +24,7 @@ from polar_sdk.errors import (
 )
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.programs.program import Program
+from polar_sdk.reading import Unreadable, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,16 +121,15 @@ class Policy(_Frozen):
             PolicyError: The file is missing, is not valid JSON, or contains a wrong value.
         """
         try:
-            return cls._from_json(Path(path).read_text(encoding="utf-8"), str(path))
+            return cls._from_json(read_bytes(path), str(path))
         except OSError as error:
             raise PolicyError(
                 f"policy file {str(path)!r} cannot be read ({error.strerror}).",
                 hint="Create one with `polar scan --save`.",
             ) from error
-        except UnicodeDecodeError as error:
+        except Unreadable as error:
             raise PolicyError(
-                f"policy file {str(path)!r} is not UTF-8 text (byte {error.start}).",
-                hint="Create one with `polar scan --save`.",
+                f"policy file {str(path)!r} is {error.fault}.", hint="Create one with `polar scan --save`."
             ) from error
 
     @classmethod
@@ -138,21 +138,23 @@ class Policy(_Frozen):
         folder = resources.files("polar_sdk") / "shipped" / "policies"
         for file in folder.iterdir():
             if file.name.endswith(".json"):
-                policy = cls._from_json(file.read_text(encoding="utf-8"), file.name)
+                policy = cls._from_json(file.read_bytes(), file.name)
                 if policy.fingerprint == fingerprint:
                     return policy
         return None
 
     @classmethod
-    def _from_json(cls, text: str, name: str) -> Self:
+    def _from_json(cls, content: bytes, name: str) -> Self:
         try:
-            return cls.model_validate(json.loads(text))
+            return cls.model_validate(parse_json(content))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "file"
             raise PolicyError(f"policy {name!r}: {where}: {first['msg'].rstrip('.')}.") from error
-        except json.JSONDecodeError as error:
-            raise PolicyError(f"policy {name!r} is not valid JSON (line {error.lineno}: {error.msg}).") from error
+        except Unreadable as error:
+            raise PolicyError(
+                f"policy {name!r} is {error.fault}.", hint="Create one with `polar scan --save`."
+            ) from error
 
     def save(self, path: str | Path) -> None:
         """Write the policy file; its folder is created if needed."""

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
     from polar_sdk.request.options import Template
 
+_MAX_GROWTH: Final = 4
+"""What a chat template may make of the messages: this many times their characters, and `_MAX_ADDED` more."""
+_MAX_ADDED: Final = 200_000
+"""Unit: characters."""
+_REPAIR: Final = "Correct the template in the model's folder, or pass a text with template='raw'."
 _SAMPLE: Final = ({"role": "user", "content": "a"},)
 """A conversation that shows what the template writes around a message."""
 
@@ -112,12 +117,23 @@ class PromptEncoder:
         return ids
 
     def _rendered(self, messages: Any) -> str:
-        from jinja2 import TemplateError
-
         try:
-            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except TemplateError as error:
-            raise InvalidRequestError(f"the model's chat template refuses these messages: {error}.") from error
+            rendered = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except UnicodeEncodeError:
+            raise
+        except Exception as error:  # a template is code of a stranger: it may raise anything
+            reason = str(error).rstrip(".")[:300] or "no reason given"
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {type(error).__name__}: {reason}.", hint=_REPAIR
+            ) from error
+        written = sum(len(str(part)) for message in messages for part in message.values())
+        if len(rendered) > _MAX_GROWTH * written + _MAX_ADDED:
+            raise InvalidRequestError(
+                f"the model's chat template makes {len(rendered):,} characters of {written:,}; at most {_MAX_GROWTH} "
+                f"times as many and {_MAX_ADDED:,} more are encoded.",
+                hint=_REPAIR,
+            )
+        return rendered
 
     def _pieces(self, rendered: str, held: _Held) -> list[tuple[str, bool]]:
         """The rendered template in pieces; True for those between two markers that hold text of a special token."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, ToleranceError
 from polar_sdk.programs.program import Program
+from polar_sdk.reading import shown
 from polar_sdk.request.names import check_name, check_tags
 from polar_sdk.request.options import (
     RequestOptions,
@@ -129,7 +130,10 @@ class RequestMaker:
         if program is not None:
             return None, fixed_router(Program.of(program), self.cost.depth)
         if isinstance(tier, (int, float)):
-            return self._at_tolerance(float(tier))
+            try:
+                return self._at_tolerance(float(tier))
+            except OverflowError:
+                raise ToleranceError(f"compute={shown(tier)} is too large; use a share below 1.") from None
         if isinstance(self.router, LearnedRouter):
             return self.router.serving(tier)
         if tier is None and self.router is not None:
@@ -157,12 +161,12 @@ class RequestMaker:
         try:
             max_tokens = operator.index(max_tokens)
         except TypeError:
-            raise SamplingError(f"max_tokens={max_tokens!r} is not a whole number; pass one.") from None
+            raise SamplingError(f"max_tokens={shown(max_tokens)} is not a whole number; pass one.") from None
         if max_tokens < 1:
-            raise SamplingError(f"max_tokens={max_tokens} is out of range; use 1 or more.")
+            raise SamplingError(f"max_tokens={shown(max_tokens)} is out of range; use 1 or more.")
         if max_tokens > room:
             raise ContextWindowError(
-                f"max_tokens={max_tokens} and a prompt of {prompt} tokens exceed the context window of "
+                f"max_tokens={shown(max_tokens)} and a prompt of {prompt} tokens exceed the context window of "
                 f"{self.context_window}; use max_tokens of at most {room}."
             )
         return max_tokens

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from polar_sdk.engine.sampling import MAX_ALTERNATIVES
 from polar_sdk.errors import InvalidRequestError, SamplingError, did_you_mean
 from polar_sdk.models.load import LoadOptions
+from polar_sdk.reading import shown
 from polar_sdk.request.names import check_tags
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 Template = Literal["auto", "chat", "raw"]
 T = TypeVar("T")
+MAX_STOPS = 256
+"""The engine's thread looks for each of them after every token."""
+MAX_STOP_LENGTH = 1_000
+"""Unit: characters."""
 _BATCH_OPTIONS = frozenset({"cancel", "timeout"})
 """Options that end a batch as a whole."""
 
@@ -136,10 +142,19 @@ def override(shared: RequestOptions, own: RequestOptions) -> RequestOptions:
 
 def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """The texts that end an answer, none of them empty."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    try:
+        stops = (stop,) if isinstance(stop, str) else tuple(islice(() if stop is None else stop, MAX_STOPS + 1))
+    except TypeError:
+        raise InvalidRequestError(f"stop={shown(stop)} is neither text nor a list of texts; pass one.") from None
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequestError(f"there are more than {MAX_STOPS} stop strings; pass at most {MAX_STOPS}.")
     for text in stops:
         if not isinstance(text, str):
-            raise InvalidRequestError(f"stop {text!r} is not text; use str().")
+            raise InvalidRequestError(f"stop {shown(text)} is not text; use str().")
+        if len(text) > MAX_STOP_LENGTH:
+            raise InvalidRequestError(
+                f"stop {shown(text)} has {len(text):,} characters; use at most {MAX_STOP_LENGTH:,}."
+            )
     if "" in stops:
         raise InvalidRequestError("a stop string is empty, so every answer would end at once; remove it.")
     return stops
@@ -166,9 +181,9 @@ def check_logprobs(logprobs: Any) -> int | None:
     try:
         count = operator.index(logprobs)
     except TypeError:
-        raise SamplingError(f"logprobs={logprobs!r} is not a whole number; pass one, or None.") from None
+        raise SamplingError(f"logprobs={shown(logprobs)} is not a whole number; pass one, or None.") from None
     if isinstance(logprobs, bool) or not 0 <= count <= MAX_ALTERNATIVES:
-        raise SamplingError(f"logprobs={logprobs} is out of range; use 0 to {MAX_ALTERNATIVES}, or None.")
+        raise SamplingError(f"logprobs={shown(logprobs)} is out of range; use 0 to {MAX_ALTERNATIVES}, or None.")
     return count
 
 
@@ -177,8 +192,11 @@ def check_timeout(timeout: Any) -> float | None:
     if timeout is None:
         return None
     if not isinstance(timeout, Real):
-        raise InvalidRequestError(f"timeout={timeout!r} is not a number; pass seconds, or None.")
-    seconds = float(timeout)
+        raise InvalidRequestError(f"timeout={shown(timeout)} is not a number; pass seconds, or None.")
+    try:
+        seconds = float(timeout)
+    except OverflowError:
+        seconds = math.inf
     if not (math.isfinite(seconds) and seconds > 0):
-        raise InvalidRequestError(f"timeout={timeout} is out of range; use more than 0 seconds, or None.")
+        raise InvalidRequestError(f"timeout={shown(timeout)} is out of range; use more than 0 seconds, or None.")
     return seconds

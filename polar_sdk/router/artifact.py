@@ -6,7 +6,6 @@ that an altered or missing file is detected before it serves. Bridges are stored
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from polar_sdk.engine.hashes import hash_programs, hash_tensors
 from polar_sdk.errors import RouterDamagedError, RouterError
 from polar_sdk.programs.program import Program
+from polar_sdk.reading import parse_json, read_bytes
 from polar_sdk.router.base import IdentityRouter, StaticRouter
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.layerwise import LayerwiseRouter
@@ -133,7 +133,7 @@ def _read_json(source: Path) -> _File:
             hint="Train one with `polar train --out FOLDER`, or pass the folder of one.",
         )
     try:
-        return _File.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return _File.model_validate(parse_json(read_bytes(path)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"

@@ -7,7 +7,6 @@ and the hash of the tensor file. Knows bridges, not how they are fitted.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +18,7 @@ from safetensors.torch import save as save_tensors
 
 from polar_sdk.engine.bridge import Bridge
 from polar_sdk.errors import BridgeDamagedError, BridgeModelError
+from polar_sdk.reading import Unreadable, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,10 +149,12 @@ class BridgeSet:
         """
         source = Path(folder)
         try:
-            record = _Record.model_validate_json((source / _JSON).read_bytes())
+            record = _Record.model_validate(parse_json(read_bytes(source / _JSON)))
             data = (source / _TENSORS).read_bytes()
         except OSError as error:
             raise _damaged(source, f"{error.filename} cannot be read: {error.strerror}") from error
+        except Unreadable as error:
+            raise _damaged(source, f"{_JSON}: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             raise _damaged(source, f"{_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -167,7 +169,7 @@ class BridgeSet:
             fingerprint=record.fingerprint,
             dtype=record.dtype,
             data=record.data,
-            training=json.loads(json.dumps(record.training)),
+            training=record.training,
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, read_logprobs
 from polar_sdk.engine.text import TextStream
-from polar_sdk.errors import RequestTimeoutError
+from polar_sdk.errors import InvalidRequestError, RequestTimeoutError
 from polar_sdk.programs.cost import CHUNK
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class Job:
         self._cancelled = False
         self.submitted = False
         """Whether the scheduler has the job; from then on it ends by itself or by `cancel`."""
+        self.engine: threading.Thread | None = None
+        """What computes it, and therefore cannot wait for it."""
 
     # -- the caller's side ------------------------------------------------------------------------------------------
 
@@ -103,7 +105,7 @@ class Job:
         """One piece per token as it arrives, and one without a token where the job is cancelled, until it is done."""
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._pieces or self._done)
+                self._wait_for(lambda: bool(self._pieces) or self._done)
                 if not self._pieces:
                     return
                 was_paused = self.paused
@@ -115,7 +117,17 @@ class Job:
     def wait(self) -> None:
         """Wait until nothing more will be computed."""
         with self._change:
-            self._change.wait_for(lambda: self._done)
+            self._wait_for(lambda: self._done)
+
+    def _wait_for(self, ready: Callable[[], bool]) -> None:
+        if threading.current_thread() is self.engine and not ready():
+            raise asked_by_engine()
+        self._change.wait_for(ready)
+
+    def disown(self) -> None:
+        """In a forked child: the caller is in the parent, and so is the answer."""
+        self._change = threading.Condition()  # the parent may have held the old one
+        self.cancel()
 
     # -- the scheduler's side ---------------------------------------------------------------------------------------
 
@@ -205,6 +217,14 @@ class Job:
             self._pieces.append((text, new))
             self._done = done
             self._change.notify_all()
+
+
+def asked_by_engine() -> InvalidRequestError:
+    """The error of a hook that waits for the model which waits for the hook."""
+    return InvalidRequestError(
+        "a logits_hook asked the model that was running it, which would have waited for itself.",
+        hint="Ask before the request starts or after it ends, or ask another model.",
+    )
 
 
 def _no_wakeup() -> None:

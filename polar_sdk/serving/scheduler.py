@@ -12,6 +12,7 @@ wait, so that neither a flood nor a long absence earns a privilege.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ import torch
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.errors import CacheMemoryError, QueueFullError
-from polar_sdk.serving.job import choose
+from polar_sdk.serving.job import asked_by_engine, choose
 from polar_sdk.serving.prefixes import PrefixCache
+from polar_sdk.serving.threads import InternalThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -145,19 +147,23 @@ class Scheduler:
         Raises:
             QueueFullError: Too many are waiting already.
             CacheMemoryError: One could never run, because its keys and values exceed the memory set aside for them.
+            InvalidRequestError: A logits hook of this model asks for it.
         """
+        if threading.current_thread() is self._thread:
+            raise asked_by_engine()
         for job in jobs:
             self._check_size(job)
             job.wake = self._wake
         with self._work:
             self._queue.put(jobs, self.limits.max_waiting)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = InternalThread(target=self._serve, name="polar-engine", daemon=True)
+                self._thread.start()
             for place, job in enumerate(jobs, len(self._queue) + len(self._running) - len(jobs)):
+                job.engine = self._thread
                 if place >= 2 * self.limits.max_rows:  # a job that waits for long must not hold memory
                     job.row.end_lead()
                 job.submitted = True
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._serve, name="polar-engine", daemon=True)
-                self._thread.start()
             self._work.notify()
 
     def _check_size(self, job: Job) -> None:
@@ -221,6 +227,13 @@ class Scheduler:
                 job.cancel()
             self._work.notify()
         thread.join()
+
+    def restart_after_fork(self) -> None:
+        """In a forked child: what the parent's thread was computing is the parent's, and the thread is not here."""
+        self._work = threading.Condition()  # the parent's thread may have held the old one
+        self._thread, self._closing = None, False
+        for job in [*self._queue, *self._running]:
+            job.disown()
 
     def _wake(self) -> None:
         with self._work:
@@ -319,3 +332,12 @@ def _close_all() -> None:
     """End the threads before the interpreter does: it would stop one inside torch, which aborts the process."""
     for scheduler in list(_LIVING):
         scheduler.close()
+
+
+def _restart_after_fork() -> None:
+    for scheduler in list(_LIVING):
+        scheduler.restart_after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_restart_after_fork)

@@ -1,16 +1,20 @@
 """Blocking engine calls in threads of their own: heavy work, and calls from asyncio, whose loop must not be blocked.
 
 The engine itself is synchronous. Such a thread runs with the caller's context variables, and stops when the task that
-awaits it is cancelled. Knows nothing of models.
+awaits it is cancelled. Also here: how clean-up is kept from being interrupted, and from waiting for its own thread.
+Knows nothing of models.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
+import gc
 import threading
 from concurrent.futures import Future
 from contextlib import closing
 from contextvars import copy_context
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -25,22 +29,112 @@ AHEAD = 2
 waste if it leaves."""
 
 
+class InternalThread(threading.Thread):
+    """A thread that serves every caller, and therefore may wait for none of them."""
+
+
+class _Collector:
+    """Which thread the cyclic garbage collector runs in now; it runs in one at a time."""
+
+    thread: int | None = None
+
+    @classmethod
+    def note(cls, phase: str, _: dict[str, int]) -> None:
+        cls.thread = threading.get_ident() if phase == "start" else None
+
+
+gc.callbacks.append(_Collector.note)
+
+
 class _AnyCancel:
-    """Set when the task is cancelled, or when the caller's own cancel is."""
+    """Set when the task is cancelled, or when the caller's own cancel is. Takes no lock: finalisers set it."""
 
     def __init__(self, caller: Cancel | None) -> None:
         self._caller = caller
-        self._own = threading.Event()
-
-    def set(self) -> None:
-        self._own.set()
+        self.left = False
+        """Whether the task was cancelled or has left its stream."""
 
     def is_set(self) -> bool:
-        return self._own.is_set() or (self._caller is not None and self._caller.is_set())
+        return self.left or (self._caller is not None and self._caller.is_set())
+
+
+class _Leave:
+    """Tells a producer that its consumer has left: when called, or when collected with a consumer left unclosed."""
+
+    def __init__(self, stop: _AnyCancel, room: SimpleQueue[None]) -> None:
+        self._stop, self._room = stop, room
+
+    def __call__(self) -> None:
+        self._stop.left = True
+        self._room.put(None)  # wakes a producer that waits for room
+
+    __del__ = __call__
 
 
 class _End:
     """The end of a stream that another thread produces."""
+
+
+def may_wait() -> bool:
+    """False where waiting for a request could be waiting for this very thread.
+
+    That is so in a thread that serves every caller, and wherever the cyclic garbage collector is running: it runs
+    finalisers in whatever thread allocates, which may hold any lock of ours, of a sink or of the user.
+    """
+    return _Collector.thread != threading.get_ident() and not isinstance(threading.current_thread(), InternalThread)
+
+
+def start_detached(call: Callable[[], object], name: str) -> None:
+    """Start a daemon thread without waiting until it runs: safe in finalisers and under signals.
+
+    Raises:
+        RuntimeError: No thread can be started; at the end of the process, none can.
+    """
+    _thread.start_new_thread(_start_internal, (call, name))
+
+
+def _start_internal(call: Callable[[], object], name: str) -> None:
+    InternalThread(target=call, name=name, daemon=True).start()
+
+
+def run_uncut(call: Callable[[], T]) -> T:
+    """Run a call that no signal handler can cut off; the first thing a handler raises meanwhile is raised at the end.
+
+    Python runs signal handlers in the main thread. There the call runs in another thread, and elsewhere in place.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    result: Future[T] = Future()
+    begun, ended = threading.Lock(), threading.Lock()
+    context = copy_context()
+    ended.acquire()
+
+    def run() -> None:
+        if begun.acquire(blocking=False):  # a handler may raise between the start of the thread and the note of it
+            _fulfil(result, lambda: context.run(call))
+            ended.release()
+
+    interruption: BaseException | None = None
+    started = False
+    while True:
+        try:
+            if not started:
+                try:
+                    start_detached(run, "polar-record")
+                except RuntimeError:
+                    run()
+                started = True
+            with ended:
+                break
+        except BaseException as raised:  # whatever a handler raises
+            interruption = interruption or raised
+    try:
+        value = result.result()
+        if interruption is not None:
+            raise interruption
+        return value
+    finally:
+        del interruption  # its traceback refers to this frame
 
 
 def run_apart(call: Callable[[], T]) -> T:
@@ -59,14 +153,15 @@ def run_apart(call: Callable[[], T]) -> T:
 async def run_in_thread(call: Callable[[Cancel], T], cancel: Cancel | None) -> T:
     """Run `call` in a thread; if the awaiting task is cancelled, request it to stop and wait until it has.
 
-    The wait ensures that after a cancellation nothing is computed any more and the usage record is stored.
+    The wait ensures that after a cancellation nothing is computed any more and the usage record is stored, however
+    often the task is cancelled (anyio cancels at every await). The first cancellation is raised.
     """
     stop = _AnyCancel(cancel)
     worker = _awaitable(lambda: call(stop), "polar-request")
     try:
         return await asyncio.shield(worker)
     except asyncio.CancelledError:
-        stop.set()
+        stop.left = True
         await _ended(worker)
         raise
 
@@ -78,8 +173,9 @@ async def iterate_in_thread(
     stop = _AnyCancel(cancel)
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[T | _End] = asyncio.Queue()
-    left = threading.Event()
-    room = threading.Semaphore(AHEAD)
+    room: SimpleQueue[None] = SimpleQueue()  # not a semaphore, whose lock would not bear a finaliser
+    for _ in range(AHEAD):
+        room.put(None)
 
     def put(item: T | _End) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, item)
@@ -88,24 +184,32 @@ async def iterate_in_thread(
         try:
             with closing(start(stop)) as items:
                 for item in items:
-                    room.acquire()
-                    if left.is_set():
+                    room.get()
+                    if stop.left:
                         break
                     put(item)
         finally:
             put(_End())
 
     worker = _awaitable(produce, "polar-stream")
+    leave = _Leave(stop, room)
+    cancelled: asyncio.CancelledError | None = None
     try:
         while not isinstance(item := await queue.get(), _End):
-            room.release()
+            room.put(None)
             yield item
         await asyncio.shield(worker)  # raises what ended the generator
+    except asyncio.CancelledError as raised:
+        cancelled = raised
+        raise
     finally:
-        left.set()
-        stop.set()
-        room.release()  # wakes a producer that waits for room
-        await _ended(worker)
+        leave()
+        later = await _ended(worker)
+        try:
+            if later is not None and cancelled is None:
+                raise later
+        finally:
+            del later, cancelled  # their tracebacks refer to this frame
 
 
 def _awaitable(call: Callable[[], T], name: str) -> asyncio.Future[T]:
@@ -117,11 +221,21 @@ def _awaitable(call: Callable[[], T], name: str) -> asyncio.Future[T]:
     return asyncio.wrap_future(_start(call, name)[1])
 
 
-async def _ended(worker: asyncio.Future[T]) -> None:
-    """Wait until a thread has ended, however it did."""
-    await asyncio.wait([worker])
+async def _ended(worker: asyncio.Future[T]) -> asyncio.CancelledError | None:
+    """Wait until a thread has ended, however it did and however often this task is cancelled meanwhile.
+
+    Returns:
+        The first of those cancellations.
+    """
+    first: asyncio.CancelledError | None = None
+    while not worker.done():
+        try:
+            await asyncio.wait([worker])
+        except asyncio.CancelledError as raised:
+            first = first or raised
     if not worker.cancelled():
         worker.exception()  # retrieved, so that asyncio does not report it again
+    return first
 
 
 def _start(call: Callable[[], T], name: str, *, daemon: bool = False) -> tuple[threading.Thread, Future[T]]:
@@ -129,12 +243,17 @@ def _start(call: Callable[[], T], name: str, *, daemon: bool = False) -> tuple[t
     result: Future[T] = Future()
 
     def run() -> None:
-        result.set_running_or_notify_cancel()  # from here on, nobody can cancel the future under the thread
-        try:
-            result.set_result(call())
-        except BaseException as problem:  # handed to the waiting caller, whatever it is
-            result.set_exception(problem)
+        _fulfil(result, call)
 
     thread = threading.Thread(target=copy_context().run, args=(run,), name=name, daemon=daemon)
     thread.start()
     return thread, result
+
+
+def _fulfil(result: Future[T], call: Callable[[], T]) -> None:
+    """Run a call for a future, which gets its result or its error."""
+    result.set_running_or_notify_cancel()  # from here on, nobody can cancel the future under the thread
+    try:
+        result.set_result(call())
+    except BaseException as problem:  # handed to the waiting caller, whatever it is
+        result.set_exception(problem)

@@ -9,6 +9,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from polar_sdk.show.lines import print_line
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -29,7 +31,7 @@ def silent(stage: str, done: int, total: int, /) -> None:
 
 def say(line: str) -> None:
     """Print one line about what is happening."""
-    print(f"polar: {line}", file=sys.stderr, flush=True)
+    print_line(f"polar: {line}", err=True)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from polar_sdk.show.lines import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -66,7 +68,7 @@ def _longest(column: Column, console: Console) -> int:
 
 def new_table(title: str | None, labels: Iterable[str]) -> Table:
     """A table with a title, whose first columns are these, of texts."""
-    heading = None if title is None else Text(printable(title))
+    heading = None if title is None else as_text(title)
     table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bold")
     table.show_edge = False
     table.pad_edge = False
@@ -78,13 +80,13 @@ def new_table(title: str | None, labels: Iterable[str]) -> Table:
 def add_labels(table: Table, *names: str, width: int = LABEL_WIDTH) -> None:
     """Add columns of texts, which fold where the console is narrow, down to a minimum width."""
     for name in names:
-        table.add_column(name, overflow="fold", min_width=width)
+        table.add_column(_heading(name), overflow="fold", min_width=width)
 
 
 def add_numbers(table: Table, *names: str) -> None:
     """Add columns of figures, which never lose a digit."""
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(_heading(name), justify="right", no_wrap=True)
 
 
 def add_row(table: Table, *cells: str, style: str | None = None) -> None:
@@ -92,6 +94,11 @@ def add_row(table: Table, *cells: str, style: str | None = None) -> None:
     table.add_row(*(Text(printable(cell)) for cell in cells), style=style)
 
 
-def printable(text: str) -> str:
-    """The text without control characters: a name must not steer the terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+def as_text(text: str, style: str = "") -> Text:
+    """A line of plain text between tables."""
+    return Text(printable(text), style)
+
+
+def _heading(name: str) -> Text:
+    """The head of a column, in one line or several."""
+    return Text("\n".join(map(printable, name.split("\n"))))

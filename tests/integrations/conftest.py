@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 from contextlib import aclosing, closing
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_sdk import ListSink, UsageRecord
+from polar_sdk.request import recorder
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import Outcome
 
@@ -74,6 +77,30 @@ class FrameworkContract:
         assert record.outcome is Outcome.CANCELLED
         assert pieces <= record.tokens.output <= max_computed
         assert record.flops.total > 0
+
+    def check_collected_stream(self, engine: PolarModel, start: Callable[[], Generator[Any]]) -> None:
+        """A stream in a cycle, collected in the engine's thread: generators of the framework close ours there."""
+
+        def collect(tokens: Any, logits: Any) -> Any:
+            gc.collect()
+            return logits
+
+        gc.disable()
+        try:
+            cycle: list[Any] = [start()]
+            next(cycle[0])
+            cycle.append(cycle)
+            del cycle
+            asking = threading.Thread(
+                target=lambda: engine.generate("other", max_tokens=2, logits_hook=collect), daemon=True
+            )
+            asking.start()
+            asking.join(20)
+        finally:
+            gc.enable()
+        assert not asking.is_alive(), "the engine waits for itself"
+        assert recorder.flush()
+        assert sorted(record.outcome for record in self._sink.records) == ["cancelled", "completed"]
 
     async def check_left_async_stream(self, stream: AsyncGenerator[Any], max_tokens: int) -> None:
         """The same for an async stream, which ends a little later."""

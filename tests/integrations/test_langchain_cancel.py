@@ -32,6 +32,11 @@ def test_a_stream_that_is_left_stops_and_is_recorded(kind: Any, engine: PolarMod
 
 
 @BOTH
+def test_a_stream_collected_in_the_engines_thread_hangs_nobody(kind: Any, engine: PolarModel, contract: Any) -> None:
+    contract.check_collected_stream(engine, lambda: kind(engine=engine, max_tokens=200).stream("Hello"))
+
+
+@BOTH
 async def test_an_async_stream_that_is_left_stops_and_is_recorded(kind: Any, engine: PolarModel, contract: Any) -> None:
     model = kind(engine=engine, max_tokens=400, callbacks=[_KeepsErrors()])
     await contract.check_left_async_stream(model.astream("Hello"), max_tokens=400)

@@ -211,6 +211,10 @@ def test_a_stream_that_is_left_stops_and_is_recorded(
     contract.check_left_stream(stream, pieces=1, max_computed=4)
 
 
+def test_a_stream_collected_in_the_engines_thread_hangs_nobody(engine: PolarModel, contract: Any) -> None:
+    contract.check_collected_stream(engine, lambda: PolarLLM(engine=engine, max_tokens=200).stream_complete("Hello"))
+
+
 @pytest.mark.parametrize("way", ["astream_chat", "astream_complete"])
 @pytest.mark.parametrize("keeps_exceptions", [False, True])
 async def test_an_async_stream_that_is_left_stops_and_is_recorded(

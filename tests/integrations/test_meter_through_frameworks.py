@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from llama_index.core.llms import ChatMessage
 
 from langchain_polar import ChatPolar, get_polar_cost_callback
 from llama_index_polar import PolarLLM
+from polar_sdk.request import recorder
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -47,3 +50,33 @@ def test_nothing_runs_when_nothing_can_be_recorded(monkeypatch: pytest.MonkeyPat
         ChatPolar(engine=engine, max_tokens=5).invoke("Hello")
     with pytest.raises(OSError, match="no/such/folder"):
         PolarLLM(engine=engine, max_tokens=5).complete("Hello")
+
+
+def test_a_stream_collected_in_the_meters_thread_does_not_wait_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from polar_billing.metering.writer import Writer
+
+    meter = billing.Meter(durability="commit")
+    engine = tiny_model(sink=meter)
+    store = Writer._store
+
+    def collect(*arguments: Any) -> None:
+        gc.collect()
+        store(*arguments)
+
+    monkeypatch.setattr(Writer, "_store", collect)
+    gc.disable()
+    try:
+        cycle: list[Any] = [engine.stream("Hello", max_tokens=200)]
+        next(cycle[0])
+        cycle.append(cycle)
+        del cycle
+        asking = threading.Thread(target=lambda: engine.generate("other", max_tokens=2), daemon=True)
+        asking.start()
+        asking.join(20)
+    finally:
+        gc.enable()
+    assert not asking.is_alive()
+    assert recorder.flush()
+    stored = billing.Ledger().read(billing.Selection(billing.ALL_TENANTS))
+    assert sorted(usage.record.outcome for usage in stored) == ["cancelled", "completed"]
+    meter.close()

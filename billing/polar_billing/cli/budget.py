@@ -12,6 +12,7 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import BudgetError
+from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
     from polar_billing.budgets.budget import Level
@@ -86,7 +87,7 @@ def set_(
     assert isinstance(new.over_budget, OverBudget)
     budgets.set(new, book)
     (standing,) = (standing for standing in budgets.standings(tenant) if standing.budget.key == new.key)
-    typer.echo(f"The {new.window}'s budget of {new.who} is {new.say(new.limit_count)}; {new.say(standing.left)} left.")
+    print_line(f"The {new.window}'s budget of {new.who} is {new.say(new.limit_count)}; {new.say(standing.left)} left.")
 
 
 @_budget.command("show", epilog="Example: polar budget show --tenant acme --json")
@@ -113,7 +114,7 @@ def close(
     budgets = _open(ledger)
     level, name = _scope(project, user, key)
     closed = budgets.close(tenant, level=level, name=name, unit=unit, window=window)
-    typer.echo(f"The {closed.window}'s budget of {closed.who}, {closed.say(closed.limit_count)}, is closed.")
+    print_line(f"The {closed.window}'s budget of {closed.who}, {closed.say(closed.limit_count)}, is closed.")
 
 
 @_budget.command(epilog="Example: polar budget holds --tenant acme")
@@ -129,7 +130,7 @@ def holds(
     from polar_billing.reports.billing_tables import hold_row
 
     if expire and (freed := budgets.expire(opt.tenant_or_all(tenant))):
-        typer.echo(f"{freed} expired.", err=True)
+        print_line(f"{freed} expired.", err=True)
     rows = [hold_row(hold) for hold in budgets.holds(opt.tenant_or_all(tenant))]
     _print(rows, as_json, csv, title="Holds", nothing=f"Nothing is held{_of(tenant)}.")
 
@@ -155,9 +156,9 @@ def recheck(
         opt.show_json([*rows, *map(vars, holds)])
     else:
         for wrong in (*differences, *holds):
-            typer.echo(str(wrong))
+            print_line(str(wrong))
         if not differences and not holds:
-            typer.echo("Every counter agrees with what holds and usage add up to.")
+            print_line("Every counter agrees with what holds and usage add up to.")
     if holds or (differences and not repair):
         raise typer.Exit(1)
 
@@ -191,14 +192,14 @@ def _of(tenant: str | None) -> str:
 
 
 def _print(rows: list[dict[str, Any]], as_json: bool, csv: Path | None, *, title: str, nothing: str) -> None:
-    from polar_billing.reports.billing_tables import rows_view
+    from polar_billing.reports.billing_tables import rows_view, with_figures
     from polar_billing.reports.csv import write_rows
 
     if csv is not None and rows:
-        opt.write_file(csv, write_rows(list(rows[0]), rows))
+        opt.write_file(csv, write_rows(list(rows[0]), map(with_figures, rows)))
     if as_json:
         opt.show_json(rows)
     elif not rows:
-        typer.echo(nothing)
+        print_line(nothing)
     elif csv is None:
         opt.show(rows_view(rows, title))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polar_billing.errors import MissingExtraError, OutputError, QueryError
+from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,7 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> LedgerStore:
     if recover:
         recover_abandoned(opened)
         if (warning := warning_of(opened)) is not None:
-            typer.echo(f"warning: {warning}", err=True)
+            print_line(f"warning: {warning}", err=True)
     return opened
 
 
@@ -121,14 +121,14 @@ def say_nothing_found(store: LedgerStore, selection: Selection) -> None:
     from polar_billing.ledger.records import ALL_TENANTS, Selection
 
     if next(store.read(Selection(ALL_TENANTS), newest=1), None) is None:
-        typer.echo(f'No usage yet in the ledger {store.location}. Run `polar run "Hello"` and look again.')
+        print_line(f'No usage yet in the ledger {store.location}. Run `polar run "Hello"` and look again.')
         return
     conditions = [f"period {selection.period.label}"]
     conditions += [f"tenant {selection.tenant}"] if isinstance(selection.tenant, str) else []
     conditions += [f"tier {selection.tier}"] if selection.tier else []
     conditions += [f"model {selection.model}"] if selection.model else []
     conditions += [f"tag {key}={value}" for key, value in selection.tags.items()]
-    typer.echo(f"No usage for {', '.join(conditions)} in the ledger {store.location}; it holds other usage.")
+    print_line(f"No usage for {', '.join(conditions)} in the ledger {store.location}; it holds other usage.")
 
 
 def show(view: Any) -> None:
@@ -145,7 +145,7 @@ def show(view: Any) -> None:
 
 def show_json(data: object) -> None:
     """Print JSON to standard output."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    print_json(data)
 
 
 def write_file(path: Path, content: str) -> None:
@@ -159,4 +159,4 @@ def write_file(path: Path, content: str) -> None:
         raise OutputError(
             f"{str(path)!r} cannot be written ({error.strerror}).", hint="Check that its folder exists."
         ) from error
-    typer.echo(f"Wrote {path}.", err=True)
+    print_line(f"Wrote {path}.", err=True)

@@ -14,6 +14,7 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
+from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
@@ -60,14 +61,14 @@ def add(
 
         added = add_book(store, book, for_all=for_all)
         state = "is in force now" if added else "was in force already"
-        typer.echo(f"Price book {book.id} ({book.content_hash[:12]}) {state} in the ledger {store.location}.")
+        print_line(f"Price book {book.id} ({book.content_hash[:12]}) {state} in the ledger {store.location}.")
         others = InForce(store.price_choices()).book(None, datetime.max.replace(tzinfo=UTC))
         if others is not None and others.id != book.id:
             named = len({customer.tenant for customer in book.customers})
             whom = f"the {named:,} tenant(s) it names" if named else "nobody, as it names no tenant"
-            typer.echo(f"It charges {whom}; {others.id} charges all others; --for-all changes that.")
+            print_line(f"It charges {whom}; {others.id} charges all others; --for-all changes that.")
         if file_named := os.environ.get(PRICE_BOOK_VARIABLE):
-            typer.echo(f"Meters here charge by {file_named} all the same, as {PRICE_BOOK_VARIABLE} says.")
+            print_line(f"Meters here charge by {file_named} all the same, as {PRICE_BOOK_VARIABLE} says.")
 
 
 def show_book(
@@ -84,7 +85,7 @@ def show_book(
     if as_json:
         opt.show_json([{"content_hash": book.content_hash, **book.model_dump(mode="json")} for book in books])
     elif not books:
-        typer.echo("No price book in the ledger yet; `polar price add FILE` puts one in force.")
+        print_line("No price book in the ledger yet; `polar price add FILE` puts one in force.")
     else:
         for book in books:
             opt.show(book_view(book))
@@ -112,10 +113,10 @@ def diff(
             [{"path": change.path, "old": change.old, "new": change.new, "past": past} for change, past in compared]
         )
     elif not compared:
-        typer.echo("The two price books say the same.")
+        print_line("The two price books say the same.")
     else:
         for change, past in compared:
-            typer.echo(f"{change}{'   (past: refused)' if past else ''}")
+            print_line(f"{change}{'   (past: refused)' if past else ''}")
 
 
 def quote(
@@ -146,9 +147,9 @@ def quote(
             {"amount": amount, "currency": quoted.currency, "unrated": quoted.unrated, "price_book": prices.id}
         )
     elif amount is None:
-        typer.echo(f"Unrated: {quoted.unrated}.")
+        print_line(f"Unrated: {quoted.unrated}.")
     else:
-        typer.echo(f"At most {amount} {quoted.currency}, by price book {prices.id}.")
+        print_line(f"At most {amount} {quoted.currency}, by price book {prices.id}.")
 
 
 def _books(file: Path | None, ledger: str | None) -> list[PriceBook]:

@@ -5,7 +5,6 @@ Arguments in, text out; the work is done by `proof` and `ledger`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,11 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import LedgerUnsoundError, OutputError, QueryError
+from polar_sdk.reading import Unreadable, parse_object, read_bytes
+from polar_sdk.show.lines import print_line
+
+_MAX_RECEIPT = 2**20
+"""Unit: bytes."""
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +51,7 @@ def verify(
             agrees = f"The receipt {receipt} agrees with the ledger {store.location}"
             fields = ", ".join(checked.unchecked)
             but = f", but {fields} cannot be checked: the facts of the request were pruned" if fields else ""
-            typer.echo(f"{agrees}{but}.")
+            print_line(f"{agrees}{but}.")
             return
         verified = verify_in(connection, tenant)
     heads = sorted(verified.heads.items())
@@ -61,9 +65,9 @@ def verify(
             }
         )
     elif verified.sound:
-        typer.echo(f"The ledger {store.location} is sound: {verified.links:,} links of {len(verified.heads)} chains.")
+        print_line(f"The ledger {store.location} is sound: {verified.links:,} links of {len(verified.heads)} chains.")
         for name, head in heads:
-            typer.echo(f"  {name or '(no tenant)'}: number {head.number:,}, hash {head.hash.hex()}")
+            print_line(f"  {name or '(no tenant)'}: number {head.number:,}, hash {head.hash.hex()}")
     if not verified.sound:
         more = len(verified.findings) - 1
         also = f" {more} more: --json lists them." if more else ""
@@ -72,14 +76,13 @@ def verify(
 
 def _read_receipt(path: Path) -> dict[str, object]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(read_bytes(path, _MAX_RECEIPT))
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
-    except (ValueError, RecursionError) as error:
-        raise QueryError(f"{str(path)!r} is not valid JSON.", hint="Use what `polar receipt` printed.") from error
-    if not isinstance(document, dict):
-        raise QueryError(f"{str(path)!r} is not a receipt.", hint="Use what `polar receipt` printed.")
-    return document
+    except Unreadable as error:
+        raise QueryError(
+            f"{str(path)!r} is not a receipt: {error}.", hint="Use what `polar receipt` printed."
+        ) from error
 
 
 def receipt(
@@ -117,9 +120,9 @@ def prune(
         for name in tenants:
             with store.transaction() as connection:
                 pruned = prune_tenant(connection, name, until)
-            typer.echo(f"{name}: {pruned.requests:,} requests pruned.")
+            print_line(f"{name}: {pruned.requests:,} requests pruned.")
         if not tenants:
-            typer.echo(f"Nothing was served before {until.isoformat()}.")
+            print_line(f"Nothing was served before {until.isoformat()}.")
 
 
 def migrate(
@@ -133,6 +136,6 @@ def migrate(
     with opt.open_ledger(ledger, recover=False) as store:
         before, after = migrate_ledger(store, SCHEMA_VERSION if to is None else to)
         if before == after:
-            typer.echo(f"The ledger {store.location} already has schema version {after}.")
+            print_line(f"The ledger {store.location} already has schema version {after}.")
         else:
-            typer.echo(f"The ledger {store.location} was migrated from schema version {before} to {after}.")
+            print_line(f"The ledger {store.location} was migrated from schema version {before} to {after}.")

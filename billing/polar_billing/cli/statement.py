@@ -13,6 +13,7 @@ import typer
 
 from polar_billing.cli import options as opt
 from polar_billing.errors import QueryError
+from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
@@ -108,7 +109,7 @@ def _list(store: Ledger, tenant: str, as_json: bool) -> None:
     elif statements:
         opt.show(issued_view(statements, tenant))
     else:
-        typer.echo(f"No statement of {tenant} has been issued yet. For a draft, name a month: --month 2026-11.")
+        print_line(f"No statement of {tenant} has been issued yet. For a draft, name a month: --month 2026-11.")
 
 
 def _show(document: Statement, issued: IssuedStatement | None, as_json: bool, csv: Path | None) -> None:
@@ -138,7 +139,8 @@ def _trace(store: Ledger, issued: IssuedStatement | None, number: int, as_json: 
     if as_json:
         opt.show_json(seqs)
     else:
-        typer.echo("\n".join(map(str, seqs)) or "No usage is charged by this line.")
+        for line in map(str, seqs) if seqs else ["No usage is charged by this line."]:
+            print_line(line)
 
 
 def _agreements(texts: list[str] | None, file: Path | None) -> dict[str, Agreement]:
@@ -170,7 +172,7 @@ def credit_note(
     value = read_amount(amount)
     with opt.existing_ledger(ledger) as store:
         note = polar_billing.credit_note(store, tenant, statement_id, value, reason=reason, reference=reference)
-        typer.echo(f"Credit note {note.reference}: {note.amount:f} off statement {note.statement}.")
+        print_line(f"Credit note {note.reference}: {note.amount:f} off statement {note.statement}.")
 
 
 def reprice(
@@ -206,6 +208,6 @@ def reprice(
     if as_json:
         opt.show_json([row.model_dump(mode="json") for row in rows])
     elif not rows:
-        typer.echo(f"No usage in {period.label}.")
+        print_line(f"No usage in {period.label}.")
     elif csv is None:
         opt.show(repriced_view(rows, period.label))

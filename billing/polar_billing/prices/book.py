@@ -198,7 +198,7 @@ class PriceBook(Checked):
         try:
             book = cls.model_validate(reading.parse_toml(text))
         except reading.Unreadable as error:
-            raise PriceBookError(f"price book {name!r} is {_lead(str(error))}.") from error
+            raise PriceBookError(f"price book {name!r} is {error.fault}.") from error
         except ValidationError as error:
             raise PriceBookError(f"price book {name!r}: {_problems(error)}") from error
         book.check_rates(name)
@@ -214,7 +214,7 @@ class PriceBook(Checked):
         try:
             return cls.model_validate(reading.parse_object(document, max_bytes=_MAX_DOCUMENT))
         except reading.Unreadable as error:
-            raise PriceBookError(f"a stored price book is {_lead(str(error))}.", hint="Run `polar verify`.") from error
+            raise PriceBookError(f"a stored price book is {error.fault}.", hint="Run `polar verify`.") from error
         except ValidationError as error:
             raise PriceBookError(f"a stored price book: {_problems(error)}", hint="Run `polar verify`.") from error
 
@@ -254,11 +254,6 @@ def _check_entry(entry: PriceEntry, where: str, currency: str) -> None:
                     f"{from_scaled(STORED_MAX, STORED_SCALE):f} {currency}.",
                     hint="Lower the price or the multiplier.",
                 )
-
-
-def _lead(reason: str) -> str:
-    """A reason as it follows "is": what is wrong with a number is not what the book is."""
-    return reason if reason.startswith(("not ", "larger ", "nested ")) else f"beyond a limit: {reason}"
 
 
 def _check_decimals(credit: Credit, decimals: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Group
@@ -12,12 +13,11 @@ from polar_billing.reports import text
 from polar_billing.statements.lines import USAGE_KINDS
 from polar_billing.values.money import plain
 from polar_billing.values.periods import load_zone
-from polar_sdk.show.tables import add_labels, add_numbers, add_row, new_table
+from polar_sdk.show.tables import add_labels, add_numbers, add_row, as_text, new_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
-    from decimal import Decimal
 
     from rich.console import RenderableType
     from rich.table import Table
@@ -40,10 +40,10 @@ def book_view(book: PriceBook) -> RenderableType:
     """Rates, then plans, customers and credits where there are any."""
     free = f" · free: {', '.join(sorted(book.free_outcomes))}" if book.free_outcomes else ""
     facts = f"{book.currency}, lines rounded to {book.statement_decimals} decimals{free} · {book.content_hash[:12]}"
-    parts: list[RenderableType] = [_rates(f"Price book {book.id}", book.prices), Text(facts, style="dim")]
+    parts: list[RenderableType] = [_rates(f"Price book {book.id}", book.prices), as_text(facts, style="dim")]
     for name, plan in book.plans.items():
         parts += [Text(), *([_rates(f"Plan {name}, its own rates", plan.prices)] if plan.prices else [])]
-        parts += [Text(line) for terms in plan.terms for line in _terms(name, terms)]
+        parts += [as_text(line) for terms in plan.terms for line in _terms(name, terms)]
     parts += [Text(), _customers(book)] if book.customers else []
     parts += [Text(), _book_credits(book)] if book.credits else []
     return Group(*parts)
@@ -150,6 +150,11 @@ def hold_row(hold: Hold) -> dict[str, Any]:
     }
 
 
+def with_figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of budgets or holds whose amounts are numbers: in CSV, an overdrawn budget is no formula."""
+    return {name: Decimal(value) if name in _AMOUNTS and value is not None else value for name, value in row.items()}
+
+
 def rows_view(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Budgets or holds, one line each, a column per field."""
     table = new_table(title, [])
@@ -174,7 +179,7 @@ def statement_view(statement: Statement, issued: IssuedStatement | None) -> Rend
     add_row(table, "", "", "total", "", "", text.money(statement.total), style="bold")
     _credits(table, statement)
     facts = f"{statement.id} · price book {statement.price_book} {statement.price_book_hash[:12]}"
-    return Group(table, Text(facts, style="dim"), *_unrated(statement))
+    return Group(table, as_text(facts, style="dim"), *_unrated(statement))
 
 
 def issued_view(issued: Sequence[IssuedStatement], tenant: str) -> Table:
@@ -196,7 +201,7 @@ def repriced_view(rows: Sequence[Repriced], period: str) -> RenderableType:
         amounts = (text.money(row.charged), text.money(row.other), _signed(row.difference))
         add_row(table, row.tenant, row.price_book, text.count(row.requests), *amounts)
     notes = [
-        Text(f"{row.tenant}: {requests:,} unrated when repriced: {reason}.", style="yellow")
+        as_text(f"{row.tenant}: {requests:,} unrated when repriced: {reason}.", style="yellow")
         for row in rows
         for reason, requests in row.other_unrated.items()
     ]
@@ -231,7 +236,7 @@ def _credits(table: Table, statement: Statement) -> None:
 
 def _unrated(statement: Statement) -> list[Text]:
     return [
-        Text(f"{requests:,} unrated, not in the amounts above: {reason}.", style="yellow")
+        as_text(f"{requests:,} unrated, not in the amounts above: {reason}.", style="yellow")
         for reason, requests in statement.unrated.items()
     ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from polar_billing.reports import text
+from polar_sdk.show.lines import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +44,7 @@ _CHARGED, _FULL_DEPTH, _PER_TOKEN = "#1f4e79", "#7fa8c9", "#d5b97a"
 _WIDTH: Final = 7.4  # inches; the page is as wide
 _STYLE: Final[Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with dollar signs is no formula
     "svg.hashsalt": "polar",
     "font.family": "DejaVu Sans",  # ships with matplotlib, so text is measured alike everywhere
     "font.size": 8.5,
@@ -155,7 +158,7 @@ def charges_by_tenant(report: Report) -> str:
                 0.66,
                 left=ends,
                 color=tier_color(tier),
-                label=text.tier_name(tier),
+                label=printable(text.tier_name(tier)),
             )
             ends = [end + charge for end, charge in zip(ends, charges, strict=True)]
         for place, tenant in enumerate(ranked):
@@ -201,7 +204,7 @@ def _depth_panel(axes: Axes, panel: DepthPanel) -> None:
     for layer, visits in enumerate(panel.visits):
         if visits == 0:
             axes.annotate("×", (layer, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7.5, color=MUTED)
-    axes.set_title(text.tier_name(panel.tier), loc="left", fontsize=9, fontweight="bold", color=INK)
+    axes.set_title(printable(text.tier_name(panel.tier)), loc="left", fontsize=9, fontweight="bold", color=INK)
     axes.tick_params(axis="y", labelcolor=MUTED)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
@@ -217,6 +220,7 @@ def _categories(axes: Axes, names: list[str]) -> None:
 
 
 def _shortened(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= 24 else f"{name[:23]}…"
 
 
@@ -243,7 +247,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _svg(name: str, height: float, draw: Callable[[Figure], None], label: str) -> str:
     """Draw a figure as SVG, without what a page does not need, and with ids that are unique to the chart."""
     out = io.StringIO()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # The page's fonts show the text; matplotlib's own only measures it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         draw(figure)
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})

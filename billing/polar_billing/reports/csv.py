@@ -6,6 +6,8 @@ import csv
 import io
 from typing import TYPE_CHECKING, Any
 
+from polar_sdk.show.lines import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -26,6 +28,8 @@ _LINE = (
     "corrects",
 )  # fmt: skip
 _REPRICED = ("tenant", "requests", "currency", "price_book", "charged", "other_price_book", "other", "difference")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\N{REPLACEMENT CHARACTER}")
+"""What a formula begins with, to some program; the last one stands for a tab or a line break."""
 _OUTCOMES = ("completed", "cancelled", "error", "cached")
 
 
@@ -99,16 +103,17 @@ def write_rows(header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as CSV text with one header line; a column that a row lacks is empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, header, restval="", lineterminator="\n")
-    writer.writeheader()
+    writer.writerow({name: _cell(name) for name in header})
     for row in rows:
         writer.writerow({name: _cell(value) for name, value in row.items()})
     return out.getvalue()
 
 
 def _cell(value: Any) -> str:
-    """A cell as text; one that a spreadsheet would run as a formula gets an apostrophe in front."""
+    """A cell on one line of text; one that a spreadsheet would run as a formula gets an apostrophe in front."""
     if value is None:
         return ""
     if not isinstance(value, str):
         return f"{value:f}" if hasattr(value, "as_tuple") else str(value)
-    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    value = printable(value)
+    return f"'{value}" if value.lstrip().startswith(_FORMULA) else value

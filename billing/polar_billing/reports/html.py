@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_billing.errors import MissingExtraError
 from polar_billing.reports import text
 from polar_billing.values.money import plain
+from polar_sdk.show.lines import printable
 
 if TYPE_CHECKING:
     from polar_billing.reports.report import Report
@@ -42,6 +43,7 @@ def report_html(report: Report) -> str:
         autoescape=True,
         loader=jinja2.FunctionLoader(_source),
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from polar_billing.reports import text
 from polar_billing.values.money import plain
-from polar_sdk.show.tables import LABEL_WIDTH, add_labels, add_numbers, add_row, new_table, printable
+from polar_sdk.show.lines import printable
+from polar_sdk.show.tables import LABEL_WIDTH, add_labels, add_numbers, add_row, as_text, new_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,7 +98,9 @@ def _heading(report: Report) -> Text:
     books = ", ".join(book.id for book in report.price_books) or text.DASH
     return Text.assemble(
         ("PoLar tiered pricing report", "bold"),
-        f" · {printable(who)} · {report.period}\nledger {report.ledger} · {how} price book {books}\n",
+        f" · {printable(f'{who} · {report.period}')}\n",
+        printable(f"ledger {report.ledger} · {how} price book {books}"),
+        "\n",
     )
 
 
@@ -218,6 +221,6 @@ def _unrated(reasons: Iterable[tuple[str, int]]) -> list[Text]:
     for reason, requests in reasons:
         counts[reason] += requests
     return [
-        Text(f"{requests:,} unrated, not in the amounts above: {reason}.", style="yellow")
+        as_text(f"{requests:,} unrated, not in the amounts above: {reason}.", style="yellow")
         for reason, requests in sorted(counts.items())
     ]

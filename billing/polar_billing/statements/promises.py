@@ -7,7 +7,6 @@ Knows no database.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +15,7 @@ from polar_billing.prices.rating import ITEMS
 from polar_billing.statements.bands import pool_weights
 from polar_billing.statements.lines import Agreement, ExactLine
 from polar_billing.values.money import divide_half_even, from_scaled, plain, to_scaled
+from polar_sdk.reading import parse_object, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -97,11 +97,11 @@ def evaluated_agreement(file: Path) -> dict[str, Agreement]:
         QueryError: The file cannot be read, or was not written by `polar evaluate --json`.
     """
     try:
-        whole = json.loads(file.read_text(encoding="utf-8"))["sets"][0]
+        whole = parse_object(read_bytes(file))["sets"][0]
         return dict(_tiers(whole))
     except OSError as error:
         raise QueryError(f"{str(file)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
         raise QueryError(
             f"{str(file)!r} is not an evaluation ({type(error).__name__}: {error}).",
             hint="Write one with `polar evaluate --data FILE --json > evaluation.json`.",

@@ -21,6 +21,7 @@ from polar_sdk.errors import BridgeError
 from polar_sdk.lab.bridges.fit import layers
 from polar_sdk.lab.bridges.loss import ChoiceSlots, Reference, choice_scores, loss_of, slots_of
 from polar_sdk.programs.program import Program
+from polar_sdk.reading import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -187,8 +188,13 @@ class BridgeTrainer:
                 f"checkpoint {str(self._checkpoint)!r} is from a run with other data, segments or settings; use those "
                 "again, or start without --resume."
             )
-        self._restore(tensors)
-        self.done, self.losses = int(facts["done"]), json.loads(facts["losses"])
+        try:
+            self.done, self.losses = int(facts["done"]), parse_json(facts["losses"])
+            self._restore(tensors)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise BridgeError(
+                f"checkpoint {str(self._checkpoint)!r} is damaged ({error}); start without --resume."
+            ) from error
         return True
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:

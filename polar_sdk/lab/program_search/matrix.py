@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.errors import DataError
 from polar_sdk.programs.program import Program
+from polar_sdk.reading import parse_object
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -168,8 +169,8 @@ class RewardMatrix:
                 hint=hint,
             )
         try:
-            return cls(**_facts(json.loads(metadata["facts"]), tensors))
-        except (KeyError, ValueError, TypeError) as error:
+            return cls(**_facts(parse_object(metadata["facts"], max_bytes=2**30), tensors))
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise DataError(f"reward matrix {str(path)!r} is damaged ({error}).", hint=hint) from error
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from polar_sdk.errors import DataError
 from polar_sdk.programs.program import Program
+from polar_sdk.reading import Unreadable, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,9 +73,11 @@ class Menu(BaseModel, frozen=True):
         """
         hint = "Make it with `polar search`."
         try:
-            menu = cls.model_validate_json(Path(path).read_bytes())
+            menu = cls.model_validate(parse_json(read_bytes(path)))
         except OSError as error:
             raise DataError(f"menu {str(path)!r} cannot be read ({error.strerror}).", hint=hint) from error
+        except Unreadable as error:
+            raise DataError(f"menu {str(path)!r} is damaged: {error}.", hint=hint) from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "file"

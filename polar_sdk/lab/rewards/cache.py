@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.errors import DataError
 from polar_sdk.models.paths import cache_folder
+from polar_sdk.reading import Unreadable, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -68,7 +69,7 @@ class RewardCache:
                 for prompt in set(prompts)
             )
             values = ((prompt, cursor.fetchone()) for prompt, cursor in rows)
-            return {prompt: json.loads(row[0]) for prompt, row in values if row is not None}
+            return {prompt: parse_json(row[0]) for prompt, row in values if row is not None}
 
     def put(self, program: str, values: Mapping[str, Any]) -> None:
         """Store values by prompt under this program; they are on disk when this returns."""
@@ -92,7 +93,7 @@ class RewardCache:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, Unreadable, TypeError) as error:
             raise DataError(
                 f"the cache of rewards {self._name!r} cannot be used ({error}).",
                 hint="Remove the file, or set POLAR_CACHE to a writable folder.",

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.engine.hashes import hash_texts
+from polar_sdk.reading import parse_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
     from torch import Tensor
+
+_MAX_FACTS = 2**30
+"""Unit: bytes."""
 
 
 def run_key(*parts: object) -> str:
@@ -59,7 +63,8 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 if metadata.get("key") != self.key:
                     return None
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["facts"])  # noqa: SIM118
+                facts = parse_object(metadata["facts"], max_bytes=_MAX_FACTS)
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
 

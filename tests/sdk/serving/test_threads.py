@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import threading
+import time
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
 
 from polar_sdk.errors import EmptyPromptError, RequestTimeoutError, SinkError
@@ -19,7 +22,7 @@ from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Sequence
 
     from torch import Tensor
 
@@ -300,3 +303,93 @@ def broken(records: ListSink) -> PolarModel:
 
     model.loaded.decoder.finish = failing  # type: ignore[method-assign,assignment]
     return model
+
+
+class SlowSink(ListSink):
+    """Takes its time to store a record."""
+
+    def emit(self, record: UsageRecord) -> None:
+        time.sleep(0.3)
+        super().emit(record)
+
+
+class TestCancelledOften:
+    """However often a task is cancelled, its call returns when the work has stopped and the record is stored."""
+
+    async def test_anyio_cancels_a_call_at_every_await(self, prompt: str) -> None:
+        sink = SlowSink()
+        model = tiny_model(sink=sink)
+        with anyio.move_on_after(0.1) as scope:
+            await model.agenerate(prompt, max_tokens=LONG, logits_hook=slowly)
+        assert scope.cancelled_caught
+        assert [record.outcome for record in sink.records] == ["cancelled"]
+
+    async def test_anyio_cancels_a_stream_at_every_await(self, prompt: str) -> None:
+        sink = SlowSink()
+        model = tiny_model(sink=sink)
+        with anyio.move_on_after(0.1) as scope:
+            async for _ in model.astream(prompt, max_tokens=LONG, logits_hook=slowly):
+                pass
+        assert scope.cancelled_caught
+        assert [record.outcome for record in sink.records] == ["cancelled"]
+
+    @pytest.mark.parametrize("way", ["generate", "stream", "batch"])
+    async def test_a_task_cancelled_twice(self, prompt: str, way: str) -> None:
+        sink = SlowSink()
+        model = tiny_model(sink=sink)
+        gate = Gate(2)
+
+        async def consume() -> None:
+            async for _ in model.astream(prompt, max_tokens=LONG, logits_hook=gate):
+                pass
+
+        calls: dict[str, Callable[[], Coroutine[object, object, object]]] = {
+            "generate": lambda: model.agenerate(prompt, max_tokens=LONG, logits_hook=gate),
+            "stream": consume,
+            "batch": lambda: model.agenerate_batch([prompt, "b"], max_tokens=LONG, logits_hook=gate),
+        }
+        task = asyncio.ensure_future(calls[way]())
+        await reached(gate)
+        gate.opened.set()
+        task.cancel("first")
+        await asyncio.sleep(0.02)
+        task.cancel("second")
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert {record.outcome for record in sink.records} == {Outcome.CANCELLED}
+        assert len(sink.records) == (2 if way == "batch" else 1)
+        assert caught.value.args == ("first",)
+
+    async def test_closing_a_stream_is_cancelled(self, prompt: str) -> None:
+        sink = SlowSink()
+        chunks = tiny_model(sink=sink).astream(prompt, max_tokens=LONG)
+        await anext(chunks)
+        task = asyncio.ensure_future(chunks.aclose())  # type: ignore[attr-defined]
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [record.outcome for record in sink.records] == ["cancelled"]
+
+
+def slowly(tokens: Sequence[int], logits: Tensor) -> Tensor:
+    """A logits hook that makes an answer long."""
+    time.sleep(0.01)
+    return logits
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stream_whose_loop_is_gone_ends_and_is_recorded(prompt: str) -> None:
+    """Without its loop, nothing closes the asynchronous generator, and its thread would wait for a reader for ever."""
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+    loop = asyncio.new_event_loop()
+    chunks = model.astream(prompt, max_tokens=LONG)
+    loop.run_until_complete(anext(chunks))
+    (producer,) = [thread for thread in threading.enumerate() if thread.name == "polar-stream"]
+    loop.close()
+    del chunks
+    gc.collect()
+    producer.join(20)
+    assert not producer.is_alive()
+    assert len(sink.records) == 1

@@ -1,0 +1,451 @@
+"""Records of requests that end badly: dropped to the garbage collector, interrupted, forked, or open at the exit.
+
+What would hang runs in a thread of its own, so that a failure is a failure.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from polar_sdk.errors import InvalidRequestError, SinkError
+from polar_sdk.request import recorder
+from polar_sdk.testing import tiny_model
+from polar_sdk.usage import ListSink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from polar_sdk.model import PolarModel
+    from polar_sdk.request.generation import Chunk
+    from polar_sdk.usage import UsageRecord
+
+LONG = 400
+"""Tokens of an answer that no test waits for."""
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+FORK_WARNING = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_collector() -> Iterator[None]:
+    """Garbage is collected where a test says so."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Chat:
+    """An everyday cycle: it holds a stream, and a method of its own."""
+
+    def __init__(self, stream: Generator[Any, None, None]) -> None:
+        self.stream = stream
+        next(stream)
+        self.callback = self.done
+
+    def done(self) -> None:
+        """Nothing to do."""
+
+
+def wrapped(chunks: Generator[Chunk, None, None]) -> Generator[str, None, None]:
+    """What frameworks and users do: a Python generator that closes ours."""
+    with closing(chunks):
+        for chunk in chunks:
+            yield chunk.text
+
+
+def delegating(chunks: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
+    yield from chunks
+
+
+WAYS = pytest.mark.parametrize(
+    "way", [lambda chunks: chunks, wrapped, delegating], ids=["ours", "wrapped", "delegating"]
+)
+
+
+def within(call: Callable[[], object], seconds: float = 20) -> None:
+    """Run a call that must end."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), f"it hangs: not done after {seconds} s"
+    if errors:
+        raise errors[0]
+
+
+def collecting(tokens: object, logits: Tensor) -> Tensor:
+    """A logits hook: the collector runs in the engine's thread."""
+    gc.collect()
+    return logits
+
+
+@WAYS
+def test_a_stream_collected_in_the_engines_thread_hangs_nobody_and_is_recorded(way: Any) -> None:
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+    Chat(way(model.stream("hello", max_tokens=LONG, request_id="dropped")))
+    within(lambda: model.generate("other", max_tokens=3, logits_hook=collecting, request_id="other"))
+    assert recorder.flush()
+    assert sorted(record.request_id for record in sink.records) == ["dropped", "other"]
+    (dropped,) = [record for record in sink.records if record.request_id == "dropped"]
+    assert (dropped.outcome, dropped.error) == ("cancelled", None)
+    assert 1 <= dropped.tokens.output <= 6
+    within(lambda: model.generate("again", max_tokens=3))
+
+
+@WAYS
+def test_a_stream_collected_by_a_thread_that_holds_the_schedulers_lock(way: Any) -> None:
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+    Chat(way(model.stream("hello", max_tokens=LONG)))
+
+    def collect() -> None:
+        with model.scheduler._work:
+            gc.collect()
+
+    within(collect)
+    assert recorder.flush()
+    assert [record.outcome for record in sink.records] == ["cancelled"]
+
+
+@WAYS
+def test_a_stream_collected_inside_its_sink(way: Any) -> None:
+    """The sink holds a lock, and a collection in there must not enter it again."""
+
+    class Locking(ListSink):
+        lock = threading.Lock()
+
+        def emit(self, record: UsageRecord) -> None:
+            with self.lock:
+                gc.collect()
+                super().emit(record)
+
+    sink = Locking()
+    model = tiny_model(sink=sink)
+    Chat(way(model.stream("hello", max_tokens=LONG)))
+    within(lambda: model.generate("other", max_tokens=2))
+    assert recorder.flush()
+    assert sorted(record.outcome for record in sink.records) == ["cancelled", "completed"]
+
+
+def test_streams_dropped_by_the_dozen_are_all_recorded() -> None:
+    """As it happens in a service: the collector runs when it likes."""
+    gc.enable()
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+
+    def drop() -> None:
+        for _ in range(60):
+            Chat(wrapped(model.stream("hello", max_tokens=LONG)))
+
+    within(drop, 60)
+    gc.collect()
+    assert recorder.flush()
+    assert [record.outcome for record in sink.records] == ["cancelled"] * 60
+    assert len({record.request_id for record in sink.records}) == 60
+
+
+def test_a_hook_may_close_a_stream_of_its_model() -> None:
+    sink = ListSink()
+    model = tiny_model(sink=sink)
+    stream = model.stream("hello", max_tokens=LONG, request_id="closed")
+    next(stream)
+
+    def closes(tokens: object, logits: Tensor) -> Tensor:
+        stream.close()
+        return logits
+
+    within(lambda: model.generate("other", max_tokens=2, logits_hook=closes))
+    assert recorder.flush()
+    assert sorted((record.request_id == "closed", record.outcome) for record in sink.records) == [
+        (False, "completed"),
+        (True, "cancelled"),
+    ]
+
+
+def test_a_hook_that_asks_its_own_model_is_told_so() -> None:
+    model = tiny_model()
+    stream = model.stream("hello", max_tokens=LONG)
+    next(stream)
+
+    def asks(tokens: object, logits: Tensor) -> Tensor:
+        model.generate("and this?")
+        return logits
+
+    def reads(tokens: object, logits: Tensor) -> Tensor:
+        list(stream)
+        return logits
+
+    for hook in (asks, reads):
+        with pytest.raises(InvalidRequestError, match="would have waited for itself"):
+            within(lambda hook=hook: model.generate("other", max_tokens=2, logits_hook=hook))  # type: ignore[misc]
+    within(lambda: model.generate("again", max_tokens=2))
+
+
+def test_leaving_a_loop_stores_the_record_at_once() -> None:
+    sink = ListSink()
+    for _ in tiny_model(sink=sink).stream("hello", max_tokens=LONG):
+        break
+    assert [record.outcome for record in sink.records] == ["cancelled"]
+
+
+def test_a_record_of_a_dropped_stream_that_cannot_be_stored_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(ListSink):
+        def emit(self, record: UsageRecord) -> None:
+            raise SinkError("the disk is full.")
+
+    Chat(tiny_model(sink=Full()).stream("hello", max_tokens=LONG))
+    gc.collect()
+    assert recorder.flush()
+    assert "could not be stored" in caplog.text
+    assert "the disk is full." in caplog.text
+
+
+class TestStream:
+    """A stream behaves as a Python generator does."""
+
+    def test_a_closed_stream_is_at_its_end(self, tiny: PolarModel, records: ListSink) -> None:
+        stream = tiny.stream("hello", max_tokens=LONG)
+        next(stream)
+        stream.close()
+        stream.close()
+        assert list(stream) == []
+        assert [record.outcome for record in records.records] == ["cancelled"]
+
+    def test_an_error_thrown_into_it_is_recorded_and_raised(self, tiny: PolarModel, records: ListSink) -> None:
+        stream = tiny.stream("hello", max_tokens=LONG)
+        next(stream)
+        with pytest.raises(KeyError, match="mine"):
+            stream.throw(KeyError("mine"))
+        assert [(record.outcome, record.error) for record in records.records] == [("cancelled", None)]
+
+    def test_a_generator_exit_thrown_into_it_closes_it(self, tiny: PolarModel, records: ListSink) -> None:
+        stream = tiny.stream("hello", max_tokens=LONG)
+        next(stream)
+        with pytest.raises(GeneratorExit):
+            stream.throw(GeneratorExit)
+        assert [record.outcome for record in records.records] == ["cancelled"]
+
+    def test_what_is_sent_is_ignored(self, tiny: PolarModel) -> None:
+        stream = tiny.stream("hello", max_tokens=3)
+        assert "".join(stream.send(None).text for _ in range(3)) == tiny.generate("hello", max_tokens=3).text
+
+    def test_two_threads_cannot_read_it_at_once(self, tiny: PolarModel, records: ListSink) -> None:
+        held, go = threading.Event(), threading.Event()
+
+        def holds(tokens: object, logits: Tensor) -> Tensor:
+            held.set()
+            assert go.wait(20)
+            return logits
+
+        stream = tiny.stream("hello", max_tokens=2, logits_hook=holds)
+        reader = threading.Thread(target=lambda: list(stream))
+        reader.start()
+        assert held.wait(20)
+        for call in (stream.close, lambda: next(stream)):
+            with pytest.raises(ValueError, match="already executing"):
+                call()
+        go.set()
+        reader.join()
+        assert [record.outcome for record in records.records] == ["completed"]
+
+
+@FORKS
+@FORK_WARNING
+class TestFork:
+    def test_a_child_that_closes_drops_or_reads_an_inherited_stream_does_not_hang(self) -> None:
+        sink = ListSink()
+        model = tiny_model(sink=sink)
+        stream = model.stream("hello", max_tokens=LONG)
+        next(stream)
+
+        def closes() -> None:
+            stream.close()
+            assert sink.records == []
+
+        def drops() -> None:
+            nonlocal stream
+            del stream
+            gc.collect()
+            assert sink.records == []
+
+        def reads() -> None:
+            with pytest.raises(InvalidRequestError, match="forked"):
+                list(stream)
+
+        for act in (closes, drops, reads):
+            assert in_child(act) == 0
+        assert sink.records == []
+        stream.close()
+        assert [record.outcome for record in sink.records] == ["cancelled"]
+
+    def test_a_child_of_a_busy_parent_serves_and_leaves_the_parents_work_alone(self) -> None:
+        sink = ListSink()
+        model = tiny_model(sink=sink)
+        stream = model.stream("hello", max_tokens=LONG)
+        next(stream)
+
+        def serves() -> None:
+            with model.scheduler._work:
+                assert model.scheduler._running
+            assert model.generate("hi", max_tokens=3).finish_reason
+            model.scheduler.close()
+            assert len(model.scheduler) == 0
+            Chat(model.stream("mine", max_tokens=LONG))
+            gc.collect()
+            assert recorder.flush()
+            assert [record.outcome for record in sink.records] == ["completed", "cancelled"]
+
+        assert in_child(serves) == 0
+        stream.close()
+
+    def test_a_child_forked_while_the_schedulers_lock_is_held(self) -> None:
+        model = tiny_model()
+        model.generate("hello", max_tokens=1)
+        taken, free = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with model.scheduler._work:
+                taken.set()
+                assert free.wait(20)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert taken.wait(20)
+        status = in_child(lambda: model.generate("hello", max_tokens=1))
+        free.set()
+        holder.join()
+        assert status == 0
+
+
+def in_child(act: Callable[[], object]) -> int:
+    """Run something in a forked child that must end; its exit status."""
+    child = os.fork()
+    if child == 0:  # pragma: no cover  (another process)
+        try:
+            act()
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+        os._exit(0)
+    for _ in range(200):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError("the child hangs")
+
+
+PREAMBLE = """
+    import gc, sys, time
+    from polar_sdk.testing import tiny_model
+    from polar_sdk.usage import UsageSink
+
+    class Slow(UsageSink):
+        "One line per record, at the end of a slow emit."
+        def emit(self, record):
+            if mode == "emit":
+                print("go", flush=True)
+            time.sleep(0.05)
+            with open(sys.argv[1], "a") as file:
+                file.write(f'{{"id": "{record.request_id}", "outcome": "{record.outcome}"}}\\n')
+
+    mode = sys.argv[2]
+    model = tiny_model(sink=Slow(), context_window=4096)
+"""
+EXIT = """
+    class Chat:
+        def __init__(self, name):
+            self.stream = model.stream("hello", max_tokens=3000, request_id=name)
+            next(self.stream)
+            self.me = self
+
+    gc.disable()
+    kept = Chat("kept")
+    Chat("dropped")
+    late = Chat("collected")
+    late = None
+    if mode == "collect":
+        gc.collect()
+"""
+INTERRUPTED = """
+    def hook(tokens, logits):
+        if len(tokens) == 2:
+            print("go", flush=True)
+        return logits
+
+    for attempt in range(20):
+        options = {"request_id": f"r{attempt}", "max_tokens": 3 if mode == "emit" else 3000}
+        if mode != "emit":
+            options["logits_hook"] = hook
+        try:
+            if mode == "stream":
+                for _ in model.stream("hello", **options):
+                    pass
+            else:
+                model.generate("hello", **options)
+            print("completed", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+"""
+
+
+def script(text: str, *arguments: str) -> subprocess.Popen[str]:
+    code = textwrap.dedent(PREAMBLE) + textwrap.dedent(text)
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("mode", ["collect", "leave"])
+def test_streams_left_open_are_recorded_when_the_process_ends(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "records"
+    with script(EXIT, str(path), mode) as process:
+        assert process.wait(60) == 0
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(line["id"] for line in found) == ["collected", "dropped", "kept"]
+    assert {line["outcome"] for line in found} == {"cancelled"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+@pytest.mark.parametrize("signals", [2, 3])
+@pytest.mark.parametrize("mode", ["generate", "stream", "emit"])
+def test_further_interrupts_lose_no_record(tmp_path: Path, mode: str, signals: int) -> None:
+    """Twenty requests are interrupted; each has one record, and KeyboardInterrupt arrives when it is stored."""
+    path = tmp_path / "records"
+    with script(INTERRUPTED, str(path), mode) as process:
+        assert process.stdout is not None
+        for attempt in range(20):
+            assert process.stdout.readline() == "go\n"
+            for number in range(signals):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.001 + 0.0002 * attempt * (number + 1))
+            while (line := process.stdout.readline()) == "go\n":  # the record is stored anew, from its start
+                pass
+            assert line == "interrupted\n"
+            assert len(path.read_text().splitlines()) == attempt + 1
+    assert process.returncode == 0
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["id"] for line in found] == [f"r{attempt}" for attempt in range(20)]
