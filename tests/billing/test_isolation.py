@@ -166,6 +166,7 @@ NOTHING_TO_TRY: dict[str, str] = {
     "Ledger.check_exists": "takes and returns nothing",
     "Ledger.close": "takes and returns nothing",
     "Ledger.price_books": "prices; no tenant's data",
+    "Ledger.find_books": "prices; no tenant's data",
     "Ledger.price_choices": "prices; no tenant's data",
     "Ledger.stored_version": "the schema's version",
     "Ledger.unprepared": "a bare connection, for the operator's programs",
@@ -230,13 +231,14 @@ def reports(world: World) -> None:
             assert VICTIM not in report_html(made)
 
 
-@case("Budgets", "Budgets.in_force", "Budgets.standings", "Budgets.holds", "Budgets.recheck")
+@case("Budgets", "Budgets.in_force", "Budgets.standings", "Budgets.holds", "Budgets.recheck", "Budgets.recheck_holds")
 def look_at_budgets(world: World) -> None:
     for tenant in (ATTACKER, *LOOKALIKES):
         assert {one.tenant for one in world.budgets.in_force(tenant)} <= {ATTACKER}
         assert {one.budget.tenant for one in world.budgets.standings(tenant, AT)} <= {ATTACKER}
         assert {one.scope.tenant for one in world.budgets.holds(tenant)} <= {ATTACKER}
         assert world.budgets.recheck(tenant, repair=True) == []
+        assert world.budgets.recheck_holds(tenant) == []
 
 
 @case("Budgets.set", "Budgets.close")

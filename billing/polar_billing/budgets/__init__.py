@@ -5,6 +5,7 @@
 * `counters`    what is spent and held per budget and window
 * `holds`       the maximum that a request may use, held before it runs
 * `settlement`  a hold becomes what was used, when the usage record is stored
+* `audit`       from holds and counters back to the usage that they stand for
 * `keeper`      `Budgets`, which does all of this on a ledger
 
 Nothing is imported here, so that the pure parts load without a database.

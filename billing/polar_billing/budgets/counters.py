@@ -1,7 +1,8 @@
 """What is spent and held per budget and window: the counters, and how they are computed from what is stored.
 
-A counter is a projection: held is the sum of the open holds of its window, spent the sum of the settled ones and of
-usage that was stored without a hold, such as usage from before the tenant had a budget. It is computed when a request
+A counter is a projection: held is the sum of the open holds of its window, spent the sum of its usage, held for or not,
+such as usage from before the tenant had a budget. Spent is summed from usage and receipts, which are in the hash chain;
+a settled hold only stands in where retention deleted the facts of its request. A counter is computed when a request
 first needs it: in the database, in two columns of which neither can leave 64 bits. From then on whoever changes a hold
 keeps it in step, in the same transaction. Every function here takes an open transaction; those that write need the head
 of the tenant's chain to be locked. Knows no clock and decides nothing.
@@ -24,7 +25,7 @@ from polar_billing.values.money import STORED_SCALE
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Connection, Row, Select
 
@@ -41,7 +42,7 @@ _NAME_COLUMNS: Final = {
 def computed(connection: Connection, budget: Budget, period: Period) -> Standing:
     """A budget in one of its windows, computed from holds and usage."""
     held = _total(connection, _over_holds(budget, period, "held"))
-    spent = _total(connection, _over_holds(budget, period, "settled"))
+    spent = _total(connection, _over_holds(budget, period, "settled").where(~_is_stored()))
     spent += _total(connection, _over_usage(connection, budget, period))
     return Standing(budget, period, min(spent, FULL), min(held, FULL))
 
@@ -58,21 +59,32 @@ def _over_holds(budget: Budget, period: Period, state: str) -> Select[Any]:
 
 
 def _over_usage(connection: Connection, budget: Budget, period: Period) -> Select[Any]:
-    """Usage that no hold was settled for."""
-    usage, hold = usage_table.c, hold_table.c
-    settled = exists().where(
-        hold.tenant == usage.tenant,
-        hold.source == usage.source,
-        hold.request_id == usage.request_id,
-        hold.state == "settled",
-    )
+    usage, receipt = usage_table.c, receipt_table.c
     compute = budget.unit == COMPUTE_UNIT
-    query = _sums(usage.flops_total if compute else type_coerce(receipt_table.c.cost, BigInteger), budget.decimals)
-    query = query.where(usage.tenant == budget.tenant, ~settled, *_within(usage.started_at, period))
+    # An unrated request counts what was held for it, if it was settled.
+    charged = func.coalesce(type_coerce(receipt.cost, BigInteger), _settled_cost())
+    query = _sums(usage.flops_total if compute else charged, budget.decimals)
+    query = query.where(usage.tenant == budget.tenant, *_within(usage.started_at, period))
     if not compute:
-        query = query.join_from(usage_table, receipt_table, receipt_table.c.usage_seq == usage.seq)
-        query = query.where(receipt_table.c.price_book_hash.in_(_books(connection, budget.unit)))
+        query = query.join_from(usage_table, receipt_table, receipt.usage_seq == usage.seq)
+        query = query.where(receipt.price_book_hash.in_(_books(connection, budget.unit)))
     return query if budget.level is Level.TENANT else query.where(_tag(connection, budget.level) == budget.name)
+
+
+def _is_stored() -> ColumnElement[bool]:
+    """True of a hold whose request is in the ledger with its facts."""
+    return exists().where(*_same_request())
+
+
+def _settled_cost() -> ColumnElement[Any]:
+    """What the settled hold of a request says that it cost."""
+    cost = select(func.max(type_coerce(hold_table.c.cost, BigInteger)))
+    return cost.where(*_same_request(), hold_table.c.state == "settled").correlate(usage_table).scalar_subquery()
+
+
+def _same_request() -> list[ColumnElement[bool]]:
+    usage, hold = usage_table.c, hold_table.c
+    return [usage.tenant == hold.tenant, usage.source == hold.source, usage.request_id == hold.request_id]
 
 
 def _sums(counts: ColumnElement[Any], decimals: int) -> Select[Any]:
@@ -101,7 +113,7 @@ def _tag(connection: Connection, level: Level) -> ColumnElement[Any]:
     if connection.dialect.name == "postgresql":
         text: ColumnElement[Any] = cast(tags, JSON)[str(level)].astext
         return text
-    return func.json_extract(tags, f'$."{level}"')
+    return case((func.json_valid(tags), func.json_extract(tags, f'$."{level}"')))  # changed past this package
 
 
 _FIRST: Final = datetime(1, 1, 1, tzinfo=UTC)
@@ -195,13 +207,13 @@ def read_standing(connection: Connection, budget: Budget, period: Period) -> Sta
     return computed(connection, budget, period) if row is None else Standing(budget, period, row.spent, row.held)
 
 
-def read_standings(connection: Connection, budgets: Iterable[Budget]) -> list[Standing]:
-    """Every counter of these budgets."""
-    return [
-        Standing(budget, Period.containing(row.starts, budget.window, budget.zone), row.spent, row.held)
-        for budget in budgets
-        for row in connection.execute(select(counter_table).where(_of(budget))).all()
-    ]
+def read_counters(connection: Connection, budgets: Iterable[Budget]) -> Iterator[tuple[Standing, bool]]:
+    """Every counter of these budgets, and whether it counts in a window of its budget and with its decimals."""
+    for budget in budgets:
+        for row in connection.execute(select(counter_table).where(_of(budget))).all():
+            period = Period.containing(row.starts, budget.window, budget.zone)
+            filed = (period.since or _FIRST, period.until or _LAST, budget.decimals)
+            yield Standing(budget, period, row.spent, row.held), filed == (row.starts, row.ends, row.decimals)
 
 
 def raise_held(connection: Connection, amounts: Mapping[int, tuple[int, int]]) -> bool:

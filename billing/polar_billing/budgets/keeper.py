@@ -9,15 +9,14 @@ the clock is the database server's, so that the clocks of hosts need not agree. 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import func, select
 
 from polar_billing.budgets import counters
+from polar_billing.budgets.audit import Difference, WrongHold, wrong_counters, wrong_holds
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
-from polar_billing.budgets.counters import computed
 from polar_billing.budgets.holds import Hold, HoldState, costs, hold, in_force, latest_holds, open_holds, write_budget
 from polar_billing.budgets.offers import Refusal, Standing
 from polar_billing.budgets.settlement import free, with_budgets
@@ -44,14 +43,6 @@ SEEN_WITHIN_S: Final = 5.0
 
 
 _changes: Final = Changes()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A counter that differs from what holds and usage add up to."""
-
-    counted: Standing
-    computed: Standing
 
 
 class Budgets:
@@ -214,15 +205,15 @@ class Budgets:
         differences = []
         for name in sorted(names):
             with self._locked(name) as (connection, _):
-                differences += (found := self._differences(connection, name))
-                for difference in found if repair else ():
+                differences += (wrong := list(wrong_counters(connection, name)))
+                for difference in wrong if repair else ():
                     counters.drop(connection, difference.counted.budget)
         return differences
 
-    def _differences(self, connection: Connection, tenant: str) -> list[Difference]:
-        standings = counters.read_standings(connection, in_force(connection, tenant))
-        pairs = ((counted, computed(connection, counted.budget, counted.period)) for counted in standings)
-        return [Difference(counted, expected) for counted, expected in pairs if counted != expected]
+    def recheck_holds(self, tenant: str | AllTenants) -> list[WrongHold]:
+        """The settled holds that differ from the stored usage and receipt of their request."""
+        with self.ledger.snapshot() as connection:
+            return list(wrong_holds(connection, _name_of(tenant)))
 
     @contextmanager
     def _locked(self, tenant: str) -> Iterator[tuple[Connection, datetime]]:

@@ -8,7 +8,6 @@ is used. Knows no prices.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final
@@ -75,14 +74,14 @@ def free(connection: Connection, holds: Sequence[Hold], state: HoldState, now: d
 
 
 def _used(entry: Entry, hold: Hold | None) -> Amounts:
-    """What a record counts, in the scope of its hold and at the cost on its receipt."""
-    record, currency = entry.record, entry.book.currency
-    if hold is None or hold.state is not HoldState.HELD:
-        scope = Scope.of(record.tenant, record.tags, record.started_at, currency)
-        return scope, entry.cost if entry.cost is not None else _NOTHING, record.flops.total
-    # An unrated record counts what was held for it: it is not known to have cost less.
-    cost = entry.cost if entry.cost is not None else hold.cost_bound
-    return replace(hold.scope, currency=currency), cost, record.flops.total
+    """What a record counts, by its own tags and time, and at the cost on its receipt."""
+    record = entry.record
+    scope = Scope.of(record.tenant, record.tags, record.started_at, entry.book.currency)
+    cost = entry.cost
+    if cost is None:
+        # An unrated record counts what was held for it: it is not known to have cost less.
+        cost = hold.cost_bound if hold is not None and hold.state is HoldState.HELD else _NOTHING
+    return scope, cost, record.flops.total
 
 
 def _resolve(connection: Connection, settled: Sequence[tuple[Hold, Amounts]]) -> None:

@@ -142,27 +142,24 @@ def recheck(
     as_json: opt.Json = False,
     ledger: opt.Ledger = None,
 ) -> None:
-    """Add up holds and usage again and show which counters differ; exit code 1 if any does."""
+    """Add up holds and usage again and show which counters and holds differ; exit code 1 if any does."""
     budgets = _open(ledger)
     from polar_billing.reports.billing_tables import standing_row
 
     differences = budgets.recheck(opt.tenant_or_all(tenant), repair=repair)
-    rows = [
-        {**standing_row(difference.counted), "should_be": standing_row(difference.computed)}
-        for difference in differences
-    ]
+    holds = budgets.recheck_holds(opt.tenant_or_all(tenant))
     if as_json:
-        opt.show_json(rows)
-    elif not rows:
-        print_line("Every counter agrees with what holds and usage add up to.")
-    for difference in () if as_json else differences:
-        counted, computed, budget = difference.counted, difference.computed, difference.counted.budget
-        print_line(
-            f"{budget.who}, {counted.period.label}: "
-            f"spent {budget.say(counted.spent)}, should be {budget.say(computed.spent)}; "
-            f"held {budget.say(counted.held)}, should be {budget.say(computed.held)}."
-        )
-    if differences and not repair:
+        rows: list[dict[str, Any]] = [
+            {**standing_row(difference.counted), "should_be": standing_row(difference.computed)}
+            for difference in differences
+        ]
+        opt.show_json([*rows, *map(vars, holds)])
+    else:
+        for wrong in (*differences, *holds):
+            print_line(str(wrong))
+        if not differences and not holds:
+            print_line("Every counter agrees with what holds and usage add up to.")
+    if holds or (differences and not repair):
         raise typer.Exit(1)
 
 

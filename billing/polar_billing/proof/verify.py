@@ -9,7 +9,8 @@ What it cannot find by itself: a ledger that was rewritten as a whole, all hashe
 back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
 `check_head` and `polar_billing.proof.receipts` do.
 
-Whatever else follows from the ledger is recomputed as well: every issued statement. Knows no prices.
+Whatever else follows from the ledger is recomputed as well: every issued statement, and what budgets count as spent.
+Knows no prices.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import Connection, String, and_, cast, exists, func, select
 from sqlalchemy.exc import DataError
 
+from polar_billing.budgets.audit import wrong_counters, wrong_holds
+from polar_billing.budgets.settlement import with_budgets
 from polar_billing.errors import StoreDamagedError
 from polar_billing.ledger.chain import FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
 from polar_billing.ledger.retention import pruned_totals
@@ -335,6 +338,15 @@ def _wrong_statements(connection: Connection) -> Iterator[Finding]:
             yield Finding(tenant, None, f"its statements cannot be rebuilt ({_in_words(error)}).")
 
 
+def _wrong_budgets(connection: Connection) -> Iterator[Finding]:
+    """Settled holds, and counters of budgets, that differ from the usage that they stand for."""
+    for hold in wrong_holds(connection, None):
+        yield Finding(hold.tenant, None, str(hold))
+    for tenant in sorted(with_budgets(connection)):
+        for difference in wrong_counters(connection, tenant):
+            yield Finding(tenant, None, str(difference))
+
+
 Check = Callable[[Connection], Iterator[Finding]]
 
 _CHECKS: Final[Mapping[str, Check]] = {
@@ -343,4 +355,5 @@ _CHECKS: Final[Mapping[str, Check]] = {
     "sums of transactions": _unbalanced,
     "sums by hour": _wrong_rollups,
     "issued statements": _wrong_statements,
+    "holds and counters of budgets": _wrong_budgets,
 }
