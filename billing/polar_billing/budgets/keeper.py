@@ -242,8 +242,7 @@ class Budgets:
             if self._tenants.value is None or tenant in self._tenants.value:
                 self._tenants.forget()
                 raise
-        assert self._tenants.value is not None
-        return tenant in self._tenants.value
+        return tenant in self._tenants.known()
 
     def _tenants_with_budgets(self) -> Collection[str]:
         with self.ledger.snapshot() as connection:

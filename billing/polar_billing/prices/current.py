@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -101,7 +102,6 @@ class Prices:
         self._named = named
         self._book: PriceBook | None = None
         self._in_force = Remembered(self._read, _changes)
-        self._failure: StoreError | None = None
 
     def of(self, tenant: str | None, moment: datetime | None = None) -> PriceBook:
         """What a tenant's use is charged by.
@@ -125,14 +125,9 @@ class Prices:
         return self._book
 
     def _known(self) -> InForce:
-        try:
+        with suppress(StoreError):  # what was in force a moment ago is the best there is
             self._in_force.refresh(_SEEN_WITHIN_S)
-        except StoreError as error:  # what was in force a moment ago is the best there is
-            self._failure = error
-        if self._in_force.value is None:
-            assert self._failure is not None
-            raise self._failure
-        return self._in_force.value
+        return self._in_force.known()
 
     def _read(self) -> InForce:
         choices, known = tuple(self._read_choices()), self._in_force.value

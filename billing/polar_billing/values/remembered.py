@@ -43,6 +43,8 @@ class Remembered(Generic[Value]):
         self._read_after = 0
         self.value: Value | None = None
         """None until it could be read."""
+        self.failure: Exception | None = None
+        """Why it could not be read the last time that it was tried without success."""
 
     def refresh(self, seconds: float) -> None:
         """Read the value if that is due; if it fails, the former one stays and is good for another period.
@@ -54,9 +56,26 @@ class Remembered(Generic[Value]):
             Exception: Whatever `read` raises.
         """
         now, after = time.monotonic(), self._changes.last
-        if now - self._read_at >= seconds or self._read_after != after:
-            self._read_at, self._read_after = now, after
+        if now - self._read_at < seconds and self._read_after == after:
+            return
+        try:
             self.value = self._read()
+        except Exception as error:
+            self.failure = error
+            raise
+        finally:  # only now: until then another thread must not take the value for a new one
+            self._read_at, self._read_after = now, after
+
+    def known(self) -> Value:
+        """The value that was read last.
+
+        Raises:
+            Exception: Why it could not be read, if it never was.
+        """
+        if self.value is None:
+            assert self.failure is not None, "refresh comes first"
+            raise self.failure
+        return self.value
 
     def forget(self) -> None:
         """Read it again next time, whatever the clock says."""
