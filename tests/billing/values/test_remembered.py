@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pytest
 
 from polar_billing.values.remembered import Changes, Remembered
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def test_a_second_thread_reads_too_rather_than_take_what_is_not_read_yet() -> None:
@@ -42,7 +46,7 @@ def test_it_is_read_again_after_a_change_and_not_before() -> None:
 
 
 def test_a_failure_is_good_for_a_period_and_keeps_the_former_value() -> None:
-    answers = iter([OSError("away"), 1, OSError("away again")])
+    answers: Iterator[OSError | int] = iter([OSError("away"), 1, OSError("away again")])
 
     def read() -> int:
         answer = next(answers)
