@@ -61,9 +61,11 @@ def test_many_stop_strings_are_served() -> None:
         ("{% if %}", "TemplateSyntaxError"),
     ],
 )
-def test_a_chat_template_that_raises_or_blows_up_is_refused_with_its_own_error(template: str, told: str) -> None:
+def test_a_chat_template_that_raises_or_blows_up_is_refused_with_its_own_error(
+    monkeypatch: pytest.MonkeyPatch, template: str, told: str
+) -> None:
     model = tiny_model()
-    model.loaded.tokenizer.chat_template = template
+    monkeypatch.setattr(model.loaded.tokenizer, "chat_template", template)  # all tiny models share the tokenizer
     start = time.process_time()
     with pytest.raises(InvalidRequestError, match="the model's chat template") as caught:
         model.generate("hello")
