@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from polar_billing.cli.proof import _read_receipt
 from polar_billing.metering.spool import Spool
-from polar_billing.metering.unfinished import Unfinished
+from polar_billing.metering.spool_file import Unfinished
 from polar_billing.prices.book import PriceBook
 from polar_billing.statements.promises import evaluated_agreement
 from polar_billing.testing import usage_record

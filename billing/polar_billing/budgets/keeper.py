@@ -24,8 +24,8 @@ from polar_billing.errors import BudgetError, CurrencyMixError, StoreError
 from polar_billing.ledger import chain
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants
+from polar_billing.values.memo import Changes, Remembered
 from polar_billing.values.periods import Period, Window
-from polar_billing.values.remembered import Changes, Remembered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator

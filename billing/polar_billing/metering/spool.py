@@ -27,7 +27,7 @@ from platformdirs import user_data_path
 
 from polar_billing.errors import BillingError, RecordRefusedError, StoreError
 from polar_billing.ledger.location import sqlite_file
-from polar_billing.metering.unfinished import Unfinished, checked_line, count_damaged
+from polar_billing.metering.spool_file import Unfinished, checked_line, count_damaged
 from polar_billing.values.canonical import canonical_json
 from polar_sdk.usage import new_request_id
 

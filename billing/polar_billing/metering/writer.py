@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from polar_billing.errors import BillingError, StoreError
 from polar_billing.ledger.hooks import register_pending
 from polar_billing.metering.spool import BATCH, Spool, spool_folder, store, store_file
-from polar_billing.metering.unfinished import Unfinished
+from polar_billing.metering.spool_file import Unfinished
 
 if TYPE_CHECKING:
     from pathlib import Path

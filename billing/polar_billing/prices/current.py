@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import StoreError
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.values.remembered import Changes, Remembered
+from polar_billing.values.memo import Changes, Remembered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

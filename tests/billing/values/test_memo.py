@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.values.remembered import Changes, Remembered
+from polar_billing.values.memo import Changes, Remembered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
