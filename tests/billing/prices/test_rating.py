@@ -14,7 +14,7 @@ from polar_billing.prices.book import PriceBook
 from polar_billing.prices.entries import PriceEntry, TokenPrices
 from polar_billing.prices.rating import cost_of, rate
 from polar_billing.testing import usage_record
-from polar_billing.values.money import EXACT_SCALE, exact_sum
+from polar_billing.values.money import EXACT_SCALE, STORED_MAX, STORED_SCALE, exact_sum
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -66,6 +66,13 @@ def test_amounts_are_exact(entry: PriceEntry, total: int, identity: int, inputs:
     unit = Fraction(1, 10**EXACT_SCALE)
     executed = (Fraction(total, 10**12) * price(entry.per_compute_unit) + other) * multiplier
     full_depth = (Fraction(identity, 10**12) * price(entry.per_compute_unit) + other) * multiplier
+    most = Fraction(STORED_MAX, 10**STORED_SCALE)
+    if rating.unrated is not None:  # only where no receipt can hold the cost, which is then unknown
+        assert executed > most
+        assert (rating.lines, rating.cost) == ((), None)
+        assert cost_of(record, book_of(entry)) == (None, rating.unrated)
+        return
+    assert round(executed, STORED_SCALE) <= most
     assert sum(line.exact for line in rating.lines) * unit == executed
     assert sum(line.exact for line in rating.full_depth_lines) * unit == full_depth
     assert entry.token_reference is not None
@@ -83,12 +90,13 @@ def test_amounts_are_exact(entry: PriceEntry, total: int, identity: int, inputs:
 
 @given(entry=entries, points=st.lists(flops, min_size=2, max_size=20))
 def test_cost_never_falls_when_more_is_executed(entry: PriceEntry, points: list[int]) -> None:
+    """A cost beyond what the ledger holds is unknown; it is then beyond it for everything that executes more."""
     book = book_of(entry)
-    costs = [
-        rate(usage_record("r", flops=FlopUsage(head=total, total=total)), book).rounded.total
-        for total in sorted(points)
-    ]
+    ratings = [rate(usage_record("r", flops=FlopUsage(head=total, total=total)), book) for total in sorted(points)]
+    costs = [rating.cost for rating in ratings if rating.cost is not None]
     assert all(less <= more for less, more in pairwise(costs))
+    assert [rating.cost for rating in ratings] == [*costs, *[None] * (len(ratings) - len(costs))]
+    assert all("a receipt holds at most" in rating.unrated for rating in ratings if rating.unrated is not None)
 
 
 def test_tiers_multiply_every_price(book: PriceBook) -> None:
