@@ -55,8 +55,10 @@ class LayerCost:
 
 
 class Parts(NamedTuple):
-    """What each new token of a row does at one step; a token in none of the three passes unchanged. Half-open ranges of
-    positions, ascending, none of them empty."""
+    """What each new token of a row does at one step; a token in none of the three passes unchanged.
+
+    Ranges of positions, each (first, the one after the last), ascending, none of them empty.
+    """
 
     running: tuple[tuple[int, int], ...]
     """Tokens that take the whole step."""
@@ -101,9 +103,8 @@ def _ranges(*ranges: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     kept: list[tuple[int, int]] = []
     for start, end in ranges:
         if start < end:
-            if kept and kept[-1][1] == start:
-                start = kept.pop()[0]
-            kept.append((start, end))
+            begin = kept.pop()[0] if kept and kept[-1][1] == start else start
+            kept.append((begin, end))
     return tuple(kept)
 
 

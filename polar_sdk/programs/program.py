@@ -3,8 +3,9 @@
 A step visits a layer, or crosses several layers by a bridge. A *damped* visit goes only part of the way: of K damped
 visits in a row, each moves the state by 1/K of what the layer would add. A *filled* visit is run by the answer, the
 first token of the prompt and its last ones; for the tokens between them a fitted map writes the layer's keys and
-values, and their states pass unchanged. Filled visits in a row are one *segment* with one map. Knows nothing of weights, prices or policies:
-a program can say what it visits, not whether that is allowed (`policy.py`) or what it costs (`cost.py`).
+values, and their states pass unchanged. Filled visits in a row are one *segment* with one map. Knows nothing
+of weights, prices or policies: a program can say what it visits, not whether that is allowed (`policy.py`) or what it
+costs (`cost.py`).
 
 Text form (canonical, round-trips): items separated by one space, each a layer or an ascending run, optionally
 repeated. `0-11 15x2 18-29` visits layers 0 to 11, then 15 twice, then 18 to 29. `12-14x2` visits 12 13 14 12 13 14.
@@ -91,22 +92,7 @@ class Program:
             )
         if all(step.bridge for step in all_steps):
             raise ProgramSyntaxError("the program visits no layer; it needs at least one, for example '0-29'.")
-        for step, same in groupby(all_steps):
-            if (count := len(list(same))) % step.parts:
-                raise ProgramSyntaxError(
-                    f"layer {step.first} has {count} visits damped to 1/{step.parts}; use a multiple of {step.parts}."
-                )
-        visits = Counter(step.first for step in all_steps if not step.bridge)
-        for step in all_steps:
-            if not 0 <= step.fill <= _LAST_LAYER:
-                raise ProgramSyntaxError(
-                    f"layer {step.first} is filled for all but the last {step.fill} prompt tokens; use 1 to {_LAST_LAYER}."
-                )
-            if step.fill and (visits[step.first] > 1 or step.parts > 1 or step.bridge):
-                raise ProgramSyntaxError(
-                    f"layer {step.first} is filled and visited {visits[step.first]} times; a filled layer is visited "
-                    "once, undamped: fill other layers, or loop others."
-                )
+        _check_loops(all_steps)
 
     @classmethod
     def identity(cls, depth: int) -> Self:
@@ -283,6 +269,25 @@ class Program:
             cls.of,
             serialization=core_schema.plain_serializer_function_ser_schema(str, return_schema=core_schema.str_schema()),
         )
+
+
+def _check_loops(steps: tuple[Step, ...]) -> None:
+    for step, same in groupby(steps):
+        if (count := len(list(same))) % step.parts:
+            raise ProgramSyntaxError(
+                f"layer {step.first} has {count} visits damped to 1/{step.parts}; use a multiple of {step.parts}."
+            )
+    visits = Counter(step.first for step in steps if not step.bridge)
+    for step in steps:
+        if not 0 <= step.fill <= _LAST_LAYER:
+            raise ProgramSyntaxError(
+                f"layer {step.first} is filled for all but the last {step.fill} prompt tokens; use 1 to {_LAST_LAYER}."
+            )
+        if step.fill and (visits[step.first] > 1 or step.parts > 1 or step.bridge):
+            raise ProgramSyntaxError(
+                f"layer {step.first} is filled and visited {visits[step.first]} times; a filled layer is visited "
+                "once, undamped: fill other layers, or loop others."
+            )
 
 
 def _depth_message(layer: int, depth: int) -> str:

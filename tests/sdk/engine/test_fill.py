@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,7 +33,7 @@ def random_fill(decoder: Decoder, layers: int, seed: int = 0, rank: int | None =
     sizes = (layers, 2, family.kv_heads, family.head_dim)
     bias = torch.randn(sizes, generator=generator)
     sides = [family.hidden, rank, bias.numel()] if rank else [family.hidden, bias.numel()]
-    weight = [torch.randn(a, b, generator=generator) / a**0.5 for a, b in zip(sides, sides[1:], strict=False)]
+    weight = [torch.randn(a, b, generator=generator) / a**0.5 for a, b in pairwise(sides)]
     return Fill(tuple(weight), bias)
 
 
