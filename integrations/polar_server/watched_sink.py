@@ -1,0 +1,93 @@
+"""A sink around the model's own: it sees who is admitted on what program and what was recorded, and changes nothing.
+
+So the server knows the program of an answer before its first token, and counts requests whose record is still due.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+from polar_sdk.usage import UsageSink
+
+if TYPE_CHECKING:
+    from polar_sdk.usage import Offer, Receipt, UsageBound, UsageRecord
+
+
+class Watcher(Protocol):
+    """Who wants to know what becomes of one request."""
+
+    def admitted(self, bound: UsageBound, offer: Offer) -> None:
+        """It may run, by this offer; an error refuses it after all."""
+        ...
+
+    def recorded(self, record: UsageRecord, receipt: Receipt | None) -> None:
+        """It ended, and its record is stored."""
+        ...
+
+
+class WatchedSink(UsageSink):
+    """Passes every call on to another sink, and tells the watcher of the request.
+
+    Attributes:
+        inner: The sink that stores.
+    """
+
+    def __init__(self, inner: UsageSink) -> None:
+        self.inner = inner
+        self._watchers: dict[str, Watcher] = {}
+        self._due: set[str] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def unrecorded(self) -> int:
+        """Number of requests that were admitted and whose record is not stored yet."""
+        return len(self._due)
+
+    def watch(self, request_id: str, watcher: Watcher) -> None:
+        """Tell `watcher` what becomes of a request, from now on."""
+        with self._lock:
+            self._watchers[request_id] = watcher
+
+    def forget(self, request_id: str) -> None:
+        """Tell nobody any more."""
+        with self._lock:
+            self._watchers.pop(request_id, None)
+
+    def check(self) -> None:
+        """As the inner sink."""
+        self.inner.check()
+
+    def reserve(self, bound: UsageBound) -> int:
+        """As the inner sink; a watcher that then refuses has the hold released."""
+        chosen = self.inner.reserve(bound)
+        watcher = self._watchers.get(bound.request_id)
+        if watcher is not None:
+            try:
+                watcher.admitted(bound, bound.offers[chosen])
+            except BaseException:
+                self.inner.release(bound.tenant, bound.request_id)
+                raise
+        with self._lock:
+            self._due.add(bound.request_id)
+        return chosen
+
+    def release(self, tenant: str, request_id: str) -> None:
+        """As the inner sink."""
+        self.inner.release(tenant, request_id)
+        with self._lock:
+            self._due.discard(request_id)
+
+    def emit(self, record: UsageRecord) -> Receipt | None:
+        """As the inner sink."""
+        receipt = self.inner.emit(record)
+        with self._lock:
+            self._due.discard(record.request_id)
+            watcher = self._watchers.get(record.request_id)
+        if watcher is not None:
+            watcher.recorded(record, receipt)
+        return receipt
+
+    def close(self) -> None:
+        """As the inner sink."""
+        self.inner.close()
