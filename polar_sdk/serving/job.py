@@ -64,8 +64,12 @@ class Job:
         """Every sampled token."""
         self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []
         """One per sampled token, where the request wants them."""
-        self.needs_logits = request.logits_hook is not None or request.logprobs is not None
-        """True if the request has a hook or wants log-probabilities: `sample` chooses its tokens, not `choose`."""
+        budget = request.max_tokens if request.fit_max_tokens else None
+        self.grammar = None if request.grammar is None else request.grammar.start(budget)
+        """Where the answer is in its grammar; None = it has none."""
+        wants_logits = request.logits_hook is not None or request.logprobs is not None
+        self.needs_logits = wants_logits or self.grammar is not None
+        """True if the request has a hook or a grammar or wants log-probabilities: `sample` chooses its tokens."""
         self.cached = 0
         """Prompt tokens whose keys and values were already available."""
         self.finish: FinishReason | None = None
@@ -147,6 +151,11 @@ class Job:
         return bool(self.tokens)
 
     @property
+    def complete(self) -> bool | None:
+        """Whether the text matches the grammar as a whole; None = there is none."""
+        return None if self.grammar is None else self.grammar.accepting and not self.text.stopped
+
+    @property
     def max_length(self) -> int:
         """Number of tokens in the row if the answer is as long as it may be."""
         return len(self.request.tokens) + self.request.max_tokens
@@ -169,16 +178,21 @@ class Job:
         self.begin_ns = self.begin_ns or time.perf_counter_ns()
 
     def sample(self, logits: torch.Tensor) -> None:
-        """Choose the next token from logits (V,), which the hook may change and whose log-probabilities are kept.
+        """Choose the next token from logits (V,): the hook may change them, and then the grammar forbids tokens.
+
+        Log-probabilities are by the logits that result.
 
         Raises:
+            GrammarError: The grammar cannot be followed any further.
             Exception: Whatever the hook raises.
         """
         request = self.request
         if request.logits_hook is not None:
             logits = apply_hook(request.logits_hook, self.tokens, logits)
-        token = self.sampler(logits)
+        token = self.sampler(logits) if self.grammar is None else self.grammar.sample(self.sampler, logits)
         if self.logprobs is not None:
+            if self.grammar is not None:
+                logits = self.grammar.restrict(logits)
             self.logprobs.append(read_logprobs(logits, token, request.logprobs or 0))
         self.take(token)
 
@@ -190,9 +204,13 @@ class Job:
         self.tokens.append(token)
         ended = token in self._end_tokens
         piece = "" if ended else self.text.push(token)
+        if self.grammar is not None and not ended:
+            self.grammar.accept(token)
+            ended = self.grammar.ended  # nothing but an end could follow, so that it need not be computed
         if ended or self.text.stopped or len(self.tokens) >= self.request.max_tokens:
             piece += self.text.finish()  # what was held back may contain a stop string, too
-            self.finish = "stop" if ended or self.text.stopped else "length"
+            cut = self.grammar is not None and self.grammar.cut
+            self.finish = "stop" if (ended and not cut) or self.text.stopped else "length"
             self.end(piece)
         else:
             self._put(piece)
