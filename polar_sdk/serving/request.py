@@ -50,6 +50,8 @@ class Request:
     """What the answer must match; None = anything."""
     fit_max_tokens: bool = True
     """Whether an answer with a grammar is steered to an end within `max_tokens`."""
+    id_is_new: bool = False
+    """Whether `request_id` was made for this request, so that no other can have it."""
     tiers: Mapping[str, Program] = field(default_factory=dict)
     """Programs of the policy's tiers, among which a sink with budgets may choose a cheaper one; see `admission`."""
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
