@@ -80,6 +80,12 @@ class Job:
         self.wake: Callable[[], None] = _no_wakeup
         """Tells the scheduler that there is room for pieces again."""
         self.begin_ns = self.prefill_end_ns = self.end_ns = 0
+        self.placed_at = 0
+        """Number of tokens that had run when the job was given its place."""
+        self.rounds_paused = 0
+        """Rounds in a row in which the reader had paused, for a job with a place."""
+        self.charged = 0
+        """FLOPs counted on its tenant's clock."""
         self.sampler = Sampler(request.sampling, decoder.placement.last)
         self._end_tokens = end_tokens
         self._max_ahead, self._on_end = max_ahead, on_end
@@ -136,19 +142,23 @@ class Job:
     # -- the scheduler's side ---------------------------------------------------------------------------------------
 
     @property
-    def pending(self) -> Sequence[int]:
-        """Tokens that the row has not run yet: the rest of the prompt, or the token sampled last."""
-        return self.tokens[-1:] if self.tokens else self.request.tokens[self.row.length :]
-
-    @property
     def chunk(self) -> Sequence[int]:
-        """The next chunk of the prompt; it ends at a multiple of `cost.CHUNK`, whatever else is running."""
-        return self.pending[: CHUNK - self.row.length % CHUNK]
+        """The next chunk of the prompt, or of what runs again after it.
+
+        It ends at a multiple of `cost.CHUNK` and at the end of the prompt, whatever else is running.
+        """
+        prompt, start = self.request.tokens, self.row.length
+        end = start + CHUNK - start % CHUNK
+        if self.row.replaying:
+            end = min(end, self.row.replay_end)
+        if start < len(prompt):
+            return prompt[start : min(end, len(prompt))]
+        return self.tokens[start - len(prompt) : end - len(prompt)]
 
     @property
-    def prefilled(self) -> bool:
-        """Whether the prompt has run and the first token has been sampled."""
-        return bool(self.tokens)
+    def decoding(self) -> bool:
+        """Whether the next pass runs the token sampled last, after everything before it."""
+        return bool(self.tokens) and not self.row.replaying
 
     @property
     def complete(self) -> bool | None:
@@ -215,6 +225,11 @@ class Job:
         else:
             self._put(piece)
 
+    def drop_pages(self) -> None:
+        """Give the pages up to others while the job has no place; see `Row.drop_pages`."""
+        self.kv_bytes = max(self.kv_bytes, self.row.page_table.nbytes)
+        self.row.drop_pages()
+
     def fail(self, error: BaseException) -> None:
         """End the job with an error."""
         self.error = error
@@ -222,8 +237,9 @@ class Job:
 
     def end(self, piece: str) -> None:
         """Nothing more will be computed: free the pages and wake the caller."""
-        self.kv_bytes = self.row.page_table.nbytes
+        self.kv_bytes = max(self.kv_bytes, self.row.page_table.nbytes)
         self.row.page_table.release()
+        self.row.end_replay()
         self._put(piece, done=True)
         if self._on_end is not None:
             self._on_end(self)
