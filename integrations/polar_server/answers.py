@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from polar_server.watched_sink import WatchedSink
 
 Ask = tuple["Prompt", "RequestOptions"]
-"""One choice: the prompt and its options, without request id and cancel."""
+"""One choice: the prompt and its options, without cancel."""
 
 
 class Choice:
     """One of the answers to a call, and what the ledger knows of it.
 
     Attributes:
-        request_id: Its id in the ledger.
-        bound: What was asked, once it is admitted.
+        request_id: Its id in the ledger, once it is admitted.
+        bound: What was asked, from then on.
         offer: What it runs; another than the first of the bound where a budget allowed only less.
         record: What was executed, once that is stored.
         receipt: What the sink said to it.
     """
 
-    def __init__(self, request_id: str, together: threading.Barrier) -> None:
-        self.request_id = request_id
+    def __init__(self, together: threading.Barrier) -> None:
+        self.request_id: str | None = None
         self.bound: UsageBound | None = None
         self.offer: Offer | None = None
         self.record: UsageRecord | None = None
@@ -52,7 +52,7 @@ class Choice:
     def admitted(self, bound: UsageBound, offer: Offer) -> None:
         """Wait until the other choices are admitted too: all of them run, or none."""
         self._together.wait()
-        self.bound, self.offer = bound, offer
+        self.request_id, self.bound, self.offer = bound.request_id, bound, offer
 
     def recorded(self, record: UsageRecord, receipt: Receipt | None) -> None:
         """Keep what was stored."""
@@ -68,14 +68,11 @@ class Answer:
         stopped: Whether the server stopped it, rather than its reader.
     """
 
-    def __init__(
-        self, engine: PolarModel, sink: WatchedSink, asks: Sequence[Ask], request_id: str, *, streamed: bool
-    ) -> None:
+    def __init__(self, engine: PolarModel, sink: WatchedSink, asks: Sequence[Ask], *, streamed: bool) -> None:
         self._engine, self._sink, self._streamed = engine, sink, streamed
         self._asks = tuple(asks)
         self._together = threading.Barrier(len(self._asks))
-        ids = [request_id, *(f"{request_id}-{place}" for place in range(1, len(self._asks)))]
-        self.choices = [Choice(request_id, self._together) for request_id in ids]
+        self.choices = [Choice(self._together) for _ in self._asks]
         self.error: BaseException | None = None
         self.stopped = False
         self._cancel = threading.Event()
@@ -86,11 +83,6 @@ class Answer:
         self._failing = threading.Lock()
         self.done = False
         self.task = asyncio.ensure_future(self._run())
-
-    @property
-    def id(self) -> str:
-        """Id of the call, which is that of its first choice in the ledger."""
-        return self.choices[0].request_id
 
     def leave(self) -> None:
         """The reader has left: stop computing, within one token or one piece of a prompt."""
@@ -131,25 +123,21 @@ class Answer:
         return arrived
 
     async def _run(self) -> None:
-        for choice in self.choices:
-            self._sink.watch(choice.request_id, choice)
         try:
             await asyncio.gather(
                 *(run_in_thread(partial(self._compute, place), self._cancel) for place in range(len(self._asks))),
                 return_exceptions=True,
             )
         finally:
-            for choice in self.choices:
-                self._sink.forget(choice.request_id)
             self.done = True
             self._news.set()
 
     def _compute(self, place: int, cancel: Cancel) -> None:
         """One choice, in a thread of its own."""
         prompt, options = self._asks[place]
-        asked: RequestOptions = {**options, "request_id": self.choices[place].request_id, "cancel": cancel}
+        asked: RequestOptions = {**options, "cancel": cancel}
         try:
-            with closing(self._engine.stream(prompt, **asked)) as chunks:
+            with self._sink.watched_by(self.choices[place]), closing(self._engine.stream(prompt, **asked)) as chunks:
                 for chunk in chunks:
                     if self._streamed or chunk.generation is not None:
                         self._put(place, chunk)
@@ -190,12 +178,11 @@ class Answers:
     def __len__(self) -> int:
         return len(self._open)
 
-    def start(self, asks: Sequence[Ask], request_id: str, *, streamed: bool) -> Answer:
+    def start(self, asks: Sequence[Ask], *, streamed: bool) -> Answer:
         """Begin an answer, in the running event loop.
 
         Args:
             asks: One entry per choice.
-            request_id: Of the first choice; those of others follow from it.
             streamed: Whether pieces are read as they come, or only the end of each choice.
 
         Raises:
@@ -203,7 +190,7 @@ class Answers:
         """
         if self.draining:
             raise shutting_down()
-        answer = Answer(self._engine, self._sink, asks, request_id, streamed=streamed)
+        answer = Answer(self._engine, self._sink, asks, streamed=streamed)
         self._open.add(answer)
         answer.task.add_done_callback(lambda _: self._open.discard(answer))
         return answer

@@ -99,7 +99,7 @@ class Endpoint:
         body = fields.read(content, self._table, strict=settings.strict)
         call = self._read_call(body, server.rules(exchange))
         exchange.facts |= {"model": call.model, "stream": call.stream, "choices": len(call.asks)}
-        answer = server.answers.start(call.asks, exchange.request_id, streamed=call.stream)
+        answer = server.answers.start(call.asks, streamed=call.stream)
         with watching(receive, answer.leave):
             reply = _Reply(server, exchange, call, answer, self._shape)
             await (reply.stream(send) if call.stream else reply.whole(send))
@@ -125,6 +125,7 @@ class _Reply:
                     generations[index] = chunk.generation
         for generation in generations.values():
             self._check_finished(generation)
+        headers = {**self._headers(), **_timing(self._answer)}
         choices = [self._choice(index, generations[index]) for index in sorted(generations)]
         body = {
             "id": self._id,
@@ -136,7 +137,6 @@ class _Reply:
             "usage": self._usage(),
             **self._bill(),
         }
-        headers = {**self._headers(), **_timing(self._answer)}
         if body["cost_details"]["amount"] is not None:
             headers["x-polar-cost"] = (
                 f"{body['cost_details']['amount']} {body['cost_details']['currency'] or ''}".strip()
@@ -228,7 +228,7 @@ class _Reply:
 
     @property
     def _id(self) -> str:
-        return f"{self._shape.prefix}-{self._answer.id}"
+        return f"{self._shape.prefix}-{self._exchange.request_id}"
 
     @property
     def _fingerprint(self) -> str:
@@ -243,9 +243,11 @@ class _Reply:
             raise shutting_down() if self._answer.stopped else ClientLeftError
 
     def _headers(self) -> dict[str, str]:
+        """What is known of an answer that is admitted; from here on, the call has the id of its first choice."""
         offer, bound = self._answer.choices[0].offer, self._answer.choices[0].bound
         if offer is None or bound is None:
             return {}
+        self._exchange.request_id = bound.request_id
         headers = {"x-polar-program": offer.program}
         if offer.tier is not None:
             headers["x-polar-tier"] = offer.tier
@@ -288,7 +290,7 @@ class _Reply:
             "saved": identity - flops,
             "cu": f"{Decimal(flops).scaleb(-12):f}",
             "tenant": records[0].tenant if records else None,
-            "receipt": self._answer.id,
+            "receipt": self._exchange.request_id,
             "receipts": [record.request_id for record in records],
         }
         if records and DOWNGRADED_TAG in records[0].tags:

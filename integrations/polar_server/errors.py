@@ -19,7 +19,9 @@ from polar_sdk.errors import (
     CacheMemoryError,
     ContextWindowError,
     EmptyPromptError,
+    GrammarError,
     InvalidRequestError,
+    MissingExtraError,
     PolarError,
     ProgramError,
     QueueFullError,
@@ -114,6 +116,8 @@ _KNOWN: Final[tuple[tuple[type[PolarError], int, str, str | None, Mapping[str, s
     (UnknownTierError, 400, "invalid_value", "compute", {}),
     (ToleranceError, 400, "invalid_value", "compute", {}),
     (TagError, 400, "invalid_value", "tags", {}),
+    (GrammarError, 400, "invalid_value", "response_format", {}),
+    (MissingExtraError, 400, "unsupported_value", "response_format", {}),
     (InvalidRequestError, 400, "invalid_value", None, {}),
     (ProgramError, 400, "invalid_value", "program", {}),
     # What ran until then is billed; the same call would run as long again.

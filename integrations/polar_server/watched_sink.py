@@ -6,11 +6,15 @@ So the server knows the program of an answer before its first token, and counts 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Protocol
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final, Protocol
 
 from polar_sdk.usage import UsageSink
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from polar_sdk.usage import Offer, Receipt, UsageBound, UsageRecord
 
 
@@ -24,6 +28,10 @@ class Watcher(Protocol):
     def recorded(self, record: UsageRecord, receipt: Receipt | None) -> None:
         """It ended, and its record is stored."""
         ...
+
+
+_watcher: Final[ContextVar[Watcher | None]] = ContextVar("polar_server_watcher", default=None)
+"""Who watches the request that is being made here."""
 
 
 class WatchedSink(UsageSink):
@@ -44,15 +52,14 @@ class WatchedSink(UsageSink):
         """Number of requests that were admitted and whose record is not stored yet."""
         return len(self._due)
 
-    def watch(self, request_id: str, watcher: Watcher) -> None:
-        """Tell `watcher` what becomes of a request, from now on."""
-        with self._lock:
-            self._watchers[request_id] = watcher
-
-    def forget(self, request_id: str) -> None:
-        """Tell nobody any more."""
-        with self._lock:
-            self._watchers.pop(request_id, None)
+    @contextmanager
+    def watched_by(self, watcher: Watcher) -> Iterator[None]:
+        """Tell `watcher` what becomes of the request that this thread makes in the block."""
+        token = _watcher.set(watcher)
+        try:
+            yield
+        finally:
+            _watcher.reset(token)
 
     def check(self) -> None:
         """As the inner sink."""
@@ -61,7 +68,7 @@ class WatchedSink(UsageSink):
     def reserve(self, bound: UsageBound) -> int:
         """As the inner sink; a watcher that then refuses has the hold released."""
         chosen = self.inner.reserve(bound)
-        watcher = self._watchers.get(bound.request_id)
+        watcher = _watcher.get()
         if watcher is not None:
             try:
                 watcher.admitted(bound, bound.offers[chosen])
@@ -70,23 +77,27 @@ class WatchedSink(UsageSink):
                 raise
         with self._lock:
             self._due.add(bound.request_id)
+            if watcher is not None:
+                self._watchers[bound.request_id] = watcher
         return chosen
 
     def release(self, tenant: str, request_id: str) -> None:
         """As the inner sink."""
         self.inner.release(tenant, request_id)
-        with self._lock:
-            self._due.discard(request_id)
+        self._done(request_id)
 
     def emit(self, record: UsageRecord) -> Receipt | None:
-        """As the inner sink."""
+        """As the inner sink; where that raises, the record stays due."""
         receipt = self.inner.emit(record)
-        with self._lock:
-            self._due.discard(record.request_id)
-            watcher = self._watchers.get(record.request_id)
+        watcher = self._done(record.request_id)
         if watcher is not None:
             watcher.recorded(record, receipt)
         return receipt
+
+    def _done(self, request_id: str) -> Watcher | None:
+        with self._lock:
+            self._due.discard(request_id)
+            return self._watchers.pop(request_id, None)
 
     def close(self) -> None:
         """As the inner sink."""

@@ -57,7 +57,7 @@ def read_call(body: Body, rules: Rules) -> Call:
     options["max_tokens"] = _max_tokens(body)
     logprobs = _logprobs(body)
     options["logprobs"] = logprobs
-    _check_format(body.get("response_format"))
+    options["schema"] = _schema(body.get("response_format"))
     stream, include_usage = calls.streaming(body, rules)
     return Call(
         model=body.get("model"),
@@ -86,12 +86,22 @@ def _logprobs(body: Body) -> int | None:
     return top or 0
 
 
-def _check_format(value: Any) -> None:
+def _schema(value: Any) -> dict[str, Any] | None:
+    """The JSON schema that an answer must match, or None where it is plain text."""
     if value is None:
-        return
+        return None
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind != "text":
-        raise unsupported("response_format", f"{shown(kind or value)}: this engine writes plain text; use text.")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise invalid("response_format", f"{shown(kind or value)} is unknown; use text, json_object or json_schema.")
+    given = value.get("json_schema")
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict):
+        raise invalid("response_format", "json_schema.schema must be a JSON schema, which is an object.")
+    return schema
 
 
 def _messages(value: Any) -> list[dict[str, str]]:

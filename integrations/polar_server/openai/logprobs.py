@@ -70,6 +70,8 @@ class _Waiting:
     """A token whose text has not been shown yet. `start` and `end` count characters of the text."""
 
     logprobs: TokenLogprobs
+    before: bytes
+    """What the tokens before it left of a character, which this one goes on with or breaks off."""
     raw: bytes
     start: int
     end: int
@@ -87,9 +89,9 @@ class ShownTokens:
     def push(self, text: str, tokens: Iterable[TokenLogprobs]) -> list[Entry]:
         """Add tokens and the text that is shown now; returns the tokens whose whole text has been shown."""
         for logprobs in tokens:
-            raw, start = self._names.of(logprobs.token), self._decoded
+            raw, start, before = self._names.of(logprobs.token), self._decoded, self._decoder.getstate()[0]
             self._decoded += len(self._decoder.decode(raw))
-            self._waiting.append(_Waiting(logprobs, raw, start, self._decoded))
+            self._waiting.append(_Waiting(logprobs, before, raw, start, self._decoded))
         self._shown += len(text)
         count = 0
         for place, token in enumerate(self._waiting, 1):
@@ -109,8 +111,9 @@ class ShownTokens:
                 break
             raw = token.raw
             if token.end > self._shown:
-                raw = raw.decode("utf-8", "replace")[: self._shown - token.start].encode()
-            entries.append(self._entry(token, raw))
+                raw = _cut(token, self._shown - token.start)
+            if raw or not token.raw:
+                entries.append(self._entry(token, raw))
         return entries
 
     def _entry(self, token: _Waiting, raw: bytes) -> Entry:
@@ -120,6 +123,14 @@ class ShownTokens:
     @staticmethod
     def _wire(raw: bytes, logprob: float) -> dict[str, Any]:
         return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, _LEAST), "bytes": list(raw)}
+
+
+def _cut(token: _Waiting, characters: int) -> bytes:
+    """The bytes of a token that are within the next so many characters."""
+    kept = 0
+    while len((token.before + token.raw[: kept + 1]).decode("utf-8", "replace")) <= characters:
+        kept += 1
+    return token.raw[:kept]
 
 
 def all_shown(names: TokenBytes, text: str, tokens: Sequence[TokenLogprobs]) -> list[Entry]:

@@ -94,6 +94,20 @@ def test_biases_and_penalties_steer_the_answer(served: Served) -> None:
     assert set(body["choices"][0]["message"]["content"]) == {"A", "B"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_matches_its_schema(served: Served, stream: bool) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": {**schema, "additionalProperties": False}}}
+    body = chat_body(max_tokens=40, response_format=wanted)
+    if stream:
+        deltas = [event["choices"][0]["delta"].get("content", "") for event in served.events(**body)[:-1]]
+        assert set(json.loads("".join(deltas))) == {"a"}
+    else:
+        assert set(json.loads(served.chat(**body)["choices"][0]["message"]["content"])) == {"a"}
+    plain = served.chat(response_format={"type": "json_object"}, max_tokens=40)
+    assert isinstance(json.loads(plain["choices"][0]["message"]["content"]), dict)
+
+
 def test_a_text_completion_takes_several_prompts(served: Served) -> None:
     _, _, body = served.call("POST", "/v1/completions", {"model": "tiny", "prompt": ["ab", "abc"], "echo": True})
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
@@ -145,7 +159,9 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "1"}]}, "messages[0]"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}}, "response_format"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "a", "format": "mp3"}}, "audio"),
     ({"prediction": {"type": "content", "content": "a"}}, "prediction"),
@@ -266,6 +282,7 @@ class _Refusing(RecordingSink):
     def __init__(self, error: Exception, *, at: int = 0) -> None:
         super().__init__()
         self._error, self._at = error, at
+        self.reserved = 0
         self.released: list[str] = []
 
     def check(self) -> None:
@@ -273,8 +290,10 @@ class _Refusing(RecordingSink):
             raise self._error
 
     def reserve(self, bound: Any) -> int:
-        if bound.request_id.endswith(f"-{self._at}"):
-            raise self._error
+        with self._change:
+            self.reserved += 1
+            if self.reserved == self._at:
+                raise self._error
         return 0
 
     def release(self, tenant: str, request_id: str) -> None:

@@ -94,7 +94,7 @@ def test_langchain_chats_and_streams(served: Served) -> None:
     from langchain_core.messages import HumanMessage
     from langchain_openai import ChatOpenAI
 
-    chat = ChatOpenAI(model="tiny", base_url=served.base_url, api_key="none", max_tokens=6, stream_usage=True)  # type: ignore[call-arg, arg-type]
+    chat = ChatOpenAI(model="tiny", base_url=served.base_url, api_key="none", max_tokens=6, stream_usage=True)
     answer = chat.invoke("hi")
     assert answer.usage_metadata is not None
     assert answer.usage_metadata["output_tokens"] == 6

@@ -1,6 +1,6 @@
 """Clients that leave: compute stops within a token, and what ran is recorded, to the FLOP.
 
-`POLAR_DISCONNECTS` sets how many random moments are tried.
+`POLAR_TEST_DISCONNECTS` sets how many random moments are tried.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polar_sdk import UsageRecord
+    from polar_sdk import PolarModel, UsageRecord
     from tests.integrations.server.conftest import Served
 
-TRIALS = int(os.environ.get("POLAR_DISCONNECTS", "12"))
+TRIALS = int(os.environ.get("POLAR_TEST_DISCONNECTS", "12"))
 
 
 def executed(served: Served, record: UsageRecord) -> int:
@@ -49,6 +49,11 @@ def send_request(served: Served, body: dict[str, Any]) -> socket.socket:
     return connection
 
 
+def computed(engine: PolarModel) -> int:
+    """Tokens of the answers that have a place now."""
+    return sum(len(job.tokens) for job in list(engine.scheduler._places.jobs))
+
+
 @pytest.fixture
 def tokens_at_leave(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens had been computed whenever the server noticed that a client had left."""
@@ -56,9 +61,8 @@ def tokens_at_leave(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     leave = Answer.leave
 
     def noting(self: Answer) -> None:
-        scheduler = self._engine.scheduler
         if not self._cancel.is_set():
-            noted.append(sum(len(job.tokens) for job in list(scheduler._running)))
+            noted.append(computed(self._engine))
         leave(self)
 
     monkeypatch.setattr(Answer, "leave", noting)
@@ -103,9 +107,8 @@ def wait_for_tokens(served: Served, count: int) -> None:
     """Wait until the one running job has so many tokens."""
     import time
 
-    scheduler = served.server.engine.scheduler
     deadline = time.monotonic() + WAIT_S
-    while sum(len(job.tokens) for job in list(scheduler._running)) < count:
+    while computed(served.server.engine) < count:
         assert time.monotonic() < deadline
         time.sleep(0)
 
@@ -163,7 +166,8 @@ def test_a_client_that_leaves_in_prefill_stops_it_after_a_piece(
     engine = tiny_model(sink=sink, context_window=4096)
     engine.scheduler.limits = replace(engine.scheduler.limits, prefill_alone=512, prefill_beside=512)
     served = serve(engine=engine)
-    scheduler, connections = engine.scheduler, []
+    scheduler = engine.scheduler
+    connections: list[socket.socket] = []
     run = scheduler._run_chunks
 
     def leaving(jobs: Any, chunks: Any) -> None:

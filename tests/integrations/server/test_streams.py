@@ -1,11 +1,16 @@
-"""Streams: the same answer as without `stream`, in events that clients can rely on."""
+"""Streams: the same answer as without `stream`, in events that clients can rely on.
+
+`POLAR_TEST_STREAMS` sets how many random bodies are compared.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.integrations.server.conftest import RecordingSink, chat_body
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
 
     from tests.integrations.server.conftest import Served
 
+EXAMPLES = int(os.environ.get("POLAR_TEST_STREAMS", "25"))
 _BODIES = st.fixed_dictionaries(
     {
         "messages": st.lists(
@@ -96,8 +102,24 @@ def shared(tiny: Any) -> Any:
     served.close()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(body=_BODIES)
+@example(
+    body={  # the stop string breaks off a character
+        "messages": [
+            {"role": "user", "content": ""},
+            {"role": "system", "content": ""},
+            {"role": "system", "content": "\\°"},
+            {"role": "user", "content": "ask"},
+        ],
+        "max_tokens": 5,
+        "seed": 0,
+        "temperature": 0.7,
+        "model": "tiny",
+        "logprobs": True,
+        "stop": [" "],
+    }
+)
 def test_a_stream_carries_what_the_whole_answer_does(shared: Served, body: dict[str, Any]) -> None:
     streamed = joined(shared.events(**body, stream_options={"include_usage": True}))
     at_once = whole(shared.chat(**body))
@@ -156,8 +178,6 @@ def test_a_stream_that_waits_sends_comments(serve: Callable[..., Served], sink: 
     served = serve(keep_alive=0.01)
     sink.gate.clear()
     connection = served.connect()
-    import json
-
     connection.request("POST", "/v1/chat/completions", json.dumps(chat_body(stream=True)))
     answer = connection.getresponse()
     assert answer.readline() == b": keep-alive\n"
