@@ -132,7 +132,7 @@ def train(
 
     Raises:
         RouterModelError: The rewards were measured on another model or in another dtype.
-        RouterError: The kind is unknown, the settings are for another kind, or bridges or fills that programs use are missing.
+        RouterError: The kind is unknown, the settings are for another kind, or maps that programs use are missing.
         DataError: The matrix holds no train or no dev prompt, or its menu is identity alone.
     """
     _check_settings(kind, settings)

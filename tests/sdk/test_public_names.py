@@ -16,7 +16,7 @@ PUBLIC = {
         Policy Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
     """,
     "polar_sdk.lab": """
-        AnswerItem ChoiceItem Evaluation HealOptions Item LayerwiseSettings MenuSettings PromptItem RewardMatrix
+        AnswerItem ChoiceItem Evaluation FillOptions HealOptions Item LayerwiseSettings MenuSettings PromptItem RewardMatrix
         ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal heal_fills read_items scan search train
     """,
     "polar_billing": """
