@@ -29,11 +29,11 @@ from polar_sdk.router.store import BRIDGES, FILLS, attach_router
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from polar_sdk.lab.evaluation.calibrate import TierPromise
     from polar_sdk.lab.evaluation.results import Evaluation
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.model import PolarModel
+    from polar_sdk.router.certificate import TierPromise
     from polar_sdk.router.learned import LearnedRouter
     from polar_sdk.router.network import FeatureKind
 
@@ -170,7 +170,7 @@ def calibrate(
         model: The model.
         items: Prompts; None = the prompts that come with the package. What the router was trained on is left out.
         router: A trained router or its folder; None = this model's.
-        tiers: α, and what counts as lost (`differs`, `harms` or `drops`), by tier; None = `TIER_ALPHAS`.
+        tiers: What each tier is to promise; None = `TIER_ALPHAS`.
         delta: Maximum probability that a promise is wrong.
         out: Folder to write the certified router to; None = the folder `router`, where that is one.
         on_progress: Called with (stage, steps done, steps in all).
