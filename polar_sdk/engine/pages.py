@@ -121,6 +121,13 @@ class PagePool:
                 self._clear(store, last + 1)
         return taken
 
+    def clear(self, pages: Sequence[int]) -> None:
+        """Overwrite those of the pages that have one user."""
+        for page in pages:
+            if self._users[page] == 1:
+                store = self._store(page)
+                self.stores[store][page - self.starts[store]].zero_()
+
     def _clear(self, store: int, end: int) -> None:
         """Clear the pages of a store before `end` that have never been used.
 
@@ -203,6 +210,10 @@ class PageTable:
         """Give all pages back; the row has no history any more."""
         self.length = 0
         _give_back(self._pool, self.blocks)
+
+    def clear(self) -> None:
+        """Overwrite the pages that no other row has: 0 × nan is nan in whatever row gets them next."""
+        self._pool.clear([page for block in self.blocks for page in block])
 
     def places(self, blocks: int) -> Tensor:
         """Place within its store of each visit's page, for the first `blocks` blocks, (blocks, visits)."""
