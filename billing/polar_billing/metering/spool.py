@@ -271,7 +271,13 @@ def store(ledger: Ledger, spool: Spool | None, entries: list[Entry]) -> list[Sto
     for entry in refused:
         _log.error("the ledger refused request %r of tenant %r", entry.record.request_id, entry.record.tenant)
     if spool is not None and refused:
-        spool.reject(refused)
+        try:
+            spool.reject(refused)
+        except OSError as error:  # the records stay where they are, and are refused once more later
+            raise StoreError(
+                f"spool {str(spool.folder)!r} cannot be written ({error.strerror}).",
+                hint="Free some space on that disk; nothing is lost.",
+            ) from error
     return answers
 
 
