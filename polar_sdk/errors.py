@@ -19,6 +19,7 @@ PolarError
 │   ├── ProtectedLayerError               skips a layer that the policy protects
 │   ├── VisitLimitError                   visits one layer more often than allowed
 │   ├── MissingBridgeError                crosses layers by a bridge that the model does not have
+│   ├── MissingFillError                  fills layers without a map that the model has for them
 │   ├── CostCeilingError                  costs more than the policy's ceiling
 │   └── ExportError                       no plain model computes what it computes
 ├── PolicyError (ValueError)              a policy file that is malformed or belongs to another model
@@ -29,6 +30,9 @@ PolarError
 ├── BridgeError (ValueError)              bridges that cannot be fitted or used here
 │   ├── BridgeModelError                  they were fitted for another model
 │   └── BridgeDamagedError                one of their files is missing, altered or malformed
+├── FillError (ValueError)                fills that cannot be fitted or used here
+│   ├── FillModelError                    they were fitted for another model
+│   └── FillDamagedError                  one of their files is missing, altered or malformed
 ├── DataError (ValueError)                a calibration file that is missing, empty or malformed
 │   └── CalibrationSizeError              too few prompts for the requested promise
 ├── ModelError                            the model cannot be loaded or run
@@ -197,6 +201,10 @@ class MissingBridgeError(ProgramError):
     """The program crosses layers by a bridge that the model does not have."""
 
 
+class MissingFillError(ProgramError):
+    """The program fills layers for which the model has no map."""
+
+
 class CostCeilingError(ProgramError):
     """The program costs more FLOPs than the policy's ceiling."""
 
@@ -251,6 +259,20 @@ class BridgeModelError(BridgeError):
 
 class BridgeDamagedError(BridgeError):
     """One of the bridges' files is missing, altered or malformed."""
+
+
+class FillError(PolarError, ValueError):
+    """Fills cannot be fitted or used here."""
+
+    exit_code = 2
+
+
+class FillModelError(FillError):
+    """The fills were fitted for another model."""
+
+
+class FillDamagedError(FillError):
+    """One of the fills' files is missing, altered or malformed."""
 
 
 class ModelError(PolarError):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.bridge import Bridge
     from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.family import Family
+    from polar_sdk.engine.fill import Fill
     from polar_sdk.engine.types import Projected, Rotary, Weights
     from polar_sdk.programs.cost import CostModel, Segment
     from polar_sdk.programs.program import Program, Step
@@ -51,7 +52,7 @@ class Decoder:
 
     Attributes:
         family: The arithmetic.
-        cost: FLOPs of each part, bridges included.
+        cost: FLOPs of each part, bridges and fills included.
         placement: Where each part of the weights is.
         dtype: Of activations, keys and values.
         precision: How matrices are stored: `bf16`, `fp16`, `fp32`, `int8` or `int4`.
@@ -60,6 +61,7 @@ class Decoder:
         ends: Weights of final norm and head.
         kernels: What runs them: `EagerKernels`, or compiled ones.
         bridges: Maps by which programs may cross layers.
+        fills: Maps by which programs may fill segments of layers.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Decoder:
         self.cost: CostModel = family.cost()
         self.kernels: Kernels = EagerKernels(family)
         self.bridges: dict[Segment, Bridge] = {}
+        self.fills: dict[Segment, Fill] = {}
         self._rotary_source: Any = family.take_rotary(model)
         self._rotary: dict[torch.device, list[Rotary]] = {}
         self._kv_memory = kv_memory
@@ -184,6 +187,20 @@ class Decoder:
         self.cost.step(step)
         return self.bridges[step.first, step.last]
 
+    def set_fills(self, fills: Mapping[Segment, Fill]) -> None:
+        """Replace the decoder's fills by these, each on the device of the first layer that it writes."""
+        self.fills = {segment: fill.at(self.placement.layers[segment[0]]) for segment, fill in fills.items()}
+        self.cost = self.cost.with_fills({segment: fill.flops for segment, fill in fills.items()})
+
+    def fill(self, segment: Segment) -> Fill:
+        """The map of a filled segment.
+
+        Raises:
+            MissingFillError: The model has no such map.
+        """
+        self.cost.fill(segment)
+        return self.fills[segment]
+
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Embed token ids (N,) at positions (N,) as hidden states (N, E)."""
         return self.family.embed(tokens, positions, self.start)
@@ -224,6 +241,10 @@ class Decoder:
     def project(self, index: int, x: Tensor, rotary: list[Rotary]) -> Projected:
         """The part of layer `index` before attention, on (N, E)."""
         return self.kernels.project(self.layers[index], x, rotary[self.family.kinds[index].rope])
+
+    def keys_values(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before their turn by position, and values, of layer `index`, (N, G, d) each, from its input (N, E)."""
+        return self.family.keys_values(x, self.layers[index])
 
     def finish(self, index: int, x: Tensor, mixed: Tensor) -> Tensor:
         """The part of layer `index` after attention, from its input (N, E) and the result of attention (N, H × d)."""

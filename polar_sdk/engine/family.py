@@ -79,6 +79,14 @@ class Family(ABC):
         """The part of a layer before attention: norm, projections and positions. `x` is (N, E)."""
 
     @abstractmethod
+    def keys_values(self, x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """Of what `project` computes, keys before their turn by position and values, (N, G, d) each, and no queries."""
+
+    @abstractmethod
+    def turn(self, heads: Tensor, rotary: Rotary) -> Tensor:
+        """Turn keys (N, …, d) by their positions, as `project` does."""
+
+    @abstractmethod
     def finish(self, x: Tensor, mixed: Tensor, w: Weights) -> Tensor:
         """The part of a layer after attention. `x` is the layer's input (N, E), `mixed` is (N, H × d)."""
 
@@ -98,5 +106,6 @@ class Family(ABC):
     def cost(self) -> CostModel:
         """FLOPs of every part: 2 per multiply-accumulate, so 4 per query, key and head dimension in attention."""
         attention = 4 * self.heads * self.head_dim
-        layers = tuple(LayerCost(2 * self.layer_linear(index), attention) for index in range(self.depth))
+        keys_values = 4 * self.hidden * self.kv_heads * self.head_dim
+        layers = tuple(LayerCost(2 * self.layer_linear(index), attention, keys_values) for index in range(self.depth))
         return CostModel(layers=layers, head=2 * self.hidden * self.vocab)

@@ -1,4 +1,4 @@
-"""Hashes of what a certificate is issued for: programs, weights, bridges. Knows no files."""
+"""Hashes of what a certificate is issued for: programs, weights, bridges and fills. Knows no files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,15 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_bridges(decoder: Decoder, programs: Iterable[Program]) -> str:
-    """SHA-256 of the bridges that programs use, as the model has them; empty where they use none.
+    """SHA-256 of the bridges and fills that programs use, as the model has them; empty where they use none.
 
     Raises:
-        MissingBridgeError: The model does not have one of them.
+        MissingBridgeError: The model does not have one of the bridges.
+        MissingFillError: The model does not have one of the fills.
     """
-    steps = sorted({step for program in programs for step in program if step.bridge})
-    return hash_texts(f"{step.first}-{step.last} {decoder.bridge(step).digest}" for step in steps) if steps else ""
+    chosen = list(programs)
+    steps = sorted({step for program in chosen for step in program if step.bridge})
+    segments = sorted({segment for program in chosen for segment in program.fills})
+    texts = [f"{step.first}-{step.last} {decoder.bridge(step).digest}" for step in steps]
+    texts += [f"({first}-{last}) {decoder.fill((first, last)).digest}" for first, last in segments]
+    return hash_texts(texts) if texts else ""

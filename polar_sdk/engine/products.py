@@ -71,6 +71,29 @@ def multiply(x: Tensor, product: Product) -> Tensor:
             return _add(_int4(x, product), product.bias)
 
 
+def outputs_from(product: Product, first: int) -> Product | None:
+    """The matrix of all outputs from the one with that index on, over the same memory.
+
+    None where int4 packs outputs before and after it together, so that they cannot be computed apart.
+    """
+    bias = None if product.bias is None else product.bias[first:]
+    match product:
+        case Plain():
+            return Plain(product.weight[first:], bias)
+        case Int8():
+            return Int8(product.weight[first:], product.scale[first:], bias)
+        case Int4():
+            if first % _INT4_BLOCK or product.packed.shape[0] % _INT4_BLOCK:
+                return None
+            return Int4(product.packed[first:], product.scales_zeros[:, first:].contiguous(), bias)
+
+
+def multiply_from(x: Tensor, product: Product, first: int) -> Tensor:
+    """As `multiply`, of all outputs from the one with index `first` on: (M, N − first)."""
+    part = outputs_from(product, first)
+    return multiply(x, product)[:, first:] if part is None else multiply(x, part)
+
+
 def _plain(x: Tensor, product: Plain) -> Tensor:
     if _is_fused(x):
         total = _one_row(x, product.weight)

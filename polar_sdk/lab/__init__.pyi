@@ -1,6 +1,6 @@
 # The public names, each once: `__init__.py` loads them from here on first use.
-from .bridges.heal import HealOptions as HealOptions
 from .evaluation.results import Evaluation as Evaluation
+from .healing.heal import HealOptions as HealOptions
 from .items import AnswerItem as AnswerItem
 from .items import ChoiceItem as ChoiceItem
 from .items import Item as Item

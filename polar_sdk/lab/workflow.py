@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import DataError, RouterError
-from polar_sdk.lab.bridges.heal import Healer, HealOptions
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS
 from polar_sdk.lab.evaluation.judge import Judge
+from polar_sdk.lab.healing.heal import Healer, HealOptions
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings

@@ -1,21 +1,22 @@
 """What a program costs, in FLOPs, for given lengths: exact integers, before anything runs.
 
 The formula is that of `torch.utils.flop_counter.FlopCounterMode`: 2 FLOPs per multiply-accumulate, matrix products and
-attention only, attention as the full rectangle queries × keys. A family describes its layers once (`LayerCost`); the
-same numbers estimate a plan and meter a run, so that the two agree. Knows numbers of FLOPs, not weights and not money.
+attention only, attention as the full rectangle queries × keys. A family describes its layers once (`LayerCost`), and
+`Piece` says which tokens of a pass take which part of a step; the same numbers estimate a plan, lay out a pass and
+meter a run, so that the three agree. Knows numbers of FLOPs, not weights and not money.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from polar_sdk.errors import MissingBridgeError
+from polar_sdk.errors import MissingBridgeError, MissingFillError
 from polar_sdk.usage import FlopUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from polar_sdk.programs.program import Program, Step
 
@@ -24,7 +25,7 @@ CHUNK = 512
 """A prompt runs in chunks that end at multiples of this length. Fixed, because the cost of attention depends on the
 chunks, and a bill must not depend on who else was served at the time. Unit: tokens."""
 Segment = tuple[int, int]
-"""First and last layer that a bridge crosses."""
+"""First and last layer that a bridge crosses, or that a fill writes."""
 
 NOMINAL_PROMPT = 128
 NOMINAL_OUTPUT = 64
@@ -38,14 +39,78 @@ class LayerCost:
     Attributes:
         linear: FLOPs per token in the layer's matrix products.
         attention: FLOPs per pair of one query and one key, all heads together (scores and weighted sum).
+        keys_values: FLOPs per token of keys and values alone; included in `linear`.
     """
 
     linear: int
     attention: int
+    keys_values: int = 0
 
-    def flops(self, queries: int, keys: int) -> int:
-        """FLOPs of one visit with that many new tokens over that many keys (new tokens included)."""
-        return self.linear * queries + self.attention * queries * keys
+    def flops(self, queries: int, keys: int, leaving: int = 0) -> int:
+        """FLOPs of one visit with that many new tokens over that many keys (all new tokens included).
+
+        `leaving` further tokens leave their keys and values, and nothing else.
+        """
+        return self.linear * queries + self.attention * queries * keys + self.keys_values * leaving
+
+
+class Parts(NamedTuple):
+    """What each new token of a row does at one step; a token in none of the three passes unchanged.
+
+    Ranges of positions, each (first, the one after the last), ascending, none of them empty.
+    """
+
+    running: tuple[tuple[int, int], ...]
+    """Tokens that take the whole step."""
+    leaving: tuple[tuple[int, int], ...] = ()
+    """Tokens that leave keys and values only: no later step reads their states."""
+    filled: tuple[tuple[int, int], ...] = ()
+    """Tokens whose keys and values the segment's map writes."""
+
+
+class Piece(NamedTuple):
+    """The new tokens of one row in one pass."""
+
+    start: int
+    """Position of the first one."""
+    end: int
+    """Position after the last one."""
+    prompt: int
+    """Number of tokens of the row's prompt; those from this position on belong to the answer."""
+    wanted: int
+    """From this position on, logits or states are wanted of the tokens; `end` = of none."""
+
+    def parts(self, step: Step, place: int, last_visit: int) -> Parts:
+        """What each token does at a step, which is at this place of a program whose last visit is at `last_visit`.
+
+        After the last visit nobody reads a token's state but the head. So there, and after it, only tokens that are
+        wanted run; at the last visit itself the others leave their keys and values.
+        """
+        if place > last_visit:
+            return Parts(_ranges((self.wanted, self.end)))
+        tail = self.prompt - step.fill if step.fill else self.start
+        first = (0, min(1, tail, self.end)) if self.start == 0 else (0, 0)
+        running = _ranges(first, (max(self.start, first[1], tail), self.end))
+        filled = _ranges((max(self.start, 1), min(self.end, tail)))
+        if place < last_visit:
+            return Parts(running, (), filled)
+        leaving = _ranges(*((start, min(end, self.wanted)) for start, end in running))
+        return Parts(_ranges(*((max(start, self.wanted), end) for start, end in running)), leaving, filled)
+
+
+def _ranges(*ranges: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Those of the ranges that are not empty; where one continues another, the two as one."""
+    kept: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if start < end:
+            begin = kept.pop()[0] if kept and kept[-1][1] == start else start
+            kept.append((begin, end))
+    return tuple(kept)
+
+
+def size(ranges: Iterable[tuple[int, int]]) -> int:
+    """Number of tokens in ranges."""
+    return sum(end - start for start, end in ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +121,13 @@ class CostModel:
         layers: One entry per layer, index = layer.
         head: FLOPs per position whose logits are computed.
         bridges: FLOPs per token of each bridge that the model has.
+        fills: FLOPs per filled token of the map of each segment that the model can fill, all its layers together.
     """
 
     layers: tuple[LayerCost, ...]
     head: int
     bridges: Mapping[Segment, int] = field(default_factory=dict)
+    fills: Mapping[Segment, int] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -71,8 +138,12 @@ class CostModel:
         """The same model with these bridges, FLOPs per token each."""
         return replace(self, bridges=dict(bridges))
 
+    def with_fills(self, fills: Mapping[Segment, int]) -> CostModel:
+        """The same model with these fills, FLOPs per filled token each."""
+        return replace(self, fills=dict(fills))
+
     def step(self, step: Step) -> LayerCost:
-        """Cost of one step of a program.
+        """Cost of one step of a program for a token that runs it.
 
         Raises:
             MissingBridgeError: The model has no such bridge.
@@ -80,17 +151,39 @@ class CostModel:
         if not step.bridge:
             return self.layers[step.first]
         if (step.first, step.last) not in self.bridges:
-            available = ", ".join(f"[{first}-{last}]" for first, last in sorted(self.bridges)) or "none"
             raise MissingBridgeError(
-                f"there is no bridge over layers {step.first}-{step.last}; this model has: {available}.",
+                f"there is no bridge over layers {step.first}-{step.last}; this model has: "
+                f"{_listed('[{}-{}]', self.bridges)}.",
                 hint="Fit it with `polar heal`, or load the bridges that the program was made for.",
             )
         return LayerCost(linear=self.bridges[step.first, step.last], attention=0)
 
+    def fill(self, segment: Segment) -> int:
+        """FLOPs per filled token of a segment's map.
+
+        Raises:
+            MissingFillError: The model has no such map.
+        """
+        if segment not in self.fills:
+            raise MissingFillError(
+                f"there is no fill for layers {segment[0]}-{segment[1]}; this model has: "
+                f"{_listed('({}-{})', self.fills)}.",
+                hint="Fit it with `polar heal`, or load the fills that the program was made for.",
+            )
+        return self.fills[segment]
+
+    def steps(self, program: Program, piece: Piece) -> Iterator[int]:
+        """FLOPs of each step of a program for one pass, in order; a segment's map counts with its first visit."""
+        entries = {segment[0]: self.fill(segment) for segment in program.fills}
+        last = program.last_visit
+        for place, step in enumerate(program):
+            parts = piece.parts(step, place, last)
+            flops = self.step(step).flops(size(parts.running), piece.end, size(parts.leaving))
+            yield flops + (entries.get(step.first, 0) * size(parts.filled) if step.fill else 0)
+
     def prefill(self, program: Program, prompt: int, *, cached: int = 0) -> int:
         """FLOPs of the layers for a prompt of that many tokens, the first `cached` of which are not run again."""
-        costs = [self.step(step) for step in program]
-        return sum(cost.flops(end - start, end) for start, end in chunks(prompt, cached) for cost in costs)
+        return sum(sum(self.steps(program, piece)) for piece in pieces(prompt, cached))
 
     def decode(self, program: Program, prompt: int, steps: int) -> int:
         """FLOPs of the layers for that many decode steps after the prompt.
@@ -123,7 +216,16 @@ class CostModel:
         )
 
 
+def _listed(form: str, segments: Iterable[Segment]) -> str:
+    return ", ".join(form.format(*segment) for segment in sorted(segments)) or "none"
+
+
 def chunks(prompt: int, cached: int = 0) -> list[tuple[int, int]]:
     """The chunks, (start, end) each, in which a prompt runs whose first `cached` tokens are not run again."""
     starts = [cached, *range((cached // CHUNK + 1) * CHUNK, prompt, CHUNK)]
     return [(start, end) for start, end in pairwise([*starts, prompt]) if start < end]
+
+
+def pieces(prompt: int, cached: int = 0) -> list[Piece]:
+    """The same chunks as passes."""
+    return [Piece(start, end, prompt, start) for start, end in chunks(prompt, cached)]

@@ -1,16 +1,21 @@
 """The program: the sequence of steps that a prompt runs, as an immutable value.
 
 A step visits a layer, or crosses several layers by a bridge. A *damped* visit goes only part of the way: of K damped
-visits in a row, each moves the state by 1/K of what the layer would add. Knows nothing of weights, prices or policies:
-a program can say what it visits, not whether that is allowed (`policy.py`) or what it costs (`cost.py`).
+visits in a row, each moves the state by 1/K of what the layer would add. A *filled* visit is run by the answer, the
+first token of the prompt and its last ones; for the tokens between them a fitted map writes the layer's keys and
+values, and their states pass unchanged. Filled visits in a row are one *segment* with one map. Knows nothing
+of weights, prices or policies: a program can say what it visits, not whether that is allowed (`policy.py`) or what it
+costs (`cost.py`).
 
 Text form (canonical, round-trips): items separated by one space, each a layer or an ascending run, optionally
 repeated. `0-11 15x2 18-29` visits layers 0 to 11, then 15 twice, then 18 to 29. `12-14x2` visits 12 13 14 12 13 14.
-`15~2` visits layer 15 twice, damped. `0-11 [12-19] 20-29` crosses layers 12 to 19 by their bridge.
+`15~2` visits layer 15 twice, damped. `0-11 [12-19] 20-29` crosses layers 12 to 19 by their bridge. `0-19 (20-29)` fills
+layers 20 to 29 for all of the prompt but its first and its last token; of `0-19 (20-29:8)` the last 8 tokens run.
 The grammar, which `Program.parse` accepts with commas as well as spaces::
 
-    program := item (separator item)*        item  := span ["x" count] | layer "~" count | "[" span "]"
-    span    := layer | layer "-" layer       count := 2, 3, …
+    program := item (separator item)*        item  := span ["x" count] | layer "~" count
+    span    := layer | layer "-" layer               | "[" span "]" | "(" span [":" tail] ")"
+    count   := 2, 3, …                       tail  := 1, 2, …
 
 Layers go up to 9999 and a program has at most 4096 steps, so that the text of every program reads back.
 """
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 
 _ITEM = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?(?:([x~])([0-9]{1,4}))?")
 _BRIDGE = re.compile(r"\[([0-9]{1,4})(?:-([0-9]{1,4}))?\]")
+_FILL = re.compile(r"\(([0-9]{1,4})(?:-([0-9]{1,4}))?(?::([0-9]{1,4}))?\)")
 _LAST_LAYER = 9999
 """Highest layer index that the grammar can write."""
 MAX_STEPS = 4096
@@ -52,6 +58,13 @@ class Step(NamedTuple):
     """A visit takes 1 / parts of the way from its input to the layer's output; 1 = a plain visit."""
     bridge: bool = False
     """Whether the step crosses its layers by a bridge instead of visiting one."""
+    fill: int = 0
+    """Of a filled visit, how many of the prompt's last tokens run it, at least 1; 0 = all tokens run it."""
+
+    @property
+    def unfilled(self) -> Step:
+        """The step as the answer's tokens take it: itself, not filled."""
+        return self._replace(fill=0) if self.fill else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +92,7 @@ class Program:
             )
         if all(step.bridge for step in all_steps):
             raise ProgramSyntaxError("the program visits no layer; it needs at least one, for example '0-29'.")
-        for step, same in groupby(all_steps):
-            if (count := len(list(same))) % step.parts:
-                raise ProgramSyntaxError(
-                    f"layer {step.first} has {count} visits damped to 1/{step.parts}; use a multiple of {step.parts}."
-                )
+        _check_loops(all_steps)
 
     @classmethod
     def identity(cls, depth: int) -> Self:
@@ -152,6 +161,26 @@ class Program:
         return cls([*steps, *range(start, depth)])
 
     @classmethod
+    def filling(cls, depth: int, segments: Iterable[tuple[int, int]], tail: int = 1) -> Self:
+        """Identity with each segment (first layer, last layer) filled for the prompt but its last `tail` tokens.
+
+        Raises:
+            ProgramDepthError: A segment leaves the model, runs backwards or overlaps another.
+        """
+        if tail < 1:
+            raise ProgramSyntaxError(f"tail={tail} prompt tokens run; the last one must: use 1 or more.")
+        fills = [0] * depth
+        start = 0
+        for first, last in sorted(segments):
+            if not start <= first <= last < depth:
+                raise ProgramDepthError(
+                    f"fill {first}-{last} does not fit; it must be over layers between {start} and {depth - 1}."
+                )
+            fills[first : last + 1] = [tail] * (last + 1 - first)
+            start = last + 1
+        return cls(Step(layer, layer, fill=fill) for layer, fill in enumerate(fills))
+
+    @classmethod
     def of(cls, value: Program | str | Iterable[int]) -> Program:
         """The program of a program, its text form, or a sequence of layer indices.
 
@@ -183,6 +212,21 @@ class Program:
     def bridges(self) -> tuple[tuple[int, int], ...]:
         """First and last layer of each bridge, in order."""
         return tuple((step.first, step.last) for step in self.steps if step.bridge)
+
+    @property
+    def fills(self) -> tuple[tuple[int, int], ...]:
+        """First and last layer of each filled segment, in order."""
+        return tuple((run.first, run.last) for run in _runs(self.steps) if run.fill)
+
+    @property
+    def tail(self) -> int:
+        """The largest number of last prompt tokens that run a filled visit; 0 where none is filled."""
+        return max(step.fill for step in self.steps)
+
+    @property
+    def last_visit(self) -> int:
+        """Place of the last step that visits a layer."""
+        return max(place for place, step in enumerate(self.steps) if not step.bridge)
 
     @property
     def most_visits(self) -> int:
@@ -227,6 +271,25 @@ class Program:
         )
 
 
+def _check_loops(steps: tuple[Step, ...]) -> None:
+    for step, same in groupby(steps):
+        if (count := len(list(same))) % step.parts:
+            raise ProgramSyntaxError(
+                f"layer {step.first} has {count} visits damped to 1/{step.parts}; use a multiple of {step.parts}."
+            )
+    visits = Counter(step.first for step in steps if not step.bridge)
+    for step in steps:
+        if not 0 <= step.fill <= _LAST_LAYER:
+            raise ProgramSyntaxError(
+                f"layer {step.first} is filled for all but the last {step.fill} prompt tokens; use 1 to {_LAST_LAYER}."
+            )
+        if step.fill and (visits[step.first] > 1 or step.parts > 1 or step.bridge):
+            raise ProgramSyntaxError(
+                f"layer {step.first} is filled and visited {visits[step.first]} times; a filled layer is visited "
+                "once, undamped: fill other layers, or loop others."
+            )
+
+
 def _depth_message(layer: int, depth: int) -> str:
     return f"layer {layer} does not exist; the model has {depth} layers, numbered 0 to {depth - 1}."
 
@@ -235,6 +298,8 @@ def _parse_item(item: str, text: str) -> list[Step]:
     if (bridge := _BRIDGE.fullmatch(item)) is not None:
         first, last = _span(bridge[1], bridge[2], item, text)
         return [Step(first, last, bridge=True)]
+    if (fill := _FILL.fullmatch(item)) is not None:
+        return _parse_fill(fill, item, text)
     match = _ITEM.fullmatch(item)
     if match is None or (match[3] == "~" and match[2] is not None):
         raise ProgramSyntaxError(
@@ -248,6 +313,16 @@ def _parse_item(item: str, text: str) -> list[Step]:
         raise _too_long(text)
     parts = count if match[3] == "~" else 1
     return [Step(layer, layer, parts) for layer in range(first, last + 1)] * count
+
+
+def _parse_fill(match: re.Match[str], item: str, text: str) -> list[Step]:
+    first, last = _span(match[1], match[2], item, text)
+    tail = 1 if match[3] is None else int(match[3])
+    if tail < 1:
+        raise ProgramSyntaxError(
+            f"{item!r} in program {text!r} runs none of the prompt's last tokens; the last one must run: use 1 or more."
+        )
+    return [Step(layer, layer, fill=tail) for layer in range(first, last + 1)]
 
 
 def _span(first_text: str, last_text: str | None, item: str, text: str) -> tuple[int, int]:
@@ -268,7 +343,7 @@ def _runs(steps: tuple[Step, ...]) -> Iterator[Step]:
     """Split steps into maximal ascending runs, each as one step from its first layer to its last.
 
     A layer visited twice in a row stands alone, once per visit, so that a loop stays legible: `0-14 15x2 16-29`, not
-    `0-15 15-29`. So do bridges and damped visits.
+    `0-15 15-29`. So do bridges and damped visits. Filled visits form runs of their own, by their tail.
     """
     start = 0
     for end in range(1, len(steps) + 1):
@@ -281,7 +356,13 @@ def _continues(steps: tuple[Step, ...], at: int) -> bool:
     """Whether the step continues the run of the step before it."""
     before, step = steps[at - 1], steps[at]
     plain = (before.parts, before.bridge) == (step.parts, step.bridge) == (1, False)
-    return plain and step.first == before.first + 1 and not _looped(steps, at) and not _looped(steps, at - 1)
+    return (
+        plain
+        and before.fill == step.fill
+        and step.first == before.first + 1
+        and not _looped(steps, at)
+        and not _looped(steps, at - 1)
+    )
 
 
 def _looped(steps: tuple[Step, ...], at: int) -> bool:
@@ -294,6 +375,8 @@ def _item_text(run: Step, count: int) -> str:
     span = str(run.first) if run.first == run.last else f"{run.first}-{run.last}"
     if run.bridge:
         return " ".join([f"[{span}]"] * count)
+    if run.fill:
+        return f"({span})" if run.fill == 1 else f"({span}:{run.fill})"
     if run.parts == 1:
         return span if count == 1 else f"{span}x{count}"
     return " ".join([f"{span}~{run.parts}"] * (count // run.parts))

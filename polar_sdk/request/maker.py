@@ -86,6 +86,7 @@ class RequestMaker:
             tenant=check_name("tenant", or_default(options.get("tenant"), self.tenant)),
             tags={**check_tags(self.tags), **check_tags(or_default(options.get("tags"), {}))},
             request_id=check_name("request_id", or_default(options.get("request_id"), new_request_id())),
+            id_is_new=options.get("request_id") is None,
             cancel=check_cancel(options.get("cancel")),
             timeout=check_timeout(options.get("timeout")),
             logits_hook=check_hook(options.get("logits_hook")),

@@ -88,7 +88,8 @@ class RequestOptions(TypedDict, total=False):
     tags: Mapping[str, str] | None
     """They override the tags of the model object, name by name."""
     request_id: str | None
-    """Idempotency key of the usage record; None = a new UUIDv7."""
+    """Idempotency key of the usage record. The meter refuses one that was used before, before compute. None = a new
+    UUIDv7."""
     cancel: Cancel | None
     """Set it from any thread: the request ends within one token."""
     timeout: float | None

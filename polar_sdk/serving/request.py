@@ -45,6 +45,8 @@ class Request:
     """Time allowed from creation; None = unlimited. Unit: seconds."""
     logits_hook: LogitsHook | None = None
     logprobs: int | None = None
+    id_is_new: bool = False
+    """Whether `request_id` was made for this request, so that no other can have it."""
     tiers: Mapping[str, Program] = field(default_factory=dict)
     """Programs of the policy's tiers, among which a sink with budgets may choose a cheaper one; see `admission`."""
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -79,6 +79,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, one key head": ("llama", {"num_key_value_heads": 1}),
     "llama, a key head per query head": ("llama", {"num_key_value_heads": 4}),
     "llama, wide heads": ("llama", {"head_dim": 24}),
+    "llama, wide sides": ("llama", {"hidden_size": 128, "head_dim": 32}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, tied embeddings": ("llama", {"tie_word_embeddings": True}),
     "llama, scaled rotary": ("llama", {"rope_parameters": _LLAMA3}),

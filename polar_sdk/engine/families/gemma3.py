@@ -53,6 +53,6 @@ class Gemma3Family(Gemma2Family):
         """One table per type of layer."""
         return [rotary_table(rotary, length, dtype, device, kind) for kind in self.layer_types]
 
-    def before_rotation(self, heads: Tensor, w: Weights) -> Tensor:
+    def before_rotation(self, heads: Tensor, w: Weights, first: int = 0) -> Tensor:
         """Norm over each head."""
-        return self.rms(heads, w["head_norms"])
+        return self.rms(heads, w["head_norms"][first:])

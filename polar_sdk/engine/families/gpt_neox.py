@@ -83,6 +83,10 @@ class GPTNeoXFamily(PlainFamily):
         query, key, value = super().project(x, rotary, w)
         return rotate(query, rotary), rotate(key, rotary), value
 
+    def turn(self, heads: Tensor, rotary: Rotary) -> Tensor:
+        """The rotation of the first entries."""
+        return rotate(heads, rotary)
+
     def finish(self, x: Tensor, mixed: Tensor, w: Weights) -> Tensor:
         """Output projection and feed-forward, which reads the layer's input where they are parallel."""
         if not self.parallel:

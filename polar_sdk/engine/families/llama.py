@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine.family import Family
 from polar_sdk.engine.parts import activation, fuse, gated_mlp, rms_norm, rotary_table, rotate, take
-from polar_sdk.engine.products import multiply
+from polar_sdk.engine.products import multiply, multiply_from
 from polar_sdk.errors import UnsupportedArchitectureError
 
 if TYPE_CHECKING:
@@ -97,6 +97,16 @@ class LlamaFamily(Family):
         rotated = rotate(self.before_rotation(qkv[:, :rotating], w), rotary)
         return rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, rotating:]
 
+    def keys_values(self, x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """Norm, and the part of the fused projections that is not the queries'."""
+        kv = multiply_from(self.rms(x, w["attn_norm"]), w["qkv"], self.heads * self.head_dim)
+        kv = kv.view(x.shape[0], 2 * self.kv_heads, self.head_dim)
+        return self.before_rotation(kv[:, : self.kv_heads], w, self.heads), kv[:, self.kv_heads :]
+
+    def turn(self, heads: Tensor, rotary: Rotary) -> Tensor:
+        """The rotation."""
+        return rotate(heads, rotary)
+
     def finish(self, x: Tensor, mixed: Tensor, w: Weights) -> Tensor:
         """Output projection and feed-forward, each added to the residual stream."""
         x = x + multiply(mixed, w["out"])
@@ -110,8 +120,8 @@ class LlamaFamily(Family):
         """The norm of this family, over the last axis."""
         return rms_norm(x, weight, self.eps)
 
-    def before_rotation(self, heads: Tensor, w: Weights) -> Tensor:
-        """What happens to queries and keys (N, H + G, d) before their rotation: here nothing."""
+    def before_rotation(self, heads: Tensor, w: Weights, first: int = 0) -> Tensor:
+        """What happens to queries and keys before their rotation, to those of all H + G from `first` on: nothing."""
         return heads
 
     def mlp(self, x: Tensor, w: Weights) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_sdk.engine.family import Family
 from polar_sdk.engine.parts import layer_norm, no_rotary, plain_mlp
-from polar_sdk.engine.products import multiply
+from polar_sdk.engine.products import multiply, multiply_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +41,16 @@ class PlainFamily(Family):
         qkv = multiply(layer_norm(x, w, "attn_norm", self.eps), w["qkv"])
         query, key, value = qkv.view(x.shape[0], 3, self.heads, self.head_dim).unbind(1)
         return query, key, value
+
+    def keys_values(self, x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """Norm, and the part of the fused projections that is not the queries'."""
+        kv = multiply_from(layer_norm(x, w, "attn_norm", self.eps), w["qkv"], self.heads * self.head_dim)
+        key, value = kv.view(x.shape[0], 2, self.heads, self.head_dim).unbind(1)
+        return key, value
+
+    def turn(self, heads: Tensor, rotary: Rotary) -> Tensor:
+        """Nothing: positions enter with the embedding."""
+        return heads
 
     def finish(self, x: Tensor, mixed: Tensor, w: Weights) -> Tensor:
         """Output projection and feed-forward, each added to the residual stream."""

@@ -24,6 +24,6 @@ class Qwen3Family(Qwen2Family):
         norms = fuse_head_norms(attention.q_norm, attention.k_norm, self.heads, self.kv_heads)
         return {**super().take_layer(index, layer), "head_norms": norms}
 
-    def before_rotation(self, heads: Tensor, w: Weights) -> Tensor:
+    def before_rotation(self, heads: Tensor, w: Weights, first: int = 0) -> Tensor:
         """Norm over each head."""
-        return self.rms(heads, w["head_norms"])
+        return self.rms(heads, w["head_norms"][first:])

@@ -17,9 +17,9 @@ from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.engine.row import Row
 from polar_sdk.errors import BridgeDamagedError, BridgeError, BridgeModelError, DataError, MissingBridgeError
-from polar_sdk.lab.bridges.fit import Ridge, make_packs, trainable_copy
-from polar_sdk.lab.bridges.heal import Healer, HealOptions, parse_segments
-from polar_sdk.lab.bridges.loss import Reference, choice_scores, loss_of, slots_of
+from polar_sdk.lab.healing.bridge_fit import BridgeSums, make_packs, trainable_copy
+from polar_sdk.lab.healing.heal import Healer, HealOptions, parse_segments
+from polar_sdk.lab.healing.loss import Reference, choice_scores, loss_of, slots_of
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem, builtin_items
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
@@ -66,7 +66,7 @@ def test_ridge_finds_the_map_that_made_the_states() -> None:
     positions = torch.arange(400) % 20
     after = before + before @ weight + bias
     after[positions == 0] = before[positions == 0] + 1000.0  # what would bend a fit that took it in
-    ridge = Ridge(8, torch.device("cpu"))
+    ridge = BridgeSums(8, torch.device("cpu"))
     for part in (slice(0, 150), slice(150, 400)):  # in two packs
         ridge.add(before[part], after[part], positions[part])
     found = ridge.solve(1e-9)
@@ -82,7 +82,7 @@ def test_a_low_rank_map_is_the_best_of_its_rank_on_what_it_saw() -> None:
     before = torch.randn(500, 8, generator=generator) * torch.tensor([9.0, 5, 1, 1, 0.3, 0.3, 0.1, 0.1])
     after = before + before @ torch.randn(8, 8, generator=generator)
     positions = torch.ones(500, dtype=torch.long)
-    ridge = Ridge(8, torch.device("cpu"))
+    ridge = BridgeSums(8, torch.device("cpu"))
     ridge.add(before, after, positions)
     full, low = ridge.solve(1e-9), ridge.solve(1e-9, rank=2)
     assert (low.rank, full.rank) == (2, None)
@@ -374,7 +374,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_command_goes_on_from(
         return loss_of(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("polar_sdk.lab.bridges.distil.loss_of", interrupted)
+        patch.setattr("polar_sdk.lab.healing.training.loss_of", interrupted)
         cut = CliRunner().invoke(app, [*command, str(tmp_path / "cut")])
     assert (cut.exit_code, "--resume continues" in cut.output) == (130, True)
     assert not (tmp_path / "cut" / "bridges.json").exists()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.programs.cost import CostModel, LayerCost
-from polar_sdk.programs.program import Program
+from polar_sdk.errors import MissingFillError
+from polar_sdk.programs.cost import CostModel, LayerCost, Piece, size
+from polar_sdk.programs.program import Program, Step
 
 DEPTH = 7
 numbers = st.integers(0, 10**9)
@@ -65,3 +67,47 @@ def test_cost_depends_on_visits_not_on_their_order(cost: CostModel, program: Pro
 def test_decode_steps_add_up(cost: CostModel, program: Program, prompt: int, first: int, more: int) -> None:
     together = cost.decode(program, prompt, first + more)
     assert together == cost.decode(program, prompt, first) + cost.decode(program, prompt + first, more)
+
+
+PIECES = st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(0, 60), st.integers(0, 40)).map(
+    lambda it: Piece(it[0], it[0] + it[1], it[2], min(it[0] + it[1], it[0] + it[3]))
+)
+
+
+@given(PIECES, st.integers(0, 8), st.integers(-1, 1))
+def test_each_token_of_a_pass_does_one_thing(piece: Piece, fill: int, after: int) -> None:
+    """The ranges of `parts`, token by token, by the definition in words."""
+    step, last = Step(3, 3, fill=fill), 7
+    parts = piece.parts(step, last + after, last)
+    for position in range(piece.start, piece.end):
+        runs, leaves, filled = (
+            any(start <= position < end for start, end in ranges)
+            for ranges in (parts.running, parts.leaving, parts.filled)
+        )
+        wanted = position >= piece.wanted
+        if after > 0:
+            assert (runs, leaves, filled) == (wanted, False, False)
+            continue
+        visited = not fill or position == 0 or position >= piece.prompt - fill
+        assert filled == (not visited)
+        assert runs == (visited and (after < 0 or wanted))
+        assert leaves == (visited and not runs)
+    for ranges in parts:
+        assert all(start < end for start, end in ranges)
+        assert size(ranges) <= piece.end - piece.start
+
+
+def test_a_fill_costs_its_map_for_filled_tokens_and_the_layers_for_the_others() -> None:
+    cost = CostModel((LayerCost(1000, 10, 100),) * 4, 50).with_fills({(2, 3): 60})
+    program, identity = Program.parse("0-1 (2-3:2)"), Program.identity(4)
+    filled, plain = cost.steps(program, Piece(0, 10, 10, 0)), cost.steps(identity, Piece(0, 10, 10, 0))
+    assert list(plain) == [1000 * 10 + 10 * 100] * 4
+    assert list(filled) == [11000, 11000, 1000 * 3 + 10 * 30 + 60 * 7, 1000 * 3 + 10 * 30]
+    assert cost.prefill(program, 3) == cost.prefill(identity, 3)  # too short for anything to be filled
+    assert cost.decode(program, 10, 5) == cost.decode(identity, 10, 5)
+
+
+def test_a_fill_that_the_model_lacks() -> None:
+    cost = CostModel((LayerCost(1000, 10),) * 4, 50).with_fills({(3, 3): 60})
+    with pytest.raises(MissingFillError, match=r"no fill for layers 2-3; this model has: \(3-3\)"):
+        cost.prefill(Program.parse("0-1 (2-3)"), 10)

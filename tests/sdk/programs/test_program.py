@@ -26,15 +26,21 @@ programs = paths.map(lambda path: Program(tuple(path)))
 
 @st.composite
 def any_steps(draw: st.DrawFn) -> Program:
-    """Plain visits, damped loops and bridges in any order, at least one of them a visit."""
+    """Plain and filled visits, damped loops and bridges in any order, at least one of them a visit."""
     steps: list[Step | int] = [draw(st.integers(0, DEPTH - 1))]
-    for kind in draw(st.lists(st.sampled_from(["visit", "damped", "bridge"]), max_size=12)):
+    unvisited = draw(st.permutations(range(DEPTH, 2 * DEPTH)))
+    for kind in draw(st.lists(st.sampled_from(["visit", "damped", "bridge", "fill", "fills"]), max_size=12)):
         first = draw(st.integers(0, DEPTH - 1))
         if kind == "visit":
             steps.append(first)
         elif kind == "damped":
             parts = draw(st.integers(2, 4))
             steps += [Step(first, first, parts)] * parts
+        elif kind == "fill":
+            steps.append(Step(unvisited[0], unvisited.pop(0), fill=draw(st.integers(1, 3))))
+        elif kind == "fills":
+            start, tail = len(steps) * 100 + 100, draw(st.integers(1, 3))
+            steps += [Step(layer, layer, fill=tail) for layer in range(start, start + draw(st.integers(1, 5)))]
         else:
             steps.append(Step(first, draw(st.integers(first, DEPTH - 1)), bridge=True))
     return Program(steps)
@@ -68,6 +74,64 @@ def test_bridges_and_damped_loops_that_do_not_read(text: str, message: str) -> N
 def test_half_a_damped_loop_is_no_program() -> None:
     with pytest.raises(ProgramSyntaxError, match="1 visits damped to 1/2"):
         Program([0, Step(1, 1, 2)])
+
+
+def test_fills_in_text() -> None:
+    program = Program.parse("0-17 (18-19) 20 (21-29:8)")
+    assert program.fills == ((18, 19), (21, 29))
+    assert program.layers == tuple(range(30))
+    assert program.visits(30) == (1,) * 30
+    assert program.tail == 8
+    assert program.last_visit == 29
+    assert [step.fill for step in program][17:22] == [0, 1, 1, 0, 8]
+    assert not program.is_identity(30)
+    assert program.text == "0-17 (18-19) 20 (21-29:8)"
+    assert Program.filling(30, [(20, 29)]).text == "0-19 (20-29)"
+    assert Program.filling(30, [(27, 29), (3, 3)], tail=4).text == "0-2 (3:4) 4-26 (27-29:4)"
+
+
+def test_one_segment_has_one_way_to_write_it() -> None:
+    assert Program.parse("0-19 (20) (21-29:1)").text == "0-19 (20-29)"
+    assert Program.parse("0-19 (20:2) (21-29)").fills == ((20, 20), (21, 29))
+    assert Program.parse("0-1 (2) (4)").fills == ((2, 2), (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-2 (5-3)", "backwards"),
+        ("0-2 (3-5:0)", "use 1 or more"),
+        ("0-2 (3-5", r"cannot be parsed at '\(3-5'"),
+        ("0-2 ()", r"cannot be parsed at '\(\)'"),
+        ("0-2 (3-5)x2", "cannot be parsed"),
+        ("0-3 (3-5)", "layer 3 is filled and visited 2 times"),
+        ("0-2 (3) (3)", "layer 3 is filled and visited 2 times"),
+        ("0-2 (3-5) 4~2", "layer 4 is filled and visited 3 times"),
+    ],
+)
+def test_fills_that_do_not_read(text: str, message: str) -> None:
+    with pytest.raises(ProgramSyntaxError, match=message) as caught:
+        Program.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_fills_that_no_text_could_name() -> None:
+    for step in (Step(1, 1, fill=-1), Step(1, 1, fill=10_000), Step(1, 1, 2, fill=1), Step(1, 2, bridge=True, fill=1)):
+        with pytest.raises(ProgramSyntaxError, match="filled"):
+            Program([0, step, step])
+    with pytest.raises(ProgramSyntaxError, match="tail=0"):
+        Program.filling(6, [(2, 3)], tail=0)
+
+
+def test_a_cut_outside_the_depth() -> None:
+    with pytest.raises(ProgramDepthError, match="layer 30 does not exist"):
+        Program.parse("0-19 (20-30)").check_depth(30)
+
+
+@pytest.mark.parametrize("segments", [[(3, 12)], [(5, 4)], [(2, 5), (5, 7)]])
+def test_fills_lie_inside_the_model_and_apart(segments: list[tuple[int, int]]) -> None:
+    with pytest.raises(ProgramDepthError, match="does not fit"):
+        Program.filling(12, segments)
 
 
 @pytest.mark.parametrize("segments", [[(3, 12)], [(5, 4)], [(2, 5), (5, 7)]])

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from polar_sdk.engine.bridge import Bridge
 from polar_sdk.errors import BridgeError
-from polar_sdk.lab.bridges.fit import layers
-from polar_sdk.lab.bridges.loss import ChoiceSlots, Reference, choice_scores, loss_of, slots_of
+from polar_sdk.lab.healing.bridge_fit import layers
+from polar_sdk.lab.healing.loss import ChoiceSlots, Reference, choice_scores, loss_of, slots_of
 from polar_sdk.programs.program import Program
 from polar_sdk.reading import parse_json
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.lab.bridges.fit import Pack
+    from polar_sdk.lab.healing.bridge_fit import Pack
     from polar_sdk.programs.cost import Segment
 
 

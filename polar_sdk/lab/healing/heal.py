@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import BridgeError
-from polar_sdk.lab.bridges.distil import BridgeTrainer, DistilPlan
-from polar_sdk.lab.bridges.fit import fit_group, held_out_errors, make_packs, trainable_copy
+from polar_sdk.lab.healing.bridge_fit import fit_group, held_out_errors, make_packs, trainable_copy
+from polar_sdk.lab.healing.training import BridgeTrainer, DistilPlan
 from polar_sdk.lab.items import builtin_items, data_hash, distinct_items, item_id, split_of
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.bridge import Bridge
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.lab.bridges.fit import Pack
+    from polar_sdk.lab.healing.bridge_fit import Pack
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.model import PolarModel
