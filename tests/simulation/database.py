@@ -7,15 +7,17 @@ which rolls back. A power cut leaves of SQLite's write-ahead log what was commit
 
 from __future__ import annotations
 
-import pathlib
 import sqlite3
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import create_engine, event
 
 from tests.simulation import seams
+from tests.simulation.world import World
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sqlalchemy import URL, Engine
 
     from tests.simulation.world import Process
@@ -35,7 +37,7 @@ class Database:
 
     now_in: Database | None = None
 
-    def __init__(self, file: pathlib.Path) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
         self.fails: tuple[int, str] | None = None
         """What each write answers now."""
@@ -48,7 +50,7 @@ class Database:
         self.connections: dict[sqlite3.Connection, Process] = {}
 
     @property
-    def log(self) -> pathlib.Path:
+    def log(self) -> Path:
         """The write-ahead log."""
         return self.file.with_name(self.file.name + "-wal")
 
@@ -110,7 +112,7 @@ _engines: Final[dict[int, Engine]] = {}
 
 def make_engine(url: URL, **options: Any) -> Engine:
     """`create_engine`, which makes one engine per slot of the machine."""
-    if seams.World.now_in is None or Database.now_in is None or url.database != str(Database.now_in.file):
+    if World.now_in is None or Database.now_in is None or url.database != str(Database.now_in.file):
         return create_engine(url, **options)
     slot = seams.world().process.slot
     if slot not in _engines:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import Process, World
 
 
-_Usage = namedtuple("_Usage", "total used free")  # noqa: PYI024  (as shutil's own)
+_Usage = namedtuple("_Usage", "total used free")
 _ROOMY: Final = _Usage(2**40, 0, 2**40)
 _FULL: Final = _Usage(2**40, 2**40, 0)
 
@@ -102,14 +102,15 @@ class Disk:
         process.fds.discard(fd)
         os.close(fd)
 
+    def close_those_of(self, process: Process) -> None:
+        """Close what the end of a process closes."""
+        for fd in sorted(process.fds):
+            self.close_now(fd)
+
     def unlink(self, path: pathlib.Path, missing_ok: bool) -> None:
         """`Path.unlink`."""
         self.world.step(f"delete {_short(path)}")
         pathlib.Path(path).unlink(missing_ok)
-
-    def shutil(self) -> object:
-        """`shutil`, which asks this disk for its room."""
-        return _FULL if self.full else _ROOMY
 
     # -- the machine ------------------------------------------------------------------------------------------------
 
@@ -151,24 +152,24 @@ def _disk() -> Disk:
 class SimPath(type(pathlib.Path())):  # type: ignore[misc]
     """`pathlib.Path` on the simulated disk."""
 
-    def open(self, mode: str = "r", *args: Any, **options: Any) -> Any:  # noqa: D102
+    def open(self, mode: str = "r", *args: Any, **options: Any) -> Any:
         if not ({"w", "a"} & set(mode)):
             return super().open(mode, *args, **options)
         flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if "a" in mode else os.O_TRUNC)
         return _File(_disk().open(self, flags, 0o666))
 
-    def unlink(self, missing_ok: bool = False) -> None:  # noqa: D102
+    def unlink(self, missing_ok: bool = False) -> None:
         _disk().unlink(self, missing_ok)
 
-    def mkdir(self, *args: Any, **options: Any) -> None:  # noqa: D102
+    def mkdir(self, *args: Any, **options: Any) -> None:
         _disk().world.step(f"make folder {self.name}")
         super().mkdir(*args, **options)
 
-    def rmdir(self) -> None:  # noqa: D102
+    def rmdir(self) -> None:
         _disk().world.step(f"remove folder {self.name}")
         super().rmdir()
 
-    def read_bytes(self) -> bytes:  # noqa: D102
+    def read_bytes(self) -> bytes:
         _disk().world.step(f"read {self.name}")
         content: bytes = super().read_bytes()
         return content
@@ -203,13 +204,17 @@ class _File:
             _disk().close(self._fd)
 
 
+def _random_bytes(count: int) -> bytes:
+    return seams.world().random.randbytes(count)
+
+
 def replacements() -> list[tuple[object, object]]:
     """Real things, and what stands for them."""
     calls = {
         name: lambda *args, name=name: getattr(_disk(), name)(*args)
         for name in ("open", "write", "ftruncate", "fsync", "close")
     }
-    draws = {"getpid": seams.pid, "urandom": lambda n: seams.world().random.randbytes(n)}
+    draws = {"getpid": seams.pid, "urandom": _random_bytes}
     return [
         (os, seams.Namespace(os, **calls, **draws)),
         (pathlib.Path, SimPath),

@@ -10,8 +10,6 @@ and every invariant is checked, the money and the counts by SQL of our own.
 from __future__ import annotations
 
 import contextlib
-import json
-import pathlib
 import shutil
 import sqlite3
 from dataclasses import dataclass, field
@@ -21,9 +19,11 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
+from sqlalchemy import create_engine
+
 from polar_billing.budgets.budget import Budget, OverBudget
 from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
-from polar_billing.errors import BillingError, ConflictError, StoreError
+from polar_billing.errors import ConflictError, StoreError
 from polar_billing.ledger import hooks
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
@@ -32,6 +32,7 @@ from polar_billing.metering.spool import Spool, spool_folder
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.reports.query import usage_rows
 from polar_billing.testing import usage_record
+from polar_billing.values.canonical import content_hash
 from polar_billing.values.periods import Period
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import Offer, Outcome, TokenUsage, UsageBound
@@ -44,6 +45,7 @@ from tests.simulation.world import Broken, Process, World
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
+    from pathlib import Path
 
     from polar_sdk.usage import UsageRecord
 
@@ -51,8 +53,9 @@ if TYPE_CHECKING:
 TENANTS: Final = ("acme", "globex")
 PATHS: Final = ((0, 1, 2, 3, 4, 5), (0, 1, 4, 5), (0, 5))
 EVERYTHING: Final = Selection(ALL_TENANTS, Period())
-_END: Final = 1_500
-"""Faults strike before this step; a schedule has some hundred to some thousand. Unit: steps."""
+_REUSED: Final = "reused-"
+_ENDS: Final = (100, 250, 800)
+"""Faults strike before one of these steps; a schedule has some hundred."""
 
 
 @dataclass
@@ -71,6 +74,8 @@ class Use:
     """Whether the caller tries again after a kill."""
     compute_s: float = 0.1
     prompt: int = 10
+    id_is_new: bool = True
+    """Whether the engine made the id; the caller's own is looked up before compute."""
     cached: int = 0
     """Prompt tokens that another request had computed."""
     emitted: UsageRecord | None = None
@@ -111,7 +116,7 @@ class Plan:
             plan.processes.append((durability, [[use for _, use in uses] for uses in callers]))
         kinds = draw.choice(_PROFILES)
         for _ in range(draw.choice([1, 1, 2, 3, 4])):
-            fault = (draw.randrange(1, draw.choice([150, 500, _END])), draw.choice(kinds), draw.randrange(2**30))
+            fault = (draw.randrange(1, draw.choice(_ENDS)), draw.choice(kinds), draw.randrange(2**30))
             if next(count) not in left_out:
                 plan.faults.append(fault)
         if draw.random() < 0.75:
@@ -153,6 +158,7 @@ def _use(draw: Random, earlier: list[Use], name: str) -> tuple[str, Use]:
     if earlier and chance < 0.15:  # an id of another request
         other = draw.choice(earlier)
         use.request_id, use.tenant, use.reserves = other.request_id, other.tenant, other.reserves
+        use.id_is_new = other.id_is_new = False
     earlier.append(use)
     return name, use
 
@@ -166,7 +172,7 @@ class LedgerWorld:
         template: A ledger file with its tables, and the one that the plan's budget is set in.
     """
 
-    def __init__(self, plan: Plan, folder: pathlib.Path, template: bytes) -> None:
+    def __init__(self, plan: Plan, folder: Path, template: bytes) -> None:
         self.plan = plan
         self.world = World(f"{plan.seed}:ledger:schedule")
         self.disk = Disk(self.world, folder)
@@ -175,7 +181,8 @@ class LedgerWorld:
         self.database = Database(self.file)
         self.cuts = 0
         """How often the power was cut."""
-        self.clock_jumped = False
+        self.stored: list[tuple[str, Use]] = []
+        """Tenant and use of each record in the ledger at the end."""
         self.living: dict[int, Process] = {}
         """By the index of their plan."""
         self.starts = 0
@@ -229,7 +236,7 @@ class LedgerWorld:
 
     def _process(self, slot: int) -> Process:
         process = self.world.start_process(slot)
-        process.on_death.append(lambda: [self.disk.close_now(fd) for fd in sorted(process.fds)])
+        process.on_death.append(lambda: self.disk.close_those_of(process))
         process.on_death.append(lambda: self.database.close_those_of(process))
         return process
 
@@ -256,7 +263,9 @@ class LedgerWorld:
 
         def main() -> None:
             meter = Meter(Ledger(str(self.file)), durability=durability)  # type: ignore[arg-type]
-            threads = [seams.Thread(target=self._call, args=(meter, uses, durability), name="caller") for uses in callers]
+            threads = [
+                seams.Thread(target=self._call, args=(meter, uses, durability), name="caller") for uses in callers
+            ]
             for thread in threads:
                 thread.start()
             if self.world.random.random() < 0.2:
@@ -334,6 +343,7 @@ class LedgerWorld:
                 Offer(tier="standard", program=" ".join(map(str, path)), flops_bound=most(path)) for path in paths
             ),
             at=at,
+            id_is_new=use.id_is_new,
         )
 
     def _look(self, meter: Meter) -> None:
@@ -363,7 +373,6 @@ class LedgerWorld:
             self._cut_power(living)
         elif kind == "jump":
             world.jumped += timedelta(seconds=draw.choice([-3600, -30, 5, 960, 86_400]))
-            self.clock_jumped = True
         elif kind in {"full", "fail", "lock", "lost", "slow"}:
             self._break(kind, draw)
             world.faults[world.steps + draw.choice([30, 100, 300, 1000])] = self._heal
@@ -384,8 +393,6 @@ class LedgerWorld:
         self.database.slow_s = 0.0
 
     def _cut_power(self, living: Sequence[Process]) -> None:
-        if not living:
-            return
         self.cuts += 1
         self.database.cut_power()
         for process in living:
@@ -432,52 +439,25 @@ class LedgerWorld:
 
     def _check_records(self, connection: sqlite3.Connection) -> None:
         """Exactly one record per request; nothing that was acknowledged is lost, nothing is invented."""
-        rows = connection.execute("SELECT tenant, source, request_id, content_hash FROM polar_usage").fetchall()
-        stored = {(tenant, request_id): digest for tenant, _, request_id, digest in rows}
-        self._hold_to(len(stored) == len(rows), "a request has two records")
-        emitted: dict[tuple[str, str], dict[str, Use]] = {}
+        rows = connection.execute("SELECT tenant, request_id, content_hash FROM polar_usage").fetchall()
+        self._hold_to(len({row[:2] for row in rows}) == len(rows), "a request has two records")
+        emitted = {key: use for use in self._uses() if use.emitted is not None for key in _keys(use)}
+        for tenant, request_id, digest in rows:
+            key = (tenant, request_id, "" if request_id.startswith(_REUSED) else digest)
+            self._hold_to(key in emitted, f"{key}: nobody emitted what is stored")
+            self.stored.append((tenant, emitted[key]))
         for use in self._uses():
-            if use.emitted is not None:
-                emitted.setdefault((use.tenant, use.request_id), {})[_digest(use.emitted)] = use
-        for key, digest in stored.items():
-            self._hold_to(digest in emitted.get(key, {}), f"{key}: nobody emitted what is stored")
-        rejected = self._rejected()
-        for use in self._uses():
-            if use.emitted is None or use.receipt is None:
-                continue
-            key, digest = (use.tenant, use.request_id), _digest(use.emitted)
             durability, cuts = use.answered_in
-            if durability == "spool" and cuts < self.cuts:
-                continue  # a power cut may lose the last moments
-            conflict = len(emitted[key]) > 1 and digest in rejected
-            kept = stored.get(key) == digest or conflict
-            self._hold_to(kept, f"{key}: acknowledged by {durability} and lost")
-
-    def _rejected(self) -> set[str]:
-        folder = spool_folder(Ledger(str(self.file)).url)
-        file = pathlib.Path(folder) / "rejected.jsonl" if folder is not None else pathlib.Path("/nowhere")
-        if not file.exists():
-            return set()
-        lines = [line.partition(b" ")[2] for line in file.read_bytes().splitlines()]
-        from polar_sdk.usage import UsageRecord
-
-        digests = set()
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError):
-                digests.add(_digest(UsageRecord.model_validate(json.loads(line)["record"])))
-        return digests
+            times = sum(other is use for _, other in self.stored)
+            self._hold_to(times <= 1, f"{use.request_id}: is stored {times} times")
+            if use.receipt is not None and not times and (durability != "spool" or cuts == self.cuts):
+                raise Broken(f"{use.request_id}: acknowledged by {durability} and lost")
 
     def _check_money(self, connection: sqlite3.Connection, totals: Any) -> None:
         """What is reported is what was emitted, added up here, and what it costs is the sum of the receipts."""
-        stored = set(connection.execute("SELECT tenant, request_id, content_hash FROM polar_usage").fetchall())
-        records = {
-            key: use.emitted
-            for use in self._uses()
-            if use.emitted is not None and (key := (use.tenant, use.request_id, _digest(use.emitted))) in stored
-        }
         costs = "SELECT tenant, sum(cost) FROM polar_usage JOIN polar_receipt ON usage_seq = seq GROUP BY tenant"
         for tenant, cost in connection.execute(costs).fetchall():
-            used = [record for (whose, _, _), record in records.items() if whose == tenant]
+            used = [use.emitted for whose, use in self.stored if whose == tenant and use.emitted is not None]
             own = [len(used), sum(r.flops.total for r in used), cost or 0]
             own += [sum(getattr(r.tokens, part) for r in used) for part in ("input", "cached", "output")]
             rows = [row for row in totals if row.group["tenant"] == tenant]
@@ -504,10 +484,11 @@ class LedgerWorld:
         self._hold_to(set(settled) <= stored, "a hold is settled without a record")
 
 
-def _digest(record: UsageRecord) -> str:
-    from polar_billing.values.canonical import content_hash
-
-    return content_hash(record)
+def _keys(use: Use) -> list[tuple[str, str, str]]:
+    """Under which ids a use may be stored, with what content: under its own, or one made of its content."""
+    assert use.emitted is not None
+    digest = content_hash(use.emitted)
+    return [(use.tenant, use.request_id, digest), (use.tenant, f"{_REUSED}{digest[:32]}", "")]
 
 
 class Ledgers:
@@ -517,7 +498,7 @@ class Ledgers:
         folder: A folder in memory.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._template = _make_template(folder)
         _install()
@@ -533,7 +514,7 @@ class Ledgers:
         schedule.run()
 
 
-def _make_template(folder: pathlib.Path) -> bytes:
+def _make_template(folder: Path) -> bytes:
     """A ledger with its tables and nothing in it, made by the product before anything is simulated."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -548,8 +529,7 @@ def _make_template(folder: pathlib.Path) -> bytes:
 def _install() -> None:
     """Simulate what the product's billing does; once per process."""
     from polar_billing.budgets import keeper
-    from polar_billing.ledger import connection
     from polar_billing.prices import current
 
-    pairs = [*seams.replacements(), *disk.replacements(), (connection.create_engine, database.make_engine)]
+    pairs = [*seams.replacements(), *disk.replacements(), (create_engine, database.make_engine)]
     seams.install([*pairs, *((module._changes, seams.ChangesOfProcess()) for module in (keeper, current))])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
-WITHIN: Final = 2_000
+WITHIN: Final = 1_500
 """Schedules."""
 
 
@@ -87,10 +87,11 @@ def _answer_before_writing() -> AbstractContextManager[object]:
 
 
 def _forget_to_free() -> AbstractContextManager[object]:
-    from polar_billing.budgets import keeper, settlement
+    from polar_billing.budgets import holds as resolved
+    from polar_billing.budgets import keeper
 
     def free(connection: Any, holds: Any, state: Any, now: Any) -> None:
-        settlement.resolve(connection, [hold.seq for hold in holds], state, now)
+        resolved.resolve(connection, [hold.seq for hold in holds], state, now)
 
     return patch.object(keeper, "free", free)
 
@@ -116,8 +117,6 @@ def _commit_without_flushing() -> AbstractContextManager[object]:
 def _delete_before_storing() -> AbstractContextManager[object]:
     from polar_billing.metering import spool, writer
 
-    store_file = spool.store_file
-
     def stored(ledger: Any, own: Any, file: Any) -> None:
         entries = file.entries(ledger.find_books)
         file.remove()
@@ -128,7 +127,6 @@ def _delete_before_storing() -> AbstractContextManager[object]:
         with patch.object(writer, "store_file", stored), patch.object(spool, "store_file", stored):
             yield
 
-    assert store_file is writer.store_file
     return applied()
 
 

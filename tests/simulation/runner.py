@@ -1,7 +1,7 @@
 """Run schedules, the short and the long run, and one again.
 
     python -m tests.simulation [--schedules N] [--seed N] [--world NAME] [--jobs N] [--until-broken]
-    python -m tests.simulation --mutate
+    python -m tests.simulation --mutate [NAME …]
     python -m tests.simulation --repeat WORLD:SEED[:LEFT,OUT] [--trace]
 
 A schedule that breaks an invariant is shrunk: elements of its plan are left out as long as it stays broken. What to
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 CHUNK: Final = 50
 """Schedules that a process runs before it reports."""
-_SHRINKINGS: Final = 150
 
 
 class Simulation(Protocol):
@@ -73,14 +72,8 @@ def _ledger(folder: Path) -> Simulation:
     return Ledgers(folder)
 
 
-def _serving(folder: Path) -> Simulation:
-    from tests.simulation.serving_world import Servings
-
-    return Servings()
-
-
-WORLDS: Final[dict[str, Callable[[Path], Simulation]]] = {"ledger": _ledger, "serving": _serving}
-SHARES: Final = {"ledger": 3, "serving": 1}
+WORLDS: Final[dict[str, Callable[[Path], Simulation]]] = {"ledger": _ledger}
+SHARES: Final = {"ledger": 3}
 """Of the schedules, how many parts each world gets."""
 
 _simulations: dict[str, Simulation] = {}
@@ -107,11 +100,9 @@ def run(schedule: Schedule, trace: list[str] | None = None) -> BaseException | N
 
 def shrink(schedule: Schedule) -> Schedule:
     """Leave out elements of a broken schedule as long as it stays broken."""
-    tries = 0
     for element in range(simulation(schedule.world).elements(schedule.seed)):
         smaller = Schedule(schedule.world, schedule.seed, schedule.left_out | {element})
-        tries += 1
-        if tries <= _SHRINKINGS and run(smaller) is not None:
+        if run(smaller) is not None:
             schedule = smaller
     return schedule
 
@@ -213,31 +204,35 @@ def _repeat(text: str, *, trace: bool) -> int:
     problem = run(Schedule.parse(text), steps)
     _remove(folder)
     if trace:
-        print("\n".join(steps))
+        print("\n".join(steps), file=sys.stderr)
     if problem is not None:
         traceback.print_exception(problem)
-    print(json.dumps({"schedules": 1, "invariants_broken": int(problem is not None), "seeds": [text] if problem else []}))
+    print(
+        json.dumps({"schedules": 1, "invariants_broken": int(problem is not None), "seeds": [text] if problem else []})
+    )
     return 0 if problem is None else 1
 
 
-def _mutate(first: int, world: str | None) -> int:
-    """Break the product in every known way, and count the schedules until each is found."""
+def _mutate(names: Sequence[str], first: int) -> int:
+    """Break the product in these ways, or in all, and count the schedules until each is found."""
     from tests.simulation.mutations import MUTATIONS, WITHIN
 
     folder = _memory()
     _prepare(folder)
     found: dict[str, int | None] = {}
-    for name, mutation in MUTATIONS.items():
-        if world in {None, mutation.world}:
-            simulation(mutation.world)
-            with mutation.apply():
-                broken = (seed for seed in range(first, first + WITHIN) if run(Schedule(mutation.world, seed)) is not None)
-                at = next(broken, None)
-            found[name] = None if at is None else at - first + 1
-            print(f"{name}: found in schedule {found[name]}", file=sys.stderr, flush=True)
-            gc.collect()
+    for name in names or MUTATIONS:
+        mutation = MUTATIONS[name]
+        simulation(mutation.world)
+        with mutation.apply():
+            seeds = range(first, first + WITHIN)
+            at = next((seed for seed in seeds if run(Schedule(mutation.world, seed)) is not None), None)
+        found[name] = None if at is None else at - first + 1
+        print(f"{name}: {'not found' if at is None else f'found by schedule {at}'}", file=sys.stderr, flush=True)
+        gc.collect()
     _remove(folder)
-    print(json.dumps({"mutations": len(found), "found": sum(at is not None for at in found.values()), "schedules": found}))
+    print(
+        json.dumps({"mutations": len(found), "found": sum(at is not None for at in found.values()), "schedules": found})
+    )
     return 0 if None not in found.values() else 1
 
 
@@ -255,11 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="the first")
     add("--world", choices=sorted(WORLDS), help="only this one")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    add("--mutate", action="store_true", help="break the product in every way of `mutations`, to see each found")
+    add("--mutate", nargs="*", metavar="NAME", help="break the product in these ways of `mutations`, or in all")
     add("--until-broken", action="store_true", help="stop at the first")
     add("--repeat", metavar="SCHEDULE", help="run this one again")
     add("--trace", action="store_true", help="print every step of it")
     options = parser.parse_args(arguments)
     if options.repeat:
         return _repeat(options.repeat, trace=options.trace)
-    return _mutate(options.seed, options.world) if options.mutate else _run_all(options)
+    return _run_all(options) if options.mutate is None else _mutate(options.mutate, options.seed)

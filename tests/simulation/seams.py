@@ -16,7 +16,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.world import Broken, Killed, Process, World
+from tests.simulation.world import Killed, Process, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +32,11 @@ def world() -> World:
     return World.now_in
 
 
+def _is_dead() -> bool:
+    task = world().current
+    return task is not None and task.process.dead
+
+
 class Lock:
     """`threading.Lock`; released by any thread, as the real one."""
 
@@ -41,15 +46,12 @@ class Lock:
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         """Take it, waiting if need be."""
         here = world()
-        if self._taken:
-            if not blocking:
-                return False
-            if not here.wait(lambda: not self._taken, None if timeout < 0 else timeout, "lock"):
-                return False
-        else:
+        if not self._taken:
             here.step("lock")
-            if self._taken:  # another thread was first
-                return self.acquire(blocking, timeout)
+        if self._taken and not (  # or another thread was first
+            blocking and here.wait(lambda: not self._taken, None if timeout < 0 else timeout, "lock")
+        ):
+            return False
         self._taken = True
         return True
 
@@ -58,6 +60,17 @@ class Lock:
         if not self._taken:
             raise RuntimeError("release unlocked lock")
         self._taken = False
+
+    def release_wholly(self) -> int:
+        """Free it however often it was taken; returns how often."""
+        self.release()
+        return 1
+
+    def take_again(self, depth: int) -> None:
+        """Undo `release_wholly`; in a dead process nobody else is left to take it."""
+        if not _is_dead():
+            self.acquire()
+        self._taken = True
 
     def locked(self) -> bool:
         """Whether somebody has it."""
@@ -106,7 +119,7 @@ class RLock(Lock):
 
     def take_again(self, depth: int) -> None:
         """Undo `release_wholly`."""
-        Lock.acquire(self)
+        super().take_again(depth)
         self._owner, self._depth = world().current, depth
 
 
@@ -151,19 +164,13 @@ class Condition:
         """Wait for `notify`."""
         notified = Event()
         self._waiting.append(notified)
-        depth = self._lock.release_wholly() if isinstance(self._lock, RLock) else self._lock.release()
-        here = world()
+        depth = self._lock.release_wholly()
         try:
-            return here.wait(notified.is_set, timeout, "condition")
+            return world().wait(notified.is_set, timeout, "condition")
         finally:
             if notified in self._waiting:
                 self._waiting.remove(notified)
-            if not (here.current is not None and here.current.process.dead):
-                self._lock.take_again(depth) if isinstance(self._lock, RLock) else self._lock.acquire()
-            elif isinstance(self._lock, RLock):  # nobody else is left to take it
-                self._lock._taken, self._lock._owner, self._lock._depth = True, here.current, depth or 1
-            else:
-                self._lock._taken = True
+            self._lock.take_again(depth)
 
     def wait_for(self, ready: Callable[[], Any], timeout: float | None = None) -> Any:
         """Wait until something holds."""
@@ -349,7 +356,7 @@ def replacements() -> list[tuple[object, object]]:
         "monotonic": lambda: world().now,
         "perf_counter": lambda: world().now,
         "perf_counter_ns": lambda: int(world().now * 1e9),
-        "time": lambda: world().wall.timestamp(),
+        "time": _seconds,
         "time_ns": lambda: int(world().wall.timestamp() * 1e6) * 1000,
         "sleep": lambda seconds: world().sleep(seconds),
     }
@@ -375,8 +382,15 @@ def replacements() -> list[tuple[object, object]]:
     ]
 
 
+def _seconds() -> float:
+    return world().wall.timestamp()
+
+
 def _drawn(name: str) -> Callable[..., Any]:
-    return lambda *args: getattr(world().random, name)(*args)
+    def drawn(*args: Any) -> Any:
+        return getattr(world().random, name)(*args)
+
+    return drawn
 
 
 def install(pairs: Iterable[tuple[object, object]], more: Iterable[ModuleType] = ()) -> None:
@@ -401,6 +415,3 @@ def pid() -> int:
     """Number of the process that moves."""
     task = None if World.now_in is None else World.now_in.current
     return os.getpid() if task is None else task.process.pid
-
-
-__all__ = ["Broken"]

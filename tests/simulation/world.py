@@ -29,7 +29,7 @@ _SWITCHING: Final = (0.02, 0.1, 0.3, 0.7)
 """How often another thread goes on at a seam; a schedule has one of them."""
 
 
-class Killed(BaseException):  # noqa: N818  (ends a greenlet, and is caught nowhere)
+class Killed(BaseException):
     """The simulated process has been killed."""
 
 
