@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from polar_server.errors import ClientLeftError, api_error
 from polar_server.exchange import Exchange, raw_headers, send_json
@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from polar_server.server import Server
+
+
+_OPEN: Final = frozenset({"/health", "/ready"})
+"""What is answered without a key."""
+_SCOPES: Final = {"/metrics": "metrics"}
+"""What a key must open for a path; any other needs `infer`."""
 
 
 class Front:
@@ -38,6 +44,9 @@ class Front:
             await send(message)
 
         try:
+            if self._server.guard is not None and exchange.path not in _OPEN:
+                needed = _SCOPES.get(exchange.path, "infer")
+                exchange.key = await self._server.guard.check(exchange.headers, needed)
             await self._app(scope, receive, send_on)
         except ClientLeftError:
             exchange.status = exchange.status or ClientLeftError().status

@@ -33,6 +33,7 @@ DATA = Path(__file__).parents[1] / "data"
 EVERYTHING = Selection(ALL_TENANTS)
 ADDED_IN_3 = {"polar_price_in_force"}
 ADDED_IN_4 = {"polar_chain_anchor"}
+ADDED_IN_5 = {"polar_api_key", "polar_reply"}
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def _copy_of_version_1(old: Ledger, ledger: Ledger) -> None:
 
 
 def test_an_old_ledger_says_what_to_do(old: Ledger) -> None:
-    with pytest.raises(SchemaVersionError, match=r"has schema version 1, not 4 as this polar-llm needs.*polar migrate"):
+    with pytest.raises(SchemaVersionError, match=r"has schema version 1, not 5 as this polar-llm needs.*polar migrate"):
         list(old.read(EVERYTHING))
     with pytest.raises(SchemaVersionError, match="polar migrate"):
         old.check()
@@ -163,7 +164,7 @@ def test_a_ledger_of_a_later_polar_is_left_alone(old: Ledger) -> None:
     migrate(old)
     with old.transaction() as connection:
         connection.execute(text("INSERT INTO polar_schema VALUES (99, 0)"))
-    with pytest.raises(SchemaVersionError, match="schema version 99, newer than the 4"):
+    with pytest.raises(SchemaVersionError, match="schema version 99, newer than the 5"):
         migrate(old)
 
 
@@ -214,7 +215,7 @@ def _definition(tables: list[Table]) -> str:
 
 def _pins() -> Iterator[tuple[Path, str]]:
     added: set[str] = set()
-    for version, later in ((4, set()), (3, ADDED_IN_4), (2, ADDED_IN_3)):
+    for version, later in ((5, set()), (4, ADDED_IN_5), (3, ADDED_IN_4), (2, ADDED_IN_3)):
         added |= later
         tables = [table for table in metadata.sorted_tables if table.name not in added]
         yield DATA / f"schema_v{version}.sql", _definition(tables)
@@ -223,7 +224,7 @@ def _pins() -> Iterator[tuple[Path, str]]:
 def test_the_tables_are_what_they_were() -> None:
     """Migrations make tables from their definition, so a change of one needs a new version, and the old one as text.
 
-    Until version 4 is released, `python tests/billing/ledger/test_migrations.py` writes the definitions anew.
+    Until version 5 is released, `python tests/billing/ledger/test_migrations.py` writes the definitions anew.
     """
     for pinned, definition in _pins():
         assert definition == pinned.read_text(encoding="utf-8"), pinned.name
