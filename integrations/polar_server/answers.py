@@ -185,6 +185,11 @@ class Answers:
     def __len__(self) -> int:
         return len(self._open)
 
+    def request_ids(self) -> frozenset[str]:
+        """Ids of the requests that are being answered."""
+        choices = [choice for answer in list(self._open) for choice in answer.choices]
+        return frozenset(choice.request_id for choice in choices if choice.request_id is not None)
+
     def start(self, asks: Sequence[Ask], *, streamed: bool) -> Answer:
         """Begin an answer, in the running event loop.
 

@@ -16,8 +16,9 @@ from polar_sdk.engine import ENGINE_VERSION
 from polar_server import openapi
 from polar_server.endpoint import Endpoint
 from polar_server.errors import ApiError
-from polar_server.exchange import Exchange, send_json
+from polar_server.exchange import Exchange, send_bytes, send_json
 from polar_server.front import Front
+from polar_server.metrics import CONTENT_TYPE
 from polar_server.openai import chat, completions
 from polar_server.server import Server
 
@@ -58,6 +59,7 @@ def build(settings: Settings) -> Starlette:
         Route("/v1/models/{model:path}", _Json(lambda scope: _model(server, scope)), methods=["GET"]),
         Route("/health", _Json(lambda _: {"status": "ok"}), methods=["GET"]),
         Route("/ready", _Ready(server), methods=["GET"]),
+        Route("/metrics", _Metrics(server), methods=["GET"]),
         Route("/version", _Json(lambda _: {"version": __version__, "engine": ENGINE_VERSION}), methods=["GET"]),
         Route("/openapi.json", _Json(lambda _: openapi.document(__version__)), methods=["GET"]),
     ]
@@ -93,6 +95,16 @@ class _Json:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_json(send, self._answer(scope))
+
+
+class _Metrics:
+    """`GET /metrics`: what the server did."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_bytes(send, self._server.metrics.text(), CONTENT_TYPE)
 
 
 class _Ready:

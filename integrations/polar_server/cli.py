@@ -51,6 +51,7 @@ def serve(
     """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second one does not."""
     try:
         from polar_server.app import build
+        from polar_server.log import log_as_json
         from polar_server.settings import Settings
         from polar_server.uvicorn_server import UvicornServer
     except ModuleNotFoundError as error:
@@ -84,6 +85,7 @@ def serve(
             replies=replies,
         )
     )
+    log_as_json()
     server = UvicornServer(app, host=host, port=port)
     server.on_start = lambda where: print_line(f"Serving {app.state.server.catalog.name} on {where}/v1", err=True)
     server.run()

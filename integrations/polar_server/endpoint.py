@@ -99,6 +99,7 @@ class Endpoint:
         settings = server.settings
         content = await read_object(exchange, receive, settings.max_body)
         body = fields.read(content, self._table, strict=settings.strict)
+        server.metrics.unknown(len(body.unknown))
         call = self._read_call(body, server.rules(exchange))
         exchange.facts |= {"model": call.model, "stream": call.stream, "choices": len(call.asks)}
         key = replies.key_of(exchange.headers)

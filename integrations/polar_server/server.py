@@ -13,6 +13,7 @@ from polar_server.access import KeyGuard
 from polar_server.answers import Answers
 from polar_server.catalog import Catalog
 from polar_server.limits import Limits
+from polar_server.metrics import Metrics
 from polar_server.openai.calls import Caller, Rules
 from polar_server.openai.logprobs import TokenBytes
 from polar_server.replies import MemoryReplies
@@ -40,6 +41,7 @@ class Server:
         token_bytes: The bytes of the model's tokens.
         guard: What asks for an API key; None where anybody may ask.
         replies: Answers to repeated requests.
+        metrics: What it did.
         limits: What each key may use per minute and at a time.
     """
 
@@ -61,6 +63,8 @@ class Server:
         self.guard = None if settings.keys is None else KeyGuard(settings.keys)
         self.replies: ReplyStore = settings.replies or MemoryReplies()
         self.limits = Limits()
+        self.metrics = Metrics(self.engine, settings.model_id, self.answers, self.sink)
+        self.sink.on_record = self.metrics.recorded
 
     def caller(self, exchange: Exchange) -> Caller:
         """Who asks, and within which bounds."""

@@ -1,8 +1,8 @@
-"""Schema version 5: API keys, and replies to repeated requests.
+"""Schema version 6: API keys, and replies to repeated requests.
 
 Up adds the tables, empty. Down drops them, and refuses while there is a key; replies are copies that expire anyway.
 
-Revision ID: 0005
+Revision ID: 0006
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from polar_billing.errors import SchemaVersionError
 from polar_billing.ledger.migrations.stored import forget_version
 from polar_billing.ledger.schema import api_key_table, metadata, reply_table
 
-revision = "0005"
-down_revision = "0004"
+revision = "0006"
+down_revision = "0005"
 
 _TABLES: Final = [api_key_table, reply_table]
 
@@ -27,7 +27,7 @@ def upgrade() -> None:
     """Add the tables."""
     connection = op.get_bind()
     metadata.create_all(connection, tables=_TABLES)
-    connection.execute(text("INSERT INTO polar_schema VALUES (5, :now)"), {"now": time.time_ns() // 1_000})
+    connection.execute(text("INSERT INTO polar_schema VALUES (6, :now)"), {"now": time.time_ns() // 1_000})
 
 
 def downgrade() -> None:
@@ -35,8 +35,8 @@ def downgrade() -> None:
     connection = op.get_bind()
     if connection.execute(select(func.count()).select_from(api_key_table)).scalar_one():
         raise SchemaVersionError(
-            f"table {api_key_table.name!r} holds rows, which schema version 4 has no place for.",
+            f"table {api_key_table.name!r} holds rows, which schema version 5 has no place for.",
             hint="Go back to a backup instead.",
         )
     metadata.drop_all(connection, tables=_TABLES)
-    forget_version(connection, 5)
+    forget_version(connection, 6)
