@@ -3,9 +3,11 @@
 Questions with choices are the JSONL sets in the folder POLAR_DATA that `--sets` names; prompts answered in text are
 those of `router_texts`, by kind. Bridges are tuned to the right choices; fills are fitted and distilled on texts,
 without labels. The menu is the one that ships, unless `--programs search` asks for a search. Every stage keeps its
-work, so that the same command resumes after Ctrl-C. The router is trained, certified and evaluated once per seed, and the best
-on dev ships. The measurements, of the article's router too, are printed and written beside the work; the figures of
-what ships go to `--results`, and the artifact, of at most 12 MB, to `--out`.
+work, so that the same command resumes after Ctrl-C.
+
+The router is trained, certified and evaluated once per seed, and the best on dev ships. The measurements, of the
+article's router too, are printed and written beside the work; the figures of what ships go to `--results`, and the
+artifact, of at most 12 MB, to `--out`.
 
 Tuned bridges have seen the questions of the train split, so that programs do not behave there as on new questions. So a
 router learns about choices from the dev split. Texts that fills were fitted on take no further part.
