@@ -341,6 +341,10 @@ class CompiledKernels:
         query, key, value = self._run("project", w, [x, *rotary])
         return query, key, value
 
+    def keys_values(self, w: Weights, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        return self._eager.keys_values(w, x, rotary)
+
     def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
         """The part after attention."""
         if x.shape[0] < self._min_tokens[id(w)]:

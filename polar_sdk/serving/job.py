@@ -58,7 +58,7 @@ class Job:
         on_end: Callable[[Job], None] | None = None,
     ) -> None:
         self.request = request
-        self.row = Row(decoder, request.route.program, guard, request.route.lead)
+        self.row = Row(decoder, request.route.program, guard, request.route.lead, len(request.tokens))
         self.text = TextStream(tokenizer, request.stops)
         self.tokens: list[int] = []
         """Every sampled token."""
