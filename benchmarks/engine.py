@@ -29,7 +29,8 @@ import torch
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, timed
 from benchmarks.results import RESULTS, Recorder
 from polar_sdk import PolarModel, Program
-from polar_sdk.engine.scoring import Question, score_questions
+from polar_sdk.engine.pack import Question
+from polar_sdk.engine.scoring import score_questions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

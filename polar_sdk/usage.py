@@ -74,15 +74,18 @@ class VisitUsage(_Facts):
     """Executed layer visits, one number per layer of the model (index = layer). Unit: visits.
 
     A visit is one execution of one layer for this request, however many tokens it carries: a prefill in one piece
-    counts one, and every decode step counts one, per time the program visits the layer.
+    counts one, and every decode step counts one, per time the program visits the layer. Where a layer runs for some
+    tokens of a piece and is filled for the others, the piece counts in `prefill` and in `prefill_filled`.
     """
 
     prefill: tuple[NonNegative, ...] = ()
+    prefill_filled: tuple[NonNegative, ...] = ()
+    """Pieces of the prompt for which a map wrote the layer's keys and values; empty where it did for no layer."""
     decode: tuple[NonNegative, ...] = ()
 
     @property
     def total(self) -> int:
-        """Visits of all layers, prefill and decode together."""
+        """Visits that ran, of all layers, prefill and decode together."""
         return sum(self.prefill) + sum(self.decode)
 
 

@@ -162,6 +162,7 @@ class Work:
         per_pass = Counter(self._program.layers)
         return VisitUsage(
             prefill=tuple(n + self._prefill_passes * per_pass[layer] for layer, n in enumerate(self._prefill_visits)),
+            prefill_filled=tuple(self._filled_visits) if any(self._filled_visits) else (),
             decode=tuple(n + self._decode_passes * per_pass[layer] for layer, n in enumerate(self._decode_visits)),
         )
 
@@ -192,8 +193,8 @@ def last_visit(program: Program) -> int:
 @lru_cache(maxsize=1024)
 def fill_entries(program: Program) -> Mapping[int, Segment]:
     """The filled segments of a program, each at the place of its first visit."""
-    places = {step.first: place for place, step in enumerate(program.steps) if step.fill}
-    return {places[segment[0]]: segment for segment in program.fills}
+    places = [place for place, step in enumerate(program.steps) if step.begins_segment]
+    return dict(zip(places, program.fills, strict=True))
 
 
 @lru_cache(maxsize=1024)

@@ -186,13 +186,12 @@ class CostModel:
 
     def shares(self, program: Program, piece: Piece) -> Iterator[Share]:
         """What a pass does at each step of a program, in order; a segment's map counts with its first visit."""
-        entries = {segment[0]: self.fill(segment) for segment in program.fills}
         last = program.last_visit
         for place, step in enumerate(program):
             parts = piece.parts(step, place, last)
             flops = self.step(step).flops(size(parts.running), piece.end, size(parts.leaving))
-            if step.fill:
-                flops += entries.get(step.first, 0) * size(parts.filled)
+            if step.begins_segment:
+                flops += self.fill((step.segment[0], step.segment[1])) * size(parts.filled)
             yield Share(step, parts, flops)
 
     def prefill(self, program: Program, prompt: int, *, cached: int = 0) -> int:

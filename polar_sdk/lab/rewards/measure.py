@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from polar_sdk.engine.hashes import hash_bridges
-from polar_sdk.engine.scoring import Score, packs, score_programs
+from polar_sdk.engine.pack import packs
+from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent

@@ -15,9 +15,7 @@ numbers = st.integers(0, 10**9)
 layer_costs = st.tuples(numbers, st.integers(0, 10**5), numbers).map(
     lambda it: LayerCost(linear=it[0] + it[2], attention=it[1], keys_values=it[2])
 )
-costs = st.builds(
-    CostModel, layers=st.lists(layer_costs, min_size=DEPTH, max_size=DEPTH).map(tuple), head=numbers
-)
+costs = st.builds(CostModel, layers=st.lists(layer_costs, min_size=DEPTH, max_size=DEPTH).map(tuple), head=numbers)
 programs = st.lists(st.integers(0, DEPTH - 1), min_size=1, max_size=12).map(lambda path: Program(tuple(path)))
 prompts = st.integers(1, 300)
 outputs = st.integers(0, 60)
