@@ -183,6 +183,8 @@ class UsageBound(_Facts):
     """The maximum that a request can use, exact and known before it computes anything."""
 
     request_id: Name
+    id_is_new: bool = False
+    """True if the id was made for this request (`new_request_id`), so that no other request can have it."""
     tenant: Name
     tags: Mapping[str, str] = Field(default_factory=dict)
     tokens_input: NonNegative
@@ -218,7 +220,8 @@ class UsageSink(ABC):
         """Choose which of its offers a request may be served with; called before the request computes anything.
 
         A sink with budgets holds the maximum that the offer can use until `emit` or `release`. By default there are no
-        budgets.
+        budgets. A sink that stores each request once refuses an id that is in use or was used (unless
+        `bound.id_is_new`), so that no answer is given whose record it could not store.
 
         Returns:
             Index of the offer to serve.

@@ -67,6 +67,11 @@ class PagePool:
         self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
         # Reentrant: a row collected as garbage gives its pages back in whatever thread that happens, this one included.
         self._lock = threading.RLock()
+        self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
+
+    def note(self, table: PageTable) -> None:
+        """Know a row's pages, which a forked child does not keep."""
+        self._tables.add(table)
 
     @property
     def page_bytes(self) -> int:
@@ -84,6 +89,15 @@ class PagePool:
             return [len(pages)]
         counts = Counter(self._store(page) for page in pages)
         return [counts[store] for store in range(len(self.stores))]
+
+    def restart_after_fork(self) -> None:
+        """In a forked child, where every page was used by something that goes on in the parent: all are free."""
+        self._lock = threading.RLock()  # a thread of the parent may have held the old one
+        for table in list(self._tables):
+            table.blocks.clear()
+            table.length = 0
+        self._users = [0] * self.size
+        self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
 
     def take(self, stores: Sequence[int]) -> list[int]:
         """Take one page of each of these stores, all or none.
@@ -106,6 +120,13 @@ class PagePool:
                 last = max(page for page, owner in zip(taken, stores, strict=True) if owner == store)
                 self._clear(store, last + 1)
         return taken
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Overwrite those of the pages that have one user."""
+        for page in pages:
+            if self._users[page] == 1:
+                store = self._store(page)
+                self.stores[store][page - self.starts[store]].zero_()
 
     def _clear(self, store: int, end: int) -> None:
         """Clear the pages of a store before `end` that have never been used.
@@ -147,9 +168,11 @@ class PageTable:
         self._pool, self._stores = pool, stores
         self._starts = torch.tensor([pool.starts[store] for store in stores], dtype=torch.long)
         self.visits = len(stores)
+        self._visits_in = [list(stores).count(store) for store in range(len(pool.sizes))]
         self.blocks: list[list[int]] = []
         """For every 64 tokens of the row, the page of each visit."""
         weakref.finalize(self, _give_back, pool, self.blocks)
+        pool.note(self)
         self.length = 0
         """Tokens whose keys and values every visit holds; the forward pass advances it, not a visit."""
 
@@ -157,6 +180,11 @@ class PageTable:
     def nbytes(self) -> int:
         """Bytes of the pages held, shared ones included."""
         return len(self.blocks) * self.visits * self._pool.page_bytes
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of pages held in each store, shared ones included."""
+        return [len(self.blocks) * visits for visits in self._visits_in]
 
     def reserve(self, tokens: int) -> bool:
         """Make room for that many tokens in all; returns whether pages were added.
@@ -180,7 +208,12 @@ class PageTable:
 
     def release(self) -> None:
         """Give all pages back; the row has no history any more."""
+        self.length = 0
         _give_back(self._pool, self.blocks)
+
+    def clear(self) -> None:
+        """Overwrite the pages that no other row has: 0 × nan is nan in whatever row gets them next."""
+        self._pool.clear([page for block in self.blocks for page in block])
 
     def places(self, blocks: int) -> Tensor:
         """Place within its store of each visit's page, for the first `blocks` blocks, (blocks, visits)."""

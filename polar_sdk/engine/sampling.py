@@ -49,7 +49,8 @@ class TokenLogprobs:
     Attributes:
         token: Id of the sampled token.
         logprob: Its log-probability. Unit: nats.
-        top: The likeliest tokens at that place with their log-probabilities, likeliest first; as many as requested.
+        top: The likeliest tokens at that place with their log-probabilities, likeliest first; as many as requested, or
+            as are possible.
     """
 
     token: int
@@ -76,11 +77,18 @@ def apply_hook(hook: LogitsHook, tokens: Sequence[int], logits: Tensor) -> Tenso
     return usable
 
 
+def likeliest_tokens(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The likeliest token of each row of logits (B, V), and its logit: nan where any is nan, for nan wins a maximum."""
+    tokens = logits.argmax(-1, keepdim=True)
+    return tokens.squeeze(-1).tolist(), logits.gather(-1, tokens).squeeze(-1).tolist()
+
+
 def read_logprobs(logits: Tensor, token: int, alternatives: int) -> TokenLogprobs:
     """Log-probabilities of a sampled token and of the likeliest tokens, from logits (V,)."""
     likelihoods = logits.log_softmax(-1)
     best = likelihoods.topk(min(alternatives, likelihoods.shape[0]))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    top = tuple((index, value) for index, value in pairs if value > -math.inf)  # a grammar may allow fewer
     return TokenLogprobs(token, float(likelihoods[token]), top)
 
 

@@ -6,7 +6,8 @@ A data file has one JSON object per line, in one of these forms; other keys are 
 - `{"prompt": …, "answer": text}` (or `question` for `prompt`): what the model writes is compared with the text;
 - `{"prompt": …}`: label-free; the model's own answer at full depth is the reference.
 
-A text under the key `task` names the class of an item. Evaluations report each class on its own; nothing else reads it.
+A text under the key `passage` stands before the question or prompt, with an empty line between them. A text under the
+key `task` or `kind` names the class of an item: calibration and evaluation look at each class on its own.
 
 Duplicates, exact and near, are removed before anything is split, so that no test question was trained on. The split of
 an item depends on its text alone: it stays where it is when a file is shuffled or grows. Knows no model.
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, ge
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, StringConstraints, ValidationError
 
 from polar_sdk.errors import DataError
+from polar_sdk.lab.notes import messages, notes, passages
 from polar_sdk.reading import Unreadable, parse_json, read_text, shown
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ NEAR: Final = 0.8
 _MAX_FILE: Final = 512 * 2**20
 _MAX_LINE: Final = 4 * 2**20
 """A text beyond the context window of any model. Unit: bytes."""
+_LONG: Final = 32
+"""Long prompts of each kind that come with the package."""
 _FORMS: Final = "{prompt}, {prompt, answer} or {question, choices, answer}"
 _KEPT: Final = re.compile(r"[\w+\-*/=<>%]")
 """Letters, digits, and the signs that tell one calculation from another."""
@@ -51,7 +55,7 @@ _NO_SPACES: Final = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00
 
 
 class _Item(BaseModel, frozen=True):
-    task: TaskName = Field(default=None, exclude=True)
+    task: TaskName = Field(default=None, exclude=True, validation_alias=AliasChoices("task", "kind"))
     """Class that it is reported with; not part of what is asked, so no hash includes it."""
 
 
@@ -80,13 +84,27 @@ Item = PromptItem | AnswerItem | ChoiceItem
 
 
 def builtin_items() -> list[Item]:
-    """The bare prompts that come with the package, of eight kinds of task, interleaved by kind."""
+    """The bare prompts that come with the package, written or made from a grammar, interleaved by kind of task."""
     text = (resources.files("polar_sdk") / "shipped" / "prompts.jsonl").read_text(encoding="utf-8")
     kinds: dict[str, list[Item]] = {}
     for row in map(parse_json, text.splitlines()):
         kinds.setdefault(row["task"], []).append(PromptItem.model_validate(row))
+    for item in long_items(_LONG):
+        kinds.setdefault(str(item.task), []).append(PromptItem(prompt=item.prompt, task=item.task))
     longest = max(map(len, kinds.values()))
     return [items[place] for place in range(longest) for items in kinds.values() if place < len(items)]
+
+
+def long_items(count: int, *, seed: int = 0) -> list[PromptItem | AnswerItem]:
+    """Long prompts from the grammar of `lab.notes`, N of each of the kinds `notes`, `retrieval` and `message`.
+
+    Those about notes and passages have the text that answers them.
+    """
+    asked = {"notes": notes(count, seed=seed), "retrieval": passages(count, seed=seed)}
+    answered: list[PromptItem | AnswerItem] = [
+        AnswerItem(prompt=text.prompt, answer=text.answer, task=kind) for kind, texts in asked.items() for text in texts
+    ]
+    return [*answered, *(PromptItem(prompt=text.prompt, task="message") for text in messages(count, seed=seed))]
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
@@ -117,7 +135,7 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
 
 def _item(line: str, where: str) -> Item:
     try:
-        row = parse_json(line, max_bytes=_MAX_LINE)
+        row = _with_passage(parse_json(line, max_bytes=_MAX_LINE))
         item = _form(row).model_validate(row)
     except Unreadable as error:
         raise DataError(f"{where}: {error}; give one object per line.") from error
@@ -131,6 +149,16 @@ def _item(line: str, where: str) -> Item:
             f"{where}: answer {item.answer} is not an index of {len(item.choices)} choices; use 0 to {last}."
         )
     return item
+
+
+def _with_passage(row: Any) -> Any:
+    """The row with its passage before its question, where it has one."""
+    if not isinstance(row, dict) or "passage" not in row:
+        return row
+    key = "question" if "question" in row else "prompt"
+    if not (isinstance(row["passage"], str) and isinstance(row.get(key), str)):
+        return row
+    return {**row, key: f"{row['passage'].strip()}\n\nQuestion: {row[key].strip()}"}
 
 
 def _form(row: Any) -> type[Item]:

@@ -84,6 +84,7 @@ def _choices(request: Request, cost: CostModel) -> list[_Choice]:
 def _bound(request: Request, choices: Sequence[_Choice]) -> UsageBound:
     return UsageBound(
         request_id=request.request_id,
+        id_is_new=request.id_is_new,
         tenant=request.tenant,
         tags=dict(request.tags),
         tokens_input=len(request.tokens),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.grammar import GrammarCompiler
     from polar_sdk.serving.scheduler import Scheduler
 
 
@@ -36,8 +37,17 @@ class LoadedModel:
     device: torch.device
     """Where tokens enter; `decoder.placement` has the other devices of a device map."""
     dtype: torch.dtype
+    text_files: tuple[tuple[str, int, int], ...] = ()
+    """Name, size and time of last change of the files that tokenizer and chat template were read from."""
     adopted: ReferenceType[PreTrainedModel] | None = None
     """The transformers model that gave the weights, as long as its owner keeps it; None where `path` was read."""
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles what answers must match."""
+        from polar_sdk.engine.grammar import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.decoder.vocab, self.end_tokens)
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:

@@ -50,7 +50,7 @@ from polar_billing import (
     usage_rows,
     verify_ledger,
 )
-from polar_billing.errors import BillingError, QueryError
+from polar_billing.errors import BillingError, ConflictError, QueryError
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import Offer, UsageBound
@@ -265,11 +265,20 @@ def reserve_against_the_victim(world: World) -> None:
     huge = world.bound(ATTACKER, "huge", 10**15, tags={"user": "ann"})
     refused = str(attempt(lambda: world.meter.reserve(huge)))
     assert f"of tenant {ATTACKER!r}" in refused
-    assert world.meter.reserve(world.bound(VICTIM, "running", tags=victim_tags())) == 0  # still the victim's own
+    with pytest.raises(ConflictError, match=f"request 'running' of tenant '{VICTIM}' is being served"):
+        world.meter.reserve(world.bound(VICTIM, "running", tags=victim_tags()))  # still the victim's own
 
 
 def victim_tags() -> dict[str, str]:
     return {"project": "p", "user": "ann", "key": "k", "note": SECRET}
+
+
+@case("Ledger.is_stored")
+def ask_for_the_victims_request(world: World) -> None:
+    stored = next(iter(world.ledger.read(Selection(VICTIM)))).record.request_id
+    assert world.ledger.is_stored((VICTIM, "polar", stored))
+    for tenant in (ATTACKER, *LOOKALIKES):
+        assert not world.ledger.is_stored((tenant, "polar", stored))
 
 
 @case("Budgets.release", "Meter.release")

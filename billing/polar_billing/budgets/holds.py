@@ -148,7 +148,7 @@ def _budget(row: Row[Any]) -> Budget:
 
 def fingerprint(bound: UsageBound) -> str:
     """SHA-256 of what a request may use: equal for a repeated call, however much later."""
-    facts = bound.model_dump(mode="json", exclude={"at", "tags"})
+    facts = bound.model_dump(mode="json", exclude={"at", "tags", "id_is_new"})
     return hashlib.sha256(canonical_json([facts, sorted(bound.tags.items())])).hexdigest()
 
 

@@ -11,12 +11,13 @@ from collections import defaultdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import bindparam, select, text
+from sqlalchemy import bindparam, literal, select, text, union_all
 
 from polar_billing.errors import ConflictError
 from polar_billing.ledger import chain, hooks
 from polar_billing.ledger.books import missing_books, store_books
 from polar_billing.ledger.connection import Among, insert_rows
+from polar_billing.ledger.digests import digest_of_plain
 from polar_billing.ledger.records import PrunedUsage, StoredUsage, from_row, receipt_to_raw, to_raw
 from polar_billing.ledger.rollups import add_to_rollups
 from polar_billing.ledger.schema import NO_TENANT, pruned_table, receipt_table, subject_of, usage_table
@@ -56,6 +57,13 @@ def _pruned_among(connection: Connection, groups: Mapping[tuple[str, str], Seque
     }
 
 
+def is_stored(connection: Connection, identity: Identity) -> bool:
+    """True if a request is stored, as usage or as what retention left of it."""
+    tenant, source, request_id = identity
+    values = {"tenant": tenant, "source": source, "request_id": request_id}
+    return connection.execute(_STORED, values).first() is not None
+
+
 def _groups_of(identities: Iterable[Identity]) -> dict[tuple[str, str], list[str]]:
     """Request ids by tenant and source."""
     groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
@@ -92,6 +100,17 @@ _ANY_PRUNED: Final = select(pruned_table.c.seq).limit(1)
 # Built once: building a statement costs more than running it.
 _LAST_ON_SQLITE: Final = text("SELECT seq FROM sqlite_sequence WHERE name = 'polar_usage'")
 _NEXT_ON_POSTGRES: Final = text("SELECT array_agg(nextval('polar_usage_seq_seq')) FROM generate_series(1, :count)")
+
+_STORED: Final = union_all(
+    *(
+        select(literal(1)).where(
+            table.c.tenant == bindparam("tenant"),
+            table.c.source == bindparam("source"),
+            table.c.request_id == bindparam("request_id"),
+        )
+        for table in (usage_table, pruned_table)
+    )
+)
 
 _SUBJECT: Final = subject_of(usage_table)
 _USAGE_NAME: Final = str(usage_table.name)
@@ -157,7 +176,7 @@ def _write(connection: Connection, heads: dict[str, chain.Head], entries: Sequen
 
 def _link(usage: Sequence[Any], receipt: Sequence[Any]) -> chain.NewLink:
     seq, tenant = usage[:2]
-    digest = chain.digest_of(_SUBJECT, ((_USAGE_NAME, usage), (_RECEIPT_NAME, receipt)))
+    digest = digest_of_plain(_SUBJECT, ((_USAGE_NAME, usage), (_RECEIPT_NAME, receipt)))
     return chain.NewLink(tenant, _SUBJECT, str(seq), digest)
 
 

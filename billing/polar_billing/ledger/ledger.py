@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from polar_billing.errors import ConflictError, SchemaVersionError, StoreNotFoundError, StoreReadOnlyError
 from polar_billing.ledger import hooks
-from polar_billing.ledger.append import joined, store_entries
+from polar_billing.ledger.append import is_stored, joined, store_entries
 from polar_billing.ledger.books import read_books, read_choices
 from polar_billing.ledger.connection import PATIENCE_S, Database
 from polar_billing.ledger.location import (
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL, Row, Select
 
-    from polar_billing.ledger.records import StoredUsage
+    from polar_billing.ledger.records import Identity, StoredUsage
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.current import Choice
@@ -241,21 +241,25 @@ class Ledger:
     def price_books(self) -> dict[str, PriceBook]:
         """Every book that ever rated a record, by content hash."""
         hooks.drain(self.identity)
-        if not self._has_tables():
-            return {}
-        with self._database.reading() as connection:
-            return read_books(connection)
+        return self.find_books(None)
 
-    def find_books(self, hashes: Iterable[str]) -> dict[str, PriceBook]:
-        """The stored books of these hashes; unlike `price_books` it waits for no record on its way.
+    def find_books(self, hashes: Iterable[str] | None) -> dict[str, PriceBook]:
+        """The stored books of these hashes, None for all; unlike `price_books` it waits for no record on its way.
 
         Raises:
             StoreError: They cannot be read.
         """
-        if not self._has_tables():
-            return {}
-        with self._database.reading() as connection:
-            return read_books(connection, hashes)
+        with self._as_stored() as connection:
+            return {} if connection is None else read_books(connection, hashes)
+
+    def is_stored(self, identity: Identity) -> bool:
+        """True if a request is stored, or was before retention; it waits for no record on its way.
+
+        Raises:
+            StoreError: The ledger cannot be read.
+        """
+        with self._as_stored() as connection:
+            return connection is not None and is_stored(connection, identity)
 
     def price_choices(self) -> Sequence[Choice]:
         """The price books that were put in force, in order.
@@ -263,10 +267,17 @@ class Ledger:
         Raises:
             StoreError: They cannot be read.
         """
+        with self._as_stored() as connection:
+            return () if connection is None else read_choices(connection, self._books)
+
+    @contextmanager
+    def _as_stored(self) -> Iterator[Connection | None]:
+        """A transaction that sees what is stored now; None where there are no tables yet."""
         if not self._has_tables():
-            return ()
+            yield None
+            return
         with self._database.reading() as connection:
-            return read_choices(connection, self._books)
+            yield connection
 
     def close(self) -> None:
         """Release connections; the ledger can be used again and then opens new ones."""

@@ -8,7 +8,7 @@ Rows are trusted when read: they were validated when written and cannot change. 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 Identity = tuple[str, str, str]
 """Tenant, source, request id: the key a request is stored once under."""
+
+
+REUSED_TAG: Final = "polar.reused_id"
+"""Tag of a usage record whose request id another request had taken: that id."""
 
 
 class AllTenants:
@@ -112,6 +116,18 @@ class Entry:
             AmountError: It is beyond what the ledger can hold.
         """
         return None if self.cost is None else to_units(self.cost)
+
+    def renamed(self) -> Entry:
+        """The same use under an id made of its content, for a record whose id another request has taken.
+
+        Stored twice, it has the same id twice: after a crash nothing is charged again.
+        """
+        record = self.record
+        changes = {
+            "request_id": f"reused-{self.content_hash[:32]}",
+            "tags": {**record.tags, REUSED_TAG: record.request_id},
+        }
+        return replace(self, record=record.model_copy(update=changes))
 
     @cached_property
     def canonical(self) -> bytes:

@@ -8,13 +8,16 @@ What has happened when `emit` returns is a choice, `durability`:
   emitted meanwhile. A power cut loses nothing that was answered. One emit waits as long as a commit takes.
 * `spool`: the record is in a file of the spool, in the operating system's hands, and a thread commits it within
   milliseconds. The end of the process, SIGKILL included, loses nothing; a power cut or a crash of the operating
-  system may lose the last moments. A request id used again with other content is then found too late to raise: it
-  is logged, and kept in the spool. The engine uses this by default, because it costs a request next to nothing.
+  system may lose the last moments. The engine uses this by default, because it costs a request next to nothing.
 * `sync`: committed by the calling thread itself, one at a time; no thread, no spool.
 
 If the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice
-(but `sync`), and are stored exactly once when it is back. Knows neither the database nor how prices are chosen and
-applied.
+(but `sync`), and are stored exactly once when it is back.
+
+No answer is free through a request id that is used again: `reserve` refuses it, before compute. Where it cannot know
+(two processes at once; a ledger that does not answer), and where `emit` cannot raise (`spool`), the second use is
+stored and charged under a new id, and its tag `polar.reused_id` names the first. Knows neither the database nor how
+prices are chosen and applied.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.errors import ConflictError, StoreError
+from polar_billing.errors import BillingError, StoreError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.location import resolve
 from polar_billing.ledger.records import Entry
+from polar_billing.metering.claims import Claims, id_in_use
+from polar_billing.metering.spool import store
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.prices.current import Prices
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
     from pathlib import Path
 
+    from polar_billing.errors import ConflictError
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.metering.spool import SpoolStatus
     from polar_sdk.usage import UsageBound, UsageRecord
@@ -88,6 +94,7 @@ class Meter(UsageSink):
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.source = source
         self._budgets = Budgets(self.ledger)
+        self._claims = Claims()
         self._waits = durability != "spool"
         asynchronous = durability != "sync" and not sync
         self._writer = Writer(self.ledger, gather_s=0.0 if self._waits else GATHER_S) if asynchronous else None
@@ -142,17 +149,43 @@ class Meter(UsageSink):
     def reserve(self, bound: UsageBound) -> int:
         """Hold what a request may use at most, in every budget that covers it; see `Budgets.reserve`.
 
+        An id that the caller chose is looked up first, among the requests of this meter and in the ledger.
+
         Returns:
             Index of the offer to serve.
 
         Raises:
             BudgetExceededError: No offer fits what is left.
+            ConflictError: The request id is in use, or has been used.
             StoreError: The ledger cannot be read or written.
         """
+        if bound.id_is_new:
+            return self._reserve(bound)
+        self._claims.claim(bound.tenant, bound.request_id)
+        try:
+            self._look_up(bound)
+            return self._reserve(bound)
+        except BaseException:
+            self._claims.give_up(bound.tenant, bound.request_id)
+            raise
+
+    def _reserve(self, bound: UsageBound) -> int:
         return self._budgets.reserve(bound, self._prices.of(bound.tenant, bound.at), source=self.source)
 
+    def _look_up(self, bound: UsageBound) -> None:
+        try:
+            stored = self.ledger.is_stored((bound.tenant, self.source, bound.request_id))
+        except StoreError as error:
+            if self._writer is None:
+                raise
+            self._tolerate(self._writer, error)  # its record waits in the spool, and is never lost
+            return
+        if stored:
+            raise id_in_use(bound.tenant, bound.request_id, "was served before")
+
     def release(self, tenant: str, request_id: str) -> None:
-        """Give back what is held for a request that never began."""
+        """Give back what is held for a request that never began, its id included."""
+        self._claims.give_up(tenant, request_id)
         self._budgets.release(tenant, request_id, source=self.source)
 
     def emit(self, record: UsageRecord) -> dict[str, Any]:
@@ -168,7 +201,8 @@ class Meter(UsageSink):
             lines.
 
         Raises:
-            ConflictError: The ledger holds this request id of this tenant with other content.
+            ConflictError: The ledger holds this request id of this tenant with other content, and the id was not
+                reserved before. Never with `durability="spool"`; see the top of this module.
             StoreError: The record could not be stored. Where there is a spool it is kept there all the same.
         """
         book, unknown = self._book_of(record)
@@ -212,12 +246,15 @@ class Meter(UsageSink):
 
     def _store(self, entry: Entry) -> StoredUsage | None:
         """Store one record; None if it is still on its way."""
+        # What was reserved has computed already: it is charged, under another id if need be.
+        reserved = self._claims.served(entry.record.tenant, entry.record.request_id)
+        told = self._waits and not reserved
         if self._writer is None:
-            (stored,) = self.ledger.append_many([entry])
-            if isinstance(stored, ConflictError):
+            (stored,) = store(self.ledger, None, [entry], told={0} if told else ())
+            if isinstance(stored, BillingError):
                 raise stored
             return stored
-        (ticket,), safe = self._writer.submit([entry])
+        (ticket,), safe = self._writer.submit([entry], told=told)
         return ticket.result() if self._waits or not safe else None
 
     def flush(self) -> None:

@@ -4,7 +4,7 @@ Each meter appends its records to a file of its own before it answers. The bytes
 hands, so the end of the process, SIGKILL included, loses nothing. Once they are committed to the ledger, the file is
 emptied. When the ledger cannot take them, the file is flushed to the disk and stays, and is stored later by the same
 process or by any other: exactly once, because the ledger knows every request it holds, so a file that was stored in
-part, or twice at once, adds nothing twice.
+part, or twice at once, adds nothing twice. A record whose request id another one has taken is stored under a new id.
 
 One line per record: the first 16 hexadecimal digits of the SHA-256 of the rest, a space, JSON. A last line that was
 cut off was never acknowledged and is dropped. Any other line that is damaged, or whose content cannot be read (that of
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from platformdirs import user_data_path
 
-from polar_billing.errors import BillingError, RecordRefusedError, StoreError
+from polar_billing.errors import BillingError, ConflictError, RecordRefusedError, StoreError
 from polar_billing.ledger.location import sqlite_file
 from polar_billing.metering.spool_file import Unfinished, checked_line, count_damaged
 from polar_billing.values.canonical import canonical_json
@@ -37,12 +37,13 @@ except ImportError:  # Windows: without such locks a file in use cannot be told 
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator
 
     from sqlalchemy import URL
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Entry, StoredUsage
+    from polar_sdk.usage import UsageRecord
 
 
 SPOOL_VARIABLE: Final = "POLAR_SPOOL"
@@ -256,16 +257,29 @@ def _count_lines(path: Path) -> int:
         return 0
 
 
-def store(ledger: Ledger, spool: Spool | None, entries: list[Entry]) -> list[StoredUsage | BillingError]:
+def store(
+    ledger: Ledger, spool: Spool | None, entries: list[Entry], *, told: Container[int] = ()
+) -> list[StoredUsage | BillingError]:
     """Store records; those the ledger refuses for their content are set aside and keep no others out.
+
+    A record whose request id another one has taken is stored, and charged, under a new id.
+
+    Args:
+        ledger: Where to.
+        spool: Keeps what is refused.
+        entries: The records.
+        told: Indices of those whose caller waits, and is told of the conflict instead.
 
     Raises:
         StoreError: The ledger cannot take records now.
     """
-    try:
-        answers: list[StoredUsage | BillingError] = list(ledger.append_many(entries))
-    except RecordRefusedError:  # because of one of them; the others are still to be stored
-        answers = [_store_one(ledger, entry) for entry in entries]
+    answers = _store(ledger, entries)
+    taken = [n for n, answer in enumerate(answers) if isinstance(answer, ConflictError) and n not in told]
+    renamed = [entries[n].renamed() for n in taken]
+    for n, entry, answer in zip(taken, renamed, _store(ledger, renamed), strict=True):
+        answers[n] = answer
+        former, now = entries[n].record, entry.record
+        _log.warning("request id %r of tenant %r was used again; stored as %r", *_names(former), now.request_id)
     pairs = zip(entries, answers, strict=True)
     refused = [entry for entry, answer in pairs if isinstance(answer, BillingError)]
     for entry in refused:
@@ -273,6 +287,17 @@ def store(ledger: Ledger, spool: Spool | None, entries: list[Entry]) -> list[Sto
     if spool is not None and refused:
         spool.reject(refused)
     return answers
+
+
+def _names(record: UsageRecord) -> tuple[str, str]:
+    return record.request_id, record.tenant
+
+
+def _store(ledger: Ledger, entries: list[Entry]) -> list[StoredUsage | BillingError]:
+    try:
+        return list(ledger.append_many(entries))
+    except RecordRefusedError:  # because of one of them; the others are still to be stored
+        return [_store_one(ledger, entry) for entry in entries]
 
 
 def _store_one(ledger: Ledger, entry: Entry) -> StoredUsage | BillingError:

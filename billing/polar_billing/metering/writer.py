@@ -42,6 +42,8 @@ class Ticket:
     entry: Entry
     turn: threading.Condition
     """Of the writer, notified after each commit: creating an event for every record costs more than hashing it."""
+    told: bool = True
+    """Whether its caller is told if another record has taken its request id; else it is stored under a new one."""
     done: bool = False
     stored: StoredUsage | None = None
     """As stored; None while it waits in the spool."""
@@ -107,14 +109,18 @@ class Writer:
                 self._spool.abandon(self._segment)
             self._start_anew()
 
-    def submit(self, entries: list[Entry]) -> tuple[list[Ticket], bool]:
+    def submit(self, entries: list[Entry], *, told: bool = True) -> tuple[list[Ticket], bool]:
         """Hand records over.
+
+        Args:
+            entries: The records.
+            told: Whether the caller is told if another record has taken a request id; else a new one is made.
 
         Returns:
             Their tickets, and whether they survive the end of this process already.
         """
         self._restart_after_fork()
-        tickets = [Ticket(entry, self._turn) for entry in entries]
+        tickets = [Ticket(entry, self._turn, told) for entry in entries]
         with self._turn:
             while len(self._queue) >= self._capacity:
                 self._turn.wait()
@@ -188,7 +194,8 @@ class Writer:
                 self._spool.reuse(segment)
 
     def _commit(self, tickets: list[Ticket]) -> None:
-        answers = store(self._ledger, self._spool, [ticket.entry for ticket in tickets])
+        told = {n for n, ticket in enumerate(tickets) if ticket.told}
+        answers = store(self._ledger, self._spool, [ticket.entry for ticket in tickets], told=told)
         for ticket, answer in zip(tickets, answers, strict=True):
             if isinstance(answer, BillingError):
                 ticket.error = answer

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.lab.evaluation.calibrate import TierPromise
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.lab.training.outcomes import Outcomes
     from polar_sdk.model import PolarModel
     from polar_sdk.router.base import Router
+    from polar_sdk.router.certificate import TierPromise
 
 
 _TIMED_TOKENS: Final = 16

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.engine.scoring import Question
+    from polar_sdk.engine.pack import Question
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.model import PolarModel
@@ -40,6 +40,8 @@ SAME_ANSWER: Final = 0.75
 Not all of them: where two tokens are almost as likely, identity itself chooses otherwise 1 time in 100 when it is run
 in other packs, and one such token in an answer changes nothing that a reader would notice.
 """
+STRICT_ANSWER: Final = 0.95
+"""Share of the tokens of identity's answer that a program must choose too where a promise is strict."""
 
 
 @dataclass(frozen=True, eq=False)

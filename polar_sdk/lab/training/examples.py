@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.rewards.measure import SAME_ANSWER
+from polar_sdk.lab.rewards.measure import SAME_ANSWER, STRICT_ANSWER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _BLUR: Final = 0.05
 """Width, as a share of an answer's tokens, over which it turns from kept to lost."""
+_STRICT_BLUR: Final = 0.015
+"""The same where a promise is strict."""
 
 
 def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
@@ -31,6 +33,8 @@ def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
     differs = (~matrix.agree).float()
     if loss == "differs":
         return differs
+    if loss == "strict":
+        return (matrix.share < STRICT_ANSWER).float()
     drops = matrix.right[:, :1].float() - matrix.right.float()
     drops = torch.where(matrix.labelled.unsqueeze(1), drops, differs)
     return drops.clamp(min=0) if loss == "harms" else drops
@@ -44,8 +48,11 @@ def learned_losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
     falls one token short of being the same is less lost than one of which nothing is kept.
     """
     learned = losses(matrix, loss)
-    written = torch.tensor([kind != "choice" for kind in matrix.kinds]) & ~(matrix.labelled & (loss != "differs"))
-    learned[written, 1:] = torch.sigmoid((SAME_ANSWER - matrix.share[written, 1:]) / _BLUR)
+    written = torch.tensor([kind != "choice" for kind in matrix.kinds])
+    if loss in ("harms", "drops"):
+        written &= ~matrix.labelled
+    edge, blur = (STRICT_ANSWER, _STRICT_BLUR) if loss == "strict" else (SAME_ANSWER, _BLUR)
+    learned[written, 1:] = torch.sigmoid((edge - matrix.share[written, 1:]) / blur)
     known = matrix.labelled
     if loss != "drops" or not bool(known.any()):
         return learned

@@ -173,18 +173,19 @@ def test_a_record_cut_off_is_dropped_and_a_damaged_one_kept_aside(ledger_url: st
         assert "1 line(s) are damaged" in str(warning_of(ledger))
 
 
-def test_a_conflict_found_late_is_kept_and_told(ledger_url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_conflict_found_late_is_charged_under_a_new_id(ledger_url: str, caplog: pytest.LogCaptureFixture) -> None:
     meter = open_meter(ledger_url)
     assert isinstance(meter, Meter)
     meter.emit(usage_record("same"))
     meter.emit(usage_record("same", output=9))
     meter.flush()
-    assert "refused request 'same' of tenant 'acme'" in caplog.text
+    assert "request id 'same' of tenant 'acme' was used again; stored as 'reused-" in caplog.text
     assert meter.spool is not None
-    assert meter.spool.rejected == 1
+    assert meter.spool.rejected == 0
     with pytest.raises(ConflictError):
         Meter(ledger_url).emit(usage_record("same", output=9))
-    assert held(ledger_url) == ["same"]
+    renamed, first = held(ledger_url)
+    assert (renamed[:7], first) == ("reused-", "same")
     meter.close()
 
 

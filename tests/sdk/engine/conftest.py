@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from polar_sdk.engine.fill import Fill
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.row import Row
 from polar_sdk.programs.program import Program
@@ -18,28 +16,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.family import Family
-    from polar_sdk.programs.cost import Segment
 
 
 @pytest.fixture(scope="session")
 def packages(request: pytest.FixtureRequest) -> Path:
     """A folder in pytest's cache: a package's name covers everything it depends on, so it is compiled once."""
     return request.config.cache.mkdir("compiled") if request.config.cache else pytest.fail("needs pytest's cache")
-
-
-@pytest.fixture(scope="session")
-def random_fill() -> Callable[..., Fill]:
-    """Makes a random map over a segment, (family, segment, rank), of the size of real keys and values."""
-
-    def make(family: Family, segment: Segment, rank: int | None = None, seed: int = 0) -> Fill:
-        generator = torch.Generator().manual_seed(segment[0] + 100 * seed)
-        bias = torch.randn(segment[1] - segment[0] + 1, 2, family.kv_heads, family.head_dim, generator=generator)
-        sides = [family.hidden, rank, bias.numel()] if rank else [family.hidden, bias.numel()]
-        weight = [torch.randn(a, b, generator=generator) / a**0.5 for a, b in pairwise(sides)]
-        return Fill(tuple(weight), bias)
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -15,19 +15,13 @@ from polar_sdk.engine.package import Part
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.errors import CompileError
 from polar_sdk.programs.program import Program
-from polar_sdk.testing import tiny_llama
+from polar_sdk.testing import random_fill, tiny_llama
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from polar_sdk.engine.family import Family
-    from polar_sdk.engine.fill import Fill
-    from polar_sdk.programs.cost import Segment
-
     LogitsOf = Callable[[Decoder, Sequence[str], Sequence[int], int], torch.Tensor]
-
-    RandomFill = Callable[[Family, Segment], Fill]
 
 LAYERS = 3
 PROGRAMS = ("0-2", "0 2", "0 1 1 2", "0-1")
@@ -90,18 +84,18 @@ def test_compiled_is_eager(
     ],
 )
 def test_compiled_fills_are_eager_ones(
-    decoder: Decoder, eager: Decoder, logits_of: LogitsOf, random_fill: RandomFill,
+    decoder: Decoder, eager: Decoder, logits_of: LogitsOf,
     programs: tuple[str, ...], prompts: list[int],
 ) -> None:  # fmt: skip
     for each in (decoder, eager):
         segments = {segment for text in programs for segment in Program.parse(text).fills}
-        each.set_fills({segment: random_fill(each.family, segment) for segment in segments})
+        each.set_fills({segment: random_fill(each, segment) for segment in segments})
     error = (logits_of(decoder, programs, prompts, 2) - logits_of(eager, programs, prompts, 2)).abs()
     assert error.max() < 1e-3, f"largest {error.max():.2e}, mean {error.mean():.2e}"
 
 
 def test_only_tokens_that_run_reach_the_compiled_layer(
-    decoder: Decoder, logits_of: LogitsOf, random_fill: RandomFill, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, logits_of: LogitsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a prompt of 100 tokens, 2 run a filled layer; of the last visit 1 token runs, and the others leave keys."""
     tokens: list[tuple[str, int]] = []
@@ -117,7 +111,7 @@ def test_only_tokens_that_run_reach_the_compiled_layer(
 
     for name in ("project", "keys_values", "finish", "decode"):
         counted(name)
-    decoder.set_fills({(1, 1): random_fill(decoder.family, (1, 1))})
+    decoder.set_fills({(1, 1): random_fill(decoder, (1, 1))})
     logits_of(decoder, ["0 (1) 2"], [100], 0)
     assert tokens == [("project", 100), ("finish", 100), ("decode", 2), ("keys_values", 99), ("decode", 1)]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,12 +20,17 @@ from polar_sdk.engine.fill import Fill, normalise
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.engine.lead import run_lead
+from polar_sdk.engine.pack import Question
+from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.products import Plain, outputs_from
 from polar_sdk.engine.row import Row
-from polar_sdk.engine.scoring import states_after
+from polar_sdk.engine.scoring import score_programs, states_after
 from polar_sdk.errors import MissingFillError
+from polar_sdk.model import PolarModel
 from polar_sdk.programs.policy import LoopGuard
 from polar_sdk.programs.program import Program
+from polar_sdk.testing import random_fill, tiny_model
+from polar_sdk.usage import ListSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,17 +44,6 @@ if TYPE_CHECKING:
 
 DEPTH = 6
 PROGRAMS = ["0-2 (3-5)", "0-1 (2-3) 4 (5)", "0-3 (4-5:4)", "0 (1-2:3) 3x2 (4:2) 5", "(0) 1-2 (3-4) 5~2"]
-
-
-def random_fill(decoder: Decoder, layers: int, seed: int = 0, rank: int | None = None) -> Fill:
-    """A random map over that many layers, of the size of real keys and values."""
-    generator = torch.Generator().manual_seed(seed)
-    family = decoder.family
-    sizes = (layers, 2, family.kv_heads, family.head_dim)
-    bias = torch.randn(sizes, generator=generator)
-    sides = [family.hidden, rank, bias.numel()] if rank else [family.hidden, bias.numel()]
-    weight = [torch.randn(a, b, generator=generator) / a**0.5 for a, b in pairwise(sides)]
-    return Fill(tuple(weight), bias)
 
 
 def test_keys_and_values_apart_are_those_of_the_whole_projection(variant: str, tiny_family: TinyFamily) -> None:
@@ -81,7 +74,7 @@ def test_keys_and_values_apart_in_integers(precision: str, tiny_family: TinyFami
 @pytest.mark.parametrize("rank", [None, 5])
 def test_a_map_is_affine_in_the_normalised_state(rank: int | None, tiny_family: TinyFamily) -> None:
     decoder = build_decoder(tiny_family("llama"))
-    fill = random_fill(decoder, 3, rank=rank)
+    fill = random_fill(decoder, (2, 4), rank=rank)
     x = torch.randn(7, decoder.family.hidden)
     found = fill(x)
     weight = fill.weight[0] if rank is None else fill.weight[0] @ fill.weight[1]
@@ -108,14 +101,14 @@ def test_a_fill_counts_and_is_hashed(tiny_family: TinyFamily) -> None:
         decoder.fill((4, 5))
     with pytest.raises(MissingFillError):
         hash_bridges(decoder, [program])
-    fill = random_fill(decoder, 2)
+    fill = random_fill(decoder, (4, 5))
     decoder.set_fills({(4, 5): fill})
     assert decoder.fill((4, 5)).digest == fill.digest
     assert decoder.cost.fills == {(4, 5): fill.flops}
     digest = hash_bridges(decoder, [program])
     assert digest
     assert hash_bridges(decoder, [Program.identity(DEPTH)]) == ""
-    decoder.set_fills({(4, 5): random_fill(decoder, 2, seed=1)})
+    decoder.set_fills({(4, 5): random_fill(decoder, (4, 5), seed=1)})
     assert hash_bridges(decoder, [program]) != digest
 
 
@@ -196,7 +189,7 @@ def _replace_keys_values(module: Any, layer: int, family: Any, written: dict[int
 
 def with_fills(decoder: Decoder, program: Program) -> Program:
     """The program, for which the decoder now has random maps."""
-    segments = {(first, last): random_fill(decoder, last - first + 1, seed=first) for first, last in program.fills}
+    segments = {(first, last): random_fill(decoder, (first, last)) for first, last in program.fills}
     decoder.set_fills({**decoder.fills, **segments})
     return program
 
@@ -270,7 +263,7 @@ def test_a_fill_that_gives_what_the_layers_leave_is_identity(
     states = [states_after(decoder, [tuple(prompt)], identity.steps[:layer])[0] for layer in range(DEPTH)]
     layers = range(first, last + 1)
     left = [torch.stack(decoder.keys_values(layer, states[layer]), dim=1) for layer in layers]
-    bias = random_fill(decoder, last - first + 1).bias
+    bias = random_fill(decoder, (first, last)).bias
     decoder.set_fills({(first, last): _Recorded((torch.stack(left, dim=1),), bias)})
     ours = answer(Row(decoder, program), prompt, following)
     assert_close(ours, answer(Row(decoder, identity), prompt, following), f"{family}, {text}")
@@ -281,7 +274,7 @@ def test_a_fill_that_gives_what_the_layers_leave_is_identity(
 def test_keys_and_values_of_one_layer_are_an_affine_map_of_its_state(name: str, tiny_family: TinyFamily) -> None:
     """Where a layer begins with a root-mean-square norm, and keys have none of their own."""
     decoder = build_decoder(tiny_family(name))
-    weights, sizes = decoder.layers[4], random_fill(decoder, 1).bias.shape
+    weights, sizes = decoder.layers[4], random_fill(decoder, (4, 4)).bias.shape
     queries = decoder.family.heads * decoder.family.head_dim
     product = outputs_from(weights["qkv"], queries)
     assert isinstance(product, Plain)
@@ -361,3 +354,110 @@ def test_a_guard_waits_for_a_token_that_ends_the_last_visit(tiny_family: TinyFam
     stopped = answer(row, prompt, [1], [20])
     assert row.loops_stopped == 1
     assert_close(stopped, answer(Row(decoder, Program.parse("0-4")), prompt, [1]), "loop stopped at the end")
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_fill_among_integers_is_a_fill_among_their_values(precision: str, tiny_family: TinyFamily) -> None:
+    """Fills stay in the model's dtype; pieces, pages and decode steps work as in the other precisions."""
+    decoder = build_decoder(tiny_family("llama, wide sides"), precision=precision)
+    program = with_fills(decoder, Program.parse("0-1 (2-4:3) 5"))
+    prompt, following = some_tokens(15, 70), some_tokens(16, 2)
+    whole = answer(Row(decoder, program), prompt, following)
+    assert_close(answer(Row(decoder, program), prompt, following, [64]), whole, precision)
+    plain = answer(Row(decoder, Program.identity(DEPTH)), prompt, following)
+    assert (whole - plain).abs().max() > 1e-2
+
+
+def test_a_segment_crosses_devices(family: str, tiny_family: TinyFamily) -> None:
+    """Its map runs where its first layer is, and its layers' pages are where they are."""
+    model, cpu, other = tiny_family(family), torch.device("cpu"), torch.device("cpu", 0)
+    split = build_decoder(model, placement=Placement(cpu, (cpu,) * 3 + (other,) * 3, other))
+    whole = build_decoder(model)
+    program = Program.parse("0-1 (2-4) 5")
+    prompt, following = some_tokens(17, 50), some_tokens(18, 2)
+    found = [answer(Row(decoder, with_fills(decoder, program)), prompt, following, [20]) for decoder in (split, whole)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("text", [*PROGRAMS, "0-2 (3) [4-5]", "0-5", "0-3 5~2"])
+def test_scores_are_those_of_requests(family: str, text: str, tiny_family: TinyFamily) -> None:
+    """The question is filled and the choices run: what is scored is what a request would compute."""
+    decoder = build_decoder(tiny_family(family))
+    hidden = decoder.family.hidden
+    decoder.set_bridges({(4, 5): Bridge((torch.eye(hidden),), torch.ones(hidden), torch.zeros(hidden))})
+    program = with_fills(decoder, Program.parse(text))
+    prompts = [some_tokens(19, 30), some_tokens(20, 2), some_tokens(21, 1)]
+    tails = [some_tokens(22, 3), some_tokens(23, 1)]
+    questions = [Question(tuple(prompt), tuple(map(tuple, tails))) for prompt in prompts]
+    programs = [program, Program.identity(DEPTH), Program.parse("0-2 (3-4) 5")]  # they share starts, not maps
+    with_fills(decoder, programs[2])
+    for prompt, score in zip(prompts, score_programs(decoder, questions, programs)[program], strict=True):
+        for tail, found, greedy in zip(tails, score.loglikelihoods, score.greedy, strict=True):
+            logits = answer(Row(decoder, program), prompt, tail[:-1])
+            own = logits.log_softmax(-1)[range(len(tail)), tail].sum()
+            assert abs(float(own) - found) < 1e-4 * max(1.0, abs(found)), f"{family}, {text}, {len(prompt)} tokens"
+            assert list(greedy) == logits.argmax(-1).tolist()
+
+
+def test_segments_that_begin_alike_have_maps_of_their_own(tiny_family: TinyFamily) -> None:
+    decoder = build_decoder(tiny_family("llama"))
+    short, long = (with_fills(decoder, Program.parse(text)) for text in ("0-2 (3) 4-5", "0-2 (3-4) 5"))
+    decoder.set_fills({(3, 3): random_fill(decoder, (3, 3)), (3, 4): random_fill(decoder, (3, 4), seed=1)})
+    question = [Question(tuple(some_tokens(24, 30)), ((1, 2),))]
+    together = score_programs(decoder, question, [short, long])
+    for program in (short, long):
+        assert together[program] == score_programs(decoder, question, [program])[program]
+
+
+class TestRequests:
+    """A program with fills named by hand, through the whole of a request."""
+
+    @pytest.fixture
+    def records(self) -> ListSink:
+        return ListSink()
+
+    @pytest.fixture
+    def model(self, records: ListSink) -> PolarModel:
+        model = tiny_model(sink=records)
+        decoder = model.decoder
+        decoder.set_fills({segment: random_fill(decoder, segment) for segment in ((2, 5), (3, 5))})
+        return PolarModel(model.loaded, policy=model.policy, sink=records)  # its costs know the fills
+
+    def test_the_record_is_the_plan(self, model: PolarModel, records: ListSink) -> None:
+        done = model.generate("x" * 150, template="raw", program="0-2 (3-5:4)", max_tokens=6)
+        (record,) = records.records
+        assert record.flops == model.cost("0-2 (3-5:4)", prompt=150, output=len(done.token_ids))
+        assert record.program == "0-2 (3-5:4)"
+        assert record.flops.total < record.identity_flops == model.cost(prompt=150, output=len(done.token_ids)).total
+        assert record.visits.prefill == (1,) * 6
+        assert record.visits.prefill_filled == (0, 0, 0, 1, 1, 1)
+
+    def test_a_prompt_too_short_to_fill_costs_what_identity_costs(self, model: PolarModel, records: ListSink) -> None:
+        model.generate("x" * 5, template="raw", program="0-2 (3-5:4)", max_tokens=6)
+        (record,) = records.records
+        assert record.flops.total == record.identity_flops
+        assert record.visits.prefill_filled == ()
+
+    def test_a_missing_map_is_an_error_before_compute(self, model: PolarModel, records: ListSink) -> None:
+        with pytest.raises(MissingFillError, match=r"no fill for layers 4-5; this model has: \(2-5\), \(3-5\)"):
+            model.generate("x", program="0-3 (4-5)")
+        assert records.records == []
+
+    @pytest.mark.parametrize("chunk", [48, 512])
+    def test_batches_streams_and_cancelling(
+        self, model: PolarModel, records: ListSink, chunk: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("polar_sdk.serving.job.CHUNK", chunk)
+        programs = ["0-2 (3-5)", "0-5", "0-1 (2-5:40)", "0-2 (3-5)"]
+        prompts = ["a" * 130, "b" * 20, "c" * 90, "d" * 3]
+        each: list[Any] = [{"program": program} for program in programs]
+        together = model.generate_batch(prompts, each=each, template="raw", max_tokens=5)
+        for prompt, program, found in zip(prompts, programs, together, strict=True):
+            alone = model.generate(prompt, template="raw", program=program, max_tokens=5)
+            assert alone.token_ids == found.token_ids
+        stream = model.stream("e" * 130, template="raw", program="0-2 (3-5)", max_tokens=50)
+        next(stream)
+        stream.close()
+        assert records.records[-1].outcome == "cancelled"
+        assert sum(records.records[-1].visits.prefill_filled) == 3 * -(-130 // chunk)
+        assert model.decoder.pool.size - model.decoder.pool.free <= model.decoder.pool.size // 4  # kept starts only

@@ -25,6 +25,7 @@ from polar_sdk.lab.training.outcomes import Outcomes
 from polar_sdk.lab.training.train import RouterTrainer
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
+from polar_sdk.router.certificate import TierPromise
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def test_promises_are_tried_on_random_halves(model: PolarModel, matrix: Callable
     assert all(one.pooled <= 4 and one.other_half <= 10 for one in found.values())
     loose = walk.router.with_facts(dial=(0.0, 1.0))
     broken = DialWalk.along(loose, router.outputs(router.reader.stack(rows.tokens)), Outcomes(rows))
-    none = resplit(broken, {"economy": (0.15, "differs")}, 0.1, times=5)
+    none = resplit(broken, {"economy": TierPromise(0.15)}, 0.1, times=5)
     assert [one.pooled for one in none] == [0, 0]  # 42 % are lost at θ = 1, so every half refuses it
 
 
@@ -234,7 +235,7 @@ def test_bad_calibration_sets_are_told_what_would_help(model: PolarModel, matrix
     with pytest.raises(
         CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; there are"
     ):
-        certify(router, outputs, Outcomes(rows), tiers={"premium": (0.01, "differs")})
+        certify(router, outputs, Outcomes(rows), tiers={"premium": TierPromise(0.01)})
 
 
 def test_what_a_router_has_seen_is_left_out() -> None:

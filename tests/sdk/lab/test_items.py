@@ -194,9 +194,9 @@ def test_the_prompts_of_the_package() -> None:
     text = file.read_text(encoding="utf-8")
     kinds = Counter(json.loads(line)["task"] for line in text.splitlines())
     assert len(text.encode()) <= 150_000
-    assert sum(kinds.values()) >= 600
-    assert len(kinds) == 8
-    assert min(kinds.values()) >= 70
+    assert sum(kinds.values()) >= 700
+    assert len(kinds) == 10
+    assert min(kinds.values()) >= 20
     items = builtin_items()
     assert distinct_items(items) == items  # no near duplicates among them
     assert all(isinstance(item, PromptItem) for item in items)

@@ -24,7 +24,7 @@ from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.scoring import score_questions, states_after
 from polar_sdk.errors import CacheMemoryError, CompileError, DeviceError
-from polar_sdk.lab.bridges.fit import trainable_copy
+from polar_sdk.lab.healing.bridge_fit import trainable_copy
 from polar_sdk.models.load import clear_cache
 from polar_sdk.models.placement import place, read_map
 from polar_sdk.testing import tiny_llama, tiny_tokenizer

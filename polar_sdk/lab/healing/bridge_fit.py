@@ -2,8 +2,8 @@
 
 Each bridge is fitted on the states that this program really has before the segment, those after earlier bridges
 included, and aims at the states that full depth has after it; so later bridges correct what earlier ones got wrong.
-The fit is ridge least squares on the change that the segment makes. Sums are kept in float64 and filled pack by pack,
-so that no states need to be held. Position 0 is left out of the fit; it gets the mean of its own changes.
+The fit is ridge least squares on the change that the segment makes. Position 0 is left out of the fit; it gets the mean
+of its own changes.
 
 All of this runs on a copy of the decoder, so that unfinished bridges never serve a request, with the plain kernels,
 whose arithmetic has derivatives. Knows packs of questions, programs and tensors; no items and no files.
@@ -22,6 +22,7 @@ from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.eager import EagerKernels
 from polar_sdk.engine.pack import PackedQuestions, packs, predictors
 from polar_sdk.errors import BridgeError, DeviceError
+from polar_sdk.lab.healing.ridge import RidgeSums
 from polar_sdk.programs.program import Step
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _tensor(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device=device)
 
 
-class Ridge:
+class BridgeSums:
     """Sums over pairs of states (N, E), from which a bridge is solved.
 
     Args:
@@ -112,12 +113,13 @@ class Ridge:
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
-        exact = {"dtype": torch.float64 if device.type != "mps" else torch.float32, "device": device}
-        self.count = 0
+        self._ridge = RidgeSums(width, [width], device)
+        self._first, self._firsts = torch.zeros(width, device=device), 0
+
+    @property
+    def count(self) -> int:
         """Pairs added so far, position 0 left out."""
-        self._inputs, self._moves = torch.zeros(width, **exact), torch.zeros(width, **exact)  # type: ignore[call-overload]
-        self._gram, self._cross = torch.zeros(width, width, **exact), torch.zeros(width, width, **exact)  # type: ignore[call-overload]
-        self._first, self._firsts = torch.zeros(width, **exact), 0  # type: ignore[call-overload]
+        return self._ridge.count
 
     def add(self, before: Tensor, after: Tensor, positions: Tensor) -> None:
         """Add states before and after the segment, (N, E) each, at positions (N,)."""
@@ -125,39 +127,12 @@ class Ridge:
         later = positions != 0
         self._first += moves[~later].sum(0)
         self._firsts += int((~later).sum())
-        inputs, moves = inputs[later], moves[later]
-        self.count += len(inputs)
-        self._inputs += inputs.sum(0)
-        self._moves += moves.sum(0)
-        self._gram += inputs.T @ inputs
-        self._cross += inputs.T @ moves
+        self._ridge.add(inputs[later], [moves[later]])
 
     def solve(self, strength: float, rank: int | None = None) -> Bridge:
-        """The bridge, in float32.
-
-        Args:
-            strength: Ridge penalty as a multiple of the mean variance of an input.
-            rank: Maximum rank of the map: of all maps of that rank, the one whose outputs are nearest to the full
-                map's. None = full.
-        """
-        count = max(self.count, 1)
-        input_mean, move_mean = self._inputs / count, self._moves / count
-        gram = self._gram - count * torch.outer(input_mean, input_mean)
-        cross = self._cross - count * torch.outer(input_mean, move_mean)
-        penalty = strength * gram.diagonal().mean().clamp(min=1e-12)
-        ridged = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = torch.linalg.solve(ridged, cross)
-        bias = move_mean - input_mean @ weight
-        factors = (weight,) if rank is None or rank >= len(gram) else _low_rank(weight, ridged, rank)
-        first = self._first / max(self._firsts, 1)
-        return Bridge(tuple(factor.float().contiguous() for factor in factors), bias.float(), first.float())
-
-
-def _low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (E, r) and (r, E): the weight projected onto the directions in which its outputs vary most."""
-    outputs = weight.T @ gram @ weight
-    directions = torch.linalg.eigh(outputs).eigenvectors[:, -rank:]
-    return weight @ directions, directions.T
+        """The bridge, in float32; see `RidgeSums.solve`."""
+        found = self._ridge.solve(strength, rank)
+        return Bridge(found.weight, found.bias, self._first / max(self._firsts, 1))
 
 
 def unexplained(before: Tensor, after: Tensor, carried: Tensor, positions: Tensor) -> tuple[float, float]:
@@ -193,8 +168,8 @@ def fit_group(
         packs: What to fit on.
         group: Segments in order.
         known: Bridges that stay as they are.
-        strength: See `Ridge.solve`.
-        rank: See `Ridge.solve`.
+        strength: See `RidgeSums.solve`.
+        rank: See `RidgeSums.solve`.
         on_segment: Called after each segment.
     """
     fitted: dict[Segment, Bridge] = {}
@@ -203,10 +178,10 @@ def fit_group(
         for segment in group:
             states.to(segment)
             if segment not in known:
-                ridge = Ridge(states.ours[0].shape[-1], decoder.device)
+                sums = BridgeSums(states.ours[0].shape[-1], decoder.device)
                 for pack, ours, theirs in zip(packs, states.ours, states.theirs, strict=True):
-                    ridge.add(ours, theirs, pack.packed.positions)
-                fitted[segment] = ridge.solve(strength, rank).to(decoder.dtype, decoder.device)
+                    sums.add(ours, theirs, pack.packed.positions)
+                fitted[segment] = sums.solve(strength, rank).to(decoder.dtype, decoder.device)
             decoder.set_bridges({**decoder.bridges, segment: known.get(segment) or fitted[segment]})
             states.cross(segment)
             on_segment(segment)

@@ -1,1 +1,0 @@
-"""Fits and trains bridges, the maps that stand for segments of skipped layers."""

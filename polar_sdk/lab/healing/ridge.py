@@ -1,0 +1,88 @@
+"""Ridge regression in closed form, from sums that are filled pack by pack, so that no states need to be held.
+
+Products are taken in float32 and summed in float64. Several sets of outputs share one Gram matrix. Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+class Affine(NamedTuple):
+    """y = x W + b, in float32."""
+
+    weight: tuple[Tensor, ...]
+    """(E, O), or its two factors (E, r) and (r, O)."""
+    bias: Tensor
+    """(O,)."""
+
+
+class RidgeSums:
+    """Sums over pairs of inputs (N, E) and outputs, from which affine maps are solved.
+
+    Args:
+        width: E.
+        outputs: Width of each set of outputs.
+        device: Where the pairs are.
+    """
+
+    def __init__(self, width: int, outputs: Sequence[int], device: torch.device) -> None:
+        exact = {"dtype": torch.float64 if device.type != "mps" else torch.float32, "device": device}
+        self.count = 0
+        """Pairs added so far."""
+        self._inputs = torch.zeros(width, **exact)  # type: ignore[call-overload]
+        self._gram = torch.zeros(width, width, **exact)  # type: ignore[call-overload]
+        self._outputs = [torch.zeros(size, **exact) for size in outputs]  # type: ignore[call-overload]
+        self._cross = [torch.zeros(width, size, **exact) for size in outputs]  # type: ignore[call-overload]
+
+    def add(self, inputs: Tensor, outputs: Sequence[Tensor]) -> None:
+        """Add N pairs: inputs (N, E), and each set of outputs (N, O)."""
+        self.add_inputs(inputs)
+        for place, values in enumerate(outputs):
+            self.add_outputs(place, inputs, values)
+
+    def add_inputs(self, inputs: Tensor) -> None:
+        """Add the inputs of N pairs; each set of their outputs follows."""
+        inputs = inputs.float()
+        self.count += len(inputs)
+        self._inputs += inputs.sum(0)
+        self._gram += inputs.T @ inputs
+
+    def add_outputs(self, place: int, inputs: Tensor, outputs: Tensor) -> None:
+        """Add one set of the outputs of pairs whose inputs were added."""
+        outputs = outputs.float()
+        self._outputs[place] += outputs.sum(0)
+        self._cross[place] += inputs.float().T @ outputs
+
+    def solve(self, strength: float, rank: int | None = None) -> Affine:
+        """One map to all sets of outputs, side by side.
+
+        Args:
+            strength: Ridge penalty as a multiple of the mean variance of an input.
+            rank: Maximum rank of the map: of all maps of that rank, the one whose outputs are nearest to the full
+                map's. None = full.
+        """
+        count = max(self.count, 1)
+        input_mean, mean = self._inputs / count, torch.cat(self._outputs) / count
+        gram = self._gram - count * torch.outer(input_mean, input_mean)
+        cross = torch.cat(self._cross, 1) - count * torch.outer(input_mean, mean)
+        penalty = strength * gram.diagonal().mean().clamp(min=1e-12)
+        ridged = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        weight = torch.linalg.solve(ridged, cross)
+        bias = mean - input_mean @ weight
+        factors = (weight,) if rank is None or rank >= min(weight.shape) else _low_rank(weight, ridged, rank)
+        return Affine(tuple(factor.float().contiguous() for factor in factors), bias.float())
+
+
+def _low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (E, r) and (r, O): the weight projected onto the directions in which its outputs vary most."""
+    outputs = torch.linalg.cholesky(gram).T @ weight
+    directions = torch.linalg.svd(outputs, full_matrices=False).Vh[:rank]
+    return weight @ directions.T, directions

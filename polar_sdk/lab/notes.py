@@ -1,0 +1,276 @@
+"""Long prompts made from a grammar: notes with a question, passages with a question, messages to summarise.
+
+They are made up, so that no model can know the answers by heart, and each seed gives others. In notes the asked fact
+stands at a known depth, so that one can see where in a long prompt a program stops finding it. Knows no model.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Written(NamedTuple):
+    """A prompt made from the grammar."""
+
+    prompt: str
+    answer: str
+    """What answers it; empty for a message, which has no one right summary."""
+    depth: float
+    """Where in the text the asked fact stands, from 0 (first) to 1 (last)."""
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_NAMES: Final = _words(
+    "Amara Basil Cleo Dmitri Elena Farid Greta Hugo Ines Jonas Keiko Liam Mirela Nadia Oscar Priya Quentin "
+    "Rosa Samir Tove Umar Vera Wanda Xavier Yusuf Zofia"
+)
+_FAMILIES: Final = _words(
+    "Adler Bianchi Castro Dahl Eriksen Fischer Grant Hansen Ibarra Jansen Kovacs Lindt Moreau Novak Okafor "
+    "Peralta Quinn Rossi Sato Tamm Ueda Varga Weber Yilmaz Zeller"
+)
+_PROJECTS: Final = _words(
+    "Heron Lantern Maple Quartz Harbour Comet Juniper Falcon Pebble Orchard Beacon Saffron Glacier Tulip "
+    "Anchor Cedar Meadow Ember Willow Compass Cobalt Sparrow Canyon Velvet"
+)
+_PLACES: Final = _words(
+    "Aldermoor Bellhaven Corrin Dunmere Eastwick Farrow Glenholt Hartley Inverby Jarrowdale Kestrel Lowmarsh "
+    "Marrick Northam Oakhurst Penrose Quayside Ravensby Stonebeck Thornley Upwell Westerby"
+)
+_MONTHS: Final = _words("January February March April May June July August September October November December")
+_TEAMS: Final = ("the building team", "customer care", "the research group", "the harbour office", "the school board")
+_FILLERS: Final = (
+    "Nobody had anything to add to that.",
+    "This was discussed at length, and opinions differed.",
+    "The slides will be sent round later in the week.",
+    "There was a short break for coffee after this point.",
+    "Several people asked for more detail, which will follow by mail.",
+    "The figures are provisional and may still be corrected.",
+    "Everyone agreed that this had gone better than last year.",
+    "A longer report is in the shared folder.",
+    "The point was moved up because two people had to leave early.",
+    "It was noted that the weather had caused some delays.",
+)
+
+
+class _Fact(NamedTuple):
+    sentence: str
+    question: str
+    answer: str
+
+
+def _person(dice: random.Random) -> str:
+    return f"{dice.choice(_NAMES)} {dice.choice(_FAMILIES)}"
+
+
+def _day(dice: random.Random) -> str:
+    return f"{dice.randint(1, 28)} {dice.choice(_MONTHS)}"
+
+
+def _money(dice: random.Random) -> str:
+    return f"{dice.randint(12, 980)},{dice.choice(('000', '200', '450', '500', '800'))} euros"
+
+
+def _project_fact(dice: random.Random, project: str) -> _Fact:
+    """One fact about a project; which one is drawn."""
+    person, day, money = _person(dice), _day(dice), _money(dice)
+    place, count = dice.choice(_PLACES), str(dice.randint(3, 94))
+    facts = (
+        _Fact(
+            f"The budget of the {project} project was set at {money}.",
+            f"What is the budget of the {project} project?",
+            money,
+        ),
+        _Fact(
+            f"{person} will lead the {project} project from now on.", f"Who will lead the {project} project?", person
+        ),
+        _Fact(
+            f"The first delivery of the {project} project is due on {day}.",
+            f"When is the first delivery of the {project} project due?",
+            day,
+        ),
+        _Fact(
+            f"The {project} project moves to the new office in {place}.",
+            f"Where does the {project} project move?",
+            place,
+        ),
+        _Fact(
+            f"There are {count} open complaints about the {project} project.",
+            f"How many open complaints are there about the {project} project?",
+            count,
+        ),
+        _Fact(
+            f"After a long search, {person} was hired as a tester for {project}.",
+            f"Who was hired as a tester for {project}?",
+            person,
+        ),
+        _Fact(
+            f"The supplier for {project} is now a small firm in {place}.",
+            f"In which town is the supplier for {project}?",
+            place,
+        ),
+        _Fact(
+            f"The contract for {project} ends on {day} and will not be renewed.",
+            f"When does the contract for {project} end?",
+            day,
+        ),
+    )
+    return dice.choice(facts)
+
+
+def _place_fact(dice: random.Random, place: str) -> _Fact:
+    """One fact about a town."""
+    year, count, person = (
+        str(dice.randint(1180, 1969)),
+        f"{dice.randint(2, 78)},{dice.randint(100, 999)}",
+        _person(dice),
+    )
+    trade = dice.choice(("glass", "salt", "paper", "clocks", "rope", "cheese", "bells", "sails"))
+    facts = (
+        _Fact(f"{place} was founded in {year} by monks.", f"When was {place} founded?", year),
+        _Fact(f"At the last census it had {count} inhabitants.", f"How many inhabitants does {place} have?", count),
+        _Fact(
+            f"For centuries the town lived on the trade in {trade}.", f"What did {place} trade in for centuries?", trade
+        ),
+        _Fact(
+            f"The bridge over the river was designed by {person}.",
+            f"Who designed the bridge over the river in {place}?",
+            person,
+        ),
+        _Fact(
+            f"A fire destroyed most of the old quarter in {year}.",
+            f"In which year did a fire destroy most of the old quarter of {place}?",
+            year,
+        ),
+        _Fact(
+            f"The painter {person} had a studio by the water here.", f"Which painter had a studio in {place}?", person
+        ),
+    )
+    return dice.choice(facts)
+
+
+_PLACE_FILLERS: Final = (
+    "The streets around the market are narrow and mostly closed to cars.",
+    "Trains to the coast leave every hour.",
+    "The surrounding hills are popular with walkers in spring.",
+    "Its small theatre shows plays in summer.",
+    "The climate is mild, with rain throughout the year.",
+    "Many of the houses are built of grey stone.",
+    "A weekly newspaper has been printed here for a long time.",
+    "The town hall stands on the site of an older church.",
+)
+_OPENINGS: Final = (
+    "I hope this finds you well, and I am sorry that it has become so long.",
+    "I am writing to you because I could not reach anybody by telephone.",
+    "Thank you for your last message, which I read with interest.",
+    "We have not spoken for a while, so let me start from the beginning.",
+)
+_CLOSINGS: Final = (
+    "Please let me know what you think before the end of the week.",
+    "I would be grateful for a short answer, even if you have no solution yet.",
+    "If it is easier, call me in the evening.",
+    "Thank you in advance for looking into this.",
+)
+_EVENTS: Final[tuple[Callable[[random.Random], str], ...]] = (
+    lambda dice: f"The parcel that I ordered on {_day(dice)} arrived {dice.randint(2, 19)} days late.",
+    lambda dice: f"The heating in flat {dice.randint(2, 60)} has not worked since {_day(dice)}.",
+    lambda dice: f"The invoice says {_money(dice)}, but we had agreed on {_money(dice)}.",
+    lambda dice: f"{_person(dice)} promised to call me back and never did.",
+    lambda dice: f"The train to {dice.choice(_PLACES)} was cancelled, so we took a bus for {dice.randint(2, 7)} hours.",
+    lambda dice: f"My neighbour, {_person(dice)}, has the same problem and asked me to mention it.",
+    lambda dice: f"I have moved the meeting in {dice.choice(_PLACES)} to {_day(dice)}, as you suggested.",
+    lambda dice: f"We still need {dice.randint(2, 40)} chairs and a projector for the evening.",
+    lambda dice: f"The children enjoyed {dice.choice(_PLACES)}, and the museum more than we had expected.",
+    lambda dice: f"Your colleague {_person(dice)} was helpful, but could not say when a part would be available.",
+    lambda dice: f"I would prefer a refund of {_money(dice)} to another repair.",
+    lambda dice: f"The new timetable starts on {_day(dice)}, and nobody has told the drivers.",
+    lambda dice: f"Twice this month the lift stopped between floors {dice.randint(1, 5)} and {dice.randint(6, 9)}.",
+    lambda dice: f"The roof has been leaking since the storm of {_day(dice)}, and the carpet is ruined.",
+)
+
+
+def notes(count: int, *, seed: int = 0, facts: tuple[int, int] = (8, 24), depth: float | None = None) -> list[Written]:
+    """Notes of a meeting, and a question about one fact in them.
+
+    Args:
+        count: How many.
+        seed: Others for each.
+        facts: Fewest and most facts in one text, some 30 tokens each with what stands between them.
+        depth: Where the asked fact stands, from 0 to 1; None = anywhere.
+    """
+    return [_note(random.Random(f"notes {seed} {place}"), facts, depth) for place in range(count)]
+
+
+def _note(dice: random.Random, facts: tuple[int, int], depth: float | None) -> Written:
+    size = dice.randint(*facts)
+    projects = [_PROJECTS[place % len(_PROJECTS)] for place in range(size)]
+    suffix = [f" {2 + place // len(_PROJECTS)}" if place >= len(_PROJECTS) else "" for place in range(size)]
+    dice.shuffle(projects)
+    entries = [_project_fact(dice, f"{name}{more}") for name, more in zip(projects, suffix, strict=True)]
+    at = dice.randrange(size) if depth is None else round(depth * (size - 1))
+    lines = [f"Notes of the meeting of {dice.choice(_TEAMS)}, {_day(dice)}. Present: {_person(dice)}, {_person(dice)}."]
+    lines += [f"{fact.sentence} {dice.choice(_FILLERS)}" for fact in entries]
+    question = entries[at].question
+    style = dice.choice(("{text}\n\nQuestion: {question}", "Read the notes and answer: {question}\n\n{text}"))
+    style = "{text}\n\n{question}" if depth is not None else style
+    prompt = style.format(text="\n".join(lines), question=question)
+    return Written(prompt, entries[at].answer, at / max(size - 1, 1))
+
+
+def passages(count: int, *, seed: int = 0, most: int = 6) -> list[Written]:
+    """Several numbered passages, as a search would return them, and a question that one of them answers.
+
+    Args:
+        count: How many.
+        seed: Others for each.
+        most: Maximum passages in one prompt, some 90 tokens each.
+    """
+    return [_passages(random.Random(f"passages {seed} {place}"), most) for place in range(count)]
+
+
+def _passages(dice: random.Random, most: int) -> Written:
+    places = dice.sample(_PLACES, dice.randint(2, most))
+    asked = dice.randrange(len(places))
+    texts, chosen = [], _Fact("", "", "")
+    for number, place in enumerate(places):
+        facts = list({fact.question: fact for fact in (_place_fact(dice, place) for _ in range(3))}.values())
+        sentences = [fact.sentence for fact in facts] + dice.sample(_PLACE_FILLERS, dice.randint(1, 3))
+        dice.shuffle(sentences)
+        texts.append(f"[{number + 1}] {place} is a town in the north. {' '.join(sentences)}")
+        if number == asked:
+            chosen = facts[0]
+    lead = dice.choice(("Answer the question from the passages.", "Use only these passages to answer.", "Context:"))
+    prompt = "\n\n".join([lead, *texts, f"Question: {chosen.question}"])
+    return Written(prompt, chosen.answer, asked / (len(places) - 1))
+
+
+def messages(count: int, *, seed: int = 0, events: tuple[int, int] = (5, 12)) -> list[Written]:
+    """A long message, and the request to summarise it or to list what it asks for.
+
+    Args:
+        count: How many.
+        seed: Others for each.
+        events: Fewest and most things that happen in one message, some 25 tokens each.
+    """
+    return [_message(random.Random(f"messages {seed} {place}"), events) for place in range(count)]
+
+
+def _message(dice: random.Random, events: tuple[int, int]) -> Written:
+    happened = [make(dice) for make in dice.sample(_EVENTS, dice.randint(*events))]
+    body = " ".join([dice.choice(_OPENINGS), *happened, dice.choice(_CLOSINGS)])
+    task = dice.choice(
+        (
+            "Summarise this message in two sentences:",
+            "What does the writer want? Answer in one sentence.",
+            "List the main points of this message:",
+            "Write a short, friendly reply to this message:",
+        )
+    )
+    letter = f"Dear {_person(dice)},\n\n{body}\n\nBest regards,\n{_person(dice)}"
+    return Written(f"{task}\n\n{letter}", "", 1.0)
