@@ -2,8 +2,8 @@
 
 A block serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same.
 Where a program fills layers, the last tokens of a prompt run them, and the same tokens in the middle of another prompt
-do not: so a block that reaches into them is neither kept nor lent. Tenants never share, so that neither the bill nor the
-timing of one reveals another's prompts. Knows rows and pages.
+do not: so a block that reaches into them is neither kept nor lent. Tenants never share, so that neither the bill nor
+the timing of one reveals another's prompts. Knows rows and pages.
 """
 
 from __future__ import annotations
