@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 
-.PHONY: help install demo test test-fast check format docs model bench-engine bench-billing router clean
+.PHONY: help install demo test test-fast check format docs model bench-engine bench-billing router simulate clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,13 @@ test-billing: $(STAMP) ## Run the tests of polar_billing
 
 test-integrations: $(STAMP) ## Run the tests of the integrations that need no model
 	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/integrations
+
+# A schedule is repeated by the text that a broken one prints: make simulate SEED=ledger:17
+SEED ?=
+SCHEDULES ?= 100000
+
+simulate: $(STAMP) ## Run 100,000 seeded schedules of crashes and faults and check the invariants; SEED=… repeats one
+	PYTHONHASHSEED=0 $(BIN)/python -m tests.simulation $(if $(SEED),--repeat $(SEED) --trace,--schedules $(SCHEDULES))
 
 check: $(STAMP) ## Check format, lint, types, layers and docs
 	$(BIN)/ruff format --check .

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from polar_sdk.errors import CacheMemoryError
+from polar_sdk.locks import renewed_in_child
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ class PagePool:
         """For each store, the first page that has never been cleared."""
         self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
         # Reentrant: a row collected as garbage gives its pages back in whatever thread that happens, this one included.
-        self._lock = threading.RLock()
+        self._lock = renewed_in_child(threading.RLock())
         self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
 
     def note(self, table: PageTable) -> None:
@@ -92,7 +93,6 @@ class PagePool:
 
     def restart_after_fork(self) -> None:
         """In a forked child, where every page was used by something that goes on in the parent: all are free."""
-        self._lock = threading.RLock()  # a thread of the parent may have held the old one
         for table in list(self._tables):
             table.blocks.clear()
             table.length = 0

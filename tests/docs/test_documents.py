@@ -185,7 +185,7 @@ class TestArchitecture:
 def exists(name: str) -> bool:
     """Whether a path of the project leads somewhere, from the root or from inside a package."""
     packages = [ROOT / "polar_sdk", ROOT / "polar_sdk" / "lab", ROOT / "billing" / "polar_billing"]
-    roots = [ROOT, ROOT / "billing", *packages]
+    roots = [ROOT, ROOT / "billing", ROOT / "integrations" / "polar_server", *packages]
     return any((root / name).exists() for root in roots)
 
 
