@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import SinkError, SinkNotFoundError
+from polar_sdk.locks import renewed_in_child
 from polar_sdk.usage import NullSink, UsageRecord, UsageSink
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class JsonlSink(UsageSink):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock = threading.Lock()
+        self._lock = renewed_in_child(threading.Lock())
 
     def check(self) -> None:
         """Raise SinkError if the file cannot be opened for appending."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.model import PolarModel
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.fill import Fill
     from polar_sdk.request.options import Prompt, RequestOptions
     from polar_sdk.serving.request import Request
 
@@ -78,6 +81,27 @@ class _ScriptedMaker(RequestMaker):
             return logits
 
         return super().make(prompt, {**options, "logits_hook": say})
+
+
+def random_fill(decoder: Decoder, segment: tuple[int, int], *, seed: int = 0, rank: int | None = None) -> Fill:
+    """A random map that fills a segment, to give to `decoder.set_fills`; it writes what no layer would.
+
+    Args:
+        decoder: Of the model that it is for.
+        segment: First and last layer.
+        seed: For the random weights, together with the first layer.
+        rank: Of a map of two factors; None = full rank.
+    """
+    import torch
+
+    from polar_sdk.engine.fill import Fill
+
+    family = decoder.family
+    generator = torch.Generator().manual_seed(1000 * seed + segment[0])
+    bias = torch.randn(segment[1] - segment[0] + 1, 2, family.kv_heads, family.head_dim, generator=generator)
+    sides = [family.hidden, *([rank] if rank else []), bias.numel()]
+    weight = tuple(torch.randn(a, b, generator=generator) / a**0.5 for a, b in pairwise(sides))
+    return Fill(weight, bias).to(decoder.dtype, decoder.device)
 
 
 def tiny_policy(layers: int) -> Policy:

@@ -108,7 +108,7 @@ def answer(
     ended: SimpleQueue[Job] = SimpleQueue()
     requests = admit(requests, model.decoder.cost, sink)
     jobs = [
-        Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, on_end=ended.put)
+        Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, on_end=ended.put, model=model.name)
         for request in requests
     ]
     with Recorder(model, sink) as recorder:
@@ -187,7 +187,9 @@ def _chunks(
     try:
         sink.check()
         (request,) = admit([request], model.decoder.cost, sink)
-        job = Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, max_ahead=AHEAD)
+        job = Job(
+            request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, max_ahead=AHEAD, model=model.name
+        )
         recorder.begin([job])
         model.scheduler.submit([job])
         held: Piece | None = None

@@ -173,3 +173,16 @@ def test_what_was_held_for_a_request_without_a_price_is_what_it_cost(store: Ledg
     assert [standing.spent for standing in budgets.standings("acme", NOON)] == [CU // 2]
     change_past(store, "UPDATE polar_hold SET cost = 1")
     assert "says a cost of 1, and its receipt makes it 500000000000" in findings(store)[0]
+
+
+def test_a_request_that_is_tried_again_later_settles_the_hold_of_the_first_attempt(store: Ledger) -> None:
+    """Its process was killed between `reserve` and the record: the second attempt is served at a time of its own."""
+    budgets = Budgets(store)
+    budgets.set(Budget("acme", Decimal(1)))
+    reserve(budgets, "again", CU // 2)
+    reserve(budgets, "again", CU // 2)
+    work = FlopUsage(head=CU // 4, total=CU // 4)
+    record = usage_record("again", tenant="acme", tags=ANN, started_at=NOON + timedelta(minutes=5), flops=work)
+    store.append(record, source="polar", book=BOOK, rating=rate(record, BOOK))
+    assert budgets.recheck_holds(ALL_TENANTS) == []
+    assert verify_ledger(store).sound
