@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from polar_sdk.errors import GrammarError, MissingExtraError
-from polar_sdk.locks import renewed_in_child
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
