@@ -11,7 +11,7 @@ import os
 import time
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
@@ -202,8 +202,8 @@ class UsageBound(_Facts):
 class UsageSink(ABC):
     """Where usage records go: a meter, a log file, a list in a test.
 
-    Implementations must be thread-safe. For each request the engine calls `reserve` before it computes, and then
-    exactly once either `emit`, however the request ends, or `release` if it never began.
+    Implementations must be thread-safe. For each request the engine calls `reserve` before it computes, `watch` when it
+    begins, and then exactly once either `emit`, however the request ends, or `release` if it never began.
     """
 
     def check(self) -> None:  # noqa: B027  (a sink without preconditions need not override it)
@@ -234,6 +234,16 @@ class UsageSink(ABC):
 
         Raises:
             SinkError: The store cannot do so now; the hold then ends when it expires.
+        """
+
+    def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:  # noqa: B027
+        """Note that a request runs, so that what `reserve` held for it stays held; by default, do nothing.
+
+        Args:
+            tenant: Whose request.
+            request_id: The request.
+            end: Ends it with an error, if what was held is lost all the same; its record follows. To be called at most
+                once, from any thread; it returns at once.
         """
 
     @abstractmethod

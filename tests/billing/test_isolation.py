@@ -174,6 +174,8 @@ NOTHING_TO_TRY: dict[str, str] = {
     "Ledger.unprepared": "a bare connection, for the operator's programs",
     "Ledger.snapshot": "a bare connection, for the operator's programs",
     "Ledger.transaction": "a bare connection, for the operator's programs",
+    "Budgets.renew": "takes and returns nothing",
+    "Budgets.stop": "takes and returns nothing",
     "Meter.check": "takes and returns nothing",
     "Meter.entry": "pure: one record, one book",
     "Meter.close": "takes and returns nothing",
@@ -271,6 +273,19 @@ def reserve_against_the_victim(world: World) -> None:
 
 def victim_tags() -> dict[str, str]:
     return {"project": "p", "user": "ann", "key": "k", "note": SECRET}
+
+
+@case("Budgets.watch", "Budgets.forget", "Meter.watch")
+def meddle_with_the_victims_hold(world: World) -> None:
+    for tenant in (ATTACKER, *LOOKALIKES):
+        world.meter.watch(tenant, "running", fail)
+        world.budgets.watch((tenant, "polar", "running"), fail)
+        world.budgets.forget((tenant, "polar", "running"))
+    world.budgets.renew()
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 @case("Ledger.is_stored")

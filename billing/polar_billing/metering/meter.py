@@ -30,11 +30,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.errors import BillingError, StoreError
+from polar_billing.errors import BillingError, StoreError, id_in_use
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.location import resolve
 from polar_billing.ledger.records import Entry
-from polar_billing.metering.claims import Claims, id_in_use
+from polar_billing.metering.claims import Claims
 from polar_billing.metering.spool import store
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
@@ -44,7 +44,7 @@ from polar_billing.values.money import from_scaled, plain
 from polar_sdk.usage import UsageSink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from decimal import Decimal
     from pathlib import Path
 
@@ -188,6 +188,10 @@ class Meter(UsageSink):
         self._claims.give_up(tenant, request_id)
         self._budgets.release(tenant, request_id, source=self.source)
 
+    def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
+        """Call `end` if what is held for a request is lost while it runs; see `Budgets`."""
+        self._budgets.watch((tenant, self.source, request_id), end)
+
     def emit(self, record: UsageRecord) -> dict[str, Any]:
         """Store one record and its receipt, as durably as `durability` says.
 
@@ -246,6 +250,7 @@ class Meter(UsageSink):
 
     def _store(self, entry: Entry) -> StoredUsage | None:
         """Store one record; None if it is still on its way."""
+        self._budgets.forget(entry.identity)
         # What was reserved has computed already: it is charged, under another id if need be.
         reserved = self._claims.served(entry.record.tenant, entry.record.request_id)
         told = self._waits and not reserved
@@ -285,6 +290,7 @@ class Meter(UsageSink):
         """Store what is on its way and release the ledger's connections; using the meter again opens new ones."""
         if self._writer is not None:
             self._writer.close()
+        self._budgets.stop()
         self.ledger.close()
 
     def __enter__(self) -> Self:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from polar_billing.ledger.schema.base import NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
-from polar_billing.ledger.schema.budgets import budget_table, counter_table, hold_table
+from polar_billing.ledger.schema.budgets import budget_table, clock_table, counter_table, hold_table
 from polar_billing.ledger.schema.ledger import entry_table, head_table, link_table, transaction_table
 from polar_billing.ledger.schema.statements import credit_note_table, statement_table
 from polar_billing.ledger.schema.usage import (
@@ -35,6 +35,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Chained",
     "budget_table",
+    "clock_table",
     "counter_table",
     "credit_note_table",
     "entry_table",
