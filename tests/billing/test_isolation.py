@@ -61,9 +61,9 @@ if TYPE_CHECKING:
     from polar_billing import IssuedStatement
 
 VICTIM, ATTACKER = "acme", "globex"
-LOOKALIKES = ("ACME", "a%", "acm_", "%", "*", "' OR 1=1 --", "acme\u200b", "acme.", "")
-"""Names that a careless comparison would take for the victim's, or for everybody's. Blanks around a name are no part of
-it, on usage records as on budgets, so ` acme ` is not among them."""
+LOOKALIKES = ("ACME", "a%", "acm_", "%", "*", "' OR 1=1 --", "acme\u0301", "acme.", "")
+"""Names that a careless comparison would take for the victim's, or for everybody's. No record can have one with blanks
+around it or with invisible characters."""
 SECRET = "secret-of-acme"
 AT = datetime(2026, 11, 15, 12, tzinfo=UTC)
 NOVEMBER = Period.month("2026-11")

@@ -151,8 +151,8 @@ class Budgets:
         with self.ledger.snapshot() as connection:
             moment = self._lease_time(connection, writes=False) if at is None else at
             budgets = in_force(connection, _name_of(tenant))
-            windows = ((budget, Period.containing(moment, budget.window, budget.zone)) for budget in budgets)
-            return [counters.read_standing(connection, budget, period) for budget, period in windows]
+            windows = [(budget, Period.containing(moment, budget.window, budget.zone)) for budget in budgets]
+            return counters.read_standings(connection, windows)
 
     def holds(self, tenant: str | AllTenants) -> list[Hold]:
         """The open holds, the oldest first."""
