@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -313,6 +313,26 @@ def concurrent(bench: Bench) -> None:
     _record(bench, "16 requests at once, bf16", speeds, Peer(HF_BATCH, goal=2))
 
 
+def constrained(bench: Bench) -> None:
+    """Tokens per second of answers that follow a JSON schema, beside free ones of the same length."""
+    model = bench.model("bf16")
+    identity = Program.identity(model.depth)
+    item = {"type": "object", "properties": {"name": {"type": "string"}, "n": {"type": "integer"}}}
+    schema = {"type": "array", "items": {**item, "required": ["name", "n"], "additionalProperties": False}}
+
+    def run(rows: int, **options: Any) -> float:
+        prompts = [bench.prompt(48) for _ in range(rows)]
+        options |= {"template": "raw", "program": identity, "temperature": 1.0, "top_k": 50, "max_tokens": 2 * NEW}
+        each: Any = [{"seed": row} for row in range(rows)]
+        answers = model.generate_batch(prompts, each=each, **options)
+        longest = max(answers, key=lambda answer: len(answer.token_ids))
+        return (len(longest.token_ids) - 1) / longest.usage.decode_ns * 1e9 * rows
+
+    for rows in (1, ROWS):
+        speeds = bench.alternate(partial(run, rows, schema={**schema, "minItems": 10}), partial(run, rows))
+        _record(bench, f"decode by a JSON schema, {rows} rows, bf16", speeds, Peer("the same without", goal=0.95))
+
+
 def scoring(bench: Bench) -> None:
     model = bench.model("bf16")
     identity = Program.identity(model.depth)
@@ -353,6 +373,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
     "lean_program": lean_program,
     "mixed_programs": mixed_programs,
     "concurrent": concurrent,
+    "constrained": constrained,
     "scoring": scoring,
     "memory": memory,
 }

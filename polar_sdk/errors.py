@@ -9,7 +9,9 @@ PolarError
 │   ├── ToleranceError                    `compute=` is a tolerance that the router cannot promise
 │   ├── TagError                          a tag or tenant that cannot be stored
 │   ├── LogitsHookError                   a logits hook that returns no usable logits
+│   ├── GrammarError                      a schema or grammar that cannot be followed
 │   └── CacheMemoryError (MemoryError)    its keys and values do not fit the memory reserved for them
+├── IncompleteAnswerError (ValueError)    the answer ended before its schema or grammar did
 ├── RequestTimeoutError (TimeoutError)    the request ran longer than its `timeout`; retryable
 ├── BudgetExceededError                   a budget has no room for the request; exit code 3
 ├── QueueFullError                        too many requests are waiting; retryable
@@ -116,6 +118,10 @@ class LogitsHookError(InvalidRequestError):
     """A logits hook returned no logits, or logits that allow no token."""
 
 
+class GrammarError(InvalidRequestError):
+    """A JSON schema, regular expression or grammar is malformed, unsupported, or cannot be followed."""
+
+
 class CacheMemoryError(InvalidRequestError, MemoryError):
     """Keys and values of a request do not fit the memory reserved for them."""
 
@@ -124,6 +130,18 @@ class QueueFullError(PolarError):
     """Too many requests are waiting; try again when some are done."""
 
     retryable = True
+
+
+class IncompleteAnswerError(PolarError, ValueError):
+    """An answer ended before what its schema or grammar requires: by `max_tokens`, a stop string or a cancellation.
+
+    Attributes:
+        text: What there is of the answer.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, text: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.text = text
 
 
 class RequestTimeoutError(PolarError, TimeoutError):

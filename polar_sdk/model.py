@@ -75,6 +75,7 @@ class PolarModel:
         self._encoder = PromptEncoder(loaded.tokenizer)
         self._maker = RequestMaker(
             encoder=self._encoder,
+            grammars=lambda: loaded.grammars,
             policy=self.policy,
             cost=loaded.decoder.cost,
             context_window=loaded.decoder.context_window,

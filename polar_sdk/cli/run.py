@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from polar_sdk.cli import options as opt
-from polar_sdk.errors import EmptyPromptError
+from polar_sdk.errors import EmptyPromptError, InvalidRequestError
+from polar_sdk.reading import Unreadable, read_text
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ def run(
     as_json: opt.AsJson = False,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: the model continues the text.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option(help="File with a JSON schema that the answer must match; needs the extra structured."),
+    ] = None,
     request_id: Annotated[str | None, typer.Option(help="Idempotency key of the usage record.")] = None,
     *,
     chosen: opt.Chosen,
@@ -39,17 +45,34 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():  # before seconds are spent on loading
         raise EmptyPromptError(f"the prompt is empty ({len(text)} characters); give it some text.")
+    text_of_schema = None if schema is None else _read_schema(schema)
     engine = chosen.load()
     request: RequestOptions = {
         **chosen.request,
         "template": "raw" if raw else "auto",
         "stop": stop,
         "request_id": request_id,
+        "schema": text_of_schema,
     }
     if stream:
         _print_stream(engine, text, request, as_json=as_json)
     else:
-        _print_answer(engine.generate(text, **request), as_json=as_json)
+        generation = engine.generate(text, **request)
+        _print_answer(generation, as_json=as_json)
+        _refuse_incomplete(generation)
+
+
+def _read_schema(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, Unreadable) as error:
+        raise InvalidRequestError(f"the schema {str(path)!r} cannot be read: {error}.") from error
+
+
+def _refuse_incomplete(generation: Generation) -> None:
+    """End with an error where the answer was to match a schema and was cut off."""
+    if generation.complete is False:
+        generation.json()
 
 
 def _print_answer(generation: Generation, *, as_json: bool) -> None:
@@ -74,6 +97,7 @@ def _print_stream(engine: PolarModel, text: str, request: RequestOptions, *, as_
                 typer.echo(json.dumps(_facts(chunk.generation)) if as_json else "")
                 if not as_json:
                     print_line(footer(chunk.generation), err=True)
+                _refuse_incomplete(chunk.generation)
 
 
 def _facts(generation: Generation) -> dict[str, Any]:

@@ -141,6 +141,12 @@ class Decoder:
                     self._pool = self._make_pool()
         return self._pool
 
+    def restart_after_fork(self) -> None:
+        """In a forked child: the parent's threads are not here, and their rows are the parent's."""
+        self._making_pool = threading.Lock()
+        if self._pool is not None:
+            self._pool.restart_after_fork()
+
     def _make_pool(self) -> PagePool:
         family = self.family
         sizes = [(device, self._pool_size(device)) for device in self.placement.stores]

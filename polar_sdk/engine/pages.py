@@ -67,6 +67,11 @@ class PagePool:
         self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
         # Reentrant: a row collected as garbage gives its pages back in whatever thread that happens, this one included.
         self._lock = threading.RLock()
+        self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
+
+    def note(self, table: PageTable) -> None:
+        """Know a row's pages, which a forked child does not keep."""
+        self._tables.add(table)
 
     @property
     def page_bytes(self) -> int:
@@ -84,6 +89,15 @@ class PagePool:
             return [len(pages)]
         counts = Counter(self._store(page) for page in pages)
         return [counts[store] for store in range(len(self.stores))]
+
+    def restart_after_fork(self) -> None:
+        """In a forked child, where every page was used by something that goes on in the parent: all are free."""
+        self._lock = threading.RLock()  # a thread of the parent may have held the old one
+        for table in list(self._tables):
+            table.blocks.clear()
+            table.length = 0
+        self._users = [0] * self.size
+        self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
 
     def take(self, stores: Sequence[int]) -> list[int]:
         """Take one page of each of these stores, all or none.
@@ -147,9 +161,11 @@ class PageTable:
         self._pool, self._stores = pool, stores
         self._starts = torch.tensor([pool.starts[store] for store in stores], dtype=torch.long)
         self.visits = len(stores)
+        self._visits_in = [list(stores).count(store) for store in range(len(pool.sizes))]
         self.blocks: list[list[int]] = []
         """For every 64 tokens of the row, the page of each visit."""
         weakref.finalize(self, _give_back, pool, self.blocks)
+        pool.note(self)
         self.length = 0
         """Tokens whose keys and values every visit holds; the forward pass advances it, not a visit."""
 
@@ -157,6 +173,11 @@ class PageTable:
     def nbytes(self) -> int:
         """Bytes of the pages held, shared ones included."""
         return len(self.blocks) * self.visits * self._pool.page_bytes
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of pages held in each store, shared ones included."""
+        return [len(self.blocks) * visits for visits in self._visits_in]
 
     def reserve(self, tokens: int) -> bool:
         """Make room for that many tokens in all; returns whether pages were added.
@@ -180,6 +201,7 @@ class PageTable:
 
     def release(self) -> None:
         """Give all pages back; the row has no history any more."""
+        self.length = 0
         _give_back(self._pool, self.blocks)
 
     def places(self, blocks: int) -> Tensor:

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from polar_sdk.engine.pages import PageTable
 from polar_sdk.programs.cost import LayerCost, chunks
@@ -42,6 +42,9 @@ class Row:
     """Places of the program that the next pass leaves out: loops that the guard stopped, and layers of the lead."""
     loops_stopped: int = 0
     """Number of loops that the guard has stopped."""
+    ran: int = 0
+    """Number of tokens that had run when the row last gave its pages up; they run again before it goes on."""
+    _replay: _Replay | None = None
 
     def __post_init__(self) -> None:
         self.work = Work(self.decoder.cost, self.program)
@@ -49,6 +52,9 @@ class Row:
         if self.lead is not None:
             self.work.count_lead(self.program.steps[: self.lead.layers], self.lead.tokens)
             self.left_out.update(range(self.lead.layers))
+        self._stops: list[tuple[int, range]] = []
+        """Loops that the guard stopped: number of tokens that had run by then, and places that no later token runs."""
+        self._replayed_flops = 0
 
     @property
     def length(self) -> int:
@@ -69,7 +75,63 @@ class Row:
         while end < len(steps) and steps[end] == steps[place]:
             end += 1
         self.left_out.update(range(place, end))
+        self._stops.append((self.length, range(place, end)))
         self.loops_stopped += 1
+
+    # -- running again what has run, for a row that gave its pages up ------------------------------------------------
+
+    @property
+    def replaying(self) -> bool:
+        """Whether tokens that have run must run again, because their keys and values are gone."""
+        return self._replay is not None
+
+    @property
+    def replay_end(self) -> int:
+        """How far the next pass of a replay may go: to where it ends, or to where the guard stopped a loop."""
+        return min([self.ran, *(start for start, _ in self._stops if start > self.length)])
+
+    @property
+    def executed(self) -> int:
+        """FLOPs of everything that ran, replays included, which `work` leaves out once they are over."""
+        return self._replayed_flops + self.work.total + (self._replay.work.total if self._replay else 0)
+
+    def drop_pages(self) -> None:
+        """Give the pages up. What has run must run again, with the same loops stopped at the same tokens.
+
+        Until then `work` counts apart from what is metered: a usage record contains every token's run once.
+        """
+        self.ran = max(self.ran, self.length)
+        self.page_table.release()
+        if self._replay is not None:
+            self._replayed_flops += self.work.total
+            self.work = Work(self.decoder.cost, self.program)
+        elif self.ran:
+            self._replay = _Replay(self.work, self.guard)
+            self.work, self.guard = Work(self.decoder.cost, self.program), None
+        self.note_replay()
+
+    def note_replay(self) -> None:
+        """The row has moved on, or back to its beginning: prepare the next pass of a replay, or end the replay."""
+        if self._replay is None:
+            return
+        if self.length == self.ran:
+            self.end_replay()
+        lead = () if self.lead is None else range(self.lead.layers)
+        self.left_out = {*lead, *(place for start, places in self._stops if start <= self.length for place in places)}
+
+    def end_replay(self) -> None:
+        """Go on to count what is metered: the replay is over, or the row will not go on."""
+        if self._replay is not None:
+            self._replayed_flops += self.work.total
+            self.work, self.guard = self._replay
+            self._replay = None
+
+
+class _Replay(NamedTuple):
+    """What a row puts aside while it runs again what has run."""
+
+    work: Work
+    guard: LoopGuard | None
 
 
 class Work:
@@ -135,6 +197,15 @@ class Work:
         """Count logits computed for that many positions."""
         self._head_flops += self._cost.head * positions
 
+    @property
+    def total(self) -> int:
+        """FLOPs executed so far, without those of the router."""
+        return self._prefill_flops + self._decode_flops + self._head_flops
+
+    def next_token(self, keys: int) -> int:
+        """FLOPs of one more token over that many keys, its own included."""
+        return self._whole.flops(1, keys) + self._cost.head
+
     def visits(self) -> VisitUsage:
         """Executed visits per layer."""
         per_pass = Counter(self._program.layers)
@@ -145,13 +216,12 @@ class Work:
 
     def flops(self, router: int = 0) -> FlopUsage:
         """Executed FLOPs by part, with those of the router added; bridges count with the layers."""
-        total = self._prefill_flops + self._decode_flops + self._head_flops + router
         return FlopUsage(
             layers_prefill=self._prefill_flops,
             layers_decode=self._decode_flops,
             head=self._head_flops,
             router=router,
-            total=total,
+            total=self.total + router,
         )
 
 

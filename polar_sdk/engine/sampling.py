@@ -49,7 +49,8 @@ class TokenLogprobs:
     Attributes:
         token: Id of the sampled token.
         logprob: Its log-probability. Unit: nats.
-        top: The likeliest tokens at that place with their log-probabilities, likeliest first; as many as requested.
+        top: The likeliest tokens at that place with their log-probabilities, likeliest first; as many as requested, or
+            as are possible.
     """
 
     token: int
@@ -80,7 +81,8 @@ def read_logprobs(logits: Tensor, token: int, alternatives: int) -> TokenLogprob
     """Log-probabilities of a sampled token and of the likeliest tokens, from logits (V,)."""
     likelihoods = logits.log_softmax(-1)
     best = likelihoods.topk(min(alternatives, likelihoods.shape[0]))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    top = tuple((index, value) for index, value in pairs if value > -math.inf)  # a grammar may allow fewer
     return TokenLogprobs(token, float(likelihoods[token]), top)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from polar_sdk.errors import InvalidRequestError
+from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
+from polar_sdk.reading import Unreadable, parse_json
 from polar_sdk.request.recorder import Recorder
 from polar_sdk.serving.job import FinishReason, Job
 from polar_sdk.serving.threads import AHEAD
@@ -40,8 +42,10 @@ class Generation:
         finish_reason: `stop` (end of text or stop string), `length` or `cancelled`.
         usage: What was executed.
         receipt: What the sink answered, such as the cost; None where it prices nothing.
-        logprobs: One per token of `token_ids`, by the logits after the hook and before temperature, top-k and top-p;
-            None where the request asks for none.
+        logprobs: One per token of `token_ids`, by the logits after the hook and the grammar and before temperature,
+            top-k and top-p; None where the request asks for none.
+        complete: Whether the text as a whole matches the schema, regular expression, choice or grammar of the request;
+            false where the answer was cut off. None where the request has none.
     """
 
     text: str
@@ -50,6 +54,23 @@ class Generation:
     usage: UsageRecord
     receipt: Receipt | None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    complete: bool | None = None
+
+    def json(self) -> Any:
+        """The value of an answer that is JSON.
+
+        Raises:
+            IncompleteAnswerError: It ended too early, or is not JSON.
+        """
+        if self.complete is not False:
+            with suppress(Unreadable):
+                return parse_json(self.text)
+        raise IncompleteAnswerError(
+            f"the answer is not complete JSON: it ended after {len(self.token_ids)} tokens "
+            f"(finish_reason={self.finish_reason}).",
+            hint="Raise max_tokens, or remove the stop string.",
+            text=self.text,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,4 +211,4 @@ def _generation(job: Job, recorder: Recorder) -> Generation:
     usage, receipt = recorder.finish(job)
     assert job.finish is not None
     logprobs = None if job.logprobs is None else tuple(job.logprobs)
-    return Generation(job.text.text, tuple(job.tokens), job.finish, usage, receipt, logprobs)
+    return Generation(job.text.text, tuple(job.tokens), job.finish, usage, receipt, logprobs, job.complete)

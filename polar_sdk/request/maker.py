@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from polar_sdk.engine.sampling import Sampling
-from polar_sdk.errors import ContextWindowError, EmptyPromptError, InvalidRequestError, SamplingError, ToleranceError
+from polar_sdk.errors import (
+    ContextWindowError,
+    EmptyPromptError,
+    GrammarError,
+    InvalidRequestError,
+    SamplingError,
+    ToleranceError,
+)
 from polar_sdk.programs.program import Program
 from polar_sdk.reading import shown
+from polar_sdk.request.constraint import grammar_text
 from polar_sdk.request.names import check_name, check_tags
 from polar_sdk.request.options import (
     RequestOptions,
@@ -33,8 +41,9 @@ from polar_sdk.serving.request import Request
 from polar_sdk.usage import new_request_id
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from polar_sdk.engine.grammar import Grammar, GrammarCompiler
     from polar_sdk.engine.route import Route
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.policy import Policy
@@ -50,6 +59,7 @@ class RequestMaker:
     """Makes requests for one model object."""
 
     encoder: PromptEncoder
+    grammars: Callable[[], GrammarCompiler]
     policy: Policy
     cost: CostModel
     context_window: int
@@ -75,6 +85,7 @@ class RequestMaker:
         if not tokens:
             raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
         tier, router = self._router(options)
+        max_tokens = self._max_tokens(len(tokens), options.get("max_tokens"))
         return Request(
             tokens=tokens,
             router=router.kind,
@@ -82,7 +93,7 @@ class RequestMaker:
             tier=tier,
             sampling=sampling,
             stops=check_stops(options.get("stop")),
-            max_tokens=self._max_tokens(len(tokens), options.get("max_tokens")),
+            max_tokens=max_tokens,
             tenant=check_name("tenant", or_default(options.get("tenant"), self.tenant)),
             tags={**check_tags(self.tags), **check_tags(or_default(options.get("tags"), {}))},
             request_id=check_name("request_id", or_default(options.get("request_id"), new_request_id())),
@@ -91,6 +102,8 @@ class RequestMaker:
             timeout=check_timeout(options.get("timeout")),
             logits_hook=check_hook(options.get("logits_hook")),
             logprobs=check_logprobs(options.get("logprobs")),
+            grammar=self._grammar(options, max_tokens),
+            fit_max_tokens=bool(options.get("fit_max_tokens", True)),
             tiers={name: tier.program for name, tier in self.policy.tiers.items()},
             # Last, since it may run layers: a prompt that does not fit, or an invalid option, costs nothing.
             route=self._route(router, tokens),
@@ -149,6 +162,18 @@ class RequestMaker:
                 "tier, or load a router with router=."
             )
         return self.router.serving(tolerance)
+
+    def _grammar(self, options: RequestOptions, max_tokens: int) -> Grammar | None:
+        text = grammar_text(options)
+        if text is None:
+            return None
+        grammar = self.grammars().compile(text)
+        if options.get("fit_max_tokens", True) and grammar.least_tokens > max_tokens:
+            raise GrammarError(
+                f"a short answer that matches needs {grammar.least_tokens} tokens; max_tokens={max_tokens}: raise it.",
+                hint="With fit_max_tokens=False the answer is cut off instead.",
+            )
+        return grammar
 
     def _max_tokens(self, prompt: int, max_tokens: int | None) -> int:
         room = self.context_window - prompt

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.sampling import LogitsHook
     from polar_sdk.programs.policy import Policy
     from polar_sdk.programs.program import Program
+    from polar_sdk.request.constraint import Schema
     from polar_sdk.router.base import Router
     from polar_sdk.serving.request import Cancel
     from polar_sdk.usage import UsageSink
@@ -80,9 +81,23 @@ class RequestOptions(TypedDict, total=False):
     logits_hook: LogitsHook | None
     """Called before each token is chosen, greedily or not: (ids sampled so far, float32 logits (V,)) → logits (V,).
     It blocks all rows and must not call the model; an error in it ends this request only."""
+    schema: Schema | None
+    """JSON schema that the answer matches: a mapping, JSON text, or a class such as a pydantic model; `{}` = any JSON,
+    `{"type": "object"}` = any JSON object. This and the next three need the extra `structured`; pass one of them.
+    The model does not see it: say in the prompt what to write."""
+    regex: str | None
+    """Regular expression that the whole answer matches, in Rust's syntax: no look-around, no back-references."""
+    choice: Sequence[str] | None
+    """The answer is one of these texts."""
+    grammar: str | None
+    """Grammar that the answer matches: Lark, as llguidance reads it; `%json {…}` in it is a JSON schema."""
+    fit_max_tokens: bool
+    """Where an answer with a schema, regular expression, choice or grammar comes near `max_tokens`, allow only tokens
+    after which it can still end in time, so that texts and lists end early rather than in the middle. True unless
+    turned off; then such an answer may be cut off."""
     logprobs: int | None
     """Report the log-probability of each sampled token and of the N likeliest ones, N from 0 to 20, by the logits after
-    the hook and before temperature, top-k and top-p; None = report none."""
+    the hook and the grammar and before temperature, top-k and top-p; None = report none."""
     tenant: str | None
     """Who is billed. Names of tenants, tags and requests have no white space around them and no control characters."""
     tags: Mapping[str, str] | None

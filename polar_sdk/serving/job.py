@@ -64,8 +64,12 @@ class Job:
         """Every sampled token."""
         self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []
         """One per sampled token, where the request wants them."""
-        self.needs_logits = request.logits_hook is not None or request.logprobs is not None
-        """True if the request has a hook or wants log-probabilities: `sample` chooses its tokens, not `choose`."""
+        budget = request.max_tokens if request.fit_max_tokens else None
+        self.grammar = None if request.grammar is None else request.grammar.start(budget)
+        """Where the answer is in its grammar; None = it has none."""
+        wants_logits = request.logits_hook is not None or request.logprobs is not None
+        self.needs_logits = wants_logits or self.grammar is not None
+        """True if the request has a hook or a grammar or wants log-probabilities: `sample` chooses its tokens."""
         self.cached = 0
         """Prompt tokens whose keys and values were already available."""
         self.finish: FinishReason | None = None
@@ -76,6 +80,12 @@ class Job:
         self.wake: Callable[[], None] = _no_wakeup
         """Tells the scheduler that there is room for pieces again."""
         self.begin_ns = self.prefill_end_ns = self.end_ns = 0
+        self.placed_at = 0
+        """Number of tokens that had run when the job was given its place."""
+        self.rounds_paused = 0
+        """Rounds in a row in which the reader had paused, for a job with a place."""
+        self.charged = 0
+        """FLOPs counted on its tenant's clock."""
         self.sampler = Sampler(request.sampling, decoder.placement.last)
         self._end_tokens = end_tokens
         self._max_ahead, self._on_end = max_ahead, on_end
@@ -137,19 +147,28 @@ class Job:
     # -- the scheduler's side ---------------------------------------------------------------------------------------
 
     @property
-    def pending(self) -> Sequence[int]:
-        """Tokens that the row has not run yet: the rest of the prompt, or the token sampled last."""
-        return self.tokens[-1:] if self.tokens else self.request.tokens[self.row.length :]
-
-    @property
     def chunk(self) -> Sequence[int]:
-        """The next chunk of the prompt; it ends at a multiple of `cost.CHUNK`, whatever else is running."""
-        return self.pending[: CHUNK - self.row.length % CHUNK]
+        """The next chunk of the prompt, or of what runs again after it.
+
+        It ends at a multiple of `cost.CHUNK` and at the end of the prompt, whatever else is running.
+        """
+        prompt, start = self.request.tokens, self.row.length
+        end = start + CHUNK - start % CHUNK
+        if self.row.replaying:
+            end = min(end, self.row.replay_end)
+        if start < len(prompt):
+            return prompt[start : min(end, len(prompt))]
+        return self.tokens[start - len(prompt) : end - len(prompt)]
 
     @property
-    def prefilled(self) -> bool:
-        """Whether the prompt has run and the first token has been sampled."""
-        return bool(self.tokens)
+    def decoding(self) -> bool:
+        """Whether the next pass runs the token sampled last, after everything before it."""
+        return bool(self.tokens) and not self.row.replaying
+
+    @property
+    def complete(self) -> bool | None:
+        """Whether the text matches the grammar as a whole; None = there is none."""
+        return None if self.grammar is None else self.grammar.accepting and not self.text.stopped
 
     @property
     def max_length(self) -> int:
@@ -176,16 +195,21 @@ class Job:
         self.begin_ns = self.begin_ns or time.perf_counter_ns()
 
     def sample(self, logits: torch.Tensor) -> None:
-        """Choose the next token from logits (V,), which the hook may change and whose log-probabilities are kept.
+        """Choose the next token from logits (V,): the hook may change them, and then the grammar forbids tokens.
+
+        Log-probabilities are by the logits that result.
 
         Raises:
+            GrammarError: The grammar cannot be followed any further.
             Exception: Whatever the hook raises.
         """
         request = self.request
         if request.logits_hook is not None:
             logits = apply_hook(request.logits_hook, self.tokens, logits)
-        token = self.sampler(logits)
+        token = self.sampler(logits) if self.grammar is None else self.grammar.sample(self.sampler, logits)
         if self.logprobs is not None:
+            if self.grammar is not None:
+                logits = self.grammar.restrict(logits)
             self.logprobs.append(read_logprobs(logits, token, request.logprobs or 0))
         self.take(token)
 
@@ -197,12 +221,21 @@ class Job:
         self.tokens.append(token)
         ended = token in self._end_tokens
         piece = "" if ended else self.text.push(token)
+        if self.grammar is not None and not ended:
+            self.grammar.accept(token)
+            ended = self.grammar.ended  # nothing but an end could follow, so that it need not be computed
         if ended or self.text.stopped or len(self.tokens) >= self.request.max_tokens:
             piece += self.text.finish()  # what was held back may contain a stop string, too
-            self.finish = "stop" if ended or self.text.stopped else "length"
+            cut = self.grammar is not None and self.grammar.cut
+            self.finish = "stop" if (ended and not cut) or self.text.stopped else "length"
             self.end(piece)
         else:
             self._put(piece)
+
+    def drop_pages(self) -> None:
+        """Give the pages up to others while the job has no place; see `Row.drop_pages`."""
+        self.kv_bytes = max(self.kv_bytes, self.row.page_table.nbytes)
+        self.row.drop_pages()
 
     def fail(self, error: BaseException) -> None:
         """End the job with an error."""
@@ -211,8 +244,9 @@ class Job:
 
     def end(self, piece: str) -> None:
         """Nothing more will be computed: free the pages and wake the caller."""
-        self.kv_bytes = self.row.page_table.nbytes
+        self.kv_bytes = max(self.kv_bytes, self.row.page_table.nbytes)
         self.row.page_table.release()
+        self.row.end_replay()
         self._put(piece, done=True)
         if self._on_end is not None:
             self._on_end(self)

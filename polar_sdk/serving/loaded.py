@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.grammar import GrammarCompiler
     from polar_sdk.serving.scheduler import Scheduler
 
 
@@ -38,6 +39,13 @@ class LoadedModel:
     dtype: torch.dtype
     adopted: ReferenceType[PreTrainedModel] | None = None
     """The transformers model that gave the weights, as long as its owner keeps it; None where `path` was read."""
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles what answers must match."""
+        from polar_sdk.engine.grammar import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.decoder.vocab, self.end_tokens)
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:

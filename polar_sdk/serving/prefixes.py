@@ -72,6 +72,11 @@ class PrefixCache:
         """Evict until the pages promised to running jobs are available in each store."""
         self._evict([size - pages for size, pages in zip(self._decoder.pool.sizes, promised, strict=True)])
 
+    def forget(self) -> None:
+        """Keep nothing, without giving pages back: in a forked child the pool begins anew."""
+        self._kept.clear()
+        self._kept_pages = [0] * len(self._kept_pages)
+
     def _evict(self, limits: Sequence[int]) -> None:
         """Evict until at most this many pages are kept in each store."""
         pool = self._decoder.pool

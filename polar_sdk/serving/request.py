@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from polar_sdk.engine.grammar import Grammar
     from polar_sdk.engine.route import Route
     from polar_sdk.engine.sampling import LogitsHook, Sampling
     from polar_sdk.programs.program import Program
@@ -45,6 +46,10 @@ class Request:
     """Time allowed from creation; None = unlimited. Unit: seconds."""
     logits_hook: LogitsHook | None = None
     logprobs: int | None = None
+    grammar: Grammar | None = None
+    """What the answer must match; None = anything."""
+    fit_max_tokens: bool = True
+    """Whether an answer with a grammar is steered to an end within `max_tokens`."""
     id_is_new: bool = False
     """Whether `request_id` was made for this request, so that no other can have it."""
     tiers: Mapping[str, Program] = field(default_factory=dict)

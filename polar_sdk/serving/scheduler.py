@@ -1,21 +1,18 @@
 """Continuous batching: one thread runs the rows of all callers together, token by token.
 
 Finished rows leave and waiting ones join between two tokens. Prompts run in chunks, so that a long one does not hold
-up rows that are decoding. A row is admitted only when the maximum number of pages it may need is free, so that no
-answer ends for lack of memory.
-
-Who is admitted next is fair between tenants (start-time fair queueing): every tenant has a clock that ticks when one of
-its jobs is served, and the tenant whose clock is furthest behind is next. A new tenant starts at the clock of those who
-wait, so that neither a flood nor a long absence earns a privilege.
+up rows that are decoding. Three parts keep tenants from each other's harm: `queue` says whose request is next, `places`
+who gives way to it, and `pace` how much those who run may add to each other's passes.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import threading
-from collections import Counter, deque
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
@@ -23,14 +20,16 @@ from weakref import WeakSet
 import torch
 
 from polar_sdk.engine.forward import next_logits
-from polar_sdk.engine.pages import PAGE
-from polar_sdk.errors import CacheMemoryError, QueueFullError
+from polar_sdk.errors import CacheMemoryError, InvalidRequestError, QueueFullError
 from polar_sdk.serving.job import asked_by_engine, choose
+from polar_sdk.serving.pace import PROMPT_DISCOUNT, Pace
+from polar_sdk.serving.places import Places
 from polar_sdk.serving.prefixes import PrefixCache
+from polar_sdk.serving.queue import FairQueue
 from polar_sdk.serving.threads import InternalThread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -42,20 +41,26 @@ _IDLE_SECONDS: Final = 2.0
 """The thread ends after this time without work, so that it keeps no weights alive."""
 _LIVING: Final[WeakSet[Scheduler]] = WeakSet()
 """Schedulers that may have a thread."""
+_FORK_SECONDS: Final = 5.0
+"""How long a fork waits for the round to end that is under way: a hook in it may wait for whoever forks."""
 _POLL_SECONDS: Final = 0.02
 """How often to check whether a caller that lags behind has cancelled or run out of time, which wakes nobody."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much one engine takes on at a time.
+    """How much one engine takes on at a time, and how tenants share it.
 
     Attributes:
         max_rows: Maximum number of rows that run together.
-        max_waiting: Maximum number of requests that wait; one more is refused with `QueueFullError`.
+        max_waiting: Maximum number of requests without a place: those that wait, and streams that gave theirs up. One
+            more takes the place of one of the tenant that has most of them, or else is refused with `QueueFullError`.
         prefill_beside: Prompt tokens that run in one pass while other rows are decoding, to the next whole chunk.
         prefill_alone: The same while no row is decoding.
         prefix_share: Maximum share of the pages that keep starts of prompts for later requests; 0 turns that off.
+        pace: How many tokens all other tenants together may decode while one that has least to decode decodes one;
+            every tenant may decode as much as that one at least. `math.inf` turns it off.
+        weights: Of tenants that are due more or less than others, who count 1: twice the weight, twice the share.
     """
 
     max_rows: int = 32
@@ -63,61 +68,17 @@ class Limits:
     prefill_beside: int = 256
     prefill_alone: int = 2048
     prefix_share: float = 0.25
+    pace: float = 6.0
+    weights: Mapping[str, float] = field(default_factory=dict)
 
-
-class FairQueue:
-    """Jobs that wait, in order of arrival per tenant. Not thread-safe: its owner locks."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, deque[Job]] = {}
-        self._clocks: dict[str, int] = {}
-        self._now = 0
-        """Clock of the tenant served last."""
-
-    def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
-
-    def __iter__(self) -> Iterator[Job]:
-        return (job for jobs in self._waiting.values() for job in jobs)
-
-    def put(self, jobs: Sequence[Job], limit: int) -> None:
-        """Add jobs, all or none.
-
-        Raises:
-            QueueFullError: More than `limit` would wait.
-        """
-        if len(self) + len(jobs) > limit:
-            raise QueueFullError(
-                f"{len(self)} requests are already waiting; {len(jobs)} more would exceed the limit of {limit}.",
-                hint="Try again when some are done, or raise max_waiting in the limits of the scheduler.",
-            )
-        for job in jobs:
-            tenant = job.request.tenant
-            if tenant not in self._waiting:
-                self._waiting[tenant] = deque()
-                self._clocks[tenant] = max(self._clocks.get(tenant, 0), self._now)
-            self._waiting[tenant].append(job)
-
-    def first(self) -> Job | None:
-        """The job to serve next, or None; between tenants with equal clocks, the job that has waited longest."""
-        oldest = [jobs[0] for jobs in self._waiting.values()]
-        return min(oldest, key=lambda job: (self._clocks[job.request.tenant], job.request.created_ns), default=None)
-
-    def serve(self, job: Job) -> None:
-        """Take a job out to be served; its tenant's clock ticks."""
-        tenant = job.request.tenant
-        self._now = self._clocks[tenant]
-        self._clocks[tenant] += 1
-        self.remove(job)
-
-    def remove(self, job: Job) -> None:
-        """Take a job out without serving it."""
-        tenant = job.request.tenant
-        self._waiting[tenant].remove(job)
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
-            if self._clocks[tenant] <= self._now:
-                del self._clocks[tenant]  # it would start at the same clock again
+    def __post_init__(self) -> None:
+        for tenant, weight in self.weights.items():
+            if not 0 < weight < math.inf:
+                raise InvalidRequestError(f"the weight of {tenant!r} is {weight}; use a number above 0.")
+        if not self.pace >= 1:
+            raise InvalidRequestError(f"pace={self.pace} is out of range; use 1 or more, or math.inf.")
+        if self.max_rows < 1:
+            raise InvalidRequestError(f"max_rows={self.max_rows} is out of range; use 1 or more.")
 
 
 class Scheduler:
@@ -127,11 +88,16 @@ class Scheduler:
         self.decoder = decoder
         self.limits = limits or Limits()
         self.prefixes = PrefixCache(decoder)
+        self.replayed_flops = 0
+        """Executed again for rows that had given their pages up. In no usage record: nobody pays for it."""
         self._queue = FairQueue()
-        self._running: list[Job] = []
-        self._promised: dict[Job, list[int]] = {}
-        """Maximum number of pages of each store that each running job may need."""
+        self._places = Places(decoder, self.prefixes, self._queue.clocks)
+        self._pace = Pace(sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head)
+        self._refused: list[Job] = []
+        """Jobs that lost their place in the queue, and are yet to be told."""
         self._work = threading.Condition()
+        self._round_lock = threading.RLock()
+        """Held by the engine's thread while anything in memory is half done."""
         self._thread: threading.Thread | None = None
         self._closing = False
         _LIVING.add(self)
@@ -139,7 +105,7 @@ class Scheduler:
     def __len__(self) -> int:
         """Number of jobs that wait or run."""
         with self._work:
-            return len(self._queue) + len(self._running)
+            return len(self._queue) + len(self._places)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Run jobs, together if there is room.
@@ -155,11 +121,12 @@ class Scheduler:
             self._check_size(job)
             job.wake = self._wake
         with self._work:
-            self._queue.put(jobs, self.limits.max_waiting)
+            limits = self.limits
+            self._refused += self._queue.put(jobs, limits.max_waiting, limits.weights, self._places.jobs)
             if self._thread is None or not self._thread.is_alive():
                 self._thread = InternalThread(target=self._serve, name="polar-engine", daemon=True)
                 self._thread.start()
-            for place, job in enumerate(jobs, len(self._queue) + len(self._running) - len(jobs)):
+            for place, job in enumerate(jobs, len(self._queue) + len(self._places) - len(jobs)):
                 job.engine = self._thread
                 if place >= 2 * self.limits.max_rows:  # a job that waits for long must not hold memory
                     job.row.end_lead()
@@ -168,19 +135,13 @@ class Scheduler:
 
     def _check_size(self, job: Job) -> None:
         pool = self.decoder.pool
-        for pages, size in zip(self._pages_needed(job), pool.sizes, strict=True):
+        for pages, size in zip(self._places.pages_needed(job), pool.sizes, strict=True):
             if pages > size:
                 raise CacheMemoryError(
                     f"prompt and answer of {job.max_length} tokens need {pages * pool.page_bytes / 2**20:.0f} MiB of "
                     f"keys and values; {size * pool.page_bytes / 2**20:.0f} MiB are set aside.",
                     hint="Shorten the prompt, lower max_tokens, or load the model with a larger kv_memory.",
                 )
-
-    def _pages_needed(self, job: Job) -> list[int]:
-        """Maximum number of pages of each store that a job may need."""
-        visits = Counter(self.decoder.stores(job.request.route.program))
-        blocks = -(-job.max_length // PAGE)
-        return [blocks * visits[store] for store in range(len(self.decoder.pool.sizes))]
 
     @torch.inference_mode()
     def _serve(self) -> None:
@@ -191,21 +152,27 @@ class Scheduler:
                 self._fail_all(error)
 
     def _round(self) -> None:
-        self._sweep()
-        self._admit()
-        # Decoding first: a row gets one token per round, so that `cancel` is checked before each.
-        passes = [self._decode(), self._prefill()]
-        if not any(passes):
+        with self._round_lock:
+            self._sweep()
+            self._admit()
+            passes = self._run_passes()
+        if not passes:
             with self._work:  # every caller lags behind: wait for one to read on, and check for cancellations
                 self._work.wait(_POLL_SECONDS)
 
     def _fail_all(self, error: BaseException) -> None:
         with self._work:
-            jobs = [*self._queue, *self._running]
-            self._queue, self._running, self._promised = FairQueue(), [], {}
+            jobs = self._take_all()
         for job in jobs:
             if not job.done:
                 job.fail(error)
+
+    def _take_all(self) -> list[Job]:
+        """Begin anew without jobs; returns those that waited or ran."""
+        jobs = [*self._refused, *self._queue, *self._places.jobs]
+        self._refused, self._queue = [], FairQueue()
+        self._places = Places(self.decoder, self.prefixes, self._queue.clocks)
+        return jobs
 
     def _await_work(self) -> bool:
         """Wait for something to do; False after a while without work, and then this thread ends."""
@@ -223,94 +190,147 @@ class Scheduler:
             if thread is None:
                 return
             self._closing = True
-            for job in [*self._queue, *self._running]:
+            for job in [*self._queue, *self._places.jobs]:
                 job.cancel()
             self._work.notify()
         thread.join()
 
+    def hold_for_fork(self) -> bool:
+        """Hold the engine between two rounds, so that a child inherits no half of a pass; False if that takes long."""
+        return self._round_lock.acquire(timeout=_FORK_SECONDS)
+
+    def go_on_after_fork(self) -> None:
+        """In the parent, after `hold_for_fork`."""
+        self._round_lock.release()
+
     def restart_after_fork(self) -> None:
-        """In a forked child: what the parent's thread was computing is the parent's, and the thread is not here."""
-        self._work = threading.Condition()  # the parent's thread may have held the old one
+        """In a forked child: the thread is not here, and what it was computing is the parent's."""
+        self._work = threading.Condition()  # the parent's threads may have held the old ones
+        self._round_lock = threading.RLock()
         self._thread, self._closing = None, False
-        for job in [*self._queue, *self._running]:
+        for job in self._take_all():
             job.disown()
+        self.prefixes.forget()
+        self.decoder.restart_after_fork()
 
     def _wake(self) -> None:
         with self._work:
             self._work.notify()
 
     def _busy(self) -> bool:
-        return bool(self._running) or len(self._queue) > 0
+        return bool(self._queue or self._places or self._refused)
 
     def _sweep(self) -> None:
         """Remove jobs that are done, cancelled or out of time, whether they run or wait."""
         with self._work:
             waiting = list(self._queue)
-        for job in [*waiting, *self._running]:
+            refused, self._refused = self._refused, []
+        for job in refused:
+            job.fail(_gave_way(self.limits.max_waiting))
+        for job in [*waiting, *self._places.jobs]:
             if not job.done:
                 self._attempt([job], job.stop_if_due)
         with self._work:
             for job in waiting:
                 if job.done:
                     self._queue.remove(job)
-        self._running = [job for job in self._running if not job.done]
-        self._promised = {job: self._promised[job] for job in self._running}
+            self._places.drop_done()
+        self._places.count_pauses()
 
     def _admit(self) -> None:
-        """Admit waiting jobs while there are rows and pages for them; the next in turn is never passed over."""
-        pool = self.decoder.pool
-        while len(self._running) < self.limits.max_rows:
+        """Give places to those who wait, as long as others give way; the next in turn is never passed over."""
+        limits = self.limits
+        while True:
             with self._work:
-                job = self._queue.first()
-                if job is None:
+                self._queue.line_up(self._places.jobs)
+                job = self._queue.first(self._places.shares(self._places.jobs, limits.max_rows, limits.weights))
+                leaving = None if job is None else self._places.giving_way(job, limits.max_rows, limits.weights)
+                if job is None or leaving is None:
                     return
-                needed = self._pages_needed(job)
-                promised = [sum(store) for store in zip(*self._promised.values(), needed, strict=True)]
-                if any(pages > size for pages, size in zip(promised, pool.sizes, strict=True)):
-                    return
-                self._queue.serve(job)
-            self.prefixes.make_room(promised)
-            job.cached = self.prefixes.lend(job.request, job.row)
-            self._running.append(job)
-            self._promised[job] = needed
+                for other in leaving:
+                    self._places.remove(other)
+                    self._queue.rest(other)
+                self._queue.remove(job)
+                self._places.add(job, self._queue.resting)
 
-    def _prefill(self) -> bool:
-        """One pass over the next chunks of the prompts that have not run to their end, oldest first."""
-        decoding = any(job.prefilled for job in self._running)
-        left = self.limits.prefill_beside if decoding else self.limits.prefill_alone
-        jobs, chunks = [], []
-        for job in self._running:
-            if not job.prefilled and not job.done and left > 0:
-                chunk = job.chunk
-                jobs.append(job)
-                chunks.append(chunk)
-                left -= len(chunk)
-        if jobs:
-            self._attempt(jobs, lambda: self._run_chunks(jobs, chunks))
+    def _run_passes(self) -> bool:
+        """A pass over prompts, and one token for every row whose prompt has run and whose caller keeps up."""
+        jobs = [job for job in self._places.jobs if not job.paused]
+        needs = dict.fromkeys((job.request.tenant for job in jobs), 0.0)
+        for job in jobs:
+            if job.decoding:
+                needs[job.request.tenant] += job.row.work.next_token(job.row.length + 1) / self._weight(job)
+        self._pace.begin(needs, self.limits.pace)
+        jobs = [job for job in jobs if self._pace.may_run(job.request.tenant)] or jobs
+        decoding = [job for job in jobs if job.decoding]
+        prompts, chunks = self._next_chunks([job for job in jobs if not job.decoding], beside=bool(decoding))
+        # Prompts first: who has just come gets a first token before others get a further one. Rows that end their
+        # prompt here decode in the next round, so that `cancel` is checked before each token.
+        if prompts:
+            self._attempt(prompts, lambda: self._run_chunks(prompts, chunks))
+        if decoding:
+            self._attempt(decoding, lambda: self._run_decode(decoding))
         return bool(jobs)
+
+    def _next_chunks(self, jobs: list[Job], *, beside: bool) -> tuple[list[Job], list[Sequence[int]]]:
+        """Prompts to run now and their next chunks: first of the tenant whose clock is furthest behind.
+
+        Tenants with more rows than the first one do not lengthen the pass that brings it its first token.
+        """
+        left = self.limits.prefill_beside if beside else self.limits.prefill_alone
+        rows = Counter(job.request.tenant for job in self._places.jobs)
+        jobs.sort(key=lambda job: self._queue.clocks[job.request.tenant])  # stable: the oldest of a tenant first
+        chosen: list[Job] = []
+        chunks: list[Sequence[int]] = []
+        for job in jobs:
+            if left > 0 and rows[job.request.tenant] <= rows[jobs[0].request.tenant]:
+                chosen.append(job)
+                chunks.append(job.chunk)
+                left -= len(chunks[-1])
+        return chosen, chunks
 
     def _run_chunks(self, jobs: Sequence[Job], chunks: Sequence[Sequence[int]]) -> None:
         for job in jobs:
             job.start_clock()
-        ends = [len(chunk) == len(job.pending) for job, chunk in zip(jobs, chunks, strict=True)]
-        logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends)
-        ended = [job for job, end in zip(jobs, ends, strict=True) if end]
-        for job in ended:
+        again = [job.row.replaying for job in jobs]
+        ends = [job.row.length + len(chunk) == len(job.request.tokens) for job, chunk in zip(jobs, chunks, strict=True)]
+        try:
+            logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends)
+        finally:
+            self._charge(jobs, discount=PROMPT_DISCOUNT)
+        ended = [(job, replayed) for job, end, replayed in zip(jobs, ends, again, strict=True) if end]
+        for job, replayed in zip(jobs, again, strict=True):
+            if replayed:
+                job.row.note_replay()
+        sampling = [index for index, (_, replayed) in enumerate(ended) if not replayed]
+        new = [ended[index][0] for index in sampling]
+        for job in new:
             self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
-        self._sample(ended, logits)
-
-    def _decode(self) -> bool:
-        """One token for every row whose prompt has run and whose caller keeps up."""
-        jobs = [job for job in self._running if job.prefilled and not job.done and not job.paused]
-        if jobs:
-            self._attempt(jobs, lambda: self._run_decode(jobs))
-        return bool(jobs)
+        self._sample(new, logits[sampling] if len(new) < len(ended) else logits)
 
     def _run_decode(self, jobs: Sequence[Job]) -> None:
-        logits = next_logits(self.decoder, [job.row for job in jobs], [job.pending for job in jobs])
+        try:
+            logits = next_logits(self.decoder, [job.row for job in jobs], [job.tokens[-1:] for job in jobs])
+        finally:
+            self._charge(jobs)
         self._sample(jobs, logits)
 
+    def _charge(self, jobs: Sequence[Job], discount: int = 1) -> None:
+        """Count what a pass executed, for the fairness between tenants."""
+        for job in jobs:
+            work = job.row.executed - job.charged
+            job.charged += work
+            if job.row.replaying:
+                self.replayed_flops += work
+            self._queue.clocks.advance(job.request.tenant, work / self._weight(job))
+            self._pace.pay(job.request.tenant, work / self._weight(job) / discount)
+
+    def _weight(self, job: Job) -> float:
+        return self.limits.weights.get(job.request.tenant, 1.0)
+
     def _sample(self, jobs: Sequence[Job], logits: Tensor) -> None:
+        if not jobs:
+            return
         for row, (job, token) in enumerate(zip(jobs, choose(jobs, logits), strict=True)):
             if token is None:  # a hook is the caller's code: its errors end only this job
                 self._attempt([job], partial(job.sample, logits[row]))
@@ -327,6 +347,15 @@ class Scheduler:
                     job.fail(error)
 
 
+def _gave_way(limit: int) -> QueueFullError:
+    """The error of a job that lost its place in the queue."""
+    return QueueFullError(
+        f"this request waited, or its stream was not read, while the queue reached its limit of {limit}; its tenant "
+        "had most of the requests in it, so another tenant's took its place.",
+        hint="Try again when some are done, or raise max_waiting in the limits of the scheduler.",
+    )
+
+
 @atexit.register
 def _close_all() -> None:
     """End the threads before the interpreter does: it would stop one inside torch, which aborts the process."""
@@ -334,10 +363,23 @@ def _close_all() -> None:
         scheduler.close()
 
 
+_held_for_fork: Final[list[Scheduler]] = []
+
+
+def _hold_for_fork() -> None:
+    _held_for_fork[:] = [scheduler for scheduler in list(_LIVING) if scheduler.hold_for_fork()]
+
+
+def _go_on_after_fork() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().go_on_after_fork()
+
+
 def _restart_after_fork() -> None:
+    _held_for_fork.clear()
     for scheduler in list(_LIVING):
         scheduler.restart_after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_restart_after_fork)
+    os.register_at_fork(before=_hold_for_fork, after_in_parent=_go_on_after_fork, after_in_child=_restart_after_fork)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import count
+from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, inspect, make_url, text
 
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.migrate import migrate
+from polar_billing.ledger.migrations.versions.v0001 import _POSTGRES
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
+    from contextlib import AbstractContextManager
 
     from sqlalchemy import Connection
 
@@ -86,14 +92,100 @@ def postgres_template(postgres_server: str) -> Iterator[str]:
 @pytest.fixture
 def new_postgres(postgres_server: str) -> Iterator[Callable[..., str]]:
     """Makes databases on the server, empty or from a template; they are dropped afterwards."""
+    with _making(postgres_server) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def new_module_postgres(postgres_server: str) -> Iterator[Callable[..., str]]:
+    """The same for the tests of a module together."""
+    with _making(postgres_server) as make:
+        yield make
+
+
+_numbers = count()
+
+
+@contextmanager
+def _making(server: str) -> Iterator[Callable[..., str]]:
     made: list[str] = []
 
     def make(template: str = "template1") -> str:
-        made.append(f"polar_test_{os.getpid()}_{len(made)}")
-        return _create(postgres_server, made[-1], template)
+        made.append(f"polar_test_{os.getpid()}_{next(_numbers)}")
+        return _create(server, made[-1], template)
 
-    yield make
-    _drop(postgres_server, made)
+    try:
+        yield make
+    finally:
+        _drop(server, made)
+
+
+OLD_LEDGER = Path(__file__).parent / "data" / "ledger_v3.sqlite3"
+"""Made by schema 3: all that a ledger can hold, three tenants, names and ids such as `beef` and `deadbeef00`."""
+
+
+@pytest.fixture(scope="session")
+def old_template(postgres_server: str) -> Iterator[str]:
+    """Name of a PostgreSQL database with the ledger of schema 3."""
+    name = f"polar_old_{os.getpid()}"
+    with Ledger(_create(postgres_server, name)) as ledger:
+        _copy_old_ledger(ledger)
+    yield name
+    _drop(postgres_server, [name])
+
+
+def _copy_old_ledger(ledger: Ledger) -> None:
+    with ledger.unprepared() as connection:
+        for statement in _POSTGRES:
+            connection.execute(text(statement))
+        connection.execute(text("INSERT INTO polar_schema VALUES (1, 0)"))
+    migrate(ledger, 3)
+    with closing(sqlite3.connect(OLD_LEDGER)) as source, ledger.unprepared() as connection, _unguarded(connection):
+        tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'polar!_%' ESCAPE '!'"
+        for (name,) in source.execute(tables).fetchall():
+            cursor = source.execute(f"SELECT * FROM {name}")
+            columns, rows = ", ".join(column for column, *_ in cursor.description), cursor.fetchall()
+            if rows and name not in {"polar_schema", "polar_alembic"}:
+                marks = ", ".join(["%s"] * len(rows[0]))
+                connection.exec_driver_sql(f"INSERT INTO {name} ({columns}) VALUES ({marks})", rows)
+        for name, last in source.execute("SELECT name, seq FROM sqlite_sequence").fetchall():
+            (key,) = inspect(connection).get_pk_constraint(name)["constrained_columns"]
+            connection.execute(text(f"SELECT setval('{name}_{key}_seq', {last})"))
+
+
+@pytest.fixture(params=["sqlite-file", "postgresql"])
+def old_ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
+    """A ledger that schema 3 made, on either store."""
+    if request.param == "postgresql":
+        url = request.getfixturevalue("new_postgres")(request.getfixturevalue("old_template"))
+    else:
+        url = str(shutil.copy(OLD_LEDGER, tmp_path / "old.sqlite3"))
+    with Ledger(url) as ledger:
+        yield ledger
+
+
+@pytest.fixture(scope="session")
+def unguarded() -> Callable[[Connection], AbstractContextManager[None]]:
+    """A block in which a connection is in the hands of somebody who knows SQL: nothing refuses."""
+    return _unguarded
+
+
+@contextmanager
+def _unguarded(connection: Connection) -> Iterator[None]:
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("PRAGMA defer_foreign_keys = ON")
+        triggers = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")).all()
+        for name, _ in triggers:
+            connection.exec_driver_sql(f"DROP TRIGGER {name}")
+        yield
+        for _, statement in triggers:
+            connection.exec_driver_sql(statement)
+        return
+    for name in inspect(connection).get_table_names():
+        connection.exec_driver_sql(f"ALTER TABLE {name} DISABLE TRIGGER ALL")
+    yield
+    for name in inspect(connection).get_table_names():
+        connection.exec_driver_sql(f"ALTER TABLE {name} ENABLE TRIGGER ALL")
 
 
 def _create(server: str, name: str, template: str = "template1") -> str:

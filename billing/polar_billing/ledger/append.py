@@ -17,6 +17,7 @@ from polar_billing.errors import ConflictError
 from polar_billing.ledger import chain, hooks
 from polar_billing.ledger.books import missing_books, store_books
 from polar_billing.ledger.connection import Among, insert_rows
+from polar_billing.ledger.digests import digest_of_plain
 from polar_billing.ledger.records import PrunedUsage, StoredUsage, from_row, receipt_to_raw, to_raw
 from polar_billing.ledger.rollups import add_to_rollups
 from polar_billing.ledger.schema import NO_TENANT, pruned_table, receipt_table, subject_of, usage_table
@@ -175,7 +176,7 @@ def _write(connection: Connection, heads: dict[str, chain.Head], entries: Sequen
 
 def _link(usage: Sequence[Any], receipt: Sequence[Any]) -> chain.NewLink:
     seq, tenant = usage[:2]
-    digest = chain.digest_of(_SUBJECT, ((_USAGE_NAME, usage), (_RECEIPT_NAME, receipt)))
+    digest = digest_of_plain(_SUBJECT, ((_USAGE_NAME, usage), (_RECEIPT_NAME, receipt)))
     return chain.NewLink(tenant, _SUBJECT, str(seq), digest)
 
 

@@ -2,7 +2,11 @@
 
 For every chained row there is one link: number n of its tenant, the digest of the row (with the rows of other
 tables that belong to it), the hash of link n−1, and its own hash over all of that. So no stored value can change,
-vanish, appear or trade places unnoticed; `polar_billing.proof.verify` walks it.
+vanish, appear or trade places unnoticed; `polar_billing.ledger.walk` walks it.
+
+A chain that an older schema began goes on from an *anchor*: a row that says how many links were proved when the ledger
+was migrated, and the hash of the last of them. Links before the anchor's are of version 1, the anchor's and all after
+it of version 2; a chain without an anchor is of version 2 from its first link. So no link can choose its version.
 
 A row is linked as the last step of the write transaction that inserted it and its parts: `link(connection, table,
 key)`, for a table of `schema.CHAINED`. A transaction that also locks rows of its own takes `lock_heads` first, so that
@@ -11,14 +15,13 @@ two of them cannot wait for each other. Knows no money and no usage.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sqlalchemy import literal_column, select
+from sqlalchemy import func, literal_column, select
 
 from polar_billing.ledger.connection import Among, insert_rows, upsert_rows
-from polar_billing.ledger.schema import CHAINED, head_table, link_table, subject_of
-from polar_billing.values.canonical import canonical_json
+from polar_billing.ledger.digests import CURRENT, ChainVersion, digest_of
+from polar_billing.ledger.schema import CHAINED, anchor_table, head_table, link_table, subject_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 
 FIRST_PREVIOUS: Final = bytes(32)
 """What the first link of a chain names as the previous hash."""
+
+ANCHOR: Final = subject_of(anchor_table)
+"""What links call an anchor."""
 
 _HEADS: Final = Among(select(head_table).order_by(head_table.c.tenant).with_for_update(), head_table.c.tenant)
 _MOVE_HEAD: Final = ("number = excluded.number", "hash = excluded.hash")
@@ -81,7 +87,12 @@ def link(connection: Connection, table: Table, key: int | str, heads: dict[str, 
     append_links(connection, [NewLink(tenant, subject, str(key), digest_of(subject, rows))], heads)
 
 
-def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str, Head] | None = None) -> None:
+def append_links(
+    connection: Connection,
+    new: Sequence[NewLink],
+    heads: dict[str, Head] | None = None,
+    version: ChainVersion = CURRENT,
+) -> None:
     """Append rows to the chains of their tenants, in the order given.
 
     Args:
@@ -89,6 +100,7 @@ def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str
         new: What to append.
         heads: What `lock_heads` returned in this transaction for all their tenants; updated here. None to lock
             them now.
+        version: How they are hashed; only a migration to an older schema gives another.
     """
     heads = lock_heads(connection, {link.tenant for link in new}) if heads is None else heads
     ends: dict[str, tuple[int, bytes]] = {link.tenant: heads[link.tenant] for link in new}
@@ -96,7 +108,7 @@ def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str
     for tenant, subject, key, digest in new:
         last, previous = ends[tenant]
         number = last + 1
-        own = hash_of(tenant, number, subject, key, digest, previous)
+        own = version.hash_of(tenant, number, subject, key, digest, previous)
         ends[tenant] = (number, own)
         links.append((tenant, number, subject, key, digest, previous, own))
     insert_rows(connection, link_table, links)
@@ -118,26 +130,19 @@ def lock_heads(connection: Connection, tenants: Iterable[str]) -> dict[str, Head
     return heads
 
 
-def hash_of(tenant: str, number: int, subject: str, key: str, digest: bytes, previous: bytes) -> bytes:
-    """The hash of a link: SHA-256 over everything it says and the hash before it."""
-    return hashlib.sha256(previous + digest + canonical_json([tenant, number, subject, key])).digest()
+def anchored_at(connection: Connection, tenant: str) -> int | None:
+    """The number of the anchor's link in a tenant's chain; None where all links are of version 2.
 
-
-def digest_of(subject: str, rows: Iterable[tuple[str, Sequence[Any]]]) -> bytes:
-    """SHA-256 over a row and its parts, as the database holds them.
-
-    Args:
-        subject: What links call the table.
-        rows: The row, then its parts: name of the table, values in the order of its columns. Nulls at the end do not
-            count, so that a column added later, at the end, does not change what was hashed before.
+    Where the link is gone, what the anchor says, so that those who tampered do not choose the version of other links.
     """
-    lines = [subject.encode()]
-    for table, values in rows:
-        end = len(values)
-        while end and values[end - 1] is None:
-            end -= 1
-        lines.append(canonical_json((table, *values[:end])))
-    return hashlib.sha256(b"\n".join(lines)).digest()
+    links = select(func.min(link_table.c.number)).where(link_table.c.tenant == tenant, link_table.c.subject == ANCHOR)
+    number: int | None = connection.execute(links).scalar()
+    if number is not None:
+        return number
+    anchored: int | None = connection.execute(
+        select(anchor_table.c.links).where(anchor_table.c.tenant == tenant).limit(1)
+    ).scalar()
+    return None if anchored is None else anchored + 1
 
 
 def raw_rows(
@@ -171,8 +176,4 @@ def _read(
     for start in range(0, len(keys), _KEYS_BATCH):
         batch = keys[start : start + _KEYS_BATCH]
         for row in connection.execute(query.where(table.c[column].in_(batch)).order_by(*order)):
-            yield row[place], tuple(map(_plain, row))
-
-
-def _plain(value: object) -> object:
-    return bytes(value).hex() if isinstance(value, (bytes, memoryview)) else value
+            yield row[place], tuple(row)

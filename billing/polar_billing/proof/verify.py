@@ -3,7 +3,7 @@
 What it finds: any cell of another type than its column declares; any stored value changed, any row deleted, inserted or
 swapped with another, in every chained table and in the chain itself; entries that do not sum to zero; rollups that are
 not the sums of their usage. It names the first bad number of each tenant's chain. A row with a cell of another type is
-named and not read, so that the rest can be verified (`polar_billing.proof.cells`).
+named and not read, so that the rest can be verified (`polar_billing.ledger.cells`).
 
 What it cannot find by itself: a ledger that was rewritten as a whole, all hashes and heads recomputed, or rolled
 back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
@@ -18,15 +18,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import Connection, String, and_, cast, exists, func, select
+from sqlalchemy import Connection, and_, exists, func, select
 from sqlalchemy.exc import DataError
 
 from polar_billing.budgets.audit import wrong_counters, wrong_holds
 from polar_billing.budgets.settlement import with_budgets
 from polar_billing.errors import StoreDamagedError
-from polar_billing.ledger.chain import FIRST_PREVIOUS, Head, Link, digest_of, hash_of, raw_rows
+from polar_billing.ledger.cells import well_typed
+from polar_billing.ledger.chain import Head
 from polar_billing.ledger.retention import pruned_totals
 from polar_billing.ledger.rollups import merge, misfiled_rollups, raw_usage, stored_rollups, sum_up
 from polar_billing.ledger.schema import (
@@ -35,27 +36,19 @@ from polar_billing.ledger.schema import (
     head_table,
     link_table,
     price_book_table,
-    pruned_table,
     receipt_table,
     rollup_table,
     statement_table,
     usage_table,
 )
-from polar_billing.proof.cells import well_typed
+from polar_billing.ledger.walk import Walk, unlinked
 from polar_billing.statements.audit import recheck_in
 from polar_billing.statements.store import read_statements
 from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sqlalchemy import Select
-
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.schema import Chained
 
-
-_LINKS_BATCH: Final = 500
 _MILLION: Final = 10**6
 """Sums of a column are taken of its millions and of the rest, of which neither leaves 64 bits."""
 MALFORMED: Final = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, PolarError, DataError)
@@ -118,8 +111,10 @@ def verify_in(connection: Connection, tenant: str | None = None) -> Verification
         heads = {row.tenant: Head(row.number, bytes(row.hash)) for row in connection.execute(select(head_table))}
         tenants = set(heads) | set(connection.execute(select(link_table.c.tenant).distinct()).scalars())
         for name in sorted(tenants) if tenant is None else [tenant]:
-            finding = _walk(connection, name, heads.get(name, Head()), verification)
-            verification.findings += [] if finding is None else [finding]
+            walk = Walk(connection, name, CHAINED)
+            fault = walk.first_fault(heads.get(name, Head()))
+            verification.findings += [] if fault is None else [Finding(name, fault.number, fault.what)]
+            verification.links += walk.links
             verification.heads[name] = heads.get(name, Head())
         for what, check in _CHECKS.items() if of_all else ():
             verification.findings += _carried_out(connection, what, check)
@@ -154,132 +149,10 @@ def check_head(connection: Connection, tenant: str, kept: Head) -> Finding | Non
     return None
 
 
-def wrong_link_after(connection: Connection, start: Link) -> Finding | None:
-    """The first bad link of a chain after one that is good; its rows are not looked at."""
-    last = Head(start.number, start.hash)
-    for links in _pages(connection, start.tenant, after=start.number):
-        for link in links:
-            if (what := _wrong_link(link, last)) is not None:
-                return Finding(start.tenant, last.number + 1, what)
-            last = Head(link.number, link.hash)
-    stored = connection.execute(select(head_table).where(head_table.c.tenant == start.tenant)).one_or_none()
-    if stored is None or Head(stored.number, bytes(stored.hash)) != last:
-        return Finding(start.tenant, last.number, "is the last link, but the head says otherwise.")
-    return None
-
-
-def _walk(connection: Connection, tenant: str, head: Head, verification: Verification) -> Finding | None:
-    """Walk one chain up to its first bad number."""
-    last = Head()
-    for links in _pages(connection, tenant):
-        rows = _rows_of(connection, links)
-        for link in links:
-            what = _wrong_link(link, last) or _wrong_row(connection, link, rows)
-            if what is not None:
-                return Finding(tenant, min(link.number, last.number + 1), what)
-            last = Head(link.number, link.hash)
-            verification.links += 1
-    if last.number < head.number:
-        return Finding(tenant, last.number + 1, f"is missing; the head says the chain ends with number {head.number}.")
-    if last != head:
-        return Finding(
-            tenant, last.number, f"is the last link, but the head says number {head.number} or another hash."
-        )
-    return None
-
-
-def _pages(connection: Connection, tenant: str, after: int | None = None) -> Iterator[list[Link]]:
-    query = select(link_table).where(link_table.c.tenant == tenant).order_by(link_table.c.number).limit(_LINKS_BATCH)
-    last = after
-    while True:
-        page = query if last is None else query.where(link_table.c.number > last)
-        links = [Link(*row[:4], *map(bytes, row[4:])) for row in connection.execute(page)]
-        if not links:
-            return
-        yield links
-        last = links[-1].number
-
-
-def _wrong_link(link: Link, last: Head) -> str | None:
-    if link.number != last.number + 1:
-        return f"is missing or out of order; number {link.number} follows number {last.number}."
-    if link.previous != (last.hash if last.number else FIRST_PREVIOUS):
-        return "does not follow from the link before it."
-    if hash_of(link.tenant, link.number, link.subject, link.key, link.digest, link.previous) != link.hash:
-        return "was changed; its hash is not that of its content."
-    return None
-
-
-Rows = dict[tuple[str, str], list[tuple[str, tuple[Any, ...]]]]
-
-
-def _rows_of(connection: Connection, links: Sequence[Link]) -> Rows:
-    """The rows that links stand for, by subject and key."""
-    rows_by_link: Rows = {}
-    for subject, chained in CHAINED.items():
-        keys = [key for link in links if link.subject == subject and (key := chained.key_of(link.key)) is not None]
-        for key, rows in raw_rows(connection, chained, keys).items():
-            rows_by_link[subject, key] = rows
-    return rows_by_link
-
-
-def _wrong_row(connection: Connection, link: Link, rows: Rows) -> str | None:
-    if link.subject not in CHAINED:
-        return f"is of a kind that this polar-llm does not know, {link.subject!r}."
-    stored = rows.get((link.subject, link.key))
-    name = f"row {link.key} of polar_{link.subject}"
-    if stored is None:
-        return None if _was_pruned(connection, link) else f"{name} is missing."
-    if digest_of(link.subject, stored) != link.digest:
-        return f"{name}, or a row that belongs to it, was changed, added or removed."
-    if CHAINED[link.subject].tenant_of(stored[0][1]) != link.tenant:
-        return f"{name} is of another tenant."
-    return None
-
-
-def _was_pruned(connection: Connection, link: Link) -> bool:
-    if link.subject != "usage" or (key := CHAINED["usage"].key_of(link.key)) is None:
-        return False
-    pruned = pruned_table.c
-    query = select(pruned.seq).where(pruned.seq == key, pruned.tenant == link.tenant)
-    return connection.execute(query).first() is not None
-
-
 def _unlinked(connection: Connection) -> Iterator[Finding]:
     """Rows of chained tables that no link stands for, and parts that belong to no row."""
-    for subject, chained in CHAINED.items():
-        key = chained.table.c[chained.key]
-        linked = exists().where(link_table.c.subject == subject, link_table.c.key == cast(key, String))
-        for row in connection.execute(_plain_keys(chained, key).where(~linked).order_by(key).limit(1)):
-            number = _place(connection, row.tenant, subject, row.key)
-            yield Finding(
-                row.tenant, number, f"row {row.key} of {chained.table.name} was added; no link stands for it."
-            )
-        for part, column in chained.parts.items():
-            orphan = select(part.c[column]).where(~exists().where(key == part.c[column])).limit(1)
-            for named in connection.execute(orphan).scalars():
-                yield Finding(
-                    "", None, f"a row of {part.name} belongs to row {named} of {chained.table.name}, which is missing."
-                )
-
-
-def _plain_keys(chained: Chained, key: Any) -> Select[Any]:
-    tenant = chained.table.c.tenant if "tenant" in chained.table.c else cast("", String)
-    return select(key.label("key"), tenant.label("tenant"))
-
-
-def _place(connection: Connection, tenant: str, subject: str, key: object) -> int | None:
-    """Where a row without a number belongs: before the number of the next row of its table."""
-    if not isinstance(key, int):
-        return None
-    link, chained = link_table.c, CHAINED[subject]
-    query = select(link.number, link.key).where(link.tenant == tenant, link.subject == subject).order_by(link.number)
-    with connection.execute(query, execution_options={"yield_per": _LINKS_BATCH}) as links:
-        for number, text in links:
-            other = chained.key_of(text)  # not left to the database, which fails if a key is not a number any more
-            if isinstance(other, int) and other > key:
-                return int(number)
-    return int(connection.execute(select(func.max(link.number)).where(link.tenant == tenant)).scalar() or 0) + 1
+    for fault in unlinked(connection):
+        yield Finding(fault.tenant, fault.number, fault.what)
 
 
 def _without_book(connection: Connection) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import count, pairwise, product
@@ -18,12 +18,13 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import and_, column, delete, insert, inspect, select, table, text
+from sqlalchemy import and_, column, delete, insert, inspect, select, table
 from sqlalchemy.exc import IntegrityError
 
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.ledger.books import add_book
+from polar_billing.ledger.migrate import migrate
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import CHAINED, metadata
@@ -37,7 +38,8 @@ from polar_billing.values.periods import Period
 from polar_sdk.usage import Offer, UsageBound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from sqlalchemy import Connection, TableClause
 
@@ -47,10 +49,10 @@ if TYPE_CHECKING:
     Place = tuple[str, int]
     Named = set[Place]
 
-pytestmark = pytest.mark.parametrize("store", ["sqlite-memory", "postgresql"], indirect=True)
-
 ALL_ROWS = os.environ.get("POLAR_TEST_TAMPER") == "all"
-NOON = datetime(2026, 10, 20, 12, tzinfo=UTC)
+NOON = datetime(2027, 4, 20, 12, tzinfo=UTC)
+PRUNED = datetime(2026, 10, 20, 12, tzinfo=UTC)
+"""The first use of the old ledger, which pruned what was served in the four days after it."""
 TENANTS = ("acme", "globex")
 LINK, HEAD = "polar_chain_link", "polar_chain_head"
 PARTS = {str(part.name): chained for chained in CHAINED.values() for part in chained.parts}
@@ -64,45 +66,47 @@ NOT_CHAINED = {
 }
 
 
-def hold_and_use(meter: Meter, tenant: str) -> None:
+def hold_and_use(meter: Meter, tenant: str, at: datetime) -> None:
     """A settled hold, and one that is open."""
-    at, tags = NOON + timedelta(days=18), {"user": "ann"}
+    tags = {"user": "ann"}
     offers = (Offer(tier="standard", program="0-5", flops_bound=1),)
-    for request_id in ("settled", "open"):
+    for request_id in (f"settled-{at}", f"open-{at}"):
         names = {"request_id": request_id, "tenant": tenant}
         meter.reserve(UsageBound(**names, at=at, tags=tags, tokens_input=1, tokens_output_max=1, offers=offers))
-    meter.emit(usage_record("settled", tenant=tenant, tags=tags, started_at=at))
+    meter.emit(usage_record(f"settled-{at}", tenant=tenant, tags=tags, started_at=at))
 
 
-def fill(ledger: Ledger) -> None:
+def fill(ledger: Ledger, noon: datetime) -> None:
     """Two rows or more in every chained table, of both tenants wherever that can be."""
-    book = PriceBook.example()
-    for name in ("other", "further"):
+    book, mark = PriceBook.example(), f"{noon:%Y-%m}"
+    for name in (f"other-{mark}", f"further-{mark}"):
         add_book(ledger, PriceBook.model_validate({**book.model_dump(), "id": name}), for_all=True)
     meter = Meter(ledger, prices=book, sync=True)
     meter.emit_many(
-        usage_record(f"r{n}", tenant=TENANTS[n % 2], started_at=NOON + timedelta(days=n), output=n, tags={"n": str(n)})
+        usage_record(
+            f"{mark}-{n}", tenant=TENANTS[n % 2], started_at=noon + timedelta(days=n), output=n, tags={"n": str(n)}
+        )
         for n in range(16)
     )
-    meter.emit(usage_record("unrated", tier="gold", started_at=NOON + timedelta(days=17)))
+    meter.emit(usage_record(f"{mark}-unrated", tier="gold", started_at=noon + timedelta(days=17)))
     for tenant in TENANTS:
         for money in (5, 6):
             Budgets(ledger).set(Budget(tenant, Decimal(money), "USD"))
-        hold_and_use(meter, tenant)
+        hold_and_use(meter, tenant, noon + timedelta(days=18))
     with ledger.transaction() as connection:
         for tenant in TENANTS:
             for n in (1, 2):
                 lines = [Line(Account.CASH, Decimal(n), "USD"), Line(Account.RECEIVABLE, Decimal(-n), "USD")]
-                first = post(connection, tenant, "payment", f"p{n}", lines, NOON, note="paid")
-            post(connection, tenant, "correction", "c", lines[::-1], NOON, corrects=first)
+                first = post(connection, tenant, "payment", f"{mark}-{n}", lines, noon, note="paid")
+            post(connection, tenant, "correction", mark, lines[::-1], noon, corrects=first)
     for tenant in TENANTS:
-        for month in ("2026-10", "2026-11"):
-            one = issue_statement(ledger, tenant, Period.month(month), now=NOON + timedelta(days=90)).statement
+        for month in (mark, f"{noon + timedelta(days=30):%Y-%m}"):
+            one = issue_statement(ledger, tenant, Period.month(month), now=noon + timedelta(days=90)).statement
             credit_note(ledger, tenant, one.id, one.total, reason="sorry", reference=month)
     with ledger.transaction() as connection:
-        for days in (2, 4):
+        for days in (7, 8):
             for tenant in TENANTS:
-                prune(connection, tenant, NOON + timedelta(days=days))
+                prune(connection, tenant, PRUNED + timedelta(days=days))
 
 
 class Stranger:
@@ -183,30 +187,16 @@ class Stranger:
 
 
 @pytest.fixture
-def stranger(store: Ledger) -> Iterator[Stranger]:
-    """A ledger with a bit of everything, in the hands of somebody who knows SQL."""
-    fill(store)
-    with store.transaction() as connection:
+def stranger(old_ledger: Ledger, unguarded: Callable[[Connection], AbstractContextManager[None]]) -> Iterator[Stranger]:
+    """A ledger with a bit of everything from before its migration and from after it, in the hands of a stranger."""
+    migrate(old_ledger)
+    fill(old_ledger, NOON)
+    with old_ledger.transaction() as connection:
         assert verify_in(connection).findings == []
         with unguarded(connection):
+            taken_back = connection.begin_nested()
             yield Stranger(connection)
-
-
-@contextmanager
-def unguarded(connection: Connection) -> Iterator[None]:
-    taken_back = connection.begin_nested()
-    found = inspect(connection)
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("PRAGMA defer_foreign_keys = ON")
-        for (name,) in connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all():
-            connection.exec_driver_sql(f"DROP TRIGGER {name}")
-    else:
-        for name in found.get_table_names():
-            connection.exec_driver_sql(f"ALTER TABLE {name} DISABLE TRIGGER USER")
-            for foreign in found.get_foreign_keys(name):
-                connection.exec_driver_sql(f"ALTER TABLE {name} DROP CONSTRAINT {foreign['name']}")
-    yield
-    taken_back.rollback()
+            taken_back.rollback()
 
 
 def other(value: Any, is_text: bool) -> Any:
@@ -287,7 +277,7 @@ def acceptable(stranger: Stranger, name: str, row: Row) -> set[Place]:
 
 def test_every_table_is_chained_or_need_not_be(stranger: Stranger) -> None:
     tables = {name for name in inspect(stranger.connection).get_table_names() if name.startswith("polar_")}
-    assert tables == set(CHAINED_TABLES) | NOT_CHAINED
+    assert tables == set(CHAINED_TABLES) | NOT_CHAINED | {"polar_alembic"}
     for name in CHAINED_TABLES:
         stored = {one["name"] for one in inspect(stranger.connection).get_columns(name)}
         assert stored == set(metadata.tables[name].c.keys()), name  # which is what digests cover

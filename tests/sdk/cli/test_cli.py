@@ -105,6 +105,28 @@ class TestRun:
         assert "".join(line["text"] for line in lines[:-1]) == lines[-1]["text"]
         assert lines[-1]["usage"]["outcome"] == "completed"
 
+    @pytest.mark.parametrize("stream", [[], ["--stream"]])
+    def test_an_answer_by_a_schema(self, on_tiny: list[str], tmp_path: Path, stream: list[str]) -> None:
+        schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+        path = tmp_path / "schema.json"
+        path.write_text(json.dumps({**schema, "additionalProperties": False}))
+        result = polar("run", "hello", "--max-tokens", "30", "--schema", str(path), *stream, *on_tiny)
+        assert isinstance(json.loads(result.stdout)["n"], int)
+
+    def test_a_cut_off_answer_by_a_schema_is_an_error(self, on_tiny: list[str], tmp_path: Path) -> None:
+        path = tmp_path / "schema.json"
+        path.write_text(json.dumps({"type": "string", "minLength": 50}))
+        result = polar("run", "hello", "--max-tokens", "9", "--schema", str(path), *on_tiny)
+        assert result.exit_code == 1
+        assert "not complete JSON: it ended after 9 tokens" in result.stderr
+
+    @pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ('{"not": {}}', "not supported")])
+    def test_a_schema_that_cannot_be_used(self, on_tiny: list[str], tmp_path: Path, content: str, message: str) -> None:
+        path = tmp_path / "schema.json"
+        path.write_text(content)
+        refused(polar("run", "hello", "--schema", str(path), *on_tiny), 2, message)
+        refused(polar("run", "hello", "--schema", str(tmp_path / "no"), *on_tiny), 2, "cannot be read")
+
     def test_a_dash_reads_standard_input(self, on_tiny: list[str]) -> None:
         piped = polar("run", "-", "--max-tokens", "5", *on_tiny, typed="héllo\nworld €")
         assert piped.exit_code == 0

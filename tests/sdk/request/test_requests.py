@@ -81,7 +81,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[PolarError], list[str]]] = [
     ({"template": "jinja"}, InvalidRequestError, ["'jinja'", "auto, chat or raw"]),
     ({"cancel": True}, InvalidRequestError, ["cancel is True", "threading.Event()"]),
     ({"max_token": 5}, InvalidRequestError, ["'max_token'", "did you mean 'max_tokens'?"]),
-    ({"xyz": 5}, InvalidRequestError, ["'xyz'", "choose from: cancel, compute", "top_p."]),
+    ({"xyz": 5}, InvalidRequestError, ["'xyz'", "choose from: cancel, choice, compute", "top_p."]),
     ({"timeout": 0}, InvalidRequestError, ["timeout=0", "more than 0 seconds"]),
     ({"timeout": -1.5}, InvalidRequestError, ["timeout=-1.5", "more than 0 seconds"]),
     ({"timeout": float("inf")}, InvalidRequestError, ["timeout=inf", "or None"]),

@@ -1,4 +1,4 @@
-"""The ledger's tables, version 3, on one metadata, which of them are chained, and the triggers that forbid changes.
+"""The ledger's tables, version 5, on one metadata, which of them are chained, and the triggers that forbid changes.
 
 `usage` facts, receipts, price books, sums, retention · `ledger` the hash chain and double entry · `budgets` budgets and
 holds · `statements` what was issued. A new table belongs in one of them or in a module of its own that is imported
@@ -11,7 +11,7 @@ from typing import Final
 
 from polar_billing.ledger.schema.base import NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
 from polar_billing.ledger.schema.budgets import budget_table, clock_table, counter_table, hold_table
-from polar_billing.ledger.schema.ledger import entry_table, head_table, link_table, transaction_table
+from polar_billing.ledger.schema.ledger import anchor_table, entry_table, head_table, link_table, transaction_table
 from polar_billing.ledger.schema.statements import credit_note_table, statement_table
 from polar_billing.ledger.schema.usage import (
     ROLLUP_KEYS,
@@ -34,6 +34,7 @@ __all__ = [
     "ROLLUP_QUANTITIES",
     "SCHEMA_VERSION",
     "Chained",
+    "anchor_table",
     "budget_table",
     "clock_table",
     "counter_table",
@@ -68,6 +69,7 @@ CHAINED: Final = {
         Chained(budget_table),
         Chained(statement_table),
         Chained(credit_note_table),
+        Chained(anchor_table),
     )
 }
 """Every table whose rows are links of the hash chain, by subject; a ledger is verified over all of them."""

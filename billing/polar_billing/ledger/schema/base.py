@@ -96,9 +96,10 @@ class TextMap(TypeDecorator["Mapping[str, str]"]):
         return mapping
 
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 5
 """Version 1: facts and receipts. Version 2: hash chain, double entry, retention, rollups and all that rests on them.
-Version 3: which price books were put in force."""
+Version 3: which price books were put in force. Version 4: where older links end in a chain of version 2.
+Version 5: holds that are renewed, and the clock by which they expire."""
 
 metadata: Final = MetaData()
 
@@ -184,7 +185,9 @@ class Chained:
 
     Such a table is append-only, has one primary-key column and, unless its rows belong to no tenant, a column
     `tenant`. It holds integers, text and bytes only (no booleans, floats or database decimals), because its rows are
-    hashed as the database returns them. Its parts are rows that never change once their row is linked.
+    hashed as the database returns them. Its parts are rows that never change once their row is linked. A column that a
+    later schema adds to any of them comes last and is null in the rows that were there before, so that their digests
+    stay (`polar_billing.ledger.digests`).
     """
 
     table: Table

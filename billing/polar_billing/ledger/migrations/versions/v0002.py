@@ -20,8 +20,10 @@ from sqlalchemy import func, select, text
 
 from polar_billing.errors import SchemaVersionError
 from polar_billing.ledger import chain
+from polar_billing.ledger.digests import FIRST
+from polar_billing.ledger.migrations.stored import forget_version, stored_chained
 from polar_billing.ledger.rollups import raw_usage, sum_up, write_rollups
-from polar_billing.ledger.schema import CHAINED, metadata
+from polar_billing.ledger.schema import metadata
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +37,7 @@ revision = "0002"
 down_revision = "0001"
 
 _OLD: Final = {"polar_schema", "polar_price_book", "polar_usage", "polar_receipt", "polar_probe"}
-_LATER: Final = {"polar_price_in_force"}
+_LATER: Final = {"polar_price_in_force", "polar_chain_anchor"}
 _DERIVED: Final = {"polar_chain_link", "polar_chain_head", "polar_usage_hour"}
 _ROWS_BATCH: Final = 500
 _PRUNED: Final = {"polar_usage": "seq", "polar_receipt": "usage_seq"}
@@ -63,8 +65,9 @@ def upgrade() -> None:
             _run(connection, f"ALTER TABLE polar_receipt DROP CONSTRAINT polar_receipt_{column}_fkey")
     else:
         _refuse_replacing(connection, "FAIL")
+    chained = stored_chained(connection)
     for subject in ("price_book", "usage"):
-        _link_all(connection, subject, CHAINED[subject])
+        _link_all(connection, subject, chained[subject])
     write_rollups(connection, sum_up(raw_usage(connection)))
     connection.execute(text("INSERT INTO polar_schema VALUES (2, :now)"), {"now": time.time_ns() // 1_000})
 
@@ -77,11 +80,11 @@ def _link_all(connection: Connection, subject: str, chained: Chained) -> None:
     for keys in _pages(connection, chained):
         rows = chain.raw_rows(connection, chained, keys)
         new = [
-            chain.NewLink(chained.tenant_of(found[0][1]), subject, str(key), chain.digest_of(subject, found))
+            chain.NewLink(chained.tenant_of(found[0][1]), subject, str(key), FIRST.digest_of(subject, found))
             for key in keys
             for found in [rows[str(key)]]
         ]
-        chain.append_links(connection, new)
+        chain.append_links(connection, new, version=FIRST)
 
 
 def _pages(connection: Connection, chained: Chained) -> Iterator[list[int | str]]:
@@ -157,20 +160,7 @@ def downgrade() -> None:
         _refuse_replacing(connection, "ABORT")
     _run(connection, "ALTER TABLE polar_usage DROP COLUMN loops_stopped")
     metadata.drop_all(connection, tables=added)
-    _forget_version(connection)
-
-
-def _forget_version(connection: Connection) -> None:
-    """Delete the row of version 2 past the trigger that keeps such rows."""
-    if connection.dialect.name == "postgresql":
-        _run(connection, "ALTER TABLE polar_schema DISABLE TRIGGER polar_schema_no_change")
-        _run(connection, "DELETE FROM polar_schema WHERE version = 2")
-        _run(connection, "ALTER TABLE polar_schema ENABLE TRIGGER polar_schema_no_change")
-        return
-    refuse = "BEGIN SELECT RAISE(ABORT, 'polar_schema is append-only'); END"
-    _run(connection, "DROP TRIGGER polar_schema_no_delete")
-    _run(connection, "DELETE FROM polar_schema WHERE version = 2")
-    _run(connection, f"CREATE TRIGGER polar_schema_no_delete BEFORE DELETE ON polar_schema {refuse}")
+    forget_version(connection, 2)
 
 
 def _run(connection: Connection, statement: str) -> None:

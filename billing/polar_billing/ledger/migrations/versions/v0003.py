@@ -9,17 +9,14 @@ Revision ID: 0003
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from alembic import op
 from sqlalchemy import func, select, text
 
 from polar_billing.errors import SchemaVersionError
+from polar_billing.ledger.migrations.stored import forget_version
 from polar_billing.ledger.schema import in_force_table, metadata
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
 
 revision = "0003"
 down_revision = "0002"
@@ -43,23 +40,4 @@ def downgrade() -> None:
             hint="Go back to a backup instead.",
         )
     metadata.drop_all(connection, tables=_TABLES)
-    _forget_version(connection)
-
-
-def _forget_version(connection: Connection) -> None:
-    """Delete the row of version 3 past the trigger that keeps such rows."""
-    if connection.dialect.name == "postgresql":
-        statements = [
-            "ALTER TABLE polar_schema DISABLE TRIGGER polar_schema_no_change",
-            "DELETE FROM polar_schema WHERE version = 3",
-            "ALTER TABLE polar_schema ENABLE TRIGGER polar_schema_no_change",
-        ]
-    else:
-        refuse = "BEGIN SELECT RAISE(ABORT, 'polar_schema is append-only'); END"
-        statements = [
-            "DROP TRIGGER polar_schema_no_delete",
-            "DELETE FROM polar_schema WHERE version = 3",
-            f"CREATE TRIGGER polar_schema_no_delete BEFORE DELETE ON polar_schema {refuse}",
-        ]
-    for statement in statements:
-        connection.execute(text(statement))
+    forget_version(connection, 3)

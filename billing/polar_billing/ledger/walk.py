@@ -1,0 +1,191 @@
+"""A walk over a chain, link by link and row by row, up to the first that is not as it was written.
+
+Each link is proved by the rule of its version: before the anchor of the chain by version 1, from there on by version 2
+(`polar_billing.ledger.chain`). `polar_billing.proof` walks whole ledgers; a migration walks what it is about to anchor.
+Knows no money.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import String, and_, cast, exists, func, select
+
+from polar_billing.ledger.chain import ANCHOR, FIRST_PREVIOUS, Head, Link, anchored_at, raw_rows
+from polar_billing.ledger.digests import CURRENT, FIRST, ChainVersion
+from polar_billing.ledger.schema import CHAINED, link_table, pruned_table, subject_of, usage_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from sqlalchemy import Connection, Select
+
+    from polar_billing.ledger.schema import Chained
+
+    Rows = dict[tuple[str, str], list[tuple[str, tuple[Any, ...]]]]
+    """Subject and key → the row with its parts."""
+
+
+_LINKS_BATCH: Final = 500
+_USAGE: Final = subject_of(usage_table)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first number of a chain that is not as it was written."""
+
+    tenant: str
+    number: int | None
+    """None for a row that has no place in a chain."""
+    what: str
+
+
+class Walk:
+    """A walk over the chain of one tenant.
+
+    Args:
+        connection: A transaction that sees one state of the ledger, its cells checked (`polar_billing.ledger.cells`).
+        tenant: Whose chain.
+        chained: The tables whose rows are looked at, by subject; empty to look at links alone.
+        all_first: True for a ledger of an older schema, whose links are all of version 1.
+    """
+
+    def __init__(
+        self, connection: Connection, tenant: str, chained: Mapping[str, Chained], *, all_first: bool = False
+    ) -> None:
+        self.connection, self.tenant, self.chained, self.all_first = connection, tenant, chained, all_first
+        self.anchor = None if all_first else anchored_at(connection, tenant)
+        self.links = 0
+        """Links that are as they were written."""
+
+    def version_of(self, number: int) -> ChainVersion:
+        """How the link of a number is hashed; the link itself has no say in it."""
+        return FIRST if self.all_first or (self.anchor is not None and number < self.anchor) else CURRENT
+
+    def first_fault(self, head: Head, after: Head | None = None) -> Fault | None:
+        """Walk up to the first bad number.
+
+        Args:
+            head: The end of the chain as stored.
+            after: A link that is good; None to begin with the first.
+        """
+        last = after or Head()
+        for links in self._pages(after):
+            rows = self._rows_of(links)
+            for link in links:
+                what = (
+                    self._wrong_link(link, last) or self._wrong_row(link, rows) or self._wrong_anchor(link, last, rows)
+                )
+                if what is not None:
+                    return Fault(self.tenant, min(link.number, last.number + 1), what)
+                last = Head(link.number, link.hash)
+                self.links += 1
+        if last.number < head.number:
+            what = f"is missing; the head says the chain ends with number {head.number}."
+            return Fault(self.tenant, last.number + 1, what)
+        if last != head:
+            what = f"is the last link, but the head says number {head.number} or another hash."
+            return Fault(self.tenant, last.number, what)
+        return None
+
+    def _pages(self, after: Head | None) -> Iterator[list[Link]]:
+        column = link_table.c
+        query = select(link_table).where(column.tenant == self.tenant).order_by(column.number).limit(_LINKS_BATCH)
+        last = None if after is None else after.number
+        while True:
+            page = query if last is None else query.where(column.number > last)
+            links = [Link(*row[:4], *map(bytes, row[4:])) for row in self.connection.execute(page)]
+            if not links:
+                return
+            yield links
+            last = links[-1].number
+
+    def _wrong_link(self, link: Link, last: Head) -> str | None:
+        if link.number != last.number + 1:
+            return f"is missing or out of order; number {link.number} follows number {last.number}."
+        if link.previous != (last.hash if last.number else FIRST_PREVIOUS):
+            return "does not follow from the link before it."
+        if (link.subject == ANCHOR) != (link.number == self.anchor):
+            return "is an anchor where there can be none, or none where the anchor says that it is."
+        hashed = (link.tenant, link.number, link.subject, link.key, link.digest, link.previous)
+        version = self.version_of(link.number)
+        if version.hash_of(*hashed) == link.hash:
+            return None
+        if version is CURRENT and FIRST.hash_of(*hashed) == link.hash:
+            return (
+                "is hashed by version 1, as before the migration; an older polar-llm went on writing, or it is forged."
+            )
+        return "was changed; its hash is not that of its content."
+
+    def _rows_of(self, links: Sequence[Link]) -> Rows:
+        rows_by_link: Rows = {}
+        for subject, chained in self.chained.items():
+            keys = [key for link in links if link.subject == subject and (key := chained.key_of(link.key)) is not None]
+            for key, rows in raw_rows(self.connection, chained, keys).items():
+                rows_by_link[subject, key] = rows
+        return rows_by_link
+
+    def _wrong_row(self, link: Link, rows: Rows) -> str | None:
+        if link.subject not in self.chained:
+            what = f"is of a kind that this polar-llm does not know, {link.subject!r}."
+            return what if self.chained else None
+        stored = rows.get((link.subject, link.key))
+        name = f"row {link.key} of polar_{link.subject}"
+        if stored is None:
+            return None if self._was_pruned(link) else f"{name} is missing."
+        if self.version_of(link.number).digest_of(link.subject, stored) != link.digest:
+            return f"{name}, or a row that belongs to it, was changed, added or removed."
+        if self.chained[link.subject].tenant_of(stored[0][1]) != link.tenant:
+            return f"{name} is of another tenant."
+        return None
+
+    def _wrong_anchor(self, link: Link, last: Head, rows: Rows) -> str | None:
+        if link.number != self.anchor or not self.chained:
+            return None
+        ((_, values),) = rows[link.subject, link.key]
+        _id, _tenant, version, links, head, _at = values
+        agrees = (version, links, bytes(head)) == (1, last.number, last.hash)
+        return None if agrees else "is an anchor of other links than those before it."
+
+    def _was_pruned(self, link: Link) -> bool:
+        if link.subject != _USAGE or (key := self.chained[_USAGE].key_of(link.key)) is None:
+            return False
+        pruned = pruned_table.c
+        query = select(pruned.seq).where(pruned.seq == key, pruned.tenant == link.tenant)
+        return self.connection.execute(query).first() is not None
+
+
+def unlinked(connection: Connection, chained: Mapping[str, Chained] = CHAINED) -> Iterator[Fault]:
+    """Rows of chained tables that no link stands for, and parts that belong to no row."""
+    for subject, one in chained.items():
+        key = one.table.c[one.key]
+        linked = exists().where(link_table.c.subject == subject, link_table.c.key == cast(key, String))
+        for row in connection.execute(_keys_with_tenant(one, key).where(~linked).order_by(key).limit(1)):
+            number = _place(connection, row.tenant, one, row.key)
+            yield Fault(row.tenant, number, f"row {row.key} of {one.table.name} was added; no link stands for it.")
+        for part, column in one.parts.items():
+            orphan = select(part.c[column]).where(~exists().where(key == part.c[column])).limit(1)
+            for named in connection.execute(orphan).scalars():
+                what = f"a row of {part.name} belongs to row {named} of {one.table.name}, which is missing."
+                yield Fault("", None, what)
+
+
+def _keys_with_tenant(chained: Chained, key: Any) -> Select[Any]:
+    tenant = chained.table.c.tenant if "tenant" in chained.table.c else cast("", String)
+    return select(key.label("key"), tenant.label("tenant"))
+
+
+def _place(connection: Connection, tenant: str, chained: Chained, key: object) -> int | None:
+    """Where a row without a number belongs: before the number of the next row of its table."""
+    if not isinstance(key, int):
+        return None
+    link = link_table.c
+    of_table = and_(link.tenant == tenant, link.subject == chained.subject)
+    query = select(link.number, link.key).where(of_table).order_by(link.number)
+    with connection.execute(query, execution_options={"yield_per": _LINKS_BATCH}) as links:
+        for number, text in links:
+            other = chained.key_of(text)  # not left to the database, which fails if a key is not a number any more
+            if isinstance(other, int) and other > key:
+                return int(number)
+    return int(connection.execute(select(func.max(link.number)).where(link.tenant == tenant)).scalar() or 0) + 1

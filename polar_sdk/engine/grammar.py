@@ -1,0 +1,326 @@
+"""Grammars: which tokens may come next, and how an answer that runs out of tokens is brought to its end.
+
+A grammar is compiled once per tokenizer and shared; every row that follows it has a state of its own, which moves with
+each sampled token and depends on nothing else, so that a row whose prompt runs again continues where it was. The masks
+are llguidance's, some ten microseconds per token, so they are computed where they are needed and not ahead. Knows token
+ids and logits; no JSON and no requests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from polar_sdk.errors import GrammarError, MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from polar_sdk.engine.sampling import Sampler
+
+
+_KEPT: Final = 256
+"""Compiled grammars kept per model."""
+_MARGIN: Final = 16
+"""Steering looks this many tokens ahead of the shortest end. Unit: tokens."""
+_LONGEST_END: Final = 512
+"""No search for an end goes on for longer. Unit: tokens."""
+_BLIND_LOOK: Final = 64
+"""Where no end was found, none is looked for before this many tokens are left."""
+_CLOSERS: Final = ("}", "]", '"', ",")
+"""What ends a JSON value, soonest first."""
+_FILLERS: Final = ("null", "0", "true", "false", *"ntf@.:/-PTZDYMHWS", *"123456789", *"abcdeghijklmopqrsuvwxyz {[")
+"""What a value needs before it can end, such as a digit or the parts of a date; the one used least so far is taken."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer; safe in several threads.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        vocab: Number of logits, V, which may be more than the tokenizer has tokens.
+        end_tokens: Ids that end an answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab: int, end_tokens: frozenset[int]) -> None:
+        self._hf, self._vocab, self._end_tokens = tokenizer, vocab, end_tokens
+        self._lock = threading.Lock()
+        self.compile = lru_cache(maxsize=_KEPT)(self._compile)
+        """As `_compile`, remembering the latest ones."""
+
+    def _compile(self, text: str) -> Grammar:
+        """Compile what `llguidance.LLMatcher.grammar_from_…` returns.
+
+        Raises:
+            GrammarError: It is not a grammar, or one that cannot be followed.
+            MissingExtraError: llguidance is not installed.
+        """
+        guidance = import_llguidance()
+        with self._lock:
+            tokens = self._tokens
+        broken, messages = guidance.LLMatcher.validate_grammar_with_warnings(text, tokens.tokenizer)
+        if broken:
+            raise _unsupported(" ".join(messages))
+        matcher = guidance.LLMatcher(tokens.tokenizer, text, log_level=0)
+        if matcher.is_error():
+            raise _unsupported(matcher.get_error())
+        return Grammar(matcher, tokens)
+
+    @cached_property
+    def _tokens(self) -> _Tokens:
+        import_llguidance()
+        from llguidance.hf import from_tokenizer
+
+        try:
+            tokenizer = from_tokenizer(self._hf, n_vocab=self._vocab, eos_token=sorted(self._end_tokens))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise GrammarError(f"this model's tokenizer cannot follow a grammar: {str(error)[:200]}.") from error
+        return _Tokens(tokenizer, self._vocab, self._end_tokens)
+
+
+class _Tokens:
+    """A tokenizer as llguidance sees it, and the ids that steering looks for."""
+
+    def __init__(self, tokenizer: Any, vocab: int, end_tokens: frozenset[int]) -> None:
+        self.tokenizer, self.vocab = tokenizer, vocab
+        self.end = min(end_tokens)
+        self.closers = self._ids(_CLOSERS)
+        self.fillers = self._ids(_FILLERS)
+        self.quote, self.letters = self._ids('"'), self._ids("abxyz")
+
+    def _ids(self, texts: Sequence[str]) -> list[int]:
+        split = [self.tokenizer.tokenize_str(text) for text in texts]
+        return [ids[0] for ids in split if len(ids) == 1]
+
+
+class Grammar:
+    """A compiled grammar. Nothing in it changes."""
+
+    def __init__(self, matcher: Any, tokens: _Tokens) -> None:
+        self._matcher, self._tokens = matcher, tokens
+
+    def start(self, max_tokens: int | None = None) -> GrammarState:
+        """A state at the beginning; with `max_tokens`, an answer is steered so that it ends within them."""
+        return GrammarState(self._matcher.deep_copy(), self._tokens, max_tokens, self._end.path)
+
+    @property
+    def least_tokens(self) -> int:
+        """Number of tokens that a short answer needs, texts of free form within it not counted."""
+        end = self._end
+        return end.forced + (0 if end.path is None else end.closed)
+
+    @cached_property
+    def _end(self) -> _End:
+        return _search_end(self._matcher, self._tokens, _LONGEST_END)
+
+
+class GrammarState:
+    """Where one row is in its grammar.
+
+    Args:
+        matcher: Its own copy.
+        tokens: Of the model.
+        max_tokens: Within these, the answer is steered to an end; None = it is not.
+        plan: Tokens that lead from here to an end; None = unknown.
+    """
+
+    def __init__(self, matcher: Any, tokens: _Tokens, max_tokens: int | None, plan: list[int] | None = None) -> None:
+        self._matcher, self._tokens = matcher, tokens
+        self._left = max_tokens
+        self._words = torch.zeros((tokens.vocab + 31) // 32, dtype=torch.int32)
+        """The mask of the next token, one bit per id."""
+        self._masked = False
+        self.cut = False
+        """True once steering, and not the model, has ended the answer."""
+        self._plan = plan
+        self._look = _next_look(max_tokens or 0, plan)
+        """Where no more tokens than this are left, steering looks for an end again."""
+
+    @property
+    def accepting(self) -> bool:
+        """True where the answer could end here."""
+        return bool(self._matcher.is_accepting())
+
+    @property
+    def ended(self) -> bool:
+        """True where nothing but the end can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def sample(self, sampler: Sampler, logits: Tensor) -> int:
+        """Choose the next token from logits (V,), among those that the grammar allows.
+
+        Raises:
+            GrammarError: The grammar grew beyond its limits.
+        """
+        if sampler.greedy and self._allows(likeliest := int(logits.argmax())):
+            return self._fitting(likeliest)
+        return self._fitting(sampler(self.restrict(logits)))
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """Logits (V,) with −inf for what the grammar forbids.
+
+        Raises:
+            GrammarError: No allowed token has a finite logit, or the grammar grew beyond its limits.
+        """
+        self._mask()
+        forbidden = torch.from_numpy(_bits(self._words) == 0)[: logits.shape[-1]].to(logits.device)
+        restricted = logits.masked_fill(forbidden, -torch.inf)
+        if restricted.max() == -torch.inf:
+            raise GrammarError("no token that the grammar allows is left: a logits_hook forbids them all.")
+        return restricted
+
+    def accept(self, token: int) -> None:
+        """Move on by a sampled token.
+
+        Raises:
+            GrammarError: The grammar grew beyond its limits.
+        """
+        self._masked = False
+        if not self._matcher.consume_token(token):
+            raise GrammarError(f"the grammar could not be followed: {self._matcher.get_error()[:300]}")
+        if self._plan is not None:
+            self._plan = self._plan[1:] if self._plan[:1] == [token] else None
+        if self._left is not None:
+            self._left -= 1
+
+    def _fitting(self, token: int) -> int:
+        """The token, or where after it the answer could not end in time, the next one on the way to an end."""
+        if self._left is None or self._left > self._look or (self._plan or [])[:1] == [token]:
+            return token
+        after = self._matcher.deep_copy()
+        if not after.consume_token(token) or after.is_accepting():
+            return token
+        way = _search_end(after, self._tokens, min(self._left, _LONGEST_END)).path
+        if way is None or len(way) >= self._left:
+            here = self._plan or self._way_from_here()
+            if here is not None and len(here) <= self._left:
+                self._plan = here
+                self.cut = here[0] == self._tokens.end
+                return here[0]
+        self._plan = None if way is None else [token, *way]
+        self._look = _next_look(self._left, way)
+        return token
+
+    def _way_from_here(self) -> list[int] | None:
+        if self.accepting:
+            return [self._tokens.end]
+        return _search_end(self._matcher, self._tokens, _LONGEST_END).path
+
+    def _allows(self, token: int) -> bool:
+        self._mask()
+        return _has(self._words, token)
+
+    def _mask(self) -> None:
+        if not self._masked:
+            _fill(self._matcher, self._words)
+            self._masked = True
+
+
+def _next_look(left: int, way: Sequence[int] | None) -> int:
+    """How few tokens must be left before an end is looked for again."""
+    return _BLIND_LOOK if way is None else max(len(way) + 2 * _MARGIN, left - _MARGIN)
+
+
+class _End:
+    """A way to an end, as far as it was followed."""
+
+    def __init__(self) -> None:
+        self.path: list[int] | None = None
+        """Tokens to an end; None = none was found."""
+        self.forced = 0
+        """Number of tokens that the grammar forced on the way."""
+        self.closed = 0
+        """Number of tokens on the way that closed something."""
+
+
+def _search_end(matcher: Any, tokens: _Tokens, limit: int) -> _End:
+    """Follow a grammar to an end the short way: what it forces, and else whatever closes soonest.
+
+    The way is a good one and not provably the shortest.
+
+    Args:
+        matcher: Where it begins; not changed.
+        tokens: Of the model.
+        limit: Give up after this many tokens.
+    """
+    found, follower, path = _End(), matcher.deep_copy(), list[int]()
+    words = torch.zeros((tokens.vocab + 31) // 32, dtype=torch.int32)
+    used: Counter[int] = Counter()
+    while not follower.is_accepting():
+        if len(path) > limit:
+            return found
+        if step := list(follower.compute_ff_tokens()):
+            found.forced += len(step)
+        else:
+            _fill(follower, words)
+            token, closes = _closing(words, tokens, used)
+            step = [] if token is None else [token]
+            found.closed += closes
+        if not step or not follower.consume_tokens(step):
+            return found
+        path += step
+    found.path = path if follower.is_stopped() else [*path, tokens.end]
+    return found
+
+
+def _closing(words: Tensor, tokens: _Tokens, used: Counter[int]) -> tuple[int | None, bool]:
+    """The token that ends what is open soonest, and whether it closes something; None where nothing may follow."""
+    within_text = sum(_has(words, letter) for letter in tokens.letters) >= 2  # brackets are text as well there
+    for token in tokens.quote if within_text else tokens.closers:
+        if _has(words, token):
+            return token, True
+    if fillers := [token for token in tokens.fillers if _has(words, token)]:
+        token = min(fillers, key=lambda filler: used[filler])
+        used[token] += 1
+        return token, False
+    allowed = _bits(words).nonzero()[0]
+    return (int(allowed[0]) if len(allowed) else None), False
+
+
+def _fill(matcher: Any, words: Tensor) -> None:
+    matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * 4)
+    if matcher.is_error():
+        raise GrammarError(f"the grammar could not be followed: {matcher.get_error()[:300]}")
+
+
+def _has(words: Tensor, token: int) -> bool:
+    return bool((int(words[token >> 5]) >> (token & 31)) & 1)
+
+
+def _bits(words: Tensor) -> NDArray[np.uint8]:
+    """One number per id, 1 where its bit is set."""
+    import numpy as np
+
+    return np.unpackbits(words.numpy().view(np.uint8), bitorder="little")
+
+
+def _unsupported(reason: str) -> GrammarError:
+    return GrammarError(
+        f"this schema, regular expression or grammar is not supported: {' '.join(reason.split())[:400].rstrip('.')}.",
+        hint="Remove or reword that part; what must hold beyond it is to be checked on the answer.",
+    )
+
+
+def import_llguidance() -> Any:
+    """The library that follows grammars.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import llguidance
+    except ImportError as error:
+        raise MissingExtraError(
+            "llguidance is not installed, which schema=, regex=, choice= and grammar= need; "
+            'run: pip install "polar-llm[structured]"'
+        ) from error
+    return llguidance

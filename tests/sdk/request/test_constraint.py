@@ -1,0 +1,240 @@
+"""Answers that must match something: alone, in company, streamed, stopped, cancelled, and refused."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, TypeAdapter
+from typing_extensions import TypedDict
+
+from polar_sdk import ListSink
+from polar_sdk.errors import GrammarError, IncompleteAnswerError, InvalidRequestError, MissingExtraError
+from polar_sdk.testing import tiny_model
+
+if TYPE_CHECKING:
+    from polar_sdk import PolarModel
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+CALL_OR_TEXT = 'start: text | call\ntext: /[^{](?s:.)*/\ncall: %json {"type": "object"}'
+KINDS: list[dict[str, Any]] = [
+    {"schema": PERSON},
+    {"regex": "[a-f]{3}-[0-9]+"},
+    {"choice": ["yes", "no", "perhaps\n", "größer"]},
+    {"grammar": CALL_OR_TEXT},
+    {},
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> PolarModel:
+    return tiny_model(context_window=2048)
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+class Point(TypedDict):
+    x: int
+    y: int
+
+
+def test_a_class_is_its_schema(model: PolarModel) -> None:
+    answer = model.generate("Hello", schema=Person, max_tokens=64)
+    assert Person.model_validate_json(answer.text) == Person.model_validate(answer.json())
+    assert set(model.generate("Hello", schema=Point, max_tokens=64).json()) == {"x", "y"}
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_a_text_may_be_one_of_several(model: PolarModel, fit: bool) -> None:
+    texts = ["yes", "no", "perhaps\n", "größer", '"', "日本", "no, never"]
+    for seed in range(8):
+        answer = model.generate("?", choice=texts, temperature=2.0, seed=seed, max_tokens=20, fit_max_tokens=fit)
+        assert answer.text in texts
+        assert (answer.finish_reason, answer.complete) == ("stop", True)
+
+
+def test_a_regular_expression_holds_for_the_whole_answer(model: PolarModel) -> None:
+    for seed in range(8):
+        answer = model.generate("?", regex="[a-f]{3}-(0|[1-9][0-9]*)x", temperature=1.5, seed=seed, max_tokens=24)
+        assert re.fullmatch("[a-f]{3}-(0|[1-9][0-9]*)x", answer.text)
+
+
+def test_a_grammar_may_leave_the_choice_to_the_model(model: PolarModel) -> None:
+    answers = [
+        model.generate("?", grammar=CALL_OR_TEXT, temperature=3.0, seed=seed, max_tokens=40) for seed in range(24)
+    ]
+    calls = [answer for answer in answers if answer.text.startswith("{")]
+    assert all(isinstance(answer.json(), dict) for answer in calls)
+    assert any(not answer.text.startswith("{") and answer.finish_reason == "length" for answer in answers)
+
+
+def test_rows_of_a_batch_keep_to_their_own(model: PolarModel) -> None:
+    each: Any = [{**kind, "temperature": 1.0, "seed": seed} for seed, kind in enumerate(KINDS * 3)]
+    alone = [model.generate("Hello", max_tokens=48, **own) for own in each]
+    together = model.generate_batch(["Hello"] * len(each), each=each, max_tokens=48)
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    assert [answer.complete for answer in together[:5]] == [True, True, True, True, None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_is_the_same_answer(model: PolarModel, kind: Any) -> None:
+    whole = model.generate("Hello", temperature=1.0, seed=1, max_tokens=48, **kind)
+    chunks = list(model.stream("Hello", temperature=1.0, seed=1, max_tokens=48, **kind))
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    last = chunks[-1].generation
+    assert last is not None
+    assert (last.token_ids, last.complete) == (whole.token_ids, whole.complete)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), max_tokens=st.integers(22, 60), temperature=st.floats(0.1, 4))
+def test_an_answer_fits_its_tokens_whatever_they_are(seed: int, max_tokens: int, temperature: float) -> None:
+    answer = _SHARED.generate("Hi", schema=PERSON, seed=seed, max_tokens=max_tokens, temperature=temperature)
+    Person.model_validate_json(answer.text)
+    assert answer.complete
+    assert answer.finish_reason == "stop"
+
+
+_SHARED = tiny_model()
+
+
+def test_no_token_is_spent_on_an_end_that_is_certain(model: PolarModel) -> None:
+    answer = model.generate("Hello", choice=["abcd"])
+    assert model.decode(answer.token_ids) == answer.text == "abcd"
+    assert answer.usage.tokens.output == 4
+
+
+def test_log_probabilities_are_those_of_what_is_allowed(model: PolarModel) -> None:
+    answer = model.generate("Hello", regex="(ab|ac)z", logprobs=5)
+    assert answer.logprobs is not None
+    assert [len(entry.top) for entry in answer.logprobs] == [1, 2, 1]
+    assert answer.logprobs[0].logprob == 0
+    assert sum(torch.tensor([value for _, value in answer.logprobs[1].top]).exp()) == pytest.approx(1)
+
+
+def test_a_hook_comes_before_the_grammar(model: PolarModel) -> None:
+    b, c = model.encode("bc")
+
+    def forbid_b(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits[b] = -torch.inf
+        return logits
+
+    assert model.generate("Hello", regex="a[bc]", logits_hook=forbid_b).text == "ac"
+
+    def forbid_both(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits[[b, c]] = -torch.inf
+        return logits
+
+    with pytest.raises(GrammarError, match="no token that the grammar allows is left"):
+        model.generate("Hello", regex="a[bc]", logits_hook=forbid_both)
+    assert model.generate("Hello", regex="a[bc]").text in {"ab", "ac"}  # the model serves on
+
+
+def test_an_answer_that_was_cut_off_says_so(model: PolarModel) -> None:
+    answer = model.generate("Hello", schema=PERSON, max_tokens=5, fit_max_tokens=False)
+    assert (answer.finish_reason, answer.complete) == ("length", False)
+    with pytest.raises(IncompleteAnswerError, match=r"ended after 5 tokens .*Raise max_tokens") as caught:
+        answer.json()
+    assert caught.value.text == answer.text
+
+
+def test_a_stop_string_ends_it_too_early(model: PolarModel) -> None:
+    answer = model.generate("Hello", schema=PERSON, stop="age", max_tokens=100)
+    assert (answer.finish_reason, answer.complete) == ("stop", False)
+    with pytest.raises(IncompleteAnswerError):
+        answer.json()
+
+
+def test_a_schema_that_cannot_fit_is_refused_before_compute() -> None:
+    sink = ListSink()
+    with pytest.raises(GrammarError, match=r"needs \d+ tokens; max_tokens=10: raise it"):
+        tiny_model(sink=sink).generate("Hello", schema=PERSON, max_tokens=10)
+    assert sink.records == []
+
+
+def test_a_cancelled_answer_is_incomplete() -> None:
+    sink, cancel = ListSink(), threading.Event()
+    stream = tiny_model(sink=sink).stream("Hello", schema={"type": "string", "minLength": 300}, cancel=cancel)
+    next(stream)
+    cancel.set()
+    last = list(stream)[-1].generation
+    assert last is not None
+    assert (last.finish_reason, last.complete) == ("cancelled", False)
+    assert [record.outcome for record in sink.records] == ["cancelled"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schema": PERSON, "regex": "a"}, "schema= and regex= exclude each other"),
+        ({"schema": "{"}, "not valid JSON"),
+        ({"schema": "[1]"}, "not a JSON schema"),
+        ({"schema": 3}, "not a JSON schema"),
+        ({"schema": {"minimum": float("nan")}}, "not a JSON document"),
+        ({"schema": {"a": {1, 2}}}, "not a JSON document"),
+        ({"schema": type("Odd", (), {})}, "has no JSON schema"),
+        ({"regex": "("}, "not supported.*unclosed group"),
+        ({"regex": ""}, "not a text of 1"),
+        ({"regex": 1}, "not a text of 1"),
+        ({"grammar": "start: nothing"}, "not supported.*unknown name"),
+        ({"choice": []}, "has 0 texts"),
+        ({"choice": "abc"}, "not a list of texts"),
+        ({"choice": ["a", ""]}, "at least one character"),
+        ({"choice": ["a", 1]}, "at least one character"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_before_compute(options: Any, message: str) -> None:
+    sink = ListSink()
+    with pytest.raises(InvalidRequestError, match=message):
+        tiny_model(sink=sink).generate("Hello", **options)
+    assert sink.records == []
+
+
+def test_a_deep_schema_is_refused(model: PolarModel) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(20_000):
+        schema = {"items": schema}
+    with pytest.raises(GrammarError, match="not a JSON document"):
+        model.generate("Hello", schema=schema)
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any) -> Any:
+        if name.partition(".")[0] == "llguidance":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "llguidance"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    model = tiny_model()
+    assert model.generate("Hello", max_tokens=1).text is not None
+    with pytest.raises(MissingExtraError, match=r'pip install "polar-llm\[structured\]"'):
+        model.generate("Hello", choice=["a"])
+
+
+def test_dates_and_times_are_real(model: PolarModel) -> None:
+    for form in ("date", "time", "date-time"):
+        schema = {"type": "string", "format": form}
+        for seed in range(6):
+            value = model.generate("?", schema=schema, temperature=2.0, seed=seed).json()
+            kinds: dict[str, Any] = {"date": "datetime.date", "time": "datetime.time", "date-time": "datetime.datetime"}
+            module, name = kinds[form].split(".")
+            TypeAdapter(getattr(sys.modules.get(module) or __import__(module), name)).validate_python(value)
