@@ -123,13 +123,14 @@ class Meter(UsageSink):
             PriceBookError: The price book's file is missing or wrong.
             StoreError: The ledger is missing, read-only, full or damaged, or does not answer and the spool is full.
         """
+        writer, now = self._writer, time.monotonic()
+        succeeded_at = self._checked_at if writer is None else max(self._checked_at, writer.succeeded_at)
+        if writer is not None and writer.failure is None and now - succeeded_at < _CHECK_EVERY_S:
+            return
         with suppress(StoreError):  # the check of the ledger below raises, or tolerates it
             _ = self.price_book
-        writer, now = self._writer, time.monotonic()
         if writer is None:
             self.ledger.check()
-            return
-        if writer.failure is None and now - max(self._checked_at, writer.succeeded_at) < _CHECK_EVERY_S:
             return
         if writer.failure is not None and now - writer.failed_at < _CHECK_EVERY_S:
             self._tolerate(writer, writer.failure)

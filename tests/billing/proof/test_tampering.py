@@ -60,7 +60,8 @@ CHAINED_TABLES = sorted({str(one.table.name) for one in CHAINED.values()} | set(
 NOT_CHAINED = {
     "polar_schema",  # which versions there were
     "polar_probe",  # always empty
-    "polar_hold",  # changes once; `verify` compares what it settled to with the chained usage
+    "polar_hold",  # renewed, then resolved; `verify` compares what it settled to with the chained usage
+    "polar_clock",  # says when open holds expire
     "polar_budget_counter",  # a projection, `verify` makes it again
     "polar_usage_hour",  # a projection, `verify` makes it again
 }
@@ -232,6 +233,7 @@ OUTSIDE: dict[str, tuple[set[str], str]] = {
         "what was held before a request ran is recorded nowhere else, and what it used counts instead",
     ),
     "polar_hold held": (set(metadata.tables["polar_hold"].c.keys()), "an open hold stands for nothing stored yet"),
+    "polar_clock": ({"id", "boot", "ahead"}, "says when open holds expire, and they stand for nothing stored yet"),
     "polar_budget_counter": (
         {"seq", "tenant", "level", "name", "unit", "time_window"},
         "a counter of no budget counts for nothing, and one that is missing is computed again",
