@@ -52,12 +52,12 @@ from polar_sdk.lab.training.menu_training import MenuSettings
 from polar_sdk.programs.policy import TIERS
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import save_router
+from polar_sdk.router.certificate import TierPromise
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polar_sdk.lab.evaluation.calibrate import TierPromise
     from polar_sdk.lab.evaluation.results import Evaluation
     from polar_sdk.lab.items import Item, Split
     from polar_sdk.lab.program_search.matrix import RewardMatrix
@@ -288,7 +288,7 @@ def _tiers(texts: Sequence[str], loss: Loss) -> dict[str, TierPromise]:
         name, alpha = text.split("=")
         if name not in TIERS:
             raise ValueError(f"tier {name!r} does not exist; choose from: {', '.join(TIERS)}.")
-        tiers[name] = (float(alpha), loss)
+        tiers[name] = TierPromise(float(alpha), loss)
     return tiers
 
 

@@ -43,7 +43,8 @@ PolarError
 │   ├── ModelDamagedError                 a checksum or a tensor is wrong
 │   ├── UnsupportedArchitectureError
 │   ├── DeviceError                       device, dtype or precision not available here
-│   └── CompileError                      layers cannot be compiled here
+│   ├── CompileError                      layers cannot be compiled here
+│   └── LogitsError                       the model computed nan or infinity for a request, which it ends
 ├── FolderError (OSError)                 a model folder cannot be written: no space, no permission
 │   └── FolderExistsError (FileExistsError)  something is stored there already
 ├── SinkError (OSError)                   usage cannot be recorded; raised before compute starts
@@ -327,6 +328,10 @@ class DeviceError(ModelError):
 
 class CompileError(ModelError):
     """Layers cannot be compiled here: no compiler, or it failed."""
+
+
+class LogitsError(ModelError):
+    """The model computed logits by which no token can be chosen: nan or infinity. Other requests go on."""
 
 
 class FolderError(PolarError, OSError):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from polar_sdk.errors import did_you_mean
+from polar_sdk.locks import renewed_in_child
 from polar_sdk.models.aliases import DEFAULT_ALIAS, MODEL_VARIABLE
 from polar_sdk.models.load import Compile, LoadOptions
 from polar_sdk.programs.policy import Policy
@@ -39,7 +40,7 @@ _OBJECT_SETTINGS: Final = ("policy", "router", "ledger", "sink")
 _ENGINE_SETTINGS: Final = (*LoadOptions.__annotations__, *_OBJECT_SETTINGS)
 """What belongs to `engine=`, besides the model."""
 _TOOL_OPTIONS: Final = ("tools", "tool_choice", "functions", "response_format")
-_loading = threading.RLock()
+_loading = renewed_in_child(threading.RLock())
 """Held while an engine is loaded, so that threads that start together load it once."""
 
 

@@ -19,6 +19,7 @@ from polar_sdk.request.options import ending_on, split_loading
 from polar_sdk.request.scores import hidden_states, loglikelihoods
 from polar_sdk.router.base import fixed_router
 from polar_sdk.router.bridge_set import BridgeSet
+from polar_sdk.router.fill_set import FillSet
 from polar_sdk.router.store import find_policy, find_router
 from polar_sdk.serving.threads import iterate_in_thread, run_in_thread
 from polar_sdk.sinks import AUTO_LEDGER, find_sink
@@ -361,14 +362,20 @@ class PolarModel:
     def use_bridges(self, bridges: BridgeSet | str | Path) -> BridgeSet:
         """Add bridges, or those in a folder that `polar heal` wrote, to those that the weights have already.
 
-        Bridges belong to the weights, which all objects of one model in this process share. Load them before requests
-        run: a request that crosses a segment while its bridge is replaced mixes the two.
+        They belong to the weights, which all objects of one model in this process share: load them before requests run.
 
         Raises:
             BridgeModelError: They were fitted for another model.
             BridgeDamagedError: A file is missing, altered or malformed.
         """
         chosen = BridgeSet.of(bridges)
+        chosen.place_on(self._loaded)
+        self._maker = replace(self._maker, cost=self._loaded.decoder.cost)
+        return chosen
+
+    def use_fills(self, fills: FillSet | str | Path) -> FillSet:
+        """As `use_bridges`, for fills; raises FillError, or a subclass."""
+        chosen = FillSet.of(fills)
         chosen.place_on(self._loaded)
         self._maker = replace(self._maker, cost=self._loaded.decoder.cost)
         return chosen

@@ -11,6 +11,7 @@ Knows no file of the project, and only the standard library.
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from decimal import Decimal, InvalidOperation
@@ -128,6 +129,14 @@ def parse_object(content: bytes | str, *, max_bytes: int = MAX_BYTES) -> dict[st
     if not isinstance(value, dict):
         raise Unreadable("not a JSON object")
     return value
+
+
+def not_finite(value: object) -> float | None:
+    """The first nan or infinity in a value of JSON; None if there is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((flaw for part in parts if (flaw := not_finite(part)) is not None), None)
 
 
 def parse_toml(text: str, *, max_bytes: int = MAX_TOML_BYTES) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.errors import SinkError, SinkNotFoundError
+from polar_sdk.locks import renewed_in_child
 from polar_sdk.usage import NullSink, UsageRecord, UsageSink
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class JsonlSink(UsageSink):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock = threading.Lock()
+        self._lock = renewed_in_child(threading.Lock())
         self._begun: OrderedDict[bytes, int] = OrderedDict()
         """Hash of a line → where the file ended before it was written, or only begun. Unit: bytes."""
 

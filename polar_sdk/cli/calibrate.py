@@ -16,8 +16,9 @@ from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from polar_sdk.lab import Item
-    from polar_sdk.lab.evaluation.calibrate import Resplits, TierPromise
+    from polar_sdk.lab.evaluation.calibrate import Resplits
     from polar_sdk.model import PolarModel
+    from polar_sdk.router.certificate import TierPromise
     from polar_sdk.router.learned import LearnedRouter
 
 
@@ -34,7 +35,10 @@ def calibrate(
     ] = None,
     tier: Annotated[
         list[str] | None,
-        typer.Option(help="tier=α; or tier=α:drops for the drop in accuracy, :harms for right answers turned wrong."),
+        typer.Option(
+            help="tier=α; or tier=α:drops for the drop in accuracy, :harms for right answers turned wrong; and "
+            ":strict=α for texts that lose more than 5 % of their tokens, e.g. economy=0.1:strict=0.3."
+        ),
     ] = None,
     delta: Annotated[
         float, typer.Option(min=0.001, max=0.5, help="Maximum probability that a promise is wrong.")
@@ -71,28 +75,38 @@ def _resplits(
     from polar_sdk.lab.evaluation.judge import Judge
 
     assert router.certificate is not None
-    tiers = {name: (promise.alpha, promise.loss) for name, promise in router.certificate.tiers.items()}
+    tiers = {name: promise.asked for name, promise in router.certificate.tiers.items()}
     judge = Judge(engine, router, on_progress=show)
     return judge.resplit(lab.builtin_items() if items is None else items, tiers=tiers, delta=delta, times=times)
 
 
 def _tier(text: str) -> tuple[str, TierPromise]:
+    """A promise such as `economy=0.1`, `standard=0.05:drops` or `premium=0.02:differs:strict=0.2`."""
     from polar_sdk.programs.policy import TIERS
-    from polar_sdk.router.certificate import LOSSES
+    from polar_sdk.router.certificate import LOSSES, TierPromise
 
     name, _, promise = text.partition("=")
-    number, _, loss = promise.partition(":")
-    try:
-        alpha = float(number)
-    except ValueError:
-        alpha = 0.0
-    counted = next((known for known in LOSSES if known == (loss or "differs")), None)
-    if name not in TIERS[:-1] or not 0 < alpha < 1 or counted is None:
+    number, *words = promise.split(":")
+    strict = [word.removeprefix("strict=") for word in words if word.startswith("strict=")]
+    losses = [word for word in words if not word.startswith("strict=")] or ["differs"]
+    loss = next((known for known in LOSSES if known == losses[0]), None)
+    shares = [_share(number), *map(_share, strict)]
+    if name not in TIERS[:-1] or None in shares or loss is None or len(losses) > 1 or len(strict) > 1:
         raise InvalidRequestError(
-            f"--tier {text!r} is not a promise; write e.g. economy=0.1 or standard=0.05:drops. "
-            f"Tiers: {', '.join(TIERS[:-1])}."
+            f"--tier {text!r} is not a promise; write e.g. economy=0.1, standard=0.05:drops or "
+            f"premium=0.02:differs:strict=0.2. Tiers: {', '.join(TIERS[:-1])}."
         )
-    return name, (alpha, counted)
+    alpha, *others = (share for share in shares if share is not None)
+    return name, TierPromise(alpha, loss, others[0] if others else None)
+
+
+def _share(text: str) -> float | None:
+    """A share above 0 and below 1; None where it is not one."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < 1 else None
 
 
 def _report(router: LearnedRouter, folder: Path, broken: list[Resplits], *, as_json: bool) -> None:

@@ -1,20 +1,22 @@
-"""`polar heal`: fit bridges over segments of layers, and show their cost and their error."""
+"""`polar heal`: fit bridges over segments of layers, or fills, and show their cost and their error."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
+from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
     from polar_sdk.router.bridge_set import BridgeSet
+    from polar_sdk.router.fill_set import FillSet
 
 
 def register(app: typer.Typer) -> None:
@@ -23,10 +25,20 @@ def register(app: typer.Typer) -> None:
 
 
 def heal(
+    out: Annotated[Path, typer.Option(help="Folder to write the bridges or fills to.")],
     segments: Annotated[
-        str, typer.Option(help="First and last layers, e.g. 12-15,17-20; a semicolon separates alternative groups.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write the bridges to.")],
+        str,
+        typer.Option(
+            help="Bridges: first and last layers, e.g. 12-15,17-20; a semicolon separates alternative groups."
+        ),
+    ] = "",
+    fills: Annotated[
+        str,
+        typer.Option(
+            help="Fills instead of bridges: first layers of what is filled up to the last layer, e.g. 27,24,20, or "
+            "default."
+        ),
+    ] = "",
     data: Annotated[
         Path | None,
         typer.Option(help="JSONL of {prompt}, {prompt, answer} or {question, choices, answer}; default: built-in."),
@@ -35,14 +47,19 @@ def heal(
     rank: Annotated[int | None, typer.Option(min=1, help="Maximum rank of the maps; default: full.")] = None,
     ridge: Annotated[float, typer.Option(help="Ridge penalty, as a multiple of the mean variance of a state.")] = 1e-3,
     distil: Annotated[int, typer.Option(min=0, help="Training steps after the closed form.")] = 0,
-    rate: Annotated[float, typer.Option(help="Learning rate of the training.")] = 2e-4,
+    rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the training; default: 2e-4, for fills 3e-4.")
+    ] = None,
     choices: Annotated[float, typer.Option(min=0, help="Weight of full depth's choice scores in the training.")] = 1.0,
     labels: Annotated[
         float, typer.Option(min=0, help="Weight of the right choices in the training; above 0 it fine-tunes to labels.")
     ] = 0.0,
     drop: Annotated[float, typer.Option(min=0, help="Probability that the training leaves a bridge out.")] = 0.25,
     start: Annotated[Path | None, typer.Option(help="Folder of bridges to start from.")] = None,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of full depth's answers to prompts.")] = 24,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens of full depth's answers; default: 24, for fills 48.")
+    ] = None,
+    storage: Annotated[Literal["int8", "float16"], typer.Option(help="For --fills: how weights are stored.")] = "int8",
     seed: opt.Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out.")] = False,
     as_json: opt.AsJson = False,
@@ -50,47 +67,62 @@ def heal(
     device: opt.Device = "auto",
     precision: opt.Precision = "auto",
 ) -> None:
-    """Fit cheap maps (bridges) that stand for segments of layers; the model's own weights are not changed."""
-    from polar_sdk.lab.rewards.cache import RewardCache, cache_path
+    """Fit cheap maps for layers: bridges cross a segment, fills write its keys and values for the prompt.
 
-    options: dict[str, Any] = {
+    The model's own weights are not changed.
+    """
+    from polar_sdk.lab.rewards.cache import RewardCache, cache_path
+    from polar_sdk.router.fill_set import FillSet
+
+    if bool(segments) == bool(fills):
+        raise InvalidRequestError(
+            "give --segments for bridges, e.g. 12-15,17-20, or --fills, e.g. 27,24,20: one of the two."
+        )
+    shared = {
         "ridge": ridge,
         "rank": rank,
         "distil": distil,
-        "rate": rate,
-        "choices": choices,
-        "labels": labels,
-        "drop": drop,
         "seed": seed or 0,
-        "answer_tokens": answer_tokens,
-        "start": None if start is None else str(start),
         "resume": resume,
+        **({} if rate is None else {"rate": rate}),
+        **({} if answer_tokens is None else {"answer_tokens": answer_tokens}),
     }
-    lab.HealOptions(**options)  # checks them before seconds are spent on loading the model
+    options: dict[str, Any] = {**shared, "storage": storage}
+    if segments:
+        start_text = None if start is None else str(start)
+        options = {**shared, "choices": choices, "labels": labels, "drop": drop, "start": start_text}
+    # Checks them before seconds are spent on loading the model.
+    lab.HealOptions(**options) if segments else lab.FillOptions(**options)
     items = None if data is None else lab.read_items(data, limit)
     engine = opt.load_model(model, device=device, precision=precision, no_ledger=True)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype))
+    made: BridgeSet | FillSet
     try:
         with cache, ProgressBars(quiet=as_json) as show:
-            bridges = lab.heal(engine, items, segments, out=out, cache=cache, on_progress=show, **options)
+            if segments:
+                made = lab.heal(engine, items, segments, out=out, cache=cache, on_progress=show, **options)
+            else:
+                made = lab.heal_fills(engine, items, fills, out=out, cache=cache, on_progress=show, **options)
     except KeyboardInterrupt:
         print_line("note: the same command with --resume continues from the last checkpoint.", err=True)
         raise
     if as_json:
-        typer.echo(json.dumps(_facts(bridges, out), indent=2))
+        typer.echo(json.dumps(_facts(made, out), indent=2))
+    elif isinstance(made, FillSet):
+        _show_fills(made, out)
     else:
-        _show(bridges, out)
+        _show(made, out)
 
 
-def _facts(bridges: BridgeSet, out: Path) -> dict[str, object]:
+def _facts(maps: BridgeSet | FillSet, out: Path) -> dict[str, object]:
     return {
         "out": str(out),
-        "bytes": bridges.bytes,
-        "model": bridges.model,
-        "fingerprint": bridges.fingerprint,
-        "data": bridges.data,
-        "segments": [record.model_dump() for record in bridges.records],
-        "training": bridges.training,
+        "bytes": maps.bytes,
+        "model": maps.model,
+        "fingerprint": maps.fingerprint,
+        "data": maps.data,
+        "segments": [record.model_dump() for record in maps.records],
+        "training": maps.training,
     }
 
 
@@ -111,3 +143,21 @@ def _show(bridges: BridgeSet, out: Path) -> None:
             f"trained {bridges.training['loss_trained']:.4f} ({kept})"
         )
     console.print(f"wrote {out} ({bridges.bytes / 1e6:.2f} MB)", soft_wrap=True)
+
+
+def _show_fills(fills: FillSet, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("filled", "kind", "FLOPs per filled token", "variance missed, held out")
+    for record in fills.records:
+        missed = "–" if record.unexplained is None else f"{record.unexplained:.3f}"
+        table.add_row(f"({record.first}-{record.last})", record.kind, f"{record.flops_per_token:,}", missed)
+    console = Console()
+    console.print(table)
+    for row in fills.training.get("held_out", ()):
+        first, last = row["segment"]
+        better = "kept" if row["trained"] < row["closed_form"] else "not kept: the closed form is better"
+        losses = f"closed form {row['closed_form']:.4f}, trained {row['trained']:.4f}"
+        console.print(f"({first}-{last}): held-out loss: {losses} ({better})")
+    console.print(f"wrote {out} ({fills.bytes / 1e6:.2f} MB)", soft_wrap=True)

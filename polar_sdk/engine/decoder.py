@@ -19,6 +19,7 @@ from polar_sdk.engine.pages import PAGE, PagePool
 from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.products import Plain, quantize
 from polar_sdk.errors import CacheMemoryError
+from polar_sdk.locks import renewed_in_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -96,7 +97,7 @@ class Decoder:
         self._rotary: dict[torch.device, list[Rotary]] = {}
         self._kv_memory = kv_memory
         self._pool: PagePool | None = None
-        self._making_pool = threading.Lock()
+        self._making_pool = renewed_in_child(threading.Lock())
 
     def _take_layers(self, modules: Sequence[nn.Module], bring: Bring | None) -> Iterator[Weights]:
         for index, module in enumerate(modules):
@@ -143,7 +144,6 @@ class Decoder:
 
     def restart_after_fork(self) -> None:
         """In a forked child: the parent's threads are not here, and their rows are the parent's."""
-        self._making_pool = threading.Lock()
         if self._pool is not None:
             self._pool.restart_after_fork()
 

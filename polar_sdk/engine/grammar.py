@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from polar_sdk.errors import GrammarError, MissingExtraError
+from polar_sdk.locks import renewed_in_child
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +54,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab: int, end_tokens: frozenset[int]) -> None:
         self._hf, self._vocab, self._end_tokens = tokenizer, vocab, end_tokens
-        self._lock = threading.Lock()
+        self._lock = renewed_in_child(threading.Lock())
         self.compile = lru_cache(maxsize=_KEPT)(self._compile)
         """As `_compile`, remembering the latest ones."""
 

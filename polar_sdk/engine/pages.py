@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from polar_sdk.errors import CacheMemoryError
+from polar_sdk.locks import renewed_in_child
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ class PagePool:
         """For each store, the first page that has never been cleared."""
         self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
         # Reentrant: a row collected as garbage gives its pages back in whatever thread that happens, this one included.
-        self._lock = threading.RLock()
+        self._lock = renewed_in_child(threading.RLock())
         self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
 
     def note(self, table: PageTable) -> None:
@@ -92,7 +93,6 @@ class PagePool:
 
     def restart_after_fork(self) -> None:
         """In a forked child, where every page was used by something that goes on in the parent: all are free."""
-        self._lock = threading.RLock()  # a thread of the parent may have held the old one
         for table in list(self._tables):
             table.blocks.clear()
             table.length = 0
@@ -120,6 +120,13 @@ class PagePool:
                 last = max(page for page, owner in zip(taken, stores, strict=True) if owner == store)
                 self._clear(store, last + 1)
         return taken
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Overwrite those of the pages that have one user."""
+        for page in pages:
+            if self._users[page] == 1:
+                store = self._store(page)
+                self.stores[store][page - self.starts[store]].zero_()
 
     def _clear(self, store: int, end: int) -> None:
         """Clear the pages of a store before `end` that have never been used.
@@ -203,6 +210,10 @@ class PageTable:
         """Give all pages back; the row has no history any more."""
         self.length = 0
         _give_back(self._pool, self.blocks)
+
+    def clear(self) -> None:
+        """Overwrite the pages that no other row has: 0 × nan is nan in whatever row gets them next."""
+        self._pool.clear([page for block in self.blocks for page in block])
 
     def places(self, blocks: int) -> Tensor:
         """Place within its store of each visit's page, for the first `blocks` blocks, (blocks, visits)."""

@@ -77,6 +77,12 @@ def apply_hook(hook: LogitsHook, tokens: Sequence[int], logits: Tensor) -> Tenso
     return usable
 
 
+def likeliest_tokens(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The likeliest token of each row of logits (B, V), and its logit: nan where any is nan, for nan wins a maximum."""
+    tokens = logits.argmax(-1, keepdim=True)
+    return tokens.squeeze(-1).tolist(), logits.gather(-1, tokens).squeeze(-1).tolist()
+
+
 def read_logprobs(logits: Tensor, token: int, alternatives: int) -> TokenLogprobs:
     """Log-probabilities of a sampled token and of the likeliest tokens, from logits (V,)."""
     likelihoods = logits.log_softmax(-1)

@@ -64,44 +64,98 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Watches text for the first of several stop strings."""
+    """Watches text for the first of several stop strings.
+
+    Every character is looked at once per stop string that it may belong to (Knuth, Morris, Pratt), however long those
+    are and in whatever pieces the text comes: the engine's thread does this after every token, for all callers.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._by_first: dict[str, list[_Stop]] = {}
+        for stop in dict.fromkeys(stops):
+            self._by_first.setdefault(stop[0], []).append(_Stop(stop))
+        self._begun: list[_Stop] = []
+        """Those of which the text ends in a beginning."""
+        self._found: int | None = None
+        """Where the first stop string begins that was met, while one that begins earlier may still come."""
+        self._seen = self._shown = 0
+        """Number of characters pushed, and of those shown."""
         self._held = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
         """Add text; returns what may be shown now. After a match nothing more is returned."""
-        if self.stopped or not self._stops:
-            return "" if self.stopped else text
+        if self.stopped:
+            return ""
+        if not self._begun and not any(first in text for first in self._by_first):
+            self._seen += len(text)
+            self._shown = self._seen
+            return text
         self._held += text
-        start = self._first_stop()
-        # A longer stop that begins earlier may still be coming: of `abc` and `b`, the text `ab` decides nothing yet.
-        undecided = len(self._held) - max(_overlap(self._held, stop) for stop in self._stops)
-        if start is not None and start <= undecided:
-            return self._cut(start)
-        shown, self._held = self._held[:undecided], self._held[undecided:]
+        for character in text:
+            self._take(character)
+            # A longer one that begins earlier may still be coming: of `abc` and `b`, the text `ab` decides nothing yet.
+            if self._found is not None and self._found <= self._undecided:
+                return self._cut(self._found)
+        end = self._undecided
+        shown, self._held = self._held[: end - self._shown], self._held[end - self._shown :]
+        self._shown = end
         return shown
 
     def finish(self) -> str:
         """Return what was held back and did not become a stop string."""
-        start = self._first_stop()
-        return self._cut(len(self._held) if start is None else start, stopped=start is not None)
+        return self._cut(self._seen) if self._found is None else self._cut(self._found)
 
-    def _first_stop(self) -> int | None:
-        return min((start for stop in self._stops if (start := self._held.find(stop)) >= 0), default=None)
+    @property
+    def _undecided(self) -> int:
+        """Where the earliest stop string begins that the text may still become, or else its end."""
+        return self._seen - max((stop.matched for stop in self._begun), default=0)
 
-    def _cut(self, end: int, *, stopped: bool = True) -> str:
-        shown, self._held = self._held[:end], ""
-        self.stopped = self.stopped or stopped
+    def _take(self, character: str) -> None:
+        self._seen += 1
+        candidates = self._begun + [stop for stop in self._by_first.get(character, ()) if not stop.matched]
+        self._begun = []
+        for stop in candidates:
+            if stop.ends_with(character):
+                start = self._seen - len(stop.text)
+                self._found = start if self._found is None else min(self._found, start)
+            elif stop.matched:
+                self._begun.append(stop)
+
+    def _cut(self, end: int) -> str:
+        shown, self._held = self._held[: end - self._shown], ""
+        self.stopped = self.stopped or self._found is not None
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+class _Stop:
+    """One stop string, and how much of it the text ends in."""
+
+    __slots__ = ("_borders", "matched", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        """Length of the longest beginning of the stop string that the text ends in."""
+        self._borders = [0, 0]
+        """For each length, that of the longest shorter beginning in which such a beginning ends; made as needed."""
+
+    def ends_with(self, character: str) -> bool:
+        """Take the text's next character; True if the stop string ends with it. It is not looked for any further."""
+        stop, borders, matched = self.text, self._borders, self.matched
+        while matched and stop[matched] != character:
+            matched = borders[matched]
+        matched += stop[matched] == character
+        if matched == len(stop):
+            self.matched = 0
+            return True
+        if matched == len(borders):
+            border = borders[-1]
+            while border and stop[border] != character:
+                border = borders[border]
+            borders.append(border + (stop[border] == character))
+        self.matched = matched
+        return False
 
 
 class TextStream:

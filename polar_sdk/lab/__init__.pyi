@@ -1,5 +1,6 @@
 # The public names, each once: `__init__.py` loads them from here on first use.
 from .evaluation.results import Evaluation as Evaluation
+from .healing.fill_healer import FillOptions as FillOptions
 from .healing.heal import HealOptions as HealOptions
 from .items import AnswerItem as AnswerItem
 from .items import ChoiceItem as ChoiceItem
@@ -18,6 +19,7 @@ from .training.menu_training import MenuSettings as MenuSettings
 from .workflow import calibrate as calibrate
 from .workflow import evaluate as evaluate
 from .workflow import heal as heal
+from .workflow import heal_fills as heal_fills
 from .workflow import train as train
 
 __all__: list[str]

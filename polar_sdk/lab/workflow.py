@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polar_sdk.errors import DataError, RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS
 from polar_sdk.lab.evaluation.judge import Judge
+from polar_sdk.lab.healing.fill_healer import FillHealer, FillOptions
 from polar_sdk.lab.healing.heal import Healer, HealOptions
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.lab.program_search.matrix import RewardMatrix
@@ -23,15 +24,16 @@ from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.base import Router
 from polar_sdk.router.bridge_set import BridgeSet
-from polar_sdk.router.store import BRIDGES, attach_router
+from polar_sdk.router.fill_set import FillSet
+from polar_sdk.router.store import BRIDGES, FILLS, attach_router
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from polar_sdk.lab.evaluation.calibrate import TierPromise
     from polar_sdk.lab.evaluation.results import Evaluation
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.model import PolarModel
+    from polar_sdk.router.certificate import TierPromise
     from polar_sdk.router.learned import LearnedRouter
     from polar_sdk.router.network import FeatureKind
 
@@ -65,8 +67,38 @@ def heal(
         BridgeError: An option is out of range, a segment does not fit the model, no prompt is left to fit on, or a
             checkpoint is of another run.
     """
-    healer = Healer(model, items, segments, HealOptions(**options), out=out, cache=cache, on_progress=on_progress)
+    healer = Healer(model, items, segments, out, cache, on_progress, HealOptions(**options))
     return model.use_bridges(healer.run())
+
+
+def heal_fills(
+    model: PolarModel,
+    items: Sequence[Item] | None = None,
+    segments: str = "default",
+    *,
+    out: str | Path | None = None,
+    cache: RewardCache | None = None,
+    on_progress: Progress = silent,
+    **options: Any,
+) -> FillSet:
+    """Fit fills, which write the keys and values of layers for prompt tokens; the model uses them from now on.
+
+    Args:
+        model: The model.
+        items: Prompts to fit on; None = the prompts that come with the package. Choice questions are left out.
+        segments: Cuts, from which all layers up to the last are filled, or first and last layers, e.g. `27,24,20-23`;
+            `default` = five cuts, from 90 % to 60 % of the depth.
+        out: Folder to write the fills to; checkpoints are kept there too.
+        cache: Where identity's answers to prompts are kept; None = in memory.
+        on_progress: Called with (stage, steps done, steps in all).
+        **options: Fields of `FillOptions`.
+
+    Raises:
+        DataError: The data is empty or nothing but copies.
+        FillError: An option is out of range, a segment does not fit the model, no prompt is left to fit on, or a
+            checkpoint is of another run.
+    """
+    return model.use_fills(FillHealer(model, items, segments, out, cache, on_progress, FillOptions(**options)).run())
 
 
 def train(
@@ -80,6 +112,7 @@ def train(
     settings: MenuSettings | LayerwiseSettings | None = None,
     out: str | Path | None = None,
     bridges: str | Path | None = None,
+    fills: str | Path | None = None,
     on_progress: Progress = silent,
 ) -> LearnedRouter:
     """Train a router on what programs do on prompts; once it is calibrated, it serves.
@@ -94,23 +127,24 @@ def train(
         settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
         out: Folder to write the router to; checkpoints are kept there until training is done.
         bridges: Folder of the bridges that the programs cross; these are written beside the router.
+        fills: Folder of the fills that the programs use; likewise.
         on_progress: Called with (stage, steps done, steps in all).
 
     Raises:
         RouterModelError: The rewards were measured on another model or in another dtype.
-        RouterError: The kind is unknown, the settings are for another kind, or bridges that programs cross are missing.
+        RouterError: The kind is unknown, the settings are for another kind, or maps that programs use are missing.
         DataError: The matrix holds no train or no dev prompt, or its menu is identity alone.
     """
     _check_settings(kind, settings)
     matrix = rewards if isinstance(rewards, RewardMatrix) else RewardMatrix.load(rewards)
-    bridge_set = None if bridges is None else BridgeSet.load(bridges)
-    if bridges is not None:
-        model.use_bridges(bridges)
+    maps = _Maps(
+        None if bridges is None else model.use_bridges(bridges), None if fills is None else model.use_fills(fills)
+    )
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
     trainer = RouterTrainer(model, matrix, features, layers, checkpoints, on_progress)
     router = _trained(trainer, kind, builtin_items() if items is None else items, settings)
     if out is not None:
-        _save(router, Path(out), bridge_set)
+        _save(router, Path(out), maps)
     return router
 
 
@@ -136,7 +170,7 @@ def calibrate(
         model: The model.
         items: Prompts; None = the prompts that come with the package. What the router was trained on is left out.
         router: A trained router or its folder; None = this model's.
-        tiers: α, and what counts as lost (`differs`, `harms` or `drops`), by tier; None = `TIER_ALPHAS`.
+        tiers: What each tier is to promise; None = `TIER_ALPHAS`.
         delta: Maximum probability that a promise is wrong.
         out: Folder to write the certified router to; None = the folder `router`, where that is one.
         on_progress: Called with (stage, steps done, steps in all).
@@ -152,9 +186,8 @@ def calibrate(
     )
     target = out if out is not None else router
     if isinstance(target, (str, Path)):
-        beside = None if isinstance(router, Router) or router is None else Path(router) / BRIDGES
-        bridge_set = BridgeSet.load(beside) if beside is not None and beside.is_dir() else None
-        _save(certified, Path(target), bridge_set)
+        beside = None if isinstance(router, Router) or router is None else Path(router)
+        _save(certified, Path(target), _Maps() if beside is None else _beside(beside))
     return certified
 
 
@@ -165,6 +198,7 @@ def evaluate(
     router: Router | str | Path | None = None,
     points: Mapping[str, float] | None = None,
     timed: int = 8,
+    free: int = 0,
     seed: int = 0,
     on_progress: Progress = silent,
 ) -> Evaluation:
@@ -177,6 +211,7 @@ def evaluate(
         router: A trained router or its folder; None = this model's.
         points: θ by name; None = the certified tiers. The first is compared with the controls.
         timed: Prompts that are timed; 0 times none.
+        free: Prompts that every tier also answers freely, for texts as a reader sees them.
         seed: Of the controls.
         on_progress: Called with (stage, steps done, steps in all).
 
@@ -189,7 +224,7 @@ def evaluate(
     if not sets:
         raise DataError("there is no set to evaluate on; give at least one.")
     judge = Judge(model, _obtain(model, router), on_progress=on_progress)
-    return judge.evaluate(sets, points=points, timed=timed, seed=seed)
+    return judge.evaluate(sets, points=points, timed=timed, free=free, seed=seed)
 
 
 def _check_settings(kind: str, settings: MenuSettings | LayerwiseSettings | None) -> None:
@@ -201,24 +236,45 @@ def _check_settings(kind: str, settings: MenuSettings | LayerwiseSettings | None
 
 
 def _obtain(model: PolarModel, router: Router | str | Path | None) -> Router | None:
-    """The router; one from a folder is bound to the model, and its bridges are loaded too."""
+    """The router; one from a folder is bound to the model, and its bridges and fills are loaded too."""
     if router is None or isinstance(router, Router):
         return router
     return attach_router(load_router(router), model, Path(router))
 
 
-def _save(router: LearnedRouter, folder: Path, bridge_set: BridgeSet | None) -> None:
-    """Write a router, and those bridges that its programs cross."""
-    crossed = {segment for program in router.programs for segment in program.bridges}
+class _Maps(NamedTuple):
+    """What the programs of a router may use."""
+
+    bridges: BridgeSet | None = None
+    fills: FillSet | None = None
+
+
+def _beside(router: Path) -> _Maps:
+    """The maps that are stored beside a router."""
+    bridges, fills = router / BRIDGES, router / FILLS
+    return _Maps(BridgeSet.load(bridges) if bridges.is_dir() else None, FillSet.load(fills) if fills.is_dir() else None)
+
+
+def _save(router: LearnedRouter, folder: Path, maps: _Maps) -> None:
+    """Write a router, and those bridges and fills that its programs use."""
     static = [Program.parse(row["program"]) for row in router.facts.training.get("static", ())]
-    crossed |= {segment for program in static for segment in program.bridges}
-    if crossed and bridge_set is None:
+    programs = [*router.programs, *static]
+    crossed = {segment for program in programs for segment in program.bridges}
+    filled = {segment for program in programs for segment in program.fills}
+    if crossed and maps.bridges is None:
         raise RouterError(
             f"the router's programs cross layers by bridges, such as {min(crossed)}, that would not be saved with it.",
             hint="Name their folder with bridges=, or --bridges.",
         )
-    if crossed and bridge_set is not None:
-        kept = {segment: bridge for segment, bridge in bridge_set.bridges.items() if segment in crossed}
-        records = tuple(record for record in bridge_set.records if (record.first, record.last) in crossed)
-        replace(bridge_set, bridges=kept, records=records).save(folder / BRIDGES)
+    if filled and maps.fills is None:
+        raise RouterError(
+            f"the router's programs fill layers by maps, such as {min(filled)}, that would not be saved with it.",
+            hint="Name their folder with fills=, or --fills.",
+        )
+    if crossed and maps.bridges is not None:
+        kept = {segment: bridge for segment, bridge in maps.bridges.bridges.items() if segment in crossed}
+        records = tuple(record for record in maps.bridges.records if (record.first, record.last) in crossed)
+        replace(maps.bridges, bridges=kept, records=records).save(folder / BRIDGES)
+    if filled and maps.fills is not None:
+        maps.fills.only(filled).save(folder / FILLS)
     save_router(router, folder)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import ModelDamagedError, UnsupportedArchitectureError
+from polar_sdk.locks import renewed_in_child
 from polar_sdk.models.network import first_not_finite
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _quiet_gguf() -> Iterator[None]:
 CONVERSION: Final = 1
 """Version of the conversion. Raise it when the same file yields other weights; fingerprints change with it."""
 
-LOADING_LOCK: Final = threading.RLock()
+LOADING_LOCK: Final = renewed_in_child(threading.RLock())
 """Held around every call of `from_pretrained`, which sets the process-wide default dtype while it runs."""
 
 _ALL_F32, _MOSTLY_F16 = 0, 1

@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from polar_sdk.locks import renewed_in_child
 from polar_sdk.models.paths import cache_folder
 from polar_sdk.reading import Unreadable, parse_object, read_bytes
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _NO_FUNCTION: Final = frozenset({"transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range"})
 """Configuration fields that do not change what the model computes; nor do those that begin with `_`."""
-_HASHES_LOCK: Final = threading.Lock()
+_HASHES_LOCK: Final = renewed_in_child(threading.Lock())
 
 
 def fingerprint_of_folder(folder: Path, weights: Iterable[Path]) -> str:

@@ -18,7 +18,7 @@ from polar_sdk.models.aliases import resolve
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
 from polar_sdk.models.find import LocalModel, obtain
 from polar_sdk.models.fingerprint import fingerprint_of
-from polar_sdk.models.network import bringer, check_finite, damaged, read_network
+from polar_sdk.models.network import bringer, check_finite, damaged, read_generation_config, read_network
 from polar_sdk.models.paths import cache_folder
 from polar_sdk.models.placement import (
     DeviceMap,
@@ -73,6 +73,9 @@ class LoadOptions(TypedDict, total=False):
 def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptions]) -> LoadedModel:
     """Load a model, or return the one already in memory.
 
+    Weights are known by their fingerprint. Tokenizer, chat template and generation settings are read again where their
+    files have changed since; objects made before keep what they have.
+
     Args:
         model: Alias, folder, `.gguf` file or hub id; None = `POLAR_MODEL`, or else the default model.
         **options: See `LoadOptions`.
@@ -100,6 +103,9 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
                 kv_memory = options.get("kv_memory")
                 loaded = run_apart(lambda: _load(source.name, local, places, precision, dtype, kv_memory))
                 _loaded[key] = loaded
+    if loaded.text_files != _text_files(local.folder):
+        with LOADING_LOCK:
+            loaded = _loaded[key] = _reread(loaded, local.folder)
     _use_compiled(loaded.decoder, compile)
     return loaded if loaded.name == source.name else replace(loaded, name=source.name)
 
@@ -188,6 +194,7 @@ def _load(
     from polar_sdk.engine.decoder import build_decoder
     from polar_sdk.engine.families import find_family
 
+    text_files = _text_files(local.folder)
     with quiet_transformers(), _memory_errors(name, places, dtype):
         network = read_network(local.folder, local.weights)
         tokenizer = _read_tokenizer(local.folder)
@@ -195,8 +202,38 @@ def _load(
         placement = place(places, network, find_family(network.config), precision, dtype)
         decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, placement=placement, bring=bring)
     return _in_memory(
-        decoder, network, tokenizer, name=name, path=local.folder, fingerprint=local.fingerprint, dtype=dtype
+        decoder,
+        network,
+        tokenizer,
+        name=name,
+        path=local.folder,
+        fingerprint=local.fingerprint,
+        dtype=dtype,
+        text_files=text_files,
     )
+
+
+def _text_files(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of last change of what a folder holds beside configuration and weights."""
+    stamps = []
+    for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
+        if path.name != "config.json" and path.suffix != ".safetensors" and path.is_file():
+            stat = path.stat()
+            stamps.append((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
+    return tuple(sorted(stamps))
+
+
+def _reread(loaded: LoadedModel, folder: Path) -> LoadedModel:
+    """The same weights with the folder's tokenizer, chat template and generation settings as they are now."""
+    text_files = _text_files(folder)
+    _log.warning("the tokenizer, chat template or generation settings in %s have changed: read again", folder)
+    with quiet_transformers():
+        tokenizer = _read_tokenizer(folder)
+        try:
+            settings = read_generation_config(folder)
+        except Exception as error:  # a wrong value breaks the class of the settings anywhere
+            raise damaged(folder, f"generation settings: {error}") from error
+    return replace(loaded, tokenizer=tokenizer, generation_config=settings, text_files=text_files)
 
 
 def _take_over(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import ModelDamagedError, PolarError, UnsupportedArchitectureError
-from polar_sdk.reading import parse_object
+from polar_sdk.reading import not_finite, parse_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -125,7 +125,7 @@ def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        generation = _generation_config(folder)
+        generation = read_generation_config(folder)
     except Exception as error:  # a wrong value breaks the configuration's class anywhere
         raise damaged(folder, f"configuration: {error}") from error
     weights = map_weights(files)
@@ -165,15 +165,21 @@ def _check_parameters(kind: Any, config: Any, weights: Iterable[Tensor]) -> None
 
 
 def check_finite(model: PreTrainedModel, name: str) -> None:
-    """Refuse weights with nan or infinity in them: every answer would be noise, and it would be billed.
+    """Refuse a model with nan or infinity in it: every answer would be noise, and it would be billed.
 
     Args:
         model: The model; each of its weights is read once.
         name: What the model is called, for the error.
 
     Raises:
-        ModelDamagedError: A weight is not finite.
+        ModelDamagedError: A weight, or a value of the configuration, is not finite.
     """
+    for key, value in model.config.to_dict().items():
+        if (flaw := not_finite(value)) is not None:
+            raise ModelDamagedError(
+                f"the configuration of model {name!r} is wrong: {key} = {flaw}; it must be finite.",
+                hint="Correct it before the model is built.",
+            )
     if (weight := first_not_finite(model)) is not None:
         raise _not_finite(name, weight)
 
@@ -231,7 +237,7 @@ def _dtype(weights: Iterable[Tensor]) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def read_generation_config(folder: Path) -> GenerationConfig:
     """The generation settings; a model saved without them has some in its configuration."""
     from transformers import GenerationConfig
 

@@ -7,7 +7,6 @@ Pickled weights (`.bin`) are not accepted: reading them can run code. Does not k
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from contextlib import suppress
@@ -21,7 +20,7 @@ from polar_sdk.models.convert import CONVERSION, convert, stored_dtype
 from polar_sdk.models.fingerprint import file_sha256, fingerprint_of_conversion, hash_file
 from polar_sdk.models.paths import models_folder, work_folder
 from polar_sdk.programs.program import MAX_STEPS
-from polar_sdk.reading import Unreadable, parse_json, parse_object, read_bytes, shown
+from polar_sdk.reading import Unreadable, not_finite, parse_json, parse_object, read_bytes, shown
 from polar_sdk.show.progress import stage
 
 if TYPE_CHECKING:
@@ -248,8 +247,8 @@ def _check_sizes(path: Path, config: dict[str, Any], hint: str) -> int:
         return ModelDamagedError(f"{str(path)!r} is wrong: {name} = {shown(value)}; it must be {wanted}.", hint=hint)
 
     for name, value in config.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise wrong(name, value, "finite")
+        if (flaw := not_finite(value)) is not None:
+            raise wrong(name, flaw, "finite")
         if name in ("dtype", "torch_dtype") and value not in _CONFIG_DTYPES:
             raise wrong(name, value, f"one of {', '.join(filter(None, _CONFIG_DTYPES))}")
         limit = _SIZES.get(name)

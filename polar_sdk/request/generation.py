@@ -107,7 +107,15 @@ def answer(
     ended: SimpleQueue[Job] = SimpleQueue()
     with Recorder(model, sink) as recorder:
         jobs = [
-            Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, on_end=ended.put)
+            Job(
+                request,
+                model.decoder,
+                model.tokenizer,
+                model.end_tokens,
+                guard=guard,
+                on_end=ended.put,
+                model=model.name,
+            )
             for request in recorder.admit(requests)
         ]
         recorder.begin(jobs)
@@ -185,7 +193,9 @@ def _chunks(
     try:
         sink.check()
         (request,) = recorder.admit([request])
-        job = Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, max_ahead=AHEAD)
+        job = Job(
+            request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, max_ahead=AHEAD, model=model.name
+        )
         recorder.begin([job])
         model.scheduler.submit([job])
         held: Piece | None = None

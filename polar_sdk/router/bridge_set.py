@@ -1,24 +1,17 @@
-"""A set of bridges on disk: a folder with `bridges.safetensors` and `bridges.json`. No pickle.
+"""A set of bridges on disk: a folder with `bridges.safetensors` and `bridges.json`.
 
-The JSON holds the model's fingerprint, what was measured of each segment, the hash of the data, how the maps were made,
-and the hash of the tensor file. Knows bridges, not how they are fitted.
+Knows bridges, not how they are fitted; how the files are written and checked, `map_folder` knows.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-
 from polar_sdk.engine.bridge import Bridge
 from polar_sdk.errors import BridgeDamagedError, BridgeModelError
-from polar_sdk.reading import Unreadable, parse_json, read_bytes
+from polar_sdk.router.map_folder import Frozen, MapFolder, MapRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,16 +20,7 @@ if TYPE_CHECKING:
     from polar_sdk.serving.loaded import LoadedModel
 
 
-_FORMAT: Final = "polar-bridges-1"
-_JSON: Final = "bridges.json"
-_TENSORS: Final = "bridges.safetensors"
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SegmentRecord(_Frozen):
+class SegmentRecord(Frozen):
     """One bridge, as the JSON file describes it."""
 
     first: int
@@ -49,15 +33,15 @@ class SegmentRecord(_Frozen):
     below 1 the bridge is better. None where no prompt was held out."""
 
 
-class _Record(_Frozen):
-    format: str
-    model: str
-    fingerprint: str
-    dtype: str
+class _Record(MapRecord):
     segments: tuple[SegmentRecord, ...]
-    data: str
-    training: dict[str, Any]
-    sha256: str
+
+
+def _damaged(folder: Path, what: str) -> BridgeDamagedError:
+    return BridgeDamagedError(f"bridges in {str(folder)!r} are damaged: {what}.", hint="Fit them with `polar heal`.")
+
+
+_FOLDER: Final = MapFolder("bridges", "polar-bridges-1", _Record, _damaged)
 
 
 @dataclass(frozen=True)
@@ -118,27 +102,21 @@ class BridgeSet:
 
     def save(self, folder: str | Path) -> Path:
         """Write both files; the folder is created if needed. Returns the folder."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"{first}-{last}.{name}": tensor.contiguous()
+            f"{first}-{last}.{name}": tensor
             for (first, last), bridge in self.bridges.items()
             for name, tensor in _named(bridge).items()
         }
-        data = save_tensors(tensors)
-        record = _Record(
-            format=_FORMAT,
+        return _FOLDER.write(
+            folder,
+            tensors,
             model=self.model,
             fingerprint=self.fingerprint,
             dtype=self.dtype,
             segments=self.records,
             data=self.data,
             training=self.training,
-            sha256=hashlib.sha256(data).hexdigest(),
         )
-        (target / _TENSORS).write_bytes(data)
-        (target / _JSON).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        return target
 
     @classmethod
     def load(cls, folder: str | Path) -> BridgeSet:
@@ -147,23 +125,9 @@ class BridgeSet:
         Raises:
             BridgeDamagedError: A file is missing, altered or malformed.
         """
-        source = Path(folder)
-        try:
-            record = _Record.model_validate(parse_json(read_bytes(source / _JSON)))
-            data = (source / _TENSORS).read_bytes()
-        except OSError as error:
-            raise _damaged(source, f"{error.filename} cannot be read: {error.strerror}") from error
-        except Unreadable as error:
-            raise _damaged(source, f"{_JSON}: {error}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise _damaged(source, f"{_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        if record.format != _FORMAT:
-            raise _damaged(source, f"{_JSON} has format {record.format!r}, not {_FORMAT!r}")
-        if hashlib.sha256(data).hexdigest() != record.sha256:
-            raise _damaged(source, f"{_TENSORS} is not the file that {_JSON} describes")
+        record, tensors = _FOLDER.read(folder)
         return cls(
-            bridges=_bridges(source, record, data),
+            bridges=_bridges(Path(folder), record, tensors),
             records=record.segments,
             model=record.model,
             fingerprint=record.fingerprint,
@@ -178,12 +142,11 @@ def _named(bridge: Bridge) -> dict[str, Tensor]:
     return {**weights, "bias": bridge.bias, "first": bridge.first}
 
 
-def _bridges(source: Path, record: _Record, data: bytes) -> dict[Segment, Bridge]:
+def _bridges(source: Path, record: _Record, tensors: dict[str, Tensor]) -> dict[Segment, Bridge]:
     try:
-        tensors = load_tensors(data)
         return {(each.first, each.last): _bridge(tensors, f"{each.first}-{each.last}") for each in record.segments}
-    except (SafetensorError, KeyError) as error:
-        raise _damaged(source, f"{_TENSORS}: {error}") from error
+    except KeyError as error:
+        raise _damaged(source, f"bridges.safetensors: {error}") from error
 
 
 def _bridge(tensors: dict[str, Tensor], name: str) -> Bridge:
@@ -191,7 +154,3 @@ def _bridge(tensors: dict[str, Tensor], name: str) -> Bridge:
     if not weights:
         raise KeyError(f"{name}.weight.0")
     return Bridge(tuple(weights), tensors[f"{name}.bias"], tensors[f"{name}.first"])
-
-
-def _damaged(folder: Path, what: str) -> BridgeDamagedError:
-    return BridgeDamagedError(f"bridges in {str(folder)!r} are damaged: {what}.", hint="Fit them with `polar heal`.")

@@ -5,12 +5,18 @@ lost prompts at each θ of a fixed sequence chosen beforehand. *Learn-then-Test*
 θ is accepted while an exact test rejects "more than α of such prompts are lost" at level δ, and the walk stops at the
 first θ where it does not, so that the promise at the last accepted θ holds with probability 1 − δ. A promise holds for
 each kind of prompt (choices, texts) separately: a θ is accepted where the tests of all kinds reject. That needs no
-correction, since the promise is broken only if one of them is wrong. Knows counts and hashes, no prompts.
+correction, since the promise is broken only if one of them is wrong. For texts a tier may promise two things at once,
+at most α lost and at most another share changed by more than a few tokens (`strict`); then both tests must reject.
+
+Kinds are made of classes (notes, code, …), each too small for a test of its own. There a θ is refused where the
+calibration prompts of a class lose more than the promise allows, rounded up to a whole prompt: a promise that holds on
+average must not be carried by the easy classes. Knows counts and hashes, no prompts.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, Self, get_args
+from math import ceil
+from typing import Annotated, Final, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -23,15 +29,27 @@ from polar_sdk.router.exact_tests import (
     smallest_alpha,
 )
 
-Loss = Literal["differs", "harms", "drops"]
+Loss = Literal["differs", "harms", "drops", "strict"]
 """What counts as lost.
 
 `differs`: the answer differs from identity's: another choice, or in text fewer than three quarters of the tokens that
 identity would choose (`lab.rewards.measure.SAME_ANSWER`). `harms`: identity is right and the program is wrong. `drops`:
 the same, minus the prompts where it is the other way round, so that α bounds the drop in accuracy; where the right
-answer is not known, an answer that differs is lost.
+answer is not known, an answer that differs is lost. `strict`: another choice, or in text fewer than 95 % of the tokens
+(`lab.rewards.measure.STRICT_ANSWER`).
 """
 LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
+
+
+class TierPromise(NamedTuple):
+    """What a tier is to promise."""
+
+    alpha: float
+    """Maximum share of prompts lost."""
+    loss: Loss = "differs"
+    """What counts as lost."""
+    strict: float | None = None
+    """Maximum share of texts that lose more than 5 % of their tokens; None promises nothing about that."""
 
 
 class Counts(BaseModel):
@@ -42,7 +60,7 @@ class Counts(BaseModel):
     n: int = Field(ge=1)
     """Number of calibration prompts."""
     lost: dict[Loss, tuple[int, ...]]
-    """Number of prompts lost at each θ; `harms` and `drops` only where the right answers are known."""
+    """Number of prompts lost at each θ; `harms` and `drops` only where right answers are known, `strict` for texts."""
     gained: tuple[int, ...] = ()
     """Number of prompts gained at each θ, for the loss `drops`."""
 
@@ -89,6 +107,15 @@ class Counts(BaseModel):
             raise CertificateError(f"loss {loss!r} was not counted; calibrate on prompts with answers.")
         return counted
 
+    def within(self, index: int, alpha: float, loss: Loss) -> bool:
+        """Whether no more of these prompts are lost than α allows, rounded up to a whole prompt."""
+        lost, gained = self.pair(index, loss)
+        return lost - gained <= ceil(alpha * self.n - 1e-9)
+
+    def counts(self, loss: Loss) -> bool:
+        """Whether this loss was counted."""
+        return loss in self.lost or (loss == "drops" and "differs" in self.lost)
+
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -122,6 +149,25 @@ class Subject(_Frozen):
         return None
 
 
+class StrictPromise(_Frozen):
+    """At the same θ, at most α of texts lose more than 5 % of the tokens that identity would choose."""
+
+    alpha: Share
+    n: dict[str, int]
+    """Number of calibration texts of each kind."""
+    k: dict[str, int]
+    """Number of them that lost more."""
+
+
+class WorstClass(_Frozen):
+    """The class of calibration prompts that loses the largest share at θ."""
+
+    name: str
+    n: int
+    k: int
+    """Number of its prompts that were lost, less those gained."""
+
+
 class Promise(_Frozen):
     """With probability 1 − δ at most α of prompts like the calibration set's are lost at this θ."""
 
@@ -136,6 +182,15 @@ class Promise(_Frozen):
     """Number of them that were gained, where the loss is `drops`."""
     theta: float = Field(ge=0)
     """The accepted θ that saves most; 0 = always identity."""
+    strict: StrictPromise | None = None
+    """What is promised about texts beside it."""
+    worst: WorstClass | None = None
+    """None where no classes were counted."""
+
+    @property
+    def asked(self) -> TierPromise:
+        """What was asked for."""
+        return TierPromise(self.alpha, self.loss, None if self.strict is None else self.strict.alpha)
 
     @property
     def text(self) -> str:
@@ -145,12 +200,19 @@ class Promise(_Frozen):
             "differs": f"at most {alpha} of such prompts answer differently from identity",
             "harms": f"at most {alpha} of such prompts turn a right answer into a wrong one",
             "drops": f"the share of right answers, or of unchanged ones in text, drops by at most {alpha}",
+            "strict": f"at most {alpha} of such prompts change their choice, or in text more than 5 % of their tokens",
         }[self.loss]
         counted = "; ".join(
             f"{kind}: {self.k[kind]} of {n} lost" + (f", {self.gained[kind]} gained" if self.gained[kind] else "")
             for kind, n in self.n.items()
         )
-        return f"with probability {1 - self.delta:.0%} {promised} (in calibration, {counted})"
+        if self.worst is not None:
+            counted += f"; worst class {self.worst.name}: {self.worst.k} of {self.worst.n}"
+        text = f"with probability {1 - self.delta:.0%} {promised} (in calibration, {counted})"
+        if self.strict is None:
+            return text
+        lost = "; ".join(f"{kind}: {self.strict.k[kind]} of {n}" for kind, n in self.strict.n.items())
+        return f"{text}, and at most {self.strict.alpha:.2g} of texts change more than 5 % of their tokens ({lost})"
 
 
 class Certificate(_Frozen):
@@ -167,6 +229,8 @@ class Certificate(_Frozen):
     saved: tuple[float, ...]
     """Share of identity's FLOPs saved at each θ, after those of the router."""
     tiers: dict[str, Promise] = Field(default_factory=dict)
+    classes: dict[str, Counts] = Field(default_factory=dict)
+    """What was counted in each class of prompts that has enough of them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -174,26 +238,37 @@ class Certificate(_Frozen):
             raise ValueError("thetas must ascend strictly from 0")
         if len(self.saved) != len(self.thetas):
             raise ValueError("saved needs one share per theta")
-        for kind, counts in self.kinds.items():
+        for kind, counts in [*self.kinds.items(), *self.classes.items()]:
             if len(counts.lost["differs"]) != len(self.thetas):
                 raise ValueError(f"kind {kind} needs one count per theta")
         for name, promise in self.tiers.items():
-            if promise != self.promise(promise.alpha, promise.loss):
+            if promise != self.promise(*promise.asked):
                 raise ValueError(f"the promise of tier {name} does not follow from the counts")
         return self
 
-    def promise(self, alpha: float, loss: Loss = "differs") -> Promise:
-        """The promise at the θ that saves most among those that the counts allow at α.
+    def promise(self, alpha: float, loss: Loss = "differs", strict: float | None = None) -> Promise:
+        """The promise at the θ that saves most among those that the counts allow.
+
+        Args:
+            alpha: Maximum share of prompts lost.
+            loss: What counts as lost.
+            strict: Maximum share of texts that lose more than 5 % of their tokens; None promises nothing about that.
 
         Raises:
             CalibrationSizeError: Not even identity could be certified with so few prompts.
-            CertificateError: This loss was not counted.
+            CertificateError: A loss was not counted.
         """
-        for kind, counts in self.kinds.items():
-            counts.check_size(kind, alpha, self.delta, loss)
+        texts = {kind: counts for kind, counts in self.kinds.items() if "strict" in counts.lost}
+        if strict is not None and not texts:
+            raise CertificateError("loss 'strict' was not counted; calibrate on prompts that are answered in text.")
+        demands: list[tuple[dict[str, Counts], float, Loss]] = [(self.kinds, alpha, loss)]
+        demands += [] if strict is None else [(texts, strict, "strict")]
+        for kinds, share, counted in demands:
+            for kind, counts in kinds.items():
+                counts.check_size(kind, share, self.delta, counted)
         accepted = 0
         for index in range(len(self.thetas)):
-            if any(counts.p_value(index, alpha, self.delta, loss) > self.delta for counts in self.kinds.values()):
+            if not all(self._holds(index, kinds, share, counted) for kinds, share, counted in demands):
                 break
             # All accepted θ hold together, so any of them may be taken, but none that saves less than identity does.
             accepted = index if self.saved[index] > self.saved[accepted] else accepted
@@ -206,7 +281,21 @@ class Certificate(_Frozen):
             k={kind: lost for kind, (lost, _) in pairs.items()},
             gained={kind: gained for kind, (_, gained) in pairs.items()},
             theta=self.thetas[accepted],
+            strict=None if strict is None else _strict(texts, accepted, strict),
+            worst=self._worst(accepted, loss),
         )
+
+    def _holds(self, index: int, kinds: dict[str, Counts], alpha: float, loss: Loss) -> bool:
+        """Whether a θ may be accepted: the tests of all kinds reject, and no class loses more than α allows."""
+        if any(counts.p_value(index, alpha, self.delta, loss) > self.delta for counts in kinds.values()):
+            return False
+        return all(counts.within(index, alpha, loss) for counts in self.classes.values() if counts.counts(loss))
+
+    def _worst(self, index: int, loss: Loss) -> WorstClass | None:
+        """The class that loses the largest share at the θ of this index."""
+        lost = {name: counts.pair(index, loss) for name, counts in self.classes.items() if counts.counts(loss)}
+        worst = [WorstClass(name=name, n=self.classes[name].n, k=max(0, k - won)) for name, (k, won) in lost.items()]
+        return max(worst, key=lambda each: (each.k / each.n, each.name), default=None)
 
     def at_tolerance(self, tolerance: float) -> Promise:
         """The promise that at most that share of answers differs from identity's.
@@ -241,7 +330,15 @@ class Certificate(_Frozen):
             )
 
 
-def tier_promise(certificate: Certificate, tier: str, alpha: float, loss: Loss) -> Certificate:
+def tier_promise(certificate: Certificate, tier: str, promised: TierPromise) -> Certificate:
     """The certificate with one more tier, whose promise is as loose as its counts allow."""
-    tiers = {**certificate.tiers, tier: certificate.promise(alpha, loss)}
+    tiers = {**certificate.tiers, tier: certificate.promise(*promised)}
     return Certificate.model_validate({**certificate.model_dump(), "tiers": tiers})
+
+
+def _strict(texts: dict[str, Counts], index: int, alpha: float) -> StrictPromise:
+    return StrictPromise(
+        alpha=alpha,
+        n={kind: counts.n for kind, counts in texts.items()},
+        k={kind: counts.lost["strict"][index] for kind, counts in texts.items()},
+    )

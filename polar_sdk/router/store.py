@@ -3,8 +3,8 @@
 Policy: the caller's, else the user's own for the model, else the shipped one, else plain bounds. Router: the caller's,
 else the user's own for the model, else the shipped one. A router that nobody named is used only if its certificate
 holds for what would run; a named one is used as it is, and refuses requests whose promise it cannot keep. Before it
-serves, its bridges are loaded and its programs checked against the policy. Knows files and models, not how routers are
-trained.
+serves, its bridges and fills are loaded and its programs checked against the policy. Knows files and models, not how
+routers are trained.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-from polar_sdk.errors import BridgeError, ProgramError, RouterError
+from polar_sdk.errors import BridgeError, FillError, ProgramError, RouterError
 from polar_sdk.models.paths import cache_folder
 from polar_sdk.programs.policy import Policy
 from polar_sdk.router.artifact import load_router
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BRIDGES: Final = "bridges"
 """Name of the folder in a router's folder that contains its bridges."""
+FILLS: Final = "fills"
+"""Name of the folder in a router's folder that contains its fills."""
 
 
 class _Host(Protocol):
@@ -41,6 +43,8 @@ class _Host(Protocol):
     def decoder(self) -> Decoder: ...
 
     def use_bridges(self, path: str | Path) -> object: ...
+
+    def use_fills(self, path: str | Path) -> object: ...
 
 
 def saved_policy_path(fingerprint: str) -> Path:
@@ -92,7 +96,7 @@ def find_router(router: Router | str | Path | None, host: _Host, *, look: bool) 
 
 
 def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
-    """Load the bridges that are stored beside a router, and bind it to the model.
+    """Load the bridges and fills that are stored beside a router, and bind it to the model.
 
     Raises:
         RouterModelError: It was trained for another model.
@@ -100,8 +104,11 @@ def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
     """
     if not isinstance(router, LearnedRouter):
         return router
-    if router.facts.fingerprint == host.fingerprint and folder is not None and (folder / BRIDGES).is_dir():
-        host.use_bridges(folder / BRIDGES)
+    if router.facts.fingerprint == host.fingerprint and folder is not None:
+        if (folder / BRIDGES).is_dir():
+            host.use_bridges(folder / BRIDGES)
+        if (folder / FILLS).is_dir():
+            host.use_fills(folder / FILLS)
     bound = router.bind(host.decoder, host.fingerprint)
     for program in bound.programs:
         try:
@@ -120,7 +127,7 @@ def _certified_routers(host: _Host) -> Iterator[Router]:
                 bound = attach_router(router, host, folder)
                 if isinstance(bound, LearnedRouter) and bound.certified:
                     yield bound
-        except (RouterError, BridgeError, ProgramError):
+        except (RouterError, BridgeError, FillError, ProgramError):
             continue
 
 

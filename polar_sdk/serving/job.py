@@ -6,6 +6,7 @@ belongs to the other: the caller only calls `cancel` and takes pieces.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, read_logprobs
 from polar_sdk.engine.text import TextStream
-from polar_sdk.errors import InvalidRequestError, RequestTimeoutError
+from polar_sdk.errors import InvalidRequestError, LogitsError, RequestTimeoutError
 from polar_sdk.programs.cost import CHUNK
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Job:
         guard: What watches loops.
         max_ahead: Maximum number of pieces computed before the caller takes them; None = any number.
         on_end: Called by the scheduler's thread when nothing more will be computed.
+        model: Name of the model, for errors.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class Job:
         guard: LoopGuard | None = None,
         max_ahead: int | None = None,
         on_end: Callable[[Job], None] | None = None,
+        model: str = "",
     ) -> None:
-        self.request = request
+        self.request, self.model = request, model
         self.row = Row(decoder, request.route.program, guard, request.route.lead)
         self.text = TextStream(tokenizer, request.stops)
         self.tokens: list[int] = []
@@ -194,6 +197,21 @@ class Job:
         """Note that compute begins now."""
         self.begin_ns = self.begin_ns or time.perf_counter_ns()
 
+    def choose(self, logits: torch.Tensor, likeliest: int, logit: float) -> None:
+        """Choose the next token from logits (V,), given the likeliest one and its logit, which is nan if any is.
+
+        Raises:
+            LogitsError: The model computed nothing that a token could be chosen by.
+            Exception: As `sample`.
+        """
+        if not math.isfinite(logit):
+            self.row.page_table.clear()  # the next row must not find nan in its pages
+            raise _unusable(self, logit)
+        if self.needs_logits:
+            self.sample(logits)
+        else:
+            self.take(likeliest if self.sampler.greedy else self.sampler(logits))
+
     def sample(self, logits: torch.Tensor) -> None:
         """Choose the next token from logits (V,): the hook may change them, and then the grammar forbids tokens.
 
@@ -272,14 +290,14 @@ def _no_wakeup() -> None:
     """There is no scheduler to wake: the job has not been submitted."""
 
 
-def choose(jobs: Sequence[Job], logits: torch.Tensor) -> list[int | None]:
-    """Sample the next token of each job from logits (B, V); None for the jobs that need their logits themselves."""
-    greedy = [job.sampler.greedy and not job.needs_logits for job in jobs]
-    best: list[int] = logits.argmax(-1).tolist() if any(greedy) else [0] * len(jobs)
-    return [
-        token if plain else None if job.needs_logits else job.sampler(logits[row])
-        for row, (job, token, plain) in enumerate(zip(jobs, best, greedy, strict=True))
-    ]
+def _unusable(job: Job, logit: float) -> LogitsError:
+    program = job.request.route.program
+    return LogitsError(
+        f"the highest logit of model {job.model!r} is {logit} after {len(job.tokens)} tokens of request "
+        f"{job.request.request_id!r} (program {program.text!r}, {job.row.decoder.dtype_name}).",
+        hint="Try precision='fp32' and compute='exact': if that helps, the precision or the program's bridges are to "
+        "blame, else the weights or the configuration of the model.",
+    )
 
 
 def _timed_out(job: Job) -> RequestTimeoutError:

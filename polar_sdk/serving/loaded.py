@@ -37,6 +37,8 @@ class LoadedModel:
     device: torch.device
     """Where tokens enter; `decoder.placement` has the other devices of a device map."""
     dtype: torch.dtype
+    text_files: tuple[tuple[str, int, int], ...] = ()
+    """Name, size and time of last change of the files that tokenizer and chat template were read from."""
     adopted: ReferenceType[PreTrainedModel] | None = None
     """The transformers model that gave the weights, as long as its owner keeps it; None where `path` was read."""
 

@@ -20,8 +20,9 @@ from weakref import WeakSet
 import torch
 
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.sampling import likeliest_tokens
 from polar_sdk.errors import CacheMemoryError, InvalidRequestError, QueueFullError
-from polar_sdk.serving.job import asked_by_engine, choose
+from polar_sdk.serving.job import asked_by_engine
 from polar_sdk.serving.pace import PROMPT_DISCOUNT, Pace
 from polar_sdk.serving.places import Places
 from polar_sdk.serving.prefixes import PrefixCache
@@ -304,16 +305,14 @@ class Scheduler:
                 job.row.note_replay()
         sampling = [index for index, (_, replayed) in enumerate(ended) if not replayed]
         new = [ended[index][0] for index in sampling]
-        for job in new:
-            self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
-        self._sample(new, logits[sampling] if len(new) < len(ended) else logits)
+        self._choose(new, logits[sampling] if len(new) < len(ended) else logits)
 
     def _run_decode(self, jobs: Sequence[Job]) -> None:
         try:
             logits = next_logits(self.decoder, [job.row for job in jobs], [job.tokens[-1:] for job in jobs])
         finally:
             self._charge(jobs)
-        self._sample(jobs, logits)
+        self._choose(jobs, logits)
 
     def _charge(self, jobs: Sequence[Job], discount: int = 1) -> None:
         """Count what a pass executed, for the fairness between tenants."""
@@ -328,14 +327,14 @@ class Scheduler:
     def _weight(self, job: Job) -> float:
         return self.limits.weights.get(job.request.tenant, 1.0)
 
-    def _sample(self, jobs: Sequence[Job], logits: Tensor) -> None:
+    def _choose(self, jobs: Sequence[Job], logits: Tensor) -> None:
+        """The next token of each job from logits (B, V); an error, such as of a caller's hook, ends its job alone."""
         if not jobs:
             return
-        for row, (job, token) in enumerate(zip(jobs, choose(jobs, logits), strict=True)):
-            if token is None:  # a hook is the caller's code: its errors end only this job
-                self._attempt([job], partial(job.sample, logits[row]))
-            else:
-                job.take(token)
+        for row, (job, likeliest, logit) in enumerate(zip(jobs, *likeliest_tokens(logits), strict=True)):
+            if not job.tokens and math.isfinite(logit):
+                self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
+            self._attempt([job], partial(job.choose, logits[row], likeliest, logit))
 
     def _attempt(self, jobs: Sequence[Job], run: Callable[[], None]) -> None:
         """Run a pass; an error ends the jobs that were part of it, and no others."""

@@ -185,7 +185,7 @@ class TestArchitecture:
 def exists(name: str) -> bool:
     """Whether a path of the project leads somewhere, from the root or from inside a package."""
     packages = [ROOT / "polar_sdk", ROOT / "polar_sdk" / "lab", ROOT / "billing" / "polar_billing"]
-    roots = [ROOT, ROOT / "billing", *packages]
+    roots = [ROOT, ROOT / "billing", ROOT / "integrations" / "polar_server", *packages]
     return any((root / name).exists() for root in roots)
 
 
@@ -289,6 +289,10 @@ class TestPages:
     def test_the_commands_page_is_what_the_command_says(self) -> None:
         module = generator("generate_cli")
         assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/generate_cli.py"
+
+    def test_the_page_on_the_proof_is_what_the_schema_declares(self) -> None:
+        module = generator("generate_proof")
+        assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/generate_proof.py"
 
     def test_the_pictures_are_what_is_drawn(self) -> None:
         pictures = generator("generate_images").pictures()

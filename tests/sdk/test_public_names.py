@@ -16,8 +16,9 @@ PUBLIC = {
         Policy Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
     """,
     "polar_sdk.lab": """
-        AnswerItem ChoiceItem Evaluation HealOptions Item LayerwiseSettings MenuSettings PromptItem RewardMatrix
-        ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal read_items scan search train
+        AnswerItem ChoiceItem Evaluation FillOptions HealOptions Item LayerwiseSettings MenuSettings PromptItem
+        RewardMatrix ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal heal_fills read_items
+        scan search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME Account Agreement AmountError BillingError Budget BudgetError Budgets ConflictError

@@ -92,9 +92,17 @@ def _resolve(connection: Connection, settled: Sequence[tuple[Hold, Amounts]]) ->
         return
     changes = {"state": str(HoldState.SETTLED), "resolved_at": datetime.now(UTC)}
     changes |= {"currency": bindparam("in_currency"), "cost": bindparam("used_cost"), "flops": bindparam("used_flops")}
+    # A request that a killed process had begun is served later, under the hold of the first attempt.
+    changes |= {"at": bindparam("used_at")}
     statement = update(hold_table).where(hold_table.c.seq == bindparam("of_seq")).values(changes)
     rows = [
-        {"of_seq": hold.seq, "in_currency": scope.currency, "used_cost": cost, "used_flops": flops}
+        {
+            "of_seq": hold.seq,
+            "in_currency": scope.currency,
+            "used_at": scope.at,
+            "used_cost": cost,
+            "used_flops": flops,
+        }
         for hold, (scope, cost, flops) in settled
     ]
     connection.execute(statement, rows)

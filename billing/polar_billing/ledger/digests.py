@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -47,7 +48,11 @@ def digest_of(subject: str, rows: Rows) -> bytes:
         subject: What links call the table.
         rows: The row, then its parts.
     """
-    return digest_of_plain(subject, [(table, _typed(values)) for table, values in rows])
+    rows = list(rows)
+    if all(_PLAIN.issuperset(map(type, values)) for _, values in rows):
+        with suppress(TypeError):  # an integer beyond JSON's range, which only an altered table returns
+            return digest_of_plain(subject, rows)
+    return digest_of_plain(subject, [(table, tuple(map(_typed_cell, values))) for table, values in rows])
 
 
 def digest_of_plain(subject: str, rows: Rows) -> bytes:
@@ -77,13 +82,9 @@ def _end(values: Sequence[Any]) -> int:
     return end
 
 
-def _typed(values: Sequence[Any]) -> Sequence[Any]:
-    return values if _PLAIN.issuperset(map(type, values)) else tuple(map(_typed_cell, values))
-
-
 def _typed_cell(value: Any) -> Any:
     """A value whose JSON names its type, unless JSON has that type."""
-    if type(value) in _PLAIN and not (isinstance(value, int) and abs(value) >= 2**63):
+    if type(value) in _PLAIN and not (isinstance(value, int) and not -(2**63) <= value < 2**64):
         return value
     if isinstance(value, (bytes, memoryview)):
         return {"bytes": value.hex()}

@@ -18,7 +18,7 @@ import errno
 import hashlib
 import logging
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -285,8 +285,20 @@ def store(
     for entry in refused:
         _log.error("the ledger refused request %r of tenant %r", entry.record.request_id, entry.record.tenant)
     if spool is not None and refused:
-        spool.reject(refused)
+        with _translated(spool.folder):  # the records stay where they are, and are refused once more later
+            spool.reject(refused)
     return answers
+
+
+@contextmanager
+def _translated(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"spool {str(folder)!r} cannot be written ({error.strerror}).",
+            hint="Free some space on that disk, or make it writable; nothing is lost.",
+        ) from error
 
 
 def _names(record: UsageRecord) -> tuple[str, str]:
@@ -313,10 +325,11 @@ def store_file(ledger: Ledger, spool: Spool, file: Unfinished) -> None:
     Raises:
         StoreError: The ledger cannot take records now; the file stays.
     """
-    entries = file.entries(ledger.find_books)
-    for start in range(0, len(entries), BATCH):
-        store(ledger, spool, entries[start : start + BATCH])
-    file.remove()
+    with _translated(spool.folder):
+        entries = file.entries(ledger.find_books)
+        for start in range(0, len(entries), BATCH):
+            store(ledger, spool, entries[start : start + BATCH])
+        file.remove()
 
 
 def recover_abandoned(ledger: Ledger) -> None:

@@ -78,7 +78,7 @@ def charges_under(
     """What each tenant's usage comes to under each book, in the order of the books."""
     charges: dict[str, list[OtherCharge]] = {}
     for book in books:
-        rater = Rater({}, instead=book)
+        rater = Rater(dict, instead=book)
         groups = accumulate(ledger.read(selection), rater, lambda stored: stored.record.tenant)
         for tenant, totals in groups.items():
             charges.setdefault(tenant, []).append(_charge(book, totals))

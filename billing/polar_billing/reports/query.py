@@ -98,7 +98,7 @@ def usage_rows(
     readers = [_reader(dimension, selection) for dimension in by]
     if prices is None:
         return _rows_of_receipts(ledger, selection, by, currency, rollups)
-    rater = Rater(ledger.price_books(), instead=prices, currency=currency)
+    rater = Rater(ledger.price_books, instead=prices, currency=currency)
     groups = accumulate(ledger.read(selection), rater, lambda stored: tuple(read(stored) for read in readers))
     rows = []
     for group, named in _ordered(groups, by):
@@ -119,10 +119,11 @@ def _rows_of_receipts(
     ledger: Ledger, selection: Selection, by: Sequence[str], currency: str | None, rollups: bool
 ) -> list[UsageRow]:
     """Rows whose cost is what the receipts say."""
+    sums = list(_sums(ledger, selection, by, rollups))  # first: a record stored meanwhile may bring in its book
     currencies = {digest: book.currency for digest, book in ledger.price_books().items()}
     charged_in: set[str] = set()
     groups: dict[Group, UsageSums] = {}
-    for group, usage in _sums(ledger, selection, by, rollups):
+    for group, usage in sums:
         book_currency = currencies[usage.price_book_hash]
         if currency is None or book_currency == currency:
             charged_in.add(book_currency)

@@ -152,7 +152,7 @@ def build_report(
         StoreError: The ledger cannot be read.
     """
     selection = Selection(ALL_TENANTS) if selection is None else selection
-    rater = Rater(ledger.price_books(), instead=prices, currency=currency)
+    rater = Rater(ledger.price_books, instead=prices, currency=currency)
     groups = accumulate(ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier))
     ordered = sorted(groups, key=lambda key: (key[0], tier_order(key[1])))
     tenants = tuple(

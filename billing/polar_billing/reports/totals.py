@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, TypeVar
 
@@ -154,15 +155,20 @@ class Rater:
     """Rates stored usage by the book that each receipt was made by, or all of it by another book.
 
     Args:
-        books: Every book of the ledger, by content hash.
+        read_books: Reads every book of the ledger, by content hash. Called once, after the first usage was read: a
+            record stored in between may have brought its book in.
         instead: Rate everything by this book, whatever the receipts say.
         currency: Leave out what is rated in another currency; without it, several currencies are an error.
     """
 
     def __init__(
-        self, books: Mapping[str, PriceBook], *, instead: PriceBook | None = None, currency: str | None = None
+        self,
+        read_books: Callable[[], Mapping[str, PriceBook]],
+        *,
+        instead: PriceBook | None = None,
+        currency: str | None = None,
     ) -> None:
-        self._books = books
+        self._books = cache(read_books)
         self._instead = instead
         self._currency = currency
         self.used: dict[str, PriceBook] = {}
@@ -170,7 +176,7 @@ class Rater:
 
     def rate(self, stored: StoredUsage) -> Rating | None:
         """The rating of one stored request; None where it is in a currency that is left out."""
-        book = self._instead or self._books[stored.price_book_hash]
+        book = self._instead or self._books()[stored.price_book_hash]
         if self._currency is not None and book.currency != self._currency:
             return None
         self.used[book.content_hash] = book

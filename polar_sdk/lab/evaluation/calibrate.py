@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from polar_sdk.errors import DataError
-from polar_sdk.router.certificate import LOSSES, Certificate, Counts, Loss, tier_promise
+from polar_sdk.router.certificate import LOSSES, Certificate, Counts, Loss, TierPromise, tier_promise
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from polar_sdk.router.learned import LearnedRouter
 
 
-TierPromise = tuple[float, Loss]
-"""α and what counts as lost."""
+_MIN_CLASS: Final = 20
+"""Calibration prompts from which a class is looked at on its own."""
 TIER_ALPHAS: Final[dict[str, TierPromise]] = {
-    "economy": (0.10, "differs"),
-    "standard": (0.05, "differs"),
-    "premium": (0.02, "differs"),
+    "economy": TierPromise(0.10),
+    "standard": TierPromise(0.05),
+    "premium": TierPromise(0.02),
 }
 """What the tiers promise by default."""
 
@@ -53,7 +53,7 @@ def certify(
         router: Bound to the model that the outcomes were measured on.
         outputs: Its network's outputs for the calibration prompts, (P, O).
         outcomes: Of the calibration prompts, P rows.
-        tiers: α and loss of each tier.
+        tiers: What each tier is to promise.
         delta: Maximum probability that a promise is wrong.
         on_progress: Called with (stage, values of θ done, values in all).
 
@@ -61,6 +61,7 @@ def certify(
         CalibrationSizeError: A tier's α needs more prompts.
         DataError: A tier counts wrong answers, but the right ones are not known.
     """
+    tiers = {tier: TierPromise(*promised) for tier, promised in tiers.items()}  # a plain pair will do
     _check(_by_kind(outcomes, range(len(outcomes))), outcomes, tiers, delta)
     walk = DialWalk.along(router, outputs, outcomes, on_progress)
     return walk.certificate(range(len(outcomes)), tiers, delta)
@@ -97,7 +98,7 @@ class DialWalk:
         flops = []
         for done, theta in enumerate(dial):
             on_progress("calibrating", done, len(dial))
-            programs = [router.programs[0]] * len(rows) if theta == 0 else router.choose_all(outputs, theta)
+            programs = [router.programs[0]] * len(rows) if theta == 0 else router.choose_all(outputs, theta, lengths)
             spent = torch.tensor([outcome.flops for outcome in outcomes.all(programs)]).double()
             own = [router.route_flops(length, program) for length, program in zip(lengths, programs, strict=True)]
             flops.append(spent + torch.tensor(own).double() if theta else spent)
@@ -118,14 +119,24 @@ class DialWalk:
             thetas=self.router.facts.dial,
             saved=tuple((1 - spent / full).tolist()),
             kinds={kind: self._count(of_kind) for kind, of_kind in self.by_kind(rows).items()},
+            classes={name: self._count(of_class) for name, of_class in self.by_class(rows).items()},
         )
-        for tier, (alpha, loss) in tiers.items():
-            certificate = tier_promise(certificate, tier, alpha, loss)
+        for tier, promised in tiers.items():
+            certificate = tier_promise(certificate, tier, promised)
         return certificate
 
     def by_kind(self, rows: Sequence[int]) -> dict[str, list[int]]:
         """Those rows, by kind of prompt."""
         return _by_kind(self.outcomes, rows)
+
+    def by_class(self, rows: Sequence[int]) -> dict[str, list[int]]:
+        """Those of the rows that are answered in text, by the class that their items name, where it has enough."""
+        matrix = self.outcomes.matrix
+        classes: dict[str, list[int]] = {}
+        for row in rows:
+            if matrix.classes[row] and matrix.kinds[row] != "choice":
+                classes.setdefault(matrix.classes[row], []).append(row)
+        return {name: of_class for name, of_class in sorted(classes.items()) if len(of_class) >= _MIN_CLASS}
 
     def _count(self, rows: Sequence[int]) -> Counts:
         values = {loss: self.lost[loss][:, rows] for loss in _countable(self.outcomes, rows)}
@@ -147,7 +158,10 @@ def _by_kind(outcomes: Outcomes, rows: Sequence[int]) -> dict[str, list[int]]:
 
 def _countable(outcomes: Outcomes, rows: Sequence[int]) -> tuple[Loss, ...]:
     """The losses that can be counted on these rows."""
-    return LOSSES if bool(outcomes.matrix.labelled[list(rows)].all()) else ("differs",)
+    known = bool(outcomes.matrix.labelled[list(rows)].all())
+    written = all(outcomes.matrix.kinds[row] != "choice" for row in rows)
+    needs: dict[Loss, bool] = {"differs": True, "harms": known, "drops": known, "strict": written}
+    return tuple(loss for loss in LOSSES if needs[loss])
 
 
 def _check(
@@ -155,15 +169,19 @@ def _check(
 ) -> None:
     """Check, before anything is measured, that the losses can be counted and that the prompts are enough."""
     labelled = outcomes.matrix.labelled
-    countable = {"differs": True, "harms": bool(labelled.all()), "drops": bool(labelled.any())}
-    for _, loss in tiers.values():
-        if not countable[loss]:
+    countable = {"harms": bool(labelled.all()), "drops": bool(labelled.any())}
+    for _, loss, strict in tiers.values():
+        if strict is not None and all(kind == "choice" for kind in outcomes.matrix.kinds):
+            raise DataError("a strict promise about texts needs calibration prompts that are answered in text.")
+        if not countable.get(loss, True):
             needed = "an answer for every calibration prompt" if loss == "harms" else "calibration prompts with answers"
             raise DataError(f"a tier that counts wrong answers (loss {loss!r}) needs {needed}.")
     for kind, rows in kinds.items():
         empty = Counts(n=len(rows), lost=dict.fromkeys(_countable(outcomes, rows), ()))
-        for alpha, loss in tiers.values():
+        for alpha, loss, strict in tiers.values():
             empty.check_size(kind, alpha, delta, loss)
+            if strict is not None and "strict" in empty.lost:
+                empty.check_size(kind, strict, delta, "strict")
 
 
 class Resplits(NamedTuple):
@@ -216,14 +234,19 @@ def _half(kinds: Mapping[str, Sequence[int]], seed: int) -> set[int]:
 def _breaks(
     walk: DialWalk, certificate: Certificate, tier: str, rows: Sequence[int], here: set[int]
 ) -> tuple[bool, bool]:
-    """Whether more than α is lost on the other half, and on both."""
+    """Whether more than α is lost on the other half, and on both; of one of two promises is enough."""
     promise = certificate.tiers[tier]
     setting = certificate.thetas.index(promise.theta)
-    labelled = bool(walk.outcomes.matrix.labelled[list(rows)].all())
-    loss: Loss = "differs" if promise.loss == "drops" and not labelled else promise.loss
-    lost = walk.lost[loss][setting]
+    countable = _countable(walk.outcomes, rows)
+    loss: Loss = "differs" if promise.loss == "drops" and "drops" not in countable else promise.loss
+    demands: list[tuple[Loss, float]] = [(loss, promise.alpha)]
+    demands += [("strict", promise.strict.alpha)] if promise.strict is not None and "strict" in countable else []
     other = [row for row in rows if row not in here]
-    return _mean(lost[other].tolist()) > promise.alpha, _mean(lost[list(rows)].tolist()) > promise.alpha
+    broken = [
+        (_mean(lost[other].tolist()) > alpha, _mean(lost[list(rows)].tolist()) > alpha)
+        for lost, alpha in ((walk.lost[counted][setting], alpha) for counted, alpha in demands)
+    ]
+    return any(of_other for of_other, _ in broken), any(of_both for _, of_both in broken)
 
 
 def _mean(values: Sequence[int]) -> float:

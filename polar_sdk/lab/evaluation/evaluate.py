@@ -24,6 +24,7 @@ from polar_sdk.lab.evaluation.results import (
     SetResult,
     SystemResult,
 )
+from polar_sdk.lab.evaluation.texts import TextRun
 from polar_sdk.programs.program import Program
 from polar_sdk.router.exact_tests import mcnemar, paired_difference, wilson
 
@@ -121,6 +122,14 @@ def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -
     return results
 
 
+def evaluate_texts(subjects: Subjects, thetas: Mapping[str, float]) -> dict[str, TextRun]:
+    """The router at each of some θs on the prompts answered in text; empty where there are none."""
+    evaluator = _SetEvaluator(subjects)
+    return (
+        {name: evaluator.texts(evaluator.routed(theta)) for name, theta in thetas.items()} if evaluator.written else {}
+    )
+
+
 @dataclass(frozen=True)
 class _Run:
     """One system's programs, its router's FLOPs, and the outcomes, per prompt."""
@@ -164,7 +173,7 @@ class _SetEvaluator:
         if theta == 0:
             return self.identity_run
         router = self.subjects.router
-        programs = router.choose_all(self.subjects.outputs, theta)
+        programs = router.choose_all(self.subjects.outputs, theta, self.lengths)
         flops = [router.route_flops(length, program) for length, program in zip(self.lengths, programs, strict=True)]
         return self._run(programs, flops)
 
@@ -173,8 +182,13 @@ class _SetEvaluator:
         return self._run(oracle(self.subjects.outcomes, self.subjects.outcomes.matrix.programs))
 
     def controls(self, run: _Run) -> list[_Control]:
-        """All rivals of a run."""
-        return [self._shuffled(run), self._static(run), self._random(run)]
+        """All rivals of a run.
+
+        Random programs are measured for this alone: for long prompts answered in text that takes longer than all the
+        rest, and says little, so they are rivals on choices only.
+        """
+        rivals = [self._shuffled(run), self._static(run)]
+        return rivals if self.written else [*rivals, self._random(run)]
 
     def within(self, name: str, point: str, run: _Run) -> ClassResult:
         """The router against the two controls that show whether reading a prompt earns anything."""
@@ -311,6 +325,19 @@ class _SetEvaluator:
                 )
             )
         return points
+
+    def texts(self, run: _Run) -> TextRun:
+        """The prompts that are answered in text."""
+        matrix, rerun = self.subjects.outcomes.matrix, self.subjects.rerun or self.identity_run.outcomes
+        spent = self._flops(run)
+        return TextRun(
+            outcomes=[run.outcomes[row] for row in self.written],
+            spent=[spent[row] for row in self.written],
+            full=[self.full[row] for row in self.written],
+            floor=[rerun[row] for row in self.written],
+            lengths=[self.lengths[row] for row in self.written],
+            classes=[matrix.classes[row] for row in self.written],
+        )
 
     def generated(self, run: _Run) -> Generated:
         """The prompts that are answered in text."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 from polar_sdk.engine.lead import run_lead
 from polar_sdk.errors import RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, resplit
-from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set
+from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
+from polar_sdk.lab.evaluation.free_running import FreeRunner
 from polar_sdk.lab.evaluation.results import Evaluation, verdict
 from polar_sdk.lab.items import ChoiceItem
 from polar_sdk.lab.training.measuring import Bench, marks, unseen
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.lab.evaluation.calibrate import TierPromise
+    from polar_sdk.lab.evaluation.texts import TierTexts
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.lab.training.outcomes import Outcomes
     from polar_sdk.model import PolarModel
     from polar_sdk.router.base import Router
+    from polar_sdk.router.certificate import TierPromise
 
 
 _TIMED_TOKENS: Final = 16
@@ -71,7 +73,7 @@ class Judge:
         """
         training = {name: value for name, value in self._router.facts.training.items() if name != "calibrated"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=True))
-        outcomes = self._outcomes(tasks)
+        outcomes = self._outcomes(tasks, labels=True)
         outputs = self._outputs(tasks)
         certificate = certify(self._router, outputs, outcomes, tiers=tiers, delta=delta, on_progress=self.on_progress)
         training["calibrated"] = marks(task.id for task in tasks)
@@ -88,7 +90,7 @@ class Judge:
         """Certify on random halves of the items that training did not use, and count the promises that then break."""
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=False))
-        walk = DialWalk.along(self._router, self._outputs(tasks), self._outcomes(tasks), self.on_progress)
+        walk = DialWalk.along(self._router, self._outputs(tasks), self._outcomes(tasks, labels=True), self.on_progress)
         return resplit(walk, tiers, delta, times)
 
     def evaluate(
@@ -97,6 +99,7 @@ class Judge:
         *,
         points: Mapping[str, float] | None = None,
         timed: int = 8,
+        free: int = 0,
         seed: int = 0,
     ) -> Evaluation:
         """Evaluate on sets of items, and on all of them together.
@@ -105,6 +108,7 @@ class Judge:
             sets: Items by name; what the router was trained or calibrated on is left out.
             points: θ by name; None = the certified tiers, or the default θ. The first is compared with the controls.
             timed: Prompts that are timed; 0 times none.
+            free: Prompts, drawn by hash, that every tier also answers freely.
             seed: Of the controls.
         """
         thetas = dict(points or self._points())
@@ -114,8 +118,10 @@ class Judge:
         whole = {"all": everything, **tasks} if len(tasks) > 1 else tasks
         timings = self._timings(everything[:timed], thetas) if timed else {}
         results, classes = [], []
+        texts: dict[str, TierTexts] = {}
         for index, (name, of_set) in enumerate(whole.items()):
             subjects = self._subjects(of_set, thetas, seed)
+            texts = self._texts(subjects, of_set, free) if index == 0 else texts
             results.append(evaluate_set(name, replace(subjects, timings={} if index else timings)))
             classes += evaluate_classes(subjects, _classes(name, of_set) if name in tasks else _kinds(of_set))
         return Evaluation(
@@ -127,11 +133,26 @@ class Judge:
             point=next(iter(thetas)),
             sets=tuple(results),
             classes=tuple(classes),
+            texts=texts,
             verdict=tuple(verdict(results, classes)),
             certificate=self._router.certificate,
             certificate_holds=self._router.certified,
             training={name: value for name, value in training.items() if name not in ("seen", "calibrated")},
         )
+
+    def _texts(self, subjects: Subjects, tasks: Sequence[Task], free: int) -> dict[str, TierTexts]:
+        """The certified tiers and `exact` on the prompts answered in text; the points where there is no certificate."""
+        certificate = self._router.certificate
+        tiers = {} if certificate is None else {name: tier.theta for name, tier in certificate.tiers.items()}
+        thetas = {**(tiers or subjects.points), "exact": 0.0}
+        runs = evaluate_texts(subjects, thetas)
+        sample = sorted((task for task in tasks if not isinstance(task.item, ChoiceItem)), key=lambda task: task.id)[
+            :free
+        ]
+        written = (
+            FreeRunner(self.model, self._router, self.on_progress).figures(sample, thetas) if runs and sample else {}
+        )
+        return {name: run.whole(written.get(name)) for name, run in runs.items()}
 
     def _points(self) -> dict[str, float]:
         """θ of the certified tiers, the default tier first; the default θ where there are none."""
@@ -146,7 +167,7 @@ class Judge:
             router=self._router,
             points=points,
             outputs=self._outputs(tasks),
-            outcomes=self._outcomes(tasks),
+            outcomes=self._outcomes(tasks, labels=False),
             static=list(dict.fromkeys([Program.identity(self.model.depth), *self._static()])),
             policy=self.model.policy,
             cost=self.model.decoder.cost,
@@ -158,8 +179,8 @@ class Judge:
         """The fixed programs that were measured in training."""
         return [Program.parse(row["program"]) for row in self._router.facts.training.get("static", ())]
 
-    def _outcomes(self, tasks: Sequence[Task]) -> Outcomes:
-        return self._bench.outcomes(tasks, [*self._router.programs, *self._static()])
+    def _outcomes(self, tasks: Sequence[Task], *, labels: bool) -> Outcomes:
+        return self._bench.outcomes(tasks, [*self._router.programs, *self._static()], labels=labels)
 
     def _outputs(self, tasks: Sequence[Task]) -> Tensor:
         features = self._router.reader.stack([task.question.prompt for task in tasks])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from polar_sdk.lab.evaluation.texts import TierTexts
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.exact_tests import Interval
 
@@ -163,6 +164,8 @@ class Evaluation(BaseModel, frozen=True):
     sets: tuple[SetResult, ...]
     classes: tuple[ClassResult, ...] = ()
     """Every class at every point."""
+    texts: dict[str, TierTexts] = Field(default_factory=dict)
+    """All prompts answered in text, by tier, `exact` among them; empty where there are none."""
     verdict: tuple[str, ...]
     certificate: Certificate | None
     certificate_holds: bool

@@ -131,7 +131,7 @@ class BridgeSums:
 
     def solve(self, strength: float, rank: int | None = None) -> Bridge:
         """The bridge, in float32; see `RidgeSums.solve`."""
-        (found,) = self._ridge.solve(strength, rank)
+        found = self._ridge.solve(strength, rank)
         return Bridge(found.weight, found.bias, self._first / max(self._firsts, 1))
 
 

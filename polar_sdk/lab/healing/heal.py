@@ -1,29 +1,23 @@
 """Heal skips: from a model and prompts to a set of bridges, with what was measured on held-out prompts.
 
-The train split is fitted on and the dev split measured on; the calibration and test splits are left alone, and the base
-weights stay as they are. Segments are given as text: `12-15,17-20;12-20` is two groups, and the bridges of a group are
+Segments are given as text: `12-15,17-20;12-20` is two groups, and the bridges of a group are
 fitted one after another. Knows which steps there are; how a bridge is fitted or trained is known to `fit` and `distil`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import BridgeError
 from polar_sdk.lab.healing.bridge_fit import fit_group, held_out_errors, make_packs, trainable_copy
-from polar_sdk.lab.healing.training import BridgeTrainer, DistilPlan
-from polar_sdk.lab.items import builtin_items, data_hash, distinct_items, item_id, split_of
-from polar_sdk.lab.rewards.cache import RewardCache
-from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.lab.healing.bridge_training import BridgePlan, BridgeTrainer
+from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn
+from polar_sdk.lab.items import data_hash
 from polar_sdk.router.bridge_set import BridgeSet, SegmentRecord
-from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,19 +25,13 @@ if TYPE_CHECKING:
     from polar_sdk.engine.bridge import Bridge
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.lab.healing.bridge_fit import Pack
-    from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.tasks import Task
-    from polar_sdk.model import PolarModel
     from polar_sdk.programs.cost import Segment
 
 
 _SEGMENT: Final = re.compile(r"\[?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?\]?")
-_FIT_TOKENS: Final = 4096
-"""Maximum tokens of a pack that the closed form reads."""
 _MAX_FIT_TASKS: Final = 1000
 """Maximum tasks for the closed form: some 50,000 tokens, where each output has 577 unknowns."""
-_TRAIN_TOKENS: Final = 2048
-"""Maximum tokens of a training batch: the head's weights are read once for it, and its logits are held twice."""
 
 
 @dataclass(frozen=True)
@@ -94,26 +82,14 @@ class HealOptions:
 
 
 @dataclass
-class Healer:
+class Healer(HealingRun):
     """Fits bridges on one model.
 
     Attributes:
-        model: The model; it is not changed.
-        items: Prompts; None = the prompts that come with the package.
-        segments: Text form of the groups; see `parse_segments`.
         options: How to fit.
-        out: Folder of the result and of the checkpoint; None keeps the result in memory and no checkpoint.
-        cache: Where identity's answers are kept; None = in memory.
-        on_progress: Called with (stage, steps done, steps in all).
     """
 
-    model: PolarModel
-    items: Sequence[Item] | None
-    segments: str
     options: HealOptions = field(default_factory=HealOptions)
-    out: str | Path | None = None
-    cache: RewardCache | None = None
-    on_progress: Progress = silent
 
     def run(self) -> BridgeSet:
         """Fit, train if there are steps to train, measure, and save if there is a folder.
@@ -124,11 +100,11 @@ class Healer:
         """
         groups = parse_segments(self.segments, self.model.depth)
         self._check_precision()
-        items = distinct_items(builtin_items() if self.items is None else self.items)
-        train, held_out = self._tasks(items)
+        items = self.chosen
+        train, held_out = self.tasks(items, self.options.answer_tokens)
         decoder = trainable_copy(self.model.loaded.decoder)
         decoder.set_bridges({})
-        fitted = self._fit(decoder, make_packs(decoder, _drawn(train, _MAX_FIT_TASKS), _FIT_TOKENS), groups)
+        fitted = self._fit(decoder, make_packs(decoder, drawn(train, _MAX_FIT_TASKS), FIT_TOKENS), groups)
         training: dict[str, Any] = {"segments": segments_text(groups), "prompts": len(train), **self._settings()}
         if self.options.distil:
             fitted, losses = self._distil(decoder, train, held_out, groups, fitted, data_hash(items))
@@ -145,7 +121,7 @@ class Healer:
         )
         if self.out is not None:
             bridge_set.save(self.out)
-            self._checkpoint().unlink(missing_ok=True)  # type: ignore[union-attr]
+            self.checkpoint.unlink(missing_ok=True)  # type: ignore[union-attr]
         return bridge_set
 
     def _check_precision(self) -> None:
@@ -154,21 +130,6 @@ class Healer:
                 f"bridges cannot be trained through {self.model.dtype} weights, which have no derivatives; load the "
                 "model with precision='bf16' (the bridges serve in every precision), or use distil=0."
             )
-
-    def _tasks(self, items: Sequence[Item]) -> tuple[list[Task], list[Task]]:
-        """Tasks of the train split and of the dev split."""
-        cache = self.cache or RewardCache()
-        train, dev = (
-            make_tasks(
-                self.model,
-                [item for item in items if split_of(item_id(item)) == split],
-                cache,
-                answer_tokens=self.options.answer_tokens,
-                on_progress=self.on_progress,
-            )
-            for split in ("train", "dev")
-        )
-        return train, dev
 
     def _fit(self, decoder: Decoder, packs: Sequence[Pack], groups: list[list[Segment]]) -> dict[Segment, Bridge]:
         fitted = self._start(decoder, {segment for group in groups for segment in group})
@@ -216,7 +177,7 @@ class Healer:
     ) -> tuple[dict[Segment, Bridge], dict[str, Any]]:
         """Train; where held-out prompts do not gain from it, the closed form stays."""
         options = self.options
-        plan = DistilPlan(
+        plan = BridgePlan(
             steps=options.distil,
             rate=options.rate,
             choices=options.choices,
@@ -224,13 +185,14 @@ class Healer:
             drop=options.drop,
             seed=options.seed,
         )
-        packs = make_packs(decoder, train, _TRAIN_TOKENS)
-        trainer = BridgeTrainer(decoder, packs, groups, fitted, plan, self._mark(groups, data), self._checkpoint())
+        packs = make_packs(decoder, train, TRAIN_TOKENS)
+        mark = self.mark(segments_text(groups), data, self._settings())
+        trainer = BridgeTrainer(decoder, packs, groups, fitted, plan, mark, self.checkpoint)
         if options.resume:
             trainer.resume()
         trainer.run(lambda done, total: self.on_progress("training bridges", done, total))
         trained = trainer.bridges()
-        measured = make_packs(decoder, held_out or train, _TRAIN_TOKENS)
+        measured = make_packs(decoder, held_out or train, TRAIN_TOKENS)
         before, after = trainer.loss(measured, fitted), trainer.loss(measured, trained)
         facts = {
             "loss_closed_form": before,
@@ -250,24 +212,12 @@ class Healer:
         if not held_out:
             return {}
         decoder.set_bridges(fitted)
-        packs = make_packs(decoder, held_out, _FIT_TOKENS)
+        packs = make_packs(decoder, held_out, FIT_TOKENS)
         by_group = [held_out_errors(decoder, packs, group) for group in reversed(groups)]
         return {segment: error for errors in by_group for segment, error in errors.items()}
 
-    def _checkpoint(self) -> Path | None:
-        return None if self.out is None else Path(self.out) / "checkpoint.safetensors"
-
     def _settings(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self.options).items() if name != "resume"}
-
-    def _mark(self, groups: list[list[Segment]], data: str) -> str:
-        facts = [self.model.fingerprint, self.model.dtype, segments_text(groups), data, self._settings()]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _drawn(tasks: Sequence[Task], limit: int) -> list[Task]:
-    """At most N tasks, drawn by their hashes: a file may be sorted by kind."""
-    return sorted(tasks, key=lambda task: task.id)[:limit]
 
 
 def _record(segment: Segment, bridge: Bridge, error: float | None) -> SegmentRecord:

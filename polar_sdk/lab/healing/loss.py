@@ -28,6 +28,10 @@ _TEMPERATURE: Final = 0.3
 """Temperature of the cross-entropy, in nats per character."""
 
 
+_SOFTENING: Final = 2.0
+"""Temperature at which token distributions are compared where fills are trained."""
+
+
 class ChoiceSlots(NamedTuple):
     """Which of a pack's predicted tokens belong to which choice; Q questions of at most C choices."""
 
@@ -100,6 +104,24 @@ def loss_of(
         logits = scores.masked_fill(~choices.valid, -1e9) / _TEMPERATURE
         loss = loss + labels * F.cross_entropy(logits, choices.right)
     return loss
+
+
+def fill_loss(ours: Tensor, full: Tensor, states: Tensor, reference: Tensor, *, hidden: float) -> Tensor:
+    """The loss of one pack under a filled program, a scalar, after SwiftKV (arXiv 2410.03960).
+
+    It is T² times the divergence at temperature T = 2, and the squared error of the last states over their mean square.
+
+    Args:
+        ours: Logits of the program at a sample of the predicted tokens, (S, V).
+        full: Identity's logits there.
+        states: The program's last states where it predicts, (M, E).
+        reference: Identity's.
+        hidden: Weight of the states' error.
+    """
+    ours_log, full_log = (logits.float().div(_SOFTENING).log_softmax(-1) for logits in (ours, full))
+    divergence = (full_log.exp() * (full_log - ours_log)).sum(-1).mean()
+    error = (states.float() - reference.float()).square().mean() / reference.float().square().mean()
+    return _SOFTENING**2 * divergence + hidden * error
 
 
 def choice_scores(logits: Tensor, targets: Tensor, choices: ChoiceSlots) -> Tensor:

@@ -1,7 +1,6 @@
 """Ridge regression in closed form, from sums that are filled pack by pack, so that no states need to be held.
 
-Products are taken in float32 and summed in float64. Several sets of outputs may share one Gram matrix: its
-factorisation is by far the most expensive part of a solution. Knows tensors only.
+Products are taken in float32 and summed in float64. Several sets of outputs share one Gram matrix. Knows tensors only.
 """
 
 from __future__ import annotations
@@ -45,44 +44,45 @@ class RidgeSums:
 
     def add(self, inputs: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add N pairs: inputs (N, E), and each set of outputs (N, O)."""
+        self.add_inputs(inputs)
+        for place, values in enumerate(outputs):
+            self.add_outputs(place, inputs, values)
+
+    def add_inputs(self, inputs: Tensor) -> None:
+        """Add the inputs of N pairs; each set of their outputs follows."""
         inputs = inputs.float()
         self.count += len(inputs)
         self._inputs += inputs.sum(0)
         self._gram += inputs.T @ inputs
-        for place, values in enumerate(outputs):
-            self._outputs[place] += values.float().sum(0)
-            self._cross[place] += inputs.T @ values.float()
 
-    def solve(self, strength: float, rank: int | None = None) -> list[Affine]:
-        """The map to each set of outputs.
+    def add_outputs(self, place: int, inputs: Tensor, outputs: Tensor) -> None:
+        """Add one set of the outputs of pairs whose inputs were added."""
+        outputs = outputs.float()
+        self._outputs[place] += outputs.sum(0)
+        self._cross[place] += inputs.float().T @ outputs
+
+    def solve(self, strength: float, rank: int | None = None) -> Affine:
+        """One map to all sets of outputs, side by side.
 
         Args:
             strength: Ridge penalty as a multiple of the mean variance of an input.
-            rank: Maximum rank of the maps: of all maps of that rank, the one whose outputs are nearest to the full
+            rank: Maximum rank of the map: of all maps of that rank, the one whose outputs are nearest to the full
                 map's. None = full.
         """
         count = max(self.count, 1)
-        input_mean = self._inputs / count
+        input_mean, mean = self._inputs / count, torch.cat(self._outputs) / count
         gram = self._gram - count * torch.outer(input_mean, input_mean)
+        cross = torch.cat(self._cross, 1) - count * torch.outer(input_mean, mean)
         penalty = strength * gram.diagonal().mean().clamp(min=1e-12)
         ridged = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        means = [total / count for total in self._outputs]
-        crosses = [
-            cross - count * torch.outer(input_mean, mean) for cross, mean in zip(self._cross, means, strict=True)
-        ]
-        widths = [cross.shape[1] for cross in crosses]
-        weights = torch.linalg.solve(ridged, torch.cat(crosses, 1)).split(widths, 1)
-        return [_affine(weight, mean, input_mean, ridged, rank) for weight, mean in zip(weights, means, strict=True)]
-
-
-def _affine(weight: Tensor, mean: Tensor, input_mean: Tensor, gram: Tensor, rank: int | None) -> Affine:
-    bias = mean - input_mean @ weight
-    factors = (weight,) if rank is None or rank >= min(weight.shape) else _low_rank(weight, gram, rank)
-    return Affine(tuple(factor.float().contiguous() for factor in factors), bias.float())
+        weight = torch.linalg.solve(ridged, cross)
+        bias = mean - input_mean @ weight
+        factors = (weight,) if rank is None or rank >= min(weight.shape) else _low_rank(weight, ridged, rank)
+        return Affine(tuple(factor.float().contiguous() for factor in factors), bias.float())
 
 
 def _low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors (E, r) and (r, O): the weight projected onto the directions in which its outputs vary most."""
-    outputs = weight.T @ gram @ weight
-    directions = torch.linalg.eigh(outputs).eigenvectors[:, -rank:]
-    return weight @ directions, directions.T
+    outputs = torch.linalg.cholesky(gram).T @ weight
+    directions = torch.linalg.svd(outputs, full_matrices=False).Vh[:rank]
+    return weight @ directions.T, directions

@@ -1,7 +1,8 @@
-"""Train bridges through the frozen rest of the model, so that its predictions approach those of full depth.
+"""Training of maps through the frozen rest of the model, so that its predictions approach those of full depth.
 
 The base model's weights get no gradient. Every random choice depends on the seed and the step alone, so that a run that
-was interrupted and resumed ends where an uninterrupted one does. Knows packs and bridges, no items.
+was interrupted and resumed ends where an uninterrupted one does. Here is what the trainers of bridges and of fills have
+in common. Knows packs and tensors, no items.
 """
 
 from __future__ import annotations
@@ -9,18 +10,15 @@ from __future__ import annotations
 import json
 import math
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from polar_sdk.engine.bridge import Bridge
-from polar_sdk.errors import BridgeError
-from polar_sdk.lab.healing.bridge_fit import layers
-from polar_sdk.lab.healing.loss import ChoiceSlots, Reference, choice_scores, loss_of, slots_of
-from polar_sdk.programs.program import Program
+from polar_sdk.errors import PolarError
 from polar_sdk.reading import parse_json
 
 if TYPE_CHECKING:
@@ -40,41 +38,22 @@ _CHECKPOINT_EVERY: Final = 20
 """Steps between checkpoints."""
 _SAMPLED_TOKENS: Final = 256
 """Predicted tokens of a pack whose whole distributions are compared."""
-_MEASURED: Final = -1
+MEASURED: Final = -1
 """The step number of a loss that is measured, not trained."""
 
 
-class _Start(NamedTuple):
-    """What one pack contributes to every step: N tokens, M of them predicted."""
-
-    states: Tensor
-    """Before the first layer that any program leaves out, (N, E)."""
-    final: Tensor
-    """Identity's last states where it predicts, (M, E)."""
-    choices: ChoiceSlots | None
-    scores: Tensor | None
-    """Identity's scores of the choices, (Q, C)."""
-
-
 @dataclass(frozen=True)
-class DistilPlan:
+class TrainingPlan:
     """How to train.
 
     Attributes:
         steps: Batches.
         rate: Peak learning rate of Adam.
-        choices: Weight of the difference between the choices' scores.
-        labels: Weight of the cross-entropy on the right choice.
-        drop: Probability that a bridge is left out in every other step and its layers run instead, so that the bridges
-            also serve programs that use only some of them.
-        seed: Of the order and of dropping.
+        seed: Of the order, and of everything else that is drawn.
     """
 
     steps: int
     rate: float
-    choices: float
-    labels: float
-    drop: float
     seed: int
 
     def rate_at(self, step: int) -> float:
@@ -83,38 +62,37 @@ class DistilPlan:
         return self.rate * min(1, (step + 1) / _WARM_UP) * (0.05 + 0.95 * cosine)
 
 
-class BridgeTrainer:
-    """Trains the bridges of all groups together; groups take turns.
+class MapTrainer(ABC):
+    """Trains the maps of segments, one pack per step.
 
     Args:
-        decoder: A copy whose bridges may be set; see `fit.trainable_copy`.
+        decoder: A copy whose maps may be set; see `bridge_fit.trainable_copy`.
         packs: What to train on.
-        groups: Segments that are used together.
-        bridges: Where training starts.
+        values: Where training starts: the tensors of each segment's map.
         plan: How to train.
         mark: Names the run's data, segments and settings; a checkpoint with another mark is refused.
         checkpoint: File of the checkpoint; None keeps none.
     """
 
+    damaged: type[PolarError] = PolarError
+    """Raised for a checkpoint that cannot be used."""
+
     def __init__(
         self,
         decoder: Decoder,
         packs: Sequence[Pack],
-        groups: Sequence[Sequence[Segment]],
-        bridges: Mapping[Segment, Bridge],
-        plan: DistilPlan,
+        values: Mapping[Segment, Sequence[Tensor]],
+        plan: TrainingPlan,
         mark: str,
         checkpoint: Path | None,
     ) -> None:
-        self._decoder, self._packs, self._groups = decoder, packs, groups
-        self._plan, self._mark, self._checkpoint = plan, mark, checkpoint
+        self._decoder, self._packs = decoder, packs
+        self._schedule, self._mark, self._checkpoint = plan, mark, checkpoint
         self._values = {
-            segment: [tensor.detach().float().clone().requires_grad_() for tensor in bridge.tensors]
-            for segment, bridge in bridges.items()
+            segment: [tensor.detach().float().clone().requires_grad_() for tensor in tensors]
+            for segment, tensors in values.items()
         }
         self._adam = torch.optim.Adam(self._all(), lr=plan.rate, betas=(0.9, 0.99))
-        self._lead = min(group[0][0] for group in groups)
-        self._starts: dict[int, _Start] = {}
         self.done = 0
         """Steps done."""
         self.losses: list[float] = []
@@ -124,7 +102,7 @@ class BridgeTrainer:
         """Train to the end of the plan; whatever stops it leaves a checkpoint."""
         consistent = True
         try:
-            while self.done < self._plan.steps:
+            while self.done < self._schedule.steps:
                 self._backward(self.done)
                 consistent = False  # interrupted from here on, the values would be half old and half new
                 self._adam.step()
@@ -132,27 +110,33 @@ class BridgeTrainer:
                 consistent = True
                 if self.done % _CHECKPOINT_EVERY == 0:
                     self.keep()
-                on_step(self.done, self._plan.steps)
+                on_step(self.done, self._schedule.steps)
         except BaseException:
             if consistent:
                 self.keep()
             raise
 
-    def bridges(self) -> dict[Segment, Bridge]:
-        """The bridges as they are now, in the decoder's dtype."""
-        exact = {segment: _bridge([value.detach() for value in values]) for segment, values in self._values.items()}
-        return {segment: bridge.to(self._decoder.dtype, self._decoder.device) for segment, bridge in exact.items()}
+    @abstractmethod
+    def _gradients(self, step: int, index: int) -> float:
+        """Add the gradients of one step on the pack of that index; returns the loss."""
 
-    def loss(self, packs: Sequence[Pack], bridges: Mapping[Segment, Bridge]) -> float:
-        """Mean loss of bridges over packs and groups, with none dropped."""
-        self._decoder.set_bridges(bridges)
-        with torch.no_grad():
-            values = [
-                float(self._loss(pack, start, Program.bridging(self._decoder.depth, group), _MEASURED))
-                for pack, start in ((pack, self._start(pack)) for pack in packs)
-                for group in self._groups
-            ]
-        return sum(values) / len(values)
+    def _backward(self, step: int) -> None:
+        """Gradients of one batch."""
+        for group in self._adam.param_groups:
+            group["lr"] = self._schedule.rate_at(step)
+        self._adam.zero_grad()
+        loss = self._gradients(step, self._pack_of(step))
+        torch.nn.utils.clip_grad_norm_(self._all(), 1.0)
+        del self.losses[step:]
+        self.losses.append(loss)
+
+    def _trained(self) -> dict[Segment, list[Tensor]]:
+        """The maps' tensors as they are now, in float32."""
+        return {segment: [value.detach().clone() for value in values] for segment, values in self._values.items()}
+
+    def _running(self, segment: Segment) -> list[Tensor]:
+        """The tensors of one map in the decoder's dtype, with derivatives."""
+        return [value.to(self._decoder.dtype) for value in self._values[segment]]
 
     def keep(self) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -171,7 +155,7 @@ class BridgeTrainer:
         """Continue from the checkpoint; False where there is none.
 
         Raises:
-            BridgeError: It is from another run, or damaged.
+            PolarError: The error of `damaged`: it is from another run, or damaged.
         """
         if self._checkpoint is None or not self._checkpoint.is_file():
             return False
@@ -180,11 +164,11 @@ class BridgeTrainer:
                 facts = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         except (OSError, SafetensorError) as error:
-            raise BridgeError(
+            raise self.damaged(
                 f"checkpoint {str(self._checkpoint)!r} cannot be read ({error}); start without --resume."
             ) from error
         if facts.get("mark") != self._mark:
-            raise BridgeError(
+            raise self.damaged(
                 f"checkpoint {str(self._checkpoint)!r} is from a run with other data, segments or settings; use those "
                 "again, or start without --resume."
             )
@@ -192,7 +176,7 @@ class BridgeTrainer:
             self.done, self.losses = int(facts["done"]), parse_json(facts["losses"])
             self._restore(tensors)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise BridgeError(
+            raise self.damaged(
                 f"checkpoint {str(self._checkpoint)!r} is damaged ({error}); start without --resume."
             ) from error
         return True
@@ -208,63 +192,15 @@ class BridgeTrainer:
     def _all(self) -> list[Tensor]:
         return [value for values in self._values.values() for value in values]
 
-    def _backward(self, step: int) -> None:
-        """Gradients of one batch."""
-        for group in self._adam.param_groups:
-            group["lr"] = self._plan.rate_at(step)
-        self._adam.zero_grad()
-        self._decoder.set_bridges({segment: self._trainable(segment) for segment in self._values})
-        index = self._pack_of(step)
-        if index not in self._starts:
-            self._starts[index] = self._start(self._packs[index])
-        loss = self._loss(self._packs[index], self._starts[index], self._program(step), step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self._all(), 1.0)
-        del self.losses[step:]
-        self.losses.append(float(loss.detach()))
-
-    def _trainable(self, segment: Segment) -> Bridge:
-        return _bridge([value.to(self._decoder.dtype) for value in self._values[segment]])
-
-    def _start(self, pack: Pack) -> _Start:
-        with torch.no_grad():
-            states = pack.run(self._decoder, pack.packed.embedded, layers(0, self._lead))
-            final = pack.run(self._decoder, states, layers(self._lead, self._decoder.depth))[pack.sources]
-            choices = slots_of(pack.tasks, self._decoder.device)
-            scores = None if choices is None else choice_scores(self._decoder.head(final), pack.targets, choices)
-            return _Start(states, final, choices, scores)
-
-    def _loss(self, pack: Pack, start: _Start, program: Program, step: int) -> Tensor:
-        ours = pack.run(self._decoder, start.states, program.steps[self._lead :])
-        logits = self._decoder.head(ours[pack.sources])
-        full = self._reference(start, step)
-        plan = self._plan
-        return loss_of(logits, full, pack.targets, start.choices, distil=plan.choices, labels=plan.labels)
-
-    def _reference(self, start: _Start, step: int) -> Reference:
-        predicted = len(start.final)
-        dice = random.Random(f"{self._plan.seed} {step} shown")
-        rows = sorted(dice.sample(range(predicted), min(_SAMPLED_TOKENS, predicted)))
-        sampled = torch.tensor(rows, device=self._decoder.device)
-        with torch.no_grad():
-            return Reference(sampled, self._decoder.head(start.final[sampled]), start.scores)
-
     def _pack_of(self, step: int) -> int:
         """Index of a step's pack: each pack once per epoch, in an order of the epoch's own."""
         epoch, place = divmod(step, len(self._packs))
         order = list(range(len(self._packs)))
-        random.Random(f"{self._plan.seed} {epoch}").shuffle(order)
+        random.Random(f"{self._schedule.seed} {epoch}").shuffle(order)
         return order[place]
 
-    def _program(self, step: int) -> Program:
-        """The program of the step's group; in every other step with some bridges dropped, but never all."""
-        group = self._groups[step % len(self._groups)]
-        dice = random.Random(f"{self._plan.seed} {step} drop")
-        stays = dice.choice(group)
-        dropping = step // len(self._groups) % 2 == 1
-        kept = [segment for segment in group if segment == stays or not dropping or dice.random() >= self._plan.drop]
-        return Program.bridging(self._decoder.depth, kept)
-
-
-def _bridge(values: Sequence[Tensor]) -> Bridge:
-    return Bridge(tuple(values[:-2]), values[-2], values[-1])
+    def _sampled(self, predicted: int, step: int) -> Tensor:
+        """Some of the predicted tokens, (S,), whose whole distributions are compared in this step."""
+        dice = random.Random(f"{self._schedule.seed} {step} shown")
+        rows = sorted(dice.sample(range(predicted), min(_SAMPLED_TOKENS, predicted)))
+        return torch.tensor(rows, device=self._decoder.device)

@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 
 _FORMAT: Final = "polar-rewards-1"
-_PER_ROW: Final = ("ids", "kinds", "splits", "tokens")
+_PER_ROW: Final = ("ids", "kinds", "splits", "tokens", "classes")
 _TENSORS: Final = ("agree", "share", "margin", "right", "labelled", "flops")
-_TEXTS: Final = ("ids", "kinds", "splits", "model", "fingerprint", "dtype", "bridges", "data")
+_TEXTS: Final = ("ids", "kinds", "splits", "classes", "model", "fingerprint", "dtype", "bridges", "data")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,7 @@ class RewardMatrix:
         ids: Hash of each prompt's normalised text, P; the same over runs and files.
         kinds: What each prompt is, P.
         splits: `train`, `dev`, `calibration` or `test`, P.
+        classes: The class that each prompt's item names, P; empty where it names none.
         tokens: Token ids of each prompt as a router reads it, P tuples.
         programs: The menu, M.
         agree: (P, M) bool.
@@ -74,7 +75,7 @@ class RewardMatrix:
         model: Name of the base model.
         fingerprint: Of the base model.
         dtype: Of the weights: `bfloat16`, `int8`, …
-        bridges: Hash of the bridges that the programs use; empty where they use none.
+        bridges: Hash of the bridges and fills that the programs use; empty where they use none.
         data: Hash of all prompts.
     """
 
@@ -94,8 +95,10 @@ class RewardMatrix:
     dtype: str
     bridges: str
     data: str
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes) or ("",) * len(self.ids))
         shape = (len(self.ids), len(self.programs))
         for name in ("agree", "share", "margin", "right", "flops"):
             if tuple(getattr(self, name).shape) != shape:
@@ -202,26 +205,30 @@ def measured_matrix(
         programs: Identity first.
         splits: One per task.
         data: Hash of the prompts.
-        write_tokens: Maximum tokens of answers that are compared with the right text; None compares no answer with the
-            right one: answers in text must be written for that, which is slow.
+        write_tokens: Maximum tokens of answers that are compared with the right text; None compares choices only:
+            answers in text must be written by every program for that, which is slow.
         stage: What progress is reported as.
     """
     model = measurer.model
     rewards = measurer.rewards(tasks, programs, stage)
-    labels = write_tokens is not None
-    none = torch.zeros(len(tasks), dtype=torch.bool)
-    right = [none if write_tokens is None else measurer.right(tasks, program, write_tokens) for program in programs]
+    judged = ("choice",) if write_tokens is None else ("choice", "answer")
+    labelled = torch.tensor([task.kind in judged for task in tasks])
+    known = [task for task, judge in zip(tasks, labelled.tolist(), strict=True) if judge]
+    right = [torch.zeros(len(tasks), dtype=torch.bool) for _ in programs]
+    for program, values in zip(programs, right, strict=True):
+        values[labelled] = measurer.right(known, program, write_tokens or 1)
     return RewardMatrix(
         ids=tuple(task.id for task in tasks),
         kinds=tuple(task.kind for task in tasks),
         splits=tuple(splits),
+        classes=tuple(task.item.task or "" for task in tasks),
         tokens=tuple(task.question.prompt for task in tasks),
         programs=tuple(programs),
         agree=torch.stack([rewards[program].agree for program in programs], 1),
         share=torch.stack([rewards[program].share for program in programs], 1),
         margin=torch.stack([rewards[program].margin for program in programs], 1),
         right=torch.stack(right, 1),
-        labelled=torch.tensor([labels and task.kind != "prompt" for task in tasks]),
+        labelled=labelled,
         flops=torch.stack([rewards[program].flops for program in programs], 1),
         model=model.name,
         fingerprint=model.fingerprint,

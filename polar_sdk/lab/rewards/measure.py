@@ -16,6 +16,7 @@ import torch
 from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.engine.scoring import Score, packs, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
+from polar_sdk.lab.rewards.tasks import BATCH
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
 
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
     from polar_sdk.programs.cost import CostModel
 
 _NUMBER: Final = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_BATCH: Final = 16
-"""Prompts that are answered together."""
 SAME_ANSWER: Final = 0.75
 """Share of the tokens of identity's answer that a program must choose too, for its answer to count as the same one.
 
 Not all of them: where two tokens are almost as likely, identity itself chooses otherwise 1 time in 100 when it is run
 in other packs, and one such token in an answer changes nothing that a reader would notice.
 """
+STRICT_ANSWER: Final = 0.95
+"""Share of the tokens of identity's answer that a program must choose too where a promise is strict."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +128,8 @@ class Measurer:
         name = f"{self._name(program)} writes {max_tokens}"
         known = self.cache.get((task.key for task in tasks), name)
         missing = [task for task in tasks if task.key not in known]
-        for start in range(0, len(missing), _BATCH):
-            batch = missing[start : start + _BATCH]
+        for start in range(0, len(missing), BATCH):
+            batch = missing[start : start + BATCH]
             prompts = [task.item.prompt for task in batch if isinstance(task.item, AnswerItem)]
             answers = self.model.greedy_answers(prompts, max_tokens=max_tokens, program=program)
             texts = [self.model.decode(answer) for answer in answers]

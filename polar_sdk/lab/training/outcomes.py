@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from polar_sdk.errors import DataError
+from polar_sdk.lab.rewards.measure import STRICT_ANSWER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -88,6 +89,8 @@ class Outcomes:
         outcomes = self.of(rows, programs)
         if loss == "differs":
             return [int(not outcome.agree) for outcome in outcomes]
+        if loss == "strict":  # of a choice, the share is 0 or 1
+            return [int(outcome.share < STRICT_ANSWER) for outcome in outcomes]
         labelled = self.matrix.labelled.tolist()
         values = []
         for row, outcome in zip(rows, outcomes, strict=True):

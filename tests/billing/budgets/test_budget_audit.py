@@ -228,3 +228,17 @@ def test_thousands_of_counters_are_rechecked_in_a_few_queries(store: Ledger) -> 
 
 def scope_of(budget: Budget) -> Scope:
     return Scope.of("acme", {} if budget.name is None else {"user": budget.name}, NOON, "USD")
+
+
+def test_a_request_that_is_tried_again_later_settles_the_hold_of_the_first_attempt(store: Ledger) -> None:
+    """The answer of `reserve` was lost: the second attempt is served at a time of its own."""
+    budgets = Budgets(store)
+    budgets.set(Budget("acme", Decimal(1)))
+    reserve(budgets, "again", CU // 2)
+    budgets._unanswered.add(("acme", "polar", "again"))  # as if the answer had been lost
+    reserve(budgets, "again", CU // 2)
+    work = FlopUsage(head=CU // 4, total=CU // 4)
+    record = usage_record("again", tenant="acme", tags=ANN, started_at=NOON + timedelta(minutes=5), flops=work)
+    store.append(record, source="polar", book=BOOK, rating=rate(record, BOOK))
+    assert budgets.recheck_holds(ALL_TENANTS) == []
+    assert verify_ledger(store).sound

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 
+from polar_billing.errors import StoreError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
@@ -110,3 +113,26 @@ def test_a_record_of_a_newer_version_keeps_its_price_book_beside_it(ledger_url: 
     assert path.with_suffix(".damaged").read_bytes().splitlines() == [newer, book]
     with Ledger(ledger_url) as ledger:
         assert "1 line(s) are damaged" in str(warning_of(ledger))
+
+
+def test_lines_that_cannot_be_set_aside_keep_their_file_and_say_why(ledger_url: str, tmp_path: Path) -> None:
+    path, (book, first, second) = left_over(ledger_url, tmp_path, known_book=True)
+    path.write_bytes(b"\n".join([book, first[:-2] + b"??", second]) + b"\n")
+    path.with_suffix(".damaged").mkdir()  # as good as a full disk
+    with Meter(ledger_url) as meter, pytest.raises(StoreError, match="cannot be written"):
+        meter.recover()
+    assert path.exists()
+    path.with_suffix(".damaged").rmdir()
+    assert held(ledger_url) == ["b", "stored"]
+
+
+def test_a_refused_record_that_cannot_be_kept_aside_stays_in_the_spool(ledger_url: str, tmp_path: Path) -> None:
+    path, _ = left_over(ledger_url, tmp_path, known_book=True)
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as stranger:
+        stranger.execute("CREATE TRIGGER no_more BEFORE INSERT ON polar_usage BEGIN SELECT RAISE(ABORT, 'no'); END")
+    (path.parent / "rejected.jsonl").mkdir()
+    with Meter(ledger_url) as meter, pytest.raises(StoreError, match="cannot be written"):
+        meter.recover()
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as stranger:
+        stranger.execute("DROP TRIGGER no_more")
+    assert held(ledger_url) == ["a", "b", "stored"]

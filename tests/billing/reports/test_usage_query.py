@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_billing.errors import CurrencyMixError, QueryError
+from polar_billing.ledger import hooks
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.reports.query import usage_rows
+from polar_billing.reports.report import build_report
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.usage import Outcome
@@ -103,3 +105,19 @@ def test_currencies_are_never_added(ledger: Ledger, book: PriceBook) -> None:
     assert (row.requests, row.currency) == (1, "EUR")
     (row,) = usage_rows(ledger, EVERYTHING, prices=book)
     assert (row.requests, row.currency) == (2, "USD")
+
+
+@pytest.mark.parametrize("by", ["receipts", "book", "report"])
+def test_a_record_that_brings_in_its_book_while_usage_is_read(
+    ledger: Ledger, book: PriceBook, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of a ledger, for example: another process stores it between the books and the usage."""
+    with Meter(ledger) as meter:
+        meter.check()
+        late = [lambda _: meter.ledger.append_many([meter.entry(usage_record("late"))])]
+        monkeypatch.setattr(hooks, "before_usage_is_read", late)
+        if by == "report":
+            assert build_report(ledger, EVERYTHING).figures.requests == 1
+        else:
+            rows = usage_rows(ledger, EVERYTHING, prices=book if by == "book" else None, rollups=False)
+            assert [row.requests for row in rows] == [1]

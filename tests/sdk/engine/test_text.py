@@ -126,6 +126,28 @@ def test_what_cannot_become_a_stop_is_shown_at_once(text: str, stops: list[str])
         assert not held or any(held.startswith(stop) or stop.startswith(held) for stop in stops)
 
 
+@pytest.mark.parametrize("text", ["a" * 2_000, "ab" * 1_000, "a" * 999 + "b"])
+def test_the_work_per_character_does_not_grow_with_the_length_of_stops(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    looks = 0
+
+    class Counting(str):
+        def __getitem__(self, key: object) -> str:
+            nonlocal looks
+            looks += 1
+            return super().__getitem__(key)  # type: ignore[index]
+
+    stops = ["a" * 990 + str(number) for number in range(32)]
+    matcher = StopMatcher(stops)
+    for group in matcher._by_first.values():
+        for stop in group:
+            stop.text = Counting(stop.text)
+    shown = "".join(map(matcher.push, text)) + matcher.finish()
+    assert shown == text
+    assert looks <= 8 * len(stops) * len(text)
+
+
 def test_after_a_stop_nothing_is_shown() -> None:
     matcher = StopMatcher(["END"])
     assert matcher.push("one END two") == "one "

@@ -48,7 +48,7 @@ def healed(mixed_items: list[Item]) -> Callable[..., BridgeSet]:
 
     def heal(model: PolarModel, segments: str = "1-2,4", out: Path | None = None, **options: object) -> BridgeSet:
         chosen = HealOptions(**{"answer_tokens": 6, **options})  # type: ignore[arg-type]
-        return Healer(model, mixed_items, segments, chosen, out=out).run()
+        return Healer(model, mixed_items, segments, options=chosen, out=out).run()
 
     return heal
 
@@ -144,7 +144,7 @@ def test_packs_run_as_the_engine_runs(
 
 def test_training_lowers_the_loss_on_prompts_held_out(model: PolarModel) -> None:
     options = HealOptions(distil=40, rate=1e-3, answer_tokens=6)
-    made = Healer(model, builtin_items()[:100], "1-2", options).run()
+    made = Healer(model, builtin_items()[:100], "1-2", options=options).run()
     assert made.training["kept_training"]
     assert made.training["loss_trained"] < 0.98 * made.training["loss_closed_form"]
     assert len(made.training["losses"]) == 40
@@ -169,7 +169,7 @@ def test_labels_change_the_training_only_where_they_are_asked_for(model: PolarMo
 
     def train(items: list[Item], labels: float) -> list[float]:
         options = HealOptions(distil=3, labels=labels, answer_tokens=4)
-        losses: list[float] = Healer(model, items, "2", options).run().training["losses"]
+        losses: list[float] = Healer(model, items, "2", options=options).run().training["losses"]
         return losses
 
     assert train(mixed_items, 0.0) == train(turned, 0.0)
@@ -217,13 +217,17 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
             raise Stop
 
     options = HealOptions(distil=12, answer_tokens=6, drop=0.5)
-    whole = Healer(model, mixed_items, "1-2,4", options, out=tmp_path / "whole").run()
+    whole = Healer(model, mixed_items, "1-2,4", options=options, out=tmp_path / "whole").run()
     with pytest.raises(Stop):
-        Healer(model, mixed_items, "1-2,4", options, out=tmp_path / "cut", on_progress=interrupt).run()
+        Healer(model, mixed_items, "1-2,4", options=options, out=tmp_path / "cut", on_progress=interrupt).run()
     assert (tmp_path / "cut" / "checkpoint.safetensors").is_file()
     with pytest.raises(BridgeError, match="other data, segments or settings"):
         Healer(
-            model, mixed_items, "1-2,4", HealOptions(distil=13, answer_tokens=6, resume=True), out=tmp_path / "cut"
+            model,
+            mixed_items,
+            "1-2,4",
+            options=HealOptions(distil=13, answer_tokens=6, resume=True),
+            out=tmp_path / "cut",
         ).run()
     steps = []
     resumed = HealOptions(distil=12, answer_tokens=6, drop=0.5, resume=True)
@@ -231,7 +235,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
         model,
         mixed_items,
         "1-2,4",
-        resumed,
+        options=resumed,
         out=tmp_path / "cut",
         on_progress=lambda stage, done, _: steps.append((stage, done)),
     ).run()
@@ -374,7 +378,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_command_goes_on_from(
         return loss_of(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("polar_sdk.lab.healing.training.loss_of", interrupted)
+        patch.setattr("polar_sdk.lab.healing.bridge_training.loss_of", interrupted)
         cut = CliRunner().invoke(app, [*command, str(tmp_path / "cut")])
     assert (cut.exit_code, "--resume continues" in cut.output) == (130, True)
     assert not (tmp_path / "cut" / "bridges.json").exists()

@@ -60,6 +60,11 @@ def spoil(folder: Path) -> Any:
         ("vocab_size", 10**12, "vocab_size = 1000000000000"),
         ("hidden_size", "48", "hidden_size = '48'"),
         ("rms_norm_eps", float("nan"), "rms_norm_eps = nan; it must be finite"),
+        (
+            "rope_parameters",
+            {"rope_type": "linear", "factor": float("inf")},
+            "rope_parameters = inf; it must be finite",
+        ),
     ],
 )
 def test_a_configuration_with_an_absurd_value_is_refused_by_name(

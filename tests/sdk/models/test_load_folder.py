@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as voice
 
 from polar_sdk.errors import InvalidRequestError, ModelDamagedError, ModelNotFoundError, UnsupportedArchitectureError
+from polar_sdk.model import PolarModel
 from polar_sdk.models.fingerprint import file_sha256, fingerprint_of
 from polar_sdk.models.load import clear_cache, load_pretrained
 
@@ -165,3 +166,28 @@ def test_revision_of_a_folder(folder: Path) -> None:
 def _edit_config(folder: Path, **fields: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_chat_template_changed_in_place_is_read_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    template = folder / "chat_template.jinja"
+    template.write_text("OLD {{ messages[0]['content'] }}")
+    before = PolarModel.from_pretrained(folder, precision="fp32", ledger=None, compile=False)
+    template.write_text("NEW {{ messages[0]['content'] }}")
+    after = PolarModel.from_pretrained(folder, precision="fp32", ledger=None, compile=False)
+    assert after.decode(after.prompt_tokens("hi")).startswith("NEW")
+    assert before.decode(before.prompt_tokens("hi")).startswith("OLD")  # it keeps what it was made with
+    assert after.decoder is before.decoder
+    assert "have changed: read again" in caplog.text
+    caplog.clear()
+    again = PolarModel.from_pretrained(folder, precision="fp32", ledger=None, compile=False)
+    assert again.decode(again.prompt_tokens("hi")).startswith("NEW")
+    assert not caplog.text
+
+
+def test_generation_settings_changed_in_place_are_read_again(folder: Path) -> None:
+    assert load_pretrained(folder, precision="fp32").generation_config.eos_token_id == 0
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))
+    assert 7 in load_pretrained(folder, precision="fp32").end_tokens
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelDamagedError, match="generation settings"):
+        load_pretrained(folder, precision="fp32")

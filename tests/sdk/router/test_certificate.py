@@ -50,6 +50,47 @@ def test_a_theta_that_saves_less_is_not_taken() -> None:
     assert certificate_of(saved=(0.0, -0.1, -0.05, 0.3)).promise(0.05).theta == 0.0
 
 
+def texts(strict: tuple[int, ...]) -> dict[str, Any]:
+    return {"prompt": {"n": 200, "lost": {"differs": (0, 2, 4, 6), "strict": strict}}}
+
+
+def test_a_strict_promise_holds_beside_the_other_one() -> None:
+    made = certificate_of(others=texts((0, 10, 30, 60)))
+    assert made.promise(0.1).theta == 0.3
+    both = made.promise(0.1, strict=0.2)  # at θ = 0.3 the 60 of 200 texts that change more are too many
+    assert (both.theta, both.strict and both.strict.k) == (0.2, {"prompt": 30})
+    assert "at most 0.2 of texts change more than 5 % of their tokens (prompt: 30 of 200)" in both.text
+    assert made.promise(*both.asked) == both
+    again = Certificate.model_validate({**made.model_dump(), "tiers": {"economy": both}})
+    assert Certificate.model_validate_json(again.model_dump_json()) == again
+    with pytest.raises(CertificateError, match="answered in text"):
+        certificate_of().promise(0.1, strict=0.2)
+    with pytest.raises(CalibrationSizeError, match="'prompt'"):
+        made.promise(0.1, strict=0.005)
+
+
+def test_a_class_may_not_lose_more_than_is_promised_on_average() -> None:
+    classes = {
+        "easy": {"n": 170, "lost": {"differs": (0, 0, 0, 0), "strict": (0, 0, 0, 0)}},
+        "hard": {"n": 30, "lost": {"differs": (0, 2, 4, 6), "strict": (0, 4, 9, 20)}},
+    }
+    made = certificate_of(others=texts((0, 4, 9, 20)), classes=classes)
+    assert made.promise(0.1).theta == 0.1  # 3 of 30 would be allowed, 4 are lost at θ = 0.2
+    assert made.promise(0.1, strict=0.13).theta == 0.1
+    assert made.promise(0.2).theta == 0.3
+    worst = made.promise(0.2).worst
+    assert worst is not None
+    assert (worst.name, worst.k, worst.n) == ("hard", 6, 30)
+    assert "worst class hard: 6 of 30" in made.promise(0.2).text
+    assert made.promise(0.2, strict=0.5).theta == 0.2  # 20 of the 30 hard ones change more
+
+
+def test_a_certificate_of_before_there_were_classes_reads_back() -> None:
+    old = certificate_of(tiers={"economy": certificate_of().promise(0.05)}).model_dump(mode="json")
+    del old["classes"], old["tiers"]["economy"]["strict"], old["tiers"]["economy"]["worst"]
+    assert Certificate.model_validate(old).tiers["economy"].theta == 0.2
+
+
 def test_too_few_prompts_are_told_how_many_are_needed() -> None:
     with pytest.raises(
         CalibrationSizeError, match=r"α = 1 % needs at least 230 calibration prompts at δ = 0\.1; there are"
@@ -143,7 +184,8 @@ def test_of_100_splits_at_most_10_break_the_promise(alpha: float) -> None:
     needed = torch.cat((torch.zeros(prompts, 1), chance + 0.05 * torch.rand((prompts, 2), generator=generator)), 1)
     order = [2, 1]
     thetas = menu_dial(needed[:1000], order)
-    choice = cheapest(needed.double(), order, torch.tensor(thetas, dtype=torch.float64).unsqueeze(1))
+    costs = torch.tensor([1.0, 0.8, 0.6])
+    choice = cheapest(needed.double(), costs, torch.tensor(thetas, dtype=torch.float64).view(-1, 1, 1))
     outcome = lost.expand(len(thetas), -1, -1).gather(2, choice.unsqueeze(2)).squeeze(2)  # (K, P)
     broken, loosened = 0, 0
     for _ in range(100):

@@ -1,0 +1,111 @@
+"""The ASGI app: its routes. The same app runs under uvicorn, under another server's router, and in tests."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from polar_sdk import __version__
+from polar_sdk.engine import ENGINE_VERSION
+from polar_server import openapi
+from polar_server.endpoint import Endpoint
+from polar_server.errors import ApiError
+from polar_server.exchange import send_json
+from polar_server.front import Front
+from polar_server.openai import chat, completions
+from polar_server.server import Server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+    from polar_server.settings import Settings
+
+
+def build(settings: Settings) -> Starlette:
+    """Make the app.
+
+    Its `state.server` is the `Server` behind it. When the app shuts down, answers that run have `settings.drain`
+    seconds to finish; all of them are recorded.
+
+    Args:
+        settings: The model, and what to allow.
+    """
+    server = Server(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await server.close()
+
+    routes = [
+        Route("/v1/chat/completions", Endpoint(server, chat.FIELDS, chat.read_call, chat.ChatShape), methods=["POST"]),
+        Route(
+            "/v1/completions",
+            Endpoint(server, completions.FIELDS, completions.read_call, completions.TextShape),
+            methods=["POST"],
+        ),
+        Route("/v1/models", _Json(lambda _: _models(server)), methods=["GET"]),
+        Route("/v1/models/{model:path}", _Json(lambda path: server.catalog.entry(path["model"])), methods=["GET"]),
+        Route("/health", _Json(lambda _: {"status": "ok"}), methods=["GET"]),
+        Route("/ready", _Ready(server), methods=["GET"]),
+        Route("/version", _Json(lambda _: {"version": __version__, "engine": ENGINE_VERSION}), methods=["GET"]),
+        Route("/openapi.json", _Json(lambda _: openapi.document(__version__)), methods=["GET"]),
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(Front, server=server)],
+        exception_handlers={HTTPException: _unrouted},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.server = server
+    return app
+
+
+async def _unrouted(request: Request, error: Exception) -> Response:
+    """Paths and methods that do not exist get a JSON error, like everything else."""
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path[:200], request.method[:20]
+    if error.status_code == 404:
+        found = ApiError(f"there is no {path!r}; GET /openapi.json lists what there is.", status=404, code="not_found")
+    elif error.status_code == 405:
+        found = ApiError(f"{path!r} does not take {method}.", status=405, code="method_not_allowed")
+    else:
+        found = ApiError(str(error.detail), status=error.status_code)
+    return JSONResponse(found.body, found.status, error.headers)
+
+
+class _Json:
+    """An endpoint whose answer follows from its path."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, self._answer(scope["path_params"]))
+
+
+class _Ready:
+    """`GET /ready`: whether requests should come here now."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reason = await self._server.ready()
+        status = {"status": "ok" if reason is None else reason, "compiled": self._server.engine.compiled}
+        await send_json(send, status, status=200 if reason is None else 503)
+
+
+def _models(server: Server) -> dict[str, Any]:
+    return {"object": "list", "data": [server.catalog.entry(model) for model in server.catalog.ids()]}

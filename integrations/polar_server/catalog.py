@@ -1,0 +1,92 @@
+"""What is for sale: one id per model and tier, and what each promises.
+
+`NAME` is the model with its default tier, `NAME:economy` and the like name one. Knows a policy and a router, no HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from polar_sdk.errors import did_you_mean
+from polar_sdk.router.learned import LearnedRouter
+from polar_server.errors import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from polar_sdk import PolarModel
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The models of one engine.
+
+    Attributes:
+        engine: What answers.
+        name: Its id without a tier.
+    """
+
+    engine: PolarModel
+    name: str
+    created: int = field(default_factory=lambda: int(datetime.now(UTC).timestamp()))
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The tiers that a request may name: those certified for the router, or else the policy's; always `exact`."""
+        router = self.engine.router
+        if isinstance(router, LearnedRouter):
+            named: Iterable[str] = () if router.certificate is None else router.certificate.tiers
+        else:
+            named = self.engine.policy.tiers
+        return tuple(dict.fromkeys([*named, "exact"]))
+
+    def ids(self) -> list[str]:
+        """Every id that a request may name."""
+        return [self.name, *(f"{self.name}:{tier}" for tier in self.tiers)]
+
+    def tier_of(self, model: str) -> str | None:
+        """The tier that an id names, or None.
+
+        Raises:
+            ApiError: There is no such model: 404.
+        """
+        if model == self.name:
+            return None
+        base, _, tier = model.rpartition(":")
+        if base == self.name and tier in self.tiers:
+            return tier
+        raise ApiError(
+            f"the model {model[:100]!r} does not exist; {did_you_mean(model[:100], self.ids())}",
+            status=404,
+            code="model_not_found",
+            param="model",
+        )
+
+    def entry(self, model: str) -> dict[str, Any]:
+        """One model, as `GET /v1/models/ID` shows it.
+
+        Raises:
+            ApiError: There is no such model: 404.
+        """
+        return {
+            "id": model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "polar",
+            "polar": self._offer(self.tier_of(model)),
+        }
+
+    def _offer(self, tier: str | None) -> dict[str, Any]:
+        engine = self.engine
+        offer: dict[str, Any] = {"tier": tier, "program": None, "certified": False, "promise": None}
+        if isinstance(engine.router, LearnedRouter):
+            name = tier or engine.router.facts.default_tier
+            certificate = engine.router.certificate if engine.router.certified else None
+            promise = None if certificate is None else certificate.tiers.get(name)
+            offer |= {"tier": name, "certified": promise is not None, "promise": promise and promise.text}
+        elif tier is not None or engine.router is None:
+            named, program = engine.policy.program_for(tier, engine.depth)
+            offer |= {"tier": named, "program": program.text}
+        return {**offer, "context_window": engine.context_window}

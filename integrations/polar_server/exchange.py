@@ -1,0 +1,147 @@
+"""One HTTP exchange: its id and clock, its body within limits, and its answer as JSON.
+
+Knows ASGI and nothing of what is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.reading import Unreadable, parse_object
+from polar_sdk.usage import new_request_id
+from polar_server.errors import ApiError, ClientLeftError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from starlette.types import Receive, Scope, Send
+
+_KEY: Final = "polar.exchange"
+_SAFE_ID: Final = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+
+
+@dataclass
+class Exchange:
+    """What the server knows of one call while it answers it."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    """Of the request; the last one of a name counts."""
+    request_id: str = field(default_factory=new_request_id)
+    """Ours; of a call that computes, its id in the ledger."""
+    started_ns: int = field(default_factory=time.perf_counter_ns)
+    answer_headers: dict[str, str] = field(default_factory=dict)
+    """Headers of the answer, whichever it becomes."""
+    status: int | None = None
+    """Of the answer, once it began."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """For the log: never a prompt or an answer."""
+
+    @classmethod
+    def of(cls, scope: Scope) -> Exchange:
+        """The exchange that a scope belongs to; made at the first call."""
+        state: dict[str, Any] = scope.setdefault("state", {})
+        if _KEY not in state:
+            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+            state[_KEY] = cls(scope["method"], scope["path"], headers)
+        exchange: Exchange = state[_KEY]
+        return exchange
+
+    @property
+    def client_request_id(self) -> str | None:
+        """The id that the client gave its call, if it is one that can be stored."""
+        given = self.headers.get("x-request-id", "")
+        return given if _SAFE_ID.fullmatch(given) else None
+
+    @property
+    def elapsed_ms(self) -> float:
+        """Time since the call arrived. Unit: milliseconds."""
+        return (time.perf_counter_ns() - self.started_ns) / 1e6
+
+
+async def read_object(exchange: Exchange, receive: Receive, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in a request's body.
+
+    Raises:
+        ApiError: It is too large, compressed, nested too deeply, or no JSON object.
+        ClientLeftError: The client left before it was complete.
+    """
+    if exchange.headers.get("content-encoding", "identity") != "identity":
+        raise ApiError("compressed bodies are not read; send it as it is.", status=415, code="unsupported_encoding")
+    declared = exchange.headers.get("content-length", "")
+    too_large = ApiError(
+        f"the body is larger than the {max_bytes:,} bytes that are read; send less.",
+        status=413,
+        code="request_too_large",
+    )
+    if declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
+        raise too_large
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError
+        part = message.get("body", b"")
+        size += len(part)
+        if size > max_bytes:
+            raise too_large
+        parts.append(part)
+        more = message.get("more_body", False)
+    try:
+        return parse_object(b"".join(parts), max_bytes=max_bytes)
+    except Unreadable as error:
+        raise ApiError(f"the body is {error.fault}; send a JSON object.", code="invalid_json") from error
+
+
+async def send_json(send: Send, body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+    """Answer with JSON."""
+    content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
+    await send_bytes(send, content, "application/json", status=status, headers=headers)
+
+
+async def send_bytes(
+    send: Send, content: bytes, kind: str, *, status: int = 200, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answer with a body that is known as a whole."""
+    listed = {"content-type": kind, "content-length": str(len(content)), **(headers or {})}
+    await send({"type": "http.response.start", "status": status, "headers": raw_headers(listed)})
+    await send({"type": "http.response.body", "body": content})
+
+
+def raw_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI takes them; what no header can hold is replaced."""
+    return [
+        (name.encode("ascii"), _CONTROL.sub(" ", value).encode("latin-1", "replace")) for name, value in headers.items()
+    ]
+
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@contextmanager
+def watching(receive: Receive, on_leave: Callable[[], object]) -> Iterator[None]:
+    """Call `on_leave` when the client closes the connection, or when this block ends early."""
+    ended = False
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not ended:
+            on_leave()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        yield
+    except BaseException:
+        on_leave()
+        raise
+    finally:
+        ended = True
+        watcher.cancel()

@@ -1,0 +1,108 @@
+"""`POST /v1/completions`: a text goes on, whole or in chunks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.reading import shown
+from polar_server.openai import calls
+from polar_server.openai.calls import Call, Rules
+from polar_server.openai.fields import Body, Field, anything, flag, integer, invalid, only, unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from polar_server.openai.logprobs import Entry
+
+_DEFAULT_MAX_TOKENS: Final = 16
+"""As OpenAI documents it for this endpoint."""
+
+FIELDS: Final[Mapping[str, Field]] = {
+    **calls.SHARED,
+    "prompt": anything({"oneOf": [{"type": "string"}, {"type": "array"}]}),
+    "echo": flag(),
+    "logprobs": integer(0, 20),
+    "best_of": integer(1, 128),
+    "suffix": only("", why="this engine only goes on after a text."),
+}
+
+
+def read_call(body: Body, rules: Rules) -> Call:
+    """What a body asks of the engine.
+
+    Raises:
+        ApiError: It asks for what does not exist or cannot be served.
+    """
+    calls.require_model(body)
+    options = calls.options_of(body, rules)
+    options["template"] = "raw"
+    options["max_tokens"] = body.get("max_tokens", _DEFAULT_MAX_TOKENS)
+    options["logprobs"] = body.get("logprobs")
+    if body.get("best_of", body.get("n", 1)) != body.get("n", 1):
+        raise unsupported("best_of", "answers are not compared; leave it out or make it equal to n.")
+    if body.get("echo") and body.get("logprobs") is not None:
+        raise unsupported("echo", "log-probabilities of the prompt are not reported; leave out echo or logprobs.")
+    prompts = _prompts(body.get("prompt"))
+    stream, include_usage = calls.streaming(body, rules)
+    count = body.get("n", 1)
+    return Call(
+        model=body.get("model"),
+        asks=calls.choices_of(prompts, options, body, rules),
+        prompts=len(prompts),
+        stream=stream,
+        include_usage=include_usage,
+        logprobs=body.get("logprobs"),
+        echo=[prompt for prompt in prompts for _ in range(count)] if body.get("echo") else (),
+    )
+
+
+def _prompts(value: Any) -> list[str]:
+    several = value if isinstance(value, list) else [value]
+    if not several or value is None:
+        raise invalid("prompt", "there is none; pass a text, or a list of texts.", code="missing_required_parameter")
+    for prompt in several:
+        if isinstance(prompt, int | list) and not isinstance(prompt, bool):
+            raise unsupported("prompt", "token ids: pass the text itself.")
+        if not isinstance(prompt, str):
+            raise invalid("prompt", f"{shown(prompt)} is not text.")
+    return several
+
+
+class TextShape:
+    """How text completions look; a piece of a stream looks like the whole."""
+
+    prefix = "cmpl"
+    whole = piece = "text_completion"
+    opening = False
+
+    @staticmethod
+    def choice(index: int, text: str, finish: str | None, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
+        """One choice of a whole answer."""
+        return {"index": index, "text": text, "logprobs": _logprobs(logprobs), "finish_reason": finish}
+
+    @staticmethod
+    def opened(index: int) -> dict[str, Any]:
+        """Not sent: nothing opens a text completion."""
+        return TextShape.choice(index, "", None, None)
+
+    @staticmethod
+    def delta(index: int, text: str, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
+        """A piece of a choice."""
+        return TextShape.choice(index, text, None, logprobs)
+
+    @staticmethod
+    def finished(index: int, finish: str) -> dict[str, Any]:
+        """The last piece of a choice."""
+        return TextShape.choice(index, "", finish, None)
+
+
+def _logprobs(entries: Sequence[Entry] | None) -> dict[str, Any] | None:
+    """Log-probabilities as this older endpoint lists them: by column."""
+    if entries is None:
+        return None
+    return {
+        "tokens": [entry.wire["token"] for entry in entries],
+        "token_logprobs": [entry.wire["logprob"] for entry in entries],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in entry.wire["top_logprobs"]} for entry in entries],
+        "text_offset": [entry.offset for entry in entries],
+    }

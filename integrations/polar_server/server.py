@@ -1,0 +1,84 @@
+"""What the endpoints of one server share: the model, its sink, the answers it owes, and the rules of a call."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from polar_sdk import PolarModel
+from polar_sdk.errors import PolarError
+from polar_sdk.request import recorder
+from polar_sdk.serving.threads import run_in_thread
+from polar_server.answers import Answers
+from polar_server.catalog import Catalog
+from polar_server.openai.calls import Caller, Rules
+from polar_server.openai.logprobs import TokenBytes
+from polar_server.watched_sink import WatchedSink
+
+if TYPE_CHECKING:
+    from polar_server.exchange import Exchange
+    from polar_server.settings import Settings
+
+_log: Final = logging.getLogger("polar_server")
+
+
+class Server:
+    """One model, served.
+
+    Attributes:
+        settings: What it was told.
+        engine: The model, with a sink that the server watches.
+        sink: That sink.
+        answers: What is being computed.
+        catalog: The ids that requests may name.
+        token_bytes: The bytes of the model's tokens.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        given = settings.engine
+        self.settings = settings
+        self.sink = WatchedSink(given.sink)
+        self.engine = PolarModel(
+            given.loaded,
+            policy=given.policy,
+            router=given.router,
+            sink=self.sink,
+            tenant=given.tenant,
+            tags=given.tags,
+        )
+        self.answers = Answers(self.engine, self.sink)
+        self.catalog = Catalog(self.engine, settings.model_id)
+        self.token_bytes = TokenBytes(given.loaded.tokenizer)
+
+    def rules(self, exchange: Exchange) -> Rules:
+        """What the caller of an exchange may do."""
+        given = exchange.client_request_id
+        tags = {} if given is None else {"client_request_id": given}
+        return Rules(
+            catalog=self.catalog,
+            caller=Caller(tags=tags),
+            max_choices=self.settings.max_choices,
+            timeout=self.settings.timeout,
+            usage_always=self.settings.usage_always,
+        )
+
+    async def ready(self) -> str | None:
+        """Why no request should come here now; None if one may."""
+        if self.answers.draining:
+            return "shutting down"
+        try:
+            await run_in_thread(lambda _: self.sink.check(), None)
+        except PolarError as error:
+            return f"usage cannot be recorded: {error}"
+        return None
+
+    async def close(self) -> None:
+        """Let answers finish for a while, stop the others, and store every record; the sink's spool goes last."""
+        await self.answers.drain(self.settings.drain)
+        await run_in_thread(lambda _: recorder.flush(), None)
+        await run_in_thread(lambda _: self.sink.close(), None)
+
+    def log_unknown(self, error: BaseException) -> None:
+        """Log an error that nobody raised on purpose."""
+        if not isinstance(error, PolarError):
+            _log.error("a request failed", exc_info=error)

@@ -1,0 +1,44 @@
+"""What a server is told when it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from polar_sdk import PolarModel
+
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+MAX_BODY_BYTES: Final = 4 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `build` needs besides defaults.
+
+    Attributes:
+        engine: The model to serve, with its policy, router and sink.
+        name: Id of the model at `/v1/models`; None = the name it was loaded by.
+        max_body: Longest request body that is read. Unit: bytes.
+        max_choices: Most answers of one call: `n` times its prompts.
+        timeout: Longest time of one answer; None = any. Unit: seconds.
+        usage_always: Send `usage` at the end of every stream, asked for or not.
+        strict: Refuse fields that the API does not know, rather than count them.
+        drain: How long a server that is told to stop lets answers run. Unit: seconds.
+        keep_alive: How often a stream without news sends a comment. Unit: seconds.
+    """
+
+    engine: PolarModel
+    name: str | None = None
+    max_body: int = MAX_BODY_BYTES
+    max_choices: int = 16
+    timeout: float | None = None
+    usage_always: bool = False
+    strict: bool = False
+    drain: float = 30.0
+    keep_alive: float = 15.0
+
+    @property
+    def model_id(self) -> str:
+        """Id of the model without a tier."""
+        return self.name or self.engine.name

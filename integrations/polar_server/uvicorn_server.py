@@ -1,0 +1,84 @@
+"""The app under uvicorn, and how the process ends.
+
+The first SIGTERM lets answers finish: `/ready` and new requests say 503, and the socket stays open meanwhile, so that
+clients hear it. A second signal stops them at once. Either way every record is stored before the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+import uvicorn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    from starlette.applications import Starlette
+
+    from polar_server.server import Server
+
+_IDLE_CONNECTION_S: Final = 75
+"""Longer than what balancers in front keep a connection, so that they close it first."""
+_LAST_WORDS_S: Final = 5
+"""How long connections have, when all answers are recorded, to take the end of theirs. Unit: seconds."""
+
+
+class UvicornServer(uvicorn.Server):
+    """uvicorn, which waits for answers rather than for connections."""
+
+    def __init__(self, app: Starlette, *, host: str, port: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                http="h11",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_IDLE_CONNECTION_S,
+                timeout_graceful_shutdown=_LAST_WORDS_S,
+            )
+        )
+        self._served: Server = app.state.server
+        self.on_start: Callable[[str], object] | None = None
+        """Called with the URL when the socket listens."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: Any = None) -> None:
+        """Serve until a signal has come and every answer is recorded."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    @property
+    def url(self) -> str:
+        """Where it listens; once it has started."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Open the socket."""
+        await super().startup(sockets)
+        if self.started and self.on_start is not None:
+            self.on_start(self.url)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came: end in order, or at the second one at once."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.end)
+
+    def end(self) -> None:
+        """What a signal does; in the event loop."""
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._end())
+        else:
+            self._served.answers.stop()
+
+    async def _end(self) -> None:
+        await self._served.answers.drain(self._served.settings.drain)
+        self.should_exit = True

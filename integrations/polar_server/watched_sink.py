@@ -1,0 +1,104 @@
+"""A sink around the model's own: it sees who is admitted on what program and what was recorded, and changes nothing.
+
+So the server knows the program of an answer before its first token, and counts requests whose record is still due.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final, Protocol
+
+from polar_sdk.usage import UsageSink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from polar_sdk.usage import Offer, Receipt, UsageBound, UsageRecord
+
+
+class Watcher(Protocol):
+    """Who wants to know what becomes of one request."""
+
+    def admitted(self, bound: UsageBound, offer: Offer) -> None:
+        """It may run, by this offer; an error refuses it after all."""
+        ...
+
+    def recorded(self, record: UsageRecord, receipt: Receipt | None) -> None:
+        """It ended, and its record is stored."""
+        ...
+
+
+_watcher: Final[ContextVar[Watcher | None]] = ContextVar("polar_server_watcher", default=None)
+"""Who watches the request that is being made here."""
+
+
+class WatchedSink(UsageSink):
+    """Passes every call on to another sink, and tells the watcher of the request.
+
+    Attributes:
+        inner: The sink that stores.
+    """
+
+    def __init__(self, inner: UsageSink) -> None:
+        self.inner = inner
+        self._watchers: dict[str, Watcher] = {}
+        self._due: set[str] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def unrecorded(self) -> int:
+        """Number of requests that were admitted and whose record is not stored yet."""
+        return len(self._due)
+
+    @contextmanager
+    def watched_by(self, watcher: Watcher) -> Iterator[None]:
+        """Tell `watcher` what becomes of the request that this thread makes in the block."""
+        token = _watcher.set(watcher)
+        try:
+            yield
+        finally:
+            _watcher.reset(token)
+
+    def check(self) -> None:
+        """As the inner sink."""
+        self.inner.check()
+
+    def reserve(self, bound: UsageBound) -> int:
+        """As the inner sink; a watcher that then refuses has the hold released."""
+        chosen = self.inner.reserve(bound)
+        watcher = _watcher.get()
+        if watcher is not None:
+            try:
+                watcher.admitted(bound, bound.offers[chosen])
+            except BaseException:
+                self.inner.release(bound.tenant, bound.request_id)
+                raise
+        with self._lock:
+            self._due.add(bound.request_id)
+            if watcher is not None:
+                self._watchers[bound.request_id] = watcher
+        return chosen
+
+    def release(self, tenant: str, request_id: str) -> None:
+        """As the inner sink."""
+        self.inner.release(tenant, request_id)
+        self._done(request_id)
+
+    def emit(self, record: UsageRecord) -> Receipt | None:
+        """As the inner sink; where that raises, the record stays due."""
+        receipt = self.inner.emit(record)
+        watcher = self._done(record.request_id)
+        if watcher is not None:
+            watcher.recorded(record, receipt)
+        return receipt
+
+    def _done(self, request_id: str) -> Watcher | None:
+        with self._lock:
+            self._due.discard(request_id)
+            return self._watchers.pop(request_id, None)
+
+    def close(self) -> None:
+        """As the inner sink."""
+        self.inner.close()

@@ -1,0 +1,151 @@
+"""Fit fills in closed form: all segments in one pass of full depth over the packs.
+
+A fill reads the normalised state where its segment begins, and aims at the keys (before their turn by position) and
+values that each layer of the segment computes at full depth. All layers of a segment share one Gram matrix. Position 0
+is left out: it is not filled. Knows packs and tensors; no items and no files.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from polar_sdk.engine.fill import Fill, normalise
+from polar_sdk.errors import FillError
+from polar_sdk.lab.healing.bridge_fit import layers
+from polar_sdk.lab.healing.ridge import RidgeSums
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.lab.healing.bridge_fit import Pack
+    from polar_sdk.programs.cost import Segment
+
+
+CUT_SHARES: Final = (0.9, 0.8, 22 / 30, 2 / 3, 0.6)
+"""Depths from which layers are filled by default, as shares of all layers: layers 27, 24, 22, 20 and 18 of 30."""
+_FILL: Final = re.compile(r"\(?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?\)?")
+
+
+def default_cuts(depth: int) -> list[Segment]:
+    """The segments that are filled by default: from each of a few cuts to the last layer."""
+    cuts = {round(share * depth) for share in CUT_SHARES}
+    return [(cut, depth - 1) for cut in sorted(cuts, reverse=True) if 1 <= cut < depth]
+
+
+def parse_fills(text: str, depth: int) -> list[Segment]:
+    """Segments to fill, from text such as `27,24,20-23`: a cut, which reaches to the last layer, or a segment.
+
+    Raises:
+        FillError: It does not parse, a segment does not fit the model, or begins at layer 0.
+    """
+    if text.strip() == "default":
+        return default_cuts(depth)
+    return list(dict.fromkeys(_segment(part, depth) for part in text.split(",")))
+
+
+def _segment(text: str, depth: int) -> Segment:
+    match = _FILL.fullmatch(text.strip())
+    if match is None:
+        raise FillError(f"fill {text.strip()!r} does not parse; write a cut or first and last layer, e.g. '24,20-23'.")
+    first = int(match[1])
+    last = depth - 1 if match[2] is None else int(match[2])
+    if not 1 <= first <= last < depth:
+        raise FillError(f"fill {text.strip()!r} does not fit: 1 ≤ first ≤ last ≤ {depth - 1} is needed.")
+    return first, last
+
+
+def fit_fills(
+    decoder: Decoder,
+    packs: Sequence[Pack],
+    segments: Sequence[Segment],
+    *,
+    strength: float,
+    rank: int | None,
+    on_pack: Callable[[int], None] = lambda done: None,
+) -> dict[Segment, Fill]:
+    """Fit fills of several segments, in float32.
+
+    Args:
+        decoder: Runs at full depth.
+        packs: What to fit on.
+        segments: First and last layer of each.
+        strength: See `RidgeSums.solve`.
+        rank: See `RidgeSums.solve`; of each segment's map.
+        on_pack: Called with the number of packs done.
+    """
+    family = decoder.family
+    width = 2 * family.kv_heads * family.head_dim
+    sums = {
+        (first, last): RidgeSums(family.hidden, [width] * (last - first + 1), decoder.device)
+        for first, last in segments
+    }
+    with torch.inference_mode():
+        for done, pack in enumerate(packs, 1):
+            _add(decoder, pack, sums)
+            on_pack(done)
+    return {segment: _solved(decoder, total, strength, rank) for segment, total in sums.items()}
+
+
+def _add(decoder: Decoder, pack: Pack, sums: Mapping[Segment, RidgeSums]) -> None:
+    later = pack.packed.positions != 0
+    inputs: dict[int, Tensor] = {}
+    for layer, x in states(decoder, pack, max(last for _, last in sums)):
+        begun = [segment for segment in sums if segment[0] == layer]
+        if begun:
+            inputs[layer] = normalise(x)[later]
+        for segment in begun:
+            sums[segment].add_inputs(inputs[layer])
+        through = [segment for segment in sums if segment[0] <= layer <= segment[1]]
+        if through:
+            targets = keys_values(decoder, layer, x)[later]
+            for segment in through:
+                sums[segment].add_outputs(layer - segment[0], inputs[segment[0]], targets)
+
+
+def _solved(decoder: Decoder, sums: RidgeSums, strength: float, rank: int | None) -> Fill:
+    """One map for all layers of a segment; of low rank, its layers share the first factor."""
+    family = decoder.family
+    found = sums.solve(strength, rank)
+    bias = found.bias.view(-1, 2, family.kv_heads, family.head_dim)
+    return Fill(tuple(factor.clone() for factor in found.weight), bias.clone())
+
+
+def states(decoder: Decoder, pack: Pack, last: int) -> Iterator[tuple[int, Tensor]]:
+    """The states (N, E) before each layer up to `last`, at full depth."""
+    x = pack.packed.embedded
+    for layer, step in enumerate(layers(0, last + 1)):
+        yield layer, x
+        if layer < last:
+            x = pack.run(decoder, x, [step])
+
+
+def keys_values(decoder: Decoder, layer: int, x: Tensor) -> Tensor:
+    """Keys before their turn, then values, of a layer from its input (N, E); (N, 2 × G × d)."""
+    key, value = decoder.keys_values(layer, x)
+    return torch.stack((key, value), 1).flatten(1)
+
+
+def fill_errors(decoder: Decoder, packs: Sequence[Pack], fills: Mapping[Segment, Fill]) -> dict[Segment, float]:
+    """Per segment, the share of the variance of keys and values that its fill leaves unexplained on held-out packs."""
+    error = dict.fromkeys(fills, 0.0)
+    total = dict.fromkeys(fills, 0.0)
+    with torch.inference_mode():
+        for pack in packs:
+            later = pack.packed.positions != 0
+            written: dict[Segment, Tensor] = {}
+            for layer, x in states(decoder, pack, max(last for _, last in fills)):
+                for segment, fill in fills.items():
+                    if segment[0] == layer:
+                        written[segment] = fill.to(torch.float32, x.device)(x[later].float())
+                targets = keys_values(decoder, layer, x)[later].float()
+                for segment in (segment for segment in fills if segment[0] <= layer <= segment[1]):
+                    ours = written[segment][:, layer - segment[0]].flatten(1)
+                    error[segment] += float((ours - targets).square().sum())
+                    total[segment] += float((targets - targets.mean(0)).square().sum())
+    return {segment: error[segment] / total[segment] if total[segment] else float("nan") for segment in fills}

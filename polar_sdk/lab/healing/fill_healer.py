@@ -1,0 +1,190 @@
+"""Fit fills: from a model and prompts to a set of fills, with what was measured on held-out prompts.
+
+The closed form takes one pass over the train split for all segments; training comes on top. What is measured are the
+maps as they are stored. Knows which steps there are; how a fill is fitted or trained is known to `fill_fit` and
+`fill_training`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+from polar_sdk.errors import FillError
+from polar_sdk.lab.healing.bridge_fit import make_packs, trainable_copy
+from polar_sdk.lab.healing.fill_fit import fill_errors, fit_fills, parse_fills
+from polar_sdk.lab.healing.fill_training import FillPlan, FillTrainer
+from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn
+from polar_sdk.lab.items import ChoiceItem, data_hash
+from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
+from polar_sdk.router.fill_set import FillRecord, FillSet, Storage, stored
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.fill import Fill
+    from polar_sdk.lab.rewards.tasks import Task
+    from polar_sdk.programs.cost import Segment
+
+
+_MAX_HELD_OUT: Final = 100
+"""Maximum prompts that are measured on."""
+
+
+@dataclass(frozen=True)
+class FillOptions:
+    """How to fit fills.
+
+    Attributes:
+        ridge: Penalty as a multiple of the mean variance of an entry of a normalised state.
+        rank: Maximum rank of each segment's map; None = full.
+        prompts: Maximum prompts to fit on, drawn by hash.
+        distil: Steps of training on top of the closed form; 0 = none.
+        rate: Learning rate of the training.
+        hidden: Weight of the error of the last states in the training.
+        seed: Of the training.
+        answer_tokens: Maximum tokens of identity's answers to prompts.
+        storage: How weights are stored.
+        resume: Whether to continue from the checkpoint in the output folder.
+    """
+
+    ridge: float = 1e-3
+    rank: int | None = None
+    prompts: int = 2000
+    distil: int = 0
+    rate: float = 3e-4
+    hidden: float = 1.0
+    seed: int = 0
+    answer_tokens: int = ANSWER_TOKENS
+    storage: Storage = "int8"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ridge) and self.ridge > 0):
+            raise FillError(f"ridge={self.ridge} is out of range; use more than 0, e.g. 0.001.")
+        if self.rank is not None and self.rank < 1:
+            raise FillError(f"rank={self.rank} is out of range; use 1 or more, or None for full rank.")
+        if self.distil < 0 or self.answer_tokens < 1 or self.prompts < 1:
+            raise FillError(
+                f"distil={self.distil}, answer_tokens={self.answer_tokens} and prompts={self.prompts}: use at least 0 "
+                "steps, 1 token and 1 prompt."
+            )
+        if not (self.rate > 0 and self.hidden >= 0):
+            raise FillError(f"rate={self.rate} and hidden={self.hidden}: use a rate above 0, and 0 or more for hidden.")
+        if self.storage not in get_args(Storage):
+            raise FillError(f"storage {self.storage!r} does not exist; use {' or '.join(get_args(Storage))}.")
+
+
+@dataclass
+class FillHealer(HealingRun):
+    """Fits fills on one model.
+
+    Attributes:
+        options: How to fit.
+    """
+
+    options: FillOptions = field(default_factory=FillOptions)
+
+    def run(self) -> FillSet:
+        """Fit, train if there are steps to train, measure, and save if there is a folder.
+
+        Raises:
+            DataError: The data is empty or nothing but copies.
+            FillError: A segment does not fit, no prompt is left to fit on, or a checkpoint is from another run.
+        """
+        segments = parse_fills(self.segments, self.model.depth)
+        self._check_precision()
+        items = [item for item in self.chosen if not isinstance(item, ChoiceItem)]
+        if not items:
+            raise FillError("fills are fitted on prompts that are answered in text, and there is none; give some.")
+        train, held_out = self.tasks(items, self.options.answer_tokens)
+        if not train:
+            raise FillError(f"none of the {len(items)} prompts is in the train split; give more prompts.")
+        train, held_out = drawn(train, self.options.prompts), drawn(held_out, _MAX_HELD_OUT)
+        decoder = trainable_copy(self.model.loaded.decoder)
+        fitted = self._fit(decoder, train, segments)
+        training: dict[str, Any] = {"prompts": len(train), **self._settings()}
+        if self.options.distil:
+            fitted, facts = self._distil(decoder, train, held_out or train, fitted, data_hash(items))
+            training |= facts
+        made = FillSet(
+            tensors=stored(fitted, self.options.storage),
+            storage=self.options.storage,
+            records=tuple(_record(segment, fill) for segment, fill in fitted.items()),
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            dtype=self.model.dtype,
+            data=data_hash(items),
+            training=training,
+        )
+        if held_out:
+            errors = fill_errors(decoder, make_packs(decoder, held_out, FIT_TOKENS), made.fills)
+            made = replace(made, records=tuple(_measured(record, errors) for record in made.records))
+        if self.out is not None:
+            made.save(self.out)
+            self.checkpoint.unlink(missing_ok=True)  # type: ignore[union-attr]
+        return made
+
+    def _check_precision(self) -> None:
+        if self.options.distil and self.model.dtype.startswith("int"):
+            raise FillError(
+                f"fills cannot be trained through {self.model.dtype} weights, which have no derivatives; load the "
+                "model with precision='bf16' (the fills serve in every precision), or use distil=0."
+            )
+
+    def _fit(self, decoder: Decoder, train: Sequence[Task], segments: Sequence[Segment]) -> dict[Segment, Fill]:
+        packs = make_packs(decoder, train, FIT_TOKENS)
+        self.on_progress("fitting fills", 0, len(packs))
+        return fit_fills(
+            decoder,
+            packs,
+            segments,
+            strength=self.options.ridge,
+            rank=self.options.rank,
+            on_pack=lambda done: self.on_progress("fitting fills", done, len(packs)),
+        )
+
+    def _distil(
+        self,
+        decoder: Decoder,
+        train: Sequence[Task],
+        held_out: Sequence[Task],
+        fitted: Mapping[Segment, Fill],
+        data: str,
+    ) -> tuple[dict[Segment, Fill], dict[str, Any]]:
+        """Train; a segment where held-out prompts do not gain from it keeps the closed form."""
+        options = self.options
+        plan = FillPlan(steps=options.distil, rate=options.rate, seed=options.seed, hidden=options.hidden)
+        packs = make_packs(decoder, train, TRAIN_TOKENS)
+        mark = self.mark(self.segments, data, self._settings())
+        trainer = FillTrainer(decoder, packs, fitted, plan, mark, self.checkpoint)
+        if options.resume:
+            trainer.resume()
+        trainer.run(lambda done, total: self.on_progress("training fills", done, total))
+        trained = trainer.fills()
+        measured = make_packs(decoder, held_out, TRAIN_TOKENS)
+        before, after = trainer.losses_of(measured, fitted), trainer.losses_of(measured, trained)
+        kept = {
+            segment: trained[segment] if after[segment] < before[segment] else fitted[segment] for segment in fitted
+        }
+        facts = {
+            "losses": trainer.losses,
+            "held_out": [
+                {"segment": list(name), "closed_form": before[name], "trained": after[name]} for name in fitted
+            ],
+        }
+        return kept, facts
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.options).items() if name != "resume"}
+
+
+def _record(segment: Segment, fill: Fill) -> FillRecord:
+    kind = "full rank" if fill.rank is None else f"rank {fill.rank}"
+    return FillRecord(first=segment[0], last=segment[1], kind=kind, flops_per_token=fill.flops, unexplained=None)
+
+
+def _measured(record: FillRecord, errors: Mapping[Segment, float]) -> FillRecord:
+    return record.model_copy(update={"unexplained": errors[record.first, record.last]})

@@ -1,0 +1,130 @@
+"""Train fills on identity's own answers: only the maps learn, through the frozen layers above them.
+
+All segments take part in every step; a pack's states at full depth are computed once and kept, so that every pass over
+the packs but the first runs the answers' tokens alone. Knows packs and fills, no items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from polar_sdk.engine.fill import Fill
+from polar_sdk.errors import FillError
+from polar_sdk.lab.healing.bridge_fit import layers
+from polar_sdk.lab.healing.fill_fit import states
+from polar_sdk.lab.healing.loss import fill_loss
+from polar_sdk.lab.healing.training import MEASURED, MapTrainer, TrainingPlan
+from polar_sdk.programs.program import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.lab.healing.bridge_fit import Pack
+    from polar_sdk.programs.cost import Segment
+
+
+@dataclass(frozen=True)
+class FillPlan(TrainingPlan):
+    """How to train fills.
+
+    Attributes:
+        hidden: Weight of the error of the last states.
+    """
+
+    hidden: float
+
+
+class _Start(NamedTuple):
+    """What one pack contributes to every step: N tokens, M of them predicted."""
+
+    entries: dict[int, Tensor]
+    """States before the first layer of each segment, (N, E), at full depth."""
+    final: Tensor
+    """Identity's last states where it predicts, (M, E)."""
+
+
+class FillTrainer(MapTrainer):
+    """Trains the fills of all segments together.
+
+    Args:
+        decoder: See `MapTrainer`.
+        packs: See `MapTrainer`.
+        fills: Where training starts.
+        plan: How to train.
+        mark: See `MapTrainer`.
+        checkpoint: See `MapTrainer`.
+    """
+
+    damaged = FillError
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        packs: Sequence[Pack],
+        fills: Mapping[Segment, Fill],
+        plan: FillPlan,
+        mark: str,
+        checkpoint: Path | None,
+    ) -> None:
+        super().__init__(
+            decoder, packs, {segment: fill.tensors for segment, fill in fills.items()}, plan, mark, checkpoint
+        )
+        self._plan = plan
+        self._starts: dict[int, _Start] = {}
+
+    def fills(self) -> dict[Segment, Fill]:
+        """The fills as they are now, in float32."""
+        return {segment: _fill(values) for segment, values in self._trained().items()}
+
+    def losses_of(self, packs: Sequence[Pack], fills: Mapping[Segment, Fill]) -> dict[Segment, float]:
+        """Mean loss of each fill over packs."""
+        decoder = self._decoder
+        decoder.set_fills({segment: fill.to(decoder.dtype, decoder.device) for segment, fill in fills.items()})
+        totals = dict.fromkeys(fills, 0.0)
+        with torch.no_grad():
+            for pack in packs:
+                start = self._start(pack)
+                for segment in fills:
+                    totals[segment] += float(self._loss(pack, start, segment, MEASURED))
+        return {segment: total / len(packs) for segment, total in totals.items()}
+
+    def _gradients(self, step: int, index: int) -> float:
+        if index not in self._starts:
+            self._starts[index] = self._start(self._packs[index])
+        total = 0.0
+        for segment in self._values:  # one after another, so that one graph is held at a time
+            self._decoder.set_fills({segment: _fill(self._running(segment))})
+            loss = self._loss(self._packs[index], self._starts[index], segment, step) / len(self._values)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
+
+    def _start(self, pack: Pack) -> _Start:
+        decoder, depth = self._decoder, self._decoder.depth
+        entries: dict[int, Tensor] = {}
+        with torch.no_grad():
+            x = pack.packed.embedded
+            for layer, x in states(decoder, pack, depth - 1):
+                if any(first == layer for first, _ in self._values):
+                    entries[layer] = x
+            return _Start(entries, pack.run(decoder, x, layers(depth - 1, depth))[pack.sources])
+
+    def _loss(self, pack: Pack, start: _Start, segment: Segment, step: int) -> Tensor:
+        decoder, (first, _) = self._decoder, segment
+        program = Program.filling(decoder.depth, [segment])
+        ours = pack.run(decoder, start.entries[first], program.steps[first:])[pack.sources]
+        sampled = self._sampled(len(start.final), step)
+        with torch.no_grad():
+            full = decoder.head(start.final[sampled])
+        return fill_loss(decoder.head(ours[sampled]), full, ours, start.final, hidden=self._plan.hidden)
+
+
+def _fill(values: Sequence[Tensor]) -> Fill:
+    return Fill(tuple(values[:-1]), values[-1])

@@ -1,0 +1,199 @@
+"""Clients that leave: compute stops within a token, and what ran is recorded, to the FLOP.
+
+`POLAR_TEST_DISCONNECTS` sets how many random moments are tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from polar_sdk import Program
+from polar_server.answers import Answer
+from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polar_sdk import PolarModel, UsageRecord
+    from tests.integrations.server.conftest import Served
+
+TRIALS = int(os.environ.get("POLAR_TEST_DISCONNECTS", "12"))
+
+
+def executed(served: Served, record: UsageRecord) -> int:
+    """FLOPs of a record's tokens by the formula: the prompt, and a pass per token after the first."""
+    cost = served.server.engine.decoder.cost
+    program = Program.of(record.program)
+    return cost.request(program, record.tokens.input, record.tokens.output, cached=record.tokens.cached).total
+
+
+def endless(served: Served, **fields: Any) -> dict[str, Any]:
+    """A call whose answer is the letter A for as long as it may be, one event per token."""
+    letter = served.server.engine.encode("A")[0]
+    return chat_body(**{"max_tokens": 2_000, "logit_bias": {str(letter): 100}, **fields})
+
+
+def send_request(served: Served, body: dict[str, Any]) -> socket.socket:
+    """Send a call, and read nothing."""
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-length: {len(content)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", served.port), timeout=WAIT_S)
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def computed(engine: PolarModel) -> int:
+    """Tokens of the answers that have a place now."""
+    return sum(len(job.tokens) for job in list(engine.scheduler._places.jobs))
+
+
+@pytest.fixture
+def tokens_at_leave(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens had been computed whenever the server noticed that a client had left."""
+    noted: list[int] = []
+    leave = Answer.leave
+
+    def noting(self: Answer) -> None:
+        if not self._cancel.is_set():
+            noted.append(computed(self._engine))
+        leave(self)
+
+    monkeypatch.setattr(Answer, "leave", noting)
+    return noted
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_at_a_random_moment_is_billed_what_ran(
+    serve: Callable[..., Served], sink: RecordingSink, tokens_at_leave: list[int], stream: bool
+) -> None:
+    served = serve()
+    chance = random.Random(5)
+    for trial in range(TRIALS):
+        wanted = chance.randrange(0, 24)  # 0: it leaves at once, whatever the server does then
+        with send_request(served, endless(served, stream=stream, program="0-5")) as connection:
+            if stream:
+                read_events(connection, wanted)
+            elif wanted:
+                wait_for_tokens(served, wanted)
+        record = sink.wait_for(trial + 1)[trial]
+        assert (record.outcome, record.finish_reason) == ("cancelled", "cancelled")
+        assert record.tokens.output < 2_000
+        if record.tokens.output:
+            assert record.flops.total == executed(served, record)
+        else:
+            assert record.flops.layers_decode == 0
+        assert record.tokens.output <= tokens_at_leave[-1] + 1
+    assert served.server.sink.unrecorded == 0
+    assert len(served.server.engine.scheduler) == 0
+
+
+def read_events(connection: socket.socket, count: int) -> None:
+    """Read a stream up to so many events."""
+    received = b""
+    while received.count(b"data: ") < count:
+        part = connection.recv(4096)
+        assert part, received
+        received += part
+
+
+def wait_for_tokens(served: Served, count: int) -> None:
+    """Wait until the one running job has so many tokens."""
+    import time
+
+    deadline = time.monotonic() + WAIT_S
+    while computed(served.server.engine) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0)
+
+
+def test_a_client_that_leaves_before_admission_costs_nothing(serve: Callable[..., Served], sink: RecordingSink) -> None:
+    served = serve()
+    sink.gate.clear()
+    connection = send_request(served, chat_body(stream=True))
+    assert sink.asked.acquire(timeout=WAIT_S)
+    connection.close()
+    until_left(served)
+    sink.gate.set()
+    (record,) = sink.wait_for(1)
+    assert (record.outcome, record.flops.total, record.tokens.output) == ("cancelled", 0, 0)
+
+
+def until_left(served: Served) -> None:
+    """Wait until the server has noticed that its one client left."""
+    import time
+
+    deadline = time.monotonic() + WAIT_S
+    while not all(answer._cancel.is_set() for answer in served.server.answers._open):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_client_that_leaves_while_queued_costs_nothing(serve: Callable[..., Served], sink: RecordingSink) -> None:
+    """Every row is taken, so the last request waits."""
+    from dataclasses import replace
+
+    from polar_sdk.testing import tiny_model
+
+    engine = tiny_model(sink=sink, context_window=4096)
+    engine.scheduler.limits = replace(engine.scheduler.limits, max_rows=1)
+    served = serve(engine=engine)
+    first = send_request(served, endless(served, stream=True))
+    read_events(first, 2)
+    second = send_request(served, chat_body())
+    while len(engine.scheduler) < 2:
+        assert sink.records == []
+    second.close()
+    (record,) = sink.wait_for(1)
+    assert (record.outcome, record.flops.total, record.tokens.output) == ("cancelled", 0, 0)
+    first.close()
+    sink.wait_for(2)
+
+
+def test_a_client_that_leaves_in_prefill_stops_it_after_a_piece(
+    serve: Callable[..., Served], sink: RecordingSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from polar_sdk.testing import tiny_model
+
+    engine = tiny_model(sink=sink, context_window=4096)
+    engine.scheduler.limits = replace(engine.scheduler.limits, prefill_alone=512, prefill_beside=512)
+    served = serve(engine=engine)
+    scheduler = engine.scheduler
+    connections: list[socket.socket] = []
+    run = scheduler._run_chunks
+
+    def leaving(jobs: Any, chunks: Any) -> None:
+        run(jobs, chunks)
+        if connections:
+            connections.pop().close()
+            until_left(served)
+
+    monkeypatch.setattr(scheduler, "_run_chunks", leaving)
+    connections.append(send_request(served, chat_body(messages=[{"role": "user", "content": "a" * 3_000}])))
+    (record,) = sink.wait_for(1)
+    assert (record.outcome, record.tokens.output) == ("cancelled", 0)
+    one_piece = engine.decoder.cost.request(Program.of(record.program), 512, 0)
+    assert record.flops.layers_prefill == one_piece.layers_prefill
+    assert record.flops.layers_prefill > 0
+
+
+def test_one_reader_that_is_slow_holds_up_nobody(serve: Callable[..., Served], sink: RecordingSink) -> None:
+    """It reads nothing; its answer is computed to the end all the same, and others are served."""
+    served = serve()
+    with ExitStack() as stack:
+        body = endless(served, stream=True, max_tokens=150)
+        slow = [stack.enter_context(send_request(served, body)) for _ in range(3)]
+        assert served.chat(max_tokens=4)["usage"]["completion_tokens"] == 4
+        assert {record.outcome for record in sink.wait_for(4)} == {"completed"}
+        for connection in slow:
+            received = b""
+            while b"[DONE]" not in received:
+                received += connection.recv(65_536)

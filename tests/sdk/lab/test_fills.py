@@ -1,0 +1,174 @@
+"""Fills: what the closed form finds, how maps are stored and refused, and what training gains."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from polar_sdk import PolarModel, Policy, lab
+from polar_sdk.cli.main import app
+from polar_sdk.errors import FillDamagedError, FillError, FillModelError
+from polar_sdk.lab.healing.fill_fit import default_cuts, parse_fills
+from polar_sdk.lab.healing.fill_healer import FillHealer, FillOptions
+from polar_sdk.lab.items import Item, PromptItem
+from polar_sdk.router.fill_set import FillSet, stored
+from polar_sdk.testing import tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.fixture
+def model() -> PolarModel:
+    return tiny_model(policy=Policy.permissive())
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Item]:
+    words = "apples pears boats trains clouds rivers stones birds maps songs lamps doors".split()  # noqa: SIM905
+    return [PromptItem(prompt=f"number {place}: tell me of {word} and {words[-place % 12]}") for place, word in
+            enumerate(words * 3)]  # fmt: skip
+
+
+@pytest.fixture
+def fitted(texts: list[Item]) -> Callable[..., FillSet]:
+    """Fit fills, which the model does not use yet."""
+
+    def fit(model: PolarModel, segments: str = "2,4", out: Path | None = None, **options: object) -> FillSet:
+        chosen = FillOptions(**{"answer_tokens": 6, **options})  # type: ignore[arg-type]
+        return FillHealer(model, texts, segments, out, options=chosen).run()
+
+    return fit
+
+
+def digests(fills: FillSet) -> dict[tuple[int, int], str]:
+    return {segment: fill.digest for segment, fill in fills.fills.items()}
+
+
+def test_the_first_layer_of_a_segment_is_found_exactly_and_later_ones_nearly(
+    model: PolarModel, fitted: Callable[..., FillSet]
+) -> None:
+    """Keys and values of a layer are a linear map of its own normalised input."""
+    made = fitted(model, "3-3,3-5,2", storage="float16", ridge=1e-7)
+    missed = {(record.first, record.last): record.unexplained for record in made.records}
+    assert missed[3, 3] is not None
+    assert missed[3, 5] is not None
+    assert missed[2, 5] is not None
+    assert missed[3, 3] < 1e-3 < missed[3, 5] < 1
+    assert missed[3, 5] < missed[2, 5] < 1
+    assert model.decoder.fills == {}  # fitting leaves the model alone
+
+
+def test_maps_of_lower_rank_miss_more(model: PolarModel, fitted: Callable[..., FillSet]) -> None:
+    missed = [fitted(model, "3", rank=rank).records[0] for rank in (2, 12, None)]
+    shares = [record.unexplained for record in missed if record.unexplained is not None]
+    assert shares == sorted(shares, reverse=True)
+    assert len(set(shares)) == 3
+    assert [record.kind for record in missed] == ["rank 2", "rank 12", "full rank"]
+    assert missed[0].flops_per_token < missed[2].flops_per_token
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16"])
+def test_a_fill_is_the_same_before_it_was_stored_and_after(
+    storage: str, model: PolarModel, tmp_path: Path, fitted: Callable[..., FillSet]
+) -> None:
+    made = fitted(model, "2,4", out=tmp_path / "fills", storage=storage)
+    read = FillSet.load(tmp_path / "fills")
+    assert digests(read) == digests(made)
+    assert read.records == made.records
+    model.use_fills(tmp_path / "fills")
+    assert {segment: fill.digest for segment, fill in model.decoder.fills.items()} == digests(made)
+    alone = read.only({(4, 5)})
+    alone.save(tmp_path / "alone")
+    assert digests(FillSet.load(tmp_path / "alone")) == {(4, 5): digests(made)[4, 5]}
+
+
+def test_int8_is_within_half_a_step_of_each_output(model: PolarModel, fitted: Callable[..., FillSet]) -> None:
+    exact, rounded = fitted(model, "3", storage="float16"), fitted(model, "3", storage="int8")
+    weight, near = exact.fills[3, 5].weight[0], rounded.fills[3, 5].weight[0]
+    step = weight.abs().amax(0) / 127
+    assert bool(((weight - near).abs() <= 0.51 * step + 1e-3 * weight.abs()).all())
+    assert rounded.bytes < 0.65 * exact.bytes
+    again = stored(rounded.fills, "int8")
+    assert torch.equal(again["3-5.weight.0"], rounded.tensors["3-5.weight.0"])
+
+
+def test_another_model_and_segments_that_do_not_fit_are_refused(
+    model: PolarModel, fitted: Callable[..., FillSet]
+) -> None:
+    made = fitted(model, "4")
+    with pytest.raises(FillModelError, match="fitted for model"):
+        tiny_model(seed=1).use_fills(made)
+    record = made.records[0].model_copy(update={"first": 5, "last": 6})
+    moved = {name.replace("4-5", "5-6"): tensor for name, tensor in made.tensors.items()}
+    with pytest.raises(FillError, match=r"\(5-6\) does not fit a model of 6 layers"):
+        model.use_fills(replace(made, tensors=moved, records=(record,)))
+    for text, match in (("0", "does not fit"), ("6", "does not fit"), ("4-3", "does not fit"), ("x", "does not parse")):
+        with pytest.raises(FillError, match=match):
+            parse_fills(text, 6)
+
+
+def test_damaged_files_are_named_on_one_line(model: PolarModel, tmp_path: Path, fitted: Callable[..., FillSet]) -> None:
+    folder = tmp_path / "fills"
+    with pytest.raises(FillDamagedError, match="cannot be read"):
+        FillSet.load(folder)
+    made = fitted(model, "4", out=folder)
+    weights = (folder / "fills.safetensors").read_bytes()
+    (folder / "fills.safetensors").write_bytes(weights[:-1] + b"\x00")
+    with pytest.raises(FillDamagedError, match="is not the file that"):
+        FillSet.load(folder)
+    for tensors, match in (
+        ({**made.tensors, "4-5.bias": torch.zeros(1, 2, 2, 12)}, "not that of 2 layers"),
+        ({**made.tensors, "4-5.weight.0": torch.zeros(48, 5)}, "factors of shapes"),
+        ({name: value for name, value in made.tensors.items() if name != "4-5.bias"}, r"4-5\.bias"),
+        ({**made.tensors, "4-5.bias": made.tensors["4-5.bias"] * float("nan")}, "not finite"),
+    ):
+        replace(made, tensors=tensors).save(folder)
+        with pytest.raises(FillDamagedError, match=match) as caught:
+            FillSet.load(folder)
+        assert "\n" not in str(caught.value)
+    text = json.loads((folder / "fills.json").read_text())
+    (folder / "fills.json").write_text(json.dumps({**text, "storage": "int3"}))
+    with pytest.raises(FillDamagedError, match="storage"):
+        FillSet.load(folder)
+
+
+def test_default_cuts_are_shares_of_the_depth() -> None:
+    assert default_cuts(30) == [(27, 29), (24, 29), (22, 29), (20, 29), (18, 29)]
+    assert default_cuts(2) == [(1, 1)]
+    assert parse_fills("27, 20-23,(18-29)", 30) == [(27, 29), (20, 23), (18, 29)]
+
+
+@pytest.mark.parametrize("wrong", [{"ridge": 0}, {"rank": 0}, {"distil": -1}, {"rate": 0}, {"storage": "int4"}])
+def test_options_out_of_range_name_themselves(wrong: dict[str, object]) -> None:
+    with pytest.raises(FillError, match=next(iter(wrong))):
+        FillOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_without_a_prompt_answered_in_text_there_is_nothing_to_fit(model: PolarModel) -> None:
+    questions = [lab.ChoiceItem(question=f"which {thing}?", choices=("a", "b"), answer=0) for thing in "xyz"]
+    with pytest.raises(FillError, match="answered in text"):
+        lab.heal_fills(model, questions, "3")
+
+
+def test_the_command_fits_either_bridges_or_fills(
+    model: PolarModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[Item]
+) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(item.model_dump_json() for item in texts), encoding="utf-8")
+    command = ["heal", "--data", str(data), "--answer-tokens", "6", "--out", str(tmp_path / "fills")]
+    both = CliRunner().invoke(app, [*command, "--fills", "4", "--segments", "1-2"])
+    assert (both.exit_code, "one of the two" in both.output) == (2, True)
+    done = CliRunner().invoke(app, [*command, "--fills", "4,2", "--json"])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.output)
+    assert [(row["first"], row["last"]) for row in facts["segments"]] == [(4, 5), (2, 5)]
+    assert set(FillSet.load(tmp_path / "fills").fills) == {(4, 5), (2, 5)}

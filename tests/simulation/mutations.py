@@ -1,0 +1,144 @@
+"""Ways to break the product on purpose, to see that the simulator finds each.
+
+A mutation replaces one function of the product while it is applied. Each must be found within `WITHIN` schedules.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+
+WITHIN: Final = 1_500
+"""Schedules."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One way to break the product."""
+
+    world: str
+    apply: Callable[[], AbstractContextManager[object]]
+
+
+def _settle_twice() -> AbstractContextManager[object]:
+    from polar_billing.ledger import hooks
+
+    return patch.object(hooks, "on_stored", hooks.on_stored * 2)
+
+
+def _forget_to_flush() -> AbstractContextManager[object]:
+    from polar_billing.metering.spool import Segment
+
+    return patch.object(Segment, "sync", lambda self: None)
+
+
+def _drop_the_tail() -> AbstractContextManager[object]:
+    from polar_billing.metering.spool_file import Unfinished
+
+    read = Unfinished.lines
+
+    def lines(self: Unfinished) -> Any:
+        found = read(self)
+        del found.entries[-1:]
+        return found
+
+    return patch.object(Unfinished, "lines", lines)
+
+
+def _count_cached_twice() -> AbstractContextManager[object]:
+    from polar_billing.reports.totals import UsageSums
+
+    add = UsageSums.add_sum
+
+    def add_sum(self: UsageSums, usage: Any, unrated: str | None) -> None:
+        add(self, usage, unrated)
+        self.tokens_input += usage.quantities[2]
+
+    return patch.object(UsageSums, "add_sum", add_sum)
+
+
+def _keep_a_torn_write() -> AbstractContextManager[object]:
+    import os as real
+
+    from polar_billing.metering.spool import Segment
+    from tests.simulation.disk import Disk
+
+    def write(self: Segment, lines: bytes) -> None:
+        assert Disk.now_in is not None
+        written = Disk.now_in.write(self._fd, lines)
+        if written != len(lines):
+            raise OSError(28, real.strerror(28))
+        self._size += written
+
+    return patch.object(Segment, "_write", write)
+
+
+def _answer_before_writing() -> AbstractContextManager[object]:
+    from polar_billing.metering.writer import Writer
+
+    return patch.object(Writer, "_spool_entries", lambda self, entries: True)
+
+
+def _forget_to_free() -> AbstractContextManager[object]:
+    from polar_billing.budgets import holds as resolved
+    from polar_billing.budgets import keeper
+
+    def free(connection: Any, holds: Any, state: Any, now: Any) -> None:
+        resolved.resolve(connection, [hold.seq for hold in holds], state, now)
+
+    return patch.object(keeper, "free", free)
+
+
+def _hold_nothing() -> AbstractContextManager[object]:
+    from polar_billing.budgets import counters
+
+    return patch.object(counters, "raise_held", lambda connection, amounts: True)
+
+
+def _commit_without_flushing() -> AbstractContextManager[object]:
+    from polar_billing.ledger import connection
+
+    prepare = connection._prepare_sqlite
+
+    def prepared(opened: Any, record: object) -> None:
+        prepare(opened, record)
+        opened.execute("PRAGMA synchronous = OFF")
+
+    return patch.object(connection, "_prepare_sqlite", prepared)
+
+
+def _delete_before_storing() -> AbstractContextManager[object]:
+    from polar_billing.metering import spool, writer
+
+    def stored(ledger: Any, own: Any, file: Any) -> None:
+        entries = file.entries(ledger.find_books)
+        file.remove()
+        spool.store(ledger, own, entries)
+
+    @contextmanager
+    def applied() -> Iterator[None]:
+        with patch.object(writer, "store_file", stored), patch.object(spool, "store_file", stored):
+            yield
+
+    return applied()
+
+
+MUTATIONS: Final[dict[str, Mutation]] = {
+    "settle-twice": Mutation("ledger", _settle_twice),
+    "forget-to-flush": Mutation("ledger", _forget_to_flush),
+    "drop-the-tail": Mutation("ledger", _drop_the_tail),
+    "count-cached-twice": Mutation("ledger", _count_cached_twice),
+    "keep-a-torn-write": Mutation("ledger", _keep_a_torn_write),
+    "answer-before-writing": Mutation("ledger", _answer_before_writing),
+    "forget-to-free": Mutation("ledger", _forget_to_free),
+    "hold-nothing": Mutation("ledger", _hold_nothing),
+    "commit-without-flushing": Mutation("ledger", _commit_without_flushing),
+    "delete-before-storing": Mutation("ledger", _delete_before_storing),
+}
