@@ -7,6 +7,7 @@ repeatable noise; programs, streaming, cancellation, usage records and sinks beh
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.model import PolarModel
@@ -14,6 +15,9 @@ from polar_sdk.programs.policy import Policy
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.fill import Fill
 
 
 _SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -39,6 +43,27 @@ def tiny_model(
     model = tiny_llama(layers=layers, seed=seed, max_position_embeddings=context_window)
     settings.setdefault("compile", False)  # nothing to gain, and no compiled layers to look for
     return PolarModel.from_hf(model, tiny_tokenizer(), policy=policy, ledger=ledger, **settings)
+
+
+def random_fill(decoder: Decoder, segment: tuple[int, int], *, seed: int = 0, rank: int | None = None) -> Fill:
+    """A random map that fills a segment, to give to `decoder.set_fills`; it writes what no layer would.
+
+    Args:
+        decoder: Of the model that it is for.
+        segment: First and last layer.
+        seed: For the random weights, together with the first layer.
+        rank: Of a map of two factors; None = full rank.
+    """
+    import torch
+
+    from polar_sdk.engine.fill import Fill
+
+    family = decoder.family
+    generator = torch.Generator().manual_seed(1000 * seed + segment[0])
+    bias = torch.randn(segment[1] - segment[0] + 1, 2, family.kv_heads, family.head_dim, generator=generator)
+    sides = [family.hidden, *([rank] if rank else []), bias.numel()]
+    weight = tuple(torch.randn(a, b, generator=generator) / a**0.5 for a, b in pairwise(sides))
+    return Fill(weight, bias).to(decoder.dtype, decoder.device)
 
 
 def tiny_policy(layers: int) -> Policy:

@@ -29,7 +29,8 @@ from pydantic import (
     model_validator,
 )
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+"""Version 1: without filled visits. Version 2: `visits.prefill_filled`."""
 FLOPS_FORMULA = "torch-1"
 """Version of the FLOPs formula: one multiply-accumulate is 2 FLOPs; matrix products and attention count, as
 `torch.utils.flop_counter.FlopCounterMode` counts them (attention as the full rectangle queries × keys)."""
@@ -115,15 +116,18 @@ class VisitUsage(_Facts):
     """Executed layer visits, one number per layer of the model (index = layer). Unit: visits.
 
     A visit is one execution of one layer for this request, however many tokens it carries: a prefill in one piece
-    counts one, and every decode step counts one, per time the program visits the layer.
+    counts one, and every decode step counts one, per time the program visits the layer. Where a layer runs for some
+    tokens of a piece and is filled for the others, the piece counts in `prefill` and in `prefill_filled`.
     """
 
     prefill: tuple[NonNegative, ...] = ()
+    prefill_filled: tuple[NonNegative, ...] = ()
+    """Pieces of the prompt for which a map wrote the layer's keys and values; empty where it did for no layer."""
     decode: tuple[NonNegative, ...] = ()
 
     @property
     def total(self) -> int:
-        """Visits of all layers, prefill and decode together."""
+        """Visits that ran, of all layers, prefill and decode together."""
         return sum(self.prefill) + sum(self.decode)
 
 
@@ -140,6 +144,16 @@ class FlopUsage(_Facts):
     total: NonNegative = 0
     """The sum of the other five."""
 
+    @property
+    def answer(self) -> int:
+        """What came after the prompt: its decode steps, and the head for each of its tokens. Unit: FLOPs."""
+        return self.layers_decode + self.head
+
+    @property
+    def prompt(self) -> int:
+        """What came before the answer: embedding, router, and the layers over the prompt. Unit: FLOPs."""
+        return self.total - self.answer
+
     @model_validator(mode="after")
     def _total_is_the_sum(self) -> Self:
         parts = self.embed + self.layers_prefill + self.layers_decode + self.head + self.router
@@ -151,7 +165,7 @@ class FlopUsage(_Facts):
 class UsageRecord(_Facts):
     """The facts of one request."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     request_id: Identifier
     """Made by the caller, or a UUIDv7; the idempotency key within a tenant."""
     tenant: Identifier = "default"
@@ -194,6 +208,12 @@ class UsageRecord(_Facts):
     @classmethod
     def _to_utc(cls, value: datetime) -> datetime:
         return value.astimezone(UTC)
+
+    @model_validator(mode="after")
+    def _first_version_has_no_fills(self) -> Self:
+        if self.schema_version == 1 and self.visits.prefill_filled:
+            raise ValueError("records of schema version 1 have no prefill_filled visits; write schema_version 2")
+        return self
 
     @property
     def compute_units(self) -> float:

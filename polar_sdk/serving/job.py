@@ -61,7 +61,7 @@ class Job:
         model: str = "",
     ) -> None:
         self.request, self.model = request, model
-        self.row = Row(decoder, request.route.program, guard, request.route.lead)
+        self.row = Row(decoder, request.route.program, guard, request.route.lead, len(request.tokens))
         self.text = TextStream(tokenizer, request.stops)
         self.tokens: list[int] = []
         """Every sampled token."""

@@ -65,13 +65,6 @@ CREATE TABLE polar_chain_link (
 	PRIMARY KEY (tenant, number)
 )
  WITHOUT ROWID;
-CREATE TABLE polar_clock (
-	id INTEGER NOT NULL,
-	boot VARCHAR(200) NOT NULL,
-	ahead BIGINT NOT NULL,
-	PRIMARY KEY (id),
-	CONSTRAINT polar_clock_is_one CHECK (id = 1)
-);
 CREATE TABLE polar_credit_note (
 	number INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
 	tenant VARCHAR(200) NOT NULL,
@@ -239,6 +232,7 @@ CREATE TABLE polar_usage (
 	prefill_ns BIGINT NOT NULL,
 	decode_ns BIGINT NOT NULL,
 	loops_stopped BIGINT DEFAULT '0' NOT NULL,
+	visits_prefill_filled TEXT,
 	CONSTRAINT polar_usage_once UNIQUE (tenant, source, request_id)
 );
 CREATE TABLE polar_usage_hour (
@@ -285,7 +279,7 @@ CREATE TRIGGER polar_entry_no_delete BEFORE DELETE ON polar_entry BEGIN SELECT R
 CREATE TRIGGER polar_entry_no_replace BEFORE INSERT ON polar_entry WHEN EXISTS (SELECT 1 FROM polar_entry WHERE transaction_id = NEW.transaction_id AND line = NEW.line) BEGIN SELECT RAISE(FAIL, 'polar_entry is append-only'); END;
 CREATE TRIGGER polar_entry_no_update BEFORE UPDATE ON polar_entry BEGIN SELECT RAISE(ABORT, 'polar_entry is append-only'); END;
 CREATE TRIGGER polar_hold_once_delete BEFORE DELETE ON polar_hold WHEN OLD.state = 'held' BEGIN SELECT RAISE(ABORT, 'polar_hold is resolved once'); END;
-CREATE TRIGGER polar_hold_once_update BEFORE UPDATE ON polar_hold WHEN OLD.state <> 'held' OR NEW.cost_bound <> OLD.cost_bound OR (NEW.state = 'held' AND NOT (NEW.seq IS OLD.seq AND NEW.tenant IS OLD.tenant AND NEW.source IS OLD.source AND NEW.request_id IS OLD.request_id AND NEW.attempt IS OLD.attempt AND NEW.project IS OLD.project AND NEW.user_name IS OLD.user_name AND NEW.key_name IS OLD.key_name AND NEW.at IS OLD.at AND NEW.fingerprint IS OLD.fingerprint AND NEW.offer IS OLD.offer AND NEW.currency IS OLD.currency AND NEW.cost_bound IS OLD.cost_bound AND NEW.flops_bound IS OLD.flops_bound AND NEW.held_at IS OLD.held_at AND NEW.state IS OLD.state AND NEW.resolved_at IS OLD.resolved_at AND NEW.cost IS OLD.cost AND NEW.flops IS OLD.flops)) BEGIN SELECT RAISE(ABORT, 'polar_hold is resolved once'); END;
+CREATE TRIGGER polar_hold_once_update BEFORE UPDATE ON polar_hold WHEN OLD.state <> 'held' OR NEW.state = 'held' OR NEW.cost_bound <> OLD.cost_bound BEGIN SELECT RAISE(ABORT, 'polar_hold is resolved once'); END;
 CREATE TRIGGER polar_price_book_no_delete BEFORE DELETE ON polar_price_book BEGIN SELECT RAISE(ABORT, 'polar_price_book is append-only'); END;
 CREATE TRIGGER polar_price_book_no_replace BEFORE INSERT ON polar_price_book WHEN EXISTS (SELECT 1 FROM polar_price_book WHERE hash = NEW.hash) BEGIN SELECT RAISE(FAIL, 'polar_price_book is append-only'); END;
 CREATE TRIGGER polar_price_book_no_update BEFORE UPDATE ON polar_price_book BEGIN SELECT RAISE(ABORT, 'polar_price_book is append-only'); END;
@@ -385,13 +379,6 @@ CREATE TABLE polar_chain_link (
 	previous BYTEA NOT NULL,
 	hash BYTEA NOT NULL,
 	PRIMARY KEY (tenant, number)
-);
-CREATE TABLE polar_clock (
-	id SERIAL NOT NULL,
-	boot VARCHAR(200) NOT NULL,
-	ahead BIGINT NOT NULL,
-	PRIMARY KEY (id),
-	CONSTRAINT polar_clock_is_one CHECK (id = 1)
 );
 CREATE TABLE polar_credit_note (
 	number BIGSERIAL NOT NULL,
@@ -564,6 +551,7 @@ CREATE TABLE polar_usage (
 	prefill_ns BIGINT NOT NULL,
 	decode_ns BIGINT NOT NULL,
 	loops_stopped BIGINT DEFAULT '0' NOT NULL,
+	visits_prefill_filled TEXT,
 	PRIMARY KEY (seq),
 	CONSTRAINT polar_usage_once UNIQUE (tenant, source, request_id)
 );
@@ -607,7 +595,7 @@ CREATE TRIGGER polar_credit_note_no_truncate BEFORE TRUNCATE ON polar_credit_not
 CREATE TRIGGER polar_entry_no_change BEFORE UPDATE OR DELETE ON polar_entry FOR EACH ROW EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_entry_no_truncate BEFORE TRUNCATE ON polar_entry FOR EACH STATEMENT EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_hold_once_delete BEFORE DELETE ON polar_hold FOR EACH ROW WHEN (OLD.state = 'held') EXECUTE FUNCTION polar_refuse_change();
-CREATE TRIGGER polar_hold_once_update BEFORE UPDATE ON polar_hold FOR EACH ROW WHEN (OLD.state <> 'held' OR NEW.cost_bound <> OLD.cost_bound OR (NEW.state = 'held' AND NOT (NEW.seq IS NOT DISTINCT FROM OLD.seq AND NEW.tenant IS NOT DISTINCT FROM OLD.tenant AND NEW.source IS NOT DISTINCT FROM OLD.source AND NEW.request_id IS NOT DISTINCT FROM OLD.request_id AND NEW.attempt IS NOT DISTINCT FROM OLD.attempt AND NEW.project IS NOT DISTINCT FROM OLD.project AND NEW.user_name IS NOT DISTINCT FROM OLD.user_name AND NEW.key_name IS NOT DISTINCT FROM OLD.key_name AND NEW.at IS NOT DISTINCT FROM OLD.at AND NEW.fingerprint IS NOT DISTINCT FROM OLD.fingerprint AND NEW.offer IS NOT DISTINCT FROM OLD.offer AND NEW.currency IS NOT DISTINCT FROM OLD.currency AND NEW.cost_bound IS NOT DISTINCT FROM OLD.cost_bound AND NEW.flops_bound IS NOT DISTINCT FROM OLD.flops_bound AND NEW.held_at IS NOT DISTINCT FROM OLD.held_at AND NEW.state IS NOT DISTINCT FROM OLD.state AND NEW.resolved_at IS NOT DISTINCT FROM OLD.resolved_at AND NEW.cost IS NOT DISTINCT FROM OLD.cost AND NEW.flops IS NOT DISTINCT FROM OLD.flops))) EXECUTE FUNCTION polar_refuse_change();
+CREATE TRIGGER polar_hold_once_update BEFORE UPDATE ON polar_hold FOR EACH ROW WHEN (OLD.state <> 'held' OR NEW.state = 'held' OR NEW.cost_bound <> OLD.cost_bound) EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_price_book_no_change BEFORE UPDATE OR DELETE ON polar_price_book FOR EACH ROW EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_price_book_no_truncate BEFORE TRUNCATE ON polar_price_book FOR EACH STATEMENT EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_price_in_force_no_change BEFORE UPDATE OR DELETE ON polar_price_in_force FOR EACH ROW EXECUTE FUNCTION polar_refuse_change();

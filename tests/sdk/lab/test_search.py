@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from polar_sdk.engine.scoring import Question
+    from polar_sdk.engine.pack import Question
 
 DEPTH = 6
 IDENTITY = Program.identity(DEPTH)
