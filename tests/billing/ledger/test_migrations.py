@@ -14,8 +14,8 @@ from polar_billing.errors import SchemaVersionError
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.migrate import migrate
-from polar_billing.ledger.migrations.versions.v0006 import FORMER
 from polar_billing.ledger.migrations.stored import past_triggers
+from polar_billing.ledger.migrations.versions.v0006 import FORMER
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.ledger.schema import SCHEMA_VERSION, metadata
