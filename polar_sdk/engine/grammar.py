@@ -52,7 +52,6 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab: int, end_tokens: frozenset[int]) -> None:
         self._hf, self._vocab, self._end_tokens = tokenizer, vocab, end_tokens
-        self._lock = renewed_in_child(threading.Lock())
         self.compile = lru_cache(maxsize=_KEPT)(self._compile)
         """As `_compile`, remembering the latest ones."""
 
