@@ -1,36 +1,14 @@
-CREATE INDEX polar_api_key_by_id ON polar_api_key (key_id, seq);
 CREATE INDEX polar_budget_by_scope ON polar_budget (tenant, level, name);
 CREATE INDEX polar_credit_note_by_statement ON polar_credit_note (statement);
 CREATE INDEX polar_entry_by_account ON polar_entry (tenant, account, currency);
 CREATE INDEX polar_hold_by_tenant ON polar_hold (tenant, at);
 CREATE INDEX polar_hold_open ON polar_hold (tenant, expires_at) WHERE state = 'held';
 CREATE INDEX polar_pruned_by_prune ON polar_pruned (prune_id);
-CREATE INDEX polar_reply_by_expiry ON polar_reply (expires_at);
 CREATE INDEX polar_statement_by_tenant ON polar_statement (tenant, since);
 CREATE INDEX polar_usage_by_tenant ON polar_usage (tenant, started_at);
 CREATE INDEX polar_usage_by_time ON polar_usage (started_at);
 CREATE INDEX polar_usage_hour_by_tenant ON polar_usage_hour (tenant, hour);
 CREATE INDEX polar_usage_hour_by_time ON polar_usage_hour (hour);
-CREATE TABLE polar_api_key (
-	seq INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
-	tenant VARCHAR(200) NOT NULL,
-	key_id VARCHAR(16) NOT NULL,
-	name VARCHAR(200) NOT NULL,
-	secret_hash VARCHAR(64) NOT NULL,
-	tags TEXT NOT NULL,
-	scopes TEXT NOT NULL,
-	models TEXT NOT NULL,
-	tiers TEXT NOT NULL,
-	max_tokens INTEGER,
-	requests_per_minute INTEGER,
-	tokens_per_minute INTEGER,
-	parallel INTEGER,
-	not_before BIGINT NOT NULL,
-	expires_at BIGINT,
-	rotated_from VARCHAR(16),
-	revoked INTEGER NOT NULL,
-	set_at BIGINT NOT NULL
-);
 CREATE TABLE polar_budget (
 	seq INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
 	tenant VARCHAR(200) NOT NULL,
@@ -87,6 +65,13 @@ CREATE TABLE polar_chain_link (
 	PRIMARY KEY (tenant, number)
 )
  WITHOUT ROWID;
+CREATE TABLE polar_clock (
+	id INTEGER NOT NULL,
+	boot VARCHAR(200) NOT NULL,
+	ahead BIGINT NOT NULL,
+	PRIMARY KEY (id),
+	CONSTRAINT polar_clock_is_one CHECK (id = 1)
+);
 CREATE TABLE polar_credit_note (
 	number INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
 	tenant VARCHAR(200) NOT NULL,
@@ -182,18 +167,6 @@ CREATE TABLE polar_receipt (
 	PRIMARY KEY (usage_seq),
 	FOREIGN KEY(usage_seq) REFERENCES polar_usage (seq),
 	FOREIGN KEY(price_book_hash) REFERENCES polar_price_book (hash)
-);
-CREATE TABLE polar_reply (
-	seq INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
-	tenant VARCHAR(200) NOT NULL,
-	key_hash VARCHAR(64) NOT NULL,
-	fingerprint VARCHAR(64) NOT NULL,
-	state VARCHAR(10) NOT NULL,
-	answer BLOB,
-	claimed_at BIGINT NOT NULL,
-	expires_at BIGINT NOT NULL,
-	CONSTRAINT polar_reply_once UNIQUE (tenant, key_hash),
-	CONSTRAINT polar_reply_state CHECK ((state = 'running') = (answer IS NULL))
 );
 CREATE TABLE polar_schema (
 	version INTEGER NOT NULL,
@@ -296,9 +269,6 @@ CREATE TABLE polar_usage_hour (
 	cost_rest BIGINT NOT NULL,
 	PRIMARY KEY (id)
 );
-CREATE TRIGGER polar_api_key_no_delete BEFORE DELETE ON polar_api_key BEGIN SELECT RAISE(ABORT, 'polar_api_key is append-only'); END;
-CREATE TRIGGER polar_api_key_no_replace BEFORE INSERT ON polar_api_key WHEN EXISTS (SELECT 1 FROM polar_api_key WHERE seq = NEW.seq) BEGIN SELECT RAISE(FAIL, 'polar_api_key is append-only'); END;
-CREATE TRIGGER polar_api_key_no_update BEFORE UPDATE ON polar_api_key BEGIN SELECT RAISE(ABORT, 'polar_api_key is append-only'); END;
 CREATE TRIGGER polar_budget_no_delete BEFORE DELETE ON polar_budget BEGIN SELECT RAISE(ABORT, 'polar_budget is append-only'); END;
 CREATE TRIGGER polar_budget_no_replace BEFORE INSERT ON polar_budget WHEN EXISTS (SELECT 1 FROM polar_budget WHERE seq = NEW.seq) BEGIN SELECT RAISE(FAIL, 'polar_budget is append-only'); END;
 CREATE TRIGGER polar_budget_no_update BEFORE UPDATE ON polar_budget BEGIN SELECT RAISE(ABORT, 'polar_budget is append-only'); END;
@@ -316,7 +286,7 @@ CREATE TRIGGER polar_entry_no_delete BEFORE DELETE ON polar_entry BEGIN SELECT R
 CREATE TRIGGER polar_entry_no_replace BEFORE INSERT ON polar_entry WHEN EXISTS (SELECT 1 FROM polar_entry WHERE transaction_id = NEW.transaction_id AND line = NEW.line) BEGIN SELECT RAISE(FAIL, 'polar_entry is append-only'); END;
 CREATE TRIGGER polar_entry_no_update BEFORE UPDATE ON polar_entry BEGIN SELECT RAISE(ABORT, 'polar_entry is append-only'); END;
 CREATE TRIGGER polar_hold_once_delete BEFORE DELETE ON polar_hold WHEN OLD.state = 'held' BEGIN SELECT RAISE(ABORT, 'polar_hold is resolved once'); END;
-CREATE TRIGGER polar_hold_once_update BEFORE UPDATE ON polar_hold WHEN OLD.state <> 'held' OR NEW.state = 'held' OR NEW.cost_bound <> OLD.cost_bound BEGIN SELECT RAISE(ABORT, 'polar_hold is resolved once'); END;
+CREATE TRIGGER polar_hold_once_update BEFORE UPDATE ON polar_hold WHEN OLD.state <> 'held' OR NEW.cost_bound <> OLD.cost_bound OR (NEW.state = 'held' AND NOT (NEW.seq IS OLD.seq AND NEW.tenant IS OLD.tenant AND NEW.source IS OLD.source AND NEW.request_id IS OLD.request_id AND NEW.attempt IS OLD.attempt AND NEW.project IS OLD.project AND NEW.user_name IS OLD.user_name AND NEW.key_name IS OLD.key_name AND NEW.at IS OLD.at AND NEW.fingerprint IS OLD.fingerprint AND NEW.offer IS OLD.offer AND NEW.currency IS OLD.currency AND NEW.cost_bound IS OLD.cost_bound AND NEW.flops_bound IS OLD.flops_bound AND NEW.held_at IS OLD.held_at AND NEW.state IS OLD.state AND NEW.resolved_at IS OLD.resolved_at AND NEW.cost IS OLD.cost AND NEW.flops IS OLD.flops)) BEGIN SELECT RAISE(ABORT, 'polar_hold is resolved once'); END;
 CREATE TRIGGER polar_price_book_no_delete BEFORE DELETE ON polar_price_book BEGIN SELECT RAISE(ABORT, 'polar_price_book is append-only'); END;
 CREATE TRIGGER polar_price_book_no_replace BEFORE INSERT ON polar_price_book WHEN EXISTS (SELECT 1 FROM polar_price_book WHERE hash = NEW.hash) BEGIN SELECT RAISE(FAIL, 'polar_price_book is append-only'); END;
 CREATE TRIGGER polar_price_book_no_update BEFORE UPDATE ON polar_price_book BEGIN SELECT RAISE(ABORT, 'polar_price_book is append-only'); END;
@@ -345,14 +315,12 @@ CREATE TRIGGER polar_usage_no_delete BEFORE DELETE ON polar_usage WHEN NOT (EXIS
 CREATE TRIGGER polar_usage_no_replace BEFORE INSERT ON polar_usage WHEN EXISTS (SELECT 1 FROM polar_usage WHERE seq = NEW.seq OR (tenant = NEW.tenant AND source = NEW.source AND request_id = NEW.request_id)) BEGIN SELECT RAISE(FAIL, 'polar_usage is append-only'); END;
 CREATE TRIGGER polar_usage_no_update BEFORE UPDATE ON polar_usage BEGIN SELECT RAISE(ABORT, 'polar_usage is append-only'); END;
 CREATE UNIQUE INDEX polar_chain_link_once ON polar_chain_link (subject, "key");
-CREATE INDEX polar_api_key_by_id ON polar_api_key (key_id, seq);
 CREATE INDEX polar_budget_by_scope ON polar_budget (tenant, level, name);
 CREATE INDEX polar_credit_note_by_statement ON polar_credit_note (statement);
 CREATE INDEX polar_entry_by_account ON polar_entry (tenant, account, currency);
 CREATE INDEX polar_hold_by_tenant ON polar_hold (tenant, at);
 CREATE INDEX polar_hold_open ON polar_hold (tenant, expires_at) WHERE state = 'held';
 CREATE INDEX polar_pruned_by_prune ON polar_pruned (prune_id);
-CREATE INDEX polar_reply_by_expiry ON polar_reply (expires_at);
 CREATE INDEX polar_statement_by_tenant ON polar_statement (tenant, since);
 CREATE INDEX polar_usage_by_tenant ON polar_usage (tenant, started_at);
 CREATE INDEX polar_usage_by_time ON polar_usage (started_at);
@@ -362,27 +330,6 @@ CREATE OR REPLACE FUNCTION polar_receipt_guard() RETURNS trigger LANGUAGE plpgsq
 CREATE OR REPLACE FUNCTION polar_refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN RAISE EXCEPTION '%% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation'; END $$;
 CREATE OR REPLACE FUNCTION polar_usage_guard() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF TG_OP = 'DELETE' AND (EXISTS (SELECT 1 FROM polar_pruned WHERE polar_pruned.seq = OLD.seq)) THEN RETURN OLD; END IF; RAISE EXCEPTION '%% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation'; END $$;
-CREATE TABLE polar_api_key (
-	seq BIGSERIAL NOT NULL,
-	tenant VARCHAR(200) NOT NULL,
-	key_id VARCHAR(16) NOT NULL,
-	name VARCHAR(200) NOT NULL,
-	secret_hash VARCHAR(64) NOT NULL,
-	tags TEXT NOT NULL,
-	scopes TEXT NOT NULL,
-	models TEXT NOT NULL,
-	tiers TEXT NOT NULL,
-	max_tokens INTEGER,
-	requests_per_minute INTEGER,
-	tokens_per_minute INTEGER,
-	parallel INTEGER,
-	not_before BIGINT NOT NULL,
-	expires_at BIGINT,
-	rotated_from VARCHAR(16),
-	revoked INTEGER NOT NULL,
-	set_at BIGINT NOT NULL,
-	PRIMARY KEY (seq)
-);
 CREATE TABLE polar_budget (
 	seq BIGSERIAL NOT NULL,
 	tenant VARCHAR(200) NOT NULL,
@@ -439,6 +386,13 @@ CREATE TABLE polar_chain_link (
 	previous BYTEA NOT NULL,
 	hash BYTEA NOT NULL,
 	PRIMARY KEY (tenant, number)
+);
+CREATE TABLE polar_clock (
+	id SERIAL NOT NULL,
+	boot VARCHAR(200) NOT NULL,
+	ahead BIGINT NOT NULL,
+	PRIMARY KEY (id),
+	CONSTRAINT polar_clock_is_one CHECK (id = 1)
 );
 CREATE TABLE polar_credit_note (
 	number BIGSERIAL NOT NULL,
@@ -537,19 +491,6 @@ CREATE TABLE polar_receipt (
 	cost BIGINT,
 	unrated TEXT,
 	PRIMARY KEY (usage_seq)
-);
-CREATE TABLE polar_reply (
-	seq BIGSERIAL NOT NULL,
-	tenant VARCHAR(200) NOT NULL,
-	key_hash VARCHAR(64) NOT NULL,
-	fingerprint VARCHAR(64) NOT NULL,
-	state VARCHAR(10) NOT NULL,
-	answer BYTEA,
-	claimed_at BIGINT NOT NULL,
-	expires_at BIGINT NOT NULL,
-	PRIMARY KEY (seq),
-	CONSTRAINT polar_reply_once UNIQUE (tenant, key_hash),
-	CONSTRAINT polar_reply_state CHECK ((state = 'running') = (answer IS NULL))
 );
 CREATE TABLE polar_schema (
 	version INTEGER NOT NULL,
@@ -655,8 +596,6 @@ CREATE TABLE polar_usage_hour (
 	cost_rest BIGINT NOT NULL,
 	PRIMARY KEY (id)
 );
-CREATE TRIGGER polar_api_key_no_change BEFORE UPDATE OR DELETE ON polar_api_key FOR EACH ROW EXECUTE FUNCTION polar_refuse_change();
-CREATE TRIGGER polar_api_key_no_truncate BEFORE TRUNCATE ON polar_api_key FOR EACH STATEMENT EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_budget_no_change BEFORE UPDATE OR DELETE ON polar_budget FOR EACH ROW EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_budget_no_truncate BEFORE TRUNCATE ON polar_budget FOR EACH STATEMENT EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_chain_anchor_no_change BEFORE UPDATE OR DELETE ON polar_chain_anchor FOR EACH ROW EXECUTE FUNCTION polar_refuse_change();
@@ -670,7 +609,7 @@ CREATE TRIGGER polar_credit_note_no_truncate BEFORE TRUNCATE ON polar_credit_not
 CREATE TRIGGER polar_entry_no_change BEFORE UPDATE OR DELETE ON polar_entry FOR EACH ROW EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_entry_no_truncate BEFORE TRUNCATE ON polar_entry FOR EACH STATEMENT EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_hold_once_delete BEFORE DELETE ON polar_hold FOR EACH ROW WHEN (OLD.state = 'held') EXECUTE FUNCTION polar_refuse_change();
-CREATE TRIGGER polar_hold_once_update BEFORE UPDATE ON polar_hold FOR EACH ROW WHEN (OLD.state <> 'held' OR NEW.state = 'held' OR NEW.cost_bound <> OLD.cost_bound) EXECUTE FUNCTION polar_refuse_change();
+CREATE TRIGGER polar_hold_once_update BEFORE UPDATE ON polar_hold FOR EACH ROW WHEN (OLD.state <> 'held' OR NEW.cost_bound <> OLD.cost_bound OR (NEW.state = 'held' AND NOT (NEW.seq IS NOT DISTINCT FROM OLD.seq AND NEW.tenant IS NOT DISTINCT FROM OLD.tenant AND NEW.source IS NOT DISTINCT FROM OLD.source AND NEW.request_id IS NOT DISTINCT FROM OLD.request_id AND NEW.attempt IS NOT DISTINCT FROM OLD.attempt AND NEW.project IS NOT DISTINCT FROM OLD.project AND NEW.user_name IS NOT DISTINCT FROM OLD.user_name AND NEW.key_name IS NOT DISTINCT FROM OLD.key_name AND NEW.at IS NOT DISTINCT FROM OLD.at AND NEW.fingerprint IS NOT DISTINCT FROM OLD.fingerprint AND NEW.offer IS NOT DISTINCT FROM OLD.offer AND NEW.currency IS NOT DISTINCT FROM OLD.currency AND NEW.cost_bound IS NOT DISTINCT FROM OLD.cost_bound AND NEW.flops_bound IS NOT DISTINCT FROM OLD.flops_bound AND NEW.held_at IS NOT DISTINCT FROM OLD.held_at AND NEW.state IS NOT DISTINCT FROM OLD.state AND NEW.resolved_at IS NOT DISTINCT FROM OLD.resolved_at AND NEW.cost IS NOT DISTINCT FROM OLD.cost AND NEW.flops IS NOT DISTINCT FROM OLD.flops))) EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_price_book_no_change BEFORE UPDATE OR DELETE ON polar_price_book FOR EACH ROW EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_price_book_no_truncate BEFORE TRUNCATE ON polar_price_book FOR EACH STATEMENT EXECUTE FUNCTION polar_refuse_change();
 CREATE TRIGGER polar_price_in_force_no_change BEFORE UPDATE OR DELETE ON polar_price_in_force FOR EACH ROW EXECUTE FUNCTION polar_refuse_change();

@@ -1,4 +1,4 @@
-"""The ledger's tables, version 6, on one metadata, which of them are chained, and the triggers that forbid changes.
+"""The ledger's tables, version 7, on one metadata, which of them are chained, and the triggers that forbid changes.
 
 `usage` facts, receipts, price books, sums, retention · `ledger` the hash chain and double entry · `budgets` budgets and
 holds · `statements` what was issued · `access` API keys and replies. A new table belongs in one of them or in a module
@@ -11,7 +11,7 @@ from typing import Final
 
 from polar_billing.ledger.schema.access import api_key_table, reply_table
 from polar_billing.ledger.schema.base import NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
-from polar_billing.ledger.schema.budgets import budget_table, counter_table, hold_table
+from polar_billing.ledger.schema.budgets import budget_table, clock_table, counter_table, hold_table
 from polar_billing.ledger.schema.ledger import anchor_table, entry_table, head_table, link_table, transaction_table
 from polar_billing.ledger.schema.statements import credit_note_table, statement_table
 from polar_billing.ledger.schema.usage import (
@@ -38,6 +38,7 @@ __all__ = [
     "anchor_table",
     "api_key_table",
     "budget_table",
+    "clock_table",
     "counter_table",
     "credit_note_table",
     "entry_table",

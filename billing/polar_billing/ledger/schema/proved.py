@@ -99,6 +99,9 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
             "a counter of no budget counts for nothing, and one that is missing is computed again",
         ),
     ),
+    "polar_clock": (
+        _declared(Proof.OUTSIDE, "id boot ahead", "says when open holds expire, and they stand for nothing stored yet"),
+    ),
     "polar_statement": _chained(
         "number tenant since until currency id price_book_hash seq_until late issued_at document"
     ),
@@ -122,6 +125,7 @@ ROWS_OUTSIDE: Final[dict[str, str]] = {
     "polar_probe": "always empty, and never read",
     "polar_hold": "a hold that is not settled stands for nothing stored; where one is missing, usage counts by itself",
     "polar_reply": "a copy of an answer that was sent, which is deleted after a day anyway",
+    "polar_clock": "without its row the clock of the next hold starts anew",
     "polar_budget_counter": "a counter that is missing is computed again, and one of no budget counts for nothing",
 }
 """Table → why a row that was deleted or added need not be found. In every other table it is."""
