@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from polar_sdk.engine.hashes import hash_bridges
-from polar_sdk.engine.scoring import Score, packs, score_programs
+from polar_sdk.engine.pack import packs
+from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
 from polar_sdk.lab.rewards.tasks import BATCH
 from polar_sdk.programs.program import Program
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.engine.scoring import Question
+    from polar_sdk.engine.pack import Question
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.model import PolarModel

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
-from polar_sdk.engine.scoring import Question
+from polar_sdk.engine.pack import Question
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, item_id
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent

@@ -213,7 +213,7 @@ def test_a_ledger_of_another_version_is_left_alone(file: Path, raw: sqlite3.Conn
         for act in (ledger.check, lambda: list(ledger.read(EVERYTHING))):
             with pytest.raises(SchemaVersionError) as caught:
                 act()
-            assert_told(caught.value, str(file), "schema version 99, not 4")
+            assert_told(caught.value, str(file), "schema version 99, not 5")
 
 
 def test_a_ledger_removed_while_in_use_is_made_again(file: Path) -> None:
