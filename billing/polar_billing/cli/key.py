@@ -6,6 +6,7 @@ Arguments in, text out; the work is done by `access`.
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -16,6 +17,8 @@ from polar_billing.errors import AccessError
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from polar_billing.access.keys import ApiKey, ApiKeys
 
 _Id = Annotated[str, typer.Argument(help="The key's id, which `polar key list` shows.", metavar="ID")]
@@ -51,26 +54,28 @@ def create(
     ledger: opt.Ledger = None,
 ) -> None:
     """Create a key; it is printed once, and only its hash is stored."""
-    made, text = _open(ledger).create(
-        tenant,
-        name,
-        expires_in=None if expires is None else _duration(expires),
-        scopes=tuple(scope or ("infer",)),
-        models=tuple(model or ()),
-        tiers=tuple(tier or ()),
-        tags=dict(map(_pair, tag or ())),
-        max_tokens=max_tokens,
-        requests_per_minute=rpm,
-        tokens_per_minute=tpm,
-        parallel=parallel,
-    )
+    with _open(ledger) as keys:
+        made, text = keys.create(
+            tenant,
+            name,
+            expires_in=None if expires is None else _duration(expires),
+            scopes=tuple(scope or ("infer",)),
+            models=tuple(model or ()),
+            tiers=tuple(tier or ()),
+            tags=dict(map(_pair, tag or ())),
+            max_tokens=max_tokens,
+            requests_per_minute=rpm,
+            tokens_per_minute=tpm,
+            parallel=parallel,
+        )
     _show_new(made, text, as_json=as_json)
 
 
 @_key.command("list", epilog="Example: polar key list --tenant acme --json")
 def list_(tenant: opt.Tenant = None, as_json: opt.Json = False, ledger: opt.Ledger = None) -> None:
     """Show keys and what they may do; never a secret."""
-    rows = [_row(found) for found in _open(ledger).all(opt.tenant_or_all(tenant))]
+    with _open(ledger) as keys:
+        rows = [_row(found) for found in keys.all(opt.tenant_or_all(tenant))]
     if as_json:
         opt.show_json(rows)
     elif not rows:
@@ -89,22 +94,25 @@ def rotate(
     ledger: opt.Ledger = None,
 ) -> None:
     """Create a key that may do the same, and let the old one expire."""
-    made, text = _open(ledger).rotate(key_id, _duration(overlap))
+    with _open(ledger) as keys:
+        made, text = keys.rotate(key_id, _duration(overlap))
     _show_new(made, text, as_json=as_json)
 
 
 @_key.command(epilog="Example: polar key revoke abcd2345")
 def revoke(key_id: _Id, ledger: opt.Ledger = None) -> None:
     """Take a key back; every server refuses it within 5 seconds."""
-    revoked = _open(ledger).revoke(key_id)
+    with _open(ledger) as keys:
+        revoked = keys.revoke(key_id)
     print_line(f"Key {revoked.key_id} ({revoked.name}) of tenant {revoked.tenant} is revoked.")
 
 
-def _open(ledger: str | None) -> ApiKeys:
-    opened = opt.open_ledger(ledger)
-    from polar_billing.access.keys import ApiKeys
+@contextmanager
+def _open(ledger: str | None) -> Iterator[ApiKeys]:
+    with opt.open_ledger(ledger) as opened:
+        from polar_billing.access.keys import ApiKeys
 
-    return ApiKeys(opened)
+        yield ApiKeys(opened)
 
 
 def _show_new(made: ApiKey, text: str, *, as_json: bool) -> None:
