@@ -13,6 +13,7 @@ from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, 
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
 from polar_sdk.lab.evaluation.free_running import FreeRunner
 from polar_sdk.lab.evaluation.results import Evaluation, verdict
+from polar_sdk.lab.evaluation.texts import LENGTHS
 from polar_sdk.lab.items import ChoiceItem
 from polar_sdk.lab.training.measuring import Bench, marks, unseen
 from polar_sdk.programs.program import Program
@@ -124,6 +125,7 @@ class Judge:
             texts = self._texts(subjects, of_set, free) if index == 0 else texts
             results.append(evaluate_set(name, replace(subjects, timings={} if index else timings)))
             classes += evaluate_classes(subjects, _classes(name, of_set) if name in tasks else _kinds(of_set))
+            classes += evaluate_classes(subjects, _lengths(of_set)) if index == 0 else []
         return Evaluation(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
@@ -225,6 +227,19 @@ def _kinds(tasks: Sequence[Task]) -> dict[str, list[int]]:
     for row, task in enumerate(tasks):
         kinds.setdefault("all choices" if isinstance(task.item, ChoiceItem) else "all texts", []).append(row)
     return kinds if len(kinds) > 1 else {}
+
+
+def _lengths(tasks: Sequence[Task]) -> dict[str, list[int]]:
+    """Rows of prompts answered in text, by length, where there are several lengths."""
+    written = {
+        row: len(task.question.prompt) for row, task in enumerate(tasks) if not isinstance(task.item, ChoiceItem)
+    }
+    lengths = {
+        f"texts {name.replace('_', ' ')}": [row for row, length in written.items() if low <= length < high]
+        for name, (low, high) in LENGTHS.items()
+    }
+    found = {name: rows for name, rows in lengths.items() if rows}
+    return found if len(found) > 1 else {}
 
 
 def _classes(name: str, tasks: Sequence[Task]) -> dict[str, list[int]]:
