@@ -74,8 +74,8 @@ class Judge:
         """
         training = {name: value for name, value in self._router.facts.training.items() if name != "calibrated"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=True))
-        outcomes = self._outcomes(tasks, labels=True)
         outputs = self._outputs(tasks)
+        outcomes = self._outcomes(tasks, outputs, labels=True)
         certificate = certify(self._router, outputs, outcomes, tiers=tiers, delta=delta, on_progress=self.on_progress)
         training["calibrated"] = marks(task.id for task in tasks)
         return self._router.with_facts(training=training).with_certificate(certificate)
@@ -91,7 +91,8 @@ class Judge:
         """Certify on random halves of the items that training did not use, and count the promises that then break."""
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=False))
-        walk = DialWalk.along(self._router, self._outputs(tasks), self._outcomes(tasks, labels=True), self.on_progress)
+        outputs = self._outputs(tasks)
+        walk = DialWalk.along(self._router, outputs, self._outcomes(tasks, outputs, labels=True), self.on_progress)
         return resplit(walk, tiers, delta, times)
 
     def evaluate(
@@ -165,12 +166,15 @@ class Judge:
         return {tier: certificate.tiers[tier].theta for tier in order}
 
     def _subjects(self, tasks: Sequence[Task], points: Mapping[str, float], seed: int) -> Subjects:
+        outputs = self._outputs(tasks)
+        outcomes = self._outcomes(tasks, outputs, labels=False)
+        fixed = [program for program in self._static() if program in outcomes.matrix.programs]
         return Subjects(
             router=self._router,
             points=points,
-            outputs=self._outputs(tasks),
-            outcomes=self._outcomes(tasks, labels=False),
-            static=list(dict.fromkeys([Program.identity(self.model.depth), *self._static()])),
+            outputs=outputs,
+            outcomes=outcomes,
+            static=list(dict.fromkeys([Program.identity(self.model.depth), *fixed])),
             policy=self.model.policy,
             cost=self.model.decoder.cost,
             rerun=self._bench.again(tasks),
@@ -181,8 +185,19 @@ class Judge:
         """The fixed programs that were measured in training."""
         return [Program.parse(row["program"]) for row in self._router.facts.training.get("static", ())]
 
-    def _outcomes(self, tasks: Sequence[Task], *, labels: bool) -> Outcomes:
-        return self._bench.outcomes(tasks, [*self._router.programs, *self._static()], labels=labels)
+    def _outcomes(self, tasks: Sequence[Task], outputs: Tensor, *, labels: bool) -> Outcomes:
+        """Outcomes of the router's programs and of the fixed ones.
+
+        Where all prompts are answered in text, programs that the router chooses for none of them, at any setting of its
+        dial, are left out: on long prompts each of them would cost as much as half of all the rest.
+        """
+        programs = [*self._router.programs, *self._static()]
+        if all(not isinstance(task.item, ChoiceItem) for task in tasks):
+            lengths = [len(task.question.prompt) for task in tasks]
+            dial = self._router.facts.dial
+            chosen = {program for theta in dial for program in self._router.choose_all(outputs, theta, lengths)}
+            programs = [program for program in programs if program in chosen]
+        return self._bench.outcomes(tasks, programs, labels=labels)
 
     def _outputs(self, tasks: Sequence[Task]) -> Tensor:
         features = self._router.reader.stack([task.question.prompt for task in tasks])
