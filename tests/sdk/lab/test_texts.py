@@ -133,16 +133,16 @@ def test_nothing_is_said_of_texts_where_there_are_none(model: PolarModel, router
 
 
 def test_a_program_that_no_text_would_get_is_not_measured(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polar_sdk.lab.rewards import measure
+    from polar_sdk.engine import scoring
 
     measured: set[Program] = set()
-    original = measure.score_programs
+    original = scoring.score_programs
 
     def counted(decoder: Any, pack: Any, programs: Any, *rest: Any) -> Any:
         measured.update(programs)
         return original(decoder, pack, programs, *rest)
 
-    monkeypatch.setattr(measure, "score_programs", counted)
+    monkeypatch.setattr("polar_sdk.lab.rewards.measure.score_programs", counted)
     menu = (Program.identity(6), Program.skipping(6, [2]), Program.skipping(6, [2, 3]))
     network = Network.fresh(FeatureReader(model.decoder).stack([[1, 2, 3], [4] * 9]), (), 2, seed=0)
     network.biases[-1].copy_(torch.logit(torch.tensor([0.9, 0.3])))
