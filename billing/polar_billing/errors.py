@@ -83,6 +83,11 @@ class ConflictError(BillingError, SinkError, ValueError):
     exit_code = 2
 
 
+def id_in_use(tenant: str, request_id: str, how: str) -> ConflictError:
+    """The error of a request whose id another one has, raised before it computes anything."""
+    return ConflictError(f"request {request_id!r} of tenant {tenant!r} {how}.", hint="Give every request its own id.")
+
+
 class LedgerUnsoundError(BillingError):
     """A ledger that was changed by other means than this package, or a receipt that does not agree with it."""
 

@@ -23,7 +23,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.frameworks import cost_facts
+from polar_sdk.frameworks.cost import cost_facts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence

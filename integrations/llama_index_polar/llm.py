@@ -3,7 +3,7 @@
 None calls another, because the decorator of each reports an event: one call, one event. The four async ones never block
 the event loop. `response.raw` contains usage, cost and compute; on streams only the last response has it.
 
-To the settings of `polar_sdk.frameworks` it adds LlamaIndex's way to say who asks. Knows no messages.
+To the settings of `polar_sdk.frameworks.settings` it adds LlamaIndex's way to say who asks. Knows no messages.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from llama_index_polar._messages import (
     responses,
     to_roles,
 )
-from polar_sdk.frameworks import ModelSettings
+from polar_sdk.frameworks.settings import ModelSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

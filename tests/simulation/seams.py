@@ -360,6 +360,7 @@ def replacements() -> list[tuple[object, object]]:
         "monotonic": lambda: world().now,
         "perf_counter": lambda: world().now,
         "perf_counter_ns": lambda: int(world().now * 1e9),
+        "clock_gettime_ns": lambda _clock: int(world().now * 1e9),
         "time": _seconds,
         "time_ns": lambda: int(world().wall.timestamp() * 1e6) * 1000,
         "sleep": lambda seconds: world().sleep(seconds),

@@ -109,7 +109,16 @@ def _is(question: Callable[[], bool]) -> bool:
 
 def default_file() -> Path:
     """The ledger of a user who does not name one."""
-    return user_data_path("polar", appauthor=False) / "ledger.sqlite3"
+    return _true_path(user_data_path("polar", appauthor=False) / "ledger.sqlite3")
+
+
+def _true_path(file: Path) -> Path:
+    """The one path of a file, whatever name it is opened by.
+
+    Absolute, so that a later change of the working directory does not move the ledger; without symbolic links, so that
+    its spool is always the same.
+    """
+    return file.expanduser().resolve()
 
 
 def resolve(ledger: str | None = None) -> URL:
@@ -129,7 +138,7 @@ def resolve(ledger: str | None = None) -> URL:
             f"ledger {text[:60]!r} is not a path or URL in UTF-8.", hint="Name it with characters that UTF-8 has."
         )
     if "://" not in text:
-        return URL.create("sqlite+pysqlite", database=str(Path(text).expanduser().absolute()))
+        return URL.create("sqlite+pysqlite", database=str(_true_path(Path(text))))
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
@@ -143,8 +152,8 @@ def resolve(ledger: str | None = None) -> URL:
             hint="Use sqlite:///FILE or postgresql://USER@HOST/DATABASE.",
         )
     url = url.set(drivername=_DRIVERS[backend])
-    file = sqlite_file(url)  # made absolute, so that a later change of the working directory does not move the ledger
-    return url if file is None else url.set(database=str(file.expanduser().absolute()))
+    file = sqlite_file(url)
+    return url if file is None else url.set(database=str(_true_path(file)))
 
 
 def sqlite_file(url: URL) -> Path | None:

@@ -315,7 +315,9 @@ def changed_cells(stranger: Stranger) -> Iterator[Change]:
     """Every cell, each set to some of the values: which ones turns from cell to cell."""
     turn = 0
     for name in PROVED:
-        rows = stranger.rows(name) or [dict.fromkeys(stranger.columns[name])]
+        rows = stranger.rows(name)
+        if not rows and not stranger.keys[name]:  # the database refuses what cannot be found
+            rows = [dict.fromkeys(stranger.columns[name])]
         for column_name in stranger.columns[name]:
             stored = sorted({row[column_name] for row in rows} - {None})[:4]
             for row in rows:
@@ -392,7 +394,7 @@ def test_every_table_is_filled_in_both_stretches(stranger: Stranger) -> None:
     """So that the tests above try what they say."""
     for name in PROVED:
         rows = stranger.rows(name)
-        assert name in {"polar_probe"} or len(rows) >= 2, name
+        assert name in {"polar_probe", "polar_clock"} or len(rows) >= 2, name
         assert (
             "tenant" not in stranger.columns[name]
             or name == "polar_probe"

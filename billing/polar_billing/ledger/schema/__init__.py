@@ -1,4 +1,4 @@
-"""The ledger's tables, version 4, on one metadata, which of them are chained, and the triggers that forbid changes.
+"""The ledger's tables, version 6, on one metadata, which of them are chained, and the triggers that forbid changes.
 
 `usage` facts, receipts, price books, sums, retention · `ledger` the hash chain and double entry · `budgets` budgets and
 holds · `statements` what was issued. A new table belongs in one of them or in a module of its own that is imported
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from polar_billing.ledger.schema.base import NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
-from polar_billing.ledger.schema.budgets import budget_table, counter_table, hold_table
+from polar_billing.ledger.schema.budgets import budget_table, clock_table, counter_table, hold_table
 from polar_billing.ledger.schema.ledger import anchor_table, entry_table, head_table, link_table, transaction_table
 from polar_billing.ledger.schema.statements import credit_note_table, statement_table
 from polar_billing.ledger.schema.usage import (
@@ -36,6 +36,7 @@ __all__ = [
     "Chained",
     "anchor_table",
     "budget_table",
+    "clock_table",
     "counter_table",
     "credit_note_table",
     "entry_table",
