@@ -90,7 +90,7 @@ their promises broke too often.
 """
 OTHERS = ("static", "menu-early")
 FREE = 200
-"""Prompts of the test split that every tier of the main router also answers freely."""
+"""Prompts of the test split that every tier of what may ship also answers freely."""
 
 
 @dataclass
@@ -284,7 +284,7 @@ class Work:
             self.sets,
             router=self.folder / name,
             timed=self.options.timed,
-            free=self.options.free if name.startswith(MAIN) else 0,
+            free=self.options.free if name.startswith((MAIN, "static")) else 0,
             on_progress=self.show,
         )
         (self.folder / f"{name}.json").write_text(json.dumps(evaluation.plain(), indent=1) + "\n", encoding="utf-8")
@@ -368,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cuts", default="default", help="first layers of what is filled, e.g. 27,24,22,20,18")
     parser.add_argument("--fit-per-kind", type=int, default=120, help="texts of each kind that fills are fitted on")
     parser.add_argument("--per-kind", type=int, default=150, help="texts of each kind for the router")
+    parser.add_argument("--depth-facts", type=int, default=34, help="facts in those notes: 34 are some 1,000 tokens")
     parser.add_argument("--distil", type=int, default=600, help="training steps of the fills, without labels")
     parser.add_argument("--fill-rate", type=float, default=3e-4, help="learning rate of those steps")
     parser.add_argument("--free", type=int, default=FREE, help="test prompts that every tier also answers freely")
@@ -415,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(record_seeds(recorder, [router.with_suffix(".json") for router in mains]))
     record_router(recorder, shipped.with_suffix(".json"))
     if options.depth_prompts:
-        record_depths(recorder, model, _by_tier(model, shipped), options.depth_prompts)
+        record_depths(recorder, model, _by_tier(model, shipped), options.depth_prompts, options.depth_facts)
     print(f"wrote {recorder.path}")
     ship(shipped, options.out)
 
