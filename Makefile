@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 
-.PHONY: help install demo test test-fast tamper check format docs model bench-engine bench-billing router simulate clean
+.PHONY: help install demo test test-fast standard-suite tamper check format docs model bench-engine bench-billing router simulate fuzz clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test-billing: $(STAMP) ## Run the tests of polar_billing
 test-integrations: $(STAMP) ## Run the tests of the integrations that need no model
 	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/integrations
 
+standard-suite: model ## Run LangChain's suites for chat models on the default model, without a network
+	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py
+
 tamper: $(STAMP) ## Change every cell and row of a ledger past the package, on both stores: what does verify miss?
 	POLAR_TEST_TAMPER=all $(OFFLINE) $(BIN)/python -m pytest -q -s tests/billing/proof/test_tampering.py
 
@@ -62,6 +65,9 @@ SCHEDULES ?= 100000
 
 simulate: $(STAMP) ## Run 100,000 seeded schedules of crashes and faults and check the invariants; SEED=… repeats one
 	PYTHONHASHSEED=0 $(BIN)/python -m tests.simulation $(if $(SEED),--repeat $(SEED) --trace,--schedules $(SCHEDULES))
+
+fuzz: $(STAMP) ## Feed every reader 50,000 hostile inputs; SEED="policy:17" repeats one
+	$(BIN)/python -m tests.fuzz $(if $(SEED),--repeat "$(SEED)",--inputs 50000)
 
 check: $(STAMP) ## Check format, lint, types, layers and docs
 	$(BIN)/ruff format --check .

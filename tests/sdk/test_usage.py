@@ -25,7 +25,11 @@ from polar_sdk.usage import (
 )
 
 counts = st.integers(0, 2**60)
-names = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=50).filter(str.strip)
+names = (
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cf", "Zl", "Zp"]), min_size=1, max_size=50)
+    .map(str.strip)
+    .filter(bool)
+)
 
 
 @st.composite

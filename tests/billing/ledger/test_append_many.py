@@ -25,6 +25,7 @@ from polar_sdk.usage import Outcome, UsageRecord
 EVERYTHING = Selection(ALL_TENANTS)
 START = datetime(2026, 10, 31, 21, tzinfo=UTC)
 
+texts = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cf", "Zl", "Zp"]), max_size=5)
 records = st.builds(
     usage_record,
     st.integers(min_value=0, max_value=10**6).map(str),
@@ -33,7 +34,7 @@ records = st.builds(
     path=st.lists(st.integers(min_value=0, max_value=5), max_size=8),
     output=st.integers(min_value=0, max_value=50),
     outcome=st.sampled_from(Outcome),
-    tags=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
+    tags=st.dictionaries(texts.map(str.strip), texts, max_size=3),
     started_at=st.integers(min_value=0, max_value=500).map(lambda n: START + timedelta(minutes=n, microseconds=n)),
 )
 streams = st.lists(records, max_size=10, unique_by=lambda record: (record.tenant, record.request_id))

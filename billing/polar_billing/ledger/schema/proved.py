@@ -54,7 +54,7 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
         "router router_version tier program outcome finish_reason error tokens_input tokens_cached tokens_output "
         "visits_prefill visits_decode flops_embed flops_layers_prefill flops_layers_decode flops_head flops_router "
         "flops_total flops_formula identity_flops kv_bytes_peak device dtype queue_ns prefill_ns decode_ns "
-        "loops_stopped"
+        "loops_stopped visits_prefill_filled"
     ),
     "polar_receipt": _chained("usage_seq price_book_hash cost unrated"),
     "polar_usage_hour": (
@@ -99,8 +99,22 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
             "a counter of no budget counts for nothing, and one that is missing is computed again",
         ),
     ),
+    "polar_clock": (
+        _declared(Proof.OUTSIDE, "id boot ahead", "says when open holds expire, and they stand for nothing stored yet"),
+    ),
     "polar_statement": _chained(
         "number tenant since until currency id price_book_hash seq_until late issued_at document"
+    ),
+    "polar_api_key": _chained(
+        "seq tenant key_id name secret_hash tags scopes models tiers max_tokens requests_per_minute tokens_per_minute "
+        "parallel not_before expires_at rotated_from revoked set_at"
+    ),
+    "polar_reply": (
+        _declared(
+            Proof.OUTSIDE,
+            "seq tenant key_hash fingerprint state answer claimed_at expires_at",
+            "a copy of an answer that was sent, for a day; what it cost is in the usage",
+        ),
     ),
     "polar_credit_note": _chained("number tenant statement reference amount reason issued_at"),
 }
@@ -110,6 +124,8 @@ ROWS_OUTSIDE: Final[dict[str, str]] = {
     "polar_schema": "a ledger of another schema version is refused before it is read",
     "polar_probe": "always empty, and never read",
     "polar_hold": "a hold that is not settled stands for nothing stored; where one is missing, usage counts by itself",
+    "polar_reply": "a copy of an answer that was sent, which is deleted after a day anyway",
+    "polar_clock": "without its row the clock of the next hold starts anew",
     "polar_budget_counter": "a counter that is missing is computed again, and one of no budget counts for nothing",
 }
 """Table → why a row that was deleted or added need not be found. In every other table it is."""
