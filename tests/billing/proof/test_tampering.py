@@ -18,7 +18,7 @@ from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,7 @@ import pytest
 from sqlalchemy import and_, column, delete, insert, inspect, select, table
 from sqlalchemy.exc import DBAPIError
 
+from polar_billing.access.keys import ApiKeys
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.ledger.books import add_book
@@ -77,6 +78,11 @@ def hold_and_use(meter: Meter, tenant: str, at: datetime) -> None:
     meter.release(tenant, f"released-{at}")
 
 
+def make_keys(ledger: Ledger, mark: str) -> None:
+    for tenant, n in product(TENANTS, (1, 2)):
+        ApiKeys(ledger).create(tenant, f"{mark}-{n}", tags={"team": "search"}, max_tokens=n)
+
+
 def fill(ledger: Ledger, noon: datetime = NOON) -> None:
     """Two rows or more in every chained table, of both tenants wherever that can be."""
     book, mark = PriceBook.example(), f"{noon:%Y-%m}"
@@ -104,6 +110,7 @@ def fill(ledger: Ledger, noon: datetime = NOON) -> None:
                 lines = [Line(Account.CASH, Decimal(n), "USD"), Line(Account.RECEIVABLE, Decimal(-n), "USD")]
                 first = post(connection, tenant, "payment", f"{mark}-{n}", lines, noon, note="paid")
             post(connection, tenant, "correction", mark, lines[::-1], noon, corrects=first)
+    make_keys(ledger, mark)
     for tenant in TENANTS:
         for month in (mark, f"{noon + timedelta(days=30):%Y-%m}"):
             one = issue_statement(ledger, tenant, Period.month(month), now=noon + timedelta(days=90)).statement
