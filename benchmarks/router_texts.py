@@ -43,8 +43,6 @@ _PARTS: Final = Shares(0.5, 0.5, 0.0, 0.0)
 _NEIGHBOURS: Final = 5
 """Passages in one prompt, as a search would return them."""
 DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
-_FACTS: Final = (34, 34)
-"""Facts in notes of about 1,000 tokens."""
 
 
 def texts(part: Part, per_kind: int, limit: int | None = None) -> list[Item]:
@@ -96,11 +94,21 @@ def _from_data(limit: int | None) -> list[Item]:
     return items
 
 
-def record_depths(recorder: Recorder, model: PolarModel, tiers: dict[str, Router], per_depth: int) -> None:
-    """Whether tiers find a fact at every depth of notes of about 1,000 tokens as full depth does: F1 to the answer."""
+def record_depths(
+    recorder: Recorder, model: PolarModel, tiers: dict[str, Router], per_depth: int, facts: int = 34
+) -> None:
+    """Whether tiers find a fact at every depth of long notes as full depth does: F1 to the answer.
+
+    Args:
+        recorder: Takes the figures.
+        model: The model.
+        tiers: Routers by tier, `exact` among them.
+        per_depth: Prompts at each depth.
+        facts: In each prompt; 34 make about 1,000 tokens.
+    """
     scores: dict[str, list[float]] = {tier: [] for tier in tiers}
     for depth in DEPTHS:
-        asked = notes(per_depth, seed=11, facts=_FACTS, depth=depth)
+        asked = notes(per_depth, seed=11, facts=(facts, facts), depth=depth)
         for tier, router in tiers.items():
             written = [model.decode(answer) for answer in _answers(model, [text.prompt for text in asked], router)]
             own = [_found(text, right.answer) for text, right in zip(written, asked, strict=True)]

@@ -5,9 +5,9 @@ those of `router_texts`, by kind. Bridges are tuned to the right choices; fills 
 without labels. The menu is the one that ships, unless `--programs search` asks for a search. Every stage keeps its
 work, so that the same command resumes after Ctrl-C.
 
-The router is trained, certified and evaluated once per seed, and the best on dev ships. The measurements, of the
-article's router too, are printed and written beside the work; the figures of what ships go to `--results`, and the
-artifact, of at most 12 MB, to `--out`.
+The router is trained, certified and evaluated once per seed, and the best on dev ships. The measurements, with
+`--epochs 3` of the article's router too, are printed and written beside the work; the figures of what ships go to
+`--results`, and the artifact, of at most 12 MB, to `--out`.
 
 Tuned bridges have seen the questions of the train split, so that programs do not behave there as on new questions. So a
 router learns about choices from the dev split. Texts that fills were fitted on take no further part.
@@ -90,7 +90,7 @@ their promises broke too often.
 """
 OTHERS = ("static", "menu-early")
 FREE = 200
-"""Prompts of the test split that every tier of the main router also answers freely."""
+"""Prompts of the test split that every tier of what may ship also answers freely."""
 
 
 @dataclass
@@ -157,10 +157,11 @@ class Work:
             self.model.use_bridges(Bridging(self.options, healed, self.folder, self.show).run(self.model))
         fills, chosen = self.folder / "fills", self.options
         if not (fills / "fills.json").is_file():
-            with RewardCache(cache_path(self.model.fingerprint, self.model.dtype)) as cache:
+            exact = PolarModel.from_pretrained(chosen.model, precision="fp32", ledger=None)  # trains twice as fast
+            with RewardCache(cache_path(exact.fingerprint, exact.dtype)) as cache:
                 lab.heal_fills(
-                    self.model,
-                    texts("fit", chosen.fit_per_kind, chosen.limit),
+                    exact,
+                    self._filled(),
                     chosen.cuts,
                     out=fills,
                     cache=cache,
@@ -284,7 +285,7 @@ class Work:
             self.sets,
             router=self.folder / name,
             timed=self.options.timed,
-            free=self.options.free if name.startswith(MAIN) else 0,
+            free=self.options.free if name.startswith((MAIN, "static")) else 0,
             on_progress=self.show,
         )
         (self.folder / f"{name}.json").write_text(json.dumps(evaluation.plain(), indent=1) + "\n", encoding="utf-8")
@@ -368,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cuts", default="default", help="first layers of what is filled, e.g. 27,24,22,20,18")
     parser.add_argument("--fit-per-kind", type=int, default=120, help="texts of each kind that fills are fitted on")
     parser.add_argument("--per-kind", type=int, default=150, help="texts of each kind for the router")
+    parser.add_argument("--depth-facts", type=int, default=34, help="facts in those notes: 34 are some 1,000 tokens")
     parser.add_argument("--distil", type=int, default=600, help="training steps of the fills, without labels")
     parser.add_argument("--fill-rate", type=float, default=3e-4, help="learning rate of those steps")
     parser.add_argument("--free", type=int, default=FREE, help="test prompts that every tier also answers freely")
@@ -392,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the router; the best on dev ships")
     parser.add_argument("--bridge-seed", type=int, default=0, help="seed of the bridges")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of the layerwise router; 0 leaves it out")
+    parser.add_argument("--epochs", type=int, default=0, help="epochs of the layerwise router; 0 leaves it out")
     parser.add_argument("--price", type=float, default=3.0, help="price of a lost prompt for the layerwise router")
     parser.add_argument(
         "--tier",
@@ -415,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(record_seeds(recorder, [router.with_suffix(".json") for router in mains]))
     record_router(recorder, shipped.with_suffix(".json"))
     if options.depth_prompts:
-        record_depths(recorder, model, _by_tier(model, shipped), options.depth_prompts)
+        record_depths(recorder, model, _by_tier(model, shipped), options.depth_prompts, options.depth_facts)
     print(f"wrote {recorder.path}")
     ship(shipped, options.out)
 

@@ -17,6 +17,7 @@ BillingError (PolarError)
 ├── UnbalancedError (ValueError)           the lines of a transaction that do not sum to zero
 ├── PriceBookError (ValueError)            a price book that is missing or malformed
 ├── BudgetError (ValueError)               a malformed or unknown budget
+├── AccessError (ValueError)               an API key that is unknown, or bound to what cannot be
 ├── PeriodError (ValueError)               a month, date or time zone that does not parse
 ├── QueryError (ValueError)                a question about usage that cannot be answered
 │   └── CurrencyMixError                   amounts of several currencies in one sum
@@ -118,6 +119,12 @@ class PriceBookError(BillingError, ValueError):
 
 class BudgetError(BillingError, ValueError):
     """A budget that is malformed or unknown."""
+
+    exit_code = 2
+
+
+class AccessError(BillingError, ValueError):
+    """An API key that is unknown or not active, or a bound of one that is not valid."""
 
     exit_code = 2
 

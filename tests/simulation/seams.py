@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tests.simulation.world import Killed, Process, World
 
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 _PRODUCT = ("polar_sdk", "polar_billing")
 
 
+_NOBODY: Final = World("nobody")
+
+
 def world() -> World:
-    """The world whose schedule runs."""
-    assert World.now_in is not None, "no world runs"
-    return World.now_in
+    """The world whose schedule runs; between schedules, one in which nobody moves."""
+    return World.now_in or _NOBODY
 
 
 def _is_dead() -> bool:
@@ -297,6 +299,8 @@ class Namespace:
 
 def _start_new_thread(call: Callable[..., object], args: tuple[Any, ...] = ()) -> int:
     here = world()
+    if here is _NOBODY:
+        raise RuntimeError("can't start new thread")  # as at the end of an interpreter
     return here.spawn(here.process, lambda: call(*args), call.__name__).ident
 
 

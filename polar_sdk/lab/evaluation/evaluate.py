@@ -152,6 +152,11 @@ class _Control:
         return self.deals[0]
 
 
+def _share(run: _Run) -> float:
+    """Mean share of identity's answers that a run keeps."""
+    return fmean(outcome.share for outcome in run.outcomes)
+
+
 class _SetEvaluator:
     """Runs and measures systems on one set."""
 
@@ -224,10 +229,10 @@ class _SetEvaluator:
     def _static(self, run: _Run) -> _Control:
         """The best static program of the run's cost, chosen with hindsight: the one that agrees most on these prompts.
 
-        A mix of two programs is dealt several times.
+        Where several agree alike, as on texts, the one that keeps most of the answers. A mix of two is dealt several
+        times.
         """
-        quality = {program: fmean(self.subjects.outcomes.agreeing(program)) for program in self.subjects.static}
-        mix = best_static(quality, self._static_costs(), sum(self._flops(run)))
+        mix = best_static(self._static_quality(), self._static_costs(), sum(self._flops(run)))
         seeds = self._seeds() if mix.cheap != mix.expensive else self._seeds()[:1]
         return _Control(STATIC, [self._run(mix.deal(len(self.rows), seed)) for seed in seeds], mix.text)
 
@@ -241,6 +246,13 @@ class _SetEvaluator:
 
     def _seeds(self) -> range:
         return range(self.subjects.seed, self.subjects.seed + _DEALS)
+
+    def _static_quality(self) -> dict[Program, float]:
+        """Agreement of each fixed program over all prompts, and a little of the share that it keeps."""
+        matrix = self.subjects.outcomes.matrix
+        quality = (matrix.agree.double().mean(0) + 0.01 * matrix.share.double().mean(0)).tolist()
+        known = dict(zip(matrix.programs, quality, strict=True))
+        return {program: known[program] for program in self.subjects.static}
 
     def _static_costs(self) -> dict[Program, float]:
         """FLOPs of each fixed program over all prompts."""
@@ -306,6 +318,7 @@ class _SetEvaluator:
             accuracy_gain=fmean(fmean(right) - fmean(other) for other, _ in theirs) if right else None,
             agreement_p=median(mcnemar(agree, other) for _, other in theirs),
             agreement_gain=fmean(fmean(agree) - fmean(other) for _, other in theirs),
+            share_gain=fmean(_share(run) - _share(deal) for deal in control.deals),
         )
 
     def frontier(self) -> list[FrontierPoint]:

@@ -13,6 +13,7 @@ from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, 
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
 from polar_sdk.lab.evaluation.free_running import FreeRunner
 from polar_sdk.lab.evaluation.results import Evaluation, verdict
+from polar_sdk.lab.evaluation.texts import LENGTHS
 from polar_sdk.lab.items import ChoiceItem
 from polar_sdk.lab.training.measuring import Bench, marks, unseen
 from polar_sdk.programs.program import Program
@@ -73,8 +74,8 @@ class Judge:
         """
         training = {name: value for name, value in self._router.facts.training.items() if name != "calibrated"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=True))
-        outcomes = self._outcomes(tasks, labels=True)
         outputs = self._outputs(tasks)
+        outcomes = self._outcomes(tasks, outputs, labels=True)
         certificate = certify(self._router, outputs, outcomes, tiers=tiers, delta=delta, on_progress=self.on_progress)
         training["calibrated"] = marks(task.id for task in tasks)
         return self._router.with_facts(training=training).with_certificate(certificate)
@@ -90,7 +91,8 @@ class Judge:
         """Certify on random halves of the items that training did not use, and count the promises that then break."""
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=False))
-        walk = DialWalk.along(self._router, self._outputs(tasks), self._outcomes(tasks, labels=True), self.on_progress)
+        outputs = self._outputs(tasks)
+        walk = DialWalk.along(self._router, outputs, self._outcomes(tasks, outputs, labels=True), self.on_progress)
         return resplit(walk, tiers, delta, times)
 
     def evaluate(
@@ -124,6 +126,7 @@ class Judge:
             texts = self._texts(subjects, of_set, free) if index == 0 else texts
             results.append(evaluate_set(name, replace(subjects, timings={} if index else timings)))
             classes += evaluate_classes(subjects, _classes(name, of_set) if name in tasks else _kinds(of_set))
+            classes += evaluate_classes(subjects, _lengths(of_set)) if index == 0 else []
         return Evaluation(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
@@ -163,12 +166,15 @@ class Judge:
         return {tier: certificate.tiers[tier].theta for tier in order}
 
     def _subjects(self, tasks: Sequence[Task], points: Mapping[str, float], seed: int) -> Subjects:
+        outputs = self._outputs(tasks)
+        outcomes = self._outcomes(tasks, outputs, labels=False)
+        fixed = [program for program in self._static() if program in outcomes.matrix.programs]
         return Subjects(
             router=self._router,
             points=points,
-            outputs=self._outputs(tasks),
-            outcomes=self._outcomes(tasks, labels=False),
-            static=list(dict.fromkeys([Program.identity(self.model.depth), *self._static()])),
+            outputs=outputs,
+            outcomes=outcomes,
+            static=list(dict.fromkeys([Program.identity(self.model.depth), *fixed])),
             policy=self.model.policy,
             cost=self.model.decoder.cost,
             rerun=self._bench.again(tasks),
@@ -179,8 +185,19 @@ class Judge:
         """The fixed programs that were measured in training."""
         return [Program.parse(row["program"]) for row in self._router.facts.training.get("static", ())]
 
-    def _outcomes(self, tasks: Sequence[Task], *, labels: bool) -> Outcomes:
-        return self._bench.outcomes(tasks, [*self._router.programs, *self._static()], labels=labels)
+    def _outcomes(self, tasks: Sequence[Task], outputs: Tensor, *, labels: bool) -> Outcomes:
+        """Outcomes of the router's programs and of the fixed ones.
+
+        Where all prompts are answered in text, programs that the router chooses for none of them, at any setting of its
+        dial, are left out: on long prompts each of them would cost as much as half of all the rest.
+        """
+        programs = [*self._router.programs, *self._static()]
+        if all(not isinstance(task.item, ChoiceItem) for task in tasks):
+            lengths = [len(task.question.prompt) for task in tasks]
+            dial = self._router.facts.dial
+            chosen = {program for theta in dial for program in self._router.choose_all(outputs, theta, lengths)}
+            programs = [program for program in programs if program in chosen]
+        return self._bench.outcomes(tasks, programs, labels=labels)
 
     def _outputs(self, tasks: Sequence[Task]) -> Tensor:
         features = self._router.reader.stack([task.question.prompt for task in tasks])
@@ -225,6 +242,19 @@ def _kinds(tasks: Sequence[Task]) -> dict[str, list[int]]:
     for row, task in enumerate(tasks):
         kinds.setdefault("all choices" if isinstance(task.item, ChoiceItem) else "all texts", []).append(row)
     return kinds if len(kinds) > 1 else {}
+
+
+def _lengths(tasks: Sequence[Task]) -> dict[str, list[int]]:
+    """Rows of prompts answered in text, by length, where there are several lengths."""
+    written = {
+        row: len(task.question.prompt) for row, task in enumerate(tasks) if not isinstance(task.item, ChoiceItem)
+    }
+    lengths = {
+        f"texts {name.replace('_', ' ')}": [row for row, length in written.items() if low <= length < high]
+        for name, (low, high) in LENGTHS.items()
+    }
+    found = {name: rows for name, rows in lengths.items() if rows}
+    return found if len(found) > 1 else {}
 
 
 def _classes(name: str, tasks: Sequence[Task]) -> dict[str, list[int]]:

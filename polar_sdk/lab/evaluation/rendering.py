@@ -129,8 +129,8 @@ def _free(free: FreeFigures | None) -> tuple[str, str, str, str]:
 
 
 def _over(rival: Comparison) -> str:
-    """Points of agreement gained, and of accuracy where it is known, with p-values."""
-    agreement = f"{rival.agreement_gain * 100:+.1f} (p {rival.agreement_p:.2g})"
+    """Points of agreement gained, of tokens kept, and of accuracy where it is known, with p-values."""
+    agreement = f"{rival.agreement_gain * 100:+.1f} (p {rival.agreement_p:.2g}), kept {rival.share_gain * 100:+.1f}"
     if rival.accuracy_p is None or rival.accuracy_gain is None:
         return agreement
     return f"{agreement}, right {rival.accuracy_gain * 100:+.1f} (p {rival.accuracy_p:.2g})"

@@ -73,6 +73,8 @@ class Comparison(BaseModel, frozen=True):
     accuracy_gain: float | None
     agreement_p: float
     agreement_gain: float
+    share_gain: float = 0.0
+    """Gain in the mean share of identity's answers that is kept: of their tokens, in text."""
 
     @property
     def beaten(self) -> bool:

@@ -34,6 +34,8 @@ def test_what_is_not_chained_says_why() -> None:
 def test_a_column_added_since_version_4_is_last_and_null_in_older_rows() -> None:
     """Else it would change the digests of rows that were linked before it was added."""
     for table in OF_CHAIN:
+        if table.name not in IN_VERSION_4:  # made by a later version as a whole
+            continue
         columns = [column.name for column in table.c]
         then = IN_VERSION_4[table.name].split()
         assert columns[: len(then)] == then, table.name

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from polar_billing.access.keys import ApiKeys
+from polar_billing.access.replies import Replies
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.ledger.books import add_book
@@ -59,6 +62,13 @@ def hold_and_use(meter: Meter, tenant: str, at: datetime) -> None:
     meter.release(tenant, f"released-{at}")
 
 
+def make_keys(ledger: Ledger, mark: str) -> None:
+    for tenant, n in product(TENANTS, (1, 2)):
+        ApiKeys(ledger).create(tenant, f"{mark}-{n}", tags={"team": "search"}, max_tokens=n)
+        Replies(ledger).claim(tenant, f"{mark}-{n}", "f" * 64)
+    Replies(ledger).keep(TENANTS[0], f"{mark}-1", b"answer")
+
+
 def fill(ledger: Ledger) -> None:
     """Two rows or more in every chained table, of both tenants wherever that can be."""
     book, mark = PriceBook.example(), f"{NOON:%Y-%m}"
@@ -86,6 +96,7 @@ def fill(ledger: Ledger) -> None:
                 lines = [Line(Account.CASH, Decimal(n), "USD"), Line(Account.RECEIVABLE, Decimal(-n), "USD")]
                 first = post(connection, tenant, "payment", f"{mark}-{n}", lines, NOON, note="paid")
             post(connection, tenant, "correction", mark, lines[::-1], NOON, corrects=first)
+    make_keys(ledger, mark)
     for tenant in TENANTS:
         for month in (mark, f"{NOON + timedelta(days=30):%Y-%m}"):
             one = issue_statement(ledger, tenant, Period.month(month), now=NOON + timedelta(days=90)).statement

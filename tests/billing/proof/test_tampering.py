@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import os
 import random
+import sqlite3
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice, pairwise
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -215,7 +217,7 @@ def judged(stranger: Stranger, change: Change) -> str:
         return "found"
     is_outside = column_name in columns_of(name, Proof.OUTSIDE) if column_name else name in ROWS_OUTSIDE
     rows = change.gone or (change.row,)
-    is_open = any(row.get("state") not in {None, "settled"} for row in rows)
+    is_open = name == "polar_hold" and any(row["state"] != "settled" for row in rows)
     return "outside" if is_outside or is_open else "missed"
 
 
@@ -315,6 +317,8 @@ def test_every_change_is_found_or_outside_the_proof(
 
 def test_every_table_is_filled_in_both_stretches(stranger: Stranger) -> None:
     """So that the tests above try what they say."""
+    with closing(sqlite3.connect(Path(__file__).parents[1] / "data" / "ledger_v3.sqlite3")) as old:
+        of_schema_3 = {name for (name,) in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     for name in PROVED:
         rows = stranger.rows(name)
         assert name in {"polar_probe", "polar_clock"} or len(rows) >= 2, name
@@ -328,4 +332,5 @@ def test_every_table_is_filled_in_both_stretches(stranger: Stranger) -> None:
     for subject, chained in CHAINED.items():
         numbers = [place for (of, _), place in stranger.links.items() if of == subject]
         assert any(number > anchors[tenant] for tenant, number in numbers) or subject == "chain_anchor", subject
-        assert any(number <= anchors[tenant] for tenant, number in numbers), chained.table.name
+        if str(chained.table.name) in of_schema_3:
+            assert any(number < anchors[tenant] for tenant, number in numbers), subject

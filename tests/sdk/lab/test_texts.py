@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -130,3 +130,25 @@ def test_nothing_is_said_of_texts_where_there_are_none(model: PolarModel, router
         cost=model.decoder.cost,
     )
     assert evaluate_texts(subjects, {"main": 0.2}) == {}
+
+
+def test_a_program_that_no_text_would_get_is_not_measured(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polar_sdk.engine import scoring
+
+    measured: set[Program] = set()
+    original = scoring.score_programs
+
+    def counted(decoder: Any, pack: Any, programs: Any, *rest: Any) -> Any:
+        measured.update(programs)
+        return original(decoder, pack, programs, *rest)
+
+    monkeypatch.setattr("polar_sdk.lab.rewards.measure.score_programs", counted)
+    menu = (Program.identity(6), Program.skipping(6, [2]), Program.skipping(6, [2, 3]))
+    network = Network.fresh(FeatureReader(model.decoder).stack([[1, 2, 3], [4] * 9]), (), 2, seed=0)
+    network.biases[-1].copy_(torch.logit(torch.tensor([0.9, 0.3])))
+    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, dial=(0.0, 0.2), default_theta=0.2)
+    router = MenuRouter(facts, network, menu).bind(model.decoder, model.fingerprint)
+    items = [PromptItem(prompt=f"tell me of {word}") for word in ("pears", "boats", "trains")]
+    evaluation = Judge(model, router, RewardCache()).evaluate({"data": items}, timed=0)
+    assert measured == {menu[0], menu[1]}
+    assert evaluation.sets[0].main.programs == {menu[1].text: 1.0}

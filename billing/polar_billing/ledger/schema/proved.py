@@ -105,6 +105,17 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
     "polar_statement": _chained(
         "number tenant since until currency id price_book_hash seq_until late issued_at document"
     ),
+    "polar_api_key": _chained(
+        "seq tenant key_id name secret_hash tags scopes models tiers max_tokens requests_per_minute tokens_per_minute "
+        "parallel not_before expires_at rotated_from revoked set_at"
+    ),
+    "polar_reply": (
+        _declared(
+            Proof.OUTSIDE,
+            "seq tenant key_hash fingerprint state answer claimed_at expires_at",
+            "a copy of an answer that was sent, for a day; what it cost is in the usage",
+        ),
+    ),
     "polar_credit_note": _chained("number tenant statement reference amount reason issued_at"),
 }
 """Table → its columns, each of them once."""
@@ -113,6 +124,7 @@ ROWS_OUTSIDE: Final[dict[str, str]] = {
     "polar_schema": "a ledger of another schema version is refused before it is read",
     "polar_probe": "always empty, and never read",
     "polar_hold": "a hold that is not settled stands for nothing stored; where one is missing, usage counts by itself",
+    "polar_reply": "a copy of an answer that was sent, which is deleted after a day anyway",
     "polar_clock": "without its row the clock of the next hold starts anew",
     "polar_budget_counter": "a counter that is missing is computed again, and one of no budget counts for nothing",
 }
