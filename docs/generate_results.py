@@ -60,6 +60,12 @@ SECTIONS = {
         "a gain. The goal of a drop is the tier's certified promise (δ = 0.1).",
         _ROUTER,
     ),
+    "fairness": Section(
+        "Serving: what other tenants cost one",
+        "A tenant that asks in turn, beside streams of another tenant that nobody reads, and beside a crowd of callers "
+        "of another tenant. A ratio is what it gets over what it has alone. The fair share of two tenants is half.",
+        "`make bench-fairness`",
+    ),
     "texts": Section(
         "Router: answers in text",
         "The same router on prompts answered in text: GSM8K and the prompts of the package.",
@@ -152,7 +158,8 @@ def page() -> str:
     """The whole page, as Markdown."""
     runs = read_runs()
     machines = list(dict.fromkeys(_machine(run) for run in runs))
-    topics = dict.fromkeys([*SECTIONS, *(one.topic for run in runs for one in run.figures)])
+    measured = {one.topic for run in runs for one in run.figures}
+    topics = [topic for topic in SECTIONS if topic in measured] + sorted(measured - SECTIONS.keys())
     tables = [_section(topic, runs, machines) for topic in topics]
     listed = "\n".join(f"- **{_letter(machines, one)}**: {one}" for one in machines)
     described = "\n".join(f"{number}. {_described(run)}" for number, run in enumerate(runs, start=1))

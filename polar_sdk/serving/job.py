@@ -110,6 +110,11 @@ class Job:
         """True once nothing more will be computed."""
         return self._done
 
+    @property
+    def left(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
     def cancel(self) -> None:
         """Request the job to stop; it does so before its next token."""
         self._cancelled = True

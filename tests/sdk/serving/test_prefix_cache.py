@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_sdk.serving.scheduler import Limits
+from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
