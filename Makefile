@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 
-.PHONY: help install demo test test-fast check format docs model bench-engine bench-billing router simulate clean cancel-storm bench-fairness
+.PHONY: help install demo test test-fast standard-suite tamper check format docs model bench-engine bench-billing router simulate fuzz clean cancel-storm bench-fairness
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,12 @@ test-billing: $(STAMP) ## Run the tests of polar_billing
 test-integrations: $(STAMP) ## Run the tests of the integrations that need no model
 	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/integrations
 
+standard-suite: model ## Run LangChain's suites for chat models on the default model, without a network
+	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py
+
+tamper: $(STAMP) ## Change every cell and row of a ledger past the package, on both stores: what does verify miss?
+	POLAR_TEST_TAMPER=all $(OFFLINE) $(BIN)/python -m pytest -q -s tests/billing/proof/test_tampering.py
+
 # A schedule is repeated by the text that a broken one prints: make simulate SEED=ledger:17
 SEED ?=
 SCHEDULES ?= 100000
@@ -65,6 +71,9 @@ cancel-storm: $(STAMP) ## Cancel 2,000 requests at any await, token and moment, 
 
 bench-fairness: model ## Measure what paused readers and a crowd of one tenant cost another
 	$(OFFLINE) $(BIN)/python -m benchmarks.fairness
+
+fuzz: $(STAMP) ## Feed every reader 50,000 hostile inputs; SEED="policy:17" repeats one
+	$(BIN)/python -m tests.fuzz $(if $(SEED),--repeat "$(SEED)",--inputs 50000)
 
 check: $(STAMP) ## Check format, lint, types, layers and docs
 	$(BIN)/ruff format --check .
@@ -80,6 +89,7 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 docs: $(STAMP) ## Generate the generated documents and build the site into site/
 	$(BIN)/python -m pip install --quiet --group docs
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_proof.py
 	$(BIN)/python docs/generate_images.py
 	test ! -f docs/generate_results.py || $(BIN)/python docs/generate_results.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -10,14 +10,17 @@ median of `--rounds` runs, each into a new ledger. Knows no models: the records 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sqlite3
 import time
+import tomllib
 import warnings
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -92,18 +95,51 @@ def _timed(count: int, store: Callable[[int], object]) -> tuple[float, float]:
     return count / (time.perf_counter() - begun), (time.process_time() - busy) / count * 1e6
 
 
-def metering(url: str, durability: Any, count: int, pause_s: float = 0.0) -> tuple[float, float]:
-    """Milliseconds that `check` and `emit` take on the caller's thread: median, 99th percentile."""
-    took = []
+@dataclass
+class Took:
+    """What something took, each time. Unit: milliseconds."""
+
+    wall: list[float]
+    busy: list[float]
+    """Processor time of the calling thread: less than `wall` where it waited."""
+
+    @property
+    def p99(self) -> float:
+        """99th percentile of `wall`."""
+        return sorted(self.wall)[int(len(self.wall) * 0.99)]
+
+
+def paced(call: Callable[[UsageRecord], object], count: int, pause_s: float) -> Took:
+    """Time a call for each of some records, after the first 20, with a pause before each."""
+    took = Took([], [])
+    for record in records(count + 20):
+        time.sleep(pause_s)
+        begun, busy = time.perf_counter(), time.thread_time()
+        call(record)
+        took.busy.append((time.thread_time() - busy) * 1_000)
+        took.wall.append((time.perf_counter() - begun) * 1_000)
+    return Took(took.wall[20:], took.busy[20:])
+
+
+def metering(url: str, durability: Any, count: int, pause_s: float = 0.0) -> Took:
+    """What `check` and `emit` take on the caller's thread."""
     with Meter(url, durability=durability) as meter:
-        for record in records(count + 20):
-            begun = time.perf_counter()
+
+        def meter_one(record: UsageRecord) -> None:
             meter.check()
             meter.emit(record)
-            took.append((time.perf_counter() - begun) * 1_000)
-            time.sleep(pause_s)
-    took = sorted(took[20:])
-    return median(took), took[int(len(took) * 0.99)]
+
+        return paced(meter_one, count, pause_s)
+
+
+def control(_: UsageRecord) -> None:
+    """The standard library at work for about as long as `emit`: no file, no lock, no other thread, no code of ours.
+
+    What makes this slower when it is called rarely (cold caches, a processor that slept) makes `emit` slower as well.
+    """
+    json.loads(json.dumps({"numbers": list(range(9)), "now": str(datetime.now(UTC))}))
+    tomllib.loads('id = "x"\n[[prices]]\neffective_from = 2024-01-01\nper_request = 1.5')
+    Decimal("1.5").quantize(Decimal("0.01"))
 
 
 def querying(ledger: Ledger, *, rollups: bool) -> tuple[float, int]:
@@ -182,13 +218,25 @@ def _ingest(bench: Bench, store: str, goal: int, place: Callable[[str], Abstract
         _record(bench, f"{store}, `{what}`, processor time of the client", busy, "µs/event", note=note)
 
 
+PAUSES: Final = (0.0, 0.002, 0.02, 0.05)
+
+
 def measure_metering(bench: Bench) -> None:
-    """What metering adds to a request on the caller's thread."""
+    """What metering adds to a request on the caller's thread, one request right after the other and at a slow pace."""
     for durability, requests in (("spool", 2_000), ("commit", 200), ("sync", 200)):
-        middle, slow = metering(str(bench.folder / f"{durability}.sqlite3"), durability, requests, 0.002)
+        took = metering(str(bench.folder / f"{durability}.sqlite3"), durability, requests, 0.002)
         name = f'check + emit, `durability="{durability}"`'
-        _record(bench, f"{name}, median", [middle], "ms", goal=0.2 if durability == "spool" else None, better="lower")
-        _record(bench, f"{name}, p99", [slow], "ms")
+        goal = 0.2 if durability == "spool" else None
+        _record(bench, f"{name}, median", [median(took.wall)], "ms", goal=goal, better="lower")
+        _record(bench, f"{name}, p99", [took.p99], "ms")
+    for pause_s in PAUSES:
+        url = str(bench.folder / f"pause {pause_s}.sqlite3")
+        for name, took in (
+            ('check + emit, `durability="spool"`', metering(url, "spool", 200, pause_s)),
+            ("control: the standard library at work", paced(control, 200, pause_s)),
+        ):
+            note = f"processor time {median(took.busy):.3f} ms, p99 {took.p99:.3f} ms"
+            _record(bench, f"{name}, {pause_s * 1_000:g} ms apart, median", [median(took.wall)], "ms", note=note)
 
 
 def measure_query(bench: Bench) -> None:

@@ -28,8 +28,10 @@ import torch
 
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, timed
 from benchmarks.results import RESULTS, Recorder
-from polar_sdk import PolarModel, Program
-from polar_sdk.engine.scoring import Question, score_questions
+from polar_sdk import PolarModel, Policy, Program
+from polar_sdk.engine.pack import Question
+from polar_sdk.engine.scoring import score_questions
+from polar_sdk.testing import random_fill
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +42,8 @@ SPIN = "600"
 """Spins of a waiting OpenMP thread before it sleeps (GOMP_SPINCOUNT); `benchmarks/LOG.md` says why 600."""
 NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
+LONG, CUTS = 1000, (0.9, 0.8, 0.733, 0.667, 0.6)
+"""A prompt with notes, in tokens, and the shares of the layers from which on it is filled."""
 
 
 def main() -> None:
@@ -251,6 +255,32 @@ def lean_program(bench: Bench) -> None:
         print(f"| {over.name}; {note} | {over.value:.2f} | | |", flush=True)
 
 
+def fills(bench: Bench) -> None:
+    """Does a prompt whose upper layers are filled take proportionally less time to its first token?
+
+    What a fill writes does not change how long it takes, so random maps do.
+    """
+    loaded = bench.model("bf16").loaded
+    decoder, depth = loaded.decoder, loaded.decoder.depth
+    identity = Program.identity(depth)
+    segments = [(round(share * depth), depth - 1) for share in CUTS]
+    decoder.set_fills({**decoder.fills, **{segment: random_fill(decoder, segment) for segment in segments}})
+    model = PolarModel(loaded, policy=Policy.permissive(), ledger=None)
+
+    def seconds(program: Program) -> float:
+        prompt = bench.prompt(LONG)
+        return timed(lambda: model.generate(prompt, template="raw", max_tokens=1, program=program))
+
+    for segment in segments:
+        program = Program.filling(depth, [segment])
+        share = decoder.cost.prefill(program, LONG) / decoder.cost.prefill(identity, LONG)
+        times = bench.alternate(partial(seconds, program), partial(seconds, identity))
+        name, note = f"first token of {LONG} tokens, {program.text}", f"{share:.0%} of the prompt's FLOPs"
+        ratio = _record(bench, name, times, Peer(IDENTITY), "s", note)
+        over = bench.recorder.add(f"{name}, time ÷ FLOPs", ratio / share, "", goal=1.08, better="lower", note=note)
+        print(f"| {over.name}; {note} | {over.value:.2f} | | |", flush=True)
+
+
 def _programs(model: PolarModel, count: int, share: float, prompt: int, output: int) -> list[Program]:
     """Random programs of about that share of identity's FLOPs, all different, without repeated layers."""
     chooser = random.Random(1)
@@ -371,6 +401,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
     "decode_integers": decode_integers,
     "prefill": prefill,
     "lean_program": lean_program,
+    "fills": fills,
     "mixed_programs": mixed_programs,
     "concurrent": concurrent,
     "constrained": constrained,

@@ -1,4 +1,4 @@
-"""Figures of a router and of several seeds of its bridges: quality per tier, and the spread over the seeds.
+"""Figures of a router and of several seeds of its training: quality per tier, and the spread over the seeds.
 
 Used by `train_router.py`; reads the evaluations and re-splits that it wrote, and measures nothing.
 """
@@ -19,6 +19,12 @@ __all__ = ["record_router", "record_seeds"]
 
 _CLASSES = {"all choices": "choices", "all texts": "texts"}
 """Topic of the figures by class of prompts."""
+_TEXTS = {
+    "FLOPs saved": "flops_saved",
+    "tokens kept": "tokens_kept",
+    "95 % kept": "strict_kept",
+    "three quarters kept": "three_quarters_kept",
+}
 
 
 def record_router(recorder: Recorder, evaluation: Path) -> None:
@@ -31,6 +37,8 @@ def record_router(recorder: Recorder, evaluation: Path) -> None:
     for point, texts in facts["sets"][0]["generation"].items():
         tier = point.removeprefix("router (").removesuffix(")")
         recorder.add(f"{tier}: same tokens", 100 * texts["same_tokens"], "%", topic="texts")
+    for tier, whole in facts["texts"].items():
+        _record_texts(recorder, tier, whole)
     for comparison in facts["sets"][0]["comparisons"]:
         for figure in ("agreement", "accuracy"):
             if (gain := comparison[f"{figure}_gain"]) is not None:
@@ -44,6 +52,34 @@ def record_router(recorder: Recorder, evaluation: Path) -> None:
             note = f"{row['times']} promises made on a random half of the prompts"
             name = f"{row['tier']}: promises broken on the other half"
             recorder.add(name, share, "%", topic="controls", goal=10, better="lower", note=note)
+
+
+def _record_texts(recorder: Recorder, tier: str, whole: dict[str, Any]) -> None:
+    """Answers in text of one tier: by length, the worst kind, and what was written freely."""
+    for name, part in _parts(whole).items():
+        note = f"{part['prompts']:,} prompts; noise floor {part['noise_floor']:.1%}"
+        note += f"; {whole['worst_kind']}" if name == "worst kind" else ""
+        for figure, key in _TEXTS.items():
+            recorder.add(f"{tier}, {name}: {figure}", 100 * part[key], "%", topic="answers", note=note)
+    free = whole["free"]
+    if free is None:
+        return
+    note = f"{free['prompts']} prompts answered freely"
+    recorder.add(f"{tier}: KL per token", free["kl_per_token"], "nats", topic="free", better="lower", note=note)
+    recorder.add(f"{tier}: tokens before the first change", free["first_divergence"], "tokens", topic="free", note=note)
+    recorder.add(f"{tier}: chrF to full depth", 100 * free["chrf"], "%", topic="free", note=note)
+    recorder.add(
+        f"{tier}: repeated runs of four tokens",
+        100 * free["repeated_4grams"],
+        "%",
+        topic="free",
+        better="lower",
+        note=note,
+    )
+    if free["gold_f1_drop"] is not None:
+        drop, low, high = (100 * value for value in free["gold_f1_drop"])
+        facts = {"low": low, "high": high, "interval": "95%", "goal": 2, "better": "lower", "note": note}
+        recorder.add(f"{tier}: drop of F1 to the right text", drop, "points", topic="free", **facts)
 
 
 def _record_class(recorder: Recorder, result: dict[str, Any], promise: float | None) -> None:
@@ -62,9 +98,9 @@ def _record_class(recorder: Recorder, result: dict[str, Any], promise: float | N
 
 
 def record_seeds(recorder: Recorder, evaluations: Sequence[Path]) -> str:
-    """Mean and range over the seeds of the bridges; also as text, a line per class, tier and figure."""
+    """Mean and range over the seeds of the router; also as text, a line per class, tier and figure."""
     by_seed = [_figures(json.loads(path.read_text(encoding="utf-8"))) for path in evaluations]
-    lines = [f"{len(by_seed)} seeds of the bridges: mean ± spread, from lowest to highest, in %"]
+    lines = [f"{len(by_seed)} seeds of the router: mean ± spread, from lowest to highest, in %"]
     for name in by_seed[0]:
         values = [figures[name] for figures in by_seed]
         low, high = min(values), max(values)
@@ -88,4 +124,13 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
         figures[f"{start}: same answer"] = 100 * result["agreement"]
         if result["accuracy_drop"] is not None:  # value, low, high
             figures[f"{start}: accuracy drop"] = 100 * result["accuracy_drop"][0]
+    for tier, whole in evaluation["texts"].items():
+        for name, part in _parts(whole).items():
+            figures |= {f"texts, {tier}, {name}: {figure}": 100 * part[key] for figure, key in _TEXTS.items()}
     return figures
+
+
+def _parts(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All prompts answered in text, those of each length, and those of the worst kind."""
+    worst = {} if whole["worst_kind"] is None else {"worst kind": whole["by_kind"][whole["worst_kind"]]}
+    return {"all": whole, **whole["by_length"], **worst}

@@ -1,13 +1,16 @@
 """Make the shipped router: heal, measure, train, calibrate, evaluate. `make router` runs it for the default model.
 
-The prompts are those of the package and, where POLAR_DATA names a folder, the JSONL sets in it that `--sets` names,
-each a class of its own in the evaluation. Some bridges are tuned to the right choices of those sets, others distilled
-on texts without labels. The menu is the one that ships, unless `--programs search` asks for a search. Every stage keeps
-its work, so that the same command resumes after Ctrl-C. The measurements, of the article's router too, are printed and
-written beside the work; the figures of what ships go to `--results`, and the artifact, of at most 5 MB, to `--out`.
+Questions with choices are the JSONL sets in the folder POLAR_DATA that `--sets` names; prompts answered in text are
+those of `router_texts`, by kind. Bridges are tuned to the right choices; fills are fitted and distilled on texts,
+without labels. The menu is the one that ships, unless `--programs search` asks for a search. Every stage keeps its
+work, so that the same command resumes after Ctrl-C.
+
+The router is trained, certified and evaluated once per seed, and the best on dev ships. The measurements, with
+`--epochs 3` of the article's router too, are printed and written beside the work; the figures of what ships go to
+`--results`, and the artifact, of at most 12 MB, to `--out`.
 
 Tuned bridges have seen the questions of the train split, so that programs do not behave there as on new questions. So a
-router learns about choices from the dev split, and about texts from train and dev.
+router learns about choices from the dev split. Texts that fills were fitted on take no further part.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_bridges import Bridging
 from benchmarks.router_seeds import record_router, record_seeds
+from benchmarks.router_texts import record_depths, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.lab.evaluation.judge import Judge
@@ -34,7 +38,6 @@ from polar_sdk.lab.items import (
     ChoiceItem,
     PromptItem,
     Shares,
-    builtin_items,
     data_hash,
     distinct_items,
     item_id,
@@ -51,8 +54,10 @@ from polar_sdk.lab.training.measuring import marks
 from polar_sdk.lab.training.menu_training import MenuSettings
 from polar_sdk.programs.policy import TIERS
 from polar_sdk.programs.program import Program
-from polar_sdk.router.artifact import save_router
+from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.certificate import TierPromise
+from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.router.store import attach_router
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -62,18 +67,18 @@ if TYPE_CHECKING:
     from polar_sdk.lab.items import Item, Split
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.lab.rewards.tasks import Task
+    from polar_sdk.router.base import Router
     from polar_sdk.router.certificate import Loss
-    from polar_sdk.router.learned import LearnedRouter
 
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "shipped" / "routers" / "smollm2-135m-instruct"
-MAX_BYTES = 5_000_000
-HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:2400,gsm8k.train:700"
-SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,gsm8k.train:1200"
+MAX_BYTES = 12_000_000
+HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:2400"
+SETS = "arc_easy.train,arc_challenge.train,openbookqa.train"
 MENU = (
-    "0-14 [15] 16 [17] 18-29;0-12 [13] 14 [15] 16 [17] 18-29;0-13 [14-18] 19-29;"
-    "0-11 [12-20] 21-29;0-11 [12-20] 21 [22-26] 27-29"
+    "0-26 (27-29);0-23 (24-29);0-21 (22-29);0-19 (20-29);0-17 (18-29);"
+    "0-11 [12-20] 21-29;0-11 [12-20] 21-23 (24-29);0-11 [12-20] 21 [22-26] 27-29;0-11 [12-20] 21 [22-26] (27-29)"
 )
-"""The shipped menu: three programs for texts, with bridges that alternate with layers or not, and two for choices."""
+"""The shipped menu: five cuts, from which layers are filled, and bridges for choices, alone and with fills."""
 SEARCH = "search"
 HALVES = Shares(0.6, 0.4, 0.0, 0.0)
 """Of the dev split of choices: to train on, and to choose by."""
@@ -84,48 +89,50 @@ The others are trained for the first seed only, for comparison. It reads embeddi
 their promises broke too often.
 """
 OTHERS = ("static", "menu-early")
-OPEN = "@open"
-"""Suffix of a set's name: its questions are asked without their choices."""
+FREE = 200
+"""Prompts of the test split that every tier of what may ship also answers freely."""
 
 
 @dataclass
 class Work:
-    """All stages for one seed of the bridges.
+    """All stages, with every seed of the router.
 
     Attributes:
         model: The model.
         options: Of the command line.
         sets: Prompts by the name of their set.
-        seed: Of the bridges.
-        folder: Of this seed's work.
+        folder: Of the work.
         show: Progress.
     """
 
     model: PolarModel
     options: argparse.Namespace
     sets: dict[str, list[Item]]
-    seed: int
     folder: Path
     show: ProgressBars
 
     @property
     def items(self) -> list[Item]:
-        """All prompts."""
-        return [item for items in self.sets.values() for item in items]
+        """All prompts, without the right texts: those are compared with what is written freely, and train nothing."""
+        return [_unanswered(item) for items in self.sets.values() for item in items]
 
-    def run(self, names: Sequence[str]) -> tuple[float, Path]:
-        """Run all stages; returns the utility on dev of the main router, and the folder of the router to ship."""
+    def run(self, others: Sequence[str]) -> tuple[Path, list[Path]]:
+        """Run all stages; returns the folder of the router to ship, and those of the main router, one per seed."""
         self.heal()
         matrix = self.search()
-        facts = {name: self.make(name, matrix) for name in names}
-        shipped = MAIN if facts[MAIN]["routed"] or "static" not in facts else "static"
-        return facts[MAIN]["utility"], self.folder / shipped
+        mains = [f"{MAIN}-{seed}" for seed in _seeds(self.options.seeds)]
+        facts = {name: self.make(name, matrix) for name in [*mains, *others]}
+        best = max(mains, key=lambda name: float(facts[name]["utility"]))
+        routed = facts[best]["routed"] or "static" not in facts
+        if not routed:
+            print("the router does not beat the static program of equal cost: the static one ships")
+        return self.folder / (best if routed else "static"), [self.folder / name for name in mains]
 
     def make(self, name: str, matrix: RewardMatrix) -> dict[str, Any]:
         """Train, certify and evaluate one router, unless that is done already for the same data and settings."""
         tiers = _tiers(self.options.tier, "drops" if self.labelled else "differs")
         mark = self.folder / f"{name}.done.json"
-        settings = self._layerwise if name == "policy" else self._menu
+        settings = self._layerwise if name == "policy" else self._menu(name)
         key = run_key(
             matrix.data, matrix.bridges, matrix.programs, settings, tiers, self.options.layers, ENGINE_VERSION
         )
@@ -145,9 +152,25 @@ class Work:
         return any(isinstance(item, ChoiceItem) for item in self.items)
 
     def heal(self) -> None:
-        """Fit the bridges."""
-        bridges = Bridging(self.options, self._healed(), self.seed, self.folder, self.show).run(self.model)
-        self.model.use_bridges(bridges)
+        """Fit the bridges and the fills that are not fitted yet."""
+        if healed := self._healed():
+            self.model.use_bridges(Bridging(self.options, healed, self.folder, self.show).run(self.model))
+        fills, chosen = self.folder / "fills", self.options
+        if not (fills / "fills.json").is_file():
+            exact = PolarModel.from_pretrained(chosen.model, precision="fp32", ledger=None)  # trains twice as fast
+            with RewardCache(cache_path(exact.fingerprint, exact.dtype)) as cache:
+                lab.heal_fills(
+                    exact,
+                    self._filled(),
+                    chosen.cuts,
+                    out=fills,
+                    cache=cache,
+                    on_progress=self.show,
+                    distil=chosen.distil,
+                    rate=chosen.fill_rate,
+                    resume=fills.is_dir(),
+                )
+        self.model.use_fills(fills)
 
     def search(self) -> RewardMatrix:
         """Search the menu, or take the one in the options; prompts in the cache are not measured again."""
@@ -183,7 +206,7 @@ class Work:
                 [Program.identity(self.model.depth), *programs],
                 splits=[name for _, name in kept if name is not None],
                 data=data_hash(task.item for task, _ in kept),
-                write_tokens=64 if self.labelled else None,
+                write_tokens=None,
             )
 
     def _split(self, task: Task) -> Split | None:
@@ -193,11 +216,12 @@ class Work:
             return split
         return None if split == "train" else split_of(task.id, HALVES, seed=1)
 
-    @property
-    def _menu(self) -> MenuSettings:
+    def _menu(self, name: str) -> MenuSettings:
+        """Settings of a menu router; the main one has a seed of its own in its name."""
+        seeds = _seeds(self.options.seeds)
         return MenuSettings(
             steps=self.options.steps,
-            seeds=_seeds(self.options.seeds),
+            seeds=(int(name.rsplit("-", 1)[1]),) if name.startswith(f"{MAIN}-") else seeds,
             loss="drops" if self.labelled else "differs",
             hidden=((64,),),  # a linear head cannot tell that a program serves one kind of prompt and ruins another
             penalties=(0.3, 1.0, 3.0),
@@ -217,11 +241,12 @@ class Work:
             matrix,
             kind=kind,  # type: ignore[arg-type]
             items=self.items,
-            features="early" if features == "early" else "embedding",
+            features="early" if features.startswith("early") else "embedding",
             layers=self.options.layers,
-            settings=self._layerwise if kind == "policy" else self._menu,
+            settings=self._layerwise if kind == "policy" else self._menu(name),
             out=self.folder / name,
-            bridges=self.folder / "bridges",
+            bridges=self.folder / "bridges" if (self.folder / "bridges").is_dir() else None,
+            fills=self.folder / "fills",
             on_progress=self.show,
         )
         router = router.with_facts(training={**router.facts.training, "seen": self._seen()})
@@ -232,13 +257,17 @@ class Work:
 
     def _seen(self) -> str:
         """Marks of all prompts that a router or its bridges learned from, so that it is judged on none of them."""
-        ids = map(item_id, distinct_items([*self.items, *self._healed()]))
+        ids = map(item_id, distinct_items([*self.items, *self._healed(), *self._filled()]))
         return marks(identity for identity in ids if split_of(identity) in ("train", "dev"))
 
     def _healed(self) -> list[Item]:
-        """The prompts that the bridges are fitted on."""
+        """The questions that the bridges are fitted on."""
         sets = read_sets(self.options.heal_sets.split(","), self.options.limit)
         return [item for items in sets.values() for item in items]
+
+    def _filled(self) -> list[Item]:
+        """The texts that the fills are fitted on."""
+        return texts("fit", self.options.fit_per_kind, self.options.limit)
 
     def resplit(self, name: str, router: LearnedRouter, tiers: dict[str, TierPromise]) -> None:
         """Count promises that break, made on random halves of the prompts that training did not use."""
@@ -252,7 +281,12 @@ class Work:
     def evaluate(self, name: str) -> Evaluation:
         """Measure one router on the prompts it has not seen."""
         evaluation = lab.evaluate(
-            self.model, self.sets, router=self.folder / name, timed=self.options.timed, on_progress=self.show
+            self.model,
+            self.sets,
+            router=self.folder / name,
+            timed=self.options.timed,
+            free=self.options.free if name.startswith((MAIN, "static")) else 0,
+            on_progress=self.show,
         )
         (self.folder / f"{name}.json").write_text(json.dumps(evaluation.plain(), indent=1) + "\n", encoding="utf-8")
         (self.folder / f"{name}.html").write_text(to_html(evaluation), encoding="utf-8")
@@ -281,42 +315,43 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def _tiers(texts: Sequence[str], loss: Loss) -> dict[str, TierPromise]:
-    """Promises by tier, from texts such as `economy=0.1`."""
+def _tiers(promises: Sequence[str], loss: Loss) -> dict[str, TierPromise]:
+    """Promises by tier, from texts such as `economy=0.1` or `economy=0.1:strict=0.5`."""
     tiers: dict[str, TierPromise] = {}
-    for text in texts:
-        name, alpha = text.split("=")
+    for text in promises:
+        name, _, promised = text.partition("=")
+        alpha, _, strict = promised.partition(":strict=")
         if name not in TIERS:
             raise ValueError(f"tier {name!r} does not exist; choose from: {', '.join(TIERS)}.")
-        tiers[name] = TierPromise(float(alpha), loss)
+        tiers[name] = TierPromise(float(alpha), loss, float(strict) if strict else None)
     return tiers
 
 
 def read_sets(names: Sequence[str], limit: int | None) -> dict[str, list[Item]]:
-    """The package's prompts, and those sets that POLAR_DATA has: `name`, or `name:400` for 400 prompts drawn by hash.
-
-    Answers in text are removed: a model of this size writes hardly any of them, so that its own answer at full depth is
-    the better reference. `name@open` asks the questions of a set without their choices.
-    """
+    """Those sets that POLAR_DATA has: `name`, or `name:400` for 400 questions drawn by hash."""
     folder = Path(os.environ.get("POLAR_DATA") or os.devnull)
     sets = {}
     for name in names:
         stem, _, limit_of_set = name.partition(":")
-        path = folder / f"{stem.removesuffix(OPEN)}.jsonl"
+        path = folder / f"{stem}.jsonl"
         if path.is_file():
             items = read_items(path, limit)
             if limit_of_set:
                 items = sorted(items, key=item_id)[: int(limit_of_set)]  # by hash: a file may be sorted by kind
-            sets[stem] = [_opened(item) if stem.endswith(OPEN) else _unanswered(item) for item in items]
-    return {"package": builtin_items()[:limit], **sets}
+            sets[stem] = items
+    return sets
 
 
 def _unanswered(item: Item) -> Item:
-    return PromptItem(prompt=item.prompt) if isinstance(item, AnswerItem) else item
+    return PromptItem(prompt=item.prompt, task=item.task) if isinstance(item, AnswerItem) else item
 
 
-def _opened(item: Item) -> Item:
-    return PromptItem(prompt=item.question if isinstance(item, ChoiceItem) else item.prompt)
+def _by_tier(model: PolarModel, folder: Path) -> dict[str, Router]:
+    """A certified router at each of its tiers, `exact` first."""
+    router = attach_router(load_router(folder), model, folder)
+    assert isinstance(router, LearnedRouter)
+    tiers = {} if router.certificate is None else router.certificate.tiers
+    return {"exact": router.at(0.0), **{tier: router.at(promise.theta) for tier, promise in tiers.items()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -324,16 +359,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="default: the default model")
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="run layers uncompiled: slower")
     parser.add_argument("--work", type=Path, default=Path("out/router"), help="folder for the work of all stages")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder for the artifact")
     parser.add_argument("--limit", type=int, default=None, help="maximum prompts of each set")
     parser.add_argument("--sets", default=SETS, help="sets to train and to judge the router on")
     parser.add_argument("--heal-sets", default=HEAL_SETS, help="sets to fit and tune the bridges on")
     parser.add_argument("--segments", default="12-20;12-20,22-26", help="bridges for choices")
-    parser.add_argument("--text-segments", default="13,15,17;14-18", help="bridges for prompts answered in text")
-    parser.add_argument(
-        "--distil", type=int, default=200, help="training steps of the bridges for texts, without labels"
-    )
+    parser.add_argument("--cuts", default="default", help="first layers of what is filled, e.g. 27,24,22,20,18")
+    parser.add_argument("--fit-per-kind", type=int, default=120, help="texts of each kind that fills are fitted on")
+    parser.add_argument("--per-kind", type=int, default=150, help="texts of each kind for the router")
+    parser.add_argument("--depth-facts", type=int, default=34, help="facts in those notes: 34 are some 1,000 tokens")
+    parser.add_argument("--distil", type=int, default=600, help="training steps of the fills, without labels")
+    parser.add_argument("--fill-rate", type=float, default=3e-4, help="learning rate of those steps")
+    parser.add_argument("--free", type=int, default=FREE, help="test prompts that every tier also answers freely")
+    parser.add_argument("--depth-prompts", type=int, default=24, help="prompts at each of five depths of long notes")
     parser.add_argument(
         "--tune", type=int, default=380, help="training steps of the bridges for choices, with the right choices"
     )
@@ -352,28 +392,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--least", type=float, default=0.6, help="minimum chance of keeping an answer at which a program runs"
     )
-    parser.add_argument("--seeds", default="0,1,2", help="seeds of the menu routers")
-    parser.add_argument("--bridge-seeds", default="0,1,2", help="seeds of the bridges; the best on dev ships")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of the layerwise router; 0 leaves it out")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of the router; the best on dev ships")
+    parser.add_argument("--bridge-seed", type=int, default=0, help="seed of the bridges")
+    parser.add_argument("--epochs", type=int, default=0, help="epochs of the layerwise router; 0 leaves it out")
     parser.add_argument("--price", type=float, default=3.0, help="price of a lost prompt for the layerwise router")
-    parser.add_argument("--tier", nargs="+", default=["economy=0.25", "standard=0.02", "premium=0.01"])
+    parser.add_argument(
+        "--tier",
+        nargs="+",
+        default=["economy=0.25:strict=0.7", "standard=0.02:strict=0.35", "premium=0.01:strict=0.15"],
+    )
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--resplits", type=int, default=100, help="random re-splits that the promises are tested on")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     options = parser.parse_args(arguments)
     recorder = Recorder("router", options.results, model=options.model)
-    model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None)
+    model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None, compile=options.compile)
     with ProgressBars(quiet=not sys.stderr.isatty()) as show:
-        sets = read_sets(options.sets.split(","), options.limit)
-        candidates: list[tuple[float, Path]] = []
-        for seed in _seeds(options.bridge_seeds):
-            work = Work(model, options, sets, seed, options.work / f"seed-{seed}", show)
-            candidates.append(
-                work.run([MAIN] if candidates else [MAIN, *OTHERS, *(["policy"] if options.epochs else [])])
-            )
-    print(record_seeds(recorder, [router.parent / f"{MAIN}.json" for _, router in candidates]))
-    shipped = max(candidates)[1]
+        sets = {
+            "texts": texts("route", options.per_kind, options.limit),
+            **read_sets(options.sets.split(","), options.limit),
+        }
+        work = Work(model, options, sets, options.work, show)
+        shipped, mains = work.run([*OTHERS, *(["policy"] if options.epochs else [])])
+    print(record_seeds(recorder, [router.with_suffix(".json") for router in mains]))
     record_router(recorder, shipped.with_suffix(".json"))
+    if options.depth_prompts:
+        record_depths(recorder, model, _by_tier(model, shipped), options.depth_prompts, options.depth_facts)
     print(f"wrote {recorder.path}")
     ship(shipped, options.out)
 

@@ -71,9 +71,25 @@ SECTIONS = {
         "The same router on prompts answered in text: GSM8K and the prompts of the package.",
         _ROUTER,
     ),
+    "answers": Section(
+        "Router: answers in text, by length and worst kind",
+        "Share of full depth's tokens that a tier would choose too, and of answers that keep 95% and three quarters of "
+        "them, on prompts that neither the router nor its fills have seen.",
+        _ROUTER,
+    ),
+    "free": Section(
+        "Router: answers as they are written",
+        "The same prompts answered freely by each tier, beside full depth's answers.",
+        _ROUTER,
+    ),
+    "depths": Section(
+        "Router: a fact at every depth of a long prompt",
+        "F1 to the asked fact in notes of some 1,000 tokens, and the drop against full depth, paired.",
+        _ROUTER,
+    ),
     "seeds": Section(
         "Router: how much the training seed matters",
-        "Three seeds of the bridges, of which the best on the dev split ships. The interval is the range over seeds "
+        "Three training seeds, of which the best on the dev split ships. The interval is the range over seeds "
         "unless it is marked 95%.",
         _ROUTER,
     ),
@@ -158,8 +174,11 @@ def page() -> str:
     """The whole page, as Markdown."""
     runs = read_runs()
     machines = list(dict.fromkeys(_machine(run) for run in runs))
-    measured = {one.topic for run in runs for one in run.figures}
-    topics = [topic for topic in SECTIONS if topic in measured] + sorted(measured - SECTIONS.keys())
+    measured = dict.fromkeys(one.topic for run in runs for one in run.figures)
+    topics = [
+        *(topic for topic in SECTIONS if topic in measured),
+        *(topic for topic in measured if topic not in SECTIONS),
+    ]
     tables = [_section(topic, runs, machines) for topic in topics]
     listed = "\n".join(f"- **{_letter(machines, one)}**: {one}" for one in machines)
     described = "\n".join(f"{number}. {_described(run)}" for number, run in enumerate(runs, start=1))

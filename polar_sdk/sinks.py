@@ -6,9 +6,14 @@ registers `default`. A factory takes a ledger URL, or None for the place it choo
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import threading
+from collections import OrderedDict
+from contextlib import contextmanager
 from importlib.metadata import entry_points
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,11 +22,13 @@ from polar_sdk.locks import renewed_in_child
 from polar_sdk.usage import NullSink, UsageRecord, UsageSink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 GROUP: Final = "polar_sdk.sinks"
 LEDGER_VARIABLE: Final = "POLAR_LEDGER"
+_REMEMBERED: Final = 1_000
+"""Lines of a log that are known again."""
 AUTO_LEDGER: Final = "auto"
 """The ledger named by `POLAR_LEDGER`, or else a file in the user's data folder."""
 
@@ -68,25 +75,56 @@ def _registered_factory() -> Callable[[str | None], UsageSink] | None:
 class JsonlSink(UsageSink):
     """Appends one JSON object per request to a text file.
 
-    For logs and for hosts without a database. It does not deduplicate: a record emitted twice is written twice.
+    For logs and for hosts without a database. A record that is emitted again, as after Ctrl-C in `emit`, is not written
+    again; a request id that is used again is.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = renewed_in_child(threading.Lock())
+        self._begun: OrderedDict[bytes, int] = OrderedDict()
+        """Hash of a line → where the file ended before it was written, or only begun. Unit: bytes."""
 
     def check(self) -> None:
         """Raise SinkError if the file cannot be opened for appending."""
-        self._append("")
+        with self._open():
+            pass
 
     def emit(self, record: UsageRecord) -> None:
         """Append the record as one line."""
-        self._append(record.model_dump_json() + "\n")
+        line = record.model_dump_json().encode() + b"\n"
+        digest = hashlib.sha256(line).digest()
+        with self._open() as file:
+            end = file.seek(0, os.SEEK_END)
+            if not self._is_written(file, line, self._begun.get(digest)):
+                self._begun[digest] = end
+                if len(self._begun) > _REMEMBERED:
+                    self._begun.popitem(last=False)
+                self._write(file, line, end)
 
-    def _append(self, text: str) -> None:
+    def _is_written(self, file: FileIO, line: bytes, begun: int | None) -> bool:
+        """Look whether a line that was begun is there, alone on its line; other processes may have written since."""
+        if begun is None:
+            return False
+        file.seek(begun)
+        return line in file.readall().splitlines(keepends=True)
+
+    def _write(self, file: FileIO, line: bytes, end: int) -> None:
+        """Write a line whole or not at all.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        written = file.write(line)
+        if written != len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def _open(self) -> Iterator[FileIO]:
         try:
-            with self._lock, self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            with self._lock, FileIO(self.path, "a+") as file:
+                yield file
         except OSError as error:
             raise SinkError(
                 f"usage log {str(self.path)!r} cannot be written ({error.strerror}).",

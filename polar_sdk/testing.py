@@ -1,19 +1,31 @@
-"""A tiny but real model for tests, ours and yours: the real engine over random weights, without download.
+"""Tiny but real models for tests, ours and yours: the real engine over random weights, without download.
 
 `tiny_model()` is a Llama of a few small layers with a byte-level tokenizer and a chat template. Its answers are
 repeatable noise; programs, streaming, cancellation, usage records and sinks behave as with any other model.
+`scripted_model(reply)` is the same with answers that you choose, as far as schema and grammar of a request allow them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.model import PolarModel
 from polar_sdk.programs.policy import Policy
+from polar_sdk.request.maker import RequestMaker
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.fill import Fill
+    from polar_sdk.request.options import Prompt, RequestOptions
+    from polar_sdk.serving.request import Request
 
 
 _SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -39,6 +51,57 @@ def tiny_model(
     model = tiny_llama(layers=layers, seed=seed, max_position_embeddings=context_window)
     settings.setdefault("compile", False)  # nothing to gain, and no compiled layers to look for
     return PolarModel.from_hf(model, tiny_tokenizer(), policy=policy, ledger=ledger, **settings)
+
+
+def scripted_model(reply: Callable[[Prompt], str], **settings: Any) -> PolarModel:
+    """A tiny model that answers `reply(prompt)`: the engine runs, and a logits hook makes it say so.
+
+    Where a schema or grammar forbids the next token of the reply, the answer goes on as the random weights have it.
+
+    Args:
+        reply: From a prompt, a text or messages with `role` and `content`, to the answer.
+        **settings: As in `tiny_model`.
+    """
+    model = tiny_model(**settings)
+    fields = {name: getattr(model._maker, name) for name in RequestMaker.__dataclass_fields__}
+    model._maker = _ScriptedMaker(**fields, reply=reply)
+    return model
+
+
+@dataclass(frozen=True)
+class _ScriptedMaker(RequestMaker):
+    reply: Callable[[Prompt], str]
+
+    def make(self, prompt: Prompt, options: RequestOptions) -> Request:
+        script = [*self.encoder.plain(self.reply(prompt)), tiny_tokenizer().eos_token_id]
+
+        def say(tokens: Sequence[int], logits: Tensor) -> Tensor:
+            if len(tokens) < len(script) and list(tokens) == script[: len(tokens)]:
+                logits[script[len(tokens)]] += 1e3
+            return logits
+
+        return super().make(prompt, {**options, "logits_hook": say})
+
+
+def random_fill(decoder: Decoder, segment: tuple[int, int], *, seed: int = 0, rank: int | None = None) -> Fill:
+    """A random map that fills a segment, to give to `decoder.set_fills`; it writes what no layer would.
+
+    Args:
+        decoder: Of the model that it is for.
+        segment: First and last layer.
+        seed: For the random weights, together with the first layer.
+        rank: Of a map of two factors; None = full rank.
+    """
+    import torch
+
+    from polar_sdk.engine.fill import Fill
+
+    family = decoder.family
+    generator = torch.Generator().manual_seed(1000 * seed + segment[0])
+    bias = torch.randn(segment[1] - segment[0] + 1, 2, family.kv_heads, family.head_dim, generator=generator)
+    sides = [family.hidden, *([rank] if rank else []), bias.numel()]
+    weight = tuple(torch.randn(a, b, generator=generator) / a**0.5 for a, b in pairwise(sides))
+    return Fill(weight, bias).to(decoder.dtype, decoder.device)
 
 
 def tiny_policy(layers: int) -> Policy:

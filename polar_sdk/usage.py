@@ -11,15 +11,26 @@ import os
 import time
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
 from uuid import UUID
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+"""Version 1: without filled visits. Version 2: `visits.prefill_filled`."""
 FLOPS_FORMULA = "torch-1"
 """Version of the FLOPs formula: one multiply-accumulate is 2 FLOPs; matrix products and attention count, as
 `torch.utils.flop_counter.FlopCounterMode` counts them (attention as the full rectangle queries × keys)."""
@@ -30,11 +41,42 @@ FLOPS_PER_COMPUTE_UNIT = 10**12
 
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
-_CONTROL: Final = frozenset({"Cc", "Cf", "Zl", "Zp"})
-"""Unicode categories: control, format, line separator, paragraph separator."""
+AS_STORED: Final = {"as_stored": True}
+"""Validation context for records that were accepted before: by an earlier version, whatever their names."""
+_CONTROL: Final = {
+    "Cc": "control character",
+    "Cf": "control character",
+    "Zl": "control character",
+    "Zp": "control character",
+    "Cs": "lone surrogate",
+}
+"""By Unicode category: control, format, line separator, paragraph separator, surrogate."""
 Receipt = Mapping[str, Any]
 """What a sink returns, JSON-like: `cost` (exact decimal as text), `currency`, `cost_details`, … The engine passes it on
 unread; it may be empty where the sink prices nothing."""
+
+
+def _check_name(name: str, info: ValidationInfo) -> str:
+    return name if info.context == AS_STORED else _flawless(name, flaw_of_name(name))
+
+
+def _check_tags(tags: Mapping[str, str], info: ValidationInfo) -> Mapping[str, str]:
+    if info.context != AS_STORED:
+        for key, value in tags.items():
+            _flawless(key, flaw_of_name(key))
+            _flawless(value, flaw_of_text(value))
+    return tags
+
+
+def _flawless(text: str, flaw: str | None) -> str:
+    if flaw is not None:
+        raise ValueError(f"{text[:40]!r} {flaw}; remove it")
+    return text
+
+
+Identifier = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_check_name)]
+"""The name of a tenant or a request, as it is: two names that differ are never charged as one."""
+Tags = Annotated[Mapping[str, str], AfterValidator(_check_tags)]
 
 
 class Outcome(StrEnum):
@@ -74,15 +116,18 @@ class VisitUsage(_Facts):
     """Executed layer visits, one number per layer of the model (index = layer). Unit: visits.
 
     A visit is one execution of one layer for this request, however many tokens it carries: a prefill in one piece
-    counts one, and every decode step counts one, per time the program visits the layer.
+    counts one, and every decode step counts one, per time the program visits the layer. Where a layer runs for some
+    tokens of a piece and is filled for the others, the piece counts in `prefill` and in `prefill_filled`.
     """
 
     prefill: tuple[NonNegative, ...] = ()
+    prefill_filled: tuple[NonNegative, ...] = ()
+    """Pieces of the prompt for which a map wrote the layer's keys and values; empty where it did for no layer."""
     decode: tuple[NonNegative, ...] = ()
 
     @property
     def total(self) -> int:
-        """Visits of all layers, prefill and decode together."""
+        """Visits that ran, of all layers, prefill and decode together."""
         return sum(self.prefill) + sum(self.decode)
 
 
@@ -99,6 +144,16 @@ class FlopUsage(_Facts):
     total: NonNegative = 0
     """The sum of the other five."""
 
+    @property
+    def answer(self) -> int:
+        """What came after the prompt: its decode steps, and the head for each of its tokens. Unit: FLOPs."""
+        return self.layers_decode + self.head
+
+    @property
+    def prompt(self) -> int:
+        """What came before the answer: embedding, router, and the layers over the prompt. Unit: FLOPs."""
+        return self.total - self.answer
+
     @model_validator(mode="after")
     def _total_is_the_sum(self) -> Self:
         parts = self.embed + self.layers_prefill + self.layers_decode + self.head + self.router
@@ -110,11 +165,11 @@ class FlopUsage(_Facts):
 class UsageRecord(_Facts):
     """The facts of one request."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
-    request_id: Name
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    request_id: Identifier
     """Made by the caller, or a UUIDv7; the idempotency key within a tenant."""
-    tenant: Name = "default"
-    tags: Mapping[str, str] = Field(default_factory=dict)
+    tenant: Identifier = "default"
+    tags: Tags = Field(default_factory=dict)
     model: Name
     """The name the model was requested by: alias, hub id or path."""
     model_fingerprint: Name
@@ -154,6 +209,12 @@ class UsageRecord(_Facts):
     def _to_utc(cls, value: datetime) -> datetime:
         return value.astimezone(UTC)
 
+    @model_validator(mode="after")
+    def _first_version_has_no_fills(self) -> Self:
+        if self.schema_version == 1 and self.visits.prefill_filled:
+            raise ValueError("records of schema version 1 have no prefill_filled visits; write schema_version 2")
+        return self
+
     @property
     def compute_units(self) -> float:
         """Executed compute units, for display; billing uses the integers. Unit: CU."""
@@ -179,11 +240,11 @@ class Offer(_Facts):
 class UsageBound(_Facts):
     """The maximum that a request can use, exact and known before it computes anything."""
 
-    request_id: Name
+    request_id: Identifier
     id_is_new: bool = False
     """True if the id was made for this request (`new_request_id`), so that no other request can have it."""
-    tenant: Name
-    tags: Mapping[str, str] = Field(default_factory=dict)
+    tenant: Identifier
+    tags: Tags = Field(default_factory=dict)
     tokens_input: NonNegative
     """Prompt tokens, chat template included."""
     tokens_output_max: NonNegative
@@ -202,8 +263,8 @@ class UsageBound(_Facts):
 class UsageSink(ABC):
     """Where usage records go: a meter, a log file, a list in a test.
 
-    Implementations must be thread-safe. For each request the engine calls `reserve` before it computes, and then
-    exactly once either `emit`, however the request ends, or `release` if it never began.
+    Implementations must be thread-safe. For each request the engine calls `reserve` before it computes, `watch` when it
+    begins, and then exactly once either `emit`, however the request ends, or `release` if it never began.
     """
 
     def check(self) -> None:  # noqa: B027  (a sink without preconditions need not override it)
@@ -234,6 +295,16 @@ class UsageSink(ABC):
 
         Raises:
             SinkError: The store cannot do so now; the hold then ends when it expires.
+        """
+
+    def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:  # noqa: B027
+        """Note that a request runs, so that what `reserve` held for it stays held; by default, do nothing.
+
+        Args:
+            tenant: Whose request.
+            request_id: The request.
+            end: Ends it with an error, if what was held is lost all the same; its record follows. To be called at most
+                once, from any thread; it returns at once.
         """
 
     @abstractmethod
@@ -280,13 +351,16 @@ def flaw_of_name(name: str) -> str | None:
 
 
 def flaw_of_text(text: str) -> str | None:
-    """The first control character of a text, in words; None if there is none.
+    """The first control character or lone surrogate of a text, in words; None if there is none.
 
-    Control characters include line breaks, invisible characters and those that turn the direction of writing.
+    Control characters include the null character, line breaks, invisible characters and those that turn the direction
+    of writing. No usage record or ledger can hold half of a surrogate pair.
     """
+    if text.isprintable():  # as most are; whoever has a flaw is not
+        return None
     for character in text:
-        if unicodedata.category(character) in _CONTROL:
-            return f"contains the control character U+{ord(character):04X}"
+        if (what := _CONTROL.get(unicodedata.category(character))) is not None:
+            return f"contains the {what} U+{ord(character):04X}"
     return None
 
 

@@ -17,6 +17,7 @@ BillingError (PolarError)
 ├── UnbalancedError (ValueError)           the lines of a transaction that do not sum to zero
 ├── PriceBookError (ValueError)            a price book that is missing or malformed
 ├── BudgetError (ValueError)               a malformed or unknown budget
+├── AccessError (ValueError)               an API key that is unknown, or bound to what cannot be
 ├── PeriodError (ValueError)               a month, date or time zone that does not parse
 ├── QueryError (ValueError)                a question about usage that cannot be answered
 │   └── CurrencyMixError                   amounts of several currencies in one sum
@@ -83,6 +84,11 @@ class ConflictError(BillingError, SinkError, ValueError):
     exit_code = 2
 
 
+def id_in_use(tenant: str, request_id: str, how: str) -> ConflictError:
+    """The error of a request whose id another one has, raised before it computes anything."""
+    return ConflictError(f"request {request_id!r} of tenant {tenant!r} {how}.", hint="Give every request its own id.")
+
+
 class LedgerUnsoundError(BillingError):
     """A ledger that was changed by other means than this package, or a receipt that does not agree with it."""
 
@@ -113,6 +119,12 @@ class PriceBookError(BillingError, ValueError):
 
 class BudgetError(BillingError, ValueError):
     """A budget that is malformed or unknown."""
+
+    exit_code = 2
+
+
+class AccessError(BillingError, ValueError):
+    """An API key that is unknown or not active, or a bound of one that is not valid."""
 
     exit_code = 2
 

@@ -1,6 +1,6 @@
 """What `PolarLLM` and `ChatPolar` share: LangChain's settings, options of a call, cache keys, cache hits.
 
-Settings and the engine that they load are `polar_sdk.frameworks`. Knows no messages and no callbacks.
+Settings and the engine that they load are `polar_sdk.frameworks.settings`. Knows no messages and no callbacks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field, SecretStr
 from langchain_polar._calls import Call, Caller
 from langchain_polar._messages import cached_metadata, cached_record
 from langchain_polar.errors import langchain_errors
-from polar_sdk.frameworks import ModelSettings
+from polar_sdk.frameworks.settings import ModelSettings
 from polar_sdk.sinks import find_sink
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class PolarBase(ModelSettings):
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "default_stop": list(self.stop),
+            "constraint": str([self.json_schema, self.regex, self.choice, self.grammar, self.fit_max_tokens]),
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:

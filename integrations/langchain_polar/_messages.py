@@ -7,7 +7,6 @@ response metadata. A hit in LangChain's cache becomes a usage record that says n
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +15,8 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, Functio
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.frameworks import cost_facts
+from polar_sdk.frameworks.cost import cost_facts
+from polar_sdk.frameworks.tools import call_text
 from polar_sdk.request.names import check_name, check_tags
 from polar_sdk.usage import Outcome, UsageRecord, new_request_id
 
@@ -72,9 +72,10 @@ def _role(message: BaseMessage) -> str:
 def _content(message: BaseMessage, position: int) -> str:
     text = _text(message, position)
     if isinstance(message, ToolMessage | FunctionMessage):
-        return f"Result of {message.name or 'the tool'}: {text}"
+        what = "Error" if getattr(message, "status", None) == "error" else "Result"
+        return f"{what} of {message.name or 'the tool'}: {text}"
     if isinstance(message, AIMessage) and message.tool_calls:
-        calls = [json.dumps({"name": call["name"], "arguments": call["args"]}) for call in message.tool_calls]
+        calls = [call_text(call["name"], call["args"]) for call in message.tool_calls]
         return "\n".join([text, *calls] if text else calls)
     return text
 
@@ -93,6 +94,10 @@ def _block(block: str | dict[Any, Any], message: BaseMessage, position: int) -> 
         return str(block.get("text", ""))
     if isinstance(message, AIMessage) and kind in _NOT_SPOKEN:
         return ""
+    if kind == "tool_result":  # Anthropic's way to hand back what a tool said
+        content = block.get("content") or ""
+        parts = [content] if isinstance(content, str) else content
+        return "Result of the tool: " + "".join(_block(part, message, position) for part in parts)
     raise InvalidRequestError(
         f"a content block of type {kind!r} in message {position + 1} ({message.type}) cannot be read: "
         "this model reads text only.",
@@ -112,13 +117,16 @@ def usage_metadata(record: UsageRecord) -> UsageMetadata:
 
 
 def response_metadata(generation: Generation) -> dict[str, Any]:
-    """Model, finish reason, cost and compute of one answer, JSON-like."""
+    """Model, finish reason, cost and compute of one answer, JSON-like; and whether it matches its schema, if any."""
     record = generation.usage
-    return {
+    facts = {
         "model_name": record.model,
         "finish_reason": generation.finish_reason,
         **cost_facts(record, generation.receipt),
     }
+    if generation.complete is not None:
+        facts["complete"] = generation.complete
+    return facts
 
 
 def totals(generations: Sequence[Generation]) -> dict[str, Any]:

@@ -7,33 +7,42 @@ streams only the last chunk has both, because LangChain adds chunks up.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 from uuid import UUID
 
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables.config import ensure_config
+from langchain_core.outputs import ChatGeneration
+from langchain_core.runnables.config import ensure_config, get_config_list
+from langchain_core.utils.function_calling import convert_to_openai_tool
 
+from langchain_polar._answers import AnswerReader
 from langchain_polar._base import PolarBase
 from langchain_polar._calls import Caller
-from langchain_polar._messages import response_metadata, to_roles, usage_metadata
+from langchain_polar._messages import to_roles
+from langchain_polar._structured import Method, structured
 from langchain_polar.errors import langchain_errors
-from polar_sdk.frameworks import CALLER_OPTIONS
+from polar_sdk.frameworks.forms import FORM_OPTIONS, AnswerForm
+from polar_sdk.frameworks.settings import CALLER_OPTIONS
 from polar_sdk.usage import new_request_id
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
     from langchain_core.callbacks.manager import BaseRunManager
     from langchain_core.language_models import ModelProfile
     from langchain_core.language_models.base import LanguageModelInput
-    from langchain_core.messages import BaseMessage
-    from langchain_core.runnables import RunnableConfig
+    from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+    from langchain_core.outputs import ChatGenerationChunk, ChatResult
+    from langchain_core.runnables import Runnable, RunnableConfig
+    from langchain_core.tools import BaseTool
 
-    import polar_sdk
     from langchain_polar._calls import Call
+
+
+_MAX_THREADS: Final = 32
+"""Maximum number of inputs of `batch` that run at a time, unless its config says otherwise."""
 
 
 class ChatPolar(PolarBase, BaseChatModel):
@@ -44,10 +53,12 @@ class ChatPolar(PolarBase, BaseChatModel):
         >>> message = ChatPolar(compute="economy").invoke("What is the capital of France?")  # doctest: +SKIP
         >>> message.response_metadata["polar"]["flops"], message.response_metadata["cost"]  # doctest: +SKIP
 
-    Text only: it calls no tools and sees no images. `batch` runs its inputs in threads, as LangChain does; use
-    `PolarLLM` for rows that decode together. An answer from LangChain's cache is recorded as `outcome=cached` with 0
+    It calls tools and answers by a schema, with the extra `structured`, and sees no images. The inputs of `batch` and
+    `abatch` decode together. An answer from LangChain's cache is recorded as `outcome=cached` with 0
     FLOPs, and its message says so; its `usage_metadata` keeps the tokens of the original, as LangChain does.
     """
+
+    dropped: ClassVar[frozenset[str]] = PolarBase.dropped | {*FORM_OPTIONS, "strict"}
 
     @property
     def _llm_type(self) -> str:
@@ -63,8 +74,10 @@ class ChatPolar(PolarBase, BaseChatModel):
             "audio_inputs": False,
             "video_inputs": False,
             "pdf_inputs": False,
-            "tool_calling": False,
-            "structured_output": False,
+            "tool_calling": True,
+            "tool_choice": True,
+            "tool_call_streaming": True,
+            "structured_output": True,
             "reasoning_output": False,
             "temperature": True,
         }
@@ -74,10 +87,75 @@ class ChatPolar(PolarBase, BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Input tokens that these messages would be billed for, chat template included."""
-        if tools:
-            raise NotImplementedError("tools= cannot be counted: this model only writes text.")
         with langchain_errors():
-            return self._engine().count_tokens(to_roles(messages))
+            form = AnswerForm.of({"tools": [convert_to_openai_tool(tool) for tool in tools or ()]})
+            return self._engine().count_tokens(form.teach(to_roles(messages)))
+
+    # --- Tools and schemas. ---
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Let the model call tools.
+
+        Args:
+            tools: Functions, LangChain tools, pydantic classes, TypedDicts, or schemas in OpenAI's form.
+            tool_choice: `auto` or None = the model decides, by the first character of its answer; `any`, `required` or
+                True = it calls one; a tool's name = it calls that one; `none` or False = it calls none.
+            parallel_tool_calls: Whether one answer may contain several calls. Off unless you say True: a small model
+                repeats its first call.
+            strict: Without effect: arguments always match their schema.
+            **kwargs: Options of a call, such as `response_format` or `max_tokens`.
+
+        Raises:
+            ModelInvalidRequestError: `tool_choice` names no tool.
+        """
+        form = {"tools": [convert_to_openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
+        if parallel_tool_calls is not None:
+            form["parallel_tool_calls"] = parallel_tool_calls
+        with langchain_errors():
+            AnswerForm.of({**form, **kwargs})
+        return self.bind(**form, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Answer with an object of a schema; an answer that was cut off is an error, never half an object.
+
+        Args:
+            schema: A pydantic class, a TypedDict, a JSON schema, or a tool in OpenAI's form.
+            method: `json_schema`: the grammar enforces the schema, and the prompt describes it; `function_calling`: the
+                same by a call of a tool; `json_mode`: enforced, but only your prompt describes it.
+            include_raw: Return a mapping of `raw`, `parsed` and `parsing_error`.
+            strict: Without effect: answers always match the schema.
+            **kwargs: Options of a call.
+        """
+        return structured(self, schema, method=method, include_raw=include_raw, options=kwargs)
+
+    def batch(  # noqa: D102  (documented by LangChain)
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        configs = get_config_list(config, len(inputs))
+        if configs and not configs[0].get("max_concurrency"):  # LangChain's own limit depends on the processor
+            configs[0]["max_concurrency"] = min(len(inputs), _MAX_THREADS)
+        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     # --- The public entry points of LangChain: it tells `_generate` about the run, but not `_stream`. ---
 
@@ -163,8 +241,8 @@ class ChatPolar(PolarBase, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call, roles = self._ready(messages, kwargs, stop, run_manager)
-        return _result(call.answer(roles))
+        call, roles, reader = self._ready(messages, kwargs, stop, run_manager)
+        return reader.result(call.answer(roles))
 
     async def _agenerate(
         self,
@@ -173,8 +251,8 @@ class ChatPolar(PolarBase, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call, roles = await asyncio.to_thread(self._ready, messages, kwargs, stop, run_manager)
-        return _result(await call.aanswer(roles))
+        call, roles, reader = await asyncio.to_thread(self._ready, messages, kwargs, stop, run_manager)
+        return reader.result(await call.aanswer(roles))
 
     def _stream(
         self,
@@ -183,9 +261,9 @@ class ChatPolar(PolarBase, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call, roles = self._ready(messages, kwargs, stop, run_manager)
+        call, roles, reader = self._ready(messages, kwargs, stop, run_manager)
         for chunk in call.stream(roles):
-            yield _piece(chunk)
+            yield from reader.chunks(chunk)
 
     async def _astream(
         self,
@@ -194,9 +272,10 @@ class ChatPolar(PolarBase, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call, roles = await asyncio.to_thread(self._ready, messages, kwargs, stop, run_manager)
+        call, roles, reader = await asyncio.to_thread(self._ready, messages, kwargs, stop, run_manager)
         async for chunk in call.astream(roles):
-            yield _piece(chunk)
+            for message in reader.chunks(chunk):
+                yield message
 
     def _ready(
         self,
@@ -204,13 +283,16 @@ class ChatPolar(PolarBase, BaseChatModel):
         options: Mapping[str, Any],
         stop: Sequence[str] | None,
         run_manager: BaseRunManager | None,
-    ) -> tuple[Call, list[dict[str, str]]]:
+    ) -> tuple[Call, list[dict[str, str]], AnswerReader]:
         with langchain_errors():
-            roles = to_roles(messages)
+            form = AnswerForm.of(options)
+            roles = form.teach(to_roles(messages))
         call = self._call(options, stop, Caller.of_run(run_manager))
+        with langchain_errors():
+            call = replace(call, options={**call.options, **form.options()})
         if self.profile is not None and options.get("model") is None:
             self.profile.setdefault("max_input_tokens", call.engine.context_window)
-        return call, roles
+        return call, roles, AnswerReader(form)
 
 
 def _with_run_id(config: RunnableConfig | None) -> RunnableConfig:
@@ -220,22 +302,16 @@ def _with_run_id(config: RunnableConfig | None) -> RunnableConfig:
     return config
 
 
-def _result(generation: polar_sdk.Generation) -> ChatResult:
-    message = AIMessage(
-        content=generation.text,
-        usage_metadata=usage_metadata(generation.usage),
-        response_metadata=response_metadata(generation),
-    )
-    return ChatResult(generations=[ChatGeneration(message=message)])
+def register() -> bool:
+    """Make `init_chat_model("polar:…")` return a `ChatPolar`; what follows the colon is the model.
 
+    Returns:
+        False where `langchain` is not installed, or keeps its list of providers elsewhere than in versions known here.
+    """
+    try:
+        from langchain.chat_models import base
 
-def _piece(chunk: polar_sdk.Chunk) -> ChatGenerationChunk:
-    if chunk.generation is None:
-        return ChatGenerationChunk(message=AIMessageChunk(content=chunk.text))
-    message = AIMessageChunk(
-        content=chunk.text,
-        usage_metadata=usage_metadata(chunk.generation.usage),
-        response_metadata=response_metadata(chunk.generation),
-        chunk_position="last",
-    )
-    return ChatGenerationChunk(message=message)
+        base._BUILTIN_PROVIDERS["polar"] = ("langchain_polar", "ChatPolar", lambda cls, **options: cls(**options))
+    except (ImportError, AttributeError, TypeError):
+        return False
+    return True

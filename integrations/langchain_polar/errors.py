@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 
-_FAMILIES: Final[tuple[tuple[type[polar.PolarError], type[langchain.ModelError]], ...]] = (
+_FAMILIES: Final[tuple[tuple[type[polar.PolarError], type[langchain.LangChainException]], ...]] = (
     (polar.ContextWindowError, langchain.ContextOverflowError),
     (polar.ModelNotFoundError, langchain.ModelNotFoundError),
     (polar.ModelFetchError, langchain.ModelConnectionError),
     (polar.RequestTimeoutError, langchain.ModelTimeoutError),
     (polar.InvalidRequestError, langchain.ModelInvalidRequestError),
     (polar.ProgramError, langchain.ModelInvalidRequestError),
+    (polar.IncompleteAnswerError, langchain.OutputParserException),
     (polar.PolicyError, langchain.ModelInvalidRequestError),
 )
 """The first PoLar class that an error is an instance of decides its LangChain class. Errors of the store and of the
@@ -56,14 +57,14 @@ def _as_langchain(error: polar.PolarError) -> polar.PolarError:
 
 
 def _rebuild(
-    mine: type[polar.PolarError], theirs: type[langchain.ModelError], message: str, state: Mapping[str, Any]
+    mine: type[polar.PolarError], theirs: type[langchain.LangChainException], message: str, state: Mapping[str, Any]
 ) -> polar.PolarError:
     error = _twin_class(mine, theirs)(message)
     vars(error).update(state)  # not by the constructor: the message contains the hint already
     return error
 
 
-def _twin_class(mine: type[polar.PolarError], theirs: type[langchain.ModelError]) -> type[polar.PolarError]:
+def _twin_class(mine: type[polar.PolarError], theirs: type[langchain.LangChainException]) -> type[polar.PolarError]:
     def reduce(self: polar.PolarError) -> tuple[Any, ...]:  # a class created here has no import path to be pickled by
         return _rebuild, (mine, theirs, str(self), vars(self))
 

@@ -15,7 +15,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_polar._base import PolarBase
 from langchain_polar._calls import Caller
 from langchain_polar._messages import response_metadata, totals, usage_metadata
-from polar_sdk.frameworks import CALLER_OPTIONS
+from polar_sdk.frameworks.settings import CALLER_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence

@@ -7,9 +7,9 @@ be missing, and an async one would compute to its end. So the wrapped stream is 
 
 from __future__ import annotations
 
-import json
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, Final, cast
+from uuid import uuid4
 
 from llama_index.core.base.llms.types import (
     CachePoint,
@@ -21,14 +21,18 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.llms.llm import ToolSelection
+from pydantic_core import from_json
 
 from polar_sdk.errors import InvalidRequestError
-from polar_sdk.frameworks import cost_facts
+from polar_sdk.frameworks.cost import cost_facts
+from polar_sdk.frameworks.tools import call_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 
     from polar_sdk import Chunk, Generation
+    from polar_sdk.frameworks.forms import AnswerForm
 
     Respond = Callable[[str, str | None, Generation | None], Any]
     Stream = Generator[Any, None, None]
@@ -70,7 +74,7 @@ def _block(block: object, position: int) -> str:
     if isinstance(block, TextBlock):
         return block.text
     if isinstance(block, ToolCallBlock):
-        return json.dumps({"name": block.tool_name, "arguments": block.tool_kwargs})
+        return call_text(block.tool_name, block.tool_kwargs)
     if isinstance(block, ThinkingBlock | CachePoint):  # not part of what was said
         return ""
     raise InvalidRequestError(
@@ -84,10 +88,62 @@ def completion_response(text: str, delta: str | None, generation: Generation | N
     return CompletionResponse(text=text, delta=delta, raw=_raw(generation))
 
 
-def chat_response(text: str, delta: str | None, generation: Generation | None) -> ChatResponse:
-    """A whole or partial chat answer; `raw` is set where the answer is finished."""
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
-    return ChatResponse(message=message, delta=delta, raw=_raw(generation))
+class FormResponder:
+    """Makes chat answers of a form: text, or calls of tools as far as they have been written.
+
+    Args:
+        form: Of the answer.
+    """
+
+    def __init__(self, form: AnswerForm) -> None:
+        self._form, self._reader = form, form.reader()
+        self._ids: list[str] = []
+        self._read = 0
+
+    def __call__(self, text: str, delta: str | None, generation: Generation | None) -> ChatResponse:
+        """A whole or partial answer; `raw` is set where it is finished.
+
+        Raises:
+            IncompleteAnswerError: A call was cut off.
+        """
+        pieces = self._reader.push(text[self._read :])
+        self._read = len(text)
+        if generation is not None:
+            pieces += self._reader.finish()
+            self._form.check(self._reader.calls, generation)
+        blocks: list[Any] = [TextBlock(text=self._reader.text)] if self._reader.text or not self._reader.calls else []
+        blocks += [
+            ToolCallBlock(tool_call_id=self._id(index), tool_name=call.name, tool_kwargs=_so_far(call.arguments))
+            for index, call in enumerate(self._reader.calls)
+        ]
+        new = "".join(piece for piece in pieces if isinstance(piece, str))
+        calls = [  # the same again in OpenAI's form, where LlamaIndex's programs look whether there are any
+            {"id": self._id(index), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for index, call in enumerate(self._reader.calls)
+        ]
+        extra = {"tool_calls": calls} if calls else {}
+        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=extra)
+        return ChatResponse(message=message, delta=None if delta is None else new, raw=_raw(generation))
+
+    def _id(self, index: int) -> str:
+        while len(self._ids) <= index:
+            self._ids.append(f"call_{uuid4().hex}")
+        return self._ids[index]
+
+
+def _so_far(arguments: str) -> dict[str, Any]:
+    """The arguments of a call that may still be written."""
+    found = from_json(arguments, allow_partial=True)
+    return found if isinstance(found, dict) else {}
+
+
+def tool_selections(response: ChatResponse) -> list[ToolSelection]:
+    """The calls of an answer."""
+    return [
+        ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=block.tool_kwargs)
+        for block in response.message.blocks
+        if isinstance(block, ToolCallBlock) and isinstance(block.tool_kwargs, dict)
+    ]
 
 
 def _raw(generation: Generation | None) -> dict[str, Any] | None:
@@ -98,6 +154,7 @@ def _raw(generation: Generation | None) -> dict[str, Any] | None:
     return {
         "model": record.model,
         "finish_reason": generation.finish_reason,
+        "complete": generation.complete,
         "usage": {
             "prompt_tokens": tokens.input,
             "completion_tokens": tokens.output,

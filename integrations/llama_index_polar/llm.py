@@ -3,13 +3,14 @@
 None calls another, because the decorator of each reports an event: one call, one event. The four async ones never block
 the event loop. `response.raw` contains usage, cost and compute; on streams only the last response has it.
 
-To the settings of `polar_sdk.frameworks` it adds LlamaIndex's way to say who asks. Knows no messages.
+To the settings of `polar_sdk.frameworks.settings` it adds LlamaIndex's way to say who asks. Knows no messages.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, cast
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -21,25 +22,34 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
+    MessageRole,
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM, default_completion_to_prompt
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import default_completion_to_prompt
+from llama_index.core.types import PydanticProgramMode
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 from pydantic import model_validator
 
 from llama_index_polar._messages import (
+    FormResponder,
     areport_stream,
     aresponses,
-    chat_response,
     completion_response,
     report_stream,
     responses,
     to_roles,
+    tool_selections,
 )
-from polar_sdk.frameworks import ModelSettings
+from polar_sdk.errors import InvalidRequestError
+from polar_sdk.frameworks.forms import FORM_OPTIONS, AnswerForm
+from polar_sdk.frameworks.settings import ModelSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from llama_index.core.llms.llm import ToolSelection
+    from llama_index.core.tools import BaseTool
 
     from llama_index_polar._messages import AsyncStream, Respond, Stream
     from polar_sdk.request.options import Prompt, Template
@@ -79,7 +89,7 @@ class PolarSettings(ModelSettings):
         }
 
 
-class PolarLLM(PolarSettings, LLM):
+class PolarLLM(PolarSettings, FunctionCallingLLM):
     """A local LLM that runs a program of layers per prompt and is metered.
 
     Example:
@@ -87,9 +97,13 @@ class PolarLLM(PolarSettings, LLM):
         >>> PolarLLM().complete("What is the capital of France?").text  # doctest: +SKIP
         'The capital of France is Paris.'
 
-    It writes text only and calls no tools. `formatted=True` means that the prompt contains the special tokens already:
+    With the extra `structured` it calls tools, and `structured_predict` and `as_structured_llm` are enforced by a
+    grammar, so that agents and programs get valid calls from any model. `chat` takes OpenAI's `tools`, `tool_choice`,
+    `parallel_tool_calls` and `response_format`. `formatted=True` means that the prompt has the special tokens already:
     none are added. `metadata` needs the context window, so reading it loads the model.
     """
+
+    dropped: ClassVar[frozenset[str]] = frozenset(FORM_OPTIONS)
 
     @classmethod
     def class_name(cls) -> str:
@@ -100,11 +114,12 @@ class PolarLLM(PolarSettings, LLM):
     def metadata(self) -> LLMMetadata:
         """Window, answer length and kind of the model."""
         engine = self._engine()
+        chats = getattr(engine.loaded.tokenizer, "chat_template", None) is not None
         return LLMMetadata(
             context_window=engine.context_window,
             num_output=self.max_tokens,
-            is_chat_model=getattr(engine.loaded.tokenizer, "chat_template", None) is not None,
-            is_function_calling_model=False,
+            is_chat_model=chats,
+            is_function_calling_model=chats and find_spec("llguidance") is not None,
             model_name=engine.name,
         )
 
@@ -125,57 +140,135 @@ class PolarLLM(PolarSettings, LLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt; it becomes a user's message if the model has a chat template."""
-        return cast("CompletionResponse", self._run(*self._text(prompt, formatted), kwargs, completion_response))
+        return cast("CompletionResponse", self._run(*self._completion(prompt, formatted, kwargs)))
 
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Complete a prompt token by token."""
 
         def start() -> CompletionResponseGen:
-            return self._stream(*self._text(prompt, formatted), kwargs, completion_response)
+            return self._stream(*self._completion(prompt, formatted, kwargs))
 
         return report_stream(llm_completion_callback(), start, self, prompt, formatted=formatted, **kwargs)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer messages."""
-        return cast("ChatResponse", self._run(*self._roles(messages), kwargs, chat_response))
+        return cast("ChatResponse", self._run(*self._conversation(messages, kwargs)))
 
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer messages token by token."""
 
         def start() -> ChatResponseGen:
-            return self._stream(*self._roles(messages), kwargs, chat_response)
+            return self._stream(*self._conversation(messages, kwargs))
 
         return report_stream(llm_chat_callback(), start, self, messages, **kwargs)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As `complete`, without blocking the event loop."""
-        response = await self._arun(*self._text(prompt, formatted), kwargs, completion_response)
-        return cast("CompletionResponse", response)
+        return cast("CompletionResponse", await self._arun(*self._completion(prompt, formatted, kwargs)))
 
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """As `stream_complete`, without blocking the event loop."""
 
         async def start() -> CompletionResponseAsyncGen:
-            return await self._astream(*self._text(prompt, formatted), kwargs, completion_response)
+            return await self._astream(*self._completion(prompt, formatted, kwargs))
 
         return await areport_stream(llm_completion_callback(), start, self, prompt, formatted=formatted, **kwargs)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As `chat`, without blocking the event loop."""
-        return cast("ChatResponse", await self._arun(*self._roles(messages), kwargs, chat_response))
+        return cast("ChatResponse", await self._arun(*self._conversation(messages, kwargs)))
 
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As `stream_chat`, without blocking the event loop."""
 
         async def start() -> ChatResponseAsyncGen:
-            return await self._astream(*self._roles(messages), kwargs, chat_response)
+            return await self._astream(*self._conversation(messages, kwargs))
 
         return await areport_stream(llm_chat_callback(), start, self, messages, **kwargs)
 
+    # --- Tools. LlamaIndex's programs for structured output call them, too. ---
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of `chat` that let the model call tools; `tool_required` forces it to."""
+        messages = list(chat_history or [])
+        if user_msg is not None:
+            messages.append(ChatMessage(user_msg, role=MessageRole.USER) if isinstance(user_msg, str) else user_msg)
+        kwargs["tool_choice"] = kwargs.get("tool_choice") or ("any" if tool_required else "auto")
+        return {
+            "messages": messages,
+            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """The calls of an answer.
+
+        Raises:
+            ValueError: There are none, and `error_on_no_tool_call` is set.
+        """
+        calls = tool_selections(response)
+        if not calls and error_on_no_tool_call:
+            raise ValueError(f"the model called no tool; it answered {(response.message.content or '')[:80]!r}.")
+        return calls
+
+    def _structured_stream_call(
+        self, output_cls: type[Any], prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        """As LlamaIndex's, which forces no call where it streams."""
+        if (program := self._program(output_cls, prompt)) is None:
+            return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
+        return program.stream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+    async def _structured_astream_call(
+        self, output_cls: type[Any], prompt: Any, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Any:
+        if (program := await asyncio.to_thread(self._program, output_cls, prompt)) is None:
+            return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)
+        return await program.astream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+    def _program(self, output_cls: type[Any], prompt: Any) -> Any:
+        """A program that must call its tool; None where another mode was chosen, or the model calls none."""
+        from llama_index.core.program.function_program import FunctionCallingProgram
+
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT or not self.metadata.is_function_calling_model:
+            return None
+        return FunctionCallingProgram.from_defaults(output_cls, llm=self, prompt=prompt, tool_choice="any")
+
     # --- Prompts: text and template. A formatter that the user set has placed the special tokens already. ---
+
+    def _conversation(
+        self, messages: Sequence[ChatMessage], call: Mapping[str, Any]
+    ) -> tuple[Prompt, Template, dict[str, Any], Respond]:
+        """Prompt, template, engine options and reader of one chat call."""
+        form = AnswerForm.of(call)
+        prompt, template = self._roles(messages)
+        if not isinstance(prompt, str):
+            prompt = form.teach(cast("list[dict[str, str]]", prompt))
+        return prompt, template, {**self._options(call), **form.options()}, FormResponder(form)
+
+    def _completion(
+        self, prompt: str, formatted: bool, call: Mapping[str, Any]
+    ) -> tuple[Prompt, Template, dict[str, Any], Respond]:
+        """The same of one completion, which calls no tools."""
+        for name in FORM_OPTIONS:
+            if call.get(name):
+                raise InvalidRequestError(f"{name}= is an option of chat; a completion is text.")
+        return *self._text(prompt, formatted), self._options(call), completion_response
 
     def _text(self, prompt: str, formatted: bool) -> tuple[Prompt, Template]:
         if formatted:
@@ -193,22 +286,20 @@ class PolarLLM(PolarSettings, LLM):
 
     # --- One engine call each. ---
 
-    def _run(self, prompt: Prompt, template: Template, call: Mapping[str, Any], respond: Respond) -> Any:
-        generation = self._engine().generate(prompt, template=template, **self._options(call))
+    def _run(self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond) -> Any:
+        generation = self._engine().generate(prompt, template=template, **options)
         return respond(generation.text, None, generation)
 
-    async def _arun(self, prompt: Prompt, template: Template, call: Mapping[str, Any], respond: Respond) -> Any:
-        options = self._options(call)
+    async def _arun(self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond) -> Any:
         engine = await asyncio.to_thread(self._engine)  # may load weights
         generation = await engine.agenerate(prompt, template=template, **options)
         return respond(generation.text, None, generation)
 
-    def _stream(self, prompt: Prompt, template: Template, call: Mapping[str, Any], respond: Respond) -> Stream:
-        return responses(self._engine().stream(prompt, template=template, **self._options(call)), respond)
+    def _stream(self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond) -> Stream:
+        return responses(self._engine().stream(prompt, template=template, **options), respond)
 
     async def _astream(
-        self, prompt: Prompt, template: Template, call: Mapping[str, Any], respond: Respond
+        self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond
     ) -> AsyncStream:
-        options = self._options(call)
         engine = await asyncio.to_thread(self._engine)
         return aresponses(engine.astream(prompt, template=template, **options), respond)

@@ -12,13 +12,13 @@ import threading
 from collections import deque
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polar_sdk.serving.threads import run_in_thread
 from polar_server.errors import shutting_down
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
 
     from polar_sdk import Chunk, PolarModel
     from polar_sdk.request.options import Prompt, RequestOptions
@@ -83,6 +83,12 @@ class Answer:
         self._failing = threading.Lock()
         self.done = False
         self.task = asyncio.ensure_future(self._run())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompts and answers that are on record."""
+        records = [choice.record for choice in self.choices if choice.record is not None]
+        return sum(record.tokens.input + record.tokens.output for record in records)
 
     def leave(self) -> None:
         """The reader has left: stop computing, within one token or one piece of a prompt."""
@@ -173,10 +179,16 @@ class Answers:
     def __init__(self, engine: PolarModel, sink: WatchedSink) -> None:
         self._engine, self._sink = engine, sink
         self._open: set[Answer] = set()
+        self._work: set[asyncio.Task[None]] = set()
         self.draining = False
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def request_ids(self) -> frozenset[str]:
+        """Ids of the requests that are being answered."""
+        choices = [choice for answer in list(self._open) for choice in answer.choices]
+        return frozenset(choice.request_id for choice in choices if choice.request_id is not None)
 
     def start(self, asks: Sequence[Ask], *, streamed: bool) -> Answer:
         """Begin an answer, in the running event loop.
@@ -195,13 +207,20 @@ class Answers:
         answer.task.add_done_callback(lambda _: self._open.discard(answer))
         return answer
 
+    def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do what goes with an answer in a task of its own, which draining waits for as well."""
+        task = asyncio.ensure_future(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+        return task
+
     async def drain(self, seconds: float) -> None:
         """Take no more, let those that run finish for so long, stop the others; all are recorded on return."""
         self.draining = True
         if tasks := [answer.task for answer in self._open]:
             await asyncio.wait(tasks, timeout=seconds)
         self.stop()
-        while tasks := [answer.task for answer in self._open]:
+        while tasks := [*(answer.task for answer in self._open), *self._work]:
             await asyncio.wait(tasks)
 
     def stop(self) -> None:

@@ -16,13 +16,14 @@ from polar_sdk.engine import ENGINE_VERSION
 from polar_server import openapi
 from polar_server.endpoint import Endpoint
 from polar_server.errors import ApiError
-from polar_server.exchange import send_json
+from polar_server.exchange import Exchange, send_bytes, send_json
 from polar_server.front import Front
+from polar_server.metrics import CONTENT_TYPE
 from polar_server.openai import chat, completions
 from polar_server.server import Server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from starlette.requests import Request
     from starlette.responses import Response
@@ -54,10 +55,11 @@ def build(settings: Settings) -> Starlette:
             Endpoint(server, completions.FIELDS, completions.read_call, completions.TextShape),
             methods=["POST"],
         ),
-        Route("/v1/models", _Json(lambda _: _models(server)), methods=["GET"]),
-        Route("/v1/models/{model:path}", _Json(lambda path: server.catalog.entry(path["model"])), methods=["GET"]),
+        Route("/v1/models", _Json(lambda scope: _models(server, scope)), methods=["GET"]),
+        Route("/v1/models/{model:path}", _Json(lambda scope: _model(server, scope)), methods=["GET"]),
         Route("/health", _Json(lambda _: {"status": "ok"}), methods=["GET"]),
         Route("/ready", _Ready(server), methods=["GET"]),
+        Route("/metrics", _Metrics(server), methods=["GET"]),
         Route("/version", _Json(lambda _: {"version": __version__, "engine": ENGINE_VERSION}), methods=["GET"]),
         Route("/openapi.json", _Json(lambda _: openapi.document(__version__)), methods=["GET"]),
     ]
@@ -86,13 +88,23 @@ async def _unrouted(request: Request, error: Exception) -> Response:
 
 
 class _Json:
-    """An endpoint whose answer follows from its path."""
+    """An endpoint whose answer follows from its scope."""
 
-    def __init__(self, answer: Any) -> None:
+    def __init__(self, answer: Callable[[Scope], dict[str, Any]]) -> None:
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, self._answer(scope["path_params"]))
+        await send_json(send, self._answer(scope))
+
+
+class _Metrics:
+    """`GET /metrics`: what the server did."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_bytes(send, self._server.metrics.text(), CONTENT_TYPE)
 
 
 class _Ready:
@@ -107,5 +119,15 @@ class _Ready:
         await send_json(send, status, status=200 if reason is None else 503)
 
 
-def _models(server: Server) -> dict[str, Any]:
-    return {"object": "list", "data": [server.catalog.entry(model) for model in server.catalog.ids()]}
+def _models(server: Server, scope: Scope) -> dict[str, Any]:
+    caller = server.caller(Exchange.of(scope))
+    ids = [model for model in server.catalog.ids() if server.catalog.may_name(model, caller.models, caller.tiers)]
+    return {"object": "list", "data": [server.catalog.entry(model) for model in ids]}
+
+
+def _model(server: Server, scope: Scope) -> dict[str, Any]:
+    caller, model = server.caller(Exchange.of(scope)), scope["path_params"]["model"]
+    found = server.catalog.entry(model)
+    if not server.catalog.may_name(model, caller.models, caller.tiers):
+        raise server.catalog.missing(model)
+    return found

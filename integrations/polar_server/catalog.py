@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.errors import did_you_mean
 from polar_sdk.router.learned import LearnedRouter
 from polar_server.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from polar_sdk import PolarModel
 
@@ -57,12 +56,28 @@ class Catalog:
         base, _, tier = model.rpartition(":")
         if base == self.name and tier in self.tiers:
             return tier
-        raise ApiError(
-            f"the model {model[:100]!r} does not exist; {did_you_mean(model[:100], self.ids())}",
+        raise self.missing(model)
+
+    def missing(self, model: str) -> ApiError:
+        """The refusal of an id that does not exist, or not for this caller."""
+        return ApiError(
+            f"the model {model[:100]!r} does not exist; GET /v1/models lists what does.",
             status=404,
             code="model_not_found",
             param="model",
         )
+
+    @property
+    def default_tier(self) -> str | None:
+        """The tier of a request that names none, where there is one."""
+        tier: str | None = self._offer(None)["tier"]
+        return tier
+
+    def may_name(self, model: str, models: Sequence[str], tiers: Sequence[str]) -> bool:
+        """Whether a caller that is bound to some models or tiers may name an id; empty = any."""
+        tier = self.tier_of(model)
+        may_model = not models or model in models or self.name in models
+        return may_model and (not tiers or (tier or self.default_tier) in tiers)
 
     def entry(self, model: str) -> dict[str, Any]:
         """One model, as `GET /v1/models/ID` shows it.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError, MissingExtraError
 from polar_sdk.show.lines import print_line
+
+if TYPE_CHECKING:
+    from polar_server.access import KeyStore
+    from polar_server.replies import ReplyStore
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +28,14 @@ def serve(
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Max seconds of one answer.")] = None,
     max_body: Annotated[int, typer.Option(min=1, help="Max bytes of a request body.")] = 4 * 2**20,
     usage_always: Annotated[bool, typer.Option("--usage-always", help="End every stream with its usage.")] = False,
+    require_keys: Annotated[
+        bool | None,
+        typer.Option(
+            "--require-keys/--no-require-keys",
+            help="Ask for API keys (`polar key create`); always where --host is not this machine.",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse unknown fields rather than count them.")] = False,
     tenant: opt.Tenant = "default",
     tag: opt.Tags = None,
@@ -39,17 +51,15 @@ def serve(
     """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second one does not."""
     try:
         from polar_server.app import build
-        from polar_server.settings import LOOPBACK, Settings
+        from polar_server.log import log_as_json
+        from polar_server.settings import Settings
         from polar_server.uvicorn_server import UvicornServer
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"`polar serve` needs {error.name!r}.",
             hint="Install the extra server of polar-llm, in a clone: `pip install '.[server]'`.",
         ) from error
-    if host not in LOOPBACK:
-        raise InvalidRequestError(
-            f"--host {host} would let anyone on the network use this model; use one of {', '.join(LOOPBACK)}."
-        )
+    keys, replies = _access(host, ledger, no_ledger=no_ledger, require_keys=require_keys)
     engine = opt.load_model(
         model,
         tenant=tenant,
@@ -71,8 +81,40 @@ def serve(
             usage_always=usage_always,
             strict=strict,
             drain=drain,
+            keys=keys,
+            replies=replies,
         )
     )
+    log_as_json()
     server = UvicornServer(app, host=host, port=port)
     server.on_start = lambda where: print_line(f"Serving {app.state.server.catalog.name} on {where}/v1", err=True)
     server.run()
+
+
+def _access(
+    host: str, ledger: str | None, *, no_ledger: bool, require_keys: bool | None
+) -> tuple[KeyStore | None, ReplyStore | None]:
+    """The stores of keys and replies; no keys where nobody but this machine can reach the server.
+
+    Raises:
+        InvalidRequestError: The server would be open to the network.
+    """
+    from polar_server.access import find_access
+    from polar_server.settings import LOOPBACK
+
+    local = host in LOOPBACK
+    if require_keys is False and not local:
+        raise InvalidRequestError(
+            f"--host {host} would let anyone on the network use this model; leave out --no-require-keys, or use "
+            f"{LOOPBACK[0]}."
+        )
+    if no_ledger:
+        if require_keys or not local:
+            raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
+        return None, None
+    keys, replies = find_access(ledger)
+    if local and not require_keys:
+        return None, replies
+    if not keys.any_active():
+        raise InvalidRequestError("there is no API key, so nobody could use this server; see `polar key create`.")
+    return keys, replies

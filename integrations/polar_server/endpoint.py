@@ -6,6 +6,7 @@ completions only by their shape.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.request.admission import DOWNGRADED_TAG
+from polar_server import replies
 from polar_server.errors import ClientLeftError, api_error, shutting_down
 from polar_server.exchange import Exchange, raw_headers, read_object, send_json, watching
 from polar_server.openai import fields
@@ -97,12 +99,42 @@ class Endpoint:
         settings = server.settings
         content = await read_object(exchange, receive, settings.max_body)
         body = fields.read(content, self._table, strict=settings.strict)
+        server.metrics.unknown(len(body.unknown))
         call = self._read_call(body, server.rules(exchange))
         exchange.facts |= {"model": call.model, "stream": call.stream, "choices": len(call.asks)}
-        answer = server.answers.start(call.asks, streamed=call.stream)
+        key = replies.key_of(exchange.headers)
+        if key is not None:
+            fingerprint = replies.fingerprint_of(exchange.path, content)
+            await self._answer_once(exchange, call, key, fingerprint, send)
+            return
+        answer = server.start(call, exchange)
         with watching(receive, answer.leave):
-            reply = _Reply(server, exchange, call, answer, self._shape)
-            await (reply.stream(send) if call.stream else reply.whole(send))
+            await _Reply(server, exchange, call, answer, self._shape).send(send)
+
+    async def _answer_once(self, exchange: Exchange, call: Call, key: str, fingerprint: str, send: Send) -> None:
+        """Answer a call that may come again: by whoever claims its key first, and then from what was kept."""
+        store = self._server.replies
+        tenant = self._server.caller(exchange).tenant or self._server.engine.tenant
+        state, kept = await asyncio.to_thread(store.claim, tenant, key, fingerprint)
+        if state == "done" and kept is not None:
+            exchange.request_id = replies.request_id_of(kept)
+            await replies.send_again(kept, send)
+            return
+        if state != "claimed":
+            raise replies.refusal(state)
+        # In a task of its own: the answer is for whoever comes back, also when this client has left.
+        await asyncio.shield(self._server.answers.keep(self._answer_claimed(exchange, call, tenant, key, send)))
+
+    async def _answer_claimed(self, exchange: Exchange, call: Call, tenant: str, key: str, send: Send) -> None:
+        store, copy, whole = self._server.replies, replies.Copy(send), False
+        try:
+            answer = self._server.start(call, exchange)
+            whole = await _Reply(self._server, exchange, call, answer, self._shape).send(copy)
+        finally:
+            if whole:
+                await asyncio.to_thread(store.keep, tenant, key, copy.packed(exchange.request_id))
+            else:
+                await asyncio.to_thread(store.give_up, tenant, key)
 
 
 class _Reply:
@@ -114,9 +146,20 @@ class _Reply:
         self._created = int(time.time())
         self._tokens = [ShownTokens(server.token_bytes) for _ in call.asks] if call.logprobs is not None else []
 
+    async def send(self, send: Send) -> bool:
+        """Send the answer; True if all of it was sent, False where a stream ended in an error.
+
+        Raises:
+            Exception: What ended it before anything was sent.
+        """
+        if self._call.stream:
+            return await self._stream(send)
+        await self._whole(send)
+        return True
+
     # -- whole ------------------------------------------------------------------------------------------------------
 
-    async def whole(self, send: Send) -> None:
+    async def _whole(self, send: Send) -> None:
         """Wait for every choice, and send them as one JSON object."""
         generations: dict[int, Generation] = {}
         while arrived := await self._answer.pieces():
@@ -152,7 +195,7 @@ class _Reply:
 
     # -- streamed ---------------------------------------------------------------------------------------------------
 
-    async def stream(self, send: Send) -> None:
+    async def _stream(self, send: Send) -> bool:
         """Send pieces as they come; an error before the first is raised, a later one is an event."""
         patience = self._server.settings.keep_alive
         early = await self._answer.pieces(patience)
@@ -175,11 +218,13 @@ class _Reply:
                 arrived = await self._answer.pieces(patience) if left else []
             last = [self._event({"choices": [], "usage": self._usage(), **self._bill()})]
             await _send_end(send, [*(last if self._call.include_usage else []), _DONE])
+            return True
         except ClientLeftError:
             raise
         except Exception as error:  # the status is sent: what ended the stream is its last event
             self._server.log_unknown(error)
             await _send_end(send, [b"data: " + _json(api_error(error).body) + b"\n\n"])
+            return False
 
     def _frames(self, index: int, chunk: Chunk, opened: set[int], left: set[int]) -> list[bytes]:
         """The events of one piece; takes a choice that ended out of `left`."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from polar_server.access import Key
+
 _KEY: Final = "polar.exchange"
 _SAFE_ID: Final = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
@@ -41,6 +43,8 @@ class Exchange:
     """Headers of the answer, whichever it becomes."""
     status: int | None = None
     """Of the answer, once it began."""
+    key: Key | None = None
+    """The API key of the call, where the server asks for one."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the log: never a prompt or an answer."""
 

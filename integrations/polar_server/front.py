@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Final
 
+from polar_sdk.errors import BudgetExceededError
 from polar_server.errors import ClientLeftError, api_error
 from polar_server.exchange import Exchange, raw_headers, send_json
 
@@ -11,6 +13,17 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from polar_server.server import Server
+
+
+_log: Final = logging.getLogger("polar_server.access")
+_PATHS: Final = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics", "/version"}
+)
+"""What the log and the metrics name; other paths are strangers' text."""
+_OPEN: Final = frozenset({"/health", "/ready"})
+"""What is answered without a key."""
+_SCOPES: Final = {"/metrics": "metrics"}
+"""What a key must open for a path; any other needs `infer`."""
 
 
 class Front:
@@ -38,15 +51,45 @@ class Front:
             await send(message)
 
         try:
+            if self._server.guard is not None and exchange.path not in _OPEN:
+                needed = _SCOPES.get(exchange.path, "infer")
+                exchange.key = await self._server.guard.check(exchange.headers, needed)
             await self._app(scope, receive, send_on)
         except ClientLeftError:
             exchange.status = exchange.status or ClientLeftError().status
         except Exception as error:
             self._server.log_unknown(error)
+            if isinstance(error, BudgetExceededError):
+                self._server.metrics.refused()
             if exchange.status is not None:
                 raise  # half an answer is sent; the server closes the connection
             failed = api_error(error)
             await send_json(send_on, failed.body, status=failed.status, headers=failed.headers)
+        finally:
+            self._ended(exchange)
+
+    def _ended(self, exchange: Exchange) -> None:
+        path = exchange.path if exchange.path in _PATHS else "other"
+        status = exchange.status or 0
+        self._server.metrics.called(path, status)
+        _log.info(
+            "%s %s %s",
+            exchange.method,
+            path,
+            status,
+            extra={
+                "polar": {
+                    "method": exchange.method,
+                    "path": path,
+                    "status": status,
+                    "request_id": exchange.request_id,
+                    "client_request_id": exchange.client_request_id,
+                    "key": None if exchange.key is None else exchange.key.key_id,
+                    "ms": round(exchange.elapsed_ms, 3),
+                    **exchange.facts,
+                }
+            },
+        )
 
 
 def _headers(exchange: Exchange) -> dict[str, str]:

@@ -32,6 +32,7 @@ _READS: Final = {
     "/v1/models/{model}": "One of them.",
     "/health": "Whether the process runs.",
     "/ready": "Whether requests should come here now.",
+    "/metrics": "What the server did, in Prometheus' text format.",
     "/version": "Versions of the package and of the engine's arithmetic.",
     "/openapi.json": "This document.",
 }

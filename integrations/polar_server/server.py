@@ -9,14 +9,21 @@ from polar_sdk import PolarModel
 from polar_sdk.errors import PolarError
 from polar_sdk.request import recorder
 from polar_sdk.serving.threads import run_in_thread
+from polar_server.access import KeyGuard
 from polar_server.answers import Answers
 from polar_server.catalog import Catalog
+from polar_server.limits import Limits
+from polar_server.metrics import Metrics
 from polar_server.openai.calls import Caller, Rules
 from polar_server.openai.logprobs import TokenBytes
+from polar_server.replies import MemoryReplies
 from polar_server.watched_sink import WatchedSink
 
 if TYPE_CHECKING:
+    from polar_server.answers import Answer
     from polar_server.exchange import Exchange
+    from polar_server.openai.calls import Call
+    from polar_server.replies import ReplyStore
     from polar_server.settings import Settings
 
 _log: Final = logging.getLogger("polar_server")
@@ -32,6 +39,10 @@ class Server:
         answers: What is being computed.
         catalog: The ids that requests may name.
         token_bytes: The bytes of the model's tokens.
+        guard: What asks for an API key; None where anybody may ask.
+        replies: Answers to repeated requests.
+        metrics: What it did.
+        limits: What each key may use per minute and at a time.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -49,18 +60,53 @@ class Server:
         self.answers = Answers(self.engine, self.sink)
         self.catalog = Catalog(self.engine, settings.model_id)
         self.token_bytes = TokenBytes(given.loaded.tokenizer)
+        self.guard = None if settings.keys is None else KeyGuard(settings.keys)
+        self.replies: ReplyStore = settings.replies or MemoryReplies()
+        self.limits = Limits()
+        self.metrics = Metrics(self.engine, settings.model_id, self.answers, self.sink)
+        self.sink.on_record = self.metrics.recorded
+
+    def caller(self, exchange: Exchange) -> Caller:
+        """Who asks, and within which bounds."""
+        given, key = exchange.client_request_id, exchange.key
+        tags = {} if given is None else {"client_request_id": given}
+        if key is None:
+            return Caller(tags=tags)
+        return Caller(
+            tenant=key.tenant,
+            tags={**tags, **key.tags, "key": key.key_id},
+            models=tuple(key.models),
+            tiers=tuple(key.tiers),
+            max_tokens=key.max_tokens,
+        )
 
     def rules(self, exchange: Exchange) -> Rules:
         """What the caller of an exchange may do."""
-        given = exchange.client_request_id
-        tags = {} if given is None else {"client_request_id": given}
         return Rules(
             catalog=self.catalog,
-            caller=Caller(tags=tags),
+            caller=self.caller(exchange),
             max_choices=self.settings.max_choices,
             timeout=self.settings.timeout,
             usage_always=self.settings.usage_always,
         )
+
+    def start(self, call: Call, exchange: Exchange) -> Answer:
+        """Begin the answer to a call, within the limits of its key.
+
+        Raises:
+            ApiError: A limit is reached, or the server is about to end.
+        """
+        key = exchange.key
+        if key is None:
+            return self.answers.start(call.asks, streamed=call.stream)
+        exchange.answer_headers |= self.limits.enter(key)
+        try:
+            answer = self.answers.start(call.asks, streamed=call.stream)
+        except BaseException:
+            self.limits.leave(key, 0)
+            raise
+        answer.task.add_done_callback(lambda _: self.limits.leave(key, answer.tokens))
+        return answer
 
     async def ready(self) -> str | None:
         """Why no request should come here now; None if one may."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from polar_sdk import PolarModel
+    from polar_server.access import KeyStore
+    from polar_server.replies import ReplyStore
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 MAX_BODY_BYTES: Final = 4 * 2**20
@@ -25,6 +27,8 @@ class Settings:
         usage_always: Send `usage` at the end of every stream, asked for or not.
         strict: Refuse fields that the API does not know, rather than count them.
         drain: How long a server that is told to stop lets answers run. Unit: seconds.
+        keys: Where API keys are kept; None = anybody may ask, in the engine's own name.
+        replies: Where answers to repeated requests are kept; None = in this process.
         keep_alive: How often a stream without news sends a comment. Unit: seconds.
     """
 
@@ -36,6 +40,8 @@ class Settings:
     usage_always: bool = False
     strict: bool = False
     drain: float = 30.0
+    keys: KeyStore | None = None
+    replies: ReplyStore | None = None
     keep_alive: float = 15.0
 
     @property

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from polar_sdk.usage import UsageSink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from polar_sdk.usage import Offer, Receipt, UsageBound, UsageRecord
 
@@ -39,18 +39,21 @@ class WatchedSink(UsageSink):
 
     Attributes:
         inner: The sink that stores.
+        on_record: Called with every record that is stored.
     """
 
     def __init__(self, inner: UsageSink) -> None:
         self.inner = inner
+        self.on_record: Callable[[UsageRecord], object] = lambda _: None
         self._watchers: dict[str, Watcher] = {}
         self._due: set[str] = set()
         self._lock = threading.Lock()
 
     @property
-    def unrecorded(self) -> int:
-        """Number of requests that were admitted and whose record is not stored yet."""
-        return len(self._due)
+    def due(self) -> frozenset[str]:
+        """Ids of the requests that were admitted and whose record is not stored yet."""
+        with self._lock:
+            return frozenset(self._due)
 
     @contextmanager
     def watched_by(self, watcher: Watcher) -> Iterator[None]:
@@ -90,6 +93,7 @@ class WatchedSink(UsageSink):
         """As the inner sink; where that raises, the record stays due."""
         receipt = self.inner.emit(record)
         watcher = self._done(record.request_id)
+        self.on_record(record)
         if watcher is not None:
             watcher.recorded(record, receipt)
         return receipt

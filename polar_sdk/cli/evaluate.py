@@ -48,6 +48,9 @@ def evaluate(
         list[float] | None, typer.Option(help="Setting of the dial (θ), without a promise; repeatable.")
     ] = None,
     timed: Annotated[int, typer.Option(min=0, help="Prompts to time at batch 1.")] = 8,
+    free: Annotated[
+        int, typer.Option(min=0, help="Prompts that every tier also answers freely, to compare the texts.")
+    ] = 0,
     seed: opt.Seed = None,
     html: Annotated[Path | None, typer.Option(help="Write an HTML page, with the frontier plotted.")] = None,
     as_json: opt.AsJson = False,
@@ -78,7 +81,7 @@ def evaluate(
     )
     points = _points(engine.router, compute or [], theta or [])
     with ProgressBars(quiet=as_json) as show:
-        evaluation = lab.evaluate(engine, sets, points=points, timed=timed, seed=seed or 0, on_progress=show)
+        evaluation = lab.evaluate(engine, sets, points=points, timed=timed, free=free, seed=seed or 0, on_progress=show)
     if html is not None:
         html.write_text(to_html(evaluation), encoding="utf-8")
     if as_json:
@@ -110,6 +113,7 @@ def _show(evaluation: Evaluation) -> None:
     for result in evaluation.sets:
         _show_set(console, result)
     _show_classes(console, evaluation)
+    _show_texts(console, evaluation)
     for name, promise in evaluation.certificate.tiers.items() if evaluation.certificate else ():
         console.print(f"{name}: {promise.text}", soft_wrap=True)
     if evaluation.certificate and not evaluation.certificate_holds:
@@ -127,6 +131,18 @@ def _show_classes(console: Console, evaluation: Evaluation) -> None:
     for row in class_rows(evaluation.classes):
         table.add_row(*row)
     console.print(table)
+
+
+def _show_texts(console: Console, evaluation: Evaluation) -> None:
+    from rich.table import Table
+
+    from polar_sdk.lab.evaluation.rendering import TEXT_COLUMNS, text_rows
+
+    if evaluation.texts:
+        table = Table(*TEXT_COLUMNS, title="answers in text")
+        for row in text_rows(evaluation.texts):
+            table.add_row(*row)
+        console.print(table)
 
 
 def _show_set(console: Console, result: SetResult) -> None:

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from polar_sdk.cli import calibrate, chat, evaluate, export, heal, models, run, scan, search, train
 from polar_sdk.errors import PolarError
+from polar_sdk.reading import shown
 from polar_sdk.show.lines import print_line, survive_encodings
 
 _GROUP = "polar_sdk.commands"
@@ -36,6 +37,8 @@ class _Group(TyperGroup):
             _fail("interrupted; what was executed until then is in the ledger.", _INTERRUPTED)
         except UnicodeDecodeError as error:  # standard input in a strict locale
             _fail(f"standard input is not valid {error.encoding} (byte {error.start}); pass valid text.", 2)
+        except UnicodeEncodeError as error:  # bytes of an argument that are no text in the locale's encoding
+            _fail(f"{shown(error.object)} is not valid {error.encoding}; pass valid text.", 2)
         except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (or the interpreter complains when it exits)
             raise typer.Exit(0) from None

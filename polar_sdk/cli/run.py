@@ -110,14 +110,15 @@ def _facts(generation: Generation) -> dict[str, Any]:
 
 
 def footer(generation: Generation) -> str:
-    """One line: tier, program, tokens, FLOPs and saving, and the price where the sink gave one."""
+    """One line: tier, program, tokens, FLOPs of prompt and answer, saving, and the price where the sink gave one."""
     usage = generation.usage
     saved = usage.flops_saved / usage.identity_flops if usage.identity_flops else 0.0
     parts = [
         usage.tier or usage.router,
         f"program {usage.program}",
         f"{usage.tokens.input}+{usage.tokens.output} tokens",
-        f"{usage.flops.total / 1e9:,.2f} GFLOP ({saved:+.1%} saved)",
+        f"{usage.flops.total / 1e9:,.2f} GFLOP (prompt {usage.flops.prompt / 1e9:,.2f}, "
+        f"answer {usage.flops.answer / 1e9:,.2f}; {saved:+.1%} saved)",
         f"{usage.compute_units:.6f} CU",
     ]
     if generation.receipt is not None and generation.receipt.get("cost") is not None:

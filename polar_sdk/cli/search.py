@@ -35,6 +35,7 @@ def search(
     budgets: Annotated[str, typer.Option(help="FLOPs of the programs, as shares of full depth's.")] = "0.9,0.8,0.7,0.6",
     menu: Annotated[int, typer.Option(min=2, help="Maximum number of programs on the menu, full depth included.")] = 12,
     bridges: Annotated[Path | None, typer.Option(help="Folder of bridges that programs may use.")] = None,
+    fills: Annotated[Path | None, typer.Option(help="Folder of fills that programs may use.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that programs are evolved on.")] = 128,
     train: Annotated[int, typer.Option(min=1, help="Maximum train prompts that the menu is measured on.")] = 1000,
     population: Annotated[int, typer.Option(min=1, help="Programs tried per generation and budget.")] = 12,
@@ -79,6 +80,8 @@ def search(
     )
     if bridges is not None:
         engine.use_bridges(bridges)
+    if fills is not None:
+        engine.use_fills(fills)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype) if cached else None)
     try:
         with cache, ProgressBars(quiet=as_json) as show:

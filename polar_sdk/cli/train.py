@@ -37,10 +37,14 @@ def train(
     ] = "embedding",
     layers: Annotated[int, typer.Option(min=1, help="Layers to run for --features early.")] = 3,
     loss: Annotated[
-        Literal["differs", "harms", "drops"],
-        typer.Option(help="What counts as lost: another answer; right turned wrong; or that, less wrong turned right."),
+        Literal["differs", "harms", "drops", "strict"],
+        typer.Option(
+            help="What counts as lost: another answer; right turned wrong; that, less wrong turned right; or "
+            "5 % of the tokens."
+        ),
     ] = "differs",
     bridges: Annotated[Path | None, typer.Option(help="Folder of the bridges that the programs cross.")] = None,
+    fills: Annotated[Path | None, typer.Option(help="Folder of the fills that the programs use.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="For --kind policy: the JSONL that was searched; default: built-in.")
     ] = None,
@@ -77,6 +81,7 @@ def train(
             settings=settings,
             out=target,
             bridges=bridges,
+            fills=fills,
             on_progress=show,
         )
     _report(router, target, as_json=as_json)

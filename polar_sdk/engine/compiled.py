@@ -2,9 +2,8 @@
 
 One compiled layer serves all layers of its kind, and so every program: weights are arguments, and the program only
 decides which layer runs next. What is compiled: the whole layer for one token of one row, the same for one token of
-each of several rows, the two halves of a layer around attention for many tokens, and the head. A package on disk is
-named by everything its code depends on; the next process loads it in a few hundredths of a second. Knows no rows and no
-programs.
+each of several rows, the two halves of a layer around attention for many tokens, its keys and values alone, and the
+head. Knows no rows and no programs.
 """
 
 from __future__ import annotations
@@ -12,28 +11,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-import os
-import warnings
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import polar_sdk.engine.attention
-import polar_sdk.engine.family
-import polar_sdk.engine.native
-import polar_sdk.engine.parts
-import polar_sdk.engine.products
-import polar_sdk.engine.types
 from polar_sdk.engine import native
 from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import EagerKernels
+from polar_sdk.engine.package import Part, flat, signature
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.products import Int4, Int8, Plain, max_rows_one_by_one, min_wide_rows
 from polar_sdk.engine.types import pick
-from polar_sdk.errors import CompileError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,123 +34,10 @@ if TYPE_CHECKING:
     from polar_sdk.engine.types import AttentionKind, Projected, Rotary, Weights
 
 
-MAX_SIZE: Final = 1 << 20
-"""Upper bound of every size that may change."""
 _EXAMPLE_ROWS: Final = 4
 _EXAMPLE_TOKENS: Final = 16
 _MATRICES: Final = (Plain, Int8, Int4)
-_SOURCES: Final = (
-    polar_sdk.engine.attention,
-    polar_sdk.engine.family,
-    polar_sdk.engine.native,
-    polar_sdk.engine.parts,
-    polar_sdk.engine.products,
-    polar_sdk.engine.types,
-)
 _log = logging.getLogger(__name__)
-
-
-def _flat(weights: Weights) -> list[Tensor]:
-    """The tensors of a layer's weights in a fixed order."""
-    tensors: list[Tensor] = []
-    for name in sorted(weights):
-        value = weights[name]
-        tensors += [value] if isinstance(value, Tensor) else [part for part in value or () if part is not None]
-    return tensors
-
-
-def _rebuild(template: Weights, tensors: Iterator[Tensor]) -> Weights:
-    """Weights like `template`, of these tensors."""
-    weights: Weights = {}
-    for name in sorted(template):
-        value = template[name]
-        if value is None or isinstance(value, Tensor):
-            weights[name] = None if value is None else next(tensors)
-        else:
-            weights[name] = type(value)(*(None if part is None else next(tensors) for part in value))
-    return weights
-
-
-def _signature(weights: Weights) -> str:
-    """What compiled code assumes of the weights: names, kinds, shapes and dtypes."""
-    texts = []
-    for name in sorted(weights):
-        value = weights[name]
-        tensors = [value] if value is None or isinstance(value, Tensor) else list(value)
-        kinds = ",".join("-" if tensor is None else f"{tuple(tensor.shape)}{tensor.dtype}" for tensor in tensors)
-        texts.append(f"{name}:{type(value).__name__}({kinds})")
-    return ";".join(texts)
-
-
-class _Part(nn.Module):
-    """A function of activations and weights as a module, which is what can be exported."""
-
-    def __init__(self, run: Callable[..., Any], template: Weights, inputs: int) -> None:
-        super().__init__()
-        self._run, self._template, self._inputs = run, template, inputs
-
-    def forward(self, *arguments: Tensor) -> Any:
-        weights = _rebuild(self._template, iter(arguments[self._inputs :]))
-        return self._run(*arguments[: self._inputs], weights)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One piece of code to compile: what it is called, what it runs, and an example of its arguments."""
-
-    name: str
-    run: Callable[..., Any]
-    template: Weights
-    inputs: tuple[Tensor, ...]
-    dynamic: tuple[dict[int, str], ...]
-    """For each input, which of its sizes may change; sizes of the same name are equal."""
-    assumptions: str
-    """Everything the code depends on besides this package's source and the machine."""
-    min_tokens: int = 2
-    """Minimum number of tokens that the code may be used for, where their number may change."""
-
-    @property
-    def key(self) -> str:
-        """Name of the compiled code on disk."""
-        return hashlib.sha256(f"{self.name}|{self.assumptions}|{_environment()}".encode()).hexdigest()[:32]
-
-    def compile(self, path: Path) -> None:
-        """Compile to a package file, which appears whole or not at all.
-
-        Raises:
-            CompileError: The compiler is missing or failed.
-        """
-        module = _Part(self.run, self.template, len(self.inputs))
-        arguments = (*self.inputs, *_flat(self.template))
-        minimums = {"batch": 2, "rows": 2, "tokens": self.min_tokens, "blocks": 1, "pages": 1}
-        sizes = {name: torch.export.Dim(name, min=minimum, max=MAX_SIZE) for name, minimum in minimums.items()}
-        shapes = [{axis: sizes[name] for axis, name in dynamic.items()} for dynamic in self.dynamic]
-        shapes += [{} for _ in _flat(self.template)]
-        draft = path.with_suffix(f".{os.getpid()}.pt2")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                exported = torch.export.export(module, arguments, dynamic_shapes={"arguments": tuple(shapes)})
-                torch._inductor.aoti_compile_and_package(exported, package_path=str(draft))
-            draft.replace(path)
-        except Exception as error:  # the compiler raises errors of any class
-            raise CompileError(
-                f"layers cannot be compiled here ({type(error).__name__}: {' '.join(str(error).split())[:200]}).",
-                hint="Install a C++ compiler such as g++, or load the model with compile=False.",
-            ) from error
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def _environment() -> str:
-    """What else compiled code depends on: our own source, torch and the machine."""
-    digest = hashlib.sha256()
-    for module in _SOURCES:
-        digest.update(inspect.getsource(module).encode())
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return f"{digest.hexdigest()}|{torch.__version__}|{cpu}|{torch.get_num_threads()}|{cuda}"
 
 
 def parts(decoder: Decoder) -> dict[tuple[str, str], Part]:
@@ -168,11 +45,11 @@ def parts(decoder: Decoder) -> dict[tuple[str, str], Part]:
     family = decoder.family
     needed: dict[tuple[str, str], Part] = {}
     for weights, kind in zip(decoder.layers, family.kinds, strict=True):
-        signature = _signature(weights)
+        assumed = signature(weights)
         for part in _layer_parts(decoder, weights, kind):
-            needed.setdefault((part.name, signature), part)
+            needed.setdefault((part.name, assumed), part)
     for part in _head_parts(decoder):
-        needed.setdefault((part.name, _signature(decoder.ends)), part)
+        needed.setdefault((part.name, signature(decoder.ends)), part)
     return needed
 
 
@@ -188,7 +65,12 @@ def _layer_parts(decoder: Decoder, weights: Weights, kind: AttentionKind) -> Ite
     def project(x: Tensor, cos: Tensor, sin: Tensor, w: Weights) -> Projected:
         return family.project(x, (cos, sin), w)
 
+    def keys_values(x: Tensor, cos: Tensor, sin: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        key, value = family.keys_values(x, w)
+        return family.turn(key, (cos, sin)), value
+
     yield Part("project", project, weights, (x, *rotary), (many, *rotary_sizes), assumptions, minimum)
+    yield Part("keys and values", keys_values, weights, (x, *rotary), (many, *rotary_sizes), assumptions, minimum)
     yield Part("finish", family.finish, weights, (x, mixed), (many, many), assumptions, minimum)
     for single in (True, False):
         yield _decode_part(decoder, weights, kind, single=single)
@@ -241,7 +123,7 @@ def _assumptions(decoder: Decoder, weights: Weights) -> str:
     source = "".join(inspect.getsource(inspect.getmodule(base) or base) for base in type(family).__mro__[:-2])
     sizes = sorted((name, str(value)) for name, value in vars(family).items() if name not in {"kinds", "act"})
     kernels = native.version(decoder.dtype, decoder.device)
-    text = f"{source}|{sizes}|{decoder.dtype}|{decoder.device.type}|{kernels}|{_signature(weights)}"
+    text = f"{source}|{sizes}|{decoder.dtype}|{decoder.device.type}|{kernels}|{signature(weights)}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -321,8 +203,8 @@ class CompiledKernels:
 
     def __init__(self, decoder: Decoder, loaders: dict[tuple[str, str], Any]) -> None:
         self._eager = EagerKernels(decoder.family)
-        self._tensors = {id(weights): _flat(weights) for weights in [*decoder.layers, decoder.ends]}
-        self._signatures = {id(weights): _signature(weights) for weights in [*decoder.layers, decoder.ends]}
+        self._tensors = {id(weights): flat(weights) for weights in [*decoder.layers, decoder.ends]}
+        self._signatures = {id(weights): signature(weights) for weights in [*decoder.layers, decoder.ends]}
         self._loaders = loaders
         self._min_tokens = {id(weights): _min_tokens(weights) for weights in decoder.layers}
         self._max_one_by_one = {
@@ -340,6 +222,13 @@ class CompiledKernels:
             return self._eager.project(w, x, rotary)
         query, key, value = self._run("project", w, [x, *rotary])
         return query, key, value
+
+    def keys_values(self, w: Weights, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        if x.shape[0] < self._min_tokens[id(w)]:
+            return self._eager.keys_values(w, x, rotary)
+        key, value = self._run("keys and values", w, [x, *rotary])
+        return key, value
 
     def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
         """The part after attention."""

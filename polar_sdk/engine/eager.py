@@ -37,6 +37,10 @@ class Kernels(Protocol):
         """The part before attention, (N, E)."""
         ...
 
+    def keys_values(self, w: Weights, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Keys and values of `project`, (N, G, d) each, without the queries."""
+        ...
+
     def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
         """The part after attention, (N, E) and (N, H × d)."""
         ...
@@ -76,6 +80,11 @@ class EagerKernels:
     def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
         """The part before attention."""
         return self._family.project(x, rotary, w)
+
+    def keys_values(self, w: Weights, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        key, value = self._family.keys_values(x, w)
+        return self._family.turn(key, rotary), value
 
     def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
         """The part after attention."""

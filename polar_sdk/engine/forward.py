@@ -1,23 +1,25 @@
 """One pass of packed rows through their programs: prefill and decode are the same code.
 
 Each step runs once for all rows that need it next (`layout.schedule`): gather their tokens, run, scatter back. Rows
-never touch each other's keys, values or counts. Where every row has one token and the kernels can do it, a layer runs
-as one compiled call over the pages. Knows rows and programs, not requests or text.
+never touch each other's keys, values or counts. Of a prompt, tokens whose states nobody reads any more leave their keys
+and values and stop, and a filled segment's map writes those of the tokens that do not run it, all its layers at once.
+Where a row has few tokens that run, and the kernels can do it, a layer runs as one compiled call over the pages. Knows
+rows and programs, not requests or text.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
-from polar_sdk.engine.attention import write_pages
+from polar_sdk.engine.attention import attend_seen, write_pages
 from polar_sdk.engine.decoder import damp
 from polar_sdk.engine.eager import PagedTokens
-from polar_sdk.engine.layout import Layout, Members
+from polar_sdk.engine.layout import Layout, Members, Tokens
 from polar_sdk.engine.row import Row, extra_visits
-from polar_sdk.engine.types import pick
+from polar_sdk.programs.cost import size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +27,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.types import Rotary
+    from polar_sdk.engine.types import AttentionKind, Rotary
+    from polar_sdk.programs.cost import Segment
+
+
+MAX_PAGED: Final = 16
+"""Number of tokens of one row up to which each of them attends over the row's pages by itself, where that is compiled:
+the last ones of a prompt, and its first."""
 
 
 def next_logits(
@@ -42,8 +50,9 @@ def next_logits(
     Returns:
         Float32 logits of the rows that need them, in order, (M, V).
     """
-    hidden = advance(decoder, rows, tokens)
-    ending = list(rows) if ends is None else [row for row, end in zip(rows, ends, strict=True) if end]
+    wanted = [1] * len(rows) if ends is None else list(map(int, ends))
+    hidden = advance(decoder, rows, tokens, wanted)
+    ending = [row for row, count in zip(rows, wanted, strict=True) if count]
     if not ending:
         return hidden.new_empty((0, decoder.vocab), dtype=torch.float32)
     if hidden.shape[0] != len(ending):
@@ -56,33 +65,37 @@ def next_logits(
     return logits
 
 
-def advance(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
+def advance(
+    decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int]], wanted: Sequence[int] | None = None
+) -> Tensor:
     """Run new tokens of every row through the row's program.
 
     Args:
         decoder: The weights.
         rows: B rows. A row without history is in prefill; one with history is decoding.
         tokens: New token ids of each row, at least one each; lengths may differ.
+        wanted: For each row, of how many of its last new tokens the states are wanted; the others do not run the last
+            visit to its end. None = of all.
 
     Returns:
-        Hidden states of all new tokens before the final norm, packed, (N, E).
+        Hidden states of all new tokens before the final norm, packed, (N, E); of those that are not wanted, the states
+        before the last visit.
 
     Raises:
         CacheMemoryError: No pages are left for the new tokens; nothing has run then.
+        MissingFillError: A program fills a segment for which the model has no map; likewise.
     """
     for row, new in zip(rows, tokens, strict=True):
         row.page_table.reserve(row.length + len(new))
-    layout = Layout(rows, tokens, decoder.placement.first)
+    counts = [None] * len(rows) if wanted is None else wanted
+    pieces = [row.piece(len(new), count) for row, new, count in zip(rows, tokens, counts, strict=True)]
+    layout = Layout(rows, pieces, tokens, decoder.placement.first)
     hidden = decoder.embed(layout.tokens, layout.positions)
     _take_over_leads(decoder, layout, hidden)
-    rotary = decoder.rotary(layout.positions, layout.longest)
-    here, finished = layout, list[Members]()
+    finished = list[Members]()
     try:
         for members in layout.members(decoder.placement.layers):
-            if members.layout is not here:
-                here = members.layout
-                hidden, rotary = hidden.to(here.device), decoder.rotary(here.positions, here.longest)
-            hidden = _run(decoder, members, hidden, rotary)
+            hidden = _run(decoder, members, hidden.to(members.layout.device))
             finished.append(members)
     finally:
         _count(layout, finished)
@@ -105,74 +118,120 @@ def _take_over_leads(decoder: Decoder, layout: Layout, hidden: Tensor) -> None:
 
 
 def _count(layout: Layout, finished: Sequence[Members]) -> None:
-    """Count the finished steps of every row: at once where they are all of its program."""
-    steps = [0] * len(layout.rows)
+    """Count the finished steps of every row."""
+    places: list[set[int]] = [set() for _ in layout.rows]
     for members in finished:
-        for index, _ in members.going:
-            steps[index] += 1
-    whole = [count == len(row.program) for row, count in zip(layout.rows, steps, strict=True)]
-    for row, new, all_ran in zip(layout.rows, layout.counts, whole, strict=True):
-        if all_ran:
-            row.work.whole_pass(new, row.length + new)
-    if all(whole):
-        return
-    for members in finished:
-        for index, _ in members.going:
-            if not whole[index]:
-                row, new = layout.rows[index], layout.counts[index]
-                row.work.step(members.step, new, row.length + new)
+        for index, place in members.going:
+            places[index].add(place)
+    for row, piece, done in zip(layout.rows, layout.pieces, places, strict=True):
+        row.work.steps(piece, done)
 
 
-def _run(decoder: Decoder, members: Members, hidden: Tensor, rotary: list[Rotary]) -> Tensor:
+def _run(decoder: Decoder, members: Members, hidden: Tensor) -> Tensor:
     """One step for its members; returns the hidden states of all rows."""
-    index, step, guarded = members.index, members.step, members.layout.guarded
-    paged = members.single and decoder.kernels.has_paged_decode and not step.bridge
-    if paged and step.parts == 1 and not guarded:
-        return _decode_paged(decoder, members, hidden, index, rotary)
-    before = hidden if index is None else hidden.index_select(0, index)
-    if index is not None and not step.bridge:
-        rotary = [pick(pair, index) for pair in rotary]
-    if paged:
-        after = damp(before, _decode_paged(decoder, members, before, None, rotary), step.parts)
-    else:
-        attend = partial(_attend, decoder, members)
-        after = decoder.run_step(step, before, members.positions, rotary, attend)
-    if guarded:
+    if members.single and _is_plain(decoder, members):
+        rotary = members.layout.all.rotary(decoder.rotary)
+        tokens = PagedTokens(members.index, members.table, members.positions)
+        return _decode_paged(decoder, members, hidden, rotary, tokens)
+    for segment, filled in members.filled.items():
+        _fill(decoder, members, segment, filled, hidden)
+    if members.leaving.count:
+        _leave(decoder, members, hidden)
+    running = members.running
+    if not running.count:
+        return hidden
+    before = running.of(hidden)
+    after = _visit(decoder, members, before)
+    if members.layout.guarded:
         after = _undo_breaches(members, before, after)
-    return after if index is None else hidden.index_copy_(0, index, after)
+    return after if running.index is None else hidden.index_copy_(0, running.index, after)
 
 
-def _decode_paged(decoder: Decoder, members: Members, x: Tensor, index: Tensor | None, rotary: list[Rotary]) -> Tensor:
-    """A plain visit for one token of each member, which are at `index` of the states x (B, E); returns all states."""
+def _is_plain(decoder: Decoder, members: Members) -> bool:
+    """Whether a step is a layer, run whole by one compiled call per row, of which nothing has to be kept."""
+    step = members.step
+    return decoder.kernels.has_paged_decode and not step.bridge and step.parts == 1 and not members.layout.guarded
+
+
+def _visit(decoder: Decoder, members: Members, x: Tensor) -> Tensor:
+    """One step for the tokens that run it, whose states are x (M, E); returns their states after it."""
+    step, tokens = members.step, members.running
+    if step.bridge:
+        return decoder.bridge(step)(x, tokens.positions)
+    rotary = tokens.rotary(decoder.rotary)
+    if decoder.kernels.has_paged_decode and all(size(spot.ranges) <= MAX_PAGED for spot in members.spots):
+        paged = PagedTokens(None, tokens.tables(members.visits), tokens.positions)
+        return damp(x, _decode_paged(decoder, members, x, rotary, paged), step.parts)
+    return decoder.run_step(step, x, tokens.positions, rotary, partial(_attend, decoder, members))
+
+
+def _decode_paged(decoder: Decoder, members: Members, x: Tensor, rotary: list[Rotary], tokens: PagedTokens) -> Tensor:
+    """A visit of one compiled call for tokens that are at `tokens.rows` of the states x; returns all states."""
     layer = members.step.first
     kind, weights = decoder.family.kinds[layer], decoder.layers[layer]
-    tokens = PagedTokens(index, members.table, members.positions)
     return decoder.kernels.decode(weights, x, rotary[kind.rope], kind, decoder.store(layer), tokens)
 
 
+def _leave(decoder: Decoder, members: Members, hidden: Tensor) -> None:
+    """Store keys and values of tokens whose states nobody reads after this visit."""
+    layer, tokens = members.step.first, members.leaving
+    rotary = tokens.rotary(decoder.rotary)[decoder.family.kinds[layer].rope]
+    key, value = decoder.kernels.keys_values(decoder.layers[layer], tokens.of(hidden), rotary)
+    write_pages(decoder.store(layer), tokens.pages(members.visits), tokens.offsets, key, value)
+
+
+def _fill(decoder: Decoder, members: Members, segment: Segment, tokens: Tokens, hidden: Tensor) -> None:
+    """Store what a segment's map gives for tokens that do not run it: keys and values of all its layers."""
+    written = decoder.fill(segment)(tokens.of(hidden))  # (M, L, 2, G, d)
+    for index, layer in enumerate(range(segment[0], segment[1] + 1)):
+        device = decoder.placement.layers[layer]
+        there = members.layout.on(device).some(tokens.ranges)
+        keys_values = written[:, index].to(device)
+        rotary = there.rotary(decoder.rotary)[decoder.family.kinds[layer].rope]
+        key = decoder.family.turn(keys_values[:, 0], rotary)
+        visits = [visit + index for visit in members.visits]  # the segment's visits follow each other
+        write_pages(decoder.store(layer), there.pages(visits), there.offsets, key, keys_values[:, 1])
+
+
 def _attend(decoder: Decoder, members: Members, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Store the members' keys and values, and attend row by row; (N, H × d)."""
-    layer = members.step.first
+    """Store the keys and values of the tokens that run, and attend row by row; (M, H × d)."""
+    layer, tokens = members.step.first, members.running
     kind = decoder.family.kinds[layer]
-    write_pages(decoder.store(layer), members.token_pages, members.token_offsets, key, value)
+    write_pages(decoder.store(layer), tokens.pages(members.visits), tokens.offsets, key, value)
     mixed = []
-    for row, visit, span in members.spans:
-        if row.length == 0:
-            keys, values = key[span].transpose(0, 1), value[span].transpose(0, 1)
+    for spot in members.spots:
+        own = spot.span
+        if spot.ranges == ((0, spot.end),):
+            keys, values = key[own].transpose(0, 1), value[own].transpose(0, 1)
         else:
-            keys, values = row.page_table.history(visit, row.length + span.stop - span.start)
-        mixed.append(decoder.kernels.attend(query[span], keys, values, kind))
+            keys, values = spot.row.page_table.history(spot.visit, spot.end)
+        if spot.is_suffix:
+            mixed.append(decoder.kernels.attend(query[own], keys, values, kind))
+        else:
+            seen = _seen(tokens.positions[own], spot.end, kind)
+            mixed.append(attend_seen(query[own], keys, values, kind, seen))
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
+def _seen(positions: Tensor, keys: int, kind: AttentionKind) -> Tensor:
+    """True (T, S) where a token at one of these positions sees one of the row's first keys."""
+    distance = positions[:, None] - torch.arange(keys, device=positions.device)
+    seen = distance >= 0
+    return seen if kind.window is None else seen & (distance < kind.window)
+
+
 def _undo_breaches(members: Members, before: Tensor, after: Tensor) -> Tensor:
-    """Undo an extra visit for the rows whose guard it breaches, and stop their loops."""
-    for row, place, span in members.places:
-        if row.guard is None or place not in extra_visits(row.program):
+    """Undo an extra visit for the rows whose guard it breaches, and stop their loops.
+
+    A row is judged by its last token. Where that stops before the end of the last visit, there is nothing to judge.
+    """
+    for spot in members.spots:
+        row, own = spot.row, spot.span
+        if row.guard is None or spot.place not in extra_visits(row.program) or spot.ranges[-1][1] != spot.end:
             continue
-        last = slice(span.stop - 1, span.stop)
+        last = slice(own.stop - 1, own.stop)
         if bool(row.guard.breached(before[last], after[last]).any()):
             after = after.clone()
-            after[span] = before[span]
-            row.stop_loop(place)
+            after[own] = before[own]
+            row.stop_loop(spot.place)
     return after

@@ -8,7 +8,6 @@ ids and logits; no JSON and no requests.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from polar_sdk.errors import GrammarError, MissingExtraError
-from polar_sdk.locks import renewed_in_child
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +52,6 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab: int, end_tokens: frozenset[int]) -> None:
         self._hf, self._vocab, self._end_tokens = tokenizer, vocab, end_tokens
-        self._lock = renewed_in_child(threading.Lock())
         self.compile = lru_cache(maxsize=_KEPT)(self._compile)
         """As `_compile`, remembering the latest ones."""
 
@@ -66,8 +63,7 @@ class GrammarCompiler:
             MissingExtraError: llguidance is not installed.
         """
         guidance = import_llguidance()
-        with self._lock:
-            tokens = self._tokens
+        tokens = self._tokens
         broken, messages = guidance.LLMatcher.validate_grammar_with_warnings(text, tokens.tokenizer)
         if broken:
             raise _unsupported(" ".join(messages))

@@ -2,7 +2,8 @@
 
 Rows with different programs share the layers of a pass in *turns*. Who takes part in which turn depends on the programs
 alone: that is a *plan*, kept from pass to pass. What depends on the pass is built once, for all turns together, so that
-a turn needs little work that grows with the number of rows. Pure: indices in, indices out.
+a turn needs little work that grows with the number of rows. Of a prompt, not every token runs every layer: which do,
+`cost.Piece` says, and turns with the same tokens share what is known of them. Pure: indices in, indices out.
 """
 
 from __future__ import annotations
@@ -13,21 +14,29 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.row import extra_visits, page_slots
+from polar_sdk.engine.row import extra_visits, fill_entries, last_visit, page_slots
+from polar_sdk.programs.cost import Parts, size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.row import Row
+    from polar_sdk.engine.types import Rotary
+    from polar_sdk.programs.cost import Piece, Segment
     from polar_sdk.programs.program import Program, Step
+
+
+Range = tuple[int, int, int]
+"""Tokens of one row: its index, the position of the first one, and that after the last one."""
 
 
 class Turn(NamedTuple):
     """One step, run once for some of the rows."""
 
     step: Step
+    """What runs; whether it is filled for some of a row's tokens is up to the row's program."""
     members: tuple[tuple[int, int], ...]
     """(row, place): the row's index, and the position of the step in that row's program."""
 
@@ -39,21 +48,19 @@ def schedule(programs: tuple[Program, ...]) -> tuple[Turn, ...]:
     Rows that loop wait for none, and rows with the same program stay together throughout. Every row runs its program in
     its own order. Cached, since rows decode together for long.
     """
-    return tuple(_turns(programs))
+    return tuple(_turns([tuple(step.unfilled for step in program) for program in programs]))
 
 
-def _turns(programs: Sequence[Program]) -> Iterator[Turn]:
-    if all(program == programs[0] for program in programs):
+def _turns(programs: Sequence[tuple[Step, ...]]) -> Iterator[Turn]:
+    if all(steps == programs[0] for steps in programs):
         rows = range(len(programs))
-        yield from (Turn(step, tuple((row, place) for row in rows)) for place, step in enumerate(programs[0].steps))
+        yield from (Turn(step, tuple((row, place) for row in rows)) for place, step in enumerate(programs[0]))
         return
     # Scan order: always the lowest step (by layer) that any row needs next, run for all rows that need exactly it.
     #     row 0: 0 1 2 3        turns: 0 (both) · 1 (row 0) · 2 (both) · 2 (row 1) · 3 (both)
     #     row 1: 0 2 2 3        A row waits at a layer until those behind it have come up to it.
     places = [0] * len(programs)
-    while following := {
-        row: program.steps[places[row]] for row, program in enumerate(programs) if places[row] < len(program)
-    }:
+    while following := {row: steps[places[row]] for row, steps in enumerate(programs) if places[row] < len(steps)}:
         step = min(following.values())
         members = tuple((row, places[row]) for row, next_step in following.items() if next_step == step)
         for row, _ in members:
@@ -88,35 +95,39 @@ class Layout:
     """The packed tokens of a pass.
 
     Attributes:
+        rows: Of the pass.
+        pieces: The new tokens of each row, and which of them are wanted.
         tokens: Token ids, (N,).
         positions: Position of each token in its row, (N,).
         counts: Number of new tokens of each row.
-        single: Whether every row has one token.
+        whole: Whether every token takes every step of its row's program whole.
+        single: Whether, besides, every row has one token.
         guarded: Whether any row has loops that are watched.
         longest: Length of the longest row after the pass. Unit: tokens.
     """
 
-    def __init__(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]], device: torch.device) -> None:
-        self.rows, self.device = rows, device
+    def __init__(
+        self, rows: Sequence[Row], pieces: Sequence[Piece], tokens: Sequence[Sequence[int]], device: torch.device
+    ) -> None:
+        self.rows, self.pieces, self.device = rows, pieces, device
         self._new_tokens = tokens
         self._by_device = {device: self}
         self.plan = plan_of(tuple(row.program for row in rows), device)
         self.counts = [len(new) for new in tokens]
         self.starts = [sum(self.counts[:row]) for row in range(len(rows))]
-        self.single = all(count == 1 for count in self.counts)
+        self.whole = all(piece.runs_whole(row.program) for row, piece in zip(rows, pieces, strict=True))
+        self.single = self.whole and all(count == 1 for count in self.counts)
         self.guarded = any(row.guard is not None and extra_visits(row.program) for row in rows)
-        self.longest = max(row.length + count for row, count in zip(rows, self.counts, strict=True))
+        self.longest = max(piece.end for piece in pieces)
         self.tokens = torch.tensor([token for new in tokens for token in new], device=device)
-        positions = [
-            position for row, count in zip(rows, self.counts, strict=True) for position in _span(row.length, count)
-        ]
+        positions = [position for piece in pieces for position in range(piece.start, piece.end)]
         self.positions = torch.tensor(positions, device=device)
-        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._some: dict[tuple[Range, ...], Tokens] = {}
 
     def on(self, device: torch.device) -> Layout:
         """The same pass, laid out on another device; built when it is first needed."""
         if device not in self._by_device:
-            other = Layout(self.rows, self._new_tokens, device)
+            other = Layout(self.rows, self.pieces, self._new_tokens, device)
             other._by_device = self._by_device
             self._by_device[device] = other
         return self._by_device[device]
@@ -163,12 +174,102 @@ class Layout:
         """Position of the token of every member of every turn, where each row has one."""
         return self.positions[self.plan.rows]
 
-    def index(self, rows: tuple[int, ...]) -> Tensor:
-        """Places of some rows' tokens among the packed ones."""
-        if rows not in self._indices:
-            places = [place for row in rows for place in _span(self.starts[row], self.counts[row])]
-            self._indices[rows] = torch.tensor(places, device=self.device)
-        return self._indices[rows]
+    def some(self, ranges: Iterable[Range]) -> Tokens:
+        """Some of the tokens; asked for again, the same object."""
+        key = tuple(ranges)
+        if key not in self._some:
+            self._some[key] = Tokens(self, key)
+        return self._some[key]
+
+    @property
+    def all(self) -> Tokens:
+        """All tokens."""
+        return self.some((row, piece.start, piece.end) for row, piece in enumerate(self.pieces))
+
+
+class Tokens:
+    """Some of the tokens of a pass, in the order in which they are packed.
+
+    Attributes:
+        ranges: Which.
+        count: How many, M.
+    """
+
+    def __init__(self, layout: Layout, ranges: tuple[Range, ...]) -> None:
+        self._layout, self.ranges = layout, ranges
+        self.count = sum(end - start for _, start, end in ranges)
+        self._rotary: list[Rotary] | None = None
+
+    @cached_property
+    def index(self) -> Tensor | None:
+        """Their places among the packed ones, (M,); None = all."""
+        layout = self._layout
+        if self.count == len(layout.tokens):
+            return None
+        shifts = [layout.starts[row] - layout.pieces[row].start for row, _, _ in self.ranges]
+        places = [
+            place
+            for shift, (_, start, end) in zip(shifts, self.ranges, strict=True)
+            for place in range(start + shift, end + shift)
+        ]
+        return torch.tensor(places, device=layout.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each in its row, (M,)."""
+        return self.of(self._layout.positions)
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """Row of each, (M,)."""
+        return self.of(self._layout.owners)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """Place of each within its page, (M,)."""
+        return self.positions % PAGE
+
+    def of(self, values: Tensor) -> Tensor:
+        """Of values for all packed tokens, (N, …), theirs, (M, …)."""
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def rotary(self, at: Callable[[Tensor, int], list[Rotary]]) -> list[Rotary]:
+        """Their angles, which `Decoder.rotary` looks up once."""
+        if self._rotary is None:
+            self._rotary = at(self.positions, self._layout.longest)
+        return self._rotary
+
+    def tables(self, visits: Sequence[int]) -> Tensor:
+        """Pages of the row of each, in order, (M, blocks), where each row's history is the one in `visits`."""
+        return self._layout.tables[self._visits(visits), self.owners]
+
+    def pages(self, visits: Sequence[int]) -> Tensor:
+        """Page of each, (M,)."""
+        return self._layout.tables[self._visits(visits), self.owners, self.positions // PAGE]
+
+    def _visits(self, visits: Sequence[int]) -> Tensor:
+        return torch.tensor(visits, device=self._layout.device)[self.owners]
+
+
+class Spot(NamedTuple):
+    """The tokens of one row among those that run a turn."""
+
+    row: Row
+    place: int
+    """Of the step in the row's program."""
+    visit: int
+    """Which of the row's histories the visit uses."""
+    ranges: tuple[tuple[int, int], ...]
+    """Positions of the tokens."""
+    span: slice
+    """Where they are among the turn's tokens."""
+    end: int
+    """Position after the row's last new token."""
+
+    @property
+    def is_suffix(self) -> bool:
+        """Whether the tokens are the row's last ones, without a gap."""
+        return len(self.ranges) == 1 and self.ranges[0][1] == self.end
 
 
 class Members:
@@ -188,68 +289,78 @@ class Members:
 
     @property
     def single(self) -> bool:
-        """Whether every row has one token."""
+        """Whether every row has one token, which runs."""
         return self.layout.single
 
     @cached_property
     def index(self) -> Tensor | None:
-        """Places of the members' tokens among the packed ones; None = all."""
-        if len(self.going) == len(self.layout.rows):
-            return None
-        if self.single:
-            return self._of_members(self.layout.plan.rows)
-        return self.layout.index(tuple(row for row, _ in self.going))
+        """Where every row has one token: places of the members among the packed ones; None = all."""
+        return None if len(self.going) == len(self.layout.rows) else self._of_members(self.layout.plan.rows)
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
-        """Position of each token in its row, (N,)."""
-        if self.single:
-            return self._of_members(self.layout.member_positions)
-        return self._of_tokens(self.layout.positions)
+        """Where every row has one token: its position, (M,)."""
+        return self._of_members(self.layout.member_positions)
 
     @property
     def table(self) -> Tensor:
-        """Pages of each row in order, (B, blocks); each row has one token."""
+        """Where every row has one token: pages of each row in order, (M, blocks)."""
         return self._of_members(self.layout.member_tables)
 
-    @property
-    def token_offsets(self) -> Tensor:
-        """Place of each token within its page, (N,)."""
-        return self.positions % PAGE
+    @cached_property
+    def _parts(self) -> list[tuple[int, Parts]]:
+        """(row, what its tokens do)."""
+        rows, pieces, whole = self.layout.rows, self.layout.pieces, self.layout.whole
+        return [
+            (row, Parts(((pieces[row].start, pieces[row].end),)))
+            if whole
+            else (row, pieces[row].parts(rows[row].program.steps[place], place, last_visit(rows[row].program)))
+            for row, place in self.going
+        ]
+
+    @cached_property
+    def running(self) -> Tokens:
+        """Tokens that take the whole step."""
+        return self.layout.some((row, *each) for row, parts in self._parts for each in parts.running)
+
+    @cached_property
+    def leaving(self) -> Tokens:
+        """Tokens that leave keys and values only."""
+        return self.layout.some((row, *each) for row, parts in self._parts for each in parts.leaving)
 
     @property
-    def token_pages(self) -> Tensor:
-        """Page of each token, (N,)."""
-        counts = [self.layout.counts[row] for row, _ in self.going]
-        repeats = torch.tensor(counts, device=self.layout.device)
-        # With the size of the output given, the device need not be waited for.
-        visits = self._of_members(self.layout.plan.visits).repeat_interleave(repeats, output_size=sum(counts))
-        return self.layout.tables[visits, self._of_tokens(self.layout.owners), self.positions // PAGE]
+    def filled(self) -> dict[Segment, Tokens]:
+        """Tokens for which a segment is filled that begins here."""
+        ranges: dict[Segment, list[Range]] = {}
+        for (row, parts), (_, place) in zip(self._parts, self.going, strict=True):
+            if parts.filled:
+                segment = fill_entries(self.layout.rows[row].program).get(place)
+                if segment is not None:
+                    ranges.setdefault(segment, []).extend((row, *each) for each in parts.filled)
+        return {segment: self.layout.some(each) for segment, each in ranges.items()}
 
-    @property
-    def places(self) -> list[tuple[Row, int, slice]]:
-        """(row, place in its program, its tokens among the members')."""
-        places, start = [], 0
+    @cached_property
+    def visits(self) -> list[int]:
+        """For each row of the pass, which of its histories the visit uses; 0 for those that do not take part."""
+        visits = [0] * len(self.layout.rows)
         for row, place in self.going:
-            end = start + self.layout.counts[row]
-            places.append((self.layout.rows[row], place, slice(start, end)))
-            start = end
-        return places
+            visits[row] = page_slots(self.layout.rows[row].program)[place]
+        return visits
 
     @property
-    def spans(self) -> list[tuple[Row, int, slice]]:
-        """(row, history, its tokens among the members')."""
-        return [(row, page_slots(row.program)[place], span) for row, place, span in self.places]
+    def spots(self) -> Iterator[Spot]:
+        """The rows of which tokens run."""
+        start = 0
+        for (row, parts), (_, place) in zip(self._parts, self.going, strict=True):
+            count = size(parts.running)
+            if count:
+                yield Spot(
+                    self.layout.rows[row], place, self.visits[row], parts.running, slice(start, start + count),
+                    self.layout.pieces[row].end,
+                )  # fmt: skip
+            start += count
 
     def _of_members(self, values: Tensor) -> Tensor:
         """Of values for every member of every turn, those of this turn."""
         values = values[self._span]
         return values if self._kept is None else values[self._kept]
-
-    def _of_tokens(self, values: Tensor) -> Tensor:
-        """Of values for every token, the members'."""
-        return values if self.index is None else values[self.index]
-
-
-def _span(start: int, count: int) -> range:
-    return range(start, start + count)

@@ -74,8 +74,13 @@ class Lead:
 
 
 def begins(program: Program, layers: int) -> bool:
-    """Whether a program's first steps are plain visits of the first layers, so that it can take a lead over."""
-    return program.steps[:layers] == tuple(Step(layer, layer) for layer in range(layers))
+    """Whether a program's first steps are plain visits of the first layers, so that it can take a lead over.
+
+    Its last visit must come after them: the lead runs all tokens to the end of its layers, which the last visit of a
+    program does not.
+    """
+    leading = tuple(Step(layer, layer) for layer in range(layers))
+    return program.steps[:layers] == leading and program.last_visit >= layers
 
 
 def lead_flops(cost: CostModel, layers: int, tokens: int) -> int:

@@ -13,15 +13,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from polar_sdk.engine.pages import PageTable
-from polar_sdk.programs.cost import LayerCost, chunks
+from polar_sdk.programs.cost import LayerCost, Piece, chunks
 from polar_sdk.usage import FlopUsage, VisitUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.lead import Lead
-    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.cost import CostModel, Segment, Share
     from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.programs.program import Program, Step
 
@@ -36,6 +36,8 @@ class Row:
     """What watches the extra visits of loops; None = nothing."""
     lead: Lead | None = None
     """What the program's first layers have already made of the prompt; None once it is taken over."""
+    prompt: int | None = None
+    """Number of tokens of the prompt, which says who is filled; None = all tokens of the first pass."""
     work: Work = field(init=False)
     page_table: PageTable = field(init=False)
     left_out: set[int] = field(default_factory=set)
@@ -60,6 +62,13 @@ class Row:
     def length(self) -> int:
         """Number of tokens that have been run."""
         return self.page_table.length
+
+    def piece(self, new: int, wanted: int | None) -> Piece:
+        """The next pass, with that many new tokens, the last `wanted` of which are wanted; None = all of them."""
+        end = self.length + new
+        if self.prompt is None:
+            self.prompt = end
+        return Piece(self.length, end, self.prompt, end - (new if wanted is None else wanted))
 
     def end_lead(self) -> None:
         """From the next pass on, run the whole program: its lead has been taken over, or is not to be kept."""
@@ -140,9 +149,10 @@ class Work:
     def __init__(self, cost: CostModel, program: Program) -> None:
         self._cost, self._program = cost, program
         self._prefill_visits = [0] * cost.depth
+        self._filled_visits = [0] * cost.depth
         self._decode_visits = [0] * cost.depth
         self._prefill_passes = self._decode_passes = 0
-        """Whole passes, whose visits are not in the lists."""
+        """Whole passes of tokens that all run, whose visits are not in the lists."""
         self._prefill_flops = 0
         self._decode_flops = 0
         self._head_flops = 0
@@ -151,22 +161,34 @@ class Work:
         self.prefilled = False
         """Whether the whole prompt has run; whoever feeds the row says so with `end_prefill`."""
 
-    def step(self, step: Step, queries: int, keys: int) -> None:
-        """Count one finished step with that many new tokens over that many keys; a bridge is not a visit."""
+    def steps(self, piece: Piece, places: Collection[int]) -> None:
+        """Count the finished steps of a pass, by their places in the program."""
+        if len(places) == len(self._program) and piece.runs_whole(self._program):
+            self._whole_pass(piece)
+            return
+        for place, share in enumerate(self._cost.shares(self._program, piece)):
+            if place in places:
+                self._count(share)
+
+    def _count(self, share: Share) -> None:
+        """Count one step; a bridge is not a visit, nor is a layer that no token ran."""
+        step, parts, flops = share
+        self._add(flops)
+        if step.bridge:
+            return
         visits = self._decode_visits if self.prefilled else self._prefill_visits
-        self._add(self._cost.step(step).flops(queries, keys))
-        if not step.bridge:
-            visits[step.first] += 1
+        visits[step.first] += bool(parts.running or parts.leaving)
+        self._filled_visits[step.first] += bool(parts.filled)
 
     def count_lead(self, steps: Sequence[Step], tokens: int) -> None:
-        """Count steps that ran over a whole prompt before there was a row."""
+        """Count layers that ran over a whole prompt before there was a row."""
         for start, end in chunks(tokens):
             for step in steps:
-                self.step(step, end - start, end)
+                self._add(self._cost.step(step).flops(end - start, end))
+                self._prefill_visits[step.first] += 1
 
-    def whole_pass(self, queries: int, keys: int) -> None:
-        """Count every step of the program, finished with that many new tokens over that many keys."""
-        self._add(self._whole.flops(queries, keys))
+    def _whole_pass(self, piece: Piece) -> None:
+        self._add(self._whole.flops(piece.end - piece.start, piece.end))
         if self.prefilled:
             self._decode_passes += 1
         else:
@@ -211,6 +233,7 @@ class Work:
         per_pass = Counter(self._program.layers)
         return VisitUsage(
             prefill=tuple(n + self._prefill_passes * per_pass[layer] for layer, n in enumerate(self._prefill_visits)),
+            prefill_filled=tuple(self._filled_visits) if any(self._filled_visits) else (),
             decode=tuple(n + self._decode_passes * per_pass[layer] for layer, n in enumerate(self._decode_visits)),
         )
 
@@ -229,6 +252,19 @@ class Work:
 def page_slots(program: Program) -> tuple[int, ...]:
     """For each place of a program, which of the row's histories a visit there uses; bridges use none."""
     return tuple(count - 1 for count in accumulate(0 if step.bridge else 1 for step in program.steps))
+
+
+@lru_cache(maxsize=1024)
+def last_visit(program: Program) -> int:
+    """Place of a program's last visit."""
+    return program.last_visit
+
+
+@lru_cache(maxsize=1024)
+def fill_entries(program: Program) -> Mapping[int, Segment]:
+    """The filled segments of a program, each at the place of its first visit."""
+    places = [place for place, step in enumerate(program.steps) if step.begins_segment]
+    return dict(zip(places, program.fills, strict=True))
 
 
 @lru_cache(maxsize=1024)

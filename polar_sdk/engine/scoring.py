@@ -1,19 +1,18 @@
 """Log-likelihoods of continuations after a shared prompt, many questions in one pass. For scans; not metered.
 
-All tokens of all questions are packed without padding. A prompt runs once per program however many continuations it
-has: each continuation attends to the prompt's keys and values and to its own. Knows programs, no text and no policy.
+As in a request, a prompt's tokens that are filled do not run a segment, and only tokens that predict something run the
+last visit to its end. Knows programs, no text and no policy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, takewhile
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
 
-from polar_sdk.engine.attention import attend_seen
+from polar_sdk.engine.pack import PackedQuestions, Question, packs, predictors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,34 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.types import AttentionKind
     from polar_sdk.programs.program import Program, Step
 
 
-MAX_PACK_TOKENS = 4096
-"""Questions run together up to this many tokens."""
-QUERY_BATCH = 128
-"""Number of tokens that attend together: their scores stay in the processor's cache, and the masks are small."""
 HEAD_BATCH = 1024
 """Number of positions whose logits are held together: V floats each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A prompt and its possible continuations, as token ids; each continuation needs at least one token."""
-
-    prompt: tuple[int, ...]
-    continuations: tuple[tuple[int, ...], ...]
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that one pass runs."""
-        return len(self.prompt) + sum(map(len, self.continuations))
-
-    @property
-    def longest(self) -> int:
-        """Number of tokens of the prompt and its longest continuation together."""
-        return len(self.prompt) + max(map(len, self.continuations), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,46 +43,6 @@ class Score:
     def best(self) -> int:
         """Index of the likeliest continuation."""
         return max(range(len(self.loglikelihoods)), key=self.loglikelihoods.__getitem__)
-
-
-class _QuestionSpan:
-    """The packed tokens of one question: its prompt, then its continuations.
-
-    Args:
-        own: Its T places in the pack.
-        prompt: Number of tokens of the prompt.
-        positions: Position of each token of the pack; continuations restart where the prompt ends, (N,).
-        branches: 0 for tokens of a prompt, else the number of the continuation, from 1, (N,).
-        windows: The windows that layers have.
-    """
-
-    def __init__(
-        self, own: slice, prompt: int, positions: Tensor, branches: Tensor, windows: Iterable[int | None]
-    ) -> None:
-        self._own, self._prompt, self._positions, self._branches = own, prompt, positions[own], branches[own]
-        rows = slice(0, min(QUERY_BATCH, own.stop - own.start))
-        self._first_masks = {window: self._seen(rows, rows, window) for window in windows}
-        """The masks of the first block, by window: all that a short question needs, in every layer."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind) -> Iterator[Tensor]:
-        """Attention within the question, (T, H × d), in blocks of queries, so that no (T, T) mask is ever held."""
-        query, keys, values = query[self._own], key[self._own].transpose(0, 1), value[self._own].transpose(0, 1)
-        for start in range(0, len(query), QUERY_BATCH):
-            rows = slice(start, min(start + QUERY_BATCH, len(query)))
-            columns = slice(self._first_key(start, kind.window), rows.stop)
-            seen = self._seen(rows, columns, kind.window) if start else self._first_masks[kind.window]
-            yield attend_seen(query[rows], keys[:, columns], values[:, columns], kind, seen)
-
-    def _first_key(self, row: int, window: int | None) -> int:
-        """The first token that this one, or one after it, attends to."""
-        return 0 if window is None else max(0, min(row, self._prompt) - window + 1)
-
-    def _seen(self, rows: slice, columns: slice, window: int | None) -> Tensor:
-        """Which tokens (columns) each token (rows) attends to: those before it in the prompt and in its own part."""
-        key_branches = self._branches[columns]
-        distance = self._positions[rows, None] - self._positions[None, columns]
-        seen = (distance >= 0) & ((key_branches == 0) | (key_branches == self._branches[rows, None]))
-        return seen if window is None else seen & (distance < window)
 
 
 def score_questions(decoder: Decoder, questions: Sequence[Question], program: Program) -> list[Score]:
@@ -131,8 +67,12 @@ def score_programs(
     ordered = sorted(set(programs), key=lambda program: program.steps)
     scores: dict[Program, list[Score]] = {program: [] for program in ordered}
     for pack in packs(questions):
-        for program, hidden in _final_states(decoder, pack, ordered):
-            scores[program].extend(_read(decoder, pack, hidden))
+        sources, targets = predictors(pack)
+        wanted = sorted(set(sources))
+        place_of = {source: place for place, source in enumerate(wanted)}
+        rows = [place_of[source] for source in sources]
+        for program, hidden in _final_states(decoder, pack, ordered, wanted):
+            scores[program].extend(_read(decoder, pack, hidden[rows], targets))
             on_program()
     return scores
 
@@ -150,99 +90,28 @@ def states_after(decoder: Decoder, prompts: Sequence[tuple[int, ...]], steps: Se
     return states
 
 
-def packs(questions: Sequence[Question], limit: int | None = None) -> Iterator[list[Question]]:
-    """Split questions into packs of at most `limit` tokens (None = 4096); a longer question stands alone."""
-    size = 0
-    pack: list[Question] = []
-    for question in questions:
-        if pack and size + question.tokens > (limit or MAX_PACK_TOKENS):
-            yield pack
-            pack, size = [], 0
-        size += question.tokens
-        pack.append(question)
-    if pack:
-        yield pack
-
-
 def _final_states(
-    decoder: Decoder, pack: Sequence[Question], ordered: Sequence[Program]
+    decoder: Decoder, pack: Sequence[Question], ordered: Sequence[Program], wanted: Sequence[int]
 ) -> Iterator[tuple[Program, Tensor]]:
-    """Hidden states (N, E) of a pack after each program.
+    """Hidden states (M, E) of the tokens of a pack at the places `wanted`, ascending, after each program.
 
-    In lexicographic order neighbours share the longest starts, so a stack of the states after each step of the current
-    program walks through the trie of all programs: each edge runs once, and no more states are held than a program has
-    steps.
+    In lexicographic order neighbours share the longest starts, so a stack of the states before each visit of the
+    current program walks through the trie of all programs: each edge runs once, and no more states are held than a
+    program has steps. The last visit, which only the wanted tokens run to its end, is each program's own.
     """
     packed = PackedQuestions(decoder, pack)
     stack = [packed.embedded]
     before: tuple[Step, ...] = ()
     for program in ordered:
-        shared = _shared_start(before, program.steps)
+        shared_by_all, own = program.steps[: program.last_visit], program.steps[program.last_visit :]
+        shared = _shared_start(before, shared_by_all)
         del stack[shared + 1 :]
         with torch.inference_mode():
-            for step in program.steps[shared:]:
+            for step in shared_by_all[shared:]:
                 stack.append(packed.step(decoder, step, stack[-1]))
-        before = program.steps
-        yield program, stack[-1]
-
-
-class PackedQuestions:
-    """A pack of questions laid out for the steps of any program, on every device that has layers."""
-
-    def __init__(self, decoder: Decoder, pack: Sequence[Question]) -> None:
-        tokens, positions, branches = _lay_out(pack)
-        windows = {kind.window for kind in decoder.family.kinds}
-        self._by_device = {
-            device: _DevicePack(
-                decoder, pack, torch.tensor(positions, device=device), torch.tensor(branches, device=device), windows
-            )
-            for device in decoder.placement.devices
-        }
-        first = decoder.placement.first
-        self.positions = self._by_device[first].positions
-        """Position of each token, (N,), on the device where tokens enter."""
-        self.embedded = decoder.embed(torch.tensor(tokens, device=first), self.positions)
-        """Hidden states before the first step, (N, E)."""
-
-    def step(self, decoder: Decoder, step: Step, x: Tensor) -> Tensor:
-        """One step of a program for all packed tokens, (N, E), on the device of its layer."""
-        device = decoder.placement.layers[step.first]
-        packed, kind = self._by_device[device], decoder.family.kinds[step.first]
-        return decoder.run_step(step, x.to(device), packed.positions, packed.rotary, partial(packed.attend, kind))
-
-
-class _DevicePack:
-    """What the layers of one device need of a pack: positions (N,), rotary angles, and who attends to whom."""
-
-    def __init__(
-        self, decoder: Decoder, pack: Sequence[Question], positions: Tensor, branches: Tensor, windows: set[int | None]
-    ) -> None:
-        self.positions = positions
-        self.rotary = decoder.rotary(positions, max(question.longest for question in pack))
-        sizes = [question.tokens for question in pack]
-        ends = list(accumulate(sizes))
-        self._spans = [
-            _QuestionSpan(slice(end - size, end), len(question.prompt), positions, branches, windows)
-            for question, size, end in zip(pack, sizes, ends, strict=True)
-        ]
-
-    def attend(self, kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of every question within itself, (N, H × d)."""
-        return torch.cat([block for span in self._spans for block in span.attend(query, key, value, kind)])
-
-
-def _lay_out(pack: Sequence[Question]) -> tuple[list[int], list[int], list[int]]:
-    """Tokens of a pack, with their positions and branches; continuations restart at the position after their prompt."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    branches: list[int] = []
-    for question in pack:
-        for branch, piece in enumerate((question.prompt, *question.continuations)):
-            start = len(question.prompt) if branch else 0
-            tokens.extend(piece)
-            positions.extend(range(start, start + len(piece)))
-            branches.extend([branch] * len(piece))
-    return tokens, positions, branches
+            states = packed.finish(decoder, own, stack[-1], wanted)
+        before = shared_by_all
+        yield program, states
 
 
 def _shared_start(first: Sequence[Step], second: Sequence[Step]) -> int:
@@ -251,29 +120,9 @@ def _shared_start(first: Sequence[Step], second: Sequence[Step]) -> int:
     return sum(1 for _ in takewhile(bool, same))
 
 
-def predictors(pack: Sequence[Question]) -> tuple[list[int], list[int]]:
-    """Places in the pack that predict the continuations' tokens, and those tokens.
-
-    The end of the prompt predicts the first token of each continuation; every other one is predicted by the token
-    before it.
-    """
-    sources: list[int] = []
-    targets: list[int] = []
-    start = 0
-    for question in pack:
-        prompt_end = start + len(question.prompt)
-        start = prompt_end
-        for tail in question.continuations:
-            sources.extend([prompt_end - 1, *range(start, start + len(tail) - 1)])
-            targets.extend(tail)
-            start += len(tail)
-    return sources, targets
-
-
 @torch.inference_mode()
-def _read(decoder: Decoder, pack: Sequence[Question], hidden: Tensor) -> list[Score]:
-    sources, targets = predictors(pack)
-    likelihoods, choices = _predict(decoder, hidden[sources], targets)
+def _read(decoder: Decoder, pack: Sequence[Question], states: Tensor, targets: list[int]) -> list[Score]:
+    likelihoods, choices = _predict(decoder, states, targets)
     return _regroup(pack, likelihoods, choices)
 
 

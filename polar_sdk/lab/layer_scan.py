@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import BaseModel, Field
 
-from polar_sdk.engine.scoring import Question, Score, packs, score_programs
+from polar_sdk.engine.pack import Question, packs
+from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, builtin_items
 from polar_sdk.lab.rewards.measure import preferred_choice

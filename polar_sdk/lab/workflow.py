@@ -198,6 +198,7 @@ def evaluate(
     router: Router | str | Path | None = None,
     points: Mapping[str, float] | None = None,
     timed: int = 8,
+    free: int = 0,
     seed: int = 0,
     on_progress: Progress = silent,
 ) -> Evaluation:
@@ -210,6 +211,7 @@ def evaluate(
         router: A trained router or its folder; None = this model's.
         points: θ by name; None = the certified tiers. The first is compared with the controls.
         timed: Prompts that are timed; 0 times none.
+        free: Prompts that every tier also answers freely, for texts as a reader sees them.
         seed: Of the controls.
         on_progress: Called with (stage, steps done, steps in all).
 
@@ -222,7 +224,7 @@ def evaluate(
     if not sets:
         raise DataError("there is no set to evaluate on; give at least one.")
     judge = Judge(model, _obtain(model, router), on_progress=on_progress)
-    return judge.evaluate(sets, points=points, timed=timed, seed=seed)
+    return judge.evaluate(sets, points=points, timed=timed, free=free, seed=seed)
 
 
 def _check_settings(kind: str, settings: MenuSettings | LayerwiseSettings | None) -> None:

@@ -92,6 +92,8 @@ def _plain_layers(program: Program) -> tuple[int, ...]:
         raise _no_export(
             program, f"crosses layers {first} to {last} by a bridge", "use a program that skips them instead"
         )
+    for first, last in program.fills:
+        raise _no_export(program, f"fills layers {first} to {last}", "use a program whose layers run for all tokens")
     for step in program.steps:
         if step.parts != 1:
             raise _no_export(program, f"visits layer {step.first} damped", "use a program without damped visits")

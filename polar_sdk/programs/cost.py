@@ -80,6 +80,10 @@ class Piece(NamedTuple):
     wanted: int
     """From this position on, logits or states are wanted of the tokens; `end` = of none."""
 
+    def runs_whole(self, program: Program) -> bool:
+        """Whether every token takes every step whole, as those of the answer do."""
+        return self.wanted <= self.start and (self.start >= self.prompt or not program.tail)
+
     def parts(self, step: Step, place: int, last_visit: int) -> Parts:
         """What each token does at a step, which is at this place of a program whose last visit is at `last_visit`.
 
@@ -96,6 +100,14 @@ class Piece(NamedTuple):
             return Parts(running, (), filled)
         leaving = _ranges(*((start, min(end, self.wanted)) for start, end in running))
         return Parts(_ranges(*((max(start, self.wanted), end) for start, end in running)), leaving, filled)
+
+
+class Share(NamedTuple):
+    """What a pass does at one step of a program."""
+
+    step: Step
+    parts: Parts
+    flops: int
 
 
 def _ranges(*ranges: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -172,18 +184,22 @@ class CostModel:
             )
         return self.fills[segment]
 
-    def steps(self, program: Program, piece: Piece) -> Iterator[int]:
-        """FLOPs of each step of a program for one pass, in order; a segment's map counts with its first visit."""
-        entries = {segment[0]: self.fill(segment) for segment in program.fills}
+    def shares(self, program: Program, piece: Piece) -> Iterator[Share]:
+        """What a pass does at each step of a program, in order; a segment's map counts with its first visit."""
         last = program.last_visit
         for place, step in enumerate(program):
             parts = piece.parts(step, place, last)
             flops = self.step(step).flops(size(parts.running), piece.end, size(parts.leaving))
-            yield flops + (entries.get(step.first, 0) * size(parts.filled) if step.fill else 0)
+            if step.begins_segment:
+                flops += self.fill((step.segment[0], step.segment[1])) * size(parts.filled)
+            yield Share(step, parts, flops)
 
     def prefill(self, program: Program, prompt: int, *, cached: int = 0) -> int:
-        """FLOPs of the layers for a prompt of that many tokens, the first `cached` of which are not run again."""
-        return sum(sum(self.steps(program, piece)) for piece in pieces(prompt, cached))
+        """FLOPs of the layers for a prompt of that many tokens, the first `cached` of which are not run again.
+
+        Logits are wanted of the prompt's last token alone, so the others do not run the last visit to its end.
+        """
+        return sum(share.flops for piece in pieces(prompt, cached) for share in self.shares(program, piece))
 
     def decode(self, program: Program, prompt: int, steps: int) -> int:
         """FLOPs of the layers for that many decode steps after the prompt.
@@ -227,5 +243,5 @@ def chunks(prompt: int, cached: int = 0) -> list[tuple[int, int]]:
 
 
 def pieces(prompt: int, cached: int = 0) -> list[Piece]:
-    """The same chunks as passes."""
-    return [Piece(start, end, prompt, start) for start, end in chunks(prompt, cached)]
+    """The same chunks as passes; logits are wanted of the prompt's last token."""
+    return [Piece(start, end, prompt, prompt - 1 if end == prompt else end) for start, end in chunks(prompt, cached)]

@@ -60,11 +60,19 @@ class Step(NamedTuple):
     """Whether the step crosses its layers by a bridge instead of visiting one."""
     fill: int = 0
     """Of a filled visit, how many of the prompt's last tokens run it, at least 1; 0 = all tokens run it."""
+    segment: tuple[int, ...] = ()
+    """First and last layer of the filled segment that a visit belongs to, by whose map it is filled; the program that
+    holds the step sets it. Empty where it is not filled."""
 
     @property
     def unfilled(self) -> Step:
         """The step as the answer's tokens take it: itself, not filled."""
-        return self._replace(fill=0) if self.fill else self
+        return self._replace(fill=0, segment=()) if self.fill else self
+
+    @property
+    def begins_segment(self) -> bool:
+        """Whether it is the first visit of a filled segment, where the segment's map is applied."""
+        return bool(self.fill) and self.first == self.segment[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,6 @@ class Program:
 
     def __init__(self, steps: Iterable[Step | int]) -> None:
         all_steps = tuple(step if isinstance(step, Step) else Step(step, step) for step in steps)
-        object.__setattr__(self, "steps", all_steps)
         if not all_steps:
             raise ProgramSyntaxError("the program is empty; it needs at least one layer, for example '0-29'.")
         if (lowest := min(step.first for step in all_steps)) < 0:
@@ -93,6 +100,7 @@ class Program:
         if all(step.bridge for step in all_steps):
             raise ProgramSyntaxError("the program visits no layer; it needs at least one, for example '0-29'.")
         _check_loops(all_steps)
+        object.__setattr__(self, "steps", tuple(_in_segments(all_steps)))
 
     @classmethod
     def identity(cls, depth: int) -> Self:
@@ -216,7 +224,7 @@ class Program:
     @property
     def fills(self) -> tuple[tuple[int, int], ...]:
         """First and last layer of each filled segment, in order."""
-        return tuple((run.first, run.last) for run in _runs(self.steps) if run.fill)
+        return tuple((step.segment[0], step.segment[1]) for step in self.steps if step.begins_segment)
 
     @property
     def tail(self) -> int:
@@ -350,6 +358,15 @@ def _runs(steps: tuple[Step, ...]) -> Iterator[Step]:
         if end == len(steps) or not _continues(steps, end):
             yield steps[start]._replace(last=steps[end - 1].last)
             start = end
+
+
+def _in_segments(steps: tuple[Step, ...]) -> Iterator[Step]:
+    """The steps, each filled one with the segment that it belongs to: a run of filled visits."""
+    segments = {
+        layer: (run.first, run.last) for run in _runs(steps) if run.fill for layer in range(run.first, run.last + 1)
+    }
+    for step in steps:
+        yield step._replace(segment=segments[step.first]) if step.fill else step
 
 
 def _continues(steps: tuple[Step, ...], at: int) -> bool:

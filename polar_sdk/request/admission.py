@@ -6,7 +6,6 @@ offers (program, tier, max FLOPs) and obeys the answer.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -14,7 +13,7 @@ from polar_sdk.router.base import fixed_router
 from polar_sdk.usage import Offer, UsageBound
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.program import Program
@@ -35,35 +34,31 @@ class _Choice:
     flops: int
 
 
-def admit(requests: Sequence[Request], cost: CostModel, sink: UsageSink) -> list[Request]:
-    """Reserve for every request, or for none.
+def admit(
+    requests: Sequence[Request], cost: CostModel, sink: UsageSink, reserved: Callable[[Request], None]
+) -> list[Request]:
+    """Reserve for every request, or for none: where one is refused, the caller releases the others.
 
     Args:
         requests: What would run together.
         cost: FLOPs of programs on this model.
         sink: Who decides.
+        reserved: Called with each request that the sink holds something for.
 
     Returns:
         The requests as they are to be served, in the same order.
 
     Raises:
-        BudgetExceededError: A budget has no room for one of them; what was held for the others is released.
-        SinkError: The sink cannot decide; likewise.
+        BudgetExceededError: A budget has no room for one of them.
+        SinkError: The sink cannot decide.
     """
     admitted: list[Request] = []
-    reserved: list[UsageBound] = []
-    try:
-        for request in requests:
-            choices = _choices(request, cost)
-            bound = _bound(request, choices)
-            chosen = sink.reserve(bound)
-            reserved.append(bound)
-            admitted.append(request if chosen == 0 else _served(request, choices[chosen], cost.depth))
-    except BaseException:
-        for bound in reserved:
-            with suppress(Exception):  # any sink, any error: the first error matters, and a hold expires by itself
-                sink.release(bound.tenant, bound.request_id)
-        raise
+    for request in requests:
+        choices = _choices(request, cost)
+        bound = _bound(request, choices)
+        chosen = sink.reserve(bound)
+        reserved(request)
+        admitted.append(request if chosen == 0 else _served(request, choices[chosen], cost.depth))
     return admitted
 
 

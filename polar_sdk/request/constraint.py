@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_sdk.engine.grammar import import_llguidance
 from polar_sdk.errors import GrammarError, InvalidRequestError
 from polar_sdk.reading import Unreadable, parse_json, shown
 
@@ -50,6 +49,8 @@ def grammar_text(options: RequestOptions) -> str | None:
         return None
     if len(given) > 1:
         raise InvalidRequestError(f"{' and '.join(f'{name}=' for name in given)} exclude each other; pass one of them.")
+    from polar_sdk.engine.grammar import import_llguidance  # with torch, which whoever makes schemas does not need
+
     matcher = import_llguidance().LLMatcher
     value: Any = options.get(given[0])
     if given[0] == "schema":
@@ -70,7 +71,7 @@ def schema_text(schema: Schema) -> str:
     """
     read = json_schema(schema)
     try:
-        text = json.dumps(_with_formats(read), allow_nan=False)
+        text = json.dumps(with_formats(read), allow_nan=False)
         parse_json(text, max_bytes=_MAX_TEXT)  # within limits of depth and size, whatever it came from
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not a JSON document: {str(error)[:200]}.") from error
@@ -116,13 +117,13 @@ def closed(part: Any) -> Any:
     return read
 
 
-def _with_formats(part: Any) -> Any:
+def with_formats(part: Any) -> Any:
     """The schema with patterns for dates and times: every answer is a time that exists, as common parsers read it."""
     if isinstance(part, list):
-        return [_with_formats(item) for item in part]
+        return [with_formats(item) for item in part]
     if not isinstance(part, dict):
         return part
-    read = {key: value if key in _VALUES else _with_formats(value) for key, value in part.items()}
+    read = {key: value if key in _VALUES else with_formats(value) for key, value in part.items()}
     name = read.get("format")
     if isinstance(name, str) and name in _FORMATS and "pattern" not in read:
         del read["format"]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
 from polar_sdk.reading import Unreadable, parse_json
-from polar_sdk.request.admission import admit
 from polar_sdk.request.recorder import Recorder
 from polar_sdk.serving.job import FinishReason, Job
 from polar_sdk.serving.threads import AHEAD
@@ -106,12 +105,19 @@ def answer(
         return []
     sink.check()
     ended: SimpleQueue[Job] = SimpleQueue()
-    requests = admit(requests, model.decoder.cost, sink)
-    jobs = [
-        Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, on_end=ended.put, model=model.name)
-        for request in requests
-    ]
     with Recorder(model, sink) as recorder:
+        jobs = [
+            Job(
+                request,
+                model.decoder,
+                model.tokenizer,
+                model.end_tokens,
+                guard=guard,
+                on_end=ended.put,
+                model=model.name,
+            )
+            for request in recorder.admit(requests)
+        ]
         recorder.begin(jobs)
         model.scheduler.submit(jobs)
         finished = {job: _generation(job, recorder) for job in (ended.get() for _ in jobs)}
@@ -186,7 +192,7 @@ def _chunks(
 ) -> Generator[Chunk, None, None]:
     try:
         sink.check()
-        (request,) = admit([request], model.decoder.cost, sink)
+        (request,) = recorder.admit([request])
         job = Job(
             request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, max_ahead=AHEAD, model=model.name
         )

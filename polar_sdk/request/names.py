@@ -17,7 +17,7 @@ _MAX_LENGTH: Final = 200
 
 def check_name(what: str, value: str) -> str:
     """A tenant, a request id or the name of a tag: short text, not blank, without white space around it."""
-    _storable(what, value)
+    _check_text(what, value)
     if not value.strip() or len(value) > _MAX_LENGTH:
         raise TagError(f"{what} {value[:40]!r} has {len(value)} characters; use 1 to {_MAX_LENGTH}, not only blanks.")
     if (flaw := flaw_of_name(value)) is not None:
@@ -31,15 +31,12 @@ def check_tags(tags: Mapping[str, str]) -> Mapping[str, str]:
         raise TagError(f"tags is {tags!r}; pass a mapping of text to text.")
     for key, value in tags.items():
         check_name("tag", key)
-        _storable(f"the value of tag {key!r}", value)
+        _check_text(f"the value of tag {key!r}", value)
         if (flaw := flaw_of_text(value)) is not None:
             raise TagError(f"the value of tag {key!r}, {value[:40]!r}, {flaw}; remove it.")
     return tags
 
 
-def _storable(what: str, value: str) -> None:
-    """Refuse before compute what no usage record or ledger can store; later, the work would go unmetered."""
+def _check_text(what: str, value: object) -> None:
     if not isinstance(value, str):
         raise TagError(f"{what} is {value!r}, which is not text; use str().")
-    if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise TagError(f"{what} {value[:40]!r} contains a null character or a lone surrogate; pass valid Unicode text.")

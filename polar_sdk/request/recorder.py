@@ -19,18 +19,21 @@ from contextvars import copy_context
 from functools import cache, partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, Literal
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.programs.program import Program
+from polar_sdk.request.admission import admit
 from polar_sdk.serving.threads import may_wait, run_uncut, start_detached
 from polar_sdk.usage import Outcome, Receipt, TokenUsage, UsageRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from polar_sdk.errors import PolarError
     from polar_sdk.serving.job import Job
     from polar_sdk.serving.loaded import LoadedModel
+    from polar_sdk.serving.request import Request
     from polar_sdk.usage import UsageSink
 
 
@@ -63,6 +66,8 @@ class Recorder:
     """
 
     def __init__(self, model: LoadedModel, sink: UsageSink) -> None:
+        self._reserved: list[Request] = []
+        """Requests that the sink may hold something for, and that have no job yet."""
         self._jobs: tuple[Job, ...] = ()
         self._model, self._sink = model, sink
         self._records: dict[Job, UsageRecord] = {}
@@ -75,11 +80,23 @@ class Recorder:
         self._context = copy_context()
         """The caller's, for a record that another thread stores."""
 
+    def admit(self, requests: Sequence[Request]) -> list[Request]:
+        """Reserve for requests with the sink; what never gets a job is released, however the call ends.
+
+        Raises:
+            BudgetExceededError: A budget has no room for one of them.
+            SinkError: The sink cannot decide.
+        """
+        return admit(requests, self._model.decoder.cost, self._sink, self._reserved.append)
+
     def begin(self, jobs: Sequence[Job]) -> None:
-        """Take jobs on; from now on, each is recorded."""
+        """Take on the jobs of the requests that were admitted; from now on, each is recorded."""
         _finish_at_exit()
         self._jobs = tuple(jobs)
+        self._reserved.clear()
         _OPEN.add(self)
+        for job in jobs:
+            self._sink.watch(job.request.tenant, job.request.request_id, partial(_revoke, ref(self), job))
 
     def finish(self, job: Job) -> tuple[UsageRecord, Receipt | None]:
         """Wait for a job and store its record.
@@ -155,7 +172,7 @@ class Recorder:
         return [job for job in self._jobs if job not in self._receipts]
 
     def _is_open(self) -> bool:
-        return not self._ended and self._process == os.getpid() and bool(self._unrecorded())
+        return not self._ended and self._process == os.getpid() and bool(self._reserved or self._unrecorded())
 
     def _hand_over(self, failure: BaseException | None) -> threading.Lock:
         stored = threading.Lock()
@@ -178,6 +195,9 @@ class Recorder:
         with self._storing:
             if self._ended:
                 return ()
+            for request in self._reserved:
+                with suppress(Exception):  # any sink, any error: jobs must be recorded, and a hold expires by itself
+                    self._sink.release(request.tenant, request.request_id)
             for job in self._unrecorded():
                 if job.submitted:
                     job.wait()  # at most one token
@@ -189,6 +209,14 @@ class Recorder:
             self._ended = True
         return problems
 
+    def store_revoked(self, job: Job) -> None:
+        """Store the record of a job that was revoked now: its caller may not come back for a long time."""
+        if job.submitted:
+            job.wait()
+        with self._storing:
+            if job.error is not None and job not in self._receipts:
+                self._receipts[job] = self._sink.emit(self._final(job, None))
+
     def _final(self, job: Job, failure: BaseException | None) -> UsageRecord:
         cause = job.error or failure
         stopped = cause is None or isinstance(cause, _STOPS) or (job.error is None and job.finish == "cancelled")
@@ -198,6 +226,20 @@ class Recorder:
         if job not in self._records:
             self._records[job] = _usage(self._model, job, outcome, error)
         return self._records[job]
+
+
+def _revoke(recorder: ref[Recorder], job: Job, error: PolarError) -> None:
+    """End a job whose hold is lost, and have its record stored by the thread of late records."""
+    job.revoke(error)
+    if (living := recorder()) is not None:
+        _LATE.put(partial(_store_revoked, living, job))
+
+
+def _store_revoked(recorder: Recorder, job: Job) -> None:
+    try:
+        recorder.store_revoked(job)
+    except Exception:  # the caller offers it to the sink again when it leaves
+        _log.exception("the usage record of a request that lost its hold could not be stored yet")
 
 
 class _LateRecords:

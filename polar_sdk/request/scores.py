@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from polar_sdk.engine.scoring import Question, score_programs, states_after
+from polar_sdk.engine.pack import Question
+from polar_sdk.engine.scoring import score_programs, states_after
 from polar_sdk.errors import ContextWindowError, InvalidRequestError, ProgramDepthError
 
 if TYPE_CHECKING:

@@ -122,12 +122,17 @@ def wilson(k: int, n: int) -> Interval:
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
-    """Mean of first − second over the same prompts, with its 95 % interval (normal, from the paired differences).
+    """Mean of first − second over the same prompts; see `mean_difference`."""
+    return mean_difference(list(map(float, first)), list(map(float, second)))
+
+
+def mean_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Mean of first − second, from 0 to 1 each, with its 95 % interval (normal, from the paired differences).
 
     Where all pairs are equal the interval does not collapse to a point: its half-width is what n prompts leave open,
     3 / n.
     """
-    differences = [int(a) - int(b) for a, b in zip(first, second, strict=True)]
+    differences = [a - b for a, b in zip(first, second, strict=True)]
     n = len(differences)
     mean = sum(differences) / n
     if n < 2:

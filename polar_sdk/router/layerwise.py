@@ -16,6 +16,8 @@ from polar_sdk.programs.program import Program
 from polar_sdk.router.learned import LearnedRouter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -46,8 +48,8 @@ class LayerwiseRouter(LearnedRouter):
         """Of each action of each free layer, (…, L, 3)."""
         return outputs.reshape(*outputs.shape[:-1], len(self.free), len(ACTIONS)).log_softmax(-1)
 
-    def choose_all(self, outputs: Tensor, theta: float) -> list[Program]:
-        """Per layer: execute, unless its probability is below θ."""
+    def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
+        """Per layer: execute, unless its probability is below θ; whatever the prompt's length."""
         chances = self.log_probabilities(outputs).exp()
         other = torch.where(chances[..., 2] > chances[..., 0], 2, 0)
         chosen = torch.where(chances[..., EXECUTE] < theta, other, EXECUTE)

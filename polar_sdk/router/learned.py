@@ -18,6 +18,7 @@ from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.engine.hashes import hash_bridges, hash_programs, hash_tensors
 from polar_sdk.engine.route import Route
 from polar_sdk.errors import RouterError, RouterModelError, UnknownTierError
+from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.router.base import IdentityRouter, Router
 from polar_sdk.router.certificate import Certificate, Subject
 from polar_sdk.router.network import FeatureKind, FeatureReader
@@ -50,6 +51,10 @@ class RouterFacts(BaseModel):
     """Values of θ, ascending from 0, that calibration tests in order; fixed in training."""
     default_theta: float = Field(default=0.0, ge=0)
     """θ of an uncalibrated router, chosen on the dev prompts; it promises nothing."""
+    own_length: bool = False
+    """Whether θ and costs are those of the prompt's own length; else of 128 prompt and 64 output tokens."""
+    answer_tokens: int = Field(default=NOMINAL_OUTPUT, ge=1)
+    """Tokens of an answer that costs are compared at, where they are those of the prompt's own length."""
     default_tier: str = "standard"
     """Tier of a request that names none, where the router is certified."""
     training: dict[str, Any] = Field(default_factory=dict)
@@ -192,7 +197,7 @@ class LearnedRouter(Router):
     def choose(self, tokens: Sequence[int], theta: float) -> Route:
         """Choose for one prompt with the dial at θ."""
         features, lead = self.reader.read(tokens)
-        program = self.decide(self._running(features), theta)
+        program = self.decide(self._running(features), theta, len(tokens))
         return Route(self.programs[0], self.network.flops, lead).onto(program)
 
     def route_flops(self, tokens: int, program: Program) -> int:
@@ -217,12 +222,18 @@ class LearnedRouter(Router):
         return other
 
     @abstractmethod
-    def choose_all(self, outputs: Tensor, theta: float) -> list[Program]:
-        """The programs for many prompts' outputs (M, O), with the dial at θ."""
+    def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
+        """The programs for many prompts, with the dial at θ.
 
-    def decide(self, outputs: Tensor, theta: float) -> Program:
-        """The program for one prompt's outputs (O,), with the dial at θ."""
-        return self.choose_all(outputs.unsqueeze(0), theta)[0]
+        Args:
+            outputs: Of the prompts, (M, O); see `outputs`.
+            theta: The dial.
+            lengths: Number of tokens of each prompt; None = 128.
+        """
+
+    def decide(self, outputs: Tensor, theta: float, length: int = NOMINAL_PROMPT) -> Program:
+        """The program for the outputs (O,) of one prompt of that many tokens, with the dial at θ."""
+        return self.choose_all(outputs.unsqueeze(0), theta, [length])[0]
 
     def _prepare(self, decoder: Decoder) -> None:
         """Look up what decisions need to know about the model."""

@@ -2,12 +2,18 @@
 
 Quality is the predicted probability that nothing is lost against identity; identity's own is 1. (Trained on the loss
 `drops` it runs from 0, lost for certain, to 1, gained for certain, and ½ is as good as identity.) With its dial at θ
-the router runs the cheapest program whose predicted quality is at least 1 − θ. Knows no text and no money.
+the router runs the cheapest program whose predicted quality is at least 1 − θ.
+
+Costs are those of the prompt's own length where the router was trained so (`own_length`). There the same loss is worth
+more where it saves more: θ counts what is lost per share of the FLOPs saved, relative to a prompt of 128 tokens. So a
+long prompt, of which a filled program saves twice as much as of a short one, may take a deeper cut. Knows no text and
+no money.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 
@@ -24,18 +30,59 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program
 
 
-def by_cost(programs: Sequence[Program], cost: CostModel) -> list[int]:
-    """Indices of programs, cheapest first, at 128 prompt and 64 output tokens."""
-    flops = [cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT).total for program in programs]
-    return sorted(range(len(programs)), key=flops.__getitem__)
+_FAVOUR: Final = (0.5, 2.0)
+"""By how much a prompt's length may change what a loss counts."""
 
 
-def needed_theta(outputs: Tensor) -> Tensor:
-    """The smallest θ at which each program may run, (…, P) for outputs (…, P − 1): 1 − its quality; 0 for identity.
+@dataclass(frozen=True)
+class Pricing:
+    """What the programs of a menu cost, by the length of the prompt.
 
-    Outputs are logits of the qualities of the programs after identity.
+    Attributes:
+        programs: Identity first.
+        cost: Of the model.
+        own_length: Whether a prompt's own length counts; else every prompt has 128 tokens.
+        answer: Tokens of the answer.
     """
-    lost = torch.sigmoid(-outputs)
+
+    programs: tuple[Program, ...]
+    cost: CostModel
+    own_length: bool = False
+    answer: int = NOMINAL_OUTPUT
+    _known: dict[int, list[float]] = field(default_factory=dict, repr=False)
+
+    def costs(self, lengths: Sequence[int]) -> Tensor:
+        """FLOPs of each program over identity's, (P, M) for P prompts."""
+        return torch.tensor([self._at(length if self.own_length else NOMINAL_PROMPT) for length in lengths])
+
+    def favour(self, lengths: Sequence[int]) -> Tensor:
+        """What a loss under each program after identity counts at these lengths, (P, M − 1); 1 at 128 tokens."""
+        own, nominal = 1 - self.costs(lengths)[:, 1:], 1 - torch.tensor(self._at(NOMINAL_PROMPT))[1:]
+        saving = (own > 0) & (nominal > 0)
+        return torch.where(saving, nominal / own.clamp(min=1e-6), 1.0).clamp(*_FAVOUR)
+
+    @property
+    def cheaper(self) -> list[int]:
+        """Programs cheaper than identity at 128 tokens, cheapest first."""
+        costs = self._at(NOMINAL_PROMPT)
+        return sorted((place for place, cost in enumerate(costs) if cost < 1), key=costs.__getitem__)
+
+    def _at(self, length: int) -> list[float]:
+        if length not in self._known:
+            flops = [self.cost.request(program, length, self.answer).total for program in self.programs]
+            self._known[length] = [value / flops[0] for value in flops]
+        return self._known[length]
+
+
+def needed_theta(outputs: Tensor, favour: Tensor | None = None) -> Tensor:
+    """The smallest θ at which each program may run, (…, M) for outputs (…, M − 1): 1 − its quality; 0 for identity.
+
+    Args:
+        outputs: Logits of the qualities of the programs after identity.
+        favour: What a loss counts; see `Pricing`. None = as it is.
+    """
+    lost = torch.sigmoid(-outputs) if favour is None else torch.sigmoid(-outputs) * favour
+    lost = torch.where(outputs == -torch.inf, torch.inf, lost)  # of a prompt unlike all that the router knows
     return torch.cat((torch.zeros_like(lost[..., :1]), lost), -1)
 
 
@@ -49,37 +96,31 @@ def menu_dial(needed: Tensor, order: Sequence[int], points: int = 100, most: flo
     return (0.0, *sorted({theta for theta in quantiles if theta > 0}))
 
 
-def cheapest(needed: Tensor, order: Sequence[int], theta: float | Tensor) -> Tensor:
-    """Index of the cheapest program that may run, per prompt: (M,) for `needed` (M, P).
+def cheapest(needed: Tensor, costs: Tensor, theta: float | Tensor) -> Tensor:
+    """Index of the cheapest program that may run, per prompt: (P,) for `needed` (P, M).
 
     Args:
-        needed: The smallest θ of each program.
-        order: Programs cheaper than identity, cheapest first.
-        theta: The dial; a tensor (K, 1) of several gives (K, M).
+        needed: The smallest θ of each program; identity is first, and may always run.
+        costs: Of each program over identity's, (M,) or (P, M).
+        theta: The dial; a tensor (K, 1, 1) of several gives (K, P).
     """
-    chosen = torch.zeros_like(needed[:, 0] <= theta, dtype=torch.long)
-    for program in reversed(order):
-        chosen = torch.where(needed[:, program] <= theta, program, chosen)
-    return chosen
+    return torch.where(needed <= theta, costs, torch.inf).argmin(-1)
 
 
 class MenuRouter(LearnedRouter):
     """Chooses among whole programs."""
 
     kind: ClassVar[str] = "menu"
-    _order: tuple[int, ...] = ()
-    """Programs that are cheaper than identity, cheapest first."""
+    _pricing: Pricing | None = None
 
     def _prepare(self, decoder: Decoder) -> None:
-        order = by_cost(self.programs, decoder.cost)
-        self._order = tuple(order[: order.index(0)])
+        self._pricing = Pricing(self.programs, decoder.cost, self.facts.own_length, self.facts.answer_tokens)
 
-    def decide(self, outputs: Tensor, theta: float) -> Program:
-        """The cheapest program whose quality is at least 1 − θ."""
-        needed = needed_theta(outputs).tolist()
-        return self.programs[next((program for program in self._order if needed[program] <= theta), 0)]
-
-    def choose_all(self, outputs: Tensor, theta: float) -> list[Program]:
-        """The same for many prompts."""
-        chosen = cheapest(needed_theta(outputs).double(), self._order, theta)
+    def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
+        """The cheapest program, at each prompt's length, whose quality is at least 1 − θ."""
+        assert self._pricing is not None, "the router is not bound to a model"
+        sizes = [NOMINAL_PROMPT] * len(outputs) if lengths is None else lengths
+        favour = self._pricing.favour(sizes) if self.facts.own_length else None
+        needed = needed_theta(outputs.cpu(), favour).double()
+        chosen = cheapest(needed, self._pricing.costs(sizes), theta)
         return [self.programs[program] for program in chosen.tolist()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -29,6 +29,18 @@ if TYPE_CHECKING:
 
 
 FeatureKind = Literal["embedding", "early"]
+_FAMILIAR: Final = "familiar."
+_CENTRES: Final = 48
+_ROUNDS: Final = 10
+_BANDS: Final = (100.0, 500.0)
+"""Lengths of prompts between which radii differ. Unit: tokens."""
+_FEWEST: Final = 30
+"""Held-out prompts of a range of lengths from which it has a radius of its own."""
+_UNLIKE: Final = 0.01
+"""Share of held-out prompts beyond the radius, before the margin."""
+_MARGIN: Final = 1.1
+_STRETCH: Final = log(1.5)
+"""By how much a prompt may be longer than the longest one seen, or shorter than the shortest, as a logarithm."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,96 @@ class FeatureReader:
 
 
 @dataclass(frozen=True)
+class Familiar:
+    """Which prompts a router has seen the like of, by distance to the nearest of a few centres of their features.
+
+    A short prompt's mean state varies more than a long one's, so that each range of lengths has a radius of its own.
+
+    Attributes:
+        centres: Standardised features, (K, F).
+        radii: Maximum distance, per feature and squared, for prompts of under 100, of 100 to 500, and of more tokens,
+            (3,).
+        lengths: Logarithms of the shortest and of the longest prompt, (2,).
+    """
+
+    centres: Tensor
+    radii: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def around(cls, seen: Tensor, held_out: Tensor, network: Network, seed: int = 0) -> Self:
+        """What is like some prompts.
+
+        Args:
+            seen: Features that the centres are made from, (P, F).
+            held_out: Features of other prompts of the same kinds, (Q, F): all but one of a hundred are to be familiar.
+            network: Standardises features.
+            seed: Of the first centres.
+        """
+        points = (seen - network.mean) * network.scale
+        generator = torch.Generator().manual_seed(seed)
+        count = max(1, min(_CENTRES, len(points) // 8))
+        centres = points[torch.randperm(len(points), generator=generator)[:count]].clone()
+        for _ in range(_ROUNDS):  # k-means; an empty cluster keeps its centre
+            nearest = torch.cdist(points, centres).argmin(1)
+            for place in sorted(set(nearest.tolist())):
+                centres[place] = points[nearest == place].mean(0)
+        lengths = torch.cat((seen, held_out))[:, -1]
+        spread = torch.stack((lengths.min() - _STRETCH, lengths.max() + _STRETCH))
+        found = cls(centres, torch.zeros(len(_BANDS) + 1), spread)
+        others = held_out if len(held_out) else seen
+        distance, band = found._distances((others - network.mean) * network.scale), found._bands(others)
+        for place in range(len(_BANDS) + 1):
+            own = distance[band == place]
+            chosen = own if len(own) >= _FEWEST else distance
+            found.radii[place] = _MARGIN * torch.quantile(chosen, 1 - _UNLIKE)
+        return found
+
+    def unlike(self, features: Tensor, standardised: Tensor) -> Tensor:
+        """Whether prompts are unlike all that were seen, (…) bool."""
+        length = features[..., -1]
+        too_far = self._distances(standardised) > self.radii[self._bands(features)]
+        return too_far | (length < self.lengths[0]) | (length > self.lengths[1])
+
+    def _distances(self, standardised: Tensor) -> Tensor:
+        """Mean squared distance to the nearest centre, (…)."""
+        rows = standardised.reshape(-1, standardised.shape[-1])
+        nearest = torch.cdist(rows, self.centres).amin(-1).square() / rows.shape[-1]
+        return nearest.view(standardised.shape[:-1])
+
+    @staticmethod
+    def _bands(features: Tensor) -> Tensor:
+        return torch.bucketize(features[..., -1].contiguous(), torch.tensor(_BANDS, device=features.device).log())
+
+    def to(self, device: torch.device) -> Familiar:
+        """The same on a device."""
+        return Familiar(self.centres.to(device), self.radii.to(device), self.lengths.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, as they are stored."""
+        return {f"{_FAMILIAR}{name}": getattr(self, name) for name in ("centres", "radii", "lengths")}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], width: int) -> Self | None:
+        """From stored tensors; None where there are none.
+
+        Raises:
+            ValueError: Some are missing, or have other shapes.
+        """
+        names = [name for name in tensors if name.startswith(_FAMILIAR)]
+        if not names:
+            return None
+        try:
+            found = cls(*(tensors[f"{_FAMILIAR}{name}"] for name in ("centres", "radii", "lengths")))
+        except KeyError as error:
+            raise ValueError(f"tensor {error} is missing") from error
+        shapes = (found.centres.shape[1:], found.radii.shape, found.lengths.shape)
+        if shapes != ((width,), (len(_BANDS) + 1,), (2,)):
+            raise ValueError(f"the shapes of {', '.join(names)} do not fit {width} features")
+        return found
+
+
+@dataclass(frozen=True)
 class Network:
     """x ↦ W_n(… relu(W_0 standardised(x) + b_0) …) + b_n.
 
@@ -85,12 +187,14 @@ class Network:
         scale: Multiplied with the result, (F,).
         weights: Per layer (out, in).
         biases: Per layer (out,).
+        familiar: Which prompts it knows the like of; for any other all outputs are −∞. None = all.
     """
 
     mean: Tensor
     scale: Tensor
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
+    familiar: Familiar | None = None
 
     @classmethod
     def fresh(cls, features: Tensor, hidden: Sequence[int], outputs: int, seed: int) -> Self:
@@ -105,18 +209,20 @@ class Network:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs (…, O) of features (…, F)."""
+        unlike = None if self.familiar is None else self.familiar.unlike(x, (x - self.mean) * self.scale)
         x = (x - self.mean) * self.scale
         last = len(self.weights) - 1
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = F.linear(x, weight, bias)
             if index < last:
                 x = F.relu(x)
-        return x
+        return x if unlike is None else x.masked_fill(unlike.unsqueeze(-1), -torch.inf)
 
     @property
     def flops(self) -> int:
-        """FLOPs of one prompt: 2 per multiply-accumulate of the products."""
-        return sum(2 * weight.numel() for weight in self.weights)
+        """FLOPs of one prompt: 2 per multiply-accumulate of the products, distances to what is familiar included."""
+        centres = 0 if self.familiar is None else 2 * self.familiar.centres.numel()
+        return sum(2 * weight.numel() for weight in self.weights) + centres
 
     @property
     def parameters(self) -> int:
@@ -131,13 +237,15 @@ class Network:
     def to(self, device: torch.device) -> Network:
         """The same network on a device."""
         weights, biases = (tuple(tensor.to(device) for tensor in tensors) for tensors in (self.weights, self.biases))
-        return Network(self.mean.to(device), self.scale.to(device), weights, biases)
+        familiar = None if self.familiar is None else self.familiar.to(device)
+        return Network(self.mean.to(device), self.scale.to(device), weights, biases, familiar)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, as they are stored."""
         named = {"mean": self.mean, "scale": self.scale}
         named |= {f"weight.{index}": weight for index, weight in enumerate(self.weights)}
         named |= {f"bias.{index}": bias for index, bias in enumerate(self.biases)}
+        named |= {} if self.familiar is None else self.familiar.tensors()
         return {name: tensor.detach().to("cpu", torch.float32).contiguous().clone() for name, tensor in named.items()}
 
     @classmethod
@@ -160,4 +268,4 @@ class Network:
             raise ValueError(f"the shapes {shapes} do not form one network")
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise ValueError("a tensor contains a value that is not finite")
-        return cls(mean, scale, weights, biases)
+        return cls(mean, scale, weights, biases, Familiar.of(tensors, mean.shape[0]))

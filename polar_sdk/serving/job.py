@@ -61,7 +61,7 @@ class Job:
         model: str = "",
     ) -> None:
         self.request, self.model = request, model
-        self.row = Row(decoder, request.route.program, guard, request.route.lead)
+        self.row = Row(decoder, request.route.program, guard, request.route.lead, len(request.tokens))
         self.text = TextStream(tokenizer, request.stops)
         self.tokens: list[int] = []
         """Every sampled token."""
@@ -98,6 +98,7 @@ class Job:
         self._change = threading.Condition()
         self._done = False
         self._cancelled = False
+        self._revoked: BaseException | None = None
         self.submitted = False
         """Whether the scheduler has the job; from then on it ends by itself or by `cancel`."""
         self.engine: threading.Thread | None = None
@@ -112,12 +113,16 @@ class Job:
 
     @property
     def left(self) -> bool:
-        """Whether `cancel` was called."""
-        return self._cancelled
+        """Whether the job was asked to stop, by `cancel` or `revoke`."""
+        return self._cancelled or self._revoked is not None
 
     def cancel(self) -> None:
         """Request the job to stop; it does so before its next token."""
         self._cancelled = True
+
+    def revoke(self, error: BaseException) -> None:
+        """Request the job to end with an error; it does so before its next token. Waits for nothing."""
+        self._revoked = error
 
     def pieces(self) -> Iterator[Piece]:
         """One piece per token as it arrives, and one without a token where the job is cancelled, until it is done."""
@@ -184,10 +189,12 @@ class Job:
         return self._max_ahead is not None and len(self._pieces) >= self._max_ahead
 
     def stop_if_due(self) -> None:
-        """End the job if its caller has cancelled it or its time is up."""
+        """End the job if its caller has cancelled it, it was revoked, or its time is up."""
         if self._cancelled or self.request.cancelled:
             self.finish = "cancelled"
             self.end(self.text.finish())
+        elif self._revoked is not None:
+            self.fail(self._revoked)
         elif self.request.late:
             self.fail(_timed_out(self))
 

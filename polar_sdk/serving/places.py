@@ -187,6 +187,8 @@ class Places:
         self._promised[job] = needed
 
     def _lend(self, job: Job) -> None:
+        if job.row.loops_stopped:
+            return  # its states are not those that were kept
         cached = self._prefixes.lend(job.request, job.row)
         if job.row.replaying:
             job.row.note_replay()

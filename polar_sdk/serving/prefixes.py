@@ -1,7 +1,9 @@
 """Shared starts of prompts: full blocks of keys and values that later requests use instead of computing them again.
 
-A block serves another request only where tenant, program, bridges and all tokens up to its end are the same. Tenants
-never share, so that neither the bill nor the timing of one reveals another's prompts. Knows rows and pages.
+A block serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same.
+Where a program fills layers, the last tokens of a prompt run them, and the same tokens in the middle of another prompt
+do not: so a block that reaches into them is neither kept nor lent. Tenants never share, so that neither the bill nor
+the timing of one reveals another's prompts. Knows rows and pages.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _Key = bytes
-"""A hash of tenant, program, bridges and all tokens up to the end of the block."""
+"""A hash of tenant, program, bridges, fills and all tokens up to the end of the block."""
 
 
 class PrefixCache:
@@ -41,7 +43,7 @@ class PrefixCache:
         At least one token of the prompt is left to run, because its logits are needed.
         """
         blocks = []
-        for key in self._keys(request, len(request.tokens) - 1):
+        for key in self._keys(request, len(request.tokens) - max(1, request.route.program.tail)):
             if key not in self._kept:
                 break
             self._kept.move_to_end(key)
@@ -56,7 +58,9 @@ class PrefixCache:
         if row.loops_stopped:
             return  # with a loop stopped, the states are not what another request would compute
         limits = [int(share * size) for size in pool.sizes]
-        for key, block in zip(self._keys(request, len(request.tokens)), row.page_table.blocks, strict=False):
+        for key, block in zip(
+            self._keys(request, len(request.tokens) - row.program.tail), row.page_table.blocks, strict=False
+        ):
             if key in self._kept:
                 continue
             counts = pool.counts(block)

@@ -61,9 +61,9 @@ if TYPE_CHECKING:
     from polar_billing import IssuedStatement
 
 VICTIM, ATTACKER = "acme", "globex"
-LOOKALIKES = ("ACME", "a%", "acm_", "%", "*", "' OR 1=1 --", "acme\u200b", "acme.", "")
-"""Names that a careless comparison would take for the victim's, or for everybody's. Blanks around a name are no part of
-it, on usage records as on budgets, so ` acme ` is not among them."""
+LOOKALIKES = ("ACME", "a%", "acm_", "%", "*", "' OR 1=1 --", "acme\u0301", "acme.", "")
+"""Names that a careless comparison would take for the victim's, or for everybody's. No record can have one with blanks
+around it or with invisible characters."""
 SECRET = "secret-of-acme"
 AT = datetime(2026, 11, 15, 12, tzinfo=UTC)
 NOVEMBER = Period.month("2026-11")
@@ -174,6 +174,8 @@ NOTHING_TO_TRY: dict[str, str] = {
     "Ledger.unprepared": "a bare connection, for the operator's programs",
     "Ledger.snapshot": "a bare connection, for the operator's programs",
     "Ledger.transaction": "a bare connection, for the operator's programs",
+    "Budgets.renew": "takes and returns nothing",
+    "Budgets.stop": "takes and returns nothing",
     "Meter.check": "takes and returns nothing",
     "Meter.entry": "pure: one record, one book",
     "Meter.close": "takes and returns nothing",
@@ -271,6 +273,19 @@ def reserve_against_the_victim(world: World) -> None:
 
 def victim_tags() -> dict[str, str]:
     return {"project": "p", "user": "ann", "key": "k", "note": SECRET}
+
+
+@case("Budgets.watch", "Budgets.forget", "Meter.watch")
+def meddle_with_the_victims_hold(world: World) -> None:
+    for tenant in (ATTACKER, *LOOKALIKES):
+        world.meter.watch(tenant, "running", fail)
+        world.budgets.watch((tenant, "polar", "running"), fail)
+        world.budgets.forget((tenant, "polar", "running"))
+    world.budgets.renew()
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 @case("Ledger.is_stored")

@@ -290,6 +290,10 @@ class TestPages:
         module = generator("generate_cli")
         assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/generate_cli.py"
 
+    def test_the_page_on_the_proof_is_what_the_schema_declares(self) -> None:
+        module = generator("generate_proof")
+        assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/generate_proof.py"
+
     def test_the_pictures_are_what_is_drawn(self) -> None:
         pictures = generator("generate_images").pictures()
         assert set(pictures) <= set((ROOT / "docs" / "images").glob("*.svg"))

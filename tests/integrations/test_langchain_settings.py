@@ -44,10 +44,9 @@ def test_a_misspelt_option_of_a_call_names_the_nearest(kind: Any, engine: PolarM
     assert sink.records == []
 
 
-@BOTH
-def test_tools_are_refused_in_words(kind: Any, engine: PolarModel) -> None:
-    with pytest.raises(NotImplementedError, match="tools= is not supported"):
-        kind(engine=engine).invoke("Hello", tools=[])
+def test_a_completion_model_refuses_tools_in_words(engine: PolarModel) -> None:
+    with pytest.raises(NotImplementedError, match=r"tools= is not supported .*use the chat model"):
+        PolarLLM(engine=engine).invoke("Hello", tools=[])
 
 
 @BOTH
@@ -167,8 +166,9 @@ def test_the_profile_claims_what_is_there(engine: PolarModel) -> None:
     profile = ChatPolar(engine=engine).profile
     assert profile is not None
     assert profile["max_input_tokens"] == engine.context_window
-    assert not profile["tool_calling"]
-    assert not profile["structured_output"]
+    assert profile["tool_calling"]
+    assert profile["structured_output"]
+    assert not profile["image_inputs"]
 
 
 @BOTH

@@ -270,7 +270,7 @@ def test_metadata_is_the_models_own(llm: PolarLLM, engine: PolarModel) -> None:
     assert about.model_name == engine.name
     assert about.is_chat_model
     assert llm.get_token_ids("héllo") == engine.encode("héllo")
-    assert not about.is_function_calling_model
+    assert about.is_function_calling_model
 
 
 def test_constructing_and_describing_load_nothing() -> None:
@@ -302,8 +302,8 @@ def test_a_misspelt_setting_or_option_names_the_nearest(llm: PolarLLM) -> None:
         PolarLLM(temprature=0.5)
     with pytest.raises(TypeError, match=r"did you mean 'max_tokens'\?"):
         llm.complete("Hello", max_token=3)
-    with pytest.raises(NotImplementedError, match="tools= is not supported"):
-        llm.chat(HELLO, tools=[])
+    with pytest.raises(polar.InvalidRequestError, match="tools= is an option of chat"):
+        llm.complete("Hello", tools=[{"type": "function", "function": {"name": "f"}}])
 
 
 def test_an_engine_brings_its_own_settings(engine: PolarModel) -> None:

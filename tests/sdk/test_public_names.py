@@ -32,7 +32,7 @@ PUBLIC = {
         usage_csv usage_of_line usage_rows verify_ledger
     """,
     "langchain_polar": """
-        ChatPolar CostTotals PolarCall PolarCostCallbackHandler PolarLLM get_polar_cost_callback
+        ChatPolar CostTotals PolarCall PolarCostCallbackHandler PolarLLM get_polar_cost_callback register
     """,
     "llama_index_polar": "PolarLLM",
 }
@@ -81,7 +81,7 @@ def test_every_error_is_listed_and_drawn() -> None:
         ("import langchain_polar", f"{HEAVY} {FRAMEWORKS}"),
         ("import llama_index_polar", f"{HEAVY} {FRAMEWORKS}"),
         (
-            "from polar_sdk.frameworks import ModelSettings; ModelSettings(compute='economy')",
+            "from polar_sdk.frameworks.settings import ModelSettings; ModelSettings(compute='economy')",
             f"{HEAVY} {FRAMEWORKS}",
         ),
         ("from polar_sdk.models.load import LoadOptions, adopt, load_pretrained", f"{HEAVY} {FRAMEWORKS}"),
@@ -101,7 +101,7 @@ def test_the_star_import_brings_every_name() -> None:
 
 def test_model_options_are_those_of_loading_and_of_the_constructor() -> None:
     from polar_sdk import PolarModel
-    from polar_sdk.frameworks import ModelSettings
+    from polar_sdk.frameworks.settings import ModelSettings
     from polar_sdk.models.load import LoadOptions, load_pretrained
     from polar_sdk.request.options import ModelOptions
 

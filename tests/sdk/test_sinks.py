@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
-from typing import TYPE_CHECKING
+from io import FileIO
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -136,6 +138,41 @@ class TestJsonl:
         sink = JsonlSink(str(tmp_path / "usage.jsonl"))
         sink.check()
         assert sink.path.read_bytes() == b""
+
+    def test_a_record_that_ctrl_c_cut_off_is_there_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before the line was written, and after."""
+        sink, write = JsonlSink(tmp_path / "usage.jsonl"), JsonlSink._write
+
+        def cut_off(first: bool, *arguments: Any) -> None:
+            if not first:
+                write(sink, *arguments)
+            raise KeyboardInterrupt
+
+        for n, first in enumerate((True, False)):
+            made = record(f"r{n}")
+            with monkeypatch.context() as patched:
+                patched.setattr(sink, "_write", partial(cut_off, first))
+                with pytest.raises(KeyboardInterrupt):
+                    sink.emit(made)
+            JsonlSink(sink.path).emit(record(f"other {n}"))  # another process
+            for _ in range(3):
+                sink.emit(made)
+        lines = sink.path.read_text(encoding="utf-8").splitlines()
+        ids = [UsageRecord.model_validate_json(line).request_id for line in lines]
+        assert ids == ["other 0", "r0", "r1", "other 1"]
+
+    def test_a_full_disk_leaves_no_half_line(self, tmp_path: Path) -> None:
+        sink = JsonlSink(tmp_path / "usage.jsonl")
+        sink.emit(record("first"))
+
+        class Full(FileIO):
+            def write(self, line: Any, /) -> int:
+                return super().write(line[:10])
+
+        with Full(sink.path, "a+") as file, pytest.raises(OSError, match="No space left"):
+            sink._write(file, b"x" * 100, file.seek(0, 2))
+        (line,) = sink.path.read_text(encoding="utf-8").splitlines()
+        assert UsageRecord.model_validate_json(line).request_id == "first"
 
     def test_lines_of_many_threads_stay_whole(self, tmp_path: Path) -> None:
         sink = JsonlSink(tmp_path / "usage.jsonl")

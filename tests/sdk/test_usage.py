@@ -25,7 +25,11 @@ from polar_sdk.usage import (
 )
 
 counts = st.integers(0, 2**60)
-names = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=50).filter(str.strip)
+names = (
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cf", "Zl", "Zp"]), min_size=1, max_size=50)
+    .map(str.strip)
+    .filter(bool)
+)
 
 
 @st.composite
@@ -98,7 +102,8 @@ class TestRecord:
             {"identity_flops": -1},
             {"identity_flops": 2**63},
             {"price": "1.00"},
-            {"schema_version": 2},
+            {"schema_version": 3},
+            {"schema_version": 1, "visits": VisitUsage(prefill_filled=(1,))},
             {"tags": {"a": 1}},
         ],
     )

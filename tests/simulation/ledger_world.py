@@ -415,7 +415,7 @@ class LedgerWorld:
         meter.recover()
         self._check_spool(ledger)
         budgets = Budgets(ledger)
-        self.world.jumped += HOLD_LIFETIME + timedelta(days=2)
+        self.world.now += HOLD_LIFETIME.total_seconds()
         budgets.expire()
         self._hold_to(not budgets.holds(ALL_TENANTS), "a hold is left open for ever")
         self._hold_to(not (wrong := budgets.recheck(ALL_TENANTS)), f"counters: {wrong}")

@@ -130,6 +130,47 @@ def _delete_before_storing() -> AbstractContextManager[object]:
     return applied()
 
 
+def _leave_before_the_end() -> AbstractContextManager[object]:
+    from polar_sdk.serving import threads
+
+    async def ended(worker: Any) -> None:
+        """Wait for nothing."""
+
+    return patch.object(threads, "_ended", ended)
+
+
+def _record_twice() -> AbstractContextManager[object]:
+    from polar_sdk.request.recorder import Recorder
+
+    return patch.object(Recorder, "_unrecorded", lambda self: list(self._jobs))
+
+
+def _forget_the_dropped() -> AbstractContextManager[object]:
+    from polar_sdk.request.recorder import Recorder
+
+    return patch.object(Recorder, "drop", lambda self: None)
+
+
+def _mix_rows() -> AbstractContextManager[object]:
+    from polar_sdk.serving.scheduler import Scheduler
+
+    choose = Scheduler._choose
+    return patch.object(Scheduler, "_choose", lambda self, jobs, logits: choose(self, jobs, logits.flip(0)))
+
+
+def _forget_what_was_cached() -> AbstractContextManager[object]:
+    from polar_sdk.serving.prefixes import PrefixCache
+
+    lend = PrefixCache.lend
+    return patch.object(PrefixCache, "lend", lambda self, request, row: lend(self, request, row) * 0)
+
+
+def _miss_the_end() -> AbstractContextManager[object]:
+    from polar_sdk.serving.job import Job
+
+    return patch.object(Job, "wait", lambda self: self._change.wait_for(lambda: False))
+
+
 MUTATIONS: Final[dict[str, Mutation]] = {
     "settle-twice": Mutation("ledger", _settle_twice),
     "forget-to-flush": Mutation("ledger", _forget_to_flush),
@@ -141,4 +182,10 @@ MUTATIONS: Final[dict[str, Mutation]] = {
     "hold-nothing": Mutation("ledger", _hold_nothing),
     "commit-without-flushing": Mutation("ledger", _commit_without_flushing),
     "delete-before-storing": Mutation("ledger", _delete_before_storing),
+    "leave-before-the-end": Mutation("serving", _leave_before_the_end),
+    "record-twice": Mutation("serving", _record_twice),
+    "forget-the-dropped": Mutation("serving", _forget_the_dropped),
+    "mix-rows": Mutation("serving", _mix_rows),
+    "forget-what-was-cached": Mutation("serving", _forget_what_was_cached),
+    "miss-the-end": Mutation("serving", _miss_the_end),
 }

@@ -72,8 +72,14 @@ def _ledger(folder: Path) -> Simulation:
     return Ledgers(folder)
 
 
-WORLDS: Final[dict[str, Callable[[Path], Simulation]]] = {"ledger": _ledger}
-SHARES: Final = {"ledger": 3}
+def _serving(folder: Path) -> Simulation:
+    from tests.simulation.serving_world import Servings
+
+    return Servings()
+
+
+WORLDS: Final[dict[str, Callable[[Path], Simulation]]] = {"ledger": _ledger, "serving": _serving}
+SHARES: Final = {"ledger": 3, "serving": 1}
 """Of the schedules, how many parts each world gets."""
 
 _simulations: dict[str, Simulation] = {}
@@ -140,7 +146,12 @@ def _prepare(folder: str) -> None:
     global _folder  # noqa: PLW0603  (of a process of its own)
     _folder = Path(folder)
     logging.disable(logging.CRITICAL)
+    sys.unraisablehook = _ignore  # a broken schedule leaves finalisers behind
     gc.disable()  # it would run finalisers where no seed says
+
+
+def _ignore(unraisable: object) -> None:
+    """Say nothing."""
 
 
 def _jobs(worlds: Sequence[str], schedules: int, first: int) -> Iterator[tuple[str, range]]:

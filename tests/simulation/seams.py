@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tests.simulation.world import Killed, Process, World
 
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 _PRODUCT = ("polar_sdk", "polar_billing")
 
 
+_NOBODY: Final = World("nobody")
+
+
 def world() -> World:
-    """The world whose schedule runs."""
-    assert World.now_in is not None, "no world runs"
-    return World.now_in
+    """The world whose schedule runs; between schedules, one in which nobody moves."""
+    return World.now_in or _NOBODY
 
 
 def _is_dead() -> bool:
@@ -297,6 +299,8 @@ class Namespace:
 
 def _start_new_thread(call: Callable[..., object], args: tuple[Any, ...] = ()) -> int:
     here = world()
+    if here is _NOBODY:
+        raise RuntimeError("can't start new thread")  # as at the end of an interpreter
     return here.spawn(here.process, lambda: call(*args), call.__name__).ident
 
 
@@ -356,6 +360,7 @@ def replacements() -> list[tuple[object, object]]:
         "monotonic": lambda: world().now,
         "perf_counter": lambda: world().now,
         "perf_counter_ns": lambda: int(world().now * 1e9),
+        "clock_gettime_ns": lambda _clock: int(world().now * 1e9),
         "time": _seconds,
         "time_ns": lambda: int(world().wall.timestamp() * 1e6) * 1000,
         "sleep": lambda seconds: world().sleep(seconds),

@@ -38,15 +38,22 @@ def test_schedules_hold_every_invariant() -> None:
     assert result["invariants_broken"] == 0, problems
 
 
-@pytest.mark.parametrize("mutation", ["settle-twice", "forget-to-free", "answer-before-writing"])
-def test_a_broken_product_is_found(mutation: str) -> None:
+@pytest.mark.parametrize(
+    "mutations",
+    [
+        ("settle-twice", "forget-to-free", "answer-before-writing"),
+        ("record-twice", "leave-before-the-end", "mix-rows", "miss-the-end"),
+    ],
+)
+def test_a_broken_product_is_found(mutations: tuple[str, ...]) -> None:
     """The others, which take longer, are run by `python -m tests.simulation --mutate`."""
-    result, _ = simulate("--mutate", mutation)
-    assert result["found"] == 1
+    result, problems = simulate("--mutate", *mutations)
+    assert result["found"] == len(mutations), problems
 
 
-def test_a_schedule_repeats_itself() -> None:
-    _, first = simulate("--repeat", "ledger:7", "--trace")
-    _, again = simulate("--repeat", "ledger:7", "--trace")
+@pytest.mark.parametrize("schedule", ["ledger:7", "serving:7"])
+def test_a_schedule_repeats_itself(schedule: str) -> None:
+    _, first = simulate("--repeat", schedule, "--trace")
+    _, again = simulate("--repeat", schedule, "--trace")
     assert first.count("\n") > 100
     assert first == again

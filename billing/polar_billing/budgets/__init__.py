@@ -4,6 +4,7 @@
 * `offers`      which offer of a request fits its budgets, pure
 * `counters`    what is spent and held per budget and window
 * `holds`       the maximum that a request may use, held before it runs
+* `leases`      the holds of this process, renewed while their requests run
 * `settlement`  a hold becomes what was used, when the usage record is stored
 * `audit`       from holds and counters back to the usage that they stand for
 * `keeper`      `Budgets`, which does all of this on a ledger

@@ -69,8 +69,9 @@ def wrong_counters(connection: Connection, tenant: str) -> Iterator[Difference]:
 
     Where retention deleted usage of the window that had no hold, a counter may say more than is left to add up.
     """
-    for standing, filed in read_counters(connection, in_force(connection, tenant)):
-        expected = computed(connection, standing.budget, standing.period)
+    counted = list(read_counters(connection, in_force(connection, tenant)))
+    everything = computed(connection, [(standing.budget, standing.period) for standing, _ in counted])
+    for (standing, filed), expected in zip(counted, everything, strict=True):
         as_expected = standing == expected or (
             standing.held == expected.held
             and standing.spent > expected.spent

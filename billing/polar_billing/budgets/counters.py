@@ -10,22 +10,38 @@ of the tenant's chain to be locked. Knows no clock and decides nothing.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, Text, and_, bindparam, case, cast, exists, func, select, type_coerce, update
+from sqlalchemy import (
+    BigInteger,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    exists,
+    func,
+    literal,
+    literal_column,
+    select,
+    type_coerce,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSON
 
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
 from polar_billing.budgets.offers import Standing
 from polar_billing.ledger.books import read_books
+from polar_billing.ledger.connection import Among
 from polar_billing.ledger.schema import counter_table, hold_table, receipt_table, usage_table
 from polar_billing.values.money import STORED_SCALE
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Connection, Row, Select
 
@@ -39,36 +55,63 @@ _NAME_COLUMNS: Final = {
 }
 
 
-def computed(connection: Connection, budget: Budget, period: Period) -> Standing:
-    """A budget in one of its windows, computed from holds and usage."""
-    held = _total(connection, _over_holds(budget, period, "held"))
-    spent = _total(connection, _over_holds(budget, period, "settled").where(~_is_stored()))
-    spent += _total(connection, _over_usage(connection, budget, period))
-    return Standing(budget, period, min(spent, FULL), min(held, FULL))
+@dataclass(frozen=True)
+class _Group:
+    """Budgets of one tenant that one query can compute: they differ in their names alone."""
+
+    tenant: str
+    level: Level
+    unit: str
+    decimals: int
+    period: Period
+
+    @classmethod
+    def of(cls, budget: Budget, period: Period) -> _Group:
+        return cls(budget.tenant, budget.level, budget.unit, budget.decimals, period)
 
 
-def _over_holds(budget: Budget, period: Period, state: str) -> Select[Any]:
+def computed(connection: Connection, windows: Sequence[tuple[Budget, Period]]) -> list[Standing]:
+    """Budgets in windows of theirs, computed from holds and usage: three queries for all that differ in name alone."""
+    groups: defaultdict[_Group, set[str]] = defaultdict(set)
+    for budget, period in windows:
+        groups[_Group.of(budget, period)].add(budget.name or "")
+    sums = {group: _spent_and_held(connection, group, names) for group, names in groups.items()}
+    standings = []
+    for budget, period in windows:
+        spent, held = (by_name[budget.name or ""] for by_name in sums[_Group.of(budget, period)])
+        standings.append(Standing(budget, period, min(spent, FULL), min(held, FULL)))
+    return standings
+
+
+def _spent_and_held(connection: Connection, group: _Group, names: set[str]) -> tuple[Counter[str], Counter[str]]:
+    only = names if len(names) <= _MAX_NAMES else None
+    held = _totals(connection, _over_holds(group, only, "held"))
+    spent = _totals(connection, _over_holds(group, only, "settled").where(~_is_stored()))
+    return spent + _totals(connection, _over_usage(connection, group, only)), held
+
+
+def _over_holds(group: _Group, names: set[str] | None, state: str) -> Select[Any]:
     hold = hold_table.c
     money, flops = (hold.cost_bound, hold.flops_bound) if state == "held" else (hold.cost, hold.flops)
-    compute = budget.unit == COMPUTE_UNIT
-    query = _sums(type_coerce(flops if compute else money, BigInteger), budget.decimals)
-    query = query.where(hold.tenant == budget.tenant, hold.state == state, *_within(hold.at, period))
-    if budget.level in _NAME_COLUMNS:
-        query = query.where(_NAME_COLUMNS[budget.level] == budget.name)
-    return query if compute else query.where(hold.currency == budget.unit)
+    compute = group.unit == COMPUTE_UNIT
+    name = _NAME_COLUMNS.get(group.level)
+    query = _sums(type_coerce(flops if compute else money, BigInteger), group.decimals, name, names)
+    query = query.where(hold.tenant == group.tenant, hold.state == state, *_within(hold.at, group.period))
+    return query if compute else query.where(hold.currency == group.unit)
 
 
-def _over_usage(connection: Connection, budget: Budget, period: Period) -> Select[Any]:
+def _over_usage(connection: Connection, group: _Group, names: set[str] | None) -> Select[Any]:
     usage, receipt = usage_table.c, receipt_table.c
-    compute = budget.unit == COMPUTE_UNIT
+    compute = group.unit == COMPUTE_UNIT
     # An unrated request counts what was held for it, if it was settled.
     charged = func.coalesce(type_coerce(receipt.cost, BigInteger), _settled_cost())
-    query = _sums(usage.flops_total if compute else charged, budget.decimals)
-    query = query.where(usage.tenant == budget.tenant, *_within(usage.started_at, period))
+    name = None if group.level is Level.TENANT else _tag(connection, group.level)
+    query = _sums(usage.flops_total if compute else charged, group.decimals, name, names)
+    query = query.where(usage.tenant == group.tenant, *_within(usage.started_at, group.period))
     if not compute:
         query = query.join_from(usage_table, receipt_table, receipt.usage_seq == usage.seq)
-        query = query.where(receipt.price_book_hash.in_(_books(connection, budget.unit)))
-    return query if budget.level is Level.TENANT else query.where(_tag(connection, budget.level) == budget.name)
+        query = query.where(receipt.price_book_hash.in_(_books(connection, group.unit)))
+    return query
 
 
 def _is_stored() -> ColumnElement[bool]:
@@ -87,16 +130,30 @@ def _same_request() -> list[ColumnElement[bool]]:
     return [usage.tenant == hold.tenant, usage.source == hold.source, usage.request_id == hold.request_id]
 
 
-def _sums(counts: ColumnElement[Any], decimals: int) -> Select[Any]:
-    """Sum counts of 10^-12, each rounded up to 10^-decimals, as millions and rest."""
+def _sums(
+    counts: ColumnElement[Any], decimals: int, name: ColumnElement[Any] | None, names: set[str] | None
+) -> Select[Any]:
+    """Sum counts of 10^-12, each rounded up to 10^-decimals, as millions and rest, by name.
+
+    Args:
+        counts: What to sum.
+        decimals: Of the budgets.
+        name: Whose; None on the tenant's own level.
+        names: Only those; None for all.
+    """
     step = 10 ** (STORED_SCALE - decimals)
     rounded = counts if step == 1 else counts // step + case((counts % step > 0, 1), else_=0)
-    return select(func.sum(rounded // _MILLION).label("millions"), func.sum(rounded % _MILLION).label("rest"))
+    sums = (func.sum(rounded // _MILLION).label("millions"), func.sum(rounded % _MILLION).label("rest"))
+    query: Select[Any] = select((literal("") if name is None else name).label("name"), *sums)
+    if name is None:
+        return query
+    query = query.group_by(literal_column("name"))
+    return query.where(name.is_not(None)) if names is None else query.where(name.in_(sorted(names)))
 
 
-def _total(connection: Connection, sums: Select[Any]) -> int:
-    row: Row[Any] = connection.execute(sums).one()
-    return int(row.millions or 0) * _MILLION + int(row.rest or 0)
+def _totals(connection: Connection, sums: Select[Any]) -> Counter[str]:
+    rows = connection.execute(sums)
+    return Counter({row.name: int(row.millions or 0) * _MILLION + int(row.rest or 0) for row in rows})
 
 
 def _within(column: ColumnElement[datetime], period: Period) -> list[ColumnElement[bool]]:
@@ -127,6 +184,7 @@ _TOUCHED_ANY: Final = select(counter_table).where(
     counter_table.c.starts <= bindparam("last"),
     counter_table.c.ends > bindparam("first"),
 )
+_OF_TENANTS: Final = Among(select(counter_table).order_by(counter_table.c.seq), counter_table.c.tenant)
 _TOUCHED: Final = _TOUCHED_ANY.where(
     counter_table.c.level.in_([*Level]), counter_table.c.name.in_(bindparam("names", expanding=True))
 )
@@ -181,7 +239,7 @@ def standings(
     for budget, period in windows:
         row = rows.get((*budget.key, period.since or _FIRST))
         if row is None:
-            standings.append(_insert(connection, computed(connection, budget, period)))
+            standings.append(_insert(connection, *computed(connection, [(budget, period)])))
         else:
             standings.append((row.seq, Standing(budget, period, row.spent, row.held)))
     return standings
@@ -200,20 +258,32 @@ def _insert(connection: Connection, standing: Standing) -> tuple[int, Standing]:
     return seq, standing
 
 
-def read_standing(connection: Connection, budget: Budget, period: Period) -> Standing:
-    """A budget in one of its windows, from its counter if there is one; writes nothing."""
-    query = select(counter_table).where(_of(budget), counter_table.c.starts == (period.since or _FIRST))
-    row = connection.execute(query).one_or_none()
-    return computed(connection, budget, period) if row is None else Standing(budget, period, row.spent, row.held)
+def read_standings(connection: Connection, windows: Sequence[tuple[Budget, Period]]) -> list[Standing]:
+    """Budgets in windows of theirs, from their counters where there are any; writes nothing."""
+    rows = {_key(row): row for row in _counters_of(connection, {budget.tenant for budget, _ in windows})}
+    found = {
+        (budget, period): Standing(budget, period, row.spent, row.held)
+        for budget, period in windows
+        if (row := rows.get((*budget.key, period.since or _FIRST))) is not None
+    }
+    missing = [window for window in windows if window not in found]
+    found |= zip(missing, computed(connection, missing), strict=True)
+    return [found[window] for window in windows]
 
 
 def read_counters(connection: Connection, budgets: Iterable[Budget]) -> Iterator[tuple[Standing, bool]]:
     """Every counter of these budgets, and whether it counts in a window of its budget and with its decimals."""
-    for budget in budgets:
-        for row in connection.execute(select(counter_table).where(_of(budget))).all():
+    by_key: dict[tuple[object, ...], Budget] = {budget.key: budget for budget in budgets}
+    for row in _counters_of(connection, {budget.tenant for budget in by_key.values()}):
+        *key, _ = _key(row)
+        if (budget := by_key.get(tuple(key))) is not None:
             period = Period.containing(row.starts, budget.window, budget.zone)
             filed = (period.since or _FIRST, period.until or _LAST, budget.decimals)
             yield Standing(budget, period, row.spent, row.held), filed == (row.starts, row.ends, row.decimals)
+
+
+def _counters_of(connection: Connection, tenants: Collection[str]) -> Sequence[Row[Any]]:
+    return _OF_TENANTS.run(connection, tenants).all()
 
 
 def raise_held(connection: Connection, amounts: Mapping[int, tuple[int, int]]) -> bool:

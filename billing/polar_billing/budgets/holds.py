@@ -12,17 +12,18 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import BigInteger, bindparam, func, insert, select, update
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from polar_billing.budgets import counters
 from polar_billing.budgets.budget import Budget, Level, OverBudget
 from polar_billing.budgets.counters import Scope
 from polar_billing.budgets.offers import Cost, Refusal, Standing, choose, needed
-from polar_billing.errors import ConflictError, StoreError
+from polar_billing.errors import StoreError, id_in_use
 from polar_billing.ledger import chain
 from polar_billing.ledger.schema import budget_table, hold_table
 from polar_billing.prices.quote import quote
-from polar_billing.values.canonical import canonical_json
+from polar_billing.values.canonical import canonical_json, canonical_text
 from polar_billing.values.money import STORED_SCALE, from_scaled, to_scaled
 from polar_billing.values.periods import Period, Window
 
@@ -58,6 +59,9 @@ _OPEN: Final = (
     select(hold_table)
     .where(hold_table.c.state == "held", hold_table.c.expires_at <= bindparam("due"))
     .order_by(hold_table.c.seq)
+)
+_STATES: Final = select(hold_table.c.seq, hold_table.c.state).where(
+    hold_table.c.seq.in_(bindparam("seqs", expanding=True))
 )
 _OPEN_OF: Final = _OPEN.where(hold_table.c.tenant == bindparam("tenant"))
 
@@ -152,11 +156,12 @@ def fingerprint(bound: UsageBound) -> str:
     return hashlib.sha256(canonical_json([facts, sorted(bound.tags.items())])).hexdigest()
 
 
-def insert_hold(connection: Connection, scope: Scope, values: Mapping[str, Any]) -> None:
-    """Write a hold; `values` are the columns other than those of its scope."""
+def insert_hold(connection: Connection, scope: Scope, values: Mapping[str, Any]) -> int:
+    """Write a hold and return its number; `values` are the columns other than those of its scope."""
     names = {"project": scope.project, "user_name": scope.user, "key_name": scope.key}
-    columns = {"tenant": scope.tenant, **names, "at": scope.at, "currency": scope.currency}
-    connection.execute(insert(hold_table).values({**columns, **values}))
+    columns = {"tenant": scope.tenant, **names, "at": scope.at, "currency": scope.currency, **values}
+    seq: int = connection.execute(insert(hold_table).values(columns).returning(hold_table.c.seq)).scalar_one()
+    return seq
 
 
 def latest_holds(connection: Connection, identities: Iterable[Identity]) -> dict[Identity, Hold]:
@@ -202,11 +207,52 @@ def _hold(row: Row[Any]) -> Hold:
     )
 
 
-def resolve(connection: Connection, seqs: Sequence[int], state: HoldState, now: datetime) -> None:
-    """Resolve holds; a trigger refuses one that was resolved before."""
-    changes = {"state": str(state), "resolved_at": now}
+def resolve(
+    connection: Connection, seqs: Sequence[int], state: HoldState, now: datetime, *, due: datetime | None = None
+) -> set[int]:
+    """Resolve holds; a trigger refuses one that was resolved before.
+
+    Args:
+        connection: A transaction.
+        seqs: Which.
+        state: How.
+        now: When.
+        due: Only those that expire by then: their process may have renewed them since they were read.
+
+    Returns:
+        Those that were resolved.
+    """
+    statement = update(hold_table).values(state=str(state), resolved_at=now).returning(hold_table.c.seq)
+    if due is not None:
+        statement = statement.where(hold_table.c.expires_at <= due)
+    resolved: set[int] = set()
     for batch in _batches(seqs):
-        connection.execute(update(hold_table).where(hold_table.c.seq.in_(batch)).values(changes))
+        resolved |= set(connection.execute(statement.where(hold_table.c.seq.in_(batch))).scalars())
+    return resolved
+
+
+def renew(connection: Connection, seqs: Sequence[int], until: datetime) -> set[int]:
+    """Renew open holds, in one statement however many there are; the head of no chain need be locked.
+
+    Returns:
+        Those that were renewed; not those that are resolved, nor those that another transaction is changing.
+    """
+    hold = hold_table.c
+    if connection.dialect.name == "postgresql":
+        among = hold.seq == func.any(bindparam("seqs", list(seqs), type_=ARRAY(BigInteger)))
+        # It waits for nobody, and so is in no deadlock with those who lock tenants first.
+        free = select(hold.seq).where(among, hold.state == "held").with_for_update(skip_locked=True)
+    else:
+        unpacked = func.json_each(canonical_text(list(seqs))).table_valued("value")
+        free = select(unpacked.c.value)
+    renewed = update(hold_table).where(hold.seq.in_(free), hold.state == "held").values(expires_at=until)
+    return set(connection.execute(renewed.returning(hold.seq)).scalars())
+
+
+def states(connection: Connection, seqs: Sequence[int]) -> dict[int, HoldState]:
+    """How holds stand."""
+    rows = [row for batch in _batches(seqs) for row in connection.execute(_STATES, {"seqs": batch})]
+    return {row.seq: HoldState(row.state) for row in rows}
 
 
 def _batches(ids: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -226,19 +272,38 @@ def _cost(bound: UsageBound, offer: Offer, book: PriceBook) -> Cost:
     return Cost(quoted.currency, money, offer.flops_bound, quoted.unrated)
 
 
+@dataclass(frozen=True)
+class Granted:
+    """The offer that a request may be served with, and its hold."""
+
+    offer: int
+    seq: int | None
+    """None where no budget covers the request."""
+
+
 def hold(
     connection: Connection,
     bound: UsageBound,
-    offers: Sequence[Cost],
+    offers: Mapping[int, Cost],
     *,
     source: str,
     now: datetime,
     lifetime: timedelta,
-) -> int | Refusal:
+    again: bool = False,
+) -> Granted | Refusal:
     """Hold what the first offer that fits every budget may use.
 
+    Args:
+        connection: See the top of this module.
+        bound: The request.
+        offers: Index → maximum cost, in order of preference.
+        source: The meter.
+        now: The time.
+        lifetime: How long the hold lives unless it is renewed.
+        again: Whether this process has tried before and does not know what came of it.
+
     Returns:
-        The index of that offer, or why there is none; then nothing is held.
+        That offer and its hold, or why there is none; then nothing is held.
 
     Raises:
         ConflictError: The request id is in use, or has been used.
@@ -247,19 +312,22 @@ def hold(
     identity = (bound.tenant, source, bound.request_id)
     former = latest_holds(connection, [identity]).get(identity)
     if former is not None and former.state in {HoldState.HELD, HoldState.SETTLED}:
-        return _repeated(former, bound)
-    scope = Scope.of(bound.tenant, bound.tags, bound.at, offers[0].currency)
-    standings = _standings(connection, scope, offers[0])
-    chosen = choose([standing for _, standing in standings], offers)
-    if isinstance(chosen, Refusal) or not standings:
+        return _repeated(former, bound, again=again)
+    indices, candidates = list(offers), list(offers.values())
+    scope = Scope.of(bound.tenant, bound.tags, bound.at, candidates[0].currency)
+    standings = _standings(connection, scope, candidates[0])
+    chosen = choose([standing for _, standing in standings], candidates)
+    if isinstance(chosen, Refusal):
         return chosen
-    cost = offers[chosen]
+    if not standings:
+        return Granted(indices[chosen], None)
+    cost = candidates[chosen]
     _raise_held(connection, standings, cost)
     values: dict[str, Any] = {"source": source, "request_id": bound.request_id, "fingerprint": fingerprint(bound)}
-    values |= {"attempt": 1 if former is None else former.attempt + 1, "offer": chosen, "state": str(HoldState.HELD)}
+    values |= {"attempt": 1 if former is None else former.attempt + 1, "offer": indices[chosen]}
     values |= {"cost_bound": from_scaled(cost.money or 0, STORED_SCALE), "flops_bound": cost.flops}
-    insert_hold(connection, scope, {**values, "held_at": now, "expires_at": now + lifetime})
-    return chosen
+    values |= {"state": str(HoldState.HELD), "held_at": now, "expires_at": now + lifetime}
+    return Granted(indices[chosen], insert_hold(connection, scope, values))
 
 
 def _standings(connection: Connection, scope: Scope, first: Cost) -> list[tuple[int, Standing]]:
@@ -270,14 +338,12 @@ def _standings(connection: Connection, scope: Scope, first: Cost) -> list[tuple[
     return counters.standings(connection, windows, scope)
 
 
-def _repeated(former: Hold, bound: UsageBound) -> int:
-    """The answer of the first call, if this is the same call again."""
-    if former.state is HoldState.HELD and former.fingerprint == fingerprint(bound):
-        return former.offer
-    how = "was served before" if former.state is HoldState.SETTLED else "is being served, with other content"
-    raise ConflictError(
-        f"request {bound.request_id!r} of tenant {bound.tenant!r} {how}.", hint="Give every request its own id."
-    )
+def _repeated(former: Hold, bound: UsageBound, *, again: bool) -> Granted:
+    """The answer of the first call, if this is the same call again and nobody knows that answer."""
+    if again and former.state is HoldState.HELD and former.fingerprint == fingerprint(bound):
+        return Granted(former.offer, former.seq)
+    how = "was served before" if former.state is HoldState.SETTLED else "is being served"
+    raise id_in_use(bound.tenant, bound.request_id, how)
 
 
 def _raise_held(connection: Connection, standings: list[tuple[int, Standing]], cost: Cost) -> None:

@@ -1,43 +1,63 @@
 """`Budgets`: set them, hold money and compute for a request before it runs, and say what is left.
 
 Every hold covers all budgets of a request in one transaction, which no other of the same tenant overlaps: the head of
-the tenant's chain is locked first, as it is by whoever stores usage. What cannot be decided is refused. On PostgreSQL
-the clock is the database server's, so that the clocks of hosts need not agree. Rates nothing itself (see
+the tenant's chain is locked first, as it is by whoever stores usage. What cannot be decided is refused.
+
+A hold lives for a minute and is renewed while its request does (`leases`). Whether it has expired is for the database's
+clock to say (`ledger.clock`), so that the clocks of hosts need not agree, nor stand still. If it could not be renewed
+and has expired all the same, it is made again with the next renewal; if its budget has no more room by then, the
+request is ended with that budget's error, and its record counts what it used. Rates nothing itself (see
 `prices.quote`).
 """
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
-
-from sqlalchemy import func, select
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.budgets import counters
 from polar_billing.budgets.audit import Difference, WrongHold, wrong_counters, wrong_holds
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
-from polar_billing.budgets.holds import Hold, HoldState, costs, hold, in_force, latest_holds, open_holds, write_budget
+from polar_billing.budgets.holds import (
+    Granted,
+    Hold,
+    HoldState,
+    costs,
+    hold,
+    in_force,
+    latest_holds,
+    open_holds,
+    renew,
+    states,
+    write_budget,
+)
+from polar_billing.budgets.leases import Lease, Leases
 from polar_billing.budgets.offers import Refusal, Standing
 from polar_billing.budgets.settlement import free, with_budgets
 from polar_billing.errors import BudgetError, CurrencyMixError, StoreError
 from polar_billing.ledger import chain
+from polar_billing.ledger.clock import database_time
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants
 from polar_billing.values.memo import Changes, Remembered
 from polar_billing.values.periods import Period, Window
+from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from sqlalchemy import Connection
 
+    from polar_billing.budgets.offers import Cost
+    from polar_billing.ledger.records import Identity
     from polar_billing.prices.book import PriceBook
     from polar_sdk.usage import UsageBound
 
 
-HOLD_LIFETIME: Final = timedelta(minutes=15)
-"""After this time a hold that nobody resolved expires: its process is gone. Longer than any answer takes."""
+HOLD_LIFETIME: Final = timedelta(minutes=1)
+"""After this time a hold that nobody renewed or resolved expires: its process is gone."""
 SEEN_WITHIN_S: Final = 5.0
 """How long a process may miss the first budget that another process sets for a tenant. Unit: seconds."""
 
@@ -50,8 +70,8 @@ class Budgets:
 
     Args:
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
-        lifetime: How long until a hold that nobody resolved expires.
-        clock: Returns the time, UTC; None for the database server's clock, or this machine's with SQLite.
+        lifetime: How long until a hold that nobody renewed or resolved expires.
+        clock: Returns the time, UTC; None for the database's clock, see `ledger.clock`.
     """
 
     def __init__(
@@ -65,6 +85,9 @@ class Budgets:
         self.lifetime = lifetime
         self._clock = clock
         self._tenants = Remembered(self._tenants_with_budgets, _changes)
+        self._leases = Leases(lifetime.total_seconds(), self._renew)
+        self._unanswered: set[Identity] = set()
+        """Requests of which this process does not know whether their hold was stored."""
 
     def set(self, budget: Budget, book: PriceBook | None = None) -> None:
         """Put a budget in force from now on; it supersedes the one of the same tenant, level, name, unit and window.
@@ -126,10 +149,10 @@ class Budgets:
     def standings(self, tenant: str | AllTenants, at: datetime | None = None) -> list[Standing]:
         """What is spent, held and left of every budget in the window of `at`; None for now."""
         with self.ledger.snapshot() as connection:
-            moment = self._now(connection) if at is None else at
+            moment = self._lease_time(connection, writes=False) if at is None else at
             budgets = in_force(connection, _name_of(tenant))
-            windows = ((budget, Period.containing(moment, budget.window, budget.zone)) for budget in budgets)
-            return [counters.read_standing(connection, budget, period) for budget, period in windows]
+            windows = [(budget, Period.containing(moment, budget.window, budget.zone)) for budget in budgets]
+            return counters.read_standings(connection, windows)
 
     def holds(self, tenant: str | AllTenants) -> list[Hold]:
         """The open holds, the oldest first."""
@@ -139,7 +162,8 @@ class Budgets:
     def reserve(self, bound: UsageBound, book: PriceBook, *, source: str) -> int:
         """Hold the maximum that a request may use, in every budget that covers it or in none.
 
-        The same call again, for example after a lost answer, returns the same offer and holds nothing more.
+        The hold lives for `lifetime`; from `watch` to `release` or `forget` it is renewed. The same call again, after
+        one whose answer was lost (`StoreError`), returns the same offer and holds nothing more.
 
         Args:
             bound: The request and its offers.
@@ -158,29 +182,97 @@ class Budgets:
         if not self._may_have_budgets(bound.tenant):
             return 0
         offers = costs(bound, book)
-        with self._locked(bound.tenant) as (connection, now):
-            self._expire(connection, bound.tenant, now)
-            chosen = hold(connection, bound, offers, source=source, now=now, lifetime=self.lifetime)
-        if isinstance(chosen, Refusal):
-            raise chosen.error()
-        return chosen
+        granted = self._hold(bound, dict(enumerate(offers)), source)
+        if isinstance(granted, Refusal):
+            raise granted.error()
+        if granted.seq is not None:
+            cost = offers[granted.offer]
+            self._leases.add(Lease(granted.seq, source, bound, granted.offer, cost, time.monotonic()))
+        return granted.offer
+
+    def _hold(
+        self, bound: UsageBound, offers: Mapping[int, Cost], source: str, lease: Lease | None = None
+    ) -> Granted | Refusal:
+        identity = (bound.tenant, source, bound.request_id)
+        again = identity in self._unanswered
+        try:
+            with self._locked(bound.tenant) as (connection, now):
+                if lease is not None and lease not in self._leases:
+                    return Granted(lease.offer, None)  # its request ended meanwhile
+                self._expire(connection, bound.tenant, now)
+                limits: dict[str, Any] = {"now": now, "lifetime": self.lifetime, "again": again}
+                granted = hold(connection, bound, offers, source=source, **limits)
+        except (StoreError, KeyboardInterrupt):
+            self._unanswered.add(identity)
+            raise
+        self._unanswered.discard(identity)
+        return granted
+
+    def watch(self, identity: Identity, end: Callable[[Exception], None]) -> None:
+        """Renew the hold of a request that runs; if it is lost all the same, call `end`, once and from any thread."""
+        self._leases.watch(identity, end)
+
+    def forget(self, identity: Identity) -> None:
+        """Renew the hold of a request no longer: its record is on its way, and settles it."""
+        self._leases.drop(identity)
+
+    def renew(self) -> None:
+        """Renew the holds of this process now; a thread does so as long as there are any.
+
+        Raises:
+            StoreError: The ledger cannot be written; they are tried again.
+        """
+        self._renew(self._leases.all())
+
+    def _renew(self, leases: Sequence[Lease]) -> None:
+        if not leases:
+            return
+        begun, seqs = time.monotonic(), {lease.seq for lease in leases}
+        with self.ledger.transaction() as connection:
+            renewed = renew(connection, sorted(seqs), self._lease_time(connection) + self.lifetime)
+            others = states(connection, sorted(seqs - renewed)) if seqs - renewed else {}
+        for lease in leases:
+            if lease.seq in renewed:
+                lease.renewed_at = begun
+            elif others.get(lease.seq) is HoldState.SETTLED:
+                self._leases.discard(lease)
+            elif others.get(lease.seq) is not HoldState.HELD:  # that one is only being changed right now
+                self._hold_again(lease)
+
+    def _hold_again(self, lease: Lease) -> None:
+        """Hold once more what a request that runs may use, if its budgets have room for it."""
+        try:
+            granted = self._hold(lease.bound, {lease.offer: lease.cost}, lease.source, lease)
+        except StoreError:
+            raise
+        except PolarError as error:
+            self._leases.lose(lease, error)
+            return
+        if isinstance(granted, Refusal):
+            self._leases.lose(lease, granted.error("its hold expired, and what it held was given away: "))
+        elif granted.seq is None:
+            self._leases.discard(lease)
+        else:
+            lease.seq, lease.renewed_at = granted.seq, time.monotonic()
 
     def release(self, tenant: str, request_id: str, *, source: str) -> bool:
         """Free what is held for a request that never began; True if something was."""
+        identity = (tenant, source, request_id)
+        self._leases.drop(identity)
         if not self._may_have_budgets(tenant):
             return False
-        identity = (tenant, source, request_id)
         with self._locked(tenant) as (connection, now):
             latest = latest_holds(connection, [identity]).get(identity)
             if latest is None or latest.state is not HoldState.HELD:
                 return False
             free(connection, [latest], HoldState.RELEASED, now)
+        self._unanswered.discard(identity)
         return True
 
     def expire(self, tenant: str | AllTenants = ALL_TENANTS) -> int:
         """Expire the holds that are due and return their number; `reserve` does so for its own tenant."""
         with self.ledger.snapshot() as connection:
-            due = open_holds(connection, _name_of(tenant), due=self._now(connection))
+            due = open_holds(connection, _name_of(tenant), due=self._lease_time(connection, writes=False))
         expired = 0
         for name in sorted({open_hold.scope.tenant for open_hold in due}):
             with self._locked(name) as (connection, now):
@@ -189,9 +281,7 @@ class Budgets:
 
     def _expire(self, connection: Connection, tenant: str, now: datetime) -> int:
         due = open_holds(connection, tenant, due=now)
-        if due:
-            free(connection, due, HoldState.EXPIRED, now)
-        return len(due)
+        return free(connection, due, HoldState.EXPIRED, now, due=now) if due else 0
 
     def recheck(self, tenant: str | AllTenants, *, repair: bool = False) -> list[Difference]:
         """Compute every counter again from holds and usage, and return those that differ.
@@ -217,18 +307,17 @@ class Budgets:
 
     @contextmanager
     def _locked(self, tenant: str) -> Iterator[tuple[Connection, datetime]]:
-        """A write transaction that has the tenant to itself, and the current time."""
+        """A write transaction that has the tenant to itself, and the time by the database's clock."""
         with self.ledger.transaction() as connection:
             chain.lock_heads(connection, {tenant})
-            yield connection, self._now(connection)
+            yield connection, self._lease_time(connection)
 
-    def _now(self, connection: Connection) -> datetime:
-        if self._clock is not None:
-            return self._clock()
-        if connection.dialect.name == "postgresql":
-            moment: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
-            return moment.astimezone(UTC)
-        return datetime.now(UTC)
+    def _lease_time(self, connection: Connection, *, writes: bool = True) -> datetime:
+        return database_time(connection, writes=writes) if self._clock is None else self._clock()
+
+    def stop(self) -> None:
+        """Let the thread that renews holds end, if there are none; a later hold starts another."""
+        self._leases.close()
 
     def _may_have_budgets(self, tenant: str) -> bool:
         """False if the tenant had no budget a moment ago, so that its requests cost no transaction.

@@ -55,13 +55,17 @@ class Refusal:
     standing: Standing
     cost: Cost
 
-    def error(self) -> BudgetExceededError:
-        """The error, which says whose budget it is, what is left, what was needed and when it resets."""
+    def error(self, what_happened: str = "") -> BudgetExceededError:
+        """The error, which says whose budget it is, what is left, what was needed and when it resets.
+
+        Args:
+            what_happened: How the message begins.
+        """
         budget, standing = self.standing.budget, self.standing
         amount = needed(self.cost, budget)
         until = standing.period.until
         resets = None if until is None else until.astimezone(load_zone(budget.zone))
-        what = f"the {budget.window}'s budget of {budget.who}"
+        what = f"{what_happened}the {budget.window}'s budget of {budget.who}"
         if amount is None:
             message = f"{what} cannot be kept, since the request has no price: {self.cost.unrated}."
         else:

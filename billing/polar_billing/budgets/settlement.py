@@ -67,10 +67,13 @@ def with_budgets(connection: Connection, tenants: Collection[str] | None = None)
     return set(rows.scalars())
 
 
-def free(connection: Connection, holds: Sequence[Hold], state: HoldState, now: datetime) -> None:
-    """Resolve open holds without use, as released or expired."""
-    resolve(connection, [hold.seq for hold in holds], state, now)
-    _count(connection, [], holds)
+def free(
+    connection: Connection, holds: Sequence[Hold], state: HoldState, now: datetime, *, due: datetime | None = None
+) -> int:
+    """Resolve open holds without use, as released or expired; see `holds.resolve`. Returns their number."""
+    resolved = resolve(connection, [hold.seq for hold in holds], state, now, due=due)
+    _count(connection, [], [hold for hold in holds if hold.seq in resolved])
+    return len(resolved)
 
 
 def _used(entry: Entry, hold: Hold | None) -> Amounts:

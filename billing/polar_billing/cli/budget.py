@@ -5,6 +5,7 @@ Arguments in, text out; the work is done by `budgets`.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ from polar_billing.errors import BudgetError
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from polar_billing.budgets.budget import Level
     from polar_billing.budgets.keeper import Budgets
     from polar_billing.prices.book import PriceBook
@@ -66,38 +69,40 @@ def set_(
     ledger: opt.Ledger = None,
 ) -> None:
     """Set a budget; it supersedes the one of the same tenant, name, unit and window."""
-    budgets = _open(ledger)
-    from polar_billing.budgets.budget import Budget, OverBudget
-    from polar_billing.prices.current import Prices
-    from polar_billing.values.periods import Window
+    with _open(ledger) as budgets:
+        from polar_billing.budgets.budget import Budget, OverBudget
+        from polar_billing.prices.current import Prices
+        from polar_billing.values.periods import Window
 
-    book = Prices(budgets.ledger.price_choices, prices).of(tenant)
-    level, name = _scope(project, user, key)
-    new = Budget(
-        tenant,
-        limit,  # type: ignore[arg-type]  # text is checked and turned into a Decimal there
-        unit,
-        level,
-        name,
-        window=window,  # type: ignore[arg-type]  # likewise
-        zone=zone or _zone_of(tenant, book),
-        over_budget=over_budget,  # type: ignore[arg-type]
-    )
-    assert isinstance(new.window, Window)
-    assert isinstance(new.over_budget, OverBudget)
-    budgets.set(new, book)
-    (standing,) = (standing for standing in budgets.standings(tenant) if standing.budget.key == new.key)
-    print_line(f"The {new.window}'s budget of {new.who} is {new.say(new.limit_count)}; {new.say(standing.left)} left.")
+        book = Prices(budgets.ledger.price_choices, prices).of(tenant)
+        level, name = _scope(project, user, key)
+        new = Budget(
+            tenant,
+            limit,  # type: ignore[arg-type]  # text is checked and turned into a Decimal there
+            unit,
+            level,
+            name,
+            window=window,  # type: ignore[arg-type]  # likewise
+            zone=zone or _zone_of(tenant, book),
+            over_budget=over_budget,  # type: ignore[arg-type]
+        )
+        assert isinstance(new.window, Window)
+        assert isinstance(new.over_budget, OverBudget)
+        budgets.set(new, book)
+        (standing,) = (standing for standing in budgets.standings(tenant) if standing.budget.key == new.key)
+        print_line(
+            f"The {new.window}'s budget of {new.who} is {new.say(new.limit_count)}; {new.say(standing.left)} left."
+        )
 
 
 @_budget.command("show", epilog="Example: polar budget show --tenant acme --json")
 def show_(tenant: opt.Tenant = None, as_json: opt.Json = False, csv: opt.Csv = None, ledger: opt.Ledger = None) -> None:
     """Show what is spent, held and left of every budget, and when it resets."""
-    budgets = _open(ledger)
-    from polar_billing.reports.billing_tables import standing_row
+    with _open(ledger) as budgets:
+        from polar_billing.reports.billing_tables import standing_row
 
-    rows = [standing_row(standing) for standing in budgets.standings(opt.tenant_or_all(tenant))]
-    _print(rows, as_json, csv, title="Budgets", nothing=f"No budgets{_of(tenant)} in the ledger.")
+        rows = [standing_row(standing) for standing in budgets.standings(opt.tenant_or_all(tenant))]
+        _print(rows, as_json, csv, title="Budgets", nothing=f"No budgets{_of(tenant)} in the ledger.")
 
 
 @_budget.command(epilog="Example: polar budget close acme USD --window day --user ann")
@@ -111,10 +116,10 @@ def close(
     ledger: opt.Ledger = None,
 ) -> None:
     """Close a budget; its definitions stay in the ledger."""
-    budgets = _open(ledger)
-    level, name = _scope(project, user, key)
-    closed = budgets.close(tenant, level=level, name=name, unit=unit, window=window)
-    print_line(f"The {closed.window}'s budget of {closed.who}, {closed.say(closed.limit_count)}, is closed.")
+    with _open(ledger) as budgets:
+        level, name = _scope(project, user, key)
+        closed = budgets.close(tenant, level=level, name=name, unit=unit, window=window)
+        print_line(f"The {closed.window}'s budget of {closed.who}, {closed.say(closed.limit_count)}, is closed.")
 
 
 @_budget.command(epilog="Example: polar budget holds --tenant acme")
@@ -126,13 +131,13 @@ def holds(
     ledger: opt.Ledger = None,
 ) -> None:
     """Show what is held for requests that are running."""
-    budgets = _open(ledger)
-    from polar_billing.reports.billing_tables import hold_row
+    with _open(ledger) as budgets:
+        from polar_billing.reports.billing_tables import hold_row
 
-    if expire and (freed := budgets.expire(opt.tenant_or_all(tenant))):
-        print_line(f"{freed} expired.", err=True)
-    rows = [hold_row(hold) for hold in budgets.holds(opt.tenant_or_all(tenant))]
-    _print(rows, as_json, csv, title="Holds", nothing=f"Nothing is held{_of(tenant)}.")
+        if expire and (freed := budgets.expire(opt.tenant_or_all(tenant))):
+            print_line(f"{freed} expired.", err=True)
+        rows = [hold_row(hold) for hold in budgets.holds(opt.tenant_or_all(tenant))]
+        _print(rows, as_json, csv, title="Holds", nothing=f"Nothing is held{_of(tenant)}.")
 
 
 @_budget.command(epilog="Example: polar budget recheck --tenant acme")
@@ -143,31 +148,32 @@ def recheck(
     ledger: opt.Ledger = None,
 ) -> None:
     """Add up holds and usage again and show which counters and holds differ; exit code 1 if any does."""
-    budgets = _open(ledger)
-    from polar_billing.reports.billing_tables import standing_row
+    with _open(ledger) as budgets:
+        from polar_billing.reports.billing_tables import standing_row
 
-    differences = budgets.recheck(opt.tenant_or_all(tenant), repair=repair)
-    holds = budgets.recheck_holds(opt.tenant_or_all(tenant))
-    if as_json:
-        rows: list[dict[str, Any]] = [
-            {**standing_row(difference.counted), "should_be": standing_row(difference.computed)}
-            for difference in differences
-        ]
-        opt.show_json([*rows, *map(vars, holds)])
-    else:
-        for wrong in (*differences, *holds):
-            print_line(str(wrong))
-        if not differences and not holds:
-            print_line("Every counter agrees with what holds and usage add up to.")
-    if holds or (differences and not repair):
-        raise typer.Exit(1)
+        differences = budgets.recheck(opt.tenant_or_all(tenant), repair=repair)
+        holds = budgets.recheck_holds(opt.tenant_or_all(tenant))
+        if as_json:
+            rows: list[dict[str, Any]] = [
+                {**standing_row(difference.counted), "should_be": standing_row(difference.computed)}
+                for difference in differences
+            ]
+            opt.show_json([*rows, *map(vars, holds)])
+        else:
+            for wrong in (*differences, *holds):
+                print_line(str(wrong))
+            if not differences and not holds:
+                print_line("Every counter agrees with what holds and usage add up to.")
+        if holds or (differences and not repair):
+            raise typer.Exit(1)
 
 
-def _open(ledger: str | None) -> Budgets:
-    opened = opt.open_ledger(ledger)
-    from polar_billing.budgets.keeper import Budgets
+@contextmanager
+def _open(ledger: str | None) -> Iterator[Budgets]:
+    with opt.open_ledger(ledger) as opened:
+        from polar_billing.budgets.keeper import Budgets
 
-    return Budgets(opened)
+        yield Budgets(opened)
 
 
 def _scope(project: str | None, user: str | None, key: str | None) -> tuple[Level, str | None]:

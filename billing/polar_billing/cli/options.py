@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polar_billing.errors import MissingExtraError, OutputError, QueryError
+from polar_billing.errors import MissingExtraError, OutputError, QueryError, StoreDamagedError
+from polar_sdk.errors import PolarError
 from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
@@ -43,12 +44,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else
 Csv = Annotated[Path | None, typer.Option(help="Write CSV to this file; - is standard output.", metavar="FILE")]
 
 
-def open_ledger(ledger: str | None, *, recover: bool = True) -> LedgerStore:
+@contextmanager
+def open_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[LedgerStore]:
     """Open the ledger; if its database library is missing, the error says which extra installs it.
 
     Args:
         ledger: The value of `--ledger`.
         recover: First store what waits in the spools of processes that have ended; a warning says what still waits.
+
+    Raises:
+        StoreDamagedError: It holds a value that means nothing; the block stops there.
     """
     try:
         from polar_billing.ledger.ledger import Ledger
@@ -58,12 +63,26 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> LedgerStore:
             f"this command needs {error.name!r}.",
             hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
         ) from error
-    opened = Ledger(ledger)
-    if recover:
-        recover_abandoned(opened)
-        if (warning := warning_of(opened)) is not None:
-            print_line(f"warning: {warning}", err=True)
-    return opened
+    with Ledger(ledger) as opened, _meaningful(opened.location):
+        if recover:
+            recover_abandoned(opened)
+            if (warning := warning_of(opened)) is not None:
+                print_line(f"warning: {warning}", err=True)
+        yield opened
+
+
+@contextmanager
+def _meaningful(location: str) -> Iterator[None]:
+    """What a value in the ledger is turned into may raise anything, if it was changed past this package."""
+    try:
+        yield
+    except (PolarError, UnicodeEncodeError):  # the latter by an argument
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise StoreDamagedError(
+            f"ledger {location!r} holds a value that cannot be read ({what}).", hint="See what `polar verify` finds."
+        ) from error
 
 
 @contextmanager

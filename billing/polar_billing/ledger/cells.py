@@ -136,7 +136,7 @@ class _TableCheck:
         wrong = [f"typeof({name}) <> '{storage}'" if self._on_sqlite else f"{name} IS NULL"]
         if isinstance(column.type, UtcMicroseconds):
             wrong.append(f"{name} NOT BETWEEN {_FIRST} AND {_LAST}")
-        if isinstance(column.type, LargeBinary):  # all of them are hashes, of exactly this length
+        if isinstance(column.type, LargeBinary) and column.type.length is not None:  # a hash, of exactly this length
             length = "length" if self._on_sqlite else "octet_length"
             wrong.append(f"{length}({name}) <> {column.type.length}")
         any_of = " OR ".join(wrong)
@@ -184,7 +184,9 @@ def _storage(column: Column[Any]) -> str:
 def _declared(column: Column[Any]) -> str:
     if isinstance(column.type, UtcMicroseconds):
         return "a moment in microseconds"
-    return f"{column.type.length} bytes" if isinstance(column.type, LargeBinary) else _HOLDS[_storage(column)]
+    if isinstance(column.type, LargeBinary) and column.type.length is not None:
+        return f"{column.type.length} bytes"
+    return _HOLDS[_storage(column)]
 
 
 def _is_text(content: bytes) -> bool:

@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from polar_billing.errors import MissingExtraError, StoreLockedError, StoreReadOnlyError
+from polar_billing.errors import MissingExtraError, StoreDamagedError, StoreLockedError, StoreReadOnlyError
 from polar_billing.ledger.location import describe, is_sqlite_memory, translate
 from polar_billing.values.canonical import canonical_json
 from polar_sdk.errors import PolarError
@@ -184,6 +184,11 @@ class Database:
             raise translate(error.orig, self.url) from error
         except sqlite3.Error as error:  # from a raw connection
             raise translate(error, self.url) from error
+        except UnicodeDecodeError as error:  # a file with damaged bytes, read by SQLite's driver
+            raise StoreDamagedError(
+                f"ledger {describe(self.url)!r} is damaged: it holds text that is not {error.encoding}.",
+                hint="Restore it from a backup, or save what `sqlite3 FILE .recover` reads.",
+            ) from error
         except Exception as error:
             if getattr(error, "sqlstate", self) is self or isinstance(error, PolarError):
                 raise

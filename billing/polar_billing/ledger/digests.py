@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -47,15 +48,22 @@ def digest_of(subject: str, rows: Rows) -> bytes:
         subject: What links call the table.
         rows: The row, then its parts.
     """
-    return digest_of_plain(subject, [(table, _typed(values)) for table, values in rows])
+    rows = list(rows)
+    if all(_PLAIN.issuperset(map(type, values)) for _, values in rows):
+        with suppress(TypeError):  # an integer beyond JSON's range, which only an altered table returns
+            return digest_of_plain(subject, rows)
+    return digest_of_plain(subject, [(table, tuple(map(_typed_cell, values))) for table, values in rows])
 
 
 def digest_of_plain(subject: str, rows: Rows) -> bytes:
     """The same for rows of 64-bit integers, text and None alone: those of usage that are about to be written."""
-    lines = [canonical_json((2, subject))]
+    lines = [_kind(subject)]
     for table, values in rows:
-        end = _end(values)
-        lines += (_names(table, end), canonical_json(values[:end]))
+        end = len(values)
+        while end and values[end - 1] is None:
+            end -= 1
+        lines.append(_names(table, end))
+        lines.append(canonical_json(values if end == len(values) else values[:end]))
     return hashlib.sha256(b"\n".join(lines)).digest()
 
 
@@ -64,26 +72,20 @@ def hash_of(tenant: str, number: int, subject: str, key: str, digest: bytes, pre
     return hashlib.sha256(previous + digest + canonical_json((2, tenant, number, subject, key))).digest()
 
 
+# A digest is made for every request that is stored, so what repeats is written once.
+@lru_cache(maxsize=64)
+def _kind(subject: str) -> bytes:
+    return canonical_json((2, subject))
+
+
 @lru_cache(maxsize=1024)
 def _names(table: str, end: int) -> bytes:
     return canonical_json((table, list(map(str, metadata.tables[table].c.keys()))[:end]))
 
 
-def _end(values: Sequence[Any]) -> int:
-    """How many values there are up to the last that is not null."""
-    end = len(values)
-    while end and values[end - 1] is None:
-        end -= 1
-    return end
-
-
-def _typed(values: Sequence[Any]) -> Sequence[Any]:
-    return values if _PLAIN.issuperset(map(type, values)) else tuple(map(_typed_cell, values))
-
-
 def _typed_cell(value: Any) -> Any:
     """A value whose JSON names its type, unless JSON has that type."""
-    if type(value) in _PLAIN and not (isinstance(value, int) and abs(value) >= 2**63):
+    if type(value) in _PLAIN and not (isinstance(value, int) and not -(2**63) <= value < 2**64):
         return value
     if isinstance(value, (bytes, memoryview)):
         return {"bytes": value.hex()}
@@ -95,7 +97,8 @@ def _typed_cell(value: Any) -> Any:
 def _first_digest_of(subject: str, rows: Rows) -> bytes:
     lines = [subject.encode()]
     for table, values in rows:
-        lines.append(canonical_json((table, *map(_untyped, values[: _end(values)]))))
+        end = max((place for place, value in enumerate(values, 1) if value is not None), default=0)
+        lines.append(canonical_json((table, *map(_untyped, values[:end]))))
     return hashlib.sha256(b"\n".join(lines)).digest()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from platformdirs import user_data_path
 from sqlalchemy import URL, make_url
@@ -28,6 +28,9 @@ from polar_billing.errors import (
     StoreReadOnlyError,
     StoreUnavailableError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LEDGER_VARIABLE: Final = "POLAR_LEDGER"
 _DRIVERS: Final = {
@@ -93,12 +96,29 @@ _POSTGRES: Final[dict[str, tuple[type[StoreError], str, str]]] = {
 def is_absent(url: URL) -> bool:
     """True if the file of a ledger does not exist yet; if its folder is missing too, opening it raises."""
     file = sqlite_file(url)
-    return file is not None and not file.exists() and (file.parent.is_dir() or file == default_file())
+    return file is not None and not _is(file.exists) and (_is(file.parent.is_dir) or file == default_file())
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    """The answer about a path, False for one that no file can have, such as one that is too long."""
+    try:
+        return question()
+    except (OSError, ValueError):
+        return False
 
 
 def default_file() -> Path:
     """The ledger of a user who does not name one."""
-    return user_data_path("polar", appauthor=False) / "ledger.sqlite3"
+    return _true_path(user_data_path("polar", appauthor=False) / "ledger.sqlite3")
+
+
+def _true_path(file: Path) -> Path:
+    """The one path of a file, whatever name it is opened by.
+
+    Absolute, so that a later change of the working directory does not move the ledger; without symbolic links, so that
+    its spool is always the same.
+    """
+    return file.expanduser().resolve()
 
 
 def resolve(ledger: str | None = None) -> URL:
@@ -113,8 +133,12 @@ def resolve(ledger: str | None = None) -> URL:
     text = ledger or os.environ.get(LEDGER_VARIABLE) or None
     if text is None:
         return URL.create("sqlite+pysqlite", database=str(default_file()))
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise LedgerUrlError(
+            f"ledger {text[:60]!r} is not a path or URL in UTF-8.", hint="Name it with characters that UTF-8 has."
+        )
     if "://" not in text:
-        return URL.create("sqlite+pysqlite", database=str(Path(text).expanduser().absolute()))
+        return URL.create("sqlite+pysqlite", database=str(_true_path(Path(text))))
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
@@ -128,8 +152,8 @@ def resolve(ledger: str | None = None) -> URL:
             hint="Use sqlite:///FILE or postgresql://USER@HOST/DATABASE.",
         )
     url = url.set(drivername=_DRIVERS[backend])
-    file = sqlite_file(url)  # made absolute, so that a later change of the working directory does not move the ledger
-    return url if file is None else url.set(database=str(file.expanduser().absolute()))
+    file = sqlite_file(url)
+    return url if file is None else url.set(database=str(_true_path(file)))
 
 
 def sqlite_file(url: URL) -> Path | None:
@@ -194,10 +218,10 @@ def _cannot_open(url: URL) -> StoreError:
     file = sqlite_file(url)
     if file is None:
         return StoreNotFoundError(f"ledger {name} cannot be opened.", hint="Check that the file exists.")
-    if file.is_dir():
+    if _is(file.is_dir):
         return StoreNotFoundError(f"ledger {name} is a folder, not a file.", hint="Name a file in it.")
     folder = file.parent
-    if not folder.is_dir():
+    if not _is(folder.is_dir):
         return StoreNotFoundError(
             f"ledger {name} cannot be created: folder {str(folder)!r} does not exist.",
             hint=f"Create it with `mkdir -p {folder}`.",

@@ -168,6 +168,7 @@ def to_raw(seq: int, entry: Entry, stored_at: int) -> tuple[Any, ...]:
         canonical_text(visits.prefill),
         canonical_text(visits.decode),
         *_work(record),
+        canonical_text(visits.prefill_filled) if visits.prefill_filled else None,
     )
 
 
@@ -202,7 +203,9 @@ def from_row(row: Row[Any]) -> StoredUsage:
         finish_reason=row.finish_reason,
         error=row.error,
         tokens=TokenUsage.model_construct(input=row.tokens_input, cached=row.tokens_cached, output=row.tokens_output),
-        visits=VisitUsage.model_construct(prefill=row.visits_prefill, decode=row.visits_decode),
+        visits=VisitUsage.model_construct(
+            prefill=row.visits_prefill, prefill_filled=row.visits_prefill_filled or (), decode=row.visits_decode
+        ),
         flops=FlopUsage.model_construct(
             embed=row.flops_embed,
             layers_prefill=row.flops_layers_prefill,

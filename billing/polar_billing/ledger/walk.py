@@ -81,6 +81,7 @@ class Walk:
                     return Fault(self.tenant, min(link.number, last.number + 1), what)
                 last = Head(link.number, link.hash)
                 self.links += 1
+            rows.clear()  # before the next are read
         if last.number < head.number:
             what = f"is missing; the head says the chain ends with number {head.number}."
             return Fault(self.tenant, last.number + 1, what)

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from typing import Final
 
-from polar_billing.errors import ConflictError
+from polar_billing.errors import id_in_use
 
 _REMEMBERED: Final = 10_000
 """Ids that were served; older ones are in the ledger by then, as a rule."""
@@ -63,8 +63,3 @@ class Claims:
             if len(self._served) > _REMEMBERED:
                 self._served.popitem(last=False)
         return True
-
-
-def id_in_use(tenant: str, request_id: str, how: str) -> ConflictError:
-    """The error of a request whose id another one has, raised before it computes anything."""
-    return ConflictError(f"request {request_id!r} of tenant {tenant!r} {how}.", hint="Give every request its own id.")

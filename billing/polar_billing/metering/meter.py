@@ -30,11 +30,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.errors import BillingError, StoreError
+from polar_billing.errors import BillingError, StoreError, id_in_use
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.location import resolve
 from polar_billing.ledger.records import Entry
-from polar_billing.metering.claims import Claims, id_in_use
+from polar_billing.metering.claims import Claims
 from polar_billing.metering.spool import store
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
@@ -44,7 +44,7 @@ from polar_billing.values.money import from_scaled, plain
 from polar_sdk.usage import UsageSink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from decimal import Decimal
     from pathlib import Path
 
@@ -123,13 +123,14 @@ class Meter(UsageSink):
             PriceBookError: The price book's file is missing or wrong.
             StoreError: The ledger is missing, read-only, full or damaged, or does not answer and the spool is full.
         """
+        writer, now = self._writer, time.monotonic()
+        succeeded_at = self._checked_at if writer is None else max(self._checked_at, writer.succeeded_at)
+        if writer is not None and writer.failure is None and now - succeeded_at < _CHECK_EVERY_S:
+            return
         with suppress(StoreError):  # the check of the ledger below raises, or tolerates it
             _ = self.price_book
-        writer, now = self._writer, time.monotonic()
         if writer is None:
             self.ledger.check()
-            return
-        if writer.failure is None and now - max(self._checked_at, writer.succeeded_at) < _CHECK_EVERY_S:
             return
         if writer.failure is not None and now - writer.failed_at < _CHECK_EVERY_S:
             self._tolerate(writer, writer.failure)
@@ -187,6 +188,10 @@ class Meter(UsageSink):
         """Give back what is held for a request that never began, its id included."""
         self._claims.give_up(tenant, request_id)
         self._budgets.release(tenant, request_id, source=self.source)
+
+    def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
+        """Call `end` if what is held for a request is lost while it runs; see `Budgets`."""
+        self._budgets.watch((tenant, self.source, request_id), end)
 
     def emit(self, record: UsageRecord) -> dict[str, Any]:
         """Store one record and its receipt, as durably as `durability` says.
@@ -246,6 +251,7 @@ class Meter(UsageSink):
 
     def _store(self, entry: Entry) -> StoredUsage | None:
         """Store one record; None if it is still on its way."""
+        self._budgets.forget(entry.identity)
         # What was reserved has computed already: it is charged, under another id if need be.
         reserved = self._claims.served(entry.record.tenant, entry.record.request_id)
         told = self._waits and not reserved
@@ -285,6 +291,7 @@ class Meter(UsageSink):
         """Store what is on its way and release the ledger's connections; using the meter again opens new ones."""
         if self._writer is not None:
             self._writer.close()
+        self._budgets.stop()
         self.ledger.close()
 
     def __enter__(self) -> Self:

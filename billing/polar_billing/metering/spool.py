@@ -294,6 +294,8 @@ def store(
 def _translated(folder: Path) -> Iterator[None]:
     try:
         yield
+    except StoreError:  # the ledger's, which is an OSError, too, and says more
+        raise
     except OSError as error:
         raise StoreError(
             f"spool {str(folder)!r} cannot be written ({error.strerror}).",

@@ -19,7 +19,7 @@ from polar_billing.prices.book import PriceBook
 from polar_billing.values.canonical import canonical_json
 from polar_billing.values.money import read_amount
 from polar_sdk.reading import Unreadable, parse_object
-from polar_sdk.usage import UsageRecord
+from polar_sdk.usage import AS_STORED, UsageRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -124,7 +124,7 @@ def _entry(values: dict[str, Any], books: Mapping[str, str], stored_books: Mappi
     source, unrated = values["source"], values["unrated"]
     if not isinstance(source, str) or not isinstance(unrated, str | None):
         raise TypeError("source and unrated are texts")
-    entry = Entry(UsageRecord.model_validate(values["record"]), source, book, cost, unrated)
+    entry = Entry(UsageRecord.model_validate(values["record"], context=AS_STORED), source, book, cost, unrated)
     _ = entry.cost_units, entry.canonical  # raises here what storing would raise later, with all others of its batch
     return entry
 

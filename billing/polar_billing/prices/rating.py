@@ -110,6 +110,10 @@ class Rating:
         return None if self.unrated is not None else self.rounded.total
 
 
+FAR: Final = 2**63
+"""More than any count of a record."""
+
+
 @dataclass(frozen=True)
 class Counts:
     """Counted quantities of a request, or of many requests at one price."""
@@ -126,6 +130,14 @@ class Counts:
             self.flops + other.flops,
             self.tokens_input + other.tokens_input,
             self.tokens_output + other.tokens_output,
+        )
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(
+            self.requests - other.requests,
+            self.flops - other.flops,
+            self.tokens_input - other.tokens_input,
+            self.tokens_output - other.tokens_output,
         )
 
     @property
@@ -187,12 +199,30 @@ def cost_of(record: UsageRecord, book: PriceBook) -> tuple[Decimal | None, str |
         return None, charged_by
     exact = 0
     if record.outcome not in book.free_outcomes:
-        compute, tokens_input, tokens_output, request = _per_count(charged_by.entry.rates, charged_by.multiplier)
-        tokens = record.tokens
-        exact = record.flops.total * compute + tokens.input * tokens_input + tokens.output * tokens_output + request
+        exact = _exact(charged_by, 1, record.flops.total, record.tokens.input, record.tokens.output)
     if (beyond := reason_beyond(exact, book)) is not None:
         return None, beyond
     return from_scaled(round_half_even(exact, EXACT_SCALE, STORED_SCALE), STORED_SCALE), None
+
+
+def _exact(charged_by: Rate, requests: int, flops: int, tokens_input: int, tokens_output: int) -> int:
+    """What counts cost, in units of 10^-30."""
+    per = _per_count(charged_by.entry.rates, charged_by.multiplier)
+    return flops * per[0] + tokens_input * per[1] + tokens_output * per[2] + requests * per[3]
+
+
+def beyond_receipt(counts: Counts, charged_by: Rate, book: PriceBook) -> str | None:
+    """Why a request with these counts is unrated although it has a price; None where it is not."""
+    used = (counts.requests, counts.flops, counts.tokens_input, counts.tokens_output)
+    return reason_beyond(_exact(charged_by, *used), book)
+
+
+def always_within_receipt(entry: PriceEntry) -> tuple[int, int, int]:
+    """FLOPs, prompt tokens and tokens of the answer up to which a request surely costs no more than a receipt holds."""
+    most = max(entry.tiers.values(), default=Decimal(0))
+    *per, request = _per_count(entry.rates, max(most, entry.untiered or Decimal(0)))
+    flops, tokens_input, tokens_output = ((_MAX_EXACT - request) // (3 * each) if each else FAR for each in per)
+    return flops, tokens_input, tokens_output
 
 
 def reason_beyond(exact: int, book: PriceBook) -> str | None:

@@ -49,6 +49,7 @@ from polar_sdk.errors import PolarError
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
 
+_ROWS_BATCH: Final = 1_000
 _MILLION: Final = 10**6
 """Sums of a column are taken of its millions and of the rest, of which neither leaves 64 bits."""
 MALFORMED: Final = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, PolarError, DataError)
@@ -168,12 +169,12 @@ def _unbalanced(connection: Connection) -> Iterator[Finding]:
     entry = entry_table.c
     parts = (entry.whole // _MILLION, entry.whole % _MILLION, entry.rest // _MILLION, entry.rest % _MILLION)
     query = select(entry.transaction_id, func.min(entry.tenant).label("tenant"), entry.currency, *map(func.sum, parts))
-    for transaction, tenant, currency, *sums in connection.execute(
-        query.group_by(entry.transaction_id, entry.currency)
-    ):
-        whole_millions, whole, rest_millions, rest = map(int, sums)
-        if (whole_millions * _MILLION + whole) * 10**12 + rest_millions * _MILLION + rest:
-            yield Finding(tenant, None, f"transaction {transaction} does not sum to zero in {currency}.")
+    query = query.group_by(entry.transaction_id, entry.currency)
+    with connection.execute(query, execution_options={"yield_per": _ROWS_BATCH}) as rows:
+        for transaction, tenant, currency, *sums in rows:
+            whole_millions, whole, rest_millions, rest = map(int, sums)
+            if (whole_millions * _MILLION + whole) * 10**12 + rest_millions * _MILLION + rest:
+                yield Finding(tenant, None, f"transaction {transaction} does not sum to zero in {currency}.")
 
 
 def _wrong_rollups(connection: Connection) -> Iterator[Finding]:

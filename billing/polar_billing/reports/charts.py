@@ -180,7 +180,10 @@ def charges_by_tenant(report: Report) -> str:
 
 
 def depth(panels: list[DepthPanel], name: str) -> str:
-    """Visits per layer, one panel per tier on its own scale: gaps are skipped layers, peaks looped ones."""
+    """Visits per layer, one panel per tier on its own scale: gaps are skipped layers, peaks looped ones.
+
+    Prompts are pale, hatched where layers were filled, and answers stand on top of them in the tier's colour.
+    """
     rows = -(-len(panels) // _PANELS_PER_ROW)
 
     def draw(figure: Figure) -> None:
@@ -199,8 +202,9 @@ def depth(panels: list[DepthPanel], name: str) -> str:
 
 def _depth_panel(axes: Axes, panel: DepthPanel) -> None:
     layers = range(len(panel.visits))
-    axes.bar(layers, panel.visits_prefill, 0.8, color=PALE)
-    axes.bar(layers, panel.visits_decode, 0.8, bottom=panel.visits_prefill, color=tier_color(panel.tier))
+    axes.bar(layers, panel.visits_prompt, 0.8, color=PALE)
+    axes.bar(layers, panel.visits_prefill_filled, 0.8, color="none", edgecolor=MUTED, hatch="///", linewidth=0)
+    axes.bar(layers, panel.visits_decode, 0.8, bottom=panel.visits_prompt, color=tier_color(panel.tier))
     for layer, visits in enumerate(panel.visits):
         if visits == 0:
             axes.annotate("×", (layer, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7.5, color=MUTED)

@@ -55,12 +55,19 @@ class DepthPanel(_Part):
     model: str
     tier: str | None
     visits_prefill: tuple[int, ...]
+    visits_prefill_filled: tuple[int, ...]
+    """Pieces of prompts whose tokens, or most of them, a map filled; a piece may count in `visits_prefill` as well."""
     visits_decode: tuple[int, ...]
 
     @property
+    def visits_prompt(self) -> tuple[int, ...]:
+        """Pieces of prompts that the layer ran or was filled for, at least."""
+        return tuple(map(max, self.visits_prefill, self.visits_prefill_filled))
+
+    @property
     def visits(self) -> tuple[int, ...]:
-        """Prefill and decode together."""
-        return tuple(a + b for a, b in zip(self.visits_prefill, self.visits_decode, strict=True))
+        """Prompts and answers together."""
+        return tuple(a + b for a, b in zip(self.visits_prompt, self.visits_decode, strict=True))
 
 
 class TierReport(_Part):
@@ -252,19 +259,16 @@ def _depth(tier: str | None, groups: list[UsageTotals]) -> tuple[DepthPanel, ...
     models: defaultdict[str, LayerVisits] = defaultdict(LayerVisits)
     for totals in groups:
         for model, visits in totals.layer_visits.items():
-            models[model].add(visits.prefill, visits.decode)
-    return tuple(
-        DepthPanel(model=model, tier=tier, visits_prefill=tuple(prefill), visits_decode=tuple(decode))
-        for model, visits in sorted(models.items())
-        for prefill, decode in [_padded(visits)]
-    )
+            models[model].add(visits.prefill, visits.filled, visits.decode)
+    return tuple(_panel(model, tier, visits) for model, visits in sorted(models.items()))
 
 
-def _padded(visits: LayerVisits) -> tuple[list[int], list[int]]:
-    layers = max(len(visits.prefill), len(visits.decode))
-    return (
-        visits.prefill + [0] * (layers - len(visits.prefill)),
-        visits.decode + [0] * (layers - len(visits.decode)),
+def _panel(model: str, tier: str | None, visits: LayerVisits) -> DepthPanel:
+    parts = (visits.prefill, visits.filled, visits.decode)
+    layers = max(map(len, parts))
+    prefill, filled, decode = ((*part, *[0] * (layers - len(part))) for part in parts)
+    return DepthPanel(
+        model=model, tier=tier, visits_prefill=prefill, visits_prefill_filled=filled, visits_decode=decode
     )
 
 

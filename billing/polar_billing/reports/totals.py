@@ -36,11 +36,13 @@ class LayerVisits:
     """Visits per layer, index = layer. Unit: visits."""
 
     prefill: list[int] = field(default_factory=list)
+    filled: list[int] = field(default_factory=list)
     decode: list[int] = field(default_factory=list)
 
-    def add(self, prefill: Sequence[int], decode: Sequence[int]) -> None:
+    def add(self, prefill: Sequence[int], filled: Sequence[int], decode: Sequence[int]) -> None:
         """Add visits layer by layer; a shorter list counts as zeros at its end."""
         self.prefill = [a + b for a, b in zip_longest(self.prefill, prefill, fillvalue=0)]
+        self.filled = [a + b for a, b in zip_longest(self.filled, filled, fillvalue=0)]
         self.decode = [a + b for a, b in zip_longest(self.decode, decode, fillvalue=0)]
 
 
@@ -117,8 +119,9 @@ class UsageTotals(UsageSums):
         self.add_sum(sum_of(stored), rating.unrated)
         record = stored.record
         self.flops_router += record.flops.router
-        if record.visits.prefill or record.visits.decode:
-            self.layer_visits[record.model].add(record.visits.prefill, record.visits.decode)
+        visits = record.visits
+        if visits.prefill or visits.decode:
+            self.layer_visits[record.model].add(visits.prefill, visits.prefill_filled, visits.decode)
         if record.outcome is Outcome.COMPLETED:
             self.latencies_ns.append(record.queue_ns + record.prefill_ns + record.decode_ns)
         self._add_amounts(record, rating)

@@ -24,7 +24,7 @@ from polar_billing.statements.draft import basis_of, compute_statement, find_lat
 from polar_billing.statements.lines import USAGE_KINDS, phases_of
 from polar_billing.statements.statement import statement_id
 from polar_billing.statements.store import find_statement, read_statements
-from polar_billing.statements.usage import SeqRange, within
+from polar_billing.statements.usage import SeqRange, uses_beyond_receipt, within
 from polar_billing.values.money import exact_sum
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _conditions(connection: Connection, issued: IssuedStatement, line: Statement
     else:
         book, period = _rated_in(connection, statement, line)
         conditions.append(usage.outcome.not_in(sorted(book.free_outcomes)))
-        conditions.append(_has_a_price(book, statement.tenant, period))
+        conditions += _is_rated(connection, book, statement.tenant, period, seqs)
     return conditions
 
 
@@ -224,13 +224,17 @@ def _rated_in(connection: Connection, statement: Statement, line: StatementLine)
     return basis_of(connection, statement, 0).book, statement.period
 
 
-def _has_a_price(book: PriceBook, tenant: str, period: Period) -> ColumnElement[bool]:
+def _is_rated(
+    connection: Connection, book: PriceBook, tenant: str, period: Period, seqs: SeqRange
+) -> list[ColumnElement[bool]]:
     """True of usage that is not unrated."""
     usage = usage_table.c
-    priced = []
+    priced: list[ColumnElement[bool]] = []
+    beyond: list[int] = []
     for stretch in (stretch for phase in phases_of(book, tenant, period) for stretch in phase.stretches):
         if stretch.entry is not None:
             by_hand = usage.tier.is_(None) if stretch.entry.untiered is not None else false()
             tier = or_(usage.tier.in_(sorted(stretch.entry.tiers)), by_hand)
             priced.append(and_(usage.started_at >= stretch.since, usage.started_at < stretch.until, tier))
-    return or_(false(), *priced)
+            beyond += uses_beyond_receipt(connection, tenant, stretch, seqs, book)
+    return [or_(false(), *priced), *([usage.seq.not_in(beyond)] if beyond else [])]

@@ -75,7 +75,7 @@ def charges_of(book: PriceBook, period: Period, phases: Iterable[Phase], usage: 
 
 
 def _in_order(uses: Iterable[Use]) -> list[Use]:
-    return sorted(uses, key=lambda use: (use.stretch.since, tier_order(use.tier), use.outcome))
+    return sorted(uses, key=lambda use: (use.stretch.since, tier_order(use.tier), use.outcome, use.beyond or ""))
 
 
 def _rated(uses: Iterable[Use], book: PriceBook, unrated: Counter[str]) -> list[Rated]:
@@ -85,7 +85,7 @@ def _rated(uses: Iterable[Use], book: PriceBook, unrated: Counter[str]) -> list[
         if entry is None:
             unrated[f"price book {book.id!r} has no price from {_span(use.stretch)}"] += use.counts.requests
             continue
-        rate = rate_in(entry, use.tier, book)
+        rate = use.beyond or rate_in(entry, use.tier, book)
         if isinstance(rate, str):
             unrated[rate] += use.counts.requests
         else:

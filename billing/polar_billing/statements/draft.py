@@ -192,7 +192,7 @@ def basis_of(connection: Connection, statement: Statement, seq_until: int) -> Ba
 
 def _charges(connection: Connection, basis: Basis) -> tuple[PeriodUsage, Charges]:
     phases = phases_of(basis.book, basis.tenant, basis.period)
-    usage = read_usage(connection, basis.tenant, phases, SeqRange(basis.seq_until), basis.agreement)
+    usage = read_usage(connection, basis.tenant, phases, SeqRange(basis.seq_until), basis.agreement, basis.book)
     return usage, charges_of(basis.book, basis.period, phases, usage)
 
 

@@ -61,6 +61,8 @@ class Use:
     """None for programs named by hand."""
     outcome: str
     counts: Counts
+    beyond: str | None = None
+    """Why it is unrated although it has a price: it cost more than a receipt holds."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, func, or_, select
 
 from polar_billing.ledger.schema import usage_table
-from polar_billing.prices.rating import Counts
+from polar_billing.prices.rating import FAR, Counts, always_within_receipt, beyond_receipt, rate_in
 from polar_billing.statements.lines import PeriodUsage, Use
 from polar_sdk.usage import Outcome
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
+    from polar_billing.prices.book import PriceBook
     from polar_billing.statements.lines import Agreement, Phase, Stretch
 
 
@@ -43,6 +44,7 @@ def read_usage(
     phases: Sequence[Phase],
     seqs: SeqRange,
     agreement: Mapping[str, Agreement],
+    book: PriceBook,
 ) -> PeriodUsage:
     """Read what rating needs; see `charges.charges_of`.
 
@@ -52,10 +54,11 @@ def read_usage(
         phases: How the book cuts the period.
         seqs: Which usage.
         agreement: What was measured elsewhere about the answers, by tier.
+        book: The prices.
     """
     stretches = [stretch for phase in phases for stretch in phase.stretches]
     return PeriodUsage(
-        uses=tuple(use for stretch in stretches for use in _uses(connection, tenant, stretch, seqs)),
+        uses=tuple(use for stretch in stretches for use in _uses(connection, tenant, stretch, seqs, book)),
         latency_ns_p95=dict(_latencies(connection, tenant, phases, seqs)),
         agreement=dict(agreement),
     )
@@ -82,7 +85,7 @@ def last_seq(connection: Connection, tenant: str) -> int:
     return seq or 0
 
 
-def _uses(connection: Connection, tenant: str, stretch: Stretch, seqs: SeqRange) -> Iterator[Use]:
+def _uses(connection: Connection, tenant: str, stretch: Stretch, seqs: SeqRange, book: PriceBook) -> Iterator[Use]:
     usage = usage_table.c
     query = (
         select(
@@ -97,9 +100,41 @@ def _uses(connection: Connection, tenant: str, stretch: Stretch, seqs: SeqRange)
         .where(*within(tenant, stretch.since, stretch.until, seqs))
         .group_by(usage.tier, usage.outcome)
     )
+    beyond = list(uses_beyond_receipt(connection, tenant, stretch, seqs, book).values())
     for tier, outcome, requests, millions, rest, tokens_input, tokens_output in connection.execute(query):
         flops = int(millions) * _MILLION + int(rest)
-        yield Use(stretch, tier, outcome, Counts(requests, flops, int(tokens_input), int(tokens_output)))
+        counts = Counts(requests, flops, int(tokens_input), int(tokens_output))
+        apart = [use.counts for use in beyond if (use.tier, use.outcome) == (tier, outcome)]
+        if counts != (unrated := sum(apart, Counts())):
+            yield Use(stretch, tier, outcome, counts - unrated)
+    yield from beyond
+
+
+def uses_beyond_receipt(
+    connection: Connection, tenant: str, stretch: Stretch, seqs: SeqRange, book: PriceBook
+) -> dict[int, Use]:
+    """The requests of a stretch that cost more than a receipt holds, by sequence number: they are unrated.
+
+    Only the largest are looked at, which at most prices are none.
+    """
+    if stretch.entry is None:
+        return {}
+    usage = usage_table.c
+    columns = (usage.flops_total, usage.tokens_input, usage.tokens_output)
+    limits = zip(columns, always_within_receipt(stretch.entry), strict=True)
+    large = [column > limit for column, limit in limits if limit < FAR]
+    if not large:
+        return {}
+    query = select(usage.seq, usage.tier, usage.outcome, *columns)
+    query = query.where(*within(tenant, stretch.since, stretch.until, seqs), or_(*large))
+    found = {}
+    for seq, tier, outcome, *counted in connection.execute(query.order_by(usage.seq)):
+        rate, counts = rate_in(stretch.entry, tier, book), Counts(1, *counted)
+        if isinstance(rate, str) or outcome in book.free_outcomes:
+            continue
+        if (reason := beyond_receipt(counts, rate, book)) is not None:
+            found[seq] = Use(stretch, tier, outcome, counts, reason)
+    return found
 
 
 def _latencies(

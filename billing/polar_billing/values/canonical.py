@@ -35,14 +35,15 @@ def canonical_text(value: object) -> str:
 def record_json(record: UsageRecord) -> bytes:
     """Write a usage record.
 
-    A field that records of version 1 of the ledger did not have is absent while it is 0, so that their replays keep
-    their hash.
+    A field that older records did not have is absent while it is 0 or empty, so that their replays keep their hash.
     """
     facts = dict(vars(record))
     if not facts["loops_stopped"]:
         del facts["loops_stopped"]
     for part in ("flops", "tokens", "visits"):  # spares the writer a call back for each
         facts[part] = vars(facts[part])
+    if not facts["visits"]["prefill_filled"]:
+        facts["visits"] = {name: counts for name, counts in facts["visits"].items() if name != "prefill_filled"}
     return orjson.dumps(facts, _as_mapping, _OPTIONS)
 
 

@@ -67,10 +67,16 @@ class Caller:
     Attributes:
         tenant: Who is billed; None = the engine's own.
         tags: Tags of every request, which no body overrides.
+        models: The ids it may name; empty = any.
+        tiers: The tiers it may use; empty = any.
+        max_tokens: Longest answer; None = any.
     """
 
     tenant: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+    tiers: tuple[str, ...] = ()
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +118,7 @@ def options_of(body: Body, rules: Rules) -> RequestOptions:
     program = body.get("program")
     if program is not None and body.get("compute") is not None:
         raise invalid("program", "a program and compute were given; give one of them.")
+    _check_bounds(body, compute, rules)
     top_p = body.get("top_p", 1.0)
     if top_p == 0:
         raise invalid("top_p", "0 allows no token; use more than 0, or temperature 0 for the likeliest.")
@@ -197,6 +204,45 @@ def _compute(body: Body, rules: Rules) -> str | float | None:
         said = " and ".join(f"{name} says {value!r}" for name, value in asked.items())
         raise invalid(list(asked)[-1], f"{said}; name one tier.")
     return next(iter(asked.values()), None)
+
+
+def _check_bounds(body: Body, compute: str | float | None, rules: Rules) -> None:
+    """Refuse a model or tier that the caller's key is not for."""
+    caller, model = rules.caller, body.get("model")
+    if not rules.catalog.may_name(model, caller.models, ()):
+        raise rules.catalog.missing(model)
+    if not caller.tiers:
+        return
+    if body.get("program") is not None or not isinstance(compute, str | None):
+        raise _forbidden("program" if body.get("program") is not None else "compute", caller)
+    if (compute or rules.catalog.default_tier) not in caller.tiers:
+        if rules.catalog.tier_of(model) is not None:
+            raise rules.catalog.missing(model)
+        raise _forbidden("compute", caller)
+
+
+def _forbidden(param: str, caller: Caller) -> ApiError:
+    message = f"this API key is for the tiers {', '.join(caller.tiers)} only; name one of them."
+    return ApiError(message, status=403, code="tier_not_allowed", param=param)
+
+
+def max_tokens_of(asked: int | None, default: int, rules: Rules) -> int | None:
+    """The longest answer: what is asked for, within what the caller's key allows.
+
+    Args:
+        asked: Of the body.
+        default: For a caller whose key bounds it, and who asks for nothing.
+        rules: Of the server and the key.
+
+    Raises:
+        ApiError: It asks for more than the key allows.
+    """
+    most = rules.caller.max_tokens
+    if most is None:
+        return asked
+    if asked is not None and asked > most:
+        raise invalid("max_tokens", f"{asked} is more than the {most} that this API key allows.")
+    return min(default, most) if asked is None else asked
 
 
 def _tags(body: Body, caller: Caller) -> dict[str, str]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _TOOLS: Final = "this engine writes text only; leave it out."
+_DEFAULT_MAX_TOKENS: Final = 256
 _MAX_MESSAGES: Final = 10_000
 
 FIELDS: Final[Mapping[str, Field]] = {
@@ -54,7 +55,7 @@ def read_call(body: Body, rules: Rules) -> Call:
     calls.require_model(body)
     options = calls.options_of(body, rules)
     options["template"] = "chat"
-    options["max_tokens"] = _max_tokens(body)
+    options["max_tokens"] = calls.max_tokens_of(_max_tokens(body), _DEFAULT_MAX_TOKENS, rules)
     logprobs = _logprobs(body)
     options["logprobs"] = logprobs
     options["schema"] = _schema(body.get("response_format"))

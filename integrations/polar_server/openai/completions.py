@@ -36,7 +36,8 @@ def read_call(body: Body, rules: Rules) -> Call:
     calls.require_model(body)
     options = calls.options_of(body, rules)
     options["template"] = "raw"
-    options["max_tokens"] = body.get("max_tokens", _DEFAULT_MAX_TOKENS)
+    asked = calls.max_tokens_of(body.get("max_tokens"), _DEFAULT_MAX_TOKENS, rules)
+    options["max_tokens"] = _DEFAULT_MAX_TOKENS if asked is None else asked
     options["logprobs"] = body.get("logprobs")
     if body.get("best_of", body.get("n", 1)) != body.get("n", 1):
         raise unsupported("best_of", "answers are not compared; leave it out or make it equal to n.")

@@ -24,6 +24,7 @@ from polar_sdk.lab.evaluation.results import (
     SetResult,
     SystemResult,
 )
+from polar_sdk.lab.evaluation.texts import TextRun
 from polar_sdk.programs.program import Program
 from polar_sdk.router.exact_tests import mcnemar, paired_difference, wilson
 
@@ -121,6 +122,14 @@ def evaluate_classes(subjects: Subjects, classes: Mapping[str, Sequence[int]]) -
     return results
 
 
+def evaluate_texts(subjects: Subjects, thetas: Mapping[str, float]) -> dict[str, TextRun]:
+    """The router at each of some θs on the prompts answered in text; empty where there are none."""
+    evaluator = _SetEvaluator(subjects)
+    return (
+        {name: evaluator.texts(evaluator.routed(theta)) for name, theta in thetas.items()} if evaluator.written else {}
+    )
+
+
 @dataclass(frozen=True)
 class _Run:
     """One system's programs, its router's FLOPs, and the outcomes, per prompt."""
@@ -141,6 +150,11 @@ class _Control:
     @property
     def shown(self) -> _Run:
         return self.deals[0]
+
+
+def _share(run: _Run) -> float:
+    """Mean share of identity's answers that a run keeps."""
+    return fmean(outcome.share for outcome in run.outcomes)
 
 
 class _SetEvaluator:
@@ -164,7 +178,7 @@ class _SetEvaluator:
         if theta == 0:
             return self.identity_run
         router = self.subjects.router
-        programs = router.choose_all(self.subjects.outputs, theta)
+        programs = router.choose_all(self.subjects.outputs, theta, self.lengths)
         flops = [router.route_flops(length, program) for length, program in zip(self.lengths, programs, strict=True)]
         return self._run(programs, flops)
 
@@ -173,8 +187,13 @@ class _SetEvaluator:
         return self._run(oracle(self.subjects.outcomes, self.subjects.outcomes.matrix.programs))
 
     def controls(self, run: _Run) -> list[_Control]:
-        """All rivals of a run."""
-        return [self._shuffled(run), self._static(run), self._random(run)]
+        """All rivals of a run.
+
+        Random programs are measured for this alone: for long prompts answered in text that takes longer than all the
+        rest, and says little, so they are rivals on choices only.
+        """
+        rivals = [self._shuffled(run), self._static(run)]
+        return rivals if self.written else [*rivals, self._random(run)]
 
     def within(self, name: str, point: str, run: _Run) -> ClassResult:
         """The router against the two controls that show whether reading a prompt earns anything."""
@@ -210,10 +229,10 @@ class _SetEvaluator:
     def _static(self, run: _Run) -> _Control:
         """The best static program of the run's cost, chosen with hindsight: the one that agrees most on these prompts.
 
-        A mix of two programs is dealt several times.
+        Where several agree alike, as on texts, the one that keeps most of the answers. A mix of two is dealt several
+        times.
         """
-        quality = {program: fmean(self.subjects.outcomes.agreeing(program)) for program in self.subjects.static}
-        mix = best_static(quality, self._static_costs(), sum(self._flops(run)))
+        mix = best_static(self._static_quality(), self._static_costs(), sum(self._flops(run)))
         seeds = self._seeds() if mix.cheap != mix.expensive else self._seeds()[:1]
         return _Control(STATIC, [self._run(mix.deal(len(self.rows), seed)) for seed in seeds], mix.text)
 
@@ -227,6 +246,13 @@ class _SetEvaluator:
 
     def _seeds(self) -> range:
         return range(self.subjects.seed, self.subjects.seed + _DEALS)
+
+    def _static_quality(self) -> dict[Program, float]:
+        """Agreement of each fixed program over all prompts, and a little of the share that it keeps."""
+        matrix = self.subjects.outcomes.matrix
+        quality = (matrix.agree.double().mean(0) + 0.01 * matrix.share.double().mean(0)).tolist()
+        known = dict(zip(matrix.programs, quality, strict=True))
+        return {program: known[program] for program in self.subjects.static}
 
     def _static_costs(self) -> dict[Program, float]:
         """FLOPs of each fixed program over all prompts."""
@@ -292,6 +318,7 @@ class _SetEvaluator:
             accuracy_gain=fmean(fmean(right) - fmean(other) for other, _ in theirs) if right else None,
             agreement_p=median(mcnemar(agree, other) for _, other in theirs),
             agreement_gain=fmean(fmean(agree) - fmean(other) for _, other in theirs),
+            share_gain=fmean(_share(run) - _share(deal) for deal in control.deals),
         )
 
     def frontier(self) -> list[FrontierPoint]:
@@ -311,6 +338,19 @@ class _SetEvaluator:
                 )
             )
         return points
+
+    def texts(self, run: _Run) -> TextRun:
+        """The prompts that are answered in text."""
+        matrix, rerun = self.subjects.outcomes.matrix, self.subjects.rerun or self.identity_run.outcomes
+        spent = self._flops(run)
+        return TextRun(
+            outcomes=[run.outcomes[row] for row in self.written],
+            spent=[spent[row] for row in self.written],
+            full=[self.full[row] for row in self.written],
+            floor=[rerun[row] for row in self.written],
+            lengths=[self.lengths[row] for row in self.written],
+            classes=[matrix.classes[row] for row in self.written],
+        )
 
     def generated(self, run: _Run) -> Generated:
         """The prompts that are answered in text."""

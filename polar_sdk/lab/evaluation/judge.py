@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Final
 from polar_sdk.engine.lead import run_lead
 from polar_sdk.errors import RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, resplit
-from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set
+from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
+from polar_sdk.lab.evaluation.free_running import FreeRunner
 from polar_sdk.lab.evaluation.results import Evaluation, verdict
+from polar_sdk.lab.evaluation.texts import LENGTHS
 from polar_sdk.lab.items import ChoiceItem
 from polar_sdk.lab.training.measuring import Bench, marks, unseen
 from polar_sdk.programs.program import Program
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from polar_sdk.lab.evaluation.texts import TierTexts
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.lab.rewards.tasks import Task
@@ -71,8 +74,8 @@ class Judge:
         """
         training = {name: value for name, value in self._router.facts.training.items() if name != "calibrated"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=True))
-        outcomes = self._outcomes(tasks)
         outputs = self._outputs(tasks)
+        outcomes = self._outcomes(tasks, outputs, labels=True)
         certificate = certify(self._router, outputs, outcomes, tiers=tiers, delta=delta, on_progress=self.on_progress)
         training["calibrated"] = marks(task.id for task in tasks)
         return self._router.with_facts(training=training).with_certificate(certificate)
@@ -88,7 +91,8 @@ class Judge:
         """Certify on random halves of the items that training did not use, and count the promises that then break."""
         training = {name: value for name, value in self._router.facts.training.items() if name == "seen"}
         tasks = self._bench.tasks(unseen(items, training, calibrating=False))
-        walk = DialWalk.along(self._router, self._outputs(tasks), self._outcomes(tasks), self.on_progress)
+        outputs = self._outputs(tasks)
+        walk = DialWalk.along(self._router, outputs, self._outcomes(tasks, outputs, labels=True), self.on_progress)
         return resplit(walk, tiers, delta, times)
 
     def evaluate(
@@ -97,6 +101,7 @@ class Judge:
         *,
         points: Mapping[str, float] | None = None,
         timed: int = 8,
+        free: int = 0,
         seed: int = 0,
     ) -> Evaluation:
         """Evaluate on sets of items, and on all of them together.
@@ -105,6 +110,7 @@ class Judge:
             sets: Items by name; what the router was trained or calibrated on is left out.
             points: θ by name; None = the certified tiers, or the default θ. The first is compared with the controls.
             timed: Prompts that are timed; 0 times none.
+            free: Prompts, drawn by hash, that every tier also answers freely.
             seed: Of the controls.
         """
         thetas = dict(points or self._points())
@@ -114,10 +120,13 @@ class Judge:
         whole = {"all": everything, **tasks} if len(tasks) > 1 else tasks
         timings = self._timings(everything[:timed], thetas) if timed else {}
         results, classes = [], []
+        texts: dict[str, TierTexts] = {}
         for index, (name, of_set) in enumerate(whole.items()):
             subjects = self._subjects(of_set, thetas, seed)
+            texts = self._texts(subjects, of_set, free) if index == 0 else texts
             results.append(evaluate_set(name, replace(subjects, timings={} if index else timings)))
             classes += evaluate_classes(subjects, _classes(name, of_set) if name in tasks else _kinds(of_set))
+            classes += evaluate_classes(subjects, _lengths(of_set)) if index == 0 else []
         return Evaluation(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
@@ -127,11 +136,26 @@ class Judge:
             point=next(iter(thetas)),
             sets=tuple(results),
             classes=tuple(classes),
+            texts=texts,
             verdict=tuple(verdict(results, classes)),
             certificate=self._router.certificate,
             certificate_holds=self._router.certified,
             training={name: value for name, value in training.items() if name not in ("seen", "calibrated")},
         )
+
+    def _texts(self, subjects: Subjects, tasks: Sequence[Task], free: int) -> dict[str, TierTexts]:
+        """The certified tiers and `exact` on the prompts answered in text; the points where there is no certificate."""
+        certificate = self._router.certificate
+        tiers = {} if certificate is None else {name: tier.theta for name, tier in certificate.tiers.items()}
+        thetas = {**(tiers or subjects.points), "exact": 0.0}
+        runs = evaluate_texts(subjects, thetas)
+        sample = sorted((task for task in tasks if not isinstance(task.item, ChoiceItem)), key=lambda task: task.id)[
+            :free
+        ]
+        written = (
+            FreeRunner(self.model, self._router, self.on_progress).figures(sample, thetas) if runs and sample else {}
+        )
+        return {name: run.whole(written.get(name)) for name, run in runs.items()}
 
     def _points(self) -> dict[str, float]:
         """θ of the certified tiers, the default tier first; the default θ where there are none."""
@@ -142,12 +166,15 @@ class Judge:
         return {tier: certificate.tiers[tier].theta for tier in order}
 
     def _subjects(self, tasks: Sequence[Task], points: Mapping[str, float], seed: int) -> Subjects:
+        outputs = self._outputs(tasks)
+        outcomes = self._outcomes(tasks, outputs, labels=False)
+        fixed = [program for program in self._static() if program in outcomes.matrix.programs]
         return Subjects(
             router=self._router,
             points=points,
-            outputs=self._outputs(tasks),
-            outcomes=self._outcomes(tasks),
-            static=list(dict.fromkeys([Program.identity(self.model.depth), *self._static()])),
+            outputs=outputs,
+            outcomes=outcomes,
+            static=list(dict.fromkeys([Program.identity(self.model.depth), *fixed])),
             policy=self.model.policy,
             cost=self.model.decoder.cost,
             rerun=self._bench.again(tasks),
@@ -158,8 +185,19 @@ class Judge:
         """The fixed programs that were measured in training."""
         return [Program.parse(row["program"]) for row in self._router.facts.training.get("static", ())]
 
-    def _outcomes(self, tasks: Sequence[Task]) -> Outcomes:
-        return self._bench.outcomes(tasks, [*self._router.programs, *self._static()])
+    def _outcomes(self, tasks: Sequence[Task], outputs: Tensor, *, labels: bool) -> Outcomes:
+        """Outcomes of the router's programs and of the fixed ones.
+
+        Where all prompts are answered in text, programs that the router chooses for none of them, at any setting of its
+        dial, are left out: on long prompts each of them would cost as much as half of all the rest.
+        """
+        programs = [*self._router.programs, *self._static()]
+        if all(not isinstance(task.item, ChoiceItem) for task in tasks):
+            lengths = [len(task.question.prompt) for task in tasks]
+            dial = self._router.facts.dial
+            chosen = {program for theta in dial for program in self._router.choose_all(outputs, theta, lengths)}
+            programs = [program for program in programs if program in chosen]
+        return self._bench.outcomes(tasks, programs, labels=labels)
 
     def _outputs(self, tasks: Sequence[Task]) -> Tensor:
         features = self._router.reader.stack([task.question.prompt for task in tasks])
@@ -204,6 +242,19 @@ def _kinds(tasks: Sequence[Task]) -> dict[str, list[int]]:
     for row, task in enumerate(tasks):
         kinds.setdefault("all choices" if isinstance(task.item, ChoiceItem) else "all texts", []).append(row)
     return kinds if len(kinds) > 1 else {}
+
+
+def _lengths(tasks: Sequence[Task]) -> dict[str, list[int]]:
+    """Rows of prompts answered in text, by length, where there are several lengths."""
+    written = {
+        row: len(task.question.prompt) for row, task in enumerate(tasks) if not isinstance(task.item, ChoiceItem)
+    }
+    lengths = {
+        f"texts {name.replace('_', ' ')}": [row for row, length in written.items() if low <= length < high]
+        for name, (low, high) in LENGTHS.items()
+    }
+    found = {name: rows for name, rows in lengths.items() if rows}
+    return found if len(found) > 1 else {}
 
 
 def _classes(name: str, tasks: Sequence[Task]) -> dict[str, list[int]]:

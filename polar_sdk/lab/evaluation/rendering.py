@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_sdk.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
 
     from polar_sdk.lab.evaluation.results import ClassResult, Comparison, Evaluation, SetResult, SystemResult
+    from polar_sdk.lab.evaluation.texts import FreeFigures, TextFigures, TierTexts
     from polar_sdk.router.exact_tests import Interval
 
 
@@ -45,6 +46,20 @@ CLASS_COLUMNS: Final = (
     "over shuffled",
     "over static",
     "what serves it",
+)
+TEXT_COLUMNS: Final = (
+    "tier",
+    "prompts of",
+    "n",
+    "FLOPs saved",
+    "tokens kept",
+    "95 % kept",
+    "3/4 kept",
+    "noise floor",
+    "KL",
+    "first change",
+    "chrF / repeats",
+    "F1 drop",
 )
 _OUTCOMES: Final = {
     "identity": "full depth",
@@ -85,9 +100,37 @@ def class_rows(classes: Sequence[ClassResult]) -> list[tuple[str, ...]]:
     ]
 
 
+def text_rows(texts: Mapping[str, TierTexts]) -> list[tuple[str, ...]]:
+    """Per tier: all prompts, then by length, then the worst kind; what was written freely, where it was."""
+    rows = []
+    for tier, whole in texts.items():
+        parts: dict[str, TextFigures] = {"all": whole, **whole.by_length}
+        parts |= {f"worst: {whole.worst_kind}": whole.by_kind[whole.worst_kind]} if whole.worst_kind else {}
+        for name, part in parts.items():
+            kept = (part.flops_saved, part.tokens_kept, part.strict_kept, part.three_quarters_kept, part.noise_floor)
+            free = whole.free if name == "all" else None
+            rows.append(
+                (tier, name.replace("_", " "), str(part.prompts), *(f"{share:.1%}" for share in kept), *_free(free))
+            )
+    return rows
+
+
+def _free(free: FreeFigures | None) -> tuple[str, str, str, str]:
+    """KL, tokens before the first difference, chrF and repeats, and the drop in F1."""
+    if free is None:
+        return "", "", "", ""
+    drop = "–" if free.gold_f1_drop is None else _drop(free.gold_f1_drop)
+    return (
+        f"{free.kl_per_token:.4f}",
+        f"{free.first_divergence:.1f}",
+        f"{free.chrf:.3f} / {free.repeated_4grams:.1%}",
+        drop,
+    )
+
+
 def _over(rival: Comparison) -> str:
-    """Points of agreement gained, and of accuracy where it is known, with p-values."""
-    agreement = f"{rival.agreement_gain * 100:+.1f} (p {rival.agreement_p:.2g})"
+    """Points of agreement gained, of tokens kept, and of accuracy where it is known, with p-values."""
+    agreement = f"{rival.agreement_gain * 100:+.1f} (p {rival.agreement_p:.2g}), kept {rival.share_gain * 100:+.1f}"
     if rival.accuracy_p is None or rival.accuracy_gain is None:
         return agreement
     return f"{agreement}, right {rival.accuracy_gain * 100:+.1f} (p {rival.accuracy_p:.2g})"
@@ -155,6 +198,11 @@ the same programs shuffled, and over the best static program of equal cost; exac
 <table><tr><th>tier</th><th>prompts</th><th>same answer</th><th>same tokens</th><th>FLOPs saved</th></tr>
 {% for row in written %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
 {% endfor %}
+{% if texts %}<h2>Answers in text</h2>
+<p class="muted">Tokens of full depth's answers that a tier would choose too; the noise floor is full depth against
+itself.</p>
+<table><tr>{% for name in text_columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in texts %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
 </body></html>
 """
 
@@ -184,7 +232,15 @@ def to_html(evaluation: Evaluation) -> str:
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     sets = [(result, Markup(_chart(result)), rows(result), generation_rows(result)) for result in evaluation.sets]
     classes = class_rows(evaluation.classes)
-    return template.render(e=evaluation, sets=sets, columns=COLUMNS, classes=classes, class_columns=CLASS_COLUMNS)
+    return template.render(
+        e=evaluation,
+        sets=sets,
+        columns=COLUMNS,
+        classes=classes,
+        class_columns=CLASS_COLUMNS,
+        texts=text_rows(evaluation.texts),
+        text_columns=TEXT_COLUMNS,
+    )
 
 
 def _chart(result: SetResult) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from polar_sdk.lab.evaluation.texts import TierTexts
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.exact_tests import Interval
 
@@ -72,6 +73,8 @@ class Comparison(BaseModel, frozen=True):
     accuracy_gain: float | None
     agreement_p: float
     agreement_gain: float
+    share_gain: float = 0.0
+    """Gain in the mean share of identity's answers that is kept: of their tokens, in text."""
 
     @property
     def beaten(self) -> bool:
@@ -163,6 +166,8 @@ class Evaluation(BaseModel, frozen=True):
     sets: tuple[SetResult, ...]
     classes: tuple[ClassResult, ...] = ()
     """Every class at every point."""
+    texts: dict[str, TierTexts] = Field(default_factory=dict)
+    """All prompts answered in text, by tier, `exact` among them; empty where there are none."""
     verdict: tuple[str, ...]
     certificate: Certificate | None
     certificate_holds: bool

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.eager import EagerKernels
-from polar_sdk.engine.scoring import PackedQuestions, packs, predictors
+from polar_sdk.engine.pack import PackedQuestions, packs, predictors
 from polar_sdk.errors import BridgeError, DeviceError
 from polar_sdk.lab.healing.ridge import RidgeSums
 from polar_sdk.programs.program import Step

@@ -17,6 +17,7 @@ from polar_sdk.lab.healing.fill_fit import fill_errors, fit_fills, parse_fills
 from polar_sdk.lab.healing.fill_training import FillPlan, FillTrainer
 from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn
 from polar_sdk.lab.items import ChoiceItem, data_hash
+from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.router.fill_set import FillRecord, FillSet, Storage, stored
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class FillOptions:
     rate: float = 3e-4
     hidden: float = 1.0
     seed: int = 0
-    answer_tokens: int = 48
+    answer_tokens: int = ANSWER_TOKENS
     storage: Storage = "int8"
     resume: bool = False
 

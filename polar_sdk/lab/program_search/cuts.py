@@ -1,6 +1,7 @@
 """Cuts: how programs depart from full depth, as a few edits of segments, and their evolution under a budget.
 
-An edit skips a segment, crosses it by its bridge, or visits a layer twice; the edits of one cut do not overlap.
+An edit skips a segment, crosses it by its bridge, fills it for the prompt, or visits a layer twice; the edits of one
+cut do not overlap.
 Programs of about one cost are changed one edit at a time and judged by successive halving: all new programs are tried
 on a quarter of the prompts, the better half of them on half of the prompts, and the better half of those on all, so
 that weak ones cost little. Knows what programs cost and which a policy allows, but not how their fitness is measured.
@@ -38,7 +39,7 @@ class Edit(NamedTuple):
 
     first: int
     last: int
-    kind: Literal["skip", "bridge", "loop"]
+    kind: Literal["skip", "bridge", "fill", "loop"]
 
 
 Cut = frozenset[Edit]
@@ -49,7 +50,7 @@ class Space:
     """The programs that may be searched on one model.
 
     Attributes:
-        cost: Of the model, its bridges included.
+        cost: Of the model, its bridges and fills included.
         policy: Bounds the programs.
         loops: Whether layers may be visited twice.
     """
@@ -74,6 +75,8 @@ class Space:
             edit = starts.get(layer, Edit(layer, layer, "loop"))
             if edit.kind == "bridge":
                 steps.append(Step(edit.first, edit.last, bridge=True))
+            elif edit.kind == "fill":
+                steps += [Step(filled, filled, fill=1) for filled in range(edit.first, edit.last + 1)]
             elif edit.kind == "loop":
                 steps += [Step(layer, layer)] * (2 if layer in starts else 1)
             layer = edit.last + 1
@@ -85,12 +88,13 @@ class Space:
         return self.cost.request(self.program(cut), NOMINAL_PROMPT, NOMINAL_OUTPUT).total / identity
 
     def allowed(self, cut: Cut) -> bool:
-        """Whether no edits overlap and the policy allows the program."""
+        """Whether no edits overlap, the model has the maps that the program needs, and the policy allows it."""
         edits = sorted(cut)
         if any(after.first <= before.last for before, after in pairwise(edits)):
             return False
         try:
             self.policy.check(self.program(cut), self.cost)
+            self.ratio(cut)  # fills side by side are one segment, for which there may be no map
         except ProgramError:
             return False
         return True
@@ -121,6 +125,9 @@ class Space:
         return None
 
     def _random_edit(self, dice: random.Random) -> Edit:
+        fills = sorted(self.cost.fills)
+        if fills and dice.random() < 0.4:
+            return Edit(*dice.choice(fills), "fill")
         bridges = sorted(self.cost.bridges)
         if bridges and dice.random() < 0.6:
             return Edit(*dice.choice(bridges), "bridge")
@@ -137,7 +144,7 @@ class Space:
         return cut - {edit} | shorter
 
     def _moved(self, edit: Edit, dice: random.Random) -> Edit | None:
-        if edit.kind == "bridge":
+        if edit.kind in ("bridge", "fill"):
             return self._exchanged(edit, dice)
         offset = dice.choice([-2, -1, 1, 2])
         if edit.first + offset < 0 or edit.last + offset >= self.cost.depth:
@@ -151,7 +158,9 @@ class Space:
         return edit._replace(last=last) if edit.first <= last < self.cost.depth else None
 
     def _exchanged(self, edit: Edit, dice: random.Random) -> Edit | None:
-        """A bridge over the same layers for a skip, or the other way round; or any other edit."""
+        """A bridge over the same layers for a skip, or the other way round; another fill for one; or any other edit."""
+        if edit.kind == "fill" and dice.random() < 0.7:
+            return Edit(*dice.choice(sorted(self.cost.fills)), "fill")
         if edit.kind == "skip" and (edit.first, edit.last) in self.cost.bridges:
             return edit._replace(kind="bridge")
         if edit.kind == "bridge" and dice.random() < 0.5:

@@ -205,15 +205,18 @@ def measured_matrix(
         programs: Identity first.
         splits: One per task.
         data: Hash of the prompts.
-        write_tokens: Maximum tokens of answers that are compared with the right text; None compares no answer with the
-            right one: answers in text must be written for that, which is slow.
+        write_tokens: Maximum tokens of answers that are compared with the right text; None compares choices only:
+            answers in text must be written by every program for that, which is slow.
         stage: What progress is reported as.
     """
     model = measurer.model
     rewards = measurer.rewards(tasks, programs, stage)
-    labels = write_tokens is not None
-    none = torch.zeros(len(tasks), dtype=torch.bool)
-    right = [none if write_tokens is None else measurer.right(tasks, program, write_tokens) for program in programs]
+    judged = ("choice",) if write_tokens is None else ("choice", "answer")
+    labelled = torch.tensor([task.kind in judged for task in tasks])
+    known = [task for task, judge in zip(tasks, labelled.tolist(), strict=True) if judge]
+    right = [torch.zeros(len(tasks), dtype=torch.bool) for _ in programs]
+    for program, values in zip(programs, right, strict=True):
+        values[labelled] = measurer.right(known, program, write_tokens or 1)
     return RewardMatrix(
         ids=tuple(task.id for task in tasks),
         kinds=tuple(task.kind for task in tasks),
@@ -225,7 +228,7 @@ def measured_matrix(
         share=torch.stack([rewards[program].share for program in programs], 1),
         margin=torch.stack([rewards[program].margin for program in programs], 1),
         right=torch.stack(right, 1),
-        labelled=torch.tensor([labels and task.kind != "prompt" for task in tasks]),
+        labelled=labelled,
         flops=torch.stack([rewards[program].flops for program in programs], 1),
         model=model.name,
         fingerprint=model.fingerprint,

@@ -28,7 +28,7 @@ from polar_sdk.lab.items import (
     distinct_items,
     split_of,
 )
-from polar_sdk.lab.program_search.cuts import Space, evolve
+from polar_sdk.lab.program_search.cuts import Edit, Space, evolve
 from polar_sdk.lab.program_search.matrix import measured_matrix
 from polar_sdk.lab.program_search.menu import Menu, MenuProgram, cover
 from polar_sdk.lab.rewards.cache import RewardCache
@@ -239,7 +239,13 @@ class Search:
         return float(value.mean() + 0.01 * reward.margin.clamp(-1, 1).mean())
 
     def _pick(self, fitness: dict[float, dict[Program, float]], tasks: Sequence[Task]) -> list[Program]:
-        """Identity, the fittest program of each budget, and what covers the prompts best beside them."""
+        """Identity, one program per fill, the fittest of each budget, and what covers the prompts best beside them.
+
+        The search compares programs at one length; fills save more of long prompts, so each gets its place.
+        """
+        space = Space(self.model.decoder.cost, self.model.policy)
+        cuts = [frozenset({Edit(*segment, "fill")}) for segment in sorted(space.cost.fills)]
+        filled = [space.program(cut) for cut in cuts if space.allowed(cut)]
         winners = [
             max(values.items(), key=lambda pair: (pair[1], pair[0].text))[0] for values in fitness.values() if values
         ]
@@ -248,10 +254,10 @@ class Search:
             for values in fitness.values()
         ]
         in_turn = [program for rank in zip_longest(*rankings) for program in rank if program is not None]
-        pool = list(dict.fromkeys([self._identity, *winners, *in_turn]))[:_FINALISTS]
+        pool = list(dict.fromkeys([self._identity, *filled, *winners, *in_turn]))[:_FINALISTS]
         rewards = self._measurer.rewards(tasks, pool, "finalists")
         gains = torch.stack([_gain(rewards[program], rewards[self._identity]) for program in pool], dim=1)
-        must = [0, *(pool.index(program) for program in winners)]
+        must = [0, *(pool.index(program) for program in (*filled, *winners) if program in pool)]
         return [pool[column] for column in cover(gains, self.options.menu, must)]
 
     def _matrix(self, tasks: Sequence[Task], programs: Sequence[Program], data: str) -> RewardMatrix:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from polar_sdk.engine.hashes import hash_bridges
-from polar_sdk.engine.scoring import Score, packs, score_programs
+from polar_sdk.engine.pack import packs
+from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
+from polar_sdk.lab.rewards.tasks import BATCH
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
 
@@ -24,15 +26,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.engine.scoring import Question
+    from polar_sdk.engine.pack import Question
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.model import PolarModel
     from polar_sdk.programs.cost import CostModel
 
 _NUMBER: Final = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_BATCH: Final = 16
-"""Prompts that are answered together."""
 SAME_ANSWER: Final = 0.75
 """Share of the tokens of identity's answer that a program must choose too, for its answer to count as the same one.
 
@@ -129,8 +129,8 @@ class Measurer:
         name = f"{self._name(program)} writes {max_tokens}"
         known = self.cache.get((task.key for task in tasks), name)
         missing = [task for task in tasks if task.key not in known]
-        for start in range(0, len(missing), _BATCH):
-            batch = missing[start : start + _BATCH]
+        for start in range(0, len(missing), BATCH):
+            batch = missing[start : start + BATCH]
             prompts = [task.item.prompt for task in batch if isinstance(task.item, AnswerItem)]
             answers = self.model.greedy_answers(prompts, max_tokens=max_tokens, program=program)
             texts = [self.model.decode(answer) for answer in answers]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
-from polar_sdk.engine.scoring import Question
+from polar_sdk.engine.pack import Question
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, item_id
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 
 PromptKind = Literal["choice", "prompt", "answer"]
-_BATCH: Final = 16
-"""Prompts that are answered together."""
+ANSWER_TOKENS: Final = 48
+"""Maximum tokens of identity's answers to prompts."""
+BATCH: Final = 128
+"""Prompts that are handed to the engine at once, of about one length: it decodes as many together as it can."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def make_tasks(
     items: Sequence[Item],
     cache: RewardCache,
     *,
-    answer_tokens: int = 24,
+    answer_tokens: int = ANSWER_TOKENS,
     on_progress: Progress = silent,
 ) -> list[Task]:
     """One task per item, in order; prompts are answered at full depth where the cache has no answer.
@@ -118,9 +120,9 @@ def _answers(
     keys = {prompt: _prompt_key(ids) for prompt, ids in tokens.items() if len(ids) <= room}
     program = f"{Program.identity(model.depth)} answers {answer_tokens}"
     known = cache.get(keys.values(), program)
-    missing = [prompt for prompt, key in keys.items() if key not in known]
-    for start in range(0, len(missing), _BATCH):
-        batch = missing[start : start + _BATCH]
+    missing = sorted((prompt for prompt, key in keys.items() if key not in known), key=lambda text: len(tokens[text]))
+    for start in range(0, len(missing), BATCH):
+        batch = missing[start : start + BATCH]
         written = model.greedy_answers(batch, max_tokens=answer_tokens)
         fresh = {keys[prompt]: list(answer) for prompt, answer in zip(batch, written, strict=True)}
         cache.put(program, fresh)

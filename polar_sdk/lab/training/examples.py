@@ -12,6 +12,7 @@ import torch
 
 from polar_sdk.errors import DataError
 from polar_sdk.lab.rewards.measure import SAME_ANSWER, STRICT_ANSWER
+from polar_sdk.router.menu import needed_theta
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.router.certificate import Loss
+    from polar_sdk.router.menu import Pricing
 
 
 _BLUR: Final = 0.05
@@ -70,6 +72,8 @@ class Examples:
         margin: (P, M) float32; what the target `gap` regresses on.
         flops: (P, M) float64, the router's own in all columns but identity's.
         kinds: (P,) index of each prompt's kind: a promise holds for each kind alike, and so must a decision.
+        costs: (P, M) FLOPs of each program over identity's that a decision compares; see `router.menu.Pricing`.
+        favour: (P, M − 1) what a loss counts; None = as it is.
         least: The smallest possible loss: −1 for `drops`, else 0.
     """
 
@@ -78,10 +82,12 @@ class Examples:
     margin: Tensor
     flops: Tensor
     kinds: Tensor
+    costs: Tensor
+    favour: Tensor | None = None
     least: float = 0.0
 
     @classmethod
-    def of(cls, matrix: RewardMatrix, features: Tensor, router_flops: Tensor, loss: Loss) -> Examples:
+    def of(cls, matrix: RewardMatrix, features: Tensor, router_flops: Tensor, loss: Loss, pricing: Pricing) -> Examples:
         """Examples of the rows of a matrix; for the loss `harms`, of those whose answer is known.
 
         Args:
@@ -89,6 +95,7 @@ class Examples:
             features: (P, F).
             router_flops: What the router executes before each program, (P, M); identity runs without it.
             loss: See `Loss`.
+            pricing: Of the matrix's programs.
 
         Raises:
             DataError: No row has an answer, and the loss needs answers.
@@ -104,13 +111,24 @@ class Examples:
         names = sorted(set(matrix.kinds))
         kinds = torch.tensor([names.index(kind) for kind in matrix.kinds])
         lost = learned_losses(matrix, loss)
-        return cls(features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], least)
+        lengths = [len(tokens) for tokens, kept in zip(matrix.tokens, keep.tolist(), strict=True) if kept]
+        favour = pricing.favour(lengths) if pricing.own_length else None
+        costs = pricing.costs(lengths)
+        return cls(features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], costs, favour, least)
 
     def rows(self, keep: Sequence[bool]) -> Examples:
         """The examples for which `keep` is true."""
         mask = torch.tensor(keep)
+        favour = None if self.favour is None else self.favour[mask]
         return Examples(
-            self.features[mask], self.lost[mask], self.margin[mask], self.flops[mask], self.kinds[mask], self.least
+            self.features[mask],
+            self.lost[mask],
+            self.margin[mask],
+            self.flops[mask],
+            self.kinds[mask],
+            self.costs[mask],
+            favour,
+            self.least,
         )
 
     def __len__(self) -> int:
@@ -119,6 +137,10 @@ class Examples:
     def end(self, least: float) -> float:
         """The θ from which a program may run that is expected to keep only that share of the answers."""
         return 1 - least / (1 - self.least)
+
+    def needed(self, outputs: Tensor) -> Tensor:
+        """The smallest θ of each program for each prompt, (P, M), from a network's outputs (P, M − 1)."""
+        return needed_theta(outputs, self.favour)
 
     @property
     def kept(self) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from polar_sdk.engine.scoring import Score
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, check_labels, data_hash, distinct_items, item_id, split_of
 from polar_sdk.lab.program_search.matrix import measured_matrix
@@ -21,7 +22,6 @@ from polar_sdk.show.progress import Progress, silent
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from polar_sdk.engine.scoring import Score
     from polar_sdk.lab.items import Item, Split
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.lab.rewards.tasks import Task
@@ -97,8 +97,8 @@ class Bench:
         Args:
             tasks: At least one.
             programs: Any; identity is put first.
-            labels: Whether answers are compared with the right ones; answers in text must be written for that, which is
-                slow.
+            labels: Whether answers in text are compared with the right ones; every program must write them for that,
+                which is slow.
             split: Name of the split in the matrix.
         """
         distinct = list(dict.fromkeys([Program.identity(self.model.depth), *programs]))
@@ -113,23 +113,30 @@ class Bench:
         return Outcomes(self.matrix(tasks, programs, labels=labels), block)
 
     def again(self, tasks: Sequence[Task]) -> list[PromptOutcome]:
-        """Identity once more, measured afresh in another order and other packs: the noise floor.
+        """Identity a second time, in other company: the noise floor.
 
-        Answers in text are not written again; their tokens are compared. The second measurement is kept too: a third
-        one would add nothing.
+        Choices are scored again in another order and other packs. Answers in text were written token by token when they
+        became the reference; scoring them in one pass is their second time.
         """
         identity = Program.identity(self.model.depth)
-        afresh = self._measurer.repeated(list(reversed(tasks)))[::-1]
+        choices = [task for task in tasks if isinstance(task.item, ChoiceItem)]
         known = self._measurer.scores(tasks, [identity])[identity]
+        fresh = dict(zip((task.key for task in reversed(choices)), self._again(choices), strict=True))
+        afresh = [
+            fresh[task.key] if isinstance(task.item, ChoiceItem) else Score(score.loglikelihoods, (written(task),))
+            for task, score in zip(tasks, known, strict=True)
+        ]
         reward = rewards_of(tasks, known, afresh, identity, self.model.decoder.cost)
-        first = self._measurer.right(tasks, identity).tolist()
         right = [_chosen_right(task, score) for task, score in zip(tasks, afresh, strict=True)]
         return [
-            PromptOutcome(agree, share, before if now is None else now, flops)
-            for agree, share, before, now, flops in zip(
-                reward.agree.tolist(), reward.share.tolist(), first, right, reward.flops.tolist(), strict=True
+            PromptOutcome(agree, share, bool(chosen), flops)
+            for agree, share, chosen, flops in zip(
+                reward.agree.tolist(), reward.share.tolist(), right, reward.flops.tolist(), strict=True
             )
         ]
+
+    def _again(self, choices: Sequence[Task]) -> list[Score]:
+        return self._measurer.repeated(list(reversed(choices))) if choices else []
 
     def _matrix(self, tasks: Sequence[Task], programs: list[Program], *, labels: bool, split: Split) -> RewardMatrix:
         if not tasks:
@@ -142,6 +149,11 @@ class Bench:
             data=data_hash(task.item for task in tasks),
             write_tokens=64 if labels else None,
         )
+
+
+def written(task: Task) -> tuple[int, ...]:
+    """Identity's answer to a prompt, token by token."""
+    return task.question.continuations[0]
 
 
 def _chosen_right(task: Task, score: Score) -> bool | None:

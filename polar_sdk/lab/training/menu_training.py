@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 
 from polar_sdk.lab.training.checkpoint import Checkpoint, run_key
 from polar_sdk.router.certificate import Loss
-from polar_sdk.router.menu import cheapest, menu_dial, needed_theta
+from polar_sdk.router.menu import cheapest, menu_dial
 from polar_sdk.router.network import Network
 from polar_sdk.show.progress import Progress, silent
 
@@ -43,6 +43,8 @@ class MenuSettings(BaseModel, frozen=True, extra="forbid"):
     """How a menu router is trained; every combination of targets, sizes and penalties is tried with every seed."""
 
     loss: Loss = "differs"
+    own_length: bool = True
+    """Whether programs are compared at each prompt's own length; see `router.menu`."""
     targets: tuple[Target, ...] = Field(default=("agreement", "gap"), min_length=1)
     hidden: tuple[tuple[int, ...], ...] = Field(default=((), (64,)), min_length=1)
     """Hidden layers of the head; () is a linear one."""
@@ -245,7 +247,7 @@ def _logistic(outputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _utility(network: Network, dev: Examples, order: Sequence[int], settings: MenuSettings) -> float:
-    needed = needed_theta(network(dev.features))
+    needed = dev.needed(network(dev.features))
     return frontier(needed, dev, order, max_theta=dev.end(settings.least)).utility(settings.risks)
 
 
@@ -291,7 +293,7 @@ def frontier(
         max_theta: Where the dial ends if no `thetas` are given.
     """
     walk = tuple(thetas) or menu_dial(needed, order, most=max_theta)
-    chosen = cheapest(needed.double(), order, torch.tensor(walk, dtype=torch.float64).unsqueeze(1))
+    chosen = cheapest(needed.double(), examples.costs, torch.tensor(walk, dtype=torch.float64).view(-1, 1, 1))
     prompts = torch.arange(len(examples))
     flops = examples.flops[prompts, chosen].sum(1)
     saved = 1 - flops / examples.flops[:, 0].sum()

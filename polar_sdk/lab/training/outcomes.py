@@ -65,10 +65,6 @@ class Outcomes:
         }
         return part
 
-    def agreeing(self, program: Program) -> list[bool]:
-        """Per row, whether a program of the matrix answers as identity does."""
-        return self.matrix.agree[:, self._column[program]].tolist()
-
     def of(self, rows: Sequence[int], programs: Sequence[Program]) -> list[PromptOutcome]:
         """Outcomes of pairs of a row and a program.
 

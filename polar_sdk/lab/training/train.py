@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
 from polar_sdk.errors import DataError, RouterModelError
+from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.lab.training.examples import Examples, losses
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.measuring import Bench, marks
@@ -15,8 +16,8 @@ from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_menu
 from polar_sdk.programs.program import Program
 from polar_sdk.router.layerwise import EXECUTE, LayerwiseRouter, layerwise_dial
 from polar_sdk.router.learned import RouterFacts
-from polar_sdk.router.menu import MenuRouter, by_cost, needed_theta
-from polar_sdk.router.network import FeatureKind, FeatureReader, Network
+from polar_sdk.router.menu import MenuRouter, Pricing
+from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader, Network
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class RouterTrainer:
         order = self._order()
         train, dev = self._examples(settings)
         trained = fit_menu(train, dev, order, settings, checkpoints=self.checkpoints, on_progress=self.on_progress)
-        return self._menu(trained, dev, order, settings)
+        familiar = Familiar.around(train.features, dev.features, trained.network)
+        return self._menu(trained, replace(trained.network, familiar=familiar), dev, order, settings)
 
     def static(self, settings: MenuSettings | None = None) -> MenuRouter:
         """A menu router that runs the same program for every prompt, by its dial: the baseline of routing."""
@@ -95,26 +97,37 @@ class RouterTrainer:
         network = Network.fresh(train.features, (), len(kept), seed=0)  # its weights are zero
         network.biases[-1].copy_(kept.logit())
         with torch.no_grad():
-            walked = frontier(needed_theta(network(dev.features)), dev, order, max_theta=dev.end(settings.least))
+            walked = frontier(dev.needed(network(dev.features)), dev, order, max_theta=dev.end(settings.least))
         utility = walked.utility(settings.risks)
         spread = {"utility": utility, "utility_mean": utility, "utility_spread": 0.0}
         record = {"settings": settings.model_dump(mode="json"), "picked": "static", **spread}
-        return self._menu(Trained(network, record), dev, order, settings)
+        return self._menu(Trained(network, record), network, dev, order, settings)
 
     def _order(self) -> list[int]:
         """Programs cheaper than identity, cheapest first."""
         if len(self.matrix.programs) < 2:
             raise DataError("the menu holds identity alone; search again with more budgets.")
-        order = by_cost(self.matrix.programs, self.model.decoder.cost)
-        return order[: order.index(0)]
+        return self._pricing(own_length=False).cheaper
 
-    def _menu(self, trained: Trained, dev: Examples, order: Sequence[int], settings: MenuSettings) -> MenuRouter:
+    def _pricing(self, *, own_length: bool) -> Pricing:
+        """Costs of the matrix's programs, for answers as long as identity's are on average."""
+        return Pricing(self.matrix.programs, self.model.decoder.cost, own_length, ANSWER_TOKENS)
+
+    def _menu(
+        self, trained: Trained, network: Network, dev: Examples, order: Sequence[int], settings: MenuSettings
+    ) -> MenuRouter:
         with torch.no_grad():
-            needed = needed_theta(trained.network(dev.features))
+            needed = dev.needed(network(dev.features))
         walked = frontier(needed, dev, order, max_theta=dev.end(settings.least))
         router = MenuRouter(
-            self._facts(trained, walked.thetas, walked.thetas[walked.best(_DEFAULT_RISK)], settings.loss),
-            trained.network,
+            self._facts(
+                trained,
+                walked.thetas,
+                walked.thetas[walked.best(_DEFAULT_RISK)],
+                settings.loss,
+                own_length=settings.own_length,
+            ),
+            network,
             self.matrix.programs,
         )
         return router.bind(self.model.decoder, self.model.fingerprint)
@@ -173,7 +186,8 @@ class RouterTrainer:
         self.matrix.of("train"), self.matrix.of("dev")  # raises where there is none
         matrix = self.matrix.of("train", "dev")
         own = [[self._reader.flops(len(tokens), program) for program in matrix.programs] for tokens in matrix.tokens]
-        both = Examples.of(matrix, self._read(matrix.tokens), torch.tensor(own), settings.loss)
+        pricing = self._pricing(own_length=settings.own_length)
+        both = Examples.of(matrix, self._read(matrix.tokens), torch.tensor(own), settings.loss, pricing)
         labelled = [split for split, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
         splits = matrix.splits if len(both) == len(matrix) else labelled
         return both.rows([split == "train" for split in splits]), both.rows([split == "dev" for split in splits])
@@ -186,7 +200,9 @@ class RouterTrainer:
             rows.append(self._reader(tokens).cpu())
         return torch.stack(rows).clone()
 
-    def _facts(self, trained: Trained, dial: tuple[float, ...], theta: float, loss: Loss) -> RouterFacts:
+    def _facts(
+        self, trained: Trained, dial: tuple[float, ...], theta: float, loss: Loss, *, own_length: bool = False
+    ) -> RouterFacts:
         matrix, cost = self.matrix, self.model.decoder.cost
         base = (sum(layer.linear for layer in cost.layers) + cost.head) // 2
         used = [item_id for item_id, split in zip(matrix.ids, matrix.splits, strict=True) if split in ("train", "dev")]
@@ -207,6 +223,8 @@ class RouterTrainer:
             feature_layers=self._reader.layers,
             dial=dial,
             default_theta=theta,
+            own_length=own_length,
+            answer_tokens=ANSWER_TOKENS,
             training=record,
         )
 

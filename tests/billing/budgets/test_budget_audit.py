@@ -6,12 +6,16 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
+from polar_billing.budgets import counters
 from polar_billing.budgets.budget import Budget, Level
+from polar_billing.budgets.counters import Scope
+from polar_billing.budgets.holds import write_budget
 from polar_billing.budgets.keeper import Budgets
+from polar_billing.ledger import chain
 from polar_billing.ledger.ledger import Ledger
-from polar_billing.ledger.records import ALL_TENANTS
+from polar_billing.ledger.records import ALL_TENANTS, Entry
 from polar_billing.ledger.retention import prune
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
@@ -175,11 +179,63 @@ def test_what_was_held_for_a_request_without_a_price_is_what_it_cost(store: Ledg
     assert "says a cost of 1, and its receipt makes it 500000000000" in findings(store)[0]
 
 
+def test_thousands_of_counters_are_rechecked_in_a_few_queries(store: Ledger) -> None:
+    """One query each took minutes; each must be right, too, beside the others."""
+    budgets = Budgets(store)
+    users = [f"user {n}" for n in range(600)]  # more names than one query takes
+    with store.transaction() as connection:
+        chain.lock_heads(connection, {"acme"})
+        for user in users:
+            write_budget(connection, Budget("acme", Decimal(9), "CU", Level.USER, user), closed=False, now=NOON)
+    budgets.set(Budget("acme", Decimal(9_000)), BOOK)
+    entries = []
+    for n, user in enumerate(users):
+        work = FlopUsage(head=n, total=n)
+        record = usage_record(f"r{n}", tags={"user": user}, started_at=NOON, flops=work)
+        entries.append(Entry(record, "polar", BOOK, rate(record, BOOK).cost))
+    store.append_many(entries)
+    offers = (Offer(tier="standard", program="0-5", flops_bound=5),)
+    bound = UsageBound(
+        request_id="open",
+        tenant="acme",
+        tags={"user": users[7]},
+        tokens_input=1,
+        tokens_output_max=1,
+        offers=offers,
+        at=NOON,
+    )
+    budgets.reserve(bound, BOOK, source="polar")
+    queries: list[str] = []
+    engine = store._database.engine
+    event.listen(engine, "before_cursor_execute", lambda _c, _u, statement, *_: queries.append(statement))
+    standings = budgets.standings("acme", NOON)
+    assert [(standing.spent, standing.held) for standing in standings] == [
+        *((n, 5 * (n == 7)) for n in range(600)),
+        (sum(range(600)), 5),
+    ]
+    assert len(queries) < 20
+    with store.transaction() as connection:
+        for standing in standings:
+            counters.standings(connection, [(standing.budget, standing.period)], scope_of(standing.budget))
+    queries.clear()
+    assert budgets.recheck("acme") == []
+    assert len(queries) < 20
+    change_past(store, "UPDATE polar_budget_counter SET spent = spent + 1 WHERE name = 'user 11'")
+    (difference,) = budgets.recheck("acme", repair=True)
+    assert (difference.counted.budget.name, difference.computed.spent) == ("user 11", 11)
+    assert budgets.recheck("acme") == []
+
+
+def scope_of(budget: Budget) -> Scope:
+    return Scope.of("acme", {} if budget.name is None else {"user": budget.name}, NOON, "USD")
+
+
 def test_a_request_that_is_tried_again_later_settles_the_hold_of_the_first_attempt(store: Ledger) -> None:
-    """Its process was killed between `reserve` and the record: the second attempt is served at a time of its own."""
+    """The answer of `reserve` was lost: the second attempt is served at a time of its own."""
     budgets = Budgets(store)
     budgets.set(Budget("acme", Decimal(1)))
     reserve(budgets, "again", CU // 2)
+    budgets._unanswered.add(("acme", "polar", "again"))  # as if the answer had been lost
     reserve(budgets, "again", CU // 2)
     work = FlopUsage(head=CU // 4, total=CU // 4)
     record = usage_record("again", tenant="acme", tags=ANN, started_at=NOON + timedelta(minutes=5), flops=work)

@@ -84,6 +84,7 @@ HOLDER = (
 reserve("finished", CU, {"user": "ann"})
 emit("finished", CU // 2, {"user": "ann"})
 reserve("killed", 3 * CU, {"user": "ann"})
+meter.watch("acme", "killed", print)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 )

@@ -28,7 +28,7 @@ from polar_sdk.usage import FlopUsage, Offer, UsageBound
 
 CU = 10**12
 START = datetime(2026, 3, 28, 12, tzinfo=UTC)  # the day before clocks change in Berlin
-LIFETIME = timedelta(minutes=15)
+LIFETIME = timedelta(minutes=1)
 BOOK = PriceBook.from_toml(
     """
     id = "one dollar per CU"
@@ -165,11 +165,9 @@ class Holds(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.requests))
         self.expire_due(request.bound.tenant)
         self.budgets.expire(request.bound.tenant)
-        if request.state is HoldState.HELD:
-            later = request.bound.model_copy(update={"at": self.now})
-            assert self.budgets.reserve(later, BOOK, source="polar") == request.offer  # and nothing more is held
-        elif request.state is HoldState.SETTLED:
-            with pytest.raises(ConflictError, match="was served before"):
+        how = {HoldState.HELD: "is being served", HoldState.SETTLED: "was served before"}.get(request.state)
+        if how is not None:
+            with pytest.raises(ConflictError, match=how):
                 self.budgets.reserve(request.bound, BOOK, source="polar")
 
     @rule(data=st.data(), share=st.floats(0, 1))
@@ -263,7 +261,8 @@ def test_a_request_in_progress_keeps_its_id_to_itself(store: Ledger) -> None:
     budgets = Budgets(store)
     budgets.set(Budget("acme", Decimal(10)))
     budgets.reserve(bound_of("a", START, CU), BOOK, source="polar")
-    with pytest.raises(ConflictError, match="request 'a' of tenant 'acme' is being served, with other content"):
-        budgets.reserve(bound_of("a", START, 2 * CU), BOOK, source="polar")
+    for again in (bound_of("a", START, 2 * CU), bound_of("a", START, CU)):
+        with pytest.raises(ConflictError, match="request 'a' of tenant 'acme' is being served"):
+            budgets.reserve(again, BOOK, source="polar")
     assert budgets.reserve(bound_of("a", START, CU), BOOK, source="elsewhere") == 0  # another meter's request
     assert len(budgets.holds("acme")) == 2

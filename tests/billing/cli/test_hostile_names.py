@@ -27,7 +27,7 @@ from polar_billing.prices.book import PriceBook
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period
 from polar_sdk.cli.main import app
-from polar_sdk.usage import Offer, UsageBound
+from polar_sdk.usage import AS_STORED, Offer, UsageBound, UsageRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,21 +116,27 @@ def hostile(ledger: Ledger, books: list[Path], monkeypatch: pytest.MonkeyPatch) 
     month = Period.month("2026-10", "UTC")
     for name in NAMES:
         tags = {name: name, "user": name, "team": name}
-        meter.emit(usage_record(f"r{name}", tenant=name, tags=tags, model=name, started_at=OCTOBER))
-        meter.emit(usage_record(f"u{name}", tenant=name, tags=tags, tier=name, started_at=OCTOBER))  # unrated
+        whose = {"tenant": name.strip(), "tags": tags}
+        meter.emit(stored_record({**whose, "request_id": f"r{name}".strip(), "model": name}))
+        meter.emit(stored_record({**whose, "request_id": f"u{name}".strip(), "tier": name}))  # unrated
         for level, who in ((Level.TENANT, None), (Level.USER, name)):
             budgets.set(Budget(name, Decimal("0.5"), level=level, name=who))
         offers = (Offer(program="0", flops_bound=1),)
         now = datetime.now(UTC)
-        bound = UsageBound(
-            request_id=f"h{name}", tenant=name, tags=tags, tokens_input=1, tokens_output_max=1, offers=offers, at=now
-        )
-        budgets.reserve(bound, book, source="polar")
+        bound = {**whose, "request_id": f"h{name}".strip(), "tokens_input": 1, "tokens_output_max": 1}
+        bound |= {"offers": offers, "at": now}
+        budgets.reserve(UsageBound.model_validate(bound, context=AS_STORED), book, source="polar")
     meter.close()
     for name in NAMES[::3]:
         issued = polar_billing.issue_statement(ledger, name.strip(), month, book=book).statement
         polar_billing.credit_note(ledger, name.strip(), issued.id, Decimal("0.1"), reason=name, reference=name)
     return ledger
+
+
+def stored_record(changes: dict[str, Any]) -> UsageRecord:
+    """A record as earlier versions accepted it."""
+    facts = usage_record(started_at=OCTOBER).model_dump()
+    return UsageRecord.model_validate({**facts, **changes}, context=AS_STORED)
 
 
 def test_no_command_prints_names_as_they_are(hostile: Ledger, books: list[Path], tmp_path: Path) -> None:

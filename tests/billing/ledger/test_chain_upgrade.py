@@ -15,6 +15,7 @@ from polar_billing.ledger.chain import ANCHOR, Head
 from polar_billing.ledger.digests import CURRENT, FIRST
 from polar_billing.ledger.migrate import migrate
 from polar_billing.ledger.retention import prune
+from polar_billing.ledger.schema import SCHEMA_VERSION
 from polar_billing.metering.meter import Meter
 from polar_billing.proof.receipts import check_receipt, make_receipt
 from polar_billing.proof.verify import check_head, verify_in, verify_ledger
@@ -59,7 +60,7 @@ def links(connection: Connection, tenant: str) -> list[Any]:
 def test_old_links_stay_and_are_anchored(old_ledger: Ledger) -> None:
     with old_ledger.unprepared() as connection:
         before = {tenant: links(connection, tenant) for tenant in HEADS}
-    assert migrate(old_ledger) == (3, 4)
+    assert migrate(old_ledger) == (3, SCHEMA_VERSION)
     Meter(old_ledger, sync=True).emit_many(usage_record(f"new{n}", tenant="acme") for n in range(3))
     Meter(old_ledger, sync=True).emit(usage_record("new", tenant="later"))
     with old_ledger.snapshot() as connection:
@@ -229,7 +230,11 @@ def test_receipts_and_heads_from_before_stay_good(old_ledger: Ledger) -> None:
         kept = {
             tenant: Head(len(found), bytes(found[-1].hash)) for tenant in HEADS if (found := links(connection, tenant))
         }
+        connection.execute(
+            text("ALTER TABLE polar_usage ADD COLUMN visits_prefill_filled TEXT")
+        )  # read by today's code
         receipt = make_receipt(connection, "beef", "deadbeef00")
+        connection.execute(text("ALTER TABLE polar_usage DROP COLUMN visits_prefill_filled"))
     migrate(old_ledger)
     Meter(old_ledger, sync=True).emit(usage_record("new", tenant="beef"))
     with old_ledger.snapshot() as connection:
@@ -250,7 +255,7 @@ def test_down_and_up_again(old_ledger: Ledger) -> None:
     with old_ledger.unprepared() as connection:
         before = {tenant: links(connection, tenant) for tenant in HEADS}
     migrate(old_ledger)
-    assert migrate(old_ledger, 3) == (4, 3)
+    assert migrate(old_ledger, 3) == (SCHEMA_VERSION, 3)
     with old_ledger.unprepared() as connection:
         assert {tenant: links(connection, tenant) for tenant in HEADS} == before
         assert dict(connection.execute(text("SELECT tenant, number FROM polar_chain_head")).all()) == HEADS

@@ -14,9 +14,12 @@ from polar_billing.errors import SchemaVersionError
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.migrate import migrate
+from polar_billing.ledger.migrations.stored import past_triggers
+from polar_billing.ledger.migrations.versions.v0006 import FORMER
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.ledger.schema import SCHEMA_VERSION, metadata
+from polar_billing.ledger.schema.budgets import hold_triggers
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.proof.verify import verify_ledger
@@ -33,6 +36,9 @@ DATA = Path(__file__).parents[1] / "data"
 EVERYTHING = Selection(ALL_TENANTS)
 ADDED_IN_3 = {"polar_price_in_force"}
 ADDED_IN_4 = {"polar_chain_anchor"}
+ADDED_IN_6 = {"polar_clock"}
+ADDED_IN_5 = "\tvisits_prefill_filled TEXT, \n".replace(", \n", ",\n")
+ADDED_IN_7 = {"polar_api_key", "polar_reply"}
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def _copy_of_version_1(old: Ledger, ledger: Ledger) -> None:
 
 
 def test_an_old_ledger_says_what_to_do(old: Ledger) -> None:
-    with pytest.raises(SchemaVersionError, match=r"has schema version 1, not 4 as this polar-llm needs.*polar migrate"):
+    with pytest.raises(SchemaVersionError, match=r"has schema version 1, not 7 as this polar-llm needs.*polar migrate"):
         list(old.read(EVERYTHING))
     with pytest.raises(SchemaVersionError, match="polar migrate"):
         old.check()
@@ -103,6 +109,25 @@ def test_down_and_up_again(both: Ledger) -> None:
     migrate(both)
     assert list(both.read(EVERYTHING)) == before
     assert verify_ledger(both).sound
+
+
+def test_filled_visits_are_stored_linked_and_stop_the_way_down(both: Ledger) -> None:
+    migrate(both)
+    record = usage_record("filled")
+    filled = record.model_copy(update={"visits": record.visits.model_copy(update={"prefill_filled": (0, 1, 1)})})
+    Meter(both).emit(filled)
+    Meter(both).emit(filled)  # a replay
+    (stored,) = (one.record for one in both.read(EVERYTHING) if one.record.request_id == "filled")
+    assert stored == filled
+    assert stored.schema_version == 2
+    older = [one.record for one in both.read(EVERYTHING) if one.record.request_id != "filled"]
+    assert {(record.schema_version, record.visits.prefill_filled) for record in older} == {(1, ())}
+    assert verify_ledger(both).sound
+    with pytest.raises(SchemaVersionError, match="'filled' has filled visits, which schema version 4 has no place for"):
+        migrate(both, 4)
+    with both.transaction() as connection, past_triggers(connection, "polar_usage"):
+        connection.execute(text("UPDATE polar_usage SET visits_prefill_filled = NULL WHERE request_id = 'filled'"))
+    assert not verify_ledger(both).sound
 
 
 def test_what_has_no_place_in_the_old_schema_stops_the_way_down(both: Ledger) -> None:
@@ -163,7 +188,7 @@ def test_a_ledger_of_a_later_polar_is_left_alone(old: Ledger) -> None:
     migrate(old)
     with old.transaction() as connection:
         connection.execute(text("INSERT INTO polar_schema VALUES (99, 0)"))
-    with pytest.raises(SchemaVersionError, match="schema version 99, newer than the 4"):
+    with pytest.raises(SchemaVersionError, match="schema version 99, newer than the 7"):
         migrate(old)
 
 
@@ -214,16 +239,26 @@ def _definition(tables: list[Table]) -> str:
 
 def _pins() -> Iterator[tuple[Path, str]]:
     added: set[str] = set()
-    for version, later in ((4, set()), (3, ADDED_IN_4), (2, ADDED_IN_3)):
+    for version, later in ((7, set()), (6, ADDED_IN_7), (5, ADDED_IN_6), (4, set()), (3, ADDED_IN_4), (2, ADDED_IN_3)):
         added |= later
-        tables = [table for table in metadata.sorted_tables if table.name not in added]
-        yield DATA / f"schema_v{version}.sql", _definition(tables)
+        definition = _definition([table for table in metadata.sorted_tables if table.name not in added])
+        if version < 6:
+            definition = _before_renewals(definition)
+        yield DATA / f"schema_v{version}.sql", definition if version > 4 else definition.replace(ADDED_IN_5, "")
+
+
+def _before_renewals(definition: str) -> str:
+    """With the triggers of holds that schema versions 2 to 5 had."""
+    for store, triggers in FORMER.items():
+        for name, former in triggers.items():
+            definition = definition.replace(hold_triggers(store)[name], former)
+    return definition
 
 
 def test_the_tables_are_what_they_were() -> None:
     """Migrations make tables from their definition, so a change of one needs a new version, and the old one as text.
 
-    Until version 4 is released, `python tests/billing/ledger/test_migrations.py` writes the definitions anew.
+    Until version 7 is released, `python tests/billing/ledger/test_migrations.py` writes the definitions anew.
     """
     for pinned, definition in _pins():
         assert definition == pinned.read_text(encoding="utf-8"), pinned.name

@@ -86,7 +86,7 @@ connection.BUSY_TIMEOUT_MS = 20
 from polar_billing.metering.meter import open_meter
 from polar_billing.testing import usage_record
 meter = open_meter(sys.argv[1])
-meter.emit(usage_record("left", tags={"ä": "\\u2028 \\n"}))
+meter.emit(usage_record("left").model_copy(update={"tags": {"ä": "\\u2028 \\n"}}))  # as an earlier version took it
 meter.flush()
 os._exit(1)
 """
@@ -199,6 +199,31 @@ def test_where_spools_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert one.parent == tmp_path / "spools"
     assert one != other
     assert "secret" not in str(one)
+
+
+def test_a_ledger_under_a_symbolic_link_has_one_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits under the one name is stored when the ledger is opened by the other."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link to folder").symlink_to("folder")
+    true = tmp_path / "folder" / "ledger.sqlite3"
+    with Ledger(str(true)) as ledger:
+        ledger.check()
+    (tmp_path / "link.sqlite3").symlink_to(true)
+    names = [str(tmp_path / "link.sqlite3"), str(tmp_path / "link to folder" / "ledger.sqlite3"), str(true)]
+    names += [f"sqlite:///{name}" for name in names]
+    for n, name in enumerate(names):
+        with Meter(name, sync=True) as meter:
+            folder = spool_folder(meter.ledger.url)
+            assert folder is not None
+            waiting = Spool(folder)
+            segment = waiting.segment()
+            segment.append([meter.entry(usage_record(f"r{n}"))])
+            waiting.keep(segment)
+            waiting.close()
+        assert f"r{n}" in held(names[n - 1])
+    assert len(held(names[0])) == len(names)
+    monkeypatch.chdir(tmp_path)
+    assert {str(Ledger(name).url) for name in ["link.sqlite3", *names]} == {f"sqlite+pysqlite:///{true.resolve()}"}
 
 
 def test_a_read_only_ledger_is_no_reason_to_spool(ledger_url: str, tmp_path: Path) -> None:

@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from polar_sdk.engine import compiled
 from polar_sdk.engine.compiled import CompiledKernels, load_kernels, parts
 from polar_sdk.engine.decoder import Decoder, build_decoder
 from polar_sdk.engine.eager import EagerKernels
+from polar_sdk.engine.package import Part
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.errors import CompileError
-from polar_sdk.testing import tiny_llama
+from polar_sdk.programs.program import Program
+from polar_sdk.testing import random_fill, tiny_llama
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
-
-    from polar_sdk.engine.compiled import Part
 
     LogitsOf = Callable[[Decoder, Sequence[str], Sequence[int], int], torch.Tensor]
 
@@ -75,6 +74,48 @@ def test_compiled_is_eager(
     assert error.max() < 1e-3, f"largest {error.max():.2e}, mean {error.mean():.2e}"
 
 
+@pytest.mark.parametrize(
+    ("programs", "prompts"),
+    [
+        (("0 (1-2)",), [1]),
+        (("0 (1-2)",), [2 * PAGE + 1]),
+        (("0 (1-2:40)",), [100]),  # more tokens run than attend by themselves
+        (("0 (1:3) 2", "0-2", "0-1 (2)", "0 (1-2:40)"), [PAGE, 9, 70, 90]),
+    ],
+)
+def test_compiled_fills_are_eager_ones(
+    decoder: Decoder, eager: Decoder, logits_of: LogitsOf,
+    programs: tuple[str, ...], prompts: list[int],
+) -> None:  # fmt: skip
+    for each in (decoder, eager):
+        segments = {segment for text in programs for segment in Program.parse(text).fills}
+        each.set_fills({segment: random_fill(each, segment) for segment in segments})
+    error = (logits_of(decoder, programs, prompts, 2) - logits_of(eager, programs, prompts, 2)).abs()
+    assert error.max() < 1e-3, f"largest {error.max():.2e}, mean {error.mean():.2e}"
+
+
+def test_only_tokens_that_run_reach_the_compiled_layer(
+    decoder: Decoder, logits_of: LogitsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt of 100 tokens, 2 run a filled layer; of the last visit 1 token runs, and the others leave keys."""
+    tokens: list[tuple[str, int]] = []
+
+    def counted(name: str) -> None:
+        run = getattr(decoder.kernels, name)
+
+        def spy(w: object, x: torch.Tensor, *rest: object) -> object:
+            tokens.append((name, x.shape[0]))
+            return run(w, x, *rest)
+
+        monkeypatch.setattr(decoder.kernels, name, spy)
+
+    for name in ("project", "keys_values", "finish", "decode"):
+        counted(name)
+    decoder.set_fills({(1, 1): random_fill(decoder, (1, 1))})
+    logits_of(decoder, ["0 (1) 2"], [100], 0)
+    assert tokens == [("project", 100), ("finish", 100), ("decode", 2), ("keys_values", 99), ("decode", 1)]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 17])
 @torch.inference_mode()
 def test_parts_are_what_the_family_computes(decoder: Decoder, rows: int) -> None:
@@ -84,6 +125,9 @@ def test_parts_are_what_the_family_computes(decoder: Decoder, rows: int) -> None
     kernels = decoder.kernels
     for ours, theirs in zip(kernels.project(weights, x, rotary), eager.project(weights, x, rotary), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    ours_theirs = zip(kernels.keys_values(weights, x, rotary), eager.keys_values(weights, x, rotary), strict=True)
+    for ours, theirs in ours_theirs:
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(kernels.finish(weights, x, x), eager.finish(weights, x, x), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(kernels.head(decoder.ends, x), eager.head(decoder.ends, x), atol=1e-4, rtol=1e-4)
 
@@ -91,7 +135,7 @@ def test_parts_are_what_the_family_computes(decoder: Decoder, rows: int) -> None
 def test_what_is_on_disk_is_not_compiled_again(
     decoder: Decoder, packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled.Part, "compile", lambda self, path: pytest.fail("compiled again"))
+    monkeypatch.setattr(Part, "compile", lambda self, path: pytest.fail("compiled again"))
     assert load_kernels(_decoder(), packages, build=True) is not None
     assert load_kernels(_decoder(), packages, build=False) is not None
 

@@ -11,7 +11,8 @@ import torch
 from polar_sdk import Program
 from polar_sdk.engine.attention import attend_seen
 from polar_sdk.engine.decoder import build_decoder
-from polar_sdk.engine.scoring import Question, Score, score_questions
+from polar_sdk.engine.pack import Question
+from polar_sdk.engine.scoring import Score, score_questions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,9 +64,9 @@ def test_a_mask_never_grows_with_the_square_of_the_question(
         sizes.append(arguments[-1].numel())
         return attend_seen(*arguments)
 
-    monkeypatch.setattr("polar_sdk.engine.scoring.attend_seen", spy)
+    monkeypatch.setattr("polar_sdk.engine.pack.attend_seen", spy)
     decoder = build_decoder(tiny_family("llama"))
     long = Question((7,) * 400, ((8,) * 100,))
     score_questions(decoder, [long], Program.identity(6))
-    assert len(sizes) == 4 * 6  # blocks of 128 tokens, in six layers
+    assert len(sizes) == 4 * 5 + 1  # blocks of 128 tokens, in six layers; in the last one, only those that predict
     assert max(sizes) <= 128 * long.tokens

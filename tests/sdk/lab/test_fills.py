@@ -172,3 +172,44 @@ def test_the_command_fits_either_bridges_or_fills(
     facts = json.loads(done.output)
     assert [(row["first"], row["last"]) for row in facts["segments"]] == [(4, 5), (2, 5)]
     assert set(FillSet.load(tmp_path / "fills").fills) == {(4, 5), (2, 5)}
+
+
+def test_training_comes_nearer_to_full_depth_and_resumes_where_it_stopped(
+    model: PolarModel, tmp_path: Path, texts: list[Item], fitted: Callable[..., FillSet]
+) -> None:
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "training fills" and done == 9:
+            raise Stopped
+
+    options = FillOptions(answer_tokens=6, distil=24, rate=5e-4, storage="float16")
+    whole = FillHealer(model, texts, "2,4", tmp_path / "whole", options=options).run()
+    assert whole.training["losses"][-1] < 0.9 * whole.training["losses"][0]
+    closed = digests(fitted(model, "2,4", storage="float16"))
+    for row in whole.training["held_out"]:  # few prompts: where training only learned them by heart, it is not kept
+        segment = tuple(row["segment"])
+        assert (digests(whole)[segment] == closed[segment]) == (row["trained"] >= row["closed_form"])
+    with pytest.raises(Stopped):
+        FillHealer(model, texts, "2,4", tmp_path / "cut", on_progress=stop, options=options).run()
+    assert (tmp_path / "cut" / "checkpoint.safetensors").is_file()
+    other = replace(options, distil=25, resume=True)
+    with pytest.raises(FillError, match="other data, segments or settings"):
+        FillHealer(model, texts, "2,4", tmp_path / "cut", options=other).run()
+    again = FillHealer(model, texts, "2,4", tmp_path / "cut", options=replace(options, resume=True)).run()
+    assert digests(again) == digests(whole)
+    assert not (tmp_path / "cut" / "checkpoint.safetensors").exists()
+    assert again.training["losses"] == whole.training["losses"]
+
+
+def test_the_menu_of_a_search_has_a_program_for_every_fill(
+    model: PolarModel, texts: list[Item], fitted: Callable[..., FillSet]
+) -> None:
+    model.use_fills(fitted(model, "2,4"))
+    found = lab.search(model, texts, budgets=(0.85,), population=3, generations=1, menu=5, answer_tokens=6, prompts=8)
+    menu = [program.text for program in found.matrix.programs]
+    assert {"0-3 (4-5)", "0-1 (2-5)"} <= set(menu)
+    column = menu.index("0-3 (4-5)")
+    assert bool((found.matrix.flops[:, column] < found.matrix.flops[:, 0]).all())
+    assert 0.5 < float(found.matrix.share[:, column].mean()) <= 1

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from polar_sdk import Policy, Program
 from polar_sdk.cli.main import app
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.pack import Question, packs
 from polar_sdk.engine.row import Row
-from polar_sdk.engine.scoring import Question, packs, score_programs, score_questions
+from polar_sdk.engine.scoring import score_programs, score_questions
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import ChoiceItem, PromptItem, builtin_items, read_items
 from polar_sdk.lab.layer_scan import Scanner, policy_of

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from polar_sdk.cli.main import app
 from polar_sdk.router.artifact import load_router
+from polar_sdk.router.fill_set import FillSet
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 
@@ -130,32 +131,31 @@ def test_the_script_makes_an_artifact(
     monkeypatch.setenv("POLAR_DATA", str(folder / "data"))
     out = tmp_path / "shipped"
     quick = "--precision fp32 --sets first,second --heal-sets first,second --limit 110 --segments 2-3"
-    quick += " --text-segments 3-4 --distil 2 --tune 2 --programs search --budgets 0.8 --menu 3 --prompts 12"
-    quick += " --population 2 --generations 0 --layers 1 --steps 20 --seeds 0 --epochs 1 --resplits 2 --timed 1"
-    quick += " --tier economy=0.5 standard=0.3 --bridge-seeds 0,1"
-    words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out), *quick.split()]
+    quick += " --cuts 4,3 --fit-per-kind 6 --per-kind 14 --distil 2 --tune 2 --menu 3 --prompts 12 --free 4"
+    quick += " --programs 0-3|(4-5);0-1|[2-3]|4-5 --depth-prompts 1 --depth-facts 2 --no-compile"
+    quick += " --population 2 --generations 0 --layers 1 --steps 20 --seeds 0,1 --epochs 1 --resplits 2 --timed 1"
+    quick += " --tier economy=0.5:strict=0.8 standard=0.3"
+    words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out)]
+    words += [word.replace("|", " ") for word in quick.split()]
     words += ["--results", str(tmp_path / "results")]
     monkeypatch.syspath_prepend(Path(__file__).parents[3])
     import_module("benchmarks.train_router").main(words)
     router = load_router(out)
     assert isinstance(router, LearnedRouter) and router.certificate is not None
     assert set(router.certificate.tiers) == {"economy", "standard"}
-    for name in (
-        "seed-0/static",
-        "seed-0/menu-embedding",
-        "seed-0/menu-early",
-        "seed-0/policy",
-        "seed-1/menu-embedding",
-    ):
+    for name in ("static", "menu-embedding-0", "menu-embedding-1", "menu-early", "policy"):
         found = json.loads((tmp_path / "work" / f"{name}.json").read_text())
-        assert [one["name"] for one in found["sets"]] == ["all", "package", "first", "second"]
+        assert [one["name"] for one in found["sets"]] == ["all", "texts", "first", "second"]
         assert (tmp_path / "work" / f"{name}.html").is_file()
-    assert not (tmp_path / "work" / "seed-1" / "policy.json").exists()
+        assert {"economy", "standard", "exact"} <= set(found["texts"])
     said = capsys.readouterr().out
-    assert "2 seeds of the bridges" in said and "all choices, economy: FLOPs saved" in said
+    assert "2 seeds of the router" in said and "all choices, economy: FLOPs saved" in said
     (results,) = (tmp_path / "results").glob("*.json")
     figures = [one["name"] for one in json.loads(results.read_text())["figures"]]
     assert {"economy: FLOPs saved", "standard: accuracy drop", "economy: same tokens"} <= set(figures)
     assert "economy: promises broken on the other half" in figures
+    assert {"exact, all: tokens kept", "economy: KL per token", "standard: drop against exact"} <= set(figures)
     if any(program.bridges for program in router.programs):
         assert (out / "bridges" / "bridges.json").is_file()
+    assert {segment for program in router.programs for segment in program.fills} == {(4, 5)}
+    assert set(FillSet.load(out / "fills").fills) == {(4, 5)}

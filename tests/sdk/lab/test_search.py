@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from polar_sdk.engine.scoring import Question
+    from polar_sdk.engine.pack import Question
 
 DEPTH = 6
 IDENTITY = Program.identity(DEPTH)
@@ -337,11 +337,13 @@ def test_every_cut_that_is_found_fits_the_budget_and_the_policy(seed: int, budge
         assert budget - space.slack <= space.ratio(cut) <= budget
         program = space.program(cut)
         assert set(program.bridges) == {(edit.first, edit.last) for edit in cut if edit.kind == "bridge"}
+        assert set(program.fills) == {(edit.first, edit.last) for edit in cut if edit.kind == "fill"}
         cut = space.neighbour(cut, budget, dice)
 
 
 def tiny_cost() -> CostModel:
-    return CostModel(tuple(LayerCost(1000, 1) for _ in range(12)), 500, {(2, 4): 90, (6, 7): 90})
+    layers = tuple(LayerCost(1000, 1, keys_values=100) for _ in range(12))
+    return CostModel(layers, 500, {(2, 4): 90, (6, 7): 90}, {(8, 11): 300, (10, 11): 150, (5, 7): 200})
 
 
 def test_cuts_and_their_programs() -> None:
@@ -350,6 +352,12 @@ def test_cuts_and_their_programs() -> None:
     assert space.program(cut).text == "0-1 [2-4] 5 8 9x2 10-11"
     assert space.program(frozenset()).is_identity(12)
     assert not space.allowed(frozenset({Edit(2, 4, "bridge"), Edit(4, 5, "skip")}))
+    both = frozenset({Edit(2, 4, "bridge"), Edit(10, 11, "fill")})
+    assert space.program(both).text == "0-1 [2-4] 5-9 (10-11)"
+    assert space.allowed(both)
+    assert space.ratio(both) < space.ratio(frozenset({Edit(2, 4, "bridge")})) < 1
+    side_by_side = frozenset({Edit(5, 7, "fill"), Edit(8, 11, "fill")})
+    assert not space.allowed(side_by_side)  # one segment, for which there is no map
 
 
 def test_evolution_finds_the_program_that_it_is_told_to_prefer() -> None:

@@ -15,7 +15,7 @@ from polar_sdk.lab.training.train import RouterTrainer
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.layerwise import ACTIONS, LayerwiseRouter, program_of
-from polar_sdk.router.menu import MenuRouter, needed_theta
+from polar_sdk.router.menu import MenuRouter, Pricing, needed_theta
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def test_the_frontier_counts_what_is_deployed(model: PolarModel, matrix: Callabl
     from polar_sdk.lab.training.examples import Examples
 
     rows = matrix(50)
-    examples = Examples.of(rows, torch.zeros(50, 3), torch.zeros(rows.flops.shape), "differs")
+    examples = Examples.of(
+        rows, torch.zeros(50, 3), torch.zeros(rows.flops.shape), "differs", Pricing(rows.programs, model.decoder.cost)
+    )
     needed = torch.tensor([[0.0, 0.25, 0.5]] * 50)
     walked = frontier(needed, examples, [2, 1], [0.0, 0.25, 0.5])
     assert walked.lost.tolist() == pytest.approx([0.0, *(~rows.agree[:, 1:]).double().mean(0).tolist()])

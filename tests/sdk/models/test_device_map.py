@@ -19,9 +19,10 @@ from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.lead import run_lead
+from polar_sdk.engine.pack import Question
 from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.row import Row
-from polar_sdk.engine.scoring import Question, score_questions, states_after
+from polar_sdk.engine.scoring import score_questions, states_after
 from polar_sdk.errors import CacheMemoryError, CompileError, DeviceError
 from polar_sdk.lab.healing.bridge_fit import trainable_copy
 from polar_sdk.models.load import clear_cache

@@ -78,9 +78,9 @@ class TestCostCeiling:
     @staticmethod
     def ratio(program: Program) -> float:
         def flops(visits: int) -> int:
-            prefill = 1000 * 128 + 10 * 128 * 128
+            prefill = (visits - 1) * (1000 * 128 + 10 * 128 * 128) + 1000 + 10 * 128
             decode = sum(1000 + 10 * (128 + step) for step in range(1, 64))
-            return visits * (prefill + decode) + 5000 * 64
+            return prefill + visits * decode + 5000 * 64
 
         return flops(len(program)) / flops(DEPTH)
 

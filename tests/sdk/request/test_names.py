@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import ValidationError
 
+from polar_billing.testing import usage_record
 from polar_sdk.errors import TagError
 from polar_sdk.testing import tiny_model
-from polar_sdk.usage import ListSink
+from polar_sdk.usage import AS_STORED, ListSink, UsageRecord
 
 if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
@@ -58,3 +60,24 @@ def test_what_is_taken_stays_as_it_is(model: PolarModel, records: ListSink) -> N
     model.generate("hello", max_tokens=1, tenant="Société Générale", request_id="a b", tags=tags)
     record = records.records.pop()
     assert (record.tenant, record.request_id, record.tags) == ("Société Générale", "a b", tags)
+
+
+@pytest.mark.parametrize("name", [*AROUND, *CONTROL, "ac\ud800me", "ac\x00me"])
+@pytest.mark.parametrize("where", ["tenant", "request_id", "tag"])
+def test_a_record_that_a_host_builds_is_held_to_the_same_rule(records: ListSink, where: str, name: str) -> None:
+    """It was stripped: usage of ` acme` was billed to `acme`."""
+    changes: Any = {"tags": {name: "x"}} if where == "tag" else {where: name}
+    stated = usage_record().model_dump()
+    with pytest.raises(ValidationError, match=r"white space|control character U\+|lone surrogate U\+|valid string"):
+        UsageRecord.model_validate({**stated, **changes})
+    if "\ud800" not in name:  # what an earlier version stored can be read
+        read = UsageRecord.model_validate({**stated, **changes}, context=AS_STORED)
+        assert (read.tags if where == "tag" else getattr(read, where)) in (name, {name: "x"})
+
+
+@pytest.mark.parametrize("name", ["ac\ud800me", "ac\x00me"])
+def test_what_no_ledger_holds_is_refused_by_the_same_words(model: PolarModel, name: str) -> None:
+    with pytest.raises(
+        TagError, match=r"tenant 'ac.*me' contains the (lone surrogate U\+D800|control character U\+0000)"
+    ):
+        model.generate("hello", max_tokens=1, tenant=name)

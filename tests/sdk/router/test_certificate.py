@@ -184,7 +184,8 @@ def test_of_100_splits_at_most_10_break_the_promise(alpha: float) -> None:
     needed = torch.cat((torch.zeros(prompts, 1), chance + 0.05 * torch.rand((prompts, 2), generator=generator)), 1)
     order = [2, 1]
     thetas = menu_dial(needed[:1000], order)
-    choice = cheapest(needed.double(), order, torch.tensor(thetas, dtype=torch.float64).unsqueeze(1))
+    costs = torch.tensor([1.0, 0.8, 0.6])
+    choice = cheapest(needed.double(), costs, torch.tensor(thetas, dtype=torch.float64).view(-1, 1, 1))
     outcome = lost.expand(len(thetas), -1, -1).gather(2, choice.unsqueeze(2)).squeeze(2)  # (K, P)
     broken, loosened = 0, 0
     for _ in range(100):

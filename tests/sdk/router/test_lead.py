@@ -102,7 +102,8 @@ def test_a_cached_start_and_a_lead_go_together() -> None:
     cached = second.usage.tokens.cached
     assert first.usage.tokens.cached == 0 < cached
     cost, tokens = engine.decoder.cost, second.usage.tokens.input
-    rest = sum(layer.flops(tokens - cached, tokens) for layer in cost.layers[3:])
+    rest = sum(layer.flops(tokens - cached, tokens) for layer in cost.layers[3:5])
+    rest += cost.layers[5].flops(1, tokens, leaving=tokens - cached - 1)
     assert second.usage.visits.prefill == (1, 1, 0, 1, 1, 1)
     assert second.usage.flops.layers_prefill == lead_flops(cost, LAYERS, tokens) + rest
 

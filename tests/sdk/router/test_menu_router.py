@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,14 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from polar_sdk.engine.scoring import Question, score_programs
+from polar_sdk.engine.fill import Fill
+from polar_sdk.engine.pack import Question
+from polar_sdk.engine.scoring import score_programs
 from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.programs.program import Program
+from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.learned import AtTheta, RouterFacts
-from polar_sdk.router.menu import MenuRouter, cheapest, menu_dial, needed_theta
-from polar_sdk.router.network import FeatureReader, Network
+from polar_sdk.router.menu import MenuRouter, Pricing, cheapest, menu_dial, needed_theta
+from polar_sdk.router.network import Familiar, FeatureReader, Network
+from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from polar_sdk.model import PolarModel
 
 TOKENS = (5, 80, 33, 7, 120)
@@ -31,10 +39,10 @@ def test_the_cheapest_good_enough_program_runs(router: MenuRouter) -> None:
 @given(logits=st.lists(st.floats(-5, 5), min_size=2, max_size=2), low=st.floats(0, 1), high=st.floats(0, 1))
 def test_a_looser_dial_never_costs_more(logits: list[float], low: float, high: float) -> None:
     needed = needed_theta(torch.tensor([logits]))
-    order = [2, 1]
-    place = {2: 0, 1: 1, 0: 2}
-    tight, loose = (int(cheapest(needed, order, theta)) for theta in sorted((low, high)))
-    assert place[loose] <= place[tight]
+    costs = torch.tensor([1.0, 0.8, 0.6])
+    tight, loose = (int(cheapest(needed, costs, theta)) for theta in sorted((low, high)))
+    assert costs[loose] <= costs[tight]
+    assert needed[0, loose] <= max(low, high)
 
 
 def test_at_zero_the_router_is_not_asked(router: MenuRouter) -> None:
@@ -99,3 +107,67 @@ def test_the_dial_begins_at_identity(router: MenuRouter) -> None:
     dial = menu_dial(needed_theta(torch.randn(50, 2)), [2, 1])
     assert dial[0] == 0 and list(dial) == sorted(set(dial))
     assert isinstance(router.at(dial[-1]), AtTheta)
+
+
+def filled(model: PolarModel, **facts: Any) -> MenuRouter:
+    """Cuts 4 and 2 of 6 layers, predicted to be lost with 0.1 and 0.3 whatever the prompt."""
+    family = model.decoder.family
+    for first in (4, 2):
+        bias = torch.zeros(6 - first, 2, family.kv_heads, family.head_dim)
+        fill = Fill((torch.zeros(family.hidden, bias.numel()),), bias)
+        model.decoder.set_fills({**model.decoder.fills, (first, 5): fill})
+    features = FeatureReader(model.decoder).stack([[1, 2, 3], [40, 50, 60], [7] * 9])
+    network = Network.fresh(features, (), 2, seed=0)
+    network.biases[-1].copy_(torch.logit(torch.tensor([0.9, 0.7])))
+    menu = (Program.identity(6), Program.filling(6, [(4, 5)]), Program.filling(6, [(2, 5)]))
+    known = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, **facts)
+    return MenuRouter(known, network, menu).bind(model.decoder, model.fingerprint)
+
+
+def test_a_long_prompt_may_take_a_deeper_cut_at_the_same_dial() -> None:
+    model = tiny_model()
+    router, fixed = filled(model, own_length=True), filled(model)
+    short, long = [1] * 12, [1] * 450
+    assert (router.choose(short, 0.28).program.text, router.choose(long, 0.28).program.text) == (
+        "0-3 (4-5)",
+        "0-1 (2-5)",
+    )
+    assert {fixed.choose(tokens, 0.28).program.text for tokens in (short, long)} == {"0-3 (4-5)"}
+    pricing = Pricing(router.programs, model.decoder.cost, own_length=True)
+    assert pricing.favour([128]).tolist() == [[1.0, 1.0]]
+    assert (pricing.favour([12]) > 1).all()
+    assert (pricing.favour([450]) < 1).all()
+
+
+def test_the_cheapest_is_the_cheapest_at_the_prompts_own_length() -> None:
+    """A skip saves as much of a short answer as of a long prompt; a fill saves of the prompt alone."""
+    model = tiny_model()
+    cuts = filled(model, own_length=True)
+    menu = (Program.identity(6), Program.skipping(6, [3]), cuts.programs[1])
+    pricing = Pricing(menu, model.decoder.cost, own_length=True, answer=48)
+    cheapest_at = [int(pricing.costs([length])[0].argmin()) for length in (4, 450)]
+    assert cheapest_at == [1, 2]
+
+
+def test_a_prompt_unlike_all_that_were_seen_runs_at_full_depth(tmp_path: Path) -> None:
+    model = tiny_model()
+    dice = random.Random(0)
+    prompts = [[dice.randrange(65, 91) for _ in range(dice.randint(10, 60))] for _ in range(300)]
+    reader = FeatureReader(model.decoder)
+    seen, held_out = reader.stack(prompts[:200]), reader.stack(prompts[200:250])
+    router = filled(model)
+    network = Network.fresh(seen, (), 2, seed=0)
+    network.biases[-1].copy_(torch.logit(torch.tensor([0.9, 0.7])))
+    knowing = replace(network, familiar=Familiar.around(seen, held_out, network))
+    router = MenuRouter(router.facts, knowing, router.programs).bind(model.decoder, model.fingerprint)
+    like = [router.choose(tokens, 0.2).program.text for tokens in prompts[250:]]
+    assert like.count("0-3 (4-5)") >= 48
+    for unlike in ([200] * 30, [140] * 20, [65, 90] * 200, [70]):  # other letters, too long, too short
+        assert router.choose(unlike, 0.99).program == Program.identity(6)
+    outputs = router.outputs(reader.stack([[200] * 30, prompts[0]]))
+    assert router.choose_all(outputs, 1.0, [30, len(prompts[0])])[0] == Program.identity(6)
+    save_router(router, tmp_path)
+    again = load_router(tmp_path)
+    assert isinstance(again, MenuRouter)
+    assert again.version == router.version
+    assert again.bind(model.decoder, model.fingerprint).choose([200] * 30, 0.99).program == Program.identity(6)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 
+from polar_sdk.model import PolarModel
+from polar_sdk.programs.program import Program
 from polar_sdk.serving.places import Limits
-from polar_sdk.testing import tiny_model
-
-if TYPE_CHECKING:
-    from polar_sdk.model import PolarModel
+from polar_sdk.testing import random_fill, tiny_model
 
 START = "You are a careful assistant. " * 6  # 174 tokens: two full pages
 
@@ -76,3 +75,39 @@ def test_kept_pages_make_room_for_running_requests() -> None:
             done.token_ids
             == tiny_model().generate(letter * 180, template="raw", program="0-5", max_tokens=40).token_ids
         )
+
+
+class TestFills:
+    """The last tokens of a prompt run a filled layer; where another prompt goes on, the same tokens are filled."""
+
+    @staticmethod
+    def filled(**settings: Any) -> PolarModel:
+        model = tiny_model(**settings)
+        model.decoder.set_fills({(3, 5): random_fill(model.decoder, (3, 5))})
+        return PolarModel(model.loaded, policy=model.policy, ledger=None)
+
+    @pytest.mark.parametrize(("length", "cached"), [(128, 64), (129, 128), (135, 128), (190, 128)])
+    def test_tokens_that_ran_are_not_shared_as_filled_ones(self, length: int, cached: int) -> None:
+        model, program = self.filled(), "0-2 (3-5)"
+        text = "abcdefghij" * 30
+        model.generate(text[:length], template="raw", program=program, max_tokens=2)
+        longer = model.generate(text, template="raw", program=program, max_tokens=8)
+        assert longer.usage.tokens.cached == cached
+        assert longer.token_ids == self.filled().generate(text, template="raw", program=program, max_tokens=8).token_ids
+        assert longer.usage.flops == model.decoder.cost.request(Program.parse(program), 300, 8, cached=cached)
+
+    @pytest.mark.parametrize(("length", "cached"), [(193, 128), (200, 192)])
+    def test_filled_tokens_are_not_shared_as_ones_that_run(self, length: int, cached: int) -> None:
+        model, program = self.filled(), "0-2 (3-5:8)"
+        text = "abcdefghij" * 30
+        model.generate(text, template="raw", program=program, max_tokens=2)
+        shorter = model.generate(text[:length], template="raw", program=program, max_tokens=8)
+        assert shorter.usage.tokens.cached == cached
+        alone = self.filled().generate(text[:length], template="raw", program=program, max_tokens=8)
+        assert shorter.token_ids == alone.token_ids
+
+    def test_other_maps_share_nothing(self) -> None:
+        model, program = self.filled(), "0-2 (3-5)"
+        model.generate(START, program=program, max_tokens=2)
+        model.decoder.set_fills({(3, 5): random_fill(model.decoder, (3, 5), seed=1)})
+        assert model.generate(START, program=program, max_tokens=2).usage.tokens.cached == 0

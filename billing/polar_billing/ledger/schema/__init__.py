@@ -1,16 +1,17 @@
-"""The ledger's tables, version 4, on one metadata, which of them are chained, and the triggers that forbid changes.
+"""The ledger's tables, version 7, on one metadata, which of them are chained, and the triggers that forbid changes.
 
 `usage` facts, receipts, price books, sums, retention · `ledger` the hash chain and double entry · `budgets` budgets and
-holds · `statements` what was issued. A new table belongs in one of them or in a module of its own that is imported
-here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
+holds · `statements` what was issued · `access` API keys and replies. A new table belongs in one of them or in a module
+of its own that is imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from polar_billing.ledger.schema.access import api_key_table, reply_table
 from polar_billing.ledger.schema.base import NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
-from polar_billing.ledger.schema.budgets import budget_table, counter_table, hold_table
+from polar_billing.ledger.schema.budgets import budget_table, clock_table, counter_table, hold_table
 from polar_billing.ledger.schema.ledger import anchor_table, entry_table, head_table, link_table, transaction_table
 from polar_billing.ledger.schema.statements import credit_note_table, statement_table
 from polar_billing.ledger.schema.usage import (
@@ -35,7 +36,9 @@ __all__ = [
     "SCHEMA_VERSION",
     "Chained",
     "anchor_table",
+    "api_key_table",
     "budget_table",
+    "clock_table",
     "counter_table",
     "credit_note_table",
     "entry_table",
@@ -49,6 +52,7 @@ __all__ = [
     "prune_table",
     "pruned_table",
     "receipt_table",
+    "reply_table",
     "rollup_table",
     "statement_table",
     "subject_of",
@@ -69,6 +73,7 @@ CHAINED: Final = {
         Chained(statement_table),
         Chained(credit_note_table),
         Chained(anchor_table),
+        Chained(api_key_table),
     )
 }
 """Every table whose rows are links of the hash chain, by subject; a ledger is verified over all of them."""

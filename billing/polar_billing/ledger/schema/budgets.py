@@ -2,7 +2,9 @@
 
 * `polar_budget`          what was decided, append-only; the last row of a key is in force
 * `polar_hold`            one row per request of a tenant with budgets: what it may use at most, how it was resolved,
-                          and what it used; it changes once, from `held` to one of the three ends
+                          and what it used; while it is held, only `expires_at` changes, and then it changes once, to
+                          one of the three ends
+* `polar_clock`           on SQLite, the clock that says when a hold expires: one row, see `polar_billing.ledger.clock`
 * `polar_budget_counter`  spent and held per budget and window: a projection of the other tables and of the usage, which
                           can be dropped and is then rebuilt; its checks are the last line of defence
 
@@ -100,22 +102,42 @@ counter_table: Final = Table(
     CheckConstraint("spent >= 0 AND held >= 0", name="polar_budget_counter_not_negative"),
 )
 
+clock_table: Final = Table(
+    "polar_clock",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("boot", String(200), nullable=False),  # which boot of the machine
+    count("ahead"),  # microseconds from the machine's clock since that boot to this clock
+    CheckConstraint("id = 1", name="polar_clock_is_one"),
+)
+
 append_only(budget_table, same_row="seq = NEW.seq")
 
 _ONCE: Final = "polar_hold is resolved once"
-for _verb, _when in (
-    ("UPDATE", "OLD.state <> 'held' OR NEW.state = 'held' OR NEW.cost_bound <> OLD.cost_bound"),
-    ("DELETE", "OLD.state = 'held'"),
-):
-    _name = f"polar_hold_once_{_verb.lower()}"
-    on_create(
-        hold_table,
-        "sqlite",
-        f"CREATE TRIGGER {_name} BEFORE {_verb} ON polar_hold WHEN {_when} BEGIN SELECT RAISE(ABORT, '{_ONCE}'); END",
-    )
-    on_create(
-        hold_table,
-        "postgresql",
-        f"CREATE TRIGGER {_name} BEFORE {_verb} ON polar_hold FOR EACH ROW WHEN ({_when}) "
-        "EXECUTE FUNCTION polar_refuse_change()",
-    )
+_KEPT: Final = [column.name for column in hold_table.c if column.name != "expires_at"]
+
+
+def hold_triggers(dialect: str) -> dict[str, str]:
+    """The triggers of holds, name → definition: a hold is renewed while it is held, resolved once, and then kept."""
+    same = "IS" if dialect == "sqlite" else "IS NOT DISTINCT FROM"
+    renewed = " AND ".join(f"NEW.{name} {same} OLD.{name}" for name in _KEPT)
+    rules = {
+        "update": "OLD.state <> 'held' OR NEW.cost_bound <> OLD.cost_bound "
+        f"OR (NEW.state = 'held' AND NOT ({renewed}))",
+        "delete": "OLD.state = 'held'",
+    }
+    then = {
+        "sqlite": f"BEGIN SELECT RAISE(ABORT, '{_ONCE}'); END",
+        "postgresql": "EXECUTE FUNCTION polar_refuse_change()",
+    }[dialect]
+    when = "WHEN {}" if dialect == "sqlite" else "FOR EACH ROW WHEN ({})"
+    return {
+        (name := f"polar_hold_once_{verb}"): f"CREATE TRIGGER {name} BEFORE {verb.upper()} ON polar_hold "
+        f"{when.format(rule)} {then}"
+        for verb, rule in rules.items()
+    }
+
+
+for _dialect in ("sqlite", "postgresql"):
+    for _trigger in hold_triggers(_dialect).values():
+        on_create(hold_table, _dialect, _trigger)

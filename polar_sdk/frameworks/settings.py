@@ -1,4 +1,4 @@
-"""What the model classes of frameworks share: settings of a model that loads on first use, and the cost of an answer.
+"""Settings that the model classes of frameworks share, of a model that loads on first use.
 
 Frameworks construct model objects freely, so constructing one loads nothing and imports no torch; weights come from the
 engine's process-wide cache. Knows no framework.
@@ -27,19 +27,23 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from polar_sdk import PolarModel as Engine
-    from polar_sdk.usage import Receipt, UsageRecord
 else:
     Engine = Any  # importing the class would import torch
 
 
 CALLER_OPTIONS: Final = ("tenant", "usage_tags", "request_id")
 """Options of a call that say who asks; they do not change the answer."""
-_PER_CALL: Final = ("compute", "program", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "timeout")
-"""Settings that are options of the engine by the same name."""
+_CONSTRAINTS: Final = ("json_schema", "regex", "choice", "grammar")
+"""Settings of which one at most says what an answer must match."""
+_PER_CALL: Final = (
+    *("compute", "program", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "timeout"),
+    *(*_CONSTRAINTS, "fit_max_tokens"),
+)
+"""Settings that are options of the engine by the same name, but for `json_schema`, there `schema`."""
 _OBJECT_SETTINGS: Final = ("policy", "router", "ledger", "sink")
 _ENGINE_SETTINGS: Final = (*LoadOptions.__annotations__, *_OBJECT_SETTINGS)
 """What belongs to `engine=`, besides the model."""
-_TOOL_OPTIONS: Final = ("tools", "tool_choice", "functions", "response_format")
+_TOOL_OPTIONS: Final = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
 _loading = renewed_in_child(threading.RLock())
 """Held while an engine is loaded, so that threads that start together load it once."""
 
@@ -70,6 +74,17 @@ class ModelSettings(BaseModel):
     """Makes sampling repeatable. Per call."""
     timeout: float | None = None
     """Max time of one answer; then it stops and raises `RequestTimeoutError`. Unit: seconds. Per call."""
+    json_schema: Any = None
+    """JSON schema that the answer matches: a mapping, JSON text, or a class such as a pydantic model. This and the next
+    three need the extra `structured`; the model does not see them. Per call."""
+    regex: str | None = None
+    """Regular expression that the whole answer matches. Per call."""
+    choice: list[str] | None = None
+    """The answer is one of these texts. Per call."""
+    grammar: str | None = None
+    """Lark grammar that the answer matches. Per call."""
+    fit_max_tokens: bool = True
+    """Steer an answer that must match something to an end within `max_tokens`. Per call."""
     tenant: str = "default"
     """Who is billed. Per call."""
     usage_tags: dict[str, str] = Field(default_factory=dict)
@@ -98,7 +113,7 @@ class ModelSettings(BaseModel):
     per_call: ClassVar[frozenset[str]] = frozenset(_PER_CALL)
     """Settings that a call may change; `CALLER_OPTIONS` say who asks."""
     dropped: ClassVar[frozenset[str]] = frozenset()
-    """Options of a call that are accepted and have no effect."""
+    """Options of a call that are accepted, and are no settings."""
 
     @model_validator(mode="before")
     @classmethod
@@ -185,13 +200,17 @@ class ModelSettings(BaseModel):
         update = {name: value for name, value in options.items() if name in self.per_call}
         if update.get("compute") is not None:
             update.setdefault("program", None)  # a program of the object must not override the tier of the call
+        if any(update.get(name) is not None for name in _CONSTRAINTS):
+            update = {**dict.fromkeys(_CONSTRAINTS), **update}  # that of a call replaces the object's
         if isinstance(update.get("model"), Path):
             update["model"] = str(update["model"].absolute())
         return self.model_copy(update=update) if update else self
 
     def _answer_options(self) -> dict[str, Any]:
         """Engine options that determine the answer."""
-        return {name: getattr(self, name) for name in _PER_CALL}
+        options = {name: getattr(self, name) for name in _PER_CALL}
+        options["schema"] = options.pop("json_schema")
+        return options
 
 
 def _refuse_unknown(names: Iterable[str], known: Collection[str], owner: str) -> None:
@@ -199,38 +218,5 @@ def _refuse_unknown(names: Iterable[str], known: Collection[str], owner: str) ->
         if name in known:
             continue
         if name in _TOOL_OPTIONS:
-            raise NotImplementedError(f"{name}= is not supported: this model only writes text.")
+            raise NotImplementedError(f"{name}= is not supported by {owner}: it completes text; use the chat model.")
         raise TypeError(f"{owner} has no setting {name!r}; {did_you_mean(name, known)}")
-
-
-def cost_facts(record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:
-    """Money and compute of one answer.
-
-    Returns:
-        `cost`, a float for display, None where no price is known; `cost_details`, with the exact decimal as text;
-        `polar`, what was executed and for whom.
-    """
-    receipt = receipt or {}
-    amount = receipt.get("cost")
-    details = {"amount": amount, "currency": receipt.get("currency"), "price_book": receipt.get("price_book")}
-    if receipt.get("unrated"):
-        details["unrated"] = receipt["unrated"]
-    return {"cost": None if amount is None else float(amount), "cost_details": details, "polar": _executed(record)}
-
-
-def _executed(record: UsageRecord) -> dict[str, Any]:
-    return {
-        "program": record.program,
-        "visits": record.visits.total,
-        "flops": record.flops.total,
-        "identity_flops": record.identity_flops,
-        "compute_units": record.compute_units,
-        "tier": record.tier,
-        "tenant": record.tenant,
-        "tags": dict(record.tags),
-        "request_id": record.request_id,
-        "outcome": record.outcome.value,
-        "model_fingerprint": record.model_fingerprint,
-        "router": record.router,
-        "router_version": record.router_version,
-    }

@@ -1,0 +1,143 @@
+"""Prompts as chains send them, by kind, for fills and for the router; and a fact at every depth of a long prompt.
+
+Used by `train_router.py`. Kinds come from the package's own prompts, from the grammar of `lab.notes`, and, where
+POLAR_DATA names a folder, from its passages, abstracts, trivia and sums. A hash deals each prompt to one of two parts:
+fills are fitted on one, and the router is trained, calibrated and judged on the other, which no map has seen.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from polar_sdk.lab.evaluation.texts import f1
+from polar_sdk.lab.items import (
+    AnswerItem,
+    PromptItem,
+    Shares,
+    builtin_items,
+    distinct_items,
+    item_id,
+    long_items,
+    split_of,
+)
+from polar_sdk.lab.notes import notes
+from polar_sdk.lab.rewards.tasks import BATCH
+from polar_sdk.reading import parse_json
+from polar_sdk.router.exact_tests import mean_difference
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.results import Recorder
+    from polar_sdk.lab.items import Item
+    from polar_sdk.model import PolarModel
+    from polar_sdk.router.base import Router
+
+__all__ = ["record_depths", "texts"]
+
+Part = Literal["fit", "route"]
+_PARTS: Final = Shares(0.5, 0.5, 0.0, 0.0)
+_NEIGHBOURS: Final = 5
+"""Passages in one prompt, as a search would return them."""
+DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def texts(part: Part, per_kind: int, limit: int | None = None) -> list[Item]:
+    """Prompts of one part, at most N of each kind, drawn by hash; `limit` cuts what they are made from."""
+    made: list[Item] = [*builtin_items(), *long_items(4 * per_kind, seed=1), *_from_data(limit)]
+    chosen: dict[str, list[Item]] = {}
+    for item in sorted(distinct_items(made), key=item_id):
+        if split_of(item_id(item), _PARTS, seed=7) == ("train" if part == "fit" else "dev"):
+            chosen.setdefault(str(item.task), []).append(item)
+    return [item for items in chosen.values() for item in items[:per_kind]][: None if limit is None else 12 * limit]
+
+
+def _rows(name: str, limit: int | None) -> list[dict[str, Any]]:
+    folder = Path(os.environ.get("POLAR_DATA") or os.devnull)
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        return []
+    return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
+
+
+def _from_data(limit: int | None) -> list[Item]:
+    """Prompts made from the data sets: a passage or several with a question, summaries, extraction, facts, sums."""
+    passages, abstracts = _rows("passages.train", limit), _rows("abstracts.train", limit)
+    items: list[Item] = []
+    for place, row in enumerate(passages):
+        question = f"Question: {row['question']}?"
+        if place % 3 == 0:
+            around = [other["passage"] for other in passages[place : place + _NEIGHBOURS]]
+            around.insert(place % len(around), around.pop(0))  # what answers is not always the first
+            text = "\n\n".join(f"[{number}] {passage}" for number, passage in enumerate(around, 1))
+            items.append(PromptItem(prompt=f"{text}\n\n{question}", task="passages"))
+        elif place % 3 == 1:
+            items.append(PromptItem(prompt=f"{row['passage']}\n\n{question}", task="passage"))
+        else:
+            items.append(
+                PromptItem(prompt=f"Summarise this text in two sentences:\n\n{row['passage']}", task="summaries")
+            )
+    for place, row in enumerate(abstracts):
+        tasks = (f"Question: {row['question']}", "List the numbers in this text and what each of them counts.")
+        kind = ("abstract", "extraction of numbers")[place % 2]
+        items.append(PromptItem(prompt=f"{row['passage']}\n\n{tasks[place % 2]}", task=kind))
+    items += [
+        AnswerItem(prompt=row["question"], answer=row["answer"], task="facts") for row in _rows("trivia.train", limit)
+    ]
+    items += [
+        AnswerItem(prompt=row["question"], answer=str(row["answer"]), task="sums")
+        for row in _rows("gsm8k.train", limit)
+    ]
+    return items
+
+
+def record_depths(
+    recorder: Recorder, model: PolarModel, tiers: dict[str, Router], per_depth: int, facts: int = 34
+) -> None:
+    """Whether tiers find a fact at every depth of long notes as full depth does: F1 to the answer.
+
+    Args:
+        recorder: Takes the figures.
+        model: The model.
+        tiers: Routers by tier, `exact` among them.
+        per_depth: Prompts at each depth.
+        facts: In each prompt; 34 make about 1,000 tokens.
+    """
+    scores: dict[str, list[float]] = {tier: [] for tier in tiers}
+    for depth in DEPTHS:
+        asked = notes(per_depth, seed=11, facts=(facts, facts), depth=depth)
+        for tier, router in tiers.items():
+            written = [model.decode(answer) for answer in _answers(model, [text.prompt for text in asked], router)]
+            own = [_found(text, right.answer) for text, right in zip(written, asked, strict=True)]
+            scores[tier] += own
+            recorder.add(f"{tier}: at {depth:.0%}", 100 * fmean(own), "%", topic="depths", note=f"{per_depth} prompts")
+    for tier, found in scores.items():
+        drop = mean_difference(scores["exact"], found)
+        recorder.add(
+            f"{tier}: drop against exact",
+            100 * drop.value,
+            "points",
+            topic="depths",
+            low=100 * drop.low,
+            high=100 * drop.high,
+            interval="95%",
+            goal=2,
+            better="lower",
+            note=f"{len(found)} prompts",
+        )
+
+
+def _found(written: str, right: str) -> float:
+    """1 where the answer stands in the text, else the overlap of words."""
+    return 1.0 if right.casefold() in written.casefold() else f1(written, right)
+
+
+def _answers(model: PolarModel, prompts: Sequence[str], router: Router) -> list[tuple[int, ...]]:
+    return [
+        answer
+        for start in range(0, len(prompts), BATCH)
+        for answer in model.greedy_answers(prompts[start : start + BATCH], max_tokens=32, router=router)
+    ]

@@ -1,0 +1,67 @@
+"""The clock that says, between processes, whether a hold has expired: the database's, which nobody sets by accident.
+
+PostgreSQL has one. SQLite has not, but its processes share a machine, whose clock since boot no one can set. So the
+ledger keeps, once per boot, how far that clock is behind the time of day; a time of day that jumps changes nothing
+until the next boot. At a boot every older hold has lost its process, so the clock starts after all of them. Where the
+machine does not say which boot it is (Linux does), the time of day must do. Knows holds by their table alone.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import BigInteger, delete, func, insert, select, type_coerce
+
+from polar_billing.ledger.schema import clock_table, hold_table
+from polar_billing.values.canonical import EPOCH, to_microseconds
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_LAST_EXPIRY: Final = select(func.max(type_coerce(hold_table.c.expires_at, BigInteger))).where(
+    hold_table.c.state == "held"
+)
+
+
+def database_time(connection: Connection, *, writes: bool) -> datetime:
+    """The time by the database's clock, UTC.
+
+    Args:
+        connection: A transaction.
+        writes: Whether it may write, which the first one after a boot does on SQLite.
+    """
+    if connection.dialect.name == "postgresql":
+        moment: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
+        return moment.astimezone(UTC)
+    boot = boot_id()
+    if boot is None:
+        return datetime.now(UTC)
+    since_boot = microseconds_since_boot()
+    row = connection.execute(select(clock_table)).first()
+    if row is not None and row.boot == boot:
+        return EPOCH + timedelta(microseconds=row.ahead + since_boot)
+    now = max(to_microseconds(datetime.now(UTC)), connection.execute(_LAST_EXPIRY).scalar() or 0)
+    if writes:
+        connection.execute(delete(clock_table))
+        connection.execute(insert(clock_table).values(id=1, boot=boot, ahead=now - since_boot))
+    return EPOCH + timedelta(microseconds=now)
+
+
+@cache
+def boot_id() -> str | None:
+    """Which boot of this machine it is; None where that cannot be told."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip() if hasattr(time, "CLOCK_BOOTTIME") else None
+    except OSError:
+        return None
+
+
+def microseconds_since_boot() -> int:
+    """The machine's clock since boot, which runs on while it sleeps."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000

@@ -1,0 +1,136 @@
+"""How each column of each table is proved: declared beside the schema; tests hold it to the schema and to `verify`.
+
+A column that is not declared here fails the tests, one that is declared chained or recomputed and can be changed
+unnoticed fails `make tamper`, and `docs/proof.md` prints these declarations. Knows no connection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+
+class Proof(StrEnum):
+    """What finds a value that was changed."""
+
+    CHAINED = "chained"
+    """The digest of its row is in the hash chain, or it is of the chain itself."""
+    RECOMPUTED = "recomputed"
+    """It follows from chained values, and `polar verify` computes it again."""
+    OUTSIDE = "outside the proof"
+    """Nothing but its type is checked."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """Columns of one table that are proved alike."""
+
+    proof: Proof
+    columns: tuple[str, ...]
+    why: str = ""
+    """From what it is recomputed, or why nothing proves it."""
+
+
+def _declared(proof: Proof, columns: str, why: str = "") -> Declared:
+    return Declared(proof, tuple(columns.split()), why)
+
+
+def _chained(columns: str) -> tuple[Declared, ...]:
+    return (_declared(Proof.CHAINED, columns),)
+
+
+PROVED: Final[dict[str, tuple[Declared, ...]]] = {
+    "polar_schema": (
+        _declared(
+            Proof.OUTSIDE, "version applied_at", "a ledger of another schema version is refused before it is read"
+        ),
+    ),
+    "polar_probe": (_declared(Proof.OUTSIDE, "payload", "always empty, and never read"),),
+    "polar_price_book": _chained("hash id document stored_at"),
+    "polar_price_in_force": _chained("seq price_book_hash for_all put_at"),
+    "polar_usage": _chained(
+        "seq tenant source request_id content_hash record_version started_at stored_at tags model model_fingerprint "
+        "router router_version tier program outcome finish_reason error tokens_input tokens_cached tokens_output "
+        "visits_prefill visits_decode flops_embed flops_layers_prefill flops_layers_decode flops_head flops_router "
+        "flops_total flops_formula identity_flops kv_bytes_peak device dtype queue_ns prefill_ns decode_ns "
+        "loops_stopped visits_prefill_filled"
+    ),
+    "polar_receipt": _chained("usage_seq price_book_hash cost unrated"),
+    "polar_usage_hour": (
+        _declared(
+            Proof.RECOMPUTED,
+            "id tenant hour tier model source outcome price_book_hash unrated requests "
+            "tokens_input_millions tokens_input_rest tokens_cached_millions tokens_cached_rest tokens_output_millions "
+            "tokens_output_rest visits_millions visits_rest flops_millions flops_rest identity_flops_millions "
+            "identity_flops_rest cost_millions cost_rest",
+            "the sums of usage and receipts, and of what was pruned",
+        ),
+    ),
+    "polar_prune": _chained("id tenant before pruned_at requests totals"),
+    "polar_pruned": _chained(
+        "seq prune_id tenant source request_id content_hash stored_at price_book_hash cost unrated"
+    ),
+    "polar_chain_link": _chained("tenant number subject key digest previous hash"),
+    "polar_chain_head": _chained("tenant number hash"),
+    "polar_chain_anchor": _chained("id tenant version links head anchored_at"),
+    "polar_transaction": _chained("id tenant kind reference effective_at booked_at corrects note"),
+    "polar_entry": _chained("transaction_id line tenant account currency whole rest"),
+    "polar_budget": _chained(
+        "seq tenant level name unit time_window limit_count decimals zone over_budget closed set_at"
+    ),
+    "polar_hold": (
+        _declared(
+            Proof.RECOMPUTED,
+            "tenant source request_id project user_name key_name at currency cost flops",
+            "once settled, the usage and the receipt of its request",
+        ),
+        _declared(
+            Proof.OUTSIDE,
+            "seq attempt fingerprint offer cost_bound flops_bound held_at expires_at state resolved_at",
+            "what was held before a request ran is recorded nowhere else, and its usage counts instead",
+        ),
+    ),
+    "polar_budget_counter": (
+        _declared(Proof.RECOMPUTED, "starts ends decimals spent held", "usage, receipts and open holds"),
+        _declared(
+            Proof.OUTSIDE,
+            "seq tenant level name unit time_window",
+            "a counter of no budget counts for nothing, and one that is missing is computed again",
+        ),
+    ),
+    "polar_clock": (
+        _declared(Proof.OUTSIDE, "id boot ahead", "says when open holds expire, and they stand for nothing stored yet"),
+    ),
+    "polar_statement": _chained(
+        "number tenant since until currency id price_book_hash seq_until late issued_at document"
+    ),
+    "polar_api_key": _chained(
+        "seq tenant key_id name secret_hash tags scopes models tiers max_tokens requests_per_minute tokens_per_minute "
+        "parallel not_before expires_at rotated_from revoked set_at"
+    ),
+    "polar_reply": (
+        _declared(
+            Proof.OUTSIDE,
+            "seq tenant key_hash fingerprint state answer claimed_at expires_at",
+            "a copy of an answer that was sent, for a day; what it cost is in the usage",
+        ),
+    ),
+    "polar_credit_note": _chained("number tenant statement reference amount reason issued_at"),
+}
+"""Table → its columns, each of them once."""
+
+ROWS_OUTSIDE: Final[dict[str, str]] = {
+    "polar_schema": "a ledger of another schema version is refused before it is read",
+    "polar_probe": "always empty, and never read",
+    "polar_hold": "a hold that is not settled stands for nothing stored; where one is missing, usage counts by itself",
+    "polar_reply": "a copy of an answer that was sent, which is deleted after a day anyway",
+    "polar_clock": "without its row the clock of the next hold starts anew",
+    "polar_budget_counter": "a counter that is missing is computed again, and one of no budget counts for nothing",
+}
+"""Table → why a row that was deleted or added need not be found. In every other table it is."""
+
+
+def columns_of(table: str, proof: Proof) -> frozenset[str]:
+    """The columns of a table that are proved in one way."""
+    return frozenset(name for one in PROVED[table] if one.proof is proof for name in one.columns)

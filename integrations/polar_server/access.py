@@ -1,0 +1,180 @@
+"""Who may ask: API keys found and checked, and what each may do.
+
+Keys are kept by whoever registers them under the entry point `polar_server.access`. What was found is good for five
+seconds, and so is what was not, so that a revoked key is refused everywhere within that time and an unknown one costs
+one look-up. Knows HTTP headers, and no database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import time
+from collections import OrderedDict
+from datetime import UTC, datetime
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from polar_sdk.errors import MissingExtraError
+from polar_server.errors import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+GROUP: Final = "polar_server.access"
+FRESH_S: Final = 5.0
+"""How long a look-up is good. Unit: seconds."""
+_REMEMBERED: Final = 10_000
+_TEXT: Final = re.compile(r"pk_([a-z0-9]{4,16})_([A-Za-z0-9_-]{20,100})")
+
+
+class Key(Protocol):
+    """An API key as its store hands it out; see `polar_billing.access.keys.ApiKey`."""
+
+    @property
+    def key_id(self) -> str:
+        """The public part."""
+        ...
+
+    @property
+    def tenant(self) -> str:
+        """Who is billed."""
+        ...
+
+    @property
+    def secret_hash(self) -> str:
+        """SHA-256 of the secret, hexadecimal."""
+        ...
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """On every usage record of it."""
+        ...
+
+    @property
+    def scopes(self) -> Sequence[str]:
+        """What it opens."""
+        ...
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Ids of models; empty = any."""
+        ...
+
+    @property
+    def tiers(self) -> Sequence[str]:
+        """Tiers; empty = any."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest answer. Unit: tokens."""
+        ...
+
+    @property
+    def requests_per_minute(self) -> int | None:
+        """Requests per minute; None = any number."""
+        ...
+
+    @property
+    def tokens_per_minute(self) -> int | None:
+        """Tokens per minute, prompt and answer; None = any number."""
+        ...
+
+    @property
+    def parallel(self) -> int | None:
+        """Answers at a time; None = any number."""
+        ...
+
+    def state(self, at: datetime) -> str:
+        """`active`, or why it opens nothing."""
+        ...
+
+
+class KeyStore(Protocol):
+    """Where keys are kept."""
+
+    def find(self, key_id: str) -> Key | None:
+        """The key of an id, active or not; may take as long as a database does."""
+        ...
+
+    def any_active(self) -> bool:
+        """Whether there is a key that opens something."""
+        ...
+
+
+def find_access(url: str | None) -> tuple[KeyStore, Any]:
+    """The stores of keys and of replies that are installed.
+
+    Args:
+        url: The ledger; None for the default one.
+
+    Raises:
+        MissingExtraError: None are.
+    """
+    for entry in entry_points(group=GROUP, name="default"):
+        try:
+            keys, replies = entry.load()(url)
+            return keys, replies
+        except ModuleNotFoundError:  # registered by this distribution, but the extra is not installed
+            break
+    raise MissingExtraError(
+        "API keys need a store, and none is installed.",
+        hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
+    )
+
+
+class KeyGuard:
+    """Finds the key of a call, and refuses calls without one.
+
+    Args:
+        store: Where keys are kept.
+        clock: Returns seconds that only rise.
+    """
+
+    def __init__(self, store: KeyStore, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self.clock = store, clock
+        self._found: OrderedDict[str, tuple[float, Key | None]] = OrderedDict()
+
+    async def check(self, headers: Mapping[str, str], scope: str) -> Key:
+        """The key of a call, which may do what the call wants.
+
+        Args:
+            headers: Of the call.
+            scope: What it needs: `infer`, `usage:read` or `metrics`.
+
+        Raises:
+            ApiError: 401 without a good key, 403 with one that may not do this.
+        """
+        kind, _, text = headers.get("authorization", "").partition(" ")
+        match = _TEXT.fullmatch(text.strip()) if kind.lower() == "bearer" else None
+        key = None if match is None else await self._find(match[1])
+        if match is None or key is None or not _opens(key, match[2]):
+            raise _unauthorised("the API key is missing, unknown or wrong; pass `Authorization: Bearer pk_…`.")
+        if (state := key.state(datetime.now(UTC))) != "active":
+            raise _unauthorised(f"API key {key.key_id} is {state}; ask for a new one.")
+        if scope not in key.scopes:
+            raise ApiError(f"API key {key.key_id} lacks the scope {scope}.", status=403, code="insufficient_scope")
+        return key
+
+    async def _find(self, key_id: str) -> Key | None:
+        now = self.clock()
+        known = self._found.get(key_id)
+        if known is not None and now - known[0] < FRESH_S:
+            return known[1]
+        key = await asyncio.to_thread(self._store.find, key_id)
+        self._found[key_id] = (now, key)
+        self._found.move_to_end(key_id)
+        if len(self._found) > _REMEMBERED:
+            self._found.popitem(last=False)
+        return key
+
+
+def _opens(key: Key, secret: str) -> bool:
+    return hmac.compare_digest(hashlib.sha256(secret.encode()).hexdigest(), key.secret_hash)
+
+
+def _unauthorised(message: str) -> ApiError:
+    return ApiError(message, status=401, code="invalid_api_key", headers={"www-authenticate": "Bearer"})

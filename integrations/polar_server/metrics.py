@@ -1,0 +1,113 @@
+"""`GET /metrics`: what the server did, in Prometheus' text format, counted where requests are admitted and recorded.
+
+Our own names begin with `polar_`. The others are those of vLLM, by which dashboards, gateways and autoscalers know a
+server. Tenants are no labels: there may be too many of them, and the ledger says who used what.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from polar_sdk import PolarModel, UsageRecord
+    from polar_server.answers import Answers
+    from polar_server.watched_sink import WatchedSink
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_PARTS: Final = ("embed", "layers_prefill", "layers_decode", "head", "router")
+_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0)
+_FINISHED: Final = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error", "cached": "stop"}
+_NANO: Final = 1e-9
+
+
+class Metrics:
+    """The figures of one server, in a registry of its own.
+
+    Args:
+        engine: The model.
+        name: Its id, a label of vLLM's names.
+        answers: What is being computed.
+        sink: Says how many requests have no record yet.
+    """
+
+    def __init__(self, engine: PolarModel, name: str, answers: Answers, sink: WatchedSink) -> None:
+        self._engine, self._answers, self._sink = engine, answers, sink
+        self._registry = registry = CollectorRegistry()
+        self._labels = (name, "0")
+
+        def counter(metric: str, what: str, *labels: str) -> Counter:
+            return Counter(metric, what, labels, registry=registry)
+
+        def gauge(metric: str, what: str, *labels: str) -> Gauge:
+            return Gauge(metric, what, labels, registry=registry)
+
+        def vllm(metric: str, what: str) -> Histogram:
+            return Histogram(f"vllm:{metric}", what, ("model_name", "engine"), buckets=_SECONDS, registry=registry)
+
+        self._calls = counter("polar_http_requests", "HTTP calls.", "path", "status")
+        self._unknown = counter("polar_unknown_fields", "Fields of bodies that the API does not know.")
+        self._refused = counter("polar_budget_refusals", "Requests that a budget refused.")
+        self._flops = counter("polar_flops", "Executed FLOPs.", "tier", "part")
+        self._saved = gauge("polar_flops_saved", "FLOPs saved against full depth; fewer after a loop.", "tier")
+        self._visits = counter("polar_layer_visits", "Executed layer visits.", "kind")
+        self._unrecorded = gauge("polar_unrecorded_requests", "Requests that ended and whose record is not stored.")
+        self._open = gauge("polar_open_answers", "Calls that are being answered.")
+        served = ("model_name", "engine")
+        self._running = gauge("vllm:num_requests_running", "Requests that are being answered.", *served)
+        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens.", *served)
+        self._written = counter("vllm:generation_tokens", "Sampled tokens.", *served)
+        self._queries = counter("vllm:prefix_cache_queries", "Prompt tokens.", *served)
+        self._hits = counter("vllm:prefix_cache_hits", "Prompt tokens whose keys were reused.", *served)
+        self._success = counter("vllm:request_success", "Requests by how they ended.", *served, "finished_reason")
+        self._first = vllm("time_to_first_token_seconds", "From arrival to the first token.")
+        self._whole = vllm("e2e_request_latency_seconds", "From arrival to the last token.")
+        self._queue = vllm("request_queue_time_seconds", "Waiting.")
+        self._prefill = vllm("request_prefill_time_seconds", "Prompt.")
+        self._decode = vllm("request_decode_time_seconds", "Answer.")
+        self._per_token = vllm("request_time_per_output_token_seconds", "Per token after the first.")
+
+    def called(self, path: str, status: int) -> None:
+        """A call was answered; `path` is one of the routes."""
+        self._calls.labels(path, str(status)).inc()
+
+    def unknown(self, fields: int) -> None:
+        """A body had fields that the API does not know."""
+        self._unknown.inc(fields)
+
+    def refused(self) -> None:
+        """A budget refused a request."""
+        self._refused.inc()
+
+    def recorded(self, record: UsageRecord) -> None:
+        """A request ended, and its record is stored."""
+        tier = record.tier or "none"
+        for part in _PARTS:
+            self._flops.labels(tier, part).inc(getattr(record.flops, part))
+        self._saved.labels(tier).inc(record.flops_saved)
+        self._visits.labels("prefill").inc(sum(record.visits.prefill))
+        self._visits.labels("decode").inc(sum(record.visits.decode))
+        tokens, labels = record.tokens, self._labels
+        self._prompt.labels(*labels).inc(tokens.input)
+        self._written.labels(*labels).inc(tokens.output)
+        self._queries.labels(*labels).inc(tokens.input)
+        self._hits.labels(*labels).inc(tokens.cached)
+        self._success.labels(*labels, _FINISHED[record.finish_reason]).inc()
+        first = record.queue_ns + record.prefill_ns
+        if tokens.output:
+            self._first.labels(*labels).observe(first * _NANO)
+        self._whole.labels(*labels).observe((first + record.decode_ns) * _NANO)
+        self._queue.labels(*labels).observe(record.queue_ns * _NANO)
+        self._prefill.labels(*labels).observe(record.prefill_ns * _NANO)
+        self._decode.labels(*labels).observe(record.decode_ns * _NANO)
+        if tokens.output > 1:
+            self._per_token.labels(*labels).observe(record.decode_ns * _NANO / (tokens.output - 1))
+
+    def text(self) -> bytes:
+        """All figures, as Prometheus reads them."""
+        self._running.labels(*self._labels).set(len(self._engine.scheduler))
+        due, being_answered = self._sink.due, self._answers.request_ids()  # in this order: none is missed
+        self._open.set(len(self._answers))
+        self._unrecorded.set(len(due - being_answered))
+        return generate_latest(self._registry)

@@ -1,0 +1,119 @@
+"""What form an answer has: free text, calls of tools, JSON by a schema, or either of the last two.
+
+Frameworks say it in OpenAI's words, `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`; the engine
+takes a schema or a grammar, and the prompt says what to write. Knows no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
+from polar_sdk.frameworks.tools import Call, CallReader, Tool, ToolUse, instructed, schema_instructions
+from polar_sdk.request.constraint import json_schema
+
+if TYPE_CHECKING:
+    from polar_sdk import Generation
+    from polar_sdk.frameworks.tools import Roles
+    from polar_sdk.request.options import RequestOptions
+
+
+FORM_OPTIONS: Final = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
+_ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """The form of one answer."""
+
+    use: ToolUse | None = None
+    schema: Mapping[str, Any] | None = None
+    """JSON schema of an answer that is no call; None = text."""
+    instruct: bool = True
+    """Whether the prompt describes the schema."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> AnswerForm:
+        """Read the options of a call.
+
+        Raises:
+            InvalidRequestError: One of them is not what OpenAI's interface takes.
+        """
+        tools = options.get("tools") or ()
+        if isinstance(tools, Mapping | str) or not isinstance(tools, Sequence):
+            raise InvalidRequestError(f"tools={str(tools)[:80]!r} is not a list of tools; pass one.")
+        use = ToolUse.choose(
+            [Tool.of_openai(tool) for tool in tools],
+            options.get("tool_choice"),
+            parallel=bool(options.get("parallel_tool_calls")),
+        )
+        schema, instruct = _read_format(options.get("response_format"))
+        return cls(use, None if use is not None and use.required else schema, instruct)
+
+    def teach(self, messages: Sequence[Mapping[str, str]]) -> Roles:
+        """The messages, told what to answer."""
+        roles = [dict(message) for message in messages]
+        if self.use is not None:
+            roles = self.use.teach(roles)
+        if self.schema is not None and self.instruct:
+            roles = instructed(roles, schema_instructions(self.schema))
+        return roles
+
+    def options(self) -> RequestOptions:
+        """What the engine is to enforce."""
+        if self.use is None:
+            return {} if self.schema is None else {**_FREE, "schema": self.schema}
+        if self.schema is None:
+            return {**_FREE, "grammar": self.use.grammar()}
+        options = [self.schema, *(tool.call_schema for tool in self.use.tools)]  # one call, or the answer
+        shared = {key: _merged(key, options) for key in ("$defs", "definitions")}  # references begin at the root
+        return {**_FREE, "schema": {"anyOf": options, **{key: value for key, value in shared.items() if value}}}
+
+    def reader(self) -> CallReader:
+        """What reads the answer."""
+        return CallReader(self.use)
+
+    @staticmethod
+    def check(calls: Sequence[Call], generation: Generation) -> None:
+        """Refuse calls that were cut off.
+
+        Raises:
+            IncompleteAnswerError: The last one was.
+        """
+        if generation.complete is False and any(not call.complete for call in calls):
+            raise IncompleteAnswerError(
+                f"the call of {calls[-1].name} was cut off after {len(generation.token_ids)} tokens "
+                f"(finish_reason={generation.finish_reason}).",
+                hint="Raise max_tokens, or remove the stop string.",
+                text=generation.text,
+            )
+
+
+_FREE: Final[RequestOptions] = {"schema": None, "regex": None, "choice": None, "grammar": None}
+
+
+def _merged(key: str, schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for schema in reversed(schemas) for name, value in (schema.get(key) or {}).items()}
+
+
+def _read_format(value: Any) -> tuple[Mapping[str, Any] | None, bool]:
+    """Schema of a `response_format`, and whether the prompt must describe it."""
+    if value is None:
+        return None, True
+    if not isinstance(value, Mapping):
+        return json_schema(value), True
+    kind = value.get("type")
+    if kind == "text":
+        return None, True
+    if kind == "json_object":
+        return value.get("schema") or _ANY_OBJECT, False
+    if kind == "json_schema":
+        inner = value.get("json_schema")
+        schema = inner.get("schema") if isinstance(inner, Mapping) else None
+        if not isinstance(schema, Mapping):
+            raise InvalidRequestError("response_format has no schema; put it under response_format['json_schema'].")
+        about = inner.get("description") if isinstance(inner, Mapping) else None
+        return ({"description": about, **schema} if about else schema), True
+    return dict(value), True

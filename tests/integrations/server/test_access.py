@@ -1,0 +1,246 @@
+"""Keys over HTTP: who may ask, in whose name, how much; and calls that come twice."""
+
+from __future__ import annotations
+
+import json
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from polar_billing.access.keys import ApiKeys
+from polar_billing.access.replies import Replies
+from polar_billing.ledger.ledger import Ledger
+from polar_server import access
+from polar_server.replies import MemoryReplies
+from tests.integrations.server.conftest import RecordingSink, chat_body
+from tests.integrations.server.test_disconnects import endless, read_events, send_request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from polar_server.replies import ReplyStore
+    from tests.integrations.server.conftest import Served
+
+
+@pytest.fixture
+def ledger(ledger_url: str) -> Iterator[Ledger]:
+    with Ledger(ledger_url) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def keys(ledger: Ledger) -> ApiKeys:
+    return ApiKeys(ledger)
+
+
+@pytest.fixture
+def guarded(serve: Callable[..., Served], keys: ApiKeys) -> Served:
+    """A server that asks for keys."""
+    return serve(keys=keys)
+
+
+def bearer(text: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {text}"}
+
+
+def ask(served: Served, text: str, **fields: Any) -> tuple[int, dict[str, str], Any]:
+    return served.call("POST", "/v1/chat/completions", chat_body(**fields), bearer(text))
+
+
+def test_a_key_says_who_is_billed(guarded: Served, keys: ApiKeys, sink: RecordingSink) -> None:
+    made, text = keys.create("globex", "search", tags={"team": "a", "user": "ann"})
+    assert ask(guarded, text, user="bob", tags={"team": "b", "place": "x"})[0] == 200
+    (record,) = sink.records
+    assert record.tenant == "globex"
+    assert record.tags == {"team": "a", "user": "ann", "place": "x", "key": made.key_id}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer x",
+        "Basic cGs6",
+        "Bearer pk_aaaaaaaa_" + "a" * 43,
+        "Bearer pk_aaaaaaaa_" + "a" * 5_000,
+        "Bearer pk_aaaaaaaa_'; DROP TABLE polar_usage; --" + "a" * 20,
+    ],
+)
+def test_without_a_good_key_nothing_is_told(guarded: Served, sink: RecordingSink, header: str | None) -> None:
+    for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/nowhere")):
+        headers = {} if header is None else {"authorization": header}
+        status, found, body = guarded.call(method, path, chat_body() if method == "POST" else None, headers)
+        assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+        assert found["www-authenticate"] == "Bearer"
+    assert guarded.call("GET", "/health")[0] == guarded.call("GET", "/ready")[0] == 200
+    assert sink.records == []
+
+
+def test_the_secret_of_another_key_opens_nothing(guarded: Served, keys: ApiKeys) -> None:
+    one, other = keys.create("acme", "one"), keys.create("acme", "other")
+    mixed = f"pk_{one[0].key_id}_{other[1].split('_', 2)[2]}"
+    assert ask(guarded, mixed)[0] == 401
+
+
+def test_a_revoked_key_is_refused_within_five_seconds(guarded: Served, keys: ApiKeys) -> None:
+    guard = guarded.server.guard
+    assert guard is not None
+    now = [0.0]
+    guard.clock = lambda: now[0]
+    made, text = keys.create("acme", "search")
+    assert ask(guarded, text)[0] == 200
+    keys.revoke(made.key_id)
+    now[0] = access.FRESH_S
+    status, _, body = ask(guarded, text)
+    assert (status, "revoked" in body["error"]["message"]) == (401, True)
+    assert access.FRESH_S <= 5
+
+
+def test_both_keys_work_while_a_rotation_overlaps(guarded: Served, keys: ApiKeys) -> None:
+    made, old = keys.create("acme", "search")
+    _, new = keys.rotate(made.key_id, timedelta(hours=1))
+    assert [ask(guarded, text)[0] for text in (old, new)] == [200, 200]
+
+
+def test_a_key_for_other_things_may_not_ask(guarded: Served, keys: ApiKeys) -> None:
+    _, text = keys.create("acme", "figures", scopes=("metrics",))
+    status, _, body = ask(guarded, text)
+    assert (status, body["error"]["code"]) == (403, "insufficient_scope")
+
+
+def test_a_key_is_held_to_its_models_tiers_and_length(guarded: Served, keys: ApiKeys, sink: RecordingSink) -> None:
+    _, text = keys.create("acme", "cheap", tiers=("economy",), max_tokens=5)
+    _, _, listed = guarded.call("GET", "/v1/models", headers=bearer(text))
+    assert [model["id"] for model in listed["data"]] == ["tiny:economy"]
+    assert guarded.call("GET", "/v1/models/tiny:exact", headers=bearer(text))[0] == 404
+    assert ask(guarded, text, model="tiny:exact", max_tokens=5)[0] == 404
+    assert ask(guarded, text, compute="exact", max_tokens=5)[0] == 403
+    assert ask(guarded, text, max_tokens=5)[0] == 403, "the default tier is standard"
+    assert ask(guarded, text, program="0-5", max_tokens=5)[0] == 403
+    assert ask(guarded, text, compute="economy", max_tokens=6)[0] == 400
+    assert sink.records == []
+    body = {**chat_body(model="tiny:economy"), "max_tokens": None}
+    assert guarded.call("POST", "/v1/chat/completions", body, bearer(text))[2]["usage"]["completion_tokens"] == 5
+    _, other = keys.create("acme", "other", models=("elsewhere",))
+    assert ask(guarded, other)[0] == 404
+
+
+def test_requests_and_tokens_per_minute(guarded: Served, keys: ApiKeys) -> None:
+    _, text = keys.create("acme", "slow", requests_per_minute=2, tokens_per_minute=1_000)
+    first, second, third = (ask(guarded, text) for _ in range(3))
+    assert [first[0], second[0], third[0]] == [200, 200, 429]
+    assert first[1]["x-ratelimit-limit-requests"] == "2"
+    assert first[1]["x-ratelimit-remaining-requests"] == "1"
+    assert third[2]["error"]["code"] == "rate_limit_exceeded"
+    assert 0 < int(third[1]["retry-after"]) <= 30
+    assert 0 < int(third[1]["retry-after-ms"]) <= 30_000
+    _, talkative = keys.create("acme", "talkative", tokens_per_minute=10)
+    assert [ask(guarded, talkative)[0] for _ in range(2)] == [200, 429], "the first one used 12"
+
+
+def test_answers_at_a_time(guarded: Served, keys: ApiKeys, sink: RecordingSink) -> None:
+    _, text = keys.create("acme", "one at a time", parallel=1)
+    sink.gate.clear()
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.append(ask(guarded, text)[0]))
+    asking.start()
+    assert sink.asked.acquire(timeout=20)
+    assert ask(guarded, text)[0] == 429
+    sink.gate.set()
+    asking.join()
+    assert found == [200]
+    assert ask(guarded, text)[0] == 200
+
+
+# -- calls that come twice ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["memory", "ledger"])
+def replies(request: pytest.FixtureRequest) -> ReplyStore:
+    return MemoryReplies() if request.param == "memory" else Replies(request.getfixturevalue("ledger"))
+
+
+def post(served: Served, key: str, body: dict[str, Any]) -> tuple[int, bytes, dict[str, str]]:
+    connection = served.connect()
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"idempotency-key": key})
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, content, {name.lower(): value for name, value in answer.getheaders()}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_comes_twice_is_billed_once(
+    serve: Callable[..., Served], sink: RecordingSink, replies: ReplyStore, stream: bool
+) -> None:
+    served = serve(replies=replies)
+    body = chat_body(stream=stream, temperature=1)
+    (one, first, headers), (two, second, again) = post(served, "k1", body), post(served, "k1", body)
+    assert (one, two, first) == (200, 200, second)
+    assert again["idempotent-replayed"] == "true"
+    assert "idempotent-replayed" not in headers
+    for name in ("x-request-id", "content-type", "x-polar-program"):
+        assert again[name] == headers[name]
+    assert len(sink.records) == 1
+    other, _, refused = post(served, "k1", chat_body(stream=stream, max_tokens=9))
+    assert (other, refused["x-should-retry"]) == (409, "false")
+    assert post(served, "k2", body)[1] != first
+    assert len(sink.records) == 2
+
+
+def test_a_call_that_is_being_answered_may_come_again_later(
+    serve: Callable[..., Served], sink: RecordingSink, replies: ReplyStore
+) -> None:
+    served = serve(replies=replies)
+    sink.gate.clear()
+    found: list[bytes] = []
+    asking = threading.Thread(target=lambda: found.append(post(served, "k", chat_body())[1]))
+    asking.start()
+    assert sink.asked.acquire(timeout=20)
+    status, _, headers = post(served, "k", chat_body())
+    assert (status, headers["x-should-retry"]) == (409, "true")
+    sink.gate.set()
+    asking.join()
+    assert post(served, "k", chat_body())[1] == found[0]
+    assert len(sink.records) == 1
+
+
+def test_a_client_that_was_cut_off_gets_its_answer_later(
+    serve: Callable[..., Served], sink: RecordingSink, replies: ReplyStore
+) -> None:
+    served = serve(replies=replies)
+    body = endless(served, stream=True, max_tokens=30)
+    with send_request(served, body, {"idempotency-key": "k"}) as connection:
+        read_events(connection, 4)
+    assert sink.wait_for(1)[0].outcome == "completed"
+    status, content = 409, b""
+    while status == 409:  # it is kept a moment after it is recorded
+        status, content, _ = post(served, "k", body)
+    assert content.endswith(b"data: [DONE]\n\n")
+    assert content.count(b'"content":"A"') == 30
+    assert len(sink.records) == 1
+
+
+def test_a_call_that_failed_may_be_tried_again(
+    serve: Callable[..., Served], sink: RecordingSink, replies: ReplyStore
+) -> None:
+    served = serve(replies=replies)
+    assert post(served, "k", chat_body(program="0-99"))[0] == 400
+    assert post(served, "k", chat_body())[0] == 200
+    assert len(sink.records) == 1
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256])
+def test_a_key_of_no_use_is_refused(served: Served, key: str) -> None:
+    status, content, _ = post(served, key, chat_body())
+    assert (status, json.loads(content)["error"]["param"]) == (400, "idempotency-key")
+
+
+def test_the_stores_are_found_by_their_entry_point(ledger_url: str) -> None:
+    keys, replies = access.find_access(ledger_url)
+    assert keys.find("nothing0") is None
+    assert replies.claim("acme", "k", "f" * 64) == ("claimed", None)

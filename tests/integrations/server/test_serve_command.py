@@ -1,0 +1,103 @@
+"""`polar serve` as a process: what it refuses before it loads anything, how it starts, and how SIGTERM ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from polar_billing.access.keys import ApiKeys
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import ALL_TENANTS, Selection
+from polar_sdk.testing import tiny_llama, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SERVE = "import typer; from polar_server.cli import register; from polar_sdk.cli.main import _Group; \
+app = typer.Typer(cls=_Group); app.callback()(lambda: None); register(app); app()"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with the tiny model."""
+    folder = tmp_path / "tiny"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, "serve", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def url_of(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("Serving "):
+            return line.split()[-1]
+    raise AssertionError("it did not start")
+
+
+def ask(url: str, headers: dict[str, str] | None = None) -> Any:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers or {})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_it_serves_meters_and_ends_on_sigterm(model: Path, ledger_url: str) -> None:
+    with serving("--model", str(model), "--name", "tiny", "--port", "0", "--tenant", "acme") as process:
+        answer = ask(url_of(process))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    with Ledger(ledger_url) as ledger:
+        (stored,) = ledger.read(Selection(ALL_TENANTS))
+    assert stored.record.request_id == answer["polar"]["receipt"]
+    assert stored.record.tenant == "acme"
+
+
+def test_an_open_bind_asks_for_keys(model: Path, ledger_url: str) -> None:
+    with Ledger(ledger_url) as ledger:
+        _, text = ApiKeys(ledger).create("globex", "search")
+    with serving("--model", str(model), "--name", "tiny", "--port", "0", "--host", "0.0.0.0") as process:
+        url = url_of(process).replace("0.0.0.0", "127.0.0.1")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(url)
+        assert ask(url, {"authorization": f"Bearer {text}"})["polar"]["tenant"] == "globex"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--host", "0.0.0.0"), "polar key create"),
+        (("--host", "0.0.0.0", "--no-require-keys"), "anyone on the network"),
+        (("--host", "0.0.0.0", "--no-ledger"), "--no-ledger"),
+        (("--require-keys",), "polar key create"),
+    ],
+)
+def test_it_does_not_start_open_to_the_network(model: Path, arguments: tuple[str, ...], said: str) -> None:
+    with serving("--model", str(model), *arguments) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors.startswith("error: ")
+    assert said in errors

@@ -1,0 +1,154 @@
+"""Answers in text: figures by hand, by length and by kind, and texts that were written freely."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_texts
+from polar_sdk.lab.evaluation.free_running import FreeRunner
+from polar_sdk.lab.evaluation.judge import Judge
+from polar_sdk.lab.evaluation.rendering import text_rows
+from polar_sdk.lab.evaluation.texts import Answer, TextRun, chrf, f1, free_figures, repeated, shared_start
+from polar_sdk.lab.items import AnswerItem, PromptItem
+from polar_sdk.lab.rewards.cache import RewardCache
+from polar_sdk.lab.rewards.tasks import make_tasks
+from polar_sdk.lab.training.outcomes import PromptOutcome
+from polar_sdk.programs.program import Program
+from polar_sdk.router.learned import RouterFacts
+from polar_sdk.router.menu import MenuRouter
+from polar_sdk.router.network import FeatureReader, Network
+
+if TYPE_CHECKING:
+    from polar_sdk.model import PolarModel
+
+
+def run_of(shares: list[float], lengths: list[int], classes: list[str]) -> TextRun:
+    return TextRun(
+        outcomes=[PromptOutcome(share >= 0.75, share, False, 60) for share in shares],
+        spent=[60.0, 50.0, 40.0],
+        full=[100.0] * 3,
+        floor=[PromptOutcome(True, 0.98, False, 100)] * 3,
+        lengths=lengths,
+        classes=classes,
+    )
+
+
+def test_figures_are_counted_by_length_and_by_kind() -> None:
+    whole = run_of([1.0, 0.96, 0.7], [99, 100, 501], ["chat", "notes", "notes"]).whole()
+    assert (whole.prompts, whole.flops_saved) == (3, 0.5)
+    assert whole.tokens_kept == pytest.approx(2.66 / 3)
+    shares = [whole.strict_kept, whole.three_quarters_kept, whole.noise_floor]
+    assert shares == pytest.approx([2 / 3, 2 / 3, 0.98])
+    assert {name: part.prompts for name, part in whole.by_length.items()} == {
+        "under_100": 1,
+        "100_to_500": 1,
+        "over_500": 1,
+    }
+    assert whole.by_length["over_500"].flops_saved == pytest.approx(0.6)
+    assert whole.worst_kind == "notes"
+    assert whole.by_kind["notes"].tokens_kept == pytest.approx(0.83)
+    assert [row[1] for row in text_rows({"economy": whole})] == [
+        "all", "under 100", "100 to 500", "over 500", "worst: notes",
+    ]  # fmt: skip
+    alone = run_of([1.0, 1.0, 1.0], [5, 6, 7], ["", "", ""]).whole()
+    assert (list(alone.by_length), alone.by_kind, alone.worst_kind) == (["under_100"], {}, None)
+
+
+def test_texts_are_compared_as_a_reader_would() -> None:
+    assert shared_start((1, 2, 3), (1, 2, 4, 5)) == 2
+    assert repeated((1, 2, 3, 4, 1, 2, 3, 4)) == pytest.approx(1 / 5)
+    assert repeated((1, 2)) == 0
+    assert f1("It is the red house.", "red house") == pytest.approx(2 * (2 / 5) * 1 / (2 / 5 + 1))
+    assert (f1("no", "yes"), f1("Yes!", "yes")) == (0, 1)
+    assert (chrf("the same text", "the same text"), chrf("abc", "xyz")) == (1, 0)
+    assert 0 < chrf("the cat sat on the mat", "the cat sat on a mat") < 1
+    assert chrf("a cat", "a cat and a dog and more") < chrf(
+        "a cat and a dog and more, and so on", "a cat and a dog and more"
+    )
+    ours, identity = [Answer((1, 2), "red"), Answer((5,), "no")], [Answer((1, 3), "red"), Answer((5,), "no")]
+    found = free_figures(ours, identity, {0: "red", 1: "blue"}, kl=0.01)
+    assert (found.same_text, found.first_divergence, found.gold_f1) == (0.5, 1.0, 0.5)
+    assert found.gold_f1_drop is not None
+    assert found.gold_f1_drop.value == 0
+    assert free_figures(ours, identity, {}, kl=0.0).gold_f1_drop is None
+
+
+@pytest.fixture
+def router(model: PolarModel) -> MenuRouter:
+    """Skips two layers at θ of 0.2 and more."""
+    menu = (Program.identity(6), Program.skipping(6, [2, 3]))
+    network = Network.fresh(FeatureReader(model.decoder).stack([[1, 2, 3], [4] * 9]), (), 1, seed=0)
+    network.biases[-1].copy_(torch.logit(torch.tensor([0.9])))
+    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, dial=(0.0, 0.2), default_theta=0.2)
+    return MenuRouter(facts, network, menu).bind(model.decoder, model.fingerprint)
+
+
+def test_exact_diverges_nowhere_and_another_program_does(model: PolarModel, router: MenuRouter) -> None:
+    items = [AnswerItem(prompt=f"say {word}", answer="x") for word in ("one", "two", "three")]
+    tasks = make_tasks(model, items, RewardCache())
+    found = FreeRunner(model, router).figures(tasks, {"economy": 0.2, "exact": 0.0})
+    exact, economy = found["exact"], found["economy"]
+    assert (exact.same_text, exact.chrf, exact.kl_per_token) == (1, 1, 0)
+    assert exact.first_divergence == sum(len(task.question.continuations[0]) for task in tasks) / 3
+    assert economy.kl_per_token > 0
+    assert economy.first_divergence < exact.first_divergence
+
+
+def test_an_evaluation_has_every_tier_and_exact_under_texts(model: PolarModel, router: MenuRouter) -> None:
+    items = [PromptItem(prompt=f"tell me of {word}", task="chat") for word in "pears boats trains clouds".split()]  # noqa: SIM905
+    items += [PromptItem(prompt=f"tell me of {word}", task="facts") for word in "stones birds maps songs".split()]  # noqa: SIM905
+    evaluation = Judge(model, router, RewardCache()).evaluate({"data": items}, timed=0, free=2)
+    plain = evaluation.plain()["texts"]
+    assert set(plain) == {"uncalibrated", "exact"}
+    needed = {"flops_saved", "tokens_kept", "strict_kept", "noise_floor", "by_length"}
+    assert needed <= set(plain["exact"])
+    assert needed - {"by_length"} <= set(plain["exact"]["by_length"]["under_100"])
+    assert (plain["exact"]["flops_saved"], plain["exact"]["tokens_kept"]) == (0, 1)
+    assert 0 < plain["uncalibrated"]["flops_saved"] < 1
+    assert plain["uncalibrated"]["free"]["prompts"] == 2
+    assert set(plain["exact"]["by_kind"]) == {"chat", "facts"}
+    assert plain["exact"]["noise_floor"] == 1  # in float32 identity repeats itself
+
+
+def test_nothing_is_said_of_texts_where_there_are_none(model: PolarModel, router: MenuRouter) -> None:
+    from polar_sdk.lab.items import ChoiceItem
+    from polar_sdk.lab.training.measuring import Bench
+
+    items = [ChoiceItem(question=f"which {word}?", choices=("red", "blue"), answer=0) for word in ("one", "two")]
+    bench = Bench(model, cache=RewardCache())
+    tasks = bench.tasks(items)
+    subjects = Subjects(
+        router=router,
+        points={"main": 0.2},
+        outputs=router.outputs(router.reader.stack([task.question.prompt for task in tasks])),
+        outcomes=bench.outcomes(tasks, router.programs),
+        static=list(router.programs),
+        policy=model.policy,
+        cost=model.decoder.cost,
+    )
+    assert evaluate_texts(subjects, {"main": 0.2}) == {}
+
+
+def test_a_program_that_no_text_would_get_is_not_measured(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polar_sdk.engine import scoring
+
+    measured: set[Program] = set()
+    original = scoring.score_programs
+
+    def counted(decoder: Any, pack: Any, programs: Any, *rest: Any) -> Any:
+        measured.update(programs)
+        return original(decoder, pack, programs, *rest)
+
+    monkeypatch.setattr("polar_sdk.lab.rewards.measure.score_programs", counted)
+    menu = (Program.identity(6), Program.skipping(6, [2]), Program.skipping(6, [2, 3]))
+    network = Network.fresh(FeatureReader(model.decoder).stack([[1, 2, 3], [4] * 9]), (), 2, seed=0)
+    network.biases[-1].copy_(torch.logit(torch.tensor([0.9, 0.3])))
+    facts = RouterFacts(model="tiny", fingerprint=model.fingerprint, depth=6, dial=(0.0, 0.2), default_theta=0.2)
+    router = MenuRouter(facts, network, menu).bind(model.decoder, model.fingerprint)
+    items = [PromptItem(prompt=f"tell me of {word}") for word in ("pears", "boats", "trains")]
+    evaluation = Judge(model, router, RewardCache()).evaluate({"data": items}, timed=0)
+    assert measured == {menu[0], menu[1]}
+    assert evaluation.sets[0].main.programs == {menu[1].text: 1.0}
