@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 
-.PHONY: help install demo test test-fast standard-suite tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz clean
+.PHONY: help install demo test test-fast standard-suite tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm bench-fairness clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,12 @@ SCHEDULES ?= 100000
 
 simulate: $(STAMP) ## Run 100,000 seeded schedules of crashes and faults and check the invariants; SEED=… repeats one
 	PYTHONHASHSEED=0 $(BIN)/python -m tests.simulation $(if $(SEED),--repeat $(SEED) --trace,--schedules $(SCHEDULES))
+
+cancel-storm: $(STAMP) ## Cancel 2,000 requests at any await, token and moment, and count their records
+	$(OFFLINE) $(BIN)/python tests/sdk/serving/test_cancel_storm.py 2000
+
+bench-fairness: model ## Measure what paused readers and a crowd of one tenant cost another
+	$(OFFLINE) $(BIN)/python -m benchmarks.fairness
 
 fuzz: $(STAMP) ## Feed every reader 50,000 hostile inputs; SEED="policy:17" repeats one
 	$(BIN)/python -m tests.fuzz $(if $(SEED),--repeat "$(SEED)",--inputs 50000)

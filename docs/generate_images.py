@@ -139,10 +139,10 @@ def path(palette: Palette) -> str:
     draw.box(310, 168, 560, 140, fill=palette.card)
     draw.text(324, 194, "bill", bold=True)
     rows = [
-        ("executed", "9,052,195,584 FLOPs", "8.7% less than full depth"),
-        ("compute units", "0.009052195584 CU", "1 CU = 10¹² FLOPs"),
+        ("executed", "8,810,247,936 FLOPs", "8.9% less than full depth"),
+        ("compute units", "0.008810247936 CU", "1 CU = 10¹² FLOPs"),
         ("price", "0.00036 USD per CU", "economy tier, example price book"),
-        ("amount", "0.000003258790 USD", "provable, to the FLOP"),
+        ("amount", "0.000003171689 USD", "provable, to the FLOP"),
     ]
     for at, (what, figure, note) in enumerate(rows):
         baseline = 220 + 25 * at

@@ -60,6 +60,12 @@ SECTIONS = {
         "a gain. The goal of a drop is the tier's certified promise (δ = 0.1).",
         _ROUTER,
     ),
+    "fairness": Section(
+        "Serving: what other tenants cost one",
+        "A tenant that asks in turn, beside streams of another tenant that nobody reads, and beside a crowd of callers "
+        "of another tenant. A ratio is what it gets over what it has alone. The fair share of two tenants is half.",
+        "`make bench-fairness`",
+    ),
     "texts": Section(
         "Router: answers in text",
         "The same router on prompts answered in text: GSM8K and the prompts of the package.",

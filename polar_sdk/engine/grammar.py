@@ -139,6 +139,8 @@ class GrammarState:
         self.cut = False
         """True once steering, and not the model, has ended the answer."""
         self._plan = plan
+        self._last_way = plan
+        """The way to an end found last, which often still leads there: one more letter of a text changes nothing."""
         self._look = _next_look(max_tokens or 0, plan)
         """Where no more tokens than this are left, steering looks for an end again."""
 
@@ -186,6 +188,7 @@ class GrammarState:
             raise GrammarError(f"the grammar could not be followed: {self._matcher.get_error()[:300]}")
         if self._plan is not None:
             self._plan = self._plan[1:] if self._plan[:1] == [token] else None
+            self._last_way = self._plan or self._last_way
         if self._left is not None:
             self._left -= 1
 
@@ -196,7 +199,7 @@ class GrammarState:
         after = self._matcher.deep_copy()
         if not after.consume_token(token) or after.is_accepting():
             return token
-        way = _search_end(after, self._tokens, min(self._left, _LONGEST_END)).path
+        way = self._way_after(after)
         if way is None or len(way) >= self._left:
             here = self._plan or self._way_from_here()
             if here is not None and len(here) <= self._left:
@@ -204,8 +207,18 @@ class GrammarState:
                 self.cut = here[0] == self._tokens.end
                 return here[0]
         self._plan = None if way is None else [token, *way]
+        self._last_way = way
         self._look = _next_look(self._left, way)
         return token
+
+    def _way_after(self, after: Any) -> list[int] | None:
+        """Tokens to an end from a state: those found last, where they still lead there, or else a new search."""
+        if self._last_way:
+            probe, way = after.deep_copy(), self._last_way
+            closing = way[:-1] if way[-1] == self._tokens.end else way
+            if probe.consume_tokens(closing) and probe.is_accepting():
+                return closing if probe.is_stopped() else [*closing, self._tokens.end]
+        return _search_end(after, self._tokens, min(self._left or 0, _LONGEST_END)).path
 
     def _way_from_here(self) -> list[int] | None:
         if self.accepting:

@@ -294,6 +294,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # its settings are read when it is used, and not checked before
     except Exception as error:  # the tokenizer library raises bare Exceptions
         raise damaged(folder, f"tokenizer: {error}") from error
     result: PreTrainedTokenizerBase = tokenizer

@@ -51,6 +51,8 @@ _IDLE_SECONDS: Final = 2.0
 _PATIENCE_SECONDS: Final = 5.0
 """How long dropping a stream waits for its record, where it may: forever would hang a caller that holds a lock which
 its sink needs."""
+_MAX_INTERRUPTIONS: Final = 8
+"""Signals that do not keep a dropped stream from leaving its record to the thread."""
 _EXIT_SECONDS: Final = 10.0
 """How long the end of the process waits for records."""
 
@@ -154,9 +156,17 @@ class Recorder:
 
     def __del__(self) -> None:
         """The caller dropped its stream, or was interrupted on the way to `end`."""
-        stored = self.drop()
-        if stored is not None and may_wait():
-            stored.acquire(timeout=_PATIENCE_SECONDS)
+        interruption: BaseException | None = None
+        for _ in range(_MAX_INTERRUPTIONS):
+            try:
+                stored = self.drop()
+                if stored is not None and may_wait():
+                    stored.acquire(timeout=_PATIENCE_SECONDS)
+                break
+            except BaseException as raised:  # a signal handler's: once more, which does nothing twice
+                interruption = interruption or raised
+        if interruption is not None:
+            raise interruption  # Python reports it, and goes on
 
     def _unrecorded(self) -> list[Job]:
         return [job for job in self._jobs if job not in self._receipts]

@@ -111,6 +111,11 @@ class Job:
         """True once nothing more will be computed."""
         return self._done
 
+    @property
+    def left(self) -> bool:
+        """Whether the job was asked to stop, by `cancel` or `revoke`."""
+        return self._cancelled or self._revoked is not None
+
     def cancel(self) -> None:
         """Request the job to stop; it does so before its next token."""
         self._cancelled = True

@@ -15,10 +15,13 @@ its tenant time but no money. Knows no threads.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.engine.pages import PAGE
+from polar_sdk.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +38,40 @@ TURN: Final = 64
 """Tokens that a job is given before it gives way to a tenant with an equal share."""
 _ROUNDING: Final = 1e-9
 """Shares that differ by less are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one engine takes on at a time, and how tenants share it.
+
+    Attributes:
+        max_rows: Maximum number of rows that run together.
+        max_waiting: Maximum number of requests without a place: those that wait, and streams that gave theirs up. One
+            more takes the place of one of the tenant that has most of them, or else is refused with `QueueFullError`.
+        prefill_beside: Prompt tokens that run in one pass while other rows are decoding, to the next whole chunk.
+        prefill_alone: The same while no row is decoding.
+        prefix_share: Maximum share of the pages that keep starts of prompts for later requests; 0 turns that off.
+        pace: How many tokens all other tenants together may decode while one that has least to decode decodes one;
+            every tenant may decode as much as that one at least. `math.inf` turns it off.
+        weights: Of tenants that are due more or less than others, who count 1: twice the weight, twice the share.
+    """
+
+    max_rows: int = 32
+    max_waiting: int = 1024
+    prefill_beside: int = 256
+    prefill_alone: int = 2048
+    prefix_share: float = 0.25
+    pace: float = 6.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for tenant, weight in self.weights.items():
+            if not 0 < weight < math.inf:
+                raise InvalidRequestError(f"the weight of {tenant!r} is {weight}; use a number above 0.")
+        if not self.pace >= 1:
+            raise InvalidRequestError(f"pace={self.pace} is out of range; use 1 or more, or math.inf.")
+        if self.max_rows < 1:
+            raise InvalidRequestError(f"max_rows={self.max_rows} is out of range; use 1 or more.")
 
 
 class Places:
@@ -150,6 +187,8 @@ class Places:
         self._promised[job] = needed
 
     def _lend(self, job: Job) -> None:
+        if job.row.loops_stopped:
+            return  # its states are not those that were kept
         cached = self._prefixes.lend(job.request, job.row)
         if job.row.replaying:
             job.row.note_replay()

@@ -74,6 +74,11 @@ class FairQueue:
     def __bool__(self) -> bool:
         return bool(self._in_line or self.resting)
 
+    @property
+    def tenants(self) -> Iterable[str]:
+        """Those in whose line somebody waits."""
+        return self._lines.keys()
+
     def __iter__(self) -> Iterator[Job]:
         return iter([*self.resting, *(job for line in self._lines.values() for job in line if job not in self.resting)])
 

@@ -12,7 +12,6 @@ import math
 import os
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
@@ -21,16 +20,16 @@ import torch
 
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.sampling import likeliest_tokens
-from polar_sdk.errors import CacheMemoryError, InvalidRequestError, QueueFullError
+from polar_sdk.errors import CacheMemoryError, QueueFullError
 from polar_sdk.serving.job import asked_by_engine
 from polar_sdk.serving.pace import PROMPT_DISCOUNT, Pace
-from polar_sdk.serving.places import Places
+from polar_sdk.serving.places import Limits, Places
 from polar_sdk.serving.prefixes import PrefixCache
 from polar_sdk.serving.queue import FairQueue
 from polar_sdk.serving.threads import InternalThread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -44,42 +43,10 @@ _LIVING: Final[WeakSet[Scheduler]] = WeakSet()
 """Schedulers that may have a thread."""
 _FORK_SECONDS: Final = 5.0
 """How long a fork waits for the round to end that is under way: a hook in it may wait for whoever forks."""
+_CHECKS: Final = 64
+"""Jobs that wait of which is checked in one round whether their time is up or their caller's `cancel` is set."""
 _POLL_SECONDS: Final = 0.02
 """How often to check whether a caller that lags behind has cancelled or run out of time, which wakes nobody."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much one engine takes on at a time, and how tenants share it.
-
-    Attributes:
-        max_rows: Maximum number of rows that run together.
-        max_waiting: Maximum number of requests without a place: those that wait, and streams that gave theirs up. One
-            more takes the place of one of the tenant that has most of them, or else is refused with `QueueFullError`.
-        prefill_beside: Prompt tokens that run in one pass while other rows are decoding, to the next whole chunk.
-        prefill_alone: The same while no row is decoding.
-        prefix_share: Maximum share of the pages that keep starts of prompts for later requests; 0 turns that off.
-        pace: How many tokens all other tenants together may decode while one that has least to decode decodes one;
-            every tenant may decode as much as that one at least. `math.inf` turns it off.
-        weights: Of tenants that are due more or less than others, who count 1: twice the weight, twice the share.
-    """
-
-    max_rows: int = 32
-    max_waiting: int = 1024
-    prefill_beside: int = 256
-    prefill_alone: int = 2048
-    prefix_share: float = 0.25
-    pace: float = 6.0
-    weights: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for tenant, weight in self.weights.items():
-            if not 0 < weight < math.inf:
-                raise InvalidRequestError(f"the weight of {tenant!r} is {weight}; use a number above 0.")
-        if not self.pace >= 1:
-            raise InvalidRequestError(f"pace={self.pace} is out of range; use 1 or more, or math.inf.")
-        if self.max_rows < 1:
-            raise InvalidRequestError(f"max_rows={self.max_rows} is out of range; use 1 or more.")
 
 
 class Scheduler:
@@ -94,6 +61,12 @@ class Scheduler:
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace(sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head)
+        self._checked = 0
+        """Where the next part of those who wait begins, of which is checked whether they still do."""
+        self._known: set[str] = set()
+        """Tenants that waited when the round began."""
+        self._hurried = False
+        """Whether the last round left out a token of those who decode, for the prompt of a newcomer."""
         self._refused: list[Job] = []
         """Jobs that lost their place in the queue, and are yet to be told."""
         self._work = threading.Condition()
@@ -224,7 +197,7 @@ class Scheduler:
     def _sweep(self) -> None:
         """Remove jobs that are done, cancelled or out of time, whether they run or wait."""
         with self._work:
-            waiting = list(self._queue)
+            waiting = self._next_to_check(list(self._queue))
             refused, self._refused = self._refused, []
         for job in refused:
             job.fail(_gave_way(self.limits.max_waiting))
@@ -238,6 +211,13 @@ class Scheduler:
             self._places.drop_done()
         self._places.count_pauses()
 
+    def _next_to_check(self, waiting: list[Job]) -> list[Job]:
+        """Of jobs that wait, those whose call has ended and a part of the others: all would slow each token."""
+        start = self._checked = self._checked % max(len(waiting), 1)
+        self._checked += _CHECKS
+        part = waiting[start : start + _CHECKS]
+        return part + [job for job in waiting if job.left and job not in part]
+
     def _admit(self) -> None:
         """Give places to those who wait, as long as others give way; the next in turn is never passed over."""
         limits = self.limits
@@ -247,6 +227,7 @@ class Scheduler:
                 job = self._queue.first(self._places.shares(self._places.jobs, limits.max_rows, limits.weights))
                 leaving = None if job is None else self._places.giving_way(job, limits.max_rows, limits.weights)
                 if job is None or leaving is None:
+                    self._known = set(self._queue.tenants)
                     return
                 for other in leaving:
                     self._places.remove(other)
@@ -269,9 +250,16 @@ class Scheduler:
         # prompt here decode in the next round, so that `cancel` is checked before each token.
         if prompts:
             self._attempt(prompts, lambda: self._run_chunks(prompts, chunks))
-        if decoding:
+            self._hurried = not self._hurried and self._has_newcomer()
+        if decoding and not (prompts and self._hurried):
             self._attempt(decoding, lambda: self._run_decode(decoding))
         return bool(jobs)
+
+    def _has_newcomer(self) -> bool:
+        """Whether a tenant without a place has come during this round."""
+        here = {job.request.tenant for job in self._places.jobs} | self._known
+        with self._work:
+            return any(tenant not in here for tenant in self._queue.tenants)
 
     def _next_chunks(self, jobs: list[Job], *, beside: bool) -> tuple[list[Job], list[Sequence[int]]]:
         """Prompts to run now and their next chunks: first of the tenant whose clock is furthest behind.

@@ -103,7 +103,7 @@ def test_a_response_format_is_enforced() -> None:
     assert llm.complete("?", choice=["yes", "no"]).text in {"yes", "no"}
 
 
-@pytest.mark.filterwarnings("ignore:The `__fields:DeprecationWarning")  # LlamaIndex's workflows
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LlamaIndex's workflows
 async def test_an_agent_calls_tools_until_it_has_an_answer() -> None:
     def reply(prompt: Prompt) -> str:
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]

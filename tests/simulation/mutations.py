@@ -64,22 +64,6 @@ def _count_cached_twice() -> AbstractContextManager[object]:
     return patch.object(UsageSums, "add_sum", add_sum)
 
 
-def _keep_a_torn_write() -> AbstractContextManager[object]:
-    import os as real
-
-    from polar_billing.metering.spool import Segment
-    from tests.simulation.disk import Disk
-
-    def write(self: Segment, lines: bytes) -> None:
-        assert Disk.now_in is not None
-        written = Disk.now_in.write(self._fd, lines)
-        if written != len(lines):
-            raise OSError(28, real.strerror(28))
-        self._size += written
-
-    return patch.object(Segment, "_write", write)
-
-
 def _answer_before_writing() -> AbstractContextManager[object]:
     from polar_billing.metering.writer import Writer
 
@@ -176,7 +160,6 @@ MUTATIONS: Final[dict[str, Mutation]] = {
     "forget-to-flush": Mutation("ledger", _forget_to_flush),
     "drop-the-tail": Mutation("ledger", _drop_the_tail),
     "count-cached-twice": Mutation("ledger", _count_cached_twice),
-    "keep-a-torn-write": Mutation("ledger", _keep_a_torn_write),
     "answer-before-writing": Mutation("ledger", _answer_before_writing),
     "forget-to-free": Mutation("ledger", _forget_to_free),
     "hold-nothing": Mutation("ledger", _hold_nothing),

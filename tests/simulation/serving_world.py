@@ -26,7 +26,8 @@ from polar_sdk.request import recorder
 from polar_sdk.request.generation import answer, stream
 from polar_sdk.serving import scheduler as scheduling
 from polar_sdk.serving import threads as product_threads
-from polar_sdk.serving.scheduler import Limits, Scheduler
+from polar_sdk.serving.places import Limits
+from polar_sdk.serving.scheduler import Scheduler
 from polar_sdk.serving.threads import iterate_in_thread, run_in_thread
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 from polar_sdk.usage import Outcome, UsageSink

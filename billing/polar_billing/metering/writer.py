@@ -44,6 +44,8 @@ class Ticket:
     """Of the writer, notified after each commit: creating an event for every record costs more than hashing it."""
     told: bool = True
     """Whether its caller is told if another record has taken its request id; else it is stored under a new one."""
+    spooled: bool = False
+    """Whether the spool's file has it."""
     done: bool = False
     stored: StoredUsage | None = None
     """As stored; None while it waits in the spool."""
@@ -120,11 +122,11 @@ class Writer:
             Their tickets, and whether they survive the end of this process already.
         """
         self._restart_after_fork()
-        tickets = [Ticket(entry, self._turn, told) for entry in entries]
         with self._turn:
             while len(self._queue) >= self._capacity:
                 self._turn.wait()
             safe = self._spool_entries(entries)
+            tickets = [Ticket(entry, self._turn, told, spooled=safe) for entry in entries]
             idle = not self._queue
             self._queue += tickets
             if self._thread is None:
@@ -213,10 +215,12 @@ class Writer:
         except OSError:
             self._fail(tickets, error)
             return
-        self.kept_records += len(tickets)
-        for ticket in tickets:
+        kept = [ticket for ticket in tickets if ticket.spooled]
+        self.kept_records += len(kept)
+        for ticket in kept:
             ticket.error = None if error.retryable else error
-        self._finish(tickets)
+        self._finish(kept)
+        self._fail(tickets, error)  # the rest, which the full disk did not take
 
     def _fail(self, tickets: list[Ticket], error: StoreError) -> None:
         waiting = [ticket for ticket in tickets if not ticket.done]

@@ -129,3 +129,17 @@ def test_migrating_says_from_where_to_where(tmp_path: Path, polar: Callable[...,
     assert isinstance(polar("migrate", "--ledger", str(file), "--to", "9").exception, SchemaVersionError)
     missing = polar("migrate", "--ledger", str(tmp_path / "none" / "x.sqlite3"))
     assert isinstance(missing.exception, StoreNotFoundError)
+
+
+def test_a_chain_that_is_broken_is_not_migrated(tmp_path: Path, polar: Callable[..., Result]) -> None:
+    file = tmp_path / "old.sqlite3"
+    shutil.copy(DATA / "ledger_v3.sqlite3", file)
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("DROP TRIGGER polar_usage_no_update")
+        connection.execute("UPDATE polar_usage SET device = 'tpu' WHERE request_id = '1007'")
+    result = polar("migrate", "--ledger", str(file))
+    assert isinstance(result.exception, LedgerUnsoundError)
+    said = str(result.exception)
+    assert "it was not migrated and is as it was: tenant 'beef', number 2 of the chain: row " in said
+    assert "\n" not in said
+    assert isinstance(polar("verify", "--ledger", str(file)).exception, SchemaVersionError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from polar_billing.ledger import connection
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter, open_meter
-from polar_billing.metering.spool import Spool, spool_folder, warning_of
+from polar_billing.metering.spool import Segment, Spool, spool_folder, warning_of
+from polar_billing.metering.writer import Writer
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:
@@ -41,6 +43,30 @@ def locked(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[sqlite3
     with closing(sqlite3.connect(ledger_url.removeprefix("sqlite:///"), isolation_level=None)) as stranger:
         stranger.execute("BEGIN IMMEDIATE")
         yield stranger
+
+
+def test_a_record_that_the_kept_file_lacks_is_not_taken_for_safe(
+    ledger_url: str, locked: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full for a moment while the ledger is locked: one record is in the file, the next one is not."""
+    meter = Meter(ledger_url)
+    writer = Writer(meter.ledger, gather_s=60.0)
+    (first,), safe = writer.submit([meter.entry(usage_record("written"))])
+    assert safe
+
+    def full(self: Segment, entries: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Segment, "append", full)
+    (second,), safe = writer.submit([meter.entry(usage_record("not written"))])
+    assert not safe
+    writer.drain()
+    assert first.result() is None
+    with pytest.raises(StoreLockedError):
+        second.result()
+    locked.rollback()
+    writer.close()
+    assert held(ledger_url) == ["first", "written"]
 
 
 @pytest.mark.parametrize("durability", ["commit", "spool"])

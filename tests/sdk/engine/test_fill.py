@@ -409,6 +409,27 @@ def test_segments_that_begin_alike_have_maps_of_their_own(tiny_family: TinyFamil
         assert together[program] == score_programs(decoder, question, [program])[program]
 
 
+@pytest.mark.parametrize("text", PROGRAMS)
+def test_a_row_that_gave_its_pages_up_goes_on_as_before(text: str, tiny_family: TinyFamily) -> None:
+    """It runs again what has run, the answer so far in one piece with the end of the prompt: who is filled stays."""
+    decoder = build_decoder(tiny_family("llama"))
+    program = with_fills(decoder, Program.parse(text))
+    prompt, following = some_tokens(25, 50), some_tokens(26, 4)
+    undisturbed = answer(Row(decoder, program), prompt, following)
+    row = Row(decoder, program)
+    answer(row, prompt, following[:2])
+    metered = row.work.flops()
+    row.drop_pages()
+    tokens = [*prompt, *following[:2]]
+    with torch.inference_mode():
+        for piece in (tokens[:30], tokens[30:]):
+            next_logits(decoder, [row], [piece], [False])
+            row.note_replay()
+        assert row.work.flops() == metered
+        rest = torch.stack([next_logits(decoder, [row], [[token]])[0] for token in following[2:]])
+    assert_close(rest, undisturbed[3:], text)
+
+
 class TestRequests:
     """A program with fills named by hand, through the whole of a request."""
 

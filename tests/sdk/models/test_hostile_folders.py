@@ -153,3 +153,15 @@ def test_a_folder_in_shards_still_loads(tmp_path: Path) -> None:
     with torch.inference_mode():
         assert model.generate("hello", max_tokens=1).token_ids
     clear_cache()
+
+
+def test_a_tokenizer_whose_settings_cannot_be_used_is_refused_when_it_is_read(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    valid = file.read_bytes()
+    file.write_text(json.dumps({**json.loads(valid), "model_max_length": "many"}))
+    try:
+        with pytest.raises(ModelDamagedError, match="tokenizer"):
+            PolarModel.from_pretrained(folder, ledger=None, compile=False, device="cpu")
+    finally:
+        file.write_bytes(valid)
+        clear_cache()

@@ -18,9 +18,8 @@ from polar_sdk.programs.policy import Policy
 from polar_sdk.serving import pace
 from polar_sdk.serving import scheduler as module
 from polar_sdk.serving.pace import PROMPT_DISCOUNT, Pace
-from polar_sdk.serving.places import TURN
+from polar_sdk.serving.places import TURN, Limits
 from polar_sdk.serving.queue import Clocks
-from polar_sdk.serving.scheduler import Limits
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 

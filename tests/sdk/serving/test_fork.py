@@ -14,7 +14,7 @@ import pytest
 from polar_sdk.models.convert import LOADING_LOCK
 from polar_sdk.request.encoder import PromptEncoder
 from polar_sdk.serving import scheduler as module
-from polar_sdk.serving.scheduler import Limits
+from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 

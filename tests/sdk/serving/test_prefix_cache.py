@@ -8,7 +8,7 @@ import pytest
 
 from polar_sdk.model import PolarModel
 from polar_sdk.programs.program import Program
-from polar_sdk.serving.scheduler import Limits
+from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill, tiny_model
 
 START = "You are a careful assistant. " * 6  # 174 tokens: two full pages

@@ -13,7 +13,7 @@ import pytest
 
 from polar_sdk.errors import CacheMemoryError, QueueFullError
 from polar_sdk.programs.policy import Policy
-from polar_sdk.serving.scheduler import Limits
+from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 

@@ -12,7 +12,7 @@ import torch
 from polar_sdk.engine.sampling import likeliest_tokens
 from polar_sdk.errors import LogitsError, ModelDamagedError
 from polar_sdk.model import PolarModel
-from polar_sdk.serving.scheduler import Limits
+from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 from polar_sdk.usage import ListSink
 
