@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 
-.PHONY: help install demo test test-fast standard-suite tamper check format docs model bench-engine bench-billing router simulate fuzz clean cancel-storm bench-fairness
+.PHONY: help install demo test test-fast standard-suite tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm bench-fairness clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, whi
 
 bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
 	$(BIN)/python -m benchmarks.billing
+
+bench-serving: $(STAMP) ## Measure the server over HTTP: equal streams, exact bills of clients that leave, speed
+	$(BIN)/python -m benchmarks.serving
 
 router: model ## Heal, search, train, certify and evaluate the shipped router; POLAR_DATA names a folder of JSONL sets
 	$(BIN)/python -m benchmarks.train_router

@@ -1,0 +1,228 @@
+"""Serving over HTTP: streams equal whole answers, clients that leave are billed what ran, and what HTTP costs.
+
+Run with `make bench-serving`; the last line is one JSON object. By default it is the tiny model that is served, which
+shows rules, not speed; `--model NAME` measures another one. `POLAR_BENCH_TRIALS` sets how many of each are tried.
+
+    clients_passed        clients that pass their tests, unmodified, of openai-python, ChatOpenAI, OpenAILike, llm, curl
+    stream_equal          bodies whose stream joined to the whole answer: text, tokens, finish, usage, FLOPs
+    cancel_exact          clients that left at a random moment and whose record has the FLOPs of its tokens, to the FLOP
+    idempotent_ok         calls that came twice, were billed once and got the same bytes
+    http_over_inprocess   tokens per second of 16 streams over HTTP, by those of 16 streams in this process
+    ttft_added_ms         median time to the first token over HTTP, less that in process. Unit: milliseconds
+    unrecorded_requests   requests without a record at the end; must be 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Final
+
+import torch
+
+from polar_sdk import ListSink, PolarModel, Program
+from polar_sdk.testing import tiny_model
+from polar_server import Settings, build
+from polar_server.uvicorn_server import UvicornServer
+
+TRIALS: Final = int(os.environ.get("POLAR_BENCH_TRIALS", "50"))
+STREAMS: Final = 16
+TOKENS: Final = 64
+PROMPT: Final = [{"role": "user", "content": "Tell me about the moon."}]
+
+
+CLIENTS: Final = ("openai_python", "langchain", "llama_index", "command_llm", "curl")
+"""What the tests of each client have in their names."""
+
+
+def passes(client: str) -> bool:
+    """Whether the tests of a client pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/integrations/server/test_clients.py", "-k", client]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, engine: PolarModel) -> None:
+        self.app = build(Settings(engine=engine, name="bench", drain=0.0))
+        self.server = self.app.state.server
+        self.uvicorn = UvicornServer(self.app, host="127.0.0.1", port=0)
+        started = threading.Event()
+        self.uvicorn.on_start = lambda _: started.set()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve()), daemon=True)
+        self.thread.start()
+        started.wait(60)
+        self.port = int(self.uvicorn.url.rpartition(":")[2])
+
+    def post(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> bytes:
+        """The body of an answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers or {})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        if answer.status != 200:
+            raise RuntimeError(f"{answer.status}: {content[:300]!r}")
+        return content
+
+    def first_token(self, body: dict[str, Any]) -> float:
+        """Seconds until the first event with text; the rest is read as well."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        begin = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": True}))
+        answer = connection.getresponse()
+        answer.readline()
+        seconds = time.perf_counter() - begin
+        answer.read()
+        connection.close()
+        return seconds
+
+    def close(self) -> None:
+        """End it."""
+        self.uvicorn.handle_exit(15, None)
+        self.uvicorn.handle_exit(15, None)
+        self.thread.join(60)
+
+
+def body_of(**fields: Any) -> dict[str, Any]:
+    return {"model": "bench", "messages": PROMPT, "max_tokens": TOKENS, **fields}
+
+
+def events_of(content: bytes) -> list[Any]:
+    lines = [line[6:] for line in content.split(b"\n") if line.startswith(b"data: ")]
+    return [json.loads(line) for line in lines if line != b"[DONE]"]
+
+
+def is_stream_equal(running: Running, chance: random.Random) -> bool:
+    body = body_of(
+        n=chance.randint(1, 3),
+        temperature=chance.choice([0, 0.8, 1.4]),
+        seed=chance.randrange(2**40),
+        max_tokens=chance.randint(1, 40),
+        **({"stop": chance.sample(["e", "@", " ", "the"], 2)} if chance.random() < 0.5 else {}),
+    )
+    whole = json.loads(running.post(body))
+    events = events_of(running.post({**body, "stream": True, "stream_options": {"include_usage": True}}))
+    texts: dict[int, str] = {}
+    finish: dict[int, str] = {}
+    for event in events[:-1]:
+        (choice,) = event["choices"]
+        texts[choice["index"]] = texts.get(choice["index"], "") + choice["delta"].get("content", "")
+        if choice["finish_reason"] is not None:
+            finish[choice["index"]] = choice["finish_reason"]
+    found = [(texts[index], finish[index]) for index in sorted(texts)]
+    wanted = [(choice["message"]["content"], choice["finish_reason"]) for choice in whole["choices"]]
+    same_usage = events[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    return found == wanted and same_usage and events[-1]["polar"]["flops"] == whole["polar"]["flops"]
+
+
+def is_cancel_exact(running: Running, sink: ListSink, chance: random.Random, letter: int) -> bool:
+    stream, before = chance.random() < 0.5, len(sink.records)
+    content = json.dumps(body_of(stream=stream, max_tokens=400, logit_bias={str(letter): 100})).encode()
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
+        time.sleep(chance.random() * 0.2)
+    deadline = time.monotonic() + 60
+    while len(sink.records) == before:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    record = sink.records[-1]
+    if not record.tokens.output:
+        return record.flops.layers_decode == 0
+    cost = running.server.engine.decoder.cost
+    tokens = record.tokens
+    executed = cost.request(Program.of(record.program), tokens.input, tokens.output, cached=tokens.cached).total
+    return bool(record.flops.total == executed)
+
+
+def is_idempotent(running: Running, sink: ListSink, number: int) -> bool:
+    body = body_of(temperature=1, stream=number % 2 == 0, max_tokens=8)
+    before, headers = len(sink.records), {"idempotency-key": f"bench-{number}"}
+    first, second = running.post(body, headers), running.post(body, headers)
+    return first == second and len(sink.records) == before + 1
+
+
+def in_threads(call: Any) -> float:
+    """Seconds that 16 calls at a time take."""
+    threads = [threading.Thread(target=call) for _ in range(STREAMS)]
+    begin = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - begin
+
+
+def measured(running: Running, engine: PolarModel) -> tuple[float, float]:
+    """Throughput over HTTP by that in process, and what HTTP adds to the first token; alternating, medians."""
+    options: Any = {"max_tokens": TOKENS}
+    inside: list[float] = []
+    outside: list[float] = []
+    first_inside: list[float] = []
+    first_outside: list[float] = []
+    for _ in range(5):
+        inside.append(in_threads(lambda: list(engine.stream(PROMPT, **options))))
+        outside.append(in_threads(lambda: running.post(body_of(stream=True))))
+        for _ in range(5):
+            begin = time.perf_counter()
+            chunks = engine.stream(PROMPT, max_tokens=4)
+            next(chunks)
+            first_inside.append(time.perf_counter() - begin)
+            list(chunks)
+            first_outside.append(running.first_token(body_of(max_tokens=4)))
+    added = statistics.median(first_outside) - statistics.median(first_inside)
+    return statistics.median(inside) / statistics.median(outside), added * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", help="alias, hub id, folder or .gguf file; by default the tiny model")
+    chosen = parser.parse_args().model
+    sink = ListSink()
+    if chosen is None:
+        torch.set_num_threads(1)  # its matrices are so small that a second thread only waits
+        engine = tiny_model(sink=sink, context_window=2048)
+    else:
+        engine = PolarModel.from_pretrained(chosen, sink=sink)
+    passed = sum(map(passes, CLIENTS))
+    print(f"{passed} of {len(CLIENTS)} clients pass", flush=True)
+    running, chance = Running(engine), random.Random(7)
+    letter = engine.encode("A")[0]
+    equal = sum(is_stream_equal(running, chance) for _ in range(TRIALS))
+    print(f"{equal} of {TRIALS} streams equal the whole answer", flush=True)
+    exact = sum(is_cancel_exact(running, sink, chance, letter) for _ in range(TRIALS))
+    print(f"{exact} of {TRIALS} clients that left are billed what ran", flush=True)
+    once = sum(is_idempotent(running, sink, number) for number in range(TRIALS))
+    print(f"{once} of {TRIALS} repeated calls were billed once and answered alike", flush=True)
+    ratio, added = measured(running, engine)
+    print(f"{ratio:.3f} of the throughput in process; {added:+.2f} ms to the first token", flush=True)
+    figures = {
+        "model": engine.name,
+        "trials": TRIALS,
+        "clients_passed": passed,
+        "stream_equal": equal,
+        "cancel_exact": exact,
+        "idempotent_ok": once,
+        "http_over_inprocess": round(ratio, 3),
+        "ttft_added_ms": round(added, 2),
+        "unrecorded_requests": len(running.server.sink.due),
+    }
+    running.close()
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
