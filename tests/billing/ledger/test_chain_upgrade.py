@@ -42,9 +42,12 @@ def tampered(unguarded: Unguarded) -> Callable[[Ledger, str], None]:
     def change(ledger: Ledger, statement: str) -> None:
         if ledger.url.get_backend_name() == "sqlite":  # by a connection that heeds no foreign keys
             with closing(sqlite3.connect(str(ledger.url.database))) as file, file:
-                for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+                triggers = file.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+                for name, _ in triggers:
                     file.execute(f"DROP TRIGGER {name}")
                 assert file.execute(statement).rowcount
+                for _, trigger in triggers:
+                    file.execute(trigger)
             return
         with ledger.unprepared() as connection, unguarded(connection):
             assert connection.exec_driver_sql(statement).rowcount
@@ -147,8 +150,7 @@ def test_what_the_old_rule_hashed_alike_is_found_by_its_type(
     tampered(old_ledger, f"UPDATE {change}")
     with pytest.raises(LedgerUnsoundError, match="the row is not read"):
         migrate(old_ledger)
-    with closing(sqlite3.connect(str(old_ledger.url.database))) as file, file:
-        file.execute(f"UPDATE {back}")
+    tampered(old_ledger, f"UPDATE {back}")
     migrate(old_ledger)
     tampered(old_ledger, f"UPDATE {change}")
     assert "the row is not read" in str(verify_ledger(old_ledger).findings[0])
