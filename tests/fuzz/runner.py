@@ -175,7 +175,7 @@ def prepare(folder: str) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HOME"] = folder
+    os.environ.update(HOME=folder)
     Path(folder, "here").mkdir(exist_ok=True)
     os.chdir(Path(folder, "here"))
 
