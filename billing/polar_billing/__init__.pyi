@@ -3,6 +3,7 @@ from .budgets.budget import Budget as Budget
 from .budgets.budget import Level as Level
 from .budgets.budget import OverBudget as OverBudget
 from .budgets.keeper import Budgets as Budgets
+from .errors import AccessError as AccessError
 from .errors import AmountError as AmountError
 from .errors import BillingError as BillingError
 from .errors import BudgetError as BudgetError

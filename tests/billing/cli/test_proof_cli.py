@@ -21,6 +21,7 @@ from polar_billing.errors import (
     SchemaVersionError,
     StoreNotFoundError,
 )
+from polar_billing.ledger.schema import SCHEMA_VERSION
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 
@@ -122,11 +123,16 @@ def test_migrating_says_from_where_to_where(tmp_path: Path, polar: Callable[...,
     shutil.copy(DATA / "ledger_v1.sqlite3", file)
     assert isinstance(polar("verify", "--ledger", str(file)).exception, SchemaVersionError)
     result = polar("migrate", "--ledger", str(file))
-    assert result.output == f"The ledger {file} was migrated from schema version 1 to 6.\n"
-    assert polar("migrate", "--ledger", str(file)).output == f"The ledger {file} already has schema version 6.\n"
+    assert result.output == f"The ledger {file} was migrated from schema version 1 to {SCHEMA_VERSION}.\n"
+    assert (
+        polar("migrate", "--ledger", str(file)).output
+        == f"The ledger {file} already has schema version {SCHEMA_VERSION}.\n"
+    )
     assert polar("verify", "--ledger", str(file)).exit_code == 0
-    assert "from schema version 6 to 1" in polar("migrate", "--ledger", str(file), "--to", "1").output
-    assert isinstance(polar("migrate", "--ledger", str(file), "--to", "9").exception, SchemaVersionError)
+    assert f"from schema version {SCHEMA_VERSION} to 1" in polar("migrate", "--ledger", str(file), "--to", "1").output
+    assert isinstance(
+        polar("migrate", "--ledger", str(file), "--to", str(SCHEMA_VERSION + 1)).exception, SchemaVersionError
+    )
     missing = polar("migrate", "--ledger", str(tmp_path / "none" / "x.sqlite3"))
     assert isinstance(missing.exception, StoreNotFoundError)
 
