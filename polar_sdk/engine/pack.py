@@ -174,7 +174,7 @@ class PackedQuestions:
             decoder: The weights.
             steps: The last visit, and what follows it.
             x: States of all packed tokens before it, (N, E).
-            wanted: Places of tokens that run it, M of them.
+            wanted: Places of tokens that run it, M ≥ 1 of them.
 
         Returns:
             Their states (M, E), on the device of the last step.

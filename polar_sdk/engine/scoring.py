@@ -71,6 +71,11 @@ def score_programs(
         wanted = sorted(set(sources))
         place_of = {source: place for place, source in enumerate(wanted)}
         rows = [place_of[source] for source in sources]
+        if not wanted:  # no continuation has a token: there is nothing to compute
+            for program in ordered:
+                scores[program].extend(_regroup(pack, [], []))
+                on_program()
+            continue
         for program, hidden in _final_states(decoder, pack, ordered, wanted):
             scores[program].extend(_read(decoder, pack, hidden[rows], targets))
             on_program()

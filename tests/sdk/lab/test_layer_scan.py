@@ -90,7 +90,7 @@ def test_shared_starts_change_no_score(model: PolarModel) -> None:
 
 
 def test_packs_keep_order_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polar_sdk.engine.scoring.MAX_PACK_TOKENS", 10)
+    monkeypatch.setattr("polar_sdk.engine.pack.MAX_PACK_TOKENS", 10)
     questions = [Question((0,) * size, ((1,),)) for size in (3, 4, 20, 1, 1, 1, 6)]
     found = list(packs(questions))
     assert [question for pack in found for question in pack] == questions

@@ -143,7 +143,7 @@ def test_the_cheapest_is_the_cheapest_at_the_prompts_own_length() -> None:
     """A skip saves as much of a short answer as of a long prompt; a fill saves of the prompt alone."""
     model = tiny_model()
     cuts = filled(model, own_length=True)
-    menu = (Program.identity(6), Program.skipping(6, [3]), cuts.programs[1])
+    menu = (Program.identity(6), Program.skipping(6, [3]), cuts.programs[2])
     pricing = Pricing(menu, model.decoder.cost, own_length=True, answer=48)
     cheapest_at = [int(pricing.costs([length])[0].argmin()) for length in (4, 450)]
     assert cheapest_at == [1, 2]
