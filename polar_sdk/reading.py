@@ -16,7 +16,10 @@ import re
 import tomllib
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAX_BYTES: Final = 16 * 2**20
 """Of a JSON file, unless its reader says otherwise."""
@@ -101,8 +104,13 @@ def check_size(content: bytes | str, max_bytes: int) -> None:
         raise Unreadable(f"larger than the {max_bytes:,} bytes that are read")
 
 
-def parse_json(content: bytes | str, *, max_bytes: int = MAX_BYTES) -> Any:
+def parse_json(content: bytes | str, *, max_bytes: int = MAX_BYTES, max_digits: int = MAX_DIGITS) -> Any:
     """The value of a JSON text; `NaN` and `Infinity` count as numbers, as Python writes them.
+
+    Args:
+        content: The text; bytes are UTF-8.
+        max_bytes: Of the whole text.
+        max_digits: Of a number; Python reads none of more than 4,300.
 
     Raises:
         Unreadable: It is not JSON or beyond a limit.
@@ -112,7 +120,7 @@ def parse_json(content: bytes | str, *, max_bytes: int = MAX_BYTES) -> Any:
     if text.count("[") + text.count("{") > MAX_DEPTH:  # otherwise it cannot nest too deeply
         _check_depth(text)
     try:
-        return json.loads(text, parse_int=_integer, parse_float=_float)
+        return json.loads(text, parse_int=_number(int, max_digits), parse_float=_number(float, max_digits))
     except json.JSONDecodeError as error:
         raise Unreadable(f"not valid JSON (line {error.lineno}: {error.msg})") from error
     except RecursionError as error:  # called from deep within another program
@@ -221,16 +229,12 @@ def _check_toml(text: str) -> None:
             raise Unreadable(f"number {shown(word)} has more than {MAX_DIGITS} digits")
 
 
-def _integer(digits: str) -> int:
-    _check_digits(digits)
-    return int(digits)
+def _number(kind: type[int | float], max_digits: int) -> Callable[[str], int | float]:
+    """How numbers of a kind are read."""
 
+    def read(digits: str) -> int | float:
+        if len(digits) > max_digits:
+            raise Unreadable(f"number {shown(digits)} has {len(digits):,} digits; at most {max_digits:,} are read")
+        return kind(digits)
 
-def _float(digits: str) -> float:
-    _check_digits(digits)
-    return float(digits)
-
-
-def _check_digits(digits: str) -> None:
-    if len(digits) > MAX_DIGITS:
-        raise Unreadable(f"number {shown(digits)} has {len(digits):,} digits; at most {MAX_DIGITS} are read")
+    return read

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
 from polar_sdk.reading import Unreadable, parse_json
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.request import Request
     from polar_sdk.usage import Receipt, UsageRecord, UsageSink
+
+_MAX_DIGITS: Final = 4300
+"""Of a number in a JSON answer, which grammars allow to be of any length: what Python reads at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,14 @@ class Generation:
         Raises:
             IncompleteAnswerError: It ended too early, or is not JSON.
         """
+        reason = f"it ended after {len(self.token_ids)} tokens (finish_reason={self.finish_reason})"
         if self.complete is not False:
-            with suppress(Unreadable):
-                return parse_json(self.text)
+            try:
+                return parse_json(self.text, max_digits=_MAX_DIGITS)
+            except Unreadable as error:
+                reason += f"; {error}"
         raise IncompleteAnswerError(
-            f"the answer is not complete JSON: it ended after {len(self.token_ids)} tokens "
-            f"(finish_reason={self.finish_reason}).",
+            f"the answer is not complete JSON: {reason}.",
             hint="Raise max_tokens, or remove the stop string.",
             text=self.text,
         )

@@ -6,6 +6,7 @@ import builtins
 import re
 import sys
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -158,6 +159,14 @@ def test_a_stop_string_ends_it_too_early(model: PolarModel) -> None:
     assert (answer.finish_reason, answer.complete) == ("stop", False)
     with pytest.raises(IncompleteAnswerError):
         answer.json()
+
+
+def test_a_number_may_be_as_long_as_python_reads(tiny: PolarModel) -> None:
+    generation = replace(tiny.generate("Hello", max_tokens=1), complete=True)
+    for digits in (101, 4300):
+        assert replace(generation, text="9" * digits).json() == 10**digits - 1
+    with pytest.raises(IncompleteAnswerError, match=r"has 4,301 digits; at most 4,300 are read"):
+        replace(generation, text="9" * 4301).json()
 
 
 def test_a_schema_that_cannot_fit_is_refused_before_compute() -> None:
