@@ -266,6 +266,8 @@ def run_signalled(tries: int, seed: int = 0) -> Score:
     rng = random.Random(seed)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
+        hung = threading.Timer(60 + tries, worker.kill)  # a worker that hangs has failed, and says so here
+        hung.start()
         last = ""
         for line in worker.stdout:
             last = line
@@ -274,7 +276,8 @@ def run_signalled(tries: int, seed: int = 0) -> Score:
                 for _ in range(rng.randint(1, 3)):
                     worker.send_signal(rng.choice((signal.SIGINT, signal.SIGTERM)))
                     time.sleep(rng.choice((0, 0.0005, 0.004)))
-    assert worker.returncode == 0, last
+    hung.cancel()
+    assert worker.returncode == 0, f"the worker hung or failed ({worker.returncode}) after: {last}"
     return Score(*map(int, last.split()))
 
 
