@@ -142,20 +142,10 @@ class ApiKeys:
             AccessError: A name, scope or limit is not valid.
         """
         now = self._now()
-        secret = secrets.token_urlsafe(32)
-        key_id = "".join(secrets.choice(_ALPHABET) for _ in range(8))
-        expires_at = None if expires_in is None else now + expires_in
-        key = ApiKey(
-            key_id=key_id,
-            tenant=tenant,
-            name=name,
-            secret_hash=hashlib.sha256(secret.encode()).hexdigest(),
-            **{"not_before": now, "expires_at": expires_at, **bounds},
-        )
-        key.check()
+        key, text = _new(tenant, name, now, None if expires_in is None else now + expires_in, bounds)
         with self.ledger.transaction() as connection:
             _write(connection, key, now)
-        return key, f"pk_{key_id}_{secret}"
+        return key, text
 
     def find(self, key_id: str) -> ApiKey | None:
         """The key of an id as it is in force now; revoked and expired ones as well."""
@@ -188,11 +178,12 @@ class ApiKeys:
         """
         old, now = self._active(key_id), self._now()
         until = now + overlap
-        fields = {name: getattr(old, name) for name in ("tags", "scopes", "models", "tiers", *_LIMITS)}
-        new, text = self.create(
-            old.tenant, old.name, **fields, rotated_from=old.key_id, expires_at=old.expires_at, not_before=now
-        )
-        self._set(replace(old, expires_at=until if old.expires_at is None else min(until, old.expires_at)), now)
+        bounds = {name: getattr(old, name) for name in ("tags", "scopes", "models", "tiers", *_LIMITS)}
+        new, text = _new(old.tenant, old.name, now, old.expires_at, {**bounds, "rotated_from": old.key_id})
+        ending = replace(old, expires_at=until if old.expires_at is None else min(until, old.expires_at))
+        with self.ledger.transaction() as connection:  # both or none: an old key must not stay good for ever
+            _write(connection, new, now)
+            _write(connection, ending, now)
         return new, text
 
     def revoke(self, key_id: str) -> ApiKey:
@@ -202,12 +193,9 @@ class ApiKeys:
             AccessError: There is no such key.
         """
         key = replace(self._known(key_id), revoked=True)
-        self._set(key, self._now())
-        return key
-
-    def _set(self, key: ApiKey, now: datetime) -> None:
         with self.ledger.transaction() as connection:
-            _write(connection, key, now)
+            _write(connection, key, self._now())
+        return key
 
     def _known(self, key_id: str) -> ApiKey:
         key = self.find(key_id)
@@ -224,6 +212,23 @@ class ApiKeys:
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+def _new(
+    tenant: str, name: str, now: datetime, expires_at: datetime | None, bounds: Mapping[str, Any]
+) -> tuple[ApiKey, str]:
+    """A key with a new id and secret, and the text that opens it."""
+    secret = secrets.token_urlsafe(32)
+    key_id = "".join(secrets.choice(_ALPHABET) for _ in range(8))
+    key = ApiKey(
+        key_id=key_id,
+        tenant=tenant,
+        name=name,
+        secret_hash=hashlib.sha256(secret.encode()).hexdigest(),
+        **{"not_before": now, "expires_at": expires_at, **bounds},
+    )
+    key.check()
+    return key, f"pk_{key_id}_{secret}"
 
 
 def _write(connection: Connection, key: ApiKey, now: datetime) -> None:
