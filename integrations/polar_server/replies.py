@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Message, Send
 
-_LONGEST_KEY: Final = 255
-_MOST_BYTES: Final = 64 * 2**20
+_MAX_KEY_CHARACTERS: Final = 255
+_MAX_KEPT_BYTES: Final = 64 * 2**20
 
 
 class ReplyStore(Protocol):
@@ -66,7 +66,7 @@ class MemoryReplies:
             self._kept[tenant, key] = (fingerprint, answer)
             self._bytes += len(answer)
             for place, (_, old) in list(self._kept.items()):
-                if self._bytes <= _MOST_BYTES:
+                if self._bytes <= _MAX_KEPT_BYTES:
                     break
                 if old is not None:
                     del self._kept[place]
@@ -85,8 +85,10 @@ def key_of(headers: Mapping[str, str]) -> str | None:
         ApiError: It is empty or too long.
     """
     key = headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key) <= _LONGEST_KEY:
-        raise ApiError(f"Idempotency-Key has {len(key)} characters; use 1 to {_LONGEST_KEY}.", param="idempotency-key")
+    if key is not None and not 1 <= len(key) <= _MAX_KEY_CHARACTERS:
+        raise ApiError(
+            f"Idempotency-Key has {len(key)} characters; use 1 to {_MAX_KEY_CHARACTERS}.", param="idempotency-key"
+        )
     return key
 
 

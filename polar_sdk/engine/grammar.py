@@ -31,7 +31,7 @@ _KEPT: Final = 256
 """Compiled grammars kept per model."""
 _MARGIN: Final = 16
 """Steering looks this many tokens ahead of the shortest end. Unit: tokens."""
-_LONGEST_END: Final = 512
+_MAX_END_TOKENS: Final = 512
 """No search for an end goes on for longer. Unit: tokens."""
 _BLIND_LOOK: Final = 64
 """Where no end was found, none is looked for before this many tokens are left."""
@@ -117,7 +117,7 @@ class Grammar:
 
     @cached_property
     def _end(self) -> _End:
-        return _search_end(self._matcher, self._tokens, _LONGEST_END)
+        return _search_end(self._matcher, self._tokens, _MAX_END_TOKENS)
 
 
 class GrammarState:
@@ -218,12 +218,12 @@ class GrammarState:
             closing = way[:-1] if way[-1] == self._tokens.end else way
             if probe.consume_tokens(closing) and probe.is_accepting():
                 return closing if probe.is_stopped() else [*closing, self._tokens.end]
-        return _search_end(after, self._tokens, min(self._left or 0, _LONGEST_END)).path
+        return _search_end(after, self._tokens, min(self._left or 0, _MAX_END_TOKENS)).path
 
     def _way_from_here(self) -> list[int] | None:
         if self.accepting:
             return [self._tokens.end]
-        return _search_end(self._matcher, self._tokens, _LONGEST_END).path
+        return _search_end(self._matcher, self._tokens, _MAX_END_TOKENS).path
 
     def _allows(self, token: int) -> bool:
         self._mask()

@@ -147,7 +147,7 @@ def free_figures(ours: Sequence[Answer], identity: Sequence[Answer], gold: Mappi
         same_text=fmean(one.tokens == other.tokens for one, other in pairs),
         first_divergence=fmean(shared_start(one.tokens, other.tokens) for one, other in pairs),
         chrf=fmean(chrf(one.text, other.text) for one, other in pairs),
-        repeated_4grams=fmean(repeated(one.tokens) for one in ours),
+        repeated_4grams=fmean(repeated(answer.tokens) for answer in ours),
         gold_f1=fmean(scores) if scores else None,
         gold_f1_drop=mean_difference(theirs, scores) if scores else None,
         kl_per_token=kl,
