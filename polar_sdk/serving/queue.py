@@ -100,13 +100,17 @@ class FairQueue:
         lost = self._give_room(jobs, len(self) + len(jobs) - limit, limit, weights)
         present = {job.request.tenant for job in running} | set(self._lines)
         for job in jobs:
-            tenant = job.request.tenant
-            if tenant not in present:
-                self.clocks.arrive(tenant, present)
-                present.add(tenant)
-            self._lines.setdefault(tenant, deque()).append(job)
-            self._in_line.add(job)
+            self._line_for(job, present).append(job)
         return lost
+
+    def _line_for(self, job: Job, present: set[str]) -> deque[Job]:
+        """The line that a job is about to join; its tenant is one of those present from now on."""
+        tenant = job.request.tenant
+        if tenant not in present:
+            self.clocks.arrive(tenant, present)
+            present.add(tenant)
+        self._in_line.add(job)
+        return self._lines.setdefault(tenant, deque())
 
     def _give_room(self, jobs: Sequence[Job], missing: int, limit: int, weights: Mapping[str, float]) -> list[Job]:
         if missing <= 0:
@@ -140,12 +144,7 @@ class FairQueue:
             return
         present = {job.request.tenant for job in running} | set(self._lines)
         for job in reversed(ready):
-            tenant = job.request.tenant
-            if tenant not in present:
-                self.clocks.arrive(tenant, present)
-                present.add(tenant)
-            self._lines.setdefault(tenant, deque()).appendleft(job)
-            self._in_line.add(job)
+            self._line_for(job, present).appendleft(job)
 
     def first(self, shares: Mapping[str, float]) -> Job | None:
         """The job to serve next, or None; between equal tenants, the job that has waited longest.
