@@ -90,6 +90,11 @@ class Scheduler:
         """Number of jobs that wait or run."""
         return len(self._open)
 
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait for a place among those that run."""
+        return len(self._waiting())
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Run jobs, together if there is room.
 
