@@ -168,7 +168,8 @@ class _Stream(Generator["Chunk", None, None]):
         try:
             return next(self._chunks)
         except BaseException as failure:
-            self._recorder.end(failure)  # a further signal may have cut the first call short
+            if not self._chunks.gi_running:  # else another thread is reading
+                self._recorder.end(failure)  # a further signal may have cut the first call short
             raise
 
     def send(self, value: None) -> Chunk:
