@@ -101,7 +101,15 @@ class Endpoint:
             await self._reply(exchange, call, answer).send(send)
 
     async def _answer_once(self, exchange: Exchange, call: Call, key: str, fingerprint: str, send: Send) -> None:
-        """Answer a call that may come again: by whoever claims its key first, and then from what was kept."""
+        """Answer a call that may come again: by whoever claims its key first, and then from what was kept.
+
+        All of it in a task of its own: the answer is for whoever comes back, also when this client has left, and a
+        claim is always followed by an answer or given up.
+        """
+        work = self._claim_and_answer(exchange, call, key, fingerprint, send)
+        await asyncio.shield(self._server.answers.keep(work))
+
+    async def _claim_and_answer(self, exchange: Exchange, call: Call, key: str, fingerprint: str, send: Send) -> None:
         store = self._server.replies
         tenant = self._server.caller(exchange).tenant or self._server.engine.tenant
         state, kept = await asyncio.to_thread(store.claim, tenant, key, fingerprint)
@@ -111,11 +119,7 @@ class Endpoint:
             return
         if state != "claimed":
             raise replies.refusal(state)
-        # In a task of its own: the answer is for whoever comes back, also when this client has left.
-        await asyncio.shield(self._server.answers.keep(self._answer_claimed(exchange, call, tenant, key, send)))
-
-    async def _answer_claimed(self, exchange: Exchange, call: Call, tenant: str, key: str, send: Send) -> None:
-        store, copy, whole = self._server.replies, replies.Copy(send), False
+        copy, whole = replies.Copy(send), False
         try:
             answer = self._server.start(call, exchange)
             whole = await self._reply(exchange, call, answer).send(copy)

@@ -25,7 +25,10 @@ _MAX_KEPT_BYTES: Final = 64 * 2**20
 
 
 class ReplyStore(Protocol):
-    """Where replies are kept; see `polar_billing.access.replies.Replies`. Calls may take as long as a database does."""
+    """Where replies are kept; see `polar_billing.access.replies.Replies`. Calls may take as long as a database does.
+
+    Whoever is told `claimed` calls `keep` or `give_up` afterwards.
+    """
 
     def claim(self, tenant: str, key: str, fingerprint: str) -> tuple[str, bytes | None]:
         """`claimed`, `other`, `running`, or `done` with the answer."""
@@ -37,6 +40,10 @@ class ReplyStore(Protocol):
 
     def give_up(self, tenant: str, key: str) -> None:
         """A claimed request has no answer to keep."""
+        ...
+
+    def close(self) -> None:
+        """The server ends."""
         ...
 
 
@@ -76,6 +83,9 @@ class MemoryReplies:
         """As `ReplyStore`."""
         with self._lock:
             self._kept.pop((tenant, key), None)
+
+    def close(self) -> None:
+        """As `ReplyStore`."""
 
 
 def key_of(headers: Mapping[str, str]) -> str | None:

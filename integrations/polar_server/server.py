@@ -115,6 +115,7 @@ class Server:
     async def close(self) -> None:
         """Let answers finish for a while, stop the others, and store every record; the sink's spool goes last."""
         await self.answers.drain(self.settings.drain)
+        await run_in_thread(lambda _: self.replies.close(), None)
         await run_in_thread(lambda _: recorder.flush(), None)
         await run_in_thread(lambda _: self.sink.close(), None)
 

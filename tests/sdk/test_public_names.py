@@ -34,7 +34,7 @@ PUBLIC = {
     "langchain_polar": """
         ChatPolar CostTotals PolarCall PolarCostCallbackHandler PolarLLM get_polar_cost_callback register
     """,
-    "llama_index_polar": "PolarLLM",
+    "llama_index_polar": "CallCosts CostTotals PolarCall PolarLLM get_polar_cost_callback",
 }
 HEAVY = "torch transformers"
 FRAMEWORKS = "langchain_core llama_index.core sqlalchemy"
