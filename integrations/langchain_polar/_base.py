@@ -12,7 +12,7 @@ from pydantic import Field, SecretStr
 
 from langchain_polar._calls import Call, Caller
 from langchain_polar._messages import cached_metadata, cached_record
-from langchain_polar.errors import langchain_errors
+from langchain_polar.errors import MAY_PASS, langchain_errors
 from polar_sdk.frameworks.settings import ModelSettings
 from polar_sdk.sinks import find_sink
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from langchain_core.language_models.base import LangSmithParams
+    from langchain_core.runnables import Runnable
 
     from polar_sdk import PolarModel
 
@@ -74,6 +75,20 @@ class PolarBase(ModelSettings):
         params["ls_provider"] = "polar"
         params["ls_model_name"] = kwargs.get("model") or self.model_name
         return params
+
+    def with_retry(self, *, retry_if_exception_type: Any = MAY_PASS, **options: Any) -> Runnable[Any, Any]:
+        """As LangChain's, but unless you say otherwise only what may pass by itself is tried again.
+
+        An exhausted budget, a prompt that is too long or a wrong option fails the same way each time.
+
+        Args:
+            retry_if_exception_type: Classes of errors, or in later versions of LangChain a function of one.
+            **options: LangChain's others, such as `stop_after_attempt`.
+        """
+        retried: Runnable[Any, Any] = super().with_retry(  # type: ignore[misc]
+            retry_if_exception_type=retry_if_exception_type, **options
+        )
+        return retried
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a plain text, by the model's own tokenizer."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")
 """Prefixes of metadata that frameworks add themselves: run bookkeeping, of no use on a bill."""
-_FRAMEWORK_TAGS: Final = ("seq:step:", "map:key:", "branch:", "condition:", "graph:step:")
+_FRAMEWORK_TAGS: Final = ("seq:step:", "map:key:", "branch:", "condition:", "graph:step:", "retry:attempt:")
 _SCALAR: Final = (str, int, float, bool)
 MAX_LABEL_LENGTH: Final = 200
 """Longer metadata values are payload, not labels. Unit: characters."""
