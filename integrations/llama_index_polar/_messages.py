@@ -26,7 +26,7 @@ from pydantic_core import from_json
 
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts
-from polar_sdk.frameworks.tools import call_text
+from polar_sdk.frameworks.tools import call_text, result_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
@@ -66,7 +66,7 @@ def to_roles(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
 def _content(message: ChatMessage, position: int) -> str:
     text = "\n".join(part for block in message.blocks if (part := _block(block, position)))
     if message.role in (MessageRole.TOOL, MessageRole.FUNCTION):
-        return f"Result of {message.additional_kwargs.get('name') or 'the tool'}: {text}"
+        return result_text(message.additional_kwargs.get("name"), text)
     return text
 
 
