@@ -14,6 +14,7 @@ from langchain_polar._calls import Call, Caller
 from langchain_polar._messages import cached_metadata, cached_record
 from langchain_polar.errors import MAY_PASS, langchain_errors
 from polar_sdk.frameworks.settings import ModelSettings
+from polar_sdk.frameworks.tracing import CallSpan
 from polar_sdk.sinks import find_sink
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class PolarBase(ModelSettings):
     def _call(self, options: Mapping[str, Any], stop: Sequence[str] | None, caller: Caller) -> Call:
         """Prepare one call of the engine; loads it if needed."""
         bound = self._with_options(options)
-        return Call(bound._engine(), bound._engine_options(stop), self._caller(caller, options))
+        return Call(bound._engine(), bound._engine_options(stop), self._caller(caller, options), bound.tracing)
 
     async def _acall(self, options: Mapping[str, Any], stop: Sequence[str] | None, caller: Caller) -> Call:
         """As `_call`; loading weights does not block the event loop."""
@@ -124,8 +125,10 @@ class PolarBase(ModelSettings):
                 sink = find_sink(self.ledger, self.sink)
             else:
                 sink, caller = engine.sink, caller.over(engine.tenant, engine.tags)
-            record = cached_record(metadata, caller, self.tenant)
-            return cached_metadata(metadata, record, sink.emit(record))
+            span, record = CallSpan(self.tracing), cached_record(metadata, caller, self.tenant)
+            receipt = sink.emit(record)
+            span.note(record, receipt)
+            return cached_metadata(metadata, record, receipt)
 
 
 def _router_setting(router: Any) -> str | None:
