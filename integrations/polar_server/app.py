@@ -15,6 +15,7 @@ from starlette.routing import Route
 from polar_sdk import __version__
 from polar_sdk.engine import ENGINE_VERSION
 from polar_server import openapi
+from polar_server.account import Quote, ReceiptOf, Usage
 from polar_server.endpoint import Endpoint
 from polar_server.errors import ApiError
 from polar_server.exchange import Exchange, send_bytes, send_json
@@ -54,6 +55,9 @@ def build(settings: Settings) -> Starlette:
     routes = [
         Route("/v1/chat/completions", _completions(server, chat, chat.ChatShape), methods=["POST"]),
         Route("/v1/completions", _completions(server, completions, completions.TextShape), methods=["POST"]),
+        Route("/v1/polar/quote", Quote(server), methods=["GET", "POST"]),
+        Route("/v1/polar/usage", Usage(server), methods=["GET"]),
+        Route("/v1/polar/receipts/{id:path}", ReceiptOf(server), methods=["GET"]),
         Route("/v1/models", _Json(lambda scope: _models(server, scope)), methods=["GET"]),
         Route("/v1/models/{model:path}", _Json(lambda scope: _model(server, scope)), methods=["GET"]),
         Route("/health", _Json(lambda _: {"status": "ok"}), methods=["GET"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from polar_sdk.errors import GrammarError, MissingExtraError
 from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.reading import shown
 from polar_server.errors import ApiError
@@ -105,6 +106,14 @@ class Call:
     def form_param(self) -> str:
         """The field to blame where the form cannot be enforced."""
         return self.format_param if self.form.use is None else "tools"
+
+    def blamed(self, error: Exception) -> Exception:
+        """An error of the engine with the field that is to blame, which the engine cannot know."""
+        if isinstance(error, GrammarError):
+            return ApiError(str(error), param=self.form_param)
+        if isinstance(error, MissingExtraError):
+            return ApiError(str(error), code="unsupported_value", param=self.form_param)
+        return error
 
 
 @dataclass(frozen=True, kw_only=True)
