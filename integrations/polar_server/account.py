@@ -19,7 +19,7 @@ from polar_sdk.serving.threads import run_in_thread
 from polar_sdk.usage import UsageBound, new_request_id
 from polar_server.errors import ApiError
 from polar_server.exchange import Exchange, read_object, send_json
-from polar_server.openai import chat, completions, fields
+from polar_server.openai import chat, completions, fields, responses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _MAX_PARAMETERS: Final = 20
 USAGE: Final = ("by", "month", "since", "until", "zone", "currency")
 NUMBERS: Final = ("input_tokens", "max_tokens")
+_APIS: Final = {"messages": chat, "input": responses, "prompt": completions}
+"""The field by which the body of an API is known."""
 _PAUSES_S: Final = (0.0, 0.05, 0.2, 0.75)
 """How long a receipt is waited for: a record is in the ledger a moment after its answer. Unit: seconds."""
 _NOT_OFFERED: Final = (RouterError, ProgramError, ToleranceError, UnknownTierError)
@@ -61,7 +63,7 @@ class Quote:
     async def _of_body(self, exchange: Exchange, receive: Receive) -> dict[str, Any]:
         server = self._server
         content = await read_object(exchange, receive, server.settings.max_body)
-        api: Any = completions if "prompt" in content and "messages" not in content else chat
+        api: Any = next((api for name, api in _APIS.items() if name in content), chat)
         body = fields.read(content, api.FIELDS, strict=server.settings.strict)
         call: Call = api.read_call(body, server.rules(exchange))
         with server.counted(exchange):  # a router may run layers

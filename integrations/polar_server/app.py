@@ -21,8 +21,9 @@ from polar_server.errors import ApiError
 from polar_server.exchange import Exchange, send_bytes, send_json
 from polar_server.front import Front
 from polar_server.metrics import CONTENT_TYPE
-from polar_server.openai import chat, completions
+from polar_server.openai import chat, completions, responses
 from polar_server.openai.choices import ChoiceWriter
+from polar_server.openai.response_writer import ResponseWriter
 from polar_server.server import Server
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def build(settings: Settings) -> Starlette:
     routes = [
         Route("/v1/chat/completions", _completions(server, chat, chat.ChatShape), methods=["POST"]),
         Route("/v1/completions", _completions(server, completions, completions.TextShape), methods=["POST"]),
+        Route(
+            "/v1/responses", Endpoint(server, responses.FIELDS, responses.read_call, ResponseWriter), methods=["POST"]
+        ),
         Route("/v1/polar/quote", Quote(server), methods=["GET", "POST"]),
         Route("/v1/polar/usage", Usage(server), methods=["GET"]),
         Route("/v1/polar/receipts/{id:path}", ReceiptOf(server), methods=["GET"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_server import account
-from polar_server.openai import chat, completions
+from polar_server.openai import chat, completions, responses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,6 +46,7 @@ def document(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
     paths: dict[str, Any] = {
         "/v1/chat/completions": _post("Answer messages.", "chat.completion", chat.FIELDS, ["model", "messages"]),
+        "/v1/responses": _post("Answer items, statelessly.", "response", responses.FIELDS, ["model", "input"]),
         "/v1/completions": _post("Continue a text.", "text_completion", completions.FIELDS, ["model", "prompt"]),
     }
     for path, summary in _READS.items():

@@ -243,13 +243,13 @@ def test_a_foreign_receipt_does_not_exist(
     assert billed.call("GET", f"/v1/polar/receipts/{own}", headers=acme)[0] == 200
     randomly = random.Random(1)
     near = [own, own.upper(), f"{own} ", f"{own}/", f"{own}%00", f"../{own}", "acme/" + own, "%ff", "%2e%2e", own + "%"]
-    tries = [*near, *("".join(randomly.choices(string.printable, k=20)) for _ in range(60))]
     missing = None
-    for tried in tries:
-        path = f"/v1/polar/receipts/{tried if '%' in tried else urllib.parse.quote(tried, safe='/')}"
+    strange = ("".join(randomly.choices(string.printable, k=20)) for _ in range(60))
+    for tried in [*near, *map(urllib.parse.quote, strange)]:
+        path = f"/v1/polar/receipts/{tried.replace(' ', '%20')}"
         status, _, body = billed.call("GET", path, headers=globex)
         assert status == 404
-        assert body["error"]["code"] == "receipt_not_found" or "\n" in tried, "no path has a line break"
+        assert body["error"]["code"] == "receipt_not_found" or "%0A" in tried, "no path has a line break"
         said = json.dumps(body).replace(json.dumps(own)[1:-1], "")
         assert "acme" not in said or "acme" in tried
         missing = missing or body["error"]["message"].replace(own, "ID")
