@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -20,6 +21,7 @@ from polar_server.exchange import Exchange, send_bytes, send_json
 from polar_server.front import Front
 from polar_server.metrics import CONTENT_TYPE
 from polar_server.openai import chat, completions
+from polar_server.openai.choices import ChoiceWriter
 from polar_server.server import Server
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
+    from polar_server.openai.choices import Shape
     from polar_server.settings import Settings
 
 
@@ -49,12 +52,8 @@ def build(settings: Settings) -> Starlette:
         await server.close()
 
     routes = [
-        Route("/v1/chat/completions", Endpoint(server, chat.FIELDS, chat.read_call, chat.ChatShape), methods=["POST"]),
-        Route(
-            "/v1/completions",
-            Endpoint(server, completions.FIELDS, completions.read_call, completions.TextShape),
-            methods=["POST"],
-        ),
+        Route("/v1/chat/completions", _completions(server, chat, chat.ChatShape), methods=["POST"]),
+        Route("/v1/completions", _completions(server, completions, completions.TextShape), methods=["POST"]),
         Route("/v1/models", _Json(lambda scope: _models(server, scope)), methods=["GET"]),
         Route("/v1/models/{model:path}", _Json(lambda scope: _model(server, scope)), methods=["GET"]),
         Route("/health", _Json(lambda _: {"status": "ok"}), methods=["GET"]),
@@ -85,6 +84,11 @@ async def _unrouted(request: Request, error: Exception) -> Response:
     else:
         found = ApiError(str(error.detail), status=error.status_code)
     return JSONResponse(found.body, found.status, error.headers)
+
+
+def _completions(server: Server, api: Any, shape: Shape) -> Endpoint:
+    """The endpoint whose fields and calls a module describes."""
+    return Endpoint(server, api.FIELDS, api.read_call, partial(ChoiceWriter, shape))
 
 
 class _Json:

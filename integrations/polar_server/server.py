@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk import PolarModel
 from polar_sdk.errors import PolarError
 from polar_sdk.request import recorder
 from polar_sdk.serving.threads import run_in_thread
@@ -49,14 +49,8 @@ class Server:
         given = settings.engine
         self.settings = settings
         self.sink = WatchedSink(given.sink)
-        self.engine = PolarModel(
-            given.loaded,
-            policy=given.policy,
-            router=given.router,
-            sink=self.sink,
-            tenant=given.tenant,
-            tags=given.tags,
-        )
+        self.engine = copy(given)
+        self.engine.sink = self.sink
         self.answers = Answers(self.engine, self.sink)
         self.catalog = Catalog(self.engine, settings.model_id)
         self.token_bytes = TokenBytes(given.loaded.tokenizer)
@@ -121,6 +115,7 @@ class Server:
     async def close(self) -> None:
         """Let answers finish for a while, stop the others, and store every record; the sink's spool goes last."""
         await self.answers.drain(self.settings.drain)
+        await run_in_thread(lambda _: self.replies.close(), None)
         await run_in_thread(lambda _: recorder.flush(), None)
         await run_in_thread(lambda _: self.sink.close(), None)
 

@@ -89,6 +89,10 @@ class WatchedSink(UsageSink):
         self.inner.release(tenant, request_id)
         self._done(request_id)
 
+    def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
+        """As the inner sink."""
+        self.inner.watch(tenant, request_id, end)
+
     def emit(self, record: UsageRecord) -> Receipt | None:
         """As the inner sink; where that raises, the record stays due."""
         receipt = self.inner.emit(record)

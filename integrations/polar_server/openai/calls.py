@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.reading import shown
 from polar_server.errors import ApiError
 from polar_server.openai.fields import (
@@ -95,6 +96,15 @@ class Call:
     """How many alternatives to report per token; None = no log-probabilities at all."""
     echo: Sequence[str] = ()
     """What each choice of a text completion repeats before its answer; empty = nothing."""
+    form: AnswerForm = field(default_factory=AnswerForm)
+    """Text, calls of tools, or JSON by a schema."""
+    format_param: str = "response_format"
+    """The field that asks for JSON by a schema."""
+
+    @property
+    def form_param(self) -> str:
+        """The field to blame where the form cannot be enforced."""
+        return self.format_param if self.form.use is None else "tools"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ import pytest
 from polar_billing.access.keys import ApiKeys
 from polar_billing.access.replies import Replies
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import Selection
+from polar_billing.metering.meter import Meter
 from polar_server import access
 from polar_server.replies import MemoryReplies
 from tests.integrations.server.conftest import RecordingSink, chat_body
@@ -244,3 +246,18 @@ def test_the_stores_are_found_by_their_entry_point(ledger_url: str) -> None:
     keys, replies = access.find_access(ledger_url)
     assert keys.find("nothing0") is None
     assert replies.claim("acme", "k", "f" * 64) == ("claimed", None)
+
+
+def test_holds_of_answers_are_renewed(serve: Callable[..., Served], ledger_url: str) -> None:
+    """The sink that the server puts around the meter passes on that a request has begun, and how to end it."""
+    watched: list[str] = []
+
+    class Watching(Meter):
+        def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
+            super().watch(tenant, request_id, end)
+            watched.append(request_id)
+
+    with Watching(ledger_url) as meter:
+        served = serve(sink=meter)
+        served.chat()
+        assert watched == [one.record.request_id for one in meter.ledger.read(Selection("acme"))]
