@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from polar_sdk import Chunk, Generation
     from polar_sdk.frameworks.forms import AnswerForm
+    from polar_sdk.frameworks.tracing import CallSpan
 
     Respond = Callable[[str, str | None, Generation | None], Any]
     Stream = Generator[Any, None, None]
@@ -164,22 +165,32 @@ def _raw(generation: Generation | None) -> dict[str, Any] | None:
     }
 
 
-def responses(chunks: Iterator[Chunk], respond: Respond) -> Stream:
-    """Chunks as responses; closing this generator closes the engine's, which ends the request."""
+def responses(chunks: Iterator[Chunk], respond: Respond, span: CallSpan) -> Stream:
+    """Chunks as responses; closing this generator closes the engine's, which ends the request.
+
+    Args:
+        chunks: Of the engine.
+        respond: Makes a response of the text so far, what is new of it, and the finished answer.
+        span: Is told of the finished answer.
+    """
     text = ""
     with closing(cast("Generator[Chunk]", chunks)):
         for chunk in chunks:
             text += chunk.text
+            if chunk.generation is not None:
+                span.note(chunk.generation.usage, chunk.generation.receipt)
             if chunk.text or chunk.generation is not None:
                 yield respond(text, chunk.text, chunk.generation)
 
 
-async def aresponses(chunks: AsyncIterator[Chunk], respond: Respond) -> AsyncStream:
+async def aresponses(chunks: AsyncIterator[Chunk], respond: Respond, span: CallSpan) -> AsyncStream:
     """As `responses`, for an async stream."""
     text = ""
     async with aclosing(cast("AsyncGenerator[Chunk]", chunks)):
         async for chunk in chunks:
             text += chunk.text
+            if chunk.generation is not None:
+                span.note(chunk.generation.usage, chunk.generation.receipt)
             if chunk.text or chunk.generation is not None:
                 yield respond(text, chunk.text, chunk.generation)
 
