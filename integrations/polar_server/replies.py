@@ -119,13 +119,17 @@ def refusal(state: str) -> ApiError:
 
 
 class Copy:
-    """An ASGI `send` that keeps a copy, and goes on when nobody listens any more."""
+    """An ASGI `send` that keeps a copy, and goes on when nobody listens any more.
+
+    The end of the answer waits for `finish`: whoever has all of it and asks again finds it kept.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._listening = True
         self._head: dict[str, Any] = {}
         self._body: list[bytes] = []
+        self._last: Message | None = None
 
     async def __call__(self, message: Message) -> None:
         """Send, and keep."""
@@ -134,6 +138,17 @@ class Copy:
             self._head = {"status": message["status"], "headers": headers}
         else:
             self._body.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                self._last = message
+                return
+        await self._pass_on(message)
+
+    async def finish(self) -> None:
+        """Send the end of the answer, where there is one."""
+        if self._last is not None:
+            await self._pass_on(self._last)
+
+    async def _pass_on(self, message: Message) -> None:
         if self._listening:
             try:
                 await self._send(message)

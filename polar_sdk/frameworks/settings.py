@@ -93,6 +93,8 @@ class ModelSettings(BaseModel):
     """`"auto"`, a ledger URL, or None to meter nothing."""
     sink: UsageSink | None = Field(default=None, exclude=True, repr=False)
     """Where usage records go, instead of a ledger."""
+    tracing: bool = False
+    """Set usage and cost of each answer on OpenTelemetry's current span; needs the extra `tracing`."""
     policy: Policy | str | Path | None = None
     """Policy or policy file; None = the one shipped for the model."""
     router: Router | str | Path | None = None

@@ -32,7 +32,8 @@ PUBLIC = {
         usage_csv usage_of_line usage_rows verify_ledger
     """,
     "langchain_polar": """
-        ChatPolar CostTotals PolarCall PolarCostCallbackHandler PolarLLM get_polar_cost_callback register
+        ChatPolar CostTotals PolarCall PolarCostCallbackHandler PolarLLM PolarTracer get_polar_cost_callback
+        register
     """,
     "llama_index_polar": "CallCosts CostTotals PolarCall PolarLLM get_polar_cost_callback",
 }
