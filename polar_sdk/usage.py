@@ -290,6 +290,18 @@ class UsageSink(ABC):
         """
         return 0
 
+    def quote(self, bound: UsageBound) -> tuple[Receipt | None, ...]:
+        """The maximum price of each offer, before anything runs; by default, there are no prices.
+
+        Returns:
+            For each offer `cost` (exact decimal as text; None where it would be unrated, and `unrated` says why),
+            `currency` and `price_book`, or None where the sink prices nothing.
+
+        Raises:
+            SinkError: The prices cannot be read now.
+        """
+        return (None,) * len(bound.offers)
+
     def release(self, tenant: str, request_id: str) -> None:  # noqa: B027
         """Release what `reserve` held for a request that never began; without a hold, do nothing.
 

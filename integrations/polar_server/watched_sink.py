@@ -84,6 +84,10 @@ class WatchedSink(UsageSink):
                 self._watchers[bound.request_id] = watcher
         return chosen
 
+    def quote(self, bound: UsageBound) -> tuple[Receipt | None, ...]:
+        """As the inner sink."""
+        return self.inner.quote(bound)
+
     def release(self, tenant: str, request_id: str) -> None:
         """As the inner sink."""
         self.inner.release(tenant, request_id)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from polar_billing.access.accounts import Accounts
 from polar_billing.access.keys import ApiKeys
 from polar_billing.errors import BillingError
 from polar_billing.ledger.clock import database_time
@@ -292,11 +293,11 @@ def _hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def open_access(url: str | None) -> tuple[ApiKeys, Replies]:
-    """The keys and the replies of a ledger, for a server that found this function by its entry point.
+def open_access(url: str | None) -> tuple[ApiKeys, Replies, Accounts]:
+    """The keys, replies and accounts of a ledger, for a server that found this function by its entry point.
 
     Args:
         url: As for `Ledger`.
     """
     ledger = Ledger(url)
-    return ApiKeys(ledger), Replies(ledger)
+    return ApiKeys(ledger), Replies(ledger), Accounts(ledger)

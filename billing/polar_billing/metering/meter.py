@@ -39,6 +39,7 @@ from polar_billing.metering.spool import store
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.prices.current import Prices
+from polar_billing.prices.quote import quote
 from polar_billing.prices.rating import COMPUTE, Rating, cost_of, rate
 from polar_billing.values.money import from_scaled, plain
 from polar_sdk.usage import UsageSink
@@ -183,6 +184,30 @@ class Meter(UsageSink):
             return
         if stored:
             raise id_in_use(bound.tenant, bound.request_id, "was served before")
+
+    def quote(self, bound: UsageBound) -> tuple[dict[str, Any], ...]:
+        """The maximum price of each offer by the prices in force; see `polar_billing.prices.quote`.
+
+        Raises:
+            PriceBookError: The price book's file is missing or wrong.
+            StoreError: The ledger cannot be read, and never was.
+        """
+        book = self._prices.of(bound.tenant, bound.at)
+        quotes = [
+            quote(
+                book, bound.tenant, offer.tier, offer.flops_bound, bound.tokens_input, bound.tokens_output_max, bound.at
+            )
+            for offer in bound.offers
+        ]
+        return tuple(
+            {
+                "cost": None if quoted.amount is None else f"{quoted.amount:f}",
+                "currency": quoted.currency,
+                "price_book": book.id,
+                "unrated": quoted.unrated,
+            }
+            for quoted in quotes
+        )
 
     def release(self, tenant: str, request_id: str) -> None:
         """Give back what is held for a request that never began, its id included."""

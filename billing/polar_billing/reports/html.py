@@ -51,6 +51,7 @@ def report_html(report: Report) -> str:
         units=text.compute_units,
         count=text.count,
         money=text.money,
+        signed=text.signed_money,
         plain=plain,
         share=text.share,
         time=text.milliseconds,

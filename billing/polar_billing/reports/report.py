@@ -19,7 +19,10 @@ from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
 from polar_billing.prices.entries import tier_order
 from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
 from polar_billing.reports.figures import Figures, figures_of
+from polar_billing.reports.hardware import HardwareReport
+from polar_billing.reports.questions import Questions, answer
 from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
+from polar_billing.reports.what_if import TokenPricing, WhatIf, token_pricing
 from polar_billing.statements.issue import issued_statements
 from polar_billing.statements.statement import Statement
 from polar_billing.values.money import exact_sum, round_lines
@@ -128,6 +131,12 @@ class Report(_Part):
     figures: Figures
     others: tuple[OtherCharge, ...] = ()
     """The usage of all tenants together under the price books of `--compare`."""
+    token_pricing: tuple[TokenPricing, ...] = ()
+    """Compute-based beside per-token prices, for tenants with a per-token reference for all of their requests."""
+    hardware: HardwareReport | None = None
+    """At a stated price per device-hour."""
+    what_if: WhatIf | None = None
+    """Other price books and mixes of tiers, and what every figure rests on."""
 
     @property
     def is_empty(self) -> bool:
@@ -142,6 +151,7 @@ def build_report(
     prices: PriceBook | None = None,
     currency: str | None = None,
     compare: Sequence[PriceBook] = (),
+    questions: Questions | None = None,
     now: datetime | None = None,
 ) -> Report:
     """Build the report of a period.
@@ -152,10 +162,12 @@ def build_report(
         prices: Rate by this book instead of the one each receipt was made by.
         currency: Leave out what is rated in another currency.
         compare: Books to rate the same usage by as well.
+        questions: What to work out besides what was charged.
         now: When the report says it was made; by default the current time.
 
     Raises:
         CurrencyMixError: The usage is rated in several currencies and none was chosen.
+        QueryError: A question has no answer: a tier was not measured, or no throughput is known.
         StoreError: The ledger cannot be read.
     """
     selection = Selection(ALL_TENANTS) if selection is None else selection
@@ -176,7 +188,7 @@ def build_report(
     )
     total = exact_sum((tenant.total for tenant in tenants), rater.decimals)
     period = selection.period
-    return Report(
+    report = Report(
         generated_at=now or datetime.now(UTC),
         ledger=ledger.location,
         period=period.label,
@@ -196,7 +208,9 @@ def build_report(
         total=total,
         figures=figures_of(groups.values(), rater.decimals, total),
         others=sum_charges(others.values()),
+        token_pricing=token_pricing(tenants, rater.decimals),
     )
+    return report if questions is None else answer(ledger, selection, report, rater, questions)
 
 
 def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) -> TenantReport:

@@ -34,6 +34,13 @@ def money(value: Decimal | None) -> str:
     return DASH if value is None else f"{value:,f}"
 
 
+def signed_money(value: Decimal | None) -> str:
+    """The same with its sign; zero has none."""
+    if value is None:
+        return DASH
+    return f"{value:+,f}" if value else money(abs(value))
+
+
 def share(value: Decimal | None, *, signed: bool = False, decimals: int = 1) -> str:
     """A share as a percentage."""
     if value is None:

@@ -177,10 +177,15 @@ class Rater:
         self.used: dict[str, PriceBook] = {}
         """The books that rated something, by content hash."""
 
+    def book_of(self, stored: StoredUsage) -> PriceBook | None:
+        """The book that one stored request is rated by; None where it is in a currency that is left out."""
+        book = self._instead or self._books()[stored.price_book_hash]
+        return None if self._currency is not None and book.currency != self._currency else book
+
     def rate(self, stored: StoredUsage) -> Rating | None:
         """The rating of one stored request; None where it is in a currency that is left out."""
-        book = self._instead or self._books()[stored.price_book_hash]
-        if self._currency is not None and book.currency != self._currency:
+        book = self.book_of(stored)
+        if book is None:
             return None
         self.used[book.content_hash] = book
         return rate(stored.record, book)

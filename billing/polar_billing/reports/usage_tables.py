@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from polar_billing.reports import text
+from polar_billing.reports.what_if_tables import what_if_view
 from polar_billing.values.money import plain
 from polar_sdk.show.lines import printable
 from polar_sdk.show.tables import LABEL_WIDTH, add_labels, add_numbers, add_row, as_text, new_table
@@ -86,6 +87,7 @@ def report_view(report: Report) -> RenderableType:
     parts: list[RenderableType] = [_heading(report), _tiers(report), Text(), _service(report), Text()]
     parts += [_comparison(report), Text()]
     parts += [_others(report), Text()] if report.others else []
+    parts += what_if_view(report)
     for tenant in report.tenants:
         parts += [_statement(tenant, report), Text()]
     parts += _unrated(report.figures.unrated.items())

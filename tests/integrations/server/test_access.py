@@ -243,8 +243,9 @@ def test_a_key_of_no_use_is_refused(served: Served, key: str) -> None:
 
 
 def test_the_stores_are_found_by_their_entry_point(ledger_url: str) -> None:
-    keys, replies = access.find_access(ledger_url)
+    keys, replies, accounts = access.find_access(ledger_url)
     assert keys.find("nothing0") is None
+    assert accounts.receipt("acme", "nothing") is None
     assert replies.claim("acme", "k", "f" * 64) == ("claimed", None)
 
 
