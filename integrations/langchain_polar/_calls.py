@@ -11,6 +11,8 @@ from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from langchain_core.runnables.config import ensure_config
+
 from langchain_polar.errors import langchain_errors
 from polar_sdk.frameworks.tracing import CallSpan
 from polar_sdk.usage import flaw_of_name, flaw_of_text
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from langchain_core.callbacks.manager import BaseRunManager
+    from langchain_core.runnables import RunnableConfig
 
     from polar_sdk import Chunk, Generation, PolarModel
     from polar_sdk.request.options import Prompt, RequestOptions
@@ -85,6 +88,16 @@ def _is_label(key: str, value: object) -> bool:
         return False
     text = str(value)
     return len(text.strip()) > 0 and len(text) <= MAX_LABEL_LENGTH and flaw_of_text(text) is None
+
+
+def with_thread(config: RunnableConfig | None) -> RunnableConfig:
+    """A config with its thread id among its metadata, which is all that LangChain tells a model of a config."""
+    config = ensure_config(config)
+    thread = (config.get("configurable") or {}).get("thread_id")
+    about = config.get("metadata") or {}
+    if thread is not None and "thread_id" not in about:
+        config["metadata"] = {**about, "thread_id": str(thread)}
+    return config
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ from starlette.routing import Route
 from polar_sdk import __version__
 from polar_sdk.engine import ENGINE_VERSION
 from polar_server import openapi
+from polar_server.account import Quote, ReceiptOf, Usage
 from polar_server.endpoint import Endpoint
 from polar_server.errors import ApiError
 from polar_server.exchange import Exchange, send_bytes, send_json
 from polar_server.front import Front
 from polar_server.metrics import CONTENT_TYPE
-from polar_server.openai import chat, completions
+from polar_server.openai import chat, completions, responses
 from polar_server.openai.choices import ChoiceWriter
+from polar_server.openai.response_writer import ResponseWriter
 from polar_server.server import Server
 
 if TYPE_CHECKING:
@@ -54,6 +56,12 @@ def build(settings: Settings) -> Starlette:
     routes = [
         Route("/v1/chat/completions", _completions(server, chat, chat.ChatShape), methods=["POST"]),
         Route("/v1/completions", _completions(server, completions, completions.TextShape), methods=["POST"]),
+        Route(
+            "/v1/responses", Endpoint(server, responses.FIELDS, responses.read_call, ResponseWriter), methods=["POST"]
+        ),
+        Route("/v1/polar/quote", Quote(server), methods=["GET", "POST"]),
+        Route("/v1/polar/usage", Usage(server), methods=["GET"]),
+        Route("/v1/polar/receipts/{id:path}", ReceiptOf(server), methods=["GET"]),
         Route("/v1/models", _Json(lambda scope: _models(server, scope)), methods=["GET"]),
         Route("/v1/models/{model:path}", _Json(lambda scope: _model(server, scope)), methods=["GET"]),
         Route("/health", _Json(lambda _: {"status": "ok"}), methods=["GET"]),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from polar_sdk.errors import GrammarError, MissingExtraError
+from polar_sdk.errors import PolarError
 from polar_server import replies
-from polar_server.errors import ApiError, ClientLeftError, shutting_down
+from polar_server.errors import ClientLeftError, shutting_down
 from polar_server.exchange import Exchange, raw_headers, read_object, send_json, watching
 from polar_server.openai import fields
 from polar_server.openai.facts import Facts
@@ -205,10 +205,8 @@ class _Reply:
     async def _pieces(self, patience: float | None = None) -> list[tuple[int, Chunk]]:
         try:
             return await self._answer.pieces(patience)
-        except GrammarError as error:  # the engine does not know which field its grammar came from
-            raise ApiError(str(error), param=self._call.form_param) from error
-        except MissingExtraError as error:
-            raise ApiError(str(error), code="unsupported_value", param=self._call.form_param) from error
+        except PolarError as error:
+            raise self._call.blamed(error) from error
 
     def _check_finished(self, generation: Generation) -> None:
         """Raise where an answer was stopped: by the server, or because nobody reads it."""

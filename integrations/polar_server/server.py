@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,8 @@ from polar_server.replies import MemoryReplies
 from polar_server.watched_sink import WatchedSink
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from polar_server.answers import Answer
     from polar_server.exchange import Exchange
     from polar_server.openai.calls import Call
@@ -101,6 +104,23 @@ class Server:
             raise
         answer.task.add_done_callback(lambda _: self.limits.leave(key, answer.tokens))
         return answer
+
+    @contextmanager
+    def counted(self, exchange: Exchange) -> Iterator[None]:
+        """Count a call that computes without an answer among those of its key.
+
+        Raises:
+            ApiError: A limit is reached.
+        """
+        key = exchange.key
+        if key is None:
+            yield
+            return
+        exchange.answer_headers |= self.limits.enter(key)
+        try:
+            yield
+        finally:
+            self.limits.leave(key, 0)
 
     async def ready(self) -> str | None:
         """Why no request should come here now; None if one may."""

@@ -157,6 +157,23 @@ class ModelSettings(BaseModel):
             raise ValueError(f"engine= has its own {clash[0]}: pass {clash[0]}= to the PolarModel instead.")
         return self
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """The settings, for a copy in another process, which loads the weights anew.
+
+        Raises:
+            TypeError: It has an engine or a sink, which belong to this process; the copy would answer with another
+                model, or be metered elsewhere.
+        """
+        for name in ("engine", "sink"):
+            if getattr(self, name) is not None:
+                raise TypeError(
+                    f"a {type(self).__name__} with {name}= cannot be pickled; name model= and ledger= instead, "
+                    "or make one in each process."
+                )
+        bare = self.model_copy()
+        bare._engines = {}
+        return super(ModelSettings, bare).__getstate__()
+
     @property
     def model_name(self) -> str:
         """Name of the model for traces and usage; loads nothing."""

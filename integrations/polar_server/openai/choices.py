@@ -82,7 +82,7 @@ class ChoiceWriter:
 
     def __init__(self, shape: Shape, facts: Facts) -> None:
         self._shape, self._facts, self._call = shape, facts, facts.call
-        self._readers = [_Reader(self._call.form.reader()) for _ in self._call.asks]
+        self._readers = [ChoiceReader(self._call.form.reader()) for _ in self._call.asks]
         self._tokens = [ShownTokens(facts.token_bytes) for _ in self._call.asks] if self._scored else []
         self._left = set(range(len(self._call.asks)))
         self._opened: set[int] = set()
@@ -183,7 +183,7 @@ class ChoiceWriter:
         }
 
 
-class _Reader:
+class ChoiceReader:
     """Reads one choice: its text, and its calls with ids."""
 
     def __init__(self, reader: CallReader) -> None:

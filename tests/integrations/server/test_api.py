@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_sdk.errors import BudgetExceededError, SinkError
-from polar_server.openai import chat, completions
+from polar_server.openai import chat, completions, responses
 from tests.integrations.server.conftest import RecordingSink, chat_body
 
 if TYPE_CHECKING:
@@ -321,9 +321,9 @@ def test_a_budget_without_room_for_all_choices_runs_none(serve: Callable[..., Se
 
 def test_the_document_describes_every_field_that_is_checked(served: Served) -> None:
     _, _, document = served.call("GET", "/openapi.json")
-    for path, table in (("/v1/chat/completions", chat.FIELDS), ("/v1/completions", completions.FIELDS)):
-        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert set(schema["properties"]) == set(table)
+    for path, api in (("chat/completions", chat), ("completions", completions), ("responses", responses)):
+        schema = document["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert set(schema["properties"]) == set(api.FIELDS)
     for route in served.app.routes:
         path = route.path.replace(":path", "")  # type: ignore[attr-defined]
         assert path in document["paths"]
