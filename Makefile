@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 
-.PHONY: help install demo test test-fast standard-suite tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm bench-fairness clean
+.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm bench-fairness clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ test-integrations: $(STAMP) ## Run the tests of the integrations that need no mo
 
 standard-suite: model ## Run LangChain's suites for chat models on the default model, without a network
 	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py
+
+compare-suites: model ## Run them on ChatHuggingFace over the same weights as well, and print both result lines
+	$(BIN)/python -m pip install --quiet --group compare
+	$(OFFLINE) $(BIN)/python -m benchmarks.compare_suites
 
 tamper: $(STAMP) ## Change every cell and row of a ledger past the package, on both stores: what does verify miss?
 	POLAR_TEST_TAMPER=all $(OFFLINE) $(BIN)/python -m pytest -q -s tests/billing/proof/test_tampering.py

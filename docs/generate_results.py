@@ -66,6 +66,13 @@ SECTIONS = {
         "of another tenant. A ratio is what it gets over what it has alone. The fair share of two tenants is half.",
         "`make bench-fairness`",
     ),
+    "suites": Section(
+        "LangChain's standard suites for chat models",
+        "Tests of the unit and integration suites of langchain-tests on the default model, without a network. The peer "
+        "runs the same weights. Ours skips what is about images, audio, PDF and recorded traffic.",
+        "`make compare-suites`",
+        wide=True,
+    ),
     "texts": Section(
         "Router: answers in text",
         "The same router on prompts answered in text: GSM8K and the prompts of the package.",

@@ -1,18 +1,19 @@
-"""A LangChain chain over a local, metered model: invoke, batch, stream, and what it cost by tenant and tier.
+"""A LangChain chain with an output parser over a local, metered model: invoke, stream, batch, and the bill.
 
-Run it with `python examples/langchain_chain.py`, then `polar usage`: every call below is in the ledger.
+Run it with `python examples/langchain_chain.py`.
 """
 
 from __future__ import annotations
 
-from langchain_core.output_parsers import StrOutputParser
+from langchain_core.output_parsers import NumberedListOutputParser, StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 
+from bill import ledger_of_this_run
 from langchain_polar import ChatPolar, PolarLLM, get_polar_cost_callback
 
 
-def main() -> None:
-    chat = ChatPolar(compute="standard", max_tokens=20, usage_tags={"app": "example"})
+def main(ledger: str) -> None:
+    chat = ChatPolar(compute="standard", max_tokens=24, usage_tags={"app": "example"}, ledger=ledger)
     prompt = ChatPromptTemplate.from_messages([("system", "Answer in one short sentence."), ("human", "{question}")])
     chain = prompt | chat | StrOutputParser()
 
@@ -25,8 +26,13 @@ def main() -> None:
         for piece in chain.stream({"question": "What is the moon?"}, config={"metadata": {"tenant": "globex"}}):
             print(piece, end="", flush=True)
 
-        print("\n\nbatch: rows decode together, on the economy tier")
-        llm = PolarLLM(compute="economy", max_tokens=10, tenant="globex")
+        print("\n\na parser that returns a list")
+        items = ChatPromptTemplate.from_template("Name three {things}, as a numbered list.")
+        listing = items | chat | NumberedListOutputParser()
+        print(" ", listing.invoke({"things": "fruits"}, config={"metadata": {"tenant": "acme"}}))
+
+        print("\nbatch: rows decode together, on the economy tier")
+        llm = PolarLLM(compute="economy", max_tokens=10, tenant="globex", ledger=ledger)
         capitals = PromptTemplate.from_template("What is the capital of {country}?") | llm
         for answer in capitals.batch([{"country": name} for name in ("France", "Italy", "Japan")]):
             print(" ", answer.strip())
@@ -38,12 +44,12 @@ def main() -> None:
         print("  cost", about["cost_details"]["amount"], about["cost_details"]["currency"])
         print("  polar", {key: about["polar"][key] for key in ("tier", "program", "flops", "identity_flops")})
 
-    print("\nwhat it all cost")
-    for title, sums in (("tenant", costs.by_tenant), ("tier", costs.by_tier), ("tag", costs.by_tag)):
-        for name, total in sums.items():
-            money = ", ".join(f"{amount:f} {currency}" for currency, amount in total.cost.items()) or "no price"
-            print(f"  {title:<6} {name:<12} {total.requests} requests  {total.compute_units:.6f} CU  {money}")
+    print("\nwhat the block cost, by its callback")
+    for name, total in costs.by_tag.items():
+        print(f"  {name}: {total.requests} requests, {total.compute_units} CU")
+    print("  everything:", ", ".join(f"{amount:f} {currency}" for currency, amount in costs.total.cost.items()))
 
 
 if __name__ == "__main__":
-    main()
+    with ledger_of_this_run() as ledger:
+        main(ledger)

@@ -167,6 +167,7 @@ class BudgetExceededError(PolarError):
         level: Whose budget it is: tenant, project, user or key.
         name: Name of the project, user or key; on the tenant's own level, of the tenant.
         limit: The budget, exact decimal as text. Unit: `unit`.
+        spent: What was used so far in the budget's window, exact decimal as text. Unit: `unit`.
         remaining: What is neither spent nor held, exact decimal as text; negative where more was spent. Unit: `unit`.
         needed: What the cheapest offer could have used at most, exact decimal as text. Unit: `unit`.
         unit: A currency's code, or `CU`.
@@ -183,6 +184,7 @@ class BudgetExceededError(PolarError):
         level: str | None = None,
         name: str | None = None,
         limit: str | None = None,
+        spent: str | None = None,
         remaining: str | None = None,
         needed: str | None = None,
         unit: str | None = None,
@@ -190,7 +192,7 @@ class BudgetExceededError(PolarError):
     ) -> None:
         super().__init__(message, hint=hint)
         self.level, self.name, self.unit = level, name, unit
-        self.limit, self.remaining, self.needed = limit, remaining, needed
+        self.limit, self.spent, self.remaining, self.needed = limit, spent, remaining, needed
         self.resets_at = resets_at
 
 

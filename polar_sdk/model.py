@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 from polar_sdk.models.export import export
 from polar_sdk.models.load import adopt, load_pretrained
 from polar_sdk.programs.program import Program
+from polar_sdk.request.admission import bound_of
 from polar_sdk.request.encoder import PromptEncoder
 from polar_sdk.request.generation import Chunk, Generation, answer, stream
 from polar_sdk.request.maker import RequestMaker
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.base import Router
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.scheduler import Scheduler
-    from polar_sdk.usage import FlopUsage, UsageSink
+    from polar_sdk.usage import FlopUsage, UsageBound, UsageSink
 
 
 class PolarModel:
@@ -204,6 +205,18 @@ class PolarModel:
         chosen = Program.identity(self.depth) if program is None else Program.of(program)
         chosen.check_depth(self.depth)
         return self._loaded.decoder.cost.request(chosen, prompt, output)
+
+    def bound(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> UsageBound:
+        """The maximum that `generate` would use, without running it: only the router does.
+
+        Returns:
+            First what the options ask for, then each tier of the policy that costs less.
+
+        Raises:
+            InvalidRequestError: Or a subclass.
+            ProgramError: The program may not run.
+        """
+        return bound_of(self._maker.make(prompt, options), self._loaded.decoder.cost)
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generation:
         """Answer one prompt; see `RequestOptions` for the options.

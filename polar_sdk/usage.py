@@ -290,6 +290,18 @@ class UsageSink(ABC):
         """
         return 0
 
+    def quote(self, bound: UsageBound) -> tuple[Receipt | None, ...]:
+        """The maximum price of each offer, before anything runs; by default, there are no prices.
+
+        Returns:
+            For each offer `cost` (exact decimal as text; None where it would be unrated, and `unrated` says why),
+            `currency` and `price_book`, or None where the sink prices nothing.
+
+        Raises:
+            SinkError: The prices cannot be read now.
+        """
+        return (None,) * len(bound.offers)
+
     def release(self, tenant: str, request_id: str) -> None:  # noqa: B027
         """Release what `reserve` held for a request that never began; without a hold, do nothing.
 
@@ -305,6 +317,25 @@ class UsageSink(ABC):
             request_id: The request.
             end: Ends it with an error, if what was held is lost all the same; its record follows. To be called at most
                 once, from any thread; it returns at once.
+        """
+
+    @property
+    def wants_marks(self) -> bool:
+        """Whether `mark` does something; else nobody makes marks for it."""
+        return False
+
+    def mark(self, record: UsageRecord) -> None:  # noqa: B027
+        """Note what a request that still runs has used so far; by default, do nothing.
+
+        A long answer is marked as it goes on, so that its work is not forgotten if the process is killed. What a mark
+        says has been executed, and is a part of what the next one and the record in `emit` say; each supersedes those
+        before it. No mark of a request comes after its record. Called by a thread of its own.
+
+        Args:
+            record: As `emit` would get it, if the request were cancelled now.
+
+        Raises:
+            SinkError: It cannot be noted now; the mark before holds.
         """
 
     @abstractmethod

@@ -12,14 +12,16 @@ from pydantic import Field, SecretStr
 
 from langchain_polar._calls import Call, Caller
 from langchain_polar._messages import cached_metadata, cached_record
-from langchain_polar.errors import langchain_errors
+from langchain_polar.errors import MAY_PASS, langchain_errors
 from polar_sdk.frameworks.settings import ModelSettings
+from polar_sdk.frameworks.tracing import CallSpan
 from polar_sdk.sinks import find_sink
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from langchain_core.language_models.base import LangSmithParams
+    from langchain_core.runnables import Runnable
 
     from polar_sdk import PolarModel
 
@@ -75,6 +77,20 @@ class PolarBase(ModelSettings):
         params["ls_model_name"] = kwargs.get("model") or self.model_name
         return params
 
+    def with_retry(self, *, retry_if_exception_type: Any = MAY_PASS, **options: Any) -> Runnable[Any, Any]:
+        """As LangChain's, but unless you say otherwise only what may pass by itself is tried again.
+
+        An exhausted budget, a prompt that is too long or a wrong option fails the same way each time.
+
+        Args:
+            retry_if_exception_type: Classes of errors, or in later versions of LangChain a function of one.
+            **options: LangChain's others, such as `stop_after_attempt`.
+        """
+        retried: Runnable[Any, Any] = super().with_retry(  # type: ignore[misc]
+            retry_if_exception_type=retry_if_exception_type, **options
+        )
+        return retried
+
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a plain text, by the model's own tokenizer."""
         own = getattr(self, "custom_get_token_ids", None)
@@ -87,7 +103,7 @@ class PolarBase(ModelSettings):
     def _call(self, options: Mapping[str, Any], stop: Sequence[str] | None, caller: Caller) -> Call:
         """Prepare one call of the engine; loads it if needed."""
         bound = self._with_options(options)
-        return Call(bound._engine(), bound._engine_options(stop), self._caller(caller, options))
+        return Call(bound._engine(), bound._engine_options(stop), self._caller(caller, options), bound.tracing)
 
     async def _acall(self, options: Mapping[str, Any], stop: Sequence[str] | None, caller: Caller) -> Call:
         """As `_call`; loading weights does not block the event loop."""
@@ -109,8 +125,10 @@ class PolarBase(ModelSettings):
                 sink = find_sink(self.ledger, self.sink)
             else:
                 sink, caller = engine.sink, caller.over(engine.tenant, engine.tags)
-            record = cached_record(metadata, caller, self.tenant)
-            return cached_metadata(metadata, record, sink.emit(record))
+            span, record = CallSpan(self.tracing), cached_record(metadata, caller, self.tenant)
+            receipt = sink.emit(record)
+            span.note(record, receipt)
+            return cached_metadata(metadata, record, receipt)
 
 
 def _router_setting(router: Any) -> str | None:

@@ -11,7 +11,10 @@ from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from langchain_core.runnables.config import ensure_config
+
 from langchain_polar.errors import langchain_errors
+from polar_sdk.frameworks.tracing import CallSpan
 from polar_sdk.usage import flaw_of_name, flaw_of_text
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from langchain_core.callbacks.manager import BaseRunManager
+    from langchain_core.runnables import RunnableConfig
 
     from polar_sdk import Chunk, Generation, PolarModel
     from polar_sdk.request.options import Prompt, RequestOptions
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 
 _FRAMEWORK_KEYS: Final = ("ls_", "lc_", "langgraph_", "checkpoint_", "__")
 """Prefixes of metadata that frameworks add themselves: run bookkeeping, of no use on a bill."""
-_FRAMEWORK_TAGS: Final = ("seq:step:", "map:key:", "branch:", "condition:", "graph:step:")
+_FRAMEWORK_TAGS: Final = ("seq:step:", "map:key:", "branch:", "condition:", "graph:step:", "retry:attempt:")
 _SCALAR: Final = (str, int, float, bool)
 MAX_LABEL_LENGTH: Final = 200
 """Longer metadata values are payload, not labels. Unit: characters."""
@@ -86,6 +90,16 @@ def _is_label(key: str, value: object) -> bool:
     return len(text.strip()) > 0 and len(text) <= MAX_LABEL_LENGTH and flaw_of_text(text) is None
 
 
+def with_thread(config: RunnableConfig | None) -> RunnableConfig:
+    """A config with its thread id among its metadata, which is all that LangChain tells a model of a config."""
+    config = ensure_config(config)
+    thread = (config.get("configurable") or {}).get("thread_id")
+    about = config.get("metadata") or {}
+    if thread is not None and "thread_id" not in about:
+        config["metadata"] = {**about, "thread_id": str(thread)}
+    return config
+
+
 @dataclass(frozen=True)
 class Call:
     """An engine, and the options of one call."""
@@ -94,43 +108,60 @@ class Call:
     options: Mapping[str, Any]
     """Engine options that determine the answer."""
     caller: Caller
+    tracing: bool = False
+    """Whether OpenTelemetry's current span is told of the answers."""
 
     def answer(self, prompt: Prompt) -> Generation:
         """Answer one prompt."""
         with langchain_errors():
-            return self.engine.generate(prompt, **self._options())
+            span = CallSpan(self.tracing)
+            return _noted(span, self.engine.generate(prompt, **self._options()))
 
     async def aanswer(self, prompt: Prompt) -> Generation:
         """As `answer`, without blocking the event loop."""
         with langchain_errors():
-            return await self.engine.agenerate(prompt, **self._options())
+            span = CallSpan(self.tracing)
+            return _noted(span, await self.engine.agenerate(prompt, **self._options()))
 
     def stream(self, prompt: Prompt) -> Iterator[Chunk]:
         """Chunks as they come; closing this iterator closes the engine's, which ends the request."""
-        with langchain_errors(), closing(self.engine.stream(prompt, **self._options())) as chunks:
-            for chunk in chunks:
-                if chunk.text or chunk.generation is not None:
-                    yield chunk
+        with langchain_errors():
+            span = CallSpan(self.tracing)
+            with closing(self.engine.stream(prompt, **self._options())) as chunks:
+                for chunk in chunks:
+                    if chunk.generation is not None:
+                        _noted(span, chunk.generation)
+                    if chunk.text or chunk.generation is not None:
+                        yield chunk
 
     async def astream(self, prompt: Prompt) -> AsyncIterator[Chunk]:
         """As `stream`, without blocking the event loop."""
         with langchain_errors():
+            span = CallSpan(self.tracing)
             chunks = self.engine.astream(prompt, **self._options())
             async with aclosing(cast("AsyncGenerator[Chunk]", chunks)):
                 async for chunk in chunks:
+                    if chunk.generation is not None:
+                        _noted(span, chunk.generation)
                     if chunk.text or chunk.generation is not None:
                         yield chunk
 
     def answer_batch(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
         """Answer several prompts, which decode together, each for its own caller."""
         with langchain_errors():
-            return self.engine.generate_batch(prompts, each=[caller.as_options() for caller in callers], **self.options)
+            span, each = CallSpan(self.tracing), [caller.as_options() for caller in callers]
+            return [_noted(span, one) for one in self.engine.generate_batch(prompts, each=each, **self.options)]
 
     async def aanswer_batch(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
         """As `answer_batch`, without blocking the event loop; a cancelled task stops every row within one token."""
         with langchain_errors():
-            each = [caller.as_options() for caller in callers]
-            return await self.engine.agenerate_batch(prompts, each=each, **self.options)
+            span, each = CallSpan(self.tracing), [caller.as_options() for caller in callers]
+            return [_noted(span, one) for one in await self.engine.agenerate_batch(prompts, each=each, **self.options)]
 
     def _options(self) -> dict[str, Any]:
         return {**self.options, **self.caller.as_options()}
+
+
+def _noted(span: CallSpan, generation: Generation) -> Generation:
+    span.note(generation.usage, generation.receipt)
+    return generation

@@ -16,7 +16,7 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts
-from polar_sdk.frameworks.tools import call_text
+from polar_sdk.frameworks.tools import result_text, turn_text
 from polar_sdk.request.names import check_name, check_tags
 from polar_sdk.usage import Outcome, UsageRecord, new_request_id
 
@@ -72,12 +72,9 @@ def _role(message: BaseMessage) -> str:
 def _content(message: BaseMessage, position: int) -> str:
     text = _text(message, position)
     if isinstance(message, ToolMessage | FunctionMessage):
-        what = "Error" if getattr(message, "status", None) == "error" else "Result"
-        return f"{what} of {message.name or 'the tool'}: {text}"
-    if isinstance(message, AIMessage) and message.tool_calls:
-        calls = [call_text(call["name"], call["args"]) for call in message.tool_calls]
-        return "\n".join([text, *calls] if text else calls)
-    return text
+        return result_text(message.name, text, failed=getattr(message, "status", None) == "error")
+    calls = message.tool_calls if isinstance(message, AIMessage) else []
+    return turn_text(text, [(call["name"], call["args"]) for call in calls])
 
 
 def _text(message: BaseMessage, position: int) -> str:

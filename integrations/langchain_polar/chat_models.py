@@ -13,15 +13,16 @@ from uuid import UUID
 
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.outputs import ChatGeneration
-from langchain_core.runnables.config import ensure_config, get_config_list
+from langchain_core.runnables.config import get_config_list
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from langchain_polar._answers import AnswerReader
 from langchain_polar._base import PolarBase
-from langchain_polar._calls import Caller
+from langchain_polar._calls import Caller, with_thread
 from langchain_polar._messages import to_roles
 from langchain_polar._structured import Method, structured
 from langchain_polar.errors import langchain_errors
+from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.forms import FORM_OPTIONS, AnswerForm
 from polar_sdk.frameworks.settings import CALLER_OPTIONS
 from polar_sdk.usage import new_request_id
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
 
     from langchain_polar._calls import Call
+    from polar_sdk import PolarModel
 
 
 _MAX_THREADS: Final = 32
@@ -86,10 +88,15 @@ class ChatPolar(PolarBase, BaseChatModel):
         return profile
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Input tokens that these messages would be billed for, chat template included."""
+        """Input tokens that these messages would be billed for, chat template included; as `trim_messages` wants it.
+
+        Where a strict template refuses the messages, as it does the reversed parts of a conversation that
+        `trim_messages` asks about, they are counted one by one, which gives some more.
+        """
         with langchain_errors():
             form = AnswerForm.of({"tools": [convert_to_openai_tool(tool) for tool in tools or ()]})
-            return self._engine().count_tokens(form.teach(to_roles(messages)))
+            roles = form.teach(to_roles(messages))
+            return _count(self._engine(), roles)
 
     # --- Tools and schemas. ---
 
@@ -157,9 +164,30 @@ class ChatPolar(PolarBase, BaseChatModel):
             configs[0]["max_concurrency"] = min(len(inputs), _MAX_THREADS)
         return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
-    # --- The public entry points of LangChain: it tells `_generate` about the run, but not `_stream`. ---
+    # --- The public entry points of LangChain: it tells `_generate` about the run, but not `_stream`, and of a config's
+    # --- thread neither.
 
-    def stream(  # noqa: D102  (documented by LangChain)
+    def invoke(  # noqa: D102  (documented by LangChain)
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        return super().invoke(input, with_thread(config), stop=stop, **kwargs)
+
+    async def ainvoke(  # noqa: D102
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        return await super().ainvoke(input, with_thread(config), stop=stop, **kwargs)
+
+    def stream(  # noqa: D102
         self,
         input: LanguageModelInput,
         config: RunnableConfig | None = None,
@@ -295,9 +323,21 @@ class ChatPolar(PolarBase, BaseChatModel):
         return call, roles, AnswerReader(form)
 
 
+def _count(engine: PolarModel, roles: Sequence[Mapping[str, str]]) -> int:
+    """Input tokens of messages; 0 where there is no text, which cannot be asked."""
+    if not any(role["content"].strip() for role in roles):
+        return 0
+    try:
+        return engine.count_tokens(roles)
+    except InvalidRequestError:
+        if len(roles) == 1 and roles[0]["role"] == "user":
+            raise
+        return sum(_count(engine, [{"role": "user", "content": role["content"]}]) for role in roles)
+
+
 def _with_run_id(config: RunnableConfig | None) -> RunnableConfig:
     """A config whose run id is known before LangChain would create one, so that record and trace share it."""
-    config = ensure_config(config)
+    config = with_thread(config)
     config.setdefault("run_id", UUID(new_request_id()))
     return config
 

@@ -18,11 +18,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 
+class QuotaUsedUpError(langchain.ModelRateLimitError, RuntimeError):
+    """What `BudgetExceededError` is to LangChain: a quota that is used up, which hosted models report the same way.
+
+    A RuntimeError, too: LangGraph's retry policy does not read `is_retryable`, and leaves that class alone.
+    """
+
+    is_retryable = False
+    """The same call is refused until the budget's next window."""
+
+
 _FAMILIES: Final[tuple[tuple[type[polar.PolarError], type[langchain.LangChainException]], ...]] = (
     (polar.ContextWindowError, langchain.ContextOverflowError),
     (polar.ModelNotFoundError, langchain.ModelNotFoundError),
     (polar.ModelFetchError, langchain.ModelConnectionError),
     (polar.RequestTimeoutError, langchain.ModelTimeoutError),
+    (polar.BudgetExceededError, QuotaUsedUpError),
+    (polar.QueueFullError, langchain.ModelAPIError),
     (polar.InvalidRequestError, langchain.ModelInvalidRequestError),
     (polar.ProgramError, langchain.ModelInvalidRequestError),
     (polar.IncompleteAnswerError, langchain.OutputParserException),
@@ -30,6 +42,9 @@ _FAMILIES: Final[tuple[tuple[type[polar.PolarError], type[langchain.LangChainExc
 )
 """The first PoLar class that an error is an instance of decides its LangChain class. Errors of the store and of the
 machine (SinkError, ModelDamagedError, …) have no counterpart there and are raised as they are."""
+
+MAY_PASS: Final = (polar.RequestTimeoutError, polar.QueueFullError, polar.ModelFetchError)
+"""The errors that are `retryable`: the same call may succeed later without a change."""
 
 _TWINS: Final[dict[tuple[type, type], type[polar.PolarError]]] = {}
 """The classes that are both, created on first use."""

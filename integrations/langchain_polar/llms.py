@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables.config import get_config_list
 
 from langchain_polar._base import PolarBase
-from langchain_polar._calls import Caller
+from langchain_polar._calls import Caller, with_thread
 from langchain_polar._messages import response_metadata, totals, usage_metadata
 from polar_sdk.frameworks.settings import CALLER_OPTIONS
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+    from langchain_core.language_models.base import LanguageModelInput
+    from langchain_core.runnables import RunnableConfig
 
     import polar_sdk
     from langchain_polar._calls import Call
@@ -57,10 +60,74 @@ class PolarLLM(PolarBase, BaseLLM):
     def _engine_options(self, stop: Sequence[str] | None) -> dict[str, Any]:
         return {**super()._engine_options(stop), "template": self.template}
 
-    # --- LangChain's public entry points, for two things that it omits: its cache key ignores the options of a call,
-    # --- and a hit in its cache reaches no callback.
+    # --- LangChain's public entry points, for what it omits: it tells a model nothing of a config's thread, and of the
+    # --- run ids of a batch; its cache key ignores the options of a call, and a hit in its cache reaches no callback.
 
-    def generate(  # noqa: D102  (documented by LangChain)
+    def invoke(  # noqa: D102  (documented by LangChain)
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return super().invoke(input, with_thread(config), stop=stop, **kwargs)
+
+    async def ainvoke(  # noqa: D102
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return await super().ainvoke(input, with_thread(config), stop=stop, **kwargs)
+
+    def stream(  # noqa: D102
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        return super().stream(input, with_thread(config), stop=stop, **kwargs)
+
+    def astream(  # noqa: D102
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[str]:
+        return super().astream(input, with_thread(config), stop=stop, **kwargs)
+
+    def batch(  # noqa: D102
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        configs = [with_thread(one) for one in get_config_list(config, len(inputs))]
+        kwargs["run_id"] = [one.get("run_id") for one in configs]
+        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch(  # noqa: D102
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        configs = [with_thread(one) for one in get_config_list(config, len(inputs))]
+        kwargs["run_id"] = [one.get("run_id") for one in configs]
+        return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+
+    def generate(  # noqa: D102
         self,
         prompts: list[str],
         stop: list[str] | None = None,

@@ -1,6 +1,6 @@
 """A PoLar model for LlamaIndex: `PolarLLM` completes and chats, runs here and is metered.
 
-The public name is in `__init__.pyi` and loads on first use, so that `import llama_index_polar` imports neither
+The public names are in `__init__.pyi` and load on first use, so that `import llama_index_polar` imports neither
 LlamaIndex nor torch.
 """
 

@@ -26,13 +26,14 @@ from pydantic_core import from_json
 
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts
-from polar_sdk.frameworks.tools import call_text
+from polar_sdk.frameworks.tools import call_text, result_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 
     from polar_sdk import Chunk, Generation
     from polar_sdk.frameworks.forms import AnswerForm
+    from polar_sdk.frameworks.tracing import CallSpan
 
     Respond = Callable[[str, str | None, Generation | None], Any]
     Stream = Generator[Any, None, None]
@@ -66,7 +67,7 @@ def to_roles(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
 def _content(message: ChatMessage, position: int) -> str:
     text = "\n".join(part for block in message.blocks if (part := _block(block, position)))
     if message.role in (MessageRole.TOOL, MessageRole.FUNCTION):
-        return f"Result of {message.additional_kwargs.get('name') or 'the tool'}: {text}"
+        return result_text(message.additional_kwargs.get("name"), text)
     return text
 
 
@@ -164,22 +165,32 @@ def _raw(generation: Generation | None) -> dict[str, Any] | None:
     }
 
 
-def responses(chunks: Iterator[Chunk], respond: Respond) -> Stream:
-    """Chunks as responses; closing this generator closes the engine's, which ends the request."""
+def responses(chunks: Iterator[Chunk], respond: Respond, span: CallSpan) -> Stream:
+    """Chunks as responses; closing this generator closes the engine's, which ends the request.
+
+    Args:
+        chunks: Of the engine.
+        respond: Makes a response of the text so far, what is new of it, and the finished answer.
+        span: Is told of the finished answer.
+    """
     text = ""
     with closing(cast("Generator[Chunk]", chunks)):
         for chunk in chunks:
             text += chunk.text
+            if chunk.generation is not None:
+                span.note(chunk.generation.usage, chunk.generation.receipt)
             if chunk.text or chunk.generation is not None:
                 yield respond(text, chunk.text, chunk.generation)
 
 
-async def aresponses(chunks: AsyncIterator[Chunk], respond: Respond) -> AsyncStream:
+async def aresponses(chunks: AsyncIterator[Chunk], respond: Respond, span: CallSpan) -> AsyncStream:
     """As `responses`, for an async stream."""
     text = ""
     async with aclosing(cast("AsyncGenerator[Chunk]", chunks)):
         async for chunk in chunks:
             text += chunk.text
+            if chunk.generation is not None:
+                span.note(chunk.generation.usage, chunk.generation.receipt)
             if chunk.text or chunk.generation is not None:
                 yield respond(text, chunk.text, chunk.generation)
 

@@ -44,6 +44,7 @@ from llama_index_polar._messages import (
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.forms import FORM_OPTIONS, AnswerForm
 from polar_sdk.frameworks.settings import ModelSettings
+from polar_sdk.frameworks.tracing import CallSpan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -287,19 +288,25 @@ class PolarLLM(PolarSettings, FunctionCallingLLM):
     # --- One engine call each. ---
 
     def _run(self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond) -> Any:
+        span = CallSpan(self.tracing)
         generation = self._engine().generate(prompt, template=template, **options)
+        span.note(generation.usage, generation.receipt)
         return respond(generation.text, None, generation)
 
     async def _arun(self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond) -> Any:
+        span = CallSpan(self.tracing)
         engine = await asyncio.to_thread(self._engine)  # may load weights
         generation = await engine.agenerate(prompt, template=template, **options)
+        span.note(generation.usage, generation.receipt)
         return respond(generation.text, None, generation)
 
     def _stream(self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond) -> Stream:
-        return responses(self._engine().stream(prompt, template=template, **options), respond)
+        span = CallSpan(self.tracing)
+        return responses(self._engine().stream(prompt, template=template, **options), respond, span)
 
     async def _astream(
         self, prompt: Prompt, template: Template, options: Mapping[str, Any], respond: Respond
     ) -> AsyncStream:
+        span = CallSpan(self.tracing)
         engine = await asyncio.to_thread(self._engine)
-        return aresponses(engine.astream(prompt, template=template, **options), respond)
+        return aresponses(engine.astream(prompt, template=template, **options), respond, span)

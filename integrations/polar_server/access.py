@@ -93,6 +93,28 @@ class Key(Protocol):
         ...
 
 
+class AccountStore(Protocol):
+    """What a tenant may know of itself; see `polar_billing.access.accounts`. Takes as long as a database does."""
+
+    def usage(
+        self,
+        tenant: str,
+        *,
+        by: Sequence[str] = ...,
+        month: str | None = ...,
+        since: str | None = ...,
+        until: str | None = ...,
+        zone: str = ...,
+        currency: str | None = ...,
+    ) -> dict[str, Any]:
+        """Usage and spend in a period; a `ValueError` says what is wrong with the question."""
+        ...
+
+    def receipt(self, tenant: str, request_id: str) -> dict[str, Any] | None:
+        """The receipt of a request; None where the tenant has no such request."""
+        ...
+
+
 class KeyStore(Protocol):
     """Where keys are kept."""
 
@@ -105,8 +127,8 @@ class KeyStore(Protocol):
         ...
 
 
-def find_access(url: str | None) -> tuple[KeyStore, Any]:
-    """The stores of keys and of replies that are installed.
+def find_access(url: str | None) -> tuple[KeyStore, Any, AccountStore]:
+    """The stores of keys, of replies and of accounts that are installed.
 
     Args:
         url: The ledger; None for the default one.
@@ -116,8 +138,8 @@ def find_access(url: str | None) -> tuple[KeyStore, Any]:
     """
     for entry in entry_points(group=GROUP, name="default"):
         try:
-            keys, replies = entry.load()(url)
-            return keys, replies
+            keys, replies, accounts = entry.load()(url)
+            return keys, replies, accounts
         except ModuleNotFoundError:  # registered by this distribution, but the extra is not installed
             break
     raise MissingExtraError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -14,12 +15,15 @@ from starlette.routing import Route
 from polar_sdk import __version__
 from polar_sdk.engine import ENGINE_VERSION
 from polar_server import openapi
+from polar_server.account import Quote, ReceiptOf, Usage
 from polar_server.endpoint import Endpoint
 from polar_server.errors import ApiError
 from polar_server.exchange import Exchange, send_bytes, send_json
 from polar_server.front import Front
 from polar_server.metrics import CONTENT_TYPE
-from polar_server.openai import chat, completions
+from polar_server.openai import chat, completions, responses
+from polar_server.openai.choices import ChoiceWriter
+from polar_server.openai.response_writer import ResponseWriter
 from polar_server.server import Server
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
+    from polar_server.openai.choices import Shape
     from polar_server.settings import Settings
 
 
@@ -49,12 +54,14 @@ def build(settings: Settings) -> Starlette:
         await server.close()
 
     routes = [
-        Route("/v1/chat/completions", Endpoint(server, chat.FIELDS, chat.read_call, chat.ChatShape), methods=["POST"]),
+        Route("/v1/chat/completions", _completions(server, chat, chat.ChatShape), methods=["POST"]),
+        Route("/v1/completions", _completions(server, completions, completions.TextShape), methods=["POST"]),
         Route(
-            "/v1/completions",
-            Endpoint(server, completions.FIELDS, completions.read_call, completions.TextShape),
-            methods=["POST"],
+            "/v1/responses", Endpoint(server, responses.FIELDS, responses.read_call, ResponseWriter), methods=["POST"]
         ),
+        Route("/v1/polar/quote", Quote(server), methods=["GET", "POST"]),
+        Route("/v1/polar/usage", Usage(server), methods=["GET"]),
+        Route("/v1/polar/receipts/{id:path}", ReceiptOf(server), methods=["GET"]),
         Route("/v1/models", _Json(lambda scope: _models(server, scope)), methods=["GET"]),
         Route("/v1/models/{model:path}", _Json(lambda scope: _model(server, scope)), methods=["GET"]),
         Route("/health", _Json(lambda _: {"status": "ok"}), methods=["GET"]),
@@ -85,6 +92,11 @@ async def _unrouted(request: Request, error: Exception) -> Response:
     else:
         found = ApiError(str(error.detail), status=error.status_code)
     return JSONResponse(found.body, found.status, error.headers)
+
+
+def _completions(server: Server, api: Any, shape: Shape) -> Endpoint:
+    """The endpoint whose fields and calls a module describes."""
+    return Endpoint(server, api.FIELDS, api.read_call, partial(ChoiceWriter, shape))
 
 
 class _Json:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.programs.program import Program
+from polar_sdk.router.learned import AtTheta, LearnedRouter
+from polar_sdk.usage import Offer
 from polar_server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -92,6 +94,27 @@ class Catalog:
             "owned_by": "polar",
             "polar": self._offer(self.tier_of(model)),
         }
+
+    def offer(self, tier: str, read: int, written: int) -> Offer:
+        """The most that a tier uses for numbers of tokens; without a program where a router chooses one.
+
+        Raises:
+            RouterError: The tier's promise does not hold for what would run.
+        """
+        engine, cost = self.engine, self.engine.decoder.cost
+        if isinstance(engine.router, LearnedRouter):
+            named, serving = engine.router.serving(tier)
+            if isinstance(serving, AtTheta):
+                router = engine.router
+                most = max(
+                    cost.request(program, read, written, router=router.route_flops(read, program)).total
+                    for program in router.programs
+                )
+                return Offer(tier=named, program="", flops_bound=most)
+            program = Program.identity(engine.depth)
+        else:
+            named, program = engine.policy.program_for(tier, engine.depth)
+        return Offer(tier=named, program=program.text, flops_bound=cost.request(program, read, written).total)
 
     def _offer(self, tier: str | None) -> dict[str, Any]:
         engine = self.engine

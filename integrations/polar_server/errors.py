@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_sdk.errors import (
     BudgetExceededError,
     CacheMemoryError,
+    CertificateError,
     ContextWindowError,
     EmptyPromptError,
-    GrammarError,
     InvalidRequestError,
     MissingExtraError,
     PolarError,
@@ -115,9 +115,9 @@ _KNOWN: Final[tuple[tuple[type[PolarError], int, str, str | None, Mapping[str, s
     (EmptyPromptError, 400, "invalid_value", None, {}),
     (UnknownTierError, 400, "invalid_value", "compute", {}),
     (ToleranceError, 400, "invalid_value", "compute", {}),
+    (CertificateError, 400, "unsupported_value", "compute", {}),
     (TagError, 400, "invalid_value", "tags", {}),
-    (GrammarError, 400, "invalid_value", "response_format", {}),
-    (MissingExtraError, 400, "unsupported_value", "response_format", {}),
+    (MissingExtraError, 400, "unsupported_value", None, {}),
     (InvalidRequestError, 400, "invalid_value", None, {}),
     (ProgramError, 400, "invalid_value", "program", {}),
     # What ran until then is billed; the same call would run as long again.

@@ -17,13 +17,30 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger("polar_server.access")
 _PATHS: Final = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics", "/version"}
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/models",
+        "/v1/polar/quote",
+        "/v1/polar/usage",
+        "/health",
+        "/ready",
+        "/metrics",
+        "/version",
+    }
 )
 """What the log and the metrics name; other paths are strangers' text."""
+_RECEIPTS: Final = "/v1/polar/receipts"
 _OPEN: Final = frozenset({"/health", "/ready"})
 """What is answered without a key."""
-_SCOPES: Final = {"/metrics": "metrics"}
+_SCOPES: Final = {"/metrics": "metrics", "/v1/polar/usage": "usage:read", _RECEIPTS: "usage:read"}
 """What a key must open for a path; any other needs `infer`."""
+
+
+def _route(path: str) -> str:
+    """The path, without what differs from call to call."""
+    return _RECEIPTS if path.startswith(f"{_RECEIPTS}/") else path
 
 
 class Front:
@@ -52,7 +69,7 @@ class Front:
 
         try:
             if self._server.guard is not None and exchange.path not in _OPEN:
-                needed = _SCOPES.get(exchange.path, "infer")
+                needed = _SCOPES.get(_route(exchange.path), "infer")
                 exchange.key = await self._server.guard.check(exchange.headers, needed)
             await self._app(scope, receive, send_on)
         except ClientLeftError:
@@ -69,7 +86,8 @@ class Front:
             self._ended(exchange)
 
     def _ended(self, exchange: Exchange) -> None:
-        path = exchange.path if exchange.path in _PATHS else "other"
+        route = _route(exchange.path)
+        path = route if route in _PATHS or route == _RECEIPTS else "other"
         status = exchange.status or 0
         self._server.metrics.called(path, status)
         _log.info(

@@ -25,7 +25,10 @@ _MAX_KEPT_BYTES: Final = 64 * 2**20
 
 
 class ReplyStore(Protocol):
-    """Where replies are kept; see `polar_billing.access.replies.Replies`. Calls may take as long as a database does."""
+    """Where replies are kept; see `polar_billing.access.replies.Replies`. Calls may take as long as a database does.
+
+    Whoever is told `claimed` calls `keep` or `give_up` afterwards.
+    """
 
     def claim(self, tenant: str, key: str, fingerprint: str) -> tuple[str, bytes | None]:
         """`claimed`, `other`, `running`, or `done` with the answer."""
@@ -37,6 +40,10 @@ class ReplyStore(Protocol):
 
     def give_up(self, tenant: str, key: str) -> None:
         """A claimed request has no answer to keep."""
+        ...
+
+    def close(self) -> None:
+        """The server ends."""
         ...
 
 
@@ -77,6 +84,9 @@ class MemoryReplies:
         with self._lock:
             self._kept.pop((tenant, key), None)
 
+    def close(self) -> None:
+        """As `ReplyStore`."""
+
 
 def key_of(headers: Mapping[str, str]) -> str | None:
     """The caller's key, or None.
@@ -109,13 +119,17 @@ def refusal(state: str) -> ApiError:
 
 
 class Copy:
-    """An ASGI `send` that keeps a copy, and goes on when nobody listens any more."""
+    """An ASGI `send` that keeps a copy, and goes on when nobody listens any more.
+
+    The end of the answer waits for `finish`: whoever has all of it and asks again finds it kept.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._listening = True
         self._head: dict[str, Any] = {}
         self._body: list[bytes] = []
+        self._last: Message | None = None
 
     async def __call__(self, message: Message) -> None:
         """Send, and keep."""
@@ -124,6 +138,17 @@ class Copy:
             self._head = {"status": message["status"], "headers": headers}
         else:
             self._body.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                self._last = message
+                return
+        await self._pass_on(message)
+
+    async def finish(self) -> None:
+        """Send the end of the answer, where there is one."""
+        if self._last is not None:
+            await self._pass_on(self._last)
+
+    async def _pass_on(self, message: Message) -> None:
         if self._listening:
             try:
                 await self._send(message)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk import PolarModel
 from polar_sdk.errors import PolarError
 from polar_sdk.request import recorder
 from polar_sdk.serving.threads import run_in_thread
@@ -20,6 +21,8 @@ from polar_server.replies import MemoryReplies
 from polar_server.watched_sink import WatchedSink
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from polar_server.answers import Answer
     from polar_server.exchange import Exchange
     from polar_server.openai.calls import Call
@@ -49,14 +52,8 @@ class Server:
         given = settings.engine
         self.settings = settings
         self.sink = WatchedSink(given.sink)
-        self.engine = PolarModel(
-            given.loaded,
-            policy=given.policy,
-            router=given.router,
-            sink=self.sink,
-            tenant=given.tenant,
-            tags=given.tags,
-        )
+        self.engine = copy(given)
+        self.engine.sink = self.sink
         self.answers = Answers(self.engine, self.sink)
         self.catalog = Catalog(self.engine, settings.model_id)
         self.token_bytes = TokenBytes(given.loaded.tokenizer)
@@ -108,6 +105,23 @@ class Server:
         answer.task.add_done_callback(lambda _: self.limits.leave(key, answer.tokens))
         return answer
 
+    @contextmanager
+    def counted(self, exchange: Exchange) -> Iterator[None]:
+        """Count a call that computes without an answer among those of its key.
+
+        Raises:
+            ApiError: A limit is reached.
+        """
+        key = exchange.key
+        if key is None:
+            yield
+            return
+        exchange.answer_headers |= self.limits.enter(key)
+        try:
+            yield
+        finally:
+            self.limits.leave(key, 0)
+
     async def ready(self) -> str | None:
         """Why no request should come here now; None if one may."""
         if self.answers.draining:
@@ -121,6 +135,7 @@ class Server:
     async def close(self) -> None:
         """Let answers finish for a while, stop the others, and store every record; the sink's spool goes last."""
         await self.answers.drain(self.settings.drain)
+        await run_in_thread(lambda _: self.replies.close(), None)
         await run_in_thread(lambda _: recorder.flush(), None)
         await run_in_thread(lambda _: self.sink.close(), None)
 

@@ -84,10 +84,27 @@ class WatchedSink(UsageSink):
                 self._watchers[bound.request_id] = watcher
         return chosen
 
+    def quote(self, bound: UsageBound) -> tuple[Receipt | None, ...]:
+        """As the inner sink."""
+        return self.inner.quote(bound)
+
     def release(self, tenant: str, request_id: str) -> None:
         """As the inner sink."""
         self.inner.release(tenant, request_id)
         self._done(request_id)
+
+    def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
+        """As the inner sink."""
+        self.inner.watch(tenant, request_id, end)
+
+    @property
+    def wants_marks(self) -> bool:
+        """As the inner sink."""
+        return self.inner.wants_marks
+
+    def mark(self, record: UsageRecord) -> None:
+        """As the inner sink."""
+        self.inner.mark(record)
 
     def emit(self, record: UsageRecord) -> Receipt | None:
         """As the inner sink; where that raises, the record stays due."""

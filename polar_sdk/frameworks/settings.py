@@ -93,6 +93,8 @@ class ModelSettings(BaseModel):
     """`"auto"`, a ledger URL, or None to meter nothing."""
     sink: UsageSink | None = Field(default=None, exclude=True, repr=False)
     """Where usage records go, instead of a ledger."""
+    tracing: bool = False
+    """Set usage and cost of each answer on OpenTelemetry's current span; needs the extra `tracing`."""
     policy: Policy | str | Path | None = None
     """Policy or policy file; None = the one shipped for the model."""
     router: Router | str | Path | None = None
@@ -154,6 +156,23 @@ class ModelSettings(BaseModel):
         if clash:
             raise ValueError(f"engine= has its own {clash[0]}: pass {clash[0]}= to the PolarModel instead.")
         return self
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """The settings, for a copy in another process, which loads the weights anew.
+
+        Raises:
+            TypeError: It has an engine or a sink, which belong to this process; the copy would answer with another
+                model, or be metered elsewhere.
+        """
+        for name in ("engine", "sink"):
+            if getattr(self, name) is not None:
+                raise TypeError(
+                    f"a {type(self).__name__} with {name}= cannot be pickled; name model= and ledger= instead, "
+                    "or make one in each process."
+                )
+        bare = self.model_copy()
+        bare._engines = {}
+        return super(ModelSettings, bare).__getstate__()
 
     @property
     def model_name(self) -> str:

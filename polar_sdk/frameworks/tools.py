@@ -157,6 +157,17 @@ def call_text(name: str, arguments: Any) -> str:
     return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
 
 
+def turn_text(text: str, calls: Sequence[tuple[str, Any]]) -> str:
+    """An answer in the history of a conversation: its text, then its calls, each a name and arguments."""
+    written = [call_text(name, arguments) for name, arguments in calls]
+    return "\n".join([text, *written] if text else written)
+
+
+def result_text(name: str | None, text: str, *, failed: bool = False) -> str:
+    """What a tool returned, as a user's message says it: chat templates without tools know no other role for it."""
+    return f"{'Error' if failed else 'Result'} of {name or 'the tool'}: {text}"
+
+
 def instructed(messages: Sequence[Mapping[str, str]], instructions: str) -> Roles:
     """The messages with instructions at the end of the first system message; there is at most one in the end."""
     roles = [dict(message) for message in messages]

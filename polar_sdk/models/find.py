@@ -19,11 +19,11 @@ from polar_sdk.errors import (
     ModelFetchError,
     ModelNotFoundError,
 )
-from polar_sdk.models.aliases import Alias, Folder, Gguf, Hub, Source
+from polar_sdk.models.aliases import Alias, Folder, Gguf, Hub, Source, resolve
 from polar_sdk.models.fetch import get_gguf
 from polar_sdk.models.fingerprint import file_sha256, fingerprint_of_folder
-from polar_sdk.models.paths import require_space
-from polar_sdk.models.store import Recipe, check_folder, converted, read_manifest, repair_hint
+from polar_sdk.models.paths import models_folder, require_space
+from polar_sdk.models.store import Recipe, check_folder, converted, list_stored, read_manifest, repair_hint
 from polar_sdk.show.progress import say
 
 _PATTERNS: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -145,6 +145,30 @@ def obtain(source: Source, revision: str | None = None, *, refresh: bool = False
             return _described(source.path)
         case Hub():
             return _described(get_snapshot(source.name, revision, refresh=refresh))
+
+
+def find_local(name: str, fingerprint: str) -> LocalModel | None:
+    """The model of that fingerprint, if this host has it; fetches and converts nothing.
+
+    Args:
+        name: A folder or hub id to look at, if no conversion in the cache has the fingerprint.
+        fingerprint: SHA-256 of configuration and weights, hexadecimal.
+
+    Raises:
+        ModelDamagedError: A file of it is missing or was changed.
+    """
+    for manifest in list_stored():
+        if manifest.fingerprint == fingerprint:
+            return _stored(models_folder() / manifest.made_from.key)
+    try:
+        source = resolve(name)
+    except ModelNotFoundError:
+        return None
+    folder = source.path if isinstance(source, Folder) else None
+    if isinstance(source, Hub):
+        folder = _local(source.name, None)
+    found = None if folder is None else _described(folder)
+    return found if found is not None and found.fingerprint == fingerprint else None
 
 
 def _alias_recipe(alias: Alias) -> Recipe:

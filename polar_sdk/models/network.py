@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
     from polar_sdk.engine.decoder import Bring
 
@@ -120,10 +120,10 @@ def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
         ModelDamagedError: A weight is missing or has another shape.
         UnsupportedArchitectureError: A weight has a dtype that the engine does not run.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    config = read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         generation = read_generation_config(folder)
     except Exception as error:  # a wrong value breaks the configuration's class anywhere
@@ -147,6 +147,21 @@ def read_network(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
     result: PreTrainedModel = network.requires_grad_(False).eval()
     result.generation_config = generation
     return result
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        ModelDamagedError: It is missing, or a value of it is wrong.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a wrong value breaks the configuration's class anywhere
+        raise damaged(folder, f"configuration: {error}") from error
+    return config
 
 
 def _check_parameters(kind: Any, config: Any, weights: Iterable[Tensor]) -> None:

@@ -62,6 +62,11 @@ def admit(
     return admitted
 
 
+def bound_of(request: Request, cost: CostModel) -> UsageBound:
+    """The maximum that a request can use: as what it asks for, and as each tier of the policy that costs less."""
+    return _bound(request, _choices(request, cost))
+
+
 def _choices(request: Request, cost: CostModel) -> list[_Choice]:
     """The requested program, then every tier of the policy that costs less, the most expensive first."""
 

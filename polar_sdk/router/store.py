@@ -120,7 +120,7 @@ def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
 
 def _certified_routers(host: _Host) -> Iterator[Router]:
     """Routers for the model whose promises hold here; a damaged one is passed over, because nobody named it."""
-    for folder in _router_folders(host.fingerprint):
+    for folder in router_folders(host.fingerprint):
         try:
             router = load_router(folder)
             if isinstance(router, LearnedRouter) and router.fits(host.fingerprint, host.decoder.dtype_name):
@@ -131,8 +131,8 @@ def _certified_routers(host: _Host) -> Iterator[Router]:
             continue
 
 
-def _router_folders(fingerprint: str) -> Iterator[Path]:
-    """The user's own router for the model, then every shipped one."""
+def router_folders(fingerprint: str) -> Iterator[Path]:
+    """Folders of routers: the user's own router for the model, then every shipped one."""
     saved = saved_router_path(fingerprint)
     if (saved / "router.json").is_file():
         yield saved

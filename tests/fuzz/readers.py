@@ -329,6 +329,7 @@ READING: Final[Sequence[Sequence[str]]] = (
     ("statement", "acme"),
     ("price", "show"),
     ("receipt", "r0", "--tenant", "acme"),
+    ("explain", "r0", "--tenant", "acme"),
 )
 """Every way that a person reads a ledger."""
 
@@ -380,6 +381,7 @@ class Commands(Ledgers):
         ("report", "--month", "2026-11", "--currency", "USD"),
         ("verify", "--tenant", "acme"),
         ("receipt", "r0", "--tenant", "acme"),
+        ("explain", "r0", "--tenant", "acme", "--source", "polar", "--records", "3"),
         ("budget", "set", "acme", "12.50", "USD", "--window", "day", "--zone", "Europe/Berlin"),
         ("budget", "show", "--tenant", "acme"),
         ("statement", "acme", "2026-11", "--draft"),

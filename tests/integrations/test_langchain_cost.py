@@ -9,6 +9,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
 
 from langchain_polar import ChatPolar, PolarLLM, get_polar_cost_callback
 
@@ -67,3 +68,21 @@ def test_the_cost_callback_counts_nothing_for_a_cached_message(priced: PolarMode
     total = costs.total
     assert (total.requests, total.flops, total.output_tokens) == (1, 0, 0)
     assert not total.cost["EUR"]
+
+
+def test_blocks_may_be_nested_also_inside_a_chain(priced: PolarModel) -> None:
+    chat = ChatPolar(engine=priced, max_tokens=1)
+    inner_totals = []
+
+    def step(text: str) -> str:
+        with get_polar_cost_callback() as inner:  # the run below reports to both blocks
+            answer = chat.invoke(text)
+        inner_totals.append(inner.total.requests)
+        return str(answer.text)
+
+    with get_polar_cost_callback() as outer:
+        with get_polar_cost_callback() as middle:
+            chat.invoke("Hello")
+        RunnableLambda(step).invoke("Hello")
+    assert (middle.total.requests, inner_totals, outer.total.requests) == (1, [1], 2)
+    assert outer.total.cost == {"EUR": Decimal("0.002")}

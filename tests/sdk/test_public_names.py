@@ -32,9 +32,10 @@ PUBLIC = {
         usage_csv usage_of_line usage_rows verify_ledger
     """,
     "langchain_polar": """
-        ChatPolar CostTotals PolarCall PolarCostCallbackHandler PolarLLM get_polar_cost_callback register
+        ChatPolar CostTotals PolarCall PolarCostCallbackHandler PolarLLM PolarTracer get_polar_cost_callback
+        register
     """,
-    "llama_index_polar": "PolarLLM",
+    "llama_index_polar": "CallCosts CostTotals PolarCall PolarLLM get_polar_cost_callback",
 }
 HEAVY = "torch transformers"
 FRAMEWORKS = "langchain_core llama_index.core sqlalchemy"

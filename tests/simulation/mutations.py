@@ -34,7 +34,7 @@ def _settle_twice() -> AbstractContextManager[object]:
 
 
 def _forget_to_flush() -> AbstractContextManager[object]:
-    from polar_billing.metering.spool import Segment
+    from polar_billing.metering.segment import Segment
 
     return patch.object(Segment, "sync", lambda self: None)
 
@@ -114,6 +114,18 @@ def _delete_before_storing() -> AbstractContextManager[object]:
     return applied()
 
 
+def _store_marks_beside_records() -> AbstractContextManager[object]:
+    from polar_billing.ledger.ledger import Ledger
+
+    return patch.object(Ledger, "is_recorded", lambda self, entry: False)
+
+
+def _forget_marks() -> AbstractContextManager[object]:
+    from polar_billing.metering import spool
+
+    return patch.object(spool, "last_marks", lambda entries: [])
+
+
 def _leave_before_the_end() -> AbstractContextManager[object]:
     from polar_sdk.serving import threads
 
@@ -166,6 +178,8 @@ MUTATIONS: Final[dict[str, Mutation]] = {
     "hold-nothing": Mutation("ledger", _hold_nothing),
     "commit-without-flushing": Mutation("ledger", _commit_without_flushing),
     "delete-before-storing": Mutation("ledger", _delete_before_storing),
+    "store-marks-beside-records": Mutation("ledger", _store_marks_beside_records),
+    "forget-marks": Mutation("ledger", _forget_marks),
     "leave-before-the-end": Mutation("serving", _leave_before_the_end),
     "record-twice": Mutation("serving", _record_twice),
     "forget-the-dropped": Mutation("serving", _forget_the_dropped),

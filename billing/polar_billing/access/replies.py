@@ -2,44 +2,111 @@
 
 A caller that got no answer sends its request again under the same key. Whoever claims the key first computes; until it
 has an answer, everybody else is told to wait, and afterwards gets that answer. One that broke off without an answer
-gives its claim up; the claim of a process that is gone expires. Knows no HTTP: an answer is bytes.
+gives its claim up.
+
+A claim is a lease, as a hold is (`budgets.leases`): it lives for a minute by the database's clock, and its process
+renews it for as long as it computes. So a long answer keeps its claim, and that of a process that was killed is free
+within a minute. While the database does not answer, the process goes on, and claims again or keeps the answer as soon
+as it does. Only where the database was away for longer than a claim lives, and another process was asked first, are
+both computed; the one that has the claim keeps its answer. Knows no HTTP: an answer is bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from polar_billing.access.accounts import Accounts
 from polar_billing.access.keys import ApiKeys
+from polar_billing.errors import BillingError
+from polar_billing.ledger.clock import database_time
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.schema import reply_table
+from polar_billing.ledger.source import source_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import Connection
 
 KEPT: Final = timedelta(hours=24)
 """How long an answer is kept."""
-CLAIMED: Final = timedelta(minutes=15)
-"""After this time a claim without an answer is of a process that is gone. Longer than any answer takes."""
+CLAIM_LIFETIME: Final = timedelta(minutes=1)
+"""After this time a claim that nobody renewed is of a process that is gone."""
+_RENEWALS: Final = 4
+"""How often a claim is renewed in its lifetime, so that it outlives two renewals that fail."""
+_PATIENCE_S: Final = 900.0
+"""How long an answer waits for a database that does not take it. Unit: seconds."""
+_log: Final = logging.getLogger("polar_billing")
+
+
+@dataclass(eq=False)
+class _Claim:
+    """A claim of this process."""
+
+    seq: int
+    """Of its row: another claim of the same key has another one."""
+    tenant: str
+    key_hash: str
+    fingerprint: str
+    answer: bytes | None = None
+    """What is to be kept; None while it is computed."""
+    answered_at: float = 0.0
+    """When the answer was there. Unit: seconds of `time.monotonic`."""
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What is claimed."""
+        return self.tenant, self.key_hash
 
 
 class Replies:
     """The replies that a ledger's database keeps. Safe in several threads and processes.
 
+    Whoever is told `claimed` calls `keep` or `give_up`; until then its claim is renewed.
+
     Args:
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
-        clock: Returns the time, UTC; None for this machine's.
+        source: The service that answers; its replicas share keys, and other services do not. None for the name in
+            `POLAR_SOURCE`, or else `polar`.
+        lifetime: How long until a claim that nobody renewed expires.
+        clock: Returns the time, UTC; None for the database's clock, see `ledger.clock`.
     """
 
-    def __init__(self, ledger: Ledger | str | None = None, *, clock: Callable[[], datetime] | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger | str | None = None,
+        *,
+        source: str | None = None,
+        lifetime: timedelta = CLAIM_LIFETIME,
+        clock: Callable[[], datetime] | None = None,
+    ) -> None:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
-        self._now = clock or (lambda: datetime.now(UTC))
+        self.source = source_named(source)
+        self.lifetime = lifetime
+        self._clock = clock
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Start with no claims: at first, and in a forked child, whose parent renews its own."""
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        """Of the two below; held for moments only."""
+        self._claims: dict[tuple[str, str], _Claim] = {}
+        self._renewing: tuple[threading.Thread, threading.Event] | None = None
+        """The thread that renews, and what ends it; None = there is none."""
+        self._writing = threading.Lock()
+        """Held while claims of this process are renewed, kept or given up in the database: in one order for all."""
 
     def claim(self, tenant: str, key: str, fingerprint: str) -> tuple[str, bytes | None]:
         """Claim a key for a request, or say what became of the one that has it.
@@ -56,47 +123,185 @@ class Replies:
         Raises:
             StoreError: The ledger cannot be read or written; nothing is claimed.
         """
-        now, column = self._now(), reply_table.c
-        values = {"tenant": tenant, "key_hash": _hash(key), "fingerprint": fingerprint, "state": "running"}
-        values |= {"claimed_at": now, "expires_at": now + CLAIMED}  # type: ignore[dict-item]
+        if self._process != os.getpid():
+            self._start_anew()
+        claim = _Claim(0, tenant, self._hash(key), fingerprint)
+        with self._lock:
+            mine = self._claims.get(claim.place)
+        if mine is not None:  # whatever the database says: this process knows that it lives
+            return _state(mine.fingerprint == fingerprint, mine.answer)
         with self.ledger.transaction() as connection:
-            connection.execute(delete(reply_table).where(column.expires_at <= now))
-            try:
-                with connection.begin_nested():
-                    connection.execute(insert(reply_table).values(values))
-            except IntegrityError:
-                row = connection.execute(select(reply_table).where(self._place(tenant, key))).one()
-            else:
-                return "claimed", None
-        if row.fingerprint != fingerprint:
-            return "other", None
-        return row.state, None if row.answer is None else bytes(row.answer)
+            now = self._time(connection)
+            connection.execute(delete(reply_table).where(reply_table.c.expires_at <= now))
+            if not self._insert(connection, claim, now):
+                row = connection.execute(select(reply_table).where(*_at(claim))).one_or_none()
+                # None: another process has just given it up, and may be asked again
+                return ("running", None) if row is None else _state(row.fingerprint == fingerprint, row.answer)
+        self._renew_from_now_on(claim)
+        return "claimed", None
 
     def keep(self, tenant: str, key: str, answer: bytes) -> None:
-        """Keep the answer to a claimed request."""
-        values = {"state": "done", "answer": answer, "expires_at": self._now() + KEPT}
-        with self.ledger.transaction() as connection:
-            connection.execute(update(reply_table).where(self._place(tenant, key)).values(values))
+        """Keep the answer to a claimed request; if the database does not take it now, it is kept when it does."""
+        with self._lock:
+            claim = self._claims.get((tenant, self._hash(key)))
+        if claim is None:  # it was lost: another process has claimed, and answers
+            return
+        claim.answer, claim.answered_at = answer, time.monotonic()
+        try:
+            self._store([claim])
+        except BillingError as error:
+            _log.warning("an answer to a repeated request could not be kept now (%s)", error)
 
     def give_up(self, tenant: str, key: str) -> None:
-        """A claimed request has no answer to keep: it may be tried again."""
-        with self.ledger.transaction() as connection:
-            connection.execute(delete(reply_table).where(self._place(tenant, key), reply_table.c.state == "running"))
+        """A claimed request has no answer to keep: it may be tried again, at the latest when its claim expires."""
+        with self._lock:
+            claim = self._claims.pop((tenant, self._hash(key)), None)
+        if claim is None:
+            return
+        try:
+            with self._writing, self.ledger.transaction() as connection:
+                connection.execute(delete(reply_table).where(*_of(claim)))
+        except BillingError as error:
+            _log.warning("a claim could not be given up now (%s); it expires within %s", error, self.lifetime)
 
-    @staticmethod
-    def _place(tenant: str, key: str) -> ColumnElement[bool]:
-        return (reply_table.c.tenant == tenant) & (reply_table.c.key_hash == _hash(key))
+    def renew(self) -> None:
+        """Renew the claims of this process now, and keep the answers that wait; a thread does so while there are any.
+
+        Raises:
+            StoreError: The ledger cannot be written; they are tried again.
+        """
+        with self._lock:
+            claims = list(self._claims.values())
+        if claims:
+            self._store(claims)
+
+    def _store(self, claims: list[_Claim]) -> None:
+        """Renew claims, or keep their answers; claim again what expired meanwhile, if nobody else has."""
+        with self._writing:
+            claims = sorted((claim for claim in claims if self._has(claim)), key=lambda claim: claim.place)
+            with self.ledger.transaction() as connection:
+                ended = self._write(connection, claims)
+            with self._lock:
+                for claim in ended:
+                    if self._has(claim):
+                        del self._claims[claim.place]
+
+    def _has(self, claim: _Claim) -> bool:
+        return self._claims.get(claim.place) is claim
+
+    def _write(self, connection: Connection, claims: list[_Claim]) -> list[_Claim]:
+        """Write claims or their answers; returns those that need no more writing."""
+        now, ended = self._time(connection), []
+        renewed = self._extend(connection, {claim.seq for claim in claims if claim.answer is None}, now)
+        for claim in claims:
+            if (answer := claim.answer) is None:
+                written = claim.seq in renewed
+            else:
+                kept = {"state": "done", "answer": answer, "expires_at": now + KEPT}
+                written = connection.execute(update(reply_table).where(*_of(claim)).values(kept)).rowcount > 0
+            lost = not written and not self._insert(connection, claim, now)
+            if lost:
+                _log.warning("a claim of tenant %r expired, and another process has it: both answer", claim.tenant)
+            if lost or answer is not None:
+                ended.append(claim)
+        return ended
+
+    def _extend(self, connection: Connection, seqs: set[int], now: datetime) -> set[int]:
+        """Renew the rows that are there; returns their numbers."""
+        if not seqs:
+            return set()
+        rows = (reply_table.c.seq.in_(sorted(seqs)), reply_table.c.state == "running")
+        changed = update(reply_table).where(*rows).values(expires_at=now + self.lifetime)
+        return set(connection.execute(changed.returning(reply_table.c.seq)).scalars())
+
+    def _insert(self, connection: Connection, claim: _Claim, now: datetime) -> bool:
+        """Write the row of a claim; False if another one is there."""
+        added = insert(reply_table).values(_row(claim, now, self.lifetime)).returning(reply_table.c.seq)
+        try:
+            with connection.begin_nested():
+                claim.seq = connection.execute(added).scalar_one()
+        except IntegrityError:
+            return False
+        return True
+
+    def _hash(self, key: str) -> str:
+        return hashlib.sha256(f"{self.source}\0{key}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _time(self, connection: Connection) -> datetime:
+        return database_time(connection, writes=True) if self._clock is None else self._clock()
+
+    def _renew_from_now_on(self, claim: _Claim) -> None:
+        with self._lock:
+            self._claims[claim.place] = claim
+            if self._renewing is None:
+                stop = threading.Event()
+                self._renewing = threading.Thread(target=self._run, args=[stop], name="polar-claim", daemon=True), stop
+                self._renewing[0].start()
+
+    def _run(self, stop: threading.Event) -> None:
+        while not stop.wait(self.lifetime.total_seconds() / _RENEWALS):
+            with self._lock:
+                since = time.monotonic() - _PATIENCE_S
+                for place, claim in list(self._claims.items()):
+                    if claim.answer is not None and claim.answered_at < since:
+                        del self._claims[place]
+                if not self._claims:
+                    if not stop.is_set():  # else another one may have taken over
+                        self._renewing = None
+                    return
+            try:
+                self.renew()
+            except BillingError as error:
+                _log.warning("claims could not be renewed now (%s)", error)
+            except Exception:  # whatever happened, the others must be renewed
+                _log.exception("renewing claims failed")
+
+    def close(self) -> None:
+        """Renew nothing more, try once more to keep the answers that wait, and release the ledger's connections."""
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            renewing, self._renewing = self._renewing, None
+            waiting = [claim for claim in self._claims.values() if claim.answer is not None]
+        if renewing is not None:
+            renewing[1].set()
+            renewing[0].join()
+        if waiting:
+            try:
+                self._store(waiting)
+            except BillingError as error:
+                _log.warning("%d answers to repeated requests are not kept (%s)", len(waiting), error)
+        self.ledger.close()
 
 
-def _hash(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+def _state(same: bool, answer: bytes | None) -> tuple[str, bytes | None]:
+    if not same:
+        return "other", None
+    return ("running", None) if answer is None else ("done", bytes(answer))
 
 
-def open_access(url: str | None) -> tuple[ApiKeys, Replies]:
-    """The keys and the replies of a ledger, for a server that found this function by its entry point.
+def _row(claim: _Claim, now: datetime, lifetime: timedelta) -> dict[str, Any]:
+    values: dict[str, Any] = {"tenant": claim.tenant, "key_hash": claim.key_hash, "fingerprint": claim.fingerprint}
+    if claim.answer is None:
+        return values | {"state": "running", "claimed_at": now, "expires_at": now + lifetime}
+    return values | {"state": "done", "answer": claim.answer, "claimed_at": now, "expires_at": now + KEPT}
+
+
+def _at(claim: _Claim) -> tuple[Any, Any]:
+    """The row that has what is claimed, whosever it is."""
+    return reply_table.c.tenant == claim.tenant, reply_table.c.key_hash == claim.key_hash
+
+
+def _of(claim: _Claim) -> tuple[Any, Any]:
+    """The row of this very claim, while it has no answer."""
+    return reply_table.c.seq == claim.seq, reply_table.c.state == "running"
+
+
+def open_access(url: str | None) -> tuple[ApiKeys, Replies, Accounts]:
+    """The keys, replies and accounts of a ledger, for a server that found this function by its entry point.
 
     Args:
         url: As for `Ledger`.
     """
     ledger = Ledger(url)
-    return ApiKeys(ledger), Replies(ledger)
+    return ApiKeys(ledger), Replies(ledger), Accounts(ledger)

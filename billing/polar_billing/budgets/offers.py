@@ -80,6 +80,7 @@ class Refusal:
             level=budget.level,
             name=budget.tenant if budget.name is None else budget.name,
             limit=plain(budget.amount(budget.limit_count)),
+            spent=plain(budget.amount(standing.spent)),
             remaining=plain(budget.amount(standing.left)),
             needed=None if amount is None else plain(budget.amount(amount)),
             unit=budget.unit,

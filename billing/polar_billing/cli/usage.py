@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polar_billing.cli import options as opt
+from polar_billing.errors import QueryError
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection
+    from polar_billing.reports.mix import Savings
+    from polar_billing.reports.questions import Questions
 
 
 def register(app: typer.Typer) -> None:
@@ -94,10 +97,43 @@ def report(
         typer.Option(help="Also show the same usage under this price book; may be repeated.", metavar="FILE"),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.", metavar="FILE")] = None,
+    what_if: Annotated[
+        list[Path] | None,
+        typer.Option(help="What would this price book have brought? May be repeated.", metavar="FILE"),
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What would this mix of tiers have brought, in percent of the requests? May be repeated.",
+            metavar="TIER=PERCENT,…",
+        ),
+    ] = None,
+    mix_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="What tiers save, from `polar evaluate --json`; by default from the router's certificate.",
+            metavar="FILE",
+        ),
+    ] = None,
+    promise: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Promised p95 latency of a tier, instead of what the price book promises; may be repeated.",
+            metavar="TIER=MS",
+        ),
+    ] = None,
+    device_hour: Annotated[
+        str | None, typer.Option(help="What a device costs per hour, in the report's currency.", metavar="AMOUNT")
+    ] = None,
+    tokens_per_second: Annotated[
+        str | None,
+        typer.Option(help="Throughput of a device; by default from the recorded times.", metavar="NUMBER"),
+    ] = None,
 ) -> None:
     """Report usage and charges by tenant and tier, compared with full depth and per-token pricing.
 
-    By default it covers every tenant and all time.
+    By default it covers every tenant and all time. The later options ask what would have been under other prices or
+    tiers, and what the hardware costs; each answer says what it assumes.
     """
     from polar_billing.prices.book import PriceBook
 
@@ -108,7 +144,10 @@ def report(
         from polar_billing.reports.usage_tables import report_view
 
         books = [PriceBook.load(file) for file in compare or []]
-        built = build_report(store, selection, prices=opt.book_of(prices), currency=currency, compare=books)
+        questions = _questions(what_if or [], mix or [], mix_from, promise or [], (device_hour, tokens_per_second))
+        built = build_report(
+            store, selection, prices=opt.book_of(prices), currency=currency, compare=books, questions=questions
+        )
         if html is not None:
             from polar_billing.reports.html import report_html
 
@@ -121,6 +160,43 @@ def report(
             opt.say_nothing_found(store, selection)
         elif csv is None and html is None:
             opt.show(report_view(built))
+
+
+def _questions(
+    books: list[Path],
+    mixes: list[str],
+    mix_from: Path | None,
+    promises: list[str],
+    hardware: tuple[str | None, str | None],
+) -> Questions:
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.reports.hardware import read_hardware
+    from polar_billing.reports.mix import evaluated_savings, read_mix
+    from polar_billing.reports.promises import read_promises
+    from polar_billing.reports.questions import Questions
+
+    if mix_from is not None and not mixes:
+        raise QueryError("--mix-from was given without a mix.", hint="Add one, e.g. --mix standard=70,economy=30.")
+    evaluated = None if mix_from is None else evaluated_savings(mix_from)
+    return Questions(
+        books=tuple(PriceBook.load(file) for file in books),
+        mixes=tuple(map(read_mix, mixes)),
+        savings=_certified if evaluated is None else lambda _: evaluated,
+        hardware=read_hardware(*hardware),
+        promises=read_promises(promises),
+    )
+
+
+def _certified(fingerprint: str) -> Savings | None:
+    """What the certificate of a model's router measured for each tier."""
+    from polar_billing.reports.mix import TierSaving, as_share
+    from polar_sdk.router.measured import measured_tiers
+
+    measured = measured_tiers(fingerprint)
+    if measured is None:
+        return None
+    source = f"{measured.prompts:,} calibration prompts, certificate of router {measured.router[:12]}"
+    return {tier: TierSaving(tier=tier, saved=as_share(saved), source=source) for tier, saved in measured.saved.items()}
 
 
 def _show_requests(store: Ledger, selection: Selection, last: int, as_json: bool) -> None:

@@ -1,9 +1,9 @@
-"""The clock that says, between processes, whether a hold has expired: the database's, which nobody sets by accident.
+"""The clock by which holds and claims expire, between processes: the database's, which nobody sets by accident.
 
 PostgreSQL has one. SQLite has not, but its processes share a machine, whose clock since boot no one can set. So the
 ledger keeps, once per boot, how far that clock is behind the time of day; a time of day that jumps changes nothing
-until the next boot. At a boot every older hold has lost its process, so the clock starts after all of them. Where the
-machine does not say which boot it is (Linux does), the time of day must do. Knows holds by their table alone.
+until the next boot. At a boot every older hold and claim has lost its process, so the clock starts after all of them.
+Where the machine does not say which boot it is (Linux does), the time of day must do. Knows both by their tables alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import BigInteger, delete, func, insert, select, type_coerce
 
-from polar_billing.ledger.schema import clock_table, hold_table
+from polar_billing.ledger.schema import clock_table, hold_table, reply_table
 from polar_billing.values.canonical import EPOCH, to_microseconds
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_LAST_EXPIRY: Final = select(func.max(type_coerce(hold_table.c.expires_at, BigInteger))).where(
-    hold_table.c.state == "held"
-)
+_LAST_EXPIRIES: Final = [
+    select(func.max(type_coerce(table.c.expires_at, BigInteger))).where(table.c.state == state)
+    for table, state in ((hold_table, "held"), (reply_table, "running"))
+]
 
 
 def database_time(connection: Connection, *, writes: bool) -> datetime:
@@ -46,7 +47,8 @@ def database_time(connection: Connection, *, writes: bool) -> datetime:
     row = connection.execute(select(clock_table)).first()
     if row is not None and row.boot == boot:
         return EPOCH + timedelta(microseconds=row.ahead + since_boot)
-    now = max(to_microseconds(datetime.now(UTC)), connection.execute(_LAST_EXPIRY).scalar() or 0)
+    leases = [connection.execute(query).scalar() or 0 for query in _LAST_EXPIRIES]
+    now = max(to_microseconds(datetime.now(UTC)), *leases)
     if writes:
         connection.execute(delete(clock_table))
         connection.execute(insert(clock_table).values(id=1, boot=boot, ahead=now - since_boot))

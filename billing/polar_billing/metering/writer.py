@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.records import Entry, StoredUsage
-    from polar_billing.metering.spool import Segment, SpoolStatus
+    from polar_billing.ledger.records import Entry, Identity, StoredUsage
+    from polar_billing.metering.segment import Segment
+    from polar_billing.metering.spool import SpoolStatus
 
 
 _log: Final = logging.getLogger("polar_billing")
@@ -153,6 +154,23 @@ class Writer:
             _log.warning("spool %s cannot be written (%s)", self._spool.folder, error)
             return False
         return True
+
+    def mark(self, entry: Entry) -> None:
+        """Note what a request that still runs has used, for the case that this process is killed.
+
+        Raises:
+            OSError: The spool cannot be written; the mark before holds.
+        """
+        self._restart_after_fork()
+        if self._spool is not None:
+            with self._turn:
+                marks = self._spool.marks()
+            marks.write(entry)
+
+    def end_marks(self, identity: Identity) -> None:
+        """A request has its record, so that its marks no longer count."""
+        if self._spool is not None and self._process == os.getpid():
+            self._spool.end_marks(identity)
 
     def _run(self) -> None:
         while (taken := self._take()) is not None:

@@ -73,7 +73,7 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
         QueryError: The ledger holds no such request of this tenant.
     """
     identity = (tenant, source, request_id)
-    known = find_known(connection, [identity]).get(identity) if all(map(_can_be_stored, identity)) else None
+    known = find_known(connection, [identity]).get(identity) if all(map(can_be_stored, identity)) else None
     if known is None:
         raise QueryError(
             f"request {request_id!r} of tenant {tenant!r} and source {source!r} is not in the ledger.",
@@ -158,7 +158,7 @@ def _name(receipt: Mapping[str, Any], field: str) -> str:
         QueryError: It is missing, or not a text that a database can be asked for.
     """
     value = receipt.get(field)
-    if not isinstance(value, str) or not _can_be_stored(value):
+    if not isinstance(value, str) or not can_be_stored(value):
         raise QueryError(
             f"{field} of the receipt is {_shown(value)}, which names nothing.",
             hint="Use the output of `polar receipt`.",
@@ -166,7 +166,7 @@ def _name(receipt: Mapping[str, Any], field: str) -> str:
     return value
 
 
-def _can_be_stored(text: str) -> bool:
+def can_be_stored(text: str) -> bool:
     """False for text that no ledger holds: with half of a surrogate pair, or with NUL."""
     try:
         text.encode()

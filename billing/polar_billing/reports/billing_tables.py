@@ -198,7 +198,7 @@ def repriced_view(rows: Sequence[Repriced], period: str) -> RenderableType:
     table = new_table(f"The same usage under {rows[0].other_price_book}, {period}", ["tenant", "charged by"])
     add_numbers(table, "requests", f"charged {rows[0].currency}", "repriced", "difference")
     for row in rows:
-        amounts = (text.money(row.charged), text.money(row.other), _signed(row.difference))
+        amounts = (text.money(row.charged), text.money(row.other), text.signed_money(row.difference))
         add_row(table, row.tenant, row.price_book, text.count(row.requests), *amounts)
     notes = [
         as_text(f"{row.tenant}: {requests:,} unrated when repriced: {reason}.", style="yellow")
@@ -239,7 +239,3 @@ def _unrated(statement: Statement) -> list[Text]:
         as_text(f"{requests:,} unrated, not in the amounts above: {reason}.", style="yellow")
         for reason, requests in statement.unrated.items()
     ]
-
-
-def _signed(amount: Decimal) -> str:
-    return f"{amount:+,f}" if amount else text.money(abs(amount))

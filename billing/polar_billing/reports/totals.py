@@ -89,8 +89,12 @@ class UsageTotals(UsageSums):
     """What a group of requests used and what that costs under the prices it is rated by."""
 
     flops_router: int = 0
+    flops_answer: int = 0
+    """Decode steps and the head; the rest is the prompt and the router."""
     layer_visits: defaultdict[str, LayerVisits] = field(default_factory=lambda: defaultdict(LayerVisits))
     """By model: layers of different models do not add up."""
+    programs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By model and program."""
     latencies_ns: list[int] = field(default_factory=list)
     """Of completed requests: queue, prefill and decode."""
     rated_tokens: int = 0
@@ -119,9 +123,11 @@ class UsageTotals(UsageSums):
         self.add_sum(sum_of(stored), rating.unrated)
         record = stored.record
         self.flops_router += record.flops.router
+        self.flops_answer += record.flops.answer
         visits = record.visits
         if visits.prefill or visits.decode:
             self.layer_visits[record.model].add(visits.prefill, visits.prefill_filled, visits.decode)
+            self.programs[record.model, record.program] += 1
         if record.outcome is Outcome.COMPLETED:
             self.latencies_ns.append(record.queue_ns + record.prefill_ns + record.decode_ns)
         self._add_amounts(record, rating)
@@ -177,10 +183,15 @@ class Rater:
         self.used: dict[str, PriceBook] = {}
         """The books that rated something, by content hash."""
 
+    def book_of(self, stored: StoredUsage) -> PriceBook | None:
+        """The book that one stored request is rated by; None where it is in a currency that is left out."""
+        book = self._instead or self._books()[stored.price_book_hash]
+        return None if self._currency is not None and book.currency != self._currency else book
+
     def rate(self, stored: StoredUsage) -> Rating | None:
         """The rating of one stored request; None where it is in a currency that is left out."""
-        book = self._instead or self._books()[stored.price_book_hash]
-        if self._currency is not None and book.currency != self._currency:
+        book = self.book_of(stored)
+        if book is None:
             return None
         self.used[book.content_hash] = book
         return rate(stored.record, book)

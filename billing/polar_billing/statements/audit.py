@@ -79,7 +79,7 @@ def usage_of_line(ledger: Ledger, issued: IssuedStatement, line: StatementLine) 
     if line not in issued.statement.lines:
         raise QueryError(f"line {line.number} is not on statement {issued.statement.id!r}.", hint="Read it again.")
     with ledger.snapshot() as connection:
-        query = select(usage_table.c.seq).where(*_conditions(connection, issued, line)).order_by(usage_table.c.seq)
+        query = select(usage_table.c.seq).where(*conditions_of(connection, issued, line)).order_by(usage_table.c.seq)
         return list(connection.execute(query).scalars())
 
 
@@ -194,12 +194,12 @@ def _as_text(line: StatementLine | None) -> str:
 
 
 def _is_on(connection: Connection, issued: IssuedStatement, line: StatementLine, seq: int) -> bool:
-    query = select(usage_table.c.seq).where(usage_table.c.seq == seq, *_conditions(connection, issued, line))
+    query = select(usage_table.c.seq).where(usage_table.c.seq == seq, *conditions_of(connection, issued, line))
     return connection.execute(query).first() is not None
 
 
-def _conditions(connection: Connection, issued: IssuedStatement, line: StatementLine) -> list[ColumnElement[bool]]:
-    """The conditions that select the usage of a line."""
+def conditions_of(connection: Connection, issued: IssuedStatement, line: StatementLine) -> list[ColumnElement[bool]]:
+    """The conditions that select the usage of a line; see `usage_of_line`."""
     statement, seqs = issued.statement, SeqRange(issued.seq_until)
     for late in issued.late:
         if late.statement == line.corrects:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from polar_sdk.errors import GrammarError, MissingExtraError
+from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.reading import shown
 from polar_server.errors import ApiError
 from polar_server.openai.fields import (
@@ -95,6 +97,25 @@ class Call:
     """How many alternatives to report per token; None = no log-probabilities at all."""
     echo: Sequence[str] = ()
     """What each choice of a text completion repeats before its answer; empty = nothing."""
+    form: AnswerForm = field(default_factory=AnswerForm)
+    """Text, calls of tools, or JSON by a schema."""
+    format_param: str = "response_format"
+    """The field that asks for JSON by a schema."""
+    repeated: Mapping[str, Any] = field(default_factory=dict)
+    """What the answer says of its call, where the API repeats it."""
+
+    @property
+    def form_param(self) -> str:
+        """The field to blame where the form cannot be enforced."""
+        return self.format_param if self.form.use is None else "tools"
+
+    def blamed(self, error: Exception) -> Exception:
+        """An error of the engine with the field that is to blame, which the engine cannot know."""
+        if isinstance(error, GrammarError):
+            return ApiError(str(error), param=self.form_param)
+        if isinstance(error, MissingExtraError):
+            return ApiError(str(error), code="unsupported_value", param=self.form_param)
+        return error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,13 +247,14 @@ def _forbidden(param: str, caller: Caller) -> ApiError:
     return ApiError(message, status=403, code="tier_not_allowed", param=param)
 
 
-def max_tokens_of(asked: int | None, default: int, rules: Rules) -> int | None:
+def max_tokens_of(asked: int | None, default: int, rules: Rules, *, name: str = "max_tokens") -> int | None:
     """The longest answer: what is asked for, within what the caller's key allows.
 
     Args:
         asked: Of the body.
         default: For a caller whose key bounds it, and who asks for nothing.
         rules: Of the server and the key.
+        name: Of the field.
 
     Raises:
         ApiError: It asks for more than the key allows.
@@ -241,7 +263,7 @@ def max_tokens_of(asked: int | None, default: int, rules: Rules) -> int | None:
     if most is None:
         return asked
     if asked is not None and asked > most:
-        raise invalid("max_tokens", f"{asked} is more than the {most} that this API key allows.")
+        raise invalid(name, f"{asked} is more than the {most} that this API key allows.")
     return min(default, most) if asked is None else asked
 
 

@@ -12,6 +12,7 @@ from polar_server.openai.fields import Body, Field, anything, flag, integer, inv
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from polar_server.openai.choices import Turn
     from polar_server.openai.logprobs import Entry
 
 _DEFAULT_MAX_TOKENS: Final = 16
@@ -77,24 +78,35 @@ class TextShape:
     opening = False
 
     @staticmethod
-    def choice(index: int, text: str, finish: str | None, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
+    def choice(index: int, turn: Turn, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
         """One choice of a whole answer."""
-        return {"index": index, "text": text, "logprobs": _logprobs(logprobs), "finish_reason": finish}
+        return _choice(index, turn.text, logprobs, turn.finish)
 
     @staticmethod
     def opened(index: int) -> dict[str, Any]:
         """Not sent: nothing opens a text completion."""
-        return TextShape.choice(index, "", None, None)
+        return _choice(index)
 
     @staticmethod
     def delta(index: int, text: str, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
         """A piece of a choice."""
-        return TextShape.choice(index, text, None, logprobs)
+        return _choice(index, text, logprobs)
+
+    @staticmethod
+    def calling(index: int, call: dict[str, Any]) -> dict[str, Any]:
+        """Not sent: a text completion calls no tools."""
+        return _choice(index)
 
     @staticmethod
     def finished(index: int, finish: str) -> dict[str, Any]:
         """The last piece of a choice."""
-        return TextShape.choice(index, "", finish, None)
+        return _choice(index, finish=finish)
+
+
+def _choice(
+    index: int, text: str = "", logprobs: Sequence[Entry] | None = None, finish: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": _logprobs(logprobs), "finish_reason": finish}
 
 
 def _logprobs(entries: Sequence[Entry] | None) -> dict[str, Any] | None:

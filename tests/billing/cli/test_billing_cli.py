@@ -218,3 +218,55 @@ def test_a_narrow_terminal_costs_no_digit(filled: Ledger) -> None:
     amounts = [line.amount for tenant in report.tenants for line in tenant.lines]
     for amount in (*amounts, report.total, report.figures.charge_full_depth):
         assert f" {amount:f}" in out.getvalue()
+
+
+@pytest.mark.usefixtures("filled")
+def test_what_if_says_what_it_assumes(tmp_path: Path, polar: Callable[..., Result]) -> None:
+    book, evaluation = tmp_path / "other.toml", tmp_path / "evaluation.json"
+    book.write_text(OTHER, encoding="utf-8")
+    systems = [{"role": "router", "name": "router (economy)", "flops_saved": {"total": 0.4}}]
+    evaluation.write_text(json.dumps({"sets": [{"prompts": 99, "systems": systems}]}), encoding="utf-8")
+    mixed = ("--mix", "exact=60,economy=40", "--mix-from", str(evaluation))
+    result = polar("report", "--what-if", str(book), *mixed, "--device-hour", "0.80", "--tokens-per-second", "40")
+    assert result.exit_code == 0, result.output
+    assert "40 % economy, 60 % exact" in result.output
+    assert "economy saves 40 % of full depth: 99 prompts of evaluation.json." in result.output
+    assert "serves 40 tokens/s, prompt and answer together, as stated" in result.output
+    whole = json.loads(polar("report", "--what-if", str(book), "--json").output)
+    assert [scenario["price_book"] for scenario in whole["what_if"]["scenarios"]] == ["other"]
+    assert whole["hardware"] is None
+    assert json.loads(polar("report", "--json").output)["what_if"] is None
+
+
+OTHER = """
+id = "other"
+currency = "USD"
+[[prices]]
+effective_from = 2026-01-01
+per_request = 1
+untiered = 1
+tiers = { economy = 1, standard = 1, premium = 1, exact = 1 }
+"""
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--mix standard=70,economy=31", "adds up to 101 %"),
+        ("--mix standard=100", "nothing was measured of tier 'standard' for model 000000000000…; measured: exact."),
+        ("--mix-from e.json", "--mix-from was given without a mix"),
+        ("--mix exact=100 --mix-from missing.json", "'missing.json' cannot be read"),
+        ("--device-hour -1", "--device-hour '-1' is out of range"),
+        ("--device-hour x", "amount 'x' is not a number"),
+        ("--tokens-per-second 40", "--tokens-per-second was given without a price"),
+        ("--device-hour 1 --tokens-per-second 0", "--tokens-per-second '0' is out of range"),
+        ("--what-if missing.toml", "missing.toml"),
+    ],
+)
+def test_a_wrong_question_is_one_clear_line(arguments: str, said: str, polar: Callable[..., Result]) -> None:
+    error = polar("report", *arguments.split()).exception
+    assert isinstance(error, PolarError)
+    assert error.exit_code == 2
+    assert said in str(error)
+    assert len(str(error).splitlines()) == 1

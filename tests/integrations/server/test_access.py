@@ -12,6 +12,8 @@ import pytest
 from polar_billing.access.keys import ApiKeys
 from polar_billing.access.replies import Replies
 from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import Selection
+from polar_billing.metering.meter import Meter
 from polar_server import access
 from polar_server.replies import MemoryReplies
 from tests.integrations.server.conftest import RecordingSink, chat_body
@@ -225,6 +227,22 @@ def test_a_client_that_was_cut_off_gets_its_answer_later(
     assert len(sink.records) == 1
 
 
+def test_replicas_answer_what_another_one_was_asked(
+    serve: Callable[..., Served], sink: RecordingSink, ledger_url: str
+) -> None:
+    with Ledger(ledger_url) as ledger, Ledger(ledger_url) as other:
+        one, two = serve(replies=Replies(ledger)), serve(replies=Replies(other))
+        body = chat_body(temperature=1)
+        _, first, _ = post(one, "k", body)
+        _, second, headers = post(two, "k", body)
+        assert (second, headers["idempotent-replayed"]) == (first, "true")
+        assert len(sink.records) == 1
+        with send_request(one, endless(one, stream=True), {"idempotency-key": "long"}) as connection:
+            read_events(connection, 4)
+            status, _, headers = post(two, "long", endless(one, stream=True))
+            assert (status, headers["x-should-retry"]) == (409, "true")
+
+
 def test_a_call_that_failed_may_be_tried_again(
     serve: Callable[..., Served], sink: RecordingSink, replies: ReplyStore
 ) -> None:
@@ -241,6 +259,22 @@ def test_a_key_of_no_use_is_refused(served: Served, key: str) -> None:
 
 
 def test_the_stores_are_found_by_their_entry_point(ledger_url: str) -> None:
-    keys, replies = access.find_access(ledger_url)
+    keys, replies, accounts = access.find_access(ledger_url)
     assert keys.find("nothing0") is None
+    assert accounts.receipt("acme", "nothing") is None
     assert replies.claim("acme", "k", "f" * 64) == ("claimed", None)
+
+
+def test_holds_of_answers_are_renewed(serve: Callable[..., Served], ledger_url: str) -> None:
+    """The sink that the server puts around the meter passes on that a request has begun, and how to end it."""
+    watched: list[str] = []
+
+    class Watching(Meter):
+        def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
+            super().watch(tenant, request_id, end)
+            watched.append(request_id)
+
+    with Watching(ledger_url) as meter:
+        served = serve(sink=meter)
+        served.chat()
+        assert watched == [one.record.request_id for one in meter.ledger.read(Selection("acme"))]

@@ -1,0 +1,363 @@
+"""Where an amount comes from: a request from its facts to its cost, a statement line from its amount to the requests.
+
+    explain_request   facts → layers → FLOPs as products → quantity × price → cost → receipt, chain, statement lines
+    explain_line      amount → quantity × unit price → sum over usage records → those records
+
+Knows no output format, and where the sizes of a model come from.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import func, select
+
+from polar_billing.errors import QueryError
+from polar_billing.ledger.append import find_known
+from polar_billing.ledger.books import read_book
+from polar_billing.ledger.records import StoredUsage
+from polar_billing.ledger.schema import pruned_table, statement_table, usage_table
+from polar_billing.prices.rating import ITEMS, UNIT_PRICE_SCALE, rate, rate_of
+from polar_billing.proof.receipts import can_be_stored, make_receipt
+from polar_billing.reports.formula import Formula, work_out
+from polar_billing.reports.layers import LayerState, read_layers
+from polar_billing.statements.audit import conditions_of, lines_of_usage
+from polar_billing.statements.statement import StatementLine
+from polar_billing.statements.store import find_statement
+from polar_billing.values.money import EXACT_SCALE, exact_sum, from_scaled, to_scaled
+from polar_sdk.errors import ProgramError
+from polar_sdk.reading import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy import Connection
+
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.prices.rating import ChargeLine
+    from polar_billing.statements.store import IssuedStatement
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.usage import UsageRecord
+
+_LINE_ID: Final = re.compile(r"(st-[0-9a-f]{24})/([0-9]{1,9})")
+_STATEMENT_ID: Final = re.compile(r"st-[0-9a-f]{24}")
+_MILLION: Final = 10**6
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class PriceStep(_Part):
+    """One charged item: `quantity × unit_price = exact`, where `unit_price = price × multiplier`."""
+
+    item: str
+    quantity: Decimal
+    unit: str
+    price: Decimal
+    """Of the price book's entry; 0 where the outcome is free."""
+    multiplier: Decimal
+    """Of the tier."""
+    unit_price: Decimal
+    exact: Decimal
+    """Before rounding."""
+
+
+class RequestExplanation(_Part):
+    """One request, from its facts to its cost."""
+
+    kind: Literal["request"] = "request"
+    request_id: str
+    tenant: str
+    source: str
+    seq: int
+    """Its number in the ledger."""
+    usage: dict[str, Any]
+    """The usage record."""
+    layers: tuple[LayerState, ...]
+    """Empty where no layer ran."""
+    formula: Formula | None
+    no_formula: str | None
+    """Why the FLOPs are not taken apart."""
+    price_book: str
+    price_book_hash: str
+    currency: str
+    prices: tuple[PriceStep, ...]
+    exact: Decimal
+    """The sum of the steps, before rounding."""
+    cost: Decimal | None
+    """What the receipt says: the sum, rounded once to 12 decimals, half to even. None where unrated."""
+    unrated: str | None
+    lines: tuple[str, ...]
+    """Ids of the lines of issued statements that charge it."""
+    receipt: dict[str, Any]
+
+
+class Charged(_Part):
+    """One usage record of a line."""
+
+    seq: int
+    request_id: str
+    flops: int
+    tokens_input: int
+    tokens_output: int
+
+
+class LineExplanation(_Part):
+    """One line of an issued statement, from its amount to the usage records."""
+
+    kind: Literal["line"] = "line"
+    id: str
+    statement: str
+    tenant: str
+    period: str
+    price_book: str
+    price_book_hash: str
+    currency: str
+    decimals: int
+    line: StatementLine
+    exact: Decimal | None
+    """Quantity × unit price; None for lines without them."""
+    requests: int
+    """Usage records that the line is about."""
+    flops: int
+    tokens_input: int
+    tokens_output: int
+    counted: Decimal | None
+    """The line's quantity added up from the usage records; None where a plan prices it over the period."""
+    records: tuple[Charged, ...]
+    """The first of them."""
+
+
+def is_line_id(text: str) -> bool:
+    """Whether a text names a statement or a line of one, and no request."""
+    return bool(_LINE_ID.fullmatch(text) or _STATEMENT_ID.fullmatch(text))
+
+
+def line_id(statement: str, number: int) -> str:
+    """What a line is called: `st-…/1`."""
+    return f"{statement}/{number}"
+
+
+def explain_request(
+    ledger: Ledger,
+    request_id: str,
+    *,
+    tenant: str | None = None,
+    source: str | None = None,
+    costs: Callable[[UsageRecord], CostModel | str] = lambda _: "no sizes of the model were given",
+) -> RequestExplanation:
+    """Explain what a request cost.
+
+    Args:
+        ledger: Where it is.
+        request_id: Its id.
+        tenant: Whose; None if only one tenant has such a request.
+        source: Which meter stored it; None if only one did.
+        costs: Finds the sizes of the model that served a record, or says why it cannot.
+
+    Raises:
+        QueryError: There is no such request, there are several, or retention has deleted its facts.
+    """
+    with ledger.snapshot() as connection:
+        identity = _identity(connection, request_id, tenant, source)
+        _, stored = find_known(connection, [identity])[identity]
+        if not isinstance(stored, StoredUsage):
+            raise QueryError(
+                f"the facts of request {request_id!r} were deleted by `polar prune`.",
+                hint=f"Its receipt is still there: polar receipt {request_id} --tenant {identity[0]}.",
+            )
+        receipt = make_receipt(connection, identity[0], request_id, source=identity[1])
+        book = read_book(connection, stored.price_book_hash)
+        assert book is not None  # or there was no receipt
+    lines = lines_of_usage(ledger, stored.record.tenant, stored.seq)
+    record = stored.record
+    formula, why = _formula(record, costs)
+    prices = _prices(record, book)
+    return RequestExplanation(
+        request_id=request_id,
+        tenant=record.tenant,
+        source=stored.source,
+        seq=stored.seq,
+        usage=record.model_dump(mode="json"),
+        layers=_layers(record),
+        formula=formula,
+        no_formula=why,
+        price_book=book.id,
+        price_book_hash=stored.price_book_hash,
+        currency=book.currency,
+        prices=prices,
+        exact=exact_sum((step.exact for step in prices), EXACT_SCALE),
+        cost=stored.cost,
+        unrated=stored.unrated,
+        lines=tuple(line_id(issued.statement.id, line.number) for issued, line in lines),
+        receipt=receipt,
+    )
+
+
+def _identity(connection: Connection, request_id: str, tenant: str | None, source: str | None) -> tuple[str, str, str]:
+    """The one request of that id."""
+    found: set[tuple[str, str]] = set()
+    storable = all(can_be_stored(name) for name in (request_id, tenant, source) if name is not None)
+    for table in (usage_table, pruned_table) if storable else ():
+        query = select(table.c.tenant, table.c.source).where(table.c.request_id == request_id)
+        query = query if tenant is None else query.where(table.c.tenant == tenant)
+        query = query if source is None else query.where(table.c.source == source)
+        found |= {(row.tenant, row.source) for row in connection.execute(query)}
+    if not found:
+        of = "" if tenant is None else f" of tenant {tenant!r}"
+        by = "" if source is None else f" from source {source!r}"
+        raise QueryError(
+            f"no request {shown(request_id)}{of}{by} is in the ledger.",
+            hint="`polar usage --requests` lists requests, and lines are named like st-…/1.",
+        )
+    if len(found) > 1:
+        tenants, sources = (sorted(names) for names in map(set, zip(*found, strict=True)))
+        option, names = ("--tenant", tenants) if len(tenants) > 1 else ("--source", sources)
+        raise QueryError(
+            f"{len(found)} requests have the id {shown(request_id)}.",
+            hint=f"Name one with {option}: {', '.join(map(shown, names[:5]))}.",
+        )
+    return (*found.pop(), request_id)
+
+
+def _layers(record: UsageRecord) -> tuple[LayerState, ...]:
+    visits = record.visits
+    return read_layers(record.program, max(map(len, (visits.prefill, visits.prefill_filled, visits.decode))))
+
+
+def _formula(record: UsageRecord, costs: Callable[[UsageRecord], CostModel | str]) -> tuple[Formula | None, str | None]:
+    if not record.program:
+        return None, "nothing was executed: the answer came from a cache"
+    cost = costs(record)
+    if isinstance(cost, str):
+        return None, cost
+    try:
+        return work_out(record, cost), None
+    except ProgramError as error:
+        return None, str(error)
+
+
+def _prices(record: UsageRecord, book: PriceBook) -> tuple[PriceStep, ...]:
+    charged_by = rate_of(book, record.tenant, record.tier, record.started_at)
+    if isinstance(charged_by, str):
+        return ()
+    free = record.outcome in book.free_outcomes
+    rates = {
+        item.name: Decimal(0) if free else price
+        for item, price in zip(ITEMS.values(), charged_by.entry.rates, strict=True)
+        if price is not None
+    }
+    lines = rate(record, book, counterfactuals=False).lines
+    return tuple(
+        _step(line, price, charged_by.multiplier) for line, price in zip(lines, rates.values(), strict=bool(lines))
+    )
+
+
+def _step(line: ChargeLine, price: Decimal, multiplier: Decimal) -> PriceStep:
+    return PriceStep(
+        item=line.item.name,
+        quantity=line.quantity,
+        unit=line.item.unit,
+        price=price,
+        multiplier=multiplier,
+        unit_price=line.unit_price,
+        exact=from_scaled(line.exact, EXACT_SCALE),
+    )
+
+
+def explain_line(ledger: Ledger, name: str, *, tenant: str | None = None, records: int = 20) -> LineExplanation:
+    """Explain a line of an issued statement.
+
+    Args:
+        ledger: Where it is.
+        name: Its id, `st-…/1`.
+        tenant: Whose; None for whoever has the statement.
+        records: Number of usage records to list.
+
+    Raises:
+        QueryError: There is no such statement or line.
+    """
+    with ledger.snapshot() as connection:
+        issued, line = _issued_line(connection, name, tenant)
+        conditions = conditions_of(connection, issued, line)
+        usage = usage_table.c
+        query = select(
+            func.count(),
+            func.sum(usage.flops_total // _MILLION),
+            func.sum(usage.flops_total % _MILLION),
+            func.sum(usage.tokens_input),
+            func.sum(usage.tokens_output),
+        ).where(*conditions)
+        requests, *summed = (int(value or 0) for value in connection.execute(query).one())
+        listed = connection.execute(
+            select(usage.seq, usage.request_id, usage.flops_total, usage.tokens_input, usage.tokens_output)
+            .where(*conditions)
+            .order_by(usage.seq)
+            .limit(records)
+        ).all()
+    flops, tokens_input, tokens_output = summed[0] * _MILLION + summed[1], summed[2], summed[3]
+    statement = issued.statement
+    return LineExplanation(
+        id=line_id(statement.id, line.number),
+        statement=statement.id,
+        tenant=statement.tenant,
+        period=statement.period.label,
+        price_book=statement.price_book,
+        price_book_hash=statement.price_book_hash,
+        currency=statement.currency,
+        decimals=statement.decimals,
+        line=line,
+        exact=_exact(line),
+        requests=requests,
+        flops=flops,
+        tokens_input=tokens_input,
+        tokens_output=tokens_output,
+        counted=_counted(line, (flops, tokens_input, tokens_output, requests)),
+        records=tuple(
+            Charged(seq=row[0], request_id=row[1], flops=row[2], tokens_input=row[3], tokens_output=row[4])
+            for row in listed
+        ),
+    )
+
+
+def _issued_line(connection: Connection, name: str, tenant: str | None) -> tuple[IssuedStatement, StatementLine]:
+    match = _LINE_ID.fullmatch(name)
+    statement_id = match[1] if match else name
+    query = select(statement_table.c.tenant).where(statement_table.c.id == statement_id)
+    owners = [owner for owner in connection.execute(query).scalars() if tenant in (None, owner)]
+    issued = find_statement(connection, owners[0], statement_id) if owners else None
+    if issued is None:
+        raise QueryError(
+            f"no statement {shown(statement_id)} is issued{'' if tenant is None else f' to tenant {tenant!r}'}.",
+            hint="A draft has no lines yet that stay; `polar statement --tenant NAME` lists issued ones.",
+        )
+    lines = issued.statement.lines
+    number = int(match[2]) if match else 0
+    if not 1 <= number <= len(lines):
+        raise QueryError(
+            f"statement {statement_id!r} has {len(lines)} lines, and {shown(name)} names none of them.",
+            hint=f"Name one: {statement_id}/1." if lines else "",
+        )
+    return issued, lines[number - 1]
+
+
+def _exact(line: StatementLine) -> Decimal | None:
+    if line.quantity is None or line.unit_price is None:
+        return None
+    wide = UNIT_PRICE_SCALE  # the finest of the factors, a price times a multiplier
+    return from_scaled(to_scaled(line.quantity, wide) * to_scaled(line.unit_price, wide), 2 * wide)
+
+
+def _counted(line: StatementLine, counts: Sequence[int]) -> Decimal | None:
+    """The quantity of a line, added up from usage; None where the plan counts otherwise."""
+    if line.kind != "usage":
+        return None
+    for item, count in zip(ITEMS.values(), counts, strict=True):
+        if line.item == item.name or (line.item.startswith(f"{item.name} (") and line.outcome is not None):
+            return item.quantity(count)
+    return None

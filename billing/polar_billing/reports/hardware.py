@@ -1,0 +1,236 @@
+"""What the hardware costs that served some usage, at a stated price per device-hour, and what is left of the charges.
+
+Device time comes from a stated throughput, or from the recorded times: the time in which a device had at least one
+request, counted once however many it had. Idle hours are in neither. Compute is shared out by executed FLOPs.
+"""
+
+from __future__ import annotations
+
+from array import array
+from decimal import Decimal
+from typing import TYPE_CHECKING, Final, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from polar_billing.errors import QueryError
+from polar_billing.values.canonical import to_microseconds
+from polar_billing.values.money import STORED_SCALE, divide_half_even, exact_sum, from_scaled, read_amount, to_scaled
+from polar_sdk.reading import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from polar_sdk.usage import UsageRecord
+
+_NS_PER_HOUR: Final = 3_600 * 10**9
+_RATE_DECIMALS: Final = 3
+_MAX_PRICE: Final = 10**6
+_MAX_RATE: Final = 10**9
+
+
+class Hardware(BaseModel):
+    """What was stated about the hardware."""
+
+    model_config = ConfigDict(frozen=True)
+
+    per_device_hour: Decimal
+    """Unit: currency units."""
+    tokens_per_second: Decimal | None
+    """Of one device, prompt and answer together; None to take it from the recorded times."""
+
+
+class Margin(BaseModel):
+    """What is left of a charge after what its compute cost."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tenant: str | None
+    """None over all tenants."""
+    tier: str | None
+    """None for programs named by hand, and where `tenant` is named."""
+    charge: Decimal | None
+    cost: Decimal
+    """The device time of its executed FLOPs, unrated and free requests included."""
+    margin: Decimal | None
+    """`charge - cost`."""
+
+
+class HardwareReport(BaseModel):
+    """The cost of the hardware beside the charges. Amounts: the report's currency."""
+
+    model_config = ConfigDict(frozen=True)
+
+    per_device_hour: Decimal
+    tokens: int
+    """Prompt and answer tokens of all requests."""
+    tokens_per_second: Decimal
+    """Of one device while it had work."""
+    measured: Literal["stated", "recorded"]
+    devices: tuple[str, ...]
+    """Of recorded times."""
+    device_seconds: Decimal
+    cost: Decimal
+    margin: Decimal | None
+    margin_share: Decimal | None
+    """Margin as a share of the charge."""
+    cost_per_million_tokens: Decimal
+    """What a million tokens must bring to pay for the device: the break-even price."""
+    charge_per_million_tokens: Decimal | None
+    break_even_tokens_per_second: Decimal | None
+    """The throughput at which the charge pays for the device; None where nothing is charged."""
+    by_tier: tuple[Margin, ...]
+    by_tenant: tuple[Margin, ...]
+
+
+def read_hardware(per_device_hour: str | None, tokens_per_second: str | None) -> Hardware | None:
+    """What the options say about the hardware; None where they say nothing.
+
+    Raises:
+        QueryError: A number is out of range, or a throughput was given without a price.
+    """
+    if per_device_hour is None:
+        if tokens_per_second is not None:
+            raise QueryError(
+                "--tokens-per-second was given without a price of the device.", hint="Add one, e.g. --device-hour 0.80."
+            )
+        return None
+    price = _number(per_device_hour, "--device-hour", STORED_SCALE, _MAX_PRICE)
+    rate = None
+    if tokens_per_second is not None:
+        rate = _number(tokens_per_second, "--tokens-per-second", _RATE_DECIMALS, _MAX_RATE)
+    return Hardware(per_device_hour=price, tokens_per_second=rate)
+
+
+def _number(text: str, option: str, decimals: int, most: int) -> Decimal:
+    value = read_amount(text)
+    exponent = value.as_tuple().exponent
+    if not 0 < value <= most or not isinstance(exponent, int) or exponent < -decimals:
+        raise QueryError(
+            f"{option} {shown(text)} is out of range: use more than 0 and at most {most:,}, with at most {decimals} "
+            "decimals."
+        )
+    return value
+
+
+class BusyTime:
+    """Adds up in which time devices had work, from the recorded times of requests in any order."""
+
+    def __init__(self) -> None:
+        self._spans: dict[str, tuple[array[int], array[int]]] = {}
+
+    def add(self, record: UsageRecord) -> None:
+        """Take in one request: from the end of its wait to the end of its decoding."""
+        if busy := record.prefill_ns + record.decode_ns:
+            begin = to_microseconds(record.started_at) * 1_000 + record.queue_ns
+            begins, ends = self._spans.setdefault(record.device, (array("q"), array("q")))
+            begins.append(begin)
+            ends.append(begin + busy)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Those that had work."""
+        return tuple(sorted(self._spans))
+
+    @property
+    def ns(self) -> int:
+        """Time in which each device had at least one request, added up over the devices. Unit: nanoseconds."""
+        return sum(_union(zip(*spans, strict=True)) for spans in self._spans.values())
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> int:
+    total, reached = 0, -(2**63)
+    for begin, end in sorted(spans):
+        if end > reached:
+            total += end - max(begin, reached)
+            reached = end
+    return total
+
+
+class Work(BaseModel):
+    """What some requests executed and came to."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tenant: str | None
+    tier: str | None
+    flops: int
+    charge: Decimal | None
+
+
+def hardware_report(
+    hardware: Hardware,
+    busy: BusyTime,
+    tokens: int,
+    whole: Work,
+    tiers: Iterable[Work],
+    tenants: Iterable[Work],
+    decimals: int,
+) -> HardwareReport:
+    """Set the cost of the hardware beside the charges.
+
+    Args:
+        hardware: What was stated.
+        busy: Recorded times, for a throughput that was not stated.
+        tokens: Of all requests.
+        whole: All requests together.
+        tiers: The same by tier.
+        tenants: The same by tenant.
+        decimals: Of amounts.
+
+    Raises:
+        QueryError: No throughput was stated, and the usage has no times or no tokens.
+    """
+    stated = hardware.tokens_per_second
+    if stated is not None:
+        device_ns = divide_half_even(tokens * 10**9 * 10**_RATE_DECIMALS, to_scaled(stated, _RATE_DECIMALS))
+    else:
+        device_ns = busy.ns
+        if not device_ns or not tokens:
+            raise QueryError(
+                "this usage has no recorded times to take a throughput from.", hint="State it: --tokens-per-second 40."
+            )
+    price = to_scaled(hardware.per_device_hour, STORED_SCALE)
+
+    def money(numerator: int, denominator: int) -> Decimal:
+        """A part of the price of one device-nanosecond, in the report's decimals."""
+        step = int(10 ** (STORED_SCALE - decimals))
+        return from_scaled(divide_half_even(numerator * price, denominator * _NS_PER_HOUR * step), decimals)
+
+    def margin(work: Work) -> Margin:
+        cost = money(device_ns * work.flops, whole.flops) if whole.flops else from_scaled(0, decimals)
+        left = None if work.charge is None else exact_sum((work.charge, cost.copy_negate()), decimals)
+        return Margin(tenant=work.tenant, tier=work.tier, charge=work.charge, cost=cost, margin=left)
+
+    cost, charge = money(device_ns, 1), whole.charge
+    left = None if charge is None else exact_sum((charge, cost.copy_negate()), decimals)
+    per_token = None if not charge or not tokens else (to_scaled(charge, decimals), tokens)
+    return HardwareReport(
+        per_device_hour=hardware.per_device_hour,
+        tokens=tokens,
+        tokens_per_second=stated if stated is not None else _rate(tokens * 10**9, device_ns),
+        measured="recorded" if stated is None else "stated",
+        devices=() if stated is not None else busy.devices,
+        device_seconds=from_scaled(divide_half_even(device_ns, 10**6), 3),
+        cost=cost,
+        margin=left,
+        margin_share=_share(left, charge, decimals),
+        cost_per_million_tokens=money(device_ns * 10**6, tokens) if tokens else from_scaled(0, decimals),
+        charge_per_million_tokens=None
+        if per_token is None
+        else from_scaled(divide_half_even(per_token[0] * 10**6, per_token[1]), decimals),
+        break_even_tokens_per_second=None
+        if per_token is None
+        else _rate(price * per_token[1], per_token[0] * int(10 ** (STORED_SCALE - decimals)) * 3_600),
+        by_tier=tuple(map(margin, tiers)),
+        by_tenant=tuple(map(margin, tenants)),
+    )
+
+
+def _share(part: Decimal | None, whole: Decimal | None, decimals: int) -> Decimal | None:
+    if part is None or not whole:
+        return None
+    return from_scaled(divide_half_even(to_scaled(part, decimals) * 10**6, to_scaled(whole, decimals)), 6)
+
+
+def _rate(numerator: int, denominator: int) -> Decimal:
+    return from_scaled(divide_half_even(numerator * 10**_RATE_DECIMALS, denominator), _RATE_DECIMALS)

@@ -1,0 +1,232 @@
+"""Chat and text completions written down: whole, or as a stream of chunks with the same content.
+
+A choice is text or calls of tools; log-probabilities go with the text that the model wrote, calls included. Knows the
+two endpoints by their shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from uuid import uuid4
+
+from polar_server.errors import api_error
+from polar_server.exchange import packed_json
+from polar_server.openai.logprobs import Entry, ShownTokens, all_shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polar_sdk import Chunk, Generation
+    from polar_sdk.frameworks.tools import CallReader
+    from polar_server.openai.facts import Facts
+
+_DONE: Final = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one choice says in the end."""
+
+    text: str
+    calls: Sequence[dict[str, Any]]
+    """Calls of tools, as the API spells them."""
+    finish: str
+
+
+class Shape(Protocol):
+    """How the answers of an endpoint look."""
+
+    prefix: str
+    """Of an answer's id."""
+    whole: str
+    """`object` of a whole answer."""
+    piece: str
+    """`object` of a piece of a stream."""
+    opening: bool
+    """Whether a choice begins with a piece that says the role."""
+
+    @staticmethod
+    def choice(index: int, turn: Turn, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
+        """One choice of a whole answer."""
+        ...
+
+    @staticmethod
+    def opened(index: int) -> dict[str, Any]:
+        """The first piece of a choice."""
+        ...
+
+    @staticmethod
+    def delta(index: int, text: str, logprobs: Sequence[Entry] | None) -> dict[str, Any]:
+        """A piece of a choice."""
+        ...
+
+    @staticmethod
+    def calling(index: int, call: dict[str, Any]) -> dict[str, Any]:
+        """A piece of a call of a tool."""
+        ...
+
+    @staticmethod
+    def finished(index: int, finish: str) -> dict[str, Any]:
+        """The last piece of a choice."""
+        ...
+
+
+class ChoiceWriter:
+    """Writes one answer.
+
+    Args:
+        shape: Of the endpoint.
+        facts: Of the answer.
+    """
+
+    def __init__(self, shape: Shape, facts: Facts) -> None:
+        self._shape, self._facts, self._call = shape, facts, facts.call
+        self._readers = [ChoiceReader(self._call.form.reader()) for _ in self._call.asks]
+        self._tokens = [ShownTokens(facts.token_bytes) for _ in self._call.asks] if self._scored else []
+        self._left = set(range(len(self._call.asks)))
+        self._opened: set[int] = set()
+        self._beginning = b""
+
+    @property
+    def _scored(self) -> bool:
+        return self._call.logprobs is not None
+
+    # -- whole ------------------------------------------------------------------------------------------------------
+
+    def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        """The answer as one object."""
+        choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
+        shared = self._shared(self._shape.whole)
+        return {**shared, "choices": choices, "usage": self._usage(), **self._facts.bill()}
+
+    def _choice(self, index: int, generation: Generation) -> dict[str, Any]:
+        reader, logprobs = self._readers[index], None
+        reader.read(generation.text)
+        reader.end()
+        if self._scored:
+            logprobs = all_shown(self._facts.token_bytes, generation.text, generation.logprobs or ())
+        echoed = self._call.echo[index] if self._call.echo else ""
+        turn = Turn(echoed + reader.text, reader.calls(), reader.finish(generation))
+        return self._shape.choice(index, turn, logprobs)
+
+    # -- streamed ---------------------------------------------------------------------------------------------------
+
+    def opening(self) -> list[bytes]:
+        """Events before the first piece: none."""
+        return []
+
+    def piece(self, index: int, chunk: Chunk) -> list[bytes]:
+        """The events of one piece."""
+        frames = []
+        if index not in self._opened:
+            self._opened.add(index)
+            if self._shape.opening:
+                frames.append(self._event({"choices": [self._shape.opened(index)]}))
+            if self._call.echo:
+                frames.append(self._event({"choices": [self._shape.delta(index, self._call.echo[index], None)]}))
+        frames += [self._event({"choices": [choice]}) for choice in self._deltas(index, chunk)]
+        if chunk.generation is not None:
+            self._left.discard(index)
+            bill = {} if self._left or self._call.include_usage else self._facts.bill()
+            finished = self._shape.finished(index, self._readers[index].finish(chunk.generation))
+            frames.append(self._event({"choices": [finished], **bill}))
+        return frames
+
+    def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """What a piece adds to its choice: text, calls, and the log-probabilities of what is shown."""
+        reader, ended = self._readers[index], chunk.generation is not None
+        text, calls = reader.read(chunk.text)
+        if ended:
+            text += reader.end()
+        entries: list[Entry] | None = None
+        if self._scored:
+            entries = self._tokens[index].push(chunk.text, chunk.logprobs or ())
+            entries += self._tokens[index].finish() if ended else []
+        deltas = [self._shape.delta(index, text, entries)] if text or entries else []
+        return [*deltas, *(self._shape.calling(index, call) for call in calls)]
+
+    def closing(self) -> list[bytes]:
+        """The events after the last piece."""
+        last = {"choices": [], "usage": self._usage(), **self._facts.bill()}
+        return [*([self._event(last)] if self._call.include_usage else []), _DONE]
+
+    def failure(self, error: BaseException) -> list[bytes]:
+        """The last event of a stream that broke off."""
+        return [b"data: " + packed_json(api_error(error).body) + b"\n\n"]
+
+    def _event(self, rest: dict[str, Any]) -> bytes:
+        if not self._beginning:  # of every event of this stream, up to what differs
+            self._beginning = b"data: " + packed_json(self._shared(self._shape.piece))[:-1] + b","
+        usage = {"usage": None} if self._call.include_usage else {}
+        return self._beginning + packed_json({**usage, **rest})[1:] + b"\n\n"
+
+    # -- both -------------------------------------------------------------------------------------------------------
+
+    def _shared(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"{self._shape.prefix}-{self._facts.request_id}",
+            "object": kind,
+            "created": self._facts.created,
+            "model": self._call.model,
+            "system_fingerprint": self._facts.fingerprint,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        tokens = self._facts.tokens()
+        return {
+            "prompt_tokens": tokens.read,
+            "completion_tokens": tokens.written,
+            "total_tokens": tokens.read + tokens.written,
+            # All of OpenAI's, as LangChain warns of those that are missing.
+            "prompt_tokens_details": {"cached_tokens": tokens.cached, "cache_write_tokens": 0, "audio_tokens": 0},
+        }
+
+
+class ChoiceReader:
+    """Reads one choice: its text, and its calls with ids."""
+
+    def __init__(self, reader: CallReader) -> None:
+        self._reader = reader
+        self._ids: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """All of the text so far."""
+        return self._reader.text
+
+    def read(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """What a piece adds: text, and pieces of calls; the first of a call has its id and name and no arguments."""
+        said, calls = "", []
+        for piece in self._reader.push(text):
+            if isinstance(piece, str):
+                said += piece
+                continue
+            index, name, arguments = piece
+            if name is not None:
+                function = {"name": name, "arguments": ""}
+                calls.append({"index": index, "id": self._id(index), "type": "function", "function": function})
+            if arguments:
+                calls.append({"index": index, "function": {"arguments": arguments}})
+        return said, calls
+
+    def end(self) -> str:
+        """Text that was held back until it was certain that it begins no call."""
+        return "".join(piece for piece in self._reader.finish() if isinstance(piece, str))
+
+    def calls(self) -> list[dict[str, Any]]:
+        """The calls, whole."""
+        return [
+            {"id": self._id(index), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for index, call in enumerate(self._reader.calls)
+        ]
+
+    def finish(self, generation: Generation) -> str:
+        """Why it ended: `tool_calls` only where every call is whole."""
+        called = bool(self._reader.calls) and generation.complete is not False
+        return "tool_calls" if called else generation.finish_reason
+
+    def _id(self, index: int) -> str:
+        while len(self._ids) <= index:
+            self._ids.append(f"call_{uuid4().hex[:24]}")
+        return self._ids[index]

@@ -1,0 +1,67 @@
+"""What calibration measured of a router's tiers, read from `router.json` alone: no weights, no tensors, no model.
+
+For whoever prices tiers. The figures are those of the certificate, and about prompts like those of its calibration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar_sdk.models.paths import cache_folder
+from polar_sdk.reading import Unreadable, parse_object, read_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+@dataclass(frozen=True)
+class MeasuredTiers:
+    """What a certificate says about the tiers of one model."""
+
+    router: str
+    """SHA-256 of the router's weights, hexadecimal."""
+    prompts: int
+    """Number of calibration prompts."""
+    saved: Mapping[str, float]
+    """Tier → mean share of full depth's FLOPs that it saved on them, after those of the router."""
+
+
+def measured_tiers(fingerprint: str) -> MeasuredTiers | None:
+    """The certificate of the user's own router for a model, or else of the shipped one; None where there is none.
+
+    Args:
+        fingerprint: The model's, as usage records have it.
+    """
+    for file in _files(fingerprint):
+        try:
+            found = _read(parse_object(read_bytes(file)), fingerprint)
+        except (OSError, Unreadable, LookupError, TypeError, ValueError):
+            continue  # a router that is damaged serves nobody
+        if found is not None:
+            return found
+    return None
+
+
+def _files(fingerprint: str) -> Iterator[Path]:
+    own = cache_folder() / "routers" / fingerprint / "router.json"
+    if own.is_file():
+        yield own
+    shipped = resources.files("polar_sdk") / "shipped" / "routers"
+    for folder in shipped.iterdir() if shipped.is_dir() else ():
+        if isinstance(folder, Path) and (folder / "router.json").is_file():
+            yield folder / "router.json"
+
+
+def _read(router: dict[str, Any], fingerprint: str) -> MeasuredTiers | None:
+    certificate = router["certificate"]
+    if certificate is None or certificate["subject"]["model"] != fingerprint:
+        return None
+    saved = dict(zip(certificate["thetas"], certificate["saved"], strict=True))
+    return MeasuredTiers(
+        router=router["weights_sha256"],
+        prompts=sum(int(kind["n"]) for kind in certificate["kinds"].values()),
+        saved={tier: float(saved[promise["theta"]]) for tier, promise in certificate["tiers"].items()},
+    )
