@@ -295,7 +295,8 @@ class _LateRecords:
             self._start_anew()
         dropped = ref(recorder, self._left.put_quietly)
         self._watched[dropped] = records
-        self._left.start(self._run)
+        with suppress(RuntimeError):  # no thread starts now: the next request tries again, or `flush`
+            self._left.start(self._run)
         return dropped
 
     def forget(self, dropped: ref[Recorder] | None) -> None:
