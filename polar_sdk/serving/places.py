@@ -99,6 +99,7 @@ class Places:
 
     def remove(self, job: Job) -> None:
         """Take a job out; it keeps its pages."""
+        job.has_place = False
         self.jobs.remove(job)
         del self._promised[job]
 
@@ -183,6 +184,7 @@ class Places:
         if not job.row.page_table.blocks:
             self._lend(job)
         job.placed_at, job.rounds_paused = max(job.row.length, job.row.ran), 0
+        job.has_place = True
         self.jobs.append(job)
         self._promised[job] = needed
 

@@ -162,9 +162,10 @@ def _forget_what_was_cached() -> AbstractContextManager[object]:
 
 
 def _miss_the_end() -> AbstractContextManager[object]:
+    from polar_sdk.locks import Latch
     from polar_sdk.serving.job import Job
 
-    return patch.object(Job, "wait", lambda self: self._change.wait_for(lambda: False))
+    return patch.object(Job, "wait", lambda self: Latch().wait())
 
 
 MUTATIONS: Final[dict[str, Mutation]] = {
