@@ -163,7 +163,7 @@ class Writer:
         """
         self._restart_after_fork()
         if self._spool is not None:
-            with self._turn:
+            with self._turn.lock:
                 marks = self._spool.marks()
             marks.write(entry)
 
