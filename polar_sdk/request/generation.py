@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
+from inspect import GEN_RUNNING, getgeneratorstate
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
@@ -168,7 +169,8 @@ class _Stream(Generator["Chunk", None, None]):
         try:
             return next(self._chunks)
         except BaseException as failure:
-            self._recorder.end(failure)  # a further signal may have cut the first call short
+            if getgeneratorstate(self._chunks) != GEN_RUNNING:  # else another thread is reading
+                self._recorder.end(failure)  # a further signal may have cut the first call short
             raise
 
     def send(self, value: None) -> Chunk:

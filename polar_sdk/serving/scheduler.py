@@ -28,14 +28,14 @@ from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.sampling import likeliest_tokens
 from polar_sdk.errors import CacheMemoryError, QueueFullError
 from polar_sdk.serving.job import asked_by_engine
-from polar_sdk.serving.pace import PROMPT_DISCOUNT, Pace
+from polar_sdk.serving.pace import Pace
 from polar_sdk.serving.places import Limits, Places
 from polar_sdk.serving.prefixes import PrefixCache
 from polar_sdk.serving.queue import FairQueue, who_gives_room
 from polar_sdk.serving.threads import Inbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -68,7 +68,9 @@ class Scheduler:
         """Executed again for rows that had given their pages up. In no usage record: nobody pays for it."""
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
-        self._pace = Pace(sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head)
+        self._pace = Pace()
+        self._token = sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head
+        """FLOPs of decoding one token at full depth."""
         self._checked = 0
         """Where the next part of those who wait begins, of which is checked whether they still do."""
         self._known: set[str] = set()
@@ -89,6 +91,11 @@ class Scheduler:
     def __len__(self) -> int:
         """Number of jobs that wait or run."""
         return len(self._open)
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait for a place among those that run."""
+        return len(self._waiting())
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Run jobs, together if there is room.
@@ -279,10 +286,9 @@ class Scheduler:
     def _run_passes(self) -> bool:
         """A pass over prompts, and one token for every row whose prompt has run and whose caller keeps up."""
         jobs = [job for job in self._places.jobs if not job.paused]
-        needs = dict.fromkeys((job.request.tenant for job in jobs), 0.0)
-        for job in jobs:
-            if job.decoding:
-                needs[job.request.tenant] += job.row.work.next_token(job.row.length + 1) / self._weight(job)
+        rows = self._rows([job for job in jobs if job.decoding])
+        tenants = {job.request.tenant: job for job in jobs}
+        needs = {tenant: rows.get(tenant, 0.0) / self._weight(job) for tenant, job in tenants.items()}
         self._pace.begin(needs, self.limits.pace)
         jobs = [job for job in jobs if self._pace.may_run(job.request.tenant)] or jobs
         decoding = [job for job in jobs if job.decoding]
@@ -295,6 +301,14 @@ class Scheduler:
         if decoding and not (prompts and self._hurried):
             self._attempt(decoding, lambda: self._run_decode(decoding))
         return bool(jobs)
+
+    def _rows(self, jobs: Iterable[Job]) -> dict[str, float]:
+        """How many rows decode for each tenant; each counts by its share of full depth."""
+        rows: dict[str, float] = {}
+        for job in jobs:
+            share = job.row.work.next_token(job.row.length + 1) / self._token
+            rows[job.request.tenant] = rows.get(job.request.tenant, 0.0) + share
+        return rows
 
     def _has_newcomer(self) -> bool:
         """Whether a tenant without a place has come during this round."""
@@ -322,12 +336,15 @@ class Scheduler:
     def _run_chunks(self, jobs: Sequence[Job], chunks: Sequence[Sequence[int]]) -> None:
         for job in jobs:
             job.start_clock()
+        began, tokens = time.perf_counter(), Counter[str]()
+        for job, chunk in zip(jobs, chunks, strict=True):
+            tokens[job.request.tenant] += len(chunk)
         again = [job.row.replaying for job in jobs]
         ends = [job.row.length + len(chunk) == len(job.request.tokens) for job, chunk in zip(jobs, chunks, strict=True)]
         try:
             logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends)
         finally:
-            self._charge(jobs, discount=PROMPT_DISCOUNT)
+            self._charge(jobs)
         ended = [(job, replayed) for job, end, replayed in zip(jobs, ends, again, strict=True) if end]
         for job, replayed in zip(jobs, again, strict=True):
             if replayed:
@@ -335,15 +352,18 @@ class Scheduler:
         sampling = [index for index, (_, replayed) in enumerate(ended) if not replayed]
         new = [ended[index][0] for index in sampling]
         self._choose(new, logits[sampling] if len(new) < len(ended) else logits)
+        self._pace.read(tokens, time.perf_counter() - began, self.limits.weights)
 
     def _run_decode(self, jobs: Sequence[Job]) -> None:
+        began, rows = time.perf_counter(), self._rows(jobs)
         try:
             logits = next_logits(self.decoder, [job.row for job in jobs], [job.tokens[-1:] for job in jobs])
         finally:
             self._charge(jobs)
-        self._choose(jobs, logits)
+        self._choose(jobs, logits)  # only now a GPU has done what it was asked for
+        self._pace.decoded(rows, time.perf_counter() - began, self.limits.weights)
 
-    def _charge(self, jobs: Sequence[Job], discount: int = 1) -> None:
+    def _charge(self, jobs: Sequence[Job]) -> None:
         """Count what a pass executed, for the fairness between tenants."""
         for job in jobs:
             work = job.row.executed - job.charged
@@ -351,7 +371,6 @@ class Scheduler:
             if job.row.replaying:
                 self.replayed_flops += work
             self._queue.clocks.advance(job.request.tenant, work / self._weight(job))
-            self._pace.pay(job.request.tenant, work / self._weight(job) / discount)
 
     def _weight(self, job: Job) -> float:
         return self.limits.weights.get(job.request.tenant, 1.0)

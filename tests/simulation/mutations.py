@@ -136,15 +136,15 @@ def _leave_before_the_end() -> AbstractContextManager[object]:
 
 
 def _record_twice() -> AbstractContextManager[object]:
-    from polar_sdk.request.recorder import Recorder
+    from polar_sdk.request.recorder import _Records
 
-    return patch.object(Recorder, "_unrecorded", lambda self: list(self._jobs))
+    return patch.object(_Records, "_unrecorded", lambda self: list(self._jobs))
 
 
 def _forget_the_dropped() -> AbstractContextManager[object]:
-    from polar_sdk.request.recorder import Recorder
+    from polar_sdk.request.recorder import _Records
 
-    return patch.object(Recorder, "drop", lambda self: None)
+    return patch.multiple(_Records, drop=lambda self: None, store_dropped=lambda self: None)
 
 
 def _mark_after_the_record() -> AbstractContextManager[object]:

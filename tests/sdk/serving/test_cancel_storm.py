@@ -149,10 +149,10 @@ class Storm:
 def _watch(scheduler: Scheduler, ran: Counter[str]) -> None:
     charge = scheduler._charge
 
-    def noted(jobs: Sequence[Job], discount: int = 1) -> None:
+    def noted(jobs: Sequence[Job]) -> None:
         for job in jobs:
             ran[job.request.request_id] += job.row.executed - job.charged
-        charge(jobs, discount)
+        charge(jobs)
 
     scheduler._charge = noted  # type: ignore[method-assign]
 
