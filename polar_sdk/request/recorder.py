@@ -14,19 +14,19 @@ import atexit
 import logging
 import os
 import threading
-import time
 from contextlib import suppress
 from contextvars import copy_context
 from functools import cache, partial
 from queue import Empty
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 from weakref import ref
 
 from polar_sdk.errors import RequestTimeoutError
-from polar_sdk.programs.program import Program
 from polar_sdk.request.admission import admit
+from polar_sdk.request.marker import Marker
+from polar_sdk.request.record import record_of
 from polar_sdk.serving.threads import Inbox, may_wait, run_uncut
-from polar_sdk.usage import Outcome, Receipt, TokenUsage, UsageRecord
+from polar_sdk.usage import Outcome, Receipt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,15 +35,10 @@ if TYPE_CHECKING:
     from polar_sdk.serving.job import Job
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.request import Request
-    from polar_sdk.usage import UsageSink
+    from polar_sdk.usage import UsageRecord, UsageSink
 
 
 _log: Final = logging.getLogger(__name__)
-_FINISH: dict[Outcome, Literal["cancelled", "error"] | None] = {
-    Outcome.COMPLETED: None,
-    Outcome.CANCELLED: "cancelled",
-    Outcome.ERROR: "error",
-}
 _STOPS = (GeneratorExit, KeyboardInterrupt, SystemExit, RequestTimeoutError)
 """What ends a request without being its error: its stream was closed, the process was asked to end (the command `polar`
 turns SIGTERM into SystemExit), or its time was up."""
@@ -107,6 +102,8 @@ class _Records:
         self._model, self._sink = model, sink
         self._records: dict[Job, UsageRecord] = {}
         """Final records; those not stored yet are stored at the end, unchanged if the sink failed before."""
+        self._markers: dict[Job, Marker] = {}
+        """What marks each job while it runs; empty if nobody keeps marks."""
         self._receipts: dict[Job, Receipt | None] = {}
         """Of the jobs whose records are stored."""
         self._ended = False
@@ -134,6 +131,8 @@ class _Records:
         _finish_at_exit()
         self._jobs = tuple(jobs)
         self._reserved.clear()
+        if self._sink.wants_marks:
+            self._markers = {job: Marker(self._model, job, self._sink) for job in jobs}
         for job in jobs:
             self._sink.watch(job.request.tenant, job.request.request_id, partial(_revoke, ref(self), job))
 
@@ -253,7 +252,9 @@ class _Records:
 
     def _record(self, job: Job, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
         if job not in self._records:
-            self._records[job] = _usage(self._model, job, outcome, error)
+            if (marker := self._markers.get(job)) is not None:
+                marker.end()
+            self._records[job] = record_of(self._model, job, job.progress(), outcome, error)
         return self._records[job]
 
 
@@ -358,46 +359,3 @@ def _finish_all() -> None:
     _LATE.drop_all()
     if not flush():
         _log.error("the process ended before the usage records of its dropped requests could be stored")
-
-
-def _usage(model: LoadedModel, job: Job, outcome: Outcome, error: BaseException | None) -> UsageRecord:
-    """The usage record of a job that computes no more."""
-    request, row, now = job.request, job.row, time.perf_counter_ns()
-    begin = job.begin_ns or now
-    flops = row.work.flops(request.route.flops)
-    return UsageRecord(
-        request_id=request.request_id,
-        tenant=request.tenant,
-        tags=dict(request.tags),
-        model=model.name,
-        model_fingerprint=model.fingerprint,
-        router=request.router,
-        router_version=request.router_version,
-        tier=request.tier,
-        program=request.route.program.text,
-        outcome=outcome,
-        finish_reason=_FINISH[outcome] or job.finish or "error",
-        error=type(error).__name__ if outcome is Outcome.ERROR else None,
-        tokens=TokenUsage(input=len(request.tokens), cached=job.cached, output=len(job.tokens)),
-        visits=row.work.visits(),
-        loops_stopped=row.loops_stopped,
-        flops=flops,
-        identity_flops=_identity_flops(job, flops.total),
-        kv_bytes_peak=job.kv_bytes,
-        device=str(row.decoder.placement),
-        dtype=row.decoder.dtype_name,
-        started_at=request.started_at,
-        queue_ns=begin - request.created_ns,
-        prefill_ns=max((job.prefill_end_ns or now) - begin, 0),
-        decode_ns=max((job.end_ns or now) - job.prefill_end_ns, 0) if job.prefill_end_ns else 0,
-    )
-
-
-def _identity_flops(job: Job, executed: int) -> int:
-    """FLOPs of the finished passes at full depth; where not even the prefill finished, no saving is claimed."""
-    work = job.row.work
-    if not work.prefilled:
-        return executed
-    cost = job.row.decoder.cost
-    identity = Program.identity(cost.depth)
-    return cost.request(identity, len(job.request.tokens), work.decode_steps + 1, cached=job.cached).total

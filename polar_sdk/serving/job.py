@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, read_logprobs
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.row import Work
     from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.serving.request import Request
 
@@ -33,6 +34,28 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "cancelled"]
 Piece = tuple[str, tuple[TokenLogprobs, ...] | None]
 """Text that a token made certain, and the token's log-probabilities where they were requested."""
+
+
+MARK_TOKENS: Final = 64
+MARK_NS: Final = 1_000_000_000
+"""A job that runs says how far it has come after so many tokens, or so long. Unit: nanoseconds."""
+
+
+class Progress(NamedTuple):
+    """What a job has computed, at one moment: what its usage record says and the request does not."""
+
+    output: int
+    """Sampled tokens."""
+    cached: int
+    """Prompt tokens whose keys and values were already available."""
+    work: Work
+    loops_stopped: int
+    kv_bytes: int
+    """Largest key and value storage. Unit: bytes."""
+    begin_ns: int
+    prefill_end_ns: int
+    end_ns: int
+    """Of the last token."""
 
 
 class Host(Protocol):
@@ -101,6 +124,10 @@ class Job:
         """Number of tokens that had run when the job was given its place."""
         self.rounds_paused = 0
         """Rounds in a row in which the reader had paused, for a job with a place."""
+        self.on_progress: Callable[[Progress], None] | None = None
+        """Told now and then, by the scheduler's thread, how far the job has come; must not wait."""
+        self._told_tokens = self._told_ns = self._told_flops = 0
+        """How far it had come when it was told last."""
         self.charged = 0
         """FLOPs counted on its tenant's clock."""
         self.sampler = Sampler(request.sampling, decoder.placement.last)
@@ -165,6 +192,20 @@ class Job:
         self._pieces, self._ended = SimpleQueue(), Latch()  # the parent's threads may have been using the old ones
         self.cancel()
 
+    def progress(self) -> Progress:
+        """What has been computed; for the scheduler's thread, or when nothing more will be."""
+        row = self.row
+        return Progress(
+            output=len(self.tokens),
+            cached=self.cached,
+            work=row.metered.copy(),
+            loops_stopped=row.loops_stopped,
+            kv_bytes=max(self.kv_bytes, row.page_table.nbytes),
+            begin_ns=self.begin_ns,
+            prefill_end_ns=self.prefill_end_ns,
+            end_ns=self.end_ns,
+        )
+
     # -- the scheduler's side ---------------------------------------------------------------------------------------
 
     @property
@@ -213,6 +254,22 @@ class Job:
             self.fail(self._revoked)
         elif self.request.late:
             self.fail(_timed_out(self))
+
+    def tell_progress(self, now: int) -> None:
+        """Tell how far the job has come, if that is far enough since the last time.
+
+        Args:
+            now: The time. Unit: nanoseconds of `time.perf_counter_ns`.
+        """
+        tell = self.on_progress
+        if tell is None or not self.begin_ns or self.done:
+            return
+        tokens = len(self.tokens)
+        if tokens - self._told_tokens < MARK_TOKENS and now - (self._told_ns or self.begin_ns) < MARK_NS:
+            return
+        if (flops := self.row.metered.total) > self._told_flops:  # else it runs again what has run, or is paused
+            self._told_tokens, self._told_ns, self._told_flops = tokens, now, flops
+            tell(self.progress())
 
     def start_clock(self) -> None:
         """Note that compute begins now."""

@@ -195,6 +195,9 @@ class Scheduler:
                 self._sweep()
                 self._admit()
                 passes = self._run_passes()
+                now = time.perf_counter_ns()
+                for job in self._places.jobs:
+                    job.tell_progress(now)
         except BaseException as error:  # a bug in this module must not leave callers waiting forever
             self._fail_all(error)
             return

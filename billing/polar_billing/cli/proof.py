@@ -94,11 +94,10 @@ def receipt(
     ] = None,
 ) -> None:
     """Print the receipt of one request as JSON: what it cost, by which prices, and its place in the chain."""
-    from polar_billing.ledger.source import source_named
     from polar_billing.proof.receipts import make_receipt
 
     with opt.existing_ledger(ledger) as store, store.snapshot() as connection:
-        opt.show_json(make_receipt(connection, tenant, request, source=source_named(source)))
+        opt.show_json(make_receipt(connection, tenant, request, source=source))
 
 
 def prune(
