@@ -53,8 +53,8 @@ test-billing: $(STAMP) ## Run the tests of polar_billing
 test-integrations: $(STAMP) ## Run the tests of the integrations that need no model
 	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/integrations
 
-standard-suite: model ## Run LangChain's suites for chat models on the default model, without a network
-	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py
+standard-suite: model ## Run LangChain's suites for chat models, and ours for PolarLLM, on the default model, without a network
+	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py tests/integrations/test_langchain_llm_suite.py
 
 compare-suites: model ## Run them on ChatHuggingFace over the same weights as well, and print both result lines
 	$(BIN)/python -m pip install --quiet --group compare
