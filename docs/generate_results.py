@@ -194,13 +194,19 @@ def page() -> str:
 
 def readme_figures() -> str:
     """The three lines of the README, markers included."""
-    choices, texts, engine, seeds = (newest(topic) for topic in ("choices", "texts", "engine", "seeds"))
+    choices, answers, engine, seeds = (newest(topic) for topic in ("choices", "answers", "engine", "seeds"))
 
     def on_choices(tier: str) -> str:
         drop = choices[f"{tier}: accuracy drop"].figure
         interval = _interval(drop).removesuffix(" (95%)")
         saved = _value(choices[f"{tier}: FLOPs saved"].figure)
         return f"{tier} saves {saved} of the FLOPs at {_number(drop)} points {interval}"
+
+    def on_texts(tier: str, which: str) -> str:
+        saved, kept = (_value(answers[f"{tier}, {which}: {name}"].figure) for name in ("FLOPs saved", "tokens kept"))
+        return (
+            f"saves {saved} and keeps {kept} of the tokens of full depth" if which == "all" else f"{saved} and {kept}"
+        )
 
     def beside(name: str) -> str:
         one = engine[name].figure
@@ -213,9 +219,9 @@ def readme_figures() -> str:
         f"- **Multiple-choice questions** ({prompts}): {on_choices('standard')}; {on_choices('economy')} (drop in "
         f"accuracy against full depth, paired, 95% interval; negative is a gain). Over three training seeds "
         f"standard saved {_number(spread, spread.low)} to {_number(spread, spread.high)}%.",
-        f"- **Answers in text**: standard saves {_value(texts['standard: FLOPs saved'].figure)}; economy saves "
-        f"{_value(texts['economy: FLOPs saved'].figure)} and keeps {_value(texts['economy: same tokens'].figure)} of "
-        f"the tokens of full depth.",
+        f"- **Answers in text** ({answers['standard, all: FLOPs saved'].figure.note}): standard "
+        f"{on_texts('standard', 'all')}, on prompts of over 500 tokens {on_texts('standard', 'over 500')}; economy "
+        f"{on_texts('economy', 'all')}, on prompts of over 500 tokens {on_texts('economy', 'over 500')}.",
         f"- **Decoding speed** (batch 1, full depth, {cores} CPU cores): bf16 {beside('decode, batch 1, bf16')}; int4 "
         f"{beside('decode, batch 1, int4')}.",
     ]

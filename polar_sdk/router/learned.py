@@ -53,6 +53,8 @@ class RouterFacts(BaseModel):
     """θ of an uncalibrated router, chosen on the dev prompts; it promises nothing."""
     own_length: bool = False
     """Whether θ and costs are those of the prompt's own length; else of 128 prompt and 64 output tokens."""
+    par: float = Field(default=1.0, gt=0, le=1)
+    """The predicted quality that is as good as identity, from which losses count."""
     answer_tokens: int = Field(default=NOMINAL_OUTPUT, ge=1)
     """Tokens of an answer that costs are compared at, where they are those of the prompt's own length."""
     default_tier: str = "standard"

@@ -6,8 +6,9 @@ the router runs the cheapest program whose predicted quality is at least 1 − �
 
 Costs are those of the prompt's own length where the router was trained so (`own_length`). There the same loss is worth
 more where it saves more: θ counts what is lost per share of the FLOPs saved, relative to a prompt of 128 tokens. So a
-long prompt, of which a filled program saves twice as much as of a short one, may take a deeper cut. Knows no text and
-no money.
+long prompt, of which a filled program saves twice as much as of a short one, may take a deeper cut. What is lost counts
+from the quality that is as good as identity (`par`): a program that gains as many answers as it loses is the first to
+run, before any that only loses few. Knows no text and no money.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _FAVOUR: Final = (0.5, 2.0)
 """By how much a prompt's length may change what a loss counts."""
+_LEAST: Final = 1e-3
+"""θ of a program from which nothing is lost: above 0, where identity runs."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class Pricing:
         cost: Of the model.
         own_length: Whether a prompt's own length counts; else every prompt has 128 tokens.
         answer: Tokens of the answer.
+        par: The quality that is as good as identity: ½ where an answer can also be gained, and losses count from it.
     """
 
     programs: tuple[Program, ...]
     cost: CostModel
     own_length: bool = False
     answer: int = NOMINAL_OUTPUT
+    par: float = 1.0
     _known: dict[int, list[float]] = field(default_factory=dict, repr=False)
 
     def costs(self, lengths: Sequence[int]) -> Tensor:
@@ -74,14 +79,18 @@ class Pricing:
         return self._known[length]
 
 
-def needed_theta(outputs: Tensor, favour: Tensor | None = None) -> Tensor:
-    """The smallest θ at which each program may run, (…, M) for outputs (…, M − 1): 1 − its quality; 0 for identity.
+def needed_theta(outputs: Tensor, favour: Tensor | None = None, par: float = 1.0) -> Tensor:
+    """The smallest θ at which each program may run, (…, M) for outputs (…, M − 1): what it loses; 0 for identity.
 
     Args:
         outputs: Logits of the qualities of the programs after identity.
         favour: What a loss counts; see `Pricing`. None = as it is.
+        par: The quality at which nothing is lost.
     """
-    lost = torch.sigmoid(-outputs) if favour is None else torch.sigmoid(-outputs) * favour
+    lost = torch.sigmoid(-outputs)
+    if par < 1:
+        lost = ((lost - (1 - par)) / par).clamp(min=_LEAST)
+    lost = lost if favour is None else lost * favour
     lost = torch.where(outputs == -torch.inf, torch.inf, lost)  # of a prompt unlike all that the router knows
     return torch.cat((torch.zeros_like(lost[..., :1]), lost), -1)
 
@@ -114,13 +123,15 @@ class MenuRouter(LearnedRouter):
     _pricing: Pricing | None = None
 
     def _prepare(self, decoder: Decoder) -> None:
-        self._pricing = Pricing(self.programs, decoder.cost, self.facts.own_length, self.facts.answer_tokens)
+        self._pricing = Pricing(
+            self.programs, decoder.cost, self.facts.own_length, self.facts.answer_tokens, self.facts.par
+        )
 
     def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
         """The cheapest program, at each prompt's length, whose quality is at least 1 − θ."""
         assert self._pricing is not None, "the router is not bound to a model"
         sizes = [NOMINAL_PROMPT] * len(outputs) if lengths is None else lengths
         favour = self._pricing.favour(sizes) if self.facts.own_length else None
-        needed = needed_theta(outputs.cpu(), favour).double()
+        needed = needed_theta(outputs.cpu(), favour, self.facts.par).double()
         chosen = cheapest(needed, self._pricing.costs(sizes), theta)
         return [self.programs[program] for program in chosen.tolist()]

@@ -42,18 +42,19 @@ def losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
     return drops.clamp(min=0) if loss == "harms" else drops
 
 
-def learned_losses(matrix: RewardMatrix, loss: Loss) -> Tensor:
+def learned_losses(matrix: RewardMatrix, loss: Loss, *, strict: bool = False) -> Tensor:
     """(P, M) float32: the losses that a router learns from, which hold less chance than `losses`.
 
     A prompt does not show whether a program happens to turn this wrong answer right or this right answer wrong, only
     how often it does so. So for `drops` every labelled prompt has its program's mean drop. And an answer in text that
-    falls one token short of being the same is less lost than one of which nothing is kept.
+    falls one token short of being the same is less lost than one of which nothing is kept. With `strict`, an answer in
+    text is lost where less than 95% of its tokens are kept, whatever the loss.
     """
     learned = losses(matrix, loss)
     written = torch.tensor([kind != "choice" for kind in matrix.kinds])
     if loss in ("harms", "drops"):
         written &= ~matrix.labelled
-    edge, blur = (STRICT_ANSWER, _STRICT_BLUR) if loss == "strict" else (SAME_ANSWER, _BLUR)
+    edge, blur = (STRICT_ANSWER, _STRICT_BLUR) if strict or loss == "strict" else (SAME_ANSWER, _BLUR)
     learned[written, 1:] = torch.sigmoid((edge - matrix.share[written, 1:]) / blur)
     known = matrix.labelled
     if loss != "drops" or not bool(known.any()):
@@ -75,6 +76,7 @@ class Examples:
         costs: (P, M) FLOPs of each program over identity's that a decision compares; see `router.menu.Pricing`.
         favour: (P, M − 1) what a loss counts; None = as it is.
         least: The smallest possible loss: −1 for `drops`, else 0.
+        par: See `router.menu.Pricing`.
     """
 
     features: Tensor
@@ -85,9 +87,19 @@ class Examples:
     costs: Tensor
     favour: Tensor | None = None
     least: float = 0.0
+    par: float = 1.0
 
     @classmethod
-    def of(cls, matrix: RewardMatrix, features: Tensor, router_flops: Tensor, loss: Loss, pricing: Pricing) -> Examples:
+    def of(
+        cls,
+        matrix: RewardMatrix,
+        features: Tensor,
+        router_flops: Tensor,
+        loss: Loss,
+        pricing: Pricing,
+        *,
+        strict: bool = False,
+    ) -> Examples:
         """Examples of the rows of a matrix; for the loss `harms`, of those whose answer is known.
 
         Args:
@@ -96,6 +108,7 @@ class Examples:
             router_flops: What the router executes before each program, (P, M); identity runs without it.
             loss: See `Loss`.
             pricing: Of the matrix's programs.
+            strict: See `learned_losses`.
 
         Raises:
             DataError: No row has an answer, and the loss needs answers.
@@ -110,11 +123,13 @@ class Examples:
         least = -1.0 if loss == "drops" else 0.0
         names = sorted(set(matrix.kinds))
         kinds = torch.tensor([names.index(kind) for kind in matrix.kinds])
-        lost = learned_losses(matrix, loss)
+        lost = learned_losses(matrix, loss, strict=strict)
         lengths = [len(tokens) for tokens, kept in zip(matrix.tokens, keep.tolist(), strict=True) if kept]
         favour = pricing.favour(lengths) if pricing.own_length else None
         costs = pricing.costs(lengths)
-        return cls(features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], costs, favour, least)
+        return cls(
+            features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], costs, favour, least, pricing.par
+        )
 
     def rows(self, keep: Sequence[bool]) -> Examples:
         """The examples for which `keep` is true."""
@@ -129,6 +144,7 @@ class Examples:
             self.costs[mask],
             favour,
             self.least,
+            self.par,
         )
 
     def __len__(self) -> int:
@@ -136,11 +152,11 @@ class Examples:
 
     def end(self, least: float) -> float:
         """The θ from which a program may run that is expected to keep only that share of the answers."""
-        return 1 - least / (1 - self.least)
+        return 1 - least if self.par < 1 else 1 - least / (1 - self.least)
 
     def needed(self, outputs: Tensor) -> Tensor:
         """The smallest θ of each program for each prompt, (P, M), from a network's outputs (P, M − 1)."""
-        return needed_theta(outputs, self.favour)
+        return needed_theta(outputs, self.favour, self.par)
 
     @property
     def kept(self) -> Tensor:

@@ -45,6 +45,8 @@ class MenuSettings(BaseModel, frozen=True, extra="forbid"):
     loss: Loss = "differs"
     own_length: bool = True
     """Whether programs are compared at each prompt's own length; see `router.menu`."""
+    strict: bool = False
+    """Whether an answer in text counts as lost where less than 95% of its tokens are kept, whatever the loss."""
     targets: tuple[Target, ...] = Field(default=("agreement", "gap"), min_length=1)
     hidden: tuple[tuple[int, ...], ...] = Field(default=((), (64,)), min_length=1)
     """Hidden layers of the head; () is a linear one."""

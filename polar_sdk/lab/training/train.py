@@ -109,9 +109,10 @@ class RouterTrainer:
             raise DataError("the menu holds identity alone; search again with more budgets.")
         return self._pricing(own_length=False).cheaper
 
-    def _pricing(self, *, own_length: bool) -> Pricing:
+    def _pricing(self, *, own_length: bool, loss: Loss = "differs") -> Pricing:
         """Costs of the matrix's programs, for answers as long as identity's are on average."""
-        return Pricing(self.matrix.programs, self.model.decoder.cost, own_length, ANSWER_TOKENS)
+        par = _par(loss, own_length)
+        return Pricing(self.matrix.programs, self.model.decoder.cost, own_length, ANSWER_TOKENS, par)
 
     def _menu(
         self, trained: Trained, network: Network, dev: Examples, order: Sequence[int], settings: MenuSettings
@@ -186,8 +187,10 @@ class RouterTrainer:
         self.matrix.of("train"), self.matrix.of("dev")  # raises where there is none
         matrix = self.matrix.of("train", "dev")
         own = [[self._reader.flops(len(tokens), program) for program in matrix.programs] for tokens in matrix.tokens]
-        pricing = self._pricing(own_length=settings.own_length)
-        both = Examples.of(matrix, self._read(matrix.tokens), torch.tensor(own), settings.loss, pricing)
+        pricing = self._pricing(own_length=settings.own_length, loss=settings.loss)
+        both = Examples.of(
+            matrix, self._read(matrix.tokens), torch.tensor(own), settings.loss, pricing, strict=settings.strict
+        )
         labelled = [split for split, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
         splits = matrix.splits if len(both) == len(matrix) else labelled
         return both.rows([split == "train" for split in splits]), both.rows([split == "dev" for split in splits])
@@ -224,6 +227,7 @@ class RouterTrainer:
             dial=dial,
             default_theta=theta,
             own_length=own_length,
+            par=_par(loss, own_length),
             answer_tokens=ANSWER_TOKENS,
             training=record,
         )
@@ -237,3 +241,8 @@ class RouterTrainer:
             {"program": program.text, "quality": quality[column], "saved": saved[column]}
             for column, program in enumerate(dev.programs)
         ]
+
+
+def _par(loss: Loss, own_length: bool) -> float:
+    """The quality that is as good as identity; ½ where answers can be gained, and losses count from it."""
+    return 0.5 if own_length and loss == "drops" else 1.0

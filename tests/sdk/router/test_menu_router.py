@@ -171,3 +171,12 @@ def test_a_prompt_unlike_all_that_were_seen_runs_at_full_depth(tmp_path: Path) -
     assert isinstance(again, MenuRouter)
     assert again.version == router.version
     assert again.bind(model.decoder, model.fingerprint).choose([200] * 30, 0.99).program == Program.identity(6)
+
+
+def test_losses_count_from_the_quality_that_is_as_good_as_identity() -> None:
+    quality = torch.tensor([[0.6, 0.5, 0.4, 0.0001]])
+    needed = needed_theta(quality.logit(), par=0.5)[0]
+    assert needed[0] == 0  # identity alone runs at 0, also beside programs that gain more than they lose
+    assert needed[1:].tolist() == pytest.approx([0.001, 0.001, 0.2, 0.9998], abs=1e-4)
+    halved = needed_theta(quality.logit(), torch.full((1, 4), 0.5), par=0.5)[0]
+    assert halved[1:].tolist() == pytest.approx((needed[1:] / 2).tolist())
