@@ -59,6 +59,8 @@ class _Suite(ChatModelIntegrationTests):
             "max_retries": 0,
             "stream_usage": True,
             "timeout": 20 * WAIT_S,
+            # LangChain shares one asynchronous client, and each test has an event loop of its own.
+            "default_headers": {"connection": "close"},
         }
 
     @property
