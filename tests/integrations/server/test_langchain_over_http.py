@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
 
+# The suite's own clients warn of what they do: pydantic's old classes, parsed answers that are written out.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 _ANSWERS = {
+    "'punchline' keys": '{"setup": "Why do cats sit still?", "punchline": "They wait for the next token."}',
     "magic_function(3)": call_text("magic_function", {"input": 3}),
     "weather in San Francisco": call_text("get_weather", {"location": "San Francisco"}),
     "Pirate greeting": call_text("greeting_generator", {"answer_style": "Pirate"}),
