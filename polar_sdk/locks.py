@@ -1,7 +1,10 @@
-"""Locks that a forked child can take, whoever held them in the parent.
+"""Locks that neither a fork nor a signal leaves locked.
 
-A fork copies a lock that another thread holds, and not that thread: in the child nobody would ever free it. Knows only
-the standard library.
+A fork copies a lock that another thread holds, and not that thread: in the child nobody would ever free it. A signal
+handler that raises, as Ctrl-C does, may hit the main thread anywhere between two steps of the interpreter. `with lock:`
+withstands that for the locks of `threading.Lock` and `RLock`, whose two ends are one step each; `threading.Condition`,
+`Event` and `Barrier` are written in Python and may stay locked for ever. What another thread needs is therefore
+protected by a plain lock, `Changes` or `Latch`. Knows only the standard library.
 """
 
 from __future__ import annotations
@@ -9,9 +12,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
+from contextlib import suppress
 from functools import cached_property
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakSet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 L = TypeVar("L")
 _LOCKS: Final[WeakSet[Any]] = WeakSet()
@@ -25,6 +33,89 @@ def renewed_in_child(lock: L) -> L:
     """
     _LOCKS.add(lock)
     return lock
+
+
+class Latch:
+    """Opens once and stays open. A waiter that is interrupted harms nobody."""
+
+    def __init__(self) -> None:
+        self._is_open = False
+        self._gates: list[threading.Lock] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened."""
+        return self._is_open
+
+    def open(self) -> None:
+        """Let everybody pass from now on."""
+        self._is_open = True
+        _open_all(self._gates)
+
+    def wait(self) -> None:
+        """Wait until it is open."""
+        gate = _closed_gate()
+        self._gates.append(gate)
+        if not self._is_open:  # else it may have been opened just before it could see this gate
+            gate.acquire()
+
+
+class Changes:
+    """Of something that `lock` protects, and that threads wait for: a condition variable that bears signals.
+
+    Change it under `with changes.lock:` and call `notify` there. The lock is held for moments only, never while
+    waiting.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._gates: list[threading.Lock] = []
+
+    def notify(self) -> None:
+        """Wake everybody who waits, to look again. With or without the lock."""
+        _open_all(self._gates)
+
+    def gate(self) -> threading.Lock:
+        """For who holds the lock: what to acquire after it is released, to wait for the next change."""
+        gate = _closed_gate()
+        self._gates.append(gate)
+        return gate
+
+    def wait_for(self, ready: Callable[[], object], timeout: float | None = None) -> bool:
+        """Wait until something holds; called without the lock, which is held while `ready` looks.
+
+        Args:
+            ready: Whether it holds.
+            timeout: How long to wait at most; None = for ever. Unit: seconds.
+
+        Returns:
+            Whether it held at the end. Another thread may have changed it since.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self.lock:
+                if ready():
+                    return True
+                gate = self.gate()
+            left = -1.0 if deadline is None else deadline - time.monotonic()
+            if deadline is not None and left <= 0:
+                return False
+            gate.acquire(timeout=left)
+
+
+def _closed_gate() -> threading.Lock:
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
+
+
+def _open_all(gates: list[threading.Lock]) -> None:
+    """Each gate is opened before it is forgotten, so that a call that is cut off leaves nobody waiting."""
+    for gate in list(gates):
+        with suppress(RuntimeError):  # it is open: by a call that was cut off, or by another thread
+            gate.release()
+        with suppress(ValueError):
+            gates.remove(gate)
 
 
 def _renew() -> None:

@@ -319,6 +319,25 @@ class UsageSink(ABC):
                 once, from any thread; it returns at once.
         """
 
+    @property
+    def wants_marks(self) -> bool:
+        """Whether `mark` does something; else nobody makes marks for it."""
+        return False
+
+    def mark(self, record: UsageRecord) -> None:  # noqa: B027
+        """Note what a request that still runs has used so far; by default, do nothing.
+
+        A long answer is marked as it goes on, so that its work is not forgotten if the process is killed. What a mark
+        says has been executed, and is a part of what the next one and the record in `emit` say; each supersedes those
+        before it. No mark of a request comes after its record. Called by a thread of its own.
+
+        Args:
+            record: As `emit` would get it, if the request were cancelled now.
+
+        Raises:
+            SinkError: It cannot be noted now; the mark before holds.
+        """
+
     @abstractmethod
     def emit(self, record: UsageRecord) -> Receipt | None:
         """Store one record durably, exactly once per (tenant, request_id).

@@ -55,7 +55,9 @@ class Metrics:
         self._unrecorded = gauge("polar_unrecorded_requests", "Requests that ended and whose record is not stored.")
         self._open = gauge("polar_open_answers", "Calls that are being answered.")
         served = ("model_name", "engine")
-        self._running = gauge("vllm:num_requests_running", "Requests that are being answered.", *served)
+        self._running = gauge("vllm:num_requests_running", "Requests with a place in the engine.", *served)
+        self._waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a place in the engine.", *served)
+        self._cache = gauge("vllm:kv_cache_usage_perc", "Share of the memory for keys and values in use.", *served)
         self._prompt = counter("vllm:prompt_tokens", "Prompt tokens.", *served)
         self._written = counter("vllm:generation_tokens", "Sampled tokens.", *served)
         self._queries = counter("vllm:prefix_cache_queries", "Prompt tokens.", *served)
@@ -106,7 +108,11 @@ class Metrics:
 
     def text(self) -> bytes:
         """All figures, as Prometheus reads them."""
-        self._running.labels(*self._labels).set(len(self._engine.scheduler))
+        scheduler, pool = self._engine.scheduler, self._engine.decoder.pool
+        waiting = scheduler.waiting
+        self._waiting.labels(*self._labels).set(waiting)
+        self._running.labels(*self._labels).set(max(len(scheduler) - waiting, 0))
+        self._cache.labels(*self._labels).set(1 - pool.free / max(pool.size, 1))
         due, being_answered = self._sink.due, self._answers.request_ids()  # in this order: none is missed
         self._open.set(len(self._answers))
         self._unrecorded.set(len(due - being_answered))

@@ -97,6 +97,15 @@ class WatchedSink(UsageSink):
         """As the inner sink."""
         self.inner.watch(tenant, request_id, end)
 
+    @property
+    def wants_marks(self) -> bool:
+        """As the inner sink."""
+        return self.inner.wants_marks
+
+    def mark(self, record: UsageRecord) -> None:
+        """As the inner sink."""
+        self.inner.mark(record)
+
     def emit(self, record: UsageRecord) -> Receipt | None:
         """As the inner sink; where that raises, the record stays due."""
         receipt = self.inner.emit(record)

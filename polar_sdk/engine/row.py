@@ -7,6 +7,7 @@ request is counted up to its last finished layer. Knows costs and counts; no pri
 from __future__ import annotations
 
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -100,6 +101,11 @@ class Row:
         return min([self.ran, *(start for start, _ in self._stops if start > self.length)])
 
     @property
+    def metered(self) -> Work:
+        """The work that counts for the request: that of each token once."""
+        return self.work if self._replay is None else self._replay.work
+
+    @property
     def executed(self) -> int:
         """FLOPs of everything that ran, replays included, which `work` leaves out once they are over."""
         return self._replayed_flops + self.work.total + (self._replay.work.total if self._replay else 0)
@@ -160,6 +166,13 @@ class Work:
         """Decode steps that ran to their end."""
         self.prefilled = False
         """Whether the whole prompt has run; whoever feeds the row says so with `end_prefill`."""
+
+    def copy(self) -> Work:
+        """What has been counted so far, which later work does not change."""
+        copied = copy(self)
+        for name in ("_prefill_visits", "_filled_visits", "_decode_visits"):
+            setattr(copied, name, list(getattr(self, name)))
+        return copied
 
     def steps(self, piece: Piece, places: Collection[int]) -> None:
         """Count the finished steps of a pass, by their places in the program."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
+from inspect import GEN_RUNNING, getgeneratorstate
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
@@ -113,23 +114,27 @@ def answer(
         return []
     sink.check()
     ended: SimpleQueue[Job] = SimpleQueue()
-    with Recorder(model, sink) as recorder:
-        jobs = [
-            Job(
-                request,
-                model.decoder,
-                model.tokenizer,
-                model.end_tokens,
-                guard=guard,
-                on_end=ended.put,
-                model=model.name,
-            )
-            for request in recorder.admit(requests)
-        ]
-        recorder.begin(jobs)
-        model.scheduler.submit(jobs)
-        finished = {job: _generation(job, recorder) for job in (ended.get() for _ in jobs)}
-    return [finished[job] for job in jobs]
+    recorder = Recorder(model, sink)
+    try:
+        with recorder:
+            jobs = [
+                Job(
+                    request,
+                    model.decoder,
+                    model.tokenizer,
+                    model.end_tokens,
+                    guard=guard,
+                    on_end=ended.put,
+                    model=model.name,
+                )
+                for request in recorder.admit(requests)
+            ]
+            recorder.begin(jobs)
+            model.scheduler.submit(jobs)
+            finished = {job: _generation(job, recorder) for job in (ended.get() for _ in jobs)}
+        return [finished[job] for job in jobs]
+    finally:
+        recorder.end()  # a further signal may have cut the first call short
 
 
 def stream(
@@ -165,7 +170,12 @@ class _Stream(Generator["Chunk", None, None]):
                 f"a stream of process {self._process} cannot be read in process {os.getpid()}, forked from it.",
                 hint="Start the stream in the process that reads it.",
             )
-        return next(self._chunks)
+        try:
+            return next(self._chunks)
+        except BaseException as failure:
+            if getgeneratorstate(self._chunks) != GEN_RUNNING:  # else another thread is reading
+                self._recorder.end(failure)  # a further signal may have cut the first call short
+            raise
 
     def send(self, value: None) -> Chunk:
         """As `next`."""

@@ -1,21 +1,22 @@
 """A job: one request on its way through the engine, from the queue to its last token.
 
 The scheduler's thread advances it; the caller's thread waits for pieces of text or for the end. Neither touches what
-belongs to the other: the caller only calls `cancel` and takes pieces.
+belongs to the other: the caller only calls `cancel` and takes pieces. They share no lock, since a signal may stop the
+caller anywhere, and the scheduler serves others, too.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections import deque
-from typing import TYPE_CHECKING, Final, Literal
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, read_logprobs
 from polar_sdk.engine.text import TextStream
 from polar_sdk.errors import InvalidRequestError, LogitsError, RequestTimeoutError
+from polar_sdk.locks import Latch
 from polar_sdk.programs.cost import CHUNK
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.row import Work
     from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.serving.request import Request
 
@@ -36,6 +38,39 @@ Piece = tuple[str, tuple[TokenLogprobs, ...] | None]
 
 SCORED_AT_ONCE: Final = 64
 """Number of prompt tokens whose logits are held together: V floats each."""
+MARK_TOKENS: Final = 64
+MARK_NS: Final = 1_000_000_000
+"""A job that runs says how far it has come after so many tokens, or so long. Unit: nanoseconds."""
+
+
+class Progress(NamedTuple):
+    """What a job has computed, at one moment: what its usage record says and the request does not."""
+
+    output: int
+    """Sampled tokens."""
+    cached: int
+    """Prompt tokens whose keys and values were already available."""
+    work: Work
+    loops_stopped: int
+    kv_bytes: int
+    """Largest key and value storage. Unit: bytes."""
+    begin_ns: int
+    prefill_end_ns: int
+    end_ns: int
+    """Of the last token."""
+
+
+class Host(Protocol):
+    """What computes jobs, as a job sees it."""
+
+    def wake(self) -> None:
+        """There is room for pieces again."""
+
+    def runs_here(self) -> bool:
+        """Whether the calling thread is the one that computes, and therefore cannot wait for a job."""
+
+    def forget(self, job: Job) -> None:
+        """The job has ended."""
 
 
 class Job:
@@ -86,36 +121,40 @@ class Job:
         """What ended the job, where it did not finish normally."""
         self.kv_bytes = 0
         """Largest key and value storage. Unit: bytes."""
-        self.wake: Callable[[], None] = _no_wakeup
-        """Tells the scheduler that there is room for pieces again."""
         self.begin_ns = self.prefill_end_ns = self.end_ns = 0
+        self.has_place = False
+        """Whether it is among the jobs that run together."""
         self.placed_at = 0
         """Number of tokens that had run when the job was given its place."""
         self.rounds_paused = 0
         """Rounds in a row in which the reader had paused, for a job with a place."""
+        self.on_progress: Callable[[Progress], None] | None = None
+        """Told now and then, by the scheduler's thread, how far the job has come; must not wait."""
+        self._told_tokens = self._told_ns = self._told_flops = 0
+        """How far it had come when it was told last."""
         self.charged = 0
         """FLOPs counted on its tenant's clock."""
         self.sampler = Sampler(request.sampling, decoder.placement.last)
         self._end_tokens = end_tokens
         self._max_ahead, self._on_end = max_ahead, on_end
-        self._pieces: deque[Piece] = deque()
+        self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
+        """At the end comes None."""
         self._shown = 0
         """Number of tokens whose pieces have been put out."""
-        self._change = threading.Condition()
-        self._done = False
+        self._ended = Latch()
         self._cancelled = False
         self._revoked: BaseException | None = None
-        self.submitted = False
-        """Whether the scheduler has the job; from then on it ends by itself or by `cancel`."""
-        self.engine: threading.Thread | None = None
-        """What computes it, and therefore cannot wait for it."""
+        self.host: Host | None = None
+        """What computes it, if it was submitted: from then on it ends by itself or by `cancel`."""
+        self.arrived = False
+        """Whether the host's thread has taken it in."""
 
     # -- the caller's side ------------------------------------------------------------------------------------------
 
     @property
     def done(self) -> bool:
         """True once nothing more will be computed."""
-        return self._done
+        return self._ended.is_open
 
     @property
     def left(self) -> bool:
@@ -132,31 +171,44 @@ class Job:
 
     def pieces(self) -> Iterator[Piece]:
         """One piece per token as it arrives, and one without a token where the job is cancelled, until it is done."""
-        while True:
-            with self._change:
-                self._wait_for(lambda: bool(self._pieces) or self._done)
-                if not self._pieces:
-                    return
-                was_paused = self.paused
-                piece = self._pieces.popleft()
-            if was_paused:
-                self.wake()
+        while not (self.done and self._pieces.empty()):
+            if self._pieces.empty():
+                self._refuse_host()
+            piece = self._pieces.get()
+            if piece is None:
+                return
+            if self.host is not None and self._reaches_ahead(self._pieces.qsize() + 1):
+                self.host.wake()
             yield piece
 
     def wait(self) -> None:
         """Wait until nothing more will be computed."""
-        with self._change:
-            self._wait_for(lambda: self._done)
+        if not self.done:
+            self._refuse_host()
+            self._ended.wait()
 
-    def _wait_for(self, ready: Callable[[], bool]) -> None:
-        if threading.current_thread() is self.engine and not ready():
+    def _refuse_host(self) -> None:
+        if self.host is not None and self.host.runs_here():
             raise asked_by_engine()
-        self._change.wait_for(ready)
 
     def disown(self) -> None:
         """In a forked child: the caller is in the parent, and so is the answer."""
-        self._change = threading.Condition()  # the parent may have held the old one
+        self._pieces, self._ended = SimpleQueue(), Latch()  # the parent's threads may have been using the old ones
         self.cancel()
+
+    def progress(self) -> Progress:
+        """What has been computed; for the scheduler's thread, or when nothing more will be."""
+        row = self.row
+        return Progress(
+            output=len(self.tokens),
+            cached=self.cached,
+            work=row.metered.copy(),
+            loops_stopped=row.loops_stopped,
+            kv_bytes=max(self.kv_bytes, row.page_table.nbytes),
+            begin_ns=self.begin_ns,
+            prefill_end_ns=self.prefill_end_ns,
+            end_ns=self.end_ns,
+        )
 
     # -- the scheduler's side ---------------------------------------------------------------------------------------
 
@@ -192,7 +244,10 @@ class Job:
     @property
     def paused(self) -> bool:
         """Whether the caller must take pieces before more are computed."""
-        return self._max_ahead is not None and len(self._pieces) >= self._max_ahead
+        return self._reaches_ahead(self._pieces.qsize())
+
+    def _reaches_ahead(self, pieces: int) -> bool:
+        return self._max_ahead is not None and pieces >= self._max_ahead
 
     def stop_if_due(self) -> None:
         """End the job if its caller has cancelled it, it was revoked, or its time is up."""
@@ -203,6 +258,22 @@ class Job:
             self.fail(self._revoked)
         elif self.request.late:
             self.fail(_timed_out(self))
+
+    def tell_progress(self, now: int) -> None:
+        """Tell how far the job has come, if that is far enough since the last time.
+
+        Args:
+            now: The time. Unit: nanoseconds of `time.perf_counter_ns`.
+        """
+        tell = self.on_progress
+        if tell is None or not self.begin_ns or self.done:
+            return
+        tokens = len(self.tokens)
+        if tokens - self._told_tokens < MARK_TOKENS and now - (self._told_ns or self.begin_ns) < MARK_NS:
+            return
+        if (flops := self.row.metered.total) > self._told_flops:  # else it runs again what has run, or is paused
+            self._told_tokens, self._told_ns, self._told_flops = tokens, now, flops
+            tell(self.progress())
 
     def start_clock(self) -> None:
         """Note that compute begins now."""
@@ -301,10 +372,12 @@ class Job:
     def _put(self, text: str, *, done: bool = False) -> None:
         new = None if self.logprobs is None else tuple(self.logprobs[self._shown :])
         self._shown = len(self.tokens)
-        with self._change:
-            self._pieces.append((text, new))
-            self._done = done
-            self._change.notify_all()
+        self._pieces.put((text, new))
+        if done:
+            if self.host is not None:
+                self.host.forget(self)
+            self._ended.open()
+            self._pieces.put(None)
 
 
 def asked_by_engine() -> InvalidRequestError:
@@ -313,10 +386,6 @@ def asked_by_engine() -> InvalidRequestError:
         "a logits_hook asked the model that was running it, which would have waited for itself.",
         hint="Ask before the request starts or after it ends, or ask another model.",
     )
-
-
-def _no_wakeup() -> None:
-    """There is no scheduler to wake: the job has not been submitted."""
 
 
 def _unusable(job: Job, logit: float) -> LogitsError:

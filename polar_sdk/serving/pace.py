@@ -1,9 +1,11 @@
-"""Pace: how much work the rows of tenants that ask for much may add to each token of the others.
+"""Pace: how much time the rows of tenants that ask for much may add to each token of the others.
 
-Rows that decode together share a pass, which takes the longer the more they are. So that a tenant with many rows does
-not slow one with few down to a fraction of its speed, each tenant has a balance. In every round it earns what the
-others that decode need for one token, `pace` times, and pays for what it executes; while it owes, it sits rounds out.
-Who decodes alone earns without limit. Pure: tenants and FLOPs.
+Rows that decode together share a pass, which takes the longer the more they are, and prompts have passes of their own.
+So that a tenant with many rows does not slow one with few down to a fraction of its speed, each tenant has a balance.
+In every round it earns a part of the time that the one with least to decode would need for a token alone, and pays for
+the time that its rows add; while it owes, it sits rounds out. Who decodes alone earns without limit. What a row adds is
+measured, since it differs from machine to machine: compiled, a few rows cost hardly more than one. Pure: tenants and
+seconds.
 """
 
 from __future__ import annotations
@@ -13,36 +15,75 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PROMPT_DISCOUNT: Final = 3
-"""A FLOP of a prompt counts this many times less than one of decoding, which takes that much longer."""
-_BURST_TOKENS: Final = 768
-"""What a tenant may run ahead, in tokens decoded: a prompt of 2,304 tokens, or 24 passes of 32 rows."""
+_FADING: Final = 0.98
+"""What a pass still counts when one more was measured."""
+_FIRST_SHARE: Final = 0.75
+"""Of the time of one row, what a pass takes without rows: assumed until passes of several sizes were measured."""
+_BURST_TOKENS: Final = 4.0
+"""What a tenant may run ahead, in tokens that the other one decodes alone."""
+
+
+class PassTimes:
+    """How long a pass that decodes takes: a part of its own, and a part for each row. Unit: seconds."""
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._squares = self._seconds = self._products = 0.0
+
+    def measured(self, rows: float, seconds: float) -> None:
+        """Note a pass."""
+        for name, value in (
+            ("_weight", 1.0),
+            ("_rows", rows),
+            ("_squares", rows * rows),
+            ("_seconds", seconds),
+            ("_products", rows * seconds),
+        ):
+            setattr(self, name, _FADING * getattr(self, name) + value)
+
+    @property
+    def per_row(self) -> float:
+        """What one more row adds, by least squares; between nothing and its even part of an average pass."""
+        if not self._weight:
+            return 0.0
+        rows, seconds = self._rows / self._weight, self._seconds / self._weight
+        spread = self._squares / self._weight - rows * rows
+        even = seconds / max(rows, 1e-9)
+        if spread < 0.25:  # passes of one size tell nothing
+            return seconds * (1 - _FIRST_SHARE) / (_FIRST_SHARE + (1 - _FIRST_SHARE) * rows)
+        return min(max((self._products / self._weight - rows * seconds) / spread, 0.0), even)
+
+    def of(self, rows: float) -> float:
+        """What a pass of so many rows takes."""
+        if not self._weight:
+            return 0.0
+        return max(self._seconds / self._weight + self.per_row * (rows - self._rows / self._weight), 0.0)
 
 
 class Pace:
-    """Balances of the tenants whose rows run. Unit: FLOPs of decoding, divided by the tenant's weight.
+    """Balances of the tenants whose rows run. Unit: seconds, divided by the tenant's weight."""
 
-    Args:
-        token: FLOPs of decoding one token at full depth.
-    """
-
-    def __init__(self, token: int) -> None:
-        self._burst = float(_BURST_TOKENS * token)
+    def __init__(self) -> None:
+        self.times = PassTimes()
+        self._burst = 0.0
         self._balances: dict[str, float] = {}
 
     def begin(self, tenants: Mapping[str, float], pace: float) -> None:
         """A round begins.
 
         Args:
-            tenants: Those with rows that can go on, and what their rows that decode need for one token each, divided by
-                the tenant's weight; 0 if they only have prompts.
-            pace: What the others may add to a token, in such tokens, all together.
+            tenants: Those with rows that can go on, and how many of them decode, divided by the tenant's weight; a row
+                counts by its share of full depth. 0 if they only have prompts.
+            pace: How many times as long as alone a token of the one with least may take because of the others.
         """
+        decoding = [rows for rows in tenants.values() if rows]
+        alone = self.times.of(min(decoding, default=0.0)) if decoding else 0.0
+        self._burst = _BURST_TOKENS * alone
         balances: dict[str, float] = {}
         for tenant in tenants:
-            others = [need for other, need in tenants.items() if other != tenant and need]
+            others = [rows for other, rows in tenants.items() if other != tenant and rows]
             if others:
-                earned = min(others) * max(1.0, pace / (len(tenants) - 1))
+                own = self.times.per_row * min(others)  # as much as the one with least, whoever else is there
+                earned = max(own, (pace - 1) * alone / (len(tenants) - 1))
                 balances[tenant] = min(self._balances.get(tenant, self._burst) + earned, self._burst)
             else:
                 balances[tenant] = self._burst
@@ -50,9 +91,31 @@ class Pace:
 
     def may_run(self, tenant: str) -> bool:
         """Whether a tenant owes nothing."""
-        return self._balances.get(tenant, self._burst) > 0
+        return self._balances.get(tenant, 0.0) >= 0
 
-    def pay(self, tenant: str, work: float) -> None:
-        """Count what was executed for a tenant, divided by its weight; of prompts, divided by `PROMPT_DISCOUNT`."""
+    def decoded(self, rows: Mapping[str, float], seconds: float, weights: Mapping[str, float]) -> None:
+        """Count a pass that decoded: each tenant pays what its rows added.
+
+        Args:
+            rows: By tenant; a row counts by its share of full depth.
+            seconds: What the pass took.
+            weights: Of tenants that do not count 1.
+        """
+        self.times.measured(sum(rows.values()), seconds)
+        for tenant, count in rows.items():
+            self._pay(tenant, self.times.per_row * count, weights)
+
+    def read(self, tokens: Mapping[str, int], seconds: float, weights: Mapping[str, float]) -> None:
+        """Count a pass over prompts, which the tenants pay for in full, by tokens.
+
+        Args:
+            tokens: By tenant.
+            seconds: What the pass took.
+            weights: Of tenants that do not count 1.
+        """
+        for tenant, count in tokens.items():
+            self._pay(tenant, seconds * count / sum(tokens.values()), weights)
+
+    def _pay(self, tenant: str, seconds: float, weights: Mapping[str, float]) -> None:
         if tenant in self._balances:
-            self._balances[tenant] -= work
+            self._balances[tenant] -= seconds / weights.get(tenant, 1.0)

@@ -51,17 +51,17 @@ class Limits:
         prefill_beside: Prompt tokens that run in one pass while other rows are decoding, to the next whole chunk.
         prefill_alone: The same while no row is decoding.
         prefix_share: Maximum share of the pages that keep starts of prompts for later requests; 0 turns that off.
-        pace: How many tokens all other tenants together may decode while one that has least to decode decodes one;
-            every tenant may decode as much as that one at least. `math.inf` turns it off.
+        pace: How many times as long as alone a token may take, of the tenant that has least to decode, because of all
+            others together. Every tenant may decode as much as that one at least. `math.inf` turns it off.
         weights: Of tenants that are due more or less than others, who count 1: twice the weight, twice the share.
     """
 
     max_rows: int = 32
     max_waiting: int = 1024
-    prefill_beside: int = 256
+    prefill_beside: int = 128
     prefill_alone: int = 2048
     prefix_share: float = 0.25
-    pace: float = 6.0
+    pace: float = 2.0
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,6 +99,7 @@ class Places:
 
     def remove(self, job: Job) -> None:
         """Take a job out; it keeps its pages."""
+        job.has_place = False
         self.jobs.remove(job)
         del self._promised[job]
 
@@ -183,6 +184,7 @@ class Places:
         if not job.row.page_table.blocks:
             self._lend(job)
         job.placed_at, job.rounds_paused = max(job.row.length, job.row.ran), 0
+        job.has_place = True
         self.jobs.append(job)
         self._promised[job] = needed
 

@@ -54,6 +54,41 @@ class Clocks:
             self._clocks = {tenant: ahead[tenant] for tenant in latest}
 
 
+def who_gives_room(
+    waiting: Iterable[Job], arriving: Sequence[Job], limit: int, weights: Mapping[str, float]
+) -> list[Job]:
+    """Which jobs lose their place in a full queue, because their tenant has more in it than those who arrive.
+
+    Args:
+        waiting: Jobs without a place among those that run, the one that would lose most first.
+        arriving: Who comes, all or none.
+        limit: Maximum number of jobs that wait.
+        weights: Of tenants that do not count 1.
+
+    Raises:
+        QueueFullError: More than `limit` would wait, and no tenant has more than those who arrive.
+    """
+    held: dict[str, list[Job]] = {}
+    for job in waiting:
+        held.setdefault(job.request.tenant, []).append(job)
+    count = sum(map(len, held.values()))
+    missing = count + len(arriving) - limit
+    if missing <= 0:
+        return []
+    coming = Counter(job.request.tenant for job in arriving)
+    most = max((len(held.get(tenant, ())) + jobs) / weights.get(tenant, 1.0) for tenant, jobs in coming.items())
+    lost: list[Job] = []
+    for _ in range(missing):
+        tenant = max(held, key=lambda name: len(held[name]) / weights.get(name, 1.0), default="")
+        if not held or len(held[tenant]) / weights.get(tenant, 1.0) <= most:
+            raise QueueFullError(
+                f"{count} requests are already waiting; {len(arriving)} more would exceed the limit of {limit}.",
+                hint="Try again when some are done, or raise max_waiting in the limits of the scheduler.",
+            )
+        lost.append(held[tenant].pop())
+    return lost
+
+
 class FairQueue:
     """Jobs without a place. Not thread-safe: its owner locks.
 
@@ -82,26 +117,16 @@ class FairQueue:
     def __iter__(self) -> Iterator[Job]:
         return iter([*self.resting, *(job for line in self._lines.values() for job in line if job not in self.resting)])
 
-    def put(self, jobs: Sequence[Job], limit: int, weights: Mapping[str, float], running: Iterable[Job]) -> list[Job]:
-        """Add jobs, all or none.
+    def put(self, jobs: Sequence[Job], running: Iterable[Job]) -> None:
+        """Add jobs at the ends of their tenants' lines.
 
         Args:
             jobs: What arrives.
-            limit: Maximum number of jobs without a place.
-            weights: Of tenants that do not count 1.
             running: Jobs with a place.
-
-        Returns:
-            Jobs that were taken out, because their tenant had more in the queue than those who arrive.
-
-        Raises:
-            QueueFullError: More than `limit` would wait, and no tenant has more than those who arrive.
         """
-        lost = self._give_room(jobs, len(self) + len(jobs) - limit, limit, weights)
         present = {job.request.tenant for job in running} | set(self._lines)
         for job in jobs:
             self._line_for(job, present).append(job)
-        return lost
 
     def _line_for(self, job: Job, present: set[str]) -> deque[Job]:
         """The line that a job is about to join; its tenant is one of those present from now on."""
@@ -111,27 +136,6 @@ class FairQueue:
             present.add(tenant)
         self._in_line.add(job)
         return self._lines.setdefault(tenant, deque())
-
-    def _give_room(self, jobs: Sequence[Job], missing: int, limit: int, weights: Mapping[str, float]) -> list[Job]:
-        if missing <= 0:
-            return []
-        arriving = Counter(job.request.tenant for job in jobs)
-        held: dict[str, list[Job]] = {}
-        for job in self:  # those that rest, then the lines: the last is the one that loses least
-            held.setdefault(job.request.tenant, []).append(job)
-        most = max((len(held.get(tenant, ())) + count) / weights.get(tenant, 1.0) for tenant, count in arriving.items())
-        lost: list[Job] = []
-        for _ in range(missing):
-            tenant = max(held, key=lambda name: len(held[name]) / weights.get(name, 1.0), default="")
-            if not held or len(held[tenant]) / weights.get(tenant, 1.0) <= most:
-                raise QueueFullError(
-                    f"{len(self)} requests are already waiting; {len(jobs)} more would exceed the limit of {limit}.",
-                    hint="Try again when some are done, or raise max_waiting in the limits of the scheduler.",
-                )
-            lost.append(held[tenant].pop())
-        for job in lost:
-            self.remove(job)
-        return lost
 
     def rest(self, job: Job) -> None:
         """Take in a job that gave its place up; it is in no line."""

@@ -3,6 +3,9 @@
 Finished rows leave and waiting ones join between two tokens. Prompts run in chunks, so that a long one does not hold
 up rows that are decoding. Three parts keep tenants from each other's harm: `queue` says whose request is next, `places`
 who gives way to it, and `pace` how much those who run may add to each other's passes.
+
+Callers hand their jobs over through a queue and touch nothing else, since a signal may stop one anywhere: queue and
+places belong to the thread alone.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ import atexit
 import math
 import os
 import threading
+import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
+from queue import Empty
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
@@ -22,14 +28,14 @@ from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.sampling import likeliest_tokens
 from polar_sdk.errors import CacheMemoryError, QueueFullError
 from polar_sdk.serving.job import asked_by_engine
-from polar_sdk.serving.pace import PROMPT_DISCOUNT, Pace
+from polar_sdk.serving.pace import Pace
 from polar_sdk.serving.places import Limits, Places
 from polar_sdk.serving.prefixes import PrefixCache
-from polar_sdk.serving.queue import FairQueue
-from polar_sdk.serving.threads import InternalThread
+from polar_sdk.serving.queue import FairQueue, who_gives_room
+from polar_sdk.serving.threads import Inbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
     from polar_sdk.serving.job import Job
 
 
+_THREAD: Final = "polar-engine"
+_STARTING_SECONDS: Final = 0.001
 _IDLE_SECONDS: Final = 2.0
 """The thread ends after this time without work, so that it keeps no weights alive."""
 _LIVING: Final[WeakSet[Scheduler]] = WeakSet()
@@ -60,26 +68,34 @@ class Scheduler:
         """Executed again for rows that had given their pages up. In no usage record: nobody pays for it."""
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
-        self._pace = Pace(sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head)
+        self._pace = Pace()
+        self._token = sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head
+        """FLOPs of decoding one token at full depth."""
         self._checked = 0
         """Where the next part of those who wait begins, of which is checked whether they still do."""
         self._known: set[str] = set()
         """Tenants that waited when the round began."""
         self._hurried = False
         """Whether the last round left out a token of those who decode, for the prompt of a newcomer."""
-        self._refused: list[Job] = []
-        """Jobs that lost their place in the queue, and are yet to be told."""
-        self._work = threading.Condition()
+        self._arrivals: Inbox[Sequence[Job]] = Inbox(_THREAD)
+        """Jobs on their way to the thread; no job wakes it."""
+        self._open: dict[Job, None] = {}
+        """Jobs that were submitted and have not ended."""
+        self._arriving = threading.Lock()
+        """Held while it is decided who may wait, so that no more do than may."""
         self._round_lock = threading.RLock()
         """Held by the engine's thread while anything in memory is half done."""
-        self._thread: threading.Thread | None = None
         self._closing = False
         _LIVING.add(self)
 
     def __len__(self) -> int:
         """Number of jobs that wait or run."""
-        with self._work:
-            return len(self._queue) + len(self._places)
+        return len(self._open)
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait for a place among those that run."""
+        return len(self._waiting())
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Run jobs, together if there is room.
@@ -89,23 +105,48 @@ class Scheduler:
             CacheMemoryError: One could never run, because its keys and values exceed the memory set aside for them.
             InvalidRequestError: A logits hook of this model asks for it.
         """
-        if threading.current_thread() is self._thread:
+        if self.runs_here():
             raise asked_by_engine()
         for job in jobs:
             self._check_size(job)
-            job.wake = self._wake
-        with self._work:
-            limits = self.limits
-            self._refused += self._queue.put(jobs, limits.max_waiting, limits.weights, self._places.jobs)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = InternalThread(target=self._serve, name="polar-engine", daemon=True)
-                self._thread.start()
-            for place, job in enumerate(jobs, len(self._queue) + len(self._places) - len(jobs)):
-                job.engine = self._thread
-                if place >= 2 * self.limits.max_rows:  # a job that waits for long must not hold memory
-                    job.row.end_lead()
-                job.submitted = True
-            self._work.notify()
+        with self._arriving:
+            waiting = sorted(self._waiting(), key=lambda job: not job.begin_ns)  # stable
+            for loser in who_gives_room(waiting, jobs, self.limits.max_waiting, self.limits.weights):
+                loser.revoke(_gave_way(self.limits.max_waiting))
+            for job in jobs:
+                job.host = self
+                self._open[job] = None
+        self._arrivals.put(jobs, self._serve)
+
+    def _waiting(self) -> list[Job]:
+        """Jobs without a place, in the order in which they came; those that are about to end do not count."""
+        return [job for job in list(self._open) if not (job.has_place or job.left)]
+
+    def settle(self, job: Job) -> None:
+        """Wait until nothing more will be computed for a job that was cancelled, also where `submit` was cut off."""
+        if job.host is None or job.done:
+            return
+        try:
+            self._arrivals.put([job], self._serve)
+        except RuntimeError:  # no thread can be started; if none lives, nothing runs
+            self._arrivals.run_instead(job.stop_if_due)
+        job.wait()
+
+    # -- what a job asks --------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """See `Host`."""
+        self._arrivals.put((), self._serve)
+
+    def runs_here(self) -> bool:
+        """See `Host`."""
+        return threading.current_thread() is self._arrivals.thread
+
+    def forget(self, job: Job) -> None:
+        """See `Host`."""
+        self._open.pop(job, None)
+
+    # -- the thread -------------------------------------------------------------------------------------------------
 
     def _check_size(self, job: Job) -> None:
         pool = self.decoder.pool
@@ -119,55 +160,71 @@ class Scheduler:
 
     @torch.inference_mode()
     def _serve(self) -> None:
-        while self._await_work():
-            try:
+        try:
+            while self._await_work():
                 self._round()
-            except BaseException as error:  # a bug in this module must not leave callers waiting forever
-                self._fail_all(error)
-
-    def _round(self) -> None:
-        with self._round_lock:
-            self._sweep()
-            self._admit()
-            passes = self._run_passes()
-        if not passes:
-            with self._work:  # every caller lags behind: wait for one to read on, and check for cancellations
-                self._work.wait(_POLL_SECONDS)
-
-    def _fail_all(self, error: BaseException) -> None:
-        with self._work:
-            jobs = self._take_all()
-        for job in jobs:
-            if not job.done:
-                job.fail(error)
-
-    def _take_all(self) -> list[Job]:
-        """Begin anew without jobs; returns those that waited or ran."""
-        jobs = [*self._refused, *self._queue, *self._places.jobs]
-        self._refused, self._queue = [], FairQueue()
-        self._places = Places(self.decoder, self.prefixes, self._queue.clocks)
-        return jobs
+        finally:
+            self._closing = False
 
     def _await_work(self) -> bool:
-        """Wait for something to do; False after a while without work, and then this thread ends."""
-        with self._work:
-            self._work.wait_for(lambda: self._busy() or self._closing, _IDLE_SECONDS)
-            if not self._busy():
-                self._thread, self._closing = None, False
-                return False
-            return True
+        """Take in what has arrived; False after a while without work, and then this thread ends."""
+        self._take_in(0.0 if self._busy() or self._closing else _IDLE_SECONDS)
+        return self._busy()
+
+    def _take_in(self, seconds: float) -> None:
+        """Take in what has arrived, after waiting for it for some time."""
+        with suppress(Empty):
+            while True:
+                jobs = self._arrivals.take(seconds)
+                seconds = 0.0
+                with self._round_lock:
+                    self._enter([job for job in jobs if not (job.arrived or job.done)])
+
+    def _enter(self, jobs: Sequence[Job]) -> None:
+        """Put jobs into the queue."""
+        for job in jobs:
+            job.arrived = True
+        self._queue.put(jobs, self._places.jobs)
+        for place, job in enumerate(jobs, len(self._queue) + len(self._places) - len(jobs)):
+            if place >= 2 * self.limits.max_rows:  # a job that waits for long must not hold memory
+                job.row.end_lead()
+
+    def _round(self) -> None:
+        try:
+            with self._round_lock:
+                self._sweep()
+                self._admit()
+                passes = self._run_passes()
+                now = time.perf_counter_ns()
+                for job in self._places.jobs:
+                    job.tell_progress(now)
+        except BaseException as error:  # a bug in this module must not leave callers waiting forever
+            self._fail_all(error)
+            return
+        if not passes:
+            self._take_in(_POLL_SECONDS)  # every caller lags behind: wait for one to read on or to cancel
+
+    def _fail_all(self, error: BaseException) -> None:
+        self._begin_anew()
+        for job in list(self._open):
+            if job.arrived:
+                job.fail(error)
+
+    def _begin_anew(self) -> None:
+        self._queue = FairQueue()
+        self._places = Places(self.decoder, self.prefixes, self._queue.clocks)
 
     def close(self) -> None:
         """Cancel every job and wait for the thread to end; a later job starts a new one."""
-        with self._work:
-            thread = self._thread
-            if thread is None:
-                return
+        while self._arrivals.is_served:
             self._closing = True
-            for job in [*self._queue, *self._places.jobs]:
+            for job in list(self._open):
                 job.cancel()
-            self._work.notify()
-        thread.join()
+            self.wake()
+            if (thread := self._arrivals.thread) is None:
+                time.sleep(_STARTING_SECONDS)  # it has just begun
+            else:
+                thread.join()
 
     def hold_for_fork(self) -> bool:
         """Hold the engine between two rounds, so that a child inherits no half of a pass; False if that takes long."""
@@ -179,36 +236,28 @@ class Scheduler:
 
     def restart_after_fork(self) -> None:
         """In a forked child: the thread is not here, and what it was computing is the parent's."""
-        self._work = threading.Condition()  # the parent's threads may have held the old ones
-        self._round_lock = threading.RLock()
-        self._thread, self._closing = None, False
-        for job in self._take_all():
+        self._arrivals, self._closing = Inbox(_THREAD), False
+        self._arriving, self._round_lock = threading.Lock(), threading.RLock()
+        self._begin_anew()
+        for job in list(self._open):
             job.disown()
+        self._open = {}
         self.prefixes.forget()
         self.decoder.restart_after_fork()
 
-    def _wake(self) -> None:
-        with self._work:
-            self._work.notify()
-
     def _busy(self) -> bool:
-        return bool(self._queue or self._places or self._refused)
+        return bool(self._queue or self._places)
 
     def _sweep(self) -> None:
         """Remove jobs that are done, cancelled or out of time, whether they run or wait."""
-        with self._work:
-            waiting = self._next_to_check(list(self._queue))
-            refused, self._refused = self._refused, []
-        for job in refused:
-            job.fail(_gave_way(self.limits.max_waiting))
+        waiting = self._next_to_check(list(self._queue))
         for job in [*waiting, *self._places.jobs]:
             if not job.done:
                 self._attempt([job], job.stop_if_due)
-        with self._work:
-            for job in waiting:
-                if job.done:
-                    self._queue.remove(job)
-            self._places.drop_done()
+        for job in waiting:
+            if job.done:
+                self._queue.remove(job)
+        self._places.drop_done()
         self._places.count_pauses()
 
     def _next_to_check(self, waiting: list[Job]) -> list[Job]:
@@ -222,26 +271,24 @@ class Scheduler:
         """Give places to those who wait, as long as others give way; the next in turn is never passed over."""
         limits = self.limits
         while True:
-            with self._work:
-                self._queue.line_up(self._places.jobs)
-                job = self._queue.first(self._places.shares(self._places.jobs, limits.max_rows, limits.weights))
-                leaving = None if job is None else self._places.giving_way(job, limits.max_rows, limits.weights)
-                if job is None or leaving is None:
-                    self._known = set(self._queue.tenants)
-                    return
-                for other in leaving:
-                    self._places.remove(other)
-                    self._queue.rest(other)
-                self._queue.remove(job)
-                self._places.add(job, self._queue.resting)
+            self._queue.line_up(self._places.jobs)
+            job = self._queue.first(self._places.shares(self._places.jobs, limits.max_rows, limits.weights))
+            leaving = None if job is None else self._places.giving_way(job, limits.max_rows, limits.weights)
+            if job is None or leaving is None:
+                self._known = set(self._queue.tenants)
+                return
+            for other in leaving:
+                self._places.remove(other)
+                self._queue.rest(other)
+            self._queue.remove(job)
+            self._places.add(job, self._queue.resting)
 
     def _run_passes(self) -> bool:
         """A pass over prompts, and one token for every row whose prompt has run and whose caller keeps up."""
         jobs = [job for job in self._places.jobs if not job.paused]
-        needs = dict.fromkeys((job.request.tenant for job in jobs), 0.0)
-        for job in jobs:
-            if job.decoding:
-                needs[job.request.tenant] += job.row.work.next_token(job.row.length + 1) / self._weight(job)
+        rows = self._rows([job for job in jobs if job.decoding])
+        tenants = {job.request.tenant: job for job in jobs}
+        needs = {tenant: rows.get(tenant, 0.0) / self._weight(job) for tenant, job in tenants.items()}
         self._pace.begin(needs, self.limits.pace)
         jobs = [job for job in jobs if self._pace.may_run(job.request.tenant)] or jobs
         decoding = [job for job in jobs if job.decoding]
@@ -255,11 +302,19 @@ class Scheduler:
             self._attempt(decoding, lambda: self._run_decode(decoding))
         return bool(jobs)
 
+    def _rows(self, jobs: Iterable[Job]) -> dict[str, float]:
+        """How many rows decode for each tenant; each counts by its share of full depth."""
+        rows: dict[str, float] = {}
+        for job in jobs:
+            share = job.row.work.next_token(job.row.length + 1) / self._token
+            rows[job.request.tenant] = rows.get(job.request.tenant, 0.0) + share
+        return rows
+
     def _has_newcomer(self) -> bool:
         """Whether a tenant without a place has come during this round."""
         here = {job.request.tenant for job in self._places.jobs} | self._known
-        with self._work:
-            return any(tenant not in here for tenant in self._queue.tenants)
+        self._take_in(0.0)
+        return any(tenant not in here for tenant in self._queue.tenants)
 
     def _next_chunks(self, jobs: list[Job], *, beside: bool) -> tuple[list[Job], list[Sequence[int]]]:
         """Prompts to run now and their next chunks: first of the tenant whose clock is furthest behind.
@@ -281,12 +336,15 @@ class Scheduler:
     def _run_chunks(self, jobs: Sequence[Job], chunks: Sequence[Sequence[int]]) -> None:
         for job in jobs:
             job.start_clock()
+        began, tokens = time.perf_counter(), Counter[str]()
+        for job, chunk in zip(jobs, chunks, strict=True):
+            tokens[job.request.tenant] += len(chunk)
         again = [job.row.replaying for job in jobs]
         ends = [job.row.length + len(chunk) == len(job.request.tokens) for job, chunk in zip(jobs, chunks, strict=True)]
         try:
             logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends, self._scored(jobs, again))
         finally:
-            self._charge(jobs, discount=PROMPT_DISCOUNT)
+            self._charge(jobs)
         ended = [(job, replayed) for job, end, replayed in zip(jobs, ends, again, strict=True) if end]
         for job, replayed in zip(jobs, again, strict=True):
             if replayed:
@@ -294,6 +352,7 @@ class Scheduler:
         sampling = [index for index, (_, replayed) in enumerate(ended) if not replayed]
         new = [ended[index][0] for index in sampling]
         self._choose(new, logits[sampling] if len(new) < len(ended) else logits)
+        self._pace.read(tokens, time.perf_counter() - began, self.limits.weights)
 
     def _scored(self, jobs: Sequence[Job], again: Sequence[bool]) -> dict[int, Callable[[Tensor], None]]:
         """What reads the prompts that are to be scored; an error of one ends its job alone."""
@@ -305,13 +364,15 @@ class Scheduler:
         return {index: reader(job) for index, job in wanted if not again[index]}
 
     def _run_decode(self, jobs: Sequence[Job]) -> None:
+        began, rows = time.perf_counter(), self._rows(jobs)
         try:
             logits = next_logits(self.decoder, [job.row for job in jobs], [job.tokens[-1:] for job in jobs])
         finally:
             self._charge(jobs)
-        self._choose(jobs, logits)
+        self._choose(jobs, logits)  # only now a GPU has done what it was asked for
+        self._pace.decoded(rows, time.perf_counter() - began, self.limits.weights)
 
-    def _charge(self, jobs: Sequence[Job], discount: int = 1) -> None:
+    def _charge(self, jobs: Sequence[Job]) -> None:
         """Count what a pass executed, for the fairness between tenants."""
         for job in jobs:
             work = job.row.executed - job.charged
@@ -319,7 +380,6 @@ class Scheduler:
             if job.row.replaying:
                 self.replayed_flops += work
             self._queue.clocks.advance(job.request.tenant, work / self._weight(job))
-            self._pace.pay(job.request.tenant, work / self._weight(job) / discount)
 
     def _weight(self, job: Job) -> float:
         return self.limits.weights.get(job.request.tenant, 1.0)
@@ -365,12 +425,17 @@ _held_for_fork: Final[list[Scheduler]] = []
 
 
 def _hold_for_fork() -> None:
-    _held_for_fork[:] = [scheduler for scheduler in list(_LIVING) if scheduler.hold_for_fork()]
+    for scheduler in list(_LIVING):
+        _held_for_fork.append(scheduler)  # first: a signal may stop this anywhere, and what is held must be given back
+        if not scheduler.hold_for_fork():
+            _held_for_fork.remove(scheduler)
 
 
 def _go_on_after_fork() -> None:
     while _held_for_fork:
-        _held_for_fork.pop().go_on_after_fork()
+        with suppress(RuntimeError):  # it was not held: a signal came first
+            _held_for_fork[-1].go_on_after_fork()
+        _held_for_fork.pop()
 
 
 def _restart_after_fork() -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from contextvars import copy_context
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
@@ -95,6 +95,81 @@ def start_detached(call: Callable[[], object], name: str) -> None:
 
 def _start_internal(call: Callable[[], object], name: str) -> None:
     InternalThread(target=call, name=name, daemon=True).start()
+
+
+class Inbox(Generic[T]):
+    """What callers hand over to one thread, which begins with the first item and ends after a while without any.
+
+    Args:
+        name: Of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.thread: threading.Thread | None = None
+        """The one that serves now."""
+        self._name = name
+        self._items: SimpleQueue[T] = SimpleQueue()
+        self._serving = threading.Lock()
+        """Held by the thread as long as it serves."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the thread lives."""
+        return self._serving.locked()
+
+    def put(self, item: T, serve: Callable[[], None]) -> None:
+        """Hand an item over. Waits for nothing: safe in finalisers, and where signals interrupt it, to be repeated.
+
+        Args:
+            item: What to hand over.
+            serve: What a new thread runs: takes items, and returns when there are none for a while. Not kept here,
+                where it would keep its owner alive.
+
+        Raises:
+            RuntimeError: No thread can be started. A later one finds the item.
+        """
+        self._items.put(item)
+        self.start(serve)
+
+    @property
+    def put_quietly(self) -> Callable[[T], None]:
+        """Adds an item without starting a thread: a method of the interpreter, which is one step of it."""
+        return self._items.put
+
+    def start(self, serve: Callable[[], None]) -> None:
+        """Start the thread if it does not live."""
+        if not self._serving.locked():  # two may be started: one of them ends at once
+            start_detached(lambda: self._run(serve), self._name)
+
+    def take(self, seconds: float | None = 0.0) -> T:
+        """The oldest item.
+
+        Args:
+            seconds: How long to wait for it; None = for ever.
+
+        Raises:
+            queue.Empty: There is none.
+        """
+        return self._items.get(block=seconds != 0, timeout=seconds)
+
+    def run_instead(self, call: Callable[[], object]) -> None:
+        """Run a call in place of the thread, unless it lives."""
+        if self._serving.acquire(blocking=False):
+            try:
+                call()
+            finally:
+                self._serving.release()
+
+    def _run(self, serve: Callable[[], None]) -> None:
+        while self._serving.acquire(blocking=False):
+            self.thread = threading.current_thread()
+            try:
+                serve()
+            finally:
+                self.thread = None
+                self._serving.release()
+            if self._items.empty():  # else who has just put one in may have seen this thread alive
+                return
 
 
 def run_uncut(call: Callable[[], T]) -> T:

@@ -21,7 +21,8 @@ PUBLIC = {
         scan search train
     """,
     "polar_billing": """
-        ALL_TENANTS ALL_TIME Account Agreement AmountError BillingError Budget BudgetError Budgets ConflictError
+        ALL_TENANTS ALL_TIME AccessError Account Agreement AmountError BillingError Budget BudgetError Budgets
+        ConflictError
         CreditNote CurrencyMixError IssuedStatement Ledger LedgerUnsoundError LedgerUrlError Level
         Line Meter MissingExtraError OutputError OverBudget Period PeriodError PriceBook PriceBookError
         QueryError Quote Rating RecordRefusedError Report Repriced SchemaVersionError Selection Statement

@@ -54,6 +54,7 @@ TENANTS: Final = ("acme", "globex")
 PATHS: Final = ((0, 1, 2, 3, 4, 5), (0, 1, 4, 5), (0, 5))
 EVERYTHING: Final = Selection(ALL_TENANTS, Period())
 _REUSED: Final = "reused-"
+_INTERRUPTED: Final = "interrupted-"
 _ENDS: Final = (100, 250, 800)
 """Faults strike before one of these steps; a schedule has some hundred."""
 
@@ -76,6 +77,8 @@ class Use:
     prompt: int = 10
     id_is_new: bool = True
     """Whether the engine made the id; the caller's own is looked up before compute."""
+    marks: int = 0
+    """How often it is marked; a request that is keeps no caller who tries again with what only its process knew."""
     cached: int = 0
     """Prompt tokens that another request had computed."""
     emitted: UsageRecord | None = None
@@ -83,6 +86,10 @@ class Use:
     """Set once `emit` has answered."""
     answered_in: tuple[str, int] = ("", 0)
     """The durability of the meter that answered, and how often the power had been cut by then."""
+    marked: list[UsageRecord] = field(default_factory=list)
+    """What was marked while it ran, or was about to be."""
+    mark_kept: tuple[int, int] | None = None
+    """Index of the last mark that was written, and how often the power had been cut by then."""
     conflicted: bool = False
     over: bool = False
 
@@ -159,6 +166,7 @@ def _use(draw: Random, earlier: list[Use], name: str) -> tuple[str, Use]:
         other = draw.choice(earlier)
         use.request_id, use.tenant, use.reserves = other.request_id, other.tenant, other.reserves
         use.id_is_new = other.id_is_new = False
+    use.marks = draw.choice([0, 0, 1, 3])
     earlier.append(use)
     return name, use
 
@@ -181,8 +189,8 @@ class LedgerWorld:
         self.database = Database(self.file)
         self.cuts = 0
         """How often the power was cut."""
-        self.stored: list[tuple[str, Use]] = []
-        """Tenant and use of each record in the ledger at the end."""
+        self.stored: list[tuple[str, Use, UsageRecord]] = []
+        """Tenant, use and content of each record in the ledger at the end."""
         self.living: dict[int, Process] = {}
         """By the index of their plan."""
         self.starts = 0
@@ -284,7 +292,7 @@ class LedgerWorld:
         for use in uses:
             if use.over:
                 continue
-            if use.emitted is not None and not use.repeats:
+            if use.marked or (use.emitted is not None and not use.repeats):
                 use.over = True
                 continue
             self._serve(meter, use, durability)
@@ -304,18 +312,11 @@ class LedgerWorld:
                 with contextlib.suppress(StoreError):
                     meter.release(use.tenant, use.request_id)
                 return
+            for number in range(use.marks):
+                self.world.sleep(use.compute_s / use.marks)
+                self._mark(meter, use, self._record(use, path, number, Outcome.CANCELLED, started_at))
             self.world.sleep(use.compute_s)
-            use.emitted = usage_record(
-                use.request_id,
-                tenant=use.tenant,
-                path=path,
-                output=use.output,
-                prompt=use.prompt,
-                outcome=use.outcome,
-                tokens=TokenUsage(input=use.prompt, cached=use.cached, output=use.output),
-                error="Problem" if use.outcome is Outcome.ERROR else None,
-                started_at=started_at,
-            )
+            use.emitted = self._record(use, path, use.marks + use.output, use.outcome, started_at)
         assert use.emitted is not None
         for _ in range(2):
             cuts = self.cuts
@@ -329,16 +330,37 @@ class LedgerWorld:
             use.receipt, use.answered_in = receipt, (durability, cuts)
             return
 
+    def _record(self, use: Use, path: tuple[int, ...], output: int, outcome: Outcome, at: datetime) -> UsageRecord:
+        return usage_record(
+            use.request_id,
+            tenant=use.tenant,
+            path=path,
+            output=output,
+            prompt=use.prompt,
+            outcome=outcome,
+            tokens=TokenUsage(input=use.prompt, cached=use.cached, output=output),
+            error="Problem" if outcome is Outcome.ERROR else None,
+            started_at=at,
+        )
+
+    def _mark(self, meter: Meter, use: Use, record: UsageRecord) -> None:
+        if not meter.wants_marks:
+            return
+        use.marked.append(record)
+        with contextlib.suppress(StoreError):
+            meter.mark(record)
+            use.mark_kept = len(use.marked) - 1, self.cuts
+
     def _bound(self, use: Use, at: datetime) -> UsageBound:
         def most(path: tuple[int, ...]) -> int:
-            return usage_record("x", path=path, output=4, prompt=use.prompt).flops.total
+            return usage_record("x", path=path, output=7, prompt=use.prompt).flops.total
 
         paths = [use.path] if use.path == PATHS[-1] else [use.path, PATHS[-1]]
         return UsageBound(
             request_id=use.request_id,
             tenant=use.tenant,
             tokens_input=use.prompt,
-            tokens_output_max=4,
+            tokens_output_max=7,
             offers=tuple(
                 Offer(tier="standard", program=" ".join(map(str, path)), flops_bound=most(path)) for path in paths
             ),
@@ -441,23 +463,36 @@ class LedgerWorld:
         """Exactly one record per request; nothing that was acknowledged is lost, nothing is invented."""
         rows = connection.execute("SELECT tenant, request_id, content_hash FROM polar_usage").fetchall()
         self._hold_to(len({row[:2] for row in rows}) == len(rows), "a request has two records")
-        emitted = {key: use for use in self._uses() if use.emitted is not None for key in _keys(use)}
+        emitted = {key: (use, record) for use in self._uses() for key, record in _keys(use).items()}
         for tenant, request_id, digest in rows:
-            key = (tenant, request_id, "" if request_id.startswith(_REUSED) else digest)
+            key = (tenant, request_id, "" if request_id.startswith((_REUSED, _INTERRUPTED)) else digest)
             self._hold_to(key in emitted, f"{key}: nobody emitted what is stored")
-            self.stored.append((tenant, emitted[key]))
+            self.stored.append((tenant, *emitted[key]))
         for use in self._uses():
             durability, cuts = use.answered_in
-            times = sum(other is use for _, other in self.stored)
+            records = [record for _, other, record in self.stored if other is use]
+            times = len(records)
             self._hold_to(times <= 1, f"{use.request_id}: is stored {times} times")
+            self._check_mark(use, records)
             if use.receipt is not None and not times and (durability != "spool" or cuts == self.cuts):
                 raise Broken(f"{use.request_id}: acknowledged by {durability} and lost")
+
+    def _check_mark(self, use: Use, records: Sequence[UsageRecord]) -> None:
+        """A process that was killed leaves what it had marked last; one that went on leaves no mark."""
+        marked = [use.marked.index(record) for record in records if record in use.marked]
+        if use.mark_kept is None or use.mark_kept[1] != self.cuts:
+            return  # nothing was marked, or the power was cut since
+        if use.emitted is None:
+            self._hold_to(len(records) == 1, f"{use.request_id}: was marked, killed and lost")
+            self._hold_to(marked[0] >= use.mark_kept[0], f"{use.request_id}: an early mark is stored, not the last one")
+        elif use.receipt is not None:
+            self._hold_to(not marked, f"{use.request_id}: a mark is stored, not its record")
 
     def _check_money(self, connection: sqlite3.Connection, totals: Any) -> None:
         """What is reported is what was emitted, added up here, and what it costs is the sum of the receipts."""
         costs = "SELECT tenant, sum(cost) FROM polar_usage JOIN polar_receipt ON usage_seq = seq GROUP BY tenant"
         for tenant, cost in connection.execute(costs).fetchall():
-            used = [use.emitted for whose, use in self.stored if whose == tenant and use.emitted is not None]
+            used = [record for whose, _, record in self.stored if whose == tenant]
             own = [len(used), sum(r.flops.total for r in used), cost or 0]
             own += [sum(getattr(r.tokens, part) for r in used) for part in ("input", "cached", "output")]
             rows = [row for row in totals if row.group["tenant"] == tenant]
@@ -484,11 +519,14 @@ class LedgerWorld:
         self._hold_to(set(settled) <= stored, "a hold is settled without a record")
 
 
-def _keys(use: Use) -> list[tuple[str, str, str]]:
+def _keys(use: Use) -> dict[tuple[str, str, str], UsageRecord]:
     """Under which ids a use may be stored, with what content: under its own, or one made of its content."""
-    assert use.emitted is not None
-    digest = content_hash(use.emitted)
-    return [(use.tenant, use.request_id, digest), (use.tenant, f"{_REUSED}{digest[:32]}", "")]
+    keys = {(use.tenant, f"{_INTERRUPTED}{content_hash(mark)[:32]}", ""): mark for mark in use.marked}
+    if use.emitted is not None:
+        digest = content_hash(use.emitted)
+        keys |= {(use.tenant, use.request_id, digest): use.emitted}
+        keys |= {(use.tenant, f"{_REUSED}{digest[:32]}", ""): use.emitted}
+    return keys
 
 
 class Ledgers:

@@ -34,7 +34,7 @@ def _settle_twice() -> AbstractContextManager[object]:
 
 
 def _forget_to_flush() -> AbstractContextManager[object]:
-    from polar_billing.metering.spool import Segment
+    from polar_billing.metering.segment import Segment
 
     return patch.object(Segment, "sync", lambda self: None)
 
@@ -114,6 +114,18 @@ def _delete_before_storing() -> AbstractContextManager[object]:
     return applied()
 
 
+def _store_marks_beside_records() -> AbstractContextManager[object]:
+    from polar_billing.ledger.ledger import Ledger
+
+    return patch.object(Ledger, "is_recorded", lambda self, entry: False)
+
+
+def _forget_marks() -> AbstractContextManager[object]:
+    from polar_billing.metering import spool
+
+    return patch.object(spool, "last_marks", lambda entries: [])
+
+
 def _leave_before_the_end() -> AbstractContextManager[object]:
     from polar_sdk.serving import threads
 
@@ -124,15 +136,27 @@ def _leave_before_the_end() -> AbstractContextManager[object]:
 
 
 def _record_twice() -> AbstractContextManager[object]:
-    from polar_sdk.request.recorder import Recorder
+    from polar_sdk.request.recorder import _Records
 
-    return patch.object(Recorder, "_unrecorded", lambda self: list(self._jobs))
+    return patch.object(_Records, "_unrecorded", lambda self: list(self._jobs))
 
 
 def _forget_the_dropped() -> AbstractContextManager[object]:
-    from polar_sdk.request.recorder import Recorder
+    from polar_sdk.request.recorder import _Records
 
-    return patch.object(Recorder, "drop", lambda self: None)
+    return patch.multiple(_Records, drop=lambda self: None, store_dropped=lambda self: None)
+
+
+def _mark_after_the_record() -> AbstractContextManager[object]:
+    from polar_sdk.request.marker import Marker
+
+    return patch.object(Marker, "end", lambda self: None)
+
+
+def _mark_what_runs_again() -> AbstractContextManager[object]:
+    from polar_sdk.engine.row import Row
+
+    return patch.object(Row, "metered", property(lambda self: self.work))
 
 
 def _mix_rows() -> AbstractContextManager[object]:
@@ -150,9 +174,10 @@ def _forget_what_was_cached() -> AbstractContextManager[object]:
 
 
 def _miss_the_end() -> AbstractContextManager[object]:
+    from polar_sdk.locks import Latch
     from polar_sdk.serving.job import Job
 
-    return patch.object(Job, "wait", lambda self: self._change.wait_for(lambda: False))
+    return patch.object(Job, "wait", lambda self: Latch().wait())
 
 
 MUTATIONS: Final[dict[str, Mutation]] = {
@@ -165,9 +190,13 @@ MUTATIONS: Final[dict[str, Mutation]] = {
     "hold-nothing": Mutation("ledger", _hold_nothing),
     "commit-without-flushing": Mutation("ledger", _commit_without_flushing),
     "delete-before-storing": Mutation("ledger", _delete_before_storing),
+    "store-marks-beside-records": Mutation("ledger", _store_marks_beside_records),
+    "forget-marks": Mutation("ledger", _forget_marks),
     "leave-before-the-end": Mutation("serving", _leave_before_the_end),
     "record-twice": Mutation("serving", _record_twice),
     "forget-the-dropped": Mutation("serving", _forget_the_dropped),
+    "mark-after-the-record": Mutation("serving", _mark_after_the_record),
+    "mark-what-runs-again": Mutation("serving", _mark_what_runs_again),
     "mix-rows": Mutation("serving", _mix_rows),
     "forget-what-was-cached": Mutation("serving", _forget_what_was_cached),
     "miss-the-end": Mutation("serving", _miss_the_end),

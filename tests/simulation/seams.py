@@ -217,6 +217,10 @@ class SimpleQueue:
         """Whether nothing waits."""
         return not self._items
 
+    def qsize(self) -> int:
+        """How many items wait."""
+        return len(self._items)
+
 
 class Thread:
     """`threading.Thread`."""

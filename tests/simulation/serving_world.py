@@ -13,6 +13,7 @@ import asyncio
 import concurrent.futures
 import gc
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 from unittest.mock import patch
@@ -22,8 +23,9 @@ import torch
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.errors import QueueFullError, RequestTimeoutError, SinkError
 from polar_sdk.programs.policy import Policy
-from polar_sdk.request import recorder
+from polar_sdk.request import marker, recorder
 from polar_sdk.request.generation import answer, stream
+from polar_sdk.serving import job
 from polar_sdk.serving import scheduler as scheduling
 from polar_sdk.serving import threads as product_threads
 from polar_sdk.serving.places import Limits
@@ -83,6 +85,8 @@ class Plan:
     """Calls of `emit` that fail, once for each request."""
     collects: frozenset[int]
     """Steps at which the garbage collector runs, in whatever thread moves."""
+    mark_tokens: int
+    """After how many tokens an answer is marked."""
     elements: int
 
     @classmethod
@@ -119,11 +123,14 @@ class Plan:
             name: frozenset(draw.randrange(end) for _ in range(draw.choice([0, 0, 1, 2])))
             for name, end in (("layer", 12), ("sink", 4), ("gc", 150))
         }
-        return cls(callers, tasks, limits, faults["layer"], faults["sink"], faults["gc"], count)
+        marks = draw.choice([1, 2, 3])
+        return cls(callers, tasks, limits, faults["layer"], faults["sink"], faults["gc"], marks, count)
 
 
 class _Sink(UsageSink):
-    """Keeps records; slow, and failing when the plan says so."""
+    """Keeps marks and records; slow, and failing when the plan says so."""
+
+    wants_marks = True
 
     def __init__(self, world: World, fails: frozenset[int]) -> None:
         self._world, self._fails = world, fails
@@ -131,9 +138,20 @@ class _Sink(UsageSink):
         self.failed: set[str] = set()
         """Requests for which it failed: of an answer that was broken off, nobody tries again."""
         self.records: list[UsageRecord] = []
+        self.offered: set[str] = set()
+        """Requests whose record has come."""
+        self.marks: list[UsageRecord] = []
+        self.late_marks: list[str] = []
+        """Requests that were marked after their record had come."""
+
+    def mark(self, record: UsageRecord) -> None:
+        self._world.sleep(self._world.random.choice([0.0, 0.01]))
+        self.marks.append(record)
+        self.late_marks += [record.request_id] if record.request_id in self.offered else []
 
     def emit(self, record: UsageRecord) -> None:
         self._calls += 1
+        self.offered.add(record.request_id)
         self._world.sleep(self._world.random.choice([0.0, 0.01]))
         if self._calls - 1 in self._fails and record.request_id not in self.failed:
             self.failed.add(record.request_id)
@@ -185,6 +203,7 @@ class ServingWorld:
         World.now_in = self.world
         self.world.faults = dict.fromkeys(self.plan.collects, gc.collect)
         late, recorder._LATE = recorder._LATE, recorder._LateRecords()  # type: ignore[misc]
+        marks, marker.MARKS = marker.MARKS, marker.MarkThread()  # type: ignore[misc]
         self.scheduler = Scheduler(self._model.decoder, self.plan.limits)
         self.loaded = replace(self._model.loaded, scheduler=self.scheduler)
         process = self.world.start_process(0)
@@ -198,12 +217,16 @@ class ServingWorld:
             return run_pass(*arguments)
 
         try:
-            with torch.inference_mode(), patch.object(scheduling, "next_logits", run_or_fail):
+            with (
+                torch.inference_mode(),
+                patch.object(scheduling, "next_logits", run_or_fail),
+                patch.object(job, "MARK_TOKENS", self.plan.mark_tokens),
+            ):
                 main = self.world.spawn(process, self._main, "main")
                 self.world.run(lambda: main.done)
         finally:
             self.world.end()
-            recorder._LATE = late  # type: ignore[misc]
+            recorder._LATE, marker.MARKS = late, marks  # type: ignore[misc]
             self._give_pages_back()
             World.now_in = None
 
@@ -387,6 +410,8 @@ class ServingWorld:
         records = {record.request_id: record for record in self.sink.records}
         if len(records) != len(self.sink.records):
             raise Broken("a request has two records")
+        if self.sink.late_marks:
+            raise Broken(f"{self.sink.late_marks} are marked after their records")
         for ask in [*self.plan.tasks, *(ask for asks in self.plan.callers for ask in asks)]:
             self._check_records(ask, records)
 
@@ -404,9 +429,20 @@ class ServingWorld:
                     raise Broken(f"{request_id}: {tokens} is not the answer {alone} that it gives alone")
             if record.outcome is not Outcome.ERROR and record.tokens.output:
                 self._check_flops(ask, record)
+            self._check_marks(ask, record)
         for request_id, (tokens, _) in ask.answers.items():
             if alone[: len(tokens)] != tokens:
                 raise Broken(f"{request_id}: {tokens} is no beginning of {alone}")
+
+    def _check_marks(self, ask: Ask, record: UsageRecord) -> None:
+        """Each mark of a request says more than the one before, and no more than its record."""
+        marks = [mark for mark in self.sink.marks if mark.request_id == record.request_id]
+        for mark in marks:
+            if mark.tokens.output:
+                self._check_flops(ask, mark)
+        said = [one.flops.total for one in (*marks, record)]
+        if any(later < earlier for earlier, later in pairwise(said)) or len(set(said[:-1])) < len(marks):
+            raise Broken(f"{record.request_id}: its marks and its record say {said} FLOPs, one after the other")
 
     def _check_flops(self, ask: Ask, record: UsageRecord) -> None:
         cost, program = self._model.decoder.cost, self._program(ask)

@@ -31,6 +31,7 @@ from polar_billing.errors import BillingError
 from polar_billing.ledger.clock import database_time
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.schema import reply_table
+from polar_billing.ledger.source import source_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +77,8 @@ class Replies:
 
     Args:
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
+        source: The service that answers; its replicas share keys, and other services do not. None for the name in
+            `POLAR_SOURCE`, or else `polar`.
         lifetime: How long until a claim that nobody renewed expires.
         clock: Returns the time, UTC; None for the database's clock, see `ledger.clock`.
     """
@@ -84,10 +87,12 @@ class Replies:
         self,
         ledger: Ledger | str | None = None,
         *,
+        source: str | None = None,
         lifetime: timedelta = CLAIM_LIFETIME,
         clock: Callable[[], datetime] | None = None,
     ) -> None:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.source = source_named(source)
         self.lifetime = lifetime
         self._clock = clock
         self._start_anew()
@@ -120,7 +125,7 @@ class Replies:
         """
         if self._process != os.getpid():
             self._start_anew()
-        claim = _Claim(0, tenant, _hash(key), fingerprint)
+        claim = _Claim(0, tenant, self._hash(key), fingerprint)
         with self._lock:
             mine = self._claims.get(claim.place)
         if mine is not None:  # whatever the database says: this process knows that it lives
@@ -138,7 +143,7 @@ class Replies:
     def keep(self, tenant: str, key: str, answer: bytes) -> None:
         """Keep the answer to a claimed request; if the database does not take it now, it is kept when it does."""
         with self._lock:
-            claim = self._claims.get((tenant, _hash(key)))
+            claim = self._claims.get((tenant, self._hash(key)))
         if claim is None:  # it was lost: another process has claimed, and answers
             return
         claim.answer, claim.answered_at = answer, time.monotonic()
@@ -150,7 +155,7 @@ class Replies:
     def give_up(self, tenant: str, key: str) -> None:
         """A claimed request has no answer to keep: it may be tried again, at the latest when its claim expires."""
         with self._lock:
-            claim = self._claims.pop((tenant, _hash(key)), None)
+            claim = self._claims.pop((tenant, self._hash(key)), None)
         if claim is None:
             return
         try:
@@ -218,6 +223,9 @@ class Replies:
         except IntegrityError:
             return False
         return True
+
+    def _hash(self, key: str) -> str:
+        return hashlib.sha256(f"{self.source}\0{key}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def _time(self, connection: Connection) -> datetime:
         return database_time(connection, writes=True) if self._clock is None else self._clock()
@@ -287,10 +295,6 @@ def _at(claim: _Claim) -> tuple[Any, Any]:
 def _of(claim: _Claim) -> tuple[Any, Any]:
     """The row of this very claim, while it has no answer."""
     return reply_table.c.seq == claim.seq, reply_table.c.state == "running"
-
-
-def _hash(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def open_access(url: str | None) -> tuple[ApiKeys, Replies, Accounts]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import BillingError
+from polar_sdk.locks import Changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,7 +71,7 @@ class Leases:
     def _start_anew(self) -> None:
         """Start with none: at first, and in a forked child, whose parent renews its own."""
         self._process = os.getpid()
-        self._turn = threading.Condition()
+        self._turn = Changes()
         self._leases: dict[Identity, Lease] = {}
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -87,13 +88,13 @@ class Leases:
     def all(self) -> list[Lease]:
         """Those of requests that run, and that are not lost."""
         self._restart_after_fork()
-        with self._turn:
+        with self._turn.lock:
             return self._renewing()
 
     def add(self, lease: Lease) -> None:
         """Note a hold that was made."""
         self._restart_after_fork()
-        with self._turn:
+        with self._turn.lock:
             if len(self._leases) >= self._sweep_at:
                 since = lease.renewed_at - self._lifetime_s
                 living = {
@@ -106,12 +107,12 @@ class Leases:
         """Renew a hold no longer: its request has its record, or never began."""
         if identity in self._leases:  # for most requests there is none
             self._restart_after_fork()
-            with self._turn:
+            with self._turn.lock:
                 self._leases.pop(identity, None)
 
     def discard(self, lease: Lease) -> None:
         """Renew this hold no longer; one that was made later for the same request stays."""
-        with self._turn:
+        with self._turn.lock:
             if lease in self:
                 del self._leases[lease.identity]
 
@@ -120,7 +121,7 @@ class Leases:
         if identity not in self._leases:
             return
         self._restart_after_fork()
-        with self._turn:
+        with self._turn.lock:
             lease = self._leases.get(identity)
             if lease is None:
                 return
@@ -128,6 +129,7 @@ class Leases:
             self._closing = False
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="polar-lease", daemon=True)
+            if self._thread.ident is None:  # a signal may have cut off the call that made it
                 self._thread.start()
 
     def lose(self, lease: Lease, loss: Exception) -> None:
@@ -139,14 +141,14 @@ class Leases:
     def close(self) -> None:
         """Let the thread end, if there is nothing to renew."""
         if self._process == os.getpid():
-            with self._turn:
+            with self._turn.lock:
                 self._closing = True
-                self._turn.notify_all()
+            self._turn.notify()
 
     def _run(self) -> None:
         while True:
-            with self._turn:
-                self._turn.wait_for(lambda: self._closing and not self._renewing(), self._interval_s)
+            self._turn.wait_for(lambda: self._closing and not self._renewing(), self._interval_s)
+            with self._turn.lock:
                 leases = self._renewing()
                 if not leases:
                     self._thread = None

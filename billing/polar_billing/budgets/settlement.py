@@ -18,6 +18,7 @@ from polar_billing.budgets.budget import COMPUTE_UNIT, to_count
 from polar_billing.budgets.counters import Change, Scope, change, touched
 from polar_billing.budgets.holds import Hold, HoldState, latest_holds, resolve
 from polar_billing.ledger.connection import Among
+from polar_billing.ledger.records import INTERRUPTED_TAG
 from polar_billing.ledger.schema import budget_table, hold_table
 from polar_billing.values.money import STORED_SCALE, to_scaled
 
@@ -58,7 +59,26 @@ def settle(connection: Connection, entries: Sequence[Entry]) -> None:
         if hold is not None and hold.state is HoldState.HELD:
             settled.append((hold, used))
     _resolve(connection, settled)
-    _count(connection, spent, [hold for hold, _ in settled])
+    released = _release_interrupted(connection, budgeted)
+    _count(connection, spent, [*(hold for hold, _ in settled), *released])
+
+
+def _release_interrupted(connection: Connection, entries: Iterable[Entry]) -> list[Hold]:
+    """Release what is held for requests whose process was killed: what they used is stored under other ids."""
+    begun = {
+        (record.tenant, entry.source, name): record.started_at
+        for entry in entries
+        if (name := (record := entry.record).tags.get(INTERRUPTED_TAG)) is not None
+    }
+    if not begun:
+        return []
+    holds = [
+        hold
+        for identity, hold in latest_holds(connection, begun).items()
+        if hold.state is HoldState.HELD and hold.scope.at == begun[identity]  # else it is of another attempt
+    ]
+    resolved = resolve(connection, [hold.seq for hold in holds], HoldState.RELEASED, datetime.now(UTC))
+    return [hold for hold in holds if hold.seq in resolved]
 
 
 def with_budgets(connection: Connection, tenants: Collection[str] | None = None) -> set[str]:

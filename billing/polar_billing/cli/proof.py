@@ -89,7 +89,9 @@ def receipt(
     request: Annotated[str, typer.Argument(help="Id of the request.", metavar="REQUEST")],
     ledger: opt.Ledger = None,
     tenant: Annotated[str, typer.Option(help="Tenant of the request.", metavar="NAME")] = "default",
-    source: Annotated[str, typer.Option(help="Meter that stored it.", metavar="NAME")] = "polar",
+    source: Annotated[
+        str | None, typer.Option(help="Service that stored it; default: POLAR_SOURCE, or polar.", metavar="NAME")
+    ] = None,
 ) -> None:
     """Print the receipt of one request as JSON: what it cost, by which prices, and its place in the chain."""
     from polar_billing.proof.receipts import make_receipt

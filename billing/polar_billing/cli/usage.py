@@ -115,6 +115,13 @@ def report(
             metavar="FILE",
         ),
     ] = None,
+    promise: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Promised p95 latency of a tier, instead of what the price book promises; may be repeated.",
+            metavar="TIER=MS",
+        ),
+    ] = None,
     device_hour: Annotated[
         str | None, typer.Option(help="What a device costs per hour, in the report's currency.", metavar="AMOUNT")
     ] = None,
@@ -137,7 +144,7 @@ def report(
         from polar_billing.reports.usage_tables import report_view
 
         books = [PriceBook.load(file) for file in compare or []]
-        questions = _questions(what_if or [], mix or [], mix_from, device_hour, tokens_per_second)
+        questions = _questions(what_if or [], mix or [], mix_from, promise or [], (device_hour, tokens_per_second))
         built = build_report(
             store, selection, prices=opt.book_of(prices), currency=currency, compare=books, questions=questions
         )
@@ -156,11 +163,16 @@ def report(
 
 
 def _questions(
-    books: list[Path], mixes: list[str], mix_from: Path | None, device_hour: str | None, tokens_per_second: str | None
+    books: list[Path],
+    mixes: list[str],
+    mix_from: Path | None,
+    promises: list[str],
+    hardware: tuple[str | None, str | None],
 ) -> Questions:
     from polar_billing.prices.book import PriceBook
     from polar_billing.reports.hardware import read_hardware
     from polar_billing.reports.mix import evaluated_savings, read_mix
+    from polar_billing.reports.promises import read_promises
     from polar_billing.reports.questions import Questions
 
     if mix_from is not None and not mixes:
@@ -170,7 +182,8 @@ def _questions(
         books=tuple(PriceBook.load(file) for file in books),
         mixes=tuple(map(read_mix, mixes)),
         savings=_certified if evaluated is None else lambda _: evaluated,
-        hardware=read_hardware(device_hour, tokens_per_second),
+        hardware=read_hardware(*hardware),
+        promises=read_promises(promises),
     )
 
 

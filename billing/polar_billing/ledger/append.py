@@ -18,7 +18,15 @@ from polar_billing.ledger import chain, hooks
 from polar_billing.ledger.books import missing_books, store_books
 from polar_billing.ledger.connection import Among, insert_rows
 from polar_billing.ledger.digests import digest_of_plain
-from polar_billing.ledger.records import PrunedUsage, StoredUsage, from_row, receipt_to_raw, to_raw
+from polar_billing.ledger.records import (
+    INTERRUPTED_TAG,
+    REUSED_TAG,
+    PrunedUsage,
+    StoredUsage,
+    from_row,
+    receipt_to_raw,
+    to_raw,
+)
 from polar_billing.ledger.rollups import add_to_rollups
 from polar_billing.ledger.schema import NO_TENANT, pruned_table, receipt_table, subject_of, usage_table
 from polar_billing.values.canonical import to_microseconds
@@ -62,6 +70,20 @@ def is_stored(connection: Connection, identity: Identity) -> bool:
     tenant, source, request_id = identity
     values = {"tenant": tenant, "source": source, "request_id": request_id}
     return connection.execute(_STORED, values).first() is not None
+
+
+def is_recorded(connection: Connection, entry: Entry) -> bool:
+    """True if the request that an entry is of is stored, whatever its content: by its id and the time it began.
+
+    It may be stored under another id: if another request had taken its own, or if its process was killed. What
+    retention left of a request does not say when that began; the id must do.
+    """
+    record, usage = entry.record, usage_table.c
+    begun = (usage.tenant == record.tenant, usage.source == entry.source, usage.started_at == record.started_at)
+    for request_id, tags in connection.execute(select(usage.request_id, usage.tags).where(*begun)):
+        if record.request_id in (request_id, tags.get(REUSED_TAG), tags.get(INTERRUPTED_TAG)):
+            return True
+    return bool(find_pruned(connection, [entry.identity]))
 
 
 def _groups_of(identities: Iterable[Identity]) -> dict[tuple[str, str], list[str]]:

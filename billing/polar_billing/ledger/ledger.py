@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from polar_billing.errors import ConflictError, SchemaVersionError, StoreNotFoundError, StoreReadOnlyError
 from polar_billing.ledger import hooks
-from polar_billing.ledger.append import is_stored, joined, store_entries
+from polar_billing.ledger.append import is_recorded, is_stored, joined, store_entries
 from polar_billing.ledger.books import read_books, read_choices
 from polar_billing.ledger.connection import PATIENCE_S, Database
 from polar_billing.ledger.location import (
@@ -260,6 +260,15 @@ class Ledger:
         """
         with self._as_stored() as connection:
             return connection is not None and is_stored(connection, identity)
+
+    def is_recorded(self, entry: Entry) -> bool:
+        """True if the request of an entry is stored, with this or with other content; see `append.is_recorded`.
+
+        Raises:
+            StoreError: The ledger cannot be read.
+        """
+        with self._as_stored() as connection:
+            return connection is not None and is_recorded(connection, entry)
 
     def price_choices(self) -> Sequence[Choice]:
         """The price books that were put in force, in order.

@@ -35,6 +35,9 @@ Identity = tuple[str, str, str]
 REUSED_TAG: Final = "polar.reused_id"
 """Tag of a usage record whose request id another request had taken: that id."""
 
+INTERRUPTED_TAG: Final = "polar.interrupted"
+"""Tag of a usage record of a request that was running when its process was killed: that request's id."""
+
 
 class AllTenants:
     """Takes the place of a tenant: the operator's view. A query never spans tenants by omission."""
@@ -118,15 +121,18 @@ class Entry:
         return None if self.cost is None else to_units(self.cost)
 
     def renamed(self) -> Entry:
-        """The same use under an id made of its content, for a record whose id another request has taken.
+        """The same use under an id made of its content, for a record whose id another request has taken."""
+        return self._under_new_id("reused", REUSED_TAG)
 
-        Stored twice, it has the same id twice: after a crash nothing is charged again.
-        """
+    def interrupted(self) -> Entry:
+        """The same use, up to a mark, under an id made of its content: nobody knows more of its request."""
+        return self._under_new_id("interrupted", INTERRUPTED_TAG)
+
+    def _under_new_id(self, kind: str, tag: str) -> Entry:
+        """Stored twice, it has the same id twice: after a crash nothing is charged again."""
         record = self.record
-        changes = {
-            "request_id": f"reused-{self.content_hash[:32]}",
-            "tags": {**record.tags, REUSED_TAG: record.request_id},
-        }
+        tags = {**record.tags, tag: record.request_id}
+        changes = {"request_id": f"{kind}-{self.content_hash[:32]}", "tags": tags}
         return replace(self, record=record.model_copy(update=changes))
 
     @cached_property

@@ -11,6 +11,9 @@ What has happened when `emit` returns is a choice, `durability`:
   system may lose the last moments. The engine uses this by default, because it costs a request next to nothing.
 * `sync`: committed by the calling thread itself, one at a time; no thread, no spool.
 
+A request that is still being answered is marked in the spool as it goes on (`marks`), so that what it has used is
+stored also if the process is killed; not with `sync`.
+
 If the ledger does not answer, or is locked, records wait in the spool, flushed to the disk, whatever the choice
 (but `sync`), and are stored exactly once when it is back.
 
@@ -34,6 +37,7 @@ from polar_billing.errors import BillingError, StoreError, id_in_use
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.location import resolve
 from polar_billing.ledger.records import Entry
+from polar_billing.ledger.source import source_named
 from polar_billing.metering.claims import Claims
 from polar_billing.metering.spool import store
 from polar_billing.metering.writer import Writer
@@ -42,6 +46,7 @@ from polar_billing.prices.current import Prices
 from polar_billing.prices.quote import quote
 from polar_billing.prices.rating import COMPUTE, Rating, cost_of, rate
 from polar_billing.values.money import from_scaled, plain
+from polar_sdk.errors import InvalidRequestError
 from polar_sdk.usage import UsageSink
 
 if TYPE_CHECKING:
@@ -55,7 +60,6 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageBound, UsageRecord
 
 
-DEFAULT_SOURCE: Final = "polar"
 SPOOL_LIMIT: Final = 100_000
 """Records that may wait in the spool before `check` refuses requests."""
 GATHER_S: Final = 0.005
@@ -75,11 +79,13 @@ class Meter(UsageSink):
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
         prices: A price book or its file, read once, at first use; None for the file of `POLAR_PRICE_BOOK`, or else
             the books in force in the ledger, or else the example book (see `polar_billing.prices.current`).
-        source: Who meters; request ids are unique per (tenant, source).
+        source: Who meters, one name for all replicas of a service; request ids are unique per (tenant, source). None
+            for the name in `POLAR_SOURCE`, or else `polar`.
         durability: What has happened when `emit` returns; see the top of this module.
         sync: Short for `durability="sync"`.
         spool_limit: Records that may wait in the spool, while the ledger does not answer, before `check` refuses
             requests; 0 to refuse them at once.
+        marks: Whether answers that run are marked in the spool; False to lose those of a process that is killed.
     """
 
     def __init__(
@@ -87,19 +93,21 @@ class Meter(UsageSink):
         ledger: Ledger | str | None = None,
         *,
         prices: PriceBook | str | Path | None = None,
-        source: str = DEFAULT_SOURCE,
+        source: str | None = None,
         durability: Durability = "commit",
         sync: bool = False,
         spool_limit: int = SPOOL_LIMIT,
+        marks: bool = True,
     ) -> None:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
-        self.source = source
+        self.source = source_named(source)
         self._budgets = Budgets(self.ledger)
         self._claims = Claims()
         self._waits = durability != "spool"
         asynchronous = durability != "sync" and not sync
         self._writer = Writer(self.ledger, gather_s=0.0 if self._waits else GATHER_S) if asynchronous else None
         self._spool_limit = spool_limit
+        self._marks = marks
         self._checked_at = float("-inf")
         self._prices = Prices(self.ledger.price_choices, prices)
         self._older_books: dict[str, PriceBook] = {}
@@ -218,6 +226,25 @@ class Meter(UsageSink):
         """Call `end` if what is held for a request is lost while it runs; see `Budgets`."""
         self._budgets.watch((tenant, self.source, request_id), end)
 
+    @property
+    def wants_marks(self) -> bool:
+        """Whether there is a spool to mark requests in that run."""
+        return self._marks and self._writer is not None and self._writer.has_spool
+
+    def mark(self, record: UsageRecord) -> None:
+        """Note what a request that still runs has used, in a line of the spool; see `metering.marks`.
+
+        Raises:
+            StoreError: The spool cannot be written; the mark before holds.
+        """
+        if self._writer is not None and self.wants_marks:
+            try:
+                self._writer.mark(self.entry(record))
+            except StoreError:
+                raise
+            except OSError as error:
+                raise StoreError(f"what a request has used cannot be noted in the spool ({error.strerror}).") from error
+
     def emit(self, record: UsageRecord) -> dict[str, Any]:
         """Store one record and its receipt, as durably as `durability` says.
 
@@ -286,7 +313,9 @@ class Meter(UsageSink):
                 raise stored
             return stored
         (ticket,), safe = self._writer.submit([entry], told=told)
-        return ticket.result() if self._waits or not safe else None
+        kept = ticket.result() if self._waits or not safe else None
+        self._writer.end_marks(entry.identity)
+        return kept
 
     def flush(self) -> None:
         """Return when every record emitted so far is in the ledger, or kept in the spool."""
@@ -371,25 +400,37 @@ def _line(name: str, quantity: Decimal, unit: str, unit_price: Decimal, amount: 
     }
 
 
-_open: dict[tuple[str, str | None], Meter] = {}
+MARKS_VARIABLE: Final = "POLAR_MARKS"
+
+
+def _marks_setting() -> bool:
+    setting = os.environ.get(MARKS_VARIABLE) or "on"
+    if setting not in {"on", "off"}:
+        raise InvalidRequestError(f"{MARKS_VARIABLE} is {setting!r}; set it to on or off.")
+    return setting == "on"
+
+
+_open: dict[tuple[str, str | None, bool, str], Meter] = {}
 _opening = threading.Lock()
 
 
 def open_meter(url: str | None = None) -> UsageSink:
-    """The meter of a ledger; one per ledger and price book in a process, shared by all callers.
+    """The meter of a ledger; one per ledger, price book and source in a process, shared by all callers.
 
-    Its `durability` is `spool`; see the top of this module for what that promises.
+    Its `durability` is `spool`; see the top of this module for what that promises. `POLAR_MARKS=off` turns marks off.
 
     Args:
         url: As for `Meter`.
 
     Raises:
         LedgerUrlError: The URL names no supported store.
+        InvalidRequestError: `POLAR_MARKS` is neither `on` nor `off`, or `POLAR_SOURCE` is no name.
     """
-    key = (resolve(url).render_as_string(hide_password=False), os.environ.get(PRICE_BOOK_VARIABLE))
+    location, marks, source = resolve(url).render_as_string(hide_password=False), _marks_setting(), source_named()
+    key = (location, os.environ.get(PRICE_BOOK_VARIABLE), marks, source)
     with _opening:
         if key not in _open:
-            _open[key] = Meter(key[0], durability="spool")
+            _open[key] = Meter(location, durability="spool", marks=marks, source=source)
         return _open[key]
 
 

@@ -9,12 +9,12 @@ part, or twice at once, adds nothing twice. A record whose request id another on
 One line per record: the first 16 hexadecimal digits of the SHA-256 of the rest, a space, JSON. A last line that was
 cut off was never acknowledged and is dropped. Any other line that is damaged, or whose content cannot be read (that of
 a newer version, say), is kept aside in a file `*.damaged`, and the others are stored. Records that the ledger refuses
-for their content are kept in `rejected.jsonl`. Knows no threads and no SQL.
+for their content are kept in `rejected.jsonl`. What requests that still run have used is in a file of its own, see
+`marks`. Knows no threads and no SQL.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -27,8 +27,9 @@ from platformdirs import user_data_path
 
 from polar_billing.errors import BillingError, ConflictError, RecordRefusedError, StoreError
 from polar_billing.ledger.location import sqlite_file
+from polar_billing.metering.marks import Marks, last_marks
+from polar_billing.metering.segment import Segment, entry_json
 from polar_billing.metering.spool_file import Unfinished, checked_line, count_damaged
-from polar_billing.values.canonical import canonical_json
 from polar_sdk.usage import new_request_id
 
 try:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.records import Entry, StoredUsage
+    from polar_billing.ledger.records import Entry, Identity, StoredUsage
     from polar_sdk.usage import UsageRecord
 
 
@@ -54,6 +55,7 @@ BATCH: Final = 1_000
 
 _log: Final = logging.getLogger("polar_billing")
 _REJECTED: Final = "rejected.jsonl"
+_MARKS: Final = ".marks"
 
 
 def spool_folder(url: URL) -> Path | None:
@@ -81,57 +83,6 @@ class SpoolStatus:
     """Lines whose checksum does not hold, or whose content cannot be read."""
 
 
-class Segment:
-    """One file of the spool, open for appending."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records = 0
-        self._books: set[str] = set()
-        self._size = 0
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-    def append(self, entries: Iterable[Entry]) -> None:
-        """Append records; when this returns, they survive the process.
-
-        Raises:
-            OSError: They could not be written; then none was.
-        """
-        books: dict[str, bytes] = {}
-        lines = []
-        for entry in entries:
-            lines.append(checked_line(_entry_json(entry)))
-            if (digest := entry.book.content_hash) not in self._books and digest not in books:
-                books[digest] = checked_line(canonical_json({"book": entry.book.document}))
-        self._write(b"".join((*books.values(), *lines)))
-        self._books.update(books)
-        self.records += len(lines)
-
-    def _write(self, lines: bytes) -> None:
-        try:
-            written = os.write(self._fd, lines)
-            if written != len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            os.ftruncate(self._fd, self._size)
-            raise
-        self._size += written
-
-    def clear(self) -> None:
-        """Forget the records: they are in the ledger."""
-        os.ftruncate(self._fd, 0)
-        self._size = self.records = 0
-        self._books.clear()
-
-    def sync(self) -> None:
-        """Flush to the disk itself, so that a power cut loses nothing either."""
-        os.fsync(self._fd)
-
-    def close(self) -> None:
-        """Close the file and leave it."""
-        os.close(self._fd)
-
-
 def _lock(path: Path) -> int:
     """Open a file and lock it, without waiting; the lock ends with its process, however that ends.
 
@@ -147,14 +98,6 @@ def _lock(path: Path) -> int:
     return fd
 
 
-def _entry_json(entry: Entry) -> bytes:
-    cost = None if entry.cost is None else f"{entry.cost:f}"
-    receipt = canonical_json(
-        {"by": entry.book.content_hash, "cost": cost, "source": entry.source, "unrated": entry.unrated}
-    )
-    return receipt[:-1] + b',"record":' + entry.canonical + b"}"
-
-
 class Spool:
     """The spool of one ledger, and this process's files in it."""
 
@@ -164,6 +107,7 @@ class Spool:
         self._lock: int | None = None
         self._count = 0
         self._free: list[Segment] = []
+        self._marks: Marks | None = None
 
     def segment(self) -> Segment:
         """An empty file to append to.
@@ -173,12 +117,31 @@ class Spool:
         """
         if self._free:
             return self._free.pop()
+        self._take_name()
+        self._count += 1
+        return Segment(self.folder / f"{self._name}-{self._count}.jsonl")
+
+    def _take_name(self) -> None:
         if self._lock is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._name, self._count = f"{os.getpid()}-{new_request_id()[-12:]}", 0  # never a name used before
             self._lock = _lock(self.folder / f"{self._name}.lock")
-        self._count += 1
-        return Segment(self.folder / f"{self._name}-{self._count}.jsonl")
+
+    def marks(self) -> Marks:
+        """The file for marks.
+
+        Raises:
+            OSError: The folder cannot be created or written.
+        """
+        if self._marks is None:
+            self._take_name()
+            self._marks = Marks(self.folder / f"{self._name}{_MARKS}")
+        return self._marks
+
+    def end_marks(self, identity: Identity) -> None:
+        """A request has its record, so that its marks no longer count."""
+        if self._marks is not None:
+            self._marks.end(identity)
 
     def reuse(self, segment: Segment) -> None:
         """Take back a file whose records are stored."""
@@ -198,6 +161,9 @@ class Spool:
             if segment.records == 0:
                 segment.path.unlink(missing_ok=True)
         self._free.clear()
+        if self._marks is not None:
+            self._marks.close()
+            self._marks = None
         if self._lock is not None:
             os.close(self._lock)
             (self.folder / f"{self._name}.lock").unlink(missing_ok=True)
@@ -209,12 +175,14 @@ class Spool:
         """Close what a forked child inherited; the parent keeps using it, and keeps its lock."""
         for segment in (*self._free, *([] if current is None else [current])):
             segment.close()
+        if self._marks is not None:
+            self._marks.abandon()
         if self._lock is not None:
             os.close(self._lock)
 
     def reject(self, entries: Iterable[Entry]) -> None:
         """Keep records that the ledger refused for their content, flushed to the disk."""
-        lines = b"".join(checked_line(_entry_json(entry)) for entry in entries)
+        lines = b"".join(checked_line(entry_json(entry)) for entry in entries)
         if lines:
             with (self.folder / _REJECTED).open("ab") as file:
                 file.write(lines)
@@ -222,10 +190,15 @@ class Spool:
                 os.fsync(file.fileno())
 
     def abandoned(self) -> Iterator[Unfinished]:
-        """Files of processes that have ended, locked for the caller while it has them."""
+        """Files of processes that have ended, locked for the caller while it has them.
+
+        The marks of a process come last: they count only where its other files have no record.
+        """
         if not self.folder.is_dir():
             return
-        for name in sorted({path.name.rpartition("-")[0] for path in self.folder.glob("*-*-*.jsonl")}):
+        names = {path.name.rpartition("-")[0] for path in self.folder.glob("*-*-*.jsonl")}
+        names |= {path.stem for path in self.folder.glob(f"*-*{_MARKS}")}
+        for name in sorted(names):
             if name == self._name and self._lock is not None:
                 continue
             try:
@@ -233,11 +206,15 @@ class Spool:
             except OSError:  # its process lives, or this one may only read
                 continue
             try:
-                yield from (Unfinished(path) for path in sorted(self.folder.glob(f"{name}-*.jsonl")))
-                if not any(self.folder.glob(f"{name}-*.jsonl")):
+                yield from (Unfinished(path) for path in self._files_of(name))
+                if not self._files_of(name):
+                    (self.folder / f"{name}{_MARKS}.new").unlink(missing_ok=True)
                     (self.folder / f"{name}.lock").unlink(missing_ok=True)
             finally:
                 os.close(lock)
+
+    def _files_of(self, name: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{name}-*.jsonl")) + list(self.folder.glob(f"{name}{_MARKS}"))
 
     def status(self) -> SpoolStatus:
         """Count what waits, is rejected or is damaged."""
@@ -329,6 +306,8 @@ def store_file(ledger: Ledger, spool: Spool, file: Unfinished) -> None:
     """
     with _translated(spool.folder):
         entries = file.entries(ledger.find_books)
+        if file.path.suffix == _MARKS:
+            entries = [mark.interrupted() for mark in last_marks(entries) if not ledger.is_recorded(mark)]
         for start in range(0, len(entries), BATCH):
             store(ledger, spool, entries[start : start + BATCH])
         file.remove()

@@ -20,13 +20,15 @@ from polar_billing.errors import BillingError, StoreError
 from polar_billing.ledger.hooks import register_pending
 from polar_billing.metering.spool import BATCH, Spool, spool_folder, store, store_file
 from polar_billing.metering.spool_file import Unfinished
+from polar_sdk.locks import Changes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.records import Entry, StoredUsage
-    from polar_billing.metering.spool import Segment, SpoolStatus
+    from polar_billing.ledger.records import Entry, Identity, StoredUsage
+    from polar_billing.metering.segment import Segment
+    from polar_billing.metering.spool import SpoolStatus
 
 
 _log: Final = logging.getLogger("polar_billing")
@@ -40,8 +42,8 @@ class Ticket:
     """A record on its way."""
 
     entry: Entry
-    turn: threading.Condition
-    """Of the writer, notified after each commit: creating an event for every record costs more than hashing it."""
+    turn: Changes
+    """Of the writer, notified after each commit."""
     told: bool = True
     """Whether its caller is told if another record has taken its request id; else it is stored under a new one."""
     spooled: bool = False
@@ -58,8 +60,7 @@ class Ticket:
             ConflictError: The ledger holds this request with other content.
             StoreError: It could not be stored, and will not be by waiting.
         """
-        with self.turn:
-            self.turn.wait_for(lambda: self.done)
+        self.turn.wait_for(lambda: self.done)
         if self.error is not None:
             raise self.error
         return self.stored
@@ -86,7 +87,7 @@ class Writer:
     def _start_anew(self) -> None:
         """Start with nothing: at first, and in a forked child, whose parent stores what it had accepted."""
         self._process = os.getpid()
-        self._turn = threading.Condition()
+        self._turn = Changes()
         self._storing = threading.Lock()
         self._queue: list[Ticket] = []
         self._busy = False
@@ -122,18 +123,24 @@ class Writer:
             Their tickets, and whether they survive the end of this process already.
         """
         self._restart_after_fork()
-        with self._turn:
-            while len(self._queue) >= self._capacity:
-                self._turn.wait()
-            safe = self._spool_entries(entries)
-            tickets = [Ticket(entry, self._turn, told, spooled=safe) for entry in entries]
-            idle = not self._queue
-            self._queue += tickets
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="polar-meter", daemon=True)
-                self._thread.start()
-            if idle:
-                self._turn.notify_all()
+        while True:
+            with self._turn.lock:
+                if len(self._queue) < self._capacity:
+                    return self._accept(entries, told)
+                room = self._turn.gate()
+            room.acquire()
+
+    def _accept(self, entries: list[Entry], told: bool) -> tuple[list[Ticket], bool]:
+        safe = self._spool_entries(entries)
+        tickets = [Ticket(entry, self._turn, told, spooled=safe) for entry in entries]
+        idle = not self._queue
+        self._queue += tickets
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="polar-meter", daemon=True)
+        if self._thread.ident is None:  # a signal may have cut off the call that made it
+            self._thread.start()
+        if idle:
+            self._turn.notify()
         return tickets, safe
 
     def _spool_entries(self, entries: list[Entry]) -> bool:
@@ -148,6 +155,23 @@ class Writer:
             return False
         return True
 
+    def mark(self, entry: Entry) -> None:
+        """Note what a request that still runs has used, for the case that this process is killed.
+
+        Raises:
+            OSError: The spool cannot be written; the mark before holds.
+        """
+        self._restart_after_fork()
+        if self._spool is not None:
+            with self._turn.lock:
+                marks = self._spool.marks()
+            marks.write(entry)
+
+    def end_marks(self, identity: Identity) -> None:
+        """A request has its record, so that its marks no longer count."""
+        if self._spool is not None and self._process == os.getpid():
+            self._spool.end_marks(identity)
+
     def _run(self) -> None:
         while (taken := self._take()) is not None:
             tickets, segment = taken
@@ -158,25 +182,24 @@ class Writer:
                 _log.exception("storing usage failed")
                 failure = StoreError(f"ledger {self._ledger.location!r} failed ({error!r}).")
                 self._put_aside([ticket for ticket in tickets if not ticket.done], segment, failure)
-            with self._turn:
+            with self._turn.lock:
                 self._busy = False
-                self._turn.notify_all()
+            self._turn.notify()
 
     def _take(self) -> tuple[list[Ticket], Segment | None] | None:
         """Everything that waits, with the spool file that holds it; None after a long time without records."""
-        with self._turn:
-            if not self._queue:
-                self._turn.wait(_IDLE_S)
+        self._turn.wait_for(lambda: self._queue, _IDLE_S)
+        if self._gather_s and self._queue:
+            self._turn.wait_for(lambda: self._hurry or len(self._queue) >= BATCH, self._gather_s)
+        with self._turn.lock:
             if not self._queue:
                 self._thread = None
                 return None
             self._busy = True
-            if self._gather_s:
-                self._turn.wait_for(lambda: self._hurry or len(self._queue) >= BATCH, self._gather_s)
             tickets, self._queue = self._queue, []
             segment, self._segment = self._segment, None
-            self._turn.notify_all()
-            return tickets, segment
+        self._turn.notify()
+        return tickets, segment
 
     def _store(self, tickets: list[Ticket], segment: Segment | None) -> None:
         if self.failure is not None and time.monotonic() - self.failed_at < _RETRY_S and segment is not None:
@@ -192,7 +215,7 @@ class Writer:
             return
         self.failure, self.succeeded_at = None, time.monotonic()
         if segment is not None and self._spool is not None:
-            with self._turn:
+            with self._turn.lock:
                 self._spool.reuse(segment)
 
     def _commit(self, tickets: list[Ticket]) -> None:
@@ -229,10 +252,9 @@ class Writer:
         self._finish(waiting)
 
     def _finish(self, tickets: list[Ticket]) -> None:
-        with self._turn:
-            for ticket in tickets:
-                ticket.done = True
-            self._turn.notify_all()
+        for ticket in tickets:
+            ticket.done = True
+        self._turn.notify()
 
     def _store_kept(self) -> None:
         """Store what an earlier failure left, of this process and, once, of processes that have ended."""
@@ -279,19 +301,17 @@ class Writer:
         """Return when every record handed over so far is in the ledger, or kept in the spool."""
         if self._process != os.getpid() or threading.current_thread() is self._thread:
             return
-        with self._turn:
-            self._hurry = True
-            self._turn.notify_all()
-            while self._queue or self._busy:
-                self._turn.wait()
-            self._hurry = False
+        self._hurry = True
+        self._turn.notify()
+        self._turn.wait_for(lambda: not (self._queue or self._busy))
+        self._hurry = False
 
     def close(self) -> None:
         """Drain, try once more to store what was kept, and remove empty files."""
         if self._process != os.getpid():
             return
         self.drain()
-        with self._storing, self._turn:
+        with self._storing, self._turn.lock:
             try:
                 if self._kept:
                     self._store_kept()

@@ -28,6 +28,7 @@ from polar_billing.ledger.schema import (
     receipt_table,
     usage_table,
 )
+from polar_billing.ledger.source import source_named
 from polar_billing.ledger.walk import Walk
 from polar_billing.proof.verify import MALFORMED
 from polar_billing.values.money import STORED_SCALE, from_scaled
@@ -60,19 +61,19 @@ class ReceiptCheck:
     """Fields that the ledger can no longer check, because retention deleted the facts."""
 
 
-def make_receipt(connection: Connection, tenant: str, request_id: str, *, source: str = "polar") -> dict[str, Any]:
+def make_receipt(connection: Connection, tenant: str, request_id: str, *, source: str | None = None) -> dict[str, Any]:
     """The receipt of one stored request, JSON-like.
 
     Args:
         connection: A transaction that sees one state of the ledger.
         tenant: The tenant that the request belongs to.
         request_id: Its id.
-        source: Which meter stored it.
+        source: The service that stored it; None for the one of this process, see `source_named`.
 
     Raises:
         QueryError: The ledger holds no such request of this tenant.
     """
-    identity = (tenant, source, request_id)
+    identity = (tenant, source_named(source), request_id)
     known = find_known(connection, [identity]).get(identity) if all(map(can_be_stored, identity)) else None
     if known is None:
         raise QueryError(

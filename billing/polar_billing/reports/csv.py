@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _FIGURES = (
     "requests", "tokens_input", "tokens_cached", "tokens_output",
-    "compute_units", "compute_units_full_depth", "compute_units_saved", "saved_share", "router_share",
+    "compute_units", "compute_units_prompt", "compute_units_answer", "compute_units_router",
+    "compute_units_full_depth", "compute_units_saved", "saved_share", "router_share",
     "charge", "charge_full_depth", "charge_per_token", "price_per_1000_requests", "price_per_million_tokens",
     "latency_ns_p50", "latency_ns_p95", "latency_ns_p99",
 )  # fmt: skip

@@ -23,12 +23,12 @@ from polar_billing.ledger.schema import pruned_table, statement_table, usage_tab
 from polar_billing.prices.rating import ITEMS, UNIT_PRICE_SCALE, rate, rate_of
 from polar_billing.proof.receipts import can_be_stored, make_receipt
 from polar_billing.reports.formula import Formula, work_out
+from polar_billing.reports.layers import LayerState, read_layers
 from polar_billing.statements.audit import conditions_of, lines_of_usage
 from polar_billing.statements.statement import StatementLine
 from polar_billing.statements.store import find_statement
 from polar_billing.values.money import EXACT_SCALE, exact_sum, from_scaled, to_scaled
 from polar_sdk.errors import ProgramError
-from polar_sdk.programs.program import Program
 from polar_sdk.reading import shown
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.usage import UsageRecord
 
-Kind = Literal["run", "skipped", "looped", "bridged", "filled"]
 _LINE_ID: Final = re.compile(r"(st-[0-9a-f]{24})/([0-9]{1,9})")
 _STATEMENT_ID: Final = re.compile(r"st-[0-9a-f]{24}")
 _MILLION: Final = 10**6
@@ -51,15 +50,6 @@ _MILLION: Final = 10**6
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True)
-
-
-class LayerState(_Part):
-    """What became of one layer of the model in a program."""
-
-    layer: int
-    kind: Kind
-    visits: int
-    """Of one token that takes the whole program."""
 
 
 class PriceStep(_Part):
@@ -153,22 +143,6 @@ def line_id(statement: str, number: int) -> str:
     return f"{statement}/{number}"
 
 
-def layers_of(program: Program, depth: int) -> tuple[LayerState, ...]:
-    """What a program makes of each layer of a model."""
-    bridged = {layer for first, last in program.bridges for layer in range(first, last + 1)}
-    filled = {step.first for step in program if step.fill}
-
-    def kind(layer: int, visits: int) -> Kind:
-        if visits > 1:
-            return "looped"
-        if visits:
-            return "filled" if layer in filled else "run"
-        return "bridged" if layer in bridged else "skipped"
-
-    visits = program.visits(depth)
-    return tuple(LayerState(layer=n, kind=kind(n, count), visits=count) for n, count in enumerate(visits))
-
-
 def explain_request(
     ledger: Ledger,
     request_id: str,
@@ -252,11 +226,8 @@ def _identity(connection: Connection, request_id: str, tenant: str | None, sourc
 
 
 def _layers(record: UsageRecord) -> tuple[LayerState, ...]:
-    depth = max(len(record.visits.prefill), len(record.visits.decode), len(record.visits.prefill_filled))
-    try:
-        return layers_of(Program.parse(record.program), depth) if record.program and depth else ()
-    except ProgramError:
-        return ()
+    visits = record.visits
+    return read_layers(record.program, max(map(len, (visits.prefill, visits.prefill_filled, visits.decode))))
 
 
 def _formula(record: UsageRecord, costs: Callable[[UsageRecord], CostModel | str]) -> tuple[Formula | None, str | None]:

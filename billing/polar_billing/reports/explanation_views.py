@@ -10,6 +10,7 @@ from rich.text import Text
 
 from polar_billing.prices.rating import COMPUTE
 from polar_billing.reports import text
+from polar_billing.reports.layers import KINDS, WORDS
 from polar_billing.values.money import plain
 from polar_sdk.show.tables import add_labels, add_numbers, add_row, as_text, new_table
 
@@ -20,18 +21,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from polar_billing.reports.explanation import Charged, LayerState, LineExplanation, RequestExplanation
+    from polar_billing.reports.explanation import Charged, LineExplanation, RequestExplanation
     from polar_billing.reports.formula import Formula
+    from polar_billing.reports.layers import LayerState
 
 MARKS: Final = {"run": "█", "skipped": "·", "bridged": "═", "filled": "▒"}
 """A looped layer shows its number of visits instead."""
-_WORDS: Final = {
-    "run": "run",
-    "skipped": "skipped",
-    "looped": "looped, digit = visits",
-    "bridged": "crossed by a bridge",
-    "filled": "filled for the prompt, run by the answer",
-}
 _TENS: Final = 10
 
 
@@ -81,8 +76,8 @@ def _program(explained: RequestExplanation) -> Iterator[Text]:
     yield as_text(f"Program {program}, chosen by the router {explained.usage['router']}")
     yield Text("  " + "".join(f"{layer:<{_TENS}}" for layer in range(0, depth, _TENS)).rstrip())
     yield Text("  " + strip(explained.layers))
-    used = [kind for kind in _WORDS if any(layer.kind == kind for layer in explained.layers)]
-    keys = (f"{MARKS.get(kind, '2')} {_WORDS[kind]} ({_spans(explained.layers, kind)})" for kind in used)
+    used = [kind for kind in KINDS if any(layer.kind == kind for layer in explained.layers)]
+    keys = (f"{MARKS.get(kind, '2')} {WORDS[kind]} ({_spans(explained.layers, kind)})" for kind in used)
     yield as_text("  " + "   ".join(keys), "dim")
 
 

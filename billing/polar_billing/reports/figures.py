@@ -35,6 +35,11 @@ class Figures(BaseModel):
     tokens_output: int
     compute_units: Decimal
     """Executed, the router included. Unit: CU."""
+    compute_units_prompt: Decimal
+    """Of them, the layers over the prompts."""
+    compute_units_answer: Decimal
+    """Of them, the decode steps and the head; with prompt and router, the whole."""
+    compute_units_router: Decimal
     compute_units_full_depth: Decimal
     """The same tokens through every layer once, without a router. Unit: CU."""
     compute_units_saved: Decimal
@@ -86,6 +91,9 @@ def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | N
         tokens_cached=total("tokens_cached"),
         tokens_output=total("tokens_output"),
         compute_units=COMPUTE.quantity(flops),
+        compute_units_prompt=COMPUTE.quantity(flops - total("flops_answer") - total("flops_router")),
+        compute_units_answer=COMPUTE.quantity(total("flops_answer")),
+        compute_units_router=COMPUTE.quantity(total("flops_router")),
         compute_units_full_depth=COMPUTE.quantity(identity),
         compute_units_saved=COMPUTE.quantity(identity - flops),
         saved_share=_share(identity - flops, identity),
@@ -95,9 +103,9 @@ def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | N
         charge_per_token=_summed((part.per_token_exact for part in parts), decimals) if comparable else None,
         price_per_1000_requests=_money(total("exact") * 1_000, decimals, per=rated),
         price_per_million_tokens=_money(total("exact") * 1_000_000, decimals, per=total("rated_tokens")),
-        latency_ns_p50=_percentile(latencies, 50),
-        latency_ns_p95=_percentile(latencies, 95),
-        latency_ns_p99=_percentile(latencies, 99),
+        latency_ns_p50=percentile(latencies, 50),
+        latency_ns_p95=percentile(latencies, 95),
+        latency_ns_p99=percentile(latencies, 99),
         unrated=dict(sorted(unrated.items())),
     )
 
@@ -120,7 +128,7 @@ def _share(part: int, whole: int) -> Decimal | None:
     return from_scaled(divide_half_even(part * int(10**_SHARE_DECIMALS), whole), _SHARE_DECIMALS)
 
 
-def _percentile(ordered: list[int], percent: int) -> int | None:
+def percentile(ordered: list[int], percent: int) -> int | None:
     """The nearest-rank percentile, which is always one of the values."""
     if not ordered:
         return None

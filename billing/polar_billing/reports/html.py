@@ -1,7 +1,7 @@
-"""A report as one HTML page: styles and charts inside, nothing fetched, for the screen and for A4.
+"""A report as one HTML page: styles, charts and a small script inside, nothing fetched, for screens and for A4.
 
-The template is `report.html.jinja`; the figures come from `report`, the charts from `charts`. Needs the extra
-`report` (jinja2, matplotlib).
+The page is whole without its script, which sorts and filters tables. The templates are `report*.html.jinja`; the
+figures come from `report`, the lengths of bars from `charts`. Needs the extra `report` (jinja2).
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.errors import MissingExtraError
-from polar_billing.reports import text
+from polar_billing.reports import charts, text
+from polar_billing.reports.amounts import Amounts
+from polar_billing.reports.layers import WORDS
 from polar_billing.values.money import plain
 from polar_sdk.show.lines import printable
 
 if TYPE_CHECKING:
-    from polar_billing.reports.report import Report
+    from collections.abc import Callable
+    from decimal import Decimal
+
+    from polar_billing.reports.report import DepthPanel, Report
 
 
 _TEMPLATE: Final = "report.html.jinja"
@@ -26,19 +31,18 @@ def report_html(report: Report) -> str:
     """Render a report as one self-contained HTML page.
 
     Raises:
-        MissingExtraError: jinja2 or matplotlib is not installed.
+        MissingExtraError: jinja2 is not installed.
     """
     try:
         import jinja2
         from markupsafe import Markup
-
-        from polar_billing.reports import charts
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"the HTML report needs {error.name!r}.",
             hint="Install the extra report of polar-llm, in a clone: `pip install '.[report]'`.",
         ) from error
 
+    amounts = Amounts.of(report)
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FunctionLoader(_source),
@@ -47,44 +51,72 @@ def report_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        units=text.compute_units,
-        count=text.count,
-        money=text.money,
-        signed=text.signed_money,
-        plain=plain,
-        share=text.share,
-        time=text.milliseconds,
-        tier=text.tier_name,
-        outcomes=text.outcomes,
-        swatch=charts.tier_color,
-    )
-    drawn = {name: Markup(svg) for name, svg in _charts(report, charts).items()}
+    environment.filters.update(_filters(report, amounts))
     template = environment.get_template(_TEMPLATE)
-    return template.render(report=report, charts=drawn, depth=_depth(report, charts, Markup))
+    return template.render(
+        report=report, amounts=amounts, kinds=WORDS, others_names=_others(report), **_charts(report, amounts)
+    )
 
 
 def _source(name: str) -> str:
     return resources.files("polar_billing.reports").joinpath(name).read_text(encoding="utf-8")
 
 
-def _charts(report: Report, charts: Any) -> dict[str, str]:
-    """The charts by name; empty where a chart would show nothing."""
-    drawn = {"compute": "", "charges": "", "tenants": ""}
-    if report.is_empty:
-        return drawn
-    drawn["compute"] = charts.compute_by_tier(report)
-    if report.currency is not None and report.figures.charge is not None:
-        drawn["charges"] = charts.charges_by_tier(report)
-        if len(report.tenants) > 1:
-            drawn["tenants"] = charts.charges_by_tenant(report)
-    return drawn
+def _filters(report: Report, amounts: Amounts) -> dict[str, Callable[..., Any]]:
+    """Figures as text, and names of colours."""
+
+    def of(unit: Any) -> Callable[[Decimal | None, str], str]:
+        """Amounts of another currency are shown as they are, with its code."""
+
+        def show(value: Decimal | None, currency: str) -> str:
+            if currency == report.currency:
+                return str(unit.show(value))
+            return text.DASH if value is None else f"{text.money(value)} {currency}"
+
+        return show
+
+    return {
+        "units": text.compute_units,
+        "count": text.count,
+        "money": amounts.charges.show,
+        "signed": lambda value: amounts.charges.show(value, signed=True),
+        "price": amounts.prices.show,
+        "money_of": of(amounts.charges),
+        "price_of": of(amounts.prices),
+        "unit_of": lambda currency: amounts.charges.name if currency == report.currency else currency,
+        "plain": plain,
+        "rate": text.rate,
+        "exact": lambda line: plain(line.exact),
+        "share": text.share,
+        "time": text.milliseconds,
+        "tier": text.tier_name,
+        "tier_kind": charts.tier_kind,
+        "outcomes": text.outcomes,
+    }
 
 
-def _depth(report: Report, charts: Any, markup: Any) -> list[tuple[str, Any]]:
-    """One chart per model, with a panel per tier."""
+def _others(report: Report) -> list[str]:
+    return [
+        f"{other.price_book}{'' if other.currency == report.currency else f', {other.currency}'}"
+        for other in report.others
+    ]
+
+
+def _charts(report: Report, amounts: Amounts) -> dict[str, Any]:
+    """What the charts are drawn from, by name; empty where a chart would show nothing."""
+    charged = report.currency is not None and report.figures.charge is not None
+    return {
+        "compute": charts.compute_by_tier(report),
+        "charges": charts.charges_by_tier(report, amounts.charges) if charged else (),
+        "tenants": charts.charges_by_tenant(report, amounts.charges) if charged else (),
+        "depth": _depth(report),
+    }
+
+
+def _depth(report: Report) -> list[tuple[str, list[tuple[DepthPanel, Any, Any]]]]:
+    """By model, a panel per tier."""
     panels = sorted((panel for tier in report.tiers for panel in tier.depth), key=lambda panel: panel.model)
     return [
-        (model, markup(charts.depth(list(members), f"depth-{index}")))
-        for index, (model, members) in enumerate(groupby(panels, key=lambda panel: panel.model))
+        (model, [(panel, charts.columns(panel), charts.ticks(len(panel.visits))) for panel in members])
+        for model, members in groupby(panels, key=lambda panel: panel.model)
     ]

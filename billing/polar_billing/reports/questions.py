@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from polar_billing.prices.rating import COMPUTE, rate
 from polar_billing.reports.hardware import BusyTime, Hardware, HardwareReport, Work, hardware_report
+from polar_billing.reports.promises import PromiseWatch
 from polar_billing.reports.what_if import (
     MixBasis,
     Scenario,
@@ -25,7 +26,8 @@ from polar_billing.reports.what_if import (
 from polar_billing.values.money import to_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+    from decimal import Decimal
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection, StoredUsage
@@ -51,8 +53,12 @@ class Questions:
     savings: Callable[[str], Savings | None] = _nothing_measured
     """From the fingerprint of a model to what its tiers were measured to save; None where nothing was."""
     hardware: Hardware | None = None
+    promises: Mapping[str, int] = field(default_factory=dict)
+    """Tier → promised 95th percentile of latency, for tiers whose plan says nothing, or instead of it. Unit: ms."""
 
-    def __bool__(self) -> bool:
+    @property
+    def what_if(self) -> bool:
+        """Whether anything is asked but whether promises were kept."""
         return bool(self.books or self.mixes or self.hardware)
 
 
@@ -83,10 +89,18 @@ def answer(ledger: Ledger, selection: Selection, report: Report, rater: Rater, q
     Raises:
         QueryError: A tier was not measured or has no price, or no throughput is known.
     """
-    if not questions or report.is_empty:
+    promises = PromiseWatch(questions.promises)
+    watched = promises.needed(rater.used.values())
+    if report.is_empty or not (questions.what_if or watched):
         return report
-    collected = _collect(ledger, selection, rater, questions)
-    report = report.model_copy(update={"hardware": _hardware(report, collected.busy, questions.hardware)})
+    collected = _collect(ledger, selection, rater, questions, promises if watched else None)
+    answered = {
+        "hardware": _hardware(report, collected.busy, questions.hardware),
+        "promises": promises.report(_charges(report), report.decimals),
+    }
+    report = report.model_copy(update=answered)
+    if not questions.what_if:
+        return report
     models = set().union(*(basis.models for _, basis in collected.bases))
     savings = check_mixes(questions.mixes, models, questions.savings) if questions.mixes else {}
     said = assumptions_of(report, questions.mixes, savings, questions.books)
@@ -95,7 +109,15 @@ def answer(ledger: Ledger, selection: Selection, report: Report, rater: Rater, q
     return report.model_copy(update={"what_if": WhatIf(scenarios=scenarios, assumptions=tuple(said))})
 
 
-def _collect(ledger: Ledger, selection: Selection, rater: Rater, questions: Questions) -> _Collected:
+def _charges(report: Report) -> dict[tuple[str, str], Decimal | None]:
+    """By tenant and tier."""
+    tiers = ((tenant.tenant, tier) for tenant in report.tenants for tier in tenant.tiers)
+    return {(tenant, tier.tier): tier.figures.charge for tenant, tier in tiers if tier.tier is not None}
+
+
+def _collect(
+    ledger: Ledger, selection: Selection, rater: Rater, questions: Questions, promises: PromiseWatch | None
+) -> _Collected:
     def by(book: PriceBook) -> Callable[[StoredUsage], PriceBook | None]:
         return lambda _: book
 
@@ -108,14 +130,17 @@ def _collect(ledger: Ledger, selection: Selection, rater: Rater, questions: Ques
         unrated=[0] * len(books),
     )
     for stored in ledger.read(selection):
-        if rater.book_of(stored) is None:
+        book = rater.book_of(stored)
+        if book is None:
             continue
+        if promises is not None:
+            promises.add(stored, book)
         for _, basis in collected.bases:
             basis.add(stored)
         if questions.hardware is not None and questions.hardware.tokens_per_second is None:
             collected.busy.add(stored.record)
-        for place, book in enumerate(books):
-            _rate(collected, place, stored, book)
+        for place, other in enumerate(books):
+            _rate(collected, place, stored, other)
     return collected
 
 

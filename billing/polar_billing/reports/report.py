@@ -7,25 +7,28 @@ module works the figures out; `usage_tables`, `csv` and `html` only render them.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pydantic import BaseModel, ConfigDict
 
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
 from polar_billing.prices.entries import tier_order
+from polar_billing.prices.rating import UNIT_PRICE_SCALE
 from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
 from polar_billing.reports.figures import Figures, figures_of
 from polar_billing.reports.hardware import HardwareReport
+from polar_billing.reports.layers import ProgramUse, read_layers
+from polar_billing.reports.promises import PromiseReport
 from polar_billing.reports.questions import Questions, answer
 from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
 from polar_billing.reports.what_if import TokenPricing, WhatIf, token_pricing
 from polar_billing.statements.issue import issued_statements
 from polar_billing.statements.statement import Statement
-from polar_billing.values.money import exact_sum, round_lines
+from polar_billing.values.money import exact_sum, from_scaled, round_lines, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
     from polar_billing.values.periods import Period
+
+
+_MAX_PROGRAMS: Final = 6
 
 
 class _Part(BaseModel):
@@ -51,6 +57,12 @@ class ReportLine(_Part):
     amount: Decimal
     """`quantity × unit_price`, rounded once."""
 
+    @property
+    def exact(self) -> Decimal:
+        """`quantity × unit_price`, before rounding."""
+        wide = UNIT_PRICE_SCALE
+        return from_scaled(to_scaled(self.quantity, wide) * to_scaled(self.unit_price, wide), 2 * wide)
+
 
 class DepthPanel(_Part):
     """The visits of one tier of one model. Unit: visits per layer, index = layer."""
@@ -61,6 +73,10 @@ class DepthPanel(_Part):
     visits_prefill_filled: tuple[int, ...]
     """Pieces of prompts whose tokens, or most of them, a map filled; a piece may count in `visits_prefill` as well."""
     visits_decode: tuple[int, ...]
+    programs: tuple[ProgramUse, ...] = ()
+    """Those that most requests ran, the most used first."""
+    programs_more: int = 0
+    """Requests that ran others."""
 
     @property
     def visits_prompt(self) -> tuple[int, ...]:
@@ -133,6 +149,8 @@ class Report(_Part):
     """The usage of all tenants together under the price books of `--compare`."""
     token_pricing: tuple[TokenPricing, ...] = ()
     """Compute-based beside per-token prices, for tenants with a per-token reference for all of their requests."""
+    promises: tuple[PromiseReport, ...] = ()
+    """Of latency, by tenant and tier, where the price book or the caller gives one."""
     hardware: HardwareReport | None = None
     """At a stated price per device-hour."""
     what_if: WhatIf | None = None
@@ -210,7 +228,7 @@ def build_report(
         others=sum_charges(others.values()),
         token_pricing=token_pricing(tenants, rater.decimals),
     )
-    return report if questions is None else answer(ledger, selection, report, rater, questions)
+    return answer(ledger, selection, report, rater, Questions() if questions is None else questions)
 
 
 def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) -> TenantReport:
@@ -271,18 +289,32 @@ def _charges(lines: Iterable[ReportLine], decimals: int) -> dict[str | None, Dec
 
 def _depth(tier: str | None, groups: list[UsageTotals]) -> tuple[DepthPanel, ...]:
     models: defaultdict[str, LayerVisits] = defaultdict(LayerVisits)
+    programs: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for totals in groups:
         for model, visits in totals.layer_visits.items():
             models[model].add(visits.prefill, visits.filled, visits.decode)
-    return tuple(_panel(model, tier, visits) for model, visits in sorted(models.items()))
+        for (model, program), requests in totals.programs.items():
+            programs[model][program] += requests
+    return tuple(_panel(model, tier, visits, programs[model]) for model, visits in sorted(models.items()))
 
 
-def _panel(model: str, tier: str | None, visits: LayerVisits) -> DepthPanel:
+def _panel(model: str, tier: str | None, visits: LayerVisits, programs: Counter[str]) -> DepthPanel:
     parts = (visits.prefill, visits.filled, visits.decode)
     layers = max(map(len, parts))
     prefill, filled, decode = ((*part, *[0] * (layers - len(part))) for part in parts)
+    ranked = sorted(programs.items(), key=lambda item: (-item[1], item[0]))
+    most = ranked[:_MAX_PROGRAMS]
     return DepthPanel(
-        model=model, tier=tier, visits_prefill=prefill, visits_prefill_filled=filled, visits_decode=decode
+        model=model,
+        tier=tier,
+        visits_prefill=prefill,
+        visits_prefill_filled=filled,
+        visits_decode=decode,
+        programs=tuple(
+            ProgramUse(program=program, requests=requests, layers=read_layers(program, layers))
+            for program, requests in most
+        ),
+        programs_more=programs.total() - sum(requests for _, requests in most),
     )
 
 

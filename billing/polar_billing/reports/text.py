@@ -8,6 +8,8 @@ from __future__ import annotations
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Final
 
+from polar_billing.values.money import plain
+
 DASH: Final = "–"
 NO_TIER: Final = "by hand"
 """Shown as the tier of a request whose program was named by hand."""
@@ -39,6 +41,11 @@ def signed_money(value: Decimal | None) -> str:
     if value is None:
         return DASH
     return f"{value:+,f}" if value else money(abs(value))
+
+
+def rate(value: Decimal | None) -> str:
+    """A number of things per second, without trailing zeros."""
+    return DASH if value is None else f"{Decimal(plain(value)):,f}"
 
 
 def share(value: Decimal | None, *, signed: bool = False, decimals: int = 1) -> str:

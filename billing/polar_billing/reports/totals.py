@@ -89,8 +89,12 @@ class UsageTotals(UsageSums):
     """What a group of requests used and what that costs under the prices it is rated by."""
 
     flops_router: int = 0
+    flops_answer: int = 0
+    """Decode steps and the head; the rest is the prompt and the router."""
     layer_visits: defaultdict[str, LayerVisits] = field(default_factory=lambda: defaultdict(LayerVisits))
     """By model: layers of different models do not add up."""
+    programs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By model and program."""
     latencies_ns: list[int] = field(default_factory=list)
     """Of completed requests: queue, prefill and decode."""
     rated_tokens: int = 0
@@ -119,9 +123,11 @@ class UsageTotals(UsageSums):
         self.add_sum(sum_of(stored), rating.unrated)
         record = stored.record
         self.flops_router += record.flops.router
+        self.flops_answer += record.flops.answer
         visits = record.visits
         if visits.prefill or visits.decode:
             self.layer_visits[record.model].add(visits.prefill, visits.prefill_filled, visits.decode)
+            self.programs[record.model, record.program] += 1
         if record.outcome is Outcome.COMPLETED:
             self.latencies_ns.append(record.queue_ns + record.prefill_ns + record.decode_ns)
         self._add_amounts(record, rating)

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from polar_billing.reports import text
+from polar_billing.reports.amounts import Amounts
 from polar_billing.reports.what_if_tables import what_if_view
 from polar_billing.values.money import plain
 from polar_sdk.show.lines import printable
@@ -84,12 +85,14 @@ def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[
 
 def report_view(report: Report) -> RenderableType:
     """The whole report: usage, latency and charges of every tenant, then each tenant's lines."""
+    amounts = Amounts.of(report)
     parts: list[RenderableType] = [_heading(report), _tiers(report), Text(), _service(report), Text()]
-    parts += [_comparison(report), Text()]
-    parts += [_others(report), Text()] if report.others else []
-    parts += what_if_view(report)
+    parts += [_promises(report, amounts), Text()] if report.promises else []
+    parts += [_comparison(report, amounts), Text()]
+    parts += [_others(report, amounts), Text()] if report.others else []
+    parts += what_if_view(report, amounts)
     for tenant in report.tenants:
-        parts += [_statement(tenant, report), Text()]
+        parts += [_statement(tenant, report, amounts), Text()]
     parts += _unrated(report.figures.unrated.items())
     return Group(*parts)
 
@@ -108,7 +111,9 @@ def _heading(report: Report) -> Text:
 
 def _tiers(report: Report) -> Table:
     table = new_table("Usage", ["tenant", "tier"])
-    add_numbers(table, "requests", "tokens\nin", "\nout", "CU", "CU\nsaved", "saved", "router")
+    add_numbers(
+        table, "requests", "tokens\nin", "\nout", "CU", "CU of\nprompts", "\nanswers", "CU\nsaved", "saved", "router"
+    )
     return _by_tier(table, report, _usage_cells)
 
 
@@ -118,6 +123,8 @@ def _usage_cells(figures: Figures) -> list[str]:
         text.count(figures.tokens_input),
         text.count(figures.tokens_output),
         text.compute_units(figures.compute_units),
+        text.compute_units(figures.compute_units_prompt),
+        text.compute_units(figures.compute_units_answer),
         text.compute_units(figures.compute_units_saved, signed=True),
         text.share(figures.saved_share, signed=True),
         text.share(figures.router_share, decimals=2),
@@ -157,46 +164,74 @@ def _rows(tenant: TenantReport) -> Iterator[tuple[str, TierReport]]:
         yield ("" if index else tenant.tenant), tier
 
 
-def _comparison(report: Report) -> Table:
-    table = new_table(f"Charges, {report.currency or 'nothing rated'}", ["tenant", "tier"])
-    add_numbers(table, "charge", "at full depth", "per token", "per 1,000\nrequests", "per million\ntokens")
-    for tenant in report.tenants:
-        for name, tier in _rows(tenant):
-            add_row(table, name, text.tier_name(tier.tier), *_money_cells(tier.figures))
-        if tenant.rounding:
-            add_row(table, "", "rounding", text.money(tenant.rounding), "", "", "", "")
-        table.add_section()
-    add_row(table, "total", "", *_money_cells(report.figures), style="bold")
+def _promises(report: Report, amounts: Amounts) -> Table:
+    table = new_table("Promised latency, 95th percentile", ["tenant", "tier"])
+    add_numbers(table, "promised", "p50", "p95", "p99", "took longer", f"credit\n{amounts.charges.name}".strip())
+    add_labels(table, "kept", "promised by")
+    for promise in report.promises:
+        times = (promise.latency_ms_p95_max * 10**6, promise.latency_ns_p50, promise.latency_ns_p95)
+        add_row(
+            table,
+            promise.tenant,
+            promise.tier,
+            *map(text.milliseconds, (*times, promise.latency_ns_p99)),
+            f"{promise.missed:,} of {promise.requests:,}",
+            amounts.charges.show(promise.credit),
+            "kept" if promise.kept else "missed",
+            promise.source,
+        )
     return table
 
 
-def _money_cells(figures: Figures) -> list[str]:
+def _comparison(report: Report, amounts: Amounts) -> Table:
+    units = dict.fromkeys((amounts.charges.words, amounts.prices.words))
+    charges, prices = amounts.charges.name, amounts.prices.name
+    table = new_table(f"Charges, {' and '.join(units) or 'nothing rated'}", ["tenant", "tier"])
+    add_numbers(table, f"charge\n{charges}".strip(), "at full\ndepth", "per\ntoken")
+    add_numbers(table, f"{prices} per\n1,000 requests".strip(), f"{prices} per\nmillion tokens".strip())
+    for tenant in report.tenants:
+        for name, tier in _rows(tenant):
+            add_row(table, name, text.tier_name(tier.tier), *_money_cells(tier.figures, amounts))
+        if tenant.rounding:
+            add_row(table, "", "rounding", amounts.charges.show(tenant.rounding), "", "", "", "")
+        table.add_section()
+    add_row(table, "total", "", *_money_cells(report.figures, amounts), style="bold")
+    return table
+
+
+def _money_cells(figures: Figures, amounts: Amounts) -> list[str]:
     return [
-        text.money(figures.charge),
-        text.money(figures.charge_full_depth),
-        text.money(figures.charge_per_token),
-        text.money(figures.price_per_1000_requests),
-        text.money(figures.price_per_million_tokens),
+        amounts.charges.show(figures.charge),
+        amounts.charges.show(figures.charge_full_depth),
+        amounts.charges.show(figures.charge_per_token),
+        amounts.prices.show(figures.price_per_1000_requests),
+        amounts.prices.show(figures.price_per_million_tokens),
     ]
 
 
-def _others(report: Report) -> Table:
+def _others(report: Report, amounts: Amounts) -> Table:
     """The same usage under other price books, one line per tenant."""
     table = new_table("The same usage under other price books", ["tenant"])
-    add_numbers(table, f"charge\n{report.currency or ''}".strip())
-    add_numbers(table, *(f"{other.price_book}\n{other.currency}" for other in report.others))
+    unit = amounts.charges
+    add_numbers(table, f"charge\n{unit.name}".strip())
+    own = report.currency
+    add_numbers(
+        table,
+        *(f"{book.price_book}\n{unit.name if book.currency == own else book.currency}" for book in report.others),
+    )
     for tenant in report.tenants:
-        add_row(table, tenant.tenant, text.money(tenant.total), *(text.money(other.charge) for other in tenant.others))
+        others = (unit.show(book.charge) if book.currency == own else text.money(book.charge) for book in tenant.others)
+        add_row(table, tenant.tenant, unit.show(tenant.total), *others)
     table.add_section()
-    totals = (text.money(other.charge) for other in report.others)
-    add_row(table, "total", text.money(report.total), *totals, style="bold")
+    totals = (unit.show(book.charge) if book.currency == own else text.money(book.charge) for book in report.others)
+    add_row(table, "total", unit.show(report.total), *totals, style="bold")
     return table
 
 
-def _statement(tenant: TenantReport, report: Report) -> Table:
-    currency = report.currency or ""
+def _statement(tenant: TenantReport, report: Report, amounts: Amounts) -> Table:
+    unit = amounts.charges
     table = new_table(f"Statement of {tenant.tenant}, {report.period}", ["tier", "item"])
-    add_numbers(table, "quantity", "unit price", f"amount {currency}".strip())
+    add_numbers(table, "quantity", f"{report.currency or ''} per unit".strip(), f"amount {unit.name}".strip())
     for line in tenant.lines:
         add_row(
             table,
@@ -204,11 +239,11 @@ def _statement(tenant: TenantReport, report: Report) -> Table:
             line.item,
             f"{plain(line.quantity)} {line.unit}",
             f"{plain(line.unit_price)} / {line.unit}",
-            text.money(line.amount),
+            unit.show(line.amount),
         )
-    add_row(table, "", "rounding", "", "", text.money(tenant.rounding))
+    add_row(table, "", "rounding", "", "", unit.show(tenant.rounding))
     table.add_section()
-    add_row(table, "total", "", "", "", text.money(tenant.total), style="bold")
+    add_row(table, "total", "", "", "", unit.show(tenant.total), style="bold")
     return table
 
 

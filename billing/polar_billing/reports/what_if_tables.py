@@ -12,10 +12,12 @@ from polar_sdk.show.tables import add_numbers, add_row, as_text, new_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from decimal import Decimal
 
     from rich.console import RenderableType
     from rich.table import Table
 
+    from polar_billing.reports.amounts import Amounts, Unit
     from polar_billing.reports.hardware import HardwareReport
     from polar_billing.reports.report import Report
     from polar_billing.reports.what_if import Scenario, WhatIf
@@ -23,19 +25,19 @@ if TYPE_CHECKING:
 AS_CHARGED = "as charged"
 
 
-def what_if_view(report: Report) -> Iterator[RenderableType]:
+def what_if_view(report: Report, amounts: Amounts) -> Iterator[RenderableType]:
     """Tables of what would have been, and of what the hardware costs; nothing where nothing was asked."""
     answered = report.what_if
     if answered is None:
         return
     if answered.scenarios:
-        yield from (_scenarios(report, answered), Text())
+        yield from (_scenarios(report, answered, amounts), Text())
         if len(report.tenants) > 1:
-            yield from (_by_tenant(report, answered), Text())
+            yield from (_by_tenant(report, answered, amounts), Text())
     if report.token_pricing:
-        yield from (_tokens(report), Text())
+        yield from (_tokens(report, amounts), Text())
     if report.hardware is not None:
-        yield from (_hardware(report, report.hardware), Text(), _margins(report, report.hardware), Text())
+        yield from (_hardware(report, report.hardware, amounts), Text(), _margins(report.hardware, amounts), Text())
     yield as_text("What these figures assume", "bold")
     for assumption in answered.assumptions:
         yield as_text(f"· {assumption}")
@@ -47,69 +49,81 @@ def name_of(scenario: Scenario) -> tuple[str, str]:
     return scenario.price_book, scenario.mix or "as recorded"
 
 
-def _scenarios(report: Report, answered: WhatIf) -> Table:
+def _scenarios(report: Report, answered: WhatIf, amounts: Amounts) -> Table:
+    unit, own = amounts.charges, report.currency
     table = new_table("What if", ["price book", "tiers"])
-    add_numbers(table, "CU", f"charge\n{report.currency or ''}".strip(), "\ndifference", "per 1,000\nrequests")
+    per_1000 = f"{amounts.prices.name} per\n1,000 requests"
+    add_numbers(table, "CU", f"charge\n{unit.name}".strip(), "\ndifference", per_1000.strip())
     with_cost = report.hardware is not None
     add_numbers(table, *(["hardware", "margin"] if with_cost else []))
-    books = ", ".join(book.id for book in report.price_books)
     hardware = report.hardware
-    margin = [] if hardware is None else [text.money(hardware.cost), text.signed_money(hardware.margin)]
-    units = text.compute_units(report.figures.compute_units)
-    per_1000 = text.money(report.figures.price_per_1000_requests)
-    add_row(table, books, AS_CHARGED, units, text.money(report.total), text.DASH, per_1000, *margin, style="bold")
+    margin = [] if hardware is None else [unit.show(hardware.cost), unit.show(hardware.margin, signed=True)]
+    books = ", ".join(book.id for book in report.price_books)
+    cells = [text.compute_units(report.figures.compute_units), unit.show(report.total), text.DASH]
+    price = amounts.prices.show(report.figures.price_per_1000_requests)
+    add_row(table, books, AS_CHARGED, *cells, price, *margin, style="bold")
     for scenario in answered.scenarios:
-        charge = text.money(scenario.charge)
-        charge += f" {scenario.currency}" if scenario.currency != report.currency else ""
-        cells = [text.compute_units(scenario.compute_units), charge, text.signed_money(scenario.difference)]
-        cells.append(text.money(scenario.per_1000_requests))
-        cells += [text.money(scenario.hardware_cost), text.signed_money(scenario.margin)] if with_cost else []
+        cells = [text.compute_units(scenario.compute_units), _in(unit, scenario.charge, scenario, own)]
+        cells += [unit.show(scenario.difference, signed=True)]
+        cells += [_in(amounts.prices, scenario.per_1000_requests, scenario, own)]
+        cells += [unit.show(scenario.hardware_cost), unit.show(scenario.margin, signed=True)] if with_cost else []
         add_row(table, *name_of(scenario), *cells)
     return table
 
 
-def _by_tenant(report: Report, answered: WhatIf) -> Table:
-    table = new_table("What each tenant would pay", ["tenant"])
+def _in(unit: Unit, amount: Decimal | None, scenario: Scenario, own: str | None) -> str:
+    """An amount of a scenario; with its currency, where that is not the report's."""
+    if scenario.currency == own or amount is None:
+        return unit.show(amount)
+    return f"{text.money(amount)} {scenario.currency}"
+
+
+def _by_tenant(report: Report, answered: WhatIf, amounts: Amounts) -> Table:
+    unit, own = amounts.charges, report.currency
+    table = new_table(f"What each tenant would pay, {unit.words}", ["tenant"])
     add_numbers(table, AS_CHARGED)
     for scenario in answered.scenarios:
         book, mix = name_of(scenario)
         add_numbers(table, "\n".join([book, *mix.split(", ")]))
     for place, tenant in enumerate(report.tenants):
-        others = (text.money(scenario.tenants[place].charge) for scenario in answered.scenarios)
-        add_row(table, tenant.tenant, text.money(tenant.total), *others)
+        others = (_in(unit, scenario.tenants[place].charge, scenario, own) for scenario in answered.scenarios)
+        add_row(table, tenant.tenant, unit.show(tenant.total), *others)
     return table
 
 
-def _tokens(report: Report) -> Table:
-    table = new_table(f"Per-compute beside per-token prices, {report.currency}", ["tenant"])
+def _tokens(report: Report, amounts: Amounts) -> Table:
+    unit = amounts.charges
+    table = new_table(f"Per-compute beside per-token prices, {unit.words}", ["tenant"])
     add_numbers(table, "per compute", "per token", "per token at\nequal revenue", "\ndifference")
     table.add_column("because compute is charged")
     for row in report.token_pricing:
-        amounts = (row.per_compute, row.per_token, row.at_equal_revenue)
-        add_row(table, row.tenant, *map(text.money, amounts), text.signed_money(row.difference), row.winner)
+        figures = map(unit.show, (row.per_compute, row.per_token, row.at_equal_revenue))
+        add_row(table, row.tenant, *figures, unit.show(row.difference, signed=True), row.winner)
     return table
 
 
-def _hardware(report: Report, hardware: HardwareReport) -> Table:
+def _hardware(report: Report, hardware: HardwareReport, amounts: Amounts) -> Table:
     money = report.currency or ""
     table = new_table(f"Break-even at {plain(hardware.per_device_hour)} {money} per device-hour".strip(), ["", "now"])
     table.add_column("to break even")
     rate = hardware.break_even_tokens_per_second
-    throughput = f"{plain(hardware.tokens_per_second)} tokens/s, {hardware.measured}"
-    add_row(table, "throughput of a device", throughput, text.DASH if rate is None else f"{plain(rate)} tokens/s")
-    charged = text.money(hardware.charge_per_million_tokens)
-    add_row(table, "charge per million tokens", charged, text.money(hardware.cost_per_million_tokens))
-    add_row(table, "charge", text.money(report.figures.charge), text.money(hardware.cost))
-    margin = f"{text.signed_money(hardware.margin)} ({text.share(hardware.margin_share, signed=True)} of the charge)"
-    add_row(table, "margin", text.DASH if hardware.margin is None else margin, "0")
+    throughput = f"{text.rate(hardware.tokens_per_second)} tokens/s, {hardware.measured}"
+    add_row(table, "throughput of a device", throughput, text.DASH if rate is None else f"{text.rate(rate)} tokens/s")
+    unit, prices = amounts.charges, amounts.prices
+    charged, cost = map(prices.show, (hardware.charge_per_million_tokens, hardware.cost_per_million_tokens))
+    add_row(table, f"{prices.name} per million tokens", charged, cost)
+    add_row(table, f"charge, {unit.name}", unit.show(report.figures.charge), unit.show(hardware.cost))
+    left = unit.show(hardware.margin, signed=True)
+    share = f" ({text.share(hardware.margin_share, signed=True)} of the charge)" if hardware.margin_share else ""
+    add_row(table, f"margin, {unit.name}", f"{left}{share}", "0")
     return table
 
 
-def _margins(report: Report, hardware: HardwareReport) -> Table:
-    table = new_table(f"Margin by tier and tenant, {report.currency or 'nothing rated'}", ["", "of"])
+def _margins(hardware: HardwareReport, amounts: Amounts) -> Table:
+    unit = amounts.charges
+    table = new_table(f"Margin by tier and tenant, {unit.words or 'nothing rated'}", ["", "of"])
     add_numbers(table, "charge", "hardware", "margin")
     for row in (*hardware.by_tier, *hardware.by_tenant):
         kind, name = ("tier", text.tier_name(row.tier)) if row.tenant is None else ("tenant", row.tenant)
-        amounts = (text.money(row.charge), text.money(row.cost), text.signed_money(row.margin))
-        add_row(table, kind, name, *amounts)
+        add_row(table, kind, name, unit.show(row.charge), unit.show(row.cost), unit.show(row.margin, signed=True))
     return table

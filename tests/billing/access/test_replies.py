@@ -81,6 +81,20 @@ def test_tenants_do_not_share_keys(replies: Replies) -> None:
     assert replies.claim("globex", "k", "f" * 64) == ("claimed", None)
 
 
+def test_replicas_of_a_service_share_keys_and_other_services_do_not(
+    store: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, replica, other = Replies(store, source="chat"), Replies(store, source="chat"), Replies(store, source="search")
+    one.claim("acme", "k", PRINT)
+    one.keep("acme", "k", b"kept")
+    assert replica.claim("acme", "k", PRINT) == ("done", b"kept")
+    monkeypatch.setenv("POLAR_SOURCE", "chat")
+    assert Replies(store).claim("acme", "k", PRINT) == ("done", b"kept")
+    assert other.claim("acme", "k", PRINT) == ("claimed", None)
+    other.close()
+    one.close()
+
+
 def test_what_was_given_up_may_be_tried_again(replies: Replies) -> None:
     replies.claim("acme", "k", "f" * 64)
     replies.give_up("acme", "k")

@@ -3,7 +3,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +22,8 @@ from polar_billing.errors import (
     StoreNotFoundError,
 )
 from polar_billing.metering.meter import Meter
-from polar_billing.reports.report import build_report
+from polar_billing.reports.amounts import Amounts
+from polar_billing.reports.report import Report, build_report
 from polar_billing.reports.usage_tables import report_view
 from polar_billing.testing import usage_record
 from polar_sdk.errors import PolarError
@@ -114,8 +117,10 @@ def test_single_requests_are_listed_latest_first(polar: Callable[..., Result]) -
 def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger, polar: Callable[..., Result]) -> None:
     report = json.loads(polar("report", "--json").stdout)
     text = polar("report").output
+    unit = Amounts.of(Report.model_validate(report)).charges
+    assert unit.name == "µUSD"
     for expected in (
-        report["total"],
+        unit.show(Decimal(report["total"])),
         filled.location,
         "polar-example",
         "rounding",
@@ -124,9 +129,9 @@ def test_a_report_in_the_terminal_holds_the_figures_of_the_json(filled: Ledger, 
     ):
         assert expected in text
     for tenant in report["tenants"]:
-        assert tenant["total"] in text
+        assert unit.show(Decimal(tenant["total"])) in text
         for line in tenant["lines"]:
-            assert line["amount"] in text
+            assert re.search(rf" {re.escape(unit.show(Decimal(line['amount'])))}$", text, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("filled")
@@ -217,7 +222,7 @@ def test_a_narrow_terminal_costs_no_digit(filled: Ledger) -> None:
     assert "…" not in out.getvalue()
     amounts = [line.amount for tenant in report.tenants for line in tenant.lines]
     for amount in (*amounts, report.total, report.figures.charge_full_depth):
-        assert f" {amount:f}" in out.getvalue()
+        assert f" {Amounts.of(report).charges.show(amount)}" in out.getvalue()
 
 
 @pytest.mark.usefixtures("filled")

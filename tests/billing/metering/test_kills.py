@@ -41,7 +41,7 @@ from polar_billing.metering.meter import Meter
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.testing import usage_record
 
-WRITERS = "append books canonical chain connection ledger meter postings records rollups spool writer"
+WRITERS = "append books canonical chain connection ledger meter postings records rollups segment spool writer"
 FILES = {f"{name}.py" for name in WRITERS.split()}
 passed = 0
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,17 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polar_billing.errors import ConflictError, PriceBookError
+from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter, open_meter
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.reports.report import build_report
 from polar_billing.testing import usage_record
+from polar_sdk.errors import InvalidRequestError
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from polar_billing.ledger.ledger import Ledger
 
 EVERYTHING = Selection(ALL_TENANTS)
 
@@ -202,3 +203,37 @@ def test_permuted_and_repeated_streams_give_the_same_report(data: st.DataObject,
             report = build_report(ledger)
             reports.add(report.model_copy(update={"generated_at": None}).model_dump_json())
     assert len(reports) == 1
+
+
+# --- The name of the service. ---
+
+
+def test_a_source_is_named_by_argument_or_environment(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Meter(ledger_url).source == "polar"
+    monkeypatch.setenv("POLAR_SOURCE", "chat")
+    first = open_meter(ledger_url)
+    assert isinstance(first, Meter)
+    assert (first.source, Meter(ledger_url).source, Meter(ledger_url, source="own").source) == ("chat", "chat", "own")
+    monkeypatch.setenv("POLAR_SOURCE", "search")
+    second = open_meter(ledger_url)
+    for meter in (first, second, open_meter(ledger_url)):
+        meter.emit(usage_record("same"))
+    first.close()
+    second.close()
+    with Ledger(ledger_url) as ledger:
+        assert [one.source for one in ledger.read(Selection("acme"))] == ["chat", "search"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flaw"),
+    [
+        (" chat", "begins or ends with white space"),
+        ("a\nb", "contains the control character U+000A"),
+        ("x" * 201, "201"),
+    ],
+)
+def test_a_source_that_is_no_name_is_refused(name: str, flaw: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_SOURCE", name)
+    for make in (Meter, open_meter):
+        with pytest.raises(InvalidRequestError, match=re.escape(flaw)):
+            make("sqlite://")

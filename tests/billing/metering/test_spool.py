@@ -16,7 +16,8 @@ from polar_billing.ledger import connection
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter, open_meter
-from polar_billing.metering.spool import Segment, Spool, spool_folder, warning_of
+from polar_billing.metering.segment import Segment
+from polar_billing.metering.spool import Spool, spool_folder, warning_of
 from polar_billing.metering.writer import Writer
 from polar_billing.testing import usage_record
 

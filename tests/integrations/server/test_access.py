@@ -227,6 +227,22 @@ def test_a_client_that_was_cut_off_gets_its_answer_later(
     assert len(sink.records) == 1
 
 
+def test_replicas_answer_what_another_one_was_asked(
+    serve: Callable[..., Served], sink: RecordingSink, ledger_url: str
+) -> None:
+    with Ledger(ledger_url) as ledger, Ledger(ledger_url) as other:
+        one, two = serve(replies=Replies(ledger)), serve(replies=Replies(other))
+        body = chat_body(temperature=1)
+        _, first, _ = post(one, "k", body)
+        _, second, headers = post(two, "k", body)
+        assert (second, headers["idempotent-replayed"]) == (first, "true")
+        assert len(sink.records) == 1
+        with send_request(one, endless(one, stream=True), {"idempotency-key": "long"}) as connection:
+            read_events(connection, 4)
+            status, _, headers = post(two, "long", endless(one, stream=True))
+            assert (status, headers["x-should-retry"]) == (409, "true")
+
+
 def test_a_call_that_failed_may_be_tried_again(
     serve: Callable[..., Served], sink: RecordingSink, replies: ReplyStore
 ) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from polar_sdk.errors import InvalidRequestError, SinkError
 from polar_sdk.request import recorder
+from polar_sdk.serving import scheduler
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
 
@@ -116,14 +117,15 @@ def test_a_stream_collected_in_the_engines_thread_hangs_nobody_and_is_recorded(w
 
 
 @WAYS
-def test_a_stream_collected_by_a_thread_that_holds_the_schedulers_lock(way: Any) -> None:
+def test_a_stream_collected_by_a_thread_that_holds_the_engine(way: Any) -> None:
     sink = ListSink()
     model = tiny_model(sink=sink)
     Chat(way(model.stream("hello", max_tokens=LONG)))
 
     def collect() -> None:
-        with model.scheduler._work:
-            gc.collect()
+        assert model.scheduler.hold_for_fork()
+        gc.collect()
+        model.scheduler.go_on_after_fork()
 
     within(collect)
     assert recorder.flush()
@@ -320,15 +322,17 @@ class TestFork:
         assert in_child(serves) == 0
         stream.close()
 
-    def test_a_child_forked_while_the_schedulers_lock_is_held(self) -> None:
+    def test_a_child_forked_while_the_engine_is_held(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(scheduler, "_FORK_SECONDS", 0.05)
         model = tiny_model()
         model.generate("hello", max_tokens=1)
         taken, free = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with model.scheduler._work:
-                taken.set()
-                assert free.wait(20)
+            assert model.scheduler.hold_for_fork()
+            taken.set()
+            assert free.wait(20)
+            model.scheduler.go_on_after_fork()
 
         holder = threading.Thread(target=hold)
         holder.start()

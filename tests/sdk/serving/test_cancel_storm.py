@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 TRIES: Final = int(os.environ.get("POLAR_TEST_CANCELS", "60"))
 TOKENS: Final = 24
 """Length of an answer that nothing ends."""
+PATIENCE_S: Final = 5.0
+"""How late a record may be after several signals: one may stop any step of who waits for the thread that stores."""
 SIGNALLED: Final = 3
 """One try in so many is a process that gets signals."""
 
@@ -98,10 +100,10 @@ class Storm:
         name = f"try-{number}"
         records = self._records(name)
         late = not records and self._ran[name] > 0
-        if late:  # what is left of it waits for the garbage collector, or for the thread of late records
+        if late:  # what is left of it waits for the garbage collector, or a thread is storing it
             gc.collect()
             recorder.flush()
-            records = self._records(name)
+            records = self._awaited(name)
         if len(records) > 1:
             verdict = "doubled"
         elif records:
@@ -113,6 +115,12 @@ class Storm:
 
     def _records(self, name: str) -> list[UsageRecord]:
         return [record for record in self.sink.records[-32:] if record.request_id == name]
+
+    def _awaited(self, name: str) -> list[UsageRecord]:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (records := self._records(name)) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return records
 
     def _is_true(self, record: UsageRecord) -> bool:
         if record.flops.total != self._ran[record.request_id]:
@@ -141,10 +149,10 @@ class Storm:
 def _watch(scheduler: Scheduler, ran: Counter[str]) -> None:
     charge = scheduler._charge
 
-    def noted(jobs: Sequence[Job], discount: int = 1) -> None:
+    def noted(jobs: Sequence[Job]) -> None:
         for job in jobs:
             ran[job.request.request_id] += job.row.executed - job.charged
-        charge(jobs, discount)
+        charge(jobs)
 
     scheduler._charge = noted  # type: ignore[method-assign]
 

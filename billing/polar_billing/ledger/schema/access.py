@@ -45,7 +45,7 @@ reply_table: Final = Table(
     metadata,
     Column("seq", SERIAL, primary_key=True),
     Column("tenant", String(200), nullable=False),
-    Column("key_hash", String(64), nullable=False),  # SHA-256 of the caller's key, hexadecimal
+    Column("key_hash", String(64), nullable=False),  # SHA-256 of source and key, hexadecimal
     Column("fingerprint", String(64), nullable=False),  # of the request, to tell a repeated one from another
     Column("state", String(10), nullable=False),  # running, done
     Column("answer", LargeBinary),

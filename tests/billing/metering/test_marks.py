@@ -1,0 +1,409 @@
+"""Marks of requests that still run: what a killed process had executed is stored, once, and never beside its record."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from polar_billing.budgets.budget import Budget
+from polar_billing.budgets.keeper import Budgets
+from polar_billing.errors import StoreError, StoreLockedError
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import INTERRUPTED_TAG, REUSED_TAG, Selection
+from polar_billing.ledger.retention import prune
+from polar_billing.metering.marks import Marks
+from polar_billing.metering.meter import Meter, open_meter
+from polar_billing.metering.segment import Segment
+from polar_billing.metering.spool import spool_folder
+from polar_billing.metering.spool_file import Unfinished
+from polar_billing.prices.book import PriceBook
+from polar_billing.prices.rating import rate
+from polar_billing.proof.verify import verify_ledger
+from polar_billing.testing import usage_record
+from polar_sdk.errors import InvalidRequestError
+from polar_sdk.usage import Offer, Outcome, UsageBound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polar_billing.ledger.records import StoredUsage
+    from polar_sdk.usage import UsageRecord
+
+BEGUN = datetime(2026, 11, 15, 12, tzinfo=UTC)
+
+
+def mark_of(request_id: str, output: int, **changes: Any) -> UsageRecord:
+    """What a request has used after so many tokens."""
+    return usage_record(request_id, output=output, outcome=Outcome.CANCELLED, **changes)
+
+
+def run_and_kill(url: str, work: str) -> None:
+    """Run some work on a meter of its own process, which SIGKILL ends."""
+    script = f"""
+import os, signal, sys, threading
+from datetime import UTC, datetime
+from polar_billing.metering.meter import Meter
+from polar_billing.metering.writer import Writer
+from polar_billing.testing import usage_record
+from polar_sdk.usage import Outcome
+def mark_of(request_id, output, **changes):
+    return usage_record(request_id, output=output, outcome=Outcome.CANCELLED, **changes)
+meter = Meter(sys.argv[1], durability="spool")
+{work}
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script, url], check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+
+
+def stored(url: str) -> list[StoredUsage]:
+    with Ledger(url) as ledger:
+        found = list(ledger.read(Selection("acme")))
+        if found:
+            assert verify_ledger(ledger).sound
+    return found
+
+
+def folder_of(url: str) -> Path:
+    with Ledger(url) as ledger:
+        folder = spool_folder(ledger.url)
+    assert folder is not None
+    return folder
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ledger_url: str) -> str:
+    monkeypatch.setenv("POLAR_SPOOL", str(tmp_path / "spool"))
+    if request.param == "sqlite":
+        return ledger_url
+    make: Callable[[str], str] = request.getfixturevalue("new_postgres")
+    return make(request.getfixturevalue("postgres_template"))
+
+
+# --- After a SIGKILL. ---
+
+
+def test_the_last_mark_of_a_killed_process_becomes_a_record(url: str) -> None:
+    run_and_kill(
+        url,
+        """
+for output in (64, 128, 192):
+    meter.mark(mark_of("a", output, tags={"user": "ann"}))
+    meter.mark(mark_of("b", output + 1))
+meter.emit(usage_record("whole"))
+""",
+    )
+    found = {one.record.tags.get(INTERRUPTED_TAG): one for one in stored(url)}
+    assert set(found) == {None, "a", "b"}
+    last, one = mark_of("a", 192), found["a"]
+    assert one.record.flops == last.flops
+    assert (one.record.tokens, one.record.visits, one.record.outcome) == (last.tokens, last.visits, Outcome.CANCELLED)
+    assert one.record.tags == {"user": "ann", INTERRUPTED_TAG: "a"}
+    assert one.record.request_id.startswith("interrupted-")
+    assert one.cost == rate(last, PriceBook.example()).rounded.total
+    with Meter(url) as meter:
+        meter.recover()
+    assert len(stored(url)) == 3
+    assert not folder_of(url).exists()
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_mark_whose_record_exists_is_ignored(url: str, *, committed: bool) -> None:
+    """In the ledger, or in the spool: the process was killed before it could forget the mark."""
+    wait = "meter.flush()" if committed else "Writer._store = lambda self, tickets, segment: threading.Event().wait()"
+    run_and_kill(
+        url,
+        f"""
+Writer.end_marks = lambda self, identity: None
+meter.mark(mark_of("a", 64))
+{"" if committed else wait}
+meter.emit(usage_record("a", output=100))
+{wait if committed else ""}
+""",
+    )
+    (one,) = stored(url)
+    assert (one.record.request_id, one.record.tokens.output) == ("a", 100)
+
+
+def test_a_mark_whose_record_is_stored_under_another_id_is_ignored(url: str) -> None:
+    """The id was taken; what was marked is in the record that was stored instead."""
+    with Meter(url) as meter:
+        meter.emit(usage_record("a", output=1, started_at=BEGUN.replace(hour=3)))
+    run_and_kill(
+        url,
+        """
+Writer.end_marks = lambda self, identity: None
+meter.mark(mark_of("a", 64))
+meter.emit(usage_record("a", output=100))
+meter.flush()
+""",
+    )
+    first, second = stored(url)
+    assert (first.record.request_id, second.record.tags) == ("a", {REUSED_TAG: "a"})
+
+
+def test_who_tries_again_gets_an_answer_and_both_are_billed(url: str) -> None:
+    """Under the same id: before what was left over is stored, and after."""
+    run_and_kill(url, 'meter.mark(mark_of("a", 64))')
+    with Meter(url, sync=True) as meter:  # which looks at no spool
+        meter.reserve(bound_of("a", BEGUN.replace(hour=13)))
+        meter.emit(usage_record("a", output=7, started_at=BEGUN.replace(hour=13)))
+    found = stored(url)
+    assert [one.record.tokens.output for one in found] == [64, 7]
+    run_and_kill(url, 'meter.mark(mark_of("b", 65))')
+    assert len(stored(url)) == 3
+    with Meter(url) as meter:
+        meter.reserve(bound_of("b", BEGUN.replace(hour=14)))
+        meter.emit(usage_record("b", output=8, started_at=BEGUN.replace(hour=14)))
+    assert [one.record.tokens.output for one in stored(url)] == [64, 65, 7, 8]
+
+
+def test_marks_that_come_back_add_nothing(url: str, tmp_path: Path) -> None:
+    """Deleted files do, after a power cut: those of recorded requests, and older marks of those that were recovered."""
+    run_and_kill(url, 'meter.mark(mark_of("a", 64))\nmeter.mark(mark_of("a", 128))')
+    folder = folder_of(url)
+    (file,) = folder.glob("*.marks")
+    copy = shutil.copy(file, tmp_path / file.name)
+    assert len(stored(url)) == 1
+    for lines in (3, 2):  # the price book, and one or two marks
+        folder.mkdir(exist_ok=True)
+        file.write_bytes(b"".join(Path(copy).read_bytes().splitlines(keepends=True)[:lines]))
+        (one,) = stored(url)
+        assert one.record.tokens.output == 128
+        assert not file.exists()
+
+
+def test_a_mark_of_a_request_that_retention_deleted_is_ignored(url: str) -> None:
+    run_and_kill(
+        url,
+        """
+Writer.end_marks = lambda self, identity: None
+meter.mark(mark_of("a", 64))
+meter.emit(usage_record("a", output=100))
+meter.flush()
+""",
+    )
+    with Ledger(url) as ledger, ledger.transaction() as connection:
+        prune(connection, "acme", BEGUN.replace(year=2027))
+    assert stored(url) == []
+
+
+def test_a_mark_that_was_cut_off_leaves_the_one_before(url: str) -> None:
+    run_and_kill(url, 'meter.mark(mark_of("a", 64))\nmeter.mark(mark_of("a", 128))')
+    (file,) = folder_of(url).glob("*.marks")
+    file.write_bytes(file.read_bytes()[:-9])
+    (one,) = stored(url)
+    assert one.record.tokens.output == 64
+
+
+def test_marks_wait_for_the_records_of_their_process(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger that takes no records takes no marks either: it could not know which of them count."""
+    run_and_kill(
+        url,
+        """
+Writer.end_marks = lambda self, identity: None
+Writer._store = lambda self, tickets, segment: threading.Event().wait()
+meter.mark(mark_of("a", 64))
+meter.emit(usage_record("a", output=100))
+""",
+    )
+
+    def locked(self: Ledger, entries: object) -> None:
+        raise StoreLockedError("locked.")
+
+    with Meter(url) as meter, monkeypatch.context() as patched:
+        patched.setattr(Ledger, "append_many", locked)
+        with pytest.raises(StoreLockedError):
+            meter.recover()
+    assert len(list(folder_of(url).glob("*.marks"))) == 1
+    assert [one.record.tokens.output for one in stored(url)] == [100]
+
+
+def test_what_a_killed_process_held_is_free_at_once(url: str) -> None:
+    """What it used counts, as it is marked; the rest of its hold does not wait until it expires."""
+    budgets, used = Budgets(url), mark_of("a", 64).flops.total
+    budgets.set(Budget("acme", Decimal(1)))
+    with Meter(url) as meter:
+        meter.reserve(bound_of("other", BEGUN))
+    run_and_kill(
+        url,
+        f"""
+from polar_sdk.usage import UsageBound
+meter.reserve(UsageBound.model_validate_json({bound_of("a", BEGUN).model_dump_json()!r}))
+meter.mark(mark_of("a", 64))
+""",
+    )
+    assert len(budgets.holds("acme")) == 2
+    assert len(stored(url)) == 1
+    assert [hold.request_id for hold in budgets.holds("acme")] == ["other"]
+    (standing,) = budgets.standings("acme", BEGUN)
+    assert (standing.spent, standing.held) == (used, 1_000_000)
+    assert budgets.recheck("acme") == []
+    budgets.ledger.close()
+
+
+def bound_of(request_id: str, at: datetime) -> UsageBound:
+    offers = (Offer(tier="standard", program="0 1 2 3 4 5", flops_bound=1_000_000),)
+    return UsageBound(
+        request_id=request_id, tenant="acme", tokens_input=10, tokens_output_max=200, offers=offers, at=at
+    )
+
+
+# --- While the process lives. ---
+
+
+def marks_in(url: str) -> list[int]:
+    """Tokens of every mark in the files of living processes."""
+    with Ledger(url) as ledger:
+        files = [Unfinished(path) for path in folder_of(url).glob("*.marks")]
+        return [entry.record.tokens.output for file in files for entry in file.entries(ledger.find_books)]
+
+
+def test_marks_of_a_process_that_lives_are_its_own(ledger_url: str) -> None:
+    with Meter(ledger_url, durability="spool") as meter, Meter(ledger_url) as other:
+        meter.mark(mark_of("a", 64))
+        other.recover()
+        assert stored(ledger_url) == []
+        assert marks_in(ledger_url) == [64]
+
+
+@pytest.mark.parametrize("durability", ["commit", "spool"])
+def test_the_file_is_empty_when_no_marked_request_runs(ledger_url: str, durability: Any) -> None:
+    with Meter(ledger_url, durability=durability) as meter:
+        for request_id in ("a", "b"):
+            meter.mark(mark_of(request_id, 64))
+        meter.emit(usage_record("unmarked"))
+        meter.emit(usage_record("a"))
+        assert marks_in(ledger_url) == [64, 64], "one of them still runs"
+        meter.emit(usage_record("b"))
+        assert marks_in(ledger_url) == []
+        meter.mark(mark_of("c", 65))
+        assert marks_in(ledger_url) == [65], "a file that was emptied names its price book again"
+    assert not folder_of(ledger_url).exists()
+    assert len(stored(ledger_url)) == 3
+
+
+def test_a_meter_that_closes_leaves_no_marks(ledger_url: str) -> None:
+    """Its streams may be read to their end afterwards: then their records count."""
+    meter = Meter(ledger_url)
+    meter.mark(mark_of("a", 64))
+    meter.close()
+    assert not folder_of(ledger_url).exists()
+    meter.emit(usage_record("a", output=100))
+    meter.mark(mark_of("b", 65))
+    assert marks_in(ledger_url) == [65]
+    meter.close()
+    assert [one.record.tokens.output for one in stored(ledger_url)] == [100]
+
+
+def test_a_file_that_grows_is_written_anew_with_what_still_runs(tmp_path: Path) -> None:
+    meter, path = Meter("sqlite://"), tmp_path / "1-abc.marks"
+    marks = Marks(path, limit=20_000)
+    sizes = []
+    for output in range(200):
+        marks.write(meter.entry(mark_of("long", output)))
+        marks.write(meter.entry(mark_of("short", output, started_at=BEGUN.replace(minute=output % 60))))
+        marks.end(("acme", "polar", "short"))
+        sizes.append(path.stat().st_size)
+    assert max(sizes) < 25_000
+    entries = Unfinished(path).entries(lambda _: {})
+    assert [entry.record.tokens.output for entry in entries if entry.record.request_id == "long"][-1] == 199
+    assert [path.name for path in tmp_path.iterdir()] == ["1-abc.marks"]
+
+
+def test_a_mark_that_does_not_fit_leaves_the_one_before(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Meter(ledger_url) as meter:
+        meter.mark(mark_of("a", 64))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", full)
+            with pytest.raises(StoreError, match=r"cannot be noted in the spool \(No space left on device\)"):
+                meter.mark(mark_of("a", 128))
+        assert marks_in(ledger_url) == [64]
+        meter.mark(mark_of("a", 192))
+        assert marks_in(ledger_url) == [64, 192]
+        meter.emit(usage_record("a"))
+
+
+def test_a_forked_child_leaves_the_marks_of_its_parent(ledger_url: str) -> None:
+    script = """
+import os, sys
+from polar_billing.metering.meter import Meter
+from polar_billing.testing import usage_record
+meter = Meter(sys.argv[1])
+meter.mark(usage_record("parent", output=64))
+if os.fork() == 0:
+    meter.mark(usage_record("child", output=65))
+    meter.emit(usage_record("child", output=100))
+    meter.close()
+    os._exit(0)
+assert os.wait()[1] == 0
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, ledger_url], check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    found = {one.record.tags.get(INTERRUPTED_TAG): one.record.tokens.output for one in stored(ledger_url)}
+    assert found == {None: 100, "parent": 64}
+
+
+def test_a_mark_is_one_append(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it costs, in calls of the system: one write of a line, no flush, no seek, no other file."""
+    calls: list[tuple[str, int]] = []
+    for name in ("write", "fsync", "open", "ftruncate", "lseek"):
+        real = getattr(os, name)
+
+        def noting(*arguments: Any, _name: str = name, _real: Any = real) -> Any:
+            calls.append((_name, len(arguments[1]) if _name == "write" else 0))
+            return _real(*arguments)
+
+        monkeypatch.setattr(os, name, noting)
+    with Meter(ledger_url) as meter:
+        meter.mark(mark_of("a", 64))  # creates the file
+        calls.clear()
+        for output in (128, 192, 256):
+            meter.mark(mark_of("a", output))
+        assert [name for name, _ in calls] == ["write"] * 3
+        assert max(size for _, size in calls) < 1_500
+        meter.emit(usage_record("a"))
+
+
+# --- Turned off. ---
+
+
+def test_marks_can_be_turned_off(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for meter in (Meter(ledger_url, marks=False), Meter(ledger_url, sync=True), Meter("sqlite://")):
+        assert not meter.wants_marks
+        meter.mark(mark_of("a", 64))
+        meter.close()
+    assert not folder_of(ledger_url).exists()
+    for setting, wanted in (("", True), ("on", True), ("off", False)):
+        monkeypatch.setenv("POLAR_MARKS", setting)
+        assert open_meter(ledger_url).wants_marks is wanted
+    monkeypatch.setenv("POLAR_MARKS", "no")
+    with pytest.raises(InvalidRequestError, match=r"POLAR_MARKS is 'no'; set it to on or off\."):
+        open_meter(ledger_url)
+
+
+def test_segments_and_marks_are_written_alike(tmp_path: Path) -> None:
+    """A record with its receipt, and the book of the receipt once."""
+    meter, marks = Meter("sqlite://"), Marks(tmp_path / "a.marks")
+    segment = Segment(tmp_path / "a.jsonl")
+    entries = [meter.entry(mark_of("a", output)) for output in (64, 128)]
+    for entry in entries:
+        marks.write(entry)
+        segment.append([entry])
+    assert (tmp_path / "a.marks").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+    marks.close()
+    segment.close()

@@ -1,0 +1,204 @@
+"""Marks of answers that run: what they say has been executed, to the FLOP, and none comes after the record."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from polar_sdk.errors import SinkError
+from polar_sdk.programs.program import Program
+from polar_sdk.request.marker import Marker
+from polar_sdk.serving import job as jobs
+from polar_sdk.testing import tiny_model, tiny_tokenizer
+from polar_sdk.usage import ListSink, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.model import PolarModel
+    from polar_sdk.serving.job import Progress
+    from polar_sdk.usage import UsageRecord
+
+NEVER = 10**18
+LETTER = tiny_tokenizer().encode("A", add_special_tokens=False)[0]
+
+
+class MarkSink(ListSink):
+    """Keeps marks and records in the order in which they come."""
+
+    wants_marks = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[UsageRecord] = []
+        self.gate = threading.Event()
+        """Marks wait for it."""
+        self.gate.set()
+        self.asked = threading.Semaphore(0)
+
+    def mark(self, record: UsageRecord) -> None:
+        self.asked.release()
+        assert self.gate.wait(60)
+        assert record.request_id not in {one.request_id for one in self.records}, "a mark after the record"
+        self.marks.append(record)
+
+
+@pytest.fixture
+def sink() -> MarkSink:
+    return MarkSink()
+
+
+@pytest.fixture
+def model(sink: MarkSink) -> PolarModel:
+    return tiny_model(sink=sink, context_window=4096)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
+    """How far jobs have come, each time that they say so."""
+    found: list[Progress] = []
+    note = Marker.note
+
+    def noting(self: Marker, progress: Progress) -> None:
+        found.append(progress)
+        note(self, progress)
+
+    monkeypatch.setattr(Marker, "note", noting)
+    return found
+
+
+def go_on(_: Sequence[int], logits: Tensor) -> Tensor:
+    """The letter A for as long as the answer may be."""
+    logits[LETTER] += 1e3
+    return logits
+
+
+def answer(model: PolarModel, tokens: int, prompt: str = "hello", program: str = "0-5") -> UsageRecord:
+    """An answer of exactly so many tokens."""
+    found = model.generate(prompt, program=program, max_tokens=tokens, logits_hook=go_on).usage
+    assert found.tokens.output == tokens
+    return found
+
+
+def executed(model: PolarModel, record: UsageRecord) -> int:
+    """What a request has executed by its last token, as the plan has it. Unit: FLOPs."""
+    tokens, program = record.tokens, Program.of(record.program)
+    return model.decoder.cost.request(program, tokens.input, tokens.output, cached=tokens.cached).total
+
+
+def test_every_64_tokens(
+    model: PolarModel, sink: MarkSink, told: list[Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MARK_NS", NEVER)
+    answer(model, 64)
+    assert (told, sink.marks) == ([], []), "a short answer is not marked"
+    answer(model, 200)
+    assert [progress.output for progress in told] == [64, 128, 192]
+    assert {mark.tokens.output for mark in sink.marks} <= {64, 128, 192}
+
+
+@pytest.mark.parametrize("program", ["0-5", "0 2-5", "0 3-5"])
+def test_a_mark_says_what_was_executed(
+    model: PolarModel, sink: MarkSink, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    record = answer(model, 150, program=program)
+    assert len(sink.marks) > 1
+    for mark in sink.marks:
+        assert mark.flops.total == executed(model, mark)
+        assert mark.identity_flops == model.cost("0-5", prompt=mark.tokens.input, output=mark.tokens.output).total
+        assert (mark.outcome, mark.finish_reason) == (Outcome.CANCELLED, "cancelled")
+        same = {"request_id", "tenant", "tags", "model", "program", "started_at", "queue_ns", "device"}
+        assert mark.model_dump(include=same) == record.model_dump(include=same)
+    outputs = [mark.tokens.output for mark in sink.marks]
+    assert outputs == sorted(set(outputs))
+    assert outputs[-1] < record.tokens.output
+
+
+def test_a_long_prompt_is_marked_piece_by_piece(
+    model: PolarModel, told: list[Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    prompt = "x" * 1_500
+    record = answer(model, 2, prompt)
+    pieces = [progress for progress in told if progress.output == 0]
+    assert len(pieces) == record.tokens.input // 512
+    for number, progress in enumerate(pieces, 1):
+        assert progress.work.visits().prefill == (number,) * 6
+        assert 0 < progress.work.total < record.flops.layers_prefill
+
+
+def test_rows_that_run_together_are_marked_each(
+    model: PolarModel, sink: MarkSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MARK_NS", NEVER)
+    answers = model.generate_batch(["a", "b", "c"], program="0-5", max_tokens=130, logits_hook=go_on)
+    assert {mark.request_id for mark in sink.marks} <= {found.usage.request_id for found in answers}
+    assert all(mark.flops.total == executed(model, mark) for mark in sink.marks)
+
+
+def test_a_paused_reader_is_marked_once(
+    model: PolarModel, told: list[Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed ahead of it, and then nothing, however long it pauses."""
+    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    stream = model.stream("hello", program="0-5", max_tokens=100, logits_hook=go_on)
+    next(stream)
+    rounds = threading.Semaphore(0)
+    count = model.scheduler._places.count_pauses
+
+    def counting() -> None:
+        count()
+        rounds.release()
+
+    monkeypatch.setattr(model.scheduler._places, "count_pauses", counting)
+    for _ in range(8):
+        assert rounds.acquire(timeout=60)
+    before = len(told)
+    for _ in range(4):
+        assert rounds.acquire(timeout=60)
+    assert len(told) == before
+    stream.close()
+
+
+def test_a_slow_sink_gets_the_latest_and_nothing_after_the_record(
+    model: PolarModel, sink: MarkSink, told: list[Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MARK_NS", NEVER)
+    sink.gate.clear()
+    stream = model.stream("hello", program="0-5", max_tokens=400, logits_hook=go_on)
+    for _ in range(300):
+        next(stream)
+    assert sink.asked.acquire(timeout=60)
+    sink.gate.set()
+    list(stream)
+    assert [progress.output for progress in told] == [64, 128, 192, 256, 320, 384]
+    outputs = [mark.tokens.output for mark in sink.marks]
+    assert outputs == sorted(set(outputs))
+    assert len(sink.records) == 1
+
+
+def test_a_mark_that_fails_harms_nobody(
+    model: PolarModel, sink: MarkSink, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(record: UsageRecord) -> None:
+        sink.asked.release()
+        raise SinkError("full.")
+
+    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    monkeypatch.setattr(sink, "mark", full)
+    record = answer(model, 150)
+    assert record.outcome is Outcome.COMPLETED
+    assert sink.records == [record]
+    warnings = [line.getMessage() for line in caplog.records if "marked" in line.getMessage()]
+    assert warnings == [f"request {record.request_id!r} could not be marked (full.)"], "once"
+
+
+def test_who_keeps_no_marks_gets_none(told: list[Progress], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MARK_NS", 0)
+    answer(tiny_model(sink=ListSink()), 100)
+    assert told == []
