@@ -54,7 +54,7 @@ test-integrations: $(STAMP) ## Run the tests of the integrations that need no mo
 	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/integrations
 
 standard-suite: model ## Run LangChain's suites for chat models on the default model, without a network
-	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py
+	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py tests/integrations/server/test_langchain_over_http.py
 
 compare-suites: model ## Run them on ChatHuggingFace over the same weights as well, and print both result lines
 	$(BIN)/python -m pip install --quiet --group compare
