@@ -53,8 +53,9 @@ test-billing: $(STAMP) ## Run the tests of polar_billing
 test-integrations: $(STAMP) ## Run the tests of the integrations that need no model
 	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/integrations
 
-standard-suite: model ## Run LangChain's suites for chat models, and ours for PolarLLM, on the default model, without a network
-	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py tests/integrations/test_langchain_llm_suite.py
+standard-suite: model ## Run LangChain's suites for chat models, in process and over HTTP, and ours for PolarLLM, without a network
+	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py \
+	  tests/integrations/test_langchain_llm_suite.py tests/integrations/server/test_langchain_over_http.py
 
 compare-suites: model ## Run them on ChatHuggingFace over the same weights as well, and print both result lines
 	$(BIN)/python -m pip install --quiet --group compare

@@ -22,7 +22,7 @@ from polar_sdk.engine.row import Row, extra_visits
 from polar_sdk.programs.cost import size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -37,7 +37,11 @@ the last ones of a prompt, and its first."""
 
 
 def next_logits(
-    decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int]], ends: Sequence[bool] | None = None
+    decoder: Decoder,
+    rows: Sequence[Row],
+    tokens: Sequence[Sequence[int]],
+    ends: Sequence[bool] | None = None,
+    scored: Mapping[int, Callable[[Tensor], None]] | None = None,
 ) -> Tensor:
     """Advance the rows and compute logits for the token after each row's last one.
 
@@ -46,12 +50,18 @@ def next_logits(
         rows: B rows.
         tokens: New token ids of each row, as in `advance`.
         ends: For each row, whether its logits are needed: not between the chunks of a prompt. None = of all rows.
+        scored: By row, what to do with the states (T, E) of all its new tokens, which then all run the last visit.
 
     Returns:
         Float32 logits of the rows that need them, in order, (M, V).
     """
     wanted = [1] * len(rows) if ends is None else list(map(int, ends))
-    hidden = advance(decoder, rows, tokens, wanted)
+    reading = scored or {}
+    counts = [len(new) if index in reading else wanted[index] for index, new in enumerate(tokens)]
+    hidden = advance(decoder, rows, tokens, counts)
+    for index, states in enumerate(torch.split(hidden, [len(new) for new in tokens]) if reading else ()):
+        if index in reading:
+            reading[index](states)
     ending = [row for row, count in zip(rows, wanted, strict=True) if count]
     if not ending:
         return hidden.new_empty((0, decoder.vocab), dtype=torch.float32)

@@ -194,12 +194,13 @@ class CostModel:
                 flops += self.fill((step.segment[0], step.segment[1])) * size(parts.filled)
             yield Share(step, parts, flops)
 
-    def prefill(self, program: Program, prompt: int, *, cached: int = 0) -> int:
+    def prefill(self, program: Program, prompt: int, *, cached: int = 0, scored: bool = False) -> int:
         """FLOPs of the layers for a prompt of that many tokens, the first `cached` of which are not run again.
 
-        Logits are wanted of the prompt's last token alone, so the others do not run the last visit to its end.
+        Logits are wanted of the prompt's last token alone, so the others do not run the last visit to its end; unless
+        all of them are `scored`.
         """
-        return sum(share.flops for piece in pieces(prompt, cached) for share in self.shares(program, piece))
+        return sum(share.flops for piece in pieces(prompt, cached, scored) for share in self.shares(program, piece))
 
     def decode(self, program: Program, prompt: int, steps: int) -> int:
         """FLOPs of the layers for that many decode steps after the prompt.
@@ -210,7 +211,16 @@ class CostModel:
         costs = [self.step(step) for step in program]
         return sum(cost.linear * steps + cost.attention * pairs for cost in costs)
 
-    def request(self, program: Program, prompt: int, output: int, *, cached: int = 0, router: int = 0) -> FlopUsage:
+    def request(
+        self,
+        program: Program,
+        prompt: int,
+        output: int,
+        *,
+        cached: int = 0,
+        router: int = 0,
+        scored: bool = False,
+    ) -> FlopUsage:
         """FLOPs of a whole request: the prefill gives the first output token, each further one takes a step.
 
         Args:
@@ -219,10 +229,11 @@ class CostModel:
             output: Output tokens; 0 counts the prefill without the head.
             cached: Prompt tokens whose keys and values are reused; included in `prompt`.
             router: FLOPs of the router.
+            scored: Whether the prompt's own tokens are scored: the head runs for all that precede another one.
         """
-        prefill = self.prefill(program, prompt, cached=cached)
+        prefill = self.prefill(program, prompt, cached=cached, scored=scored)
         decode = self.decode(program, prompt, max(output - 1, 0))
-        head = self.head * output
+        head = self.head * (output + (prompt - 1 if scored else 0))
         return FlopUsage(
             layers_prefill=prefill,
             layers_decode=decode,
@@ -242,6 +253,10 @@ def chunks(prompt: int, cached: int = 0) -> list[tuple[int, int]]:
     return [(start, end) for start, end in pairwise([*starts, prompt]) if start < end]
 
 
-def pieces(prompt: int, cached: int = 0) -> list[Piece]:
-    """The same chunks as passes; logits are wanted of the prompt's last token."""
-    return [Piece(start, end, prompt, prompt - 1 if end == prompt else end) for start, end in chunks(prompt, cached)]
+def pieces(prompt: int, cached: int = 0, scored: bool = False) -> list[Piece]:
+    """The same chunks as passes; logits are wanted of the prompt's last token, or of all where they are `scored`."""
+
+    def wanted(start: int, end: int) -> int:
+        return start if scored else prompt - 1 if end == prompt else end
+
+    return [Piece(start, end, prompt, wanted(start, end)) for start, end in chunks(prompt, cached)]

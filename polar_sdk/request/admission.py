@@ -72,7 +72,8 @@ def _choices(request: Request, cost: CostModel) -> list[_Choice]:
 
     def choice(tier: str | None, program: Program) -> _Choice:
         route = request.route.onto(program)
-        used = cost.request(program, len(request.tokens), request.max_tokens, router=route.flops)
+        scored = request.prompt_logprobs is not None
+        used = cost.request(program, len(request.tokens), request.max_tokens, router=route.flops, scored=scored)
         return _Choice(tier, program, used.total)
 
     requested = choice(request.tier, request.route.program)

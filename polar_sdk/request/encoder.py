@@ -16,11 +16,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import EmptyPromptError, InvalidRequestError
+from polar_sdk.reading import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from polar_sdk.request.options import Template
+    from polar_sdk.request.options import Prompt, Template
 
 _MAX_GROWTH: Final = 4
 """What a chat template may make of the messages: this many times their characters, and `_MAX_ADDED` more."""
@@ -46,11 +47,11 @@ class PromptEncoder:
         """Token ids of a text, no template, no special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def encode(self, prompt: str | Sequence[Mapping[str, str]], template: Template = "auto") -> list[int]:
+    def encode(self, prompt: Prompt, template: Template = "auto") -> list[int]:
         """Token ids of a prompt.
 
         Args:
-            prompt: A text, or chat messages.
+            prompt: A text, chat messages, or token ids, which are taken as they are.
             template: See `RequestOptions`.
 
         Raises:
@@ -63,11 +64,13 @@ class PromptEncoder:
             if isinstance(prompt, str):
                 return self._text(prompt, template)
             untyped: Any = prompt
-            if isinstance(untyped, bytes) or not isinstance(untyped, Sequence):
+            if isinstance(untyped, bytes | bytearray) or not isinstance(untyped, Sequence):
                 raise InvalidRequestError(
                     f"the prompt is of type {type(prompt).__name__}; pass a text or a list of messages."
                 )
-            return self._chat(prompt, template)
+            if untyped and isinstance(untyped[0], int):
+                return self._ids(untyped, template)
+            return self._chat(untyped, template)
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
                 f"the prompt contains a lone surrogate at character {error.start}; pass valid Unicode text."
@@ -86,6 +89,18 @@ class PromptEncoder:
             self._as_text(text)  # refuses what cannot be text
             return list(self._text_tokenizer.encode(text, split_special_tokens=True))
         return list(self.tokenizer.encode(text))
+
+    def _ids(self, ids: Sequence[Any], template: Template) -> list[int]:
+        """Token ids as they are, nothing added."""
+        if template == "chat":
+            raise InvalidRequestError("template 'chat' takes messages or a text, not token ids; use 'raw'.")
+        count = len(self.tokenizer)
+        for place, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < count:
+                raise InvalidRequestError(
+                    f"token {place} of the prompt is {shown(token)}; ids of this model are 0 to {count - 1}."
+                )
+        return list(ids)
 
     def _chat(self, messages: Sequence[Mapping[str, str]], template: Template) -> list[int]:
         if template == "raw":

@@ -49,6 +49,8 @@ class Generation:
             top-k and top-p; None where the request asks for none.
         complete: Whether the text as a whole matches the schema, regular expression, choice or grammar of the request;
             false where the answer was cut off. None where the request has none.
+        prompt_ids: The tokens of the prompt, chat template included.
+        prompt_logprobs: One per token of the prompt after the first; None where the request asks for none.
     """
 
     text: str
@@ -58,6 +60,8 @@ class Generation:
     receipt: Receipt | None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     complete: bool | None = None
+    prompt_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     def json(self) -> Any:
         """The value of an answer that is JSON.
@@ -235,4 +239,14 @@ def _generation(job: Job, recorder: Recorder) -> Generation:
     usage, receipt = recorder.finish(job)
     assert job.finish is not None
     logprobs = None if job.logprobs is None else tuple(job.logprobs)
-    return Generation(job.text.text, tuple(job.tokens), job.finish, usage, receipt, logprobs, job.complete)
+    return Generation(
+        job.text.text,
+        tuple(job.tokens),
+        job.finish,
+        usage,
+        receipt,
+        logprobs,
+        job.complete,
+        job.request.tokens,
+        None if job.request.prompt_logprobs is None else tuple(job.prompt_logprobs),
+    )

@@ -85,6 +85,8 @@ class RequestMaker:
         if not tokens:
             raise EmptyPromptError("the prompt is empty; give it at least one token of text.")
         tier, router = self._router(options)
+        scored = check_logprobs(options.get("prompt_logprobs"), "prompt_logprobs")
+        tiers = {name: tier.program for name, tier in self.policy.tiers.items()}
         max_tokens = self._max_tokens(len(tokens), options.get("max_tokens"))
         return Request(
             tokens=tokens,
@@ -102,11 +104,12 @@ class RequestMaker:
             timeout=check_timeout(options.get("timeout")),
             logits_hook=check_hook(options.get("logits_hook")),
             logprobs=check_logprobs(options.get("logprobs")),
+            prompt_logprobs=scored,
             grammar=self._grammar(options, max_tokens),
             fit_max_tokens=bool(options.get("fit_max_tokens", True)),
-            tiers={name: tier.program for name, tier in self.policy.tiers.items()},
+            tiers=tiers if scored is None else {name: own for name, own in tiers.items() if not own.fills},
             # Last, since it may run layers: a prompt that does not fit, or an invalid option, costs nothing.
-            route=self._route(router, tokens),
+            route=self._route(router, tokens, scored=scored is not None),
         )
 
     def make_batch(
@@ -133,8 +136,13 @@ class RequestMaker:
                 )
         return requests
 
-    def _route(self, router: Router, tokens: tuple[int, ...]) -> Route:
+    def _route(self, router: Router, tokens: tuple[int, ...], *, scored: bool) -> Route:
         route = router.route(tokens)
+        if scored and route.program.fills:
+            raise InvalidRequestError(
+                f"program {route.program.text!r} does not run all layers for the tokens of a prompt, so it gives "
+                "them no log-probabilities; use compute='exact', or a program without fills."
+            )
         self.policy.check(route.program, self.cost)
         return route
 

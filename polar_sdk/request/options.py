@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 """One chat message: `role` (system, user, assistant) and `content`."""
-Prompt = str | Sequence[Message]
+Prompt = str | Sequence[Message] | Sequence[int]
 Template = Literal["auto", "chat", "raw"]
 T = TypeVar("T")
 MAX_STOPS = 256
@@ -98,6 +98,9 @@ class RequestOptions(TypedDict, total=False):
     logprobs: int | None
     """Report the log-probability of each sampled token and of the N likeliest ones, N from 0 to 20, by the logits after
     the hook and the grammar and before temperature, top-k and top-p; None = report none."""
+    prompt_logprobs: int | None
+    """Report the same of the prompt's own tokens, all but the first. The head runs for each of them, and no start of
+    the prompt is taken from an earlier request. Not with a program that fills layers for the prompt."""
     tenant: str | None
     """Who is billed. Names of tenants, tags and requests have no white space around them and no control characters."""
     tags: Mapping[str, str] | None
@@ -190,16 +193,16 @@ def check_hook(hook: LogitsHook | None) -> LogitsHook | None:
     return hook
 
 
-def check_logprobs(logprobs: Any) -> int | None:
+def check_logprobs(logprobs: Any, name: str = "logprobs") -> int | None:
     """How many alternatives to report per token, or None."""
     if logprobs is None:
         return None
     try:
         count = operator.index(logprobs)
     except TypeError:
-        raise SamplingError(f"logprobs={shown(logprobs)} is not a whole number; pass one, or None.") from None
+        raise SamplingError(f"{name}={shown(logprobs)} is not a whole number; pass one, or None.") from None
     if isinstance(logprobs, bool) or not 0 <= count <= MAX_ALTERNATIVES:
-        raise SamplingError(f"logprobs={shown(logprobs)} is out of range; use 0 to {MAX_ALTERNATIVES}, or None.")
+        raise SamplingError(f"{name}={shown(logprobs)} is out of range; use 0 to {MAX_ALTERNATIVES}, or None.")
     return count
 
 

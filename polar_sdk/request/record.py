@@ -69,4 +69,5 @@ def _identity_flops(job: Job, progress: Progress, executed: int) -> int:
         return executed
     cost = job.row.decoder.cost
     identity = Program.identity(cost.depth)
-    return cost.request(identity, len(job.request.tokens), work.decode_steps + 1, cached=progress.cached).total
+    prompt, scored = len(job.request.tokens), job.request.prompt_logprobs is not None
+    return cost.request(identity, prompt, work.decode_steps + 1, cached=progress.cached, scored=scored).total

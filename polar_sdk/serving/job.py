@@ -36,6 +36,8 @@ Piece = tuple[str, tuple[TokenLogprobs, ...] | None]
 """Text that a token made certain, and the token's log-probabilities where they were requested."""
 
 
+SCORED_AT_ONCE: Final = 64
+"""Number of prompt tokens whose logits are held together: V floats each."""
 MARK_TOKENS: Final = 64
 MARK_NS: Final = 1_000_000_000
 """A job that runs says how far it has come after so many tokens, or so long. Unit: nanoseconds."""
@@ -104,6 +106,8 @@ class Job:
         """Every sampled token."""
         self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []
         """One per sampled token, where the request wants them."""
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        """One per prompt token after the first, where the request wants them."""
         budget = request.max_tokens if request.fit_max_tokens else None
         self.grammar = None if request.grammar is None else request.grammar.start(budget)
         """Where the answer is in its grammar; None = it has none."""
@@ -274,6 +278,24 @@ class Job:
     def start_clock(self) -> None:
         """Note that compute begins now."""
         self.begin_ns = self.begin_ns or time.perf_counter_ns()
+
+    def score_prompt(self, states: torch.Tensor) -> None:
+        """Read how likely each prompt token was, from the states (T, E) of prompt tokens that have just run.
+
+        Raises:
+            LogitsError: The model computed nothing that a token could be chosen by.
+        """
+        start, prompt = len(self.prompt_logprobs), self.request.tokens
+        targets = prompt[start + 1 : start + 1 + len(states)]  # the last token of the prompt precedes the answer
+        for first in range(0, len(targets), SCORED_AT_ONCE):
+            some = targets[first : first + SCORED_AT_ONCE]
+            logits = self.row.decoder.head(states[first : first + len(some)])
+            self.row.work.head(len(some))
+            if not math.isfinite(highest := float(logits.max())):
+                self.row.page_table.clear()  # the next row must not find nan in its pages
+                raise _unusable(self, highest)
+            for place, token in enumerate(some):
+                self.prompt_logprobs.append(read_logprobs(logits[place], token, self.request.prompt_logprobs or 0))
 
     def choose(self, logits: torch.Tensor, likeliest: int, logit: float) -> None:
         """Choose the next token from logits (V,), given the likeliest one and its logit, which is nan if any is.

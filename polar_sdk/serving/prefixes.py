@@ -40,8 +40,10 @@ class PrefixCache:
     def lend(self, request: Request, row: Row) -> int:
         """Give a new row the longest kept start of its prompt; returns its number of tokens, which may be 0.
 
-        At least one token of the prompt is left to run, because its logits are needed.
+        At least one token of the prompt is left to run, because its logits are needed; all of them, where all are.
         """
+        if request.prompt_logprobs is not None:
+            return 0
         blocks = []
         for key in self._keys(request, len(request.tokens) - max(1, request.route.program.tail)):
             if key not in self._kept:

@@ -46,6 +46,8 @@ class Request:
     """Time allowed from creation; None = unlimited. Unit: seconds."""
     logits_hook: LogitsHook | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    """Number of alternatives per prompt token whose log-probabilities are wanted; None = none are."""
     grammar: Grammar | None = None
     """What the answer must match; None = anything."""
     fit_max_tokens: bool = True

@@ -342,7 +342,7 @@ class Scheduler:
         again = [job.row.replaying for job in jobs]
         ends = [job.row.length + len(chunk) == len(job.request.tokens) for job, chunk in zip(jobs, chunks, strict=True)]
         try:
-            logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends)
+            logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends, self._scored(jobs, again))
         finally:
             self._charge(jobs)
         ended = [(job, replayed) for job, end, replayed in zip(jobs, ends, again, strict=True) if end]
@@ -353,6 +353,15 @@ class Scheduler:
         new = [ended[index][0] for index in sampling]
         self._choose(new, logits[sampling] if len(new) < len(ended) else logits)
         self._pace.read(tokens, time.perf_counter() - began, self.limits.weights)
+
+    def _scored(self, jobs: Sequence[Job], again: Sequence[bool]) -> dict[int, Callable[[Tensor], None]]:
+        """What reads the prompts that are to be scored; an error of one ends its job alone."""
+
+        def reader(job: Job) -> Callable[[Tensor], None]:
+            return lambda states: self._attempt([job], partial(job.score_prompt, states))
+
+        wanted = ((index, job) for index, job in enumerate(jobs) if job.request.prompt_logprobs is not None)
+        return {index: reader(job) for index, job in wanted if not again[index]}
 
     def _run_decode(self, jobs: Sequence[Job]) -> None:
         began, rows = time.perf_counter(), self._rows(jobs)
@@ -380,6 +389,8 @@ class Scheduler:
         if not jobs:
             return
         for row, (job, likeliest, logit) in enumerate(zip(jobs, *likeliest_tokens(logits), strict=True)):
+            if job.done:  # its prompt could not be scored
+                continue
             if not job.tokens and math.isfinite(logit):
                 self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
             self._attempt([job], partial(job.choose, logits[row], likeliest, logit))

@@ -51,6 +51,7 @@ from polar_billing import (
     verify_ledger,
 )
 from polar_billing.errors import BillingError, ConflictError, QueryError
+from polar_billing.ledger.records import INTERRUPTED_TAG
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import Offer, UsageBound
@@ -294,6 +295,25 @@ def ask_for_the_victims_request(world: World) -> None:
     assert world.ledger.is_stored((VICTIM, "polar", stored))
     for tenant in (ATTACKER, *LOOKALIKES):
         assert not world.ledger.is_stored((tenant, "polar", stored))
+
+
+@case("Ledger.is_recorded", "Meter.mark")
+def mark_the_victims_request(world: World) -> None:
+    stored = next(iter(world.ledger.read(Selection(VICTIM)))).record
+    assert world.ledger.is_recorded(world.meter.entry(stored))
+    for tenant in (ATTACKER, *LOOKALIKES):
+        mark = stored.model_copy(update={"tenant": tenant})
+        assert not world.ledger.is_recorded(world.meter.entry(mark))
+        world.meter.mark(mark)
+    # What is stored of an interrupted request frees what was held for it, and for nobody else's of that name.
+    world.meter.emit(usage_record("x", tenant=ATTACKER, tags={INTERRUPTED_TAG: "running"}, started_at=AT))
+    assert world.budgets.holds(ATTACKER) == []
+
+
+@case("Meter.quote")
+def ask_for_a_price(world: World) -> None:
+    for tenant in (ATTACKER, *filter(None, LOOKALIKES)):
+        assert VICTIM not in repr(world.meter.quote(world.bound(tenant, "asked"))).replace(repr(tenant), "")
 
 
 @case("Budgets.release", "Meter.release")

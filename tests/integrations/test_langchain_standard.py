@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from langchain_core.language_models import BaseChatModel
 
-    from polar_sdk.request.options import Prompt
 
 _TINY = tiny_model()
 
@@ -46,7 +45,7 @@ class TestUnit(_Suite, ChatModelUnitTests):
         return {"POLAR_MODEL": "some/model"}, {}, {"model": "some/model"}
 
 
-def _reply(prompt: Prompt) -> str:
+def _reply(prompt: Any) -> str:
     """What a capable model would answer to the questions of the suite."""
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     for words, answer in _ANSWERS.items():

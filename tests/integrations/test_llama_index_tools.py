@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from llama_index.core import PromptTemplate
@@ -17,9 +17,6 @@ from polar_sdk import ListSink
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
 from polar_sdk.frameworks.tools import call_text
 from polar_sdk.testing import scripted_model, tiny_model
-
-if TYPE_CHECKING:
-    from polar_sdk.request.options import Prompt
 
 
 def weather(city: str, days: int = 1) -> str:
@@ -105,7 +102,7 @@ def test_a_response_format_is_enforced() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LlamaIndex's workflows
 async def test_an_agent_calls_tools_until_it_has_an_answer() -> None:
-    def reply(prompt: Prompt) -> str:
+    def reply(prompt: Any) -> str:
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         return "It is sunny." if last.startswith("Result of") else CALL
 

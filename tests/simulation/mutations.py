@@ -153,12 +153,6 @@ def _mark_after_the_record() -> AbstractContextManager[object]:
     return patch.object(Marker, "end", lambda self: None)
 
 
-def _mark_what_runs_again() -> AbstractContextManager[object]:
-    from polar_sdk.engine.row import Row
-
-    return patch.object(Row, "metered", property(lambda self: self.work))
-
-
 def _mix_rows() -> AbstractContextManager[object]:
     from polar_sdk.serving.scheduler import Scheduler
 
@@ -196,7 +190,6 @@ MUTATIONS: Final[dict[str, Mutation]] = {
     "record-twice": Mutation("serving", _record_twice),
     "forget-the-dropped": Mutation("serving", _forget_the_dropped),
     "mark-after-the-record": Mutation("serving", _mark_after_the_record),
-    "mark-what-runs-again": Mutation("serving", _mark_what_runs_again),
     "mix-rows": Mutation("serving", _mix_rows),
     "forget-what-was-cached": Mutation("serving", _forget_what_was_cached),
     "miss-the-end": Mutation("serving", _miss_the_end),

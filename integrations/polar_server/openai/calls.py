@@ -95,8 +95,10 @@ class Call:
     include_usage: bool
     logprobs: int | None
     """How many alternatives to report per token; None = no log-probabilities at all."""
-    echo: Sequence[str] = ()
-    """What each choice of a text completion repeats before its answer; empty = nothing."""
+    echo: Sequence[str | Sequence[int]] = ()
+    """What each choice of a text completion repeats before its answer, text or token ids; empty = nothing."""
+    only_echo: bool = False
+    """Whether the answer itself is not shown: the prompt was to be scored."""
     form: AnswerForm = field(default_factory=AnswerForm)
     """Text, calls of tools, or JSON by a schema."""
     format_param: str = "response_format"

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from polar_server.errors import api_error
 from polar_server.exchange import packed_json
-from polar_server.openai.logprobs import Entry, ShownTokens, all_shown
+from polar_server.openai.logprobs import Entry, ShownTokens, all_shown, prompt_entries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,9 +106,23 @@ class ChoiceWriter:
         reader.end()
         if self._scored:
             logprobs = all_shown(self._facts.token_bytes, generation.text, generation.logprobs or ())
-        echoed = self._call.echo[index] if self._call.echo else ""
+        echoed = self._echoed(index)
+        if self._call.only_echo:
+            return self._shape.choice(index, Turn(echoed, (), "length"), self._prompt(generation))
+        if logprobs is not None and generation.prompt_logprobs is not None:
+            logprobs = [*self._prompt(generation), *(entry.after(len(echoed)) for entry in logprobs)]
         turn = Turn(echoed + reader.text, reader.calls(), reader.finish(generation))
         return self._shape.choice(index, turn, logprobs)
+
+    def _prompt(self, generation: Generation) -> list[Entry]:
+        return prompt_entries(self._facts.token_bytes, generation.prompt_ids, generation.prompt_logprobs or ())
+
+    def _echoed(self, index: int) -> str:
+        """What a choice repeats of its prompt."""
+        if not self._call.echo:
+            return ""
+        prompt = self._call.echo[index]
+        return prompt if isinstance(prompt, str) else self._facts.token_bytes.text(prompt)
 
     # -- streamed ---------------------------------------------------------------------------------------------------
 
@@ -124,7 +138,7 @@ class ChoiceWriter:
             if self._shape.opening:
                 frames.append(self._event({"choices": [self._shape.opened(index)]}))
             if self._call.echo:
-                frames.append(self._event({"choices": [self._shape.delta(index, self._call.echo[index], None)]}))
+                frames.append(self._event({"choices": [self._shape.delta(index, self._echoed(index), None)]}))
         frames += [self._event({"choices": [choice]}) for choice in self._deltas(index, chunk)]
         if chunk.generation is not None:
             self._left.discard(index)

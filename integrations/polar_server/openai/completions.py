@@ -20,6 +20,7 @@ _DEFAULT_MAX_TOKENS: Final = 16
 
 FIELDS: Final[Mapping[str, Field]] = {
     **calls.SHARED,
+    "max_tokens": integer(0, 2**31 - 1),
     "prompt": anything({"oneOf": [{"type": "string"}, {"type": "array"}]}),
     "echo": flag(),
     "logprobs": integer(0, 20),
@@ -38,14 +39,18 @@ def read_call(body: Body, rules: Rules) -> Call:
     options = calls.options_of(body, rules)
     options["template"] = "raw"
     asked = calls.max_tokens_of(body.get("max_tokens"), _DEFAULT_MAX_TOKENS, rules)
-    options["max_tokens"] = _DEFAULT_MAX_TOKENS if asked is None else asked
+    options["max_tokens"] = _DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)
+    if asked == 0 and not (body.get("echo") and body.get("logprobs") is not None):
+        raise invalid("max_tokens", "0 goes with echo and logprobs only, to score a prompt; use 1 or more.")
     options["logprobs"] = body.get("logprobs")
     if body.get("best_of", body.get("n", 1)) != body.get("n", 1):
         raise unsupported("best_of", "answers are not compared; leave it out or make it equal to n.")
-    if body.get("echo") and body.get("logprobs") is not None:
-        raise unsupported("echo", "log-probabilities of the prompt are not reported; leave out echo or logprobs.")
     prompts = _prompts(body.get("prompt"))
     stream, include_usage = calls.streaming(body, rules)
+    if body.get("echo") and body.get("logprobs") is not None:
+        options["prompt_logprobs"] = body.get("logprobs")
+        if stream:
+            raise unsupported("stream", "log-probabilities of the prompt come with a whole answer only.")
     count = body.get("n", 1)
     return Call(
         model=body.get("model"),
@@ -55,19 +60,26 @@ def read_call(body: Body, rules: Rules) -> Call:
         include_usage=include_usage,
         logprobs=body.get("logprobs"),
         echo=[prompt for prompt in prompts for _ in range(count)] if body.get("echo") else (),
+        only_echo=asked == 0,
     )
 
 
-def _prompts(value: Any) -> list[str]:
+def _prompts(value: Any) -> list[str | list[int]]:
+    """Texts or token ids: one, or several."""
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        value = [value]
     several = value if isinstance(value, list) else [value]
     if not several or value is None:
         raise invalid("prompt", "there is none; pass a text, or a list of texts.", code="missing_required_parameter")
-    for prompt in several:
-        if isinstance(prompt, int | list) and not isinstance(prompt, bool):
-            raise unsupported("prompt", "token ids: pass the text itself.")
-        if not isinstance(prompt, str):
-            raise invalid("prompt", f"{shown(prompt)} is not text.")
-    return several
+    return [_prompt(prompt) for prompt in several]
+
+
+def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        return prompt
+    raise invalid("prompt", f"{shown(prompt)} is neither text nor a list of token ids.")
 
 
 class TextShape:
@@ -116,6 +128,13 @@ def _logprobs(entries: Sequence[Entry] | None) -> dict[str, Any] | None:
     return {
         "tokens": [entry.wire["token"] for entry in entries],
         "token_logprobs": [entry.wire["logprob"] for entry in entries],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in entry.wire["top_logprobs"]} for entry in entries],
+        "top_logprobs": [_top(entry.wire) for entry in entries],
         "text_offset": [entry.offset for entry in entries],
     }
+
+
+def _top(entry: Mapping[str, Any]) -> dict[str, float] | None:
+    """The likeliest tokens at a place; None at the first one of a prompt, before which there is nothing."""
+    if entry["logprob"] is None:
+        return None
+    return {top["token"]: top["logprob"] for top in entry["top_logprobs"]}

@@ -56,6 +56,10 @@ class TokenBytes:
             return bytes([int(byte[1], 16)])
         return written.replace("▁", " ").encode()
 
+    def text(self, tokens: Iterable[int]) -> str:
+        """The text of tokens."""
+        return b"".join(map(self.of, tokens)).decode("utf-8", "replace")
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -63,6 +67,10 @@ class Entry:
 
     wire: dict[str, Any]
     offset: int
+
+    def after(self, characters: int) -> Entry:
+        """The same behind another text."""
+        return Entry(self.wire, self.offset + characters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +125,18 @@ class ShownTokens:
         return entries
 
     def _entry(self, token: _Waiting, raw: bytes) -> Entry:
-        top = [self._wire(self._names.of(other), logprob) for other, logprob in token.logprobs.top]
-        return Entry({**self._wire(raw, token.logprobs.logprob), "top_logprobs": top}, token.start)
+        return Entry(_scored(self._names, raw, token.logprobs), token.start)
 
-    @staticmethod
-    def _wire(raw: bytes, logprob: float) -> dict[str, Any]:
-        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, _LEAST), "bytes": list(raw)}
+
+def _scored(names: TokenBytes, raw: bytes, logprobs: TokenLogprobs) -> dict[str, Any]:
+    """A token as the API shows it, with the likeliest ones at its place."""
+    top = [_wire(names.of(other), logprob) for other, logprob in logprobs.top]
+    return {**_wire(raw, logprobs.logprob), "top_logprobs": top}
+
+
+def _wire(raw: bytes, logprob: float | None) -> dict[str, Any]:
+    shown = None if logprob is None else max(logprob, _LEAST)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": shown, "bytes": list(raw)}
 
 
 def _cut(token: _Waiting, characters: int) -> bytes:
@@ -131,6 +145,18 @@ def _cut(token: _Waiting, characters: int) -> bytes:
     while len((token.before + token.raw[: kept + 1]).decode("utf-8", "replace")) <= characters:
         kept += 1
     return token.raw[:kept]
+
+
+def prompt_entries(names: TokenBytes, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[Entry]:
+    """The tokens of a prompt, the first of which follows nothing and has no log-probability."""
+    entries: list[Entry] = []
+    decoder, offset = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    for token, scored in zip(tokens, [None, *logprobs], strict=True):
+        raw = names.of(token)
+        wire = {**_wire(raw, None), "top_logprobs": []} if scored is None else _scored(names, raw, scored)
+        entries.append(Entry(wire, offset))
+        offset += len(decoder.decode(raw))
+    return entries
 
 
 def all_shown(names: TokenBytes, text: str, tokens: Sequence[TokenLogprobs]) -> list[Entry]:

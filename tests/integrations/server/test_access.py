@@ -14,6 +14,7 @@ from polar_billing.access.replies import Replies
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Selection
 from polar_billing.metering.meter import Meter
+from polar_billing.testing import usage_record
 from polar_server import access
 from polar_server.replies import MemoryReplies
 from tests.integrations.server.conftest import RecordingSink, chat_body
@@ -265,8 +266,8 @@ def test_the_stores_are_found_by_their_entry_point(ledger_url: str) -> None:
     assert replies.claim("acme", "k", "f" * 64) == ("claimed", None)
 
 
-def test_holds_of_answers_are_renewed(serve: Callable[..., Served], ledger_url: str) -> None:
-    """The sink that the server puts around the meter passes on that a request has begun, and how to end it."""
+def test_holds_are_renewed_and_answers_marked(serve: Callable[..., Served], ledger_url: str) -> None:
+    """The sink that the server puts around the meter passes on that a request has begun, how to end it, and marks."""
     watched: list[str] = []
 
     class Watching(Meter):
@@ -276,5 +277,9 @@ def test_holds_of_answers_are_renewed(serve: Callable[..., Served], ledger_url: 
 
     with Watching(ledger_url) as meter:
         served = serve(sink=meter)
+        assert meter.spool is not None
         served.chat()
         assert watched == [one.record.request_id for one in meter.ledger.read(Selection("acme"))]
+        assert served.server.sink.wants_marks
+        served.server.sink.mark(usage_record("killed"))
+        assert len(list(meter.spool.folder.glob("*.marks"))) == 1

@@ -6,7 +6,10 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
+from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.row import Row
 from polar_sdk.errors import SinkError
 from polar_sdk.programs.program import Program
 from polar_sdk.request.marker import Marker
@@ -130,6 +133,21 @@ def test_a_long_prompt_is_marked_piece_by_piece(
     for number, progress in enumerate(pieces, 1):
         assert progress.work.visits().prefill == (number,) * 6
         assert 0 < progress.work.total < record.flops.layers_prefill
+
+
+def test_what_runs_again_is_not_marked_again(model: PolarModel) -> None:
+    """A row that gave its pages up counts apart until it is where it was; a mark says what counts for the request."""
+    tokens = model.encode("hello there")
+    row = Row(model.decoder, Program.of("0-5"), prompt=len(tokens))
+    with torch.inference_mode():
+        next_logits(model.decoder, [row], [tokens])
+        counted = row.metered.copy()
+        assert counted.total == model.cost("0-5", prompt=len(tokens), output=1).total
+        row.drop_pages()
+        next_logits(model.decoder, [row], [tokens[:4]], [False])
+    assert 0 < row.work.total < counted.total
+    assert (row.metered.total, row.metered.visits()) == (counted.total, counted.visits())
+    row.page_table.release()
 
 
 def test_rows_that_run_together_are_marked_each(
