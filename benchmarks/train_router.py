@@ -32,7 +32,6 @@ from polar_sdk import PolarModel, lab
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import to_html
-from polar_sdk.lab.evaluation.results import RANDOM
 from polar_sdk.lab.items import (
     AnswerItem,
     ChoiceItem,
@@ -123,9 +122,12 @@ class Work:
         mains = [f"{MAIN}-{seed}" for seed in _seeds(self.options.seeds)]
         facts = {name: self.make(name, matrix) for name in [*mains, *others]}
         best = max(mains, key=lambda name: float(facts[name]["utility"]))
-        routed = facts[best]["routed"] or "static" not in facts
+        saved = {name: self._saved(name) for name in facts}
+        routed = saved[best] > saved.get("static", 0.0)
         if not routed:
-            print("the router does not beat the static program of equal cost: the static one ships")
+            print(
+                f"a static program saves {saved['static']:.1%} at these promises, the router {saved[best]:.1%}: it ships"
+            )
         return self.folder / (best if routed else "static"), [self.folder / name for name in mains]
 
     def make(self, name: str, matrix: RewardMatrix) -> dict[str, Any]:
@@ -142,9 +144,14 @@ class Work:
         certified = lab.calibrate(self.model, self.items, router=self.folder / name, tiers=tiers, on_progress=self.show)
         if self.options.resplits and name != "policy":  # it runs many programs, none of them in the matrix
             self.resplit(name, certified, tiers)
-        done = {"key": key, "utility": router.facts.training["utility"], "routed": _earned(self.evaluate(name))}
+        self.evaluate(name)
+        done = {"key": key, "utility": router.facts.training["utility"]}
         mark.write_text(json.dumps(done) + "\n", encoding="utf-8")
         return done
+
+    def _saved(self, name: str) -> float:
+        """Share of FLOPs that the default tier of a router saves on the test prompts: what its promises are worth."""
+        return float(json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))["flops_saved"])
 
     @property
     def labelled(self) -> bool:
@@ -294,12 +301,6 @@ class Work:
         for sentence in evaluation.verdict:
             print(f"{name}: {sentence}")
         return evaluation
-
-
-def _earned(evaluation: Evaluation) -> bool:
-    """Whether reading prompts beats both controls: over all of them together, or within a class."""
-    whole = [rival.beaten for rival in evaluation.sets[0].comparisons if rival.control != RANDOM]
-    return all(whole) or any(result.outcome == "routed" for result in evaluation.classes)
 
 
 def ship(router: Path, out: Path) -> None:
