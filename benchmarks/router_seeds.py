@@ -133,4 +133,5 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
 def _parts(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """All prompts answered in text, those of each length, and those of the worst kind."""
     worst = {} if whole["worst_kind"] is None else {"worst kind": whole["by_kind"][whole["worst_kind"]]}
-    return {"all": whole, **whole["by_length"], **worst}
+    by_length = {name.replace("_", " "): part for name, part in whole["by_length"].items()}
+    return {"all": whole, **by_length, **worst}

@@ -274,7 +274,7 @@ class TestPages:
         [file] = (ROOT / "polar_sdk").glob("**/smollm2-135m-instruct/router.json")
         certificate = json.loads(file.read_text(encoding="utf-8"))["certificate"]
         page = (ROOT / "docs" / "router.md").read_text(encoding="utf-8")
-        promised = dict(re.findall(r"^\| (\w+) \| .* drops by at most (\d+)% \|$", page, re.MULTILINE))
+        promised = dict(re.findall(r"^\| (\w+) \| .* drops by at most ([\d.]+)% \|$", page, re.MULTILINE))
         assert promised == {name: f"{100 * promise['alpha']:g}" for name, promise in certificate["tiers"].items()}
         assert f"at δ = {certificate['delta']:g}" in page
 

@@ -73,7 +73,8 @@ def make_receipt(connection: Connection, tenant: str, request_id: str, *, source
     Raises:
         QueryError: The ledger holds no such request of this tenant.
     """
-    identity = (tenant, source_named(source), request_id)
+    source = source_named(source)
+    identity = (tenant, source, request_id)
     known = find_known(connection, [identity]).get(identity) if all(map(can_be_stored, identity)) else None
     if known is None:
         raise QueryError(
