@@ -125,9 +125,8 @@ class Work:
         saved = {name: self._saved(name) for name in facts}
         routed = saved[best] > saved.get("static", 0.0)
         if not routed:
-            print(
-                f"a static program saves {saved['static']:.1%} at these promises, the router {saved[best]:.1%}: it ships"
-            )
+            given = f"{saved['static']:.1%} at these promises, and the router {saved[best]:.1%}"
+            print(f"static programs save {given}: they ship")
         return self.folder / (best if routed else "static"), [self.folder / name for name in mains]
 
     def make(self, name: str, matrix: RewardMatrix) -> dict[str, Any]:
