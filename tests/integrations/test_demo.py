@@ -25,7 +25,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
     """A `polar` with the commands that the demo needs, over the tiny engine."""
 
     def model(ledger: Path) -> ChatPolar:
-        return ChatPolar(engine=tiny_model(ledger=f"sqlite:///{ledger}", context_window=1024), max_tokens=16)
+        return ChatPolar(engine=tiny_model(ledger=f"sqlite:///{ledger}", context_window=8192), max_tokens=16)
 
     monkeypatch.setattr(demo, "_model", model)
     app = typer.Typer()
@@ -39,7 +39,7 @@ def test_it_shows_prompts_prices_ledger_and_report(app: typer.Typer, tmp_path: P
     assert done.exit_code == 0, done.output
     for question in demo.QUESTIONS:
         assert question.text in done.output
-    assert done.output.count("GFLOP · ") == len(demo.QUESTIONS)
+    assert done.output.count("GFLOP, ") == len(demo.QUESTIONS)
     assert "cancelled" in done.output
     assert str(tmp_path / "out" / demo.REPORT) in done.output
     page = (tmp_path / "out" / demo.REPORT).read_text(encoding="utf-8")
