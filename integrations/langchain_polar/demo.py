@@ -2,8 +2,8 @@
 
 Two tenants send nine prompts as chains do (minutes, a letter or retrieved passages with a question, and short ones) on
 three tiers; one answer is streamed, one is interrupted. Then the ledger and the report are shown by the commands that a
-user would type. The demo has a ledger of its own, created anew each time. It knows no billing: prices come back with the
-answers, tables come from the commands of `polar`.
+user would type. The demo has a ledger of its own, created anew each time. It knows no billing: prices come back with
+the answers, tables come from the commands of `polar`.
 """
 
 from __future__ import annotations
