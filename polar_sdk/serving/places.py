@@ -58,10 +58,10 @@ class Limits:
 
     max_rows: int = 32
     max_waiting: int = 1024
-    prefill_beside: int = 128
+    prefill_beside: int = 64
     prefill_alone: int = 2048
     prefix_share: float = 0.25
-    pace: float = 2.0
+    pace: float = 1.75
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
