@@ -58,7 +58,7 @@ class Limits:
 
     max_rows: int = 32
     max_waiting: int = 1024
-    prefill_beside: int = 64
+    prefill_beside: int = 128
     prefill_alone: int = 2048
     prefix_share: float = 0.25
     pace: float = 1.75
