@@ -21,6 +21,7 @@ from polar_server.openai.fields import (
     invalid,
     mapping,
     number,
+    one_of,
     only,
     text,
     texts,
@@ -41,6 +42,12 @@ RESERVED_TAGS: Final = ("key", "polar.")
 _SERVICE_TIERS: Final = {"auto": None, "default": None, "flex": "economy", "priority": "premium"}
 """OpenAI's service tiers, and the tiers they stand for; a tier's own name is one as well."""
 
+WITHOUT_EFFECT: Final[Mapping[str, Field]] = {
+    "prompt_cache_key": text(1_000),
+    "prompt_cache_retention": one_of("in_memory", "in-memory", "24h"),
+    "safety_identifier": text(1_000),
+}
+"""For OpenAI's own caches and abuse checks: they change no answer."""
 SHARED: Final[Mapping[str, Field]] = {
     "model": text(200),
     "max_tokens": integer(1, 2**31 - 1),

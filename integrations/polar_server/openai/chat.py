@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_server.openai import calls, tools
 from polar_server.openai.calls import Call, Rules, unserved
-from polar_server.openai.fields import Body, Field, anything, flag, integer, invalid, one_of, only, text
+from polar_server.openai.fields import Body, Field, anything, flag, integer, invalid, only, text
 from polar_server.openai.messages import read_messages
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ FIELDS: Final[Mapping[str, Field]] = {
     "audio": unserved("this engine writes text only."),
     "prediction": unserved("this engine has no speculative decoding."),
     "web_search_options": unserved("this engine has no tools of its own."),
-    # For OpenAI's own caches and abuse checks: they change no answer.
-    "prompt_cache_key": text(1_000),
-    "prompt_cache_retention": one_of("in_memory", "in-memory", "24h"),
-    "safety_identifier": text(1_000),
+    **calls.WITHOUT_EFFECT,
 }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_sdk.reading import shown
 from polar_server.openai import calls, tools
 from polar_server.openai.calls import Call, Rules, unserved
-from polar_server.openai.fields import Body, Field, anything, integer, invalid, one_of, only, text, unsupported
+from polar_server.openai.fields import Body, Field, anything, integer, invalid, only, text, unsupported
 from polar_server.openai.items import read_input
 
 if TYPE_CHECKING:
@@ -48,11 +48,8 @@ FIELDS: Final[Mapping[str, Field]] = {
     "moderation": unserved("this engine judges no texts."),
     "reasoning": only(None, {}, {"effort": "none"}, why="this engine does not reason apart from its answer."),
     "max_tool_calls": integer(1, 2**31 - 1),  # of OpenAI's own tools, of which there are none
-    # For OpenAI's own caches and abuse checks: they change no answer.
-    "prompt_cache_key": text(1_000),
+    **calls.WITHOUT_EFFECT,
     "prompt_cache_options": anything({"type": "object"}),
-    "prompt_cache_retention": one_of("in_memory", "in-memory", "24h"),
-    "safety_identifier": text(1_000),
 }
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from polar_billing.access.keys import ApiKeys
+from polar_billing.ledger.ledger import Ledger
 from polar_sdk import ListSink, PolarModel
 from polar_sdk.testing import tiny_model
 from polar_server import Settings, build
@@ -153,6 +155,17 @@ def serve(tiny: PolarModel, sink: RecordingSink) -> Iterator[Callable[..., Serve
             return served
 
         yield start
+
+
+@pytest.fixture
+def ledger(ledger_url: str) -> Iterator[Ledger]:
+    with Ledger(ledger_url) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def keys(ledger: Ledger) -> ApiKeys:
+    return ApiKeys(ledger)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from polar_billing.access.keys import ApiKeys
 from polar_billing.access.replies import Replies
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Selection
@@ -21,21 +20,11 @@ from tests.integrations.server.conftest import RecordingSink, chat_body
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
+    from polar_billing.access.keys import ApiKeys
     from polar_server.replies import ReplyStore
     from tests.integrations.server.conftest import Served
-
-
-@pytest.fixture
-def ledger(ledger_url: str) -> Iterator[Ledger]:
-    with Ledger(ledger_url) as ledger:
-        yield ledger
-
-
-@pytest.fixture
-def keys(ledger: Ledger) -> ApiKeys:
-    return ApiKeys(ledger)
 
 
 @pytest.fixture

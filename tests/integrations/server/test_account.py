@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from polar_billing.access.accounts import Accounts
-from polar_billing.access.keys import ApiKeys
-from polar_billing.ledger.ledger import Ledger
 from polar_billing.metering.meter import Meter
 from polar_billing.proof.receipts import check_receipt
 from polar_sdk import PolarModel
@@ -24,22 +22,13 @@ from tests.sdk.router import conftest as router_conftest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from polar_billing.access.keys import ApiKeys
+    from polar_billing.ledger.ledger import Ledger
     from polar_sdk.router.menu import MenuRouter
     from tests.integrations.server.conftest import Served
 
 model, router, certified = router_conftest.model, router_conftest.router, router_conftest.certified
 TIERS = ["economy", "standard", "premium", "exact"]
-
-
-@pytest.fixture
-def ledger(ledger_url: str) -> Iterator[Ledger]:
-    with Ledger(ledger_url) as ledger:
-        yield ledger
-
-
-@pytest.fixture
-def keys(ledger: Ledger) -> ApiKeys:
-    return ApiKeys(ledger)
 
 
 @pytest.fixture
