@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -209,19 +210,19 @@ def test_permuted_and_repeated_streams_give_the_same_report(data: st.DataObject,
 
 
 def test_a_source_is_named_by_argument_or_environment(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Meter(ledger_url).source == "polar"
+    with Meter(ledger_url) as unnamed:
+        assert unnamed.source == "polar"
     monkeypatch.setenv("POLAR_SOURCE", "chat")
-    first = open_meter(ledger_url)
-    assert isinstance(first, Meter)
-    assert (first.source, Meter(ledger_url).source, Meter(ledger_url, source="own").source) == ("chat", "chat", "own")
-    monkeypatch.setenv("POLAR_SOURCE", "search")
-    second = open_meter(ledger_url)
-    for meter in (first, second, open_meter(ledger_url)):
-        meter.emit(usage_record("same"))
-    first.close()
-    second.close()
+    with Meter(ledger_url) as plain, Meter(ledger_url, source="own") as named:
+        assert (plain.source, named.source) == ("chat", "own")
+    for source in ("chat", "search", "search"):
+        monkeypatch.setenv("POLAR_SOURCE", source)
+        with contextlib.closing(open_meter(ledger_url)) as meter:
+            assert isinstance(meter, Meter)
+            assert meter.source == source
+            meter.emit(usage_record("same"))
     with Ledger(ledger_url) as ledger:
-        assert [one.source for one in ledger.read(Selection("acme"))] == ["chat", "search"]
+        assert sorted(one.source for one in ledger.read(Selection("acme"))) == ["chat", "search"]
 
 
 @pytest.mark.parametrize(
