@@ -223,9 +223,25 @@ class PageTable:
         """Keys and values of the first `length` tokens of one visit, copied together, (G, length, d) each."""
         store, start = self._pool.stores[self._stores[visit]], self._pool.starts[self._stores[visit]]
         pages = [block[visit] - start for block in self.blocks[: -(-length // PAGE)]]
-        _, _, heads, page, size = store.shape
-        stacked = store[pages].permute(1, 2, 0, 3, 4).reshape(2, heads, len(pages) * page, size)
-        return stacked[0, :, :length], stacked[1, :, :length]
+        keys, values = histories(store, torch.tensor([pages], device=store.device), length)
+        return keys[0], values[0]
+
+
+def histories(store: Tensor, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first `length` tokens in the pages of each row, copied once, (B, G, length, d) each.
+
+    Args:
+        store: (P, 2, G, page, d).
+        table: Pages of each row in order, (B, n).
+        length: At most n pages.
+    """
+    _, _, groups, page, size = store.shape
+    rows, blocks = table.shape
+    parts = torch.arange(2 * groups, device=table.device)[:, None]
+    places = table[:, None] * (2 * groups) + parts  # (B, 2 × G, n) among the pages' keys and values of one head
+    copied = store.view(-1, page * size).index_select(0, places.flatten())
+    keys, values = copied.view(rows, 2, groups, blocks * page, size)[:, :, :, :length].unbind(1)
+    return keys, values
 
 
 def _give_back(pool: PagePool, blocks: list[list[int]]) -> None:
