@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.first_answer import apart as newcomer
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, timed
 from benchmarks.results import RESULTS, Recorder
 from polar_sdk import PolarModel, Policy, Program
@@ -332,6 +333,26 @@ def _new_tokens(answers: Sequence[Generation]) -> int:
     return sum(len(answer.token_ids) for answer in answers)
 
 
+def first_answer(bench: Bench) -> None:
+    """What a newcomer sees: the first answer, and how soon layers run compiled while work goes on."""
+    if bench.device != "cpu":
+        return
+    prompts = [bench.prompt(40) for _ in range(3)]
+    peer = [
+        _decode_speed(lambda text, new: bench.hugging_face.generate([bench.ids(text)], new), each) for each in prompts
+    ]
+    figures = newcomer(bench.args.model)
+    first = [figures["first"]] * len(peer)
+    name = "first answer on a machine, bf16, while layers are compiled"
+    bench.summary["first_answer_vs_hf"] = _record(bench, name, [first, peer], Peer(HF, goal=1.2))
+    seconds = bench.summary["compiled_after_s"] = figures["compiled_after_s"]
+    bench.recorder.add("compiled in the background, after", seconds, "s", goal=90, better="lower")
+    slowest, usual = figures["slowest"], figures["median"]
+    print(
+        f"| compiled after {seconds:.0f} s; until then {usual:.3g}, at worst {slowest:.3g} tokens/s | | | |", flush=True
+    )
+
+
 def eager(bench: Bench) -> None:
     """What a newcomer has before anything is compiled: one row, sixteen rows, and a prompt."""
 
@@ -457,6 +478,7 @@ def memory(bench: Bench) -> None:
 
 
 MEASURES: dict[str, Callable[[Bench], None]] = {
+    "first_answer": first_answer,
     "eager": eager,
     "decode": decode,
     "decode_integers": decode_integers,

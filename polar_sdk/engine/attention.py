@@ -43,8 +43,8 @@ def attend_row(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind)
     tokens, total = query.shape[0], keys.shape[1]
     windowed = kind.window is not None and kind.window < total
     if tokens == 1:
-        seen = _mask(1, total, kind.window, query.device) if windowed else None
-        return attend_rows(query, keys[None], values[None], kind, seen)
+        mask = added_mask(_mask(1, total, kind.window, query.device), query.dtype) if windowed else None
+        return attend_rows(query, keys[None], values[None], kind, mask)
     if query.dtype == torch.bfloat16 and query.device.type == "cpu":
         return _by_blocks(query, keys, values, kind)
     if kind.softcap is not None:
@@ -63,7 +63,7 @@ def attend_row(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind)
     return mixed[0].transpose(0, 1).reshape(tokens, -1)
 
 
-def attend_rows(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, seen: Tensor | None) -> Tensor:
+def attend_rows(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, mask: Tensor | None) -> Tensor:
     """Attention of one token of each of several rows over the row's keys.
 
     Query heads that share keys go in the place of tokens, so that keys are read once for all of them: in bfloat16 on a
@@ -73,8 +73,8 @@ def attend_rows(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind
         query: (B, H, d).
         keys: (B, G, S, d).
         values: (B, G, S, d).
-        kind: Scale and soft cap; what the window hides is not in `seen`.
-        seen: Which keys each row sees, (B, S); None = all.
+        kind: Scale and soft cap; what the window hides, `mask` hides.
+        mask: Of `added_mask`, by which keys each row sees; None = all.
 
     Returns:
         (B, H × d).
@@ -82,16 +82,21 @@ def attend_rows(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind
     rows, heads, size = query.shape
     groups = keys.shape[1]
     grouped = query.reshape(rows, groups, heads // groups, size)
-    mask = None if seen is None else seen[:, None, None]  # (B, 1, 1, S)
     if kind.softcap is None:
         mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=kind.scale)
         return mixed.reshape(rows, heads * size)
     scores = torch.matmul(grouped, keys.transpose(2, 3)) * kind.scale  # (B, G, H / G, S)
     scores = kind.softcap * torch.tanh(scores / kind.softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores + mask
     weights = scores.float().softmax(-1).to(values.dtype)
     return torch.matmul(weights, values).reshape(rows, heads * size)
+
+
+def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores so that each row attends to what it sees alone, (B, 1, 1, S), from `seen` (B, S)."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    return mask[:, None, None]
 
 
 def _mask(tokens: int, total: int, window: int | None, device: torch.device) -> Tensor:

@@ -59,6 +59,7 @@ def next_logits(
     wanted = [1] * len(rows) if ends is None else list(map(int, ends))
     reading = scored or {}
     counts = [len(new) if index in reading else wanted[index] for index, new in enumerate(tokens)]
+    decoder = _pinned(decoder, rows)
     hidden = advance(decoder, rows, tokens, counts)
     for index, states in enumerate(torch.split(hidden, [len(new) for new in tokens]) if reading else ()):
         if index in reading:
@@ -96,6 +97,7 @@ def advance(
         CacheMemoryError: No pages are left for the new tokens; nothing has run then.
         MissingFillError: A program fills a segment for which the model has no map; likewise.
     """
+    decoder = _pinned(decoder, rows)
     for row, new in zip(rows, tokens, strict=True):
         row.page_table.reserve(row.length + len(new))
     counts = [None] * len(rows) if wanted is None else wanted
@@ -116,6 +118,13 @@ def advance(
         if row.lead is not None and row.length >= row.lead.tokens:
             row.end_lead()
     return hidden
+
+
+def _pinned(decoder: Decoder, rows: Sequence[Row]) -> Decoder:
+    """The decoder with the kernels of these rows, which are the same for all of them."""
+    kernels = rows[0].begin(decoder.kernels)
+    assert all(row.begin(kernels) is kernels for row in rows), "rows with different kernels cannot share a pass"
+    return decoder.pinned(kernels)
 
 
 def _take_over_leads(decoder: Decoder, layout: Layout, hidden: Tensor) -> None:
@@ -237,7 +246,7 @@ def _attend_together(members: Members, query: Tensor, store: Tensor, kind: Atten
     mixed = []
     for band in bands:
         keys, values = histories(store, band.of(table)[:, : band.blocks], band.longest)
-        mixed.append(attend_rows(band.of(query), keys, values, kind, band.seen(kind.window)))
+        mixed.append(attend_rows(band.of(query), keys, values, kind, band.mask(kind.window, query.dtype)))
     if len(bands) == 1:
         return mixed[0]
     places = torch.cat([band.places for band in bands if band.places is not None])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from polar_sdk.engine.attention import added_mask
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.row import extra_visits, fill_entries, last_visit, page_slots
 from polar_sdk.programs.cost import Parts, size
@@ -294,15 +295,17 @@ class Band:
         self.blocks = -(-self.longest // PAGE)
         self.places = None if len(places) == len(rows) else torch.tensor(places, device=layout.device)
         self._device = layout.device
-        self._seen: dict[int | None, Tensor | None] = {}
+        self._masks: dict[int | None, Tensor | None] = {}
 
-    def seen(self, window: int | None) -> Tensor | None:
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What `attend_rows` adds to scores, made once for all layers with this window; None = every key is seen."""
+        if window not in self._masks:
+            seen = self._seen(window)
+            self._masks[window] = None if seen is None else added_mask(seen, dtype)
+        return self._masks[window]
+
+    def _seen(self, window: int | None) -> Tensor | None:
         """Which keys each row sees, (M, longest); None = all."""
-        if window not in self._seen:
-            self._seen[window] = self._find_seen(window)
-        return self._seen[window]
-
-    def _find_seen(self, window: int | None) -> Tensor | None:
         if min(self.lengths) == self.longest and (window is None or window >= self.longest):
             return None
         positions = torch.arange(self.longest, device=self._device)

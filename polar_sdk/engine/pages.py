@@ -20,6 +20,7 @@ import heapq
 import threading
 import weakref
 from collections import Counter
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -237,11 +238,16 @@ def histories(store: Tensor, table: Tensor, length: int) -> tuple[Tensor, Tensor
     """
     _, _, groups, page, size = store.shape
     rows, blocks = table.shape
-    parts = torch.arange(2 * groups, device=table.device)[:, None]
-    places = table[:, None] * (2 * groups) + parts  # (B, 2 × G, n) among the pages' keys and values of one head
+    places = table[:, None] * (2 * groups) + _heads(groups, table.device)  # (B, 2 × G, n): of one head in each page
     copied = store.view(-1, page * size).index_select(0, places.flatten())
     keys, values = copied.view(rows, 2, groups, blocks * page, size)[:, :, :, :length].unbind(1)
     return keys, values
+
+
+@lru_cache(maxsize=64)
+def _heads(groups: int, device: torch.device) -> Tensor:
+    """Place of the keys and of the values of each head within a page, (2 × G, 1); made once and not for every layer."""
+    return torch.arange(2 * groups, device=device)[:, None]
 
 
 def _give_back(pool: PagePool, blocks: list[list[int]]) -> None:
