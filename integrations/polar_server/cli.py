@@ -60,6 +60,7 @@ def serve(
             hint="Install the extra server of polar-llm, in a clone: `pip install '.[server]'`.",
         ) from error
     keys, replies, accounts = _access(host, ledger, no_ledger=no_ledger, require_keys=require_keys)
+    log_as_json()
     engine = opt.load_model(
         model,
         tenant=tenant,
@@ -86,7 +87,6 @@ def serve(
             accounts=accounts,
         )
     )
-    log_as_json()
     server = UvicornServer(app, host=host, port=port)
     server.on_start = lambda where: print_line(f"Serving {app.state.server.catalog.name} on {where}/v1", err=True)
     server.run()
