@@ -119,7 +119,7 @@ def test_requests_run_at_once_and_compiled_once_the_process_has_ended(
         process = waiting(model).process
         assert process is not None
         alone = model.generate("a request that began before", max_tokens=24)
-        assert process.wait(300) == 0
+        assert process.wait(1800) == 0  # a busy machine must not fail a test
         assert not runs_compiled(model)  # nothing changes between requests
         later = model.generate("a later one", max_tokens=8)
         assert runs_compiled(model)
