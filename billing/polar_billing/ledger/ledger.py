@@ -183,19 +183,22 @@ class Ledger:
         with self._database.reading() as connection:
             yield connection
 
-    def read(self, selection: Selection, *, newest: int | None = None) -> Iterator[StoredUsage]:
+    def read(
+        self, selection: Selection, *, newest: int | None = None, as_stored: bool = False
+    ) -> Iterator[StoredUsage]:
         """Read usage in the order it was served (service time, then seq), from one state of the store.
 
         Args:
             selection: Which records.
             newest: Only this many of the latest, latest first.
+            as_stored: In the order it was stored instead; what is stored later then comes last.
         """
         self._complete_usage()
         if not self._has_tables():
             return
         period, usage = selection.period, usage_table.c
         query = joined().where(*conditions(selection, usage, usage.started_at, period.since, period.until))
-        order = (usage.started_at, usage.seq)
+        order = (usage.seq,) if as_stored else (usage.started_at, usage.seq)
         query = query.order_by(*order) if newest is None else query.order_by(*(column.desc() for column in order))
         tags = dict(selection.tags)
         if newest is not None and not tags:

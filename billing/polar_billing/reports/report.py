@@ -322,12 +322,9 @@ def _issued_within(ledger: Ledger, tenants: Iterable[str], period: Period) -> di
     """The statements of tenants whose periods are within a period, in the order they were issued."""
     return {
         tenant: tuple(
-            issued.statement for issued in issued_statements(ledger, tenant) if _is_within(issued.statement, period)
+            issued.statement
+            for issued in issued_statements(ledger, tenant)
+            if issued.statement.period.is_within(period)
         )
         for tenant in tenants
     }
-
-
-def _is_within(statement: Statement, period: Period) -> bool:
-    begins = period.since is None or statement.since >= period.since
-    return begins and (period.until is None or statement.until <= period.until)
