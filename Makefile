@@ -67,7 +67,7 @@ tamper: $(STAMP) ## Change every cell and row of a ledger past the package, on b
 # The validator wants Python 3.12, and versions of its own of what we use: it gets an environment of its own.
 FOCUS_PYTHON ?=
 
-focus-check: $(STAMP) ## Ask the official FOCUS validator what it thinks of `polar export`; FOCUS_PYTHON names a Python 3.12
+focus-check: $(STAMP) ## Ask the official FOCUS validator what it thinks of `polar export-billing`; FOCUS_PYTHON names a Python 3.12
 	$(BIN)/python -m tests.billing.exports.focus_check $(FOCUS_PYTHON)
 
 # A schedule is repeated by the text that a broken one prints: make simulate SEED=ledger:17

@@ -39,6 +39,7 @@ from polar_billing.ledger.schema import (
     usage_table,
     version_table,
 )
+from polar_billing.ledger.work import work_query
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.records import Identity, StoredUsage
     from polar_billing.ledger.rollups import Sum
+    from polar_billing.ledger.work import Work
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.current import Choice
     from polar_billing.prices.rating import Rating
@@ -210,6 +212,13 @@ class Ledger:
                 if all(stored.record.tags.get(key) == value for key, value in tags.items())
             )
             yield from islice(tagged, newest)
+
+    def work(self, selection: Selection) -> Iterator[Work]:
+        """Read what reports add up, in no order, from one state of the store; the selection's tags are ignored."""
+        self._complete_usage()
+        if self._has_tables():
+            with closing(self._rows(work_query(selection))) as rows:
+                yield from rows  # type: ignore[misc]  # in the order of its fields
 
     def _complete_usage(self) -> None:
         """Bring in what others still hold for this ledger."""

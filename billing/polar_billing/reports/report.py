@@ -18,13 +18,14 @@ from pydantic import BaseModel, ConfigDict
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import UNIT_PRICE_SCALE
+from polar_billing.reports.bulk import totals_by_tier
 from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
 from polar_billing.reports.figures import Figures, figures_of
 from polar_billing.reports.hardware import HardwareReport
 from polar_billing.reports.layers import ProgramUse, read_layers
 from polar_billing.reports.promises import PromiseReport
 from polar_billing.reports.questions import Questions, answer
-from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
+from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals
 from polar_billing.reports.what_if import TokenPricing, WhatIf, token_pricing
 from polar_billing.statements.issue import issued_statements
 from polar_billing.statements.statement import Statement
@@ -190,7 +191,7 @@ def build_report(
     """
     selection = Selection(ALL_TENANTS) if selection is None else selection
     rater = Rater(ledger.price_books, instead=prices, currency=currency)
-    groups = accumulate(ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier))
+    groups = totals_by_tier(ledger, selection, rater)
     ordered = sorted(groups, key=lambda key: (key[0], tier_order(key[1])))
     tenants = tuple(
         _tenant(tenant, {tier: groups[tenant, tier] for _, tier in keys}, rater.decimals)

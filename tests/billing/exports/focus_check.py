@@ -10,7 +10,6 @@ always does: InvoiceId must be null (C-004), and must not be (C-005).
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -36,7 +35,7 @@ _TOTALS: Final = re.compile(r"Total: \d+ \| Pass: (\d+) \| Fail: (\d+) \| Skippe
 
 def find_python(named: str | None) -> str:
     """A Python 3.12: the one named, one on the PATH, or one of pyenv's."""
-    pyenv = sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.12*/bin/python"))
+    pyenv = sorted((Path.home() / ".pyenv").glob("versions/3.12*/bin/python"))
     for candidate in [named] if named else ["python3.12", *map(str, pyenv)]:
         found = shutil.which(candidate) if candidate else None
         # A shim of pyenv is on the PATH whether or not there is a Python behind it.

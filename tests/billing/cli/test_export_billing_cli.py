@@ -33,7 +33,7 @@ def usage(ledger: Ledger) -> None:
 def test_text_goes_to_standard_output_or_a_file(
     ok: Callable[..., str], ledger: Ledger, tmp_path: Path, kind: str
 ) -> None:
-    words = ("export", "--ledger", ledger.location, "--format", kind, *NOVEMBER, "--tenant", "cus_1")
+    words = ("export-billing", "--ledger", ledger.location, "--format", kind, *NOVEMBER, "--tenant", "cus_1")
     printed = ok(*words)
     file = tmp_path / "out"
     ok(*words, "--out", str(file))
@@ -42,9 +42,11 @@ def test_text_goes_to_standard_output_or_a_file(
 
 
 def test_the_formats(ok: Callable[..., str], ledger: Ledger) -> None:
-    rows = list(csv.DictReader(ok("export", "--ledger", ledger.location, "--format", "focus", *NOVEMBER).splitlines()))
+    rows = list(
+        csv.DictReader(ok("export-billing", "--ledger", ledger.location, "--format", "focus", *NOVEMBER).splitlines())
+    )
     assert {row["BillingAccountId"] for row in rows} == {"'=cus", "cus_1"}
-    events = json.loads(ok("export", "--ledger", ledger.location, "--format", "cloudevents", *NOVEMBER))
+    events = json.loads(ok("export-billing", "--ledger", ledger.location, "--format", "cloudevents", *NOVEMBER))
     assert [event["subject"] for event in events] == ["cus_1", "=cus"]
 
 
@@ -52,7 +54,7 @@ def test_the_formats(ok: Callable[..., str], ledger: Ledger) -> None:
 def test_parquet_needs_a_file(
     polar: Callable[..., Result], ok: Callable[..., str], ledger: Ledger, tmp_path: Path, kind: str
 ) -> None:
-    words = ("export", "--ledger", ledger.location, "--format", kind, *NOVEMBER)
+    words = ("export-billing", "--ledger", ledger.location, "--format", kind, *NOVEMBER)
     refused = polar(*words)
     assert refused.exit_code != 0
     assert "--out" in str(refused.exception)
@@ -62,12 +64,12 @@ def test_parquet_needs_a_file(
 
 def test_an_export_that_fails_leaves_no_file(polar: Callable[..., Result], ledger: Ledger, tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
-    result = polar("export", "--ledger", ledger.location, "--format", "stripe", *NOVEMBER, "--out", str(file))
+    result = polar("export-billing", "--ledger", ledger.location, "--format", "stripe", *NOVEMBER, "--out", str(file))
     assert "'=cus' has no Stripe customer" in str(result.exception)
     assert not file.exists()
 
 
 @pytest.mark.parametrize("kind", ["focus", "stripe"])
 def test_a_period_needs_both_ends(polar: Callable[..., Result], ledger: Ledger, kind: str) -> None:
-    result = polar("export", "--ledger", ledger.location, "--format", kind, "--since", "2026-11-01")
+    result = polar("export-billing", "--ledger", ledger.location, "--format", kind, "--since", "2026-11-01")
     assert "both ends" in str(result.exception)

@@ -1,4 +1,4 @@
-"""The command `polar export`.
+"""The command `polar export-billing`.
 
 Arguments in, files out; the formats are in `exports`.
 """
@@ -29,7 +29,7 @@ _OUT = Path("-")
 
 
 class Format(StrEnum):
-    """What `polar export` writes."""
+    """What `polar export-billing` writes."""
 
     FOCUS = "focus"
     FOCUS_PARQUET = "focus-parquet"
@@ -41,10 +41,12 @@ class Format(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("export", epilog="Example: polar export --format focus --month 2026-11 --out focus.csv")(export)
+    app.command(
+        "export-billing", epilog="Example: polar export-billing --format focus --month 2026-11 --out focus.csv"
+    )(export_billing)
 
 
-def export(
+def export_billing(
     format_: Annotated[
         Format,
         typer.Option(
