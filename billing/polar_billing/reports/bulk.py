@@ -143,11 +143,11 @@ def _count(alike: _Alike, counted: list[int]) -> int:
     alike.flops_router += router
     alike.flops_answer += answer
     alike.cost += cost
-    if flops > alike.flops_most:
+    if flops > alike.flops_most:  # noqa: PLR1730  (three calls of `max` would take a tenth of the loop's time)
         alike.flops_most = flops
-    if tokens_input > alike.tokens_input_most:
+    if tokens_input > alike.tokens_input_most:  # noqa: PLR1730
         alike.tokens_input_most = tokens_input
-    if tokens_output > alike.tokens_output_most:
+    if tokens_output > alike.tokens_output_most:  # noqa: PLR1730
         alike.tokens_output_most = tokens_output
     return queue + prefill + decode
 
@@ -185,6 +185,8 @@ def _add(totals: UsageTotals, key: _Group, alike: _Alike, rating: Rating) -> Non
     totals.flops_router += alike.flops_router
     totals.flops_answer += alike.flops_answer
     totals.latencies_ns += alike.latencies_ns
+    if rating.unrated is not None:
+        totals.unrated[rating.unrated] += alike.requests
     if alike.with_visits:
         totals.layer_visits[model].add(alike.layers.prefill, alike.layers.filled, alike.layers.decode)
         totals.programs[model, program] += alike.with_visits
