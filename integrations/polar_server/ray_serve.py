@@ -41,6 +41,7 @@ SLACK: Final = 4
 """How many calls more than the idlest replica one may have, and still be given its callers' next ones."""
 IDLE_CONNECTION_S: Final = 75
 """Longer than what balancers in front keep a connection, so that they close it first."""
+_STARTS: Final = 4
 _LAST_WORDS_S: Final = 10.0
 """What a replica has, after its answers, to store records and close."""
 _AFFINE_HEADERS: Final = (b"authorization", b"x-session-id")
@@ -195,5 +196,18 @@ def run(launch: Launch, replicas: Replicas, *, port: int) -> None:
     import ray
 
     ray.init()
-    serve.start(http_options={"host": launch.host, "port": port, "keep_alive_timeout_s": IDLE_CONNECTION_S})
+    start(launch.host, port)
     serve.run(_bound(launch, replicas), name=APPLICATION, route_prefix="/", blocking=True)
+
+
+def start(host: str, port: int) -> None:
+    """Start Ray Serve, which waits a minute for its proxy, however busy the machine: a few times, if it must be."""
+    options = {"host": host, "port": port, "keep_alive_timeout_s": IDLE_CONNECTION_S}
+    for attempt in range(_STARTS):
+        try:
+            serve.start(http_options=options)
+        except TimeoutError:
+            if attempt + 1 == _STARTS:
+                raise
+        else:
+            return

@@ -112,7 +112,7 @@ class Cluster:
         )
         self.replicas = Replicas(least=2, most=2, cpus=0.1)
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        ray.serve.start(http_options={"host": "127.0.0.1", "port": self.port})
+        ray_serve.start("127.0.0.1", self.port)
         self.deploy(self.launch)
 
     def deploy(self, launch: Launch) -> None:
