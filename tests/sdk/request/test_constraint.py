@@ -176,6 +176,18 @@ def test_a_schema_that_cannot_fit_is_refused_before_compute() -> None:
     assert sink.records == []
 
 
+@pytest.mark.parametrize(
+    ("texts", "least"),
+    [(["abcdefgh"], 8), (["abcdefgh", "zzzzzzz"], 7), (["yes", "abracadabra"], 3), (["yes", "yes, always"], 4)],
+)
+def test_a_text_of_several_is_refused_exactly_where_none_fits(model: PolarModel, texts: list[str], least: int) -> None:
+    for seed in range(6):
+        answer = model.generate("?", choice=texts, temperature=2.0, seed=seed, max_tokens=least)
+        assert (answer.text in texts, answer.complete) == (True, True)
+    with pytest.raises(GrammarError, match=rf"needs {least} tokens; max_tokens={least - 1}: raise it"):
+        model.generate("?", choice=texts, max_tokens=least - 1)
+
+
 def test_a_cancelled_answer_is_incomplete() -> None:
     sink, cancel = ListSink(), threading.Event()
     stream = tiny_model(sink=sink).stream("Hello", schema={"type": "string", "minLength": 300}, cancel=cancel)
