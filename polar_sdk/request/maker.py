@@ -15,7 +15,6 @@ from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import (
     ContextWindowError,
     EmptyPromptError,
-    GrammarError,
     InvalidRequestError,
     SamplingError,
     ToleranceError,
