@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from polar_sdk import PolarModel
     from polar_server.access import AccountStore, KeyStore
+    from polar_server.limits import RateStore
     from polar_server.replies import ReplyStore
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
@@ -29,7 +32,10 @@ class Settings:
         drain: How long a server that is told to stop lets answers run. Unit: seconds.
         keys: Where API keys are kept; None = anybody may ask, in the engine's own name.
         replies: Where answers to repeated requests are kept; None = in this process.
+        rates: Where the use of keys' limits is kept; None = in this process.
         accounts: What tenants may know of themselves; None = nothing, as where no ledger is kept.
+        backends: URLs of other servers, by the tier that they compute; see `polar_server.upstream`.
+        backend_key: API key for them.
         keep_alive: How often a stream without news sends a comment. Unit: seconds.
     """
 
@@ -43,7 +49,10 @@ class Settings:
     drain: float = 30.0
     keys: KeyStore | None = None
     replies: ReplyStore | None = None
+    rates: RateStore | None = None
     accounts: AccountStore | None = None
+    backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    backend_key: str | None = None
     keep_alive: float = 15.0
 
     @property
