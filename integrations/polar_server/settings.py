@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from polar_sdk import PolarModel
     from polar_server.access import AccountStore, KeyStore
+    from polar_server.pages import PageStore
     from polar_server.replies import ReplyStore
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
@@ -30,6 +31,7 @@ class Settings:
         keys: Where API keys are kept; None = anybody may ask, in the engine's own name.
         replies: Where answers to repeated requests are kept; None = in this process.
         accounts: What tenants may know of themselves; None = nothing, as where no ledger is kept.
+        pages: The operations page; None = there is none.
         keep_alive: How often a stream without news sends a comment. Unit: seconds.
     """
 
@@ -44,6 +46,7 @@ class Settings:
     keys: KeyStore | None = None
     replies: ReplyStore | None = None
     accounts: AccountStore | None = None
+    pages: PageStore | None = None
     keep_alive: float = 15.0
 
     @property
