@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
 SCOPES: Final = ("infer", "usage:read", "metrics", "dashboard")
-"""What a key may open: answers and models, its tenant's usage, the figures of the server, and its operations page, which
-shows all tenants."""
+"""What a key may open: answers and models, its tenant's usage, the server's figures, and the operations page of all."""
 _ALPHABET: Final = "abcdefghijkmnpqrstuvwxyz23456789"
 _NAME: Final = re.compile(r"[^\s]{1,200}")
 _LIMITS: Final = ("max_tokens", "requests_per_minute", "tokens_per_minute", "parallel")

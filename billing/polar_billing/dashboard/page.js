@@ -1,7 +1,7 @@
 // Keeps a page up to date that is whole without it, and checks receipts in place. Fetches nothing but this very page.
 "use strict";
 (() => {
-  const EVERY_MS = 1000;
+  const EVERY_MS = 1400;
   const state = document.getElementById("state");
   const said = document.getElementById("said");
   const verdicts = new Map();

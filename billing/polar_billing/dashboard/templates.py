@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 _HERE: Final = "polar_billing.dashboard"
 _REPORTS: Final = "polar_billing.reports"
-MAX_TENANTS: Final = 40
+MAX_TENANTS: Final = 20
 """In the table of today's cost; its total is of all."""
-MAX_BUDGETS: Final = 30
-MAX_KEYS: Final = 60
+MAX_BUDGETS: Final = 20
+MAX_KEYS: Final = 40
 SECTIONS: Final = {
     "now": "Now",
     "health": "Health",
@@ -224,7 +224,7 @@ def _times(zone: str) -> dict[str, Any]:
         local = value.astimezone(load_zone(zone))
         return f"{local:%H:%M:%S} {local.tzname()}"
 
-    return {"moment": moment, "clock": clock, "iso": lambda value: value.isoformat(timespec="seconds")}
+    return {"moment": moment, "clock": clock}
 
 
 def _served(today: Period, moment: datetime) -> str:
