@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,11 +14,7 @@ from polar_sdk.errors import InvalidRequestError, MissingExtraError
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from polar_server.access import AccountStore, KeyStore
-    from polar_server.pages import PageStore
-    from polar_server.replies import ReplyStore
+    from polar_server.launch import Launch
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 
@@ -44,6 +42,25 @@ def serve(
         ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse unknown fields rather than count them.")] = False,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="TIER=URL: another server with OpenAI's API runs this tier's program (`polar export`). Repeatable; "
+            "several of one tier share its requests. URL#MODEL names the model there, POLAR_BACKEND_KEY the API key.",
+        ),
+    ] = None,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Serve on Ray: the cluster that RAY_ADDRESS names, or this machine.")
+    ] = False,
+    replicas: Annotated[
+        str | None, typer.Option(help="With --ray: replicas, such as 2, or 1-4 to follow the load.", show_default=False)
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="With --ray: cores of one replica.")] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs of one replica.")] = 0.0,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(help="With --ray: write what `serve deploy` and serveConfigV2 take, JSON; '-' prints it."),
+    ] = None,
     tenant: opt.Tenant = "default",
     tag: opt.Tags = None,
     model: opt.Model = None,
@@ -56,16 +73,25 @@ def serve(
     no_ledger: opt.NoLedger = False,
 ) -> None:
     """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second one does not."""
-    with _extra("polar serve"):
-        from polar_server.app import build
-        from polar_server.log import log_as_json
-        from polar_server.settings import Settings
-        from polar_server.uvicorn_server import UvicornServer
-    keys, replies, accounts = _access(host, ledger, no_ledger=no_ledger, require_keys=require_keys)
-    engine = opt.load_model(
-        model,
+    try:
+        from polar_server.launch import Launch, backends_of
+    except ModuleNotFoundError as error:
+        raise _missing(error, "server") from error
+    if not on_ray and (replicas is not None or write_config is not None):
+        raise InvalidRequestError("--replicas and --write-config go with --ray; add it.")
+    launch = Launch(
+        host=host,
+        name=name,
+        drain=drain,
+        timeout=timeout,
+        max_body=max_body,
+        usage_always=usage_always,
+        require_keys=require_keys,
+        strict=strict,
+        backends=backends_of(backend or []),
         tenant=tenant,
-        tag=tag,
+        tag=tag or [],
+        model=model,
         device=device,
         device_map=device_map,
         precision=precision,
@@ -74,25 +100,50 @@ def serve(
         ledger=ledger,
         no_ledger=no_ledger,
     )
-    app = build(
-        Settings(
-            engine=engine,
-            name=name,
-            max_body=max_body,
-            timeout=timeout,
-            usage_always=usage_always,
-            strict=strict,
-            drain=drain,
-            keys=keys,
-            replies=replies,
-            accounts=accounts,
-            pages=None if no_ledger else _pages(ledger),
-        )
-    )
+    if on_ray:
+        _serve_on_ray(launch, replicas or "1", cpus, gpus, port, write_config)
+    else:
+        _serve_here(launch, port)
+
+
+def _serve_here(launch: Launch, port: int) -> None:
+    try:
+        from polar_server.app import build
+        from polar_server.log import log_as_json
+        from polar_server.uvicorn_server import UvicornServer
+    except ModuleNotFoundError as error:
+        raise _missing(error, "server") from error
+    app = build(launch.settings())
     log_as_json()
-    server = UvicornServer(app, host=host, port=port)
+    server = UvicornServer(app, host=launch.host, port=port)
     server.on_start = lambda where: print_line(f"Serving {app.state.server.catalog.name} on {where}/v1", err=True)
     server.run()
+
+
+def _serve_on_ray(
+    launch: Launch, replicas: str, cpus: float, gpus: float, port: int, write_config: Path | None
+) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    try:
+        from polar_server import ray_serve
+    except ModuleNotFoundError as error:
+        raise _missing(error, "ray") from error
+    wanted = ray_serve.Replicas.of(replicas, cpus=cpus, gpus=gpus)
+    if write_config is None:
+        launch.stores()  # what is wrong is said here, rather than by a replica
+        ray_serve.run(launch, wanted, port=port)
+        return
+    text = json.dumps(ray_serve.config(launch, wanted, port=port), indent=2)
+    if str(write_config) == "-":
+        typer.echo(text)
+        return
+    try:
+        write_config.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequestError(
+            f"--write-config {str(write_config)!r} cannot be written ({error.strerror})."
+        ) from error
 
 
 def dashboard(
@@ -110,14 +161,19 @@ def dashboard(
     ledger: opt.Ledger = None,
 ) -> None:
     """Show the operations page of a ledger in the browser; needs no server and no model, and changes nothing."""
-    with _extra("polar dashboard"):
+    try:
         from polar_server.access import find_access
         from polar_server.pages import build_pages, find_pages
+        from polar_server.settings import is_open
         from polar_server.uvicorn_server import PlainServer
-    keys = None
-    if not _is_open(host, require_keys, "see this page"):
-        keys, *_ = find_access(ledger)
-        _check_keys(keys, "dashboard")
+    except ModuleNotFoundError as error:
+        raise _missing(error, "server", "polar dashboard") from error
+    keys = None if is_open(host, require_keys, "see this page") else find_access(ledger).keys
+    if keys is not None and not keys.any_active("dashboard"):
+        raise InvalidRequestError(
+            "there is no API key with the scope dashboard, so nobody could see this page; see `polar key create` and "
+            "its --scope dashboard."
+        )
     pages = find_pages(ledger, zone)
     pages.check()
     server = PlainServer(build_pages(pages, keys), host=host, port=port)
@@ -125,79 +181,8 @@ def dashboard(
     server.run()
 
 
-@contextmanager
-def _extra(command: str) -> Iterator[None]:
-    """Imports of what only the extra brings.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"`{command}` needs {error.name!r}.",
-            hint="Install the extra server of polar-llm, in a clone: `pip install '.[server]'`.",
-        ) from error
-
-
-def _pages(ledger: str | None) -> PageStore | None:
-    """The operations page; None, and a line that says so, where what it needs is not installed."""
-    from polar_server.pages import find_pages
-
-    try:
-        return find_pages(ledger)
-    except ImportError as error:
-        print_line(f"There is no page at /polar/: {error}", err=True)
-        return None
-
-
-def _is_open(host: str, require_keys: bool | None, what: str) -> bool:
-    """Whether nobody is asked for a key, since only this machine can reach the server.
-
-    Raises:
-        InvalidRequestError: It would be open to the network.
-    """
-    from polar_server.settings import LOOPBACK
-
-    local = host in LOOPBACK
-    if require_keys is False and not local:
-        raise InvalidRequestError(
-            f"--host {host} would let anyone on the network {what}; leave out --no-require-keys, or use {LOOPBACK[0]}."
-        )
-    return local and not require_keys
-
-
-def _check_keys(keys: KeyStore, scope: str | None = None) -> None:
-    """Refuse to start where no key opens anything.
-
-    Raises:
-        InvalidRequestError: None does.
-    """
-    if not keys.any_active(scope):
-        which, how = ("", "") if scope is None else (f" with the scope {scope}", f" and its --scope {scope}")
-        raise InvalidRequestError(
-            f"there is no API key{which}, so nobody could use this server; see `polar key create`{how}."
-        )
-
-
-def _access(
-    host: str, ledger: str | None, *, no_ledger: bool, require_keys: bool | None
-) -> tuple[KeyStore | None, ReplyStore | None, AccountStore | None]:
-    """The stores of keys, replies and accounts; no keys where nobody but this machine can reach the server.
-
-    Raises:
-        InvalidRequestError: The server would be open to the network.
-    """
-    from polar_server.access import find_access
-
-    is_open = _is_open(host, require_keys, "use this model")
-    if no_ledger:
-        if not is_open:
-            raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
-        return None, None, None
-    keys, replies, accounts = find_access(ledger)
-    if is_open:
-        return None, replies, accounts
-    _check_keys(keys)
-    return keys, replies, accounts
+def _missing(error: ModuleNotFoundError, extra: str, command: str = "polar serve") -> MissingExtraError:
+    return MissingExtraError(
+        f"`{command}` needs {error.name!r}.",
+        hint=f"Install the extra {extra} of polar-llm, in a clone: `pip install '.[{extra}]'`.",
+    )
