@@ -395,8 +395,8 @@ class Scheduler:
                 continue
             if not job.tokens and math.isfinite(logit):
                 self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
+            self.sampled_tokens += 1  # before the caller may hear of it
             self._attempt([job], partial(job.choose, logits[row], likeliest, logit))
-            self.sampled_tokens += 1
 
     def _attempt(self, jobs: Sequence[Job], run: Callable[[], None]) -> None:
         """Run a pass; an error ends the jobs that were part of it, and no others."""
