@@ -200,7 +200,7 @@ class Ledger:
             newest: Only this many of the latest, latest first.
             as_stored: In the order it was stored instead; what is stored later then comes last.
         """
-        self._complete_usage()
+        self.complete_usage()
         if not self._has_tables():
             return
         period, usage = selection.period, usage_table.c
@@ -220,13 +220,13 @@ class Ledger:
 
     def work(self, selection: Selection) -> Iterator[Work]:
         """Read what reports add up, in no order, from one state of the store; the selection's tags are ignored."""
-        self._complete_usage()
+        self.complete_usage()
         if self._has_tables():
             with closing(self._rows(work_query(selection))) as rows:
                 yield from rows  # type: ignore[misc]  # in the order of its fields
 
-    def _complete_usage(self) -> None:
-        """Bring in what others still hold for this ledger."""
+    def complete_usage(self) -> None:
+        """Bring in what others still hold for this ledger, before a `snapshot` in which usage is read."""
         hooks.drain(self.identity)
         for hook in hooks.before_usage_is_read:
             hook(self)
@@ -250,7 +250,7 @@ class Ledger:
             hourly: Keep hours apart.
             rollups: False to add it all up from usage.
         """
-        self._complete_usage()
+        self.complete_usage()
         if self._has_tables():
             with self._database.reading() as connection:
                 yield from read_sums(connection, selection, hourly=hourly, rollups=rollups)

@@ -181,18 +181,18 @@ def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) 
             return Rating(book.currency, unrated=beyond)
         if not counterfactuals:
             return Rating(book.currency, lines)
-    return rate_together(counts, record.identity_flops, record.outcome, charged_by, book)
+    return rate_counts(counts, record.identity_flops, record.outcome, charged_by, book)
 
 
-def rate_together(counts: Counts, identity_flops: int, outcome: Outcome, charged_by: Rate, book: PriceBook) -> Rating:
-    """Price requests that end alike and are charged alike, none of which costs more than a receipt holds.
+def rate_counts(counts: Counts, identity_flops: int, outcome: Outcome, charged_by: Rate, book: PriceBook) -> Rating:
+    """Price requests that end alike and are charged alike, all of them within what a receipt holds.
 
     Args:
-        counts: Of all of them.
-        identity_flops: Of all of them at full depth.
-        outcome: Of each.
-        charged_by: What each is charged by.
-        book: The prices.
+        counts: What they used together.
+        identity_flops: The same tokens at full depth.
+        outcome: How they ended.
+        charged_by: What each of them is charged by.
+        book: Where that stands.
     """
     entry = charged_by.entry
     if outcome in book.free_outcomes:

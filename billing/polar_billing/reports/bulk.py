@@ -15,7 +15,7 @@ from functools import lru_cache
 from operator import gt
 from typing import TYPE_CHECKING, Final
 
-from polar_billing.prices.rating import Counts, Rating, always_within_receipt, rate_of, rate_together
+from polar_billing.prices.rating import Counts, Rating, always_within_receipt, rate_of, rate_counts
 from polar_billing.reports.totals import LayerVisits, UsageTotals, accumulate
 from polar_billing.values.canonical import to_microseconds
 from polar_sdk.usage import Outcome
@@ -167,7 +167,7 @@ def _rate(key: _Group, alike: _Alike, book: PriceBook) -> Rating | None:
             return None
     if isinstance(charged_by, str):  # the reason names the moment, so each request has its own
         return None
-    return rate_together(alike.counts, alike.identity_flops, Outcome(outcome), charged_by, book)
+    return rate_counts(alike.counts, alike.identity_flops, Outcome(outcome), charged_by, book)
 
 
 def _add(totals: UsageTotals, key: _Group, alike: _Alike, rating: Rating) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
 
+
 Key = TypeVar("Key")
 
 
@@ -130,6 +131,12 @@ class UsageTotals(UsageSums):
         if record.outcome is Outcome.COMPLETED:
             self.latencies_ns.append(record.queue_ns + record.prefill_ns + record.decode_ns)
         self.add_amounts(rating, 1, record.tokens.input + record.tokens.output)
+
+    def add_rated_sum(self, usage: Sum, rating: Rating) -> None:
+        """Count in requests that are added up already, and what they cost together; their layers are not known."""
+        self.add_sum(usage, rating.unrated)
+        requests, tokens_input, _, tokens_output, *_ = usage.quantities
+        self.add_amounts(rating, requests, tokens_input + tokens_output)
 
     def add_amounts(self, rating: Rating, requests: int, tokens: int) -> None:
         """Count in what requests cost that were rated together; nothing where they have no price."""
