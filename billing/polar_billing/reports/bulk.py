@@ -15,7 +15,7 @@ from functools import lru_cache
 from operator import gt
 from typing import TYPE_CHECKING, Final
 
-from polar_billing.prices.rating import Counts, Rating, always_within_receipt, rate_of, rate_counts
+from polar_billing.prices.rating import Counts, Rating, always_within_receipt, rate_counts, rate_of
 from polar_billing.reports.totals import LayerVisits, UsageTotals, accumulate
 from polar_billing.values.canonical import to_microseconds
 from polar_sdk.usage import Outcome
