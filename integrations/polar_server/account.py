@@ -66,7 +66,7 @@ class Quote:
         api: Any = next((api for name, api in _APIS.items() if name in content), chat)
         body = fields.read(content, api.FIELDS, strict=server.settings.strict)
         call: Call = api.read_call(body, server.rules(exchange))
-        with server.counted(exchange):  # a router may run layers
+        async with server.counted(exchange):  # a router may run layers
             return await run_in_thread(lambda _: self._quoted(call, server.caller(exchange)), None)
 
     def _quoted(self, call: Call, caller: Caller) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Quote:
         return tiers
 
     def _bounds(self, asks: Sequence[Ask]) -> list[UsageBound]:
-        return [self._server.engine.bound(prompt, **options) for prompt, options in asks]
+        return [self._server.tiers.bound(prompt, **options) for prompt, options in asks]
 
     def _offer(self, model: str, bounds: Sequence[UsageBound]) -> dict[str, Any]:
         """What all choices use at most together, and cost."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Final
 
@@ -14,14 +14,16 @@ from polar_server.access import KeyGuard
 from polar_server.answers import Answers
 from polar_server.catalog import Catalog
 from polar_server.limits import Limits
+from polar_server.live import LiveEngine
 from polar_server.metrics import Metrics
 from polar_server.openai.calls import Caller, Rules
 from polar_server.openai.logprobs import TokenBytes
 from polar_server.replies import MemoryReplies
+from polar_server.upstream.tiers import Tiers
 from polar_server.watched_sink import WatchedSink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator
 
     from polar_server.answers import Answer
     from polar_server.exchange import Exchange
@@ -40,12 +42,14 @@ class Server:
         engine: The model, with a sink that the server watches.
         sink: That sink.
         answers: What is being computed.
+        tiers: The engine, and other servers in its place for some tiers.
         catalog: The ids that requests may name.
         token_bytes: The bytes of the model's tokens.
         guard: What asks for an API key; None where anybody may ask.
         replies: Answers to repeated requests.
         metrics: What it did.
         limits: What each key may use per minute and at a time.
+        live: What the engine does now.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -54,14 +58,17 @@ class Server:
         self.sink = WatchedSink(given.sink)
         self.engine = copy(given)
         self.engine.sink = self.sink
-        self.answers = Answers(self.engine, self.sink)
-        self.catalog = Catalog(self.engine, settings.model_id)
+        default_tier = Catalog(self.engine, settings.model_id).default_tier
+        self.tiers = Tiers(self.engine, settings.backends, settings.backend_key, default_tier)
+        self.catalog = Catalog(self.engine, settings.model_id, self.tiers.programs())
+        self.answers = Answers(self.tiers, self.sink)
         self.token_bytes = TokenBytes(given.loaded.tokenizer)
         self.guard = None if settings.keys is None else KeyGuard(settings.keys)
         self.replies: ReplyStore = settings.replies or MemoryReplies()
-        self.limits = Limits()
+        self.limits = Limits(settings.rates)
         self.metrics = Metrics(self.engine, settings.model_id, self.answers, self.sink)
         self.sink.on_record = self.metrics.recorded
+        self.live = LiveEngine(self.engine, settings.model_id, self.answers, self.sink)
 
     def caller(self, exchange: Exchange) -> Caller:
         """Who asks, and within which bounds."""
@@ -87,7 +94,7 @@ class Server:
             usage_always=self.settings.usage_always,
         )
 
-    def start(self, call: Call, exchange: Exchange) -> Answer:
+    async def start(self, call: Call, exchange: Exchange) -> Answer:
         """Begin the answer to a call, within the limits of its key.
 
         Raises:
@@ -96,7 +103,7 @@ class Server:
         key = exchange.key
         if key is None:
             return self.answers.start(call.asks, streamed=call.stream)
-        exchange.answer_headers |= self.limits.enter(key)
+        exchange.answer_headers |= await self.limits.enter(key)
         try:
             answer = self.answers.start(call.asks, streamed=call.stream)
         except BaseException:
@@ -105,8 +112,8 @@ class Server:
         answer.task.add_done_callback(lambda _: self.limits.leave(key, answer.tokens))
         return answer
 
-    @contextmanager
-    def counted(self, exchange: Exchange) -> Iterator[None]:
+    @asynccontextmanager
+    async def counted(self, exchange: Exchange) -> AsyncIterator[None]:
         """Count a call that computes without an answer among those of its key.
 
         Raises:
@@ -116,7 +123,7 @@ class Server:
         if key is None:
             yield
             return
-        exchange.answer_headers |= self.limits.enter(key)
+        exchange.answer_headers |= await self.limits.enter(key)
         try:
             yield
         finally:
@@ -135,9 +142,19 @@ class Server:
     async def close(self) -> None:
         """Let answers finish for a while, stop the others, and store every record; the sink's spool goes last."""
         await self.answers.drain(self.settings.drain)
+        await self.limits.close()
+        await run_in_thread(lambda _: self.tiers.close(), None)
         await run_in_thread(lambda _: self.replies.close(), None)
         await run_in_thread(lambda _: recorder.flush(), None)
         await run_in_thread(lambda _: self.sink.close(), None)
+
+    def called(self, path: str, status: int) -> None:
+        """A call was answered; `path` is one of the routes."""
+        self.metrics.called(path, status)
+
+    def refused(self) -> None:
+        """A budget refused a request."""
+        self.metrics.refused()
 
     def log_unknown(self, error: BaseException) -> None:
         """Log an error that nobody raised on purpose."""

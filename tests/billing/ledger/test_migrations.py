@@ -38,7 +38,7 @@ ADDED_IN_3 = {"polar_price_in_force"}
 ADDED_IN_4 = {"polar_chain_anchor"}
 ADDED_IN_6 = {"polar_clock"}
 ADDED_IN_5 = "\tvisits_prefill_filled TEXT, \n".replace(", \n", ",\n")
-ADDED_IN_7 = {"polar_api_key", "polar_reply"}
+ADDED_IN_7 = {"polar_api_key", "polar_reply", "polar_rate", "polar_running"}
 
 
 @pytest.fixture
