@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -45,6 +45,8 @@ IDLE = True
 """Whether the process only uses time that nobody else wants."""
 LOCK_SECONDS: Final = 5.0
 """How long the process waits for its lock, which others hold for a moment when they look."""
+RETRY: Final = timedelta(hours=1)
+"""How long nobody tries what has failed here: programs that start often must not all fail at it."""
 _LOOK_SECONDS: Final = 1.0
 """How often a request may look whether compiling has ended."""
 _REASONS: Final = {
@@ -234,7 +236,7 @@ class Background:
     def start(self) -> bool:
         """Start the process, unless one is at it already; False where that cannot be done, which is then said."""
         order = self._order
-        obstacle = _no_compiler() or _no_interpreter()
+        obstacle = _no_compiler() or _no_interpreter() or _has_failed(order)
         if obstacle is not None:
             _say_once(f"{obstacle}: layers run uncompiled")
             return False
@@ -386,6 +388,16 @@ def _no_interpreter() -> str | None:
     if getattr(sys, "frozen", False) or not name.startswith(("python", "pypy")):
         return "this program cannot start Python to compile in the background"
     return None
+
+
+def _has_failed(order: Order) -> str | None:
+    """What to say where this failed a short time ago."""
+    status = read_status(packages_folder() / f"{order.key}.json")
+    if status is None or status.state != "failed" or not timedelta() <= datetime.now(UTC) - status.at < RETRY:
+        return None
+    return (
+        f"compiling {order.model} failed at {status.at:%H:%M} UTC ({status.reason}), `polar models compile` tries again"
+    )
 
 
 def _say_once(line: str) -> None:

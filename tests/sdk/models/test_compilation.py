@@ -268,6 +268,29 @@ def test_without_a_compiler_it_is_said_once(
     assert record.message == "there is no C++ compiler (no-such-compiler) on this machine: layers run uncompiled"
 
 
+def test_what_has_failed_is_not_tried_at_each_start(
+    background: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Order] = []
+
+    def spawn(what: Order, _: object) -> Any:
+        started.append(what)
+        return compilation._Detached([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(compilation, "_spawn", spawn)
+    tiny()
+    (what,) = started
+    failed = what.status("failed", reason="no such flag")
+    write_status(what.key, failed)
+    assert tiny().decoder.renewal is None
+    assert len(started) == 1
+    (record,) = caplog.records
+    assert "(no such flag), `polar models compile` tries again: layers run uncompiled" in record.message
+    write_status(what.key, failed.model_copy(update={"at": failed.at - compilation.RETRY}))
+    tiny()
+    assert len(started) == 2
+
+
 @pytest.mark.parametrize("options", [{"compile": False}, {"compile": "stored"}])
 def test_options_turn_it_off(background: Path, refused: None, options: dict[str, Any]) -> None:
     model = tiny(**options)
