@@ -348,6 +348,43 @@ def test_the_end_of_a_program_does_not_wait_for_it(background: Path, tmp_path: P
         os.kill(number, 9)
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
+def test_a_process_without_time_is_given_a_share(background: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that only gets idle time, and finds none, is exchanged; one that has a share is left to it."""
+    orders: list[Order] = []
+    real = compilation._processor_seconds
+
+    def spawn(what: Order, _: object) -> Any:
+        orders.append(what)
+        script = "import time; time.sleep(300)"
+        return compilation._Detached([sys.executable, "-c", script], start_new_session=True)
+
+    monkeypatch.setattr(compilation, "_spawn", spawn)
+    monkeypatch.setattr(compilation, "IDLE", True)
+    monkeypatch.setattr(compilation, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(compilation, "_processor_seconds", lambda _: 1e9)
+    model = tiny()
+    wait = waiting(model)
+    first = wait.process
+    assert first is not None
+    assert wait() is None
+    assert wait.process is first  # it got enough
+    monkeypatch.setattr(compilation, "_processor_seconds", real)
+    wait._window = time.monotonic() - 1000, 0.0
+    assert wait() is None
+    second = wait.process
+    assert second is not None
+    assert second is not first
+    assert first.returncode is not None
+    wait._window = time.monotonic() - 1000, 0.0
+    assert wait() is None
+    assert wait.process is second
+    assert [what.idle for what in orders] == [True, False]
+    assert orders[0].key == orders[1].key
+    os.killpg(second.pid, 9)
+    second.wait()
+
+
 def test_two_threads_start_one_process(background: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Order] = []
 
