@@ -2,8 +2,8 @@
 
 The first model object on a machine runs uncompiled at once and starts `compiler.py`, which outlives it: a command that
 ends after one answer has still made the next one fast. Whoever loads the model meanwhile, in whatever process, asks at
-each request whether it is done. Nothing here raises, or waits for long: without compiled layers the service goes on uncompiled,
-and one line in the log says why. Importing this imports no torch.
+each request whether it is done. Nothing here raises, or waits for long: without compiled layers the service goes on
+uncompiled, and one line in the log says why. Importing this imports no torch.
 """
 
 from __future__ import annotations
