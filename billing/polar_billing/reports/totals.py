@@ -8,10 +8,10 @@ from summed quantities, not from rounded amounts. Knows no store and no output f
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import zip_longest
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from polar_billing.errors import CurrencyMixError
 from polar_billing.ledger.rollups import sum_of
@@ -137,6 +137,14 @@ class UsageTotals(UsageSums):
         requests, tokens_input, _, tokens_output, *_ = usage.quantities
         self._add_amounts(rating, requests, tokens_input + tokens_output)
 
+    def merge_sums(self, other: UsageTotals) -> None:
+        """Count in another group, less what only whole records tell: layers, programs and latencies."""
+        for name in _SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.outcomes.update(other.outcomes)
+        self.unrated.update(other.unrated)
+        self.charged.update(other.charged)
+
     def _add_amounts(self, rating: Rating, requests: int, tokens: int) -> None:
         if rating.unrated is not None:
             return
@@ -148,6 +156,9 @@ class UsageTotals(UsageSums):
             self.without_reference += requests
         else:
             self.per_token_exact += sum(line.exact for line in rating.per_token_lines)
+
+
+_SUMMED: Final = tuple(field.name for field in fields(UsageTotals) if field.type == "int")
 
 
 def only_currency(currencies: Iterable[str]) -> str | None:
