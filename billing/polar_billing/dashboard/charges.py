@@ -148,7 +148,7 @@ def _together(currency: str, tenants: Sequence[_Tenant], decimals: int) -> Charg
     by_tier: defaultdict[tuple[str, str | None], UsageTotals] = defaultdict(UsageTotals)
     for tenant in tenants:
         for tier, totals in tenant.tiers.items():
-            by_tier[_NOBODY, tier].merge_sums(totals)
+            by_tier[_NOBODY, tier].merge_sums(totals, decimals)
     return Charges(currency, summarise([tenant.report for tenant in tenants], by_tier, decimals))
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from polar_billing.errors import CurrencyMixError
 from polar_billing.ledger.rollups import sum_of
 from polar_billing.prices.rating import ChargeLine, Item, Rating, rate
+from polar_billing.values.money import EXACT_SCALE, round_half_even
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
@@ -137,10 +138,17 @@ class UsageTotals(UsageSums):
         requests, tokens_input, _, tokens_output, *_ = usage.quantities
         self._add_amounts(rating, requests, tokens_input + tokens_output)
 
-    def merge_sums(self, other: UsageTotals) -> None:
-        """Count in another group, less what only whole records tell: layers, programs and latencies."""
+    def merge_sums(self, other: UsageTotals, decimals: int) -> None:
+        """Count in another group, less what only whole records tell: layers, programs and latencies.
+
+        Args:
+            other: The group.
+            decimals: Of amounts; what would have been charged otherwise is rounded to them here, once per group.
+        """
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.full_depth_exact += _rounded(other.full_depth_exact, decimals)
+        self.per_token_exact += _rounded(other.per_token_exact, decimals)
         self.outcomes.update(other.outcomes)
         self.unrated.update(other.unrated)
         self.charged.update(other.charged)
@@ -158,7 +166,14 @@ class UsageTotals(UsageSums):
             self.per_token_exact += sum(line.exact for line in rating.per_token_lines)
 
 
-_SUMMED: Final = tuple(field.name for field in fields(UsageTotals) if field.type == "int")
+_SUMMED: Final = tuple(
+    field.name for field in fields(UsageTotals) if field.type == "int" and not field.name.endswith("_exact")
+)
+
+
+def _rounded(exact: int, decimals: int) -> int:
+    """An amount in units of 10^-30, with no more than so many decimals."""
+    return round_half_even(round_half_even(exact, EXACT_SCALE, decimals), decimals, EXACT_SCALE)
 
 
 def only_currency(currencies: Iterable[str]) -> str | None:
