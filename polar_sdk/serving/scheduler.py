@@ -66,6 +66,8 @@ class Scheduler:
         self.prefixes = PrefixCache(decoder)
         self.replayed_flops = 0
         """Executed again for rows that had given their pages up. In no usage record: nobody pays for it."""
+        self.sampled_tokens = 0
+        """Tokens chosen since the model was loaded, for whoever watches how fast it is."""
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace()
@@ -393,6 +395,7 @@ class Scheduler:
                 continue
             if not job.tokens and math.isfinite(logit):
                 self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
+            self.sampled_tokens += 1  # before the caller may hear of it
             self._attempt([job], partial(job.choose, logits[row], likeliest, logit))
 
     def _attempt(self, jobs: Sequence[Job], run: Callable[[], None]) -> None:
