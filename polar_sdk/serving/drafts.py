@@ -1,0 +1,321 @@
+"""Drafts: tokens that are likely to follow, run together with the token sampled last, and kept only as far as they are
+what would have been sampled anyway.
+
+A pass of a few rows takes little longer than one of one row, since reading the weights takes most of it. So tokens that
+are copied from where the last ones stood before, in prompt or answer, may bring several tokens at once; an answer is the
+same with drafts and without. What the answer does not keep was executed all the same. So drafts fill only rows that
+would be idle, and `auto` drafts only where it pays: by how often drafts of this request were right, and by what wider
+passes were measured to take. Knows tokens and seconds; no logits and no weights.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polar_sdk.engine.sampling import Sampling
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.program import Program
+
+
+Speculate = Literal["auto", "off", "prompt"]
+MAX_DRAFT: Final = 7
+"""Maximum number of tokens drafted at a time for one row."""
+MAX_ROWS: Final = 16
+"""Rows of one pass, drafts included, up to which drafts fill it."""
+LONGEST_MATCH: Final = 3
+"""Number of tokens that must have stood in a row before, at best; else one fewer, and so on."""
+FREE_WASTE: Final = 8
+WASTE_PER_TOKEN: Final = 2
+"""A request may waste so many rows, and so many for each token of its answer: what budgets hold follows from it."""
+_MIN_SPEED: Final = 0.98
+"""What drafts may make of the speed of any row: those that gain nothing wait for those that do."""
+_GAIN: Final = 1.03
+"""What a wider pass must bring at least, in tokens for its time."""
+_FIRST_HITS: Final = (0.35, 0.5, 0.65)
+"""Share of first drafted tokens taken to be right after a match of 1, 2 and 3 tokens, before any was tried."""
+_NEXT_HITS: Final = 0.75
+"""The same of a token after one that was right."""
+_FIRST_WEIGHT: Final = 4.0
+"""Number of tries that these count for; in a request, what earlier requests came to."""
+_FADING: Final = 0.97
+"""What a try still counts when one more was made."""
+_PROBE_AFTER: Final = 32
+"""A request whose drafts do not pay tries again after so many tokens, and then after twice as many each time, …"""
+_MAX_PATIENCE: Final = 1024
+"""… up to so many."""
+
+
+class Proposal(NamedTuple):
+    """Tokens that may follow."""
+
+    tokens: list[int]
+    match: int
+    """Number of tokens in a row that stood before them; 0 = there is nothing to propose."""
+
+
+class TokenIndex:
+    """Where the last few tokens stood before."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._after: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in range(LONGEST_MATCH))
+        """By number of tokens in a row: where the token stands that last followed them."""
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add tokens at the end."""
+        for token in tokens:
+            end = len(self._tokens)
+            for length in range(1, min(LONGEST_MATCH, end) + 1):
+                self._after[length - 1][tuple(self._tokens[end - length :])] = end
+            self._tokens.append(token)
+
+    def propose(self, count: int) -> Proposal:
+        """What followed the last place where the last tokens stood before; a repetition goes on repeating."""
+        for length in range(min(LONGEST_MATCH, len(self._tokens)), 0, -1):
+            start = self._after[length - 1].get(tuple(self._tokens[-length:]))
+            if start is not None:
+                followed = self._tokens[start : start + count]
+                while len(followed) < count:  # they reach to the end, and are taken to go on as they began
+                    followed += followed[: count - len(followed)]
+                return Proposal(followed, length)
+        return Proposal([], 0)
+
+
+class _Share:
+    """How often something was right, lately."""
+
+    def __init__(self, share: float) -> None:
+        self._right, self._tries = share * _FIRST_WEIGHT, _FIRST_WEIGHT
+
+    @property
+    def value(self) -> float:
+        return self._right / self._tries
+
+    def tried(self, right: bool) -> None:
+        self._right, self._tries = _FADING * self._right + right, _FADING * self._tries + 1
+
+
+class Hits:
+    """How often drafts are right.
+
+    Args:
+        before: What is taken to be so at first.
+    """
+
+    def __init__(self, before: Hits | None = None) -> None:
+        first = _FIRST_HITS if before is None else [share.value for share in before._first]
+        self._first = [_Share(share) for share in first]
+        self._next = _Share(_NEXT_HITS if before is None else before._next.value)
+
+    def chances(self, proposal: Proposal) -> list[float]:
+        """How likely it is that each of the proposed tokens is kept: less and less."""
+        chances: list[float] = []
+        for _ in proposal.tokens:
+            chances.append(chances[-1] * self._next.value if chances else self._first[proposal.match - 1].value)
+        return chances
+
+    def tried(self, match: int, drafted: int, kept: int) -> None:
+        """Note that of so many drafted tokens, after a match of so many, the first `kept` were right."""
+        self._first[match - 1].tried(kept > 0)
+        for place in range(1, min(kept + 1, drafted)):
+            self._next.tried(place < kept)
+
+
+class Drafts:
+    """The drafts of one request.
+
+    Args:
+        prompt: Its tokens.
+        speculate: `prompt` drafts wherever something matches, `auto` only where that pays.
+    """
+
+    def __init__(self, prompt: Sequence[int], speculate: Speculate) -> None:
+        self.always = speculate == "prompt"
+        self._prompt, self._index = prompt, TokenIndex()
+        self._hits: Hits | None = None
+        self._proposal = Proposal([], 0)
+        self._wasted = 0
+        self._idle, self._patience = 0, _PROBE_AFTER
+        """Tokens since it drafted last, and how many to wait for the next try."""
+
+    def propose(self, answer: Sequence[int], room: int) -> Proposal:
+        """Tokens that may follow the answer so far, at most `room` of them."""
+        if not len(self._index):
+            self._index.extend(self._prompt)
+        self._index.extend(answer[len(self._index) - len(self._prompt) :])
+        left = FREE_WASTE + WASTE_PER_TOKEN * len(answer) - self._wasted - 1
+        self._proposal = self._index.propose(max(min(room, left, MAX_DRAFT), 0))
+        return self._proposal
+
+    def chances(self, usual: Hits) -> list[float]:
+        """How likely it is that each of the proposed tokens is kept.
+
+        Args:
+            usual: What other requests came to.
+        """
+        if self._hits is None:
+            self._hits = Hits(usual)
+        return self._hits.chances(self._proposal)
+
+    @property
+    def probes(self) -> bool:
+        """Whether to draft once more although that does not seem to pay."""
+        return self._idle >= self._patience and bool(self._proposal.tokens)
+
+    def passed(self) -> None:
+        """The row decodes without drafts."""
+        self._idle += 1
+
+    def judged(self, drafted: int, kept: int, wasted: int, usual: Hits) -> None:
+        """Note what came of a pass with drafts.
+
+        Args:
+            drafted: Number of drafted tokens.
+            kept: Those that were right.
+            wasted: Rows of the pass that brought no token, the one of the token sampled last included.
+            usual: What other requests came to.
+        """
+        self._patience = min(2 * self._patience, _MAX_PATIENCE) if self.probes else _PROBE_AFTER
+        self._idle = 0
+        self._wasted += wasted
+        for hits in (usual, self._hits):
+            if hits is not None:
+                hits.tried(self._proposal.match, drafted, kept)
+
+
+def drafts_of(
+    prompt: Sequence[int], speculate: Speculate, sampling: Sampling, dtype: torch.dtype
+) -> Drafts | None:
+    """The drafts of a request, or None.
+
+    `auto` leaves a sampled answer with a seed alone, unless it is computed in float32: passes of several sizes are
+    rounded differently, and when a pass is wide depends on the time that others took.
+    """
+    seeded = sampling.temperature > 0 and sampling.seed is not None
+    if speculate == "off" or (speculate == "auto" and seeded and dtype != torch.float32):
+        return None
+    return Drafts(prompt, speculate)
+
+
+class PassCosts:
+    """How much longer a pass takes the more rows it has, beside one of one row, as measured lately.
+
+    A wide pass is compared with narrow ones of the same moment, since a busy machine is slow for both.
+    """
+
+    def __init__(self) -> None:
+        self._ones: deque[tuple[int, float]] = deque(maxlen=5)
+        """Passes of one row: number of the pass, and its seconds at full depth."""
+        self._ratios: dict[int, deque[float]] = {}
+        self._passes = 0
+
+    def measured(self, rows: int, seconds: float) -> None:
+        """Note a pass; a program's seconds are those that full depth would have taken."""
+        self._passes += 1
+        if rows == 1:
+            self._ones.append((self._passes, seconds))
+            return
+        lately = [one for number, one in self._ones if self._passes - number <= 2 * _PROBE_AFTER]
+        if rows <= MAX_ROWS and len(lately) >= 3:
+            self._ratios.setdefault(rows, deque(maxlen=31)).append(seconds / statistics.median(lately))
+
+    def of(self, rows: int) -> float:
+        """What a pass of so many rows takes, as a multiple of one of one row; at least what fewer rows take."""
+        known = {1: 1.0} | {
+            number: max(statistics.median(ratios), 1.0)
+            for number, ratios in sorted(self._ratios.items())
+            if len(ratios) >= 3
+        }
+        if len(known) == 1:
+            return 1.0 if rows == 1 else 1.25 + 0.03 * rows  # compiled, on the processors that were measured
+        below = max(number for number in known if number <= rows)
+        above = min((number for number in known if number >= rows), default=None)
+        if below == 1 < rows and above is not None:
+            return known[above]  # the second row costs most
+        if above is None:
+            return known[below] * (1 + 0.03 * (rows - below))
+        if above == below:
+            return known[rows]
+        share = (rows - below) / (above - below)
+        return known[below] + share * (known[above] - known[below])
+
+
+class Plan:
+    """How many drafted tokens each of the rows of a pass runs: those most likely to be kept, as long as that pays.
+
+    Args:
+        rows: The drafts of each row of the pass, None for those that have none. Their proposals are made.
+        costs: What passes take.
+        usual: How often drafts are right.
+    """
+
+    def __init__(self, rows: Sequence[Drafts | None], costs: PassCosts, usual: Hits) -> None:
+        self._costs = costs
+        self._chances = [[] if drafts is None else drafts.chances(usual) for drafts in rows]
+        self._forced = [drafts is not None and drafts.always for drafts in rows]
+        self._probing = [drafts is not None and drafts.probes for drafts in rows]
+        self.counts = [0] * len(rows)
+        """Of each row."""
+        self._fill(MAX_ROWS - len(rows))
+
+    def _fill(self, idle: int) -> None:
+        likeliest = sorted(
+            ((not self._forced[row], -chance, row) for row, chances in enumerate(self._chances) for chance in chances)
+        )
+        best, steps = 0, [row for _, _, row in likeliest[: max(idle, 0)]]
+        forced = sum(self._forced[row] for row in steps)
+        for count in range(forced + 1, len(steps) + 1):
+            if self._pays(steps[:count], steps[:best]):
+                best = count
+        best = max(best, forced)
+        if not best and any(self._probing) and idle > 0:
+            steps, best = [self._probing.index(True)], 1
+        for row in steps[:best]:
+            self.counts[row] += 1
+
+    def _pays(self, steps: Sequence[int], instead: Sequence[int]) -> bool:
+        """Whether these drafts bring more tokens for their time than those, and slow no row down."""
+        rows = len(self.counts)
+        longer = self._costs.of(rows + len(steps)) / self._costs.of(rows)
+        slowest = min(1 + self._kept(row, steps.count(row)) for row in range(rows))
+        gain = (1 + self._all(steps) / rows) / longer
+        than = _GAIN if not instead else (1 + self._all(instead) / rows) * self._costs.of(rows) / self._costs.of(
+            rows + len(instead)
+        )
+        return gain > than and slowest / longer >= _MIN_SPEED
+
+    def _all(self, steps: Sequence[int]) -> float:
+        return sum(self._kept(row, steps.count(row)) for row in set(steps))
+
+    def _kept(self, row: int, count: int) -> float:
+        """Tokens that so many drafts of a row may bring."""
+        return sum(self._chances[row][:count])
+
+
+def most_wasted(cost: CostModel, program: Program, prompt: int, output: int) -> int:
+    """FLOPs that drafts of a request can execute beyond what its answer needs, at most."""
+    costs = [cost.step(step) for step in program]
+    linear, attention = sum(each.linear for each in costs), sum(each.attention for each in costs)
+    rows = FREE_WASTE + WASTE_PER_TOKEN * output
+    whole = linear + attention * (prompt + output) + cost.head
+    # A token that is kept was counted over the keys of the whole pass, too.
+    return rows * whole + output * MAX_DRAFT * attention
+
+
+def spans(pieces: Sequence[Sequence[int]]) -> list[slice]:
+    """Where the tokens of each row are among those of all."""
+    ends = [0]
+    for piece in pieces:
+        ends.append(ends[-1] + len(piece))
+    return [slice(start, end) for start, end in pairwise(ends)]
