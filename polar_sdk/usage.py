@@ -183,6 +183,8 @@ class FlopUsage(_Facts):
         parts = self.embed + self.layers_prefill + self.layers_decode + self.head + self.router
         if self.total != parts:
             raise ValueError(f"total FLOPs ({self.total}) differ from the sum of the parts ({parts})")
+        if self.executed >= 2**63:
+            raise ValueError(f"executed FLOPs ({self.executed}) leave 64 bits")
         return self
 
 
@@ -241,8 +243,10 @@ class UsageRecord(_Facts):
 
     @model_validator(mode="after")
     def _earlier_versions_have_no_drafts(self) -> Self:
-        if self.schema_version < 3 and (self.tokens.drafted or self.flops.drafts):
+        if self.schema_version < 3 and self.tokens.drafted:
             raise ValueError(f"records of schema version {self.schema_version} have no drafts; write schema_version 3")
+        if self.flops.drafts and not self.tokens.drafted:
+            raise ValueError(f"{self.flops.drafts} FLOPs of drafts were executed, but no token was drafted")
         return self
 
     @property
