@@ -1,40 +1,37 @@
 """How much faster answers come with drafts, by kind of prompt: the same requests with drafts and without, in turn.
 
-`benchmarks.engine` runs it; the kinds are those of which the figures of an issue speak. Prompts are greedy, at full depth,
-one at a time, and their first token does not count.
+`benchmarks.engine` runs it. Answers are greedy, at full depth, one at a time, and their first token does not count.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polar_sdk import Program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from polar_sdk import PolarModel
     from polar_sdk.request.generation import Generation
     from polar_sdk.serving.drafts import Speculate
 
 ANSWER: Final = 64
 _NOTES: Final = (
-    "Notes of the meeting of 12 March. Present: Ana Ruiz, Ben Okafor, Chloe Martin, Dev Patel. The roof of the east hall leaks "
-    "above the stage. Dev has two offers: Hartmann Roofing asks 18,400 euros and can begin on 2 May; Nordbau asks 16,900 euros "
-    "and can begin on 20 June. The summer concert is on 8 June, and the hall must be dry by then. Ana moved to accept the offer "
-    "of Hartmann Roofing. The motion passed with three votes to one. Chloe will tell the choir that rehearsals move to the "
-    "library from 2 May to 30 May. Ben reported that the account holds 41,250 euros, of which 6,000 are set aside for the piano. "
-    "The next meeting is on 9 April at 19:00 in the library."
+    "Notes of the meeting of 12 March. Present: Ana Ruiz, Ben Okafor, Chloe Martin, Dev Patel. The roof of the "
+    "east hall leaks above the stage. Dev has two offers: Hartmann Roofing asks 18,400 euros and can begin on 2 "
+    "May; Nordbau asks 16,900 euros and can begin on 20 June. The summer concert is on 8 June, and the hall must "
+    "be dry by then. Ana moved to accept the offer of Hartmann Roofing. The motion passed with three votes to "
+    "one. Chloe will tell the choir that rehearsals move to the library from 2 May to 30 May. Ben reported that "
+    "the account holds 41,250 euros, of which 6,000 are set aside for the piano. The next meeting is on 9 April "
+    "at 19:00 in the library."
 )
 _ARTICLE: Final = (
-    "The lighthouse on Gull Point was built in 1871, after the loss of the steamer Marianne with all 43 people on board. For "
-    "ninety years its keepers lit the lamp by hand, first with rapeseed oil and later with paraffin. In 1961 the lamp was "
-    "connected to the mains, and the last keeper, Thomas Hale, moved to the mainland. The tower stood empty until 1998, when a "
-    "group of volunteers from the village of Penmarra began to restore it. They repaired the iron gallery, replaced 212 panes "
-    "of glass and cleaned the great lens, which weighs two tonnes. Today the lighthouse is open to visitors from April to "
-    "October. About 9,000 people climb its 146 steps every year, and the money from tickets pays for the upkeep of the tower."
+    "The lighthouse on Gull Point was built in 1871, after the loss of the steamer Marianne with all 43 people on "
+    "board. For ninety years its keepers lit the lamp by hand, first with rapeseed oil and later with paraffin. "
+    "In 1961 the lamp was connected to the mains, and the last keeper, Thomas Hale, moved to the mainland. The "
+    "tower stood empty until 1998, when a group of volunteers from the village of Penmarra began to restore it. "
+    "They repaired the iron gallery, replaced 212 panes of glass and cleaned the great lens, which weighs two "
+    "tonnes. Today the lighthouse is open to visitors from April to October. About 9,000 people climb its 146 "
+    "steps every year, and the money from tickets pays for the upkeep of the tower."
 )
 _CODE: Final = """def total_price(items, tax_rate):
     total = 0
@@ -105,9 +102,7 @@ class Pair(NamedTuple):
     """Whether both answers have the same tokens."""
 
 
-def measure(
-    model: PolarModel, kind: str, rounds: int, speculate: Speculate, clock: Callable[[], float] = time.perf_counter
-) -> list[Pair]:
+def measure(model: PolarModel, kind: str, rounds: int, speculate: Speculate) -> list[Pair]:
     """Answer the prompts of a kind in turn; every answer runs its prompt anew.
 
     Args:
@@ -115,19 +110,27 @@ def measure(
         kind: Of `KINDS`.
         rounds: Times each prompt is answered either way.
         speculate: How drafts are made.
-        clock: Unit: seconds.
     """
     pairs = []
     for number in range(rounds):
         for place, prompt in enumerate(KINDS[kind][1]):
             modes: tuple[Speculate, Speculate] = ("off", speculate) if (number + place) % 2 else (speculate, "off")
-            runs = {mode: _run(model, prompt, mode, f"{kind} {number} {place} {mode}", clock) for mode in modes}
-            (plain, plain_speed), (drafted, drafted_speed) = runs["off"], runs[speculate]
-            passes = max(drafted.usage.visits.decode)
+            runs = {
+                mode: model.generate(
+                    prompt,
+                    max_tokens=ANSWER,
+                    program=Program.identity(model.depth),
+                    speculate=mode,
+                    tenant=f"{kind} {number} {place} {mode}",
+                )
+                for mode in modes
+            }
+            plain, drafted = runs["off"], runs[speculate]
+            passes = max(drafted.usage.visits.decode, default=0)
             pairs.append(
                 Pair(
-                    drafted_speed,
-                    plain_speed,
+                    _speed(drafted),
+                    _speed(plain),
                     (len(drafted.token_ids) - 1) / max(passes, 1),
                     drafted.token_ids == plain.token_ids,
                 )
@@ -135,20 +138,5 @@ def measure(
     return pairs
 
 
-def _run(
-    model: PolarModel, prompt: str, speculate: Speculate, tenant: str, clock: Callable[[], float]
-) -> tuple[Generation, float]:
-    chunks = model.stream(
-        prompt, max_tokens=ANSWER, program=Program.identity(model.depth), speculate=speculate, tenant=tenant
-    )
-    chunk, began = next(chunks), clock()
-    for each in chunks:
-        chunk = each
-    assert chunk.generation is not None
-    answer = chunk.generation
-    return answer, (len(answer.token_ids) - 1) / max(clock() - began, 1e-9)
-
-
-def ratio(pairs: list[Pair]) -> float:
-    """The median over prompts and rounds."""
-    return statistics.median(pair.drafted / pair.plain for pair in pairs)
+def _speed(answer: Generation) -> float:
+    return (len(answer.token_ids) - 1) * 1e9 / max(answer.usage.decode_ns, 1)

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.programs.policy import Policy
     from polar_sdk.request.options import ModelOptions, Prompt, RequestOptions, Template
-    from polar_sdk.serving.drafts import Speculate
     from polar_sdk.request.scores import Pool
     from polar_sdk.router.base import Router
+    from polar_sdk.serving.drafts import Speculate
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.scheduler import Scheduler
     from polar_sdk.usage import FlopUsage, UsageBound, UsageSink

@@ -254,8 +254,8 @@ def _undo_breaches(members: Members, before: Tensor, after: Tensor) -> Tensor:
     """Undo an extra visit for the rows whose guard it breaches, and stop their loops.
 
     A row is judged by its last token. Where that stops before the end of the last visit, there is nothing to judge. Of
-    a pass with drafts every token is judged, and a breach is only noted: the pass is to be dropped, since no token after
-    the one that breaches runs the loop.
+    a pass with drafts every token is judged, and a breach is only noted: the pass is to be dropped, since no token
+    after the one that breaches runs the loop.
     """
     for spot in members.spots:
         row, own = spot.row, spot.span

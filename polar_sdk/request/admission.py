@@ -95,9 +95,7 @@ def _bound(request: Request, choices: Sequence[_Choice]) -> UsageBound:
         tokens_input=len(request.tokens),
         tokens_output_max=request.max_tokens,
         offers=tuple(
-            Offer(
-                tier=choice.tier, program=choice.program.text, flops_bound=choice.flops, drafts_bound=choice.drafts
-            )
+            Offer(tier=choice.tier, program=choice.program.text, flops_bound=choice.flops, drafts_bound=choice.drafts)
             for choice in choices
         ),
         at=request.started_at,

@@ -1,11 +1,11 @@
-"""Drafts: tokens that are likely to follow, run together with the token sampled last, and kept only as far as they are
-what would have been sampled anyway.
+"""Drafts: tokens that are likely to follow, run together with the one sampled last.
 
-A pass of a few rows takes little longer than one of one row, since reading the weights takes most of it. So tokens that
-are copied from where the last ones stood before, in prompt or answer, may bring several tokens at once; an answer is the
-same with drafts and without. What the answer does not keep was executed all the same. So drafts fill only rows that
-would be idle, and `auto` drafts only where it pays: by how often drafts of this request were right, and by what wider
-passes were measured to take. Knows tokens and seconds; no logits and no weights.
+They are kept only as far as they are what would have been sampled anyway. A pass of a few rows takes little longer than
+one of one row, since reading the weights takes most of it. So tokens that are copied from where the last ones stood
+before, in prompt or answer, may bring several tokens at once; an answer is the same with drafts and without. What the
+answer does not keep was executed all the same. So drafts fill only rows that would be idle, and `auto` drafts only
+where it pays: by how often drafts of this request were right, and by what wider passes were measured to take. Knows
+tokens and seconds; no logits and no weights.
 """
 
 from __future__ import annotations
@@ -145,6 +145,8 @@ class Drafts:
         self._prompt, self._index = prompt, TokenIndex()
         self._hits: Hits | None = None
         self._proposal = Proposal([], 0)
+        self._alone = False
+        """Whether the next pass runs one token, whatever matches: the last one did not settle what follows it."""
         self._wasted = 0
         self._idle, self._patience = 0, _PROBE_AFTER
         """Tokens since it drafted last, and how many to wait for the next try."""
@@ -154,7 +156,8 @@ class Drafts:
         if not len(self._index):
             self._index.extend(self._prompt)
         self._index.extend(answer[len(self._index) - len(self._prompt) :])
-        left = FREE_WASTE + WASTE_PER_TOKEN * len(answer) - self._wasted - 1
+        left = 0 if self._alone else FREE_WASTE + WASTE_PER_TOKEN * len(answer) - self._wasted - 1
+        self._alone = False
         self._proposal = self._index.propose(max(min(room, left, MAX_DRAFT), 0))
         return self._proposal
 
@@ -177,26 +180,25 @@ class Drafts:
         """The row decodes without drafts."""
         self._idle += 1
 
-    def judged(self, drafted: int, kept: int, wasted: int, usual: Hits) -> None:
+    def judged(self, drafted: int, brought: int, usual: Hits, *, settled: bool = True) -> None:
         """Note what came of a pass with drafts.
 
         Args:
             drafted: Number of drafted tokens.
-            kept: Those that were right.
-            wasted: Rows of the pass that brought no token, the one of the token sampled last included.
+            brought: Tokens that the pass brought: one, and one more for each drafted token that was right and ran on.
             usual: What other requests came to.
+            settled: Whether the pass said which token follows the last one that it brought.
         """
         self._patience = min(2 * self._patience, _MAX_PATIENCE) if self.probes else _PROBE_AFTER
         self._idle = 0
-        self._wasted += wasted
+        self._wasted += 1 + drafted - brought
+        self._alone = not settled
         for hits in (usual, self._hits):
             if hits is not None:
-                hits.tried(self._proposal.match, drafted, kept)
+                hits.tried(self._proposal.match, drafted, max(brought - 1, 0))
 
 
-def drafts_of(
-    prompt: Sequence[int], speculate: Speculate, sampling: Sampling, dtype: torch.dtype
-) -> Drafts | None:
+def drafts_of(prompt: Sequence[int], speculate: Speculate, sampling: Sampling, dtype: torch.dtype) -> Drafts | None:
     """The drafts of a request, or None.
 
     `auto` leaves a sampled answer with a seed alone, unless it is computed in float32: passes of several sizes are
@@ -290,8 +292,10 @@ class Plan:
         longer = self._costs.of(rows + len(steps)) / self._costs.of(rows)
         slowest = min(1 + self._kept(row, steps.count(row)) for row in range(rows))
         gain = (1 + self._all(steps) / rows) / longer
-        than = _GAIN if not instead else (1 + self._all(instead) / rows) * self._costs.of(rows) / self._costs.of(
-            rows + len(instead)
+        than = (
+            _GAIN
+            if not instead
+            else (1 + self._all(instead) / rows) * self._costs.of(rows) / self._costs.of(rows + len(instead))
         )
         return gain > than and slowest / longer >= _MIN_SPEED
 

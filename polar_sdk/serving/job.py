@@ -110,15 +110,11 @@ class Job:
         """One per sampled token, where the request wants them."""
         self.prompt_logprobs: list[TokenLogprobs] = []
         """One per prompt token after the first, where the request wants them."""
-        budget = request.max_tokens if request.fit_max_tokens else None
-        self.grammar = None if request.grammar is None else request.grammar.start(budget)
+        self.grammar = request.grammar and request.grammar.start(request.max_tokens if request.fit_max_tokens else None)
         """Where the answer is in its grammar; None = it has none."""
-        wants_logits = request.logits_hook is not None or request.logprobs is not None
         self.drafts = drafts_of(request.tokens, request.speculate, request.sampling, decoder.dtype)
         """What proposes its next tokens; None = nothing does."""
-        self._alone = False
-        """Whether the next pass runs one token, whatever is proposed: the last one could not settle what follows it."""
-        self.needs_logits = wants_logits or self.grammar is not None
+        self.needs_logits = any(each is not None for each in (request.logits_hook, request.logprobs, self.grammar))
         """True if the request has a hook or a grammar or wants log-probabilities: `sample` chooses its tokens."""
         self.cached = 0
         """Prompt tokens whose keys and values were already available."""
@@ -322,8 +318,6 @@ class Job:
         """Tokens that may follow, to run in the next pass; at most `room`, and none that could not be kept."""
         if self.drafts is None:
             return []
-        if self._alone:
-            self._alone, room = False, 0
         return self.drafts.propose(self.tokens, min(room, self.request.max_tokens - len(self.tokens) - 1)).tokens
 
     def judge(
@@ -345,7 +339,7 @@ class Job:
             logits: After each of them, (T, V).
             likeliest: The likeliest token of each.
             highest: Its logit.
-            unsure: Whether two tokens are so near to the likeliest that a pass of another size might choose the other one.
+            unsure: Whether two tokens are so near to each other that a pass of another size might choose the other.
             usual: How often drafts are right; learns from these.
 
         Raises:
@@ -364,7 +358,7 @@ class Job:
             if self.done:
                 break
         if self.drafts is not None and len(piece) > 1:
-            self.drafts.judged(len(piece) - 1, max(kept - 1, 0), len(piece) - kept, usual)
+            self.drafts.judged(len(piece) - 1, kept, usual, settled=settled)
         if self.done:
             return
         if not kept:
@@ -372,7 +366,6 @@ class Job:
         if not all(map(math.isfinite, highest[kept:])):
             self.row.page_table.clear_after(start + kept)
         self.row.page_table.shorten(start + kept)
-        self._alone = not settled
 
     def _is_sure(self, piece: Sequence[int], logits: torch.Tensor, near: bool) -> bool:
         """Whether a pass of one token would choose the same from logits (V,); `near`: two are likeliest."""

@@ -389,7 +389,7 @@ class Scheduler:
         if any(proposals):
             plan = Plan([job.drafts for job in jobs], self._pass_costs, self._hits)
             for job, piece, proposal, drafted in zip(jobs, pieces, proposals, plan.counts, strict=True):
-                piece += proposal[:drafted]
+                piece.extend(proposal[:drafted])
                 if job.drafts is not None and not drafted:
                     job.drafts.passed()
         return pieces

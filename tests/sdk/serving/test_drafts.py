@@ -157,7 +157,7 @@ def test_wrong_drafts_end_and_are_tried_again_less_and_less_often() -> None:
         drafts.propose([1, 2, 3] * 200, 7)
         (count,) = Plan([drafts], costs, usual).counts
         if count:
-            drafts.judged(count, 0, count, usual)
+            drafts.judged(count, 1, usual)
             tried.append(step)
         else:
             drafts.passed()
@@ -365,7 +365,6 @@ def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
     assert chi < cells + 5 * math.sqrt(2 * cells) + 10
 
 
-
 # -- one pass --------------------------------------------------------------------------------------------------------
 
 
@@ -458,9 +457,7 @@ def test_what_is_not_kept_leaves_no_trace() -> None:
     next_logits(decoder, [plain], [[1]])
     assert len(row.page_table.blocks) == len(plain.page_table.blocks) == 1
     for visit in range(6):
-        for ours, theirs in zip(
-            row.page_table.history(visit, 64), plain.page_table.history(visit, 64), strict=True
-        ):
+        for ours, theirs in zip(row.page_table.history(visit, 64), plain.page_table.history(visit, 64), strict=True):
             assert torch.allclose(ours[:, :63], theirs[:, :63], atol=1e-5)
             assert not ours[:, 63].any()
     assert torch.allclose(next_logits(decoder, [row], [[9]]), next_logits(decoder, [plain], [[9]]), atol=1e-4)
@@ -497,7 +494,7 @@ def test_what_a_request_may_waste_is_bounded() -> None:
     for length in range(100):
         count = len(drafts.propose([1] * length, 7).tokens)
         if count:
-            drafts.judged(count, 0, count + 1, Hits())
+            drafts.judged(count, 0, Hits())
             wasted += count + 1
         assert wasted <= FREE_WASTE + WASTE_PER_TOKEN * length
     assert wasted > 150
