@@ -13,6 +13,7 @@ import hmac
 import re
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -127,8 +128,25 @@ class KeyStore(Protocol):
         ...
 
 
-def find_access(url: str | None) -> tuple[KeyStore, Any, AccountStore]:
-    """The stores of keys, of replies and of accounts that are installed.
+@dataclass(frozen=True)
+class Access:
+    """The stores that a server with a ledger has.
+
+    Attributes:
+        keys: API keys.
+        replies: Answers to repeated requests; a `polar_server.replies.ReplyStore`.
+        accounts: What tenants may know of themselves.
+        rates: The use of keys' limits; a `polar_server.limits.RateStore`.
+    """
+
+    keys: KeyStore
+    replies: Any
+    accounts: AccountStore
+    rates: Any
+
+
+def find_access(url: str | None) -> Access:
+    """The stores that are installed.
 
     Args:
         url: The ledger; None for the default one.
@@ -138,8 +156,7 @@ def find_access(url: str | None) -> tuple[KeyStore, Any, AccountStore]:
     """
     for entry in entry_points(group=GROUP, name="default"):
         try:
-            keys, replies, accounts = entry.load()(url)
-            return keys, replies, accounts
+            return Access(*entry.load()(url))
         except ModuleNotFoundError:  # registered by this distribution, but the extra is not installed
             break
     raise MissingExtraError(

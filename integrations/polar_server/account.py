@@ -66,7 +66,7 @@ class Quote:
         api: Any = next((api for name, api in _APIS.items() if name in content), chat)
         body = fields.read(content, api.FIELDS, strict=server.settings.strict)
         call: Call = api.read_call(body, server.rules(exchange))
-        with server.counted(exchange):  # a router may run layers
+        async with server.counted(exchange):  # a router may run layers
             return await run_in_thread(lambda _: self._quoted(call, server.caller(exchange)), None)
 
     def _quoted(self, call: Call, caller: Caller) -> dict[str, Any]:

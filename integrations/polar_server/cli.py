@@ -11,8 +11,7 @@ from polar_sdk.errors import InvalidRequestError, MissingExtraError
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
-    from polar_server.access import AccountStore, KeyStore
-    from polar_server.replies import ReplyStore
+    from polar_server.access import Access, KeyStore
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +59,7 @@ def serve(
             f"`polar serve` needs {error.name!r}.",
             hint="Install the extra server of polar-llm, in a clone: `pip install '.[server]'`.",
         ) from error
-    keys, replies, accounts = _access(host, ledger, no_ledger=no_ledger, require_keys=require_keys)
+    keys, access = _access(host, ledger, no_ledger=no_ledger, require_keys=require_keys)
     engine = opt.load_model(
         model,
         tenant=tenant,
@@ -84,8 +83,9 @@ def serve(
             strict=strict,
             drain=drain,
             keys=keys,
-            replies=replies,
-            accounts=accounts,
+            replies=None if access is None else access.replies,
+            rates=None if access is None else access.rates,
+            accounts=None if access is None else access.accounts,
         )
     )
     log_as_json()
@@ -96,8 +96,8 @@ def serve(
 
 def _access(
     host: str, ledger: str | None, *, no_ledger: bool, require_keys: bool | None
-) -> tuple[KeyStore | None, ReplyStore | None, AccountStore | None]:
-    """The stores of keys, replies and accounts; no keys where nobody but this machine can reach the server.
+) -> tuple[KeyStore | None, Access | None]:
+    """The stores of the ledger, and that of keys unless nobody but this machine can reach the server.
 
     Raises:
         InvalidRequestError: The server would be open to the network.
@@ -114,10 +114,10 @@ def _access(
     if no_ledger:
         if require_keys or not local:
             raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
-        return None, None, None
-    keys, replies, accounts = find_access(ledger)
+        return None, None
+    access = find_access(ledger)
     if local and not require_keys:
-        return None, replies, accounts
-    if not keys.any_active():
+        return None, access
+    if not access.keys.any_active():
         raise InvalidRequestError("there is no API key, so nobody could use this server; see `polar key create`.")
-    return keys, replies, accounts
+    return access.keys, access

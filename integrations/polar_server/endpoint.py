@@ -96,7 +96,7 @@ class Endpoint:
             fingerprint = replies.fingerprint_of(exchange.path, content)
             await self._answer_once(exchange, call, key, fingerprint, send)
             return
-        answer = server.start(call, exchange)
+        answer = await server.start(call, exchange)
         with watching(receive, answer.leave):
             await self._reply(exchange, call, answer).send(send)
 
@@ -121,7 +121,7 @@ class Endpoint:
             raise replies.refusal(state)
         copy, whole = replies.Copy(send), False
         try:
-            answer = self._server.start(call, exchange)
+            answer = await self._server.start(call, exchange)
             whole = await self._reply(exchange, call, answer).send(copy)
         finally:
             try:

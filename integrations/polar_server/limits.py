@@ -1,66 +1,86 @@
-"""Rate limits of one process: requests and tokens per minute, and answers at a time, per key.
+"""Rate limits: requests and tokens per minute, and answers at a time, per key, over all servers that share a store.
 
 A bucket holds a minute's worth and fills evenly. Requests are taken when a call comes, tokens when its record says how
 many there were: a call is let in while any are left, so the last one may overdraw, and later ones wait for that.
+
+The store decides, and may take as long as a database does. So calls that come while it is asked wait for each other
+and are asked about together. A key without limits is never asked about.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
+import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from polar_server.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from polar_server.access import Key
 
 _MINUTE: Final = 60.0
+_RENEW_S: Final = 15.0
+"""How often a store hears of answers that run; it counts them for four times as long. Unit: seconds."""
+_RETRY_S: Final = 1.0
+"""How long after a failure the store is told again what it missed. Unit: seconds."""
+_MAX_BATCH: Final = 1_000
+_log: Final = logging.getLogger("polar_server")
 
 
-@dataclass
-class Bucket:
-    """What is left of an amount per minute."""
+class Verdict(Protocol):
+    """What a call is told; see `polar_billing.access.rates.Verdict`."""
 
-    limit: int
-    clock: Callable[[], float] = time.monotonic
-    left: float = field(init=False)
-    _at: float = field(init=False)
+    @property
+    def refused(self) -> str | None:
+        """The limit that is reached: `requests`, `tokens` or `parallel`; None = it is let in."""
+        ...
 
-    def __post_init__(self) -> None:
-        self.left, self._at = float(self.limit), self.clock()
+    @property
+    def wait_s(self) -> float:
+        """When to ask again. Unit: seconds."""
+        ...
 
-    def fill(self) -> None:
-        """Add what time has brought."""
-        now = self.clock()
-        self.left = min(self.limit, self.left + (now - self._at) * self.limit / _MINUTE)
-        self._at = now
-
-    def seconds_until(self, amount: float) -> float:
-        """Time until so much is there. Unit: seconds."""
-        return max(0.0, (amount - self.left) * _MINUTE / self.limit)
+    @property
+    def left(self) -> Mapping[str, tuple[float, float]]:
+        """What is left by `requests` and `tokens`, and in how many seconds it is full."""
+        ...
 
 
-class _Use:
-    """The buckets of one key."""
+class RateStore(Protocol):
+    """What knows how much keys have used; see `polar_billing.access.rates.Rates`. Called by one thread at a time."""
 
-    def __init__(self, key: Key) -> None:
-        limits = {"requests": key.requests_per_minute, "tokens": key.tokens_per_minute}
-        self.buckets = {what: Bucket(limit) for what, limit in limits.items() if limit is not None}
-        self.limits = limits
-        self.open = 0
+    def update(
+        self, asking: Sequence[Key], used: Sequence[tuple[Key, int]], running: Mapping[str, int]
+    ) -> Sequence[Verdict]:
+        """Let calls in, in their order, and note what answers used and how many run; an error lets none in."""
+        ...
 
 
 class Limits:
-    """The limits of all keys; for the event loop alone."""
+    """The limits of all keys; for the event loop alone.
 
-    def __init__(self) -> None:
-        self._uses: dict[str, _Use] = {}
+    Args:
+        store: What decides; None = this process alone.
+    """
 
-    def enter(self, key: Key) -> dict[str, str]:
+    def __init__(self, store: RateStore | None = None) -> None:
+        self._store: RateStore = store or MemoryRates()
+        self._asking: list[tuple[Key, asyncio.Future[Verdict]]] = []
+        self._used: list[tuple[Key, int]] = []
+        self._running: Counter[str] = Counter()
+        self._changed: set[str] = set()
+        """Keys whose number of answers the store does not know yet."""
+        self._work: asyncio.Task[None] | None = None
+        self._renewing: asyncio.TimerHandle | None = None
+
+    async def enter(self, key: Key) -> dict[str, str]:
         """Let a call in.
 
         Returns:
@@ -68,48 +88,190 @@ class Limits:
 
         Raises:
             ApiError: 429: a limit is reached.
+            SinkError: The store cannot say.
         """
-        use = self._use(key)
-        headers = self._headers(use)
-        if key.parallel is not None and use.open >= key.parallel:
-            raise _limited(f"{use.open} answers at a time are the limit of API key {key.key_id}.", 1.0, headers)
-        for what, needed in (("requests", 1.0), ("tokens", 0.001)):
-            bucket = use.buckets.get(what)
-            if bucket is not None and bucket.left < needed:
-                message = f"{bucket.limit} {what} per minute are the limit of API key {key.key_id}."
-                raise _limited(message, bucket.seconds_until(needed), headers)
-        if "requests" in use.buckets:
-            use.buckets["requests"].left -= 1
-        use.open += 1
-        return self._headers(use)
+        if not _is_limited(key):
+            return {}
+        asked: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._asking.append((key, asked))
+        self._start()
+        verdict = await asked
+        headers = _headers(key, verdict)
+        if verdict.refused is not None:
+            raise _refusal(key, verdict, headers)
+        return headers
 
     def leave(self, key: Key, tokens: int) -> None:
         """A call that was let in has ended, and used so many tokens."""
-        use = self._use(key)
-        use.open = max(0, use.open - 1)
-        if "tokens" in use.buckets:
-            use.buckets["tokens"].left -= tokens
+        if not _is_limited(key):
+            return
+        if key.parallel is not None:
+            self._running[key.key_id] -= 1
+            self._changed.add(key.key_id)
+        if key.tokens_per_minute is not None and tokens:
+            self._used.append((key, tokens))
+        self._start()
 
-    def _use(self, key: Key) -> _Use:
-        use = self._uses.get(key.key_id)
-        wanted = {"requests": key.requests_per_minute, "tokens": key.tokens_per_minute}
-        if use is None or use.limits != wanted:
-            still_open = 0 if use is None else use.open
-            use = self._uses[key.key_id] = _Use(key)
-            use.open = still_open
-        return use
+    async def close(self) -> None:
+        """Tell the store what it does not know yet, if it takes it now."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+        if self._work is not None:
+            await asyncio.wait([self._work], timeout=_RETRY_S)
 
-    @staticmethod
-    def _headers(use: _Use) -> dict[str, str]:
-        headers = {}
-        for what, bucket in use.buckets.items():
-            bucket.fill()
-            headers[f"x-ratelimit-limit-{what}"] = str(bucket.limit)
-            headers[f"x-ratelimit-remaining-{what}"] = str(max(0, math.floor(bucket.left)))
-            headers[f"x-ratelimit-reset-{what}"] = f"{bucket.seconds_until(bucket.limit):.3f}s"
-        return headers
+    def _start(self) -> None:
+        if self._work is None or self._work.done():
+            self._work = asyncio.ensure_future(self._tell())
+
+    async def _tell(self) -> None:
+        """Tell the store what there is, until there is nothing more."""
+        while self._asking or self._used or self._changed:
+            asking, self._asking = self._asking[:_MAX_BATCH], self._asking[_MAX_BATCH:]
+            used, self._used = self._used, []
+            changed, self._changed = self._changed, set()
+            counted = {key.key_id for key, _ in asking if key.parallel is not None}
+            running = {key_id: self._running[key_id] for key_id in changed | counted}
+            try:
+                verdicts = await asyncio.to_thread(self._store.update, [key for key, _ in asking], used, running)
+            except Exception as error:
+                self._used, self._changed = used + self._used, changed | self._changed
+                _fail([asked for _, asked in asking], error)
+                if not self._asking:
+                    _log.warning("limits of API keys could not be written now (%s)", error)
+                    await asyncio.sleep(_RETRY_S)
+                continue
+            for (key, asked), verdict in zip(asking, verdicts, strict=True):
+                self._answer(key, asked, verdict)
+
+    def _answer(self, key: Key, asked: asyncio.Future[Verdict], verdict: Verdict) -> None:
+        if verdict.refused is None and key.parallel is not None:
+            self._running[key.key_id] += 1
+            if self._renewing is None:
+                self._renewing = asyncio.get_running_loop().call_later(_RENEW_S, self._renew)
+        if not asked.done():
+            asked.set_result(verdict)
+        elif verdict.refused is None:  # whoever asked is gone
+            self.leave(key, 0)
+
+    def _renew(self) -> None:
+        """Tell the store of all answers that run, so that it goes on counting them."""
+        self._renewing = None
+        self._running = +self._running
+        if self._running:
+            self._changed |= self._running.keys()
+            self._renewing = asyncio.get_running_loop().call_later(_RENEW_S, self._renew)
+            self._start()
 
 
-def _limited(message: str, seconds: float, headers: dict[str, str]) -> ApiError:
+def _fail(asked: Sequence[asyncio.Future[Verdict]], error: Exception) -> None:
+    for one in asked:
+        if not one.done():
+            one.set_exception(error)
+
+
+def _is_limited(key: Key) -> bool:
+    return (key.requests_per_minute, key.tokens_per_minute, key.parallel) != (None, None, None)
+
+
+def _limits(key: Key) -> dict[str, int]:
+    limits = {"requests": key.requests_per_minute, "tokens": key.tokens_per_minute}
+    return {what: limit for what, limit in limits.items() if limit is not None}
+
+
+def _headers(key: Key, verdict: Verdict) -> dict[str, str]:
+    headers = {}
+    for what, limit in _limits(key).items():
+        left, seconds = verdict.left[what]
+        headers[f"x-ratelimit-limit-{what}"] = str(limit)
+        headers[f"x-ratelimit-remaining-{what}"] = str(max(0, math.floor(left + 1e-6)))
+        headers[f"x-ratelimit-reset-{what}"] = f"{seconds:.3f}s"
+    return headers
+
+
+def _refusal(key: Key, verdict: Verdict, headers: dict[str, str]) -> ApiError:
+    if verdict.refused == "parallel":
+        message = f"{key.parallel} answers at a time are the limit of API key {key.key_id}."
+    else:
+        assert verdict.refused is not None
+        message = f"{_limits(key)[verdict.refused]} {verdict.refused} per minute are the limit of API key {key.key_id}."
+    seconds = verdict.wait_s
     retry = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1_000))}
     return ApiError(message, status=429, code="rate_limit_exceeded", headers={**headers, **retry})
+
+
+# -- in one process ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Told:
+    refused: str | None
+    wait_s: float
+    left: Mapping[str, tuple[float, float]]
+
+
+@dataclass
+class _Bucket:
+    """What is left of an amount per minute."""
+
+    limit: int
+    at: float
+    left: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = float(self.limit)
+
+    def fill(self, now: float) -> None:
+        """Add what time has brought."""
+        self.left = min(self.limit, self.left + (now - self.at) * self.limit / _MINUTE)
+        self.at = now
+
+    def seconds_until(self, amount: float) -> float:
+        """Time until so much is there. Unit: seconds."""
+        return max(0.0, (amount - self.left) * _MINUTE / self.limit)
+
+
+class MemoryRates:
+    """The limits of one process, for a server whose keys are not in a ledger.
+
+    Args:
+        clock: Returns seconds that only rise.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[str, tuple[dict[str, int], dict[str, _Bucket]]] = {}
+        self._lock = threading.Lock()
+
+    def update(
+        self, asking: Sequence[Key], used: Sequence[tuple[Key, int]], running: Mapping[str, int]
+    ) -> Sequence[Verdict]:
+        """As `RateStore`."""
+        with self._lock:
+            open_answers = Counter(running)
+            for key, tokens in used:
+                if "tokens" in (buckets := self._filled(key)):
+                    buckets["tokens"].left -= tokens
+            return [self._verdict(key, open_answers) for key in asking]
+
+    def _verdict(self, key: Key, running: Counter[str]) -> _Told:
+        buckets, refused, wait = self._filled(key), None, 0.0
+        for what, needed in (("requests", 1.0), ("tokens", 0.001)):
+            if refused is None and what in buckets and (wait := buckets[what].seconds_until(needed)) > 0:
+                refused = what
+        if key.parallel is not None and running[key.key_id] >= key.parallel:
+            refused, wait = "parallel", 1.0
+        if refused is None:
+            running[key.key_id] += 1
+            if "requests" in buckets:
+                buckets["requests"].left -= 1
+        left = {what: (bucket.left, bucket.seconds_until(bucket.limit)) for what, bucket in buckets.items()}
+        return _Told(refused, wait, left)
+
+    def _filled(self, key: Key) -> dict[str, _Bucket]:
+        limits, now = _limits(key), self._clock()
+        if self._buckets.get(key.key_id, (None,))[0] != limits:
+            self._buckets[key.key_id] = limits, {what: _Bucket(limit, now) for what, limit in limits.items()}
+        buckets = self._buckets[key.key_id][1]
+        for bucket in buckets.values():
+            bucket.fill(now)
+        return buckets

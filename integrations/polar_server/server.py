@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +21,7 @@ from polar_server.replies import MemoryReplies
 from polar_server.watched_sink import WatchedSink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator
 
     from polar_server.answers import Answer
     from polar_server.exchange import Exchange
@@ -59,7 +59,7 @@ class Server:
         self.token_bytes = TokenBytes(given.loaded.tokenizer)
         self.guard = None if settings.keys is None else KeyGuard(settings.keys)
         self.replies: ReplyStore = settings.replies or MemoryReplies()
-        self.limits = Limits()
+        self.limits = Limits(settings.rates)
         self.metrics = Metrics(self.engine, settings.model_id, self.answers, self.sink)
         self.sink.on_record = self.metrics.recorded
 
@@ -87,7 +87,7 @@ class Server:
             usage_always=self.settings.usage_always,
         )
 
-    def start(self, call: Call, exchange: Exchange) -> Answer:
+    async def start(self, call: Call, exchange: Exchange) -> Answer:
         """Begin the answer to a call, within the limits of its key.
 
         Raises:
@@ -96,7 +96,7 @@ class Server:
         key = exchange.key
         if key is None:
             return self.answers.start(call.asks, streamed=call.stream)
-        exchange.answer_headers |= self.limits.enter(key)
+        exchange.answer_headers |= await self.limits.enter(key)
         try:
             answer = self.answers.start(call.asks, streamed=call.stream)
         except BaseException:
@@ -105,8 +105,8 @@ class Server:
         answer.task.add_done_callback(lambda _: self.limits.leave(key, answer.tokens))
         return answer
 
-    @contextmanager
-    def counted(self, exchange: Exchange) -> Iterator[None]:
+    @asynccontextmanager
+    async def counted(self, exchange: Exchange) -> AsyncIterator[None]:
         """Count a call that computes without an answer among those of its key.
 
         Raises:
@@ -116,7 +116,7 @@ class Server:
         if key is None:
             yield
             return
-        exchange.answer_headers |= self.limits.enter(key)
+        exchange.answer_headers |= await self.limits.enter(key)
         try:
             yield
         finally:
@@ -135,6 +135,7 @@ class Server:
     async def close(self) -> None:
         """Let answers finish for a while, stop the others, and store every record; the sink's spool goes last."""
         await self.answers.drain(self.settings.drain)
+        await self.limits.close()
         await run_in_thread(lambda _: self.replies.close(), None)
         await run_in_thread(lambda _: recorder.flush(), None)
         await run_in_thread(lambda _: self.sink.close(), None)

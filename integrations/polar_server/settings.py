@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from polar_sdk import PolarModel
     from polar_server.access import AccountStore, KeyStore
+    from polar_server.limits import RateStore
     from polar_server.replies import ReplyStore
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
@@ -29,6 +30,7 @@ class Settings:
         drain: How long a server that is told to stop lets answers run. Unit: seconds.
         keys: Where API keys are kept; None = anybody may ask, in the engine's own name.
         replies: Where answers to repeated requests are kept; None = in this process.
+        rates: Where the use of keys' limits is kept; None = in this process.
         accounts: What tenants may know of themselves; None = nothing, as where no ledger is kept.
         keep_alive: How often a stream without news sends a comment. Unit: seconds.
     """
@@ -43,6 +45,7 @@ class Settings:
     drain: float = 30.0
     keys: KeyStore | None = None
     replies: ReplyStore | None = None
+    rates: RateStore | None = None
     accounts: AccountStore | None = None
     keep_alive: float = 15.0
 

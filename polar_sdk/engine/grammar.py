@@ -8,9 +8,9 @@ ids and logits; no JSON and no requests.
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from collections import Counter, deque
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -35,6 +35,10 @@ _MAX_END_TOKENS: Final = 512
 """No search for an end goes on for longer. Unit: tokens."""
 _BLIND_LOOK: Final = 64
 """Where no end was found, none is looked for before this many tokens are left."""
+_PLACES: Final = 2048
+"""A wide search for an end goes on to this many places of a grammar, some 0.1 s."""
+_BRANCHES: Final = 256
+"""Where more tokens than this may follow, as within a text of free form, a wide search follows one of them."""
 _CLOSERS: Final = ("}", "]", '"', ",")
 """What ends a JSON value, soonest first."""
 _FILLERS: Final = ("null", "0", "true", "false", *"ntf@.:/-PTZDYMHWS", *"123456789", *"abcdeghijklmopqrsuvwxyz {[")
@@ -100,20 +104,42 @@ class _Tokens:
 
 
 class Grammar:
-    """A compiled grammar. Nothing in it changes."""
+    """A compiled grammar. Nothing in it changes but what it remembers."""
 
     def __init__(self, matcher: Any, tokens: _Tokens) -> None:
         self._matcher, self._tokens = matcher, tokens
+        self._wide = lru_cache(maxsize=_KEPT)(partial(_search_wide, matcher, tokens))
 
     def start(self, max_tokens: int | None = None) -> GrammarState:
         """A state at the beginning; with `max_tokens`, an answer is steered so that it ends within them."""
-        return GrammarState(self._matcher.deep_copy(), self._tokens, max_tokens, self._end.path)
+        plan = self._end.path if max_tokens is None else self._way_within(max_tokens)
+        return GrammarState(self._matcher.deep_copy(), self._tokens, max_tokens, plan)
 
-    @property
-    def least_tokens(self) -> int:
-        """Number of tokens that a short answer needs, texts of free form within it not counted."""
-        end = self._end
-        return end.forced + (0 if end.path is None else end.closed)
+    def check_fits(self, max_tokens: int) -> None:
+        """Refuse a grammar that no answer of so many tokens can match, as far as that can be told beforehand.
+
+        Raises:
+            GrammarError: No answer fits.
+        """
+        end, way = self._end, self._way_within(max_tokens)
+        if way is not None and len(way) <= max_tokens:
+            return
+        # Texts of free form within an answer may be shorter than on the way that was found, so they are not counted.
+        least = end.forced + (0 if end.path is None else end.closed)
+        if least > max_tokens or self._wide(max_tokens).all_seen:
+            short = self._wide(_MAX_END_TOKENS).path
+            raise GrammarError(
+                f"a short answer that matches needs {least if short is None else len(short)} tokens; "
+                f"max_tokens={max_tokens}: raise it.",
+                hint="With fit_max_tokens=False the answer is cut off instead.",
+            )
+
+    def _way_within(self, max_tokens: int) -> list[int] | None:
+        """The shortest way to an end that is known; a wide search is made only where it would not fit."""
+        path = self._end.path
+        if path is not None and len(path) <= max_tokens:
+            return path
+        return self._wide(max_tokens).path or path
 
     @cached_property
     def _end(self) -> _End:
@@ -280,6 +306,55 @@ def _search_end(matcher: Any, tokens: _Tokens, limit: int) -> _End:
         path += step
     found.path = path if follower.is_stopped() else [*path, tokens.end]
     return found
+
+
+class _Wide(NamedTuple):
+    """What a wide search found."""
+
+    path: list[int] | None
+    """The shortest way that was seen, at most as long as asked for."""
+    all_seen: bool
+    """Whether every way of that length was seen."""
+
+
+def _search_wide(matcher: Any, tokens: _Tokens, limit: int) -> _Wide:
+    """Follow every way that a grammar allows, breadth first, and only one of them through texts of free form.
+
+    So it is exact for one of several texts, where `_search_end` may take a long one.
+
+    Args:
+        matcher: Where it begins; not changed.
+        tokens: Of the model.
+        limit: Maximum tokens of a way.
+    """
+    words = torch.zeros((tokens.vocab + 31) // 32, dtype=torch.int32)
+    used: Counter[int] = Counter()
+    places: deque[tuple[Any, list[int], bytes]] = deque([(matcher, [], b"")])
+    reached, all_seen = {b""}, True
+    shortest: list[int] | None = None
+    while places:
+        place, path, text = places.popleft()
+        if shortest is not None and len(path) + 1 >= len(shortest):
+            break
+        if place.is_accepting():
+            way = path if place.is_stopped() else [*path, tokens.end]
+            if len(way) <= limit and (shortest is None or len(way) < len(shortest)):
+                shortest = way
+        if place.is_stopped() or len(path) >= limit:
+            continue
+        _fill(place, words)
+        follow = _bits(words).nonzero()[0].tolist()
+        if len(follow) > _BRANCHES or len(reached) > _PLACES:
+            all_seen = False
+            closing = _closing(words, tokens, used)[0]
+            follow = [] if closing is None or len(reached) > _PLACES else [closing]
+        for token in follow:
+            longer = text + bytes(tokens.tokenizer.decode_bytes([token]))
+            after = place.deep_copy()
+            if longer not in reached and after.consume_token(token):
+                reached.add(longer)
+                places.append((after, [*path, token], longer))
+    return _Wide(shortest, all_seen)
 
 
 def _closing(words: Tensor, tokens: _Tokens, used: Counter[int]) -> tuple[int | None, bool]:

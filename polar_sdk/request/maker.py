@@ -15,7 +15,6 @@ from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import (
     ContextWindowError,
     EmptyPromptError,
-    GrammarError,
     InvalidRequestError,
     SamplingError,
     ToleranceError,
@@ -180,11 +179,8 @@ class RequestMaker:
         if text is None:
             return None
         grammar = self.grammars().compile(text)
-        if options.get("fit_max_tokens", True) and grammar.least_tokens > max_tokens:
-            raise GrammarError(
-                f"a short answer that matches needs {grammar.least_tokens} tokens; max_tokens={max_tokens}: raise it.",
-                hint="With fit_max_tokens=False the answer is cut off instead.",
-            )
+        if options.get("fit_max_tokens", True):
+            grammar.check_fits(max_tokens)
         return grammar
 
     def _max_tokens(self, prompt: int, max_tokens: int | None) -> int:

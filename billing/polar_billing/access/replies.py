@@ -27,6 +27,7 @@ from sqlalchemy.exc import IntegrityError
 
 from polar_billing.access.accounts import Accounts
 from polar_billing.access.keys import ApiKeys
+from polar_billing.access.rates import Rates
 from polar_billing.errors import BillingError
 from polar_billing.ledger.clock import database_time
 from polar_billing.ledger.ledger import Ledger
@@ -297,11 +298,11 @@ def _of(claim: _Claim) -> tuple[Any, Any]:
     return reply_table.c.seq == claim.seq, reply_table.c.state == "running"
 
 
-def open_access(url: str | None) -> tuple[ApiKeys, Replies, Accounts]:
-    """The keys, replies and accounts of a ledger, for a server that found this function by its entry point.
+def open_access(url: str | None) -> tuple[ApiKeys, Replies, Accounts, Rates]:
+    """What a ledger keeps for a server that found this function by its entry point.
 
     Args:
         url: As for `Ledger`.
     """
     ledger = Ledger(url)
-    return ApiKeys(ledger), Replies(ledger), Accounts(ledger)
+    return ApiKeys(ledger), Replies(ledger), Accounts(ledger), Rates(ledger)

@@ -2,8 +2,9 @@
 
 PostgreSQL has one. SQLite has not, but its processes share a machine, whose clock since boot no one can set. So the
 ledger keeps, once per boot, how far that clock is behind the time of day; a time of day that jumps changes nothing
-until the next boot. At a boot every older hold and claim has lost its process, so the clock starts after all of them.
-Where the machine does not say which boot it is (Linux does), the time of day must do. Knows both by their tables alone.
+until the next boot. At a boot every older hold, claim and answer has lost its process, so the clock starts after all of
+them. Where the machine does not say which boot it is (Linux does), the time of day must do. Knows them by their tables
+alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import BigInteger, delete, func, insert, select, type_coerce
 
-from polar_billing.ledger.schema import clock_table, hold_table, reply_table
+from polar_billing.ledger.schema import clock_table, hold_table, reply_table, running_table
 from polar_billing.values.canonical import EPOCH, to_microseconds
 
 if TYPE_CHECKING:
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _LAST_EXPIRIES: Final = [
-    select(func.max(type_coerce(table.c.expires_at, BigInteger))).where(table.c.state == state)
-    for table, state in ((hold_table, "held"), (reply_table, "running"))
+    *(
+        select(func.max(type_coerce(table.c.expires_at, BigInteger))).where(table.c.state == state)
+        for table, state in ((hold_table, "held"), (reply_table, "running"))
+    ),
+    select(func.max(type_coerce(running_table.c.expires_at, BigInteger))),
 ]
 
 

@@ -155,14 +155,19 @@ class Ledger:
             yield connection
 
     @contextmanager
-    def transaction(self) -> Iterator[Connection]:
+    def transaction(self, *, after_usage: bool = True) -> Iterator[Connection]:
         """A write transaction on the ledger, durable when the block has ended; for `post` and similar functions.
+
+        Args:
+            after_usage: False where nobody minds that usage of this process is on its way: it is not waited for, nor
+                is SQLite for longer than `BUSY_TIMEOUT_MS`.
 
         Raises:
             StoreError: The ledger cannot be written; nothing of the block was stored.
         """
-        hooks.drain(self.identity)
-        with self._writing(PATIENCE_S) as connection:
+        if after_usage:
+            hooks.drain(self.identity)
+        with self._writing(PATIENCE_S if after_usage else None) as connection:
             yield connection
 
     @contextmanager

@@ -38,7 +38,7 @@ ADDED_IN_3 = {"polar_price_in_force"}
 ADDED_IN_4 = {"polar_chain_anchor"}
 ADDED_IN_6 = {"polar_clock"}
 ADDED_IN_5 = "\tvisits_prefill_filled TEXT, \n".replace(", \n", ",\n")
-ADDED_IN_7 = {"polar_api_key", "polar_reply"}
+ADDED_IN_7 = {"polar_api_key", "polar_reply", "polar_rate", "polar_running"}
 ADDED_IN_8 = "".join(f"\t{column} BIGINT,\n" for column in ("tokens_drafted", "tokens_accepted", "flops_drafts"))
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from polar_billing.access.rates import Rates
 from polar_billing.access.replies import Replies
+from polar_billing.errors import StoreLockedError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 from polar_server import access
 from polar_server.replies import MemoryReplies
-from tests.integrations.server.conftest import RecordingSink, chat_body
+from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from polar_billing.access.keys import ApiKeys
     from polar_server.replies import ReplyStore
@@ -148,6 +151,63 @@ def test_answers_at_a_time(guarded: Served, keys: ApiKeys, sink: RecordingSink) 
     assert ask(guarded, text)[0] == 200
 
 
+@pytest.fixture
+def replicas(serve: Callable[..., Served], keys: ApiKeys, ledger_url: str) -> Iterator[tuple[Served, Served]]:
+    """Two servers with limits in one ledger, as two processes have them."""
+    with Ledger(ledger_url) as one, Ledger(ledger_url) as other:
+        yield serve(keys=keys, rates=Rates(one)), serve(keys=keys, rates=Rates(other))
+
+
+def test_replicas_share_requests_and_tokens_per_minute(replicas: tuple[Served, Served], keys: ApiKeys) -> None:
+    one, other = replicas
+    _, text = keys.create("acme", "slow", requests_per_minute=2)
+    found = [ask(served, text) for served in (one, other, one, other)]
+    assert [status for status, _, _ in found] == [200, 200, 429, 429]
+    assert found[1][1]["x-ratelimit-remaining-requests"] == "0"
+    assert 0 < int(found[3][1]["retry-after-ms"]) <= 30_000
+    _, talkative = keys.create("acme", "talkative", tokens_per_minute=10)
+    assert ask(one, talkative)[0] == 200
+    deadline = time.monotonic() + WAIT_S
+    while ask(other, talkative, max_tokens=1)[0] != 429:  # the tokens of an answer are told a moment after it
+        assert time.monotonic() < deadline
+
+
+def test_replicas_share_answers_at_a_time(replicas: tuple[Served, Served], keys: ApiKeys, sink: RecordingSink) -> None:
+    one, other = replicas
+    _, text = keys.create("acme", "one at a time", parallel=1)
+    sink.gate.clear()
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.append(ask(one, text)[0]))
+    asking.start()
+    assert sink.asked.acquire(timeout=20)
+    assert [ask(other, text)[0], ask(one, text)[0]] == [429, 429]
+    sink.gate.set()
+    asking.join()
+    assert found == [200]
+    deadline = time.monotonic() + WAIT_S
+    while ask(other, text)[0] != 200:
+        assert time.monotonic() < deadline
+
+
+def test_limits_that_cannot_be_read_let_nobody_in(
+    serve: Callable[..., Served], keys: ApiKeys, sink: RecordingSink
+) -> None:
+    class Away:
+        calls = 0
+
+        def update(self, asking: Sequence[Any], used: Sequence[Any], running: Mapping[str, int]) -> Sequence[Any]:
+            self.calls += 1
+            raise StoreLockedError("the ledger is locked.")
+
+    store = Away()
+    served = serve(keys=keys, rates=store)
+    _, free = keys.create("acme", "free")
+    _, text = keys.create("acme", "bound", parallel=1)
+    status, _, body = ask(served, text)
+    assert (status, body["error"]["code"], sink.records) == (503, "metering_unavailable", [])
+    assert (ask(served, free)[0], store.calls) == (200, 1), "a key without limits needs no store"
+
+
 # -- calls that come twice ---------------------------------------------------------------------------------------------
 
 
@@ -249,10 +309,12 @@ def test_a_key_of_no_use_is_refused(served: Served, key: str) -> None:
 
 
 def test_the_stores_are_found_by_their_entry_point(ledger_url: str) -> None:
-    keys, replies, accounts = access.find_access(ledger_url)
-    assert keys.find("nothing0") is None
-    assert accounts.receipt("acme", "nothing") is None
-    assert replies.claim("acme", "k", "f" * 64) == ("claimed", None)
+    found = access.find_access(ledger_url)
+    assert found.keys.find("nothing0") is None
+    assert found.accounts.receipt("acme", "nothing") is None
+    assert found.replies.claim("acme", "k", "f" * 64) == ("claimed", None)
+    assert found.rates.update([], [], {}) == []
+    found.replies.close()
 
 
 def test_holds_are_renewed_and_answers_marked(serve: Callable[..., Served], ledger_url: str) -> None:

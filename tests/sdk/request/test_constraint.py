@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 from typing_extensions import TypedDict
 
-from polar_sdk import ListSink
+from polar_sdk import ListSink, PolarModel
+from polar_sdk.engine.bridge import Bridge
 from polar_sdk.errors import GrammarError, IncompleteAnswerError, InvalidRequestError, MissingExtraError
-from polar_sdk.testing import tiny_model
-
-if TYPE_CHECKING:
-    from polar_sdk import PolarModel
+from polar_sdk.serving.places import Limits
+from polar_sdk.testing import random_fill, tiny_model
 
 PERSON = {
     "type": "object",
@@ -90,6 +89,44 @@ def test_rows_of_a_batch_keep_to_their_own(model: PolarModel) -> None:
     together = model.generate_batch(["Hello"] * len(each), each=each, max_tokens=48)
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
     assert [answer.complete for answer in together[:5]] == [True, True, True, True, None]
+
+
+def test_programs_of_every_kind_keep_to_a_grammar() -> None:
+    plain = tiny_model(context_window=2048)
+    decoder = plain.loaded.decoder
+    decoder.set_fills({(3, 5): random_fill(decoder, (3, 5))})
+    width = decoder.family.hidden
+    decoder.set_bridges({(2, 3): Bridge((torch.eye(width) / 9,), torch.ones(width) / 9, torch.zeros(width))})
+    model = PolarModel(plain.loaded, policy=plain.policy, ledger=None)
+    programs = ["0-5", "0-2 (3-5)", "0-2 (3-5:2)", "0-1 [2-3] 4-5", "0-1 3x2 4-5", "0-1 3~2 4-5", "0 2-5"]
+    each: Any = [
+        {**kind, "program": program, "temperature": 1.5, "seed": seed}
+        for program in programs
+        for seed, kind in enumerate(KINDS)
+    ]
+    alone = [model.generate("Hello there", max_tokens=48, **own) for own in each]
+    together = model.generate_batch(["Hello there"] * len(each), each=each, max_tokens=48)
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    for own, answer in zip(each, together, strict=True):
+        assert answer.complete is (None if len(own) == 3 else True), own
+
+
+def test_a_row_that_gave_way_and_runs_again_is_where_it_was_in_its_grammar() -> None:
+    model = tiny_model(kv_memory=6 * 2 * 2 * 64 * 12 * 4 * 4)  # four blocks of 64 tokens in each of six layers
+    model.scheduler.limits = Limits(max_rows=2, prefix_share=0)
+    schema = {"type": "string", "minLength": 90, "maxLength": 100}
+    options: Any = {"schema": schema, "max_tokens": 150, "tenant": "noisy", "temperature": 1.0, "seed": 3}
+    expected = [tiny_model().generate(f"{number}", **options) for number in range(2)]
+    streams = [model.stream(f"{number}", **options) for number in range(2)]
+    for stream in streams:
+        next(stream)
+    for _ in range(2):
+        model.generate("b" * 150, max_tokens=20, tenant="quiet")
+    for stream, right in zip(streams, expected, strict=True):
+        last = list(stream)[-1].generation
+        assert last is not None
+        assert (last.token_ids, last.complete) == (right.token_ids, True)
+    assert model.scheduler.replayed_flops > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,6 +211,18 @@ def test_a_schema_that_cannot_fit_is_refused_before_compute() -> None:
     with pytest.raises(GrammarError, match=r"needs \d+ tokens; max_tokens=10: raise it"):
         tiny_model(sink=sink).generate("Hello", schema=PERSON, max_tokens=10)
     assert sink.records == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "least"),
+    [(["abcdefgh"], 8), (["abcdefgh", "zzzzzzz"], 7), (["yes", "abracadabra"], 3), (["yes", "yes, always"], 4)],
+)
+def test_a_text_of_several_is_refused_exactly_where_none_fits(model: PolarModel, texts: list[str], least: int) -> None:
+    for seed in range(6):
+        answer = model.generate("?", choice=texts, temperature=2.0, seed=seed, max_tokens=least)
+        assert (answer.text in texts, answer.complete) == (True, True)
+    with pytest.raises(GrammarError, match=rf"needs {least} tokens; max_tokens={least - 1}: raise it"):
+        model.generate("?", choice=texts, max_tokens=least - 1)
 
 
 def test_a_cancelled_answer_is_incomplete() -> None:

@@ -1,15 +1,15 @@
 """The ledger's tables, version 7, on one metadata, which of them are chained, and the triggers that forbid changes.
 
 `usage` facts, receipts, price books, sums, retention · `ledger` the hash chain and double entry · `budgets` budgets and
-holds · `statements` what was issued · `access` API keys and replies. A new table belongs in one of them or in a module
-of its own that is imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
+holds · `statements` what was issued · `access` API keys, replies and rates. A new table belongs in one of them or in a
+module of its own that is imported here, and in `CHAINED` if its rows belong in the hash chain. Knows no connection.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from polar_billing.ledger.schema.access import api_key_table, reply_table
+from polar_billing.ledger.schema.access import api_key_table, rate_table, reply_table, running_table
 from polar_billing.ledger.schema.base import NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
 from polar_billing.ledger.schema.budgets import budget_table, clock_table, counter_table, hold_table
 from polar_billing.ledger.schema.ledger import anchor_table, entry_table, head_table, link_table, transaction_table
@@ -51,9 +51,11 @@ __all__ = [
     "probe_table",
     "prune_table",
     "pruned_table",
+    "rate_table",
     "receipt_table",
     "reply_table",
     "rollup_table",
+    "running_table",
     "statement_table",
     "subject_of",
     "transaction_table",

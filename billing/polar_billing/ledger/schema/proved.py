@@ -116,6 +116,12 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
             "a copy of an answer that was sent, for a day; what it cost is in the usage",
         ),
     ),
+    "polar_rate": (
+        _declared(Proof.OUTSIDE, "key_id requests_full_at tokens_full_at", "what was used of a minute, for a minute"),
+    ),
+    "polar_running": (
+        _declared(Proof.OUTSIDE, "key_id replica answers expires_at", "answers that run now, for a minute"),
+    ),
     "polar_credit_note": _chained("number tenant statement reference amount reason issued_at"),
 }
 """Table → its columns, each of them once."""
@@ -125,6 +131,8 @@ ROWS_OUTSIDE: Final[dict[str, str]] = {
     "polar_probe": "always empty, and never read",
     "polar_hold": "a hold that is not settled stands for nothing stored; where one is missing, usage counts by itself",
     "polar_reply": "a copy of an answer that was sent, which is deleted after a day anyway",
+    "polar_rate": "a key without its row has a whole minute's worth, once",
+    "polar_running": "answers that run are counted anew within a quarter of a minute",
     "polar_clock": "without its row the clock of the next hold starts anew",
     "polar_budget_counter": "a counter that is missing is computed again, and one of no budget counts for nothing",
 }

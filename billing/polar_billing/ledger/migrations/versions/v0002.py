@@ -37,7 +37,10 @@ revision = "0002"
 down_revision = "0001"
 
 _OLD: Final = {"polar_schema", "polar_price_book", "polar_usage", "polar_receipt", "polar_probe"}
-_LATER: Final = {"polar_price_in_force", "polar_chain_anchor", "polar_clock", "polar_api_key", "polar_reply"}
+_LATER: Final = {
+    *("polar_price_in_force", "polar_chain_anchor", "polar_clock"),
+    *("polar_api_key", "polar_reply", "polar_rate", "polar_running"),
+}
 _DERIVED: Final = {"polar_chain_link", "polar_chain_head", "polar_usage_hour"}
 _ROWS_BATCH: Final = 500
 _PRUNED: Final = {"polar_usage": "seq", "polar_receipt": "usage_seq"}
