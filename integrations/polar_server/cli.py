@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -11,6 +11,7 @@ from polar_sdk.errors import InvalidRequestError, MissingExtraError
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
+    from polar_sdk.serving.drafts import Speculate
     from polar_server.access import Access, KeyStore
 
 
@@ -67,7 +68,7 @@ def serve(
         device=device,
         device_map=device_map,
         precision=precision,
-        speculate=speculate,
+        speculate=cast("Speculate", speculate),
         policy=policy,
         router=router,
         ledger=ledger,

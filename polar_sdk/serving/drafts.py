@@ -114,9 +114,9 @@ class Hits:
     """
 
     def __init__(self, before: Hits | None = None) -> None:
-        first = _FIRST_HITS if before is None else [share.value for share in before._first]
-        self._first = [_Share(share) for share in first]
-        self._next = _Share(_NEXT_HITS if before is None else before._next.value)
+        first = _FIRST_HITS if before is None else tuple(share.value for share in before._first)
+        self._first: list[_Share] = [_Share(share) for share in first]
+        self._next: _Share = _Share(_NEXT_HITS if before is None else before._next.value)
 
     def chances(self, proposal: Proposal) -> list[float]:
         """How likely it is that each of the proposed tokens is kept: less and less."""

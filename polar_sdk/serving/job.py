@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.grammar import GrammarState
     from polar_sdk.engine.row import Work
     from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.serving.drafts import Hits
@@ -110,7 +111,7 @@ class Job:
         """One per sampled token, where the request wants them."""
         self.prompt_logprobs: list[TokenLogprobs] = []
         """One per prompt token after the first, where the request wants them."""
-        self.grammar = request.grammar and request.grammar.start(request.max_tokens if request.fit_max_tokens else None)
+        self.grammar = _start_grammar(request)
         """Where the answer is in its grammar; None = it has none."""
         self.drafts = drafts_of(request.tokens, request.speculate, request.sampling, decoder.dtype)
         """What proposes its next tokens; None = nothing does."""
@@ -354,8 +355,7 @@ class Job:
             self.choose(logits[kept - 1], likeliest[kept - 1], highest[kept - 1])
             if self.done or kept == len(piece) or self.tokens[-1] != piece[kept]:
                 break
-            self.stop_if_due()
-            if self.done:
+            if self._stops():
                 break
         if self.drafts is not None and len(piece) > 1:
             self.drafts.judged(len(piece) - 1, kept, usual, settled=settled)
@@ -366,6 +366,10 @@ class Job:
         if not all(map(math.isfinite, highest[kept:])):
             self.row.page_table.clear_after(start + kept)
         self.row.page_table.shorten(start + kept)
+
+    def _stops(self) -> bool:
+        self.stop_if_due()
+        return self.done
 
     def _is_sure(self, piece: Sequence[int], logits: torch.Tensor, near: bool) -> bool:
         """Whether a pass of one token would choose the same from logits (V,); `near`: two are likeliest."""
@@ -444,6 +448,11 @@ class Job:
                 self.host.forget(self)
             self._ended.open()
             self._pieces.put(None)
+
+
+def _start_grammar(request: Request) -> GrammarState | None:
+    budget = request.max_tokens if request.fit_max_tokens else None
+    return None if request.grammar is None else request.grammar.start(budget)
 
 
 def asked_by_engine() -> InvalidRequestError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
 from contextlib import contextmanager
@@ -345,15 +346,15 @@ def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
     model, prompt, runs = repeating(0.05), "abab", 500
     ids = model.prompt_tokens(prompt)
     with few_rows(model):
-        answers = model.generate_batch([prompt] * runs, max_tokens=3, temperature=1.2, speculate="prompt")
+        answers = model.generate_batch([prompt] * runs, max_tokens=3, temperature=0.8, speculate="prompt")
     kept = [answer.token_ids for answer in answers if answer.usage.tokens.accepted]
     ((before, accepted),) = Counter(tokens[:2] for tokens in kept).most_common(1)
     found = Counter(tokens[2] for tokens in kept if tokens[:2] == before)
     row = Row(model.decoder, model.policy.tiers["standard"].program)
     with torch.inference_mode():
         logits = next_logits(model.decoder, [row], [[*ids, *before]])[0]
-    expected = (logits / 1.2).softmax(-1)
-    assert accepted > 50
+    expected = (logits / 0.8).softmax(-1)
+    assert accepted > 40
     chi, cells = 0.0, 0
     rest, rest_expected = accepted, float(accepted)
     for token, probability in enumerate(expected.tolist()):
@@ -449,6 +450,7 @@ def test_flops_with_drafts_are_torchs_own() -> None:
 @torch.inference_mode()
 def test_what_is_not_kept_leaves_no_trace() -> None:
     decoder = repeating(1.0).decoder
+    gc.collect()  # rows of other tests
     free = decoder.pool.free
     (row,), (plain,) = _prefilled(decoder, ["0-5"], [62]), _prefilled(decoder, ["0-5"], [62])
     drafted_logits(decoder, [row], [[1, 2, 3, 4, 5, 6]])
