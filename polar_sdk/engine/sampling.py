@@ -38,7 +38,7 @@ _TYPES: Final[tuple[tuple[str, type, str], ...]] = (
     ("top_k", Integral, "a whole number"),
     ("seed", Integral, "a whole number"),
 )
-_UNSURE: Final = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+_UNSURE: Final = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.125}
 """Logits that differ by less may change places where sums are rounded differently, by the dtype of activations."""
 _NO_IDS: Final = torch.empty((1, 0), dtype=torch.long)
 """The warpers' signature requires the tokens so far; none of those used here reads them."""

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from polar_sdk import PolarModel
+from polar_sdk.cli.run import footer
 from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import EagerKernels
 from polar_sdk.engine.forward import drafted_logits, next_logits
@@ -24,6 +25,7 @@ from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.row import Row, Work
 from polar_sdk.engine.sampling import Sampling
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.frameworks.cost import cost_facts
 from polar_sdk.programs.policy import LoopGuard
 from polar_sdk.programs.program import Program
 from polar_sdk.serving.drafts import (
@@ -213,6 +215,16 @@ def test_drafts_spare_passes() -> None:
     assert drafted.usage.tokens.accepted > 30
     assert max(drafted.usage.visits.decode) == 59 - drafted.usage.tokens.accepted
     assert max(plain.usage.visits.decode) == 59
+
+
+def test_they_are_shown_in_few_words() -> None:
+    plain, drafted = both(repeating(0.05), "abcabcabc", max_tokens=60)
+    tokens, beyond = drafted.usage.tokens, drafted.usage.flops.drafts
+    assert f" · {tokens.accepted} of {tokens.drafted} drafts kept (+{beyond / 1e9:.2f} GFLOP) · " in footer(drafted)
+    assert "draft" not in footer(plain)
+    facts = {"drafted": tokens.drafted, "accepted": tokens.accepted, "flops": beyond}
+    assert cost_facts(drafted.usage, None)["polar"]["drafts"] == facts
+    assert "drafts" not in cost_facts(plain.usage, None)["polar"]
 
 
 def test_drafts_may_be_off_for_an_object_and_on_for_a_call() -> None:
