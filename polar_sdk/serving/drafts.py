@@ -47,6 +47,12 @@ _FIRST_WEIGHT: Final = 4.0
 """Number of tries that these count for; in a request, what earlier requests came to."""
 _FADING: Final = 0.97
 """What a try still counts when one more was made."""
+_MIN_MEASURED: Final = 3
+"""Passes of one row, and wider ones, without which nothing is known of a machine."""
+_LATELY: Final = 12
+"""Passes after which a narrow one is no measure of a wide one any more."""
+_PER_ROW: Final = 0.03
+"""What one more row is taken to add while passes of one width only were measured."""
 _PROBE_AFTER: Final = 32
 """A request whose drafts do not pay tries again after so many tokens, and then after twice as many each time, …"""
 _MAX_PATIENCE: Final = 1024
@@ -213,13 +219,19 @@ def drafts_of(prompt: Sequence[int], speculate: Speculate, sampling: Sampling, d
 class PassCosts:
     """How much longer a pass takes the more rows it has, beside one of one row, as measured lately.
 
-    A wide pass is compared with narrow ones of the same moment, since a busy machine is slow for both.
+    A wide pass is compared with narrow ones of the same moment, since a busy machine is slow for both. The second row
+    costs most; from there on a line is laid through the medians.
     """
 
     def __init__(self) -> None:
         self._ones: deque[tuple[int, float]] = deque(maxlen=5)
         """Passes of one row: number of the pass, and its seconds at full depth."""
         self._ratios: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
+        """Of the ratios, by number of rows."""
+        self._line: tuple[float, float, float] = (2.0, 1.5, 0.05)
+        """Rows, what they take, and what one more adds; until something was measured, more than machines took on
+        which this was tried."""
         self._passes = 0
 
     def measured(self, rows: int, seconds: float) -> None:
@@ -228,29 +240,30 @@ class PassCosts:
         if rows == 1:
             self._ones.append((self._passes, seconds))
             return
-        lately = [one for number, one in self._ones if self._passes - number <= 2 * _PROBE_AFTER]
-        if rows <= MAX_ROWS and len(lately) >= 3:
-            self._ratios.setdefault(rows, deque(maxlen=31)).append(seconds / statistics.median(lately))
+        lately = [one for number, one in self._ones if self._passes - number <= _LATELY]
+        if rows <= MAX_ROWS and len(lately) >= _MIN_MEASURED:
+            ratios = self._ratios.setdefault(rows, deque(maxlen=31))
+            ratios.append(seconds / statistics.median(lately))
+            self._medians[rows] = statistics.median(ratios)
+            if sum(map(len, self._ratios.values())) >= _MIN_MEASURED:
+                self._line = self._fitted()
+
+    def _fitted(self) -> tuple[float, float, float]:
+        """The line through the medians, by least squares; each counts by its number of measurements."""
+        weights = {rows: len(ratios) for rows, ratios in self._ratios.items()}
+        total = sum(weights.values())
+        center = sum(rows * weight for rows, weight in weights.items()) / total
+        level = sum(self._medians[rows] * weight for rows, weight in weights.items()) / total
+        spread = sum(weight * (rows - center) ** 2 for rows, weight in weights.items())
+        if spread < 1:
+            return center, level, _PER_ROW * level
+        rise = sum(weight * (rows - center) * self._medians[rows] for rows, weight in weights.items())
+        return center, level, max(rise / spread, 0.0)
 
     def of(self, rows: int) -> float:
-        """What a pass of so many rows takes, as a multiple of one of one row; at least what fewer rows take."""
-        known = {1: 1.0} | {
-            number: max(statistics.median(ratios), 1.0)
-            for number, ratios in sorted(self._ratios.items())
-            if len(ratios) >= 3
-        }
-        if len(known) == 1:
-            return 1.0 if rows == 1 else 1.4 + 0.05 * rows  # more than any of two that were measured
-        below = max(number for number in known if number <= rows)
-        above = min((number for number in known if number >= rows), default=None)
-        if below == 1 < rows and above is not None:
-            return known[above]  # the second row costs most
-        if above is None:
-            return known[below] * (1 + 0.03 * (rows - below))
-        if above == below:
-            return known[rows]
-        share = (rows - below) / (above - below)
-        return known[below] + share * (known[above] - known[below])
+        """What a pass of so many rows takes, as a multiple of one of one row."""
+        center, level, rise = self._line
+        return 1.0 if rows == 1 else max(level + rise * (rows - center), 1.0)
 
 
 class Plan:
@@ -273,38 +286,29 @@ class Plan:
 
     def _fill(self, idle: int) -> None:
         likeliest = sorted(
-            ((not self._forced[row], -chance, row) for row, chances in enumerate(self._chances) for chance in chances)
+            (not self._forced[row], -chance, row) for row, chances in enumerate(self._chances) for chance in chances
+        )[: max(idle, 0)]
+        steps = [row for _, _, row in likeliest]
+        best = max(
+            self._paying([(row, -chance) for _, chance, row in likeliest]), sum(map(self._forced.__getitem__, steps))
         )
-        best, steps = 0, [row for _, _, row in likeliest[: max(idle, 0)]]
-        forced = sum(self._forced[row] for row in steps)
-        for count in range(forced + 1, len(steps) + 1):
-            if self._pays(steps[:count], steps[:best]):
-                best = count
-        best = max(best, forced)
         if not best and any(self._probing) and idle > 0:
             steps, best = [self._probing.index(True)], 1
         for row in steps[:best]:
             self.counts[row] += 1
 
-    def _pays(self, steps: Sequence[int], instead: Sequence[int]) -> bool:
-        """Whether these drafts bring more tokens for their time than those, and slow no row down."""
+    def _paying(self, steps: Sequence[tuple[int, float]]) -> int:
+        """How many of these drafts, a row and a chance each, bring most tokens for their time and slow no row down."""
         rows = len(self.counts)
-        longer = self._costs.of(rows + len(steps)) / self._costs.of(rows)
-        slowest = min(1 + self._kept(row, steps.count(row)) for row in range(rows))
-        gain = (1 + self._all(steps) / rows) / longer
-        than = (
-            _GAIN
-            if not instead
-            else (1 + self._all(instead) / rows) * self._costs.of(rows) / self._costs.of(rows + len(instead))
-        )
-        return gain > than and slowest / longer >= _MIN_SPEED
-
-    def _all(self, steps: Sequence[int]) -> float:
-        return sum(self._kept(row, steps.count(row)) for row in set(steps))
-
-    def _kept(self, row: int, count: int) -> float:
-        """Tokens that so many drafts of a row may bring."""
-        return sum(self._chances[row][:count])
+        alone, brought, total = self._costs.of(rows), [1.0] * rows, float(rows)
+        best, best_gain = 0, _GAIN
+        for count, (row, chance) in enumerate(steps, start=1):
+            brought[row] += chance
+            total += chance
+            longer = self._costs.of(rows + count) / alone
+            if total / rows / longer > best_gain and min(brought) / longer >= _MIN_SPEED:
+                best, best_gain = count, total / rows / longer
+        return best
 
 
 def most_wasted(cost: CostModel, program: Program, prompt: int, output: int) -> int:

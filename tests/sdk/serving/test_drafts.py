@@ -170,11 +170,26 @@ def test_wrong_drafts_end_and_are_tried_again_less_and_less_often() -> None:
 
 def test_a_busy_moment_is_measured_beside_itself() -> None:
     costs = _costs(0.1)
-    for _ in range(5):
+    assert [costs.of(rows) for rows in (1, 2, 8, 16)] == pytest.approx([1, 1.1, 1.7, 2.5])
+    for _ in range(12):  # everything takes ten times as long
         costs.measured(1, 10.0)
         costs.measured(8, 17.0)
     assert costs.of(8) == pytest.approx(1.7)
-    assert 1 < costs.of(2) < costs.of(16)
+    for _ in range(100):  # wide passes that no narrow one stands beside say nothing
+        costs.measured(8, 99.0)
+    assert costs.of(8) == pytest.approx(1.7)
+
+
+def test_costs_are_guessed_until_they_are_measured() -> None:
+    costs = PassCosts()
+    assert 1 < costs.of(2) < costs.of(8)
+    for _ in range(3):
+        costs.measured(1, 1.0)
+    for _ in range(3):
+        costs.measured(5, 1.0)
+    assert costs.of(5) == 1
+    assert costs.of(2) == 1
+    assert 1 < costs.of(8) < 1.2
 
 
 def test_a_seeded_answer_keeps_to_itself_in_low_precision() -> None:
