@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 
-.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm bench-fairness clean
+.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm chaos bench-fairness clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,11 @@ cancel-storm: $(STAMP) ## Cancel 2,000 requests at any await, token and moment, 
 
 bench-fairness: model ## Measure what paused readers and a crowd of one tenant cost another
 	$(OFFLINE) $(BIN)/python -m benchmarks.fairness
+
+SECONDS ?= 120
+
+chaos: $(STAMP) ## Kill servers under load every 5 seconds and cut their database off, for SECONDS; check the ledger
+	$(OFFLINE) $(BIN)/python -m benchmarks.chaos --seconds $(SECONDS)
 
 fuzz: $(STAMP) ## Feed every reader 50,000 hostile inputs; SEED="policy:17" repeats one
 	$(BIN)/python -m tests.fuzz $(if $(SEED),--repeat "$(SEED)",--inputs 50000)

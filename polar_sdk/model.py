@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from polar_sdk.router.base import Router
     from polar_sdk.serving.drafts import Speculate
     from polar_sdk.serving.loaded import LoadedModel
+    from polar_sdk.serving.request import Request
     from polar_sdk.serving.scheduler import Scheduler
     from polar_sdk.usage import FlopUsage, UsageBound, UsageSink
 
@@ -209,6 +210,15 @@ class PolarModel:
         chosen.check_depth(self.depth)
         return self._loaded.decoder.cost.request(chosen, prompt, output)
 
+    def request(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
+        """A prompt and its options, checked, as the engine would run them; only the router runs.
+
+        Raises:
+            InvalidRequestError: Or a subclass.
+            ProgramError: The program may not run.
+        """
+        return self._maker.make(prompt, options)
+
     def bound(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> UsageBound:
         """The maximum that `generate` would use, without running it: only the router does.
 
@@ -219,7 +229,7 @@ class PolarModel:
             InvalidRequestError: Or a subclass.
             ProgramError: The program may not run.
         """
-        return bound_of(self._maker.make(prompt, options), self._loaded.decoder.cost)
+        return bound_of(self.request(prompt, **options), self._loaded.decoder.cost)
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generation:
         """Answer one prompt; see `RequestOptions` for the options.

@@ -121,7 +121,7 @@ class Quote:
         return tiers
 
     def _bounds(self, asks: Sequence[Ask]) -> list[UsageBound]:
-        return [self._server.engine.bound(prompt, **options) for prompt, options in asks]
+        return [self._server.tiers.bound(prompt, **options) for prompt, options in asks]
 
     def _offer(self, model: str, bounds: Sequence[UsageBound]) -> dict[str, Any]:
         """What all choices use at most together, and cost."""

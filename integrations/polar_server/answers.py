@@ -12,15 +12,15 @@ import threading
 from collections import deque
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from polar_sdk.serving.threads import run_in_thread
 from polar_server.errors import shutting_down
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine, Generator, Sequence
 
-    from polar_sdk import Chunk, PolarModel
+    from polar_sdk import Chunk
     from polar_sdk.request.options import Prompt, RequestOptions
     from polar_sdk.serving.request import Cancel
     from polar_sdk.usage import Offer, Receipt, UsageBound, UsageRecord
@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 Ask = tuple["Prompt", "RequestOptions"]
 """One choice: the prompt and its options, without cancel."""
+
+
+class Computes(Protocol):
+    """What answers prompts: a `PolarModel`, or what stands before it."""
+
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
+        """As `PolarModel.stream`."""
+        ...
 
 
 class Choice:
@@ -68,7 +76,7 @@ class Answer:
         stopped: Whether the server stopped it, rather than its reader.
     """
 
-    def __init__(self, engine: PolarModel, sink: WatchedSink, asks: Sequence[Ask], *, streamed: bool) -> None:
+    def __init__(self, engine: Computes, sink: WatchedSink, asks: Sequence[Ask], *, streamed: bool) -> None:
         self._engine, self._sink, self._streamed = engine, sink, streamed
         self._asks = tuple(asks)
         self._together = threading.Barrier(len(self._asks))
@@ -176,7 +184,7 @@ class Answers:
         draining: Whether new ones are refused.
     """
 
-    def __init__(self, engine: PolarModel, sink: WatchedSink) -> None:
+    def __init__(self, engine: Computes, sink: WatchedSink) -> None:
         self._engine, self._sink = engine, sink
         self._open: set[Answer] = set()
         self._work: set[asyncio.Task[None]] = set()

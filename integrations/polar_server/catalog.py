@@ -15,7 +15,7 @@ from polar_sdk.usage import Offer
 from polar_server.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from polar_sdk import PolarModel
 
@@ -27,21 +27,26 @@ class Catalog:
     Attributes:
         engine: What answers.
         name: Its id without a tier.
+        elsewhere: The programs of tiers that other servers compute.
     """
 
     engine: PolarModel
     name: str
+    elsewhere: Mapping[str, Program] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(datetime.now(UTC).timestamp()))
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """The tiers that a request may name: those certified for the router, or else the policy's; always `exact`."""
+        """The tiers that a request may name: those certified for the router, or else the policy's; always `exact`.
+
+        Those that other servers compute are among them.
+        """
         router = self.engine.router
         if isinstance(router, LearnedRouter):
             named: Iterable[str] = () if router.certificate is None else router.certificate.tiers
         else:
             named = self.engine.policy.tiers
-        return tuple(dict.fromkeys([*named, "exact"]))
+        return tuple(dict.fromkeys([*named, *self.elsewhere, "exact"]))
 
     def ids(self) -> list[str]:
         """Every id that a request may name."""
@@ -102,7 +107,10 @@ class Catalog:
             RouterError: The tier's promise does not hold for what would run.
         """
         engine, cost = self.engine, self.engine.decoder.cost
-        if isinstance(engine.router, LearnedRouter):
+        named: str | None = tier
+        if tier in self.elsewhere:
+            program = self.elsewhere[tier]
+        elif isinstance(engine.router, LearnedRouter):
             named, serving = engine.router.serving(tier)
             if isinstance(serving, AtTheta):
                 router = engine.router
@@ -119,9 +127,12 @@ class Catalog:
     def _offer(self, tier: str | None) -> dict[str, Any]:
         engine = self.engine
         offer: dict[str, Any] = {"tier": tier, "program": None, "certified": False, "promise": None}
-        if isinstance(engine.router, LearnedRouter):
-            name = tier or engine.router.facts.default_tier
-            certificate = engine.router.certificate if engine.router.certified else None
+        learned = engine.router if isinstance(engine.router, LearnedRouter) else None
+        name = tier or ("" if learned is None else learned.facts.default_tier)
+        if name in self.elsewhere:
+            offer |= {"tier": name, "program": self.elsewhere[name].text}
+        elif learned is not None:
+            certificate = learned.certificate if learned.certified else None
             promise = None if certificate is None else certificate.tiers.get(name)
             offer |= {"tier": name, "certified": promise is not None, "promise": promise and promise.text}
         elif tier is not None or engine.router is None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, cast
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,8 +14,7 @@ from polar_sdk.errors import InvalidRequestError, MissingExtraError
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
-    from polar_sdk.serving.drafts import Speculate
-    from polar_server.access import Access, KeyStore
+    from polar_server.launch import Launch
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +39,25 @@ def serve(
         ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse unknown fields rather than count them.")] = False,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="TIER=URL: another server with OpenAI's API runs this tier's program (`polar export`). Repeatable; "
+            "several of one tier share its requests. URL#MODEL names the model there, POLAR_BACKEND_KEY the API key.",
+        ),
+    ] = None,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Serve on Ray: the cluster that RAY_ADDRESS names, or this machine.")
+    ] = False,
+    replicas: Annotated[
+        str | None, typer.Option(help="With --ray: replicas, such as 2, or 1-4 to follow the load.", show_default=False)
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="With --ray: cores of one replica.")] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs of one replica.")] = 0.0,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(help="With --ray: write what `serve deploy` and serveConfigV2 take, JSON; '-' prints it."),
+    ] = None,
     tenant: opt.Tenant = "default",
     tag: opt.Tags = None,
     model: opt.Model = None,
@@ -51,74 +72,81 @@ def serve(
 ) -> None:
     """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second one does not."""
     try:
-        from polar_server.app import build
-        from polar_server.log import log_as_json
-        from polar_server.settings import Settings
-        from polar_server.uvicorn_server import UvicornServer
+        from polar_server.launch import Launch, backends_of
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"`polar serve` needs {error.name!r}.",
-            hint="Install the extra server of polar-llm, in a clone: `pip install '.[server]'`.",
-        ) from error
-    keys, access = _access(host, ledger, no_ledger=no_ledger, require_keys=require_keys)
-    engine = opt.load_model(
-        model,
+        raise _missing(error, "server") from error
+    if not on_ray and (replicas is not None or write_config is not None):
+        raise InvalidRequestError("--replicas and --write-config go with --ray; add it.")
+    launch = Launch(
+        host=host,
+        name=name,
+        drain=drain,
+        timeout=timeout,
+        max_body=max_body,
+        usage_always=usage_always,
+        require_keys=require_keys,
+        strict=strict,
+        backends=backends_of(backend or []),
         tenant=tenant,
-        tag=tag,
+        tag=tag or [],
+        model=model,
         device=device,
         device_map=device_map,
         precision=precision,
-        speculate=cast("Speculate", speculate),
+        speculate=speculate,
         policy=policy,
         router=router,
         ledger=ledger,
         no_ledger=no_ledger,
     )
-    app = build(
-        Settings(
-            engine=engine,
-            name=name,
-            max_body=max_body,
-            timeout=timeout,
-            usage_always=usage_always,
-            strict=strict,
-            drain=drain,
-            keys=keys,
-            replies=None if access is None else access.replies,
-            rates=None if access is None else access.rates,
-            accounts=None if access is None else access.accounts,
-        )
-    )
+    if on_ray:
+        _serve_on_ray(launch, replicas or "1", cpus, gpus, port, write_config)
+    else:
+        _serve_here(launch, port)
+
+
+def _serve_here(launch: Launch, port: int) -> None:
+    try:
+        from polar_server.app import build
+        from polar_server.log import log_as_json
+        from polar_server.uvicorn_server import UvicornServer
+    except ModuleNotFoundError as error:
+        raise _missing(error, "server") from error
+    app = build(launch.settings())
     log_as_json()
-    server = UvicornServer(app, host=host, port=port)
+    server = UvicornServer(app, host=launch.host, port=port)
     server.on_start = lambda where: print_line(f"Serving {app.state.server.catalog.name} on {where}/v1", err=True)
     server.run()
 
 
-def _access(
-    host: str, ledger: str | None, *, no_ledger: bool, require_keys: bool | None
-) -> tuple[KeyStore | None, Access | None]:
-    """The stores of the ledger, and that of keys unless nobody but this machine can reach the server.
-
-    Raises:
-        InvalidRequestError: The server would be open to the network.
-    """
-    from polar_server.access import find_access
-    from polar_server.settings import LOOPBACK
-
-    local = host in LOOPBACK
-    if require_keys is False and not local:
+def _serve_on_ray(
+    launch: Launch, replicas: str, cpus: float, gpus: float, port: int, write_config: Path | None
+) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    try:
+        from polar_server import ray_serve
+    except ModuleNotFoundError as error:
+        raise _missing(error, "ray") from error
+    wanted = ray_serve.Replicas.of(replicas, cpus=cpus, gpus=gpus)
+    if write_config is None:
+        launch.stores()  # what is wrong is said here, rather than by a replica
+        ray_serve.run(launch, wanted, port=port)
+        return
+    text = json.dumps(ray_serve.config(launch, wanted, port=port), indent=2)
+    if str(write_config) == "-":
+        typer.echo(text)
+        return
+    try:
+        write_config.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
         raise InvalidRequestError(
-            f"--host {host} would let anyone on the network use this model; leave out --no-require-keys, or use "
-            f"{LOOPBACK[0]}."
-        )
-    if no_ledger:
-        if require_keys or not local:
-            raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
-        return None, None
-    access = find_access(ledger)
-    if local and not require_keys:
-        return None, access
-    if not access.keys.any_active():
-        raise InvalidRequestError("there is no API key, so nobody could use this server; see `polar key create`.")
-    return access.keys, access
+            f"--write-config {str(write_config)!r} cannot be written ({error.strerror})."
+        ) from error
+
+
+def _missing(error: ModuleNotFoundError, extra: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"`polar serve` needs {error.name!r}.",
+        hint=f"Install the extra {extra} of polar-llm, in a clone: `pip install '.[{extra}]'`.",
+    )

@@ -2,7 +2,8 @@
 
 PolarError
 └── ApiError                    an answer with an HTTP status and OpenAI's error body
-    └── ClientLeftError         nobody is there any more to answer
+    ├── ClientLeftError         nobody is there any more to answer
+    └── UpstreamError           a server behind this one failed, refused, or is gone (`upstream.errors`)
 
 Clients decide by status, code and headers whether to try again, so these are part of the interface. An error that is
 none of ours is a 500 without its text: a traceback belongs in the log.

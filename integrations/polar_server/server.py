@@ -18,6 +18,7 @@ from polar_server.metrics import Metrics
 from polar_server.openai.calls import Caller, Rules
 from polar_server.openai.logprobs import TokenBytes
 from polar_server.replies import MemoryReplies
+from polar_server.upstream.tiers import Tiers
 from polar_server.watched_sink import WatchedSink
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Server:
         engine: The model, with a sink that the server watches.
         sink: That sink.
         answers: What is being computed.
+        tiers: The engine, and other servers in its place for some tiers.
         catalog: The ids that requests may name.
         token_bytes: The bytes of the model's tokens.
         guard: What asks for an API key; None where anybody may ask.
@@ -54,8 +56,10 @@ class Server:
         self.sink = WatchedSink(given.sink)
         self.engine = copy(given)
         self.engine.sink = self.sink
-        self.answers = Answers(self.engine, self.sink)
-        self.catalog = Catalog(self.engine, settings.model_id)
+        default_tier = Catalog(self.engine, settings.model_id).default_tier
+        self.tiers = Tiers(self.engine, settings.backends, settings.backend_key, default_tier)
+        self.catalog = Catalog(self.engine, settings.model_id, self.tiers.programs())
+        self.answers = Answers(self.tiers, self.sink)
         self.token_bytes = TokenBytes(given.loaded.tokenizer)
         self.guard = None if settings.keys is None else KeyGuard(settings.keys)
         self.replies: ReplyStore = settings.replies or MemoryReplies()
@@ -136,6 +140,7 @@ class Server:
         """Let answers finish for a while, stop the others, and store every record; the sink's spool goes last."""
         await self.answers.drain(self.settings.drain)
         await self.limits.close()
+        await run_in_thread(lambda _: self.tiers.close(), None)
         await run_in_thread(lambda _: self.replies.close(), None)
         await run_in_thread(lambda _: recorder.flush(), None)
         await run_in_thread(lambda _: self.sink.close(), None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from polar_sdk import PolarModel
     from polar_server.access import AccountStore, KeyStore
     from polar_server.limits import RateStore
@@ -32,6 +34,8 @@ class Settings:
         replies: Where answers to repeated requests are kept; None = in this process.
         rates: Where the use of keys' limits is kept; None = in this process.
         accounts: What tenants may know of themselves; None = nothing, as where no ledger is kept.
+        backends: URLs of other servers, by the tier that they compute; see `polar_server.upstream`.
+        backend_key: API key for them.
         keep_alive: How often a stream without news sends a comment. Unit: seconds.
     """
 
@@ -47,6 +51,8 @@ class Settings:
     replies: ReplyStore | None = None
     rates: RateStore | None = None
     accounts: AccountStore | None = None
+    backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    backend_key: str | None = None
     keep_alive: float = 15.0
 
     @property

@@ -47,7 +47,7 @@ def export(loaded: LoadedModel, program: Program, folder: str | Path, *, force: 
         FolderExistsError: Something is stored there already.
         FolderError: The folder cannot be written.
     """
-    layers = _plain_layers(program)
+    layers = plain_layers(program)
     target = Path(folder).absolute()
     _check_target(target, loaded, force=force)
     with LOADING_LOCK, quiet_transformers():
@@ -85,8 +85,12 @@ def cut(source: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     return model
 
 
-def _plain_layers(program: Program) -> tuple[int, ...]:
-    """The layers of a program that a plain model can stand for."""
+def plain_layers(program: Program) -> tuple[int, ...]:
+    """The layers of a program that a plain model can stand for.
+
+    Raises:
+        ExportError: None can.
+    """
     if program.bridges:
         first, last = program.bridges[0]
         raise _no_export(

@@ -290,7 +290,7 @@ def _tags(body: Body, caller: Caller) -> dict[str, str]:
     return {**tags, **caller.tags}
 
 
-class _Steering:
+class Steering:
     """Biases and penalties on logits, as OpenAI defines them.
 
     A token's logit gets its bias, less `frequency` for each time it was sampled, less `presence` if it ever was.
@@ -298,6 +298,12 @@ class _Steering:
 
     def __init__(self, bias: Mapping[int, float], presence: float, frequency: float) -> None:
         self._bias, self._presence, self._frequency = bias, presence, frequency
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a body that say the same."""
+        biases = {str(token): bias for token, bias in self._bias.items()}
+        penalties = {"presence_penalty": self._presence, "frequency_penalty": self._frequency}
+        return {**({"logit_bias": biases} if biases else {}), **{name: by for name, by in penalties.items() if by}}
 
     def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
         """Change logits (V,) after `tokens`."""
@@ -313,10 +319,10 @@ class _Steering:
         return logits
 
 
-def _hook(body: Body) -> _Steering | None:
+def _hook(body: Body) -> Steering | None:
     presence, frequency = body.get("presence_penalty", 0.0), body.get("frequency_penalty", 0.0)
     bias = _bias(body.get("logit_bias", {}))
-    return _Steering(bias, presence, frequency) if bias or presence or frequency else None
+    return Steering(bias, presence, frequency) if bias or presence or frequency else None
 
 
 def _bias(value: Any) -> dict[int, float]:

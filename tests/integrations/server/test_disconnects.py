@@ -10,7 +10,7 @@ import os
 import random
 import socket
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polar_sdk import PolarModel, UsageRecord
+    from polar_server.upstream.tiers import Tiers
     from tests.integrations.server.conftest import Served
 
 TRIALS = int(os.environ.get("POLAR_TEST_DISCONNECTS", "12"))
@@ -63,7 +64,7 @@ def tokens_at_leave(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def noting(self: Answer) -> None:
         if not self._cancel.is_set():
-            noted.append(computed(self._engine))
+            noted.append(computed(cast("Tiers", self._engine).engine))
         leave(self)
 
     monkeypatch.setattr(Answer, "leave", noting)

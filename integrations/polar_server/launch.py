@@ -1,0 +1,140 @@
+"""What `polar serve` was asked for, as data: enough to make the same server here, or on another machine.
+
+A launch is plain values, so that it can be written to a file and read by a replica that Ray starts. Knows commands'
+options; loads the model and finds the stores when told to.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from polar_sdk.cli.options import load_model
+from polar_sdk.errors import InvalidRequestError
+from polar_server.access import find_access
+from polar_server.settings import LOOPBACK, MAX_BODY_BYTES, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from polar_sdk.serving.drafts import Speculate
+    from polar_server.access import Access, KeyStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The options of one server; see `polar serve --help`."""
+
+    host: str = LOOPBACK[0]
+    name: str | None = None
+    drain: float = 30.0
+    timeout: float | None = None
+    max_body: int = MAX_BODY_BYTES
+    usage_always: bool = False
+    require_keys: bool | None = None
+    strict: bool = False
+    backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    tenant: str = "default"
+    tag: Sequence[str] = ()
+    model: str | None = None
+    device: str = "auto"
+    device_map: str | None = None
+    precision: str = "auto"
+    speculate: str = "off"
+    policy: str | None = None
+    router: str | None = None
+    ledger: str | None = None
+    no_ledger: bool = False
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From what `values` returned.
+
+        Raises:
+            InvalidRequestError: There is no such option.
+        """
+        known = [one.name for one in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InvalidRequestError(f"there is no option {name[:40]!r} of a server; use {', '.join(known)}.")
+        return cls(**values)
+
+    def values(self) -> dict[str, Any]:
+        """The options that differ from the defaults, as JSON has them."""
+        default = asdict(type(self)())
+        return {name: value for name, value in asdict(self).items() if value != default[name]}
+
+    def stores(self) -> tuple[KeyStore | None, Access | None]:
+        """The stores of the ledger, and that of keys unless nobody but this machine can reach the server.
+
+        Raises:
+            InvalidRequestError: The server would be open to the network, or closed to everybody.
+        """
+        local = self.host in LOOPBACK
+        if self.require_keys is False and not local:
+            raise InvalidRequestError(
+                f"--host {self.host} would let anyone on the network use this model; leave out --no-require-keys, or "
+                f"use {LOOPBACK[0]}."
+            )
+        if self.no_ledger:
+            if self.require_keys or not local:
+                raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
+            return None, None
+        access = find_access(self.ledger)
+        if local and not self.require_keys:
+            return None, access
+        if not access.keys.any_active():
+            raise InvalidRequestError("there is no API key, so nobody could use this server; see `polar key create`.")
+        return access.keys, access
+
+    def settings(self) -> Settings:
+        """Find the stores, load the model, and say what to serve.
+
+        Raises:
+            PolarError: Something that was named cannot be.
+        """
+        keys, access = self.stores()
+        engine = load_model(
+            self.model,
+            tenant=self.tenant,
+            tag=self.tag,
+            device=self.device,
+            device_map=self.device_map,
+            precision=self.precision,
+            speculate=cast("Speculate", self.speculate),
+            policy=self.policy,
+            router=self.router,
+            ledger=self.ledger,
+            no_ledger=self.no_ledger,
+        )
+        return Settings(
+            engine=engine,
+            name=self.name,
+            max_body=self.max_body,
+            timeout=self.timeout,
+            usage_always=self.usage_always,
+            strict=self.strict,
+            drain=self.drain,
+            keys=keys,
+            replies=None if access is None else access.replies,
+            rates=None if access is None else access.rates,
+            accounts=None if access is None else access.accounts,
+            backends=self.backends,
+            backend_key=os.environ.get("POLAR_BACKEND_KEY") or None,
+        )
+
+
+def backends_of(given: Sequence[str]) -> dict[str, list[str]]:
+    """URLs by tier, of texts such as `economy=http://10.0.0.5:8000`.
+
+    Raises:
+        InvalidRequestError: One is not TIER=URL.
+    """
+    backends: dict[str, list[str]] = {}
+    for text in given:
+        tier, is_pair, url = text.partition("=")
+        if not is_pair or not tier or not url:
+            raise InvalidRequestError(f"--backend {text!r} is not TIER=URL, e.g. economy=http://10.0.0.5:8000.")
+        backends.setdefault(tier, []).append(url)
+    return backends

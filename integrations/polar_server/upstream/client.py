@@ -1,0 +1,211 @@
+"""HTTP to the servers behind this one: which models they have, and streams of text completions.
+
+One thread with an event loop of its own keeps the connections; what arrives is handed to the thread of the request
+through a queue, so that such a thread can stop waiting at any time. Knows OpenAI's wire format, and no tier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx2
+
+from polar_sdk.reading import Unreadable, parse_object
+from polar_server.upstream.errors import UpstreamError, refused, unreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from concurrent.futures import Future
+
+_CONNECT_S: Final = 5.0
+_SILENCE_S: Final = 300.0
+"""How long an upstream may say nothing at all, as while a request waits for its turn there. Unit: seconds."""
+_MAX_EVENT_BYTES: Final = 2**20
+_MAX_BODY_BYTES: Final = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The upstream took the request: from here on it computes."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of a stream."""
+
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The stream is over: well, or by an error."""
+
+    error: UpstreamError | None
+    """None where it ended as it should."""
+
+
+News = Opened | Event | Ended
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model of an upstream."""
+
+    model: str
+    """Its id there."""
+    counts_each: bool
+    """Whether every event of a stream can say how many tokens there are so far."""
+
+
+@dataclass(eq=False)
+class Stream:
+    """A request under way."""
+
+    news: SimpleQueue[News] = field(default_factory=SimpleQueue)
+    work: Future[None] | None = None
+
+    def close(self) -> None:
+        """Close the connection, on which the upstream stops computing."""
+        if self.work is not None:
+            self.work.cancel()
+
+
+class Client:
+    """Connections to upstreams. Safe in several threads.
+
+    Args:
+        key: API key for them; None = they ask for none.
+    """
+
+    def __init__(self, key: str | None = None) -> None:
+        self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._starting = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._http: httpx2.AsyncClient | None = None
+
+    def served(self, base: str, wanted: str | None) -> Served:
+        """The model to ask an upstream for.
+
+        Args:
+            base: Its URL, up to `/v1`.
+            wanted: The id of the model; None = the only one, or the one at full depth of a PoLar server.
+
+        Raises:
+            UpstreamError: It cannot be reached, or does not say which model it has.
+        """
+        found: Served = self._submit(self._served(base, wanted)).result()
+        return found
+
+    def complete(self, base: str, body: dict[str, Any]) -> Stream:
+        """Ask for a streamed text completion; what becomes of it arrives in `news`."""
+        stream = Stream()
+        stream.work = self._submit(self._complete(base, body, stream.news))
+        return stream
+
+    def close(self) -> None:
+        """Close all connections, and end the thread."""
+        with self._starting:
+            loop, self._loop = self._loop, None
+            http, self._http = self._http, None
+        if loop is not None and http is not None:
+            asyncio.run_coroutine_threadsafe(http.aclose(), loop).result(_CONNECT_S)
+            loop.call_soon_threadsafe(loop.stop)
+
+    def _submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        with self._starting:
+            if self._loop is None:
+                self._loop = loop = asyncio.new_event_loop()
+                self._http = httpx2.AsyncClient(
+                    headers=self._headers,
+                    timeout=httpx2.Timeout(_SILENCE_S, connect=_CONNECT_S),
+                    limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+                    trust_env=False,
+                )
+                threading.Thread(target=_run, args=[loop], name="polar-upstream", daemon=True).start()
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _served(self, base: str, wanted: str | None) -> Served:
+        assert self._http is not None
+        try:
+            answer = await self._http.get(f"{base}/models", timeout=_CONNECT_S)
+        except httpx2.HTTPError as error:
+            raise unreachable(base, error) from error
+        if answer.status_code != 200:
+            raise refused(base, answer.status_code, answer.content, answer.headers)
+        listed = _models(answer.content)
+        if wanted is None:
+            exact = [one for one in listed if str(one.get("id", "")).endswith(":exact")]
+            if len(listed) > 1 and len(exact) != 1:
+                raise UpstreamError(
+                    f"{base} has several models; name one of {', '.join(str(one.get('id')) for one in listed[:8])} "
+                    "in --backend, as TIER=URL#MODEL.",
+                    code="upstream_error",
+                )
+            listed = exact or listed
+        else:
+            listed = [one for one in listed if one.get("id") == wanted]
+        if not listed or not isinstance(listed[0].get("id"), str):
+            raise UpstreamError(f"{base} has no model {wanted or ''!r}; see its /v1/models.", code="upstream_error")
+        return Served(listed[0]["id"], listed[0].get("owned_by") == "vllm")
+
+    async def _complete(self, base: str, body: dict[str, Any], news: SimpleQueue[News]) -> None:
+        assert self._http is not None
+        taken = False
+        try:
+            async with self._http.stream("POST", f"{base}/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    content = await answer.aread()
+                    news.put(Ended(refused(base, answer.status_code, content, answer.headers)))
+                    return
+                taken = True
+                news.put(Opened())
+                news.put(await _relay(base, answer, news))
+        except httpx2.ReadTimeout:
+            news.put(Ended(UpstreamError(f"{base} did not answer in time.", status=504, code="upstream_timeout")))
+        except (httpx2.HTTPError, OSError) as error:
+            news.put(Ended(_lost(base) if taken else unreachable(base, error)))
+        except Exception as error:  # whatever it is, the request that waits must hear of it
+            news.put(Ended(UpstreamError(f"{base}: {error}")))
+            raise
+
+
+async def _relay(base: str, answer: httpx2.Response, news: SimpleQueue[News]) -> Ended:
+    """Hand the events of a stream on; returns how it ended."""
+    async for line in answer.aiter_lines():
+        if not line.startswith("data:"):
+            continue
+        text = line[5:].strip()
+        if text == "[DONE]":
+            return Ended(None)
+        try:
+            data = parse_object(text.encode(), max_bytes=_MAX_EVENT_BYTES)
+        except Unreadable as error:
+            return Ended(UpstreamError(f"{base} sent an event that is {error.fault}.", code="upstream_error"))
+        if "error" in data:
+            return Ended(refused(base, 500, text.encode(), {}))
+        news.put(Event(data))
+    return Ended(_lost(base))
+
+
+def _lost(base: str) -> UpstreamError:
+    return UpstreamError(f"{base} broke its answer off; what it sent is billed.", code="upstream_lost")
+
+
+def _models(content: bytes) -> list[dict[str, Any]]:
+    try:
+        found = parse_object(content, max_bytes=_MAX_BODY_BYTES).get("data")
+    except Unreadable:
+        return []
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()

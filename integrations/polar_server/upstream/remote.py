@@ -1,0 +1,321 @@
+"""An answer that an upstream computes, for the rest of the server as if the engine did.
+
+The prompt goes there as the token ids that the engine would run, so both count the same tokens. FLOPs are those of the
+program by the formula (`polar_sdk.programs.cost`), for the tokens that the upstream reports; where the answer was cut
+before it did, for the prompt and the tokens of the text that arrived. The tag `polar.measured_by` says which:
+`upstream` or `relay`. What an upstream computed without sending anything of it is not known, and not billed. Exactly
+one record per request that an upstream took, however it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from pydantic import ValidationError
+
+from polar_sdk import Chunk, Generation, Program
+from polar_sdk.errors import RequestTimeoutError
+from polar_sdk.programs.cost import pieces
+from polar_sdk.request.admission import admit
+from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
+from polar_server.upstream.client import Ended, Event
+from polar_server.upstream.errors import UpstreamError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+
+    from polar_sdk import PolarModel
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.serving.job import FinishReason
+    from polar_sdk.serving.request import Request
+    from polar_sdk.usage import Receipt
+    from polar_server.upstream.client import News, Stream
+    from polar_server.upstream.tiers import Backend, Place
+
+MEASURED_TAG: Final = "polar.measured_by"
+_LOOK_S: Final = 0.05
+"""How often a request that waits for its upstream looks whether it should end. Unit: seconds."""
+_MARK_TOKENS: Final = 64
+_MARK_S: Final = 1.0
+_FINISHED: Final = {"length": "length"}
+_log: Final = logging.getLogger("polar_server")
+
+
+@dataclass
+class _Progress:
+    """How far an answer has come."""
+
+    text: str = ""
+    pieces: int = 0
+    finish: str | None = None
+    reported: TokenUsage | None = None
+    """What the upstream said last."""
+    opened_ns: int = 0
+    first_ns: int = 0
+    """When the first piece came, by the monotonic clock; 0 = none has."""
+    lost: BaseException | None = None
+    """What ended the request from outside, such as a hold that was lost."""
+    marked: int = 0
+    """Pieces at the last mark."""
+    marked_at: float = field(default_factory=time.monotonic)
+
+    def take(self, data: Mapping[str, Any]) -> str:
+        """Note one event; returns its text."""
+        self.reported = _usage(data) or self.reported
+        choices = data.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        if (reason := choice.get("finish_reason")) is not None:
+            self.finish = _FINISHED.get(reason, "stop")
+        text = choice.get("text")
+        if not isinstance(text, str) or not text:
+            return ""
+        self.text += text
+        self.pieces += 1
+        self.first_ns = self.first_ns or time.perf_counter_ns()
+        return text
+
+
+def _usage(data: Mapping[str, Any]) -> TokenUsage | None:
+    """The usage in an event, if it has one that can be."""
+    usage = data.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    details = usage.get("prompt_tokens_details")
+    cached = (details.get("cached_tokens") if isinstance(details, dict) else 0) or 0
+    try:
+        return TokenUsage(
+            input=usage.get("prompt_tokens"),
+            cached=cached,
+            output=usage.get("completion_tokens"),
+        )
+    except ValidationError:
+        return None
+
+
+def stream(engine: PolarModel, backends: Mapping[str, Backend], request: Request) -> Generator[Chunk, None, None]:
+    """Answer a request that was checked, by the upstream of its tier.
+
+    Yields:
+        As the engine: the last chunk carries the generation, whose record is stored by then.
+
+    Raises:
+        UpstreamError: No upstream took the request, or it broke off.
+        PolarError: As `polar_sdk.PolarModel.stream`.
+    """
+    sink, cost = engine.sink, engine.decoder.cost
+    sink.check()
+    reserved: list[Request] = []
+    answer: _Answer | None = None
+    try:
+        (request,) = admit([request], cost, sink, reserved.append)
+        assert request.tier is not None
+        answer = _Answer(engine, backends[request.tier], request)
+        yield from answer.chunks()
+    finally:
+        if answer is None or not answer.began:
+            for one in reserved:
+                with suppress(Exception):  # any sink, any error: a hold expires by itself
+                    sink.release(one.tenant, one.request_id)
+
+
+class _Answer:
+    """One answer of an upstream.
+
+    Attributes:
+        began: Whether it has, or will have, a record.
+    """
+
+    def __init__(self, engine: PolarModel, backend: Backend, request: Request) -> None:
+        self._engine, self._backend, self._request = engine, backend, request
+        self._sink = engine.sink
+        self._progress = _Progress()
+        self.began = False
+
+    def chunks(self) -> Generator[Chunk, None, None]:
+        """The pieces of the answer; its record is stored however they end."""
+        progress = self._progress
+        try:
+            for text in self._texts():
+                yield Chunk(text)
+        except GeneratorExit:
+            self._record(Outcome.CANCELLED)
+            raise
+        except RequestTimeoutError as error:
+            error.usage = self._record(Outcome.CANCELLED)[0]
+            raise
+        except BaseException as error:
+            if self.began:
+                self._record(Outcome.ERROR, error)
+            raise
+        cut = progress.finish == "cancelled"
+        record, receipt = self._record(Outcome.CANCELLED if cut else Outcome.COMPLETED)
+        tokens = tuple(self._engine.encode(progress.text))
+        finish = cast("FinishReason", record.finish_reason)
+        yield Chunk("", Generation(progress.text, tokens, finish, record, receipt))
+
+    def _texts(self) -> Generator[str, None, None]:
+        """The text as it arrives, until the answer ends or nobody wants it any more."""
+        opened = self._open()
+        if opened is None:
+            self._progress.finish = "cancelled"
+            return
+        place, stream = opened
+        try:
+            while (news := self._next(stream)) is not None:
+                if isinstance(news, Ended):
+                    if news.error is not None:
+                        raise news.error
+                    self._progress.finish = self._progress.finish or "stop"
+                    return
+                if isinstance(news, Event) and (text := self._progress.take(news.data)):
+                    self._mark()
+                    yield text
+            self._progress.finish = "cancelled"
+        finally:
+            stream.close()
+            place.add(-1)
+
+    def _open(self) -> tuple[Place, Stream] | None:
+        """The first of the tier's upstreams that takes the request; none where nobody wants it any more.
+
+        Raises:
+            UpstreamError: None takes it.
+        """
+        request, failure = self._request, None
+        for place in self._backend.by_load():
+            place.add(1)
+            stream, is_taken = None, False
+            try:
+                served = place.served()
+                stream = self._backend.client.complete(place.base, self._backend.body(request, served))
+                news = self._next(stream)
+                if news is None:
+                    self._begin()
+                    return None
+                if isinstance(news, Ended) and news.error is not None:
+                    raise news.error
+                self._begin()
+                is_taken = True
+                return place, stream
+            except UpstreamError as error:
+                failure = error
+                if not self._backend.is_gone(place, error):
+                    raise
+            finally:
+                if not is_taken:
+                    place.add(-1)
+                    if stream is not None:
+                        stream.close()
+        assert failure is not None
+        raise failure
+
+    def _begin(self) -> None:
+        """From here on there is a record."""
+        self.began = True
+        self._progress.opened_ns = time.perf_counter_ns()
+        self._sink.watch(self._request.tenant, self._request.request_id, self._lose)
+
+    def _lose(self, error: Exception) -> None:
+        self._progress.lost = error
+
+    def _next(self, stream: Stream) -> News | None:
+        """What arrives next; None once the caller wants nothing more.
+
+        Raises:
+            RequestTimeoutError: The time is up.
+            Exception: What the request lost.
+        """
+        while True:
+            if self._request.cancelled:
+                return None
+            if self._progress.lost is not None:
+                raise self._progress.lost
+            if self._request.late:
+                raise RequestTimeoutError(
+                    f"the answer was stopped after {self._request.timeout} s, by the time limit.",
+                    hint="Raise timeout, lower max_tokens, or use a cheaper tier.",
+                )
+            with suppress(Empty):
+                return stream.news.get(timeout=_LOOK_S)
+
+    def _mark(self) -> None:
+        """Tell the sink now and then what was used so far, in case this process is killed."""
+        progress, now = self._progress, time.monotonic()
+        due = progress.pieces - progress.marked >= _MARK_TOKENS or now - progress.marked_at >= _MARK_S
+        if due and self._sink.wants_marks:
+            progress.marked, progress.marked_at = progress.pieces, now
+            try:
+                self._sink.mark(self._made(Outcome.CANCELLED))
+            except Exception as error:  # any sink, any error: the answer goes on, and its record counts
+                _log.warning("request %r could not be marked (%s)", self._request.request_id, error)
+
+    def _record(self, outcome: Outcome, error: BaseException | None = None) -> tuple[UsageRecord, Receipt | None]:
+        self.began = True
+        record = self._made(outcome, error)
+        return record, self._sink.emit(record)
+
+    def _tokens(self) -> tuple[TokenUsage, str]:
+        """Tokens, and who counted them."""
+        progress, prompt = self._progress, len(self._request.tokens)
+        if progress.reported is not None:
+            return progress.reported, "upstream"
+        written = len(self._engine.encode(progress.text)) if progress.text else 0
+        return TokenUsage(input=prompt, output=written), "relay"
+
+    def _made(self, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
+        request, progress, now = self._request, self._progress, time.perf_counter_ns()
+        tokens, measured_by = self._tokens()
+        program, cost = request.route.program, self._engine.decoder.cost
+        flops, visits, identity = FlopUsage(), VisitUsage(), 0
+        if tokens.output:
+            flops = cost.request(program, tokens.input, tokens.output, cached=tokens.cached)
+            visits = _visits(cost, program, tokens)
+            whole = Program.identity(cost.depth)
+            identity = cost.request(whole, tokens.input, tokens.output, cached=tokens.cached).total
+        finish: Any = {Outcome.CANCELLED: "cancelled", Outcome.ERROR: "error"}.get(outcome, progress.finish or "stop")
+        opened = progress.opened_ns or now
+        first = progress.first_ns or now
+        return UsageRecord(
+            request_id=request.request_id,
+            tenant=request.tenant,
+            tags={**request.tags, MEASURED_TAG: measured_by},
+            model=self._engine.name,
+            model_fingerprint=self._engine.fingerprint,
+            router=request.router,
+            router_version=request.router_version,
+            tier=request.tier,
+            program=program.text,
+            outcome=outcome,
+            finish_reason=finish,
+            error=type(error).__name__ if outcome is Outcome.ERROR else None,
+            tokens=tokens,
+            visits=visits,
+            flops=flops,
+            identity_flops=identity,
+            device="upstream",
+            dtype="upstream",
+            started_at=request.started_at,
+            queue_ns=max(opened - request.created_ns, 0),
+            prefill_ns=max(first - opened, 0),
+            decode_ns=now - progress.first_ns if progress.first_ns else 0,
+        )
+
+
+def _visits(cost: CostModel, program: Program, tokens: TokenUsage) -> VisitUsage:
+    """The visits that the engine would count for these tokens."""
+    prefill: Counter[int] = Counter()
+    for piece in pieces(tokens.input, tokens.cached):
+        for share in cost.shares(program, piece):
+            if share.parts.running or share.parts.leaving:
+                prefill[share.step.first] += 1
+    per_pass = Counter(program.layers)
+    return VisitUsage(
+        prefill=tuple(prefill[layer] for layer in range(cost.depth)),
+        decode=tuple(per_pass[layer] * (tokens.output - 1) for layer in range(cost.depth)),
+    )

@@ -1,0 +1,217 @@
+"""Replicas on Ray Serve, on this machine: answers, who gets which call, updates under load, clients that leave.
+
+Skipped where Ray is not installed; the extra `ray` brings it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import pickle
+import socket
+import threading
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from polar_billing.ledger.ledger import Ledger
+from polar_billing.ledger.records import Selection
+from polar_sdk.errors import InvalidRequestError
+from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
+from polar_server.launch import Launch
+
+with warnings.catch_warnings(action="ignore"):  # Ray's own, of which there are many
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]' in a clone")
+    from polar_server import ray_serve
+    from polar_server.ray_serve import Replicas
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from polar_sdk import UsageRecord
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+WAIT_S = 120.0
+LONG = "Once upon a time there was a fox who counted stars. " * 6
+"""Longer than a page of keys and values, so that its start can be shared."""
+
+
+def test_the_configuration_file_is_one_that_ray_takes() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    launch = Launch(model="tiny", backends={"economy": ["http://a:8000"]}, drain=45.0)
+    config = json.loads(json.dumps(ray_serve.config(launch, Replicas.of("1-4", cpus=2, gpus=1), port=8000)))
+    read = ServeDeploySchema.model_validate(config)
+    (application,) = read.applications
+    assert application.args == {
+        "launch": {"host": "0.0.0.0", "model": "tiny", "drain": 45.0, "backends": {"economy": ["http://a:8000"]}}
+    }
+    (deployment,) = config["applications"][0]["deployments"]
+    assert deployment["max_ongoing_requests"] > 5
+    assert deployment["graceful_shutdown_timeout_s"] > 45
+    assert deployment["autoscaling_config"]["max_replicas"] == 4
+    assert deployment["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 1}
+    module, _, name = application.import_path.partition(":")
+    assert getattr(__import__(module, fromlist=[name]), name) is ray_serve.app
+    assert ray_serve.app(dict(application.args)) is not None
+
+
+@pytest.mark.parametrize("options", [{"require_keys": False}, {"no_ledger": True}])
+def test_a_cluster_is_never_open_to_the_network(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="anyone on the network"):
+        ray_serve.config(Launch(**options), Replicas(), port=8000)
+
+
+@pytest.mark.parametrize("text", ["", "0", "3-2", "a", "1-", "-1", "1-2-3"])
+def test_numbers_of_replicas_that_cannot_be(text: str) -> None:
+    if text == "1-":
+        assert Replicas.of(text, cpus=1, gpus=0).most == 1
+        return
+    with pytest.raises(InvalidRequestError, match="--replicas"):
+        Replicas.of(text, cpus=1, gpus=0)
+
+
+def test_calls_that_belong_together() -> None:
+    key, session = {b"authorization": b"Bearer pk_a"}, {b"x-session-id": b"s1"}
+    found = {ray_serve.affinity_of(headers) for headers in (key, session, {**key, **session}, {b"host": b"x"})}
+    assert len(found) == 4
+    assert None in found
+    assert ray_serve.affinity_of({**session, **key}) == ray_serve.affinity_of({**key, **session, b"host": b"y"})
+
+    class Call:
+        def __init__(self) -> None:
+            from ray.serve._private.common import StreamingHTTPRequest
+
+            scope = {"headers": [(b"Authorization", b"Bearer pk_a")]}
+            self.args = [pickle.dumps(StreamingHTTPRequest(scope, proxy_actor_name="x"))]
+
+    assert ray_serve._headers(Call()) == key
+
+
+class Cluster:
+    """A local Ray with our deployment."""
+
+    def __init__(self, folder: Path, ledger: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        tiny_llama(max_position_embeddings=2048).save_pretrained(folder / "tiny")
+        tiny_tokenizer().save_pretrained(folder / "tiny")
+        (folder / "policy.json").write_text(tiny_policy(6).model_dump_json())
+        self.launch = Launch(
+            name="tiny",
+            model=str(folder / "tiny"),
+            policy=str(folder / "policy.json"),
+            precision="fp32",
+            device="cpu",
+            ledger=ledger,
+            tenant="acme",
+            drain=20.0,
+        )
+        self.replicas = Replicas(least=2, most=2, cpus=0.1)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        ray_serve.start("127.0.0.1", self.port)
+        self.deploy(self.launch)
+
+    def deploy(self, launch: Launch) -> None:
+        """Bring all replicas to these options, one after the other."""
+        ray.serve.run(ray_serve._bound(launch, self.replicas), name=ray_serve.APPLICATION, route_prefix="/")
+
+    def call(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers or {})
+        answer = connection.getresponse()
+        text = answer.read()
+        connection.close()
+        return answer.status, text if body.get("stream") else json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def ledger_of_cluster(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('ray') / 'ledger.sqlite3'}"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, ledger_of_cluster: str) -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for limit in ("READY_CHECK", "HEALTH_CHECK"):  # a busy machine takes longer than Ray's seconds
+            patched.setenv(f"RAY_SERVE_PROXY_{limit}_TIMEOUT_S", "180")
+        patched.setenv("POLAR_SPOOL", str(tmp_path_factory.mktemp("spool")))
+        yield Cluster(tmp_path_factory.mktemp("model"), ledger_of_cluster)
+        ray.serve.shutdown()
+        ray.shutdown()
+
+
+def body(text: str = "hi", **fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 8, **fields}
+
+
+def records(ledger: str, count: int) -> list[UsageRecord]:
+    """What is stored, when there is so much."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        with Ledger(ledger) as store:
+            found = [stored.record for stored in store.read(Selection("acme"))]
+        if len(found) >= count:
+            return found
+        assert time.monotonic() < deadline, f"{len(found)} of {count}"
+        time.sleep(0.2)
+
+
+def test_whole_and_streamed_answers_are_alike(cluster: Cluster) -> None:
+    status, whole = cluster.call(body(seed=3, temperature=1))
+    assert status == 200, whole
+    status, text = cluster.call(body(seed=3, temperature=1, stream=True))
+    assert (status, text.endswith(b"data: [DONE]\n\n")) == (200, True)
+    events = [json.loads(line[6:]) for line in text.split(b"\n") if line.startswith(b"data: {")]
+    said = "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+    assert said == whole["choices"][0]["message"]["content"]
+    assert events[-1]["polar"]["flops"] > 0
+
+
+def test_a_session_stays_where_the_start_of_its_prompts_is(cluster: Cluster) -> None:
+    for session in range(4):
+        cached = []
+        for turn in range(4):
+            text = f"{session} {LONG}" + "and then " * turn
+            status, answer = cluster.call(body(text, max_tokens=2), {"x-session-id": f"s{session}"})
+            assert status == 200
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        assert all(count > 0 for count in cached[1:]), "a later turn ran elsewhere"
+
+
+def test_a_client_that_leaves_is_billed_what_ran(cluster: Cluster, ledger_of_cluster: str) -> None:
+    before = len(records(ledger_of_cluster, 0))
+    content = json.dumps(body(stream=True, max_tokens=1_500, logit_bias={"65": 100})).encode()
+    with socket.create_connection(("127.0.0.1", cluster.port), timeout=WAIT_S) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
+        received = b""
+        while received.count(b"data: ") < 3:
+            received += connection.recv(4096)
+    found = records(ledger_of_cluster, before + 1)[-1]
+    assert (found.outcome, found.finish_reason) == ("cancelled", "cancelled")
+    assert 1 < found.tokens.output < 1_500
+
+
+def test_a_rolling_update_loses_no_call(cluster: Cluster, ledger_of_cluster: str) -> None:
+    before, found, stop = len(records(ledger_of_cluster, 0)), [], threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            found.append(cluster.call(body(max_tokens=20, stream=True))[0:2])
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    cluster.deploy(Launch.of({**cluster.launch.values(), "usage_always": True}))
+    stop.set()
+    for thread in asking:
+        thread.join(WAIT_S)
+    assert {status for status, _ in found} == {200}
+    assert all(text.endswith(b"data: [DONE]\n\n") for _, text in found)
+    assert b'"prompt_tokens"' in cluster.call(body(stream=True))[1], "the new options are in force"
+    assert len(records(ledger_of_cluster, before + len(found) + 1)) == before + len(found) + 1
