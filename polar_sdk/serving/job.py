@@ -329,6 +329,7 @@ class Job:
         highest: Sequence[float],
         unsure: Sequence[bool],
         usual: Hits,
+        count: Callable[[], None],
     ) -> None:
         """Choose the tokens that follow, one after another, as long as the next one was drafted.
 
@@ -342,6 +343,7 @@ class Job:
             highest: Its logit.
             unsure: Whether two tokens are so near to each other that a pass of another size might choose the other.
             usual: How often drafts are right; learns from these.
+            count: Called before each token is chosen.
 
         Raises:
             LogitsError: As `choose`.
@@ -352,6 +354,7 @@ class Job:
             if kept:
                 self.row.work.keep_draft()
             kept += 1
+            count()
             self.choose(logits[kept - 1], likeliest[kept - 1], highest[kept - 1])
             if self.done or kept == len(piece) or self.tokens[-1] != piece[kept]:
                 break

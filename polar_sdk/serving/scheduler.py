@@ -68,6 +68,8 @@ class Scheduler:
         self.prefixes = PrefixCache(decoder)
         self.replayed_flops = 0
         """Executed again for rows that had given their pages up. In no usage record: nobody pays for it."""
+        self.sampled_tokens = 0
+        """Tokens chosen since the model was loaded, for whoever watches how fast it is."""
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace()
@@ -399,8 +401,8 @@ class Scheduler:
         likeliest, highest = likeliest_tokens(logits)
         unsure = near_ties(logits, highest, self.decoder.dtype)
         for job, piece, own in zip(jobs, pieces, spans(pieces), strict=True):
-            judged = partial(job.judge, piece, logits[own], likeliest[own], highest[own], unsure[own], self._hits)
-            self._attempt([job], judged)
+            results = (logits[own], likeliest[own], highest[own], unsure[own])
+            self._attempt([job], partial(job.judge, piece, *results, self._hits, self._count_token))
 
     def _charge(self, jobs: Sequence[Job]) -> None:
         """Count what a pass executed, for the fairness between tenants."""
@@ -423,7 +425,12 @@ class Scheduler:
                 continue
             if not job.tokens and math.isfinite(logit):
                 self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
+            self._count_token()
             self._attempt([job], partial(job.choose, logits[row], likeliest, logit))
+
+    def _count_token(self) -> None:
+        """A token is about to be chosen, and its caller has not heard of it yet."""
+        self.sampled_tokens += 1
 
     def _attempt(self, jobs: Sequence[Job], run: Callable[[], None]) -> None:
         """Run a pass; an error ends the jobs that were part of it, and no others."""

@@ -195,7 +195,7 @@ class Ledger:
             selection: Which records.
             newest: Only this many of the latest, latest first.
         """
-        self._complete_usage()
+        self.complete_usage()
         if not self._has_tables():
             return
         period, usage = selection.period, usage_table.c
@@ -213,8 +213,8 @@ class Ledger:
             )
             yield from islice(tagged, newest)
 
-    def _complete_usage(self) -> None:
-        """Bring in what others still hold for this ledger."""
+    def complete_usage(self) -> None:
+        """Bring in what others still hold for this ledger, before a `snapshot` in which usage is read."""
         hooks.drain(self.identity)
         for hook in hooks.before_usage_is_read:
             hook(self)
@@ -238,7 +238,7 @@ class Ledger:
             hourly: Keep hours apart.
             rollups: False to add it all up from usage.
         """
-        self._complete_usage()
+        self.complete_usage()
         if self._has_tables():
             with self._database.reading() as connection:
                 yield from read_sums(connection, selection, hourly=hourly, rollups=rollups)

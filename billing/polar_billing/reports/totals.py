@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
-    from polar_sdk.usage import UsageRecord
 
 
 Key = TypeVar("Key")
@@ -137,17 +136,23 @@ class UsageTotals(UsageSums):
             self.programs[record.model, record.program] += 1
         if record.outcome is Outcome.COMPLETED:
             self.latencies_ns.append(record.queue_ns + record.prefill_ns + record.decode_ns)
-        self._add_amounts(record, rating)
+        self._add_amounts(rating, 1, record.tokens.input + record.tokens.output)
 
-    def _add_amounts(self, record: UsageRecord, rating: Rating) -> None:
+    def add_rated_sum(self, usage: Sum, rating: Rating) -> None:
+        """Count in requests that are added up already, and what they cost together; their layers are not known."""
+        self.add_sum(usage, rating.unrated)
+        requests, tokens_input, _, tokens_output, *_ = usage.quantities
+        self._add_amounts(rating, requests, tokens_input + tokens_output)
+
+    def _add_amounts(self, rating: Rating, requests: int, tokens: int) -> None:
         if rating.unrated is not None:
             return
-        self.rated_tokens += record.tokens.input + record.tokens.output
+        self.rated_tokens += tokens
         for line in rating.lines:
             self.charged[line.item, line.unit_price] += line.count
         self.full_depth_exact += sum(line.exact for line in rating.full_depth_lines)
         if rating.per_token_lines is None:
-            self.without_reference += 1
+            self.without_reference += requests
         else:
             self.per_token_exact += sum(line.exact for line in rating.per_token_lines)
 

@@ -225,8 +225,10 @@ def test_an_answer_is_the_same_with_drafts(prompt: str, **options: Any) -> None:
 
 
 def test_drafts_spare_passes() -> None:
+    before = repeating(0.05).scheduler.sampled_tokens
     plain, drafted = both(repeating(0.05), "abcabcabc", max_tokens=60)
     same(plain, drafted)
+    assert repeating(0.05).scheduler.sampled_tokens - before == 120
     assert drafted.usage.tokens.accepted > 30
     assert max(drafted.usage.visits.decode) == 59 - drafted.usage.tokens.accepted
     assert max(plain.usage.visits.decode) == 59
