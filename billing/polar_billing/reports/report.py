@@ -18,13 +18,14 @@ from pydantic import BaseModel, ConfigDict
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import UNIT_PRICE_SCALE
+from polar_billing.reports.bulk import totals_by_tier
 from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
 from polar_billing.reports.figures import Figures, figures_of
 from polar_billing.reports.hardware import HardwareReport
 from polar_billing.reports.layers import ProgramUse, read_layers
 from polar_billing.reports.promises import PromiseReport
 from polar_billing.reports.questions import Questions, answer
-from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
+from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals
 from polar_billing.reports.what_if import TokenPricing, WhatIf, token_pricing
 from polar_billing.statements.issue import issued_statements
 from polar_billing.statements.statement import Statement
@@ -190,7 +191,7 @@ def build_report(
     """
     selection = Selection(ALL_TENANTS) if selection is None else selection
     rater = Rater(ledger.price_books, instead=prices, currency=currency)
-    groups = accumulate(ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier))
+    groups = totals_by_tier(ledger, selection, rater)
     summary = summarise(groups, rater.decimals)
     tenants = summary.tenants
     others = charges_under(ledger, selection, compare)
@@ -350,12 +351,9 @@ def _issued_within(ledger: Ledger, tenants: Iterable[str], period: Period) -> di
     """The statements of tenants whose periods are within a period, in the order they were issued."""
     return {
         tenant: tuple(
-            issued.statement for issued in issued_statements(ledger, tenant) if _is_within(issued.statement, period)
+            issued.statement
+            for issued in issued_statements(ledger, tenant)
+            if issued.statement.period.is_within(period)
         )
         for tenant in tenants
     }
-
-
-def _is_within(statement: Statement, period: Period) -> bool:
-    begins = period.since is None or statement.since >= period.since
-    return begins and (period.until is None or statement.until <= period.until)
