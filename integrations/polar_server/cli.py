@@ -115,8 +115,8 @@ def _serve_here(launch: Launch, port: int) -> None:
         from polar_server.uvicorn_server import UvicornServer
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
-    app = build(launch.settings())
     log_as_json()
+    app = build(launch.settings())
     server = UvicornServer(app, host=launch.host, port=port)
     server.on_start = lambda where: print_line(f"Serving {app.state.server.catalog.name} on {where}/v1", err=True)
     server.run()

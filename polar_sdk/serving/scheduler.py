@@ -112,6 +112,7 @@ class Scheduler:
         """
         if self.runs_here():
             raise asked_by_engine()
+        self.decoder.renew()
         for job in jobs:
             self._check_size(job)
         with self._arriving:
@@ -301,10 +302,13 @@ class Scheduler:
         # Prompts first: who has just come gets a first token before others get a further one. Rows that end their
         # prompt here decode in the next round, so that `cancel` is checked before each token.
         if prompts:
-            self._attempt(prompts, lambda: self._run_chunks(prompts, chunks))
+            chunk_of = dict(zip(prompts, chunks, strict=True))
+            for alike in _by_kernels(prompts):
+                self._attempt(alike, partial(self._run_chunks, alike, [chunk_of[job] for job in alike]))
             self._hurried = not self._hurried and self._has_newcomer()
         if decoding and not (prompts and self._hurried):
-            self._attempt(decoding, lambda: self._run_decode(decoding))
+            for alike in _by_kernels(decoding):
+                self._attempt(alike, partial(self._run_decode, alike))
         return bool(jobs)
 
     def _rows(self, jobs: Iterable[Job], pieces: Iterable[Sequence[int]] | None = None) -> dict[str, float]:
@@ -440,6 +444,14 @@ class Scheduler:
             for job in jobs:
                 if not job.done:
                     job.fail(error)
+
+
+def _by_kernels(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Jobs that can share a pass: when compiled layers come, those that began without them go on without them."""
+    alike: dict[int, list[Job]] = {}
+    for job in jobs:
+        alike.setdefault(id(job.row.begin()), []).append(job)
+    return list(alike.values())
 
 
 def _gave_way(limit: int) -> QueueFullError:
