@@ -478,7 +478,8 @@ def drafts(bench: Bench) -> None:
         same = sum(pair.same for pair in pairs)
         note = f"{passes:.2f} tokens per pass; {same} of {len(pairs)} answers with the same tokens"
         speeds = [[pair.drafted for pair in pairs], [pair.plain for pair in pairs]]
-        _record(bench, f"drafts_{kind}", speeds, Peer(PLAIN, goal=goal), note=note)
+        name = f"{kind} with drafts, bf16"
+        bench.summary[f"drafts_{kind}"] = _record(bench, name, speeds, Peer(PLAIN, goal=goal), note=note)
 
 
 def memory(bench: Bench) -> None:

@@ -438,10 +438,11 @@ def test_rows_of_several_tokens_are_what_one_token_after_another_gives(paged: bo
         torch.cat([next_logits(decoder, [row], [[token]]) for token in piece])
         for row, piece in zip(_prefilled(decoder, PROGRAMS, lengths), pieces, strict=True)
     ]
-    rows, plain = _prefilled(decoder, PROGRAMS, lengths), decoder.kernels
+    plain = decoder.kernels
     if paged:
         decoder.kernels = PagedEager(decoder)
     try:
+        rows = _prefilled(decoder, PROGRAMS, lengths)
         together = drafted_logits(decoder, rows, pieces)
     finally:
         kernels, decoder.kernels = decoder.kernels, plain
