@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 
-.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm chaos bench-fairness clean
+.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm chaos bench-fairness focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,12 @@ compare-suites: model ## Run them on ChatHuggingFace over the same weights as we
 
 tamper: $(STAMP) ## Change every cell and row of a ledger past the package, on both stores: what does verify miss?
 	POLAR_TEST_TAMPER=all $(OFFLINE) $(BIN)/python -m pytest -q -s tests/billing/proof/test_tampering.py
+
+# The validator wants Python 3.12, and versions of its own of what we use: it gets an environment of its own.
+FOCUS_PYTHON ?=
+
+focus-check: $(STAMP) ## Ask the official FOCUS validator what it thinks of `polar export-billing`; FOCUS_PYTHON names a Python 3.12
+	$(BIN)/python -m tests.billing.exports.focus_check $(FOCUS_PYTHON)
 
 # A schedule is repeated by the text that a broken one prints: make simulate SEED=ledger:17
 SEED ?=
@@ -118,4 +124,4 @@ router: model ## Heal, search, train, certify and evaluate the shipped router; P
 	$(BIN)/python -m benchmarks.train_router
 
 clean: ## Remove .venv, caches and the built site
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site
+	rm -rf $(VENV) .focus .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site

@@ -8,6 +8,8 @@ one look-up. Knows HTTP headers, and no database.
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hashlib
 import hmac
 import re
@@ -123,8 +125,8 @@ class KeyStore(Protocol):
         """The key of an id, active or not; may take as long as a database does."""
         ...
 
-    def any_active(self) -> bool:
-        """Whether there is a key that opens something."""
+    def any_active(self, scope: str | None = None) -> bool:
+        """Whether there is a key that opens something, or this."""
         ...
 
 
@@ -177,23 +179,27 @@ class KeyGuard:
         self._store, self.clock = store, clock
         self._found: OrderedDict[str, tuple[float, Key | None]] = OrderedDict()
 
-    async def check(self, headers: Mapping[str, str], scope: str) -> Key:
+    async def check(self, headers: Mapping[str, str], scope: str, *, browser: bool = False) -> Key:
         """The key of a call, which may do what the call wants.
 
         Args:
             headers: Of the call.
-            scope: What it needs: `infer`, `usage:read` or `metrics`.
+            scope: What it needs: `infer`, `usage:read`, `metrics` or `dashboard`.
+            browser: Let a browser ask its user for the key: as a password, with any name.
 
         Raises:
             ApiError: 401 without a good key, 403 with one that may not do this.
         """
         kind, _, text = headers.get("authorization", "").partition(" ")
+        if browser and kind.lower() == "basic":
+            kind, text = "bearer", _password(text)
         match = _TEXT.fullmatch(text.strip()) if kind.lower() == "bearer" else None
         key = None if match is None else await self._find(match[1])
         if match is None or key is None or not _opens(key, match[2]):
-            raise _unauthorised("the API key is missing, unknown or wrong; pass `Authorization: Bearer pk_…`.")
+            how = "as the password, with any name" if browser else "as `Authorization: Bearer pk_…`"
+            raise _unauthorised(f"the API key is missing, unknown or wrong; pass it {how}.", browser=browser)
         if (state := key.state(datetime.now(UTC))) != "active":
-            raise _unauthorised(f"API key {key.key_id} is {state}; ask for a new one.")
+            raise _unauthorised(f"API key {key.key_id} is {state}; ask for a new one.", browser=browser)
         if scope not in key.scopes:
             raise ApiError(f"API key {key.key_id} lacks the scope {scope}.", status=403, code="insufficient_scope")
         return key
@@ -215,5 +221,14 @@ def _opens(key: Key, secret: str) -> bool:
     return hmac.compare_digest(hashlib.sha256(secret.encode()).hexdigest(), key.secret_hash)
 
 
-def _unauthorised(message: str) -> ApiError:
-    return ApiError(message, status=401, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+def _password(encoded: str) -> str:
+    """The password of HTTP's basic scheme; empty where that is not what was sent."""
+    try:
+        return base64.b64decode(encoded.strip(), validate=True).decode().partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""
+
+
+def _unauthorised(message: str, *, browser: bool = False) -> ApiError:
+    asks = 'Basic realm="PoLar", charset="UTF-8"' if browser else "Bearer"
+    return ApiError(message, status=401, code="invalid_api_key", headers={"www-authenticate": asks})

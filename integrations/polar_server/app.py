@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from polar_sdk import __version__
@@ -17,20 +16,18 @@ from polar_sdk.engine import ENGINE_VERSION
 from polar_server import openapi
 from polar_server.account import Quote, ReceiptOf, Usage
 from polar_server.endpoint import Endpoint
-from polar_server.errors import ApiError
 from polar_server.exchange import Exchange, send_bytes, send_json
-from polar_server.front import Front
+from polar_server.front import Front, unrouted
 from polar_server.metrics import CONTENT_TYPE
 from polar_server.openai import chat, completions, responses
 from polar_server.openai.choices import ChoiceWriter
 from polar_server.openai.response_writer import ResponseWriter
+from polar_server.pages import page_routes
 from polar_server.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from starlette.requests import Request
-    from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
     from polar_server.openai.choices import Shape
@@ -70,28 +67,17 @@ def build(settings: Settings) -> Starlette:
         Route("/version", _Json(lambda _: {"version": __version__, "engine": ENGINE_VERSION}), methods=["GET"]),
         Route("/openapi.json", _Json(lambda _: openapi.document(__version__)), methods=["GET"]),
     ]
+    if settings.pages is not None:
+        routes += page_routes(settings.pages, server.guard, server.live)
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Front, server=server)],
-        exception_handlers={HTTPException: _unrouted},
+        exception_handlers={HTTPException: unrouted},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.server = server
     return app
-
-
-async def _unrouted(request: Request, error: Exception) -> Response:
-    """Paths and methods that do not exist get a JSON error, like everything else."""
-    assert isinstance(error, HTTPException)
-    path, method = request.url.path[:200], request.method[:20]
-    if error.status_code == 404:
-        found = ApiError(f"there is no {path!r}; GET /openapi.json lists what there is.", status=404, code="not_found")
-    elif error.status_code == 405:
-        found = ApiError(f"{path!r} does not take {method}.", status=405, code="method_not_allowed")
-    else:
-        found = ApiError(str(error.detail), status=error.status_code)
-    return JSONResponse(found.body, found.status, error.headers)
 
 
 def _completions(server: Server, api: Any, shape: Shape) -> Endpoint:

@@ -1,4 +1,4 @@
-"""The command `polar serve`. Heavy imports wait until it runs."""
+"""The commands `polar serve` and `polar dashboard`. Heavy imports wait until one runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from polar_sdk.show.lines import print_line
 if TYPE_CHECKING:
     from polar_server.launch import Launch
 
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+
 
 def register(app: typer.Typer) -> None:
-    """Add `polar serve`."""
+    """Add the commands."""
     app.command(epilog="Example: polar serve --port 8000")(serve)
+    app.command(epilog="Example: polar dashboard --zone Europe/Berlin")(dashboard)
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 = any that is free.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Id of the model at /v1/models; default: its name.")] = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers have to finish after SIGTERM.")] = 30.0,
@@ -110,8 +113,8 @@ def _serve_here(launch: Launch, port: int) -> None:
         from polar_server.uvicorn_server import UvicornServer
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
-    app = build(launch.settings())
     log_as_json()
+    app = build(launch.settings())
     server = UvicornServer(app, host=launch.host, port=port)
     server.on_start = lambda where: print_line(f"Serving {app.state.server.catalog.name} on {where}/v1", err=True)
     server.run()
@@ -144,8 +147,43 @@ def _serve_on_ray(
         ) from error
 
 
-def _missing(error: ModuleNotFoundError, extra: str) -> MissingExtraError:
+def dashboard(
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 = any that is free.")] = 8001,
+    require_keys: Annotated[
+        bool | None,
+        typer.Option(
+            "--require-keys/--no-require-keys",
+            help="Ask for API keys with the scope dashboard; always where --host is not this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    zone: Annotated[str, typer.Option(help="IANA time zone of today and of all times.", metavar="ZONE")] = "UTC",
+    ledger: opt.Ledger = None,
+) -> None:
+    """Show the operations page of a ledger in the browser; needs no server and no model, and changes nothing."""
+    try:
+        from polar_server.access import find_access
+        from polar_server.pages import build_pages, find_pages
+        from polar_server.settings import is_open
+        from polar_server.uvicorn_server import PlainServer
+    except ModuleNotFoundError as error:
+        raise _missing(error, "server", "polar dashboard") from error
+    keys = None if is_open(host, require_keys, "see this page") else find_access(ledger).keys
+    if keys is not None and not keys.any_active("dashboard"):
+        raise InvalidRequestError(
+            "there is no API key with the scope dashboard, so nobody could see this page; see `polar key create` and "
+            "its --scope dashboard."
+        )
+    pages = find_pages(ledger, zone)
+    pages.check()
+    server = PlainServer(build_pages(pages, keys), host=host, port=port)
+    server.on_start = lambda where: print_line(f"Operations page on {where}/polar/; Ctrl-C ends it.", err=True)
+    server.run()
+
+
+def _missing(error: ModuleNotFoundError, extra: str, command: str = "polar serve") -> MissingExtraError:
     return MissingExtraError(
-        f"`polar serve` needs {error.name!r}.",
+        f"`{command}` needs {error.name!r}.",
         hint=f"Install the extra {extra} of polar-llm, in a clone: `pip install '.[{extra}]'`.",
     )

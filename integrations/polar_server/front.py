@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-from polar_sdk.errors import BudgetExceededError
-from polar_server.errors import ClientLeftError, api_error
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from polar_sdk.errors import BudgetExceededError, PolarError
+from polar_server.errors import ApiError, ClientLeftError, api_error
 from polar_server.exchange import Exchange, raw_headers, send_json
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from polar_server.server import Server
+    from polar_server.access import KeyGuard
 
 
 _log: Final = logging.getLogger("polar_server.access")
+_faults: Final = logging.getLogger("polar_server")
 _PATHS: Final = frozenset(
     {
         "/v1/chat/completions",
@@ -34,13 +40,37 @@ _PATHS: Final = frozenset(
 _RECEIPTS: Final = "/v1/polar/receipts"
 _OPEN: Final = frozenset({"/health", "/ready"})
 """What is answered without a key."""
-_SCOPES: Final = {"/metrics": "metrics", "/v1/polar/usage": "usage:read", _RECEIPTS: "usage:read"}
+PAGES: Final = "/polar"
+"""Where the operations page is."""
+_SCOPES: Final = {
+    "/metrics": "metrics",
+    "/v1/polar/usage": "usage:read",
+    _RECEIPTS: "usage:read",
+    PAGES: "dashboard",
+}
 """What a key must open for a path; any other needs `infer`."""
 
 
 def _route(path: str) -> str:
     """The path, without what differs from call to call."""
-    return _RECEIPTS if path.startswith(f"{_RECEIPTS}/") else path
+    return next((route for route in (_RECEIPTS, PAGES) if path.startswith(f"{route}/")), path)
+
+
+class Fronted(Protocol):
+    """What is behind: a model that is served, or the operations page alone."""
+
+    @property
+    def guard(self) -> KeyGuard | None:
+        """What asks for an API key; None where anybody may ask."""
+        ...
+
+    def called(self, path: str, status: int) -> None:
+        """A call was answered; `path` is one of the routes."""
+        ...
+
+    def refused(self) -> None:
+        """A budget refused a request."""
+        ...
 
 
 class Front:
@@ -51,7 +81,7 @@ class Front:
         server: What it serves.
     """
 
-    def __init__(self, app: ASGIApp, server: Server) -> None:
+    def __init__(self, app: ASGIApp, server: Fronted) -> None:
         self._app, self._server = app, server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,15 +99,16 @@ class Front:
 
         try:
             if self._server.guard is not None and exchange.path not in _OPEN:
-                needed = _SCOPES.get(_route(exchange.path), "infer")
-                exchange.key = await self._server.guard.check(exchange.headers, needed)
+                needed = _SCOPES.get(route := _route(exchange.path), "infer")
+                exchange.key = await self._server.guard.check(exchange.headers, needed, browser=route == PAGES)
             await self._app(scope, receive, send_on)
         except ClientLeftError:
             exchange.status = exchange.status or ClientLeftError().status
         except Exception as error:
-            self._server.log_unknown(error)
+            if not isinstance(error, PolarError):  # nobody raised it on purpose
+                _faults.error("a request failed", exc_info=error)
             if isinstance(error, BudgetExceededError):
-                self._server.metrics.refused()
+                self._server.refused()
             if exchange.status is not None:
                 raise  # half an answer is sent; the server closes the connection
             failed = api_error(error)
@@ -87,9 +118,9 @@ class Front:
 
     def _ended(self, exchange: Exchange) -> None:
         route = _route(exchange.path)
-        path = route if route in _PATHS or route == _RECEIPTS else "other"
+        path = route if route in _PATHS or route in {_RECEIPTS, PAGES} else "other"
         status = exchange.status or 0
-        self._server.metrics.called(path, status)
+        self._server.called(path, status)
         _log.info(
             "%s %s %s",
             exchange.method,
@@ -115,3 +146,16 @@ def _headers(exchange: Exchange) -> dict[str, str]:
     if exchange.client_request_id is not None:
         headers["x-client-request-id"] = exchange.client_request_id
     return {**headers, **exchange.answer_headers}
+
+
+async def unrouted(request: Request, error: Exception) -> Response:
+    """Paths and methods that do not exist get a JSON error, like everything else."""
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path[:200], request.method[:20]
+    if error.status_code == 404:
+        found = ApiError(f"there is no {path!r}; GET /openapi.json lists what there is.", status=404, code="not_found")
+    elif error.status_code == 405:
+        found = ApiError(f"{path!r} does not take {method}.", status=405, code="method_not_allowed")
+    else:
+        found = ApiError(str(error.detail), status=error.status_code)
+    return JSONResponse(found.body, found.status, error.headers)

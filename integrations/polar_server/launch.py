@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 from polar_sdk.cli.options import load_model
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.show.lines import print_line
 from polar_server.access import find_access
-from polar_server.settings import LOOPBACK, MAX_BODY_BYTES, Settings
+from polar_server.pages import find_pages
+from polar_server.settings import LOOPBACK, MAX_BODY_BYTES, Settings, is_open
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from polar_server.access import Access, KeyStore
+    from polar_server.pages import PageStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +72,13 @@ class Launch:
         Raises:
             InvalidRequestError: The server would be open to the network, or closed to everybody.
         """
-        local = self.host in LOOPBACK
-        if self.require_keys is False and not local:
-            raise InvalidRequestError(
-                f"--host {self.host} would let anyone on the network use this model; leave out --no-require-keys, or "
-                f"use {LOOPBACK[0]}."
-            )
+        anybody = is_open(self.host, self.require_keys, "use this model")
         if self.no_ledger:
-            if self.require_keys or not local:
+            if not anybody:
                 raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
             return None, None
         access = find_access(self.ledger)
-        if local and not self.require_keys:
+        if anybody:
             return None, access
         if not access.keys.any_active():
             raise InvalidRequestError("there is no API key, so nobody could use this server; see `polar key create`.")
@@ -117,9 +115,18 @@ class Launch:
             replies=None if access is None else access.replies,
             rates=None if access is None else access.rates,
             accounts=None if access is None else access.accounts,
+            pages=None if access is None else self._pages(),
             backends=self.backends,
             backend_key=os.environ.get("POLAR_BACKEND_KEY") or None,
         )
+
+    def _pages(self) -> PageStore | None:
+        """The operations page; None, and a line that says so, where what it needs is not installed."""
+        try:
+            return find_pages(self.ledger)
+        except ImportError as error:
+            print_line(f"There is no page at /polar/: {error}", err=True)
+            return None
 
 
 def backends_of(given: Sequence[str]) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from polar_server.access import KeyGuard
 from polar_server.answers import Answers
 from polar_server.catalog import Catalog
 from polar_server.limits import Limits
+from polar_server.live import LiveEngine
 from polar_server.metrics import Metrics
 from polar_server.openai.calls import Caller, Rules
 from polar_server.openai.logprobs import TokenBytes
@@ -48,6 +49,7 @@ class Server:
         replies: Answers to repeated requests.
         metrics: What it did.
         limits: What each key may use per minute and at a time.
+        live: What the engine does now.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -66,6 +68,7 @@ class Server:
         self.limits = Limits(settings.rates)
         self.metrics = Metrics(self.engine, settings.model_id, self.answers, self.sink)
         self.sink.on_record = self.metrics.recorded
+        self.live = LiveEngine(self.engine, settings.model_id, self.answers, self.sink)
 
     def caller(self, exchange: Exchange) -> Caller:
         """Who asks, and within which bounds."""
@@ -144,6 +147,14 @@ class Server:
         await run_in_thread(lambda _: self.replies.close(), None)
         await run_in_thread(lambda _: recorder.flush(), None)
         await run_in_thread(lambda _: self.sink.close(), None)
+
+    def called(self, path: str, status: int) -> None:
+        """A call was answered; `path` is one of the routes."""
+        self.metrics.called(path, status)
+
+    def refused(self) -> None:
+        """A budget refused a request."""
+        self.metrics.refused()
 
     def log_unknown(self, error: BaseException) -> None:
         """Log an error that nobody raised on purpose."""

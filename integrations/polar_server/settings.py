@@ -5,16 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from polar_sdk.errors import InvalidRequestError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from polar_sdk import PolarModel
     from polar_server.access import AccountStore, KeyStore
     from polar_server.limits import RateStore
+    from polar_server.pages import PageStore
     from polar_server.replies import ReplyStore
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 MAX_BODY_BYTES: Final = 4 * 2**20
+
+
+def is_open(host: str, require_keys: bool | None, what: str) -> bool:
+    """Whether nobody is asked for a key, since only this machine can reach a server.
+
+    Args:
+        host: Address that it listens on.
+        require_keys: Whether it asks for keys; None = where others can reach it.
+        what: What anyone could do.
+
+    Raises:
+        InvalidRequestError: It would be open to the network.
+    """
+    local = host in LOOPBACK
+    if require_keys is False and not local:
+        raise InvalidRequestError(
+            f"--host {host} would let anyone on the network {what}; leave out --no-require-keys, or use {LOOPBACK[0]}."
+        )
+    return local and not require_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +56,7 @@ class Settings:
         replies: Where answers to repeated requests are kept; None = in this process.
         rates: Where the use of keys' limits is kept; None = in this process.
         accounts: What tenants may know of themselves; None = nothing, as where no ledger is kept.
+        pages: The operations page; None = there is none.
         backends: URLs of other servers, by the tier that they compute; see `polar_server.upstream`.
         backend_key: API key for them.
         keep_alive: How often a stream without news sends a comment. Unit: seconds.
@@ -51,6 +74,7 @@ class Settings:
     replies: ReplyStore | None = None
     rates: RateStore | None = None
     accounts: AccountStore | None = None
+    pages: PageStore | None = None
     backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
     backend_key: str | None = None
     keep_alive: float = 15.0

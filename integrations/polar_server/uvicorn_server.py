@@ -25,8 +25,8 @@ _LAST_WORDS_S: Final = 5
 """How long connections have, when all answers are recorded, to take the end of theirs. Unit: seconds."""
 
 
-class UvicornServer(uvicorn.Server):
-    """uvicorn, which waits for answers rather than for connections."""
+class PlainServer(uvicorn.Server):
+    """uvicorn without its own log, which says when it listens."""
 
     def __init__(self, app: Starlette, *, host: str, port: int) -> None:
         super().__init__(
@@ -44,16 +44,8 @@ class UvicornServer(uvicorn.Server):
                 timeout_graceful_shutdown=_LAST_WORDS_S,
             )
         )
-        self._served: Server = app.state.server
         self.on_start: Callable[[str], object] | None = None
         """Called with the URL when the socket listens."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ending: asyncio.Task[None] | None = None
-
-    async def serve(self, sockets: Any = None) -> None:
-        """Serve until a signal has come and every answer is recorded."""
-        self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
 
     @property
     def url(self) -> str:
@@ -66,6 +58,21 @@ class UvicornServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started and self.on_start is not None:
             self.on_start(self.url)
+
+
+class UvicornServer(PlainServer):
+    """uvicorn, which waits for answers rather than for connections."""
+
+    def __init__(self, app: Starlette, *, host: str, port: int) -> None:
+        super().__init__(app, host=host, port=port)
+        self._served: Server = app.state.server
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: Any = None) -> None:
+        """Serve until a signal has come and every answer is recorded."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came: end in order, or at the second one at once."""

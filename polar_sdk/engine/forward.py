@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from polar_sdk.engine.attention import attend_seen, write_pages
+from polar_sdk.engine.attention import attend_rows, attend_seen, write_pages
 from polar_sdk.engine.decoder import damp
 from polar_sdk.engine.eager import PagedTokens
 from polar_sdk.engine.layout import Layout, Members, Tokens
+from polar_sdk.engine.pages import histories
 from polar_sdk.engine.row import Row, extra_visits
 from polar_sdk.programs.cost import size
 
@@ -58,6 +59,7 @@ def next_logits(
     wanted = [1] * len(rows) if ends is None else list(map(int, ends))
     reading = scored or {}
     counts = [len(new) if index in reading else wanted[index] for index, new in enumerate(tokens)]
+    decoder = _pinned(decoder, rows)
     hidden = advance(decoder, rows, tokens, counts)
     for index, states in enumerate(torch.split(hidden, [len(new) for new in tokens]) if reading else ()):
         if index in reading:
@@ -95,6 +97,7 @@ def advance(
         CacheMemoryError: No pages are left for the new tokens; nothing has run then.
         MissingFillError: A program fills a segment for which the model has no map; likewise.
     """
+    decoder = _pinned(decoder, rows)
     for row, new in zip(rows, tokens, strict=True):
         row.page_table.reserve(row.length + len(new))
     counts = [None] * len(rows) if wanted is None else wanted
@@ -115,6 +118,13 @@ def advance(
         if row.lead is not None and row.length >= row.lead.tokens:
             row.end_lead()
     return hidden
+
+
+def _pinned(decoder: Decoder, rows: Sequence[Row]) -> Decoder:
+    """The decoder with the kernels of these rows, which are the same for all of them."""
+    kernels = rows[0].begin(decoder.kernels)
+    assert all(row.begin(kernels) is kernels for row in rows), "rows with different kernels cannot share a pass"
+    return decoder.pinned(kernels)
 
 
 def _take_over_leads(decoder: Decoder, layout: Layout, hidden: Tensor) -> None:
@@ -143,10 +153,11 @@ def _run(decoder: Decoder, members: Members, hidden: Tensor) -> Tensor:
         rotary = members.layout.all.rotary(decoder.rotary)
         tokens = PagedTokens(members.index, members.table, members.positions)
         return _decode_paged(decoder, members, hidden, rotary, tokens)
-    for segment, filled in members.filled.items():
-        _fill(decoder, members, segment, filled, hidden)
-    if members.leaving.count:
-        _leave(decoder, members, hidden)
+    if not members.single:  # else every token runs
+        for segment, filled in members.filled.items():
+            _fill(decoder, members, segment, filled, hidden)
+        if members.leaving.count:
+            _leave(decoder, members, hidden)
     running = members.running
     if not running.count:
         return hidden
@@ -204,9 +215,15 @@ def _fill(decoder: Decoder, members: Members, segment: Segment, tokens: Tokens, 
 
 
 def _attend(decoder: Decoder, members: Members, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Store the keys and values of the tokens that run, and attend row by row; (M, H × d)."""
+    """Store the keys and values of the tokens that run, and attend; (M, H × d).
+
+    Rows with one token each attend together, others one by one.
+    """
     layer, tokens = members.step.first, members.running
     kind = decoder.family.kinds[layer]
+    if members.single and not decoder.kernels.has_paged_decode:
+        write_pages(decoder.store(layer), members.pages, members.offsets, key, value)
+        return _attend_together(members, query, decoder.store(layer), kind)
     write_pages(decoder.store(layer), tokens.pages(members.visits), tokens.offsets, key, value)
     mixed = []
     for spot in members.spots:
@@ -221,6 +238,20 @@ def _attend(decoder: Decoder, members: Members, query: Tensor, key: Tensor, valu
             seen = _seen(tokens.positions[own], spot.end, kind)
             mixed.append(attend_seen(query[own], keys, values, kind, seen))
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+
+def _attend_together(members: Members, query: Tensor, store: Tensor, kind: AttentionKind) -> Tensor:
+    """Attention of the members' tokens (M, H, d), one each, whose keys and values are stored; (M, H × d)."""
+    table, bands = members.table, members.bands
+    mixed = []
+    for band in bands:
+        keys, values = histories(store, band.of(table)[:, : band.blocks], band.longest)
+        mixed.append(attend_rows(band.of(query), keys, values, kind, band.mask(kind.window, query.dtype)))
+    if len(bands) == 1:
+        return mixed[0]
+    places = torch.cat([band.places for band in bands if band.places is not None])
+    together = torch.cat(mixed)
+    return torch.empty_like(together).index_copy_(0, places, together)
 
 
 def _seen(positions: Tensor, keys: int, kind: AttentionKind) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from polar_sdk.engine.attention import added_mask
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.row import extra_visits, fill_entries, last_visit, page_slots
 from polar_sdk.programs.cost import Parts, size
@@ -123,6 +124,7 @@ class Layout:
         positions = [position for piece in pieces for position in range(piece.start, piece.end)]
         self.positions = torch.tensor(positions, device=device)
         self._some: dict[tuple[Range, ...], Tokens] = {}
+        self._bands: dict[tuple[int, ...], tuple[Band, ...]] = {}
 
     def on(self, device: torch.device) -> Layout:
         """The same pass, laid out on another device; built when it is first needed."""
@@ -155,12 +157,17 @@ class Layout:
 
     @cached_property
     def tables(self) -> Tensor:
-        """Place in its store of the page of each visit, row and block, (visits, B, blocks); 0 where there is none."""
+        """Place in its store of the page of each visit, row and block, (visits, B, blocks).
+
+        Blocks that a row does not have name its first page, so that it never meets numbers of another row, nan among
+        them, not even with weight 0.
+        """
         blocks = -(-self.longest // PAGE)
         visits = max(row.page_table.visits for row in self.rows)
         table = torch.zeros((len(self.rows), blocks, visits), dtype=torch.long)
         for index, row in enumerate(self.rows):
             places = row.page_table.places(blocks)
+            table[index, :, : places.shape[1]] = places[0]
             table[index, : places.shape[0], : places.shape[1]] = places
         return table.permute(2, 0, 1).contiguous().to(self.device)
 
@@ -174,6 +181,26 @@ class Layout:
         """Position of the token of every member of every turn, where each row has one."""
         return self.positions[self.plan.rows]
 
+    @cached_property
+    def member_pages(self) -> Tensor:
+        """Page of the token of every member of every turn, where each row has one."""
+        return self.member_tables.gather(1, (self.member_positions // PAGE)[:, None])[:, 0]
+
+    @cached_property
+    def member_offsets(self) -> Tensor:
+        """Place of the same within its page."""
+        return self.member_positions % PAGE
+
+    def bands(self, rows: tuple[int, ...]) -> tuple[Band, ...]:
+        """Where each row has one token: these rows, those of similar length together; asked again, the same objects."""
+        if rows not in self._bands:
+            places: dict[int, list[int]] = {}
+            for place, row in enumerate(rows):
+                blocks = -(-self.pieces[row].end // PAGE)
+                places.setdefault(max(blocks - 1, 1).bit_length(), []).append(place)
+            self._bands[rows] = tuple(Band(self, rows, each) for each in places.values())
+        return self._bands[rows]
+
     def some(self, ranges: Iterable[Range]) -> Tokens:
         """Some of the tokens; asked for again, the same object."""
         key = tuple(ranges)
@@ -181,7 +208,7 @@ class Layout:
             self._some[key] = Tokens(self, key)
         return self._some[key]
 
-    @property
+    @cached_property
     def all(self) -> Tokens:
         """All tokens."""
         return self.some((row, piece.start, piece.end) for row, piece in enumerate(self.pieces))
@@ -251,6 +278,45 @@ class Tokens:
         return torch.tensor(visits, device=self._layout.device)[self.owners]
 
 
+class Band:
+    """Rows with one token each whose histories are of similar length, so that they are read together.
+
+    Lengths are within a factor of two, or up to two pages. So of what is read at most half is nobody's.
+
+    Attributes:
+        places: Of the band's rows among the members of a turn, (M,); None = all members.
+        longest: Tokens of the longest history, the new one included.
+        blocks: Pages of the same.
+    """
+
+    def __init__(self, layout: Layout, rows: Sequence[int], places: Sequence[int]) -> None:
+        self.lengths = [layout.pieces[rows[place]].end for place in places]
+        self.longest = max(self.lengths)
+        self.blocks = -(-self.longest // PAGE)
+        self.places = None if len(places) == len(rows) else torch.tensor(places, device=layout.device)
+        self._device = layout.device
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What `attend_rows` adds to scores, made once for all layers with this window; None = every key is seen."""
+        if window not in self._masks:
+            seen = self._seen(window)
+            self._masks[window] = None if seen is None else added_mask(seen, dtype)
+        return self._masks[window]
+
+    def _seen(self, window: int | None) -> Tensor | None:
+        """Which keys each row sees, (M, longest); None = all."""
+        if min(self.lengths) == self.longest and (window is None or window >= self.longest):
+            return None
+        positions = torch.arange(self.longest, device=self._device)
+        distance = torch.tensor(self.lengths, device=self._device)[:, None] - 1 - positions
+        return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Of values for all members, (…), those of the band."""
+        return values if self.places is None else values.index_select(0, self.places)
+
+
 class Spot(NamedTuple):
     """The tokens of one row among those that run a turn."""
 
@@ -307,6 +373,21 @@ class Members:
         """Where every row has one token: pages of each row in order, (M, blocks)."""
         return self._of_members(self.layout.member_tables)
 
+    @property
+    def pages(self) -> Tensor:
+        """Where every row has one token: its page, (M,)."""
+        return self._of_members(self.layout.member_pages)
+
+    @property
+    def offsets(self) -> Tensor:
+        """Where every row has one token: its place within its page, (M,)."""
+        return self._of_members(self.layout.member_offsets)
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """Where every row has one token: the rows, those of similar length together."""
+        return self.layout.bands(tuple(row for row, _ in self.going))
+
     @cached_property
     def _parts(self) -> list[tuple[int, Parts]]:
         """(row, what its tokens do)."""
@@ -321,6 +402,8 @@ class Members:
     @cached_property
     def running(self) -> Tokens:
         """Tokens that take the whole step."""
+        if self.single and len(self.going) == len(self.layout.rows):
+            return self.layout.all
         return self.layout.some((row, *each) for row, parts in self._parts for each in parts.running)
 
     @cached_property

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.lead import Lead
     from polar_sdk.programs.cost import CostModel, Segment, Share
     from polar_sdk.programs.policy import LoopGuard
@@ -39,6 +40,8 @@ class Row:
     """What the program's first layers have already made of the prompt; None once it is taken over."""
     prompt: int | None = None
     """Number of tokens of the prompt, which says who is filled; None = all tokens of the first pass."""
+    kernels: Kernels | None = None
+    """What runs its layers, from its lead or first pass to its last: eager and compiled code round differently."""
     work: Work = field(init=False)
     page_table: PageTable = field(init=False)
     left_out: set[int] = field(default_factory=set)
@@ -53,6 +56,7 @@ class Row:
         self.work = Work(self.decoder.cost, self.program)
         self.page_table = PageTable(self.decoder.pool, self.decoder.stores(self.program))
         if self.lead is not None:
+            self.kernels = self.lead.kernels
             self.work.count_lead(self.program.steps[: self.lead.layers], self.lead.tokens)
             self.left_out.update(range(self.lead.layers))
         self._stops: list[tuple[int, range]] = []
@@ -63,6 +67,12 @@ class Row:
     def length(self) -> int:
         """Number of tokens that have been run."""
         return self.page_table.length
+
+    def begin(self, kernels: Kernels | None = None) -> Kernels:
+        """Run with these kernels from now on, or those of the decoder, unless the row has begun; returns the row's."""
+        if self.kernels is None:
+            self.kernels = kernels or self.decoder.kernels
+        return self.kernels
 
     def piece(self, new: int, wanted: int | None) -> Piece:
         """The next pass, with that many new tokens, the last `wanted` of which are wanted; None = all of them."""

@@ -66,6 +66,8 @@ class Scheduler:
         self.prefixes = PrefixCache(decoder)
         self.replayed_flops = 0
         """Executed again for rows that had given their pages up. In no usage record: nobody pays for it."""
+        self.sampled_tokens = 0
+        """Tokens chosen since the model was loaded, for whoever watches how fast it is."""
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace()
@@ -107,6 +109,7 @@ class Scheduler:
         """
         if self.runs_here():
             raise asked_by_engine()
+        self.decoder.renew()
         for job in jobs:
             self._check_size(job)
         with self._arriving:
@@ -296,10 +299,13 @@ class Scheduler:
         # Prompts first: who has just come gets a first token before others get a further one. Rows that end their
         # prompt here decode in the next round, so that `cancel` is checked before each token.
         if prompts:
-            self._attempt(prompts, lambda: self._run_chunks(prompts, chunks))
+            chunk_of = dict(zip(prompts, chunks, strict=True))
+            for alike in _by_kernels(prompts):
+                self._attempt(alike, partial(self._run_chunks, alike, [chunk_of[job] for job in alike]))
             self._hurried = not self._hurried and self._has_newcomer()
         if decoding and not (prompts and self._hurried):
-            self._attempt(decoding, lambda: self._run_decode(decoding))
+            for alike in _by_kernels(decoding):
+                self._attempt(alike, partial(self._run_decode, alike))
         return bool(jobs)
 
     def _rows(self, jobs: Iterable[Job]) -> dict[str, float]:
@@ -393,6 +399,7 @@ class Scheduler:
                 continue
             if not job.tokens and math.isfinite(logit):
                 self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
+            self.sampled_tokens += 1  # before the caller may hear of it
             self._attempt([job], partial(job.choose, logits[row], likeliest, logit))
 
     def _attempt(self, jobs: Sequence[Job], run: Callable[[], None]) -> None:
@@ -403,6 +410,14 @@ class Scheduler:
             for job in jobs:
                 if not job.done:
                     job.fail(error)
+
+
+def _by_kernels(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Jobs that can share a pass: when compiled layers come, those that began without them go on without them."""
+    alike: dict[int, list[Job]] = {}
+    for job in jobs:
+        alike.setdefault(id(job.row.begin()), []).append(job)
+    return list(alike.values())
 
 
 def _gave_way(limit: int) -> QueueFullError:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Row
 
-SCOPES: Final = ("infer", "usage:read", "metrics")
-"""What a key may open: answers and models, its tenant's usage, the figures of the server."""
+SCOPES: Final = ("infer", "usage:read", "metrics", "dashboard")
+"""What a key may open: answers and models, its tenant's usage, the server's figures, and the operations page of all."""
 _ALPHABET: Final = "abcdefghijkmnpqrstuvwxyz23456789"
 _NAME: Final = re.compile(r"[^\s]{1,200}")
 _LIMITS: Final = ("max_tokens", "requests_per_minute", "tokens_per_minute", "parallel")
@@ -158,13 +158,18 @@ class ApiKeys:
     def all(self, tenant: str | AllTenants) -> list[ApiKey]:
         """The keys of a tenant, or of all of them, in the order in which they were made."""
         with self.ledger.snapshot() as connection:
-            return list(_latest(connection, None if isinstance(tenant, AllTenants) else tenant))
+            return latest_keys(connection, tenant)
 
-    def any_active(self) -> bool:
-        """Whether there is a key that opens something now."""
+    def any_active(self, scope: str | None = None) -> bool:
+        """Whether there is a key that opens something now.
+
+        Args:
+            scope: One of `SCOPES` that it must open; None for any.
+        """
         now = self._now()
         with self.ledger.snapshot() as connection:
-            return any(key.state(now) == "active" for key in _latest(connection, None))
+            active = (key for key in _latest(connection, None) if key.state(now) == "active")
+            return any(scope is None or scope in key.scopes for key in active)
 
     def rotate(self, key_id: str, overlap: timedelta) -> tuple[ApiKey, str]:
         """Make a key that may do the same, and let the old one expire.
@@ -239,6 +244,11 @@ def _write(connection: Connection, key: ApiKey, now: datetime) -> None:
         values[listed] = " ".join(values[listed])
     seq = connection.execute(insert(api_key_table).values(values).returning(api_key_table.c.seq)).scalar_one()
     chain.link(connection, api_key_table, seq)
+
+
+def latest_keys(connection: Connection, tenant: str | AllTenants) -> list[ApiKey]:
+    """The keys of a tenant, or of all of them, as they are in force; by tenant and name."""
+    return list(_latest(connection, None if isinstance(tenant, AllTenants) else tenant))
 
 
 def _latest(connection: Connection, tenant: str | None) -> Iterator[ApiKey]:

@@ -105,7 +105,7 @@ def _over_usage(connection: Connection, group: _Group, names: set[str] | None) -
     compute = group.unit == COMPUTE_UNIT
     # An unrated request counts what was held for it, if it was settled.
     charged = func.coalesce(type_coerce(receipt.cost, BigInteger), _settled_cost())
-    name = None if group.level is Level.TENANT else _tag(connection, group.level)
+    name = None if group.level is Level.TENANT else tag_of(connection, group.level)
     query = _sums(usage.flops_total if compute else charged, group.decimals, name, names)
     query = query.where(usage.tenant == group.tenant, *_within(usage.started_at, group.period))
     if not compute:
@@ -165,12 +165,13 @@ def _books(connection: Connection, currency: str) -> list[str]:
     return [digest for digest, book in read_books(connection).items() if book.currency == currency]
 
 
-def _tag(connection: Connection, level: Level) -> ColumnElement[Any]:
+def tag_of(connection: Connection, name: str) -> ColumnElement[Any]:
+    """The value of a tag of usage; null where there is none. Its name is one of ours."""
     tags = type_coerce(usage_table.c.tags, Text)
     if connection.dialect.name == "postgresql":
-        text: ColumnElement[Any] = cast(tags, JSON)[str(level)].astext
+        text: ColumnElement[Any] = cast(tags, JSON)[name].astext
         return text
-    return case((func.json_valid(tags), func.json_extract(tags, f'$."{level}"')))  # changed past this package
+    return case((func.json_valid(tags), func.json_extract(tags, f'$."{name}"')))  # changed past this package
 
 
 _FIRST: Final = datetime(1, 1, 1, tzinfo=UTC)

@@ -149,10 +149,16 @@ class Budgets:
     def standings(self, tenant: str | AllTenants, at: datetime | None = None) -> list[Standing]:
         """What is spent, held and left of every budget in the window of `at`; None for now."""
         with self.ledger.snapshot() as connection:
-            moment = self._lease_time(connection, writes=False) if at is None else at
-            budgets = in_force(connection, _name_of(tenant))
-            windows = [(budget, Period.containing(moment, budget.window, budget.zone)) for budget in budgets]
-            return counters.read_standings(connection, windows)
+            return self.standings_in(connection, tenant, at)
+
+    def standings_in(
+        self, connection: Connection, tenant: str | AllTenants, at: datetime | None = None
+    ) -> list[Standing]:
+        """As `standings`, in a transaction that sees one state of the ledger."""
+        moment = self._lease_time(connection, writes=False) if at is None else at
+        budgets = in_force(connection, _name_of(tenant))
+        windows = [(budget, Period.containing(moment, budget.window, budget.zone)) for budget in budgets]
+        return counters.read_standings(connection, windows)
 
     def holds(self, tenant: str | AllTenants) -> list[Hold]:
         """The open holds, the oldest first."""

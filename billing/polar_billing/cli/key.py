@@ -41,7 +41,9 @@ def key() -> None:
 def create(
     tenant: Annotated[str, typer.Argument(help="Who is billed.", metavar="TENANT")],
     name: Annotated[str, typer.Argument(help="What you call the key.", metavar="NAME")],
-    scope: Annotated[list[str] | None, typer.Option(help="infer (the default), usage:read or metrics.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="infer (the default), usage:read, metrics or dashboard.")
+    ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Only this model; may be repeated.")] = None,
     tier: Annotated[list[str] | None, typer.Option(help="Only this tier; may be repeated.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="key=value on every usage record; may be repeated.")] = None,

@@ -13,7 +13,7 @@ from polar_sdk.errors import PolarError
 from polar_sdk.show.lines import print_json, print_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from polar_billing.ledger.ledger import Ledger as LedgerStore
     from polar_billing.ledger.records import AllTenants, Selection
@@ -169,11 +169,28 @@ def show_json(data: object) -> None:
 
 def write_file(path: Path, content: str) -> None:
     """Write a file, or standard output if the path is `-`."""
+    write_pieces(path, [content])
+
+
+@contextmanager
+def _whole_or_absent(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if path.is_file():
+            path.unlink()
+        raise
+
+
+def write_pieces(path: Path, pieces: Iterable[str]) -> None:
+    """Write a file piece by piece, or standard output if the path is `-`."""
     if str(path) == "-":
-        typer.echo(content, nl=False)
+        for piece in pieces:
+            typer.echo(piece, nl=False)
         return
     try:
-        path.write_text(content, encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file, _whole_or_absent(path):
+            file.writelines(pieces)
     except OSError as error:
         raise OutputError(
             f"{str(path)!r} cannot be written ({error.strerror}).", hint="Check that its folder exists."

@@ -39,6 +39,7 @@ from polar_billing.ledger.schema import (
     usage_table,
     version_table,
 )
+from polar_billing.ledger.work import work_query
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.records import Identity, StoredUsage
     from polar_billing.ledger.rollups import Sum
+    from polar_billing.ledger.work import Work
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.current import Choice
     from polar_billing.prices.rating import Rating
@@ -188,19 +190,22 @@ class Ledger:
         with self._database.reading() as connection:
             yield connection
 
-    def read(self, selection: Selection, *, newest: int | None = None) -> Iterator[StoredUsage]:
+    def read(
+        self, selection: Selection, *, newest: int | None = None, as_stored: bool = False
+    ) -> Iterator[StoredUsage]:
         """Read usage in the order it was served (service time, then seq), from one state of the store.
 
         Args:
             selection: Which records.
             newest: Only this many of the latest, latest first.
+            as_stored: In the order it was stored instead; what is stored later then comes last.
         """
-        self._complete_usage()
+        self.complete_usage()
         if not self._has_tables():
             return
         period, usage = selection.period, usage_table.c
         query = joined().where(*conditions(selection, usage, usage.started_at, period.since, period.until))
-        order = (usage.started_at, usage.seq)
+        order = (usage.seq,) if as_stored else (usage.started_at, usage.seq)
         query = query.order_by(*order) if newest is None else query.order_by(*(column.desc() for column in order))
         tags = dict(selection.tags)
         if newest is not None and not tags:
@@ -213,8 +218,15 @@ class Ledger:
             )
             yield from islice(tagged, newest)
 
-    def _complete_usage(self) -> None:
-        """Bring in what others still hold for this ledger."""
+    def work(self, selection: Selection) -> Iterator[Work]:
+        """Read what reports add up, in no order, from one state of the store; the selection's tags are ignored."""
+        self.complete_usage()
+        if self._has_tables():
+            with closing(self._rows(work_query(selection))) as rows:
+                yield from rows  # type: ignore[misc]  # in the order of its fields
+
+    def complete_usage(self) -> None:
+        """Bring in what others still hold for this ledger, before a `snapshot` in which usage is read."""
         hooks.drain(self.identity)
         for hook in hooks.before_usage_is_read:
             hook(self)
@@ -238,7 +250,7 @@ class Ledger:
             hourly: Keep hours apart.
             rollups: False to add it all up from usage.
         """
-        self._complete_usage()
+        self.complete_usage()
         if self._has_tables():
             with self._database.reading() as connection:
                 yield from read_sums(connection, selection, hourly=hourly, rollups=rollups)

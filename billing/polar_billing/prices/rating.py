@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.entries import PriceEntry
-    from polar_sdk.usage import UsageRecord
+    from polar_sdk.usage import Outcome, UsageRecord
 
 
 @dataclass(frozen=True)
@@ -175,19 +175,33 @@ def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) 
     if isinstance(charged_by, str):
         return Rating(book.currency, unrated=charged_by)
     counts = Counts(1, record.flops.total, record.tokens.input, record.tokens.output)
+    if record.outcome not in book.free_outcomes:
+        lines = charge_lines(counts, charged_by.entry, charged_by.multiplier)
+        if (beyond := reason_beyond(sum(line.exact for line in lines), book)) is not None:
+            return Rating(book.currency, unrated=beyond)
+        if not counterfactuals:
+            return Rating(book.currency, lines)
+    return rate_counts(counts, record.identity_flops, record.outcome, charged_by, book)
+
+
+def rate_counts(counts: Counts, identity_flops: int, outcome: Outcome, charged_by: Rate, book: PriceBook) -> Rating:
+    """Price requests that end alike and are charged alike, all of them within what a receipt holds.
+
+    Args:
+        counts: What they used together.
+        identity_flops: The same tokens at full depth.
+        outcome: How they ended.
+        charged_by: What each of them is charged by.
+        book: Where that stands.
+    """
     entry = charged_by.entry
-    if record.outcome in book.free_outcomes:
-        free = free_lines(counts, entry, str(record.outcome))
+    if outcome in book.free_outcomes:
+        free = free_lines(counts, entry, str(outcome))
         return Rating(book.currency, lines=free, per_token_lines=_per_token(counts, entry, Decimal(0)))
-    lines = charge_lines(counts, entry, charged_by.multiplier)
-    if (beyond := reason_beyond(sum(line.exact for line in lines), book)) is not None:
-        return Rating(book.currency, unrated=beyond)
-    if not counterfactuals:
-        return Rating(book.currency, lines)
     return Rating(
         currency=book.currency,
-        lines=lines,
-        full_depth_lines=charge_lines(replace(counts, flops=record.identity_flops), entry, charged_by.multiplier),
+        lines=charge_lines(counts, entry, charged_by.multiplier),
+        full_depth_lines=charge_lines(replace(counts, flops=identity_flops), entry, charged_by.multiplier),
         per_token_lines=_per_token(counts, entry, Decimal(1)),
     )
 

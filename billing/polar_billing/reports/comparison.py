@@ -18,7 +18,8 @@ from sqlalchemy import select
 from polar_billing.errors import CurrencyMixError
 from polar_billing.ledger.records import AllTenants
 from polar_billing.ledger.schema import usage_table
-from polar_billing.reports.totals import Rater, UsageTotals, accumulate
+from polar_billing.reports.bulk import totals_by_tier
+from polar_billing.reports.totals import Rater, UsageTotals
 from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, compute_statement
 from polar_billing.statements.lines import bounds
@@ -78,22 +79,23 @@ def charges_under(
     """What each tenant's usage comes to under each book, in the order of the books."""
     charges: dict[str, list[OtherCharge]] = {}
     for book in books:
-        rater = Rater(dict, instead=book)
-        groups = accumulate(ledger.read(selection), rater, lambda stored: stored.record.tenant)
-        for tenant, totals in groups.items():
-            charges.setdefault(tenant, []).append(_charge(book, totals))
+        groups = totals_by_tier(ledger, selection, Rater(dict, instead=book))
+        for tenant in dict.fromkeys(tenant for tenant, _ in groups):
+            tiers = [totals for (name, _), totals in groups.items() if name == tenant]
+            charges.setdefault(tenant, []).append(_charge(book, tiers))
     return {tenant: tuple(by_book) for tenant, by_book in charges.items()}
 
 
-def _charge(book: PriceBook, totals: UsageTotals) -> OtherCharge:
+def _charge(book: PriceBook, tiers: Sequence[UsageTotals]) -> OtherCharge:
     decimals = book.statement_decimals
-    charge = from_scaled(round_half_even(totals.exact, EXACT_SCALE, decimals), decimals)
+    exact = sum(totals.exact for totals in tiers)
+    charge = from_scaled(round_half_even(exact, EXACT_SCALE, decimals), decimals)
     return OtherCharge(
         price_book=book.id,
         content_hash=book.content_hash,
         currency=book.currency,
-        charge=charge if totals.rated else None,
-        unrated=totals.unrated.total(),
+        charge=charge if any(totals.rated for totals in tiers) else None,
+        unrated=sum(totals.unrated.total() for totals in tiers),
     )
 
 

@@ -57,9 +57,23 @@ def usage_csv(rows: Sequence[UsageRow]) -> str:
 
 
 def report_csv(report: Report) -> str:
-    """One row per tenant and tier, and one per tenant for its rounding line; the charges sum to the report's total."""
+    """The rows of `report_rows`."""
+    header, rows = report_rows(report)
+    return write_rows(header, ({**row, **_written(row)} for row in rows))
+
+
+def report_rows(report: Report) -> tuple[list[str], Iterable[dict[str, Any]]]:
+    """One row per tenant and tier, and one per tenant for its rounding line; the charges sum to the report's total.
+
+    Returns:
+        The names of the columns, and the rows; a column that a row lacks is empty.
+    """
     header = ["since", "until", "tenant", "kind", "tier", "currency", *_FIGURES, "unrated", *_OUTCOMES]
-    return write_rows(header, (row for tenant in report.tenants for row in _tenant(tenant, report)))
+    return header, (row for tenant in report.tenants for row in _tenant(tenant, report))
+
+
+def _written(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] and row[name].isoformat() for name in ("since", "until")}
 
 
 def statement_csv(statement: Statement) -> str:
@@ -80,8 +94,8 @@ def repriced_csv(rows: Sequence[Repriced]) -> str:
 
 def _tenant(tenant: TenantReport, report: Report) -> Iterable[dict[str, Any]]:
     common = {
-        "since": report.since and report.since.isoformat(),
-        "until": report.until and report.until.isoformat(),
+        "since": report.since,
+        "until": report.until,
         "tenant": tenant.tenant,
         "currency": report.currency,
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from decimal import Decimal
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from pydantic import BaseModel, ConfigDict
@@ -82,7 +83,7 @@ def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | N
     flops, identity, rated = total("flops"), total("identity_flops"), total("rated")
     outcomes: Counter[str] = sum((part.outcomes for part in parts), Counter())
     unrated: Counter[str] = sum((part.unrated for part in parts), Counter())
-    latencies = sorted(latency for part in parts for latency in part.latencies_ns)
+    latencies = sorted(chain.from_iterable(part.latencies_ns for part in parts))
     comparable = rated and not total("without_reference")
     return Figures(
         requests=total("requests"),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from decimal import Decimal
 
+    from jinja2 import Environment
+
     from polar_billing.reports.report import DepthPanel, Report
 
 
@@ -33,24 +35,8 @@ def report_html(report: Report) -> str:
     Raises:
         MissingExtraError: jinja2 is not installed.
     """
-    try:
-        import jinja2
-        from markupsafe import Markup
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"the HTML report needs {error.name!r}.",
-            hint="Install the extra report of polar-llm, in a clone: `pip install '.[report]'`.",
-        ) from error
-
+    environment = new_environment("polar_billing.reports", "the HTML report")
     amounts = Amounts.of(report)
-    environment = jinja2.Environment(
-        autoescape=True,
-        loader=jinja2.FunctionLoader(_source),
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     environment.filters.update(_filters(report, amounts))
     template = environment.get_template(_TEMPLATE)
     return template.render(
@@ -58,8 +44,37 @@ def report_html(report: Report) -> str:
     )
 
 
-def _source(name: str) -> str:
-    return resources.files("polar_billing.reports").joinpath(name).read_text(encoding="utf-8")
+def new_environment(package: str, what: str) -> Environment:
+    """What renders the templates of a package; every name is escaped, and shows nothing but itself.
+
+    Args:
+        package: Where the templates are.
+        what: What needs them, in words.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{what} needs {error.name!r}.",
+            hint="Install the extra report of polar-llm, in a clone: `pip install '.[report]'`.",
+        ) from error
+    return jinja2.Environment(
+        autoescape=True,
+        loader=jinja2.FunctionLoader(lambda name: read_template(package, name)),
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def read_template(package: str, name: str) -> str:
+    """The text of a file of a package."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def _filters(report: Report, amounts: Amounts) -> dict[str, Callable[..., Any]]:

@@ -11,27 +11,28 @@ from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import groupby
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Selection
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import UNIT_PRICE_SCALE
+from polar_billing.reports.bulk import totals_by_tier
 from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
 from polar_billing.reports.figures import Figures, figures_of
 from polar_billing.reports.hardware import HardwareReport
 from polar_billing.reports.layers import ProgramUse, read_layers
 from polar_billing.reports.promises import PromiseReport
 from polar_billing.reports.questions import Questions, answer
-from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals, accumulate
+from polar_billing.reports.totals import LayerVisits, Rater, UsageTotals
 from polar_billing.reports.what_if import TokenPricing, WhatIf, token_pricing
 from polar_billing.statements.issue import issued_statements
 from polar_billing.statements.statement import Statement
 from polar_billing.values.money import exact_sum, from_scaled, round_lines, to_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
@@ -190,12 +191,9 @@ def build_report(
     """
     selection = Selection(ALL_TENANTS) if selection is None else selection
     rater = Rater(ledger.price_books, instead=prices, currency=currency)
-    groups = accumulate(ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier))
-    ordered = sorted(groups, key=lambda key: (key[0], tier_order(key[1])))
-    tenants = tuple(
-        _tenant(tenant, {tier: groups[tenant, tier] for _, tier in keys}, rater.decimals)
-        for tenant, keys in groupby(ordered, key=lambda key: key[0])
-    )
+    groups = totals_by_tier(ledger, selection, rater)
+    summary = summarise(groups, rater.decimals)
+    tenants = summary.tenants
     others = charges_under(ledger, selection, compare)
     # A report on one tier, or by another book, is not about what was owed.
     names = [] if prices or selection.tier else [tenant.tenant for tenant in tenants]
@@ -204,7 +202,6 @@ def build_report(
         tenant.model_copy(update={"others": others.get(tenant.tenant, ()), "statements": issued.get(tenant.tenant, ())})
         for tenant in tenants
     )
-    total = exact_sum((tenant.total for tenant in tenants), rater.decimals)
     period = selection.period
     report = Report(
         generated_at=now or datetime.now(UTC),
@@ -221,14 +218,46 @@ def build_report(
         currency=rater.currency,
         decimals=rater.decimals,
         tenants=tenants,
-        tiers=_over_tenants(tenants, groups, rater.decimals),
-        rounding=exact_sum((tenant.rounding for tenant in tenants), rater.decimals),
-        total=total,
-        figures=figures_of(groups.values(), rater.decimals, total),
+        tiers=summary.tiers,
+        rounding=summary.rounding,
+        total=summary.total,
+        figures=summary.figures,
         others=sum_charges(others.values()),
         token_pricing=token_pricing(tenants, rater.decimals),
     )
     return answer(ledger, selection, report, rater, Questions() if questions is None else questions)
+
+
+class Summary(NamedTuple):
+    """Tenants and tiers of some usage, and all of it together; see the fields of `Report` of the same names."""
+
+    tenants: tuple[TenantReport, ...]
+    tiers: tuple[TierReport, ...]
+    rounding: Decimal
+    total: Decimal
+    figures: Figures
+
+
+def summarise(groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int) -> Summary:
+    """Round what tenants and tiers come to, once per line, and add it up.
+
+    Args:
+        groups: The sums, by tenant and tier.
+        decimals: Of a line.
+    """
+    ordered = sorted(groups, key=lambda key: (key[0], tier_order(key[1])))
+    tenants = tuple(
+        _tenant(tenant, {tier: groups[tenant, tier] for _, tier in keys}, decimals)
+        for tenant, keys in groupby(ordered, key=lambda key: key[0])
+    )
+    total = exact_sum((tenant.total for tenant in tenants), decimals)
+    return Summary(
+        tenants,
+        tiers=_over_tenants(tenants, groups, decimals),
+        rounding=exact_sum((tenant.rounding for tenant in tenants), decimals),
+        total=total,
+        figures=figures_of(groups.values(), decimals, total),
+    )
 
 
 def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) -> TenantReport:
@@ -264,7 +293,7 @@ def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) ->
 
 
 def _over_tenants(
-    tenants: tuple[TenantReport, ...], groups: dict[tuple[str, str | None], UsageTotals], decimals: int
+    tenants: tuple[TenantReport, ...], groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int
 ) -> tuple[TierReport, ...]:
     charges = _charges([line for tenant in tenants for line in tenant.lines], decimals)
     tiers = sorted({tier for _, tier in groups}, key=tier_order)
@@ -322,12 +351,9 @@ def _issued_within(ledger: Ledger, tenants: Iterable[str], period: Period) -> di
     """The statements of tenants whose periods are within a period, in the order they were issued."""
     return {
         tenant: tuple(
-            issued.statement for issued in issued_statements(ledger, tenant) if _is_within(issued.statement, period)
+            issued.statement
+            for issued in issued_statements(ledger, tenant)
+            if issued.statement.period.is_within(period)
         )
         for tenant in tenants
     }
-
-
-def _is_within(statement: Statement, period: Period) -> bool:
-    begins = period.since is None or statement.since >= period.since
-    return begins and (period.until is None or statement.until <= period.until)

@@ -20,12 +20,12 @@ from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from datetime import datetime
     from decimal import Decimal
 
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
-    from polar_sdk.usage import UsageRecord
 
 
 Key = TypeVar("Key")
@@ -130,17 +130,24 @@ class UsageTotals(UsageSums):
             self.programs[record.model, record.program] += 1
         if record.outcome is Outcome.COMPLETED:
             self.latencies_ns.append(record.queue_ns + record.prefill_ns + record.decode_ns)
-        self._add_amounts(record, rating)
+        self.add_amounts(rating, 1, record.tokens.input + record.tokens.output)
 
-    def _add_amounts(self, record: UsageRecord, rating: Rating) -> None:
+    def add_rated_sum(self, usage: Sum, rating: Rating) -> None:
+        """Count in requests that are added up already, and what they cost together; their layers are not known."""
+        self.add_sum(usage, rating.unrated)
+        requests, tokens_input, _, tokens_output, *_ = usage.quantities
+        self.add_amounts(rating, requests, tokens_input + tokens_output)
+
+    def add_amounts(self, rating: Rating, requests: int, tokens: int) -> None:
+        """Count in what requests cost that were rated together; nothing where they have no price."""
         if rating.unrated is not None:
             return
-        self.rated_tokens += record.tokens.input + record.tokens.output
+        self.rated_tokens += tokens
         for line in rating.lines:
             self.charged[line.item, line.unit_price] += line.count
         self.full_depth_exact += sum(line.exact for line in rating.full_depth_lines)
         if rating.per_token_lines is None:
-            self.without_reference += 1
+            self.without_reference += requests
         else:
             self.per_token_exact += sum(line.exact for line in rating.per_token_lines)
 
@@ -185,8 +192,18 @@ class Rater:
 
     def book_of(self, stored: StoredUsage) -> PriceBook | None:
         """The book that one stored request is rated by; None where it is in a currency that is left out."""
-        book = self._instead or self._books()[stored.price_book_hash]
+        return self.book_of_receipt(stored.price_book_hash)
+
+    def book_of_receipt(self, digest: str) -> PriceBook | None:
+        """The same by the content hash of the book that its receipt was made by."""
+        book = self._instead or self._books()[digest]
         return None if self._currency is not None and book.currency != self._currency else book
+
+    def changes(self) -> list[datetime]:
+        """Every moment at which a price of any tenant can change, in order."""
+        books = [self._instead] if self._instead is not None else list(self._books().values())
+        tenants = [(book, tenant) for book in books for tenant in {"", *(each.tenant for each in book.customers)}]
+        return sorted({moment for book, tenant in tenants for moment in book.changes_of(tenant)})
 
     def rate(self, stored: StoredUsage) -> Rating | None:
         """The rating of one stored request; None where it is in a currency that is left out."""

@@ -99,6 +99,11 @@ class Period:
         """The calendar day of an instant in the period's zone."""
         return moment.astimezone(load_zone(self.zone)).date()
 
+    def is_within(self, other: Period) -> bool:
+        """True if no instant of this period is outside the other one."""
+        begins = other.since is None or (self.since is not None and self.since >= other.since)
+        return begins and (other.until is None or (self.until is not None and self.until <= other.until))
+
     @property
     def label(self) -> str:
         """The period in words, for headings."""

@@ -1,4 +1,4 @@
-"""`polar serve` as a process: what it refuses before it loads anything, how it starts, and how SIGTERM ends it."""
+"""`polar serve` and `polar dashboard` as processes: what they refuse before they load anything, and how they end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,8 @@ import pytest
 from polar_billing.access.keys import ApiKeys
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS, Selection
+from polar_billing.metering.meter import Meter
+from polar_billing.testing import usage_record
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -37,9 +40,9 @@ def model(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def serving(*arguments: str, command: str = "serve") -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, "serve", *arguments],
+        [sys.executable, "-c", SERVE, command, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
         text=True,
@@ -56,6 +59,8 @@ def url_of(process: subprocess.Popen[str]) -> str:
     for line in process.stderr:
         if line.startswith("Serving "):
             return line.split()[-1]
+        if line.startswith("Operations page on "):
+            return line.split()[3].rstrip(";")
     raise AssertionError("it did not start")
 
 
@@ -115,6 +120,53 @@ def test_it_does_not_start_open_to_the_network(model: Path, arguments: tuple[str
 def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: tuple[str, ...], said: str) -> None:
     with serving(*arguments) as process:
         _, errors = process.communicate(timeout=240)
+    assert process.returncode in {1, 2}
+    assert errors.startswith("error: ")
+    assert said in errors
+
+
+def test_the_dashboard_shows_a_ledger_and_ends_on_sigterm(ledger_url: str) -> None:
+    with Ledger(ledger_url) as ledger:
+        Meter(ledger, sync=True).emit(usage_record(tenant="initech", started_at=datetime.now(UTC)))
+    with serving("--port", "0", command="dashboard") as process:
+        with urllib.request.urlopen(url_of(process), timeout=60) as answer:
+            text = answer.read().decode()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert "initech" in text
+    assert "No engine runs behind this page" in text
+
+
+def test_the_dashboard_asks_for_keys_where_others_can_reach_it(ledger_url: str) -> None:
+    with Ledger(ledger_url) as ledger:
+        ApiKeys(ledger).create("acme", "search")
+        _, text = ApiKeys(ledger).create("acme", "operator", scopes=("dashboard",))
+    with serving("--port", "0", "--host", "0.0.0.0", command="dashboard") as process:
+        url = url_of(process).replace("0.0.0.0", "127.0.0.1")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(url, timeout=60)
+        request = urllib.request.Request(url, headers={"authorization": f"Bearer {text}"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert "operator" in answer.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--host", "0.0.0.0"), "no API key with the scope dashboard"),
+        (("--host", "0.0.0.0", "--no-require-keys"), "anyone on the network see this page"),
+        (("--require-keys",), "--scope dashboard"),
+        (("--zone", "Europe/Nowhere"), "time zone 'Europe/Nowhere' is unknown"),
+        (("--ledger", "/nowhere/at/all/ledger.sqlite3"), "/nowhere/at/all"),
+    ],
+)
+def test_the_dashboard_says_what_is_wrong_before_it_starts(
+    ledger_url: str, arguments: tuple[str, ...], said: str
+) -> None:
+    with Ledger(ledger_url) as ledger:
+        ApiKeys(ledger).create("acme", "search")
+    with serving(*arguments, command="dashboard") as process:
+        _, errors = process.communicate(timeout=120)
     assert process.returncode in {1, 2}
     assert errors.startswith("error: ")
     assert said in errors

@@ -1,0 +1,133 @@
+"""Everything that the page shows at one moment, asked of the ledger in one transaction. Knows no HTML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from sqlalchemy import func, select
+
+from polar_billing.budgets.keeper import Budgets
+from polar_billing.dashboard.charges import Books, Charges, charges_of
+from polar_billing.dashboard.health import LedgerHealth, SpoolHealth, ledger_health, spool_health
+from polar_billing.dashboard.keys import KeyUse, LastUses, keys_of
+from polar_billing.dashboard.programs import Heat, heat_of
+from polar_billing.dashboard.requests import latest_requests
+from polar_billing.ledger.records import ALL_TENANTS, Selection, conditions
+from polar_billing.ledger.schema import usage_table
+from polar_billing.values.periods import Period, Window
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy import Connection
+
+    from polar_billing.budgets.offers import Standing
+    from polar_billing.dashboard.live import Live
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.records import StoredUsage
+    from polar_billing.prices.book import PriceBook
+
+MAX_REQUESTS: Final = 100
+_LATELY: Final = timedelta(hours=1)
+_MINUTE: Final = timedelta(minutes=1)
+
+
+class Ended(NamedTuple):
+    """What was stored within the last minute."""
+
+    requests: int
+    tokens_input: int
+    tokens_output: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Sampled tokens."""
+        return self.tokens_output / _MINUTE.total_seconds()
+
+
+@dataclass(frozen=True)
+class View:
+    """The page's contents."""
+
+    at: datetime
+    """UTC."""
+    ledger: str
+    today: Period
+    live: Live | None
+    """None where no engine runs behind the page."""
+    ended: Ended
+    charges: Sequence[Charges]
+    """Of today, one per currency."""
+    lately: Period
+    heat: Sequence[Heat]
+    """Of the last hour."""
+    requests: Sequence[StoredUsage]
+    """The latest, the last first."""
+    books: Books
+    budgets: Sequence[Standing]
+    keys: Sequence[KeyUse]
+    ledger_health: LedgerHealth
+    spool: SpoolHealth
+
+    def book_of(self, stored: StoredUsage) -> PriceBook:
+        """The book of a request's receipt."""
+        return self.books[stored.price_book_hash]
+
+
+class Looks:
+    """Looks at a ledger, one after another; remembers what cannot change. For one caller at a time.
+
+    Args:
+        ledger: What to look at.
+        clock: Returns the time, UTC; None for this machine's, and the database's where budgets begin and end.
+    """
+
+    def __init__(self, ledger: Ledger, clock: Callable[[], datetime] | None = None) -> None:
+        self._ledger, self._clock = ledger, clock
+        self._budgets = Budgets(ledger)
+        self._books = Books()
+        self._uses = LastUses()
+
+    def look(self, zone: str, live: Live | None) -> View:
+        """Ask everything.
+
+        Args:
+            zone: In whose calendar today is.
+            live: What the engine says.
+
+        Raises:
+            PeriodError: No such zone.
+            StoreError: The ledger cannot be read.
+        """
+        now = datetime.now(UTC) if self._clock is None else self._clock()
+        today, lately = Period.containing(now, Window.DAY, zone), Period(now - _LATELY, None, zone)
+        spool = spool_health(self._ledger)  # first: what is stored meanwhile is at worst counted in both
+        self._ledger.complete_usage()
+        with self._ledger.snapshot() as connection:
+            return View(
+                at=now,
+                ledger=self._ledger.location,
+                today=today,
+                live=live,
+                ended=_ended(connection, now),
+                charges=charges_of(connection, ALL_TENANTS, today, self._books),
+                lately=lately,
+                heat=heat_of(connection, Selection(ALL_TENANTS, lately)),
+                requests=latest_requests(connection, ALL_TENANTS, MAX_REQUESTS),
+                books=self._books,
+                budgets=self._budgets.standings_in(connection, ALL_TENANTS, None if self._clock is None else now),
+                keys=keys_of(connection, ALL_TENANTS, self._uses, now),
+                ledger_health=ledger_health(connection),
+                spool=spool,
+            )
+
+
+def _ended(connection: Connection, now: datetime) -> Ended:
+    """What was stored within the last minute, of what was served within the last hour."""
+    usage = usage_table.c
+    sums: list[Any] = [func.count(), func.sum(usage.tokens_input), func.sum(usage.tokens_output)]
+    where = conditions(Selection(ALL_TENANTS), usage, usage.started_at, now - _LATELY, None)
+    row = connection.execute(select(*sums).where(*where, usage.stored_at > now - _MINUTE)).one()
+    return Ended(*(int(value or 0) for value in row))

@@ -1,0 +1,100 @@
+"""Usage as CloudEvents 1.0, one event per request, in the JSON batch format; OpenMeter and others take them.
+
+`usage_event.schema.json` beside this file is the JSON schema of an event, which each event names in `dataschema`. An
+event is the same every time it is made: `source` and `id` together tell requests apart, so a reader that drops repeated
+events counts a request once, however often it is exported. Knows no ledger.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+from polar_billing.prices.rating import COMPUTE
+from polar_billing.values.money import plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from polar_billing.ledger.records import StoredUsage
+    from polar_billing.prices.book import PriceBook
+
+
+EVENT_TYPE: Final = "polar.usage"
+SCHEMA_ID: Final = "urn:polar-llm:schema:usage-event:1"
+MEDIA_TYPE: Final = "application/cloudevents-batch+json"
+_SCHEMA_FILE: Final = "usage_event.schema.json"
+
+
+def event_schema() -> dict[str, Any]:
+    """The JSON schema of an event."""
+    schema: dict[str, Any] = json.loads(resources.files("polar_billing.exports").joinpath(_SCHEMA_FILE).read_bytes())
+    return schema
+
+
+def usage_event(stored: StoredUsage, book: PriceBook) -> dict[str, Any]:
+    """The event of one stored request.
+
+    Args:
+        stored: The request.
+        book: The one its receipt was made by.
+    """
+    record = stored.record
+    return {
+        "specversion": "1.0",
+        "type": EVENT_TYPE,
+        "source": f"/polar/{quote(record.tenant, safe='')}/{quote(stored.source, safe='')}",
+        "id": record.request_id,
+        "subject": record.tenant,
+        "time": record.started_at.isoformat().replace("+00:00", "Z"),
+        "datacontenttype": "application/json",
+        "dataschema": SCHEMA_ID,
+        "data": {
+            "tenant": record.tenant,
+            "tier": record.tier,
+            "tags": dict(record.tags),
+            "model": record.model,
+            "model_fingerprint": record.model_fingerprint,
+            "router": record.router,
+            "program": record.program,
+            "outcome": record.outcome.value,
+            "finish_reason": record.finish_reason,
+            "tokens_input": record.tokens.input,
+            "tokens_cached": record.tokens.cached,
+            "tokens_output": record.tokens.output,
+            "visits": record.visits.total,
+            "flops": record.flops.total,
+            "flops_full_depth": record.identity_flops,
+            "flops_saved": record.flops_saved,
+            "compute_units": plain(COMPUTE.quantity(record.flops.total)),
+            "queue_ns": record.queue_ns,
+            "prefill_ns": record.prefill_ns,
+            "decode_ns": record.decode_ns,
+            "device": record.device,
+            "cost": None if stored.cost is None else f"{stored.cost:f}",
+            "currency": book.currency,
+            "price_book": book.id,
+            "price_book_hash": stored.price_book_hash,
+            "unrated": stored.unrated,
+            "sequence": stored.seq,
+        },
+    }
+
+
+def batch_text(usage: Iterable[StoredUsage], read_books: Callable[[], Mapping[str, PriceBook]]) -> Iterator[str]:
+    """A batch as pieces of JSON text, one event a line, so that a long one is never whole in memory.
+
+    Args:
+        usage: The requests.
+        read_books: Reads every book of their receipts, by content hash. Called once, after the first request was read:
+            a record stored in between may have brought its book in.
+    """
+    opening, books = "[\n", cache(read_books)
+    for stored in usage:
+        event = usage_event(stored, books()[stored.price_book_hash])
+        yield opening + json.dumps(event, separators=(",", ":"))
+        opening = ",\n"
+    yield "[]\n" if opening == "[\n" else "\n]\n"

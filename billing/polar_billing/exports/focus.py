@@ -1,0 +1,227 @@
+"""Statements as a FOCUS 1.2 data set of cost and usage, which FinOps tools read.
+
+    focus_rows(statements)    one row per line of a statement
+    focus_csv(rows)           the same as CSV
+
+A line of a statement has one unit price, also where prices come in bands, so each row's quantity times its unit price
+is its cost. `BilledCost` is the line's amount as the statement has it, rounded once; `ListCost` and `ContractedCost`
+are not rounded. The rounding line and prepaid money are rows of their own, so that over one invoice `BilledCost` sums
+to what is due. Columns that FOCUS does not have begin with `x_`. Knows no ledger.
+"""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_billing.prices.rating import ITEMS, UNIT_PRICE_SCALE, multiply
+from polar_billing.reports.csv import write_rows
+from polar_billing.statements.lines import USAGE_KINDS
+from polar_billing.values.money import from_scaled, plain, to_scaled
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from datetime import datetime
+
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.statements.period import StatementOfPeriod
+    from polar_billing.statements.statement import StatementLine
+
+
+FOCUS_VERSION: Final = "1.2"
+COST_DECIMALS: Final = 2 * UNIT_PRICE_SCALE
+"""Decimals of a quantity times a unit price."""
+TIMES: Final = ("BillingPeriodEnd", "BillingPeriodStart", "ChargePeriodEnd", "ChargePeriodStart")
+NUMBERS: Final = (
+    "BilledCost", "ConsumedQuantity", "ContractedCost", "ContractedUnitPrice", "EffectiveCost", "ListCost",
+    "ListUnitPrice", "PricingCurrencyContractedUnitPrice", "PricingCurrencyEffectiveCost",
+    "PricingCurrencyListUnitPrice", "PricingQuantity",
+)  # fmt: skip
+COLUMNS: Final = (
+    "BilledCost", "BillingAccountId", "BillingAccountName", "BillingCurrency", "BillingPeriodEnd",
+    "BillingPeriodStart", "ChargeCategory", "ChargeClass", "ChargeDescription", "ChargeFrequency", "ChargePeriodEnd",
+    "ChargePeriodStart", "CommitmentDiscountStatus", "ConsumedQuantity", "ConsumedUnit", "ContractedCost",
+    "ContractedUnitPrice", "EffectiveCost", "InvoiceId", "InvoiceIssuerName", "ListCost", "ListUnitPrice",
+    "PricingCategory", "PricingCurrency", "PricingCurrencyContractedUnitPrice", "PricingCurrencyEffectiveCost",
+    "PricingCurrencyListUnitPrice", "PricingQuantity", "PricingUnit", "ProviderName", "PublisherName",
+    "ServiceCategory", "ServiceName", "ServiceSubcategory", "SkuId", "SkuMeter",
+    "SkuPriceDetails", "SkuPriceId",
+)  # fmt: skip
+"""Of FOCUS, by name. `CommitmentDiscountStatus` is always empty: rules about consumption look at it."""
+OWN_COLUMNS: Final = (
+    "x_Tier", "x_LineKind", "x_LineItem", "x_LineNumber", "x_Outcome", "x_PriceBook", "x_PriceBookHash", "x_Corrects",
+    "x_Note", "x_StatementStatus",
+)  # fmt: skip
+_CATEGORIES: Final = {
+    **dict.fromkeys((*USAGE_KINDS, "fee"), "Usage"),
+    **dict.fromkeys(("discount", "service credit"), "Credit"),
+    "minimum": "Adjustment",
+}
+"""A fee is no `Purchase`: FOCUS has those cost nothing when they are used, and a fee is used up in its period."""
+_UNITS: Final = {
+    "CU": "Compute Units",
+    "million tokens": "1000000 Tokens",
+    "request": "Requests",
+    "weighted CU": "Weighted Compute Units",
+    "weighted million tokens": "1000000 Weighted Tokens",
+    "weighted request": "Weighted Requests",
+}
+"""As FOCUS writes units: plural words, with a whole number in front."""
+
+
+def focus_rows(statements: Iterable[StatementOfPeriod], *, provider: str = "PoLar") -> Iterator[dict[str, Any]]:
+    """One row per line of each statement, one for its rounding and one per prepaid credit that paid of it.
+
+    Args:
+        statements: What to export.
+        provider: Who serves and bills: `ProviderName`, `PublisherName` and `InvoiceIssuerName`.
+    """
+    for of_period in statements:
+        statement = of_period.statement
+        common = _common(of_period, provider)
+        for line in statement.lines:
+            yield {**common, **_line(line, of_period.book)}
+        if statement.rounding:
+            yield {**common, **_other("Adjustment", "Rounding of the statement", statement.rounding, "rounding")}
+        for credit in statement.credits:
+            if credit.used:
+                what = f"Prepaid credit {credit.id}"
+                yield {**common, **_other("Credit", what, credit.used.copy_negate(), "prepaid")}
+
+
+def focus_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV. A text that a spreadsheet would run as a formula has an apostrophe in front."""
+    return write_rows([*COLUMNS, *OWN_COLUMNS], (_written(row) for row in rows))
+
+
+def _written(row: Mapping[str, Any]) -> dict[str, Any]:
+    times = {name: f"{row[name]:%Y-%m-%dT%H:%M:%SZ}" for name in TIMES}
+    return {**row, **times}
+
+
+def _common(of_period: StatementOfPeriod, provider: str) -> dict[str, Any]:
+    statement = of_period.statement
+    return {
+        "BillingAccountId": statement.tenant,
+        "BillingAccountName": statement.tenant,
+        "BillingCurrency": statement.currency,
+        "PricingCurrency": statement.currency,
+        **_span("BillingPeriod", statement.since, statement.until),
+        **_span("ChargePeriod", statement.since, statement.until),
+        "InvoiceId": statement.id,  # a draft is what FOCUS calls a provisional invoice, and keeps its id when issued
+        **dict.fromkeys(("InvoiceIssuerName", "ProviderName", "PublisherName"), provider),
+        "ServiceCategory": "AI and Machine Learning",
+        "ServiceSubcategory": "Generative AI",
+        "ServiceName": "PoLar inference",
+        "x_PriceBook": statement.price_book,
+        "x_PriceBookHash": statement.price_book_hash,
+        "x_StatementStatus": "draft" if of_period.issued_at is None else "issued",
+    }
+
+
+def _span(name: str, since: datetime, until: datetime) -> dict[str, datetime]:
+    return {f"{name}Start": since, f"{name}End": until}
+
+
+def _line(line: StatementLine, book: PriceBook) -> dict[str, Any]:
+    category = _CATEGORIES[line.kind]
+    description = _description(line)
+    named: dict[str, Any] = {
+        **_span("ChargePeriod", line.since, line.until),
+        "ChargeClass": None if line.corrects is None else "Correction",
+        "ChargeDescription": description,
+        "x_Tier": line.tier,
+        "x_LineKind": line.kind,
+        "x_LineItem": line.item,
+        "x_LineNumber": line.number,
+        "x_Outcome": line.outcome,
+        "x_Corrects": line.corrects,
+        "x_Note": line.note,
+    }
+    if category != "Usage":
+        return {**_other(category, description, line.amount, line.kind), **named}
+    return {**_usage(line, book), **named}
+
+
+def _description(line: StatementLine) -> str:
+    parts = [line.item, *([f"tier {line.tier}"] if line.tier else []), *([line.note] if line.note else [])]
+    return ", ".join(parts)
+
+
+def _other(category: str, description: str, amount: Decimal, kind: str) -> dict[str, Any]:
+    """An amount without a quantity: every cost is the billed one."""
+    return {
+        **dict.fromkeys(("BilledCost", "ContractedCost", "EffectiveCost", "ListCost"), amount),
+        "PricingCurrencyEffectiveCost": amount,
+        "ChargeCategory": category,
+        "ChargeDescription": description,
+        "ChargeFrequency": "One-Time",
+        "x_LineKind": kind,
+    }
+
+
+def _usage(line: StatementLine, book: PriceBook) -> dict[str, Any]:
+    is_fee = line.kind == "fee"
+    quantity = Decimal(1) if line.quantity is None else line.quantity
+    price = line.amount if line.unit_price is None else line.unit_price
+    plain_rate = None if is_fee else list_price(line, book)
+    listed = price if plain_rate is None else plain_rate
+    unit, meter = ("Billing Periods", "Flat fee") if is_fee else _unit_and_meter(line)
+    sku = _id("polar", line.item if is_fee else meter, line.tier or "by hand")
+    return {
+        "BilledCost": line.amount,
+        "EffectiveCost": line.amount,
+        "ChargeCategory": "Usage",
+        "ChargeFrequency": "Recurring" if is_fee else "Usage-Based",
+        "ConsumedQuantity": quantity,
+        "ConsumedUnit": unit,
+        "ContractedCost": product(quantity, price),
+        "ContractedUnitPrice": price,
+        "ListCost": product(quantity, listed),
+        "ListUnitPrice": listed,
+        "PricingCategory": "Standard",
+        "PricingCurrencyContractedUnitPrice": price,
+        "PricingCurrencyEffectiveCost": line.amount,
+        "PricingCurrencyListUnitPrice": listed,
+        "PricingQuantity": quantity,
+        "PricingUnit": unit,
+        "SkuId": sku,
+        "SkuMeter": meter,
+        "SkuPriceId": _id(sku, unit, line.item, plain(listed), book.currency),
+        "SkuPriceDetails": json.dumps({"x_Item": line.item, "x_Tier": line.tier, "x_Unit": line.unit}),
+    }
+
+
+def _unit_and_meter(line: StatementLine) -> tuple[str, str]:
+    """The unit as FOCUS writes units, and what is metered."""
+    return _UNITS.get(line.unit or "", "Packages"), _item_of(line).capitalize()
+
+
+def _item_of(line: StatementLine) -> str:
+    """The name of what is counted, without the band or the outcome that a line is about."""
+    return line.item.partition(" (")[0]
+
+
+def _id(*parts: str) -> str:
+    return "/".join(parts)
+
+
+def list_price(line: StatementLine, book: PriceBook) -> Decimal | None:
+    """The book's plain rate for what a line charges, whoever the tenant is; None where there is none.
+
+    Packages have no plain rate, and what is free costs nothing on the list either.
+    """
+    entry = book.entry_at(line.since)
+    if entry is None or line.outcome is not None or line.unit not in _UNITS:
+        return None
+    # The quantity of a pool is weighted by the tiers' multipliers already.
+    multiplier = Decimal(1) if line.kind == "pool" else entry.multiplier(line.tier)
+    price = dict(zip((item.name for item in ITEMS.values()), entry.rates, strict=True))[_item_of(line)]
+    return None if price is None or multiplier is None else multiply(price, multiplier)
+
+
+def product(quantity: Decimal, price: Decimal) -> Decimal:
+    """A quantity times a unit price, exactly, whatever the decimal context of the thread."""
+    scaled = to_scaled(quantity, UNIT_PRICE_SCALE) * to_scaled(price, UNIT_PRICE_SCALE)
+    return Decimal(plain(from_scaled(scaled, COST_DECIMALS)))

@@ -1,0 +1,205 @@
+"""Usage, the tables of a report, and FOCUS rows as Parquet files, by the extra `parquet`.
+
+Money and quantities are decimals, times are UTC to the microsecond, tags a map. Texts are as they are: nothing runs a
+cell of a Parquet file as a formula. Knows no ledger.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_billing.errors import MissingExtraError, OutputError
+from polar_billing.exports.focus import COLUMNS, COST_DECIMALS, NUMBERS, OWN_COLUMNS, TIMES
+from polar_billing.prices.rating import COMPUTE, UNIT_PRICE_SCALE
+from polar_billing.reports.csv import report_rows
+from polar_billing.values.money import STORED_SCALE, from_scaled, round_half_even, to_scaled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from decimal import Decimal
+    from pathlib import Path
+
+    import pyarrow
+
+    from polar_billing.ledger.records import StoredUsage
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.reports.report import Report
+
+    Row = Mapping[str, Any]
+
+BATCH: Final = 10_000
+"""Rows of a group: what is in memory at once."""
+_DIGITS: Final = 38
+
+
+def write_usage(path: Path, usage: Iterable[StoredUsage], read_books: Callable[[], Mapping[str, PriceBook]]) -> int:
+    """Write one row per request.
+
+    Args:
+        path: The file.
+        usage: The requests.
+        read_books: Reads every book of their receipts, by content hash; called once, after the first request was read.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        OutputError: The file cannot be written.
+    """
+    arrow = _arrow()
+    text, count, moment = arrow.string(), arrow.int64(), arrow.timestamp("us", tz="UTC")
+    layers, cost = arrow.list_(count), arrow.decimal128(_DIGITS, STORED_SCALE)
+    types = {
+        **dict.fromkeys(("sequence",), count),
+        **dict.fromkeys(("source", "request_id", "tenant", "tier"), text),
+        "tags": arrow.map_(text, text),
+        **dict.fromkeys(("model", "model_fingerprint", "router", "router_version", "program"), text),
+        **dict.fromkeys(("outcome", "finish_reason", "error", "device", "dtype"), text),
+        **dict.fromkeys(("started_at", "stored_at"), moment),
+        **dict.fromkeys(("tokens_input", "tokens_cached", "tokens_output"), count),
+        **dict.fromkeys(("visits_prefill", "visits_prefill_filled", "visits_decode"), layers),
+        **dict.fromkeys(("flops_embed", "flops_layers_prefill", "flops_layers_decode", "flops_head"), count),
+        **dict.fromkeys(("flops_router", "flops", "flops_full_depth", "flops_saved"), count),
+        "compute_units": arrow.decimal128(_DIGITS, COMPUTE.decimals),
+        **dict.fromkeys(("kv_bytes_peak", "queue_ns", "prefill_ns", "decode_ns"), count),
+        "cost": cost,
+        **dict.fromkeys(("currency", "price_book", "price_book_hash", "unrated"), text),
+    }
+    books = cache(read_books)
+    return _write(path, types, (_usage_row(stored, books()[stored.price_book_hash]) for stored in usage))
+
+
+def _usage_row(stored: StoredUsage, book: PriceBook) -> Row:
+    record, flops = stored.record, stored.record.flops
+    same = (
+        "request_id", "tenant", "tier", "model", "model_fingerprint", "router", "router_version", "program",
+        "finish_reason", "error", "device", "dtype", "started_at", "kv_bytes_peak", "queue_ns", "prefill_ns",
+        "decode_ns",
+    )  # fmt: skip
+    return {
+        **{name: getattr(record, name) for name in same},
+        "sequence": stored.seq,
+        "source": stored.source,
+        "tags": list(record.tags.items()),
+        "outcome": record.outcome.value,
+        "stored_at": stored.stored_at,
+        "tokens_input": record.tokens.input,
+        "tokens_cached": record.tokens.cached,
+        "tokens_output": record.tokens.output,
+        "visits_prefill": record.visits.prefill,
+        "visits_prefill_filled": record.visits.prefill_filled,
+        "visits_decode": record.visits.decode,
+        "flops_embed": flops.embed,
+        "flops_layers_prefill": flops.layers_prefill,
+        "flops_layers_decode": flops.layers_decode,
+        "flops_head": flops.head,
+        "flops_router": flops.router,
+        "flops": flops.total,
+        "flops_full_depth": record.identity_flops,
+        "flops_saved": record.flops_saved,
+        "compute_units": COMPUTE.quantity(flops.total),
+        "cost": stored.cost,
+        "currency": book.currency,
+        "price_book": book.id,
+        "price_book_hash": stored.price_book_hash,
+        "unrated": stored.unrated,
+    }
+
+
+def write_report(path: Path, report: Report) -> int:
+    """Write the rows of `polar report --csv`: one per tenant and tier, and one per tenant for its rounding line.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        OutputError: The file cannot be written.
+    """
+    arrow = _arrow()
+    header, rows = report_rows(report)
+    amount = arrow.decimal128(_DIGITS, STORED_SCALE)
+    texts = ("tenant", "kind", "tier", "currency")
+    types = {
+        name: arrow.string()
+        if name in texts
+        else arrow.timestamp("us", tz="UTC")
+        if name in ("since", "until")
+        else amount
+        if name.startswith(("compute_units", "charge", "price_")) or name.endswith("_share")
+        else arrow.int64()
+        for name in header
+    }
+    return _write(path, types, rows)
+
+
+def write_focus(path: Path, rows: Iterable[Row]) -> int:
+    """Write FOCUS rows; costs that are not rounded have 18 decimals here, the rest are as in the CSV.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        OutputError: The file cannot be written.
+    """
+    arrow = _arrow()
+    types = {
+        name: arrow.decimal128(_DIGITS, UNIT_PRICE_SCALE)
+        if name in NUMBERS
+        else arrow.timestamp("us", tz="UTC")
+        if name in TIMES
+        else arrow.int64()
+        if name == "x_LineNumber"
+        else arrow.string()
+        for name in (*COLUMNS, *OWN_COLUMNS)
+    }
+    return _write(path, types, ({**row, **_rounded(row)} for row in rows))
+
+
+def _rounded(row: Row) -> dict[str, Decimal]:
+    names = [name for name in ("ContractedCost", "ListCost") if row.get(name) is not None]
+    return {name: _round(row[name]) for name in names}
+
+
+def _round(cost: Decimal) -> Decimal:
+    units = round_half_even(to_scaled(cost, COST_DECIMALS), COST_DECIMALS, UNIT_PRICE_SCALE)
+    return from_scaled(units, UNIT_PRICE_SCALE)
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Parquet needs {error.name!r}.",
+            hint="Install the extra parquet of polar-llm, in a clone: `pip install '.[parquet]'`.",
+        ) from error
+    return pyarrow
+
+
+def _write(path: Path, types: Mapping[str, pyarrow.DataType], rows: Iterable[Row]) -> int:
+    arrow = _arrow()
+    schema = arrow.schema(list(types.items()))
+    written = 0
+    try:
+        with arrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+            for batch in _batches(rows):
+                columns = [arrow.array([row.get(name) for row in batch], kind) for name, kind in types.items()]
+                writer.write_batch(arrow.record_batch(columns, schema=schema))
+                written += len(batch)
+    except OSError as error:
+        raise OutputError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}).", hint="Check that its folder exists."
+        ) from error
+    return written
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    following = iter(rows)
+    while batch := list(islice(following, BATCH)):
+        yield batch

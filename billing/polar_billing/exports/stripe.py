@@ -1,0 +1,217 @@
+"""Charged usage as Stripe meter events: whole numbers, with identifiers that a second run repeats.
+
+One event per request and meter, as `POST /v1/billing/meter_events` takes it. A meter counts one item of one tier, so
+that each can have its own price. Compute is counted in thousandths of a CU (10^9 FLOPs), tokens and requests singly.
+
+What a whole number cuts off is carried. Within one tenant, meter and calendar month, usage is taken in the order it was
+stored, and a request's value is by how many whole units the sum has grown with it. So the values of a month sum to the
+whole units of that month's total, and less than one unit is left over, which `Leftover` states. An event is the same
+whatever period is exported, and however often: usage that is stored later comes after, and changes no event made
+before. Unrated and free usage is in no event.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from polar_billing.errors import QueryError
+from polar_billing.prices.rating import COMPUTE, ITEMS, rate
+from polar_billing.values.money import from_scaled
+from polar_billing.values.periods import Period, Window
+from polar_sdk import reading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from datetime import datetime
+    from decimal import Decimal
+    from pathlib import Path
+
+    from polar_billing.ledger.records import StoredUsage
+    from polar_billing.prices.book import PriceBook
+    from polar_sdk.usage import UsageRecord
+
+
+FLOPS_PER_UNIT: Final = 10**9
+MAX_AGE_DAYS: Final = 35
+"""Stripe refuses older events."""
+_MAX_NAME: Final = 100
+_INSTANT: Final = timedelta(microseconds=1)
+_PLAIN: Final = re.compile(r"[a-z0-9]")
+_CUSTOMER: Final = re.compile(r"cus_[A-Za-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """What a month's events leave out of a meter, because it is less than one unit."""
+
+    tenant: str
+    meter: str
+    month: str
+    quantity: Decimal
+    """Unit: CU."""
+
+
+@dataclass
+class MeterEvents:
+    """Makes events, and knows afterwards what is left over.
+
+    Args:
+        books: The books to charge by, by the content hash of a receipt's book.
+        customers: Stripe's customer of each tenant; a tenant whose name is one needs none.
+        period: Only events of usage served in it are made. Usage of the whole months that it touches is needed.
+    """
+
+    books: Mapping[str, PriceBook]
+    customers: Mapping[str, str]
+    period: Period
+    unrated: int = 0
+    """Requests of the period without a price."""
+    oldest: datetime | None = None
+    """Service time of the oldest usage in an event."""
+    _sums: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    _month: Period | None = None
+    """The last one that was met: usage comes roughly by time."""
+
+    def of(self, usage: Iterable[StoredUsage]) -> Iterator[dict[str, Any]]:
+        """The events of usage, which comes in the order it was stored.
+
+        Raises:
+            QueryError: A tenant has no customer.
+        """
+        since, until = self.period.since, self.period.until
+        for stored in usage:
+            moment = stored.record.started_at
+            wanted = (since is None or moment >= since) and (until is None or moment < until)
+            for item, count in self._charged(stored, wanted):
+                value = self._grow(stored.record, item, count)
+                if value and wanted:
+                    self.oldest = moment if self.oldest is None else min(moment, self.oldest)
+                    yield self._event(stored, item, value)
+
+    def leftovers(self) -> Iterator[Leftover]:
+        """What is less than one unit, by tenant, meter and month; nothing where it is 0."""
+        for (tenant, meter, month), flops in sorted(self._sums.items()):
+            if rest := flops % FLOPS_PER_UNIT:
+                yield Leftover(tenant, meter, month, from_scaled(rest, COMPUTE.decimals))
+
+    def _charged(self, stored: StoredUsage, wanted: bool) -> Iterator[tuple[str, int]]:
+        """What a request is charged for, and how much of it."""
+        record, book = stored.record, self.books[stored.price_book_hash]
+        rating = rate(record, book, counterfactuals=False)
+        if rating.unrated is not None:
+            self.unrated += wanted
+            return
+        if record.outcome in book.free_outcomes:
+            return
+        counts = {line.item.name: line.count for line in rating.lines}
+        counts |= {name: _count(record, name) for name in _planned(record, book)}
+        yield from sorted(counts.items())
+
+    def _grow(self, record: UsageRecord, item: str, count: int) -> int:
+        """Add to a sum; by how many whole units it has grown."""
+        if item != COMPUTE.name:
+            return count
+        key = (record.tenant, meter_name(item, record.tier), self._month_of(record.started_at))
+        before = self._sums[key]
+        self._sums[key] = before + count
+        return (before + count) // FLOPS_PER_UNIT - before // FLOPS_PER_UNIT
+
+    def _month_of(self, moment: datetime) -> str:
+        zone = self.period.zone
+        if self._month is None or not Period(moment, moment + _INSTANT, zone).is_within(self._month):
+            self._month = Period.containing(moment, Window.MONTH, zone)
+        begin = self._month.since or moment
+        return f"{self._month.local_date(begin):%Y-%m}"
+
+    def _event(self, stored: StoredUsage, item: str, value: int) -> dict[str, Any]:
+        record, meter = stored.record, meter_name(item, stored.record.tier)
+        identity = [record.tenant, stored.source, record.request_id, meter]
+        return {
+            "event_name": meter,
+            "identifier": f"polar-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}",
+            "timestamp": int(record.started_at.timestamp()),
+            "payload": {"stripe_customer_id": self._customer(record.tenant), "value": str(value)},
+        }
+
+    def _customer(self, tenant: str) -> str:
+        customer = self.customers.get(tenant) or (tenant if _CUSTOMER.fullmatch(tenant) else None)
+        if customer is None:
+            raise QueryError(
+                f"tenant {tenant!r} has no Stripe customer.",
+                hint='Add a line like acme = "cus_…" to the file of --customers.',
+            )
+        return customer
+
+
+def _planned(record: UsageRecord, book: PriceBook) -> Iterator[str]:
+    """Items that the tenant's plan prices over the period."""
+    plan = book.plan_at(record.started_at, record.tenant)
+    terms = None if plan is None else plan.terms_at(record.started_at)
+    for item in () if terms is None else terms.items:
+        yield ITEMS[item.per].name
+
+
+def _count(record: UsageRecord, name: str) -> int:
+    counts = (record.flops.total, record.tokens.input, record.tokens.output, 1)
+    return dict(zip((item.name for item in ITEMS.values()), counts, strict=True))[name]
+
+
+@lru_cache(maxsize=1024)
+def meter_name(item: str, tier: str | None) -> str:
+    """The `event_name` of one item of one tier: `polar_compute_standard`; tiers that differ have names that differ.
+
+    Whatever is no small letter or digit is written as an underscore and two hexadecimal digits per byte; a name that
+    Stripe would find too long ends in a hash.
+    """
+    base = f"polar_{item.replace(' ', '_')}"
+    if tier is None:
+        return f"{base}__by_hand"  # no tier begins with a single underscore and a letter that is no digit
+    name = f"{base}_{''.join(map(_spelled, tier))}"
+    if len(name) <= _MAX_NAME:
+        return name
+    return f"{base}_h_{hashlib.sha256(tier.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
+
+
+def _spelled(character: str) -> str:
+    if _PLAIN.fullmatch(character):
+        return character
+    return "".join(f"_{byte:02x}" for byte in character.encode("utf-8", "surrogatepass"))
+
+
+def whole_months(period: Period) -> Period:
+    """The calendar months that a period touches, in its zone."""
+    since = None if period.since is None else Period.containing(period.since, Window.MONTH, period.zone).since
+    if period.until is None:
+        return Period(since, None, period.zone)
+    last = Period.containing(period.until, Window.MONTH, period.zone)
+    return Period(since, period.until if last.since == period.until else last.until, period.zone)
+
+
+def read_customers(path: Path | None) -> dict[str, str]:
+    """Stripe's customers by tenant, from a TOML file with a line per tenant.
+
+    Raises:
+        QueryError: The file cannot be read, or is not such a file.
+    """
+    if path is None:
+        return {}
+    try:
+        customers = reading.parse_toml(reading.read_text(path, reading.MAX_TOML_BYTES))
+    except (OSError, reading.Unreadable) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise QueryError(f"file {str(path)!r} of --customers cannot be read ({reason}).") from error
+    for tenant, customer in customers.items():
+        if not isinstance(customer, str) or not _CUSTOMER.fullmatch(customer):
+            raise QueryError(
+                f"file {str(path)!r} of --customers: {reading.shown(tenant)} = {reading.shown(str(customer))} is no "
+                "Stripe customer.",
+                hint='Write it like acme = "cus_NciAYcXfLnqBoz".',
+            )
+    return customers

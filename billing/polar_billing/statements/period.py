@@ -1,0 +1,109 @@
+"""The statements of a period, of one tenant or of all: issued ones as they are, and drafts where there is none.
+
+Stores and books nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+
+from polar_billing.errors import QueryError, StoreDamagedError
+from polar_billing.ledger.books import books_in_force
+from polar_billing.ledger.records import AllTenants
+from polar_billing.ledger.schema import rollup_table, statement_table
+from polar_billing.statements.draft import draft_statement
+from polar_billing.statements.issue import issued_statements
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from datetime import datetime
+
+    from sqlalchemy import Connection
+
+    from polar_billing.ledger.ledger import Ledger
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.statements.statement import Statement
+    from polar_billing.values.periods import Period
+
+
+@dataclass(frozen=True)
+class StatementOfPeriod:
+    """A statement, the book that it charges by, and when it was issued."""
+
+    statement: Statement
+    book: PriceBook
+    issued_at: datetime | None
+    """UTC; None for a draft."""
+
+
+def statements_of_period(
+    ledger: Ledger, tenant: str | AllTenants, period_of: Callable[[str], Period], *, book: PriceBook | None = None
+) -> list[StatementOfPeriod]:
+    """What tenants owe for a period, by name and then by time.
+
+    Where statements were issued whose periods lie within the period, it is those; else it is a draft. A tenant without
+    usage, plan and statement in the period is left out.
+
+    Args:
+        ledger: Where the usage is.
+        tenant: Whose, or `ALL_TENANTS`.
+        period_of: A tenant's period, in its own time zone; with both ends.
+        book: Charge drafts by this book; by default the one in force for the tenant.
+
+    Raises:
+        PeriodError: A period has no beginning or no end, or usage of it was pruned before a statement was issued.
+        PriceBookError: It is not clear which book to charge a tenant by.
+        QueryError: The ledger knows nothing of the one tenant.
+        StoreError: The ledger cannot be read.
+    """
+    if not isinstance(tenant, AllTenants):
+        return list(_of_tenant(ledger, tenant, period_of(tenant), book))
+    with ledger.snapshot() as connection:
+        names = known_tenants(connection)
+    found: list[StatementOfPeriod] = []
+    for name in names:
+        try:
+            found += (of_one for of_one in _of_tenant(ledger, name, period_of(name), book) if _says_something(of_one))
+        except QueryError:  # it had neither usage nor a plan yet
+            continue
+    return found
+
+
+def _says_something(of_one: StatementOfPeriod) -> bool:
+    statement = of_one.statement
+    return of_one.issued_at is not None or bool(statement.requests or statement.lines)
+
+
+def known_tenants(connection: Connection) -> Sequence[str]:
+    """Every tenant with usage, a statement or an entry in a book in force, by name."""
+    used = connection.execute(select(rollup_table.c.tenant).distinct()).scalars()
+    billed = connection.execute(select(statement_table.c.tenant).distinct()).scalars()
+    planned = (customer.tenant for book in books_in_force(connection).values() for customer in book.customers)
+    return sorted({*used, *billed, *planned})
+
+
+def _of_tenant(ledger: Ledger, tenant: str, period: Period, book: PriceBook | None) -> Iterator[StatementOfPeriod]:
+    within = [issued for issued in issued_statements(ledger, tenant) if issued.statement.period.is_within(period)]
+    for issued in sorted(within, key=lambda one: one.statement.since):
+        digest = issued.statement.price_book_hash
+        charged_by = ledger.find_books([digest]).get(digest)
+        if charged_by is None:
+            raise StoreDamagedError(
+                f"price book {digest[:12]} of statement {issued.statement.id!r} is not in the ledger.",
+                hint="Run `polar verify`.",
+            )
+        yield StatementOfPeriod(issued.statement, charged_by, issued.issued_at)
+    if not within:
+        yield _draft(ledger, tenant, period, book)
+
+
+def _draft(ledger: Ledger, tenant: str, period: Period, book: PriceBook | None) -> StatementOfPeriod:
+    draft = draft_statement(ledger, tenant, period, book=book)
+    if book is None:
+        with ledger.snapshot() as connection:
+            in_force = {charging.content_hash: charging for charging in books_in_force(connection).values()}
+        book = in_force[draft.price_book_hash]
+    return StatementOfPeriod(draft, book, None)

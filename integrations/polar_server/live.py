@@ -1,0 +1,129 @@
+"""What the engine does at this moment, for the operations page. Reads counters that others keep, and stops nobody."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from polar_sdk.router.learned import LearnedRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from polar_sdk import PolarModel
+    from polar_server.answers import Answers
+    from polar_server.watched_sink import WatchedSink
+
+_SPAN_S: Final = 5.0
+"""Over how long tokens per second are counted. Unit: seconds."""
+
+
+@dataclass(frozen=True)
+class TierLook:
+    """A tier that the router's certificate promises something about."""
+
+    name: str
+    promise: str
+    """In words."""
+    saved: float
+    """Mean share of full depth's FLOPs that it saved on the calibration prompts."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The engine at one moment."""
+
+    model: str
+    """Its id."""
+    tokens_per_second: float | None
+    """Sampled tokens over the last seconds; None at the first look."""
+    running: int
+    """Requests with a place."""
+    places: int
+    """Requests that run together at most."""
+    waiting: int
+    """Requests that wait for a place."""
+    pages_used: int
+    """Pages of keys and values in use."""
+    pages: int
+    """Pages that there are."""
+    answers: int
+    """Calls that are being answered."""
+    unrecorded: int
+    """Requests that ended and whose record is not stored."""
+    draining: bool
+    """Whether the server ends."""
+    router: str
+    """What chooses programs."""
+    void: str | None
+    """Why the router's certificate does not hold; None where it does, or where there is none."""
+    tiers: tuple[TierLook, ...]
+    """What its certificate promises."""
+
+
+class LiveEngine:
+    """Looks at one engine. Safe in several threads.
+
+    Args:
+        engine: The model.
+        name: Its id.
+        answers: What is being computed.
+        sink: Says how many requests have no record yet.
+        clock: Returns seconds that only rise.
+    """
+
+    def __init__(
+        self,
+        engine: PolarModel,
+        name: str,
+        answers: Answers,
+        sink: WatchedSink,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine, self._name, self._answers, self._sink, self._clock = engine, name, answers, sink, clock
+        self._counted: deque[tuple[float, int]] = deque()
+
+    def look(self) -> Look:
+        """What it does now."""
+        scheduler, pool = self._engine.scheduler, self._engine.decoder.pool
+        waiting = scheduler.waiting
+        due, being_answered = self._sink.due, self._answers.request_ids()  # in this order: none is missed
+        router, void, tiers = self._router()
+        return Look(
+            model=self._name,
+            tokens_per_second=self._rate(scheduler.sampled_tokens),
+            running=max(len(scheduler) - waiting, 0),
+            places=scheduler.limits.max_rows,
+            waiting=waiting,
+            pages_used=pool.size - pool.free,
+            pages=pool.size,
+            answers=len(self._answers),
+            unrecorded=len(due - being_answered),
+            draining=self._answers.draining,
+            router=router,
+            void=void,
+            tiers=tiers,
+        )
+
+    def _rate(self, tokens: int) -> float | None:
+        """Tokens per second since the look that was some seconds ago, or the last one before that."""
+        now = self._clock()
+        while len(self._counted) > 1 and now - self._counted[1][0] >= _SPAN_S:
+            self._counted.popleft()
+        first = self._counted[0] if self._counted else (now, tokens)
+        self._counted.append((now, tokens))
+        return (tokens - first[1]) / (now - first[0]) if now > first[0] else None
+
+    def _router(self) -> tuple[str, str | None, tuple[TierLook, ...]]:
+        router = self._engine.router
+        if router is None:
+            return "none: a tier runs the program that the policy names", None, ()
+        words = f"{router.kind} {router.version}"
+        if not isinstance(router, LearnedRouter) or router.certificate is None:
+            return words, None, ()
+        certificate = router.certificate
+        saved = dict(zip(certificate.thetas, certificate.saved, strict=True))
+        tiers = tuple(TierLook(name, promise.text, saved[promise.theta]) for name, promise in certificate.tiers.items())
+        return words, certificate.subject.difference(router.subject), tiers

@@ -1,0 +1,188 @@
+"""`/polar/`: the operations page over HTTP. What it shows comes from whoever registers it under `polar_server.pages`.
+
+The page may load nothing but its own style sheet, script and icon, may be framed by nobody and is kept by no cache.
+Where no key is asked for, it answers to names of this machine alone: a web site whose name was made to lead here
+(DNS rebinding) could read it otherwise. Knows no ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import RedirectResponse
+from starlette.routing import Route
+
+from polar_sdk.errors import MissingExtraError
+from polar_server.access import KeyGuard
+from polar_server.errors import ApiError
+from polar_server.exchange import Exchange, send_bytes
+from polar_server.front import PAGES, Front, unrouted
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+    from polar_server.access import KeyStore
+
+GROUP: Final = "polar_server.pages"
+_LOCAL: Final = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+_HEADERS: Final = {
+    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+_KEPT_S: Final = 86_400
+"""How long a browser keeps what its address names by content. Unit: seconds."""
+
+
+class PageAnswer(Protocol):
+    """What to send."""
+
+    @property
+    def status(self) -> int:
+        """Of HTTP."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """MIME type of text in UTF-8."""
+        ...
+
+    @property
+    def content(self) -> bytes:
+        """The body."""
+        ...
+
+    @property
+    def keep(self) -> bool:
+        """Whether a browser may keep it."""
+        ...
+
+
+class PageStore(Protocol):
+    """The operations page; see `polar_billing.dashboard.page`. Takes as long as a database does."""
+
+    def answer(self, path: str, live: Any = ...) -> PageAnswer:
+        """What a `GET` of a path below `/polar/` gets; `live` is a look at the engine, where there is one."""
+        ...
+
+    def check(self) -> None:
+        """Raise where the ledger cannot be read."""
+        ...
+
+
+class LiveSource(Protocol):
+    """An engine that can be looked at."""
+
+    def look(self) -> Any:
+        """What it does now."""
+        ...
+
+
+def find_pages(url: str | None, zone: str = "UTC") -> PageStore:
+    """The operations page that is installed.
+
+    Args:
+        url: The ledger; None for the default one.
+        zone: Time zone of its days and times.
+
+    Raises:
+        MissingExtraError: None is, or it lacks what it needs.
+    """
+    for entry in entry_points(group=GROUP, name="default"):
+        try:
+            pages: PageStore = entry.load()(url, zone)
+            return pages
+        except ModuleNotFoundError:  # registered by this distribution, but the extra is not installed
+            break
+    raise MissingExtraError(
+        "the operations page needs a ledger, and none is installed.",
+        hint="Install the extras billing and report of polar-llm, in a clone: `pip install '.[billing,report]'`.",
+    )
+
+
+def page_routes(pages: PageStore, guard: KeyGuard | None, live: LiveSource | None) -> list[Route]:
+    """Where the page is: at `/polar/`, and `/polar` leads there."""
+    return [
+        Route(PAGES, _to_the_page, methods=["GET"]),
+        Route(f"{PAGES}/{{path:path}}", _Pages(pages, guard, live), methods=["GET"]),
+    ]
+
+
+def build_pages(pages: PageStore, keys: KeyStore | None = None) -> Starlette:
+    """An app of the page alone, without an engine.
+
+    Args:
+        pages: The page.
+        keys: Where API keys are kept; None = anybody on this machine may look.
+    """
+    behind = _Alone(None if keys is None else KeyGuard(keys))
+    app = Starlette(
+        routes=[*page_routes(pages, behind.guard, None), Route("/", _to_the_page, methods=["GET"])],
+        middleware=[Middleware(Front, server=behind)],
+        exception_handlers={HTTPException: unrouted},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _to_the_page(request: Request) -> Response:
+    """Relative, so that it is right behind a proxy that puts a path before ours."""
+    return RedirectResponse(f".{PAGES}/")
+
+
+class _Alone:
+    """What the front needs to know where there is no engine."""
+
+    def __init__(self, guard: KeyGuard | None) -> None:
+        self.guard = guard
+
+    def called(self, path: str, status: int) -> None:
+        """Nobody counts."""
+
+    def refused(self) -> None:
+        """Nothing is asked for that could be refused."""
+
+
+class _Pages:
+    """`GET /polar/…`."""
+
+    def __init__(self, pages: PageStore, guard: KeyGuard | None, live: LiveSource | None) -> None:
+        self._pages, self._guard, self._live = pages, guard, live
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send a page, or a file of it.
+
+        Raises:
+            ApiError: It was asked for by a name that is not this machine's own.
+        """
+        exchange = Exchange.of(scope)
+        if self._guard is None and _LOCAL.fullmatch(exchange.headers.get("host", "")) is None:
+            raise ApiError(
+                "without keys this page answers to 127.0.0.1 and localhost alone; start the server with "
+                "--require-keys to reach it by another name.",
+                status=403,
+                code="host_not_allowed",
+            )
+        live = None if self._live is None else self._live.look()
+        answer = await asyncio.to_thread(self._pages.answer, scope["path_params"]["path"], live)
+        kept = f"private, max-age={_KEPT_S}, immutable" if answer.keep else "no-store"
+        await send_bytes(
+            send,
+            answer.content,
+            f"{answer.kind}; charset=utf-8",
+            status=answer.status,
+            headers={**_HEADERS, "cache-control": kept},
+        )

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+
+from polar_billing.exports.cloud_events import batch_text, event_schema
+from polar_billing.ledger.records import ALL_TENANTS, Selection
+from polar_billing.metering.meter import Meter
+from polar_billing.reports.query import usage_rows
+from polar_billing.testing import usage_record
+from tests.billing.exports.conftest import OCTOBER
+
+if TYPE_CHECKING:
+    from polar_billing.ledger.ledger import Ledger
+
+
+def events(ledger: Ledger, selection: Selection) -> Any:
+    return json.loads("".join(batch_text(ledger.read(selection), ledger.price_books)))
+
+
+def test_every_event_matches_the_schema_of_the_package(billed: Ledger) -> None:
+    schema = event_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    made = events(billed, Selection(ALL_TENANTS))
+    assert len(made) == 99
+    for event in made:
+        validator.validate(event)
+        assert event["dataschema"] == schema["$id"]
+    for key in ("cost", "flops", "tenant"):
+        broken = made[0] | {"data": {name: value for name, value in made[0]["data"].items() if name != key}}
+        assert not validator.is_valid(broken)
+
+
+def test_source_and_id_tell_requests_apart(ledger: Ledger) -> None:
+    for source in ("a/b", "a%2Fb"):
+        with Meter(ledger, source=source) as meter:
+            for tenant in ("acme", "acme/x"):
+                meter.emit(usage_record("same", tenant=tenant))
+    made = events(ledger, Selection(ALL_TENANTS))
+    assert len({(event["source"], event["id"]) for event in made}) == 4
+    assert made == events(ledger, Selection(ALL_TENANTS))
+
+
+def test_totals_are_those_of_the_usage_query(billed: Ledger) -> None:
+    for row in usage_rows(billed, Selection(ALL_TENANTS, OCTOBER)):
+        data = [
+            event["data"]
+            for event in events(billed, Selection(ALL_TENANTS, OCTOBER))
+            if {name: event["data"][name] for name in row.group} == row.group
+        ]
+        assert len(data) == row.requests
+        assert sum(each["flops"] for each in data) == row.flops
+        assert sum(Decimal(each["compute_units"]) for each in data) == row.compute_units
+        assert sum(each["tokens_output"] for each in data) == row.tokens_output
+        costs = [Decimal(each["cost"]) for each in data if each["cost"] is not None]
+        assert (sum(costs) if costs else None) == row.cost
+
+
+def test_nothing_is_an_empty_batch(ledger: Ledger) -> None:
+    assert events(ledger, Selection(ALL_TENANTS)) == []
+
+
+@pytest.mark.parametrize("tenant", ["=1+1", '"},{"', "<script>", "ü €"])
+def test_names_are_kept_as_they_are(ledger: Ledger, tenant: str) -> None:
+    with Meter(ledger) as meter:
+        meter.emit(usage_record("r", tenant=tenant, tags={"k": tenant}))
+    (event,) = events(ledger, Selection(tenant))
+    assert (event["subject"], event["data"]["tags"]) == (tenant, {"k": tenant})
