@@ -9,8 +9,8 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import contextmanager
-from importlib.util import find_spec
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
