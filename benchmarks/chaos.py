@@ -267,7 +267,7 @@ def judge(url: str, load: Load, spools: list[str]) -> dict[str, Any]:
     """Hold the ledger against what the clients saw."""
     from polar_billing.budgets.keeper import Budgets
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.records import ALL_TENANTS, Selection
+    from polar_billing.ledger.records import ALL_TENANTS, INTERRUPTED_TAG, Selection
     from polar_billing.metering.meter import Meter
     from polar_billing.proof.verify import verify_ledger
 
@@ -276,7 +276,8 @@ def judge(url: str, load: Load, spools: list[str]) -> dict[str, Any]:
         os.environ["POLAR_SPOOL"] = spool
         with Meter(ledger) as meter:
             meter.recover()
-    stored = {(one.record.tenant, one.record.request_id): one.record for one in ledger.read(Selection(ALL_TENANTS))}
+    records = [one.record for one in ledger.read(Selection(ALL_TENANTS))]
+    stored = {(one.tenant, one.tags.get(INTERRUPTED_TAG, one.request_id)): one for one in records}
     lost, beyond, most = 0, 0, 0
     for seen in load.seen:
         record = stored.get((seen.tenant, seen.request_id))
@@ -288,7 +289,7 @@ def judge(url: str, load: Load, spools: list[str]) -> dict[str, Any]:
         rate = seen.tokens / max(seen.seconds, 0.01)
         most = max(most, missing)
         beyond += missing > max(MARK_TOKENS, rate * MARK_S) + rate * LATE_S
-    completed = Counter(one.tags["chaos"] for one in stored.values() if one.outcome == "completed")
+    completed = Counter(one.tags["chaos"] for one in records if one.outcome == "completed")
     completed.pop("none", None)
     budgets, deadline = Budgets(ledger), time.monotonic() + HOLDS_S
     begun = time.monotonic()
@@ -299,7 +300,7 @@ def judge(url: str, load: Load, spools: list[str]) -> dict[str, Any]:
     figures = {
         "answers": len(load.seen),
         "cut": sum(not seen.whole for seen in load.seen),
-        "records": len(stored),
+        "records": len(records),
         "lost": lost,
         "lost_beyond_a_mark": beyond,
         "most_tokens_lost": most,

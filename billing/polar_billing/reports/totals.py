@@ -92,6 +92,10 @@ class UsageTotals(UsageSums):
     flops_router: int = 0
     flops_answer: int = 0
     """Decode steps and the head; the rest is the prompt and the router."""
+    tokens_drafted: int = 0
+    tokens_accepted: int = 0
+    flops_drafts: int = 0
+    """Executed for drafts beyond `flops`."""
     layer_visits: defaultdict[str, LayerVisits] = field(default_factory=lambda: defaultdict(LayerVisits))
     """By model: layers of different models do not add up."""
     programs: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -125,6 +129,9 @@ class UsageTotals(UsageSums):
         record = stored.record
         self.flops_router += record.flops.router
         self.flops_answer += record.flops.answer
+        self.tokens_drafted += record.tokens.drafted
+        self.tokens_accepted += record.tokens.accepted
+        self.flops_drafts += record.flops.drafts
         visits = record.visits
         if visits.prefill or visits.decode:
             self.layer_visits[record.model].add(visits.prefill, visits.prefill_filled, visits.decode)
