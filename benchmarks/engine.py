@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks import drafts as drafting
 from benchmarks.first_answer import apart as newcomer
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, timed
 from benchmarks.results import RESULTS, Recorder
@@ -170,6 +171,7 @@ class Peer:
     goal: float | None = None
 
 
+PLAIN = "the same without drafts"
 HF, HF_BATCH = "Hugging Face `generate`, bf16", "Hugging Face `generate`, one batch of 16, bf16"
 LLAMA, IDENTITY = "llama.cpp, Q4_1", "the same at full depth"
 
@@ -467,6 +469,19 @@ def scoring(bench: Bench) -> None:
     _record(bench, "questions with 4 choices, bf16", speeds, peer, "questions/s")
 
 
+def drafts(bench: Bench) -> None:
+    """How much faster are answers with drafts, and is any prompt slower?"""
+    model = bench.model("bf16")
+    for kind, (goal, _) in drafting.KINDS.items():
+        pairs = drafting.measure(model, kind, bench.args.rounds, "auto")
+        passes = statistics.mean(pair.tokens_per_pass for pair in pairs)
+        same = sum(pair.same for pair in pairs)
+        note = f"{passes:.2f} tokens per pass; {same} of {len(pairs)} answers with the same tokens"
+        speeds = [[pair.drafted for pair in pairs], [pair.plain for pair in pairs]]
+        name = f"{kind} with drafts, bf16"
+        bench.summary[f"drafts_{kind}"] = _record(bench, name, speeds, Peer(PLAIN, goal=goal), note=note)
+
+
 def memory(bench: Bench) -> None:
     """In a process of its own, since a peak never falls again; it writes its own file."""
     folder, model = str(bench.recorder.folder), bench.args.model
@@ -488,6 +503,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
     "mixed_programs": mixed_programs,
     "concurrent": concurrent,
     "constrained": constrained,
+    "drafts": drafts,
     "scoring": scoring,
     "memory": memory,
 }

@@ -10,14 +10,14 @@ rows and programs, not requests or text.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
 from polar_sdk.engine.attention import attend_rows, attend_seen, write_pages
 from polar_sdk.engine.decoder import damp
 from polar_sdk.engine.eager import PagedTokens
-from polar_sdk.engine.layout import Layout, Members, Tokens
+from polar_sdk.engine.layout import MAX_PAGED, Layout, Members, Tokens
 from polar_sdk.engine.pages import histories
 from polar_sdk.engine.row import Row, extra_visits
 from polar_sdk.programs.cost import size
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.types import AttentionKind, Rotary
     from polar_sdk.programs.cost import Segment
-
-
-MAX_PAGED: Final = 16
-"""Number of tokens of one row up to which each of them attends over the row's pages by itself, where that is compiled:
-the last ones of a prompt, and its first."""
 
 
 def next_logits(
@@ -74,6 +69,32 @@ def next_logits(
     for row in ending:
         row.work.head()
         row.work.end_prefill()
+    return logits
+
+
+def drafted_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Advance rows that decode by one token each, and by what is drafted after it.
+
+    What is not kept of it is up to the caller to forget, see `Work.keep_draft` and `PageTable.shorten`.
+
+    Args:
+        decoder: The weights.
+        rows: B rows whose prompts have run.
+        tokens: For each row the token sampled last, and then drafted ones, if any.
+
+    Returns:
+        Float32 logits after every token, packed, (N, V).
+    """
+    decoder = _pinned(decoder, rows)
+    try:
+        for row, new in zip(rows, tokens, strict=True):
+            row.drafted, row.breached = len(new) - 1, False
+        logits = decoder.head(advance(decoder, rows, tokens))
+        for row in rows:
+            row.work.head(drafted=row.drafted)
+    finally:
+        for row in rows:
+            row.drafted = 0
     return logits
 
 
@@ -144,12 +165,12 @@ def _count(layout: Layout, finished: Sequence[Members]) -> None:
         for index, place in members.going:
             places[index].add(place)
     for row, piece, done in zip(layout.rows, layout.pieces, places, strict=True):
-        row.work.steps(piece, done)
+        row.work.steps(piece, done, row.drafted)
 
 
 def _run(decoder: Decoder, members: Members, hidden: Tensor) -> Tensor:
     """One step for its members; returns the hidden states of all rows."""
-    if members.single and _is_plain(decoder, members):
+    if members.few and _is_plain(decoder, members):
         rotary = members.layout.all.rotary(decoder.rotary)
         tokens = PagedTokens(members.index, members.table, members.positions)
         return _decode_paged(decoder, members, hidden, rotary, tokens)
@@ -264,11 +285,16 @@ def _seen(positions: Tensor, keys: int, kind: AttentionKind) -> Tensor:
 def _undo_breaches(members: Members, before: Tensor, after: Tensor) -> Tensor:
     """Undo an extra visit for the rows whose guard it breaches, and stop their loops.
 
-    A row is judged by its last token. Where that stops before the end of the last visit, there is nothing to judge.
+    A row is judged by its last token. Where that stops before the end of the last visit, there is nothing to judge. Of
+    a pass with drafts every token is judged, and a breach is only noted: the pass is to be dropped, since no token
+    after the one that breaches runs the loop.
     """
     for spot in members.spots:
         row, own = spot.row, spot.span
         if row.guard is None or spot.place not in extra_visits(row.program) or spot.ranges[-1][1] != spot.end:
+            continue
+        if row.drafted:
+            row.breached |= bool(row.guard.breached(before[own], after[own]).any())
             continue
         last = slice(own.stop - 1, own.stop)
         if bool(row.guard.breached(before[last], after[last]).any()):

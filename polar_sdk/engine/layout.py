@@ -9,7 +9,8 @@ a turn needs little work that grows with the number of rows. Of a prompt, not ev
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program, Step
 
 
+MAX_PAGED: Final = 16
+"""Number of tokens of one row up to which each of them attends over the row's pages by itself, where that is compiled:
+the last ones of a prompt, its first, and drafts."""
 Range = tuple[int, int, int]
 """Tokens of one row: its index, the position of the first one, and that after the last one."""
 
@@ -103,6 +107,7 @@ class Layout:
         counts: Number of new tokens of each row.
         whole: Whether every token takes every step of its row's program whole.
         single: Whether, besides, every row has one token.
+        few: Whether, besides, every row has so few that each of them can attend by itself.
         guarded: Whether any row has loops that are watched.
         longest: Length of the longest row after the pass. Unit: tokens.
     """
@@ -118,6 +123,7 @@ class Layout:
         self.starts = [sum(self.counts[:row]) for row in range(len(rows))]
         self.whole = all(piece.runs_whole(row.program) for row, piece in zip(rows, pieces, strict=True))
         self.single = self.whole and all(count == 1 for count in self.counts)
+        self.few = self.whole and max(self.counts) <= MAX_PAGED
         self.guarded = any(row.guard is not None and extra_visits(row.program) for row in rows)
         self.longest = max(piece.end for piece in pieces)
         self.tokens = torch.tensor([token for new in tokens for token in new], device=device)
@@ -172,14 +178,36 @@ class Layout:
         return table.permute(2, 0, 1).contiguous().to(self.device)
 
     @cached_property
+    def _member_rows(self) -> list[int]:
+        return [row for turn in self.plan.turns for row, _ in turn.members]
+
+    @cached_property
+    def member_bounds(self) -> Sequence[int]:
+        """Where the tokens of each member of every turn begin among those of all, and where they end."""
+        if self.single:
+            return range(len(self.plan.rows) + 1)
+        return list(accumulate((self.counts[row] for row in self._member_rows), initial=0))
+
+    @cached_property
+    def member_tokens(self) -> Tensor:
+        """Places among the packed tokens of those of every member of every turn, in order."""
+        if self.single:
+            return self.plan.rows
+        spans = ((self.starts[row], self.counts[row]) for row in self._member_rows)
+        return torch.tensor([place for start, count in spans for place in range(start, start + count)]).to(self.device)
+
+    @cached_property
     def member_tables(self) -> Tensor:
-        """Pages of every member of every turn, in order, (members, blocks)."""
-        return self.tables[self.plan.visits, self.plan.rows]
+        """Pages of the row of each of these tokens, in order, (tokens, blocks)."""
+        if self.single:
+            return self.tables[self.plan.visits, self.plan.rows]
+        counts = torch.tensor([self.counts[row] for row in self._member_rows]).to(self.device)
+        return self.tables[self.plan.visits.repeat_interleave(counts), self.owners[self.member_tokens]]
 
     @cached_property
     def member_positions(self) -> Tensor:
-        """Position of the token of every member of every turn, where each row has one."""
-        return self.positions[self.plan.rows]
+        """Position of each of these tokens."""
+        return self.positions[self.member_tokens]
 
     @cached_property
     def member_pages(self) -> Tensor:
@@ -358,19 +386,24 @@ class Members:
         """Whether every row has one token, which runs."""
         return self.layout.single
 
+    @property
+    def few(self) -> bool:
+        """Whether every row has few tokens, all of which run; then the next three say which."""
+        return self.layout.few
+
     @cached_property
     def index(self) -> Tensor | None:
-        """Where every row has one token: places of the members among the packed ones; None = all."""
-        return None if len(self.going) == len(self.layout.rows) else self._of_members(self.layout.plan.rows)
+        """Places of their tokens among the packed ones, (M,); None = all."""
+        return None if len(self.going) == len(self.layout.rows) else self._of_members(self.layout.member_tokens)
 
     @property
     def positions(self) -> Tensor:
-        """Where every row has one token: its position, (M,)."""
+        """Position of each, (M,)."""
         return self._of_members(self.layout.member_positions)
 
     @property
     def table(self) -> Tensor:
-        """Where every row has one token: pages of each row in order, (M, blocks)."""
+        """Pages of the row of each in order, (M, blocks)."""
         return self._of_members(self.layout.member_tables)
 
     @property
@@ -402,7 +435,7 @@ class Members:
     @cached_property
     def running(self) -> Tokens:
         """Tokens that take the whole step."""
-        if self.single and len(self.going) == len(self.layout.rows):
+        if self.layout.whole and len(self.going) == len(self.layout.rows):
             return self.layout.all
         return self.layout.some((row, *each) for row, parts in self._parts for each in parts.running)
 
@@ -444,6 +477,9 @@ class Members:
             start += count
 
     def _of_members(self, values: Tensor) -> Tensor:
-        """Of values for every member of every turn, those of this turn."""
-        values = values[self._span]
-        return values if self._kept is None else values[self._kept]
+        """Of values for the tokens of every member of every turn, those of this turn."""
+        bounds, span = self.layout.member_bounds, self._span
+        if self._kept is None:
+            return values[bounds[span.start] : bounds[span.stop]]
+        members = [span.start + member for member in self._kept]
+        return values[[place for member in members for place in range(bounds[member], bounds[member + 1])]]

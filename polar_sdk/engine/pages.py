@@ -122,12 +122,12 @@ class PagePool:
                 self._clear(store, last + 1)
         return taken
 
-    def clear(self, pages: Sequence[int]) -> None:
-        """Overwrite those of the pages that have one user."""
+    def clear(self, pages: Sequence[int], start: int = 0) -> None:
+        """Overwrite those of the pages that have one user, from that place within the page on."""
         for page in pages:
             if self._users[page] == 1:
                 store = self._store(page)
-                self.stores[store][page - self.starts[store]].zero_()
+                self.stores[store][page - self.starts[store], :, :, start:].zero_()
 
     def _clear(self, store: int, end: int) -> None:
         """Clear the pages of a store before `end` that have never been used.
@@ -211,6 +211,20 @@ class PageTable:
         """Give all pages back; the row has no history any more."""
         self.length = 0
         _give_back(self._pool, self.blocks)
+
+    def shorten(self, tokens: int) -> None:
+        """Forget what comes after so many tokens; pages that held nothing else are given back."""
+        self.length = tokens
+        spare = self.blocks[-(-tokens // PAGE) :]
+        if spare:
+            del self.blocks[-(-tokens // PAGE) :]
+            self._pool.release([page for block in spare for page in block])
+
+    def clear_after(self, tokens: int) -> None:
+        """Overwrite what comes after so many tokens, in pages that no other row has: see `clear`."""
+        first = tokens // PAGE
+        for number, block in enumerate(self.blocks[first:], start=first):
+            self._pool.clear(block, max(tokens - number * PAGE, 0))
 
     def clear(self) -> None:
         """Overwrite the pages that no other row has: 0 × nan is nan in whatever row gets them next."""
