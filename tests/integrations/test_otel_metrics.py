@@ -59,7 +59,7 @@ def sink_of(inner: ListSink, reader: InMemoryMetricReader, **options: Any) -> Me
 def test_what_was_stored_is_counted(reader: InMemoryMetricReader) -> None:
     stored = _PricedSink()
     model = tiny_model(sink=sink_of(stored, reader))
-    model.generate("Hello there", max_tokens=5, compute="identity")
+    model.generate("Hello there", max_tokens=5, compute="exact")
     model.generate("Hello", max_tokens=3, tenant="acme")
     found, records = points(reader), stored.records
     assert len(records) == 2
