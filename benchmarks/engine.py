@@ -4,12 +4,14 @@
 
 All systems run in turn, round by round, so that a slow moment of the machine affects all of them; a ratio is the median
 over the rounds. Prompts are new in every round, so that no prefix cache helps. Prints a Markdown table and writes the
-figures to `--results`. llama.cpp needs `pip install --group bench`; without it, or on a GPU, it is left out.
+figures to `--results`; the last line is one JSON object with the ratios. llama.cpp needs `pip install --group bench`;
+without it, or on a GPU, it is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -26,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks import drafts as drafting
+from benchmarks.first_answer import apart as newcomer
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, timed
 from benchmarks.results import RESULTS, Recorder
 from polar_sdk import PolarModel, Policy, Program
@@ -42,6 +46,8 @@ SPIN = "600"
 """Spins of a waiting OpenMP thread before it sleeps (GOMP_SPINCOUNT); `benchmarks/LOG.md` says why 600."""
 NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
+EAGER = "eager"
+"""The model in bfloat16 whose layers run uncompiled."""
 LONG, CUTS = 1000, (0.9, 0.8, 0.733, 0.667, 0.6)
 """A prompt with notes, in tokens, and the shares of the layers from which on it is filled."""
 
@@ -55,6 +61,7 @@ def main() -> None:
     for name in names:
         MEASURES[name](bench)
     print(f"\nwrote {bench.recorder.path}")
+    print(json.dumps({name: round(value, 3) for name, value in bench.summary.items()}))
 
 
 def _arguments() -> argparse.Namespace:
@@ -75,15 +82,22 @@ class Bench:
         self.args = args
         self.device: str = args.device
         self.recorder = Recorder("engine", args.results, model=args.model, device=self.device)
+        self.summary: dict[str, float] = {}
+        """Ratios by name, for the last line; seconds where the name ends in `_s`."""
         self._random = random.Random(0)
         self._models: dict[str, PolarModel] = {}
 
     def model(self, precision: str) -> PolarModel:
-        """The engine's model in this precision, compiled."""
+        """The engine's model in this precision, compiled; or not compiled, where it is called `eager`."""
         if precision not in self._models:
+            compile = precision != EAGER
             self._models[precision] = apart(
                 lambda: PolarModel.from_pretrained(
-                    self.args.model, precision=precision, device=self.device, compile=True, ledger=None
+                    self.args.model,
+                    precision=precision if compile else "bf16",
+                    device=self.device,
+                    compile=compile,
+                    ledger=None,
                 )
             )
         return self._models[precision]
@@ -157,6 +171,7 @@ class Peer:
     goal: float | None = None
 
 
+PLAIN = "the same without drafts"
 HF, HF_BATCH = "Hugging Face `generate`, bf16", "Hugging Face `generate`, one batch of 16, bf16"
 LLAMA, IDENTITY = "llama.cpp, Q4_1", "the same at full depth"
 
@@ -320,6 +335,74 @@ def _new_tokens(answers: Sequence[Generation]) -> int:
     return sum(len(answer.token_ids) for answer in answers)
 
 
+def first_answer(bench: Bench) -> None:
+    """What a newcomer sees: the first answer, and how soon layers run compiled while work goes on."""
+    if bench.device != "cpu":
+        return
+    prompts = [bench.prompt(40) for _ in range(3)]
+    peer = [
+        _decode_speed(lambda text, new: bench.hugging_face.generate([bench.ids(text)], new), each) for each in prompts
+    ]
+    figures = newcomer(bench.args.model)
+    first = [figures["first"]] * len(peer)
+    name = "first answer on a machine, bf16, while layers are compiled"
+    bench.summary["first_answer_vs_hf"] = _record(bench, name, [first, peer], Peer(HF, goal=1.2))
+    seconds = bench.summary["compiled_after_s"] = figures["compiled_after_s"]
+    bench.recorder.add("compiled in the background, after", seconds, "s", goal=90, better="lower")
+    slowest, usual = figures["slowest"], figures["median"]
+    print(
+        f"| compiled after {seconds:.0f} s; until then {usual:.3g}, at worst {slowest:.3g} tokens/s | | | |", flush=True
+    )
+
+
+def eager(bench: Bench) -> None:
+    """What a newcomer has before anything is compiled: one row, sixteen rows, and a prompt."""
+
+    def decode_one() -> float:
+        return _decode_speed(lambda text, new: bench.answer(EAGER, text, new), bench.prompt(40))
+
+    def decode_one_hf() -> float:
+        return _decode_speed(lambda text, new: bench.hugging_face.generate([bench.ids(text)], new), bench.prompt(40))
+
+    def prefill_one() -> float:
+        return PREFILL / bench.answer(EAGER, bench.prompt(PREFILL), 1)
+
+    def prefill_one_hf() -> float:
+        return PREFILL / bench.hugging_face.generate([bench.ids(bench.prompt(PREFILL))], 1)
+
+    speeds = bench.alternate(decode_one, decode_one_hf)
+    bench.summary["eager_vs_hf"] = _record(bench, "decode, batch 1, bf16, uncompiled", speeds, Peer(HF, goal=1.2))
+    speeds = bench.alternate(partial(_rows_decode, bench), partial(_rows_decode_hf, bench))
+    name = "16 rows decode, bf16, uncompiled"
+    bench.summary["eager16_vs_hf"] = _record(bench, name, speeds, Peer(HF_BATCH, goal=1.1))
+    speeds = bench.alternate(prefill_one, prefill_one_hf)
+    name = "prefill of 512 tokens, bf16, uncompiled"
+    bench.summary["eager_prefill_vs_hf"] = _record(bench, name, speeds, Peer(HF, goal=1))
+
+
+def _rows_decode(bench: Bench) -> float:
+    """Tokens per second of 16 uncompiled rows after their first tokens."""
+    model, prompts = bench.model(EAGER), _short_prompts(bench)
+    identity = Program.identity(model.depth)
+
+    def seconds(new: int) -> float:
+        return timed(lambda: model.generate_batch(prompts, program=identity, template="raw", max_tokens=new))
+
+    first = seconds(1)
+    return ROWS * (ROW_NEW - 1) / (seconds(ROW_NEW) - first)
+
+
+def _short_prompts(bench: Bench) -> list[str]:
+    """Sixteen prompts of different lengths below a page, so that none of their starts is kept for the next call."""
+    return [bench.prompt(32 + 2 * row) for row in range(ROWS)]
+
+
+def _rows_decode_hf(bench: Bench) -> float:
+    prompts = [bench.ids(prompt) for prompt in _short_prompts(bench)]
+    first = bench.hugging_face.generate(prompts, 1)
+    return ROWS * (ROW_NEW - 1) / (bench.hugging_face.generate(prompts, ROW_NEW) - first)
+
+
 def concurrent(bench: Bench) -> None:
     model = bench.model("bf16")
     identity = Program.identity(model.depth)
@@ -386,6 +469,19 @@ def scoring(bench: Bench) -> None:
     _record(bench, "questions with 4 choices, bf16", speeds, peer, "questions/s")
 
 
+def drafts(bench: Bench) -> None:
+    """How much faster are answers with drafts, and is any prompt slower?"""
+    model = bench.model("bf16")
+    for kind, (goal, _) in drafting.KINDS.items():
+        pairs = drafting.measure(model, kind, bench.args.rounds, "auto")
+        passes = statistics.mean(pair.tokens_per_pass for pair in pairs)
+        same = sum(pair.same for pair in pairs)
+        note = f"{passes:.2f} tokens per pass; {same} of {len(pairs)} answers with the same tokens"
+        speeds = [[pair.drafted for pair in pairs], [pair.plain for pair in pairs]]
+        name = f"{kind} with drafts, bf16"
+        bench.summary[f"drafts_{kind}"] = _record(bench, name, speeds, Peer(PLAIN, goal=goal), note=note)
+
+
 def memory(bench: Bench) -> None:
     """In a process of its own, since a peak never falls again; it writes its own file."""
     folder, model = str(bench.recorder.folder), bench.args.model
@@ -397,6 +493,8 @@ def memory(bench: Bench) -> None:
 
 
 MEASURES: dict[str, Callable[[Bench], None]] = {
+    "first_answer": first_answer,
+    "eager": eager,
     "decode": decode,
     "decode_integers": decode_integers,
     "prefill": prefill,
@@ -405,6 +503,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
     "mixed_programs": mixed_programs,
     "concurrent": concurrent,
     "constrained": constrained,
+    "drafts": drafts,
     "scoring": scoring,
     "memory": memory,
 }

@@ -9,7 +9,13 @@ shows rules, not speed; `--model NAME` measures another one. `POLAR_BENCH_TRIALS
     idempotent_ok         calls that came twice, were billed once and got the same bytes
     http_over_inprocess   tokens per second of 16 streams over HTTP, by those of 16 streams in this process
     ttft_added_ms         median time to the first token over HTTP, less that in process. Unit: milliseconds
+    crowd_cost            processor time of 16 streams beside 1,000 idle connections and 64 readers that read nothing,
+                          by that without them; the goal is at most 1.05
+    crowd_time            the same in time; of use on a quiet machine only
+    crowd_kb              memory of this process that one of those connections takes, both ends of it. Unit: kB
     unrecorded_requests   requests without a record at the end; must be 0
+
+`--crowd` measures those three alone.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import http.client
 import json
 import os
 import random
+import resource
 import socket
 import statistics
 import subprocess
@@ -28,6 +35,7 @@ import threading
 import time
 from typing import Any, Final
 
+import psutil
 import torch
 
 from polar_sdk import ListSink, PolarModel, Program
@@ -37,6 +45,9 @@ from polar_server.uvicorn_server import UvicornServer
 
 TRIALS: Final = int(os.environ.get("POLAR_BENCH_TRIALS", "50"))
 STREAMS: Final = 16
+IDLE: Final = 1_000
+PAUSED: Final = 64
+ROUNDS: Final = 5
 TOKENS: Final = 64
 PROMPT: Final = [{"role": "user", "content": "Tell me about the moon."}]
 
@@ -187,16 +198,79 @@ def measured(running: Running, engine: PolarModel) -> tuple[float, float]:
     return statistics.median(inside) / statistics.median(outside), added * 1e3
 
 
+def idle_connection(running: Running) -> http.client.HTTPConnection:
+    """One that asked something, and stays open."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=600)
+    connection.request("GET", "/health")
+    connection.getresponse().read()
+    return connection
+
+
+def paused_reader(running: Running, letter: int) -> socket.socket:
+    """A client that asked for a long stream, and reads nothing of it."""
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.connect(("127.0.0.1", running.port))
+    content = json.dumps(body_of(stream=True, max_tokens=400, logit_bias={str(letter): 100})).encode()
+    reader.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode())
+    reader.sendall(content)
+    return reader
+
+
+def streams_cost(running: Running) -> tuple[float, float]:
+    """Processor time and time of 16 streams: medians. Unit: seconds."""
+    costs, times = [], []
+    for _ in range(ROUNDS):
+        begin = time.process_time()
+        times.append(in_threads(lambda: running.post(body_of(stream=True))))
+        costs.append(time.process_time() - begin)
+    return statistics.median(costs), statistics.median(times)
+
+
+def crowded(running: Running, sink: ListSink, letter: int) -> dict[str, float]:
+    """What 1,000 idle connections and 64 paused readers cost others, once their answers are computed."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    streams_cost(running)  # warm
+    before, process = streams_cost(running), psutil.Process()
+    memory, records = process.memory_info().rss, len(sink.records)
+    idle = [idle_connection(running) for _ in range(IDLE)]
+    paused = [paused_reader(running, letter) for _ in range(PAUSED)]
+    while len(sink.records) < records + PAUSED:
+        time.sleep(0.05)
+    grown = process.memory_info().rss - memory
+    beside = streams_cost(running)
+    for connection in idle:
+        connection.close()
+    for reader in paused:
+        reader.close()
+    after = streams_cost(running)
+    cost, seconds = (beside[place] / ((before[place] + after[place]) / 2) for place in (0, 1))
+    kb = grown / (IDLE + PAUSED) / 1e3
+    print(
+        f"a crowd of {IDLE} + {PAUSED}: {cost:.3f} of the processor time, {seconds:.3f} of the time, {kb:.1f} kB each"
+    )
+    return {"crowd_cost": round(cost, 3), "crowd_time": round(seconds, 3), "crowd_kb": round(kb, 1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", help="alias, hub id, folder or .gguf file; by default the tiny model")
-    chosen = parser.parse_args().model
+    parser.add_argument("--crowd", action="store_true", help="measure idle and slow clients alone")
+    options = parser.parse_args()
+    chosen = options.model
     sink = ListSink()
     if chosen is None:
         torch.set_num_threads(1)  # its matrices are so small that a second thread only waits
         engine = tiny_model(sink=sink, context_window=2048)
     else:
         engine = PolarModel.from_pretrained(chosen, sink=sink)
+    if options.crowd:
+        crowd = Running(engine)
+        figures: dict[str, Any] = {"model": engine.name, **crowded(crowd, sink, engine.encode("A")[0])}
+        crowd.close()
+        print(json.dumps(figures))
+        return
     passed = sum(map(passes, CLIENTS))
     print(f"{passed} of {len(CLIENTS)} clients pass", flush=True)
     running, chance = Running(engine), random.Random(7)
@@ -218,6 +292,7 @@ def main() -> None:
         "idempotent_ok": once,
         "http_over_inprocess": round(ratio, 3),
         "ttft_added_ms": round(added, 2),
+        **crowded(running, sink, letter),
         "unrecorded_requests": len(running.server.sink.due),
     }
     running.close()

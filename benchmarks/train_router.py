@@ -74,10 +74,14 @@ MAX_BYTES = 12_000_000
 HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:2400"
 SETS = "arc_easy.train,arc_challenge.train,openbookqa.train"
 MENU = (
-    "0-26 (27-29);0-23 (24-29);0-21 (22-29);0-19 (20-29);0-17 (18-29);"
+    "0-26 (27-29);0-23 (24-29:16);0-21 (22-29:16);0-19 (20-29:16);0-17 (18-29:16);"
     "0-11 [12-20] 21-29;0-11 [12-20] 21 [22-26] 27-29;0-11 [12-20] 21-23 (24-29)"
 )
-"""The shipped menu: five cuts, from which layers are filled, and bridges for choices, alone and with fills."""
+"""The shipped menu: five cuts, from which layers are filled, and bridges for choices, alone and with fills.
+
+The last 16 tokens of a prompt, mostly its question, run all layers: that takes a tenth to a third off the divergence of
+long prompts, for 3 % of what is saved on them.
+"""
 SEARCH = "search"
 HALVES = Shares(0.6, 0.4, 0.0, 0.0)
 """Of the dev split of choices: to train on, and to choose by."""

@@ -16,7 +16,7 @@ from polar_sdk.request.admission import bound_of
 from polar_sdk.request.encoder import PromptEncoder
 from polar_sdk.request.generation import Chunk, Generation, answer, stream
 from polar_sdk.request.maker import RequestMaker
-from polar_sdk.request.options import ending_on, split_loading
+from polar_sdk.request.options import check_speculate, ending_on, split_loading
 from polar_sdk.request.scores import hidden_states, loglikelihoods
 from polar_sdk.router.base import fixed_router
 from polar_sdk.router.bridge_set import BridgeSet
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from polar_sdk.request.options import ModelOptions, Prompt, RequestOptions, Template
     from polar_sdk.request.scores import Pool
     from polar_sdk.router.base import Router
+    from polar_sdk.serving.drafts import Speculate
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.request import Request
     from polar_sdk.serving.scheduler import Scheduler
@@ -68,6 +69,7 @@ class PolarModel:
         sink: UsageSink | None = None,
         tenant: str = "default",
         tags: Mapping[str, str] | None = None,
+        speculate: Speculate = "off",
     ) -> None:
         self._loaded = loaded
         if bridges is not None:  # first, since a tier's program may use them
@@ -85,6 +87,7 @@ class PolarModel:
             router=None,
             tenant=tenant,
             tags=dict(tags or {}),
+            speculate=check_speculate(speculate),
         )
         # A policy named by the caller says what the tiers are; then no router is looked for.
         self.router = find_router(router, self, look=policy is None)

@@ -29,8 +29,9 @@ from pydantic import (
     model_validator,
 )
 
-SCHEMA_VERSION: Final = 2
-"""Version 1: without filled visits. Version 2: `visits.prefill_filled`."""
+SCHEMA_VERSION: Final = 3
+"""Version 1: without filled visits. Version 2: `visits.prefill_filled`. Version 3: `tokens.drafted`, `tokens.accepted`
+and `flops.drafts`."""
 FLOPS_FORMULA = "torch-1"
 """Version of the FLOPs formula: one multiply-accumulate is 2 FLOPs; matrix products and attention count, as
 `torch.utils.flop_counter.FlopCounterMode` counts them (attention as the full rectangle queries × keys)."""
@@ -102,6 +103,18 @@ class TokenUsage(_Facts):
     """Prompt tokens whose keys and values were reused; included in `input`."""
     output: NonNegative = 0
     """Tokens sampled, the end-of-text token and tokens hidden by a stop string included."""
+    drafted: NonNegative = 0
+    """Tokens that were proposed and run before it was known that they belong to the answer."""
+    accepted: NonNegative = 0
+    """Those of them that did, and so spared the answer a pass; included in `drafted`."""
+
+    @model_validator(mode="after")
+    def _accepted_is_part_of_drafted(self) -> Self:
+        if self.accepted > self.drafted:
+            raise ValueError(
+                f"accepted tokens ({self.accepted}) exceed drafted tokens ({self.drafted}), of which they are a part"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cached_is_part_of_input(self) -> Self:
@@ -116,8 +129,9 @@ class VisitUsage(_Facts):
     """Executed layer visits, one number per layer of the model (index = layer). Unit: visits.
 
     A visit is one execution of one layer for this request, however many tokens it carries: a prefill in one piece
-    counts one, and every decode step counts one, per time the program visits the layer. Where a layer runs for some
-    tokens of a piece and is filled for the others, the piece counts in `prefill` and in `prefill_filled`.
+    counts one, and every pass that decodes counts one, whether it brings one token or, with drafts, several, per time
+    the program visits the layer. Where a layer runs for some tokens of a piece and is filled for the others, the piece
+    counts in `prefill` and in `prefill_filled`.
     """
 
     prefill: tuple[NonNegative, ...] = ()
@@ -132,7 +146,10 @@ class VisitUsage(_Facts):
 
 
 class FlopUsage(_Facts):
-    """Executed FLOPs by part. Unit: FLOPs; one multiply-accumulate is 2."""
+    """Executed FLOPs by part. Unit: FLOPs; one multiply-accumulate is 2.
+
+    The parts are what the answer needed: what runs where nothing is drafted. What was executed beyond that is `drafts`.
+    """
 
     embed: NonNegative = 0
     """Embedding lookup: a gather, so 0 for every supported family."""
@@ -142,7 +159,14 @@ class FlopUsage(_Facts):
     """The output projection, for the positions whose logits were computed."""
     router: NonNegative = 0
     total: NonNegative = 0
-    """The sum of the other five."""
+    """What the answer needed: the sum of the five parts above."""
+    drafts: NonNegative = 0
+    """Executed for drafted tokens that the answer did not keep, and for their company; not included in `total`."""
+
+    @property
+    def executed(self) -> int:
+        """All that was executed, drafts included. Unit: FLOPs."""
+        return self.total + self.drafts
 
     @property
     def answer(self) -> int:
@@ -159,13 +183,15 @@ class FlopUsage(_Facts):
         parts = self.embed + self.layers_prefill + self.layers_decode + self.head + self.router
         if self.total != parts:
             raise ValueError(f"total FLOPs ({self.total}) differ from the sum of the parts ({parts})")
+        if self.executed >= 2**63:
+            raise ValueError(f"executed FLOPs ({self.executed}) leave 64 bits")
         return self
 
 
 class UsageRecord(_Facts):
     """The facts of one request."""
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     request_id: Identifier
     """Made by the caller, or a UUIDv7; the idempotency key within a tenant."""
     tenant: Identifier = "default"
@@ -215,14 +241,25 @@ class UsageRecord(_Facts):
             raise ValueError("records of schema version 1 have no prefill_filled visits; write schema_version 2")
         return self
 
+    @model_validator(mode="after")
+    def _earlier_versions_have_no_drafts(self) -> Self:
+        if self.schema_version < 3 and self.tokens.drafted:
+            raise ValueError(f"records of schema version {self.schema_version} have no drafts; write schema_version 3")
+        if self.flops.drafts and not self.tokens.drafted:
+            raise ValueError(f"{self.flops.drafts} FLOPs of drafts were executed, but no token was drafted")
+        return self
+
     @property
     def compute_units(self) -> float:
-        """Executed compute units, for display; billing uses the integers. Unit: CU."""
+        """Compute units that the answer needed, for display; billing uses the integers. Unit: CU."""
         return self.flops.total / FLOPS_PER_COMPUTE_UNIT
 
     @property
     def flops_saved(self) -> int:
-        """FLOPs saved against full depth; negative where loops or the router cost more. Unit: FLOPs."""
+        """FLOPs saved against full depth; negative where loops or the router cost more. Unit: FLOPs.
+
+        Both sides are without drafts: those that were accepted save time, not FLOPs.
+        """
         return self.identity_flops - self.flops.total
 
 
@@ -235,6 +272,8 @@ class Offer(_Facts):
     """Canonical text of the program."""
     flops_bound: NonNegative
     """FLOPs if the answer is as long as it may be, those of the router included. Unit: FLOPs."""
+    drafts_bound: NonNegative = 0
+    """FLOPs that drafts may execute beyond that. Unit: FLOPs."""
 
 
 class UsageBound(_Facts):

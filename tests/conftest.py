@@ -23,6 +23,12 @@ def ledger_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(autouse=True)
+def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled behind a test's back; those of compiling in the background turn it on."""
+    monkeypatch.setenv("POLAR_COMPILE", "off")
+
+
+@pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One torch thread for tiny models: their matrices are so small that a second one only waits."""
     before = torch.get_num_threads()

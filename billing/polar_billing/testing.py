@@ -33,6 +33,7 @@ def usage_record(
     output: int = 4,
     outcome: Outcome = Outcome.COMPLETED,
     router_flops: int = 0,
+    drafts: tuple[int, int, int] = (0, 0, 0),
     **changes: Any,
 ) -> UsageRecord:
     """Create a usage record of a request that ran `path`.
@@ -45,6 +46,7 @@ def usage_record(
         output: Tokens sampled.
         outcome: How the request ended; a cached one executed nothing.
         router_flops: FLOPs of the router.
+        drafts: Tokens drafted, tokens of them accepted, and FLOPs executed beyond what the answer needed.
         **changes: Any other field of the record.
     """
     executed = 0 if outcome is Outcome.CACHED else 1
@@ -64,7 +66,7 @@ def usage_record(
         "program": " ".join(map(str, path)),
         "outcome": outcome,
         "finish_reason": _FINISH[outcome],
-        "tokens": TokenUsage(input=prompt, output=output),
+        "tokens": TokenUsage(input=prompt, output=output, drafted=drafts[0], accepted=drafts[1]),
         "visits": VisitUsage(prefill=tuple(prefill), decode=tuple(decode)),
         "flops": FlopUsage(
             layers_prefill=layers_prefill,
@@ -72,6 +74,7 @@ def usage_record(
             head=head,
             router=router_flops * executed,
             total=layers_prefill + layers_decode + head + router_flops * executed,
+            drafts=drafts[2],
         ),
         "identity_flops": executed * layers * (prompt + output) * FLOPS_PER_VISITED_TOKEN + head,
         "started_at": datetime(2026, 11, 15, 12, tzinfo=UTC),

@@ -67,6 +67,7 @@ def serve(
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
+    speculate: opt.SpeculateMode = "off",
     policy: opt.PolicyFile = None,
     router: opt.RouterFolder = None,
     ledger: opt.Ledger = None,
@@ -95,6 +96,7 @@ def serve(
         device=device,
         device_map=device_map,
         precision=precision,
+        speculate=speculate,
         policy=policy,
         router=router,
         ledger=ledger,
@@ -113,8 +115,8 @@ def _serve_here(launch: Launch, port: int) -> None:
         from polar_server.uvicorn_server import UvicornServer
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
-    app = build(launch.settings())
     log_as_json()
+    app = build(launch.settings())
     server = UvicornServer(app, host=launch.host, port=port)
     server.on_start = lambda where: print_line(f"Serving {app.state.server.catalog.name} on {where}/v1", err=True)
     server.run()
@@ -125,6 +127,7 @@ def _serve_on_ray(
 ) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside any other work, replicas starve
     try:
         from polar_server import ray_serve
     except ModuleNotFoundError as error:

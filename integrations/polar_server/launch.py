@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from polar_sdk.cli.options import load_model
 from polar_sdk.errors import InvalidRequestError
@@ -20,6 +20,7 @@ from polar_server.settings import LOOPBACK, MAX_BODY_BYTES, Settings, is_open
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from polar_sdk.serving.drafts import Speculate
     from polar_server.access import Access, KeyStore
     from polar_server.pages import PageStore
 
@@ -43,6 +44,7 @@ class Launch:
     device: str = "auto"
     device_map: str | None = None
     precision: str = "auto"
+    speculate: str = "off"
     policy: str | None = None
     router: str | None = None
     ledger: str | None = None
@@ -98,6 +100,7 @@ class Launch:
             device=self.device,
             device_map=self.device_map,
             precision=self.precision,
+            speculate=cast("Speculate", self.speculate),
             policy=self.policy,
             router=self.router,
             ledger=self.ledger,

@@ -27,10 +27,11 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Write what the server logs to standard error."""
+    """Write what the server and its engine log to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    logger = logging.getLogger("polar_server")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    for name in ("polar_server", "polar_sdk"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

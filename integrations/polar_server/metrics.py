@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from polar_server.watched_sink import WatchedSink
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-_PARTS: Final = ("embed", "layers_prefill", "layers_decode", "head", "router")
+_PARTS: Final = ("embed", "layers_prefill", "layers_decode", "head", "router", "drafts")
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0)
 _FINISHED: Final = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error", "cached": "stop"}
 _NANO: Final = 1e-9

@@ -13,6 +13,7 @@ import typer
 
 from polar_sdk.cli import options as opt
 from polar_sdk.models.aliases import ALIASES, DEFAULT_ALIAS, Alias, find_alias, resolve
+from polar_sdk.models.compilation import Status, statuses
 from polar_sdk.models.find import obtain
 from polar_sdk.models.paths import models_folder
 from polar_sdk.models.store import Manifest, list_stored, remove_stored
@@ -28,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 @_models.callback(epilog="Example: polar models --json")
 def models(context: typer.Context, as_json: opt.AsJson = False) -> None:
-    """List the aliases and the models converted into the cache."""
+    """List the aliases and the models converted into the cache, and whether their layers are compiled here."""
     if context.invoked_subcommand is not None:
         return
     rows = _rows()
@@ -93,7 +94,8 @@ def _rows() -> list[dict[str, Any]]:
     stored = list_stored()
     keys = {manifest.made_from.key for manifest in stored}
     absent = [alias for alias in ALIASES if alias.key not in keys]
-    return [*map(_absent_row, absent), *map(_stored_row, stored)]
+    compiled = statuses()
+    return [*map(_absent_row, absent), *(_stored_row(each, compiled.get(each.fingerprint, [])) for each in stored)]
 
 
 def _absent_row(alias: Alias) -> dict[str, Any]:
@@ -106,10 +108,11 @@ def _absent_row(alias: Alias) -> dict[str, Any]:
         "licence": alias.licence,
         "fingerprint": None,
         "folder": None,
+        "compiled": [],
     }
 
 
-def _stored_row(manifest: Manifest) -> dict[str, Any]:
+def _stored_row(manifest: Manifest, compiled: list[Status]) -> dict[str, Any]:
     recipe = manifest.made_from
     return {
         "name": recipe.name,
@@ -120,6 +123,10 @@ def _stored_row(manifest: Manifest) -> dict[str, Any]:
         "licence": recipe.licence,
         "fingerprint": manifest.fingerprint,
         "folder": str(models_folder() / recipe.key),
+        "compiled": [
+            {"precision": status.precision, "state": status.state, "percent": status.percent, "text": status.text}
+            for status in compiled
+        ],
     }
 
 
@@ -133,6 +140,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         "source",
         "licence",
         "fingerprint",
+        "layers",
         caption=str(models_folder()),
     )
     for row in rows:
@@ -142,6 +150,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             row["source"],
             row["licence"] or "unknown",
             (row["fingerprint"] or "")[:12],
+            "\n".join(f"{each['precision']} {each['text']}" for each in row["compiled"]),
         )
     Console().print(table)
 

@@ -32,6 +32,9 @@ Temperature = Annotated[float, typer.Option(help="0 = greedy.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this total probability.")]
 TopK = Annotated[int, typer.Option(help="Sample from the N likeliest tokens; 0 = all.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+SpeculateMode = Annotated[
+    str, typer.Option("--speculate", help="Draft tokens that followed before: off, auto (where it pays) or prompt.")
+]
 Tenant = Annotated[str, typer.Option(help="Who is billed.")]
 Tags = Annotated[list[str] | None, typer.Option("--tag", help="key=value, put on the usage record; may be repeated.")]
 Ledger = Annotated[
@@ -101,6 +104,7 @@ def _request(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    speculate: SpeculateMode = "off",
 ) -> dict[str, Any]:
     return {
         "compute": compute_of(compute),
@@ -110,6 +114,7 @@ def _request(
         "top_p": top_p,
         "top_k": top_k,
         "seed": seed,
+        "speculate": speculate,
     }
 
 

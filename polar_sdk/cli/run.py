@@ -121,6 +121,9 @@ def footer(generation: Generation) -> str:
         f"answer {usage.flops.answer / 1e9:,.2f}; {saved:+.1%} saved)",
         f"{usage.compute_units:.6f} CU",
     ]
+    if usage.tokens.drafted:
+        extra = usage.flops.drafts / 1e9
+        parts.insert(3, f"{usage.tokens.accepted} of {usage.tokens.drafted} drafts kept (+{extra:,.2f} GFLOP)")
     if generation.receipt is not None and generation.receipt.get("cost") is not None:
         parts.append(f"{generation.receipt['cost']} {generation.receipt.get('currency', '')}".strip())
     return "[" + " · ".join(parts) + "]"

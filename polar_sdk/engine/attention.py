@@ -1,8 +1,9 @@
-"""Attention: of one row's new tokens over its history, and of one new token per row over pages of keys and values.
+"""Attention: of one row's new tokens over its history, and of one new token of each of several rows over theirs.
 
-The first goes row by row, through torch's fused kernel, or through plain products where a soft cap forbids it or, in
-bfloat16 on a CPU, where they are faster. The second is pure and made to be compiled into a layer: it reads the pages in
-place, so nothing is gathered or padded.
+The first goes row by row, the second has two forms. `attend_rows` takes rows whose histories were copied side by side.
+Both go through torch's fused kernel, or through plain products where a soft cap forbids it or, for many tokens in
+bfloat16 on a CPU, where they are faster. `paged_decode` is pure and made to be compiled into a layer: it reads the
+pages in place, so nothing is gathered or padded.
 
 Importing this also registers the CPU form of torch's kernel with `FlopCounterMode`. torch has formulas for the CUDA
 forms only, so on a CPU it would count attention as nothing; now it counts the same on both, as the meter does.
@@ -41,22 +42,61 @@ def attend_row(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind)
     """
     tokens, total = query.shape[0], keys.shape[1]
     windowed = kind.window is not None and kind.window < total
-    if tokens > 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+    if tokens == 1:
+        mask = added_mask(_mask(1, total, kind.window, query.device), query.dtype) if windowed else None
+        return attend_rows(query, keys[None], values[None], kind, mask)
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
         return _by_blocks(query, keys, values, kind)
     if kind.softcap is not None:
         return _capped(query, keys, values, kind)
     # torch's causal flag aligns the mask to the upper left, which is wrong for a row with history.
-    masked = windowed or 1 < tokens < total
+    masked = windowed or tokens < total
     mixed = F.scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0),
         keys.unsqueeze(0),
         values.unsqueeze(0),
         attn_mask=_mask(tokens, total, kind.window, query.device) if masked else None,
-        is_causal=not masked and tokens > 1,
+        is_causal=not masked,
         scale=kind.scale,
         enable_gqa=query.shape[1] != keys.shape[0],
     )
     return mixed[0].transpose(0, 1).reshape(tokens, -1)
+
+
+def attend_rows(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, mask: Tensor | None) -> Tensor:
+    """Attention of one token of each of several rows over the row's keys.
+
+    Query heads that share keys go in the place of tokens, so that keys are read once for all of them: in bfloat16 on a
+    CPU, torch's kernel for shared keys takes four times as long.
+
+    Args:
+        query: (B, H, d).
+        keys: (B, G, S, d).
+        values: (B, G, S, d).
+        kind: Scale and soft cap; what the window hides, `mask` hides.
+        mask: Of `added_mask`, by which keys each row sees; None = all.
+
+    Returns:
+        (B, H × d).
+    """
+    rows, heads, size = query.shape
+    groups = keys.shape[1]
+    grouped = query.reshape(rows, groups, heads // groups, size)
+    if kind.softcap is None:
+        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=kind.scale)
+        return mixed.reshape(rows, heads * size)
+    scores = torch.matmul(grouped, keys.transpose(2, 3)) * kind.scale  # (B, G, H / G, S)
+    scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    if mask is not None:
+        scores = scores + mask
+    weights = scores.float().softmax(-1).to(values.dtype)
+    return torch.matmul(weights, values).reshape(rows, heads * size)
+
+
+def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores so that each row attends to what it sees alone, (B, 1, 1, S), from `seen` (B, S)."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    return mask[:, None, None]
 
 
 def _mask(tokens: int, total: int, window: int | None, device: torch.device) -> Tensor:

@@ -192,7 +192,7 @@ def _open(file: Path) -> Any | None:
     try:
         return torch._inductor.aoti_load_package(str(file)).loader
     except Exception as error:  # torch raises errors of any class
-        _log.warning("compiled package %s cannot be read; rebuilding it: %s", file, " ".join(str(error).split())[:200])
+        _log.warning("compiled package %s is damaged, and is not used: %s", file, " ".join(str(error).split())[:200])
         return None
 
 

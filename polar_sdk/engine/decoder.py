@@ -6,6 +6,7 @@ single steps; what runs in which order over whose history is up to those who run
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ class Decoder:
         layers: Weights of each layer.
         start: Weights of the embedding.
         ends: Weights of final norm and head.
-        kernels: What runs them: `EagerKernels`, or compiled ones.
+        kernels: What runs rows that begin now: `EagerKernels`, or compiled ones. A row keeps those it began with.
+        renewal: Asked when a request comes, for kernels that have become available since; None = nobody to ask.
         bridges: Maps by which programs may cross layers.
         fills: Maps by which programs may fill segments of layers.
     """
@@ -91,6 +93,7 @@ class Decoder:
         self.layers = list(self._take_layers(modules, bring))
         self.cost: CostModel = family.cost()
         self.kernels: Kernels = EagerKernels(family)
+        self.renewal: Callable[[], Kernels | None] | None = None
         self.bridges: dict[Segment, Bridge] = {}
         self.fills: dict[Segment, Fill] = {}
         self._rotary_source: Any = family.take_rotary(model)
@@ -102,11 +105,26 @@ class Decoder:
     def _take_layers(self, modules: Sequence[nn.Module], bring: Bring | None) -> Iterator[Weights]:
         for index, module in enumerate(modules):
             with _brought(list(module.parameters()), self.placement.layers[index], bring):
-                weights = self.family.take_layer(index, module)
-                yield {
-                    name: quantize(value, self.precision) if isinstance(value, Plain) else value
-                    for name, value in weights.items()
-                }
+                yield self._take_layer(index, module)
+
+    def _take_layer(self, index: int, module: nn.Module) -> Weights:
+        weights = self.family.take_layer(index, module)
+        return {
+            name: quantize(value, self.precision) if isinstance(value, Plain) else value
+            for name, value in weights.items()
+        }
+
+    def renew(self) -> None:
+        """Take compiled kernels over where they have become available: for rows that begin from now on."""
+        ask = self.renewal
+        if ask is not None and (kernels := ask()) is not None:
+            self.kernels = kernels
+
+    def pinned(self, kernels: Kernels) -> Decoder:
+        """The same decoder, which runs with these kernels whatever comes meanwhile: for one pass."""
+        pinned = copy.copy(self)
+        pinned.kernels = kernels
+        return pinned
 
     @property
     def device(self) -> torch.device:

@@ -10,14 +10,15 @@ rows and programs, not requests or text.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
-from polar_sdk.engine.attention import attend_seen, write_pages
+from polar_sdk.engine.attention import attend_rows, attend_seen, write_pages
 from polar_sdk.engine.decoder import damp
 from polar_sdk.engine.eager import PagedTokens
-from polar_sdk.engine.layout import Layout, Members, Tokens
+from polar_sdk.engine.layout import MAX_PAGED, Layout, Members, Tokens
+from polar_sdk.engine.pages import histories
 from polar_sdk.engine.row import Row, extra_visits
 from polar_sdk.programs.cost import size
 
@@ -29,11 +30,6 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.types import AttentionKind, Rotary
     from polar_sdk.programs.cost import Segment
-
-
-MAX_PAGED: Final = 16
-"""Number of tokens of one row up to which each of them attends over the row's pages by itself, where that is compiled:
-the last ones of a prompt, and its first."""
 
 
 def next_logits(
@@ -58,6 +54,7 @@ def next_logits(
     wanted = [1] * len(rows) if ends is None else list(map(int, ends))
     reading = scored or {}
     counts = [len(new) if index in reading else wanted[index] for index, new in enumerate(tokens)]
+    decoder = _pinned(decoder, rows)
     hidden = advance(decoder, rows, tokens, counts)
     for index, states in enumerate(torch.split(hidden, [len(new) for new in tokens]) if reading else ()):
         if index in reading:
@@ -72,6 +69,32 @@ def next_logits(
     for row in ending:
         row.work.head()
         row.work.end_prefill()
+    return logits
+
+
+def drafted_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Advance rows that decode by one token each, and by what is drafted after it.
+
+    What is not kept of it is up to the caller to forget, see `Work.keep_draft` and `PageTable.shorten`.
+
+    Args:
+        decoder: The weights.
+        rows: B rows whose prompts have run.
+        tokens: For each row the token sampled last, and then drafted ones, if any.
+
+    Returns:
+        Float32 logits after every token, packed, (N, V).
+    """
+    decoder = _pinned(decoder, rows)
+    try:
+        for row, new in zip(rows, tokens, strict=True):
+            row.drafted, row.breached = len(new) - 1, False
+        logits = decoder.head(advance(decoder, rows, tokens))
+        for row in rows:
+            row.work.head(drafted=row.drafted)
+    finally:
+        for row in rows:
+            row.drafted = 0
     return logits
 
 
@@ -95,6 +118,7 @@ def advance(
         CacheMemoryError: No pages are left for the new tokens; nothing has run then.
         MissingFillError: A program fills a segment for which the model has no map; likewise.
     """
+    decoder = _pinned(decoder, rows)
     for row, new in zip(rows, tokens, strict=True):
         row.page_table.reserve(row.length + len(new))
     counts = [None] * len(rows) if wanted is None else wanted
@@ -117,6 +141,13 @@ def advance(
     return hidden
 
 
+def _pinned(decoder: Decoder, rows: Sequence[Row]) -> Decoder:
+    """The decoder with the kernels of these rows, which are the same for all of them."""
+    kernels = rows[0].begin(decoder.kernels)
+    assert all(row.begin(kernels) is kernels for row in rows), "rows with different kernels cannot share a pass"
+    return decoder.pinned(kernels)
+
+
 def _take_over_leads(decoder: Decoder, layout: Layout, hidden: Tensor) -> None:
     """Rows with a lead go on after it: its states replace their embeddings, its keys and values fill their pages."""
     for row, start, count in zip(layout.rows, layout.starts, layout.counts, strict=True):
@@ -134,19 +165,20 @@ def _count(layout: Layout, finished: Sequence[Members]) -> None:
         for index, place in members.going:
             places[index].add(place)
     for row, piece, done in zip(layout.rows, layout.pieces, places, strict=True):
-        row.work.steps(piece, done)
+        row.work.steps(piece, done, row.drafted)
 
 
 def _run(decoder: Decoder, members: Members, hidden: Tensor) -> Tensor:
     """One step for its members; returns the hidden states of all rows."""
-    if members.single and _is_plain(decoder, members):
+    if members.few and _is_plain(decoder, members):
         rotary = members.layout.all.rotary(decoder.rotary)
         tokens = PagedTokens(members.index, members.table, members.positions)
         return _decode_paged(decoder, members, hidden, rotary, tokens)
-    for segment, filled in members.filled.items():
-        _fill(decoder, members, segment, filled, hidden)
-    if members.leaving.count:
-        _leave(decoder, members, hidden)
+    if not members.single:  # else every token runs
+        for segment, filled in members.filled.items():
+            _fill(decoder, members, segment, filled, hidden)
+        if members.leaving.count:
+            _leave(decoder, members, hidden)
     running = members.running
     if not running.count:
         return hidden
@@ -204,9 +236,15 @@ def _fill(decoder: Decoder, members: Members, segment: Segment, tokens: Tokens, 
 
 
 def _attend(decoder: Decoder, members: Members, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Store the keys and values of the tokens that run, and attend row by row; (M, H × d)."""
+    """Store the keys and values of the tokens that run, and attend; (M, H × d).
+
+    Rows with one token each attend together, others one by one.
+    """
     layer, tokens = members.step.first, members.running
     kind = decoder.family.kinds[layer]
+    if members.single and not decoder.kernels.has_paged_decode:
+        write_pages(decoder.store(layer), members.pages, members.offsets, key, value)
+        return _attend_together(members, query, decoder.store(layer), kind)
     write_pages(decoder.store(layer), tokens.pages(members.visits), tokens.offsets, key, value)
     mixed = []
     for spot in members.spots:
@@ -223,6 +261,20 @@ def _attend(decoder: Decoder, members: Members, query: Tensor, key: Tensor, valu
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
+def _attend_together(members: Members, query: Tensor, store: Tensor, kind: AttentionKind) -> Tensor:
+    """Attention of the members' tokens (M, H, d), one each, whose keys and values are stored; (M, H × d)."""
+    table, bands = members.table, members.bands
+    mixed = []
+    for band in bands:
+        keys, values = histories(store, band.of(table)[:, : band.blocks], band.longest)
+        mixed.append(attend_rows(band.of(query), keys, values, kind, band.mask(kind.window, query.dtype)))
+    if len(bands) == 1:
+        return mixed[0]
+    places = torch.cat([band.places for band in bands if band.places is not None])
+    together = torch.cat(mixed)
+    return torch.empty_like(together).index_copy_(0, places, together)
+
+
 def _seen(positions: Tensor, keys: int, kind: AttentionKind) -> Tensor:
     """True (T, S) where a token at one of these positions sees one of the row's first keys."""
     distance = positions[:, None] - torch.arange(keys, device=positions.device)
@@ -233,11 +285,16 @@ def _seen(positions: Tensor, keys: int, kind: AttentionKind) -> Tensor:
 def _undo_breaches(members: Members, before: Tensor, after: Tensor) -> Tensor:
     """Undo an extra visit for the rows whose guard it breaches, and stop their loops.
 
-    A row is judged by its last token. Where that stops before the end of the last visit, there is nothing to judge.
+    A row is judged by its last token. Where that stops before the end of the last visit, there is nothing to judge. Of
+    a pass with drafts every token is judged, and a breach is only noted: the pass is to be dropped, since no token
+    after the one that breaches runs the loop.
     """
     for spot in members.spots:
         row, own = spot.row, spot.span
         if row.guard is None or spot.place not in extra_visits(row.program) or spot.ranges[-1][1] != spot.end:
+            continue
+        if row.drafted:
+            row.breached |= bool(row.guard.breached(before[own], after[own]).any())
             continue
         last = slice(own.stop - 1, own.stop)
         if bool(row.guard.breached(before[last], after[last]).any()):

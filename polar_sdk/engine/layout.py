@@ -9,10 +9,12 @@ a turn needs little work that grows with the number of rows. Of a prompt, not ev
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
+from polar_sdk.engine.attention import added_mask
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.row import extra_visits, fill_entries, last_visit, page_slots
 from polar_sdk.programs.cost import Parts, size
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program, Step
 
 
+MAX_PAGED: Final = 16
+"""Number of tokens of one row up to which each of them attends over the row's pages by itself, where that is compiled:
+the last ones of a prompt, its first, and drafts."""
 Range = tuple[int, int, int]
 """Tokens of one row: its index, the position of the first one, and that after the last one."""
 
@@ -102,6 +107,7 @@ class Layout:
         counts: Number of new tokens of each row.
         whole: Whether every token takes every step of its row's program whole.
         single: Whether, besides, every row has one token.
+        few: Whether, besides, every row has so few that each of them can attend by itself.
         guarded: Whether any row has loops that are watched.
         longest: Length of the longest row after the pass. Unit: tokens.
     """
@@ -117,12 +123,14 @@ class Layout:
         self.starts = [sum(self.counts[:row]) for row in range(len(rows))]
         self.whole = all(piece.runs_whole(row.program) for row, piece in zip(rows, pieces, strict=True))
         self.single = self.whole and all(count == 1 for count in self.counts)
+        self.few = self.whole and max(self.counts) <= MAX_PAGED
         self.guarded = any(row.guard is not None and extra_visits(row.program) for row in rows)
         self.longest = max(piece.end for piece in pieces)
         self.tokens = torch.tensor([token for new in tokens for token in new], device=device)
         positions = [position for piece in pieces for position in range(piece.start, piece.end)]
         self.positions = torch.tensor(positions, device=device)
         self._some: dict[tuple[Range, ...], Tokens] = {}
+        self._bands: dict[tuple[int, ...], tuple[Band, ...]] = {}
 
     def on(self, device: torch.device) -> Layout:
         """The same pass, laid out on another device; built when it is first needed."""
@@ -155,24 +163,71 @@ class Layout:
 
     @cached_property
     def tables(self) -> Tensor:
-        """Place in its store of the page of each visit, row and block, (visits, B, blocks); 0 where there is none."""
+        """Place in its store of the page of each visit, row and block, (visits, B, blocks).
+
+        Blocks that a row does not have name its first page, so that it never meets numbers of another row, nan among
+        them, not even with weight 0.
+        """
         blocks = -(-self.longest // PAGE)
         visits = max(row.page_table.visits for row in self.rows)
         table = torch.zeros((len(self.rows), blocks, visits), dtype=torch.long)
         for index, row in enumerate(self.rows):
             places = row.page_table.places(blocks)
+            table[index, :, : places.shape[1]] = places[0]
             table[index, : places.shape[0], : places.shape[1]] = places
         return table.permute(2, 0, 1).contiguous().to(self.device)
 
     @cached_property
+    def _member_rows(self) -> list[int]:
+        return [row for turn in self.plan.turns for row, _ in turn.members]
+
+    @cached_property
+    def member_bounds(self) -> Sequence[int]:
+        """Where the tokens of each member of every turn begin among those of all, and where they end."""
+        if self.single:
+            return range(len(self.plan.rows) + 1)
+        return list(accumulate((self.counts[row] for row in self._member_rows), initial=0))
+
+    @cached_property
+    def member_tokens(self) -> Tensor:
+        """Places among the packed tokens of those of every member of every turn, in order."""
+        if self.single:
+            return self.plan.rows
+        spans = ((self.starts[row], self.counts[row]) for row in self._member_rows)
+        return torch.tensor([place for start, count in spans for place in range(start, start + count)]).to(self.device)
+
+    @cached_property
     def member_tables(self) -> Tensor:
-        """Pages of every member of every turn, in order, (members, blocks)."""
-        return self.tables[self.plan.visits, self.plan.rows]
+        """Pages of the row of each of these tokens, in order, (tokens, blocks)."""
+        if self.single:
+            return self.tables[self.plan.visits, self.plan.rows]
+        counts = torch.tensor([self.counts[row] for row in self._member_rows]).to(self.device)
+        return self.tables[self.plan.visits.repeat_interleave(counts), self.owners[self.member_tokens]]
 
     @cached_property
     def member_positions(self) -> Tensor:
-        """Position of the token of every member of every turn, where each row has one."""
-        return self.positions[self.plan.rows]
+        """Position of each of these tokens."""
+        return self.positions[self.member_tokens]
+
+    @cached_property
+    def member_pages(self) -> Tensor:
+        """Page of the token of every member of every turn, where each row has one."""
+        return self.member_tables.gather(1, (self.member_positions // PAGE)[:, None])[:, 0]
+
+    @cached_property
+    def member_offsets(self) -> Tensor:
+        """Place of the same within its page."""
+        return self.member_positions % PAGE
+
+    def bands(self, rows: tuple[int, ...]) -> tuple[Band, ...]:
+        """Where each row has one token: these rows, those of similar length together; asked again, the same objects."""
+        if rows not in self._bands:
+            places: dict[int, list[int]] = {}
+            for place, row in enumerate(rows):
+                blocks = -(-self.pieces[row].end // PAGE)
+                places.setdefault(max(blocks - 1, 1).bit_length(), []).append(place)
+            self._bands[rows] = tuple(Band(self, rows, each) for each in places.values())
+        return self._bands[rows]
 
     def some(self, ranges: Iterable[Range]) -> Tokens:
         """Some of the tokens; asked for again, the same object."""
@@ -181,7 +236,7 @@ class Layout:
             self._some[key] = Tokens(self, key)
         return self._some[key]
 
-    @property
+    @cached_property
     def all(self) -> Tokens:
         """All tokens."""
         return self.some((row, piece.start, piece.end) for row, piece in enumerate(self.pieces))
@@ -251,6 +306,45 @@ class Tokens:
         return torch.tensor(visits, device=self._layout.device)[self.owners]
 
 
+class Band:
+    """Rows with one token each whose histories are of similar length, so that they are read together.
+
+    Lengths are within a factor of two, or up to two pages. So of what is read at most half is nobody's.
+
+    Attributes:
+        places: Of the band's rows among the members of a turn, (M,); None = all members.
+        longest: Tokens of the longest history, the new one included.
+        blocks: Pages of the same.
+    """
+
+    def __init__(self, layout: Layout, rows: Sequence[int], places: Sequence[int]) -> None:
+        self.lengths = [layout.pieces[rows[place]].end for place in places]
+        self.longest = max(self.lengths)
+        self.blocks = -(-self.longest // PAGE)
+        self.places = None if len(places) == len(rows) else torch.tensor(places, device=layout.device)
+        self._device = layout.device
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What `attend_rows` adds to scores, made once for all layers with this window; None = every key is seen."""
+        if window not in self._masks:
+            seen = self._seen(window)
+            self._masks[window] = None if seen is None else added_mask(seen, dtype)
+        return self._masks[window]
+
+    def _seen(self, window: int | None) -> Tensor | None:
+        """Which keys each row sees, (M, longest); None = all."""
+        if min(self.lengths) == self.longest and (window is None or window >= self.longest):
+            return None
+        positions = torch.arange(self.longest, device=self._device)
+        distance = torch.tensor(self.lengths, device=self._device)[:, None] - 1 - positions
+        return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Of values for all members, (…), those of the band."""
+        return values if self.places is None else values.index_select(0, self.places)
+
+
 class Spot(NamedTuple):
     """The tokens of one row among those that run a turn."""
 
@@ -292,20 +386,40 @@ class Members:
         """Whether every row has one token, which runs."""
         return self.layout.single
 
+    @property
+    def few(self) -> bool:
+        """Whether every row has few tokens, all of which run; then the next three say which."""
+        return self.layout.few
+
     @cached_property
     def index(self) -> Tensor | None:
-        """Where every row has one token: places of the members among the packed ones; None = all."""
-        return None if len(self.going) == len(self.layout.rows) else self._of_members(self.layout.plan.rows)
+        """Places of their tokens among the packed ones, (M,); None = all."""
+        return None if len(self.going) == len(self.layout.rows) else self._of_members(self.layout.member_tokens)
 
     @property
     def positions(self) -> Tensor:
-        """Where every row has one token: its position, (M,)."""
+        """Position of each, (M,)."""
         return self._of_members(self.layout.member_positions)
 
     @property
     def table(self) -> Tensor:
-        """Where every row has one token: pages of each row in order, (M, blocks)."""
+        """Pages of the row of each in order, (M, blocks)."""
         return self._of_members(self.layout.member_tables)
+
+    @property
+    def pages(self) -> Tensor:
+        """Where every row has one token: its page, (M,)."""
+        return self._of_members(self.layout.member_pages)
+
+    @property
+    def offsets(self) -> Tensor:
+        """Where every row has one token: its place within its page, (M,)."""
+        return self._of_members(self.layout.member_offsets)
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """Where every row has one token: the rows, those of similar length together."""
+        return self.layout.bands(tuple(row for row, _ in self.going))
 
     @cached_property
     def _parts(self) -> list[tuple[int, Parts]]:
@@ -321,6 +435,8 @@ class Members:
     @cached_property
     def running(self) -> Tokens:
         """Tokens that take the whole step."""
+        if self.layout.whole and len(self.going) == len(self.layout.rows):
+            return self.layout.all
         return self.layout.some((row, *each) for row, parts in self._parts for each in parts.running)
 
     @cached_property
@@ -361,6 +477,9 @@ class Members:
             start += count
 
     def _of_members(self, values: Tensor) -> Tensor:
-        """Of values for every member of every turn, those of this turn."""
-        values = values[self._span]
-        return values if self._kept is None else values[self._kept]
+        """Of values for the tokens of every member of every turn, those of this turn."""
+        bounds, span = self.layout.member_bounds, self._span
+        if self._kept is None:
+            return values[bounds[span.start] : bounds[span.stop]]
+        members = [span.start + member for member in self._kept]
+        return values[[place for member in members for place in range(bounds[member], bounds[member + 1])]]

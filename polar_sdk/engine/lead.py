@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.pages import PageTable
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.program import Program
@@ -36,11 +37,19 @@ class Lead:
         states: After the last of them, (T, E), on that layer's device.
         keys: Of each layer, (T, G, d), on its device.
         values: Of each layer, (T, G, d).
+        kernels: What ran them; None = not known.
     """
 
-    def __init__(self, flops: int, states: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        flops: int,
+        states: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        kernels: Kernels | None = None,
+    ) -> None:
         self.layers, self.flops = len(keys), flops
-        self.states = states
+        self.states, self.kernels = states, kernels
         self.keys, self.values = list(keys), list(values)
 
     @property
@@ -98,6 +107,7 @@ def run_lead(decoder: Decoder, tokens: Sequence[int], layers: int) -> Lead:
         tokens: Token ids of the prompt, at least one.
         layers: Number of layers, at least one.
     """
+    decoder = decoder.pinned(decoder.kernels)
     states: list[Tensor] = []
     keys: list[list[Tensor]] = [[] for _ in range(layers)]
     values: list[list[Tensor]] = [[] for _ in range(layers)]
@@ -120,4 +130,5 @@ def run_lead(decoder: Decoder, tokens: Sequence[int], layers: int) -> Lead:
             x = decoder.run_step(Step(layer, layer), x, positions, rotary, partial(attend, layer))
         states.append(x)
     flops = lead_flops(decoder.cost, layers, len(tokens))
-    return Lead(flops, torch.cat(states), list(map(torch.cat, keys)), list(map(torch.cat, values)))
+    merged = list(map(torch.cat, keys)), list(map(torch.cat, values))
+    return Lead(flops, torch.cat(states), *merged, decoder.kernels)

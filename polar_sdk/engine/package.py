@@ -104,7 +104,7 @@ class Part:
     @property
     def key(self) -> str:
         """Name of the compiled code on disk."""
-        return hashlib.sha256(f"{self.name}|{self.assumptions}|{_environment()}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{self.name}|{self.assumptions}|{environment()}".encode()).hexdigest()[:32]
 
     def compile(self, path: Path) -> None:
         """Compile to a package file, which appears whole or not at all.
@@ -135,7 +135,7 @@ class Part:
             draft.unlink(missing_ok=True)
 
 
-def _environment() -> str:
+def environment() -> str:
     """What else compiled code depends on: our own source, torch and the machine."""
     digest = hashlib.sha256()
     for module in _SOURCES:

@@ -20,6 +20,7 @@ import heapq
 import threading
 import weakref
 from collections import Counter
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -121,12 +122,12 @@ class PagePool:
                 self._clear(store, last + 1)
         return taken
 
-    def clear(self, pages: Sequence[int]) -> None:
-        """Overwrite those of the pages that have one user."""
+    def clear(self, pages: Sequence[int], start: int = 0) -> None:
+        """Overwrite those of the pages that have one user, from that place within the page on."""
         for page in pages:
             if self._users[page] == 1:
                 store = self._store(page)
-                self.stores[store][page - self.starts[store]].zero_()
+                self.stores[store][page - self.starts[store], :, :, start:].zero_()
 
     def _clear(self, store: int, end: int) -> None:
         """Clear the pages of a store before `end` that have never been used.
@@ -211,6 +212,20 @@ class PageTable:
         self.length = 0
         _give_back(self._pool, self.blocks)
 
+    def shorten(self, tokens: int) -> None:
+        """Forget what comes after so many tokens; pages that held nothing else are given back."""
+        self.length = tokens
+        spare = self.blocks[-(-tokens // PAGE) :]
+        if spare:
+            del self.blocks[-(-tokens // PAGE) :]
+            self._pool.release([page for block in spare for page in block])
+
+    def clear_after(self, tokens: int) -> None:
+        """Overwrite what comes after so many tokens, in pages that no other row has: see `clear`."""
+        first = tokens // PAGE
+        for number, block in enumerate(self.blocks[first:], start=first):
+            self._pool.clear(block, max(tokens - number * PAGE, 0))
+
     def clear(self) -> None:
         """Overwrite the pages that no other row has: 0 × nan is nan in whatever row gets them next."""
         self._pool.clear([page for block in self.blocks for page in block])
@@ -223,9 +238,30 @@ class PageTable:
         """Keys and values of the first `length` tokens of one visit, copied together, (G, length, d) each."""
         store, start = self._pool.stores[self._stores[visit]], self._pool.starts[self._stores[visit]]
         pages = [block[visit] - start for block in self.blocks[: -(-length // PAGE)]]
-        _, _, heads, page, size = store.shape
-        stacked = store[pages].permute(1, 2, 0, 3, 4).reshape(2, heads, len(pages) * page, size)
-        return stacked[0, :, :length], stacked[1, :, :length]
+        keys, values = histories(store, torch.tensor([pages], device=store.device), length)
+        return keys[0], values[0]
+
+
+def histories(store: Tensor, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first `length` tokens in the pages of each row, copied once, (B, G, length, d) each.
+
+    Args:
+        store: (P, 2, G, page, d).
+        table: Pages of each row in order, (B, n).
+        length: At most n pages.
+    """
+    _, _, groups, page, size = store.shape
+    rows, blocks = table.shape
+    places = table[:, None] * (2 * groups) + _heads(groups, table.device)  # (B, 2 × G, n): of one head in each page
+    copied = store.view(-1, page * size).index_select(0, places.flatten())
+    keys, values = copied.view(rows, 2, groups, blocks * page, size)[:, :, :, :length].unbind(1)
+    return keys, values
+
+
+@lru_cache(maxsize=64)
+def _heads(groups: int, device: torch.device) -> Tensor:
+    """Place of the keys and of the values of each head within a page, (2 × G, 1); made once and not for every layer."""
+    return torch.arange(2 * groups, device=device)[:, None]
 
 
 def _give_back(pool: PagePool, blocks: list[list[int]]) -> None:

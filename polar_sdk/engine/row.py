@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.lead import Lead
     from polar_sdk.programs.cost import CostModel, Segment, Share
     from polar_sdk.programs.policy import LoopGuard
@@ -39,12 +40,18 @@ class Row:
     """What the program's first layers have already made of the prompt; None once it is taken over."""
     prompt: int | None = None
     """Number of tokens of the prompt, which says who is filled; None = all tokens of the first pass."""
+    kernels: Kernels | None = None
+    """What runs its layers, from its lead or first pass to its last: eager and compiled code round differently."""
     work: Work = field(init=False)
     page_table: PageTable = field(init=False)
     left_out: set[int] = field(default_factory=set)
     """Places of the program that the next pass leaves out: loops that the guard stopped, and layers of the lead."""
     loops_stopped: int = 0
     """Number of loops that the guard has stopped."""
+    drafted: int = 0
+    """Number of tokens of the pass under way that are drafted: its last ones."""
+    breached: bool = False
+    """Whether a guard objected to a token of the last pass with drafts, which then counts for nothing."""
     ran: int = 0
     """Number of tokens that had run when the row last gave its pages up; they run again before it goes on."""
     _replay: _Replay | None = None
@@ -53,6 +60,7 @@ class Row:
         self.work = Work(self.decoder.cost, self.program)
         self.page_table = PageTable(self.decoder.pool, self.decoder.stores(self.program))
         if self.lead is not None:
+            self.kernels = self.lead.kernels
             self.work.count_lead(self.program.steps[: self.lead.layers], self.lead.tokens)
             self.left_out.update(range(self.lead.layers))
         self._stops: list[tuple[int, range]] = []
@@ -63,6 +71,12 @@ class Row:
     def length(self) -> int:
         """Number of tokens that have been run."""
         return self.page_table.length
+
+    def begin(self, kernels: Kernels | None = None) -> Kernels:
+        """Run with these kernels from now on, or those of the decoder, unless the row has begun; returns the row's."""
+        if self.kernels is None:
+            self.kernels = kernels or self.decoder.kernels
+        return self.kernels
 
     def piece(self, new: int, wanted: int | None) -> Piece:
         """The next pass, with that many new tokens, the last `wanted` of which are wanted; None = all of them."""
@@ -108,7 +122,7 @@ class Row:
     @property
     def executed(self) -> int:
         """FLOPs of everything that ran, replays included, which `work` leaves out once they are over."""
-        return self._replayed_flops + self.work.total + (self._replay.work.total if self._replay else 0)
+        return self._replayed_flops + self.work.executed + (self._replay.work.executed if self._replay else 0)
 
     def drop_pages(self) -> None:
         """Give the pages up. What has run must run again, with the same loops stopped at the same tokens.
@@ -118,7 +132,7 @@ class Row:
         self.ran = max(self.ran, self.length)
         self.page_table.release()
         if self._replay is not None:
-            self._replayed_flops += self.work.total
+            self._replayed_flops += self.work.executed
             self.work = Work(self.decoder.cost, self.program)
         elif self.ran:
             self._replay = _Replay(self.work, self.guard)
@@ -137,7 +151,7 @@ class Row:
     def end_replay(self) -> None:
         """Go on to count what is metered: the replay is over, or the row will not go on."""
         if self._replay is not None:
-            self._replayed_flops += self.work.total
+            self._replayed_flops += self.work.executed
             self.work, self.guard = self._replay
             self._replay = None
 
@@ -162,8 +176,16 @@ class Work:
         self._prefill_flops = 0
         self._decode_flops = 0
         self._head_flops = 0
+        self._draft_flops = 0
+        """Executed for drafted tokens of which nobody has said yet that the answer keeps them."""
+        self._drafted_pass = LayerCost(0, 0)
+        """Cost of the steps that the last pass with drafts has finished."""
+        self._draft_keys = 0
+        """Number of keys that the first of its drafted tokens attends to that is not kept yet."""
         self.decode_steps = 0
-        """Decode steps that ran to their end."""
+        """Decode steps of the answer that ran to their end: one for each of its tokens, in whatever passes."""
+        self.drafted = self.accepted = 0
+        """Tokens that were drafted, and those of them that the answer kept."""
         self.prefilled = False
         """Whether the whole prompt has run; whoever feeds the row says so with `end_prefill`."""
 
@@ -174,14 +196,48 @@ class Work:
             setattr(copied, name, list(getattr(self, name)))
         return copied
 
-    def steps(self, piece: Piece, places: Collection[int]) -> None:
-        """Count the finished steps of a pass, by their places in the program."""
+    def steps(self, piece: Piece, places: Collection[int], drafted: int = 0) -> None:
+        """Count the finished steps of a pass, by their places in the program; its last `drafted` tokens are drafts."""
+        if drafted:
+            self._drafted_steps(piece, places, drafted)
+            return
         if len(places) == len(self._program) and piece.runs_whole(self._program):
             self._whole_pass(piece)
             return
         for place, share in enumerate(self._cost.shares(self._program, piece)):
             if place in places:
                 self._count(share)
+
+    def _drafted_steps(self, piece: Piece, places: Collection[int], drafted: int) -> None:
+        """Count the first token as the answer's, and all else as drafts, until `keep_draft` or `drop_pass`."""
+        steps = [(step, self._cost.step(step)) for place, step in enumerate(self._program) if place in places]
+        ran = LayerCost(sum(cost.linear for _, cost in steps), sum(cost.attention for _, cost in steps))
+        first = ran.flops(1, piece.start + 1)
+        self._decode_flops += first
+        self._draft_flops += ran.flops(piece.end - piece.start, piece.end) - first
+        for step, _ in steps:
+            if not step.bridge:
+                self._decode_visits[step.first] += 1
+        self.drafted += drafted
+        self._drafted_pass, self._draft_keys = ran, piece.start + 2
+
+    def keep_draft(self) -> None:
+        """Of the last pass with drafts, one more drafted token belongs to the answer, and its logits are wanted."""
+        self._keep(self._draft_keys, 1)
+        self._draft_keys += 1
+        self.accepted += 1
+
+    def drop_pass(self) -> None:
+        """Nothing of the last pass with drafts counts for the answer; its first token runs again."""
+        self._keep(self._draft_keys - 1, -1)
+
+    def _keep(self, keys: int, tokens: int) -> None:
+        """Count a token over that many keys, and its logits, as the answer's instead of as a draft, or back (−1)."""
+        flops = tokens * self._drafted_pass.flops(1, keys)
+        self._decode_flops += flops
+        self._head_flops += tokens * self._cost.head
+        self._draft_flops -= flops + tokens * self._cost.head
+        self.decode_steps += tokens
 
     def _count(self, share: Share) -> None:
         """Count one step; a bridge is not a visit, nor is a layer that no token ran."""
@@ -228,14 +284,20 @@ class Work:
         """The prompt has run to its end; what follows is decoding."""
         self.prefilled = True
 
-    def head(self, positions: int = 1) -> None:
-        """Count logits computed for that many positions."""
+    def head(self, positions: int = 1, drafted: int = 0) -> None:
+        """Count logits computed for that many positions, and for that many drafted ones besides."""
         self._head_flops += self._cost.head * positions
+        self._draft_flops += self._cost.head * drafted
 
     @property
     def total(self) -> int:
-        """FLOPs executed so far, without those of the router."""
+        """FLOPs executed so far for the answer, without those of the router."""
         return self._prefill_flops + self._decode_flops + self._head_flops
+
+    @property
+    def executed(self) -> int:
+        """The same with those of drafts."""
+        return self.total + self._draft_flops
 
     def next_token(self, keys: int) -> int:
         """FLOPs of one more token over that many keys, its own included."""
@@ -258,6 +320,7 @@ class Work:
             head=self._head_flops,
             router=router,
             total=self.total + router,
+            drafts=self._draft_flops,
         )
 
 

@@ -38,6 +38,8 @@ _TYPES: Final[tuple[tuple[str, type, str], ...]] = (
     ("top_k", Integral, "a whole number"),
     ("seed", Integral, "a whole number"),
 )
+_UNSURE: Final = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.125}
+"""Logits that differ by less may change places where sums are rounded differently, by the dtype of activations."""
 _NO_IDS: Final = torch.empty((1, 0), dtype=torch.long)
 """The warpers' signature requires the tokens so far; none of those used here reads them."""
 
@@ -81,6 +83,21 @@ def likeliest_tokens(logits: Tensor) -> tuple[list[int], list[float]]:
     """The likeliest token of each row of logits (B, V), and its logit: nan where any is nan, for nan wins a maximum."""
     tokens = logits.argmax(-1, keepdim=True)
     return tokens.squeeze(-1).tolist(), logits.gather(-1, tokens).squeeze(-1).tolist()
+
+
+def near_ties(logits: Tensor, highest: Sequence[float], dtype: torch.dtype) -> list[bool]:
+    """For each row of logits (B, V), whether another token comes so near to the likeliest that it might win elsewhere.
+
+    Sums are rounded differently in passes of different sizes.
+
+    Args:
+        logits: They.
+        highest: The highest of each row.
+        dtype: In which the model computes.
+    """
+    bounds = torch.tensor(highest, device=logits.device) - _UNSURE.get(dtype, _UNSURE[torch.bfloat16])
+    near: list[int] = (logits >= bounds.unsqueeze(1)).sum(-1).tolist()
+    return [count > 1 for count in near]
 
 
 def read_logprobs(logits: Tensor, token: int, alternatives: int) -> TokenLogprobs:

@@ -23,12 +23,23 @@ def cost_facts(record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:
     return {"cost": None if amount is None else float(amount), "cost_details": details, "polar": _executed(record)}
 
 
+def _drafts(record: UsageRecord) -> dict[str, Any]:
+    """Nothing where nothing was drafted."""
+    tokens = record.tokens
+    return (
+        {"drafts": {"drafted": tokens.drafted, "accepted": tokens.accepted, "flops": record.flops.drafts}}
+        if tokens.drafted
+        else {}
+    )
+
+
 def _executed(record: UsageRecord) -> dict[str, Any]:
     return {
         "program": record.program,
         "visits": record.visits.total,
         "flops": record.flops.total,
         "identity_flops": record.identity_flops,
+        **_drafts(record),
         "compute_units": record.compute_units,
         "tier": record.tier,
         "tenant": record.tenant,

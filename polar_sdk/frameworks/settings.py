@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -37,7 +37,7 @@ _CONSTRAINTS: Final = ("json_schema", "regex", "choice", "grammar")
 """Settings of which one at most says what an answer must match."""
 _PER_CALL: Final = (
     *("compute", "program", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "timeout"),
-    *(*_CONSTRAINTS, "fit_max_tokens"),
+    *(*_CONSTRAINTS, "fit_max_tokens", "speculate"),
 )
 """Settings that are options of the engine by the same name, but for `json_schema`, there `schema`."""
 _OBJECT_SETTINGS: Final = ("policy", "router", "ledger", "sink")
@@ -85,6 +85,9 @@ class ModelSettings(BaseModel):
     """Lark grammar that the answer matches. Per call."""
     fit_max_tokens: bool = True
     """Steer an answer that must match something to an end within `max_tokens`. Per call."""
+    speculate: Literal["auto", "off", "prompt"] | None = None
+    """Draft tokens that followed before, and keep those that are right: `auto`, `prompt` or `off`; None = what the
+    engine does by default. The answer is the same. Per call."""
     tenant: str = "default"
     """Who is billed. Per call."""
     usage_tags: dict[str, str] = Field(default_factory=dict)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, Unpack
 
 from polar_sdk.errors import CompileError, DeviceError, ModelError, did_you_mean
 from polar_sdk.models.aliases import resolve
+from polar_sdk.models.compilation import compile_in_background, is_wanted, packages_folder
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
 from polar_sdk.models.find import LocalModel, obtain
 from polar_sdk.models.fingerprint import fingerprint_of
 from polar_sdk.models.network import bringer, check_finite, damaged, read_generation_config, read_network
-from polar_sdk.models.paths import cache_folder
 from polar_sdk.models.placement import (
     DeviceMap,
     Places,
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from polar_sdk.engine.placement import Placement
 
 
-Compile = bool | Literal["auto"]
-"""True compiles layers that are not compiled yet; `auto` uses compiled ones if they are on disk; False never does."""
+Compile = bool | Literal["auto", "stored"]
+"""True compiles layers that are not compiled yet before it returns, `auto` in the background; `stored` uses compiled
+ones where they are on disk; False never does."""
 _Key = tuple[str, ...]
 _log: Final = logging.getLogger(__name__)
 _loaded: Final[dict[_Key, LoadedModel]] = {}
@@ -63,8 +64,10 @@ class LoadOptions(TypedDict, total=False):
     precision: str
     """`auto`, the default, or `bf16`, `fp16`, `fp32`, `int8` or `int4`."""
     compile: Compile
-    """True compiles layers that are not compiled yet (half a minute or so, once for all processes); `auto`, the
-    default, runs compiled ones where they are on disk; False never does."""
+    """`auto`, the default, runs compiled layers where they are on disk, and else uncompiled ones at once, while a
+    process compiles in the background, once for all processes (`POLAR_COMPILE=off`: never); requests that come when it
+    is done run compiled. True compiles before it returns (a minute or so); `stored` uses what is on disk; False runs
+    uncompiled."""
     kv_memory: int | None
     """Max bytes for keys and values of all requests together; None = half of the memory that is free when the model
     is first loaded."""
@@ -106,7 +109,7 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
     if loaded.text_files != _text_files(local.folder):
         with LOADING_LOCK:
             loaded = _loaded[key] = _reread(loaded, local.folder)
-    _use_compiled(loaded.decoder, compile)
+    _use_compiled(loaded, compile)
     return loaded if loaded.name == source.name else replace(loaded, name=source.name)
 
 
@@ -141,8 +144,7 @@ def adopt(
     name = getattr(model.config, "name_or_path", "") or model.config.model_type
     placement = placement_of(model, find_family(model.config), name)
     decoder = run_apart(lambda: _take_over(model, placement, name, precision, kv_memory))
-    _use_compiled(decoder, compile)
-    return _in_memory(
+    loaded = _in_memory(
         decoder,
         model,
         tokenizer,
@@ -152,6 +154,8 @@ def adopt(
         dtype=decoder.dtype,
         adopted=weakref.ref(model),  # kept alive, it would hold the matrices that were fused, beside the fused ones
     )
+    _use_compiled(loaded, compile)
+    return loaded
 
 
 def clear_cache() -> None:
@@ -161,8 +165,8 @@ def clear_cache() -> None:
 
 
 def _checked(compile: Compile) -> Compile:
-    if not isinstance(compile, bool) and compile != "auto":
-        raise CompileError(f"compile={compile!r} is unknown; use True, False or 'auto'.")
+    if not isinstance(compile, bool) and compile not in ("auto", "stored"):
+        raise CompileError(f"compile={compile!r} is unknown; use True, False, 'auto' or 'stored'.")
     return compile
 
 
@@ -262,14 +266,15 @@ def _in_memory(
     )
 
 
-def _use_compiled(decoder: Decoder, compile: Compile) -> None:
-    """Make a decoder run compiled layers, as far as `compile` allows.
+def _use_compiled(loaded: LoadedModel, compile: Compile) -> None:
+    """Make a model run compiled layers, as far as `compile` allows.
 
     Raises:
         CompileError: `compile` is True and there is no compiler, or it failed, or layers are on several devices.
     """
     from polar_sdk.engine.compiled import load_kernels
 
+    decoder = loaded.decoder
     if len(decoder.placement.devices) > 1:
         if compile is True:
             raise CompileError(
@@ -278,11 +283,16 @@ def _use_compiled(decoder: Decoder, compile: Compile) -> None:
         return
     if compile is False or decoder.kernels.has_paged_decode:
         return
-    kernels = load_kernels(decoder, cache_folder() / "compiled", build=compile is True, progress=_say_compiling)
-    if kernels is None:
+    if compile == "auto" and decoder.renewal is not None:
+        decoder.renew()
+        return
+    kernels = load_kernels(decoder, packages_folder(), build=compile is True, progress=_say_compiling)
+    if kernels is not None:
+        decoder.kernels, decoder.renewal = kernels, None
+    elif decoder.family.compiled and compile == "auto" and is_wanted() and decoder.device.type == "cpu":
+        compile_in_background(decoder, loaded.config, loaded.name, loaded.fingerprint)
+    elif decoder.family.compiled:
         _log.info("layers run uncompiled; `polar models compile` makes them faster, once for all processes")
-    else:
-        decoder.kernels = kernels
 
 
 def _say_compiling(part: str, number: int, count: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.router.base import fixed_router
+from polar_sdk.serving.drafts import most_wasted
 from polar_sdk.usage import Offer, UsageBound
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class _Choice:
     tier: str | None
     program: Program
     flops: int
+    drafts: int
+    """FLOPs that drafts may execute beyond that."""
 
 
 def admit(
@@ -74,7 +77,8 @@ def _choices(request: Request, cost: CostModel) -> list[_Choice]:
         route = request.route.onto(program)
         scored = request.prompt_logprobs is not None
         used = cost.request(program, len(request.tokens), request.max_tokens, router=route.flops, scored=scored)
-        return _Choice(tier, program, used.total)
+        drafts = request.speculate != "off" and most_wasted(cost, program, len(request.tokens), request.max_tokens)
+        return _Choice(tier, program, used.total, int(drafts))
 
     requested = choice(request.tier, request.route.program)
     tiers = [choice(tier, program) for tier, program in request.tiers.items()]
@@ -91,7 +95,8 @@ def _bound(request: Request, choices: Sequence[_Choice]) -> UsageBound:
         tokens_input=len(request.tokens),
         tokens_output_max=request.max_tokens,
         offers=tuple(
-            Offer(tier=choice.tier, program=choice.program.text, flops_bound=choice.flops) for choice in choices
+            Offer(tier=choice.tier, program=choice.program.text, flops_bound=choice.flops, drafts_bound=choice.drafts)
+            for choice in choices
         ),
         at=request.started_at,
     )

@@ -28,6 +28,7 @@ from polar_sdk.request.options import (
     check_cancel,
     check_hook,
     check_logprobs,
+    check_speculate,
     check_stops,
     check_timeout,
     or_default,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from polar_sdk.request.encoder import PromptEncoder
     from polar_sdk.request.options import Prompt
     from polar_sdk.router.base import Router
+    from polar_sdk.serving.drafts import Speculate
 
 _DEFAULT_MAX_TOKENS = 256
 
@@ -65,6 +67,7 @@ class RequestMaker:
     router: Router | None
     tenant: str
     tags: Mapping[str, str]
+    speculate: Speculate
 
     def make(self, prompt: Prompt, options: RequestOptions) -> Request:
         """Check a prompt and its options.
@@ -105,6 +108,7 @@ class RequestMaker:
             logprobs=check_logprobs(options.get("logprobs")),
             prompt_logprobs=scored,
             grammar=self._grammar(options, max_tokens),
+            speculate=check_speculate(or_default(options.get("speculate"), self.speculate)),
             fit_max_tokens=bool(options.get("fit_max_tokens", True)),
             tiers=tiers if scored is None else {name: own for name, own in tiers.items() if not own.fills},
             # Last, since it may run layers: a prompt that does not fit, or an invalid option, costs nothing.

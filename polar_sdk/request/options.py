@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program
     from polar_sdk.request.constraint import Schema
     from polar_sdk.router.base import Router
+    from polar_sdk.serving.drafts import Speculate
     from polar_sdk.serving.request import Cancel
     from polar_sdk.usage import UsageSink
 
@@ -35,6 +36,7 @@ MAX_STOPS = 256
 """The engine's thread looks for each of them after every token."""
 MAX_STOP_LENGTH = 1_000
 """Unit: characters."""
+_SPECULATE = ("auto", "off", "prompt")
 _BATCH_OPTIONS = frozenset({"cancel", "timeout"})
 """Options that end a batch as a whole."""
 
@@ -56,6 +58,8 @@ class ModelOptions(LoadOptions, total=False):
     """Who is billed for requests that name no tenant."""
     tags: Mapping[str, str] | None
     """Tags of every request."""
+    speculate: Speculate
+    """`off`, the default, `auto` or `prompt`: whether requests that do not say so draft tokens."""
 
 
 class RequestOptions(TypedDict, total=False):
@@ -95,6 +99,10 @@ class RequestOptions(TypedDict, total=False):
     """Where an answer with a schema, regular expression, choice or grammar comes near `max_tokens`, allow only tokens
     after which it can still end in time, so that texts and lists end early rather than in the middle. True unless
     turned off; then such an answer may be cut off."""
+    speculate: Speculate | None
+    """Draft tokens that followed before where the last ones stood in prompt or answer, and run them together with the
+    one sampled last: `auto` where that pays, `prompt` wherever something matches, `off` never. The answer is the same.
+    None = what the model object says."""
     logprobs: int | None
     """Report the log-probability of each sampled token and of the N likeliest ones, N from 0 to 20, by the logits after
     the hook and the grammar and before temperature, top-k and top-p; None = report none."""
@@ -204,6 +212,14 @@ def check_logprobs(logprobs: Any, name: str = "logprobs") -> int | None:
     if isinstance(logprobs, bool) or not 0 <= count <= MAX_ALTERNATIVES:
         raise SamplingError(f"{name}={shown(logprobs)} is out of range; use 0 to {MAX_ALTERNATIVES}, or None.")
     return count
+
+
+def check_speculate(speculate: Any) -> Speculate:
+    """`auto`, `off` or `prompt`."""
+    if speculate not in _SPECULATE:
+        raise InvalidRequestError(f"speculate={shown(speculate)} is unknown; use {', '.join(_SPECULATE)}.")
+    checked: Speculate = speculate
+    return checked
 
 
 def check_timeout(timeout: Any) -> float | None:

@@ -13,11 +13,12 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 from polar_sdk.engine.row import Row
-from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, read_logprobs
+from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, near_ties, read_logprobs
 from polar_sdk.engine.text import TextStream
 from polar_sdk.errors import InvalidRequestError, LogitsError, RequestTimeoutError
 from polar_sdk.locks import Latch
 from polar_sdk.programs.cost import CHUNK
+from polar_sdk.serving.drafts import drafts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.grammar import GrammarState
     from polar_sdk.engine.row import Work
     from polar_sdk.programs.policy import LoopGuard
+    from polar_sdk.serving.drafts import Hits
     from polar_sdk.serving.request import Request
 
 
@@ -108,11 +111,11 @@ class Job:
         """One per sampled token, where the request wants them."""
         self.prompt_logprobs: list[TokenLogprobs] = []
         """One per prompt token after the first, where the request wants them."""
-        budget = request.max_tokens if request.fit_max_tokens else None
-        self.grammar = None if request.grammar is None else request.grammar.start(budget)
+        self.grammar = _start_grammar(request)
         """Where the answer is in its grammar; None = it has none."""
-        wants_logits = request.logits_hook is not None or request.logprobs is not None
-        self.needs_logits = wants_logits or self.grammar is not None
+        self.drafts = drafts_of(request.tokens, request.speculate, request.sampling, decoder.dtype)
+        """What proposes its next tokens; None = nothing does."""
+        self.needs_logits = any(each is not None for each in (request.logits_hook, request.logprobs, self.grammar))
         """True if the request has a hook or a grammar or wants log-probabilities: `sample` chooses its tokens."""
         self.cached = 0
         """Prompt tokens whose keys and values were already available."""
@@ -312,6 +315,76 @@ class Job:
         else:
             self.take(likeliest if self.sampler.greedy else self.sampler(logits))
 
+    def propose(self, room: int) -> list[int]:
+        """Tokens that may follow, to run in the next pass; at most `room`, and none that could not be kept."""
+        if self.drafts is None:
+            return []
+        return self.drafts.propose(self.tokens, min(room, self.request.max_tokens - len(self.tokens) - 1)).tokens
+
+    def judge(
+        self,
+        piece: Sequence[int],
+        logits: torch.Tensor,
+        likeliest: Sequence[int],
+        highest: Sequence[float],
+        unsure: Sequence[bool],
+        usual: Hits,
+        count: Callable[[], None],
+    ) -> None:
+        """Choose the tokens that follow, one after another, as long as the next one was drafted.
+
+        Each is chosen as it would be without drafts: the same token by the same logits and the same random numbers. So
+        a drafted token is kept exactly where it would have been sampled.
+
+        Args:
+            piece: Tokens that ran: the one sampled last, and the drafted ones, T in all.
+            logits: After each of them, (T, V).
+            likeliest: The likeliest token of each.
+            highest: Its logit.
+            unsure: Whether two tokens are so near to each other that a pass of another size might choose the other.
+            usual: How often drafts are right; learns from these.
+            count: Called before each token is chosen.
+
+        Raises:
+            LogitsError: As `choose`.
+            Exception: As `sample`.
+        """
+        start, kept = self.row.length - len(piece), 0
+        while settled := self._is_sure(piece, logits[kept], unsure[kept]):
+            if kept:
+                self.row.work.keep_draft()
+            kept += 1
+            count()
+            self.choose(logits[kept - 1], likeliest[kept - 1], highest[kept - 1])
+            if self.done or kept == len(piece) or self.tokens[-1] != piece[kept]:
+                break
+            if self._stops():
+                break
+        if self.drafts is not None and len(piece) > 1:
+            self.drafts.judged(len(piece) - 1, kept, usual, settled=settled)
+        if self.done:
+            return
+        if not kept:
+            self.row.work.drop_pass()
+        if not all(map(math.isfinite, highest[kept:])):
+            self.row.page_table.clear_after(start + kept)
+        self.row.page_table.shorten(start + kept)
+
+    def _stops(self) -> bool:
+        self.stop_if_due()
+        return self.done
+
+    def _is_sure(self, piece: Sequence[int], logits: torch.Tensor, near: bool) -> bool:
+        """Whether a pass of one token would choose the same from logits (V,); `near`: two are likeliest."""
+        if len(piece) == 1:
+            return True
+        if self.row.breached:
+            return False
+        if self.sampler.greedy and self.grammar is not None:
+            allowed = self.grammar.restrict(logits)
+            near = near_ties(allowed[None], [float(allowed.max())], self.row.decoder.dtype)[0]
+        return not (near and self.sampler.greedy)
+
     def sample(self, logits: torch.Tensor) -> None:
         """Choose the next token from logits (V,): the hook may change them, and then the grammar forbids tokens.
 
@@ -378,6 +451,11 @@ class Job:
                 self.host.forget(self)
             self._ended.open()
             self._pieces.put(None)
+
+
+def _start_grammar(request: Request) -> GrammarState | None:
+    budget = request.max_tokens if request.fit_max_tokens else None
+    return None if request.grammar is None else request.grammar.start(budget)
 
 
 def asked_by_engine() -> InvalidRequestError:

@@ -1,6 +1,7 @@
 """Shared starts of prompts: full blocks of keys and values that later requests use instead of computing them again.
 
-A block serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same.
+A block serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same, and
+what runs the layers: compiled code and uncompiled code round differently.
 Where a program fills layers, the last tokens of a prompt run them, and the same tokens in the middle of another prompt
 do not: so a block that reaches into them is neither kept nor lent. Tenants never share, so that neither the bill nor
 the timing of one reveals another's prompts. Knows rows and pages.
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _Key = bytes
-"""A hash of tenant, program, bridges, fills and all tokens up to the end of the block."""
+"""A hash of tenant, program, bridges, fills, kernels and all tokens up to the end of the block."""
 
 
 class PrefixCache:
@@ -45,7 +46,7 @@ class PrefixCache:
         if request.prompt_logprobs is not None:
             return 0
         blocks = []
-        for key in self._keys(request, len(request.tokens) - max(1, request.route.program.tail)):
+        for key in self._keys(request, row, len(request.tokens) - max(1, request.route.program.tail)):
             if key not in self._kept:
                 break
             self._kept.move_to_end(key)
@@ -61,7 +62,7 @@ class PrefixCache:
             return  # with a loop stopped, the states are not what another request would compute
         limits = [int(share * size) for size in pool.sizes]
         for key, block in zip(
-            self._keys(request, len(request.tokens) - row.program.tail), row.page_table.blocks, strict=False
+            self._keys(request, row, len(request.tokens) - row.program.tail), row.page_table.blocks, strict=False
         ):
             if key in self._kept:
                 continue
@@ -91,10 +92,11 @@ class PrefixCache:
             pool.release(block)
             self._kept_pages = [kept - count for kept, count in zip(self._kept_pages, pool.counts(block), strict=True)]
 
-    def _keys(self, request: Request, tokens: int) -> list[_Key]:
+    def _keys(self, request: Request, row: Row, tokens: int) -> list[_Key]:
         """One key per full block of the first `tokens` tokens, each hashed together with the key before it."""
         program = request.route.program
-        common = (request.tenant, program.text, hash_bridges(self._decoder, [program]))
+        compiled = row.begin().has_paged_decode
+        common = (request.tenant, program.text, hash_bridges(self._decoder, [program]), compiled)
         key = hashlib.sha256(repr(common).encode()).digest()
         keys = []
         for start in range(0, tokens - PAGE + 1, PAGE):

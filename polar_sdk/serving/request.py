@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.route import Route
     from polar_sdk.engine.sampling import LogitsHook, Sampling
     from polar_sdk.programs.program import Program
+    from polar_sdk.serving.drafts import Speculate
 
 
 class Cancel(Protocol):
@@ -50,6 +51,8 @@ class Request:
     """Number of alternatives per prompt token whose log-probabilities are wanted; None = none are."""
     grammar: Grammar | None = None
     """What the answer must match; None = anything."""
+    speculate: Speculate = "off"
+    """Whether tokens are drafted; see `drafts`."""
     fit_max_tokens: bool = True
     """Whether an answer with a grammar is steered to an end within `max_tokens`."""
     id_is_new: bool = False

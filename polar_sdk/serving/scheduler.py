@@ -18,15 +18,17 @@ import time
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from itertools import repeat
 from queue import Empty
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
 import torch
 
-from polar_sdk.engine.forward import next_logits
-from polar_sdk.engine.sampling import likeliest_tokens
+from polar_sdk.engine.forward import drafted_logits, next_logits
+from polar_sdk.engine.sampling import likeliest_tokens, near_ties
 from polar_sdk.errors import CacheMemoryError, QueueFullError
+from polar_sdk.serving.drafts import MAX_ROWS, Hits, PassCosts, Plan, spans
 from polar_sdk.serving.job import asked_by_engine
 from polar_sdk.serving.pace import Pace
 from polar_sdk.serving.places import Limits, Places
@@ -71,6 +73,7 @@ class Scheduler:
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace()
+        self._pass_costs, self._hits = PassCosts(), Hits()
         self._token = sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head
         """FLOPs of decoding one token at full depth."""
         self._checked = 0
@@ -109,6 +112,7 @@ class Scheduler:
         """
         if self.runs_here():
             raise asked_by_engine()
+        self.decoder.renew()
         for job in jobs:
             self._check_size(job)
         with self._arriving:
@@ -298,17 +302,20 @@ class Scheduler:
         # Prompts first: who has just come gets a first token before others get a further one. Rows that end their
         # prompt here decode in the next round, so that `cancel` is checked before each token.
         if prompts:
-            self._attempt(prompts, lambda: self._run_chunks(prompts, chunks))
+            chunk_of = dict(zip(prompts, chunks, strict=True))
+            for alike in _by_kernels(prompts):
+                self._attempt(alike, partial(self._run_chunks, alike, [chunk_of[job] for job in alike]))
             self._hurried = not self._hurried and self._has_newcomer()
         if decoding and not (prompts and self._hurried):
-            self._attempt(decoding, lambda: self._run_decode(decoding))
+            for alike in _by_kernels(decoding):
+                self._attempt(alike, partial(self._run_decode, alike))
         return bool(jobs)
 
-    def _rows(self, jobs: Iterable[Job]) -> dict[str, float]:
-        """How many rows decode for each tenant; each counts by its share of full depth."""
+    def _rows(self, jobs: Iterable[Job], pieces: Iterable[Sequence[int]] | None = None) -> dict[str, float]:
+        """How many rows decode for each tenant, those of drafts included; each counts by its share of full depth."""
         rows: dict[str, float] = {}
-        for job in jobs:
-            share = job.row.work.next_token(job.row.length + 1) / self._token
+        for job, piece in zip(jobs, repeat((0,)) if pieces is None else pieces, strict=False):
+            share = len(piece) * job.row.work.next_token(job.row.length + 1) / self._token
             rows[job.request.tenant] = rows.get(job.request.tenant, 0.0) + share
         return rows
 
@@ -366,13 +373,40 @@ class Scheduler:
         return {index: reader(job) for index, job in wanted if not again[index]}
 
     def _run_decode(self, jobs: Sequence[Job]) -> None:
-        began, rows = time.perf_counter(), self._rows(jobs)
+        began, pieces = time.perf_counter(), self._drafted(jobs)
+        rows, count = self._rows(jobs, pieces), sum(map(len, pieces))
+        run = next_logits if count == len(jobs) else drafted_logits
         try:
-            logits = next_logits(self.decoder, [job.row for job in jobs], [job.tokens[-1:] for job in jobs])
+            logits = run(self.decoder, [job.row for job in jobs], pieces)
         finally:
             self._charge(jobs)
-        self._choose(jobs, logits)  # only now a GPU has done what it was asked for
-        self._pace.decoded(rows, time.perf_counter() - began, self.limits.weights)
+        if count == len(jobs):
+            self._choose(jobs, logits)  # only now a GPU has done what it was asked for
+        else:
+            self._judge(jobs, pieces, logits)
+        seconds = time.perf_counter() - began
+        self._pace.decoded(rows, seconds, self.limits.weights)
+        self._pass_costs.measured(count, seconds * count / sum(rows.values()))
+
+    def _drafted(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """The tokens that each job runs next: the one sampled last, and drafts as far as rows are idle and it pays."""
+        pieces = [job.tokens[-1:] for job in jobs]
+        proposals = [job.propose(MAX_ROWS - len(jobs)) for job in jobs]
+        if any(proposals):
+            plan = Plan([job.drafts for job in jobs], self._pass_costs, self._hits)
+            for job, piece, proposal, drafted in zip(jobs, pieces, proposals, plan.counts, strict=True):
+                piece.extend(proposal[:drafted])
+                if job.drafts is not None and not drafted:
+                    job.drafts.passed()
+        return pieces
+
+    def _judge(self, jobs: Sequence[Job], pieces: Sequence[Sequence[int]], logits: Tensor) -> None:
+        """The next tokens of each job of a pass with drafts, from logits (N, V); errors as in `_choose`."""
+        likeliest, highest = likeliest_tokens(logits)
+        unsure = near_ties(logits, highest, self.decoder.dtype)
+        for job, piece, own in zip(jobs, pieces, spans(pieces), strict=True):
+            results = (logits[own], likeliest[own], highest[own], unsure[own])
+            self._attempt([job], partial(job.judge, piece, *results, self._hits, self._count_token))
 
     def _charge(self, jobs: Sequence[Job]) -> None:
         """Count what a pass executed, for the fairness between tenants."""
@@ -395,8 +429,12 @@ class Scheduler:
                 continue
             if not job.tokens and math.isfinite(logit):
                 self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
-            self.sampled_tokens += 1  # before the caller may hear of it
+            self._count_token()
             self._attempt([job], partial(job.choose, logits[row], likeliest, logit))
+
+    def _count_token(self) -> None:
+        """A token is about to be chosen, and its caller has not heard of it yet."""
+        self.sampled_tokens += 1
 
     def _attempt(self, jobs: Sequence[Job], run: Callable[[], None]) -> None:
         """Run a pass; an error ends the jobs that were part of it, and no others."""
@@ -406,6 +444,14 @@ class Scheduler:
             for job in jobs:
                 if not job.done:
                     job.fail(error)
+
+
+def _by_kernels(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Jobs that can share a pass: when compiled layers come, those that began without them go on without them."""
+    alike: dict[int, list[Job]] = {}
+    for job in jobs:
+        alike.setdefault(id(job.row.begin()), []).append(job)
+    return list(alike.values())
 
 
 def _gave_way(limit: int) -> QueueFullError:

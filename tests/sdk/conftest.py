@@ -15,6 +15,7 @@ from polar_sdk.usage import ListSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -125,6 +126,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("family", FAMILIES)
     if "variant" in metafunc.fixturenames:
         metafunc.parametrize("variant", [*FAMILIES, *VARIANTS])
+
+
+@pytest.fixture(scope="session")
+def packages(request: pytest.FixtureRequest) -> Path:
+    """A folder in pytest's cache: a package's name covers everything it depends on, so it is compiled once."""
+    return request.config.cache.mkdir("compiled") if request.config.cache else pytest.fail("needs pytest's cache")
 
 
 @pytest.fixture

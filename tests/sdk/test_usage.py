@@ -90,6 +90,13 @@ class TestRecord:
         with pytest.raises(ValidationError, match=r"cached tokens \(6\) exceed input tokens \(5\)"):
             TokenUsage(input=5, cached=6)
 
+    def test_accepted_tokens_are_drafted_and_executed_flops_fit(self) -> None:
+        with pytest.raises(ValidationError, match=r"accepted tokens \(6\) exceed drafted tokens \(5\)"):
+            TokenUsage(drafted=5, accepted=6)
+        with pytest.raises(ValidationError, match="leave 64 bits"):
+            FlopUsage(head=2**62, total=2**62, drafts=2**62)
+        assert FlopUsage(head=3, total=3, drafts=4).executed == 7
+
     @pytest.mark.parametrize(
         "wrong",
         [
@@ -102,7 +109,9 @@ class TestRecord:
             {"identity_flops": -1},
             {"identity_flops": 2**63},
             {"price": "1.00"},
-            {"schema_version": 3},
+            {"schema_version": 4},
+            {"schema_version": 2, "tokens": TokenUsage(drafted=1)},
+            {"flops": FlopUsage(drafts=1)},
             {"schema_version": 1, "visits": VisitUsage(prefill_filled=(1,))},
             {"tags": {"a": 1}},
         ],

@@ -22,7 +22,7 @@ from polar_billing.budgets.offers import Cost, Refusal, Standing, choose, needed
 from polar_billing.errors import StoreError, id_in_use
 from polar_billing.ledger import chain
 from polar_billing.ledger.schema import budget_table, hold_table
-from polar_billing.prices.quote import quote
+from polar_billing.prices.quote import charged_bound, quote
 from polar_billing.values.canonical import canonical_json, canonical_text
 from polar_billing.values.money import STORED_SCALE, from_scaled, to_scaled
 from polar_billing.values.periods import Period, Window
@@ -265,9 +265,8 @@ def costs(bound: UsageBound, book: PriceBook) -> list[Cost]:
 
 
 def _cost(bound: UsageBound, offer: Offer, book: PriceBook) -> Cost:
-    quoted = quote(
-        book, bound.tenant, offer.tier, offer.flops_bound, bound.tokens_input, bound.tokens_output_max, bound.at
-    )
+    flops = charged_bound(offer, book)
+    quoted = quote(book, bound.tenant, offer.tier, flops, bound.tokens_input, bound.tokens_output_max, bound.at)
     money = None if quoted.amount is None else to_scaled(quoted.amount, STORED_SCALE)
     return Cost(quoted.currency, money, offer.flops_bound, quoted.unrated)
 

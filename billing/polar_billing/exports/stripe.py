@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.errors import QueryError
-from polar_billing.prices.rating import COMPUTE, ITEMS, rate
+from polar_billing.prices.rating import COMPUTE, ITEMS, charged_flops, rate
 from polar_billing.values.money import from_scaled
 from polar_billing.values.periods import Period, Window
 from polar_sdk import reading
@@ -111,7 +111,7 @@ class MeterEvents:
         if record.outcome in book.free_outcomes:
             return
         counts = {line.item.name: line.count for line in rating.lines}
-        counts |= {name: _count(record, name) for name in _planned(record, book)}
+        counts |= {name: _count(record, book, name) for name in _planned(record, book)}
         yield from sorted(counts.items())
 
     def _grow(self, record: UsageRecord, item: str, count: int) -> int:
@@ -158,8 +158,8 @@ def _planned(record: UsageRecord, book: PriceBook) -> Iterator[str]:
         yield ITEMS[item.per].name
 
 
-def _count(record: UsageRecord, name: str) -> int:
-    counts = (record.flops.total, record.tokens.input, record.tokens.output, 1)
+def _count(record: UsageRecord, book: PriceBook, name: str) -> int:
+    counts = (charged_flops(record, book), record.tokens.input, record.tokens.output, 1)
     return dict(zip((item.name for item in ITEMS.values()), counts, strict=True))[name]
 
 

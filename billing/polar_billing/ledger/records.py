@@ -175,10 +175,13 @@ def to_raw(seq: int, entry: Entry, stored_at: int) -> tuple[Any, ...]:
         canonical_text(visits.decode),
         *_work(record),
         canonical_text(visits.prefill_filled) if visits.prefill_filled else None,
+        *(_drafts(record) if record.tokens.drafted else _NO_DRAFTS),
     )
 
 
 _how_it_ran: Final = attrgetter("model", "model_fingerprint", "router", "router_version", "tier", "program")
+_NO_DRAFTS: Final = (None, None, None)
+_drafts: Final = attrgetter("tokens.drafted", "tokens.accepted", "flops.drafts")
 _tokens: Final = attrgetter("tokens.input", "tokens.cached", "tokens.output")
 _work: Final = attrgetter(
     *("flops.embed", "flops.layers_prefill", "flops.layers_decode", "flops.head", "flops.router", "flops.total"),
@@ -208,7 +211,13 @@ def from_row(row: Row[Any]) -> StoredUsage:
         outcome=Outcome(row.outcome),
         finish_reason=row.finish_reason,
         error=row.error,
-        tokens=TokenUsage.model_construct(input=row.tokens_input, cached=row.tokens_cached, output=row.tokens_output),
+        tokens=TokenUsage.model_construct(
+            input=row.tokens_input,
+            cached=row.tokens_cached,
+            output=row.tokens_output,
+            drafted=row.tokens_drafted or 0,
+            accepted=row.tokens_accepted or 0,
+        ),
         visits=VisitUsage.model_construct(
             prefill=row.visits_prefill, prefill_filled=row.visits_prefill_filled or (), decode=row.visits_decode
         ),
@@ -219,6 +228,7 @@ def from_row(row: Row[Any]) -> StoredUsage:
             head=row.flops_head,
             router=row.flops_router,
             total=row.flops_total,
+            drafts=row.flops_drafts or 0,
         ),
         loops_stopped=row.loops_stopped,
         flops_formula=row.flops_formula,

@@ -41,6 +41,9 @@ class Work(NamedTuple):
     flops_router: int
     flops_answer: int
     """Decode steps and the head."""
+    tokens_drafted: int
+    tokens_accepted: int
+    flops_drafts: int
     cost: int
     """0 where unrated."""
     queue_ns: int
@@ -50,6 +53,7 @@ class Work(NamedTuple):
 
 _COMPUTED: Final = {
     "flops_answer": "polar_usage.flops_layers_decode + polar_usage.flops_head",
+    **{name: f"coalesce(polar_usage.{name}, 0)" for name in ("tokens_drafted", "tokens_accepted", "flops_drafts")},
     "cost": "coalesce(polar_receipt.cost, 0)",
 }
 _OF_RECEIPT: Final = frozenset({"price_book_hash", "unrated"})

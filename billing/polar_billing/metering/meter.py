@@ -43,7 +43,7 @@ from polar_billing.metering.spool import store
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
 from polar_billing.prices.current import Prices
-from polar_billing.prices.quote import quote
+from polar_billing.prices.quote import charged_bound, quote
 from polar_billing.prices.rating import COMPUTE, Rating, cost_of, rate
 from polar_billing.values.money import from_scaled, plain
 from polar_sdk.errors import InvalidRequestError
@@ -203,7 +203,13 @@ class Meter(UsageSink):
         book = self._prices.of(bound.tenant, bound.at)
         quotes = [
             quote(
-                book, bound.tenant, offer.tier, offer.flops_bound, bound.tokens_input, bound.tokens_output_max, bound.at
+                book,
+                bound.tenant,
+                offer.tier,
+                charged_bound(offer, book),
+                bound.tokens_input,
+                bound.tokens_output_max,
+                bound.at,
             )
             for offer in bound.offers
         ]

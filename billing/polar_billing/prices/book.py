@@ -45,7 +45,7 @@ EXAMPLE_PLANS: Final = "example_plans.toml"
 _MAX_PROBLEMS: Final = 3
 _MAX_DOCUMENT: Final = 64 * 2**20
 """Unit: bytes."""
-_ADDED_LATER: Final = ("plans", "customers", "credits")
+_ADDED_LATER: Final = ("plans", "customers", "credits", "charge_drafts")
 
 
 class PriceBook(Checked):
@@ -58,6 +58,9 @@ class PriceBook(Checked):
     """Decimals a statement line is rounded to; by default those of the currency's minor unit."""
     free_outcomes: frozenset[Outcome] = frozenset()
     """Outcomes that are metered but charged at 0, for example `error`."""
+    charge_drafts: Annotated[bool, Field(strict=True)] = False
+    """Whether compute units include what was executed for drafted tokens that answers did not keep. By default they are
+    what the answers needed, as without drafts."""
     prices: Annotated[tuple[PriceEntry, ...], Field(min_length=1)]
     """In order of `effective_from`, whatever the order in the file."""
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     from polar_billing.prices.book import PriceBook
+    from polar_sdk.usage import Offer
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Quote:
     """12 decimals; None where the use would be unrated. Unit: currency units."""
     lines: tuple[ChargeLine, ...] = ()
     unrated: str | None = None
+
+
+def charged_bound(offer: Offer, book: PriceBook) -> int:
+    """The FLOPs that a book may charge of a request served by an offer, at most."""
+    return offer.flops_bound + offer.drafts_bound if book.charge_drafts else offer.flops_bound
 
 
 def quote(
@@ -49,8 +55,8 @@ def quote(
         book: The prices.
         tenant: The tenant; its plan may have its own rates.
         tier: The requested tier, None for a program named by hand.
-        flops_bound: Maximum FLOPs it can execute: all tokens through the most expensive allowed program, the router
-            included.
+        flops_bound: Maximum FLOPs it can be charged: all tokens through the most expensive allowed program, the router
+            included; for a book with `charge_drafts`, those of drafts as well.
         tokens_input: Prompt tokens.
         tokens_output: Maximum number of tokens it may sample.
         at: When the request will be served. Aware.

@@ -174,7 +174,7 @@ def rate(record: UsageRecord, book: PriceBook, *, counterfactuals: bool = True) 
     charged_by = rate_of(book, record.tenant, record.tier, record.started_at)
     if isinstance(charged_by, str):
         return Rating(book.currency, unrated=charged_by)
-    counts = Counts(1, record.flops.total, record.tokens.input, record.tokens.output)
+    counts = Counts(1, charged_flops(record, book), record.tokens.input, record.tokens.output)
     if record.outcome not in book.free_outcomes:
         lines = charge_lines(counts, charged_by.entry, charged_by.multiplier)
         if (beyond := reason_beyond(sum(line.exact for line in lines), book)) is not None:
@@ -206,6 +206,11 @@ def rate_counts(counts: Counts, identity_flops: int, outcome: Outcome, charged_b
     )
 
 
+def charged_flops(record: UsageRecord, book: PriceBook) -> int:
+    """The FLOPs that a book charges of a request: what the answer needed, or all that was executed."""
+    return record.flops.executed if book.charge_drafts else record.flops.total
+
+
 def cost_of(record: UsageRecord, book: PriceBook) -> tuple[Decimal | None, str | None]:
     """`rate(record, book).cost` and `.unrated` without the lines, which storing a record does not need."""
     charged_by = rate_of(book, record.tenant, record.tier, record.started_at)
@@ -213,7 +218,8 @@ def cost_of(record: UsageRecord, book: PriceBook) -> tuple[Decimal | None, str |
         return None, charged_by
     exact = 0
     if record.outcome not in book.free_outcomes:
-        exact = _exact(charged_by, 1, record.flops.total, record.tokens.input, record.tokens.output)
+        flops = charged_flops(record, book)
+        exact = _exact(charged_by, 1, flops, record.tokens.input, record.tokens.output)
     if (beyond := reason_beyond(exact, book)) is not None:
         return None, beyond
     return from_scaled(round_half_even(exact, EXACT_SCALE, STORED_SCALE), STORED_SCALE), None

@@ -51,8 +51,12 @@ class _Alike:
     identity_flops: int = 0
     flops_router: int = 0
     flops_answer: int = 0
+    tokens_drafted: int = 0
+    tokens_accepted: int = 0
+    flops_drafts: int = 0
     cost: int = 0
     flops_most: int = 0
+    """Of one request, drafts included."""
     tokens_input_most: int = 0
     tokens_output_most: int = 0
     latencies_ns: list[int] = field(default_factory=list)
@@ -70,10 +74,10 @@ class _Alike:
                 self.layers.add(*([visits * requests for visits in _visits(part)] for part in parts))
         self.waiting.clear()
 
-    @property
-    def counts(self) -> Counts:
-        """What prices look at."""
-        return Counts(self.requests, self.flops, self.tokens_input, self.tokens_output)
+    def counts(self, book: PriceBook) -> Counts:
+        """What the prices of a book look at."""
+        flops = self.flops + self.flops_drafts * book.charge_drafts
+        return Counts(self.requests, flops, self.tokens_input, self.tokens_output)
 
 
 _Group = tuple[str, str | None, str, str, str, str, str | None, int]
@@ -133,7 +137,8 @@ def _grouped(usage: Iterable[Work], rater: Rater) -> dict[_Group, _Alike]:
 
 def _count(alike: _Alike, counted: list[int]) -> int:
     """Count a request in; returns its latency in nanoseconds."""
-    tokens_input, cached, tokens_output, flops, identity_flops, router, answer, cost, queue, prefill, decode = counted
+    tokens_input, cached, tokens_output, flops, identity_flops, router, answer, *rest = counted
+    drafted, accepted, drafts, cost, queue, prefill, decode = rest
     alike.requests += 1
     alike.tokens_input += tokens_input
     alike.tokens_cached += cached
@@ -143,6 +148,11 @@ def _count(alike: _Alike, counted: list[int]) -> int:
     alike.flops_router += router
     alike.flops_answer += answer
     alike.cost += cost
+    if drafted:
+        alike.tokens_drafted += drafted
+        alike.tokens_accepted += accepted
+        alike.flops_drafts += drafts
+        flops += drafts
     if flops > alike.flops_most:  # noqa: PLR1730  (three calls of `max` would take a tenth of the loop's time)
         alike.flops_most = flops
     if tokens_input > alike.tokens_input_most:  # noqa: PLR1730
@@ -167,7 +177,7 @@ def _rate(key: _Group, alike: _Alike, book: PriceBook) -> Rating | None:
             return None
     if isinstance(charged_by, str):  # the reason names the moment, so each request has its own
         return None
-    return rate_counts(alike.counts, alike.identity_flops, Outcome(outcome), charged_by, book)
+    return rate_counts(alike.counts(book), alike.identity_flops, Outcome(outcome), charged_by, book)
 
 
 def _add(totals: UsageTotals, key: _Group, alike: _Alike, rating: Rating) -> None:
@@ -184,6 +194,9 @@ def _add(totals: UsageTotals, key: _Group, alike: _Alike, rating: Rating) -> Non
     totals.receipts += alike.cost
     totals.flops_router += alike.flops_router
     totals.flops_answer += alike.flops_answer
+    totals.tokens_drafted += alike.tokens_drafted
+    totals.tokens_accepted += alike.tokens_accepted
+    totals.flops_drafts += alike.flops_drafts
     totals.latencies_ns += alike.latencies_ns
     if rating.unrated is not None:
         totals.unrated[rating.unrated] += alike.requests

@@ -24,9 +24,10 @@ from polar_billing.prices.rating import ITEMS, UNIT_PRICE_SCALE, rate, rate_of
 from polar_billing.proof.receipts import can_be_stored, make_receipt
 from polar_billing.reports.formula import Formula, work_out
 from polar_billing.reports.layers import LayerState, read_layers
-from polar_billing.statements.audit import conditions_of, lines_of_usage
+from polar_billing.statements.audit import conditions_of, lines_of_usage, rated_in
 from polar_billing.statements.statement import StatementLine
 from polar_billing.statements.store import find_statement
+from polar_billing.statements.usage import charged_flops
 from polar_billing.values.money import EXACT_SCALE, exact_sum, from_scaled, to_scaled
 from polar_sdk.errors import ProgramError
 from polar_sdk.reading import shown
@@ -286,16 +287,17 @@ def explain_line(ledger: Ledger, name: str, *, tenant: str | None = None, record
         issued, line = _issued_line(connection, name, tenant)
         conditions = conditions_of(connection, issued, line)
         usage = usage_table.c
+        charged = charged_flops(rated_in(connection, issued.statement, line)[0])
         query = select(
             func.count(),
-            func.sum(usage.flops_total // _MILLION),
-            func.sum(usage.flops_total % _MILLION),
+            func.sum(charged // _MILLION),
+            func.sum(charged % _MILLION),
             func.sum(usage.tokens_input),
             func.sum(usage.tokens_output),
         ).where(*conditions)
         requests, *summed = (int(value or 0) for value in connection.execute(query).one())
         listed = connection.execute(
-            select(usage.seq, usage.request_id, usage.flops_total, usage.tokens_input, usage.tokens_output)
+            select(usage.seq, usage.request_id, charged, usage.tokens_input, usage.tokens_output)
             .where(*conditions)
             .order_by(usage.seq)
             .limit(records)

@@ -110,6 +110,8 @@ def _products(formula: Formula) -> Table:
 
 def _agreement(formula: Formula) -> Iterator[Text]:
     note = f" ({formula.note})" if formula.note else ""
+    if formula.drafts:
+        yield as_text(f"Drafts executed {formula.drafts:,} FLOPs beyond these.")
     if formula.difference:
         yield as_text(
             f"The usage record says {formula.recorded:,}: {formula.difference:+,} compared with the sum{note}.",
@@ -135,6 +137,8 @@ def _recorded(explained: RequestExplanation) -> Iterator[RenderableType]:
             add_row(table, name, f"{flops[field]:,}")
     table.add_section()
     add_row(table, "sum", f"{flops['total']:,}", style="bold")
+    if flops["drafts"]:
+        add_row(table, "drafts beyond it", f"{flops['drafts']:,}")
     yield table
     yield as_text(f"They are not taken apart further: {(explained.no_formula or '').rstrip('.')}.", "yellow")
 

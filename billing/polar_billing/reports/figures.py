@@ -34,17 +34,22 @@ class Figures(BaseModel):
     tokens_cached: int
     """Included in `tokens_input`."""
     tokens_output: int
+    tokens_drafted: int
+    tokens_accepted: int
+    """Included in `tokens_drafted`."""
     compute_units: Decimal
-    """Executed, the router included. Unit: CU."""
+    """What the answers needed, the router included. Unit: CU."""
     compute_units_prompt: Decimal
     """Of them, the layers over the prompts."""
     compute_units_answer: Decimal
     """Of them, the decode steps and the head; with prompt and router, the whole."""
     compute_units_router: Decimal
+    compute_units_drafts: Decimal
+    """Executed for drafted tokens that the answers did not keep; not included in `compute_units`. Unit: CU."""
     compute_units_full_depth: Decimal
     """The same tokens through every layer once, without a router. Unit: CU."""
     compute_units_saved: Decimal
-    """Full depth less executed; negative where loops or the router cost more. Unit: CU."""
+    """Full depth less `compute_units`; negative where loops or the router cost more. Unit: CU."""
     saved_share: Decimal | None
     """Saved compute as a share of full depth, at most 1; None where nothing would have been executed."""
     router_share: Decimal | None
@@ -91,10 +96,13 @@ def figures_of(groups: Iterable[UsageTotals], decimals: int, charge: Decimal | N
         tokens_input=total("tokens_input"),
         tokens_cached=total("tokens_cached"),
         tokens_output=total("tokens_output"),
+        tokens_drafted=total("tokens_drafted"),
+        tokens_accepted=total("tokens_accepted"),
         compute_units=COMPUTE.quantity(flops),
         compute_units_prompt=COMPUTE.quantity(flops - total("flops_answer") - total("flops_router")),
         compute_units_answer=COMPUTE.quantity(total("flops_answer")),
         compute_units_router=COMPUTE.quantity(total("flops_router")),
+        compute_units_drafts=COMPUTE.quantity(total("flops_drafts")),
         compute_units_full_depth=COMPUTE.quantity(identity),
         compute_units_saved=COMPUTE.quantity(identity - flops),
         saved_share=_share(identity - flops, identity),

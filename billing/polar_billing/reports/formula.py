@@ -51,7 +51,7 @@ class Term(BaseModel):
 
 
 class Formula(BaseModel):
-    """Executed FLOPs as products, beside what the usage record says."""
+    """The FLOPs that an answer needed as products, beside what the usage record says."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -62,6 +62,8 @@ class Formula(BaseModel):
     """Of the usage record. Unit: FLOPs."""
     difference: int
     """`recorded - total`; 0 where the formula gives what was recorded."""
+    drafts: int
+    """FLOPs that were executed for drafts beyond these, as recorded."""
     note: str | None
     """Where the request ended early, or why the two differ."""
 
@@ -126,6 +128,7 @@ def work_out(record: UsageRecord, cost: CostModel) -> Formula:
         total=total,
         recorded=record.flops.total,
         difference=difference,
+        drafts=record.flops.drafts,
         note="; ".join(notes) or None,
     )
 

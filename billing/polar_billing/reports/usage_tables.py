@@ -87,7 +87,8 @@ def requests_view(usage: Sequence[StoredUsage], *, title: str, currencies: dict[
 def report_view(report: Report) -> RenderableType:
     """The whole report: usage, latency and charges of every tenant, then each tenant's lines."""
     amounts = Amounts.of(report)
-    parts: list[RenderableType] = [_heading(report), _tiers(report), Text(), _service(report), Text()]
+    parts: list[RenderableType] = [_heading(report), _tiers(report), *_drafts(report.figures), Text()]
+    parts += [_service(report), Text()]
     parts += [_promises(report, amounts), Text()] if report.promises else []
     parts += [_comparison(report, amounts), Text()]
     parts += [_others(report, amounts), Text()] if report.others else []
@@ -117,6 +118,15 @@ def _tiers(report: Report) -> Table:
         table, "requests", "tokens\nin", "\nout", "CU", "CU of\nprompts", "\nanswers", "CU\nsaved", "saved", "router"
     )
     return _by_tier(table, report, _usage_cells)
+
+
+def _drafts(figures: Figures) -> list[Text]:
+    """What drafts came to, if there were any."""
+    if not figures.tokens_drafted:
+        return []
+    kept, drafted = text.count(figures.tokens_accepted), text.count(figures.tokens_drafted)
+    beyond = text.compute_units(figures.compute_units_drafts)
+    return [as_text(f"Drafts: {kept} of {drafted} tokens kept; {beyond} CU executed beyond those above.", "dim")]
 
 
 def _usage_cells(figures: Figures) -> list[str]:

@@ -211,13 +211,13 @@ def conditions_of(connection: Connection, issued: IssuedStatement, line: Stateme
     if line.outcome is not None:
         conditions.append(usage.outcome == line.outcome)
     else:
-        book, period = _rated_in(connection, statement, line)
+        book, period = rated_in(connection, statement, line)
         conditions.append(usage.outcome.not_in(sorted(book.free_outcomes)))
         conditions += _is_rated(connection, book, statement.tenant, period, seqs)
     return conditions
 
 
-def _rated_in(connection: Connection, statement: Statement, line: StatementLine) -> tuple[PriceBook, Period]:
+def rated_in(connection: Connection, statement: Statement, line: StatementLine) -> tuple[PriceBook, Period]:
     """The book and period that a line was rated in: for late usage those of the statement it corrects."""
     if line.corrects is not None and (corrected := find_statement(connection, statement.tenant, line.corrects)):
         statement = corrected.statement

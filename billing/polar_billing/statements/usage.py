@@ -71,6 +71,12 @@ def within(tenant: str, since: datetime, until: datetime, seqs: SeqRange) -> lis
     return [*conditions, usage.seq > seqs.after, usage.seq <= seqs.until]
 
 
+def charged_flops(book: PriceBook) -> ColumnElement[int]:
+    """The FLOPs that a book charges of a request."""
+    usage = usage_table.c
+    return usage.flops_total + func.coalesce(usage.flops_drafts, 0) if book.charge_drafts else usage.flops_total
+
+
 def count_requests(connection: Connection, tenant: str, since: datetime, until: datetime, seqs: SeqRange) -> int:
     """The number of a tenant's requests served in a half-open span of time."""
     query = select(func.count()).select_from(usage_table).where(*within(tenant, since, until, seqs))
@@ -86,14 +92,14 @@ def last_seq(connection: Connection, tenant: str) -> int:
 
 
 def _uses(connection: Connection, tenant: str, stretch: Stretch, seqs: SeqRange, book: PriceBook) -> Iterator[Use]:
-    usage = usage_table.c
+    usage, flops = usage_table.c, charged_flops(book)
     query = (
         select(
             usage.tier,
             usage.outcome,
             func.count(),
-            func.sum(usage.flops_total // _MILLION),
-            func.sum(usage.flops_total % _MILLION),
+            func.sum(flops // _MILLION),
+            func.sum(flops % _MILLION),
             func.sum(usage.tokens_input),
             func.sum(usage.tokens_output),
         )
@@ -102,8 +108,7 @@ def _uses(connection: Connection, tenant: str, stretch: Stretch, seqs: SeqRange,
     )
     beyond = list(uses_beyond_receipt(connection, tenant, stretch, seqs, book).values())
     for tier, outcome, requests, millions, rest, tokens_input, tokens_output in connection.execute(query):
-        flops = int(millions) * _MILLION + int(rest)
-        counts = Counts(requests, flops, int(tokens_input), int(tokens_output))
+        counts = Counts(requests, int(millions) * _MILLION + int(rest), int(tokens_input), int(tokens_output))
         apart = [use.counts for use in beyond if (use.tier, use.outcome) == (tier, outcome)]
         if counts != (unrated := sum(apart, Counts())):
             yield Use(stretch, tier, outcome, counts - unrated)
@@ -120,7 +125,7 @@ def uses_beyond_receipt(
     if stretch.entry is None:
         return {}
     usage = usage_table.c
-    columns = (usage.flops_total, usage.tokens_input, usage.tokens_output)
+    columns = (charged_flops(book), usage.tokens_input, usage.tokens_output)
     limits = zip(columns, always_within_receipt(stretch.entry), strict=True)
     large = [column > limit for column, limit in limits if limit < FAR]
     if not large:

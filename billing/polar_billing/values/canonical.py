@@ -43,8 +43,15 @@ def record_json(record: UsageRecord) -> bytes:
     for part in ("flops", "tokens", "visits"):  # spares the writer a call back for each
         facts[part] = vars(facts[part])
     if not facts["visits"]["prefill_filled"]:
-        facts["visits"] = {name: counts for name, counts in facts["visits"].items() if name != "prefill_filled"}
+        facts["visits"] = _without(facts["visits"], "prefill_filled")
+    if not facts["tokens"]["drafted"]:  # then the two others are 0
+        facts["tokens"] = _without(facts["tokens"], "drafted", "accepted")
+        facts["flops"] = _without(facts["flops"], "drafts")
     return orjson.dumps(facts, _as_mapping, _OPTIONS)
+
+
+def _without(facts: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in names}
 
 
 def content_hash(record: UsageRecord) -> str:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from polar_sdk.programs.policy import Policy
 
 
+TAIL: Final = 16
+"""Last tokens of a prompt that run where layers are filled, mostly its question: that takes a tenth to a third off the
+divergence of long prompts, for 3 % of what is saved on them. Unit: tokens."""
 _MAX_SKIP: Final = 4
 """Maximum layers that a new skip leaves out."""
 _TRIES: Final = 60
@@ -76,7 +79,7 @@ class Space:
             if edit.kind == "bridge":
                 steps.append(Step(edit.first, edit.last, bridge=True))
             elif edit.kind == "fill":
-                steps += [Step(filled, filled, fill=1) for filled in range(edit.first, edit.last + 1)]
+                steps += [Step(filled, filled, fill=TAIL) for filled in range(edit.first, edit.last + 1)]
             elif edit.kind == "loop":
                 steps += [Step(layer, layer)] * (2 if layer in starts else 1)
             layer = edit.last + 1

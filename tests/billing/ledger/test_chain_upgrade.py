@@ -232,11 +232,12 @@ def test_receipts_and_heads_from_before_stay_good(old_ledger: Ledger) -> None:
         kept = {
             tenant: Head(len(found), bytes(found[-1].hash)) for tenant in HEADS if (found := links(connection, tenant))
         }
-        connection.execute(
-            text("ALTER TABLE polar_usage ADD COLUMN visits_prefill_filled TEXT")
-        )  # read by today's code
+        added = ("visits_prefill_filled", "tokens_drafted", "tokens_accepted", "flops_drafts")
+        for column in added:  # read by today's code
+            connection.execute(text(f"ALTER TABLE polar_usage ADD COLUMN {column} TEXT"))
         receipt = make_receipt(connection, "beef", "deadbeef00")
-        connection.execute(text("ALTER TABLE polar_usage DROP COLUMN visits_prefill_filled"))
+        for column in added:
+            connection.execute(text(f"ALTER TABLE polar_usage DROP COLUMN {column}"))
     migrate(old_ledger)
     Meter(old_ledger, sync=True).emit(usage_record("new", tenant="beef"))
     with old_ledger.snapshot() as connection:

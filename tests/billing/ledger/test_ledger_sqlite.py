@@ -95,7 +95,7 @@ def test_the_file_is_durable_and_checks_references(file: Path, raw: sqlite3.Conn
         "REPLACE INTO polar_price_book SELECT hash, id, '{}', stored_at FROM polar_price_book",
         "DELETE FROM polar_price_book",
         "UPDATE polar_schema SET version = 3",
-        "INSERT OR REPLACE INTO polar_schema VALUES (7, 0)",
+        "INSERT OR REPLACE INTO polar_schema VALUES (8, 0)",
     ],
 )
 def test_what_is_stored_cannot_be_changed_past_this_package(
@@ -213,7 +213,7 @@ def test_a_ledger_of_another_version_is_left_alone(file: Path, raw: sqlite3.Conn
         for act in (ledger.check, lambda: list(ledger.read(EVERYTHING))):
             with pytest.raises(SchemaVersionError) as caught:
                 act()
-            assert_told(caught.value, str(file), "schema version 99, not 7")
+            assert_told(caught.value, str(file), "schema version 99, not 8")
 
 
 def test_a_ledger_removed_while_in_use_is_made_again(file: Path) -> None:

@@ -39,6 +39,7 @@ ADDED_IN_4 = {"polar_chain_anchor"}
 ADDED_IN_6 = {"polar_clock"}
 ADDED_IN_5 = "\tvisits_prefill_filled TEXT, \n".replace(", \n", ",\n")
 ADDED_IN_7 = {"polar_api_key", "polar_reply", "polar_rate", "polar_running"}
+ADDED_IN_8 = "".join(f"\t{column} BIGINT,\n" for column in ("tokens_drafted", "tokens_accepted", "flops_drafts"))
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def _copy_of_version_1(old: Ledger, ledger: Ledger) -> None:
 
 
 def test_an_old_ledger_says_what_to_do(old: Ledger) -> None:
-    with pytest.raises(SchemaVersionError, match=r"has schema version 1, not 7 as this polar-llm needs.*polar migrate"):
+    with pytest.raises(SchemaVersionError, match=r"has schema version 1, not 8 as this polar-llm needs.*polar migrate"):
         list(old.read(EVERYTHING))
     with pytest.raises(SchemaVersionError, match="polar migrate"):
         old.check()
@@ -119,7 +120,7 @@ def test_filled_visits_are_stored_linked_and_stop_the_way_down(both: Ledger) -> 
     Meter(both).emit(filled)  # a replay
     (stored,) = (one.record for one in both.read(EVERYTHING) if one.record.request_id == "filled")
     assert stored == filled
-    assert stored.schema_version == 2
+    assert stored.schema_version == 3
     older = [one.record for one in both.read(EVERYTHING) if one.record.request_id != "filled"]
     assert {(record.schema_version, record.visits.prefill_filled) for record in older} == {(1, ())}
     assert verify_ledger(both).sound
@@ -128,6 +129,27 @@ def test_filled_visits_are_stored_linked_and_stop_the_way_down(both: Ledger) -> 
     with both.transaction() as connection, past_triggers(connection, "polar_usage"):
         connection.execute(text("UPDATE polar_usage SET visits_prefill_filled = NULL WHERE request_id = 'filled'"))
     assert not verify_ledger(both).sound
+
+
+def test_drafts_are_stored_linked_and_stop_the_way_down(both: Ledger) -> None:
+    migrate(both)
+    drafted = usage_record("drafted", drafts=(9, 4, 10**9))
+    Meter(both).emit(drafted)
+    Meter(both).emit(drafted)  # a replay
+    (stored,) = (one.record for one in both.read(EVERYTHING) if one.record.request_id == "drafted")
+    assert stored == drafted
+    assert {one.record.tokens.drafted for one in both.read(EVERYTHING)} == {0, 9}
+    assert verify_ledger(both).sound
+    with pytest.raises(SchemaVersionError, match="'drafted' has drafts, which schema version 7 has no place for"):
+        migrate(both, 7)
+    for column in ("tokens_drafted", "tokens_accepted", "flops_drafts"):
+        with both.transaction() as connection, past_triggers(connection, "polar_usage"):
+            change = f"UPDATE polar_usage SET {column} = {column} {{}} 1 WHERE request_id = 'drafted'"
+            connection.execute(text(change.format("+")))
+        assert not verify_ledger(both).sound
+        with both.transaction() as connection, past_triggers(connection, "polar_usage"):
+            connection.execute(text(change.format("-")))
+        assert verify_ledger(both).sound
 
 
 def test_what_has_no_place_in_the_old_schema_stops_the_way_down(both: Ledger) -> None:
@@ -188,7 +210,7 @@ def test_a_ledger_of_a_later_polar_is_left_alone(old: Ledger) -> None:
     migrate(old)
     with old.transaction() as connection:
         connection.execute(text("INSERT INTO polar_schema VALUES (99, 0)"))
-    with pytest.raises(SchemaVersionError, match="schema version 99, newer than the 7"):
+    with pytest.raises(SchemaVersionError, match="schema version 99, newer than the 8"):
         migrate(old)
 
 
@@ -239,9 +261,12 @@ def _definition(tables: list[Table]) -> str:
 
 def _pins() -> Iterator[tuple[Path, str]]:
     added: set[str] = set()
-    for version, later in ((7, set()), (6, ADDED_IN_7), (5, ADDED_IN_6), (4, set()), (3, ADDED_IN_4), (2, ADDED_IN_3)):
-        added |= later
+    later = {6: ADDED_IN_7, 5: ADDED_IN_6, 3: ADDED_IN_4, 2: ADDED_IN_3}
+    for version in range(SCHEMA_VERSION, 1, -1):
+        added |= later.get(version, set())
         definition = _definition([table for table in metadata.sorted_tables if table.name not in added])
+        if version < 8:
+            definition = definition.replace(ADDED_IN_8, "")
         if version < 6:
             definition = _before_renewals(definition)
         yield DATA / f"schema_v{version}.sql", definition if version > 4 else definition.replace(ADDED_IN_5, "")
@@ -258,7 +283,7 @@ def _before_renewals(definition: str) -> str:
 def test_the_tables_are_what_they_were() -> None:
     """Migrations make tables from their definition, so a change of one needs a new version, and the old one as text.
 
-    Until version 7 is released, `python tests/billing/ledger/test_migrations.py` writes the definitions anew.
+    Until version 8 is released, `python tests/billing/ledger/test_migrations.py` writes the definitions anew.
     """
     for pinned, definition in _pins():
         assert definition == pinned.read_text(encoding="utf-8"), pinned.name

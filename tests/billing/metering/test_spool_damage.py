@@ -57,7 +57,7 @@ def changed(record: bytes, **values: object) -> bytes:
 @pytest.mark.parametrize(
     "bad",
     [
-        lambda record: changed(record, schema_version=3),
+        lambda record: changed(record, schema_version=4),
         lambda record: changed(record, cost="0e-999999999"),
         lambda record: changed(record, cost="9" * 30),
         lambda record: changed(record, cost="NaN"),
@@ -107,7 +107,7 @@ def test_records_whose_book_line_is_damaged_are_stored_where_the_ledger_has_the_
 
 def test_a_record_of_a_newer_version_keeps_its_price_book_beside_it(ledger_url: str, tmp_path: Path) -> None:
     path, (book, first, second) = left_over(ledger_url, tmp_path, known_book=False)
-    newer = changed(first, schema_version=3)
+    newer = changed(first, schema_version=4)
     path.write_bytes(b"\n".join([book, newer, second]) + b"\n")
     assert held(ledger_url) == ["b"]
     assert path.with_suffix(".damaged").read_bytes().splitlines() == [newer, book]

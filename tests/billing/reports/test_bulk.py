@@ -54,6 +54,7 @@ effective_from = 2026-10-09T10:00:00Z
 OTHER = """
 id = "other"
 currency = "USD"
+charge_drafts = true
 [[prices]]
 effective_from = 2020-01-01
 per_compute_unit = 0.1
@@ -81,6 +82,7 @@ def fill(ledger: Ledger) -> None:
                     prompt=draw.randint(1, 99),
                     output=draw.randint(0, 9),
                     router_flops=draw.choice([0, 1_000_003]),
+                    drafts=draw.choice([(0, 0, 0), (5, 2, 10**11 + 7)]),
                     queue_ns=draw.choice([0, 2**63 - 1]),
                     started_at=BEGIN + timedelta(minutes=draw.randint(0, 31 * 24 * 60)),
                 )

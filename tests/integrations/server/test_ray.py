@@ -139,6 +139,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, ledger_of_cluster: str) ->
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
         for limit in ("READY_CHECK", "HEALTH_CHECK"):  # a busy machine takes longer than Ray's seconds
             patched.setenv(f"RAY_SERVE_PROXY_{limit}_TIMEOUT_S", "180")
+        for limit in ("raylet_start_wait_time_s", "worker_register_timeout_seconds"):
+            patched.setenv(f"RAY_{limit}", "300")
+        patched.setenv("RAY_worker_niceness", "0")
         patched.setenv("POLAR_SPOOL", str(tmp_path_factory.mktemp("spool")))
         yield Cluster(tmp_path_factory.mktemp("model"), ledger_of_cluster)
         ray.serve.shutdown()

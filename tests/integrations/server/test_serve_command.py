@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -104,6 +105,22 @@ def test_it_does_not_start_open_to_the_network(model: Path, arguments: tuple[str
     with serving("--model", str(model), *arguments) as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
+    assert errors.startswith("error: ")
+    assert said in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--backend", "http://a:8000"), "is not TIER=URL"),
+        (("--replicas", "2"), "go with --ray"),
+        (("--ray", "--replicas", "0"), "--replicas '0'" if find_spec("ray") else "extra ray"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: tuple[str, ...], said: str) -> None:
+    with serving(*arguments) as process:
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode in {1, 2}
     assert errors.startswith("error: ")
     assert said in errors
 

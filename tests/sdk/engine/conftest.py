@@ -1,4 +1,4 @@
-"""What tests of compiled layers share: the folder where packages are kept, and passes with known tokens."""
+"""What tests of compiled layers share: passes with known tokens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,8 @@ from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from polar_sdk.engine.decoder import Decoder
-
-
-@pytest.fixture(scope="session")
-def packages(request: pytest.FixtureRequest) -> Path:
-    """A folder in pytest's cache: a package's name covers everything it depends on, so it is compiled once."""
-    return request.config.cache.mkdir("compiled") if request.config.cache else pytest.fail("needs pytest's cache")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from polar_sdk import ListSink, Policy, Program
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.eager import EagerKernels
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.layout import schedule
 from polar_sdk.engine.row import Row
 from polar_sdk.testing import tiny_model
 
@@ -60,13 +61,22 @@ def test_the_reference_model_counts_the_same_flops(variant: str, tiny_family: Ti
     assert layers == [layer.flops(21, 21) for layer in cost.layers]
 
 
-def test_flops_of_a_ragged_batch_are_torchs_own(family: str, tiny_family: TinyFamily) -> None:
+def test_flops_of_a_ragged_batch_are_torchs_own_without_padding(family: str, tiny_family: TinyFamily) -> None:
+    """Rows that decode attend together, over as many keys as the longest has; those beyond its own are no row's."""
     decoder = build_decoder(tiny_family(family))
-    rows = [Row(decoder, Program.parse(text)) for text in PROGRAMS]
+    programs = [Program.parse(text) for text in PROGRAMS]
+    rows = [Row(decoder, program) for program in programs]
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         next_logits(decoder, rows, [[3] * (5 + 4 * number) for number in range(len(rows))])
+        assert sum(row.work.flops().total for row in rows) == counter.get_total_flops()
         next_logits(decoder, rows, [[4]] * len(rows))
-    assert sum(row.work.flops().total for row in rows) == counter.get_total_flops()
+    padding = 0
+    for turn in schedule(tuple(programs)):
+        lengths = [rows[row].length for row, _ in turn.members]
+        attention = decoder.cost.layers[turn.step.first].attention
+        padding += sum((max(lengths) - length) * attention for length in lengths)
+    assert padding > 0
+    assert sum(row.work.flops().total for row in rows) + padding == counter.get_total_flops()
 
 
 class Hooked(EagerKernels):

@@ -121,15 +121,43 @@ def test_rows_with_different_programs_do_not_touch_each_other(family: str, seed:
         assert_close(torch.stack(steps), alone[-len(steps) :], f"{family}, program {program} in a batch")
 
 
+def test_rows_of_all_lengths_decode_together_as_each_alone(family: str, tiny_family: TinyFamily) -> None:
+    """Rows of similar length attend together, padded to the longest of them, which none of them may see."""
+    decoder, rng = build_decoder(tiny_family(family)), random.Random(8)
+    lengths = [1, 62, 64, 100, 127, 150, 190]
+    programs = [Program.identity(DEPTH), Program.parse("0-1 3-5")] * 3 + [Program.identity(DEPTH)]
+    tokens, logits = decode(decoder, programs, rng, lengths=lengths)
+    for program, length, sequence, steps in zip(programs, lengths, tokens, logits, strict=True):
+        alone = all_logits(decoder, program, sequence)
+        assert_close(torch.stack(steps), alone[-len(steps) :], f"{family}, {length} tokens among others")
+
+
+@torch.inference_mode()
+def test_nan_of_a_longer_row_does_not_reach_a_shorter_one(family: str, tiny_family: TinyFamily) -> None:
+    decoder, identity, rng = build_decoder(tiny_family(family)), Program.identity(DEPTH), random.Random(9)
+    rows = [Row(decoder, identity), Row(decoder, identity)]  # the longer one has the first pages of the pool
+    prompts = [random_tokens(rng, 100), random_tokens(rng, 5)]
+    next_logits(decoder, rows, prompts)
+    for block in rows[0].page_table.blocks:
+        decoder.pool.stores[0][block] = float("nan")
+    logits = next_logits(decoder, rows, [[1], [2]])
+    assert_close(logits[1], all_logits(decoder, identity, [*prompts[1], 2])[-1], f"{family}, beside nan")
+
+
 def decode(
-    decoder: Decoder, programs: Sequence[Program], rng: random.Random, steps: int = 4
+    decoder: Decoder,
+    programs: Sequence[Program],
+    rng: random.Random,
+    steps: int = 4,
+    lengths: Sequence[int] | None = None,
 ) -> tuple[list[list[int]], list[list[Tensor]]]:
     """Prefill ragged prompts together, then feed random tokens; returns whole sequences and logits per step."""
     rows = [Row(decoder, program) for program in programs]
+    prompts = [rng.randint(1, 70) for _ in rows] if lengths is None else lengths
     sequences: list[list[int]] = [[] for _ in rows]
     logits: list[list[Tensor]] = [[] for _ in rows]
     for step in range(steps + 1):
-        new = [random_tokens(rng, rng.randint(1, 70) if step == 0 else 1) for _ in rows]
+        new = [random_tokens(rng, length if step == 0 else 1) for length in prompts]
         with torch.inference_mode():
             out = next_logits(decoder, rows, new)
         for sequence, tokens, kept, row_logits in zip(sequences, new, logits, out, strict=True):

@@ -209,7 +209,7 @@ def test_the_menu_of_a_search_has_a_program_for_every_fill(
     model.use_fills(fitted(model, "2,4"))
     found = lab.search(model, texts, budgets=(0.85,), population=3, generations=1, menu=5, answer_tokens=6, prompts=8)
     menu = [program.text for program in found.matrix.programs]
-    assert {"0-3 (4-5)", "0-1 (2-5)"} <= set(menu)
-    column = menu.index("0-3 (4-5)")
+    assert {"0-3 (4-5:16)", "0-1 (2-5:16)"} <= set(menu)
+    column = menu.index("0-3 (4-5:16)")
     assert bool((found.matrix.flops[:, column] < found.matrix.flops[:, 0]).all())
     assert 0.5 < float(found.matrix.share[:, column].mean()) <= 1

@@ -353,7 +353,7 @@ def test_cuts_and_their_programs() -> None:
     assert space.program(frozenset()).is_identity(12)
     assert not space.allowed(frozenset({Edit(2, 4, "bridge"), Edit(4, 5, "skip")}))
     both = frozenset({Edit(2, 4, "bridge"), Edit(10, 11, "fill")})
-    assert space.program(both).text == "0-1 [2-4] 5-9 (10-11)"
+    assert space.program(both).text == "0-1 [2-4] 5-9 (10-11:16)"
     assert space.allowed(both)
     assert space.ratio(both) < space.ratio(frozenset({Edit(2, 4, "bridge")})) < 1
     side_by_side = frozenset({Edit(5, 7, "fill"), Edit(8, 11, "fill")})

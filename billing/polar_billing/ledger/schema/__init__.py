@@ -1,4 +1,4 @@
-"""The ledger's tables, version 7, on one metadata, which of them are chained, and the triggers that forbid changes.
+"""The ledger's tables, version 8, on one metadata, which of them are chained, and the triggers that forbid changes.
 
 `usage` facts, receipts, price books, sums, retention · `ledger` the hash chain and double entry · `budgets` budgets and
 holds · `statements` what was issued · `access` API keys, replies and rates. A new table belongs in one of them or in a

@@ -54,7 +54,7 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
         "router router_version tier program outcome finish_reason error tokens_input tokens_cached tokens_output "
         "visits_prefill visits_decode flops_embed flops_layers_prefill flops_layers_decode flops_head flops_router "
         "flops_total flops_formula identity_flops kv_bytes_peak device dtype queue_ns prefill_ns decode_ns "
-        "loops_stopped visits_prefill_filled"
+        "loops_stopped visits_prefill_filled tokens_drafted tokens_accepted flops_drafts"
     ),
     "polar_receipt": _chained("usage_seq price_book_hash cost unrated"),
     "polar_usage_hour": (

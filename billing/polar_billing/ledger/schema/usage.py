@@ -114,6 +114,9 @@ usage_table: Final = Table(
     count("decode_ns"),
     Column("loops_stopped", BigInteger, nullable=False, server_default="0"),  # since version 2
     Column("visits_prefill_filled", IntegerList),  # since version 5; null where nothing was filled
+    Column("tokens_drafted", BigInteger),  # since version 8, these three; null where nothing was drafted
+    Column("tokens_accepted", BigInteger),
+    Column("flops_drafts", BigInteger),
     UniqueConstraint("tenant", "source", "request_id", name="polar_usage_once"),
     Index("polar_usage_by_tenant", "tenant", "started_at"),
     Index("polar_usage_by_time", "started_at"),

@@ -1,0 +1,142 @@
+"""How much faster answers come with drafts, by kind of prompt: the same requests with drafts and without, in turn.
+
+`benchmarks.engine` runs it. Answers are greedy, at full depth, one at a time, and their first token does not count.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from polar_sdk import Program
+
+if TYPE_CHECKING:
+    from polar_sdk import PolarModel
+    from polar_sdk.request.generation import Generation
+    from polar_sdk.serving.drafts import Speculate
+
+ANSWER: Final = 64
+_NOTES: Final = (
+    "Notes of the meeting of 12 March. Present: Ana Ruiz, Ben Okafor, Chloe Martin, Dev Patel. The roof of the "
+    "east hall leaks above the stage. Dev has two offers: Hartmann Roofing asks 18,400 euros and can begin on 2 "
+    "May; Nordbau asks 16,900 euros and can begin on 20 June. The summer concert is on 8 June, and the hall must "
+    "be dry by then. Ana moved to accept the offer of Hartmann Roofing. The motion passed with three votes to "
+    "one. Chloe will tell the choir that rehearsals move to the library from 2 May to 30 May. Ben reported that "
+    "the account holds 41,250 euros, of which 6,000 are set aside for the piano. The next meeting is on 9 April "
+    "at 19:00 in the library."
+)
+_ARTICLE: Final = (
+    "The lighthouse on Gull Point was built in 1871, after the loss of the steamer Marianne with all 43 people on "
+    "board. For ninety years its keepers lit the lamp by hand, first with rapeseed oil and later with paraffin. "
+    "In 1961 the lamp was connected to the mains, and the last keeper, Thomas Hale, moved to the mainland. The "
+    "tower stood empty until 1998, when a group of volunteers from the village of Penmarra began to restore it. "
+    "They repaired the iron gallery, replaced 212 panes of glass and cleaned the great lens, which weighs two "
+    "tonnes. Today the lighthouse is open to visitors from April to October. About 9,000 people climb its 146 "
+    "steps every year, and the money from tickets pays for the upkeep of the tower."
+)
+_CODE: Final = """def total_price(items, tax_rate):
+    total = 0
+    for item in items:
+        price = item["price"]
+        quantity = item["quantity"]
+        total = total + price * quantity
+    tax = total * tax_rate
+    return total + tax
+
+
+def average_price(items):
+    total = 0
+    count = 0
+    for item in items:
+        total = total + item["price"] * item["quantity"]
+        count = count + item["quantity"]
+    return total / count
+"""
+KINDS: Final[dict[str, tuple[float, tuple[str, ...]]]] = {
+    "chat": (
+        1.25,
+        (
+            "What should I cook tonight if I only have rice, eggs and spinach?",
+            "Give me three tips for learning a new language.",
+            "Why is the sky blue?",
+        ),
+    ),
+    "notes": (
+        1.6,
+        tuple(
+            f"{_NOTES}\n\nAnswer from the notes, in whole sentences: {question}"
+            for question in (
+                "Which offers did Dev have, and when can each begin?",
+                "What was decided about the roof, and why?",
+                "What did Ben report about the account?",
+            )
+        ),
+    ),
+    "summary": (
+        1.7,
+        (
+            f"Summarize this text in three sentences:\n\n{_ARTICLE}",
+            f"Summarize the notes:\n\n{_NOTES}",
+            f"List the facts of this text, one per line:\n\n{_ARTICLE}",
+        ),
+    ),
+    "code": (
+        1.5,
+        (
+            f"Rename the variable `total` to `amount` in this code and show the whole code:\n\n```python\n{_CODE}```",
+            f"Add type hints to this code and show the whole code:\n\n```python\n{_CODE}```",
+            f"Add a docstring to each function and show the whole code:\n\n```python\n{_CODE}```",
+        ),
+    ),
+}
+"""By kind: the ratio that is the goal, and prompts."""
+
+
+class Pair(NamedTuple):
+    """One prompt, answered with drafts and without, in one round."""
+
+    drafted: float
+    """Unit: tokens per second after the first."""
+    plain: float
+    tokens_per_pass: float
+    same: bool
+    """Whether both answers have the same tokens."""
+
+
+def measure(model: PolarModel, kind: str, rounds: int, speculate: Speculate) -> list[Pair]:
+    """Answer the prompts of a kind in turn; every answer runs its prompt anew.
+
+    Args:
+        model: What answers.
+        kind: Of `KINDS`.
+        rounds: Times each prompt is answered either way.
+        speculate: How drafts are made.
+    """
+    pairs = []
+    for number in range(rounds):
+        for place, prompt in enumerate(KINDS[kind][1]):
+            modes: tuple[Speculate, Speculate] = ("off", speculate) if (number + place) % 2 else (speculate, "off")
+            runs = {
+                mode: model.generate(
+                    prompt,
+                    max_tokens=ANSWER,
+                    program=Program.identity(model.depth),
+                    speculate=mode,
+                    tenant=f"{kind} {number} {place} {mode}",
+                )
+                for mode in modes
+            }
+            plain, drafted = runs["off"], runs[speculate]
+            passes = max(drafted.usage.visits.decode, default=0)
+            pairs.append(
+                Pair(
+                    _speed(drafted),
+                    _speed(plain),
+                    (len(drafted.token_ids) - 1) / max(passes, 1),
+                    drafted.token_ids == plain.token_ids,
+                )
+            )
+    return pairs
+
+
+def _speed(answer: Generation) -> float:
+    return (len(answer.token_ids) - 1) * 1e9 / max(answer.usage.decode_ns, 1)

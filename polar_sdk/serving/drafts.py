@@ -1,0 +1,329 @@
+"""Drafts: tokens that are likely to follow, run together with the one sampled last.
+
+They are kept only as far as they are what would have been sampled anyway. A pass of a few rows takes little longer than
+one of one row, since reading the weights takes most of it. So tokens that are copied from where the last ones stood
+before, in prompt or answer, may bring several tokens at once; an answer is the same with drafts and without. What the
+answer does not keep was executed all the same. So drafts fill only rows that would be idle, and `auto` drafts only
+where it pays: by how often drafts of this request were right, and by what wider passes were measured to take. Knows
+tokens and seconds; no logits and no weights.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polar_sdk.engine.sampling import Sampling
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.programs.program import Program
+
+
+Speculate = Literal["auto", "off", "prompt"]
+MAX_DRAFT: Final = 7
+"""Maximum number of tokens drafted at a time for one row."""
+MAX_ROWS: Final = 16
+"""Rows of one pass, drafts included, up to which drafts fill it."""
+LONGEST_MATCH: Final = 3
+"""Number of tokens that must have stood in a row before, at best; else one fewer, and so on."""
+FREE_WASTE: Final = 8
+WASTE_PER_TOKEN: Final = 2
+"""A request may waste so many rows, and so many for each token of its answer: what budgets hold follows from it."""
+_MIN_SPEED: Final = 0.98
+"""What drafts may make of the speed of any row: those that gain nothing wait for those that do."""
+_GAIN: Final = 1.08
+"""What a wider pass must bring at least, in tokens for its time."""
+_FIRST_HITS: Final = (0.2, 0.4, 0.6)
+"""Share of first drafted tokens taken to be right after a match of 1, 2 and 3 tokens, before any was tried."""
+_NEXT_HITS: Final = 0.75
+"""The same of a token after one that was right."""
+_FIRST_WEIGHT: Final = 4.0
+"""Number of tries that these count for; in a request, what earlier requests came to."""
+_FADING: Final = 0.97
+"""What a try still counts when one more was made."""
+_MIN_MEASURED: Final = 3
+"""Passes of one row, and wider ones, without which nothing is known of a machine."""
+_LATELY: Final = 12
+"""Passes after which a narrow one is no measure of a wide one any more."""
+_PER_ROW: Final = 0.03
+"""What one more row is taken to add while passes of one width only were measured."""
+_PROBE_AFTER: Final = 32
+"""A request whose drafts do not pay tries again after so many tokens, and then after twice as many each time, …"""
+_MAX_PATIENCE: Final = 1024
+"""… up to so many."""
+
+
+class Proposal(NamedTuple):
+    """Tokens that may follow."""
+
+    tokens: list[int]
+    match: int
+    """Number of tokens in a row that stood before them; 0 = there is nothing to propose."""
+
+
+class TokenIndex:
+    """Where the last few tokens stood before."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._after: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in range(LONGEST_MATCH))
+        """By number of tokens in a row: where the token stands that last followed them."""
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add tokens at the end."""
+        for token in tokens:
+            end = len(self._tokens)
+            for length in range(1, min(LONGEST_MATCH, end) + 1):
+                self._after[length - 1][tuple(self._tokens[end - length :])] = end
+            self._tokens.append(token)
+
+    def propose(self, count: int) -> Proposal:
+        """What followed the last place where the last tokens stood before; a repetition goes on repeating."""
+        for length in range(min(LONGEST_MATCH, len(self._tokens)), 0, -1):
+            start = self._after[length - 1].get(tuple(self._tokens[-length:]))
+            if start is not None:
+                followed = self._tokens[start : start + count]
+                while len(followed) < count:  # they reach to the end, and are taken to go on as they began
+                    followed += followed[: count - len(followed)]
+                return Proposal(followed, length)
+        return Proposal([], 0)
+
+
+class _Share:
+    """How often something was right, lately."""
+
+    def __init__(self, share: float) -> None:
+        self._right, self._tries = share * _FIRST_WEIGHT, _FIRST_WEIGHT
+
+    @property
+    def value(self) -> float:
+        return self._right / self._tries
+
+    def tried(self, right: bool) -> None:
+        self._right, self._tries = _FADING * self._right + right, _FADING * self._tries + 1
+
+
+class Hits:
+    """How often drafts are right.
+
+    Args:
+        before: What is taken to be so at first.
+    """
+
+    def __init__(self, before: Hits | None = None) -> None:
+        first = _FIRST_HITS if before is None else tuple(share.value for share in before._first)
+        self._first: list[_Share] = [_Share(share) for share in first]
+        self._next: _Share = _Share(_NEXT_HITS if before is None else before._next.value)
+
+    def chances(self, proposal: Proposal) -> list[float]:
+        """How likely it is that each of the proposed tokens is kept: less and less."""
+        chances: list[float] = []
+        for _ in proposal.tokens:
+            chances.append(chances[-1] * self._next.value if chances else self._first[proposal.match - 1].value)
+        return chances
+
+    def tried(self, match: int, drafted: int, kept: int) -> None:
+        """Note that of so many drafted tokens, after a match of so many, the first `kept` were right."""
+        self._first[match - 1].tried(kept > 0)
+        for place in range(1, min(kept + 1, drafted)):
+            self._next.tried(place < kept)
+
+
+class Drafts:
+    """The drafts of one request.
+
+    Args:
+        prompt: Its tokens.
+        speculate: `prompt` drafts wherever something matches, `auto` only where that pays.
+    """
+
+    def __init__(self, prompt: Sequence[int], speculate: Speculate) -> None:
+        self.always = speculate == "prompt"
+        self._prompt, self._index = prompt, TokenIndex()
+        self._hits: Hits | None = None
+        self._proposal = Proposal([], 0)
+        self._alone = False
+        """Whether the next pass runs one token, whatever matches: the last one did not settle what follows it."""
+        self._wasted = 0
+        self._idle, self._patience = 0, _PROBE_AFTER
+        """Tokens since it drafted last, and how many to wait for the next try."""
+
+    def propose(self, answer: Sequence[int], room: int) -> Proposal:
+        """Tokens that may follow the answer so far, at most `room` of them."""
+        if not len(self._index):
+            self._index.extend(self._prompt)
+        self._index.extend(answer[len(self._index) - len(self._prompt) :])
+        left = 0 if self._alone else FREE_WASTE + WASTE_PER_TOKEN * len(answer) - self._wasted - 1
+        self._alone = False
+        self._proposal = self._index.propose(max(min(room, left, MAX_DRAFT), 0))
+        return self._proposal
+
+    def chances(self, usual: Hits) -> list[float]:
+        """How likely it is that each of the proposed tokens is kept.
+
+        Args:
+            usual: What other requests came to.
+        """
+        if self._hits is None:
+            self._hits = Hits(usual)
+        return self._hits.chances(self._proposal)
+
+    @property
+    def probes(self) -> bool:
+        """Whether to draft once more although that does not seem to pay."""
+        return self._idle >= self._patience and bool(self._proposal.tokens)
+
+    def passed(self) -> None:
+        """The row decodes without drafts."""
+        self._idle += 1
+
+    def judged(self, drafted: int, brought: int, usual: Hits, *, settled: bool = True) -> None:
+        """Note what came of a pass with drafts.
+
+        Args:
+            drafted: Number of drafted tokens.
+            brought: Tokens that the pass brought: one, and one more for each drafted token that was right and ran on.
+            usual: What other requests came to.
+            settled: Whether the pass said which token follows the last one that it brought.
+        """
+        self._patience = min(2 * self._patience, _MAX_PATIENCE) if self.probes else _PROBE_AFTER
+        self._idle = 0
+        self._wasted += 1 + drafted - brought
+        self._alone = not settled
+        for hits in (usual, self._hits):
+            if hits is not None:
+                hits.tried(self._proposal.match, drafted, max(brought - 1, 0))
+
+
+def drafts_of(prompt: Sequence[int], speculate: Speculate, sampling: Sampling, dtype: torch.dtype) -> Drafts | None:
+    """The drafts of a request, or None.
+
+    `auto` leaves a sampled answer with a seed alone, unless it is computed in float32: passes of several sizes are
+    rounded differently, and when a pass is wide depends on the time that others took.
+    """
+    seeded = sampling.temperature > 0 and sampling.seed is not None
+    if speculate == "off" or (speculate == "auto" and seeded and dtype != torch.float32):
+        return None
+    return Drafts(prompt, speculate)
+
+
+class PassCosts:
+    """How much longer a pass takes the more rows it has, beside one of one row, as measured lately.
+
+    A wide pass is compared with narrow ones of the same moment, since a busy machine is slow for both. The second row
+    costs most; from there on a line is laid through the medians.
+    """
+
+    def __init__(self) -> None:
+        self._ones: deque[tuple[int, float]] = deque(maxlen=5)
+        """Passes of one row: number of the pass, and its seconds at full depth."""
+        self._ratios: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
+        """Of the ratios, by number of rows."""
+        self._line: tuple[float, float, float] = (2.0, 1.5, 0.05)
+        """Rows, what they take, and what one more adds; until something was measured, more than machines took on
+        which this was tried."""
+        self._passes = 0
+
+    def measured(self, rows: int, seconds: float) -> None:
+        """Note a pass; a program's seconds are those that full depth would have taken."""
+        self._passes += 1
+        if rows == 1:
+            self._ones.append((self._passes, seconds))
+            return
+        lately = [one for number, one in self._ones if self._passes - number <= _LATELY]
+        if rows <= MAX_ROWS and len(lately) >= _MIN_MEASURED:
+            ratios = self._ratios.setdefault(rows, deque(maxlen=31))
+            ratios.append(seconds / statistics.median(lately))
+            self._medians[rows] = statistics.median(ratios)
+            if sum(map(len, self._ratios.values())) >= _MIN_MEASURED:
+                self._line = self._fitted()
+
+    def _fitted(self) -> tuple[float, float, float]:
+        """The line through the medians, by least squares; each counts by its number of measurements."""
+        weights = {rows: len(ratios) for rows, ratios in self._ratios.items()}
+        total = sum(weights.values())
+        center = sum(rows * weight for rows, weight in weights.items()) / total
+        level = sum(self._medians[rows] * weight for rows, weight in weights.items()) / total
+        spread = sum(weight * (rows - center) ** 2 for rows, weight in weights.items())
+        if spread < 1:
+            return center, level, _PER_ROW * level
+        rise = sum(weight * (rows - center) * self._medians[rows] for rows, weight in weights.items())
+        return center, level, max(rise / spread, 0.0)
+
+    def of(self, rows: int) -> float:
+        """What a pass of so many rows takes, as a multiple of one of one row."""
+        center, level, rise = self._line
+        return 1.0 if rows == 1 else max(level + rise * (rows - center), 1.0)
+
+
+class Plan:
+    """How many drafted tokens each of the rows of a pass runs: those most likely to be kept, as long as that pays.
+
+    Args:
+        rows: The drafts of each row of the pass, None for those that have none. Their proposals are made.
+        costs: What passes take.
+        usual: How often drafts are right.
+    """
+
+    def __init__(self, rows: Sequence[Drafts | None], costs: PassCosts, usual: Hits) -> None:
+        self._costs = costs
+        self._chances = [[] if drafts is None else drafts.chances(usual) for drafts in rows]
+        self._forced = [drafts is not None and drafts.always for drafts in rows]
+        self._probing = [drafts is not None and drafts.probes for drafts in rows]
+        self.counts = [0] * len(rows)
+        """Of each row."""
+        self._fill(MAX_ROWS - len(rows))
+
+    def _fill(self, idle: int) -> None:
+        likeliest = sorted(
+            (not self._forced[row], -chance, row) for row, chances in enumerate(self._chances) for chance in chances
+        )[: max(idle, 0)]
+        steps = [row for _, _, row in likeliest]
+        best = max(
+            self._paying([(row, -chance) for _, chance, row in likeliest]), sum(map(self._forced.__getitem__, steps))
+        )
+        if not best and any(self._probing) and idle > 0:
+            steps, best = [self._probing.index(True)], 1
+        for row in steps[:best]:
+            self.counts[row] += 1
+
+    def _paying(self, steps: Sequence[tuple[int, float]]) -> int:
+        """How many of these drafts, a row and a chance each, bring most tokens for their time and slow no row down."""
+        rows = len(self.counts)
+        alone, brought, total = self._costs.of(rows), [1.0] * rows, float(rows)
+        best, best_gain = 0, _GAIN
+        for count, (row, chance) in enumerate(steps, start=1):
+            brought[row] += chance
+            total += chance
+            longer = self._costs.of(rows + count) / alone
+            if total / rows / longer > best_gain and min(brought) / longer >= _MIN_SPEED:
+                best, best_gain = count, total / rows / longer
+        return best
+
+
+def most_wasted(cost: CostModel, program: Program, prompt: int, output: int) -> int:
+    """FLOPs that drafts of a request can execute beyond what its answer needs, at most."""
+    costs = [cost.step(step) for step in program]
+    linear, attention = sum(each.linear for each in costs), sum(each.attention for each in costs)
+    rows = FREE_WASTE + WASTE_PER_TOKEN * output
+    whole = linear + attention * (prompt + output) + cost.head
+    # A token that is kept was counted over the keys of the whole pass, too.
+    return rows * whole + output * MAX_DRAFT * attention
+
+
+def spans(pieces: Sequence[Sequence[int]]) -> list[slice]:
+    """Where the tokens of each row are among those of all."""
+    ends = [0]
+    for piece in pieces:
+        ends.append(ends[-1] + len(piece))
+    return [slice(start, end) for start, end in pairwise(ends)]

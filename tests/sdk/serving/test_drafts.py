@@ -1,0 +1,532 @@
+"""Drafts change how many passes an answer takes, and nothing else."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections import Counter
+from contextlib import contextmanager
+from functools import cache
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from polar_sdk import PolarModel
+from polar_sdk.cli.run import footer
+from polar_sdk.engine.attention import paged_decode, write_pages
+from polar_sdk.engine.eager import EagerKernels
+from polar_sdk.engine.forward import drafted_logits, next_logits
+from polar_sdk.engine.pages import PAGE
+from polar_sdk.engine.row import Row, Work
+from polar_sdk.engine.sampling import Sampling
+from polar_sdk.errors import InvalidRequestError
+from polar_sdk.frameworks.cost import cost_facts
+from polar_sdk.programs.policy import LoopGuard
+from polar_sdk.programs.program import Program
+from polar_sdk.serving.drafts import (
+    FREE_WASTE,
+    MAX_ROWS,
+    WASTE_PER_TOKEN,
+    Drafts,
+    Hits,
+    PassCosts,
+    Plan,
+    TokenIndex,
+    drafts_of,
+)
+from polar_sdk.serving.places import Limits
+from polar_sdk.testing import random_fill, tiny_llama, tiny_policy, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.eager import PagedTokens
+    from polar_sdk.engine.types import AttentionKind, Rotary, Weights
+    from polar_sdk.request.generation import Generation
+
+DEPTH = 6
+PROGRAMS = ["0-5", "0 2-5", "0-2 3x2 4-5", "0-2 3~2 4-5", "0-1 4-5"]
+
+
+@cache
+def repeating(mixing: float = 0.3, context_window: int = 512) -> PolarModel:
+    """A tiny model that likes to say again what it has said: its layers change states little."""
+    network = tiny_llama(tie_word_embeddings=True, max_position_embeddings=context_window)
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.mul_(mixing)
+            layer.mlp.down_proj.weight.mul_(mixing)
+    policy = tiny_policy(DEPTH).model_copy(update={"cost_ceiling": 3.0})
+    return PolarModel.from_hf(network, tiny_tokenizer(), policy=policy, ledger=None, compile=False)
+
+
+@contextmanager
+def few_rows(model: PolarModel) -> Iterator[None]:
+    """Let 8 rows run together, so that as many are idle."""
+    before, model.scheduler.limits = model.scheduler.limits, Limits(max_rows=8)
+    yield
+    model.scheduler.limits = before
+
+
+def same(plain: Generation, drafted: Generation) -> None:
+    """The same answer, and the same bill, in no more passes."""
+    assert drafted.token_ids == plain.token_ids
+    assert (drafted.text, drafted.finish_reason, drafted.complete) == (
+        plain.text,
+        plain.finish_reason,
+        plain.complete,
+    )
+    ours, theirs = drafted.usage, plain.usage
+    assert ours.flops.total == theirs.flops.total
+    assert ours.flops.model_copy(update={"drafts": 0}) == theirs.flops
+    assert (ours.identity_flops, ours.loops_stopped) == (theirs.identity_flops, theirs.loops_stopped)
+    assert ours.visits.prefill == theirs.visits.prefill
+    assert all(a <= b for a, b in zip(ours.visits.decode, theirs.visits.decode, strict=True)) or ours.flops.drafts
+    assert theirs.flops.drafts == theirs.tokens.drafted == 0
+    if (mine := drafted.logprobs) is not None:
+        assert plain.logprobs is not None
+        assert [each.token for each in mine] == [each.token for each in plain.logprobs]
+        assert [each.logprob for each in mine] == pytest.approx([each.logprob for each in plain.logprobs], abs=1e-4)
+
+
+def both(model: PolarModel, prompt: str, **options: Any) -> tuple[Generation, Generation]:
+    """An answer without drafts and one with; no start of the prompt is shared."""
+    plain = model.generate(prompt, tenant="plain", speculate="off", **options)
+    return plain, model.generate(prompt, tenant="drafted", speculate="prompt", **options)
+
+
+# -- what is proposed ------------------------------------------------------------------------------------------------
+
+
+def brute_force(tokens: Sequence[int], count: int) -> list[int]:
+    for length in (3, 2, 1):
+        last = list(tokens[-length:])
+        for start in range(len(tokens) - length - 1, -1, -1):
+            if len(tokens) > length and list(tokens[start : start + length]) == last:
+                grown = list(tokens)
+                for place in range(count):
+                    grown.append(grown[start + length + place])
+                return grown[len(tokens) :]
+    return []
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 7), st.integers(0, 30))
+def test_what_followed_the_last_match_is_proposed(tokens: list[int], count: int, cut: int) -> None:
+    index = TokenIndex()
+    index.extend(tokens[:cut])
+    index.extend(tokens[cut:])
+    assert index.propose(count).tokens == brute_force(tokens, count)
+
+
+def _drafts(always: bool = False) -> Drafts:
+    drafts = Drafts([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3], "prompt" if always else "auto")
+    drafts.propose([], 7)
+    return drafts
+
+
+def _costs(per_row: float) -> PassCosts:
+    costs = PassCosts()
+    for _ in range(5):
+        costs.measured(1, 1.0)
+    for rows in range(2, MAX_ROWS + 1):
+        for _ in range(3):
+            costs.measured(rows, 1 + per_row * (rows - 1))
+    return costs
+
+
+def test_drafts_fill_idle_rows_only() -> None:
+    for rows in range(1, 20):
+        plan = Plan([_drafts(always=True)] * rows, _costs(0.0), Hits())
+        assert sum(plan.counts) == max(min(MAX_ROWS - rows, 7 * rows), 0)
+
+
+def test_drafts_are_made_where_they_pay() -> None:
+    assert Plan([_drafts()], _costs(0.01), Hits()).counts[0] >= 5
+    assert Plan([_drafts()], _costs(2.0), Hits()).counts == [0]
+    assert Plan([_drafts(), None], _costs(0.2), Hits()).counts == [0, 0]  # the other one would be slower for it
+
+
+def test_wrong_drafts_end_and_are_tried_again_less_and_less_often() -> None:
+    drafts, costs, usual, tried = _drafts(), _costs(0.2), Hits(), list[int]()
+    for step in range(600):
+        drafts.propose([1, 2, 3] * 200, 7)
+        (count,) = Plan([drafts], costs, usual).counts
+        if count:
+            drafts.judged(count, 1, usual)
+            tried.append(step)
+        else:
+            drafts.passed()
+    assert len(tried) < 20
+    assert tried[-1] - tried[-2] > 3 * (tried[-3] - tried[-4]) / 2
+
+
+def test_a_busy_moment_is_measured_beside_itself() -> None:
+    costs = _costs(0.1)
+    assert [costs.of(rows) for rows in (1, 2, 8, 16)] == pytest.approx([1, 1.1, 1.7, 2.5])
+    for _ in range(12):  # everything takes ten times as long
+        costs.measured(1, 10.0)
+        costs.measured(8, 17.0)
+    assert costs.of(8) == pytest.approx(1.7)
+    for _ in range(100):  # wide passes that no narrow one stands beside say nothing
+        costs.measured(8, 99.0)
+    assert costs.of(8) == pytest.approx(1.7)
+
+
+def test_costs_are_guessed_until_they_are_measured() -> None:
+    costs = PassCosts()
+    assert 1 < costs.of(2) < costs.of(8)
+    for _ in range(3):
+        costs.measured(1, 1.0)
+    for _ in range(3):
+        costs.measured(5, 1.0)
+    assert costs.of(5) == 1
+    assert costs.of(2) == 1
+    assert 1 < costs.of(8) < 1.2
+
+
+def test_a_seeded_answer_keeps_to_itself_in_low_precision() -> None:
+    seeded = Sampling(temperature=1, seed=3)
+    assert drafts_of([1], "auto", seeded, torch.bfloat16) is None
+    assert drafts_of([1], "auto", seeded, torch.float32) is not None
+    assert drafts_of([1], "auto", Sampling(seed=3), torch.bfloat16) is not None
+    assert drafts_of([1], "off", Sampling(), torch.float32) is None
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    prompt=st.text("abcd e", min_size=1, max_size=80).filter(lambda text: text.strip()),
+    max_tokens=st.integers(1, 40),
+    stop=st.lists(st.text("abc", min_size=1, max_size=3), max_size=2),
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    seed=st.integers(0, 99),
+    program=st.sampled_from(PROGRAMS),
+    logprobs=st.sampled_from([None, 2]),
+)
+def test_an_answer_is_the_same_with_drafts(prompt: str, **options: Any) -> None:
+    plain, drafted = both(repeating(), prompt, **options)
+    same(plain, drafted)
+    record = drafted.usage
+    assert record.tokens.accepted <= record.tokens.drafted
+    bound = repeating().bound(prompt, speculate="prompt", **options).offers[0]
+    assert record.flops.executed <= bound.flops_bound + bound.drafts_bound
+    assert record.flops.total <= bound.flops_bound
+
+
+def test_drafts_spare_passes() -> None:
+    before = repeating(0.05).scheduler.sampled_tokens
+    plain, drafted = both(repeating(0.05), "abcabcabc", max_tokens=60)
+    same(plain, drafted)
+    assert repeating(0.05).scheduler.sampled_tokens - before == 120
+    assert drafted.usage.tokens.accepted > 30
+    assert max(drafted.usage.visits.decode) == 59 - drafted.usage.tokens.accepted
+    assert max(plain.usage.visits.decode) == 59
+
+
+def test_they_are_shown_in_few_words() -> None:
+    plain, drafted = both(repeating(0.05), "abcabcabc", max_tokens=60)
+    tokens, beyond = drafted.usage.tokens, drafted.usage.flops.drafts
+    assert f" · {tokens.accepted} of {tokens.drafted} drafts kept (+{beyond / 1e9:.2f} GFLOP) · " in footer(drafted)
+    assert "draft" not in footer(plain)
+    facts = {"drafted": tokens.drafted, "accepted": tokens.accepted, "flops": beyond}
+    assert cost_facts(drafted.usage, None)["polar"]["drafts"] == facts
+    assert "drafts" not in cost_facts(plain.usage, None)["polar"]
+
+
+def test_drafts_may_be_off_for_an_object_and_on_for_a_call() -> None:
+    model = repeating(0.05)
+    assert model.generate("aaaa", max_tokens=9).usage.tokens.drafted == 0
+    assert model.generate("aaaa", max_tokens=9, speculate=None).usage.tokens.drafted == 0
+    with pytest.raises(InvalidRequestError, match="speculate='int4' is unknown; use auto, off, prompt"):
+        model.generate("a", speculate="int4")  # type: ignore[arg-type]
+
+
+def test_auto_answers_the_same() -> None:
+    model = repeating(0.05)
+    for prompt in ("abcabc", "aaaa", "a b c d e f"):
+        plain = model.generate(prompt, max_tokens=50, tenant="plain")
+        same(plain, model.generate(prompt, max_tokens=50, speculate="auto", tenant="auto"))
+
+
+def test_prompts_in_chunks_and_shared_starts() -> None:
+    model = repeating(0.2, 2048)
+    prompt = "the same words again and again; " * 30
+    plain = model.generate(prompt, max_tokens=30, tenant="plain")
+    for _ in range(2):
+        drafted = model.generate(prompt, max_tokens=30, speculate="prompt", tenant="drafted")
+        assert drafted.token_ids == plain.token_ids
+        assert drafted.usage.flops.layers_decode == plain.usage.flops.layers_decode
+    assert drafted.usage.tokens.cached > 0
+
+
+def test_programs_decode_together() -> None:
+    model = repeating()
+    prompts = [f"{letter * 3} b {letter * 3}" for letter in "abcde"]
+    programs = [{"program": program} for program in PROGRAMS]
+    alone = [
+        model.generate(prompt, max_tokens=30, tenant="alone", **own)  # type: ignore[arg-type]
+        for prompt, own in zip(prompts, programs, strict=True)
+    ]
+    drafted = model.generate_batch(prompts, each=programs, max_tokens=30, speculate="prompt", tenant="together")  # type: ignore[arg-type]
+    for one, other in zip(alone, drafted, strict=True):
+        same(one, other)
+    assert sum(answer.usage.tokens.accepted for answer in drafted) > 10
+
+
+def test_fills_run_with_drafts() -> None:
+    model = repeating(0.2)
+    model.decoder.set_fills({(3, 4): random_fill(model.decoder, (3, 4))})
+    try:
+        filled = PolarModel(model.loaded, policy=model.policy, ledger=None)
+        same(*both(filled, "abcd abcd abcd abcd", max_tokens=30, program="0-2 (3-4:4) 5"))
+    finally:
+        model.decoder.set_fills({})
+
+
+def test_a_guard_stops_the_same_loops_at_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, dropped, drop = set(), list[float](), Work.drop_pass
+
+    def noted(work: Work) -> None:
+        dropped.append(limit)
+        drop(work)
+
+    monkeypatch.setattr(Work, "drop_pass", noted)
+    for limit in (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0, 1.1, 1.3, 2.0):
+        model = repeating()
+        policy = model.policy.model_copy(update={"loop_guard": LoopGuard(max_step=limit, min_cosine=0.0)})
+        guarded = PolarModel(model.loaded, policy=policy, ledger=None)
+        plain, drafted = both(guarded, "abab cdcd abab", program="0-1 2x3 3 4x2 5", max_tokens=40)
+        same(plain, drafted)
+        seen.add(plain.usage.loops_stopped)
+    assert seen == {0, 1, 2}
+    assert dropped
+
+
+def test_a_hook_is_called_once_for_every_token() -> None:
+    def answered(speculate: Any) -> tuple[Generation, list[int]]:
+        lengths: list[int] = []
+
+        def hook(tokens: Sequence[int], logits: Tensor) -> Tensor:
+            lengths.append(len(tokens))
+            logits[ord("abc"[len(tokens) % 3])] += 100
+            return logits
+
+        done = repeating().generate("abcabc", max_tokens=40, logits_hook=hook, speculate=speculate, tenant=speculate)
+        return done, lengths
+
+    (plain, calls), (drafted, drafted_calls) = answered("off"), answered("prompt")
+    same(plain, drafted)
+    assert calls == drafted_calls == list(range(40))
+    assert drafted.usage.tokens.accepted > 20
+
+
+def test_a_grammar_forbids_the_same_tokens() -> None:
+    pytest.importorskip("llguidance")
+    plain, drafted = both(repeating(), "abcabcabc", max_tokens=40, regex="(abc|b){3,20}d")
+    same(plain, drafted)
+    assert drafted.usage.tokens.accepted > 0
+
+
+@pytest.mark.parametrize("after", [1, 2, 5, 17])
+def test_cancel_ends_within_a_token(after: int) -> None:
+    def answered(speculate: Any) -> Generation:
+        stop = Event()
+
+        def hook(tokens: Sequence[int], logits: Tensor) -> Tensor:
+            if len(tokens) == after:
+                stop.set()
+            return logits
+
+        return repeating(0.05).generate(
+            "aaaaaa", max_tokens=60, logits_hook=hook, cancel=stop, speculate=speculate, tenant=speculate
+        )
+
+    plain, drafted = answered("off"), answered("prompt")
+    assert len(plain.token_ids) == after + 1
+    same(plain, drafted)
+
+
+def test_a_stream_is_the_same_and_may_be_left() -> None:
+    model = repeating(0.05)
+    texts = [
+        "".join(chunk.text for chunk in model.stream("abcabc", max_tokens=40, speculate=mode, tenant=mode))
+        for mode in ("off", "prompt", "auto")
+    ]
+    assert texts[0] == texts[1] == texts[2]
+    stream = model.stream("abcabc", max_tokens=40, speculate="prompt", tenant="left")
+    next(stream)
+    stream.close()
+    assert len(model.scheduler) == 0
+
+
+def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
+    """The token after an accepted draft, against the model's own probabilities."""
+    model, prompt, runs = repeating(0.05), "abab", 500
+    ids = model.prompt_tokens(prompt)
+    with few_rows(model):
+        answers = model.generate_batch([prompt] * runs, max_tokens=3, temperature=0.8, speculate="prompt")
+    kept = [answer.token_ids for answer in answers if answer.usage.tokens.accepted]
+    ((before, accepted),) = Counter(tokens[:2] for tokens in kept).most_common(1)
+    found = Counter(tokens[2] for tokens in kept if tokens[:2] == before)
+    row = Row(model.decoder, model.policy.tiers["standard"].program)
+    with torch.inference_mode():
+        logits = next_logits(model.decoder, [row], [[*ids, *before]])[0]
+    expected = (logits / 0.8).softmax(-1)
+    assert accepted > 40
+    chi, cells = 0.0, 0
+    rest, rest_expected = accepted, float(accepted)
+    for token, probability in enumerate(expected.tolist()):
+        if accepted * probability >= 5:
+            chi += (found[token] - accepted * probability) ** 2 / (accepted * probability)
+            cells += 1
+            rest, rest_expected = rest - found[token], rest_expected - accepted * probability
+    chi += (rest - rest_expected) ** 2 / max(rest_expected, 1.0)
+    assert chi < cells + 5 * math.sqrt(2 * cells) + 10
+
+
+# -- one pass --------------------------------------------------------------------------------------------------------
+
+
+class PagedEager(EagerKernels):
+    """Layers as one call over pages, as compiled ones run, without a compiler."""
+
+    has_paged_decode = True
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder.family)
+        self.calls: list[int] = []
+
+    def decode(
+        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
+    ) -> Tensor:
+        """A whole layer for some tokens."""
+        index = torch.arange(len(tokens.positions)) if tokens.rows is None else tokens.rows
+        self.calls.append(len(index))
+        before, angles = x[index], tuple(each[index] for each in rotary)
+        query, key, value = self.project(w, before, (angles[0], angles[1]))
+        pages = tokens.table.gather(1, (tokens.positions // PAGE)[:, None])[:, 0]
+        write_pages(store, pages, tokens.positions % PAGE, key, value)
+        mixed = paged_decode(query, store, tokens.table, tokens.positions, kind)
+        return x.index_copy(0, index, self.finish(w, before, mixed))
+
+
+def _prefilled(decoder: Decoder, programs: Sequence[str], lengths: Sequence[int]) -> list[Row]:
+    rows = [Row(decoder, Program.parse(program)) for program in programs]
+    for row, length in zip(rows, lengths, strict=True):
+        next_logits(decoder, [row], [[(7 * place) % 250 for place in range(length)]])
+    return rows
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@torch.inference_mode()
+def test_rows_of_several_tokens_are_what_one_token_after_another_gives(paged: bool) -> None:
+    decoder = repeating(1.0).decoder
+    lengths = [3, 62, 64, 130, 20]
+    pieces = [[5, 6, 7], [8], [1, 2, 3, 4, 5, 6, 7, 8], [9, 9], [4, 4, 4, 4]]
+    alone = [
+        torch.cat([next_logits(decoder, [row], [[token]]) for token in piece])
+        for row, piece in zip(_prefilled(decoder, PROGRAMS, lengths), pieces, strict=True)
+    ]
+    plain = decoder.kernels
+    if paged:
+        decoder.kernels = PagedEager(decoder)
+    try:
+        rows = _prefilled(decoder, PROGRAMS, lengths)
+        together = drafted_logits(decoder, rows, pieces)
+    finally:
+        kernels, decoder.kernels = decoder.kernels, plain
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
+    if isinstance(kernels, PagedEager):
+        assert max(kernels.calls) == sum(map(len, pieces))
+
+
+@torch.inference_mode()
+def test_flops_with_drafts_are_torchs_own() -> None:
+    decoder = repeating(1.0).decoder
+    for program in PROGRAMS:
+        (row,), (plain,) = _prefilled(decoder, [program], [20]), _prefilled(decoder, [program], [20])
+        for kept in (3, 0, 1, 4):
+            before = row.work.executed
+            start = row.length
+            with FlopCounterMode(display=False) as counter:
+                drafted_logits(decoder, [row], [[1, 2, 3, 4]])
+            assert row.work.executed - before == counter.get_total_flops()
+            for _ in range(kept - 1):
+                row.work.keep_draft()
+            if not kept:
+                row.work.drop_pass()
+            row.page_table.shorten(start + kept)
+            for token in range(1, kept + 1):
+                next_logits(decoder, [plain], [[token]])
+            assert row.work.executed - before == counter.get_total_flops()
+            assert row.work.total == plain.work.total == plain.work.executed
+            assert row.work.flops().model_copy(update={"drafts": 0}) == plain.work.flops()
+            assert row.work.decode_steps == plain.work.decode_steps
+            assert row.length == plain.length
+        assert (row.work.drafted, row.work.accepted) == (12, 2 + 3)
+
+
+@torch.inference_mode()
+def test_what_is_not_kept_leaves_no_trace() -> None:
+    decoder = repeating(1.0).decoder
+    gc.collect()  # rows of other tests
+    free = decoder.pool.free
+    (row,), (plain,) = _prefilled(decoder, ["0-5"], [62]), _prefilled(decoder, ["0-5"], [62])
+    drafted_logits(decoder, [row], [[1, 2, 3, 4, 5, 6]])
+    row.page_table.clear_after(63)
+    row.page_table.shorten(63)
+    next_logits(decoder, [plain], [[1]])
+    assert len(row.page_table.blocks) == len(plain.page_table.blocks) == 1
+    for visit in range(6):
+        for ours, theirs in zip(row.page_table.history(visit, 64), plain.page_table.history(visit, 64), strict=True):
+            assert torch.allclose(ours[:, :63], theirs[:, :63], atol=1e-5)
+            assert not ours[:, 63].any()
+    assert torch.allclose(next_logits(decoder, [row], [[9]]), next_logits(decoder, [plain], [[9]]), atol=1e-4)
+    row.page_table.release()
+    plain.page_table.release()
+    assert decoder.pool.free == free
+
+
+@torch.inference_mode()
+def test_a_pass_with_drafts_that_fails_is_counted_to_its_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = repeating(1.0).decoder
+    (row,) = _prefilled(decoder, ["0-5"], [10])
+    before, whole = row.work.total, row.work.next_token(11)
+    finish, calls = decoder.kernels.finish, list[int]()
+
+    def failing(w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
+        calls.append(len(calls))
+        if len(calls) == 4:
+            raise OSError
+        return finish(w, x, mixed)
+
+    monkeypatch.setattr(decoder.kernels, "finish", failing)
+    with FlopCounterMode(display=False), pytest.raises(OSError):
+        drafted_logits(decoder, [row], [[1, 2, 3]])
+    layer = decoder.cost.layers[0]
+    assert row.work.total - before == 3 * layer.flops(1, 11) < whole
+    assert row.work.executed - before == 3 * layer.flops(3, 13)
+    assert (row.length, row.drafted, row.work.decode_steps) == (10, 0, 0)
+
+
+def test_what_a_request_may_waste_is_bounded() -> None:
+    drafts = Drafts([1, 1, 1, 1], "prompt")
+    wasted = 0
+    for length in range(100):
+        count = len(drafts.propose([1] * length, 7).tokens)
+        if count:
+            drafts.judged(count, 0, Hits())
+            wasted += count + 1
+        assert wasted <= FREE_WASTE + WASTE_PER_TOKEN * length
+    assert wasted > 150
