@@ -20,6 +20,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -32,7 +33,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from polar_sdk import PolarModel
 
 SLOTS: Final = 2
 CLIENTS: Final = 6
@@ -49,78 +53,96 @@ HOLDS_S: Final = 75.0
 
 
 def serve() -> None:
-    """Load, wait for a line with the ledger, the spool and the port, and serve until told to end."""
+    """Load once; for every line that says ledger, spool and port, fork a process that serves until told to end."""
     import torch
 
+    from polar_sdk.testing import tiny_model
+
+    torch.set_num_threads(1)
+    tiny = tiny_model(context_window=1024)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that were killed are nobody's to wait for
+    print(json.dumps({"pid": os.getpid(), "said": "ready"}), flush=True)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            _serve(tiny, json.loads(line))
+            os._exit(0)
+
+
+def _serve(tiny: PolarModel, told: dict[str, Any]) -> None:
     from polar_billing.access.keys import ApiKeys
     from polar_billing.access.rates import Rates
     from polar_billing.access.replies import Replies
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.metering.meter import Meter
     from polar_sdk import PolarModel
-    from polar_sdk.testing import tiny_model
     from polar_server import Settings, build
     from polar_server.uvicorn_server import UvicornServer
 
-    torch.set_num_threads(1)
-    tiny = tiny_model(context_window=1024)
-    print("ready", flush=True)
-    told = json.loads(sys.stdin.readline())
+    def say(said: str, **facts: int) -> None:
+        print(json.dumps({"pid": os.getpid(), "slot": told["slot"], "said": said, **facts}), flush=True)
+
     os.environ["POLAR_SPOOL"] = told["spool"]
     ledger = Ledger(told["ledger"])
+    stores: dict[str, Any] = {"keys": ApiKeys(ledger), "replies": Replies(ledger), "rates": Rates(ledger)}
     engine = PolarModel(tiny.loaded, policy=tiny.policy, sink=Meter(ledger), tenant="nobody")
-    app = build(
-        Settings(
-            engine=engine, name="tiny", drain=20.0, keys=ApiKeys(ledger), replies=Replies(ledger), rates=Rates(ledger)
-        )
-    )
+    app = build(Settings(engine=engine, name="tiny", drain=20.0, **stores))
     server = UvicornServer(app, host="127.0.0.1", port=told["port"])
-    server.on_start = lambda _: print("serving", flush=True)
+    server.on_start = lambda _: say("serving")
     server.run()
-    print(json.dumps({"unrecorded": len(app.state.server.sink.due)}), flush=True)
+    say("ended", unrecorded=len(app.state.server.sink.due))
 
 
-class Server:
-    """A process that serves, or that waits for its turn to."""
+class Servers:
+    """Processes that serve, one per slot; a killed one is followed by another in a moment, as all fork from one."""
 
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
+    def __init__(self, url: str, spools: list[str], ports: list[int]) -> None:
+        self._told = [
+            {"slot": slot, "ledger": url, "spool": spool, "port": port}
+            for slot, (spool, port) in enumerate(zip(spools, ports, strict=True))
+        ]
+        self.ports = ports
+        self.pids: list[int | None] = [None] * len(ports)
+        """Of those that serve now."""
+        self._origin = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.chaos", "--serve"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        self.is_up = False
+        self._hear("ready")
 
-    def wait_for(self, said: str) -> None:
-        """Read what it prints until it says so."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.strip() == said:
-                return
-        raise RuntimeError(f"a server ended before it was {said}")
+    def _hear(self, said: str) -> dict[str, Any]:
+        assert self._origin.stdout is not None
+        for line in self._origin.stdout:
+            heard: dict[str, Any] = json.loads(line)
+            if heard["said"] == said:
+                return heard
+        raise RuntimeError(f"no server is {said}")
 
-    def begin(self, told: dict[str, Any]) -> None:
-        """Let it serve."""
-        self.wait_for("ready")
-        assert self.process.stdin is not None
-        print(json.dumps(told), file=self.process.stdin, flush=True)
-        self.wait_for("serving")
-        self.is_up = True
+    def begin(self, slot: int) -> None:
+        """Start one, and wait until it serves."""
+        assert self._origin.stdin is not None
+        print(json.dumps(self._told[slot]), file=self._origin.stdin, flush=True)
+        self.pids[slot] = int(self._hear("serving")["pid"])
 
-    def kill(self) -> None:
+    def kill(self, slot: int) -> None:
         """SIGKILL."""
-        self.is_up = False
-        self.process.kill()
-        self.process.wait()
+        pid, self.pids[slot] = self.pids[slot], None
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
 
     def end(self) -> int:
-        """Let it finish; returns how many requests have no record."""
-        self.is_up = False
-        self.process.terminate()
-        out, _ = self.process.communicate(timeout=120)
-        return int(json.loads(out.strip().splitlines()[-1])["unrecorded"])
+        """Let all finish; returns how many requests have no record."""
+        unrecorded = 0
+        for slot, pid in enumerate(self.pids):
+            assert pid is not None
+            self.pids[slot] = None
+            os.kill(pid, signal.SIGTERM)
+            unrecorded += int(self._hear("ended")["unrecorded"])
+        self._origin.kill()
+        self._origin.communicate()
+        return unrecorded
 
 
 # -- the database, which can be cut off -------------------------------------------------------------------------------
@@ -191,8 +213,7 @@ class Load:
     """Clients that call until told to stop."""
 
     keys: dict[str, str]
-    servers: list[Server]
-    ports: list[int]
+    servers: Servers
     seen: list[Seen] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -224,12 +245,12 @@ class Load:
             time.sleep(0.5)
 
     def _ask(self, tenant: str, body: dict[str, Any], key: str | None, chance: random.Random) -> bool:
-        up = [place for place, server in enumerate(self.servers) if server.is_up]
+        up = [slot for slot, pid in enumerate(self.servers.pids) if pid is not None]
         if not up:
             time.sleep(0.1)
             return False
         headers = {"authorization": f"Bearer {self.keys[tenant]}", **({"idempotency-key": key} if key else {})}
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports[chance.choice(up)], timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.servers.ports[chance.choice(up)], timeout=120)
         try:
             connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
             answer = connection.getresponse()
@@ -341,23 +362,17 @@ def _prepare(url: str) -> dict[str, str]:
         return {tenant: keys.create(tenant, "chaos", parallel=50)[1] for tenant in TENANTS}
 
 
-def _storm(load: Load, relay: Relay, spools: list[str], url: str, options: argparse.Namespace) -> dict[str, int]:
+def _storm(servers: Servers, relay: Relay, options: argparse.Namespace) -> dict[str, int]:
     """Kill and cut for so long."""
     begun, kills, cuts = time.monotonic(), 0, 0
-    spare, slot = Server(), 0
-    cut_at = [options.seconds * (place + 1) / (options.cuts + 1) for place in range(options.cuts)]
     while (passed := time.monotonic() - begun) < options.seconds:
-        time.sleep(options.every)
-        if cut_at and passed >= cut_at[0]:
-            cut_at.pop(0)
+        if cuts < options.cuts and passed >= options.seconds * (cuts + 1) / (options.cuts + 2):
             threading.Thread(target=relay.cut, args=[options.cut_seconds]).start()
             cuts += 1
-        load.servers[slot].kill()
+        time.sleep(options.every)
+        servers.kill(kills % SLOTS)
+        servers.begin(kills % SLOTS)
         kills += 1
-        load.servers[slot], spare = spare, Server()
-        load.servers[slot].begin({"ledger": url, "spool": spools[slot], "port": load.ports[slot]})
-        slot = (slot + 1) % SLOTS
-    spare.kill()
     return {"kills": kills, "cuts": cuts, "seconds": round(time.monotonic() - begun)}
 
 
@@ -383,18 +398,19 @@ def main() -> int:
         relay = Relay(path)
         url = f"postgresql+psycopg://postgres@127.0.0.1:{relay.port}/postgres"
         spools = [str(Path(work) / f"spool-{slot}") for slot in range(SLOTS)]
-        load = Load(_prepare(url), [Server() for _ in range(SLOTS)], [_free_port() for _ in range(SLOTS)])
-        for server, spool, port in zip(load.servers, spools, load.ports, strict=True):
-            server.begin({"ledger": url, "spool": spool, "port": port})
+        servers = Servers(url, spools, [_free_port() for _ in range(SLOTS)])
+        load = Load(_prepare(url), servers)
+        for slot in range(SLOTS):
+            servers.begin(slot)
         print(f"{SLOTS} servers on {place}; {CLIENTS} clients", flush=True)
         clients = [threading.Thread(target=load.run, args=[number]) for number in range(CLIENTS)]
         for client in clients:
             client.start()
-        storm = _storm(load, relay, spools, url, options)
+        storm = _storm(servers, relay, options)
         load.stopped.set()
         for client in clients:
             client.join()
-        unrecorded = sum(server.end() for server in load.servers)
+        unrecorded = servers.end()
         figures = {**storm, **judge(url, load, spools), "unrecorded": unrecorded, "statuses": dict(load.statuses)}
         postgres.cleanup()
     print(json.dumps(figures))

@@ -168,6 +168,7 @@ NOTHING_TO_TRY: dict[str, str] = {
     "Ledger.check": "takes and returns nothing",
     "Ledger.check_exists": "takes and returns nothing",
     "Ledger.close": "takes and returns nothing",
+    "Ledger.complete_usage": "takes and returns nothing",
     "Ledger.price_books": "prices; no tenant's data",
     "Ledger.find_books": "prices; no tenant's data",
     "Ledger.price_choices": "prices; no tenant's data",
@@ -193,7 +194,7 @@ def attempt(call: Callable[[], object]) -> object:
         return str(error)
 
 
-@case("Ledger", "Ledger.read", "Ledger.usage_sums")
+@case("Ledger", "Ledger.read", "Ledger.usage_sums", "Ledger.work")
 def read(world: World) -> None:
     for tenant in (ATTACKER, *LOOKALIKES):
         for selection in (Selection(tenant), Selection(tenant, tags={"note": SECRET}), Selection(tenant, model="%")):
@@ -201,6 +202,7 @@ def read(world: World) -> None:
                 found = list(world.ledger.read(selection, newest=newest))
                 assert {one.record.tenant for one in found} <= {ATTACKER}
                 assert SECRET not in repr(found)
+        assert {one.tenant for one in world.ledger.work(Selection(tenant))} <= {ATTACKER}
         for hourly in (True, False):
             sums = list(world.ledger.usage_sums(Selection(tenant), hourly=hourly))
             assert VICTIM not in repr(sums).replace(repr(tenant), "")
@@ -236,11 +238,21 @@ def reports(world: World) -> None:
             assert VICTIM not in report_html(made)
 
 
-@case("Budgets", "Budgets.in_force", "Budgets.standings", "Budgets.holds", "Budgets.recheck", "Budgets.recheck_holds")
+@case(
+    "Budgets",
+    "Budgets.in_force",
+    "Budgets.standings",
+    "Budgets.standings_in",
+    "Budgets.holds",
+    "Budgets.recheck",
+    "Budgets.recheck_holds",
+)
 def look_at_budgets(world: World) -> None:
     for tenant in (ATTACKER, *LOOKALIKES):
         assert {one.tenant for one in world.budgets.in_force(tenant)} <= {ATTACKER}
         assert {one.budget.tenant for one in world.budgets.standings(tenant, AT)} <= {ATTACKER}
+        with world.ledger.snapshot() as connection:
+            assert {one.budget.tenant for one in world.budgets.standings_in(connection, tenant, AT)} <= {ATTACKER}
         assert {one.scope.tenant for one in world.budgets.holds(tenant)} <= {ATTACKER}
         assert world.budgets.recheck(tenant, repair=True) == []
         assert world.budgets.recheck_holds(tenant) == []

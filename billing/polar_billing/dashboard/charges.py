@@ -2,7 +2,8 @@
 
 The figures are those of `polar report` for the same period, to the last digit: requests that are charged alike are
 added up before they are rated, which changes nothing, since an amount is a quantity times a price, and is rounded once
-per line. Where prices change within the period, it is added up in parts. Knows no HTML.
+per line. Where prices change within the period, it is added up in parts. A tenant whose sums are those of the last look
+is not worked out again. Knows no HTML.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from polar_billing.ledger.records import Selection
 from polar_billing.ledger.rollups import read_sums
 from polar_billing.ledger.schema import price_book_table, receipt_table, usage_table
 from polar_billing.prices.rating import Counts, Rating, rate_counts, rate_of
-from polar_billing.reports.report import Summary, summarise
+from polar_billing.reports.report import Summary, TenantReport, summarise, tenants_of
 from polar_billing.reports.totals import UsageTotals
 from polar_billing.values.periods import Period
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator, Sequence
     from datetime import datetime
 
     from sqlalchemy import Connection
@@ -74,27 +75,94 @@ class Books:
             yield Period(since, until, period.zone)
 
 
-def charges_of(connection: Connection, tenant: str | AllTenants, period: Period, books: Books) -> list[Charges]:
-    """What a period costs, by currency.
+class _Use(NamedTuple):
+    """Requests that are charged alike."""
+
+    since: datetime
+    """From when on, which says what they are charged by."""
+    drafts: int
+    """FLOPs of drafts that are charged beside those of the sum."""
+    usage: Sum
+
+
+class _Tenant(NamedTuple):
+    """What one tenant's sums came to."""
+
+    sums: tuple[Hashable, ...]
+    """All that it follows from."""
+    tiers: dict[str | None, UsageTotals]
+    report: TenantReport
+
+
+class Cost:
+    """What periods cost. For one caller at a time.
 
     Args:
-        connection: A transaction that sees one state of the ledger.
-        tenant: Whose usage, or `ALL_TENANTS`.
-        period: With a beginning.
         books: The price books.
     """
-    books.refresh(connection)
-    groups: defaultdict[str, dict[tuple[str, str | None], UsageTotals]] = defaultdict(dict)
-    decimals: defaultdict[str, int] = defaultdict(int)
-    for part in books.parts(period):
-        assert part.since is not None
-        for usage in read_sums(connection, Selection(tenant, part), hourly=False):
-            book = books[usage.price_book_hash]
-            totals = groups[book.currency].setdefault((usage.tenant, usage.tier), UsageTotals())
-            beyond = _drafts(connection, usage, part) if book.charge_drafts else 0
-            totals.add_rated_sum(usage, _rating(usage, book, part.since, beyond))
-            decimals[book.currency] = max(decimals[book.currency], book.statement_decimals)
-    return [Charges(currency, summarise(groups[currency], decimals[currency])) for currency in sorted(groups)]
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._known: dict[tuple[str, str], _Tenant] = {}
+        """By currency and tenant, of the last look."""
+
+    def of(self, connection: Connection, tenant: str | AllTenants, period: Period) -> list[Charges]:
+        """What a period costs, by currency.
+
+        Args:
+            connection: A transaction that sees one state of the ledger.
+            tenant: Whose usage, or `ALL_TENANTS`.
+            period: With a beginning.
+        """
+        self._books.refresh(connection)
+        sums: defaultdict[str, defaultdict[str, list[_Use]]] = defaultdict(lambda: defaultdict(list))
+        decimals: defaultdict[str, int] = defaultdict(int)
+        for part in self._books.parts(period):
+            assert part.since is not None
+            for usage in read_sums(connection, Selection(tenant, part), hourly=False):
+                book = self._books[usage.price_book_hash]
+                drafts = _drafts(connection, usage, part) if book.charge_drafts else 0
+                sums[book.currency][usage.tenant].append(_Use(part.since, drafts, usage))
+                decimals[book.currency] = max(decimals[book.currency], book.statement_decimals)
+        known = {
+            (currency, name): self._tenant((currency, name), members, decimals[currency])
+            for currency, by_tenant in sums.items()
+            for name, members in by_tenant.items()
+        }
+        self._known = known
+        return [
+            _together(currency, [known[currency, name] for name in sorted(sums[currency])], decimals[currency])
+            for currency in sorted(sums)
+        ]
+
+    def _tenant(self, key: tuple[str, str], uses: list[_Use], decimals: int) -> _Tenant:
+        sums = (decimals, *map(_content, uses))
+        known = self._known.get(key)
+        if known is not None and known.sums == sums:
+            return known
+        tiers: dict[str | None, UsageTotals] = {}
+        for since, drafts, usage in uses:
+            totals = tiers.setdefault(usage.tier, UsageTotals())
+            totals.add_rated_sum(usage, _rating(usage, self._books[usage.price_book_hash], since, drafts))
+        _, name = key
+        (report,) = tenants_of({(name, tier): totals for tier, totals in tiers.items()}, decimals)
+        return _Tenant(sums, tiers, report)
+
+
+def _content(use: _Use) -> tuple[Hashable, ...]:
+    """What tells uses of one tenant apart."""
+    usage = use.usage
+    what = (usage.tier, usage.model, usage.source, usage.outcome, usage.price_book_hash, usage.unrated)
+    return (use.since, use.drafts, *what, *usage.quantities)
+
+
+def _together(currency: str, tenants: Sequence[_Tenant], decimals: int) -> Charges:
+    """What tenants come to together; what they used is added up by tier first, since there may be many of them."""
+    by_tier: defaultdict[tuple[str, str | None], UsageTotals] = defaultdict(UsageTotals)
+    for tenant in tenants:
+        for tier, totals in tenant.tiers.items():
+            by_tier[_NOBODY, tier].merge_sums(totals, decimals)
+    return Charges(currency, summarise([tenant.report for tenant in tenants], by_tier, decimals))
 
 
 def _drafts(connection: Connection, usage: Sum, part: Period) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from sqlalchemy import func, select
 
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.dashboard.charges import Books, Charges, charges_of
+from polar_billing.dashboard.charges import Books, Charges, Cost
 from polar_billing.dashboard.health import LedgerHealth, SpoolHealth, ledger_health, spool_health
 from polar_billing.dashboard.keys import KeyUse, LastUses, keys_of
 from polar_billing.dashboard.programs import Heat, heat_of
@@ -88,6 +88,7 @@ class Looks:
         self._ledger, self._clock = ledger, clock
         self._budgets = Budgets(ledger)
         self._books = Books()
+        self._cost = Cost(self._books)
         self._uses = LastUses()
 
     def look(self, zone: str, live: Live | None) -> View:
@@ -112,7 +113,7 @@ class Looks:
                 today=today,
                 live=live,
                 ended=_ended(connection, now),
-                charges=charges_of(connection, ALL_TENANTS, today, self._books),
+                charges=self._cost.of(connection, ALL_TENANTS, today),
                 lately=lately,
                 heat=heat_of(connection, Selection(ALL_TENANTS, lately)),
                 requests=latest_requests(connection, ALL_TENANTS, MAX_REQUESTS),

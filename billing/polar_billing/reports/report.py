@@ -20,6 +20,7 @@ from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import UNIT_PRICE_SCALE
 from polar_billing.reports.bulk import totals_by_tier
 from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
+from polar_billing.reports.energy import EnergyReport, energy_report
 from polar_billing.reports.figures import Figures, figures_of
 from polar_billing.reports.hardware import HardwareReport
 from polar_billing.reports.layers import ProgramUse, read_layers
@@ -154,6 +155,8 @@ class Report(_Part):
     """Of latency, by tenant and tier, where the price book or the caller gives one."""
     hardware: HardwareReport | None = None
     """At a stated price per device-hour."""
+    energy: EnergyReport | None = None
+    """Measured, or modelled at a stated efficiency."""
     what_if: WhatIf | None = None
     """Other price books and mixes of tiers, and what every figure rests on."""
 
@@ -192,7 +195,7 @@ def build_report(
     selection = Selection(ALL_TENANTS) if selection is None else selection
     rater = Rater(ledger.price_books, instead=prices, currency=currency)
     groups = totals_by_tier(ledger, selection, rater)
-    summary = summarise(groups, rater.decimals)
+    summary = summarise(tenants_of(groups, rater.decimals), groups, rater.decimals)
     tenants = summary.tenants
     others = charges_under(ledger, selection, compare)
     # A report on one tier, or by another book, is not about what was owed.
@@ -225,7 +228,11 @@ def build_report(
         others=sum_charges(others.values()),
         token_pricing=token_pricing(tenants, rater.decimals),
     )
-    return answer(ledger, selection, report, rater, Questions() if questions is None else questions)
+    questions = Questions() if questions is None else questions
+    report = answer(ledger, selection, report, rater, questions)
+    if questions.energy is None or report.is_empty:
+        return report
+    return report.model_copy(update={"energy": energy_report(questions.energy, report)})
 
 
 class Summary(NamedTuple):
@@ -238,21 +245,33 @@ class Summary(NamedTuple):
     figures: Figures
 
 
-def summarise(groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int) -> Summary:
-    """Round what tenants and tiers come to, once per line, and add it up.
+def tenants_of(groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int) -> list[TenantReport]:
+    """What each tenant comes to, by name; each line is rounded once.
 
     Args:
         groups: The sums, by tenant and tier.
         decimals: Of a line.
     """
     ordered = sorted(groups, key=lambda key: (key[0], tier_order(key[1])))
-    tenants = tuple(
+    return [
         _tenant(tenant, {tier: groups[tenant, tier] for _, tier in keys}, decimals)
         for tenant, keys in groupby(ordered, key=lambda key: key[0])
-    )
+    ]
+
+
+def summarise(
+    tenants: Sequence[TenantReport], groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int
+) -> Summary:
+    """Add up what tenants come to.
+
+    Args:
+        tenants: What `tenants_of` made of the sums.
+        groups: The sums, by tenant and tier; by tier alone is enough.
+        decimals: Of a line.
+    """
     total = exact_sum((tenant.total for tenant in tenants), decimals)
     return Summary(
-        tenants,
+        tuple(tenants),
         tiers=_over_tenants(tenants, groups, decimals),
         rounding=exact_sum((tenant.rounding for tenant in tenants), decimals),
         total=total,
@@ -293,11 +312,13 @@ def _tenant(tenant: str, tiers: dict[str | None, UsageTotals], decimals: int) ->
 
 
 def _over_tenants(
-    tenants: tuple[TenantReport, ...], groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int
+    tenants: Sequence[TenantReport], groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int
 ) -> tuple[TierReport, ...]:
     charges = _charges([line for tenant in tenants for line in tenant.lines], decimals)
     tiers = sorted({tier for _, tier in groups}, key=tier_order)
-    members = {tier: [totals for (_, other), totals in groups.items() if other == tier] for tier in tiers}
+    members: dict[str | None, list[UsageTotals]] = {tier: [] for tier in tiers}
+    for (_, tier), totals in groups.items():
+        members[tier].append(totals)
     return tuple(
         TierReport(
             tier=tier,

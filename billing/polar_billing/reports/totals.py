@@ -8,14 +8,15 @@ from summed quantities, not from rounded amounts. Knows no store and no output f
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import zip_longest
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from polar_billing.errors import CurrencyMixError
 from polar_billing.ledger.rollups import sum_of
 from polar_billing.prices.rating import ChargeLine, Item, Rating, rate
+from polar_billing.values.money import EXACT_SCALE, round_half_even
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
@@ -145,6 +146,21 @@ class UsageTotals(UsageSums):
         requests, tokens_input, _, tokens_output, *_ = usage.quantities
         self.add_amounts(rating, requests, tokens_input + tokens_output)
 
+    def merge_sums(self, other: UsageTotals, decimals: int) -> None:
+        """Count in another group, less what only whole records tell: layers, programs and latencies.
+
+        Args:
+            other: The group.
+            decimals: Of amounts; what would have been charged otherwise is rounded to them here, once per group.
+        """
+        for name in _SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.full_depth_exact += _rounded(other.full_depth_exact, decimals)
+        self.per_token_exact += _rounded(other.per_token_exact, decimals)
+        self.outcomes.update(other.outcomes)
+        self.unrated.update(other.unrated)
+        self.charged.update(other.charged)
+
     def add_amounts(self, rating: Rating, requests: int, tokens: int) -> None:
         """Count in what requests cost that were rated together; nothing where they have no price."""
         if rating.unrated is not None:
@@ -157,6 +173,16 @@ class UsageTotals(UsageSums):
             self.without_reference += requests
         else:
             self.per_token_exact += sum(line.exact for line in rating.per_token_lines)
+
+
+_SUMMED: Final = tuple(
+    field.name for field in fields(UsageTotals) if field.type == "int" and not field.name.endswith("_exact")
+)
+
+
+def _rounded(exact: int, decimals: int) -> int:
+    """An amount in units of 10^-30, with no more than so many decimals."""
+    return round_half_even(round_half_even(exact, EXACT_SCALE, decimals), decimals, EXACT_SCALE)
 
 
 def only_currency(currencies: Iterable[str]) -> str | None:

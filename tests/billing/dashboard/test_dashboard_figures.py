@@ -13,7 +13,7 @@ from polar_billing.access.keys import ApiKeys
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.dashboard import keys as key_uses
-from polar_billing.dashboard.charges import Books, charges_of
+from polar_billing.dashboard.charges import Books, Cost
 from polar_billing.dashboard.health import ledger_health, spool_health
 from polar_billing.dashboard.keys import LastUses, keys_of
 from polar_billing.dashboard.programs import heat_of
@@ -101,7 +101,7 @@ def figures(group: Any) -> dict[str, Any]:
 def charged(store: Ledger, period: Period) -> Any:
     """What the page says that a period costs, in one currency."""
     with store.snapshot() as connection:
-        (charges,) = charges_of(connection, ALL_TENANTS, period, Books())
+        (charges,) = Cost(Books()).of(connection, ALL_TENANTS, period)
     return charges.summary
 
 
@@ -141,13 +141,35 @@ def test_a_change_of_prices_within_the_hour_is_seen(ledger: Ledger) -> None:
     }
 
 
+def test_the_next_look_is_as_right_as_the_first(ledger: Ledger) -> None:
+    """Also for the tenant that did nothing in between, and over midnight."""
+    meter, cost = Meter(ledger, prices=PriceBook.from_toml(BOOK), sync=True), Cost(Books())
+
+    def look(day: Period) -> Any:
+        with ledger.snapshot() as connection:
+            (charges,) = cost.of(connection, ALL_TENANTS, day)
+        return charges.summary
+
+    today, tomorrow = (Period.containing(NOON + timedelta(days=days), Window.DAY) for days in (0, 1))
+    meter.emit_many(records(11))
+    first = look(today)
+    assert look(today) == first
+    meter.emit(usage_record("more", tenant="acme", started_at=NOON + timedelta(hours=1)))
+    meter.emit(usage_record("later", tenant="acme", started_at=NOON + timedelta(days=1)))
+    for day in (today, tomorrow, today):
+        report, summary = build_report(ledger, Selection(ALL_TENANTS, day)), look(day)
+        assert (summary.total, summary.rounding) == (report.total, report.rounding)
+        assert figures(summary) == figures(report)
+    assert look(today).total != first.total
+
+
 def test_every_currency_is_by_itself(ledger: Ledger) -> None:
     for currency in ("EUR", "USD"):
         text = f'id = "{currency}"\ncurrency = "{currency}"\n[[prices]]\neffective_from = 2026-01-01\n'
         book = PriceBook.from_toml(text + "per_request = 1\ntiers = { standard = 1 }")
         Meter(ledger, prices=book, sync=True).emit(usage_record(f"r-{currency}"))
     with ledger.snapshot() as connection:
-        found = charges_of(connection, ALL_TENANTS, Period.containing(NOON, Window.DAY), Books())
+        found = Cost(Books()).of(connection, ALL_TENANTS, Period.containing(NOON, Window.DAY))
     assert [(charges.currency, charges.summary.total) for charges in found] == [
         ("EUR", Decimal("1.00")),
         ("USD", Decimal("1.00")),

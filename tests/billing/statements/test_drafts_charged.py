@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_billing.dashboard.charges import Books, charges_of
+from polar_billing.dashboard.charges import Books, Cost
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.metering.meter import Meter
@@ -79,6 +79,6 @@ def test_statement_line_report_and_proof_agree(tmp_path: Path, prices: PriceBook
         assert figures.compute_units == Decimal(sum(record.flops.total for record in records)).scaleb(-12)
         assert figures.charge == round(sum(costs), 6)
         with ledger.snapshot() as connection:
-            (shown,) = charges_of(connection, "acme", Period.month("2026-11"), Books())
+            (shown,) = Cost(Books()).of(connection, "acme", Period.month("2026-11"))
         assert shown.summary.figures.charge == figures.charge
         assert verify_ledger(ledger).sound
