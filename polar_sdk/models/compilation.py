@@ -2,8 +2,8 @@
 
 The first model object on a machine runs uncompiled at once and starts `compiler.py`, which outlives it: a command that
 ends after one answer has still made the next one fast. Whoever loads the model meanwhile, in whatever process, asks at
-each request whether it is done. Nothing here raises or waits: without compiled layers the service goes on uncompiled,
-and one line in the log says why. Importing this imports no torch.
+each request whether it is done. Nothing here raises, or waits for long: without compiled layers the service goes on
+uncompiled, and one line in the log says why. Importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import multiprocessing.spawn
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -43,10 +45,18 @@ BUSY, DISK_FULL, NOT_WRITABLE, FAILED = 3, 4, 5, 6
 """Exit codes of the process: another one is at it, and why it gave up, which a full disk cannot hold."""
 IDLE = True
 """Whether the process only uses time that nobody else wants."""
-LOCK_SECONDS: Final = 5.0
+LOCK_SECONDS: Final = 20.0
 """How long the process waits for its lock, which others hold for a moment when they look."""
+PATIENCE_SECONDS: Final = 15.0
+"""How long requests may leave the process too little time before it is given a share of it."""
+ENOUGH: Final = 0.3
+"""Share of a core that is not too little."""
+RETRY: Final = timedelta(hours=1)
+"""How long nobody tries what has failed here: programs that start often must not all fail at it."""
 _LOOK_SECONDS: Final = 1.0
 """How often a request may look whether compiling has ended."""
+_MOMENT_SECONDS: Final = 1.0
+"""How long a request may wait for a process that was killed."""
 _REASONS: Final = {
     DISK_FULL: "the disk of the cache folder is full",
     NOT_WRITABLE: "the cache folder cannot be written",
@@ -110,7 +120,7 @@ class Order(BaseModel):
     environment: str
     """What else the code depends on: our source, torch and the machine."""
     idle: bool = True
-    """Whether the process only uses time that nobody else wants."""
+    """Whether the process only uses time that nobody else wants; else it gets half of what others get."""
 
     @property
     def key(self) -> str:
@@ -224,6 +234,8 @@ class Background:
         self._process: _Detached | None = None
         self._owner = os.getpid()
         self._looked = self._began = time.monotonic()
+        self._window = self._began, 0.0
+        """When the process was last found to get enough time, and its processor time by then."""
         self._looking = renewed_in_child(threading.Lock())
 
     @property
@@ -234,7 +246,7 @@ class Background:
     def start(self) -> bool:
         """Start the process, unless one is at it already; False where that cannot be done, which is then said."""
         order = self._order
-        obstacle = _no_compiler() or _no_interpreter()
+        obstacle = _no_compiler() or _no_interpreter() or _has_failed(order)
         if obstacle is not None:
             _say_once(f"{obstacle}: layers run uncompiled")
             return False
@@ -271,11 +283,38 @@ class Background:
         if process is not None and os.getpid() == self._owner:  # a fork cannot wait for its parent's child
             code = process.poll()
             if code is None:
+                if self._order.idle and self._is_starved(process.pid):
+                    self._start_again(process)
                 return False
             if code != BUSY:
                 return True
             self._process = None
         return not is_held(self._order.key)
+
+    def _is_starved(self, process: int) -> bool:
+        """Whether the process has got too little time since the last time that it was looked at, some seconds ago."""
+        began, before = self._window
+        seconds = time.monotonic() - began
+        if seconds < PATIENCE_SECONDS:
+            return False
+        used = _processor_seconds(process)
+        self._window = time.monotonic(), used
+        return used - before < ENOUGH * seconds
+
+    def _start_again(self, process: subprocess.Popen[bytes]) -> None:
+        """Exchange a process that only gets idle time, of which there is none, for one that gets a share of the time.
+
+        Requests that keep all cores busy, or threads that spin while they wait, would keep it from ending for ever.
+        What it has compiled is on disk; and a process cannot leave idle scheduling without privileges.
+        """
+        if not hasattr(os, "killpg"):
+            return
+        with suppress(OSError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(_MOMENT_SECONDS)  # else the next one waits for the lock
+        self._order = self._order.model_copy(update={"idle": False})
+        with (packages_folder() / f"{self._order.key}.log").open("ab") as log:
+            self._process = _spawn(self._order, log)
 
     def _finish(self) -> Kernels | None:
         from polar_sdk.engine.compiled import load_kernels
@@ -386,6 +425,28 @@ def _no_interpreter() -> str | None:
     if getattr(sys, "frozen", False) or not name.startswith(("python", "pypy")):
         return "this program cannot start Python to compile in the background"
     return None
+
+
+def _processor_seconds(process: int) -> float:
+    """Processor time of a process and the compilers that it has started; infinite where that cannot be known."""
+    import psutil
+
+    try:
+        root = psutil.Process(process)
+        times = [each.cpu_times() for each in (root, *root.children(recursive=True))]
+    except psutil.Error:
+        return math.inf
+    return float(sum(sum(time[:4]) for time in times))  # user, system, and the same of children that have ended
+
+
+def _has_failed(order: Order) -> str | None:
+    """What to say where this failed a short time ago."""
+    status = read_status(packages_folder() / f"{order.key}.json")
+    if status is None or status.state != "failed" or not timedelta() <= datetime.now(UTC) - status.at < RETRY:
+        return None
+    return (
+        f"compiling {order.model} failed at {status.at:%H:%M} UTC ({status.reason}), `polar models compile` tries again"
+    )
 
 
 def _say_once(line: str) -> None:

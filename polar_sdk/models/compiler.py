@@ -36,14 +36,15 @@ if TYPE_CHECKING:
 
 CPU_SECONDS: Final = 3600
 """Processor time after which the process gives up: a compiler that hangs must not stay for ever."""
+NICE: Final = 3
+"""Half of the weight of a process at 0: where two cores are wanted by two others, it slows each down by a fifth."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def main() -> int:
     """Compile what the order says; returns the exit code."""
     order = Order.model_validate_json(sys.stdin.buffer.read())
-    if order.idle:
-        yield_to_others()
+    yield_to_others(idle=order.idle)
     limit_time()
     try:
         with lock_of(order.key).acquire(timeout=LOCK_SECONDS):
@@ -52,11 +53,11 @@ def main() -> int:
         return BUSY
 
 
-def yield_to_others() -> None:
-    """Use only time that nobody else wants, and be the first to go where memory is short."""
-    with suppress(OSError):
-        os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):
+def yield_to_others(*, idle: bool) -> None:
+    """Use only time that nobody else wants, or half of what others get; be the first to go where memory is short."""
+    with suppress(OSError, AttributeError):
+        os.nice(19 if idle else NICE)
+    if idle and hasattr(os, "SCHED_IDLE"):
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with suppress(OSError):

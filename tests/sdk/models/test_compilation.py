@@ -268,6 +268,29 @@ def test_without_a_compiler_it_is_said_once(
     assert record.message == "there is no C++ compiler (no-such-compiler) on this machine: layers run uncompiled"
 
 
+def test_what_has_failed_is_not_tried_at_each_start(
+    background: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Order] = []
+
+    def spawn(what: Order, _: object) -> Any:
+        started.append(what)
+        return compilation._Detached([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(compilation, "_spawn", spawn)
+    tiny()
+    (what,) = started
+    failed = what.status("failed", reason="no such flag")
+    write_status(what.key, failed)
+    assert tiny().decoder.renewal is None
+    assert len(started) == 1
+    (record,) = caplog.records
+    assert "(no such flag), `polar models compile` tries again: layers run uncompiled" in record.message
+    write_status(what.key, failed.model_copy(update={"at": failed.at - compilation.RETRY}))
+    tiny()
+    assert len(started) == 2
+
+
 @pytest.mark.parametrize("options", [{"compile": False}, {"compile": "stored"}])
 def test_options_turn_it_off(background: Path, refused: None, options: dict[str, Any]) -> None:
     model = tiny(**options)
@@ -323,6 +346,43 @@ def test_the_end_of_a_program_does_not_wait_for_it(background: Path, tmp_path: P
         assert os.getsid(number) == number  # no Ctrl-C of the program's terminal reaches it
     finally:
         os.kill(number, 9)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
+def test_a_process_without_time_is_given_a_share(background: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that only gets idle time, and finds none, is exchanged; one that has a share is left to it."""
+    orders: list[Order] = []
+    real = compilation._processor_seconds
+
+    def spawn(what: Order, _: object) -> Any:
+        orders.append(what)
+        script = "import time; time.sleep(300)"
+        return compilation._Detached([sys.executable, "-c", script], start_new_session=True)
+
+    monkeypatch.setattr(compilation, "_spawn", spawn)
+    monkeypatch.setattr(compilation, "IDLE", True)
+    monkeypatch.setattr(compilation, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(compilation, "_processor_seconds", lambda _: 1e9)
+    model = tiny()
+    wait = waiting(model)
+    first = wait.process
+    assert first is not None
+    assert wait() is None
+    assert wait.process is first  # it got enough
+    monkeypatch.setattr(compilation, "_processor_seconds", real)
+    wait._window = time.monotonic() - 1000, 0.0
+    assert wait() is None
+    second = wait.process
+    assert second is not None
+    assert second is not first
+    assert first.returncode is not None
+    wait._window = time.monotonic() - 1000, 0.0
+    assert wait() is None
+    assert wait.process is second
+    assert [what.idle for what in orders] == [True, False]
+    assert orders[0].key == orders[1].key
+    os.killpg(second.pid, 9)
+    second.wait()
 
 
 def test_two_threads_start_one_process(background: Path, monkeypatch: pytest.MonkeyPatch) -> None:
