@@ -1,4 +1,4 @@
-"""Measure metering and billing: ingest on both stores, what metering adds to a request, the usage query, size.
+"""Measure metering and billing: ingest on both stores, what metering adds to a request, usage query, report, size.
 
     python -m benchmarks.billing [--only ingest,metering] [--events N] [--ingest N] [--rounds N] [--postgres URL]
 
@@ -29,7 +29,18 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import create_engine, make_url, text
 
 from benchmarks.results import RESULTS, Recorder
-from polar_billing import Ledger, Meter, Period, PriceBook, Selection, rate, usage_rows, verify_ledger
+from polar_billing import (
+    Ledger,
+    Meter,
+    Period,
+    PriceBook,
+    Selection,
+    build_report,
+    rate,
+    report_html,
+    usage_rows,
+    verify_ledger,
+)
 from polar_billing.ledger.records import Entry
 from polar_billing.testing import usage_record
 
@@ -240,7 +251,7 @@ def measure_metering(bench: Bench) -> None:
 
 
 def measure_query(bench: Bench) -> None:
-    """The usage query, `verify` and the size of a ledger of many requests."""
+    """The usage query, the report, `verify` and the size of a ledger of many requests."""
     file, events = bench.folder / "million.sqlite3", bench.events
     book = PriceBook.example()
     with Ledger(str(file)) as ledger:
@@ -256,12 +267,24 @@ def measure_query(bench: Bench) -> None:
             took, requests = querying(ledger, rollups=rollups)
             name, note = f"usage of one tenant and month, from {what}", f"{requests:,} of {size}"
             _record(bench, name, [took], "ms", goal=goal, better="lower", note=note)
+        _measure_report(bench, ledger, size)
         begun = time.perf_counter()
         assert verify_ledger(ledger).sound
         _record(bench, "`polar verify`", [time.perf_counter() - begun], "s", note=size)
     with closing(sqlite3.connect(file)) as fold:
         fold.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     _record(bench, "SQLite, size on disk, indexes included", [file.stat().st_size / events], "bytes/event", note=size)
+
+
+def _measure_report(bench: Bench, ledger: Ledger, size: str) -> None:
+    begun, busy = time.perf_counter(), time.process_time()
+    report = build_report(ledger)
+    took, worked = time.perf_counter() - begun, time.process_time() - busy
+    assert report.figures.requests == bench.events
+    note = f"{size}; processor time {worked:.2f} s"
+    _record(bench, "report of all tenants and all time", [took], "s", goal=10, better="lower", note=note)
+    page = len(report_html(report).encode()) / 1e6
+    _record(bench, "its HTML page", [page], "MB", goal=3, better="lower", note=size)
 
 
 MEASURES: Final[dict[str, Callable[[Bench], None]]] = {

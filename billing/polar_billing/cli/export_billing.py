@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from polar_billing.exports.stripe import MeterEvents
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection
+    from polar_billing.reports.energy import EnergyBasis
     from polar_billing.statements.period import StatementOfPeriod
     from polar_billing.values.periods import Period
 
@@ -81,14 +82,21 @@ def export_billing(
         Path | None,
         typer.Option(help='For stripe: TOML lines like acme = "cus_…", one per tenant.', metavar="FILE"),
     ] = None,
+    flops_per_joule: opt.FlopsPerJoule = None,
+    energy_source: opt.EnergySource = None,
+    grid_intensity: opt.GridIntensity = None,
+    grid_source: opt.GridSource = None,
 ) -> None:
     """Write usage and statements for other systems.
 
     focus and stripe need a period with both ends. For focus, issued statements of the period are exported, and drafts
-    where there is none.
+    where there is none. Energy is modelled for cloudevents and usage-parquet.
     """
     if format_.endswith("-parquet") and str(out) == "-":
         raise QueryError(f"--format {format_} writes a file.", hint="Name it with --out FILE.")
+    from polar_billing.reports.energy import read_energy
+
+    energy = read_energy(flops_per_joule, energy_source, None, grid_intensity, grid_source)
     period = opt.period_of(month, since, until, zone or "UTC")
     with opt.open_ledger(ledger) as store:
         selection = opt.selection_of(tenant, period, None, None, [])
@@ -97,11 +105,11 @@ def export_billing(
                 statements = _statements(store, tenant, (month, since, until, zone), book)
                 _write_focus(statements, provider, out, format_)
             case Format.CLOUDEVENTS:
-                _write_cloudevents(store, selection, out)
+                _write_cloudevents(store, selection, energy, out)
             case Format.STRIPE:
                 _write_meter_events(store, selection, customers, out)
             case Format.USAGE_PARQUET:
-                _write_usage(store, selection, out)
+                _write_usage(store, selection, energy, out)
             case Format.REPORT_PARQUET:
                 _write_report(store, selection, book, currency, out)
 
@@ -133,10 +141,10 @@ def _write_focus(statements: list[StatementOfPeriod], provider: str, out: Path, 
     _say_written(out, write_focus(out, rows))
 
 
-def _write_cloudevents(store: Ledger, selection: Selection, out: Path) -> None:
+def _write_cloudevents(store: Ledger, selection: Selection, energy: EnergyBasis | None, out: Path) -> None:
     from polar_billing.exports.cloud_events import batch_text
 
-    opt.write_pieces(out, batch_text(store.read(selection), store.price_books))
+    opt.write_pieces(out, batch_text(store.read(selection), store.price_books, energy))
 
 
 def _write_meter_events(store: Ledger, selection: Selection, customers: Path | None, out: Path) -> None:
@@ -165,10 +173,10 @@ def _say_leftovers(events: MeterEvents) -> None:
         print_line(f"warning: Stripe refuses events older than {MAX_AGE_DAYS} days, and some are.", err=True)
 
 
-def _write_usage(store: Ledger, selection: Selection, out: Path) -> None:
+def _write_usage(store: Ledger, selection: Selection, energy: EnergyBasis | None, out: Path) -> None:
     from polar_billing.exports.parquet import write_usage
 
-    _say_written(out, write_usage(out, store.read(selection), store.price_books))
+    _say_written(out, write_usage(out, store.read(selection), store.price_books, energy))
 
 
 def _write_report(store: Ledger, selection: Selection, book: Path | None, currency: str | None, out: Path) -> None:

@@ -40,6 +40,14 @@ Book = Annotated[
     Path | None, typer.Option(help="Charge by this price book instead of the one in force.", metavar="FILE")
 ]
 Currency = Annotated[str | None, typer.Option(help="Only what was charged in this currency.", metavar="CODE")]
+FlopsPerJoule = Annotated[
+    str | None, typer.Option(help="Model energy: executed FLOPs that the device does per joule.", metavar="NUMBER")
+]
+EnergySource = Annotated[str | None, typer.Option(help="Where --flops-per-joule comes from, in words.", metavar="TEXT")]
+GridIntensity = Annotated[
+    str | None, typer.Option(help="Carbon of the grid, in grams of CO2e per kWh.", metavar="NUMBER")
+]
+GridSource = Annotated[str | None, typer.Option(help="Where --grid-intensity comes from, in words.", metavar="TEXT")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
 Csv = Annotated[Path | None, typer.Option(help="Write CSV to this file; - is standard output.", metavar="FILE")]
 

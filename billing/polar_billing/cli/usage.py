@@ -5,6 +5,7 @@ Arguments in, text out; the figures come from `reports`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -129,6 +130,13 @@ def report(
         str | None,
         typer.Option(help="Throughput of a device; by default from the recorded times.", metavar="NUMBER"),
     ] = None,
+    flops_per_joule: opt.FlopsPerJoule = None,
+    energy_source: opt.EnergySource = None,
+    energy_log: Annotated[
+        Path | None, typer.Option(help="Measured energy, from `polar energy`.", metavar="FILE")
+    ] = None,
+    grid_intensity: opt.GridIntensity = None,
+    grid_source: opt.GridSource = None,
 ) -> None:
     """Report usage and charges by tenant and tier, compared with full depth and per-token pricing.
 
@@ -140,11 +148,14 @@ def report(
     selection = opt.selection_of(tenant, opt.period_of(month, since, until, zone), tier, None, [])
     with opt.open_ledger(ledger) as store:
         from polar_billing.reports.csv import report_csv
+        from polar_billing.reports.energy import read_energy
         from polar_billing.reports.report import build_report
         from polar_billing.reports.usage_tables import report_view
 
         books = [PriceBook.load(file) for file in compare or []]
+        energy = read_energy(flops_per_joule, energy_source, energy_log, grid_intensity, grid_source)
         questions = _questions(what_if or [], mix or [], mix_from, promise or [], (device_hour, tokens_per_second))
+        questions = replace(questions, energy=energy)
         built = build_report(
             store, selection, prices=opt.book_of(prices), currency=currency, compare=books, questions=questions
         )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.prices.book import PriceBook
+    from polar_billing.reports.energy import EnergyBasis
 
 
 EVENT_TYPE: Final = "polar.usage"
@@ -35,14 +36,16 @@ def event_schema() -> dict[str, Any]:
     return schema
 
 
-def usage_event(stored: StoredUsage, book: PriceBook) -> dict[str, Any]:
+def usage_event(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None = None) -> dict[str, Any]:
     """The event of one stored request.
 
     Args:
         stored: The request.
         book: The one its receipt was made by.
+        energy: What to model its energy by; None to say nothing of it.
     """
     record = stored.record
+    modelled = {} if energy is None else {"energy": _energy(record.flops.total, energy)}
     return {
         "specversion": "1.0",
         "type": EVENT_TYPE,
@@ -80,21 +83,38 @@ def usage_event(stored: StoredUsage, book: PriceBook) -> dict[str, Any]:
             "price_book_hash": stored.price_book_hash,
             "unrated": stored.unrated,
             "sequence": stored.seq,
+            **modelled,
         },
     }
 
 
-def batch_text(usage: Iterable[StoredUsage], read_books: Callable[[], Mapping[str, PriceBook]]) -> Iterator[str]:
+def _energy(flops: int, basis: EnergyBasis) -> dict[str, str | None]:
+    joules, grams = basis.of_flops(flops)
+    return {
+        "basis": basis.kind,
+        "source": basis.source,
+        "joules": f"{joules:f}",
+        "carbon_grams": None if grams is None else f"{grams:f}",
+        "grid_source": basis.grid_source,
+    }
+
+
+def batch_text(
+    usage: Iterable[StoredUsage],
+    read_books: Callable[[], Mapping[str, PriceBook]],
+    energy: EnergyBasis | None = None,
+) -> Iterator[str]:
     """A batch as pieces of JSON text, one event a line, so that a long one is never whole in memory.
 
     Args:
         usage: The requests.
         read_books: Reads every book of their receipts, by content hash. Called once, after the first request was read:
             a record stored in between may have brought its book in.
+        energy: What to model energy by.
     """
     opening, books = "[\n", cache(read_books)
     for stored in usage:
-        event = usage_event(stored, books()[stored.price_book_hash])
+        event = usage_event(stored, books()[stored.price_book_hash], energy)
         yield opening + json.dumps(event, separators=(",", ":"))
         opening = ",\n"
     yield "[]\n" if opening == "[\n" else "\n]\n"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.prices.book import PriceBook
+    from polar_billing.reports.energy import EnergyBasis
     from polar_billing.reports.report import Report
 
     Row = Mapping[str, Any]
@@ -34,13 +35,19 @@ BATCH: Final = 10_000
 _DIGITS: Final = 38
 
 
-def write_usage(path: Path, usage: Iterable[StoredUsage], read_books: Callable[[], Mapping[str, PriceBook]]) -> int:
+def write_usage(
+    path: Path,
+    usage: Iterable[StoredUsage],
+    read_books: Callable[[], Mapping[str, PriceBook]],
+    energy: EnergyBasis | None = None,
+) -> int:
     """Write one row per request.
 
     Args:
         path: The file.
         usage: The requests.
         read_books: Reads every book of their receipts, by content hash; called once, after the first request was read.
+        energy: What to model energy by; None leaves its columns empty.
 
     Returns:
         The number of rows.
@@ -67,12 +74,14 @@ def write_usage(path: Path, usage: Iterable[StoredUsage], read_books: Callable[[
         **dict.fromkeys(("kv_bytes_peak", "queue_ns", "prefill_ns", "decode_ns"), count),
         "cost": cost,
         **dict.fromkeys(("currency", "price_book", "price_book_hash", "unrated"), text),
+        **dict.fromkeys(("energy_joules", "carbon_grams"), arrow.decimal128(_DIGITS, STORED_SCALE)),
+        **dict.fromkeys(("energy_basis", "energy_source", "grid_source"), text),
     }
     books = cache(read_books)
-    return _write(path, types, (_usage_row(stored, books()[stored.price_book_hash]) for stored in usage))
+    return _write(path, types, (_usage_row(stored, books()[stored.price_book_hash], energy) for stored in usage))
 
 
-def _usage_row(stored: StoredUsage, book: PriceBook) -> Row:
+def _usage_row(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None) -> Row:
     record, flops = stored.record, stored.record.flops
     same = (
         "request_id", "tenant", "tier", "model", "model_fingerprint", "router", "router_version", "program",
@@ -106,7 +115,14 @@ def _usage_row(stored: StoredUsage, book: PriceBook) -> Row:
         "price_book": book.id,
         "price_book_hash": stored.price_book_hash,
         "unrated": stored.unrated,
+        **({} if energy is None else _energy(flops.total, energy)),
     }
+
+
+def _energy(flops: int, basis: EnergyBasis) -> Row:
+    joules, grams = basis.of_flops(flops)
+    said = {"energy_basis": basis.kind, "energy_source": basis.source, "grid_source": basis.grid_source}
+    return {"energy_joules": joules, "carbon_grams": grams, **said}
 
 
 def write_report(path: Path, report: Report) -> int:

@@ -100,6 +100,8 @@ def _filters(report: Report, amounts: Amounts) -> dict[str, Callable[..., Any]]:
         "price_of": of(amounts.prices),
         "unit_of": lambda currency: amounts.charges.name if currency == report.currency else currency,
         "plain": plain,
+        "exact_amount": text.money,
+        "signed_amount": text.signed_money,
         "rate": text.rate,
         "exact": lambda line: plain(line.exact),
         "share": text.share,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection, StoredUsage
     from polar_billing.prices.book import PriceBook
+    from polar_billing.reports.energy import EnergyBasis
     from polar_billing.reports.figures import Figures
     from polar_billing.reports.mix import Mix, Savings
     from polar_billing.reports.report import Report
@@ -53,6 +54,7 @@ class Questions:
     savings: Callable[[str], Savings | None] = _nothing_measured
     """From the fingerprint of a model to what its tiers were measured to save; None where nothing was."""
     hardware: Hardware | None = None
+    energy: EnergyBasis | None = None
     promises: Mapping[str, int] = field(default_factory=dict)
     """Tier → promised 95th percentile of latency, for tiers whose plan says nothing, or instead of it. Unit: ms."""
 

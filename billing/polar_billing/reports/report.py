@@ -20,6 +20,7 @@ from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import UNIT_PRICE_SCALE
 from polar_billing.reports.bulk import totals_by_tier
 from polar_billing.reports.comparison import OtherCharge, charges_under, sum_charges
+from polar_billing.reports.energy import EnergyReport, energy_report
 from polar_billing.reports.figures import Figures, figures_of
 from polar_billing.reports.hardware import HardwareReport
 from polar_billing.reports.layers import ProgramUse, read_layers
@@ -154,6 +155,8 @@ class Report(_Part):
     """Of latency, by tenant and tier, where the price book or the caller gives one."""
     hardware: HardwareReport | None = None
     """At a stated price per device-hour."""
+    energy: EnergyReport | None = None
+    """Measured, or modelled at a stated efficiency."""
     what_if: WhatIf | None = None
     """Other price books and mixes of tiers, and what every figure rests on."""
 
@@ -225,7 +228,11 @@ def build_report(
         others=sum_charges(others.values()),
         token_pricing=token_pricing(tenants, rater.decimals),
     )
-    return answer(ledger, selection, report, rater, Questions() if questions is None else questions)
+    questions = Questions() if questions is None else questions
+    report = answer(ledger, selection, report, rater, questions)
+    if questions.energy is None or report.is_empty:
+        return report
+    return report.model_copy(update={"energy": energy_report(questions.energy, report)})
 
 
 class Summary(NamedTuple):

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from polar_billing.reports import text
 from polar_billing.reports.amounts import Amounts
+from polar_billing.reports.energy_tables import energy_view
 from polar_billing.reports.what_if_tables import what_if_view
 from polar_billing.values.money import plain
 from polar_sdk.show.lines import printable
@@ -92,6 +93,7 @@ def report_view(report: Report) -> RenderableType:
     parts += [_comparison(report, amounts), Text()]
     parts += [_others(report, amounts), Text()] if report.others else []
     parts += what_if_view(report, amounts)
+    parts += energy_view(report)
     for tenant in report.tenants:
         parts += [_statement(tenant, report, amounts), Text()]
     parts += _unrated(report.figures.unrated.items())

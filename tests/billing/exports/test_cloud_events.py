@@ -10,6 +10,7 @@ import pytest
 from polar_billing.exports.cloud_events import batch_text, event_schema
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
+from polar_billing.reports.energy import read_energy
 from polar_billing.reports.query import usage_rows
 from polar_billing.testing import usage_record
 from tests.billing.exports.conftest import OCTOBER
@@ -63,6 +64,17 @@ def test_totals_are_those_of_the_usage_query(billed: Ledger) -> None:
 
 def test_nothing_is_an_empty_batch(ledger: Ledger) -> None:
     assert events(ledger, Selection(ALL_TENANTS)) == []
+
+
+def test_energy_is_marked_as_modelled(billed: Ledger) -> None:
+    basis = read_energy("2e9", "a data sheet", None, "400", "the national average")
+    made = json.loads("".join(batch_text(billed.read(Selection("acme", OCTOBER)), billed.price_books, basis)))
+    validator = jsonschema.Draft202012Validator(event_schema())
+    for event in made:
+        validator.validate(event)
+        energy = event["data"]["energy"]
+        assert energy["basis"] == "modelled"
+        assert abs(Decimal(energy["joules"]) - Decimal(event["data"]["flops"]) / 2_000_000_000) <= Decimal("5e-7")
 
 
 @pytest.mark.parametrize("tenant", ["=1+1", '"},{"', "<script>", "ü €"])

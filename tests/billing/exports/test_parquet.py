@@ -9,6 +9,7 @@ from polar_billing.errors import OutputError
 from polar_billing.exports.focus import focus_rows
 from polar_billing.exports.parquet import write_focus, write_report, write_usage
 from polar_billing.ledger.records import ALL_TENANTS, Selection
+from polar_billing.reports.energy import read_energy
 from polar_billing.reports.report import build_report
 from polar_billing.statements.period import statements_of_period
 from tests.billing.exports.conftest import OCTOBER
@@ -39,6 +40,14 @@ def test_usage_is_the_ledgers(billed: Ledger, tmp_path: Path) -> None:
         assert row["started_at"] == record.started_at
         assert tuple(row["visits_decode"]) == record.visits.decode
         assert dict(row["tags"]) == dict(record.tags)
+
+
+def test_energy_is_marked_as_modelled(billed: Ledger, tmp_path: Path) -> None:
+    path = tmp_path / "usage.parquet"
+    write_usage(path, billed.read(Selection("acme")), billed.price_books, read_energy("2e9", "sheet", None, None, None))
+    for row in rows(path):
+        assert (row["energy_basis"], row["energy_source"], row["carbon_grams"]) == ("modelled", "sheet", None)
+        assert abs(row["energy_joules"] * 2_000_000_000 - row["flops"]) <= 1_000
 
 
 def test_the_report_sums_to_its_total(billed: Ledger, tmp_path: Path) -> None:

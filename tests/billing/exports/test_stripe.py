@@ -109,7 +109,7 @@ def _record(request_id: str, flops: int, moment: datetime, tier: str | None = "s
 @settings(deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 5 * FLOPS_PER_UNIT), st.integers(0, 61 * 24), st.sampled_from(["standard", None])),
+        st.tuples(st.integers(0, 5 * FLOPS_PER_UNIT), st.integers(0, 61 * 24 - 1), st.sampled_from(["standard", None])),
         max_size=40,
     )
 )
