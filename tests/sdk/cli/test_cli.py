@@ -89,7 +89,7 @@ class TestRun:
         facts = json.loads(result.stdout)
         assert set(facts) == {"text", "finish_reason", "usage", "receipt"}
         assert facts["usage"]["request_id"] == "mine"
-        assert facts["usage"]["tokens"] == {"input": 7, "cached": 0, "output": 5}
+        assert facts["usage"]["tokens"] == {"input": 7, "cached": 0, "output": 5, "drafted": 0, "accepted": 0}
         assert facts["receipt"]["currency"] == "USD"
         assert result.stderr == ""
 
@@ -352,7 +352,7 @@ class TestChat:
         assert result.exit_code == 0
         assert result.stderr.count("[standard · program 0 2-5 · ") == 2
         first, second = reversed(requests_in_ledger())
-        assert first["tokens"] == {"input": 7, "cached": 0, "output": 5}
+        assert first["tokens"] == {"input": 7, "cached": 0, "output": 5, "drafted": 0, "accepted": 0}
         assert second["tokens"]["input"] > 7 + len("and again")  # the conversation so far is part of the prompt
 
     def test_answers_stand_on_lines_of_their_own(self, on_tiny: list[str]) -> None:
