@@ -124,6 +124,35 @@ class PriceDocuments(PriceBooks):
         PriceBook.from_document(content.decode("utf-8", "replace"))
 
 
+class StripeCustomers(Texts):
+    """Stripe's customers of tenants."""
+
+    name, share = "stripe customers", 2
+    valid = (b'acme = "cus_1"\n"=x" = "cus_Na2"\n', b"")
+
+    def read_text(self, content: bytes) -> None:
+        from polar_billing.exports.stripe import read_customers
+
+        read_customers(self.file("customers.toml", content))
+
+
+class EnergyLogs(Texts):
+    """A log of measured energy."""
+
+    name, share = "energy log", 2
+    valid = (
+        b'{"since": "2026-11-01T00:00:00+00:00", "until": "2026-11-01T00:00:10+00:00", "microjoules": {"a": 12}}\n'
+        b'{"since": "2026-11-01T00:00:10+00:00", "until": "2026-11-01T00:00:20Z", "microjoules": {"a": 0, "b": 7}}\n',
+        b"",
+    )
+
+    def read_text(self, content: bytes) -> None:
+        from polar_billing.metering.energy import read_energy_log
+
+        for interval in read_energy_log(self.file("energy.jsonl", content)):
+            assert interval.since < interval.until, "an interval of no time"
+
+
 class Policies(Texts):
     """A policy file."""
 
@@ -509,6 +538,8 @@ READERS: Final[Sequence[type[Reader]]] = (
     Programs,
     PriceBooks,
     PriceDocuments,
+    StripeCustomers,
+    EnergyLogs,
     Policies,
     CompileStatuses,
     DataSets,

@@ -6,7 +6,6 @@ CREATE INDEX polar_hold_by_tenant ON polar_hold (tenant, at);
 CREATE INDEX polar_hold_open ON polar_hold (tenant, expires_at) WHERE state = 'held';
 CREATE INDEX polar_pruned_by_prune ON polar_pruned (prune_id);
 CREATE INDEX polar_reply_by_expiry ON polar_reply (expires_at);
-CREATE INDEX polar_running_by_expiry ON polar_running (expires_at);
 CREATE INDEX polar_statement_by_tenant ON polar_statement (tenant, since);
 CREATE INDEX polar_usage_by_tenant ON polar_usage (tenant, started_at);
 CREATE INDEX polar_usage_by_time ON polar_usage (started_at);
@@ -182,12 +181,6 @@ CREATE TABLE polar_pruned (
 	CONSTRAINT polar_pruned_once UNIQUE (tenant, source, request_id),
 	FOREIGN KEY(prune_id) REFERENCES polar_prune (id)
 );
-CREATE TABLE polar_rate (
-	key_id VARCHAR(16) NOT NULL,
-	requests_full_at BIGINT NOT NULL,
-	tokens_full_at BIGINT NOT NULL,
-	PRIMARY KEY (key_id)
-);
 CREATE TABLE polar_receipt (
 	usage_seq INTEGER NOT NULL,
 	price_book_hash VARCHAR(64) NOT NULL,
@@ -208,13 +201,6 @@ CREATE TABLE polar_reply (
 	expires_at BIGINT NOT NULL,
 	CONSTRAINT polar_reply_once UNIQUE (tenant, key_hash),
 	CONSTRAINT polar_reply_state CHECK ((state = 'running') = (answer IS NULL))
-);
-CREATE TABLE polar_running (
-	key_id VARCHAR(16) NOT NULL,
-	replica VARCHAR(40) NOT NULL,
-	answers BIGINT NOT NULL,
-	expires_at BIGINT NOT NULL,
-	PRIMARY KEY (key_id, replica)
 );
 CREATE TABLE polar_schema (
 	version INTEGER NOT NULL,
@@ -374,7 +360,6 @@ CREATE INDEX polar_hold_by_tenant ON polar_hold (tenant, at);
 CREATE INDEX polar_hold_open ON polar_hold (tenant, expires_at) WHERE state = 'held';
 CREATE INDEX polar_pruned_by_prune ON polar_pruned (prune_id);
 CREATE INDEX polar_reply_by_expiry ON polar_reply (expires_at);
-CREATE INDEX polar_running_by_expiry ON polar_running (expires_at);
 CREATE INDEX polar_statement_by_tenant ON polar_statement (tenant, since);
 CREATE INDEX polar_usage_by_tenant ON polar_usage (tenant, started_at);
 CREATE INDEX polar_usage_by_time ON polar_usage (started_at);
@@ -560,12 +545,6 @@ CREATE TABLE polar_pruned (
 	CONSTRAINT polar_pruned_once UNIQUE (tenant, source, request_id),
 	FOREIGN KEY(prune_id) REFERENCES polar_prune (id)
 );
-CREATE TABLE polar_rate (
-	key_id VARCHAR(16) NOT NULL,
-	requests_full_at BIGINT NOT NULL,
-	tokens_full_at BIGINT NOT NULL,
-	PRIMARY KEY (key_id)
-);
 CREATE TABLE polar_receipt (
 	usage_seq BIGINT NOT NULL,
 	price_book_hash VARCHAR(64) NOT NULL,
@@ -585,13 +564,6 @@ CREATE TABLE polar_reply (
 	PRIMARY KEY (seq),
 	CONSTRAINT polar_reply_once UNIQUE (tenant, key_hash),
 	CONSTRAINT polar_reply_state CHECK ((state = 'running') = (answer IS NULL))
-);
-CREATE TABLE polar_running (
-	key_id VARCHAR(16) NOT NULL,
-	replica VARCHAR(40) NOT NULL,
-	answers BIGINT NOT NULL,
-	expires_at BIGINT NOT NULL,
-	PRIMARY KEY (key_id, replica)
 );
 CREATE TABLE polar_schema (
 	version INTEGER NOT NULL,

@@ -38,7 +38,8 @@ ADDED_IN_3 = {"polar_price_in_force"}
 ADDED_IN_4 = {"polar_chain_anchor"}
 ADDED_IN_6 = {"polar_clock"}
 ADDED_IN_5 = "\tvisits_prefill_filled TEXT, \n".replace(", \n", ",\n")
-ADDED_IN_7 = {"polar_api_key", "polar_reply", "polar_rate", "polar_running"}
+ADDED_IN_7 = {"polar_api_key", "polar_reply"}
+TABLES_ADDED_IN_8 = {"polar_rate", "polar_running"}
 ADDED_IN_8 = "".join(f"\t{column} BIGINT,\n" for column in ("tokens_drafted", "tokens_accepted", "flops_drafts"))
 
 
@@ -261,7 +262,7 @@ def _definition(tables: list[Table]) -> str:
 
 def _pins() -> Iterator[tuple[Path, str]]:
     added: set[str] = set()
-    later = {6: ADDED_IN_7, 5: ADDED_IN_6, 3: ADDED_IN_4, 2: ADDED_IN_3}
+    later = {7: TABLES_ADDED_IN_8, 6: ADDED_IN_7, 5: ADDED_IN_6, 3: ADDED_IN_4, 2: ADDED_IN_3}
     for version in range(SCHEMA_VERSION, 1, -1):
         added |= later.get(version, set())
         definition = _definition([table for table in metadata.sorted_tables if table.name not in added])

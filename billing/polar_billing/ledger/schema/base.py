@@ -100,7 +100,7 @@ SCHEMA_VERSION: Final = 8
 """Version 1: facts and receipts. Version 2: hash chain, double entry, retention, rollups and all that rests on them.
 Version 3: which price books were put in force. Version 4: where older links end in a chain of version 2. Version 5:
 filled visits. Version 6: holds that are renewed, and the clock by which they expire. Version 7:
-API keys, replies to repeated requests, and what keys have used of their limits. Version 8: drafts."""
+API keys, and replies to repeated requests. Version 8: drafts, and what keys have used of their limits."""
 
 metadata: Final = MetaData()
 

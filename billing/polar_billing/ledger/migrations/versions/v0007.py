@@ -1,4 +1,4 @@
-"""Schema version 7: API keys, replies to repeated requests, and what keys have used of their limits.
+"""Schema version 7: API keys, and replies to repeated requests.
 
 Up adds the tables, empty. Down drops them, and refuses while there is a key; replies are copies that expire anyway.
 
@@ -15,12 +15,12 @@ from sqlalchemy import func, select, text
 
 from polar_billing.errors import SchemaVersionError
 from polar_billing.ledger.migrations.stored import forget_version
-from polar_billing.ledger.schema import api_key_table, metadata, rate_table, reply_table, running_table
+from polar_billing.ledger.schema import api_key_table, metadata, reply_table
 
 revision = "0007"
 down_revision = "0006"
 
-_TABLES: Final = [api_key_table, reply_table, rate_table, running_table]
+_TABLES: Final = [api_key_table, reply_table]
 
 
 def upgrade() -> None:
