@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The tests talk to nothing but this machine; the model is fetched before they start.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
+# The long suites run in two processes, each file in one of them, so that fixtures are made once; PROCESSES=0 runs them in this one.
+PROCESSES ?= 2
+PARALLEL := -n $(PROCESSES) --dist loadfile
 
 .PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm chaos bench-fairness focus-check clean
 
@@ -33,10 +36,10 @@ demo: model ## Run chains for two tenants on three tiers, and make the bill
 	$(BIN)/polar demo
 
 test: model ## Run every test, the real model included
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(STAMP) ## Run the tests that need no model
-	$(OFFLINE) $(BIN)/python -m pytest -m "not model"
+	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m "not model"
 
 test-sdk: $(STAMP) ## Run the tests of polar_sdk that need no model
 	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/sdk

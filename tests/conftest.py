@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+# A busy machine must not fail a test.
+settings.register_profile("polar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("polar")
 
 
 @pytest.fixture(autouse=True)

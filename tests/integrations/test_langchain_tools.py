@@ -332,7 +332,7 @@ async def test_agents_call_tools_until_they_have_an_answer() -> None:
 # --- The parts. ---
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     calls=st.lists(
         st.tuples(st.sampled_from(["f", "größe", 'a"b']), st.dictionaries(st.text(), st.text() | st.integers())),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, trim_messages
 from langchain_core.runnables import RunnableLambda
@@ -78,7 +78,7 @@ def test_a_strict_template_does_not_keep_anybody_from_trimming(
 _CHAT = ChatPolar(engine=tiny_model(sink=ListSink()), max_tokens=1)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(
     texts=st.lists(st.text(max_size=30), max_size=7),
     limit=st.integers(0, 150),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
-from hypothesis import settings
 
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from polar_sdk.model import PolarModel
-
-settings.register_profile("polar", deadline=None)  # a busy machine must not fail a test
-settings.load_profile("polar")
 
 _GATED: dict[str, Any] = {
     "vocab_size": 260,

@@ -173,7 +173,7 @@ def test_mutated_files_end_in_polar_errors_only(
         ]
     ) | st.binary(max_size=4)
 
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.tuples(st.integers(0, len(valid)), st.integers(0, 12), pieces), min_size=1, max_size=3))
     def mutate(edits: list[tuple[int, int, bytes]]) -> None:
         content = valid

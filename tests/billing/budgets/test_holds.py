@@ -224,7 +224,7 @@ class Holds(RuleBasedStateMachine):
         assert [hold.request_id for hold in self.budgets.holds(ALL_TENANTS)] == held
 
 
-Holds.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+Holds.TestCase.settings = settings(max_examples=25, stateful_step_count=25)
 TestHolds = Holds.TestCase
 
 

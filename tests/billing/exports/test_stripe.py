@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_billing.errors import PeriodError, QueryError
@@ -106,7 +106,6 @@ def _record(request_id: str, flops: int, moment: datetime, tier: str | None = "s
     return usage_record(request_id, tier=tier, flops=used, started_at=moment)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 5 * FLOPS_PER_UNIT), st.integers(0, 61 * 24 - 1), st.sampled_from(["standard", None])),
@@ -131,7 +130,6 @@ def test_what_is_cut_off_is_carried(drawn: list[tuple[int, int, str | None]]) ->
     assert left == {key: rest for key, flops in exact.items() if (rest := flops % FLOPS_PER_UNIT)}
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=60) | st.none(), unique=True, min_size=2, max_size=6))
 def test_tiers_that_differ_have_meters_that_differ(tiers: list[str | None]) -> None:
     names = {meter_name("compute", tier) for tier in tiers}

@@ -39,7 +39,7 @@ records = st.builds(
     started_at=st.integers(min_value=0, max_value=500).map(lambda n: START + timedelta(minutes=n, microseconds=n)),
 )
 streams = st.lists(records, max_size=10, unique_by=lambda record: (record.tenant, record.request_id))
-slow = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+slow = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(records)

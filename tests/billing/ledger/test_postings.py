@@ -91,7 +91,7 @@ def test_what_happens_in_a_transaction_happens_together(ledger: Ledger) -> None:
 amounts = st.decimals(min_value=-(10**18), max_value=10**18, places=12, allow_nan=False)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(Account), amounts, st.sampled_from(["USD", "JPY", "KWD"])), max_size=5))
 def test_balances_are_exact_sums(drawn: list[tuple[Account, Decimal, str]]) -> None:
     with Ledger("sqlite://") as ledger:

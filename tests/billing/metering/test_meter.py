@@ -184,7 +184,7 @@ records = st.builds(
 )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(),
     emitted=st.lists(records, max_size=12, unique_by=lambda record: (record.tenant, record.request_id)),

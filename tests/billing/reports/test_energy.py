@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -113,7 +113,6 @@ def test_intervals_at_the_same_time_are_refused(tmp_path: Path) -> None:
         read_energy_log(tmp_path / "absent")
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**15), st.lists(st.integers(0, 10**18), max_size=9))
 def test_shares_sum_to_the_total(total: int, parts: list[int]) -> None:
     shares = share_out(total, parts)

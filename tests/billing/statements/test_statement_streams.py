@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_billing.ledger.ledger import Ledger
@@ -72,7 +72,7 @@ def documents(ledger: Ledger, tenants: Iterable[str]) -> list[str]:
 
 
 @given(stream=streams(), data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_permuted_repeated_and_rebatched_streams_give_identical_statements(
     stream: list[UsageRecord], data: st.DataObject
 ) -> None:
@@ -101,7 +101,7 @@ def test_every_store_makes_the_same_statement(store: Ledger, order: int) -> None
 
 
 @given(stream=streams(), data=st.data())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12)
 def test_usage_that_comes_late_is_charged_exactly_once(stream: list[UsageRecord], data: st.DataObject) -> None:
     """However usage is split into on time and late, exact charges add up to those of all of it."""
     split = data.draw(st.integers(0, len(stream)))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EXAMPLES = int(os.environ.get("POLAR_FUZZ", "120"))
-_SETTINGS = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+_SETTINGS = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 _CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 _FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "properties": {}}}}
 _BODIES: dict[str, dict[str, Any]] = {

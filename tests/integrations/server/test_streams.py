@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.integrations.server.conftest import RecordingSink, chat_body
@@ -102,7 +102,7 @@ def shared(tiny: Any) -> Any:
     served.close()
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES)
 @given(body=_BODIES)
 @example(
     body={  # the stop string breaks off a character

@@ -139,7 +139,7 @@ def test_a_stream_is_the_same_answer(model: PolarModel, kind: Any) -> None:
     assert (last.token_ids, last.complete) == (whole.token_ids, whole.complete)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), max_tokens=st.integers(22, 60), temperature=st.floats(0.1, 4))
 def test_an_answer_fits_its_tokens_whatever_they_are(seed: int, max_tokens: int, temperature: float) -> None:
     answer = _SHARED.generate("Hi", schema=PERSON, seed=seed, max_tokens=max_tokens, temperature=temperature)

@@ -137,7 +137,7 @@ def test_a_full_house_keeps_no_leads() -> None:
     assert (2, 2, 0, 1, 1, 1) in visits, "those at the end of the queue run their first layers anew, and say so"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tokens=st.integers(1, 40), layers=st.integers(1, 5))
 def test_a_lead_costs_what_it_says(tokens: int, layers: int) -> None:
     decoder = tiny_model().decoder

@@ -203,7 +203,7 @@ def test_a_seeded_answer_keeps_to_itself_in_low_precision() -> None:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     prompt=st.text("abcd e", min_size=1, max_size=80).filter(lambda text: text.strip()),
     max_tokens=st.integers(1, 40),
