@@ -127,10 +127,10 @@ class Grammar:
         # Texts of free form within an answer may be shorter than on the way that was found, so they are not counted.
         least = end.forced + (0 if end.path is None else end.closed)
         if least > max_tokens or self._wide(max_tokens).all_seen:
-            short = self._wide(_MAX_END_TOKENS).path
+            if (short := self._wide(_MAX_END_TOKENS).path) is not None:
+                least = len([token for token in short if token != self._tokens.end])
             raise GrammarError(
-                f"a short answer that matches needs {least if short is None else len(short)} tokens; "
-                f"max_tokens={max_tokens}: raise it.",
+                f"a short answer that matches needs {least} tokens; max_tokens={max_tokens}: raise it.",
                 hint="With fit_max_tokens=False the answer is cut off instead.",
             )
 
@@ -337,7 +337,8 @@ def _search_wide(matcher: Any, tokens: _Tokens, limit: int) -> _Wide:
         if shortest is not None and len(path) + 1 >= len(shortest):
             break
         if place.is_accepting():
-            way = path if place.is_stopped() else [*path, tokens.end]
+            # An answer whose last token is the last that it may have needs no end.
+            way = path if place.is_stopped() or len(path) == limit else [*path, tokens.end]
             if len(way) <= limit and (shortest is None or len(way) < len(shortest)):
                 shortest = way
         if place.is_stopped() or len(path) >= limit:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from polar_billing.access.keys import ApiKeys
+from polar_billing.access.rates import Rates
 from polar_billing.access.replies import Replies
 from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
@@ -64,7 +65,9 @@ def hold_and_use(meter: Meter, tenant: str, at: datetime) -> None:
 
 def make_keys(ledger: Ledger, mark: str) -> None:
     for tenant, n in product(TENANTS, (1, 2)):
-        ApiKeys(ledger).create(tenant, f"{mark}-{n}", tags={"team": "search"}, max_tokens=n)
+        limits = {"requests_per_minute": 60, "tokens_per_minute": 600, "parallel": 2}
+        key, _ = ApiKeys(ledger).create(tenant, f"{mark}-{n}", tags={"team": "search"}, max_tokens=n, **limits)
+        Rates(ledger).update([key])
         Replies(ledger).claim(tenant, f"{mark}-{n}", "f" * 64)
     Replies(ledger).keep(TENANTS[0], f"{mark}-1", b"answer")
 
