@@ -19,6 +19,8 @@ _FADING: Final = 0.98
 """What a pass still counts when one more was measured."""
 _FIRST_SHARE: Final = 0.75
 """Of the time of one row, what a pass takes without rows: assumed until passes of several sizes were measured."""
+_SPREAD: Final = 0.02
+"""Variance of the sizes of passes, over the square of their mean, from which they tell what a row adds."""
 _BURST_TOKENS: Final = 4.0
 """What a tenant may run ahead, in tokens that the other one decodes alone."""
 
@@ -28,6 +30,8 @@ class PassTimes:
 
     def __init__(self) -> None:
         self._weight = self._rows = self._squares = self._seconds = self._products = 0.0
+        self._learned: float | None = None
+        """What one more row added where passes of several sizes told; None = they never did."""
 
     def measured(self, rows: float, seconds: float) -> None:
         """Note a pass."""
@@ -39,18 +43,23 @@ class PassTimes:
             ("_products", rows * seconds),
         ):
             setattr(self, name, _FADING * getattr(self, name) + value)
+        mean_rows, mean_seconds = self._means()
+        spread = self._squares / self._weight - mean_rows * mean_rows
+        if spread >= _SPREAD * mean_rows * mean_rows:  # passes of much the same size tell nothing
+            self._learned = (self._products / self._weight - mean_rows * mean_seconds) / spread
 
     @property
     def per_row(self) -> float:
         """What one more row adds, by least squares; between nothing and its even part of an average pass."""
         if not self._weight:
             return 0.0
-        rows, seconds = self._rows / self._weight, self._seconds / self._weight
-        spread = self._squares / self._weight - rows * rows
-        even = seconds / max(rows, 1e-9)
-        if spread < 0.25:  # passes of one size tell nothing
+        rows, seconds = self._means()
+        if self._learned is None:
             return seconds * (1 - _FIRST_SHARE) / (_FIRST_SHARE + (1 - _FIRST_SHARE) * rows)
-        return min(max((self._products / self._weight - rows * seconds) / spread, 0.0), even)
+        return min(max(self._learned, 0.0), seconds / max(rows, 1e-9))
+
+    def _means(self) -> tuple[float, float]:
+        return self._rows / self._weight, self._seconds / self._weight
 
     def of(self, rows: float) -> float:
         """What a pass of so many rows takes."""

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -64,12 +64,14 @@ def hold_and_use(meter: Meter, tenant: str, at: datetime) -> None:
 
 
 def make_keys(ledger: Ledger, mark: str) -> None:
+    replies = Replies(ledger.url.render_as_string(hide_password=False))
     for tenant, n in product(TENANTS, (1, 2)):
-        limits = {"requests_per_minute": 60, "tokens_per_minute": 600, "parallel": 2}
+        limits: dict[str, Any] = {"requests_per_minute": 60, "tokens_per_minute": 600, "parallel": 2}
         key, _ = ApiKeys(ledger).create(tenant, f"{mark}-{n}", tags={"team": "search"}, max_tokens=n, **limits)
         Rates(ledger).update([key])
-        Replies(ledger).claim(tenant, f"{mark}-{n}", "f" * 64)
-    Replies(ledger).keep(TENANTS[0], f"{mark}-1", b"answer")
+        replies.claim(tenant, f"{mark}-{n}", "f" * 64)
+    replies.keep(TENANTS[0], f"{mark}-1", b"answer")
+    replies.close()  # or it would renew the claims that are left
 
 
 def fill(ledger: Ledger) -> None:

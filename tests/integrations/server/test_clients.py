@@ -114,6 +114,7 @@ def test_langchain_chats_and_streams(served: Served) -> None:
 def test_llama_index_chats_and_completes(served: Served) -> None:
     from llama_index.core.llms import ChatMessage
     from llama_index.llms.openai_like import OpenAILike
+    from openai import DefaultHttpxClient
 
     def model(is_chat_model: bool) -> Any:
         return OpenAILike(
@@ -125,15 +126,17 @@ def test_llama_index_chats_and_completes(served: Served) -> None:
             context_window=4096,
             max_tokens=6,
             max_retries=0,
+            http_client=client,
         )
 
-    answer = model(True).chat([ChatMessage(role="user", content="hi")])
-    assert answer.raw.usage.completion_tokens == 6
-    *_, last = model(True).stream_chat([ChatMessage(role="user", content="hi")])
-    assert last.message.content == answer.message.content
-    text = model(False).complete("abc").text
-    *_, last_text = model(False).stream_complete("abc")
-    assert last_text.text == text
+    with DefaultHttpxClient() as client:
+        answer = model(True).chat([ChatMessage(role="user", content="hi")])
+        assert answer.raw.usage.completion_tokens == 6
+        *_, last = model(True).stream_chat([ChatMessage(role="user", content="hi")])
+        assert last.message.content == answer.message.content
+        text = model(False).complete("abc").text
+        *_, last_text = model(False).stream_complete("abc")
+        assert last_text.text == text
 
 
 @pytest.mark.parametrize("stream", [True, False])
