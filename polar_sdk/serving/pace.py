@@ -19,8 +19,10 @@ _FADING: Final = 0.98
 """What a pass still counts when one more was measured."""
 _FIRST_SHARE: Final = 0.75
 """Of the time of one row, what a pass takes without rows: assumed until passes of several sizes were measured."""
-_SPREAD: Final = 0.02
-"""Variance of the sizes of passes, over the square of their mean, from which they tell what a row adds."""
+_SPREAD: Final = 0.25
+"""Variance of the sizes of passes from which they tell what a row adds; less is enough where rows are few."""
+_SHARE_OF_SPREAD: Final = 0.02
+"""The same, over the square of their mean."""
 _BURST_TOKENS: Final = 4.0
 """What a tenant may run ahead, in tokens that the other one decodes alone."""
 
@@ -45,7 +47,7 @@ class PassTimes:
             setattr(self, name, _FADING * getattr(self, name) + value)
         mean_rows, mean_seconds = self._means()
         spread = self._squares / self._weight - mean_rows * mean_rows
-        if spread >= _SPREAD * mean_rows * mean_rows:  # passes of much the same size tell nothing
+        if spread >= min(_SPREAD, _SHARE_OF_SPREAD * mean_rows * mean_rows):  # passes of one size tell nothing
             self._learned = (self._products / self._weight - mean_rows * mean_seconds) / spread
 
     @property
