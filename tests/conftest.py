@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+# Nothing is compiled behind a test's back, nor behind a fixture's of a whole module; tests of compiling in the
+# background turn it on.
+os.environ["POLAR_COMPILE"] = "off"
 # A busy machine must not fail a test.
 settings.register_profile("polar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("polar")
@@ -25,12 +29,6 @@ def ledger_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.delenv("POLAR_PRICE_BOOK", raising=False)
     monkeypatch.delenv("POLAR_MODEL", raising=False)
     return url
-
-
-@pytest.fixture(autouse=True)
-def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled behind a test's back; those of compiling in the background turn it on."""
-    monkeypatch.setenv("POLAR_COMPILE", "off")
 
 
 @pytest.fixture(autouse=True)
