@@ -392,6 +392,54 @@ class UsageSink(ABC):
         """Flush and release the sink's resources; further calls to `emit` may fail."""
 
 
+class ForwardingSink(UsageSink):
+    """Passes every call on to another sink; a base for those that only want to see some of them.
+
+    Args:
+        inner: The sink that stores.
+    """
+
+    def __init__(self, inner: UsageSink) -> None:
+        self.inner = inner
+
+    def check(self) -> None:
+        """As the inner sink."""
+        self.inner.check()
+
+    def reserve(self, bound: UsageBound) -> int:
+        """As the inner sink."""
+        return self.inner.reserve(bound)
+
+    def quote(self, bound: UsageBound) -> tuple[Receipt | None, ...]:
+        """As the inner sink."""
+        return self.inner.quote(bound)
+
+    def release(self, tenant: str, request_id: str) -> None:
+        """As the inner sink."""
+        self.inner.release(tenant, request_id)
+
+    def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
+        """As the inner sink."""
+        self.inner.watch(tenant, request_id, end)
+
+    @property
+    def wants_marks(self) -> bool:
+        """As the inner sink."""
+        return self.inner.wants_marks
+
+    def mark(self, record: UsageRecord) -> None:
+        """As the inner sink."""
+        self.inner.mark(record)
+
+    def emit(self, record: UsageRecord) -> Receipt | None:
+        """As the inner sink."""
+        return self.inner.emit(record)
+
+    def close(self) -> None:
+        """As the inner sink."""
+        self.inner.close()
+
+
 class NullSink(UsageSink):
     """Keeps nothing: metering turned off with `ledger=None`."""
 

@@ -147,6 +147,21 @@ class Access:
     rates: Any
 
 
+def find_installed(group: str, *arguments: Any) -> Any | None:
+    """What an installed distribution registered under an entry point, called; None where none did, or cannot run.
+
+    Args:
+        group: Of the entry point, whose name is `default`.
+        *arguments: What it is called with.
+    """
+    for entry in entry_points(group=group, name="default"):
+        try:
+            return entry.load()(*arguments)
+        except ModuleNotFoundError:  # registered by this distribution, but the extra is not installed
+            return None
+    return None
+
+
 def find_access(url: str | None) -> Access:
     """The stores that are installed.
 
@@ -156,11 +171,9 @@ def find_access(url: str | None) -> Access:
     Raises:
         MissingExtraError: None are.
     """
-    for entry in entry_points(group=GROUP, name="default"):
-        try:
-            return Access(*entry.load()(url))
-        except ModuleNotFoundError:  # registered by this distribution, but the extra is not installed
-            break
+    stores = find_installed(GROUP, url)
+    if stores is not None:
+        return Access(*stores)
     raise MissingExtraError(
         "API keys need a store, and none is installed.",
         hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from starlette.applications import Starlette
@@ -19,7 +18,7 @@ from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
 from polar_sdk.errors import MissingExtraError
-from polar_server.access import KeyGuard
+from polar_server.access import KeyGuard, find_installed
 from polar_server.errors import ApiError
 from polar_server.exchange import Exchange, send_bytes
 from polar_server.front import PAGES, Front, unrouted
@@ -101,12 +100,9 @@ def find_pages(url: str | None, zone: str = "UTC") -> PageStore:
     Raises:
         MissingExtraError: None is, or it lacks what it needs.
     """
-    for entry in entry_points(group=GROUP, name="default"):
-        try:
-            pages: PageStore = entry.load()(url, zone)
-            return pages
-        except ModuleNotFoundError:  # registered by this distribution, but the extra is not installed
-            break
+    pages: PageStore | None = find_installed(GROUP, url, zone)
+    if pages is not None:
+        return pages
     raise MissingExtraError(
         "the operations page needs a ledger, and none is installed.",
         hint="Install the extras billing and report of polar-llm, in a clone: `pip install '.[billing,report]'`.",

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, Protocol
 
-from polar_sdk.usage import UsageSink
+from polar_sdk.usage import ForwardingSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from polar_sdk.usage import Offer, Receipt, UsageBound, UsageRecord
+    from polar_sdk.usage import Offer, Receipt, UsageBound, UsageRecord, UsageSink
 
 
 class Watcher(Protocol):
@@ -34,7 +34,7 @@ _watcher: Final[ContextVar[Watcher | None]] = ContextVar("polar_server_watcher",
 """Who watches the request that is being made here."""
 
 
-class WatchedSink(UsageSink):
+class WatchedSink(ForwardingSink):
     """Passes every call on to another sink, and tells the watcher of the request.
 
     Attributes:
@@ -43,7 +43,7 @@ class WatchedSink(UsageSink):
     """
 
     def __init__(self, inner: UsageSink) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.on_record: Callable[[UsageRecord], object] = lambda _: None
         self._watchers: dict[str, Watcher] = {}
         self._due: set[str] = set()
@@ -64,13 +64,9 @@ class WatchedSink(UsageSink):
         finally:
             _watcher.reset(token)
 
-    def check(self) -> None:
-        """As the inner sink."""
-        self.inner.check()
-
     def reserve(self, bound: UsageBound) -> int:
         """As the inner sink; a watcher that then refuses has the hold released."""
-        chosen = self.inner.reserve(bound)
+        chosen = super().reserve(bound)
         watcher = _watcher.get()
         if watcher is not None:
             try:
@@ -84,31 +80,14 @@ class WatchedSink(UsageSink):
                 self._watchers[bound.request_id] = watcher
         return chosen
 
-    def quote(self, bound: UsageBound) -> tuple[Receipt | None, ...]:
-        """As the inner sink."""
-        return self.inner.quote(bound)
-
     def release(self, tenant: str, request_id: str) -> None:
         """As the inner sink."""
-        self.inner.release(tenant, request_id)
+        super().release(tenant, request_id)
         self._done(request_id)
-
-    def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
-        """As the inner sink."""
-        self.inner.watch(tenant, request_id, end)
-
-    @property
-    def wants_marks(self) -> bool:
-        """As the inner sink."""
-        return self.inner.wants_marks
-
-    def mark(self, record: UsageRecord) -> None:
-        """As the inner sink."""
-        self.inner.mark(record)
 
     def emit(self, record: UsageRecord) -> Receipt | None:
         """As the inner sink; where that raises, the record stays due."""
-        receipt = self.inner.emit(record)
+        receipt = super().emit(record)
         watcher = self._done(record.request_id)
         self.on_record(record)
         if watcher is not None:
@@ -119,7 +98,3 @@ class WatchedSink(UsageSink):
         with self._lock:
             self._due.discard(request_id)
             return self._watchers.pop(request_id, None)
-
-    def close(self) -> None:
-        """As the inner sink."""
-        self.inner.close()

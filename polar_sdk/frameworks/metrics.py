@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import MissingExtraError
-from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT, Outcome, UsageSink
+from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT, ForwardingSink, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from opentelemetry.metrics import MeterProvider
 
-    from polar_sdk.usage import Receipt, UsageBound, UsageRecord
+    from polar_sdk.usage import Receipt, UsageRecord, UsageSink
 
 
 _PROVIDER: Final = "polar"
@@ -30,7 +28,7 @@ _FIRST_TOKEN_BUCKETS: Final = (
 _NEXT_TOKEN_BUCKETS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 
 
-class MetricsSink(UsageSink):
+class MetricsSink(ForwardingSink):
     """Passes every call on to another sink, and counts each record that it stored.
 
     Args:
@@ -49,7 +47,7 @@ class MetricsSink(UsageSink):
             raise MissingExtraError(
                 "MetricsSink needs OpenTelemetry, which is not installed.", hint="pip install 'polar-llm[tracing]'"
             ) from error
-        self.inner = inner
+        super().__init__(inner)
         self._tenants = tenants
         meter = metrics.get_meter("polar_sdk", meter_provider=provider)
 
@@ -73,44 +71,11 @@ class MetricsSink(UsageSink):
         self._cost = meter.create_counter("polar.cost", "{currency}", "What receipts say, by polar.currency.")
         self._unrated = meter.create_counter("polar.unrated", "{request}", "Requests without a price.")
 
-    def check(self) -> None:
-        """As the inner sink."""
-        self.inner.check()
-
-    def reserve(self, bound: UsageBound) -> int:
-        """As the inner sink."""
-        return self.inner.reserve(bound)
-
-    def quote(self, bound: UsageBound) -> tuple[Receipt | None, ...]:
-        """As the inner sink."""
-        return self.inner.quote(bound)
-
-    def release(self, tenant: str, request_id: str) -> None:
-        """As the inner sink."""
-        self.inner.release(tenant, request_id)
-
-    def watch(self, tenant: str, request_id: str, end: Callable[[Exception], None]) -> None:
-        """As the inner sink."""
-        self.inner.watch(tenant, request_id, end)
-
-    @property
-    def wants_marks(self) -> bool:
-        """As the inner sink."""
-        return self.inner.wants_marks
-
-    def mark(self, record: UsageRecord) -> None:
-        """As the inner sink."""
-        self.inner.mark(record)
-
     def emit(self, record: UsageRecord) -> Receipt | None:
         """Store a record, and count it once it is stored."""
-        receipt = self.inner.emit(record)
+        receipt = super().emit(record)
         self._count(record, receipt)
         return receipt
-
-    def close(self) -> None:
-        """As the inner sink."""
-        self.inner.close()
 
     def _count(self, record: UsageRecord, receipt: Receipt | None) -> None:
         shared = {

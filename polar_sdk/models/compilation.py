@@ -57,11 +57,12 @@ _LOOK_SECONDS: Final = 1.0
 """How often a request may look whether compiling has ended."""
 _MOMENT_SECONDS: Final = 1.0
 """How long a request may wait for a process that was killed."""
-_REASONS: Final = {
+REASONS: Final = {
     DISK_FULL: "the disk of the cache folder is full",
     NOT_WRITABLE: "the cache folder cannot be written",
     FAILED: "the compiler failed",
 }
+"""What the exit codes of a process that gave up mean."""
 _log: Final = logging.getLogger(__name__)
 _starting: Final = renewed_in_child(threading.Lock())
 _said: Final[set[str]] = set()
@@ -208,7 +209,7 @@ def is_wanted() -> bool:
     Raises:
         CompileError: It says neither `background` nor `off`.
     """
-    value = os.environ.get("POLAR_COMPILE") or "background"
+    value = os.environ.get(COMPILE_VARIABLE) or "background"
     if value not in ("background", "off"):
         raise CompileError(f"{COMPILE_VARIABLE}={value!r} is unknown; use background or off.")
     return value == "background"
@@ -344,8 +345,8 @@ class Background:
         if status is not None and status.state == "failed" and status.reason:
             return status.reason
         code = self._process.returncode if self._process is not None else None
-        if code in _REASONS:
-            return _REASONS[code]
+        if code in REASONS:
+            return REASONS[code]
         done = f" after {status.done} of {status.total} parts" if status is not None and status.total else ""
         return f"it was interrupted{done}"
 

@@ -22,6 +22,7 @@ from polar_sdk.models.compilation import (
     FAILED,
     LOCK_SECONDS,
     NOT_WRITABLE,
+    REASONS,
     Order,
     lock_of,
     packages_folder,
@@ -99,9 +100,9 @@ def _classify(error: Exception) -> tuple[int, str]:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _FULL:
-            return DISK_FULL, "the disk of the cache folder is full"
+            return DISK_FULL, REASONS[DISK_FULL]
         if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno == errno.EROFS):
-            return NOT_WRITABLE, "the cache folder cannot be written"
+            return NOT_WRITABLE, REASONS[NOT_WRITABLE]
         cause = cause.__cause__
     return FAILED, " ".join(str(error).split())[:300]
 

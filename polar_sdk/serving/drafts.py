@@ -232,6 +232,9 @@ class PassCosts:
         self._line: tuple[float, float, float] = (2.0, 1.5, 0.05)
         """Rows, what they take, and what one more adds; until something was measured, more than machines took on
         which this was tried."""
+        self._is_fitted = True
+        """Whether medians and line are those of all measurements: they are worked out for whoever drafts, as most do
+        not."""
         self._passes = 0
 
     def measured(self, rows: int, seconds: float) -> None:
@@ -244,9 +247,13 @@ class PassCosts:
         if rows <= MAX_ROWS and len(lately) >= _MIN_MEASURED:
             ratios = self._ratios.setdefault(rows, deque(maxlen=31))
             ratios.append(seconds / statistics.median(lately))
-            self._medians[rows] = statistics.median(ratios)
-            if sum(map(len, self._ratios.values())) >= _MIN_MEASURED:
-                self._line = self._fitted()
+            self._is_fitted = False
+
+    def _fit(self) -> None:
+        self._is_fitted = True
+        if sum(map(len, self._ratios.values())) >= _MIN_MEASURED:
+            self._medians = {rows: statistics.median(ratios) for rows, ratios in self._ratios.items()}
+            self._line = self._fitted()
 
     def _fitted(self) -> tuple[float, float, float]:
         """The line through the medians, by least squares; each counts by its number of measurements."""
@@ -262,6 +269,8 @@ class PassCosts:
 
     def of(self, rows: int) -> float:
         """What a pass of so many rows takes, as a multiple of one of one row."""
+        if not self._is_fitted:
+            self._fit()
         center, level, rise = self._line
         return 1.0 if rows == 1 else max(level + rise * (rows - center), 1.0)
 

@@ -58,8 +58,7 @@ class Books:
         hashes = set(connection.execute(select(price_book_table.c.hash)).scalars())
         for digest, book in read_books(connection, hashes - self._known.keys()).items():
             self._known[digest] = book
-            self._changes.update(book.changes_of(_NOBODY))
-            self._changes.update(customer.effective_from for customer in book.customers)
+            self._changes.update(book.changes())
 
     def __getitem__(self, digest: str) -> PriceBook:
         return self._known[digest]

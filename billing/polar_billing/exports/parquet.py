@@ -137,17 +137,14 @@ def write_report(path: Path, report: Report) -> int:
     """
     arrow = _arrow()
     header, rows = report_rows(report)
-    amount = arrow.decimal128(_DIGITS, STORED_SCALE)
-    texts = ("tenant", "kind", "tier", "currency")
+    amounts = [
+        name for name in header if name.startswith(("compute_units", "charge", "price_")) or name.endswith("_share")
+    ]
     types = {
-        name: arrow.string()
-        if name in texts
-        else arrow.timestamp("us", tz="UTC")
-        if name in ("since", "until")
-        else amount
-        if name.startswith(("compute_units", "charge", "price_")) or name.endswith("_share")
-        else arrow.int64()
-        for name in header
+        **dict.fromkeys(header, arrow.int64()),
+        **dict.fromkeys(amounts, arrow.decimal128(_DIGITS, STORED_SCALE)),
+        **dict.fromkeys(("since", "until"), arrow.timestamp("us", tz="UTC")),
+        **dict.fromkeys(("tenant", "kind", "tier", "currency"), arrow.string()),
     }
     return _write(path, types, rows)
 
@@ -164,14 +161,10 @@ def write_focus(path: Path, rows: Iterable[Row]) -> int:
     """
     arrow = _arrow()
     types = {
-        name: arrow.decimal128(_DIGITS, UNIT_PRICE_SCALE)
-        if name in NUMBERS
-        else arrow.timestamp("us", tz="UTC")
-        if name in TIMES
-        else arrow.int64()
-        if name == "x_LineNumber"
-        else arrow.string()
-        for name in (*COLUMNS, *OWN_COLUMNS)
+        **dict.fromkeys((*COLUMNS, *OWN_COLUMNS), arrow.string()),
+        **dict.fromkeys(("x_LineNumber",), arrow.int64()),
+        **dict.fromkeys(TIMES, arrow.timestamp("us", tz="UTC")),
+        **dict.fromkeys(NUMBERS, arrow.decimal128(_DIGITS, UNIT_PRICE_SCALE)),
     }
     return _write(path, types, ({**row, **_rounded(row)} for row in rows))
 

@@ -36,6 +36,7 @@ from polar_sdk import reading
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from datetime import datetime
 
 
@@ -150,11 +151,18 @@ class PriceBook(Checked):
 
     def changes_of(self, tenant: str) -> list[datetime]:
         """Every moment at which a tenant's rates, plan or terms can change, in order."""
+        return self._changes(self.customers_of(tenant))
+
+    def changes(self) -> list[datetime]:
+        """The same of any tenant."""
+        return self._changes(self.customers)
+
+    def _changes(self, customers: Iterable[Customer]) -> list[datetime]:
         timelines = [self.prices, *(plan.prices for plan in self.plans.values())]
         moments = {entry.effective_from for entries in timelines for entry in entries}
         moments |= {entry.effective_until for entries in timelines for entry in entries if entry.effective_until}
         moments |= {terms.effective_from for plan in self.plans.values() for terms in plan.terms}
-        return sorted(moments | {customer.effective_from for customer in self.customers_of(tenant)})
+        return sorted(moments | {customer.effective_from for customer in customers})
 
     @cached_property
     def _by_tenant(self) -> dict[str, tuple[Customer, ...]]:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
 from operator import gt
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.prices.rating import Counts, Rating, always_within_receipt, rate_counts, rate_of
 from polar_billing.reports.totals import LayerVisits, UsageTotals, accumulate
-from polar_billing.values.canonical import to_microseconds
+from polar_billing.values.canonical import EPOCH, to_microseconds
 from polar_sdk.usage import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from datetime import datetime
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str | None]
 """Tenant and tier."""
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_WAITING: Final = 20_000
 """Different visits of alike requests that wait to be added up."""
 _NO_VISITS: Final = "[]"
@@ -123,7 +123,7 @@ def _grouped(usage: Iterable[Work], rater: Rater) -> dict[_Group, _Alike]:
         key = (tenant, tier, model, program, outcome, book, unrated, bisect_right(changes, at))
         alike = groups.get(key)
         if alike is None:
-            alike = groups[key] = _Alike(_EPOCH + timedelta(microseconds=at))
+            alike = groups[key] = _Alike(EPOCH + timedelta(microseconds=at))
         visits = (prefill, filled, decode)
         waiting = alike.waiting
         waiting[visits] = waiting.get(visits, 0) + 1

@@ -19,8 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from polar_billing.errors import QueryError
 from polar_billing.metering.energy import Interval, read_energy_log
 from polar_billing.prices.rating import COMPUTE
-from polar_billing.values.money import divide_half_even, from_scaled, plain, read_amount, to_scaled
-from polar_sdk.reading import shown
+from polar_billing.values.money import divide_half_even, from_scaled, plain, read_bounded, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,10 +146,12 @@ def read_energy(
     return EnergyBasis(
         flops_per_joule=None
         if flops_per_joule is None
-        else _number(flops_per_joule, "--flops-per-joule", _MAX_EFFICIENCY),
+        else read_bounded(flops_per_joule, "--flops-per-joule", most=_MAX_EFFICIENCY, decimals=_SCALE),
         source=source if source is not None else f"energy log {log.name}" if log is not None else "",
         intervals=() if log is None else tuple(read_energy_log(log)),
-        grid_grams_per_kwh=None if grid is None else _number(grid, "--grid-intensity", _MAX_INTENSITY),
+        grid_grams_per_kwh=None
+        if grid is None
+        else read_bounded(grid, "--grid-intensity", most=_MAX_INTENSITY, decimals=_SCALE),
         grid_source=grid_source,
     )
 
@@ -161,17 +162,6 @@ def _together(option: str, value: str | None, source_option: str, source: str | 
             f"{option} and {source_option} belong together: a figure of energy says where it comes from.",
             hint=f'Give both, e.g. {source_option} "measured on this machine, 2026-11".',
         )
-
-
-def _number(text: str, option: str, most: int) -> Decimal:
-    value = read_amount(text)
-    exponent = value.as_tuple().exponent
-    if not 0 < value <= most or not isinstance(exponent, int) or exponent < -_SCALE:
-        raise QueryError(
-            f"{option} {shown(text)} is out of range: use more than 0 and at most {most:,}, with at most {_SCALE} "
-            "decimals."
-        )
-    return value
 
 
 def energy_report(basis: EnergyBasis, report: Report) -> EnergyReport:

@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from polar_billing.errors import QueryError
 from polar_billing.values.canonical import to_microseconds
-from polar_billing.values.money import STORED_SCALE, divide_half_even, exact_sum, from_scaled, read_amount, to_scaled
-from polar_sdk.reading import shown
+from polar_billing.values.money import STORED_SCALE, divide_half_even, exact_sum, from_scaled, read_bounded, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -94,22 +93,11 @@ def read_hardware(per_device_hour: str | None, tokens_per_second: str | None) ->
                 "--tokens-per-second was given without a price of the device.", hint="Add one, e.g. --device-hour 0.80."
             )
         return None
-    price = _number(per_device_hour, "--device-hour", STORED_SCALE, _MAX_PRICE)
+    price = read_bounded(per_device_hour, "--device-hour", most=_MAX_PRICE, decimals=STORED_SCALE)
     rate = None
     if tokens_per_second is not None:
-        rate = _number(tokens_per_second, "--tokens-per-second", _RATE_DECIMALS, _MAX_RATE)
+        rate = read_bounded(tokens_per_second, "--tokens-per-second", most=_MAX_RATE, decimals=_RATE_DECIMALS)
     return Hardware(per_device_hour=price, tokens_per_second=rate)
-
-
-def _number(text: str, option: str, decimals: int, most: int) -> Decimal:
-    value = read_amount(text)
-    exponent = value.as_tuple().exponent
-    if not 0 < value <= most or not isinstance(exponent, int) or exponent < -decimals:
-        raise QueryError(
-            f"{option} {shown(text)} is out of range: use more than 0 and at most {most:,}, with at most {decimals} "
-            "decimals."
-        )
-    return value
 
 
 class BusyTime:

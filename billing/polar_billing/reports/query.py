@@ -5,7 +5,7 @@ A query names its tenant, or `ALL_TENANTS` for the operator's view. Knows no out
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
@@ -17,6 +17,7 @@ from polar_billing.ledger.rollups import SUM_DIMENSIONS, sum_of
 from polar_billing.prices.entries import tier_order
 from polar_billing.prices.rating import COMPUTE
 from polar_billing.reports.totals import Rater, UsageSums, accumulate, only_currency
+from polar_billing.values.canonical import EPOCH
 from polar_billing.values.money import EXACT_SCALE, STORED_SCALE, from_scaled, round_half_even
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 DIMENSIONS: Final = ("tenant", "tier", "model", "program", "router", "outcome", "device", "day", "month", "source")
 _TAG: Final = "tag:"
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _QUARTER: Final = timedelta(minutes=15)
 _QUARTER_US: Final = 900_000_000
 
@@ -154,7 +154,7 @@ def _dates(period: Period) -> Callable[[int], str]:
 
     @lru_cache(maxsize=100_000)
     def of_quarter(quarter: int) -> str:
-        return period.local_date(_EPOCH + quarter * _QUARTER).isoformat()
+        return period.local_date(EPOCH + quarter * _QUARTER).isoformat()
 
     return lambda moment: of_quarter(moment // _QUARTER_US)
 

@@ -235,8 +235,7 @@ class Rater:
     def changes(self) -> list[datetime]:
         """Every moment at which a price of any tenant can change, in order."""
         books = [self._instead] if self._instead is not None else list(self._books().values())
-        tenants = [(book, tenant) for book in books for tenant in {"", *(each.tenant for each in book.customers)}]
-        return sorted({moment for book, tenant in tenants for moment in book.changes_of(tenant)})
+        return sorted({moment for book in books for moment in book.changes()})
 
     def rate(self, stored: StoredUsage) -> Rating | None:
         """The rating of one stored request; None where it is in a currency that is left out."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import TYPE_CHECKING, Final
 
-from polar_billing.errors import AmountError
+from polar_billing.errors import AmountError, QueryError
 from polar_sdk.reading import Unreadable, parse_decimal, shown
 
 if TYPE_CHECKING:
@@ -108,6 +108,29 @@ def read_amount(text: str | int | Decimal) -> Decimal:
     if not amount.is_finite():
         raise AmountError(f"amount {amount} is not finite.", hint="Use a finite number.")
     return amount
+
+
+def read_bounded(text: str, option: str, *, most: int, decimals: int) -> Decimal:
+    """A number above 0 that somebody wrote in an option.
+
+    Args:
+        text: What was written.
+        option: Its name, for messages.
+        most: The maximum.
+        decimals: Maximum number of decimals.
+
+    Raises:
+        AmountError: It is not a finite number.
+        QueryError: It is out of range, or has more decimals.
+    """
+    value = read_amount(text)
+    exponent = value.as_tuple().exponent
+    if not 0 < value <= most or not isinstance(exponent, int) or exponent < -decimals:
+        raise QueryError(
+            f"{option} {shown(text)} is out of range: use more than 0 and at most {most:,}, with at most {decimals} "
+            "decimals."
+        )
+    return value
 
 
 def to_units(value: Decimal, scale: int = STORED_SCALE) -> int:

@@ -23,6 +23,7 @@ from polar_sdk import Chunk, Generation, Program
 from polar_sdk.errors import RequestTimeoutError
 from polar_sdk.programs.cost import pieces
 from polar_sdk.request.admission import admit
+from polar_sdk.serving.job import MARK_NS, MARK_TOKENS
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
 from polar_server.upstream.client import Ended, Event
 from polar_server.upstream.errors import UpstreamError
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
 MEASURED_TAG: Final = "polar.measured_by"
 _LOOK_S: Final = 0.05
 """How often a request that waits for its upstream looks whether it should end. Unit: seconds."""
-_MARK_TOKENS: Final = 64
-_MARK_S: Final = 1.0
-_FINISHED: Final = {"length": "length"}
 _log: Final = logging.getLogger("polar_server")
 
 
@@ -63,7 +61,7 @@ class _Progress:
     """What ended the request from outside, such as a hold that was lost."""
     marked: int = 0
     """Pieces at the last mark."""
-    marked_at: float = field(default_factory=time.monotonic)
+    marked_ns: int = field(default_factory=time.perf_counter_ns)
 
     def take(self, data: Mapping[str, Any]) -> str:
         """Note one event; returns its text."""
@@ -71,7 +69,7 @@ class _Progress:
         choices = data.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
         if (reason := choice.get("finish_reason")) is not None:
-            self.finish = _FINISHED.get(reason, "stop")
+            self.finish = "length" if reason == "length" else "stop"
         text = choice.get("text")
         if not isinstance(text, str) or not text:
             return ""
@@ -246,10 +244,10 @@ class _Answer:
 
     def _mark(self) -> None:
         """Tell the sink now and then what was used so far, in case this process is killed."""
-        progress, now = self._progress, time.monotonic()
-        due = progress.pieces - progress.marked >= _MARK_TOKENS or now - progress.marked_at >= _MARK_S
+        progress, now = self._progress, time.perf_counter_ns()
+        due = progress.pieces - progress.marked >= MARK_TOKENS or now - progress.marked_ns >= MARK_NS
         if due and self._sink.wants_marks:
-            progress.marked, progress.marked_at = progress.pieces, now
+            progress.marked, progress.marked_ns = progress.pieces, now
             try:
                 self._sink.mark(self._made(Outcome.CANCELLED))
             except Exception as error:  # any sink, any error: the answer goes on, and its record counts
