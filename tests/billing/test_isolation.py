@@ -194,7 +194,7 @@ def attempt(call: Callable[[], object]) -> object:
         return str(error)
 
 
-@case("Ledger", "Ledger.read", "Ledger.usage_sums", "Ledger.work")
+@case("Ledger", "Ledger.read", "Ledger.usage_sums", "Ledger.raw_usage")
 def read(world: World) -> None:
     for tenant in (ATTACKER, *LOOKALIKES):
         for selection in (Selection(tenant), Selection(tenant, tags={"note": SECRET}), Selection(tenant, model="%")):
@@ -202,7 +202,7 @@ def read(world: World) -> None:
                 found = list(world.ledger.read(selection, newest=newest))
                 assert {one.record.tenant for one in found} <= {ATTACKER}
                 assert SECRET not in repr(found)
-        assert {one.tenant for one in world.ledger.work(Selection(tenant))} <= {ATTACKER}
+        assert {one.tenant for one in world.ledger.raw_usage(Selection(tenant))} <= {ATTACKER}
         for hourly in (True, False):
             sums = list(world.ledger.usage_sums(Selection(tenant), hourly=hourly))
             assert VICTIM not in repr(sums).replace(repr(tenant), "")

@@ -30,6 +30,7 @@ from polar_billing.ledger.location import (
     sqlite_file,
     translate,
 )
+from polar_billing.ledger.raw_usage import raw_usage_query
 from polar_billing.ledger.records import Entry, Selection, conditions, from_row
 from polar_billing.ledger.rollups import read_sums
 from polar_billing.ledger.schema import (
@@ -39,16 +40,15 @@ from polar_billing.ledger.schema import (
     usage_table,
     version_table,
 )
-from polar_billing.ledger.work import work_query
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
 
     from sqlalchemy import URL, Row, Select
 
+    from polar_billing.ledger.raw_usage import RawUsage
     from polar_billing.ledger.records import Identity, StoredUsage
     from polar_billing.ledger.rollups import Sum
-    from polar_billing.ledger.work import Work
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.current import Choice
     from polar_billing.prices.rating import Rating
@@ -218,11 +218,11 @@ class Ledger:
             )
             yield from islice(tagged, newest)
 
-    def work(self, selection: Selection) -> Iterator[Work]:
+    def raw_usage(self, selection: Selection) -> Iterator[RawUsage]:
         """Read what reports add up, in no order, from one state of the store; the selection's tags are ignored."""
         self.complete_usage()
         if self._has_tables():
-            with closing(self._rows(work_query(selection))) as rows:
+            with closing(self._rows(raw_usage_query(selection))) as rows:
                 yield from rows  # type: ignore[misc]  # in the order of its fields
 
     def complete_usage(self) -> None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.raw_usage import RawUsage
     from polar_billing.ledger.records import Selection
-    from polar_billing.ledger.work import Work
     from polar_billing.prices.book import PriceBook
     from polar_billing.reports.totals import Rater
 
@@ -93,7 +93,7 @@ def totals_by_tier(ledger: Ledger, selection: Selection, rater: Rater) -> dict[K
     if selection.tags:
         return _one_by_one(ledger, selection, rater)
     totals: dict[Key, UsageTotals] = {}
-    for key, alike in _grouped(ledger.work(selection), rater).items():
+    for key, alike in _grouped(ledger.raw_usage(selection), rater).items():
         book = rater.book_of_receipt(key[5])
         if book is None:
             continue
@@ -111,7 +111,7 @@ def _one_by_one(ledger: Ledger, selection: Selection, rater: Rater) -> dict[Key,
     return accumulate(ledger.read(selection), rater, lambda stored: (stored.record.tenant, stored.record.tier))
 
 
-def _grouped(usage: Iterable[Work], rater: Rater) -> dict[_Group, _Alike]:
+def _grouped(usage: Iterable[RawUsage], rater: Rater) -> dict[_Group, _Alike]:
     groups: dict[_Group, _Alike] = {}
     changes: list[int] | None = None
     completed = Outcome.COMPLETED.value

@@ -1,4 +1,4 @@
-"""What a report adds up, request by request, as the database holds it: quick to read for a million requests.
+"""Usage as the database holds it, request by request: quick to add up for a report of a million requests.
 
 Values are raw: times are microseconds since 1970, money is in 10^-12 of the currency, visits are JSON. Knows no report.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from polar_billing.ledger.records import Selection
 
 
-class Work(NamedTuple):
+class RawUsage(NamedTuple):
     """One request; see `UsageRecord` and `StoredUsage`."""
 
     tenant: str
@@ -59,9 +59,9 @@ _COMPUTED: Final = {
 _OF_RECEIPT: Final = frozenset({"price_book_hash", "unrated"})
 
 
-def work_query(selection: Selection) -> Select[Any]:
-    """The query of a selection, whose tags are ignored; its columns are those of `Work`, in no order of rows."""
-    columns: list[ColumnElement[Any]] = [literal_column(_source(name)).label(name) for name in Work._fields]
+def raw_usage_query(selection: Selection) -> Select[Any]:
+    """The query of a selection, whose tags are ignored; its columns are those of `RawUsage`, in no order of rows."""
+    columns: list[ColumnElement[Any]] = [literal_column(_source(name)).label(name) for name in RawUsage._fields]
     served = type_coerce(usage_table.c.started_at, BigInteger)
     since, until = selection.period.since, selection.period.until
     bounds = (moment and to_microseconds(moment) for moment in (since, until))
