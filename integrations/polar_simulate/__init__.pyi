@@ -1,4 +1,6 @@
 # The public names, each once: `__init__.py` loads them from here on first use.
+from .capacity import Speed as Speed
+from .capacity import measure_capacity as measure_capacity
 from .comparison import Comparison as Comparison
 from .comparison import compare as compare
 from .day import Arrival as Arrival

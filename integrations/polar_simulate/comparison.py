@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from polar_sdk.show.progress import silent
 from polar_simulate.capacity import unshared_starts
 from polar_simulate.day import Day
 from polar_simulate.trial import FULL_DEPTH, Trial, compute_needed, run_trial
@@ -85,7 +86,7 @@ def compare(
     folder: Path,
     speed: Speed,
     seeds: Sequence[int],
-    progress: Progress,
+    progress: Progress = silent,
     prompts: Sequence[FilePrompt] = (),
 ) -> Comparison:
     """Serve each day at full depth and routed.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
+from polar_sdk.show.progress import silent
 from polar_simulate.audit import audit
 from polar_simulate.capacity import unshared_starts
 from polar_simulate.day import DAY, Day
@@ -95,7 +96,7 @@ def soak(
     folder: Path,
     speed: Speed,
     minutes: float,
-    progress: Progress,
+    progress: Progress = silent,
     *,
     seed: int = 0,
     prompts: Sequence[FilePrompt] = (),
