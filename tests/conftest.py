@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 # Nothing is compiled behind a test's back, nor behind a fixture's of a whole module; tests of compiling in the
 # background turn it on.
 os.environ["POLAR_COMPILE"] = "off"
+# Where records of a PostgreSQL ledger wait: not beside the user's own.
+_DATA = TemporaryDirectory(prefix="polar-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_DATA_HOME"] = _DATA.name
 # A busy machine must not fail a test.
 settings.register_profile("polar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("polar")

@@ -110,7 +110,7 @@ an axle. Since a boat pushes away exactly its own weight of water, both troughs 
 power is needed."""
 
 QUESTIONS: Final = (
-    Question("acme", "economy", "Answer from the minutes: how much does the used crane cost?", _MINUTES),
+    Question("acme", "economy", "Answer from the minutes: which crane did the committee choose?", _MINUTES),
     Question("globex", "economy", "Summarise this letter in one sentence.", _COMPLAINT),
     Question("acme", "economy", "What is the capital of France?"),
     Question("globex", "standard", "Answer from the passages: who built the first lock, and when?", _PASSAGES),

@@ -11,6 +11,7 @@ import asyncio
 import threading
 from collections import deque
 from contextlib import closing
+from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,7 @@ from polar_server.errors import shutting_down
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator, Sequence
+    from contextvars import Context
 
     from polar_sdk import Chunk
     from polar_sdk.request.options import Prompt, RequestOptions
@@ -138,16 +140,17 @@ class Answer:
 
     async def _run(self) -> None:
         try:
-            await asyncio.gather(
-                *(run_in_thread(partial(self._compute, place), self._cancel) for place in range(len(self._asks))),
-                return_exceptions=True,
-            )
+            calls = (partial(self._compute_in, copy_context(), place) for place in range(len(self._asks)))
+            await asyncio.gather(*(run_in_thread(call, self._cancel) for call in calls), return_exceptions=True)
         finally:
             self.done = True
             self._news.set()
 
+    def _compute_in(self, context: Context, place: int, cancel: Cancel) -> None:
+        """One choice, in a thread of its own, with the trace of its call."""
+        context.run(self._compute, place, cancel)
+
     def _compute(self, place: int, cancel: Cancel) -> None:
-        """One choice, in a thread of its own."""
         prompt, options = self._asks[place]
         asked: RequestOptions = {**options, "cancel": cancel}
         try:

@@ -42,6 +42,9 @@ def serve(
         ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse unknown fields rather than count them.")] = False,
+    otel: Annotated[
+        bool, typer.Option("--otel", help="Spans and metrics of OpenTelemetry; start it by `opentelemetry-instrument`.")
+    ] = False,
     backend: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,6 +92,7 @@ def serve(
         usage_always=usage_always,
         require_keys=require_keys,
         strict=strict,
+        otel=otel,
         backends=backends_of(backend or []),
         tenant=tenant,
         tag=tag or [],

@@ -16,6 +16,7 @@ from polar_sdk.show.lines import print_line
 from polar_server.access import find_access
 from polar_server.pages import find_pages
 from polar_server.settings import LOOPBACK, MAX_BODY_BYTES, Settings, is_open
+from polar_server.traces import Telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ class Launch:
     usage_always: bool = False
     require_keys: bool | None = None
     strict: bool = False
+    otel: bool = False
     backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tenant: str = "default"
     tag: Sequence[str] = ()
@@ -92,6 +94,7 @@ class Launch:
         Raises:
             PolarError: Something that was named cannot be.
         """
+        telemetry = Telemetry.configured() if self.otel else None
         keys, access = self.stores()
         engine = load_model(
             self.model,
@@ -120,6 +123,7 @@ class Launch:
             accounts=None if access is None else access.accounts,
             pages=None if access is None else self._pages(),
             backends=self.backends,
+            telemetry=telemetry,
             backend_key=os.environ.get("POLAR_BACKEND_KEY") or None,
         )
 

@@ -19,6 +19,7 @@ from polar_server.metrics import Metrics
 from polar_server.openai.calls import Caller, Rules
 from polar_server.openai.logprobs import TokenBytes
 from polar_server.replies import MemoryReplies
+from polar_server.traces import Traces
 from polar_server.upstream.tiers import Tiers
 from polar_server.watched_sink import WatchedSink
 
@@ -55,7 +56,8 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         given = settings.engine
         self.settings = settings
-        self.sink = WatchedSink(given.sink)
+        self.sink = WatchedSink(given.sink if settings.telemetry is None else settings.telemetry.counted(given.sink))
+        self._traces = Traces(settings.telemetry)
         self.engine = copy(given)
         self.engine.sink = self.sink
         default_tier = Catalog(self.engine, settings.model_id).default_tier
@@ -102,14 +104,20 @@ class Server:
         """
         key = exchange.key
         if key is None:
-            return self.answers.start(call.asks, streamed=call.stream)
+            return self._begin(call, exchange)
         exchange.answer_headers |= await self.limits.enter(key)
         try:
-            answer = self.answers.start(call.asks, streamed=call.stream)
+            answer = self._begin(call, exchange)
         except BaseException:
             self.limits.leave(key, 0)
             raise
         answer.task.add_done_callback(lambda _: self.limits.leave(key, answer.tokens))
+        return answer
+
+    def _begin(self, call: Call, exchange: Exchange) -> Answer:
+        with self._traces.of_call(exchange, call.model, call.asks) as trace:
+            answer = self.answers.start(call.asks, streamed=call.stream)
+        answer.task.add_done_callback(lambda _: trace.ended(answer))
         return answer
 
     @asynccontextmanager

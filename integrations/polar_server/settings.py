@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polar_server.limits import RateStore
     from polar_server.pages import PageStore
     from polar_server.replies import ReplyStore
+    from polar_server.traces import Telemetry
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 MAX_BODY_BYTES: Final = 4 * 2**20
@@ -59,6 +60,7 @@ class Settings:
         pages: The operations page; None = there is none.
         backends: URLs of other servers, by the tier that they compute; see `polar_server.upstream`.
         backend_key: API key for them.
+        telemetry: Where spans and metrics of OpenTelemetry go; None = there are none.
         keep_alive: How often a stream without news sends a comment. Unit: seconds.
     """
 
@@ -77,6 +79,7 @@ class Settings:
     pages: PageStore | None = None
     backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
     backend_key: str | None = None
+    telemetry: Telemetry | None = None
     keep_alive: float = 15.0
 
     @property

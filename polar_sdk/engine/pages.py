@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
+import mmap
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
 PAGE: Final = 64
 """Tokens per page."""
 
+_MAP_NORESERVE: Final = 0x4000
+"""Linux's flag; Python names it from 3.13 on."""
+
 
 class PagePool:
     """Stores of keys and values (P, 2, G, page, d), and which of their pages are free. Thread-safe.
@@ -54,9 +60,7 @@ class PagePool:
     def __init__(
         self, sizes: Sequence[tuple[torch.device, int]], kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> None:
-        self.stores = [
-            torch.empty((pages, 2, kv_heads, PAGE, head_dim), dtype=dtype, device=device) for device, pages in sizes
-        ]
+        self.stores = [_reserve((pages, 2, kv_heads, PAGE, head_dim), dtype, device) for device, pages in sizes]
         self.sizes = [pages for _, pages in sizes]
         """Pages of each store."""
         self.starts = [sum(self.sizes[:store]) for store in range(len(sizes))]
@@ -155,6 +159,28 @@ class PagePool:
                 self._users[page] -= 1
                 if self._users[page] == 0:
                     heapq.heappush(self._free[self._store(page)], page)
+
+
+def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor, of memory that nobody needs to have before it is written.
+
+    A system that counts what it has promised promises a process's memory a second time when it forks. A store is half
+    of the machine's free memory: with two models in a process every `fork` failed.
+
+    Raises:
+        CacheMemoryError: The system refuses that much.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except OSError as error:
+        raise CacheMemoryError(
+            f"The system refuses {size / 2**20:.0f} MiB for keys and values: {error.strerror}.",
+            hint="Load the model with a smaller kv_memory, in bytes.",
+        ) from error
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class PageTable:

@@ -47,19 +47,22 @@ class CallSpan:
 
     def note(self, record: UsageRecord, receipt: Receipt | None) -> None:
         """Set what an answer used and cost; does nothing where no span records."""
-        span = self._span
-        if span is None or not span.is_recording():
-            return
-        tokens = record.tokens.input, record.tokens.output
-        call = PolarCall.of(record.model, cost_facts(record, receipt), tokens)
-        assert call is not None  # it is a PoLar record
-        own = CostTotals()
-        own.add(call)
-        with _adding:
-            totals = _totals.setdefault(span, CostTotals())
-            totals.add(call)
-            span.set_attributes({**_names(record), **_sums(totals)})
-        span.add_event(EVENT, {**_names(record), **_sums(own)})
+        if self._span is not None and self._span.is_recording():
+            note_answer(self._span, record, receipt)
+
+
+def note_answer(span: Span, record: UsageRecord, receipt: Receipt | None) -> None:
+    """Set on a span what an answer used and cost."""
+    tokens = record.tokens.input, record.tokens.output
+    call = PolarCall.of(record.model, cost_facts(record, receipt), tokens)
+    assert call is not None  # it is a PoLar record
+    own = CostTotals()
+    own.add(call)
+    with _adding:
+        totals = _totals.setdefault(span, CostTotals())
+        totals.add(call)
+        span.set_attributes({**_names(record), **_sums(totals)})
+    span.add_event(EVENT, {**_names(record), **_sums(own)})
 
 
 def _recording() -> Span | None:

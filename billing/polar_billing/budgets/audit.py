@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import orjson
-from sqlalchemy import BigInteger, Text, and_, func, select, type_coerce
+from sqlalchemy import BigInteger, and_, func, select, type_coerce
 
 from polar_billing.budgets.budget import Level
 from polar_billing.budgets.counters import computed, read_counters
@@ -130,7 +129,7 @@ def _holds_with_usage() -> Select[Any]:
     return (
         select(hold.seq, hold.tenant, hold.request_id, *names, hold.currency, hold.flops)
         .add_columns(*(type_coerce(column, BigInteger).label(name) for name, column in numbers.items()))
-        .add_columns(type_coerce(usage.tags, Text).label("tags"), usage.flops_total)
+        .add_columns(usage.tags, usage.flops_total)
         .add_columns(receipt.price_book_hash.label("book"), pruned.price_book_hash.label("book_once"))
         .select_from(hold_table)
         .outerjoin(usage_table, _same_request(usage))
@@ -159,8 +158,7 @@ def _differences(row: Row[Any], currencies: dict[str, str]) -> Iterator[str]:
         yield f"says {row.flops} FLOPs, and its usage {row.flops_total}."
     if row.at != row.started_at:
         yield "counts at another time than that of its usage."
-    tags = orjson.loads(row.tags)
     named = {Level.PROJECT: row.project, Level.USER: row.user_name, Level.KEY: row.key_name}
     for level, name in named.items():
-        if name != tags.get(level):
-            yield f"counts for the {level} {name!r}, and its usage for {tags.get(level)!r}."
+        if name != row.tags.get(level):
+            yield f"counts for the {level} {name!r}, and its usage for {row.tags.get(level)!r}."

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx2
 
 from polar_sdk.reading import Unreadable, parse_object
+from polar_server.traces import trace_headers
 from polar_server.upstream.errors import UpstreamError, refused, unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Mapping
     from concurrent.futures import Future
 
 _CONNECT_S: Final = 5.0
@@ -103,7 +104,7 @@ class Client:
     def complete(self, base: str, body: dict[str, Any]) -> Stream:
         """Ask for a streamed text completion; what becomes of it arrives in `news`."""
         stream = Stream()
-        stream.work = self._submit(self._complete(base, body, stream.news))
+        stream.work = self._submit(self._complete(base, body, trace_headers(), stream.news))
         return stream
 
     def close(self) -> None:
@@ -152,11 +153,13 @@ class Client:
             raise UpstreamError(f"{base} has no model {wanted or ''!r}; see its /v1/models.", code="upstream_error")
         return Served(listed[0]["id"], listed[0].get("owned_by") == "vllm")
 
-    async def _complete(self, base: str, body: dict[str, Any], news: SimpleQueue[News]) -> None:
+    async def _complete(
+        self, base: str, body: dict[str, Any], headers: Mapping[str, str], news: SimpleQueue[News]
+    ) -> None:
         assert self._http is not None
         taken = False
         try:
-            async with self._http.stream("POST", f"{base}/completions", json=body) as answer:
+            async with self._http.stream("POST", f"{base}/completions", json=body, headers=headers) as answer:
                 if answer.status_code != 200:
                     content = await answer.aread()
                     news.put(Ended(refused(base, answer.status_code, content, answer.headers)))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
+import torch
 
+from polar_sdk.engine.pages import PAGE, PagePool
+from polar_sdk.errors import CacheMemoryError
 from polar_sdk.models.convert import LOADING_LOCK
 from polar_sdk.request.encoder import PromptEncoder
 from polar_sdk.serving import scheduler as module
@@ -160,3 +165,21 @@ def test_a_hook_that_waits_for_whoever_forks_does_not_stop_the_fork(monkeypatch:
     opened.set()
     thread.join(60)
     assert [record.outcome for record in sink.records] == ["completed"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what other systems promise is not counted like this")
+def test_stores_larger_than_the_memory_do_not_stop_a_fork() -> None:
+    """As several models have them, each with half of what was free when it was loaded; the system joins neighbours."""
+    page = 2 * 1 * PAGE * 64 * torch.float32.itemsize
+    pages = psutil.virtual_memory().total * 3 // 5 // page
+    pools = [PagePool([(torch.device("cpu"), pages)], 1, 64, torch.float32) for _ in range(3)]
+    for pool in pools:
+        pool.take([0])
+        pool.stores[0][0] = 1
+    assert in_child(lambda: [pool.take([0]) for pool in pools]) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere torch refuses")
+def test_what_the_system_refuses_is_said() -> None:
+    with pytest.raises(CacheMemoryError, match=r"refuses \d+ MiB .*kv_memory"):
+        PagePool([(torch.device("cpu"), 2**40)], 1, 64, torch.float32)

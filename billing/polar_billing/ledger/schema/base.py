@@ -16,8 +16,10 @@ import orjson
 from sqlalchemy import DDL, BigInteger, Column, Dialect, Integer, MetaData, Table, Text, event
 from sqlalchemy.types import TypeDecorator
 
+from polar_billing.errors import StoreDamagedError
 from polar_billing.values.canonical import EPOCH, canonical_text, to_microseconds
 from polar_billing.values.money import STORED_SCALE, from_scaled, to_units
+from polar_sdk.reading import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -75,7 +77,12 @@ class IntegerList(TypeDecorator[tuple[int, ...]]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[int, ...] | None:
         """Read the JSON array."""
-        return None if value is None else tuple(orjson.loads(value))
+        if value is None:
+            return None
+        numbers = _parsed(value)
+        if not isinstance(numbers, list):
+            raise _meaningless(value, "list of integers")
+        return tuple(numbers)
 
 
 class TextMap(TypeDecorator["Mapping[str, str]"]):
@@ -92,8 +99,22 @@ class TextMap(TypeDecorator["Mapping[str, str]"]):
         """Read the JSON object."""
         if value is None:
             return None
-        mapping: dict[str, Any] = orjson.loads(value)
+        mapping = _parsed(value)
+        if not isinstance(mapping, dict):
+            raise _meaningless(value, "map of texts")
         return mapping
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except ValueError as error:
+        raise _meaningless(text, "JSON") from error
+
+
+def _meaningless(text: str, wanted: str) -> StoreDamagedError:
+    """The error of a text that this package cannot have written."""
+    return StoreDamagedError(f"the ledger holds {shown(text)}, which is no {wanted}.", hint="Run `polar verify`.")
 
 
 SCHEMA_VERSION: Final = 8
