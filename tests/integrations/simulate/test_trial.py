@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_billing import StoredUsage
-    from polar_sdk import PolarModel, UsageBound
+    from polar_sdk import PolarModel
+    from polar_sdk.usage import UsageBound
 
 FACTOR = 1e9
 """Everything arrives at once."""
