@@ -68,6 +68,7 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """All figures of all trials."""
+        tiers = dict.fromkeys(tier for trial in self.routed for tier in trial.audit.by_tier)
         return {
             "seeds": list(self.seeds),
             "factor": self.speed.factor,
@@ -78,6 +79,7 @@ class Comparison:
             "full_depth": [trial.as_json() for trial in self.full],
             "routed": [trial.as_json() for trial in self.routed],
             "same_answers": self.same_answers(),
+            "same_answers_by_tier": {tier: self.same_answers(tier) for tier in tiers},
         }
 
 
