@@ -107,7 +107,7 @@ def _record(recorder: Recorder, runs: Sequence[dict[str, Any]], only: str) -> No
     for way, key in (("full depth", "full_depth"), ("routed", "routed")):
         trials = [trial for run in runs for trial in run[key]]
         add("requests, all seeds", way, [sum(trial["sent"] for trial in trials)], "requests")
-        add("refused by a budget, of a seed's", way, [trial["ends"].get("refused", 0) for trial in trials], "requests")
+        add("refused by a budget", way, [trial["ends"].get("refused", 0) for trial in trials], "requests")
         for name in ("p50", "p95", "p99"):
             latencies = [trial["latency_seconds"][name] for trial in trials]
             add(f"latency {name}, s", way, [latency for latency in latencies if latency is not None], "s")
@@ -125,9 +125,9 @@ def _record(recorder: Recorder, runs: Sequence[dict[str, Any]], only: str) -> No
     add("same answers as at full depth", "routed", [100 * one for run in runs for one in run["same_answers"]], "%")
     for tier in ("economy", "standard", "premium", "exact"):
         shares = [trial["by_tier"][tier] for run in runs for trial in run["routed"] if tier in trial["by_tier"]]
-        add(f"FLOPs saved, {tier}", "routed", [100 * share["saved"] for share in shares], "%")
+        add(f"FLOPs saved against full depth, {tier}", "routed", [100 * share["saved"] for share in shares], "%")
         same = [100 * one for run in runs for one in run.get("same_answers_by_tier", {}).get(tier, [])]
-        add(f"same answers, {tier}", "routed", same, "%")
+        add(f"same answers as at full depth, {tier}", "routed", same, "%")
 
 
 def _add(recorder: Recorder, name: str, values: Sequence[float], unit: str) -> None:
