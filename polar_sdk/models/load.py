@@ -273,6 +273,7 @@ def _use_compiled(loaded: LoadedModel, compile: Compile) -> None:
         CompileError: `compile` is True and there is no compiler, or it failed, or layers are on several devices.
     """
     from polar_sdk.engine.compiled import load_kernels
+    from polar_sdk.engine.eager import Compiled
 
     decoder = loaded.decoder
     if len(decoder.placement.devices) > 1:
@@ -290,7 +291,7 @@ def _use_compiled(loaded: LoadedModel, compile: Compile) -> None:
     kernels = load_kernels(decoder, packages_folder(), build=build, partly=not build, progress=_say_compiling)
     if kernels is not None:
         decoder.kernels = kernels
-    if decoder.compiled:
+    if kernels is not None and kernels.compiled == Compiled.ALL:
         decoder.renewal = None
     elif decoder.family.compiled and compile == "auto" and is_wanted() and decoder.device.type == "cpu":
         compile_in_background(decoder, loaded.config, loaded.name, loaded.fingerprint)
