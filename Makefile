@@ -13,7 +13,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 PROCESSES ?= 2
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm chaos bench-fairness focus-check clean
+.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm chaos soak bench-fairness focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,11 @@ SECONDS ?= 120
 
 chaos: $(STAMP) ## Kill servers under load every 5 seconds and cut their database off, for SECONDS; check the ledger
 	$(OFFLINE) $(BIN)/python -m benchmarks.chaos --seconds $(SECONDS)
+
+MINUTES ?= 60
+
+soak: model ## Keep the load of `polar simulate` up for MINUTES (an hour), watching memory; verify the ledger at the end
+	$(BIN)/polar simulate --soak $(MINUTES)
 
 fuzz: $(STAMP) ## Feed every reader 50,000 hostile inputs; SEED="policy:17" repeats one
 	$(BIN)/python -m tests.fuzz $(if $(SEED),--repeat "$(SEED)",--inputs 50000)

@@ -172,6 +172,19 @@ SECTIONS = {
         "Tests that the suite runs at a small size, run at a large one.",
         _COMMAND,
     ),
+    "simulate": Section(
+        "A day of messages: full depth beside routed",
+        "Phrases, idioms and long messages of four tenants on four tiers, the same in both columns; each seed is a "
+        "day: the mean and the range. Latency counts from the moment a request was due; docs/simulation.md says what "
+        "is assumed. In bfloat16 answers depend on company, so those of the tier exact differ as well.",
+        "`python -m benchmarks.simulate`",
+        wide=True,
+    ),
+    "soak": Section(
+        "A soak: day after day of messages, routed",
+        "Memory of the process, and the ledger beside what was sent.",
+        "`python -m benchmarks.simulate --soak MINUTES`",
+    ),
     "times": Section("Times of commands", "Wall-clock time of a whole command.", _COMMAND),
 }
 Cell = tuple[str, "Callable[[Found], str]"]

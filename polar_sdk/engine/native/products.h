@@ -116,7 +116,7 @@ void run_few(const Product& product, int64_t start, const float* words, int64_t 
     turn(from + at, product.inputs, last, first_lanes(product.inputs - at), pairs);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i, ahead += 64) {
-      _mm_prefetch(ahead, _MM_HINT_T0);
+      _mm_prefetch(ahead, _MM_HINT_T1);  // a strip and the next one are more than the first-level cache holds
       Form::template meet<kCount, kSets>(sums, words + (at + 2 * i) / Form::kInputs * kCount, pairs[i], i);
     }
   }
