@@ -71,7 +71,7 @@ def test_the_first_piece_waits_for_no_second_token(model: PolarModel) -> None:
     """It would take another pass, which is long where many rows run."""
     read, seen = threading.Event(), []
 
-    def hook(tokens: tuple[int, ...], logits: torch.Tensor) -> torch.Tensor:
+    def hook(tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         if len(tokens) == 1:
             seen.append(read.wait(20))
         return logits
