@@ -3,8 +3,9 @@
 Rows that decode together share a pass, which takes the longer the more they are, and prompts have passes of their own.
 So that a tenant with many rows does not slow one with few down to a fraction of its speed, each tenant has a balance.
 In every round it earns a part of the time that the one with least to decode would need for a token alone, and pays for
-the time that its rows add; while it owes, it sits rounds out. Who decodes alone earns without limit. What a row adds is
-measured, since it differs from machine to machine: compiled, a few rows cost hardly more than one. Pure: tenants and
+the time that its rows add; while it owes, it sits rounds out. Who decodes alone earns twice the time that passes: what
+it owes is forgiven, but not at once, so that one who asks again and again is not slowed anew each time. What a row adds
+is measured, since it differs from machine to machine: compiled, a few rows cost hardly more than one. Pure: tenants and
 seconds.
 """
 
@@ -23,7 +24,7 @@ _SPREAD: Final = 0.25
 """Variance of the sizes of passes from which they tell what a row adds; less is enough where rows are few."""
 _SHARE_OF_SPREAD: Final = 0.02
 """The same, over the square of their mean."""
-_BURST_TOKENS: Final = 4.0
+_BURST_TOKENS: Final = 2.0
 """What a tenant may run ahead, in tokens that the other one decodes alone."""
 
 
@@ -76,6 +77,8 @@ class Pace:
     def __init__(self) -> None:
         self.times = PassTimes()
         self._burst = 0.0
+        self._passed = 0.0
+        """What the passes of the last round took."""
         self._balances: dict[str, float] = {}
 
     def begin(self, tenants: Mapping[str, float], pace: float) -> None:
@@ -95,10 +98,10 @@ class Pace:
             if others:
                 own = self.times.per_row * min(others)  # as much as the one with least, whoever else is there
                 earned = max(own, (pace - 1) * alone / (len(tenants) - 1))
-                balances[tenant] = min(self._balances.get(tenant, self._burst) + earned, self._burst)
             else:
-                balances[tenant] = self._burst
-        self._balances = balances
+                earned = 2 * self._passed
+            balances[tenant] = min(self._balances.get(tenant, self._burst) + earned, self._burst)
+        self._balances, self._passed = balances, 0.0
 
     def may_run(self, tenant: str) -> bool:
         """Whether a tenant owes nothing."""
@@ -113,6 +116,7 @@ class Pace:
             weights: Of tenants that do not count 1.
         """
         self.times.measured(sum(rows.values()), seconds)
+        self._passed += seconds
         for tenant, count in rows.items():
             self._pay(tenant, self.times.per_row * count, weights)
 
@@ -124,6 +128,7 @@ class Pace:
             seconds: What the pass took.
             weights: Of tenants that do not count 1.
         """
+        self._passed += seconds
         for tenant, count in tokens.items():
             self._pay(tenant, seconds * count / sum(tokens.values()), weights)
 
