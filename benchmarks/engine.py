@@ -348,7 +348,8 @@ def first_answer(bench: Bench) -> None:
     name = "first answer on a machine, bf16, while layers are compiled"
     bench.summary["first_answer_vs_hf"] = _record(bench, name, [first, peer], Peer(HF, goal=1.2))
     seconds = bench.summary["compiled_after_s"] = figures["compiled_after_s"]
-    bench.recorder.add("compiled in the background, after", seconds, "s", goal=90, better="lower")
+    bench.recorder.add("answers compiled in the background, after", seconds, "s", goal=90, better="lower")
+    bench.recorder.add("everything compiled in the background, after", figures["all_after_s"], "s", better="lower")
     slowest, usual = figures["slowest"], figures["median"]
     print(
         f"| compiled after {seconds:.0f} s; until then {usual:.3g}, at worst {slowest:.3g} tokens/s | | | |", flush=True

@@ -2,8 +2,8 @@
 
     python -m benchmarks.first_answer [--model NAME] [--limit 600]
 
-Runs in a process of its own, over a cache of compiled layers that is empty, torch's own included. Prints one JSON
-object; speeds are tokens per second after the first token, at batch 1 and full depth.
+Runs in a process of its own, over a cache of compiled layers that is empty, torch's own and its folder for temporary
+files included. Prints one JSON object; speeds are tokens per second after the first token, at batch 1 and full depth.
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ def apart(model: str | None) -> dict[str, float]:
     """The figures of `first_minutes` in a process over an empty cache."""
     with tempfile.TemporaryDirectory(prefix="polar-bench-", ignore_cleanup_errors=True) as folder:
         (Path(folder) / "models").symlink_to(cache_folder() / "models")
-        caches = {"POLAR_CACHE": folder, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor")}
+        (Path(folder) / "tmp").mkdir()
+        caches = {
+            "POLAR_CACHE": folder,
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),
+            "TMPDIR": str(Path(folder) / "tmp"),
+        }
         command = [sys.executable, "-m", "benchmarks.first_answer", *(["--model", model] if model else [])]
         ended = subprocess.run(
             command, env=os.environ | caches | {"POLAR_COMPILE": "background"}, check=True, stdout=subprocess.PIPE
@@ -53,25 +58,36 @@ def first_minutes(name: str | None, limit: float) -> dict[str, float]:
     """Load a model and ask it until it runs compiled.
 
     Returns:
-        `loaded_s` until the object is there, `first` speed of the first answer, `slowest` and `median` speeds of the
-        answers until layers are compiled, `compiled_after_s` since the object is there (−1 = not within the limit), and
-        `compiled` speed after that.
+        `loaded_s` until the object is there, `first` speed of the first answer, `slowest` and `median` speeds of
+        uncompiled answers, `compiled_after_s` until answers run compiled, `answers` their median speed while prompts
+        and rows are still being compiled, `all_after_s` until everything is compiled (both since the object is there;
+        −1 = not within the limit), and `compiled` speed after that.
     """
     from polar_sdk import PolarModel
 
     begin = time.perf_counter()
     model = PolarModel.from_pretrained(name, device="cpu", precision="bf16", ledger=None)
     loaded = time.perf_counter()
-    speeds: list[float] = []
+    uncompiled: list[float] = []
+    answers: list[float] = []
+    after = -1.0
     while not model.compiled and time.perf_counter() - loaded < limit:
-        speeds.append(_speed(model))
-    after = time.perf_counter() - loaded if model.compiled else -1.0
+        speed = _speed(model)
+        if not model.decoder.kernels.decodes(1):
+            uncompiled.append(speed)
+            continue
+        if after < 0:
+            after = time.perf_counter() - loaded
+        answers.append(speed)
+    everything = time.perf_counter() - loaded if model.compiled else -1.0
     return {
         "loaded_s": loaded - begin,
-        "first": speeds[0],
-        "slowest": min(speeds),
-        "median": statistics.median(speeds),
+        "first": uncompiled[0],
+        "slowest": min(uncompiled),
+        "median": statistics.median(uncompiled),
         "compiled_after_s": after,
+        "answers": statistics.median(answers) if answers else float("nan"),
+        "all_after_s": everything,
         "compiled": _speed(model),
     }
 

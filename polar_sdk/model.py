@@ -170,8 +170,8 @@ class PolarModel:
 
     @property
     def compiled(self) -> bool:
-        """Whether layers run compiled."""
-        return self._loaded.decoder.kernels.has_paged_decode
+        """Whether all that can be is compiled for requests that begin now; before, answers may be and prompts not."""
+        return self._loaded.decoder.compiled
 
     @property
     def scheduler(self) -> Scheduler:

@@ -4,6 +4,9 @@ One compiled layer serves all layers of its kind, and so every program: weights 
 decides which layer runs next. What is compiled: the whole layer for one token of one row, the same for one token of
 each of several rows, the two halves of a layer around attention for many tokens, its keys and values alone, and the
 head. Knows no rows and no programs.
+
+Compiling takes a minute of a core, so that it goes by stages (`eager.Compiled`), and each is used as soon as it is
+there: answers first, since most of a request's time is theirs. What is missing runs uncompiled meanwhile.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from torch import Tensor
 
 from polar_sdk.engine import native
 from polar_sdk.engine.attention import paged_decode, write_pages
-from polar_sdk.engine.eager import EagerKernels
-from polar_sdk.engine.package import Part, flat, signature
+from polar_sdk.engine.eager import Compiled, EagerKernels
+from polar_sdk.engine.package import Part, compiler_options, flat, open_package, signature
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.products import Int4, Int8, Plain, max_rows_one_by_one, min_wide_rows
 from polar_sdk.engine.types import pick
@@ -37,11 +40,14 @@ if TYPE_CHECKING:
 _EXAMPLE_ROWS: Final = 4
 _EXAMPLE_TOKENS: Final = 16
 _MATRICES: Final = (Plain, Int8, Int4)
+_FEW_ROWS: Final = 4
+"""Number of rows that run one by one while only the code for one row is there; it takes a quarter of the time of
+uncompiled code."""
 _log = logging.getLogger(__name__)
 
 
 def parts(decoder: Decoder) -> dict[tuple[str, str], Part]:
-    """Everything to compile for a decoder, by (name of the part, what it assumes of its weights)."""
+    """Everything to compile for a decoder, in order, by (name of the part, what it assumes of its weights)."""
     family = decoder.family
     needed: dict[tuple[str, str], Part] = {}
     for weights, kind in zip(decoder.layers, family.kinds, strict=True):
@@ -50,7 +56,7 @@ def parts(decoder: Decoder) -> dict[tuple[str, str], Part]:
             needed.setdefault((part.name, assumed), part)
     for part in _head_parts(decoder):
         needed.setdefault((part.name, signature(decoder.ends)), part)
-    return needed
+    return dict(sorted(needed.items(), key=lambda item: item[1].stage))  # stable
 
 
 def _layer_parts(decoder: Decoder, weights: Weights, kind: AttentionKind) -> Iterator[Part]:
@@ -69,9 +75,12 @@ def _layer_parts(decoder: Decoder, weights: Weights, kind: AttentionKind) -> Ite
         key, value = family.keys_values(x, w)
         return family.turn(key, (cos, sin)), value
 
-    yield Part("project", project, weights, (x, *rotary), (many, *rotary_sizes), assumptions, minimum)
-    yield Part("keys and values", keys_values, weights, (x, *rotary), (many, *rotary_sizes), assumptions, minimum)
-    yield Part("finish", family.finish, weights, (x, mixed), (many, many), assumptions, minimum)
+    stage = Compiled.ALL
+    yield Part("project", project, weights, (x, *rotary), (many, *rotary_sizes), assumptions, stage, minimum)
+    yield Part(
+        "keys and values", keys_values, weights, (x, *rotary), (many, *rotary_sizes), assumptions, stage, minimum
+    )
+    yield Part("finish", family.finish, weights, (x, mixed), (many, many), assumptions, stage, minimum)
     for single in (True, False):
         yield _decode_part(decoder, weights, kind, single=single)
 
@@ -104,14 +113,17 @@ def _decode_part(decoder: Decoder, weights: Weights, kind: AttentionKind, *, sin
         (*states, *rotary, store, table, positions),
         (*states_sizes, *rotary_sizes, {0: "pages"}, {**axis, 1: "blocks"}, axis),
         f"{_assumptions(decoder, weights)}|{kind}",
+        Compiled.ONE_ROW if single else Compiled.ROWS,
     )  # fmt: skip
 
 
 def _head_parts(decoder: Decoder) -> Iterator[Part]:
     family = decoder.family
     assumptions = _assumptions(decoder, decoder.ends)
-    for name, rows, sizes in (("head 1", 1, {}), ("head", _EXAMPLE_ROWS, {0: "rows"})):
-        yield Part(name, family.logits, decoder.ends, (_zeros(decoder, rows, family.hidden),), (sizes,), assumptions)
+    one, several = Compiled.ONE_ROW, Compiled.ROWS
+    for name, rows, sizes, stage in (("head 1", 1, {}, one), ("head", _EXAMPLE_ROWS, {0: "rows"}, several)):
+        x = _zeros(decoder, rows, family.hidden)
+        yield Part(name, family.logits, decoder.ends, (x,), (sizes,), assumptions, stage)
 
 
 def _decode_name(kind: AttentionKind, *, single: bool) -> str:
@@ -151,38 +163,49 @@ def _zeros(decoder: Decoder, rows: int, width: int) -> Tensor:
 
 
 def load_kernels(
-    decoder: Decoder, folder: Path, *, build: bool, progress: Callable[[str, int, int], None] = lambda *_: None
+    decoder: Decoder,
+    folder: Path,
+    *,
+    build: bool,
+    partly: bool = False,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> CompiledKernels | None:
     """The compiled kernels of a decoder.
 
     Args:
         decoder: What to run.
         folder: Where packages are kept.
-        build: Whether to compile what is not there yet, which takes about ten seconds per part.
+        build: Whether to compile what is not there yet, which takes five to ten seconds per part.
+        partly: Whether the stages that are there will do, where not all are.
         progress: Called with (name of the part, its number from 1, number of parts) before each is compiled.
 
     Returns:
-        Kernels; None where the family cannot be compiled, or a package is missing and `build` is off.
+        Kernels; None where the family cannot be compiled, or packages are missing and `build` is off.
 
     Raises:
         CompileError: The compiler is missing or failed.
     """
     if not decoder.family.compiled:
         return None
-    native.load_library(folder, decoder.dtype, decoder.device, build=build)
+    with compiler_options():
+        native.load_library(folder, decoder.dtype, decoder.device, build=build)
     needed = parts(decoder)
-    loaders = {}
+    loaders: dict[tuple[str, str], Any] = {}
+    stage = Compiled.ALL
     for number, (key, part) in enumerate(needed.items(), start=1):
         file = folder / f"{part.key}.pt2"
         loader = _open(file)
         if loader is None and not build:
-            return None
+            stage = Compiled(part.stage - 1)
+            break
         if loader is None:
             progress(part.name, number, len(needed))
             part.compile(file)
-            loader = torch._inductor.aoti_load_package(str(file)).loader
+            loader = open_package(file)
         loaders[key] = loader
-    return CompiledKernels(decoder, loaders)
+    if stage == Compiled.NOTHING or (stage != Compiled.ALL and not partly):
+        return None
+    return CompiledKernels(decoder, {key: each for key, each in loaders.items() if needed[key].stage <= stage}, stage)
 
 
 def _open(file: Path) -> Any | None:
@@ -190,18 +213,23 @@ def _open(file: Path) -> Any | None:
     if not file.exists():
         return None
     try:
-        return torch._inductor.aoti_load_package(str(file)).loader
+        return open_package(file)
     except Exception as error:  # torch raises errors of any class
         _log.warning("compiled package %s is damaged, and is not used: %s", file, " ".join(str(error).split())[:200])
         return None
 
 
 class CompiledKernels:
-    """Runs layers through compiled code; what is not compiled, such as half a layer for one token, runs eagerly."""
+    """Runs layers through compiled code; what is not compiled, such as half a layer for one token, runs eagerly.
 
-    has_paged_decode = True
+    Args:
+        decoder: Whose layers.
+        loaders: The code of all parts up to a stage, named as `parts` names them.
+        compiled: That stage.
+    """
 
-    def __init__(self, decoder: Decoder, loaders: dict[tuple[str, str], Any]) -> None:
+    def __init__(self, decoder: Decoder, loaders: dict[tuple[str, str], Any], compiled: Compiled) -> None:
+        self.compiled = compiled
         self._eager = EagerKernels(decoder.family)
         self._tensors = {id(weights): flat(weights) for weights in [*decoder.layers, decoder.ends]}
         self._signatures = {id(weights): signature(weights) for weights in [*decoder.layers, decoder.ends]}
@@ -213,26 +241,30 @@ class CompiledKernels:
         self._decoders = {
             (id(weights), single): loaders[_decode_name(kind, single=single), self._signatures[id(weights)]]
             for weights, kind in zip(decoder.layers, decoder.family.kinds, strict=True)
-            for single in (True, False)
+            for single in ((True, False) if compiled >= Compiled.ROWS else (True,))
         }
+
+    def decodes(self, tokens: int) -> bool:
+        """Whether the code for that many is there, or that for one is faster than what is not compiled."""
+        return self.compiled >= Compiled.ROWS or tokens <= _FEW_ROWS
 
     def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
         """The part before attention."""
-        if x.shape[0] < self._min_tokens[id(w)]:
+        if not self._fits(w, x):
             return self._eager.project(w, x, rotary)
         query, key, value = self._run("project", w, [x, *rotary])
         return query, key, value
 
     def keys_values(self, w: Weights, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Keys and values."""
-        if x.shape[0] < self._min_tokens[id(w)]:
+        if not self._fits(w, x):
             return self._eager.keys_values(w, x, rotary)
         key, value = self._run("keys and values", w, [x, *rotary])
         return key, value
 
     def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
         """The part after attention."""
-        if x.shape[0] < self._min_tokens[id(w)]:
+        if not self._fits(w, x):
             return self._eager.finish(w, x, mixed)
         return self._run("finish", w, [x, mixed])[0]
 
@@ -247,7 +279,7 @@ class CompiledKernels:
     ) -> Tensor:
         """A whole layer for one token of some rows."""
         weights, (index, table, positions), count = self._tensors[id(w)], tokens, tokens.table.shape[0]
-        if count > self._max_one_by_one[id(w)]:
+        if count > self._max_one_by_one[id(w)] and self.compiled >= Compiled.ROWS:
             rows = _all_rows(count, x.device) if index is None else index
             inputs = [x, rows, *rotary, store, table, positions, *weights]
             states: Tensor = self._decoders[id(w), False].run(inputs)[0]
@@ -263,9 +295,17 @@ class CompiledKernels:
 
     def head(self, ends: Weights, x: Tensor) -> Tensor:
         """Logits."""
-        if 1 < x.shape[0] <= self._max_one_by_one[id(ends)]:
-            return torch.cat([self.head(ends, row) for row in _split(x, x.shape[0])])
-        return self._run("head 1" if x.shape[0] == 1 else "head", ends, [x])[0]
+        rows = x.shape[0]
+        most = self._max_one_by_one[id(ends)] if self.compiled >= Compiled.ROWS else _FEW_ROWS
+        if 1 < rows <= most:
+            return torch.cat([self.head(ends, row) for row in _split(x, rows)])
+        if rows != 1 and self.compiled < Compiled.ROWS:
+            return self._eager.head(ends, x)
+        return self._run("head 1" if rows == 1 else "head", ends, [x])[0]
+
+    def _fits(self, w: Weights, x: Tensor) -> bool:
+        """Whether there is compiled code for the halves of a layer with that many tokens."""
+        return self.compiled == Compiled.ALL and x.shape[0] >= self._min_tokens[id(w)]
 
     def _run(self, name: str, w: Weights, inputs: list[Tensor]) -> list[Tensor]:
         outputs: list[Tensor] = self._loaders[name, self._signatures[id(w)]].run([*inputs, *self._tensors[id(w)]])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from polar_sdk.engine.eager import EagerKernels
+from polar_sdk.engine.eager import Compiled, EagerKernels
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.pages import PAGE, PagePool
 from polar_sdk.engine.placement import Placement
@@ -125,6 +125,11 @@ class Decoder:
         pinned = copy.copy(self)
         pinned.kernels = kernels
         return pinned
+
+    @property
+    def compiled(self) -> bool:
+        """Whether rows that begin now run all that can be compiled compiled."""
+        return self.kernels.compiled == Compiled.ALL
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@ Callers use the protocol and never learn which implementation runs. Knows weight
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from polar_sdk.engine.attention import attend_row
@@ -27,11 +28,27 @@ class PagedTokens(NamedTuple):
     """Positions of their tokens, (M,)."""
 
 
+class Compiled(IntEnum):
+    """How much of a model is compiled; each of these includes those before it."""
+
+    NOTHING = 0
+    ONE_ROW = 1
+    """Answers, one row at a time."""
+    ROWS = 2
+    """Answers, any number of rows together."""
+    ALL = 3
+    """Prompts, too."""
+
+
 class Kernels(Protocol):
     """The parts of a layer, ready to run."""
 
-    has_paged_decode: bool
-    """Whether `decode` can be used."""
+    compiled: Compiled
+    """How much is compiled. Kernels of one decoder that agree in this compute the same."""
+
+    def decodes(self, tokens: int) -> bool:
+        """Whether `decode` can be used for that many tokens together."""
+        ...
 
     def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
         """The part before attention, (N, E)."""
@@ -72,10 +89,14 @@ class Kernels(Protocol):
 class EagerKernels:
     """The family's functions as they stand."""
 
-    has_paged_decode = False
+    compiled = Compiled.NOTHING
 
     def __init__(self, family: Family) -> None:
         self._family = family
+
+    def decodes(self, tokens: int) -> bool:
+        """Never: without a compiler, attention over pages would copy them."""
+        return False
 
     def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
         """The part before attention."""
@@ -97,7 +118,7 @@ class EagerKernels:
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
     ) -> Tensor:
-        """Not available: without a compiler, attention over pages would copy them, so rows attend one by one."""
+        """Not available."""
         raise NotImplementedError
 
     def head(self, ends: Weights, x: Tensor) -> Tensor:

@@ -192,7 +192,9 @@ def _run(decoder: Decoder, members: Members, hidden: Tensor) -> Tensor:
 def _is_plain(decoder: Decoder, members: Members) -> bool:
     """Whether a step is a layer, run whole by one compiled call per row, of which nothing has to be kept."""
     step = members.step
-    return decoder.kernels.has_paged_decode and not step.bridge and step.parts == 1 and not members.layout.guarded
+    if step.bridge or step.parts != 1 or members.layout.guarded:
+        return False
+    return decoder.kernels.decodes(members.count)
 
 
 def _visit(decoder: Decoder, members: Members, x: Tensor) -> Tensor:
@@ -201,7 +203,7 @@ def _visit(decoder: Decoder, members: Members, x: Tensor) -> Tensor:
     if step.bridge:
         return decoder.bridge(step)(x, tokens.positions)
     rotary = tokens.rotary(decoder.rotary)
-    if decoder.kernels.has_paged_decode and all(size(spot.ranges) <= MAX_PAGED for spot in members.spots):
+    if decoder.kernels.decodes(tokens.count) and all(size(spot.ranges) <= MAX_PAGED for spot in members.spots):
         paged = PagedTokens(None, tokens.tables(members.visits), tokens.positions)
         return damp(x, _decode_paged(decoder, members, x, rotary, paged), step.parts)
     return decoder.run_step(step, x, tokens.positions, rotary, partial(_attend, decoder, members))
@@ -242,7 +244,7 @@ def _attend(decoder: Decoder, members: Members, query: Tensor, key: Tensor, valu
     """
     layer, tokens = members.step.first, members.running
     kind = decoder.family.kinds[layer]
-    if members.single and not decoder.kernels.has_paged_decode:
+    if members.single and not decoder.kernels.decodes(tokens.count):
         write_pages(decoder.store(layer), members.pages, members.offsets, key, value)
         return _attend_together(members, query, decoder.store(layer), kind)
     write_pages(decoder.store(layer), tokens.pages(members.visits), tokens.offsets, key, value)

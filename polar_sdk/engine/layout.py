@@ -388,8 +388,13 @@ class Members:
 
     @property
     def few(self) -> bool:
-        """Whether every row has few tokens, all of which run; then the next three say which."""
+        """Whether every row has few tokens, all of which run; then the next four say which."""
         return self.layout.few
+
+    @property
+    def count(self) -> int:
+        """How many tokens that is."""
+        return sum(self.layout.counts[row] for row, _ in self.going)
 
     @cached_property
     def index(self) -> Tensor | None:

@@ -1,6 +1,8 @@
 """A package: one piece of code through torch's ahead-of-time compiler, in a file named by all that it depends on.
 
-So a package that exists is right, and the next process loads it in a few hundredths of a second. Knows no layers.
+So a package that exists is right, and the next process loads it in a few hundredths of a second. Most of the time of
+compiling one goes into what torch puts around our code, not into the code, and most settings here are to shorten that.
+Knows no layers.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ import hashlib
 import inspect
 import os
 import warnings
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+import torch._inductor.config
+import torch._inductor.cpu_vec_isa
 from torch import Tensor, nn
 
 import polar_sdk.engine.attention
@@ -25,13 +31,14 @@ from polar_sdk.errors import CompileError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from polar_sdk.engine.types import Weights
 
 
 MAX_SIZE: Final = 1 << 20
 """Upper bound of every size that may change."""
+_RUNTIME: Final = Path(polar_sdk.engine.native.__file__).parent / "runtime"
+"""Headers for torch's runtime in a package."""
 _SOURCES: Final = (
     polar_sdk.engine.attention,
     polar_sdk.engine.family,
@@ -98,6 +105,8 @@ class Part:
     """For each input, which of its sizes may change; sizes of the same name are equal."""
     assumptions: str
     """Everything the code depends on besides this package's source and the machine."""
+    stage: int
+    """Parts of lower stages are compiled, and used, before this one."""
     min_tokens: int = 2
     """Minimum number of tokens that the code may be used for, where their number may change."""
 
@@ -124,7 +133,10 @@ class Part:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(module, arguments, dynamic_shapes={"arguments": tuple(shapes)})
-                torch._inductor.aoti_compile_and_package(exported, package_path=str(draft))
+                try:
+                    _build(exported, draft, trusting=True)
+                except Exception:  # the compiler raises errors of any class
+                    _build(exported, draft, trusting=False)
             draft.replace(path)
         except Exception as error:  # the compiler raises errors of any class
             raise CompileError(
@@ -133,6 +145,55 @@ class Part:
             ) from error
         finally:
             draft.unlink(missing_ok=True)
+
+
+def _build(exported: Any, path: Path, *, trusting: bool) -> None:
+    """Compile to a package file, and see that it can be opened."""
+    with compiler_options(trusting=trusting, runtime=trusting):
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+    open_package(path)
+
+
+def open_package(path: Path) -> Any:
+    """The code in a package file, which runs tensors; raises errors of any class where it cannot be opened."""
+    with compiler_options():  # opening asks for instruction sets, too
+        return torch._inductor.aoti_load_package(str(path)).loader
+
+
+@contextmanager
+def compiler_options(*, trusting: bool = True, runtime: bool = False) -> Iterator[None]:
+    """How everything is compiled; nothing here changes what the code computes.
+
+    Headers are not compiled in advance: that takes as long as it saves, and 280 MB of the folder for temporary files.
+
+    Args:
+        trusting: Whether to trust the processor's word on its instruction sets, and the compiler to know them. Else
+            torch compiles a program for each, which takes seven seconds.
+        runtime: Whether to use our headers for torch's runtime.
+    """
+    options = {"aot_inductor.precompile_headers": False, "aot_inductor.enable_line_tables": False}
+    with ExitStack() as after:
+        after.enter_context(torch._inductor.config.patch({**options, "cpp.vec_isa_ok": True if trusting else None}))
+        # torch keeps the list of instruction sets, and may not keep one that was not tried.
+        torch._inductor.cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        after.callback(torch._inductor.cpu_vec_isa.valid_vec_isa_list.cache_clear)
+        if runtime:
+            after.enter_context(_searched_first(_RUNTIME))
+        yield
+
+
+@contextmanager
+def _searched_first(folder: Path) -> Iterator[None]:
+    """Let the compiler look for standard headers in a folder first."""
+    before = os.environ.get("CPLUS_INCLUDE_PATH")
+    os.environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join(filter(None, (str(folder), before)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CPLUS_INCLUDE_PATH"]
+        else:
+            os.environ["CPLUS_INCLUDE_PATH"] = before
 
 
 def environment() -> str:

@@ -47,7 +47,7 @@ IDLE = True
 """Whether the process only uses time that nobody else wants."""
 LOCK_SECONDS: Final = 20.0
 """How long the process waits for its lock, which others hold for a moment when they look."""
-PATIENCE_SECONDS: Final = 15.0
+PATIENCE_SECONDS: Final = 5.0
 """How long requests may leave the process too little time before it is given a share of it."""
 ENOUGH: Final = 0.3
 """Share of a core that is not too little."""
@@ -223,7 +223,7 @@ class _Detached(subprocess.Popen[bytes]):
 
 
 class Background:
-    """Compiled layers of a decoder, on their way: called at each request, it returns them once, when they are there.
+    """Compiled layers of a decoder, on their way: called at each request, it returns them whenever there are more.
 
     Args:
         decoder: Whose layers.
@@ -237,6 +237,8 @@ class Background:
         self._looked = self._began = time.monotonic()
         self._window = self._began, 0.0
         """When the process was last found to get enough time, and its processor time by then."""
+        self._parts = 0
+        """Number of parts that were there when it was last looked for them."""
         self._looking = renewed_in_child(threading.Lock())
 
     @property
@@ -267,12 +269,12 @@ class Background:
         return True
 
     def __call__(self) -> Kernels | None:
-        """The compiled layers, as soon as they are there; raises nothing."""
+        """Compiled layers, where more is compiled than what the decoder has; raises nothing."""
         if time.monotonic() - self._looked < _LOOK_SECONDS or not self._looking.acquire(blocking=False):
             return None
         try:
             self._looked = time.monotonic()
-            return self._finish() if self._has_ended() else None
+            return self._finish() if self._has_ended() else self._go_on()
         except Exception as error:  # torch raises errors of any class, and the request can do without
             self._give_up(" ".join(str(error).split())[:200])
             return None
@@ -317,6 +319,23 @@ class Background:
         with (packages_folder() / f"{self._order.key}.log").open("ab") as log:
             self._process = _spawn(self._order, log)
 
+    def _go_on(self) -> Kernels | None:
+        """What the process has compiled by now."""
+        status = read_status(packages_folder() / f"{self._order.key}.json")
+        if status is None or status.state != "compiling" or status.done == self._parts:
+            return None
+        from polar_sdk.engine.compiled import load_kernels
+
+        self._parts = status.done
+        kernels = load_kernels(self._decoder, packages_folder(), build=False, partly=True)
+        if kernels is None or kernels.compiled <= self._decoder.kernels.compiled:
+            return None
+        seconds = time.monotonic() - self._began
+        _log.debug(
+            "%s: %s runs compiled, %.0f s after it was loaded", self._order.model, kernels.compiled.name, seconds
+        )
+        return kernels
+
     def _finish(self) -> Kernels | None:
         from polar_sdk.engine.compiled import load_kernels
 
@@ -334,7 +353,7 @@ class Background:
     def _give_up(self, reason: str) -> None:
         self._decoder.renewal = None
         _log.warning(
-            "the layers of %s could not be compiled in the background (%s): they run uncompiled; "
+            "the layers of %s could not be compiled in the background (%s): what is missing runs uncompiled; "
             "`polar models compile` goes on with what is missing",
             self._order.model,
             reason,

@@ -273,6 +273,7 @@ def _use_compiled(loaded: LoadedModel, compile: Compile) -> None:
         CompileError: `compile` is True and there is no compiler, or it failed, or layers are on several devices.
     """
     from polar_sdk.engine.compiled import load_kernels
+    from polar_sdk.engine.eager import Compiled
 
     decoder = loaded.decoder
     if len(decoder.placement.devices) > 1:
@@ -281,18 +282,21 @@ def _use_compiled(loaded: LoadedModel, compile: Compile) -> None:
                 f"layers on several devices ({decoder.placement}) run uncompiled; use compile='auto' or False."
             )
         return
-    if compile is False or decoder.kernels.has_paged_decode:
+    if compile is False or decoder.compiled:
         return
     if compile == "auto" and decoder.renewal is not None:
         decoder.renew()
         return
-    kernels = load_kernels(decoder, packages_folder(), build=compile is True, progress=_say_compiling)
+    build = compile is True
+    kernels = load_kernels(decoder, packages_folder(), build=build, partly=not build, progress=_say_compiling)
     if kernels is not None:
-        decoder.kernels, decoder.renewal = kernels, None
+        decoder.kernels = kernels
+    if kernels is not None and kernels.compiled == Compiled.ALL:
+        decoder.renewal = None
     elif decoder.family.compiled and compile == "auto" and is_wanted() and decoder.device.type == "cpu":
         compile_in_background(decoder, loaded.config, loaded.name, loaded.fingerprint)
     elif decoder.family.compiled:
-        _log.info("layers run uncompiled; `polar models compile` makes them faster, once for all processes")
+        _log.info("not all layers are compiled; `polar models compile` makes them faster, once for all processes")
 
 
 def _say_compiling(part: str, number: int, count: int) -> None:

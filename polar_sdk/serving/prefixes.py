@@ -95,7 +95,7 @@ class PrefixCache:
     def _keys(self, request: Request, row: Row, tokens: int) -> list[_Key]:
         """One key per full block of the first `tokens` tokens, each hashed together with the key before it."""
         program = request.route.program
-        compiled = row.begin().has_paged_decode
+        compiled = int(row.begin().compiled)
         common = (request.tenant, program.text, hash_bridges(self._decoder, [program]), compiled)
         key = hashlib.sha256(repr(common).encode()).digest()
         keys = []

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from polar_sdk.engine import package
 from polar_sdk.engine.compiled import CompiledKernels, load_kernels, parts
 from polar_sdk.engine.decoder import Decoder, build_decoder
-from polar_sdk.engine.eager import EagerKernels
+from polar_sdk.engine.eager import Compiled, EagerKernels
 from polar_sdk.engine.package import Part
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.errors import CompileError
@@ -71,6 +75,36 @@ def test_compiled_is_eager(
     steps: int,
 ) -> None:
     error = (logits_of(decoder, programs, prompts, steps) - logits_of(eager, programs, prompts, steps)).abs()
+    assert error.max() < 1e-3, f"largest {error.max():.2e}, mean {error.mean():.2e}"
+
+
+@pytest.mark.parametrize("stage", [Compiled.ONE_ROW, Compiled.ROWS])
+@pytest.mark.parametrize(
+    ("programs", "prompts"),
+    [(PROGRAMS[:1], [3 * PAGE]), (PROGRAMS, [3, PAGE, 2 * PAGE + 1, 1]), (PROGRAMS[:1] * 6, [4, 5, 6, 7, 8, 150])],
+)
+def test_a_stage_is_eager(
+    decoder: Decoder,
+    eager: Decoder,
+    packages: Path,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    stage: Compiled,
+    programs: tuple[str, ...],
+    prompts: list[int],
+) -> None:
+    """What is compiled of a model before all of it is does the same; of a stage that is not whole nothing is used."""
+    partly = _decoder()
+    needed = list(parts(partly).values())
+    there = [part for part in needed if part.stage <= stage]
+    for part in needed[: len(there) + 1]:
+        (tmp_path / f"{part.key}.pt2").write_bytes((packages / f"{part.key}.pt2").read_bytes())
+    assert load_kernels(partly, tmp_path, build=False) is None
+    kernels = load_kernels(partly, tmp_path, build=False, partly=True)
+    assert kernels is not None
+    assert kernels.compiled == stage
+    partly.kernels = kernels
+    error = (logits_of(partly, programs, prompts, 3) - logits_of(eager, programs, prompts, 3)).abs()
     assert error.max() < 1e-3, f"largest {error.max():.2e}, mean {error.mean():.2e}"
 
 
@@ -160,6 +194,55 @@ def test_a_damaged_package_is_rebuilt(packages: Path, tmp_path: Path, damage: by
     kernels = load_kernels(decoder, tmp_path, build=True, progress=lambda name, number, count: names.append(name))
     assert kernels is not None
     assert names == ["head 1"]
+
+
+def test_what_our_headers_break_is_compiled_with_the_standard_ones(
+    eager: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of torch may need more than they have."""
+    (tmp_path / "regex").write_text("#error not enough")
+    monkeypatch.setattr(package, "_RUNTIME", tmp_path)
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/nowhere")
+    part = replace(_head(eager), assumptions="uncached")
+    part.compile(tmp_path / "head.pt2")
+    x, ends = torch.randn(1, eager.family.hidden), eager.ends
+    (logits,) = package.open_package(tmp_path / "head.pt2").run([x, *package.flat(ends)])
+    torch.testing.assert_close(logits, eager.family.logits(x, ends), atol=1e-4, rtol=1e-4)
+    assert os.environ["CPLUS_INCLUDE_PATH"] == "/nowhere"
+    assert [path.name for path in tmp_path.glob("head*")] == ["head.pt2"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_our_headers_take_the_name_of_a_device_apart_as_the_standard_ones_do(tmp_path: Path) -> None:
+    (tmp_path / "a.cpp").write_text(
+        r"""#include <iostream>
+        #include <regex>
+        int main(int count, char** names) {
+          std::regex re("(cpu|cuda|xpu|mps)(:([0-9]+))?");
+          for (int i = 1; i < count; ++i) {
+            const std::string name = names[i];
+            std::smatch sm;
+            if (!std::regex_match(name, sm, re)) { std::cout << "no\n"; continue; }
+            std::cout << sm[1].str() << ' ' << sm[3].matched << ' ' << sm[3].str() << '\n';
+          }
+          try {
+            std::regex other("a+");
+            std::cout << "taken";
+          } catch (const std::exception&) {
+            std::cout << "refused";
+          }
+        }"""
+    )
+    names = ["cpu", "cuda:0", "cuda:12", "xpu", "mps:3", "", ":", "cpu:", "cpu:x", "cpu:1x", "cuda:1:2", "tpu", "cpu0"]
+
+    def run(*options: str) -> list[str]:
+        program = str(tmp_path / "a.out")
+        subprocess.run(["g++", "-std=c++20", *options, str(tmp_path / "a.cpp"), "-o", program], check=True)
+        return subprocess.run([program, *names], check=True, capture_output=True, text=True).stdout.splitlines()
+
+    ours, standard = run("-isystem", str(package._RUNTIME)), run()
+    assert ours[:-1] == standard[:-1]
+    assert (ours[-1], standard[-1]) == ("refused", "taken")
 
 
 def _keys(decoder: Decoder) -> set[str]:

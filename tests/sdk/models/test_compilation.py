@@ -16,6 +16,7 @@ import pytest
 from polar_sdk import PolarModel, Policy
 from polar_sdk.engine.compiled import load_kernels, parts
 from polar_sdk.engine.decoder import build_decoder
+from polar_sdk.engine.eager import Compiled
 from polar_sdk.errors import CompileError
 from polar_sdk.models import compilation, compiler
 from polar_sdk.models.compilation import (
@@ -86,15 +87,16 @@ def runs_compiled(model: PolarModel) -> bool:
     return model.compiled
 
 
-def put_packages(packages: Path, but: str | None = None) -> None:
-    """Put the tiny model's packages into the cache, all but those of this name."""
+def put_packages(packages: Path, but: str | None = None, stage: Compiled = Compiled.ALL) -> int:
+    """Put the tiny model's packages up to a stage into the cache, all but those of this name; returns how many."""
     decoder = build_decoder(tiny_llama(layers=LAYERS), kv_memory=1 << 24)
     assert load_kernels(decoder, packages, build=True) is not None
-    packages_folder().mkdir(parents=True)
-    for part in parts(decoder).values():
-        if part.name != but:
-            name = f"{part.key}.pt2"
-            (packages_folder() / name).write_bytes((packages / name).read_bytes())
+    packages_folder().mkdir(parents=True, exist_ok=True)
+    put = [part for part in parts(decoder).values() if part.name != but and part.stage <= stage]
+    for part in put:
+        name = f"{part.key}.pt2"
+        (packages_folder() / name).write_bytes((packages / name).read_bytes())
+    return len(put)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
@@ -161,6 +163,37 @@ def test_a_request_never_mixes(background: Path, packages: Path, monkeypatch: py
     assert calls == [1] * (1 + 11 * LAYERS)  # the last visit of its prompt, and its tokens: no pass had both requests
     assert other.usage.tokens.cached == 0  # what uncompiled code left of the prompt is not for it
     assert model.generate(prompt, max_tokens=2, template="raw").usage.tokens.cached > 0
+
+
+def test_what_is_compiled_is_used_by_stages(background: Path, packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers first, then rows, while the process is at the rest; the next program begins with what is there."""
+    monkeypatch.setattr(
+        compilation, "_spawn", lambda *_: compilation._Detached([sys.executable, "-c", "import time; time.sleep(300)"])
+    )
+    model = tiny()
+    wait = waiting(model)
+    assert wait.process is not None
+    prompt = "the same long start of a prompt, which fills more than one page of keys and values by far " * 2
+    texts = [model.generate(prompt, max_tokens=8, template="raw").text]
+    try:
+        for stage in (Compiled.ONE_ROW, Compiled.ROWS):
+            done = put_packages(packages, stage=stage)
+            assert model.generate("hello", max_tokens=2).token_ids
+            assert model.decoder.kernels.compiled == stage - 1  # the process has not said so yet
+            write_status(wait._order.key, wait._order.status("compiling", done=done, total=7))
+            answer = model.generate(prompt, max_tokens=8, template="raw")
+            assert answer.usage.tokens.cached == 0  # what other code left of the prompt is not for it
+            texts.append(answer.text)
+            assert model.decoder.kernels.compiled == stage
+            assert not model.compiled
+            assert model.decoder.renewal is wait
+            together = model.generate_batch([prompt] * 6, max_tokens=8, template="raw")
+            assert {each.text for each in together} == {answer.text}
+        assert texts == texts[:1] * 3
+        assert tiny().decoder.kernels.compiled == Compiled.ROWS
+    finally:
+        wait.process.kill()
+        wait.process.wait()
 
 
 def test_one_process_for_all_who_ask(background: Path, refused: None) -> None:

@@ -401,11 +401,13 @@ def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
 class PagedEager(EagerKernels):
     """Layers as one call over pages, as compiled ones run, without a compiler."""
 
-    has_paged_decode = True
-
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.family)
         self.calls: list[int] = []
+
+    def decodes(self, tokens: int) -> bool:
+        """Always."""
+        return True
 
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
