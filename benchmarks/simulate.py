@@ -1,18 +1,22 @@
 """The messaging case of `polar simulate` as figures: full depth beside routed, or memory and ledger of a long soak.
 
     python -m benchmarks.simulate [--requests 300] [--seeds 3] [--load 0.7] [--factor X] [--soak MINUTES] [--tiny]
+    python -m benchmarks.simulate --from FOLDER/simulate.json … [--only latency] [--note TEXT]
 
-Prints what the command prints, and writes the figures to `--results`: the mean of the seeds and their range. `--tiny`
-runs the tiny model of `polar_sdk.testing`. What a simulation assumes is in the package `polar_simulate`.
+Prints what the command prints, and writes the figures to `--results`: the mean of the seeds and their range. `--from`
+takes them from what `polar simulate --output FOLDER` wrote on this machine and commit, one file or several of different
+seeds, for machines that are quiet for minutes only; `--only` keeps the rows whose name has this text. `--tiny` runs the
+tiny model of `polar_sdk.testing`. What a simulation assumes is in the package `polar_simulate`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.results import RESULTS, Recorder
 from polar_billing import PriceBook
@@ -40,8 +44,20 @@ DRIFT_GOAL = 5.0
 
 def main() -> None:
     args = _arguments()
-    busy = busy_before()
     recorder = Recorder("soak" if args.soak else "simulate", args.results, model="tiny" if args.tiny else args.model)
+    recorder.run = recorder.run.model_copy(update={"note": args.note})
+    if args.files:
+        _record(recorder, [json.loads(path.read_text(encoding="utf-8")) for path in args.files], args.only)
+        faults: Sequence[str] = ()
+    else:
+        faults = _simulate(args, recorder)
+    print(f"\nwrote {recorder.path}")
+    sys.exit(1 if faults else 0)
+
+
+def _simulate(args: argparse.Namespace, recorder: Recorder) -> Sequence[str]:
+    """Run it; returns what is amiss in its ledgers."""
+    busy = busy_before()
     model = (
         tiny_model(context_window=1024)
         if args.tiny
@@ -59,10 +75,9 @@ def main() -> None:
             _record_soak(recorder, result)
         else:
             result = compare(model, Path(folder), speed, range(args.seeds), bars)
-            _record(recorder, result)
+            _record(recorder, [result.as_json()], args.only)
     show(view_of(result, assumptions(model, speed, Day(args.requests), PriceBook.load(), busy)))
-    print(f"\nwrote {recorder.path}")
-    sys.exit(1 if result.faults else 0)
+    return result.faults
 
 
 def _arguments() -> argparse.Namespace:
@@ -74,36 +89,45 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--load", type=float, default=0.7)
     parser.add_argument("--factor", type=float)
     parser.add_argument("--soak", type=float, help="minutes")
+    parser.add_argument("--from", dest="files", type=Path, nargs="+", metavar="FILE", help="simulate.json of runs")
+    parser.add_argument("--only", default="", help="record only rows whose name has this text")
+    parser.add_argument("--note", help="what to say of the run beside its command")
     parser.add_argument("--bars", action="store_true", help="show progress")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     return parser.parse_args()
 
 
-def _record(recorder: Recorder, comparison: Comparison) -> None:
-    for way, trials in (("full depth", comparison.full), ("routed", comparison.routed)):
+def _record(recorder: Recorder, runs: Sequence[dict[str, Any]], only: str) -> None:
+    """Record the figures of comparisons, as `Comparison.as_json` gives them."""
 
-        def add(row: str, values: Sequence[float], unit: str, way: str = way) -> None:
+    def add(row: str, way: str, values: Sequence[float], unit: str) -> None:
+        if only in row:
             _add(recorder, f"{row}: {way}", values, unit)
 
-        add("requests, all seeds", [sum(trial.tally.sent for trial in trials)], "requests")
-        add("refused by a budget", [trial.tally.ends["refused"] for trial in trials], "requests")
-        for percent in (50, 95, 99):
-            latencies = [trial.audit.figures.latency(percent) for trial in trials]
-            add(f"latency p{percent}, s", [latency for latency in latencies if latency is not None], "s")
-        add("GFLOP per request", [(trial.audit.figures.flops_per_request or 0) / 1e9 for trial in trials], "GFLOP")
-        add("FLOPs saved against full depth", [100 * trial.audit.figures.saved for trial in trials], "%")
-        currency = trials[0].book.currency
-        for row, costs in (
-            (f"m{currency} per 1,000 requests", [trial.audit.figures.cost_per_1000 for trial in trials]),
-            ("the same at one price", [trial.audit.figures.cost_one_price_per_1000 for trial in trials]),
+    for way, key in (("full depth", "full_depth"), ("routed", "routed")):
+        trials = [trial for run in runs for trial in run[key]]
+        add("requests, all seeds", way, [sum(trial["sent"] for trial in trials)], "requests")
+        add("refused by a budget", way, [trial["ends"].get("refused", 0) for trial in trials], "requests")
+        for name in ("p50", "p95", "p99"):
+            latencies = [trial["latency_seconds"][name] for trial in trials]
+            add(f"latency {name}, s", way, [latency for latency in latencies if latency is not None], "s")
+        answered = [trial["ends"].get("answered", 0) for trial in trials]
+        add("answers whose latency was measured, all seeds", way, [sum(answered)], "requests")
+        add("GFLOP per request", way, [trial["flops"] / trial["requests"] / 1e9 for trial in trials], "GFLOP")
+        add("FLOPs saved against full depth", way, [100 * trial["saved"] for trial in trials], "%")
+        unit = f"m{trials[0]['currency']}"
+        for row, cost in (
+            ("cost_per_1000", "per 1,000 requests"),
+            ("cost_one_price_per_1000", "the same at one price"),
         ):
-            add(row, [float(1_000 * cost) for cost in costs if cost is not None], f"m{currency}")
-    _add(recorder, "same answers as at full depth: routed", [100 * one for one in comparison.same_answers()], "%")
+            costs = [1_000 * float(trial[row]) for trial in trials if trial[row] is not None]
+            add(f"{unit} {cost}" if row == "cost_per_1000" else cost, way, costs, unit)
+    add("same answers as at full depth", "routed", [100 * one for run in runs for one in run["same_answers"]], "%")
     for tier in ("economy", "standard", "premium", "exact"):
-        saved = [100 * t.audit.by_tier[tier].saved for t in comparison.routed if tier in t.audit.by_tier]
-        _add(recorder, f"FLOPs saved against full depth, {tier}: routed", saved, "%")
-        same = [100 * one for one in comparison.same_answers(tier)]
-        _add(recorder, f"same answers as at full depth, {tier}: routed", same, "%")
+        shares = [trial["by_tier"][tier] for run in runs for trial in run["routed"] if tier in trial["by_tier"]]
+        add(f"FLOPs saved against full depth, {tier}", "routed", [100 * share["saved"] for share in shares], "%")
+        same = [100 * one for run in runs for one in run.get("same_answers_by_tier", {}).get(tier, [])]
+        add(f"same answers as at full depth, {tier}", "routed", same, "%")
 
 
 def _add(recorder: Recorder, name: str, values: Sequence[float], unit: str) -> None:

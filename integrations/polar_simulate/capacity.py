@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from polar_sdk import PolarModel
 from polar_sdk.errors import InvalidRequestError
 from polar_simulate.day import DAY, PEAK_TO_MEAN, Day
 from polar_simulate.trial import FULL_DEPTH, compute_needed, metered
@@ -22,7 +23,6 @@ from polar_simulate.trial import FULL_DEPTH, compute_needed, metered
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from polar_sdk import PolarModel
     from polar_simulate.day import Arrival
     from polar_simulate.prompt_file import FilePrompt
 
@@ -93,6 +93,18 @@ def unshared_starts(model: PolarModel) -> Iterator[None]:
         yield
     finally:
         model.scheduler.limits = limits
+
+
+def warm_up(model: PolarModel, prompts: Sequence[FilePrompt] = ()) -> None:
+    """Answer some messages on every tier, unmetered, so that the first trial does not pay for what is done once."""
+    unmetered = PolarModel(model.loaded, policy=model.policy, router=model.router, ledger=None)
+    arrivals = Day(CALLERS, _SEED, prompts).arrivals
+    for tiers in ([arrival.tier for arrival in arrivals], [FULL_DEPTH] * (CALLERS // 2)):
+        asked = list(zip(arrivals, tiers, strict=False))
+        unmetered.generate_batch(
+            [arrival.prompt for arrival, _ in asked],
+            each=[{"compute": tier, "max_tokens": arrival.max_tokens} for arrival, tier in asked],
+        )
 
 
 def measure_capacity(

@@ -1,7 +1,7 @@
 """Full depth beside routed: the same days, with the same prompts at the same times, served in both ways.
 
-Each seed is a day of its own. Which way goes first changes from seed to seed, so that what slows the machine for a
-while harms both. Knows no output.
+Each seed is a day of its own. Of even seeds full depth goes first, of odd ones the other way, so that what slows the
+machine for a while harms both. Knows no output.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from polar_sdk.show.progress import silent
-from polar_simulate.capacity import unshared_starts
+from polar_simulate.capacity import unshared_starts, warm_up
 from polar_simulate.day import Day
 from polar_simulate.trial import FULL_DEPTH, Trial, compute_needed, run_trial
 
@@ -68,6 +68,7 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """All figures of all trials."""
+        tiers = dict.fromkeys(tier for trial in self.routed for tier in trial.audit.by_tier)
         return {
             "seeds": list(self.seeds),
             "factor": self.speed.factor,
@@ -78,6 +79,7 @@ class Comparison:
             "full_depth": [trial.as_json() for trial in self.full],
             "routed": [trial.as_json() for trial in self.routed],
             "same_answers": self.same_answers(),
+            "same_answers_by_tier": {tier: self.same_answers(tier) for tier in tiers},
         }
 
 
@@ -105,10 +107,11 @@ def compare(
     comparison = Comparison(speed, seeds)
     ways = [("full depth", FULL_DEPTH, comparison.full), ("routed", None, comparison.routed)]
     with unshared_starts(model):
-        for place, seed in enumerate(seeds):
+        warm_up(model, prompts)
+        for seed in seeds:
             arrivals = Day(speed.requests, seed, prompts).arrivals
             needed = compute_needed(model, arrivals)
-            for name, tier, trials in ways[:: -1 if place % 2 else 1]:
+            for name, tier, trials in ways[:: -1 if seed % 2 else 1]:
                 stage = f"{name}, seed {seed}"
                 trial = run_trial(
                     model,

@@ -17,7 +17,7 @@ import psutil
 
 from polar_sdk.show.progress import silent
 from polar_simulate.audit import audit
-from polar_simulate.capacity import unshared_starts
+from polar_simulate.capacity import unshared_starts, warm_up
 from polar_simulate.day import DAY, Day
 from polar_simulate.load import Load
 from polar_simulate.tally import Sent, Tally
@@ -120,6 +120,7 @@ def soak(
     first = Day(speed.requests, seed, prompts).arrivals
     needed = {tenant: days * compute for tenant, compute in compute_needed(model, first).items()}
     path, tally = folder / "soak.sqlite3", Tally(keep_answers=False)
+    warm_up(model, prompts)
     with unshared_starts(model), metered(model, path, needed) as (metered_model, meter):
         begun, interrupted = time.monotonic(), False
 
