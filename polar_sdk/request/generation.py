@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
 from polar_sdk.reading import Unreadable, parse_json
 from polar_sdk.request.recorder import Recorder
-from polar_sdk.serving.job import FinishReason, Job
+from polar_sdk.serving.job import FinishReason, Job, Piece
 from polar_sdk.serving.threads import AHEAD
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.sampling import TokenLogprobs
     from polar_sdk.programs.policy import LoopGuard
-    from polar_sdk.serving.job import Piece
     from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.request import Request
     from polar_sdk.usage import Receipt, UsageRecord, UsageSink
@@ -216,13 +215,13 @@ def _chunks(
         )
         recorder.begin([job])
         model.scheduler.submit([job])
-        held: Piece | None = None
+        last = Piece("", None, last=True)
         for piece in job.pieces():
-            if held is not None:
-                yield Chunk(held[0], None, held[1])
-            held = piece
-        text, logprobs = held or ("", None)
-        yield Chunk(text, _generation(job, recorder), logprobs)
+            if piece.last:
+                last = piece
+            else:
+                yield Chunk(piece.text, None, piece.logprobs)
+        yield Chunk(last.text, _generation(job, recorder), last.logprobs)
     except GeneratorExit:
         raise  # by `close`, which ends the recorder, or by the garbage collector, which must not wait
     except BaseException as failure:

@@ -35,15 +35,20 @@ if TYPE_CHECKING:
 
 
 FinishReason = Literal["stop", "length", "cancelled"]
-Piece = tuple[str, tuple[TokenLogprobs, ...] | None]
-"""Text that a token made certain, and the token's log-probabilities where they were requested."""
-
-
 SCORED_AT_ONCE: Final = 64
 """Number of prompt tokens whose logits are held together: V floats each."""
 MARK_TOKENS: Final = 64
 MARK_NS: Final = 1_000_000_000
 """A job that runs says how far it has come after so many tokens, or so long. Unit: nanoseconds."""
+
+
+class Piece(NamedTuple):
+    """Text that a token made certain, on its way to the caller."""
+
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] | None
+    """Of that token; None where nobody asked for them."""
+    last: bool
 
 
 class Progress(NamedTuple):
@@ -445,7 +450,7 @@ class Job:
     def _put(self, text: str, *, done: bool = False) -> None:
         new = None if self.logprobs is None else tuple(self.logprobs[self._shown :])
         self._shown = len(self.tokens)
-        self._pieces.put((text, new))
+        self._pieces.put(Piece(text, new, done))
         if done:
             if self.host is not None:
                 self.host.forget(self)

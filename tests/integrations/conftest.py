@@ -141,11 +141,11 @@ class FrameworkContract:
 
     @staticmethod
     async def _until(condition: Callable[[], Any]) -> None:
-        for _ in range(500):
+        for _ in range(3000):
             if condition():
                 return
             await asyncio.sleep(0.01)
-        raise AssertionError("nothing was recorded within 5 s")
+        raise AssertionError("nothing was recorded within 30 s")
 
 
 @pytest.fixture

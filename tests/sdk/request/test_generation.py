@@ -67,6 +67,22 @@ def test_stream_is_generate_in_pieces(model: PolarModel) -> None:
     assert (last.text, last.token_ids, last.finish_reason) == (whole.text, whole.token_ids, "length")
 
 
+def test_the_first_piece_waits_for_no_second_token(model: PolarModel) -> None:
+    """It would take another pass, which is long where many rows run."""
+    read, seen = threading.Event(), []
+
+    def hook(tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(tokens) == 1:
+            seen.append(read.wait(20))
+        return logits
+
+    stream = model.stream("hello", max_tokens=5, logits_hook=hook)
+    assert next(stream).generation is None
+    read.set()
+    assert len(list(stream)) == 4
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_rows_of_a_batch_answer_as_they_do_alone(model: PolarModel, sampled: bool) -> None:
     prompts = ["a", "a longer prompt than the first", "mid size", "a"]
