@@ -30,6 +30,7 @@ import torch
 
 from benchmarks import drafts as drafting
 from benchmarks.first_answer import apart as newcomer
+from benchmarks.long_prompts import apart_growth
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, timed
 from benchmarks.results import RESULTS, Recorder
 from polar_sdk import PolarModel, Policy, Program
@@ -48,6 +49,8 @@ NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
 EAGER = "eager"
 """The model in bfloat16 whose layers run uncompiled."""
+LONG_PROMPTS = (2048, 8000)
+"""Prompts of more than one page of text, in tokens."""
 LONG, CUTS = 1000, (0.9, 0.8, 0.733, 0.667, 0.6)
 """A prompt with notes, in tokens, and the shares of the layers from which on it is filled."""
 
@@ -245,6 +248,30 @@ def prefill(bench: Bench) -> None:
     _record(bench, "prefill of 512 tokens, int8", [int8, theirs], Peer(HF))
     _record(bench, "prefill of 512 tokens, int4", [int4, theirs], Peer(HF))
     _record(bench, "prefill of 512 tokens, bf16", [bf16, theirs], Peer(HF, goal=1.3))
+
+
+def long_prompts(bench: Bench) -> None:
+    """Prompts of a long text: tokens per second, and how much memory each takes at its peak."""
+    for tokens in LONG_PROMPTS:
+
+        def ours(tokens: int = tokens) -> float:
+            return tokens / bench.answer("bf16", bench.prompt(tokens), 1)
+
+        def hugging_face(tokens: int = tokens) -> float:
+            return tokens / bench.hugging_face.generate([bench.ids(bench.prompt(tokens))], 1)
+
+        speeds = bench.alternate(ours, hugging_face)
+        goal = 1.5 if tokens == LONG_PROMPTS[0] else None
+        name = f"prefill of {tokens:,} tokens, bf16"
+        bench.summary[f"prefill{tokens}_vs_hf"] = _record(bench, name, speeds, Peer(HF, goal=goal))
+        if bench.device != "cpu":
+            continue
+        grown, theirs = (apart_growth(bench.args.model, tokens, system) for system in ("ours", "hf"))
+        bench.recorder.add(
+            f"memory of a prompt of {tokens:,} tokens", grown, "MiB",
+            peer=HF, peer_value=theirs, ratio=grown / theirs, better="lower",
+        )  # fmt: skip
+        print(f"| memory of a prompt of {tokens:,} tokens | {grown:.0f} MiB | {theirs:.0f} MiB | |", flush=True)
 
 
 def lean_program(bench: Bench) -> None:
@@ -499,6 +526,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
     "decode": decode,
     "decode_integers": decode_integers,
     "prefill": prefill,
+    "long_prompts": long_prompts,
     "lean_program": lean_program,
     "fills": fills,
     "mixed_programs": mixed_programs,

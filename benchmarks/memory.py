@@ -47,7 +47,7 @@ def main() -> None:
     tensors = _tensors([decoder.start, *decoder.layers, decoder.ends])
     weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
     kept = ROWS * TOKENS * model.depth * decoder.pool.page_bytes // 64
-    peak = _peak()
+    peak = peak_memory()
     grown = recorder.add(
         f"growth after imports, {args.precision}, {ROWS} requests of {TOKENS:,} tokens",
         (peak - before) / MIB,
@@ -80,7 +80,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Peak resident memory of this process; `getrusage` alone may show the parent's, from before the start."""
     status = Path("/proc/self/status")
     if status.exists():

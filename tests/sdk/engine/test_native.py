@@ -83,6 +83,17 @@ def test_a_product_of_many_rows(rows: int, inputs: int, pairs: bool) -> None:
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("counts", [range(1, 9), range(9, 17)])
+def test_a_row_is_the_same_whatever_few_rows_are_beside_it(counts: range, pairs: bool) -> None:
+    """To the bit, up to 8 rows and from 9 to 16: of prompts, certificates rest on it."""
+    x, weight = _random(0, counts[-1], 576), _random(1, 72, 576)
+    whole = torch.ops.polar.product(x, weight, None, pairs)
+    for count in counts:
+        assert torch.equal(torch.ops.polar.product(x[:count], weight, None, pairs), whole[:count]), count
+
+
+@pytest.mark.usefixtures("native")
 def test_a_product_of_what_does_not_lie_together() -> None:
     x, weight = _random(0, 7, 80)[:, ::2], _random(1, 40, 50).T
     _assert_close(library.product(x, weight, None), x.double() @ weight.double().T, torch.full((7, 50), 100.0))
