@@ -255,7 +255,7 @@ def _in_memory(
     """The shared object for a decoder; `identity` is what only a file or only a caller's model can say."""
     from polar_sdk.serving.scheduler import Scheduler
 
-    return LoadedModel(
+    loaded = LoadedModel(
         decoder=decoder,
         scheduler=Scheduler(decoder),
         tokenizer=tokenizer,
@@ -264,6 +264,8 @@ def _in_memory(
         device=decoder.device,
         **identity,
     )
+    loaded.listed_ends()  # what is wrong is said here, not by the first request
+    return loaded
 
 
 def _use_compiled(loaded: LoadedModel, compile: Compile) -> None:

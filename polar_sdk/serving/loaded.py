@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from polar_sdk.errors import ModelDamagedError
+from polar_sdk.reading import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +55,20 @@ class LoadedModel:
     @cached_property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end an answer: those of the generation settings, and the tokenizer's end of text."""
-        ids = self.generation_config.eos_token_id
+        return frozenset(token for token in [*self.listed_ends(), self.tokenizer.eos_token_id] if token is not None)
+
+    def listed_ends(self) -> list[int | None]:
+        """The end tokens that the generation settings list.
+
+        Raises:
+            ModelDamagedError: They are no token ids.
+        """
+        ids: Any = self.generation_config.eos_token_id
         listed = ids if isinstance(ids, list) else [ids]
-        return frozenset(token for token in [*listed, self.tokenizer.eos_token_id] if token is not None)
+        if not all(token is None or type(token) is int for token in listed):
+            raise ModelDamagedError(
+                f"the generation settings of model {self.name!r} are wrong: eos_token_id = {shown(ids)}; it must be a "
+                "token id or a list of them.",
+                hint="Correct generation_config.json, or config.json where there is none.",
+            )
+        return listed

@@ -136,6 +136,18 @@ def test_an_index_that_points_out_of_its_folder_is_refused_before_anything_is_op
         check_folder(folder)
 
 
+@pytest.mark.parametrize("ends", [{"a": 1}, "</s>", 1.5, True, [2, [3]], [{}]])
+def test_end_tokens_that_are_no_ids_are_refused(folder: Path, spoil: Callable[..., None], ends: object) -> None:
+    file = folder / "generation_config.json"
+    valid = file.read_bytes()
+    try:
+        file.write_text(json.dumps({**json.loads(valid), "eos_token_id": ends}))
+        with pytest.raises(ModelDamagedError, match="eos_token_id"):
+            spoil()
+    finally:
+        file.write_bytes(valid)
+
+
 @pytest.mark.parametrize("index", [[], {"weight_map": []}, {"weight_map": {}}, {"weight_map": 5}])
 def test_an_index_of_another_form_is_refused(tmp_path: Path, index: object) -> None:
     tiny_llama().save_pretrained(tmp_path)
