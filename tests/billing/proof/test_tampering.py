@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TableClause
 
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.ledger.schema import Chained
 
     Row = dict[str, Any]
     Place = tuple[str, int]
@@ -47,6 +48,12 @@ TENANTS = ("acme", "globex")
 LINK, HEAD = "polar_chain_link", "polar_chain_head"
 PARTS = {str(part.name): chained for chained in CHAINED.values() for part in chained.parts}
 OF_CHAIN = {str(one.table.name) for one in CHAINED.values()} | set(PARTS) | {LINK, HEAD}
+
+
+def part_of(name: str) -> tuple[Chained, str]:
+    """The chained table that a table is, or is a part of, and the column that says which of its rows."""
+    chained = PARTS.get(name) or next(one for one in CHAINED.values() if one.table.name == name)
+    return chained, next((column for part, column in chained.parts.items() if part.name == name), chained.key)
 
 
 class Stranger:
@@ -122,8 +129,7 @@ class Stranger:
         if name in {LINK, HEAD}:
             place = row["tenant"], row["number"]
         else:
-            chained = PARTS.get(name) or next(one for one in CHAINED.values() if one.table.name == name)
-            key = next((column for part, column in chained.parts.items() if part.name == name), chained.key)
+            chained, key = part_of(name)
             place = self.links[chained.subject, str(row[key])]
         tenant, number = place
         if name == HEAD:  # whether the chain or its end is wrong cannot be told; a chain with a false name begins at 1
@@ -228,6 +234,10 @@ def _wanted(stranger: Stranger, change: Change) -> set[Place]:
     rows = change.gone or (change.row,)
     if change.name == LINK and change.column == "number" and isinstance(change.value, int):  # or where it went to
         rows = (*rows, {**change.row, "number": change.value})
+    if change.name in PARTS:
+        chained, key = part_of(change.name)
+        if change.column == key and (chained.subject, str(change.value)) in stranger.links:
+            rows = (*rows, {**change.row, key: change.value})  # it went to another row, which may come first
     return {place for row in rows for place in stranger.acceptable(change.name, row)}
 
 
