@@ -12,7 +12,8 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
 from polar_billing import ALL_TENANTS, Budgets, Ledger, Selection, usage_rows, verify_ledger
-from polar_simulate.tally import percentile
+from polar_billing.reports.figures import percentile
+from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from polar_simulate.tally import Tally
 
 _THOUSAND: Final = 1_000
-_FLOPS_PER_CU: Final = 10**12
 _SHOWN: Final = 3
 """Ids that a fault names."""
 
@@ -140,7 +140,7 @@ def _share(rows: Sequence[UsageRow], book: PriceBook, latencies: Sequence[float]
         tokens_input=sum(row.tokens_input for row in rows),
         tokens_output=sum(row.tokens_output for row in rows),
         flops=flops,
-        identity_flops=flops + int(saved * _FLOPS_PER_CU),
+        identity_flops=flops + int(saved * FLOPS_PER_COMPUTE_UNIT),
         cost=_total(costs, len(rows)),
         cost_one_price=_total(plain, len(rows)),
         latencies=latencies,

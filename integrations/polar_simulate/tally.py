@@ -86,8 +86,3 @@ class Tally:
     def numbers_of(self, tier: str) -> Sequence[int]:
         """Numbers of the arrivals answered on a tier, where answers are kept."""
         return self._tiers.get(tier, array("Q"))
-
-
-def percentile(ascending: Sequence[float], percent: int) -> float | None:
-    """A percentile by the nearest rank; None of nothing."""
-    return ascending[max(0, -(-len(ascending) * percent // 100) - 1)] if ascending else None

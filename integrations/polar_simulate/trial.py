@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing import Budget, Budgets, Meter
 from polar_sdk import PolarModel
+from polar_sdk.usage import FLOPS_PER_COMPUTE_UNIT
 from polar_simulate.audit import audit
 from polar_simulate.day import OTHER_BUDGET, TENANTS
 from polar_simulate.load import Load
@@ -32,7 +33,6 @@ FULL_DEPTH: Final = "exact"
 """The tier of every request where all run at full depth."""
 PERCENTS: Final = (50, 95, 99)
 _BUDGET_DECIMALS: Final = 9
-_FLOPS_PER_CU: Final = 10**12
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def compute_needed(model: PolarModel, arrivals: Iterable[Arrival]) -> dict[str, 
     for arrival in arrivals:
         prompt = model.count_tokens(arrival.prompt)
         needed[arrival.tenant] += model.cost(prompt=prompt, output=arrival.max_tokens).total
-    return {tenant: Decimal(flops) / _FLOPS_PER_CU for tenant, flops in needed.items()}
+    return {tenant: Decimal(flops) / FLOPS_PER_COMPUTE_UNIT for tenant, flops in needed.items()}
 
 
 @contextmanager

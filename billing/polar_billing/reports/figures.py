@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from decimal import Decimal
 from itertools import chain
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,11 +16,12 @@ from polar_billing.prices.rating import COMPUTE
 from polar_billing.values.money import EXACT_SCALE, divide_half_even, from_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from polar_billing.reports.totals import UsageTotals
 
 _SHARE_DECIMALS: Final = 6
+_Number = TypeVar("_Number", int, float)
 
 
 class Figures(BaseModel):
@@ -137,7 +138,7 @@ def _share(part: int, whole: int) -> Decimal | None:
     return from_scaled(divide_half_even(part * int(10**_SHARE_DECIMALS), whole), _SHARE_DECIMALS)
 
 
-def percentile(ordered: list[int], percent: int) -> int | None:
+def percentile(ordered: Sequence[_Number], percent: int) -> _Number | None:
     """The nearest-rank percentile, which is always one of the values."""
     if not ordered:
         return None

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_billing import ALL_TENANTS, Budgets, Ledger, Selection
+from polar_billing.reports.figures import percentile
 from polar_sdk import ListSink
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import silent
@@ -21,7 +22,7 @@ from polar_simulate.capacity import Speed, measure_capacity, unshared_starts
 from polar_simulate.comparison import Comparison, compare
 from polar_simulate.day import DAY, Day
 from polar_simulate.load import Load
-from polar_simulate.tally import Sent, Tally, percentile
+from polar_simulate.tally import Sent, Tally
 from polar_simulate.trial import FULL_DEPTH, Trial, compute_needed, run_trial
 
 if TYPE_CHECKING:
