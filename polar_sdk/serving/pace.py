@@ -98,9 +98,10 @@ class Pace:
             if others:
                 own = self.times.per_row * min(others)  # as much as the one with least, whoever else is there
                 earned = max(own, (pace - 1) * alone / (len(tenants) - 1))
+                most = max(self._burst, earned)  # less would take from a tenant what it earned while it waited
             else:
-                earned = 2 * self._passed
-            balances[tenant] = min(self._balances.get(tenant, self._burst) + earned, self._burst)
+                earned, most = 2 * self._passed, self._burst
+            balances[tenant] = min(self._balances.get(tenant, self._burst) + earned, most)
         self._balances, self._passed = balances, 0.0
 
     def may_run(self, tenant: str) -> bool:

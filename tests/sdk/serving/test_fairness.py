@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -356,6 +356,7 @@ class TestPace:
         per_row=st.floats(0.01, 1),
         prompts=st.lists(st.integers(0, 40), min_size=4, max_size=4),
     )
+    @example(rows=[2, 28], times=8.0, fixed=1.0, per_row=1.0, prompts=[0, 0, 0, 0])  # earns more a round than its burst
     def test_it_is_bounded_and_nobody_stands_still(
         self, rows: list[int], times: float, fixed: float, per_row: float, prompts: list[int]
     ) -> None:
