@@ -35,6 +35,13 @@ _MAX_END_TOKENS: Final = 512
 """No search for an end goes on for longer. Unit: tokens."""
 _BLIND_LOOK: Final = 64
 """Where no end was found, none is looked for before this many tokens are left."""
+_PATIENCE: Final = 8
+"""Where no end that was found comes in time, the next one is looked for after as many tokens as it is late, at most
+this."""
+_TAKEN: Final = 4
+"""A token may stand for fewer than this many of a known way to an end."""
+_FEW: Final = 1024
+"""At most so many allowed tokens are picked out of the logits; of more, the others are struck out."""
 _PLACES: Final = 2048
 """A wide search for an end goes on to this many places of a grammar, some 0.1 s."""
 _BRANCHES: Final = 256
@@ -93,7 +100,7 @@ class _Tokens:
 
     def __init__(self, tokenizer: Any, vocab: int, end_tokens: frozenset[int]) -> None:
         self.tokenizer, self.vocab = tokenizer, vocab
-        self.end = min(end_tokens)
+        self.end, self.ends = min(end_tokens), end_tokens
         self.closers = self._ids(_CLOSERS)
         self.fillers = self._ids(_FILLERS)
         self.quote, self.letters = self._ids('"'), self._ids("abxyz")
@@ -188,20 +195,32 @@ class GrammarState:
         """
         if sampler.greedy and self._allows(likeliest := int(logits.argmax())):
             return self._fitting(likeliest)
-        return self._fitting(sampler(self.restrict(logits)))
+        self._mask()
+        bits = torch.from_numpy(_bits(self._words)[: len(logits)])
+        if int(bits.count_nonzero()) > _FEW:
+            token = sampler(self._restricted(logits))
+        else:
+            allowed = bits.nonzero()[:, 0].to(logits.device)
+            token = int(allowed[sampler(logits[allowed])]) if len(allowed) else 0
+        if logits[token] == -torch.inf or not self._allows(token):
+            raise _nothing_left()
+        return self._fitting(token)
 
     def restrict(self, logits: Tensor) -> Tensor:
-        """Logits (V,) with −inf for what the grammar forbids.
+        """Logits (V,) with −inf for what the grammar forbids, in place.
 
         Raises:
             GrammarError: No allowed token has a finite logit, or the grammar grew beyond its limits.
         """
-        self._mask()
-        forbidden = torch.from_numpy(_bits(self._words) == 0)[: logits.shape[-1]].to(logits.device)
-        restricted = logits.masked_fill(forbidden, -torch.inf)
+        restricted = self._restricted(logits)
         if restricted.max() == -torch.inf:
-            raise GrammarError("no token that the grammar allows is left: a logits_hook forbids them all.")
+            raise _nothing_left()
         return restricted
+
+    def _restricted(self, logits: Tensor) -> Tensor:
+        self._mask()
+        forbidden = torch.from_numpy(_bits(~self._words).view(bool))[: len(logits)]
+        return logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
 
     def accept(self, token: int) -> None:
         """Move on by a sampled token.
@@ -222,28 +241,35 @@ class GrammarState:
         """The token, or where after it the answer could not end in time, the next one on the way to an end."""
         if self._left is None or self._left > self._look or (self._plan or [])[:1] == [token]:
             return token
-        after = self._matcher.deep_copy()
-        if not after.consume_token(token) or after.is_accepting():
-            return token
-        way = self._way_after(after)
+        if token in self._tokens.ends or self._matcher.validate_tokens([token, self._tokens.end]) != 1:
+            return token  # it is the end, or the end may follow
+        way = self._way_after(token)
+        self._last_way = way or self._last_way
         if way is None or len(way) >= self._left:
             here = self._plan or self._way_from_here()
             if here is not None and len(here) <= self._left:
                 self._plan = here
                 self.cut = here[0] == self._tokens.end
                 return here[0]
-        self._plan = None if way is None else [token, *way]
-        self._last_way = way
+            missing = _PATIENCE if here is None else min(len(here) - self._left, _PATIENCE)
+            self._plan, self._look = None, self._left - missing
+            return token
+        self._plan = [token, *way]
         self._look = _next_look(self._left, way)
         return token
 
-    def _way_after(self, after: Any) -> list[int] | None:
-        """Tokens to an end from a state: those found last, where they still lead there, or else a new search."""
-        if self._last_way:
-            probe, way = after.deep_copy(), self._last_way
-            closing = way[:-1] if way[-1] == self._tokens.end else way
-            if probe.consume_tokens(closing) and probe.is_accepting():
-                return closing if probe.is_stopped() else [*closing, self._tokens.end]
+    def _way_after(self, token: int) -> list[int] | None:
+        """Tokens to an end after a token: those found last, where they still lead there, or else a new search.
+
+        A token may be several of the way at once, such as a quotation mark with a comma, so that the rest leads there.
+        """
+        for taken in range(min(len(self._last_way or ()), _TAKEN)):
+            way = (self._last_way or [])[taken:]
+            ended = way if way[-1] == self._tokens.end else [*way, self._tokens.end]
+            if self._matcher.validate_tokens([token, *ended]) == len(ended) + 1:
+                return way
+        after = self._matcher.deep_copy()
+        after.consume_token(token)
         return _search_end(after, self._tokens, min(self._left or 0, _MAX_END_TOKENS)).path
 
     def _way_from_here(self) -> list[int] | None:
@@ -387,6 +413,10 @@ def _bits(words: Tensor) -> NDArray[np.uint8]:
     import numpy as np
 
     return np.unpackbits(words.numpy().view(np.uint8), bitorder="little")
+
+
+def _nothing_left() -> GrammarError:
+    return GrammarError("no token that the grammar allows is left: a logits_hook forbids them all.")
 
 
 def _unsupported(reason: str) -> GrammarError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final
 
@@ -40,6 +41,10 @@ _TYPES: Final[tuple[tuple[str, type, str], ...]] = (
 )
 _UNSURE: Final = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.125}
 """Logits that differ by less may change places where sums are rounded differently, by the dtype of activations."""
+_NUCLEUS: Final = 1024
+"""So many of the likeliest tokens are looked at for those that top-p leaves, before all are."""
+_NEARLY: Final = 1e-4
+"""By so much the likeliest tokens must exceed top-p, so that rounding leaves none of them out."""
 _NO_IDS: Final = torch.empty((1, 0), dtype=torch.long)
 """The warpers' signature requires the tokens so far; none of those used here reads them."""
 
@@ -70,7 +75,8 @@ def apply_hook(hook: LogitsHook, tokens: Sequence[int], logits: Tensor) -> Tenso
     if not isinstance(changed, torch.Tensor) or changed.shape != logits.shape:
         what = f"shape {tuple(changed.shape)}" if isinstance(changed, torch.Tensor) else type(changed).__name__
         raise LogitsHookError(f"logits_hook returned {what}; it must return logits of shape {tuple(logits.shape)}.")
-    usable: Tensor = changed.to(device=logits.device, dtype=torch.float32)
+    # A copy, since a grammar strikes tokens out, and the hook may return the same tensor again.
+    usable: Tensor = changed.to(device=logits.device, dtype=torch.float32, copy=True)
     if not math.isfinite(highest := float(usable.max())):  # nan and +inf win a maximum
         raise LogitsHookError(
             f"after {len(tokens)} tokens the highest logit that logits_hook returned is {highest}; it must leave at "
@@ -141,13 +147,17 @@ class Sampling:
 
 
 class Sampler:
-    """The sampling state of one row."""
+    """The sampling state of one row.
+
+    The tokens that top-k or top-p can leave are picked out first, so that filters and the draw work on a few hundred
+    numbers and not on the whole vocabulary; which may be drawn, and how likely each is, stays the same.
+    """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.greedy = sampling.temperature < _GREEDY_BELOW
         if self.greedy:
             return
-        self._filters = _filters(sampling)
+        self._sampling = sampling
         self._generator = torch.Generator(device=device)
         if sampling.seed is None:
             self._generator.seed()
@@ -155,21 +165,71 @@ class Sampler:
             self._generator.manual_seed(int(sampling.seed))
 
     def __call__(self, logits: Tensor) -> int:
-        """Choose a token id from logits (V,)."""
+        """Choose one of V tokens: a number below V, from logits (V,)."""
         if self.greedy:
             return int(logits.argmax())
-        scores = logits.unsqueeze(0)
-        for apply in self._filters:
+        likelihoods, tokens = self.likelihoods(logits)
+        drawn = self._draw(likelihoods)
+        return drawn if tokens is None else int(tokens[drawn])
+
+    def likelihoods(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """How likely each token is drawn, from logits (V,).
+
+        Returns:
+            Likelihoods (N,), which sum up to 1, and the tokens (N,) that they belong to; None = to all V in order. The
+            others are never drawn.
+        """
+        tokens: Tensor | None = None
+        top_p = float(self._sampling.top_p)
+        if self._sampling.top_k:
+            tokens = _likeliest(logits, int(self._sampling.top_k))
+        elif top_p < 1:
+            tokens, top_p = _nucleus(logits, float(self._sampling.temperature), top_p)
+        scores = (logits if tokens is None else logits[tokens]).unsqueeze(0)
+        for apply in _filters(self._sampling, top_p):
             scores = apply(_NO_IDS, scores)
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        return scores[0].softmax(-1), tokens
+
+    def _draw(self, likelihoods: Tensor) -> int:
+        """One of N tokens by their likelihoods (N,): where their sum first exceeds a random part of the whole."""
+        sums = likelihoods.cumsum(-1, dtype=torch.float64)
+        drawn = torch.rand(1, generator=self._generator, dtype=torch.float64, device=sums.device) * sums[-1]
+        below_all = torch.nextafter(sums[-1:], torch.zeros_like(sums[-1:]))
+        return min(int(torch.searchsorted(sums, torch.minimum(drawn, below_all), right=True)), len(sums) - 1)
 
 
-def _filters(sampling: Sampling) -> list[LogitsProcessor]:
+def _likeliest(logits: Tensor, count: int) -> Tensor | None:
+    """Ids of the tokens whose logits (V,) are as high as the `count`-th highest, and some more; None = too many tie."""
+    if (some := 2 * count + 64) >= len(logits):
+        return None
+    highest = logits.topk(some)
+    return highest.indices if highest.values[-1] < highest.values[count - 1] else None
+
+
+def _nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor | None, float]:
+    """Ids of tokens among which are all that together reach a probability, and that probability among them alone.
+
+    None where the likeliest tokens do not reach it, and the probability as it was.
+    """
+    if len(logits) <= _NUCLEUS:
+        return None, top_p
+    highest = logits.topk(_NUCLEUS)
+    weigh = partial(_weight, highest=highest.values[0], temperature=temperature)
+    share = float(weigh(highest.values) / weigh(logits))
+    return (highest.indices, top_p / share) if share >= top_p + _NEARLY else (None, top_p)
+
+
+def _weight(logits: Tensor, highest: Tensor, temperature: float) -> Tensor:
+    """The sum of the likelihoods of tokens, over that of the likeliest one."""
+    return ((logits - highest) / temperature).exp_().sum(dtype=torch.float64)
+
+
+def _filters(sampling: Sampling, top_p: float) -> list[LogitsProcessor]:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]  # it refuses the int 1
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(int(sampling.top_k)))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
     return warpers

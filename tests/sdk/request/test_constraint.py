@@ -148,6 +148,16 @@ def test_an_answer_fits_its_tokens_whatever_they_are(seed: int, max_tokens: int,
     assert answer.finish_reason == "stop"
 
 
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), spare=st.integers(0, 40), temperature=st.floats(0.1, 4))
+def test_a_list_fits_the_tokens_that_its_shortest_answer_needs(seed: int, spare: int, temperature: float) -> None:
+    schema = {"type": "array", "items": PERSON, "minItems": 3}
+    tokens = spare + len('[{"name": "", "age": 0}, {"name": "", "age": 0}, {"name": ".", "age": 0}]')  # one per letter
+    answer = _SHARED.generate("Hi", schema=schema, seed=seed, max_tokens=tokens, temperature=temperature)
+    assert len(TypeAdapter(list[Person]).validate_json(answer.text)) >= 3
+    assert answer.complete
+
+
 _SHARED = tiny_model()
 
 
@@ -181,6 +191,17 @@ def test_a_hook_comes_before_the_grammar(model: PolarModel) -> None:
     with pytest.raises(GrammarError, match="no token that the grammar allows is left"):
         model.generate("Hello", regex="a[bc]", logits_hook=forbid_both)
     assert model.generate("Hello", regex="a[bc]").text in {"ab", "ac"}  # the model serves on
+
+
+def test_a_hook_keeps_its_tensor(model: PolarModel) -> None:
+    """A hook may give back the same logits again and again: the grammar must not leave its marks on them."""
+    logits = torch.zeros(model.loaded.decoder.vocab)
+    answers = {
+        model.generate("Hello", regex="[ab]{3}", temperature=1.0, seed=seed, logits_hook=lambda *_: logits).text
+        for seed in range(20)
+    }
+    assert len(answers) > 4
+    assert logits.count_nonzero() == 0
 
 
 def test_an_answer_that_was_cut_off_says_so(model: PolarModel) -> None:
