@@ -15,7 +15,7 @@ import os
 import random
 import sqlite3
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import islice, pairwise
 from math import inf
 from pathlib import Path
@@ -56,6 +56,16 @@ def part_of(name: str) -> tuple[Chained, str]:
     return chained, next((column for part, column in chained.parts.items() if part.name == name), chained.key)
 
 
+class Changed(NamedTuple):
+    """What became of a cell that was set."""
+
+    declared: bool
+    """Whether it is of the declared type."""
+    stored: Any
+    """What the database holds now, which may be a number near the one that was given; on SQLite of integers only."""
+    findings: list[Finding]
+
+
 class Stranger:
     """Changes a ledger past this package: without triggers and foreign keys. Every change is taken back."""
 
@@ -76,8 +86,8 @@ class Stranger:
         found = self.connection.execute(select(one).order_by(*(one.c[key] for key in self.keys[name]))).mappings()
         return [dict(row) for row in found]
 
-    def set_cell(self, name: str, row: Row, column_name: str, value: Any) -> tuple[bool, list[Finding]] | None:
-        """Set one cell and verify: whether it is of the declared type, and the findings.
+    def set_cell(self, name: str, row: Row, column_name: str, value: Any) -> Changed | None:
+        """Set one cell and verify.
 
         None for a cell that is as it was, or that the database refuses to set.
         """
@@ -86,20 +96,30 @@ class Stranger:
         cell, old = f'"{column_name}"', row[column_name]
         is_same = f"{cell} IS ?" if self.on_sqlite else f"{cell} IS NOT DISTINCT FROM ?"
         holds = f"typeof({cell})" if self.on_sqlite else f"CASE WHEN {cell} IS NULL THEN 'null' ELSE 'declared' END"
-        update = f"UPDATE {name} SET {cell} = {new} WHERE {where} RETURNING {holds}, {is_same}"
+        stored = f"CASE typeof({cell}) WHEN 'integer' THEN {cell} END" if self.on_sqlite else cell
+        update = f"UPDATE {name} SET {cell} = {new} WHERE {where} RETURNING {holds}, {stored}, {is_same}"
         values = (*given, *(row[key] for key in self.keys[name]), old)
-        taken_back = self.connection.begin_nested()
+        with self._taken_back():
+            try:
+                storage, became, same = self.connection.exec_driver_sql(
+                    update if self.on_sqlite else update.replace("?", "%s"), values
+                ).one()
+            except DBAPIError:
+                return None
+            if same:
+                return None
+            declared = self._is_declared(name, column_name, storage)
+            return Changed(declared, became, verify_in(self.connection).findings)
+
+    @contextmanager
+    def _taken_back(self) -> Iterator[None]:
+        """A change that is undone. It is released as well: PostgreSQL would nest thousands, and run out of locks."""
+        self.connection.exec_driver_sql("SAVEPOINT change")
         try:
-            storage, same = self.connection.exec_driver_sql(
-                update if self.on_sqlite else update.replace("?", "%s"), values
-            ).one()
-            return (
-                None if same else (self._is_declared(name, column_name, storage), verify_in(self.connection).findings)
-            )
-        except DBAPIError:
-            return None
+            yield
         finally:
-            taken_back.rollback()
+            self.connection.exec_driver_sql("ROLLBACK TO SAVEPOINT change")
+            self.connection.exec_driver_sql("RELEASE SAVEPOINT change")
 
     def _is_declared(self, name: str, column_name: str, storage: str) -> bool:
         declared = metadata.tables[name].c[column_name]
@@ -111,18 +131,16 @@ class Stranger:
     def replaced(self, name: str, gone: Sequence[Row], come: Sequence[Row]) -> list[Finding] | None:
         """Delete and insert rows, and verify; None if the database refuses."""
         one, keys = self.table(name), self.keys[name]
-        taken_back = self.connection.begin_nested()
-        try:
-            for row in gone:
-                where = and_(*(one.c[key] == row[key] for key in keys))
-                assert self.connection.execute(delete(one).where(where)).rowcount == 1
-            for row in come:
-                self.connection.execute(insert(one).values(row))
+        with self._taken_back():
+            try:
+                for row in gone:
+                    where = and_(*(one.c[key] == row[key] for key in keys))
+                    assert self.connection.execute(delete(one).where(where)).rowcount == 1
+                for row in come:
+                    self.connection.execute(insert(one).values(row))
+            except DBAPIError:
+                return None
             return verify_in(self.connection).findings
-        except DBAPIError:
-            return None
-        finally:
-            taken_back.rollback()
 
     def acceptable(self, name: str, row: Row) -> set[Place]:
         """What may be named for a row of a chained table that was touched: its link, or what first misses it."""
@@ -204,11 +222,12 @@ class Change(NamedTuple):
 def judged(stranger: Stranger, change: Change) -> str:
     """Make the change, verify, take it back: found, outside, refused or missed."""
     name, column_name = change.name, change.column
+    findings: list[Finding] | None
     if change.gone or change.come:
-        findings, declared = stranger.replaced(name, change.gone, change.come), True
+        declared, stored, findings = True, None, stranger.replaced(name, change.gone, change.come)
     else:
         done = stranger.set_cell(name, change.row, column_name, change.value)
-        declared, findings = done or (True, None)
+        declared, stored, findings = done or (True, None, None)
     if findings is None:
         return "refused"
     if not declared:  # the cell itself is named
@@ -218,7 +237,7 @@ def judged(stranger: Stranger, change: Change) -> str:
             else "missed"
         )
     if name in OF_CHAIN:
-        return "found" if places(findings) & _wanted(stranger, change) else "missed"
+        return "found" if places(findings) & _wanted(stranger, change, stored) else "missed"
     if findings:
         return "found"
     is_outside = column_name in columns_of(name, Proof.OUTSIDE) if column_name else name in ROWS_OUTSIDE
@@ -227,17 +246,18 @@ def judged(stranger: Stranger, change: Change) -> str:
     return "outside" if is_outside or is_open else "missed"
 
 
-def _wanted(stranger: Stranger, change: Change) -> set[Place]:
+def _wanted(stranger: Stranger, change: Change, stored: Any) -> set[Place]:
     if not change.gone and change.come:  # its like slips in among the rows of its tenant
         (added,) = change.come
         return {place for one in ("", added.get("tenant", "")) for place in _all_places(stranger, one)}
     rows = change.gone or (change.row,)
-    if change.name == LINK and change.column == "number" and isinstance(change.value, int):  # or where it went to
-        rows = (*rows, {**change.row, "number": change.value})
-    if change.name in PARTS:
+    if change.name == LINK and change.column == "number" and isinstance(stored, int):  # or where it went to
+        rows = (*rows, {**change.row, "number": stored})
+    if change.name not in {LINK, HEAD}:
         chained, key = part_of(change.name)
-        if change.column == key and (chained.subject, str(change.value)) in stranger.links:
-            rows = (*rows, {**change.row, key: change.value})  # it went to another row, which may come first
+        if change.column == key and (chained.subject, str(stored)) in stranger.links:
+            # It went to another row, or took the place of one that was pruned, and that one may come first.
+            rows = (*rows, {**change.row, key: stored})
     return {place for row in rows for place in stranger.acceptable(change.name, row)}
 
 
@@ -344,7 +364,7 @@ def test_json_of_another_shape_is_found(stranger: Stranger, name: str, column_na
     for row in stranger.rows(name)[:3]:
         for shape in OTHER_SHAPES:
             done = stranger.set_cell(name, row, column_name, shape)
-            assert done is None or done[1] != [], (row[column_name], shape)
+            assert done is None or done.findings != [], (row[column_name], shape)
 
 
 def test_every_table_is_filled_in_both_stretches(stranger: Stranger) -> None:
