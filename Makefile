@@ -13,7 +13,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 PROCESSES ?= 2
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm chaos soak bench-fairness focus-check clean
+.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ cancel-storm: $(STAMP) ## Cancel 2,000 requests at any await, token and moment, 
 
 bench-fairness: model ## Measure what paused readers and a crowd of one tenant cost another
 	$(OFFLINE) $(BIN)/python -m benchmarks.fairness
+
+bench-frameworks: model ## Measure what chat calls gain by running together, and how long they hold up the event loop
+	$(OFFLINE) $(BIN)/python -m benchmarks.frameworks
 
 SECONDS ?= 120
 

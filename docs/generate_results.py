@@ -66,6 +66,12 @@ SECTIONS = {
         "of another tenant. A ratio is what it gets over what it has alone. The fair share of two tenants is half.",
         "`make bench-fairness`",
     ),
+    "frameworks": Section(
+        "Chains: calls that run together, and the event loop",
+        "Sixteen chat calls of 48 tokens at full depth, together and one after another. A stall is by how much a task "
+        "that asks for a millisecond's sleep wakes too late at worst, while one call runs.",
+        "`make bench-frameworks`",
+    ),
     "suites": Section(
         "LangChain's standard suites for chat models",
         "Tests of the unit and integration suites of langchain-tests on the default model, without a network. The peer "

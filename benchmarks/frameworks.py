@@ -1,0 +1,177 @@
+"""Chains: what many calls gain by running together, and how long a call holds up the event loop.
+
+    python -m benchmarks.frameworks [--model NAME] [--rounds 5]
+
+Sixteen chat calls one after another, beside the same in sixteen threads, by `ChatPolar.batch` and by `abatch`; compiled
+and uncompiled. A tick of a millisecond beside `ainvoke`, `astream` and LlamaIndex's `achat` finds the longest stall of
+the event loop, and beside nothing what the machine alone makes of it. Prints a Markdown table and writes the figures to
+`--results`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_index.core.llms import ChatMessage
+
+from benchmarks.peers import apart, timed
+from benchmarks.results import RESULTS, Recorder
+from langchain_polar import ChatPolar
+from llama_index_polar import PolarLLM
+from polar_sdk import PolarModel
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+CALLS, NEW, PROMPT_WORDS = 16, 48, 30
+TICK = 0.001
+"""Unit: seconds."""
+_WORDS = ("light", "sea", "stone", "letter", "house", "old", "storm", "ship", "road", "river", "night", "tree", "voice")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
+    args = parser.parse_args()
+    recorder = Recorder("frameworks", args.results, model=args.model, device=args.device)
+    print("| what | ours | peer | ratio | goal |\n|---|---|---|---|---|", flush=True)
+    for compiled in (True, False):
+        model = apart(
+            lambda compiled=compiled: PolarModel.from_pretrained(  # type: ignore[misc]
+                args.model, device=args.device, compile=compiled, ledger=None
+            )
+        )
+        _throughput(
+            recorder, model, args.rounds, "compiled" if compiled else "uncompiled", goal=3.0 if compiled else 2.0
+        )
+        if compiled:
+            asyncio.run(_stalls(recorder, model, args.rounds))
+    print(f"\nwrote {recorder.path}")
+
+
+def _prompts() -> list[str]:
+    return [" ".join(random.choices(_WORDS, k=PROMPT_WORDS)) for _ in range(CALLS)]
+
+
+def _throughput(recorder: Recorder, model: PolarModel, rounds: int, how: str, *, goal: float) -> None:
+    chat = ChatPolar(engine=model, compute="exact", max_tokens=NEW, temperature=0.0)
+
+    def in_threads(prompts: list[str]) -> None:
+        with ThreadPoolExecutor(CALLS) as callers:
+            list(callers.map(chat.invoke, prompts))
+
+    ways: dict[str, Callable[[list[str]], object]] = {
+        "16 chat calls in threads": in_threads,
+        "ChatPolar.batch of 16": lambda prompts: chat.batch([*prompts]),
+        "ChatPolar.abatch of 16": lambda prompts: asyncio.run(chat.abatch([*prompts])),
+    }
+
+    def in_sequence(prompts: list[str]) -> None:
+        for prompt in prompts:
+            chat.invoke(prompt)
+
+    seconds: dict[str, list[float]] = {name: [] for name in (*ways, "")}
+    for index in range(rounds + 1):
+        for name, run in (*ways.items(), ("", in_sequence)):
+            lasted = timed(partial(run, _prompts()))
+            if index:  # the first round warms up
+                seconds[name].append(lasted)
+    alone = seconds.pop("")
+    for name, took in seconds.items():
+        ratios = [base / one for base, one in zip(alone, took, strict=True)]
+        _record(
+            recorder,
+            f"{name}, {how}",
+            CALLS * NEW / statistics.median(took),
+            "tokens/s",
+            "one after another",
+            CALLS * NEW / statistics.median(alone),
+            ratios,
+            goal,
+        )
+
+
+async def _stalls(recorder: Recorder, model: PolarModel, rounds: int) -> None:
+    chat = ChatPolar(engine=model, compute="exact", max_tokens=NEW, temperature=0.0)
+    llama = PolarLLM(engine=model, compute="exact", max_tokens=NEW, temperature=0.0)
+
+    async def stream(prompt: str) -> None:
+        async for _ in chat.astream(prompt):
+            pass
+
+    ways: dict[str, Callable[[str], Awaitable[object]]] = {
+        "ainvoke": chat.ainvoke,
+        "astream": stream,
+        "LlamaIndex achat": lambda prompt: llama.achat([ChatMessage(content=prompt)]),
+    }
+    longest: dict[str, list[float]] = {name: [] for name in (*ways, "")}
+    for index in range(rounds + 1):
+        for name, call in ways.items():
+            begin = time.perf_counter()
+            stall = await _longest_stall(call(_prompts()[0]))
+            if index:
+                longest[name].append(stall)
+        if index:
+            longest[""].append(await _longest_stall(asyncio.sleep(time.perf_counter() - begin)))
+    alone = longest.pop("")
+    for name, stalls in longest.items():
+        recorder.add(
+            f"longest stall of the event loop during {name}",
+            1000 * statistics.median(stalls),
+            "ms",
+            low=1000 * min(stalls),
+            high=1000 * max(stalls),
+            interval="rounds",
+            peer="nothing running",
+            peer_value=1000 * statistics.median(alone),
+            goal=20,
+            better="lower",
+        )
+        print(
+            f"| longest stall of the event loop during {name} | {1000 * statistics.median(stalls):.1f} ms (at most "
+            f"{1000 * max(stalls):.1f}) | nothing running: {1000 * statistics.median(alone):.1f} ms | | ≤ 20 |",
+            flush=True,
+        )
+
+
+async def _longest_stall(call: Awaitable[object]) -> float:
+    """How much longer than it asked for a task slept at most while a call ran. Unit: seconds."""
+    task = asyncio.ensure_future(call)
+    longest = 0.0
+    while not task.done():
+        begin = time.perf_counter()
+        await asyncio.sleep(TICK)
+        longest = max(longest, time.perf_counter() - begin - TICK)
+    await task
+    return longest
+
+
+def _record(
+    recorder: Recorder,
+    name: str,
+    value: float,
+    unit: str,
+    peer: str,
+    peer_value: float,
+    ratios: list[float],
+    goal: float,
+) -> None:
+    ratio = statistics.median(ratios)
+    note = f"ratios of the rounds: {min(ratios):.2f} to {max(ratios):.2f}"
+    recorder.add(name, value, unit, peer=peer, peer_value=peer_value, ratio=ratio, goal=goal, note=note)
+    print(f"| {name} | {value:.1f} {unit} | {peer}: {peer_value:.1f} | **{ratio:.2f}** | ≥ {goal:g} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
