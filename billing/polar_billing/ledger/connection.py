@@ -31,10 +31,10 @@ from sqlalchemy import (
     func,
     select,
 )
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from polar_billing.errors import MissingExtraError, StoreDamagedError, StoreLockedError, StoreReadOnlyError
-from polar_billing.ledger.location import describe, is_sqlite_memory, translate
+from polar_billing.ledger.location import describe, is_overflow, is_sqlite_memory, translate
 from polar_billing.values.canonical import canonical_json
 from polar_sdk.errors import PolarError
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from sqlalchemy import ColumnElement, Dialect, Result, Select, Table
+    from sqlalchemy.engine import ExceptionContext
 
 
 BUSY_TIMEOUT_MS: Final = 10_000
@@ -101,6 +102,7 @@ class Database:
             engine = create_engine(self.url, connect_args={"check_same_thread": False}, **options)
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
+            event.listen(engine, "handle_error", _name_overflow)
             return engine
         try:
             return create_engine(self.url, pool_pre_ping=True)
@@ -211,6 +213,12 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor.execute("PRAGMA cache_size = -65536")  # KiB: the upper pages of the indexes of some million requests
     cursor.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: fewer copies of the same page into the file
     cursor.close()
+
+
+def _name_overflow(context: ExceptionContext) -> DataError | None:
+    """Numbers that add up to too much are an error of what is stored, not of the database as SQLite's driver has it."""
+    error = context.original_exception
+    return DataError(context.statement, context.parameters, error) if is_overflow(error) else None
 
 
 def _begin_sqlite(connection: Connection) -> None:

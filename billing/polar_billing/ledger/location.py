@@ -176,6 +176,11 @@ def describe(url: URL) -> str:
     return url.set(drivername=url.get_backend_name()).render_as_string() if file is None else str(file)
 
 
+def is_overflow(error: BaseException | None) -> bool:
+    """True for a sum of SQLite's that 64 bits do not hold, which has no code of its own."""
+    return isinstance(error, sqlite3.OperationalError) and str(error) == "integer overflow"
+
+
 def translate(error: BaseException | None, url: URL) -> StoreError:
     """Turn a driver's error into the store error that says what to do; `error` is the driver's own."""
     name = repr(describe(url))
@@ -184,6 +189,10 @@ def translate(error: BaseException | None, url: URL) -> StoreError:
         primary = code & 0xFF  # the extended codes keep the primary one in the low byte
         if primary == sqlite3.SQLITE_CANTOPEN:
             return _cannot_open(url)
+        if is_overflow(error):
+            return StoreDamagedError(
+                f"ledger {name} holds numbers that add up to more than 64 bits.", hint="See what `polar verify` finds."
+            )
         known = _SQLITE.get(primary)
     elif url.get_backend_name() == "postgresql":
         state = getattr(error, "sqlstate", None) or ("22" if type(error).__name__ == "DataError" else None)

@@ -367,6 +367,13 @@ def test_json_of_another_shape_is_found(stranger: Stranger, name: str, column_na
             assert done is None or done.findings != [], (row[column_name], shape)
 
 
+def test_a_number_that_no_sum_can_hold_is_found(stranger: Stranger) -> None:
+    """Numbers are added up in the database, and SQLite's sums end in an error where 64 bits do not hold them."""
+    for row in stranger.rows("polar_usage"):
+        change = Change("polar_usage", "tokens_input", row, 2**63 - 1)
+        assert judged(stranger, change) == "found", change
+
+
 def test_every_table_is_filled_in_both_stretches(stranger: Stranger) -> None:
     """So that the tests above try what they say."""
     with closing(sqlite3.connect(Path(__file__).parents[1] / "data" / "ledger_v3.sqlite3")) as old:
