@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import InvalidRequestError, did_you_mean
-from polar_sdk.request.constraint import JSON_STYLE, closed, with_formats
+from polar_sdk.request.constraint import JSON_STYLE, closed, followable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,7 +61,7 @@ class Tool:
     def schema(self) -> dict[str, Any]:
         """Schema of the arguments, without any that it does not name."""
         own = {"type": "object", "properties": {}, **self.parameters}
-        read: dict[str, Any] = with_formats(closed(own))
+        read: dict[str, Any] = followable(closed(own))
         return read
 
     @property

@@ -8,7 +8,7 @@ on white space. Knows no tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,7 +30,14 @@ _DATE: Final = (
     r"|[1-9]\d(0[48]|[2468][048]|[13579][26])-02-29)"
 )
 _TIME: Final = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
-_FORMATS: Final = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}"}
+_CLOCK: Final = r"(\d{1,4}H(\d{1,4}M(\d{1,4}S)?)?|\d{1,4}M(\d{1,4}S)?|\d{1,4}S)"
+_DURATION: Final = rf"P(\d{{1,4}}W|\d{{1,4}}D(T{_CLOCK})?|T{_CLOCK})"
+_PATTERNS: Final = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}", "duration": _DURATION}
+_FORMATS: Final = frozenset({*_PATTERNS, "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+"""Those that a grammar can follow."""
+_NAMED: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+"""Keys of a schema whose values are maps from names to schemas."""
+_FIELDS: Final = frozenset({"properties", "patternProperties"})
 _MAX_TEXT: Final = 1_000_000
 """Unit: characters."""
 _MAX_CHOICES: Final = 10_000
@@ -71,7 +78,7 @@ def schema_text(schema: Schema) -> str:
     """
     read = json_schema(schema)
     try:
-        text = json.dumps(with_formats(read), allow_nan=False)
+        text = json.dumps(followable(read), allow_nan=False)
         parse_json(text, max_bytes=_MAX_TEXT)  # within limits of depth and size, whatever it came from
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not a JSON document: {str(error)[:200]}.") from error
@@ -105,30 +112,76 @@ def json_schema(schema: Schema) -> dict[str, Any]:
     raise InvalidRequestError(f"schema={shown(schema)} is not a JSON schema; pass a mapping, JSON text or a class.")
 
 
-def closed(part: Any) -> Any:
-    """The schema without fields that it does not name; where it says something of other fields, that stays."""
-    if isinstance(part, list):
-        return [closed(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    read = {key: value if key in _VALUES else closed(value) for key, value in part.items()}
-    if isinstance(read.get("properties"), dict) and not {"type", "$ref"}.isdisjoint(part) and "allOf" not in part:
-        read.setdefault("additionalProperties", False)
-    return read
+def closed(schema: Any) -> Any:
+    """The schema without fields that it does not name; where it says something of other fields, that stays.
+
+    What a list must not hold twice it may: a Python set takes it all the same.
+    """
+    return _with_parts(schema, _close)
 
 
-def with_formats(part: Any) -> Any:
-    """The schema with patterns for dates and times: every answer is a time that exists, as common parsers read it."""
+def followable(schema: Any) -> Any:
+    """The schema in terms that a grammar can follow, where an answer to it is one to the schema as it was.
+
+    Dates, times and durations exist and are as common parsers read them; formats that no grammar knows say nothing, as
+    JSON Schema has it; names of fields are those listed, or match a pattern.
+    """
+    return _with_parts(schema, _make_followable)
+
+
+def _with_parts(part: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A schema in which each schema was changed, the innermost first."""
     if isinstance(part, list):
-        return [with_formats(item) for item in part]
+        return [_with_parts(item, change) for item in part]
     if not isinstance(part, dict):
         return part
-    read = {key: value if key in _VALUES else with_formats(value) for key, value in part.items()}
-    name = read.get("format")
-    if isinstance(name, str) and name in _FORMATS and "pattern" not in read:
-        del read["format"]
-        read["pattern"] = f"^{_FORMATS[name]}$"
-    return read
+    read = dict(part)
+    for key, value in part.items():
+        if key in _NAMED and isinstance(value, dict):
+            read[key] = {name: _with_parts(item, change) for name, item in value.items()}
+        elif key not in _VALUES:
+            read[key] = _with_parts(value, change)
+    return change(read)
+
+
+def _close(part: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(part.get("properties"), dict) and not {"type", "$ref"}.isdisjoint(part) and "allOf" not in part:
+        part.setdefault("additionalProperties", False)
+    part.pop("uniqueItems", None)
+    return part
+
+
+def _make_followable(part: dict[str, Any]) -> dict[str, Any]:
+    name = part.get("format")
+    if isinstance(name, str) and name in _PATTERNS and "pattern" not in part:
+        del part["format"]
+        part["pattern"] = f"^{_PATTERNS[name]}$"
+    elif isinstance(name, str) and name not in _FORMATS:
+        del part["format"]
+    limits = [part.get(key) for key in ("maximum", "exclusiveMaximum")]
+    most = min((limit for limit in limits if isinstance(limit, float)), default=1.0)
+    if part.get("exclusiveMinimum") == 0 and 0 < most < 1:  # llguidance would let 0 through
+        del part["exclusiveMinimum"]
+        part["minimum"] = most / 1000
+    names = part.get("propertyNames")
+    if isinstance(names, dict) and _FIELDS.isdisjoint(part):
+        fields = _fields_named(names, part.get("additionalProperties", True))
+        if fields:
+            del part["propertyNames"]
+            part |= fields
+    return part
+
+
+def _fields_named(names: dict[str, Any], value: Any) -> dict[str, Any]:
+    """The keys that say the same as `propertyNames`; none where a grammar has none."""
+    match {key: what for key, what in names.items() if key not in {"type", "title", "description"}}:
+        case {"enum": [*texts], **rest} if not rest and all(isinstance(text, str) for text in texts):
+            return {"properties": dict.fromkeys(texts, value), "additionalProperties": False}
+        case {"const": str() as text, **rest} if not rest:
+            return {"properties": {text: value}, "additionalProperties": False}
+        case {"pattern": str() as pattern, **rest} if not rest:
+            return {"patternProperties": {pattern: value}, "additionalProperties": False}
+    return {}
 
 
 def _choices(value: Any) -> str:

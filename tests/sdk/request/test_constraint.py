@@ -7,7 +7,8 @@ import re
 import sys
 import threading
 from dataclasses import replace
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -51,6 +52,20 @@ class Person(BaseModel):
 class Point(TypedDict):
     x: int
     y: int
+
+
+class Kept(BaseModel):
+    numbers: set[int]
+    by_size: dict[Literal["small", "large"], float]
+    raw: bytes
+    lasted: timedelta
+
+
+def test_a_class_may_have_what_is_no_json(model: PolarModel) -> None:
+    for seed in range(5):
+        answer = model.generate("Hello", schema=Kept, max_tokens=200, temperature=1.0, seed=seed)
+        kept = Kept.model_validate_json(answer.text)
+        assert set(kept.by_size) <= {"small", "large"}
 
 
 def test_a_class_is_its_schema(model: PolarModel) -> None:
