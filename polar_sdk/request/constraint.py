@@ -103,7 +103,7 @@ def json_schema(schema: Schema) -> dict[str, Any]:
         from pydantic import PydanticUserError, TypeAdapter
 
         try:
-            own: dict[str, Any] = closed(TypeAdapter(schema).json_schema())
+            own: dict[str, Any] = _with_parts(closed(TypeAdapter(schema).json_schema()), _allow_twice)
             return own
         except PydanticUserError as error:
             raise GrammarError(
@@ -113,10 +113,7 @@ def json_schema(schema: Schema) -> dict[str, Any]:
 
 
 def closed(schema: Any) -> Any:
-    """The schema without fields that it does not name; where it says something of other fields, that stays.
-
-    What a list must not hold twice it may: a Python set takes it all the same.
-    """
+    """The schema without fields that it does not name; where it says something of other fields, that stays."""
     return _with_parts(schema, _close)
 
 
@@ -147,6 +144,11 @@ def _with_parts(part: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -
 def _close(part: dict[str, Any]) -> dict[str, Any]:
     if isinstance(part.get("properties"), dict) and not {"type", "$ref"}.isdisjoint(part) and "allOf" not in part:
         part.setdefault("additionalProperties", False)
+    return part
+
+
+def _allow_twice(part: dict[str, Any]) -> dict[str, Any]:
+    """No grammar can keep a list from having an item twice; a Python set takes it all the same."""
     part.pop("uniqueItems", None)
     return part
 
