@@ -195,14 +195,14 @@ class GrammarState:
         """
         if sampler.greedy and self._allows(likeliest := int(logits.argmax())):
             return self._fitting(likeliest)
-        self._mask()
-        bits = torch.from_numpy(_bits(self._words)[: len(logits)])
-        if int(bits.count_nonzero()) > _FEW:
-            token = sampler(self._restricted(logits))
-        else:
-            allowed = bits.nonzero()[:, 0].to(logits.device)
-            token = int(allowed[sampler(logits[allowed])]) if len(allowed) else 0
-        if logits[token] == -torch.inf or not self._allows(token):
+        allowed = self._allowed(len(logits))
+        if len(few := allowed.nonzero()[0]) > _FEW:
+            token = sampler(_strike_out(logits, allowed))
+        elif len(few) > 1:
+            token = int(few[sampler(logits[torch.from_numpy(few).to(logits.device)])])
+        elif len(few):
+            token = int(few[0])  # a place where nothing is chosen, as most of JSON
+        if not len(few) or logits[token] == -torch.inf:
             raise _nothing_left()
         return self._fitting(token)
 
@@ -212,15 +212,15 @@ class GrammarState:
         Raises:
             GrammarError: No allowed token has a finite logit, or the grammar grew beyond its limits.
         """
-        restricted = self._restricted(logits)
+        restricted = _strike_out(logits, self._allowed(len(logits)))
         if restricted.max() == -torch.inf:
             raise _nothing_left()
         return restricted
 
-    def _restricted(self, logits: Tensor) -> Tensor:
+    def _allowed(self, count: int) -> NDArray[np.bool_]:
+        """For each of so many tokens, whether it may be the next."""
         self._mask()
-        forbidden = torch.from_numpy(_bits(~self._words).view(bool))[: len(logits)]
-        return logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
+        return _bits(self._words)[:count]
 
     def accept(self, token: int) -> None:
         """Move on by a sampled token.
@@ -408,11 +408,16 @@ def _has(words: Tensor, token: int) -> bool:
     return bool((int(words[token >> 5]) >> (token & 31)) & 1)
 
 
-def _bits(words: Tensor) -> NDArray[np.uint8]:
-    """One number per id, 1 where its bit is set."""
+def _bits(words: Tensor) -> NDArray[np.bool_]:
+    """For each id, whether its bit is set."""
     import numpy as np
 
-    return np.unpackbits(words.numpy().view(np.uint8), bitorder="little")
+    return np.unpackbits(words.numpy().view(np.uint8), bitorder="little").view(np.bool_)
+
+
+def _strike_out(logits: Tensor, allowed: NDArray[np.bool_]) -> Tensor:
+    """Logits (V,) with −inf for what is not allowed, in place."""
+    return logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
 
 
 def _nothing_left() -> GrammarError:

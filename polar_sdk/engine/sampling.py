@@ -193,9 +193,10 @@ class Sampler:
     def _draw(self, likelihoods: Tensor) -> int:
         """One of N tokens by their likelihoods (N,): where their sum first exceeds a random part of the whole."""
         sums = likelihoods.cumsum(-1, dtype=torch.float64)
-        drawn = torch.rand(1, generator=self._generator, dtype=torch.float64, device=sums.device) * sums[-1]
-        below_all = torch.nextafter(sums[-1:], torch.zeros_like(sums[-1:]))
-        return min(int(torch.searchsorted(sums, torch.minimum(drawn, below_all), right=True)), len(sums) - 1)
+        at = torch.rand(1, generator=self._generator, dtype=torch.float64, device=sums.device) * sums[-1]
+        if (drawn := int(torch.searchsorted(sums, at, right=True))) < len(sums):
+            return drawn
+        return int(likelihoods.nonzero()[-1])  # rounded up to the whole sum
 
 
 def _likeliest(logits: Tensor, count: int) -> Tensor | None:
