@@ -149,8 +149,8 @@ class Sampling:
 class Sampler:
     """The sampling state of one row.
 
-    The tokens that top-k or top-p can leave are picked out first, so that filters and the draw work on a few hundred
-    numbers and not on the whole vocabulary; which may be drawn, and how likely each is, stays the same.
+    On a CPU the tokens that top-k or top-p can leave are picked out first, so that filters and the draw work on a few
+    hundred numbers and not on the whole vocabulary; which may be drawn, and how likely each is, stays the same.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
@@ -181,9 +181,10 @@ class Sampler:
         """
         tokens: Tensor | None = None
         top_p = float(self._sampling.top_p)
-        if self._sampling.top_k:
+        picks = logits.device.type == "cpu"  # a GPU filters all of them sooner than it is waited for to pick some
+        if picks and self._sampling.top_k:
             tokens = _likeliest(logits, int(self._sampling.top_k))
-        elif top_p < 1:
+        elif picks and top_p < 1:
             tokens, top_p = _nucleus(logits, float(self._sampling.temperature), top_p)
         scores = (logits if tokens is None else logits[tokens]).unsqueeze(0)
         for apply in _filters(self._sampling, top_p):
