@@ -89,15 +89,16 @@ def _model(args: argparse.Namespace) -> PolarModel:
     return model
 
 
-def _prompt() -> str:
-    return " ".join(random.choices(_WORDS, k=PROMPT_WORDS))
+def random_prompt(words: int = PROMPT_WORDS) -> str:
+    """So many words that make no sense, so that no earlier prompt began alike."""
+    return " ".join(random.choices(_WORDS, k=words))
 
 
 def _ask(model: PolarModel) -> Service:
     """One answer of full length to the quiet tenant."""
     start = time.perf_counter()
     first, tokens = 0.0, 0
-    for _ in model.stream(_prompt(), tenant="quiet", compute="exact", max_tokens=NEW, temperature=1.0):
+    for _ in model.stream(random_prompt(), tenant="quiet", compute="exact", max_tokens=NEW, temperature=1.0):
         first = first or time.perf_counter()
         tokens += 1
     return Service(first - start, (tokens - 1) / max(time.perf_counter() - first, 1e-9))
@@ -113,7 +114,7 @@ def _readers(model: PolarModel, count: int) -> Iterator[None]:
     """Streams of another tenant, of which one piece is read."""
     with ExitStack() as stack:
         for _ in range(count):
-            stream = stack.enter_context(closing(model.stream(_prompt(), tenant="noisy", compute="exact")))
+            stream = stack.enter_context(closing(model.stream(random_prompt(), tenant="noisy", compute="exact")))
             next(stream)
         yield
 
@@ -125,7 +126,7 @@ def _callers(model: PolarModel, count: int) -> Iterator[None]:
 
     def flood() -> None:
         while not over.is_set():
-            prompts = [_prompt() for _ in range(count)]
+            prompts = [random_prompt() for _ in range(count)]
             model.generate_batch(prompts, tenant="noisy", compute="exact", max_tokens=CROWD_NEW, cancel=over)
 
     thread = threading.Thread(target=flood)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from llama_index.core.llms import ChatMessage
 
+from benchmarks.fairness import random_prompt
 from benchmarks.peers import apart, timed
 from benchmarks.results import RESULTS, Recorder
 from langchain_polar import ChatPolar
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 CALLS, NEW, PROMPT_WORDS = 16, 48, 30
 TICK = 0.001
 """Unit: seconds."""
-_WORDS = ("light", "sea", "stone", "letter", "house", "old", "storm", "ship", "road", "river", "night", "tree", "voice")
+IN_SEQUENCE, IDLE = "one after another", "nothing running"
+"""What calls that run together, and stalls, are compared with."""
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def _prompts() -> list[str]:
-    return [" ".join(random.choices(_WORDS, k=PROMPT_WORDS)) for _ in range(CALLS)]
+    return [random_prompt(PROMPT_WORDS) for _ in range(CALLS)]
 
 
 def _throughput(recorder: Recorder, model: PolarModel, rounds: int, how: str, *, goal: float) -> None:
@@ -71,35 +72,39 @@ def _throughput(recorder: Recorder, model: PolarModel, rounds: int, how: str, *,
         with ThreadPoolExecutor(CALLS) as callers:
             list(callers.map(chat.invoke, prompts))
 
-    ways: dict[str, Callable[[list[str]], object]] = {
-        "16 chat calls in threads": in_threads,
-        "ChatPolar.batch of 16": lambda prompts: chat.batch([*prompts]),
-        "ChatPolar.abatch of 16": lambda prompts: asyncio.run(chat.abatch([*prompts])),
-    }
-
     def in_sequence(prompts: list[str]) -> None:
         for prompt in prompts:
             chat.invoke(prompt)
 
-    seconds: dict[str, list[float]] = {name: [] for name in (*ways, "")}
+    ways: dict[str, Callable[[list[str]], object]] = {
+        "16 chat calls in threads": in_threads,
+        "ChatPolar.batch of 16": lambda prompts: chat.batch([*prompts]),
+        "ChatPolar.abatch of 16": lambda prompts: asyncio.run(chat.abatch([*prompts])),
+        IN_SEQUENCE: in_sequence,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for index in range(rounds + 1):
-        for name, run in (*ways.items(), ("", in_sequence)):
+        for name, run in ways.items():
             lasted = timed(partial(run, _prompts()))
             if index:  # the first round warms up
                 seconds[name].append(lasted)
-    alone = seconds.pop("")
+    alone = seconds.pop(IN_SEQUENCE)
     for name, took in seconds.items():
         ratios = [base / one for base, one in zip(alone, took, strict=True)]
-        _record(
-            recorder,
+        ratio = statistics.median(ratios)
+        speed, peer_speed = (CALLS * NEW / statistics.median(times) for times in (took, alone))
+        recorder.add(
             f"{name}, {how}",
-            CALLS * NEW / statistics.median(took),
+            speed,
             "tokens/s",
-            "one after another",
-            CALLS * NEW / statistics.median(alone),
-            ratios,
-            goal,
+            peer=IN_SEQUENCE,
+            peer_value=peer_speed,
+            ratio=ratio,
+            goal=goal,
+            note=f"ratios of the rounds: {min(ratios):.2f} to {max(ratios):.2f}",
         )
+        both = f"{speed:.1f} tokens/s | {IN_SEQUENCE}: {peer_speed:.1f}"
+        print(f"| {name}, {how} | {both} | **{ratio:.2f}** | ≥ {goal:g} |", flush=True)
 
 
 async def _stalls(recorder: Recorder, model: PolarModel, rounds: int) -> None:
@@ -115,7 +120,7 @@ async def _stalls(recorder: Recorder, model: PolarModel, rounds: int) -> None:
         "astream": stream,
         "LlamaIndex achat": lambda prompt: llama.achat([ChatMessage(content=prompt)]),
     }
-    longest: dict[str, list[float]] = {name: [] for name in (*ways, "")}
+    longest: dict[str, list[float]] = {name: [] for name in (*ways, IDLE)}
     for index in range(rounds + 1):
         for name, call in ways.items():
             begin = time.perf_counter()
@@ -123,8 +128,8 @@ async def _stalls(recorder: Recorder, model: PolarModel, rounds: int) -> None:
             if index:
                 longest[name].append(stall)
         if index:
-            longest[""].append(await _longest_stall(asyncio.sleep(time.perf_counter() - begin)))
-    alone = longest.pop("")
+            longest[IDLE].append(await _longest_stall(asyncio.sleep(time.perf_counter() - begin)))
+    alone = longest.pop(IDLE)
     for name, stalls in longest.items():
         recorder.add(
             f"longest stall of the event loop during {name}",
@@ -133,14 +138,14 @@ async def _stalls(recorder: Recorder, model: PolarModel, rounds: int) -> None:
             low=1000 * min(stalls),
             high=1000 * max(stalls),
             interval="rounds",
-            peer="nothing running",
+            peer=IDLE,
             peer_value=1000 * statistics.median(alone),
             goal=20,
             better="lower",
         )
         print(
             f"| longest stall of the event loop during {name} | {1000 * statistics.median(stalls):.1f} ms (at most "
-            f"{1000 * max(stalls):.1f}) | nothing running: {1000 * statistics.median(alone):.1f} ms | | ≤ 20 |",
+            f"{1000 * max(stalls):.1f}) | {IDLE}: {1000 * statistics.median(alone):.1f} ms | | ≤ 20 |",
             flush=True,
         )
 
@@ -155,22 +160,6 @@ async def _longest_stall(call: Awaitable[object]) -> float:
         longest = max(longest, time.perf_counter() - begin - TICK)
     await task
     return longest
-
-
-def _record(
-    recorder: Recorder,
-    name: str,
-    value: float,
-    unit: str,
-    peer: str,
-    peer_value: float,
-    ratios: list[float],
-    goal: float,
-) -> None:
-    ratio = statistics.median(ratios)
-    note = f"ratios of the rounds: {min(ratios):.2f} to {max(ratios):.2f}"
-    recorder.add(name, value, unit, peer=peer, peer_value=peer_value, ratio=ratio, goal=goal, note=note)
-    print(f"| {name} | {value:.1f} {unit} | {peer}: {peer_value:.1f} | **{ratio:.2f}** | ≥ {goal:g} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final
 
@@ -158,6 +157,7 @@ class Sampler:
         if self.greedy:
             return
         self._sampling = sampling
+        self._filters = _filters(sampling)
         self._generator = torch.Generator(device=device)
         if sampling.seed is None:
             self._generator.seed()
@@ -187,8 +187,10 @@ class Sampler:
         elif picks and top_p < 1:
             tokens, top_p = _nucleus(logits, float(self._sampling.temperature), top_p)
         scores = (logits if tokens is None else logits[tokens]).unsqueeze(0)
-        for apply in _filters(self._sampling, top_p):
+        for apply in self._filters:
             scores = apply(_NO_IDS, scores)
+        if top_p < 1:
+            scores = _top_p(top_p)(_NO_IDS, scores)
         return scores[0].softmax(-1), tokens
 
     def _draw(self, likelihoods: Tensor) -> int:
@@ -216,8 +218,8 @@ def _nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor |
     if len(logits) <= _NUCLEUS:
         return None, top_p
     highest = logits.topk(_NUCLEUS)
-    weigh = partial(_weight, highest=highest.values[0], temperature=temperature)
-    share = float(weigh(highest.values) / weigh(logits))
+    top = highest.values[0]
+    share = float(_weight(highest.values, top, temperature) / _weight(logits, top, temperature))
     return (highest.indices, top_p / share) if share >= top_p + _NEARLY else (None, top_p)
 
 
@@ -226,12 +228,17 @@ def _weight(logits: Tensor, highest: Tensor, temperature: float) -> Tensor:
     return ((logits - highest) / temperature).exp_().sum(dtype=torch.float64)
 
 
-def _filters(sampling: Sampling, top_p: float) -> list[LogitsProcessor]:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+def _filters(sampling: Sampling) -> list[LogitsProcessor]:
+    """All but top-p, which may be another among the tokens that were picked out."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]  # it refuses the int 1
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(int(sampling.top_k)))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
     return warpers
+
+
+def _top_p(top_p: float) -> LogitsProcessor:
+    from transformers import TopPLogitsWarper
+
+    return TopPLogitsWarper(top_p)

@@ -162,15 +162,14 @@ def _make_followable(part: dict[str, Any]) -> dict[str, Any]:
         del part["format"]
     limits = [part.get(key) for key in ("maximum", "exclusiveMaximum")]
     most = min((limit for limit in limits if isinstance(limit, float)), default=1.0)
-    if part.get("exclusiveMinimum") == 0 and 0 < most < 1:  # llguidance would let 0 through
-        del part["exclusiveMinimum"]
-        part["minimum"] = most / 1000
-    names = part.get("propertyNames")
-    if isinstance(names, dict) and _FIELDS.isdisjoint(part):
-        fields = _fields_named(names, part.get("additionalProperties", True))
-        if fields:
-            del part["propertyNames"]
-            part |= fields
+    above, least = part.get("exclusiveMinimum"), part.get("minimum", 0)
+    if above == 0 and above is not False and isinstance(least, int | float) and 0 < most < 1:
+        del part["exclusiveMinimum"]  # llguidance would let 0 through
+        part["minimum"] = max(least, most / 1000)
+    names, others = part.get("propertyNames"), part.get("additionalProperties", True)
+    if isinstance(names, dict) and _FIELDS.isdisjoint(part) and (fields := _fields_named(names, others)):
+        del part["propertyNames"]
+        part |= fields
     return part
 
 

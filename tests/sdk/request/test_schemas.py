@@ -120,6 +120,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "propertyNames by pattern": {"type": "object", "propertyNames": {"type": "string", "pattern": "^[a-z]{1,3}$"}},
     "keys as names": _object(format=TEXT, propertyNames=_object(enum={"type": "string", "format": "date"})),
     "barely above 0": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.001},
+    "above 0 and not below a bound": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "minimum": 0.0005,
+        "maximum": 0.001,
+    },
     "patternProperties": {"type": "object", "patternProperties": {"^n_": INTEGER}, "additionalProperties": False},
     "open object": {"type": "object", "properties": {"a": INTEGER}, "required": ["a"]},
     "required unknown": {"type": "object", "required": ["a", "b"]},
