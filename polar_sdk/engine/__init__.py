@@ -6,5 +6,5 @@ E hidden size, H query heads, G key and value heads, d head size, V vocabulary.
 
 from typing import Final
 
-ENGINE_VERSION: Final = "4"
+ENGINE_VERSION: Final = "5"
 """Incremented with every change to the arithmetic that may change an answer; certificates hold for one version only."""

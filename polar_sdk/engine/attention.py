@@ -1,4 +1,4 @@
-"""Attention: of one row's new tokens over its history, and of one new token of each of several rows over theirs.
+"""Attention: of some tokens of one row over its history, and of one new token of each of several rows over theirs.
 
 The first goes row by row, the second has two forms. `attend_rows` takes rows whose histories were copied side by side.
 Both go through torch's fused kernel, or through plain products where a soft cap forbids it or, for many tokens in
@@ -145,6 +145,13 @@ def _scores(query: Tensor, keys: Tensor, kind: AttentionKind) -> Tensor:
     if kind.softcap is not None:
         scores = kind.softcap * torch.tanh(scores / kind.softcap)
     return scores.view(groups, sharing, tokens, -1)
+
+
+def attend_some(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor) -> Tensor:
+    """As `attend_row`, of the tokens at these positions, (T,)."""
+    distance = positions[:, None] - torch.arange(keys.shape[1], device=positions.device)
+    seen = distance >= 0 if kind.window is None else (distance >= 0) & (distance < kind.window)
+    return attend_seen(query, keys, values, kind, seen)
 
 
 def attend_seen(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, seen: Tensor) -> Tensor:

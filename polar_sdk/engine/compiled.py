@@ -268,11 +268,12 @@ class CompiledKernels:
             return self._eager.finish(w, x, mixed)
         return self._run("finish", w, [x, mixed])[0]
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
+    ) -> Tensor:
         """Attention, native where that is possible."""
-        if native.can_attend(query):
-            return native.attend_prompt(query, keys, values, kind)
-        return self._eager.attend(query, keys, values, kind)
+        run = native.attend_prompt if native.can_attend(query) else self._eager.attend
+        return run(query, keys, values, kind, positions)
 
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from polar_sdk.engine.attention import attend_row
+from polar_sdk.engine.attention import attend_row, attend_some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,8 +62,13 @@ class Kernels(Protocol):
         """The part after attention, (N, E) and (N, H × d)."""
         ...
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
-        """Attention of the last T positions of one row (T, H, d) over its keys and values (G, S, d); (T, H × d)."""
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
+    ) -> Tensor:
+        """Attention of some tokens of one row (T, H, d) over its keys and values (G, S, d); (T, H × d).
+
+        The tokens are those at `positions`, (T,), ascending; None = the last ones.
+        """
         ...
 
     def decode(
@@ -111,9 +116,13 @@ class EagerKernels:
         """The part after attention."""
         return self._family.finish(x, mixed, w)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
+    ) -> Tensor:
         """Attention by torch's kernels."""
-        return attend_row(query, keys, values, kind)
+        if positions is None:
+            return attend_row(query, keys, values, kind)
+        return attend_some(query, keys, values, kind, positions)
 
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polar_sdk.engine.attention import attend_rows, attend_seen, write_pages
+from polar_sdk.engine.attention import attend_rows, write_pages
 from polar_sdk.engine.decoder import damp
 from polar_sdk.engine.eager import PagedTokens
 from polar_sdk.engine.layout import MAX_PAGED, Layout, Members, Tokens
@@ -255,11 +255,8 @@ def _attend(decoder: Decoder, members: Members, query: Tensor, key: Tensor, valu
             keys, values = key[own].transpose(0, 1), value[own].transpose(0, 1)
         else:
             keys, values = spot.row.page_table.history(spot.visit, spot.end)
-        if spot.is_suffix:
-            mixed.append(decoder.kernels.attend(query[own], keys, values, kind))
-        else:
-            seen = _seen(tokens.positions[own], spot.end, kind)
-            mixed.append(attend_seen(query[own], keys, values, kind, seen))
+        positions = None if spot.is_suffix else tokens.positions[own]
+        mixed.append(decoder.kernels.attend(query[own], keys, values, kind, positions))
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
@@ -275,13 +272,6 @@ def _attend_together(members: Members, query: Tensor, store: Tensor, kind: Atten
     places = torch.cat([band.places for band in bands if band.places is not None])
     together = torch.cat(mixed)
     return torch.empty_like(together).index_copy_(0, places, together)
-
-
-def _seen(positions: Tensor, keys: int, kind: AttentionKind) -> Tensor:
-    """True (T, S) where a token at one of these positions sees one of the row's first keys."""
-    distance = positions[:, None] - torch.arange(keys, device=positions.device)
-    seen = distance >= 0
-    return seen if kind.window is None else seen & (distance < kind.window)
 
 
 def _undo_breaches(members: Members, before: Tensor, after: Tensor) -> Tensor:

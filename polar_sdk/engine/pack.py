@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.types import AttentionKind
     from polar_sdk.programs.program import Step
 
@@ -56,41 +57,53 @@ class _QuestionSpan:
 
     Args:
         own: Its T places in the pack.
-        prompt: Number of tokens of the prompt.
+        question: The question.
         positions: Position of each token of the pack; continuations restart where the prompt ends, (N,).
         branches: 0 for tokens of a prompt, else the number of the continuation, from 1, (N,).
         windows: The windows that layers have.
     """
 
     def __init__(
-        self, own: slice, prompt: int, positions: Tensor, branches: Tensor, windows: Iterable[int | None]
+        self, own: slice, question: Question, positions: Tensor, branches: Tensor, windows: Iterable[int | None]
     ) -> None:
-        self._own, self._prompt, self._positions, self._branches = own, prompt, positions[own], branches[own]
+        self._own, self._prompt = own, len(question.prompt)
+        self._positions, self._branches = positions[own], branches[own]
+        self._branched = len(question.continuations) > 1
+        """Whether tokens attend to something else than all before them."""
         rows = slice(0, min(QUERY_BATCH, own.stop - own.start))
-        self._first_masks = {window: self._seen(rows, rows, window) for window in windows}
+        self._first_masks = {window: self._seen(rows, rows, window) for window in windows if self._branched}
         """The masks of the first block, by window: all that a short question needs, in every layer."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind) -> Iterator[Tensor]:
+    def attend(
+        self, kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind
+    ) -> Iterator[Tensor]:
         """Attention within the question, (T, H × d), in blocks of queries, so that no (T, T) mask is ever held."""
         query, keys, values = query[self._own], key[self._own].transpose(0, 1), value[self._own].transpose(0, 1)
         for start in range(0, len(query), QUERY_BATCH):
             rows = slice(start, min(start + QUERY_BATCH, len(query)))
             columns = slice(self._first_key(start, kind.window), rows.stop)
-            seen = self._seen(rows, columns, kind.window) if start else self._first_masks[kind.window]
-            yield attend_seen(query[rows], keys[:, columns], values[:, columns], kind, seen)
+            if self._branched:
+                seen = self._seen(rows, columns, kind.window) if start else self._first_masks[kind.window]
+                yield attend_seen(query[rows], keys[:, columns], values[:, columns], kind, seen)
+            else:
+                yield kernels.attend(query[rows], keys[:, columns], values[:, columns], kind)
 
     def attend_some(
-        self, query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind, index: Tensor
+        self, kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind, index: Tensor
     ) -> Iterator[Tensor]:
         """As `attend`, for the queries (M, H, d) of some tokens of the pack; those at `index` (M,) that are its own."""
         low, high = torch.searchsorted(index, torch.tensor([self._own.start, self._own.stop], device=index.device))
         query, index = query[low:high], index[low:high] - self._own.start
         keys, values = key[self._own].transpose(0, 1), value[self._own].transpose(0, 1)
         for rows, part in zip(torch.split(index, QUERY_BATCH), torch.split(query, QUERY_BATCH), strict=True):
-            if len(rows):
-                columns = slice(self._first_key(int(rows[0]), kind.window), int(rows[-1]) + 1)
+            if not len(rows):
+                continue
+            columns = slice(self._first_key(int(rows[0]), kind.window), int(rows[-1]) + 1)
+            if self._branched:
                 seen = self._seen(rows, columns, kind.window)
                 yield attend_seen(part, keys[:, columns], values[:, columns], kind, seen)
+            else:
+                yield kernels.attend(part, keys[:, columns], values[:, columns], kind, rows - columns.start)
 
     def _first_key(self, row: int, window: int | None) -> int:
         """The first token that this one, or one after it, attends to."""
@@ -162,7 +175,8 @@ class PackedQuestions:
         x = x.to(device)
         filled = packed.filled(step.fill)
         if not len(filled):
-            return decoder.run_step(step, x, packed.positions, packed.rotary, partial(packed.attend, kind))
+            attend = partial(packed.attend, decoder.kernels, kind)
+            return decoder.run_step(step, x, packed.positions, packed.rotary, attend)
         running = _without(filled, len(x))
         after = packed.visit(decoder, step, x, running, [(filled, _written(decoder, step, x[filled]))])
         return x.index_copy(0, running, after)
@@ -230,13 +244,13 @@ class _DevicePack:
         """Place of the first token of each prompt, and the prompt's length."""
         self._filled: dict[int, Tensor] = {}
         self._spans = [
-            _QuestionSpan(slice(end - size, end), len(question.prompt), positions, branches, windows)
+            _QuestionSpan(slice(end - size, end), question, positions, branches, windows)
             for question, size, end in zip(pack, sizes, ends, strict=True)
         ]
 
-    def attend(self, kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, kernels: Kernels, kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of every question within itself, (N, H × d)."""
-        return torch.cat([block for span in self._spans for block in span.attend(query, key, value, kind)])
+        return torch.cat([block for span in self._spans for block in span.attend(kernels, query, key, value, kind)])
 
     def filled(self, tail: int) -> Tensor:
         """Places of the prompts' tokens that are filled where the last `tail` run; none where that is 0."""
@@ -273,7 +287,11 @@ class _DevicePack:
         for places, (unturned, left) in others:
             turned = decoder.family.turn(unturned, pick(self.rotary[kind.rope], places))
             keys, values = keys.index_copy(0, places, turned), values.index_copy(0, places, left)
-        blocks = [block for span in self._spans for block in span.attend_some(query, keys, values, kind, running)]
+        blocks = [
+            block
+            for span in self._spans
+            for block in span.attend_some(decoder.kernels, query, keys, values, kind, running)
+        ]
         return damp(before, decoder.finish(step.first, before, torch.cat(blocks)), step.parts)
 
 

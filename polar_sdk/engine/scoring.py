@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program, Step
 
 
-HEAD_BATCH = 1024
-"""Number of positions whose logits are held together: V floats each."""
+HEAD_BATCH = 128
+"""Number of positions whose logits are held together, V floats each: 1,024 leave the cache, and take twice as long."""
 
 
 @dataclass(frozen=True, slots=True)

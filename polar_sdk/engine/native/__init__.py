@@ -176,7 +176,10 @@ def attend_pages(query: Tensor, store: Tensor, table: Tensor, positions: Tensor,
     return mixed
 
 
-def attend_prompt(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
-    """`attention.attend_row`, with its arguments and result."""
-    mixed: Tensor = torch.ops.polar.attend_prompt(query, keys, values, kind.scale, kind.window, kind.softcap)
+def attend_prompt(
+    query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
+) -> Tensor:
+    """`Kernels.attend`, with its arguments and result."""
+    own = (kind.scale, kind.window, kind.softcap)
+    mixed: Tensor = torch.ops.polar.attend_prompt(query, keys, values, positions, *own, _pairs())
     return mixed

@@ -2,7 +2,8 @@
 // file once for each processor, and decides when they are used.
 //
 // Letters as in `polar_sdk/engine`: M rows, K inputs, N outputs; B rows of one token, H query heads, G key and value
-// heads, d head size. Sums are float32; only results are rounded to bfloat16.
+// heads, d head size. Sums are float32; results are rounded to bfloat16, and the weights of attention of a prompt where
+// inputs go in pairs.
 
 #include <torch/library.h>
 
@@ -20,7 +21,8 @@ TORCH_LIBRARY(polar, library) {
       "softcap)"
       " -> Tensor");
   library.def(
-      "attend_prompt(Tensor query, Tensor keys, Tensor values, float scale, int? window, float? softcap) -> Tensor");
+      "attend_prompt(Tensor query, Tensor keys, Tensor values, Tensor? positions, float scale, int? window, float? "
+      "softcap, bool pairs) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(polar, CPU, library) {

@@ -13,52 +13,16 @@ namespace polar {
 
 // y (M, N) = x (M, K) · weight (N, K)ᵀ + bias. A *panel* of 32 outputs is transposed into a buffer of the thread, so
 // that outputs are along lanes; all rows of a block are then multiplied by it, 12 at a time, while the next panel is
-// fetched from memory. So weights are read once, stay in torch's layout, and no sum runs across lanes. Few rows are
-// bound by reading and transposing weights: for them, weights are transposed in registers and used at once.
+// fetched from memory. So weights are read once, stay in torch's layout, and no sum runs across lanes. Up to 4 rows are
+// bound by reading and transposing weights, which for them are transposed in registers and used at once. For a few
+// more, a *piece* of a panel is transposed at a time, which stays in the first-level cache. A sum runs in the same
+// order in all three, so a row is the same whatever rows are beside it.
 
 constexpr int64_t kBlock = 1 << 18;  // words of rows that fit the second-level cache together with a panel
-constexpr int kFew = 16;             // rows multiplied at a time by weights in registers …
-constexpr int64_t kStrips = 96;      // … where there are no more than this many in all
-
-// Words of a row of x and of a panel are 32 bits in both forms: a pair of inputs, multiplied by one instruction …
-struct Pairs {
-  static constexpr int64_t kInputs = 2;
-  static __m512 add(__m512 sum, __m512 x, __m512 weight) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(weight));
-  }
-  static void put(float* to, int64_t, __m512i pairs) { _mm512_store_si512(to, pairs); }
-  template <int kCount, int kSets>
-  static void meet(__m512 (&sums)[kCount][kSets], const float* x, __m512i pairs, int turn) {
-#pragma GCC unroll 16
-    for (int row = 0; row < kCount; ++row) {
-      __m512& sum = sums[row][turn % kSets];
-      sum = add(sum, _mm512_set1_ps(x[row]), _mm512_castsi512_ps(pairs));
-    }
-  }
-};
-
-// … or one input as float32. `_pairs` in `__init__.py` says which is faster where.
-struct Singles {
-  static constexpr int64_t kInputs = 1;
-  static __m512 add(__m512 sum, __m512 x, __m512 weight) { return _mm512_fmadd_ps(x, weight, sum); }
-  static void put(float* to, int64_t step, __m512i pairs) {
-    _mm512_store_ps(to, first_of(pairs));
-    _mm512_store_ps(to + step, second_of(pairs));
-  }
-  template <int kCount, int kSets>
-  static void meet(__m512 (&sums)[kCount][kSets], const float* x, __m512i pairs, int) {
-    const __m512 first = first_of(pairs), second = second_of(pairs);
-#pragma GCC unroll 16
-    for (int row = 0; row < kCount; ++row) {
-      sums[row][0] = add(sums[row][0], _mm512_set1_ps(x[row]), first);
-    }
-#pragma GCC unroll 16
-    for (int row = 0; row < kCount; ++row) {
-      __m512& sum = sums[row][kSets - 1];
-      sum = add(sum, _mm512_set1_ps(x[kCount + row]), second);
-    }
-  }
-};
+constexpr int64_t kPiece = 64;       // inputs of a piece
+constexpr int kFew = 4;              // rows that are multiplied by weights in registers
+constexpr int kSome = 16;            // rows that are multiplied by pieces …
+constexpr int kPass = 8;             // … so many at a time
 
 struct Product {
   const Half* x;
@@ -72,58 +36,54 @@ struct Product {
 // Inputs of some rows as words, those at the same place of their rows side by side; zero after the last input.
 template <class Form>
 void fill_rows(const Product& product, int64_t start, int64_t rows, float* words) {
-  const int64_t steps = product.padded() / Form::kInputs;
-  std::fill_n(words + product.inputs / Form::kInputs * rows, (steps - product.inputs / Form::kInputs) * rows, 0.0f);
-  for (int64_t row = 0; row < rows; ++row) {
-    const Half* from = product.x + (start + row) * product.inputs;
-    for (int64_t at = 0; at < product.inputs; at += Form::kInputs) {
-      const uint32_t bits =
-          Form::kInputs == 1 ? from[at] << 16 : from[at] | (at + 1 < product.inputs ? from[at + 1] << 16 : 0);
-      words[at / Form::kInputs * rows + row] = __builtin_bit_cast(float, bits);
-    }
+  const Half* from = product.x + start * product.inputs;
+  const __mmask16 lanes = first_lanes(rows);
+  for (int64_t at = 0; at < product.padded(); at += kLanes) {
+    __m512i pairs[8];
+    turn(from + at, product.inputs, rows - 1, first_lanes(product.inputs - at), pairs);
+    float* to = words + at / Form::kInputs * rows;
+    for (int64_t pair = 0; pair < 8; ++pair) Form::put(to + pair * 2 / Form::kInputs * rows, rows, pairs[pair], lanes);
   }
 }
 
-// 32 outputs from `start`, transposed: for each word of a row, the 32 weights for it. After the last output that one is
-// repeated.
+// Inputs from `from` to `to` of 32 outputs from `start`, transposed: for each word of a row, the 32 weights for it.
+// After the last output that one is repeated.
 template <class Form>
-void fill_panel(const Product& product, int64_t start, float* panel) {
+void fill_panel(const Product& product, int64_t start, int64_t from, int64_t to, float* panel) {
   constexpr int64_t kWords = 2 / Form::kInputs * kPanel;  // of a pair of inputs
   for (int64_t half = 0; half < kPanel; half += kLanes) {
     const int64_t first = std::min(start + half, product.outputs - 1), last = product.outputs - 1 - first;
-    for (int64_t at = 0; at < product.padded(); at += kLanes) {
+    for (int64_t at = from; at < to; at += kLanes) {
       __m512i pairs[8];
       turn(product.weight + first * product.inputs + at, product.inputs, last, first_lanes(product.inputs - at), pairs);
+      float* words = panel + (at - from) / 2 * kWords + half;
 #pragma GCC unroll 8
-      for (int64_t pair = 0; pair < 8; ++pair) Form::put(panel + (at / 2 + pair) * kWords + half, kPanel, pairs[pair]);
+      for (int64_t pair = 0; pair < 8; ++pair) Form::put(words + pair * kWords, kPanel, pairs[pair]);
     }
   }
 }
 
 // Few rows and 16 outputs: weights are transposed in registers and used at once.
 template <class Form, int kCount>
-void run_few(const Product& product, int64_t start, const float* words, int64_t output) {
-  constexpr int kSets = kCount <= 8 ? 2 : 1;  // enough sums at a time to hide how long one takes
+void run_few(const Product& product, const float* words, int64_t output) {
   const int64_t last = product.outputs - 1 - output;
   const __mmask16 lanes = first_lanes(last + 1);
   const Half* from = product.weight + output * product.inputs;
   const char* ahead = reinterpret_cast<const char*>(from + kLanes * product.inputs);
-  __m512 sums[kCount][kSets];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_ps();
+  __m512 sums[kCount];
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
   for (int64_t at = 0; at < product.padded(); at += kLanes) {
     __m512i pairs[8];
     turn(from + at, product.inputs, last, first_lanes(product.inputs - at), pairs);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i, ahead += 64) {
       _mm_prefetch(ahead, _MM_HINT_T1);  // a strip and the next one are more than the first-level cache holds
-      Form::template meet<kCount, kSets>(sums, words + (at + 2 * i) / Form::kInputs * kCount, pairs[i], i);
+      Form::template meet<kCount>(sums, words + (at + 2 * i) / Form::kInputs * kCount, pairs[i]);
     }
   }
   const __m512 bias = product.bias ? widen(product.bias + output, lanes) : _mm512_setzero_ps();
   for (int row = 0; row < kCount; ++row) {
-    for (int set = 1; set < kSets; ++set) sums[row][0] = _mm512_add_ps(sums[row][0], sums[row][set]);
-    store_rounded(product.y + (start + row) * product.outputs + output, _mm512_add_ps(sums[row][0], bias), lanes);
+    store_rounded(product.y + row * product.outputs + output, _mm512_add_ps(sums[row], bias), lanes);
   }
 }
 
@@ -142,7 +102,7 @@ struct Pass {
 template <class Form, int kCount>
 void run_rows(const Pass& pass) {
   __m512 sums[kCount][2];
-  for (auto& row : sums) row[0] = pass.bias[0], row[1] = pass.bias[1];
+  for (auto& row : sums) row[0] = row[1] = _mm512_setzero_ps();
   const char* ahead = pass.ahead;
   for (int64_t step = 0; step < pass.steps; ++step) {
     const __m512 low = _mm512_load_ps(pass.panel + step * kPanel);
@@ -157,8 +117,8 @@ void run_rows(const Pass& pass) {
     }
   }
   for (int row = 0; row < kCount; ++row) {
-    store_rounded(pass.y + row * pass.outputs, sums[row][0], pass.lanes[0]);
-    store_rounded(pass.y + row * pass.outputs + kLanes, sums[row][1], pass.lanes[1]);
+    store_rounded(pass.y + row * pass.outputs, _mm512_add_ps(sums[row][0], pass.bias[0]), pass.lanes[0]);
+    store_rounded(pass.y + row * pass.outputs + kLanes, _mm512_add_ps(sums[row][1], pass.bias[1]), pass.lanes[1]);
   }
 }
 
@@ -211,7 +171,7 @@ void run_panels(const Product& product, const Chunks& chunks, int64_t from, int6
   }
   for (int64_t number = begin; number < end; ++number) {
     const int64_t output = number * kPanel;
-    fill_panel<Form>(product, output, panel);
+    fill_panel<Form>(product, output, 0, product.padded(), panel);
     Pass pass{words, steps, panel, nullptr, 0, {}, nullptr, product.outputs, {}};
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t left = std::max<int64_t>(product.outputs - output - half * kLanes, 0);
@@ -233,31 +193,100 @@ void run_panels(const Product& product, const Chunks& chunks, int64_t from, int6
 }
 
 template <class Form, int... kCounts>
-void run_few_count(int64_t count, const Product& product, int64_t start, const float* words, int64_t output,
-                   std::integer_sequence<int, kCounts...>) {
-  ((count == kCounts + 1 ? run_few<Form, kCounts + 1>(product, start, words, output) : void()), ...);
+void run_few_count(const Product& product, const float* words, int64_t output, std::integer_sequence<int, kCounts...>) {
+  ((product.rows == kCounts + 1 ? run_few<Form, kCounts + 1>(product, words, output) : void()), ...);
 }
 
-// Outputs from `begin` to `end`, 16 at a time, for all rows, so that all rows use the weights while these are cached.
+// Outputs from `begin` to `end`, 16 at a time.
 template <class Form>
 void run_strips(const Product& product, int64_t begin, int64_t end) {
-  const int64_t steps = product.padded() / Form::kInputs, parts = parts_of(product.rows, kFew);
-  float* words = scratch<Product>(product.rows * steps);
+  float* words = scratch<Product>(product.rows * product.padded() / Form::kInputs);
+  fill_rows<Form>(product, 0, product.rows, words);
+  for (int64_t output = begin; output < end; output += kLanes) {
+    run_few_count<Form>(product, words, output, std::make_integer_sequence<int, kFew>());
+  }
+}
+
+// sums (kCount, 32) += words · piece. Fetches `lines` of weights from `ahead` with each step.
+template <class Form, int kCount>
+void meet_piece(const float* words, const float* piece, int64_t steps, const char* ahead, int64_t lines, float* sums) {
+  __m512 own[kCount][2];
+  for (int row = 0; row < kCount; ++row) {
+    own[row][0] = _mm512_load_ps(sums + row * kPanel);
+    own[row][1] = _mm512_load_ps(sums + row * kPanel + kLanes);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    const __m512 low = _mm512_load_ps(piece + step * kPanel), high = _mm512_load_ps(piece + step * kPanel + kLanes);
+    for (int64_t line = 0; line < lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+#pragma GCC unroll 8
+    for (int row = 0; row < kCount; ++row) {
+      const __m512 x = _mm512_set1_ps(words[step * kCount + row]);
+      own[row][0] = Form::add(own[row][0], x, low);
+      own[row][1] = Form::add(own[row][1], x, high);
+    }
+  }
+  for (int row = 0; row < kCount; ++row) {
+    _mm512_store_ps(sums + row * kPanel, own[row][0]);
+    _mm512_store_ps(sums + row * kPanel + kLanes, own[row][1]);
+  }
+}
+
+template <class Form>
+void meet_piece_count(int64_t count, const float* words, const float* piece, int64_t steps, const char* ahead,
+                      int64_t lines, float* sums) {
+  switch (count) {
+    case 4:
+      return meet_piece<Form, 4>(words, piece, steps, ahead, lines, sums);
+    case 5:
+      return meet_piece<Form, 5>(words, piece, steps, ahead, lines, sums);
+    case 6:
+      return meet_piece<Form, 6>(words, piece, steps, ahead, lines, sums);
+    case 7:
+      return meet_piece<Form, 7>(words, piece, steps, ahead, lines, sums);
+    default:
+      return meet_piece<Form, 8>(words, piece, steps, ahead, lines, sums);
+  }
+}
+
+// All outputs of the panels from `begin` to `end`, for all rows: more than 4, up to 16.
+template <class Form>
+void run_pieces(const Product& product, int64_t begin, int64_t end) {
+  const int64_t steps = product.padded() / Form::kInputs, parts = parts_of(product.rows, kPass);
+  const int64_t lines = parts_of(Form::kInputs, parts);
   const auto start = [&](int64_t part) { return part * product.rows / parts; };
+  float* piece = scratch<Product>(product.rows * (steps + kPanel) + kPiece / Form::kInputs * kPanel);
+  float* sums = piece + kPiece / Form::kInputs * kPanel;
+  float* words = sums + product.rows * kPanel;
   for (int64_t part = 0; part < parts; ++part) {
     fill_rows<Form>(product, start(part), start(part + 1) - start(part), words + start(part) * steps);
   }
-  for (int64_t output = begin; output < end; output += kLanes) {
-    for (int64_t part = 0; part < parts; ++part) {
-      run_few_count<Form>(start(part + 1) - start(part), product, start(part), words + start(part) * steps, output,
-                          std::make_integer_sequence<int, kFew>());
+  for (int64_t output = begin * kPanel; output < end * kPanel; output += kPanel) {
+    std::fill_n(sums, product.rows * kPanel, 0.0f);
+    const auto* ahead = reinterpret_cast<const char*>(product.weight + (output + kPanel) * product.inputs);
+    for (int64_t at = 0; at < product.padded(); at += kPiece) {
+      const int64_t to = std::min(at + kPiece, product.padded());
+      fill_panel<Form>(product, output, at, to, piece);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t count = start(part + 1) - start(part);
+        meet_piece_count<Form>(count, words + start(part) * steps + at / Form::kInputs * count, piece,
+                               (to - at) / Form::kInputs, ahead, lines, sums + start(part) * kPanel);
+        ahead += lines * 64 * (to - at) / Form::kInputs;
+      }
+    }
+    for (int64_t half = 0; half < kPanel && output + half < product.outputs; half += kLanes) {
+      const __mmask16 lanes = first_lanes(product.outputs - output - half);
+      const __m512 bias = product.bias ? widen(product.bias + output + half, lanes) : _mm512_setzero_ps();
+      for (int64_t row = 0; row < product.rows; ++row) {
+        store_rounded(product.y + row * product.outputs + output + half,
+                      _mm512_add_ps(_mm512_load_ps(sums + row * kPanel + half), bias), lanes);
+      }
     }
   }
 }
 
 template <class Form>
 void run_product(const Product& product) {
-  if (product.rows <= kStrips) {
+  if (product.rows <= kFew) {
     at::parallel_for(0, parts_of(product.outputs, kLanes), 1, [&](int64_t begin, int64_t end) {
       run_strips<Form>(product, begin * kLanes, std::min(end * kLanes, product.outputs));
     });
@@ -265,6 +294,7 @@ void run_product(const Product& product) {
   }
   const Chunks chunks(product.rows);
   at::parallel_for(0, parts_of(product.outputs, kPanel), 1, [&](int64_t begin, int64_t end) {
+    if (product.rows <= kSome) return run_pieces<Form>(product, begin, end);
     const int64_t words = product.rows * product.padded() / Form::kInputs;
     const int64_t blocks = std::min(parts_of(words, kBlock), chunks.count);
     for (int64_t block = 0; block < blocks; ++block) {

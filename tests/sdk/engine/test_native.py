@@ -84,12 +84,11 @@ def test_a_product_of_many_rows(rows: int, inputs: int, pairs: bool) -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("pairs", [True, False])
-@pytest.mark.parametrize("counts", [range(1, 9), range(9, 17)])
-def test_a_row_is_the_same_whatever_few_rows_are_beside_it(counts: range, pairs: bool) -> None:
-    """To the bit, up to 8 rows and from 9 to 16: of prompts, certificates rest on it."""
-    x, weight = _random(0, counts[-1], 576), _random(1, 72, 576)
+def test_a_row_is_the_same_whatever_rows_are_beside_it(pairs: bool) -> None:
+    """To the bit."""
+    x, weight = _random(0, 40, 600), _random(1, 72, 600)
     whole = torch.ops.polar.product(x, weight, None, pairs)
-    for count in counts:
+    for count in (1, 2, 3, 4, 5, 8, 9, 11, 13, 16, 17, 24, 25):
         assert torch.equal(torch.ops.polar.product(x[:count], weight, None, pairs), whole[:count]), count
 
 
@@ -177,8 +176,15 @@ def test_attention_of_a_prompt(
     keys = _random(seed + 1, before + tokens, groups, size).transpose(0, 1)
     values = _random(seed + 2, groups, before + tokens, size)
     got = library.attend_prompt(query, keys, values, kind)
-    expected = attend_row(query.double(), keys.double(), values.double(), kind)
-    _assert_close(got, expected, torch.full_like(expected, 4))
+    wide = query.double(), keys.double()
+    expected = attend_row(*wide, values.double(), kind)
+    # Weights may be rounded to bfloat16, each by at most 2⁻⁹ of itself, and so may their sum.
+    rounded = 2.0**10 * attend_row(*wide, values.double().abs(), kind)
+    _assert_close(got, expected, 4 + rounded)
+    # Of some of the tokens: what each of them has among all of them, to the bit.
+    chosen = torch.arange(tokens)[torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.6]
+    some = library.attend_prompt(query[chosen], keys, values, kind, before + chosen)
+    assert torch.equal(some, got[chosen])
 
 
 def _decoder(precision: str = "bf16") -> Decoder:

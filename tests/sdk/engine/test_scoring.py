@@ -55,18 +55,26 @@ def test_long_questions_score_as_in_passes_of_their_own(
         assert ours.greedy == theirs.greedy
 
 
+@pytest.mark.parametrize("continuations", [((8,) * 100,), ((8,) * 60, (9,) * 40)])
 def test_a_mask_never_grows_with_the_square_of_the_question(
-    tiny_family: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    continuations: tuple[tuple[int, ...], ...],
+    tiny_family: Callable[..., PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """One continuation attends as a prompt does, several by masks of their own."""
     sizes: list[int] = []
 
-    def spy(*arguments: Any) -> torch.Tensor:
-        sizes.append(arguments[-1].numel())
-        return attend_seen(*arguments)
+    def spied(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def attended(query: torch.Tensor, keys: torch.Tensor, *others: Any) -> torch.Tensor:
+            sizes.append(query.shape[0] * keys.shape[1])
+            return attend(query, keys, *others)
 
-    monkeypatch.setattr("polar_sdk.engine.pack.attend_seen", spy)
+        return attended
+
     decoder = build_decoder(tiny_family("llama"))
-    long = Question((7,) * 400, ((8,) * 100,))
+    monkeypatch.setattr("polar_sdk.engine.pack.attend_seen", spied(attend_seen))
+    monkeypatch.setattr(decoder.kernels, "attend", spied(decoder.kernels.attend))
+    long = Question((7,) * 400, continuations)
     score_questions(decoder, [long], Program.identity(6))
     assert len(sizes) == 4 * 5 + 1  # blocks of 128 tokens, in six layers; in the last one, only those that predict
     assert max(sizes) <= 128 * long.tokens

@@ -1,0 +1,177 @@
+"""A tier that another server computes, such as a vLLM: are its tokens, FLOPs and bills those of our own engine?
+
+    python -m benchmarks.upstream --serve 'vllm serve {folder} --port {port} --dtype float32'
+
+For each program: export it, start the server on it, put it behind a tier of ours, send every prompt through, and cut
+streams off. The same prompts run in our engine under the same program, in float32. The last line is one JSON object:
+
+    tokens_equal     share of the answers' tokens that are the same as ours, greedily, up to the first that differs
+    answers_equal    share of the answers that are the same to the last token
+    flops_equal      share of the records with the FLOPs of a record of our engine that has as many tokens
+    cut_exact        share of the cut streams whose record has the FLOPs of its tokens, and was cut
+
+`make bench-upstream` installs vLLM for CPUs into an environment of its own and runs this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import random
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Final
+
+from benchmarks.results import RESULTS, Recorder
+from benchmarks.serving import Running
+from polar_sdk import ListSink, PolarModel, Program
+from polar_sdk.lab.evaluation.texts import shared_start
+from polar_sdk.lab.items import builtin_items
+from polar_sdk.programs.policy import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from polar_sdk import UsageRecord
+
+TIER: Final = "economy"
+TOKENS: Final = 48
+THREADS: Final = 8
+START_SECONDS: Final = 300
+MEASURED: Final = "polar.measured_by"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", required=True, help="command that serves {folder} on {port}, in float32")
+    parser.add_argument("--programs", default="0-29;0-15 18-29", help="separated by ;")
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--cuts", type=int, default=24, help="streams to cut off, per program")
+    parser.add_argument("--model")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
+    args = parser.parse_args()
+    model = PolarModel.from_pretrained(args.model, precision="fp32", ledger=None)
+    recorder = Recorder("upstream", args.results, model=args.model)
+    prompts = [item.prompt for item in builtin_items() if hasattr(item, "prompt")]
+    prompts = random.Random(0).sample(prompts, min(args.prompts, len(prompts)))
+    shares: dict[str, list[float]] = {
+        name: [] for name in ("tokens_equal", "answers_equal", "flops_equal", "cut_exact")
+    }
+    for text in args.programs.split(";"):
+        with tempfile.TemporaryDirectory() as folder:
+            exported = model.export(text, Path(folder) / TIER)
+            with _served(args.serve, exported) as url:
+                measured = _Tier(model, Program.parse(text), url).measure(prompts, args.cuts)
+        print(f"{text}: {measured}", flush=True)
+        for name, value in measured.items():
+            shares[name].append(value)
+    means = {name: fmean(values) for name, values in shares.items()}
+    for name, value in means.items():
+        goal = 0.99 if name == "tokens_equal" else None if name == "answers_equal" else 1.0
+        recorder.add(name, value, "share", goal=goal)
+    print(json.dumps(means))
+
+
+class _Tier:
+    """A tier of ours that runs one program on another server."""
+
+    def __init__(self, model: PolarModel, program: Program, url: str) -> None:
+        self.program, self.sink = program, ListSink()
+        tiers = {TIER: {"program": program.text}, "exact": {"program": f"0-{model.depth - 1}"}}
+        policy = Policy.model_validate({"protected": [], "default_tier": "exact", "tiers": tiers})
+        self.model = PolarModel(model.loaded, policy=policy, sink=self.sink)
+        self.url = url
+
+    def measure(self, prompts: Sequence[str], cuts: int) -> dict[str, float]:
+        """The shares of the last line."""
+        front = Running(self.model, backends={TIER: [self.url]})
+        try:
+            with ThreadPoolExecutor(THREADS) as threads:
+                theirs = list(threads.map(lambda prompt: _answer(front, prompt), prompts))
+            records = list(self.sink.records)
+            cut = [_is_cut_exact(front, self, prompt, count % 16 + 1) for count, prompt in enumerate(prompts[:cuts])]
+        finally:
+            front.close()
+        ours = [one.text for one in self.model.generate_batch(prompts, program=self.program, max_tokens=TOKENS)]
+        pairs = [(self.model.encode(one), self.model.encode(other)) for one, other in zip(ours, theirs, strict=True)]
+        return {
+            "tokens_equal": sum(shared_start(*pair) for pair in pairs) / sum(len(one) for one, _ in pairs),
+            "answers_equal": fmean(one == other for one, other in pairs),
+            "flops_equal": fmean(self.is_right(record) for record in records),
+            "cut_exact": fmean(cut),
+        }
+
+    def is_right(self, record: UsageRecord) -> bool:
+        """Whether a record says what our engine would have executed for its tokens."""
+        tokens = record.tokens
+        cost = self.model.decoder.cost.request(self.program, tokens.input, tokens.output, cached=tokens.cached)
+        return record.flops.total == cost.total and record.tags[MEASURED] in ("upstream", "relay")
+
+
+def _body(prompt: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}]
+    return {"model": f"bench:{TIER}", "messages": messages, "max_tokens": TOKENS, "temperature": 0}
+
+
+def _answer(front: Running, prompt: str) -> str:
+    return str(json.loads(front.post(_body(prompt)))["choices"][0]["message"]["content"])
+
+
+def _is_cut_exact(front: Running, tier: _Tier, prompt: str, events: int) -> bool:
+    """Read some events of a stream and leave; whether its record is that of a cut answer, to the FLOP."""
+    before = len(tier.sink.records)
+    connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps({**_body(prompt), "stream": True, "max_tokens": 400}))
+    answer = connection.getresponse()
+    for _ in range(2 * events):  # each is a line and an empty one
+        answer.readline()
+    answer.close()
+    connection.close()
+    until = time.monotonic() + 30
+    while len(tier.sink.records) == before and time.monotonic() < until:
+        time.sleep(0.02)
+    records = tier.sink.records[before:]
+    return len(records) == 1 and records[0].outcome in ("cancelled", "completed") and tier.is_right(records[0])
+
+
+@contextmanager
+def _served(command: str, folder: Path) -> Iterator[str]:
+    """The other server, from when it answers until the block ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [word.format(folder=folder, port=port) for word in shlex.split(command)]
+    process = subprocess.Popen(words, stdout=sys.stderr)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + START_SECONDS
+        while not _answers(f"{url}/v1/models"):
+            if process.poll() is not None or time.monotonic() > until:
+                sys.exit(f"error: {words[0]} does not serve on {url}; see what it printed.")
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return int(answer.status) == 200
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
