@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Step
 
 
-MAX_PACK_TOKENS = 4096
+MAX_PACK_TOKENS = 2048
 """Questions run together up to this many tokens."""
 QUERY_BATCH = 128
 """Number of tokens that attend together: their scores stay in the processor's cache, and the masks are small."""
@@ -118,7 +118,7 @@ class _QuestionSpan:
 
 
 def packs(questions: Sequence[Question], limit: int | None = None) -> Iterator[list[Question]]:
-    """Split questions into packs of at most `limit` tokens (None = 4096); a longer question stands alone."""
+    """Split questions into packs of at most `limit` tokens (None = 2048); a longer question stands alone."""
     size = 0
     pack: list[Question] = []
     for question in questions:
