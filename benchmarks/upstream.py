@@ -10,7 +10,7 @@ streams off. The same prompts run in our engine under the same program, in float
     flops_equal      share of the records with the FLOPs of a record of our engine that has as many tokens
     cut_exact        share of the cut streams whose record has the FLOPs of its tokens, and was cut
 
-`make bench-upstream` installs vLLM for CPUs into an environment of its own and runs this.
+`make bench-upstream` runs this with vLLM's command, which wants an environment of its own.
 """
 
 from __future__ import annotations
