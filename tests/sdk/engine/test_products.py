@@ -124,7 +124,7 @@ def test_wide_code_needs_the_most_rows_for_int4() -> None:
     assert [min_wide_rows(quantize(plain, precision)) for precision in ("bf16", "int8", "int4")] == [2, 32, 128]
 
 
-SHAPES = """
+MANY_LENGTHS = """
 import psutil, torch
 import polar_sdk.engine
 weight, process = torch.randn(3840, 576).bfloat16(), psutil.Process()
@@ -138,5 +138,5 @@ print((process.memory_info().rss - before) // 2**20)
 
 def test_prompts_of_all_lengths_leave_no_code_behind() -> None:
     """Of what torch compiles for each number of rows: 390 MiB for these 600, were all of it kept."""
-    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MANY_LENGTHS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 120, f"grew by {done.stdout.strip()} MiB"
