@@ -72,6 +72,12 @@ SECTIONS = {
         "that asks for a millisecond's sleep wakes too late at worst, while one call runs.",
         "`make bench-frameworks`",
     ),
+    "upstream": Section(
+        "A tier on vLLM",
+        "Prompts of the package, sent to a tier that a vLLM computes from an exported program, at full depth and by "
+        "another program; the same in our engine, in float32. Then streams that are cut off after some pieces.",
+        "`make bench-upstream`",
+    ),
     "suites": Section(
         "LangChain's standard suites for chat models",
         "Tests of the unit and integration suites of langchain-tests on the default model, without a network. The peer "
