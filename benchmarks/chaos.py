@@ -376,7 +376,8 @@ def _storm(servers: Servers, relay: Relay, options: argparse.Namespace) -> dict[
     return {"kills": kills, "cuts": cuts, "seconds": round(time.monotonic() - begun)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody uses at this moment."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
@@ -398,7 +399,7 @@ def main() -> int:
         relay = Relay(path)
         url = f"postgresql+psycopg://postgres@127.0.0.1:{relay.port}/postgres"
         spools = [str(Path(work) / f"spool-{slot}") for slot in range(SLOTS)]
-        servers = Servers(url, spools, [_free_port() for _ in range(SLOTS)])
+        servers = Servers(url, spools, [free_port() for _ in range(SLOTS)])
         load = Load(_prepare(url), servers)
         for slot in range(SLOTS):
             servers.begin(slot)

@@ -8,7 +8,8 @@ streams off. The same prompts run in our engine under the same program, in float
     tokens_equal     share of the answers' tokens that are the same as ours, greedily, up to the first that differs
     answers_equal    share of the answers that are the same to the last token
     flops_equal      share of the records with the FLOPs of a record of our engine that has as many tokens
-    cut_exact        share of the cut streams whose record has the FLOPs of its tokens, and was cut
+    cut_exact        share of the streams that were left early, complete by then or not, whose one record has the FLOPs
+                     of its tokens
 
 `make bench-upstream` runs this with vLLM's command, which wants an environment of its own.
 """
@@ -20,7 +21,6 @@ import http.client
 import json
 import random
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,12 +32,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks.chaos import free_port
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.serving import Running
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.lab.evaluation.texts import shared_start
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.programs.policy import Policy
+from polar_server.upstream.remote import MEASURED_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,7 +50,6 @@ TIER: Final = "economy"
 TOKENS: Final = 48
 THREADS: Final = 8
 START_SECONDS: Final = 300
-MEASURED: Final = "polar.measured_by"
 _ROWS: Final = {
     "tokens_equal": ("tokens as in our engine, greedily", 99.0),
     "answers_equal": ("answers that are the same to the last token", None),
@@ -119,7 +120,7 @@ class _Tier:
         """Whether a record says what our engine would have executed for its tokens."""
         tokens = record.tokens
         cost = self.model.decoder.cost.request(self.program, tokens.input, tokens.output, cached=tokens.cached)
-        return record.flops.total == cost.total and record.tags[MEASURED] in ("upstream", "relay")
+        return record.flops.total == cost.total and record.tags[MEASURED_TAG] in ("upstream", "relay")
 
 
 def _body(prompt: str) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _answer(front: Running, prompt: str) -> str:
 
 
 def _is_cut_exact(front: Running, tier: _Tier, prompt: str, events: int) -> bool:
-    """Read some events of a stream and leave; whether its record is that of a cut answer, to the FLOP."""
+    """Read some events of a stream and leave; whether it has one record, right to the FLOP."""
     before = len(tier.sink.records)
     connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=60)
     connection.request("POST", "/v1/chat/completions", json.dumps({**_body(prompt), "stream": True, "max_tokens": 400}))
@@ -151,9 +152,7 @@ def _is_cut_exact(front: Running, tier: _Tier, prompt: str, events: int) -> bool
 @contextmanager
 def _served(command: str, folder: Path) -> Iterator[str]:
     """The other server, from when it answers until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = [word.format(folder=folder, port=port) for word in shlex.split(command)]
     process = subprocess.Popen(words, stdout=sys.stderr)
     url = f"http://127.0.0.1:{port}"
