@@ -7,7 +7,7 @@ E hidden size, H query heads, G key and value heads, d head size, V vocabulary.
 import os
 from typing import Final
 
-ENGINE_VERSION: Final = "5"
+ENGINE_VERSION: Final = "6"
 """Incremented with every change to the arithmetic that may change an answer; certificates hold for one version only."""
 
 # On a CPU, oneDNN and torch keep what they compiled for each number of rows that a matrix was multiplied by: up to

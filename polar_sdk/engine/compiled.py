@@ -6,7 +6,9 @@ each of several rows, the two halves of a layer around attention for many tokens
 head. Knows no rows and no programs.
 
 Compiling takes a minute of a core, so that it goes by stages (`eager.Compiled`), and each is used as soon as it is
-there: answers first, since most of a request's time is theirs. What is missing runs uncompiled meanwhile.
+there: answers first, since most of a request's time is theirs. What is missing runs uncompiled meanwhile. With the
+native library, the code for any number of rows is as fast for one, and there is no other: so what a row decodes does
+not depend on the rows that decode beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import Compiled, EagerKernels
 from polar_sdk.engine.package import Part, compiler_options, flat, open_package, signature
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.products import Int4, Int8, Plain, max_rows_one_by_one, min_wide_rows
+from polar_sdk.engine.products import Int4, Int8, Packed, Plain, max_rows_one_by_one, min_wide_rows, pack
 from polar_sdk.engine.types import pick
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
 
 
 _EXAMPLE_ROWS: Final = 4
-_EXAMPLE_TOKENS: Final = 16
-_MATRICES: Final = (Plain, Int8, Int4)
+_EXAMPLE_TOKENS: Final = 64
+_MATRICES: Final = (Plain, Packed, Int8, Int4)
 _FEW_ROWS: Final = 4
 """Number of rows that run one by one while only the code for one row is there; it takes a quarter of the time of
 uncompiled code."""
@@ -50,13 +52,27 @@ def parts(decoder: Decoder) -> dict[tuple[str, str], Part]:
     """Everything to compile for a decoder, in order, by (name of the part, what it assumes of its weights)."""
     family = decoder.family
     needed: dict[tuple[str, str], Part] = {}
-    for weights, kind in zip(decoder.layers, family.kinds, strict=True):
+    for taken, kind in zip(decoder.layers, family.kinds, strict=True):
+        weights = _as_used(decoder, taken)
         assumed = signature(weights)
         for part in _layer_parts(decoder, weights, kind):
             needed.setdefault((part.name, assumed), part)
-    for part in _head_parts(decoder):
-        needed.setdefault((part.name, signature(decoder.ends)), part)
+    ends = _as_used(decoder, decoder.ends)
+    for part in _head_parts(decoder, ends):
+        needed.setdefault((part.name, signature(ends)), part)
     return dict(sorted(needed.items(), key=lambda item: item[1].stage))  # stable
+
+
+def _as_used(decoder: Decoder, weights: Weights) -> Weights:
+    """Weights as compiled layers get them; of what `Decoder.pack` has not packed yet, the shapes."""
+    if not native.version(decoder.dtype, decoder.device):
+        return weights
+    plain = {name: value for name, value in weights.items() if isinstance(value, Plain)}
+    return {**weights, **{name: pack(Plain(*map(_shape, value))) for name, value in plain.items()}}
+
+
+def _shape(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.to("meta")
 
 
 def _layer_parts(decoder: Decoder, weights: Weights, kind: AttentionKind) -> Iterator[Part]:
@@ -81,7 +97,7 @@ def _layer_parts(decoder: Decoder, weights: Weights, kind: AttentionKind) -> Ite
         "keys and values", keys_values, weights, (x, *rotary), (many, *rotary_sizes), assumptions, stage, minimum
     )
     yield Part("finish", family.finish, weights, (x, mixed), (many, many), assumptions, stage, minimum)
-    for single in (True, False):
+    for single in (True, False) if _max_rows_one_by_one(weights) else (False,):
         yield _decode_part(decoder, weights, kind, single=single)
 
 
@@ -113,17 +129,18 @@ def _decode_part(decoder: Decoder, weights: Weights, kind: AttentionKind, *, sin
         (*states, *rotary, store, table, positions),
         (*states_sizes, *rotary_sizes, {0: "pages"}, {**axis, 1: "blocks"}, axis),
         f"{_assumptions(decoder, weights)}|{kind}",
-        Compiled.ONE_ROW if single else Compiled.ROWS,
+        Compiled.ROWS if _max_rows_one_by_one(weights) and not single else Compiled.ONE_ROW,
     )  # fmt: skip
 
 
-def _head_parts(decoder: Decoder) -> Iterator[Part]:
-    family = decoder.family
-    assumptions = _assumptions(decoder, decoder.ends)
-    one, several = Compiled.ONE_ROW, Compiled.ROWS
-    for name, rows, sizes, stage in (("head 1", 1, {}, one), ("head", _EXAMPLE_ROWS, {0: "rows"}, several)):
-        x = _zeros(decoder, rows, family.hidden)
-        yield Part(name, family.logits, decoder.ends, (x,), (sizes,), assumptions, stage)
+def _head_parts(decoder: Decoder, ends: Weights) -> Iterator[Part]:
+    logits, assumptions = decoder.family.logits, _assumptions(decoder, ends)
+    one, several = (_zeros(decoder, rows, decoder.family.hidden) for rows in (1, _EXAMPLE_ROWS))
+    stage = Compiled.ONE_ROW
+    if _max_rows_one_by_one(ends):
+        yield Part("head 1", logits, ends, (one,), ({},), assumptions, stage)
+        stage = Compiled.ROWS
+    yield Part("head", logits, ends, (several,), ({0: "rows"},), assumptions, stage)
 
 
 def _decode_name(kind: AttentionKind, *, single: bool) -> str:
@@ -188,7 +205,9 @@ def load_kernels(
     if not decoder.family.compiled:
         return None
     with compiler_options():
-        native.load_library(folder, decoder.dtype, decoder.device, build=build)
+        packs = native.load_library(folder, decoder.dtype, decoder.device, build=build)
+    if packs and build:
+        decoder.pack()
     needed = parts(decoder)
     loaders: dict[tuple[str, str], Any] = {}
     stage = Compiled.ALL
@@ -205,6 +224,8 @@ def load_kernels(
         loaders[key] = loader
     if stage == Compiled.NOTHING or (stage != Compiled.ALL and not partly):
         return None
+    if packs:
+        decoder.pack()
     return CompiledKernels(decoder, {key: each for key, each in loaders.items() if needed[key].stage <= stage}, stage)
 
 
@@ -238,10 +259,10 @@ class CompiledKernels:
         self._max_one_by_one = {
             id(weights): _max_rows_one_by_one(weights) for weights in [*decoder.layers, decoder.ends]
         }
-        self._decoders = {
-            (id(weights), single): loaders[_decode_name(kind, single=single), self._signatures[id(weights)]]
+        self._decoders: dict[tuple[int, bool], Any] = {
+            (id(weights), single): loaders.get((_decode_name(kind, single=single), self._signatures[id(weights)]))
             for weights, kind in zip(decoder.layers, decoder.family.kinds, strict=True)
-            for single in ((True, False) if compiled >= Compiled.ROWS else (True,))
+            for single in (True, False)
         }
 
     def decodes(self, tokens: int) -> bool:
@@ -302,7 +323,7 @@ class CompiledKernels:
             return torch.cat([self.head(ends, row) for row in _split(x, rows)])
         if rows != 1 and self.compiled < Compiled.ROWS:
             return self._eager.head(ends, x)
-        return self._run("head 1" if rows == 1 else "head", ends, [x])[0]
+        return self._run("head 1" if rows == 1 <= self._max_one_by_one[id(ends)] else "head", ends, [x])[0]
 
     def _fits(self, w: Weights, x: Tensor) -> bool:
         """Whether there is compiled code for the halves of a layer with that many tokens."""

@@ -18,7 +18,7 @@ from polar_sdk.engine.eager import Compiled, EagerKernels
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.pages import PAGE, PagePool
 from polar_sdk.engine.placement import Placement
-from polar_sdk.engine.products import Plain, quantize
+from polar_sdk.engine.products import Plain, pack, quantize
 from polar_sdk.errors import CacheMemoryError
 from polar_sdk.locks import renewed_in_child
 
@@ -113,6 +113,17 @@ class Decoder:
             name: quantize(value, self.precision) if isinstance(value, Plain) else value
             for name, value in weights.items()
         }
+
+    def pack(self) -> None:
+        """Bring matrices into the order in which the native library reads them, one after another.
+
+        An embedding that is the head's matrix stays it. Uncompiled rows go on as before, more slowly.
+        """
+        embedding, head = self.start["embedding"], self.ends["head"]
+        for weights in [*self.layers, self.ends]:
+            weights.update({name: pack(value) for name, value in weights.items() if isinstance(value, Plain)})
+        if isinstance(head, Plain) and embedding.data_ptr() == head.weight.data_ptr() and embedding.shape[1] % 2 == 0:
+            self.start["embedding"] = self.ends["head"]
 
     def renew(self) -> None:
         """Take compiled kernels over where they have become available: for rows that begin from now on."""

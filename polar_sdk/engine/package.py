@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 MAX_SIZE: Final = 1 << 20
 """Upper bound of every size that may change."""
+MIN_SHARE: Final = 2048
+"""Minimum number of values that are worth a second thread, as the compiler sees it in the example: waking it takes as
+long as the norm of a few rows."""
 _RUNTIME: Final = Path(polar_sdk.engine.native.__file__).parent / "runtime"
 """Headers for torch's runtime in a package."""
 _SOURCES: Final = (
@@ -108,7 +111,10 @@ class Part:
     stage: int
     """Parts of lower stages are compiled, and used, before this one."""
     min_tokens: int = 2
-    """Minimum number of tokens that the code may be used for, where their number may change."""
+    """Minimum number of tokens for which the code is used, where their number may change.
+
+    The compiler is told of 2 at least: it would take 1 for a number that does not change.
+    """
 
     @property
     def key(self) -> str:
@@ -123,7 +129,7 @@ class Part:
         """
         module = _Part(self.run, self.template, len(self.inputs))
         arguments = (*self.inputs, *flat(self.template))
-        minimums = {"batch": 2, "rows": 2, "tokens": self.min_tokens, "blocks": 1, "pages": 1}
+        minimums = {"batch": 2, "rows": 2, "tokens": max(2, self.min_tokens), "blocks": 1, "pages": 1}
         sizes = {name: torch.export.Dim(name, min=minimum, max=MAX_SIZE) for name, minimum in minimums.items()}
         shapes = [{axis: sizes[name] for axis, name in dynamic.items()} for dynamic in self.dynamic]
         shapes += [{} for _ in flat(self.template)]
@@ -171,7 +177,12 @@ def compiler_options(*, trusting: bool = True, runtime: bool = False) -> Iterato
             torch compiles a program for each, which takes seven seconds.
         runtime: Whether to use our headers for torch's runtime.
     """
-    options = {"aot_inductor.precompile_headers": False, "aot_inductor.enable_line_tables": False}
+    options: dict[str, Any] = {
+        "aot_inductor.precompile_headers": False,
+        "aot_inductor.enable_line_tables": False,
+        "aot_inductor.custom_ops_to_c_shims": polar_sdk.engine.native.direct_calls(),
+        "cpp.min_chunk_size": MIN_SHARE,
+    }
     with ExitStack() as after:
         after.enter_context(torch._inductor.config.patch({**options, "cpp.vec_isa_ok": True if trusting else None}))
         # torch keeps the list of instruction sets, and may not keep one that was not tried.

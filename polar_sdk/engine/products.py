@@ -1,9 +1,10 @@
 """Weight matrices and their product with activations, in every precision the engine has.
 
-A matrix is one of three named tuples of tensors: `Plain` (the model's own dtype), `Int8` (a scale per output) or `Int4`
-(a scale and a zero point per group of inputs). `multiply` is pure and can be compiled. One row is bound by reading the
-weights, many rows by arithmetic, so each kind has a narrow and a wide form; `benchmarks/LOG.md` has the measurements
-for every choice. Knows nothing of layers.
+A matrix is one of four named tuples of tensors: `Plain` (the model's own dtype), `Packed` (the same in the order in
+which the native library reads it), `Int8` (a scale per output) or `Int4` (a scale and a zero point per group of
+inputs). `multiply` is pure and can be compiled. One row is bound by reading the weights, many rows by arithmetic, so
+integers have a narrow and a wide form; `benchmarks/LOG.md` has the measurements for every choice. Knows nothing of
+layers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ QUANTIZE_BATCH: Final = 4096
 """Number of outputs that are rounded to int8 together, so that no float32 copy of a whole head is made."""
 _INT4_BLOCK: Final = 64
 """Number of outputs that torch's packed int4 layout keeps together."""
+_PANEL: Final = 32
+"""Number of outputs that a panel keeps together."""
 
 
 class Plain(NamedTuple):
@@ -39,6 +42,16 @@ class Plain(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None = None
+
+
+class Packed(NamedTuple):
+    """A matrix (N, K) of bfloat16 in panels of 32 outputs, with its bias, which is zero where there is none.
+
+    Panels are (N / 32, K / 2, 32), both rounded up; an entry is an int32 of two weights, for inputs 2k and 2k + 1.
+    """
+
+    panels: Tensor
+    bias: Tensor
 
 
 class Int8(NamedTuple):
@@ -57,7 +70,7 @@ class Int4(NamedTuple):
     bias: Tensor | None = None
 
 
-Product = Plain | Int8 | Int4
+Product = Plain | Packed | Int8 | Int4
 
 
 def multiply(x: Tensor, product: Product) -> Tensor:
@@ -65,6 +78,8 @@ def multiply(x: Tensor, product: Product) -> Tensor:
     match product:
         case Plain():
             return _plain(x, product)
+        case Packed():
+            return _packed(x, product)
         case Int8():
             return _add(_int8(x, product), product.bias)
         case Int4():
@@ -74,12 +89,14 @@ def multiply(x: Tensor, product: Product) -> Tensor:
 def outputs_from(product: Product, first: int) -> Product | None:
     """The matrix of all outputs from the one with that index on, over the same memory.
 
-    None where int4 packs outputs before and after it together, so that they cannot be computed apart.
+    None where outputs before and after it are packed together, so that they cannot be computed apart.
     """
     bias = None if product.bias is None else product.bias[first:]
     match product:
         case Plain():
             return Plain(product.weight[first:], bias)
+        case Packed():
+            return None if first % _PANEL else Packed(product.panels[first // _PANEL :], product.bias[first:])
         case Int8():
             return Int8(product.weight[first:], product.scale[first:], bias)
         case Int4():
@@ -98,9 +115,14 @@ def _plain(x: Tensor, product: Plain) -> Tensor:
     if _is_fused(x):
         total = _one_row(x, product.weight)
         return (total if product.bias is None else total + product.bias.float()).to(x.dtype)
-    if native.can_multiply(x, product.weight):
-        return native.product(x, *product)
     return F.linear(x, product.weight, product.bias)
+
+
+def _packed(x: Tensor, product: Packed) -> Tensor:
+    """By the library in compiled code; else as the plain matrix, which gradients can pass."""
+    if torch.compiler.is_compiling():
+        return native.product(x, *product)
+    return F.linear(x, unpack(product, x.shape[-1]), product.bias)
 
 
 def _is_fused(x: Tensor) -> bool:
@@ -145,14 +167,15 @@ def _has_rows(x: Tensor, minimum: int) -> bool:
 
 def min_wide_rows(product: Product) -> int:
     """Minimum number of rows that code must be compiled for to use the form for many rows."""
-    return {Plain: 2, Int8: MIN_WIDE_INT8, Int4: MIN_WIDE_INT4}[type(product)]
+    return {Plain: 2, Packed: 1, Int8: MIN_WIDE_INT8, Int4: MIN_WIDE_INT4}[type(product)]
 
 
 def max_rows_one_by_one(product: Product) -> int:
-    """Maximum number of rows for which compiled code for one row, run row by row, beats the code for any number."""
-    if isinstance(product, Plain) and not native.version(product.weight.dtype, product.weight.device):
-        return 2
-    return 1
+    """Maximum number of rows for which compiled code for one row, run row by row, beats the code for any number.
+
+    0 = there is no such code, and none is needed.
+    """
+    return {Plain: 2, Packed: 0, Int8: 1, Int4: 1}[type(product)]
 
 
 def _can_unpack(product: Int4) -> bool:
@@ -201,6 +224,30 @@ def _layout_known() -> bool:
 
 def _add(total: Tensor, bias: Tensor | None) -> Tensor:
     return total if bias is None else total + bias
+
+
+def pack(product: Plain) -> Packed:
+    """Bring a matrix of bfloat16 into panels; it takes no more memory."""
+    outputs, inputs = product.weight.shape
+    weight = product.weight
+    if inputs % 2 or outputs % _PANEL:
+        weight = F.pad(weight, (0, inputs % 2, 0, -outputs % _PANEL))
+    pairs = weight.contiguous().view(torch.int32)
+    panels = pairs.view(-1, _PANEL, pairs.shape[1]).transpose(1, 2).contiguous()
+    return Packed(panels, weight.new_zeros(outputs) if product.bias is None else product.bias)
+
+
+def unpack(product: Packed, inputs: int) -> Tensor:
+    """The matrix (N, K) of a packed one; K is `inputs`."""
+    pairs = product.panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return pairs.flatten(0, 1).view(product.bias.dtype)[: product.bias.shape[0], :inputs]
+
+
+def look_up(tokens: Tensor, embedding: Tensor | Packed) -> Tensor:
+    """Rows (N, E) of an embedding for tokens (N,). Where it is the matrix of the head, it is as that is."""
+    if not isinstance(embedding, Packed):
+        return F.embedding(tokens, embedding)
+    return embedding.panels[tokens // _PANEL, :, tokens % _PANEL].view(embedding.bias.dtype)
 
 
 def quantize(product: Plain, precision: str) -> Product:

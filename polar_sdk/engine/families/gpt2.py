@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine.families.plain import PlainFamily
 from polar_sdk.engine.parts import activation, refuse, take, take_norm
-from polar_sdk.engine.products import Plain
+from polar_sdk.engine.products import Plain, look_up
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,7 +65,7 @@ class GPT2Family(PlainFamily):
 
     def embed(self, tokens: Tensor, positions: Tensor, ends: Weights) -> Tensor:
         """Sum of the token's and the position's embedding, (N, E)."""
-        return F.embedding(tokens, ends["embedding"]) + F.embedding(positions, ends["positions"])
+        return look_up(tokens, ends["embedding"]) + F.embedding(positions, ends["positions"])
 
 
 def _take_transposed(conv: Any) -> Plain:

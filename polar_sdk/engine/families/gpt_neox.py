@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch.nn.functional as F  # noqa: N812
-
 from polar_sdk.engine.families.llama import check_rope
 from polar_sdk.engine.families.plain import PlainFamily
 from polar_sdk.engine.parts import activation, rotary_table, rotate, take, take_norm
-from polar_sdk.engine.products import Plain, multiply
+from polar_sdk.engine.products import Plain, look_up, multiply
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +66,7 @@ class GPTNeoXFamily(PlainFamily):
 
     def embed(self, tokens: Tensor, positions: Tensor, ends: Weights) -> Tensor:
         """Look tokens (N,) up; returns (N, E)."""
-        return F.embedding(tokens, ends["embedding"])
+        return look_up(tokens, ends["embedding"])
 
     def take_rotary(self, model: PreTrainedModel) -> Any:
         """The model's rotary module."""

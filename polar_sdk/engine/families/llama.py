@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch.nn.functional as F  # noqa: N812
-
 from polar_sdk.engine.family import Family
 from polar_sdk.engine.parts import activation, fuse, gated_mlp, rms_norm, rotary_table, rotate, take
-from polar_sdk.engine.products import multiply, multiply_from
+from polar_sdk.engine.products import look_up, multiply, multiply_from
 from polar_sdk.errors import UnsupportedArchitectureError
 
 if TYPE_CHECKING:
@@ -79,7 +77,7 @@ class LlamaFamily(Family):
 
     def embed(self, tokens: Tensor, positions: Tensor, ends: Weights) -> Tensor:
         """Look tokens (N,) up; returns (N, E)."""
-        return F.embedding(tokens, ends["embedding"])
+        return look_up(tokens, ends["embedding"])
 
     def take_rotary(self, model: PreTrainedModel) -> Any:
         """The model's rotary module."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine.families.plain import PlainFamily
 from polar_sdk.engine.parts import activation, fuse, refuse, take, take_norm
+from polar_sdk.engine.products import look_up
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,4 +68,4 @@ class OPTFamily(PlainFamily):
 
     def embed(self, tokens: Tensor, positions: Tensor, ends: Weights) -> Tensor:
         """Sum of the token's and the position's embedding, (N, E)."""
-        return F.embedding(tokens, ends["embedding"]) + F.embedding(positions + _OFFSET, ends["positions"])
+        return look_up(tokens, ends["embedding"]) + F.embedding(positions + _OFFSET, ends["positions"])

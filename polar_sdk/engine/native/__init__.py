@@ -1,6 +1,6 @@
 """The library built from the C++ files here: when it is used, how it is compiled and kept, how compiled layers call it.
 
-Operations on bfloat16 tensors of a CPU: the product of two or more rows with a matrix, of one row with a matrix of
+Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix, of one row with a matrix of
 integers, attention of one token per row over pages, and attention of the tokens of a prompt. Only compiled kernels
 use them, on processors with AVX512-BF16 and without AMX (where torch's own products are faster). Elsewhere, and where
 the library cannot be compiled, layers use torch's operations. Knows tensors, no families.
@@ -8,13 +8,14 @@ the library cannot be compiled, layers use torch's operations. Knows tensors, no
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -107,17 +108,22 @@ def _build(file: Path) -> None:
 def _load(file: Path) -> None:
     try:
         torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
+        ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # compiled layers find functions of the library by name
     except OSError as error:
         _log.warning("native kernels in %s cannot be loaded: %s", file, " ".join(str(error).split())[:200])
         return
     torch.library.register_fake("polar::product", _product_shape)
-    torch.library.register_fake("polar::product_int8", _product_shape)
+    torch.library.register_fake("polar::product_int8", _product_int8_shape)
     torch.library.register_fake("polar::product_int4", _product_int4_shape)
     torch.library.register_fake("polar::attend_pages", _attend_pages_shape)
     _loaded.add(_key())
 
 
-def _product_shape(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+def _product_shape(x: Tensor, panels: Tensor, bias: Tensor, *_: object) -> Tensor:
+    return x.new_empty((x.shape[0], bias.shape[0]))
+
+
+def _product_int8_shape(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -129,19 +135,29 @@ def _attend_pages_shape(query: Tensor, *_: object) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
 
 
+def direct_calls() -> dict[Any, list[str]]:
+    """Operations that compiled layers call by the name of a function in the library, with its declaration."""
+    if not _loaded:
+        return {}
+    tensor, result = "AtenTensorHandle", "AtenTensorHandle* result);"
+    attend = f"{tensor} query, {tensor} store, {tensor} table, {tensor} positions, double scale"
+    attend += ", const int64_t* window, const double* softcap"
+    return {
+        torch.ops.polar.product.default: [
+            f"AOTITorchError aoti_torch_cpu_product({tensor} x, {tensor} panels, {tensor} bias, int32_t pairs, {result}"
+        ],
+        torch.ops.polar.attend_pages.default: [f"AOTITorchError aoti_torch_cpu_attend_pages({attend}, {result}"],
+    }
+
+
 def version(dtype: torch.dtype, device: torch.device) -> str:
     """Version of the library that compiled layers of such activations depend on; empty where they use none of it."""
     return next(iter(_loaded), "") if _fits(dtype, device) else ""
 
 
-def can_multiply(x: Tensor, weight: Tensor) -> bool:
-    """Whether to use `product` for rows (M, K) and a matrix (N, K): in a compiled layer, where M is 2 or more."""
-    return bool(version(x.dtype, x.device)) and weight.dtype == x.dtype and torch.compiler.is_compiling()
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply rows (M, K) by a matrix (N, K), add its bias (N,), and round once; returns (M, N)."""
-    total: Tensor = torch.ops.polar.product(x, weight, bias, _pairs())
+def product(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
+    """Multiply rows (M, K) by a `products.Packed` matrix, add its bias (N,), and round once; returns (M, N)."""
+    total: Tensor = torch.ops.polar.product(x, panels, bias, _pairs())
     return total
 
 

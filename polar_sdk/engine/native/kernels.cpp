@@ -5,6 +5,7 @@
 // heads, d head size. Sums are float32; results are rounded to bfloat16, and the weights of attention of a prompt where
 // inputs go in pairs.
 
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 #include "integers.h"
@@ -13,7 +14,7 @@
 #include "prompt.h"
 
 TORCH_LIBRARY(polar, library) {
-  library.def("product(Tensor x, Tensor weight, Tensor? bias, bool pairs) -> Tensor");
+  library.def("product(Tensor x, Tensor panels, Tensor bias, bool pairs) -> Tensor");
   library.def("product_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
   library.def("product_int4(Tensor x, Tensor packed, Tensor scales_zeros) -> Tensor");
   library.def(
@@ -31,4 +32,30 @@ TORCH_LIBRARY_IMPL(polar, CPU, library) {
   library.impl("product_int4", polar::product_int4);
   library.impl("attend_pages", polar::attend_pages);
   library.impl("attend_prompt", polar::attend_prompt);
+}
+
+// The same for compiled layers, which otherwise find each operation, and box its arguments, at every call.
+extern "C" {
+
+AOTITorchError aoti_torch_cpu_product(AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle bias, int32_t pairs,
+                                      AtenTensorHandle* result) {
+  using namespace torch::aot_inductor;
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *result = new_tensor_handle(polar::product(*tensor_handle_to_tensor_pointer(x),
+                                               *tensor_handle_to_tensor_pointer(panels),
+                                               *tensor_handle_to_tensor_pointer(bias), pairs != 0));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_attend_pages(AtenTensorHandle query, AtenTensorHandle store, AtenTensorHandle table,
+                                           AtenTensorHandle positions, double scale, const int64_t* window,
+                                           const double* softcap, AtenTensorHandle* result) {
+  using namespace torch::aot_inductor;
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *result = new_tensor_handle(polar::attend_pages(
+        *tensor_handle_to_tensor_pointer(query), *tensor_handle_to_tensor_pointer(store),
+        *tensor_handle_to_tensor_pointer(table), *tensor_handle_to_tensor_pointer(positions), scale,
+        pointer_to_optional<int64_t>(window), pointer_to_optional<double>(softcap)));
+  });
+}
 }

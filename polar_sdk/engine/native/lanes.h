@@ -95,11 +95,14 @@ struct Pairs {
   // Of 16 pairs, the words; of some of them, anywhere in memory.
   static void put(float* to, int64_t, __m512i pairs) { _mm512_store_si512(to, pairs); }
   static void put(float* to, int64_t, __m512i pairs, __mmask16 lanes) { _mm512_mask_storeu_epi32(to, lanes, pairs); }
+  // The sums of some rows and 32 outputs go on by a pair of inputs: a word of each row, and 32 of weights.
   template <int kCount>
-  static void meet(__m512 (&sums)[kCount], const float* x, __m512i pairs) {
-#pragma GCC unroll 16
+  static void meet(__m512 (&sums)[kCount][2], const float* words, __m512 low, __m512 high) {
+#pragma GCC unroll 12
     for (int row = 0; row < kCount; ++row) {
-      sums[row] = add(sums[row], _mm512_set1_ps(x[row]), _mm512_castsi512_ps(pairs));
+      const __m512 x = _mm512_set1_ps(words[row]);
+      sums[row][0] = add(sums[row][0], x, low);
+      sums[row][1] = add(sums[row][1], x, high);
     }
   }
 };
@@ -124,12 +127,17 @@ struct Singles {
     _mm512_mask_storeu_ps(to + step, lanes, second_of(pairs));
   }
   template <int kCount>
-  static void meet(__m512 (&sums)[kCount], const float* x, __m512i pairs) {
-    const __m512 first = first_of(pairs), second = second_of(pairs);
-#pragma GCC unroll 16
-    for (int row = 0; row < kCount; ++row) sums[row] = add(sums[row], _mm512_set1_ps(x[row]), first);
-#pragma GCC unroll 16
-    for (int row = 0; row < kCount; ++row) sums[row] = add(sums[row], _mm512_set1_ps(x[kCount + row]), second);
+  static void meet(__m512 (&sums)[kCount][2], const float* words, __m512 low, __m512 high) {
+    const __m512i weights[2] = {_mm512_castps_si512(low), _mm512_castps_si512(high)};
+    for (int input = 0; input < 2; ++input) {
+      for (int half = 0; half < 2; ++half) {
+        const __m512 weight = input ? second_of(weights[half]) : first_of(weights[half]);
+#pragma GCC unroll 12
+        for (int row = 0; row < kCount; ++row) {
+          sums[row][half] = add(sums[row][half], _mm512_set1_ps(words[input * kCount + row]), weight);
+        }
+      }
+    }
   }
 };
 

@@ -13,9 +13,23 @@ from polar_sdk.engine import native as library
 from polar_sdk.engine.attention import attend_row, paged_decode, write_pages
 from polar_sdk.engine.compiled import load_kernels
 from polar_sdk.engine.decoder import Decoder, build_decoder
+from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.products import Int4, Int8, Plain, _interleave, _layout_known, _unpack, multiply, quantize
+from polar_sdk.engine.products import (
+    Int4,
+    Int8,
+    Packed,
+    Plain,
+    _interleave,
+    _layout_known,
+    _unpack,
+    multiply,
+    pack,
+    quantize,
+)
+from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
+from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama
 
 if TYPE_CHECKING:
@@ -55,6 +69,11 @@ def _assert_close(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor)
     assert (error <= limit).all(), f"largest {error.max():.3g}, mean {error.mean():.3g}, allowed {limit.min():.3g}"
 
 
+def _product(x: torch.Tensor, plain: Plain, pairs: bool) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.polar.product(x, *pack(plain), pairs)
+    return product
+
+
 @pytest.mark.usefixtures("native")
 @given(
     rows=st.integers(1, 70),
@@ -68,7 +87,7 @@ def test_a_product_is_rounded_once(rows: int, outputs: int, inputs: int, pairs: 
     x, weight = _random(seed, rows, inputs), _random(seed + 1, outputs, inputs)
     bias = _random(seed + 2, outputs) if biased else None
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    got = torch.ops.polar.product(x, weight, bias, pairs)
+    got = _product(x, Plain(weight, bias), pairs)
     _assert_close(got, expected, x.double().abs() @ weight.double().abs().T + 1)
 
 
@@ -78,7 +97,7 @@ def test_a_product_is_rounded_once(rows: int, outputs: int, inputs: int, pairs: 
 def test_a_product_of_many_rows(rows: int, inputs: int, pairs: bool) -> None:
     """More words than a block of rows holds."""
     x, weight = _random(0, rows, inputs), _random(1, 65, inputs)
-    got = torch.ops.polar.product(x, weight, None, pairs)
+    got = _product(x, Plain(weight), pairs)
     _assert_close(got, x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T)
 
 
@@ -87,15 +106,15 @@ def test_a_product_of_many_rows(rows: int, inputs: int, pairs: bool) -> None:
 def test_a_row_is_the_same_whatever_rows_are_beside_it(pairs: bool) -> None:
     """To the bit."""
     x, weight = _random(0, 40, 600), _random(1, 72, 600)
-    whole = torch.ops.polar.product(x, weight, None, pairs)
+    whole = _product(x, Plain(weight), pairs)
     for count in (1, 2, 3, 4, 5, 8, 9, 11, 13, 16, 17, 24, 25):
-        assert torch.equal(torch.ops.polar.product(x[:count], weight, None, pairs), whole[:count]), count
+        assert torch.equal(_product(x[:count], Plain(weight), pairs), whole[:count]), count
 
 
 @pytest.mark.usefixtures("native")
 def test_a_product_of_what_does_not_lie_together() -> None:
     x, weight = _random(0, 7, 80)[:, ::2], _random(1, 40, 50).T
-    _assert_close(library.product(x, weight, None), x.double() @ weight.double().T, torch.full((7, 50), 100.0))
+    _assert_close(_product(x, Plain(weight), True), x.double() @ weight.double().T, torch.full((7, 50), 100.0))
 
 
 def _spread(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -215,6 +234,65 @@ def test_compiled_layers_compute_what_eager_ones_do(packages: Path, logits_of: L
 
 
 @pytest.mark.usefixtures("native")
+@torch.inference_mode()
+def test_what_a_row_decodes_does_not_depend_on_the_rows_beside_it(packages: Path) -> None:
+    """To the bit, alone or beside rows of other lengths and programs."""
+    torch.set_num_threads(1)
+    decoder = _decoder()
+    kernels = load_kernels(decoder, packages, build=True)
+    assert kernels is not None
+    decoder.kernels = kernels
+    programs, lengths = ["0-2", "0 2", "0 1 1 2", "0-2", "0-1"], [70, 3, 130, 64, 1]
+    prompts = [[(7 * place + row) % 256 for place in range(length)] for row, length in enumerate(lengths)]
+
+    def run(chosen: Sequence[int]) -> torch.Tensor:
+        rows = [Row(decoder, Program.parse(programs[index])) for index in chosen]
+        for row, index in zip(rows, chosen, strict=True):
+            next_logits(decoder, [row], [prompts[index]])
+        steps = [[[index + step] for index in chosen] for step in range(4)]
+        return torch.stack([next_logits(decoder, rows, tokens) for tokens in steps], dim=1)
+
+    together = run(range(5))
+    for row in range(5):
+        assert torch.equal(run([row])[0], together[row]), f"row {row}"
+
+
+@pytest.mark.usefixtures("native")
+def test_uncompiled_rows_go_on_when_weights_are_packed(packages: Path, logits_of: LogitsOf) -> None:
+    torch.set_num_threads(1)
+    plain, packed = _decoder(), _decoder()
+    kernels = load_kernels(packed, packages, build=True)
+    assert kernels is not None
+    assert all(not isinstance(value, Plain) for weights in [*packed.layers, packed.ends] for value in weights.values())
+    rows: tuple[list[str], list[int]] = (["0-2", "0 2"], [70, 3])
+    assert torch.equal(logits_of(packed, *rows, 3), logits_of(plain, *rows, 3))
+
+
+@pytest.mark.usefixtures("native")
+def test_packing_takes_no_memory(packages: Path) -> None:
+    """And an embedding that is the head's matrix stays it."""
+    model = tiny_llama(layers=3, hidden_size=128, tie_word_embeddings=True).bfloat16()
+    decoder = build_decoder(model, kv_memory=1 << 24)
+    tokens = torch.arange(decoder.vocab)
+    before, embedded = _bytes(decoder), decoder.embed(tokens, tokens)
+    assert load_kernels(decoder, packages, build=True) is not None
+    assert isinstance(decoder.start["embedding"], Packed)
+    assert decoder.start["embedding"] is decoder.ends["head"]
+    assert torch.equal(decoder.embed(tokens, tokens), embedded)
+    assert _bytes(decoder) <= before + 2 * 32 * 128 + 1000 * sum(map(len, [*decoder.layers, decoder.ends]))
+
+
+def _bytes(decoder: Decoder) -> int:
+    """Of all weights, each counted once; zeros for a missing bias and the rest of a panel are small."""
+    values = [value for weights in [decoder.start, *decoder.layers, decoder.ends] for value in weights.values()]
+    tensors = [part for value in values for part in ([value] if isinstance(value, torch.Tensor) else value or ())]
+    storages = {
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors if part is not None
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.usefixtures("native")
 def test_compiled_layers_of_integers_compute_what_eager_ones_do(packages: Path, logits_of: LogitsOf) -> None:
     torch.set_num_threads(1)
     eager, compiled = _decoder("int4"), _decoder("int4")
@@ -274,4 +352,6 @@ def test_uncompiled_layers_never_use_it(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(library, "product", lambda *_: pytest.fail("a native product in an uncompiled layer"))
     monkeypatch.setattr(library, "_loaded", {"version"})
     x, weight = _random(0, 3, 32), _random(1, 16, 32)
-    assert torch.equal(multiply(x, Plain(weight)), torch.nn.functional.linear(x, weight))
+    expected = torch.nn.functional.linear(x, weight)
+    assert torch.equal(multiply(x, Plain(weight)), expected)
+    assert torch.equal(multiply(x, pack(Plain(weight))), expected)

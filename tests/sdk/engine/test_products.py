@@ -11,7 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk.engine import products
-from polar_sdk.engine.products import INT4_GROUP, Int4, Int8, Plain, Product, min_wide_rows, multiply, quantize
+from polar_sdk.engine.products import (
+    INT4_GROUP,
+    Int4,
+    Int8,
+    Packed,
+    Plain,
+    Product,
+    look_up,
+    min_wide_rows,
+    multiply,
+    outputs_from,
+    pack,
+    quantize,
+    unpack,
+)
 from polar_sdk.errors import DeviceError
 
 SHAPES = st.tuples(
@@ -36,6 +50,9 @@ def _stored(product: Product) -> torch.Tensor:
     match product:
         case Plain():
             return product.weight.double()
+        case Packed():
+            blocks = [panel.T.contiguous().view(product.bias.dtype) for panel in product.panels]
+            return torch.cat(blocks)[: product.bias.shape[0]].double()
         case Int8():
             return product.weight.double() * product.scale.double()[:, None]
         case Int4():
@@ -70,6 +87,27 @@ def test_every_precision_gives_the_sums_of_what_it_stores(
     assert got.dtype == dtype
     assert got.shape == (shape[0], shape[1])
     _close(got, x, product)
+
+
+@given(st.integers(1, 5), st.integers(1, 100), st.integers(1, 70), st.booleans(), st.integers(0, 2**20))
+def test_a_packed_matrix_is_the_matrix(rows: int, outputs: int, inputs: int, biased: bool, seed: int) -> None:
+    x, plain = _example((rows, outputs, inputs), torch.bfloat16, seed, biased)
+    packed = pack(plain)
+    assert torch.equal(unpack(packed, inputs), plain.weight)
+    _close(multiply(x, packed), x, plain)
+    if inputs % 2 == 0:
+        assert torch.equal(_stored(packed), plain.weight.double())
+        tokens = torch.arange(outputs).flip(0)
+        assert torch.equal(look_up(tokens, packed), look_up(tokens, plain.weight))
+    for first in range(0, outputs, 16):
+        part = outputs_from(packed, first)
+        assert (part is None) == (first % 32 != 0)
+        if part is not None:
+            _close(
+                multiply(x, part),
+                x,
+                Plain(plain.weight[first:], plain.bias if plain.bias is None else plain.bias[first:]),
+            )
 
 
 @given(st.sampled_from([(64, 32), (48, 64), (128, 96)]), st.integers(0, 2**20))
