@@ -95,7 +95,8 @@ _FREE: Final[RequestOptions] = {"schema": None, "regex": None, "choice": None, "
 
 
 def _merged(key: str, schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: value for schema in reversed(schemas) for name, value in (schema.get(key) or {}).items()}
+    parts = [schema.get(key) for schema in reversed(schemas)]
+    return {name: value for part in parts if isinstance(part, Mapping) for name, value in part.items()}
 
 
 def _read_format(value: Any) -> tuple[Mapping[str, Any] | None, bool]:
@@ -108,7 +109,10 @@ def _read_format(value: Any) -> tuple[Mapping[str, Any] | None, bool]:
     if kind == "text":
         return None, True
     if kind == "json_object":
-        return value.get("schema") or _ANY_OBJECT, False
+        schema = value.get("schema") or _ANY_OBJECT
+        if not isinstance(schema, Mapping):
+            raise InvalidRequestError(f"response_format['schema']={str(schema)[:80]!r} is no JSON schema; pass one.")
+        return schema, False
     if kind == "json_schema":
         inner = value.get("json_schema")
         schema = inner.get("schema") if isinstance(inner, Mapping) else None

@@ -8,6 +8,7 @@ decides: an answer that begins with a brace is a call, and anything else is text
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +16,7 @@ from polar_sdk.errors import InvalidRequestError, did_you_mean
 from polar_sdk.request.constraint import JSON_STYLE, closed, followable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     Roles = list[dict[str, str]]
 
@@ -43,19 +44,24 @@ class Tool:
     """JSON schema of an object."""
 
     @classmethod
-    def of_openai(cls, tool: Mapping[str, Any]) -> Tool:
+    def of_openai(cls, tool: object) -> Tool:
         """Read OpenAI's `{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}`.
 
         Raises:
             InvalidRequestError: It is something else.
         """
-        function = tool.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
             raise InvalidRequestError(
-                f"a tool is {str(dict(tool))[:80]!r}; pass functions, or {{'type': 'function', 'function': {{…}}}}."
+                f"a tool is {str(tool)[:80]!r}; pass functions, or {{'type': 'function', 'function': {{…}}}}."
             )
-        return cls(name, str(function.get("description") or ""), dict(function.get("parameters") or {}))
+        parameters = function.get("parameters") or {}
+        if not isinstance(parameters, Mapping):
+            raise InvalidRequestError(
+                f"parameters of the tool {name!r} are {str(parameters)[:80]!r}; pass the JSON schema of an object."
+            )
+        return cls(name, str(function.get("description") or ""), dict(parameters))
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -105,7 +111,9 @@ class ToolUse:
         """
         names = [tool.name for tool in tools]
         if isinstance(choice, dict):
-            choice = (choice.get("function") or {}).get("name") or choice.get("name") or choice.get("type")
+            function = choice.get("function")
+            named = function if isinstance(function, Mapping) else choice
+            choice = named.get("name") or choice.get("name") or choice.get("type")
         if not tools or choice in ("none", False):
             return None
         if choice in (None, "auto"):
@@ -179,9 +187,10 @@ def instructed(messages: Sequence[Mapping[str, str]], instructions: str) -> Role
 
 def schema_instructions(schema: Mapping[str, Any]) -> str:
     """What a prompt says of a schema that the answer must match."""
+    fields = schema.get("properties")
     described = "\n".join(
         f"- {name}: {' '.join(str(part['description']).split())}"
-        for name, part in (schema.get("properties") or {}).items()
+        for name, part in (fields.items() if isinstance(fields, dict) else ())
         if isinstance(part, dict) and part.get("description")
     )
     about = " ".join(str(schema.get("description") or "").split())
@@ -190,7 +199,10 @@ def schema_instructions(schema: Mapping[str, Any]) -> str:
 
 
 def signature_of(part: Any, root: Mapping[str, Any], depth: int = 0) -> str:
-    """A JSON schema in the shorthand of signatures: `{name: string, tags?: [string], kind: "a" | "b"}`."""
+    """A JSON schema in the shorthand of signatures: `{name: string, tags?: [string], kind: "a" | "b"}`.
+
+    Whatever is no schema in it is left out: what reads the schema as a grammar refuses it, with the reason.
+    """
     if not isinstance(part, dict) or depth > _MAX_DEPTH:
         return "any"
     if isinstance(reference := part.get("$ref"), str):
@@ -202,7 +214,8 @@ def signature_of(part: Any, root: Mapping[str, Any], depth: int = 0) -> str:
     fields = part.get("properties")
     if not isinstance(fields, dict):
         return str(part.get("type") or "any")
-    needed = part.get("required") or ()
+    needed = part.get("required")
+    needed = needed if isinstance(needed, list) else ()
     shown = (
         f"{name}{'' if name in needed else '?'}: {signature_of(value, root, depth + 1)}"
         for name, value in fields.items()
@@ -212,8 +225,9 @@ def signature_of(part: Any, root: Mapping[str, Any], depth: int = 0) -> str:
 
 def _alternatives(part: Mapping[str, Any], root: Mapping[str, Any], depth: int) -> list[str]:
     """The values or types among which a schema lets choose; empty where it does not."""
-    if "const" in part or "enum" in part:
-        return [json.dumps(value, ensure_ascii=False) for value in part.get("enum", [part.get("const")])]
+    values = part.get("enum", [part["const"]] if "const" in part else None)
+    if isinstance(values, list):
+        return [json.dumps(value, ensure_ascii=False) for value in values]
     options = part.get("anyOf") or part.get("oneOf")
     if isinstance(options, list):
         return [signature_of(option, root, depth) for option in options]

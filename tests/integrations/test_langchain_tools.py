@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,15 @@ from typing_extensions import TypedDict
 
 import langchain_polar
 from langchain_polar import ChatPolar, PolarLLM
-from polar_sdk import ListSink
-from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError
+from polar_sdk import ListSink, NullSink
+from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError, PolarError
+from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.frameworks.tools import CallReader, Tool, ToolUse, call_text, signature_of
 from polar_sdk.testing import scripted_model, tiny_model
 
 if TYPE_CHECKING:
     from polar_sdk import PolarModel
+    from polar_sdk.request.options import RequestOptions
 
 
 @tool
@@ -375,7 +378,72 @@ def test_a_text_that_looks_like_a_call_is_text() -> None:
         ({"type": "object", "properties": {"a": {}, "b": {"type": "null"}}, "required": ["a"]}, "{a: any, b?: null}"),
         ({"$ref": "#"}, "any"),
         (True, "any"),
+        # No schemas, which the engine refuses by their grammar.
+        ({"type": "object", "properties": {"a": {}}, "required": 5}, "{a?: any}"),
+        ({"enum": 5}, "any"),
     ],
 )
 def test_signatures(schema: Any, text: str) -> None:
     assert signature_of(schema, schema if isinstance(schema, dict) else {}) == text
+
+
+_FUNCTION: dict[str, Any] = {
+    "name": "weather",
+    "description": "Tell the weather.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/city"}, "days": {"anyOf": [{"type": "integer"}, {"enum": ["all"]}]}},
+        "required": ["city"],
+        "$defs": {"city": {"type": "array", "items": {"const": "x"}, "description": "where"}},
+    },
+}
+_OPTIONS: dict[str, Any] = {
+    "tools": [{"type": "function", "function": _FUNCTION}],
+    "tool_choice": {"type": "function", "function": {"name": "weather"}},
+    "parallel_tool_calls": True,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "description": "about", "schema": _FUNCTION["parameters"]},
+    },
+}
+_ANYTHING = st.recursive(
+    st.sampled_from([None, True, 5, -0.5, "", "auto", "weather", "object", "json_object", "#/$defs/city"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "$ref", "a"]), inner, max_size=2)
+    ),
+    max_leaves=3,
+)
+
+
+def _paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    within = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [before, *(path for key, part in within for path in _paths(part, (*before, key)))]
+
+
+def _replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = _replaced(value[path[0]], path[1:], new)
+    return copy
+
+
+@cache
+def _tiny() -> PolarModel:
+    return tiny_model(sink=NullSink(), context_window=4096)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.sets(st.sampled_from(sorted(_OPTIONS)), max_size=3))
+def test_whatever_stands_for_tools_and_schemas_is_taken_or_refused(data: st.DataObject, dropped: set[str]) -> None:
+    options: Any = {name: value for name, value in _OPTIONS.items() if name not in dropped}
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(_paths(options)[1:]))
+        options = _replaced(options, path, data.draw(_ANYTHING))
+    try:
+        form = AnswerForm.of(options)
+        roles = form.teach([{"role": "user", "content": "How is the weather in Köln?"}])
+        request: RequestOptions = {**form.options(), "max_tokens": 1}
+        _tiny().generate(roles, **request)
+    except PolarError:
+        pass
