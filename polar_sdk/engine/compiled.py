@@ -259,6 +259,7 @@ class CompiledKernels:
         self._max_one_by_one = {
             id(weights): _max_rows_one_by_one(weights) for weights in [*decoder.layers, decoder.ends]
         }
+        self.independent = not any(self._max_one_by_one.values()) and native.takes_heads(decoder.family.head_dim)
         self._decoders: dict[tuple[int, bool], Any] = {
             (id(weights), single): loaders.get((_decode_name(kind, single=single), self._signatures[id(weights)]))
             for weights, kind in zip(decoder.layers, decoder.family.kinds, strict=True)

@@ -45,6 +45,8 @@ class Kernels(Protocol):
 
     compiled: Compiled
     """How much is compiled. Kernels of one decoder that agree in this compute the same."""
+    independent: bool
+    """Whether `decode` and `head` compute the same for a token, to the bit, whatever tokens are beside it."""
 
     def decodes(self, tokens: int) -> bool:
         """Whether `decode` can be used for that many tokens together."""
@@ -95,6 +97,7 @@ class EagerKernels:
     """The family's functions as they stand."""
 
     compiled = Compiled.NOTHING
+    independent = False
 
     def __init__(self, family: Family) -> None:
         self._family = family

@@ -78,6 +78,11 @@ class Row:
             self.kernels = kernels or self.decoder.kernels
         return self.kernels
 
+    @property
+    def independent(self) -> bool:
+        """Whether it decodes the same, to the bit, whatever is beside it and however many tokens run at a time."""
+        return (self.kernels or self.decoder.kernels).independent and not self.program.bridges
+
     def piece(self, new: int, wanted: int | None) -> Piece:
         """The next pass, with that many new tokens, the last `wanted` of which are wanted; None = all of them."""
         end = self.length + new

@@ -15,8 +15,6 @@ from collections import deque
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-import torch
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -204,14 +202,14 @@ class Drafts:
                 hits.tried(self._proposal.match, drafted, max(brought - 1, 0))
 
 
-def drafts_of(prompt: Sequence[int], speculate: Speculate, sampling: Sampling, dtype: torch.dtype) -> Drafts | None:
+def drafts_of(prompt: Sequence[int], speculate: Speculate, sampling: Sampling, *, repeats: bool) -> Drafts | None:
     """The drafts of a request, or None.
 
-    `auto` leaves a sampled answer with a seed alone, unless it is computed in float32: passes of several sizes are
-    rounded differently, and when a pass is wide depends on the time that others took.
+    `auto` leaves a sampled answer with a seed alone, unless passes of any size compute the same (`repeats`), or in
+    float32 nearly so: when a pass is wide depends on the time that others took.
     """
     seeded = sampling.temperature > 0 and sampling.seed is not None
-    if speculate == "off" or (speculate == "auto" and seeded and dtype != torch.float32):
+    if speculate == "off" or (speculate == "auto" and seeded and not repeats):
         return None
     return Drafts(prompt, speculate)
 

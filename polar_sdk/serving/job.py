@@ -118,7 +118,8 @@ class Job:
         """One per prompt token after the first, where the request wants them."""
         self.grammar = _start_grammar(request)
         """Where the answer is in its grammar; None = it has none."""
-        self.drafts = drafts_of(request.tokens, request.speculate, request.sampling, decoder.dtype)
+        repeats = self.row.independent or decoder.dtype.itemsize == 4
+        self.drafts = drafts_of(request.tokens, request.speculate, request.sampling, repeats=repeats)
         """What proposes its next tokens; None = nothing does."""
         self.needs_logits = any(each is not None for each in (request.logits_hook, request.logprobs, self.grammar))
         """True if the request has a hook or a grammar or wants log-probabilities: `sample` chooses its tokens."""
@@ -385,6 +386,8 @@ class Job:
             return True
         if self.row.breached:
             return False
+        if self.row.independent:
+            return True
         if self.sampler.greedy and self.grammar is not None:
             allowed = self.grammar.restrict(logits)
             near = near_ties(allowed[None], [float(allowed.max())], self.row.decoder.dtype)[0]

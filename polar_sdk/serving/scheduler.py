@@ -403,7 +403,8 @@ class Scheduler:
     def _judge(self, jobs: Sequence[Job], pieces: Sequence[Sequence[int]], logits: Tensor) -> None:
         """The next tokens of each job of a pass with drafts, from logits (N, V); errors as in `_choose`."""
         likeliest, highest = likeliest_tokens(logits)
-        unsure = near_ties(logits, highest, self.decoder.dtype)
+        sure = all(job.row.independent for job in jobs)
+        unsure = [False] * len(highest) if sure else near_ties(logits, highest, self.decoder.dtype)
         for job, piece, own in zip(jobs, pieces, spans(pieces), strict=True):
             results = (logits[own], likeliest[own], highest[own], unsure[own])
             self._attempt([job], partial(job.judge, piece, *results, self._hits, self._count_token))

@@ -183,7 +183,12 @@ def product_int4(x: Tensor, packed: Tensor, scales_zeros: Tensor) -> Tensor:
 
 def can_attend(query: Tensor) -> bool:
     """Whether `attend_pages` and `attend_prompt` can be used for queries (…, d)."""
-    return bool(version(query.dtype, query.device)) and query.shape[-1] % _HEAD_STEP == 0
+    return bool(version(query.dtype, query.device)) and takes_heads(query.shape[-1])
+
+
+def takes_heads(size: int) -> bool:
+    """Whether the kernels for attention take heads of that size."""
+    return size % _HEAD_STEP == 0
 
 
 def attend_pages(query: Tensor, store: Tensor, table: Tensor, positions: Tensor, kind: AttentionKind) -> Tensor:
