@@ -205,8 +205,14 @@ class Drafts:
 def drafts_of(prompt: Sequence[int], speculate: Speculate, sampling: Sampling, *, repeats: bool) -> Drafts | None:
     """The drafts of a request, or None.
 
-    `auto` leaves a sampled answer with a seed alone, unless passes of any size compute the same (`repeats`), or in
-    float32 nearly so: when a pass is wide depends on the time that others took.
+    `auto` leaves a sampled answer with a seed alone where it might not repeat: when a pass is wide depends on the time
+    that others took.
+
+    Args:
+        prompt: Its tokens.
+        speculate: How it drafts.
+        sampling: How its tokens are chosen.
+        repeats: Whether passes of any size compute the same, or so nearly that it does not show.
     """
     seeded = sampling.temperature > 0 and sampling.seed is not None
     if speculate == "off" or (speculate == "auto" and seeded and not repeats):

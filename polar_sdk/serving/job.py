@@ -118,7 +118,7 @@ class Job:
         """One per prompt token after the first, where the request wants them."""
         self.grammar = _start_grammar(request)
         """Where the answer is in its grammar; None = it has none."""
-        repeats = self.row.independent or decoder.dtype.itemsize == 4
+        repeats = self.row.independent or decoder.dtype.itemsize == 4  # float32
         self.drafts = drafts_of(request.tokens, request.speculate, request.sampling, repeats=repeats)
         """What proposes its next tokens; None = nothing does."""
         self.needs_logits = any(each is not None for each in (request.logits_hook, request.logprobs, self.grammar))

@@ -24,6 +24,7 @@ from polar_sdk.errors import IncompleteAnswerError, InvalidRequestError, PolarEr
 from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.frameworks.tools import CallReader, Tool, ToolUse, call_text, signature_of
 from polar_sdk.testing import scripted_model, tiny_model
+from tests.integrations.conftest import paths_of, replaced
 
 if TYPE_CHECKING:
     from polar_sdk import PolarModel
@@ -415,19 +416,6 @@ _ANYTHING = st.recursive(
 )
 
 
-def _paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    within = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [before, *(path for key, part in within for path in _paths(part, (*before, key)))]
-
-
-def _replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    if not path:
-        return new
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = _replaced(value[path[0]], path[1:], new)
-    return copy
-
-
 @cache
 def _tiny() -> PolarModel:
     return tiny_model(sink=NullSink(), context_window=4096)
@@ -438,8 +426,8 @@ def _tiny() -> PolarModel:
 def test_whatever_stands_for_tools_and_schemas_is_taken_or_refused(data: st.DataObject, dropped: set[str]) -> None:
     options: Any = {name: value for name, value in _OPTIONS.items() if name not in dropped}
     for _ in range(data.draw(st.integers(1, 3))):
-        path = data.draw(st.sampled_from(_paths(options)[1:]))
-        options = _replaced(options, path, data.draw(_ANYTHING))
+        path = data.draw(st.sampled_from(paths_of(options)[1:]))
+        options = replaced(options, path, data.draw(_ANYTHING))
     try:
         form = AnswerForm.of(options)
         roles = form.teach([{"role": "user", "content": "How is the weather in Köln?"}])

@@ -19,6 +19,7 @@ from polar_sdk import NullSink
 from polar_sdk.testing import tiny_model
 from polar_server import Settings
 from polar_server.openai import chat, completions, responses
+from tests.integrations.conftest import paths_of, replaced
 from tests.integrations.server.conftest import Served
 from tests.integrations.server.test_responses import WEATHER as FLAT
 from tests.integrations.server.test_tools_over_http import WEATHER
@@ -111,21 +112,6 @@ def check(served: Served, method: str, path: str, content: bytes | None) -> None
         assert set(body["error"]) == {"message", "type", "param", "code"}
         assert len(body["error"]["message"]) < 2_000
         assert headers["x-request-id"]
-
-
-def paths_of(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON value."""
-    within = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [before, *(path for key, part in within for path in paths_of(part, (*before, key)))]
-
-
-def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """The value with another one at a place."""
-    if not path:
-        return new
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = replaced(value[path[0]], path[1:], new)
-    return copy
 
 
 @pytest.mark.parametrize("endpoint", list(_BODIES))

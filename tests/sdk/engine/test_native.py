@@ -212,13 +212,18 @@ def _decoder(precision: str = "bf16") -> Decoder:
     return build_decoder(model, precision=precision, kv_memory=1 << 24)
 
 
+def _compiled(packages: Path, precision: str = "bf16") -> Decoder:
+    torch.set_num_threads(1)  # code is compiled for a number of threads
+    decoder = _decoder(precision)
+    kernels = load_kernels(decoder, packages, build=True)
+    assert kernels is not None
+    decoder.kernels = kernels
+    return decoder
+
+
 @pytest.mark.usefixtures("native")
 def test_compiled_layers_compute_what_eager_ones_do(packages: Path, logits_of: LogitsOf) -> None:
-    torch.set_num_threads(1)
-    eager, compiled = _decoder(), _decoder()
-    kernels = load_kernels(compiled, packages, build=True)
-    assert kernels is not None
-    compiled.kernels = kernels
+    eager, compiled = _decoder(), _compiled(packages)
     cases: list[tuple[list[str], list[int]]] = [
         (["0-2"], [70]),
         (["0-2", "0 2", "0 1 1 2"], [3, 130, 64]),
@@ -237,11 +242,7 @@ def test_compiled_layers_compute_what_eager_ones_do(packages: Path, logits_of: L
 @torch.inference_mode()
 def test_what_a_row_decodes_does_not_depend_on_the_rows_beside_it(packages: Path) -> None:
     """To the bit, alone or beside rows of other lengths and programs."""
-    torch.set_num_threads(1)
-    decoder = _decoder()
-    kernels = load_kernels(decoder, packages, build=True)
-    assert kernels is not None
-    decoder.kernels = kernels
+    decoder = _compiled(packages)
     programs, lengths = ["0-2", "0 2", "0 1 1 2", "0-2", "0-1"], [70, 3, 130, 64, 1]
     prompts = [[(7 * place + row) % 256 for place in range(length)] for row, length in enumerate(lengths)]
 
@@ -294,12 +295,8 @@ def _bytes(decoder: Decoder) -> int:
 
 @pytest.mark.usefixtures("native")
 def test_compiled_layers_of_integers_compute_what_eager_ones_do(packages: Path, logits_of: LogitsOf) -> None:
-    torch.set_num_threads(1)
-    eager, compiled = _decoder("int4"), _decoder("int4")
+    eager, compiled = _decoder("int4"), _compiled(packages, "int4")
     assert any(isinstance(value, Int4) for value in compiled.layers[0].values())
-    kernels = load_kernels(compiled, packages, build=True)
-    assert kernels is not None
-    compiled.kernels = kernels
     ours, theirs = (logits_of(decoder, ["0 2 1"], [70], 4) for decoder in (compiled, eager))
     error = (ours - theirs).abs().mean()  # both round in bfloat16
     assert error < 0.04 * theirs.std(), f"mean {error:.3g}, spread {theirs.std():.3g}"
