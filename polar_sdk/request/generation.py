@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
-from inspect import GEN_RUNNING, getgeneratorstate
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
@@ -156,25 +155,20 @@ class _Stream(Generator["Chunk", None, None]):
 
     It is not a Python generator with a `finally`, because the garbage collector closes those, in whatever thread it
     happens to run. A stream that is dropped takes its recorder with it, which knows how to end there.
+
+    Its `__next__` is that of the generator inside, which handles whatever is raised in it: a method of Python here
+    would have a first step, where a signal handler may raise before anything can be done about it.
     """
+
+    __slots__ = ("__next__", "__weakref__", "_chunks", "_process", "_recorder")
 
     def __init__(self, model: LoadedModel, request: Request, sink: UsageSink, guard: LoopGuard | None) -> None:
         self._recorder = Recorder(model, sink)
-        self._chunks = _chunks(model, request, sink, guard, self._recorder)
         self._process = os.getpid()
-
-    def __next__(self) -> Chunk:
-        if self._process != os.getpid():
-            raise InvalidRequestError(
-                f"a stream of process {self._process} cannot be read in process {os.getpid()}, forked from it.",
-                hint="Start the stream in the process that reads it.",
-            )
-        try:
-            return next(self._chunks)
-        except BaseException as failure:
-            if getgeneratorstate(self._chunks) != GEN_RUNNING:  # else another thread is reading
-                self._recorder.end(failure)  # a further signal may have cut the first call short
-            raise
+        chunks = _chunks(model, request, sink, guard, self._recorder, self._process)
+        # Twice: a further signal may cut the first of them short.
+        self._chunks = _recorded(_recorded(chunks, self._recorder), self._recorder)
+        self.__next__ = self._chunks.__next__  # type: ignore[method-assign]
 
     def send(self, value: None) -> Chunk:
         """As `next`."""
@@ -205,28 +199,46 @@ class _Stream(Generator["Chunk", None, None]):
 
 
 def _chunks(
-    model: LoadedModel, request: Request, sink: UsageSink, guard: LoopGuard | None, recorder: Recorder
+    model: LoadedModel,
+    request: Request,
+    sink: UsageSink,
+    guard: LoopGuard | None,
+    recorder: Recorder,
+    process: int,
 ) -> Generator[Chunk, None, None]:
+    _check_process(process)
+    sink.check()
+    (request,) = recorder.admit([request])
+    job = Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, max_ahead=AHEAD, model=model.name)
+    recorder.begin([job])
+    model.scheduler.submit([job])
+    last = Piece("", None, last=True)
+    for piece in job.pieces():
+        if piece.last:
+            last = piece
+        else:
+            yield Chunk(piece.text, None, piece.logprobs)
+            _check_process(process)
+    yield Chunk(last.text, _generation(job, recorder), last.logprobs)
+
+
+def _recorded(chunks: Generator[Chunk, None, None], recorder: Recorder) -> Generator[Chunk, None, None]:
     try:
-        sink.check()
-        (request,) = recorder.admit([request])
-        job = Job(
-            request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, max_ahead=AHEAD, model=model.name
-        )
-        recorder.begin([job])
-        model.scheduler.submit([job])
-        last = Piece("", None, last=True)
-        for piece in job.pieces():
-            if piece.last:
-                last = piece
-            else:
-                yield Chunk(piece.text, None, piece.logprobs)
-        yield Chunk(last.text, _generation(job, recorder), last.logprobs)
+        yield from chunks
     except GeneratorExit:
         raise  # by `close`, which ends the recorder, or by the garbage collector, which must not wait
     except BaseException as failure:
         recorder.end(failure)
         raise
+
+
+def _check_process(process: int) -> None:
+    """A generator runs on in a forked child, whose jobs nobody computes."""
+    if process != os.getpid():
+        raise InvalidRequestError(
+            f"a stream of process {process} cannot be read in process {os.getpid()}, forked from it.",
+            hint="Start the stream in the process that reads it.",
+        )
 
 
 def _generation(job: Job, recorder: Recorder) -> Generation:
