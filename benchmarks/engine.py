@@ -101,6 +101,7 @@ class Bench:
                     device=self.device,
                     compile=compile,
                     ledger=None,
+                    speculate="off",  # but where drafts are measured: what a pass takes is compared
                 )
             )
         return self._models[precision]

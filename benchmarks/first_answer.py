@@ -66,7 +66,7 @@ def first_minutes(name: str | None, limit: float) -> dict[str, float]:
     from polar_sdk import PolarModel
 
     begin = time.perf_counter()
-    model = PolarModel.from_pretrained(name, device="cpu", precision="bf16", ledger=None)
+    model = PolarModel.from_pretrained(name, device="cpu", precision="bf16", ledger=None, speculate="off")
     loaded = time.perf_counter()
     uncompiled: list[float] = []
     answers: list[float] = []

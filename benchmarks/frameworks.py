@@ -50,7 +50,7 @@ def main() -> None:
     for compiled in (True, False):
         model = apart(
             lambda compiled=compiled: PolarModel.from_pretrained(  # type: ignore[misc]
-                args.model, device=args.device, compile=compiled, ledger=None
+                args.model, device=args.device, compile=compiled, ledger=None, speculate="off"
             )
         )
         _throughput(

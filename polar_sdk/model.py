@@ -69,7 +69,7 @@ class PolarModel:
         sink: UsageSink | None = None,
         tenant: str = "default",
         tags: Mapping[str, str] | None = None,
-        speculate: Speculate = "off",
+        speculate: Speculate | None = None,
     ) -> None:
         self._loaded = loaded
         if bridges is not None:  # first, since a tier's program may use them
@@ -88,6 +88,7 @@ class PolarModel:
             tenant=tenant,
             tags=dict(tags or {}),
             speculate=check_speculate(speculate),
+            drafts_are_exact=lambda: loaded.decoder.kernels.independent,
         )
         # A policy named by the caller says what the tiers are; then no router is looked for.
         self.router = find_router(router, self, look=policy is None)

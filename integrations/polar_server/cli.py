@@ -70,7 +70,7 @@ def serve(
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
-    speculate: opt.SpeculateMode = "off",
+    speculate: opt.SpeculateMode = None,
     policy: opt.PolicyFile = None,
     router: opt.RouterFolder = None,
     ledger: opt.Ledger = None,

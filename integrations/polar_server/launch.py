@@ -46,7 +46,7 @@ class Launch:
     device: str = "auto"
     device_map: str | None = None
     precision: str = "auto"
-    speculate: str = "off"
+    speculate: str | None = None
     policy: str | None = None
     router: str | None = None
     ledger: str | None = None
@@ -103,7 +103,7 @@ class Launch:
             device=self.device,
             device_map=self.device_map,
             precision=self.precision,
-            speculate=cast("Speculate", self.speculate),
+            speculate=cast("Speculate | None", self.speculate),
             policy=self.policy,
             router=self.router,
             ledger=self.ledger,

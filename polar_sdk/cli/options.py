@@ -33,7 +33,13 @@ TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens up t
 TopK = Annotated[int, typer.Option(help="Sample from the N likeliest tokens; 0 = all.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 SpeculateMode = Annotated[
-    str, typer.Option("--speculate", help="Draft tokens that followed before: off, auto (where it pays) or prompt.")
+    str | None,
+    typer.Option(
+        "--speculate",
+        help="Draft tokens that followed before: off, auto (where it pays) or prompt; default: auto where the answer "
+        "is the same to the bit.",
+        show_default=False,
+    ),
 ]
 Tenant = Annotated[str, typer.Option(help="Who is billed.")]
 Tags = Annotated[list[str] | None, typer.Option("--tag", help="key=value, put on the usage record; may be repeated.")]
@@ -104,7 +110,7 @@ def _request(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
-    speculate: SpeculateMode = "off",
+    speculate: SpeculateMode = None,
 ) -> dict[str, Any]:
     return {
         "compute": compute_of(compute),

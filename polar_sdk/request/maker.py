@@ -67,7 +67,10 @@ class RequestMaker:
     router: Router | None
     tenant: str
     tags: Mapping[str, str]
-    speculate: Speculate
+    speculate: Speculate | None
+    """Where a request does not say it; None = as `auto` where drafts change no answer, to the bit."""
+    drafts_are_exact: Callable[[], bool]
+    """Whether that may be so of a row that starts now."""
 
     def make(self, prompt: Prompt, options: RequestOptions) -> Request:
         """Check a prompt and its options.
@@ -108,7 +111,7 @@ class RequestMaker:
             logprobs=check_logprobs(options.get("logprobs")),
             prompt_logprobs=scored,
             grammar=self._grammar(options, max_tokens),
-            speculate=check_speculate(or_default(options.get("speculate"), self.speculate)),
+            speculate=self._speculate(options.get("speculate")),
             fit_max_tokens=bool(options.get("fit_max_tokens", True)),
             tiers=tiers if scored is None else {name: own for name, own in tiers.items() if not own.fills},
             # Last, since it may run layers: a prompt that does not fit, or an invalid option, costs nothing.
@@ -138,6 +141,10 @@ class RequestMaker:
                     f"{times} prompts have the request_id {request_id!r}; pass each its own in each=."
                 )
         return requests
+
+    def _speculate(self, asked: Speculate | None) -> Speculate | None:
+        speculate = check_speculate(or_default(asked, self.speculate))
+        return speculate if speculate is not None or self.drafts_are_exact() else "off"
 
     def _route(self, router: Router, tokens: tuple[int, ...], *, scored: bool) -> Route:
         route = router.route(tokens)

@@ -58,8 +58,9 @@ class ModelOptions(LoadOptions, total=False):
     """Who is billed for requests that name no tenant."""
     tags: Mapping[str, str] | None
     """Tags of every request."""
-    speculate: Speculate
-    """`off`, the default, `auto` or `prompt`: whether requests that do not say so draft tokens."""
+    speculate: Speculate | None
+    """`auto`, `prompt` or `off`: whether requests that do not say so draft tokens. None, the default: as `auto` where
+    the answer is the same to the bit, else `off`."""
 
 
 class RequestOptions(TypedDict, total=False):
@@ -214,11 +215,11 @@ def check_logprobs(logprobs: Any, name: str = "logprobs") -> int | None:
     return count
 
 
-def check_speculate(speculate: Any) -> Speculate:
-    """`auto`, `off` or `prompt`."""
-    if speculate not in _SPECULATE:
-        raise InvalidRequestError(f"speculate={shown(speculate)} is unknown; use {', '.join(_SPECULATE)}.")
-    checked: Speculate = speculate
+def check_speculate(speculate: Any) -> Speculate | None:
+    """`auto`, `off`, `prompt` or None."""
+    if speculate is not None and speculate not in _SPECULATE:
+        raise InvalidRequestError(f"speculate={shown(speculate)} is unknown; use {', '.join(_SPECULATE)} or None.")
+    checked: Speculate | None = speculate
     return checked
 
 

@@ -202,7 +202,9 @@ class Drafts:
                 hits.tried(self._proposal.match, drafted, max(brought - 1, 0))
 
 
-def drafts_of(prompt: Sequence[int], speculate: Speculate, sampling: Sampling, *, repeats: bool) -> Drafts | None:
+def drafts_of(
+    prompt: Sequence[int], speculate: Speculate | None, sampling: Sampling, *, exact: bool, repeats: bool
+) -> Drafts | None:
     """The drafts of a request, or None.
 
     `auto` leaves a sampled answer with a seed alone where it might not repeat: when a pass is wide depends on the time
@@ -210,10 +212,13 @@ def drafts_of(prompt: Sequence[int], speculate: Speculate, sampling: Sampling, *
 
     Args:
         prompt: Its tokens.
-        speculate: How it drafts.
+        speculate: How it drafts; None = as `auto` where passes of any size compute the same.
         sampling: How its tokens are chosen.
-        repeats: Whether passes of any size compute the same, or so nearly that it does not show.
+        exact: Whether they do, to the bit.
+        repeats: Whether they do, or so nearly that it does not show.
     """
+    if speculate is None:
+        speculate = "auto" if exact else "off"
     seeded = sampling.temperature > 0 and sampling.seed is not None
     if speculate == "off" or (speculate == "auto" and seeded and not repeats):
         return None

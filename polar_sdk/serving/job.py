@@ -118,8 +118,10 @@ class Job:
         """One per prompt token after the first, where the request wants them."""
         self.grammar = _start_grammar(request)
         """Where the answer is in its grammar; None = it has none."""
-        repeats = self.row.independent or decoder.dtype.itemsize == 4  # float32
-        self.drafts = drafts_of(request.tokens, request.speculate, request.sampling, repeats=repeats)
+        exact, float32 = self.row.independent, decoder.dtype.itemsize == 4
+        self.drafts = drafts_of(
+            request.tokens, request.speculate, request.sampling, exact=exact, repeats=exact or float32
+        )
         """What proposes its next tokens; None = nothing does."""
         self.needs_logits = any(each is not None for each in (request.logits_hook, request.logprobs, self.grammar))
         """True if the request has a hook or a grammar or wants log-probabilities: `sample` chooses its tokens."""

@@ -51,8 +51,8 @@ class Request:
     """Number of alternatives per prompt token whose log-probabilities are wanted; None = none are."""
     grammar: Grammar | None = None
     """What the answer must match; None = anything."""
-    speculate: Speculate = "off"
-    """Whether tokens are drafted; see `drafts`."""
+    speculate: Speculate | None = None
+    """Whether tokens are drafted; see `drafts_of`."""
     fit_max_tokens: bool = True
     """Whether an answer with a grammar is steered to an end within `max_tokens`."""
     id_is_new: bool = False

@@ -196,10 +196,26 @@ def test_costs_are_guessed_until_they_are_measured() -> None:
 
 def test_a_seeded_answer_keeps_to_itself_where_passes_are_rounded_differently() -> None:
     seeded = Sampling(temperature=1, seed=3)
-    assert drafts_of([1], "auto", seeded, repeats=False) is None
-    assert drafts_of([1], "auto", seeded, repeats=True) is not None
-    assert drafts_of([1], "auto", Sampling(seed=3), repeats=False) is not None
-    assert drafts_of([1], "off", Sampling(), repeats=True) is None
+    assert drafts_of([1], "auto", seeded, exact=False, repeats=False) is None
+    assert drafts_of([1], "auto", seeded, exact=False, repeats=True) is not None
+    assert drafts_of([1], "auto", Sampling(seed=3), exact=False, repeats=False) is not None
+    assert drafts_of([1], "off", Sampling(), exact=True, repeats=True) is None
+
+
+def test_by_default_drafts_are_made_where_they_change_nothing() -> None:
+    assert drafts_of([1], None, Sampling(), exact=False, repeats=True) is None
+    drafts = drafts_of([1], None, Sampling(), exact=True, repeats=True)
+    assert drafts is not None
+    assert not drafts.always
+
+
+def test_where_they_cannot_be_exact_nothing_is_held_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(**options: Any) -> int:
+        return repeating().bound("abc", max_tokens=9, **options).offers[0].drafts_bound
+
+    assert held(speculate="auto") > held() == held(speculate="off") == 0
+    monkeypatch.setattr(EagerKernels, "independent", True)
+    assert held() == held(speculate="auto")
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
