@@ -270,7 +270,7 @@ class PolarModel:
         return stream(self._loaded, self._maker.make(prompt, options), self.sink, self.policy.loop_guard)
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generation:
-        """`generate` without blocking the event loop; cancelling the task stops compute within one token."""
+        """`generate` without blocking the event loop; cancelling the task stops compute within one pass."""
         return await run_in_thread(
             lambda cancel: self.generate(prompt, **ending_on(cancel, options)), options.get("cancel")
         )
@@ -282,13 +282,13 @@ class PolarModel:
         each: Sequence[RequestOptions] | None = None,
         **options: Unpack[RequestOptions],
     ) -> list[Generation]:
-        """`generate_batch` without blocking the event loop; cancelling the task stops all rows within one token."""
+        """`generate_batch` without blocking the event loop; cancelling the task stops all rows within one pass."""
         return await run_in_thread(
             lambda cancel: self.generate_batch(prompts, each=each, **ending_on(cancel, options)), options.get("cancel")
         )
 
     def astream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncIterator[Chunk]:
-        """`stream` without blocking the event loop; leaving the iteration stops compute within one token."""
+        """`stream` without blocking the event loop; leaving the iteration stops compute within one pass."""
         return iterate_in_thread(
             lambda cancel: self.stream(prompt, **ending_on(cancel, options)), options.get("cancel")
         )

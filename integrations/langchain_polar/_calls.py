@@ -153,7 +153,7 @@ class Call:
             return [_noted(span, one) for one in self.engine.generate_batch(prompts, each=each, **self.options)]
 
     async def aanswer_batch(self, prompts: Sequence[Prompt], callers: Sequence[Caller]) -> list[Generation]:
-        """As `answer_batch`, without blocking the event loop; a cancelled task stops every row within one token."""
+        """As `answer_batch`, without blocking the event loop; a cancelled task stops every row within one pass."""
         with langchain_errors():
             span, each = CallSpan(self.tracing), [caller.as_options() for caller in callers]
             return [_noted(span, one) for one in await self.engine.agenerate_batch(prompts, each=each, **self.options)]

@@ -101,7 +101,7 @@ class Answer:
         return sum(record.tokens.input + record.tokens.output for record in records)
 
     def leave(self) -> None:
-        """The reader has left: stop computing, within one token or one piece of a prompt."""
+        """The reader has left: stop computing, within one pass or one piece of a prompt."""
         self._cancel.set()
 
     def stop(self) -> None:

@@ -118,7 +118,7 @@ def footer(generation: Generation) -> str:
         f"program {usage.program}",
         f"{usage.tokens.input}+{usage.tokens.output} tokens",
         f"{usage.flops.total / 1e9:,.2f} GFLOP (prompt {usage.flops.prompt / 1e9:,.2f}, "
-        f"answer {usage.flops.answer / 1e9:,.2f}; {saved:+.1%} saved)",
+        f"answer {usage.flops.answer / 1e9:,.2f}; {saved:+z.1%} saved)",
         f"{usage.compute_units:.6f} CU",
     ]
     if usage.tokens.drafted:

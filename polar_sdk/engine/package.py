@@ -161,9 +161,12 @@ def _build(exported: Any, path: Path, *, trusting: bool) -> None:
 
 
 def open_package(path: Path) -> Any:
-    """The code in a package file, which runs tensors; raises errors of any class where it cannot be opened."""
-    with compiler_options():  # opening asks for instruction sets, too
-        return torch._inductor.aoti_load_package(str(path)).loader
+    """The code in a package file, which runs tensors; raises errors of any class where it cannot be opened.
+
+    `torch._inductor.aoti_load_package` comes to the same object, but loads most of the compiler on its way, a second of
+    each start, and asks the C++ compiler for instruction sets, so that one must be there.
+    """
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
 
 
 @contextmanager
@@ -213,5 +216,5 @@ def environment() -> str:
     for module in _SOURCES:
         digest.update(inspect.getsource(module).encode())
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return f"{digest.hexdigest()}|{torch.__version__}|{cpu}|{torch.get_num_threads()}|{cuda}"
+    machine = f"{torch.backends.cpu.get_cpu_capability()}|{polar_sdk.engine.native.processor()}|{cuda}"
+    return f"{digest.hexdigest()}|{torch.__version__}|{torch.get_num_threads()}|{machine}"

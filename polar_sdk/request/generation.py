@@ -191,7 +191,7 @@ class _Stream(Generator["Chunk", None, None]):
             raise
 
     def close(self) -> None:
-        """Stop compute within one token and record what ran; in a forked child, do nothing."""
+        """Stop compute within one pass and record what ran; in a forked child, do nothing."""
         if self._process != os.getpid():
             return
         self._chunks.close()

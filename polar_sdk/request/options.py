@@ -118,7 +118,7 @@ class RequestOptions(TypedDict, total=False):
     """Idempotency key of the usage record. The meter refuses one that was used before, before compute. None = a new
     UUIDv7."""
     cancel: Cancel | None
-    """Set it from any thread: the request ends within one token."""
+    """Set it from any thread: the request ends within one pass."""
     timeout: float | None
     """Max time from the creation of the request to its last token; then `RequestTimeoutError`. Unit: seconds."""
 

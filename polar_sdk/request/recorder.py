@@ -228,7 +228,7 @@ class _Records:
                 with suppress(Exception):  # any sink, any error: jobs must be recorded, and a hold expires by itself
                     self._sink.release(request.tenant, request.request_id)
             for job in self._unrecorded():
-                self._model.scheduler.settle(job)  # at most one token
+                self._model.scheduler.settle(job)  # at most one pass
                 try:
                     # The same record under the same id: if an attempt stored it after all, nothing is counted twice.
                     self._receipts[job] = self._sink.emit(self._final(job, failure))

@@ -391,7 +391,8 @@ class Scheduler:
     def _drafted(self, jobs: Sequence[Job]) -> list[list[int]]:
         """The tokens that each job runs next: the one sampled last, and drafts as far as rows are idle and it pays."""
         pieces = [job.tokens[-1:] for job in jobs]
-        proposals = [job.propose(MAX_ROWS - len(jobs)) for job in jobs]
+        idle = MAX_ROWS - len(jobs)
+        proposals = [job.propose(idle) for job in jobs] if idle > 0 else []
         if any(proposals):
             plan = Plan([job.drafts for job in jobs], self._pass_costs, self._hits)
             for job, piece, proposal, drafted in zip(jobs, pieces, proposals, plan.counts, strict=True):

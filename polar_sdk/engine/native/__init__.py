@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import platform
 import sys
 import tempfile
 from functools import cache
@@ -44,13 +45,18 @@ def _supported() -> bool:
 def _key() -> str:
     """Name of the library on disk, from its source, torch, and the processor that it is compiled for."""
     source = "".join(file.read_text() for file in sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")]))
-    return hashlib.sha256(f"{source}|{torch.__version__}|{_processor()}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{source}|{torch.__version__}|{processor()}".encode()).hexdigest()[:32]
 
 
-def _processor() -> str:
-    """Vendor and instruction sets of the processor; the library may use any of them."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return "".join(sorted({line for line in lines if line.startswith(("vendor_id", "flags"))}))
+@cache
+def processor() -> str:
+    """Vendor and instruction sets of the processor: what is compiled for it may use any of them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    names = ("vendor_id", "flags", "CPU implementer", "CPU part", "Features")  # the last three are Arm's
+    return "".join(sorted({line for line in lines if line.startswith(names)}))
 
 
 @cache
@@ -59,7 +65,7 @@ def _pairs() -> bool:
 
     On AMD cores it does twice the work of a float32 product in the same time; on Intel cores it takes 4 times as long.
     """
-    return "AuthenticAMD" in _processor()
+    return "AuthenticAMD" in processor()
 
 
 def load_library(folder: Path, dtype: torch.dtype, device: torch.device, *, build: bool) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from polar_sdk.engine import package
+from polar_sdk.engine import native, package
 from polar_sdk.engine.compiled import CompiledKernels, load_kernels, parts
 from polar_sdk.engine.decoder import Decoder, build_decoder
 from polar_sdk.engine.eager import Compiled, EagerKernels
@@ -178,6 +179,29 @@ def test_nothing_on_disk_and_no_permission_to_build(tmp_path: Path) -> None:
     assert load_kernels(_decoder(), tmp_path, build=False) is None
 
 
+OPENING = """
+import sys
+from pathlib import Path
+from polar_sdk.engine.compiled import load_kernels
+from tests.sdk.engine.test_compiled import _decoder
+print(load_kernels(_decoder(), Path(sys.argv[1]), build=False) is not None)
+"""
+
+
+@pytest.mark.usefixtures("decoder")
+def test_a_machine_without_a_compiler_opens_what_another_one_compiled(packages: Path, tmp_path: Path) -> None:
+    shutil.copytree(packages, tmp_path, dirs_exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, "-c", OPENING, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "CXX": "no-such-compiler", **threads},
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 @pytest.mark.parametrize("damage", [b"", b"not a package", None])
 @pytest.mark.usefixtures("decoder")
 def test_a_damaged_package_is_rebuilt(packages: Path, tmp_path: Path, damage: bytes | None) -> None:
@@ -261,6 +285,9 @@ def test_a_key_names_all_that_the_code_depends_on(monkeypatch: pytest.MonkeyPatc
         assert keys.isdisjoint(_keys(_decoder()))
     with monkeypatch.context() as patched:
         patched.setattr(torch, "get_num_threads", lambda: 77)
+        assert keys.isdisjoint(_keys(_decoder()))
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "processor", lambda: "another")
         assert keys.isdisjoint(_keys(_decoder()))
     assert keys == _keys(_decoder())
 
