@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polar_sdk import Program
+from polar_sdk.lab.items import PromptItem, builtin_items
 
 if TYPE_CHECKING:
     from polar_sdk import PolarModel
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from polar_sdk.serving.drafts import Speculate
 
 ANSWER: Final = 64
+ASKED_BEFORE, ASKED = 80, 24
+"""Questions of `measure_after_others`: those before, and those that are compared."""
+_CHATS: Final = ("chat", "how-to")
+"""Kinds of the package's own prompts that they are."""
 _NOTES: Final = (
     "Notes of the meeting of 12 March. Present: Ana Ruiz, Ben Okafor, Chloe Martin, Dev Patel. The roof of the "
     "east hall leaks above the stage. Dev has two offers: Hartmann Roofing asks 18,400 euros and can begin on 2 "
@@ -111,31 +116,41 @@ def measure(model: PolarModel, kind: str, rounds: int, speculate: Speculate) -> 
         rounds: Times each prompt is answered either way.
         speculate: How drafts are made.
     """
-    pairs = []
-    for number in range(rounds):
-        for place, prompt in enumerate(KINDS[kind][1]):
-            modes: tuple[Speculate, Speculate] = ("off", speculate) if (number + place) % 2 else (speculate, "off")
-            runs = {
-                mode: model.generate(
-                    prompt,
-                    max_tokens=ANSWER,
-                    program=Program.identity(model.depth),
-                    speculate=mode,
-                    tenant=f"{kind} {number} {place} {mode}",
-                )
-                for mode in modes
-            }
-            plain, drafted = runs["off"], runs[speculate]
-            passes = max(drafted.usage.visits.decode, default=0)
-            pairs.append(
-                Pair(
-                    _speed(drafted),
-                    _speed(plain),
-                    (len(drafted.token_ids) - 1) / max(passes, 1),
-                    drafted.token_ids == plain.token_ids,
-                )
-            )
-    return pairs
+    return [
+        _pair(model, prompt, speculate, f"{kind} {number} {place}", drafts_first=(number + place) % 2 == 0)
+        for number in range(rounds)
+        for place, prompt in enumerate(KINDS[kind][1])
+    ]
+
+
+def measure_after_others(model: PolarModel, speculate: Speculate) -> list[Pair]:
+    """Answer new questions of a tenant that has asked others before, and whose answers may be drafted from those.
+
+    Args:
+        model: What answers.
+        speculate: How drafts are made.
+    """
+    questions = [item.prompt for item in builtin_items() if isinstance(item, PromptItem) and item.task in _CHATS]
+    for question in questions[:ASKED_BEFORE]:
+        _answer(model, question, speculate, f"after others {speculate}")
+    return [
+        _pair(model, question, speculate, "after others", drafts_first=place % 2 == 0)
+        for place, question in enumerate(questions[ASKED_BEFORE : ASKED_BEFORE + ASKED])
+    ]
+
+
+def _pair(model: PolarModel, prompt: str, speculate: Speculate, tenant: str, *, drafts_first: bool) -> Pair:
+    modes: tuple[Speculate, Speculate] = (speculate, "off") if drafts_first else ("off", speculate)
+    runs = {mode: _answer(model, prompt, mode, f"{tenant} {mode}") for mode in modes}
+    plain, drafted = runs["off"], runs[speculate]
+    passes = max(drafted.usage.visits.decode, default=0)
+    tokens_per_pass = (len(drafted.token_ids) - 1) / max(passes, 1)
+    return Pair(_speed(drafted), _speed(plain), tokens_per_pass, drafted.token_ids == plain.token_ids)
+
+
+def _answer(model: PolarModel, prompt: str, speculate: Speculate, tenant: str) -> Generation:
+    program = Program.identity(model.depth)
+    return model.generate(prompt, max_tokens=ANSWER, program=program, speculate=speculate, tenant=tenant)
 
 
 def _speed(answer: Generation) -> float:

@@ -501,13 +501,17 @@ def scoring(bench: Bench) -> None:
 def drafts(bench: Bench) -> None:
     """How much faster are answers with drafts, and is any prompt slower?"""
     model = bench.model("bf16")
-    for kind, (goal, _) in drafting.KINDS.items():
-        pairs = drafting.measure(model, kind, bench.args.rounds, "auto")
+    measured: dict[str, tuple[float | None, list[drafting.Pair]]] = {
+        kind: (goal, drafting.measure(model, kind, bench.args.rounds, "auto"))
+        for kind, (goal, _) in drafting.KINDS.items()
+    }
+    measured["chat_after_others"] = None, drafting.measure_after_others(model, "auto")
+    for kind, (goal, pairs) in measured.items():
         passes = statistics.mean(pair.tokens_per_pass for pair in pairs)
         same = sum(pair.same for pair in pairs)
         note = f"{passes:.2f} tokens per pass; {same} of {len(pairs)} answers with the same tokens"
         speeds = [[pair.drafted for pair in pairs], [pair.plain for pair in pairs]]
-        name = f"{kind} with drafts, bf16"
+        name = f"{kind.replace('_', ' ')} with drafts, bf16"
         bench.summary[f"drafts_{kind}"] = _record(bench, name, speeds, Peer(PLAIN, goal=goal), note=note)
 
 

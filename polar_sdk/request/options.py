@@ -101,9 +101,9 @@ class RequestOptions(TypedDict, total=False):
     after which it can still end in time, so that texts and lists end early rather than in the middle. True unless
     turned off; then such an answer may be cut off."""
     speculate: Speculate | None
-    """Draft tokens that followed before where the last ones stood in prompt or answer, and run them together with the
-    one sampled last: `auto` where that pays, `prompt` wherever something matches, `off` never. The answer is the same.
-    None = what the model object says."""
+    """Draft tokens that followed before where the last ones stood, and run them together with the one sampled last:
+    `auto` where that pays, also from earlier answers to the tenant, `prompt` wherever something in prompt or answer
+    matches, `off` never. The answer is the same. None = what the model object says."""
     logprobs: int | None
     """Report the log-probability of each sampled token and of the N likeliest ones, N from 0 to 20, by the logits after
     the hook and the grammar and before temperature, top-k and top-p; None = report none."""

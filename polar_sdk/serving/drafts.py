@@ -2,21 +2,21 @@
 
 They are kept only as far as they are what would have been sampled anyway. A pass of a few rows takes little longer than
 one of one row, since reading the weights takes most of it. So tokens that are copied from where the last ones stood
-before, in prompt or answer, may bring several tokens at once; an answer is the same with drafts and without. What the
-answer does not keep was executed all the same. So drafts fill only rows that would be idle, and `auto` drafts only
-where it pays: by how often drafts of this request were right, and by what wider passes were measured to take. Knows
-tokens and seconds; no logits and no weights.
+before, in prompt, answer or earlier answers to the tenant, may bring several tokens at once; an answer is the same with
+drafts and without. What the answer does not keep was executed all the same. So drafts fill only rows that would be
+idle, and `auto` drafts only where it pays: by how often drafts of this request were right, and by what wider passes
+were measured to take. Knows tokens and seconds; no logits and no weights.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import OrderedDict, deque
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from polar_sdk.engine.sampling import Sampling
     from polar_sdk.programs.cost import CostModel
@@ -37,10 +37,9 @@ _MIN_SPEED: Final = 0.98
 """What drafts may make of the speed of any row: those that gain nothing wait for those that do."""
 _GAIN: Final = 1.08
 """What a wider pass must bring at least, in tokens for its time."""
-_FIRST_HITS: Final = (0.2, 0.4, 0.6)
-"""Share of first drafted tokens taken to be right after a match of 1, 2 and 3 tokens, before any was tried."""
-_NEXT_HITS: Final = 0.75
-"""The same of a token after one that was right."""
+_HITS: Final = {False: (0.75, 0.2, 0.4, 0.6), True: (0.5, 0.15, 0.25, 0.45)}
+"""Share of drafted tokens taken to be right before any was tried, those of earlier answers under True: of tokens after
+one that was right, and of first ones after a match of 1, 2 and 3 tokens."""
 _FIRST_WEIGHT: Final = 4.0
 """Number of tries that these count for; in a request, what earlier requests came to."""
 _FADING: Final = 0.97
@@ -51,6 +50,9 @@ _LATELY: Final = 12
 """Passes after which a narrow one is no measure of a wide one any more."""
 _PER_ROW: Final = 0.03
 """What one more row is taken to add while passes of one width only were measured."""
+_EARLIER_TOKENS: Final = 8192
+_EARLIER_TENANTS: Final = 16
+"""Answers to so many tenants are kept, twice so many tokens of each at most: 4 MiB."""
 _PROBE_AFTER: Final = 32
 """A request whose drafts do not pay tries again after so many tokens, and then after twice as many each time, …"""
 _MAX_PATIENCE: Final = 1024
@@ -63,6 +65,8 @@ class Proposal(NamedTuple):
     tokens: list[int]
     match: int
     """Number of tokens in a row that stood before them; 0 = there is nothing to propose."""
+    is_earlier: bool = False
+    """Whether an earlier answer has them, not this request."""
 
 
 class TokenIndex:
@@ -84,16 +88,54 @@ class TokenIndex:
                 self._after[length - 1][tuple(self._tokens[end - length :])] = end
             self._tokens.append(token)
 
+    @property
+    def last(self) -> list[int]:
+        """The last tokens, as many as may match."""
+        return self._tokens[-LONGEST_MATCH:]
+
     def propose(self, count: int) -> Proposal:
         """What followed the last place where the last tokens stood before; a repetition goes on repeating."""
-        for length in range(min(LONGEST_MATCH, len(self._tokens)), 0, -1):
-            start = self._after[length - 1].get(tuple(self._tokens[-length:]))
+        proposal = self.following(self.last, count)
+        followed = proposal.tokens
+        while followed and len(followed) < count:  # they reach to the end, and are taken to go on as they began
+            followed += followed[: count - len(followed)]
+        return proposal
+
+    def following(self, last: Sequence[int], count: int) -> Proposal:
+        """What followed the last place where such tokens stood, as many of them as match; at most `count` tokens."""
+        for length in range(min(LONGEST_MATCH, len(last)), 0, -1):
+            start = self._after[length - 1].get(tuple(last[-length:]))
             if start is not None:
-                followed = self._tokens[start : start + count]
-                while len(followed) < count:  # they reach to the end, and are taken to go on as they began
-                    followed += followed[: count - len(followed)]
-                return Proposal(followed, length)
+                return Proposal(self._tokens[start : start + count], length)
         return Proposal([], 0)
+
+
+class EarlierAnswers:
+    """What answers to each tenant said lately: the next ones may say the same. For the scheduler's thread alone.
+
+    Tenants never share, so that how fast one's answers come reveals nothing of another's.
+    """
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, deque[TokenIndex]] = OrderedDict()
+        """By tenant, the least recent first: answers of late, and those before."""
+
+    def add(self, tenant: str, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Keep an answer; with the end of its prompt, so that its first tokens are found as well."""
+        indexes = self._of.setdefault(tenant, deque([TokenIndex()], maxlen=2))
+        self._of.move_to_end(tenant)
+        if len(indexes[-1]) >= _EARLIER_TOKENS:
+            indexes.append(TokenIndex())
+        room = _EARLIER_TOKENS - len(indexes[-1])
+        indexes[-1].extend([*prompt[-LONGEST_MATCH:], *answer][:room])
+        if len(self._of) > _EARLIER_TENANTS:
+            self._of.popitem(last=False)
+
+    def following(self, tenant: str, last: Sequence[int], count: int) -> Proposal:
+        """What followed such tokens in answers to that tenant; at most `count` tokens."""
+        found = [index.following(last, count) for index in reversed(self._of.get(tenant, ()))]
+        longest = max(found, key=lambda proposal: proposal.match, default=Proposal([], 0))
+        return longest._replace(is_earlier=True)
 
 
 class _Share:
@@ -118,22 +160,25 @@ class Hits:
     """
 
     def __init__(self, before: Hits | None = None) -> None:
-        first = _FIRST_HITS if before is None else tuple(share.value for share in before._first)
-        self._first: list[_Share] = [_Share(share) for share in first]
-        self._next: _Share = _Share(_NEXT_HITS if before is None else before._next.value)
+        self._shares: dict[bool, list[_Share]] = {
+            earlier: [_Share(share) for share in (shares if before is None else before._values(earlier))]
+            for earlier, shares in _HITS.items()
+        }
+
+    def _values(self, earlier: bool) -> list[float]:
+        return [share.value for share in self._shares[earlier]]
 
     def chances(self, proposal: Proposal) -> list[float]:
         """How likely it is that each of the proposed tokens is kept: less and less."""
-        chances: list[float] = []
-        for _ in proposal.tokens:
-            chances.append(chances[-1] * self._next.value if chances else self._first[proposal.match - 1].value)
-        return chances
+        following, *first = self._values(proposal.is_earlier)
+        return [first[proposal.match - 1] * following**place for place in range(len(proposal.tokens))]
 
-    def tried(self, match: int, drafted: int, kept: int) -> None:
-        """Note that of so many drafted tokens, after a match of so many, the first `kept` were right."""
-        self._first[match - 1].tried(kept > 0)
+    def tried(self, proposal: Proposal, drafted: int, kept: int) -> None:
+        """Note that of so many drafted tokens of a proposal, the first `kept` were right."""
+        shares = self._shares[proposal.is_earlier]
+        shares[proposal.match].tried(kept > 0)
         for place in range(1, min(kept + 1, drafted)):
-            self._next.tried(place < kept)
+            shares[0].tried(place < kept)
 
 
 class Drafts:
@@ -141,7 +186,8 @@ class Drafts:
 
     Args:
         prompt: Its tokens.
-        speculate: `prompt` drafts wherever something matches, `auto` only where that pays.
+        speculate: `prompt` drafts wherever something in prompt or answer matches; `auto` only where that pays, and
+            from earlier answers, too.
     """
 
     def __init__(self, prompt: Sequence[int], speculate: Speculate) -> None:
@@ -155,14 +201,26 @@ class Drafts:
         self._idle, self._patience = 0, _PROBE_AFTER
         """Tokens since it drafted last, and how many to wait for the next try."""
 
-    def propose(self, answer: Sequence[int], room: int) -> Proposal:
-        """Tokens that may follow the answer so far, at most `room` of them."""
+    def propose(
+        self, answer: Sequence[int], room: int, earlier: Callable[[Sequence[int], int], Proposal] | None = None
+    ) -> Proposal:
+        """Tokens that may follow the answer so far, at most `room` of them.
+
+        Args:
+            answer: So far.
+            room: How many.
+            earlier: What followed such tokens in earlier answers, at most so many; asked by `auto` where more of them
+                may match there.
+        """
         if not len(self._index):
             self._index.extend(self._prompt)
         self._index.extend(answer[len(self._index) - len(self._prompt) :])
         left = 0 if self._alone else FREE_WASTE + WASTE_PER_TOKEN * len(answer) - self._wasted - 1
         self._alone = False
-        self._proposal = self._index.propose(max(min(room, left, MAX_DRAFT), 0))
+        count = max(min(room, left, MAX_DRAFT), 0)
+        self._proposal = self._index.propose(count)
+        if earlier is not None and not self.always and self._proposal.match < LONGEST_MATCH:
+            self._proposal = max(self._proposal, earlier(self._index.last, count), key=lambda each: each.match)
         return self._proposal
 
     def chances(self, usual: Hits) -> list[float]:
@@ -199,7 +257,7 @@ class Drafts:
         self._alone = not settled
         for hits in (usual, self._hits):
             if hits is not None:
-                hits.tried(self._proposal.match, drafted, max(brought - 1, 0))
+                hits.tried(self._proposal, drafted, max(brought - 1, 0))
 
 
 def drafts_of(

@@ -28,7 +28,7 @@ import torch
 from polar_sdk.engine.forward import drafted_logits, next_logits
 from polar_sdk.engine.sampling import likeliest_tokens, near_ties
 from polar_sdk.errors import CacheMemoryError, QueueFullError
-from polar_sdk.serving.drafts import MAX_ROWS, Hits, PassCosts, Plan, spans
+from polar_sdk.serving.drafts import MAX_ROWS, EarlierAnswers, Hits, PassCosts, Plan, spans
 from polar_sdk.serving.job import asked_by_engine
 from polar_sdk.serving.pace import Pace
 from polar_sdk.serving.places import Limits, Places
@@ -73,7 +73,7 @@ class Scheduler:
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace()
-        self._pass_costs, self._hits = PassCosts(), Hits()
+        self._pass_costs, self._hits, self._earlier = PassCosts(), Hits(), EarlierAnswers()
         self._token = sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head
         """FLOPs of decoding one token at full depth."""
         self._checked = 0
@@ -263,6 +263,9 @@ class Scheduler:
         for job in waiting:
             if job.done:
                 self._queue.remove(job)
+        for job in self._places.jobs:
+            if job.done:
+                job.leave_to(self._earlier)
         self._places.drop_done()
         self._places.count_pauses()
 
@@ -392,7 +395,7 @@ class Scheduler:
         """The tokens that each job runs next: the one sampled last, and drafts as far as rows are idle and it pays."""
         pieces = [job.tokens[-1:] for job in jobs]
         idle = MAX_ROWS - len(jobs)
-        proposals = [job.propose(idle) for job in jobs] if idle > 0 else []
+        proposals = [job.propose(idle, self._earlier) for job in jobs] if idle > 0 else []
         if any(proposals):
             plan = Plan([job.drafts for job in jobs], self._pass_costs, self._hits)
             for job, piece, proposal, drafted in zip(jobs, pieces, proposals, plan.counts, strict=True):

@@ -29,14 +29,17 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts
 from polar_sdk.programs.policy import LoopGuard
 from polar_sdk.programs.program import Program
+from polar_sdk.serving import drafts as drafts_module
 from polar_sdk.serving.drafts import (
     FREE_WASTE,
     MAX_ROWS,
     WASTE_PER_TOKEN,
     Drafts,
+    EarlierAnswers,
     Hits,
     PassCosts,
     Plan,
+    Proposal,
     TokenIndex,
     drafts_of,
 )
@@ -126,6 +129,63 @@ def test_what_followed_the_last_match_is_proposed(tokens: list[int], count: int,
     index.extend(tokens[:cut])
     index.extend(tokens[cut:])
     assert index.propose(count).tokens == brute_force(tokens, count)
+
+
+def test_earlier_answers_are_found_by_tenant_from_their_first_token_on() -> None:
+    earlier = EarlierAnswers()
+    earlier.add("acme", [7, 8, 9], [1, 2, 3, 4])
+    assert earlier.following("acme", [5, 8, 9], 3) == Proposal([1, 2, 3], 2, is_earlier=True)
+    assert earlier.following("acme", [6, 3], 3) == Proposal([4], 1, is_earlier=True)
+    assert earlier.following("acme", [5], 3).match == 0
+    assert earlier.following("globex", [7, 8, 9], 3).match == 0
+    earlier.add("acme", [7, 8, 9], [5])
+    assert earlier.following("acme", [7, 8, 9], 3).tokens == [5]  # the latest
+
+
+def test_few_tenants_and_few_tokens_of_each_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts_module, "_EARLIER_TOKENS", 6)
+    monkeypatch.setattr(drafts_module, "_EARLIER_TENANTS", 2)
+    earlier = EarlierAnswers()
+
+    def found(tenant: str, token: int) -> bool:
+        return bool(earlier.following(tenant, [token], 1).tokens)
+
+    earlier.add("acme", [1], [2, 3, 4, 5, 6, 7, 8])
+    assert found("acme", 5)
+    assert not found("acme", 6)  # there was no room for what followed
+    earlier.add("acme", [11], [12, 13, 14, 15])
+    assert found("acme", 4)
+    assert found("acme", 14)
+    earlier.add("acme", [21], [22, 23, 24, 25, 26])
+    earlier.add("acme", [31], [32])
+    assert not found("acme", 4)
+    assert found("acme", 14)
+    assert found("acme", 31)
+    for tenant in ("globex", "initech"):
+        earlier.add(tenant, [1], [2])
+    assert not found("acme", 31)
+    assert found("globex", 1)
+
+
+def test_more_that_matches_in_an_earlier_answer_is_preferred() -> None:
+    def earlier(last: Sequence[int], count: int) -> Proposal:
+        return Proposal([99], 2, is_earlier=True)
+
+    drafts = Drafts([5, 1, 6, 2, 1], "auto")
+    assert drafts.propose([], 3, earlier).tokens == [99]  # one token matches in the prompt
+    assert Drafts([5, 1, 6, 5, 1], "auto").propose([], 3, earlier).tokens == [6, 5, 1]  # two do
+    assert Drafts([5, 1, 6, 2, 1], "prompt").propose([], 3, earlier).tokens == [6, 2, 1]
+
+
+def test_where_drafts_come_from_is_learnt_apart() -> None:
+    hits = Hits()
+    own, earlier = Proposal([1, 2], 2), Proposal([1, 2], 2, is_earlier=True)
+    before = hits.chances(own)
+    for _ in range(50):
+        hits.tried(earlier, 2, 2)
+    assert hits.chances(own) == before
+    assert min(hits.chances(earlier)) > 0.9
+    assert Hits(hits).chances(earlier) == hits.chances(earlier)
 
 
 def _drafts(always: bool = False) -> Drafts:
@@ -268,6 +328,25 @@ def test_drafts_may_be_off_for_an_object_and_on_for_a_call() -> None:
     assert model.generate("aaaa", max_tokens=9, speculate=None).usage.tokens.drafted == 0
     with pytest.raises(InvalidRequestError, match="speculate='int4' is unknown; use auto, off, prompt"):
         model.generate("a", speculate="int4")  # type: ignore[arg-type]
+
+
+class WideAsNarrow(PassCosts):
+    """Passes that take the same whatever their number of rows, on a machine however busy."""
+
+    def of(self, rows: int) -> float:
+        return 1.0
+
+
+def test_answers_that_a_tenant_had_before_are_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = repeating(1.0)
+    monkeypatch.setattr(model.scheduler, "_pass_costs", WideAsNarrow())
+    first, second = (model.generate("Hello", max_tokens=30, speculate="auto", tenant="again") for _ in range(2))
+    other = model.generate("Hello", max_tokens=30, speculate="auto", tenant="other")
+    plain = model.generate("Hello", max_tokens=30, speculate="off", tenant="plain")
+    assert second.token_ids == first.token_ids == plain.token_ids
+    assert second.usage.tokens.accepted > 15 + first.usage.tokens.accepted
+    assert second.usage.flops.total == plain.usage.flops.total
+    assert other.usage.tokens.accepted <= first.usage.tokens.accepted + 5
 
 
 def test_auto_answers_the_same() -> None:
