@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 Speculate = Literal["auto", "off", "prompt"]
-MAX_DRAFT: Final = 7
+MAX_DRAFT: Final = 11
 """Maximum number of tokens drafted at a time for one row."""
 MAX_ROWS: Final = 16
 """Rows of one pass, drafts included, up to which drafts fill it."""
