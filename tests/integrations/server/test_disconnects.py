@@ -9,6 +9,7 @@ import json
 import os
 import random
 import socket
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,9 @@ from polar_server.answers import Answer
 from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
     from polar_sdk import PolarModel, UsageRecord
     from polar_server.upstream.tiers import Tiers
@@ -146,13 +149,26 @@ def test_a_client_that_leaves_while_queued_costs_nothing(serve: Callable[..., Se
     engine = tiny_model(sink=sink, context_window=4096)
     engine.scheduler.limits = replace(engine.scheduler.limits, max_rows=1)
     served = serve(engine=engine)
-    with send_request(served, endless(served)):  # no stream, whose reader might pause: then it would give way
+    letter, cancel = engine.encode("A")[0], threading.Event()
+
+    def only_letters(tokens: Sequence[int], logits: Tensor) -> Tensor:
+        logits[letter] += 100
+        return logits
+
+    # Not over HTTP, where a reader may pause on a busy machine: then its row gives way to the one that waits.
+    options: dict[str, Any] = {"max_tokens": 2_000, "logits_hook": only_letters, "cancel": cancel}
+    running = threading.Thread(target=engine.generate, args=("x",), kwargs=options)
+    running.start()
+    try:
         wait_for_tokens(served, 2)
         with send_request(served, chat_body()):
             while len(engine.scheduler) < 2:
                 assert sink.records == []
         (record,) = sink.wait_for(1)
         assert (record.outcome, record.flops.total, record.tokens.output) == ("cancelled", 0, 0)
+    finally:
+        cancel.set()
+        running.join()
     sink.wait_for(2)
 
 
