@@ -163,8 +163,8 @@ def _build(exported: Any, path: Path, *, trusting: bool) -> None:
 def open_package(path: Path) -> Any:
     """The code in a package file, which runs tensors; raises errors of any class where it cannot be opened.
 
-    `torch._inductor.aoti_load_package` comes to the same object, but loads most of the compiler on its way, a second of
-    each start, and asks the C++ compiler for instruction sets, so that one must be there.
+    `torch._inductor.aoti_load_package` comes to the same object, but asks the C++ compiler for instruction sets on its
+    way: where there is none, it warns of an outdated file and opens it like this.
     """
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
 
