@@ -52,7 +52,7 @@ _PER_ROW: Final = 0.03
 """What one more row is taken to add while passes of one width only were measured."""
 _EARLIER_TOKENS: Final = 8192
 _EARLIER_TENANTS: Final = 16
-"""Answers to so many tenants are kept, twice so many tokens of each at most: 4 MiB."""
+"""Answers to so many tenants are kept, and twice so many tokens of each at most, in 4 MiB for each."""
 _PROBE_AFTER: Final = 32
 """A request whose drafts do not pay tries again after so many tokens, and then after twice as many each time, …"""
 _MAX_PATIENCE: Final = 1024

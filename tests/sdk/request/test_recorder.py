@@ -496,7 +496,7 @@ def test_a_stream_that_is_interrupted_at_any_step_is_recorded_by_then(again: int
 @pytest.mark.parametrize("signals", [2, 3])
 @pytest.mark.parametrize("mode", ["generate", "stream", "emit"])
 def test_further_interrupts_lose_no_record(tmp_path: Path, mode: str, signals: int) -> None:
-    """Twenty requests are interrupted; each has one record, which the first two signals do not overtake."""
+    """Twenty requests are interrupted; each has one record, and no other request's."""
     path = tmp_path / "records"
     with script(INTERRUPTED, str(path), mode) as process:
         assert process.stdin is not None
@@ -509,10 +509,8 @@ def test_further_interrupts_lose_no_record(tmp_path: Path, mode: str, signals: i
             while (line := process.stdout.readline()) == "go\n":  # the record is stored anew, from its start
                 pass
             assert line == "interrupted\n"
-            if mode == "stream" or signals > 2:
-                # An interrupted `for` drops its stream, and a signal may cut off the finaliser; a third signal may cut
-                # off the second try to wait for the record. It is stored all the same, a moment later.
-                within(partial(wait_for_lines, path, attempt + 1))
+            # On a busy machine a further signal may cut off the wait for the record, which comes a moment later then.
+            within(partial(wait_for_lines, path, attempt + 1))
             assert len(path.read_text().splitlines()) == attempt + 1
             process.stdin.write("next\n")
             process.stdin.flush()
