@@ -19,7 +19,7 @@ ANSWER: Final = 64
 ASKED_BEFORE, ASKED = 80, 24
 """Questions of `measure_after_others`: those before, and those that are compared."""
 _CHATS: Final = ("chat", "how-to")
-"""Kinds of the package's own prompts that they are."""
+"""The kinds of the package's own prompts that they are taken from."""
 _NOTES: Final = (
     "Notes of the meeting of 12 March. Present: Ana Ruiz, Ben Okafor, Chloe Martin, Dev Patel. The roof of the "
     "east hall leaks above the stage. Dev has two offers: Hartmann Roofing asks 18,400 euros and can begin on 2 "

@@ -101,7 +101,7 @@ class Bench:
                     device=self.device,
                     compile=compile,
                     ledger=None,
-                    speculate="off",  # but where drafts are measured: what a pass takes is compared
+                    speculate="off",  # what a pass takes is compared, except by `drafts`
                 )
             )
         return self._models[precision]

@@ -11,11 +11,14 @@ import _thread
 import asyncio
 import gc
 import threading
+from collections import OrderedDict
 from concurrent.futures import Future
 from contextlib import closing
 from contextvars import copy_context
+from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Generic, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
@@ -34,16 +37,28 @@ class InternalThread(threading.Thread):
 
 
 class _Collector:
-    """Which thread the cyclic garbage collector runs in now; it runs in one at a time."""
+    """Which thread the cyclic garbage collector runs in now; it runs in one at a time.
 
-    thread: int | None = None
+    What it calls is the interpreter's own code: a signal handler may raise in the first step of a function of Python,
+    and a collection of which only the start was noted would never seem to end.
+    """
 
-    @classmethod
-    def note(cls, phase: str, _: dict[str, int]) -> None:
-        cls.thread = threading.get_ident() if phase == "start" else None
+    def __init__(self) -> None:
+        self._phases = OrderedDict[str, None](start=None, stop=None)
+        """The last is where the collector is."""
+        self._latest, self._here = SimpleNamespace(start=None), threading.local()
+        """What the collector said of the collection that began last: in any thread, and in each."""
+        gc.callbacks.append(self._phases.move_to_end)  # type: ignore[arg-type]  # what is said reads as `last=True`
+        gc.callbacks.extend([partial(setattr, self._latest), partial(setattr, self._here)])
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it runs in this thread."""
+        running = next(reversed(self._phases)) == "start"
+        return running and getattr(self._here, "start", None) is self._latest.start
 
 
-gc.callbacks.append(_Collector.note)
+_COLLECTOR: Final = _Collector()
 
 
 class _AnyCancel:
@@ -81,7 +96,7 @@ def may_wait() -> bool:
     That is so in a thread that serves every caller, and wherever the cyclic garbage collector is running: it runs
     finalisers in whatever thread allocates, which may hold any lock of ours, of a sink or of the user.
     """
-    return _Collector.thread != threading.get_ident() and not isinstance(threading.current_thread(), InternalThread)
+    return not _COLLECTOR.runs_here and not isinstance(threading.current_thread(), InternalThread)
 
 
 def start_detached(call: Callable[[], object], name: str) -> None:
