@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
 from polar_sdk.errors import LogitsHookError, SamplingError
@@ -41,7 +42,9 @@ _TYPES: Final[tuple[tuple[str, type, str], ...]] = (
 _UNSURE: Final = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.125}
 """Logits that differ by less may change places where sums are rounded differently, by the dtype of activations."""
 _NUCLEUS: Final = 1024
-"""So many of the likeliest tokens are looked at for those that top-p leaves, before all are."""
+"""From so many tokens on, those that top-p may leave are picked out first, …"""
+_UNLIKELY: Final = (1e-4, 1e-5)
+"""… without those that are less likely than the likeliest one by such a factor: the first that leaves enough."""
 _NEARLY: Final = 1e-4
 """By so much the likeliest tokens must exceed top-p, so that rounding leaves none of them out."""
 _NO_IDS: Final = torch.empty((1, 0), dtype=torch.long)
@@ -217,15 +220,18 @@ def _nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor |
     """
     if len(logits) <= _NUCLEUS:
         return None, top_p
-    highest = logits.topk(_NUCLEUS)
-    top = highest.values[0]
-    share = float(_weight(highest.values, top, temperature) / _weight(logits, top, temperature))
-    return (highest.indices, top_p / share) if share >= top_p + _NEARLY else (None, top_p)
-
-
-def _weight(logits: Tensor, highest: Tensor, temperature: float) -> Tensor:
-    """The sum of the likelihoods of tokens, over that of the likeliest one."""
-    return ((logits - highest) / temperature).exp_().sum(dtype=torch.float64)
+    scores = logits.numpy()  # torch would wake its threads for every one of these steps, which takes longer
+    weights = scores - scores.max()
+    weights /= temperature
+    np.exp(weights, out=weights)
+    total = weights.sum(dtype=np.float64)
+    for factor in _UNLIKELY:
+        tokens = np.flatnonzero(weights >= factor)
+        picked = weights[tokens]
+        share = float(picked.sum(dtype=np.float64) / total)
+        if share >= top_p + _NEARLY:
+            return torch.from_numpy(tokens[np.argsort(-picked)]), top_p / share
+    return None, top_p
 
 
 def _filters(sampling: Sampling) -> list[LogitsProcessor]:
