@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ANSWER: Final = 64
 ASKED_BEFORE, ASKED = 80, 24
-"""Questions of `measure_after_others`: those before, and those that are compared."""
+"""Questions of `measure_questions`: those that may be asked before, and those that are compared."""
 _CHATS: Final = ("chat", "how-to")
 """The kinds of the package's own prompts that they are taken from."""
 _NOTES: Final = (
@@ -123,18 +123,27 @@ def measure(model: PolarModel, kind: str, rounds: int, speculate: Speculate) -> 
     ]
 
 
-def measure_after_others(model: PolarModel, speculate: Speculate) -> list[Pair]:
-    """Answer new questions of a tenant that has asked others before, and whose answers may be drafted from those.
+def measure_questions(model: PolarModel, speculate: Speculate, *, after_others: bool) -> list[Pair]:
+    """Answer questions of the package's own prompts once each.
 
     Args:
         model: What answers.
         speculate: How drafts are made.
+        after_others: Whether they are all of a tenant that has asked others before, and whose answers may be drafted
+            from those; otherwise each is the first one of its tenant.
     """
     questions = [item.prompt for item in builtin_items() if isinstance(item, PromptItem) and item.task in _CHATS]
-    for question in questions[:ASKED_BEFORE]:
-        _answer(model, question, speculate, f"after others {speculate}")
+    if after_others:
+        for question in questions[:ASKED_BEFORE]:
+            _answer(model, question, speculate, f"after others {speculate}")
     return [
-        _pair(model, question, speculate, "after others", drafts_first=place % 2 == 0)
+        _pair(
+            model,
+            question,
+            speculate,
+            "after others" if after_others else f"first {place}",
+            drafts_first=place % 2 == 0,
+        )
         for place, question in enumerate(questions[ASKED_BEFORE : ASKED_BEFORE + ASKED])
     ]
 

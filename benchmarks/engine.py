@@ -436,15 +436,12 @@ def concurrent(bench: Bench) -> None:
     model = bench.model("bf16")
     identity = Program.identity(model.depth)
 
-    def ours() -> float:
+    def ours(**options: Any) -> float:
         prompts = [bench.prompt(48 + 2 * row) for row in range(ROWS)]
+        options |= {"template": "raw", "max_tokens": ROW_NEW, "program": identity}
         with ThreadPoolExecutor(ROWS) as callers:
             begin = time.perf_counter()
-            answers = list(
-                callers.map(
-                    lambda text: model.generate(text, template="raw", max_tokens=ROW_NEW, program=identity), prompts
-                )
-            )
+            answers = list(callers.map(lambda text: model.generate(text, **options), prompts))
             return _new_tokens(answers) / (time.perf_counter() - begin)
 
     def hugging_face() -> float:
@@ -453,6 +450,8 @@ def concurrent(bench: Bench) -> None:
 
     speeds = bench.alternate(ours, hugging_face)
     _record(bench, "16 requests at once, bf16", speeds, Peer(HF_BATCH, goal=2))
+    speeds = bench.alternate(partial(ours, temperature=1.0, top_p=0.95), ours)
+    _record(bench, "16 sampled requests at once, top-p 0.95, bf16", speeds, Peer("the same, greedy", goal=0.85))
 
 
 def constrained(bench: Bench) -> None:
@@ -505,7 +504,8 @@ def drafts(bench: Bench) -> None:
         kind: (goal, drafting.measure(model, kind, bench.args.rounds, "auto"))
         for kind, (goal, _) in drafting.KINDS.items()
     }
-    measured["chat_after_others"] = None, drafting.measure_after_others(model, "auto")
+    measured["chat_questions"] = None, drafting.measure_questions(model, "auto", after_others=False)
+    measured["chat_after_others"] = None, drafting.measure_questions(model, "auto", after_others=True)
     for kind, (goal, pairs) in measured.items():
         passes = statistics.mean(pair.tokens_per_pass for pair in pairs)
         same = sum(pair.same for pair in pairs)

@@ -296,6 +296,16 @@ class FillDamagedError(FillError):
     """One of the fills' files is missing, altered or malformed."""
 
 
+class DraftTableError(PolarError, ValueError):
+    """A draft table cannot be made or used here."""
+
+    exit_code = 2
+
+
+class DraftTableDamagedError(DraftTableError):
+    """The file of a draft table is missing, altered or malformed."""
+
+
 class ModelError(PolarError):
     """The model cannot be loaded or run."""
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from polar_sdk.cli import calibrate, chat, evaluate, export, heal, models, run, scan, search, train
+from polar_sdk.cli import calibrate, chat, drafts, evaluate, export, heal, models, run, scan, search, train
 from polar_sdk.errors import PolarError
 from polar_sdk.reading import shown
 from polar_sdk.show.lines import print_line, survive_encodings
@@ -81,7 +81,7 @@ def polar(
 
 
 def _register_all() -> None:
-    for module in (run, chat, scan, heal, search, train, calibrate, evaluate, export, models):
+    for module in (run, chat, scan, heal, search, train, calibrate, evaluate, export, drafts, models):
         module.register(app)
     for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
         try:

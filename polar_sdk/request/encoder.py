@@ -76,6 +76,17 @@ class PromptEncoder:
                 f"the prompt contains a lone surrogate at character {error.start}; pass valid Unicode text."
             ) from error
 
+    def message_start(self) -> list[int]:
+        """What the chat template writes before a user's first message; empty if there is no template or no such start.
+
+        Raises:
+            InvalidRequestError: The template refuses a message.
+        """
+        mark = f"x{secrets.token_hex(16)}x"
+        rendered = self._rendered([{"role": "user", "content": mark}]) if self.has_chat_template else ""
+        start, found, _ = rendered.partition(mark)
+        return self.plain(start) if found else []
+
     def _text(self, text: str, template: Template) -> list[int]:
         text.encode()  # the tokenizer's own error for broken Unicode names nothing
         if not text.strip():

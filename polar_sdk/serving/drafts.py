@@ -2,25 +2,28 @@
 
 They are kept only as far as they are what would have been sampled anyway. A pass of a few rows takes little longer than
 one of one row, since reading the weights takes most of it. So tokens that are copied from where the last ones stood
-before, in prompt, answer or earlier answers to the tenant, may bring several tokens at once; an answer is the same with
-drafts and without. What the answer does not keep was executed all the same. So drafts fill only rows that would be
-idle, and `auto` drafts only where it pays: by how often drafts of this request were right, and by what wider passes
-were measured to take. Knows tokens and seconds; no logits and no weights.
+before, in prompt, answer or earlier answers to the tenant, or that usually follow them in answers of the model, may
+bring several tokens at once; an answer is the same with drafts and without. What the answer does not keep was executed
+all the same. So drafts fill only rows that would be idle, and `auto` drafts only where it pays: by how often drafts of
+this request were right, and by what wider passes were measured to take. Knows tokens and seconds; no logits and no
+weights.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import OrderedDict, deque
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from polar_sdk.engine.sampling import Sampling
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.program import Program
+    from polar_sdk.serving.draft_table import DraftTable
 
 
 Speculate = Literal["auto", "off", "prompt"]
@@ -37,9 +40,15 @@ _MIN_SPEED: Final = 0.98
 """What drafts may make of the speed of any row: those that gain nothing wait for those that do."""
 _GAIN: Final = 1.08
 """What a wider pass must bring at least, in tokens for its time."""
-_HITS: Final = {False: (0.75, 0.2, 0.4, 0.6), True: (0.5, 0.15, 0.25, 0.45)}
-"""Share of drafted tokens taken to be right before any was tried, those of earlier answers under True: of tokens after
-one that was right, and of first ones after a match of 1, 2 and 3 tokens."""
+Source = Literal["request", "earlier", "table"]
+"""Where drafts come from: prompt and answer so far, an earlier answer to the tenant, or the model's draft table."""
+_HITS: Final[dict[Source, tuple[float, ...]]] = {
+    "request": (0.75, 0.2, 0.4, 0.6),
+    "earlier": (0.5, 0.15, 0.25, 0.45),
+    "table": (1.0,),
+}
+"""Share of drafted tokens taken to be right before any was tried: of tokens after one that was right, and of first ones
+after a match of 1, 2 and 3 tokens; of a table, as a multiple of what it says."""
 _FIRST_WEIGHT: Final = 4.0
 """Number of tries that these count for; in a request, what earlier requests came to."""
 _FADING: Final = 0.97
@@ -64,9 +73,10 @@ class Proposal(NamedTuple):
 
     tokens: list[int]
     match: int
-    """Number of tokens in a row that stood before them; 0 = there is nothing to propose."""
-    is_earlier: bool = False
-    """Whether an earlier answer has them, not this request."""
+    """Number of tokens in a row that stood before them; 0 = there is nothing to propose, or a table does."""
+    source: Source = "request"
+    table: tuple[float, ...] = ()
+    """How likely each is by the table that proposes it, if all before it are right."""
 
 
 class TokenIndex:
@@ -110,13 +120,18 @@ class TokenIndex:
         return Proposal([], 0)
 
 
-class EarlierAnswers:
-    """What answers to each tenant said lately: the next ones may say the same. For the scheduler's thread alone.
+class OtherAnswers:
+    """What other answers say after the same tokens: the latest to the tenant, and by a table, all of the model's.
 
-    Tenants never share, so that how fast one's answers come reveals nothing of another's.
+    Tenants never share the former, so that how fast one's answers come reveals nothing of another's. For the
+    scheduler's thread alone.
+
+    Args:
+        table: Of the model, if it has one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, table: DraftTable | None = None) -> None:
+        self.table = table
         self._of: OrderedDict[str, deque[TokenIndex]] = OrderedDict()
         """By tenant, the least recent first: answers of late, and those before."""
 
@@ -131,11 +146,16 @@ class EarlierAnswers:
         if len(self._of) > _EARLIER_TENANTS:
             self._of.popitem(last=False)
 
-    def following(self, tenant: str, last: Sequence[int], count: int) -> Proposal:
-        """What followed such tokens in answers to that tenant; at most `count` tokens."""
+    def following(self, tenant: str, last: Sequence[int], count: int) -> list[Proposal]:
+        """What followed such tokens in answers to that tenant, and what usually does; at most `count` tokens each."""
         found = [index.following(last, count) for index in reversed(self._of.get(tenant, ()))]
         longest = max(found, key=lambda proposal: proposal.match, default=Proposal([], 0))
-        return longest._replace(is_earlier=True)
+        proposals = [longest._replace(source="earlier")]
+        if self.table is not None:
+            guesses = self.table.following(last, count)
+            tokens, chances = [guess.token for guess in guesses], tuple(guess.chance for guess in guesses)
+            proposals.append(Proposal(tokens, 0, "table", chances))
+        return [proposal for proposal in proposals if proposal.tokens]
 
 
 class _Share:
@@ -148,8 +168,8 @@ class _Share:
     def value(self) -> float:
         return self._right / self._tries
 
-    def tried(self, right: bool) -> None:
-        self._right, self._tries = _FADING * self._right + right, _FADING * self._tries + 1
+    def tried(self, right: bool, expected: float = 1.0) -> None:
+        self._right, self._tries = _FADING * self._right + right, _FADING * self._tries + expected
 
 
 class Hits:
@@ -160,25 +180,32 @@ class Hits:
     """
 
     def __init__(self, before: Hits | None = None) -> None:
-        self._shares: dict[bool, list[_Share]] = {
-            earlier: [_Share(share) for share in (shares if before is None else before._values(earlier))]
-            for earlier, shares in _HITS.items()
+        self._shares: dict[Source, list[_Share]] = {
+            source: [_Share(share) for share in (shares if before is None else before._values(source))]
+            for source, shares in _HITS.items()
         }
 
-    def _values(self, earlier: bool) -> list[float]:
-        return [share.value for share in self._shares[earlier]]
+    def _values(self, source: Source) -> list[float]:
+        return [share.value for share in self._shares[source]]
 
     def chances(self, proposal: Proposal) -> list[float]:
         """How likely it is that each of the proposed tokens is kept: less and less."""
-        following, *first = self._values(proposal.is_earlier)
-        return [first[proposal.match - 1] * following**place for place in range(len(proposal.tokens))]
+        following, *first = self._values(proposal.source)
+        each = [following] * len(proposal.tokens)
+        if proposal.source == "table":
+            each = [min(following * chance, 1.0) for chance in proposal.table]
+        elif each:
+            each[0] = first[proposal.match - 1]
+        return list(accumulate(each, mul))
 
     def tried(self, proposal: Proposal, drafted: int, kept: int) -> None:
         """Note that of so many drafted tokens of a proposal, the first `kept` were right."""
-        shares = self._shares[proposal.is_earlier]
-        shares[proposal.match].tried(kept > 0)
-        for place in range(1, min(kept + 1, drafted)):
-            shares[0].tried(place < kept)
+        following, *first = self._shares[proposal.source]
+        for place in range(min(kept + 1, drafted)):
+            if proposal.source == "table":
+                following.tried(place < kept, proposal.table[place])
+            else:
+                (following if place else first[proposal.match - 1]).tried(place < kept)
 
 
 class Drafts:
@@ -187,13 +214,15 @@ class Drafts:
     Args:
         prompt: Its tokens.
         speculate: `prompt` drafts wherever something in prompt or answer matches; `auto` only where that pays, and
-            from earlier answers, too.
+            from other answers, too.
     """
 
     def __init__(self, prompt: Sequence[int], speculate: Speculate) -> None:
         self.always = speculate == "prompt"
         self._prompt, self._index = prompt, TokenIndex()
         self._hits: Hits | None = None
+        self.chances: Sequence[float] = ()
+        """How likely it is that each of the proposed tokens is kept."""
         self._proposal = Proposal([], 0)
         self._alone = False
         """Whether the next pass runs one token, whatever matches: the last one did not settle what follows it."""
@@ -201,37 +230,30 @@ class Drafts:
         self._idle, self._patience = 0, _PROBE_AFTER
         """Tokens since it drafted last, and how many to wait for the next try."""
 
-    def propose(
-        self, answer: Sequence[int], room: int, earlier: Callable[[Sequence[int], int], Proposal] | None = None
-    ) -> Proposal:
+    def propose(self, answer: Sequence[int], room: int, experience: Experience, tenant: str) -> Proposal:
         """Tokens that may follow the answer so far, at most `room` of them.
 
         Args:
             answer: So far.
             room: How many.
-            earlier: What followed such tokens in earlier answers, at most so many; asked by `auto` where more of them
-                may match there.
+            experience: What requests so far came to; `auto` takes the proposal that gains most.
+            tenant: Whose request it is.
         """
+        if self._hits is None:
+            self._hits = Hits(experience.hits)
         if not len(self._index):
             self._index.extend(self._prompt)
         self._index.extend(answer[len(self._index) - len(self._prompt) :])
         left = 0 if self._alone else FREE_WASTE + WASTE_PER_TOKEN * len(answer) - self._wasted - 1
         self._alone = False
         count = max(min(room, left, MAX_DRAFT), 0)
-        self._proposal = self._index.propose(count)
-        if earlier is not None and not self.always and self._proposal.match < LONGEST_MATCH:
-            self._proposal = max(self._proposal, earlier(self._index.last, count), key=lambda each: each.match)
+        proposals = [self._index.propose(count)]
+        if count and not self.always:
+            proposals += experience.others.following(tenant, self._index.last, count)
+        chances = list(map(self._hits.chances, proposals))
+        best = max(range(len(proposals)), key=lambda place: experience.costs.gain(chances[place]))
+        self._proposal, self.chances = proposals[best], chances[best]
         return self._proposal
-
-    def chances(self, usual: Hits) -> list[float]:
-        """How likely it is that each of the proposed tokens is kept.
-
-        Args:
-            usual: What other requests came to.
-        """
-        if self._hits is None:
-            self._hits = Hits(usual)
-        return self._hits.chances(self._proposal)
 
     @property
     def probes(self) -> bool:
@@ -341,6 +363,24 @@ class PassCosts:
         center, level, rise = self._line
         return 1.0 if rows == 1 else max(level + rise * (rows - center), 1.0)
 
+    def gain(self, chances: Sequence[float]) -> float:
+        """How much faster a row comes alone by as many drafted tokens as pay, each kept with such a chance."""
+        kept = accumulate(chances, initial=1.0)
+        return max(tokens / self.of(rows) for rows, tokens in enumerate(kept, start=1))
+
+
+class Experience:
+    """What a scheduler has learned of drafts from all requests so far.
+
+    Attributes:
+        costs: What passes take.
+        hits: How often drafts are right.
+        others: What other answers say.
+    """
+
+    def __init__(self, table: DraftTable | None = None) -> None:
+        self.costs, self.hits, self.others = PassCosts(), Hits(), OtherAnswers(table)
+
 
 class Plan:
     """How many drafted tokens each of the rows of a pass runs: those most likely to be kept, as long as that pays.
@@ -348,12 +388,11 @@ class Plan:
     Args:
         rows: The drafts of each row of the pass, None for those that have none. Their proposals are made.
         costs: What passes take.
-        usual: How often drafts are right.
     """
 
-    def __init__(self, rows: Sequence[Drafts | None], costs: PassCosts, usual: Hits) -> None:
+    def __init__(self, rows: Sequence[Drafts | None], costs: PassCosts) -> None:
         self._costs = costs
-        self._chances = [[] if drafts is None else drafts.chances(usual) for drafts in rows]
+        self._chances = [() if drafts is None else drafts.chances for drafts in rows]
         self._forced = [drafts is not None and drafts.always for drafts in rows]
         self._probing = [drafts is not None and drafts.probes for drafts in rows]
         self.counts = [0] * len(rows)

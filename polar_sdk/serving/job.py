@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.grammar import GrammarState
     from polar_sdk.engine.row import Work
     from polar_sdk.programs.policy import LoopGuard
-    from polar_sdk.serving.drafts import EarlierAnswers, Hits
+    from polar_sdk.serving.drafts import Experience, Hits, OtherAnswers
     from polar_sdk.serving.request import Request
 
 
@@ -324,17 +323,17 @@ class Job:
         else:
             self.take(likeliest if self.sampler.greedy else self.sampler(logits))
 
-    def propose(self, room: int, earlier: EarlierAnswers) -> list[int]:
+    def propose(self, room: int, experience: Experience) -> list[int]:
         """Tokens that may follow, to run in the next pass; at most `room`, and none that could not be kept."""
         if self.drafts is None:
             return []
         room = min(room, self.request.max_tokens - len(self.tokens) - 1)
-        return self.drafts.propose(self.tokens, room, partial(earlier.following, self.request.tenant)).tokens
+        return self.drafts.propose(self.tokens, room, experience, self.request.tenant).tokens
 
-    def leave_to(self, earlier: EarlierAnswers) -> None:
+    def leave_to(self, others: OtherAnswers) -> None:
         """Leave the answer to later requests, if this one would have taken from earlier ones."""
         if self.drafts is not None and not self.drafts.always:
-            earlier.add(self.request.tenant, self.request.tokens, self.tokens)
+            others.add(self.request.tenant, self.request.tokens, self.tokens)
 
     def judge(
         self,

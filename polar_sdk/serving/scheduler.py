@@ -28,7 +28,7 @@ import torch
 from polar_sdk.engine.forward import drafted_logits, next_logits
 from polar_sdk.engine.sampling import likeliest_tokens, near_ties
 from polar_sdk.errors import CacheMemoryError, QueueFullError
-from polar_sdk.serving.drafts import MAX_ROWS, EarlierAnswers, Hits, PassCosts, Plan, spans
+from polar_sdk.serving.drafts import MAX_ROWS, Experience, Plan, spans
 from polar_sdk.serving.job import asked_by_engine
 from polar_sdk.serving.pace import Pace
 from polar_sdk.serving.places import Limits, Places
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.serving.draft_table import DraftTable
     from polar_sdk.serving.job import Job
 
 
@@ -60,9 +61,15 @@ _POLL_SECONDS: Final = 0.02
 
 
 class Scheduler:
-    """Runs jobs on one model. Safe to use from any thread."""
+    """Runs jobs on one model. Safe to use from any thread.
 
-    def __init__(self, decoder: Decoder, limits: Limits | None = None) -> None:
+    Args:
+        decoder: The model.
+        limits: What it takes on.
+        draft_table: What usually follows in the model's answers; None = drafts come from other places alone.
+    """
+
+    def __init__(self, decoder: Decoder, limits: Limits | None = None, draft_table: DraftTable | None = None) -> None:
         self.decoder = decoder
         self.limits = limits or Limits()
         self.prefixes = PrefixCache(decoder)
@@ -73,7 +80,7 @@ class Scheduler:
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace()
-        self._pass_costs, self._hits, self._earlier = PassCosts(), Hits(), EarlierAnswers()
+        self._drafting = Experience(draft_table)
         self._token = sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head
         """FLOPs of decoding one token at full depth."""
         self._checked = 0
@@ -265,7 +272,7 @@ class Scheduler:
                 self._queue.remove(job)
         for job in self._places.jobs:
             if job.done:
-                job.leave_to(self._earlier)
+                job.leave_to(self._drafting.others)
         self._places.drop_done()
         self._places.count_pauses()
 
@@ -389,15 +396,15 @@ class Scheduler:
             self._judge(jobs, pieces, logits)
         seconds = time.perf_counter() - began
         self._pace.decoded(rows, seconds, self.limits.weights)
-        self._pass_costs.measured(count, seconds * count / sum(rows.values()))
+        self._drafting.costs.measured(count, seconds * count / sum(rows.values()))
 
     def _drafted(self, jobs: Sequence[Job]) -> list[list[int]]:
         """The tokens that each job runs next: the one sampled last, and drafts as far as rows are idle and it pays."""
         pieces = [job.tokens[-1:] for job in jobs]
         idle = MAX_ROWS - len(jobs)
-        proposals = [job.propose(idle, self._earlier) for job in jobs] if idle > 0 else []
+        proposals = [job.propose(idle, self._drafting) for job in jobs] if idle > 0 else []
         if any(proposals):
-            plan = Plan([job.drafts for job in jobs], self._pass_costs, self._hits)
+            plan = Plan([job.drafts for job in jobs], self._drafting.costs)
             for job, piece, proposal, drafted in zip(jobs, pieces, proposals, plan.counts, strict=True):
                 piece.extend(proposal[:drafted])
                 if job.drafts is not None and not drafted:
@@ -411,7 +418,7 @@ class Scheduler:
         unsure = [False] * len(highest) if sure else near_ties(logits, highest, self.decoder.dtype)
         for job, piece, own in zip(jobs, pieces, spans(pieces), strict=True):
             results = (logits[own], likeliest[own], highest[own], unsure[own])
-            self._attempt([job], partial(job.judge, piece, *results, self._hits, self._count_token))
+            self._attempt([job], partial(job.judge, piece, *results, self._drafting.hits, self._count_token))
 
     def _charge(self, jobs: Sequence[Job]) -> None:
         """Count what a pass executed, for the fairness between tenants."""

@@ -35,8 +35,9 @@ from polar_sdk.serving.drafts import (
     MAX_ROWS,
     WASTE_PER_TOKEN,
     Drafts,
-    EarlierAnswers,
+    Experience,
     Hits,
+    OtherAnswers,
     PassCosts,
     Plan,
     Proposal,
@@ -132,23 +133,23 @@ def test_what_followed_the_last_match_is_proposed(tokens: list[int], count: int,
 
 
 def test_earlier_answers_are_found_by_tenant_from_their_first_token_on() -> None:
-    earlier = EarlierAnswers()
-    earlier.add("acme", [7, 8, 9], [1, 2, 3, 4])
-    assert earlier.following("acme", [5, 8, 9], 3) == Proposal([1, 2, 3], 2, is_earlier=True)
-    assert earlier.following("acme", [6, 3], 3) == Proposal([4], 1, is_earlier=True)
-    assert earlier.following("acme", [5], 3).match == 0
-    assert earlier.following("globex", [7, 8, 9], 3).match == 0
-    earlier.add("acme", [7, 8, 9], [5])
-    assert earlier.following("acme", [7, 8, 9], 3).tokens == [5]  # the latest
+    others = OtherAnswers()
+    others.add("acme", [7, 8, 9], [1, 2, 3, 4])
+    assert others.following("acme", [5, 8, 9], 3) == [Proposal([1, 2, 3], 2, "earlier")]
+    assert others.following("acme", [6, 3], 3) == [Proposal([4], 1, "earlier")]
+    assert others.following("acme", [5], 3) == []
+    assert others.following("globex", [7, 8, 9], 3) == []
+    others.add("acme", [7, 8, 9], [5])
+    assert others.following("acme", [7, 8, 9], 3)[0].tokens == [5]  # the latest
 
 
 def test_few_tenants_and_few_tokens_of_each_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts_module, "_EARLIER_TOKENS", 6)
     monkeypatch.setattr(drafts_module, "_EARLIER_TENANTS", 2)
-    earlier = EarlierAnswers()
+    earlier = OtherAnswers()
 
     def found(tenant: str, token: int) -> bool:
-        return bool(earlier.following(tenant, [token], 1).tokens)
+        return bool(earlier.following(tenant, [token], 1))
 
     earlier.add("acme", [1], [2, 3, 4, 5, 6, 7, 8])
     assert found("acme", 5)
@@ -167,19 +168,79 @@ def test_few_tenants_and_few_tokens_of_each_are_kept(monkeypatch: pytest.MonkeyP
     assert found("globex", 1)
 
 
-def test_more_that_matches_in_an_earlier_answer_is_preferred() -> None:
-    def earlier(last: Sequence[int], count: int) -> Proposal:
-        return Proposal([99], 2, is_earlier=True)
+class Told(OtherAnswers):
+    """Other answers that say the same whatever the last tokens are."""
 
-    drafts = Drafts([5, 1, 6, 2, 1], "auto")
-    assert drafts.propose([], 3, earlier).tokens == [99]  # one token matches in the prompt
-    assert Drafts([5, 1, 6, 5, 1], "auto").propose([], 3, earlier).tokens == [6, 5, 1]  # two do
-    assert Drafts([5, 1, 6, 2, 1], "prompt").propose([], 3, earlier).tokens == [6, 2, 1]
+    def __init__(self, *proposals: Proposal) -> None:
+        super().__init__()
+        self.proposals = list(proposals)
+
+    def following(self, tenant: str, last: Sequence[int], count: int) -> list[Proposal]:
+        """Those."""
+        return self.proposals
+
+
+def _known(*proposals: Proposal, costs: PassCosts | None = None) -> Experience:
+    known = Experience()
+    known.others = Told(*proposals)
+    known.costs = costs or known.costs
+    return known
+
+
+def test_what_gains_most_is_proposed() -> None:
+    prompts = {1: [5, 1, 6, 2, 1], 2: [5, 1, 6, 5, 1], 3: [4, 5, 1, 6, 4, 5, 1]}
+    """By number of tokens that match."""
+    found = {}
+    for chance in (0.1, 0.5, 0.9):
+        others = Proposal([98, 97], 2, "earlier"), Proposal([99, 96], 0, "table", (chance, 0.9))
+        for match, prompt in prompts.items():
+            known = _known(*others, costs=_costs(0.05))
+            found[chance, match] = Drafts(prompt, "auto").propose([], 2, known, "acme").source
+            assert Drafts(prompt, "prompt").propose([], 3, known, "acme").source == "request"
+    assert found == {
+        (0.1, 1): "earlier",
+        (0.5, 1): "table",
+        (0.9, 1): "table",
+        (0.1, 2): "request",
+        (0.5, 2): "table",
+        (0.9, 2): "table",
+        (0.1, 3): "request",
+        (0.5, 3): "request",
+        (0.9, 3): "table",
+    }
+
+
+def test_many_tokens_of_little_chance_gain_less_than_few_that_are_likely() -> None:
+    costs = _costs(0.1)
+    assert costs.gain([]) == 1
+    assert costs.gain([0.9]) == pytest.approx(1.9 / 1.1)
+    assert costs.gain([0.9, 0.01]) == costs.gain([0.9])
+    assert costs.gain([0.15] * 11) < costs.gain([0.9])
+    assert _costs(2.0).gain([0.9, 0.8]) == 1
+
+
+def test_a_table_that_is_wrong_about_a_request_is_left_alone() -> None:
+    table = Proposal([9] * 5, 0, "table", (0.8,) * 5)
+    drafts, known, tried = Drafts([1, 2, 3], "auto"), _known(table, costs=_costs(0.05)), list[int]()
+    for step in range(200):
+        drafts.propose(list(range(10, 10 + step)), 7, known, "acme")
+        assert step or list(drafts.chances) == pytest.approx([0.8**power for power in range(1, 6)])
+        (count,) = Plan([drafts], known.costs).counts
+        if count:
+            drafts.judged(count, 1, known.hits)
+            tried.append(step)
+        else:
+            drafts.passed()
+    assert tried[0] == 0
+    assert len([step for step in tried if step > 50]) < 5
+    for _ in range(50):  # and one that knows more than it says is trusted
+        known.hits.tried(table._replace(table=(0.5,) * 5), 5, 5)
+    assert known.hits.chances(table._replace(table=(0.5,)))[0] > 0.9
 
 
 def test_where_drafts_come_from_is_learnt_apart() -> None:
     hits = Hits()
-    own, earlier = Proposal([1, 2], 2), Proposal([1, 2], 2, is_earlier=True)
+    own, earlier = Proposal([1, 2], 2), Proposal([1, 2], 2, "earlier")
     before = hits.chances(own)
     for _ in range(50):
         hits.tried(earlier, 2, 2)
@@ -190,7 +251,7 @@ def test_where_drafts_come_from_is_learnt_apart() -> None:
 
 def _drafts(always: bool = False) -> Drafts:
     drafts = Drafts([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3], "prompt" if always else "auto")
-    drafts.propose([], 7)
+    drafts.propose([], 7, _known(), "acme")
     return drafts
 
 
@@ -206,21 +267,21 @@ def _costs(per_row: float) -> PassCosts:
 
 def test_drafts_fill_idle_rows_only() -> None:
     for rows in range(1, 20):
-        plan = Plan([_drafts(always=True)] * rows, _costs(0.0), Hits())
+        plan = Plan([_drafts(always=True)] * rows, _costs(0.0))
         assert sum(plan.counts) == max(min(MAX_ROWS - rows, 7 * rows), 0)
 
 
 def test_drafts_are_made_where_they_pay() -> None:
-    assert Plan([_drafts()], _costs(0.01), Hits()).counts[0] >= 5
-    assert Plan([_drafts()], _costs(2.0), Hits()).counts == [0]
-    assert Plan([_drafts(), None], _costs(0.2), Hits()).counts == [0, 0]  # the other one would be slower for it
+    assert Plan([_drafts()], _costs(0.01)).counts[0] >= 5
+    assert Plan([_drafts()], _costs(2.0)).counts == [0]
+    assert Plan([_drafts(), None], _costs(0.2)).counts == [0, 0]  # the other one would be slower for it
 
 
 def test_wrong_drafts_end_and_are_tried_again_less_and_less_often() -> None:
     drafts, costs, usual, tried = _drafts(), _costs(0.2), Hits(), list[int]()
     for step in range(600):
-        drafts.propose([1, 2, 3] * 200, 7)
-        (count,) = Plan([drafts], costs, usual).counts
+        drafts.propose([1, 2, 3] * 200, 7, _known(), "acme")
+        (count,) = Plan([drafts], costs).counts
         if count:
             drafts.judged(count, 1, usual)
             tried.append(step)
@@ -339,7 +400,7 @@ class WideAsNarrow(PassCosts):
 
 def test_answers_that_a_tenant_had_before_are_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = repeating(1.0)
-    monkeypatch.setattr(model.scheduler, "_pass_costs", WideAsNarrow())
+    monkeypatch.setattr(model.scheduler._drafting, "costs", WideAsNarrow())
     first, second = (model.generate("Hello", max_tokens=30, speculate="auto", tenant="again") for _ in range(2))
     other = model.generate("Hello", max_tokens=30, speculate="auto", tenant="other")
     plain = model.generate("Hello", max_tokens=30, speculate="off", tenant="plain")
@@ -665,7 +726,7 @@ def test_what_a_request_may_waste_is_bounded() -> None:
     drafts = Drafts([1, 1, 1, 1], "prompt")
     wasted = 0
     for length in range(100):
-        count = len(drafts.propose([1] * length, 7).tokens)
+        count = len(drafts.propose([1] * length, 7, _known(), "acme").tokens)
         if count:
             drafts.judged(count, 0, Hits())
             wasted += count + 1
