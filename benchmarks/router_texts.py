@@ -26,7 +26,10 @@ from polar_sdk.lab.items import (
 from polar_sdk.lab.notes import notes
 from polar_sdk.lab.rewards.tasks import BATCH
 from polar_sdk.reading import parse_json
+from polar_sdk.router.artifact import load_router
 from polar_sdk.router.exact_tests import mean_difference
+from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.router.store import attach_router
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.router.base import Router
 
-__all__ = ["record_depths", "texts"]
+__all__ = ["by_tier", "record_depths", "record_drop", "texts", "written_answers"]
 
 Part = Literal["fit", "route"]
 _PARTS: Final = Shares(0.5, 0.5, 0.0, 0.0)
@@ -94,8 +97,16 @@ def _from_data(limit: int | None) -> list[Item]:
     return items
 
 
+def by_tier(model: PolarModel, folder: Path) -> dict[str, Router]:
+    """A certified router at each of its tiers, `exact` first."""
+    router = attach_router(load_router(folder), model, folder)
+    assert isinstance(router, LearnedRouter)
+    tiers = {} if router.certificate is None else router.certificate.tiers
+    return {"exact": router.at(0.0), **{tier: router.at(promise.theta) for tier, promise in tiers.items()}}
+
+
 def record_depths(
-    recorder: Recorder, model: PolarModel, tiers: dict[str, Router], per_depth: int, facts: int = 34
+    recorder: Recorder, model: PolarModel, tiers: dict[str, Router], per_depth: int, facts: int = 34, seed: int = 11
 ) -> None:
     """Whether tiers find a fact at every depth of long notes as full depth does: F1 to the answer.
 
@@ -105,29 +116,37 @@ def record_depths(
         tiers: Routers by tier, `exact` among them.
         per_depth: Prompts at each depth.
         facts: In each prompt; 34 make about 1,000 tokens.
+        seed: Of the prompts.
     """
     scores: dict[str, list[float]] = {tier: [] for tier in tiers}
     for depth in DEPTHS:
-        asked = notes(per_depth, seed=11, facts=(facts, facts), depth=depth)
+        asked = notes(per_depth, seed=seed, facts=(facts, facts), depth=depth)
         for tier, router in tiers.items():
-            written = [model.decode(answer) for answer in _answers(model, [text.prompt for text in asked], router)]
+            written = written_answers(model, [text.prompt for text in asked], router)
             own = [_found(text, right.answer) for text, right in zip(written, asked, strict=True)]
             scores[tier] += own
             recorder.add(f"{tier}: at {depth:.0%}", 100 * fmean(own), "%", topic="depths", note=f"{per_depth} prompts")
     for tier, found in scores.items():
-        drop = mean_difference(scores["exact"], found)
-        recorder.add(
-            f"{tier}: drop against exact",
-            100 * drop.value,
-            "points",
-            topic="depths",
-            low=100 * drop.low,
-            high=100 * drop.high,
-            interval="95%",
-            goal=2,
-            better="lower",
-            note=f"{len(found)} prompts",
-        )
+        record_drop(recorder, f"{tier}: drop against exact", scores["exact"], found, topic="depths")
+
+
+def record_drop(
+    recorder: Recorder, name: str, exact: Sequence[float], found: Sequence[float], *, topic: str | None = None
+) -> None:
+    """How much lower scores are than those of full depth, prompt by prompt, with the paired interval."""
+    drop = mean_difference(exact, found)
+    recorder.add(
+        name,
+        100 * drop.value,
+        "points",
+        topic=topic,
+        low=100 * drop.low,
+        high=100 * drop.high,
+        interval="95%",
+        goal=2,
+        better="lower",
+        note=f"{len(found)} prompts",
+    )
 
 
 def _found(written: str, right: str) -> float:
@@ -135,9 +154,10 @@ def _found(written: str, right: str) -> float:
     return 1.0 if right.casefold() in written.casefold() else f1(written, right)
 
 
-def _answers(model: PolarModel, prompts: Sequence[str], router: Router) -> list[tuple[int, ...]]:
+def written_answers(model: PolarModel, prompts: Sequence[str], router: Router) -> list[str]:
+    """Greedy answers of at most 32 tokens."""
     return [
-        answer
+        model.decode(answer)
         for start in range(0, len(prompts), BATCH)
         for answer in model.greedy_answers(prompts[start : start + BATCH], max_tokens=32, router=router)
     ]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_bridges import Bridging
 from benchmarks.router_seeds import record_router, record_seeds
-from benchmarks.router_texts import record_depths, texts
+from benchmarks.router_texts import by_tier, record_depths, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.engine import ENGINE_VERSION
 from polar_sdk.lab.evaluation.judge import Judge
@@ -53,10 +53,8 @@ from polar_sdk.lab.training.measuring import marks
 from polar_sdk.lab.training.menu_training import MenuSettings
 from polar_sdk.programs.policy import TIERS
 from polar_sdk.programs.program import Program
-from polar_sdk.router.artifact import load_router, save_router
+from polar_sdk.router.artifact import save_router
 from polar_sdk.router.certificate import TierPromise
-from polar_sdk.router.learned import LearnedRouter
-from polar_sdk.router.store import attach_router
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -66,8 +64,8 @@ if TYPE_CHECKING:
     from polar_sdk.lab.items import Item, Split
     from polar_sdk.lab.program_search.matrix import RewardMatrix
     from polar_sdk.lab.rewards.tasks import Task
-    from polar_sdk.router.base import Router
     from polar_sdk.router.certificate import Loss
+    from polar_sdk.router.learned import LearnedRouter
 
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "shipped" / "routers" / "smollm2-135m-instruct"
 MAX_BYTES = 12_000_000
@@ -351,14 +349,6 @@ def _unanswered(item: Item) -> Item:
     return PromptItem(prompt=item.prompt, task=item.task) if isinstance(item, AnswerItem) else item
 
 
-def _by_tier(model: PolarModel, folder: Path) -> dict[str, Router]:
-    """A certified router at each of its tiers, `exact` first."""
-    router = attach_router(load_router(folder), model, folder)
-    assert isinstance(router, LearnedRouter)
-    tiers = {} if router.certificate is None else router.certificate.tiers
-    return {"exact": router.at(0.0), **{tier: router.at(promise.theta) for tier, promise in tiers.items()}}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -422,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(record_seeds(recorder, [router.with_suffix(".json") for router in mains]))
     record_router(recorder, shipped.with_suffix(".json"))
     if options.depth_prompts:
-        record_depths(recorder, model, _by_tier(model, shipped), options.depth_prompts, options.depth_facts)
+        record_depths(recorder, model, by_tier(model, shipped), options.depth_prompts, options.depth_facts)
     print(f"wrote {recorder.path}")
     ship(shipped, options.out)
 

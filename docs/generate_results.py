@@ -101,6 +101,12 @@ SECTIONS = {
         "The same prompts answered freely by each tier, beside full depth's answers.",
         _ROUTER,
     ),
+    "right-answers": Section(
+        "Router: right answers to questions about notes",
+        "F1 to the right answer, prompts of some 300 to 750 tokens with seeds that nothing was fitted, tuned or "
+        "calibrated on, and the drop against full depth, paired.",
+        "`python -m benchmarks.right_answers`",
+    ),
     "depths": Section(
         "Router: a fact at every depth of a long prompt",
         "F1 to the asked fact in notes of some 1,000 tokens, and the drop against full depth, paired.",
