@@ -9,6 +9,7 @@ ids and logits; no JSON and no requests.
 from __future__ import annotations
 
 from collections import Counter, deque
+from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from polar_sdk.errors import GrammarError, MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -75,10 +76,11 @@ class GrammarCompiler:
         """
         guidance = import_llguidance()
         tokens = self._tokens
-        broken, messages = guidance.LLMatcher.validate_grammar_with_warnings(text, tokens.tokenizer)
-        if broken:
-            raise _unsupported(" ".join(messages))
-        matcher = guidance.LLMatcher(tokens.tokenizer, text, log_level=0)
+        with _no_panic():
+            broken, messages = guidance.LLMatcher.validate_grammar_with_warnings(text, tokens.tokenizer)
+            if broken:
+                raise _unsupported(" ".join(messages))
+            matcher = guidance.LLMatcher(tokens.tokenizer, text, log_level=0)
         if matcher.is_error():
             raise _unsupported(matcher.get_error())
         return Grammar(matcher, tokens)
@@ -422,6 +424,17 @@ def _strike_out(logits: Tensor, allowed: NDArray[np.bool_]) -> Tensor:
 
 def _nothing_left() -> GrammarError:
     return GrammarError("no token that the grammar allows is left: a logits_hook forbids them all.")
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """Refuse what makes the library panic, as its message about long texts does: a panic is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise _unsupported(f"llguidance fails at it ({error})") from error
 
 
 def _unsupported(reason: str) -> GrammarError:
