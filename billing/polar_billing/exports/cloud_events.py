@@ -45,7 +45,7 @@ def usage_event(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None
         energy: What to model its energy by; None to say nothing of it.
     """
     record = stored.record
-    modelled = {} if energy is None else {"energy": _energy(record.flops.total, energy)}
+    modelled = {} if energy is None else {"energy": _energy(record.flops.executed, energy)}
     return {
         "specversion": "1.0",
         "type": EVENT_TYPE,
@@ -68,8 +68,11 @@ def usage_event(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None
             "tokens_input": record.tokens.input,
             "tokens_cached": record.tokens.cached,
             "tokens_output": record.tokens.output,
+            "tokens_drafted": record.tokens.drafted,
+            "tokens_accepted": record.tokens.accepted,
             "visits": record.visits.total,
             "flops": record.flops.total,
+            "flops_drafts": record.flops.drafts,
             "flops_full_depth": record.identity_flops,
             "flops_saved": record.flops_saved,
             "compute_units": plain(COMPUTE.quantity(record.flops.total)),

@@ -66,10 +66,10 @@ def write_usage(
         **dict.fromkeys(("model", "model_fingerprint", "router", "router_version", "program"), text),
         **dict.fromkeys(("outcome", "finish_reason", "error", "device", "dtype"), text),
         **dict.fromkeys(("started_at", "stored_at"), moment),
-        **dict.fromkeys(("tokens_input", "tokens_cached", "tokens_output"), count),
+        **dict.fromkeys(("tokens_input", "tokens_cached", "tokens_output", "tokens_drafted", "tokens_accepted"), count),
         **dict.fromkeys(("visits_prefill", "visits_prefill_filled", "visits_decode"), layers),
         **dict.fromkeys(("flops_embed", "flops_layers_prefill", "flops_layers_decode", "flops_head"), count),
-        **dict.fromkeys(("flops_router", "flops", "flops_full_depth", "flops_saved"), count),
+        **dict.fromkeys(("flops_router", "flops", "flops_drafts", "flops_full_depth", "flops_saved"), count),
         "compute_units": arrow.decimal128(_DIGITS, COMPUTE.decimals),
         **dict.fromkeys(("kv_bytes_peak", "queue_ns", "prefill_ns", "decode_ns"), count),
         "cost": cost,
@@ -98,6 +98,8 @@ def _usage_row(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None)
         "tokens_input": record.tokens.input,
         "tokens_cached": record.tokens.cached,
         "tokens_output": record.tokens.output,
+        "tokens_drafted": record.tokens.drafted,
+        "tokens_accepted": record.tokens.accepted,
         "visits_prefill": record.visits.prefill,
         "visits_prefill_filled": record.visits.prefill_filled,
         "visits_decode": record.visits.decode,
@@ -107,6 +109,7 @@ def _usage_row(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None)
         "flops_head": flops.head,
         "flops_router": flops.router,
         "flops": flops.total,
+        "flops_drafts": flops.drafts,
         "flops_full_depth": record.identity_flops,
         "flops_saved": record.flops_saved,
         "compute_units": COMPUTE.quantity(flops.total),
@@ -115,7 +118,7 @@ def _usage_row(stored: StoredUsage, book: PriceBook, energy: EnergyBasis | None)
         "price_book": book.id,
         "price_book_hash": stored.price_book_hash,
         "unrated": stored.unrated,
-        **({} if energy is None else _energy(flops.total, energy)),
+        **({} if energy is None else _energy(flops.executed, energy)),
     }
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
+    from polar_billing.reports.figures import Figures
     from polar_billing.reports.report import Report
 
 _SCALE: Final = 3
@@ -97,7 +98,8 @@ class EnergyReport(_Part):
     """How much of the period the log covers; None where it is modelled."""
     joules: Decimal
     joules_saved: Decimal | None
-    """Full depth less executed, at the same efficiency; None where it is measured: full depth was not run."""
+    """Full depth less what the answers needed, at the same efficiency: drafts count in `joules` and not here, since
+    full depth would have them, too. None where it is measured: full depth was not run."""
     grid_grams_per_kwh: Decimal | None
     grid_source: str | None
     carbon_grams: Decimal | None
@@ -113,7 +115,8 @@ class EnergyReport(_Part):
     def said(self) -> str:
         """What the figures rest on, in a sentence or two."""
         if self.flops_per_joule is not None:
-            how = f"Modelled: executed FLOPs at {plain(self.flops_per_joule)} FLOPs per joule ({self.source})."
+            per_joule = plain(self.flops_per_joule)
+            how = f"Modelled: executed FLOPs, drafts included, at {per_joule} FLOPs per joule ({self.source})."
         else:
             seconds = plain(self.measured_seconds or Decimal(0))
             how = (
@@ -170,12 +173,13 @@ def energy_report(basis: EnergyBasis, report: Report) -> EnergyReport:
     Raises:
         QueryError: It was to be measured, and the log has nothing of the period.
     """
-    flops = to_scaled(report.figures.compute_units, COMPUTE.decimals)
-    full_depth = to_scaled(report.figures.compute_units_full_depth, COMPUTE.decimals)
+    executed = _executed(report.figures)
     seconds, saved = None, None
     if basis.kind == "modelled":
-        total = basis.modelled_uj(flops)
-        saved = from_scaled(basis.modelled_uj(full_depth) - total, _DECIMALS)
+        total = basis.modelled_uj(executed)
+        needed, full_depth = report.figures.compute_units, report.figures.compute_units_full_depth
+        uj = [basis.modelled_uj(to_scaled(units, COMPUTE.decimals)) for units in (full_depth, needed)]
+        saved = from_scaled(uj[0] - uj[1], _DECIMALS)
     else:
         total, covered = _measured(basis.intervals, report.since, report.until)
         if not covered:
@@ -183,8 +187,8 @@ def energy_report(basis: EnergyBasis, report: Report) -> EnergyReport:
         seconds = from_scaled(divide_half_even(covered // timedelta(microseconds=1), 10**3), 3)
     carbon = basis.carbon_ug(total)
 
-    def shares(members: Sequence[tuple[str | None, str | None, Decimal]]) -> tuple[EnergyShare, ...]:
-        parts = [to_scaled(units, COMPUTE.decimals) for _, _, units in members]
+    def shares(members: Sequence[tuple[str | None, str | None, Figures]]) -> tuple[EnergyShare, ...]:
+        parts = [_executed(figures) for _, _, figures in members]
         grams = [None] * len(parts) if carbon is None else share_out(carbon, parts)
         return tuple(
             EnergyShare(
@@ -206,9 +210,14 @@ def energy_report(basis: EnergyBasis, report: Report) -> EnergyReport:
         grid_grams_per_kwh=basis.grid_grams_per_kwh,
         grid_source=basis.grid_source,
         carbon_grams=None if carbon is None else from_scaled(carbon, _DECIMALS),
-        by_tier=shares([(None, tier.tier, tier.figures.compute_units) for tier in report.tiers]),
-        by_tenant=shares([(each.tenant, None, each.figures.compute_units) for each in report.tenants]),
+        by_tier=shares([(None, tier.tier, tier.figures) for tier in report.tiers]),
+        by_tenant=shares([(each.tenant, None, each.figures) for each in report.tenants]),
     )
+
+
+def _executed(figures: Figures) -> int:
+    """What the answers needed, and what drafts executed beyond that. Unit: FLOPs."""
+    return sum(to_scaled(units, COMPUTE.decimals) for units in (figures.compute_units, figures.compute_units_drafts))
 
 
 def share_out(total: int, parts: Sequence[int]) -> list[int]:

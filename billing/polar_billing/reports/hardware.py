@@ -1,7 +1,8 @@
 """What the hardware costs that served some usage, at a stated price per device-hour, and what is left of the charges.
 
 Device time comes from a stated throughput, or from the recorded times: the time in which a device had at least one
-request, counted once however many it had. Idle hours are in neither. Compute is shared out by executed FLOPs.
+request, counted once however many it had. Idle hours are in neither. It is shared out by the FLOPs that answers
+needed: drafts run in rows that would be idle.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Margin(BaseModel):
     """None for programs named by hand, and where `tenant` is named."""
     charge: Decimal | None
     cost: Decimal
-    """The device time of its executed FLOPs, unrated and free requests included."""
+    """Its share of the device time, by the FLOPs that its answers needed; unrated and free requests included."""
     margin: Decimal | None
     """`charge - cost`."""
 

@@ -101,6 +101,7 @@ def make_usage(ledger: Ledger) -> None:
                                 outcome=outcome,
                                 prompt=7 + number,
                                 output=output,
+                                drafts=(3, 1, 7_000) if output == 2 and outcome is Outcome.COMPLETED else (0, 0, 0),
                                 started_at=begin + timedelta(hours=number),
                             )
                         )

@@ -130,7 +130,9 @@ def used(ledger: Ledger) -> Ledger:
                 "standard": (0, 1, 2, 4, 5),
                 "premium": (0, 1, 2, 2, 3, 4, 5),
             }.items():
-                meter.emit(usage_record(f"{n}{tier}", tenant=tenant, tier=tier, path=path, prompt=10 + n))
+                drafts = (4, 1, 2_000_000_000) if tier == "standard" else (0, 0, 0)
+                record = usage_record(f"{n}{tier}", tenant=tenant, tier=tier, path=path, prompt=10 + n, drafts=drafts)
+                meter.emit(record)
     return ledger
 
 
@@ -143,8 +145,13 @@ def test_modelled_energy_follows_executed_flops(used: Ledger) -> None:
     report = report_of(used, basis)
     energy = report.energy
     assert energy is not None
-    units = report.figures.compute_units
+    assert report.figures.compute_units_drafts == Decimal("0.006")
+    units = report.figures.compute_units + report.figures.compute_units_drafts
     assert abs(energy.joules - units * 500) < Decimal("0.000001")
+    (standard,) = (tier for tier in report.tiers if tier.tier == "standard")
+    (share,) = (share for share in energy.by_tier if share.tier == "standard")
+    own = standard.figures.compute_units + standard.figures.compute_units_drafts
+    assert abs(share.joules - own * 500) <= Decimal("0.000001")
     assert energy.joules_saved is not None
     assert abs(energy.joules_saved - report.figures.compute_units_saved * 500) <= Decimal("0.000001")
     assert energy.carbon_grams is not None
@@ -153,7 +160,7 @@ def test_modelled_energy_follows_executed_flops(used: Ledger) -> None:
         assert sum(share.joules for share in shares) == energy.joules
         assert sum(share.carbon_grams or 0 for share in shares) == energy.carbon_grams
     assert energy.said == (
-        "Modelled: executed FLOPs at 2000000000 FLOPs per joule (data sheet). "
+        "Modelled: executed FLOPs, drafts included, at 2000000000 FLOPs per joule (data sheet). "
         "Carbon at 381.5 g CO2e per kWh (national average of 2025)."
     )
 
