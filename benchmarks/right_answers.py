@@ -35,7 +35,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     model = PolarModel.from_pretrained(ledger=None)
-    tiers = by_tier(model, next(router_folders(model.fingerprint)))
+    certified = by_tier(model, next(router_folders(model.fingerprint)))
+    tiers = {
+        tier: router for tier, router in certified.items() if tier != "premium"
+    }  # which runs such prompts as exact
     recorder = Recorder("right-answers", args.results)
     _record_f1(recorder, model, tiers, args.prompts)
     record_depths(recorder, model, tiers, args.per_depth, seed=_SEED)
