@@ -35,6 +35,8 @@ PolarError
 ├── FillError (ValueError)                fills that cannot be fitted or used here
 │   ├── FillModelError                    they were fitted for another model
 │   └── FillDamagedError                  one of their files is missing, altered or malformed
+├── DraftTableError (ValueError)          a draft table that cannot be made or used here
+│   └── DraftTableDamagedError            its file is missing, altered or malformed
 ├── DataError (ValueError)                a calibration file that is missing, empty or malformed
 │   └── CalibrationSizeError              too few prompts for the requested promise
 ├── ModelError                            the model cannot be loaded or run

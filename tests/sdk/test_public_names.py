@@ -16,9 +16,9 @@ PUBLIC = {
         Policy Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
     """,
     "polar_sdk.lab": """
-        AnswerItem ChoiceItem Evaluation FillOptions HealOptions Item LayerwiseSettings MenuSettings PromptItem
-        RewardMatrix ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal heal_fills read_items
-        scan search train
+        AnswerItem ChoiceItem DraftOptions Evaluation FillOptions HealOptions Item LayerwiseSettings MenuSettings
+        PromptItem RewardMatrix ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal heal_fills
+        make_draft_table read_items scan search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME AccessError Account Agreement AmountError BillingError Budget BudgetError Budgets
