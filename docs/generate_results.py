@@ -103,7 +103,7 @@ SECTIONS = {
     ),
     "right-answers": Section(
         "Router: right answers to questions about notes",
-        "F1 to the right answer, prompts of some 300 to 750 tokens with seeds that nothing was fitted, tuned or "
+        "F1 to the right answer, prompts of some 280 to 720 tokens with seeds that nothing was fitted, tuned or "
         "calibrated on, and the drop against full depth, paired.",
         "`python -m benchmarks.right_answers`",
     ),

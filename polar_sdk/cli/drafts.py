@@ -47,17 +47,21 @@ def drafts(
     engine = opt.load_model(model, device=device, device_map=device_map, precision=precision, no_ledger=True)
     target = out or saved_table_path(engine.fingerprint)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype))
-    with cache, ProgressBars(quiet=as_json) as show:
-        table = lab.make_draft_table(
-            engine,
-            items,
-            out=target,
-            cache=cache,
-            on_progress=show,
-            questions=questions,
-            answer_tokens=answer_tokens,
-            seed=seed or 0,
-        )
+    try:
+        with cache, ProgressBars(quiet=as_json) as show:
+            table = lab.make_draft_table(
+                engine,
+                items,
+                out=target,
+                cache=cache,
+                on_progress=show,
+                questions=questions,
+                answer_tokens=answer_tokens,
+                seed=seed or 0,
+            )
+    except KeyboardInterrupt:
+        print_line("note: the same command goes on where it stopped.", err=True)
+        raise
     if as_json:
         facts = {"out": str(target), "entries": len(table), "bytes": table.bytes, **table.facts.model_dump()}
         typer.echo(json.dumps(facts, indent=2))

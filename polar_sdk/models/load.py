@@ -179,7 +179,10 @@ def find_draft_table(fingerprint: str, vocabulary: int) -> DraftTable | None:
 
     saved, shipped = saved_table_path(fingerprint), resources.files("polar_sdk") / "shipped" / "drafts"
     paths = [saved] if saved.is_file() else []
-    for path in [*paths, *(path for path in shipped.iterdir() if isinstance(path, Path))]:
+    for path in [
+        *paths,
+        *(path for path in shipped.iterdir() if isinstance(path, Path) and path.suffix == saved.suffix),
+    ]:
         try:
             table = DraftTable.load(path)
             if path == saved or table.facts.fingerprint == fingerprint:

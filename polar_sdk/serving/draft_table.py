@@ -212,7 +212,7 @@ class DraftTable:
                 f"model is {fingerprint[:12]}….",
                 hint="Make one for it with `polar drafts`.",
             )
-        if (highest := max(self.tokens, default=0)) >= vocabulary:
+        if (highest := int(np.frombuffer(self.tokens, dtype=_TYPES["tokens"]).max(initial=0))) >= vocabulary:
             raise DraftTableError(
                 f"the draft table proposes token {highest}, but ids of this model are 0 to {vocabulary - 1}.",
                 hint=_HINT,

@@ -190,22 +190,21 @@ class Hits:
 
     def chances(self, proposal: Proposal) -> list[float]:
         """How likely it is that each of the proposed tokens is kept: less and less."""
-        following, *first = self._values(proposal.source)
-        each = [following] * len(proposal.tokens)
-        if proposal.source == "table":
-            each = [min(following * chance, 1.0) for chance in proposal.table]
-        elif each:
-            each[0] = first[proposal.match - 1]
+        each = (min(share.value * expected, 1.0) for share, expected in self._expected(proposal))
         return list(accumulate(each, mul))
 
     def tried(self, proposal: Proposal, drafted: int, kept: int) -> None:
         """Note that of so many drafted tokens of a proposal, the first `kept` were right."""
+        tries = self._expected(proposal)[: min(kept + 1, drafted)]
+        for place, (share, expected) in enumerate(tries):
+            share.tried(place < kept, expected)
+
+    def _expected(self, proposal: Proposal) -> list[tuple[_Share, float]]:
+        """For each proposed token, if all before it are right: how often such ones are, and of what that is a share."""
         following, *first = self._shares[proposal.source]
-        for place in range(min(kept + 1, drafted)):
-            if proposal.source == "table":
-                following.tried(place < kept, proposal.table[place])
-            else:
-                (following if place else first[proposal.match - 1]).tried(place < kept)
+        if proposal.source == "table":
+            return [(following, chance) for chance in proposal.table]
+        return [(following if place else first[proposal.match - 1], 1.0) for place in range(len(proposal.tokens))]
 
 
 class Drafts:

@@ -177,9 +177,9 @@ def energy_report(basis: EnergyBasis, report: Report) -> EnergyReport:
     seconds, saved = None, None
     if basis.kind == "modelled":
         total = basis.modelled_uj(executed)
-        needed, full_depth = report.figures.compute_units, report.figures.compute_units_full_depth
-        uj = [basis.modelled_uj(to_scaled(units, COMPUTE.decimals)) for units in (full_depth, needed)]
-        saved = from_scaled(uj[0] - uj[1], _DECIMALS)
+        needed = to_scaled(report.figures.compute_units, COMPUTE.decimals)
+        full_depth = to_scaled(report.figures.compute_units_full_depth, COMPUTE.decimals)
+        saved = from_scaled(basis.modelled_uj(full_depth) - basis.modelled_uj(needed), _DECIMALS)
     else:
         total, covered = _measured(basis.intervals, report.since, report.until)
         if not covered:

@@ -23,8 +23,9 @@ from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.models import load as load_module
 from polar_sdk.models.load import find_draft_table, saved_table_path
 from polar_sdk.serving.draft_table import CONTEXT, MAX_VOCABULARY, DraftTable, DraftTableFacts
-from polar_sdk.serving.drafts import OtherAnswers, PassCosts, Proposal
+from polar_sdk.serving.drafts import OtherAnswers, Proposal
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
+from tests.sdk.serving.test_drafts import WideAsNarrow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,13 +175,6 @@ def _model(**options: Any) -> PolarModel:
 
 def _facts(model: PolarModel) -> DraftTableFacts:
     return FACTS.model_copy(update={"fingerprint": model.fingerprint})
-
-
-class WideAsNarrow(PassCosts):
-    """Passes that take the same whatever their number of rows, on a machine however busy."""
-
-    def of(self, rows: int) -> float:
-        return 1.0
 
 
 def test_the_first_answer_is_drafted_and_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
