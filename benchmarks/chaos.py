@@ -45,8 +45,8 @@ MARK_TOKENS: Final = 64
 MARK_S: Final = 1.0
 LATE_S: Final = 0.5
 """How long a mark may be under way on a busy machine. Unit: seconds."""
-HOLDS_S: Final = 75.0
-"""A hold of a killed server lives for a minute. Unit: seconds."""
+HOLDS_S: Final = 60.0
+"""A hold of a killed server lives for half a minute. Unit: seconds."""
 
 
 # -- one server -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from polar_server.access import Key
 
 _MINUTE: Final = 60.0
-_RENEW_S: Final = 15.0
+_RENEW_S: Final = 7.5
 """How often a store hears of answers that run; it counts them for four times as long. Unit: seconds."""
 _RETRY_S: Final = 1.0
 """How long after a failure the store is told again what it missed. Unit: seconds."""

@@ -2,12 +2,12 @@
 
 A limit per minute is a bucket that holds a minute's worth and fills evenly. It is stored as the moment at which it is
 full again, so nobody fills it: to take an amount moves that moment on. Answers at a time are counted per replica, in a
-row that it renews; that of a replica that was killed expires within a minute, by the database's clock.
+row that it renews; that of a replica that was killed expires within half a minute, by the database's clock.
 
 Everything is decided in one transaction that has the rows of its keys to itself, for all calls of a process that came
 while its last one ran. So no limit is exceeded and nobody is refused what is there, whichever replica is asked. Two
 things are late: tokens are taken when an answer ends, so those that run may overdraw, and later ones wait for that; and
-where the database was away for longer than a minute, answers that ran on count again from the next renewal. Knows no
+where the database was away for longer than that, answers that ran on count again from the next renewal. Knows no
 HTTP.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-LIFETIME: Final = timedelta(minutes=1)
+LIFETIME: Final = timedelta(seconds=30)
 """After this time, answers that nobody renewed are of a process that is gone."""
 _MINUTE_NS: Final = 60 * 10**9
 _RETRY_S: Final = 1.0

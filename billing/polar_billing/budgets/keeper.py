@@ -3,10 +3,10 @@
 Every hold covers all budgets of a request in one transaction, which no other of the same tenant overlaps: the head of
 the tenant's chain is locked first, as it is by whoever stores usage. What cannot be decided is refused.
 
-A hold lives for a minute and is renewed while its request does (`leases`). Whether it has expired is for the database's
-clock to say (`ledger.clock`), so that the clocks of hosts need not agree, nor stand still. If it could not be renewed
-and has expired all the same, it is made again with the next renewal; if its budget has no more room by then, the
-request is ended with that budget's error, and its record counts what it used. Rates nothing itself (see
+A hold lives for half a minute and is renewed while its request does (`leases`). Whether it has expired is for the
+database's clock to say (`ledger.clock`), so that the clocks of hosts need not agree, nor stand still. If it could not
+be renewed and has expired all the same, it is made again with the next renewal; if its budget has no more room by then,
+the request is ended with that budget's error, and its record counts what it used. Rates nothing itself (see
 `prices.quote`).
 """
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageBound
 
 
-HOLD_LIFETIME: Final = timedelta(minutes=1)
+HOLD_LIFETIME: Final = timedelta(seconds=30)
 """After this time a hold that nobody renewed or resolved expires: its process is gone."""
 SEEN_WITHIN_S: Final = 5.0
 """How long a process may miss the first budget that another process sets for a tenant. Unit: seconds."""

@@ -1,8 +1,8 @@
 """Leases: the holds of this process, renewed by a thread for as long as what they were made for runs.
 
-A hold lives a minute; a request that waits, runs or is paused by its reader may live for hours. So a hold is a lease:
-its process renews it from the moment that the request begins, all of them in one statement, and where the process is
-killed nobody does. Waits by the monotonic clock. Knows no database: what renewing means is handed in.
+A hold lives for half a minute; a request that waits, runs or is paused by its reader may live for hours. So a hold is a
+lease: its process renews it from the moment that the request begins, all of them in one statement, and where the
+process is killed nobody does. Waits by the monotonic clock. Knows no database: what renewing means is handed in.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageBound
 
 
-RENEWALS: Final = 4
-"""How often a hold is renewed in its lifetime, so that it outlives two renewals that fail."""
+RENEWALS: Final = 6
+"""How often a hold is renewed in its lifetime, so that it outlives four renewals that fail."""
 _SWEEP_FROM: Final = 1_000
 _log: Final = logging.getLogger("polar_billing")
 

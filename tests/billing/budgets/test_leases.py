@@ -13,7 +13,7 @@ from sqlalchemy import event
 
 from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.holds import HoldState
-from polar_billing.budgets.keeper import Budgets
+from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
 from polar_billing.errors import ConflictError, StoreLockedError
 from polar_billing.ledger import clock
 from polar_billing.ledger.records import ALL_TENANTS, Selection
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CU = 10**12
 MINUTE = timedelta(minutes=1)
+LIFETIME_US = HOLD_LIFETIME // timedelta(microseconds=1)
 BOOK = PriceBook.example()
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
 
@@ -252,7 +253,7 @@ def test_without_a_server_the_clock_of_the_machine_since_boot_decides(ledger: Le
     budgets = Budgets(ledger)
     budgets.set(Budget("acme", Decimal(1)))
     budgets.reserve(bound_of("a"), BOOK, source="polar")
-    machine["since"] += 59_999_999
+    machine["since"] += LIFETIME_US - 1
     assert Budgets(ledger).expire() == 0
     machine["since"] += 1
     assert Budgets(ledger).expire() == 1
@@ -265,7 +266,7 @@ def test_after_a_boot_no_process_is_left_that_holds_anything(ledger: Ledger, mac
     machine.update(boot="second", since=7)
     assert Budgets(ledger).reserve(bound_of("b"), BOOK, source="polar") == 0
     assert [hold.request_id for hold in budgets.holds("acme")] == ["b"]
-    machine["since"] += 59_000_000
+    machine["since"] += LIFETIME_US - 1
     assert Budgets(ledger).expire() == 0
     assert verify_ledger(ledger).sound
 
@@ -325,7 +326,7 @@ def test_paused_streams_stay_within_the_limit(meter: Meter) -> None:
         except BudgetExceededError:
             continue
         streams.append(stream)
-        renewals.wait_for(5)  # each a quarter of a lifetime after the other
+        renewals.wait_for(7)  # each a sixth of a lifetime after the other
     assert len(streams) == 1
     for stream in streams:
         list(stream)

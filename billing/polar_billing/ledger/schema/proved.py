@@ -120,7 +120,7 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
         _declared(Proof.OUTSIDE, "key_id requests_full_at tokens_full_at", "what was used of a minute, for a minute"),
     ),
     "polar_running": (
-        _declared(Proof.OUTSIDE, "key_id replica answers expires_at", "answers that run now, for a minute"),
+        _declared(Proof.OUTSIDE, "key_id replica answers expires_at", "answers that run now, for half a minute"),
     ),
     "polar_credit_note": _chained("number tenant statement reference amount reason issued_at"),
 }
