@@ -28,6 +28,7 @@ import polar_sdk.engine.parts
 import polar_sdk.engine.products
 import polar_sdk.engine.types
 from polar_sdk.errors import CompileError
+from polar_sdk.writing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,24 +134,19 @@ class Part:
         sizes = {name: torch.export.Dim(name, min=minimum, max=MAX_SIZE) for name, minimum in minimums.items()}
         shapes = [{axis: sizes[name] for axis, name in dynamic.items()} for dynamic in self.dynamic]
         shapes += [{} for _ in flat(self.template)]
-        draft = path.with_suffix(f".{os.getpid()}.pt2")
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with replacing(path) as draft, torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(module, arguments, dynamic_shapes={"arguments": tuple(shapes)})
                 try:
                     _build(exported, draft, trusting=True)
                 except Exception:  # the compiler raises errors of any class
                     _build(exported, draft, trusting=False)
-            draft.replace(path)
         except Exception as error:  # the compiler raises errors of any class
             raise CompileError(
                 f"layers cannot be compiled here ({type(error).__name__}: {' '.join(str(error).split())[:200]}).",
                 hint="Install a C++ compiler such as g++, or load the model with compile=False.",
             ) from error
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 def _build(exported: Any, path: Path, *, trusting: bool) -> None:

@@ -8,7 +8,6 @@ Both are kept in the cache of rewards, so that what was interrupted goes on wher
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from pydantic import BaseModel, Field, ValidationError
 
 from polar_sdk.errors import DataError, DraftTableError
-from polar_sdk.lab.items import ChoiceItem, PromptItem
+from polar_sdk.lab.items import ChoiceItem, PromptItem, data_hash
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import BATCH, make_tasks
 from polar_sdk.models.load import saved_table_path
@@ -115,7 +114,7 @@ class _Maker:
             fingerprint=self.model.fingerprint,
             answers=len(answers),
             tokens=sum(len(task.question.continuations[0]) for task in tasks),
-            data=hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
+            data=data_hash(asked),
         )
         held_out = answers[_HELD_OUT - 1 :: _HELD_OUT]
         others = [answer for place, answer in enumerate(answers, start=1) if place % _HELD_OUT]

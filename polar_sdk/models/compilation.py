@@ -33,6 +33,7 @@ from polar_sdk.errors import CompileError
 from polar_sdk.locks import renewed_in_child
 from polar_sdk.models.paths import CACHE_VARIABLE, cache_folder
 from polar_sdk.reading import Unreadable, parse_json, read_bytes
+from polar_sdk.writing import replacing
 
 if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
@@ -169,12 +170,8 @@ def is_held(key: str) -> bool:
 def write_status(key: str, status: Status) -> None:
     """Replace the status, as far as the disk allows."""
     path = packages_folder() / f"{key}.json"
-    draft = path.with_suffix(f".{os.getpid()}.json")
-    with suppress(OSError):
+    with suppress(OSError), replacing(path) as draft:
         draft.write_text(status.model_dump_json() + "\n", encoding="utf-8")
-        draft.replace(path)
-    with suppress(OSError):
-        draft.unlink(missing_ok=True)
 
 
 def read_status(path: Path) -> Status | None:

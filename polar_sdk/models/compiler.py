@@ -108,7 +108,7 @@ def _classify(error: Exception) -> tuple[int, str]:
 
 
 def _remove_drafts(folder: Path) -> None:
-    """Remove what killed processes have left half written: drafts bear the number of their process."""
+    """Remove what killed processes have left half written: drafts bear the number of their process, see `replacing`."""
     import psutil
 
     for draft in folder.glob("*.*.pt2"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_sdk.locks import renewed_in_child
 from polar_sdk.models.paths import cache_folder
 from polar_sdk.reading import Unreadable, parse_object, read_bytes
+from polar_sdk.writing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -113,8 +113,5 @@ def _remember(path: Path, entry: list[Any]) -> None:
     known = {name: value for name, value in _read_hashes().items() if Path(name).exists()}
     known[str(path)] = entry
     target = cache_folder() / "file-hashes.json"
-    draft = target.with_suffix(f".{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError), replacing(target) as draft:
         draft.write_text(json.dumps(known), encoding="utf-8")
-        draft.replace(target)

@@ -21,6 +21,7 @@ from polar_sdk.router.layerwise import LayerwiseRouter
 from polar_sdk.router.learned import LearnedRouter, RouterFacts
 from polar_sdk.router.menu import MenuRouter
 from polar_sdk.router.network import Network
+from polar_sdk.writing import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +63,8 @@ def save_router(router: Router, folder: str | Path) -> Path:
 
     save_file(tensors, target / _WEIGHTS)
     # Last, and in one step: a folder with a router.json is complete.
-    draft = target / f"{_JSON}.tmp"
-    draft.write_text(text + "\n", encoding="utf-8")
-    draft.replace(target / _JSON)
+    with replacing(target / _JSON) as draft:
+        draft.write_text(text + "\n", encoding="utf-8")
     return target
 
 

@@ -7,8 +7,6 @@ proposes is only a guess: a wrong table costs time and never changes an answer. 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from safetensors.numpy import save
 
 from polar_sdk.errors import DraftTableDamagedError, DraftTableError
 from polar_sdk.reading import Unreadable, parse_json
+from polar_sdk.writing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -155,19 +154,11 @@ class DraftTable:
     def save(self, path: str | Path) -> Path:
         """Write the table in one step; the folder is created if needed. Returns the path."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         columns = zip(_TYPES.items(), (self.keys, self.tokens, self.chances), strict=True)
         arrays = {name: np.frombuffer(column, dtype=kind) for (name, kind), column in columns}
         data = save(arrays, metadata={"facts": self.facts.model_dump_json()})
-        number, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(number, "wb") as file:
-                file.write(data)
-            Path(name).chmod(0o644)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with replacing(target) as draft:
+            draft.write_bytes(data)
         return target
 
     @classmethod

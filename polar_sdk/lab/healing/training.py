@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from polar_sdk.errors import PolarError
 from polar_sdk.reading import parse_json
+from polar_sdk.writing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -142,14 +143,12 @@ class MapTrainer(ABC):
         """Write the checkpoint, whole or not at all."""
         if self._checkpoint is None:
             return
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{index}.value": value.detach() for index, value in enumerate(self._all())}
         for index, value in enumerate(self._all()):
             for name, moment in self._adam.state.get(value, {}).items():
                 tensors[f"{index}.{name}"] = moment.detach().clone()
-        draft = self._checkpoint.with_suffix(".tmp")
-        save_file(tensors, draft, {"mark": self._mark, "done": str(self.done), "losses": json.dumps(self.losses)})
-        draft.replace(self._checkpoint)
+        with replacing(self._checkpoint) as draft:
+            save_file(tensors, draft, {"mark": self._mark, "done": str(self.done), "losses": json.dumps(self.losses)})
 
     def resume(self) -> bool:
         """Continue from the checkpoint; False where there is none.

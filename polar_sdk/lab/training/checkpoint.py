@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_sdk.engine.hashes import hash_texts
 from polar_sdk.reading import parse_object
+from polar_sdk.writing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,12 +46,9 @@ class Checkpoint:
             return
         from safetensors.torch import save_file
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(step)
-        draft = path.with_suffix(".tmp")
         flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(flat, draft, {"key": self.key, "facts": json.dumps(facts)})
-        draft.replace(path)
+        with replacing(self._path(step)) as draft:
+            save_file(flat, draft, {"key": self.key, "facts": json.dumps(facts)})
 
     def load(self, step: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A step of this run, or None; a file that cannot be read counts as none."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +29,6 @@ from tests.sdk.serving.test_drafts import WideAsNarrow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 FACTS = DraftTableFacts(model="tiny", fingerprint="f" * 64, answers=1, tokens=1, data="")
 TOKENS = st.sampled_from([0, 1, 2, MAX_VOCABULARY - 1])
@@ -105,10 +104,12 @@ def test_what_is_read_is_what_was_written(tmp_path_factory: pytest.TempPathFacto
 def test_a_table_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = counted([[1, 2, 3]] * 9).save(tmp_path / "new" / "table.safetensors")
 
-    def full(*_: Any) -> None:
+    def full(file: Path, data: bytes) -> None:
+        with file.open("wb") as half:
+            half.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fdopen", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         counted([[4, 5, 6]] * 9).save(path)
     monkeypatch.undo()
