@@ -377,6 +377,14 @@ class UsageSink(ABC):
             SinkError: It cannot be noted now; the mark before holds.
         """
 
+    def receipt(self, record: UsageRecord) -> Receipt | None:
+        """What `emit` would say of a record now, without storing it; None, the default, where only `emit` knows.
+
+        Raises:
+            SinkError: The prices cannot be read now.
+        """
+        return None
+
     @abstractmethod
     def emit(self, record: UsageRecord) -> Receipt | None:
         """Store one record durably, exactly once per (tenant, request_id).
@@ -430,6 +438,10 @@ class ForwardingSink(UsageSink):
     def mark(self, record: UsageRecord) -> None:
         """As the inner sink."""
         self.inner.mark(record)
+
+    def receipt(self, record: UsageRecord) -> Receipt | None:
+        """As the inner sink."""
+        return self.inner.receipt(record)
 
     def emit(self, record: UsageRecord) -> Receipt | None:
         """As the inner sink."""

@@ -47,16 +47,18 @@ class Choice:
         request_id: Its id in the ledger, once it is admitted.
         bound: What was asked, from then on.
         offer: What it runs; another than the first of the bound where a budget allowed only less.
-        record: What was executed, once that is stored.
+        record: What was executed, once that is stored or held back.
         receipt: What the sink said to it.
+        holds_back: Whether the record of a completed answer waits for `Answer.store_records`.
     """
 
-    def __init__(self, together: threading.Barrier) -> None:
+    def __init__(self, together: threading.Barrier, *, holds_back: bool) -> None:
         self.request_id: str | None = None
         self.bound: UsageBound | None = None
         self.offer: Offer | None = None
         self.record: UsageRecord | None = None
         self.receipt: Receipt | None = None
+        self.holds_back = holds_back
         self._together = together
 
     def admitted(self, bound: UsageBound, offer: Offer) -> None:
@@ -72,17 +74,26 @@ class Choice:
 class Answer:
     """All choices of one call, each computed in a thread; read by at most one task.
 
+    Args:
+        engine: What computes it.
+        sink: Where its records go.
+        asks: One entry per choice.
+        streamed: Whether pieces are read as they come, or only the end of each choice.
+        holds_back: Whether the records of completed choices wait for `store_records`.
+
     Attributes:
         choices: In the order asked.
         error: What ended the answer early, or None.
         stopped: Whether the server stopped it, rather than its reader.
     """
 
-    def __init__(self, engine: Computes, sink: WatchedSink, asks: Sequence[Ask], *, streamed: bool) -> None:
+    def __init__(
+        self, engine: Computes, sink: WatchedSink, asks: Sequence[Ask], *, streamed: bool, holds_back: bool
+    ) -> None:
         self._engine, self._sink, self._streamed = engine, sink, streamed
         self._asks = tuple(asks)
         self._together = threading.Barrier(len(self._asks))
-        self.choices = [Choice(self._together) for _ in self._asks]
+        self.choices = [Choice(self._together, holds_back=holds_back) for _ in self._asks]
         self.error: BaseException | None = None
         self.stopped = False
         self._cancel = threading.Event()
@@ -137,6 +148,12 @@ class Answer:
         if not arrived and self.error is not None:
             raise self.error
         return arrived
+
+    async def store_records(self) -> None:
+        """Wait for the end, and store the records that were held back."""
+        await asyncio.wait([self.task])
+        held = [choice.request_id for choice in self.choices if choice.request_id is not None]
+        await run_in_thread(lambda _: self._sink.store_held(held), None)
 
     async def _run(self) -> None:
         try:
@@ -201,19 +218,20 @@ class Answers:
         choices = [choice for answer in list(self._open) for choice in answer.choices]
         return frozenset(choice.request_id for choice in choices if choice.request_id is not None)
 
-    def start(self, asks: Sequence[Ask], *, streamed: bool) -> Answer:
+    def start(self, asks: Sequence[Ask], *, streamed: bool, holds_back: bool = False) -> Answer:
         """Begin an answer, in the running event loop.
 
         Args:
-            asks: One entry per choice.
-            streamed: Whether pieces are read as they come, or only the end of each choice.
+            asks: As for `Answer`.
+            streamed: As for `Answer`.
+            holds_back: As for `Answer`; whoever says so calls `store_records`.
 
         Raises:
             ApiError: The server is about to end.
         """
         if self.draining:
             raise shutting_down()
-        answer = Answer(self._engine, self._sink, asks, streamed=streamed)
+        answer = Answer(self._engine, self._sink, asks, streamed=streamed, holds_back=holds_back)
         self._open.add(answer)
         answer.task.add_done_callback(lambda _: self._open.discard(answer))
         return answer

@@ -33,6 +33,8 @@ _EVENTS: Final = {
     "x-accel-buffering": "no",
 }
 _KEEP_ALIVE: Final = b": keep-alive\n\n"
+_KEEP_AGAIN_S: Final = 0.5
+"""When a store that could not keep a reply is asked again. Unit: seconds."""
 
 
 class Writer(Protocol):
@@ -120,17 +122,31 @@ class Endpoint:
         if state != "claimed":
             raise replies.refusal(state)
         copy, whole = replies.Copy(send), False
+        answer: Answer | None = None
         try:
-            answer = await self._server.start(call, exchange)
+            answer = await self._server.start(call, exchange, holds_back=True)
             whole = await self._reply(exchange, call, answer).send(copy)
         finally:
             try:
                 if whole:
-                    await asyncio.to_thread(store.keep, tenant, key, copy.packed(exchange.request_id))
+                    await self._keep(tenant, key, copy.packed(exchange.request_id))
                 else:
                     await asyncio.to_thread(store.give_up, tenant, key)
             finally:
+                if answer is not None:
+                    await answer.store_records()
                 await copy.finish()
+
+    async def _keep(self, tenant: str, key: str, reply: bytes) -> None:
+        """Keep a reply before it is billed, however long the store is away; a server that ends waits no longer.
+
+        So a call is not billed twice whose server is killed: it is billed as completed only when whoever sends it again
+        gets this reply.
+        """
+        while not await asyncio.to_thread(self._server.replies.keep, tenant, key, reply):
+            if self._server.answers.draining:
+                return
+            await asyncio.sleep(_KEEP_AGAIN_S)
 
     def _reply(self, exchange: Exchange, call: Call, answer: Answer) -> _Reply:
         server = self._server

@@ -34,8 +34,8 @@ class ReplyStore(Protocol):
         """`claimed`, `other`, `running`, or `done` with the answer."""
         ...
 
-    def keep(self, tenant: str, key: str, answer: bytes) -> None:
-        """Keep the answer to a claimed request."""
+    def keep(self, tenant: str, key: str, answer: bytes) -> bool:
+        """Keep the answer to a claimed request; False while the store cannot, which is to be asked again."""
         ...
 
     def give_up(self, tenant: str, key: str) -> None:
@@ -66,7 +66,7 @@ class MemoryReplies:
             return "other", None
         return "running" if answer is None else "done", answer
 
-    def keep(self, tenant: str, key: str, answer: bytes) -> None:
+    def keep(self, tenant: str, key: str, answer: bytes) -> bool:
         """As `ReplyStore`."""
         with self._lock:
             fingerprint, _ = self._kept[tenant, key]
@@ -78,6 +78,7 @@ class MemoryReplies:
                 if old is not None:
                     del self._kept[place]
                     self._bytes -= len(old)
+        return True
 
     def give_up(self, tenant: str, key: str) -> None:
         """As `ReplyStore`."""

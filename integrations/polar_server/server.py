@@ -96,27 +96,32 @@ class Server:
             usage_always=self.settings.usage_always,
         )
 
-    async def start(self, call: Call, exchange: Exchange) -> Answer:
+    async def start(self, call: Call, exchange: Exchange, *, holds_back: bool = False) -> Answer:
         """Begin the answer to a call, within the limits of its key.
+
+        Args:
+            call: What was asked.
+            exchange: Where.
+            holds_back: As for `Answers.start`.
 
         Raises:
             ApiError: A limit is reached, or the server is about to end.
         """
         key = exchange.key
         if key is None:
-            return self._begin(call, exchange)
+            return self._begin(call, exchange, holds_back)
         exchange.answer_headers |= await self.limits.enter(key)
         try:
-            answer = self._begin(call, exchange)
+            answer = self._begin(call, exchange, holds_back)
         except BaseException:
             self.limits.leave(key, 0)
             raise
         answer.task.add_done_callback(lambda _: self.limits.leave(key, answer.tokens))
         return answer
 
-    def _begin(self, call: Call, exchange: Exchange) -> Answer:
+    def _begin(self, call: Call, exchange: Exchange, holds_back: bool) -> Answer:
         with self._traces.of_call(exchange, call.model, call.asks) as trace:
-            answer = self.answers.start(call.asks, streamed=call.stream)
+            answer = self.answers.start(call.asks, streamed=call.stream, holds_back=holds_back)
         answer.task.add_done_callback(lambda _: trace.ended(answer))
         return answer
 

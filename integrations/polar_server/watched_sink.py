@@ -1,19 +1,22 @@
 """A sink around the model's own: it sees who is admitted on what program and what was recorded, and changes nothing.
 
-So the server knows the program of an answer before its first token, and counts requests whose record is still due.
+So the server knows the program of an answer before its first token, and counts requests whose record is still due. The
+record of a finished answer may be held back until the answer is safe, so that nothing is billed as completed that is
+lost with the process: until then, the marks of the request say what it used.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, Protocol
 
-from polar_sdk.usage import ForwardingSink
+from polar_sdk.usage import ForwardingSink, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from polar_sdk.usage import Offer, Receipt, UsageBound, UsageRecord, UsageSink
 
@@ -21,15 +24,21 @@ if TYPE_CHECKING:
 class Watcher(Protocol):
     """Who wants to know what becomes of one request."""
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether its record, if it was completed, is stored by `WatchedSink.store_held` alone."""
+        ...
+
     def admitted(self, bound: UsageBound, offer: Offer) -> None:
         """It may run, by this offer; an error refuses it after all."""
         ...
 
     def recorded(self, record: UsageRecord, receipt: Receipt | None) -> None:
-        """It ended, and its record is stored."""
+        """It ended, and its record is stored or held back."""
         ...
 
 
+_log: Final = logging.getLogger("polar_server")
 _watcher: Final[ContextVar[Watcher | None]] = ContextVar("polar_server_watcher", default=None)
 """Who watches the request that is being made here."""
 
@@ -46,6 +55,8 @@ class WatchedSink(ForwardingSink):
         super().__init__(inner)
         self.on_record: Callable[[UsageRecord], object] = lambda _: None
         self._watchers: dict[str, Watcher] = {}
+        self._held: dict[str, UsageRecord] = {}
+        """Records that are held back."""
         self._due: set[str] = set()
         self._lock = threading.Lock()
 
@@ -86,15 +97,41 @@ class WatchedSink(ForwardingSink):
         self._done(request_id)
 
     def emit(self, record: UsageRecord) -> Receipt | None:
-        """As the inner sink; where that raises, the record stays due."""
-        receipt = super().emit(record)
-        watcher = self._done(record.request_id)
-        self.on_record(record)
+        """As the inner sink; where that raises, the record stays due. Or hold it back, and say what it will cost."""
+        watcher, receipt = self._watchers.get(record.request_id), None
+        if watcher is not None and watcher.holds_back and record.outcome is Outcome.COMPLETED:
+            receipt = self.inner.receipt(record)
+        if receipt is None:
+            receipt = self._store(record)
+        else:
+            with self._lock:
+                self._held[record.request_id] = record
         if watcher is not None:
             watcher.recorded(record, receipt)
         return receipt
 
-    def _done(self, request_id: str) -> Watcher | None:
+    def store_held(self, request_ids: Iterable[str]) -> None:
+        """Store records that were held back; what cannot be stored stays due."""
+        for request_id in request_ids:
+            if (record := self._held.get(request_id)) is not None:
+                try:
+                    self._store(record)
+                except Exception:  # any sink, any error: the other records must be stored
+                    _log.exception("the usage record of request %s could not be stored", request_id)
+
+    def close(self) -> None:
+        """As the inner sink, which gets what was held back first."""
+        self.store_held(list(self._held))
+        super().close()
+
+    def _store(self, record: UsageRecord) -> Receipt | None:
+        receipt = super().emit(record)
+        self._done(record.request_id)
+        self.on_record(record)
+        return receipt
+
+    def _done(self, request_id: str) -> None:
         with self._lock:
             self._due.discard(request_id)
-            return self._watchers.pop(request_id, None)
+            self._held.pop(request_id, None)
+            self._watchers.pop(request_id, None)

@@ -140,17 +140,23 @@ class Replies:
         self._renew_from_now_on(claim)
         return "claimed", None
 
-    def keep(self, tenant: str, key: str, answer: bytes) -> None:
-        """Keep the answer to a claimed request; if the database does not take it now, it is kept when it does."""
+    def keep(self, tenant: str, key: str, answer: bytes) -> bool:
+        """Keep the answer to a claimed request; if the database does not take it now, it is kept when it does.
+
+        Returns:
+            False while it waits for that; call again to hear of it.
+        """
         with self._lock:
             claim = self._claims.get((tenant, self._hash(key)))
-        if claim is None:  # it was lost: another process has claimed, and answers
-            return
+        if claim is None:  # it is kept by now; or it was lost: another process has claimed, and answers
+            return True
         claim.answer, claim.answered_at = answer, time.monotonic()
         try:
             self._store([claim])
         except BillingError as error:
             _log.warning("an answer to a repeated request could not be kept now (%s)", error)
+            return False
+        return True
 
     def give_up(self, tenant: str, key: str) -> None:
         """A claimed request has no answer to keep: it may be tried again, at the latest when its claim expires."""

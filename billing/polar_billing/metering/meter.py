@@ -251,6 +251,16 @@ class Meter(UsageSink):
             except OSError as error:
                 raise StoreError(f"what a request has used cannot be noted in the spool ({error.strerror}).") from error
 
+    def receipt(self, record: UsageRecord) -> dict[str, Any]:
+        """The receipt that `emit` would give a record now; nothing is stored.
+
+        Raises:
+            PriceBookError: The price book's file is missing or wrong.
+            StoreError: The prices in force cannot be read, and there is no spool.
+        """
+        book, rating = self._rated(record)
+        return receipt_of(record, book, rating)
+
     def emit(self, record: UsageRecord) -> dict[str, Any]:
         """Store one record and its receipt, as durably as `durability` says.
 
@@ -268,10 +278,7 @@ class Meter(UsageSink):
                 reserved before. Never with `durability="spool"`; see the top of this module.
             StoreError: The record could not be stored. Where there is a spool it is kept there all the same.
         """
-        book, unknown = self._book_of(record)
-        rating = (
-            rate(record, book, counterfactuals=False) if unknown is None else Rating(book.currency, unrated=unknown)
-        )
+        book, rating = self._rated(record)
         receipt = receipt_of(record, book, rating)  # before the thread that stores wants the interpreter as well
         stored = self._store(_entry(record, self.source, book, rating.cost, rating.unrated))
         if stored is not None and stored.price_book_hash != book.content_hash:
@@ -297,6 +304,12 @@ class Meter(UsageSink):
         book, unknown = self._book_of(record)
         cost, unrated = cost_of(record, book) if unknown is None else (None, unknown)
         return _entry(record, self.source, book, cost, unrated)
+
+    def _rated(self, record: UsageRecord) -> tuple[PriceBook, Rating]:
+        book, unknown = self._book_of(record)
+        if unknown is not None:
+            return book, Rating(book.currency, unrated=unknown)
+        return book, rate(record, book, counterfactuals=False)
 
     def _book_of(self, record: UsageRecord) -> tuple[PriceBook, str | None]:
         """The book a record is charged by; if the ledger was never readable, any, and why there is no price."""

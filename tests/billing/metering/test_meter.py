@@ -54,6 +54,14 @@ def test_a_receipt_says_what_was_executed_and_what_it_cost(ledger: Ledger) -> No
     }
 
 
+@pytest.mark.parametrize("tier", ["economy", "gold"])
+def test_a_receipt_may_be_had_before_its_record_is_stored(ledger: Ledger, tier: str) -> None:
+    meter, record = Meter(ledger), usage_record(tier=tier)
+    receipt = meter.receipt(record)
+    assert list(ledger.read(Selection("acme"))) == []
+    assert meter.emit(record) == receipt
+
+
 def test_lines_of_a_receipt_sum_to_its_cost(ledger: Ledger) -> None:
     text = """
         id = "many"

@@ -45,11 +45,14 @@ class RecordingSink(ListSink):
         assert self.gate.wait(WAIT_S)
         return super().reserve(bound)
 
+    def receipt(self, record: UsageRecord) -> Any:
+        return {"cost": f"0.{record.flops.total:012d}", "currency": "EUR", "price_book": "t1"}
+
     def emit(self, record: UsageRecord) -> Any:
         with self._change:
             self.records.append(record)
             self._change.notify_all()
-        return {"cost": f"0.{record.flops.total:012d}", "currency": "EUR", "price_book": "t1"}
+        return self.receipt(record)
 
     def wait_for(self, count: int) -> list[UsageRecord]:
         """The records, when there are so many."""

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from datetime import timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -300,6 +301,79 @@ def test_a_call_that_failed_may_be_tried_again(
     assert post(served, "k", chat_body(program="0-99"))[0] == 400
     assert post(served, "k", chat_body())[0] == 200
     assert len(sink.records) == 1
+
+
+class AwayReplies(MemoryReplies):
+    """A store that keeps nothing until it is back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = threading.Event()
+        self.tried = threading.Semaphore(0)
+        """Released once per reply that it was to keep."""
+
+    def keep(self, tenant: str, key: str, answer: bytes) -> bool:
+        self.tried.release()
+        return self.back.is_set() and super().keep(tenant, key, answer)
+
+
+def asking(served: Served, replies: AwayReplies, body: dict[str, Any]) -> tuple[threading.Thread, list[Any]]:
+    """A call whose answer is computed and cannot be kept; and what it gets in the end."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(post(served, "k", body)))
+    thread.start()
+    for _ in range(2):
+        assert replies.tried.acquire(timeout=WAIT_S)
+    return thread, found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_billed_when_it_is_kept(
+    serve: Callable[..., Served], sink: RecordingSink, ledger_url: str, stream: bool
+) -> None:
+    """A server killed before that has billed nothing as completed, and the call may be computed again."""
+    replies = AwayReplies()
+    with Meter(ledger_url) as meter:
+        served = serve(replies=replies, sink=meter)
+        thread, found = asking(served, replies, chat_body(n=2, stream=stream))
+        assert list(meter.ledger.read(Selection("acme"))) == []
+        assert len(served.server.sink.due) == 2
+        assert (post(served, "k", chat_body(n=2, stream=stream))[0], found) == (409, [])
+        replies.back.set()
+        thread.join()
+        stored = list(meter.ledger.read(Selection("acme")))
+        assert [one.record.outcome for one in stored] == ["completed"] * 2
+        assert served.server.sink.due == frozenset()
+        ((status, content, _),) = found
+        assert (status, post(served, "k", chat_body(n=2, stream=stream))[1]) == (200, content)
+        said = json.loads(content.split(b"\n\n")[-3].removeprefix(b"data: ")) if stream else json.loads(content)
+        assert Decimal(said["cost_details"]["amount"]) == sum(one.cost or 0 for one in stored)
+
+
+def test_a_server_that_ends_waits_for_no_store(serve: Callable[..., Served], sink: RecordingSink) -> None:
+    replies = AwayReplies()
+    served = serve(replies=replies)
+    thread, found = asking(served, replies, chat_body())
+    served.close()
+    thread.join()
+    assert ([status for status, _, _ in found], len(sink.records)) == ([200], 1)
+
+
+def test_what_cannot_be_stored_stays_due(serve: Callable[..., Served], sink: RecordingSink) -> None:
+    replies, emit = AwayReplies(), sink.emit
+    served = serve(replies=replies)
+
+    def full(record: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    sink.emit = full  # type: ignore[method-assign]
+    thread, found = asking(served, replies, chat_body())
+    replies.back.set()
+    thread.join()
+    assert ([status for status, _, _ in found], len(served.server.sink.due)) == ([200], 1)
+    sink.emit = emit  # type: ignore[method-assign]
+    served.close()
+    assert (len(sink.records), served.server.sink.due) == (1, frozenset())
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256])
