@@ -15,13 +15,15 @@ import threading
 import time
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from weakref import WeakSet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+A = TypeVar("A")
 L = TypeVar("L")
+R = TypeVar("R")
 _LOCKS: Final[WeakSet[Any]] = WeakSet()
 
 
@@ -101,6 +103,72 @@ class Changes:
             if deadline is not None and left <= 0:
                 return False
             gate.acquire(timeout=left)
+
+
+class _Call(Generic[A, R]):
+    """One call of `Together`."""
+
+    def __init__(self, asked: A) -> None:
+        self.asked = asked
+        self.outcome: tuple[R, None] | tuple[None, BaseException] | None = None
+
+
+class Together(Generic[A, R]):
+    """Calls that come while another one runs share the next run, which one of them makes for all.
+
+    Args:
+        run: Given what each asks, in the order in which they came, returns what each gets.
+        shared: Errors of `run` that every call of that run raises. Whatever else it raises belongs to the thread that
+            ran it, as Ctrl-C does, and what the others ask is run again.
+        most: Calls of one run.
+    """
+
+    def __init__(self, run: Callable[[Sequence[A]], Sequence[R]], *, shared: type[Exception], most: int = 100) -> None:
+        self._run, self._shared, self._most = run, shared, most
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Start with no calls: at first, and in a forked child, where those of other threads are not."""
+        self._process = os.getpid()
+        self._turn = threading.Lock()
+        """Held while one runs."""
+        self._calls: list[_Call[A, R]] = []
+        """Those that wait, in order, and some that have been served."""
+
+    def __call__(self, asked: A) -> R:
+        """What `run` returns for this."""
+        if self._process != os.getpid():
+            self._start_anew()
+        call: _Call[A, R] = _Call(asked)
+        try:
+            self._calls.append(call)
+            while call.outcome is None:
+                with self._turn:
+                    if call.outcome is None:
+                        self._run_waiting()
+        finally:
+            with suppress(ValueError):
+                self._calls.remove(call)
+        result, error = call.outcome
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # None only where there is an error, or where that is the result
+
+    def _run_waiting(self) -> None:
+        """Run for those that wait, whoever runs."""
+        for call in self._calls[:]:
+            if call.outcome is not None:  # its caller has not woken yet, or was stopped before it could take it out
+                with suppress(ValueError):
+                    self._calls.remove(call)
+        calls = self._calls[: self._most]
+        try:
+            results = self._run([call.asked for call in calls])
+        except self._shared as error:
+            for call in calls:
+                call.outcome = None, error
+        else:
+            for call, result in zip(calls, results, strict=True):
+                call.outcome = result, None
 
 
 def _closed_gate() -> threading.Lock:

@@ -180,6 +180,7 @@ NOTHING_TO_TRY: dict[str, str] = {
     "Budgets.stop": "takes and returns nothing",
     "Meter.check": "takes and returns nothing",
     "Meter.entry": "pure: one record, one book",
+    "Meter.receipt": "pure: one record, one book",
     "Meter.close": "takes and returns nothing",
     "Meter.flush": "takes and returns nothing",
     "Meter.recover": "takes and returns nothing",

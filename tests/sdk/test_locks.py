@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from polar_sdk.locks import Changes, Latch
+from polar_sdk.locks import Changes, Latch, Together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
 STORM_S = 0.5
@@ -116,3 +117,132 @@ def test_waiting_ends_when_its_time_is_up() -> None:
     changes = Changes()
     assert not changes.wait_for(lambda: False, 0.001)
     assert changes.wait_for(lambda: True, 0.0)
+
+
+# -- calls that share a run -------------------------------------------------------------------------------------------
+
+
+class Doubling:
+    """Doubles numbers; what it does first is told before."""
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+        """How many calls each served."""
+        self.first: Callable[[], object] = lambda: None
+        self.together = Together(self.run, shared=ZeroDivisionError)
+
+    def run(self, numbers: Sequence[int]) -> list[int]:
+        first, self.first = self.first, lambda: None
+        first()
+        self.runs.append(len(numbers))
+        return [2 * number for number in numbers]
+
+
+def beside(doubling: Doubling, count: int, first: Callable[[], object]) -> list[object]:
+    """What calls get that come while the run of another one does something first; that of the other one last."""
+    begun, go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        go.wait(10)
+        first()
+
+    doubling.first = wait
+    got: list[object] = [None] * (count + 1)
+
+    def call(number: int) -> None:
+        try:
+            got[number] = doubling.together(number)
+        except Exception as error:
+            got[number] = error
+
+    callers = [threading.Thread(target=call, args=[number]) for number in (count, *range(count))]
+    callers[0].start()
+    assert begun.wait(10)
+    for caller in callers[1:]:
+        caller.start()
+    while len(doubling.together._calls) <= count:
+        time.sleep(0.001)
+    go.set()
+    for caller in callers:
+        caller.join(10)
+    return got
+
+
+def test_calls_that_come_meanwhile_share_a_run() -> None:
+    doubling = Doubling()
+    assert beside(doubling, 20, lambda: None) == [2 * number for number in range(21)]
+    assert doubling.runs == [1, 20]
+
+
+def test_a_run_serves_no_more_than_it_may() -> None:
+    doubling = Doubling()
+    doubling.together = Together(doubling.run, shared=ZeroDivisionError, most=8)
+    assert beside(doubling, 20, lambda: None) == [2 * number for number in range(21)]
+    assert doubling.runs == [1, 8, 8, 4]
+
+
+def test_a_shared_error_is_that_of_every_call_of_its_run() -> None:
+    doubling = Doubling()
+
+    def fail() -> None:
+        doubling.first = lambda: 1 // 0
+
+    *others, one = beside(doubling, 5, fail)
+    assert ([type(other) for other in others], one) == ([ZeroDivisionError] * 5, 10)
+    assert doubling.together(4) == 8
+
+
+def test_what_stops_one_caller_stops_no_other() -> None:
+    doubling = Doubling()
+
+    def stop() -> None:
+        def raising() -> None:
+            raise StoppedError
+
+        doubling.first = raising
+
+    *others, one = beside(doubling, 5, stop)
+    assert one == 10
+    stopped = [place for place, other in enumerate(others) if isinstance(other, StoppedError)]
+    assert len(stopped) == 1
+    assert [other for place, other in enumerate(others) if place not in stopped] == [
+        2 * place for place in range(5) if place not in stopped
+    ]
+    assert doubling.together._calls == []
+
+
+def test_calls_are_answered_whoever_was_stopped_meanwhile() -> None:
+    doubling, done = Doubling(), [False]
+    wrong: list[int] = []
+
+    def call(number: int) -> None:
+        while not done[0]:
+            if doubling.together(number) != 2 * number:
+                wrong.append(number)
+
+    callers = [threading.Thread(target=call, args=[number], daemon=True) for number in range(3)]
+    for caller in callers:
+        caller.start()
+    times = stopped_often(lambda: doubling.together(9))
+    done[0] = True
+    for caller in callers:
+        caller.join(10)
+        assert not caller.is_alive()
+    assert times > 50
+    assert doubling.together(1) == 2
+    assert not wrong
+    assert not doubling.together._calls
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_none_of_the_calls() -> None:
+    doubling = Doubling()
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if doubling.together(3) == 6 and doubling.runs == [1] else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    assert beside(doubling, 3, fork) == [0, 2, 4, 6]

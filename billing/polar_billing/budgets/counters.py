@@ -185,6 +185,16 @@ _TOUCHED_ANY: Final = select(counter_table).where(
     counter_table.c.starts <= bindparam("last"),
     counter_table.c.ends > bindparam("first"),
 )
+_MORE: Final = bindparam("more", type_=BigInteger)
+_LESS: Final = bindparam("less", type_=BigInteger)
+_CHANGE: Final = (
+    update(counter_table)
+    .where(counter_table.c.seq == bindparam("of_seq"))
+    .values(
+        spent=case((counter_table.c.spent > FULL - _MORE, FULL), else_=counter_table.c.spent + _MORE),
+        held=case((counter_table.c.held < _LESS, 0), else_=counter_table.c.held - _LESS),
+    )
+)
 _OF_TENANTS: Final = Among(select(counter_table).order_by(counter_table.c.seq), counter_table.c.tenant)
 _TOUCHED: Final = _TOUCHED_ANY.where(
     counter_table.c.level.in_([*Level]), counter_table.c.name.in_(bindparam("names", expanding=True))
@@ -232,17 +242,23 @@ class Change:
 
 
 def standings(
-    connection: Connection, windows: Sequence[tuple[Budget, Period]], scope: Scope
-) -> list[tuple[int, Standing]]:
-    """Budgets in their windows around `scope.at`, each with the number of its counter, which is created if needed."""
-    rows = {_key(row): row for row in touched(connection, [scope])}
-    standings = []
+    connection: Connection, windows: Iterable[tuple[Budget, Period]], scopes: Sequence[Scope]
+) -> dict[tuple[Budget, Period], tuple[int, Standing]]:
+    """Budgets in windows of theirs, each with the number of its counter, which is created if needed.
+
+    Args:
+        connection: See the top of this module.
+        windows: Of requests with these scopes.
+        scopes: Which counters to look for.
+    """
+    rows = {_key(row): row for row in touched(connection, scopes)}
+    standings = {}
     for budget, period in windows:
         row = rows.get((*budget.key, period.since or _FIRST))
         if row is None:
-            standings.append(_insert(connection, *computed(connection, [(budget, period)])))
+            standings[budget, period] = _insert(connection, *computed(connection, [(budget, period)]))
         else:
-            standings.append((row.seq, Standing(budget, period, row.spent, row.held)))
+            standings[budget, period] = row.seq, Standing(budget, period, row.spent, row.held)
     return standings
 
 
@@ -322,14 +338,12 @@ def touched(connection: Connection, scopes: Sequence[Scope]) -> list[Row[Any]]:
 
 def change(connection: Connection, changes: Iterable[tuple[int, Change]]) -> None:
     """Change counters, given by number; a full one stays full, and none falls below zero."""
-    counter = counter_table.c
-    for seq, difference in sorted(changes, key=lambda pair: pair[0]):
-        spent, freed = min(difference.spent, FULL), min(difference.freed, FULL)
-        values = {
-            "spent": case((counter.spent > FULL - spent, FULL), else_=counter.spent + spent),
-            "held": case((counter.held < freed, 0), else_=counter.held - freed),
-        }
-        connection.execute(update(counter_table).where(counter.seq == seq).values(values))
+    rows = [
+        {"of_seq": seq, "more": min(difference.spent, FULL), "less": min(difference.freed, FULL)}
+        for seq, difference in sorted(changes, key=lambda pair: pair[0])
+    ]
+    if rows:
+        connection.execute(_CHANGE, rows)
 
 
 def drop(connection: Connection, budget: Budget) -> None:

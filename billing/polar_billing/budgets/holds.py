@@ -1,4 +1,4 @@
-"""Budgets and holds as rows, and the hold of a request in every budget that covers it.
+"""Budgets and holds as rows, and the hold of a request in every budget that covers it, for many requests at once.
 
 Every function takes an open transaction. `hold` also needs the head of the tenant's chain to be locked, and due holds
 to have expired in the same transaction. Opens nothing and reads no clock.
@@ -7,9 +7,11 @@ to have expired in the same transaction. Opens nothing and reads no clock.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import BigInteger, bindparam, func, insert, select, update
@@ -18,8 +20,8 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from polar_billing.budgets import counters
 from polar_billing.budgets.budget import Budget, Level, OverBudget
 from polar_billing.budgets.counters import Scope
-from polar_billing.budgets.offers import Cost, Refusal, Standing, choose, needed
-from polar_billing.errors import StoreError, id_in_use
+from polar_billing.budgets.offers import Cost, Refusal, choose, needed
+from polar_billing.errors import BillingError, ConflictError, CurrencyMixError, StoreError, id_in_use
 from polar_billing.ledger import chain
 from polar_billing.ledger.schema import budget_table, hold_table
 from polar_billing.prices.quote import charged_bound, quote
@@ -28,7 +30,7 @@ from polar_billing.values.money import STORED_SCALE, from_scaled, to_scaled
 from polar_billing.values.periods import Period, Window
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from datetime import timedelta
     from decimal import Decimal
 
@@ -64,6 +66,7 @@ _STATES: Final = select(hold_table.c.seq, hold_table.c.state).where(
     hold_table.c.seq.in_(bindparam("seqs", expanding=True))
 )
 _OPEN_OF: Final = _OPEN.where(hold_table.c.tenant == bindparam("tenant"))
+_INSERT: Final = insert(hold_table).returning(hold_table.c.seq, sort_by_parameter_order=True)
 
 
 class HoldState(StrEnum):
@@ -117,24 +120,21 @@ def write_budget(connection: Connection, budget: Budget, *, closed: bool, now: d
     chain.link(connection, budget_table, seq)
 
 
-def in_force(connection: Connection, tenant: str | None, names: Mapping[str, str] | None = None) -> list[Budget]:
+def in_force(connection: Connection, tenant: str | None, names: Collection[str] | None = None) -> list[Budget]:
     """The budgets in force, in the order in which they were first set.
 
     Args:
         connection: Any transaction.
         tenant: Whose; None for every tenant.
-        names: Level → name, for only those; None for all of them.
+        names: Only those with such a name on whatever level, "" being the tenant's own; None for all of them.
     """
     values: dict[str, Any]
     query, values = (_BUDGETS, {}) if tenant is None else (_BUDGETS_OF, {"tenant": tenant})
     if names is not None and tenant is not None:
-        query, values = _BUDGETS_NAMED, {"tenant": tenant, "names": sorted(set(names.values()))}
+        query, values = _BUDGETS_NAMED, {"tenant": tenant, "names": sorted(names)}
     rows = connection.execute(query, values)
     latest = {(row.tenant, row.level, row.name, row.unit, row.time_window): row for row in rows}
-    budgets = [_budget(row) for row in latest.values() if not row.closed]
-    return (
-        budgets if names is None else [budget for budget in budgets if names.get(budget.level) == (budget.name or "")]
-    )
+    return [_budget(row) for row in latest.values() if not row.closed]
 
 
 def _budget(row: Row[Any]) -> Budget:
@@ -154,14 +154,6 @@ def fingerprint(bound: UsageBound) -> str:
     """SHA-256 of what a request may use: equal for a repeated call, however much later."""
     facts = bound.model_dump(mode="json", exclude={"at", "tags", "id_is_new"})
     return hashlib.sha256(canonical_json([facts, sorted(bound.tags.items())])).hexdigest()
-
-
-def insert_hold(connection: Connection, scope: Scope, values: Mapping[str, Any]) -> int:
-    """Write a hold and return its number; `values` are the columns other than those of its scope."""
-    names = {"project": scope.project, "user_name": scope.user, "key_name": scope.key}
-    columns = {"tenant": scope.tenant, **names, "at": scope.at, "currency": scope.currency, **values}
-    seq: int = connection.execute(insert(hold_table).values(columns).returning(hold_table.c.seq)).scalar_one()
-    return seq
 
 
 def latest_holds(connection: Connection, identities: Iterable[Identity]) -> dict[Identity, Hold]:
@@ -280,61 +272,139 @@ class Granted:
     """None where no budget covers the request."""
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What one request wants to have held."""
+
+    bound: UsageBound
+    offers: Mapping[int, Cost]
+    """Index → maximum cost, in order of preference."""
+    source: str
+    """The meter."""
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Identifies the request."""
+        return (self.bound.tenant, self.source, self.bound.request_id)
+
+    @cached_property
+    def scope(self) -> Scope:
+        """Which counters it counts towards."""
+        currency = next(iter(self.offers.values())).currency
+        return Scope.of(self.bound.tenant, self.bound.tags, self.bound.at, currency)
+
+
+Answer = Granted | Refusal | BillingError
+"""What becomes of an `Ask`; its error is that of this request alone."""
+_Window = tuple[Budget, Period]
+
+
 def hold(
-    connection: Connection,
-    bound: UsageBound,
-    offers: Mapping[int, Cost],
-    *,
-    source: str,
-    now: datetime,
-    lifetime: timedelta,
-    again: bool = False,
-) -> Granted | Refusal:
-    """Hold what the first offer that fits every budget may use.
+    connection: Connection, asks: Sequence[Ask], *, now: datetime, lifetime: timedelta, again: Collection[Identity]
+) -> list[Answer]:
+    """Hold for requests of one tenant, one after another, what the first offer that fits every budget may use.
 
     Args:
         connection: See the top of this module.
-        bound: The request.
-        offers: Index → maximum cost, in order of preference.
-        source: The meter.
+        asks: What they want.
         now: The time.
-        lifetime: How long the hold lives unless it is renewed.
-        again: Whether this process has tried before and does not know what came of it.
+        lifetime: How long a hold lives unless it is renewed.
+        again: Requests that this process has asked for before, without knowing what came of it.
 
     Returns:
-        That offer and its hold, or why there is none; then nothing is held.
-
-    Raises:
-        ConflictError: The request id is in use, or has been used.
-        CurrencyMixError: A budget is in another currency than the price book.
+        For each the offer and its hold, or why nothing is held for it: no offer fits, its id is in use or has been used
+        (`ConflictError`), or a budget is in another currency than the price book (`CurrencyMixError`).
     """
-    identity = (bound.tenant, source, bound.request_id)
-    former = latest_holds(connection, [identity]).get(identity)
-    if former is not None and former.state in {HoldState.HELD, HoldState.SETTLED}:
-        return _repeated(former, bound, again=again)
-    indices, candidates = list(offers), list(offers.values())
-    scope = Scope.of(bound.tenant, bound.tags, bound.at, candidates[0].currency)
-    standings = _standings(connection, scope, candidates[0])
-    chosen = choose([standing for _, standing in standings], candidates)
-    if isinstance(chosen, Refusal):
-        return chosen
-    if not standings:
-        return Granted(indices[chosen], None)
-    cost = candidates[chosen]
-    _raise_held(connection, standings, cost)
-    values: dict[str, Any] = {"source": source, "request_id": bound.request_id, "fingerprint": fingerprint(bound)}
-    values |= {"attempt": 1 if former is None else former.attempt + 1, "offer": indices[chosen]}
-    values |= {"cost_bound": from_scaled(cost.money or 0, STORED_SCALE), "flops_bound": cost.flops}
-    values |= {"state": str(HoldState.HELD), "held_at": now, "expires_at": now + lifetime}
-    return Granted(indices[chosen], insert_hold(connection, scope, values))
+    former = latest_holds(connection, [ask.identity for ask in asks])
+    names = {name for ask in asks for name in ask.scope.names.values()}
+    budgets = in_force(connection, asks[0].bound.tenant, names)
+    answers: dict[int, Answer] = {}
+    windows: dict[int, list[_Window]] = {}
+    asked: set[Identity] = set()
+    for place, ask in enumerate(asks):
+        latest = former.get(ask.identity)
+        try:
+            if ask.identity in asked:
+                raise id_in_use(ask.bound.tenant, ask.bound.request_id, "is being served")
+            if latest is not None and latest.state in {HoldState.HELD, HoldState.SETTLED}:
+                answers[place] = _repeated(latest, ask.bound, again=ask.identity in again)
+            else:
+                windows[place] = _windows(budgets, ask)
+        except (ConflictError, CurrencyMixError) as error:
+            answers[place] = error
+        asked.add(ask.identity)
+    answers |= _hold_new(connection, {place: (asks[place], windows[place]) for place in windows}, former, now, lifetime)
+    return [answers[place] for place in range(len(asks))]
 
 
-def _standings(connection: Connection, scope: Scope, first: Cost) -> list[tuple[int, Standing]]:
-    budgets = in_force(connection, scope.tenant, scope.names)
-    for budget in budgets:
-        needed(first, budget)  # refuses another currency before any counter is created
-    windows = [(budget, Period.containing(scope.at, budget.window, budget.zone)) for budget in budgets]
-    return counters.standings(connection, windows, scope)
+def _windows(budgets: Sequence[Budget], ask: Ask) -> list[_Window]:
+    """The budgets that cover a request, in their windows."""
+    own = [budget for budget in budgets if ask.scope.names.get(budget.level) == (budget.name or "")]
+    for budget in own:
+        needed(next(iter(ask.offers.values())), budget)  # refuses another currency before any counter is created
+    return [(budget, Period.containing(ask.bound.at, budget.window, budget.zone)) for budget in own]
+
+
+def _hold_new(
+    connection: Connection,
+    asks: Mapping[int, tuple[Ask, Sequence[_Window]]],
+    former: Mapping[Identity, Hold],
+    now: datetime,
+    lifetime: timedelta,
+) -> dict[int, Answer]:
+    """Hold for requests that have no hold; what one of them takes, the next has no more."""
+    every = dict.fromkeys(window for _, windows in asks.values() for window in windows)
+    standings = counters.standings(connection, every, [ask.scope for ask, _ in asks.values()])
+    answers: dict[int, Answer] = {}
+    raised: Counter[_Window] = Counter()
+    rows: dict[int, dict[str, Any]] = {}
+    for place, (ask, windows) in asks.items():
+        chosen = choose([standings[window][1] for window in windows], list(ask.offers.values()))
+        if isinstance(chosen, Refusal):
+            answers[place] = chosen
+            continue
+        offer, cost = list(ask.offers.items())[chosen]
+        answers[place] = Granted(offer, None)
+        for window in windows:
+            seq, standing = standings[window]
+            amount = needed(cost, standing.budget) or 0
+            standings[window] = seq, replace(standing, held=standing.held + amount)
+            raised[window] += amount
+        if windows:
+            rows[place] = _row(ask, offer, cost, former.get(ask.identity)) | {
+                "held_at": now,
+                "expires_at": now + lifetime,
+            }
+    _raise_held(connection, {standings[window][0]: (more, window[0]) for window, more in raised.items()})
+    for place, seq in zip(rows, _insert(connection, list(rows.values())), strict=True):
+        answers[place] = Granted(int(rows[place]["offer"]), seq)
+    return answers
+
+
+def _row(ask: Ask, offer: int, cost: Cost, former: Hold | None) -> dict[str, Any]:
+    """A new hold, without its times."""
+    scope = ask.scope
+    return {
+        "tenant": scope.tenant,
+        "project": scope.project,
+        "user_name": scope.user,
+        "key_name": scope.key,
+        "at": scope.at,
+        "currency": scope.currency,
+        "source": ask.source,
+        "request_id": ask.bound.request_id,
+        "attempt": 1 if former is None else former.attempt + 1,
+        "fingerprint": fingerprint(ask.bound),
+        "offer": offer,
+        "cost_bound": from_scaled(cost.money or 0, STORED_SCALE),
+        "flops_bound": cost.flops,
+        "state": str(HoldState.HELD),
+    }
+
+
+def _insert(connection: Connection, rows: Sequence[dict[str, Any]]) -> Sequence[int]:
+    """Write holds and return their numbers."""
+    return connection.execute(_INSERT, rows).scalars().all() if rows else []
 
 
 def _repeated(former: Hold, bound: UsageBound, *, again: bool) -> Granted:
@@ -345,10 +415,9 @@ def _repeated(former: Hold, bound: UsageBound, *, again: bool) -> Granted:
     raise id_in_use(bound.tenant, bound.request_id, how)
 
 
-def _raise_held(connection: Connection, standings: list[tuple[int, Standing]], cost: Cost) -> None:
-    budgets = {seq: standing.budget for seq, standing in standings}
-    amounts = {seq: (needed(cost, budget) or 0, budget.limit_count) for seq, budget in budgets.items()}
-    if not counters.raise_held(connection, amounts):
+def _raise_held(connection: Connection, amounts: Mapping[int, tuple[int, Budget]]) -> None:
+    limits = {seq: (more, budget.limit_count) for seq, (more, budget) in amounts.items()}
+    if not counters.raise_held(connection, limits):
         # Never reached while every writer locks the tenant first; if one does not, nothing is held.
-        tenant = standings[0][1].budget.tenant
+        tenant = next(budget.tenant for _, budget in amounts.values())
         raise StoreError(f"a budget of tenant {tenant!r} was changed by another writer.", hint="Try again.")

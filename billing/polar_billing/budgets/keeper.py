@@ -1,7 +1,8 @@
 """`Budgets`: set them, hold money and compute for a request before it runs, and say what is left.
 
 Every hold covers all budgets of a request in one transaction, which no other of the same tenant overlaps: the head of
-the tenant's chain is locked first, as it is by whoever stores usage. What cannot be decided is refused.
+the tenant's chain is locked first, as it is by whoever stores usage. Requests of a tenant that come while such a
+transaction runs share the next one. What cannot be decided is refused.
 
 A hold lives for half a minute and is renewed while its request does (`leases`). Whether it has expired is for the
 database's clock to say (`ledger.clock`), so that the clocks of hosts need not agree, nor stand still. If it could not
@@ -15,12 +16,15 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polar_billing.budgets import counters
 from polar_billing.budgets.audit import Difference, WrongHold, wrong_counters, wrong_holds
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
 from polar_billing.budgets.holds import (
+    Answer,
+    Ask,
     Granted,
     Hold,
     HoldState,
@@ -36,7 +40,7 @@ from polar_billing.budgets.holds import (
 from polar_billing.budgets.leases import Lease, Leases
 from polar_billing.budgets.offers import Refusal, Standing
 from polar_billing.budgets.settlement import free, with_budgets
-from polar_billing.errors import BudgetError, CurrencyMixError, StoreError
+from polar_billing.errors import BillingError, BudgetError, CurrencyMixError, StoreError
 from polar_billing.ledger import chain
 from polar_billing.ledger.clock import database_time
 from polar_billing.ledger.ledger import Ledger
@@ -44,13 +48,13 @@ from polar_billing.ledger.records import ALL_TENANTS, AllTenants
 from polar_billing.values.memo import Changes, Remembered
 from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import PolarError
+from polar_sdk.locks import Together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from sqlalchemy import Connection
 
-    from polar_billing.budgets.offers import Cost
     from polar_billing.ledger.records import Identity
     from polar_billing.prices.book import PriceBook
     from polar_sdk.usage import UsageBound
@@ -63,6 +67,13 @@ SEEN_WITHIN_S: Final = 5.0
 
 
 _changes: Final = Changes()
+
+
+class _Asked(NamedTuple):
+    """What a call wants held, and if it is not the first time, the lease that it had."""
+
+    ask: Ask
+    lease: Lease | None
 
 
 class Budgets:
@@ -86,6 +97,8 @@ class Budgets:
         self._clock = clock
         self._tenants = Remembered(self._tenants_with_budgets, _changes)
         self._leases = Leases(lifetime.total_seconds(), self._renew)
+        self._holding: dict[str, Together[_Asked, Answer]] = {}
+        """By tenant: what makes holds."""
         self._unanswered: set[Identity] = set()
         """Requests of which this process does not know whether their hold was stored."""
 
@@ -188,7 +201,7 @@ class Budgets:
         if not self._may_have_budgets(bound.tenant):
             return 0
         offers = costs(bound, book)
-        granted = self._hold(bound, dict(enumerate(offers)), source)
+        granted = self._hold(Ask(bound, dict(enumerate(offers)), source))
         if isinstance(granted, Refusal):
             raise granted.error()
         if granted.seq is not None:
@@ -196,23 +209,27 @@ class Budgets:
             self._leases.add(Lease(granted.seq, source, bound, granted.offer, cost, time.monotonic()))
         return granted.offer
 
-    def _hold(
-        self, bound: UsageBound, offers: Mapping[int, Cost], source: str, lease: Lease | None = None
-    ) -> Granted | Refusal:
-        identity = (bound.tenant, source, bound.request_id)
-        again = identity in self._unanswered
-        try:
-            with self._locked(bound.tenant) as (connection, now):
-                if lease is not None and lease not in self._leases:
-                    return Granted(lease.offer, None)  # its request ended meanwhile
-                self._expire(connection, bound.tenant, now)
-                limits: dict[str, Any] = {"now": now, "lifetime": self.lifetime, "again": again}
-                granted = hold(connection, bound, offers, source=source, **limits)
-        except (StoreError, KeyboardInterrupt):
-            self._unanswered.add(identity)
-            raise
-        self._unanswered.discard(identity)
-        return granted
+    def _hold(self, ask: Ask, lease: Lease | None = None) -> Granted | Refusal:
+        tenant = ask.bound.tenant
+        if tenant not in self._holding:
+            self._holding.setdefault(tenant, Together(partial(self._hold_all, tenant), shared=StoreError))
+        answer = self._holding[tenant](_Asked(ask, lease))
+        self._unanswered.discard(ask.identity)
+        if isinstance(answer, BillingError):
+            raise answer
+        return answer
+
+    def _hold_all(self, tenant: str, asked: Sequence[_Asked]) -> list[Answer]:
+        """Hold for all of them in one transaction."""
+        again = self._unanswered.intersection(ask.identity for ask, _ in asked)
+        self._unanswered.update(ask.identity for ask, _ in asked)
+        with self._locked(tenant) as (connection, now):
+            self._expire(connection, tenant, now)
+            # A request whose hold was lost may have ended meanwhile.
+            ended = [lease if lease is not None and lease not in self._leases else None for _, lease in asked]
+            wanted = [ask for (ask, _), lease in zip(asked, ended, strict=True) if lease is None]
+            answers = iter(hold(connection, wanted, now=now, lifetime=self.lifetime, again=again) if wanted else ())
+            return [next(answers) if lease is None else Granted(lease.offer, None) for lease in ended]
 
     def watch(self, identity: Identity, end: Callable[[Exception], None]) -> None:
         """Renew the hold of a request that runs; if it is lost all the same, call `end`, once and from any thread."""
@@ -248,7 +265,7 @@ class Budgets:
     def _hold_again(self, lease: Lease) -> None:
         """Hold once more what a request that runs may use, if its budgets have room for it."""
         try:
-            granted = self._hold(lease.bound, {lease.offer: lease.cost}, lease.source, lease)
+            granted = self._hold(Ask(lease.bound, {lease.offer: lease.cost}, lease.source), lease)
         except StoreError:
             raise
         except PolarError as error:

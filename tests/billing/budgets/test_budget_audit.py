@@ -216,7 +216,7 @@ def test_thousands_of_counters_are_rechecked_in_a_few_queries(store: Ledger) -> 
     assert len(queries) < 20
     with store.transaction() as connection:
         for standing in standings:
-            counters.standings(connection, [(standing.budget, standing.period)], scope_of(standing.budget))
+            counters.standings(connection, [(standing.budget, standing.period)], [scope_of(standing.budget)])
     queries.clear()
     assert budgets.recheck("acme") == []
     assert len(queries) < 20

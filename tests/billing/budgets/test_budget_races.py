@@ -1,6 +1,6 @@
 """Many processes on the same budgets, and holders that are killed: nothing is overspent, nothing stays held.
 
-`POLAR_TEST_RACE=16x1000` runs the race at full size: processes × reservations.
+`POLAR_TEST_RACE=4x16x1000` runs the race at full size: processes × threads × reservations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-PROCESSES, RESERVATIONS = (int(part) for part in os.environ.get("POLAR_TEST_RACE", "4x25").split("x"))
+PROCESSES, THREADS, RESERVATIONS = (int(part) for part in os.environ.get("POLAR_TEST_RACE", "4x4x8").split("x"))
 CU = 10**12
 AT = datetime(2026, 11, 15, 12, tzinfo=UTC)
 BOOK = """
@@ -39,15 +39,15 @@ tiers = {standard = 1}
 """
 COMMON = """
 import os, random, signal, sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
-url, prices, worker, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+url, prices, worker = sys.argv[1], sys.argv[2], int(sys.argv[3])
 meter = Meter(url, prices=prices)
 AT, CU = datetime(2026, 11, 15, 12, tzinfo=UTC), 10**12
-chance = random.Random(worker)
 
 def reserve(name, flops, tags):
     offers = (Offer(tier="standard", program="0-5", flops_bound=flops),)
@@ -59,23 +59,31 @@ def emit(name, flops, tags):
 """
 RACE = (
     COMMON
+    + f"""
+THREADS, RESERVATIONS = {THREADS}, {RESERVATIONS}
+"""
     + """
-served = refused = 0
-for n in range(count):
-    name, most = f"{worker}-{n}", chance.randint(CU // 2, CU)
-    tags = {"user": chance.choice(["ann", "bob"]), "key": f"k{worker % 3}"}
-    try:
-        reserve(name, most, tags)
-    except BudgetExceededError:
-        refused += 1
-        continue
-    if chance.random() < 0.1:
-        meter.release("acme", name)
-        continue
-    emit(name, chance.randint(most // 4, most), tags)
-    served += 1
+def run(thread):
+    chance, served, refused = random.Random(f"{worker} {thread}"), 0, 0
+    for n in range(RESERVATIONS):
+        name, most = f"{worker}-{thread}-{n}", chance.randint(CU // 2, CU)
+        tags = {"user": chance.choice(["ann", "bob"]), "key": f"k{worker % 3}"}
+        try:
+            reserve(name, most, tags)
+        except BudgetExceededError:
+            refused += 1
+            continue
+        if chance.random() < 0.1:
+            meter.release("acme", name)
+            continue
+        emit(name, chance.randint(most // 4, most), tags)
+        served += 1
+    return served, refused
+
+with ThreadPoolExecutor(THREADS) as pool:
+    counts = list(pool.map(run, range(THREADS)))
 meter.close()
-print(served, refused)
+print(*map(sum, zip(*counts)))
 """
 )
 HOLDER = (
@@ -90,9 +98,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 )
 
 
-def worker(code: str, store: Ledger, prices: Path, number: int, count: int) -> subprocess.Popen[str]:
+def worker(code: str, store: Ledger, prices: Path, number: int) -> subprocess.Popen[str]:
     url = store.url.render_as_string(hide_password=False)
-    arguments = [sys.executable, "-c", code, url, str(prices), str(number), str(count)]
+    arguments = [sys.executable, "-c", code, url, str(prices), str(number)]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -114,7 +122,7 @@ several_processes = pytest.mark.parametrize("store", ["sqlite-file", "postgresql
 
 @several_processes
 def test_processes_race_three_levels_of_budgets(shared: Ledger, prices: Path) -> None:
-    demand = PROCESSES * RESERVATIONS  # each up to 1 CU, so that less than half of it can be served
+    demand = PROCESSES * THREADS * RESERVATIONS  # each up to 1 CU, so that less than half of it can be served
     budgets = Budgets(shared)
     for budget in (
         Budget("acme", Decimal(demand) / 4, "USD"),
@@ -123,7 +131,7 @@ def test_processes_race_three_levels_of_budgets(shared: Ledger, prices: Path) ->
     ):
         budgets.set(budget)
     begin = perf_counter()
-    workers = [worker(RACE, shared, prices, number, RESERVATIONS) for number in range(PROCESSES)]
+    workers = [worker(RACE, shared, prices, number) for number in range(PROCESSES)]
     served = refused = 0
     for process in workers:
         out, errors = process.communicate(timeout=3_000)
@@ -132,9 +140,8 @@ def test_processes_race_three_levels_of_budgets(shared: Ledger, prices: Path) ->
     seconds = perf_counter() - begin
     standings = budgets.standings("acme", AT)
     overspent = [standing for standing in standings if standing.left < 0]
-    print(
-        f"{shared.url.get_backend_name()}: {demand} reservations in {seconds:.1f} s, {served} served, {refused} refused"
-    )
+    store, rate = shared.url.get_backend_name(), demand / seconds
+    print(f"{store}: {demand} reservations in {seconds:.1f} s, {rate:.0f}/s, {served} served, {refused} refused")
     for standing in standings:
         print(f"{standing.budget.who}: {standing.budget.say(standing.spent)} of {standing.budget.limit:f}")
     assert overspent == []
@@ -158,7 +165,7 @@ def test_what_a_killed_process_held_expires(shared: Ledger, prices: Path) -> Non
     budgets = Budgets(shared, clock=lambda: later)
     budgets.set(Budget("acme", Decimal(4), "USD"))
     budgets.set(Budget("acme", Decimal(4), "CU", Level.USER, "ann"))
-    holder = worker(HOLDER, shared, prices, 0, 0)
+    holder = worker(HOLDER, shared, prices, 0)
     _, errors = holder.communicate(timeout=120)
     assert holder.returncode == -signal.SIGKILL, errors
     (hold,) = budgets.holds("acme")

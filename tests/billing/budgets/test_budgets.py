@@ -288,7 +288,7 @@ def test_a_hold_is_never_taken_past_the_limit_even_by_a_writer_that_forgot_to_lo
     budgets.reserve(bound("a", 9 * CU), USD, source="polar")
     with budgets.ledger.transaction() as connection:
         scope = counters.Scope.of("acme", {}, NOON, "USD")
-        ((seq, standing),) = counters.standings(connection, [(Budget("acme", Decimal(10)), MONTH)], scope)
+        ((seq, standing),) = counters.standings(connection, [(Budget("acme", Decimal(10)), MONTH)], [scope]).values()
         assert standing.held == 9 * CU
         for amount in (CU + 1, 10 * CU, 10 * CU + 1, FULL):
             assert not counters.raise_held(connection, {seq: (amount, 10 * CU)})

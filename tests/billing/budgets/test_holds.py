@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import count
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -13,9 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import text, update
 
 from polar_billing.budgets.budget import Budget, Level, OverBudget
-from polar_billing.budgets.holds import HoldState
-from polar_billing.budgets.keeper import Budgets
-from polar_billing.errors import ConflictError
+from polar_billing.budgets.holds import Ask, Granted, HoldState, costs
+from polar_billing.budgets.keeper import Budgets, _Asked
+from polar_billing.budgets.offers import Cost, Refusal
+from polar_billing.errors import ConflictError, CurrencyMixError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS
 from polar_billing.ledger.schema import hold_table
@@ -68,6 +71,26 @@ def emit(ledger: Ledger, bound: UsageBound, flops: int) -> None:
     ledger.append(record, source="polar", book=BOOK, rating=rate(record, BOOK))
 
 
+class Wanted(NamedTuple):
+    """What a request wants."""
+
+    tags: dict[str, str]
+    flops: int
+    cheaper: list[int]
+
+    def bound(self, request_id: str, at: datetime, tenant: str) -> UsageBound:
+        offers = [one * CU - 1 for one in self.cheaper]
+        return bound_of(request_id, at, self.flops * CU, *offers, tags=self.tags, tenant=tenant)
+
+
+_WANTED = st.builds(
+    Wanted,
+    tags=st.fixed_dictionaries({}, optional={"user": st.sampled_from(["ann", "bob"]), "key": st.just("k1")}),
+    flops=st.integers(1, 12),
+    cheaper=st.lists(st.integers(1, 4), max_size=2),
+)
+
+
 @dataclass
 class Expected:
     """What the machine believes of one request."""
@@ -92,6 +115,7 @@ class Holds(RuleBasedStateMachine):
         self.ledger = Ledger("sqlite://")
         self.budgets = Budgets(self.ledger, lifetime=LIFETIME, clock=lambda: self.now)
         self.requests: list[Expected] = []
+        self.names = (f"r{number}" for number in count())
 
     @initialize(shallower=st.booleans())
     def set_budgets(self, shallower: bool) -> None:
@@ -130,30 +154,50 @@ class Holds(RuleBasedStateMachine):
             if request.bound.tenant == tenant and request.state is HoldState.HELD and request.held_until <= self.now:
                 request.state = HoldState.EXPIRED
 
-    @rule(
-        tags=st.fixed_dictionaries({}, optional={"user": st.sampled_from(["ann", "bob"]), "key": st.just("k1")}),
-        flops=st.integers(1, 12),
-        cheaper=st.lists(st.integers(1, 4), max_size=2),
-        tenant=st.sampled_from(["acme", "acme", "acme", "globex"]),
-    )
-    def reserve(self, tags: dict[str, str], flops: int, cheaper: list[int], tenant: str) -> None:
-        offers = [one * CU - 1 for one in cheaper]
-        bound = bound_of(f"r{len(self.requests)}", self.now, flops * CU, *offers, tags=tags, tenant=tenant)
-        self.expire_due(tenant)
-        mine = [one for one in self.limits.values() if one.tenant == tenant and one.covers(tags)]
+    def offer_for(self, bound: UsageBound) -> int | None:
+        """The offer that a request gets, or None; if it gets one, it is held from now on."""
+        self.expire_due(bound.tenant)
+        mine = [one for one in self.limits.values() if one.tenant == bound.tenant and one.covers(bound.tags)]
         room = {one.key: one.limit_count - sum(self.expected(one, self.now)) for one in mine}
         shallower = mine[0].over_budget is OverBudget.SHALLOWER
         candidates = bound.offers if shallower else bound.offers[:1]
-        fits = [n for n, offer in enumerate(candidates) if all(offer.flops_bound <= left for left in room.values())]
-        if not fits:
+        for n, offer in enumerate(candidates):
+            if all(offer.flops_bound <= left for left in room.values()):
+                self.requests.append(Expected(bound, n, self.now + LIFETIME, HoldState.HELD))
+                return n
+        return None
+
+    @rule(wanted=_WANTED, tenant=st.sampled_from(["acme", "acme", "acme", "globex"]))
+    def reserve(self, wanted: Wanted, tenant: str) -> None:
+        bound = wanted.bound(next(self.names), self.now, tenant)
+        offer = self.offer_for(bound)
+        if offer is None:
             with pytest.raises(BudgetExceededError) as caught:
                 self.budgets.reserve(bound, BOOK, source="polar")
             assert Decimal(caught.value.needed or 0) > Decimal(caught.value.remaining or 0)
             assert caught.value.resets_at is not None
             assert caught.value.resets_at > self.now
-            return
-        assert self.budgets.reserve(bound, BOOK, source="polar") == fits[0]
-        self.requests.append(Expected(bound, fits[0], self.now + LIFETIME, HoldState.HELD))
+        else:
+            assert self.budgets.reserve(bound, BOOK, source="polar") == offer
+
+    @rule(wanted=st.lists(_WANTED, min_size=1, max_size=6), tenant=st.sampled_from(["acme", "acme", "globex"]))
+    def reserve_together(self, wanted: list[Wanted], tenant: str) -> None:
+        """As if they had come one after another, whatever comes twice or is in another currency."""
+        bounds = [one.bound(next(self.names), self.now, tenant) for one in wanted]
+        asks = [_Asked(Ask(bound, dict(enumerate(costs(bound, BOOK))), "polar"), None) for bound in bounds]
+        euros = Ask(bounds[0], {0: Cost("EUR", CU, CU)}, "elsewhere")
+        asks = [*asks, _Asked(euros, None), asks[0]]
+        *answers, foreign, twice = self.budgets._hold_all(tenant, asks)
+        self.budgets._unanswered.clear()  # as every call does for its own when it has the answer
+        for bound, answer in zip(bounds, answers, strict=True):
+            offer = self.offer_for(bound)
+            assert (answer.offer if isinstance(answer, Granted) else None) == offer
+            assert isinstance(answer, Granted | Refusal)
+        in_money = any(one.unit != "CU" and one.tenant == tenant for one in self.limits.values())
+        assert isinstance(foreign, CurrencyMixError) == in_money
+        if isinstance(foreign, Granted):
+            assert self.budgets.release(tenant, bounds[0].request_id, source="elsewhere")
+        assert isinstance(twice, ConflictError)
 
     def some(self, data: st.DataObject, *states: HoldState) -> Expected | None:
         found = [request for request in self.requests if request.state in states]
