@@ -1,7 +1,8 @@
 """Serving over HTTP: streams equal whole answers, clients that leave are billed what ran, and what HTTP costs.
 
-Run with `make bench-serving`; the last line is one JSON object. By default it is the tiny model that is served, which
-shows rules, not speed; `--model NAME` measures another one. `POLAR_BENCH_TRIALS` sets how many of each are tried.
+Run with `make bench-serving`; the last line is one JSON object. Rules are tried on the tiny model, `POLAR_BENCH_TRIALS`
+times each; what HTTP and a crowd cost is measured on the default model, or on `--model NAME`; `tiny` is the tiny one,
+whose answers cost next to nothing.
 
     clients_passed        clients that pass their tests, unmodified, of openai-python, ChatOpenAI, OpenAILike, llm, curl
     stream_equal          bodies whose stream joined to the whole answer: text, tokens, finish, usage, FLOPs
@@ -14,8 +15,16 @@ shows rules, not speed; `--model NAME` measures another one. `POLAR_BENCH_TRIALS
     crowd_time            the same in time; of use on a quiet machine only
     crowd_kb              memory of this process that one of those connections takes, both ends of it. Unit: kB
     unrecorded_requests   requests without a record at the end; must be 0
+    overspent             budgets overspent by 4 processes × 16 threads that race for 40 % of what they ask for, SQLite
+                          and PostgreSQL; must be 0
+    false_refusals        requests refused there although a budget had room for them; must be 0
+    reserves_per_s        reservations per second there, PostgreSQL, each served one stored as well
+    lost, doubled         whole answers without a record, and repeated calls billed twice, of `benchmarks.chaos` run
+                          for a minute; must be 0
+    fuzz_5xx              kinds of fuzzed calls of which one got a 5xx or showed a traceback; must be 0
+    ray_replicas_ok       whether the tests of replicas on Ray pass; null without Ray
 
-`--crowd` measures those three alone.
+`--speed` measures throughput, first token and the crowd alone, `--crowd` the crowd.
 """
 
 from __future__ import annotations
@@ -23,9 +32,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import http.client
+import importlib.util
 import json
 import os
 import random
+import re
 import resource
 import socket
 import statistics
@@ -39,6 +50,7 @@ import psutil
 import torch
 
 from polar_sdk import ListSink, PolarModel, Program
+from polar_sdk.models.aliases import DEFAULT_ALIAS
 from polar_sdk.testing import tiny_model
 from polar_server import Settings, build
 from polar_server.uvicorn_server import UvicornServer
@@ -52,14 +64,61 @@ TOKENS: Final = 64
 PROMPT: Final = [{"role": "user", "content": "Tell me about the moon."}]
 
 
+RACE: Final = "4x16x50"
+CHAOS_S: Final = 60
+FUZZED: Final = 500
+"""Of each kind."""
+
 CLIENTS: Final = ("openai_python", "langchain", "llama_index", "command_llm", "curl")
 """What the tests of each client have in their names."""
 
 
+def tested(*arguments: str, **environment: str) -> tuple[int, str]:
+    """How a run of pytest ends, and what it prints."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return done.returncode, done.stdout
+
+
 def passes(client: str) -> bool:
     """Whether the tests of a client pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/integrations/server/test_clients.py", "-k", client]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return tested("tests/integrations/server/test_clients.py", "-k", client)[0] == 0
+
+
+def raced() -> dict[str, Any]:
+    """What processes do to the budgets for which they race."""
+    _, said = tested("-s", "tests/billing/budgets/test_budget_races.py", "-k", "three_levels", POLAR_TEST_RACE=RACE)
+    ends = [(int(over), int(wrong)) for over, wrong in re.findall(r"(\d+) budgets overspent, (\d+) refused", said)]
+    rate = re.search(r"postgresql: .* (\d+)/s", said)
+    if len(ends) < 2 or rate is None:
+        raise RuntimeError(f"the race broke off: {said[-2_000:]}")
+    return {
+        "overspent": sum(over for over, _ in ends),
+        "false_refusals": sum(wrong for _, wrong in ends),
+        "reserves_per_s": int(rate[1]),
+    }
+
+
+def killed() -> dict[str, Any]:
+    """What kills and a database that is away do to bills."""
+    command = [sys.executable, "-m", "benchmarks.chaos", "--seconds", str(CHAOS_S)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    return {"lost": figures["lost"] + figures["lost_beyond_a_mark"], "doubled": figures["doubled"]}
+
+
+def fuzzed() -> int:
+    """Kinds of fuzzed calls of which one was answered badly."""
+    code, said = tested("tests/integrations/server/test_server_fuzz.py", POLAR_FUZZ=str(FUZZED))
+    failed = re.search(r"(\d+) failed", said)
+    return int(failed[1]) if failed else int(code != 0)
+
+
+def replicated() -> bool | None:
+    """Whether replicas on Ray pass their tests; None without Ray."""
+    if importlib.util.find_spec("ray") is None:
+        return None
+    return tested("tests/integrations/server/test_ray.py")[0] == 0
 
 
 class Running:
@@ -253,50 +312,63 @@ def crowded(running: Running, sink: ListSink, letter: int) -> dict[str, float]:
     return {"crowd_cost": round(cost, 3), "crowd_time": round(seconds, 3), "crowd_kb": round(kb, 1)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", help="alias, hub id, folder or .gguf file; by default the tiny model")
-    parser.add_argument("--crowd", action="store_true", help="measure idle and slow clients alone")
-    options = parser.parse_args()
-    chosen = options.model
-    sink = ListSink()
-    if chosen is None:
-        torch.set_num_threads(1)  # its matrices are so small that a second thread only waits
-        engine = tiny_model(sink=sink, context_window=2048)
-    else:
-        engine = PolarModel.from_pretrained(chosen, sink=sink)
-    if options.crowd:
-        crowd = Running(engine)
-        figures: dict[str, Any] = {"model": engine.name, **crowded(crowd, sink, engine.encode("A")[0])}
-        crowd.close()
-        print(json.dumps(figures))
-        return
+def rules(trials: int) -> dict[str, Any]:
+    """What must hold of every answer, on the tiny model."""
     passed = sum(map(passes, CLIENTS))
     print(f"{passed} of {len(CLIENTS)} clients pass", flush=True)
-    running, chance = Running(engine), random.Random(7)
-    letter = engine.encode("A")[0]
-    equal = sum(is_stream_equal(running, chance) for _ in range(TRIALS))
-    print(f"{equal} of {TRIALS} streams equal the whole answer", flush=True)
-    exact = sum(is_cancel_exact(running, sink, chance, letter) for _ in range(TRIALS))
-    print(f"{exact} of {TRIALS} clients that left are billed what ran", flush=True)
-    once = sum(is_idempotent(running, sink, number) for number in range(TRIALS))
-    print(f"{once} of {TRIALS} repeated calls were billed once and answered alike", flush=True)
-    ratio, added = measured(running, engine)
-    print(f"{ratio:.3f} of the throughput in process; {added:+.2f} ms to the first token", flush=True)
-    figures = {
-        "model": engine.name,
-        "trials": TRIALS,
+    sink, chance = ListSink(), random.Random(7)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # its matrices are so small that a second thread only waits
+    engine = tiny_model(sink=sink, context_window=2048)
+    running, letter = Running(engine), engine.encode("A")[0]
+    equal = sum(is_stream_equal(running, chance) for _ in range(trials))
+    print(f"{equal} of {trials} streams equal the whole answer", flush=True)
+    exact = sum(is_cancel_exact(running, sink, chance, letter) for _ in range(trials))
+    print(f"{exact} of {trials} clients that left are billed what ran", flush=True)
+    once = sum(is_idempotent(running, sink, number) for number in range(trials))
+    print(f"{once} of {trials} repeated calls were billed once and answered alike", flush=True)
+    due = len(running.server.sink.due)
+    running.close()
+    torch.set_num_threads(threads)
+    return {
+        "trials": trials,
         "clients_passed": passed,
         "stream_equal": equal,
         "cancel_exact": exact,
         "idempotent_ok": once,
-        "http_over_inprocess": round(ratio, 3),
-        "ttft_added_ms": round(added, 2),
-        **crowded(running, sink, letter),
-        "unrecorded_requests": len(running.server.sink.due),
+        "unrecorded_requests": due,
     }
+
+
+def speed(name: str, *, crowd_alone: bool) -> dict[str, Any]:
+    """What HTTP and a crowd cost."""
+    sink = ListSink()
+    if name == "tiny":
+        torch.set_num_threads(1)
+        engine = tiny_model(sink=sink, context_window=2048)
+    else:
+        engine = PolarModel.from_pretrained(name, sink=sink, compile=True)
+    running = Running(engine)
+    figures: dict[str, Any] = {"model": engine.name}
+    if not crowd_alone:
+        ratio, added = measured(running, engine)
+        print(f"{ratio:.3f} of the throughput in process; {added:+.2f} ms to the first token", flush=True)
+        figures |= {"http_over_inprocess": round(ratio, 3), "ttft_added_ms": round(added, 2)}
+    figures |= crowded(running, sink, engine.encode("A")[0])
     running.close()
-    print(json.dumps(figures))
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default=DEFAULT_ALIAS, help="alias, hub id, folder or .gguf file, or tiny")
+    parser.add_argument("--speed", action="store_true", help="measure what HTTP and a crowd cost alone")
+    parser.add_argument("--crowd", action="store_true", help="measure idle and slow clients alone")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    if not (options.speed or options.crowd):
+        figures = {**rules(TRIALS), **raced(), **killed(), "fuzz_5xx": fuzzed(), "ray_replicas_ok": replicated()}
+    print(json.dumps(figures | speed(options.model, crowd_alone=options.crowd)))
 
 
 if __name__ == "__main__":

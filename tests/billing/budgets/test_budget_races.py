@@ -41,6 +41,7 @@ COMMON = """
 import os, random, signal, sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from decimal import Decimal
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
@@ -64,21 +65,22 @@ THREADS, RESERVATIONS = {THREADS}, {RESERVATIONS}
 """
     + """
 def run(thread):
-    chance, served, refused = random.Random(f"{worker} {thread}"), 0, 0
+    chance, served, refused, wrongly = random.Random(f"{worker} {thread}"), 0, 0, 0
     for n in range(RESERVATIONS):
         name, most = f"{worker}-{thread}-{n}", chance.randint(CU // 2, CU)
         tags = {"user": chance.choice(["ann", "bob"]), "key": f"k{worker % 3}"}
         try:
             reserve(name, most, tags)
-        except BudgetExceededError:
+        except BudgetExceededError as error:
             refused += 1
+            wrongly += Decimal(error.needed) <= Decimal(error.remaining)
             continue
         if chance.random() < 0.1:
             meter.release("acme", name)
             continue
         emit(name, chance.randint(most // 4, most), tags)
         served += 1
-    return served, refused
+    return served, refused, wrongly
 
 with ThreadPoolExecutor(THREADS) as pool:
     counts = list(pool.map(run, range(THREADS)))
@@ -132,19 +134,22 @@ def test_processes_race_three_levels_of_budgets(shared: Ledger, prices: Path) ->
         budgets.set(budget)
     begin = perf_counter()
     workers = [worker(RACE, shared, prices, number) for number in range(PROCESSES)]
-    served = refused = 0
+    served = refused = wrongly = 0
     for process in workers:
         out, errors = process.communicate(timeout=3_000)
         assert process.returncode == 0, errors
-        served, refused = served + int(out.split()[0]), refused + int(out.split()[1])
+        counts = [int(count) for count in out.split()]
+        served, refused, wrongly = served + counts[0], refused + counts[1], wrongly + counts[2]
     seconds = perf_counter() - begin
     standings = budgets.standings("acme", AT)
     overspent = [standing for standing in standings if standing.left < 0]
     store, rate = shared.url.get_backend_name(), demand / seconds
     print(f"{store}: {demand} reservations in {seconds:.1f} s, {rate:.0f}/s, {served} served, {refused} refused")
+    print(f"{len(overspent)} budgets overspent, {wrongly} refused wrongly")
     for standing in standings:
         print(f"{standing.budget.who}: {standing.budget.say(standing.spent)} of {standing.budget.limit:f}")
     assert overspent == []
+    assert wrongly == 0
     assert [standing.held for standing in standings] == [0, 0, 0]
     assert budgets.holds("acme") == []
     assert budgets.recheck("acme") == []
