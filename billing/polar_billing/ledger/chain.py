@@ -122,12 +122,15 @@ def lock_heads(connection: Connection, tenants: Iterable[str]) -> dict[str, Head
     Chains are locked in the order of their tenants' names, so that two writers cannot wait for each other.
     """
     names = sorted(tenants)
-    if connection.dialect.name == "postgresql":  # SQLite's write transaction is alone already, and locks no rows
-        upsert_rows(connection, head_table, [(tenant, *Head()) for tenant in names], ())
-    heads = dict.fromkeys(names, Head())
-    for row in _HEADS.run(connection, names):
-        heads[row.tenant] = Head(row.number, bytes(row.hash))
-    return heads
+    new = [(tenant, *Head()) for tenant in names]
+    on_postgres = connection.dialect.name == "postgresql"  # SQLite's write transaction is alone already
+    if on_postgres and len(names) > 1:  # all rows are there before any is locked: else it would not be in that order
+        upsert_rows(connection, head_table, new, ())
+    rows = _HEADS.run(connection, names).all()
+    if on_postgres and not rows:
+        upsert_rows(connection, head_table, new, ())
+        rows = _HEADS.run(connection, names).all()
+    return dict.fromkeys(names, Head()) | {row.tenant: Head(row.number, bytes(row.hash)) for row in rows}
 
 
 def anchored_at(connection: Connection, tenant: str) -> int | None:
