@@ -53,7 +53,7 @@ AT, CU = datetime(2026, 11, 15, 12, tzinfo=UTC), 10**12
 def reserve(name, flops, tags):
     offers = (Offer(tier="standard", program="0-5", flops_bound=flops),)
     meter.reserve(UsageBound(request_id=name, tenant="acme", tags=tags, tokens_input=10, tokens_output_max=10,
-                             offers=offers, at=AT))
+                             offers=offers, at=AT, id_is_new=True))
 
 def emit(name, flops, tags):
     meter.emit(usage_record(name, tags=tags, started_at=AT, flops=FlopUsage(head=flops, total=flops)))

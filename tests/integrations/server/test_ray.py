@@ -12,12 +12,15 @@ import socket
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Selection
+from polar_sdk import PolarModel
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 from polar_server.launch import Launch
@@ -28,7 +31,7 @@ with warnings.catch_warnings(action="ignore"):  # Ray's own, of which there are 
     from polar_server.ray_serve import Replicas
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from polar_sdk import UsageRecord
@@ -115,8 +118,9 @@ class Cluster:
         ray_serve.start("127.0.0.1", self.port)
         self.deploy(self.launch)
 
-    def deploy(self, launch: Launch) -> None:
-        """Bring all replicas to these options, one after the other."""
+    def deploy(self, launch: Launch, replicas: Replicas | None = None) -> None:
+        """Bring all replicas to these options, one after the other; or run so many."""
+        self.replicas = replicas or self.replicas
         ray.serve.run(ray_serve._bound(launch, self.replicas), name=ray_serve.APPLICATION, route_prefix="/")
 
     def call(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[int, Any]:
@@ -218,3 +222,68 @@ def test_a_rolling_update_loses_no_call(cluster: Cluster, ledger_of_cluster: str
     assert all(text.endswith(b"data: [DONE]\n\n") for _, text in found)
     assert b'"prompt_tokens"' in cluster.call(body(stream=True))[1], "the new options are in force"
     assert len(records(ledger_of_cluster, before + len(found) + 1)) == before + len(found) + 1
+
+
+SESSIONS, TURNS = 8, 10
+
+
+def conversation(session: int, ask: Callable[[list[dict[str, str]]], tuple[str, int]]) -> int:
+    """Chat for some turns; returns how many tokens of its prompts were there already."""
+    messages: list[dict[str, str]] = []
+    cached = 0
+    for turn in range(TURNS):
+        messages.append({"role": "user", "content": f"{session} {LONG if turn == 0 else 'and then?'}"})
+        answer, tokens = ask(messages)
+        messages.append({"role": "assistant", "content": answer})
+        cached += tokens
+    return cached
+
+
+def test_four_replicas_keep_the_starts_of_prompts_as_one_does(cluster: Cluster) -> None:
+    cluster.deploy(cluster.launch, Replicas(least=4, most=4, cpus=0.1))
+
+    def ask(session: int, messages: list[dict[str, str]]) -> tuple[str, int]:
+        sent = {"model": "tiny", "messages": messages, "max_tokens": 12}
+        status, answer = cluster.call(sent, {"x-session-id": f"chat-{session}"})
+        assert status == 200, answer
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return answer["choices"][0]["message"]["content"], cached
+
+    alone = PolarModel.from_pretrained(
+        cluster.launch.model, policy=cluster.launch.policy, precision="fp32", ledger=None, compile=False
+    )
+
+    def ask_alone(messages: list[dict[str, str]]) -> tuple[str, int]:
+        answer = alone.generate(messages, max_tokens=12)
+        return answer.text, answer.usage.tokens.cached
+
+    with ThreadPoolExecutor(SESSIONS) as pool:
+        found = list(pool.map(lambda session: conversation(session, partial(ask, session)), range(SESSIONS)))
+    wanted = [conversation(session, ask_alone) for session in range(SESSIONS)]
+    print(f"cached tokens: {sum(found)} on four replicas, {sum(wanted)} on one")
+    assert sum(found) >= 0.8 * sum(wanted)
+
+
+def test_fewer_replicas_cut_no_stream(cluster: Cluster, ledger_of_cluster: str) -> None:
+    before, begun = len(records(ledger_of_cluster, 0)), threading.Semaphore(0)
+
+    def read(number: int) -> bytes:
+        content = json.dumps(body(stream=True, max_tokens=1_500, logit_bias={"65": 100}))
+        connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=WAIT_S)
+        connection.request("POST", "/v1/chat/completions", content, {"x-session-id": f"long-{number}"})
+        answer = connection.getresponse()
+        text = answer.readline()
+        begun.release()
+        text += answer.read()
+        connection.close()
+        return text
+
+    with ThreadPoolExecutor(SESSIONS) as pool:
+        reading = [pool.submit(read, number) for number in range(SESSIONS)]
+        for _ in reading:
+            assert begun.acquire(timeout=WAIT_S)
+        cluster.deploy(cluster.launch, Replicas(least=1, most=1, cpus=0.1))
+        texts = [one.result() for one in reading]
+    assert all(text.endswith(b"data: [DONE]\n\n") for text in texts)
+    found = records(ledger_of_cluster, before + SESSIONS)[before:]
+    assert [one.outcome for one in found] == ["completed"] * SESSIONS
