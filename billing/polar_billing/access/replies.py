@@ -4,11 +4,11 @@ A caller that got no answer sends its request again under the same key. Whoever 
 has an answer, everybody else is told to wait, and afterwards gets that answer. One that broke off without an answer
 gives its claim up.
 
-A claim is a lease, as a hold is (`budgets.leases`): it lives for half a minute by the database's clock, and its process
-renews it for as long as it computes. So a long answer keeps its claim, and that of a process that was killed is free
-half a minute later. While the database does not answer, the process goes on, and claims again or keeps the answer as
-soon as it does. Only where the database was away for longer than a claim lives, and another process was asked first,
-are both computed; the one that has the claim keeps its answer. Knows no HTTP: an answer is bytes.
+A claim is a lease, as a hold is (`budgets.leases`): it lives for a minute by the database's clock, and its process
+renews it for as long as it computes. So a long answer keeps its claim, and that of a process that was killed is free a
+minute later. While the database does not answer, the process goes on, and claims again or keeps the answer as soon as
+it does. Only where the database was away for longer than a claim lives, and another process was asked first, are both
+computed; the one that has the claim keeps its answer. Knows no HTTP: an answer is bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from sqlalchemy.exc import IntegrityError
 from polar_billing.access.accounts import Accounts
 from polar_billing.access.keys import ApiKeys
 from polar_billing.access.rates import Rates
-from polar_billing.budgets.leases import RENEWALS
 from polar_billing.errors import BillingError
 from polar_billing.ledger.clock import database_time
 from polar_billing.ledger.ledger import Ledger
@@ -43,8 +42,10 @@ if TYPE_CHECKING:
 
 KEPT: Final = timedelta(hours=24)
 """How long an answer is kept."""
-CLAIM_LIFETIME: Final = timedelta(seconds=30)
+CLAIM_LIFETIME: Final = timedelta(minutes=1)
 """After this time a claim that nobody renewed is of a process that is gone."""
+_RENEWALS: Final = 6
+"""How often a claim is renewed in its lifetime, so that it outlives four renewals that fail."""
 _PATIENCE_S: Final = 900.0
 """How long an answer waits for a database that does not take it. Unit: seconds."""
 _log: Final = logging.getLogger("polar_billing")
@@ -245,7 +246,7 @@ class Replies:
                 self._renewing[0].start()
 
     def _run(self, stop: threading.Event) -> None:
-        while not stop.wait(self.lifetime.total_seconds() / RENEWALS):
+        while not stop.wait(self.lifetime.total_seconds() / _RENEWALS):
             with self._lock:
                 since = time.monotonic() - _PATIENCE_S
                 for place, claim in list(self._claims.items()):

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageBound
 
 
-RENEWALS: Final = 6
-"""How often a hold is renewed in its lifetime, so that it outlives four renewals that fail."""
+RENEWALS: Final = 10
+"""How often a hold is renewed in its lifetime, so that it outlives eight renewals that fail."""
 _SWEEP_FROM: Final = 1_000
 _log: Final = logging.getLogger("polar_billing")
 

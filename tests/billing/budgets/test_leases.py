@@ -326,7 +326,7 @@ def test_paused_streams_stay_within_the_limit(meter: Meter) -> None:
         except BudgetExceededError:
             continue
         streams.append(stream)
-        renewals.wait_for(7)  # each a sixth of a lifetime after the other
+        renewals.wait_for(12)  # each a tenth of a lifetime after the other
     assert len(streams) == 1
     for stream in streams:
         list(stream)
