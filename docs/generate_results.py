@@ -198,6 +198,12 @@ SECTIONS = {
         "`python -m benchmarks.simulate`",
         wide=True,
     ),
+    "long-day": Section(
+        "A day of 10,000 messages: full depth beside routed",
+        "The same with one seed and more requests.",
+        "`polar simulate --requests 10000`, `python -m benchmarks.simulate --from FOLDER/simulate.json`",
+        wide=True,
+    ),
     "soak": Section(
         "A soak: day after day of messages, routed",
         "Memory of the process, and the ledger beside what was sent.",
