@@ -281,8 +281,6 @@ class Ask:
     """Index → maximum cost, in order of preference."""
     source: str
     """The meter."""
-    is_first: bool = False
-    """Whether its id is new, so that nothing can be held for it yet."""
 
     @cached_property
     def identity(self) -> Identity:
@@ -317,7 +315,7 @@ def hold(
         For each the offer and its hold, or why nothing is held for it: no offer fits, its id is in use or has been used
         (`ConflictError`), or a budget is in another currency than the price book (`CurrencyMixError`).
     """
-    former = latest_holds(connection, [ask.identity for ask in asks if not ask.is_first or ask.identity in again])
+    former = latest_holds(connection, [ask.identity for ask in asks])
     names = {name for ask in asks for name in ask.scope.names.values()}
     budgets = in_force(connection, asks[0].bound.tenant, names)
     answers: dict[int, Answer] = {}

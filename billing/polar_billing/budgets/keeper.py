@@ -201,7 +201,7 @@ class Budgets:
         if not self._may_have_budgets(bound.tenant):
             return 0
         offers = costs(bound, book)
-        granted = self._hold(Ask(bound, dict(enumerate(offers)), source, is_first=bound.id_is_new))
+        granted = self._hold(Ask(bound, dict(enumerate(offers)), source))
         if isinstance(granted, Refusal):
             raise granted.error()
         if granted.seq is not None:
