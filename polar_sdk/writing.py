@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,5 +34,6 @@ def replacing(path: Path) -> Iterator[Path]:
         yield draft
         draft.replace(path)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # it must not hide what went wrong
+            draft.unlink(missing_ok=True)
         raise

@@ -356,6 +356,7 @@ def _hold_new(
     every = dict.fromkeys(window for _, windows in asks.values() for window in windows)
     standings = counters.standings(connection, every, [ask.scope for ask, _ in asks.values()])
     answers: dict[int, Answer] = {}
+    granted: dict[int, Granted] = {}
     raised: Counter[_Window] = Counter()
     rows: dict[int, dict[str, Any]] = {}
     for place, (ask, windows) in asks.items():
@@ -364,21 +365,19 @@ def _hold_new(
             answers[place] = chosen
             continue
         offer, cost = list(ask.offers.items())[chosen]
-        answers[place] = Granted(offer, None)
+        granted[place] = Granted(offer, None)
         for window in windows:
             seq, standing = standings[window]
             amount = needed(cost, standing.budget) or 0
             standings[window] = seq, replace(standing, held=standing.held + amount)
             raised[window] += amount
         if windows:
-            rows[place] = _row(ask, offer, cost, former.get(ask.identity)) | {
-                "held_at": now,
-                "expires_at": now + lifetime,
-            }
+            times = {"held_at": now, "expires_at": now + lifetime}
+            rows[place] = _row(ask, offer, cost, former.get(ask.identity)) | times
     _raise_held(connection, {standings[window][0]: (more, window[0]) for window, more in raised.items()})
     for place, seq in zip(rows, _insert(connection, list(rows.values())), strict=True):
-        answers[place] = Granted(int(rows[place]["offer"]), seq)
-    return answers
+        granted[place] = replace(granted[place], seq=seq)
+    return answers | granted
 
 
 def _row(ask: Ask, offer: int, cost: Cost, former: Hold | None) -> dict[str, Any]:
