@@ -103,7 +103,10 @@ def killed() -> dict[str, Any]:
     """What kills and a database that is away do to bills."""
     command = [sys.executable, "-m", "benchmarks.chaos", "--seconds", str(CHAOS_S)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    figures = json.loads(done.stdout.splitlines()[-1])
+    *_, last = ["", *done.stdout.splitlines()]
+    if not last.startswith("{"):
+        raise RuntimeError(f"the chaos broke off: {done.stderr[-2_000:]}")
+    figures = json.loads(last)
     return {"lost": figures["lost"] + figures["lost_beyond_a_mark"], "doubled": figures["doubled"]}
 
 
