@@ -34,7 +34,7 @@ class PlainServer(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
-                http="h11",
+                http="h11",  # it bounds what a request's headers may take; httptools does not
                 ws="none",
                 lifespan="on",
                 log_config=None,
