@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 class Pending(Protocol):
     """A writer that may hold records back for a moment."""
 
+    @property
+    def lags(self) -> bool:
+        """Whether it holds records back that their callers do not wait for."""
+
     def drain(self) -> None:
         """Return when every record handed over so far is stored, or safe on the disk."""
 
@@ -47,7 +51,15 @@ def register_pending(ledger: str, writer: Pending) -> None:
 
 def drain(ledger: str) -> None:
     """Wait for every record on its way into a ledger in this process."""
-    with _lock:
-        writers = list(_pending.get(ledger, ()))
-    for writer in writers:
+    for writer in _writers(ledger):
         writer.drain()
+
+
+def lags(ledger: str) -> bool:
+    """Whether records are on their way into a ledger in this process that their callers do not wait for."""
+    return any(writer.lags for writer in _writers(ledger))
+
+
+def _writers(ledger: str) -> list[Pending]:
+    with _lock:
+        return list(_pending.get(ledger, ()))

@@ -91,6 +91,8 @@ class Writer:
         self._storing = threading.Lock()
         self._queue: list[Ticket] = []
         self._busy = False
+        self._rounds = 0
+        """How often everything that waited has been stored, or put aside."""
         self._hurry = False
         """True while a caller waits for everything to be stored."""
         self._thread: threading.Thread | None = None
@@ -184,6 +186,7 @@ class Writer:
                 self._put_aside([ticket for ticket in tickets if not ticket.done], segment, failure)
             with self._turn.lock:
                 self._busy = False
+                self._rounds += 1
             self._turn.notify()
 
     def _take(self) -> tuple[list[Ticket], Segment | None] | None:
@@ -297,14 +300,22 @@ class Writer:
             self._store_kept()
             self.failure = None
 
+    @property
+    def lags(self) -> bool:
+        """Whether records are on their way that their callers do not wait for."""
+        return self._gather_s > 0 and self._process == os.getpid() and bool(self._queue or self._busy)
+
     def drain(self) -> None:
         """Return when every record handed over so far is in the ledger, or kept in the spool."""
         if self._process != os.getpid() or threading.current_thread() is self._thread:
             return
-        self._hurry = True
-        self._turn.notify()
-        self._turn.wait_for(lambda: not (self._queue or self._busy))
-        self._hurry = False
+        with self._turn.lock:
+            last = self._rounds + bool(self._busy) + bool(self._queue)
+        if self._rounds < last:
+            self._hurry = True
+            self._turn.notify()
+            self._turn.wait_for(lambda: self._rounds >= last)
+            self._hurry = False
 
     def close(self) -> None:
         """Drain, try once more to store what was kept, and remove empty files."""

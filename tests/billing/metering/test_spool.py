@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from itertools import count
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +19,7 @@ from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter, open_meter
 from polar_billing.metering.segment import Segment
 from polar_billing.metering.spool import Spool, spool_folder, warning_of
-from polar_billing.metering.writer import Writer
+from polar_billing.metering.writer import Ticket, Writer
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:
@@ -68,6 +69,24 @@ def test_a_record_that_the_kept_file_lacks_is_not_taken_for_safe(
     locked.rollback()
     writer.close()
     assert held(ledger_url) == ["first", "written"]
+
+
+def test_who_waits_for_records_does_not_wait_for_later_ones(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Meter(ledger_url)
+    writer = Writer(meter.ledger)
+    commit, names = writer._commit, count()
+
+    def more_come_meanwhile(tickets: list[Ticket]) -> None:
+        commit(tickets)
+        writer.submit([meter.entry(usage_record(f"r{next(names)}"))])
+
+    monkeypatch.setattr(writer, "_commit", more_come_meanwhile)
+    (first,), _ = writer.submit([meter.entry(usage_record("first"))])
+    writer.drain()
+    assert first.done
+    monkeypatch.setattr(writer, "_commit", commit)
+    writer.close()
+    assert held(ledger_url) == sorted(["first", *(f"r{number}" for number in range(next(names)))])
 
 
 @pytest.mark.parametrize("durability", ["commit", "spool"])
