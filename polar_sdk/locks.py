@@ -117,13 +117,17 @@ class Together(Generic[A, R]):
     """Calls that come while another one runs share the next run, which one of them makes for all.
 
     Args:
-        run: Given what each asks, in the order in which they came, returns what each gets.
+        run: Calls what it is given, once it is ready to serve, and gets what each call asks, in the order in which they
+            came; returns what each gets. Calls that come while it gets ready, as when it waits for a lock, are served
+            with the others.
         shared: Errors of `run` that every call of that run raises. Whatever else it raises belongs to the thread that
             ran it, as Ctrl-C does, and what the others ask is run again.
         most: Calls of one run.
     """
 
-    def __init__(self, run: Callable[[Sequence[A]], Sequence[R]], *, shared: type[Exception], most: int = 100) -> None:
+    def __init__(
+        self, run: Callable[[Callable[[], Sequence[A]]], Sequence[R]], *, shared: type[Exception], most: int = 100
+    ) -> None:
         self._run, self._shared, self._most = run, shared, most
         self._start_anew()
 
@@ -160,11 +164,16 @@ class Together(Generic[A, R]):
             if call.outcome is not None:  # its caller has not woken yet, or was stopped before it could take it out
                 with suppress(ValueError):
                     self._calls.remove(call)
-        calls = self._calls[: self._most]
+        calls: list[_Call[A, R]] = []
+
+        def take() -> Sequence[A]:
+            calls[:] = self._calls[: self._most]
+            return [call.asked for call in calls]
+
         try:
-            results = self._run([call.asked for call in calls])
+            results = self._run(take)
         except self._shared as error:
-            for call in calls:
+            for call in calls or self._calls[: self._most]:
                 call.outcome = None, error
         else:
             for call, result in zip(calls, results, strict=True):

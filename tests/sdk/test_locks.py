@@ -128,18 +128,31 @@ class Doubling:
     def __init__(self) -> None:
         self.runs: list[int] = []
         """How many calls each served."""
+        self.ready: Callable[[], object] = lambda: None
+        """What the next run does before it takes calls."""
         self.first: Callable[[], object] = lambda: None
+        """What the next run does when it has taken them."""
         self.together = Together(self.run, shared=ZeroDivisionError)
 
-    def run(self, numbers: Sequence[int]) -> list[int]:
+    def run(self, take: Callable[[], Sequence[int]]) -> list[int]:
+        ready, self.ready = self.ready, lambda: None
+        ready()
+        numbers = take()
         first, self.first = self.first, lambda: None
         first()
         self.runs.append(len(numbers))
         return [2 * number for number in numbers]
 
 
-def beside(doubling: Doubling, count: int, first: Callable[[], object]) -> list[object]:
-    """What calls get that come while the run of another one does something first; that of the other one last."""
+def beside(doubling: Doubling, count: int, first: Callable[[], object], *, late: bool = False) -> list[object]:
+    """What calls get that come while the run of another one does something first; that of the other one last.
+
+    Args:
+        doubling: What they call.
+        count: How many come.
+        first: What that run does, in the thread of its caller.
+        late: Whether it does so before it takes calls.
+    """
     begun, go = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -147,7 +160,10 @@ def beside(doubling: Doubling, count: int, first: Callable[[], object]) -> list[
         go.wait(10)
         first()
 
-    doubling.first = wait
+    if late:
+        doubling.ready = wait
+    else:
+        doubling.first = wait
     got: list[object] = [None] * (count + 1)
 
     def call(number: int) -> None:
@@ -173,6 +189,19 @@ def test_calls_that_come_meanwhile_share_a_run() -> None:
     doubling = Doubling()
     assert beside(doubling, 20, lambda: None) == [2 * number for number in range(21)]
     assert doubling.runs == [1, 20]
+
+
+def test_calls_that_come_while_a_run_gets_ready_are_served_by_it() -> None:
+    doubling = Doubling()
+    assert beside(doubling, 20, lambda: None, late=True) == [2 * number for number in range(21)]
+    assert doubling.runs == [21]
+
+
+def test_an_error_before_calls_are_taken_is_that_of_all_who_wait() -> None:
+    doubling = Doubling()
+    got = beside(doubling, 5, lambda: 1 // 0, late=True)
+    assert [type(each) for each in got] == [ZeroDivisionError] * 6
+    assert doubling.together(4) == 8
 
 
 def test_a_run_serves_no_more_than_it_may() -> None:

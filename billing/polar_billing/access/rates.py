@@ -193,7 +193,7 @@ class Rates:
         ids = {*parallel, *(key.key_id for key in asking), *(key.key_id for key, _ in used)}
         if not ids:
             return []
-        with self.ledger.transaction(after_usage=False) as connection:
+        with self.ledger.transaction(after_usage=False, patience_s=None) as connection:
             if connection.dialect.name == "postgresql":
                 # A crash of the database then forgets what the last second used; a flush costs more than all else.
                 connection.exec_driver_sql("SET LOCAL synchronous_commit = off")

@@ -4,8 +4,8 @@ A counter is a projection: held is the sum of the open holds of its window, spen
 such as usage from before the tenant had a budget. Spent is summed from usage and receipts, which are in the hash chain;
 a settled hold only stands in where retention deleted the facts of its request. A counter is computed when a request
 first needs it: in the database, in two columns of which neither can leave 64 bits. From then on whoever changes a hold
-keeps it in step, in the same transaction. Every function here takes an open transaction; those that write need the head
-of the tenant's chain to be locked. Knows no clock and decides nothing.
+keeps it in step, in the same transaction. Every function here takes an open transaction; those that write need the
+tenant's counts to be locked (`lock_counts`). Knows no clock and decides nothing.
 """
 
 from __future__ import annotations
@@ -195,6 +195,14 @@ _CHANGE: Final = (
         held=case((counter_table.c.held < _LESS, 0), else_=counter_table.c.held - _LESS),
     )
 )
+_RAISE: Final = (
+    update(counter_table)
+    .where(
+        counter_table.c.seq == bindparam("of_seq"),
+        counter_table.c.spent <= bindparam("room", type_=BigInteger) - counter_table.c.held,
+    )
+    .values(held=counter_table.c.held + _MORE)
+)
 _OF_TENANTS: Final = Among(select(counter_table).order_by(counter_table.c.seq), counter_table.c.tenant)
 _TOUCHED: Final = _TOUCHED_ANY.where(
     counter_table.c.level.in_([*Level]), counter_table.c.name.in_(bindparam("names", expanding=True))
@@ -310,14 +318,10 @@ def raise_held(connection: Connection, amounts: Mapping[int, tuple[int, int]]) -
         connection: The transaction to roll back.
         amounts: Number of the counter → amount and limit. Unit: 10^-decimals of the counter.
     """
-    counter = counter_table.c
     if not amounts or any(amount > limit for amount, limit in amounts.values()):
         return not amounts
-    more = case({seq: amount for seq, (amount, _) in amounts.items()}, value=counter.seq)
-    room = case({seq: limit - amount for seq, (amount, limit) in amounts.items()}, value=counter.seq)
-    fits = and_(counter.seq.in_(list(amounts)), counter.spent <= room - counter.held)
-    done = connection.execute(update(counter_table).where(fits).values(held=counter.held + more))
-    return done.rowcount == len(amounts)
+    rows = [{"of_seq": seq, "more": more, "room": limit - more} for seq, (more, limit) in sorted(amounts.items())]
+    return connection.execute(_RAISE, rows).rowcount == len(rows)
 
 
 def touched(connection: Connection, scopes: Sequence[Scope]) -> list[Row[Any]]:

@@ -1,7 +1,7 @@
 """Budgets and holds as rows, and the hold of a request in every budget that covers it, for many requests at once.
 
-Every function takes an open transaction. `hold` also needs the head of the tenant's chain to be locked, and due holds
-to have expired in the same transaction. Opens nothing and reads no clock.
+Every function takes an open transaction. `hold` also needs the tenant's counts to be locked, and due holds to have
+expired in the same transaction. Opens nothing and reads no clock.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, bindparam, func, insert, select, update
+from sqlalchemy import BigInteger, bindparam, func, insert, literal_column, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from polar_billing.budgets import counters
@@ -23,6 +23,7 @@ from polar_billing.budgets.counters import Scope
 from polar_billing.budgets.offers import Cost, Refusal, choose, needed
 from polar_billing.errors import BillingError, ConflictError, CurrencyMixError, StoreError, id_in_use
 from polar_billing.ledger import chain
+from polar_billing.ledger.connection import Among
 from polar_billing.ledger.schema import budget_table, hold_table
 from polar_billing.prices.quote import charged_bound, quote
 from polar_billing.values.canonical import canonical_json, canonical_text
@@ -48,19 +49,16 @@ _BUDGETS_OF: Final = _BUDGETS.where(budget_table.c.tenant == bindparam("tenant")
 _BUDGETS_NAMED: Final = _BUDGETS_OF.where(
     budget_table.c.level.in_([*Level]), budget_table.c.name.in_(bindparam("names", expanding=True))
 )
-_HOLDS_OF: Final = (
+_HOLDS_OF: Final = Among(
     select(hold_table)
-    .where(
-        hold_table.c.tenant == bindparam("tenant"),
-        hold_table.c.source == bindparam("source"),
-        hold_table.c.request_id.in_(bindparam("ids", expanding=True)),
-    )
-    .order_by(hold_table.c.attempt)
+    .where(hold_table.c.tenant == bindparam("of_tenant"), hold_table.c.source == bindparam("of_source"))
+    .order_by(hold_table.c.attempt),
+    hold_table.c.request_id,
 )
+_IS_HELD: Final = hold_table.c.state == literal_column("'held'")
+"""No parameter, so that a prepared statement may use the index of those that are held."""
 _OPEN: Final = (
-    select(hold_table)
-    .where(hold_table.c.state == "held", hold_table.c.expires_at <= bindparam("due"))
-    .order_by(hold_table.c.seq)
+    select(hold_table).where(_IS_HELD, hold_table.c.expires_at <= bindparam("due")).order_by(hold_table.c.seq)
 )
 _STATES: Final = select(hold_table.c.seq, hold_table.c.state).where(
     hold_table.c.seq.in_(bindparam("seqs", expanding=True))
@@ -163,9 +161,8 @@ def latest_holds(connection: Connection, identities: Iterable[Identity]) -> dict
         ids.setdefault((tenant, source), []).append(request_id)
     holds: dict[Identity, Hold] = {}
     for (tenant, source), request_ids in ids.items():
-        for batch in _batches(request_ids):
-            values = {"tenant": tenant, "source": source, "ids": batch}
-            holds |= {hold.identity: hold for hold in map(_hold, connection.execute(_HOLDS_OF, values))}
+        rows = _HOLDS_OF.run(connection, request_ids, of_tenant=tenant, of_source=source)
+        holds |= {hold.identity: hold for hold in map(_hold, rows)}
     return holds
 
 
@@ -224,7 +221,7 @@ def resolve(
 
 
 def renew(connection: Connection, seqs: Sequence[int], until: datetime) -> set[int]:
-    """Renew open holds, in one statement however many there are; the head of no chain need be locked.
+    """Renew open holds, in one statement however many there are; nothing need be locked.
 
     Returns:
         Those that were renewed; not those that are resolved, nor those that another transaction is changing.

@@ -1,8 +1,9 @@
 """`Budgets`: set them, hold money and compute for a request before it runs, and say what is left.
 
-Every hold covers all budgets of a request in one transaction, which no other of the same tenant overlaps: the head of
-the tenant's chain is locked first, as it is by whoever stores usage. Requests of a tenant that come while such a
-transaction runs share the next one. What cannot be decided is refused.
+Every hold covers all budgets of a request in one transaction, which no other of the same tenant overlaps: the tenant's
+counts are locked first. Whoever stores usage locks them as well, but only to settle: others decide while it writes.
+Requests of a tenant that come while their process waits for that lock share the transaction. What cannot be decided is
+refused.
 
 A hold lives for half a minute and is renewed while its request does (`leases`). Whether it has expired is for the
 database's clock to say (`ledger.clock`), so that the clocks of hosts need not agree, nor stand still. If it could not
@@ -41,10 +42,11 @@ from polar_billing.budgets.leases import Lease, Leases
 from polar_billing.budgets.offers import Refusal, Standing
 from polar_billing.budgets.settlement import free, with_budgets
 from polar_billing.errors import BillingError, BudgetError, CurrencyMixError, StoreError
-from polar_billing.ledger import chain
+from polar_billing.ledger import chain, hooks
 from polar_billing.ledger.clock import database_time
+from polar_billing.ledger.connection import lock_counts
 from polar_billing.ledger.ledger import Ledger
-from polar_billing.ledger.records import ALL_TENANTS, AllTenants
+from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Identity
 from polar_billing.values.memo import Changes, Remembered
 from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import PolarError
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from polar_billing.ledger.records import Identity
     from polar_billing.prices.book import PriceBook
     from polar_sdk.usage import UsageBound
 
@@ -69,11 +70,15 @@ SEEN_WITHIN_S: Final = 5.0
 _changes: Final = Changes()
 
 
-class _Asked(NamedTuple):
+class _Wanted(NamedTuple):
     """What a call wants held, and if it is not the first time, the lease that it had."""
 
     ask: Ask
     lease: Lease | None
+
+
+_Call = _Wanted | Identity
+"""What to hold, or whose hold to release."""
 
 
 class Budgets:
@@ -97,8 +102,8 @@ class Budgets:
         self._clock = clock
         self._tenants = Remembered(self._tenants_with_budgets, _changes)
         self._leases = Leases(lifetime.total_seconds(), self._renew)
-        self._holding: dict[str, Together[_Asked, Answer]] = {}
-        """By tenant: what makes holds."""
+        self._together: dict[str, Together[_Call, Answer | bool]] = {}
+        """By tenant: what makes holds and releases them."""
         self._unanswered: set[Identity] = set()
         """Requests of which this process does not know whether their hold was stored."""
 
@@ -121,7 +126,7 @@ class Budgets:
                 f"a budget in {budget.unit} cannot be enforced: price book {book.id!r} is in {book.currency}.",
                 hint=f"Set it in {book.currency}, or in CU.",
             )
-        with self._locked(budget.tenant) as (connection, now):
+        with self._locked(budget.tenant, chained=True) as (connection, now):
             if budget not in in_force(connection, budget.tenant):
                 self._write(connection, budget, now, closed=False)
         _changes.announce()
@@ -138,7 +143,7 @@ class Budgets:
             BudgetError: There is no such budget.
         """
         key = (tenant, str(level), name or "", unit, str(window))
-        with self._locked(tenant) as (connection, now):
+        with self._locked(tenant, chained=True) as (connection, now):
             budget = next((budget for budget in in_force(connection, tenant) if budget.key == key), None)
             if budget is not None:
                 self._write(connection, budget, now, closed=True)
@@ -210,26 +215,50 @@ class Budgets:
         return granted.offer
 
     def _hold(self, ask: Ask, lease: Lease | None = None) -> Granted | Refusal:
-        tenant = ask.bound.tenant
-        if tenant not in self._holding:
-            self._holding.setdefault(tenant, Together(partial(self._hold_all, tenant), shared=StoreError))
-        answer = self._holding[tenant](_Asked(ask, lease))
+        lags = hooks.lags(self.ledger.identity)
+        answer = self._call(ask.bound.tenant, wanted := _Wanted(ask, lease))
+        if lags and isinstance(answer, Refusal):  # what this process has stored since may have freed enough
+            hooks.drain(self.ledger.identity)
+            answer = self._call(ask.bound.tenant, wanted)
         self._unanswered.discard(ask.identity)
         if isinstance(answer, BillingError):
             raise answer
+        assert not isinstance(answer, bool)  # that is for releases
         return answer
 
-    def _hold_all(self, tenant: str, asked: Sequence[_Asked]) -> list[Answer]:
-        """Hold for all of them in one transaction."""
-        again = self._unanswered.intersection(ask.identity for ask, _ in asked)
-        self._unanswered.update(ask.identity for ask, _ in asked)
-        with self._locked(tenant) as (connection, now):
-            self._expire(connection, tenant, now)
-            # A request whose hold was lost may have ended meanwhile.
-            ended = [lease if lease is not None and lease not in self._leases else None for _, lease in asked]
-            wanted = [ask for (ask, _), lease in zip(asked, ended, strict=True) if lease is None]
-            answers = iter(hold(connection, wanted, now=now, lifetime=self.lifetime, again=again) if wanted else ())
-            return [next(answers) if lease is None else Granted(lease.offer, None) for lease in ended]
+    def _call(self, tenant: str, call: _Call) -> Answer | bool:
+        if tenant not in self._together:
+            self._together.setdefault(tenant, Together(partial(self._run, tenant), shared=StoreError))
+        return self._together[tenant](call)
+
+    def _run(self, tenant: str, take: Callable[[], Sequence[_Call]]) -> list[Answer | bool]:
+        """Release and hold for all calls that have come by the time when the tenant is locked, in one transaction."""
+        with self._locked(tenant, after_usage=False) as (connection, now):
+            calls = take()
+            released = self._release(connection, {call for call in calls if not isinstance(call, _Wanted)}, now)
+            answers = iter(self._hold_all(connection, [call for call in calls if isinstance(call, _Wanted)], now))
+            return [next(answers) if isinstance(call, _Wanted) else call in released for call in calls]
+
+    def _hold_all(self, connection: Connection, wanted: Sequence[_Wanted], now: datetime) -> list[Answer]:
+        """Hold for requests of one tenant, where they have not ended meanwhile."""
+        if not wanted:
+            return []
+        again = self._unanswered.intersection(ask.identity for ask, _ in wanted)
+        self._unanswered.update(ask.identity for ask, _ in wanted)
+        self._expire(connection, wanted[0].ask.bound.tenant, now)
+        # A request whose hold was lost may have ended meanwhile.
+        ended = [lease if lease is not None and lease not in self._leases else None for _, lease in wanted]
+        asks = [ask for (ask, _), lease in zip(wanted, ended, strict=True) if lease is None]
+        answers = iter(hold(connection, asks, now=now, lifetime=self.lifetime, again=again) if asks else ())
+        return [next(answers) if lease is None else Granted(lease.offer, None) for lease in ended]
+
+    def _release(self, connection: Connection, identities: Collection[Identity], now: datetime) -> Collection[Identity]:
+        """Release what is held for some requests; returns those for which something was."""
+        latest = latest_holds(connection, identities) if identities else {}
+        held = {identity: found for identity, found in latest.items() if found.state is HoldState.HELD}
+        if held:
+            free(connection, list(held.values()), HoldState.RELEASED, now)
+        return held.keys()
 
     def watch(self, identity: Identity, end: Callable[[Exception], None]) -> None:
         """Renew the hold of a request that runs; if it is lost all the same, call `end`, once and from any thread."""
@@ -251,7 +280,7 @@ class Budgets:
         if not leases:
             return
         begun, seqs = time.monotonic(), {lease.seq for lease in leases}
-        with self.ledger.transaction() as connection:
+        with self.ledger.transaction(after_usage=False) as connection:
             renewed = renew(connection, sorted(seqs), self._lease_time(connection) + self.lifetime)
             others = states(connection, sorted(seqs - renewed)) if seqs - renewed else {}
         for lease in leases:
@@ -284,13 +313,10 @@ class Budgets:
         self._leases.drop(identity)
         if not self._may_have_budgets(tenant):
             return False
-        with self._locked(tenant) as (connection, now):
-            latest = latest_holds(connection, [identity]).get(identity)
-            if latest is None or latest.state is not HoldState.HELD:
-                return False
-            free(connection, [latest], HoldState.RELEASED, now)
-        self._unanswered.discard(identity)
-        return True
+        released = self._call(tenant, identity) is True
+        if released:
+            self._unanswered.discard(identity)
+        return released
 
     def expire(self, tenant: str | AllTenants = ALL_TENANTS) -> int:
         """Expire the holds that are due and return their number; `reserve` does so for its own tenant."""
@@ -329,10 +355,21 @@ class Budgets:
             return list(wrong_holds(connection, _name_of(tenant)))
 
     @contextmanager
-    def _locked(self, tenant: str) -> Iterator[tuple[Connection, datetime]]:
-        """A write transaction that has the tenant to itself, and the time by the database's clock."""
-        with self.ledger.transaction() as connection:
-            chain.lock_heads(connection, {tenant})
+    def _locked(
+        self, tenant: str, *, chained: bool = False, after_usage: bool = True
+    ) -> Iterator[tuple[Connection, datetime]]:
+        """A write transaction that has the tenant's counts to itself, and the time by the database's clock.
+
+        Args:
+            tenant: Whose.
+            chained: Whether it has the tenant's chain to itself as well, so that no usage is on its way that was stored
+                without regard to the tenant's budgets.
+            after_usage: As for `Ledger.transaction`.
+        """
+        with self.ledger.transaction(after_usage=after_usage) as connection:
+            if chained:
+                chain.lock_heads(connection, {tenant})
+            lock_counts(connection, {tenant})
             yield connection, self._lease_time(connection)
 
     def _lease_time(self, connection: Connection, *, writes: bool = True) -> datetime:

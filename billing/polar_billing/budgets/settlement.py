@@ -1,9 +1,9 @@
 """Settle holds: what was held for a request becomes what it used, in the transaction that stores its record.
 
 `append.store_entries` calls `settle(connection, entries)` once per transaction, with the entries that were new, after
-their rows are written; the heads of the tenants' chains are locked by then. A record without a hold (it expired, or
-came from elsewhere) still counts in the counters that exist. Nothing here is refused for lack of budget: what was used
-is used. Knows no prices.
+their rows are written; the heads of the tenants' chains are locked by then, their counters from here on. A record
+without a hold (it expired, or came from elsewhere) still counts in the counters that exist. Nothing here is refused for
+lack of budget: what was used is used. Knows no prices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sqlalchemy import bindparam, select, update
 from polar_billing.budgets.budget import COMPUTE_UNIT, to_count
 from polar_billing.budgets.counters import Change, Scope, change, touched
 from polar_billing.budgets.holds import Hold, HoldState, latest_holds, resolve
-from polar_billing.ledger.connection import Among
+from polar_billing.ledger.connection import Among, lock_counts
 from polar_billing.ledger.records import INTERRUPTED_TAG
 from polar_billing.ledger.schema import budget_table, hold_table
 from polar_billing.values.money import STORED_SCALE, to_scaled
@@ -49,6 +49,7 @@ def settle(connection: Connection, entries: Sequence[Entry]) -> None:
     budgeted = [entry for entry in entries if entry.record.tenant in tenants]
     if not budgeted:
         return
+    lock_counts(connection, tenants)
     holds = latest_holds(connection, [entry.identity for entry in budgeted])
     spent: list[Amounts] = []
     settled: list[tuple[Hold, Amounts]] = []

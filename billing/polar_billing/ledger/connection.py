@@ -8,6 +8,7 @@ particular table.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import sqlite3
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import (
     ARRAY,
     URL,
+    BigInteger,
     Connection,
     Engine,
     StaticPool,
@@ -55,6 +57,9 @@ _WRITES: Final = "polar_writes"
 _WAITS: Final = "polar_waits_s"
 
 _TEXTS: Final = "among"
+_LOCK_EACH: Final = select(
+    func.pg_advisory_xact_lock(func.unnest(bindparam("keys", type_=ARRAY(BigInteger))).column_valued("key"))
+)
 _COPY_FROM: Final = 20
 """Rows from which COPY pays for its two round trips on PostgreSQL."""
 
@@ -252,6 +257,23 @@ def _take_turn(driver: Any, patience_s: float) -> None:
             time.sleep(random.uniform(0.001, 0.006) / (1 + 2 * waited))
         else:
             return
+
+
+def lock_counts(connection: Connection, tenants: Iterable[str]) -> None:
+    """Keep others from counting the usage and holds of tenants, and from changing what counts, until this ends.
+
+    Whoever reads a counter to decide by it takes this lock first; whoever stores usage takes it once that is written,
+    so that others decide meanwhile. It comes after `chain.lock_heads` where both are taken. Locks are taken in one
+    order, so that two cannot wait for each other. On SQLite a write transaction is alone already.
+
+    Args:
+        connection: A write transaction.
+        tenants: Whose.
+    """
+    if connection.dialect.name == "postgresql":
+        digests = (hashlib.sha256(f"polar counts {tenant}".encode()).digest() for tenant in tenants)
+        keys = sorted(int.from_bytes(digest[:8], "big", signed=True) for digest in digests)
+        connection.execute(_LOCK_EACH, {"keys": keys})
 
 
 class Among:

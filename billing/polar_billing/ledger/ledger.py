@@ -157,19 +157,20 @@ class Ledger:
             yield connection
 
     @contextmanager
-    def transaction(self, *, after_usage: bool = True) -> Iterator[Connection]:
+    def transaction(self, *, after_usage: bool = True, patience_s: float | None = PATIENCE_S) -> Iterator[Connection]:
         """A write transaction on the ledger, durable when the block has ended; for `post` and similar functions.
 
         Args:
-            after_usage: False where nobody minds that usage of this process is on its way: it is not waited for, nor
-                is SQLite for longer than `BUSY_TIMEOUT_MS`.
+            after_usage: False where nobody minds that usage of this process is on its way: it is not waited for.
+            patience_s: How long to wait for other processes that write a SQLite file; None for `BUSY_TIMEOUT_MS`.
+                Unit: seconds.
 
         Raises:
             StoreError: The ledger cannot be written; nothing of the block was stored.
         """
         if after_usage:
             hooks.drain(self.identity)
-        with self._writing(PATIENCE_S if after_usage else None) as connection:
+        with self._writing(patience_s) as connection:
             yield connection
 
     @contextmanager

@@ -310,7 +310,7 @@ def test_a_tenant_without_budgets_costs_no_transaction(budgets: Budgets, monkeyp
     budgets.set(Budget("globex", Decimal(1)))
     assert budgets.reserve(bound("a", CU), USD, source="polar") == 0
 
-    def away() -> None:
+    def away(**_: object) -> None:
         raise StoreError("the ledger is away.")
 
     monkeypatch.setattr(budgets.ledger, "transaction", away)
@@ -326,6 +326,20 @@ def test_a_tenant_without_budgets_costs_no_transaction(budgets: Budgets, monkeyp
     fresh = Budgets(budgets.ledger)
     with pytest.raises(SinkError, match="the ledger is away"):  # never looked: nobody is known to be free
         fresh.reserve(bound("f", CU), USD, source="polar")
+
+
+def test_a_record_on_its_way_frees_what_it_did_not_use(tmp_path: Path) -> None:
+    """It waits in the spool, and its caller goes on; it is stored before a request is refused for lack of room."""
+    with Meter(str(tmp_path / "ledger.sqlite3"), prices=USD, durability="spool") as meter:
+        Budgets(meter.ledger).set(Budget("acme", Decimal(10), "USD"), USD)
+        for number in range(9):
+            meter.reserve(bound(f"r{number}", 2 * CU))
+            assert meter._writer is not None
+            meter._writer._gather_s = 0.1  # as where the thread that stores has no turn for long
+            use = FlopUsage(head=CU, total=CU)
+            meter.emit(usage_record(f"r{number}", started_at=NOON, flops=use))
+        with pytest.raises(BudgetExceededError):
+            meter.reserve(bound("one too many", 2 * CU))
 
 
 def test_another_process_sees_a_first_budget_before_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

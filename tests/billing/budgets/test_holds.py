@@ -16,11 +16,11 @@ from sqlalchemy import text, update
 
 from polar_billing.budgets.budget import Budget, Level, OverBudget
 from polar_billing.budgets.holds import Ask, Granted, HoldState, costs
-from polar_billing.budgets.keeper import Budgets, _Asked
+from polar_billing.budgets.keeper import Budgets, _Wanted
 from polar_billing.budgets.offers import Cost, Refusal
 from polar_billing.errors import ConflictError, CurrencyMixError
 from polar_billing.ledger.ledger import Ledger
-from polar_billing.ledger.records import ALL_TENANTS
+from polar_billing.ledger.records import ALL_TENANTS, Identity
 from polar_billing.ledger.schema import hold_table
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
@@ -180,15 +180,27 @@ class Holds(RuleBasedStateMachine):
         else:
             assert self.budgets.reserve(bound, BOOK, source="polar") == offer
 
-    @rule(wanted=st.lists(_WANTED, min_size=1, max_size=6), tenant=st.sampled_from(["acme", "acme", "globex"]))
-    def reserve_together(self, wanted: list[Wanted], tenant: str) -> None:
-        """As if they had come one after another, whatever comes twice or is in another currency."""
+    @rule(
+        wanted=st.lists(_WANTED, min_size=1, max_size=6),
+        tenant=st.sampled_from(["acme", "acme", "globex"]),
+        data=st.data(),
+    )
+    def reserve_and_release_together(self, wanted: list[Wanted], tenant: str, data: st.DataObject) -> None:
+        """As if they had come one after another, releases first, whatever comes twice or is in another currency."""
+        mine = [request for request in self.requests if request.bound.tenant == tenant]
+        back = data.draw(st.lists(st.sampled_from(mine), max_size=3)) if mine else []
         bounds = [one.bound(next(self.names), self.now, tenant) for one in wanted]
-        asks = [_Asked(Ask(bound, dict(enumerate(costs(bound, BOOK))), "polar"), None) for bound in bounds]
+        asks = [_Wanted(Ask(bound, dict(enumerate(costs(bound, BOOK))), "polar"), None) for bound in bounds]
         euros = Ask(bounds[0], {0: Cost("EUR", CU, CU)}, "elsewhere")
-        asks = [*asks, _Asked(euros, None), asks[0]]
-        *answers, foreign, twice = self.budgets._hold_all(tenant, asks)
+        ids = [(tenant, "polar", request.bound.request_id) for request in back]
+        calls: list[_Wanted | Identity] = [*asks, *ids, _Wanted(euros, None), asks[0]]
+        came = self.budgets._run(tenant, lambda: calls)
         self.budgets._unanswered.clear()  # as every call does for its own when it has the answer
+        answers, released, (foreign, twice) = came[: len(asks)], came[len(asks) : -2], came[-2:]
+        assert released == [request.state is HoldState.HELD for request in back]
+        for request in back:
+            if request.state is HoldState.HELD:
+                request.state = HoldState.RELEASED
         for bound, answer in zip(bounds, answers, strict=True):
             offer = self.offer_for(bound)
             assert (answer.offer if isinstance(answer, Granted) else None) == offer
