@@ -180,8 +180,8 @@ def test_a_lost_answer_is_asked_for_again(world: World, monkeypatch: pytest.Monk
     transaction = world.ledger.transaction
 
     @contextmanager
-    def lost() -> Iterator[Connection]:
-        with transaction() as connection:
+    def lost(**options: bool) -> Iterator[Connection]:
+        with transaction(**options) as connection:
             yield connection
         raise StoreLockedError("the answer was lost.")
 
@@ -201,7 +201,7 @@ def test_a_lost_answer_is_asked_for_again(world: World, monkeypatch: pytest.Monk
 def test_a_renewal_that_fails_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.reserve("a")
 
-    def locked() -> None:
+    def locked(**_: bool) -> None:
         raise StoreLockedError("locked.")
 
     with monkeypatch.context() as patched:
