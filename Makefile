@@ -134,7 +134,8 @@ VLLM ?= vllm
 bench-upstream: model ## Put vLLM behind a tier, and compare its tokens and the bills with ours; VLLM names its command
 	$(OFFLINE) $(BIN)/python -m benchmarks.upstream --serve '$(VLLM) serve {folder} --port {port} --dtype float32'
 
-bench-serving: model ## Measure the server: equal streams, exact bills whatever happens, and what HTTP costs
+bench-serving: model ## Measure the server beside its peers: equal streams, exact bills whatever happens, what HTTP costs
+	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.serving
 
 router: model ## Heal, search, train, certify and evaluate the shipped router; POLAR_DATA names a folder of JSONL sets

@@ -24,13 +24,17 @@ whose answers cost next to nothing.
     fuzz_5xx              kinds of fuzzed calls of which one got a 5xx or showed a traceback; must be 0
     ray_replicas_ok       whether the tests of replicas on Ray pass; null without Ray
 
-`--speed` measures throughput, first token and the crowd alone, `--crowd` the crowd.
+    tokens_vs_PEER        tokens per second of 16 streams over HTTP, by those of a peer that serves the same model,
+                          `transformers serve`, the same with --continuous-batching, or llama.cpp's server, which
+                          answers one at a time; null where it is not installed or does not start
+    first_token_vs_PEER   median time to the first token, by that of the peer
+
+`--speed` measures throughput, first token, peers and the crowd alone, `--peers` the peers, `--crowd` the crowd.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import http.client
 import importlib.util
 import json
@@ -49,11 +53,10 @@ from typing import Any, Final
 import psutil
 import torch
 
+from benchmarks.servers import PEERS, Endpoint, Running, events_of, peer
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.models.aliases import DEFAULT_ALIAS
 from polar_sdk.testing import tiny_model
-from polar_server import Settings, build
-from polar_server.uvicorn_server import UvicornServer
 
 TRIALS: Final = int(os.environ.get("POLAR_BENCH_TRIALS", "50"))
 STREAMS: Final = 16
@@ -62,7 +65,14 @@ PAUSED: Final = 64
 ROUNDS: Final = 5
 TOKENS: Final = 64
 PROMPT: Final = [{"role": "user", "content": "Tell me about the moon."}]
-
+SUBJECTS: Final = (
+    *("the moon", "Rome", "bread", "whales", "iron", "chess", "rain", "Mozart"),
+    *("tea", "bridges", "the heart", "paper", "Norway", "gravity", "honey", "trains"),
+)
+"""One for each stream."""
+NEW: Final = ("Oslo", "salt", "bees", "glass", "opera", "rice", "Mars", "wool", "tides", "jazz", "maps", "ink")
+"""Not asked about before, so that nobody has the start of such a prompt."""
+PEER_ROUNDS: Final = 3
 
 RACE: Final = "4x16x50"
 CHAOS_S: Final = 60
@@ -124,57 +134,8 @@ def replicated() -> bool | None:
     return tested("tests/integrations/server/test_ray.py")[0] == 0
 
 
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, engine: PolarModel, **settings: Any) -> None:
-        self.app = build(Settings(engine=engine, name="bench", drain=0.0, **settings))
-        self.server = self.app.state.server
-        self.uvicorn = UvicornServer(self.app, host="127.0.0.1", port=0)
-        started = threading.Event()
-        self.uvicorn.on_start = lambda _: started.set()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve()), daemon=True)
-        self.thread.start()
-        started.wait(60)
-        self.port = int(self.uvicorn.url.rpartition(":")[2])
-
-    def post(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> bytes:
-        """The body of an answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers or {})
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
-        if answer.status != 200:
-            raise RuntimeError(f"{answer.status}: {content[:300]!r}")
-        return content
-
-    def first_token(self, body: dict[str, Any]) -> float:
-        """Seconds until the first event with text; the rest is read as well."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-        begin = time.perf_counter()
-        connection.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": True}))
-        answer = connection.getresponse()
-        answer.readline()
-        seconds = time.perf_counter() - begin
-        answer.read()
-        connection.close()
-        return seconds
-
-    def close(self) -> None:
-        """End it."""
-        self.uvicorn.handle_exit(15, None)
-        self.uvicorn.handle_exit(15, None)
-        self.thread.join(60)
-
-
 def body_of(**fields: Any) -> dict[str, Any]:
     return {"model": "bench", "messages": PROMPT, "max_tokens": TOKENS, **fields}
-
-
-def events_of(content: bytes) -> list[Any]:
-    lines = [line[6:] for line in content.split(b"\n") if line.startswith(b"data: ")]
-    return [json.loads(line) for line in lines if line != b"[DONE]"]
 
 
 def is_stream_equal(running: Running, chance: random.Random) -> bool:
@@ -260,6 +221,48 @@ def measured(running: Running, engine: PolarModel) -> tuple[float, float]:
     return statistics.median(inside) / statistics.median(outside), added * 1e3
 
 
+def beside(running: Running, engine: PolarModel, name: str) -> dict[str, float | None]:
+    """Ours by a peer's: tokens per second of 16 streams with prompts of their own, and the first token."""
+    figures: dict[str, float | None] = {f"tokens_vs_{name}": None, f"first_token_vs_{name}": None}
+    with peer(name, engine.loaded.path) as other:
+        if other is None:
+            return figures
+        both = (Endpoint(running.port, f"{running.model}:exact"), other)
+        speeds, waits = [], []
+        for round_ in range(PEER_ROUNDS):
+            own, theirs = (streamed(endpoint, engine) for endpoint in both)
+            speeds.append(own / theirs)
+            first = [
+                statistics.median(endpoint.first_token(asked(endpoint, subject, 4)) for subject in NEW[round_::3])
+                for endpoint in both
+            ]
+            waits.append(first[0] / first[1])
+            print(f"{name}: {own:.0f} and {theirs:.0f} tokens/s; first token {first[0]:.3f} and {first[1]:.3f} s")
+    figures[f"tokens_vs_{name}"] = round(statistics.median(speeds), 2)
+    figures[f"first_token_vs_{name}"] = round(statistics.median(waits), 2)
+    return figures
+
+
+def asked(endpoint: Endpoint, subject: str, tokens: int) -> dict[str, Any]:
+    """A request of its own."""
+    messages = [{"role": "user", "content": f"Tell me about {subject}."}]
+    return endpoint.body(messages, max_tokens=tokens, temperature=0)
+
+
+def streamed(endpoint: Endpoint, engine: PolarModel) -> float:
+    """Tokens per second of 16 streams."""
+    about = iter(SUBJECTS)
+    texts: list[str] = []
+
+    def call() -> None:
+        texts.append(endpoint.text(asked(endpoint, next(about), TOKENS)))
+
+    seconds = in_threads(call)
+    if len(texts) < STREAMS:
+        raise RuntimeError(f"{STREAMS - len(texts)} of {STREAMS} streams broke off; see the traceback above.")
+    return sum(len(engine.encode(text)) for text in texts) / seconds
+
+
 def idle_connection(running: Running) -> http.client.HTTPConnection:
     """One that asked something, and stays open."""
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=600)
@@ -343,8 +346,8 @@ def rules(trials: int) -> dict[str, Any]:
     }
 
 
-def speed(name: str, *, crowd_alone: bool) -> dict[str, Any]:
-    """What HTTP and a crowd cost."""
+def speed(name: str, *, only: str | None) -> dict[str, Any]:
+    """What HTTP and a crowd cost, and peers beside; or only `crowd` or `peers`."""
     sink = ListSink()
     if name == "tiny":
         torch.set_num_threads(1)
@@ -353,11 +356,15 @@ def speed(name: str, *, crowd_alone: bool) -> dict[str, Any]:
         engine = PolarModel.from_pretrained(name, sink=sink, compile=True)
     running = Running(engine)
     figures: dict[str, Any] = {"model": engine.name}
-    if not crowd_alone:
+    if only is None:
         ratio, added = measured(running, engine)
         print(f"{ratio:.3f} of the throughput in process; {added:+.2f} ms to the first token", flush=True)
         figures |= {"http_over_inprocess": round(ratio, 3), "ttft_added_ms": round(added, 2)}
-    figures |= crowded(running, sink, engine.encode("A")[0])
+    if only != "crowd" and name == DEFAULT_ALIAS:
+        for other in PEERS:
+            figures |= beside(running, engine, other)
+    if only != "peers":
+        figures |= crowded(running, sink, engine.encode("A")[0])
     running.close()
     return figures
 
@@ -366,12 +373,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default=DEFAULT_ALIAS, help="alias, hub id, folder or .gguf file, or tiny")
     parser.add_argument("--speed", action="store_true", help="measure what HTTP and a crowd cost alone")
-    parser.add_argument("--crowd", action="store_true", help="measure idle and slow clients alone")
+    parser.add_argument("--peers", action="store_const", dest="only", const="peers", help="measure peers alone")
+    parser.add_argument("--crowd", action="store_const", dest="only", const="crowd", help="idle and slow clients alone")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
-    if not (options.speed or options.crowd):
+    if not (options.speed or options.only):
         figures = {**rules(TRIALS), **raced(), **killed(), "fuzz_5xx": fuzzed(), "ray_replicas_ok": replicated()}
-    print(json.dumps(figures | speed(options.model, crowd_alone=options.crowd)))
+    print(json.dumps(figures | speed(options.model, only=options.only)))
 
 
 if __name__ == "__main__":

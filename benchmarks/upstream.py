@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.chaos import free_port
 from benchmarks.results import RESULTS, Recorder
-from benchmarks.serving import Running
+from benchmarks.servers import Running
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.lab.evaluation.texts import shared_start
 from polar_sdk.lab.items import builtin_items
