@@ -83,7 +83,9 @@ class _ScriptedMaker(RequestMaker):
         return super().make(prompt, {**options, "logits_hook": say})
 
 
-def random_fill(decoder: Decoder, segment: tuple[int, int], *, seed: int = 0, rank: int | None = None) -> Fill:
+def random_fill(
+    decoder: Decoder, segment: tuple[int, int], *, seed: int = 0, rank: int | None = None, units: int = 0
+) -> Fill:
     """A random map that fills a segment, to give to `decoder.set_fills`; it writes what no layer would.
 
     Args:
@@ -91,6 +93,7 @@ def random_fill(decoder: Decoder, segment: tuple[int, int], *, seed: int = 0, ra
         segment: First and last layer.
         seed: For the random weights, together with the first layer.
         rank: Of a map of two factors; None = full rank.
+        units: Hidden units of the map.
     """
     import torch
 
@@ -99,9 +102,10 @@ def random_fill(decoder: Decoder, segment: tuple[int, int], *, seed: int = 0, ra
     family = decoder.family
     generator = torch.Generator().manual_seed(1000 * seed + segment[0])
     bias = torch.randn(segment[1] - segment[0] + 1, 2, family.kv_heads, family.head_dim, generator=generator)
-    sides = [family.hidden, *([rank] if rank else []), bias.numel()]
+    sides = [family.hidden + units, *([rank] if rank else []), bias.numel()]
     weight = tuple(torch.randn(a, b, generator=generator) / a**0.5 for a, b in pairwise(sides))
-    return Fill(weight, bias).to(decoder.dtype, decoder.device)
+    hidden = (torch.randn(family.hidden, units, generator=generator), torch.randn(units, generator=generator))
+    return Fill(weight, bias, hidden if units else ()).to(decoder.dtype, decoder.device)
 
 
 def tiny_policy(layers: int) -> Policy:

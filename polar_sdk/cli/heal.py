@@ -45,6 +45,9 @@ def heal(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Maximum rank of the maps; default: full.")] = None,
+    units: Annotated[
+        int, typer.Option(min=0, help="For --fills: hidden units of each map, beside the state; 0: an affine map.")
+    ] = 0,
     ridge: Annotated[float, typer.Option(help="Ridge penalty, as a multiple of the mean variance of a state.")] = 1e-3,
     distil: Annotated[int, typer.Option(min=0, help="Training steps after the closed form.")] = 0,
     rate: Annotated[
@@ -87,7 +90,7 @@ def heal(
         **({} if rate is None else {"rate": rate}),
         **({} if answer_tokens is None else {"answer_tokens": answer_tokens}),
     }
-    options: dict[str, Any] = {**shared, "storage": storage}
+    options: dict[str, Any] = {**shared, "storage": storage, "units": units}
     if segments:
         start_text = None if start is None else str(start)
         options = {**shared, "choices": choices, "labels": labels, "drop": drop, "start": start_text}

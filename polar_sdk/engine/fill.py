@@ -1,8 +1,9 @@
 """A fill: a map fitted to write the keys and values of a segment of layers. Pure arithmetic, no fitting here.
 
-A prompt token that is filled does not run the layers of the segment. One affine map reads its state where the segment
-begins and gives, for every layer of the segment, its keys before their turn by position (and after their norm, where
-the family has one), and its values. Knows tensors and FLOPs.
+A prompt token that is filled does not run the layers of the segment. One map reads its state where the segment begins
+and gives, for every layer of the segment, its keys before their turn by position (and after their norm, where the
+family has one), and its values. It is affine, in the state alone or in the state and some hidden units of it. Knows
+tensors and FLOPs.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -27,17 +31,25 @@ def normalise(x: Tensor) -> Tensor:
     return (wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
+def reads(x: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+    """What a map with these hidden units multiplies, (N, E + H), of states (N, E)."""
+    state = normalise(x)
+    return torch.cat((state, torch.addmm(hidden[1], state, hidden[0]).relu()), -1) if hidden else state
+
+
 @dataclass(frozen=True)
 class Fill:
-    """Keys and values = normalise(x) W + b, for the L layers of a segment.
+    """Keys and values = [n, max(0, n U + u)] W + b with n = normalise(x), for the L layers of a segment.
 
     Attributes:
-        weight: (E, L × 2 × G × d), or its two factors (E, r) and (r, L × 2 × G × d).
+        weight: W, (E + H, L × 2 × G × d), or its two factors (E + H, r) and (r, L × 2 × G × d).
         bias: b, (L, 2, G, d): for each layer its keys, then its values.
+        hidden: U (E, H) and u (H,) of H hidden units; empty where there are none.
     """
 
     weight: tuple[Tensor, ...]
     bias: Tensor
+    hidden: tuple[Tensor, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -47,7 +59,17 @@ class Fill:
     @property
     def flops(self) -> int:
         """FLOPs per filled token: 2 per multiply-accumulate of the products."""
-        return sum(2 * factor.numel() for factor in self.weight)
+        return sum(2 * factor.numel() for factor in (*self.hidden[:1], *self.weight))
+
+    @property
+    def width(self) -> int:
+        """Size of the states that it reads, E."""
+        return self.weight[0].shape[0] - self.units
+
+    @property
+    def units(self) -> int:
+        """Number of hidden units, H."""
+        return self.hidden[0].shape[1] if self.hidden else 0
 
     @property
     def rank(self) -> int | None:
@@ -56,8 +78,13 @@ class Fill:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors: the weight's factors and the bias."""
-        return (*self.weight, self.bias)
+        """All tensors: those of the hidden units, the weight's factors and the bias."""
+        return (*self.hidden, *self.weight, self.bias)
+
+    def of(self, tensors: Sequence[Tensor]) -> Fill:
+        """A map of the same kind with other tensors, in the order of `tensors`."""
+        first = len(self.hidden)
+        return Fill(tuple(tensors[first:-1]), tensors[-1], tuple(tensors[:first]))
 
     @cached_property
     def digest(self) -> str:
@@ -70,7 +97,7 @@ class Fill:
 
     def to(self, dtype: torch.dtype, device: torch.device) -> Fill:
         """The same map in another dtype, on another device."""
-        return Fill(tuple(factor.to(device, dtype) for factor in self.weight), self.bias.to(device, dtype))
+        return self.of([tensor.to(device, dtype) for tensor in self.tensors])
 
     def at(self, device: torch.device) -> Fill:
         """The same map on a device; itself if it is there already."""
@@ -80,11 +107,11 @@ class Fill:
         """The map of one of the layers alone, 0 … L − 1."""
         width = self.bias[0].numel()
         columns = slice(index * width, (index + 1) * width)
-        return Fill((*self.weight[:-1], self.weight[-1][:, columns]), self.bias[index : index + 1])
+        return self.of((*self.tensors[:-2], self.weight[-1][:, columns], self.bias[index : index + 1]))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Keys and values (N, L, 2, G, d) for states (N, E) at the segment's entry."""
-        product = normalise(x)
+        product = reads(x, self.hidden)
         for factor in self.weight:
             product = product @ factor
         return product.view(-1, *self.bias.shape) + self.bias

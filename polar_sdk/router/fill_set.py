@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Storage = Literal["int8", "float16"]
 _SCALE: Final = ".scale"
+_UNITS: Final = ".hidden.weight"
 
 
 class FillRecord(Frozen):
@@ -37,7 +38,7 @@ class FillRecord(Frozen):
     first: int
     last: int
     kind: str
-    """`full rank`, or `rank 64`."""
+    """`full rank` or `rank 64`, of a map with hidden units `full rank, 256 units`."""
     flops_per_token: int
     unexplained: float | None
     """Share of the variance of keys and values that the map misses on held-out prompts; None without such prompts."""
@@ -137,7 +138,7 @@ class FillSet:
                     f"fill ({first}-{last}) does not fit a model of {decoder.depth} layers; fill some of 1 to "
                     f"{decoder.depth - 1}."
                 )
-            if (own := (fill.weight[0].shape[0], *fill.bias.shape[1:])) != sizes:
+            if (own := (fill.width, *fill.bias.shape[1:])) != sizes:
                 raise FillError(
                     f"fill ({first}-{last}) has sizes {own}, not the model's {sizes}; fit it with `polar heal`."
                 )
@@ -186,19 +187,24 @@ class FillSet:
 def stored(fills: Mapping[Segment, Fill], storage: Storage) -> dict[str, Tensor]:
     """Maps as named tensors: `20-29.weight.0`, with `int8` also `20-29.weight.0.scale`, and `20-29.bias`.
 
-    Weights in int8 are rounded to the nearest of 255 steps between minus and plus the largest value of their output.
+    Hidden units are `20-29.hidden.weight` and `20-29.hidden.bias`. Weights in int8 are rounded to the nearest of 255
+    steps between minus and plus the largest value of their output.
     """
     tensors: dict[str, Tensor] = {}
     for (first, last), fill in fills.items():
         name = f"{first}-{last}"
-        for index, factor in enumerate(fill.weight):
+        factors = {f"{name}.weight.{index}": factor for index, factor in enumerate(fill.weight)}
+        if fill.hidden:
+            factors[f"{name}{_UNITS}"] = fill.hidden[0]
+            tensors[f"{name}.hidden.bias"] = fill.hidden[1].detach().float().cpu()
+        for key, factor in factors.items():
             exact = factor.detach().float().cpu()
             if storage == "float16":
-                tensors[f"{name}.weight.{index}"] = exact.half()
+                tensors[key] = exact.half()
                 continue
             scale = (exact.abs().amax(0) / 127).clamp(min=1e-12)
-            tensors[f"{name}.weight.{index}"] = (exact / scale).round().clamp(-127, 127).to(torch.int8)
-            tensors[f"{name}.weight.{index}{_SCALE}"] = scale
+            tensors[key] = (exact / scale).round().clamp(-127, 127).to(torch.int8)
+            tensors[f"{key}{_SCALE}"] = scale
         tensors[f"{name}.bias"] = fill.bias.detach().float().cpu()
     return tensors
 
@@ -215,9 +221,21 @@ def _fill(tensors: Mapping[str, Tensor], record: FillRecord) -> Fill:
         raise ValueError(f"{name} has a bias of shape {tuple(bias.shape)}, which is not that of {layers} layers")
     if sides[1:-1:2] != sides[2::2] or sides[-1] != bias.numel():
         raise ValueError(f"{name} has factors of shapes {[tuple(factor.shape) for factor in weight]}")
-    if not all(bool(tensor.isfinite().all()) for tensor in (*weight, bias)):
+    hidden = _hidden(tensors, name, weight[0].shape[0])
+    if not all(bool(tensor.isfinite().all()) for tensor in (*hidden, *weight, bias)):
         raise ValueError(f"{name} contains a value that is not finite")
-    return Fill(weight, bias)
+    return Fill(weight, bias, hidden)
+
+
+def _hidden(tensors: Mapping[str, Tensor], name: str, inputs: int) -> tuple[Tensor, ...]:
+    """The hidden units of a map that multiplies that many inputs, E + H; none where it has none."""
+    if f"{name}{_UNITS}" not in tensors:
+        return ()
+    weight, bias = _factor(tensors, f"{name}{_UNITS}"), tensors[f"{name}.hidden.bias"].float()
+    if weight.dim() != 2 or bias.shape != weight.shape[1:] or sum(weight.shape) != inputs:
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise ValueError(f"{name} has hidden units of shapes {shapes}, which do not fit {inputs} inputs")
+    return weight, bias
 
 
 def _factor(tensors: Mapping[str, Tensor], key: str) -> Tensor:

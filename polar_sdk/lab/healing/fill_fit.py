@@ -2,7 +2,9 @@
 
 A fill reads the normalised state where its segment begins, and aims at the keys (before their turn by position) and
 values that each layer of the segment computes at full depth. All layers of a segment share one Gram matrix. Position 0
-is left out: it is not filled. Knows packs and tensors; no items and no files.
+is left out: it is not filled. Hidden units are drawn at random, as directions of states whose entries are made alike in
+spread; what they are multiplied by is fitted, and training fits the units as well. Knows packs and tensors; no items
+and no files.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from polar_sdk.engine.fill import Fill, normalise
+from polar_sdk.engine.fill import Fill, normalise, reads
 from polar_sdk.errors import FillError
 from polar_sdk.lab.healing.bridge_fit import layers
 from polar_sdk.lab.healing.ridge import RidgeSums
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 CUT_SHARES: Final = (0.9, 0.8, 22 / 30, 2 / 3, 0.6)
 """Depths from which layers are filled by default, as shares of all layers: layers 27, 24, 22, 20 and 18 of 30."""
+_DRAWN_ON: Final = 4
+"""Packs whose states say how hidden units are drawn."""
 _FILL: Final = re.compile(r"\(?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?\)?")
 
 
@@ -67,6 +71,8 @@ def fit_fills(
     *,
     strength: float,
     rank: int | None,
+    units: int = 0,
+    seed: int = 0,
     on_pack: Callable[[int], None] = lambda done: None,
 ) -> dict[Segment, Fill]:
     """Fit fills of several segments, in float32.
@@ -77,28 +83,60 @@ def fit_fills(
         segments: First and last layer of each.
         strength: See `RidgeSums.solve`.
         rank: See `RidgeSums.solve`; of each segment's map.
+        units: Hidden units of each segment's map.
+        seed: Of the units.
         on_pack: Called with the number of packs done.
     """
     family = decoder.family
     width = 2 * family.kv_heads * family.head_dim
+    hidden = _drawn(decoder, packs[:_DRAWN_ON], {first for first, _ in segments}, units, seed) if units else {}
     sums = {
-        (first, last): RidgeSums(family.hidden, [width] * (last - first + 1), decoder.device)
+        (first, last): RidgeSums(family.hidden + units, [width] * (last - first + 1), decoder.device)
         for first, last in segments
     }
     with torch.inference_mode():
         for done, pack in enumerate(packs, 1):
-            _add(decoder, pack, sums)
+            _add(decoder, pack, sums, hidden)
             on_pack(done)
-    return {segment: _solved(decoder, total, strength, rank) for segment, total in sums.items()}
+    return {
+        segment: _solved(decoder, total, strength, rank, hidden.get(segment[0], ())) for segment, total in sums.items()
+    }
 
 
-def _add(decoder: Decoder, pack: Pack, sums: Mapping[Segment, RidgeSums]) -> None:
+def _drawn(
+    decoder: Decoder, packs: Sequence[Pack], entries: set[int], units: int, seed: int
+) -> dict[int, tuple[Tensor, ...]]:
+    """Random hidden units for the states before some layers: each sees a direction of the states made alike in spread.
+
+    A few entries of a state are a hundred times as large as all others, and would be all that a unit sees.
+    """
+    read: dict[int, list[Tensor]] = {layer: [] for layer in entries}
+    with torch.inference_mode():
+        for pack in packs:
+            later = pack.packed.positions != 0
+            for layer, x in states(decoder, pack, max(entries)):
+                if layer in read:
+                    read[layer].append(normalise(x)[later].float())
+    drawn: dict[int, tuple[Tensor, ...]] = {}
+    for layer, found in sorted(read.items()):
+        inputs = torch.cat(found)
+        dice = torch.Generator().manual_seed(seed * 10_000 + layer)
+        directions = torch.randn(inputs.shape[1], units, generator=dice).to(inputs.device)
+        weight = directions / inputs.std(0).clamp(min=1e-6).unsqueeze(1) / inputs.shape[1] ** 0.5
+        shift = torch.randn(units, generator=dice).to(inputs.device) / 2
+        drawn[layer] = (weight.clone(), (shift - inputs.mean(0) @ weight).clone())
+    return drawn
+
+
+def _add(
+    decoder: Decoder, pack: Pack, sums: Mapping[Segment, RidgeSums], hidden: Mapping[int, tuple[Tensor, ...]]
+) -> None:
     later = pack.packed.positions != 0
     inputs: dict[int, Tensor] = {}
     for layer, x in states(decoder, pack, max(last for _, last in sums)):
         begun = [segment for segment in sums if segment[0] == layer]
         if begun:
-            inputs[layer] = normalise(x)[later]
+            inputs[layer] = reads(x[later].float(), hidden.get(layer, ()))
         for segment in begun:
             sums[segment].add_inputs(inputs[layer])
         through = [segment for segment in sums if segment[0] <= layer <= segment[1]]
@@ -108,12 +146,12 @@ def _add(decoder: Decoder, pack: Pack, sums: Mapping[Segment, RidgeSums]) -> Non
                 sums[segment].add_outputs(layer - segment[0], inputs[segment[0]], targets)
 
 
-def _solved(decoder: Decoder, sums: RidgeSums, strength: float, rank: int | None) -> Fill:
+def _solved(decoder: Decoder, sums: RidgeSums, strength: float, rank: int | None, hidden: tuple[Tensor, ...]) -> Fill:
     """One map for all layers of a segment; of low rank, its layers share the first factor."""
     family = decoder.family
     found = sums.solve(strength, rank)
     bias = found.bias.view(-1, 2, family.kv_heads, family.head_dim)
-    return Fill(tuple(factor.clone() for factor in found.weight), bias.clone())
+    return Fill(tuple(factor.clone() for factor in found.weight), bias.clone(), hidden)
 
 
 def states(decoder: Decoder, pack: Pack, last: int) -> Iterator[tuple[int, Tensor]]:

@@ -40,11 +40,12 @@ class FillOptions:
     Attributes:
         ridge: Penalty as a multiple of the mean variance of an entry of a normalised state.
         rank: Maximum rank of each segment's map; None = full.
+        units: Hidden units of each segment's map; 0 = none, so that it is affine.
         prompts: Maximum prompts to fit on, drawn by hash.
         distil: Steps of training on top of the closed form; 0 = none.
         rate: Learning rate of the training.
         hidden: Weight of the error of the last states in the training.
-        seed: Of the training.
+        seed: Of the training, and of hidden units.
         answer_tokens: Maximum tokens of identity's answers to prompts.
         storage: How weights are stored.
         resume: Whether to continue from the checkpoint in the output folder.
@@ -52,6 +53,7 @@ class FillOptions:
 
     ridge: float = 1e-3
     rank: int | None = None
+    units: int = 0
     prompts: int = 2000
     distil: int = 0
     rate: float = 3e-4
@@ -66,6 +68,8 @@ class FillOptions:
             raise FillError(f"ridge={self.ridge} is out of range; use more than 0, e.g. 0.001.")
         if self.rank is not None and self.rank < 1:
             raise FillError(f"rank={self.rank} is out of range; use 1 or more, or None for full rank.")
+        if self.units < 0:
+            raise FillError(f"units={self.units} is out of range; use 0 for none, or a number such as 256.")
         if self.distil < 0 or self.answer_tokens < 1 or self.prompts < 1:
             raise FillError(
                 f"distil={self.distil}, answer_tokens={self.answer_tokens} and prompts={self.prompts}: use at least 0 "
@@ -143,6 +147,8 @@ class FillHealer(HealingRun):
             segments,
             strength=self.options.ridge,
             rank=self.options.rank,
+            units=self.options.units,
+            seed=self.options.seed,
             on_pack=lambda done: self.on_progress("fitting fills", done, len(packs)),
         )
 
@@ -183,6 +189,7 @@ class FillHealer(HealingRun):
 
 def _record(segment: Segment, fill: Fill) -> FillRecord:
     kind = "full rank" if fill.rank is None else f"rank {fill.rank}"
+    kind += f", {fill.units} units" if fill.units else ""
     return FillRecord(first=segment[0], last=segment[1], kind=kind, flops_per_token=fill.flops, unexplained=None)
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from polar_sdk.engine.fill import Fill
 from polar_sdk.errors import FillError
 from polar_sdk.lab.healing.bridge_fit import layers
 from polar_sdk.lab.healing.fill_fit import states
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.fill import Fill
     from polar_sdk.lab.healing.bridge_fit import Pack
     from polar_sdk.programs.cost import Segment
 
@@ -76,12 +76,12 @@ class FillTrainer(MapTrainer):
         super().__init__(
             decoder, packs, {segment: fill.tensors for segment, fill in fills.items()}, plan, mark, checkpoint
         )
-        self._plan = plan
+        self._plan, self._kinds = plan, dict(fills)
         self._starts: dict[int, _Start] = {}
 
     def fills(self) -> dict[Segment, Fill]:
         """The fills as they are now, in float32."""
-        return {segment: _fill(values) for segment, values in self._trained().items()}
+        return {segment: self._kinds[segment].of(values) for segment, values in self._trained().items()}
 
     def losses_of(self, packs: Sequence[Pack], fills: Mapping[Segment, Fill]) -> dict[Segment, float]:
         """Mean loss of each fill over packs."""
@@ -100,7 +100,7 @@ class FillTrainer(MapTrainer):
             self._starts[index] = self._start(self._packs[index])
         total = 0.0
         for segment in self._values:  # one after another, so that one graph is held at a time
-            self._decoder.set_fills({segment: _fill(self._running(segment))})
+            self._decoder.set_fills({segment: self._kinds[segment].of(self._running(segment))})
             loss = self._loss(self._packs[index], self._starts[index], segment, step) / len(self._values)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -124,7 +124,3 @@ class FillTrainer(MapTrainer):
         with torch.no_grad():
             full = decoder.head(start.final[sampled])
         return fill_loss(decoder.head(ours[sampled]), full, ours, start.final, hidden=self._plan.hidden)
-
-
-def _fill(values: Sequence[Tensor]) -> Fill:
-    return Fill(tuple(values[:-1]), values[-1])

@@ -72,20 +72,29 @@ def test_keys_and_values_apart_in_integers(precision: str, tiny_family: TinyFami
 
 
 @pytest.mark.parametrize("rank", [None, 5])
-def test_a_map_is_affine_in_the_normalised_state(rank: int | None, tiny_family: TinyFamily) -> None:
+@pytest.mark.parametrize("units", [0, 3])
+def test_a_map_is_affine_in_the_normalised_state_and_its_units(
+    rank: int | None, units: int, tiny_family: TinyFamily
+) -> None:
     decoder = build_decoder(tiny_family("llama"))
-    fill = random_fill(decoder, (2, 4), rank=rank)
+    fill = random_fill(decoder, (2, 4), rank=rank, units=units)
     x = torch.randn(7, decoder.family.hidden)
     found = fill(x)
     weight = fill.weight[0] if rank is None else fill.weight[0] @ fill.weight[1]
-    expected = (x / x.square().mean(-1, keepdim=True).sqrt()).double() @ weight.double() + fill.bias.flatten().double()
+    state = (x / x.square().mean(-1, keepdim=True).sqrt()).double()
+    if units:
+        state = torch.cat((state, (state @ fill.hidden[0].double() + fill.hidden[1].double()).clamp(min=0)), -1)
+    expected = state @ weight.double() + fill.bias.flatten().double()
     assert found.shape == (7, 3, 2, decoder.family.kv_heads, decoder.family.head_dim)
     assert torch.allclose(found.flatten(1).double(), expected, atol=1e-4)
     assert torch.allclose(fill(3 * x), found, atol=1e-4)  # the length of a state does not matter
     for layer in range(3):
         assert torch.allclose(fill.layer(layer)(x), found[:, layer : layer + 1], atol=1e-5)
-    assert (fill.rank, fill.layers) == (rank, 3)
-    assert fill.flops == 2 * sum(factor.numel() for factor in fill.weight)
+    assert (fill.rank, fill.layers, fill.units, fill.width) == (rank, 3, units, decoder.family.hidden)
+    with FlopCounterMode(display=False) as counted:
+        fill(x)
+    assert counted.get_total_flops() == 7 * fill.flops
+    assert len({fill.digest, random_fill(decoder, (2, 4), rank=rank).digest}) == (2 if units else 1)
 
 
 def test_states_of_any_size_are_normalised_in_their_own_dtype() -> None:
@@ -189,7 +198,9 @@ def _replace_keys_values(module: Any, layer: int, family: Any, written: dict[int
 
 def with_fills(decoder: Decoder, program: Program) -> Program:
     """The program, for which the decoder now has random maps."""
-    segments = {(first, last): random_fill(decoder, (first, last)) for first, last in program.fills}
+    segments = {
+        (first, last): random_fill(decoder, (first, last), units=3 * (first % 2)) for first, last in program.fills
+    }
     decoder.set_fills({**decoder.fills, **segments})
     return program
 

@@ -74,16 +74,37 @@ def test_maps_of_lower_rank_miss_more(model: PolarModel, fitted: Callable[..., F
     assert missed[0].flops_per_token < missed[2].flops_per_token
 
 
+def test_hidden_units_miss_less_and_train_on(
+    model: PolarModel, tmp_path: Path, texts: list[Item], fitted: Callable[..., FillSet]
+) -> None:
+    missed = [fitted(model, "2", units=units, storage="float16").records[0] for units in (0, 24)]
+    assert [record.kind for record in missed] == ["full rank", "full rank, 24 units"]
+    assert missed[1].flops_per_token > missed[0].flops_per_token
+    assert missed[0].unexplained is not None
+    assert missed[1].unexplained is not None
+    assert missed[1].unexplained < missed[0].unexplained
+    options = FillOptions(answer_tokens=6, distil=24, rate=5e-4, storage="float16", units=24)
+    trained = FillHealer(model, texts, "2", tmp_path / "trained", options=options).run()
+    assert trained.training["losses"][-1] < 0.9 * trained.training["losses"][0]
+    drawn, learned = fitted(model, "2", units=24, storage="float16").fills[2, 5], trained.fills[2, 5]
+    if trained.training["held_out"][0]["trained"] < trained.training["held_out"][0]["closed_form"]:
+        assert not torch.equal(drawn.hidden[0], learned.hidden[0])  # the units learn, too
+    other = fitted(model, "2", units=24, storage="float16", seed=1).fills[2, 5]
+    assert not torch.equal(drawn.hidden[0], other.hidden[0])
+
+
+@pytest.mark.parametrize("units", [0, 8])
 @pytest.mark.parametrize("storage", ["int8", "float16"])
 def test_a_fill_is_the_same_before_it_was_stored_and_after(
-    storage: str, model: PolarModel, tmp_path: Path, fitted: Callable[..., FillSet]
+    storage: str, units: int, model: PolarModel, tmp_path: Path, fitted: Callable[..., FillSet]
 ) -> None:
-    made = fitted(model, "2,4", out=tmp_path / "fills", storage=storage)
+    made = fitted(model, "2,4", out=tmp_path / "fills", storage=storage, units=units)
     read = FillSet.load(tmp_path / "fills")
     assert digests(read) == digests(made)
     assert read.records == made.records
     model.use_fills(tmp_path / "fills")
     assert {segment: fill.digest for segment, fill in model.decoder.fills.items()} == digests(made)
+    assert {fill.units for fill in read.fills.values()} == {units}
     alone = read.only({(4, 5)})
     alone.save(tmp_path / "alone")
     assert digests(FillSet.load(tmp_path / "alone")) == {(4, 5): digests(made)[4, 5]}
@@ -118,9 +139,9 @@ def test_damaged_files_are_named_on_one_line(model: PolarModel, tmp_path: Path, 
     folder = tmp_path / "fills"
     with pytest.raises(FillDamagedError, match="cannot be read"):
         FillSet.load(folder)
-    made = fitted(model, "4", out=folder)
+    made = fitted(model, "4", out=folder, units=8)
     weights = (folder / "fills.safetensors").read_bytes()
-    (folder / "fills.safetensors").write_bytes(weights[:-1] + b"\x00")
+    (folder / "fills.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(FillDamagedError, match="is not the file that"):
         FillSet.load(folder)
     for tensors, match in (
@@ -128,6 +149,8 @@ def test_damaged_files_are_named_on_one_line(model: PolarModel, tmp_path: Path, 
         ({**made.tensors, "4-5.weight.0": torch.zeros(48, 5)}, "factors of shapes"),
         ({name: value for name, value in made.tensors.items() if name != "4-5.bias"}, r"4-5\.bias"),
         ({**made.tensors, "4-5.bias": made.tensors["4-5.bias"] * float("nan")}, "not finite"),
+        ({**made.tensors, "4-5.hidden.bias": torch.zeros(9)}, r"hidden units of shapes \(48, 8\) and \(9,\)"),
+        ({name: value for name, value in made.tensors.items() if name != "4-5.hidden.bias"}, r"4-5\.hidden\.bias"),
     ):
         replace(made, tensors=tensors).save(folder)
         with pytest.raises(FillDamagedError, match=match) as caught:
@@ -145,7 +168,9 @@ def test_default_cuts_are_shares_of_the_depth() -> None:
     assert parse_fills("27, 20-23,(18-29)", 30) == [(27, 29), (20, 23), (18, 29)]
 
 
-@pytest.mark.parametrize("wrong", [{"ridge": 0}, {"rank": 0}, {"distil": -1}, {"rate": 0}, {"storage": "int4"}])
+@pytest.mark.parametrize(
+    "wrong", [{"ridge": 0}, {"rank": 0}, {"units": -1}, {"distil": -1}, {"rate": 0}, {"storage": "int4"}]
+)
 def test_options_out_of_range_name_themselves(wrong: dict[str, object]) -> None:
     with pytest.raises(FillError, match=next(iter(wrong))):
         FillOptions(**wrong)  # type: ignore[arg-type]
@@ -167,9 +192,10 @@ def test_the_command_fits_either_bridges_or_fills(
     command = ["heal", "--data", str(data), "--answer-tokens", "6", "--out", str(tmp_path / "fills")]
     both = CliRunner().invoke(app, [*command, "--fills", "4", "--segments", "1-2"])
     assert (both.exit_code, "one of the two" in both.output) == (2, True)
-    done = CliRunner().invoke(app, [*command, "--fills", "4,2", "--json"])
+    done = CliRunner().invoke(app, [*command, "--fills", "4,2", "--units", "4", "--json"])
     assert done.exit_code == 0, done.output
     facts = json.loads(done.output)
+    assert facts["segments"][0]["kind"] == "full rank, 4 units"
     assert [(row["first"], row["last"]) for row in facts["segments"]] == [(4, 5), (2, 5)]
     assert set(FillSet.load(tmp_path / "fills").fills) == {(4, 5), (2, 5)}
 
