@@ -48,11 +48,13 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import psutil
 import torch
 
+from benchmarks.results import RESULTS, Recorder
 from benchmarks.servers import PEERS, Endpoint, Running, events_of, peer
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.models.aliases import DEFAULT_ALIAS
@@ -73,6 +75,27 @@ SUBJECTS: Final = (
 NEW: Final = ("Oslo", "salt", "bees", "glass", "opera", "rice", "Mars", "wool", "tides", "jazz", "maps", "ink")
 """Not asked about before, so that nobody has the start of such a prompt."""
 PEER_ROUNDS: Final = 3
+PEER_NAMES: Final = {
+    "transformers": "transformers serve",
+    "transformers_batching": "transformers serve --continuous-batching",
+    "llamacpp": "llama.cpp's server",
+}
+Better = Literal["higher", "lower"]
+FIGURES: Final[dict[str, tuple[str, str, float | None, Better]]] = {
+    "clients_passed": ("clients that pass their tests, unmodified", "clients", 5, "higher"),
+    "unrecorded_requests": ("requests without a record", "requests", 0, "lower"),
+    "overspent": ("budgets overspent in a race", "budgets", 0, "lower"),
+    "false_refusals": ("requests refused wrongly in a race", "requests", 0, "lower"),
+    "reserves_per_s": ("reservations a second, PostgreSQL, short race", "1/s", 500, "higher"),
+    "lost": ("whole answers lost by kills and an outage", "answers", 0, "lower"),
+    "doubled": ("repeated calls billed twice by kills and an outage", "calls", 0, "lower"),
+    "fuzz_5xx": ("kinds of fuzzed calls with a 5xx", "kinds", 0, "lower"),
+    "http_over_inprocess": ("tokens/s of 16 streams, over in process", "×", 0.9, "higher"),
+    "ttft_added_ms": ("first token, added by HTTP", "ms", 10, "lower"),
+    "crowd_cost": ("processor time beside a crowd of connections, over alone", "×", 1.05, "lower"),
+    "crowd_kb": ("memory of a connection, both ends", "kB", None, "lower"),
+}
+"""Key → name, unit, goal and whether more is better."""
 
 RACE: Final = "4x16x50"
 CHAOS_S: Final = 60
@@ -369,17 +392,48 @@ def speed(name: str, *, only: str | None) -> dict[str, Any]:
     return figures
 
 
+def record(recorder: Recorder, figures: dict[str, Any]) -> None:
+    """Keep what was measured, as shares and ratios."""
+    for key, name in {
+        "stream_equal": "streams that equal the whole answer",
+        "cancel_exact": "clients that left and are billed what ran, to the FLOP",
+        "idempotent_ok": "calls that came twice, billed once and answered alike",
+    }.items():
+        if key in figures:
+            share, note = 100 * figures[key] / figures["trials"], f"{figures['trials']} trials, tiny model"
+            recorder.add(name, share, "%", goal=100, note=note)
+    for key, (name, unit, goal, better) in FIGURES.items():
+        if figures.get(key) is not None:
+            recorder.add(name, float(figures[key]), unit, goal=goal, better=better)
+    for other in PEERS:
+        if (ratio := figures.get(f"tokens_vs_{other}")) is not None:
+            peer_name = PEER_NAMES[other]
+            recorder.add(f"tokens/s of 16 streams, over {peer_name}", ratio, "×", goal=1, note="median of rounds")
+            recorder.add(
+                f"first token, over {peer_name}",
+                figures[f"first_token_vs_{other}"],
+                "×",
+                goal=1,
+                better="lower",
+                note="median of rounds",
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default=DEFAULT_ALIAS, help="alias, hub id, folder or .gguf file, or tiny")
     parser.add_argument("--speed", action="store_true", help="measure what HTTP and a crowd cost alone")
     parser.add_argument("--peers", action="store_const", dest="only", const="peers", help="measure peers alone")
     parser.add_argument("--crowd", action="store_const", dest="only", const="crowd", help="idle and slow clients alone")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     options = parser.parse_args()
+    recorder = Recorder("serving", options.results, model=None if options.model == DEFAULT_ALIAS else options.model)
     figures: dict[str, Any] = {}
     if not (options.speed or options.only):
         figures = {**rules(TRIALS), **raced(), **killed(), "fuzz_5xx": fuzzed(), "ray_replicas_ok": replicated()}
-    print(json.dumps(figures | speed(options.model, only=options.only)))
+    figures |= speed(options.model, only=options.only)
+    record(recorder, figures)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

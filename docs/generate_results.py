@@ -66,6 +66,13 @@ SECTIONS = {
         "of another tenant. A ratio is what it gets over what it has alone. The fair share of two tenants is half.",
         "`make bench-fairness`",
     ),
+    "serving": Section(
+        "Serving: over HTTP, and beside other servers",
+        "Rules are tried on the tiny model, speed is measured on the default one. The crowd is 1,000 idle connections "
+        "and 64 readers that read nothing. Peers serve the same weights: 16 streams of 64 tokens with prompts of their "
+        "own, and the first token of a prompt, in turn.",
+        "`make bench-serving`",
+    ),
     "frameworks": Section(
         "Chains: calls that run together, and the event loop",
         "Sixteen chat calls of 48 tokens at full depth, together and one after another. A stall is by how much a task "
