@@ -54,12 +54,14 @@ class Endpoint:
         connection, answer = self._ask(body, headers or {})
         content = answer.read()
         connection.close()
-        if answer.status != 200:
-            raise RuntimeError(f"{answer.status}: {content[:300]!r}")
         return content
 
     def first_token(self, body: dict[str, Any]) -> float:
-        """Seconds until the first event with text; the rest is read as well."""
+        """Seconds until the first event with text; the rest is read as well.
+
+        Raises:
+            RuntimeError: The server answered with an error.
+        """
         begin = time.perf_counter()
         connection, answer = self._ask({**body, "stream": True}, {})
         while (line := answer.readline()) and not any(map(_text_of, events_of(line.strip()))):
@@ -80,7 +82,10 @@ class Endpoint:
         connection.request(
             "POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json", **headers}
         )
-        return connection, connection.getresponse()
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(f"{answer.status}: {answer.read()[:300]!r}")
+        return connection, answer
 
 
 def events_of(content: bytes) -> list[Any]:
