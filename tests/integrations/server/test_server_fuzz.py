@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from polar_billing.access.accounts import Accounts
 from polar_sdk import NullSink
 from polar_sdk.testing import tiny_model
-from polar_server import Settings
+from polar_server import Settings, account
 from polar_server.openai import chat, completions, responses
 from tests.integrations.conftest import paths_of, replaced
 from tests.integrations.server.conftest import Served
@@ -95,7 +95,9 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     engine = tiny_model(sink=NullSink(), context_window=512)
     accounts = Accounts(f"sqlite:///{folder / 'ledger.sqlite3'}")
     served = Served(Settings(engine=engine, name="tiny", drain=0.0, accounts=accounts))
-    yield served
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(account, "_PAUSES_S", (0.0,))  # no record is on its way, and to wait for each takes an hour
+        yield served
     status, _, body = served.call("POST", "/v1/completions", _BODIES["completions"])
     served.close()
     assert status == 200, body
