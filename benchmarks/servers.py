@@ -11,7 +11,6 @@ import http.client
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,17 +18,18 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
+from benchmarks.chaos import free_port
 from polar_server import Settings, build
 from polar_server.uvicorn_server import UvicornServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from polar_sdk import PolarModel
 
-__all__ = ["PEERS", "Endpoint", "Running", "events_of", "peer"]
+__all__ = ["PEERS", "Endpoint", "Running", "events_of", "peer", "served"]
 
 _START_S: Final = 120
 _TIMEOUT_S: Final = 600
@@ -130,25 +130,39 @@ def peer(name: str, folder: Path) -> Iterator[Endpoint | None]:
         name: Which.
         folder: Of the model, as Hugging Face stores it; the default model's for llama.cpp.
     """
+    endpoint = Endpoint(free_port(), str(folder))
     with tempfile.TemporaryDirectory(prefix="polar-bench-") as work:
-        port = _free_port()
-        command = _command(name, folder, port, Path(work))
+        command = _command(name, folder, endpoint.port, Path(work))
         if command is None:
             yield None
             return
-        with Path(work, "log").open("wb") as log:
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            endpoint = Endpoint(port, str(folder))
-            if not _started(process, endpoint):
-                print(f"{name} does not start: {Path(work, 'log').read_text(errors='replace')[-500:]}", flush=True)
-                yield None
-                return
-            yield endpoint
-        finally:
-            process.terminate()
-            process.wait(60)
+        log = Path(work, "log")
+        with log.open("wb") as output, served(command, lambda: _answers(endpoint), _START_S, output) as starts:
+            if not starts:
+                print(f"{name} does not start: {log.read_text(errors='replace')[-500:]}", flush=True)
+            yield endpoint if starts else None
+
+
+@contextmanager
+def served(command: Sequence[str], answers: Callable[[], bool], within_s: float, output: IO[Any]) -> Iterator[bool]:
+    """A server in a process of its own, which ends with the block; whether it has begun to answer.
+
+    Args:
+        command: What starts it.
+        answers: Whether it answers.
+        within_s: How long it may take to start. Unit: seconds.
+        output: Takes what it prints.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # its weights are on the disk
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        until = time.monotonic() + within_s
+        while not (started := answers()) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.5)
+        yield started
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def _command(name: str, folder: Path, port: int, work: Path) -> list[str] | None:
@@ -170,22 +184,9 @@ def _command(name: str, folder: Path, port: int, work: Path) -> list[str] | None
     return [sys.executable, "-m", "llama_cpp.server", *named]
 
 
-def _started(process: subprocess.Popen[bytes], endpoint: Endpoint) -> bool:
-    """Wait until it answers a chat."""
-    deadline = time.monotonic() + _START_S
-    body = endpoint.body([{"role": "user", "content": "Hello"}], max_tokens=2)
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            endpoint.text(body)
-        except (OSError, RuntimeError, http.client.HTTPException):
-            time.sleep(0.5)
-        else:
-            return True
-    return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _answers(endpoint: Endpoint) -> bool:
+    try:
+        endpoint.text(endpoint.body([{"role": "user", "content": "Hello"}], max_tokens=2))
+    except (OSError, RuntimeError, http.client.HTTPException):
+        return False
+    return True

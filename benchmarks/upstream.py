@@ -21,7 +21,6 @@ import http.client
 import json
 import random
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.chaos import free_port
 from benchmarks.results import RESULTS, Recorder
-from benchmarks.servers import Running
+from benchmarks.servers import Running, served
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.lab.evaluation.texts import shared_start
 from polar_sdk.lab.items import builtin_items
@@ -154,18 +153,11 @@ def _served(command: str, folder: Path) -> Iterator[str]:
     """The other server, from when it answers until the block ends."""
     port = free_port()
     words = [word.format(folder=folder, port=port) for word in shlex.split(command)]
-    process = subprocess.Popen(words, stdout=sys.stderr)
     url = f"http://127.0.0.1:{port}"
-    try:
-        until = time.monotonic() + START_SECONDS
-        while not _answers(f"{url}/v1/models"):
-            if process.poll() is not None or time.monotonic() > until:
-                sys.exit(f"error: {words[0]} does not serve on {url}; see what it printed.")
-            time.sleep(0.5)
+    with served(words, lambda: _answers(f"{url}/v1/models"), START_SECONDS, sys.stderr) as starts:
+        if not starts:
+            sys.exit(f"error: {words[0]} does not serve on {url}; see what it printed.")
         yield url
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def _answers(url: str) -> bool:
