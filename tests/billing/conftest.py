@@ -31,6 +31,15 @@ if TYPE_CHECKING:
     from polar_sdk.usage import UsageRecord
 
 POSTGRES_VARIABLE = "POLAR_TEST_POSTGRES_URL"
+ONE_DOLLAR_PER_CU = """
+id = "one dollar per CU"
+currency = "USD"
+[[prices]]
+effective_from = 2024-01-01
+per_compute_unit = 1
+tiers = {standard = 1, economy = 1}
+"""
+"""A price book, at which a compute unit costs as many dollars as it counts; without tier gold."""
 
 
 @pytest.fixture

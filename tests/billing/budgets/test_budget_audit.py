@@ -23,20 +23,12 @@ from polar_billing.proof.verify import verify_ledger
 from polar_billing.testing import usage_record
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
+from tests.billing.conftest import ONE_DOLLAR_PER_CU
 
 CU = 10**12
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
 ANN = {"user": "ann"}
-BOOK = PriceBook.from_toml(
-    """
-    id = "one dollar per CU"
-    currency = "USD"
-    [[prices]]
-    effective_from = 2024-01-01
-    per_compute_unit = 1
-    tiers = {standard = 1}
-    """
-)
+BOOK = PriceBook.from_toml(ONE_DOLLAR_PER_CU)
 
 
 def reserve(budgets: Budgets, request_id: str, flops: int, tier: str = "standard") -> int:

@@ -21,6 +21,7 @@ from polar_billing.budgets.budget import Budget, Level
 from polar_billing.budgets.keeper import HOLD_LIFETIME, Budgets
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Selection
+from tests.billing.conftest import ONE_DOLLAR_PER_CU
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,14 +30,6 @@ if TYPE_CHECKING:
 PROCESSES, THREADS, RESERVATIONS = (int(part) for part in os.environ.get("POLAR_TEST_RACE", "4x4x8").split("x"))
 CU = 10**12
 AT = datetime(2026, 11, 15, 12, tzinfo=UTC)
-BOOK = """
-id = "one dollar per CU"
-currency = "USD"
-[[prices]]
-effective_from = 2024-01-01
-per_compute_unit = 1
-tiers = {standard = 1}
-"""
 COMMON = """
 import os, random, signal, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -109,7 +102,7 @@ def worker(code: str, store: Ledger, prices: Path, number: int) -> subprocess.Po
 @pytest.fixture
 def prices(tmp_path: Path) -> Path:
     file = tmp_path / "prices.toml"
-    file.write_text(BOOK, encoding="utf-8")
+    file.write_text(ONE_DOLLAR_PER_CU, encoding="utf-8")
     return file
 
 

@@ -23,6 +23,7 @@ from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
 from polar_billing.testing import usage_record
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
+from tests.billing.conftest import ONE_DOLLAR_PER_CU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,14 +34,7 @@ if TYPE_CHECKING:
 
 CU = 10**12
 NOON = datetime(2026, 11, 15, 12, tzinfo=UTC)
-BOOK = PriceBook.from_toml("""
-id = "one dollar per CU"
-currency = "USD"
-[[prices]]
-effective_from = 2024-01-01
-per_compute_unit = 1
-tiers = {standard = 1}
-""")
+BOOK = PriceBook.from_toml(ONE_DOLLAR_PER_CU)
 PATIENCE_S = 30
 
 pytestmark = pytest.mark.parametrize("store", ["postgresql"], indirect=True)

@@ -28,20 +28,12 @@ from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import FlopUsage, Offer, UsageBound
+from tests.billing.conftest import ONE_DOLLAR_PER_CU
 
 CU = 10**12
 START = datetime(2026, 3, 28, 12, tzinfo=UTC)  # the day before clocks change in Berlin
 LIFETIME = timedelta(minutes=1)
-BOOK = PriceBook.from_toml(
-    """
-    id = "one dollar per CU"
-    currency = "USD"
-    [[prices]]
-    effective_from = 2024-01-01
-    per_compute_unit = 1
-    tiers = {standard = 1, economy = 1}
-    """
-)
+BOOK = PriceBook.from_toml(ONE_DOLLAR_PER_CU)
 
 
 def bound_of(
