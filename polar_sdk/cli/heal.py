@@ -11,10 +11,13 @@ import typer
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
 from polar_sdk.errors import InvalidRequestError
+from polar_sdk.programs.program import TAIL
 from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from polar_sdk.router.bridge_set import BridgeSet
     from polar_sdk.router.fill_set import FillSet
 
@@ -25,6 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def heal(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder to write the bridges or fills to.")],
     segments: Annotated[
         str,
@@ -53,12 +57,24 @@ def heal(
     rate: Annotated[
         float | None, typer.Option(help="Learning rate of the training; default: 2e-4, for fills 3e-4.")
     ] = None,
-    choices: Annotated[float, typer.Option(min=0, help="Weight of full depth's choice scores in the training.")] = 1.0,
+    choices: Annotated[
+        float, typer.Option(min=0, help="For --segments: weight of full depth's choice scores in the training.")
+    ] = 1.0,
     labels: Annotated[
-        float, typer.Option(min=0, help="Weight of the right choices in the training; above 0 it fine-tunes to labels.")
+        float,
+        typer.Option(
+            min=0, help="For --segments: weight of the right choices in the training; above 0 it fine-tunes to labels."
+        ),
     ] = 0.0,
-    drop: Annotated[float, typer.Option(min=0, help="Probability that the training leaves a bridge out.")] = 0.25,
-    start: Annotated[Path | None, typer.Option(help="Folder of bridges to start from.")] = None,
+    drop: Annotated[
+        float, typer.Option(min=0, help="For --segments: probability that the training leaves a bridge out.")
+    ] = 0.25,
+    tail: Annotated[
+        int, typer.Option(min=1, help="For --fills: last tokens of a prompt that run all layers in the training.")
+    ] = TAIL,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of bridges or fills to start from: those in it are not fitted again.")
+    ] = None,
     answer_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum tokens of full depth's answers; default: 24, for fills 48.")
     ] = None,
@@ -87,13 +103,14 @@ def heal(
         "distil": distil,
         "seed": seed or 0,
         "resume": resume,
+        "start": None if start is None else str(start),
         **({} if rate is None else {"rate": rate}),
         **({} if answer_tokens is None else {"answer_tokens": answer_tokens}),
     }
-    options: dict[str, Any] = {**shared, "storage": storage, "units": units}
-    if segments:
-        start_text = None if start is None else str(start)
-        options = {**shared, "choices": choices, "labels": labels, "drop": drop, "start": start_text}
+    of_bridges = {"choices": choices, "labels": labels, "drop": drop}
+    of_fills = {"storage": storage, "units": units, "tail": tail}
+    _refuse_given(context, of_fills if segments else of_bridges, "--fills" if segments else "--segments")
+    options: dict[str, Any] = {**shared, **(of_bridges if segments else of_fills)}
     # Checks them before seconds are spent on loading the model.
     lab.HealOptions(**options) if segments else lab.FillOptions(**options)
     items = None if data is None else lab.read_items(data, limit)
@@ -115,6 +132,18 @@ def heal(
         _show_fills(made, out)
     else:
         _show(made, out)
+
+
+def _refuse_given(context: typer.Context, options: Iterable[str], only_with: str) -> None:
+    """Refuse options of the other kind of maps, which would change nothing.
+
+    Raises:
+        InvalidRequestError: One of them was given.
+    """
+    for name in options:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidRequestError(f"--{name} is for {only_with} and changes nothing here; leave it out.")
 
 
 def _facts(maps: BridgeSet | FillSet, out: Path) -> dict[str, object]:
@@ -140,10 +169,10 @@ def _show(bridges: BridgeSet, out: Path) -> None:
     console = Console()
     console.print(table)
     if "loss_trained" in bridges.training:
-        kept = "kept" if bridges.training["kept_training"] else "not kept: the closed form is better"
+        kept = "kept" if bridges.training["kept_training"] else "not kept"
         console.print(
-            f"held-out loss: closed form {bridges.training['loss_closed_form']:.4f}, "
-            f"trained {bridges.training['loss_trained']:.4f} ({kept})"
+            f"held-out loss {bridges.training['loss_closed_form']:.4f} before training, "
+            f"{bridges.training['loss_trained']:.4f} after it ({kept})"
         )
     console.print(f"wrote {out} ({bridges.bytes / 1e6:.2f} MB)", soft_wrap=True)
 
@@ -160,7 +189,7 @@ def _show_fills(fills: FillSet, out: Path) -> None:
     console.print(table)
     for row in fills.training.get("held_out", ()):
         first, last = row["segment"]
-        better = "kept" if row["trained"] < row["closed_form"] else "not kept: the closed form is better"
-        losses = f"closed form {row['closed_form']:.4f}, trained {row['trained']:.4f}"
-        console.print(f"({first}-{last}): held-out loss: {losses} ({better})")
+        kept = "kept" if row["trained"] < row["closed_form"] else "not kept"
+        losses = f"{row['closed_form']:.4f} before training, {row['trained']:.4f} after it"
+        console.print(f"({first}-{last}): held-out loss {losses} ({kept})")
     console.print(f"wrote {out} ({fills.bytes / 1e6:.2f} MB)", soft_wrap=True)

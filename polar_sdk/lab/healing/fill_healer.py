@@ -11,6 +11,8 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, get_args
 
+import torch
+
 from polar_sdk.errors import FillError
 from polar_sdk.lab.healing.bridge_fit import make_packs, trainable_copy
 from polar_sdk.lab.healing.fill_fit import fill_errors, fit_fills, parse_fills
@@ -18,6 +20,7 @@ from polar_sdk.lab.healing.fill_training import FillPlan, FillTrainer
 from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn
 from polar_sdk.lab.items import ChoiceItem, data_hash
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
+from polar_sdk.programs.program import TAIL
 from polar_sdk.router.fill_set import FillRecord, FillSet, Storage, stored
 
 if TYPE_CHECKING:
@@ -43,10 +46,12 @@ class FillOptions:
         units: Hidden units of each segment's map; 0 = none, so that it is affine.
         prompts: Maximum prompts to fit on, drawn by hash.
         distil: Steps of training on top of the closed form; 0 = none.
+        tail: Last tokens of each prompt that run all layers in the training, as `search` lets them; the last one must.
         rate: Learning rate of the training.
         hidden: Weight of the error of the last states in the training.
         seed: Of the training, and of hidden units.
         answer_tokens: Maximum tokens of identity's answers to prompts.
+        start: Folder of fills to start from; the segments in it are not fitted again, and keep their rank and units.
         storage: How weights are stored.
         resume: Whether to continue from the checkpoint in the output folder.
     """
@@ -56,10 +61,12 @@ class FillOptions:
     units: int = 0
     prompts: int = 2000
     distil: int = 0
+    tail: int = TAIL
     rate: float = 3e-4
     hidden: float = 1.0
     seed: int = 0
     answer_tokens: int = ANSWER_TOKENS
+    start: str | None = None
     storage: Storage = "int8"
     resume: bool = False
 
@@ -75,6 +82,8 @@ class FillOptions:
                 f"distil={self.distil}, answer_tokens={self.answer_tokens} and prompts={self.prompts}: use at least 0 "
                 "steps, 1 token and 1 prompt."
             )
+        if self.tail < 1:
+            raise FillError(f"tail={self.tail} prompt tokens run; the last one must: use 1 or more.")
         if not (self.rate > 0 and self.hidden >= 0):
             raise FillError(f"rate={self.rate} and hidden={self.hidden}: use a rate above 0, and 0 or more for hidden.")
         if self.storage not in get_args(Storage):
@@ -139,18 +148,35 @@ class FillHealer(HealingRun):
             )
 
     def _fit(self, decoder: Decoder, train: Sequence[Task], segments: Sequence[Segment]) -> dict[Segment, Fill]:
+        started = self._start(decoder, segments)
+        missing = [segment for segment in segments if segment not in started]
+        if not missing:
+            return started
         packs = make_packs(decoder, train, FIT_TOKENS)
         self.on_progress("fitting fills", 0, len(packs))
-        return fit_fills(
+        fitted = fit_fills(
             decoder,
             packs,
-            segments,
+            missing,
             strength=self.options.ridge,
             rank=self.options.rank,
             units=self.options.units,
             seed=self.options.seed,
             on_pack=lambda done: self.on_progress("fitting fills", done, len(packs)),
         )
+        return {segment: (started | fitted)[segment] for segment in segments}
+
+    def _start(self, decoder: Decoder, segments: Sequence[Segment]) -> dict[Segment, Fill]:
+        """The fills to start from, of these segments."""
+        if self.options.start is None:
+            return {}
+        start = FillSet.load(self.options.start)
+        start.check_model(self.model.name, self.model.fingerprint)
+        return {
+            segment: fill.to(torch.float32, decoder.device)
+            for segment, fill in start.fills.items()
+            if segment in segments
+        }
 
     def _distil(
         self,
@@ -162,8 +188,16 @@ class FillHealer(HealingRun):
     ) -> tuple[dict[Segment, Fill], dict[str, Any]]:
         """Train; a segment where held-out prompts do not gain from it keeps the closed form."""
         options = self.options
-        plan = FillPlan(steps=options.distil, rate=options.rate, seed=options.seed, hidden=options.hidden)
-        packs = make_packs(decoder, train, TRAIN_TOKENS)
+        plan = FillPlan(
+            steps=options.distil, rate=options.rate, seed=options.seed, hidden=options.hidden, tail=options.tail
+        )
+        filled = [task for task in train if len(task.question.prompt) > options.tail + 1]
+        if not filled:
+            raise FillError(
+                f"none of the {len(train)} prompts to train on has a token to fill between its first and its last "
+                f"{options.tail}; give longer prompts, or a smaller tail."
+            )
+        packs = make_packs(decoder, filled, TRAIN_TOKENS)
         mark = self.mark(self.segments, data, self._settings())
         trainer = FillTrainer(decoder, packs, fitted, plan, mark, self.checkpoint)
         if options.resume:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from polar_sdk.errors import ProgramError
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
-from polar_sdk.programs.program import Program, Step
+from polar_sdk.programs.program import TAIL, Program, Step
 
 if TYPE_CHECKING:
     import random
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from polar_sdk.programs.policy import Policy
 
 
-TAIL: Final = 16
-"""Last tokens of a prompt that run where layers are filled, mostly its question: that takes a tenth to a third off the
-divergence of long prompts, for 3 % of what is saved on them. Unit: tokens."""
 _MAX_SKIP: Final = 4
 """Maximum layers that a new skip leaves out."""
 _TRIES: Final = 60

@@ -169,7 +169,7 @@ def test_default_cuts_are_shares_of_the_depth() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"ridge": 0}, {"rank": 0}, {"units": -1}, {"distil": -1}, {"rate": 0}, {"storage": "int4"}]
+    "wrong", [{"ridge": 0}, {"rank": 0}, {"units": -1}, {"tail": 0}, {"distil": -1}, {"rate": 0}, {"storage": "int4"}]
 )
 def test_options_out_of_range_name_themselves(wrong: dict[str, object]) -> None:
     with pytest.raises(FillError, match=next(iter(wrong))):
@@ -192,6 +192,14 @@ def test_the_command_fits_either_bridges_or_fills(
     command = ["heal", "--data", str(data), "--answer-tokens", "6", "--out", str(tmp_path / "fills")]
     both = CliRunner().invoke(app, [*command, "--fills", "4", "--segments", "1-2"])
     assert (both.exit_code, "one of the two" in both.output) == (2, True)
+    for given, option, only_with in (
+        (["--segments", "1-2", "--units", "0"], "--units", "--fills"),
+        (["--segments", "1-2", "--tail", "16"], "--tail", "--fills"),
+        (["--fills", "4", "--labels", "1"], "--labels", "--segments"),
+    ):
+        useless = CliRunner().invoke(app, [*command, *given])
+        assert useless.exit_code == 2
+        assert f"{option} is for {only_with} and changes nothing here" in " ".join(useless.output.split())
     done = CliRunner().invoke(app, [*command, "--fills", "4,2", "--units", "4", "--json"])
     assert done.exit_code == 0, done.output
     facts = json.loads(done.output)
@@ -227,6 +235,44 @@ def test_training_comes_nearer_to_full_depth_and_resumes_where_it_stopped(
     assert digests(again) == digests(whole)
     assert not (tmp_path / "cut" / "checkpoint.safetensors").exists()
     assert again.training["losses"] == whole.training["losses"]
+
+
+def test_training_goes_on_from_fills_that_are_there(
+    model: PolarModel, tmp_path: Path, texts: list[Item], fitted: Callable[..., FillSet]
+) -> None:
+    first = fitted(model, "4", out=tmp_path / "first", storage="float16", ridge=0.5)
+    both = fitted(model, "2,4", storage="float16", start=str(tmp_path / "first"))
+    assert list(both.fills) == [(2, 5), (4, 5)]
+    assert digests(both)[4, 5] == digests(first)[4, 5]
+    assert digests(both)[2, 5] == digests(fitted(model, "2", storage="float16"))[2, 5]
+    more = fitted(model, "4", storage="float16", start=str(tmp_path / "first"), distil=24, rate=5e-4)
+    row = more.training["held_out"][0]
+    assert row["trained"] < row["closed_form"]
+    assert digests(more)[4, 5] != digests(first)[4, 5]
+    with pytest.raises(FillModelError, match="fitted for model"):
+        fitted(tiny_model(seed=1, policy=Policy.permissive()), "4", start=str(tmp_path / "first"))
+
+
+def test_the_last_tokens_of_a_prompt_are_not_filled_in_training(
+    model: PolarModel, fitted: Callable[..., FillSet]
+) -> None:
+    """The more of a prompt runs, the less there is to learn, and where all of it runs, nothing."""
+    first = [fitted(model, "2", distil=1, tail=tail).training["losses"][0] for tail in (1, 12)]
+    assert first[1] < 0.9 * first[0]
+    with pytest.raises(FillError, match="has a token to fill between its first and its last 1000;"):
+        fitted(model, "2", distil=1, tail=1000)
+
+
+def test_states_that_do_not_fit_in_memory_are_computed_again(
+    model: PolarModel, fitted: Callable[..., FillSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polar_sdk.lab.healing.run.TRAIN_TOKENS", 64)
+    monkeypatch.setattr("polar_sdk.lab.healing.fill_healer.TRAIN_TOKENS", 64)
+    kept = fitted(model, "2,4", distil=12)
+    monkeypatch.setattr("polar_sdk.lab.healing.fill_training._MAX_KEPT", 20_000)
+    again = fitted(model, "2,4", distil=12)
+    assert again.training["losses"] == kept.training["losses"]
+    assert digests(again) == digests(kept)
 
 
 def test_the_menu_of_a_search_has_a_program_for_every_fill(
