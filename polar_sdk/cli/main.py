@@ -33,8 +33,8 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except PolarError as error:
             _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("interrupted; what was executed until then is in the ledger.", _INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            _fail("; ".join(("interrupted", *map(str, interrupt.args))) + ".", _INTERRUPTED)
         except UnicodeDecodeError as error:  # standard input in a strict locale
             _fail(f"standard input is not valid {error.encoding} (byte {error.start}); pass valid text.", 2)
         except UnicodeEncodeError as error:  # bytes of an argument that are no text in the locale's encoding

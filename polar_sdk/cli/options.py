@@ -75,6 +75,8 @@ class Chosen:
 def with_model(command: Callable[..., None]) -> Callable[..., None]:
     """Add to a command the options of a request and of the model that answers it.
 
+    Interrupted, it says whether what was executed is metered.
+
     Args:
         command: Takes what they say as `chosen`; typer does not see that parameter.
     """
@@ -88,7 +90,11 @@ def with_model(command: Callable[..., None]) -> Callable[..., None]:
             model=_model(**{name: values[name] for name in model}),
             request=cast("RequestOptions", _request(**{name: values[name] for name in request})),
         )
-        command(**{name: values[name] for name in own}, chosen=chosen)
+        try:
+            command(**{name: values[name] for name in own}, chosen=chosen)
+        except KeyboardInterrupt:
+            metered = () if chosen.model["no_ledger"] else ("what was executed until then is in the ledger",)
+            raise KeyboardInterrupt(*metered) from None
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     options = {**arguments, **request, **own, **model}

@@ -313,6 +313,19 @@ class TestProcess:
         assert stored["visits"]["decode"][0] > 0
         assert stored["flops"]["total"] > 0
 
+    def test_only_what_meters_says_that_it_metered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("polar_sdk.cli.options.load_model", interrupted)
+        for words, line in (
+            (["run", "hi"], "error: interrupted; what was executed until then is in the ledger."),
+            (["run", "hi", "--no-ledger"], "error: interrupted."),
+            (["scan"], "error: interrupted."),
+        ):
+            done = CliRunner().invoke(app, words)
+            assert (done.exit_code, done.stderr.strip()) == (130, line)
+
     def test_ctrl_c_without_stream(self, running: list[subprocess.Popen[bytes]], on_tiny: list[str]) -> None:
         process = self.start(running, "chat", "--max-tokens", "16000", *on_tiny)
         assert process.stdin is not None
