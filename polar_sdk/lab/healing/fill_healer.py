@@ -186,7 +186,7 @@ class FillHealer(HealingRun):
         fitted: Mapping[Segment, Fill],
         data: str,
     ) -> tuple[dict[Segment, Fill], dict[str, Any]]:
-        """Train; a segment where held-out prompts do not gain from it keeps the closed form."""
+        """Train; a segment where held-out prompts do not gain from it stays as it was."""
         options = self.options
         plan = FillPlan(
             steps=options.distil, rate=options.rate, seed=options.seed, hidden=options.hidden, tail=options.tail
