@@ -112,15 +112,19 @@ class FillHealer(HealingRun):
         items = [item for item in self.chosen if not isinstance(item, ChoiceItem)]
         if not items:
             raise FillError("fills are fitted on prompts that are answered in text, and there is none; give some.")
+        decoder = trainable_copy(self.model.loaded.decoder)
+        fitted = self._start(decoder, segments)
         train, held_out = self.tasks(items, self.options.answer_tokens)
         if not train:
             raise FillError(f"none of the {len(items)} prompts is in the train split; give more prompts.")
         train, held_out = drawn(train, self.options.prompts), drawn(held_out, _MAX_HELD_OUT)
-        decoder = trainable_copy(self.model.loaded.decoder)
-        fitted = self._fit(decoder, train, segments)
+        filled = self._filled(train)  # before minutes are spent on the closed form
+        if missing := [segment for segment in segments if segment not in fitted]:
+            fitted |= self._fit(decoder, train, missing)
+        fitted = {segment: fitted[segment] for segment in segments}
         training: dict[str, Any] = {"prompts": len(train), **self._settings()}
         if self.options.distil:
-            fitted, facts = self._distil(decoder, train, held_out or train, fitted, data_hash(items))
+            fitted, facts = self._distil(decoder, filled, held_out or train, fitted, data_hash(items))
             training |= facts
         made = FillSet(
             tensors=stored(fitted, self.options.storage),
@@ -148,23 +152,18 @@ class FillHealer(HealingRun):
             )
 
     def _fit(self, decoder: Decoder, train: Sequence[Task], segments: Sequence[Segment]) -> dict[Segment, Fill]:
-        started = self._start(decoder, segments)
-        missing = [segment for segment in segments if segment not in started]
-        if not missing:
-            return started
         packs = make_packs(decoder, train, FIT_TOKENS)
         self.on_progress("fitting fills", 0, len(packs))
-        fitted = fit_fills(
+        return fit_fills(
             decoder,
             packs,
-            missing,
+            segments,
             strength=self.options.ridge,
             rank=self.options.rank,
             units=self.options.units,
             seed=self.options.seed,
             on_pack=lambda done: self.on_progress("fitting fills", done, len(packs)),
         )
-        return {segment: (started | fitted)[segment] for segment in segments}
 
     def _start(self, decoder: Decoder, segments: Sequence[Segment]) -> dict[Segment, Fill]:
         """The fills to start from, of these segments."""
@@ -177,6 +176,17 @@ class FillHealer(HealingRun):
             for segment, fill in start.fills.items()
             if segment in segments
         }
+
+    def _filled(self, train: Sequence[Task]) -> list[Task]:
+        """The prompts to train on: those of which something is filled."""
+        tail = self.options.tail
+        filled = [task for task in train if len(task.question.prompt) > tail + 1]
+        if self.options.distil and not filled:
+            raise FillError(
+                f"none of the {len(train)} prompts to train on has a token to fill between its first and its last "
+                f"{tail}; give longer prompts, or a smaller tail."
+            )
+        return filled
 
     def _distil(
         self,
@@ -191,13 +201,7 @@ class FillHealer(HealingRun):
         plan = FillPlan(
             steps=options.distil, rate=options.rate, seed=options.seed, hidden=options.hidden, tail=options.tail
         )
-        filled = [task for task in train if len(task.question.prompt) > options.tail + 1]
-        if not filled:
-            raise FillError(
-                f"none of the {len(train)} prompts to train on has a token to fill between its first and its last "
-                f"{options.tail}; give longer prompts, or a smaller tail."
-            )
-        packs = make_packs(decoder, filled, TRAIN_TOKENS)
+        packs = make_packs(decoder, train, TRAIN_TOKENS)
         mark = self.mark(self.segments, data, self._settings())
         trainer = FillTrainer(decoder, packs, fitted, plan, mark, self.checkpoint)
         if options.resume:

@@ -101,10 +101,11 @@ class Healer(HealingRun):
         groups = parse_segments(self.segments, self.model.depth)
         self._check_precision()
         items = self.chosen
-        train, held_out = self.tasks(items, self.options.answer_tokens)
         decoder = trainable_copy(self.model.loaded.decoder)
         decoder.set_bridges({})
-        fitted = self._fit(decoder, make_packs(decoder, drawn(train, _MAX_FIT_TASKS), FIT_TOKENS), groups)
+        known = self._start(decoder, {segment for group in groups for segment in group})
+        train, held_out = self.tasks(items, self.options.answer_tokens)
+        fitted = self._fit(decoder, make_packs(decoder, drawn(train, _MAX_FIT_TASKS), FIT_TOKENS), groups, known)
         training: dict[str, Any] = {"segments": segments_text(groups), "prompts": len(train), **self._settings()}
         if self.options.distil:
             fitted, losses = self._distil(decoder, train, held_out, groups, fitted, data_hash(items))
@@ -131,8 +132,10 @@ class Healer(HealingRun):
                 "model with precision='bf16' (the bridges serve in every precision), or use distil=0."
             )
 
-    def _fit(self, decoder: Decoder, packs: Sequence[Pack], groups: list[list[Segment]]) -> dict[Segment, Bridge]:
-        fitted = self._start(decoder, {segment for group in groups for segment in group})
+    def _fit(
+        self, decoder: Decoder, packs: Sequence[Pack], groups: list[list[Segment]], known: dict[Segment, Bridge]
+    ) -> dict[Segment, Bridge]:
+        fitted = known
         total = sum(map(len, groups))
         done = 0
 
