@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ import torch
 from benchmarks import drafts as drafting
 from benchmarks.first_answer import apart as newcomer
 from benchmarks.long_prompts import apart_growth
-from benchmarks.peers import HuggingFace, LlamaCpp, apart, timed
+from benchmarks.peers import HuggingFace, LlamaCpp, apart, quantized, timed
 from benchmarks.results import RESULTS, Recorder
 from polar_sdk import PolarModel, Policy, Program
 from polar_sdk.engine.pack import Question
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.request.generation import Generation
 
-SPIN = "600"
-"""Spins of a waiting OpenMP thread before it sleeps (GOMP_SPINCOUNT); `benchmarks/LOG.md` says why 600."""
 NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
 EAGER = "eager"
@@ -112,13 +109,16 @@ class Bench:
         return apart(lambda: HuggingFace(self.model("bf16").loaded.path, "bfloat16", self.device))
 
     @cached_property
-    def llama(self) -> LlamaCpp | None:
-        """The same model in llama.cpp; None where it cannot run."""
+    def llama(self) -> dict[str, LlamaCpp]:
+        """The same model in llama.cpp by its kind of numbers, those of `INTEGERS`; empty where it cannot run."""
         gguf = self.args.gguf or _fetch_gguf(self.args.model)
+        kinds = [kind for each in INTEGERS.values() for kind in each]
         try:
-            return None if self.device != "cpu" or gguf is None else LlamaCpp(gguf, torch.get_num_threads())
+            if self.device != "cpu" or gguf is None:
+                return {}
+            return {kind: LlamaCpp(quantized(gguf, kind), torch.get_num_threads()) for kind in kinds}
         except ImportError:
-            return None
+            return {}
 
     @cached_property
     def _words(self) -> list[str]:
@@ -177,7 +177,9 @@ class Peer:
 
 PLAIN = "the same without drafts"
 HF, HF_BATCH = "Hugging Face `generate`, bf16", "Hugging Face `generate`, one batch of 16, bf16"
-LLAMA, IDENTITY = "llama.cpp, Q4_1", "the same at full depth"
+IDENTITY = "the same at full depth"
+INTEGERS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1", "IQ4_NL")}
+"""What llama.cpp is asked to store the weights in, to be compared with each precision; the fastest counts."""
 
 
 def _record(
@@ -218,24 +220,27 @@ def decode(bench: Bench) -> None:
         return _decode_speed(lambda text, new: bench.hugging_face.generate([bench.ids(text)], new), bench.prompt(40))
 
     speeds = bench.alternate(ours("bf16"), hugging_face)
-    _record(bench, "decode, batch 1, bf16", speeds, Peer(HF, goal=3))
+    bench.summary["decode_vs_hf"] = _record(bench, "decode, batch 1, bf16", speeds, Peer(HF, goal=3))
 
 
 def decode_integers(bench: Bench) -> None:
-    llama = bench.llama
-    if llama is None:
+    peers = bench.llama
+    if not peers:
         print("| decode, batch 1, int4 and int8; llama.cpp is not available | | | |", flush=True)
         return
 
     def ours(precision: str) -> Callable[[], float]:
         return lambda: _decode_speed(lambda text, new: bench.answer(precision, text, new), bench.prompt(40))
 
-    def peer() -> float:
-        return _decode_speed(lambda text, new: llama.generate(bench.ids(text), new), bench.prompt(40))
+    def peer(llama: LlamaCpp) -> Callable[[], float]:
+        return lambda: _decode_speed(lambda text, new: llama.generate(bench.ids(text), new), bench.prompt(40))
 
-    int4, int8, theirs = bench.alternate(ours("int4"), ours("int8"), peer)
-    _record(bench, "decode, batch 1, int8", [int8, theirs], Peer(LLAMA, goal=1))
-    _record(bench, "decode, batch 1, int4", [int4, theirs], Peer(LLAMA, goal=1))
+    int4, int8, *theirs = bench.alternate(ours("int4"), ours("int8"), *map(peer, peers.values()))
+    speeds = dict(zip(peers, theirs, strict=True))
+    for precision, own, goal in (("int8", int8, 1.15), ("int4", int4, 1.5)):
+        best = max(INTEGERS[precision], key=lambda kind: statistics.median(speeds[kind]))
+        name, rival = f"decode, batch 1, {precision}", Peer(f"llama.cpp, {best}", goal=goal)
+        bench.summary[f"{precision}_vs_llamacpp"] = _record(bench, name, [own, speeds[best]], rival)
 
 
 def prefill(bench: Bench) -> None:
@@ -248,7 +253,7 @@ def prefill(bench: Bench) -> None:
     bf16, int8, int4, theirs = bench.alternate(ours("bf16"), ours("int8"), ours("int4"), hugging_face)
     _record(bench, "prefill of 512 tokens, int8", [int8, theirs], Peer(HF))
     _record(bench, "prefill of 512 tokens, int4", [int4, theirs], Peer(HF))
-    _record(bench, "prefill of 512 tokens, bf16", [bf16, theirs], Peer(HF, goal=1.3))
+    bench.summary["prefill_vs_hf"] = _record(bench, "prefill of 512 tokens, bf16", [bf16, theirs], Peer(HF, goal=1.5))
 
 
 def long_prompts(bench: Bench) -> None:
@@ -295,6 +300,7 @@ def lean_program(bench: Bench) -> None:
         note = f"program with {share:.0%} of the FLOPs"
         ratio = _record(bench, f"{name}, time of a shorter program", times, Peer(IDENTITY), "s", note)
         over = bench.recorder.add(f"{name}, time ÷ FLOPs", ratio / share, "", goal=1.05, better="lower", note=note)
+        bench.summary[f"time_over_flops_{name}"] = over.value
         print(f"| {over.name}; {note} | {over.value:.2f} | | |", flush=True)
 
 
@@ -356,7 +362,8 @@ def mixed_programs(bench: Bench) -> None:
         return _new_tokens(answers) / (time.perf_counter() - begin)
 
     speeds = bench.alternate(lambda: run(mixed), lambda: run(same))
-    _record(bench, "16 requests at once, 16 programs at 70% of the FLOPs", speeds, Peer(IDENTITY, goal=1.3))
+    name = "16 requests at once, 16 programs at 70% of the FLOPs"
+    bench.summary["mixed_programs_gain"] = _record(bench, name, speeds, Peer(IDENTITY, goal=1.35))
 
 
 def _new_tokens(answers: Sequence[Generation]) -> int:
@@ -449,7 +456,7 @@ def concurrent(bench: Bench) -> None:
         return ROWS * ROW_NEW / bench.hugging_face.generate(prompts, ROW_NEW)
 
     speeds = bench.alternate(ours, hugging_face)
-    _record(bench, "16 requests at once, bf16", speeds, Peer(HF_BATCH, goal=2))
+    bench.summary["concurrent_vs_hf"] = _record(bench, "16 requests at once, bf16", speeds, Peer(HF_BATCH, goal=2.5))
     speeds = bench.alternate(partial(ours, temperature=1.0, top_p=0.95), ours)
     _record(bench, "16 sampled requests at once, top-p 0.95, bf16", speeds, Peer("the same, greedy", goal=0.85))
 
@@ -494,7 +501,7 @@ def scoring(bench: Bench) -> None:
 
     speeds = bench.alternate(ours, hugging_face)
     peer = Peer("Hugging Face, one padded pass per choice", goal=6)
-    _record(bench, "questions with 4 choices, bf16", speeds, peer, "questions/s")
+    bench.summary["scoring_vs_hf"] = _record(bench, "questions with 4 choices, bf16", speeds, peer, "questions/s")
 
 
 def drafts(bench: Bench) -> None:
@@ -543,7 +550,4 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
 }
 
 if __name__ == "__main__":
-    if os.environ.get("GOMP_SPINCOUNT") != SPIN:  # OpenMP reads it when torch is imported
-        os.environ["GOMP_SPINCOUNT"] = SPIN
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:]])
     main()

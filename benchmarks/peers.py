@@ -7,6 +7,7 @@ loaded in one process would halve each other's speed. Knows nothing of programs 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -71,6 +72,23 @@ class HuggingFace:
                 logits = self._model(padded, attention_mask=mask, use_cache=False).logits[0].float()
                 before = torch.arange(len(prompt) - 1, len(ids) - 1, device=self._device)
                 logits[before].log_softmax(-1)[range(len(choice)), list(choice)].sum().item()
+
+
+def quantized(gguf: Path, kind: str) -> Path:
+    """The weights of a GGUF file in another kind of numbers, such as `Q8_0`, in a file beside it.
+
+    Raises:
+        ImportError: llama.cpp is not installed.
+        RuntimeError: It cannot store them so.
+    """
+    import llama_cpp  # type: ignore[import-not-found, unused-ignore]
+
+    file = gguf.with_name(f"{gguf.stem}.{kind}.gguf")
+    options: Any = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+    if llama_cpp.llama_model_quantize(str(gguf).encode(), str(file).encode(), ctypes.byref(options)):
+        raise RuntimeError(f"llama.cpp cannot store {gguf} as {kind}")
+    return file
 
 
 class LlamaCpp:

@@ -1,6 +1,6 @@
 """Servers that answer chats over HTTP: ours in a thread of this process, and peers in processes of their own.
 
-Used by `serving.py`. A peer serves the same model on the same processor, in bfloat16 (`transformers serve`) or float16
+Used by `serving.py`. A peer serves the same model on the same processor, in bfloat16 (`transformers serve`) or Q4_1
 (llama.cpp's server); where one is not installed, or does not start, nothing is compared with it.
 """
 

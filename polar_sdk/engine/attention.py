@@ -188,6 +188,9 @@ def _capped(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) ->
 
 def write_pages(store: Tensor, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
     """Write keys and values (N, G, d) to their places, pages (N,) and offsets (N,), of a store (P, 2, G, page, d)."""
+    if not torch.compiler.is_compiling() and native.can_attend(key) and store.dtype == key.dtype:
+        native.write_pages(store, pages, offsets, key, value)
+        return
     store[pages, :, :, offsets] = torch.stack((key, value), dim=1).to(store.dtype)
 
 

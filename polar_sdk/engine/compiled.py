@@ -94,8 +94,9 @@ def _layer_parts(decoder: Decoder, weights: Weights, kind: AttentionKind) -> Ite
     stage = Compiled.ALL
     yield Part("project", project, weights, (x, *rotary), (many, *rotary_sizes), assumptions, stage, minimum)
     yield Part(
-        "keys and values", keys_values, weights, (x, *rotary), (many, *rotary_sizes), assumptions, stage, minimum
-    )
+        "keys and values", keys_values, weights, (x, *rotary), (many, *rotary_sizes), assumptions, stage, minimum,
+        shared=_shares(decoder, weights, single=False),
+    )  # fmt: skip
     yield Part("finish", family.finish, weights, (x, mixed), (many, many), assumptions, stage, minimum)
     for single in (True, False) if _max_rows_one_by_one(weights) else (False,):
         yield _decode_part(decoder, weights, kind, single=single)
@@ -130,7 +131,15 @@ def _decode_part(decoder: Decoder, weights: Weights, kind: AttentionKind, *, sin
         (*states_sizes, *rotary_sizes, {0: "pages"}, {**axis, 1: "blocks"}, axis),
         f"{_assumptions(decoder, weights)}|{kind}",
         Compiled.ROWS if _max_rows_one_by_one(weights) and not single else Compiled.ONE_ROW,
+        shared=_shares(decoder, weights, single=single) or not native.takes_heads(family.head_dim),
     )  # fmt: skip
+
+
+def _shares(decoder: Decoder, weights: Weights, *, single: bool) -> bool:
+    """Whether code for one row, or for any number, has work for several threads that the native library does not do."""
+    own = (Packed, Int8, Int4) if single else Packed
+    matrices = [value for value in weights.values() if isinstance(value, _MATRICES)]
+    return not native.version(decoder.dtype, decoder.device) or not all(isinstance(value, own) for value in matrices)
 
 
 def _head_parts(decoder: Decoder, ends: Weights) -> Iterator[Part]:
@@ -138,9 +147,11 @@ def _head_parts(decoder: Decoder, ends: Weights) -> Iterator[Part]:
     one, several = (_zeros(decoder, rows, decoder.family.hidden) for rows in (1, _EXAMPLE_ROWS))
     stage = Compiled.ONE_ROW
     if _max_rows_one_by_one(ends):
-        yield Part("head 1", logits, ends, (one,), ({},), assumptions, stage)
+        shared = _shares(decoder, ends, single=True)
+        yield Part("head 1", logits, ends, (one,), ({},), assumptions, stage, shared=shared)
         stage = Compiled.ROWS
-    yield Part("head", logits, ends, (several,), ({0: "rows"},), assumptions, stage)
+    shared = _shares(decoder, ends, single=False)
+    yield Part("head", logits, ends, (several,), ({0: "rows"},), assumptions, stage, shared=shared)
 
 
 def _decode_name(kind: AttentionKind, *, single: bool) -> str:
@@ -308,11 +319,9 @@ class CompiledKernels:
             states: Tensor = self._decoders[id(w), False].run(inputs)[0]
             return states
         before, angles = (x, rotary) if index is None else (x.index_select(0, index), pick(rotary, index))
-        inputs_by_row = zip(*(_split(each, count) for each in (before, *angles, table, positions)), strict=True)
-        run = self._decoders[id(w), True].run
-        outputs = [
-            run([state, cos, sin, store, pages, at, *weights])[0] for state, cos, sin, pages, at in inputs_by_row
-        ]
+        run, by_token = self._decoders[id(w), True].run, (before, *angles, table, positions)
+        by_row = [by_token] if count == 1 else zip(*(_split(each, count) for each in by_token), strict=True)
+        outputs = [run([state, cos, sin, store, pages, at, *weights])[0] for state, cos, sin, pages, at in by_row]
         after = outputs[0] if count == 1 else torch.cat(outputs)
         return after if index is None else x.index_copy(0, index, after)
 

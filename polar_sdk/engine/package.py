@@ -116,11 +116,15 @@ class Part:
 
     The compiler is told of 2 at least: it would take 1 for a number that does not change.
     """
+    shared: bool = True
+    """Whether the compiler shares work among threads; off where the native library does all that is worth it."""
 
     @property
     def key(self) -> str:
         """Name of the compiled code on disk."""
-        return hashlib.sha256(f"{self.name}|{self.assumptions}|{environment()}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{self.name}|{self.assumptions}|{environment(shared=self.shared)}".encode()).hexdigest()[
+            :32
+        ]
 
     def compile(self, path: Path) -> None:
         """Compile to a package file, which appears whole or not at all.
@@ -135,25 +139,25 @@ class Part:
         shapes = [{axis: sizes[name] for axis, name in dynamic.items()} for dynamic in self.dynamic]
         shapes += [{} for _ in flat(self.template)]
         try:
-            with replacing(path) as draft, torch.no_grad(), warnings.catch_warnings():
+            with replacing(path) as draft, torch.no_grad(), warnings.catch_warnings(), ExitStack() as after:
                 warnings.simplefilter("ignore")
+                after.enter_context(polar_sdk.engine.native.shared_by(team=not self.shared))
                 exported = torch.export.export(module, arguments, dynamic_shapes={"arguments": tuple(shapes)})
                 try:
-                    _build(exported, draft, trusting=True)
+                    self._build(exported, draft, trusting=True)
                 except Exception:  # the compiler raises errors of any class
-                    _build(exported, draft, trusting=False)
+                    self._build(exported, draft, trusting=False)
         except Exception as error:  # the compiler raises errors of any class
             raise CompileError(
                 f"layers cannot be compiled here ({type(error).__name__}: {' '.join(str(error).split())[:200]}).",
                 hint="Install a C++ compiler such as g++, or load the model with compile=False.",
             ) from error
 
-
-def _build(exported: Any, path: Path, *, trusting: bool) -> None:
-    """Compile to a package file, and see that it can be opened."""
-    with compiler_options(trusting=trusting, runtime=trusting):
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
-    open_package(path)
+    def _build(self, exported: Any, path: Path, *, trusting: bool) -> None:
+        """Compile to a package file, and see that it can be opened."""
+        with compiler_options(trusting=trusting, runtime=trusting, shared=self.shared):
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+        open_package(path)
 
 
 def open_package(path: Path) -> Any:
@@ -166,7 +170,7 @@ def open_package(path: Path) -> Any:
 
 
 @contextmanager
-def compiler_options(*, trusting: bool = True, runtime: bool = False) -> Iterator[None]:
+def compiler_options(*, trusting: bool = True, runtime: bool = False, shared: bool = True) -> Iterator[None]:
     """How everything is compiled; nothing here changes what the code computes.
 
     Headers are not compiled in advance: that takes as long as it saves, and 280 MB of the folder for temporary files.
@@ -175,12 +179,14 @@ def compiler_options(*, trusting: bool = True, runtime: bool = False) -> Iterato
         trusting: Whether to trust the processor's word on its instruction sets, and the compiler to know them. Else
             torch compiles a program for each, which takes seven seconds.
         runtime: Whether to use our headers for torch's runtime.
+        shared: Whether several threads may run the code.
     """
     options: dict[str, Any] = {
         "aot_inductor.precompile_headers": False,
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.custom_ops_to_c_shims": polar_sdk.engine.native.direct_calls(),
         "cpp.min_chunk_size": MIN_SHARE,
+        "cpp.threads": -1 if shared else 1,
     }
     with ExitStack() as after:
         after.enter_context(torch._inductor.config.patch({**options, "cpp.vec_isa_ok": True if trusting else None}))
@@ -206,11 +212,12 @@ def _searched_first(folder: Path) -> Iterator[None]:
             os.environ["CPLUS_INCLUDE_PATH"] = before
 
 
-def environment() -> str:
-    """What else compiled code depends on: our own source, torch and the machine."""
+def environment(*, shared: bool) -> str:
+    """What else compiled code depends on: our own source, torch and the machine, with its threads if they share it."""
     digest = hashlib.sha256()
     for module in _SOURCES:
         digest.update(inspect.getsource(module).encode())
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     machine = f"{torch.backends.cpu.get_cpu_capability()}|{polar_sdk.engine.native.processor()}|{cuda}"
-    return f"{digest.hexdigest()}|{torch.__version__}|{torch.get_num_threads()}|{machine}"
+    threads = torch.get_num_threads() if shared else 1
+    return f"{digest.hexdigest()}|{torch.__version__}|{threads}|{machine}"

@@ -68,8 +68,11 @@ class PagePool:
         self.size = sum(self.sizes)
         """Pages of all stores."""
         self._users = [0] * self.size
-        self._cleared = list(self.starts)
-        """For each store, the first page that has never been cleared."""
+        self._cleared = [
+            start + pages if _maps(store.device) else start
+            for start, pages, store in zip(self.starts, self.sizes, self.stores, strict=True)
+        ]
+        """For each store, the first page that may never have been cleared."""
         self._free = [list(range(start, start + pages)) for start, pages in zip(self.starts, self.sizes, strict=True)]
         # Reentrant: a row collected as garbage gives its pages back in whatever thread that happens, this one included.
         self._lock = renewed_in_child(threading.RLock())
@@ -162,7 +165,7 @@ class PagePool:
 
 
 def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor, of memory that nobody needs to have before it is written.
+    """A tensor of memory that nobody needs to have before it is written: zeros if `_maps`, else uninitialised.
 
     A system that counts what it has promised promises a process's memory a second time when it forks. A store is half
     of the machine's free memory: with two models in a process every `fork` failed.
@@ -170,7 +173,7 @@ def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     Raises:
         CacheMemoryError: The system refuses that much.
     """
-    if device.type != "cpu" or not sys.platform.startswith("linux"):
+    if not _maps(device):
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
     try:
@@ -181,6 +184,11 @@ def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
             hint="Load the model with a smaller kv_memory, in bytes.",
         ) from error
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _maps(device: torch.device) -> bool:
+    """Whether a store is mapped, so that its memory is zero when it is first read."""
+    return device.type == "cpu" and sys.platform.startswith("linux")
 
 
 class PageTable:

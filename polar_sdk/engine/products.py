@@ -247,7 +247,12 @@ def look_up(tokens: Tensor, embedding: Tensor | Packed) -> Tensor:
     """Rows (N, E) of an embedding for tokens (N,). Where it is the matrix of the head, it is as that is."""
     if not isinstance(embedding, Packed):
         return F.embedding(tokens, embedding)
-    return embedding.panels[tokens // _PANEL, :, tokens % _PANEL].view(embedding.bias.dtype)
+    # One index for each pair of inputs: torch's indexing by three wakes its threads for a single row.
+    pairs = embedding.panels.shape[1]
+    first = tokens // _PANEL * (pairs * _PANEL) + tokens % _PANEL
+    places = first[:, None] + torch.arange(0, pairs * _PANEL, _PANEL, device=tokens.device)
+    row = embedding.panels.view(-1).index_select(0, places.view(-1)).view(-1, pairs)
+    return row.view(embedding.bias.dtype)
 
 
 def quantize(product: Plain, precision: str) -> Product:

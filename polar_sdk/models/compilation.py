@@ -390,7 +390,7 @@ def compile_in_background(decoder: Decoder, config: Any, name: str, fingerprint:
             dtype=str(decoder.dtype).removeprefix("torch."),
             precision=decoder.precision,
             threads=torch.get_num_threads(),
-            environment=hashlib.sha256(environment().encode()).hexdigest(),
+            environment=hashlib.sha256(environment(shared=True).encode()).hexdigest(),
             idle=IDLE,
         )
         background = Background(decoder, order)

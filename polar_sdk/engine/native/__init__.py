@@ -14,6 +14,8 @@ import logging
 import platform
 import sys
 import tempfile
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from polar_sdk.engine.types import AttentionKind
 
 
@@ -31,6 +35,8 @@ _HEAD_STEP: Final = 32
 _log = logging.getLogger(__name__)
 _loaded: set[str] = set()
 """Version of the library loaded in this process, if any."""
+_team = ContextVar("team", default=True)
+"""Whether the library's own threads share the work of operations called from here, rather than torch's."""
 
 
 @cache
@@ -147,13 +153,15 @@ def direct_calls() -> dict[Any, list[str]]:
         return {}
     tensor, result = "AtenTensorHandle", "AtenTensorHandle* result);"
     attend = f"{tensor} query, {tensor} store, {tensor} table, {tensor} positions, double scale"
-    attend += ", const int64_t* window, const double* softcap"
-    return {
-        torch.ops.polar.product.default: [
-            f"AOTITorchError aoti_torch_cpu_product({tensor} x, {tensor} panels, {tensor} bias, int32_t pairs, {result}"
-        ],
-        torch.ops.polar.attend_pages.default: [f"AOTITorchError aoti_torch_cpu_attend_pages({attend}, {result}"],
+    attend += ", const int64_t* window, const double* softcap, int32_t team"
+    product = f"{tensor} x, {tensor} panels, {tensor} bias, int32_t pairs, int32_t team"
+    declared = {
+        torch.ops.polar.product: f"product({product}, {result}",
+        torch.ops.polar.product_int8: f"product_int8({tensor} x, {tensor} weight, {tensor} scale, {result}",
+        torch.ops.polar.product_int4: f"product_int4({tensor} x, {tensor} packed, {tensor} scales_zeros, {result}",
+        torch.ops.polar.attend_pages: f"attend_pages({attend}, {result}",
     }
+    return {each.default: [f"AOTITorchError aoti_torch_cpu_{text}"] for each, text in declared.items()}
 
 
 def version(dtype: torch.dtype, device: torch.device) -> str:
@@ -161,9 +169,22 @@ def version(dtype: torch.dtype, device: torch.device) -> str:
     return next(iter(_loaded), "") if _fits(dtype, device) else ""
 
 
+@contextmanager
+def shared_by(*, team: bool) -> Iterator[None]:
+    """In code that is compiled within this block, the library's own threads share its work, or torch's.
+
+    The library's are faster where pieces are short, but not beside torch's, which spin for the next of theirs.
+    """
+    before = _team.set(team)
+    try:
+        yield
+    finally:
+        _team.reset(before)
+
+
 def product(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
     """Multiply rows (M, K) by a `products.Packed` matrix, add its bias (N,), and round once; returns (M, N)."""
-    total: Tensor = torch.ops.polar.product(x, panels, bias, _pairs())
+    total: Tensor = torch.ops.polar.product(x, panels, bias, _pairs(), _team.get())
     return total
 
 
@@ -199,8 +220,14 @@ def takes_heads(size: int) -> bool:
 
 def attend_pages(query: Tensor, store: Tensor, table: Tensor, positions: Tensor, kind: AttentionKind) -> Tensor:
     """`attention.paged_decode`, with its arguments and result."""
-    mixed: Tensor = torch.ops.polar.attend_pages(query, store, table, positions, kind.scale, kind.window, kind.softcap)
+    own = (kind.scale, kind.window, kind.softcap)
+    mixed: Tensor = torch.ops.polar.attend_pages(query, store, table, positions, *own, _team.get())
     return mixed
+
+
+def write_pages(store: Tensor, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+    """`attention.write_pages`, with its arguments."""
+    torch.ops.polar.write_pages(store, pages, offsets, key, value)
 
 
 def attend_prompt(

@@ -1,12 +1,12 @@
 // Products of one row with a matrix of 8-bit or 4-bit integers.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <cmath>
 
 #include "lanes.h"
+#include "team.h"
 
 namespace polar {
 
@@ -86,12 +86,14 @@ inline at::Tensor product_int8(const at::Tensor& x, const at::Tensor& weight, co
   const auto* from = static_cast<const int8_t*>(matrix.const_data_ptr());
   const Half* by = read(scales);
   auto* to = static_cast<Half*>(y.mutable_data_ptr());
-  at::parallel_for(0, parts_of(outputs, kLanes), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t start = begin * kLanes; start < std::min(end * kLanes, outputs); start += kLanes) {
-      const int64_t count = std::min(kLanes, outputs - start);
-      const __mmask16 lanes = first_lanes(count);
-      const __m512 sums = meet_bytes(rounded, from + start * inputs, inputs, count);
-      store_rounded(to + start, _mm512_mul_ps(sums, widen(by + start, lanes)), lanes);
+  share(true, parts_of(outputs, kLanes), [&](Range& range) {
+    for (int64_t begin, end; range.take(begin, end);) {
+      for (int64_t start = begin * kLanes; start < std::min(end * kLanes, outputs); start += kLanes) {
+        const int64_t count = std::min(kLanes, outputs - start);
+        const __mmask16 lanes = first_lanes(count);
+        const __m512 sums = meet_bytes(rounded, from + start * inputs, inputs, count);
+        store_rounded(to + start, _mm512_mul_ps(sums, widen(by + start, lanes)), lanes);
+      }
     }
   });
   return y;
@@ -185,10 +187,11 @@ inline at::Tensor product_int4(const at::Tensor& x, const at::Tensor& packed, co
   const auto* from = static_cast<const uint8_t*>(matrix.const_data_ptr());
   const Half* scales = read(pairs);
   auto* to = static_cast<Half*>(y.mutable_data_ptr());
-  at::parallel_for(0, outputs / kBlock4, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t start = block * kBlock4;
-      meet_codes(rounded, from + start * inputs / 2, scales + 2 * start, outputs, to + start);
+  share(true, outputs / kBlock4, [&](Range& range) {
+    for (int64_t begin, end; range.take(begin, end);) {
+      for (int64_t start = begin * kBlock4; start < end * kBlock4; start += kBlock4) {
+        meet_codes(rounded, from + start * inputs / 2, scales + 2 * start, outputs, to + start);
+      }
     }
   });
   return y;

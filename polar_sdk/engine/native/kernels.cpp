@@ -14,13 +14,13 @@
 #include "prompt.h"
 
 TORCH_LIBRARY(polar, library) {
-  library.def("product(Tensor x, Tensor panels, Tensor bias, bool pairs) -> Tensor");
+  library.def("product(Tensor x, Tensor panels, Tensor bias, bool pairs, bool team) -> Tensor");
   library.def("product_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
   library.def("product_int4(Tensor x, Tensor packed, Tensor scales_zeros) -> Tensor");
   library.def(
       "attend_pages(Tensor query, Tensor store, Tensor table, Tensor positions, float scale, int? window, float? "
-      "softcap)"
-      " -> Tensor");
+      "softcap, bool team) -> Tensor");
+  library.def("write_pages(Tensor(a!) store, Tensor pages, Tensor offsets, Tensor key, Tensor value) -> ()");
   library.def(
       "attend_prompt(Tensor query, Tensor keys, Tensor values, Tensor? positions, float scale, int? window, float? "
       "softcap, bool pairs) -> Tensor");
@@ -31,6 +31,7 @@ TORCH_LIBRARY_IMPL(polar, CPU, library) {
   library.impl("product_int8", polar::product_int8);
   library.impl("product_int4", polar::product_int4);
   library.impl("attend_pages", polar::attend_pages);
+  library.impl("write_pages", polar::write_pages);
   library.impl("attend_prompt", polar::attend_prompt);
 }
 
@@ -38,24 +39,44 @@ TORCH_LIBRARY_IMPL(polar, CPU, library) {
 extern "C" {
 
 AOTITorchError aoti_torch_cpu_product(AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle bias, int32_t pairs,
-                                      AtenTensorHandle* result) {
+                                      int32_t team, AtenTensorHandle* result) {
   using namespace torch::aot_inductor;
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
     *result = new_tensor_handle(polar::product(*tensor_handle_to_tensor_pointer(x),
                                                *tensor_handle_to_tensor_pointer(panels),
-                                               *tensor_handle_to_tensor_pointer(bias), pairs != 0));
+                                               *tensor_handle_to_tensor_pointer(bias), pairs != 0, team != 0));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_product_int8(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale,
+                                           AtenTensorHandle* result) {
+  using namespace torch::aot_inductor;
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *result = new_tensor_handle(polar::product_int8(*tensor_handle_to_tensor_pointer(x),
+                                                    *tensor_handle_to_tensor_pointer(weight),
+                                                    *tensor_handle_to_tensor_pointer(scale)));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_product_int4(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scales_zeros,
+                                           AtenTensorHandle* result) {
+  using namespace torch::aot_inductor;
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *result = new_tensor_handle(polar::product_int4(*tensor_handle_to_tensor_pointer(x),
+                                                    *tensor_handle_to_tensor_pointer(packed),
+                                                    *tensor_handle_to_tensor_pointer(scales_zeros)));
   });
 }
 
 AOTITorchError aoti_torch_cpu_attend_pages(AtenTensorHandle query, AtenTensorHandle store, AtenTensorHandle table,
                                            AtenTensorHandle positions, double scale, const int64_t* window,
-                                           const double* softcap, AtenTensorHandle* result) {
+                                           const double* softcap, int32_t team, AtenTensorHandle* result) {
   using namespace torch::aot_inductor;
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
     *result = new_tensor_handle(polar::attend_pages(
         *tensor_handle_to_tensor_pointer(query), *tensor_handle_to_tensor_pointer(store),
         *tensor_handle_to_tensor_pointer(table), *tensor_handle_to_tensor_pointer(positions), scale,
-        pointer_to_optional<int64_t>(window), pointer_to_optional<double>(softcap)));
+        pointer_to_optional<int64_t>(window), pointer_to_optional<double>(softcap), team != 0));
   });
 }
 }

@@ -1,13 +1,14 @@
 // Attention of one token per row over pages.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <cstring>
 #include <limits>
 #include <optional>
 
 #include "lanes.h"
+#include "team.h"
 
 namespace polar {
 
@@ -155,9 +156,31 @@ inline void attend(const Attention& it, int64_t row, int64_t group, const Half* 
   }
 }
 
+// Keys and values (N, G, d) to pages (N,) and offsets (N,) of a store (P, 2, G, page, d).
+inline void write_pages(const at::Tensor& store, const at::Tensor& pages, const at::Tensor& offsets,
+                        const at::Tensor& key, const at::Tensor& value) {
+  TORCH_CHECK(store.is_contiguous());
+  const at::Tensor page = pages.contiguous(), offset = offsets.contiguous();
+  TORCH_CHECK(key.stride(2) == 1 && value.stride(2) == 1);
+  const at::Tensor parts[2] = {key, value};
+  const int64_t groups = store.size(2), length = store.size(3), size = store.size(4);
+  auto* to = static_cast<Half*>(store.mutable_data_ptr());
+  for (int64_t token = 0; token < key.size(0); ++token) {
+    const int64_t place = page.const_data_ptr<int64_t>()[token], at = offset.const_data_ptr<int64_t>()[token];
+    TORCH_CHECK(place >= 0 && place < store.size(0) && at >= 0 && at < length);
+    for (int64_t part = 0; part < 2; ++part) {
+      for (int64_t group = 0; group < groups; ++group) {
+        std::memcpy(to + (((place * 2 + part) * groups + group) * length + at) * size,
+                    read(parts[part]) + token * parts[part].stride(0) + group * parts[part].stride(1),
+                    size * sizeof(Half));
+      }
+    }
+  }
+}
+
 inline at::Tensor attend_pages(const at::Tensor& query, const at::Tensor& store, const at::Tensor& table,
                                const at::Tensor& positions, double scale, std::optional<int64_t> window,
-                               std::optional<double> softcap) {
+                               std::optional<double> softcap, bool team) {
   TORCH_CHECK(store.is_contiguous() && query.stride(2) == 1 && query.stride(1) == query.size(2));
   const at::Tensor pages = table.contiguous(), at = positions.contiguous();
   const int64_t rows = query.size(0), heads = query.size(1), size = query.size(2), groups = store.size(2);
@@ -176,11 +199,13 @@ inline at::Tensor attend_pages(const at::Tensor& query, const at::Tensor& store,
                      static_cast<float>(scale),
                      window.value_or(0),
                      static_cast<float>(softcap.value_or(0.0))};
-  at::parallel_for(0, rows * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t next = std::min(task + 1, rows * groups - 1), row = next / groups;
-      const int64_t first = it.first(row) / it.page * it.page;
-      attend(it, task / groups, task % groups, it.at(row, next % groups, first, 0));
+  share(team, rows * groups, [&](Range& range) {
+    for (int64_t begin, end; range.take(begin, end);) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t next = std::min(task + 1, rows * groups - 1), row = next / groups;
+        const int64_t first = it.first(row) / it.page * it.page;
+        attend(it, task / groups, task % groups, it.at(row, next % groups, first, 0));
+      }
     }
   });
   return mixed;

@@ -1,10 +1,10 @@
 // Products of few or many rows with a matrix.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include "lanes.h"
+#include "team.h"
 
 namespace polar {
 
@@ -82,15 +82,23 @@ struct Chunks {
   int64_t start(int64_t chunk) const { return chunk * rows / count; }
 };
 
-// All outputs of the panels from `begin` to `end`, for the chunks of rows from `from` to `to`.
+// The words of the chunks of rows from `from` to `to`.
 template <class Form>
-void run_panels(const Product& product, const Chunks& chunks, int64_t from, int64_t to, int64_t begin, int64_t end) {
-  const int64_t steps = product.padded() / Form::kInputs, start = chunks.start(from), pairs = product.pairs();
+const float* words_of(const Product& product, const Chunks& chunks, int64_t from, int64_t to) {
+  const int64_t steps = product.padded() / Form::kInputs, start = chunks.start(from);
   float* words = scratch<Product>(steps * (chunks.start(to) - start));
   for (int64_t chunk = from; chunk < to; ++chunk) {
     const int64_t row = chunks.start(chunk);
     fill_rows<Form>(product, row, chunks.start(chunk + 1) - row, words + (row - start) * steps);
   }
+  return words;
+}
+
+// All outputs of the panels from `begin` to `end`, for the chunks of rows from `from` to `to`, which `words` are of.
+template <class Form>
+void run_panels(const Product& product, const Chunks& chunks, const float* words, int64_t from, int64_t to,
+                int64_t begin, int64_t end) {
+  const int64_t steps = product.padded() / Form::kInputs, start = chunks.start(from), pairs = product.pairs();
   for (int64_t number = begin; number < end; ++number) {
     const int64_t output = number * kPanel;
     const float* panel = product.panels + number * pairs * kPanel;
@@ -112,19 +120,26 @@ void run_panels(const Product& product, const Chunks& chunks, int64_t from, int6
 }
 
 template <class Form>
-void run_product(const Product& product) {
+void run_product(const Product& product, bool team) {
   const Chunks chunks(product.rows);
-  at::parallel_for(0, parts_of(product.outputs, kPanel), 1, [&](int64_t begin, int64_t end) {
-    const int64_t words = product.rows * product.padded() / Form::kInputs;
-    const int64_t blocks = std::min(parts_of(words, kBlock), chunks.count);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t from = block * chunks.count / blocks, to = (block + 1) * chunks.count / blocks;
-      run_panels<Form>(product, chunks, from, to, begin, end);
+  const int64_t size = product.rows * product.padded() / Form::kInputs;
+  const int64_t blocks = std::min(parts_of(size, kBlock), chunks.count);
+  share(team, parts_of(product.outputs, kPanel), [&](Range& range) {
+    int64_t filled = -1;
+    const float* words = nullptr;
+    for (int64_t begin, end; range.take(begin, end);) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t from = block * chunks.count / blocks, to = (block + 1) * chunks.count / blocks;
+        if (block != filled) words = words_of<Form>(product, chunks, from, to);
+        filled = block;
+        run_panels<Form>(product, chunks, words, from, to, begin, end);
+      }
     }
   });
 }
 
-inline at::Tensor product(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, bool pairs) {
+inline at::Tensor product(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, bool pairs,
+                          bool team) {
   TORCH_CHECK(panels.is_contiguous() && bias.is_contiguous());
   const at::Tensor rows = x.contiguous();
   at::Tensor y = at::empty({x.size(0), bias.size(0)}, x.options());
@@ -136,9 +151,9 @@ inline at::Tensor product(const at::Tensor& x, const at::Tensor& panels, const a
                          x.size(1),
                          bias.size(0)};
   if (pairs) {
-    run_product<Pairs>(operands);
+    run_product<Pairs>(operands, team);
   } else {
-    run_product<Singles>(operands);
+    run_product<Singles>(operands, team);
   }
   return y;
 }

@@ -1,12 +1,12 @@
 // Causal attention of the last tokens of one row.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <optional>
 
 #include "lanes.h"
+#include "team.h"
 
 namespace polar {
 
@@ -208,11 +208,13 @@ class PromptTask {
 template <class Form>
 void run_prompt(const Prompt& it) {
   const int64_t blocks = parts_of(it.tokens, kTokens);
-  at::parallel_for(0, blocks * it.groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t number = task / it.groups;  // first and last alternate, since later tokens see more keys
-      const int64_t block = number % 2 ? blocks - 1 - number / 2 : number / 2;
-      PromptTask<Form>(it, task % it.groups, block * kTokens).run();
+  share(false, blocks * it.groups, [&](Range& range) {
+    for (int64_t begin, end; range.take(begin, end);) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t number = task / it.groups;  // first and last alternate, since later tokens see more keys
+        const int64_t block = number % 2 ? blocks - 1 - number / 2 : number / 2;
+        PromptTask<Form>(it, task % it.groups, block * kTokens).run();
+      }
     }
   });
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -69,8 +71,8 @@ def _assert_close(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor)
     assert (error <= limit).all(), f"largest {error.max():.3g}, mean {error.mean():.3g}, allowed {limit.min():.3g}"
 
 
-def _product(x: torch.Tensor, plain: Plain, pairs: bool) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.polar.product(x, *pack(plain), pairs)
+def _product(x: torch.Tensor, plain: Plain, pairs: bool, team: bool = True) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.polar.product(x, *pack(plain), pairs, team)
     return product
 
 
@@ -115,6 +117,49 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(pairs: bool) -> None:
 def test_a_product_of_what_does_not_lie_together() -> None:
     x, weight = _random(0, 7, 80)[:, ::2], _random(1, 40, 50).T
     _assert_close(_product(x, Plain(weight), True), x.double() @ weight.double().T, torch.full((7, 50), 100.0))
+
+
+@pytest.mark.usefixtures("native")
+def test_many_threads_at_once_and_after_a_fork() -> None:
+    """One of them has the team, the others work alone; a child has threads of its own. To the bit."""
+    x, plain = _random(0, 5, 576), Plain(_random(1, 1536, 576))
+    expected = _product(x, plain, True, team=False)
+
+    def all_equal(_: int) -> bool:
+        return all(torch.equal(_product(x, plain, True), expected) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(all_equal, range(4)))
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        os._exit(0 if all_equal(0) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads: int) -> None:
+    """More of them than cores, too; to the bit."""
+    x, plain = _random(0, 3, 64), Plain(_random(1, 200, 64))
+    expected, before = _product(x, plain, True, team=False), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(300):
+            assert torch.equal(_product(x, plain, True), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("native")
+def test_keys_and_values_are_written_to_their_places() -> None:
+    key, value = (_random(seed, 5, 3, 96)[:, :, :64] for seed in (0, 1))  # not contiguous, as a layer leaves them
+    pages, offsets = torch.tensor([3, 3, 0, 1, 3]), torch.tensor([0, 63, 7, 1, 2])
+    written, expected = (torch.zeros((4, 2, 3, PAGE, 64), dtype=HALF) for _ in range(2))
+    library.write_pages(written, pages, offsets, key, value)
+    expected[pages, :, :, offsets] = torch.stack((key, value), dim=1)
+    assert torch.equal(written, expected)
+    with pytest.raises(RuntimeError, match="Expected place"):
+        library.write_pages(written, pages + 1, offsets, key, value)
 
 
 def _spread(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
