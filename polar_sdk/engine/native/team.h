@@ -57,7 +57,7 @@ class Team {
  public:
   // The team of this process. It is never destroyed: its threads may still look at it when the process ends.
   static Team& get() {
-    static std::atomic<Team*>& team = current();
+    std::atomic<Team*>& team = current();
     Team* found = team.load(std::memory_order_acquire);
     if (found != nullptr) return *found;
     auto* made = new Team;
@@ -65,6 +65,9 @@ class Team {
     delete made;
     return *found;
   }
+
+  // In a forked process, which has none of its threads: another team will be made.
+  static void forget() { current().store(nullptr); }
 
   // Let `body(range)` run in up to `threads` threads, this one included, until each has found the range empty.
   template <class Body>
@@ -94,9 +97,6 @@ class Team {
 
   static std::atomic<Team*>& current() {
     static std::atomic<Team*> team{nullptr};
-    // A forked process has none of the threads.
-    static const int once = pthread_atfork(nullptr, nullptr, [] { current().store(nullptr); });
-    (void)once;
     return team;
   }
 
@@ -162,6 +162,12 @@ class Team {
 
 // Whether torch's threads may still spin, for up to 10 ms, on the cores of the team.
 inline thread_local bool spinning = false;
+
+// A forked process has none of torch's threads either; to end them there would be to join what is not.
+inline const int forks = pthread_atfork(nullptr, nullptr, [] {
+  Team::forget();
+  spinning = false;
+});
 
 // Share the numbers from 0 up to `count` among as many threads as torch has: those of the team, or torch's own, where
 // the operations around this one use those too. `body(range)` takes parts until none is left.
