@@ -122,9 +122,8 @@ class Part:
     @property
     def key(self) -> str:
         """Name of the compiled code on disk."""
-        return hashlib.sha256(f"{self.name}|{self.assumptions}|{environment(shared=self.shared)}".encode()).hexdigest()[
-            :32
-        ]
+        text = f"{self.name}|{self.assumptions}|{environment(shared=self.shared)}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def compile(self, path: Path) -> None:
         """Compile to a package file, which appears whole or not at all.
@@ -139,9 +138,9 @@ class Part:
         shapes = [{axis: sizes[name] for axis, name in dynamic.items()} for dynamic in self.dynamic]
         shapes += [{} for _ in flat(self.template)]
         try:
-            with replacing(path) as draft, torch.no_grad(), warnings.catch_warnings(), ExitStack() as after:
+            sharing = polar_sdk.engine.native.shared_by(team=not self.shared)
+            with replacing(path) as draft, torch.no_grad(), warnings.catch_warnings(), sharing:
                 warnings.simplefilter("ignore")
-                after.enter_context(polar_sdk.engine.native.shared_by(team=not self.shared))
                 exported = torch.export.export(module, arguments, dynamic_shapes={"arguments": tuple(shapes)})
                 try:
                     self._build(exported, draft, trusting=True)
