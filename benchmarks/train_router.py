@@ -29,7 +29,7 @@ from benchmarks.router_bridges import Bridging
 from benchmarks.router_seeds import record_router, record_seeds
 from benchmarks.router_texts import by_tier, record_depths, texts
 from polar_sdk import PolarModel, lab
-from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.engine import engine_version
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import to_html
 from polar_sdk.lab.items import (
@@ -136,9 +136,8 @@ class Work:
         tiers = _tiers(self.options.tier, "drops" if self.labelled else "differs")
         mark = self.folder / f"{name}.done.json"
         settings = self._layerwise if name == "policy" else self._menu(name)
-        key = run_key(
-            matrix.data, matrix.bridges, matrix.programs, settings, tiers, self.options.layers, ENGINE_VERSION
-        )
+        version = engine_version(self.model.dtype)
+        key = run_key(matrix.data, matrix.bridges, matrix.programs, settings, tiers, self.options.layers, version)
         if mark.is_file() and (done := json.loads(mark.read_text(encoding="utf-8")))["key"] == key:
             return dict(done)
         router = self.train(name, matrix)

@@ -68,12 +68,15 @@ def compile_layers(
     precision: opt.Precision = "auto",
 ) -> None:
     """Compile a model's layers for this machine, once; every process uses them from then on. Needs a C++ compiler."""
+    from polar_sdk.engine import native
     from polar_sdk.models.load import load_pretrained
 
     begin = time.monotonic()
     loaded = load_pretrained(name, device=device, precision=precision, compile=True)
     seconds = time.monotonic() - begin
     print_line(f"{loaded.name} is compiled for {loaded.device} in {loaded.decoder.dtype_name} ({seconds:.0f} s)")
+    if failure := native.failure():
+        print_line(f"warning: {failure} Answers are slower so; mend that and run the command again.", err=True)
 
 
 @_models.command(epilog="Example: polar models remove smollm2-135m-instruct")

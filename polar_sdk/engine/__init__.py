@@ -11,6 +11,13 @@ from typing import Final
 
 ENGINE_VERSION: Final = "6"
 """Incremented with every change to the arithmetic that may change an answer; certificates hold for one version only."""
+_OF_INTEGERS: Final = "7"
+
+
+def engine_version(dtype: str) -> str:
+    """The version of the arithmetic of models whose weights are held like that, see `Decoder.dtype_name`."""
+    return _OF_INTEGERS if dtype.startswith("int") else ENGINE_VERSION
+
 
 # On a CPU, oneDNN and torch keep what they compiled for each number of rows that a matrix was multiplied by: up to
 # 1,024 numbers at 0.6 MB, which prompts of all lengths reach within hours. Read at the first product, which is later.

@@ -25,9 +25,9 @@ from torch import Tensor
 from polar_sdk.engine import native
 from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import Compiled, EagerKernels
-from polar_sdk.engine.package import Part, compiler_options, flat, open_package, signature
+from polar_sdk.engine.package import Part, compiler_options, flat, signature
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.products import Int4, Int8, Packed, Plain, max_rows_one_by_one, min_wide_rows, pack
+from polar_sdk.engine.products import InPanels, Int4, Int8, Plain, Product, max_rows_one_by_one, min_wide_rows, pack
 from polar_sdk.engine.types import pick
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _EXAMPLE_ROWS: Final = 4
 _EXAMPLE_TOKENS: Final = 64
-_MATRICES: Final = (Plain, Packed, Int8, Int4)
 _FEW_ROWS: Final = 4
 """Number of rows that run one by one while only the code for one row is there; it takes a quarter of the time of
 uncompiled code."""
@@ -67,8 +66,8 @@ def _as_used(decoder: Decoder, weights: Weights) -> Weights:
     """Weights as compiled layers get them; of what `Decoder.pack` has not packed yet, the shapes."""
     if not native.version(decoder.dtype, decoder.device):
         return weights
-    plain = {name: value for name, value in weights.items() if isinstance(value, Plain)}
-    return {**weights, **{name: pack(Plain(*map(_shape, value))) for name, value in plain.items()}}
+    matrices = {name: value for name, value in weights.items() if isinstance(value, Plain | Int8 | Int4)}
+    return {**weights, **{name: pack(type(value)(*map(_shape, value))) for name, value in matrices.items()}}
 
 
 def _shape(tensor: Tensor | None) -> Any:
@@ -95,7 +94,7 @@ def _layer_parts(decoder: Decoder, weights: Weights, kind: AttentionKind) -> Ite
     yield Part("project", project, weights, (x, *rotary), (many, *rotary_sizes), assumptions, stage, minimum)
     yield Part(
         "keys and values", keys_values, weights, (x, *rotary), (many, *rotary_sizes), assumptions, stage, minimum,
-        shared=_shares(decoder, weights, single=False),
+        shared=_shares(decoder, weights),
     )  # fmt: skip
     yield Part("finish", family.finish, weights, (x, mixed), (many, many), assumptions, stage, minimum)
     for single in (True, False) if _max_rows_one_by_one(weights) else (False,):
@@ -125,32 +124,31 @@ def _decode_part(decoder: Decoder, weights: Weights, kind: AttentionKind, *, sin
     x = _zeros(decoder, batch, family.hidden)
     index = torch.arange(rows, device=decoder.device)
     states, states_sizes = ((x,), ({},)) if single else ((x, index), ({0: "batch"}, axis))
+    shared = _shares(decoder, weights) or not native.takes_heads(family.head_dim)
     return Part(
         _decode_name(kind, single=single), decode if single else decode_some, weights,
         (*states, *rotary, store, table, positions),
         (*states_sizes, *rotary_sizes, {0: "pages"}, {**axis, 1: "blocks"}, axis),
         f"{_assumptions(decoder, weights)}|{kind}",
         Compiled.ROWS if _max_rows_one_by_one(weights) and not single else Compiled.ONE_ROW,
-        shared=_shares(decoder, weights, single=single) or not native.takes_heads(family.head_dim),
+        shared=shared, whole=not shared,
     )  # fmt: skip
 
 
-def _shares(decoder: Decoder, weights: Weights, *, single: bool) -> bool:
-    """Whether code for one row, or for any number, has work for several threads that the native library does not do."""
-    own = (Packed, Int8, Int4) if single else Packed
-    matrices = [value for value in weights.values() if isinstance(value, _MATRICES)]
-    return not native.version(decoder.dtype, decoder.device) or not all(isinstance(value, own) for value in matrices)
+def _shares(decoder: Decoder, weights: Weights) -> bool:
+    """Whether the code has work for several threads that the native library does not do."""
+    matrices = [value for value in weights.values() if isinstance(value, Product)]
+    packed = all(isinstance(value, InPanels) for value in matrices)
+    return not packed or not native.version(decoder.dtype, decoder.device)
 
 
 def _head_parts(decoder: Decoder, ends: Weights) -> Iterator[Part]:
     logits, assumptions = decoder.family.logits, _assumptions(decoder, ends)
     one, several = (_zeros(decoder, rows, decoder.family.hidden) for rows in (1, _EXAMPLE_ROWS))
-    stage = Compiled.ONE_ROW
+    stage, shared = Compiled.ONE_ROW, _shares(decoder, ends)
     if _max_rows_one_by_one(ends):
-        shared = _shares(decoder, ends, single=True)
         yield Part("head 1", logits, ends, (one,), ({},), assumptions, stage, shared=shared)
         stage = Compiled.ROWS
-    shared = _shares(decoder, ends, single=False)
     yield Part("head", logits, ends, (several,), ({0: "rows"},), assumptions, stage, shared=shared)
 
 
@@ -178,12 +176,12 @@ def _rotary(
 
 def _max_rows_one_by_one(weights: Weights) -> int:
     """Number of rows up to which one row after another is fastest."""
-    return min(max_rows_one_by_one(value) for value in weights.values() if isinstance(value, _MATRICES))
+    return min(max_rows_one_by_one(value) for value in weights.values() if isinstance(value, Product))
 
 
 def _min_tokens(weights: Weights) -> int:
     """Minimum number of tokens for the compiled halves of a layer; fewer run uncompiled."""
-    return max((min_wide_rows(value) for value in weights.values() if isinstance(value, _MATRICES)), default=2)
+    return max((min_wide_rows(value) for value in weights.values() if isinstance(value, Product)), default=2)
 
 
 def _zeros(decoder: Decoder, rows: int, width: int) -> Tensor:
@@ -224,14 +222,14 @@ def load_kernels(
     stage = Compiled.ALL
     for number, (key, part) in enumerate(needed.items(), start=1):
         file = folder / f"{part.key}.pt2"
-        loader = _open(file)
+        loader = _open(part, file)
         if loader is None and not build:
             stage = Compiled(part.stage - 1)
             break
         if loader is None:
             progress(part.name, number, len(needed))
             part.compile(file)
-            loader = open_package(file)
+            loader = part.open(file)
         loaders[key] = loader
     if stage == Compiled.NOTHING or (stage != Compiled.ALL and not partly):
         return None
@@ -240,12 +238,12 @@ def load_kernels(
     return CompiledKernels(decoder, {key: each for key, each in loaders.items() if needed[key].stage <= stage}, stage)
 
 
-def _open(file: Path) -> Any | None:
+def _open(part: Part, file: Path) -> Any | None:
     """The code in a package; None where there is no package, or a damaged one."""
     if not file.exists():
         return None
     try:
-        return open_package(file)
+        return part.open(file)
     except Exception as error:  # torch raises errors of any class
         _log.warning("compiled package %s is damaged, and is not used: %s", file, " ".join(str(error).split())[:200])
         return None
@@ -271,11 +269,17 @@ class CompiledKernels:
             id(weights): _max_rows_one_by_one(weights) for weights in [*decoder.layers, decoder.ends]
         }
         self.independent = not any(self._max_one_by_one.values()) and native.takes_heads(decoder.family.head_dim)
+        self.at_once = self.independent and bool(native.version(decoder.dtype, decoder.device))
         self._decoders: dict[tuple[int, bool], Any] = {
             (id(weights), single): loaders.get((_decode_name(kind, single=single), self._signatures[id(weights)]))
             for weights, kind in zip(decoder.layers, decoder.family.kinds, strict=True)
             for single in (True, False)
         }
+        self._layers = self._all_layers(decoder) if self.at_once else None
+
+    def _all_layers(self, decoder: Decoder) -> native.Layers:
+        layers = zip(decoder.layers, decoder.family.kinds, strict=True)
+        return native.Layers((self._decoders[id(w), False], self._tensors[id(w)], kind.rope) for w, kind in layers)
 
     def decodes(self, tokens: int) -> bool:
         """Whether the code for that many is there, or that for one is faster than what is not compiled."""
@@ -324,6 +328,20 @@ class CompiledKernels:
         outputs = [run([state, cos, sin, store, pages, at, *weights])[0] for state, cos, sin, pages, at in by_row]
         after = outputs[0] if count == 1 else torch.cat(outputs)
         return after if index is None else x.index_copy(0, index, after)
+
+    def decode_layers(
+        self,
+        x: Tensor,
+        visits: Sequence[int],
+        bounds: Sequence[int],
+        tokens: PagedTokens,
+        rotary: Sequence[Rotary],
+        store: Tensor,
+        done: Tensor,
+    ) -> Tensor:
+        """Several layers for one token of some rows each."""
+        assert self._layers is not None, "asked although `at_once` is off"
+        return self._layers.decode(x, visits, bounds, tokens, rotary, store, done)
 
     def head(self, ends: Weights, x: Tensor) -> Tensor:
         """Logits."""

@@ -16,9 +16,10 @@ import torch
 
 from polar_sdk.engine.eager import Compiled, EagerKernels
 from polar_sdk.engine.families import find_family
+from polar_sdk.engine.large_pages import LargePages
 from polar_sdk.engine.pages import PAGE, PagePool
 from polar_sdk.engine.placement import Placement
-from polar_sdk.engine.products import Plain, pack, quantize
+from polar_sdk.engine.products import Int4, Int8, Plain, pack, quantize
 from polar_sdk.errors import CacheMemoryError
 from polar_sdk.locks import renewed_in_child
 
@@ -90,7 +91,9 @@ class Decoder:
         self.precision = precision or _SHORT_NAMES[self.dtype]
         # The head decides between near-equal tokens: in int4 it costs a tenth of them (`benchmarks/LOG.md`).
         self.ends["head"] = quantize(self.ends["head"], "int8" if self.precision == "int4" else self.precision)
-        self.layers = list(self._take_layers(modules, bring))
+        memory = LargePages()
+        self._place_ends(memory)
+        self.layers = [memory.place(weights) for weights in self._take_layers(modules, bring)]
         self.cost: CostModel = family.cost()
         self.kernels: Kernels = EagerKernels(family)
         self.renewal: Callable[[], Kernels | None] | None = None
@@ -119,11 +122,21 @@ class Decoder:
 
         An embedding that is the head's matrix stays it. Uncompiled rows go on as before, more slowly.
         """
+        memory = LargePages()
         embedding, head = self.start["embedding"], self.ends["head"]
         for weights in [*self.layers, self.ends]:
-            weights.update({name: pack(value) for name, value in weights.items() if isinstance(value, Plain)})
-        if isinstance(head, Plain) and embedding.data_ptr() == head.weight.data_ptr() and embedding.shape[1] % 2 == 0:
+            matrices = {name: value for name, value in weights.items() if isinstance(value, Plain | Int8 | Int4)}
+            weights.update(memory.place({name: pack(value) for name, value in matrices.items()}))
+        if isinstance(head, Plain) and embedding is head.weight and embedding.shape[1] % 2 == 0:
             self.start["embedding"] = self.ends["head"]
+
+    def _place_ends(self, memory: LargePages) -> None:
+        """Bring the head there; an embedding that is the head's matrix stays it."""
+        embedding, head = self.start["embedding"], self.ends["head"]
+        tied = isinstance(head, Plain) and embedding.data_ptr() == head.weight.data_ptr()
+        self.ends = memory.place(self.ends)
+        if tied:
+            self.start["embedding"] = self.ends["head"].weight
 
     def renew(self) -> None:
         """Take compiled kernels over where they have become available: for rows that begin from now on."""

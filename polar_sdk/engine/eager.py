@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from polar_sdk.engine.attention import attend_row, attend_some
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from polar_sdk.engine.family import Family
@@ -47,6 +49,9 @@ class Kernels(Protocol):
     """How much is compiled. Kernels of one decoder that agree in this compute the same."""
     independent: bool
     """Whether `decode` and `head` compute the same for a token, to the bit, whatever tokens are beside it."""
+
+    at_once: bool
+    """Whether `decode_layers` can be used."""
 
     def decodes(self, tokens: int) -> bool:
         """Whether `decode` can be used for that many tokens together."""
@@ -88,6 +93,29 @@ class Kernels(Protocol):
         """
         ...
 
+    def decode_layers(
+        self,
+        x: Tensor,
+        visits: Sequence[int],
+        bounds: Sequence[int],
+        tokens: PagedTokens,
+        rotary: Sequence[Rotary],
+        store: Tensor,
+        done: Tensor,
+    ) -> Tensor:
+        """`decode` of several layers one after another, each for some of the rows; returns all states, (B, E).
+
+        Args:
+            x: States of all rows, (B, E).
+            visits: Which layers, V.
+            bounds: Visit i is for the tokens from bounds[i] to bounds[i + 1], (V + 1,).
+            tokens: Those of all visits; their rows are given.
+            rotary: Of all rows, for each kind of layer.
+            store: The pages, (P, 2, G, page, d).
+            done: Counts the visits that have run, (1,), also where one fails.
+        """
+        ...
+
     def head(self, ends: Weights, x: Tensor) -> Tensor:
         """Float32 logits (M, V) of (M, E)."""
         ...
@@ -98,6 +126,7 @@ class EagerKernels:
 
     compiled = Compiled.NOTHING
     independent = False
+    at_once = False
 
     def __init__(self, family: Family) -> None:
         self._family = family
@@ -129,6 +158,19 @@ class EagerKernels:
 
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
+    ) -> Tensor:
+        """Not available."""
+        raise NotImplementedError
+
+    def decode_layers(
+        self,
+        x: Tensor,
+        visits: Sequence[int],
+        bounds: Sequence[int],
+        tokens: PagedTokens,
+        rotary: Sequence[Rotary],
+        store: Tensor,
+        done: Tensor,
     ) -> Tensor:
         """Not available."""
         raise NotImplementedError

@@ -9,6 +9,7 @@ rows and programs, not requests or text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,17 @@ from polar_sdk.engine.row import Row, extra_visits
 from polar_sdk.programs.cost import size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.types import AttentionKind, Rotary
     from polar_sdk.programs.cost import Segment
+
+
+_Going = Sequence[tuple[int, int]]
+"""The members of a turn that ran: row, and place in its program."""
 
 
 def next_logits(
@@ -126,11 +131,14 @@ def advance(
     layout = Layout(rows, pieces, tokens, decoder.placement.first)
     hidden = decoder.embed(layout.tokens, layout.positions)
     _take_over_leads(decoder, layout, hidden)
-    finished = list[Members]()
+    finished = list[_Going]()
     try:
-        for members in layout.members(decoder.placement.layers):
-            hidden = _run(decoder, members, hidden.to(members.layout.device))
-            finished.append(members)
+        if _runs_at_once(decoder, layout):
+            hidden = _run_at_once(decoder, layout, hidden, finished)
+        else:
+            for members in layout.members(decoder.placement.layers):
+                hidden = _run(decoder, members, hidden.to(members.layout.device))
+                finished.append(members.going)
     finally:
         _count(layout, finished)
     for row, new in zip(rows, tokens, strict=True):
@@ -158,14 +166,36 @@ def _take_over_leads(decoder: Decoder, layout: Layout, hidden: Tensor) -> None:
             row.lead.fill(row.page_table, stores, row.length, end)
 
 
-def _count(layout: Layout, finished: Sequence[Members]) -> None:
+def _count(layout: Layout, finished: Sequence[_Going]) -> None:
     """Count the finished steps of every row."""
     places: list[set[int]] = [set() for _ in layout.rows]
-    for members in finished:
-        for index, place in members.going:
+    for going in finished:
+        for index, place in going:
             places[index].add(place)
     for row, piece, done in zip(layout.rows, layout.pieces, places, strict=True):
         row.work.steps(piece, done, row.drafted)
+
+
+def _runs_at_once(decoder: Decoder, layout: Layout) -> bool:
+    """Whether every turn is a layer of which nothing is kept or left out, and the kernels run several at once."""
+    return (
+        decoder.kernels.at_once
+        and layout.few
+        and layout.plan.layers is not None
+        and not layout.guarded
+        and not any(row.left_out for row in layout.rows)
+    )
+
+
+def _run_at_once(decoder: Decoder, layout: Layout, hidden: Tensor, finished: list[_Going]) -> Tensor:
+    """All turns in one call; returns the hidden states of all rows, and says which turns have run."""
+    layers, done = layout.plan.layers or (), torch.zeros(1, dtype=torch.long)
+    tokens = PagedTokens(layout.member_tokens, layout.member_tables, layout.member_positions)
+    rotary, store = layout.all.rotary(decoder.rotary), decoder.store(layers[0])
+    try:
+        return decoder.kernels.decode_layers(hidden, layers, layout.turn_bounds, tokens, rotary, store, done)
+    finally:
+        finished += [turn.members for turn in layout.plan.turns[: int(done)]]
 
 
 def _run(decoder: Decoder, members: Members, hidden: Tensor) -> Tensor:
@@ -191,10 +221,7 @@ def _run(decoder: Decoder, members: Members, hidden: Tensor) -> Tensor:
 
 def _is_plain(decoder: Decoder, members: Members) -> bool:
     """Whether a step is a layer, run whole by one compiled call per row, of which nothing has to be kept."""
-    step = members.step
-    if step.bridge or step.parts != 1 or members.layout.guarded:
-        return False
-    return decoder.kernels.decodes(members.count)
+    return members.step.plain and not members.layout.guarded and decoder.kernels.decodes(members.count)
 
 
 def _visit(decoder: Decoder, members: Members, x: Tensor) -> Tensor:

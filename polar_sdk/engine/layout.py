@@ -81,6 +81,10 @@ class Plan(NamedTuple):
     """Row of each member."""
     visits: Tensor
     """For each member, which of its row's histories the visit uses."""
+    bounds: tuple[int, ...]
+    """Where the members of each turn begin, and where those of the last one end."""
+    layers: tuple[int, ...] | None
+    """The layer of each turn; None where a turn is not one layer, run whole."""
 
 
 @lru_cache(maxsize=64)
@@ -93,6 +97,8 @@ def plan_of(programs: tuple[Program, ...], device: torch.device) -> Plan:
         turns,
         torch.tensor([row for row, _ in members], device=device),
         torch.tensor([slots[row][place] for row, place in members], device=device),
+        tuple(accumulate((len(turn.members) for turn in turns), initial=0)),
+        tuple(turn.step.first for turn in turns) if all(turn.step.plain for turn in turns) else None,
     )
 
 
@@ -187,6 +193,12 @@ class Layout:
         if self.single:
             return range(len(self.plan.rows) + 1)
         return list(accumulate((self.counts[row] for row in self._member_rows), initial=0))
+
+    @property
+    def turn_bounds(self) -> Sequence[int]:
+        """Where the tokens of each turn begin among those of all, and where they end."""
+        bounds = self.plan.bounds
+        return bounds if self.single else [self.member_bounds[member] for member in bounds]
 
     @cached_property
     def member_tokens(self) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import polar_sdk.engine.attention
 import polar_sdk.engine.family
 import polar_sdk.engine.native
+import polar_sdk.engine.panels
 import polar_sdk.engine.parts
 import polar_sdk.engine.products
 import polar_sdk.engine.types
@@ -47,6 +48,7 @@ _SOURCES: Final = (
     polar_sdk.engine.attention,
     polar_sdk.engine.family,
     polar_sdk.engine.native,
+    polar_sdk.engine.panels,
     polar_sdk.engine.parts,
     polar_sdk.engine.products,
     polar_sdk.engine.types,
@@ -118,6 +120,12 @@ class Part:
     """
     shared: bool = True
     """Whether the compiler shares work among threads; off where the native library does all that is worth it."""
+    whole: bool = False
+    """Whether it is a layer that the native library runs, see `native.Layers`."""
+
+    def open(self, path: Path) -> Any:
+        """The compiled code, which runs tensors; errors as `open_package`."""
+        return polar_sdk.engine.native.open_layer(path) if self.whole else open_package(path)
 
     @property
     def key(self) -> str:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from polar_sdk.engine.large_pages import ask_for_large_pages
 from polar_sdk.errors import CacheMemoryError
 from polar_sdk.locks import renewed_in_child
 
@@ -183,6 +184,7 @@ def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
             f"The system refuses {size / 2**20:.0f} MiB for keys and values: {error.strerror}.",
             hint="Load the model with a smaller kv_memory, in bytes.",
         ) from error
+    ask_for_large_pages(memory)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

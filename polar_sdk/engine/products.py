@@ -1,10 +1,9 @@
 """Weight matrices and their product with activations, in every precision the engine has.
 
-A matrix is one of four named tuples of tensors: `Plain` (the model's own dtype), `Packed` (the same in the order in
-which the native library reads it), `Int8` (a scale per output) or `Int4` (a scale and a zero point per group of
-inputs). `multiply` is pure and can be compiled. One row is bound by reading the weights, many rows by arithmetic, so
-integers have a narrow and a wide form; `benchmarks/LOG.md` has the measurements for every choice. Knows nothing of
-layers.
+A matrix is a named tuple of tensors: `Plain` (the model's own dtype), `Int8` (a scale per output) or `Int4` (a scale
+and a zero point per group of inputs), or one of these in panels, for the native library. `multiply` is pure and can be
+compiled. One row is bound by reading the weights, many rows by arithmetic, so without the library integers have a
+narrow and a wide form; `benchmarks/LOG.md` has the measurements for every choice. Knows nothing of layers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from polar_sdk.engine import native
+from polar_sdk.engine.panels import GROUP, Packed, PackedInt4, PackedInt8
 from polar_sdk.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 PRECISIONS: Final = ("bf16", "fp32", "fp16", "int8", "int4")
-INT4_GROUP: Final = 32
+INT4_GROUP: Final = GROUP
 """Number of inputs that share a scale and a zero point in int4: as in Q4_1 files, which so lose next to nothing."""
 MIN_WIDE_INT8: Final = 32
 MIN_WIDE_INT4: Final = 128
@@ -33,8 +32,6 @@ QUANTIZE_BATCH: Final = 4096
 """Number of outputs that are rounded to int8 together, so that no float32 copy of a whole head is made."""
 _INT4_BLOCK: Final = 64
 """Number of outputs that torch's packed int4 layout keeps together."""
-_PANEL: Final = 32
-"""Number of outputs that a panel keeps together."""
 
 
 class Plain(NamedTuple):
@@ -42,16 +39,6 @@ class Plain(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None = None
-
-
-class Packed(NamedTuple):
-    """A matrix (N, K) of bfloat16 in panels of 32 outputs, with its bias, which is zero where there is none.
-
-    Panels are (N / 32, K / 2, 32), both rounded up; an entry is an int32 of two weights, for inputs 2k and 2k + 1.
-    """
-
-    panels: Tensor
-    bias: Tensor
 
 
 class Int8(NamedTuple):
@@ -70,7 +57,8 @@ class Int4(NamedTuple):
     bias: Tensor | None = None
 
 
-Product = Plain | Packed | Int8 | Int4
+InPanels = Packed | PackedInt8 | PackedInt4
+Product = Plain | Int8 | Int4 | InPanels
 
 
 def multiply(x: Tensor, product: Product) -> Tensor:
@@ -78,12 +66,12 @@ def multiply(x: Tensor, product: Product) -> Tensor:
     match product:
         case Plain():
             return _plain(x, product)
-        case Packed():
-            return _packed(x, product)
         case Int8():
             return _add(_int8(x, product), product.bias)
         case Int4():
             return _add(_int4(x, product), product.bias)
+        case _:
+            return _in_panels(x, product)
 
 
 def outputs_from(product: Product, first: int) -> Product | None:
@@ -95,14 +83,14 @@ def outputs_from(product: Product, first: int) -> Product | None:
     match product:
         case Plain():
             return Plain(product.weight[first:], bias)
-        case Packed():
-            return None if first % _PANEL else Packed(product.panels[first // _PANEL :], product.bias[first:])
         case Int8():
             return Int8(product.weight[first:], product.scale[first:], bias)
         case Int4():
             if first % _INT4_BLOCK or product.packed.shape[0] % _INT4_BLOCK:
                 return None
             return Int4(product.packed[first:], product.scales_zeros[:, first:].contiguous(), bias)
+        case _:
+            return product.outputs_from(first)
 
 
 def multiply_from(x: Tensor, product: Product, first: int) -> Tensor:
@@ -118,11 +106,11 @@ def _plain(x: Tensor, product: Plain) -> Tensor:
     return F.linear(x, product.weight, product.bias)
 
 
-def _packed(x: Tensor, product: Packed) -> Tensor:
-    """By the library in compiled code; else as the plain matrix, which gradients can pass."""
+def _in_panels(x: Tensor, product: InPanels) -> Tensor:
+    """By the library in compiled code; else as a plain matrix, which gradients can pass."""
     if torch.compiler.is_compiling():
-        return native.product(x, *product)
-    return F.linear(x, unpack(product, x.shape[-1]), product.bias)
+        return product.multiply(x)
+    return F.linear(x, product.unpack(x.shape[-1]), product.bias)
 
 
 def _is_fused(x: Tensor) -> bool:
@@ -141,8 +129,6 @@ def _one_row(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _int8(x: Tensor, product: Int8) -> Tensor:
-    if native.can_multiply_integers(x):
-        return native.product_int8(x, product.weight, product.scale)
     if _is_fused(x):
         return (_one_row(x, product.weight) * product.scale.float()).to(x.dtype)
     if x.device.type != "cpu" or _has_rows(x, MIN_WIDE_INT8):
@@ -152,8 +138,6 @@ def _int8(x: Tensor, product: Int8) -> Tensor:
 
 
 def _int4(x: Tensor, product: Int4) -> Tensor:
-    if native.can_multiply_integers(x) and _can_unpack(product):
-        return native.product_int4(x, product.packed, product.scales_zeros)
     if torch.compiler.is_compiling() and _has_rows(x, MIN_WIDE_INT4) and _can_unpack(product):
         return _interleave([torch.mm(x, half) for half in _unpack(product, x.dtype)])
     total: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, product.packed, INT4_GROUP, product.scales_zeros)
@@ -167,7 +151,7 @@ def _has_rows(x: Tensor, minimum: int) -> bool:
 
 def min_wide_rows(product: Product) -> int:
     """Minimum number of rows that code must be compiled for to use the form for many rows."""
-    return {Plain: 2, Packed: 1, Int8: MIN_WIDE_INT8, Int4: MIN_WIDE_INT4}[type(product)]
+    return {Plain: 2, Int8: MIN_WIDE_INT8, Int4: MIN_WIDE_INT4}.get(type(product), 1)
 
 
 def max_rows_one_by_one(product: Product) -> int:
@@ -175,7 +159,7 @@ def max_rows_one_by_one(product: Product) -> int:
 
     0 = there is no such code, and none is needed.
     """
-    return {Plain: 2, Packed: 0, Int8: 1, Int4: 1}[type(product)]
+    return {Plain: 2, Int8: 1, Int4: 1}.get(type(product), 0)
 
 
 def _can_unpack(product: Int4) -> bool:
@@ -226,33 +210,25 @@ def _add(total: Tensor, bias: Tensor | None) -> Tensor:
     return total if bias is None else total + bias
 
 
-def pack(product: Plain) -> Packed:
-    """Bring a matrix of bfloat16 into panels; it takes no more memory."""
-    outputs, inputs = product.weight.shape
-    weight = product.weight
-    if inputs % 2 or outputs % _PANEL:
-        weight = F.pad(weight, (0, inputs % 2, 0, -outputs % _PANEL))
-    pairs = weight.contiguous().view(torch.int32)
-    panels = pairs.view(-1, _PANEL, pairs.shape[1]).transpose(1, 2).contiguous()
-    return Packed(panels, weight.new_zeros(outputs) if product.bias is None else product.bias)
-
-
-def unpack(product: Packed, inputs: int) -> Tensor:
-    """The matrix (N, K) of a packed one; K is `inputs`."""
-    pairs = product.panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    return pairs.flatten(0, 1).view(product.bias.dtype)[: product.bias.shape[0], :inputs]
+def pack(product: Product) -> Product:
+    """Bring a matrix into panels; one that cannot be packed stays as it is."""
+    match product:
+        case Plain():
+            return Packed.of(*product)
+        case Int8():
+            return PackedInt8.of(*product)
+        case Int4() if _can_unpack(product):
+            inputs = product.scales_zeros.shape[0] * INT4_GROUP
+            blocks = product.packed.view(-1, inputs, _INT4_BLOCK // 2)  # see `_codes`
+            codes = torch.stack((blocks & 15, blocks >> 4), dim=1).transpose(2, 3).reshape(-1, inputs)
+            return PackedInt4.of(codes, product.scales_zeros, product.bias)
+        case _:
+            return product
 
 
 def look_up(tokens: Tensor, embedding: Tensor | Packed) -> Tensor:
     """Rows (N, E) of an embedding for tokens (N,). Where it is the matrix of the head, it is as that is."""
-    if not isinstance(embedding, Packed):
-        return F.embedding(tokens, embedding)
-    # One index for each pair of inputs: torch's indexing by three wakes its threads for a single row.
-    pairs = embedding.panels.shape[1]
-    first = tokens // _PANEL * (pairs * _PANEL) + tokens % _PANEL
-    places = first[:, None] + torch.arange(0, pairs * _PANEL, _PANEL, device=tokens.device)
-    row = embedding.panels.view(-1).index_select(0, places.view(-1)).view(-1, pairs)
-    return row.view(embedding.bias.dtype)
+    return embedding.look_up(tokens) if isinstance(embedding, Packed) else F.embedding(tokens, embedding)
 
 
 def quantize(product: Plain, precision: str) -> Product:

@@ -73,6 +73,11 @@ class Step(NamedTuple):
         return self._replace(fill=0, segment=()) if self.fill else self
 
     @property
+    def plain(self) -> bool:
+        """Whether it runs one layer, all the way."""
+        return not self.bridge and self.parts == 1
+
+    @property
     def begins_segment(self) -> bool:
         """Whether it is the first visit of a filled segment, where the segment's map is applied."""
         return bool(self.fill) and self.first == self.segment[0]

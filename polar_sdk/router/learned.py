@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.engine import engine_version
 from polar_sdk.engine.hashes import hash_bridges, hash_programs, hash_tensors
 from polar_sdk.engine.route import Route
 from polar_sdk.errors import RouterError, RouterModelError, UnknownTierError
@@ -112,7 +112,7 @@ class LearnedRouter(Router):
             router=hash_tensors(self.network.tensors()),
             bridges=hash_bridges(decoder, self.programs),
             dtype=decoder.dtype_name,
-            engine=ENGINE_VERSION,
+            engine=engine_version(decoder.dtype_name),
         )
         bound._prepare(decoder)
         return bound
@@ -144,7 +144,7 @@ class LearnedRouter(Router):
         if self.certificate is None:
             return False
         subject = self.certificate.subject
-        return (subject.model, subject.dtype, subject.engine) == (fingerprint, dtype, ENGINE_VERSION)
+        return (subject.model, subject.dtype, subject.engine) == (fingerprint, dtype, engine_version(dtype))
 
     @property
     def certified(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.engine import engine_version
 from polar_sdk.request.admission import DOWNGRADED_TAG
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Facts:
         """What computed the answer: engine, weights and program."""
         offer = self.answer.choices[0].offer
         program = hashlib.sha256(b"" if offer is None else offer.program.encode()).hexdigest()[:8]
-        return f"polar-{ENGINE_VERSION}-{self.engine.fingerprint[:12]}-{program}"
+        return f"polar-{engine_version(self.engine.dtype)}-{self.engine.fingerprint[:12]}-{program}"
 
     def headers(self) -> dict[str, str]:
         """What is known of an answer that is admitted; from here on, the call has the id of its first choice."""

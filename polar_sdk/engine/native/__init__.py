@@ -1,7 +1,7 @@
 """The library built from the C++ files here: when it is used, how it is compiled and kept, how compiled layers call it.
 
-Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix, of one row with a matrix of
-integers, attention of one token per row over pages, and attention of the tokens of a prompt. Only compiled kernels
+Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix of bfloat16 or of integers, attention
+of one token per row over pages, and attention of the tokens of a prompt. Only compiled kernels
 use them, on processors with AVX512-BF16 and without AMX (where torch's own products are faster). Elsewhere, and where
 the library cannot be compiled, layers use torch's operations. Knows tensors, no families.
 """
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from polar_sdk.engine.types import AttentionKind
+    from polar_sdk.engine.types import AttentionKind, Rotary
 
 
 _FOLDER: Final = Path(__file__).parent
@@ -35,6 +35,8 @@ _HEAD_STEP: Final = 32
 _log = logging.getLogger(__name__)
 _loaded: set[str] = set()
 """Version of the library loaded in this process, if any."""
+_failures: list[str] = []
+"""Why the library could not be compiled or loaded in this process, if so."""
 _team = ContextVar("team", default=True)
 """Whether the library's own threads share the work of operations called from here, rather than torch's."""
 
@@ -114,7 +116,7 @@ def _build(file: Path) -> None:
             builder.build()
             Path(builder.get_target_file_path()).replace(file)
     except Exception as error:  # the compiler raises what it likes
-        _log.warning("native kernels cannot be compiled, layers run without: %s", " ".join(str(error).split())[:200])
+        _fail("compiled", error)
 
 
 def _load(file: Path) -> None:
@@ -122,7 +124,7 @@ def _load(file: Path) -> None:
         torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
         ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # compiled layers find functions of the library by name
     except OSError as error:
-        _log.warning("native kernels in %s cannot be loaded: %s", file, " ".join(str(error).split())[:200])
+        _fail("loaded", error)
         return
     torch.library.register_fake("polar::product", _product_shape)
     torch.library.register_fake("polar::product_int8", _product_int8_shape)
@@ -131,16 +133,32 @@ def _load(file: Path) -> None:
     _loaded.add(_key())
 
 
+def _fail(what: str, error: Exception) -> None:
+    _failures.append(f"native kernels cannot be {what}, layers run without: {_reason(str(error))}.")
+    _log.warning("%s", _failures[-1])
+
+
+def _reason(text: str) -> str:
+    """The line of a compiler's output that says what is wrong, or the beginning of another text."""
+    lines = [line for line in text.splitlines() if " error: " in line]
+    return " ".join((lines[0] if lines else text).split())[:200]
+
+
+def failure() -> str:
+    """Why this process tried to have the library and does not, as a sentence; empty otherwise."""
+    return "" if _loaded or not _failures else _failures[-1]
+
+
 def _product_shape(x: Tensor, panels: Tensor, bias: Tensor, *_: object) -> Tensor:
     return x.new_empty((x.shape[0], bias.shape[0]))
 
 
-def _product_int8_shape(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
+def _product_int8_shape(x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor, team: bool) -> Tensor:
+    return x.new_empty((x.shape[0], bias.shape[0]))
 
 
-def _product_int4_shape(x: Tensor, packed: Tensor, scales_zeros: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], scales_zeros.shape[1]))
+def _product_int4_shape(x: Tensor, panels: Tensor, bias: Tensor, team: bool) -> Tensor:
+    return x.new_empty((x.shape[0], bias.shape[0]))
 
 
 def _attend_pages_shape(query: Tensor, *_: object) -> Tensor:
@@ -154,11 +172,12 @@ def direct_calls() -> dict[Any, list[str]]:
     tensor, result = "AtenTensorHandle", "AtenTensorHandle* result);"
     attend = f"{tensor} query, {tensor} store, {tensor} table, {tensor} positions, double scale"
     attend += ", const int64_t* window, const double* softcap, int32_t team"
-    product = f"{tensor} x, {tensor} panels, {tensor} bias, int32_t pairs, int32_t team"
+    integers = f"{tensor} x, {tensor} panels"
+    product = f"{integers}, {tensor} bias, int32_t pairs, int32_t team"
     declared = {
         torch.ops.polar.product: f"product({product}, {result}",
-        torch.ops.polar.product_int8: f"product_int8({tensor} x, {tensor} weight, {tensor} scale, {result}",
-        torch.ops.polar.product_int4: f"product_int4({tensor} x, {tensor} packed, {tensor} scales_zeros, {result}",
+        torch.ops.polar.product_int8: f"product_int8({integers}, {tensor} scale, {tensor} bias, int32_t team, {result}",
+        torch.ops.polar.product_int4: f"product_int4({integers}, {tensor} bias, int32_t team, {result}",
         torch.ops.polar.attend_pages: f"attend_pages({attend}, {result}",
     }
     return {each.default: [f"AOTITorchError aoti_torch_cpu_{text}"] for each, text in declared.items()}
@@ -183,28 +202,20 @@ def shared_by(*, team: bool) -> Iterator[None]:
 
 
 def product(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
-    """Multiply rows (M, K) by a `products.Packed` matrix, add its bias (N,), and round once; returns (M, N)."""
+    """Multiply rows (M, K) by a `panels.Packed` matrix, add its bias (N,), and round once; returns (M, N)."""
     total: Tensor = torch.ops.polar.product(x, panels, bias, _pairs(), _team.get())
     return total
 
 
-def can_multiply_integers(x: Tensor) -> bool:
-    """Whether to use `product_int8` and `product_int4` for activations (M, K): in a compiled layer, where M is 1."""
-    return bool(version(x.dtype, x.device)) and x.shape[0] == 1 and torch.compiler.is_compiling()
-
-
-def product_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Multiply a row (1, K) by a matrix of 8-bit integers (N, K) with a scale (N,) per output; returns (1, N)."""
-    total: Tensor = torch.ops.polar.product_int8(x, weight, scale)
+def product_int8(x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """As `product`, by a `panels.PackedInt8` matrix."""
+    total: Tensor = torch.ops.polar.product_int8(x, panels, scale, bias, _team.get())
     return total
 
 
-def product_int4(x: Tensor, packed: Tensor, scales_zeros: Tensor) -> Tensor:
-    """Multiply a row (1, K) by a matrix of 4-bit integers, packed as torch's kernel expects it; returns (1, N).
-
-    N is a multiple of 64. Scales and zeros are (K / 32, N, 2).
-    """
-    total: Tensor = torch.ops.polar.product_int4(x, packed, scales_zeros)
+def product_int4(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
+    """As `product`, by a `panels.PackedInt4` matrix."""
+    total: Tensor = torch.ops.polar.product_int4(x, panels, bias, _team.get())
     return total
 
 
@@ -228,6 +239,41 @@ def attend_pages(query: Tensor, store: Tensor, table: Tensor, positions: Tensor,
 def write_pages(store: Tensor, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
     """`attention.write_pages`, with its arguments."""
     torch.ops.polar.write_pages(store, pages, offsets, key, value)
+
+
+class Layers:
+    """Compiled layers that run one after another in one call: from one call to the next takes as long as a product.
+
+    Args:
+        layers: For each its code from `open_layer`, its weights, and its `AttentionKind.rope`.
+    """
+
+    def __init__(self, layers: Iterable[tuple[Any, list[Tensor], int]]) -> None:
+        self._layers: Any = torch.classes.polar.Layers()
+        for layer in layers:
+            self._layers.add(*layer)
+
+    def decode(
+        self,
+        x: Tensor,
+        visits: Sequence[int],
+        bounds: Sequence[int],
+        tokens: tuple[Tensor | None, Tensor, Tensor],
+        rotary: Sequence[Rotary],
+        store: Tensor,
+        done: Tensor,
+    ) -> Tensor:
+        """`Kernels.decode_layers`, with its arguments and result."""
+        angles = [each for pair in rotary for each in pair]
+        after: Tensor = torch.ops.polar.decode_layers.default(
+            self._layers, x, visits, bounds, *tokens, angles, store, done
+        )
+        return after
+
+
+def open_layer(path: Path) -> Any:
+    """The code for a whole layer in a package file, which runs tensors, for `Layers`; errors as `open_package`."""
+    return torch.classes.polar.Package(str(path))
 
 
 def attend_prompt(

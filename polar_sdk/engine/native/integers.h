@@ -1,4 +1,4 @@
-// Products of one row with a matrix of 8-bit or 4-bit integers.
+// Products of rows with a matrix of 8-bit or 4-bit integers.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -10,191 +10,216 @@
 
 namespace polar {
 
-// y (1, N) = x (1, K) · (integers (N, K) × scales)ᵀ. One row is bound by reading the weights, as long as little is done
-// to each of them. So the row is rounded too, to 16-bit integers, 32 of which share a scale: the largest of them keep
-// seven bits more than bfloat16 had. Sums over a group are exact; those over groups are float32.
+// y (M, N) = x (M, K) · weightᵀ + bias. The row is rounded too, to 16-bit integers, 32 of which share a scale: the
+// largest of them keep seven bits more than bfloat16 had. Sums over a group of 32 inputs are exact, those over groups
+// are float32, in the order of the groups: so a row is the same whatever rows are beside it.
+//
+// Weights lie in panels of 16 outputs, group by group, as `panels.py` packs them: one instruction multiplies four
+// inputs of 16 outputs, a register of 64 codes, by four bytes of a row. A panel is read from memory in order, once, and
+// one row is bound by that.
 
 constexpr int64_t kGroup = 32;
-constexpr float kMax = 127 * 256;  // the largest integer: both of its bytes are signed
-constexpr int64_t kBlock4 = 64;     // outputs that the packed 4-bit layout keeps together
+constexpr int64_t kWords = kGroup / 4;    // words of four inputs in a group
+constexpr float kMax = 127 * 256;         // the largest integer: both of its bytes are signed
+constexpr int kIntegerRows = 8;           // that meet a panel together
+constexpr int64_t kIntegerBlock = 256;    // rows that are rounded together, so that they stay in the cache
+constexpr int64_t kShared = 4;            // rows that are worth a second thread to round them
+constexpr int64_t kFetchIntegers = 4096;  // bytes to fetch ahead
 
-// The row in groups, padded with zeros.
+// Up to eight rows, those at the same place side by side.
 struct Rounded {
-  const int16_t* whole;
-  const int32_t *high, *low;  // bytes that make 256 × high + low, four inputs a word
-  const float *scale, *sum;   // of each group
-  int64_t groups;
+  int32_t *high, *low;  // bytes that make 256 × high + low: (groups, words, rows)
+  float* scale;         // (groups, rows)
+  int32_t* sum;         // of the integers of a group, likewise
 };
 
-inline Rounded round_row(const Half* x, int64_t inputs) {
-  const int64_t groups = parts_of(inputs, kGroup), padded = groups * kGroup;
-  float* words = scratch<Rounded>(padded + 2 * groups);
-  auto* whole = reinterpret_cast<int16_t*>(words);
-  auto* high = reinterpret_cast<int8_t*>(words + padded / 2);
-  auto* low = high + padded;
-  float *scale = words + padded, *sum = scale + groups;
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t at = group * kGroup, left = inputs - at;
+// Where the rows of a product are, eight of them after another.
+struct RoundedRows {
+  float* memory;
+  int64_t rows, groups;
+  int64_t chunks() const { return parts_of(rows, kIntegerRows); }
+  int64_t count(int64_t chunk) const { return std::min<int64_t>(rows - chunk * kIntegerRows, kIntegerRows); }
+  int64_t words() const { return rows * groups * (2 * kWords + 2); }
+  Rounded at(int64_t chunk) const {
+    float* from = memory + chunk * kIntegerRows * groups * (2 * kWords + 2);
+    const int64_t size = groups * count(chunk);
+    auto* words = reinterpret_cast<int32_t*>(from);
+    return {words, words + kWords * size, from + 2 * kWords * size, words + (2 * kWords + 1) * size};
+  }
+};
+
+// One row of `count`; inputs after the last one are zero.
+inline void round_row(const Half* x, int64_t inputs, int64_t row, int64_t count, const Rounded& to) {
+  for (int64_t group = 0; group * kGroup < inputs; ++group) {
+    const int64_t at = group * kGroup, left = inputs - at, own = group * count + row;
     const __m512 first = widen(x + at, first_lanes(left)), second = widen(x + at + kLanes, first_lanes(left - kLanes));
     float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
     if (_mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q)) most = NAN;  // a maximum may lose it, integers cannot hold it
-    scale[group] = most / kMax;
+    to.scale[own] = most / kMax;
     const __m512 by = _mm512_set1_ps(most > 0 ? kMax / most : 0.0f);
-    const __m512i low_half = _mm512_cvtps_epi32(_mm512_mul_ps(first, by));
-    const __m512i high_half = _mm512_cvtps_epi32(_mm512_mul_ps(second, by));
-    sum[group] = scale[group] * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(low_half, high_half)));
+    const __m512i values[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(first, by)),
+                               _mm512_cvtps_epi32(_mm512_mul_ps(second, by))};
+    to.sum[own] = _mm512_reduce_add_epi32(_mm512_add_epi32(values[0], values[1]));
     for (int64_t half = 0; half < 2; ++half) {
-      const __m512i value = half ? high_half : low_half;
-      const int64_t to = at + half * kLanes;
-      const __m512i rest = _mm512_srai_epi32(_mm512_slli_epi32(value, 24), 24);  // the low byte, signed
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole + to), _mm512_cvtepi32_epi16(value));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + to), _mm512_cvtepi32_epi8(rest));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + to),
-                       _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(value, rest), 8)));
-    }
-  }
-  return {whole, reinterpret_cast<const int32_t*>(high), reinterpret_cast<const int32_t*>(low), scale, sum, groups};
-}
-
-// Sums of 16 outputs from `weight` on, of which the first `count` exist.
-inline __m512 meet_bytes(const Rounded& row, const int8_t* weight, int64_t inputs, int64_t count) {
-  __m512 totals[kLanes];
-  for (auto& total : totals) total = _mm512_setzero_ps();
-  const auto* ahead = reinterpret_cast<const char*>(weight + kLanes * inputs);
-  for (int64_t group = 0; group < row.groups; ++group) {
-    const int64_t at = group * kGroup, left = inputs - at;
-    const auto here = static_cast<__mmask32>(left >= kGroup ? ~0u : (1u << left) - 1);
-    const __m512i x = _mm512_load_si512(row.whole + at);
-    const __m512 scale = _mm512_set1_ps(row.scale[group]);
-    for (int64_t line = 0; line < 8; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T0);
-#pragma GCC unroll 16
-    for (int64_t output = 0; output < kLanes; ++output) {
-      const int8_t* from = weight + std::min(output, count - 1) * inputs + at;
-      const __m512i integers = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(here, from));
-      const __m512i exact = _mm512_dpwssd_epi32(_mm512_setzero_si512(), integers, x);
-      totals[output] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, totals[output]);
-    }
-  }
-  return sums_of(totals);
-}
-
-inline at::Tensor product_int8(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale) {
-  const at::Tensor row = x.contiguous(), matrix = weight.contiguous(), scales = scale.contiguous();
-  const int64_t inputs = x.size(1), outputs = weight.size(0);
-  at::Tensor y = at::empty({1, outputs}, x.options());
-  const Rounded rounded = round_row(read(row), inputs);
-  const auto* from = static_cast<const int8_t*>(matrix.const_data_ptr());
-  const Half* by = read(scales);
-  auto* to = static_cast<Half*>(y.mutable_data_ptr());
-  share(true, parts_of(outputs, kLanes), [&](Range& range) {
-    for (int64_t begin, end; range.take(begin, end);) {
-      for (int64_t start = begin * kLanes; start < std::min(end * kLanes, outputs); start += kLanes) {
-        const int64_t count = std::min(kLanes, outputs - start);
-        const __mmask16 lanes = first_lanes(count);
-        const __m512 sums = meet_bytes(rounded, from + start * inputs, inputs, count);
-        store_rounded(to + start, _mm512_mul_ps(sums, widen(by + start, lanes)), lanes);
+      const __m512i rest = _mm512_srai_epi32(_mm512_slli_epi32(values[half], 24), 24);  // the low byte, signed
+      alignas(16) int32_t words[2][4];
+      _mm_store_si128(reinterpret_cast<__m128i*>(words[0]),
+                      _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(values[half], rest), 8)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(words[1]), _mm512_cvtepi32_epi8(rest));
+      for (int64_t word = 0; word < 4; ++word) {
+        const int64_t place = (group * kWords + 4 * half + word) * count + row;
+        to.high[place] = words[0][word];
+        to.low[place] = words[1][word];
       }
     }
-  });
+  }
+}
+
+inline __m512 float_of(const uint8_t* from, int64_t which) {
+  const __m512i pairs = _mm512_loadu_si512(from);
+  return which ? second_of(pairs) : first_of(pairs);
+}
+
+// Bytes: weight = (code − 128) × scale, a scale for each output. A group of a panel is 8 words of 16 outputs.
+struct Bytes {
+  static constexpr int32_t kOffset = 128;
+  static constexpr int64_t kSize = kGroup * kLanes;
+  static constexpr int64_t kLines = kWords, kPerLine = 1;
+  static __m512i codes(__m512i line, int64_t) { return line; }
+  static __m512 add(__m512 total, __m512 coded, __m512, const uint8_t*) { return _mm512_add_ps(total, coded); }
+};
+
+// Halves of bytes: weight = (code − 8) × scale + zero, both for 32 inputs of an output. A group of a panel is 4 lines
+// of 64 bytes, whose low halves are one word of 16 outputs and whose high halves the next; then the 16 pairs of scale
+// and zero.
+struct Nibbles {
+  static constexpr int32_t kOffset = 8;
+  static constexpr int64_t kSize = kGroup * kLanes / 2 + 4 * kLanes;
+  static constexpr int64_t kLines = kWords / 2, kPerLine = 2;
+  static __m512i codes(__m512i line, int64_t which) {
+    return _mm512_and_si512(which ? _mm512_srli_epi16(line, 4) : line, _mm512_set1_epi8(15));
+  }
+  static __m512 add(__m512 total, __m512 coded, __m512 sum, const uint8_t* group) {
+    const uint8_t* pairs = group + kGroup * kLanes / 2;
+    return _mm512_fmadd_ps(float_of(pairs, 0), coded, _mm512_fmadd_ps(float_of(pairs, 1), sum, total));
+  }
+};
+
+// The sums of kCount rows over all inputs, for the 16 outputs of a panel.
+template <class Form, int kCount>
+void meet_panel(const Rounded& rows, const uint8_t* panel, int64_t groups, __m512 (&totals)[kCount]) {
+  for (auto& total : totals) total = _mm512_setzero_ps();
+  const int32_t *high_words = rows.high, *low_words = rows.low;
+  for (int64_t group = 0; group < groups; ++group, panel += Form::kSize) {
+    __m512i high[kCount], low[kCount];
+#pragma GCC unroll 8
+    for (int row = 0; row < kCount; ++row) {
+      high[row] = _mm512_setzero_si512();
+      low[row] = _mm512_set1_epi32(-Form::kOffset * rows.sum[group * kCount + row]);
+    }
+    for (int64_t at = 0; at < Form::kSize; at += 64) _mm_prefetch(panel + kFetchIntegers + at, _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < Form::kLines; ++line) {
+      const __m512i both = _mm512_loadu_si512(panel + 64 * line);
+#pragma GCC unroll 2
+      for (int64_t which = 0; which < Form::kPerLine; ++which, high_words += kCount, low_words += kCount) {
+        const __m512i codes = Form::codes(both, which);
+#pragma GCC unroll 8
+        for (int row = 0; row < kCount; ++row) {
+          high[row] = _mm512_dpbusd_epi32(high[row], codes, _mm512_set1_epi32(high_words[row]));
+          low[row] = _mm512_dpbusd_epi32(low[row], codes, _mm512_set1_epi32(low_words[row]));
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < kCount; ++row) {
+      const float scale = rows.scale[group * kCount + row];
+      const __m512i exact = _mm512_add_epi32(_mm512_slli_epi32(high[row], 8), low[row]);
+      const __m512 coded = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(scale));
+      const __m512 sum = _mm512_set1_ps(scale * static_cast<float>(rows.sum[group * kCount + row]));
+      totals[row] = Form::add(totals[row], coded, sum, panel);
+    }
+  }
+}
+
+// A product's matrix and result.
+struct Integers {
+  const uint8_t* panels;  // (N / 16, K / 32, size of a group), rounded up
+  const Half* scale;      // of each output, or null
+  const Half* bias;
+  Half* y;  // from the first of the rounded rows on
+  int64_t outputs;
+};
+
+template <class Form, int kCount>
+void run_panel(const Integers& matrix, const Rounded& rows, int64_t row, int64_t groups, int64_t number) {
+  const int64_t output = number * kLanes;
+  const __mmask16 lanes = first_lanes(matrix.outputs - output);
+  __m512 totals[kCount];
+  meet_panel<Form, kCount>(rows, matrix.panels + number * groups * Form::kSize, groups, totals);
+  const __m512 scale = matrix.scale ? widen(matrix.scale + output, lanes) : _mm512_set1_ps(1.0f);
+  const __m512 bias = widen(matrix.bias + output, lanes);
+  for (int each = 0; each < kCount; ++each) {
+    store_rounded(matrix.y + (row + each) * matrix.outputs + output, _mm512_fmadd_ps(totals[each], scale, bias), lanes);
+  }
+}
+
+template <class Form, int... kCounts>
+void run_panel(int64_t count, const Integers& matrix, const Rounded& rows, int64_t row, int64_t groups, int64_t number,
+               std::integer_sequence<int, kCounts...>) {
+  ((count == kCounts + 1 ? run_panel<Form, kCounts + 1>(matrix, rows, row, groups, number) : void()), ...);
+}
+
+template <class Form>
+at::Tensor product_integers(const at::Tensor& x, const at::Tensor& panels, const at::Tensor* scale,
+                            const at::Tensor& bias, bool team) {
+  TORCH_CHECK(panels.is_contiguous() && bias.is_contiguous() && (!scale || scale->is_contiguous()));
+  const at::Tensor rows = x.contiguous();
+  const int64_t inputs = x.size(1), groups = parts_of(inputs, kGroup);
+  at::Tensor y = at::empty({x.size(0), bias.size(0)}, x.options());
+  Integers matrix{static_cast<const uint8_t*>(panels.const_data_ptr()), scale ? read(*scale) : nullptr, read(bias),
+                  static_cast<Half*>(y.mutable_data_ptr()), bias.size(0)};
+  for (int64_t start = 0; start < x.size(0); start += kIntegerBlock) {
+    RoundedRows rounded{nullptr, std::min(x.size(0) - start, kIntegerBlock), groups};
+    rounded.memory = scratch<RoundedRows>(rounded.words());
+    const auto round = [&](Range& range) {
+      for (int64_t begin, end; range.take(begin, end);) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t chunk = row / kIntegerRows;
+          round_row(read(rows) + (start + row) * inputs, inputs, row % kIntegerRows, rounded.count(chunk),
+                    rounded.at(chunk));
+        }
+      }
+    };
+    if (rounded.rows < kShared) {
+      Range alone;
+      alone.set(0, rounded.rows, 1);
+      round(alone);
+    } else {
+      share(team, rounded.rows, round);
+    }
+    share(team, parts_of(matrix.outputs, kLanes), [&](Range& range) {
+      for (int64_t begin, end; range.take(begin, end);) {
+        for (int64_t number = begin; number < end; ++number) {
+          for (int64_t chunk = 0; chunk < rounded.chunks(); ++chunk) {
+            run_panel<Form>(rounded.count(chunk), matrix, rounded.at(chunk), chunk * kIntegerRows, groups, number,
+                            std::make_integer_sequence<int, kIntegerRows>());
+          }
+        }
+      }
+    });
+    matrix.y += rounded.rows * matrix.outputs;
+  }
   return y;
 }
 
-// Four bytes of the row next to four others, each for half of the lanes.
-inline __m512i beside(const int32_t* words) {
-  return _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
+inline at::Tensor product_int8(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& scale,
+                               const at::Tensor& bias, bool team) {
+  return product_integers<Bytes>(x, panels, &scale, bias, team);
 }
 
-// Sums of 256 × high + low over both halves of the lanes, for 32 outputs whose lanes `unpack` has crossed; in order.
-inline void gather_sums(const __m512i (&high)[4], const __m512i (&low)[4], __m512 (&sums)[2]) {
-  __m256i folded[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]);
-    folded[i] = _mm256_add_epi32(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
-  }
-  const __m512i first = _mm512_inserti64x4(_mm512_castsi256_si512(folded[0]), folded[1], 1);
-  const __m512i second = _mm512_inserti64x4(_mm512_castsi256_si512(folded[2]), folded[3], 1);
-  sums[0] = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(first, second, 0x88));
-  sums[1] = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(first, second, 0xdd));
-}
-
-// Eight inputs of 64 outputs: a byte holds the codes of outputs n and n + 32 for one input. Transposed, so that four
-// inputs of an output share a word: inputs 0 to 3 in the lower half of the lanes, 4 to 7 in the upper.
-inline void unpack(const uint8_t* from, __m512i (&codes)[4]) {
-  __m512i rows[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const auto* row = reinterpret_cast<const __m256i*>(from) + i;
-    rows[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(row)), _mm256_loadu_si256(row + 4), 1);
-  }
-  const __m512i low = _mm512_unpacklo_epi8(rows[0], rows[1]), low_after = _mm512_unpacklo_epi8(rows[2], rows[3]);
-  const __m512i high = _mm512_unpackhi_epi8(rows[0], rows[1]), high_after = _mm512_unpackhi_epi8(rows[2], rows[3]);
-  codes[0] = _mm512_unpacklo_epi16(low, low_after);
-  codes[1] = _mm512_unpackhi_epi16(low, low_after);
-  codes[2] = _mm512_unpacklo_epi16(high, high_after);
-  codes[3] = _mm512_unpackhi_epi16(high, high_after);
-}
-
-// 64 outputs, of which `packed` holds the codes; weight = (code − 8) × scale + zero, scales and zeros (groups, N, 2).
-inline void meet_codes(const Rounded& row, const uint8_t* packed, const Half* scales_zeros, int64_t outputs, Half* y) {
-  const __m512i nibble = _mm512_set1_epi8(15);
-  __m512 totals[4];
-  for (auto& total : totals) total = _mm512_setzero_ps();
-  for (int64_t group = 0; group < row.groups; ++group) {
-    __m512i high[2][4], low[2][4];
-    for (int half = 0; half < 2; ++half)
-      for (int i = 0; i < 4; ++i) high[half][i] = low[half][i] = _mm512_setzero_si512();
-    for (int64_t at = group * kGroup; at < (group + 1) * kGroup; at += 8) {
-      const uint8_t* from = packed + at * kBlock4 / 2;
-      for (int64_t line = 0; line < 4; ++line) _mm_prefetch(from + 4096 + 64 * line, _MM_HINT_T0);
-      const __m512i x_high = beside(row.high + at / 4), x_low = beside(row.low + at / 4);
-      __m512i codes[4];
-      unpack(from, codes);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m512i here = _mm512_and_si512(codes[i], nibble);
-        const __m512i there = _mm512_and_si512(_mm512_srli_epi16(codes[i], 4), nibble);
-        high[0][i] = _mm512_dpbusd_epi32(high[0][i], here, x_high);
-        low[0][i] = _mm512_dpbusd_epi32(low[0][i], here, x_low);
-        high[1][i] = _mm512_dpbusd_epi32(high[1][i], there, x_high);
-        low[1][i] = _mm512_dpbusd_epi32(low[1][i], there, x_low);
-      }
-    }
-    const __m512 by = _mm512_set1_ps(row.scale[group]), sum = _mm512_set1_ps(row.sum[group]);
-    const __m512 less = _mm512_set1_ps(-8 * row.sum[group]);
-    const Half* own = scales_zeros + group * outputs * 2;
-    for (int64_t line = 0; line < 4; ++line) _mm_prefetch(own + 2 * kBlock4 + 32 * line, _MM_HINT_T0);
-    for (int half = 0; half < 2; ++half) {
-      __m512 sums[2];
-      gather_sums(high[half], low[half], sums);
-      for (int i = 0; i < 2; ++i) {
-        const int64_t part = 2 * half + i;
-        const __m512i pairs = _mm512_loadu_si512(own + part * 2 * kLanes);
-        const __m512 coded = _mm512_fmadd_ps(sums[i], by, less);
-        totals[part] = _mm512_fmadd_ps(second_of(pairs), sum, totals[part]);
-        totals[part] = _mm512_fmadd_ps(first_of(pairs), coded, totals[part]);
-      }
-    }
-  }
-  for (int64_t part = 0; part < 4; ++part) store_rounded(y + part * kLanes, totals[part]);
-}
-
-// `packed` as `_convert_weight_to_int4pack_for_cpu` returns it, with a multiple of 64 outputs and of 32 inputs.
-inline at::Tensor product_int4(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales_zeros) {
-  const at::Tensor row = x.contiguous(), matrix = packed.contiguous(), pairs = scales_zeros.contiguous();
-  const int64_t inputs = x.size(1), outputs = scales_zeros.size(1);
-  at::Tensor y = at::empty({1, outputs}, x.options());
-  const Rounded rounded = round_row(read(row), inputs);
-  const auto* from = static_cast<const uint8_t*>(matrix.const_data_ptr());
-  const Half* scales = read(pairs);
-  auto* to = static_cast<Half*>(y.mutable_data_ptr());
-  share(true, outputs / kBlock4, [&](Range& range) {
-    for (int64_t begin, end; range.take(begin, end);) {
-      for (int64_t start = begin * kBlock4; start < end * kBlock4; start += kBlock4) {
-        meet_codes(rounded, from + start * inputs / 2, scales + 2 * start, outputs, to + start);
-      }
-    }
-  });
-  return y;
+inline at::Tensor product_int4(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, bool team) {
+  return product_integers<Nibbles>(x, panels, nullptr, bias, team);
 }
 
 }  // namespace polar

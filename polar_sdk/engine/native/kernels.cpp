@@ -9,18 +9,24 @@
 #include <torch/library.h>
 
 #include "integers.h"
+#include "layers.h"
 #include "pages.h"
 #include "products.h"
 #include "prompt.h"
 
 TORCH_LIBRARY(polar, library) {
   library.def("product(Tensor x, Tensor panels, Tensor bias, bool pairs, bool team) -> Tensor");
-  library.def("product_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
-  library.def("product_int4(Tensor x, Tensor packed, Tensor scales_zeros) -> Tensor");
+  library.def("product_int8(Tensor x, Tensor panels, Tensor scale, Tensor bias, bool team) -> Tensor");
+  library.def("product_int4(Tensor x, Tensor panels, Tensor bias, bool team) -> Tensor");
   library.def(
       "attend_pages(Tensor query, Tensor store, Tensor table, Tensor positions, float scale, int? window, float? "
       "softcap, bool team) -> Tensor");
   library.def("write_pages(Tensor(a!) store, Tensor pages, Tensor offsets, Tensor key, Tensor value) -> ()");
+  library.class_<polar::Package>("Package").def(torch::init<std::string>()).def("run", &polar::Package::run);
+  library.class_<polar::Layers>("Layers").def(torch::init<>()).def("add", &polar::Layers::add);
+  library.def(
+      "decode_layers(__torch__.torch.classes.polar.Layers layers, Tensor x, int[] visits, int[] bounds, Tensor index, "
+      "Tensor table, Tensor positions, Tensor[] rotary, Tensor store, Tensor(a!) done) -> Tensor");
   library.def(
       "attend_prompt(Tensor query, Tensor keys, Tensor values, Tensor? positions, float scale, int? window, float? "
       "softcap, bool pairs) -> Tensor");
@@ -33,6 +39,7 @@ TORCH_LIBRARY_IMPL(polar, CPU, library) {
   library.impl("attend_pages", polar::attend_pages);
   library.impl("write_pages", polar::write_pages);
   library.impl("attend_prompt", polar::attend_prompt);
+  library.impl("decode_layers", polar::decode_layers);
 }
 
 // The same for compiled layers, which otherwise find each operation, and box its arguments, at every call.
@@ -48,23 +55,24 @@ AOTITorchError aoti_torch_cpu_product(AtenTensorHandle x, AtenTensorHandle panel
   });
 }
 
-AOTITorchError aoti_torch_cpu_product_int8(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale,
-                                           AtenTensorHandle* result) {
+AOTITorchError aoti_torch_cpu_product_int8(AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle scale,
+                                           AtenTensorHandle bias, int32_t team, AtenTensorHandle* result) {
   using namespace torch::aot_inductor;
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
     *result = new_tensor_handle(polar::product_int8(*tensor_handle_to_tensor_pointer(x),
-                                                    *tensor_handle_to_tensor_pointer(weight),
-                                                    *tensor_handle_to_tensor_pointer(scale)));
+                                                    *tensor_handle_to_tensor_pointer(panels),
+                                                    *tensor_handle_to_tensor_pointer(scale),
+                                                    *tensor_handle_to_tensor_pointer(bias), team != 0));
   });
 }
 
-AOTITorchError aoti_torch_cpu_product_int4(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scales_zeros,
-                                           AtenTensorHandle* result) {
+AOTITorchError aoti_torch_cpu_product_int4(AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle bias,
+                                           int32_t team, AtenTensorHandle* result) {
   using namespace torch::aot_inductor;
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
     *result = new_tensor_handle(polar::product_int4(*tensor_handle_to_tensor_pointer(x),
-                                                    *tensor_handle_to_tensor_pointer(packed),
-                                                    *tensor_handle_to_tensor_pointer(scales_zeros)));
+                                                    *tensor_handle_to_tensor_pointer(panels),
+                                                    *tensor_handle_to_tensor_pointer(bias), team != 0));
   });
 }
 

@@ -9,7 +9,7 @@
 namespace polar {
 
 // y (M, N) = x (M, K) · weightᵀ + bias. Weights lie in *panels* of 32 outputs: for each pair of inputs, the two weights
-// of each output side by side, as `products.py` packs them. So a panel is read from memory in order, once; outputs are
+// of each output side by side, as `panels.py` packs them. So a panel is read from memory in order, once; outputs are
 // along lanes, and no sum runs across them. Rows are multiplied by a panel 12 at a time, while what comes next is
 // fetched. A sum runs in the same order for any number of rows, so a row is the same whatever rows are beside it.
 

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <system_error>
 #include <thread>
 
 namespace polar {
@@ -101,7 +102,11 @@ class Team {
   }
 
   void grow(int64_t helpers) {
-    for (; made_ < helpers; ++made_) std::thread(&Team::help, this, made_).detach();
+    try {
+      for (; made_ < helpers; ++made_) std::thread(&Team::help, this, made_).detach();
+    } catch (const std::system_error&) {
+      // The system has no more threads to give; those that there are do the work.
+    }
   }
 
   void help(int64_t number) {

@@ -11,7 +11,7 @@ import sqlite3
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from polar_sdk.engine import ENGINE_VERSION
+from polar_sdk.engine import engine_version
 from polar_sdk.errors import DataError
 from polar_sdk.models.paths import cache_folder
 from polar_sdk.reading import Unreadable, parse_json
@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS facts (
 
 def cache_path(fingerprint: str, dtype: str) -> Path:
     """Where rewards of a model are kept: in the cache folder, see `POLAR_CACHE`."""
-    return cache_folder() / "rewards" / f"{fingerprint[:24]}-{dtype}-{ENGINE_VERSION}.{_LAYOUT}.sqlite3"
+    return cache_folder() / "rewards" / f"{fingerprint[:24]}-{dtype}-{engine_version(dtype)}.{_LAYOUT}.sqlite3"
 
 
 class RewardCache:

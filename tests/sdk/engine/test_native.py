@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,22 +13,12 @@ from hypothesis import strategies as st
 
 from polar_sdk.engine import native as library
 from polar_sdk.engine.attention import attend_row, paged_decode, write_pages
-from polar_sdk.engine.compiled import load_kernels
+from polar_sdk.engine.compiled import CompiledKernels, load_kernels
 from polar_sdk.engine.decoder import Decoder, build_decoder
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.products import (
-    Int4,
-    Int8,
-    Packed,
-    Plain,
-    _interleave,
-    _layout_known,
-    _unpack,
-    multiply,
-    pack,
-    quantize,
-)
+from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
+from polar_sdk.engine.products import Int4, Plain, multiply, pack, quantize
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
 from polar_sdk.programs.program import Program
@@ -169,44 +159,88 @@ def _spread(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return 4 * largest @ weight.double().abs().T + 1
 
 
-def _uneven(seed: int, inputs: int) -> torch.Tensor:
-    """A row whose largest inputs are a thousand times the others, as in real models."""
-    x = _random(seed, 1, inputs)
+def _uneven(seed: int, rows: int, inputs: int) -> torch.Tensor:
+    """Rows whose largest inputs are a thousand times the others, as in real models."""
+    x = _random(seed, rows, inputs)
     x[:, ::37] *= 1000
     return x
 
 
-@pytest.mark.usefixtures("native")
-@given(outputs=st.integers(1, 100), inputs=st.integers(1, 200), seed=st.integers(0, 2**20))
-def test_a_row_and_8_bit_integers(outputs: int, inputs: int, seed: int) -> None:
-    x, matrix = _uneven(seed, inputs), quantize(Plain(_random(seed + 1, outputs, inputs)), "int8")
-    assert isinstance(matrix, Int8)
-    weight = matrix.weight.double() * matrix.scale.double()[:, None]
-    got = library.product_int8(x, matrix.weight, matrix.scale)
-    _assert_close(got, x.double() @ weight.T, _spread(x, weight))
+def _bytes_of(plain: Plain) -> tuple[PackedInt8, torch.Tensor]:
+    """The matrix in 8-bit panels, and what it stands for in float64."""
+    stored = quantize(plain, "int8")
+    packed = pack(stored)
+    assert isinstance(packed, PackedInt8)
+    return packed, stored[0].double() * packed.scale.double()[:, None]
+
+
+def _codes_of(plain: Plain) -> tuple[PackedInt4, torch.Tensor]:
+    """The matrix in 4-bit panels, and what it stands for in float64, read without the code under test."""
+    stored = quantize(plain, "int4")
+    packed = pack(stored)
+    assert isinstance(stored, Int4)
+    assert isinstance(packed, PackedInt4)
+    scale, zero = stored.scales_zeros.double().repeat_interleave(32, 0).transpose(0, 1).unbind(-1)  # (N, K) each
+    # Rounded as `quantize` does, from scales before they are rounded themselves.
+    groups = plain.weight.float().view(plain.weight.shape[0], -1, 32)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    codes = ((groups - low) / ((high - low) / 15).clamp(min=1e-12)).round().clamp(0, 15).flatten(1).double()
+    return packed, (codes - 8) * scale + zero
 
 
 @pytest.mark.usefixtures("native")
-@given(blocks=st.integers(1, 4), groups=st.integers(1, 9), seed=st.integers(0, 2**20))
-def test_a_row_and_4_bit_integers(blocks: int, groups: int, seed: int) -> None:
-    x, matrix = _uneven(seed, 32 * groups), quantize(Plain(_random(seed + 1, 64 * blocks, 32 * groups)), "int4")
-    assert isinstance(matrix, Int4)
-    assert _layout_known()
-    weight = _interleave(_unpack(matrix, torch.float64))
-    got = library.product_int4(x, matrix.packed, matrix.scales_zeros)
-    _assert_close(got, x.double() @ weight, _spread(x, weight.T))
+@given(
+    rows=st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17]),
+    outputs=st.integers(1, 100),
+    inputs=st.integers(1, 200),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_rows_and_8_bit_integers(rows: int, outputs: int, inputs: int, biased: bool, seed: int) -> None:
+    bias = _random(seed + 2, outputs) if biased else None
+    x, (packed, weight) = _uneven(seed, rows, inputs), _bytes_of(Plain(_random(seed + 1, outputs, inputs), bias))
+    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+    _assert_close(library.product_int8(x, *packed), expected, _spread(x, weight) + expected.abs())
+
+
+@pytest.mark.usefixtures("native")
+@given(
+    rows=st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17]),
+    blocks=st.integers(1, 4),
+    groups=st.integers(1, 9),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_rows_and_4_bit_integers(rows: int, blocks: int, groups: int, biased: bool, seed: int) -> None:
+    bias = _random(seed + 2, 64 * blocks) if biased else None
+    plain = Plain(_random(seed + 1, 64 * blocks, 32 * groups), bias)
+    x, (packed, weight) = _uneven(seed, rows, 32 * groups), _codes_of(plain)
+    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+    _assert_close(library.product_int4(x, *packed), expected, _spread(x, weight) + expected.abs())
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_row_of_integers_is_the_same_whatever_rows_are_beside_it(precision: str) -> None:
+    """To the bit, with more rows than are rounded together, too."""
+    x, plain = _uneven(0, 300, 576), Plain(_random(1, 192, 576))
+    packed = pack(quantize(plain, precision))
+    assert isinstance(packed, PackedInt8 | PackedInt4)
+    whole = packed.multiply(x)
+    for count in (1, 2, 3, 4, 8, 9, 16, 256, 257):
+        assert torch.equal(packed.multiply(x[:count]), whole[:count]), count
+    assert torch.equal(packed.multiply(x[299:]), whole[299:])
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_none(bad: float) -> None:
-    x = _random(0, 1, 64)
-    x[0, 40] = bad
-    eight, four = (quantize(Plain(_random(1, 64, 64)), precision) for precision in ("int8", "int4"))
-    assert isinstance(eight, Int8)
-    assert isinstance(four, Int4)
-    assert not library.product_int8(x, eight.weight, eight.scale).isfinite().any()
-    assert not library.product_int4(x, four.packed, four.scales_zeros).isfinite().any()
+    x, plain = _random(0, 3, 64), Plain(_random(1, 64, 64))
+    x[1, 40] = bad
+    for packed in (_bytes_of(plain)[0], _codes_of(plain)[0]):
+        got = packed.multiply(x)
+        assert not got[1].isfinite().any()
+        assert got[[0, 2]].isfinite().all()
 
 
 @pytest.mark.usefixtures("native")
@@ -332,16 +366,56 @@ def _bytes(decoder: Decoder) -> int:
     """Of all weights, each counted once; zeros for a missing bias and the rest of a panel are small."""
     values = [value for weights in [decoder.start, *decoder.layers, decoder.ends] for value in weights.values()]
     tensors = [part for value in values for part in ([value] if isinstance(value, torch.Tensor) else value or ())]
-    storages = {
-        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors if part is not None
-    }
-    return sum(storages.values())
+    return sum({part.data_ptr(): part.nbytes for part in tensors if part is not None}.values())
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_layers_at_once_compute_what_they_do_one_by_one(packages: Path, precision: str) -> None:
+    """To the bit, for rows with other programs beside each other, and for several tokens of a row."""
+    decoder = _compiled(packages, precision)
+    programs, prompts = ["0-2", "0 2", "0 1 1 2"], [[5, 6, 7], list(range(70)), [9]]
+
+    def run() -> list[torch.Tensor]:
+        rows = [Row(decoder, Program.parse(text)) for text in programs]
+        steps = [prompts, [[1], [2], [3]], [[4, 5, 6], [7], [8, 9]]]
+        return [next_logits(decoder, rows, tokens) for tokens in steps]
+
+    assert decoder.kernels.at_once
+    together = run()
+    decoder.kernels.at_once = False
+    assert all(map(torch.equal, run(), together))
+
+
+@pytest.mark.usefixtures("native")
+def test_of_layers_at_once_those_before_a_failure_are_counted(packages: Path) -> None:
+    decoder = _compiled(packages)
+    row = Row(decoder, Program.parse("0-2"))
+    next_logits(decoder, [row], [[1, 2, 3]])
+    before = row.work.total
+    kernels = decoder.kernels
+    assert isinstance(kernels, CompiledKernels)
+    layers = kernels._layers
+
+    class Missing:
+        """The last layer is one that the model does not have."""
+
+        def decode(self, x: torch.Tensor, visits: Sequence[int], *rest: Any) -> torch.Tensor:
+            assert layers is not None
+            return layers.decode(x, [*visits[:-1], 99], *rest)
+
+    kernels._layers = Missing()  # type: ignore[assignment]
+    with pytest.raises(IndexError, match="99"):
+        next_logits(decoder, [row], [[4]])
+    visits = row.work.visits().decode
+    assert visits == (1, 1, 0)
+    assert before < row.work.total < before + row.work.next_token(4)
 
 
 @pytest.mark.usefixtures("native")
 def test_compiled_layers_of_integers_compute_what_eager_ones_do(packages: Path, logits_of: LogitsOf) -> None:
     eager, compiled = _decoder("int4"), _compiled(packages, "int4")
-    assert any(isinstance(value, Int4) for value in compiled.layers[0].values())
+    assert any(isinstance(value, PackedInt4) for value in compiled.layers[0].values())
     ours, theirs = (logits_of(decoder, ["0 2 1"], [70], 4) for decoder in (compiled, eager))
     error = (ours - theirs).abs().mean()  # both round in bfloat16
     assert error < 0.04 * theirs.std(), f"mean {error:.3g}, spread {theirs.std():.3g}"
@@ -351,6 +425,7 @@ def test_compiled_layers_of_integers_compute_what_eager_ones_do(packages: Path, 
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not loaded the library, on a processor that could run it."""
     monkeypatch.setattr(library, "_loaded", set())
+    monkeypatch.setattr(library, "_failures", [])
     monkeypatch.setattr(library, "_supported", lambda: True)
 
 
@@ -366,6 +441,16 @@ def test_without_a_compiler_layers_do_without(
     assert "native kernels cannot be compiled" in caplog.text
     assert not list(tmp_path.iterdir())
     assert library.version(HALF, CPU) == ""
+
+
+@pytest.mark.usefixtures("fresh")
+def test_why_it_cannot_be_compiled_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library.failure() == ""
+    (tmp_path / "kernels.cpp").write_text("#include <vector>\nint broken = no_such_name;\n")
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    assert not library.load_library(tmp_path / "kept", HALF, CPU, build=True)
+    assert "kernels.cpp:2:14: error:" in library.failure()
+    assert "no_such_name" in library.failure()
 
 
 @pytest.mark.usefixtures("fresh")

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_sdk.engine import products
+from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
 from polar_sdk.engine.products import (
     INT4_GROUP,
     Int4,
     Int8,
-    Packed,
     Plain,
     Product,
     look_up,
@@ -26,7 +26,6 @@ from polar_sdk.engine.products import (
     outputs_from,
     pack,
     quantize,
-    unpack,
 )
 from polar_sdk.errors import DeviceError
 
@@ -55,6 +54,8 @@ def _stored(product: Product) -> torch.Tensor:
         case Packed():
             blocks = [panel.T.contiguous().view(product.bias.dtype) for panel in product.panels]
             return torch.cat(blocks)[: product.bias.shape[0]].double()
+        case PackedInt8() | PackedInt4():
+            raise AssertionError("compared with the matrix that it was packed from")
         case Int8():
             return product.weight.double() * product.scale.double()[:, None]
         case Int4():
@@ -95,7 +96,8 @@ def test_every_precision_gives_the_sums_of_what_it_stores(
 def test_a_packed_matrix_is_the_matrix(rows: int, outputs: int, inputs: int, biased: bool, seed: int) -> None:
     x, plain = _example((rows, outputs, inputs), torch.bfloat16, seed, biased)
     packed = pack(plain)
-    assert torch.equal(unpack(packed, inputs), plain.weight)
+    assert isinstance(packed, Packed)
+    assert torch.equal(packed.unpack(inputs), plain.weight)
     _close(multiply(x, packed), x, plain)
     if inputs % 2 == 0:
         assert torch.equal(_stored(packed), plain.weight.double())
@@ -110,6 +112,44 @@ def test_a_packed_matrix_is_the_matrix(rows: int, outputs: int, inputs: int, bia
                 x,
                 Plain(plain.weight[first:], plain.bias if plain.bias is None else plain.bias[first:]),
             )
+
+
+@given(st.integers(1, 5), st.integers(1, 100), st.integers(1, 100), st.booleans(), st.integers(0, 2**20))
+def test_packed_bytes_are_the_integers(rows: int, outputs: int, inputs: int, biased: bool, seed: int) -> None:
+    x, plain = _example((rows, outputs, inputs), torch.bfloat16, seed, biased)
+    stored = quantize(plain, "int8")
+    packed = pack(stored)
+    assert isinstance(packed, PackedInt8)
+    _same_matrix(packed, stored, x)
+
+
+@given(st.integers(1, 5), st.sampled_from([64, 128, 192]), st.integers(1, 4), st.booleans(), st.integers(0, 2**20))
+def test_packed_halves_of_bytes_are_the_codes(rows: int, outputs: int, groups: int, biased: bool, seed: int) -> None:
+    x, plain = _example((rows, outputs, INT4_GROUP * groups), torch.bfloat16, seed, biased)
+    stored = quantize(plain, "int4")
+    packed = pack(stored)
+    assert isinstance(packed, PackedInt4)
+    _same_matrix(packed, stored, x)
+
+
+def _same_matrix(packed: PackedInt8 | PackedInt4, stored: Product, x: torch.Tensor) -> None:
+    matrix = _stored(stored)
+    unpacked = packed.unpack(x.shape[1])
+    assert unpacked.shape == matrix.shape
+    assert torch.allclose(unpacked.double(), matrix, rtol=2**-8, atol=0.002)  # one rounding, of a zero point besides
+    for first in (0, 1, 16, 32):
+        part = outputs_from(packed, first)
+        assert (part is None) == (first == 1)
+        if part is not None:
+            _close(multiply(x, part), x, Plain(unpacked[first:], packed.bias[first:]))
+    again = pack(packed)
+    assert again is packed
+
+
+def test_a_matrix_in_a_layout_that_is_not_known_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = quantize(Plain(torch.randn(64, 64)), "int4")
+    monkeypatch.setattr(products, "_layout_known", lambda: False)
+    assert pack(stored) is stored
 
 
 @given(st.sampled_from([(64, 32), (48, 64), (128, 96)]), st.integers(0, 2**20))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from polar_sdk.cli.models import register
+from polar_sdk.engine import native
 from polar_sdk.errors import ModelNotFoundError
 from polar_sdk.models.find import obtain
 from polar_sdk.models.load import load_pretrained
@@ -65,6 +67,21 @@ def test_unknown_model_is_the_users_mistake(arguments: tuple[str, str], cache: P
     with pytest.raises(ModelNotFoundError, match="no-such-model") as raised:
         call(*arguments)
     assert raised.value.exit_code == 2
+
+
+def test_compile_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers are compiled; that the native library is not must not look like success alone."""
+    loaded = SimpleNamespace(name="tiny", device="cpu", decoder=SimpleNamespace(dtype_name="bfloat16"))
+    monkeypatch.setattr("polar_sdk.models.load.load_pretrained", lambda *_, **__: loaded)
+    whole = CliRunner().invoke(app, ["models", "compile", "tiny"], catch_exceptions=False)
+    assert "tiny is compiled for cpu in bfloat16" in whole.stdout
+    assert whole.stderr == ""
+    monkeypatch.setattr(native, "_loaded", set())
+    monkeypatch.setattr(native, "_failures", ["native kernels cannot be compiled, layers run without: no disk."])
+    partly = CliRunner().invoke(app, ["models", "compile", "tiny"], catch_exceptions=False)
+    assert "tiny is compiled" in partly.stdout
+    assert "warning: native kernels cannot be compiled" in partly.stderr
+    assert "run the command again" in partly.stderr
 
 
 @pytest.mark.parametrize("arguments", [(), ("fetch",), ("remove",)])

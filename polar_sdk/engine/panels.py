@@ -1,0 +1,155 @@
+"""Matrices in panels: the order in which the native library reads them, which takes no more memory.
+
+A panel holds some outputs for all inputs, so that a product reads it from memory in order, once. Only compiled layers
+multiply with panels; what runs uncompiled unpacks them first. Sides that do not fit are filled up with zeros.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from polar_sdk.engine import native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+GROUP: Final = 32
+"""Number of inputs of an integer panel whose products are summed exactly, and which share a scale in int4."""
+_OUTPUTS: Final = 32
+"""Number of outputs in a panel of bfloat16."""
+_INTEGER_OUTPUTS: Final = 16
+"""Number of outputs in a panel of integers."""
+_WORD: Final = 4
+"""Number of inputs whose integers for an output lie side by side."""
+
+
+class Packed(NamedTuple):
+    """A matrix (N, K) of bfloat16 in panels of 32 outputs, with its bias (N,).
+
+    Panels are (N / 32, K / 2, 32); an entry is an int32 of two weights, for inputs 2k and 2k + 1.
+    """
+
+    panels: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Packed:
+        """Pack a matrix (N, K); no bias is one of zeros."""
+        pairs = _padded(weight, _OUTPUTS, 2).contiguous().view(torch.int32)
+        panels = pairs.view(-1, _OUTPUTS, pairs.shape[1]).transpose(1, 2).contiguous()
+        return cls(panels, _bias(bias, weight, weight.shape[0]))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply activations (M, K), in compiled code; returns (M, N)."""
+        return native.product(x, *self)
+
+    def outputs_from(self, first: int) -> Packed | None:
+        """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
+        return None if first % _OUTPUTS else Packed(self.panels[first // _OUTPUTS :], self.bias[first:])
+
+    def unpack(self, inputs: int) -> Tensor:
+        """The matrix (N, K), where K is `inputs`."""
+        pairs = self.panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return pairs.flatten(0, 1).view(self.bias.dtype)[: self.bias.shape[0], :inputs]
+
+    def look_up(self, outputs: Tensor) -> Tensor:
+        """The rows (M, K) of some outputs (M,); K is even."""
+        # One index for each pair of inputs: torch's indexing by three wakes its threads for a single row.
+        pairs = self.panels.shape[1]
+        first = outputs // _OUTPUTS * (pairs * _OUTPUTS) + outputs % _OUTPUTS
+        places = first[:, None] + torch.arange(0, pairs * _OUTPUTS, _OUTPUTS, device=outputs.device)
+        return self.panels.view(-1).index_select(0, places.view(-1)).view(-1, pairs).view(self.bias.dtype)
+
+
+class PackedInt8(NamedTuple):
+    """A matrix (N, K) of 8-bit integers in panels of 16 outputs, with its scales and its bias (N,).
+
+    Panels are (N / 16, K / 32, 8, 16, 4): words of four inputs, outputs, inputs of the word. An entry is a byte, the
+    integer plus 128.
+    """
+
+    panels: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedInt8:
+        """Pack integers (N, K) with scales (N,); no bias is one of zeros."""
+        whole = _padded(weight, _INTEGER_OUTPUTS, GROUP)
+        words = whole.view(-1, _INTEGER_OUTPUTS, whole.shape[1] // GROUP, GROUP // _WORD, _WORD)
+        panels = words.permute(0, 2, 3, 1, 4).contiguous().view(torch.uint8).bitwise_xor(128)  # adds 128
+        return cls(panels, scale, _bias(bias, scale, weight.shape[0]))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply activations (M, K), in compiled code; returns (M, N)."""
+        return native.product_int8(x, *self)
+
+    def outputs_from(self, first: int) -> PackedInt8 | None:
+        """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
+        if first % _INTEGER_OUTPUTS:
+            return None
+        return PackedInt8(self.panels[first // _INTEGER_OUTPUTS :], self.scale[first:], self.bias[first:])
+
+    def unpack(self, inputs: int) -> Tensor:
+        """The matrix (N, K), where K is `inputs`, with its scales."""
+        words = self.panels.bitwise_xor(128).view(torch.int8).permute(0, 3, 1, 2, 4)
+        weight = words.flatten(2).flatten(0, 1)[: self.bias.shape[0], :inputs]
+        return (weight * self.scale.float()[:, None]).to(self.bias.dtype)
+
+
+class PackedInt4(NamedTuple):
+    """A matrix (N, K) of 4-bit codes in panels of 16 outputs, with its bias (N,).
+
+    Panels are bytes, (N / 16, K / 32, 320), one row for each group of inputs. The first 256 bytes are (4, 16, 4): pairs
+    of words, outputs, inputs of a word. Low halves of bytes are codes of the first word of a pair, high halves those of
+    the second. The other bytes are scale and zero of each output, (16, 2), in bfloat16.
+    """
+
+    panels: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor, scales_zeros: Tensor, bias: Tensor | None) -> PackedInt4:
+        """Pack codes (N, K) with scales and zeros (K / 32, N, 2); no bias is one of zeros."""
+        groups, outputs, _ = scales_zeros.shape
+        words = codes.view(-1, _INTEGER_OUTPUTS, groups, GROUP // (2 * _WORD), 2, _WORD)
+        pairs = (words[..., 0, :] | words[..., 1, :] << 4).permute(0, 2, 3, 1, 4)
+        numbers = scales_zeros.view(groups, -1, _INTEGER_OUTPUTS, 2).transpose(0, 1).contiguous().view(torch.uint8)
+        panels = torch.cat((pairs.flatten(2), numbers.flatten(2)), dim=-1)
+        return cls(panels, _bias(bias, scales_zeros, outputs))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply activations (M, K), in compiled code; returns (M, N)."""
+        return native.product_int4(x, *self)
+
+    def outputs_from(self, first: int) -> PackedInt4 | None:
+        """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
+        if first % _INTEGER_OUTPUTS:
+            return None
+        return PackedInt4(self.panels[first // _INTEGER_OUTPUTS :], self.bias[first:])
+
+    def unpack(self, inputs: int) -> Tensor:
+        """The matrix (N, K), where K is `inputs`, with its scales and zeros."""
+        count, groups, _ = self.panels.shape
+        size = _INTEGER_OUTPUTS * GROUP // 2
+        pairs = self.panels[..., :size].reshape(count, groups, -1, _INTEGER_OUTPUTS, _WORD)
+        words = torch.stack((pairs & 15, pairs >> 4), dim=3)  # (N / 16, K / 32, 4, 2, 16, 4)
+        codes = words.permute(0, 4, 1, 2, 3, 5).flatten(3)  # (N / 16, 16, K / 32, 32)
+        numbers = self.panels[..., size:].contiguous().view(self.bias.dtype).view(count, groups, _INTEGER_OUTPUTS, 2)
+        scales, zeros = numbers.float().transpose(1, 2)[..., None, :].unbind(-1)
+        weight = ((codes.float() - 8) * scales + zeros).to(self.bias.dtype)
+        return weight.flatten(2).flatten(0, 1)[:, :inputs]
+
+
+def _bias(bias: Tensor | None, like: Tensor, outputs: int) -> Tensor:
+    return like.new_zeros(outputs) if bias is None else bias
+
+
+def _padded(weight: Tensor, outputs: int, inputs: int) -> Tensor:
+    """A matrix with zeros after it, so that its sides are multiples of these."""
+    missing = -weight.shape[0] % outputs, -weight.shape[1] % inputs
+    return F.pad(weight, (0, missing[1], 0, missing[0])) if any(missing) else weight
