@@ -332,8 +332,8 @@ class CompiledKernels:
     def decode_layers(
         self,
         x: Tensor,
-        visits: Sequence[int],
-        bounds: Sequence[int],
+        visits: Tensor,
+        bounds: Tensor,
         tokens: PagedTokens,
         rotary: Sequence[Rotary],
         store: Tensor,

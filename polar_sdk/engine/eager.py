@@ -96,8 +96,8 @@ class Kernels(Protocol):
     def decode_layers(
         self,
         x: Tensor,
-        visits: Sequence[int],
-        bounds: Sequence[int],
+        visits: Tensor,
+        bounds: Tensor,
         tokens: PagedTokens,
         rotary: Sequence[Rotary],
         store: Tensor,
@@ -107,8 +107,8 @@ class Kernels(Protocol):
 
         Args:
             x: States of all rows, (B, E).
-            visits: Which layers, V.
-            bounds: Visit i is for the tokens from bounds[i] to bounds[i + 1], (V + 1,).
+            visits: Which layers, (n,).
+            bounds: Visit i is for the tokens from bounds[i] to bounds[i + 1], (n + 1,).
             tokens: Those of all visits; their rows are given.
             rotary: Of all rows, for each kind of layer.
             store: The pages, (P, 2, G, page, d).
@@ -165,8 +165,8 @@ class EagerKernels:
     def decode_layers(
         self,
         x: Tensor,
-        visits: Sequence[int],
-        bounds: Sequence[int],
+        visits: Tensor,
+        bounds: Tensor,
         tokens: PagedTokens,
         rotary: Sequence[Rotary],
         store: Tensor,

@@ -24,7 +24,7 @@ from polar_sdk.engine.row import Row, extra_visits
 from polar_sdk.programs.cost import size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch import Tensor
 
@@ -168,10 +168,12 @@ def _take_over_leads(decoder: Decoder, layout: Layout, hidden: Tensor) -> None:
 
 def _count(layout: Layout, finished: Sequence[_Going]) -> None:
     """Count the finished steps of every row."""
-    places: list[set[int]] = [set() for _ in layout.rows]
-    for going in finished:
-        for index, place in going:
-            places[index].add(place)
+    places: list[Collection[int]]
+    if len(finished) == len(layout.plan.turns) and not any(row.left_out for row in layout.rows):
+        places = [range(len(row.program)) for row in layout.rows]
+    else:
+        ran = [(index, place) for going in finished for index, place in going]
+        places = [{place for index, place in ran if index == row} for row in range(len(layout.rows))]
     for row, piece, done in zip(layout.rows, layout.pieces, places, strict=True):
         row.work.steps(piece, done, row.drafted)
 
@@ -189,9 +191,10 @@ def _runs_at_once(decoder: Decoder, layout: Layout) -> bool:
 
 def _run_at_once(decoder: Decoder, layout: Layout, hidden: Tensor, finished: list[_Going]) -> Tensor:
     """All turns in one call; returns the hidden states of all rows, and says which turns have run."""
-    layers, done = layout.plan.layers or (), torch.zeros(1, dtype=torch.long)
+    layers, done = layout.plan.layers, torch.zeros(1, dtype=torch.long)
+    assert layers is not None, "see `_runs_at_once`"
     tokens = PagedTokens(layout.member_tokens, layout.member_tables, layout.member_positions)
-    rotary, store = layout.all.rotary(decoder.rotary), decoder.store(layers[0])
+    rotary, store = layout.all.rotary(decoder.rotary), decoder.store(0)
     try:
         return decoder.kernels.decode_layers(hidden, layers, layout.turn_bounds, tokens, rotary, store, done)
     finally:

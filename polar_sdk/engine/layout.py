@@ -81,9 +81,9 @@ class Plan(NamedTuple):
     """Row of each member."""
     visits: Tensor
     """For each member, which of its row's histories the visit uses."""
-    bounds: tuple[int, ...]
+    bounds: Tensor
     """Where the members of each turn begin, and where those of the last one end."""
-    layers: tuple[int, ...] | None
+    layers: Tensor | None
     """The layer of each turn; None where a turn is not one layer, run whole."""
 
 
@@ -97,8 +97,8 @@ def plan_of(programs: tuple[Program, ...], device: torch.device) -> Plan:
         turns,
         torch.tensor([row for row, _ in members], device=device),
         torch.tensor([slots[row][place] for row, place in members], device=device),
-        tuple(accumulate((len(turn.members) for turn in turns), initial=0)),
-        tuple(turn.step.first for turn in turns) if all(turn.step.plain for turn in turns) else None,
+        torch.tensor(list(accumulate((len(turn.members) for turn in turns), initial=0))),
+        torch.tensor([turn.step.first for turn in turns]) if all(turn.step.plain for turn in turns) else None,
     )
 
 
@@ -174,14 +174,8 @@ class Layout:
         Blocks that a row does not have name its first page, so that it never meets numbers of another row, nan among
         them, not even with weight 0.
         """
-        blocks = -(-self.longest // PAGE)
-        visits = max(row.page_table.visits for row in self.rows)
-        table = torch.zeros((len(self.rows), blocks, visits), dtype=torch.long)
-        for index, row in enumerate(self.rows):
-            places = row.page_table.places(blocks)
-            table[index, :, : places.shape[1]] = places[0]
-            table[index, : places.shape[0], : places.shape[1]] = places
-        return table.permute(2, 0, 1).contiguous().to(self.device)
+        places = tuple(row.page_table.places for row in self.rows)
+        return _tables(places, -(-self.longest // PAGE)).to(self.device)
 
     @cached_property
     def _member_rows(self) -> list[int]:
@@ -195,10 +189,10 @@ class Layout:
         return list(accumulate((self.counts[row] for row in self._member_rows), initial=0))
 
     @property
-    def turn_bounds(self) -> Sequence[int]:
+    def turn_bounds(self) -> Tensor:
         """Where the tokens of each turn begin among those of all, and where they end."""
         bounds = self.plan.bounds
-        return bounds if self.single else [self.member_bounds[member] for member in bounds]
+        return bounds if self.single else torch.tensor(self.member_bounds)[bounds]
 
     @cached_property
     def member_tokens(self) -> Tensor:
@@ -212,7 +206,7 @@ class Layout:
     def member_tables(self) -> Tensor:
         """Pages of the row of each of these tokens, in order, (tokens, blocks)."""
         if self.single:
-            return self.tables[self.plan.visits, self.plan.rows]
+            return _of_members(self.tables, self.plan.visits, self.plan.rows)
         counts = torch.tensor([self.counts[row] for row in self._member_rows]).to(self.device)
         return self.tables[self.plan.visits.repeat_interleave(counts), self.owners[self.member_tokens]]
 
@@ -252,6 +246,25 @@ class Layout:
     def all(self) -> Tokens:
         """All tokens."""
         return self.some((row, piece.start, piece.end) for row, piece in enumerate(self.pieces))
+
+
+# Rows that decode together have the same pages for up to 64 tokens, and then the same tensors of them.
+@lru_cache(maxsize=16)
+def _tables(places: tuple[Tensor, ...], blocks: int) -> Tensor:
+    """Of `PageTable.places` of each row, (visits, B, blocks)."""
+    visits = max(each.shape[1] for each in places)
+    table = torch.zeros((len(places), blocks, visits), dtype=torch.long)
+    for index, each in enumerate(places):
+        own = each[:blocks]
+        table[index, :, : own.shape[1]] = own[0]
+        table[index, : own.shape[0], : own.shape[1]] = own
+    return table.permute(2, 0, 1).contiguous()
+
+
+@lru_cache(maxsize=16)
+def _of_members(tables: Tensor, visits: Tensor, rows: Tensor) -> Tensor:
+    """Of tables (visits, B, blocks), those of some visits of some rows, (members, blocks)."""
+    return tables[visits, rows]
 
 
 class Tokens:

@@ -71,7 +71,7 @@ class Lead:
             end: The token after the last one.
         """
         positions = torch.arange(start, end)
-        places = pages.places(-(-end // PAGE))[positions // PAGE]
+        places = pages.places[positions // PAGE]
         for layer, store in enumerate(stores):
             pages_of_layer, offsets = places[:, layer].to(store.device), (positions % PAGE).to(store.device)
             write_pages(store, pages_of_layer, offsets, self.keys[layer][start:end], self.values[layer][start:end])

@@ -208,6 +208,10 @@ class PageTable:
         self._visits_in = [list(stores).count(store) for store in range(len(pool.sizes))]
         self.blocks: list[list[int]] = []
         """For every 64 tokens of the row, the page of each visit."""
+        self._places = torch.empty((0, self.visits), dtype=torch.long)
+        """What `places` returned last."""
+        self._last: list[int] | None = None
+        """The last block of it."""
         weakref.finalize(self, _give_back, pool, self.blocks)
         pool.note(self)
         self.length = 0
@@ -266,9 +270,14 @@ class PageTable:
         """Overwrite the pages that no other row has: 0 × nan is nan in whatever row gets them next."""
         self._pool.clear([page for block in self.blocks for page in block])
 
-    def places(self, blocks: int) -> Tensor:
-        """Place within its store of each visit's page, for the first `blocks` blocks, (blocks, visits)."""
-        return torch.tensor(self.blocks[:blocks], dtype=torch.long) - self._starts
+    @property
+    def places(self) -> Tensor:
+        """Place within its store of the page of each block and visit, (blocks, visits)."""
+        last = self.blocks[-1] if self.blocks else None
+        if last is not self._last or len(self.blocks) != len(self._places):  # blocks come and go at the end only
+            self._places = torch.tensor(self.blocks, dtype=torch.long).view(-1, self.visits) - self._starts
+            self._last = last
+        return self._places
 
     def history(self, visit: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `length` tokens of one visit, copied together, (G, length, d) each."""

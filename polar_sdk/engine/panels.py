@@ -6,6 +6,7 @@ multiply with panels; what runs uncompiled unpacks them first. Sides that do not
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class Packed(NamedTuple):
         # One index for each pair of inputs: torch's indexing by three wakes its threads for a single row.
         pairs = self.panels.shape[1]
         first = outputs // _OUTPUTS * (pairs * _OUTPUTS) + outputs % _OUTPUTS
-        places = first[:, None] + torch.arange(0, pairs * _OUTPUTS, _OUTPUTS, device=outputs.device)
+        places = first[:, None] + _offsets(pairs, outputs.device)
         return self.panels.view(-1).index_select(0, places.view(-1)).view(-1, pairs).view(self.bias.dtype)
 
 
@@ -143,6 +144,12 @@ class PackedInt4(NamedTuple):
         scales, zeros = numbers.float().transpose(1, 2)[..., None, :].unbind(-1)
         weight = ((codes.float() - 8) * scales + zeros).to(self.bias.dtype)
         return weight.flatten(2).flatten(0, 1)[:, :inputs]
+
+
+@lru_cache(maxsize=64)
+def _offsets(pairs: int, device: torch.device) -> Tensor:
+    """Where the pairs of inputs of an output are, from the first one on; made once and not for every token."""
+    return torch.arange(0, pairs * _OUTPUTS, _OUTPUTS, device=device)
 
 
 def _bias(bias: Tensor | None, like: Tensor, outputs: int) -> Tensor:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -92,6 +92,7 @@ class Program:
     """
 
     steps: tuple[Step, ...]
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __init__(self, steps: Iterable[Step | int]) -> None:
         all_steps = tuple(step if isinstance(step, Step) else Step(step, step) for step in steps)
@@ -109,6 +110,11 @@ class Program:
             raise ProgramSyntaxError("the program visits no layer; it needs at least one, for example '0-29'.")
         _check_loops(all_steps)
         object.__setattr__(self, "steps", tuple(_in_segments(all_steps)))
+        object.__setattr__(self, "_hash", hash(self.steps))
+
+    def __hash__(self) -> int:
+        # Kept: what is known of programs is looked up several times for each token of a row.
+        return self._hash
 
     @classmethod
     def identity(cls, depth: int) -> Self:

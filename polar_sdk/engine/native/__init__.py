@@ -256,8 +256,8 @@ class Layers:
     def decode(
         self,
         x: Tensor,
-        visits: Sequence[int],
-        bounds: Sequence[int],
+        visits: Tensor,
+        bounds: Tensor,
         tokens: tuple[Tensor | None, Tensor, Tensor],
         rotary: Sequence[Rotary],
         store: Tensor,

@@ -25,7 +25,7 @@ TORCH_LIBRARY(polar, library) {
   library.class_<polar::Package>("Package").def(torch::init<std::string>()).def("run", &polar::Package::run);
   library.class_<polar::Layers>("Layers").def(torch::init<>()).def("add", &polar::Layers::add);
   library.def(
-      "decode_layers(__torch__.torch.classes.polar.Layers layers, Tensor x, int[] visits, int[] bounds, Tensor index, "
+      "decode_layers(__torch__.torch.classes.polar.Layers layers, Tensor x, Tensor visits, Tensor bounds, Tensor index, "
       "Tensor table, Tensor positions, Tensor[] rotary, Tensor store, Tensor(a!) done) -> Tensor");
   library.def(
       "attend_prompt(Tensor query, Tensor keys, Tensor values, Tensor? positions, float scale, int? window, float? "

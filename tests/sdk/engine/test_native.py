@@ -400,9 +400,9 @@ def test_of_layers_at_once_those_before_a_failure_are_counted(packages: Path) ->
     class Missing:
         """The last layer is one that the model does not have."""
 
-        def decode(self, x: torch.Tensor, visits: Sequence[int], *rest: Any) -> torch.Tensor:
+        def decode(self, x: torch.Tensor, visits: torch.Tensor, *rest: Any) -> torch.Tensor:
             assert layers is not None
-            return layers.decode(x, [*visits[:-1], 99], *rest)
+            return layers.decode(x, torch.tensor([*visits[:-1].tolist(), 99]), *rest)
 
     kernels._layers = Missing()  # type: ignore[assignment]
     with pytest.raises(IndexError, match="99"):
