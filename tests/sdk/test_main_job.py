@@ -81,7 +81,7 @@ def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -
         return out
 
     monkeypatch.setattr(decoder, "finish", counting)
-    if model.compiled:  # then decoding runs a layer as one call
+    if model.compiled:  # then decoding runs a layer, or all of them, as one call
         layer_of = {id(weights): index for index, weights in enumerate(decoder.layers)}
         decode = decoder.kernels.decode
 
@@ -89,7 +89,14 @@ def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -
             calls[layer_of[id(w)]] += 1
             return decode(w, *arguments)
 
+        decode_layers = decoder.kernels.decode_layers
+
+        def counting_decode_layers(x: Tensor, visits: Tensor, *arguments: Any) -> Tensor:
+            calls.update(visits.tolist())
+            return decode_layers(x, visits, *arguments)
+
         monkeypatch.setattr(decoder.kernels, "decode", counting_decode)
+        monkeypatch.setattr(decoder.kernels, "decode_layers", counting_decode_layers)
     costs: dict[str, Decimal] = {"acme": Decimal(0), "globex": Decimal(0)}
     for tenant in costs:
         for tier in ("economy", "standard", "premium", "exact"):
