@@ -91,9 +91,8 @@ class Decoder:
         self.precision = precision or _SHORT_NAMES[self.dtype]
         # The head decides between near-equal tokens: in int4 it costs a tenth of them (`benchmarks/LOG.md`).
         self.ends["head"] = quantize(self.ends["head"], "int8" if self.precision == "int4" else self.precision)
-        memory = LargePages()
-        self._place_ends(memory)
-        self.layers = [memory.place(weights) for weights in self._take_layers(modules, bring)]
+        self._place_ends()
+        self.layers = list(self._take_layers(modules, bring))
         self.cost: CostModel = family.cost()
         self.kernels: Kernels = EagerKernels(family)
         self.renewal: Callable[[], Kernels | None] | None = None
@@ -106,9 +105,10 @@ class Decoder:
         self._making_pool = renewed_in_child(threading.Lock())
 
     def _take_layers(self, modules: Sequence[nn.Module], bring: Bring | None) -> Iterator[Weights]:
+        memory = LargePages()
         for index, module in enumerate(modules):
             with _brought(list(module.parameters()), self.placement.layers[index], bring):
-                yield self._take_layer(index, module)
+                yield memory.place(self._take_layer(index, module))
 
     def _take_layer(self, index: int, module: nn.Module) -> Weights:
         weights = self.family.take_layer(index, module)
@@ -130,11 +130,11 @@ class Decoder:
         if isinstance(head, Plain) and embedding is head.weight and embedding.shape[1] % 2 == 0:
             self.start["embedding"] = self.ends["head"]
 
-    def _place_ends(self, memory: LargePages) -> None:
-        """Bring the head there; an embedding that is the head's matrix stays it."""
+    def _place_ends(self) -> None:
+        """Bring the head to large pages; an embedding that is the head's matrix stays it."""
         embedding, head = self.start["embedding"], self.ends["head"]
         tied = isinstance(head, Plain) and embedding.data_ptr() == head.weight.data_ptr()
-        self.ends = memory.place(self.ends)
+        self.ends = LargePages().place(self.ends)
         if tied:
             self.start["embedding"] = self.ends["head"].weight
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 _PAGE: Final = 1 << 21
-_BLOCK: Final = 1 << 26
+_BLOCK: Final = 1 << 24
 """Bytes to ask for at a time; what is not used of them takes no memory."""
 _ALIGNED: Final = 64
 """Bytes to which tensors are aligned, as torch's own are."""

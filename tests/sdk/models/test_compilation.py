@@ -418,6 +418,21 @@ def test_a_process_without_time_is_given_a_share(background: Path, monkeypatch: 
     second.wait()
 
 
+def test_a_model_is_compiled_in_the_memory_of_one_layer(background: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[Order] = []
+
+    def spawn(what: Order, _: object) -> Any:
+        orders.append(what)
+        return compilation._Detached([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(compilation, "_spawn", spawn)
+    model = tiny()
+    decoder = compiler.template(orders[0])
+    matrices = [value for weights in decoder.layers for value in weights.values() if isinstance(value, tuple)]
+    assert len(decoder.layers) == model.depth > 1
+    assert len({value[0].data_ptr() for value in matrices}) == len(matrices) // model.depth
+
+
 def test_two_threads_start_one_process(background: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Order] = []
 
