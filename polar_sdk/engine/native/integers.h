@@ -10,7 +10,7 @@
 
 namespace polar {
 
-// y (M, N) = x (M, K) · weightᵀ + bias. The row is rounded too, to 16-bit integers, 32 of which share a scale: the
+// y (M, N) = x (M, K) · weightᵀ + bias. Rows are rounded too, to 16-bit integers, 32 of which share a scale: the
 // largest of them keep seven bits more than bfloat16 had. Sums over a group of 32 inputs are exact, those over groups
 // are float32, in the order of the groups: so a row is the same whatever rows are beside it.
 //

@@ -29,8 +29,8 @@ struct Layers : torch::CustomClassHolder {
 };
 
 // Visits of layers, each for some of the tokens (N, E): those at `index`, whose pages and positions are at the same
-// places of `table` and `positions`; visit i is for what stands from bounds[i] to bounds[i + 1]. From one call of Python
-// to the next some 20 µs go by, a fifth of a short layer. `done` counts the visits that have run. Returns all states.
+// places of `table` and `positions`; visit i is for what stands from bounds[i] to bounds[i + 1]. Python would take some
+// 10 µs for each, a tenth of a short layer. `done` counts the visits that have run. Returns all states.
 inline at::Tensor decode_layers(const c10::intrusive_ptr<Layers>& own, at::Tensor x, const at::Tensor& visits,
                                 const at::Tensor& bounds, const at::Tensor& index, const at::Tensor& table,
                                 const at::Tensor& positions, at::TensorList rotary, const at::Tensor& store,
