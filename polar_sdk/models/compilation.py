@@ -48,8 +48,6 @@ IDLE = True
 """Whether the process only uses time that nobody else wants."""
 LOCK_SECONDS: Final = 20.0
 """How long the process waits for its lock, which others hold for a moment when they look."""
-HEAD_START_SECONDS: Final = 4.0
-"""How long the process waits before it begins, so that a first answer has the machine for itself."""
 PATIENCE_SECONDS: Final = 5.0
 """How long requests may leave the process too little time before it is given a share of it."""
 ENOUGH: Final = 0.3
@@ -234,7 +232,7 @@ class Background:
         self._process: _Detached | None = None
         self._owner = os.getpid()
         self._looked = self._began = time.monotonic()
-        self._window = self._began + HEAD_START_SECONDS, 0.0
+        self._window = self._began, 0.0
         """When the process was last found to get enough time, and its processor time by then."""
         self._parts = 0
         """Number of parts that were there when it was last looked for them."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +20,6 @@ from polar_sdk.models.compilation import (
     BUSY,
     DISK_FULL,
     FAILED,
-    HEAD_START_SECONDS,
     LOCK_SECONDS,
     NOT_WRITABLE,
     REASONS,
@@ -85,8 +83,6 @@ def _compile(order: Order) -> int:
         write_status(order.key, order.status("compiling", done=number - 1, total=count))
 
     write_status(order.key, order.status("compiling"))
-    if order.idle:
-        time.sleep(HEAD_START_SECONDS)
     try:
         from polar_sdk.engine.compiled import load_kernels
 
