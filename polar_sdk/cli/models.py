@@ -76,7 +76,7 @@ def compile_layers(
     seconds = time.monotonic() - begin
     print_line(f"{loaded.name} is compiled for {loaded.device} in {loaded.decoder.dtype_name} ({seconds:.0f} s)")
     if failure := native.failure():
-        print_line(f"warning: {failure} Answers are slower so; mend that and run the command again.", err=True)
+        print_line(f"warning: {failure} Answers will be slower until you fix that and run the command again.", err=True)
 
 
 @_models.command(epilog="Example: polar models remove smollm2-135m-instruct")

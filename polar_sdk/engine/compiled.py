@@ -27,7 +27,7 @@ from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import Compiled, EagerKernels
 from polar_sdk.engine.package import Part, compiler_options, flat, signature
 from polar_sdk.engine.pages import PAGE
-from polar_sdk.engine.products import InPanels, Int4, Int8, Plain, Product, max_rows_one_by_one, min_wide_rows, pack
+from polar_sdk.engine.products import InPanels, NotInPanels, Product, max_rows_one_by_one, min_wide_rows, pack
 from polar_sdk.engine.types import pick
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.eager import PagedTokens
+    from polar_sdk.engine.eager import PagedTokens, Visits
     from polar_sdk.engine.types import AttentionKind, Projected, Rotary, Weights
 
 
@@ -66,7 +66,7 @@ def _as_used(decoder: Decoder, weights: Weights) -> Weights:
     """Weights as compiled layers get them; of what `Decoder.pack` has not packed yet, the shapes."""
     if not native.version(decoder.dtype, decoder.device):
         return weights
-    matrices = {name: value for name, value in weights.items() if isinstance(value, Plain | Int8 | Int4)}
+    matrices = {name: value for name, value in weights.items() if isinstance(value, NotInPanels)}
     return {**weights, **{name: pack(type(value)(*map(_shape, value))) for name, value in matrices.items()}}
 
 
@@ -329,19 +329,10 @@ class CompiledKernels:
         after = outputs[0] if count == 1 else torch.cat(outputs)
         return after if index is None else x.index_copy(0, index, after)
 
-    def decode_layers(
-        self,
-        x: Tensor,
-        visits: Tensor,
-        bounds: Tensor,
-        tokens: PagedTokens,
-        rotary: Sequence[Rotary],
-        store: Tensor,
-        done: Tensor,
-    ) -> Tensor:
+    def decode_layers(self, x: Tensor, visits: Visits, rotary: Sequence[Rotary], store: Tensor, done: Tensor) -> Tensor:
         """Several layers for one token of some rows each."""
         assert self._layers is not None, "asked although `at_once` is off"
-        return self._layers.decode(x, visits, bounds, tokens, rotary, store, done)
+        return self._layers.decode(x, visits, rotary, store, done)
 
     def head(self, ends: Weights, x: Tensor) -> Tensor:
         """Logits."""

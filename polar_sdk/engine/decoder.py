@@ -19,7 +19,7 @@ from polar_sdk.engine.families import find_family
 from polar_sdk.engine.large_pages import LargePages
 from polar_sdk.engine.pages import PAGE, PagePool
 from polar_sdk.engine.placement import Placement
-from polar_sdk.engine.products import Int4, Int8, Plain, pack, quantize
+from polar_sdk.engine.products import NotInPanels, Plain, pack, quantize
 from polar_sdk.errors import CacheMemoryError
 from polar_sdk.locks import renewed_in_child
 
@@ -125,7 +125,7 @@ class Decoder:
         memory = LargePages()
         embedding, head = self.start["embedding"], self.ends["head"]
         for weights in [*self.layers, self.ends]:
-            matrices = {name: value for name, value in weights.items() if isinstance(value, Plain | Int8 | Int4)}
+            matrices = {name: value for name, value in weights.items() if isinstance(value, NotInPanels)}
             weights.update(memory.place({name: pack(value) for name, value in matrices.items()}))
         if isinstance(head, Plain) and embedding is head.weight and embedding.shape[1] % 2 == 0:
             self.start["embedding"] = self.ends["head"]

@@ -30,6 +30,21 @@ class PagedTokens(NamedTuple):
     """Positions of their tokens, (M,)."""
 
 
+class Visits(NamedTuple):
+    """Visits of n layers one after another, each for one token of some rows; the tokens of all stand in order."""
+
+    layers: Tensor
+    """Which layers, (n,)."""
+    bounds: Tensor
+    """Visit i is for the tokens from bounds[i] to bounds[i + 1], (n + 1,)."""
+    rows: Tensor
+    """Row of each token, (M,)."""
+    table: Tensor
+    """Pages of its row, (M, blocks)."""
+    positions: Tensor
+    """Its position, (M,)."""
+
+
 class Compiled(IntEnum):
     """How much of a model is compiled; each of these includes those before it."""
 
@@ -93,23 +108,12 @@ class Kernels(Protocol):
         """
         ...
 
-    def decode_layers(
-        self,
-        x: Tensor,
-        visits: Tensor,
-        bounds: Tensor,
-        tokens: PagedTokens,
-        rotary: Sequence[Rotary],
-        store: Tensor,
-        done: Tensor,
-    ) -> Tensor:
+    def decode_layers(self, x: Tensor, visits: Visits, rotary: Sequence[Rotary], store: Tensor, done: Tensor) -> Tensor:
         """`decode` of several layers one after another, each for some of the rows; returns all states, (B, E).
 
         Args:
             x: States of all rows, (B, E).
-            visits: Which layers, (n,).
-            bounds: Visit i is for the tokens from bounds[i] to bounds[i + 1], (n + 1,).
-            tokens: Those of all visits; their rows are given.
+            visits: Which layers, for which tokens.
             rotary: Of all rows, for each kind of layer.
             store: The pages, (P, 2, G, page, d).
             done: Counts the visits that have run, (1,), also where one fails.
@@ -162,16 +166,7 @@ class EagerKernels:
         """Not available."""
         raise NotImplementedError
 
-    def decode_layers(
-        self,
-        x: Tensor,
-        visits: Tensor,
-        bounds: Tensor,
-        tokens: PagedTokens,
-        rotary: Sequence[Rotary],
-        store: Tensor,
-        done: Tensor,
-    ) -> Tensor:
+    def decode_layers(self, x: Tensor, visits: Visits, rotary: Sequence[Rotary], store: Tensor, done: Tensor) -> Tensor:
         """Not available."""
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ import torch
 
 from polar_sdk.engine.attention import attend_rows, write_pages
 from polar_sdk.engine.decoder import damp
-from polar_sdk.engine.eager import PagedTokens
+from polar_sdk.engine.eager import PagedTokens, Visits
 from polar_sdk.engine.layout import MAX_PAGED, Layout, Members, Tokens
 from polar_sdk.engine.pages import histories
 from polar_sdk.engine.row import Row, extra_visits
@@ -193,10 +193,10 @@ def _run_at_once(decoder: Decoder, layout: Layout, hidden: Tensor, finished: lis
     """All turns in one call; returns the hidden states of all rows, and says which turns have run."""
     layers, done = layout.plan.layers, torch.zeros(1, dtype=torch.long)
     assert layers is not None, "see `_runs_at_once`"
-    tokens = PagedTokens(layout.member_tokens, layout.member_tables, layout.member_positions)
-    rotary, store = layout.all.rotary(decoder.rotary), decoder.store(0)
+    tokens = layout.member_tokens, layout.member_tables, layout.member_positions
+    visits, rotary = Visits(layers, layout.turn_bounds, *tokens), layout.all.rotary(decoder.rotary)
     try:
-        return decoder.kernels.decode_layers(hidden, layers, layout.turn_bounds, tokens, rotary, store, done)
+        return decoder.kernels.decode_layers(hidden, visits, rotary, decoder.store(0), done)
     finally:
         finished += [turn.members for turn in layout.plan.turns[: int(done)]]
 

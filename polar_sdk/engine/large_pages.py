@@ -1,7 +1,7 @@
 """Weights in memory of large pages.
 
 Every token reads all weights, and the processor looks up where each page of them lies. In pages of 2 MiB instead of
-4 KiB it reads up to half as much again in the same time (`benchmarks/LOG.md`). Linux gives them to memory that asks for
+4 KiB, two cores read a third more in the same time (`benchmarks/LOG.md`). Linux gives them to memory that asks for
 them; elsewhere, and where it has none left, nothing changes.
 """
 

@@ -58,7 +58,8 @@ class Int4(NamedTuple):
 
 
 InPanels = Packed | PackedInt8 | PackedInt4
-Product = Plain | Int8 | Int4 | InPanels
+NotInPanels = Plain | Int8 | Int4
+Product = NotInPanels | InPanels
 
 
 def multiply(x: Tensor, product: Product) -> Tensor:

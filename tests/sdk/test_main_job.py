@@ -20,6 +20,7 @@ from polar_sdk.engine.row import Row
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polar_sdk.engine.eager import Visits
     from polar_sdk.engine.types import Weights
 
 
@@ -91,8 +92,8 @@ def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -
 
         decode_layers = decoder.kernels.decode_layers
 
-        def counting_decode_layers(x: Tensor, visits: Tensor, *arguments: Any) -> Tensor:
-            calls.update(visits.tolist())
+        def counting_decode_layers(x: Tensor, visits: Visits, *arguments: Any) -> Tensor:
+            calls.update(visits.layers.tolist())
             return decode_layers(x, visits, *arguments)
 
         monkeypatch.setattr(decoder.kernels, "decode", counting_decode)

@@ -26,6 +26,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from polar_sdk.engine.eager import Visits
     from polar_sdk.engine.types import AttentionKind, Rotary
 
 
@@ -253,21 +254,10 @@ class Layers:
         for layer in layers:
             self._layers.add(*layer)
 
-    def decode(
-        self,
-        x: Tensor,
-        visits: Tensor,
-        bounds: Tensor,
-        tokens: tuple[Tensor | None, Tensor, Tensor],
-        rotary: Sequence[Rotary],
-        store: Tensor,
-        done: Tensor,
-    ) -> Tensor:
+    def decode(self, x: Tensor, visits: Visits, rotary: Sequence[Rotary], store: Tensor, done: Tensor) -> Tensor:
         """`Kernels.decode_layers`, with its arguments and result."""
         angles = [each for pair in rotary for each in pair]
-        after: Tensor = torch.ops.polar.decode_layers.default(
-            self._layers, x, visits, bounds, *tokens, angles, store, done
-        )
+        after: Tensor = torch.ops.polar.decode_layers.default(self._layers, x, *visits, angles, store, done)
         return after
 
 

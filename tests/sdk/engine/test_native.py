@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from polar_sdk.engine.eager import Visits
+
     LogitsOf = Callable[[Decoder, Sequence[str], Sequence[int], int], torch.Tensor]
 
 HALF, CPU = torch.bfloat16, torch.device("cpu")
@@ -400,9 +402,10 @@ def test_of_layers_at_once_those_before_a_failure_are_counted(packages: Path) ->
     class Missing:
         """The last layer is one that the model does not have."""
 
-        def decode(self, x: torch.Tensor, visits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def decode(self, x: torch.Tensor, visits: Visits, *rest: Any) -> torch.Tensor:
             assert layers is not None
-            return layers.decode(x, torch.tensor([*visits[:-1].tolist(), 99]), *rest)
+            missing = torch.tensor([*visits.layers[:-1].tolist(), 99])
+            return layers.decode(x, visits._replace(layers=missing), *rest)
 
     kernels._layers = Missing()  # type: ignore[assignment]
     with pytest.raises(IndexError, match="99"):
