@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import ctypes
 import gc
 import threading
 from collections import OrderedDict
@@ -30,6 +31,8 @@ T = TypeVar("T")
 AHEAD = 2
 """Number of pieces of a stream computed before its consumer requests them: enough to hide the handover, and little to
 waste if it leaves."""
+_LOOK_SECONDS: Final = 0.05
+"""How often to look whether a thread has ended that was interrupted, and may not have said so."""
 
 
 class InternalThread(threading.Thread):
@@ -233,11 +236,37 @@ def run_apart(call: Callable[[], T]) -> T:
     libgomp keeps a pool for every thread that has ever run a parallel region, and once the pools hold more threads than
     there are cores, none of them may spin while it waits: a model loaded in the main thread then decodes at half speed
     in the engine's (`benchmarks/LOG.md`). The pool of a thread ends with it.
+
+    What a signal handler raises here ends the work as it would end it in this thread, at its next line of Python, and
+    is raised when the work has ended: a process must not end while a thread of its own is inside torch.
     """
-    thread, result = _start(call, "polar-load", daemon=True)
-    value = result.result()
-    thread.join()  # so that its pool is gone
-    return value
+    ended = threading.Event()
+
+    def run() -> T:
+        try:
+            return call()
+        finally:
+            ended.set()
+
+    thread, result = _start(run, "polar-load")
+    interruption: BaseException | None = None
+    while thread.is_alive():  # until its pool is gone; a `join` that is interrupted would take it for ended
+        try:
+            ended.wait(_LOOK_SECONDS)
+        except BaseException as raised:  # whatever a handler raises
+            interruption = interruption or raised
+            _stop(thread)
+    try:
+        if interruption is not None:
+            raise interruption
+        return result.result()
+    finally:
+        del interruption  # its traceback refers to this frame
+
+
+def _stop(thread: threading.Thread) -> None:
+    """Raise `SystemExit` in a thread, at its next line of Python; there is no other way to interrupt a library."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
 
 async def run_in_thread(call: Callable[[Cancel], T], cancel: Cancel | None) -> T:
@@ -328,14 +357,14 @@ async def _ended(worker: asyncio.Future[T]) -> asyncio.CancelledError | None:
     return first
 
 
-def _start(call: Callable[[], T], name: str, *, daemon: bool = False) -> tuple[threading.Thread, Future[T]]:
+def _start(call: Callable[[], T], name: str) -> tuple[threading.Thread, Future[T]]:
     """Run `call` in a new thread, with the caller's context; the future gets its result or its error."""
     result: Future[T] = Future()
 
     def run() -> None:
         _fulfil(result, call)
 
-    thread = threading.Thread(target=copy_context().run, args=(run,), name=name, daemon=daemon)
+    thread = threading.Thread(target=copy_context().run, args=(run,), name=name)
     thread.start()
     return thread, result
 

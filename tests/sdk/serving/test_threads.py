@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ import anyio
 import pytest
 
 from polar_sdk.errors import EmptyPromptError, RequestTimeoutError, SinkError
-from polar_sdk.serving.threads import AHEAD, iterate_in_thread, run_in_thread
+from polar_sdk.serving.threads import AHEAD, iterate_in_thread, run_apart, run_in_thread
 from polar_sdk.testing import tiny_model
 from polar_sdk.usage import ListSink, Outcome, UsageRecord
 
@@ -393,3 +394,34 @@ def test_a_stream_whose_loop_is_gone_ends_and_is_recorded(prompt: str) -> None:
     producer.join(20)
     assert not producer.is_alive()
     assert len(sink.records) == 1
+
+
+def test_work_apart_is_interrupted_where_it_is_and_waited_for() -> None:
+    """As in the thread that called: a process that ended meanwhile would be torn down under torch."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        try:
+            begun.set()
+            while True:
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    def interrupt() -> None:
+        begun.wait()
+        signal.raise_signal(signal.SIGINT)  # its handler runs in the main thread
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_apart(work)
+    interrupter.join()
+    assert ended.is_set()
+    assert "polar-load" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_work_apart_hands_its_result_or_its_error_over() -> None:
+    assert run_apart(lambda: threading.current_thread().name) == "polar-load"
+    with pytest.raises(ZeroDivisionError):
+        run_apart(lambda: 1 // 0)
