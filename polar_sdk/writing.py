@@ -5,6 +5,7 @@ Knows no file of the project, and only the standard library.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from contextlib import contextmanager, suppress
@@ -13,6 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written because the disk, or the share of it that one may use, is full."""
+    return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager

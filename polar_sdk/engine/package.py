@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import os
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -29,7 +30,7 @@ import polar_sdk.engine.parts
 import polar_sdk.engine.products
 import polar_sdk.engine.types
 from polar_sdk.errors import CompileError
-from polar_sdk.writing import replacing
+from polar_sdk.writing import is_disk_full, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -137,7 +138,7 @@ class Part:
         """Compile to a package file, which appears whole or not at all.
 
         Raises:
-            CompileError: The compiler is missing or failed.
+            CompileError: The compiler is missing or failed, or the disk is full.
         """
         module = _Part(self.run, self.template, len(self.inputs))
         arguments = (*self.inputs, *flat(self.template))
@@ -152,9 +153,17 @@ class Part:
                 exported = torch.export.export(module, arguments, dynamic_shapes={"arguments": tuple(shapes)})
                 try:
                     self._build(exported, draft, trusting=True)
-                except Exception:  # the compiler raises errors of any class
+                except Exception as error:  # the compiler raises errors of any class
+                    if is_disk_full(error):
+                        raise
                     self._build(exported, draft, trusting=False)
         except Exception as error:  # the compiler raises errors of any class
+            if is_disk_full(error):
+                raise CompileError(
+                    f"there is no space left for compiled layers in {str(path.parent)!r} or the folder for temporary "
+                    "files.",
+                    hint="Free some, or set POLAR_CACHE or TMPDIR to another folder.",
+                ) from error
             raise CompileError(
                 f"layers cannot be compiled here ({type(error).__name__}: {' '.join(str(error).split())[:200]}).",
                 hint="Install a C++ compiler such as g++, or load the model with compile=False.",
@@ -162,8 +171,10 @@ class Part:
 
     def _build(self, exported: Any, path: Path, *, trusting: bool) -> None:
         """Compile to a package file, and see that it can be opened."""
+        package = io.BytesIO()  # torch's own writer of files ends the process where the disk is full
         with compiler_options(trusting=trusting, runtime=trusting, shared=self.shared):
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+            torch._inductor.aoti_compile_and_package(exported, package_path=package)
+        path.write_bytes(package.getvalue())
         open_package(path)
 
 

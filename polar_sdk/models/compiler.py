@@ -28,6 +28,7 @@ from polar_sdk.models.compilation import (
     packages_folder,
     write_status,
 )
+from polar_sdk.writing import is_disk_full
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +40,6 @@ CPU_SECONDS: Final = 3600
 """Processor time after which the process gives up: a compiler that hangs must not stay for ever."""
 NICE: Final = 3
 """Half of the weight of a process at 0: where two cores are wanted by two others, it slows each down by a fifth."""
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def main() -> int:
@@ -99,7 +99,7 @@ def _classify(error: Exception) -> tuple[int, str]:
     """Exit code, and what to say."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _FULL:
+        if is_disk_full(cause):
             return DISK_FULL, REASONS[DISK_FULL]
         if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno == errno.EROFS):
             return NOT_WRITABLE, REASONS[NOT_WRITABLE]

@@ -10,7 +10,6 @@ Does not know what a model is.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from contextlib import contextmanager
@@ -22,13 +21,13 @@ from platformdirs import user_cache_dir
 
 from polar_sdk.errors import ModelError, PolarError
 from polar_sdk.show.progress import say
+from polar_sdk.writing import is_disk_full
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 CACHE_VARIABLE: Final = "POLAR_CACHE"
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def cache_folder() -> Path:
@@ -83,7 +82,7 @@ def disk_errors() -> Iterator[None]:
     except PolarError:  # some of them are OSErrors too
         raise
     except OSError as error:
-        if error.errno in _FULL:
+        if is_disk_full(error):
             raise disk_full() from error
         raise ModelError(
             f"cache folder {str(cache_folder())!r} cannot be used ({error.strerror or error}).",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,7 +26,6 @@ from polar_sdk.testing import random_fill, tiny_llama
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     LogitsOf = Callable[[Decoder, Sequence[str], Sequence[int], int], torch.Tensor]
 
@@ -294,6 +295,25 @@ def test_a_key_names_all_that_the_code_depends_on(monkeypatch: pytest.MonkeyPatc
 
 def _head(decoder: Decoder) -> Part:
     return next(part for part in parts(decoder).values() if part.name == "head 1")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: Decoder
+) -> None:
+    """And torch is not asked to write: where it cannot, it ends the process."""
+    built: list[object] = []
+
+    def write_bytes(self: Path, data: bytes) -> int:
+        built.append(data)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(CompileError, match="no space left for compiled layers") as caught:
+        replace(_head(eager), assumptions="uncached").compile(tmp_path / "head.pt2")
+    assert caught.value.hint is not None
+    assert "POLAR_CACHE" in caught.value.hint
+    assert len(built) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_compiler_the_error_says_so_and_eager_works(
