@@ -13,12 +13,12 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 PROCESSES ?= 2
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
+.PHONY: help install wheel demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml hatch_build.py
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; name another with make PYTHON=python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
@@ -108,6 +108,9 @@ check: $(STAMP) ## Check format, lint, types, layers and docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/docs -m "not model"
+
+wheel: $(STAMP) ## Build the wheel, with the native kernels where there is a C++ compiler, into dist/
+	$(BIN)/python -m hatchling build -t wheel
 
 format: $(STAMP) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .

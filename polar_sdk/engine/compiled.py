@@ -24,7 +24,7 @@ from torch import Tensor
 
 from polar_sdk.engine import native
 from polar_sdk.engine.attention import paged_decode, write_pages
-from polar_sdk.engine.eager import Compiled, EagerKernels
+from polar_sdk.engine.eager import Compiled, EagerKernels, NativeKernels
 from polar_sdk.engine.package import Part, compiler_options, flat, signature
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.products import InPanels, NotInPanels, Product, max_rows_one_by_one, min_wide_rows, pack
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.eager import PagedTokens, Visits
+    from polar_sdk.engine.eager import Kernels, PagedTokens, Visits
     from polar_sdk.engine.types import AttentionKind, Projected, Rotary, Weights
 
 
@@ -195,31 +195,30 @@ def load_kernels(
     build: bool,
     partly: bool = False,
     progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> CompiledKernels | None:
-    """The compiled kernels of a decoder.
+) -> Kernels | None:
+    """The kernels of a decoder, compiled or the native library's.
 
     Args:
         decoder: What to run.
         folder: Where packages are kept.
         build: Whether to compile what is not there yet, which takes five to ten seconds per part.
-        partly: Whether the stages that are there will do, where not all are.
+        partly: Whether the stages that are there will do, where not all are; the library alone is the first of them.
         progress: Called with (name of the part, its number from 1, number of parts) before each is compiled.
 
     Returns:
-        Kernels; None where the family cannot be compiled, or packages are missing and `build` is off.
+        Kernels; None where packages are missing and `build` is off. Of a family that cannot be compiled, the library's,
+        or None where there is no library.
 
     Raises:
         CompileError: The compiler is missing or failed.
     """
-    if not decoder.family.compiled:
-        return None
-    with compiler_options():
-        packs = native.load_library(folder, decoder.dtype, decoder.device, build=build)
+    packs = native.load_library(folder, decoder.dtype, decoder.device, build=build)
     if packs and build:
         decoder.pack()
-    needed = parts(decoder)
     loaders: dict[tuple[str, str], Any] = {}
-    stage = Compiled.ALL
+    stage, needed = Compiled.PRODUCTS, dict[tuple[str, str], Part]()
+    if decoder.family.compiled and (not packs or _load_operations(folder, build=build)):
+        stage, needed = Compiled.ALL, parts(decoder)
     for number, (key, part) in enumerate(needed.items(), start=1):
         file = folder / f"{part.key}.pt2"
         loader = _open(part, file)
@@ -231,11 +230,18 @@ def load_kernels(
             part.compile(file)
             loader = part.open(file)
         loaders[key] = loader
-    if stage == Compiled.NOTHING or (stage != Compiled.ALL and not partly):
+    if not partly and stage != Compiled.ALL and decoder.family.compiled:
         return None
     if packs:
         decoder.pack()
+    if stage == Compiled.PRODUCTS:
+        return NativeKernels(decoder.family) if packs else None
     return CompiledKernels(decoder, {key: each for key, each in loaders.items() if needed[key].stage <= stage}, stage)
+
+
+def _load_operations(folder: Path, *, build: bool) -> bool:
+    with compiler_options():
+        return native.load_operations(folder, build=build)
 
 
 def _open(part: Part, file: Path) -> Any | None:
@@ -260,7 +266,8 @@ class CompiledKernels:
 
     def __init__(self, decoder: Decoder, loaders: dict[tuple[str, str], Any], compiled: Compiled) -> None:
         self.compiled = compiled
-        self._eager = EagerKernels(decoder.family)
+        packed = bool(native.version(decoder.dtype, decoder.device))
+        self._eager: Kernels = NativeKernels(decoder.family) if packed else EagerKernels(decoder.family)
         self._tensors = {id(weights): flat(weights) for weights in [*decoder.layers, decoder.ends]}
         self._signatures = {id(weights): signature(weights) for weights in [*decoder.layers, decoder.ends]}
         self._loaders = loaders
@@ -269,7 +276,7 @@ class CompiledKernels:
             id(weights): _max_rows_one_by_one(weights) for weights in [*decoder.layers, decoder.ends]
         }
         self.independent = not any(self._max_one_by_one.values()) and native.takes_heads(decoder.family.head_dim)
-        self.at_once = self.independent and bool(native.version(decoder.dtype, decoder.device))
+        self.at_once = self.independent and packed
         self._decoders: dict[tuple[int, bool], Any] = {
             (id(weights), single): loaders.get((_decode_name(kind, single=single), self._signatures[id(weights)]))
             for weights, kind in zip(decoder.layers, decoder.family.kinds, strict=True)
@@ -309,8 +316,7 @@ class CompiledKernels:
         self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
     ) -> Tensor:
         """Attention, native where that is possible."""
-        run = native.attend_prompt if native.can_attend(query) else self._eager.attend
-        return run(query, keys, values, kind, positions)
+        return self._eager.attend(query, keys, values, kind, positions)
 
     def decode(
         self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens

@@ -1,4 +1,4 @@
-"""Kernels: what runs the parts of a layer. Here are the plain ones; `compiled.py` has those from the compiler.
+"""Kernels: what runs the parts of a layer. Here are those that nothing is compiled for; `compiled.py` has the others.
 
 Callers use the protocol and never learn which implementation runs. Knows weights and activations only.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from polar_sdk.engine.attention import attend_row, attend_some
+from polar_sdk.engine import native
+from polar_sdk.engine.attention import attend_row, attend_some, write_pages
+from polar_sdk.engine.pages import PAGE
+from polar_sdk.engine.types import pick
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,11 +52,13 @@ class Compiled(IntEnum):
     """How much of a model is compiled; each of these includes those before it."""
 
     NOTHING = 0
-    ONE_ROW = 1
+    PRODUCTS = 1
+    """Products and attention, which the native library has for all models."""
+    ONE_ROW = 2
     """Answers, one row at a time."""
-    ROWS = 2
+    ROWS = 3
     """Answers, any number of rows together."""
-    ALL = 3
+    ALL = 4
     """Prompts, too."""
 
 
@@ -173,3 +178,51 @@ class EagerKernels:
     def head(self, ends: Weights, x: Tensor) -> Tensor:
         """Logits."""
         return self._family.logits(x, ends)
+
+
+class NativeKernels(EagerKernels):
+    """The family's functions, whose products and attention are the native library's: all matrices are in panels."""
+
+    compiled = Compiled.PRODUCTS
+
+    def decodes(self, tokens: int) -> bool:
+        """Where the library attends over pages."""
+        return native.takes_heads(self._family.head_dim)
+
+    def project(self, w: Weights, x: Tensor, rotary: Rotary) -> Projected:
+        """The part before attention."""
+        with native.used():
+            return super().project(w, x, rotary)
+
+    def keys_values(self, w: Weights, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        with native.used():
+            return super().keys_values(w, x, rotary)
+
+    def finish(self, w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
+        """The part after attention."""
+        with native.used():
+            return super().finish(w, x, mixed)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
+    ) -> Tensor:
+        """Attention, native where the library takes the heads."""
+        run = native.attend_prompt if native.takes_heads(query.shape[-1]) else super().attend
+        return run(query, keys, values, kind, positions)
+
+    def decode(
+        self, w: Weights, x: Tensor, rotary: Rotary, kind: AttentionKind, store: Tensor, tokens: PagedTokens
+    ) -> Tensor:
+        """A whole layer for one token of some rows."""
+        rows, table, positions = tokens
+        before, angles = (x, rotary) if rows is None else (x.index_select(0, rows), pick(rotary, rows))
+        query, key, value = self.project(w, before, angles)
+        write_pages(store, table.gather(1, (positions // PAGE)[:, None])[:, 0], positions % PAGE, key, value)
+        after = self.finish(w, before, native.attend_pages(query, store, table, positions, kind))
+        return after if rows is None else x.index_copy(0, rows, after)
+
+    def head(self, ends: Weights, x: Tensor) -> Tensor:
+        """Logits."""
+        with native.used():
+            return super().head(ends, x)

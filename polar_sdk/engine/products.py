@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from polar_sdk.engine import native
 from polar_sdk.engine.panels import GROUP, Packed, PackedInt4, PackedInt8
 from polar_sdk.errors import DeviceError
 
@@ -108,8 +109,8 @@ def _plain(x: Tensor, product: Plain) -> Tensor:
 
 
 def _in_panels(x: Tensor, product: InPanels) -> Tensor:
-    """By the library in compiled code; else as a plain matrix, which gradients can pass."""
-    if torch.compiler.is_compiling():
+    """By the library, where that is in use; else as a plain matrix, which gradients can pass."""
+    if native.in_use():
         return product.multiply(x)
     return F.linear(x, product.unpack(x.shape[-1]), product.bias)
 

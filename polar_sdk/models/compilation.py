@@ -234,8 +234,8 @@ class Background:
         self._looked = self._began = time.monotonic()
         self._window = self._began, 0.0
         """When the process was last found to get enough time, and its processor time by then."""
-        self._parts = 0
-        """Number of parts that were there when it was last looked for them."""
+        self._parts = 0, 0
+        """How many parts of how many were there when it was last looked for them."""
         self._looking = renewed_in_child(threading.Lock())
 
     @property
@@ -319,11 +319,11 @@ class Background:
     def _go_on(self) -> Kernels | None:
         """What the process has compiled by now."""
         status = read_status(packages_folder() / f"{self._order.key}.json")
-        if status is None or status.state != "compiling" or status.done == self._parts:
+        if status is None or status.state != "compiling" or (status.done, status.total) == self._parts:
             return None
         from polar_sdk.engine.compiled import load_kernels
 
-        self._parts = status.done
+        self._parts = status.done, status.total
         kernels = load_kernels(self._decoder, packages_folder(), build=False, partly=True)
         if kernels is None or kernels.compiled <= self._decoder.kernels.compiled:
             return None

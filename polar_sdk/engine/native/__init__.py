@@ -1,9 +1,13 @@
-"""The library built from the C++ files here: when it is used, how it is compiled and kept, how compiled layers call it.
+"""The library built from the C++ files here: when it is used, how it is compiled and kept, how layers call it.
 
 Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix of bfloat16 or of integers, attention
-of one token per row over pages, and attention of the tokens of a prompt. Only compiled kernels
-use them, on processors with AVX512-BF16 and without AMX (where torch's own products are faster). Elsewhere, and where
-the library cannot be compiled, layers use torch's operations. Knows tensors, no families.
+of one token per row over pages, and attention of the tokens of a prompt. They are used on processors with AVX512-BF16
+and without AMX (where torch's own products are faster). Elsewhere, and where there is no library, layers use torch's
+operations. Knows tensors, no families.
+
+There are two libraries. The kernels (`kernels.h`) need neither Python nor torch: they come with the package, where it
+was built beside a compiler, or are compiled in four seconds. Layers that are not compiled call them from here. Compiled
+layers call them by way of `operations.cpp`, which belongs to one version of torch and is compiled with the layers.
 """
 
 from __future__ import annotations
@@ -12,16 +16,18 @@ import ctypes
 import hashlib
 import logging
 import platform
-import sys
 import tempfile
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+
+from polar_sdk.engine.native.build import BuildError, build_library, is_possible, library_name
+from polar_sdk.errors import CompileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -33,26 +39,35 @@ if TYPE_CHECKING:
 _FOLDER: Final = Path(__file__).parent
 _HEAD_STEP: Final = 32
 """The size of a head must be a multiple of this: bfloat16 numbers in a register."""
+_TEAM_ROWS: Final = 8
+"""Maximum number of rows whose products outside compiled code are shared by the library's own threads: with more, torch
+shares what is between them, and its threads would spin beside those."""
+_DONE, _NO_MEMORY = 0, 1
+"""What functions of the library return, see `kernels.h`."""
 _log = logging.getLogger(__name__)
-_loaded: set[str] = set()
-"""Version of the library loaded in this process, if any."""
+_loaded: dict[str, ctypes.CDLL] = {}
+"""The library loaded in this process, if any, by the name of its file."""
+_operations: set[str] = set()
+"""The operations loaded in this process, if any."""
 _failures: list[str] = []
 """Why the library could not be compiled or loaded in this process, if so."""
 _team = ContextVar("team", default=True)
 """Whether the library's own threads share the work of operations called from here, rather than torch's."""
+_in_use = ContextVar("in_use", default=False)
+"""Whether uncompiled layers that run here use the library."""
 
 
 @cache
 def _supported() -> bool:
     """Whether this processor can run the kernels and is faster with them."""
-    if not sys.platform.startswith("linux"):
+    if not is_possible() or " avx512_vnni" not in processor():
         return False
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @cache
 def _key() -> str:
-    """Name of the library on disk, from its source, torch, and the processor that it is compiled for."""
+    """What operations and compiled layers depend on: all sources, torch, and the processor."""
     source = "".join(file.read_text() for file in sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")]))
     return hashlib.sha256(f"{source}|{torch.__version__}|{processor()}".encode()).hexdigest()[:32]
 
@@ -81,57 +96,99 @@ def load_library(folder: Path, dtype: torch.dtype, device: torch.device, *, buil
     """Make the kernels available in this process, where they can be used.
 
     Args:
-        folder: Where the library is kept.
+        folder: Where the library is kept that did not come with the package.
         dtype: Of activations, keys and values.
         device: Of the same.
-        build: Whether to compile the library if it is not there yet, which takes about ten seconds.
+        build: Whether to compile the library if it is not there yet, which takes four seconds.
 
     Returns:
-        Whether compiled layers may call them. A compiler that is missing or fails is only logged: layers run without.
+        Whether layers may call them. A compiler that is missing or fails is only logged: layers run without.
     """
     if not _fits(dtype, device) or not _supported():
         return False
-    if _loaded:
-        return True
-    file = folder / f"native-{_key()}.so"
-    if build and not file.exists():
-        _build(file)
-    if file.exists():
+    file = folder / library_name()
+    for known in (_FOLDER / file.name, file):
+        if not _loaded and known.exists():
+            _load(known)
+    if not _loaded and build and _build(file):
         _load(file)
     return bool(_loaded)
+
+
+def load_operations(folder: Path, *, build: bool) -> bool:
+    """Make the operations that compiled layers call available in this process, which has the library.
+
+    Args:
+        folder: Where they are kept.
+        build: Whether to compile them if they are not there yet, which takes about ten seconds.
+
+    Returns:
+        Whether they are.
+
+    Raises:
+        CompileError: The compiler is missing or failed.
+    """
+    if _operations:
+        return True
+    file = folder / f"operations-{_key()}.so"
+    if file.exists() and _load_operations(file):
+        return True
+    if not build:
+        return False
+    _build_operations(file)
+    return _load_operations(file)
 
 
 def _fits(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
-def _build(file: Path) -> None:
-    """Compile the library; it appears whole or not at all."""
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _build(file: Path) -> bool:
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            options = CppTorchOptions(include_pytorch=True, warning_all=False)
-            builder = CppBuilder("native", str(_FOLDER / "kernels.cpp"), options, output_dir=scratch)
-            builder.build()
-            Path(builder.get_target_file_path()).replace(file)
-    except Exception as error:  # the compiler raises what it likes
+        build_library(file)
+    except (BuildError, OSError) as error:
         _fail("compiled", error)
+        return False
+    return True
 
 
 def _load(file: Path) -> None:
     try:
-        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
-        ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # compiled layers find functions of the library by name
-    except OSError as error:
+        library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # operations find its functions by name
+        for name, arguments in _FUNCTIONS.items():
+            getattr(library, name).argtypes = arguments
+        _loaded[file.name] = library
+    except (OSError, AttributeError) as error:
         _fail("loaded", error)
-        return
-    torch.library.register_fake("polar::product", _product_shape)
-    torch.library.register_fake("polar::product_int8", _product_int8_shape)
-    torch.library.register_fake("polar::product_int4", _product_int4_shape)
-    torch.library.register_fake("polar::attend_pages", _attend_pages_shape)
-    _loaded.add(_key())
+
+
+def _build_operations(file: Path) -> None:
+    """Compile the operations; their file appears whole or not at all."""
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            options = CppTorchOptions(include_pytorch=True, warning_all=False)
+            builder = CppBuilder("operations", str(_FOLDER / "operations.cpp"), options, output_dir=scratch)
+            builder.build()
+            Path(builder.get_target_file_path()).replace(file)
+    except Exception as error:  # the compiler raises what it likes
+        raise CompileError(
+            f"what compiled layers call cannot be compiled here ({_reason(str(error))}).",
+            hint="Install a C++ compiler such as g++, or load the model with compile=False.",
+        ) from error
+
+
+def _load_operations(file: Path) -> bool:
+    try:
+        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
+        ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # compiled layers find its functions by name
+    except OSError as error:
+        _log.warning("%s is damaged, and is not used: %s", file, _reason(str(error)))
+        return False
+    _operations.add(file.name)
+    return True
 
 
 def _fail(what: str, error: Exception) -> None:
@@ -166,6 +223,18 @@ def _attend_pages_shape(query: Tensor, *_: object) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
 
 
+_INTEGERS = "Tensor x, Tensor panels, Tensor scale, Tensor bias, bool team"
+_HISTORY = "Tensor query, Tensor store, Tensor table, Tensor positions"
+for _name, _arguments, _shape in (
+    ("product", "Tensor x, Tensor panels, Tensor bias, bool pairs, bool team", _product_shape),
+    ("product_int8", _INTEGERS, _product_int8_shape),
+    ("product_int4", _INTEGERS.replace("Tensor scale, ", ""), _product_int4_shape),
+    ("attend_pages", f"{_HISTORY}, float scale, int? window, float? softcap, bool team", _attend_pages_shape),
+):  # what torch's compiler knows of the operations
+    torch.library.define(f"polar::{_name}", f"({_arguments}) -> Tensor")
+    torch.library.register_fake(f"polar::{_name}", _shape)
+
+
 def direct_calls() -> dict[Any, list[str]]:
     """Operations that compiled layers call by the name of a function in the library, with its declaration."""
     if not _loaded:
@@ -185,8 +254,23 @@ def direct_calls() -> dict[Any, list[str]]:
 
 
 def version(dtype: torch.dtype, device: torch.device) -> str:
-    """Version of the library that compiled layers of such activations depend on; empty where they use none of it."""
-    return next(iter(_loaded), "") if _fits(dtype, device) else ""
+    """Version of the library that layers of such activations depend on; empty where they use none of it."""
+    return _key() if _loaded and _fits(dtype, device) else ""
+
+
+@contextmanager
+def used() -> Iterator[None]:
+    """Uncompiled layers that run within this block use the library; others compute as they did before it was there."""
+    before = _in_use.set(True)
+    try:
+        yield
+    finally:
+        _in_use.reset(before)
+
+
+def in_use() -> bool:
+    """Whether products with matrices in panels are the library's here."""
+    return torch.compiler.is_compiling() or _in_use.get()
 
 
 @contextmanager
@@ -202,22 +286,102 @@ def shared_by(*, team: bool) -> Iterator[None]:
         _team.reset(before)
 
 
+class _Sharing(ctypes.Structure):
+    _fields_ = (("threads", ctypes.c_int32), ("team", ctypes.c_int32))
+
+
+class _Kind(ctypes.Structure):
+    _fields_ = (("scale", ctypes.c_double), ("softcap", ctypes.c_double), ("window", ctypes.c_int64))
+
+
+class _Steps(ctypes.Structure):
+    _fields_ = (("token", ctypes.c_int64), ("head", ctypes.c_int64))
+
+
+_ADDRESS, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
+    "polar_product": (*[_ADDRESS] * 4, *[_SIZE] * 3, _NUMBER, _Sharing),
+    "polar_product_integers": (*[_ADDRESS] * 5, *[_SIZE] * 3, _Sharing),
+    "polar_attend_pages": (_ADDRESS, _SIZE, *[_ADDRESS] * 4, *[_SIZE] * 6, _Kind, _Sharing),
+    "polar_write_pages": (_ADDRESS, *[_SIZE] * 4, *[_ADDRESS] * 2, _SIZE, *(_ADDRESS, _Steps) * 2),
+    "polar_attend_prompt": (
+        *(_ADDRESS, _SIZE), *(_ADDRESS, _Steps) * 2, *[_ADDRESS] * 2, *[_SIZE] * 5, _Kind, *[_NUMBER] * 2,
+    ),
+}  # fmt: skip
+"""Arguments of its functions, as `kernels.h` declares them."""
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Run a function of the library.
+
+    Raises:
+        MemoryError: There is no memory for what it keeps.
+        IndexError: A page is not in the store.
+    """
+    result = getattr(next(iter(_loaded.values())), name)(*arguments)
+    if result == _NO_MEMORY:
+        raise MemoryError(f"there is no memory left for {name}")
+    if result != _DONE:
+        raise IndexError("a page or an offset is not in the store")
+
+
+@lru_cache(maxsize=16)
+def _sharing(threads: int, team: bool) -> _Sharing:
+    return _Sharing(threads, team)
+
+
+def _shared_by(rows: int) -> _Sharing:
+    """Who shares the work of an operation on so many rows outside compiled code."""
+    return _sharing(torch.get_num_threads(), rows <= _TEAM_ROWS)
+
+
+@lru_cache(maxsize=16)
+def _kind(kind: AttentionKind) -> _Kind:
+    return _Kind(kind.scale, kind.softcap or 0.0, kind.window or 0)
+
+
+def _steps(heads: Tensor, token: int, head: int) -> _Steps:
+    """Steps of a tensor of tokens and heads, whose axes these are; numbers of a head lie together."""
+    assert heads.stride(2) == 1
+    return _Steps(heads.stride(token), heads.stride(head))
+
+
 def product(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
     """Multiply rows (M, K) by a `panels.Packed` matrix, add its bias (N,), and round once; returns (M, N)."""
-    total: Tensor = torch.ops.polar.product(x, panels, bias, _pairs(), _team.get())
-    return total
+    if torch.compiler.is_compiling():
+        total: Tensor = torch.ops.polar.product(x, panels, bias, _pairs(), _team.get())
+        return total
+    return _product(x, panels, bias, _pairs(), _shared_by(x.shape[0]))
+
+
+def _product(x: Tensor, panels: Tensor, bias: Tensor, pairs: bool, sharing: _Sharing) -> Tensor:
+    rows, y = x.contiguous(), x.new_empty((x.shape[0], bias.shape[0]))
+    matrix = panels.data_ptr(), bias.data_ptr()
+    _call("polar_product", rows.data_ptr(), *matrix, y.data_ptr(), *x.shape, y.shape[1], pairs, sharing)
+    return y
 
 
 def product_int8(x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """As `product`, by a `panels.PackedInt8` matrix."""
-    total: Tensor = torch.ops.polar.product_int8(x, panels, scale, bias, _team.get())
-    return total
+    if torch.compiler.is_compiling():
+        total: Tensor = torch.ops.polar.product_int8(x, panels, scale, bias, _team.get())
+        return total
+    return _product_integers(x, panels, scale, bias, _shared_by(x.shape[0]))
 
 
 def product_int4(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
     """As `product`, by a `panels.PackedInt4` matrix."""
-    total: Tensor = torch.ops.polar.product_int4(x, panels, bias, _team.get())
-    return total
+    if torch.compiler.is_compiling():
+        total: Tensor = torch.ops.polar.product_int4(x, panels, bias, _team.get())
+        return total
+    return _product_integers(x, panels, None, bias, _shared_by(x.shape[0]))
+
+
+def _product_integers(x: Tensor, panels: Tensor, scale: Tensor | None, bias: Tensor, sharing: _Sharing) -> Tensor:
+    rows, y = x.contiguous(), x.new_empty((x.shape[0], bias.shape[0]))
+    matrix = panels.data_ptr(), None if scale is None else scale.data_ptr(), bias.data_ptr()
+    _call("polar_product_integers", rows.data_ptr(), *matrix, y.data_ptr(), *x.shape, y.shape[1], sharing)
+    return y
 
 
 def can_attend(query: Tensor) -> bool:
@@ -232,14 +396,31 @@ def takes_heads(size: int) -> bool:
 
 def attend_pages(query: Tensor, store: Tensor, table: Tensor, positions: Tensor, kind: AttentionKind) -> Tensor:
     """`attention.paged_decode`, with its arguments and result."""
-    own = (kind.scale, kind.window, kind.softcap)
-    mixed: Tensor = torch.ops.polar.attend_pages(query, store, table, positions, *own, _team.get())
+    if torch.compiler.is_compiling():
+        how = (kind.scale, kind.window, kind.softcap, _team.get())
+        total: Tensor = torch.ops.polar.attend_pages(query, store, table, positions, *how)
+        return total
+    rows, heads, size = query.shape
+    assert store.is_contiguous() and query.stride()[1:] == (size, 1)
+    pages, at, mixed = table.contiguous(), positions.contiguous(), query.new_empty((rows, heads * size))
+    history = store.data_ptr(), pages.data_ptr(), at.data_ptr()
+    sizes = rows, heads, store.shape[2], size, store.shape[3], table.shape[1]
+    own = (_kind(kind), _shared_by(rows))
+    _call("polar_attend_pages", query.data_ptr(), query.stride(0), *history, mixed.data_ptr(), *sizes, *own)
     return mixed
 
 
 def write_pages(store: Tensor, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
-    """`attention.write_pages`, with its arguments."""
-    torch.ops.polar.write_pages(store, pages, offsets, key, value)
+    """`attention.write_pages`, with its arguments.
+
+    Raises:
+        IndexError: A page or an offset is not in the store.
+    """
+    assert store.is_contiguous()
+    places, at = pages.contiguous(), offsets.contiguous()
+    sizes = store.shape[0], *store.shape[2:]
+    parts = (key.data_ptr(), _steps(key, 0, 1), value.data_ptr(), _steps(value, 0, 1))
+    _call("polar_write_pages", store.data_ptr(), *sizes, places.data_ptr(), at.data_ptr(), key.shape[0], *parts)
 
 
 class Layers:
@@ -270,6 +451,19 @@ def attend_prompt(
     query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
 ) -> Tensor:
     """`Kernels.attend`, with its arguments and result."""
-    own = (kind.scale, kind.window, kind.softcap)
-    mixed: Tensor = torch.ops.polar.attend_prompt(query, keys, values, positions, *own, _pairs())
+    return _attend_prompt(query, keys, values, kind, positions, _pairs())
+
+
+def _attend_prompt(
+    query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None, pairs: bool
+) -> Tensor:
+    tokens, heads, size = query.shape
+    assert query.stride(2) == 1 and (heads == 1 or query.stride(1) == size)
+    groups, total, _ = keys.shape
+    at, mixed = None if positions is None else positions.contiguous(), query.new_empty((tokens, heads * size))
+    history = (keys.data_ptr(), _steps(keys, 1, 0), values.data_ptr(), _steps(values, 1, 0))
+    places = (None if at is None else at.data_ptr(), mixed.data_ptr())
+    own = (_kind(kind), pairs, torch.get_num_threads())
+    sizes = tokens, heads, groups, size, total
+    _call("polar_attend_prompt", query.data_ptr(), query.stride(0), *history, *places, *sizes, *own)
     return mixed

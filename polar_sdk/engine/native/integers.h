@@ -1,8 +1,6 @@
 // Products of rows with a matrix of 8-bit or 4-bit integers.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <cmath>
 
 #include "lanes.h"
@@ -170,24 +168,18 @@ void run_panel(int64_t count, const Integers& matrix, const Rounded& rows, int64
   ((count == kCounts + 1 ? run_panel<Form, kCounts + 1>(matrix, rows, row, groups, number) : void()), ...);
 }
 
+// Rows (M, K) by the matrix, whose result begins with the first of them.
 template <class Form>
-at::Tensor product_integers(const at::Tensor& x, const at::Tensor& panels, const at::Tensor* scale,
-                            const at::Tensor& bias, bool team) {
-  TORCH_CHECK(panels.is_contiguous() && bias.is_contiguous() && (!scale || scale->is_contiguous()));
-  const at::Tensor rows = x.contiguous();
-  const int64_t inputs = x.size(1), groups = parts_of(inputs, kGroup);
-  at::Tensor y = at::empty({x.size(0), bias.size(0)}, x.options());
-  Integers matrix{static_cast<const uint8_t*>(panels.const_data_ptr()), scale ? read(*scale) : nullptr, read(bias),
-                  static_cast<Half*>(y.mutable_data_ptr()), bias.size(0)};
-  for (int64_t start = 0; start < x.size(0); start += kIntegerBlock) {
-    RoundedRows rounded{nullptr, std::min(x.size(0) - start, kIntegerBlock), groups};
+void run_integers(const Half* x, int64_t count, int64_t inputs, Integers matrix, const Sharing& sharing) {
+  const int64_t groups = parts_of(inputs, kGroup);
+  for (int64_t start = 0; start < count; start += kIntegerBlock) {
+    RoundedRows rounded{nullptr, std::min(count - start, kIntegerBlock), groups};
     rounded.memory = scratch<RoundedRows>(rounded.words());
     const auto round = [&](Range& range) {
       for (int64_t begin, end; range.take(begin, end);) {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t chunk = row / kIntegerRows;
-          round_row(read(rows) + (start + row) * inputs, inputs, row % kIntegerRows, rounded.count(chunk),
-                    rounded.at(chunk));
+          round_row(x + (start + row) * inputs, inputs, row % kIntegerRows, rounded.count(chunk), rounded.at(chunk));
         }
       }
     };
@@ -196,9 +188,9 @@ at::Tensor product_integers(const at::Tensor& x, const at::Tensor& panels, const
       alone.set(0, rounded.rows, 1);
       round(alone);
     } else {
-      share(team, rounded.rows, round);
+      share(sharing, rounded.rows, round);
     }
-    share(team, parts_of(matrix.outputs, kLanes), [&](Range& range) {
+    share(sharing, parts_of(matrix.outputs, kLanes), [&](Range& range) {
       for (int64_t begin, end; range.take(begin, end);) {
         for (int64_t number = begin; number < end; ++number) {
           for (int64_t chunk = 0; chunk < rounded.chunks(); ++chunk) {
@@ -210,16 +202,6 @@ at::Tensor product_integers(const at::Tensor& x, const at::Tensor& panels, const
     });
     matrix.y += rounded.rows * matrix.outputs;
   }
-  return y;
-}
-
-inline at::Tensor product_int8(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& scale,
-                               const at::Tensor& bias, bool team) {
-  return product_integers<Bytes>(x, panels, &scale, bias, team);
-}
-
-inline at::Tensor product_int4(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, bool team) {
-  return product_integers<Nibbles>(x, panels, nullptr, bias, team);
 }
 
 }  // namespace polar

@@ -1,90 +1,85 @@
-// Kernels for processors with AVX512-BF16, and the operations under which torch knows them. `__init__.py` compiles this
-// file once for each processor, and decides when they are used.
-//
-// Letters as in `polar_sdk/engine`: M rows, K inputs, N outputs; B rows of one token, H query heads, G key and value
-// heads, d head size. Sums are float32; results are rounded to bfloat16, and the weights of attention of a prompt where
-// inputs go in pairs.
+// Kernels for processors with AVX512-BF16 and AVX512-VNNI. `build.py` compiles this file, and `__init__.py` decides when
+// it is used. Sums are float32; results are rounded to bfloat16, and the weights of attention of a prompt where inputs
+// go in pairs.
 
-#include <torch/csrc/inductor/aoti_torch/utils.h>
-#include <torch/library.h>
+#include "kernels.h"
 
 #include "integers.h"
-#include "layers.h"
 #include "pages.h"
 #include "products.h"
 #include "prompt.h"
 
-TORCH_LIBRARY(polar, library) {
-  library.def("product(Tensor x, Tensor panels, Tensor bias, bool pairs, bool team) -> Tensor");
-  library.def("product_int8(Tensor x, Tensor panels, Tensor scale, Tensor bias, bool team) -> Tensor");
-  library.def("product_int4(Tensor x, Tensor panels, Tensor bias, bool team) -> Tensor");
-  library.def(
-      "attend_pages(Tensor query, Tensor store, Tensor table, Tensor positions, float scale, int? window, float? "
-      "softcap, bool team) -> Tensor");
-  library.def("write_pages(Tensor(a!) store, Tensor pages, Tensor offsets, Tensor key, Tensor value) -> ()");
-  library.class_<polar::Package>("Package").def(torch::init<std::string>()).def("run", &polar::Package::run);
-  library.class_<polar::Layers>("Layers").def(torch::init<>()).def("add", &polar::Layers::add);
-  library.def(
-      "decode_layers(__torch__.torch.classes.polar.Layers layers, Tensor x, Tensor visits, Tensor bounds, Tensor index, "
-      "Tensor table, Tensor positions, Tensor[] rotary, Tensor store, Tensor(a!) done) -> Tensor");
-  library.def(
-      "attend_prompt(Tensor query, Tensor keys, Tensor values, Tensor? positions, float scale, int? window, float? "
-      "softcap, bool pairs) -> Tensor");
+namespace {
+
+using namespace polar;
+
+Sharing among(const PolarSharing& sharing) { return {sharing.threads, sharing.team != 0}; }
+
+const Half* read(const void* numbers) { return static_cast<const Half*>(numbers); }
+
+// No exception may leave a function of C.
+template <class Body>
+int32_t guarded(const Body& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return kPolarNoMemory;
+  }
 }
 
-TORCH_LIBRARY_IMPL(polar, CPU, library) {
-  library.impl("product", polar::product);
-  library.impl("product_int8", polar::product_int8);
-  library.impl("product_int4", polar::product_int4);
-  library.impl("attend_pages", polar::attend_pages);
-  library.impl("write_pages", polar::write_pages);
-  library.impl("attend_prompt", polar::attend_prompt);
-  library.impl("decode_layers", polar::decode_layers);
-}
+}  // namespace
 
-// The same for compiled layers, which otherwise find each operation, and box its arguments, at every call.
-extern "C" {
-
-AOTITorchError aoti_torch_cpu_product(AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle bias, int32_t pairs,
-                                      int32_t team, AtenTensorHandle* result) {
-  using namespace torch::aot_inductor;
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    *result = new_tensor_handle(polar::product(*tensor_handle_to_tensor_pointer(x),
-                                               *tensor_handle_to_tensor_pointer(panels),
-                                               *tensor_handle_to_tensor_pointer(bias), pairs != 0, team != 0));
+int32_t polar_product(const void* x, const void* panels, const void* bias, void* y, int64_t rows, int64_t inputs,
+                      int64_t outputs, int32_t pairs, PolarSharing sharing) {
+  return guarded([&] {
+    const Product product{read(x), static_cast<const float*>(panels), read(bias), static_cast<Half*>(y), rows, inputs,
+                          outputs};
+    pairs ? run_product<Pairs>(product, among(sharing)) : run_product<Singles>(product, among(sharing));
+    return kPolarDone;
   });
 }
 
-AOTITorchError aoti_torch_cpu_product_int8(AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle scale,
-                                           AtenTensorHandle bias, int32_t team, AtenTensorHandle* result) {
-  using namespace torch::aot_inductor;
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    *result = new_tensor_handle(polar::product_int8(*tensor_handle_to_tensor_pointer(x),
-                                                    *tensor_handle_to_tensor_pointer(panels),
-                                                    *tensor_handle_to_tensor_pointer(scale),
-                                                    *tensor_handle_to_tensor_pointer(bias), team != 0));
+int32_t polar_product_integers(const void* x, const void* panels, const void* scale, const void* bias, void* y,
+                               int64_t rows, int64_t inputs, int64_t outputs, PolarSharing sharing) {
+  return guarded([&] {
+    const Integers matrix{static_cast<const uint8_t*>(panels), read(scale), read(bias), static_cast<Half*>(y), outputs};
+    const auto run = scale ? run_integers<Bytes> : run_integers<Nibbles>;
+    run(read(x), rows, inputs, matrix, among(sharing));
+    return kPolarDone;
   });
 }
 
-AOTITorchError aoti_torch_cpu_product_int4(AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle bias,
-                                           int32_t team, AtenTensorHandle* result) {
-  using namespace torch::aot_inductor;
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    *result = new_tensor_handle(polar::product_int4(*tensor_handle_to_tensor_pointer(x),
-                                                    *tensor_handle_to_tensor_pointer(panels),
-                                                    *tensor_handle_to_tensor_pointer(bias), team != 0));
+int32_t polar_attend_pages(const void* query, int64_t query_step, const void* store, const int64_t* table,
+                           const int64_t* positions, void* mixed, int64_t rows, int64_t heads, int64_t groups,
+                           int64_t size, int64_t page, int64_t blocks, PolarKind kind, PolarSharing sharing) {
+  return guarded([&] {
+    const Attention it{read(query), read(store), table, positions, static_cast<Half*>(mixed), query_step, heads, groups,
+                       size, page, blocks, static_cast<float>(kind.scale), kind.window,
+                       static_cast<float>(kind.softcap)};
+    run_attention(it, rows, among(sharing));
+    return kPolarDone;
   });
 }
 
-AOTITorchError aoti_torch_cpu_attend_pages(AtenTensorHandle query, AtenTensorHandle store, AtenTensorHandle table,
-                                           AtenTensorHandle positions, double scale, const int64_t* window,
-                                           const double* softcap, int32_t team, AtenTensorHandle* result) {
-  using namespace torch::aot_inductor;
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    *result = new_tensor_handle(polar::attend_pages(
-        *tensor_handle_to_tensor_pointer(query), *tensor_handle_to_tensor_pointer(store),
-        *tensor_handle_to_tensor_pointer(table), *tensor_handle_to_tensor_pointer(positions), scale,
-        pointer_to_optional<int64_t>(window), pointer_to_optional<double>(softcap), team != 0));
-  });
+int32_t polar_write_pages(void* store, int64_t places, int64_t groups, int64_t page, int64_t size, const int64_t* pages,
+                          const int64_t* offsets, int64_t tokens, const void* keys, PolarSteps key_steps,
+                          const void* values, PolarSteps value_steps) {
+  const Written parts[2] = {{read(keys), key_steps.token, key_steps.head},
+                            {read(values), value_steps.token, value_steps.head}};
+  const bool written =
+      write_pages(static_cast<Half*>(store), places, groups, page, size, pages, offsets, tokens, parts);
+  return written ? kPolarDone : kPolarNoSuchPage;
 }
+
+int32_t polar_attend_prompt(const void* query, int64_t query_step, const void* keys, PolarSteps key_steps,
+                            const void* values, PolarSteps value_steps, const int64_t* positions, void* mixed,
+                            int64_t tokens, int64_t heads, int64_t groups, int64_t size, int64_t total, PolarKind kind,
+                            int32_t pairs, int32_t threads) {
+  return guarded([&] {
+    const Prompt it{read(query), read(keys), read(values), positions, static_cast<Half*>(mixed), tokens, heads, groups,
+                    size, total, query_step, key_steps.token, key_steps.head, value_steps.token, value_steps.head,
+                    static_cast<float>(kind.scale), kind.window, static_cast<float>(kind.softcap)};
+    pairs ? run_prompt<Pairs>(it, threads) : run_prompt<Singles>(it, threads);
+    return kPolarDone;
+  });
 }

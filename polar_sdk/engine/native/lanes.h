@@ -1,7 +1,6 @@
 // Pieces of the kernels: bfloat16 into and out of registers, sums and powers of 16 lanes, memory of a thread.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <immintrin.h>
 
 #include <algorithm>
@@ -14,8 +13,6 @@ using Half = uint16_t;  // the bits of a bfloat16
 constexpr int64_t kLanes = 16;
 constexpr int64_t kPanel = 32;  // lanes that a product handles at a time …
 constexpr int64_t kRows = 12;   // … for this many rows: 24 sums, of 32 registers
-
-inline const Half* read(const at::Tensor& tensor) { return static_cast<const Half*>(tensor.const_data_ptr()); }
 
 // Of 16 pairs of bfloat16: the first of each pair, and the second, as float32.
 inline __m512 first_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }

@@ -1,11 +1,8 @@
 // Attention of one token per row over pages.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <cstring>
 #include <limits>
-#include <optional>
 
 #include "lanes.h"
 #include "team.h"
@@ -156,59 +153,39 @@ inline void attend(const Attention& it, int64_t row, int64_t group, const Half* 
   }
 }
 
-// Keys and values (N, G, d) to pages (N,) and offsets (N,) of a store (P, 2, G, page, d).
-inline void write_pages(const at::Tensor& store, const at::Tensor& pages, const at::Tensor& offsets,
-                        const at::Tensor& key, const at::Tensor& value) {
-  TORCH_CHECK(store.is_contiguous());
-  const at::Tensor page = pages.contiguous(), offset = offsets.contiguous();
-  TORCH_CHECK(key.stride(2) == 1 && value.stride(2) == 1);
-  const at::Tensor parts[2] = {key, value};
-  const int64_t groups = store.size(2), length = store.size(3), size = store.size(4);
-  auto* to = static_cast<Half*>(store.mutable_data_ptr());
-  for (int64_t token = 0; token < key.size(0); ++token) {
-    const int64_t place = page.const_data_ptr<int64_t>()[token], at = offset.const_data_ptr<int64_t>()[token];
-    TORCH_CHECK(place >= 0 && place < store.size(0) && at >= 0 && at < length);
-    for (int64_t part = 0; part < 2; ++part) {
-      for (int64_t group = 0; group < groups; ++group) {
-        std::memcpy(to + (((place * 2 + part) * groups + group) * length + at) * size,
-                    read(parts[part]) + token * parts[part].stride(0) + group * parts[part].stride(1),
-                    size * sizeof(Half));
-      }
-    }
-  }
-}
-
-inline at::Tensor attend_pages(const at::Tensor& query, const at::Tensor& store, const at::Tensor& table,
-                               const at::Tensor& positions, double scale, std::optional<int64_t> window,
-                               std::optional<double> softcap, bool team) {
-  TORCH_CHECK(store.is_contiguous() && query.stride(2) == 1 && query.stride(1) == query.size(2));
-  const at::Tensor pages = table.contiguous(), at = positions.contiguous();
-  const int64_t rows = query.size(0), heads = query.size(1), size = query.size(2), groups = store.size(2);
-  at::Tensor mixed = at::empty({rows, heads * size}, query.options());
-  const Attention it{read(query),
-                     read(store),
-                     pages.const_data_ptr<int64_t>(),
-                     at.const_data_ptr<int64_t>(),
-                     static_cast<Half*>(mixed.mutable_data_ptr()),
-                     query.stride(0),
-                     heads,
-                     groups,
-                     size,
-                     store.size(3),
-                     table.size(1),
-                     static_cast<float>(scale),
-                     window.value_or(0),
-                     static_cast<float>(softcap.value_or(0.0))};
-  share(team, rows * groups, [&](Range& range) {
+inline void run_attention(const Attention& it, int64_t rows, const Sharing& sharing) {
+  share(sharing, rows * it.groups, [&](Range& range) {
     for (int64_t begin, end; range.take(begin, end);) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t next = std::min(task + 1, rows * groups - 1), row = next / groups;
+        const int64_t next = std::min(task + 1, rows * it.groups - 1), row = next / it.groups;
         const int64_t first = it.first(row) / it.page * it.page;
-        attend(it, task / groups, task % groups, it.at(row, next % groups, first, 0));
+        attend(it, task / it.groups, task % it.groups, it.at(row, next % it.groups, first, 0));
       }
     }
   });
-  return mixed;
+}
+
+// Keys or values (N, G, d) of tokens whose pages and offsets are known.
+struct Written {
+  const Half* from;
+  int64_t token_step, group_step;
+};
+
+// Writes keys and values of N tokens to pages of a store (P, 2, G, page, d); false where one is not in it.
+inline bool write_pages(Half* store, int64_t places, int64_t groups, int64_t length, int64_t size, const int64_t* pages,
+                        const int64_t* offsets, int64_t tokens, const Written (&parts)[2]) {
+  for (int64_t token = 0; token < tokens; ++token) {
+    const int64_t place = pages[token], at = offsets[token];
+    if (place < 0 || place >= places || at < 0 || at >= length) return false;
+    for (int64_t part = 0; part < 2; ++part) {
+      const Written& own = parts[part];
+      for (int64_t group = 0; group < groups; ++group) {
+        std::memcpy(store + (((place * 2 + part) * groups + group) * length + at) * size,
+                    own.from + token * own.token_step + group * own.group_step, size * sizeof(Half));
+      }
+    }
+  }
+  return true;
 }
 
 }  // namespace polar

@@ -1,8 +1,6 @@
 // Products of few or many rows with a matrix.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include "lanes.h"
 #include "team.h"
 
@@ -120,11 +118,11 @@ void run_panels(const Product& product, const Chunks& chunks, const float* words
 }
 
 template <class Form>
-void run_product(const Product& product, bool team) {
+void run_product(const Product& product, const Sharing& sharing) {
   const Chunks chunks(product.rows);
   const int64_t size = product.rows * product.padded() / Form::kInputs;
   const int64_t blocks = std::min(parts_of(size, kBlock), chunks.count);
-  share(team, parts_of(product.outputs, kPanel), [&](Range& range) {
+  share(sharing, parts_of(product.outputs, kPanel), [&](Range& range) {
     int64_t filled = -1;
     const float* words = nullptr;
     for (int64_t begin, end; range.take(begin, end);) {
@@ -136,26 +134,6 @@ void run_product(const Product& product, bool team) {
       }
     }
   });
-}
-
-inline at::Tensor product(const at::Tensor& x, const at::Tensor& panels, const at::Tensor& bias, bool pairs,
-                          bool team) {
-  TORCH_CHECK(panels.is_contiguous() && bias.is_contiguous());
-  const at::Tensor rows = x.contiguous();
-  at::Tensor y = at::empty({x.size(0), bias.size(0)}, x.options());
-  const Product operands{read(rows),
-                         static_cast<const float*>(panels.const_data_ptr()),
-                         read(bias),
-                         static_cast<Half*>(y.mutable_data_ptr()),
-                         x.size(0),
-                         x.size(1),
-                         bias.size(0)};
-  if (pairs) {
-    run_product<Pairs>(operands, team);
-  } else {
-    run_product<Singles>(operands, team);
-  }
-  return y;
 }
 
 }  // namespace polar

@@ -1,10 +1,6 @@
 // Causal attention of the last tokens of one row.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
-#include <optional>
-
 #include "lanes.h"
 #include "team.h"
 
@@ -206,9 +202,9 @@ class PromptTask {
 };
 
 template <class Form>
-void run_prompt(const Prompt& it) {
+void run_prompt(const Prompt& it, int64_t threads) {
   const int64_t blocks = parts_of(it.tokens, kTokens);
-  share(false, blocks * it.groups, [&](Range& range) {
+  share({threads, false}, blocks * it.groups, [&](Range& range) {
     for (int64_t begin, end; range.take(begin, end);) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t number = task / it.groups;  // first and last alternate, since later tokens see more keys
@@ -217,36 +213,6 @@ void run_prompt(const Prompt& it) {
       }
     }
   });
-}
-
-inline at::Tensor attend_prompt(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                                const std::optional<at::Tensor>& positions, double scale, std::optional<int64_t> window,
-                                std::optional<double> softcap, bool pairs) {
-  TORCH_CHECK(query.stride(2) == 1 && (query.size(1) == 1 || query.stride(1) == query.size(2)));
-  TORCH_CHECK(keys.stride(2) == 1 && values.stride(2) == 1);
-  const int64_t tokens = query.size(0), heads = query.size(1), size = query.size(2), groups = keys.size(0);
-  const at::Tensor places = positions.has_value() ? positions->contiguous() : at::Tensor();
-  at::Tensor mixed = at::empty({tokens, heads * size}, query.options());
-  const Prompt it{read(query),
-                  read(keys),
-                  read(values),
-                  places.defined() ? places.const_data_ptr<int64_t>() : nullptr,
-                  static_cast<Half*>(mixed.mutable_data_ptr()),
-                  tokens,
-                  heads,
-                  groups,
-                  size,
-                  keys.size(1),
-                  query.stride(0),
-                  keys.stride(1),
-                  keys.stride(0),
-                  values.stride(1),
-                  values.stride(0),
-                  static_cast<float>(scale),
-                  window.value_or(0),
-                  static_cast<float>(softcap.value_or(0.0))};
-  pairs ? run_prompt<Pairs>(it) : run_prompt<Singles>(it);
-  return mixed;
 }
 
 }  // namespace polar

@@ -1,9 +1,8 @@
 // Threads that share the short pieces of work which decoding consists of.
 #pragma once
 
-#include <ATen/Parallel.h>
+#include <dlfcn.h>
 #include <linux/futex.h>
-#include <omp.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
@@ -12,9 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <memory>
-#include <system_error>
-#include <thread>
+#include <new>
 
 namespace polar {
 
@@ -101,15 +98,19 @@ class Team {
     return team;
   }
 
+  // If the system has no more threads to give, those that there are do the work.
   void grow(int64_t helpers) {
-    try {
-      for (; made_ < helpers; ++made_) std::thread(&Team::help, this, made_).detach();
-    } catch (const std::system_error&) {
-      // The system has no more threads to give; those that there are do the work.
+    const auto begin = [](void* team) -> void* {
+      static_cast<Team*>(team)->help();
+      return nullptr;
+    };
+    for (pthread_t thread; made_ < helpers && pthread_create(&thread, nullptr, begin, this) == 0; ++made_) {
+      pthread_detach(thread);
     }
   }
 
-  void help(int64_t number) {
+  void help() {
+    const int64_t number = begun_.fetch_add(1);
     uint32_t done = 0;
     while (true) {
       uint32_t seen = 0;
@@ -163,6 +164,32 @@ class Team {
   void (*call_)(const void*, Range&) = nullptr;
   const void* body_ = nullptr;
   int64_t helpers_ = 0, made_ = 0;
+  std::atomic<int64_t> begun_{0};
+};
+
+// The OpenMP that torch runs on. It is looked up in the process: to link one would bring a second, whose threads would
+// spin beside those of the first.
+struct OpenMp {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+  int (*pause)(int, int);
+  int (*own_device)();
+  static const OpenMp& get() {
+    static const OpenMp found{find<void (*)(void (*)(void*), void*, unsigned, unsigned)>("GOMP_parallel"),
+                              find<int (*)(int, int)>("omp_pause_resource"),
+                              find<int (*)()>("omp_get_initial_device")};
+    return found;
+  }
+  // Ends its threads, which may still spin; they come back when needed.
+  void end_threads() const {
+    constexpr int kSoft = 1;
+    if (pause && own_device) pause(kSoft, own_device());
+  }
+
+ private:
+  template <class Function>
+  static Function find(const char* name) {
+    return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+  }
 };
 
 // Whether torch's threads may still spin, for up to 10 ms, on the cores of the team.
@@ -174,22 +201,51 @@ inline const int forks = pthread_atfork(nullptr, nullptr, [] {
   spinning = false;
 });
 
-// Share the numbers from 0 up to `count` among as many threads as torch has: those of the team, or torch's own, where
-// the operations around this one use those too. `body(range)` takes parts until none is left.
+// Who shares the work of an operation.
+struct Sharing {
+  int64_t threads;
+  bool team;  // threads of the team, or torch's own, where the operations around this one use those too
+};
+
+// In torch's own threads: each takes one part, so that what it prepares for a part serves as long as possible.
 template <class Body>
-void share(bool team, int64_t count, const Body& body) {
-  if (team) {
-    if (spinning) omp_pause_resource(omp_pause_soft, omp_get_initial_device());  // end them; they come back when needed
+void run_in_parts(int64_t count, int64_t threads, const Body& body) {
+  struct Work {
+    const Body& body;
+    int64_t count, threads;
+    std::atomic<int64_t> next;
+    void take_parts() {
+      for (int64_t part; (part = next.fetch_add(1)) < threads;) {
+        Range own;
+        own.set(part * count / threads, (part + 1) * count / threads, 1);
+        body(own);
+      }
+    }
+  } work{body, count, std::min(threads, count), {0}};
+  OpenMp::get().parallel([](void* shared) { static_cast<Work*>(shared)->take_parts(); }, &work,
+                         static_cast<unsigned>(work.threads), 0);
+}
+
+// Share the numbers from 0 up to `count`. `body(range)` takes parts until none is left.
+template <class Body>
+void share(const Sharing& sharing, int64_t count, const Body& body) {
+  std::atomic<bool> failed{false};
+  const auto guarded = [&](Range& range) {
+    try {
+      body(range);
+    } catch (const std::bad_alloc&) {  // must not leave a thread
+      failed.store(true);
+    }
+  };
+  if (sharing.team || sharing.threads < 2 || count < 2 || !OpenMp::get().parallel) {
+    if (spinning) OpenMp::get().end_threads();
     spinning = false;
-    Team::get().run(count, at::get_num_threads(), body);
-    return;
+    Team::get().run(count, sharing.threads, guarded);
+  } else {
+    spinning = true;
+    run_in_parts(count, sharing.threads, guarded);
   }
-  spinning = true;
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    Range own;
-    own.set(begin, end, 1);
-    body(own);
-  });
+  if (failed.load()) throw std::bad_alloc();
 }
 
 }  // namespace polar

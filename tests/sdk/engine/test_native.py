@@ -15,20 +15,27 @@ from polar_sdk.engine import native as library
 from polar_sdk.engine.attention import attend_row, paged_decode, write_pages
 from polar_sdk.engine.compiled import CompiledKernels, load_kernels
 from polar_sdk.engine.decoder import Decoder, build_decoder
+from polar_sdk.engine.eager import Compiled, NativeKernels
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.native import build
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
 from polar_sdk.engine.products import Int4, Plain, multiply, pack, quantize
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
+from polar_sdk.errors import CompileError
+from polar_sdk.model import PolarModel
 from polar_sdk.programs.program import Program
-from polar_sdk.testing import tiny_llama
+from polar_sdk.testing import tiny_llama, tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from transformers import PreTrainedModel
+
     from polar_sdk.engine.eager import Visits
+    from polar_sdk.models.load import Compile
 
     LogitsOf = Callable[[Decoder, Sequence[str], Sequence[int], int], torch.Tensor]
 
@@ -49,6 +56,7 @@ def native(packages: Path) -> None:
     if not library._supported():
         pytest.skip("this processor has no AVX512-BF16, or has AMX")
     assert library.load_library(packages, HALF, CPU, build=True)
+    assert library.load_operations(packages, build=True)
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:
@@ -64,8 +72,9 @@ def _assert_close(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor)
 
 
 def _product(x: torch.Tensor, plain: Plain, pairs: bool, team: bool = True) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.polar.product(x, *pack(plain), pairs, team)
-    return product
+    packed = pack(plain)
+    assert isinstance(packed, Packed)
+    return library._product(x, *packed, pairs, library._sharing(torch.get_num_threads(), team))
 
 
 @pytest.mark.usefixtures("native")
@@ -150,7 +159,7 @@ def test_keys_and_values_are_written_to_their_places() -> None:
     library.write_pages(written, pages, offsets, key, value)
     expected[pages, :, :, offsets] = torch.stack((key, value), dim=1)
     assert torch.equal(written, expected)
-    with pytest.raises(RuntimeError, match="write_pages"):
+    with pytest.raises(IndexError, match="not in the store"):
         library.write_pages(written, pages + 1, offsets, key, value)
 
 
@@ -293,7 +302,7 @@ def _decoder(precision: str = "bf16") -> Decoder:
     return build_decoder(model, precision=precision, kv_memory=1 << 24)
 
 
-def _compiled(packages: Path, precision: str = "bf16") -> Decoder:
+def _compiled(packages: Path, _: Path | None = None, precision: str = "bf16") -> Decoder:
     torch.set_num_threads(1)  # code is compiled for a number of threads
     decoder = _decoder(precision)
     kernels = load_kernels(decoder, packages, build=True)
@@ -302,9 +311,21 @@ def _compiled(packages: Path, precision: str = "bf16") -> Decoder:
     return decoder
 
 
+def _uncompiled(packages: Path, tmp_path: Path, precision: str = "bf16") -> Decoder:
+    """With the library, where nothing else is compiled."""
+    decoder = _decoder(precision)
+    kernels = load_kernels(decoder, tmp_path, build=False, partly=True)
+    assert isinstance(kernels, NativeKernels)
+    decoder.kernels = kernels
+    return decoder
+
+
 @pytest.mark.usefixtures("native")
-def test_compiled_layers_compute_what_eager_ones_do(packages: Path, logits_of: LogitsOf) -> None:
-    eager, compiled = _decoder(), _compiled(packages)
+@pytest.mark.parametrize("layers", [_compiled, _uncompiled])
+def test_native_layers_compute_what_eager_ones_do(
+    layers: Callable[..., Decoder], packages: Path, tmp_path: Path, logits_of: LogitsOf
+) -> None:
+    eager, compiled = _decoder(), layers(packages, tmp_path)
     cases: list[tuple[list[str], list[int]]] = [
         (["0-2"], [70]),
         (["0-2", "0 2", "0 1 1 2"], [3, 130, 64]),
@@ -375,7 +396,7 @@ def _bytes(decoder: Decoder) -> int:
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_layers_at_once_compute_what_they_do_one_by_one(packages: Path, precision: str) -> None:
     """To the bit, for rows with other programs beside each other, and for several tokens of a row."""
-    decoder = _compiled(packages, precision)
+    decoder = _compiled(packages, precision=precision)
     programs, prompts = ["0-2", "0 2", "0 1 1 2"], [[5, 6, 7], list(range(70)), [9]]
 
     def run() -> list[torch.Tensor]:
@@ -416,19 +437,57 @@ def test_of_layers_at_once_those_before_a_failure_are_counted(packages: Path) ->
 
 
 @pytest.mark.usefixtures("native")
-def test_compiled_layers_of_integers_compute_what_eager_ones_do(packages: Path, logits_of: LogitsOf) -> None:
-    eager, compiled = _decoder("int4"), _compiled(packages, "int4")
+@pytest.mark.parametrize("layers", [_compiled, _uncompiled])
+def test_native_layers_of_integers_compute_what_eager_ones_do(
+    layers: Callable[..., Decoder], packages: Path, tmp_path: Path, logits_of: LogitsOf
+) -> None:
+    eager, compiled = _decoder("int4"), layers(packages, tmp_path, precision="int4")
     assert any(isinstance(value, PackedInt4) for value in compiled.layers[0].values())
     ours, theirs = (logits_of(decoder, ["0 2 1"], [70], 4) for decoder in (compiled, eager))
     error = (ours - theirs).abs().mean()  # both round in bfloat16
     assert error < 0.04 * theirs.std(), f"mean {error:.3g}, spread {theirs.std():.3g}"
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("experts", ["mixtral", "qwen2_moe"])
+def test_mixtures_of_experts_use_the_library(
+    experts: str, tmp_path: Path, tiny_family: Callable[..., PreTrainedModel], logits_of: LogitsOf
+) -> None:
+    """Though their layers cannot be compiled."""
+    eager, ours = (build_decoder(tiny_family(experts).bfloat16(), kv_memory=1 << 24) for _ in range(2))
+    kernels = load_kernels(ours, tmp_path, build=True)
+    assert isinstance(kernels, NativeKernels)
+    ours.kernels = kernels
+    assert all(isinstance(ours.layers[0][name], Packed) for name in ("down.0", "gate_up.0"))
+    program = f"0-{ours.depth - 1}"
+    got, expected = (logits_of(decoder, [program], [40], 3) for decoder in (ours, eager))
+    error = (got - expected).abs().mean()  # both round in bfloat16
+    assert error < 0.04 * expected.std(), f"mean {error:.3g}, spread {expected.std():.3g}"
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(
+    ("compile", "stage"), [("auto", Compiled.PRODUCTS), ("stored", Compiled.PRODUCTS), (False, Compiled.NOTHING)]
+)
+def test_a_model_uses_the_library_at_once(
+    compile: Compile, stage: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path))
+    monkeypatch.setenv("POLAR_COMPILE", "off")
+    network = tiny_llama(layers=3, hidden_size=128).bfloat16()
+    model = PolarModel.from_hf(network, tiny_tokenizer(), ledger=None, compile=compile)
+    assert model.decoder.kernels.compiled == stage
+    assert not model.compiled
+    assert len(model.generate("hello", max_tokens=3, compute="exact").token_ids) > 0
+
+
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has not loaded the library, on a processor that could run it."""
-    monkeypatch.setattr(library, "_loaded", set())
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a process that has not loaded the library, which did not come with the package, and could run it."""
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setattr(library, "_operations", set())
     monkeypatch.setattr(library, "_failures", [])
+    monkeypatch.setattr(library, "_FOLDER", tmp_path / "package")
     monkeypatch.setattr(library, "_supported", lambda: True)
 
 
@@ -436,21 +495,47 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler_layers_do_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import torch._inductor.config as options
-
     monkeypatch.setenv("PATH", "")
-    with options.patch({"cpp.cxx": ("no-such-compiler",)}):
-        assert not library.load_library(tmp_path, HALF, CPU, build=True)
-    assert "native kernels cannot be compiled" in caplog.text
+    monkeypatch.delenv("CXX", raising=False)
+    assert not library.load_library(tmp_path, HALF, CPU, build=True)
+    assert "native kernels cannot be compiled, layers run without: there is no C++ compiler." in caplog.text
     assert not list(tmp_path.iterdir())
     assert library.version(HALF, CPU) == ""
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_compiler_that_cannot_be_started_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not library.load_library(tmp_path / "kept", HALF, CPU, build=True)
+    assert "compiler 'no-such-compiler' cannot be started (No such file or directory)" in library.failure()
+    assert not list((tmp_path / "kept").iterdir())
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_what_calls_the_kernels_layers_are_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config as options
+
+    assert not library.load_operations(tmp_path, build=False)
+    monkeypatch.setenv("PATH", "")
+    with options.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(CompileError, match="what compiled layers"):
+        library.load_operations(tmp_path, build=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("fresh")
+def test_operations_that_are_damaged_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / f"operations-{library._key()}.so").write_bytes(b"no library")
+    assert not library.load_operations(tmp_path, build=False)
+    assert "is damaged, and is not used" in caplog.text
 
 
 @pytest.mark.usefixtures("fresh")
 def test_why_it_cannot_be_compiled_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.failure() == ""
     (tmp_path / "kernels.cpp").write_text("#include <vector>\nint broken = no_such_name;\n")
-    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
     assert not library.load_library(tmp_path / "kept", HALF, CPU, build=True)
     assert "kernels.cpp:2:14: error:" in library.failure()
     assert "no_such_name" in library.failure()
@@ -464,13 +549,13 @@ def test_nothing_is_compiled_without_permission(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_a_damaged_library_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / f"native-{library._key()}.so").write_bytes(b"no library")
+    (tmp_path / build.library_name()).write_bytes(b"no library")
     assert not library.load_library(tmp_path, HALF, CPU, build=False)
     assert "cannot be loaded" in caplog.text
 
 
 def test_other_processors_and_dtypes_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_loaded", set())
+    monkeypatch.setattr(library, "_loaded", {})
     assert not library.load_library(tmp_path, torch.float32, CPU, build=True)
     assert not library.load_library(tmp_path, HALF, torch.device("meta"), build=True)
     monkeypatch.setattr(library, "_supported", lambda: False)
@@ -478,10 +563,14 @@ def test_other_processors_and_dtypes_do_without(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_uncompiled_layers_never_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "product", lambda *_: pytest.fail("a native product in an uncompiled layer"))
-    monkeypatch.setattr(library, "_loaded", {"version"})
+@pytest.mark.usefixtures("native")
+def test_layers_use_it_only_where_they_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = _random(0, 3, 32), _random(1, 16, 32)
     expected = torch.nn.functional.linear(x, weight)
     assert torch.equal(multiply(x, Plain(weight)), expected)
-    assert torch.equal(multiply(x, pack(Plain(weight))), expected)
+    with monkeypatch.context() as patched:
+        patched.setattr(library, "product", lambda *_: pytest.fail("a native product where nobody asked for it"))
+        assert torch.equal(multiply(x, pack(Plain(weight))), expected)
+    with library.used():
+        native = multiply(x, pack(Plain(weight)))
+    _assert_close(native, x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T)

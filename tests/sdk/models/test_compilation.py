@@ -179,7 +179,7 @@ def test_what_is_compiled_is_used_by_stages(background: Path, packages: Path, mo
         for stage in (Compiled.ONE_ROW, Compiled.ROWS):
             done = put_packages(packages, stage=stage)
             assert model.generate("hello", max_tokens=2).token_ids
-            assert model.decoder.kernels.compiled == stage - 1  # the process has not said so yet
+            assert model.decoder.kernels.compiled < stage  # the process has not said so yet
             write_status(wait._order.key, wait._order.status("compiling", done=done, total=7))
             answer = model.generate(prompt, max_tokens=8, template="raw")
             assert answer.usage.tokens.cached == 0  # what other code left of the prompt is not for it

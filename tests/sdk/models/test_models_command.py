@@ -76,7 +76,7 @@ def test_compile_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = CliRunner().invoke(app, ["models", "compile", "tiny"], catch_exceptions=False)
     assert "tiny is compiled for cpu in bfloat16" in whole.stdout
     assert whole.stderr == ""
-    monkeypatch.setattr(native, "_loaded", set())
+    monkeypatch.setattr(native, "_loaded", {})
     monkeypatch.setattr(native, "_failures", ["native kernels cannot be compiled, layers run without: no disk."])
     partly = CliRunner().invoke(app, ["models", "compile", "tiny"], catch_exceptions=False)
     assert "tiny is compiled" in partly.stdout

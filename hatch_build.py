@@ -1,0 +1,40 @@
+"""Building the package: the native kernels come with it, where there is a C++ compiler for a machine that has some.
+
+A wheel with them is for machines of that kind; without, it is for all, and kernels are compiled when a model is first
+loaded. `HATCH_BUILD_NO_HOOKS=true` leaves them out.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class NativeKernels(BuildHookInterface[Any]):
+    """Compiles them into the source tree, where an editable installation finds them as well."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and say what a wheel of it fits."""
+        native = Path(self.root, "polar_sdk", "engine", "native")
+        builder = runpy.run_path(str(native / "build.py"))
+        if not builder["is_possible"]():
+            return
+        library: Path = native / builder["library_name"]()
+        for other in native.glob("kernels-*.so"):
+            if other != library:
+                other.unlink()  # of another state of the sources
+        if not library.exists():
+            try:
+                builder["build_library"](library)
+            except (builder["BuildError"], OSError) as error:
+                reason = (str(error).strip().splitlines() or [repr(error)])[0]
+                self.app.display_warning(f"native kernels are left out, and compiled later where possible: {reason}")
+                return
+        if version == "standard":
+            build_data["artifacts"].append(library.relative_to(self.root).as_posix())
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

@@ -1,0 +1,82 @@
+"""The native kernels in the package: what a wheel holds with a compiler and without, and what the library needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from polar_sdk.engine.native.build import BuildError, build_library, is_possible, library_name
+
+ROOT = Path(__file__).parents[3]
+NOT_IN_A_PACKAGE = shutil.ignore_patterns("*.so", "__pycache__", "compiled")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources of the package, as somebody unpacks them."""
+    root = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+    for name in ("polar_sdk", "billing", "integrations"):
+        shutil.copytree(ROOT / name, root / name, ignore=NOT_IN_A_PACKAGE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not is_possible():
+        pytest.skip("there are no kernels for machines of this kind")
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    path = tmp_path_factory.mktemp("library") / library_name()
+    build_library(path)
+    return path
+
+
+def wheel(tree: Path, folder: Path, **environment: str) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=tree, env=os.environ | environment, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_a_wheel_brings_the_kernels(tree: Path, library: Path, tmp_path: Path) -> None:
+    stale = tree / "polar_sdk" / "engine" / "native" / "kernels-0000000000000000.so"
+    stale.write_bytes(b"of another state of the sources")
+    built = wheel(tree, tmp_path)
+    assert built.stem.endswith("-py3-none-linux_x86_64")
+    with zipfile.ZipFile(built) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+        assert libraries == [f"polar_sdk/engine/native/{library.name}"]
+        assert archive.read(libraries[0]) == library.read_bytes()
+
+
+def test_without_a_compiler_a_wheel_is_for_all_machines(tree: Path, tmp_path: Path) -> None:
+    for made in (tree / "polar_sdk" / "engine" / "native").glob("*.so"):
+        made.unlink()
+    built = wheel(tree, tmp_path, CXX="no-such-compiler")
+    assert built.stem.endswith("-py3-none-any")
+    with zipfile.ZipFile(built) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+def test_the_library_needs_nothing_but_the_system(library: Path) -> None:
+    """Neither torch nor a runtime of C++ or OpenMP: so one build serves all versions of them."""
+    code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).polar_product; print(open('/proc/self/maps').read())"
+    ended = subprocess.run([sys.executable, "-S", "-c", code, str(library)], capture_output=True, text=True, check=True)
+    assert library.name in ended.stdout
+    for other in ("torch", "libstdc++", "libgomp"):
+        assert other not in ended.stdout
+
+
+def test_a_library_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(BuildError, match="compiler 'false' failed with status 1"):
+        build_library(tmp_path / "kernels.so")
+    assert not list(tmp_path.iterdir())
