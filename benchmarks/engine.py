@@ -33,6 +33,8 @@ from benchmarks.long_prompts import apart_growth
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, quantized, timed
 from benchmarks.results import RESULTS, Recorder
 from polar_sdk import PolarModel, Policy, Program
+from polar_sdk.engine import native
+from polar_sdk.engine.eager import NativeKernels
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_questions
 from polar_sdk.testing import random_fill
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
 
 NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
-EAGER = "eager"
-"""The model in bfloat16 whose layers run uncompiled."""
+EAGER, NATIVE = "eager", "native"
+"""Models that are not compiled, which run by torch's operations or by native kernels."""
 LONG_PROMPTS = (2048, 8000)
 """Prompts of more than one page of text, in tokens."""
 LONG, CUTS = 1000, (0.9, 0.8, 0.733, 0.667, 0.6)
@@ -88,10 +90,10 @@ class Bench:
         self._models: dict[str, PolarModel] = {}
 
     def model(self, precision: str) -> PolarModel:
-        """The engine's model in this precision, compiled; or not compiled, where it is called `eager`."""
+        """The engine's model in this precision, compiled; or in bf16 and not compiled, if `EAGER` or `NATIVE`."""
         if precision not in self._models:
-            compile = precision != EAGER
-            self._models[precision] = apart(
+            compile = precision not in (EAGER, NATIVE)
+            model = self._models[precision] = apart(
                 lambda: PolarModel.from_pretrained(
                     self.args.model,
                     precision=precision if compile else "bf16",
@@ -101,7 +103,16 @@ class Bench:
                     speculate="off",  # what a pass takes is compared, except by `drafts`
                 )
             )
+            if precision == NATIVE:  # as where nothing is compiled yet
+                model.decoder.pack()
+                model.decoder.kernels = NativeKernels(model.decoder.family)
         return self._models[precision]
+
+    @cached_property
+    def has_kernels(self) -> bool:
+        """Whether there are native kernels for this machine."""
+        model = self.model("bf16")
+        return bool(native.version(model.decoder.dtype, model.decoder.device))
 
     @cached_property
     def hugging_face(self) -> HuggingFace:
@@ -392,33 +403,39 @@ def first_answer(bench: Bench) -> None:
 
 
 def eager(bench: Bench) -> None:
-    """What a newcomer has before anything is compiled: one row, sixteen rows, and a prompt."""
+    """What runs before anything is compiled, by torch alone and by native kernels: one row, 16 rows, and a prompt."""
+    _uncompiled(bench, EAGER, "uncompiled", (1.2, 1.1, 1))
+    if bench.has_kernels:
+        _uncompiled(bench, NATIVE, "uncompiled, by native kernels", (None, None, None))
 
+
+def _uncompiled(bench: Bench, model: str, how: str, goals: Sequence[float | None]) -> None:
     def decode_one() -> float:
-        return _decode_speed(lambda text, new: bench.answer(EAGER, text, new), bench.prompt(40))
+        return _decode_speed(lambda text, new: bench.answer(model, text, new), bench.prompt(40))
 
     def decode_one_hf() -> float:
         return _decode_speed(lambda text, new: bench.hugging_face.generate([bench.ids(text)], new), bench.prompt(40))
 
     def prefill_one() -> float:
-        return PREFILL / bench.answer(EAGER, bench.prompt(PREFILL), 1)
+        return PREFILL / bench.answer(model, bench.prompt(PREFILL), 1)
 
     def prefill_one_hf() -> float:
         return PREFILL / bench.hugging_face.generate([bench.ids(bench.prompt(PREFILL))], 1)
 
     speeds = bench.alternate(decode_one, decode_one_hf)
-    bench.summary["eager_vs_hf"] = _record(bench, "decode, batch 1, bf16, uncompiled", speeds, Peer(HF, goal=1.2))
-    speeds = bench.alternate(partial(_rows_decode, bench), partial(_rows_decode_hf, bench))
-    name = "16 rows decode, bf16, uncompiled"
-    bench.summary["eager16_vs_hf"] = _record(bench, name, speeds, Peer(HF_BATCH, goal=1.1))
+    name = f"decode, batch 1, bf16, {how}"
+    bench.summary[f"{model}_vs_hf"] = _record(bench, name, speeds, Peer(HF, goal=goals[0]))
+    speeds = bench.alternate(partial(_rows_decode, bench, model), partial(_rows_decode_hf, bench))
+    name = f"16 rows decode, bf16, {how}"
+    bench.summary[f"{model}16_vs_hf"] = _record(bench, name, speeds, Peer(HF_BATCH, goal=goals[1]))
     speeds = bench.alternate(prefill_one, prefill_one_hf)
-    name = "prefill of 512 tokens, bf16, uncompiled"
-    bench.summary["eager_prefill_vs_hf"] = _record(bench, name, speeds, Peer(HF, goal=1))
+    name = f"prefill of 512 tokens, bf16, {how}"
+    bench.summary[f"{model}_prefill_vs_hf"] = _record(bench, name, speeds, Peer(HF, goal=goals[2]))
 
 
-def _rows_decode(bench: Bench) -> float:
+def _rows_decode(bench: Bench, name: str) -> float:
     """Tokens per second of 16 uncompiled rows after their first tokens."""
-    model, prompts = bench.model(EAGER), _short_prompts(bench)
+    model, prompts = bench.model(name), _short_prompts(bench)
     identity = Program.identity(model.depth)
 
     def seconds(new: int) -> float:
