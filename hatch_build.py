@@ -23,18 +23,18 @@ class NativeKernels(BuildHookInterface[Any]):
         builder = runpy.run_path(str(native / "build.py"))
         if not builder["is_possible"]():
             return
-        library: Path = native / builder["library_name"]()
-        for other in native.glob("kernels-*.so"):
-            if other != library:
-                other.unlink()  # of another state of the sources
-        if not library.exists():
-            try:
-                builder["build_library"](library)
-            except (builder["BuildError"], OSError) as error:
-                reason = (str(error).strip().splitlines() or [repr(error)])[0]
-                self.app.display_warning(f"native kernels are left out, and compiled later where possible: {reason}")
-                return
+        libraries: dict[str, Path] = {kind: native / builder["library_name"](kind) for kind in builder["INSTRUCTIONS"]}
+        for other in set(native.glob("kernels-*.so")).difference(libraries.values()):
+            other.unlink()  # of another state of the sources
+        try:
+            for kind, library in libraries.items():
+                if not library.exists():
+                    builder["build_library"](kind, library)
+        except (builder["BuildError"], OSError) as error:
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            self.app.display_warning(f"native kernels are left out, and compiled later where possible: {reason}")
+            return
         if version == "standard":
-            build_data["artifacts"].append(library.relative_to(self.root).as_posix())
+            build_data["artifacts"].extend(library.relative_to(self.root).as_posix() for library in libraries.values())
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

@@ -105,9 +105,13 @@ def _auto_dtype(device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Does this CPU multiply bfloat16 matrices in hardware? Elsewhere bfloat16 is slower than float32."""
+    """Is bfloat16 faster than float32 here: by native kernels that came with the package, or in torch by hardware?"""
     import torch
 
+    from polar_sdk.engine import native
+
+    if native.comes_along():
+        return True
     # Private names, there from torch 2.6 to 2.13; a release without them falls back to float32.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)

@@ -82,7 +82,7 @@ def test_from_prompt_to_bill(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -
         return out
 
     monkeypatch.setattr(decoder, "finish", counting)
-    if model.compiled:  # then decoding runs a layer, or all of them, as one call
+    if decoder.kernels.decodes(1):  # then it runs a layer, or all of them, as one call
         layer_of = {id(weights): index for index, weights in enumerate(decoder.layers)}
         decode = decoder.kernels.decode
 

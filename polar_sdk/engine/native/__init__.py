@@ -1,9 +1,9 @@
 """The library built from the C++ files here: when it is used, how it is compiled and kept, how layers call it.
 
 Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix of bfloat16 or of integers, attention
-of one token per row over pages, and attention of the tokens of a prompt. They are used on processors with AVX512-BF16
-and without AMX (where torch's own products are faster). Elsewhere, and where there is no library, layers use torch's
-operations. Knows tensors, no families.
+of one token per row over pages, and attention of the tokens of a prompt. They are used on processors with AVX512,
+VNNI included, and without AMX (where torch's own products are faster). Elsewhere, and where there is no library, layers
+use torch's operations. Knows tensors, no families.
 
 There are two libraries. The kernels (`kernels.h`) need neither Python nor torch: they come with the package, where it
 was built beside a compiler, or are compiled in four seconds. Layers that are not compiled call them from here. Compiled
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from polar_sdk.engine.native.build import BuildError, build_library, is_possible, library_name
+from polar_sdk.engine.native.build import INSTRUCTIONS, BuildError, build_library, is_possible, library_name
 from polar_sdk.errors import CompileError
 
 if TYPE_CHECKING:
@@ -58,11 +58,12 @@ _in_use = ContextVar("in_use", default=False)
 
 
 @cache
-def _supported() -> bool:
-    """Whether this processor can run the kernels and is faster with them."""
-    if not is_possible() or " avx512_vnni" not in processor():
-        return False
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+def _kind_of_library() -> str | None:
+    """Which of `INSTRUCTIONS` this processor has and is faster with; None = none."""
+    has = set(processor().replace("_", "").split())
+    if not is_possible() or "amxtile" in has:
+        return None
+    return next((kind for kind, needed in reversed(INSTRUCTIONS.items()) if has.issuperset(needed)), None)
 
 
 @cache
@@ -89,7 +90,13 @@ def _pairs() -> bool:
 
     On AMD cores it does twice the work of a float32 product in the same time; on Intel cores it takes 4 times as long.
     """
-    return "AuthenticAMD" in processor()
+    return "AuthenticAMD" in processor() and _kind_of_library() == "avx512bf16"
+
+
+def comes_along() -> bool:
+    """Whether the library for this processor came with the package."""
+    kind = _kind_of_library()
+    return kind is not None and (_FOLDER / library_name(kind)).exists()
 
 
 def load_library(folder: Path, dtype: torch.dtype, device: torch.device, *, build: bool) -> bool:
@@ -104,13 +111,14 @@ def load_library(folder: Path, dtype: torch.dtype, device: torch.device, *, buil
     Returns:
         Whether layers may call them. A compiler that is missing or fails is only logged: layers run without.
     """
-    if not _fits(dtype, device) or not _supported():
+    kind = _kind_of_library() if _fits(dtype, device) else None
+    if kind is None:
         return False
-    file = folder / library_name()
+    file = folder / library_name(kind)
     for known in (_FOLDER / file.name, file):
         if not _loaded and known.exists():
             _load(known)
-    if not _loaded and build and _build(file):
+    if not _loaded and build and _build(kind, file):
         _load(file)
     return bool(_loaded)
 
@@ -143,9 +151,9 @@ def _fits(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
-def _build(file: Path) -> bool:
+def _build(kind: str, file: Path) -> bool:
     try:
-        build_library(file)
+        build_library(kind, file)
     except (BuildError, OSError) as error:
         _fail("compiled", error)
         return False

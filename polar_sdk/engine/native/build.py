@@ -1,7 +1,8 @@
 """Compiles the kernels to a library that depends on neither Python nor torch, in four seconds.
 
-One build serves every processor with the instruction sets that it names, and every version of torch. The build of this
-package runs it, before anything else is installed (`hatch_build.py`), so that it needs the standard library alone.
+A library serves every processor with the instruction sets that it is for, and every version of torch. The build of
+this package runs this, before anything else is installed (`hatch_build.py`), so that it needs the standard library
+alone.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ FOLDER: Final = Path(__file__).parent
 _SOURCE: Final = "kernels.cpp"
 _FLAGS: Final = (
     *("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
-    *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni"),
     # Its own runtime of C++, which nobody else in the process sees.
     *("-static-libstdc++", "-static-libgcc", "-Wl,-s"),
 )
+INSTRUCTIONS: Final = {
+    "avx512": ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"),
+    "avx512bf16": ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16"),
+}
+"""What the kernels are compiled for, from the oldest processors to the newest, and the instruction sets of each."""
 _EXPORTS: Final = "{ global: polar_*; local: *; };"
 
 
@@ -31,13 +36,13 @@ class BuildError(Exception):
     """The library cannot be compiled; says why."""
 
 
-def library_name() -> str:
-    """Name of the library's file, from all that it is made of."""
-    digest = hashlib.sha256(f"{_FLAGS}|{_EXPORTS}".encode())
+def library_name(kind: str) -> str:
+    """Name of the library's file for one of `INSTRUCTIONS`, from all that it is made of."""
+    digest = hashlib.sha256(f"{_FLAGS}|{INSTRUCTIONS[kind]}|{_EXPORTS}".encode())
     for file in sorted(FOLDER.glob("*.h")):
         digest.update(file.read_bytes())
     digest.update((FOLDER / _SOURCE).read_bytes())
-    return f"kernels-{digest.hexdigest()[:16]}.so"
+    return f"kernels-{kind}-{digest.hexdigest()[:16]}.so"
 
 
 def is_possible() -> bool:
@@ -45,8 +50,8 @@ def is_possible() -> bool:
     return sys.platform.startswith("linux") and platform.machine() in {"x86_64", "AMD64"}
 
 
-def build_library(target: Path) -> None:
-    """Compile the library; its file appears whole or not at all.
+def build_library(kind: str, target: Path) -> None:
+    """Compile the library for one of `INSTRUCTIONS`; its file appears whole or not at all.
 
     Raises:
         BuildError: There is no compiler, or it failed.
@@ -59,7 +64,8 @@ def build_library(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as scratch:
         exports, draft = Path(scratch, "exports"), Path(scratch, target.name)
         exports.write_text(_EXPORTS, encoding="utf-8")
-        command = [compiler, *_FLAGS, str(FOLDER / _SOURCE), "-o", str(draft), f"-Wl,--version-script={exports}"]
+        flags = [*_FLAGS, *(f"-m{name}" for name in INSTRUCTIONS[kind])]
+        command = [compiler, *flags, str(FOLDER / _SOURCE), "-o", str(draft), f"-Wl,--version-script={exports}"]
         try:
             ended = subprocess.run([*command, "-ldl"], capture_output=True, text=True, check=False)
         except OSError as error:

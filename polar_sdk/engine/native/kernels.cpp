@@ -1,5 +1,5 @@
-// Kernels for processors with AVX512-BF16 and AVX512-VNNI. `build.py` compiles this file, and `__init__.py` decides when
-// it is used. Sums are float32; results are rounded to bfloat16, and the weights of attention of a prompt where inputs
+// Kernels for processors with AVX512, VNNI included; with AVX512-BF16 they are faster. `build.py` compiles this file for
+// both, and `__init__.py` decides when which is used. Sums are float32; results are rounded to bfloat16, and the weights of attention of a prompt where inputs
 // go in pairs.
 
 #include "kernels.h"

@@ -20,12 +20,35 @@ inline __m512 second_of(__m512i pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
+// Numbers rounded to bfloat16, to the nearest and of two to the even one; what is no number stays none.
+inline __m256i rounded(__m512 values) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+#else
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 none = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(none, near, quiet), 16));
+#endif
+}
+
+// sum + both products of each pair of bfloat16.
+inline __m512 add_pairs(__m512 sum, __m512i x, __m512i y) {
+#ifdef __AVX512BF16__
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
+#else
+  return _mm512_fmadd_ps(second_of(x), second_of(y), _mm512_fmadd_ps(first_of(x), first_of(y), sum));
+#endif
+}
+
 inline __m512 widen(const Half* from, __mmask16 lanes) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16));
 }
 
 inline void store_rounded(Half* to, __m512 values, __mmask16 lanes = 0xffff) {
-  _mm256_mask_storeu_epi16(to, lanes, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+  _mm256_mask_storeu_epi16(to, lanes, rounded(values));
 }
 
 inline __mmask16 first_lanes(int64_t count) {
@@ -66,7 +89,7 @@ inline void turn(const Half* from, int64_t stride, int64_t last, __mmask16 lanes
   }
 }
 
-// How products hold their inputs, as words of 32 bits: a pair of bfloat16, multiplied by one instruction …
+// How products hold their inputs, as words of 32 bits: a pair of bfloat16, multiplied together …
 struct Pairs {
   static constexpr int64_t kInputs = 2;
   static constexpr int kDegree = 4;  // of `power_of_two`, for a number that becomes an input
@@ -82,12 +105,12 @@ struct Pairs {
   }
   // Sixteen numbers as inputs; returns what was kept of them.
   static __m512 keep(float* to, __m512 values) {
-    const auto kept = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+    const __m256i kept = rounded(values);
     _mm256_store_si256(reinterpret_cast<__m256i*>(to), kept);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(kept), 16));
   }
   static __m512 add(__m512 sum, __m512 x, __m512 weight) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(weight));
+    return add_pairs(sum, _mm512_castps_si512(x), _mm512_castps_si512(weight));
   }
   // Of 16 pairs, the words; of some of them, anywhere in memory.
   static void put(float* to, int64_t, __m512i pairs) { _mm512_store_si512(to, pairs); }

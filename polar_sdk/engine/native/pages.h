@@ -51,11 +51,10 @@ inline float score(const Attention& it, int64_t row, int64_t group, const Half* 
     __m512 products[kLanes];
     for (auto& product : products) product = _mm512_setzero_ps();
     for (int64_t part = 0; part < it.size; part += 2 * kLanes) {
-      const auto queried = reinterpret_cast<__m512bh>(_mm512_loadu_si512(query + part));
+      const __m512i queried = _mm512_loadu_si512(query + part);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes; ++i) {
-        const auto stored = reinterpret_cast<__m512bh>(_mm512_loadu_si512(keys + i * it.size + part));
-        products[i] = _mm512_dpbf16_ps(products[i], queried, stored);
+        products[i] = add_pairs(products[i], queried, _mm512_loadu_si512(keys + i * it.size + part));
       }
     }
     __m512 values = _mm512_mul_ps(sums_of(products), _mm512_set1_ps(it.scale));
@@ -106,8 +105,8 @@ void mix(const Attention& it, int64_t row, int64_t group, int64_t part, int64_t 
   for (int head = 0; head < kHeads; ++head) {
     const __m512 share = _mm512_set1_ps(1.0f / totals[head]);
     for (int i = 0; i < kParts; ++i) {
-      const auto first_half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(sums[head][i][0], share)));
-      const auto second_half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(sums[head][i][1], share)));
+      const __m256i first_half = rounded(_mm512_mul_ps(sums[head][i][0], share));
+      const __m256i second_half = rounded(_mm512_mul_ps(sums[head][i][1], share));
       const __m512i pairs =
           _mm512_or_si512(_mm512_cvtepu16_epi32(first_half), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second_half), 16));
       _mm512_storeu_si512(to + head * it.size + part + i * 2 * kLanes, pairs);

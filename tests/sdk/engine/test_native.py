@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,7 +31,8 @@ from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import ctypes
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     LogitsOf = Callable[[Decoder, Sequence[str], Sequence[int], int], torch.Tensor]
 
 HALF, CPU = torch.bfloat16, torch.device("cpu")
-KINDS = st.builds(
+ATTENTION = st.builds(
     AttentionKind,
     scale=st.sampled_from([0.125, 0.3]),
     window=st.sampled_from([None, 1, 5, 64, 100]),
@@ -50,13 +53,50 @@ HEADS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.sampled_from([32, 64,
 """Groups, heads that share them, and their size."""
 
 
+KIND = library._kind_of_library()
+KINDS = st.sampled_from([kind for kind in build.INSTRUCTIONS if KIND is not None and kind <= KIND] or [""])
+"""Libraries that this processor can run; the last is the one that is used."""
+_every: dict[str, ctypes.CDLL] = {}
+
+
 @pytest.fixture(scope="session")
 def native(packages: Path) -> None:
     """The library, in this process from now on."""
-    if not library._supported():
-        pytest.skip("this processor has no AVX512-BF16, or has AMX")
+    if KIND is None:
+        pytest.skip("this processor has no AVX512, or has AMX")
     assert library.load_library(packages, HALF, CPU, build=True)
     assert library.load_operations(packages, build=True)
+
+
+@pytest.fixture(scope="session")
+def every(native: None, packages: Path) -> None:
+    """The libraries for older processors as well."""
+    used = dict(library._loaded)
+    for kind in build.INSTRUCTIONS:
+        if kind == KIND:
+            _every[kind] = next(iter(used.values()))
+        elif KIND is not None and kind < KIND:
+            path = packages / build.library_name(kind)
+            if not path.exists():
+                build.build_library(kind, path)
+            library._loaded.clear()
+            library._load(path)
+            _every[kind] = next(iter(library._loaded.values()))
+    library._loaded.clear()
+    library._loaded.update(used)
+
+
+@contextmanager
+def using(kind: str) -> Iterator[None]:
+    """Within the block, calls go to the library of that kind."""
+    used = dict(library._loaded)
+    library._loaded.clear()
+    library._loaded[kind] = _every[kind]
+    try:
+        yield
+    finally:
+        library._loaded.clear()
+        library._loaded.update(used)
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:
@@ -77,8 +117,9 @@ def _product(x: torch.Tensor, plain: Plain, pairs: bool, team: bool = True) -> t
     return library._product(x, *packed, pairs, library._sharing(torch.get_num_threads(), team))
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("every")
 @given(
+    kind=KINDS,
     rows=st.integers(1, 70),
     outputs=st.integers(1, 100),
     inputs=st.integers(1, 130),
@@ -86,11 +127,14 @@ def _product(x: torch.Tensor, plain: Plain, pairs: bool, team: bool = True) -> t
     biased=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_a_product_is_rounded_once(rows: int, outputs: int, inputs: int, pairs: bool, biased: bool, seed: int) -> None:
+def test_a_product_is_rounded_once(
+    kind: str, rows: int, outputs: int, inputs: int, pairs: bool, biased: bool, seed: int
+) -> None:
     x, weight = _random(seed, rows, inputs), _random(seed + 1, outputs, inputs)
     bias = _random(seed + 2, outputs) if biased else None
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    got = _product(x, Plain(weight, bias), pairs)
+    with using(kind):
+        got = _product(x, Plain(weight, bias), pairs)
     _assert_close(got, expected, x.double().abs() @ weight.double().abs().T + 1)
 
 
@@ -199,35 +243,41 @@ def _codes_of(plain: Plain) -> tuple[PackedInt4, torch.Tensor]:
     return packed, (codes - 8) * scale + zero
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("every")
 @given(
+    kind=KINDS,
     rows=st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17]),
     outputs=st.integers(1, 100),
     inputs=st.integers(1, 200),
     biased=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_rows_and_8_bit_integers(rows: int, outputs: int, inputs: int, biased: bool, seed: int) -> None:
+def test_rows_and_8_bit_integers(kind: str, rows: int, outputs: int, inputs: int, biased: bool, seed: int) -> None:
     bias = _random(seed + 2, outputs) if biased else None
     x, (packed, weight) = _uneven(seed, rows, inputs), _bytes_of(Plain(_random(seed + 1, outputs, inputs), bias))
     expected = x.double() @ weight.T + (0 if bias is None else bias.double())
-    _assert_close(library.product_int8(x, *packed), expected, _spread(x, weight) + expected.abs())
+    with using(kind):
+        got = library.product_int8(x, *packed)
+    _assert_close(got, expected, _spread(x, weight) + expected.abs())
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("every")
 @given(
+    kind=KINDS,
     rows=st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17]),
     blocks=st.integers(1, 4),
     groups=st.integers(1, 9),
     biased=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_rows_and_4_bit_integers(rows: int, blocks: int, groups: int, biased: bool, seed: int) -> None:
+def test_rows_and_4_bit_integers(kind: str, rows: int, blocks: int, groups: int, biased: bool, seed: int) -> None:
     bias = _random(seed + 2, 64 * blocks) if biased else None
     plain = Plain(_random(seed + 1, 64 * blocks, 32 * groups), bias)
     x, (packed, weight) = _uneven(seed, rows, 32 * groups), _codes_of(plain)
     expected = x.double() @ weight.T + (0 if bias is None else bias.double())
-    _assert_close(library.product_int4(x, *packed), expected, _spread(x, weight) + expected.abs())
+    with using(kind):
+        got = library.product_int4(x, *packed)
+    _assert_close(got, expected, _spread(x, weight) + expected.abs())
 
 
 @pytest.mark.usefixtures("native")
@@ -254,11 +304,17 @@ def test_what_is_no_number_stays_none(bad: float) -> None:
         assert got[[0, 2]].isfinite().all()
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("every")
 @given(
-    shape=HEADS, lengths=st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=5), kind=KINDS, seed=st.integers(0, 99)
+    which=KINDS,
+    shape=HEADS,
+    lengths=st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=5),
+    kind=ATTENTION,
+    seed=st.integers(0, 99),
 )
-def test_attention_over_pages(shape: tuple[int, int, int], lengths: list[int], kind: AttentionKind, seed: int) -> None:
+def test_attention_over_pages(
+    which: str, shape: tuple[int, int, int], lengths: list[int], kind: AttentionKind, seed: int
+) -> None:
     groups, sharing, size = shape
     rows, blocks = len(lengths), 3
     store = torch.full((rows * blocks + 1, 2, groups, PAGE, size), float("nan"), dtype=HALF)
@@ -270,29 +326,38 @@ def test_attention_over_pages(shape: tuple[int, int, int], lengths: list[int], k
     # Heads of a larger tensor, as a layer has them.
     query = _random(seed, rows, groups * (sharing + 2), size)[:, : groups * sharing]
     positions = torch.tensor(lengths) - 1
-    got = library.attend_pages(query, store, table, positions, kind)
+    with using(which):
+        got = library.attend_pages(query, store, table, positions, kind)
     expected = paged_decode(query.double(), store.nan_to_num().double(), table, positions, kind)
     _assert_close(got, expected, torch.full_like(expected, 4))
 
 
-@pytest.mark.usefixtures("native")
-@given(shape=HEADS, tokens=st.integers(1, 150), before=st.integers(0, 150), kind=KINDS, seed=st.integers(0, 99))
+@pytest.mark.usefixtures("every")
+@given(
+    which=KINDS,
+    shape=HEADS,
+    tokens=st.integers(1, 150),
+    before=st.integers(0, 150),
+    kind=ATTENTION,
+    seed=st.integers(0, 99),
+)
 def test_attention_of_a_prompt(
-    shape: tuple[int, int, int], tokens: int, before: int, kind: AttentionKind, seed: int
+    which: str, shape: tuple[int, int, int], tokens: int, before: int, kind: AttentionKind, seed: int
 ) -> None:
     groups, sharing, size = shape
     query = _random(seed, tokens, groups * (sharing + 2), size)[:, : groups * sharing]
     keys = _random(seed + 1, before + tokens, groups, size).transpose(0, 1)
     values = _random(seed + 2, groups, before + tokens, size)
-    got = library.attend_prompt(query, keys, values, kind)
+    chosen = torch.arange(tokens)[torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.6]
+    with using(which):
+        got = library.attend_prompt(query, keys, values, kind)
+        some = library.attend_prompt(query[chosen], keys, values, kind, before + chosen)
     wide = query.double(), keys.double()
     expected = attend_row(*wide, values.double(), kind)
     # Weights may be rounded to bfloat16, each by at most 2⁻⁹ of itself, and so may their sum.
     rounded = 2.0**10 * attend_row(*wide, values.double().abs(), kind)
     _assert_close(got, expected, 4 + rounded)
     # Of some of the tokens: what each of them has among all of them, to the bit.
-    chosen = torch.arange(tokens)[torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.6]
-    some = library.attend_prompt(query[chosen], keys, values, kind, before + chosen)
     assert torch.equal(some, got[chosen])
 
 
@@ -454,7 +519,8 @@ def test_mixtures_of_experts_use_the_library(
     experts: str, tmp_path: Path, tiny_family: Callable[..., PreTrainedModel], logits_of: LogitsOf
 ) -> None:
     """Though their layers cannot be compiled."""
-    eager, ours = (build_decoder(tiny_family(experts).bfloat16(), kv_memory=1 << 24) for _ in range(2))
+    model = copy.deepcopy(tiny_family(experts)).bfloat16()  # others use the same one
+    eager, ours = (build_decoder(model, kv_memory=1 << 24) for _ in range(2))
     kernels = load_kernels(ours, tmp_path, build=True)
     assert isinstance(kernels, NativeKernels)
     ours.kernels = kernels
@@ -488,7 +554,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "_operations", set())
     monkeypatch.setattr(library, "_failures", [])
     monkeypatch.setattr(library, "_FOLDER", tmp_path / "package")
-    monkeypatch.setattr(library, "_supported", lambda: True)
+    monkeypatch.setattr(library, "_kind_of_library", lambda: "avx512")
 
 
 @pytest.mark.usefixtures("fresh")
@@ -549,7 +615,7 @@ def test_nothing_is_compiled_without_permission(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_a_damaged_library_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / build.library_name()).write_bytes(b"no library")
+    (tmp_path / build.library_name("avx512")).write_bytes(b"no library")
     assert not library.load_library(tmp_path, HALF, CPU, build=False)
     assert "cannot be loaded" in caplog.text
 
@@ -558,7 +624,7 @@ def test_other_processors_and_dtypes_do_without(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(library, "_loaded", {})
     assert not library.load_library(tmp_path, torch.float32, CPU, build=True)
     assert not library.load_library(tmp_path, HALF, torch.device("meta"), build=True)
-    monkeypatch.setattr(library, "_supported", lambda: False)
+    monkeypatch.setattr(library, "_kind_of_library", lambda: None)
     assert not library.load_library(tmp_path, HALF, CPU, build=True)
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from polar_sdk.engine.native.build import BuildError, build_library, is_possible, library_name
+from polar_sdk.engine.native.build import INSTRUCTIONS, BuildError, build_library, is_possible, library_name
 
 ROOT = Path(__file__).parents[3]
 NOT_IN_A_PACKAGE = shutil.ignore_patterns("*.so", "__pycache__", "compiled")
@@ -29,14 +29,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     if not is_possible():
         pytest.skip("there are no kernels for machines of this kind")
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("there is no C++ compiler")
-    path = tmp_path_factory.mktemp("library") / library_name()
-    build_library(path)
-    return path
+    folder = tmp_path_factory.mktemp("libraries")
+    paths = [folder / library_name(kind) for kind in INSTRUCTIONS]
+    for kind, path in zip(INSTRUCTIONS, paths, strict=True):
+        build_library(kind, path)
+    return paths
 
 
 def wheel(tree: Path, folder: Path, **environment: str) -> Path:
@@ -46,15 +48,15 @@ def wheel(tree: Path, folder: Path, **environment: str) -> Path:
     return path
 
 
-def test_a_wheel_brings_the_kernels(tree: Path, library: Path, tmp_path: Path) -> None:
+def test_a_wheel_brings_the_kernels(tree: Path, libraries: list[Path], tmp_path: Path) -> None:
     stale = tree / "polar_sdk" / "engine" / "native" / "kernels-0000000000000000.so"
     stale.write_bytes(b"of another state of the sources")
     built = wheel(tree, tmp_path)
     assert built.stem.endswith("-py3-none-linux_x86_64")
     with zipfile.ZipFile(built) as archive:
-        libraries = [name for name in archive.namelist() if name.endswith(".so")]
-        assert libraries == [f"polar_sdk/engine/native/{library.name}"]
-        assert archive.read(libraries[0]) == library.read_bytes()
+        brought = {Path(name).name: name for name in archive.namelist() if name.endswith(".so")}
+        assert sorted(brought) == sorted(library.name for library in libraries)
+        assert all(archive.read(brought[library.name]) == library.read_bytes() for library in libraries)
 
 
 def test_without_a_compiler_a_wheel_is_for_all_machines(tree: Path, tmp_path: Path) -> None:
@@ -66,17 +68,19 @@ def test_without_a_compiler_a_wheel_is_for_all_machines(tree: Path, tmp_path: Pa
         assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
-def test_the_library_needs_nothing_but_the_system(library: Path) -> None:
+def test_a_library_needs_nothing_but_the_system(libraries: list[Path]) -> None:
     """Neither torch nor a runtime of C++ or OpenMP: so one build serves all versions of them."""
     code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).polar_product; print(open('/proc/self/maps').read())"
-    ended = subprocess.run([sys.executable, "-S", "-c", code, str(library)], capture_output=True, text=True, check=True)
-    assert library.name in ended.stdout
-    for other in ("torch", "libstdc++", "libgomp"):
-        assert other not in ended.stdout
+    for library in libraries:
+        command = [sys.executable, "-S", "-c", code, str(library)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert library.name in ended.stdout
+        for other in ("torch", "libstdc++", "libgomp"):
+            assert other not in ended.stdout
 
 
 def test_a_library_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(BuildError, match="compiler 'false' failed with status 1"):
-        build_library(tmp_path / "kernels.so")
+        build_library("avx512", tmp_path / "kernels.so")
     assert not list(tmp_path.iterdir())

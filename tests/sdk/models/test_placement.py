@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from polar_sdk.engine import native
 from polar_sdk.errors import DeviceError
 from polar_sdk.models.placement import choose_device, choose_precision
 
@@ -60,7 +61,15 @@ def test_auto_precision_is_never_half_on_a_cpu() -> None:
     assert choose_precision("auto", CPU) in {("fp32", torch.float32), ("bf16", torch.bfloat16)}
 
 
+def test_auto_precision_where_native_kernels_came_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda: False)
+    monkeypatch.setattr(native, "comes_along", lambda: True)
+    assert choose_precision("auto", CPU) == ("bf16", torch.bfloat16)
+
+
 def test_auto_precision_without_bfloat16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "comes_along", lambda: False)
     # The processor cannot be changed in a test; what torch reports about it can.
     for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, check, lambda: False, raising=False)
