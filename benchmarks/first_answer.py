@@ -64,6 +64,7 @@ def first_minutes(name: str | None, limit: float) -> dict[str, float]:
         −1 = not within the limit), and `compiled` speed after that.
     """
     from polar_sdk import PolarModel
+    from polar_sdk.engine.eager import Compiled
 
     begin = time.perf_counter()
     model = PolarModel.from_pretrained(name, device="cpu", precision="bf16", ledger=None, speculate="off")
@@ -73,7 +74,7 @@ def first_minutes(name: str | None, limit: float) -> dict[str, float]:
     after = -1.0
     while not model.compiled and time.perf_counter() - loaded < limit:
         speed = _speed(model)
-        if not model.decoder.kernels.decodes(1):
+        if model.decoder.kernels.compiled < Compiled.ONE_ROW:
             uncompiled.append(speed)
             continue
         if after < 0:
