@@ -62,7 +62,7 @@ class Decoder:
         layers: Weights of each layer.
         start: Weights of the embedding.
         ends: Weights of final norm and head.
-        kernels: What runs rows that begin now: `EagerKernels`, or compiled ones. A row keeps those it began with.
+        kernels: What runs rows that begin now: eager, native or compiled ones. A row keeps those it began with.
         renewal: Asked when a request comes, for kernels that have become available since; None = nobody to ask.
         bridges: Maps by which programs may cross layers.
         fills: Maps by which programs may fill segments of layers.
