@@ -239,23 +239,38 @@ def run_apart(call: Callable[[], T]) -> T:
 
     What a signal handler raises here ends the work as it would end it in this thread, at its next line of Python, and
     is raised when the work has ended: a process must not end while a thread of its own is inside torch.
+
+    Raises:
+        RuntimeError: No thread can be started.
     """
-    ended = threading.Event()
+    result: Future[T] = Future()
+    begun, ended = threading.Lock(), threading.Event()
+    worker: list[threading.Thread] = []
+    context = copy_context()
 
-    def run() -> T:
-        try:
-            return call()
-        finally:
-            ended.set()
+    def run() -> None:
+        if begun.acquire(blocking=False):  # a handler may raise between the start of the thread and the note of it
+            worker.append(threading.current_thread())
+            try:
+                _fulfil(result, lambda: context.run(call))
+            finally:
+                ended.set()
 
-    thread, result = _start(run, "polar-load")
     interruption: BaseException | None = None
-    while thread.is_alive():  # until its pool is gone; a `join` that is interrupted would take it for ended
+    started, stop = False, False
+    while not worker or worker[0].is_alive():  # until its pool is gone; `join` takes a thread for ended if interrupted
         try:
+            if not started:
+                threading.Thread(target=run, name="polar-load").start()
+                started = True
+            if stop and worker:
+                stop = False
+                _stop(worker[0])
             ended.wait(_LOOK_SECONDS)
         except BaseException as raised:  # whatever a handler raises
-            interruption = interruption or raised
-            _stop(thread)
+            if isinstance(raised, RuntimeError) and not started:
+                raise
+            interruption, stop = interruption or raised, True
     try:
         if interruption is not None:
             raise interruption
