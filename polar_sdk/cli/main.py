@@ -7,6 +7,8 @@ itself which extra it needs.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -100,6 +102,7 @@ def main() -> None:
     # when torch is first imported, which has not happened yet.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "600")
+    atexit.register(gc.freeze)  # the last to run: the interpreter would look for garbage for a second before it ends
     signal.signal(signal.SIGTERM, _terminated)
     survive_encodings()
     app()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
@@ -11,10 +13,13 @@ import typer
 from polar_sdk.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from polar_sdk.model import PolarModel
     from polar_sdk.request.options import ModelOptions, RequestOptions
+
+_SELDOM = 100_000
+"""Number of new objects after which to look for garbage while a model is loaded; the interpreter looks after 700."""
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id, folder or .gguf file.")]
 Compute = Annotated[
@@ -149,12 +154,24 @@ def load_model(
     model: str | None, *, no_ledger: bool = False, tag: Sequence[str] | None = None, **options: Unpack[ModelOptions]
 ) -> PolarModel:
     """Load the model that the options describe; `tag` holds texts such as `team=search`."""
-    from polar_sdk.model import PolarModel
-    from polar_sdk.sinks import AUTO_LEDGER
+    with _collecting_seldom():
+        from polar_sdk.model import PolarModel
+        from polar_sdk.sinks import AUTO_LEDGER
 
-    options["ledger"] = None if no_ledger else options.get("ledger") or AUTO_LEDGER
-    options["tags"] = dict(map(_key_and_value, tag or ()))
-    return PolarModel.from_pretrained(model, **options)
+        options["ledger"] = None if no_ledger else options.get("ledger") or AUTO_LEDGER
+        options["tags"] = dict(map(_key_and_value, tag or ()))
+        return PolarModel.from_pretrained(model, **options)
+
+
+@contextmanager
+def _collecting_seldom() -> Iterator[None]:
+    """Look for garbage less often: what is imported to load a model is none, and to look takes a sixth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(_SELDOM, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def compute_of(text: str | None) -> str | float | None:
