@@ -7,7 +7,7 @@ their characteristic function, so that no approximation stands between a count a
 from __future__ import annotations
 
 from functools import lru_cache
-from math import ceil, exp, expm1, lgamma, log, log1p, sqrt
+from math import ceil, expm1, log, log1p, sqrt
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,9 +39,16 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
         return 1.0
     if k < 0 or p >= 1:
         return 0.0
-    yes, no = log(p), log1p(-p)
-    terms = (lgamma(n + 1) - lgamma(i + 1) - lgamma(n - i + 1) + i * yes + (n - i) * no for i in range(k + 1))
-    return min(1.0, sum(map(exp, terms)))
+    successes = torch.arange(k + 1, dtype=torch.float64)
+    terms = _log_ways(n)[: k + 1] + successes * log(p) + (n - successes) * log1p(-p)
+    return min(1.0, float(terms.exp().sum()))
+
+
+@lru_cache(maxsize=64)
+def _log_ways(n: int) -> Tensor:
+    """Logarithm of the number of ways to choose k of n, for k from 0 to n."""
+    factorials = torch.lgamma(torch.arange(1, n + 2, dtype=torch.float64))
+    return factorials[-1] - factorials - factorials.flip(0)
 
 
 def least_prompts(alpha: float, delta: float) -> int:
@@ -81,21 +88,10 @@ def paired_loss_p(lost: int, gained: int, n: int, alpha: float, delta: float) ->
 def _upper_share(k: int, n: int, level: float) -> float:
     """The upper limit of Clopper and Pearson: the share at which k or fewer of n have probability `level`."""
     low, high = k / n, 1.0
-    ways, successes = _log_ways(n)[: k + 1], torch.arange(k + 1, dtype=torch.float64)
     for _ in range(60):
         middle = (low + high) / 2
-        if not low < middle < high:  # no number lies between them
-            break
-        chance = float((ways + successes * log(middle) + (n - successes) * log1p(-middle)).exp().sum())
-        low, high = (middle, high) if chance > level else (low, middle)
+        low, high = (middle, high) if binomial_cdf(k, n, middle) > level else (low, middle)
     return high
-
-
-@lru_cache(maxsize=64)
-def _log_ways(n: int) -> Tensor:
-    """Logarithm of the number of ways to choose k of n, for k from 0 to n."""
-    factorials = torch.lgamma(torch.arange(1, n + 2, dtype=torch.float64))
-    return factorials[-1] - factorials - factorials.flip(0)
 
 
 def _power(base: Tensor, exponent: int) -> Tensor:

@@ -81,7 +81,7 @@ def processor() -> str:
     except OSError:  # not Linux
         return platform.processor()
     names = ("vendor_id", "flags", "CPU implementer", "CPU part", "Features")  # the last three are Arm's
-    return "".join(sorted({line for line in lines if line.startswith(names)}))
+    return "\n".join(sorted({line for line in lines if line.startswith(names)}))
 
 
 @cache
@@ -459,19 +459,13 @@ def attend_prompt(
     query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None = None
 ) -> Tensor:
     """`Kernels.attend`, with its arguments and result."""
-    return _attend_prompt(query, keys, values, kind, positions, _pairs())
-
-
-def _attend_prompt(
-    query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, positions: Tensor | None, pairs: bool
-) -> Tensor:
     tokens, heads, size = query.shape
     assert query.stride(2) == 1 and (heads == 1 or query.stride(1) == size)
     groups, total, _ = keys.shape
     at, mixed = None if positions is None else positions.contiguous(), query.new_empty((tokens, heads * size))
     history = (keys.data_ptr(), _steps(keys, 1, 0), values.data_ptr(), _steps(values, 1, 0))
     places = (None if at is None else at.data_ptr(), mixed.data_ptr())
-    own = (_kind(kind), pairs, torch.get_num_threads())
+    own = (_kind(kind), _pairs(), torch.get_num_threads())
     sizes = tokens, heads, groups, size, total
     _call("polar_attend_prompt", query.data_ptr(), query.stride(0), *history, *places, *sizes, *own)
     return mixed

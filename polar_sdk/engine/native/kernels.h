@@ -2,7 +2,7 @@
 //
 // Letters as in `polar_sdk/engine`: M rows, K inputs, N outputs; B rows of one token, H query heads, G key and value
 // heads, d head size. Numbers are the bits of bfloat16 unless said otherwise, and lie one after another unless steps
-// are given. Functions return what `Result` says.
+// are given. Functions return a `PolarResult`.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,14 @@ struct PolarSharing {
 };
 
 // y (M, N) = x (M, K) · weightᵀ + bias, by panels of bfloat16; `pairs` says how to multiply, see `lanes.h`.
-POLAR_EXPORT int32_t polar_product(const void* x, const void* panels, const void* bias, void* y, int64_t rows, int64_t inputs,
-                      int64_t outputs, int32_t pairs, PolarSharing sharing);
+POLAR_EXPORT int32_t
+polar_product(const void* x, const void* panels, const void* bias, void* y, int64_t rows, int64_t inputs,
+    int64_t outputs, int32_t pairs, PolarSharing sharing);
 
 // The same by panels of integers: of bytes with a scale for each output, or, where `scale` is null, of half bytes.
-POLAR_EXPORT int32_t polar_product_integers(const void* x, const void* panels, const void* scale, const void* bias, void* y,
-                               int64_t rows, int64_t inputs, int64_t outputs, PolarSharing sharing);
+POLAR_EXPORT int32_t
+polar_product_integers(const void* x, const void* panels, const void* scale, const void* bias, void* y,
+    int64_t rows, int64_t inputs, int64_t outputs, PolarSharing sharing);
 
 // How a layer attends; a window or soft cap of 0 is none.
 struct PolarKind {
@@ -34,9 +36,10 @@ struct PolarKind {
 
 // mixed (B, H × d): attention of query (B, H, d), `query_step` from one row to the next, over a store
 // (P, 2, G, page, d), of which row b has the pages table (B, blocks)[b]; it sees what is up to positions (B,)[b].
-POLAR_EXPORT int32_t polar_attend_pages(const void* query, int64_t query_step, const void* store, const int64_t* table,
-                           const int64_t* positions, void* mixed, int64_t rows, int64_t heads, int64_t groups,
-                           int64_t size, int64_t page, int64_t blocks, PolarKind kind, PolarSharing sharing);
+POLAR_EXPORT int32_t
+polar_attend_pages(const void* query, int64_t query_step, const void* store, const int64_t* table,
+    const int64_t* positions, void* mixed, int64_t rows, int64_t heads, int64_t groups,
+    int64_t size, int64_t page, int64_t blocks, PolarKind kind, PolarSharing sharing);
 
 // Steps of a tensor of tokens and heads, in numbers.
 struct PolarSteps {
@@ -44,14 +47,16 @@ struct PolarSteps {
 };
 
 // Writes keys and values (N, G, d) to pages (N,) and offsets (N,) of a store (P, 2, G, page, d).
-POLAR_EXPORT int32_t polar_write_pages(void* store, int64_t places, int64_t groups, int64_t page, int64_t size, const int64_t* pages,
-                          const int64_t* offsets, int64_t tokens, const void* keys, PolarSteps key_steps,
-                          const void* values, PolarSteps value_steps);
+POLAR_EXPORT int32_t
+polar_write_pages(void* store, int64_t places, int64_t groups, int64_t page, int64_t size, const int64_t* pages,
+    const int64_t* offsets, int64_t tokens, const void* keys, PolarSteps key_steps,
+    const void* values, PolarSteps value_steps);
 
 // mixed (T, H × d): causal attention of query (T, H, d) over keys and values of `total` tokens. The tokens are those at
 // `positions`, ascending, or the last ones where that is null. Torch's threads share the work.
-POLAR_EXPORT int32_t polar_attend_prompt(const void* query, int64_t query_step, const void* keys, PolarSteps key_steps,
-                            const void* values, PolarSteps value_steps, const int64_t* positions, void* mixed,
-                            int64_t tokens, int64_t heads, int64_t groups, int64_t size, int64_t total, PolarKind kind,
-                            int32_t pairs, int32_t threads);
+POLAR_EXPORT int32_t
+polar_attend_prompt(const void* query, int64_t query_step, const void* keys, PolarSteps key_steps,
+    const void* values, PolarSteps value_steps, const int64_t* positions, void* mixed,
+    int64_t tokens, int64_t heads, int64_t groups, int64_t size, int64_t total, PolarKind kind,
+    int32_t pairs, int32_t threads);
 }
