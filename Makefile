@@ -13,7 +13,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 PROCESSES ?= 2
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install wheel demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
+.PHONY: help install wheel demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -140,6 +140,9 @@ bench-upstream: model ## Put vLLM behind a tier, and compare its tokens and the 
 bench-serving: model ## Measure the server beside its peers: equal streams, exact bills whatever happens, what HTTP costs
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.serving
+
+drafts: model ## Train the shipped draft head on the model's own answers; POLAR_DATA names a folder of JSONL sets
+	$(BIN)/python -m benchmarks.train_drafts
 
 router: model ## Heal, search, train, certify and evaluate the shipped router; POLAR_DATA names a folder of JSONL sets
 	$(BIN)/python -m benchmarks.train_router

@@ -30,6 +30,7 @@ from benchmarks.router_seeds import record_router, record_seeds
 from benchmarks.router_texts import by_tier, record_depths, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.engine import engine_version
+from polar_sdk.lab.checkpoint import run_key
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import to_html
 from polar_sdk.lab.items import (
@@ -47,7 +48,6 @@ from polar_sdk.lab.program_search.matrix import measured_matrix
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
-from polar_sdk.lab.training.checkpoint import run_key
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
 from polar_sdk.lab.training.measuring import marks
 from polar_sdk.lab.training.menu_training import MenuSettings

@@ -35,8 +35,8 @@ PolarError
 ├── FillError (ValueError)                fills that cannot be fitted or used here
 │   ├── FillModelError                    they were fitted for another model
 │   └── FillDamagedError                  one of their files is missing, altered or malformed
-├── DraftTableError (ValueError)          a draft table that cannot be made or used here
-│   └── DraftTableDamagedError            its file is missing, altered or malformed
+├── DraftHeadError (ValueError)           a draft head that cannot be trained or used here
+│   └── DraftHeadDamagedError             its file is missing, altered or malformed
 ├── DataError (ValueError)                a calibration file that is missing, empty or malformed
 │   └── CalibrationSizeError              too few prompts for the requested promise
 ├── ModelError                            the model cannot be loaded or run
@@ -298,14 +298,14 @@ class FillDamagedError(FillError):
     """One of the fills' files is missing, altered or malformed."""
 
 
-class DraftTableError(PolarError, ValueError):
-    """A draft table cannot be made or used here."""
+class DraftHeadError(PolarError, ValueError):
+    """A draft head cannot be trained or used here."""
 
     exit_code = 2
 
 
-class DraftTableDamagedError(DraftTableError):
-    """The file of a draft table is missing, altered or malformed."""
+class DraftHeadDamagedError(DraftHeadError):
+    """The file of a draft head is missing, altered or malformed."""
 
 
 class ModelError(PolarError):

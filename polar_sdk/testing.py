@@ -108,6 +108,23 @@ def random_fill(
     return Fill(weight, bias, hidden if units else ()).to(decoder.dtype, decoder.device)
 
 
+def random_draft_head(width: int, tokens: Sequence[int], *, units: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """The tensors of a random draft head, to give to `decoder.set_draft_head`.
+
+    Args:
+        width: Of the model's states, E.
+        tokens: Those that it can guess.
+        units: Hidden units.
+        seed: For the random weights.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"enter": (width, 2 * width), "gated": (2 * units, width), "down": (width, units), "other": (1, width)}
+    random = {name: torch.randn(a, b, generator=generator) / b**0.5 for name, (a, b) in shapes.items()}
+    return {**random, "other": random["other"][0], "tokens": torch.tensor(tokens), "scale": torch.ones(width)}
+
+
 def tiny_policy(layers: int) -> Policy:
     """A policy with all four tiers; economy skips two layers, standard one."""
     last = layers - 1

@@ -104,7 +104,7 @@ class TokenUsage(_Facts):
     output: NonNegative = 0
     """Tokens sampled, the end-of-text token and tokens hidden by a stop string included."""
     drafted: NonNegative = 0
-    """Tokens that were proposed and run before it was known that they belong to the answer."""
+    """Tokens that were guessed by a draft head or run before it was known whether they belong to the answer."""
     accepted: NonNegative = 0
     """Those of them that did, and so spared the answer a pass; included in `drafted`."""
 
@@ -161,7 +161,7 @@ class FlopUsage(_Facts):
     total: NonNegative = 0
     """What the answer needed: the sum of the five parts above."""
     drafts: NonNegative = 0
-    """Executed for drafted tokens that the answer did not keep, and for their company; not included in `total`."""
+    """Executed for drafted tokens that the answer did not keep, for their company and to guess them; not in `total`."""
 
     @property
     def executed(self) -> int:

@@ -1,4 +1,4 @@
-"""`polar drafts`: a draft table from a model's own answers, by which its next answers come sooner."""
+"""`polar drafts`: a draft head trained on a model's own answers, by which its next answers come sooner."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ def drafts(
         typer.Option(help="JSONL of {prompt} or {prompt, answer}; default: the model asks itself."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Without --data: questions that the model asks itself.")] = 2000,
-    answer_tokens: Annotated[int, typer.Option(min=2, help="Maximum tokens of an answer.")] = 96,
-    out: Annotated[Path | None, typer.Option(help="File of the table; default: your own for this model.")] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(min=0, help="Questions that the model asks itself; default: 2000, or none with --data."),
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(min=4, help="Maximum tokens of an answer.")] = 96,
+    epochs: Annotated[int, typer.Option(min=1, help="How often each answer is seen in training.")] = 6,
+    out: Annotated[Path | None, typer.Option(help="File of the head; default: your own for this model.")] = None,
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
     model: opt.Model = None,
@@ -35,39 +39,44 @@ def drafts(
     device_map: opt.DeviceMap = None,
     precision: opt.Precision = "auto",
 ) -> None:
-    """Make a draft table: what a model usually says after what, so that its answers come sooner and stay the same.
+    """Train a draft head: a network that guesses what a model says next, so that answers come sooner and stay the same.
 
     It serves all tenants, so give it no prompt of one that others may not learn from. After Ctrl-C the same command
     goes on where it stopped.
     """
     from polar_sdk.lab.rewards.cache import RewardCache, cache_path
-    from polar_sdk.models.load import saved_table_path
+    from polar_sdk.models.draft_heads import saved_head_path
 
     items = None if data is None else lab.read_items(data, limit)  # before seconds are spent on loading the model
     engine = opt.load_model(model, device=device, device_map=device_map, precision=precision, no_ledger=True)
-    target = out or saved_table_path(engine.fingerprint)
+    target = out or saved_head_path(engine.fingerprint)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype))
     try:
         with cache, ProgressBars(quiet=as_json) as show:
-            table = lab.make_draft_table(
+            head = lab.train_draft_head(
                 engine,
                 items,
                 out=target,
                 cache=cache,
+                checkpoints=target.parent / f"{target.stem}-checkpoints",
                 on_progress=show,
                 questions=questions,
                 answer_tokens=answer_tokens,
+                epochs=epochs,
                 seed=seed or 0,
             )
     except KeyboardInterrupt:
         print_line("note: the same command goes on where it stopped.", err=True)
         raise
+    facts = head.facts
     if as_json:
-        facts = {"out": str(target), "entries": len(table), "bytes": table.bytes, **table.facts.model_dump()}
-        typer.echo(json.dumps(facts, indent=2))
+        known = {"out": str(target), "parameters": head.parameters, "bytes": target.stat().st_size}
+        typer.echo(json.dumps({**known, **facts.model_dump()}, indent=2))
         return
     right = (
-        "" if table.facts.right is None else f"; of held-out answers it guesses {table.facts.right:.0%} of the tokens"
+        ""
+        if facts.right is None
+        else f"; of held-out answers it guesses {facts.right:.0%} of the tokens, and {facts.guessed:.2f} in a row"
     )
-    print_line(f"{len(table):,} entries from {table.facts.tokens:,} tokens of {table.facts.answers:,} answers{right}")
+    print_line(f"{head.parameters:,} numbers from {facts.tokens:,} tokens of {facts.answers:,} answers{right}")
     print_line(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)")

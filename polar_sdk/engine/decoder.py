@@ -10,16 +10,18 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from polar_sdk.engine.draft_head import DraftHead, head_flops
 from polar_sdk.engine.eager import Compiled, EagerKernels
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.large_pages import LargePages
 from polar_sdk.engine.pages import PAGE, PagePool
 from polar_sdk.engine.placement import Placement
-from polar_sdk.engine.products import NotInPanels, Plain, pack, quantize
+from polar_sdk.engine.products import InPanels, NotInPanels, Plain, look_up, pack, quantize, rows_of
 from polar_sdk.errors import CacheMemoryError
 from polar_sdk.locks import renewed_in_child
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from polar_sdk.engine.bridge import Bridge
+    from polar_sdk.engine.draft_head import Guess
     from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.family import Family
     from polar_sdk.engine.fill import Fill
@@ -66,6 +69,7 @@ class Decoder:
         renewal: Asked when a request comes, for kernels that have become available since; None = nobody to ask.
         bridges: Maps by which programs may cross layers.
         fills: Maps by which programs may fill segments of layers.
+        draft_head: Guesses the tokens after the next one; None = nothing does.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Decoder:
         self.renewal: Callable[[], Kernels | None] | None = None
         self.bridges: dict[Segment, Bridge] = {}
         self.fills: dict[Segment, Fill] = {}
+        self.draft_head: DraftHead | None = None
         self._rotary_source: Any = family.take_rotary(model)
         self._rotary: dict[torch.device, list[Rotary]] = {}
         self._kv_memory = kv_memory
@@ -129,6 +134,8 @@ class Decoder:
             weights.update(memory.place({name: pack(value) for name, value in matrices.items()}))
         if isinstance(head, Plain) and embedding is head.weight and embedding.shape[1] % 2 == 0:
             self.start["embedding"] = self.ends["head"]
+        if self.draft_head is not None:
+            self.draft_head = self.draft_head.packed()
 
     def _place_ends(self) -> None:
         """Bring the head to large pages; an embedding that is the head's matrix stays it."""
@@ -253,6 +260,31 @@ class Decoder:
         """
         self.cost.fill(segment)
         return self.fills[segment]
+
+    def set_draft_head(self, tensors: Mapping[str, Tensor]) -> None:
+        """Guess tokens with a draft head of these tensors, see `DraftHead.of`."""
+        device, tokens = self.placement.last, tensors["tokens"].long()
+        rows = rows_of(self.ends["head"], tokens.to(device), tensors["scale"].shape[0])
+        numbers = {name: value.to(device, self.dtype) for name, value in tensors.items() if name != "tokens"}
+        head = DraftHead.of({**numbers, "tokens": tokens.to(device)}, rows.to(self.dtype))
+        self.draft_head = head.packed() if isinstance(self.ends["head"], InPanels) else head
+        width, units = numbers["down"].shape
+        self.cost = replace(self.cost, guess=head_flops(width, units, len(tokens)))
+
+    def guess(self, states: Tensor, tokens: Sequence[int]) -> tuple[Tensor, list[Guess]]:
+        """The likeliest token after each of some tokens, with the draft head.
+
+        Args:
+            states: Before each token, (B, E): of the token that ran last, or what this returned of earlier guesses.
+            tokens: That follow these states, B.
+
+        Returns:
+            The draft head's states after these tokens, (B, E), and a guess for each.
+        """
+        assert self.draft_head is not None, "see `set_draft_head`"
+        ids = torch.tensor(tokens, device=self.placement.first)
+        embeddings = look_up(ids, self.start["embedding"]).to(self.placement.last)
+        return self.draft_head.likeliest(states.to(self.placement.last), embeddings)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Embed token ids (N,) at positions (N,) as hidden states (N, E)."""

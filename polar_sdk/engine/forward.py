@@ -71,6 +71,7 @@ def next_logits(
         last = torch.tensor([len(new) for new in tokens], device=hidden.device).cumsum(0) - 1
         hidden = hidden[last if ends is None else last[torch.tensor(ends, device=hidden.device)]]
     logits = decoder.head(hidden)
+    _keep_states(decoder, ending, hidden, [1] * len(ending))
     for row in ending:
         row.work.head()
         row.work.end_prefill()
@@ -94,13 +95,22 @@ def drafted_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Seque
     try:
         for row, new in zip(rows, tokens, strict=True):
             row.drafted, row.breached = len(new) - 1, False
-        logits = decoder.head(advance(decoder, rows, tokens))
+        hidden = advance(decoder, rows, tokens)
+        logits = decoder.head(hidden)
+        _keep_states(decoder, rows, hidden, [len(new) for new in tokens])
         for row in rows:
             row.work.head(drafted=row.drafted)
     finally:
         for row in rows:
             row.drafted = 0
     return logits
+
+
+def _keep_states(decoder: Decoder, rows: Sequence[Row], hidden: Tensor, counts: Sequence[int]) -> None:
+    """Leave with each row its part of the states (N, E) whose logits were computed, for the draft head."""
+    if decoder.draft_head is not None:
+        for row, states in zip(rows, torch.split(hidden, list(counts)), strict=True):
+            row.states = states
 
 
 def advance(

@@ -228,6 +228,19 @@ def pack(product: Product) -> Product:
             return product
 
 
+def rows_of(product: Product, outputs: Tensor, inputs: int) -> Tensor:
+    """The rows (M, K) of some outputs (M,) of a matrix, as numbers; K is `inputs`."""
+    match product:
+        case Plain():
+            return product.weight[outputs]
+        case Int8():
+            return product.weight[outputs] * product.scale[outputs, None]
+        case _:
+            packed = pack(product)
+            assert isinstance(packed, InPanels), "see `_can_unpack`"
+            return packed.unpack(inputs)[outputs]
+
+
 def look_up(tokens: Tensor, embedding: Tensor | Packed) -> Tensor:
     """Rows (N, E) of an embedding for tokens (N,). Where it is the matrix of the head, it is as that is."""
     return embedding.look_up(tokens) if isinstance(embedding, Packed) else F.embedding(tokens, embedding)

@@ -20,6 +20,8 @@ from polar_sdk.usage import FlopUsage, VisitUsage
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from torch import Tensor
+
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.lead import Lead
@@ -52,6 +54,9 @@ class Row:
     """Number of tokens of the pass under way that are drafted: its last ones."""
     breached: bool = False
     """Whether a guard objected to a token of the last pass with drafts, which then counts for nothing."""
+    states: Tensor | None = None
+    """Before the final norm, of the tokens of the last pass whose logits were computed, (T, E); None where nobody reads
+    them: the model has no draft head."""
     ran: int = 0
     """Number of tokens that had run when the row last gave its pages up; they run again before it goes on."""
     _replay: _Replay | None = None
@@ -235,6 +240,11 @@ class Work:
     def drop_pass(self) -> None:
         """Nothing of the last pass with drafts counts for the answer; its first token runs again."""
         self._keep(self._draft_keys - 1, -1)
+
+    def guess(self, guesses: int, drafted: int) -> None:
+        """Count guesses of the draft head, of which so many run; each counts as drafted, whether it runs or not."""
+        self._draft_flops += guesses * self._cost.guess
+        self.drafted += max(guesses - drafted, 0)
 
     def _keep(self, keys: int, tokens: int) -> None:
         """Count a token over that many keys, and its logits, as the answer's instead of as a draft, or back (−1)."""

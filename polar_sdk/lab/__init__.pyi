@@ -1,6 +1,6 @@
 # The public names, each once: `__init__.py` loads them from here on first use.
 from .drafting import DraftOptions as DraftOptions
-from .drafting import make_draft_table as make_draft_table
+from .drafting import train_draft_head as train_draft_head
 from .evaluation.results import Evaluation as Evaluation
 from .healing.fill_healer import FillOptions as FillOptions
 from .healing.heal import HealOptions as HealOptions

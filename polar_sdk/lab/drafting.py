@@ -1,93 +1,124 @@
-"""Making a draft table: what a model says to questions, counted, so that its next answers are drafted from the first.
+"""Training a draft head on what a model says, so that its next answers are drafted from the first one on.
 
-The questions may be given. Otherwise the model asks itself: what it writes after the start of a user's message is what
-it was trained to be asked (Xu et al. 2024, "Magpie", arXiv:2406.08464), so a table needs no data. Questions are sampled
-with seeds and answers are greedy, at full depth: the same call makes the same table where answers repeat to the bit.
-Both are kept in the cache of rewards, so that what was interrupted goes on where it stopped.
+The model asks itself: what it writes after the start of a user's message is what it was trained to be asked (Xu et al.
+2024, "Magpie", arXiv:2406.08464), so a head needs no data. Questions may be given as well, or instead. Those of its own
+are sampled with seeds and answers are greedy, at full depth. Both are kept in the cache of rewards, and the head in
+checkpoints, so that what was interrupted goes on where it stopped. The loss is the cross-entropy of the tokens that the
+model said, one guess after another, each from the state that the one before it left.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import torch
+import torch.nn.functional as F  # noqa: N812
 from pydantic import BaseModel, Field, ValidationError
 
-from polar_sdk.errors import DataError, DraftTableError
+from polar_sdk.engine.draft_head import MAX_GUESSES, DraftHead
+from polar_sdk.engine.products import look_up, rows_of
+from polar_sdk.engine.scoring import states_after
+from polar_sdk.errors import DataError, DraftHeadError
+from polar_sdk.lab.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.items import ChoiceItem, PromptItem, data_hash
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import BATCH, make_tasks
-from polar_sdk.models.load import saved_table_path
+from polar_sdk.models.draft_heads import DraftHeadFacts, DraftHeadFile, saved_head_path
 from polar_sdk.programs.program import Program
 from polar_sdk.request.encoder import PromptEncoder
-from polar_sdk.serving.draft_table import CONTEXT, MAX_VOCABULARY, DraftTable, DraftTableFacts
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.pack import Question
     from polar_sdk.lab.items import Item
     from polar_sdk.model import PolarModel
 
+_ASKED: Final = 2000
+"""Questions that the model asks itself where none are given."""
 _QUESTION_TOKENS: Final = 96
 _TOP_P: Final = 0.95
 """Of sampled questions: without the least likely tokens, of which a small model makes nonsense."""
 _HELD_OUT: Final = 10
-"""One answer of so many is held out to see what a table of the others guesses."""
+"""One answer of so many is held out to see how often the head is right."""
+_GUESSES: Final = 4
+"""Guesses one after another that the loss takes, …"""
+_LATER: Final = 0.7
+"""… each of so much less weight than the one before it."""
+_BATCH: Final = 512
+"""Places of answers in a step."""
+_RATE: Final = 1e-3
+_WARM_UP: Final = 100
+_PACK: Final = 64
+"""Answers whose states are computed together."""
+_CHECKPOINT_EVERY: Final = 200
+"""Unit: steps."""
+_STEP: Final = "draft-head"
 
 
 class DraftOptions(BaseModel, frozen=True, extra="forbid"):
-    """How a draft table is made."""
+    """How a draft head is trained."""
 
-    questions: int = Field(default=2000, ge=1)
-    """That the model asks itself; of no meaning where items are given."""
-    answer_tokens: int = Field(default=96, ge=2)
+    questions: int | None = Field(default=None, ge=0)
+    """That the model asks itself; None = 2,000 where no items are given, else none."""
+    answer_tokens: int = Field(default=96, ge=4)
     """Maximum tokens of an answer."""
+    vocabulary: int = Field(default=8192, ge=1)
+    """Number of tokens that it can guess: those most frequent in the answers."""
+    units: int = Field(default=1024, ge=8)
+    """Hidden units."""
+    epochs: int = Field(default=6, ge=1)
+    """How often it sees each answer."""
     seed: int = Field(default=0, ge=0)
-    """Of the questions."""
+    """Of the questions, and of training."""
 
 
-def make_draft_table(
+def train_draft_head(
     model: PolarModel,
     items: Sequence[Item] | None = None,
     *,
     out: str | Path | None = None,
     cache: RewardCache | None = None,
+    checkpoints: Path | None = None,
     on_progress: Progress = silent,
-    **options: int,
-) -> DraftTable:
-    """Make a draft table from a model's own answers, and store it.
+    **options: int | None,
+) -> DraftHeadFile:
+    """Train a draft head on a model's own answers, and store it.
 
     Models that are loaded from then on use it.
 
     Args:
         model: The model.
         items: Prompts to answer; None = the model asks itself. Choice questions are left out.
-        out: File to write; None = your own table for this model.
+        out: File to write; None = your own head for this model.
         cache: Where questions and answers are kept; None = in memory.
+        checkpoints: Folder of the checkpoint of training; None keeps none.
         on_progress: Called with (stage, steps done, steps in all).
         **options: Fields of `DraftOptions`.
 
     Raises:
-        DraftTableError: An option is out of range, the file cannot be written, or the model's vocabulary is too large.
+        DraftHeadError: An option is out of range, or the file cannot be written.
         DataError: The items hold no prompt, or the model has no chat template to ask itself by.
     """
     try:
         chosen = DraftOptions.model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
-        raise DraftTableError(f"option {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
-    if model.decoder.vocab > MAX_VOCABULARY:
-        raise DraftTableError(
-            f"the model has {model.decoder.vocab:,} tokens, more than the {MAX_VOCABULARY:,} of a draft table."
-        )
-    target = Path(out or saved_table_path(model.fingerprint))
+        raise DraftHeadError(f"option {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+    target = Path(out or saved_head_path(model.fingerprint))
     _check_writable(target)  # before minutes are spent on answers
-    table = _Maker(model, chosen, cache or RewardCache(), on_progress).make(items)
-    table.save(target)
-    return table
+    head = _Maker(model, chosen, cache or RewardCache(), checkpoints, on_progress).make(items)
+    head.save(target)
+    return head
 
 
 @dataclass(frozen=True)
@@ -95,33 +126,89 @@ class _Maker:
     model: PolarModel
     options: DraftOptions
     cache: RewardCache
+    checkpoints: Path | None
     on_progress: Progress
 
-    def make(self, items: Sequence[Item] | None) -> DraftTable:
-        prompts = self._asked() if items is None else _prompts(items)
-        asked = [PromptItem(prompt=prompt) for prompt in prompts]
+    def make(self, items: Sequence[Item] | None) -> DraftHeadFile:
+        prompts = [] if items is None else _prompts(items)
+        wanted = self.options.questions
+        asked = (0 if prompts else _ASKED) if wanted is None else wanted
+        prompts = list(dict.fromkeys([*prompts, *(self._asked(asked) if asked or not prompts else [])]))
+        questions = [PromptItem(prompt=prompt) for prompt in prompts]
         count = self.options.answer_tokens
-        tasks = make_tasks(self.model, asked, self.cache, answer_tokens=count, on_progress=self.on_progress)
+        tasks = make_tasks(self.model, questions, self.cache, answer_tokens=count, on_progress=self.on_progress)
         if not tasks:
             raise DataError(
                 f"no prompt leaves room for an answer of {count} tokens in the {self.model.context_window:,} tokens of "
                 "the model's context window.",
                 hint="Use shorter prompts, or fewer answer tokens.",
             )
-        answers = [[*task.question.prompt[-CONTEXT:], *task.question.continuations[0]] for task in tasks]
-        facts = DraftTableFacts(
-            model=self.model.name,
-            fingerprint=self.model.fingerprint,
-            answers=len(answers),
-            tokens=sum(len(task.question.continuations[0]) for task in tasks),
-            data=data_hash(asked),
-        )
+        answers = [task.question for task in tasks]
         held_out = answers[_HELD_OUT - 1 :: _HELD_OUT]
         others = [answer for place, answer in enumerate(answers, start=1) if place % _HELD_OUT]
-        right = _right(DraftTable.count(others, facts), held_out)
-        return DraftTable.count(answers, facts.model_copy(update={"right": right}))
+        data = data_hash(questions)
+        tensors = self._train(others, run_key(self.model.fingerprint, data, self.options.model_dump_json()))
+        right, guessed = self._judge(tensors, held_out)
+        facts = DraftHeadFacts(
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            answers=len(others),
+            tokens=sum(map(_answer_tokens, others)),
+            data=data,
+            options={name: value for name, value in self.options.model_dump().items() if value is not None},
+            right=right,
+            guessed=guessed,
+        )
+        return DraftHeadFile({name: value.to(_stored(value)) for name, value in tensors.items()}, facts)
 
-    def _asked(self) -> list[str]:
+    def _train(self, answers: Sequence[Question], key: str) -> dict[str, Tensor]:
+        tokens = _frequent(answers, self.options.vocabulary)
+        places = self._places(answers, "states")
+        training = _Training(self.model.loaded.decoder, self.options, tokens, places)
+        checkpoint = Checkpoint(self.checkpoints, key)
+        training.run(checkpoint, lambda done, total: self.on_progress("training", done, total))
+        checkpoint.clear([_STEP])
+        return training.tensors
+
+    def _judge(self, tensors: dict[str, Tensor], answers: Sequence[Question]) -> tuple[float | None, float | None]:
+        """Share of first guesses that are right, and mean number of guesses before the first mistake."""
+        if not answers:
+            return None, None
+        places = self._places(answers, "held-out states")
+        decoder = self.model.loaded.decoder
+        head, rows = DraftHead.of(tensors, _rows(decoder, tensors["tokens"], tensors["scale"])), len(places)
+        paths = torch.ones(rows, dtype=torch.bool)
+        runs = torch.zeros(rows)
+        with torch.inference_mode():
+            states, tokens = places.states.float(), places.following[:, 0]
+            for guess in range(MAX_GUESSES):
+                states, guesses = head.likeliest(states, _embeddings(decoder, tokens))
+                tokens = torch.tensor([each.token for each in guesses], device=tokens.device)
+                paths &= tokens == places.following[:, 1 + guess]
+                runs += paths
+        return float((runs > 0).float().mean()), float(runs.mean())
+
+    def _places(self, answers: Sequence[Question], stage: str) -> _Places:
+        """Each place of the answers after which a token is to be guessed, of which one is known."""
+        decoder = self.model.loaded.decoder
+        steps = Program.identity(self.model.depth).steps
+        states: list[Tensor] = []
+        following: list[Tensor] = []
+        for first in range(0, len(answers), _PACK):
+            pack = answers[first : first + _PACK]
+            texts = [(*each.prompt, *each.continuations[0]) for each in pack]
+            for answer, text, own in zip(pack, texts, states_after(decoder, texts, steps), strict=True):
+                start, end = len(answer.prompt) - 1, len(text) - 2
+                if start < end:
+                    padded = torch.tensor([*text, *[_NONE] * MAX_GUESSES])
+                    states.append(own[start:end].cpu().clone())  # a clone: the other tokens' states are let go
+                    following.append(padded.unfold(0, MAX_GUESSES + 1, 1)[start + 1 : end + 1])
+            self.on_progress(stage, min(first + _PACK, len(answers)), len(answers))
+        if not states:
+            raise DataError("every answer is shorter than three tokens; there is nothing to train a draft head on.")
+        return _Places(torch.cat(states), torch.cat(following))
+
+    def _asked(self, count: int) -> list[str]:
         """What the model asks itself, each question once."""
         start = PromptEncoder(self.model.loaded.tokenizer).message_start()
         if not start:
@@ -129,7 +216,7 @@ class _Maker:
                 f"model {self.model.name} has no chat template by which it could ask itself questions.",
                 hint="Give it prompts: a JSONL file, or items.",
             )
-        count, name = self.options.questions, f"asked {_QUESTION_TOKENS} {_TOP_P}"
+        name = f"asked {_QUESTION_TOKENS} {_TOP_P}"
         seeds = [str(self.options.seed + number) for number in range(count)]
         known = self.cache.get(seeds, name)
         missing = [seed for seed in seeds if seed not in known]
@@ -160,28 +247,166 @@ class _Maker:
         return questions
 
 
+_NONE: Final = -1
+"""Stands for the token after the last one."""
+
+
+class _Places(NamedTuple):
+    """Places of answers, after which tokens are guessed."""
+
+    states: Tensor
+    """Of the token at each place, (N, E)."""
+    following: Tensor
+    """The token after it, which is known, and those after that, (N, 1 + guesses); where the answer has ended, -1."""
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def some(self, which: Tensor) -> _Places:
+        return _Places(self.states[which], self.following[which])
+
+
+class _Training:
+    """Adam on some places at a time, each once in an epoch; the learning rate rises, and falls by half a cosine."""
+
+    def __init__(self, decoder: Decoder, options: DraftOptions, tokens: Tensor, places: _Places) -> None:
+        self._decoder, self._places = decoder, places
+        self._batches = -(-len(places) // _BATCH)
+        self._steps, self._seed = options.epochs * self._batches, options.seed
+        self._device = decoder.placement.last
+        self._tokens = tokens.to(self._device)
+        width = decoder.family.hidden
+        self._values = {name: value.to(self._device) for name, value in _fresh(width, options).items()}
+        self._rows = _rows(decoder, self._tokens, self._values["scale"])
+        self._numbers = torch.full((decoder.vocab + 1,), len(tokens), device=self._device)
+        """Of each token, its place among those that can be guessed, or after the last of them."""
+        self._numbers[self._tokens] = torch.arange(len(tokens), device=self._device)
+        self._numbers[_NONE] = _IGNORED
+        for value in self._values.values():
+            value.requires_grad_()
+        self._adam = torch.optim.AdamW(self._values.values(), lr=_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The head's, by name."""
+        return {"tokens": self._tokens, **{name: value.detach() for name, value in self._values.items()}}
+
+    def run(self, checkpoint: Checkpoint, on_step: Callable[[int, int], None]) -> None:
+        """Train to the end, from the checkpoint on if there is one."""
+        for step in range(self._resume(checkpoint), self._steps):
+            rise = min(1.0, (step + 1) / min(_WARM_UP, self._steps))
+            for group in self._adam.param_groups:
+                group["lr"] = _RATE * rise * (0.02 + 0.49 * (1 + math.cos(math.pi * step / self._steps)))
+            self._adam.zero_grad()
+            loss: Any = self._loss(self._places.some(self._batch(step)))  # torch's `backward` has no types
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._values.values(), 1.0)
+            self._adam.step()
+            if (step + 1) % _CHECKPOINT_EVERY == 0:
+                self._keep(checkpoint, step + 1)
+            on_step(step + 1, self._steps)
+
+    def _loss(self, places: _Places) -> Tensor:
+        head, device = DraftHead.of({"tokens": self._tokens, **self._values}, self._rows), self._device
+        following, states = places.following.to(device), places.states.to(device, torch.float32)
+        total = states.new_zeros(())
+        with torch.autocast(device.type, torch.bfloat16):
+            for guess in range(_GUESSES):
+                known = following[:, guess].clamp(min=0)
+                states = head.step(states, _embeddings(self._decoder, known))
+                wanted = self._numbers[following[:, guess + 1]]
+                if bool((wanted != _IGNORED).any()):
+                    loss = F.cross_entropy(head.logits(states), wanted, ignore_index=_IGNORED)
+                    total = total + loss * _LATER**guess
+        return total
+
+    def _batch(self, step: int) -> Tensor:
+        """Which places a step is about: each once in an epoch, in an order of the epoch's own."""
+        epoch, place = divmod(step, self._batches)
+        dice = torch.Generator().manual_seed(1_000_003 * self._seed + epoch)
+        return torch.randperm(len(self._places), generator=dice)[place * _BATCH : (place + 1) * _BATCH]
+
+    def _keep(self, checkpoint: Checkpoint, done: int) -> None:
+        tensors = {name: value.detach() for name, value in self._values.items()}
+        for name, value in self._values.items():
+            tensors |= {f"{name}.{key}": moment for key, moment in self._adam.state[value].items()}
+        checkpoint.save(_STEP, tensors, {"done": done})
+
+    def _resume(self, checkpoint: Checkpoint) -> int:
+        """Take over what the checkpoint holds; returns the number of steps done."""
+        if (found := checkpoint.load(_STEP)) is None:
+            return 0
+        tensors, facts = found
+        with torch.no_grad():
+            for name, value in self._values.items():
+                value.copy_(tensors[name])
+                moments = {key.partition(".")[2]: each for key, each in tensors.items() if key.startswith(f"{name}.")}
+                # Adam counts its steps on the CPU.
+                self._adam.state[value] = {
+                    k: each if k == "step" else each.to(self._device) for k, each in moments.items()
+                }
+        return int(facts["done"])
+
+
+_IGNORED: Final = -100
+"""What stands for no token in a loss."""
+
+
+def _fresh(width: int, options: DraftOptions) -> dict[str, Tensor]:
+    """Where training starts: with the state before, moved a little."""
+    dice = torch.Generator().manual_seed(options.seed)
+
+    def drawn(*shape: int, spread: float = 0.02) -> Tensor:
+        return torch.empty(shape).normal_(0, spread, generator=dice)
+
+    enter = drawn(width, 2 * width)
+    enter[:, :width] += torch.eye(width)
+    return {
+        "scale": torch.ones(width),
+        "enter": enter,
+        "gated": drawn(2 * options.units, width, spread=width**-0.5),
+        "down": drawn(width, options.units, spread=0.005),
+        "other": torch.zeros(width),
+    }
+
+
+def _rows(decoder: Decoder, tokens: Tensor, like: Tensor) -> Tensor:
+    """The rows of the model's head for tokens, with its final norm's weight left to the draft head's own scale."""
+    return rows_of(decoder.ends["head"], tokens.to(decoder.placement.last), like.shape[0]).to(like)
+
+
+def _embeddings(decoder: Decoder, tokens: Tensor) -> Tensor:
+    embedding = decoder.start["embedding"]
+    return look_up(tokens.to(decoder.placement.first), embedding).to(decoder.placement.last, torch.float32)
+
+
+def _frequent(answers: Iterable[Question], count: int) -> Tensor:
+    """The tokens most frequent in answers, at most so many, in rising order."""
+    said = Counter(token for answer in answers for token in answer.continuations[0])
+    return torch.tensor(sorted(token for token, _ in said.most_common(count)))
+
+
+def _answer_tokens(answer: Question) -> int:
+    return len(answer.continuations[0])
+
+
+def _stored(value: Tensor) -> torch.dtype:
+    """How a tensor is stored: numbers in half of float32's precision, which is that of what reads them."""
+    return torch.bfloat16 if value.is_floating_point() else torch.int32
+
+
 def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise DraftTableError(f"draft table {str(path)!r} cannot be written: {error.strerror}.") from error
+        raise DraftHeadError(f"draft head {str(path)!r} cannot be written: {error.strerror}.") from error
     if path.is_dir():
-        raise DraftTableError(f"draft table {str(path)!r} cannot be written: it is a folder; name a file.")
+        raise DraftHeadError(f"draft head {str(path)!r} cannot be written: it is a folder; name a file.")
 
 
 def _prompts(items: Sequence[Item]) -> list[str]:
     prompts = list(dict.fromkeys(item.prompt for item in items if not isinstance(item, ChoiceItem)))
     if not prompts:
-        raise DataError("the data holds choice questions alone; a draft table is made from answers in text.")
+        raise DataError("the data holds choice questions alone; a draft head is trained on answers in text.")
     return prompts
-
-
-def _right(table: DraftTable, answers: Sequence[Sequence[int]]) -> float | None:
-    """Share of the tokens of answers that a table guesses."""
-    guessed = [
-        (guess := table.guess(answer[max(place - CONTEXT, 0) : place])) is not None and guess.token == answer[place]
-        for answer in answers
-        for place in range(CONTEXT, len(answer))
-    ]
-    return sum(guessed) / len(guessed) if guessed else None

@@ -10,18 +10,16 @@ import logging
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, Unpack
 
-from polar_sdk.errors import CompileError, DeviceError, DraftTableError, ModelError, did_you_mean
+from polar_sdk.errors import CompileError, DeviceError, ModelError, did_you_mean
 from polar_sdk.models.aliases import resolve
 from polar_sdk.models.compilation import compile_in_background, is_wanted, packages_folder
 from polar_sdk.models.convert import LOADING_LOCK, quiet_transformers
 from polar_sdk.models.find import LocalModel, obtain
 from polar_sdk.models.fingerprint import fingerprint_of
 from polar_sdk.models.network import bringer, check_finite, damaged, read_generation_config, read_network
-from polar_sdk.models.paths import cache_folder
 from polar_sdk.models.placement import (
     DeviceMap,
     Places,
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.placement import Placement
-    from polar_sdk.serving.draft_table import DraftTable
 
 
 Compile = bool | Literal["auto", "stored"]
@@ -161,38 +158,6 @@ def adopt(
     return loaded
 
 
-def saved_table_path(fingerprint: str) -> Path:
-    """Where `polar drafts` keeps the user's draft table for a model."""
-    return cache_folder() / "drafts" / f"{fingerprint}.safetensors"
-
-
-def find_draft_table(fingerprint: str, vocabulary: int) -> DraftTable | None:
-    """The draft table of a model: the user's own, else a shipped one, else None.
-
-    One that cannot be used is passed over with a warning: without it answers are the same, and come more slowly.
-
-    Args:
-        fingerprint: The model's.
-        vocabulary: Number of its tokens.
-    """
-    from polar_sdk.serving.draft_table import DraftTable
-
-    saved, shipped = saved_table_path(fingerprint), resources.files("polar_sdk") / "shipped" / "drafts"
-    paths = [saved] if saved.is_file() else []
-    for path in [
-        *paths,
-        *(path for path in shipped.iterdir() if isinstance(path, Path) and path.suffix == saved.suffix),
-    ]:
-        try:
-            table = DraftTable.load(path)
-            if path == saved or table.facts.fingerprint == fingerprint:
-                table.check_model(fingerprint, vocabulary)
-                return table
-        except DraftTableError as error:
-            _log.warning("%s", error)
-    return None
-
-
 def clear_cache() -> None:
     """Forget the loaded models; their memory is freed when nobody else holds them."""
     with LOADING_LOCK:
@@ -288,11 +253,14 @@ def _in_memory(
     decoder: Decoder, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, fingerprint: str, **identity: Any
 ) -> LoadedModel:
     """The shared object for a decoder; `identity` is what only a file or only a caller's model can say."""
+    from polar_sdk.models.draft_heads import find_draft_head
     from polar_sdk.serving.scheduler import Scheduler
 
+    if (head := find_draft_head(fingerprint, decoder)) is not None:
+        decoder.set_draft_head(head.tensors)
     loaded = LoadedModel(
         decoder=decoder,
-        scheduler=Scheduler(decoder, draft_table=find_draft_table(fingerprint, decoder.vocab)),
+        scheduler=Scheduler(decoder),
         tokenizer=tokenizer,
         config=network.config,
         generation_config=network.generation_config,

@@ -134,12 +134,14 @@ class CostModel:
         head: FLOPs per position whose logits are computed.
         bridges: FLOPs per token of each bridge that the model has.
         fills: FLOPs per filled token of the map of each segment that the model can fill, all its layers together.
+        guess: FLOPs of one guess of the model's draft head; 0 = it has none.
     """
 
     layers: tuple[LayerCost, ...]
     head: int
     bridges: Mapping[Segment, int] = field(default_factory=dict)
     fills: Mapping[Segment, int] = field(default_factory=dict)
+    guess: int = 0
 
     @property
     def depth(self) -> int:

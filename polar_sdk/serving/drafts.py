@@ -2,28 +2,31 @@
 
 They are kept only as far as they are what would have been sampled anyway. A pass of a few rows takes little longer than
 one of one row, since reading the weights takes most of it. So tokens that are copied from where the last ones stood
-before, in prompt, answer or earlier answers to the tenant, or that usually follow them in answers of the model, may
-bring several tokens at once; an answer is the same with drafts and without. What the answer does not keep was executed
-all the same. So drafts fill only rows that would be idle, and `auto` drafts only where it pays: by how often drafts of
-this request were right, and by what wider passes were measured to take. Knows tokens and seconds; no logits and no
+before, in prompt, answer or earlier answers to the tenant, or that the model's draft head guesses, may bring several
+tokens at once; an answer is the same with drafts and without. What the answer does not keep was executed all the same.
+So drafts fill only rows that would be idle, and `auto` drafts only where it pays: by how often drafts of this request
+were right, and by what guesses and wider passes were measured to take. Knows tokens and seconds; no logits and no
 weights.
 """
 
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from itertools import accumulate, pairwise
 from operator import mul
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from polar_sdk.engine.draft_head import MAX_GUESSES
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from polar_sdk.engine.draft_head import Guess
     from polar_sdk.engine.sampling import Sampling
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.program import Program
-    from polar_sdk.serving.draft_table import DraftTable
 
 
 Speculate = Literal["auto", "off", "prompt"]
@@ -38,17 +41,17 @@ WASTE_PER_TOKEN: Final = 2
 """A request may waste so many rows, and so many for each token of its answer: what budgets hold follows from it."""
 _MIN_SPEED: Final = 0.98
 """What drafts may make of the speed of any row: those that gain nothing wait for those that do."""
-_GAIN: Final = 1.08
+_GAIN: Final = 1.04
 """What a wider pass must bring at least, in tokens for its time."""
-Source = Literal["request", "earlier", "table"]
-"""Where drafts come from: prompt and answer so far, an earlier answer to the tenant, or the model's draft table."""
+Source = Literal["request", "earlier", "head"]
+"""Where drafts come from: prompt and answer so far, an earlier answer to the tenant, or the model's draft head."""
 _HITS: Final[dict[Source, tuple[float, ...]]] = {
     "request": (0.75, 0.2, 0.4, 0.6),
     "earlier": (0.5, 0.15, 0.25, 0.45),
-    "table": (1.0,),
+    "head": (1.0,),
 }
 """Share of drafted tokens taken to be right before any was tried: of tokens after one that was right, and of first ones
-after a match of 1, 2 and 3 tokens; of a table, as a multiple of what it says."""
+after a match of 1, 2 and 3 tokens; of a draft head, as a multiple of what it says."""
 _FIRST_WEIGHT: Final = 4.0
 """Number of tries that these count for; in a request, what earlier requests came to."""
 _FADING: Final = 0.97
@@ -57,8 +60,21 @@ _MIN_MEASURED: Final = 3
 """Passes of one row, and wider ones, without which nothing is known of a machine."""
 _LATELY: Final = 12
 """Passes after which a narrow one is no measure of a wide one any more."""
+_WIDTHS: Final = 4
+"""Number of widths whose measurements are one point."""
 _PER_ROW: Final = 0.03
-"""What one more row is taken to add while passes of one width only were measured."""
+"""What one more row is taken to add at least beyond the widest passes that were measured."""
+_CERTAIN_GAIN: Final = 2.5
+"""What a draft from texts is to gain, in tokens for its time, so that nobody asks the draft head."""
+_GUESS: Final = 0.1
+"""What one guess of the draft head is taken to take, as a multiple of a pass of one row, before any was measured."""
+_MIN_JOINED: Final = 2
+"""Number of tokens, the last guess among them, that must have stood in a row before, so that a text goes on from it."""
+_HEAD_BEFORE: Final = (3.0, 1.0)
+"""What a draft head is taken to have brought before it was tried, in tokens, and to have taken, in such passes."""
+_HEAD_FADING: Final = 0.95
+_HEAD_WAIT: Final = 8
+"""Tokens for which a head that does not pay is not asked, at first."""
 _EARLIER_TOKENS: Final = 8192
 _EARLIER_TENANTS: Final = 16
 """Answers to so many tenants are kept, and twice so many tokens of each at most, in 4 MiB for each."""
@@ -69,14 +85,15 @@ _MAX_PATIENCE: Final = 1024
 
 
 class Proposal(NamedTuple):
-    """Tokens that may follow."""
+    """Tokens that may follow: guesses of a draft head, tokens of a text, or guesses and what a text says after them."""
 
     tokens: list[int]
-    match: int
-    """Number of tokens in a row that stood before them; 0 = there is nothing to propose, or a table does."""
+    match: int = 0
+    """Number of tokens in a row that stood before those of the text; 0 = there are none."""
     source: Source = "request"
-    table: tuple[float, ...] = ()
-    """How likely each is by the table that proposes it, if all before it are right."""
+    """Where these come from."""
+    said: tuple[float, ...] = ()
+    """How likely each of the guesses, the first tokens, is by the draft head, if all before it are right."""
 
 
 class TokenIndex:
@@ -121,17 +138,13 @@ class TokenIndex:
 
 
 class OtherAnswers:
-    """What other answers say after the same tokens: the latest to the tenant, and by a table, all of the model's.
+    """What the latest other answers to the same tenant say after the same tokens.
 
-    Tenants never share the former, so that how fast one's answers come reveals nothing of another's. For the
-    scheduler's thread alone.
-
-    Args:
-        table: Of the model, if it has one.
+    Tenants never share them, so that how fast one's answers come reveals nothing of another's. For the scheduler's
+    thread alone.
     """
 
-    def __init__(self, table: DraftTable | None = None) -> None:
-        self.table = table
+    def __init__(self) -> None:
         self._of: OrderedDict[str, deque[TokenIndex]] = OrderedDict()
         """By tenant, the least recent first: answers of late, and those before."""
 
@@ -146,16 +159,11 @@ class OtherAnswers:
         if len(self._of) > _EARLIER_TENANTS:
             self._of.popitem(last=False)
 
-    def following(self, tenant: str, last: Sequence[int], count: int) -> list[Proposal]:
-        """What followed such tokens in answers to that tenant, and what usually does; at most `count` tokens each."""
+    def following(self, tenant: str, last: Sequence[int], count: int) -> Proposal:
+        """What followed such tokens in answers to that tenant; at most `count` tokens."""
         found = [index.following(last, count) for index in reversed(self._of.get(tenant, ()))]
         longest = max(found, key=lambda proposal: proposal.match, default=Proposal([], 0))
-        proposals = [longest._replace(source="earlier")]
-        if self.table is not None:
-            guesses = self.table.following(last, count)
-            tokens, chances = [guess.token for guess in guesses], tuple(guess.chance for guess in guesses)
-            proposals.append(Proposal(tokens, 0, "table", chances))
-        return [proposal for proposal in proposals if proposal.tokens]
+        return longest._replace(source="earlier")
 
 
 class _Share:
@@ -201,10 +209,11 @@ class Hits:
 
     def _expected(self, proposal: Proposal) -> list[tuple[_Share, float]]:
         """For each proposed token, if all before it are right: how often such ones are, and of what that is a share."""
+        (guessed,) = self._shares["head"]
+        of_text = len(proposal.tokens) - len(proposal.said)
         following, *first = self._shares[proposal.source]
-        if proposal.source == "table":
-            return [(following, chance) for chance in proposal.table]
-        return [(following if place else first[proposal.match - 1], 1.0) for place in range(len(proposal.tokens))]
+        found = [(following if place else first[proposal.match - 1], 1.0) for place in range(of_text)]
+        return [*((guessed, chance) for chance in proposal.said), *found]
 
 
 class Drafts:
@@ -223,20 +232,27 @@ class Drafts:
         self.chances: Sequence[float] = ()
         """How likely it is that each of the proposed tokens is kept."""
         self._proposal = Proposal([], 0)
+        self._from_texts: list[Proposal] = []
+        self._room = 0
+        self._head = _HeadWorth()
+        self._guesses: Sequence[Guess] = ()
         self._alone = False
         """Whether the next pass runs one token, whatever matches: the last one did not settle what follows it."""
         self._wasted = 0
         self._idle, self._patience = 0, _PROBE_AFTER
         """Tokens since it drafted last, and how many to wait for the next try."""
 
-    def propose(self, answer: Sequence[int], room: int, experience: Experience, tenant: str) -> Proposal:
-        """Tokens that may follow the answer so far, at most `room` of them.
+    def look_up(self, answer: Sequence[int], room: int, experience: Experience, tenant: str) -> int:
+        """Look in texts for tokens that may follow the answer so far.
 
         Args:
             answer: So far.
-            room: How many.
-            experience: What requests so far came to; `auto` takes the proposal that gains most.
+            room: How many may be drafted.
+            experience: What requests so far came to.
             tenant: Whose request it is.
+
+        Returns:
+            How many tokens the draft head, if there is one, may guess besides: 0 where that does not pay.
         """
         if self._hits is None:
             self._hits = Hits(experience.hits)
@@ -245,40 +261,99 @@ class Drafts:
         self._index.extend(answer[len(self._index) - len(self._prompt) :])
         left = 0 if self._alone else FREE_WASTE + WASTE_PER_TOKEN * len(answer) - self._wasted - 1
         self._alone = False
-        count = max(min(room, left, MAX_DRAFT), 0)
-        proposals = [self._index.propose(count)]
-        if count and not self.always:
-            proposals += experience.others.following(tenant, self._index.last, count)
+        self._room = count = max(min(room, left, MAX_DRAFT), 0)
+        self._from_texts = [self._index.propose(count)]
+        if self.always or not count:
+            return 0
+        self._from_texts.append(experience.others.following(tenant, self._index.last, count))
+        gains = (experience.costs.gain(self._hits.chances(proposal)) for proposal in self._from_texts)
+        return count if self._head.pays() and max(gains) < _CERTAIN_GAIN else 0
+
+    def propose(self, guesses: Sequence[Guess], costs: PassCosts) -> Proposal:
+        """Tokens that may follow the answer so far: what `look_up` found or the draft head guesses, by what gains most.
+
+        Args:
+            guesses: Of the draft head; none where it was not asked.
+            costs: What passes take.
+        """
+        assert self._hits is not None, "see `look_up`"
+        self._guesses = guesses
+        proposals = [*self._from_texts, *self._guessed(guesses[: self._room])]
         chances = list(map(self._hits.chances, proposals))
-        best = max(range(len(proposals)), key=lambda place: experience.costs.gain(chances[place]))
+        best = max(range(len(proposals)), key=lambda place: costs.gain(chances[place]))
         self._proposal, self.chances = proposals[best], chances[best]
         return self._proposal
+
+    def _guessed(self, guesses: Sequence[Guess]) -> Iterator[Proposal]:
+        """Guesses, alone and as far as what stood before in prompt or answer goes on from them."""
+        tokens, said = [guess.token for guess in guesses], tuple(guess.chance for guess in guesses)
+        yield Proposal(tokens, source="head", said=said)
+        for count in range(1, len(tokens) + 1):
+            last = [*self._index.last, *tokens[:count]][-LONGEST_MATCH:]
+            found = self._index.following(last, self._room - count)
+            if found.match >= _MIN_JOINED and found.tokens:
+                yield found._replace(tokens=[*tokens[:count], *found.tokens], said=said[:count])
 
     @property
     def probes(self) -> bool:
         """Whether to draft once more although that does not seem to pay."""
         return self._idle >= self._patience and bool(self._proposal.tokens)
 
-    def passed(self) -> None:
+    def passed(self, costs: PassCosts) -> None:
         """The row decodes without drafts."""
         self._idle += 1
+        self._head.brought(0, len(self._guesses), costs)
 
-    def judged(self, drafted: int, brought: int, usual: Hits, *, settled: bool = True) -> None:
+    def judged(self, drafted: int, brought: int, experience: Experience, *, settled: bool = True) -> None:
         """Note what came of a pass with drafts.
 
         Args:
             drafted: Number of drafted tokens.
             brought: Tokens that the pass brought: one, and one more for each drafted token that was right and ran on.
-            usual: What other requests came to.
+            experience: What other requests came to.
             settled: Whether the pass said which token follows the last one that it brought.
         """
         self._patience = min(2 * self._patience, _MAX_PATIENCE) if self.probes else _PROBE_AFTER
         self._idle = 0
         self._wasted += 1 + drafted - brought
         self._alone = not settled
-        for hits in (usual, self._hits):
+        kept = max(brought - 1, 0)
+        for hits in (experience.hits, self._hits):
             if hits is not None:
-                hits.tried(self._proposal, drafted, max(brought - 1, 0))
+                hits.tried(self._proposal, drafted, kept)
+        guessed = [guess.token for guess in self._guesses]
+        self._head.brought(_agreeing(guessed, self._proposal.tokens[:kept]), len(guessed), experience.costs)
+
+
+class _HeadWorth:
+    """Whether a draft head pays for a request: by the tokens that it brought lately and the time that it took."""
+
+    def __init__(self) -> None:
+        self._brought, self._took = _HEAD_BEFORE
+        self._wait, self._patience = 0, _HEAD_WAIT
+        """Tokens that it is not asked for, and how many next time that it does not pay."""
+
+    def pays(self) -> bool:
+        """Whether to ask it for the next tokens."""
+        self._wait = max(self._wait - 1, 0)
+        return not self._wait
+
+    def brought(self, kept: int, guesses: int, costs: PassCosts) -> None:
+        """Note that so many of its guesses were kept; of no guesses, nothing is learned."""
+        if not guesses:
+            return
+        self._brought = _HEAD_FADING * self._brought + kept
+        self._took = _HEAD_FADING * self._took + guesses * costs.guess
+        if self._brought < self._took:
+            self._wait, self._patience = self._patience, min(2 * self._patience, _MAX_PATIENCE)
+        else:
+            self._patience = _HEAD_WAIT
+
+
+def _agreeing(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Number of tokens at the beginning that are the same."""
+    differing = (place for place, (one, other) in enumerate(zip(tokens, others, strict=False)) if one != other)
+    return next(differing, min(len(tokens), len(others)))
 
 
 def drafts_of(
@@ -307,23 +382,36 @@ def drafts_of(
 class PassCosts:
     """How much longer a pass takes the more rows it has, beside one of one row, as measured lately.
 
-    A wide pass is compared with narrow ones of the same moment, since a busy machine is slow for both. The second row
-    costs most; from there on a line is laid through the medians.
+    A wide pass is compared with narrow ones of the same moment, since a busy machine is slow for both. What was
+    measured of widths near each other is one point, its median; from point to point it is taken to rise evenly.
     """
 
     def __init__(self) -> None:
         self._ones: deque[tuple[int, float]] = deque(maxlen=5)
         """Passes of one row: number of the pass, and its seconds at full depth."""
-        self._ratios: dict[int, deque[float]] = {}
-        self._medians: dict[int, float] = {}
-        """Of the ratios, by number of rows."""
-        self._line: tuple[float, float, float] = (2.0, 1.5, 0.05)
-        """Rows, what they take, and what one more adds; until something was measured, more than machines took on
-        which this was tried."""
+        self._ratios: dict[int, deque[tuple[int, float]]] = {}
+        """Rows of a pass and what it took, by width: 2 to 4 rows, 5 to 8 and so on."""
+        self._points: list[tuple[float, float]] = [(1, 1.0), (4, 1.15), (16, 1.9)]
+        """Rows, and what they take; until something was measured, more than machines took on which this was tried."""
         self._is_fitted = True
-        """Whether medians and line are those of all measurements: they are worked out for whoever drafts, as most do
-        not."""
+        """Whether the points are those of all measurements: they are worked out for whoever drafts, as most do not."""
         self._passes = 0
+        self._guess_ratios: deque[float] = deque(maxlen=31)
+
+    @property
+    def guess(self) -> float:
+        """What one guess of the draft head takes, as a multiple of a pass of one row."""
+        return statistics.median(self._guess_ratios) if len(self._guess_ratios) >= _MIN_MEASURED else _GUESS
+
+    def guessed(self, guesses: int, seconds: float) -> None:
+        """Note how long so many guesses took, one after another."""
+        lately = self._narrow_ones()
+        if guesses and len(lately) >= _MIN_MEASURED:
+            self._guess_ratios.append(seconds / guesses / statistics.median(lately))
+
+    def _narrow_ones(self) -> list[float]:
+        """Seconds of the passes of one row of late."""
+        return [one for number, one in self._ones if self._passes - number <= _LATELY]
 
     def measured(self, rows: int, seconds: float) -> None:
         """Note a pass; a program's seconds are those that full depth would have taken."""
@@ -331,36 +419,32 @@ class PassCosts:
         if rows == 1:
             self._ones.append((self._passes, seconds))
             return
-        lately = [one for number, one in self._ones if self._passes - number <= _LATELY]
+        lately = self._narrow_ones()
         if rows <= MAX_ROWS and len(lately) >= _MIN_MEASURED:
-            ratios = self._ratios.setdefault(rows, deque(maxlen=31))
-            ratios.append(seconds / statistics.median(lately))
+            ratios = self._ratios.setdefault((rows - 1) // _WIDTHS, deque(maxlen=31))
+            ratios.append((rows, seconds / statistics.median(lately)))
             self._is_fitted = False
 
     def _fit(self) -> None:
         self._is_fitted = True
-        if sum(map(len, self._ratios.values())) >= _MIN_MEASURED:
-            self._medians = {rows: statistics.median(ratios) for rows, ratios in self._ratios.items()}
-            self._line = self._fitted()
-
-    def _fitted(self) -> tuple[float, float, float]:
-        """The line through the medians, by least squares; each counts by its number of measurements."""
-        weights = {rows: len(ratios) for rows, ratios in self._ratios.items()}
-        total = sum(weights.values())
-        center = sum(rows * weight for rows, weight in weights.items()) / total
-        level = sum(self._medians[rows] * weight for rows, weight in weights.items()) / total
-        spread = sum(weight * (rows - center) ** 2 for rows, weight in weights.items())
-        if spread < 1:
-            return center, level, _PER_ROW * level
-        rise = sum(weight * (rows - center) * self._medians[rows] for rows, weight in weights.items())
-        return center, level, max(rise / spread, 0.0)
+        measured = [ratios for _, ratios in sorted(self._ratios.items()) if len(ratios) >= _MIN_MEASURED]
+        if measured:
+            self._points = [(1, 1.0)]
+        for ratios in measured:
+            rows, ratio = statistics.mean(rows for rows, _ in ratios), statistics.median(ratio for _, ratio in ratios)
+            self._points.append((rows, max(ratio, self._points[-1][1])))
 
     def of(self, rows: int) -> float:
         """What a pass of so many rows takes, as a multiple of one of one row."""
         if not self._is_fitted:
             self._fit()
-        center, level, rise = self._line
-        return 1.0 if rows == 1 else max(level + rise * (rows - center), 1.0)
+        if rows == 1:
+            return 1.0
+        place = bisect_left(self._points, (rows, 0.0))
+        ends = place == len(self._points)
+        (first, low), (last, high) = self._points[-2:] if ends else self._points[place - 1 : place + 1]
+        rise = (high - low) / (last - first)
+        return high + (rows - last) * (max(rise, _PER_ROW * high) if ends else rise)
 
     def gain(self, chances: Sequence[float]) -> float:
         """How much faster a row comes alone by as many drafted tokens as pay, each kept with such a chance."""
@@ -377,8 +461,8 @@ class Experience:
         others: What other answers say.
     """
 
-    def __init__(self, table: DraftTable | None = None) -> None:
-        self.costs, self.hits, self.others = PassCosts(), Hits(), OtherAnswers(table)
+    def __init__(self) -> None:
+        self.costs, self.hits, self.others = PassCosts(), Hits(), OtherAnswers()
 
 
 class Plan:
@@ -432,7 +516,7 @@ def most_wasted(cost: CostModel, program: Program, prompt: int, output: int) -> 
     rows = FREE_WASTE + WASTE_PER_TOKEN * output
     whole = linear + attention * (prompt + output) + cost.head
     # A token that is kept was counted over the keys of the whole pass, too.
-    return rows * whole + output * MAX_DRAFT * attention
+    return rows * whole + output * (MAX_DRAFT * attention + MAX_GUESSES * cost.guess)
 
 
 def spans(pieces: Sequence[Sequence[int]]) -> list[slice]:

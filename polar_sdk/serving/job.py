@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.draft_head import Guess
     from polar_sdk.engine.grammar import GrammarState
     from polar_sdk.engine.row import Work
     from polar_sdk.programs.policy import LoopGuard
-    from polar_sdk.serving.drafts import Experience, Hits, OtherAnswers
+    from polar_sdk.serving.drafts import Experience, OtherAnswers, PassCosts
     from polar_sdk.serving.request import Request
 
 
@@ -323,12 +324,21 @@ class Job:
         else:
             self.take(likeliest if self.sampler.greedy else self.sampler(logits))
 
-    def propose(self, room: int, experience: Experience) -> list[int]:
-        """Tokens that may follow, to run in the next pass; at most `room`, and none that could not be kept."""
+    def look_up_drafts(self, room: int, experience: Experience) -> int:
+        """Look for tokens that may follow, at most `room`, and none that could not be kept.
+
+        Returns:
+            How many the draft head may guess besides, from the state of the last token that ran.
+        """
         if self.drafts is None:
-            return []
+            return 0
         room = min(room, self.request.max_tokens - len(self.tokens) - 1)
-        return self.drafts.propose(self.tokens, room, experience, self.request.tenant).tokens
+        count = self.drafts.look_up(self.tokens, room, experience, self.request.tenant)
+        return 0 if self.row.states is None else count
+
+    def propose(self, guesses: Sequence[Guess], costs: PassCosts) -> list[int]:
+        """Tokens to run in the next pass, with guesses of the draft head; see `look_up_drafts`."""
+        return [] if self.drafts is None else self.drafts.propose(guesses, costs).tokens
 
     def leave_to(self, others: OtherAnswers) -> None:
         """Leave the answer to later requests, if this one would have taken from earlier ones."""
@@ -342,7 +352,7 @@ class Job:
         likeliest: Sequence[int],
         highest: Sequence[float],
         unsure: Sequence[bool],
-        usual: Hits,
+        experience: Experience,
         count: Callable[[], None],
     ) -> None:
         """Choose the tokens that follow, one after another, as long as the next one was drafted.
@@ -356,7 +366,7 @@ class Job:
             likeliest: The likeliest token of each.
             highest: Its logit.
             unsure: Whether two tokens are so near to each other that a pass of another size might choose the other.
-            usual: How often drafts are right; learns from these.
+            experience: How often drafts are right; learns from these.
             count: Called before each token is chosen.
 
         Raises:
@@ -375,7 +385,9 @@ class Job:
             if self._stops():
                 break
         if self.drafts is not None and len(piece) > 1:
-            self.drafts.judged(len(piece) - 1, kept, usual, settled=settled)
+            self.drafts.judged(len(piece) - 1, kept, experience, settled=settled)
+        if self.row.states is not None:
+            self.row.states = self.row.states[kept - 1 : kept] if kept else None
         if self.done:
             return
         if not kept:

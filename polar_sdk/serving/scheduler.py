@@ -25,6 +25,7 @@ from weakref import WeakSet
 
 import torch
 
+from polar_sdk.engine.draft_head import MAX_GUESSES, MIN_PATH
 from polar_sdk.engine.forward import drafted_logits, next_logits
 from polar_sdk.engine.sampling import likeliest_tokens, near_ties
 from polar_sdk.errors import CacheMemoryError, QueueFullError
@@ -37,12 +38,12 @@ from polar_sdk.serving.queue import FairQueue, who_gives_room
 from polar_sdk.serving.threads import Inbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.serving.draft_table import DraftTable
+    from polar_sdk.engine.draft_head import Guess
     from polar_sdk.serving.job import Job
 
 
@@ -66,10 +67,9 @@ class Scheduler:
     Args:
         decoder: The model.
         limits: What it takes on.
-        draft_table: What usually follows in the model's answers; None = drafts come from other places alone.
     """
 
-    def __init__(self, decoder: Decoder, limits: Limits | None = None, draft_table: DraftTable | None = None) -> None:
+    def __init__(self, decoder: Decoder, limits: Limits | None = None) -> None:
         self.decoder = decoder
         self.limits = limits or Limits()
         self.prefixes = PrefixCache(decoder)
@@ -80,7 +80,7 @@ class Scheduler:
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace()
-        self._drafting = Experience(draft_table)
+        self._drafting = Experience()
         self._token = sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head
         """FLOPs of decoding one token at full depth."""
         self._checked = 0
@@ -385,6 +385,7 @@ class Scheduler:
     def _run_decode(self, jobs: Sequence[Job]) -> None:
         began, pieces = time.perf_counter(), self._drafted(jobs)
         rows, count = self._rows(jobs, pieces), sum(map(len, pieces))
+        drafted = time.perf_counter()
         run = next_logits if count == len(jobs) else drafted_logits
         try:
             logits = run(self.decoder, [job.row for job in jobs], pieces)
@@ -394,22 +395,47 @@ class Scheduler:
             self._choose(jobs, logits)  # only now a GPU has done what it was asked for
         else:
             self._judge(jobs, pieces, logits)
-        seconds = time.perf_counter() - began
-        self._pace.decoded(rows, seconds, self.limits.weights)
-        self._drafting.costs.measured(count, seconds * count / sum(rows.values()))
+        ended = time.perf_counter()
+        self._pace.decoded(rows, ended - began, self.limits.weights)
+        self._drafting.costs.measured(count, (ended - drafted) * count / sum(rows.values()))
 
     def _drafted(self, jobs: Sequence[Job]) -> list[list[int]]:
         """The tokens that each job runs next: the one sampled last, and drafts as far as rows are idle and it pays."""
         pieces = [job.tokens[-1:] for job in jobs]
-        idle = MAX_ROWS - len(jobs)
-        proposals = [job.propose(idle, self._drafting) for job in jobs] if idle > 0 else []
+        idle, costs = MAX_ROWS - len(jobs), self._drafting.costs
+        if idle <= 0:
+            return pieces
+        guesses = self._guessed({job: job.look_up_drafts(idle, self._drafting) for job in jobs})
+        proposals = [job.propose(guesses.get(job, []), costs) for job in jobs]
         if any(proposals):
-            plan = Plan([job.drafts for job in jobs], self._drafting.costs)
+            plan = Plan([job.drafts for job in jobs], costs)
             for job, piece, proposal, drafted in zip(jobs, pieces, proposals, plan.counts, strict=True):
                 piece.extend(proposal[:drafted])
                 if job.drafts is not None and not drafted:
-                    job.drafts.passed()
+                    job.drafts.passed(costs)
+        for job, piece in zip(jobs, pieces, strict=True):
+            job.row.work.guess(len(guesses.get(job, [])), len(piece) - 1)
         return pieces
+
+    def _guessed(self, counts: Mapping[Job, int]) -> dict[Job, list[Guess]]:
+        """What the draft head guesses for jobs, at most so many tokens for each, as far as all may be right."""
+        asking = [job for job, count in counts.items() if count]
+        if self.decoder.draft_head is None or not asking:
+            return {}
+        began = time.perf_counter()
+        states = torch.cat([job.row.states for job in asking if job.row.states is not None])
+        tokens, paths = [job.tokens[-1] for job in asking], [1.0] * len(asking)
+        guesses: list[list[Guess]] = [[] for _ in asking]
+        for _ in range(min(MAX_GUESSES, max(counts.values()))):
+            states, found = self.decoder.guess(states, tokens)
+            for row, guess in enumerate(found):
+                guesses[row].append(guess)
+                paths[row] *= guess.chance
+            if max(paths) < MIN_PATH:
+                break
+            tokens = [guess.token for guess in found]
+        self._drafting.costs.guessed(len(guesses[0]), time.perf_counter() - began)
+        return dict(zip(asking, guesses, strict=True))
 
     def _judge(self, jobs: Sequence[Job], pieces: Sequence[Sequence[int]], logits: Tensor) -> None:
         """The next tokens of each job of a pass with drafts, from logits (N, V); errors as in `_choose`."""
@@ -418,7 +444,7 @@ class Scheduler:
         unsure = [False] * len(highest) if sure else near_ties(logits, highest, self.decoder.dtype)
         for job, piece, own in zip(jobs, pieces, spans(pieces), strict=True):
             results = (logits[own], likeliest[own], highest[own], unsure[own])
-            self._attempt([job], partial(job.judge, piece, *results, self._drafting.hits, self._count_token))
+            self._attempt([job], partial(job.judge, piece, *results, self._drafting, self._count_token))
 
     def _charge(self, jobs: Sequence[Job]) -> None:
         """Count what a pass executed, for the fairness between tenants."""

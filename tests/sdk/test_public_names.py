@@ -18,7 +18,7 @@ PUBLIC = {
     "polar_sdk.lab": """
         AnswerItem ChoiceItem DraftOptions Evaluation FillOptions HealOptions Item LayerwiseSettings MenuSettings
         PromptItem RewardMatrix ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal heal_fills
-        make_draft_table read_items scan search train
+        train_draft_head read_items scan search train
     """,
     "polar_billing": """
         ALL_TENANTS ALL_TIME AccessError Account Agreement AmountError BillingError Budget BudgetError Budgets

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import torch
 from pydantic import BaseModel, Field
 
-from polar_sdk.lab.training.checkpoint import Checkpoint, run_key
+from polar_sdk.lab.checkpoint import Checkpoint, run_key
 from polar_sdk.lab.training.menu_training import Trained
 from polar_sdk.router.layerwise import ACTIONS, EXECUTE, HIDDEN, program_of
 from polar_sdk.router.network import Network

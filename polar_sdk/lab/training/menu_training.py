@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from pydantic import BaseModel, Field
 
-from polar_sdk.lab.training.checkpoint import Checkpoint, run_key
+from polar_sdk.lab.checkpoint import Checkpoint, run_key
 from polar_sdk.router.certificate import Loss
 from polar_sdk.router.menu import cheapest, menu_dial
 from polar_sdk.router.network import Network

@@ -1,0 +1,102 @@
+"""A draft head: a small network that guesses what a model says next, token by token. No training here.
+
+It reads the state of the token that ran last and the token that was sampled after it, and makes a state of its own, by
+which it guesses a token; that state and that token give the next one, and so on (Zhang et al. 2024, "Recurrent
+Drafter", arXiv:2403.09919). It has no history of its own, so nothing has to be kept for it between passes. It guesses
+only tokens that are frequent in the model's answers, by the rows of the model's own head. Knows tensors; no request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from polar_sdk.engine import native
+from polar_sdk.engine.fill import normalise
+from polar_sdk.engine.products import Plain, multiply, pack, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from polar_sdk.engine.products import Product
+
+
+MAX_GUESSES: Final = 5
+"""Maximum number of tokens guessed one after another."""
+MIN_PATH: Final = 0.15
+"""Guesses end where all of them being right is less likely."""
+
+
+class Guess(NamedTuple):
+    """A token, and how likely it is to follow, if all guesses before it are right."""
+
+    token: int
+    chance: float
+
+
+@dataclass(frozen=True, eq=False)
+class DraftHead:
+    """Guesses tokens, each from a state and the token after it.
+
+    From state s and the embedding e of that token it makes u = W [n(s), n(e)], where n divides by the root mean square,
+    and the state after it, u + D (silu(G n(u)) × U n(u)).
+
+    Attributes:
+        tokens: Those that it can guess, (C,).
+        scale: What n(state) is multiplied by before its product with `rows`, (E,).
+        enter: W, (E, 2 E).
+        gated: G above U, (2 H, E).
+        down: D, (E, H).
+        rows: What tokens are guessed by, (C + 1, E): the rows of the model's head, and last, for all other tokens
+            together, one of its own.
+    """
+
+    tokens: Tensor
+    scale: Tensor
+    enter: Product
+    gated: Product
+    down: Product
+    rows: Product
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], rows: Tensor) -> DraftHead:
+        """From tensors by the names of the attributes and `other` (E,), and the rows (C, E) of the model's head."""
+        every = torch.cat((rows, tensors["other"][None]))
+        matrices = (Plain(each) for each in (tensors["enter"], tensors["gated"], tensors["down"], every))
+        return cls(tensors["tokens"], tensors["scale"], *matrices)
+
+    def packed(self) -> DraftHead:
+        """The same for the native library: in the order in which it reads matrices, and in int8.
+
+        That takes two thirds of the time, and as many guesses are right (`benchmarks/LOG.md`).
+        """
+        plain = (self.enter, self.gated, self.down, self.rows)
+        matrices = (pack(quantize(each, "int8")) if isinstance(each, Plain) else each for each in plain)
+        return DraftHead(self.tokens, self.scale, *matrices)
+
+    def step(self, states: Tensor, embeddings: Tensor) -> Tensor:
+        """The states (B, E) after tokens with these embeddings (B, E)."""
+        entered = multiply(torch.cat((normalise(states), normalise(embeddings)), -1), self.enter)
+        gate, up = multiply(normalise(entered), self.gated).chunk(2, -1)
+        return entered + multiply(F.silu(gate) * up, self.down)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Float32 logits (B, C + 1) of the token that follows each state (B, E): last, of all that are not `tokens`."""
+        return multiply(normalise(states) * self.scale, self.rows).float()
+
+    def likeliest(self, states: Tensor, embeddings: Tensor) -> tuple[Tensor, list[Guess]]:
+        """The states (B, E) after tokens with these embeddings, and the likeliest token after each."""
+        with native.used():
+            after = self.step(states, embeddings)
+            chances, places = self.logits(after).softmax(-1)[:, :-1].max(-1)
+        return after, [Guess(*each) for each in zip(self.tokens[places].tolist(), chances.tolist(), strict=True)]
+
+
+def head_flops(width: int, units: int, tokens: int) -> int:
+    """FLOPs of a guess by a head of these sizes (E, H, C): 2 per multiply-accumulate of its products."""
+    return 2 * width * (2 * width + 3 * units + tokens + 1)
