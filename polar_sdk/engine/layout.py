@@ -207,8 +207,10 @@ class Layout:
         """Pages of the row of each of these tokens, in order, (tokens, blocks)."""
         if self.single:
             return _of_members(self.tables, self.plan.visits, self.plan.rows)
-        counts = torch.tensor([self.counts[row] for row in self._member_rows]).to(self.device)
-        return self.tables[self.plan.visits.repeat_interleave(counts), self.owners[self.member_tokens]]
+        # Not `repeat_interleave`, which wakes torch's threads, and they spin on while the library's own share a layer.
+        members = [member for member, row in enumerate(self._member_rows) for _ in range(self.counts[row])]
+        visits = self.plan.visits[torch.tensor(members).to(self.device)]
+        return self.tables[visits, self.owners[self.member_tokens]]
 
     @cached_property
     def member_positions(self) -> Tensor:
