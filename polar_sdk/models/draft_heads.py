@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _FORMAT: Final = "polar-drafts-2"
+_TABLE: Final = "polar-drafts-1"
 _HINT: Final = "Make it again with `polar drafts`."
 _SUFFIX: Final = ".safetensors"
 _log = logging.getLogger(__name__)
@@ -158,12 +159,18 @@ def read_facts(path: Path) -> DraftHeadFacts:
 
     Raises:
         DraftHeadDamagedError: The file is missing, cut short or malformed, or of another format.
+        DraftHeadError: It is a draft table, as earlier versions made.
     """
     try:
         with safe_open(path, framework="pt") as file:
             known: Any = parse_json((file.metadata() or {}).get("facts", ""))
     except (SafetensorError, OSError, Unreadable) as error:
         raise _damaged(path, str(error)) from error
+    if isinstance(known, dict) and known.get("format") == _TABLE:
+        raise DraftHeadError(
+            f"{str(path)!r} is a draft table of an earlier version, which nothing reads any more.",
+            hint="Train a draft head in its place with `polar drafts`, or remove it and use the shipped one, if any.",
+        )
     if isinstance(known, dict) and known.get("format") != _FORMAT:
         raise _damaged(path, f"its format is {known.get('format')!r}, not {_FORMAT!r}")
     try:

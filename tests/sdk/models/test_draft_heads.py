@@ -59,7 +59,7 @@ def test_a_head_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         ("[]", {}, "facts"),
         ("{}", {}, "its format is None, not 'polar-drafts-2'"),
         ('{"format": "polar-drafts-2"}', {}, "facts: model: Field required"),
-        (FACTS.model_copy(update={"format": "polar-drafts-1"}).model_dump_json(), {}, "'polar-drafts-1', not 'polar"),
+        (FACTS.model_copy(update={"format": "polar-drafts-9"}).model_dump_json(), {}, "'polar-drafts-9', not 'polar"),
         (FACTS.model_dump_json(), {"scale": None}, "tensors do not form a head"),
         (FACTS.model_dump_json(), {"scale": torch.ones(47)}, "tensors do not form a head"),
         (FACTS.model_dump_json(), {"scale": torch.full((48,), torch.nan)}, "tensors do not form a head"),
@@ -134,6 +134,12 @@ def test_what_cannot_be_used_is_passed_over_with_a_warning(cache: Path, caplog: 
         with caplog.at_level(logging.WARNING):
             assert find_draft_head(model.fingerprint, model.decoder) is None
         assert what in caplog.text
+    table = FACTS.model_copy(update={"format": "polar-drafts-1"}).model_dump_json()
+    save_file({"keys": torch.ones(2)}, path, metadata={"facts": table})
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert find_draft_head(model.fingerprint, model.decoder) is None
+    assert "is a draft table of an earlier version" in caplog.text
     path.write_bytes(b"nothing")
     with caplog.at_level(logging.WARNING):
         answer = _model().generate("Hello", max_tokens=5, speculate="auto")
