@@ -264,9 +264,8 @@ class Decoder:
     def set_draft_head(self, tensors: Mapping[str, Tensor]) -> None:
         """Guess tokens with a draft head of these tensors, see `DraftHead.of`."""
         device, tokens = self.placement.last, tensors["tokens"].long()
-        rows = rows_of(self.ends["head"], tokens.to(device), tensors["scale"].shape[0])
         numbers = {name: value.to(device, self.dtype) for name, value in tensors.items() if name != "tokens"}
-        head = DraftHead.of({**numbers, "tokens": tokens.to(device)}, rows.to(self.dtype))
+        head = DraftHead.of({**numbers, "tokens": tokens.to(device)}, self.head_rows(tokens).to(self.dtype))
         self.draft_head = head.packed() if isinstance(self.ends["head"], InPanels) else head
         width, units = numbers["down"].shape
         self.cost = replace(self.cost, guess=head_flops(width, units, len(tokens)))
@@ -282,9 +281,15 @@ class Decoder:
             The draft head's states after these tokens, (B, E), and a guess for each.
         """
         assert self.draft_head is not None, "see `set_draft_head`"
-        ids = torch.tensor(tokens, device=self.placement.first)
-        embeddings = look_up(ids, self.start["embedding"]).to(self.placement.last)
-        return self.draft_head.likeliest(states.to(self.placement.last), embeddings)
+        return self.draft_head.likeliest(states.to(self.placement.last), self.embeddings(torch.tensor(tokens)))
+
+    def head_rows(self, tokens: Tensor) -> Tensor:
+        """The rows (C, E) of the head for tokens (C,), where a draft head runs."""
+        return rows_of(self.ends["head"], tokens.to(self.placement.last), self.family.hidden)
+
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """The embeddings (B, E) of tokens (B,), without positions or scale, where a draft head runs."""
+        return look_up(tokens.to(self.placement.first), self.start["embedding"]).to(self.placement.last)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Embed token ids (N,) at positions (N,) as hidden states (N, E)."""

@@ -21,7 +21,6 @@ import torch.nn.functional as F  # noqa: N812
 from pydantic import BaseModel, Field, ValidationError
 
 from polar_sdk.engine.draft_head import MAX_GUESSES, DraftHead
-from polar_sdk.engine.products import look_up, rows_of
 from polar_sdk.engine.scoring import states_after
 from polar_sdk.errors import DataError, DraftHeadError
 from polar_sdk.lab.checkpoint import Checkpoint, run_key
@@ -175,18 +174,24 @@ class _Maker:
         if not answers:
             return None, None
         places = self._places(answers, "held-out states")
-        decoder = self.model.loaded.decoder
-        head, rows = DraftHead.of(tensors, _rows(decoder, tensors["tokens"], tensors["scale"])), len(places)
-        paths = torch.ones(rows, dtype=torch.bool)
-        runs = torch.zeros(rows)
-        with torch.inference_mode():
-            states, tokens = places.states.float(), places.following[:, 0]
-            for guess in range(MAX_GUESSES):
-                states, guesses = head.likeliest(states, _embeddings(decoder, tokens))
-                tokens = torch.tensor([each.token for each in guesses], device=tokens.device)
-                paths &= tokens == places.following[:, 1 + guess]
-                runs += paths
+        head = DraftHead.of(tensors, self.model.loaded.decoder.head_rows(tensors["tokens"]).float())
+        batches = torch.split(torch.arange(len(places)), _BATCH)  # logits of all places at once would take gigabytes
+        runs = torch.cat([self._right_guesses(head, places.some(batch)) for batch in batches])
         return float((runs > 0).float().mean()), float(runs.mean())
+
+    @torch.inference_mode()
+    def _right_guesses(self, head: DraftHead, places: _Places) -> Tensor:
+        """Number of guesses before the first mistake at each place, (N,)."""
+        decoder = self.model.loaded.decoder
+        device = decoder.placement.last
+        following, states = places.following.to(device), places.states.to(device, torch.float32)
+        paths, runs, tokens = torch.ones(len(places), dtype=torch.bool, device=device), [], following[:, 0]
+        for guess in range(MAX_GUESSES):
+            states, guesses = head.likeliest(states, decoder.embeddings(tokens).float())
+            tokens = torch.tensor([each.token for each in guesses], device=device)
+            paths = paths & (tokens == following[:, 1 + guess])
+            runs.append(paths)
+        return torch.stack(runs).sum(0).float()
 
     def _places(self, answers: Sequence[Question], stage: str) -> _Places:
         """Each place of the answers after which a token is to be guessed, of which one is known."""
@@ -277,7 +282,7 @@ class _Training:
         self._tokens = tokens.to(self._device)
         width = decoder.family.hidden
         self._values = {name: value.to(self._device) for name, value in _fresh(width, options).items()}
-        self._rows = _rows(decoder, self._tokens, self._values["scale"])
+        self._rows = decoder.head_rows(self._tokens).float()
         self._numbers = torch.full((decoder.vocab + 1,), len(tokens), device=self._device)
         """Of each token, its place among those that can be guessed, or after the last of them."""
         self._numbers[self._tokens] = torch.arange(len(tokens), device=self._device)
@@ -313,7 +318,7 @@ class _Training:
         with torch.autocast(device.type, torch.bfloat16):
             for guess in range(_GUESSES):
                 known = following[:, guess].clamp(min=0)
-                states = head.step(states, _embeddings(self._decoder, known))
+                states = head.step(states, self._decoder.embeddings(known).float())
                 wanted = self._numbers[following[:, guess + 1]]
                 if bool((wanted != _IGNORED).any()):
                     loss = F.cross_entropy(head.logits(states), wanted, ignore_index=_IGNORED)
@@ -368,16 +373,6 @@ def _fresh(width: int, options: DraftOptions) -> dict[str, Tensor]:
         "down": drawn(width, options.units, spread=0.005),
         "other": torch.zeros(width),
     }
-
-
-def _rows(decoder: Decoder, tokens: Tensor, like: Tensor) -> Tensor:
-    """The rows of the model's head for tokens, with its final norm's weight left to the draft head's own scale."""
-    return rows_of(decoder.ends["head"], tokens.to(decoder.placement.last), like.shape[0]).to(like)
-
-
-def _embeddings(decoder: Decoder, tokens: Tensor) -> Tensor:
-    embedding = decoder.start["embedding"]
-    return look_up(tokens.to(decoder.placement.first), embedding).to(decoder.placement.last, torch.float32)
 
 
 def _frequent(answers: Iterable[Question], count: int) -> Tensor:
