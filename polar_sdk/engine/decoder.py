@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from polar_sdk.engine.draft_head import DraftHead, head_flops
+from polar_sdk.engine.draft_head import DraftHead, NativeDraftHead, head_flops
 from polar_sdk.engine.eager import Compiled, EagerKernels
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.large_pages import LargePages
@@ -102,7 +102,7 @@ class Decoder:
         self.renewal: Callable[[], Kernels | None] | None = None
         self.bridges: dict[Segment, Bridge] = {}
         self.fills: dict[Segment, Fill] = {}
-        self.draft_head: DraftHead | None = None
+        self.draft_head: DraftHead | NativeDraftHead | None = None
         self._rotary_source: Any = family.take_rotary(model)
         self._rotary: dict[torch.device, list[Rotary]] = {}
         self._kv_memory = kv_memory
@@ -134,8 +134,8 @@ class Decoder:
             weights.update(memory.place({name: pack(value) for name, value in matrices.items()}))
         if isinstance(head, Plain) and embedding is head.weight and embedding.shape[1] % 2 == 0:
             self.start["embedding"] = self.ends["head"]
-        if self.draft_head is not None:
-            self.draft_head = self.draft_head.packed()
+        if isinstance(self.draft_head, DraftHead):
+            self.draft_head = NativeDraftHead(self.draft_head, self.start["embedding"])
 
     def _place_ends(self) -> None:
         """Bring the head to large pages; an embedding that is the head's matrix stays it."""
@@ -266,22 +266,26 @@ class Decoder:
         device, tokens = self.placement.last, tensors["tokens"].long()
         numbers = {name: value.to(device, self.dtype) for name, value in tensors.items() if name != "tokens"}
         head = DraftHead.of({**numbers, "tokens": tokens.to(device)}, self.head_rows(tokens).to(self.dtype))
-        self.draft_head = head.packed() if isinstance(self.ends["head"], InPanels) else head
+        in_panels = isinstance(self.ends["head"], InPanels)
+        self.draft_head = NativeDraftHead(head, self.start["embedding"]) if in_panels else head
         width, units = numbers["down"].shape
         self.cost = replace(self.cost, guess=head_flops(width, units, len(tokens)))
 
-    def guess(self, states: Tensor, tokens: Sequence[int]) -> tuple[Tensor, list[Guess]]:
-        """The likeliest token after each of some tokens, with the draft head.
+    def guess(self, states: Tensor, tokens: Sequence[int], most: int) -> list[list[Guess]]:
+        """What follows each of some tokens by the draft head, guessed one after another.
 
         Args:
-            states: Before each token, (B, E): of the token that ran last, or what this returned of earlier guesses.
-            tokens: That follow these states, B.
+            states: Of the token before each of them, which ran last, (B, E).
+            tokens: That were sampled after these states, B.
+            most: How many guesses for each, at most; they end where no row's are likely to be all right.
 
         Returns:
-            The draft head's states after these tokens, (B, E), and a guess for each.
+            For each token equally many guesses.
         """
         assert self.draft_head is not None, "see `set_draft_head`"
-        return self.draft_head.likeliest(states.to(self.placement.last), self.embeddings(torch.tensor(tokens)))
+        if isinstance(self.draft_head, NativeDraftHead):
+            return self.draft_head.guess(states, tokens, most)
+        return self.draft_head.guess(states.to(self.placement.last), tokens, most, self.embeddings)
 
     def head_rows(self, tokens: Tensor) -> Tensor:
         """The rows (C, E) of the head for tokens (C,), where a draft head runs."""

@@ -4,11 +4,15 @@ It reads the state of the token that ran last and the token that was sampled aft
 which it guesses a token; that state and that token give the next one, and so on (Zhang et al. 2024, "Recurrent
 Drafter", arXiv:2403.09919). It has no history of its own, so nothing has to be kept for it between passes. It guesses
 only tokens that are frequent in the model's answers, by the rows of the model's own head. Knows tensors; no request.
+
+There are two of one kind: `DraftHead` by torch's operations, which can be trained, and `NativeDraftHead`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -16,10 +20,12 @@ import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine import native
 from polar_sdk.engine.fill import normalise
+from polar_sdk.engine.large_pages import LargePages
+from polar_sdk.engine.panels import Packed, PackedInt8
 from polar_sdk.engine.products import Plain, multiply, pack, quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -30,6 +36,8 @@ MAX_GUESSES: Final = 5
 """Maximum number of tokens guessed one after another."""
 MIN_PATH: Final = 0.15
 """Guesses end where all of them being right is less likely."""
+Embed = Callable[["Tensor"], "Tensor"]
+"""The embeddings (B, E) of tokens (B,)."""
 
 
 class Guess(NamedTuple):
@@ -47,7 +55,7 @@ class DraftHead:
     and the state after it, u + D (silu(G n(u)) × U n(u)).
 
     Attributes:
-        tokens: Those that it can guess, (C,).
+        tokens: Those that it can guess, (C,), int64.
         scale: What n(state) is multiplied by before its product with `rows`, (E,).
         enter: W, (E, 2 E).
         gated: G above U, (2 H, E).
@@ -70,15 +78,6 @@ class DraftHead:
         matrices = (Plain(each) for each in (tensors["enter"], tensors["gated"], tensors["down"], every))
         return cls(tensors["tokens"], tensors["scale"], *matrices)
 
-    def packed(self) -> DraftHead:
-        """The same for the native library: in the order in which it reads matrices, and in int8.
-
-        That takes two thirds of the time, and as many guesses are right (`benchmarks/LOG.md`).
-        """
-        plain = (self.enter, self.gated, self.down, self.rows)
-        matrices = (pack(quantize(each, "int8")) if isinstance(each, Plain) else each for each in plain)
-        return DraftHead(self.tokens, self.scale, *matrices)
-
     def step(self, states: Tensor, embeddings: Tensor) -> Tensor:
         """The states (B, E) after tokens with these embeddings (B, E)."""
         entered = multiply(torch.cat((normalise(states), normalise(embeddings)), -1), self.enter)
@@ -91,10 +90,60 @@ class DraftHead:
 
     def likeliest(self, states: Tensor, embeddings: Tensor) -> tuple[Tensor, list[Guess]]:
         """The states (B, E) after tokens with these embeddings, and the likeliest token after each."""
-        with native.used():
-            after = self.step(states, embeddings)
-            chances, places = self.logits(after).softmax(-1)[:, :-1].max(-1)
+        after = self.step(states, embeddings)
+        chances, places = self.logits(after).softmax(-1)[:, :-1].max(-1)
         return after, [Guess(*each) for each in zip(self.tokens[places].tolist(), chances.tolist(), strict=True)]
+
+    def guess(self, states: Tensor, tokens: Sequence[int], most: int, embed: Embed) -> list[list[Guess]]:
+        """What follows each of some tokens, guessed one after another.
+
+        Args:
+            states: Before each token, (B, E).
+            tokens: B.
+            most: How many guesses for each, at most; they end where no row's are likely to be all right.
+            embed: Of the model.
+
+        Returns:
+            For each token equally many guesses.
+        """
+        guesses: list[list[Guess]] = [[] for _ in tokens]
+        while not guesses[0] or (len(guesses[0]) < most and _may_be_right(guesses)):
+            states, found = self.likeliest(states, embed(torch.tensor(tokens)))
+            tokens = [guess.token for guess in found]
+            for row, guess in zip(guesses, found, strict=True):
+                row.append(guess)
+        return guesses
+
+
+class NativeDraftHead:
+    """A draft head that makes all guesses of a pass in one call of the native library, by matrices in int8.
+
+    Of a guess by torch's operations, what is between its four products takes as long as these; and int8 takes two
+    thirds of their time, while as many guesses are right (`benchmarks/LOG.md`).
+
+    Args:
+        head: The same by torch's operations, in bfloat16.
+        embedding: The model's, (V, E).
+    """
+
+    def __init__(self, head: DraftHead, embedding: Tensor | Packed) -> None:
+        memory, matrices = LargePages(), list[PackedInt8]()
+        for each in (head.enter, head.gated, head.down, head.rows):
+            assert isinstance(each, Plain)
+            packed = memory.matrix(pack(quantize(each, "int8")))
+            assert isinstance(packed, PackedInt8)
+            matrices.append(packed)
+        self._head = native.Guesses(head.tokens, head.scale, matrices, embedding)
+
+    def guess(self, states: Tensor, tokens: Sequence[int], most: int) -> list[list[Guess]]:
+        """`DraftHead.guess`, with its arguments and result."""
+        found, chances = self._head.guess(states, tokens, most, MIN_PATH)
+        return [list(map(Guess, *row)) for row in zip(found, chances, strict=True)]
+
+
+def _may_be_right(guesses: Sequence[Sequence[Guess]]) -> bool:
+    """Whether all guesses of a row are likely enough to be right to guess more."""
+    return max(prod(guess.chance for guess in row) for row in guesses) >= MIN_PATH
 
 
 def head_flops(width: int, units: int, tokens: int) -> int:

@@ -235,6 +235,8 @@ def rows_of(product: Product, outputs: Tensor, inputs: int) -> Tensor:
             return product.weight[outputs]
         case Int8():
             return product.weight[outputs] * product.scale[outputs, None]
+        case Packed() if inputs % 2 == 0:
+            return product.look_up(outputs)
         case _:
             packed = pack(product)
             assert isinstance(packed, InPanels), "see `_can_unpack`"

@@ -25,7 +25,7 @@ from weakref import WeakSet
 
 import torch
 
-from polar_sdk.engine.draft_head import MAX_GUESSES, MIN_PATH
+from polar_sdk.engine.draft_head import MAX_GUESSES
 from polar_sdk.engine.forward import drafted_logits, next_logits
 from polar_sdk.engine.sampling import likeliest_tokens, near_ties
 from polar_sdk.errors import CacheMemoryError, QueueFullError
@@ -424,16 +424,8 @@ class Scheduler:
             return {}
         began = time.perf_counter()
         states = torch.cat([job.row.states for job in asking if job.row.states is not None])
-        tokens, paths = [job.tokens[-1] for job in asking], [1.0] * len(asking)
-        guesses: list[list[Guess]] = [[] for _ in asking]
-        for _ in range(min(MAX_GUESSES, max(counts.values()))):
-            states, found = self.decoder.guess(states, tokens)
-            for row, guess in enumerate(found):
-                guesses[row].append(guess)
-                paths[row] *= guess.chance
-            if max(paths) < MIN_PATH:
-                break
-            tokens = [guess.token for guess in found]
+        most = min(MAX_GUESSES, max(counts.values()))
+        guesses = self.decoder.guess(states, [job.tokens[-1] for job in asking], most)
         self._drafting.costs.guessed(len(guesses[0]), time.perf_counter() - began)
         return dict(zip(asking, guesses, strict=True))
 

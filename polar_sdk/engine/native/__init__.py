@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from polar_sdk.engine.eager import Visits
+    from polar_sdk.engine.panels import Packed, PackedInt8
     from polar_sdk.engine.types import AttentionKind, Rotary
 
 
@@ -306,6 +307,19 @@ class _Steps(ctypes.Structure):
     _fields_ = (("token", ctypes.c_int64), ("head", ctypes.c_int64))
 
 
+class _Bytes(ctypes.Structure):
+    _fields_ = (("panels", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class _DraftHead(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("width", "units", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("numbers", "scale")),
+        *((name, _Bytes) for name in ("enter", "gated", "down", "rows")),
+        *(("embeddings", ctypes.c_void_p), ("in_panels", ctypes.c_int32)),
+    )
+
+
 _ADDRESS, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "polar_product": (*[_ADDRESS] * 4, *[_SIZE] * 3, _NUMBER, _Sharing),
@@ -315,6 +329,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "polar_attend_prompt": (
         *(_ADDRESS, _SIZE), *(_ADDRESS, _Steps) * 2, *[_ADDRESS] * 2, *[_SIZE] * 5, _Kind, *[_NUMBER] * 2,
     ),
+    "polar_guess": (*[_ADDRESS] * 3, *[_SIZE] * 2, ctypes.c_float, *[_ADDRESS] * 3, _Sharing),
 }  # fmt: skip
 """Arguments of its functions, as `kernels.h` declares them."""
 
@@ -429,6 +444,45 @@ def write_pages(store: Tensor, pages: Tensor, offsets: Tensor, key: Tensor, valu
     sizes = store.shape[0], *store.shape[2:]
     parts = (key.data_ptr(), _steps(key, 0, 1), value.data_ptr(), _steps(value, 0, 1))
     _call("polar_write_pages", store.data_ptr(), *sizes, places.data_ptr(), at.data_ptr(), key.shape[0], *parts)
+
+
+class Guesses:
+    """A draft head of `draft_head.DraftHead` in the library.
+
+    Args:
+        tokens: Those that it can guess, (C,), int64.
+        scale: What states are multiplied by before they meet the rows of the tokens, (E,).
+        matrices: `enter`, `gated`, `down` and `rows`.
+        embedding: The model's, (V, E).
+    """
+
+    def __init__(
+        self, tokens: Tensor, scale: Tensor, matrices: Sequence[PackedInt8], embedding: Tensor | Packed
+    ) -> None:
+        numbers = embedding if isinstance(embedding, Tensor) else embedding.panels
+        assert numbers.is_contiguous() and tokens.dtype == torch.int64
+        self._tensors = (tokens, scale, matrices, numbers)  # whose addresses the library is given
+        self._head = _DraftHead(
+            *(scale.shape[0], matrices[1].bias.shape[0] // 2, tokens.shape[0], tokens.data_ptr(), scale.data_ptr()),
+            *(_Bytes(*(tensor.data_ptr() for tensor in matrix)) for matrix in matrices),
+            *(numbers.data_ptr(), numbers is not embedding),
+        )
+
+    def guess(
+        self, states: Tensor, tokens: Sequence[int], most: int, least: float
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Guesses for each of some tokens, given the states (B, E) before them, and how likely each is.
+
+        They end where in no row all are right with a chance of at least `least`, or after `most`.
+        """
+        before, after = states.contiguous(), torch.tensor(tokens)
+        guesses, chances = after.new_empty((len(tokens), most)), torch.empty((len(tokens), most))
+        made = ctypes.c_int64()
+        results = guesses.data_ptr(), chances.data_ptr(), ctypes.addressof(made)
+        sizes = len(tokens), most, least
+        inputs = ctypes.addressof(self._head), before.data_ptr(), after.data_ptr()
+        _call("polar_guess", *inputs, *sizes, *results, _shared_by(len(tokens)))
+        return guesses[:, : made.value].tolist(), chances[:, : made.value].tolist()
 
 
 class Layers:

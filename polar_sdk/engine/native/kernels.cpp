@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 
+#include "guess.h"
 #include "integers.h"
 #include "pages.h"
 #include "products.h"
@@ -80,6 +81,20 @@ int32_t polar_attend_prompt(const void* query, int64_t query_step, const void* k
                     size, total, query_step, key_steps.token, key_steps.head, value_steps.token, value_steps.head,
                     static_cast<float>(kind.scale), kind.window, static_cast<float>(kind.softcap)};
     pairs ? run_prompt<Pairs>(it, threads) : run_prompt<Singles>(it, threads);
+    return kPolarDone;
+  });
+}
+
+int32_t polar_guess(const PolarDraftHead* head, const void* states, const int64_t* tokens, int64_t rows, int64_t most,
+                    float least, int64_t* guesses, float* chances, int64_t* made, PolarSharing sharing) {
+  return guarded([&] {
+    const auto matrix = [](const PolarBytes& bytes) {
+      return Matrix{static_cast<const uint8_t*>(bytes.panels), read(bytes.scale), read(bytes.bias)};
+    };
+    const DraftHead it{head->width, head->units, head->tokens, head->numbers, read(head->scale), matrix(head->enter),
+                       matrix(head->gated), matrix(head->down), matrix(head->rows),
+                       {read(head->embeddings), head->in_panels != 0}};
+    *made = run_guesses(it, read(states), tokens, rows, most, least, guesses, chances, among(sharing));
     return kPolarDone;
   });
 }

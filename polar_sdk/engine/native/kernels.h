@@ -59,4 +59,26 @@ polar_attend_prompt(const void* query, int64_t query_step, const void* keys, Pol
     const void* values, PolarSteps value_steps, const int64_t* positions, void* mixed,
     int64_t tokens, int64_t heads, int64_t groups, int64_t size, int64_t total, PolarKind kind,
     int32_t pairs, int32_t threads);
+
+// A matrix by panels of bytes, with a scale and a bias for each output.
+struct PolarBytes {
+  const void *panels, *scale, *bias;
+};
+
+// A draft head of width E, with H units, that guesses C tokens of these numbers; embeddings (V, E) are one after
+// another, or in panels of bfloat16.
+struct PolarDraftHead {
+  int64_t width, units, tokens;
+  const int64_t* numbers;
+  const void* scale;
+  PolarBytes enter, gated, down, rows;
+  const void* embeddings;
+  int32_t in_panels;
+};
+
+// guesses (B, most), with their chances: what follows `tokens`, of which `states` (B, E) are those before. It guesses as
+// long as in any row all guesses so far are right with a chance of at least `least`; `made` says how many of each row.
+POLAR_EXPORT int32_t
+polar_guess(const PolarDraftHead* head, const void* states, const int64_t* tokens, int64_t rows, int64_t most,
+    float least, int64_t* guesses, float* chances, int64_t* made, PolarSharing sharing);
 }

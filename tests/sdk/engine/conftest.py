@@ -1,4 +1,4 @@
-"""What tests of compiled layers share: passes with known tokens."""
+"""What tests of compiled layers share: passes with known tokens, and the native library."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from polar_sdk.engine import native as library
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.row import Row
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from polar_sdk.engine.decoder import Decoder
 
@@ -29,3 +31,12 @@ def logits_of() -> Callable[[Decoder, Sequence[str], Sequence[int], int], torch.
         return torch.stack([next_logits(decoder, rows, tokens) for tokens in [prompts, *following]])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def native(packages: Path) -> None:
+    """The library, in this process from now on."""
+    if library._kind_of_library() is None:
+        pytest.skip("this processor has no AVX512, or has AMX")
+    assert library.load_library(packages, torch.bfloat16, torch.device("cpu"), build=True)
+    assert library.load_operations(packages, build=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polar_sdk import PolarModel
 from polar_sdk.engine.compiled import load_kernels
-from polar_sdk.engine.draft_head import DraftHead, Guess, head_flops
+from polar_sdk.engine.draft_head import MIN_PATH, DraftHead, Guess, NativeDraftHead, head_flops
+from polar_sdk.engine.panels import Packed
 from polar_sdk.engine.products import Int8, Plain, quantize, rows_of
 from polar_sdk.serving.drafts import most_wasted
 from polar_sdk.testing import random_draft_head, tiny_llama, tiny_policy, tiny_tokenizer
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from polar_sdk.engine.draft_head import Embed
     from polar_sdk.serving.job import Job
 
 WIDTH, UNITS, TOKENS = 16, 24, 10
@@ -84,8 +88,8 @@ def test_rows_of_a_matrix_are_its_own(precision: str) -> None:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _model(dtype: torch.dtype = torch.float32, hidden_size: int = 64) -> PolarModel:
-    network: Any = tiny_llama(hidden_size=hidden_size, tie_word_embeddings=True, max_position_embeddings=512)
+def _model(dtype: torch.dtype = torch.float32, hidden_size: int = 64, *, tied: bool = True) -> PolarModel:
+    network: Any = tiny_llama(hidden_size=hidden_size, tie_word_embeddings=tied, max_position_embeddings=512)
     network = copy.deepcopy(network).to(dtype)
     with torch.no_grad():
         for layer in network.model.layers:
@@ -152,10 +156,10 @@ def test_an_answer_is_the_same_with_a_draft_head(model: PolarModel, prompt: str,
 def test_rows_together_are_guessed_together(model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, guess = list[int](), model.decoder.guess
 
-    def noted(states: torch.Tensor, tokens: Sequence[int]) -> tuple[torch.Tensor, list[Guess]]:
+    def noted(states: torch.Tensor, tokens: Sequence[int], most: int) -> list[list[Guess]]:
         assert len(states) == len(tokens)
         rows.append(len(tokens))
-        return guess(states, tokens)
+        return guess(states, tokens, most)
 
     monkeypatch.setattr(model.decoder, "guess", noted)
     prompts = ["abc", "Hello there", "xyz", "one two three"]
@@ -173,24 +177,86 @@ def test_nobody_asks_it_for_what_is_not_drafted(model: PolarModel, monkeypatch: 
     model.generate("Hello", max_tokens=2, speculate="auto")  # the last token needs no guess
 
 
-def test_with_the_native_library_it_guesses_the_same(packages: Path) -> None:
-    model = _model(torch.bfloat16, 128)
-    model.decoder.set_draft_head(random_draft_head(128, range(200)))
-    plain = model.decoder.draft_head
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        kernels = load_kernels(model.decoder, packages, build=True)
-    finally:
-        torch.set_num_threads(threads)
-    assert kernels is not None
-    packed = model.decoder.draft_head
-    assert plain is not None
-    assert packed is not None
-    if isinstance(packed.rows, Plain):
+# -- the native library ----------------------------------------------------------------------------------------------
+
+
+def _rounded(matrix: Plain) -> Plain:
+    """What is left of a matrix in int8."""
+    outputs, inputs = matrix.weight.shape
+    return Plain(rows_of(quantize(matrix, "int8"), torch.arange(outputs), inputs))
+
+
+def _random_heads(width: int, units: int, tokens: int, *, tied: bool) -> tuple[DraftHead, NativeDraftHead, Embed]:
+    """By torch's operations, with numbers that int8 holds, and by the library.
+
+    The model's matrix is in panels where its embedding and its head are one.
+    """
+    tensors = random_draft_head(width, range(5, 5 + tokens), units=units)
+    tensors = {name: value if name == "tokens" else value.bfloat16() for name, value in tensors.items()}
+    embedding = torch.randn(tokens + 40, width, generator=torch.Generator().manual_seed(1)).mul_(2 / width**0.5)
+    embedding = embedding.bfloat16()
+    head = DraftHead.of(tensors, embedding[tensors["tokens"]])
+    names = ("enter", "gated", "down", "rows")
+    head = replace(head, **{name: _rounded(getattr(head, name)) for name in names})  # type: ignore[arg-type]
+    return head, NativeDraftHead(head, Packed.of(embedding, None) if tied else embedding), embedding.__getitem__
+
+
+@pytest.mark.usefixtures("native")
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(
+    width=st.integers(1, 80).map(lambda half: 2 * half),
+    units=st.integers(1, 70),
+    tokens=st.integers(1, 90),
+    rows=st.integers(1, 12),
+    most=st.integers(1, 5),
+    tied=st.booleans(),
+)
+def test_the_native_library_guesses_as_torch_does(
+    width: int, units: int, tokens: int, rows: int, most: int, tied: bool
+) -> None:
+    head, in_library, embed = _random_heads(width, units, tokens, tied=tied)
+    states = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    after = [(7 * row) % (tokens + 40) for row in range(rows)]
+    found = in_library.guess(states, after, most)
+    assert {len(row) for row in found} == {len(found[0])}
+    assert 1 <= len(found[0]) <= most
+    # A row is the same whatever rows are beside it, except that it is guessed further while any of them goes on.
+    for row in range(rows):
+        (alone,) = in_library.guess(states[row : row + 1], after[row : row + 1], most)
+        assert found[row][: len(alone)] == alone
+        assert len(alone) == most or prod(guess.chance for guess in alone) < MIN_PATH
+    # Each guess is torch's, given those before it, or one as likely.
+    for place in range(len(found[0])):
+        states, expected = head.likeliest(states, embed(torch.tensor(after)))
+        chances = head.logits(states).softmax(-1)
+        for row, guess in enumerate(found):
+            chance = float(chances[row, guess[place].token - 5])
+            assert chance == pytest.approx(expected[row].chance, rel=0.1, abs=0.003)
+            assert guess[place].chance == pytest.approx(chance, rel=0.1, abs=0.003)
+        after = [guess[place].token for guess in found]
+
+
+@pytest.mark.usefixtures("native")
+def test_what_is_no_number_is_no_likely_guess() -> None:
+    _, in_library, _ = _random_heads(32, 16, 20, tied=True)
+    (guesses,) = in_library.guess(torch.full((1, 32), torch.nan).bfloat16(), [3], 5)
+    assert [guess.chance for guess in guesses] == [0.0]
+    assert 5 <= guesses[0].token < 25
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_in_panels_guesses_by_the_library(packages: Path, tied: bool) -> None:
+    decoder = _model(torch.bfloat16, 128, tied=tied).decoder
+    tensors = random_draft_head(128, range(200))
+    decoder.set_draft_head(tensors)
+    states, tokens = torch.randn(3, 128).bfloat16(), [3, 40, 41]
+    expected = decoder.guess(states, tokens, 5)
+    assert load_kernels(decoder, packages, build=True) is not None
+    if not isinstance(decoder.draft_head, NativeDraftHead):
         pytest.skip("there is no native library for this processor")
-    states = torch.randn(4, 128).bfloat16()
-    before, guesses = plain.likeliest(states, states.flip(0))
-    after, same_guesses = packed.likeliest(states, states.flip(0))
-    assert torch.allclose(before.float(), after.float(), atol=0.05, rtol=0.05)
-    assert [each.chance for each in guesses] == pytest.approx([each.chance for each in same_guesses], rel=0.2)
+    assert isinstance(decoder.start["embedding"], Packed) == tied
+    found = decoder.guess(states, tokens, 5)
+    for own, same_row in zip(expected, found, strict=True):
+        assert own[0].chance == pytest.approx(same_row[0].chance, rel=0.2)
+    decoder.set_draft_head(tensors)  # now that its matrices are in panels
+    assert decoder.guess(states, tokens, 5) == found

@@ -60,15 +60,6 @@ _every: dict[str, ctypes.CDLL] = {}
 
 
 @pytest.fixture(scope="session")
-def native(packages: Path) -> None:
-    """The library, in this process from now on."""
-    if KIND is None:
-        pytest.skip("this processor has no AVX512, or has AMX")
-    assert library.load_library(packages, HALF, CPU, build=True)
-    assert library.load_operations(packages, build=True)
-
-
-@pytest.fixture(scope="session")
 def every(native: None, packages: Path) -> None:
     """The libraries for older processors as well."""
     used = dict(library._loaded)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from polar_sdk import PolarModel
+from polar_sdk.engine.draft_head import DraftHead
 from polar_sdk.errors import DraftHeadDamagedError, DraftHeadError, PolarError
 from polar_sdk.models.draft_heads import DraftHeadFacts, DraftHeadFile, find_draft_head, saved_head_path
 from polar_sdk.testing import random_draft_head, tiny_llama, tiny_tokenizer
@@ -114,7 +115,7 @@ def test_a_model_is_loaded_with_its_own_head(cache: Path) -> None:
     assert model.decoder.draft_head is None
     _file(range(50), fingerprint=model.fingerprint).save(saved_head_path(model.fingerprint))
     own = _model()
-    assert own.decoder.draft_head is not None
+    assert isinstance(own.decoder.draft_head, DraftHead)
     assert own.decoder.draft_head.tokens.tolist() == list(range(50))
     drafted = own.generate("Hello", max_tokens=40, speculate="auto")
     assert drafted.usage.tokens.drafted > 0
