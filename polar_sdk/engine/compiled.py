@@ -25,6 +25,7 @@ from torch import Tensor
 from polar_sdk.engine import native
 from polar_sdk.engine.attention import paged_decode, write_pages
 from polar_sdk.engine.eager import Compiled, EagerKernels, NativeKernels
+from polar_sdk.engine.large_pages import give_back_freed_memory
 from polar_sdk.engine.package import Part, compiler_options, flat, signature
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.products import InPanels, NotInPanels, Product, max_rows_one_by_one, min_wide_rows, pack
@@ -234,6 +235,7 @@ def load_kernels(
         return None
     if packs:
         decoder.pack()
+    give_back_freed_memory()
     if stage == Compiled.PRODUCTS:
         return NativeKernels(decoder.family) if packs else None
     return CompiledKernels(decoder, {key: each for key, each in loaders.items() if needed[key].stage <= stage}, stage)

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
+from polar_sdk.engine.large_pages import give_back_freed_memory
 from polar_sdk.errors import BridgeError, FillError, ProgramError, RouterError
 from polar_sdk.models.paths import cache_folder
 from polar_sdk.programs.policy import Policy
@@ -115,6 +116,7 @@ def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
             host.policy.check(program, host.decoder.cost)
         except ProgramError as error:
             raise RouterError(f"the router may choose what the policy forbids: {error}") from error
+    give_back_freed_memory()
     return bound
 
 
