@@ -109,9 +109,10 @@ def drafted_logits(decoder: Decoder, rows: Sequence[Row], tokens: Sequence[Seque
 def _keep_states(decoder: Decoder, rows: Sequence[Row], hidden: Tensor, counts: Sequence[int]) -> None:
     """Leave with each row its part of the states (N, E) whose logits were computed, for the draft head."""
     if decoder.draft_head is not None:
-        parts = torch.split(hidden, list(counts)) if len(rows) > 1 else (hidden,)
-        for row, states in zip(rows, parts, strict=True):
-            row.states = states
+        start = 0
+        for row, count in zip(rows, counts, strict=True):
+            row.keep_states(hidden, start, start + count)
+            start += count
 
 
 def advance(

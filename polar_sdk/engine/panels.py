@@ -24,6 +24,8 @@ _OUTPUTS: Final = 32
 """Number of outputs in a panel of bfloat16."""
 _INTEGER_OUTPUTS: Final = 16
 """Number of outputs in a panel of integers."""
+_FEW: Final = 32
+"""Number of rows up to which the library looks them up: in one thread, and sooner than by an index."""
 _WORD: Final = 4
 """Number of inputs whose integers for an output lie side by side."""
 
@@ -58,7 +60,13 @@ class Packed(NamedTuple):
         return pairs.flatten(0, 1).view(self.bias.dtype)[: self.bias.shape[0], :inputs]
 
     def look_up(self, outputs: Tensor) -> Tensor:
-        """The rows (M, K) of some outputs (M,); K is even."""
+        """The rows (M, K) of some outputs (M,); K is even.
+
+        Raises:
+            IndexError: An output is not in the matrix.
+        """
+        if outputs.shape[0] <= _FEW and native.version(self.bias.dtype, self.panels.device):
+            return native.look_up(self.panels, outputs, self.bias)
         # One index for each pair of inputs: torch's indexing by three wakes its threads for a single row.
         pairs = self.panels.shape[1]
         first = outputs // _OUTPUTS * (pairs * _OUTPUTS) + outputs % _OUTPUTS

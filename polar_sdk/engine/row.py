@@ -54,12 +54,10 @@ class Row:
     """Number of tokens of the pass under way that are drafted: its last ones."""
     breached: bool = False
     """Whether a guard objected to a token of the last pass with drafts, which then counts for nothing."""
-    states: Tensor | None = None
-    """Before the final norm, of the tokens of the last pass whose logits were computed, (T, E); None where nobody reads
-    them: the model has no draft head."""
     ran: int = 0
     """Number of tokens that had run when the row last gave its pages up; they run again before it goes on."""
     _replay: _Replay | None = None
+    _states: tuple[Tensor, slice] | None = None
 
     def __post_init__(self) -> None:
         self.work = Work(self.decoder.cost, self.program)
@@ -76,6 +74,24 @@ class Row:
     def length(self) -> int:
         """Number of tokens that have been run."""
         return self.page_table.length
+
+    @property
+    def states(self) -> Tensor | None:
+        """Before the final norm, of the tokens of the last pass whose logits were computed, (T, E).
+
+        None where nobody reads them, since the model has no draft head, and where none of these tokens was kept.
+        """
+        return None if self._states is None else self._states[0][self._states[1]]
+
+    def keep_states(self, states: Tensor, start: int, end: int) -> None:
+        """Take the states of its tokens, from `start` to `end` among those of all rows of a pass, (N, E)."""
+        self._states = states, slice(start, end)
+
+    def keep_state(self, token: int) -> None:
+        """Of these tokens, only the first ones were kept: keep the state of that one, the last of them; −1 = none."""
+        if self._states is not None:
+            states, own = self._states
+            self._states = (states, slice(own.start + token, own.start + token + 1)) if token >= 0 else None
 
     def begin(self, kernels: Kernels | None = None) -> Kernels:
         """Run with these kernels from now on, or those of the decoder, unless the row has begun; returns the row's."""

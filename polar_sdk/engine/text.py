@@ -8,6 +8,7 @@ not depend on the pieces in which the text arrived. Knows a tokenizer's `decode`
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +20,8 @@ _REPLACEMENT = "\ufffd"
 """What an incomplete character decodes to."""
 MAX_HELD = 3
 """Maximum number of characters held back: what the bytes of one incomplete character can decode to."""
+_lengths: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, int]] = WeakKeyDictionary()
+"""By tokenizer and token, the number of characters of its text alone: the same in every answer."""
 MAX_WINDOW = 64
 """Maximum number of tokens without a whole character at their end; after that, bytes are shown as they are."""
 
@@ -32,6 +35,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._lengths = _lengths.setdefault(tokenizer, {})
         self._ids: list[int] = []
         self._context = 0  # start of the window
         self._border = 0  # tokens up to the last whole character
@@ -54,8 +58,15 @@ class Detokenizer:
         self._shown = max(self._shown, end)
         if end == len(text):
             self._context, self._border = self._border, len(self._ids)
-            self._shown = len(self._decode(self._ids[self._context :]))
+            self._shown = self._length(self._ids[self._context :])
         return piece
+
+    def _length(self, ids: list[int]) -> int:
+        if len(ids) != 1:
+            return len(self._decode(ids))
+        if ids[0] not in self._lengths:
+            self._lengths[ids[0]] = len(self._decode(ids))
+        return self._lengths[ids[0]]
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

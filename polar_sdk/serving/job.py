@@ -386,8 +386,7 @@ class Job:
                 break
         if self.drafts is not None and len(piece) > 1:
             self.drafts.judged(len(piece) - 1, kept, experience, settled=settled)
-        if self.row.states is not None:
-            self.row.states = self.row.states[kept - 1 : kept] if kept else None
+        self.row.keep_state(kept - 1)
         if self.done:
             return
         if not kept:

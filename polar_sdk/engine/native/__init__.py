@@ -329,6 +329,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "polar_attend_prompt": (
         *(_ADDRESS, _SIZE), *(_ADDRESS, _Steps) * 2, *[_ADDRESS] * 2, *[_SIZE] * 5, _Kind, *[_NUMBER] * 2,
     ),
+    "polar_look_up": (_ADDRESS, *[_SIZE] * 2, _ADDRESS, _SIZE, _ADDRESS),
     "polar_guess": (*[_ADDRESS] * 3, *[_SIZE] * 2, ctypes.c_float, *[_ADDRESS] * 3, _Sharing),
 }  # fmt: skip
 """Arguments of its functions, as `kernels.h` declares them."""
@@ -339,13 +340,13 @@ def _call(name: str, *arguments: Any) -> None:
 
     Raises:
         MemoryError: There is no memory for what it keeps.
-        IndexError: A page is not in the store.
+        IndexError: A page is not in the store, or an output not in the matrix.
     """
     result = getattr(next(iter(_loaded.values())), name)(*arguments)
     if result == _NO_MEMORY:
         raise MemoryError(f"there is no memory left for {name}")
     if result != _DONE:
-        raise IndexError("a page or an offset is not in the store")
+        raise IndexError(f"{name} was given a page, an offset or an output that is out of range")
 
 
 @lru_cache(maxsize=16)
@@ -405,6 +406,18 @@ def _product_integers(x: Tensor, panels: Tensor, scale: Tensor | None, bias: Ten
     matrix = panels.data_ptr(), None if scale is None else scale.data_ptr(), bias.data_ptr()
     _call("polar_product_integers", rows.data_ptr(), *matrix, y.data_ptr(), *x.shape, y.shape[1], sharing)
     return y
+
+
+def look_up(panels: Tensor, outputs: Tensor, like: Tensor) -> Tensor:
+    """The rows (M, K) of some outputs (M,) of a `panels.Packed` matrix of as many outputs as `like` (N,) has numbers.
+
+    Raises:
+        IndexError: An output is not in the matrix.
+    """
+    wanted, rows = outputs.contiguous(), like.new_empty((outputs.shape[0], 2 * panels.shape[1]))
+    matrix = panels.data_ptr(), like.shape[0], rows.shape[1]
+    _call("polar_look_up", *matrix, wanted.data_ptr(), rows.shape[0], rows.data_ptr())
+    return rows
 
 
 def can_attend(query: Tensor) -> bool:

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "integers.h"
+#include "products.h"
 
 namespace polar {
 
@@ -18,31 +19,12 @@ struct Matrix {
   const Half *scale, *bias;
 };
 
-// Embeddings (V, E), one after another or in panels of pairs of bfloat16 as in `products.h`.
-struct Embeddings {
-  const Half* numbers;
-  bool panels;
-
-  void copy(int64_t token, int64_t width, Half* to) const {
-    if (!panels) {
-      std::copy_n(numbers + token * width, width, to);
-      return;
-    }
-    const auto* pairs = reinterpret_cast<const uint32_t*>(numbers) + token / kPanel * (width / 2) * kPanel;
-    for (int64_t pair = 0; pair < width / 2; ++pair) {
-      const uint32_t both = pairs[pair * kPanel + token % kPanel];
-      to[2 * pair] = static_cast<Half>(both);
-      to[2 * pair + 1] = static_cast<Half>(both >> 16);
-    }
-  }
-};
-
 struct DraftHead {
   int64_t width, units, tokens;  // E, H, C
   const int64_t* numbers;        // of the tokens
   const Half* scale;             // of a state before its product with `rows`
   Matrix enter, gated, down, rows;
-  Embeddings embeddings;
+  Numbers embeddings;            // (V, E)
 };
 
 // A row divided by its root mean square, and then times `scale` if there is one.

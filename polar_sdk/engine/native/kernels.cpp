@@ -69,7 +69,7 @@ int32_t polar_write_pages(void* store, int64_t places, int64_t groups, int64_t p
                             {read(values), value_steps.token, value_steps.head}};
   const bool written =
       write_pages(static_cast<Half*>(store), places, groups, page, size, pages, offsets, tokens, parts);
-  return written ? kPolarDone : kPolarNoSuchPage;
+  return written ? kPolarDone : kPolarNoSuchPlace;
 }
 
 int32_t polar_attend_prompt(const void* query, int64_t query_step, const void* keys, PolarSteps key_steps,
@@ -83,6 +83,16 @@ int32_t polar_attend_prompt(const void* query, int64_t query_step, const void* k
     pairs ? run_prompt<Pairs>(it, threads) : run_prompt<Singles>(it, threads);
     return kPolarDone;
   });
+}
+
+int32_t polar_look_up(const void* panels, int64_t outputs, int64_t inputs, const int64_t* wanted, int64_t count,
+                      void* rows) {
+  const Numbers matrix{read(panels), true};
+  for (int64_t each = 0; each < count; ++each) {
+    if (wanted[each] < 0 || wanted[each] >= outputs) return kPolarNoSuchPlace;
+    matrix.copy(wanted[each], inputs, static_cast<Half*>(rows) + each * inputs);
+  }
+  return kPolarDone;
 }
 
 int32_t polar_guess(const PolarDraftHead* head, const void* states, const int64_t* tokens, int64_t rows, int64_t most,

@@ -11,7 +11,7 @@
 
 extern "C" {
 
-enum PolarResult : int32_t { kPolarDone = 0, kPolarNoMemory = 1, kPolarNoSuchPage = 2 };
+enum PolarResult : int32_t { kPolarDone = 0, kPolarNoMemory = 1, kPolarNoSuchPlace = 2 };
 
 // Number of threads, and whether they are the library's own rather than torch's.
 struct PolarSharing {
@@ -40,6 +40,10 @@ POLAR_EXPORT int32_t
 polar_attend_pages(const void* query, int64_t query_step, const void* store, const int64_t* table,
     const int64_t* positions, void* mixed, int64_t rows, int64_t heads, int64_t groups,
     int64_t size, int64_t page, int64_t blocks, PolarKind kind, PolarSharing sharing);
+
+// rows (M, K): those of some outputs (M,) of a matrix (N, K) in panels of bfloat16; K is even.
+POLAR_EXPORT int32_t polar_look_up(const void* panels, int64_t outputs, int64_t inputs, const int64_t* wanted,
+    int64_t count, void* rows);
 
 // Steps of a tensor of tokens and heads, in numbers.
 struct PolarSteps {

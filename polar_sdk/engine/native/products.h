@@ -24,6 +24,25 @@ struct Product {
   int64_t padded() const { return parts_of(inputs, kLanes) * kLanes; }
 };
 
+// Numbers of a matrix (N, K), one row after another, or in panels.
+struct Numbers {
+  const Half* numbers;
+  bool panels;
+
+  void copy(int64_t row, int64_t inputs, Half* to) const {
+    if (!panels) {
+      std::copy_n(numbers + row * inputs, inputs, to);
+      return;
+    }
+    const auto* pairs = reinterpret_cast<const uint32_t*>(numbers) + row / kPanel * (inputs / 2) * kPanel;
+    for (int64_t pair = 0; pair < inputs / 2; ++pair) {
+      const uint32_t both = pairs[pair * kPanel + row % kPanel];
+      to[2 * pair] = static_cast<Half>(both);
+      to[2 * pair + 1] = static_cast<Half>(both >> 16);
+    }
+  }
+};
+
 // Inputs of some rows as words, those at the same place of their rows side by side; zero after the last input.
 template <class Form>
 void fill_rows(const Product& product, int64_t start, int64_t rows, float* words) {

@@ -156,6 +156,21 @@ def test_a_product_of_what_does_not_lie_together() -> None:
 
 
 @pytest.mark.usefixtures("native")
+@given(st.integers(1, 90), st.integers(1, 40), st.lists(st.integers(0, 999), min_size=1, max_size=50))
+def test_rows_are_looked_up(outputs: int, half: int, wanted: list[int]) -> None:
+    """Few of them by the library, many by torch; to the bit."""
+    weight, which = _random(0, outputs, 2 * half), torch.tensor(wanted) % outputs
+    assert torch.equal(Packed.of(weight, None).look_up(which), weight[which])
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("output", [-1, 64])
+def test_no_row_is_looked_up_beyond_the_last(output: int) -> None:
+    with pytest.raises(IndexError, match="out of range"):
+        Packed.of(_random(0, 64, 32), None).look_up(torch.tensor([3, output]))
+
+
+@pytest.mark.usefixtures("native")
 def test_many_threads_at_once_and_after_a_fork() -> None:
     """One of them has the team, the others work alone; a child has threads of its own. To the bit."""
     x, plain = _random(0, 5, 576), Plain(_random(1, 1536, 576))
@@ -194,7 +209,7 @@ def test_keys_and_values_are_written_to_their_places() -> None:
     library.write_pages(written, pages, offsets, key, value)
     expected[pages, :, :, offsets] = torch.stack((key, value), dim=1)
     assert torch.equal(written, expected)
-    with pytest.raises(IndexError, match="not in the store"):
+    with pytest.raises(IndexError, match="out of range"):
         library.write_pages(written, pages + 1, offsets, key, value)
 
 
