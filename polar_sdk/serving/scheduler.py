@@ -55,6 +55,10 @@ _LIVING: Final[WeakSet[Scheduler]] = WeakSet()
 """Schedulers that may have a thread."""
 _FORK_SECONDS: Final = 5.0
 """How long a fork waits for the round to end that is under way: a hook in it may wait for whoever forks."""
+_JUST_BEGUN: Final = 8
+"""A row has just begun to answer as long as it has no more tokens."""
+_BURST: Final = 4
+"""How many times as many prompt tokens run in a pass beside rows that have just begun."""
 _CHECKS: Final = 64
 """Jobs that wait of which is checked in one round whether their time is up or their caller's `cancel` is set."""
 _POLL_SECONDS: Final = 0.02
@@ -308,7 +312,7 @@ class Scheduler:
         self._pace.begin(needs, self.limits.pace)
         jobs = [job for job in jobs if self._pace.may_run(job.request.tenant)] or jobs
         decoding = [job for job in jobs if job.decoding]
-        prompts, chunks = self._next_chunks([job for job in jobs if not job.decoding], beside=bool(decoding))
+        prompts, chunks = self._next_chunks([job for job in jobs if not job.decoding], decoding)
         # Prompts first: who has just come gets a first token before others get a further one. Rows that end their
         # prompt here decode in the next round, so that `cancel` is checked before each token.
         if prompts:
@@ -335,12 +339,12 @@ class Scheduler:
         self._take_in(0.0)
         return any(tenant not in here for tenant in self._queue.tenants)
 
-    def _next_chunks(self, jobs: list[Job], *, beside: bool) -> tuple[list[Job], list[Sequence[int]]]:
+    def _next_chunks(self, jobs: list[Job], decoding: Sequence[Job]) -> tuple[list[Job], list[Sequence[int]]]:
         """Prompts to run now and their next chunks: first of the tenant whose clock is furthest behind.
 
         Tenants with more rows than the first one do not lengthen the pass that brings it its first token.
         """
-        left = self.limits.prefill_beside if beside else self.limits.prefill_alone
+        left = self._prompt_tokens(jobs, decoding)
         rows = Counter(job.request.tenant for job in self._places.jobs)
         jobs.sort(key=lambda job: self._queue.clocks[job.request.tenant])  # stable: the oldest of a tenant first
         chosen: list[Job] = []
@@ -351,6 +355,18 @@ class Scheduler:
                 chunks.append(job.chunk)
                 left -= len(chunks[-1])
         return chosen, chunks
+
+    def _prompt_tokens(self, prompts: Sequence[Job], decoding: Sequence[Job]) -> int:
+        """How many tokens of prompts to run in one pass beside rows that decode.
+
+        Many prompts that come at once are read in few passes, which takes less time: rows that have just begun to
+        answer wait for others of their tenant that came with them.
+        """
+        if not decoding:
+            return self.limits.prefill_alone
+        tenants = {job.request.tenant for job in prompts}
+        burst = all(len(job.tokens) <= _JUST_BEGUN and job.request.tenant in tenants for job in decoding)
+        return self.limits.prefill_beside * (_BURST if burst else 1)
 
     def _run_chunks(self, jobs: Sequence[Job], chunks: Sequence[Sequence[int]]) -> None:
         for job in jobs:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.model import PolarModel
     from polar_sdk.request.generation import Generation
+    from polar_sdk.serving.job import Job
 
 PROGRAMS = ["0-5", "0-1 3-5", "0-1 3x2 4-5", "0 2-5", "0-1 2~2 4-5"]
 LONG = 200
@@ -88,6 +92,34 @@ def test_long_prompts_run_in_chunks_beside_those_who_decode() -> None:
             == model.cost(done.usage.program, prompt=done.usage.tokens.input, output=20)
         )
         assert done.usage.visits.prefill[0] == -(-done.usage.tokens.input // 512)
+
+
+@pytest.mark.parametrize(("other", "most"), [(None, 40), ("acme", 10)])
+def test_a_burst_of_prompts_is_read_in_few_passes(
+    monkeypatch: pytest.MonkeyPatch, other: str | None, most: int
+) -> None:
+    """Unless a row decodes of a tenant for whom no prompt waits."""
+    model = tiny_model()
+    scheduler = model.scheduler
+    scheduler.limits = Limits(prefill_beside=10, prefill_alone=30, pace=math.inf)
+    read, run = list[int](), scheduler._run_chunks
+
+    def noted(jobs: Sequence[Job], chunks: Sequence[Sequence[int]]) -> None:
+        if any(job.decoding for job in scheduler._places.jobs):
+            read.append(sum(map(len, chunks)))
+        run(jobs, chunks)
+
+    monkeypatch.setattr(scheduler, "_run_chunks", noted)
+    with ThreadPoolExecutor() as threads:
+        if other is not None:
+            long = threads.submit(model.generate, "b", max_tokens=180, tenant=other)
+            while not scheduler.sampled_tokens:
+                time.sleep(0.001)
+        model.generate_batch(["a" * 16] * 12, template="raw", max_tokens=30, tenant="burst")
+    assert most <= max(read) < most + 16
+    if other is not None:
+        assert long.result().finish_reason
+        assert len(read) >= 12
 
 
 def test_rows_beyond_the_limit_wait_for_their_turn() -> None:
