@@ -40,8 +40,8 @@ _ASKED: Final = (
 def main() -> None:
     """Train it, from where an earlier run stopped."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--questions", type=int, default=3200, help="that the model asks itself")
-    options.add_argument("--per-kind", type=int, default=80, help="prompts of each kind besides")
+    options.add_argument("--questions", type=int, default=6400, help="that the model asks itself")
+    options.add_argument("--per-kind", type=int, default=120, help="prompts of each kind besides")
     options.add_argument("--epochs", type=int, default=5)
     options.add_argument("--work", type=Path, default=Path("out/drafts"), help="folder of answers and checkpoint")
     options.add_argument("--out", type=Path, default=SHIPPED)
