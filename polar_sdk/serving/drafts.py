@@ -267,7 +267,7 @@ class Drafts:
             return 0
         self._from_texts.append(experience.others.following(tenant, self._index.last, count))
         gains = (experience.costs.gain(self._hits.chances(proposal)) for proposal in self._from_texts)
-        return count if self._head.pays() and max(gains) < _CERTAIN_GAIN else 0
+        return count if self._head.take_turn() and max(gains) < _CERTAIN_GAIN else 0
 
     def propose(self, guesses: Sequence[Guess], costs: PassCosts) -> Proposal:
         """Tokens that may follow the answer so far: what `look_up` found or the draft head guesses, by what gains most.
@@ -331,10 +331,10 @@ class _HeadWorth:
     def __init__(self) -> None:
         self._brought, self._took = _HEAD_BEFORE
         self._wait, self._patience = 0, _HEAD_WAIT
-        """Tokens that it is not asked for, and how many next time that it does not pay."""
+        """Turns that it still waits, and how many next time that it does not pay."""
 
-    def pays(self) -> bool:
-        """Whether to ask it for the next tokens."""
+    def take_turn(self) -> bool:
+        """Whether it is asked this time; one that does not pay waits for some turns."""
         self._wait = max(self._wait - 1, 0)
         return not self._wait
 

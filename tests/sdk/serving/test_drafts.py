@@ -313,7 +313,7 @@ def test_what_the_draft_head_guessed_as_well_counts_for_it() -> None:
         assert asked or step
         assert proposal.source == "request"  # more certain than what was guessed
         drafts.judged(len(proposal.tokens), 3, known)
-    assert drafts._head.pays()
+    assert drafts._head.take_turn()
 
 
 def test_where_drafts_come_from_is_learnt_apart() -> None:
