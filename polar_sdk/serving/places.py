@@ -49,7 +49,7 @@ class Limits:
         max_waiting: Maximum number of requests without a place: those that wait, and streams that gave theirs up. One
             more takes the place of one of the tenant that has most of them, or else is refused with `QueueFullError`.
         prefill_beside: Prompt tokens that run in one pass while other rows are decoding, to the next whole chunk; four
-            times as many while these have just begun to answer and further prompts came with theirs.
+            times as many while these have just begun to answer and no other tenant was there lately.
         prefill_alone: The same while no row is decoding.
         prefix_share: Maximum share of the pages that keep starts of prompts for later requests; 0 turns that off.
         pace: How many times as long as alone a token may take, of the tenant that has least to decode, because of all

@@ -55,6 +55,8 @@ _LIVING: Final[WeakSet[Scheduler]] = WeakSet()
 """Schedulers that may have a thread."""
 _FORK_SECONDS: Final = 5.0
 """How long a fork waits for the round to end that is under way: a hook in it may wait for whoever forks."""
+_LATELY_SECONDS: Final = 5.0
+"""A tenant that was served within this time may come again at any moment."""
 _JUST_BEGUN: Final = 8
 """A row has just begun to answer as long as it has no more tokens."""
 _BURST: Final = 4
@@ -81,6 +83,8 @@ class Scheduler:
         """Executed again for rows that had given their pages up. In no usage record: nobody pays for it."""
         self.sampled_tokens = 0
         """Tokens chosen since the model was loaded, for whoever watches how fast it is."""
+        self._served: dict[str, float] = {}
+        """When each tenant had rows last, of those that had some lately."""
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace()
@@ -308,6 +312,7 @@ class Scheduler:
         jobs = [job for job in self._places.jobs if not job.paused]
         rows = self._rows([job for job in jobs if job.decoding])
         tenants = {job.request.tenant: job for job in jobs}
+        self._note_served(tenants)
         needs = {tenant: rows.get(tenant, 0.0) / self._weight(job) for tenant, job in tenants.items()}
         self._pace.begin(needs, self.limits.pace)
         jobs = [job for job in jobs if self._pace.may_run(job.request.tenant)] or jobs
@@ -324,6 +329,11 @@ class Scheduler:
             for alike in _by_kernels(decoding):
                 self._attempt(alike, partial(self._run_decode, alike))
         return bool(jobs)
+
+    def _note_served(self, tenants: Iterable[str]) -> None:
+        now = time.perf_counter()
+        self._served |= dict.fromkeys(tenants, now)
+        self._served = {tenant: at for tenant, at in self._served.items() if now - at < _LATELY_SECONDS}
 
     def _rows(self, jobs: Iterable[Job], pieces: Iterable[Sequence[int]] | None = None) -> dict[str, float]:
         """How many rows decode for each tenant, those of drafts included; each counts by its share of full depth."""
@@ -344,7 +354,7 @@ class Scheduler:
 
         Tenants with more rows than the first one do not lengthen the pass that brings it its first token.
         """
-        left = self._prompt_tokens(jobs, decoding)
+        left = self._prompt_tokens(decoding)
         rows = Counter(job.request.tenant for job in self._places.jobs)
         jobs.sort(key=lambda job: self._queue.clocks[job.request.tenant])  # stable: the oldest of a tenant first
         chosen: list[Job] = []
@@ -356,16 +366,17 @@ class Scheduler:
                 left -= len(chunks[-1])
         return chosen, chunks
 
-    def _prompt_tokens(self, prompts: Sequence[Job], decoding: Sequence[Job]) -> int:
+    def _prompt_tokens(self, decoding: Sequence[Job]) -> int:
         """How many tokens of prompts to run in one pass beside rows that decode.
 
         Many prompts that come at once are read in few passes, which takes less time: rows that have just begun to
-        answer wait for others of their tenant that came with them.
+        answer wait for those that came with them. But nobody waits for another tenant's, nor would one that has just
+        had its turn and may come again.
         """
         if not decoding:
             return self.limits.prefill_alone
-        tenants = {job.request.tenant for job in prompts}
-        burst = all(len(job.tokens) <= _JUST_BEGUN and job.request.tenant in tenants for job in decoding)
+        alone = len(self._served) == 1 and set(self._served).issuperset(self._queue.tenants)
+        burst = alone and all(len(job.tokens) <= _JUST_BEGUN for job in decoding)
         return self.limits.prefill_beside * (_BURST if burst else 1)
 
     def _run_chunks(self, jobs: Sequence[Job], chunks: Sequence[Sequence[int]]) -> None:

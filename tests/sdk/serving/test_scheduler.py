@@ -98,7 +98,7 @@ def test_long_prompts_run_in_chunks_beside_those_who_decode() -> None:
 def test_a_burst_of_prompts_is_read_in_few_passes(
     monkeypatch: pytest.MonkeyPatch, other: str | None, most: int
 ) -> None:
-    """Unless a row decodes of a tenant for whom no prompt waits."""
+    """Unless another tenant is there, or was lately."""
     model = tiny_model()
     scheduler = model.scheduler
     scheduler.limits = Limits(prefill_beside=10, prefill_alone=30, pace=math.inf)
