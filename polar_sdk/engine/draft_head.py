@@ -5,7 +5,8 @@ which it guesses a token; that state and that token give the next one, and so on
 Drafter", arXiv:2403.09919). It has no history of its own, so nothing has to be kept for it between passes. It guesses
 only tokens that are frequent in the model's answers, by the rows of the model's own head. Knows tensors; no request.
 
-There are two of one kind: `DraftHead` by torch's operations, which can be trained, and `NativeDraftHead`.
+It comes in two forms: `DraftHead` runs by torch's operations and can be trained, `NativeDraftHead` runs in the native
+library.
 """
 
 from __future__ import annotations

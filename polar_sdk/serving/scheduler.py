@@ -354,6 +354,8 @@ class Scheduler:
 
         Tenants with more rows than the first one do not lengthen the pass that brings it its first token.
         """
+        if not jobs:
+            return [], []
         left = self._prompt_tokens(decoding)
         rows = Counter(job.request.tenant for job in self._places.jobs)
         jobs.sort(key=lambda job: self._queue.clocks[job.request.tenant])  # stable: the oldest of a tenant first
@@ -370,12 +372,12 @@ class Scheduler:
         """How many tokens of prompts to run in one pass beside rows that decode.
 
         Many prompts that come at once are read in few passes, which takes less time: rows that have just begun to
-        answer wait for those that came with them. But nobody waits for another tenant's, nor would one that has just
-        had its turn and may come again.
+        answer wait for those that came with them. Not where another tenant waits or was served lately, which would
+        wait for these longer passes too.
         """
         if not decoding:
             return self.limits.prefill_alone
-        alone = len(self._served) == 1 and set(self._served).issuperset(self._queue.tenants)
+        alone = len({*self._served, *self._queue.tenants}) == 1
         burst = alone and all(len(job.tokens) <= _JUST_BEGUN for job in decoding)
         return self.limits.prefill_beside * (_BURST if burst else 1)
 

@@ -1,9 +1,9 @@
 """The library built from the C++ files here: when it is used, how it is compiled and kept, how layers call it.
 
 Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix of bfloat16 or of integers, attention
-of one token per row over pages, and attention of the tokens of a prompt. They are used on processors with AVX512,
-VNNI included, and without AMX (where torch's own products are faster). Elsewhere, and where there is no library, layers
-use torch's operations. Knows tensors, no families.
+of one token per row over pages, attention of the tokens of a prompt, and the guesses of a draft head. They are used on
+processors with AVX512, VNNI included, and without AMX (where torch's own products are faster). Elsewhere, and where
+there is no library, layers use torch's operations. Knows tensors, no families.
 
 There are two libraries. The kernels (`kernels.h`) need neither Python nor torch: they come with the package, where it
 was built beside a compiler, or are compiled in four seconds. Layers that are not compiled call them from here. Compiled

@@ -90,7 +90,7 @@ inline int64_t likeliest(const Half* logits, int64_t tokens, float& chance) {
   return found;
 }
 
-// Guesses of some rows. For each: of how many the chances, multiplied, come to at least `least` in any row.
+// Rows that are guessed together, one token further at a time.
 class Guesses {
  public:
   Guesses(const DraftHead& head, const Half* states, int64_t rows, const Sharing& sharing)
@@ -107,7 +107,8 @@ class Guesses {
     std::copy_n(states, rows * head.width, states_);
   }
 
-  // One more guess of each row, the likeliest token after `tokens`, which are anywhere `step` apart.
+  // One more guess of each row: the likeliest token after its token, which is at row × `step` of `tokens`. It goes to
+  // row × `places` of `guesses` and `chances`.
   void guess(const int64_t* tokens, int64_t step, int64_t* guesses, float* chances, int64_t places) {
     const int64_t width = head_.width, units = head_.units;
     for (int64_t row = 0; row < rows_; ++row) {
@@ -143,8 +144,8 @@ class Guesses {
   Half *states_, *entering_, *gated_, *units_, *normal_, *logits_;
 };
 
-// Up to `most` guesses after each of some tokens, (B, most) with their chances, as long as in any row all guesses so far
-// are right with a chance of at least `least`. Returns how many were made.
+// Up to `most` guesses after each of some tokens, (B, most) with their chances, as long as in any row all guesses so
+// far are right with a chance of at least `least`. Returns how many were made.
 inline int64_t run_guesses(const DraftHead& head, const Half* states, const int64_t* tokens, int64_t rows, int64_t most,
                            float least, int64_t* guesses, float* chances, const Sharing& sharing) {
   Guesses made(head, states, rows, sharing);
