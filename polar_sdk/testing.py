@@ -88,6 +88,8 @@ def random_fill(
 ) -> Fill:
     """A random map that fills a segment, to give to `decoder.set_fills`; it writes what no layer would.
 
+    It carries states over the segment, unless that ends with the model's last layer.
+
     Args:
         decoder: Of the model that it is for.
         segment: First and last layer.
@@ -105,7 +107,12 @@ def random_fill(
     sides = [family.hidden + units, *([rank] if rank else []), bias.numel()]
     weight = tuple(torch.randn(a, b, generator=generator) / a**0.5 for a, b in pairwise(sides))
     hidden = (torch.randn(family.hidden, units, generator=generator), torch.randn(units, generator=generator))
-    return Fill(weight, bias, hidden if units else ()).to(decoder.dtype, decoder.device)
+    carry = (
+        torch.randn(family.hidden + units, family.hidden, generator=generator) / family.hidden,
+        torch.randn(family.hidden, generator=generator) / 10,
+    )
+    chosen = (hidden if units else (), carry if segment[1] < decoder.depth - 1 else ())
+    return Fill(weight, bias, *chosen).to(decoder.dtype, decoder.device)
 
 
 def random_draft_head(width: int, tokens: Sequence[int], *, units: int = 32, seed: int = 0) -> dict[str, Tensor]:

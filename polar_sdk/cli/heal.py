@@ -40,7 +40,7 @@ def heal(
         str,
         typer.Option(
             help="Fills instead of bridges: first layers of what is filled up to the last layer, e.g. 27,24,20, or "
-            "default."
+            "default; 18-21+23 fills layers 18 to 21 and those from 23 on in one program."
         ),
     ] = "",
     data: Annotated[
@@ -188,8 +188,7 @@ def _show_fills(fills: FillSet, out: Path) -> None:
     console = Console()
     console.print(table)
     for row in fills.training.get("held_out", ()):
-        first, last = row["segment"]
         kept = "kept" if row["trained"] < row["closed_form"] else "not kept"
         losses = f"{row['closed_form']:.4f} before training, {row['trained']:.4f} after it"
-        console.print(f"({first}-{last}): held-out loss {losses} ({kept})")
+        console.print(f"{row['program']}: held-out loss {losses} ({kept})", markup=False)
     console.print(f"wrote {out} ({fills.bytes / 1e6:.2f} MB)", soft_wrap=True)

@@ -221,7 +221,7 @@ def _run(decoder: Decoder, members: Members, hidden: Tensor) -> Tensor:
         return _decode_paged(decoder, members, hidden, rotary, tokens)
     if not members.single:  # else every token runs
         for segment, filled in members.filled.items():
-            _fill(decoder, members, segment, filled, hidden)
+            hidden = _fill(decoder, members, segment, filled, hidden)
         if members.leaving.count:
             _leave(decoder, members, hidden)
     running = members.running
@@ -266,9 +266,13 @@ def _leave(decoder: Decoder, members: Members, hidden: Tensor) -> None:
     write_pages(decoder.store(layer), tokens.pages(members.visits), tokens.offsets, key, value)
 
 
-def _fill(decoder: Decoder, members: Members, segment: Segment, tokens: Tokens, hidden: Tensor) -> None:
-    """Store what a segment's map gives for tokens that do not run it: keys and values of all its layers."""
-    written = decoder.fill(segment)(tokens.of(hidden))  # (M, L, 2, G, d)
+def _fill(decoder: Decoder, members: Members, segment: Segment, tokens: Tokens, hidden: Tensor) -> Tensor:
+    """Store what a segment's map gives for tokens that do not run it: keys and values of all its layers.
+
+    Returns the hidden states of all rows, those of the tokens carried over the segment.
+    """
+    fill = decoder.fill(segment)
+    written, carried = fill.crossed(tokens.of(hidden))  # (M, L, 2, G, d) and (M, E)
     for index, layer in enumerate(range(segment[0], segment[1] + 1)):
         device = decoder.placement.layers[layer]
         there = members.layout.on(device).some(tokens.ranges)
@@ -277,6 +281,9 @@ def _fill(decoder: Decoder, members: Members, segment: Segment, tokens: Tokens, 
         key = decoder.family.turn(keys_values[:, 0], rotary)
         visits = [visit + index for visit in members.visits]  # the segment's visits follow each other
         write_pages(decoder.store(layer), there.pages(visits), there.offsets, key, keys_values[:, 1])
+    if not fill.carry:
+        return hidden
+    return carried if tokens.index is None else hidden.index_copy_(0, tokens.index, carried)
 
 
 def _attend(decoder: Decoder, members: Members, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

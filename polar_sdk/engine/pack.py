@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.eager import Kernels
+    from polar_sdk.engine.fill import Fill
     from polar_sdk.engine.types import AttentionKind
     from polar_sdk.programs.program import Step
 
@@ -169,7 +170,10 @@ class PackedQuestions:
         """Hidden states before the first step, (N, E)."""
 
     def step(self, decoder: Decoder, step: Step, x: Tensor) -> Tensor:
-        """One step of a program for all packed tokens, (N, E), on the device of its layer; tokens filled there pass."""
+        """One step of a program for all packed tokens, (N, E), on the device of its layer.
+
+        Tokens that are filled there pass, and are carried over their segment at its end.
+        """
         device = decoder.placement.layers[step.first]
         packed, kind = self._by_device[device], decoder.family.kinds[step.first]
         x = x.to(device)
@@ -179,6 +183,8 @@ class PackedQuestions:
             return decoder.run_step(step, x, packed.positions, packed.rotary, attend)
         running = _without(filled, len(x))
         after = packed.visit(decoder, step, x, running, [(filled, _written(decoder, step, x[filled]))])
+        if step.ends_segment:
+            x = x.index_copy(0, filled, _map(decoder, step, device).carried(x[filled]))
         return x.index_copy(0, running, after)
 
     def finish(self, decoder: Decoder, steps: Sequence[Step], x: Tensor, wanted: Sequence[int]) -> Tensor:
@@ -218,9 +224,14 @@ def _without(index: Tensor, count: int) -> Tensor:
 
 def _written(decoder: Decoder, step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
     """Keys before their turn, and values, that the map of a step's segment writes for its layer, from states (M, E)."""
-    first, last = step.segment
-    keys_values = decoder.fill((first, last)).layer(step.first - first)(x)[:, 0]
+    keys_values = _map(decoder, step, x.device).layer(step.first - step.segment[0])(x)[:, 0]
     return keys_values[:, 0], keys_values[:, 1]
+
+
+def _map(decoder: Decoder, step: Step, device: torch.device) -> Fill:
+    """The map of a step's segment, on a device."""
+    first, last = step.segment
+    return decoder.fill((first, last)).at(device)
 
 
 def _left(decoder: Decoder, step: Step, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 A step visits a layer, or crosses several layers by a bridge. A *damped* visit goes only part of the way: of K damped
 visits in a row, each moves the state by 1/K of what the layer would add. A *filled* visit is run by the answer, the
 first token of the prompt and its last ones; for the tokens between them a fitted map writes the layer's keys and
-values, and their states pass unchanged. Filled visits in a row are one *segment* with one map. Knows nothing
-of weights, prices or policies: a program can say what it visits, not whether that is allowed (`policy.py`) or what it
+values, and carries their states over it. Filled visits in a row are one *segment* with one map. Knows nothing of
+weights, prices or policies: a program can say what it visits, not whether that is allowed (`policy.py`) or what it
 costs (`cost.py`).
 
 Text form (canonical, round-trips): items separated by one space, each a layer or an ascending run, optionally
@@ -81,6 +81,11 @@ class Step(NamedTuple):
     def begins_segment(self) -> bool:
         """Whether it is the first visit of a filled segment, where the segment's map is applied."""
         return bool(self.fill) and self.first == self.segment[0]
+
+    @property
+    def ends_segment(self) -> bool:
+        """Whether it is the last visit of a filled segment."""
+        return bool(self.fill) and self.first == self.segment[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 Storage = Literal["int8", "float16"]
 _SCALE: Final = ".scale"
-_UNITS: Final = ".hidden.weight"
+_UNITS: Final = ".hidden"
+_CARRY: Final = ".carry"
 
 
 class FillRecord(Frozen):
@@ -187,16 +188,17 @@ class FillSet:
 def stored(fills: Mapping[Segment, Fill], storage: Storage) -> dict[str, Tensor]:
     """Maps as named tensors: `20-29.weight.0`, with `int8` also `20-29.weight.0.scale`, and `20-29.bias`.
 
-    Hidden units are `20-29.hidden.weight` and `20-29.hidden.bias`. Weights in int8 are rounded to the nearest of 255
-    steps between minus and plus the largest value of their output.
+    Hidden units are `20-29.hidden.weight` and `20-29.hidden.bias`, a carry likewise. Weights in int8 are rounded to the
+    nearest of 255 steps between minus and plus the largest value of their output.
     """
     tensors: dict[str, Tensor] = {}
     for (first, last), fill in fills.items():
         name = f"{first}-{last}"
         factors = {f"{name}.weight.{index}": factor for index, factor in enumerate(fill.weight)}
-        if fill.hidden:
-            factors[f"{name}{_UNITS}"] = fill.hidden[0]
-            tensors[f"{name}.hidden.bias"] = fill.hidden[1].detach().float().cpu()
+        for part, pair in ((_UNITS, fill.hidden), (_CARRY, fill.carry)):
+            if pair:
+                factors[f"{name}{part}.weight"] = pair[0]
+                tensors[f"{name}{part}.bias"] = pair[1].detach().float().cpu()
         for key, factor in factors.items():
             exact = factor.detach().float().cpu()
             if storage == "float16":
@@ -221,20 +223,25 @@ def _fill(tensors: Mapping[str, Tensor], record: FillRecord) -> Fill:
         raise ValueError(f"{name} has a bias of shape {tuple(bias.shape)}, which is not that of {layers} layers")
     if sides[1:-1:2] != sides[2::2] or sides[-1] != bias.numel():
         raise ValueError(f"{name} has factors of shapes {[tuple(factor.shape) for factor in weight]}")
-    hidden = _hidden(tensors, name, weight[0].shape[0])
-    if not all(bool(tensor.isfinite().all()) for tensor in (*hidden, *weight, bias)):
+    hidden, carry = _pair(tensors, f"{name}{_UNITS}"), _pair(tensors, f"{name}{_CARRY}")
+    inputs = weight[0].shape[0]
+    if hidden and sum(hidden[0].shape) != inputs:
+        raise ValueError(f"{name} has hidden units of shape {tuple(hidden[0].shape)}, which do not fit {inputs} inputs")
+    width = inputs - (hidden[0].shape[1] if hidden else 0)
+    if carry and carry[0].shape != (inputs, width):
+        raise ValueError(f"{name} has a carry of shape {tuple(carry[0].shape)}, not {(inputs, width)}")
+    if not all(bool(tensor.isfinite().all()) for tensor in (*hidden, *weight, bias, *carry)):
         raise ValueError(f"{name} contains a value that is not finite")
-    return Fill(weight, bias, hidden)
+    return Fill(weight, bias, hidden, carry)
 
 
-def _hidden(tensors: Mapping[str, Tensor], name: str, inputs: int) -> tuple[Tensor, ...]:
-    """The hidden units of a map that multiplies that many inputs, E + H; none where it has none."""
-    if f"{name}{_UNITS}" not in tensors:
+def _pair(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    """A weight (A, B) and its bias (B,); empty where the map has none of that name."""
+    if f"{name}.weight" not in tensors:
         return ()
-    weight, bias = _factor(tensors, f"{name}{_UNITS}"), tensors[f"{name}.hidden.bias"].float()
-    if weight.dim() != 2 or bias.shape != weight.shape[1:] or sum(weight.shape) != inputs:
-        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-        raise ValueError(f"{name} has hidden units of shapes {shapes}, which do not fit {inputs} inputs")
+    weight, bias = _factor(tensors, f"{name}.weight"), tensors[f"{name}.bias"].float()
+    if weight.dim() != 2 or bias.shape != weight.shape[1:]:
+        raise ValueError(f"{name} has shapes {tuple(weight.shape)} and {tuple(bias.shape)}, which do not fit")
     return weight, bias
 
 

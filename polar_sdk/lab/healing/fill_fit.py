@@ -1,34 +1,38 @@
 """Fit fills in closed form: all segments in one pass of full depth over the packs.
 
 A fill reads the normalised state where its segment begins, and aims at the keys (before their turn by position) and
-values that each layer of the segment computes at full depth. All layers of a segment share one Gram matrix. Position 0
-is left out: it is not filled. Hidden units are drawn at random, as directions of states whose entries are made alike in
-spread; what they are multiplied by is fitted, and training fits the units as well. Knows packs and tensors; no items
-and no files.
+values that each layer of the segment computes at full depth; where layers follow the segment, its carry aims at the
+state after it. All of that shares one Gram matrix. Position 0 is left out: it is not filled. Hidden units are drawn at
+random, as directions of states whose entries are made alike in spread; what they are multiplied by is fitted, and
+training fits the units as well. Knows packs and tensors; no items and no files.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import torch
 
-from polar_sdk.engine.fill import Fill, normalise, reads
+from polar_sdk.engine.fill import Fill, normalise, reads, rms
 from polar_sdk.errors import FillError
 from polar_sdk.lab.healing.bridge_fit import layers
 from polar_sdk.lab.healing.ridge import RidgeSums
+from polar_sdk.programs.cost import Segment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.lab.healing.bridge_fit import Pack
-    from polar_sdk.programs.cost import Segment
+    from polar_sdk.lab.healing.ridge import Affine
 
 
+Group = tuple[Segment, ...]
+"""Segments that one program fills, ascending; with a layer between any two, for side by side they would be one."""
 CUT_SHARES: Final = (0.9, 0.8, 22 / 30, 2 / 3, 0.6)
 """Depths from which layers are filled by default, as shares of all layers: layers 27, 24, 22, 20 and 18 of 30."""
 _DRAWN_ON: Final = 4
@@ -36,21 +40,41 @@ _DRAWN_ON: Final = 4
 _FILL: Final = re.compile(r"\(?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?\)?")
 
 
-def default_cuts(depth: int) -> list[Segment]:
-    """The segments that are filled by default: from each of a few cuts to the last layer."""
+def default_cuts(depth: int) -> list[Group]:
+    """What is filled by default: from each of a few cuts to the last layer."""
     cuts = {round(share * depth) for share in CUT_SHARES}
-    return [(cut, depth - 1) for cut in sorted(cuts, reverse=True) if 1 <= cut < depth]
+    return [((cut, depth - 1),) for cut in sorted(cuts, reverse=True) if 1 <= cut < depth]
 
 
-def parse_fills(text: str, depth: int) -> list[Segment]:
-    """Segments to fill, from text such as `27,24,20-23`: a cut, which reaches to the last layer, or a segment.
+def parse_fills(text: str, depth: int) -> list[Group]:
+    """What to fill, from text such as `27,24,18-21+23`.
+
+    Each part is what one program fills: a cut, which reaches to the last layer, a segment, or several of these with a
+    plus between them.
 
     Raises:
-        FillError: It does not parse, a segment does not fit the model, or begins at layer 0.
+        FillError: It does not parse, a segment does not fit the model or begins at layer 0, or two that one program
+            fills are not apart.
     """
     if text.strip() == "default":
         return default_cuts(depth)
-    return list(dict.fromkeys(_segment(part, depth) for part in text.split(",")))
+    return list(dict.fromkeys(_group(part, depth) for part in text.split(",")))
+
+
+def segments_of(groups: Iterable[Group]) -> list[Segment]:
+    """The segments of groups, each once: groups share the map of one that they both have."""
+    return list(dict.fromkeys(segment for group in groups for segment in group))
+
+
+def _group(text: str, depth: int) -> Group:
+    group = tuple(sorted(_segment(part, depth) for part in text.split("+")))
+    for before, after in pairwise(group):
+        if after[0] <= before[1] + 1:
+            raise FillError(
+                f"fill {text.strip()!r} does not fit: a layer must run between {before[0]}-{before[1]} and "
+                f"{after[0]}-{after[1]}; write one segment, or a comma for a program each."
+            )
+    return group
 
 
 def _segment(text: str, depth: int) -> Segment:
@@ -94,13 +118,20 @@ def fit_fills(
         (first, last): RidgeSums(family.hidden + units, [width] * (last - first + 1), decoder.device)
         for first, last in segments
     }
+    carries = {
+        segment: RidgeSums(family.hidden + units, [family.hidden], decoder.device)
+        for segment in segments
+        if segment[1] < decoder.depth - 1
+    }
     with torch.inference_mode():
         for done, pack in enumerate(packs, 1):
-            _add(decoder, pack, sums, hidden)
+            _add(decoder, pack, sums, carries, hidden)
             on_pack(done)
-    return {
-        segment: _solved(decoder, total, strength, rank, hidden.get(segment[0], ())) for segment, total in sums.items()
-    }
+    fitted = {}
+    for segment, total in sums.items():
+        carry = carries[segment].solve(strength) if segment in carries else None
+        fitted[segment] = _solved(decoder, total.solve(strength, rank), carry, hidden.get(segment[0], ()))
+    return fitted
 
 
 def _drawn(
@@ -129,14 +160,23 @@ def _drawn(
 
 
 def _add(
-    decoder: Decoder, pack: Pack, sums: Mapping[Segment, RidgeSums], hidden: Mapping[int, tuple[Tensor, ...]]
+    decoder: Decoder,
+    pack: Pack,
+    sums: Mapping[Segment, RidgeSums],
+    carries: Mapping[Segment, RidgeSums],
+    hidden: Mapping[int, tuple[Tensor, ...]],
 ) -> None:
     later = pack.packed.positions != 0
     inputs: dict[int, Tensor] = {}
-    for layer, x in states(decoder, pack, max(last for _, last in sums)):
+    entries: dict[int, Tensor] = {}
+    for layer, x in states(decoder, pack, _last_read(sums, carries)):
+        for segment in (segment for segment in carries if segment[1] + 1 == layer):
+            before = entries[segment[0]]
+            carries[segment].add(inputs[segment[0]], [(x[later].float() - before) / rms(before)])
         begun = [segment for segment in sums if segment[0] == layer]
         if begun:
-            inputs[layer] = reads(x[later].float(), hidden.get(layer, ()))
+            entries[layer] = x[later].float()
+            inputs[layer] = reads(entries[layer], hidden.get(layer, ()))
         for segment in begun:
             sums[segment].add_inputs(inputs[layer])
         through = [segment for segment in sums if segment[0] <= layer <= segment[1]]
@@ -146,12 +186,21 @@ def _add(
                 sums[segment].add_outputs(layer - segment[0], inputs[segment[0]], targets)
 
 
-def _solved(decoder: Decoder, sums: RidgeSums, strength: float, rank: int | None, hidden: tuple[Tensor, ...]) -> Fill:
-    """One map for all layers of a segment; of low rank, its layers share the first factor."""
+def _last_read(sums: Iterable[Segment], carries: Iterable[Segment]) -> int:
+    """The last layer whose input is read: a carry aims at that of the layer after its segment."""
+    return max(*(last for _, last in sums), *(last + 1 for _, last in carries), 0)
+
+
+def _solved(decoder: Decoder, found: Affine, carry: Affine | None, hidden: tuple[Tensor, ...]) -> Fill:
+    """One map for all layers of a segment; of low rank, its layers share the first factor. The carry has full rank."""
     family = decoder.family
-    found = sums.solve(strength, rank)
     bias = found.bias.view(-1, 2, family.kv_heads, family.head_dim)
-    return Fill(tuple(factor.clone() for factor in found.weight), bias.clone(), hidden)
+    return Fill(
+        tuple(factor.clone() for factor in found.weight),
+        bias.clone(),
+        hidden,
+        () if carry is None else (carry.weight[0].clone(), carry.bias.clone()),
+    )
 
 
 def states(decoder: Decoder, pack: Pack, last: int) -> Iterator[tuple[int, Tensor]]:

@@ -15,12 +15,12 @@ import torch
 
 from polar_sdk.errors import FillError
 from polar_sdk.lab.healing.bridge_fit import make_packs, trainable_copy
-from polar_sdk.lab.healing.fill_fit import fill_errors, fit_fills, parse_fills
+from polar_sdk.lab.healing.fill_fit import fill_errors, fit_fills, parse_fills, segments_of
 from polar_sdk.lab.healing.fill_training import FillPlan, FillTrainer
 from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn
 from polar_sdk.lab.items import ChoiceItem, data_hash
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
-from polar_sdk.programs.program import TAIL
+from polar_sdk.programs.program import TAIL, Program
 from polar_sdk.router.fill_set import FillRecord, FillSet, Storage, stored
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.fill import Fill
+    from polar_sdk.lab.healing.fill_fit import Group
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.programs.cost import Segment
 
@@ -107,7 +108,8 @@ class FillHealer(HealingRun):
             DataError: The data is empty or nothing but copies.
             FillError: A segment does not fit, no prompt is left to fit on, or a checkpoint is from another run.
         """
-        segments = parse_fills(self.segments, self.model.depth)
+        groups = parse_fills(self.segments, self.model.depth)
+        segments = segments_of(groups)
         self._check_precision()
         items = [item for item in self.chosen if not isinstance(item, ChoiceItem)]
         if not items:
@@ -124,7 +126,7 @@ class FillHealer(HealingRun):
         fitted = {segment: fitted[segment] for segment in segments}
         training: dict[str, Any] = {"prompts": len(train), **self._settings()}
         if self.options.distil:
-            fitted, facts = self._distil(decoder, filled, held_out or train, fitted, data_hash(items))
+            fitted, facts = self._distil(decoder, filled, held_out or train, fitted, groups, data_hash(items))
             training |= facts
         made = FillSet(
             tensors=stored(fitted, self.options.storage),
@@ -194,29 +196,34 @@ class FillHealer(HealingRun):
         train: Sequence[Task],
         held_out: Sequence[Task],
         fitted: Mapping[Segment, Fill],
+        groups: Sequence[Group],
         data: str,
     ) -> tuple[dict[Segment, Fill], dict[str, Any]]:
-        """Train; a segment where held-out prompts do not gain from it stays as it was."""
+        """Train; the map of a segment stays as it was where held-out prompts lose in a program that fills it."""
         options = self.options
         plan = FillPlan(
             steps=options.distil, rate=options.rate, seed=options.seed, hidden=options.hidden, tail=options.tail
         )
         packs = make_packs(decoder, train, TRAIN_TOKENS)
         mark = self.mark(self.segments, data, self._settings())
-        trainer = FillTrainer(decoder, packs, fitted, plan, mark, self.checkpoint)
+        trainer = FillTrainer(decoder, packs, fitted, groups, plan, mark, self.checkpoint)
         if options.resume:
             trainer.resume()
         trainer.run(lambda done, total: self.on_progress("training fills", done, total))
         trained = trainer.fills()
         measured = make_packs(decoder, held_out, TRAIN_TOKENS)
         before, after = trainer.losses_of(measured, fitted), trainer.losses_of(measured, trained)
-        kept = {
-            segment: trained[segment] if after[segment] < before[segment] else fitted[segment] for segment in fitted
-        }
+        lost = set(segments_of(group for group in groups if not after[group] < before[group]))
+        kept = {segment: fitted[segment] if segment in lost else trained[segment] for segment in fitted}
         facts = {
             "losses": trainer.losses,
             "held_out": [
-                {"segment": list(name), "closed_form": before[name], "trained": after[name]} for name in fitted
+                {
+                    "program": Program.filling(decoder.depth, group, options.tail).text,
+                    "closed_form": before[group],
+                    "trained": after[group],
+                }
+                for group in groups
             ],
         }
         return kept, facts

@@ -1,8 +1,8 @@
 """Train fills on identity's own answers: only the maps learn, through the frozen layers above them.
 
-All segments take part in every step. A pack's states at full depth are computed once and kept, as long as they fit in
-some memory, so that later passes over the packs run the answers' tokens and the prompts' last ones alone. Knows packs
-and fills, no items.
+All groups of segments take part in every step, each as one program; groups that share a segment train its map together.
+A pack's states at full depth are computed once and kept, as long as they fit in some memory, so that later passes over
+the packs begin with the first filled layer. Knows packs and fills, no items.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.fill import Fill
     from polar_sdk.lab.healing.bridge_fit import Pack
+    from polar_sdk.lab.healing.fill_fit import Group
     from polar_sdk.programs.cost import Segment
 
 
@@ -52,7 +53,7 @@ class _Start(NamedTuple):
     """What one pack contributes to every step: N tokens, M of them predicted."""
 
     entries: dict[int, Tensor]
-    """States before the first layer of each segment, (N, E), at full depth."""
+    """States before the first filled layer of each group, (N, E), at full depth."""
     final: Tensor
     """Identity's last states where it predicts, (M, E)."""
 
@@ -63,12 +64,13 @@ class _Start(NamedTuple):
 
 
 class FillTrainer(MapTrainer):
-    """Trains the fills of all segments together.
+    """Trains the fills of all groups together.
 
     Args:
         decoder: See `MapTrainer`.
         packs: See `MapTrainer`.
-        fills: Where training starts.
+        fills: Where training starts, by segment.
+        groups: What is filled together.
         plan: How to train.
         mark: See `MapTrainer`.
         checkpoint: See `MapTrainer`.
@@ -81,6 +83,7 @@ class FillTrainer(MapTrainer):
         decoder: Decoder,
         packs: Sequence[Pack],
         fills: Mapping[Segment, Fill],
+        groups: Sequence[Group],
         plan: FillPlan,
         mark: str,
         checkpoint: Path | None,
@@ -88,7 +91,7 @@ class FillTrainer(MapTrainer):
         super().__init__(
             decoder, packs, {segment: fill.tensors for segment, fill in fills.items()}, plan, mark, checkpoint
         )
-        self._plan, self._kinds = plan, dict(fills)
+        self._plan, self._kinds, self._groups = plan, dict(fills), tuple(groups)
         self._starts: dict[int, _Start] = {}
         self._room = _MAX_KEPT
         """Bytes that more packs' states may take."""
@@ -97,17 +100,17 @@ class FillTrainer(MapTrainer):
         """The fills as they are now, in float32."""
         return {segment: self._kinds[segment].of(values) for segment, values in self._trained().items()}
 
-    def losses_of(self, packs: Sequence[Pack], fills: Mapping[Segment, Fill]) -> dict[Segment, float]:
-        """Mean loss of each fill over packs."""
+    def losses_of(self, packs: Sequence[Pack], fills: Mapping[Segment, Fill]) -> dict[Group, float]:
+        """Mean loss of each group over packs."""
         decoder = self._decoder
         decoder.set_fills({segment: fill.to(decoder.dtype, decoder.device) for segment, fill in fills.items()})
-        totals = dict.fromkeys(fills, 0.0)
+        totals = dict.fromkeys(self._groups, 0.0)
         with torch.no_grad():
             for pack in packs:
                 start = self._start(pack)
-                for segment in fills:
-                    totals[segment] += float(self._loss(pack, start, segment, MEASURED))
-        return {segment: total / len(packs) for segment, total in totals.items()}
+                for group in self._groups:
+                    totals[group] += float(self._loss(pack, start, group, MEASURED))
+        return {group: total / len(packs) for group, total in totals.items()}
 
     def _gradients(self, step: int, index: int) -> float:
         start = self._starts.get(index)
@@ -117,9 +120,9 @@ class FillTrainer(MapTrainer):
                 self._room -= start.bytes
                 self._starts[index] = start
         total = 0.0
-        for segment in self._values:  # one after another, so that one graph is held at a time
-            self._decoder.set_fills({segment: self._kinds[segment].of(self._running(segment))})
-            loss = self._loss(self._packs[index], start, segment, step) / len(self._values)
+        for group in self._groups:  # one after another, so that one graph is held at a time
+            self._decoder.set_fills({segment: self._kinds[segment].of(self._running(segment)) for segment in group})
+            loss = self._loss(self._packs[index], start, group, step) / len(self._groups)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
@@ -130,13 +133,13 @@ class FillTrainer(MapTrainer):
         with torch.no_grad():
             x = pack.packed.embedded
             for layer, x in states(decoder, pack, depth - 1):
-                if any(first == layer for first, _ in self._values):
+                if any(group[0][0] == layer for group in self._groups):
                     entries[layer] = x
             return _Start(entries, pack.run(decoder, x, layers(depth - 1, depth))[pack.sources])
 
-    def _loss(self, pack: Pack, start: _Start, segment: Segment, step: int) -> Tensor:
-        decoder, (first, _) = self._decoder, segment
-        program = Program.filling(decoder.depth, [segment], self._plan.tail)
+    def _loss(self, pack: Pack, start: _Start, group: Group, step: int) -> Tensor:
+        decoder, first = self._decoder, group[0][0]
+        program = Program.filling(decoder.depth, group, self._plan.tail)
         ours = pack.run(decoder, start.entries[first], program.steps[first:])[pack.sources]
         sampled = self._sampled(len(start.final), step)
         with torch.no_grad():

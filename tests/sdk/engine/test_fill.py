@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -92,9 +93,19 @@ def test_a_map_is_affine_in_the_normalised_state_and_its_units(
         assert torch.allclose(fill.layer(layer)(x), found[:, layer : layer + 1], atol=1e-5)
     assert (fill.rank, fill.layers, fill.units, fill.width) == (rank, 3, units, decoder.family.hidden)
     with FlopCounterMode(display=False) as counted:
-        fill(x)
+        written, after = fill.crossed(x)
     assert counted.get_total_flops() == 7 * fill.flops
+    assert torch.equal(written, found)
+    move = state @ fill.carry[0].double() + fill.carry[1].double()
+    assert torch.allclose(after.double(), x + x.double().square().mean(-1, keepdim=True).sqrt() * move, atol=1e-4)
+    assert torch.equal(fill.carried(x), after)
     assert len({fill.digest, random_fill(decoder, (2, 4), rank=rank).digest}) == (2 if units else 1)
+    passing = replace(fill, carry=())
+    assert passing.carried(x) is x
+    assert passing.crossed(x)[1] is x
+    assert passing.digest != fill.digest
+    assert passing.flops == fill.flops - 2 * fill.carry[0].numel()
+    assert fill.of(fill.tensors).digest == fill.digest
 
 
 def test_states_of_any_size_are_normalised_in_their_own_dtype() -> None:
@@ -137,7 +148,8 @@ def hooked(model: PreTrainedModel, decoder: Decoder, program: Program, prompt: i
                     stack.enter_context(_removed(_write_on_entry(modules[layer], decoder, segment, written)))
                 for handle in _replace_keys_values(modules[layer], layer, family, written, filled):
                     stack.enter_context(_removed(handle))
-                stack.enter_context(_removed(_undo(modules[layer], filled)))
+                carry = decoder.fill(segment) if layer == segment[1] else None
+                stack.enter_context(_removed(_undo(modules[layer], filled, carry)))
         yield
 
 
@@ -155,10 +167,11 @@ def _write_on_entry(module: Any, decoder: Decoder, segment: tuple[int, int], wri
     return module.register_forward_pre_hook(write)
 
 
-def _undo(module: Any, filled: slice) -> Any:
+def _undo(module: Any, filled: slice, carry: Fill | None) -> Any:
     def undo(_: Any, given: tuple[Tensor, ...], out: Any) -> Any:
         states = (out if isinstance(out, torch.Tensor) else out[0]).clone()
-        states[0, filled] = given[0][0, filled]
+        passed = given[0][0, filled]
+        states[0, filled] = passed if carry is None else carry.carried(passed)
         return states if isinstance(out, torch.Tensor) else (states, *out[1:])
 
     return module.register_forward_hook(undo)
@@ -260,8 +273,8 @@ def test_a_filled_prompt_in_pieces_is_the_prompt_at_once(family: str, text: str,
 class _Recorded(Fill):
     """What the layers themselves leave for the tokens of one prompt, in place of a map."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.weight[0][1 : 1 + len(x)]
+    def crossed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.weight[0][1 : 1 + len(x)], x
 
 
 @pytest.mark.parametrize(("text", "tail"), [("0-2 (3-5)", 1), ("0-1 (2-5:6)", 6)])

@@ -10,8 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from polar_sdk import PolarModel, Policy, lab
+from polar_sdk import PolarModel, Policy, Program, lab
 from polar_sdk.cli.main import app
+from polar_sdk.engine.scoring import states_after
 from polar_sdk.errors import FillDamagedError, FillError, FillModelError
 from polar_sdk.lab.healing.fill_fit import default_cuts, parse_fills
 from polar_sdk.lab.healing.fill_healer import FillHealer, FillOptions
@@ -63,6 +64,46 @@ def test_the_first_layer_of_a_segment_is_found_exactly_and_later_ones_nearly(
     assert missed[3, 3] < 1e-3 < missed[3, 5] < 1
     assert missed[3, 5] < missed[2, 5] < 1
     assert model.decoder.fills == {}  # fitting leaves the model alone
+
+
+def test_a_carry_brings_states_near_those_after_the_segment(
+    model: PolarModel, texts: list[Item], fitted: Callable[..., FillSet]
+) -> None:
+    """Where layers follow the segment; a program of the map is nearer to full depth than one whose states pass."""
+    made = fitted(model, "2-3,2", storage="float16")
+    carried, last = made.fills[2, 3], made.fills[2, 5]
+    assert [len(fill.carry) for fill in (carried, last)] == [2, 0]
+    width = model.decoder.family.hidden
+    assert [tuple(tensor.shape) for tensor in carried.carry] == [(width, width), (width,)]
+    written = 2 * (2 * width * 2 * model.decoder.family.kv_heads * model.decoder.family.head_dim)
+    assert made.records[0].flops_per_token == carried.flops == written + 2 * width * width
+    tokens = [tuple(model.encode(item.prompt)) for item in texts if isinstance(item, PromptItem)]
+    identity, program = Program.identity(6), Program.parse("0-1 (2-3) 4-5")
+    wanted = [states[-1] for states in states_after(model.decoder, tokens, identity.steps)]
+    errors = []
+    for fill in (carried, replace(carried, carry=())):
+        model.decoder.set_fills({(2, 3): fill.to(model.decoder.dtype, model.decoder.device)})
+        found = [states[-1] for states in states_after(model.decoder, tokens, program.steps)]
+        errors.append(sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True)))
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_segments_that_one_program_fills_are_apart_and_train_together(
+    model: PolarModel, tmp_path: Path, fitted: Callable[..., FillSet]
+) -> None:
+    assert parse_fills("4, 4+1-2 ,(1-2)+(4-5)", 6) == [((4, 5),), ((1, 2), (4, 5))]
+    for text in ("1-2+3", "1-3+2", "3+3"):
+        with pytest.raises(FillError, match="a layer must run between"):
+            parse_fills(text, 6)
+    made = fitted(model, "5,1-2+4", out=tmp_path / "fills", storage="float16", distil=24, rate=5e-4)
+    assert list(made.fills) == [(5, 5), (1, 2), (4, 5)]
+    rows = {row["program"]: row for row in made.training["held_out"]}
+    assert list(rows) == ["0-4 (5:16)", "0 (1-2:16) 3 (4-5:16)"]
+    closed = digests(fitted(model, "5,1-2+4", storage="float16"))
+    row = rows["0 (1-2:16) 3 (4-5:16)"]
+    for segment in ((1, 2), (4, 5)):
+        assert (digests(made)[segment] == closed[segment]) == (row["trained"] >= row["closed_form"])
+    assert digests(FillSet.load(tmp_path / "fills")) == digests(made)
 
 
 def test_maps_of_lower_rank_miss_more(model: PolarModel, fitted: Callable[..., FillSet]) -> None:
@@ -149,7 +190,10 @@ def test_damaged_files_are_named_on_one_line(model: PolarModel, tmp_path: Path, 
         ({**made.tensors, "4-5.weight.0": torch.zeros(48, 5)}, "factors of shapes"),
         ({name: value for name, value in made.tensors.items() if name != "4-5.bias"}, r"4-5\.bias"),
         ({**made.tensors, "4-5.bias": made.tensors["4-5.bias"] * float("nan")}, "not finite"),
-        ({**made.tensors, "4-5.hidden.bias": torch.zeros(9)}, r"hidden units of shapes \(48, 8\) and \(9,\)"),
+        ({**made.tensors, "4-5.hidden.bias": torch.zeros(9)}, r"hidden has shapes \(48, 8\) and \(9,\)"),
+        ({**made.tensors, "4-5.weight.0": torch.zeros(50, 96)}, "hidden units of shape"),
+        ({**made.tensors, "4-5.carry.weight": torch.zeros(48, 48)}, r"4-5\.carry\.bias"),
+        ({**made.tensors, "4-5.carry.weight": torch.zeros(48, 48), "4-5.carry.bias": torch.zeros(48)}, "has a carry"),
         ({name: value for name, value in made.tensors.items() if name != "4-5.hidden.bias"}, r"4-5\.hidden\.bias"),
     ):
         replace(made, tensors=tensors).save(folder)
@@ -163,9 +207,9 @@ def test_damaged_files_are_named_on_one_line(model: PolarModel, tmp_path: Path, 
 
 
 def test_default_cuts_are_shares_of_the_depth() -> None:
-    assert default_cuts(30) == [(27, 29), (24, 29), (22, 29), (20, 29), (18, 29)]
-    assert default_cuts(2) == [(1, 1)]
-    assert parse_fills("27, 20-23,(18-29)", 30) == [(27, 29), (20, 23), (18, 29)]
+    assert default_cuts(30) == [((27, 29),), ((24, 29),), ((22, 29),), ((20, 29),), ((18, 29),)]
+    assert default_cuts(2) == [((1, 1),)]
+    assert parse_fills("27, 20-23,(18-29)", 30) == [((27, 29),), ((20, 23),), ((18, 29),)]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +267,7 @@ def test_training_comes_nearer_to_full_depth_and_resumes_where_it_stopped(
     assert whole.training["losses"][-1] < 0.9 * whole.training["losses"][0]
     closed = digests(fitted(model, "2,4", storage="float16"))
     for row in whole.training["held_out"]:  # few prompts: where training only learned them by heart, it is not kept
-        segment = tuple(row["segment"])
+        (segment,) = Program.parse(row["program"]).fills
         assert (digests(whole)[segment] == closed[segment]) == (row["trained"] >= row["closed_form"])
     with pytest.raises(Stopped):
         FillHealer(model, texts, "2,4", tmp_path / "cut", on_progress=stop, options=options).run()
