@@ -55,6 +55,7 @@ from polar_sdk.programs.policy import TIERS
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import save_router
 from polar_sdk.router.certificate import TierPromise
+from polar_sdk.router.fill_set import FillSet
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ class Work:
             result = lab.search(
                 self.model,
                 self.items,
+                programs=FillSet.load(self.folder / "fills").programs,
                 cache=cache,
                 on_progress=self.show,
                 budgets=tuple(map(float, self.options.budgets.split(","))),

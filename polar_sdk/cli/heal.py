@@ -39,8 +39,8 @@ def heal(
     fills: Annotated[
         str,
         typer.Option(
-            help="Fills instead of bridges: first layers of what is filled up to the last layer, e.g. 27,24,20, or "
-            "default; 18-21+23 fills layers 18 to 21 and those from 23 on in one program."
+            help="Fills instead of bridges: first layers of what is filled up to the last layer, e.g. 27,24,20; "
+            "18-21+23 fills layers 18 to 21 and those from 23 on in one program; default finds them by measuring."
         ),
     ] = "",
     data: Annotated[
@@ -187,6 +187,7 @@ def _show_fills(fills: FillSet, out: Path) -> None:
         table.add_row(f"({record.first}-{record.last})", record.kind, f"{record.flops_per_token:,}", missed)
     console = Console()
     console.print(table)
+    console.print(f"made for: {'; '.join(program.text for program in fills.programs)}", markup=False)
     for row in fills.training.get("held_out", ()):
         kept = "kept" if row["trained"] < row["closed_form"] else "not kept"
         losses = f"{row['closed_form']:.4f} before training, {row['trained']:.4f} after it"

@@ -80,12 +80,11 @@ def search(
     )
     if bridges is not None:
         engine.use_bridges(bridges)
-    if fills is not None:
-        engine.use_fills(fills)
+    filling = () if fills is None else engine.use_fills(fills).programs
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype) if cached else None)
     try:
         with cache, ProgressBars(quiet=as_json) as show:
-            result = lab.search(engine, items, cache=cache, on_progress=show, **options)
+            result = lab.search(engine, items, programs=filling, cache=cache, on_progress=show, **options)
     except KeyboardInterrupt:
         if cached:
             print_line("note: measurements are kept; the same command resumes from there.", err=True)

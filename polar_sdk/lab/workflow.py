@@ -88,7 +88,7 @@ def heal_fills(
         items: Prompts to fit on; None = the prompts that come with the package. Choice questions are left out.
         segments: Cuts, from which all layers up to the last are filled, or first and last layers, e.g. `27,24,20-23`,
             or several of these that one program fills, e.g. `18-21+23`;
-            `default` = five cuts, from 90 % to 60 % of the depth.
+            `default` = what changes least, of 10 % to 50 % of the layers, found by measuring.
         out: Folder to write the fills to; checkpoints are kept there too.
         cache: Where identity's answers to prompts are kept; None = in memory.
         on_progress: Called with (stage, steps done, steps in all).

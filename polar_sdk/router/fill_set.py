@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 import torch
 
 from polar_sdk.engine.fill import Fill
-from polar_sdk.errors import FillDamagedError, FillError, FillModelError
+from polar_sdk.errors import FillDamagedError, FillError, FillModelError, ProgramSyntaxError
+from polar_sdk.programs.program import Program
 from polar_sdk.router.map_folder import Frozen, MapFolder, MapRecord
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class FillSet:
         fingerprint: Of the model.
         dtype: Of the weights that the states came from.
         data: Hash of the data.
-        training: How they were made: prompts, settings, and losses where they were distilled.
+        training: How they were made: prompts, settings, the programs that they were made for, and losses where they
+            were distilled.
     """
 
     tensors: Mapping[str, Tensor]
@@ -90,6 +92,15 @@ class FillSet:
             ValueError: Shapes do not form a map, or a value is not finite.
         """
         return {(each.first, each.last): _fill(self.tensors, each) for each in self.records}
+
+    @cached_property
+    def programs(self) -> tuple[Program, ...]:
+        """The programs that they were made for; none where an earlier version made them.
+
+        Raises:
+            ProgramSyntaxError: One does not parse.
+        """
+        return tuple(Program.parse(str(text)) for text in self.training.get("programs", ()))
 
     @property
     def bytes(self) -> int:
@@ -179,7 +190,9 @@ class FillSet:
             training=record.training,
         )
         try:
-            _ = loaded.fills
+            _ = loaded.fills, loaded.programs
+        except ProgramSyntaxError as error:
+            raise _damaged(Path(folder), f"fills.json: {error}") from error
         except (KeyError, ValueError, RuntimeError) as error:
             raise _damaged(Path(folder), f"fills.safetensors: {error}") from error
         return loaded

@@ -33,17 +33,36 @@ if TYPE_CHECKING:
 
 Group = tuple[Segment, ...]
 """Segments that one program fills, ascending; with a layer between any two, for side by side they would be one."""
-CUT_SHARES: Final = (0.9, 0.8, 22 / 30, 2 / 3, 0.6)
-"""Depths from which layers are filled by default, as shares of all layers: layers 27, 24, 22, 20 and 18 of 30."""
+DEFAULT: Final = "default"
+"""Asks for groups that are found by measuring; see `candidates`."""
+_SHARES: Final = (0.1, 0.2, 0.27, 0.35, 0.43, 0.5)
+"""Shares of the layers that are filled by default: 3, 6, 8, 10, 13 and 15 of 30."""
+_SUMS: Final = 2 * 2**30
+"""Memory for sums of one pass over the packs. Unit: bytes."""
 _DRAWN_ON: Final = 4
 """Packs whose states say how hidden units are drawn."""
 _FILL: Final = re.compile(r"\(?\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?\)?")
 
 
-def default_cuts(depth: int) -> list[Group]:
-    """What is filled by default: from each of a few cuts to the last layer."""
-    cuts = {round(share * depth) for share in CUT_SHARES}
-    return [((cut, depth - 1),) for cut in sorted(cuts, reverse=True) if 1 <= cut < depth]
+def candidates(harms: Mapping[int, float], depth: int) -> list[list[Group]]:
+    """For each of a few shares of the layers, the groups to choose from: all from a cut on, or the least harmful ones.
+
+    Args:
+        harms: Of each layer from 1 on, the loss where it is filled alone.
+        depth: Layers of the model.
+    """
+    ranked = sorted(harms, key=lambda layer: (harms[layer], -layer))
+    counts = sorted({count for share in _SHARES if 1 <= (count := round(share * depth)) < depth})
+    return [list(dict.fromkeys((((depth - count, depth - 1),), _runs(ranked[:count])))) for count in counts]
+
+
+def _runs(layers: Iterable[int]) -> Group:
+    """Layers as segments of layers that follow each other."""
+    runs: list[Segment] = []
+    for layer in sorted(layers):
+        first = runs.pop()[0] if runs and runs[-1][1] == layer - 1 else layer
+        runs.append((first, layer))
+    return tuple(runs)
 
 
 def parse_fills(text: str, depth: int) -> list[Group]:
@@ -56,8 +75,6 @@ def parse_fills(text: str, depth: int) -> list[Group]:
         FillError: It does not parse, a segment does not fit the model or begins at layer 0, or two that one program
             fills are not apart.
     """
-    if text.strip() == "default":
-        return default_cuts(depth)
     return list(dict.fromkeys(_group(part, depth) for part in text.split(",")))
 
 
@@ -97,9 +114,9 @@ def fit_fills(
     rank: int | None,
     units: int = 0,
     seed: int = 0,
-    on_pack: Callable[[int], None] = lambda done: None,
+    on_pack: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Segment, Fill]:
-    """Fit fills of several segments, in float32.
+    """Fit fills of several segments, in float32: in one pass over the packs, or more where their sums are large.
 
     Args:
         decoder: Runs at full depth.
@@ -109,29 +126,47 @@ def fit_fills(
         rank: See `RidgeSums.solve`; of each segment's map.
         units: Hidden units of each segment's map.
         seed: Of the units.
-        on_pack: Called with the number of packs done.
+        on_pack: Called with the number of packs done, and of all.
     """
     family = decoder.family
-    width = 2 * family.kv_heads * family.head_dim
+    inputs, width = family.hidden + units, 2 * family.kv_heads * family.head_dim
     hidden = _drawn(decoder, packs[:_DRAWN_ON], {first for first, _ in segments}, units, seed) if units else {}
-    sums = {
-        (first, last): RidgeSums(family.hidden + units, [width] * (last - first + 1), decoder.device)
-        for first, last in segments
-    }
-    carries = {
-        segment: RidgeSums(family.hidden + units, [family.hidden], decoder.device)
-        for segment in segments
-        if segment[1] < decoder.depth - 1
-    }
-    with torch.inference_mode():
-        for done, pack in enumerate(packs, 1):
-            _add(decoder, pack, sums, carries, hidden)
-            on_pack(done)
-    fitted = {}
-    for segment, total in sums.items():
-        carry = carries[segment].solve(strength) if segment in carries else None
-        fitted[segment] = _solved(decoder, total.solve(strength, rank), carry, hidden.get(segment[0], ()))
+    fitted: dict[Segment, Fill] = {}
+    passes = list(_passes(segments, inputs, width))
+    for number, some in enumerate(passes):
+        sums = {segment: RidgeSums(inputs, [width] * _layers(segment), decoder.device) for segment in some}
+        carries = {
+            segment: RidgeSums(inputs, [family.hidden], decoder.device)
+            for segment in some
+            if segment[1] < decoder.depth - 1
+        }
+        with torch.inference_mode():
+            for done, pack in enumerate(packs, 1):
+                _add(decoder, pack, sums, carries, hidden)
+                on_pack(number * len(packs) + done, len(passes) * len(packs))
+        for segment, total in sums.items():
+            carry = carries[segment].solve(strength) if segment in carries else None
+            fitted[segment] = _solved(decoder, total.solve(strength, rank), carry, hidden.get(segment[0], ()))
     return fitted
+
+
+def _layers(segment: Segment) -> int:
+    return segment[1] - segment[0] + 1
+
+
+def _passes(segments: Sequence[Segment], inputs: int, width: int) -> Iterator[list[Segment]]:
+    """The segments in lots whose sums fit in memory together."""
+    some: list[Segment] = []
+    used = 0
+    for segment in segments:
+        need = 8 * inputs * (3 * inputs + width * _layers(segment))  # two Gram matrices, a carry, keys and values
+        if some and used + need > _SUMS:
+            yield some
+            some, used = [], 0
+        some.append(segment)
+        used += need
+    if some:
+        yield some
 
 
 def _drawn(

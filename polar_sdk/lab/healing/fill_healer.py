@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
 
 from polar_sdk.errors import FillError
 from polar_sdk.lab.healing.bridge_fit import make_packs, trainable_copy
-from polar_sdk.lab.healing.fill_fit import fill_errors, fit_fills, parse_fills, segments_of
+from polar_sdk.lab.healing.fill_fit import DEFAULT, candidates, fill_errors, fit_fills, parse_fills, segments_of
 from polar_sdk.lab.healing.fill_training import FillPlan, FillTrainer
 from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn
 from polar_sdk.lab.items import ChoiceItem, data_hash
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 _MAX_HELD_OUT: Final = 100
 """Maximum prompts that are measured on."""
+_CHOICE_PROMPTS: Final = 300
+"""Maximum prompts that layers are fitted on where what to fill is chosen by measuring, …"""
+_CHOICE_HELD_OUT: Final = 40
+"""… and measured on."""
 
 
 @dataclass(frozen=True)
@@ -108,23 +113,30 @@ class FillHealer(HealingRun):
             DataError: The data is empty or nothing but copies.
             FillError: A segment does not fit, no prompt is left to fit on, or a checkpoint is from another run.
         """
-        groups = parse_fills(self.segments, self.model.depth)
-        segments = segments_of(groups)
+        asked = None if self.segments.strip() == DEFAULT else parse_fills(self.segments, self.model.depth)
         self._check_precision()
         items = [item for item in self.chosen if not isinstance(item, ChoiceItem)]
         if not items:
             raise FillError("fills are fitted on prompts that are answered in text, and there is none; give some.")
         decoder = trainable_copy(self.model.loaded.decoder)
-        fitted = self._start(decoder, segments)
+        start = self._start(decoder)
         train, held_out = self.tasks(items, self.options.answer_tokens)
         if not train:
             raise FillError(f"none of the {len(items)} prompts is in the train split; give more prompts.")
         train, held_out = drawn(train, self.options.prompts), drawn(held_out, _MAX_HELD_OUT)
-        filled = self._filled(train)  # before minutes are spent on the closed form
+        filled = self._filled(train)
+        self._check_filled(train, filled)  # before minutes are spent on the closed form
+        groups = asked or self._chosen(decoder, filled, self._filled(held_out) or filled)
+        segments = segments_of(groups)
+        fitted = {segment: start[segment] for segment in segments if segment in start}
         if missing := [segment for segment in segments if segment not in fitted]:
             fitted |= self._fit(decoder, train, missing)
         fitted = {segment: fitted[segment] for segment in segments}
-        training: dict[str, Any] = {"prompts": len(train), **self._settings()}
+        training: dict[str, Any] = {
+            "prompts": len(train),
+            "programs": [self._program(group).text for group in groups],
+            **self._settings(),
+        }
         if self.options.distil:
             fitted, facts = self._distil(decoder, filled, held_out or train, fitted, groups, data_hash(items))
             training |= facts
@@ -164,31 +176,59 @@ class FillHealer(HealingRun):
             rank=self.options.rank,
             units=self.options.units,
             seed=self.options.seed,
-            on_pack=lambda done: self.on_progress("fitting fills", done, len(packs)),
+            on_pack=lambda done, total: self.on_progress("fitting fills", done, total),
         )
 
-    def _start(self, decoder: Decoder, segments: Sequence[Segment]) -> dict[Segment, Fill]:
-        """The fills to start from, of these segments."""
+    def _program(self, group: Group) -> Program:
+        return Program.filling(self.model.depth, group, self.options.tail)
+
+    def _start(self, decoder: Decoder) -> dict[Segment, Fill]:
+        """The fills to start from."""
         if self.options.start is None:
             return {}
         start = FillSet.load(self.options.start)
         start.check_model(self.model.name, self.model.fingerprint)
-        return {
-            segment: fill.to(torch.float32, decoder.device)
-            for segment, fill in start.fills.items()
-            if segment in segments
-        }
+        return {segment: fill.to(torch.float32, decoder.device) for segment, fill in start.fills.items()}
 
-    def _filled(self, train: Sequence[Task]) -> list[Task]:
-        """The prompts to train on: those of which something is filled."""
+    def _chosen(self, decoder: Decoder, train: Sequence[Task], held_out: Sequence[Task]) -> list[Group]:
+        """What to fill, by measuring: each layer alone, then those that change least against a cut of as many."""
+        depth = decoder.depth
+        if depth < 2 or not train:
+            raise FillError(
+                "which layers to fill cannot be measured: the model needs two layers, and a prompt "
+                f"{self.options.tail + 2} tokens; name the layers, e.g. '24,20'."
+            )
+        packs = make_packs(decoder, drawn(train, _CHOICE_PROMPTS), FIT_TOKENS)
+        judged = make_packs(decoder, drawn(held_out, _CHOICE_HELD_OUT), TRAIN_TOKENS)
+
+        def losses(groups: Sequence[Group], stage: str) -> dict[Group, float]:
+            fills = fit_fills(
+                decoder,
+                packs,
+                segments_of(groups),
+                strength=self.options.ridge,
+                rank=None,
+                on_pack=lambda done, total: self.on_progress(stage, done, total + 1),
+            )
+            return FillTrainer(decoder, (), fills, groups, self._plan, "", None).losses_of(judged, fills)
+
+        harms = losses([((layer, layer),) for layer in range(1, depth)], "layers to fill, one by one")
+        rivals = candidates({group[0][0]: loss for group, loss in harms.items()}, depth)
+        found = losses(list(dict.fromkeys(chain.from_iterable(rivals))), "layers to fill, together")
+        return [min(groups, key=lambda group: found[group]) for groups in rivals]
+
+    def _filled(self, tasks: Sequence[Task]) -> list[Task]:
+        """Those of which something is filled in training."""
         tail = self.options.tail
-        filled = [task for task in train if len(task.question.prompt) > tail + 1]
+        return [task for task in tasks if len(task.question.prompt) > tail + 1]
+
+    def _check_filled(self, train: Sequence[Task], filled: Sequence[Task]) -> None:
+        tail = self.options.tail
         if self.options.distil and not filled:
             raise FillError(
                 f"none of the {len(train)} prompts to train on has a token to fill between its first and its last "
                 f"{tail}; give longer prompts, or a smaller tail."
             )
-        return filled
 
     def _distil(
         self,
@@ -201,12 +241,9 @@ class FillHealer(HealingRun):
     ) -> tuple[dict[Segment, Fill], dict[str, Any]]:
         """Train; the map of a segment stays as it was where held-out prompts lose in a program that fills it."""
         options = self.options
-        plan = FillPlan(
-            steps=options.distil, rate=options.rate, seed=options.seed, hidden=options.hidden, tail=options.tail
-        )
         packs = make_packs(decoder, train, TRAIN_TOKENS)
         mark = self.mark(self.segments, data, self._settings())
-        trainer = FillTrainer(decoder, packs, fitted, groups, plan, mark, self.checkpoint)
+        trainer = FillTrainer(decoder, packs, fitted, groups, self._plan, mark, self.checkpoint)
         if options.resume:
             trainer.resume()
         trainer.run(lambda done, total: self.on_progress("training fills", done, total))
@@ -219,7 +256,7 @@ class FillHealer(HealingRun):
             "losses": trainer.losses,
             "held_out": [
                 {
-                    "program": Program.filling(decoder.depth, group, options.tail).text,
+                    "program": self._program(group).text,
                     "closed_form": before[group],
                     "trained": after[group],
                 }
@@ -227,6 +264,13 @@ class FillHealer(HealingRun):
             ],
         }
         return kept, facts
+
+    @property
+    def _plan(self) -> FillPlan:
+        options = self.options
+        return FillPlan(
+            steps=options.distil, rate=options.rate, seed=options.seed, hidden=options.hidden, tail=options.tail
+        )
 
     def _settings(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self.options).items() if name != "resume"}

@@ -92,9 +92,13 @@ class Space:
         edits = sorted(cut)
         if any(after.first <= before.last for before, after in pairwise(edits)):
             return False
+        return self.runs(self.program(cut))
+
+    def runs(self, program: Program) -> bool:
+        """Whether the model has the maps that a program needs, and the policy allows it."""
         try:
-            self.policy.check(self.program(cut), self.cost)
-            self.ratio(cut)  # fills side by side are one segment, for which there may be no map
+            self.policy.check(program, self.cost)
+            self.cost.request(program, NOMINAL_PROMPT, NOMINAL_OUTPUT)  # fills side by side are one segment
         except ProgramError:
             return False
         return True

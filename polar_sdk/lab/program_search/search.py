@@ -128,6 +128,7 @@ def search(
     model: PolarModel,
     items: Sequence[Item] | None = None,
     *,
+    programs: Sequence[Program] = (),
     cache: RewardCache | None = None,
     on_progress: Progress = silent,
     **options: object,
@@ -137,6 +138,8 @@ def search(
     Args:
         model: The model, with the bridges that programs may use; its policy bounds the programs.
         items: Prompts to search on; None = the prompts that come with the package.
+        programs: Go on the menu whatever is found, unless the policy forbids it: those that fills were made for, say
+            (`FillSet.programs`).
         cache: What has been measured already; None = nothing.
         on_progress: Called with (stage, steps done, steps in all).
         **options: Fields of `SearchOptions`.
@@ -146,7 +149,7 @@ def search(
             prompt is in the train split; or the policy allows no program of these budgets.
     """
     checked = SearchOptions(**options)  # type: ignore[arg-type]
-    return Search(model, items, checked, cache or RewardCache(), on_progress).run()
+    return Search(model, items, checked, cache or RewardCache(), on_progress, programs).run()
 
 
 @dataclass
@@ -159,6 +162,7 @@ class Search:
         options: How to search.
         cache: What has been measured already.
         on_progress: Called with (stage, steps done, steps in all).
+        programs: Go on the menu whatever is found; none = for each fill the program that uses it alone.
     """
 
     model: PolarModel
@@ -166,6 +170,7 @@ class Search:
     options: SearchOptions = field(default_factory=SearchOptions)
     cache: RewardCache = field(default_factory=RewardCache)
     on_progress: Progress = silent
+    programs: Sequence[Program] = ()
 
     def run(self) -> SearchResult:
         """Search, pick and measure.
@@ -239,13 +244,11 @@ class Search:
         return float(value.mean() + 0.01 * reward.margin.clamp(-1, 1).mean())
 
     def _pick(self, fitness: dict[float, dict[Program, float]], tasks: Sequence[Task]) -> list[Program]:
-        """Identity, one program per fill, the fittest of each budget, and what covers the prompts best beside them.
+        """Identity, programs that fill, the fittest of each budget, and what covers the prompts best beside them.
 
         The search compares programs at one length; fills save more of long prompts, so each gets its place.
         """
-        space = Space(self.model.decoder.cost, self.model.policy)
-        cuts = [frozenset({Edit(*segment, "fill")}) for segment in sorted(space.cost.fills)]
-        filled = [space.program(cut) for cut in cuts if space.allowed(cut)]
+        filled = self._given()
         winners = [
             max(values.items(), key=lambda pair: (pair[1], pair[0].text))[0] for values in fitness.values() if values
         ]
@@ -259,6 +262,14 @@ class Search:
         gains = torch.stack([_gain(rewards[program], rewards[self._identity]) for program in pool], dim=1)
         must = [0, *(pool.index(program) for program in (*filled, *winners) if program in pool)]
         return [pool[column] for column in cover(gains, self.options.menu, must)]
+
+    def _given(self) -> list[Program]:
+        """The programs that go on the menu whatever is found."""
+        space = Space(self.model.decoder.cost, self.model.policy)
+        if self.programs:
+            return [program for program in self.programs if space.runs(program)]
+        cuts = [frozenset({Edit(*segment, "fill")}) for segment in sorted(space.cost.fills)]
+        return [space.program(cut) for cut in cuts if space.allowed(cut)]
 
     def _matrix(self, tasks: Sequence[Task], programs: Sequence[Program], data: str) -> RewardMatrix:
         ordered = [self._identity, *sorted(programs, key=self._ratio, reverse=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ from polar_sdk import PolarModel, Policy, Program, lab
 from polar_sdk.cli.main import app
 from polar_sdk.engine.scoring import states_after
 from polar_sdk.errors import FillDamagedError, FillError, FillModelError
-from polar_sdk.lab.healing.fill_fit import default_cuts, parse_fills
+from polar_sdk.lab.healing.fill_fit import candidates, parse_fills
 from polar_sdk.lab.healing.fill_healer import FillHealer, FillOptions
 from polar_sdk.lab.items import Item, PromptItem
 from polar_sdk.router.fill_set import FillSet, stored
-from polar_sdk.testing import tiny_model
+from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -206,9 +206,35 @@ def test_damaged_files_are_named_on_one_line(model: PolarModel, tmp_path: Path, 
         FillSet.load(folder)
 
 
-def test_default_cuts_are_shares_of_the_depth() -> None:
-    assert default_cuts(30) == [((27, 29),), ((24, 29),), ((22, 29),), ((20, 29),), ((18, 29),)]
-    assert default_cuts(2) == [((1, 1),)]
+def test_candidates_are_cuts_and_the_least_harmful_layers() -> None:
+    harms = {layer: 0.01 * (30 - layer) for layer in range(1, 30)}
+    cuts = [((first, 29),) for first in (27, 24, 22, 20, 17, 15)]
+    assert candidates(harms, 30) == [[cut] for cut in cuts]
+    vital = {**harms, 22: 1.0, 28: 2.0}
+    assert candidates(vital, 30)[0] == [((27, 29),), ((26, 27), (29, 29))]
+    assert candidates(vital, 30)[3] == [((20, 29),), ((18, 21), (23, 27), (29, 29))]
+    assert candidates({1: 0.5}, 2) == [[((1, 1),)]]
+
+
+def test_what_to_fill_is_found_by_measuring(texts: list[Item], tmp_path: Path, fitted: Callable[..., FillSet]) -> None:
+    """A layer whose work no affine map does, and on which answers depend, runs in every program that is found."""
+    network = tiny_llama()
+    with torch.no_grad():
+        network.model.layers[3].mlp.gate_proj.weight *= 20
+        network.model.layers[4].self_attn.o_proj.weight *= 30
+    model = PolarModel.from_hf(network, tiny_tokenizer(), policy=Policy.permissive(), ledger=None, compile=False)
+    made = fitted(model, "default", out=tmp_path / "fills", tail=2, storage="float16")
+    found = FillSet.load(tmp_path / "fills").programs
+    assert [len([step for step in program if step.fill]) for program in found] == [1, 2, 3]
+    assert {segment for program in found for segment in program.fills} == set(made.fills)
+    assert [program.text for program in found] == ["0-4 (5:2)", "0-3 (4-5:2)", "0-1 (2:2) 3 (4-5:2)"]
+    assert fitted(model, "default", tail=2, storage="float16").programs == found
+    too_short = FillOptions(answer_tokens=6, tail=400)
+    with pytest.raises(FillError, match="cannot be measured: the model needs two layers, and a prompt 402 tokens"):
+        FillHealer(model, texts, "default", options=too_short).run()
+
+
+def test_parts_of_what_to_fill() -> None:
     assert parse_fills("27, 20-23,(18-29)", 30) == [((27, 29),), ((20, 23),), ((18, 29),)]
 
 
@@ -329,3 +355,10 @@ def test_the_menu_of_a_search_has_a_program_for_every_fill(
     column = menu.index("0-3 (4-5:16)")
     assert bool((found.matrix.flops[:, column] < found.matrix.flops[:, 0]).all())
     assert 0.5 < float(found.matrix.share[:, column].mean()) <= 1
+    made = fitted(model, "1-2+4")
+    model.use_fills(made)
+    options: dict[str, Any] = {"budgets": (0.85,), "population": 2, "generations": 0, "answer_tokens": 6, "prompts": 8}
+    together = lab.search(model, texts, programs=made.programs, menu=3, **options)
+    menu = [program.text for program in together.matrix.programs]
+    assert "0 (1-2:16) 3 (4-5:16)" in menu
+    assert "0-3 (4-5:16)" not in menu  # which each fill alone would be
