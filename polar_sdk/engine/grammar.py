@@ -13,21 +13,24 @@ from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from polar_sdk.engine.sampling import strike_out
 from polar_sdk.errors import GrammarError, MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from polar_sdk.engine.sampling import Sampler
 
 
+Words = NDArray[np.uint32]
+"""A mask of tokens, one bit per id."""
 _KEPT: Final = 256
 """Compiled grammars kept per model."""
 _MARGIN: Final = 16
@@ -168,7 +171,7 @@ class GrammarState:
     def __init__(self, matcher: Any, tokens: _Tokens, max_tokens: int | None, plan: list[int] | None = None) -> None:
         self._matcher, self._tokens = matcher, tokens
         self._left = max_tokens
-        self._words = torch.zeros((tokens.vocab + 31) // 32, dtype=torch.int32)
+        self._words = _no_words(tokens)
         """The mask of the next token, one bit per id."""
         self._masked = False
         self.cut = False
@@ -199,7 +202,7 @@ class GrammarState:
             return self._fitting(likeliest)
         allowed = self._allowed(len(logits))
         if len(few := allowed.nonzero()[0]) > _FEW:
-            token = sampler(_strike_out(logits, allowed))
+            token = sampler(logits, allowed)
         elif len(few) > 1:
             token = int(few[sampler(logits[torch.from_numpy(few).to(logits.device)])])
         elif len(few):
@@ -214,7 +217,7 @@ class GrammarState:
         Raises:
             GrammarError: No allowed token has a finite logit, or the grammar grew beyond its limits.
         """
-        restricted = _strike_out(logits, self._allowed(len(logits)))
+        restricted = strike_out(logits, self._allowed(len(logits)))
         if restricted.max() == -torch.inf:
             raise _nothing_left()
         return restricted
@@ -317,7 +320,7 @@ def _search_end(matcher: Any, tokens: _Tokens, limit: int) -> _End:
         limit: Give up after this many tokens.
     """
     found, follower, path = _End(), matcher.deep_copy(), list[int]()
-    words = torch.zeros((tokens.vocab + 31) // 32, dtype=torch.int32)
+    words = _no_words(tokens)
     used: Counter[int] = Counter()
     while not follower.is_accepting():
         if len(path) > limit:
@@ -355,7 +358,7 @@ def _search_wide(matcher: Any, tokens: _Tokens, limit: int) -> _Wide:
         tokens: Of the model.
         limit: Maximum tokens of a way.
     """
-    words = torch.zeros((tokens.vocab + 31) // 32, dtype=torch.int32)
+    words = _no_words(tokens)
     used: Counter[int] = Counter()
     places: deque[tuple[Any, list[int], bytes]] = deque([(matcher, [], b"")])
     reached, all_seen = {b""}, True
@@ -386,7 +389,7 @@ def _search_wide(matcher: Any, tokens: _Tokens, limit: int) -> _Wide:
     return _Wide(shortest, all_seen)
 
 
-def _closing(words: Tensor, tokens: _Tokens, used: Counter[int]) -> tuple[int | None, bool]:
+def _closing(words: Words, tokens: _Tokens, used: Counter[int]) -> tuple[int | None, bool]:
     """The token that ends what is open soonest, and whether it closes something; None where nothing may follow."""
     within_text = sum(_has(words, letter) for letter in tokens.letters) >= 2  # brackets are text as well there
     for token in tokens.quote if within_text else tokens.closers:
@@ -400,26 +403,23 @@ def _closing(words: Tensor, tokens: _Tokens, used: Counter[int]) -> tuple[int | 
     return (int(allowed[0]) if len(allowed) else None), False
 
 
-def _fill(matcher: Any, words: Tensor) -> None:
-    matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * 4)
+def _no_words(tokens: _Tokens) -> Words:
+    return np.zeros((tokens.vocab + 31) // 32, dtype=np.uint32)
+
+
+def _fill(matcher: Any, words: Words) -> None:
+    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
     if matcher.is_error():
         raise GrammarError(f"the grammar could not be followed: {matcher.get_error()[:300]}")
 
 
-def _has(words: Tensor, token: int) -> bool:
-    return bool((int(words[token >> 5]) >> (token & 31)) & 1)
+def _has(words: Words, token: int) -> bool:
+    return bool((words.item(token >> 5) >> (token & 31)) & 1)
 
 
-def _bits(words: Tensor) -> NDArray[np.bool_]:
+def _bits(words: Words) -> NDArray[np.bool_]:
     """For each id, whether its bit is set."""
-    import numpy as np
-
-    return np.unpackbits(words.numpy().view(np.uint8), bitorder="little").view(np.bool_)
-
-
-def _strike_out(logits: Tensor, allowed: NDArray[np.bool_]) -> Tensor:
-    """Logits (V,) with −inf for what is not allowed, in place."""
-    return logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
+    return np.unpackbits(words.view(np.uint8), bitorder="little").view(np.bool_)
 
 
 def _nothing_left() -> GrammarError:
