@@ -83,12 +83,14 @@ class TestFills:
     @staticmethod
     def filled(**settings: Any) -> PolarModel:
         model = tiny_model(**settings)
-        model.decoder.set_fills({(3, 5): random_fill(model.decoder, (3, 5))})
+        segments = ((3, 5), (1, 2), (4, 5))
+        model.decoder.set_fills({segment: random_fill(model.decoder, segment) for segment in segments})
         return PolarModel(model.loaded, policy=model.policy, ledger=None)
 
+    @pytest.mark.parametrize("program", ["0-2 (3-5)", "0 (1-2) 3 (4-5)"])
     @pytest.mark.parametrize(("length", "cached"), [(128, 64), (129, 128), (135, 128), (190, 128)])
-    def test_tokens_that_ran_are_not_shared_as_filled_ones(self, length: int, cached: int) -> None:
-        model, program = self.filled(), "0-2 (3-5)"
+    def test_tokens_that_ran_are_not_shared_as_filled_ones(self, length: int, cached: int, program: str) -> None:
+        model = self.filled()
         text = "abcdefghij" * 30
         model.generate(text[:length], template="raw", program=program, max_tokens=2)
         longer = model.generate(text, template="raw", program=program, max_tokens=8)
@@ -96,9 +98,10 @@ class TestFills:
         assert longer.token_ids == self.filled().generate(text, template="raw", program=program, max_tokens=8).token_ids
         assert longer.usage.flops == model.decoder.cost.request(Program.parse(program), 300, 8, cached=cached)
 
+    @pytest.mark.parametrize("program", ["0-2 (3-5:8)", "0 (1-2:8) 3 (4-5:8)"])
     @pytest.mark.parametrize(("length", "cached"), [(193, 128), (200, 192)])
-    def test_filled_tokens_are_not_shared_as_ones_that_run(self, length: int, cached: int) -> None:
-        model, program = self.filled(), "0-2 (3-5:8)"
+    def test_filled_tokens_are_not_shared_as_ones_that_run(self, length: int, cached: int, program: str) -> None:
+        model = self.filled()
         text = "abcdefghij" * 30
         model.generate(text, template="raw", program=program, max_tokens=2)
         shorter = model.generate(text[:length], template="raw", program=program, max_tokens=8)
