@@ -187,9 +187,9 @@ def _show_fills(fills: FillSet, out: Path) -> None:
         table.add_row(f"({record.first}-{record.last})", record.kind, f"{record.flops_per_token:,}", missed)
     console = Console()
     console.print(table)
-    console.print(f"made for: {'; '.join(program.text for program in fills.programs)}", markup=False)
+    console.print(f"made for: {'; '.join(program.text for program in fills.programs)}", markup=False, soft_wrap=True)
     for row in fills.training.get("held_out", ()):
         kept = "kept" if row["trained"] < row["closed_form"] else "not kept"
         losses = f"{row['closed_form']:.4f} before training, {row['trained']:.4f} after it"
-        console.print(f"{row['program']}: held-out loss {losses} ({kept})", markup=False)
+        console.print(f"{row['program']}: held-out loss {losses} ({kept})", markup=False, soft_wrap=True)
     console.print(f"wrote {out} ({fills.bytes / 1e6:.2f} MB)", soft_wrap=True)

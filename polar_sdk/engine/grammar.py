@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from polar_sdk.engine.sampling import Sampler
 
 
-Words = NDArray[np.uint32]
+_Words = NDArray[np.uint32]
 """A mask of tokens, one bit per id."""
 _KEPT: Final = 256
 """Compiled grammars kept per model."""
@@ -389,7 +389,7 @@ def _search_wide(matcher: Any, tokens: _Tokens, limit: int) -> _Wide:
     return _Wide(shortest, all_seen)
 
 
-def _closing(words: Words, tokens: _Tokens, used: Counter[int]) -> tuple[int | None, bool]:
+def _closing(words: _Words, tokens: _Tokens, used: Counter[int]) -> tuple[int | None, bool]:
     """The token that ends what is open soonest, and whether it closes something; None where nothing may follow."""
     within_text = sum(_has(words, letter) for letter in tokens.letters) >= 2  # brackets are text as well there
     for token in tokens.quote if within_text else tokens.closers:
@@ -403,21 +403,21 @@ def _closing(words: Words, tokens: _Tokens, used: Counter[int]) -> tuple[int | N
     return (int(allowed[0]) if len(allowed) else None), False
 
 
-def _no_words(tokens: _Tokens) -> Words:
+def _no_words(tokens: _Tokens) -> _Words:
     return np.zeros((tokens.vocab + 31) // 32, dtype=np.uint32)
 
 
-def _fill(matcher: Any, words: Words) -> None:
+def _fill(matcher: Any, words: _Words) -> None:
     matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
     if matcher.is_error():
         raise GrammarError(f"the grammar could not be followed: {matcher.get_error()[:300]}")
 
 
-def _has(words: Words, token: int) -> bool:
+def _has(words: _Words, token: int) -> bool:
     return bool((words.item(token >> 5) >> (token & 31)) & 1)
 
 
-def _bits(words: Words) -> NDArray[np.bool_]:
+def _bits(words: _Words) -> NDArray[np.bool_]:
     """For each id, whether its bit is set."""
     return np.unpackbits(words.view(np.uint8), bitorder="little").view(np.bool_)
 

@@ -221,8 +221,8 @@ class Sampler:
 def _likeliest(logits: Tensor, count: int, allowed: NDArray[np.bool_] | None) -> Tensor | None:
     """Ids of the allowed tokens whose logits (V,) are as high as the `count`-th highest of them, and some more.
 
-    None where no margin below the highest logit leaves as many. A search for the `count` highest would take five times
-    as long as a comparison of all.
+    None where no margin below the highest logit leaves as many. torch's search for the `count` highest takes two to
+    three times as long as comparing all.
     """
     scores = logits.numpy()
     highest = scores.max()

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 Storage = Literal["int8", "float16"]
 _SCALE: Final = ".scale"
-_UNITS: Final = ".hidden"
-_CARRY: Final = ".carry"
+_UNITS: Final = "hidden"
+_CARRY: Final = "carry"
 
 
 class FillRecord(Frozen):
@@ -210,8 +210,8 @@ def stored(fills: Mapping[Segment, Fill], storage: Storage) -> dict[str, Tensor]
         factors = {f"{name}.weight.{index}": factor for index, factor in enumerate(fill.weight)}
         for part, pair in ((_UNITS, fill.hidden), (_CARRY, fill.carry)):
             if pair:
-                factors[f"{name}{part}.weight"] = pair[0]
-                tensors[f"{name}{part}.bias"] = pair[1].detach().float().cpu()
+                factors[f"{name}.{part}.weight"] = pair[0]
+                tensors[f"{name}.{part}.bias"] = pair[1].detach().float().cpu()
         for key, factor in factors.items():
             exact = factor.detach().float().cpu()
             if storage == "float16":
@@ -236,7 +236,7 @@ def _fill(tensors: Mapping[str, Tensor], record: FillRecord) -> Fill:
         raise ValueError(f"{name} has a bias of shape {tuple(bias.shape)}, which is not that of {layers} layers")
     if sides[1:-1:2] != sides[2::2] or sides[-1] != bias.numel():
         raise ValueError(f"{name} has factors of shapes {[tuple(factor.shape) for factor in weight]}")
-    hidden, carry = _pair(tensors, f"{name}{_UNITS}"), _pair(tensors, f"{name}{_CARRY}")
+    hidden, carry = _pair(tensors, name, _UNITS, "hidden units"), _pair(tensors, name, _CARRY, "a carry")
     inputs = weight[0].shape[0]
     if hidden and sum(hidden[0].shape) != inputs:
         raise ValueError(f"{name} has hidden units of shape {tuple(hidden[0].shape)}, which do not fit {inputs} inputs")
@@ -248,13 +248,13 @@ def _fill(tensors: Mapping[str, Tensor], record: FillRecord) -> Fill:
     return Fill(weight, bias, hidden, carry)
 
 
-def _pair(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
-    """A weight (A, B) and its bias (B,); empty where the map has none of that name."""
-    if f"{name}.weight" not in tensors:
+def _pair(tensors: Mapping[str, Tensor], name: str, part: str, what: str) -> tuple[Tensor, ...]:
+    """The weight (A, B) and the bias (B,) of a part of a map; empty where it has no such part."""
+    if f"{name}.{part}.weight" not in tensors:
         return ()
-    weight, bias = _factor(tensors, f"{name}.weight"), tensors[f"{name}.bias"].float()
+    weight, bias = _factor(tensors, f"{name}.{part}.weight"), tensors[f"{name}.{part}.bias"].float()
     if weight.dim() != 2 or bias.shape != weight.shape[1:]:
-        raise ValueError(f"{name} has shapes {tuple(weight.shape)} and {tuple(bias.shape)}, which do not fit")
+        raise ValueError(f"{name} has {what} of shapes {tuple(weight.shape)} and {tuple(bias.shape)}")
     return weight, bias
 
 

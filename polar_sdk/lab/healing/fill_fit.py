@@ -1,4 +1,4 @@
-"""Fit fills in closed form: all segments in one pass of full depth over the packs.
+"""Fit fills in closed form, by passes of full depth over the packs: one, unless the sums of all segments are large.
 
 A fill reads the normalised state where its segment begins, and aims at the keys (before their turn by position) and
 values that each layer of the segment computes at full depth; where layers follow the segment, its carry aims at the
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.lab.healing.bridge_fit import Pack
-    from polar_sdk.lab.healing.ridge import Affine
 
 
 Group = tuple[Segment, ...]
@@ -132,34 +131,28 @@ def fit_fills(
     inputs, width = family.hidden + units, 2 * family.kv_heads * family.head_dim
     hidden = _drawn(decoder, packs[:_DRAWN_ON], {first for first, _ in segments}, units, seed) if units else {}
     fitted: dict[Segment, Fill] = {}
-    passes = list(_passes(segments, inputs, width))
+    outputs = {
+        (first, last): [width] * (last - first + 1) + [family.hidden] * (last < decoder.depth - 1)
+        for first, last in segments
+    }
+    passes = list(_passes(outputs, inputs))
     for number, some in enumerate(passes):
-        sums = {segment: RidgeSums(inputs, [width] * _layers(segment), decoder.device) for segment in some}
-        carries = {
-            segment: RidgeSums(inputs, [family.hidden], decoder.device)
-            for segment in some
-            if segment[1] < decoder.depth - 1
-        }
+        sums = {segment: RidgeSums(inputs, outputs[segment], decoder.device) for segment in some}
         with torch.inference_mode():
             for done, pack in enumerate(packs, 1):
-                _add(decoder, pack, sums, carries, hidden)
+                _add(decoder, pack, sums, hidden)
                 on_pack(number * len(packs) + done, len(passes) * len(packs))
         for segment, total in sums.items():
-            carry = carries[segment].solve(strength) if segment in carries else None
-            fitted[segment] = _solved(decoder, total.solve(strength, rank), carry, hidden.get(segment[0], ()))
+            fitted[segment] = _solved(decoder, segment, total, strength, rank, hidden.get(segment[0], ()))
     return fitted
 
 
-def _layers(segment: Segment) -> int:
-    return segment[1] - segment[0] + 1
-
-
-def _passes(segments: Sequence[Segment], inputs: int, width: int) -> Iterator[list[Segment]]:
-    """The segments in lots whose sums fit in memory together."""
+def _passes(outputs: Mapping[Segment, Sequence[int]], inputs: int) -> Iterator[list[Segment]]:
+    """The segments, with the widths of their outputs, in lots whose sums fit in memory together."""
     some: list[Segment] = []
     used = 0
-    for segment in segments:
-        need = 8 * inputs * (3 * inputs + width * _layers(segment))  # two Gram matrices, a carry, keys and values
+    for segment, widths in outputs.items():
+        need = 8 * inputs * (inputs + sum(widths))
         if some and used + need > _SUMS:
             yield some
             some, used = [], 0
@@ -195,19 +188,15 @@ def _drawn(
 
 
 def _add(
-    decoder: Decoder,
-    pack: Pack,
-    sums: Mapping[Segment, RidgeSums],
-    carries: Mapping[Segment, RidgeSums],
-    hidden: Mapping[int, tuple[Tensor, ...]],
+    decoder: Decoder, pack: Pack, sums: Mapping[Segment, RidgeSums], hidden: Mapping[int, tuple[Tensor, ...]]
 ) -> None:
     later = pack.packed.positions != 0
     inputs: dict[int, Tensor] = {}
     entries: dict[int, Tensor] = {}
-    for layer, x in states(decoder, pack, _last_read(sums, carries)):
-        for segment in (segment for segment in carries if segment[1] + 1 == layer):
-            before = entries[segment[0]]
-            carries[segment].add(inputs[segment[0]], [(x[later].float() - before) / rms(before)])
+    for layer, x in states(decoder, pack, min(max(last for _, last in sums) + 1, decoder.depth - 1)):
+        for first, last in (segment for segment in sums if segment[1] + 1 == layer):  # here its carry arrives
+            moved = (x[later].float() - entries[first]) / rms(entries[first])
+            sums[first, last].add_outputs(layer - first, inputs[first], moved)
         begun = [segment for segment in sums if segment[0] == layer]
         if begun:
             entries[layer] = x[later].float()
@@ -221,21 +210,23 @@ def _add(
                 sums[segment].add_outputs(layer - segment[0], inputs[segment[0]], targets)
 
 
-def _last_read(sums: Iterable[Segment], carries: Iterable[Segment]) -> int:
-    """The last layer whose input is read: a carry aims at that of the layer after its segment."""
-    return max(*(last for _, last in sums), *(last + 1 for _, last in carries), 0)
-
-
-def _solved(decoder: Decoder, found: Affine, carry: Affine | None, hidden: tuple[Tensor, ...]) -> Fill:
+def _solved(
+    decoder: Decoder,
+    segment: Segment,
+    sums: RidgeSums,
+    strength: float,
+    rank: int | None,
+    hidden: tuple[Tensor, ...],
+) -> Fill:
     """One map for all layers of a segment; of low rank, its layers share the first factor. The carry has full rank."""
-    family = decoder.family
+    family, layers_written = decoder.family, segment[1] - segment[0] + 1
+    found = sums.solve(strength, rank, slice(layers_written))
     bias = found.bias.view(-1, 2, family.kv_heads, family.head_dim)
-    return Fill(
-        tuple(factor.clone() for factor in found.weight),
-        bias.clone(),
-        hidden,
-        () if carry is None else (carry.weight[0].clone(), carry.bias.clone()),
-    )
+    carry: tuple[Tensor, ...] = ()
+    if segment[1] < decoder.depth - 1:
+        move = sums.solve(strength, sets=slice(layers_written, None))
+        carry = (move.weight[0].clone(), move.bias.clone())
+    return Fill(tuple(factor.clone() for factor in found.weight), bias.clone(), hidden, carry)
 
 
 def states(decoder: Decoder, pack: Pack, last: int) -> Iterator[tuple[int, Tensor]]:

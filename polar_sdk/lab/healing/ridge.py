@@ -61,18 +61,19 @@ class RidgeSums:
         self._outputs[place] += outputs.sum(0)
         self._cross[place] += inputs.float().T @ outputs
 
-    def solve(self, strength: float, rank: int | None = None) -> Affine:
-        """One map to all sets of outputs, side by side.
+    def solve(self, strength: float, rank: int | None = None, sets: slice = slice(None)) -> Affine:
+        """One map to sets of outputs, side by side.
 
         Args:
             strength: Ridge penalty as a multiple of the mean variance of an input.
             rank: Maximum rank of the map: of all maps of that rank, the one whose outputs are nearest to the full
                 map's. None = full.
+            sets: Which; by default all.
         """
         count = max(self.count, 1)
-        input_mean, mean = self._inputs / count, torch.cat(self._outputs) / count
+        input_mean, mean = self._inputs / count, torch.cat(self._outputs[sets]) / count
         gram = self._gram - count * torch.outer(input_mean, input_mean)
-        cross = torch.cat(self._cross, 1) - count * torch.outer(input_mean, mean)
+        cross = torch.cat(self._cross[sets], 1) - count * torch.outer(input_mean, mean)
         penalty = strength * gram.diagonal().mean().clamp(min=1e-12)
         ridged = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         weight = torch.linalg.solve(ridged, cross)
