@@ -1,8 +1,8 @@
 """Choose the next token from logits: first what a request may do to its own logits, then greedy or random sampling.
 
 A hook may change the logits of a row, and the log-probabilities that result may be read; both come before temperature,
-top-k and top-p, whose filters are Hugging Face's own logits warpers. Every row has a generator of its own, so that a
-seed gives the same answer alone and in a batch. Knows logits and token ids, no text and no requests.
+top-k and top-p, which mean what they do to Hugging Face's logits warpers. Every row has a generator of its own, so that
+a seed gives the same answer alone and in a batch. Knows logits and token ids, no text and no requests.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ _TYPES: Final[tuple[tuple[str, type, str], ...]] = (
 )
 _UNSURE: Final = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.125}
 """Logits that differ by less may change places where sums are rounded differently, by the dtype of activations."""
-_NUCLEUS: Final = 1024
-"""From so many tokens on, those that top-p may leave are picked out first, …"""
 _UNLIKELY: Final = (1e-4, 1e-5)
-"""… without those that are less likely than the likeliest one by such a factor: the first that leaves enough."""
+"""Top-p looks among tokens that are less likely than the likeliest by no more than such a factor, the first first."""
 _NEARLY: Final = 1e-4
 """By so much the likeliest tokens must exceed top-p, so that rounding leaves none of them out."""
 _MARGINS: Final = (6.0, 12.0, 24.0)
@@ -158,8 +156,9 @@ class Sampling:
 class Sampler:
     """The sampling state of one row.
 
-    On a CPU the tokens that top-k or top-p can leave are picked out first, so that filters and the draw work on a few
-    hundred numbers and not on the whole vocabulary; which may be drawn, and how likely each is, stays the same.
+    On a CPU the tokens that top-k or top-p can leave are picked out first, so that the rest works on a few hundred
+    numbers and not on the whole vocabulary; which may be drawn, and how likely each is, stays the same. It is done in
+    numpy: torch would wake its threads for every step, which takes longer.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
@@ -193,21 +192,21 @@ class Sampler:
             Likelihoods (N,), which sum up to 1, and the tokens (N,) that they belong to; None = to all V in order. The
             others are never drawn.
         """
-        tokens: Tensor | None = None
-        top_p = float(self._sampling.top_p)
+        settings = self._sampling
         picks = logits.device.type == "cpu"  # a GPU filters all of them sooner than it is waited for to pick some
-        if picks and self._sampling.top_k:
-            tokens = _likeliest(logits, int(self._sampling.top_k), allowed)
-        if tokens is None and allowed is not None:
+        picked = None
+        if picks and settings.top_k:
+            picked = _likeliest(logits.numpy(), settings, allowed)
+        if picked is None and allowed is not None:
             strike_out(logits, allowed)
-        if picks and not self._sampling.top_k and top_p < 1:
-            tokens, top_p = _nucleus(logits, float(self._sampling.temperature), top_p)
-        scores = (logits if tokens is None else logits[tokens]).unsqueeze(0)
+        if picks and not settings.top_k and settings.top_p < 1:
+            picked = _nucleus(logits.numpy(), settings)
+        if picked is not None:
+            return torch.from_numpy(picked[0]), torch.from_numpy(picked[1])
+        scores = logits.unsqueeze(0)
         for apply in self._filters:
             scores = apply(_NO_IDS, scores)
-        if top_p < 1:
-            scores = _top_p(top_p)(_NO_IDS, scores)
-        return scores[0].softmax(-1), tokens
+        return scores[0].softmax(-1), None
 
     def _draw(self, likelihoods: Tensor) -> int:
         """One of N tokens by their likelihoods (N,): where their sum first exceeds a random part of the whole."""
@@ -218,20 +217,27 @@ class Sampler:
         return int(likelihoods.nonzero()[-1])  # rounded up to the whole sum
 
 
-def _likeliest(logits: Tensor, count: int, allowed: NDArray[np.bool_] | None) -> Tensor | None:
-    """Ids of the allowed tokens whose logits (V,) are as high as the `count`-th highest of them, and some more.
+_Picked = tuple["NDArray[np.float32]", "NDArray[np.int64]"]
+"""Likelihoods (N,) and the ids (N,) of the tokens that they belong to."""
 
-    None where no margin below the highest logit leaves as many. torch's search for the `count` highest takes two to
-    three times as long as comparing all.
+
+def _likeliest(scores: NDArray[np.float32], settings: Sampling, allowed: NDArray[np.bool_] | None) -> _Picked | None:
+    """What top-k, and then top-p, leave of the allowed tokens, from logits (V,); as many more as tie with the last.
+
+    None where no margin below the highest logit leaves k. torch's search for the k highest takes two to three times as
+    long as comparing all.
     """
-    scores = logits.numpy()
-    highest = scores.max()
+    count, highest = int(settings.top_k), scores.max()
     for margin in _MARGINS:
         near = scores >= highest - margin
         if allowed is not None:
             near &= allowed
-        if np.count_nonzero(near) >= count:
-            return torch.from_numpy(np.flatnonzero(near))
+        if np.count_nonzero(near) < count:
+            continue
+        tokens = np.flatnonzero(near)
+        tokens = tokens[scores[tokens] >= np.partition(scores[tokens], -count)[-count]]
+        weights = _weights(scores[tokens], settings)
+        return _reaching(float(settings.top_p), tokens, weights, float(weights.sum(dtype=np.float64)))
     return None
 
 
@@ -240,38 +246,43 @@ def strike_out(logits: Tensor, allowed: NDArray[np.bool_]) -> Tensor:
     return logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
 
 
-def _nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor | None, float]:
-    """Ids of tokens among which are all that together reach a probability, and that probability among them alone.
-
-    None where the likeliest tokens do not reach it, and the probability as it was.
-    """
-    if len(logits) <= _NUCLEUS:
-        return None, top_p
-    scores = logits.numpy()  # torch would wake its threads for every one of these steps, which takes longer
-    weights = scores - scores.max()
-    weights /= temperature
-    np.exp(weights, out=weights)
-    total = weights.sum(dtype=np.float64)
+def _nucleus(scores: NDArray[np.float32], settings: Sampling) -> _Picked | None:
+    """What top-p leaves, from logits (V,); None where the likeliest tokens do not reach it."""
+    weights, top_p = _weights(scores, settings), float(settings.top_p)
+    total = float(weights.sum(dtype=np.float64))
     for factor in _UNLIKELY:
         tokens = np.flatnonzero(weights >= factor)
         picked = weights[tokens]
-        share = float(picked.sum(dtype=np.float64) / total)
-        if share >= top_p + _NEARLY:
-            return torch.from_numpy(tokens[np.argsort(-picked)]), top_p / share
-    return None, top_p
+        if picked.sum(dtype=np.float64) >= (top_p + _NEARLY) * total:
+            return _reaching(top_p, tokens, picked, total)
+    return None
+
+
+def _weights(scores: NDArray[np.float32], settings: Sampling) -> NDArray[np.float32]:
+    """How likely each token is beside the likeliest, (N,), from logits (N,)."""
+    weights: NDArray[np.float32] = scores - scores.max()
+    weights /= float(settings.temperature)
+    np.exp(weights, out=weights)
+    return weights
+
+
+def _reaching(top_p: float, tokens: NDArray[np.int64], weights: NDArray[np.float32], total: float) -> _Picked:
+    """The likeliest of N tokens that together reach a share of all tokens' weight; all N where that is 1."""
+    if top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        sums = weights[order].cumsum(dtype=np.float64)
+        order = order[: int(np.searchsorted(sums, top_p * total)) + 1]
+        tokens, weights, total = tokens[order], weights[order], float(sums[len(order) - 1])
+    return weights / total, tokens
 
 
 def _filters(sampling: Sampling) -> list[LogitsProcessor]:
-    """All but top-p, which may be another among the tokens that were picked out."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper
+    """What changes logits, in this order."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]  # it refuses the int 1
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(int(sampling.top_k)))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(float(sampling.top_p)))
     return warpers
-
-
-def _top_p(top_p: float) -> LogitsProcessor:
-    from transformers import TopPLogitsWarper
-
-    return TopPLogitsWarper(top_p)
