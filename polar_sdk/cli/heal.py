@@ -90,6 +90,7 @@ def heal(
 
     The model's own weights are not changed.
     """
+    from polar_sdk.lab.healing.run import CHECKPOINT
     from polar_sdk.lab.rewards.cache import RewardCache, cache_path
     from polar_sdk.router.fill_set import FillSet
 
@@ -124,7 +125,10 @@ def heal(
             else:
                 made = lab.heal_fills(engine, items, fills, out=out, cache=cache, on_progress=show, **options)
     except KeyboardInterrupt:
-        print_line("note: the same command with --resume continues from the last checkpoint.", err=True)
+        if (out / CHECKPOINT).is_file():
+            print_line("note: the same command with --resume continues from the last checkpoint.", err=True)
+        else:
+            print_line("note: answers of full depth are kept; the same command starts from there.", err=True)
         raise
     if as_json:
         typer.echo(json.dumps(_facts(made, out), indent=2))

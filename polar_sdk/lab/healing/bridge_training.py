@@ -12,7 +12,7 @@ from polar_sdk.engine.bridge import Bridge
 from polar_sdk.errors import BridgeError
 from polar_sdk.lab.healing.bridge_fit import layers
 from polar_sdk.lab.healing.loss import ChoiceSlots, Reference, choice_scores, loss_of, slots_of
-from polar_sdk.lab.healing.training import MEASURED, MapTrainer, TrainingPlan
+from polar_sdk.lab.healing.training import MEASURED, MapTrainer, TrainingPlan, sampled
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
@@ -126,9 +126,9 @@ class BridgeTrainer(MapTrainer):
         return loss_of(logits, full, pack.targets, start.choices, distil=plan.choices, labels=plan.labels)
 
     def _reference(self, start: _Start, step: int) -> Reference:
-        sampled = self._sampled(len(start.final), step)
+        rows = sampled(len(start.final), self._plan.seed, step).to(self._decoder.device)
         with torch.no_grad():
-            return Reference(sampled, self._decoder.head(start.final[sampled]), start.scores)
+            return Reference(rows, self._decoder.head(start.final[rows]), start.scores)
 
     def _program(self, step: int) -> Program:
         """The program of the step's group; in every other step with some bridges dropped, but never all."""

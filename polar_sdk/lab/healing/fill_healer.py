@@ -17,8 +17,8 @@ import torch
 from polar_sdk.errors import FillError
 from polar_sdk.lab.healing.bridge_fit import make_packs, trainable_copy
 from polar_sdk.lab.healing.fill_fit import DEFAULT, candidates, fill_errors, fit_fills, parse_fills, segments_of
-from polar_sdk.lab.healing.fill_training import FillPlan, FillTrainer
-from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn
+from polar_sdk.lab.healing.fill_training import FillLoss, FillPlan, FillTrainer
+from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn, provenance
 from polar_sdk.lab.items import ChoiceItem, data_hash
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.programs.program import TAIL, Program
@@ -119,7 +119,7 @@ class FillHealer(HealingRun):
         if not items:
             raise FillError("fills are fitted on prompts that are answered in text, and there is none; give some.")
         decoder = trainable_copy(self.model.loaded.decoder)
-        start = self._start(decoder)
+        start = self._start()
         train, held_out = self.tasks(items, self.options.answer_tokens)
         if not train:
             raise FillError(f"none of the {len(items)} prompts is in the train split; give more prompts.")
@@ -128,7 +128,8 @@ class FillHealer(HealingRun):
         self._check_filled(train, filled)  # before minutes are spent on the closed form
         groups = asked or self._chosen(decoder, filled, self._filled(held_out) or filled)
         segments = segments_of(groups)
-        fitted = {segment: start[segment] for segment in segments if segment in start}
+        known = {} if start is None else start.fills
+        fitted = {segment: known[segment].to(torch.float32, decoder.device) for segment in segments if segment in known}
         if missing := [segment for segment in segments if segment not in fitted]:
             fitted |= self._fit(decoder, train, missing)
         fitted = {segment: fitted[segment] for segment in segments}
@@ -136,6 +137,7 @@ class FillHealer(HealingRun):
             "prompts": len(train),
             "programs": [self._program(group).text for group in groups],
             **self._settings(),
+            "start": None if start is None else provenance(start.training),
         }
         if self.options.distil:
             fitted, facts = self._distil(decoder, filled, held_out or train, fitted, groups, data_hash(items))
@@ -182,13 +184,13 @@ class FillHealer(HealingRun):
     def _program(self, group: Group) -> Program:
         return Program.filling(self.model.depth, group, self.options.tail)
 
-    def _start(self, decoder: Decoder) -> dict[Segment, Fill]:
+    def _start(self) -> FillSet | None:
         """The fills to start from."""
         if self.options.start is None:
-            return {}
+            return None
         start = FillSet.load(self.options.start)
         start.check_model(self.model.name, self.model.fingerprint)
-        return {segment: fill.to(torch.float32, decoder.device) for segment, fill in start.fills.items()}
+        return start
 
     def _chosen(self, decoder: Decoder, train: Sequence[Task], held_out: Sequence[Task]) -> list[Group]:
         """What to fill, by measuring: each layer alone, then those that change least against a cut of as many."""
@@ -210,7 +212,7 @@ class FillHealer(HealingRun):
                 rank=None,
                 on_pack=lambda done, total: self.on_progress(stage, done, total + 1),
             )
-            return FillTrainer(decoder, (), fills, groups, self._plan, "", None).losses_of(judged, fills)
+            return FillLoss(decoder, groups, self._plan).means(judged, fills)
 
         harms = losses([((layer, layer),) for layer in range(1, depth)], "layers to fill, one by one")
         rivals = candidates({group[0][0]: loss for group, loss in harms.items()}, depth)
@@ -249,7 +251,7 @@ class FillHealer(HealingRun):
         trainer.run(lambda done, total: self.on_progress("training fills", done, total))
         trained = trainer.fills()
         measured = make_packs(decoder, held_out, TRAIN_TOKENS)
-        before, after = trainer.losses_of(measured, fitted), trainer.losses_of(measured, trained)
+        before, after = trainer.loss.means(measured, fitted), trainer.loss.means(measured, trained)
         lost = set(segments_of(group for group in groups if not after[group] < before[group]))
         kept = {segment: fitted[segment] if segment in lost else trained[segment] for segment in fitted}
         facts = {

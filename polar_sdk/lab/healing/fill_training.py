@@ -16,7 +16,7 @@ from polar_sdk.errors import FillError
 from polar_sdk.lab.healing.bridge_fit import layers
 from polar_sdk.lab.healing.fill_fit import states
 from polar_sdk.lab.healing.loss import fill_loss
-from polar_sdk.lab.healing.training import MEASURED, MapTrainer, TrainingPlan
+from polar_sdk.lab.healing.training import MEASURED, MapTrainer, TrainingPlan, sampled
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
@@ -63,6 +63,52 @@ class _Start(NamedTuple):
         return self.final.nbytes + sum(states.nbytes for states in self.entries.values())
 
 
+class FillLoss:
+    """How far programs that fill are from full depth.
+
+    Args:
+        decoder: A copy whose maps may be set; see `bridge_fit.trainable_copy`.
+        groups: Segments that one program fills, for each program.
+        plan: Its weights, tail and seed.
+    """
+
+    def __init__(self, decoder: Decoder, groups: Sequence[Group], plan: FillPlan) -> None:
+        self._decoder, self._plan, self.groups = decoder, plan, tuple(groups)
+
+    def means(self, packs: Sequence[Pack], fills: Mapping[Segment, Fill]) -> dict[Group, float]:
+        """Mean loss of each group over packs."""
+        decoder = self._decoder
+        decoder.set_fills({segment: fill.to(decoder.dtype, decoder.device) for segment, fill in fills.items()})
+        totals = dict.fromkeys(self.groups, 0.0)
+        with torch.no_grad():
+            for pack in packs:
+                start = self.start(pack)
+                for group in self.groups:
+                    totals[group] += float(self.of(pack, start, group, MEASURED))
+        return {group: total / len(packs) for group, total in totals.items()}
+
+    def start(self, pack: Pack) -> _Start:
+        """What a pack contributes, computed at full depth."""
+        decoder, depth = self._decoder, self._decoder.depth
+        entries: dict[int, Tensor] = {}
+        with torch.no_grad():
+            x = pack.packed.embedded
+            for layer, x in states(decoder, pack, depth - 1):
+                if any(group[0][0] == layer for group in self.groups):
+                    entries[layer] = x
+            return _Start(entries, pack.run(decoder, x, layers(depth - 1, depth))[pack.sources])
+
+    def of(self, pack: Pack, start: _Start, group: Group, step: int) -> Tensor:
+        """Loss of one group on one pack, with the fills that the decoder has."""
+        decoder, plan, first = self._decoder, self._plan, group[0][0]
+        program = Program.filling(decoder.depth, group, plan.tail)
+        ours = pack.run(decoder, start.entries[first], program.steps[first:])[pack.sources]
+        rows = sampled(len(start.final), plan.seed, step).to(decoder.device)
+        with torch.no_grad():
+            full = decoder.head(start.final[rows])
+        return fill_loss(decoder.head(ours[rows]), full, ours, start.final, hidden=plan.hidden)
+
+
 class FillTrainer(MapTrainer):
     """Trains the fills of all groups together.
 
@@ -91,7 +137,9 @@ class FillTrainer(MapTrainer):
         super().__init__(
             decoder, packs, {segment: fill.tensors for segment, fill in fills.items()}, plan, mark, checkpoint
         )
-        self._plan, self._kinds, self._groups = plan, dict(fills), tuple(groups)
+        self._kinds = dict(fills)
+        self.loss = FillLoss(decoder, groups, plan)
+        """What is trained down."""
         self._starts: dict[int, _Start] = {}
         self._room = _MAX_KEPT
         """Bytes that more packs' states may take."""
@@ -100,48 +148,17 @@ class FillTrainer(MapTrainer):
         """The fills as they are now, in float32."""
         return {segment: self._kinds[segment].of(values) for segment, values in self._trained().items()}
 
-    def losses_of(self, packs: Sequence[Pack], fills: Mapping[Segment, Fill]) -> dict[Group, float]:
-        """Mean loss of each group over packs."""
-        decoder = self._decoder
-        decoder.set_fills({segment: fill.to(decoder.dtype, decoder.device) for segment, fill in fills.items()})
-        totals = dict.fromkeys(self._groups, 0.0)
-        with torch.no_grad():
-            for pack in packs:
-                start = self._start(pack)
-                for group in self._groups:
-                    totals[group] += float(self._loss(pack, start, group, MEASURED))
-        return {group: total / len(packs) for group, total in totals.items()}
-
     def _gradients(self, step: int, index: int) -> float:
         start = self._starts.get(index)
         if start is None:
-            start = self._start(self._packs[index])
+            start = self.loss.start(self._packs[index])
             if start.bytes <= self._room:
                 self._room -= start.bytes
                 self._starts[index] = start
         total = 0.0
-        for group in self._groups:  # one after another, so that one graph is held at a time
+        for group in self.loss.groups:  # one after another, so that one graph is held at a time
             self._decoder.set_fills({segment: self._kinds[segment].of(self._running(segment)) for segment in group})
-            loss = self._loss(self._packs[index], start, group, step) / len(self._groups)
+            loss = self.loss.of(self._packs[index], start, group, step) / len(self.loss.groups)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
-
-    def _start(self, pack: Pack) -> _Start:
-        decoder, depth = self._decoder, self._decoder.depth
-        entries: dict[int, Tensor] = {}
-        with torch.no_grad():
-            x = pack.packed.embedded
-            for layer, x in states(decoder, pack, depth - 1):
-                if any(group[0][0] == layer for group in self._groups):
-                    entries[layer] = x
-            return _Start(entries, pack.run(decoder, x, layers(depth - 1, depth))[pack.sources])
-
-    def _loss(self, pack: Pack, start: _Start, group: Group, step: int) -> Tensor:
-        decoder, first = self._decoder, group[0][0]
-        program = Program.filling(decoder.depth, group, self._plan.tail)
-        ours = pack.run(decoder, start.entries[first], program.steps[first:])[pack.sources]
-        sampled = self._sampled(len(start.final), step)
-        with torch.no_grad():
-            full = decoder.head(start.final[sampled])
-        return fill_loss(decoder.head(ours[sampled]), full, ours, start.final, hidden=self._plan.hidden)

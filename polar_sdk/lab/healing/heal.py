@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_sdk.errors import BridgeError
 from polar_sdk.lab.healing.bridge_fit import fit_group, held_out_errors, make_packs, trainable_copy
 from polar_sdk.lab.healing.bridge_training import BridgePlan, BridgeTrainer
-from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn
+from polar_sdk.lab.healing.run import FIT_TOKENS, TRAIN_TOKENS, HealingRun, drawn, provenance
 from polar_sdk.lab.items import data_hash
 from polar_sdk.router.bridge_set import BridgeSet, SegmentRecord
 
@@ -103,10 +103,21 @@ class Healer(HealingRun):
         items = self.chosen
         decoder = trainable_copy(self.model.loaded.decoder)
         decoder.set_bridges({})
-        known = self._start(decoder, {segment for group in groups for segment in group})
+        start = self._start()
+        asked = {segment for group in groups for segment in group}
+        known = {
+            segment: bridge.to(decoder.dtype, decoder.device)
+            for segment, bridge in ({} if start is None else start.bridges).items()
+            if segment in asked
+        }
         train, held_out = self.tasks(items, self.options.answer_tokens)
         fitted = self._fit(decoder, make_packs(decoder, drawn(train, _MAX_FIT_TASKS), FIT_TOKENS), groups, known)
-        training: dict[str, Any] = {"segments": segments_text(groups), "prompts": len(train), **self._settings()}
+        training: dict[str, Any] = {
+            "segments": segments_text(groups),
+            "prompts": len(train),
+            **self._settings(),
+            "start": None if start is None else provenance(start.training),
+        }
         if self.options.distil:
             fitted, losses = self._distil(decoder, train, held_out, groups, fitted, data_hash(items))
             training |= losses
@@ -157,17 +168,13 @@ class Healer(HealingRun):
             )
         return fitted
 
-    def _start(self, decoder: Decoder, segments: set[Segment]) -> dict[Segment, Bridge]:
+    def _start(self) -> BridgeSet | None:
         """The bridges to start from."""
         if self.options.start is None:
-            return {}
+            return None
         start = BridgeSet.load(self.options.start)
         start.check_model(self.model.name, self.model.fingerprint)
-        return {
-            segment: bridge.to(decoder.dtype, decoder.device)
-            for segment, bridge in start.bridges.items()
-            if segment in segments
-        }
+        return start
 
     def _distil(
         self,

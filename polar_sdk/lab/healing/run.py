@@ -18,15 +18,18 @@ from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.model import PolarModel
 
 
+CHECKPOINT: Final = "checkpoint.safetensors"
+"""Name of the file that training continues from, in the folder of the result."""
 FIT_TOKENS: Final = 4096
 """Maximum tokens of a pack that the closed form reads."""
+_MEASURED: Final = {"losses", "held_out", "loss_closed_form", "loss_trained", "kept_training"}
 TRAIN_TOKENS: Final = 2048
 """Maximum tokens of a training batch: the head's weights are read once for it, and its logits are held twice."""
 
@@ -59,7 +62,7 @@ class HealingRun:
     @property
     def checkpoint(self) -> Path | None:
         """File of the checkpoint."""
-        return None if self.out is None else Path(self.out) / "checkpoint.safetensors"
+        return None if self.out is None else Path(self.out) / CHECKPOINT
 
     def tasks(self, items: Sequence[Item], answer_tokens: int) -> tuple[list[Task], list[Task]]:
         """Tasks of the train split and of the dev split."""
@@ -85,3 +88,8 @@ class HealingRun:
 def drawn(tasks: Sequence[Task], limit: int) -> list[Task]:
     """At most N tasks, drawn by their hashes: a file may be sorted by kind."""
     return sorted(tasks, key=lambda task: task.id)[:limit]
+
+
+def provenance(training: Mapping[str, Any]) -> dict[str, Any]:
+    """How maps were made that another run starts from: their facts, without what was measured."""
+    return {name: fact for name, fact in training.items() if name not in _MEASURED}

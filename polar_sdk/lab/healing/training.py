@@ -198,8 +198,8 @@ class MapTrainer(ABC):
         random.Random(f"{self._schedule.seed} {epoch}").shuffle(order)
         return order[place]
 
-    def _sampled(self, predicted: int, step: int) -> Tensor:
-        """Some of the predicted tokens, (S,), whose whole distributions are compared in this step."""
-        dice = random.Random(f"{self._schedule.seed} {step} shown")
-        rows = sorted(dice.sample(range(predicted), min(_SAMPLED_TOKENS, predicted)))
-        return torch.tensor(rows, device=self._decoder.device)
+
+def sampled(predicted: int, seed: int, step: int) -> Tensor:
+    """Some of the predicted tokens, (S,), whose whole distributions are compared in this step."""
+    dice = random.Random(f"{seed} {step} shown")
+    return torch.tensor(sorted(dice.sample(range(predicted), min(_SAMPLED_TOKENS, predicted))))

@@ -278,6 +278,23 @@ def test_the_command_fits_either_bridges_or_fills(
     assert set(FillSet.load(tmp_path / "fills").fills) == {(4, 5), (2, 5)}
 
 
+def test_ctrl_c_says_where_the_same_command_goes_on(
+    model: PolarModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
+    monkeypatch.setattr("polar_sdk.lab.heal_fills", interrupted)
+    command = ["heal", "--fills", "4", "--out", str(tmp_path)]
+    before = CliRunner().invoke(app, command)
+    assert (before.exit_code, "--resume" in before.stderr) == (130, False)
+    assert "the same command starts from there" in before.stderr
+    (tmp_path / "checkpoint.safetensors").touch()
+    assert "the same command with --resume" in CliRunner().invoke(app, command).stderr
+
+
 def test_training_comes_nearer_to_full_depth_and_resumes_where_it_stopped(
     model: PolarModel, tmp_path: Path, texts: list[Item], fitted: Callable[..., FillSet]
 ) -> None:
@@ -319,6 +336,8 @@ def test_training_goes_on_from_fills_that_are_there(
     row = more.training["held_out"][0]
     assert row["trained"] < row["closed_form"]
     assert digests(more)[4, 5] != digests(first)[4, 5]
+    assert more.training["start"]["programs"] == first.training["programs"]
+    assert str(tmp_path) not in json.dumps(more.training)  # it is published with the router
     with pytest.raises(FillModelError, match="fitted for model"):
         fitted(tiny_model(seed=1, policy=Policy.permissive()), "4", start=str(tmp_path / "first"))
 
