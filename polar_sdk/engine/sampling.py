@@ -43,7 +43,7 @@ _TYPES: Final[tuple[tuple[str, type, str], ...]] = (
 _UNSURE: Final = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.125}
 """Logits that differ by less may change places where sums are rounded differently, by the dtype of activations."""
 _UNLIKELY: Final = (1e-4, 1e-5)
-"""Top-p looks among tokens that are less likely than the likeliest by no more than such a factor, the first first."""
+"""Top-p looks among tokens at least so likely beside the likeliest; by the second, where the first leaves too few."""
 _NEARLY: Final = 1e-4
 """By so much the likeliest tokens must exceed top-p, so that rounding leaves none of them out."""
 _MARGINS: Final = (6.0, 12.0, 24.0)

@@ -30,6 +30,7 @@ CHECKPOINT: Final = "checkpoint.safetensors"
 FIT_TOKENS: Final = 4096
 """Maximum tokens of a pack that the closed form reads."""
 _MEASURED: Final = {"losses", "held_out", "loss_closed_form", "loss_trained", "kept_training"}
+"""Facts of a training that say how it went, not how it was set."""
 TRAIN_TOKENS: Final = 2048
 """Maximum tokens of a training batch: the head's weights are read once for it, and its logits are held twice."""
 
