@@ -48,6 +48,8 @@ _NEARLY: Final = 1e-4
 """By so much the likeliest tokens must exceed top-p, so that rounding leaves none of them out."""
 _MARGINS: Final = (6.0, 12.0, 24.0)
 """So far below the highest logit the likeliest tokens are looked for, the nearest first. Unit: nats."""
+_FEW: Final = 8192
+"""Up to so many likelihoods numpy sums up sooner than torch, which has more to do for each call and less per number."""
 _NO_IDS: Final = torch.empty((1, 0), dtype=torch.long)
 """The warpers' signature requires the tokens so far; none of those used here reads them."""
 
@@ -211,7 +213,7 @@ class Sampler:
     def _draw(self, likelihoods: Tensor) -> int:
         """One of N tokens by their likelihoods (N,): where their sum first exceeds a random part of the whole."""
         at = torch.rand(1, generator=self._generator, dtype=torch.float64, device=likelihoods.device)
-        if likelihoods.device.type == "cpu":
+        if likelihoods.device.type == "cpu" and len(likelihoods) <= _FEW:
             sums = likelihoods.numpy().cumsum(dtype=np.float64)
             drawn = int(np.searchsorted(sums, at.item() * sums[-1], side="right"))
         else:
@@ -240,8 +242,9 @@ def _likeliest(scores: NDArray[np.float32], settings: Sampling, allowed: NDArray
         if np.count_nonzero(near) < count:
             continue
         tokens = np.flatnonzero(near)
-        tokens = tokens[scores[tokens] >= np.partition(scores[tokens], -count)[-count]]
-        weights = _weights(scores[tokens], settings)
+        found = scores[tokens]
+        kept = found >= np.partition(found, -count)[-count]
+        weights, tokens = _weights(found[kept], settings), tokens[kept]
         return _reaching(float(settings.top_p), tokens, weights, float(weights.sum(dtype=np.float64)))
     return None
 
