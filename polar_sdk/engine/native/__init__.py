@@ -2,8 +2,8 @@
 
 Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix of bfloat16 or of integers, attention
 of one token per row over pages, attention of the tokens of a prompt, and the guesses of a draft head. They are used on
-processors with AVX512, VNNI included, and without AMX (where torch's own products are faster). Elsewhere, and where
-there is no library, layers use torch's operations. Knows tensors, no families.
+processors with AVX512, VNNI included; AVX512-BF16 and AMX make them faster. Elsewhere, and where there is no library,
+layers use torch's operations. Knows tensors, no families.
 
 There are two libraries. The kernels (`kernels.h`) need neither Python nor torch: they come with the package, where it
 was built beside a compiler, or are compiled in four seconds. Layers that are not compiled call them from here. Compiled
@@ -61,10 +61,11 @@ _in_use = ContextVar("in_use", default=False)
 @cache
 def _kind_of_library() -> str | None:
     """Which of `INSTRUCTIONS` this processor has and is faster with; None = none."""
-    has = set(processor().replace("_", "").split())
-    if not is_possible() or "amxtile" in has:
+    if not is_possible():
         return None
-    return next((kind for kind, needed in reversed(INSTRUCTIONS.items()) if has.issuperset(needed)), None)
+    has = set(processor().replace("_", "").split())
+    names = {kind: {name.replace("-", "") for name in needed} for kind, needed in INSTRUCTIONS.items()}
+    return next((kind for kind in reversed(names) if has >= names[kind]), None)
 
 
 @cache
@@ -90,6 +91,7 @@ def _pairs() -> bool:
     """Whether to multiply with the instruction for pairs of bfloat16 numbers.
 
     On AMD cores it does twice the work of a float32 product in the same time; on Intel cores it takes 4 times as long.
+    Where there is AMX, products with matrices go by its tiles anyway.
     """
     return "AuthenticAMD" in processor() and _kind_of_library() == "avx512bf16"
 

@@ -24,9 +24,11 @@ _FLAGS: Final = (
     # Its own runtime of C++, which nobody else in the process sees.
     *("-static-libstdc++", "-static-libgcc", "-Wl,-s"),
 )
+_AVX512: Final = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 INSTRUCTIONS: Final = {
-    "avx512": ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"),
-    "avx512bf16": ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16"),
+    "avx512": _AVX512,
+    "avx512bf16": (*_AVX512, "avx512bf16"),
+    "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
 }
 """What the kernels are compiled for, from the oldest processors to the newest, and the instruction sets of each."""
 _EXPORTS: Final = "{ global: polar_*; local: *; };"

@@ -5,6 +5,7 @@
 
 #include "lanes.h"
 #include "team.h"
+#include "tiles.h"
 
 namespace polar {
 
@@ -85,6 +86,8 @@ struct Bytes {
   static constexpr int64_t kLines = kWords, kPerLine = 1;
   static __m512i codes(__m512i line, int64_t) { return line; }
   static __m512 add(__m512 total, __m512 coded, __m512, const uint8_t*) { return _mm512_add_ps(total, coded); }
+  // Weights without the scale of the output, from their codes.
+  static __m512 numbers(__m512 codes, const uint8_t*) { return _mm512_sub_ps(codes, _mm512_set1_ps(kOffset)); }
 };
 
 // Halves of bytes: weight = (code − 8) × scale + zero, both for 32 inputs of an output. A group of a panel is 4 lines
@@ -100,6 +103,11 @@ struct Nibbles {
   static __m512 add(__m512 total, __m512 coded, __m512 sum, const uint8_t* group) {
     const uint8_t* pairs = group + kGroup * kLanes / 2;
     return _mm512_fmadd_ps(float_of(pairs, 0), coded, _mm512_fmadd_ps(float_of(pairs, 1), sum, total));
+  }
+  static __m512 numbers(__m512 codes, const uint8_t* group) {
+    const uint8_t* pairs = group + kGroup * kLanes / 2;
+    const __m512 own = _mm512_sub_ps(codes, _mm512_set1_ps(kOffset));
+    return _mm512_fmadd_ps(float_of(pairs, 0), own, float_of(pairs, 1));
   }
 };
 
@@ -168,9 +176,65 @@ void run_panel(int64_t count, const Integers& matrix, const Rounded& rows, int64
   ((count == kCounts + 1 ? run_panel<Form, kCounts + 1>(matrix, rows, row, groups, number) : void()), ...);
 }
 
+#ifdef __AMX_BF16__
+
+constexpr int64_t kManyRows = 32;  // more of them than this meet weights that were made numbers before
+
+// The 16 outputs of a panel of integers as numbers in one half of lines of pairs.
+template <class Form>
+void make_numbers(const uint8_t* panel, int64_t groups, uint32_t* lines) {
+  const auto code = [](__m512i words, int byte) {
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(words, 8 * byte), _mm512_set1_epi32(255)));
+  };
+  for (int64_t group = 0; group < groups; ++group, panel += Form::kSize) {
+    for (int64_t line = 0; line < Form::kLines; ++line) {
+      const __m512i both = _mm512_loadu_si512(panel + 64 * line);
+      for (int64_t which = 0; which < Form::kPerLine; ++which) {
+        const __m512i words = Form::codes(both, which);
+        for (int byte = 0; byte < 4; byte += 2, lines += kPanel) {
+          const __m256i first = rounded(Form::numbers(code(words, byte), panel));
+          const __m256i second = rounded(Form::numbers(code(words, byte + 1), panel));
+          const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+          _mm512_store_si512(lines, _mm512_or_si512(_mm512_cvtepu16_epi32(first), high));
+        }
+      }
+    }
+  }
+}
+
+// By tiles of bfloat16: rows are not rounded; weights of half bytes are, to bfloat16, and those of bytes are exact.
+template <class Form>
+void run_in_tiles(const Half* x, int64_t count, int64_t inputs, const Integers& matrix, const Sharing& sharing) {
+  const int64_t groups = parts_of(inputs, kGroup), bytes = groups * Form::kSize;
+  const TileSums to{matrix.scale, matrix.bias, matrix.y, matrix.outputs};
+  share(sharing, parts_of(matrix.outputs, kPanel), [&](Range& range) {
+    const TileRows rows(x, count, inputs);
+    const Tiles own = rows.tiles();
+    auto* numbers = reinterpret_cast<uint32_t*>(scratch<Integers>(groups * kTile * kPanel));
+    const TileLines lines{reinterpret_cast<const char*>(numbers), kLine, groups};
+    for (int64_t begin, end; range.take(begin, end);) {
+      for (const TileBlock& block : rows.blocks()) {
+        for (int64_t number = begin; number < end; ++number) {
+          for (int64_t half = 0; half < 2 && number * kPanel + half * kLanes < matrix.outputs; ++half) {
+            make_numbers<Form>(matrix.panels + (2 * number + half) * bytes, groups, numbers + half * kLanes);
+          }
+          for (int64_t tile = block.begin; tile < block.end; tile += 2) {
+            run_tiles(rows, tile, block.end, lines, to, number * kPanel);
+          }
+        }
+      }
+    }
+  });
+}
+
+#endif
+
 // Rows (M, K) by the matrix, whose result begins with the first of them.
 template <class Form>
 void run_integers(const Half* x, int64_t count, int64_t inputs, Integers matrix, const Sharing& sharing) {
+#ifdef __AMX_BF16__
+  if (has_tiles && count > kManyRows) return run_in_tiles<Form>(x, count, inputs, matrix, sharing);
+#endif
   const int64_t groups = parts_of(inputs, kGroup);
   for (int64_t start = 0; start < count; start += kIntegerBlock) {
     RoundedRows rounded{nullptr, std::min(count - start, kIntegerBlock), groups};

@@ -1,6 +1,6 @@
-// Kernels for processors with AVX512, VNNI included; with AVX512-BF16 they are faster. `build.py` compiles this file for
-// both, and `__init__.py` decides when which is used. Sums are float32; results are rounded to bfloat16, and the weights of attention of a prompt where inputs
-// go in pairs.
+// Kernels for processors with AVX512, VNNI included; with AVX512-BF16 they are faster, and with AMX even more.
+// `build.py` compiles this file for all three, and `__init__.py` decides when which is used. Sums are float32; results
+// are rounded to bfloat16, and the weights of attention of a prompt where inputs go in pairs.
 
 #include "kernels.h"
 
@@ -35,7 +35,7 @@ int32_t polar_product(const void* x, const void* panels, const void* bias, void*
   return guarded([&] {
     const Product product{read(x), static_cast<const float*>(panels), read(bias), static_cast<Half*>(y), rows, inputs,
                           outputs};
-    pairs ? run_product<Pairs>(product, among(sharing)) : run_product<Singles>(product, among(sharing));
+    run_product(product, pairs != 0, among(sharing));
     return kPolarDone;
   });
 }
@@ -80,7 +80,7 @@ int32_t polar_attend_prompt(const void* query, int64_t query_step, const void* k
     const Prompt it{read(query), read(keys), read(values), positions, static_cast<Half*>(mixed), tokens, heads, groups,
                     size, total, query_step, key_steps.token, key_steps.head, value_steps.token, value_steps.head,
                     static_cast<float>(kind.scale), kind.window, static_cast<float>(kind.softcap)};
-    pairs ? run_prompt<Pairs>(it, threads) : run_prompt<Singles>(it, threads);
+    run_prompt(it, pairs != 0, threads);
     return kPolarDone;
   });
 }

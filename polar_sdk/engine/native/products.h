@@ -3,6 +3,7 @@
 
 #include "lanes.h"
 #include "team.h"
+#include "tiles.h"
 
 namespace polar {
 
@@ -137,7 +138,7 @@ void run_panels(const Product& product, const Chunks& chunks, const float* words
 }
 
 template <class Form>
-void run_product(const Product& product, const Sharing& sharing) {
+void run_by_rows(const Product& product, const Sharing& sharing) {
   const Chunks chunks(product.rows);
   const int64_t size = product.rows * product.padded() / Form::kInputs;
   const int64_t blocks = std::min(parts_of(size, kBlock), chunks.count);
@@ -153,6 +154,47 @@ void run_product(const Product& product, const Sharing& sharing) {
       }
     }
   });
+}
+
+#ifdef __AMX_BF16__
+
+inline void run_in_tiles(const Product& product, const Sharing& sharing) {
+  const int64_t pairs = product.pairs(), left = pairs % kTile;
+  const TileSums to{nullptr, product.bias, product.y, product.outputs};
+  share(sharing, parts_of(product.outputs, kPanel), [&](Range& range) {
+    const TileRows rows(product.x, product.rows, product.inputs);
+    const Tiles own = rows.tiles();
+    alignas(64) float last[kTile * kPanel];
+    const auto run = [&](const TileBlock& block, int64_t number) {
+      const float* panel = product.panels + number * pairs * kPanel;
+      TileLines lines{reinterpret_cast<const char*>(panel), kLine, parts_of(pairs, kTile)};
+      if (left) {
+        std::fill_n(std::copy_n(panel + (pairs - left) * kPanel, left * kPanel, last), (kTile - left) * kPanel, 0.0f);
+        lines.last = reinterpret_cast<const char*>(last);
+      }
+      // Two tiles of several fetch their share of the next panel.
+      lines.hop = kTile * kLine / block.count() / 64 * 64;
+      lines.ahead = lines.lines + (block.count() > 1 ? pairs * kLine : kAhead);
+      for (int64_t tile = block.begin; tile < block.end; tile += 2, lines.ahead += lines.steps * lines.hop) {
+        run_tiles(rows, tile, block.end, lines, to, number * kPanel);
+      }
+    };
+    for (int64_t begin, end; range.take(begin, end);) {
+      for (const TileBlock& block : rows.blocks()) {
+        for (int64_t number = begin; number < end; ++number) run(block, number);
+      }
+    }
+  });
+}
+
+#endif
+
+// `pairs` says which form inputs have where there are no tiles.
+inline void run_product(const Product& product, bool pairs, const Sharing& sharing) {
+#ifdef __AMX_BF16__
+  if (has_tiles) return run_in_tiles(product, sharing);
+#endif
+  pairs ? run_by_rows<Pairs>(product, sharing) : run_by_rows<Singles>(product, sharing);
 }
 
 }  // namespace polar

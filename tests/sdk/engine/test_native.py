@@ -54,8 +54,11 @@ HEADS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.sampled_from([32, 64,
 
 
 KIND = library._kind_of_library()
-KINDS = st.sampled_from([kind for kind in build.INSTRUCTIONS if KIND is not None and kind <= KIND] or [""])
+RUN_HERE = [] if KIND is None else list(build.INSTRUCTIONS)[: list(build.INSTRUCTIONS).index(KIND) + 1]
 """Libraries that this processor can run; the last is the one that is used."""
+KINDS = st.sampled_from(RUN_HERE or [""])
+MANY = 32
+"""Rows up to which integer weights stay integers where there is AMX."""
 _every: dict[str, ctypes.CDLL] = {}
 
 
@@ -63,10 +66,10 @@ _every: dict[str, ctypes.CDLL] = {}
 def every(native: None, packages: Path) -> None:
     """The libraries for older processors as well."""
     used = dict(library._loaded)
-    for kind in build.INSTRUCTIONS:
+    for kind in RUN_HERE:
         if kind == KIND:
             _every[kind] = next(iter(used.values()))
-        elif KIND is not None and kind < KIND:
+        else:
             path = packages / build.library_name(kind)
             if not path.exists():
                 build.build_library(kind, path)
@@ -141,11 +144,12 @@ def test_a_product_of_many_rows(rows: int, inputs: int, pairs: bool) -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("pairs", [True, False])
-def test_a_row_is_the_same_whatever_rows_are_beside_it(pairs: bool) -> None:
+@pytest.mark.parametrize("inputs", [576, 600])
+def test_a_row_is_the_same_whatever_rows_are_beside_it(pairs: bool, inputs: int) -> None:
     """To the bit."""
-    x, weight = _random(0, 40, 600), _random(1, 72, 600)
+    x, weight = _random(0, 40, inputs), _random(1, 72, inputs)
     whole = _product(x, Plain(weight), pairs)
-    for count in (1, 2, 3, 4, 5, 8, 9, 11, 13, 16, 17, 24, 25):
+    for count in (1, 2, 3, 4, 5, 8, 9, 11, 13, 16, 17, 24, 25, 32, 33):
         assert torch.equal(_product(x[:count], Plain(weight), pairs), whole[:count]), count
 
 
@@ -252,7 +256,7 @@ def _codes_of(plain: Plain) -> tuple[PackedInt4, torch.Tensor]:
 @pytest.mark.usefixtures("every")
 @given(
     kind=KINDS,
-    rows=st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17]),
+    rows=st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17, 33, 50, 65]),
     outputs=st.integers(1, 100),
     inputs=st.integers(1, 200),
     biased=st.booleans(),
@@ -270,7 +274,7 @@ def test_rows_and_8_bit_integers(kind: str, rows: int, outputs: int, inputs: int
 @pytest.mark.usefixtures("every")
 @given(
     kind=KINDS,
-    rows=st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17]),
+    rows=st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17, 33, 50, 65]),
     blocks=st.integers(1, 4),
     groups=st.integers(1, 9),
     biased=st.booleans(),
@@ -283,31 +287,38 @@ def test_rows_and_4_bit_integers(kind: str, rows: int, blocks: int, groups: int,
     expected = x.double() @ weight.T + (0 if bias is None else bias.double())
     with using(kind):
         got = library.product_int4(x, *packed)
-    _assert_close(got, expected, _spread(x, weight) + expected.abs())
+    rounding = x.double().abs() @ weight.abs().T * (2**10 if kind == "amx" and rows > MANY else 0)  # of weights
+    _assert_close(got, expected, _spread(x, weight) + expected.abs() + rounding)
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_row_of_integers_is_the_same_whatever_rows_are_beside_it(precision: str) -> None:
-    """To the bit, with more rows than are rounded together, too."""
+    """To the bit, with more rows than are rounded together, too. AMX multiplies few rows and many in two ways."""
     x, plain = _uneven(0, 300, 576), Plain(_random(1, 192, 576))
     packed = pack(quantize(plain, precision))
     assert isinstance(packed, PackedInt8 | PackedInt4)
-    whole = packed.multiply(x)
-    for count in (1, 2, 3, 4, 8, 9, 16, 256, 257):
-        assert torch.equal(packed.multiply(x[:count]), whole[:count]), count
-    assert torch.equal(packed.multiply(x[299:]), whole[299:])
+    few, many = packed.multiply(x[:MANY]), packed.multiply(x)
+    for count in (1, 2, 3, 4, 8, 9, 16):
+        assert torch.equal(packed.multiply(x[:count]), few[:count]), count
+    for count in (MANY + 1, 256, 257):
+        assert torch.equal(packed.multiply(x[:count]), many[:count]), count
+    assert torch.equal(packed.multiply(x[300 - MANY - 1 :]), many[300 - MANY - 1 :])
+    if KIND != "amx":
+        assert torch.equal(few, many[:MANY])
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_none(bad: float) -> None:
-    x, plain = _random(0, 3, 64), Plain(_random(1, 64, 64))
+@pytest.mark.parametrize("rows", [3, MANY + 1])
+def test_what_is_no_number_stays_none(bad: float, rows: int) -> None:
+    x, plain = _random(0, rows, 64), Plain(_random(1, 64, 64))
     x[1, 40] = bad
-    for packed in (_bytes_of(plain)[0], _codes_of(plain)[0]):
-        got = packed.multiply(x)
+    for packed in (_bytes_of(plain)[0], _codes_of(plain)[0], Packed.of(*plain)):
+        with library.used():
+            got = packed.multiply(x)
         assert not got[1].isfinite().any()
-        assert got[[0, 2]].isfinite().all()
+        assert got[torch.arange(rows) != 1].isfinite().all()
 
 
 @pytest.mark.usefixtures("every")
@@ -516,7 +527,8 @@ def test_native_layers_of_integers_compute_what_eager_ones_do(
     assert any(isinstance(value, PackedInt4) for value in compiled.layers[0].values())
     ours, theirs = (logits_of(decoder, ["0 2 1"], [70], 4) for decoder in (compiled, eager))
     error = (ours - theirs).abs().mean()  # both round in bfloat16
-    assert error < 0.04 * theirs.std(), f"mean {error:.3g}, spread {theirs.std():.3g}"
+    allowed = 0.05 if KIND == "amx" else 0.04  # weights are rounded for a prompt of more than 32 tokens
+    assert error < allowed * theirs.std(), f"mean {error:.3g}, spread {theirs.std():.3g}"
 
 
 @pytest.mark.usefixtures("native")
