@@ -26,15 +26,17 @@ class NativeKernels(BuildHookInterface[Any]):
         libraries: dict[str, Path] = {kind: native / builder["library_name"](kind) for kind in builder["INSTRUCTIONS"]}
         for other in set(native.glob("kernels-*.so")).difference(libraries.values()):
             other.unlink()  # of another state of the sources
-        try:
-            for kind, library in libraries.items():
+        built: list[Path] = []
+        for kind, library in libraries.items():
+            try:
                 if not library.exists():
                     builder["build_library"](kind, library)
-        except (builder["BuildError"], OSError) as error:
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
-            self.app.display_warning(f"native kernels are left out, and compiled later where possible: {reason}")
-            return
-        if version == "standard":
-            build_data["artifacts"].extend(library.relative_to(self.root).as_posix() for library in libraries.values())
+            except (builder["BuildError"], OSError) as error:
+                reason = (str(error).strip().splitlines() or [repr(error)])[0]
+                self.app.display_warning(f"native kernels for {kind} are left out: {reason}")
+            else:
+                built.append(library)
+        if version == "standard" and built:
+            build_data["artifacts"].extend(library.relative_to(self.root).as_posix() for library in built)
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

@@ -2,7 +2,7 @@
 
 Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix of bfloat16 or of integers, attention
 of one token per row over pages, attention of the tokens of a prompt, and the guesses of a draft head. They are used on
-processors with AVX512, VNNI included; AVX512-BF16 and AMX make them faster. Elsewhere, and where there is no library,
+processors with AVX2; AVX512 with VNNI, AVX512-BF16 and AMX make them faster. Elsewhere, and where there is no library,
 layers use torch's operations. Knows tensors, no families.
 
 There are two libraries. The kernels (`kernels.h`) need neither Python nor torch: they come with the package, where it
@@ -59,13 +59,13 @@ _in_use = ContextVar("in_use", default=False)
 
 
 @cache
-def _kind_of_library() -> str | None:
-    """Which of `INSTRUCTIONS` this processor has and is faster with; None = none."""
+def _kinds_of_library() -> tuple[str, ...]:
+    """Which of `INSTRUCTIONS` this processor has, the fastest first."""
     if not is_possible():
-        return None
+        return ()
     has = set(processor().replace("_", "").split())
-    names = {kind: {name.replace("-", "") for name in needed} for kind, needed in INSTRUCTIONS.items()}
-    return next((kind for kind in reversed(names) if has >= names[kind]), None)
+    needed = {kind: {name.replace("-", "") for name in names} for kind, names in INSTRUCTIONS.items()}
+    return tuple(kind for kind in reversed(needed) if has >= needed[kind])
 
 
 @cache
@@ -93,13 +93,12 @@ def _pairs() -> bool:
     On AMD cores it does twice the work of a float32 product in the same time; on Intel cores it takes 4 times as long.
     Where there is AMX, products with matrices go by its tiles anyway.
     """
-    return "AuthenticAMD" in processor() and _kind_of_library() == "avx512bf16"
+    return "AuthenticAMD" in processor() and "avx512bf16" in _kinds_of_library()
 
 
 def comes_along() -> bool:
-    """Whether the library for this processor came with the package."""
-    kind = _kind_of_library()
-    return kind is not None and (_FOLDER / library_name(kind)).exists()
+    """Whether a library for this processor came with the package."""
+    return any((_FOLDER / library_name(kind)).exists() for kind in _kinds_of_library())
 
 
 def load_library(folder: Path, dtype: torch.dtype, device: torch.device, *, build: bool) -> bool:
@@ -114,16 +113,13 @@ def load_library(folder: Path, dtype: torch.dtype, device: torch.device, *, buil
     Returns:
         Whether layers may call them. A compiler that is missing or fails is only logged: layers run without.
     """
-    kind = _kind_of_library() if _fits(dtype, device) else None
-    if kind is None:
-        return False
-    file = folder / library_name(kind)
-    for known in (_FOLDER / file.name, file):
+    kinds = _kinds_of_library() if _fits(dtype, device) else ()
+    for known in (place / library_name(kind) for kind in kinds for place in (_FOLDER, folder)):
         if not _loaded and known.exists():
             _load(known)
-    if not _loaded and build and _build(kind, file):
-        _load(file)
-    return bool(_loaded)
+    if kinds and not _loaded and build and (built := _build(kinds, folder)):
+        _load(built)
+    return bool(kinds and _loaded)
 
 
 def load_operations(folder: Path, *, build: bool) -> bool:
@@ -154,13 +150,19 @@ def _fits(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
-def _build(kind: str, file: Path) -> bool:
-    try:
-        build_library(kind, file)
-    except (BuildError, OSError) as error:
-        _fail("compiled", error)
-        return False
-    return True
+def _build(kinds: Sequence[str], folder: Path) -> Path | None:
+    """Compile the library of the first kind for which the compiler knows all instructions."""
+    errors: list[Exception] = []
+    for kind in kinds:
+        file = folder / library_name(kind)
+        try:
+            build_library(kind, file)
+        except (BuildError, OSError) as error:
+            errors.append(error)
+        else:
+            return file
+    _fail("compiled", errors[0])
+    return None
 
 
 def _load(file: Path) -> None:

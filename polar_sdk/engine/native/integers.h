@@ -3,9 +3,7 @@
 
 #include <cmath>
 
-#include "lanes.h"
-#include "team.h"
-#include "tiles.h"
+#include "products.h"
 
 namespace polar {
 
@@ -20,7 +18,11 @@ namespace polar {
 constexpr int64_t kGroup = 32;
 constexpr int64_t kWords = kGroup / 4;    // words of four inputs in a group
 constexpr float kMax = 127 * 256;         // the largest integer: both of its bytes are signed
+#ifdef __AVX512F__
 constexpr int kIntegerRows = 8;           // that meet a panel together
+#else
+constexpr int kIntegerRows = 2;
+#endif
 constexpr int64_t kIntegerBlock = 256;    // rows that are rounded together, so that they stay in the cache
 constexpr int64_t kShared = 4;            // rows that are worth a second thread to round them
 constexpr int64_t kFetchIntegers = 4096;  // bytes to fetch ahead
@@ -176,9 +178,10 @@ void run_panel(int64_t count, const Integers& matrix, const Rounded& rows, int64
   ((count == kCounts + 1 ? run_panel<Form, kCounts + 1>(matrix, rows, row, groups, number) : void()), ...);
 }
 
-#ifdef __AMX_BF16__
+// Without instructions for bytes, and with tiles, many rows are multiplied sooner by numbers that were made of integers.
+#if defined(__AMX_BF16__) || !defined(__AVX512F__)
 
-constexpr int64_t kManyRows = 32;  // more of them than this meet weights that were made numbers before
+constexpr int64_t kManyRows = 32;  // more of them than this
 
 // The 16 outputs of a panel of integers as numbers in one half of lines of pairs.
 template <class Form>
@@ -202,29 +205,22 @@ void make_numbers(const uint8_t* panel, int64_t groups, uint32_t* lines) {
   }
 }
 
-// By tiles of bfloat16: rows are not rounded; weights of half bytes are, to bfloat16, and those of bytes are exact.
+// Rows are not rounded then; weights of half bytes are, to bfloat16, and those of bytes are exact.
 template <class Form>
-void run_in_tiles(const Half* x, int64_t count, int64_t inputs, const Integers& matrix, const Sharing& sharing) {
-  const int64_t groups = parts_of(inputs, kGroup), bytes = groups * Form::kSize;
-  const TileSums to{matrix.scale, matrix.bias, matrix.y, matrix.outputs};
-  share(sharing, parts_of(matrix.outputs, kPanel), [&](Range& range) {
-    const TileRows rows(x, count, inputs);
-    const Tiles own = rows.tiles();
-    auto* numbers = reinterpret_cast<uint32_t*>(scratch<Integers>(groups * kTile * kPanel));
-    const TileLines lines{reinterpret_cast<const char*>(numbers), kLine, groups};
-    for (int64_t begin, end; range.take(begin, end);) {
-      for (const TileBlock& block : rows.blocks()) {
-        for (int64_t number = begin; number < end; ++number) {
-          for (int64_t half = 0; half < 2 && number * kPanel + half * kLanes < matrix.outputs; ++half) {
-            make_numbers<Form>(matrix.panels + (2 * number + half) * bytes, groups, numbers + half * kLanes);
-          }
-          for (int64_t tile = block.begin; tile < block.end; tile += 2) {
-            run_tiles(rows, tile, block.end, lines, to, number * kPanel);
-          }
-        }
-      }
+void run_by_numbers(const Product& product, const uint8_t* panels, const Sharing& sharing) {
+  const int64_t groups = parts_of(product.inputs, kGroup);
+  const auto panel_of = [&](int64_t number) {
+    float* numbers = scratch<Integers>(groups * kGroup / 2 * kPanel);
+    for (int64_t half = 0; half < 2 && number * kPanel + half * kLanes < product.outputs; ++half) {
+      make_numbers<Form>(panels + (2 * number + half) * groups * Form::kSize, groups,
+                         reinterpret_cast<uint32_t*>(numbers) + half * kLanes);
     }
-  });
+    return numbers;
+  };
+#ifdef __AMX_BF16__
+  if (has_tiles) return run_in_tiles(product, sharing, panel_of);
+#endif
+  run_by_rows<Singles>(product, sharing, panel_of);
 }
 
 #endif
@@ -232,8 +228,11 @@ void run_in_tiles(const Half* x, int64_t count, int64_t inputs, const Integers& 
 // Rows (M, K) by the matrix, whose result begins with the first of them.
 template <class Form>
 void run_integers(const Half* x, int64_t count, int64_t inputs, Integers matrix, const Sharing& sharing) {
-#ifdef __AMX_BF16__
-  if (has_tiles && count > kManyRows) return run_in_tiles<Form>(x, count, inputs, matrix, sharing);
+#if defined(__AMX_BF16__) || !defined(__AVX512F__)
+  if (count > kManyRows) {
+    const Product product{x, nullptr, matrix.bias, matrix.y, count, inputs, matrix.outputs, matrix.scale};
+    return run_by_numbers<Form>(product, matrix.panels, sharing);
+  }
 #endif
   const int64_t groups = parts_of(inputs, kGroup);
   for (int64_t start = 0; start < count; start += kIntegerBlock) {

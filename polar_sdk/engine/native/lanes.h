@@ -7,12 +7,22 @@
 #include <cstdint>
 #include <vector>
 
+#ifndef __AVX512F__
+#include "halves.h"
+#endif
+
 namespace polar {
 
 using Half = uint16_t;  // the bits of a bfloat16
 constexpr int64_t kLanes = 16;
 constexpr int64_t kPanel = 32;  // lanes that a product handles at a time …
-constexpr int64_t kRows = 12;   // … for this many rows: 24 sums, of 32 registers
+#ifdef __AVX512F__
+constexpr int64_t kRows = 12;  // … for this many rows: 24 sums, of 32 registers
+constexpr int kBeside = 2;     // registers of a panel that are handled together
+#else
+constexpr int64_t kRows = 6;  // one half of the lanes after the other: 12 halves of sums, of 16 registers
+constexpr int kBeside = 1;
+#endif
 
 // Of 16 pairs of bfloat16: the first of each pair, and the second, as float32.
 inline __m512 first_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
@@ -115,14 +125,14 @@ struct Pairs {
   // Of 16 pairs, the words; of some of them, anywhere in memory.
   static void put(float* to, int64_t, __m512i pairs) { _mm512_store_si512(to, pairs); }
   static void put(float* to, int64_t, __m512i pairs, __mmask16 lanes) { _mm512_mask_storeu_epi32(to, lanes, pairs); }
-  // The sums of some rows and 32 outputs go on by a pair of inputs: a word of each row, and 32 of weights.
+  // The sums of some rows and outputs go on by a pair of inputs: a word of each row, and registers of weights.
   template <int kCount>
-  static void meet(__m512 (&sums)[kCount][2], const float* words, __m512 low, __m512 high) {
+  static void meet(__m512 (&sums)[kCount][kBeside], const float* words, const __m512 (&weights)[kBeside]) {
 #pragma GCC unroll 12
     for (int row = 0; row < kCount; ++row) {
       const __m512 x = _mm512_set1_ps(words[row]);
-      sums[row][0] = add(sums[row][0], x, low);
-      sums[row][1] = add(sums[row][1], x, high);
+#pragma GCC unroll 2
+      for (int part = 0; part < kBeside; ++part) sums[row][part] = add(sums[row][part], x, weights[part]);
     }
   }
 };
@@ -147,14 +157,14 @@ struct Singles {
     _mm512_mask_storeu_ps(to + step, lanes, second_of(pairs));
   }
   template <int kCount>
-  static void meet(__m512 (&sums)[kCount][2], const float* words, __m512 low, __m512 high) {
-    const __m512i weights[2] = {_mm512_castps_si512(low), _mm512_castps_si512(high)};
+  static void meet(__m512 (&sums)[kCount][kBeside], const float* words, const __m512 (&weights)[kBeside]) {
     for (int input = 0; input < 2; ++input) {
-      for (int half = 0; half < 2; ++half) {
-        const __m512 weight = input ? second_of(weights[half]) : first_of(weights[half]);
+      for (int part = 0; part < kBeside; ++part) {
+        const __m512i pairs = _mm512_castps_si512(weights[part]);
+        const __m512 weight = input ? second_of(pairs) : first_of(pairs);
 #pragma GCC unroll 12
         for (int row = 0; row < kCount; ++row) {
-          sums[row][half] = add(sums[row][half], _mm512_set1_ps(words[input * kCount + row]), weight);
+          sums[row][part] = add(sums[row][part], _mm512_set1_ps(words[input * kCount + row]), weight);
         }
       }
     }

@@ -21,6 +21,7 @@ struct Product {
   const Half* bias;
   Half* y;
   int64_t rows, inputs, outputs;
+  const Half* scale = nullptr;  // of each output, for sums without their bias; null = 1
   int64_t pairs() const { return parts_of(inputs, 2); }
   int64_t padded() const { return parts_of(inputs, kLanes) * kLanes; }
 };
@@ -63,7 +64,7 @@ struct Pass {
   int64_t pairs;
   const char* ahead;  // weights to fetch meanwhile, `hop` bytes a pair
   int64_t hop;
-  __m512 bias[2];
+  __m512 scale[2], bias[2];
   Half* y;
   int64_t outputs;
   __mmask16 lanes[2];
@@ -71,20 +72,26 @@ struct Pass {
 
 template <class Form, int kCount>
 void run_rows(const Pass& pass) {
-  __m512 sums[kCount][2];
-  for (auto& row : sums) row[0] = row[1] = _mm512_setzero_ps();
-  const char* ahead = pass.ahead;
-  for (int64_t pair = 0; pair < pass.pairs; ++pair) {
-    const __m512 low = _mm512_loadu_ps(pass.panel + pair * kPanel);
-    const __m512 high = _mm512_loadu_ps(pass.panel + pair * kPanel + kLanes);
-    _mm_prefetch(ahead, _MM_HINT_T0);
-    if (pass.hop > 64) _mm_prefetch(ahead + 64, _MM_HINT_T0);
-    ahead += pass.hop;
-    Form::template meet<kCount>(sums, pass.words + pair * (2 / Form::kInputs) * kCount, low, high);
-  }
-  for (int row = 0; row < kCount; ++row) {
-    store_rounded(pass.y + row * pass.outputs, _mm512_add_ps(sums[row][0], pass.bias[0]), pass.lanes[0]);
-    store_rounded(pass.y + row * pass.outputs + kLanes, _mm512_add_ps(sums[row][1], pass.bias[1]), pass.lanes[1]);
+  for (int first = 0; first < 2; first += kBeside) {
+    __m512 sums[kCount][kBeside];
+    for (auto& row : sums)
+      for (auto& sum : row) sum = _mm512_setzero_ps();
+    const float* panel = pass.panel + first * kLanes;
+    const char* ahead = pass.ahead + (pass.hop > 64 ? 64 * first : 0);
+    for (int64_t pair = 0; pair < pass.pairs; ++pair, panel += kPanel, ahead += pass.hop) {
+      __m512 weights[kBeside];
+      for (int part = 0; part < kBeside; ++part) weights[part] = _mm512_loadu_ps(panel + part * kLanes);
+      _mm_prefetch(ahead, _MM_HINT_T0);
+      if (kBeside > 1 && pass.hop > 64) _mm_prefetch(ahead + 64, _MM_HINT_T0);
+      Form::template meet<kCount>(sums, pass.words + pair * (2 / Form::kInputs) * kCount, weights);
+    }
+    for (int row = 0; row < kCount; ++row) {
+      for (int part = 0; part < kBeside; ++part) {
+        const int half = first + part;
+        Half* y = pass.y + row * pass.outputs + half * kLanes;
+        store_rounded(y, _mm512_fmadd_ps(sums[row][part], pass.scale[half], pass.bias[half]), pass.lanes[half]);
+      }
+    }
   }
 }
 
@@ -112,33 +119,33 @@ const float* words_of(const Product& product, const Chunks& chunks, int64_t from
   return words;
 }
 
-// All outputs of the panels from `begin` to `end`, for the chunks of rows from `from` to `to`, which `words` are of.
+// All outputs of a panel, for the chunks of rows from `from` to `to`, which `words` are of.
 template <class Form>
-void run_panels(const Product& product, const Chunks& chunks, const float* words, int64_t from, int64_t to,
-                int64_t begin, int64_t end) {
+void run_panel(const Product& product, const Chunks& chunks, const float* words, int64_t from, int64_t to,
+               int64_t number, const float* panel) {
   const int64_t steps = product.padded() / Form::kInputs, start = chunks.start(from), pairs = product.pairs();
-  for (int64_t number = begin; number < end; ++number) {
-    const int64_t output = number * kPanel;
-    const float* panel = product.panels + number * pairs * kPanel;
-    Pass pass{nullptr, panel, pairs, nullptr, 2 * 64 / (to - from), {}, nullptr, product.outputs, {}};
-    for (int64_t half = 0; half < 2; ++half) {
-      pass.lanes[half] = first_lanes(product.outputs - output - half * kLanes);
-      pass.bias[half] = widen(product.bias + output + half * kLanes, pass.lanes[half]);
-    }
-    // Each chunk of several fetches its share of the next panel.
-    pass.ahead = reinterpret_cast<const char*>(panel) + (to - from > 1 ? pairs * kPanel * sizeof(float) : kAhead);
-    for (int64_t chunk = from; chunk < to; ++chunk) {
-      const int64_t row = chunks.start(chunk);
-      pass.words = words + (row - start) * steps;
-      pass.y = product.y + row * product.outputs + output;
-      run_count<Form>(chunks.start(chunk + 1) - row, pass, std::make_integer_sequence<int, kRows>());
-      pass.ahead += pairs * pass.hop;
-    }
+  const int64_t output = number * kPanel;
+  Pass pass{nullptr, panel, pairs, nullptr, 2 * 64 / (to - from), {}, {}, nullptr, product.outputs, {}};
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t at = output + half * kLanes;
+    pass.lanes[half] = first_lanes(product.outputs - at);
+    pass.scale[half] = product.scale ? widen(product.scale + at, pass.lanes[half]) : _mm512_set1_ps(1.0f);
+    pass.bias[half] = widen(product.bias + at, pass.lanes[half]);
+  }
+  // Each chunk of several fetches its share of the next panel.
+  pass.ahead = reinterpret_cast<const char*>(panel) + (to - from > 1 ? pairs * kPanel * sizeof(float) : kAhead);
+  for (int64_t chunk = from; chunk < to; ++chunk) {
+    const int64_t row = chunks.start(chunk);
+    pass.words = words + (row - start) * steps;
+    pass.y = product.y + row * product.outputs + output;
+    run_count<Form>(chunks.start(chunk + 1) - row, pass, std::make_integer_sequence<int, kRows>());
+    pass.ahead += pairs * pass.hop;
   }
 }
 
-template <class Form>
-void run_by_rows(const Product& product, const Sharing& sharing) {
+// `panel_of(number)` is where the numbers of a panel are.
+template <class Form, class PanelOf>
+void run_by_rows(const Product& product, const Sharing& sharing, const PanelOf& panel_of) {
   const Chunks chunks(product.rows);
   const int64_t size = product.rows * product.padded() / Form::kInputs;
   const int64_t blocks = std::min(parts_of(size, kBlock), chunks.count);
@@ -150,7 +157,9 @@ void run_by_rows(const Product& product, const Sharing& sharing) {
         const int64_t from = block * chunks.count / blocks, to = (block + 1) * chunks.count / blocks;
         if (block != filled) words = words_of<Form>(product, chunks, from, to);
         filled = block;
-        run_panels<Form>(product, chunks, words, from, to, begin, end);
+        for (int64_t number = begin; number < end; ++number) {
+          run_panel<Form>(product, chunks, words, from, to, number, panel_of(number));
+        }
       }
     }
   });
@@ -158,15 +167,17 @@ void run_by_rows(const Product& product, const Sharing& sharing) {
 
 #ifdef __AMX_BF16__
 
-inline void run_in_tiles(const Product& product, const Sharing& sharing) {
+// `panel_of(number)` is where the numbers of a panel are.
+template <class PanelOf>
+void run_in_tiles(const Product& product, const Sharing& sharing, const PanelOf& panel_of) {
   const int64_t pairs = product.pairs(), left = pairs % kTile;
-  const TileSums to{nullptr, product.bias, product.y, product.outputs};
+  const TileSums to{product.scale, product.bias, product.y, product.outputs};
   share(sharing, parts_of(product.outputs, kPanel), [&](Range& range) {
     const TileRows rows(product.x, product.rows, product.inputs);
     const Tiles own = rows.tiles();
     alignas(64) float last[kTile * kPanel];
     const auto run = [&](const TileBlock& block, int64_t number) {
-      const float* panel = product.panels + number * pairs * kPanel;
+      const float* panel = panel_of(number);
       TileLines lines{reinterpret_cast<const char*>(panel), kLine, parts_of(pairs, kTile)};
       if (left) {
         std::fill_n(std::copy_n(panel + (pairs - left) * kPanel, left * kPanel, last), (kTile - left) * kPanel, 0.0f);
@@ -191,10 +202,11 @@ inline void run_in_tiles(const Product& product, const Sharing& sharing) {
 
 // `pairs` says which form inputs have where there are no tiles.
 inline void run_product(const Product& product, bool pairs, const Sharing& sharing) {
+  const auto panel_of = [&](int64_t number) { return product.panels + number * product.pairs() * kPanel; };
 #ifdef __AMX_BF16__
-  if (has_tiles) return run_in_tiles(product, sharing);
+  if (has_tiles) return run_in_tiles(product, sharing, panel_of);
 #endif
-  pairs ? run_by_rows<Pairs>(product, sharing) : run_by_rows<Singles>(product, sharing);
+  pairs ? run_by_rows<Pairs>(product, sharing, panel_of) : run_by_rows<Singles>(product, sharing, panel_of);
 }
 
 }  // namespace polar

@@ -31,26 +31,31 @@ struct Prompt {
 template <class Form, int64_t kStep, int64_t kRow>
 void meet_panel(const float* words, const float* panel, int64_t width, int64_t steps, const float* share, float* sums,
                 int64_t stride) {
-  __m512 own[kRows][2];
-  for (int64_t row = 0; row < kRows; ++row) {
-    for (int64_t half = 0; half < 2; ++half) {
-      own[row][half] =
-          share ? _mm512_mul_ps(_mm512_set1_ps(share[row]), _mm512_loadu_ps(sums + row * stride + half * kLanes))
-                : _mm512_setzero_ps();
-    }
-  }
-  for (int64_t step = 0; step < steps; ++step, panel += width) {
-    const __m512 low = _mm512_loadu_ps(panel), high = _mm512_loadu_ps(panel + kLanes);
-#pragma GCC unroll 12
+  for (int64_t first = 0; first < kPanel; first += kBeside * kLanes) {
+    __m512 own[kRows][kBeside];
     for (int64_t row = 0; row < kRows; ++row) {
-      const __m512 word = _mm512_set1_ps(words[step * kStep + row * kRow]);
-      own[row][0] = Form::add(own[row][0], word, low);
-      own[row][1] = Form::add(own[row][1], word, high);
+      for (int64_t part = 0; part < kBeside; ++part) {
+        const float* sum = sums + row * stride + first + part * kLanes;
+        own[row][part] =
+            share ? _mm512_mul_ps(_mm512_set1_ps(share[row]), _mm512_loadu_ps(sum)) : _mm512_setzero_ps();
+      }
     }
-  }
-  for (int64_t row = 0; row < kRows; ++row) {
-    _mm512_storeu_ps(sums + row * stride, own[row][0]);
-    _mm512_storeu_ps(sums + row * stride + kLanes, own[row][1]);
+    const float* from = panel + first;
+    for (int64_t step = 0; step < steps; ++step, from += width) {
+      __m512 weights[kBeside];
+      for (int64_t part = 0; part < kBeside; ++part) weights[part] = _mm512_loadu_ps(from + part * kLanes);
+#pragma GCC unroll 12
+      for (int64_t row = 0; row < kRows; ++row) {
+        const __m512 word = _mm512_set1_ps(words[step * kStep + row * kRow]);
+#pragma GCC unroll 2
+        for (int64_t part = 0; part < kBeside; ++part) own[row][part] = Form::add(own[row][part], word, weights[part]);
+      }
+    }
+    for (int64_t row = 0; row < kRows; ++row) {
+      for (int64_t part = 0; part < kBeside; ++part) {
+        _mm512_storeu_ps(sums + row * stride + first + part * kLanes, own[row][part]);
+      }
+    }
   }
 }
 

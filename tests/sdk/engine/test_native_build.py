@@ -59,6 +59,17 @@ def test_a_wheel_brings_the_kernels(tree: Path, libraries: list[Path], tmp_path:
         assert all(archive.read(brought[library.name]) == library.read_bytes() for library in libraries)
 
 
+def test_what_a_compiler_does_not_know_is_left_out(tree: Path, libraries: list[Path], tmp_path: Path) -> None:
+    for made in (tree / "polar_sdk" / "engine" / "native").glob("*.so"):
+        made.unlink()
+    older = tmp_path / "older"
+    older.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1 ;; esac\nexec c++ "$@"\n')
+    older.chmod(0o755)
+    with zipfile.ZipFile(wheel(tree, tmp_path, CXX=str(older))) as archive:
+        brought = {Path(name).name for name in archive.namelist() if name.endswith(".so")}
+    assert brought == {library.name for library in libraries if "amx" not in library.name}
+
+
 def test_without_a_compiler_a_wheel_is_for_all_machines(tree: Path, tmp_path: Path) -> None:
     for made in (tree / "polar_sdk" / "engine" / "native").glob("*.so"):
         made.unlink()
