@@ -31,7 +31,7 @@ from benchmarks import drafts as drafting
 from benchmarks.first_answer import apart as newcomer
 from benchmarks.long_prompts import apart_growth
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, quantized, timed
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.results import RESULTS, Machine, Recorder
 from polar_sdk import PolarModel, Policy, Program
 from polar_sdk.engine import native
 from polar_sdk.engine.eager import NativeKernels
@@ -83,7 +83,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device: str = args.device
-        self.recorder = Recorder("engine", args.results, model=args.model, device=self.device)
+        kernels = Machine.here().kernels if self.device == "cpu" else ""
+        self.recorder = Recorder("engine", args.results, model=args.model, device=self.device, kernels=kernels)
         self.summary: dict[str, float] = {}
         """Ratios by name, for the last line; seconds where the name ends in `_s`."""
         self._random = random.Random(0)

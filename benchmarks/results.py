@@ -106,6 +106,11 @@ class Machine(_Frozen):
             accelerator=accelerator,
         )
 
+    @property
+    def kernels(self) -> str:
+        """`amx` where the engine's products go by AMX's tiles on the CPU; most figures are of processors without."""
+        return "amx" if "amx_bf16" in self.isa.split() and self.accelerator is None else ""
+
 
 class Run(_Frozen):
     """One run of a benchmark."""
@@ -156,16 +161,23 @@ class Recorder:
         folder: Where the file goes.
         model: Another model than the default one.
         device: What the model runs on.
+        kernels: Which of the engine's kernels for CPUs are measured, where others than those of most figures.
 
-    Another model or device has topics of its own: its figures replace none of the default model's on a CPU.
+    Another model, device or kernel has topics of its own: its figures replace none of the default model's on a CPU.
     """
 
     def __init__(
-        self, topic: str, folder: Path = RESULTS, *, model: str | Path | None = None, device: str = "cpu"
+        self,
+        topic: str,
+        folder: Path = RESULTS,
+        *,
+        model: str | Path | None = None,
+        device: str = "cpu",
+        kernels: str = "",
     ) -> None:
         self.folder = folder
         self.path: Path | None = None
-        variant = f"{Path(model).name if model else ''} {device.removeprefix('cpu')}".lower()
+        variant = f"{Path(model).name if model else ''} {device.removeprefix('cpu')} {kernels}".lower()
         self._suffix = "".join(f"-{part}" for part in re.findall("[a-z0-9]+", variant))
         self.run = Run(
             topic=topic + self._suffix,

@@ -162,6 +162,9 @@ SECTIONS = {
     ),
     "routing": Section("What routing costs", "Time and FLOPs of the router itself.", _ROUTER),
     "engine": Section("Engine: speed", "Full depth, compiled layers, two cores.", _ENGINE),
+    "engine-amx": Section(
+        "Engine: speed with AMX", "The same on a processor whose products go by AMX's tiles.", _ENGINE
+    ),
     "memory": Section("Engine: memory", "Resident memory of the process.", "`python -m benchmarks.memory`"),
     "precision": Section(
         "Engine: what integer weights change",

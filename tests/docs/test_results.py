@@ -123,6 +123,12 @@ class TestFiles:
         assert recorder.run.topic == "engine-tiny-model-0-5b"
         assert list(newest("memory-tiny-model-0-5b", tmp_path)) == ["size"]
 
+    def test_other_kernels_have_topics_of_their_own(self, tmp_path: Path) -> None:
+        assert Recorder("engine", tmp_path, kernels="amx").run.topic == "engine-amx"
+        here = Machine.here()
+        assert here.model_copy(update={"isa": "avx2 avx512_bf16 amx_bf16"}).kernels == "amx"
+        assert here.model_copy(update={"isa": "avx2 avx512_bf16"}).kernels == ""
+
     @pytest.mark.parametrize(
         "wrong",
         [{"low": 1.0}, {"low": 3.0, "high": 4.0, "interval": "95%"}, {"peer_value": 1.0}, {"value": float("nan")}],
