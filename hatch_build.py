@@ -6,8 +6,10 @@ loaded. `HATCH_BUILD_NO_HOOKS=true` leaves them out.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,22 @@ class NativeKernels(BuildHookInterface[Any]):
         libraries: dict[str, Path] = {kind: native / builder["library_name"](kind) for kind in builder["INSTRUCTIONS"]}
         for other in set(native.glob("kernels-*.so")).difference(libraries.values()):
             other.unlink()  # of another state of the sources
-        built: list[Path] = []
-        for kind, library in libraries.items():
+
+        def why_not(kind: str) -> str:
+            """Why the library for these processors cannot be built; empty where it can, or is there."""
             try:
-                if not library.exists():
-                    builder["build_library"](kind, library)
+                if not libraries[kind].exists():
+                    builder["build_library"](kind, libraries[kind])
             except (builder["BuildError"], OSError) as error:
-                reason = (str(error).strip().splitlines() or [repr(error)])[0]
+                return (str(error).strip().splitlines() or [repr(error)])[0]
+            return ""
+
+        with ThreadPoolExecutor(os.cpu_count()) as compilers:
+            reasons = dict(zip(libraries, compilers.map(why_not, libraries), strict=True))
+        for kind, reason in reasons.items():
+            if reason:
                 self.app.display_warning(f"native kernels for {kind} are left out: {reason}")
-            else:
-                built.append(library)
+        built = [libraries[kind] for kind, reason in reasons.items() if not reason]
         if version == "standard" and built:
             build_data["artifacts"].extend(library.relative_to(self.root).as_posix() for library in built)
             build_data["pure_python"] = False
