@@ -9,8 +9,8 @@ namespace polar {
 
 // y (M, N) = x (M, K) · weightᵀ + bias. Weights lie in *panels* of 32 outputs: for each pair of inputs, the two weights
 // of each output side by side, as `panels.py` packs them. So a panel is read from memory in order, once; outputs are
-// along lanes, and no sum runs across them. Rows are multiplied by a panel 12 at a time, while what comes next is
-// fetched. A sum runs in the same order for any number of rows, so a row is the same whatever rows are beside it.
+// along lanes, and no sum runs across them. Rows are multiplied by a panel 12 at a time, or 6 without AVX512, while what
+// comes next is fetched. A sum runs in the same order for any number of rows, so a row is the same whatever rows are beside it.
 
 constexpr int64_t kBlock = 1 << 18;  // words of rows that fit the second-level cache together with a panel
 constexpr int64_t kAhead = 4096;     // bytes to fetch ahead where a panel is used once
