@@ -58,16 +58,31 @@ void fill_rows(const Product& product, int64_t start, int64_t rows, float* words
   }
 }
 
+// What becomes of the sums of a panel's 32 outputs: they are multiplied by their scales, and have a bias added.
+struct Ending {
+  __m512 scale[2], bias[2];
+  __mmask16 lanes[2];
+
+  Ending(const Product& product, int64_t number) {
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t at = number * kPanel + half * kLanes;
+      lanes[half] = first_lanes(product.outputs - at);
+      scale[half] = product.scale ? widen(product.scale + at, lanes[half]) : _mm512_set1_ps(1.0f);
+      bias[half] = widen(product.bias + at, lanes[half]);
+    }
+  }
+  __m512 of(__m512 sum, int half) const { return _mm512_fmadd_ps(sum, scale[half], bias[half]); }
+};
+
 struct Pass {
   const float* words;  // of the rows
   const float* panel;
   int64_t pairs;
   const char* ahead;  // weights to fetch meanwhile, `hop` bytes a pair
   int64_t hop;
-  __m512 scale[2], bias[2];
+  Ending ending;
   Half* y;
   int64_t outputs;
-  __mmask16 lanes[2];
 };
 
 template <class Form, int kCount>
@@ -89,7 +104,7 @@ void run_rows(const Pass& pass) {
       for (int part = 0; part < kBeside; ++part) {
         const int half = first + part;
         Half* y = pass.y + row * pass.outputs + half * kLanes;
-        store_rounded(y, _mm512_fmadd_ps(sums[row][part], pass.scale[half], pass.bias[half]), pass.lanes[half]);
+        store_rounded(y, pass.ending.of(sums[row][part], half), pass.ending.lanes[half]);
       }
     }
   }
@@ -124,20 +139,14 @@ template <class Form>
 void run_panel(const Product& product, const Chunks& chunks, const float* words, int64_t from, int64_t to,
                int64_t number, const float* panel) {
   const int64_t steps = product.padded() / Form::kInputs, start = chunks.start(from), pairs = product.pairs();
-  const int64_t output = number * kPanel;
-  Pass pass{nullptr, panel, pairs, nullptr, 2 * 64 / (to - from), {}, {}, nullptr, product.outputs, {}};
-  for (int64_t half = 0; half < 2; ++half) {
-    const int64_t at = output + half * kLanes;
-    pass.lanes[half] = first_lanes(product.outputs - at);
-    pass.scale[half] = product.scale ? widen(product.scale + at, pass.lanes[half]) : _mm512_set1_ps(1.0f);
-    pass.bias[half] = widen(product.bias + at, pass.lanes[half]);
-  }
+  const Ending ending(product, number);
+  Pass pass{nullptr, panel, pairs, nullptr, 2 * 64 / (to - from), ending, nullptr, product.outputs};
   // Each chunk of several fetches its share of the next panel.
   pass.ahead = reinterpret_cast<const char*>(panel) + (to - from > 1 ? pairs * kPanel * sizeof(float) : kAhead);
   for (int64_t chunk = from; chunk < to; ++chunk) {
     const int64_t row = chunks.start(chunk);
     pass.words = words + (row - start) * steps;
-    pass.y = product.y + row * product.outputs + output;
+    pass.y = product.y + row * product.outputs + number * kPanel;
     run_count<Form>(chunks.start(chunk + 1) - row, pass, std::make_integer_sequence<int, kRows>());
     pass.ahead += pairs * pass.hop;
   }
@@ -167,17 +176,89 @@ void run_by_rows(const Product& product, const Sharing& sharing, const PanelOf& 
 
 #ifdef __AMX_BF16__
 
+// Tiles of rows that fit the second-level cache, from `begin` up to `end`; two of them meet weights at a time.
+struct TileBlock {
+  int64_t begin, end;
+  int64_t count() const { return parts_of(end - begin, 2); }
+};
+
+// The rows of a product, 16 of them to a tile. Where tiles cannot be read from the rows as they lie, they are
+// copied, with zeros after them: all rows where the inputs are no whole number of steps, else those after the last whole
+// tile.
+class TileRows {
+ public:
+  explicit TileRows(const Product& product)
+      : x_(product.x),
+        rows_(product.rows),
+        padded_(parts_of(product.inputs, kStep) * kStep),
+        copied_(first_copied(product.inputs)) {
+    if (copied_ == rows_) return;
+    const int64_t count = rows_ - copied_, lines = parts_of(count, kTile) * kTile, inputs = product.inputs;
+    copy_ = reinterpret_cast<Half*>(scratch<TileRows>(lines * padded_ / 2));
+    std::fill_n(copy_, lines * padded_, Half{0});
+    for (int64_t row = 0; row < count; ++row) std::copy_n(x_ + (copied_ + row) * inputs, inputs, copy_ + row * padded_);
+  }
+
+  int64_t stride() const { return padded_ * static_cast<int64_t>(sizeof(Half)); }
+  const Half* tile(int64_t number) const {
+    const int64_t row = number * kTile;
+    return row < copied_ ? x_ + row * padded_ : copy_ + (row - copied_) * padded_;
+  }
+  // For up to 32 rows, tiles of just those that there are; else whole ones.
+  Tiles tiles() const {
+    return is_small() ? Tiles(std::min(rows_, kTile), std::max<int64_t>(rows_ - kTile, 0)) : Tiles(kTile, kTile);
+  }
+  std::vector<TileBlock> blocks() const {
+    constexpr int64_t kNumbers = (1 << 20) / sizeof(Half);
+    const int64_t size = std::max<int64_t>(kNumbers / padded_ / kTile / 2 * 2, 2), end = parts_of(rows_, kTile);
+    std::vector<TileBlock> blocks;
+    for (int64_t begin = 0; begin < end; begin += size) blocks.push_back({begin, std::min(begin + size, end)});
+    return blocks;
+  }
+
+ private:
+  bool is_small() const { return rows_ <= 2 * kTile; }
+  int64_t first_copied(int64_t inputs) const {
+    if (padded_ != inputs) return 0;
+    return is_small() ? rows_ : rows_ / kTile * kTile;
+  }
+
+  const Half* x_;
+  const int64_t rows_, padded_, copied_;
+  Half* copy_ = nullptr;
+};
+
+// One or two tiles of rows, those from `tile` and before `end`, by the weights of the 32 outputs of a panel.
+inline void run_tiles(const Product& product, const TileRows& rows, int64_t tile, int64_t end, const TileLines& weights,
+                      const Ending& ending, int64_t number) {
+  alignas(64) float sums[2 * kTile * kPanel];
+  if (end - tile > 1) {
+    meet_tiles<true, false>(rows.tile(tile), rows.tile(tile + 1), rows.stride(), weights, sums, kPanel);
+  } else {
+    meet_tiles<false, false>(rows.tile(tile), nullptr, rows.stride(), weights, sums, kPanel);
+  }
+  const __mmask32 lanes = ending.lanes[0] | static_cast<__mmask32>(ending.lanes[1]) << kLanes;
+  const int64_t start = tile * kTile, count = std::min(std::min(tile + 2, end) * kTile, product.rows) - start;
+  Half* y = product.y + start * product.outputs + number * kPanel;
+  for (int64_t row = 0; row < count; ++row, y += product.outputs) {
+    const __m512 low = ending.of(_mm512_load_ps(sums + row * kPanel), 0);
+    const __m512 high = ending.of(_mm512_load_ps(sums + row * kPanel + kLanes), 1);
+    _mm512_mask_storeu_epi16(y, lanes, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  }
+}
+
 // `panel_of(number)` is where the numbers of a panel are.
 template <class PanelOf>
 void run_in_tiles(const Product& product, const Sharing& sharing, const PanelOf& panel_of) {
   const int64_t pairs = product.pairs(), left = pairs % kTile;
-  const TileSums to{product.scale, product.bias, product.y, product.outputs};
   share(sharing, parts_of(product.outputs, kPanel), [&](Range& range) {
-    const TileRows rows(product.x, product.rows, product.inputs);
+    const TileRows rows(product);
+    const std::vector<TileBlock> blocks = rows.blocks();
     const Tiles own = rows.tiles();
     alignas(64) float last[kTile * kPanel];
     const auto run = [&](const TileBlock& block, int64_t number) {
       const float* panel = panel_of(number);
+      const Ending ending(product, number);
       TileLines lines{reinterpret_cast<const char*>(panel), kLine, parts_of(pairs, kTile)};
       if (left) {
         std::fill_n(std::copy_n(panel + (pairs - left) * kPanel, left * kPanel, last), (kTile - left) * kPanel, 0.0f);
@@ -187,11 +268,11 @@ void run_in_tiles(const Product& product, const Sharing& sharing, const PanelOf&
       lines.hop = kTile * kLine / block.count() / 64 * 64;
       lines.ahead = lines.lines + (block.count() > 1 ? pairs * kLine : kAhead);
       for (int64_t tile = block.begin; tile < block.end; tile += 2, lines.ahead += lines.steps * lines.hop) {
-        run_tiles(rows, tile, block.end, lines, to, number * kPanel);
+        run_tiles(product, rows, tile, block.end, lines, ending, number);
       }
     };
     for (int64_t begin, end; range.take(begin, end);) {
-      for (const TileBlock& block : rows.blocks()) {
+      for (const TileBlock& block : blocks) {
         for (int64_t number = begin; number < end; ++number) run(block, number);
       }
     }

@@ -27,7 +27,7 @@ struct Prompt {
   int64_t sharing() const { return heads / groups; }
 };
 
-// sums (12, 32) = sums × share + words · panel, for one word of each of 12 rows per step.
+// sums (rows, 32) = sums × share + words · panel, for one word of each row per step.
 template <class Form, int64_t kStep, int64_t kRow>
 void meet_panel(const float* words, const float* panel, int64_t width, int64_t steps, const float* share, float* sums,
                 int64_t stride) {
@@ -59,20 +59,20 @@ void meet_panel(const float* words, const float* panel, int64_t width, int64_t s
   }
 }
 
-// Twelve queries at a time, in a form of `lanes.h`.
+// As many queries at a time as a product has rows, in a form of `lanes.h`.
 template <class Its>
 struct ByRows {
   using Form = Its;
   static constexpr int64_t kChunk = kRows, kKeys = 64;  // queries of a chunk, and keys of a block
   // Where a word of a query is among those of its chunk.
   static int64_t place(int64_t row, int64_t word, int64_t) { return word * kRows + row; }
-  // scores (12, keys) = queries · keys.
+  // scores (rows, keys) = queries · keys.
   static void meet_keys(const float* queries, const float* keys, int64_t words, int64_t, float* scores) {
     for (int64_t start = 0; start < kKeys; start += kPanel) {
       meet_panel<Form, kRows, 1>(queries, keys + start, kKeys, words, nullptr, scores + start, kKeys);
     }
   }
-  // mixed (12, size) = mixed × share + weights · values.
+  // mixed (rows, size) = mixed × share + weights · values.
   static void meet_values(const float* weights, const float* values, int64_t size, int64_t, const float* share,
                           float* mixed) {
     for (int64_t at = 0; at < size; at += kPanel) {
