@@ -10,6 +10,7 @@ import typer
 
 from polar_sdk import lab
 from polar_sdk.cli import options as opt
+from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.lines import print_line
 from polar_sdk.show.progress import ProgressBars
 
@@ -47,7 +48,12 @@ def drafts(
     from polar_sdk.lab.rewards.cache import RewardCache, cache_path
     from polar_sdk.models.draft_heads import saved_head_path
 
-    items = None if data is None else lab.read_items(data, limit)  # before seconds are spent on loading the model
+    if limit is not None and data is None:
+        raise InvalidRequestError(
+            f"--limit {limit} is for the prompts of --data, and none are given; use --questions {limit} to have the "
+            "model ask itself so often."
+        )
+    items = opt.items_of(data, limit)  # before seconds are spent on loading the model
     engine = opt.load_model(model, device=device, device_map=device_map, precision=precision, no_ledger=True)
     target = out or saved_head_path(engine.fingerprint)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype))

@@ -69,7 +69,7 @@ def evaluate(
             raise InvalidRequestError(
                 f"--html {str(html)!r} cannot be written: its folder does not exist; create it first."
             )
-    sets = {path.stem: lab.read_items(path, limit) for path in data} if data else None
+    sets = {path.stem: lab.read_items(path, limit) for path in data} if data else opt.items_of(None, limit)
     engine = opt.load_model(
         model,
         device=device,

@@ -114,7 +114,7 @@ def heal(
     options: dict[str, Any] = {**shared, **(of_bridges if segments else of_fills)}
     # Checks them before seconds are spent on loading the model.
     lab.HealOptions(**options) if segments else lab.FillOptions(**options)
-    items = None if data is None else lab.read_items(data, limit)
+    items = opt.items_of(data, limit)
     engine = opt.load_model(model, device=device, precision=precision, no_ledger=True)
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype))
     made: BridgeSet | FillSet

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
 import typer
 
+from polar_sdk import lab
 from polar_sdk.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
+    from polar_sdk.lab.items import Item
     from polar_sdk.model import PolarModel
     from polar_sdk.request.options import ModelOptions, RequestOptions
 
@@ -161,6 +164,17 @@ def load_model(
         options["ledger"] = None if no_ledger else options.get("ledger") or AUTO_LEDGER
         options["tags"] = dict(map(_key_and_value, tag or ()))
         return PolarModel.from_pretrained(model, **options)
+
+
+def items_of(data: Path | None, limit: int | None) -> list[Item] | None:
+    """The first N items of a file, or of the package's own prompts where none is given; None = all of those.
+
+    Raises:
+        DataError: The file cannot be used.
+    """
+    if data is not None:
+        return lab.read_items(data, limit)
+    return None if limit is None else lab.builtin_items()[:limit]
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def scan(
     sizes = _lengths(lengths)
     if out is not None and not out.absolute().parent.is_dir():  # before minutes are spent on scanning
         raise InvalidRequestError(f"--out {str(out)!r} cannot be written: its folder does not exist; create it first.")
-    items = lab.builtin_items()[: limit or _BUILTIN] if data is None else lab.read_items(data, limit)
+    items = opt.items_of(data, limit or (_BUILTIN if data is None else None))
     engine = opt.load_model(model, device=device, device_map=device_map, precision=precision, no_ledger=True)
     with ProgressBars(quiet=as_json) as show:
         report = lab.scan(engine, items, lengths=sizes, loops=loops, removals=removals, on_progress=show)

@@ -74,7 +74,7 @@ def search(
         "seed": seed or 0,
     }
     lab.SearchOptions(**options)  # checks them before seconds are spent on loading the model
-    items = None if data is None else lab.read_items(data, limit)
+    items = opt.items_of(data, limit)
     engine = opt.load_model(
         model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
     )

@@ -19,6 +19,8 @@ import typer.main
 from typer.testing import CliRunner
 
 from polar_sdk.cli.main import app
+from polar_sdk.cli.options import items_of
+from polar_sdk.lab import RewardMatrix, builtin_items
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -198,6 +200,7 @@ class TestMistakes:
             (["run", "hi", "--model", "./no/such/folder"], ["./no/such/folder", "no such file or folder"]),
             (["models", "fetch", "no-such-model"], ["'no-such-model'"]),
             (["scan", "--data", "absent.jsonl"], ["absent.jsonl", "cannot be read"]),
+            (["drafts", "--limit", "7"], ["--limit 7", "--data", "--questions 7"]),
             (["scan", "--lengths", "1,x"], ["'1,x'", "1,2,3"]),
             (["scan", "--out", "absent/scan.json"], ["absent/scan.json", "folder does not exist"]),
             (["usage", "--month", "2026-13"], ["2026-13"]),
@@ -391,6 +394,13 @@ class TestChat:
 
 
 class TestScan:
+    def test_a_limit_also_cuts_the_packages_own_prompts(self, folder: Path, tmp_path: Path) -> None:
+        assert items_of(None, 3) == builtin_items()[:3]
+        assert items_of(None, None) is None
+        words = ["--model", str(folder), "--limit", "1", "--out", str(tmp_path / "menu.json")]
+        assert polar("search", *words).exit_code == 0
+        assert len(RewardMatrix.load(tmp_path / "menu.rewards.safetensors")) == 1
+
     def test_it_measures_and_saves(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
         words = ["--model", str(folder), "--limit", "2", "--lengths", "1", "--removals", "1"]
