@@ -18,6 +18,7 @@ from polar_sdk.engine.pack import packs
 from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
 from polar_sdk.lab.rewards.tasks import BATCH
+from polar_sdk.programs.cost import Piece
 from polar_sdk.programs.program import Program
 from polar_sdk.show.progress import Progress, silent
 
@@ -217,8 +218,8 @@ def _flops(task: Task, program: Program, cost: CostModel) -> int:
     if not isinstance(task.item, ChoiceItem):
         return cost.request(program, prompt, len(task.question.continuations[0])).total
     tails = [len(tail) for tail in task.question.continuations]
-    steps = [cost.step(step) for step in program]
-    layers = sum(step.flops(prompt, prompt) + sum(step.flops(tail, prompt + tail) for tail in tails) for step in steps)
+    pieces = [Piece(0, prompt, prompt, prompt - 1), *(Piece(prompt, prompt + tail, prompt, prompt) for tail in tails)]
+    layers = sum(share.flops for piece in pieces for share in cost.shares(program, piece))
     return layers + cost.head * sum(tails)
 
 

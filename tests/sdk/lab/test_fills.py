@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from polar_sdk import PolarModel, Policy, Program, lab
 from polar_sdk.cli.main import app
-from polar_sdk.engine.scoring import states_after
+from polar_sdk.engine.scoring import score_programs, states_after
 from polar_sdk.errors import FillDamagedError, FillError, FillModelError
 from polar_sdk.lab.healing.fill_fit import candidates, parse_fills
 from polar_sdk.lab.healing.fill_healer import FillHealer, FillOptions
-from polar_sdk.lab.items import Item, PromptItem
+from polar_sdk.lab.items import ChoiceItem, Item, PromptItem
+from polar_sdk.lab.rewards.cache import RewardCache
+from polar_sdk.lab.rewards.measure import Measurer
+from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.router.fill_set import FillSet, stored
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 
@@ -50,6 +54,25 @@ def fitted(texts: list[Item]) -> Callable[..., FillSet]:
 
 def digests(fills: FillSet) -> dict[tuple[int, int], str]:
     return {segment: fill.digest for segment, fill in fills.fills.items()}
+
+
+def test_what_fills_spare_of_a_choice_question_is_what_is_not_executed(fitted: Callable[..., FillSet]) -> None:
+    """Attention is counted per question, and runs in blocks of several: hence not to the FLOP."""
+    model = tiny_model(policy=Policy.permissive(), compile=False)
+    model.use_fills(fitted(model, "3-5,4-5"))
+    item = ChoiceItem(question="which of them is the largest of all? " * 2, choices=("red", "green"), answer=1)
+    tasks = make_tasks(model, [item], RewardCache())
+    programs = [Program.identity(6), Program.parse("0-3 (4-5)"), Program.parse("0-2 (3-5:4)")]
+    rewards = Measurer(model, RewardCache()).rewards(tasks, programs)
+    counted = []
+    for program in programs:
+        with FlopCounterMode(display=False) as counter:
+            score_programs(model.decoder, [tasks[0].question], [program])
+        counted.append(counter.get_total_flops())
+    told = [int(rewards[program].flops[0]) for program in programs]
+    assert told[0] > told[1] > told[2]
+    assert told == [pytest.approx(flops, rel=0.1) for flops in counted]
+    assert [one / told[0] for one in told] == [pytest.approx(flops / counted[0], rel=0.03) for flops in counted]
 
 
 def test_the_first_layer_of_a_segment_is_found_exactly_and_later_ones_nearly(
