@@ -136,7 +136,7 @@ class Work:
 
     def make(self, name: str, matrix: RewardMatrix) -> dict[str, Any]:
         """Train, certify and evaluate one router, unless that is done already for the same data and settings."""
-        tiers = self._promised
+        tiers = _tiers(self.options.tier, "drops" if self.labelled else "differs")
         mark = self.folder / f"{name}.done.json"
         settings = self._layerwise if name == "policy" else self._menu(name)
         version = engine_version(self.model.dtype)
@@ -239,13 +239,7 @@ class Work:
             penalties=(0.3, 1.0, 3.0),
             risks=(0.05, 0.15, 0.3),
             least=self.options.least,
-            promises=tuple(sorted(self._promised.values(), key=lambda promise: promise.alpha)),
         )
-
-    @property
-    def _promised(self) -> dict[str, TierPromise]:
-        """What each tier is to promise."""
-        return _tiers(self.options.tier, "drops" if self.labelled else "differs")
 
     @property
     def _layerwise(self) -> LayerwiseSettings:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from polar_sdk.engine import engine_version
 from polar_sdk.engine.hashes import hash_bridges, hash_programs, hash_tensors
@@ -56,25 +55,12 @@ class RouterFacts(BaseModel):
     """Whether θ and costs are those of the prompt's own length; else of 128 prompt and 64 output tokens."""
     par: float = Field(default=1.0, gt=0, le=1)
     """The predicted quality that is as good as identity, from which losses count."""
-    corners: tuple[tuple[float, float], ...] = ()
-    """Corners of the dial's walk, where programs with bridges have a threshold of their own: thresholds of programs
-    without and with bridges, from (0, 0). θ is their sum. Empty = θ is the threshold of all."""
     answer_tokens: int = Field(default=NOMINAL_OUTPUT, ge=1)
     """Tokens of an answer that costs are compared at, where they are those of the prompt's own length."""
     default_tier: str = "standard"
     """Tier of a request that names none, where the router is certified."""
     training: dict[str, Any] = Field(default_factory=dict)
     """The training record: data, seeds, settings, utilities."""
-
-    @field_validator("corners")
-    @classmethod
-    def _walkable(cls, corners: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-        for (plain, bridged), (next_plain, next_bridged) in pairwise(corners):
-            if (next_plain > plain) + (next_bridged > bridged) != 1 or next_plain < plain or next_bridged < bridged:
-                raise ValueError("one threshold must rise from each corner to the next, and the other stay")
-        if corners and corners[0] != (0.0, 0.0):
-            raise ValueError("corners must begin at (0, 0)")
-        return corners
 
 
 class LearnedRouter(Router):

@@ -8,11 +8,7 @@ Costs are those of the prompt's own length where the router was trained so (`own
 more where it saves more: θ counts what is lost per share of the FLOPs saved, relative to a prompt of 128 tokens. So a
 long prompt, of which a filled program saves twice as much as of a short one, may take a deeper cut. What is lost counts
 from the quality that is as good as identity (`par`): a program that gains as many answers as it loses is the first to
-run, before any that only loses few.
-
-Programs with bridges serve choices, the others texts, and a tier allows them different losses. So the dial may let one
-of both go further before the other: it then has a threshold for each, and walks from corner to corner, where one of the
-two rises at a time. θ is their sum, so that one number still names a setting. Knows no text and no money.
+run, before any that only loses few. Knows no text and no money.
 """
 
 from __future__ import annotations
@@ -99,29 +95,6 @@ def needed_theta(outputs: Tensor, favour: Tensor | None = None, par: float = 1.0
     return torch.cat((torch.zeros_like(lost[..., :1]), lost), -1)
 
 
-def along(corners: Sequence[tuple[float, float]], needed: Tensor, bridged: Sequence[bool]) -> Tensor:
-    """The θ at which a dial that walks from corner to corner reaches what each program needs; infinity after its end.
-
-    Args:
-        corners: Thresholds of programs without and with bridges, from (0, 0); one of them rises on each leg.
-        needed: Of each program, (…, M).
-        bridged: Whether each program has a bridge, M.
-    """
-    thresholds = torch.tensor(corners, dtype=torch.float64)
-    reached = [_reached(thresholds, needed.double(), group) for group in (0, 1)]
-    return torch.where(torch.tensor(bridged), reached[1], reached[0])
-
-
-def _reached(thresholds: Tensor, needed: Tensor, group: int) -> Tensor:
-    """θ at which the threshold of a group, a column of (C, 2), reaches what is needed."""
-    own = thresholds[:, group].contiguous()
-    corner = torch.searchsorted(own, needed.contiguous())  # the first whose threshold is enough
-    ends = corner < len(own)
-    corner = corner.clamp(max=len(own) - 1)
-    theta = thresholds.sum(1)[corner] - (own[corner] - needed)  # on the leg to it, this group's threshold rises
-    return torch.where(ends, theta, torch.inf)
-
-
 def menu_dial(needed: Tensor, order: Sequence[int], points: int = 100, most: float = 1.0) -> tuple[float, ...]:
     """0, then quantiles of the θ that the cheaper programs need over these prompts, (M, P), up to `most`."""
     thetas = needed[:, list(order)].double().flatten()
@@ -155,12 +128,10 @@ class MenuRouter(LearnedRouter):
         )
 
     def choose_all(self, outputs: Tensor, theta: float, lengths: Sequence[int] | None = None) -> list[Program]:
-        """The cheapest program, at each prompt's length, that may run at θ."""
+        """The cheapest program, at each prompt's length, whose quality is at least 1 − θ."""
         assert self._pricing is not None, "the router is not bound to a model"
         sizes = [NOMINAL_PROMPT] * len(outputs) if lengths is None else lengths
         favour = self._pricing.favour(sizes) if self.facts.own_length else None
         needed = needed_theta(outputs.cpu(), favour, self.facts.par).double()
-        if self.facts.corners:
-            needed = along(self.facts.corners, needed, [bool(program.bridges) for program in self.programs])
         chosen = cheapest(needed, self._pricing.costs(sizes), theta)
         return [self.programs[program] for program in chosen.tolist()]

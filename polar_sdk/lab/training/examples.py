@@ -73,7 +73,6 @@ class Examples:
         margin: (P, M) float32; what the target `gap` regresses on.
         flops: (P, M) float64, the router's own in all columns but identity's.
         kinds: (P,) index of each prompt's kind: a promise holds for each kind alike, and so must a decision.
-        choices: (P,) whether each prompt is a question with choices.
         costs: (P, M) FLOPs of each program over identity's that a decision compares; see `router.menu.Pricing`.
         favour: (P, M − 1) what a loss counts; None = as it is.
         least: The smallest possible loss: −1 for `drops`, else 0.
@@ -85,7 +84,6 @@ class Examples:
     margin: Tensor
     flops: Tensor
     kinds: Tensor
-    choices: Tensor
     costs: Tensor
     favour: Tensor | None = None
     least: float = 0.0
@@ -125,22 +123,12 @@ class Examples:
         least = -1.0 if loss == "drops" else 0.0
         names = sorted(set(matrix.kinds))
         kinds = torch.tensor([names.index(kind) for kind in matrix.kinds])
-        choices = torch.tensor([kind == "choice" for kind in matrix.kinds])
         lost = learned_losses(matrix, loss, strict=strict)
         lengths = [len(tokens) for tokens, kept in zip(matrix.tokens, keep.tolist(), strict=True) if kept]
         favour = pricing.favour(lengths) if pricing.own_length else None
         costs = pricing.costs(lengths)
         return cls(
-            features[keep],
-            lost[keep],
-            matrix.margin[keep],
-            flops[keep],
-            kinds[keep],
-            choices[keep],
-            costs,
-            favour,
-            least,
-            pricing.par,
+            features[keep], lost[keep], matrix.margin[keep], flops[keep], kinds[keep], costs, favour, least, pricing.par
         )
 
     def rows(self, keep: Sequence[bool]) -> Examples:
@@ -153,7 +141,6 @@ class Examples:
             self.margin[mask],
             self.flops[mask],
             self.kinds[mask],
-            self.choices[mask],
             self.costs[mask],
             favour,
             self.least,

@@ -11,17 +11,17 @@ FLOPs saved there, averaged over several risks. Knows tensors only, no model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from pydantic import BaseModel, Field
 
 from polar_sdk.lab.checkpoint import Checkpoint, run_key
-from polar_sdk.router.certificate import Loss, TierPromise
+from polar_sdk.router.certificate import Loss
 from polar_sdk.router.menu import cheapest, menu_dial
 from polar_sdk.router.network import Network
 from polar_sdk.show.progress import Progress, silent
@@ -66,9 +66,6 @@ class MenuSettings(BaseModel, frozen=True, extra="forbid"):
     Without this limit, giving up on a few prompts, by the cheapest program, would count for less than a small risk on
     many: cheap on average, and useless to whoever sent those prompts.
     """
-    promises: tuple[TierPromise, ...] = ()
-    """What the tiers are to promise, the strictest first, where the menu has programs with and without bridges: the
-    dial then walks past corners fitted to them; see `fit_corners`. None = all programs share a threshold."""
     steps: int = Field(default=200, ge=1)
     check_every: int = Field(default=10, ge=1)
     """Steps between measurements of the deployed utility."""
@@ -78,8 +75,6 @@ class MenuSettings(BaseModel, frozen=True, extra="forbid"):
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
 
 
-_CAUTION: Final = 0.5
-"""Part of the loss that a tier allows up to which a threshold rises for it: calibration has other prompts."""
 _Config = tuple[str, tuple[int, ...], float]
 """Target, hidden sizes, penalty."""
 
@@ -256,48 +251,6 @@ def _logistic(outputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 def _utility(network: Network, dev: Examples, order: Sequence[int], settings: MenuSettings) -> float:
     needed = dev.needed(network(dev.features))
     return frontier(needed, dev, order, max_theta=dev.end(settings.least)).utility(settings.risks)
-
-
-def fit_corners(
-    needed: Tensor, dev: Examples, order: Sequence[int], bridged: Sequence[bool], settings: MenuSettings
-) -> tuple[tuple[float, float], ...]:
-    """Corners of the dial's walk; see `router.menu.along`. Empty where all programs may share a threshold.
-
-    A tier stops where one kind of prompt has lost what the tier allows, and with a common threshold that kind stops the
-    others too. So for each promise, the strictest first, programs without bridges go as far as dev prompts lose at most
-    a part of what it allows, then those with bridges. What is left of either comes after the last promise.
-
-    Args:
-        needed: θ of each program for each dev prompt, (P, M), with a common threshold.
-        dev: Examples of the dev prompts.
-        order: Programs cheaper than identity, cheapest first.
-        bridged: Whether each program has a bridge, M.
-        settings: Promises, and where the dial ends.
-    """
-    group = torch.tensor(bridged)
-    others = ~group
-    others[0] = False
-    if not (settings.promises and group.any() and others.any()):
-        return ()
-    end = dev.end(settings.least)
-    reached, corners = [0.0, 0.0], [(0.0, 0.0)]
-    for promise in settings.promises:
-        of_texts = promise.strict if settings.strict and promise.strict is not None else promise.alpha
-        allowed = _CAUTION * torch.where(dev.choices, promise.alpha, of_texts).unsqueeze(1)
-        relative = replace(dev, lost=dev.lost / allowed)
-        for place, idle in enumerate((group, others)):
-            walked = frontier(needed.masked_fill(idle, torch.inf), relative, order, max_theta=end)
-            _rise(corners, reached, place, walked.thetas[walked.best(1.0)])
-    for place in range(2):
-        _rise(corners, reached, place, end)
-    return tuple(corners)
-
-
-def _rise(corners: list[tuple[float, float]], reached: list[float], place: int, threshold: float) -> None:
-    """Add the corner at which one threshold has risen, if it has."""
-    if threshold > reached[place]:
-        reached[place] = threshold
-        corners.append((reached[0], reached[1]))
 
 
 class Frontier(NamedTuple):

@@ -12,11 +12,11 @@ from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.lab.training.examples import Examples, losses
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
 from polar_sdk.lab.training.measuring import Bench, marks
-from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_corners, fit_menu, frontier
+from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_menu, frontier
 from polar_sdk.programs.program import Program
 from polar_sdk.router.layerwise import EXECUTE, LayerwiseRouter, layerwise_dial
 from polar_sdk.router.learned import RouterFacts
-from polar_sdk.router.menu import MenuRouter, Pricing, along
+from polar_sdk.router.menu import MenuRouter, Pricing
 from polar_sdk.router.network import Familiar, FeatureKind, FeatureReader, Network
 from polar_sdk.show.progress import Progress, silent
 
@@ -119,19 +119,18 @@ class RouterTrainer:
     ) -> MenuRouter:
         with torch.no_grad():
             needed = dev.needed(network(dev.features))
-        end, bridged = dev.end(settings.least), [bool(program.bridges) for program in self.matrix.programs]
-        if corners := fit_corners(needed, dev, order, bridged, settings):
-            needed, end = along(corners, needed, bridged), sum(corners[-1])
-        walked = frontier(needed, dev, order, max_theta=end)
-        facts = self._facts(
-            trained,
-            walked.thetas,
-            walked.thetas[walked.best(_DEFAULT_RISK)],
-            settings.loss,
-            own_length=settings.own_length,
+        walked = frontier(needed, dev, order, max_theta=dev.end(settings.least))
+        router = MenuRouter(
+            self._facts(
+                trained,
+                walked.thetas,
+                walked.thetas[walked.best(_DEFAULT_RISK)],
+                settings.loss,
+                own_length=settings.own_length,
+            ),
+            network,
+            self.matrix.programs,
         )
-        facts = facts.model_copy(update={"corners": corners})
-        router = MenuRouter(facts, network, self.matrix.programs)
         return router.bind(self.model.decoder, self.model.fingerprint)
 
     def layerwise(

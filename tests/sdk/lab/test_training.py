@@ -9,13 +9,11 @@ import torch
 
 from polar_sdk import lab
 from polar_sdk.errors import DataError, RouterError, RouterModelError
-from polar_sdk.lab.training.examples import Examples
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
-from polar_sdk.lab.training.menu_training import MenuSettings, fit_corners, frontier
+from polar_sdk.lab.training.menu_training import MenuSettings, frontier
 from polar_sdk.lab.training.train import RouterTrainer
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router
-from polar_sdk.router.certificate import TierPromise
 from polar_sdk.router.layerwise import ACTIONS, LayerwiseRouter, program_of
 from polar_sdk.router.menu import MenuRouter, Pricing, needed_theta
 from polar_sdk.testing import tiny_model
@@ -73,6 +71,8 @@ def test_the_gradient_alone_learns(model: PolarModel, matrix: Callable[..., Rewa
 
 
 def test_the_frontier_counts_what_is_deployed(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
+    from polar_sdk.lab.training.examples import Examples
+
     rows = matrix(50)
     examples = Examples.of(
         rows, torch.zeros(50, 3), torch.zeros(rows.flops.shape), "differs", Pricing(rows.programs, model.decoder.cost)
@@ -83,37 +83,6 @@ def test_the_frontier_counts_what_is_deployed(model: PolarModel, matrix: Callabl
     full = rows.flops[:, 0].sum()
     assert walked.saved.tolist() == pytest.approx([0.0, *(1 - rows.flops[:, 1:].sum(0) / full).tolist()])
     assert walked.best(1.0) == 2 and walked.best(0.0) == 0
-
-
-def test_each_threshold_rises_as_far_as_each_promise_allows() -> None:
-    """Texts run program 1 and are lost above 0.5; choices run program 2, with a bridge, and are lost above 0.25."""
-    count = 100
-    choices = torch.arange(2 * count) >= count
-    ranks = (torch.arange(2 * count) % count + 1) / count
-    never = torch.full((2 * count,), torch.inf)
-    needed = torch.stack(
-        (torch.zeros(2 * count), torch.where(choices, never, ranks), torch.where(choices, ranks, never)), 1
-    )
-    lost = torch.zeros(2 * count, 3)
-    lost[:, 1] = (~choices & (ranks > 0.5)).float()
-    lost[:, 2] = (choices & (ranks > 0.25)).float()
-    costs = torch.tensor([[1.0, 0.7, 0.6]]).expand(2 * count, 3)
-    examples = Examples(
-        features=torch.zeros(2 * count, 1),
-        lost=lost,
-        margin=torch.zeros(2 * count, 3),
-        flops=costs.double(),
-        kinds=choices.long(),
-        choices=choices,
-        costs=costs,
-    )
-    promises = (TierPromise(0.1, "drops", 0.2), TierPromise(0.4))
-    settings = QUICK.model_copy(update={"promises": promises, "strict": True, "least": 0.1})
-    corners = fit_corners(needed, examples, [2, 1], [False, False, True], settings)
-    told = [(0, 0), (0.6, 0), (0.6, 0.3), (0.7, 0.3), (0.7, 0.45), (0.9, 0.45), (0.9, 0.9)]
-    assert [pytest.approx(corner, abs=0.03) for corner in told] == list(corners)
-    assert fit_corners(needed, examples, [2, 1], [False, False, False], settings) == ()
-    assert fit_corners(needed, examples, [2, 1], [False, False, True], QUICK) == ()
 
 
 def test_menu_training_resumes_after_an_interruption(

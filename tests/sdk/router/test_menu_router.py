@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
-from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.fill import Fill
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_programs
@@ -22,7 +19,7 @@ from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.learned import AtTheta, RouterFacts
-from polar_sdk.router.menu import MenuRouter, Pricing, along, cheapest, menu_dial, needed_theta
+from polar_sdk.router.menu import MenuRouter, Pricing, cheapest, menu_dial, needed_theta
 from polar_sdk.router.network import Familiar, FeatureReader, Network
 from polar_sdk.testing import tiny_model
 
@@ -51,60 +48,6 @@ def test_a_looser_dial_never_costs_more(logits: list[float], low: float, high: f
 def test_at_zero_the_router_is_not_asked(router: MenuRouter) -> None:
     route = router.at(0.0).route(TOKENS)
     assert route.program == Program.identity(6) and route.flops == 0
-
-
-_RISES = st.lists(st.tuples(st.booleans(), st.floats(0.01, 0.3)), min_size=1, max_size=6)
-
-
-def corners_of(rises: list[tuple[bool, float]]) -> tuple[tuple[float, float], ...]:
-    corners = [(0.0, 0.0)]
-    for bridged, by in rises:
-        plain, crossed = corners[-1]
-        corners.append((plain, crossed + by) if bridged else (plain + by, crossed))
-    return tuple(corners)
-
-
-@given(rises=_RISES, needed=st.lists(st.floats(1e-3, 1.5), min_size=2, max_size=2), at=st.floats(0, 1))
-def test_a_walk_past_corners_reaches_what_is_needed_and_not_before(
-    rises: list[tuple[bool, float]], needed: list[float], at: float
-) -> None:
-    corners = corners_of(rises)
-    reached = along(corners, torch.tensor([[0.0, *needed]]), [False, False, True])[0].tolist()
-    assert reached[0] == 0  # identity
-    theta = at * sum(corners[-1])
-    legs = [(low, high) for low, high in itertools.pairwise(corners) if sum(low) <= theta]
-    low, high = legs[-1]
-    along_leg = (theta - sum(low)) / (sum(high) - sum(low))
-    thresholds = [start + along_leg * (stop - start) for start, stop in zip(low, high, strict=True)]
-    for need, threshold, place in zip(needed, thresholds, reached[1:], strict=True):
-        assert need == pytest.approx(threshold, abs=1e-6) or (place <= theta) == (need <= threshold)
-
-
-def test_corners_that_nobody_can_walk_are_refused() -> None:
-    facts = RouterFacts(model="tiny", fingerprint="x", depth=6).model_dump()
-    for wrong in ([(0.1, 0)], [(0, 0), (0.1, 0.1)], [(0, 0), (0.2, 0), (0.1, 0)], [(0, 0), (0, 0)]):
-        with pytest.raises(ValidationError, match=r"begin at \(0, 0\)|one threshold must rise"):
-            RouterFacts.model_validate({**facts, "corners": wrong})
-
-
-def test_programs_with_bridges_have_a_threshold_of_their_own(tmp_path: Path) -> None:
-    own = tiny_model()
-    own.decoder.set_bridges({(2, 3): Bridge((torch.eye(48),), torch.zeros(48), torch.zeros(48))})
-    menu = (Program.identity(6), Program.skipping(6, [2]), Program.parse("0-1 [2-3] 4-5"))
-    network = Network.fresh(torch.randn(4, 49), (), 2, seed=0)
-    network.biases[-1].copy_(torch.logit(torch.tensor([0.9, 0.6])))
-    facts = RouterFacts(
-        model="tiny", fingerprint=own.fingerprint, depth=6, corners=((0, 0), (0.05, 0), (0.05, 0.5), (0.9, 0.5))
-    )
-    router = MenuRouter(facts, network, menu)
-    save_router(router, tmp_path)
-    loaded = load_router(tmp_path)
-    assert isinstance(loaded, MenuRouter)
-    router = loaded.bind(own.decoder, own.fingerprint)
-    ran = [router.choose(TOKENS, theta).program.text for theta in (0.04, 0.4, 0.46, 1.3)]
-    assert ran == ["0-5", "0-5", "0-1 [2-3] 4-5", "0-1 [2-3] 4-5"]
-    early = router.with_facts(corners=((0, 0), (0.2, 0), (0.2, 0.5)))
-    assert early.choose(TOKENS, 0.11).program.text == "0-1 3-5"
 
 
 def test_one_prompt_and_many_are_decided_alike(router: MenuRouter) -> None:
