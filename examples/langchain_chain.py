@@ -29,7 +29,7 @@ def main(ledger: str) -> None:
         print("\n\na parser that returns a list")
         items = ChatPromptTemplate.from_template("Name three {things}, as a numbered list.")
         listing = items | chat | NumberedListOutputParser()
-        print(" ", listing.invoke({"things": "planets"}, config={"metadata": {"tenant": "acme"}}))
+        print(" ", listing.invoke({"things": "colours"}, config={"metadata": {"tenant": "acme"}}))
 
         print("\nbatch: rows decode together, on the economy tier")
         llm = PolarLLM(compute="economy", max_tokens=10, tenant="globex", ledger=ledger)

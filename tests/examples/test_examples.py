@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXPECTED = {
     "quickstart.py": ["Paris", "layer 15 has 2 visits", "outcome cancelled: "],
     "langchain_chain.py": [
-        "['Earth', 'Mars', 'Venus']",
+        "['Red', 'Blue', 'Green']",
         "batch: rows decode together",
         "app=example: 4 requests",
     ],
