@@ -218,9 +218,9 @@ def _flops(task: Task, program: Program, cost: CostModel) -> int:
     if not isinstance(task.item, ChoiceItem):
         return cost.request(program, prompt, len(task.question.continuations[0])).total
     tails = [len(tail) for tail in task.question.continuations]
-    pieces = [Piece(0, prompt, prompt, prompt - 1), *(Piece(prompt, prompt + tail, prompt, prompt) for tail in tails)]
+    pieces = [Piece(prompt, prompt + tail, prompt, prompt) for tail in tails]
     layers = sum(share.flops for piece in pieces for share in cost.shares(program, piece))
-    return layers + cost.head * sum(tails)
+    return cost.prefill(program, prompt) + layers + cost.head * sum(tails)
 
 
 def is_right(written: str, answer: str) -> bool:

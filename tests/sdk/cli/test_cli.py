@@ -393,14 +393,15 @@ class TestChat:
         assert requests_in_ledger() == []
 
 
-class TestScan:
-    def test_a_limit_also_cuts_the_packages_own_prompts(self, folder: Path, tmp_path: Path) -> None:
-        assert items_of(None, 3) == builtin_items()[:3]
-        assert items_of(None, None) is None
-        words = ["--model", str(folder), "--limit", "1", "--out", str(tmp_path / "menu.json")]
-        assert polar("search", *words).exit_code == 0
-        assert len(RewardMatrix.load(tmp_path / "menu.rewards.safetensors")) == 1
+def test_a_limit_also_cuts_the_packages_own_prompts(folder: Path, tmp_path: Path) -> None:
+    assert items_of(None, 3) == builtin_items()[:3]
+    assert items_of(None, None) is None
+    words = ["--model", str(folder), "--limit", "1", "--out", str(tmp_path / "menu.json")]
+    assert polar("search", *words).exit_code == 0
+    assert len(RewardMatrix.load(tmp_path / "menu.rewards.safetensors")) == 1
 
+
+class TestScan:
     def test_it_measures_and_saves(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
         words = ["--model", str(folder), "--limit", "2", "--lengths", "1", "--removals", "1"]
