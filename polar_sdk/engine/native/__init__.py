@@ -96,6 +96,11 @@ def _pairs() -> bool:
     return "AuthenticAMD" in processor() and "avx512bf16" in _kinds_of_library()
 
 
+def has_tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 (AMX), in a fraction of the time of float32."""
+    return "amx" in _kinds_of_library()
+
+
 def comes_along() -> bool:
     """Whether a library for this processor came with the package."""
     return any((_FOLDER / library_name(kind)).exists() for kind in _kinds_of_library())

@@ -347,6 +347,18 @@ def test_training_comes_nearer_to_full_depth_and_resumes_where_it_stopped(
     assert again.training["losses"] == whole.training["losses"]
 
 
+def test_training_by_products_of_bfloat16_takes_the_same_way(
+    model: PolarModel, texts: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = FillOptions(answer_tokens=6, distil=24, rate=5e-4, storage="float16")
+    losses = []
+    for pays in (False, True):
+        monkeypatch.setattr("polar_sdk.lab.healing.training._halves_pay", lambda _, pays=pays: pays)
+        losses.append(FillHealer(model, texts, "2,4", options=options).run().training["losses"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_training_goes_on_from_fills_that_are_there(
     model: PolarModel, tmp_path: Path, texts: list[Item], fitted: Callable[..., FillSet]
 ) -> None:
