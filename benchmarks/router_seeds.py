@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from benchmarks.results import Recorder
 
-__all__ = ["record_router", "record_seeds"]
+__all__ = ["record_part", "record_router", "record_seeds"]
 
 _CLASSES = {"all choices": "choices", "all texts": "texts"}
 """Topic of the figures by class of prompts."""
@@ -57,10 +57,8 @@ def record_router(recorder: Recorder, evaluation: Path) -> None:
 def _record_texts(recorder: Recorder, tier: str, whole: dict[str, Any]) -> None:
     """Answers in text of one tier: by length, the worst kind, and what was written freely."""
     for name, part in _parts(whole).items():
-        note = f"{part['prompts']:,} prompts; noise floor {part['noise_floor']:.1%}"
-        note += f"; {whole['worst_kind']}" if name == "worst kind" else ""
-        for figure, key in _TEXTS.items():
-            recorder.add(f"{tier}, {name}: {figure}", 100 * part[key], "%", topic="answers", note=note)
+        kind = whole["worst_kind"] if name == "worst kind" else None
+        record_part(recorder, f"{tier}, {name}", part, topic="answers", kind=kind)
     free = whole["free"]
     if free is None:
         return
@@ -80,6 +78,15 @@ def _record_texts(recorder: Recorder, tier: str, whole: dict[str, Any]) -> None:
         drop, low, high = (100 * value for value in free["gold_f1_drop"])
         facts = {"low": low, "high": high, "interval": "95%", "goal": 2, "better": "lower", "note": note}
         recorder.add(f"{tier}: drop of F1 to the right text", drop, "points", topic="free", **facts)
+
+
+def record_part(recorder: Recorder, name: str, part: dict[str, Any], *, topic: str, kind: str | None = None) -> None:
+    """What one tier saves and keeps on some prompts answered in text."""
+    note = f"{part['prompts']:,} prompts; noise floor {part['noise_floor']:.1%}" + (f"; {kind}" if kind else "")
+    for figure, key in _TEXTS.items():
+        bounds = part.get(f"{key}_interval")  # evaluations of before 2026-11-29 have none
+        sure = {} if bounds is None else {"low": 100 * bounds[0], "high": 100 * bounds[1], "interval": "95%"}
+        recorder.add(f"{name}: {figure}", 100 * part[key], "%", topic=topic, note=note, **sure)
 
 
 def _record_class(recorder: Recorder, result: dict[str, Any], promise: float | None) -> None:

@@ -52,7 +52,7 @@ TEXT_COLUMNS: Final = (
     "prompts of",
     "n",
     "FLOPs saved",
-    "tokens kept",
+    "tokens kept (95 %)",
     "95 % kept",
     "3/4 kept",
     "noise floor",
@@ -107,10 +107,17 @@ def text_rows(texts: Mapping[str, TierTexts]) -> list[tuple[str, ...]]:
         parts: dict[str, TextFigures] = {"all": whole, **whole.by_length}
         parts |= {f"worst: {whole.worst_kind}": whole.by_kind[whole.worst_kind]} if whole.worst_kind else {}
         for name, part in parts.items():
-            kept = (part.flops_saved, part.tokens_kept, part.strict_kept, part.three_quarters_kept, part.noise_floor)
-            free = whole.free if name == "all" else None
+            low, high = part.tokens_kept_interval
             rows.append(
-                (tier, name.replace("_", " "), str(part.prompts), *(f"{share:.1%}" for share in kept), *_free(free))
+                (
+                    tier,
+                    name.replace("_", " "),
+                    str(part.prompts),
+                    f"{part.flops_saved:.1%}",
+                    f"{part.tokens_kept:.1%} [{100 * low:.1f}, {100 * high:.1f}]",
+                    *(f"{share:.1%}" for share in (part.strict_kept, part.three_quarters_kept, part.noise_floor)),
+                    *_free(whole.free if name == "all" else None),
+                )
             )
     return rows
 

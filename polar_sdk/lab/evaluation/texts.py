@@ -38,6 +38,8 @@ class TextFigures(BaseModel, frozen=True):
     flops_saved: float
     tokens_kept: float
     """Mean share of the tokens of identity's answer that the tier would choose too."""
+    tokens_kept_interval: tuple[float, float]
+    """Its 95 % confidence interval, from prompt to prompt; from 0 to 1 for a single prompt."""
     strict_kept: float
     """Share of the answers that keep at least 95 % of their tokens."""
     three_quarters_kept: float
@@ -95,10 +97,12 @@ class TextRun(NamedTuple):
     def figures(self, rows: Sequence[int]) -> TextFigures:
         """Figures over some of the prompts, at least one."""
         shares = [self.outcomes[row].share for row in rows]
+        lost = mean_difference([1.0] * len(rows), shares)
         return TextFigures(
             prompts=len(rows),
             flops_saved=1 - sum(self.spent[row] for row in rows) / sum(self.full[row] for row in rows),
             tokens_kept=fmean(shares),
+            tokens_kept_interval=(max(0.0, 1 - lost.high), min(1.0, 1 - lost.low)),
             strict_kept=fmean(share >= STRICT_ANSWER for share in shares),
             three_quarters_kept=fmean(self.outcomes[row].agree for row in rows),
             noise_floor=fmean(self.floor[row].share for row in rows),

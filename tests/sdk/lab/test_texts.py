@@ -40,6 +40,8 @@ def test_figures_are_counted_by_length_and_by_kind() -> None:
     whole = run_of([1.0, 0.96, 0.7], [99, 100, 501], ["chat", "notes", "notes"]).whole()
     assert (whole.prompts, whole.flops_saved) == (3, 0.5)
     assert whole.tokens_kept == pytest.approx(2.66 / 3)
+    low, high = whole.tokens_kept_interval
+    assert [low, high] == pytest.approx([2.66 / 3 - 1.96 * 0.16289 / 3**0.5, 1], abs=1e-4)
     shares = [whole.strict_kept, whole.three_quarters_kept, whole.noise_floor]
     assert shares == pytest.approx([2 / 3, 2 / 3, 0.98])
     assert {name: part.prompts for name, part in whole.by_length.items()} == {
@@ -50,6 +52,7 @@ def test_figures_are_counted_by_length_and_by_kind() -> None:
     assert whole.by_length["over_500"].flops_saved == pytest.approx(0.6)
     assert whole.worst_kind == "notes"
     assert whole.by_kind["notes"].tokens_kept == pytest.approx(0.83)
+    assert list(whole.by_kind["chat"].tokens_kept_interval) == [0, 1]
     assert [row[1] for row in text_rows({"economy": whole})] == [
         "all", "under 100", "100 to 500", "over 500", "worst: notes",
     ]  # fmt: skip
