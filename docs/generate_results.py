@@ -103,6 +103,14 @@ SECTIONS = {
         "them, on prompts that neither the router nor its fills have seen.",
         _ROUTER,
     ),
+    "long-texts": Section(
+        "Router: answers to long prompts",
+        "The same on more prompts of over 500 tokens than the test split has: made as those of the router were, and "
+        "none of them; longer notes are longer than any that it was trained on. Below the tiers, programs that run for "
+        "all of these prompts.",
+        "`python -m benchmarks.long_texts`, with `POLAR_DATA` naming a folder of JSONL sets",
+        wide=True,
+    ),
     "free": Section(
         "Router: answers as they are written",
         "The same prompts answered freely by each tier, beside full depth's answers.",
