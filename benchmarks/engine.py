@@ -37,6 +37,7 @@ from polar_sdk.engine import native
 from polar_sdk.engine.eager import NativeKernels
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_questions
+from polar_sdk.router.menu import MenuRouter
 from polar_sdk.testing import random_fill
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ EAGER, NATIVE = "eager", "native"
 LONG_PROMPTS = (2048, 8000)
 """Prompts of more than one page of text, in tokens."""
 LONG, CUTS = 1000, (0.9, 0.8, 0.733, 0.667, 0.6)
-"""A prompt with notes, in tokens, and the shares of the layers from which on it is filled."""
+"""A prompt with notes, in tokens, and the shares of the layers from which on it is filled where no router serves."""
 
 
 def main() -> None:
@@ -317,23 +318,28 @@ def lean_program(bench: Bench) -> None:
 
 
 def fills(bench: Bench) -> None:
-    """Does a prompt whose upper layers are filled take proportionally less time to its first token?
+    """Does a prompt of which layers are filled take proportionally less time to its first token?
 
-    What a fill writes does not change how long it takes, so random maps do.
+    By the programs of the router that serves. Without one by cuts with random maps: what a fill writes does not change
+    how long it takes. No two prompts are of one length, since what is made ready for a length takes time as well.
     """
-    loaded = bench.model("bf16").loaded
-    decoder, depth = loaded.decoder, loaded.decoder.depth
+    lengths = iter(range(LONG, 0, -1))
+    served = bench.model("bf16")
+    decoder, depth = served.decoder, served.depth
     identity = Program.identity(depth)
-    segments = [(round(share * depth), depth - 1) for share in CUTS]
-    decoder.set_fills({**decoder.fills, **{segment: random_fill(decoder, segment) for segment in segments}})
-    model = PolarModel(loaded, policy=Policy.permissive(), ledger=None)
+    if isinstance(served.router, MenuRouter):
+        programs = [program for program in served.router.programs if program.fills and not program.bridges]
+    else:
+        segments = [(round(share * depth), depth - 1) for share in CUTS]
+        decoder.set_fills({**decoder.fills, **{segment: random_fill(decoder, segment) for segment in segments}})
+        programs = [Program.filling(depth, [segment]) for segment in segments]
+    model = PolarModel(served.loaded, policy=Policy.permissive(), ledger=None)
 
     def seconds(program: Program) -> float:
-        prompt = bench.prompt(LONG)
+        prompt = bench.prompt(next(lengths))
         return timed(lambda: model.generate(prompt, template="raw", max_tokens=1, program=program))
 
-    for segment in segments:
-        program = Program.filling(depth, [segment])
+    for program in programs:
         share = decoder.cost.prefill(program, LONG) / decoder.cost.prefill(identity, LONG)
         times = bench.alternate(partial(seconds, program), partial(seconds, identity))
         name, note = f"first token of {LONG} tokens, {program.text}", f"{share:.0%} of the prompt's FLOPs"

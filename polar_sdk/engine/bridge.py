@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from polar_sdk.engine.products import times
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,5 +70,5 @@ class Bridge:
         """Carry states (N, E) at positions (N,) over the segment."""
         product = x
         for factor in self.weight:
-            product = product @ factor
+            product = times(product, factor)
         return x + torch.where((positions == 0).unsqueeze(-1), self.first, product + self.bias)

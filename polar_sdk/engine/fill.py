@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from polar_sdk.engine.products import times
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,7 +42,7 @@ def normalise(x: Tensor) -> Tensor:
 def reads(x: Tensor, hidden: Sequence[Tensor]) -> Tensor:
     """What a map with these hidden units multiplies, (N, E + H), of states (N, E)."""
     state = normalise(x)
-    return torch.cat((state, torch.addmm(hidden[1], state, hidden[0]).relu()), -1) if hidden else state
+    return torch.cat((state, times(state, *hidden).relu()), -1) if hidden else state
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,9 @@ class Fill:
 
     def _written(self, read: Tensor) -> Tensor:
         for factor in self.weight:
-            read = read @ factor
-        return read.view(-1, *self.bias.shape) + self.bias
+            read = times(read, factor)
+        return read.view(-1, *self.bias.shape).add_(self.bias)
 
     def _carried(self, x: Tensor, read: Tensor) -> Tensor:
         weight, bias = self.carry
-        return x + (rms(x) * torch.addmm(bias, read, weight).float()).to(x.dtype)
+        return x + (rms(x) * times(read, weight, bias).float()).to(x.dtype)

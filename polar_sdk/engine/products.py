@@ -31,6 +31,8 @@ MIN_WIDE_INT4: Final = 128
 """Minimum number of rows for which compiled code unpacks weights once; torch's kernel unpacks them for every row."""
 QUANTIZE_BATCH: Final = 4096
 """Number of outputs that are rounded to int8 together, so that no float32 copy of a whole head is made."""
+_FEW_ROWS: Final = 64
+"""Up to so many rows are multiplied as they are; more are padded to a multiple of it at least, see `times`."""
 _INT4_BLOCK: Final = 64
 """Number of outputs that torch's packed int4 layout keeps together."""
 
@@ -74,6 +76,20 @@ def multiply(x: Tensor, product: Product) -> Tensor:
             return _add(_int4(x, product), product.bias)
         case _:
             return _in_panels(x, product)
+
+
+def times(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply states (M, K) by a map's factor (K, N), and add its bias (N,); returns (M, N).
+
+    For numbers of 16 bits on a CPU oneDNN compiles a product for each M that it meets, which takes several times as
+    long as the product itself. So there rows are padded to one of few numbers, by less than 64 or a quarter.
+    """
+    rows = x.shape[0]
+    by_number = x.device.type == "cpu" and x.dtype != torch.float32 and rows > _FEW_ROWS
+    padding = -rows % max(_FEW_ROWS, (1 << (rows - 1).bit_length()) // 8) if by_number else 0
+    padded = F.pad(x, (0, 0, 0, padding)) if padding else x
+    product = padded @ factor if bias is None else torch.addmm(bias, padded, factor)
+    return product[:rows]
 
 
 def outputs_from(product: Product, first: int) -> Product | None:

@@ -26,6 +26,7 @@ from polar_sdk.engine.products import (
     outputs_from,
     pack,
     quantize,
+    times,
 )
 from polar_sdk.errors import DeviceError
 
@@ -44,6 +45,31 @@ def _example(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, biased:
     weight = (torch.randn(outputs, inputs, generator=source) * 0.1).to(dtype)
     bias = torch.randn(outputs, generator=source).to(dtype) if biased else None
     return x, Plain(weight, bias)
+
+
+@given(rows=st.integers(0, 600), dtype=DTYPES, biased=st.booleans(), seed=st.integers(0, 2**31))
+def test_rows_that_are_padded_are_as_without(rows: int, dtype: torch.dtype, biased: bool, seed: int) -> None:
+    x, (weight, bias) = _example((rows, 48, 32), dtype, seed, biased)
+    product = times(x, weight.T, bias)
+    exact = x.double() @ weight.T.double() + (0 if bias is None else bias.double())
+    assert (product.shape, product.dtype) == ((rows, 48), dtype)
+    torch.testing.assert_close(product.double(), exact, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+
+
+def test_few_numbers_of_rows_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    addmm = torch.addmm
+
+    def noting(bias: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.shape[0])
+        return addmm(bias, x, factor)
+
+    monkeypatch.setattr(torch, "addmm", noting)
+    factor, bias = torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)
+    for rows in range(65, 4097):
+        assert len(times(torch.ones(rows, 2, dtype=torch.bfloat16), factor, bias)) == rows
+        assert rows <= sizes[-1] < rows + max(64, rows / 4)
+    assert len(set(sizes)) == 19
 
 
 def _stored(product: Product) -> torch.Tensor:
