@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from polar_sdk.model import PolarModel
     from polar_sdk.router.base import Router
 
-__all__ = ["by_tier", "record_depths", "record_drop", "texts", "written_answers"]
+__all__ = ["by_tier", "record_depths", "record_drop", "rows", "texts", "written_answers"]
 
 Part = Literal["fit", "route"]
 _PARTS: Final = Shares(0.5, 0.5, 0.0, 0.0)
@@ -58,7 +58,8 @@ def texts(part: Part, per_kind: int, limit: int | None = None) -> list[Item]:
     return [item for items in chosen.values() for item in items[:per_kind]][: None if limit is None else 12 * limit]
 
 
-def _rows(name: str, limit: int | None) -> list[dict[str, Any]]:
+def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of one of the sets in POLAR_DATA, the first N of them; none where it is not there."""
     folder = Path(os.environ.get("POLAR_DATA") or os.devnull)
     path = folder / f"{name}.jsonl"
     if not path.is_file():
@@ -68,7 +69,7 @@ def _rows(name: str, limit: int | None) -> list[dict[str, Any]]:
 
 def _from_data(limit: int | None) -> list[Item]:
     """Prompts made from the data sets: a passage or several with a question, summaries, extraction, facts, sums."""
-    passages, abstracts = _rows("passages.train", limit), _rows("abstracts.train", limit)
+    passages, abstracts = rows("passages.train", limit), rows("abstracts.train", limit)
     items: list[Item] = []
     for place, row in enumerate(passages):
         question = f"Question: {row['question']}?"
@@ -88,11 +89,10 @@ def _from_data(limit: int | None) -> list[Item]:
         kind = ("abstract", "extraction of numbers")[place % 2]
         items.append(PromptItem(prompt=f"{row['passage']}\n\n{tasks[place % 2]}", task=kind))
     items += [
-        AnswerItem(prompt=row["question"], answer=row["answer"], task="facts") for row in _rows("trivia.train", limit)
+        AnswerItem(prompt=row["question"], answer=row["answer"], task="facts") for row in rows("trivia.train", limit)
     ]
     items += [
-        AnswerItem(prompt=row["question"], answer=str(row["answer"]), task="sums")
-        for row in _rows("gsm8k.train", limit)
+        AnswerItem(prompt=row["question"], answer=str(row["answer"]), task="sums") for row in rows("gsm8k.train", limit)
     ]
     return items
 

@@ -108,7 +108,15 @@ SECTIONS = {
         "The same on more prompts of over 500 tokens than the test split has: made as those of the router were, and "
         "none of them; longer notes are longer than any that it was trained on. Below the tiers, programs that run for "
         "all of these prompts.",
-        "`python -m benchmarks.long_texts`, with `POLAR_DATA` naming a folder of JSONL sets",
+        "`python -m benchmarks.unseen_texts --only long`, with `POLAR_DATA` naming a folder of JSONL sets",
+        wide=True,
+    ),
+    "new-kinds": Section(
+        "Router: answers to kinds of prompts that no promise was made on",
+        "Tasks that neither training nor calibration had, about texts that none of their prompts contains. Of prompts "
+        "like those of the calibration it is promised that in standard at least half of the answers keep 95% of their "
+        "tokens, and in economy a fifth.",
+        "`python -m benchmarks.unseen_texts --only kinds`, with `POLAR_DATA` naming a folder of JSONL sets",
         wide=True,
     ),
     "free": Section(
@@ -249,7 +257,8 @@ def page() -> str:
 
 def readme_figures() -> str:
     """The three lines of the README, markers included."""
-    choices, answers, engine, seeds = (newest(topic) for topic in ("choices", "answers", "engine", "seeds"))
+    topics = ("choices", "answers", "long-texts", "engine", "seeds")
+    choices, answers, long, engine, seeds = (newest(topic) for topic in topics)
 
     def on_choices(tier: str) -> str:
         drop = choices[f"{tier}: accuracy drop"].figure
@@ -257,11 +266,15 @@ def readme_figures() -> str:
         saved = _value(choices[f"{tier}: FLOPs saved"].figure)
         return f"{tier} saves {saved} of the FLOPs at {_number(drop)} points {interval}"
 
-    def on_texts(tier: str, which: str) -> str:
-        saved, kept = (_value(answers[f"{tier}, {which}: {name}"].figure) for name in ("FLOPs saved", "tokens kept"))
-        return (
-            f"saves {saved} and keeps {kept} of the tokens of full depth" if which == "all" else f"{saved} and {kept}"
-        )
+    def on_texts(tier: str, found: dict[str, Found]) -> list[str]:
+        return [_value(found[f"{tier}, all: {name}"].figure) for name in ("FLOPs saved", "tokens kept")]
+
+    def on_all(tier: str) -> str:
+        saved, kept = on_texts(tier, answers)
+        return f"{tier} saves {saved} and keeps {kept} of the tokens of full depth"
+
+    def on_long(tier: str) -> str:
+        return f"{tier} {' and '.join(on_texts(tier, long))}"
 
     def beside(name: str) -> str:
         one = engine[name].figure
@@ -276,9 +289,9 @@ def readme_figures() -> str:
         f"- **Multiple-choice questions** ({prompts}): {on_choices('standard')}; {on_choices('economy')} (drop in "
         f"accuracy against full depth, paired, 95% interval; negative is a gain). Over three training seeds "
         f"standard saved {_number(spread, spread.low)} to {_number(spread, spread.high)}%.",
-        f"- **Answers in text** ({answers['standard, all: FLOPs saved'].figure.note}): standard "
-        f"{on_texts('standard', 'all')}, on prompts of over 500 tokens {on_texts('standard', 'over 500')}; economy "
-        f"{on_texts('economy', 'all')}, on prompts of over 500 tokens {on_texts('economy', 'over 500')}.",
+        f"- **Answers in text** ({answers['standard, all: FLOPs saved'].figure.note}): {on_all('standard')}; "
+        f"{on_all('economy')}. On prompts of over 500 tokens "
+        f"({long['standard, all: FLOPs saved'].figure.note}): {on_long('standard')}; {on_long('economy')}.",
         f"- **Decoding speed** (batch 1, full depth, {cores} CPU cores): bf16 {beside('decode, batch 1, bf16')}; int4 "
         f"{beside('decode, batch 1, int4')}. Drafts, which change no answer, multiply the speed of bf16: "
         f"{faster}.",

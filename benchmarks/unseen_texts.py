@@ -1,8 +1,10 @@
-"""What tiers and fixed programs save and keep on prompts of over 500 tokens, more than `train_router`'s test split has.
+"""What tiers save and keep on texts that nothing has seen: long prompts, and kinds that no promise was made on.
 
-    POLAR_DATA=FOLDER python -m benchmarks.long_texts [--per-kind 80]
+    POLAR_DATA=FOLDER python -m benchmarks.unseen_texts [--only long|kinds] [--per-kind 80]
 
-Prompts are made as those of the router are, and are none of those; and notes that are longer than any of them.
+Long prompts are of over 500 tokens, made as those of the router are, and are none of those; and notes that are longer
+than any of them. Kinds are of tasks that neither the package's prompts nor those of `router_texts` have, about texts
+that none of these contains.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_seeds import record_part
-from benchmarks.router_texts import texts
+from benchmarks.router_texts import rows, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.lab.evaluation.texts import LENGTHS, TextRun
 from polar_sdk.lab.items import ChoiceItem, PromptItem, distinct_items, item_id
@@ -23,33 +25,52 @@ from polar_sdk.lab.training.measuring import Bench
 from polar_sdk.router.menu import MenuRouter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polar_sdk.lab.items import Item
 
 _FROM: Final = LENGTHS["over_500"][0]
 """Unit: tokens."""
-_ROUTED: Final = 100
-"""Prompts of each kind that `train_router` takes."""
+_FITTED, _ROUTED = 120, 100
+"""Prompts of each kind that `train_router` fits fills on, and makes a router with."""
 _FEWEST: Final = 20
 """Prompts of a kind that is shown by itself."""
 _SEED: Final = 31
+_TIERS: Final = ("standard", "economy")
+"""Premium runs nearly all texts at full depth."""
+_TASKS: Final = {
+    "translation": "Translate this text into French:\n\n{passage}",
+    "points": "Rewrite this text as a list of short points:\n\n{passage}",
+    "title": "{passage}\n\nWrite a title for this text.",
+    "names as JSON": "{passage}\n\nList the names of all people and places in this text as a JSON array.",
+    "comparison": "Text A:\n{passage}\n\nText B:\n{other}\n\nWhat do both texts have in common?",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["long", "kinds"])
     parser.add_argument("--per-kind", type=int, default=80)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     model = PolarModel.from_pretrained(ledger=None)
-    recorder = Recorder("long-texts", args.results)
-    prompts = _prompts(model, args.per_kind)
-    evaluation = lab.evaluate(model, {"long": prompts}, timed=0).plain()
-    for tier in ("standard", "economy"):  # premium and exact run such prompts at full depth
+    sets: dict[str, Callable[[PolarModel, int], list[Item]]] = {"long": _long, "kinds": _kinds}
+    for name, make in sets.items():
+        if args.only in (None, name):
+            topic = {"long": "long-texts", "kinds": "new-kinds"}[name]
+            _record(Recorder(topic, args.results), model, make(model, args.per_kind), programs=name == "long")
+
+
+def _record(recorder: Recorder, model: PolarModel, prompts: list[Item], *, programs: bool) -> None:
+    """Figures of the tiers on all of the prompts and by kind, and of programs that run for all of them."""
+    evaluation = lab.evaluate(model, {recorder.run.topic: prompts}, timed=0).plain()
+    for tier in _TIERS:
         whole = evaluation["texts"][tier]
         kinds = {kind: part for kind, part in whole["by_kind"].items() if part["prompts"] >= _FEWEST}
         for name, part in {"all": whole, **kinds}.items():
-            record_part(recorder, f"{tier}, {name}", part, topic="long-texts")
-    for program, part in _programs(model, prompts).items():
-        record_part(recorder, program, part, topic="long-texts")
+            record_part(recorder, f"{tier}, {name}", part, topic=recorder.run.topic)
+    for program, part in (_programs(model, prompts) if programs else {}).items():
+        record_part(recorder, program, part, topic=recorder.run.topic)
     for figure in recorder.run.figures:
         bounds = "" if figure.low is None else f" ({figure.low:.1f} to {figure.high:.1f})"
         print(f"{figure.name}: {figure.value:.1f}%{bounds}, {figure.note}")
@@ -57,7 +78,7 @@ def main() -> None:
     print(f"wrote {recorder.path}")
 
 
-def _prompts(model: PolarModel, per_kind: int) -> list[Item]:
+def _long(model: PolarModel, per_kind: int) -> list[Item]:
     """Prompts that are long enough, at most so many of each kind."""
     used = {item_id(item) for item in texts("route", _ROUTED)}
     longer = notes(per_kind, seed=_SEED, facts=(25, 40))
@@ -68,6 +89,23 @@ def _prompts(model: PolarModel, per_kind: int) -> list[Item]:
         if not isinstance(item, ChoiceItem) and len(model.prompt_tokens(item.prompt)) >= _FROM:
             kinds[str(item.task)].append(PromptItem(prompt=item.prompt, task=item.task))
     return [item for items in kinds.values() for item in items[:per_kind]]
+
+
+def _kinds(_: PolarModel, per_kind: int) -> list[Item]:
+    """Prompts of every task, as many of each as there are passages for; no passage stands in two of them."""
+    items = [*texts("fit", _FITTED), *texts("route", _ROUTED)]
+    used = "\n".join(item.prompt for item in items if not isinstance(item, ChoiceItem))
+    passages = dict.fromkeys(row["passage"] for name in ("passages.train", "abstracts.train") for row in rows(name))
+    unseen = [passage for passage in passages if passage not in used]
+    per_turn = len(_TASKS) + 1  # one task takes two
+    made: list[Item] = []
+    for turn in range(min(per_kind, len(unseen) // per_turn)):
+        *each, other = unseen[turn * per_turn : (turn + 1) * per_turn]
+        made += [
+            PromptItem(prompt=task.format(passage=passage, other=other), task=kind)
+            for (kind, task), passage in zip(_TASKS.items(), each, strict=True)
+        ]
+    return made
 
 
 def _programs(model: PolarModel, prompts: list[Item]) -> dict[str, dict[str, Any]]:
