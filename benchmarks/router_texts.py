@@ -127,9 +127,8 @@ def record_depths(
             scores[tier] += own
             recorder.add(f"{tier}: at {depth:.0%}", 100 * fmean(own), "%", topic="depths", note=f"{per_depth} prompts")
     for tier, found in scores.items():
-        if tier == "exact":
-            continue
-        record_drop(recorder, f"{tier}: drop against exact", scores["exact"], found, topic="depths")
+        if tier != "exact":
+            record_drop(recorder, f"{tier}: drop against exact", scores["exact"], found, topic="depths")
 
 
 def record_drop(

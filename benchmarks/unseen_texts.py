@@ -1,10 +1,10 @@
-"""What tiers save and keep on texts that nothing has seen: long prompts, and kinds that no promise was made on.
+"""What tiers save and keep on texts that nothing has seen: long prompts, and tasks that calibration hardly had.
 
     POLAR_DATA=FOLDER python -m benchmarks.unseen_texts [--only long|kinds] [--per-kind 80]
 
 Long prompts are of over 500 tokens, made as those of the router are, and are none of those; and notes that are longer
-than any of them. Kinds are of tasks that neither the package's prompts nor those of `router_texts` have, about texts
-that none of these contains.
+than any of them. Kinds are of tasks that the package's prompts and those of `router_texts` have about single
+sentences, or not at all, here about passages that none of these contains.
 """
 
 from __future__ import annotations

@@ -112,10 +112,10 @@ SECTIONS = {
         wide=True,
     ),
     "new-kinds": Section(
-        "Router: answers to kinds of prompts that no promise was made on",
-        "Tasks that neither training nor calibration had, about texts that none of their prompts contains. Of prompts "
-        "like those of the calibration it is promised that in standard at least half of the answers keep 95% of their "
-        "tokens, and in economy a fifth.",
+        "Router: answers to tasks that calibration hardly had",
+        "Tasks that training and calibration had about single sentences, or not at all, here about passages that none "
+        "of their prompts contains. Of prompts like those of the calibration it is promised that in standard at least "
+        "half of the answers keep 95% of their tokens, and in economy a fifth.",
         "`python -m benchmarks.unseen_texts --only kinds`, with `POLAR_DATA` naming a folder of JSONL sets",
         wide=True,
     ),
