@@ -76,7 +76,7 @@ def rows(result: SetResult) -> list[tuple[str, ...]]:
 def generation_rows(result: SetResult) -> list[tuple[str, ...]]:
     """Per tier: prompts, same answers, same tokens, FLOPs saved."""
     return [
-        (name, str(text.prompts), _interval(text.same_answer), f"{text.same_tokens:.1%}", f"{text.flops_saved:.1%}")
+        (name, str(text.prompts), _interval(text.same_answer), f"{text.same_tokens:.1%}", f"{text.flops_saved:z.1%}")
         for name, text in result.generation.items()
     ]
 
@@ -88,7 +88,7 @@ def class_rows(classes: Sequence[ClassResult]) -> list[tuple[str, ...]]:
             result.name,
             result.point,
             str(result.prompts),
-            f"{result.flops_saved:.1%}",
+            f"{result.flops_saved:z.1%}",
             f"{result.non_identity_rate:.0%}",
             f"{result.agreement:.1%}",
             _drop(result.accuracy_drop),
@@ -107,14 +107,15 @@ def text_rows(texts: Mapping[str, TierTexts]) -> list[tuple[str, ...]]:
         parts: dict[str, TextFigures] = {"all": whole, **whole.by_length}
         parts |= {f"worst: {whole.worst_kind}": whole.by_kind[whole.worst_kind]} if whole.worst_kind else {}
         for name, part in parts.items():
-            low, high = part.tokens_kept_interval
+            below = part.tokens_kept - part.tokens_kept_interval[0]  # above, the interval may end at 100 %
+            sure = f" ± {100 * below:.1f}" if part.tokens_kept < 1 else ""
             rows.append(
                 (
                     tier,
                     name.replace("_", " "),
                     str(part.prompts),
-                    f"{part.flops_saved:.1%}",
-                    f"{part.tokens_kept:.1%} [{100 * low:.1f}, {100 * high:.1f}]",
+                    f"{part.flops_saved:z.1%}",
+                    f"{part.tokens_kept:.1%}{sure}",
                     *(f"{share:.1%}" for share in (part.strict_kept, part.three_quarters_kept, part.noise_floor)),
                     *_free(whole.free if name == "all" else None),
                 )

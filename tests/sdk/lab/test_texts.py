@@ -53,6 +53,9 @@ def test_figures_are_counted_by_length_and_by_kind() -> None:
     assert whole.worst_kind == "notes"
     assert whole.by_kind["notes"].tokens_kept == pytest.approx(0.83)
     assert list(whole.by_kind["chat"].tokens_kept_interval) == [0, 1]
+    assert [row[4] for row in text_rows({"economy": whole})] == [
+        "88.7% ± 18.4", "100.0%", "96.0% ± 96.0", "70.0% ± 70.0", "83.0% ± 25.5",
+    ]  # fmt: skip
     assert [row[1] for row in text_rows({"economy": whole})] == [
         "all", "under 100", "100 to 500", "over 500", "worst: notes",
     ]  # fmt: skip
