@@ -29,6 +29,7 @@ from polar_sdk.reading import parse_json
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.exact_tests import mean_difference
 from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.router.menu import MenuRouter
 from polar_sdk.router.store import attach_router
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
     from benchmarks.results import Recorder
     from polar_sdk.lab.items import Item
     from polar_sdk.model import PolarModel
+    from polar_sdk.programs.program import Program
     from polar_sdk.router.base import Router
 
-__all__ = ["by_tier", "record_depths", "record_drop", "rows", "texts", "written_answers"]
+__all__ = ["by_tier", "filling", "record_depths", "record_drop", "rows", "texts", "written_answers"]
 
 Part = Literal["fit", "route"]
 _PARTS: Final = Shares(0.5, 0.5, 0.0, 0.0)
@@ -95,6 +97,12 @@ def _from_data(limit: int | None) -> list[Item]:
         AnswerItem(prompt=row["question"], answer=str(row["answer"]), task="sums") for row in rows("gsm8k.train", limit)
     ]
     return items
+
+
+def filling(router: Router | None) -> list[Program]:
+    """The programs of a menu that fill and cross nothing by a bridge: those for texts. None where no menu serves."""
+    programs = router.programs if isinstance(router, MenuRouter) else ()
+    return [program for program in programs if program.fills and not program.bridges]
 
 
 def by_tier(model: PolarModel, folder: Path) -> dict[str, Router]:

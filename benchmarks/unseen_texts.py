@@ -10,19 +10,19 @@ sentences, or not at all, here about passages that none of these contains.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_seeds import record_part
-from benchmarks.router_texts import rows, texts
+from benchmarks.router_texts import filling, rows, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.lab.evaluation.texts import LENGTHS, TextRun
 from polar_sdk.lab.items import ChoiceItem, PromptItem, distinct_items, item_id
 from polar_sdk.lab.notes import notes
 from polar_sdk.lab.training.measuring import Bench
-from polar_sdk.router.menu import MenuRouter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,8 +57,11 @@ def main() -> None:
     sets: dict[str, Callable[[PolarModel, int], list[Item]]] = {"long": _long, "kinds": _kinds}
     for name, make in sets.items():
         if args.only in (None, name):
+            prompts = make(model, args.per_kind)
+            if not prompts:
+                sys.exit("error: there are no passages; let POLAR_DATA name a folder with passages.train.jsonl.")
             topic = {"long": "long-texts", "kinds": "new-kinds"}[name]
-            _record(Recorder(topic, args.results), model, make(model, args.per_kind), programs=name == "long")
+            _record(Recorder(topic, args.results), model, prompts, programs=name == "long")
 
 
 def _record(recorder: Recorder, model: PolarModel, prompts: list[Item], *, programs: bool) -> None:
@@ -110,9 +113,7 @@ def _kinds(_: PolarModel, per_kind: int) -> list[Item]:
 
 def _programs(model: PolarModel, prompts: list[Item]) -> dict[str, dict[str, Any]]:
     """Figures of each program of the menu that only fills, run for every prompt."""
-    router = model.router
-    assert isinstance(router, MenuRouter)
-    programs = [program for program in router.programs if program.fills and not program.bridges]
+    programs = filling(model.router)
     bench = Bench(model)
     tasks = bench.tasks(prompts)
     outcomes, floor = bench.outcomes(tasks, programs), bench.again(tasks)

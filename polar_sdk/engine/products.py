@@ -85,11 +85,11 @@ def times(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
     long as the product itself. So there rows are padded to one of few numbers, by less than 64 or a quarter.
     """
     rows = x.shape[0]
-    by_number = x.device.type == "cpu" and x.dtype != torch.float32 and rows > _FEW_ROWS
+    by_number = x.device.type == "cpu" and x.dtype.itemsize == 2 and rows > _FEW_ROWS
     padding = -rows % max(_FEW_ROWS, (1 << (rows - 1).bit_length()) // 8) if by_number else 0
     padded = F.pad(x, (0, 0, 0, padding)) if padding else x
     product = padded @ factor if bias is None else torch.addmm(bias, padded, factor)
-    return product[:rows]
+    return product[:rows] if padding else product
 
 
 def outputs_from(product: Product, first: int) -> Product | None:

@@ -48,7 +48,7 @@ def _example(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, biased:
 
 
 @given(rows=st.integers(0, 600), dtype=DTYPES, biased=st.booleans(), seed=st.integers(0, 2**31))
-def test_rows_that_are_padded_are_as_without(rows: int, dtype: torch.dtype, biased: bool, seed: int) -> None:
+def test_padded_rows_give_the_same_product(rows: int, dtype: torch.dtype, biased: bool, seed: int) -> None:
     x, (weight, bias) = _example((rows, 48, 32), dtype, seed, biased)
     product = times(x, weight.T, bias)
     exact = x.double() @ weight.T.double() + (0 if bias is None else bias.double())
