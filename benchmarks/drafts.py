@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polar_sdk import Program
-from polar_sdk.lab.items import PromptItem, builtin_items
+from polar_sdk.lab.items import ChoiceItem, PromptItem, builtin_items
 
 if TYPE_CHECKING:
     from polar_sdk import PolarModel
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from polar_sdk.serving.drafts import Speculate
 
 ANSWER: Final = 64
+LEAST: Final = 0.97
+"""What no prompt may fall under, of the speed without drafts."""
 ASKED_BEFORE, ASKED = 80, 24
 """Questions of `measure_questions`: those that may be asked before, and those that are compared."""
 _CHATS: Final = ("chat", "how-to")
@@ -146,6 +149,39 @@ def measure_questions(model: PolarModel, speculate: Speculate, *, after_others: 
         )
         for place, question in enumerate(questions[ASKED_BEFORE : ASKED_BEFORE + ASKED])
     ]
+
+
+class Slowest(NamedTuple):
+    """The prompt that gains least of many, by the median over its rounds: where noise is, less than it would again."""
+
+    drafted: list[float]
+    """By round. Unit: tokens per second after the first."""
+    plain: list[float]
+    chance: float
+    """The least median ratio of two answers without drafts to the same prompts: what noise alone makes of the least."""
+    lower: int
+    """Prompts whose median is under 0.97."""
+
+
+def measure_slowest(model: PolarModel, prompts: int, rounds: int, speculate: Speculate) -> Slowest:
+    """Answer prompts of all kinds with drafts, and twice without, in turn."""
+    runs: list[tuple[list[float], list[float], list[float]]] = []
+    asked = [item.prompt for item in builtin_items() if not isinstance(item, ChoiceItem)]  # interleaved by kind
+    for place, prompt in enumerate(asked[:prompts]):
+        speeds: tuple[list[float], list[float], list[float]] = ([], [], [])
+        for number in range(rounds):
+            for turn in range(3):  # each way is the first one in a third of the rounds
+                way = (number + turn) % 3
+                tenant = f"slowest {place} {number} {way}"
+                speeds[way].append(_speed(_answer(model, prompt, "off" if way else speculate, tenant)))
+        runs.append(speeds)
+    drafted, plain, _ = min(runs, key=lambda run: _ratio(run[0], run[1]))
+    chance = min(_ratio(again, plain) for _, plain, again in runs)
+    return Slowest(drafted, plain, chance, sum(_ratio(run[0], run[1]) < LEAST for run in runs))
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def _pair(model: PolarModel, prompt: str, speculate: Speculate, tenant: str, *, drafts_first: bool) -> Pair:

@@ -189,6 +189,8 @@ class Peer:
 
 
 PLAIN = "the same without drafts"
+SLOWEST_OF = 40
+"""Prompts among which the one is looked for that gains least by drafts."""
 HF, HF_BATCH = "Hugging Face `generate`, bf16", "Hugging Face `generate`, one batch of 16, bf16"
 IDENTITY = "the same at full depth"
 INTEGERS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1", "IQ4_NL")}
@@ -547,6 +549,19 @@ def drafts(bench: Bench) -> None:
         bench.summary[f"drafts_{kind}"] = _record(bench, name, speeds, Peer(PLAIN, goal=goal), note=note)
 
 
+def drafts_slowest(bench: Bench) -> None:
+    """Is any prompt slower with drafts?"""
+    rounds = bench.args.rounds
+    slowest = drafting.measure_slowest(bench.model("bf16"), SLOWEST_OF, rounds, "auto")
+    note = (
+        f"the prompt that gains least of {SLOWEST_OF}, {rounds} rounds each; {slowest.lower} under {drafting.LEAST}; "
+        f"two answers without drafts, likewise: {slowest.chance:.3f}"
+    )
+    speeds = [slowest.drafted, slowest.plain]
+    peer = Peer(PLAIN, goal=drafting.LEAST)
+    bench.summary["drafts_slowest"] = _record(bench, "slowest prompt with drafts, bf16", speeds, peer, note=note)
+
+
 def memory(bench: Bench) -> None:
     """In a process of its own, since a peak never falls again; it writes its own file."""
     folder, model = str(bench.recorder.folder), bench.args.model
@@ -570,6 +585,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
     "concurrent": concurrent,
     "constrained": constrained,
     "drafts": drafts,
+    "drafts_slowest": drafts_slowest,
     "scoring": scoring,
     "memory": memory,
 }

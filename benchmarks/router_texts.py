@@ -2,7 +2,8 @@
 
 Used by `train_router.py`. Kinds come from the package's own prompts, from the grammar of `lab.notes`, and, where
 POLAR_DATA names a folder, from its passages, abstracts, trivia and sums. A hash deals each prompt to one of two parts:
-fills are fitted on one, and the router is trained, calibrated and judged on the other, which no map has seen.
+fills are fitted on one, and the router is trained, calibrated and judged on the other, which no map has seen. It takes
+tasks about passages that neither part has as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from polar_sdk.lab.evaluation.texts import f1
 from polar_sdk.lab.items import (
     AnswerItem,
+    ChoiceItem,
     PromptItem,
     Shares,
     builtin_items,
@@ -33,7 +35,7 @@ from polar_sdk.router.menu import MenuRouter
 from polar_sdk.router.store import attach_router
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from benchmarks.results import Recorder
     from polar_sdk.lab.items import Item
@@ -41,13 +43,68 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program
     from polar_sdk.router.base import Router
 
-__all__ = ["by_tier", "filling", "record_depths", "record_drop", "rows", "texts", "written_answers"]
+__all__ = [
+    "COMPARISON",
+    "TASKS",
+    "by_tier",
+    "filling",
+    "record_depths",
+    "record_drop",
+    "route_texts",
+    "rows",
+    "tasks_about",
+    "texts",
+    "unused_passages",
+    "written_answers",
+]
 
 Part = Literal["fit", "route"]
 _PARTS: Final = Shares(0.5, 0.5, 0.0, 0.0)
 _NEIGHBOURS: Final = 5
 """Passages in one prompt, as a search would return them."""
 DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
+TASKS: Final = {
+    "translation of a text": (
+        "Translate this text into French:\n\n{text}",
+        "{text}\n\nTranslate the text above into Spanish.",
+        "Translate into German:\n\n{text}",
+    ),
+    "points": (
+        "Rewrite this text as a list of short points:\n\n{text}",
+        "{text}\n\nList the main points of the text above.",
+        "{text}\n\nWhat are the key takeaways? Answer with bullet points.",
+    ),
+    "title": (
+        "{text}\n\nWrite a title for this text.",
+        "Suggest a headline for this article:\n\n{text}",
+        "{text}\n\nWhat is this text about? Answer in at most five words.",
+    ),
+    "names": (
+        "{text}\n\nList the names of all people and places in this text as a JSON array.",
+        "Extract all dates and organisations from this text as JSON:\n\n{text}",
+        "{text}\n\nWho and what is named in this text? Write one name per line.",
+    ),
+    "rewriting": (
+        "Rewrite this text in simple words:\n\n{text}",
+        "{text}\n\nRewrite the text above in a friendly tone, as an e-mail to a colleague.",
+        "Rewrite this text formally and shorten it:\n\n{text}",
+    ),
+    "choice of a text": (
+        "Document 1: {text}\n\nDocument 2: {other}\n\nWhich document is more useful to a historian, and why?",
+        "A: {text}\n\nB: {other}\n\nWhich of these two texts is easier to read? Explain your choice.",
+        "Here are two search results.\n\n[1] {text}\n\n[2] {other}\n\nWhat is each of them about? One sentence each.",
+    ),
+}
+"""Tasks that chains give about one text or two, each in several wordings."""
+COMPARISON: Final = {
+    "comparison": (
+        "Text A:\n{text}\n\nText B:\n{other}\n\nWhat do both texts have in common?",
+        "Compare these two texts.\n\n1. {text}\n\n2. {other}",
+        "First document: {text}\n\nSecond document: {other}\n\nHow do the two documents differ?",
+        "{text}\n\n---\n\n{other}\n\nName one similarity and one difference of the two passages above.",
+    )
+}
+"""A task that loses more than others: it has prompts enough for a class of its own in calibration."""
 
 
 def texts(part: Part, per_kind: int, limit: int | None = None) -> list[Item]:
@@ -97,6 +154,45 @@ def _from_data(limit: int | None) -> list[Item]:
         AnswerItem(prompt=row["question"], answer=str(row["answer"]), task="sums") for row in rows("gsm8k.train", limit)
     ]
     return items
+
+
+def route_texts(
+    per_kind: int = 100, per_task: int = 25, comparisons: int = 110, fit_per_kind: int = 120, limit: int | None = None
+) -> list[Item]:
+    """The texts that a router is made with and judged on; maps were fitted on none of them, nor on their passages.
+
+    Args:
+        per_kind: Of each kind of `texts`.
+        per_task: Of each of `TASKS`.
+        comparisons: Of `COMPARISON`.
+        fit_per_kind: Of each kind of `texts` that fills are fitted on.
+        limit: Cuts what they are made from.
+    """
+    asked = texts("route", per_kind, limit)
+    fitted = texts("fit", fit_per_kind, limit)
+    compared = tasks_about(unused_passages([*fitted, *asked])[:limit], COMPARISON, comparisons)
+    return [*asked, *compared, *tasks_about(unused_passages([*fitted, *asked, *compared])[:limit], TASKS, per_task)]
+
+
+def unused_passages(items: Sequence[Item]) -> list[str]:
+    """The passages and abstracts that stand in none of the prompts."""
+    used = "\n".join(item.prompt for item in items if not isinstance(item, ChoiceItem))
+    passages = dict.fromkeys(row["passage"] for name in ("passages.train", "abstracts.train") for row in rows(name))
+    return [passage for passage in passages if passage not in used]
+
+
+def tasks_about(passages: Sequence[str], tasks: Mapping[str, Sequence[str]], per_task: int) -> list[Item]:
+    """Each of the tasks about passages, at most N times; no passage stands in two prompts."""
+    left = iter(passages)
+    made: list[Item] = []
+    for turn in range(per_task):
+        for kind, wordings in tasks.items():
+            wording = wordings[turn % len(wordings)]
+            parts = {name: next(left, None) for name in ("text", "other") if f"{{{name}}}" in wording}
+            if None in parts.values():
+                return made
+            made.append(PromptItem(prompt=wording.format(**parts), task=kind))
+    return made
 
 
 def filling(router: Router | None) -> list[Program]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_bridges import Bridging
 from benchmarks.router_seeds import record_router, record_seeds
-from benchmarks.router_texts import by_tier, record_depths, texts
+from benchmarks.router_texts import by_tier, record_depths, route_texts, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.engine import engine_version
 from polar_sdk.lab.checkpoint import run_key
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.router.certificate import Loss
     from polar_sdk.router.learned import LearnedRouter
+    from polar_sdk.router.network import FeatureKind
 
 SHIPPED = Path(__file__).parents[1] / "polar_sdk" / "shipped" / "routers" / "smollm2-135m-instruct"
 MAX_BYTES = 12_000_000
@@ -88,13 +89,13 @@ long prompts, for 3 % of what is saved on them.
 SEARCH = "search"
 HALVES = Shares(0.6, 0.4, 0.0, 0.0)
 """Of the dev split of choices: to train on, and to choose by."""
-MAIN = "menu-embedding"
+MAIN = "menu-ending"
 """The router that is trained for every seed of the bridges, of which the best on dev ships.
 
-The others are trained for the first seed only, for comparison. It reads embeddings: early states do better on dev, but
-their promises broke too often.
+It reads embeddings: early states do better on dev, but their promises broke too often.
 """
-OTHERS = ("static", "menu-early")
+OTHERS: dict[str, FeatureKind] = {"static": "ending", "menu-embedding": "embedding", "menu-early": "early"}
+"""Routers that are trained once, for comparison, and what they read."""
 FREE = 24
 """Prompts of the test split that every tier of what may ship also answers freely."""
 
@@ -249,13 +250,13 @@ class Work:
 
     def train(self, name: str, matrix: RewardMatrix) -> LearnedRouter:
         """Train a menu router on one kind of features, one that reads nothing, or the article's router."""
-        kind, _, features = name.partition("-")
+        kind = name.partition("-")[0]
         router = lab.train(
             self.model,
             matrix,
             kind=kind,  # type: ignore[arg-type]
             items=self.items,
-            features="early" if features.startswith("early") else "embedding",
+            features=OTHERS.get(name, "ending"),
             layers=self.options.layers,
             settings=self._layerwise if kind == "policy" else self._menu(name),
             out=self.folder / name,
@@ -369,6 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cuts", default=CUTS, help="what is filled, a comma between programs, e.g. 27,24,18-21+23")
     parser.add_argument("--fit-per-kind", type=int, default=120, help="texts of each kind that fills are fitted on")
     parser.add_argument("--per-kind", type=int, default=100, help="texts of each kind for the router")
+    parser.add_argument("--per-task", type=int, default=25, help="texts of each task about passages not yet used")
+    parser.add_argument("--comparisons", type=int, default=110, help="texts that compare two of them")
     parser.add_argument("--depth-facts", type=int, default=34, help="facts in those notes: 34 are some 1,000 tokens")
     parser.add_argument("--distil", type=int, default=250, help="training steps of the fills, without labels")
     parser.add_argument("--fill-rate", type=float, default=3e-4, help="learning rate of those steps")
@@ -409,7 +412,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None, compile=options.compile)
     with ProgressBars(quiet=not sys.stderr.isatty()) as show:
         sets = {
-            "texts": texts("route", options.per_kind, options.limit),
+            "texts": route_texts(
+                options.per_kind, options.per_task, options.comparisons, options.fit_per_kind, options.limit
+            ),
             **read_sets(options.sets.split(","), options.limit),
         }
         work = Work(model, options, sets, options.work, show)

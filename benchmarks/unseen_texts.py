@@ -1,10 +1,10 @@
-"""What tiers save and keep on texts that nothing has seen: long prompts, and tasks that calibration hardly had.
+"""What tiers save and keep on texts that nothing has seen: long prompts, and tasks that calibration did not have.
 
     POLAR_DATA=FOLDER python -m benchmarks.unseen_texts [--only long|kinds] [--per-kind 80]
 
 Long prompts are of over 500 tokens, made as those of the router are, and are none of those; and notes that are longer
-than any of them. Kinds are of tasks that the package's prompts and those of `router_texts` have about single
-sentences, or not at all, here about passages that none of these contains.
+than any of them. Kinds are tasks that the router was neither trained nor calibrated on, and comparisons, about
+passages of none of the prompts that it or its maps were made with, as many of each as there are passages for.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_seeds import record_part
-from benchmarks.router_texts import filling, rows, texts
+from benchmarks.router_texts import COMPARISON, filling, route_texts, tasks_about, texts, unused_passages
 from polar_sdk import PolarModel, lab
 from polar_sdk.lab.evaluation.texts import LENGTHS, TextRun
-from polar_sdk.lab.items import ChoiceItem, PromptItem, distinct_items, item_id
+from polar_sdk.lab.items import ChoiceItem, PromptItem, distinct_items, item_id, split_of
 from polar_sdk.lab.notes import notes
 from polar_sdk.lab.training.measuring import Bench
 
@@ -39,11 +39,12 @@ _SEED: Final = 31
 _TIERS: Final = ("standard", "economy")
 """Premium runs nearly all texts at full depth."""
 _TASKS: Final = {
-    "translation": "Translate this text into French:\n\n{passage}",
-    "points": "Rewrite this text as a list of short points:\n\n{passage}",
-    "title": "{passage}\n\nWrite a title for this text.",
-    "names as JSON": "{passage}\n\nList the names of all people and places in this text as a JSON array.",
-    "comparison": "Text A:\n{passage}\n\nText B:\n{other}\n\nWhat do both texts have in common?",
+    "questions": ("{text}\n\nWrite three questions that this text answers.",),
+    "tone": ("{text}\n\nIs the tone of this text positive, negative or neutral? Explain in one sentence.",),
+    "keywords": ("Give five keywords for this text, separated by commas:\n\n{text}",),
+    "contradiction": ("{text}\n\n***\n\n{other}\n\nDo these two statements contradict each other?",),
+    "merging": ("Merge these two notes into one paragraph.\n\nNote one: {text}\n\nNote two: {other}",),
+    "comparison (not new)": COMPARISON["comparison"],
 }
 
 
@@ -95,20 +96,9 @@ def _long(model: PolarModel, per_kind: int) -> list[Item]:
 
 
 def _kinds(_: PolarModel, per_kind: int) -> list[Item]:
-    """Prompts of every task, as many of each as there are passages for; no passage stands in two of them."""
-    items = [*texts("fit", _FITTED), *texts("route", _ROUTED)]
-    used = "\n".join(item.prompt for item in items if not isinstance(item, ChoiceItem))
-    passages = dict.fromkeys(row["passage"] for name in ("passages.train", "abstracts.train") for row in rows(name))
-    unseen = [passage for passage in passages if passage not in used]
-    per_turn = len(_TASKS) + 1  # one task takes two
-    made: list[Item] = []
-    for turn in range(min(per_kind, len(unseen) // per_turn)):
-        *each, other = unseen[turn * per_turn : (turn + 1) * per_turn]
-        made += [
-            PromptItem(prompt=task.format(passage=passage, other=other), task=kind)
-            for (kind, task), passage in zip(_TASKS.items(), each, strict=True)
-        ]
-    return made
+    """Prompts of every task, as many of each as there are passages for."""
+    used = [item for item in route_texts(_ROUTED, fit_per_kind=_FITTED) if split_of(item_id(item)) != "test"]
+    return tasks_about(unused_passages([*texts("fit", _FITTED), *used]), _TASKS, per_kind)
 
 
 def _programs(model: PolarModel, prompts: list[Item]) -> dict[str, dict[str, Any]]:

@@ -33,8 +33,9 @@ def train(
         ),
     ] = "menu",
     features: Annotated[
-        Literal["embedding", "early"], typer.Option(help="Read the embeddings, or the states after some layers.")
-    ] = "embedding",
+        Literal["embedding", "ending", "early"],
+        typer.Option(help="Read all embeddings, those of the last tokens too, or the states after some layers."),
+    ] = "ending",
     layers: Annotated[int, typer.Option(min=1, help="Layers to run for --features early.")] = 3,
     loss: Annotated[
         Literal["differs", "harms", "drops", "strict"],

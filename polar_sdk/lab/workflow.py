@@ -108,7 +108,7 @@ def train(
     *,
     kind: RouterKind = "menu",
     items: Sequence[Item] | None = None,
-    features: FeatureKind = "embedding",
+    features: FeatureKind = "ending",
     layers: int = 3,
     settings: MenuSettings | LayerwiseSettings | None = None,
     out: str | Path | None = None,
@@ -123,7 +123,8 @@ def train(
         rewards: The reward matrix of `search`, or its file.
         kind: `menu` chooses among the matrix's programs, `policy` layer by layer; `static` reads nothing.
         items: For `policy`: the items that were searched on; None = the prompts that come with the package.
-        features: `embedding`, or `early` to run the first layers and read their states.
+        features: `ending` for the embeddings of all tokens and of the last ones, `embedding` for those of all, or
+            `early` to run the first layers and read their states.
         layers: Layers run for `early`.
         settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
         out: Folder to write the router to; checkpoints are kept there until training is done.

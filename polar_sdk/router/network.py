@@ -1,9 +1,11 @@
 """What a learned router computes: features of a prompt, and a small fully connected network over them.
 
-`embedding` features pool the input embeddings and cost no matrix product. `early` features run the first layers of the
-model over the prompt and pool their output; a program that begins with those layers takes over what they computed, so
-that reading costs it nothing, and for any other they count as the router's cost. The network is a flat dictionary of
-tensors, as stored in `router.safetensors`. Knows tokens, weights and features; what the outputs mean, the kinds know.
+`embedding` features are the mean of the input embeddings and cost no matrix product. `ending` features add a mean in
+which tokens weigh less the farther from the end they are: a chain's question often stands there, and in the mean of a
+long prompt it hardly shows. `early` features run the first layers of the model over the prompt and pool their output; a
+program that begins with those layers takes over what they computed, so that reading costs it nothing, and for any other
+they count as the router's cost. The network is a flat dictionary of tensors, as stored in `router.safetensors`. Knows
+tokens, weights and features; what the outputs mean, the kinds know.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ if TYPE_CHECKING:
     from polar_sdk.programs.program import Program
 
 
-FeatureKind = Literal["embedding", "early"]
+FeatureKind = Literal["embedding", "ending", "early"]
+_ENDING: Final = 12
+"""Tokens over which weights of `ending` features fall by a factor of e, from the last one back. 6 to 16 do as well."""
+_ENDING_READ: Final = 8 * _ENDING
+"""Last tokens that are read for them: those before would weigh less than a thousandth."""
 _FAMILIAR: Final = "familiar."
 _CENTRES: Final = 48
 _ROUNDS: Final = 10
@@ -49,8 +55,8 @@ class FeatureReader:
 
     Attributes:
         decoder: The base model's weights.
-        kind: `embedding` or `early`.
-        layers: Layers run for `early`; 0 for `embedding`.
+        kind: `embedding`, `ending` or `early`.
+        layers: Layers run for `early`; else 0.
     """
 
     decoder: Decoder
@@ -62,17 +68,24 @@ class FeatureReader:
         return width * (1 if self.kind == "embedding" else 2) + 1
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
-        """Features of one prompt, (F,) float32: mean state (`early`: also the last one) and log of the length."""
+        """Features of one prompt, (F,) float32.
+
+        They are the mean state, with `ending` also the weighted mean of the last ones, with `early` the last state, and
+        the logarithm of the length.
+        """
         return self.read(tokens)[0]
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> tuple[Tensor, Lead | None]:
         """Features of one prompt, and the lead that its request may take over where layers ran for them."""
         length = torch.full((1,), log(len(tokens)), device=self.decoder.device)
-        if self.kind == "embedding":
+        if self.kind != "early":
             ids = torch.tensor(tokens, device=self.decoder.device)
             states = self.decoder.embed(ids, torch.arange(len(tokens), device=self.decoder.device))
-            return torch.cat((states.mean(0, dtype=torch.float32), length)), None
+            means = [states.mean(0, dtype=torch.float32)]
+            if self.kind == "ending":
+                means.append(_ending(states))
+            return torch.cat((*means, length)), None
         lead = run_lead(self.decoder, tokens, self.layers)
         # The state of the first position is large and nearly the same for every prompt; it would drown the others.
         body = lead.states[1:] if len(tokens) > 1 else lead.states
@@ -86,6 +99,13 @@ class FeatureReader:
     def stack(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Features of several prompts, (M, F)."""
         return torch.stack([self(tokens) for tokens in prompts])
+
+
+def _ending(states: Tensor) -> Tensor:
+    """Mean of the last states (T, H), the last one weighing most: (H,) float32."""
+    last = states[-_ENDING_READ:].float()
+    weights = torch.exp(torch.arange(1 - len(last), 1, device=last.device) / _ENDING)
+    return (last * weights.unsqueeze(1)).sum(0) / weights.sum()
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class RouterTrainer:
 
     model: PolarModel
     matrix: RewardMatrix
-    features: FeatureKind = "embedding"
+    features: FeatureKind = "ending"
     layers: int = 3
     checkpoints: Path | None = None
     on_progress: Progress = field(default=silent)

@@ -143,7 +143,7 @@ def test_the_script_makes_an_artifact(
     router = load_router(out)
     assert isinstance(router, LearnedRouter) and router.certificate is not None
     assert set(router.certificate.tiers) == {"economy", "standard"}
-    for name in ("static", "menu-embedding-0", "menu-embedding-1", "menu-early", "policy"):
+    for name in ("static", "menu-ending-0", "menu-ending-1", "menu-embedding", "menu-early", "policy"):
         found = json.loads((tmp_path / "work" / f"{name}.json").read_text())
         assert [one["name"] for one in found["sets"]] == ["all", "texts", "first", "second"]
         assert (tmp_path / "work" / f"{name}.html").is_file()
@@ -159,3 +159,24 @@ def test_the_script_makes_an_artifact(
         assert (out / "bridges" / "bridges.json").is_file()
     assert {segment for program in router.programs for segment in program.fills} == {(4, 5)}
     assert set(FillSet.load(out / "fills").fills) == {(4, 5)}
+
+
+def test_no_passage_stands_in_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[3])
+    router_texts = import_module("benchmarks.router_texts")
+    rows = [
+        {"passage": f"Passage {number}a of {{braces}}.", "question": f"What is {number}", "answer": "x"}
+        for number in range(100)
+    ]
+    (tmp_path / "passages.train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setenv("POLAR_DATA", str(tmp_path))
+    asked = router_texts.texts("route", 9)
+    left = router_texts.unused_passages(asked)
+    assert left and all(passage not in item.prompt for passage in left for item in asked)
+    made = router_texts.tasks_about(
+        left, {"one": ("Read {text}",), "two": ("{text} or {other}?", "{other}: {text}")}, 9
+    )
+    assert [item.task for item in made[:4]] == ["one", "two", "one", "two"]
+    assert made[1].prompt == f"{left[1]} or {left[2]}?" and made[3].prompt == f"{left[5]}: {left[4]}"
+    assert all(sum(passage in item.prompt for item in made) <= 1 for passage in left)
+    assert router_texts.unused_passages([*asked, *made]) == left[sum(2 if item.task == "two" else 1 for item in made) :]

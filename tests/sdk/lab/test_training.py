@@ -31,7 +31,7 @@ QUICK = MenuSettings(hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risk
 
 
 @pytest.mark.parametrize("target", ["agreement", "gap"])
-@pytest.mark.parametrize("features", ["embedding", "early"])
+@pytest.mark.parametrize("features", ["embedding", "ending", "early"])
 def test_a_menu_router_learns_which_prompts_are_easy(
     model: PolarModel, matrix: Callable[..., RewardMatrix], target: str, features: Any
 ) -> None:

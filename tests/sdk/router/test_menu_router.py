@@ -65,7 +65,8 @@ def test_a_dearer_program_is_never_chosen(model: PolarModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers", "hidden"), [("embedding", 0, ()), ("embedding", 0, (16,)), ("early", 2, (8,))]
+    ("kind", "layers", "hidden"),
+    [("embedding", 0, ()), ("embedding", 0, (16,)), ("ending", 0, (16,)), ("early", 2, (8,))],
 )
 def test_flops_are_those_that_run(model: PolarModel, kind: str, layers: int, hidden: tuple[int, ...]) -> None:
     reader = FeatureReader(model.decoder, kind, layers)  # type: ignore[arg-type]
@@ -90,6 +91,18 @@ def test_early_features_are_the_states_of_the_model(model: PolarModel) -> None:
     identity = Program.identity(6)
     score = score_programs(model.decoder, [question], [identity])[identity][0].loglikelihoods[0]
     assert float(chances[9]) == pytest.approx(score, abs=1e-4)
+
+
+def test_the_ending_is_read_beside_the_whole(model: PolarModel) -> None:
+    """Prompts of the same tokens differ by which of them stand at the end, however long they are."""
+    reader = FeatureReader(model.decoder, "ending")
+    question, text = [7, 8, 9] * 3, [11, 12, 13] * 100
+    first, last, other = (reader(tokens) for tokens in (question + text, text + question, text[3:] + question))
+    torch.testing.assert_close(first[:48], last[:48])
+    assert not torch.allclose(first[48:96], last[48:96], atol=1e-2)
+    torch.testing.assert_close(last[48:96], other[48:96])
+    assert torch.equal(reader([5])[:48], reader([5])[48:96])
+    assert len(first) == reader.size(48) == 97
 
 
 def test_another_model_is_refused(router: MenuRouter, model: PolarModel) -> None:
