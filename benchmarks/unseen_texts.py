@@ -61,7 +61,7 @@ def main() -> None:
             prompts = make(model, args.per_kind)
             if not prompts:
                 sys.exit("error: there are no passages; let POLAR_DATA name a folder with passages.train.jsonl.")
-            topic = {"long": "long-texts", "kinds": "new-kinds"}[name]
+            topic = {"long": "long-texts", "kinds": "unseen-tasks"}[name]
             _record(Recorder(topic, args.results), model, prompts, programs=name == "long")
 
 

@@ -119,16 +119,22 @@ class TestReadme:
         (tmp_path / "models").symlink_to(cache_folder() / "models")
         environment = {
             **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]),
             "POLAR_CACHE": str(tmp_path),
             "POLAR_LEDGER": str(tmp_path / "ledger.sqlite3"),
             "COLUMNS": "100",
         }
         printed = []
         for line in block.text.splitlines():
-            if line.startswith("$ polar "):
-                command = [sys.executable, "-c", "from polar_sdk.cli.main import main; main()", *shlex.split(line)[2:]]
+            if line.startswith("$ "):
                 done = subprocess.run(
-                    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+                    ["bash", "-c", line.removeprefix("$ ")],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    check=True,
                 )
                 printed += [line, *(one.rstrip() for one in done.stdout.rstrip().splitlines())]
         assert printed == block.text.splitlines()
