@@ -2,9 +2,10 @@
 
     POLAR_DATA=FOLDER python -m benchmarks.unseen_texts [--only long|kinds] [--per-kind 80]
 
-Long prompts are of over 500 tokens, made as those of the router are, and are none of those; and notes that are longer
-than any of them. Kinds are tasks that the router was neither trained nor calibrated on, and comparisons, about
-passages of none of the prompts that it or its maps were made with, as many of each as there are passages for.
+Long prompts are of over 500 tokens, made as those of the router are, and are none of those, though a passage may stand
+in one of theirs too; and notes that are longer than any of them. Kinds are tasks that the router was neither trained
+nor calibrated on, and comparisons, about passages of none of the prompts that it or its maps were made with, as many of
+each as there are passages for.
 """
 
 from __future__ import annotations
