@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ANSWER: Final = 64
 LEAST: Final = 0.97
-"""What no prompt may fall under, of the speed without drafts."""
+"""Share of the speed without drafts that every prompt should reach."""
 ASKED_BEFORE, ASKED = 80, 24
 """Questions of `measure_questions`: those that may be asked before, and those that are compared."""
 _CHATS: Final = ("chat", "how-to")
@@ -152,15 +152,15 @@ def measure_questions(model: PolarModel, speculate: Speculate, *, after_others: 
 
 
 class Slowest(NamedTuple):
-    """The prompt that gains least of many, by the median over its rounds: where noise is, less than it would again."""
+    """The prompt that gains least of many, by its median over the rounds; noise makes the least of many look worse."""
 
     drafted: list[float]
     """By round. Unit: tokens per second after the first."""
     plain: list[float]
     chance: float
     """The least median ratio of two answers without drafts to the same prompts: what noise alone makes of the least."""
-    lower: int
-    """Prompts whose median is under 0.97."""
+    below: int
+    """Prompts whose median is below `LEAST`."""
 
 
 def measure_slowest(model: PolarModel, prompts: int, rounds: int, speculate: Speculate) -> Slowest:

@@ -190,7 +190,7 @@ class Peer:
 
 PLAIN = "the same without drafts"
 SLOWEST_OF = 40
-"""Prompts among which the one is looked for that gains least by drafts."""
+"""Prompts, of which the one that gains least by drafts is shown."""
 HF, HF_BATCH = "Hugging Face `generate`, bf16", "Hugging Face `generate`, one batch of 16, bf16"
 IDENTITY = "the same at full depth"
 INTEGERS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1", "IQ4_NL")}
@@ -554,7 +554,7 @@ def drafts_slowest(bench: Bench) -> None:
     rounds = bench.args.rounds
     slowest = drafting.measure_slowest(bench.model("bf16"), SLOWEST_OF, rounds, "auto")
     note = (
-        f"the prompt that gains least of {SLOWEST_OF}, {rounds} rounds each; {slowest.lower} under {drafting.LEAST}; "
+        f"the prompt that gains least of {SLOWEST_OF}, {rounds} rounds each; {slowest.below} under {drafting.LEAST}; "
         f"two answers without drafts, likewise: {slowest.chance:.3f}"
     )
     speeds = [slowest.drafted, slowest.plain]

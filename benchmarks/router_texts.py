@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPARISON",
+    "COMPARISONS",
+    "FITTED",
+    "PER_TASK",
+    "ROUTED",
     "TASKS",
     "by_tier",
     "filling",
@@ -62,6 +66,8 @@ Part = Literal["fit", "route"]
 _PARTS: Final = Shares(0.5, 0.5, 0.0, 0.0)
 _NEIGHBOURS: Final = 5
 """Passages in one prompt, as a search would return them."""
+FITTED, ROUTED, PER_TASK, COMPARISONS = 120, 100, 25, 110
+"""Prompts of each kind for fills and for the router; for it also of each task, and comparisons."""
 DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 TASKS: Final = {
     "translation of a text": (
@@ -157,19 +163,22 @@ def _from_data(limit: int | None) -> list[Item]:
 
 
 def route_texts(
-    per_kind: int = 100, per_task: int = 25, comparisons: int = 110, fit_per_kind: int = 120, limit: int | None = None
+    fitted: Sequence[Item],
+    per_kind: int = ROUTED,
+    per_task: int = PER_TASK,
+    comparisons: int = COMPARISONS,
+    limit: int | None = None,
 ) -> list[Item]:
     """The texts that a router is made with and judged on; maps were fitted on none of them, nor on their passages.
 
     Args:
+        fitted: The texts that fills are fitted on.
         per_kind: Of each kind of `texts`.
         per_task: Of each of `TASKS`.
         comparisons: Of `COMPARISON`.
-        fit_per_kind: Of each kind of `texts` that fills are fitted on.
         limit: Cuts what they are made from.
     """
     asked = texts("route", per_kind, limit)
-    fitted = texts("fit", fit_per_kind, limit)
     compared = tasks_about(unused_passages([*fitted, *asked])[:limit], COMPARISON, comparisons)
     return [*asked, *compared, *tasks_about(unused_passages([*fitted, *asked, *compared])[:limit], TASKS, per_task)]
 

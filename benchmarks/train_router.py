@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_bridges import Bridging
 from benchmarks.router_seeds import record_router, record_seeds
-from benchmarks.router_texts import by_tier, record_depths, route_texts, texts
+from benchmarks.router_texts import COMPARISONS, FITTED, PER_TASK, ROUTED, by_tier, record_depths, route_texts, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.engine import engine_version
 from polar_sdk.lab.checkpoint import run_key
@@ -108,6 +108,7 @@ class Work:
         model: The model.
         options: Of the command line.
         sets: Prompts by the name of their set.
+        fitted: The texts that the fills are fitted on.
         folder: Of the work.
         show: Progress.
     """
@@ -115,6 +116,7 @@ class Work:
     model: PolarModel
     options: argparse.Namespace
     sets: dict[str, list[Item]]
+    fitted: list[Item]
     folder: Path
     show: ProgressBars
 
@@ -174,7 +176,7 @@ class Work:
             with RewardCache(cache_path(exact.fingerprint, exact.dtype)) as cache:
                 lab.heal_fills(
                     exact,
-                    self._filled(),
+                    self.fitted,
                     chosen.cuts,
                     out=fills,
                     cache=cache,
@@ -272,17 +274,13 @@ class Work:
 
     def _seen(self) -> str:
         """Marks of all prompts that a router or its bridges learned from, so that it is judged on none of them."""
-        ids = map(item_id, distinct_items([*self.items, *self._healed(), *self._filled()]))
+        ids = map(item_id, distinct_items([*self.items, *self._healed(), *self.fitted]))
         return marks(identity for identity in ids if split_of(identity) in ("train", "dev"))
 
     def _healed(self) -> list[Item]:
         """The questions that the bridges are fitted on."""
         sets = read_sets(self.options.heal_sets.split(","), self.options.limit)
         return [item for items in sets.values() for item in items]
-
-    def _filled(self) -> list[Item]:
-        """The texts that the fills are fitted on."""
-        return texts("fit", self.options.fit_per_kind, self.options.limit)
 
     def resplit(self, name: str, router: LearnedRouter, tiers: dict[str, TierPromise]) -> None:
         """Count promises that break, made on random halves of the prompts that training did not use."""
@@ -368,10 +366,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heal-sets", default=HEAL_SETS, help="sets to fit and tune the bridges on")
     parser.add_argument("--segments", default="12-20;12-20,22-26", help="bridges for choices")
     parser.add_argument("--cuts", default=CUTS, help="what is filled, a comma between programs, e.g. 27,24,18-21+23")
-    parser.add_argument("--fit-per-kind", type=int, default=120, help="texts of each kind that fills are fitted on")
-    parser.add_argument("--per-kind", type=int, default=100, help="texts of each kind for the router")
-    parser.add_argument("--per-task", type=int, default=25, help="texts of each task about passages not yet used")
-    parser.add_argument("--comparisons", type=int, default=110, help="texts that compare two of them")
+    parser.add_argument("--fit-per-kind", type=int, default=FITTED, help="texts of each kind that fills are fitted on")
+    parser.add_argument("--per-kind", type=int, default=ROUTED, help="texts of each kind for the router")
+    parser.add_argument("--per-task", type=int, default=PER_TASK, help="texts of each task about passages not yet used")
+    parser.add_argument("--comparisons", type=int, default=COMPARISONS, help="texts that compare two of them")
     parser.add_argument("--depth-facts", type=int, default=34, help="facts in those notes: 34 are some 1,000 tokens")
     parser.add_argument("--distil", type=int, default=250, help="training steps of the fills, without labels")
     parser.add_argument("--fill-rate", type=float, default=3e-4, help="learning rate of those steps")
@@ -411,13 +409,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recorder = Recorder("router", options.results, model=options.model)
     model = PolarModel.from_pretrained(options.model, precision=options.precision, ledger=None, compile=options.compile)
     with ProgressBars(quiet=not sys.stderr.isatty()) as show:
+        fitted = texts("fit", options.fit_per_kind, options.limit)
         sets = {
-            "texts": route_texts(
-                options.per_kind, options.per_task, options.comparisons, options.fit_per_kind, options.limit
-            ),
+            "texts": route_texts(fitted, options.per_kind, options.per_task, options.comparisons, options.limit),
             **read_sets(options.sets.split(","), options.limit),
         }
-        work = Work(model, options, sets, options.work, show)
+        work = Work(model, options, sets, fitted, options.work, show)
         shipped, mains = work.run([*OTHERS, *(["policy"] if options.epochs else [])])
     print(record_seeds(recorder, [router.with_suffix(".json") for router in mains]))
     record_router(recorder, shipped.with_suffix(".json"))

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.router_seeds import record_part
-from benchmarks.router_texts import COMPARISON, filling, route_texts, tasks_about, texts, unused_passages
+from benchmarks.router_texts import (
+    COMPARISON,
+    FITTED,
+    ROUTED,
+    filling,
+    route_texts,
+    tasks_about,
+    texts,
+    unused_passages,
+)
 from polar_sdk import PolarModel, lab
 from polar_sdk.lab.evaluation.texts import LENGTHS, TextRun
 from polar_sdk.lab.items import ChoiceItem, PromptItem, distinct_items, item_id, split_of
@@ -32,8 +41,6 @@ if TYPE_CHECKING:
 
 _FROM: Final = LENGTHS["over_500"][0]
 """Unit: tokens."""
-_FITTED, _ROUTED = 120, 100
-"""Prompts of each kind that `train_router` fits fills on, and makes a router with."""
 _FEWEST: Final = 20
 """Prompts of a kind that is shown by itself."""
 _SEED: Final = 31
@@ -85,10 +92,10 @@ def _record(recorder: Recorder, model: PolarModel, prompts: list[Item], *, progr
 
 def _long(model: PolarModel, per_kind: int) -> list[Item]:
     """Prompts that are long enough, at most so many of each kind."""
-    used = {item_id(item) for item in texts("route", _ROUTED)}
+    used = {item_id(item) for item in texts("route", ROUTED)}
     longer = notes(per_kind, seed=_SEED, facts=(25, 40))
     made: list[Item] = [PromptItem(prompt=text.prompt, task="longer notes") for text in longer]
-    made += [item for item in texts("route", _ROUTED + 2 * per_kind) if item_id(item) not in used]
+    made += [item for item in texts("route", ROUTED + 2 * per_kind) if item_id(item) not in used]
     kinds: dict[str, list[Item]] = defaultdict(list)
     for item in distinct_items(made):
         if not isinstance(item, ChoiceItem) and len(model.prompt_tokens(item.prompt)) >= _FROM:
@@ -98,8 +105,9 @@ def _long(model: PolarModel, per_kind: int) -> list[Item]:
 
 def _kinds(_: PolarModel, per_kind: int) -> list[Item]:
     """Prompts of every task, as many of each as there are passages for."""
-    used = [item for item in route_texts(_ROUTED, fit_per_kind=_FITTED) if split_of(item_id(item)) != "test"]
-    return tasks_about(unused_passages([*texts("fit", _FITTED), *used]), _TASKS, per_kind)
+    fitted = texts("fit", FITTED)
+    used = [item for item in route_texts(fitted) if split_of(item_id(item)) != "test"]
+    return tasks_about(unused_passages([*fitted, *used]), _TASKS, per_kind)
 
 
 def _programs(model: PolarModel, prompts: list[Item]) -> dict[str, dict[str, Any]]:

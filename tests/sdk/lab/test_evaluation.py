@@ -43,7 +43,7 @@ TIERS: dict[str, Any] = {"economy": (0.15, "differs"), "standard": (0.1, "harms"
 def result(
     model: PolarModel, matrix: Callable[..., RewardMatrix], *, learnable: bool = True, theta: float = 0.3
 ) -> tuple[MenuRouter, SetResult]:
-    router = RouterTrainer(model, matrix(learnable=learnable)).menu(QUICK)
+    router = RouterTrainer(model, matrix(learnable=learnable), "embedding").menu(QUICK)
     test = matrix(500, seed=3, learnable=learnable)
     found = evaluate_set(
         "synthetic",
@@ -161,8 +161,7 @@ def test_a_router_that_chooses_one_program_is_called_static(
     _, found = result(model, matrix, learnable=False, theta=1.0)
     program, share = next(iter(found.main.programs.items()))
     assert share > 0.99  # a prompt in a hundred may be unlike all that training saw
-    said = f"in effect a static program already: {program} for {share:.0%} of these prompts"
-    assert said in " ".join(verdict([found]))
+    assert f"in effect a static program already: {program} for 100% of these prompts" in " ".join(verdict([found]))
 
 
 def test_the_figures_are_those_counted_by_hand(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
