@@ -1,7 +1,8 @@
 """Train the shipped draft head: `make drafts` does it for the default model.
 
 It learns what the model says to questions of its own, and to prompts as chains send them: those of `router_texts`, made
-from the sets in the folder POLAR_DATA where that is named, and functions of Python's own library to explain or change.
+from the sets in the folder POLAR_DATA where that is named, small tasks about single sentences of these sets, and
+functions of Python's own library to explain or change.
 The package's own prompts, on which drafts are measured, are left out. Ctrl-C loses a minute at most.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 import argparse
 import ast
 import random
+import re
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from benchmarks.router_texts import texts
+from benchmarks.router_texts import rows, texts
 from polar_sdk import PolarModel, lab
 from polar_sdk.lab.items import PromptItem, builtin_items, item_id
 from polar_sdk.lab.rewards.cache import RewardCache
@@ -35,6 +37,26 @@ _ASKED: Final = (
     "Rewrite this code with other variable names:",
     "Find a bug in this code:",
 )
+_LANGUAGES: Final = ("French", "Spanish", "German", "Italian", "Portuguese")
+_TRANSLATE: Final = (
+    "Translate to {language}: {sentence}",
+    "Translate this sentence into {language}: {sentence}",
+    "{sentence}\n\nWhat is that in {language}?",
+    "How would you write this in {language}? {sentence}",
+    "Translate from English to {language}.\n\n{sentence}",
+)
+_ABOUT_SENTENCES: Final = (
+    "Say the same in fewer words: {sentence}",
+    "Rewrite this sentence in simple words: {sentence}",
+    "Which names are in this sentence? {sentence}",
+    "Is this about history, science, sport or art? {sentence}",
+    "Correct the spelling and grammar: {sentence}",
+    "Turn this into a question: {sentence}",
+    "Find a short heading for this: {sentence}",
+    "Write this in the future tense: {sentence}",
+)
+_WORDS: Final = range(4, 16)
+"""Of a sentence."""
 
 
 def main() -> None:
@@ -51,7 +73,7 @@ def main() -> None:
     with RewardCache(chosen.work / "answers.sqlite") as cache, ProgressBars(quiet=False) as show:
         head = lab.train_draft_head(
             model,
-            [*_chains(chosen.per_kind), *_code(2 * chosen.per_kind)],
+            [*_chains(chosen.per_kind), *_code(2 * chosen.per_kind), *_about_sentences(10 * chosen.per_kind)],
             out=chosen.out,
             cache=cache,
             checkpoints=chosen.work / "checkpoints",
@@ -74,6 +96,31 @@ def _code(count: int) -> list[Item]:
         PromptItem(prompt=f"{dice.choice(_ASKED)}\n\n```python\n{function}\n```", task="code")
         for function in dice.sample(functions, min(count, len(functions)))
     ]
+
+
+def _about_sentences(count: int) -> list[Item]:
+    """Half of them translations: in other languages a head must know that it knows little."""
+    dice = random.Random(0)
+    sentences = sorted(_sentences())
+    chosen = dice.sample(sentences, min(count, len(sentences)))
+    wordings = [_TRANSLATE if place % 2 == 0 else _ABOUT_SENTENCES for place in range(len(chosen))]
+    return [
+        PromptItem(
+            prompt=dice.choice(wording).format(sentence=sentence, language=dice.choice(_LANGUAGES)), task="sentences"
+        )
+        for wording, sentence in zip(wordings, chosen, strict=True)
+    ]
+
+
+def _sentences() -> Iterator[str]:
+    """Sentences of passages, and questions."""
+    for row in rows("passages.train"):
+        yield from (each for each in re.findall(r"(?<=[.] )[A-Z][^.()]+[.]", row["passage"]) if _is_short(each))
+    yield from (row["question"] for row in rows("trivia.train") if _is_short(row["question"]))
+
+
+def _is_short(sentence: str) -> bool:
+    return len(sentence.split()) in _WORDS
 
 
 def _functions() -> Iterator[str]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from polar_sdk.engine import engine_version
 from polar_sdk.engine.hashes import hash_bridges, hash_programs, hash_tensors
 from polar_sdk.engine.route import Route
-from polar_sdk.errors import RouterError, RouterModelError, UnknownTierError
+from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError, UnknownTierError
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.router.base import IdentityRouter, Router
 from polar_sdk.router.certificate import Certificate, Subject
@@ -95,6 +95,7 @@ class LearnedRouter(Router):
 
         Raises:
             RouterModelError: The router was trained for another model.
+            RouterDamagedError: Its weights were trained on other features than its facts name.
             MissingBridgeError: A program uses a bridge that the model does not have.
         """
         if fingerprint != self.facts.fingerprint:
@@ -103,8 +104,15 @@ class LearnedRouter(Router):
                 f"is {fingerprint[:12]}….",
                 hint="Load that model, or train a router for this one with `polar train`.",
             )
+        reader = FeatureReader(decoder, self.facts.features, self.facts.feature_layers)
+        if len(self.network.mean) != reader.size:
+            raise RouterDamagedError(
+                f"the router's weights take {len(self.network.mean):,} numbers, but {self.facts.features!r} features "
+                f"of this model are {reader.size:,}: its router.json names other features than it was trained on.",
+                hint="Copy the router again, or train it again with `polar train`.",
+            )
         bound = copy.copy(self)
-        bound._reader = FeatureReader(decoder, self.facts.features, self.facts.feature_layers)
+        bound._reader = reader
         bound._running = self.network.to(decoder.device)
         bound._subject = Subject(
             model=fingerprint,

@@ -63,9 +63,10 @@ class FeatureReader:
     kind: FeatureKind = "embedding"
     layers: int = 0
 
-    def size(self, width: int) -> int:
-        """Number of features for hidden states of this width: pooled states, and the length of the prompt."""
-        return width * (1 if self.kind == "embedding" else 2) + 1
+    @property
+    def size(self) -> int:
+        """Number of features, F: pooled states, and the length of the prompt."""
+        return self.decoder.family.hidden * (1 if self.kind == "embedding" else 2) + 1
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
         """Features of one prompt, (F,) float32.

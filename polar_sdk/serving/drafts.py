@@ -391,10 +391,10 @@ class PassCosts:
         """Passes of one row: number of the pass, and its seconds at full depth."""
         self._ratios: dict[int, deque[tuple[int, float]]] = {}
         """Rows of a pass and what it took, by width: 2 to 4 rows, 5 to 8 and so on."""
-        self._points: list[tuple[float, float]] = [(1, 1.0), (4, 1.15), (16, 1.9)]
-        """Rows, and what they take; until something was measured, more than machines took on which this was tried."""
+        self._took = _at_widths([(1, 1.0), (4, 1.15), (16, 1.9)])
+        """By width, from one row on; until something was measured, more than machines took on which this was tried."""
         self._is_fitted = True
-        """Whether the points are those of all measurements: they are worked out for whoever drafts, as most do not."""
+        """Whether it is by all measurements: it is worked out for whoever drafts, as most do not."""
         self._passes = 0
         self._guess_ratios: deque[float] = deque(maxlen=31)
 
@@ -428,28 +428,35 @@ class PassCosts:
     def _fit(self) -> None:
         self._is_fitted = True
         measured = [ratios for _, ratios in sorted(self._ratios.items()) if len(ratios) >= _MIN_MEASURED]
-        if measured:
-            self._points = [(1, 1.0)]
+        points = [(1.0, 1.0)]
         for ratios in measured:
             rows, ratio = statistics.mean(rows for rows, _ in ratios), statistics.median(ratio for _, ratio in ratios)
-            self._points.append((rows, max(ratio, self._points[-1][1])))
+            points.append((rows, max(ratio, points[-1][1])))
+        if measured:
+            self._took = _at_widths(points)
 
-    def of(self, rows: int) -> float:
-        """What a pass of so many rows takes, as a multiple of one of one row."""
+    def by_width(self) -> Sequence[float]:
+        """What passes of one row, two and so on take, up to `MAX_ROWS`, as multiples of one of one row."""
         if not self._is_fitted:
             self._fit()
-        if rows == 1:
-            return 1.0
-        place = bisect_left(self._points, (rows, 0.0))
-        ends = place == len(self._points)
-        (first, low), (last, high) = self._points[-2:] if ends else self._points[place - 1 : place + 1]
-        rise = (high - low) / (last - first)
-        return high + (rows - last) * (max(rise, _PER_ROW * high) if ends else rise)
+        return self._took
 
     def gain(self, chances: Sequence[float]) -> float:
         """How much faster a row comes alone by as many drafted tokens as pay, each kept with such a chance."""
         kept = accumulate(chances, initial=1.0)
-        return max(tokens / self.of(rows) for rows, tokens in enumerate(kept, start=1))
+        return max(tokens / took for tokens, took in zip(kept, self.by_width(), strict=False))
+
+
+def _at_widths(points: Sequence[tuple[float, float]]) -> list[float]:
+    """What passes of each width take, up to `MAX_ROWS`: even rises between points of rows and what they take."""
+    took = [1.0]
+    for rows in range(2, MAX_ROWS + 1):
+        place = bisect_left(points, (rows, 0.0))
+        ends = place == len(points)
+        (first, low), (last, high) = points[-2:] if ends else points[place - 1 : place + 1]
+        rise = (high - low) / (last - first)
+        took.append(high + (rows - last) * (max(rise, _PER_ROW * high) if ends else rise))
+    return took
 
 
 class Experience:
@@ -480,30 +487,31 @@ class Plan:
         self._probing = [drafts is not None and drafts.probes for drafts in rows]
         self.counts = [0] * len(rows)
         """Of each row."""
-        self._fill(MAX_ROWS - len(rows))
+        if len(rows) < MAX_ROWS:
+            self._fill(MAX_ROWS - len(rows))
 
     def _fill(self, idle: int) -> None:
         likeliest = sorted(
             (not self._forced[row], -chance, row) for row, chances in enumerate(self._chances) for chance in chances
-        )[: max(idle, 0)]
+        )[:idle]
         steps = [row for _, _, row in likeliest]
         best = max(
             self._paying([(row, -chance) for _, chance, row in likeliest]), sum(map(self._forced.__getitem__, steps))
         )
-        if not best and any(self._probing) and idle > 0:
+        if not best and any(self._probing):
             steps, best = [self._probing.index(True)], 1
         for row in steps[:best]:
             self.counts[row] += 1
 
     def _paying(self, steps: Sequence[tuple[int, float]]) -> int:
         """How many of these drafts, a row and a chance each, bring most tokens for their time and slow no row down."""
-        rows = len(self.counts)
-        alone, brought, total = self._costs.of(rows), [1.0] * rows, float(rows)
+        rows, took = len(self.counts), self._costs.by_width()
+        alone, brought, total = took[rows - 1], [1.0] * rows, float(rows)
         best, best_gain = 0, _GAIN
         for count, (row, chance) in enumerate(steps, start=1):
             brought[row] += chance
             total += chance
-            longer = self._costs.of(rows + count) / alone
+            longer = took[rows + count - 1] / alone
             if total / rows / longer > best_gain and min(brought) / longer >= _MIN_SPEED:
                 best, best_gain = count, total / rows / longer
         return best

@@ -126,6 +126,12 @@ def test_a_missing_file_is_told(folder: Path, tmp_path: Path) -> None:
         load_router(tmp_path / "nowhere")
 
 
+def test_features_that_the_weights_were_not_trained_on_are_refused(folder: Path) -> None:
+    edit(folder, lambda facts: facts["facts"].update(features="ending"))
+    with pytest.raises(RouterDamagedError, match=r"take 49 numbers, but 'ending' features of this model are 97: .*"):
+        tiny_model(router=folder)
+
+
 def test_a_router_of_another_model_is_refused(folder: Path) -> None:
     with pytest.raises(RouterModelError, match=r"was trained for model tiny .* Load that model, or train"):
         tiny_model(seed=5, router=folder)

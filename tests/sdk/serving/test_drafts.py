@@ -333,6 +333,11 @@ def _drafts(always: bool = False) -> Drafts:
     return drafts
 
 
+def _took(costs: PassCosts, rows: int) -> float:
+    """What a pass of so many rows takes."""
+    return costs.by_width()[rows - 1]
+
+
 def _costs(per_row: float) -> PassCosts:
     costs = PassCosts()
     for _ in range(5):
@@ -371,25 +376,25 @@ def test_wrong_drafts_end_and_are_tried_again_less_and_less_often() -> None:
 
 def test_a_busy_moment_is_measured_beside_itself() -> None:
     costs = _costs(0.1)
-    assert [costs.of(rows) for rows in (1, 2, 8, 16)] == pytest.approx([1, 1.1, 1.7, 2.5])
+    assert [_took(costs, rows) for rows in (1, 2, 8, 16)] == pytest.approx([1, 1.1, 1.7, 2.5])
     for _ in range(12):  # everything takes ten times as long
         costs.measured(1, 10.0)
         costs.measured(8, 17.0)
-    assert costs.of(8) == pytest.approx(1.7, abs=0.05)
+    assert _took(costs, 8) == pytest.approx(1.7, abs=0.05)
     for _ in range(100):  # wide passes that no narrow one stands beside say nothing
         costs.measured(8, 99.0)
-    assert costs.of(8) == pytest.approx(1.7, abs=0.05)
+    assert _took(costs, 8) == pytest.approx(1.7, abs=0.05)
 
 
 def test_a_pass_that_took_long_by_chance_says_little() -> None:
     costs = PassCosts()
     for rows, seconds in ((1, 1.0), (2, 1.0), (3, 1.05), (4, 1.1)) * 3:
         costs.measured(rows, seconds)
-    before = [costs.of(rows) for rows in range(1, 17)]
+    before = list(costs.by_width())
     costs.measured(12, 50.0)
-    assert [costs.of(rows) for rows in range(1, 17)] == before == sorted(before)
+    assert list(costs.by_width()) == before == sorted(before)
     costs.measured(3, 50.0)
-    assert costs.of(4) == pytest.approx(1.1, abs=0.05)
+    assert _took(costs, 4) == pytest.approx(1.1, abs=0.05)
 
 
 def test_wide_passes_cost_what_passes_of_their_width_did() -> None:
@@ -397,19 +402,19 @@ def test_wide_passes_cost_what_passes_of_their_width_did() -> None:
     for rows, seconds in took.items():
         for each in (1, 1, 1, rows, rows, rows):
             costs.measured(each, seconds if each == rows else 1.0)
-    assert [costs.of(rows) for rows in took] == pytest.approx(list(took.values()))
+    assert [_took(costs, rows) for rows in took] == pytest.approx(list(took.values()))
 
 
 def test_costs_are_guessed_until_they_are_measured() -> None:
     costs = PassCosts()
-    assert 1 < costs.of(2) < costs.of(8)
+    assert 1 < _took(costs, 2) < _took(costs, 8)
     for _ in range(3):
         costs.measured(1, 1.0)
     for _ in range(3):
         costs.measured(5, 1.0)
-    assert costs.of(5) == 1
-    assert costs.of(2) == 1
-    assert 1 < costs.of(8) < 1.2
+    assert _took(costs, 5) == 1
+    assert _took(costs, 2) == 1
+    assert 1 < _took(costs, 8) < 1.2
 
 
 def test_a_seeded_answer_keeps_to_itself_where_passes_are_rounded_differently() -> None:
@@ -491,8 +496,8 @@ def test_drafts_may_be_off_for_an_object_and_on_for_a_call() -> None:
 class WideAsNarrow(PassCosts):
     """Passes that take the same whatever their number of rows, on a machine however busy."""
 
-    def of(self, rows: int) -> float:
-        return 1.0
+    def by_width(self) -> Sequence[float]:
+        return [1.0] * MAX_ROWS
 
 
 def test_answers_that_a_tenant_had_before_are_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
