@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 from polar_sdk.engine.draft_head import MAX_GUESSES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from polar_sdk.engine.draft_head import Guess
     from polar_sdk.engine.sampling import Sampling
@@ -128,9 +128,9 @@ class TokenIndex:
             followed += followed[: count - len(followed)]
         return proposal
 
-    def following(self, last: Sequence[int], count: int) -> Proposal:
-        """What followed the last place where such tokens stood, as many of them as match; at most `count` tokens."""
-        for length in range(min(LONGEST_MATCH, len(last)), 0, -1):
+    def following(self, last: Sequence[int], count: int, least: int = 1) -> Proposal:
+        """What followed the last place where such tokens stood, as many as match, `least` of them; at most `count`."""
+        for length in range(min(LONGEST_MATCH, len(last)), least - 1, -1):
             start = self._after[length - 1].get(tuple(last[-length:]))
             if start is not None:
                 return Proposal(self._tokens[start : start + count], length)
@@ -216,6 +216,17 @@ class Hits:
         return [*((guessed, chance) for chance in proposal.said), *found]
 
 
+class _Rated(NamedTuple):
+    """A proposal, how likely it is that each of its tokens is kept, and how much faster the row comes by it."""
+
+    proposal: Proposal
+    chances: Sequence[float]
+    gain: float
+
+
+_NOTHING: Final = _Rated(Proposal([]), (), 1.0)
+
+
 class Drafts:
     """The drafts of one request.
 
@@ -229,10 +240,9 @@ class Drafts:
         self.always = speculate == "prompt"
         self._prompt, self._index = prompt, TokenIndex()
         self._hits: Hits | None = None
-        self.chances: Sequence[float] = ()
-        """How likely it is that each of the proposed tokens is kept."""
-        self._proposal = Proposal([], 0)
-        self._from_texts: list[Proposal] = []
+        self._best = _NOTHING
+        """What is proposed."""
+        self._from_texts: list[_Rated] = []
         self._room = 0
         self._head = _HeadWorth()
         self._guesses: Sequence[Guess] = ()
@@ -262,12 +272,13 @@ class Drafts:
         left = 0 if self._alone else FREE_WASTE + WASTE_PER_TOKEN * len(answer) - self._wasted - 1
         self._alone = False
         self._room = count = max(min(room, left, MAX_DRAFT), 0)
-        self._from_texts = [self._index.propose(count)]
+        found = [self._index.propose(count)] if count else []
+        if found and not self.always:
+            found.append(experience.others.following(tenant, self._index.last, count))
+        self._from_texts = self._rated(found, experience.costs)
         if self.always or not count:
             return 0
-        self._from_texts.append(experience.others.following(tenant, self._index.last, count))
-        gains = (experience.costs.gain(self._hits.chances(proposal)) for proposal in self._from_texts)
-        return count if self._head.take_turn() and max(gains) < _CERTAIN_GAIN else 0
+        return count if self._head.take_turn() and _best(self._from_texts).gain < _CERTAIN_GAIN else 0
 
     def propose(self, guesses: Sequence[Guess], costs: PassCosts) -> Proposal:
         """Tokens that may follow the answer so far: what `look_up` found or the draft head guesses, by what gains most.
@@ -276,13 +287,19 @@ class Drafts:
             guesses: Of the draft head; none where it was not asked.
             costs: What passes take.
         """
-        assert self._hits is not None, "see `look_up`"
         self._guesses = guesses
-        proposals = [*self._from_texts, *self._guessed(guesses[: self._room])]
-        chances = list(map(self._hits.chances, proposals))
-        best = max(range(len(proposals)), key=lambda place: costs.gain(chances[place]))
-        self._proposal, self.chances = proposals[best], chances[best]
-        return self._proposal
+        self._best = _best([*self._from_texts, *self._rated(self._guessed(guesses[: self._room]), costs)])
+        return self._best.proposal
+
+    @property
+    def chances(self) -> Sequence[float]:
+        """How likely it is that each of the proposed tokens is kept."""
+        return self._best.chances
+
+    def _rated(self, proposals: Iterable[Proposal], costs: PassCosts) -> list[_Rated]:
+        assert self._hits is not None, "see `look_up`"
+        rated = ((each, self._hits.chances(each)) for each in proposals if each.tokens)
+        return [_Rated(each, chances, costs.gain(chances)) for each, chances in rated]
 
     def _guessed(self, guesses: Sequence[Guess]) -> Iterator[Proposal]:
         """Guesses, alone and as far as what stood before in prompt or answer goes on from them."""
@@ -290,14 +307,14 @@ class Drafts:
         yield Proposal(tokens, source="head", said=said)
         for count in range(1, len(tokens) + 1):
             last = [*self._index.last, *tokens[:count]][-LONGEST_MATCH:]
-            found = self._index.following(last, self._room - count)
-            if found.match >= _MIN_JOINED and found.tokens:
+            found = self._index.following(last, self._room - count, _MIN_JOINED)
+            if found.tokens:
                 yield found._replace(tokens=[*tokens[:count], *found.tokens], said=said[:count])
 
     @property
     def probes(self) -> bool:
         """Whether to draft once more although that does not seem to pay."""
-        return self._idle >= self._patience and bool(self._proposal.tokens)
+        return self._idle >= self._patience and bool(self._best.proposal.tokens)
 
     def passed(self, costs: PassCosts) -> None:
         """The row decodes without drafts."""
@@ -320,9 +337,14 @@ class Drafts:
         kept = max(brought - 1, 0)
         for hits in (experience.hits, self._hits):
             if hits is not None:
-                hits.tried(self._proposal, drafted, kept)
+                hits.tried(self._best.proposal, drafted, kept)
         guessed = [guess.token for guess in self._guesses]
-        self._head.brought(_agreeing(guessed, self._proposal.tokens[:kept]), len(guessed), experience.costs)
+        self._head.brought(_agreeing(guessed, self._best.proposal.tokens[:kept]), len(guessed), experience.costs)
+
+
+def _best(rated: Sequence[_Rated]) -> _Rated:
+    """The first of those that gain most."""
+    return max(rated, key=lambda each: each.gain, default=_NOTHING)
 
 
 class _HeadWorth:
