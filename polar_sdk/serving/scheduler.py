@@ -11,39 +11,31 @@ places belong to the thread alone.
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import threading
 import time
 from collections import Counter
 from contextlib import suppress
 from functools import partial
-from itertools import repeat
 from queue import Empty
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
 import torch
 
-from polar_sdk.engine.draft_head import MAX_GUESSES
-from polar_sdk.engine.forward import drafted_logits, next_logits
-from polar_sdk.engine.sampling import likeliest_tokens, near_ties
 from polar_sdk.errors import CacheMemoryError, QueueFullError
-from polar_sdk.serving.drafts import MAX_ROWS, Experience, Plan, spans
 from polar_sdk.serving.job import asked_by_engine
 from polar_sdk.serving.pace import Pace
+from polar_sdk.serving.passes import Passes, attempt
 from polar_sdk.serving.places import Limits, Places
 from polar_sdk.serving.prefixes import PrefixCache
 from polar_sdk.serving.queue import FairQueue, who_gives_room
 from polar_sdk.serving.threads import Inbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from torch import Tensor
+    from collections.abc import Iterable, Sequence
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.draft_head import Guess
     from polar_sdk.serving.job import Job
 
 
@@ -81,16 +73,12 @@ class Scheduler:
         self.prefixes = PrefixCache(decoder)
         self.replayed_flops = 0
         """Executed again for rows that had given their pages up. In no usage record: nobody pays for it."""
-        self.sampled_tokens = 0
-        """Tokens chosen since the model was loaded, for whoever watches how fast it is."""
         self._served: dict[str, float] = {}
         """When each tenant had rows last, of those that had some lately."""
         self._queue = FairQueue()
         self._places = Places(decoder, self.prefixes, self._queue.clocks)
         self._pace = Pace()
-        self._drafting = Experience()
-        self._token = sum(cost.linear for cost in decoder.cost.layers) + decoder.cost.head
-        """FLOPs of decoding one token at full depth."""
+        self._passes = Passes(decoder)
         self._checked = 0
         """Where the next part of those who wait begins, of which is checked whether they still do."""
         self._known: set[str] = set()
@@ -116,6 +104,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Number of jobs that wait for a place among those that run."""
         return len(self._waiting())
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens chosen since the model was loaded, for whoever watches how fast it is."""
+        return self._passes.sampled_tokens
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Run jobs, together if there is room.
@@ -274,13 +267,13 @@ class Scheduler:
         waiting = self._next_to_check(list(self._queue))
         for job in [*waiting, *self._places.jobs]:
             if not job.done:
-                self._attempt([job], job.stop_if_due)
+                attempt([job], job.stop_if_due)
         for job in waiting:
             if job.done:
                 self._queue.remove(job)
         for job in self._places.jobs:
             if job.done:
-                job.leave_to(self._drafting.others)
+                job.leave_to(self._passes.drafting.others)
         self._places.drop_done()
         self._places.count_pauses()
 
@@ -310,7 +303,7 @@ class Scheduler:
     def _run_passes(self) -> bool:
         """A pass over prompts, and one token for every row whose prompt has run and whose caller keeps up."""
         jobs = [job for job in self._places.jobs if not job.paused]
-        rows = self._rows([job for job in jobs if job.decoding])
+        rows = self._passes.rows([job for job in jobs if job.decoding])
         tenants = {job.request.tenant: job for job in jobs}
         self._note_served(tenants)
         needs = {tenant: rows.get(tenant, 0.0) / self._weight(job) for tenant, job in tenants.items()}
@@ -323,25 +316,17 @@ class Scheduler:
         if prompts:
             chunk_of = dict(zip(prompts, chunks, strict=True))
             for alike in _by_kernels(prompts):
-                self._attempt(alike, partial(self._run_chunks, alike, [chunk_of[job] for job in alike]))
+                attempt(alike, partial(self._run_chunks, alike, [chunk_of[job] for job in alike]))
             self._hurried = not self._hurried and self._has_newcomer()
         if decoding and not (prompts and self._hurried):
             for alike in _by_kernels(decoding):
-                self._attempt(alike, partial(self._run_decode, alike))
+                attempt(alike, partial(self._run_decode, alike))
         return bool(jobs)
 
     def _note_served(self, tenants: Iterable[str]) -> None:
         now = time.perf_counter()
         self._served |= dict.fromkeys(tenants, now)
         self._served = {tenant: at for tenant, at in self._served.items() if now - at < _LATELY_SECONDS}
-
-    def _rows(self, jobs: Iterable[Job], pieces: Iterable[Sequence[int]] | None = None) -> dict[str, float]:
-        """How many rows decode for each tenant, those of drafts included; each counts by its share of full depth."""
-        rows: dict[str, float] = {}
-        for job, piece in zip(jobs, repeat((0,)) if pieces is None else pieces, strict=False):
-            share = len(piece) * job.row.work.next_token(job.row.length + 1) / self._token
-            rows[job.request.tenant] = rows.get(job.request.tenant, 0.0) + share
-        return rows
 
     def _has_newcomer(self) -> bool:
         """Whether a tenant without a place has come during this round."""
@@ -382,90 +367,16 @@ class Scheduler:
         return self.limits.prefill_beside * (_BURST if burst else 1)
 
     def _run_chunks(self, jobs: Sequence[Job], chunks: Sequence[Sequence[int]]) -> None:
-        for job in jobs:
-            job.start_clock()
         began, tokens = time.perf_counter(), Counter[str]()
         for job, chunk in zip(jobs, chunks, strict=True):
             tokens[job.request.tenant] += len(chunk)
-        again = [job.row.replaying for job in jobs]
-        ends = [job.row.length + len(chunk) == len(job.request.tokens) for job, chunk in zip(jobs, chunks, strict=True)]
-        try:
-            logits = next_logits(self.decoder, [job.row for job in jobs], chunks, ends, self._scored(jobs, again))
-        finally:
-            self._charge(jobs)
-        ended = [(job, replayed) for job, end, replayed in zip(jobs, ends, again, strict=True) if end]
-        for job, replayed in zip(jobs, again, strict=True):
-            if replayed:
-                job.row.note_replay()
-        sampling = [index for index, (_, replayed) in enumerate(ended) if not replayed]
-        new = [ended[index][0] for index in sampling]
-        self._choose(new, logits[sampling] if len(new) < len(ended) else logits)
+        self._passes.read(jobs, chunks, self._charge, self._keep_prefix)
         self._pace.read(tokens, time.perf_counter() - began, self.limits.weights)
 
-    def _scored(self, jobs: Sequence[Job], again: Sequence[bool]) -> dict[int, Callable[[Tensor], None]]:
-        """What reads the prompts that are to be scored; an error of one ends its job alone."""
-
-        def reader(job: Job) -> Callable[[Tensor], None]:
-            return lambda states: self._attempt([job], partial(job.score_prompt, states))
-
-        wanted = ((index, job) for index, job in enumerate(jobs) if job.request.prompt_logprobs is not None)
-        return {index: reader(job) for index, job in wanted if not again[index]}
-
     def _run_decode(self, jobs: Sequence[Job]) -> None:
-        began, pieces = time.perf_counter(), self._drafted(jobs)
-        rows, count = self._rows(jobs, pieces), sum(map(len, pieces))
-        drafted = time.perf_counter()
-        run = next_logits if count == len(jobs) else drafted_logits
-        try:
-            logits = run(self.decoder, [job.row for job in jobs], pieces)
-        finally:
-            self._charge(jobs)
-        if count == len(jobs):
-            self._choose(jobs, logits)  # only now a GPU has done what it was asked for
-        else:
-            self._judge(jobs, pieces, logits)
-        ended = time.perf_counter()
-        self._pace.decoded(rows, ended - began, self.limits.weights)
-        self._drafting.costs.measured(count, (ended - drafted) * count / sum(rows.values()))
-
-    def _drafted(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """The tokens that each job runs next: the one sampled last, and drafts as far as rows are idle and it pays."""
-        pieces = [job.tokens[-1:] for job in jobs]
-        idle, costs = MAX_ROWS - len(jobs), self._drafting.costs
-        if idle <= 0:
-            return pieces
-        guesses = self._guessed({job: job.look_up_drafts(idle, self._drafting) for job in jobs})
-        proposals = [job.propose(guesses.get(job, []), costs) for job in jobs]
-        if any(proposals):
-            plan = Plan([job.drafts for job in jobs], costs)
-            for job, piece, proposal, drafted in zip(jobs, pieces, proposals, plan.counts, strict=True):
-                piece.extend(proposal[:drafted])
-                if job.drafts is not None and not drafted:
-                    job.drafts.passed(costs)
-        for job, piece in zip(jobs, pieces, strict=True):
-            job.row.work.guess(len(guesses.get(job, [])), len(piece) - 1)
-        return pieces
-
-    def _guessed(self, counts: Mapping[Job, int]) -> dict[Job, list[Guess]]:
-        """What the draft head guesses for jobs, at most so many tokens for each, as far as all may be right."""
-        asking = [job for job, count in counts.items() if count]
-        if self.decoder.draft_head is None or not asking:
-            return {}
         began = time.perf_counter()
-        states = torch.cat([job.row.states for job in asking if job.row.states is not None])
-        most = min(MAX_GUESSES, max(counts.values()))
-        guesses = self.decoder.guess(states, [job.tokens[-1] for job in asking], most)
-        self._drafting.costs.guessed(len(guesses[0]), time.perf_counter() - began)
-        return dict(zip(asking, guesses, strict=True))
-
-    def _judge(self, jobs: Sequence[Job], pieces: Sequence[Sequence[int]], logits: Tensor) -> None:
-        """The next tokens of each job of a pass with drafts, from logits (N, V); errors as in `_choose`."""
-        likeliest, highest = likeliest_tokens(logits)
-        sure = all(job.row.independent for job in jobs)
-        unsure = [False] * len(highest) if sure else near_ties(logits, highest, self.decoder.dtype)
-        for job, piece, own in zip(jobs, pieces, spans(pieces), strict=True):
-            results = (logits[own], likeliest[own], highest[own], unsure[own])
-            self._attempt([job], partial(job.judge, piece, *results, self._drafting, self._count_token))
+        rows = self._passes.decode(jobs, self._charge)
+        self._pace.decoded(rows, time.perf_counter() - began, self.limits.weights)
 
     def _charge(self, jobs: Sequence[Job]) -> None:
         """Count what a pass executed, for the fairness between tenants."""
@@ -479,30 +390,8 @@ class Scheduler:
     def _weight(self, job: Job) -> float:
         return self.limits.weights.get(job.request.tenant, 1.0)
 
-    def _choose(self, jobs: Sequence[Job], logits: Tensor) -> None:
-        """The next token of each job from logits (B, V); an error, such as of a caller's hook, ends its job alone."""
-        if not jobs:
-            return
-        for row, (job, likeliest, logit) in enumerate(zip(jobs, *likeliest_tokens(logits), strict=True)):
-            if job.done:  # its prompt could not be scored
-                continue
-            if not job.tokens and math.isfinite(logit):
-                self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
-            self._count_token()
-            self._attempt([job], partial(job.choose, logits[row], likeliest, logit))
-
-    def _count_token(self) -> None:
-        """A token is about to be chosen, and its caller has not heard of it yet."""
-        self.sampled_tokens += 1
-
-    def _attempt(self, jobs: Sequence[Job], run: Callable[[], None]) -> None:
-        """Run a pass; an error ends the jobs that were part of it, and no others."""
-        try:
-            run()
-        except BaseException as error:  # handed to the callers, whatever it is; the thread goes on serving others
-            for job in jobs:
-                if not job.done:
-                    job.fail(error)
+    def _keep_prefix(self, job: Job) -> None:
+        self.prefixes.keep(job.request, job.row, self.limits.prefix_share)
 
 
 def _by_kernels(jobs: Iterable[Job]) -> list[list[Job]]:

@@ -154,10 +154,10 @@ def _mark_after_the_record() -> AbstractContextManager[object]:
 
 
 def _mix_rows() -> AbstractContextManager[object]:
-    from polar_sdk.serving.scheduler import Scheduler
+    from polar_sdk.serving.passes import Passes
 
-    choose = Scheduler._choose
-    return patch.object(Scheduler, "_choose", lambda self, jobs, logits: choose(self, jobs, logits.flip(0)))
+    choose = Passes._choose
+    return patch.object(Passes, "_choose", lambda self, jobs, logits, *rest: choose(self, jobs, logits.flip(0), *rest))
 
 
 def _forget_what_was_cached() -> AbstractContextManager[object]:

@@ -25,8 +25,7 @@ from polar_sdk.errors import QueueFullError, RequestTimeoutError, SinkError
 from polar_sdk.programs.policy import Policy
 from polar_sdk.request import marker, recorder
 from polar_sdk.request.generation import answer, stream
-from polar_sdk.serving import job
-from polar_sdk.serving import scheduler as scheduling
+from polar_sdk.serving import job, passes
 from polar_sdk.serving import threads as product_threads
 from polar_sdk.serving.places import Limits
 from polar_sdk.serving.scheduler import Scheduler
@@ -219,7 +218,7 @@ class ServingWorld:
         try:
             with (
                 torch.inference_mode(),
-                patch.object(scheduling, "next_logits", run_or_fail),
+                patch.object(passes, "next_logits", run_or_fail),
                 patch.object(job, "MARK_TOKENS", self.plan.mark_tokens),
             ):
                 main = self.world.spawn(process, self._main, "main")

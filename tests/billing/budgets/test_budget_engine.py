@@ -53,7 +53,7 @@ def test_a_request_over_budget_is_stopped_before_it_computes(
     def never(*_: object) -> None:
         raise AssertionError("a layer ran")
 
-    monkeypatch.setattr("polar_sdk.serving.scheduler.next_logits", never)
+    monkeypatch.setattr("polar_sdk.serving.passes.next_logits", never)
     with pytest.raises(BudgetExceededError, match="the month's budget of tenant 'acme' has") as caught:
         model.generate("hello", compute="premium", max_tokens=MOST)
     error = caught.value
@@ -167,7 +167,7 @@ def test_an_error_in_mid_layer_settles_what_ran(
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("polar_sdk.serving.scheduler.next_logits", broken)
+    monkeypatch.setattr("polar_sdk.serving.passes.next_logits", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.generate("hello", max_tokens=MOST)
     (stored,) = usage(ledger)

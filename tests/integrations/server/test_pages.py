@@ -164,7 +164,7 @@ def test_tokens_per_second_are_those_of_the_last_seconds(served: Served) -> None
 
     def look(seconds: float, tokens: int) -> float | None:
         clock[0] += seconds
-        scheduler.sampled_tokens += tokens
+        scheduler._passes.sampled_tokens += tokens
         return live.look().tokens_per_second
 
     assert look(0, 0) is None

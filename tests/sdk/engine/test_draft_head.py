@@ -104,7 +104,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> PolarModel:
     """A tiny model with a draft head, for which wide passes are as good as narrow ones."""
     model = _model()
     model.decoder.set_draft_head(random_draft_head(64, range(200)))
-    monkeypatch.setattr(model.scheduler._drafting, "costs", WideAsNarrow())
+    monkeypatch.setattr(model.scheduler._passes.drafting, "costs", WideAsNarrow())
     return PolarModel(model.loaded, policy=model.policy, ledger=None)
 
 
@@ -132,7 +132,7 @@ def test_guesses_that_are_right_spare_passes(model: PolarModel, monkeypatch: pyt
         rest = {job: plain.token_ids[len(job.tokens) :][:5] for job, count in counts.items() if count}
         return {job: [Guess(token, 0.99) for token in tokens] for job, tokens in rest.items()}
 
-    monkeypatch.setattr(model.scheduler, "_guessed", right)
+    monkeypatch.setattr(model.scheduler._passes, "_guessed", right)
     drafted = model.generate("Hello", max_tokens=40, speculate="auto", tenant="drafted")
     same(plain, drafted)
     assert drafted.usage.tokens.accepted > 25

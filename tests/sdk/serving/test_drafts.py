@@ -502,7 +502,7 @@ class WideAsNarrow(PassCosts):
 
 def test_answers_that_a_tenant_had_before_are_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = repeating(1.0)
-    monkeypatch.setattr(model.scheduler._drafting, "costs", WideAsNarrow())
+    monkeypatch.setattr(model.scheduler._passes.drafting, "costs", WideAsNarrow())
     first, second = (model.generate("Hello", max_tokens=30, speculate="auto", tenant="again") for _ in range(2))
     other = model.generate("Hello", max_tokens=30, speculate="auto", tenant="other")
     plain = model.generate("Hello", max_tokens=30, speculate="off", tenant="plain")
@@ -691,7 +691,7 @@ def test_with_the_native_library_an_answer_is_the_same_to_the_bit(
 
 
 def test_near_ties_do_not_hold_the_native_library_up(native_model: PolarModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polar_sdk.serving.scheduler.near_ties", lambda *_: pytest.fail("looked for ties"))
+    monkeypatch.setattr("polar_sdk.serving.passes.near_ties", lambda *_: pytest.fail("looked for ties"))
     plain, drafted = both(native_model, "abcabcabc", max_tokens=40)
     assert drafted.token_ids == plain.token_ids
     assert drafted.usage.tokens.drafted
