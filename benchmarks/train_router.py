@@ -96,7 +96,7 @@ It reads embeddings: early states do better on dev, but their promises broke too
 """
 OTHERS: dict[str, FeatureKind] = {"static": "ending", "menu-embedding": "embedding", "menu-early": "early"}
 """Routers that are trained once, for comparison, and what they read."""
-FREE = 24
+FREE = 60
 """Prompts of the test split that every tier of what may ship also answers freely."""
 
 
