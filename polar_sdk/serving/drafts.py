@@ -414,9 +414,9 @@ class PassCosts:
         self._ratios: dict[int, deque[tuple[int, float]]] = {}
         """Rows of a pass and what it took, by width: 2 to 4 rows, 5 to 8 and so on."""
         self._took = _at_widths([(1, 1.0), (4, 1.15), (16, 1.9)])
-        """By width, from one row on; until something was measured, more than machines took on which this was tried."""
+        """See `by_width`. Until something was measured: more than machines took on which this was tried."""
         self._is_fitted = True
-        """Whether it is by all measurements: it is worked out for whoever drafts, as most do not."""
+        """Whether `_took` follows from all measurements: it is made when somebody drafts, as most do not."""
         self._passes = 0
         self._guess_ratios: deque[float] = deque(maxlen=31)
 

@@ -1,7 +1,7 @@
-"""Passes: the model runs chunks of several prompts, or the next token of several rows with the drafts that fill it.
+"""Passes: one run of the model over chunks of several prompts, or over the next token of several rows and their drafts.
 
-Whoever asks for a pass says which jobs are in it. What it executed is charged however it ends, and an error ends the
-jobs in it and no others. Knows jobs and logits; no queue, no places and no limits.
+Whoever asks for a pass says which jobs are in it. What it executed is charged however it ends, and an error while a
+token is chosen ends that token's job alone. Knows jobs and logits; no queue, no places and no limits.
 """
 
 from __future__ import annotations
