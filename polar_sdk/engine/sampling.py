@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
+from polar_sdk.engine import native
 from polar_sdk.errors import LogitsHookError, SamplingError
 from polar_sdk.reading import shown
 
@@ -42,14 +43,12 @@ _TYPES: Final[tuple[tuple[str, type, str], ...]] = (
 )
 _UNSURE: Final = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.125}
 """Logits that differ by less may change places where sums are rounded differently, by the dtype of activations."""
-_UNLIKELY: Final = (1e-4, 1e-5)
-"""Top-p looks among tokens at least so likely beside the likeliest; by the second, where the first leaves too few."""
+_LIKELY: Final = (1e-4, 1e-5, 1e-35)
+"""Top-p looks among tokens at least so likely beside the likeliest; by the next one, where one leaves too few."""
 _NEARLY: Final = 1e-4
 """By so much the likeliest tokens must exceed top-p, so that rounding leaves none of them out."""
 _MARGINS: Final = (6.0, 12.0, 24.0)
 """So far below the highest logit the likeliest tokens are looked for, the nearest first. Unit: nats."""
-_FEW: Final = 8192
-"""Up to so many likelihoods numpy sums up sooner than torch, which has more to do for each call and less per number."""
 _NO_IDS: Final = torch.empty((1, 0), dtype=torch.long)
 """The warpers' signature requires the tokens so far; none of those used here reads them."""
 
@@ -159,8 +158,8 @@ class Sampler:
     """The sampling state of one row.
 
     On a CPU the tokens that top-k or top-p can leave are picked out first, so that the rest works on a few hundred
-    numbers and not on the whole vocabulary; which may be drawn, and how likely each is, stays the same. It is done in
-    numpy: torch would wake its threads for every step, which takes longer.
+    numbers and not on the whole vocabulary; which may be drawn, and how likely each is, stays the same. It is done by a
+    native kernel and in numpy: torch would wake its threads for every step, which takes longer.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
@@ -176,59 +175,76 @@ class Sampler:
             self._generator.manual_seed(int(sampling.seed))
 
     def __call__(self, logits: Tensor, allowed: NDArray[np.bool_] | None = None) -> int:
-        """Choose one of V tokens: a number below V, from logits (V,), which may change; see `likelihoods`."""
-        if self.greedy:
-            return int((logits if allowed is None else strike_out(logits, allowed)).argmax())
-        likelihoods, tokens = self.likelihoods(logits, allowed)
-        drawn = self._draw(likelihoods)
-        return drawn if tokens is None else int(tokens[drawn])
-
-    def likelihoods(self, logits: Tensor, allowed: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor | None]:
-        """How likely each token is drawn, from logits (V,).
+        """Choose one of V tokens.
 
         Args:
-            logits: They; what is not allowed may be struck out of them.
-            allowed: For each token whether it may be drawn, (V,); None = all may.
+            logits: Float32, (V,); what is not allowed may be struck out of them.
+            allowed: For each token whether it may be chosen, (V,); None = all may.
 
         Returns:
-            Likelihoods (N,), which sum up to 1, and the tokens (N,) that they belong to; None = to all V in order. The
-            others are never drawn.
+            A number below V.
         """
-        settings = self._sampling
-        picks = logits.device.type == "cpu"  # a GPU filters all of them sooner than it is waited for to pick some
-        picked = None
-        if picks and settings.top_k:
+        if self.greedy:
+            return int((logits if allowed is None else strike_out(logits, allowed)).argmax())
+        at = torch.rand(1, generator=self._generator, dtype=torch.float64, device=logits.device)
+        if logits.device.type == "cpu":
+            return self.candidates(logits, allowed).draw(at.item())
+        # A GPU filters all of them sooner than it is waited for to pick some.
+        likelihoods = self._filtered(logits if allowed is None else strike_out(logits, allowed))
+        sums = likelihoods.cumsum(-1, dtype=torch.float64)
+        drawn = int(torch.searchsorted(sums, at * sums[-1], right=True))
+        return drawn if drawn < len(likelihoods) else int(likelihoods.nonzero()[-1])  # rounded up to the whole sum
+
+    def candidates(self, logits: Tensor, allowed: NDArray[np.bool_] | None = None) -> Candidates:
+        """The tokens that may be drawn, and how likely each is; arguments as of a call, on a CPU."""
+        settings, picked = self._sampling, None
+        if settings.top_k:
             picked = _likeliest(logits.numpy(), settings, allowed)
         if picked is None and allowed is not None:
             strike_out(logits, allowed)
-        if picks and not settings.top_k and settings.top_p < 1:
-            picked = _nucleus(logits.numpy(), settings)
-        if picked is not None:
-            return torch.from_numpy(picked[0]), torch.from_numpy(picked[1])
+        if not settings.top_k:
+            picked = _whole(logits, settings) if settings.top_p == 1 else _nucleus(logits, settings)
+        return Candidates(self._filtered(logits).numpy(), None) if picked is None else picked
+
+    def _filtered(self, logits: Tensor) -> Tensor:
+        """The likelihoods (V,) that Hugging Face's warpers leave."""
         scores = logits.unsqueeze(0)
         for apply in self._filters:
             scores = apply(_NO_IDS, scores)
-        return scores[0].softmax(-1), None
-
-    def _draw(self, likelihoods: Tensor) -> int:
-        """One of N tokens by their likelihoods (N,): where their sum first exceeds a random part of the whole."""
-        at = torch.rand(1, generator=self._generator, dtype=torch.float64, device=likelihoods.device)
-        if likelihoods.device.type == "cpu" and len(likelihoods) <= _FEW:
-            sums = likelihoods.numpy().cumsum(dtype=np.float64)
-            drawn = int(np.searchsorted(sums, at.item() * sums[-1], side="right"))
-        else:
-            whole = likelihoods.cumsum(-1, dtype=torch.float64)
-            drawn = int(torch.searchsorted(whole, at * whole[-1], right=True))
-        if drawn < len(likelihoods):
-            return drawn
-        return int(likelihoods.nonzero()[-1])  # rounded up to the whole sum
+        return scores[0].softmax(-1)
 
 
-_Picked = tuple["NDArray[np.float32]", "NDArray[np.int64]"]
-"""Likelihoods (N,) and the ids (N,) of the tokens that they belong to."""
+class Candidates(NamedTuple):
+    """N tokens that may be drawn."""
+
+    weights: NDArray[np.float32]
+    """How likely each is, (N,), in parts of their sum; what top-p leaves out has 0."""
+    tokens: NDArray[np.int_] | None
+    """Their ids, (N,); None = all V in order."""
+    sums: NDArray[np.float64] | None = None
+    """Of each block of weights; None = not known."""
+
+    def draw(self, at: float) -> int:
+        """The token where the sum of weights first exceeds a part of the whole, from 0 to below 1."""
+        weights, begin = self.weights, 0
+        if self.sums is not None:
+            ends = self.sums.cumsum()
+            place = at * float(ends[-1])
+            block = _first_beyond(ends, place)
+            at = max(0.0, place - float(ends[block] - self.sums[block])) / float(self.sums[block])
+            begin = block * native.BLOCK
+            weights = weights[begin : begin + native.BLOCK]
+        sums = weights.cumsum(dtype=np.float64)
+        drawn = begin + _first_beyond(sums, at * float(sums[-1]))
+        return drawn if self.tokens is None else int(self.tokens[drawn])
 
 
-def _likeliest(scores: NDArray[np.float32], settings: Sampling, allowed: NDArray[np.bool_] | None) -> _Picked | None:
+def _first_beyond(sums: NDArray[np.float64], bound: float) -> int:
+    """Index of the first of ascending sums (N,) that exceeds a bound, or where the last was reached by rounding."""
+    return int(min(np.searchsorted(sums, bound, side="right"), np.searchsorted(sums, sums[-1])))
+
+
+def _likeliest(scores: NDArray[np.float32], settings: Sampling, allowed: NDArray[np.bool_] | None) -> Candidates | None:
     """What top-k, and then top-p, leave of the allowed tokens, from logits (V,); as many more as tie with the last.
 
     None where no margin below the highest logit leaves k. torch's search for the k highest takes two to three times as
@@ -244,7 +260,7 @@ def _likeliest(scores: NDArray[np.float32], settings: Sampling, allowed: NDArray
         tokens = np.flatnonzero(near)
         found = scores[tokens]
         kept = found >= np.partition(found, -count)[-count]
-        weights, tokens = _weights(found[kept], settings), tokens[kept]
+        weights, tokens = _weights(found[kept], float(settings.temperature)), tokens[kept]
         return _reaching(float(settings.top_p), tokens, weights, float(weights.sum(dtype=np.float64)))
     return None
 
@@ -254,34 +270,55 @@ def strike_out(logits: Tensor, allowed: NDArray[np.bool_]) -> Tensor:
     return logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
 
 
-def _nucleus(scores: NDArray[np.float32], settings: Sampling) -> _Picked | None:
-    """What top-p leaves, from logits (V,); None where the likeliest tokens do not reach it."""
-    weights, top_p = _weights(scores, settings), float(settings.top_p)
-    total = float(weights.sum())  # float32 will do, as numpy adds pairs of sums; it takes half the time
-    for factor in _UNLIKELY:
-        tokens = np.flatnonzero(weights >= factor)
-        picked = weights[tokens]
-        if picked.sum(dtype=np.float64) >= (top_p + _NEARLY) * total:
-            return _reaching(top_p, tokens, picked, total)
-    return None
+def _whole(logits: Tensor, settings: Sampling) -> Candidates:
+    """All tokens, from logits (V,)."""
+    temperature = float(settings.temperature)
+    if native.is_loaded():
+        weights, sums = native.weigh(logits, temperature)
+        return Candidates(weights.numpy(), None, sums.numpy())
+    found = _weights(logits.numpy(), temperature)
+    return Candidates(found, None, np.add.reduceat(found, np.arange(0, len(found), native.BLOCK), dtype=np.float64))
 
 
-def _weights(scores: NDArray[np.float32], settings: Sampling) -> NDArray[np.float32]:
+def _nucleus(logits: Tensor, settings: Sampling) -> Candidates:
+    """What top-p leaves, from logits (V,)."""
+    temperature, top_p = float(settings.temperature), float(settings.top_p)
+    for least in _LIKELY:
+        weights, tokens, total = _picked(logits, temperature, least)
+        if weights.sum(dtype=np.float64) >= (top_p + _NEARLY) * total:
+            break
+    return _reaching(top_p, tokens, weights, total)
+
+
+def _picked(logits: Tensor, temperature: float, least: float) -> tuple[NDArray[np.float32], NDArray[np.int_], float]:
+    """Of tokens that are at least so likely beside the likeliest, weights (N,) and ids (N,); and the sum of all V."""
+    if native.is_loaded():
+        picked, numbers, total = native.pick(logits, temperature, least)
+        return picked.numpy(), numbers.numpy(), total
+    weights = _weights(logits.numpy(), temperature)
+    tokens = np.flatnonzero(weights >= least)
+    return weights[tokens], tokens, float(weights.sum())  # float32 will do, as numpy adds pairs of sums
+
+
+def _weights(scores: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
     """How likely each token is beside the likeliest, (N,), from logits (N,)."""
     weights: NDArray[np.float32] = scores - scores.max()
-    weights /= float(settings.temperature)
+    weights /= temperature
     np.exp(weights, out=weights)
     return weights
 
 
-def _reaching(top_p: float, tokens: NDArray[np.int64], weights: NDArray[np.float32], total: float) -> _Picked:
-    """The likeliest of N tokens that together reach a share of all tokens' weight; all N where that is 1."""
+def _reaching(top_p: float, tokens: NDArray[np.int_], weights: NDArray[np.float32], total: float) -> Candidates:
+    """The likeliest of N tokens that together reach a share of all tokens' weight, `total`; all N where that is 1."""
     if top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        sums = weights[order].cumsum(dtype=np.float64)
-        order = order[: int(np.searchsorted(sums, top_p * total)) + 1]
-        tokens, weights, total = tokens[order], weights[order], float(sums[len(order) - 1])
-    return weights / total, tokens
+        falling = np.sort(weights)[::-1]
+        count = int(np.searchsorted(falling.cumsum(dtype=np.float64), top_p * total)) + 1
+        least = falling[min(count, len(falling)) - 1]
+        kept = weights >= least
+        if np.count_nonzero(kept) > count:  # of tokens that tie there, the first stay
+            kept[np.flatnonzero(weights == least)[count - np.count_nonzero(weights > least) :]] = False
+        weights = weights * kept
+    return Candidates(weights, tokens)
 
 
 def _filters(sampling: Sampling) -> list[LogitsProcessor]:

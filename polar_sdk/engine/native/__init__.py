@@ -1,9 +1,9 @@
 """The library built from the C++ files here: when it is used, how it is compiled and kept, how layers call it.
 
 Operations on bfloat16 tensors of a CPU: the product of rows with a packed matrix of bfloat16 or of integers, attention
-of one token per row over pages, attention of the tokens of a prompt, and the guesses of a draft head. They are used on
-processors with AVX2; AVX512 with VNNI, AVX512-BF16 and AMX make them faster. Elsewhere, and where there is no library,
-layers use torch's operations. Knows tensors, no families.
+of one token per row over pages, attention of the tokens of a prompt, and the guesses of a draft head; and on float32,
+how likely tokens are. They are used on processors with AVX2; AVX512 with VNNI, AVX512-BF16 and AMX make them faster.
+Elsewhere, and where there is no library, torch or numpy does it. Knows tensors, no families.
 
 There are two libraries. The kernels (`kernels.h`) need neither Python nor torch: they come with the package, where it
 was built beside a compiler, or are compiled in four seconds. Layers that are not compiled call them from here. Compiled
@@ -43,6 +43,10 @@ _HEAD_STEP: Final = 32
 _TEAM_ROWS: Final = 8
 """Maximum number of rows whose products outside compiled code are shared by the library's own threads: with more, torch
 shares what is between them, and its threads would spin beside those."""
+BLOCK: Final = 512
+"""Tokens whose weights are summed up together, so that a draw looks into one block and not at the whole vocabulary."""
+_LANES: Final = 16
+"""Numbers in a register of the kernels."""
 _DONE, _NO_MEMORY = 0, 1
 """What functions of the library return, see `kernels.h`."""
 _log = logging.getLogger(__name__)
@@ -338,6 +342,8 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "polar_attend_prompt": (
         *(_ADDRESS, _SIZE), *(_ADDRESS, _Steps) * 2, *[_ADDRESS] * 2, *[_SIZE] * 5, _Kind, *[_NUMBER] * 2,
     ),
+    "polar_weigh": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, *[_ADDRESS] * 2),
+    "polar_pick": (_ADDRESS, _SIZE, ctypes.c_float, _SIZE, ctypes.c_float, *[_ADDRESS] * 4),
     "polar_look_up": (_ADDRESS, *[_SIZE] * 2, _ADDRESS, _SIZE, _ADDRESS),
     "polar_guess": (*[_ADDRESS] * 3, *[_SIZE] * 2, ctypes.c_float, *[_ADDRESS] * 3, _Sharing),
 }  # fmt: skip
@@ -427,6 +433,36 @@ def look_up(panels: Tensor, outputs: Tensor, like: Tensor) -> Tensor:
     matrix = panels.data_ptr(), like.shape[0], rows.shape[1]
     _call("polar_look_up", *matrix, wanted.data_ptr(), rows.shape[0], rows.data_ptr())
     return rows
+
+
+def is_loaded() -> bool:
+    """Whether this process has the library."""
+    return bool(_loaded)
+
+
+def weigh(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """How likely tokens are beside the likeliest, from float32 logits (V,) on a CPU, divided by a temperature.
+
+    Returns:
+        Weights (V,), from 0 to 1 for the likeliest, and the sums of every `BLOCK` of them, float64.
+    """
+    scores, weights = logits.contiguous(), logits.new_empty(logits.shape)
+    sums = torch.empty(-(-len(scores) // BLOCK), dtype=torch.float64)
+    _call("polar_weigh", scores.data_ptr(), len(scores), temperature, BLOCK, weights.data_ptr(), sums.data_ptr())
+    return weights, sums
+
+
+def pick(logits: Tensor, temperature: float, least: float) -> tuple[Tensor, Tensor, float]:
+    """Of the tokens that are at least so likely beside the likeliest: weights (N,) as of `weigh`, and ids (N,), int32.
+
+    The last result is the sum of all V weights.
+    """
+    scores, count, total = logits.contiguous(), ctypes.c_int64(), ctypes.c_double()
+    weights = logits.new_empty(len(scores) + _LANES)
+    tokens = torch.empty(len(weights), dtype=torch.int32)
+    results = weights.data_ptr(), tokens.data_ptr(), ctypes.addressof(count), ctypes.addressof(total)
+    _call("polar_pick", scores.data_ptr(), len(scores), temperature, BLOCK, least, *results)
+    return weights[: count.value], tokens[: count.value], total.value
 
 
 def can_attend(query: Tensor) -> bool:

@@ -137,6 +137,16 @@ POLAR_LANES void _mm256_mask_storeu_epi16(void* to, __mmask16 mask, __m256i x) {
   auto* numbers = static_cast<uint16_t*>(to);
   for (unsigned left = mask; left; left &= left - 1) numbers[__builtin_ctz(left)] = lanes[__builtin_ctz(left)];
 }
+POLAR_LANES __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 x) {
+  float lanes[16], first[16] = {};
+  _mm512_storeu_ps(lanes, x);
+  float* to = first;
+  for (unsigned left = mask; left; left &= left - 1) *to++ = lanes[__builtin_ctz(left)];
+  return _mm512_loadu_ps(first);
+}
+POLAR_LANES __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i x) {
+  return _mm512_castps_si512(_mm512_maskz_compress_ps(mask, _mm512_castsi512_ps(x)));
+}
 template <int kHow>
 POLAR_LANES __mmask16 compare(__m512 x, __m512 y) {
   const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.low, y.low, kHow));

@@ -9,6 +9,7 @@
 #include "pages.h"
 #include "products.h"
 #include "prompt.h"
+#include "weigh.h"
 
 namespace {
 
@@ -83,6 +84,17 @@ int32_t polar_attend_prompt(const void* query, int64_t query_step, const void* k
     run_prompt(it, pairs != 0, threads);
     return kPolarDone;
   });
+}
+
+int32_t polar_weigh(const float* logits, int64_t tokens, float temperature, int64_t block, float* weights, double* sums) {
+  weigh(Weights(logits, tokens, temperature), block, weights, sums);
+  return kPolarDone;
+}
+
+int32_t polar_pick(const float* logits, int64_t tokens, float temperature, int64_t block, float least, float* weights,
+                   int32_t* numbers, int64_t* count, double* total) {
+  *count = pick(Weights(logits, tokens, temperature), block, least, weights, numbers, *total);
+  return kPolarDone;
 }
 
 int32_t polar_look_up(const void* panels, int64_t outputs, int64_t inputs, const int64_t* wanted, int64_t count,

@@ -45,6 +45,17 @@ polar_attend_pages(const void* query, int64_t query_step, const void* store, con
 POLAR_EXPORT int32_t polar_look_up(const void* panels, int64_t outputs, int64_t inputs, const int64_t* wanted,
     int64_t count, void* rows);
 
+// weights (V,), from 0 to 1: how likely tokens are beside the likeliest, from their logits (V,) at a temperature; and
+// the sum of each `block` of them, which is a multiple of 16.
+POLAR_EXPORT int32_t
+polar_weigh(const float* logits, int64_t tokens, float temperature, int64_t block, float* weights, double* sums);
+
+// Of those with a weight of at least `least`: `count` weights and numbers, in order, in room for V + 16; and the `total`
+// of all weights, summed up by blocks.
+POLAR_EXPORT int32_t
+polar_pick(const float* logits, int64_t tokens, float temperature, int64_t block, float least, float* weights,
+    int32_t* numbers, int64_t* count, double* total);
+
 // Steps of a tensor of tokens and heads, in numbers.
 struct PolarSteps {
   int64_t token, head;

@@ -174,6 +174,47 @@ def test_no_row_is_looked_up_beyond_the_last(output: int) -> None:
         Packed.of(_random(0, 64, 32), None).look_up(torch.tensor([3, output]))
 
 
+LOGITS = st.tuples(st.integers(1, 2500), st.integers(0, 2**20), st.floats(0.1, 40), st.floats(0, 0.9)).map(
+    lambda drawn: _logits(*drawn)
+)
+
+
+def _logits(size: int, seed: int, spread: float, forbidden: float) -> torch.Tensor:
+    """Of which some are −inf, but never the first."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(size, generator=generator) * spread
+    struck = torch.rand(size, generator=generator) < forbidden
+    struck[0] = False
+    return logits.masked_fill(struck, -torch.inf)
+
+
+def _weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return ((logits.double() - logits.double().max()) / temperature).exp()
+
+
+@pytest.mark.usefixtures("every")
+@given(kind=KINDS, logits=LOGITS, temperature=st.floats(0.01, 100))
+def test_tokens_are_weighed(kind: str, logits: torch.Tensor, temperature: float) -> None:
+    with using(kind):
+        weights, sums = library.weigh(logits, temperature)
+    assert torch.allclose(weights.double(), _weights(logits, temperature), rtol=3e-5, atol=1e-37)
+    assert (weights[logits == -torch.inf] == 0).all()
+    blocks = torch.stack([block.double().sum() for block in torch.split(weights, library.BLOCK)])
+    assert torch.allclose(sums, blocks, rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("every")
+@given(kind=KINDS, logits=LOGITS, temperature=st.floats(0.01, 100), least=st.sampled_from([1e-35, 1e-5, 1e-2, 1.0]))
+def test_likely_tokens_are_picked(kind: str, logits: torch.Tensor, temperature: float, least: float) -> None:
+    with using(kind):
+        weights, sums = library.weigh(logits, temperature)
+        picked, tokens, total = library.pick(logits, temperature, least)
+    likely = (weights >= least).nonzero().flatten()
+    assert tokens.tolist() == likely.tolist()
+    assert torch.equal(picked, weights[likely])
+    assert total == pytest.approx(float(sums.sum()), rel=1e-12)
+
+
 @pytest.mark.usefixtures("native")
 def test_many_threads_at_once_and_after_a_fork() -> None:
     """One of them has the team, the others work alone; a child has threads of its own. To the bit."""
