@@ -126,6 +126,11 @@ def measure(model: PolarModel, kind: str, rounds: int, speculate: Speculate) -> 
     ]
 
 
+def chat_questions() -> list[str]:
+    """Those of the package's own prompts."""
+    return [item.prompt for item in builtin_items() if isinstance(item, PromptItem) and item.task in _CHATS]
+
+
 def measure_questions(model: PolarModel, speculate: Speculate, *, after_others: bool) -> list[Pair]:
     """Answer questions of the package's own prompts once each.
 
@@ -135,7 +140,7 @@ def measure_questions(model: PolarModel, speculate: Speculate, *, after_others: 
         after_others: Whether they are all of a tenant that has asked others before, and whose answers may be drafted
             from those; otherwise each is the first one of its tenant.
     """
-    questions = [item.prompt for item in builtin_items() if isinstance(item, PromptItem) and item.task in _CHATS]
+    questions = chat_questions()
     if after_others:
         for question in questions[:ASKED_BEFORE]:
             _answer(model, question, speculate, f"after others {speculate}")

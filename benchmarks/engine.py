@@ -3,7 +3,7 @@
     python -m benchmarks.engine [--model NAME] [--gguf FILE] [--device cuda] [--rounds 5] [--only decode,prefill]
 
 All systems run in turn, round by round, so that a slow moment of the machine affects all of them; a ratio is the median
-over the rounds. Prompts are new in every round, so that no prefix cache helps. Prints a Markdown table and writes the
+over the rounds. Every prompt is run from its beginning: no starts are shared. Prints a Markdown table and writes the
 figures to `--results`; the last line is one JSON object with the ratios. llama.cpp needs `pip install --group bench`;
 without it, or on a GPU, it is left out.
 """
@@ -11,6 +11,7 @@ without it, or on a GPU, it is left out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -38,6 +39,7 @@ from polar_sdk.engine import native
 from polar_sdk.engine.eager import NativeKernels
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.scoring import score_questions
+from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ NEW, PREFILL, ROWS, ROW_NEW, QUESTIONS = 64, 512, 16, 48, 16
 LEAN, MEAN = 0.6, 0.7
 EAGER, NATIVE = "eager", "native"
 """Models that are not compiled, which run by torch's operations or by native kernels."""
+STARTS = 8
+"""Questions of a round whose start is shared."""
 LONG_PROMPTS = (2048, 8000)
 """Prompts of more than one page of text, in tokens."""
 LONG, CUTS = 1000, (0.9, 0.8, 0.733, 0.667, 0.6)
@@ -105,6 +109,7 @@ class Bench:
                     speculate="off",  # what a pass takes is compared, except by `drafts`
                 )
             )
+            model.scheduler.limits = Limits(prefix_share=0)  # except by `starts`
             if precision == NATIVE:  # as where nothing is compiled yet
                 model.decoder.pack()
                 model.decoder.kernels = NativeKernels(model.decoder.family)
@@ -455,7 +460,7 @@ def _rows_decode(bench: Bench, name: str) -> float:
 
 
 def _short_prompts(bench: Bench) -> list[str]:
-    """Sixteen prompts of different lengths below a page, so that none of their starts is kept for the next call."""
+    """Sixteen prompts of different lengths."""
     return [bench.prompt(32 + 2 * row) for row in range(ROWS)]
 
 
@@ -535,6 +540,34 @@ def scoring(bench: Bench) -> None:
     bench.summary["scoring_vs_hf"] = _record(bench, "questions with 4 choices, bf16", speeds, peer, "questions/s")
 
 
+def starts(bench: Bench) -> None:
+    """How much sooner a question's first token comes where the chat template before it has run for another one."""
+    model = bench.model("bf16")
+    identity = Program.identity(model.depth)
+    questions = itertools.cycle(drafting.chat_questions())
+    flops: dict[float, list[int]] = {0.0: [], Limits().prefix_share: []}
+
+    def seconds(share: float) -> float:
+        model.scheduler.limits = Limits(prefix_share=share)
+        times = []
+        for _ in range(STARTS):
+            question = next(questions)
+            begin = time.perf_counter()
+            answer = model.generate(question, max_tokens=1, program=identity, tenant=f"starts {share}")
+            times.append(time.perf_counter() - begin)
+            flops[share].append(answer.usage.flops.layers_prefill)
+        return statistics.median(times)
+
+    try:
+        speeds = bench.alternate(*(partial(seconds, share) for share in reversed(flops)))
+    finally:
+        model.scheduler.limits = Limits(prefix_share=0)
+    alone, shared = (statistics.fmean(values) for values in flops.values())
+    note = f"{shared / alone:.0%} of the prompt's FLOPs"
+    peer = Peer("the same from the beginning")
+    bench.summary["shared_starts"] = _record(bench, "first token of a chat question, bf16", speeds, peer, "s", note)
+
+
 def drafts(bench: Bench) -> None:
     """How much faster are answers with drafts, and is any prompt slower?"""
     model = bench.model("bf16")
@@ -588,6 +621,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
     "mixed_programs": mixed_programs,
     "concurrent": concurrent,
     "constrained": constrained,
+    "starts": starts,
     "drafts": drafts,
     "drafts_slowest": drafts_slowest,
     "scoring": scoring,

@@ -18,10 +18,9 @@ import torch
 from polar_sdk.engine.attention import attend_rows, write_pages
 from polar_sdk.engine.decoder import damp
 from polar_sdk.engine.eager import PagedTokens, Visits
-from polar_sdk.engine.layout import MAX_PAGED, Layout, Members, Tokens
+from polar_sdk.engine.layout import Layout, Members, Tokens
 from polar_sdk.engine.pages import histories
 from polar_sdk.engine.row import Row, extra_visits
-from polar_sdk.programs.cost import size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -245,7 +244,7 @@ def _visit(decoder: Decoder, members: Members, x: Tensor) -> Tensor:
     if step.bridge:
         return decoder.bridge(step)(x, tokens.positions)
     rotary = tokens.rotary(decoder.rotary)
-    if decoder.kernels.decodes(tokens.count) and all(size(spot.ranges) <= MAX_PAGED for spot in members.spots):
+    if decoder.kernels.decodes(tokens.count) and members.apart:
         paged = PagedTokens(None, tokens.tables(members.visits), tokens.positions)
         return damp(x, _decode_paged(decoder, members, x, rotary, paged), step.parts)
     return decoder.run_step(step, x, tokens.positions, rotary, partial(_attend, decoder, members))

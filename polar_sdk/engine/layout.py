@@ -111,9 +111,10 @@ class Layout:
         tokens: Token ids, (N,).
         positions: Position of each token in its row, (N,).
         counts: Number of new tokens of each row.
+        chunks: The pieces, with the tokens of the same chunk of a prompt that had run before.
         whole: Whether every token takes every step of its row's program whole.
-        single: Whether, besides, every row has one token.
-        few: Whether, besides, every row has so few that each of them can attend by itself.
+        single: Whether, besides, every chunk has one token.
+        few: Whether, besides, every chunk has so few that each of them can attend by itself.
         guarded: Whether any row has loops that are watched.
         longest: Length of the longest row after the pass. Unit: tokens.
     """
@@ -128,8 +129,9 @@ class Layout:
         self.counts = [len(new) for new in tokens]
         self.starts = [sum(self.counts[:row]) for row in range(len(rows))]
         self.whole = all(piece.runs_whole(row.program) for row, piece in zip(rows, pieces, strict=True))
-        self.single = self.whole and all(count == 1 for count in self.counts)
-        self.few = self.whole and max(self.counts) <= MAX_PAGED
+        self.chunks = [piece.chunk for piece in pieces]
+        longest = max(chunk.end - chunk.start for chunk in self.chunks)
+        self.single, self.few = self.whole and longest == 1, self.whole and longest <= MAX_PAGED
         self.guarded = any(row.guard is not None and extra_visits(row.program) for row in rows)
         self.longest = max(piece.end for piece in pieces)
         self.tokens = torch.tensor([token for new in tokens for token in new], device=device)
@@ -494,6 +496,20 @@ class Members:
         for row, place in self.going:
             visits[row] = page_slots(self.layout.rows[row].program)[place]
         return visits
+
+    @property
+    def apart(self) -> bool:
+        """Whether so few tokens of every row run that each of them can attend by itself.
+
+        Of a prompt whose start was there already, as many count as if it had not been: the numbers must be the same.
+        """
+        for (row, parts), (_, place) in zip(self._parts, self.going, strict=True):
+            chunk, program = self.layout.chunks[row], self.layout.rows[row].program
+            if chunk is not self.layout.pieces[row] and parts.running:
+                parts = chunk.parts(program.steps[place], place, last_visit(program))  # noqa: PLW2901
+            if size(parts.running) > MAX_PAGED:
+                return False
+        return True
 
     @property
     def spots(self) -> Iterator[Spot]:

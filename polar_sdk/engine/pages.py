@@ -130,10 +130,10 @@ class PagePool:
                 self._clear(store, last + 1)
         return taken
 
-    def clear(self, pages: Sequence[int], start: int = 0) -> None:
-        """Overwrite those of the pages that have one user, from that place within the page on."""
+    def clear(self, pages: Sequence[int], start: int = 0, *, shared: bool = False) -> None:
+        """Overwrite pages from that place on; those with more than one user only where `shared`."""
         for page in pages:
-            if self._users[page] == 1:
+            if shared or self._users[page] == 1:
                 store = self._store(page)
                 self.stores[store][page - self.starts[store], :, :, start:].zero_()
 
@@ -247,6 +247,23 @@ class PageTable:
         self.blocks += blocks
         self.length = len(blocks) * PAGE
 
+    def copy(self, block: Sequence[int], tokens: int) -> None:
+        """Go on, after full blocks, with the first tokens of a block that another row has filled.
+
+        Raises:
+            CacheMemoryError: The pool has too few free pages; nothing has changed then.
+        """
+        assert self.length == len(self.blocks) * PAGE
+        self.reserve(self.length + tokens)
+        pairs = list(zip(self._stores, block, self.blocks[-1], strict=True))
+        for number, (store, start) in enumerate(zip(self._pool.stores, self._pool.starts, strict=True)):
+            here = [(other - start, own - start) for where, other, own in pairs if where == number]
+            if here:
+                others, owns = torch.tensor(here, device=store.device).unbind(1)
+                begun = store[:, :, :, :tokens]
+                begun[owns] = begun[others]
+        self.length += tokens
+
     def release(self) -> None:
         """Give all pages back; the row has no history any more."""
         self.length = 0
@@ -261,14 +278,15 @@ class PageTable:
             self._pool.release([page for block in spare for page in block])
 
     def clear_after(self, tokens: int) -> None:
-        """Overwrite what comes after so many tokens, in pages that no other row has: see `clear`."""
+        """Overwrite what comes after so many tokens, at least a prompt, which others may use: see `clear`."""
         first = tokens // PAGE
         for number, block in enumerate(self.blocks[first:], start=first):
-            self._pool.clear(block, max(tokens - number * PAGE, 0))
+            self._pool.clear(block, max(tokens - number * PAGE, 0), shared=True)
 
-    def clear(self) -> None:
-        """Overwrite the pages that no other row has: 0 × nan is nan in whatever row gets them next."""
+    def clear(self, prompt: int) -> None:
+        """Overwrite what no other row has, at most a prompt of so many tokens: 0 × nan is nan in whoever is next."""
         self._pool.clear([page for block in self.blocks for page in block])
+        self.clear_after(prompt)
 
     @property
     def places(self) -> Tensor:

@@ -80,6 +80,12 @@ class Piece(NamedTuple):
     wanted: int
     """From this position on, logits or states are wanted of the tokens; `end` = of none."""
 
+    @property
+    def chunk(self) -> Piece:
+        """The chunk of a prompt that it ends, of which the first tokens may have been there already; else itself."""
+        start = self.start if self.start >= self.prompt else self.start // CHUNK * CHUNK
+        return self if start == self.start else self._replace(start=start)
+
     def runs_whole(self, program: Program) -> bool:
         """Whether every token takes every step whole, as those of the answer do."""
         return self.wanted <= self.start and (self.start >= self.prompt or not program.tail)

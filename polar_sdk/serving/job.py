@@ -304,7 +304,7 @@ class Job:
             logits = self.row.decoder.head(states[first : first + len(some)])
             self.row.work.head(len(some))
             if not math.isfinite(highest := float(logits.max())):
-                self.row.page_table.clear()  # the next row must not find nan in its pages
+                self.row.page_table.clear(len(self.request.tokens))  # the next row must not find nan in its pages
                 raise _unusable(self, highest)
             for place, token in enumerate(some):
                 self.prompt_logprobs.append(read_logprobs(logits[place], token, self.request.prompt_logprobs or 0))
@@ -317,7 +317,7 @@ class Job:
             Exception: As `sample`.
         """
         if not math.isfinite(logit):
-            self.row.page_table.clear()  # the next row must not find nan in its pages
+            self.row.page_table.clear(len(self.request.tokens))  # the next row must not find nan in its pages
             raise _unusable(self, logit)
         if self.needs_logits:
             self.sample(logits)

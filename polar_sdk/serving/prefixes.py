@@ -1,10 +1,14 @@
-"""Shared starts of prompts: full blocks of keys and values that later requests use instead of computing them again.
+"""Shared starts of prompts: keys and values that later requests use instead of computing them again.
 
-A block serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same, and
-what runs the layers: compiled code and uncompiled code round differently.
-Where a program fills layers, the last tokens of a prompt run them, and the same tokens in the middle of another prompt
-do not: so a block that reaches into them is neither kept nor lent. Tenants never share, so that neither the bill nor
-the timing of one reveals another's prompts. Knows rows and pages.
+A start serves another request only where tenant, program, bridges, fills and all tokens up to its end are the same, and
+what runs the layers: compiled code and uncompiled code round differently. Tenants never share, so that neither the bill
+nor the timing of one reveals another's prompts.
+
+Whole blocks of 64 tokens are lent as they are. Of the block in which two prompts part, the tokens before that are
+copied: what a chat template or a chain says first is the same in every prompt, and rarely ends where a block does. A
+prompt's last block is kept for that, although its row goes on to write behind the prompt. Where a program fills layers,
+the last tokens of a prompt run them, and the same tokens in the middle of another prompt do not: so those are neither
+kept nor lent. Knows rows and pages.
 """
 
 from __future__ import annotations
@@ -12,21 +16,42 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Final
 
 from polar_sdk.engine.hashes import hash_bridges
 from polar_sdk.engine.pages import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.row import Row
     from polar_sdk.serving.request import Request
 
 
+_LEAST: Final = 16
+"""Tokens from which a part of a block is worth copying, or keeping for what it has more than others."""
+_MANY: Final = 34
+"""Tokens that are left to run where weights are integers: with fewer, some processors round a product otherwise."""
+_BRANCHES: Final = 8
+"""Blocks after the same start that a prompt is compared with, the ones last used."""
+
 _Key = bytes
 """A hash of tenant, program, bridges, fills, kernels and all tokens up to the end of the block."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A block that is kept."""
+
+    pages: list[int]
+    """The page of each visit."""
+    tokens: Sequence[int]
+    """Those of the block that may be used: 64, or fewer where a prompt ends."""
+    before: _Key
+    """The key of the block before it, or of none."""
 
 
 class PrefixCache:
@@ -34,7 +59,9 @@ class PrefixCache:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._kept: OrderedDict[_Key, list[int]] = OrderedDict()
+        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
+        self._branches: dict[_Key, OrderedDict[_Key, None]] = {}
+        """The blocks last used after each block, or after none, `_BRANCHES` at most; parts of blocks are all here."""
         self._kept_pages = [0] * len(decoder.placement.stores)
         """Number of pages kept in each store."""
 
@@ -45,35 +72,41 @@ class PrefixCache:
         """
         if request.prompt_logprobs is not None:
             return 0
-        blocks = []
-        for key in self._keys(request, row, len(request.tokens) - max(1, request.route.program.tail)):
+        usable = request.tokens[: len(request.tokens) - max(1, request.route.program.tail)]
+        blocks, before = [], self._root(request, row)
+        for key in self._keys(before, usable):
             if key not in self._kept:
                 break
-            self._kept.move_to_end(key)
-            blocks.append(self._kept[key])
+            self._use(key)
+            blocks.append(self._kept[key].pages)
+            before = key
         if blocks:
             row.page_table.adopt(blocks)
-        return len(blocks) * PAGE
+        nearest, shared = self._nearest(before, usable[len(blocks) * PAGE :])
+        if self._decoder.precision.startswith("int"):
+            shared = min(shared, len(request.tokens) - len(blocks) * PAGE - _MANY)
+        if nearest is not None and shared >= _LEAST:
+            self._use(nearest)
+            row.page_table.copy(self._kept[nearest].pages, shared)
+        return row.length
 
     def keep(self, request: Request, row: Row, share: float) -> None:
-        """Keep the full blocks of a prompt that has run, up to a share of the pages of each store."""
-        pool = self._decoder.pool
+        """Keep the blocks of a prompt that has run, up to a share of the pages of each store.
+
+        Its last block, which is not full, is kept only where it goes on for long after what others have in common
+        with it: else every short prompt would keep pages that no other one needs.
+        """
         if row.loops_stopped:
             return  # with a loop stopped, the states are not what another request would compute
-        limits = [int(share * size) for size in pool.sizes]
-        for key, block in zip(
-            self._keys(request, row, len(request.tokens) - row.program.tail), row.page_table.blocks, strict=False
-        ):
-            if key in self._kept:
-                continue
-            counts = pool.counts(block)
-            left = [limit - count for limit, count in zip(limits, counts, strict=True)]
-            if min(left) < 0:
+        usable = request.tokens[: max(0, len(request.tokens) - row.program.tail)]
+        before, whole, blocks = self._root(request, row), 0, row.page_table.blocks
+        for key, block in zip(self._keys(before, usable), blocks, strict=False):
+            if key not in self._kept and not self._add(key, _Kept(list(block), usable[whole:][:PAGE], before), share):
                 return
-            self._evict(left)
-            pool.share(block)
-            self._kept[key] = list(block)
-            self._kept_pages = [kept + count for kept, count in zip(self._kept_pages, counts, strict=True)]
+            before, whole = key, whole + PAGE
+        rest = usable[whole:]
+        if len(rest) - self._nearest(before, rest)[1] >= _LEAST:
+            self._add(_hash(before, rest), _Kept(list(blocks[whole // PAGE]), rest, before), share)
 
     def make_room(self, promised: Sequence[int]) -> None:
         """Evict until the pages promised to running jobs are available in each store."""
@@ -82,24 +115,77 @@ class PrefixCache:
     def forget(self) -> None:
         """Keep nothing, without giving pages back: in a forked child the pool begins anew."""
         self._kept.clear()
+        self._branches.clear()
         self._kept_pages = [0] * len(self._kept_pages)
+
+    def _add(self, key: _Key, kept: _Kept, share: float) -> bool:
+        """Keep one more block; False where it alone is more than may be kept."""
+        pool = self._decoder.pool
+        counts = pool.counts(kept.pages)
+        left = [int(share * size) - count for size, count in zip(pool.sizes, counts, strict=True)]
+        if min(left) < 0:
+            return False
+        self._evict(left)
+        pool.share(kept.pages)
+        self._kept[key] = kept
+        self._kept_pages = [before + count for before, count in zip(self._kept_pages, counts, strict=True)]
+        self._use(key)
+        return True
+
+    def _use(self, key: _Key) -> None:
+        """Note that a block is used now. Of those that may follow the same one, the first part of a block may go."""
+        kept = self._kept[key]
+        self._kept.move_to_end(key)
+        branches = self._branches.setdefault(kept.before, OrderedDict())
+        branches[key] = None
+        branches.move_to_end(key)
+        if len(branches) > _BRANCHES:
+            oldest, _ = branches.popitem(last=False)
+            if len(self._kept[oldest].tokens) < PAGE:
+                self._drop(oldest)
+
+    def _nearest(self, before: _Key, tokens: Sequence[int]) -> tuple[_Key | None, int]:
+        """The block after this one that goes along with these tokens for longest, and for how many of them."""
+        along = {key: _common(self._kept[key].tokens, tokens) for key in self._branches.get(before, ())}
+        return max(along.items(), key=lambda each: each[1], default=(None, 0))
 
     def _evict(self, limits: Sequence[int]) -> None:
         """Evict until at most this many pages are kept in each store."""
-        pool = self._decoder.pool
         while self._kept and any(kept > limit for kept, limit in zip(self._kept_pages, limits, strict=True)):
-            _, block = self._kept.popitem(last=False)
-            pool.release(block)
-            self._kept_pages = [kept - count for kept, count in zip(self._kept_pages, pool.counts(block), strict=True)]
+            self._drop(next(iter(self._kept)))
 
-    def _keys(self, request: Request, row: Row, tokens: int) -> list[_Key]:
-        """One key per full block of the first `tokens` tokens, each hashed together with the key before it."""
+    def _drop(self, key: _Key) -> None:
+        """Keep a block no longer."""
+        pool, kept = self._decoder.pool, self._kept.pop(key)
+        branches = self._branches.get(kept.before, OrderedDict())
+        branches.pop(key, None)
+        if not branches:
+            self._branches.pop(kept.before, None)
+        pool.release(kept.pages)
+        self._kept_pages = [
+            before - count for before, count in zip(self._kept_pages, pool.counts(kept.pages), strict=True)
+        ]
+
+    def _root(self, request: Request, row: Row) -> _Key:
+        """What stands for all that must be the same before the first token."""
         program = request.route.program
         compiled = int(row.begin().compiled)
         common = (request.tenant, program.text, hash_bridges(self._decoder, [program]), compiled)
-        key = hashlib.sha256(repr(common).encode()).digest()
-        keys = []
-        for start in range(0, tokens - PAGE + 1, PAGE):
-            key = hashlib.sha256(key + array("q", request.tokens[start : start + PAGE]).tobytes()).digest()
-            keys.append(key)
-        return keys
+        return hashlib.sha256(repr(common).encode()).digest()
+
+    @staticmethod
+    def _keys(root: _Key, tokens: Sequence[int]) -> Iterator[_Key]:
+        """One key per full block of these tokens, each hashed together with the key before it."""
+        key = root
+        for start in range(0, len(tokens) - PAGE + 1, PAGE):
+            key = _hash(key, tokens[start : start + PAGE])
+            yield key
+
+
+def _hash(before: _Key, tokens: Sequence[int]) -> _Key:
+    return hashlib.sha256(before + array("q", tokens).tobytes()).digest()
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens at the beginning that are the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -111,9 +111,11 @@ async def test_an_agent_that_loops_is_stopped_by_its_budget(engine: PolarModel, 
     assert budgets.holds("acme") == []
 
 
-@pytest.mark.parametrize("compute", ["premium", None])
-def test_an_agent_goes_shallower_before_it_is_stopped(engine: PolarModel, budgets: Any, compute: str | None) -> None:
-    limit = Decimal("3.5") * _one_step(engine)
+@pytest.mark.parametrize(("compute", "steps"), [("premium", "3.5"), (None, "3.75")])
+def test_an_agent_goes_shallower_before_it_is_stopped(
+    engine: PolarModel, budgets: Any, compute: str | None, steps: str
+) -> None:
+    limit = Decimal(steps) * _one_step(engine)
     budgets.set(billing.Budget("acme", limit, over_budget=billing.OverBudget.SHALLOWER))
     agent: Any = create_agent(ChatPolar(engine=engine, max_tokens=MOST, tenant="acme", compute=compute), [weather])
     with pytest.raises(BudgetExceededError):

@@ -201,9 +201,11 @@ float* scratch(int64_t words) {
 
 inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+constexpr float kLeastPower = -104.0f;  // e to the power of less is 0
+
 // e to the power of values that are at most a little above 0.
 inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+  x = _mm512_max_ps(x, _mm512_set1_ps(kLeastPower));
   const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375f), x);
   rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-2.12194440e-4f), rest);

@@ -7,8 +7,7 @@
 
 namespace polar {
 
-// How likely tokens are beside the likeliest, at a temperature. What is no number, or further below the highest than
-// e^-87, has no weight.
+// How likely tokens are beside the likeliest, at a temperature. What is no number, or too little for one, has no weight.
 class Weights {
  public:
   Weights(const float* logits, int64_t tokens, float temperature) : logits_(logits), tokens_(tokens) {
@@ -29,7 +28,7 @@ class Weights {
       const __mmask16 lanes = first_lanes(end - at);
       const __m512 less = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, logits_ + at), highest_);
       const __m512 scaled = _mm512_mul_ps(less, by_);
-      const __mmask16 likely = _mm512_mask_cmp_ps_mask(lanes, scaled, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+      const __mmask16 likely = _mm512_mask_cmp_ps_mask(lanes, scaled, _mm512_set1_ps(kLeastPower), _CMP_GE_OQ);
       const __m512 weight = _mm512_maskz_mov_ps(likely, exponential(scaled));
       put(at, lanes, weight);
       sum = _mm512_add_ps(sum, weight);

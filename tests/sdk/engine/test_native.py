@@ -27,6 +27,7 @@ from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
 from polar_sdk.errors import CompileError
 from polar_sdk.model import PolarModel
+from polar_sdk.programs.cost import chunks
 from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 
@@ -481,6 +482,46 @@ def test_what_a_row_decodes_does_not_depend_on_the_rows_beside_it(packages: Path
     together = run(range(5))
     for row in range(5):
         assert torch.equal(run([row])[0], together[row]), f"row {row}"
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("layers", [_compiled, _uncompiled])
+@pytest.mark.parametrize(
+    ("precision", "program", "length", "shared"),
+    [
+        *(("bf16", program, 41, shared) for program in ("0-2", "0 1x2 2") for shared in (16, 24, 30, 40)),
+        ("bf16", "0-2", 17, 16),
+        ("bf16", "0-2", 530, 528),
+        ("int8", "0-2", 60, 26),
+        ("int4", "0-2", 60, 26),
+    ],
+)
+@torch.inference_mode()
+def test_a_start_that_another_row_has_run_changes_nothing(
+    layers: Callable[..., Decoder],
+    packages: Path,
+    tmp_path: Path,
+    precision: str,
+    program: str,
+    length: int,
+    shared: int,
+) -> None:
+    """To the bit, however few tokens are left to run."""
+    decoder = layers(packages, tmp_path, precision)
+    prompt = [7 * place % 256 for place in range(length)]
+
+    def run(row: Row) -> torch.Tensor:
+        for begin, end in chunks(length, row.length):
+            logits = next_logits(decoder, [row], [prompt[begin:end]])
+        return torch.stack([logits, next_logits(decoder, [row], [[3]])])
+
+    alone, other = (Row(decoder, Program.parse(program), prompt=length) for _ in range(2))
+    expected = run(alone)
+    whole = shared // PAGE
+    other.page_table.adopt(alone.page_table.blocks[:whole])
+    other.page_table.copy(alone.page_table.blocks[whole], shared % PAGE)
+    assert other.length == shared
+    assert torch.equal(run(other), expected)
 
 
 @pytest.mark.usefixtures("native")

@@ -25,6 +25,7 @@ from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import SAME_ANSWER, Measurer, is_right, preferred_choice
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.programs.cost import CostModel, LayerCost
+from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def all_items(mixed_items: list[Item]) -> list[Item]:
 def model(all_items: list[Item]) -> PolarModel:
     """A model with two bridges."""
     made = tiny_model(policy=Policy(protected=(0, -1)))
+    made.scheduler.limits = Limits(prefix_share=0)  # its figures are those of prompts that run from their beginning
     lab.heal(made, all_items, "1-2;2-4", answer_tokens=4)
     return made
 

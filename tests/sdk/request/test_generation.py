@@ -84,7 +84,11 @@ def test_the_first_piece_waits_for_no_second_token(model: PolarModel) -> None:
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_rows_of_a_batch_answer_as_they_do_alone(model: PolarModel, sampled: bool) -> None:
+def test_rows_of_a_batch_answer_as_they_do_alone(
+    model: PolarModel, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.scheduler, "limits", Limits(prefix_share=0))
+    model.scheduler.prefixes.make_room(model.decoder.pool.sizes)
     prompts = ["a", "a longer prompt than the first", "mid size", "a"]
     options = {"temperature": 0.8, "top_p": 0.9, "seed": 5} if sampled else {}
     together = model.generate_batch(prompts, max_tokens=15, **options)  # type: ignore[arg-type]

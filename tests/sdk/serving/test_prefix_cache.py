@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from polar_sdk.model import PolarModel
 from polar_sdk.programs.program import Program
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill, tiny_model
+
+if TYPE_CHECKING:
+    from polar_sdk.request.generation import Generation
 
 START = "You are a careful assistant. " * 6  # 174 tokens: two full pages
 
@@ -23,13 +28,13 @@ def test_a_shared_start_is_cached_and_changes_no_answer(model: PolarModel) -> No
     first = model.generate(START + "one", max_tokens=8)
     second = model.generate(START + "two", max_tokens=8)
     uncached = tiny_model().generate(START + "two", max_tokens=8)
-    assert (first.usage.tokens.cached, second.usage.tokens.cached) == (0, 128)
+    assert (first.usage.tokens.cached, second.usage.tokens.cached) == (0, 175)
     assert second.token_ids == uncached.token_ids
     assert second.usage.tokens.input == uncached.usage.tokens.input
     assert second.usage.flops.layers_prefill < uncached.usage.flops.layers_prefill
     cost = model.loaded.decoder.cost
     program = model.policy.tiers["standard"].program
-    assert second.usage.flops == cost.request(program, uncached.usage.tokens.input, 8, cached=128)
+    assert second.usage.flops == cost.request(program, uncached.usage.tokens.input, 8, cached=175)
 
 
 def test_a_whole_prompt_is_never_taken_from_the_cache(model: PolarModel) -> None:
@@ -37,7 +42,7 @@ def test_a_whole_prompt_is_never_taken_from_the_cache(model: PolarModel) -> None
     model.generate(text, template="raw", max_tokens=2)
     repeated = model.generate(text, template="raw", max_tokens=2)
     assert repeated.usage.tokens.input == 128
-    assert repeated.usage.tokens.cached == 64  # the last token has to run for its logits
+    assert repeated.usage.tokens.cached == 127  # the last token has to run for its logits
 
 
 @pytest.mark.parametrize("other", [{"tenant": "globex"}, {"program": "0-1 3-5"}, {"compute": "economy"}])
@@ -88,7 +93,7 @@ class TestFills:
         return PolarModel(model.loaded, policy=model.policy, ledger=None)
 
     @pytest.mark.parametrize("program", ["0-2 (3-5)", "0 (1-2) 3 (4-5)"])
-    @pytest.mark.parametrize(("length", "cached"), [(128, 64), (129, 128), (135, 128), (190, 128)])
+    @pytest.mark.parametrize(("length", "cached"), [(128, 127), (129, 128), (135, 128), (190, 189)])
     def test_tokens_that_ran_are_not_shared_as_filled_ones(self, length: int, cached: int, program: str) -> None:
         model = self.filled()
         text = "abcdefghij" * 30
@@ -99,7 +104,7 @@ class TestFills:
         assert longer.usage.flops == model.decoder.cost.request(Program.parse(program), 300, 8, cached=cached)
 
     @pytest.mark.parametrize("program", ["0-2 (3-5:8)", "0 (1-2:8) 3 (4-5:8)"])
-    @pytest.mark.parametrize(("length", "cached"), [(193, 128), (200, 192)])
+    @pytest.mark.parametrize(("length", "cached"), [(193, 185), (200, 192)])
     def test_filled_tokens_are_not_shared_as_ones_that_run(self, length: int, cached: int, program: str) -> None:
         model = self.filled()
         text = "abcdefghij" * 30
@@ -114,3 +119,77 @@ class TestFills:
         model.generate(START, program=program, max_tokens=2)
         model.decoder.set_fills({(3, 5): random_fill(model.decoder, (3, 5), seed=1)})
         assert model.generate(START, program=program, max_tokens=2).usage.tokens.cached == 0
+
+
+class TestPartsOfBlocks:
+    """Of the block in which two prompts part, the tokens before that are copied."""
+
+    @staticmethod
+    def ask(model: PolarModel, text: str, **options: Any) -> Generation:
+        return model.generate(text, template="raw", **{"program": "0-5", "max_tokens": 4, **options})
+
+    @staticmethod
+    def kept(model: PolarModel) -> int:
+        """Number of blocks kept, of six visits each."""
+        pool = model.loaded.decoder.pool
+        return (pool.size - pool.free) // 6
+
+    @pytest.mark.parametrize(("common", "cached"), [(15, 0), (16, 16), (40, 40), (63, 63), (64, 64), (100, 100)])
+    def test_a_start_is_shared_to_the_token(self, model: PolarModel, common: int, cached: int) -> None:
+        first, second = ("".join(chr(40 + place % 80) for place in range(common)) + letter * 30 for letter in "yz")
+        self.ask(model, first)
+        shared, alone = self.ask(model, second), self.ask(tiny_model(), second)
+        assert shared.usage.tokens.cached == cached
+        assert shared.token_ids == alone.token_ids
+        cost = model.loaded.decoder.cost
+        assert shared.usage.flops == cost.request(Program.parse("0-5"), common + 30, 4, cached=cached)
+
+    def test_it_is_the_longest_that_any_prompt_has(self, model: PolarModel) -> None:
+        self.ask(model, "a" * 20 + "b" * 40)
+        self.ask(model, "a" * 40 + "c" * 20)
+        self.ask(model, "a" * 30 + "d" * 30)
+        assert self.ask(model, "a" * 35 + "e" * 20).usage.tokens.cached == 35
+
+    def test_short_prompts_that_begin_alike_keep_one_block(self, model: PolarModel) -> None:
+        for letter in "abcdefgh":
+            self.ask(model, "x" * 40 + letter * 10)
+        assert self.kept(model) == 1
+
+    def test_only_the_last_used_parts_stay(self, model: PolarModel) -> None:
+        letters = "abcdefghijklmnopqrst"
+        for letter in letters:
+            self.ask(model, letter * 50)
+        assert self.kept(model) == 8
+        assert self.ask(model, "l" * 50).usage.tokens.cached == 0
+        assert self.ask(model, "t" * 50).usage.tokens.cached == 49
+
+    def test_the_row_that_is_copied_from_goes_on_to_write(self, model: PolarModel) -> None:
+        texts = ["x" * 40 + letter * 10 for letter in "abcdef"]
+        stream = model.stream(texts[0], template="raw", program="0-5", max_tokens=60)
+        next(stream)
+        others = [self.ask(model, text, max_tokens=20) for text in texts[1:]]
+        first = "".join(chunk.text for chunk in stream)
+        assert [other.usage.tokens.cached for other in others] == [40] * 5
+        assert [other.token_ids for other in others] == [
+            self.ask(tiny_model(), text, max_tokens=20).token_ids for text in texts[1:]
+        ]
+        assert self.ask(tiny_model(), texts[0], max_tokens=60).text.endswith(first)
+
+    @pytest.mark.parametrize("program", ["0-2 (3-5:8)", "0-5"])
+    @given(data=st.data())
+    @settings(max_examples=15)
+    def test_answers_and_figures_are_those_of_the_prompt_alone(self, program: str, data: st.DataObject) -> None:
+        model, alone = TestFills.filled(), TestFills.filled()
+        alone.scheduler.limits = Limits(prefix_share=0)
+        model.scheduler.limits = Limits(prefix_share=data.draw(st.sampled_from([0.05, 0.5])))
+        parts = st.sampled_from(["a" * 20, "b" * 33, "c" * 64, "d" * 7])
+        for _ in range(5):
+            text = "".join(data.draw(st.lists(parts, min_size=1, max_size=4)))
+            got, expected = (self.ask(each, text, program=program) for each in (model, alone))
+            assert got.token_ids == expected.token_ids
+            cost, cached = model.decoder.cost, got.usage.tokens.cached
+            output = got.usage.tokens.output
+            assert got.usage.flops == cost.request(Program.parse(program), len(text), output, cached=cached)
+        pool = model.loaded.decoder.pool
+        model.scheduler.prefixes.make_room(pool.sizes)
+        assert pool.free == pool.size
