@@ -86,6 +86,23 @@ def test_its_pages_are_clean_when_others_get_them() -> None:
     assert model.generate("x" * 150, max_tokens=5).usage.tokens.cached == 0
 
 
+def test_behind_a_start_that_others_use_its_pages_are_clean_too() -> None:
+    model = poisoned(math.nan)
+    good, bad = model.encode("a" + chr(BAD))
+
+    def choose(tokens: Sequence[int], logits: Tensor) -> Tensor:
+        chosen = torch.tensor(bad if len(tokens) == 3 else good)
+        return torch.full_like(logits, -math.inf).index_fill_(0, chosen, 0.0)
+
+    with pytest.raises(LogitsError, match="after 4 tokens"):
+        model.generate("x" * 40, max_tokens=9, logits_hook=choose)
+    assert model.decoder.pool.free < model.decoder.pool.size
+    assert not any(store.isnan().any() for store in model.decoder.pool.stores)
+    assert model.scheduler.prefixes._kept  # in the page where the answer went on
+    shared, alone = (each.generate("x" * 30 + "y" * 10, max_tokens=9) for each in (model, tiny_model()))
+    assert (shared.usage.tokens.cached, shared.token_ids) == (31, alone.token_ids)
+
+
 def test_it_ends_in_the_middle_of_an_answer_too() -> None:
     sink = ListSink()
     model = tiny_model(sink=sink)
