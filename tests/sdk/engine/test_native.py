@@ -484,30 +484,17 @@ def test_what_a_row_decodes_does_not_depend_on_the_rows_beside_it(packages: Path
         assert torch.equal(run([row])[0], together[row]), f"row {row}"
 
 
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("layers", [_compiled, _uncompiled])
-@pytest.mark.parametrize(
-    ("precision", "program", "length", "shared"),
-    [
-        *(("bf16", program, 41, shared) for program in ("0-2", "0 1x2 2") for shared in (16, 24, 30, 40)),
-        ("bf16", "0-2", 17, 16),
-        ("bf16", "0-2", 530, 528),
-        ("int8", "0-2", 60, 26),
-        ("int4", "0-2", 60, 26),
-    ],
-)
-@torch.inference_mode()
-def test_a_start_that_another_row_has_run_changes_nothing(
-    layers: Callable[..., Decoder],
-    packages: Path,
-    tmp_path: Path,
-    precision: str,
-    program: str,
-    length: int,
-    shared: int,
-) -> None:
-    """To the bit, however few tokens are left to run."""
-    decoder = layers(packages, tmp_path, precision)
+STARTS = [
+    *(("bf16", program, 41, shared) for program in ("0-2", "0 1x2 2") for shared in (16, 24, 30, 40)),
+    ("bf16", "0-2", 17, 16),
+    ("bf16", "0-2", 530, 528),
+    ("int8", "0-2", 60, 26),
+    ("int4", "0-2", 60, 26),
+]
+"""Precision, program, length of a prompt, and how many of its tokens another row has run."""
+
+
+def _assert_a_start_changes_nothing(decoder: Decoder, program: str, length: int, shared: int) -> None:
     prompt = [7 * place % 256 for place in range(length)]
 
     def run(row: Row) -> torch.Tensor:
@@ -522,6 +509,28 @@ def test_a_start_that_another_row_has_run_changes_nothing(
     other.page_table.copy(alone.page_table.blocks[whole], shared % PAGE)
     assert other.length == shared
     assert torch.equal(run(other), expected)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(("precision", "program", "length", "shared"), STARTS)
+@torch.inference_mode()
+def test_a_start_that_another_row_has_run_changes_nothing(
+    packages: Path, precision: str, program: str, length: int, shared: int
+) -> None:
+    """To the bit, however few tokens are left to run."""
+    _assert_a_start_changes_nothing(_compiled(packages, precision=precision), program, length, shared)
+
+
+@pytest.mark.usefixtures("every")
+@pytest.mark.parametrize("kind", RUN_HERE)
+@pytest.mark.parametrize(("precision", "program", "length", "shared"), STARTS)
+@torch.inference_mode()
+def test_a_start_changes_nothing_uncompiled(
+    packages: Path, tmp_path: Path, kind: str, precision: str, program: str, length: int, shared: int
+) -> None:
+    with using(kind):
+        decoder = _uncompiled(packages, tmp_path, precision)
+        _assert_a_start_changes_nothing(decoder, program, length, shared)
 
 
 @pytest.mark.usefixtures("native")
