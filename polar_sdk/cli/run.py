@@ -116,7 +116,8 @@ def footer(generation: Generation) -> str:
     parts = [
         usage.tier or usage.router,
         f"program {usage.program}",
-        f"{usage.tokens.input}+{usage.tokens.output} tokens",
+        f"{usage.tokens.input}+{usage.tokens.output} tokens"
+        + (f", {usage.tokens.cached} of them cached" if usage.tokens.cached else ""),
         f"{usage.flops.total / 1e9:,.2f} GFLOP (prompt {usage.flops.prompt / 1e9:,.2f}, "
         f"answer {usage.flops.answer / 1e9:,.2f}; {saved:+z.1%} saved)",
         f"{usage.compute_units:.6f} CU",

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polar_sdk.cli.run import footer
 from polar_sdk.model import PolarModel
 from polar_sdk.programs.program import Program
 from polar_sdk.serving.places import Limits
@@ -30,6 +31,8 @@ def test_a_shared_start_is_cached_and_changes_no_answer(model: PolarModel) -> No
     uncached = tiny_model().generate(START + "two", max_tokens=8)
     assert (first.usage.tokens.cached, second.usage.tokens.cached) == (0, 175)
     assert second.token_ids == uncached.token_ids
+    assert " · 179+8 tokens, 175 of them cached · " in footer(second)
+    assert "cached" not in footer(first)
     assert second.usage.tokens.input == uncached.usage.tokens.input
     assert second.usage.flops.layers_prefill < uncached.usage.flops.layers_prefill
     cost = model.loaded.decoder.cost
