@@ -96,6 +96,9 @@ class Job:
         model: Name of the model, for errors.
     """
 
+    behind: str = ""
+    """Id of the request whose prompt it has waited for, to take over the start that both have in common."""
+
     def __init__(
         self,
         request: Request,

@@ -182,21 +182,20 @@ class Places:
             other.drop_pages()
             total = [count - freed for count, freed in zip(total, pages, strict=True)]
         self._prefixes.make_room(total)
-        if not job.row.page_table.blocks:
-            self._lend(job)
         job.placed_at, job.rounds_paused = max(job.row.length, job.row.ran), 0
         job.has_place = True
         self.jobs.append(job)
         self._promised[job] = needed
 
-    def _lend(self, job: Job) -> None:
-        if job.row.loops_stopped:
-            return  # its states are not those that were kept
+    def lend(self, job: Job) -> None:
+        """Give a job that is about to run its prompt the start that others have run, if it has no pages yet."""
+        if job.row.page_table.blocks or job.row.loops_stopped:  # after a stop, its states are not those that were kept
+            return
         cached = self._prefixes.lend(job.request, job.row)
         if job.row.replaying:
             job.row.note_replay()
         else:
-            job.cached = cached
+            job.cached = job.placed_at = cached
 
 
 def _share(rows: int, pages: Sequence[int], max_rows: int, sizes: Sequence[int]) -> float:

@@ -17,7 +17,6 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
 from polar_sdk.engine.hashes import hash_bridges
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from polar_sdk.serving.request import Request
 
 
-_LEAST: Final = 16
+LEAST_SHARED: Final = 16
 """Tokens from which a part of a block is worth copying, or keeping for what it has more than others."""
 _MANY: Final = 34
 """Tokens that are left to run where weights are integers: with fewer, some processors round a product otherwise."""
@@ -70,25 +69,26 @@ class PrefixCache:
 
         At least one token of the prompt is left to run, because its logits are needed; all of them, where all are.
         """
+        whole, part, shared = self._found(request, row)
+        for key in [*whole, *([] if part is None else [part])]:
+            self._use(key)
+        if whole:
+            row.page_table.adopt([self._kept[key].pages for key in whole])
+        if part is not None:
+            row.page_table.copy(self._kept[part].pages, shared)
+        return row.length
+
+    def gain(self, request: Request, row: Row, other: Request) -> int:
+        """How many more tokens of a prompt that has not begun could be lent if it waited for another one to have run.
+
+        The other one is of the same tenant, and runs the same program by the same kernels.
+        """
         if request.prompt_logprobs is not None:
             return 0
-        usable = request.tokens[: len(request.tokens) - max(1, request.route.program.tail)]
-        blocks, before = [], self._root(request, row)
-        for key in self._keys(before, usable):
-            if key not in self._kept:
-                break
-            self._use(key)
-            blocks.append(self._kept[key].pages)
-            before = key
-        if blocks:
-            row.page_table.adopt(blocks)
-        nearest, shared = self._nearest(before, usable[len(blocks) * PAGE :])
-        if self._decoder.precision.startswith("int"):
-            shared = min(shared, len(request.tokens) - len(blocks) * PAGE - _MANY)
-        if nearest is not None and shared >= _LEAST:
-            self._use(nearest)
-            row.page_table.copy(self._kept[nearest].pages, shared)
-        return row.length
+        tail = request.route.program.tail
+        most = max(0, min(len(other.tokens) - tail, len(request.tokens) - max(1, tail)))
+        whole, _, shared = self._found(request, row)
+        return self._alike(request, _common(request.tokens[:most], other.tokens[:most])) - len(whole) * PAGE - shared
 
     def keep(self, request: Request, row: Row, share: float) -> None:
         """Keep the blocks of a prompt that has run, up to a share of the pages of each store.
@@ -105,7 +105,7 @@ class PrefixCache:
                 return
             before, whole = key, whole + PAGE
         rest = usable[whole:]
-        if len(rest) - self._nearest(before, rest)[1] >= _LEAST:
+        if len(rest) - self._nearest(before, rest)[1] >= LEAST_SHARED:
             self._add(_hash(before, rest), _Kept(list(blocks[whole // PAGE]), rest, before), share)
 
     def make_room(self, promised: Sequence[int]) -> None:
@@ -143,6 +143,25 @@ class PrefixCache:
             oldest, _ = branches.popitem(last=False)
             if len(self._kept[oldest].tokens) < PAGE:
                 self._drop(oldest)
+
+    def _found(self, request: Request, row: Row) -> tuple[list[_Key], _Key | None, int]:
+        """Of a new row's prompt, the blocks that are kept, that of which a part is, and how many tokens that has."""
+        if request.prompt_logprobs is not None:
+            return [], None, 0
+        usable = request.tokens[: len(request.tokens) - max(1, request.route.program.tail)]
+        whole, before = [], self._root(request, row)
+        for key in self._keys(before, usable):
+            if key not in self._kept:
+                break
+            whole.append(key)
+            before = key
+        part, shared = self._nearest(before, usable[len(whole) * PAGE :])
+        shared = self._alike(request, len(whole) * PAGE + shared) - len(whole) * PAGE
+        return (whole, part, shared) if shared >= LEAST_SHARED else (whole, None, 0)
+
+    def _alike(self, request: Request, start: int) -> int:
+        """At most so many tokens of a start that what is left to run is computed as the whole prompt would be."""
+        return min(start, len(request.tokens) - _MANY) if self._decoder.precision.startswith("int") else start
 
     def _nearest(self, before: _Key, tokens: Sequence[int]) -> tuple[_Key | None, int]:
         """The block after this one that goes along with these tokens for longest, and for how many of them."""
@@ -188,4 +207,11 @@ def _hash(before: _Key, tokens: Sequence[int]) -> _Key:
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Number of tokens at the beginning that are the same."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+    same, end = 0, min(len(first), len(second))
+    while same < end:  # by halves, since comparing tuples takes far less time than their tokens one by one
+        middle = (same + end + 1) // 2
+        if first[same:middle] == second[same:middle]:
+            same = middle
+        else:
+            end = middle - 1
+    return same

@@ -28,7 +28,7 @@ from polar_sdk.serving.job import asked_by_engine
 from polar_sdk.serving.pace import Pace
 from polar_sdk.serving.passes import Passes, attempt
 from polar_sdk.serving.places import Limits, Places
-from polar_sdk.serving.prefixes import PrefixCache
+from polar_sdk.serving.prefixes import LEAST_SHARED, PrefixCache
 from polar_sdk.serving.queue import FairQueue, who_gives_room
 from polar_sdk.serving.threads import Inbox
 
@@ -53,6 +53,8 @@ _JUST_BEGUN: Final = 8
 """A row has just begun to answer as long as it has no more tokens."""
 _BURST: Final = 4
 """How many times as many prompt tokens run in a pass beside rows that have just begun."""
+_WORTH_A_PASS: Final = 128
+"""Tokens of prompts that need not run from which it is worth to run them in one pass more."""
 _CHECKS: Final = 64
 """Jobs that wait of which is checked in one round whether their time is up or their caller's `cancel` is set."""
 _POLL_SECONDS: Final = 0.02
@@ -346,12 +348,34 @@ class Scheduler:
         jobs.sort(key=lambda job: self._queue.clocks[job.request.tenant])  # stable: the oldest of a tenant first
         chosen: list[Job] = []
         chunks: list[Sequence[int]] = []
+        waiting = self._behind_others(jobs)
         for job in jobs:
-            if left > 0 and rows[job.request.tenant] <= rows[jobs[0].request.tenant]:
+            if left > 0 and rows[job.request.tenant] <= rows[jobs[0].request.tenant] and job not in waiting:
+                self._places.lend(job)
                 chosen.append(job)
                 chunks.append(job.chunk)
                 left -= len(chunks[-1])
         return chosen, chunks
+
+    def _behind_others(self, jobs: Iterable[Job]) -> set[Job]:
+        """Prompts that wait for one before them to run the start that both have in common, where that is worth it.
+
+        So of a batch of questions about one text, the text runs once. A prompt waits for one other at most.
+        """
+        if not self.limits.prefix_share:
+            return set()
+        first: dict[tuple[object, ...], Job] = {}
+        gains: dict[Job, int] = {}
+        for job in jobs:
+            request, row = job.request, job.row
+            alike = (request.tenant, request.route.program, id(row.begin()), request.tokens[:LEAST_SHARED])
+            before = first.setdefault(alike, job)
+            if before is job or row.page_table.blocks or job.behind not in ("", before.request.request_id):
+                continue
+            gain = self.prefixes.gain(request, row, before.request)
+            if gain >= LEAST_SHARED:
+                gains[job], job.behind = gain, before.request.request_id
+        return set(gains) if sum(gains.values()) >= _WORTH_A_PASS else set()
 
     def _prompt_tokens(self, decoding: Sequence[Job]) -> int:
         """How many tokens of prompts to run in one pass beside rows that decode.

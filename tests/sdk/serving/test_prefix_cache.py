@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,11 @@ from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill, tiny_model
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polar_sdk.request.generation import Generation
+    from polar_sdk.request.options import RequestOptions
+    from polar_sdk.serving.job import Job
 
 START = "You are a careful assistant. " * 6  # 174 tokens: two full pages
 
@@ -196,3 +201,69 @@ class TestPartsOfBlocks:
         pool = model.loaded.decoder.pool
         model.scheduler.prefixes.make_room(pool.sizes)
         assert pool.free == pool.size
+
+
+class TestPromptsThatComeTogether:
+    """Of those that begin alike, one runs the start and the others wait for it, where that is worth a pass."""
+
+    @staticmethod
+    def batch(model: PolarModel, texts: Sequence[str], **options: Any) -> list[Generation]:
+        return model.generate_batch(texts, template="raw", **{"program": "0-5", "max_tokens": 6, **options})
+
+    def test_a_text_runs_once_for_all_questions_about_it(self, model: PolarModel) -> None:
+        texts = ["t" * 300 + letter * (10 + place) for place, letter in enumerate("abcdefgh")]
+        together = self.batch(model, texts)
+        assert [done.usage.tokens.cached for done in together] == [0] + 7 * [300]
+        cost = model.loaded.decoder.cost
+        for text, done in zip(texts, together, strict=True):
+            assert done.token_ids == self.batch(tiny_model(), [text])[0].token_ids
+            request = cost.request(Program.parse("0-5"), len(text), 6, cached=done.usage.tokens.cached)
+            assert done.usage.flops == request
+
+    def test_a_long_text_runs_in_chunks_before_the_others_go_on(self) -> None:
+        model = tiny_model(context_window=1024)
+        texts = ["t" * 600 + letter * 20 for letter in "abc"]
+        assert [done.usage.tokens.cached for done in self.batch(model, texts)] == [0, 600, 600]
+
+    def test_little_in_common_is_not_waited_for(self, model: PolarModel) -> None:
+        texts = ["t" * 40 + letter * 20 for letter in "abcd"]  # 3 × 40 tokens
+        assert [done.usage.tokens.cached for done in self.batch(model, texts)] == [0] * 4
+        texts.append("t" * 40 + "e" * 20)
+        assert [done.usage.tokens.cached for done in self.batch(tiny_model(), texts)] == [0, 40, 40, 40, 40]
+
+    def test_what_is_kept_already_is_not_waited_for(self, model: PolarModel) -> None:
+        self.batch(model, ["t" * 300 + "x" * 20])
+        texts = ["t" * 300 + letter * 10 for letter in "abcd"]
+        assert [done.usage.tokens.cached for done in self.batch(model, texts)] == [300] * 4
+
+    def test_nobody_waits_for_another_tenant_or_program(self, model: PolarModel) -> None:
+        texts = ["t" * 300 + letter * 10 for letter in "abc"]
+        options: list[RequestOptions] = [
+            {"tenant": "acme"},
+            {"tenant": "globex"},
+            {"tenant": "acme", "program": "0-1 3-5"},
+        ]
+        together = model.generate_batch(texts, each=options, template="raw", max_tokens=2)
+        assert [done.usage.tokens.cached for done in together] == [0, 0, 0]
+
+    def test_where_nothing_can_be_kept_they_wait_once(self) -> None:
+        model = tiny_model(kv_memory=6 * 2 * 2 * 64 * 12 * 4 * 12)
+        model.scheduler.limits = Limits(prefix_share=0.05)
+        passes, read = [], model.scheduler._passes.read
+
+        def counted(jobs: Sequence[Job], *rest: Any) -> None:
+            passes.append(len(jobs))
+            read(jobs, *rest)
+
+        with patch.object(model.scheduler._passes, "read", counted):
+            together = self.batch(model, ["t" * 90 + letter * 10 for letter in "abc"])
+        assert [done.usage.tokens.cached for done in together] == [0, 0, 0]
+        assert passes == [1, 2]
+
+    def test_who_waits_goes_on_when_the_first_one_is_cancelled(self, model: PolarModel) -> None:
+        texts = ["t" * 300 + letter * 10 for letter in "abcd"]
+        streams = [model.stream(text, template="raw", program="0-5", max_tokens=6, tenant="acme") for text in texts]
+        streams[0].close()
+        answers = ["".join(chunk.text for chunk in stream) for stream in streams[1:]]
+        alone = tiny_model()
+        assert answers == [self.batch(alone, [text], tenant=text[-10:])[0].text for text in texts[1:]]
