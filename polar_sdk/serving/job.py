@@ -96,8 +96,8 @@ class Job:
         model: Name of the model, for errors.
     """
 
-    behind: str = ""
-    """Id of the request whose prompt it has waited for, to take over the start that both have in common."""
+    behind: tuple[str, int] | None = None
+    """Id of the one request whose prompt it may wait for, and how many tokens of it it could take over then."""
 
     def __init__(
         self,

@@ -370,11 +370,13 @@ class Scheduler:
             request, row = job.request, job.row
             alike = (request.tenant, request.route.program, id(row.begin()), request.tokens[:LEAST_SHARED])
             before = first.setdefault(alike, job)
-            if before is job or row.page_table.blocks or job.behind not in ("", before.request.request_id):
+            if before is job or row.page_table.blocks:
                 continue
-            gain = self.prefixes.gain(request, row, before.request)
-            if gain >= LEAST_SHARED:
-                gains[job], job.behind = gain, before.request.request_id
+            if job.behind is None:
+                job.behind = (before.request.request_id, self.prefixes.gain(request, row, before.request))
+            name, gain = job.behind
+            if name == before.request.request_id and gain >= LEAST_SHARED:
+                gains[job] = gain
         return set(gains) if sum(gains.values()) >= _WORTH_A_PASS else set()
 
     def _prompt_tokens(self, decoding: Sequence[Job]) -> int:
