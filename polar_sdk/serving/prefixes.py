@@ -68,6 +68,7 @@ class PrefixCache:
         """Give a new row the longest kept start of its prompt; returns its number of tokens, which may be 0.
 
         At least one token of the prompt is left to run, because its logits are needed; all of them, where all are.
+        Where weights are integers, more are.
         """
         whole, part, shared = self._found(request, row)
         for key in [*whole, *([] if part is None else [part])]:
@@ -85,10 +86,9 @@ class PrefixCache:
         """
         if request.prompt_logprobs is not None:
             return 0
-        tail = request.route.program.tail
-        most = max(0, min(len(other.tokens) - tail, len(request.tokens) - max(1, tail)))
+        most = min(len(self._usable(request)), max(0, len(other.tokens) - other.route.program.tail))
         whole, _, shared = self._found(request, row)
-        return self._alike(request, _common(request.tokens[:most], other.tokens[:most])) - len(whole) * PAGE - shared
+        return _common(request.tokens[:most], other.tokens[:most]) - len(whole) * PAGE - shared
 
     def keep(self, request: Request, row: Row, share: float) -> None:
         """Keep the blocks of a prompt that has run, up to a share of the pages of each store.
@@ -148,20 +148,19 @@ class PrefixCache:
         """Of a new row's prompt, the blocks that are kept, that of which a part is, and how many tokens that has."""
         if request.prompt_logprobs is not None:
             return [], None, 0
-        usable = request.tokens[: len(request.tokens) - max(1, request.route.program.tail)]
-        whole, before = [], self._root(request, row)
+        usable, whole, before = self._usable(request), [], self._root(request, row)
         for key in self._keys(before, usable):
             if key not in self._kept:
                 break
             whole.append(key)
             before = key
         part, shared = self._nearest(before, usable[len(whole) * PAGE :])
-        shared = self._alike(request, len(whole) * PAGE + shared) - len(whole) * PAGE
         return (whole, part, shared) if shared >= LEAST_SHARED else (whole, None, 0)
 
-    def _alike(self, request: Request, start: int) -> int:
-        """At most so many tokens of a start that what is left to run is computed as the whole prompt would be."""
-        return min(start, len(request.tokens) - _MANY) if self._decoder.precision.startswith("int") else start
+    def _usable(self, request: Request) -> tuple[int, ...]:
+        """The tokens of a prompt that need not run: what is left is computed as the whole prompt would be."""
+        left = _MANY if self._decoder.precision.startswith("int") else 1
+        return request.tokens[: max(0, len(request.tokens) - max(left, request.route.program.tail))]
 
     def _nearest(self, before: _Key, tokens: Sequence[int]) -> tuple[_Key | None, int]:
         """The block after this one that goes along with these tokens for longest, and for how many of them."""

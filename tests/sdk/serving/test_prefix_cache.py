@@ -122,6 +122,14 @@ class TestFills:
         alone = self.filled().generate(text[:length], template="raw", program=program, max_tokens=8)
         assert shorter.token_ids == alone.token_ids
 
+    def test_a_prompt_that_is_shorter_than_its_tail_shares_nothing(self) -> None:
+        model, program, text = self.filled(), "0-2 (3-5:64)", "abcdefghij" * 20
+        model.generate(text, template="raw", program=program, max_tokens=2)
+        short = model.generate(text[:50], template="raw", program=program, max_tokens=8)
+        assert short.usage.tokens.cached == 0
+        alone = self.filled().generate(text[:50], template="raw", program=program, max_tokens=8)
+        assert short.token_ids == alone.token_ids
+
     def test_other_maps_share_nothing(self) -> None:
         model, program = self.filled(), "0-2 (3-5)"
         model.generate(START, program=program, max_tokens=2)
