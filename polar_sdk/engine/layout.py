@@ -504,10 +504,10 @@ class Members:
         Of a prompt whose start was there already, as many count as if it had not been: the numbers must be the same.
         """
         for (row, parts), (_, place) in zip(self._parts, self.going, strict=True):
-            chunk, program = self.layout.chunks[row], self.layout.rows[row].program
-            if chunk is not self.layout.pieces[row] and parts.running:
-                parts = chunk.parts(program.steps[place], place, last_visit(program))  # noqa: PLW2901
-            if size(parts.running) > MAX_PAGED:
+            chunk, program, running = self.layout.chunks[row], self.layout.rows[row].program, parts.running
+            if running and chunk is not self.layout.pieces[row]:
+                running = chunk.parts(program.steps[place], place, last_visit(program)).running
+            if size(running) > MAX_PAGED:
                 return False
         return True
 

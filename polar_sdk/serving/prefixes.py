@@ -86,9 +86,8 @@ class PrefixCache:
         """
         if request.prompt_logprobs is not None:
             return 0
-        most = min(len(self._usable(request)), max(0, len(other.tokens) - other.route.program.tail))
         whole, _, shared = self._found(request, row)
-        return _common(request.tokens[:most], other.tokens[:most]) - len(whole) * PAGE - shared
+        return _common(self._usable(request), _kept_of(other)) - len(whole) * PAGE - shared
 
     def keep(self, request: Request, row: Row, share: float) -> None:
         """Keep the blocks of a prompt that has run, up to a share of the pages of each store.
@@ -98,7 +97,7 @@ class PrefixCache:
         """
         if row.loops_stopped:
             return  # with a loop stopped, the states are not what another request would compute
-        usable = request.tokens[: max(0, len(request.tokens) - row.program.tail)]
+        usable = _kept_of(request)
         before, whole, blocks = self._root(request, row), 0, row.page_table.blocks
         for key, block in zip(self._keys(before, usable), blocks, strict=False):
             if key not in self._kept and not self._add(key, _Kept(list(block), usable[whole:][:PAGE], before), share):
@@ -160,7 +159,7 @@ class PrefixCache:
     def _usable(self, request: Request) -> tuple[int, ...]:
         """The tokens of a prompt that need not run: what is left is computed as the whole prompt would be."""
         left = _MANY if self._decoder.precision.startswith("int") else 1
-        return request.tokens[: max(0, len(request.tokens) - max(left, request.route.program.tail))]
+        return _kept_of(request)[: max(0, len(request.tokens) - left)]
 
     def _nearest(self, before: _Key, tokens: Sequence[int]) -> tuple[_Key | None, int]:
         """The block after this one that goes along with these tokens for longest, and for how many of them."""
@@ -198,6 +197,11 @@ class PrefixCache:
         for start in range(0, len(tokens) - PAGE + 1, PAGE):
             key = _hash(key, tokens[start : start + PAGE])
             yield key
+
+
+def _kept_of(request: Request) -> tuple[int, ...]:
+    """The tokens of a prompt that later ones may take over: all but those that its program runs and does not fill."""
+    return request.tokens[: max(0, len(request.tokens) - request.route.program.tail)]
 
 
 def _hash(before: _Key, tokens: Sequence[int]) -> _Key:
