@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import os
 import platform
 import tempfile
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from polar_sdk.engine.native.build import INSTRUCTIONS, BuildError, build_library, is_possible, library_name
-from polar_sdk.errors import CompileError
+from polar_sdk.errors import CompileError, DeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 
 _FOLDER: Final = Path(__file__).parent
+ISA_VARIABLE: Final = "POLAR_ISA"
+"""Environment variable that names the newest of `INSTRUCTIONS` to use, so that a machine with more can run with less."""
 _HEAD_STEP: Final = 32
 """The size of a head must be a multiple of this: bfloat16 numbers in a register."""
 _TEAM_ROWS: Final = 8
@@ -68,15 +71,31 @@ def _kinds_of_library() -> tuple[str, ...]:
     if not is_possible():
         return ()
     has = set(processor().replace("_", "").split())
-    needed = {kind: {name.replace("-", "") for name in names} for kind, names in INSTRUCTIONS.items()}
-    return tuple(kind for kind in reversed(needed) if has >= needed[kind])
+    kinds = tuple(INSTRUCTIONS)[: tuple(INSTRUCTIONS).index(_restriction()) + 1]
+    return tuple(kind for kind in reversed(kinds) if has >= {name.replace("-", "") for name in INSTRUCTIONS[kind]})
+
+
+def _restriction() -> str:
+    """The last of `INSTRUCTIONS` that may be used, as the environment restricts it.
+
+    Raises:
+        DeviceError: The environment names none of them.
+    """
+    kinds = tuple(INSTRUCTIONS)
+    limit = os.environ.get(ISA_VARIABLE) or kinds[-1]
+    if limit not in kinds:
+        raise DeviceError(
+            f"{ISA_VARIABLE} is {limit!r}, which is not an instruction set that kernels are built for.",
+            hint=f"Set it to one of {', '.join(kinds)}, or unset it to use all that the processor has.",
+        )
+    return limit
 
 
 @cache
 def _key() -> str:
     """What operations and compiled layers depend on: all sources, torch, and the processor."""
     source = "".join(file.read_text() for file in sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")]))
-    return hashlib.sha256(f"{source}|{torch.__version__}|{processor()}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{source}|{torch.__version__}|{processor()}|{_kinds_of_library()}".encode()).hexdigest()[:32]
 
 
 @cache
