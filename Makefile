@@ -11,9 +11,10 @@ STAMP := $(VENV)/.installed
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=600
 # The long suites run in two processes, each file in one of them, so that fixtures are made once; PROCESSES=0 runs them in this one.
 PROCESSES ?= 2
+AREA ?=
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install wheel demo test test-fast standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
+.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,23 +39,11 @@ demo: model ## Run chains for two tenants on three tiers, and make the bill
 test: model ## Run every test, the real model included
 	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL)
 
-test-fast: $(STAMP) ## Run the tests that need no model
-	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m "not model"
+test-quick: $(STAMP) ## Run the tests that need no model: what to run per edit; AREA=tests/billing restricts them
+	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m "not model and not long" $(AREA)
 
-test-sdk: $(STAMP) ## Run the tests of polar_sdk that need no model
-	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/sdk
-
-test-engine: $(STAMP) ## Run the tests of the engine, the scheduler and requests
-	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/sdk/engine tests/sdk/serving tests/sdk/request
-
-test-lab: $(STAMP) ## Run the tests of the laboratory that need no model
-	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/sdk/lab
-
-test-billing: $(STAMP) ## Run the tests of polar_billing
-	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/billing
-
-test-integrations: $(STAMP) ## Run the tests of the integrations that need no model
-	$(OFFLINE) $(BIN)/python -m pytest -m "not model" tests/integrations
+test-long: model ## Run the long tests: tampering in full, crash loops, Ray, fuzz, simulations
+	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m long
 
 standard-suite: model ## Run LangChain's suites for chat models, in process and over HTTP, and ours for PolarLLM, without a network
 	$(OFFLINE) $(BIN)/python -m pytest -rs tests/integrations/test_langchain_standard.py \
@@ -107,7 +96,7 @@ check: $(STAMP) ## Check format, lint, types, layers and docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/docs -m "not model"
+	$(BIN)/python -m pytest -q tests/docs -m "not model and not long"
 
 wheel: $(STAMP) ## Build the wheel, with the native kernels where there is a C++ compiler, into dist/
 	$(BIN)/python -m hatchling build -t wheel
