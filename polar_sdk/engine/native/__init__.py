@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _FOLDER: Final = Path(__file__).parent
 ISA_VARIABLE: Final = "POLAR_ISA"
-"""Environment variable that names the newest of `INSTRUCTIONS` to use, so that a machine with more can run with less."""
+"""Environment variable that names the newest of `INSTRUCTIONS` to use: a machine with more can run with less."""
 _HEAD_STEP: Final = 32
 """The size of a head must be a multiple of this: bfloat16 numbers in a register."""
 _TEAM_ROWS: Final = 8
