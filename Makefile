@@ -14,7 +14,7 @@ PROCESSES ?= 2
 AREA ?=
 PARALLEL := -n $(PROCESSES) --dist loadfile
 
-.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos soak bench-fairness bench-frameworks focus-check clean
+.PHONY: help install wheel demo test test-quick test-long standard-suite compare-suites tamper check format docs model bench-engine bench-billing bench-serving bench-upstream router drafts simulate fuzz cancel-storm chaos day soak bench-fairness bench-frameworks focus-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,8 +85,11 @@ chaos: $(STAMP) ## Kill servers under load every 5 seconds and cut their databas
 
 MINUTES ?= 60
 
-soak: model ## Keep the load of `polar simulate` up for MINUTES (an hour), watching memory; verify the ledger at the end
-	$(BIN)/polar simulate --soak $(MINUTES)
+day: model ## Serve a simulated day of messages at full depth and routed: latency, FLOPs and cost, by the ledger
+	$(OFFLINE) $(BIN)/python -m benchmarks.day
+
+soak: model ## Keep the load of such a day up for MINUTES (an hour), watching memory; verify the ledger at the end
+	$(OFFLINE) $(BIN)/python -m benchmarks.day --soak $(MINUTES)
 
 fuzz: $(STAMP) ## Feed every reader 50,000 hostile inputs; SEED="policy:17" repeats one
 	$(BIN)/python -m tests.fuzz $(if $(SEED),--repeat "$(SEED)",--inputs 50000)

@@ -226,21 +226,15 @@ SECTIONS = {
     "simulate": Section(
         "A day of messages: full depth beside routed",
         "Phrases, idioms and long messages of four tenants on four tiers, the same in both columns; each seed is a "
-        "day: the mean and the range. Latency counts from the moment a request was due; docs/simulation.md says what "
-        "is assumed. In bfloat16 answers depend on company, so those of the tier exact differ as well.",
-        "`python -m benchmarks.simulate`",
-        wide=True,
-    ),
-    "long-day": Section(
-        "A day of 10,000 messages: full depth beside routed",
-        "The same with one seed and more requests.",
-        "`polar simulate --requests 10000`, `python -m benchmarks.simulate --from FOLDER/simulate.json`",
+        "day: the mean and the range. Latency counts from the moment a request was due. In bfloat16 answers depend on "
+        "company, so those of the tier exact differ as well.",
+        "`make day`",
         wide=True,
     ),
     "soak": Section(
         "A soak: day after day of messages, routed",
         "Memory of the process, and the ledger beside what was sent.",
-        "`python -m benchmarks.simulate --soak MINUTES`",
+        "`make soak`",
     ),
     "times": Section("Times of commands", "Wall-clock time of a whole command.", _COMMAND),
 }

@@ -1,7 +1,7 @@
-"""What people send: short phrases, idioms and long messages, to be translated or answered, made by a seeded generator.
+"""Messages: short phrases, idioms and long texts, to be translated or answered, made by a seeded generator.
 
-The texts are put together from the lists below, so that a day has few copies; all of them are made up. A prompt is what
-a messaging service would send to its model: an instruction with the text. Knows no tenants, no times and no model.
+Texts are put together from the lists below, so that a day has few copies; all are made up. A prompt is an instruction
+with the text. Knows no tenants, no times and no model.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 Kind = Literal["phrase", "idiom", "message"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 Use = Literal["translate", "chat"]
-"""What the service does with a text."""
+"""The service's use of a text."""
 MAX_TOKENS: Final[dict[Kind, int]] = {"phrase": 10, "idiom": 16, "message": 24}
-"""Of an answer. Unit: tokens."""
+"""Maximum length of an answer. Unit: tokens."""
 
 
 class Message(NamedTuple):
-    """A prompt and what it is."""
+    """A prompt and the maximum length of its answer."""
 
-    kind: Kind
     prompt: str
     max_tokens: int
 
@@ -36,7 +35,7 @@ def make_message(kind: Kind, use: Use, random: Random) -> Message:
         form = f"Translate into {random.choice(_LANGUAGES)}: {{}}"
     else:
         form = random.choice(_REPLIES) if kind == "message" else "{}"
-    return Message(kind, form.format(text), MAX_TOKENS[kind])
+    return Message(form.format(text), MAX_TOKENS[kind])
 
 
 def _phrase(random: Random) -> str:

@@ -1,0 +1,1 @@
+"""A simulated day of a messaging service: full depth beside routed, or a soak; run `python -m benchmarks.day`."""
