@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -195,8 +196,13 @@ class TestTrial:
 )
 def test_the_command(tmp_path: Path, arguments: list[str], figure: str) -> None:
     command = [sys.executable, "-m", "benchmarks.day", "--tiny", "--requests", "20", "--factor", "1e5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # matrices so small that a second thread only waits
     done = subprocess.run(
-        [*command, *arguments, "--results", str(tmp_path)], check=True, stdout=subprocess.PIPE, text=True
+        [*command, *arguments, "--results", str(tmp_path)],
+        check=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     (path,) = tmp_path.glob("*.json")
     assert figure in {one["name"] for one in json.loads(path.read_text(encoding="utf-8"))["figures"]}
