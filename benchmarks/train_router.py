@@ -91,10 +91,8 @@ HALVES = Shares(0.6, 0.4, 0.0, 0.0)
 """Of the dev split of choices: to train on, and to choose by."""
 MAIN = "menu-ending"
 """The router that is trained for every seed of the bridges, of which the best on dev ships.
-
-It reads embeddings: early states do better on dev, but their promises broke too often.
 """
-OTHERS: dict[str, FeatureKind] = {"static": "ending", "menu-embedding": "embedding", "menu-early": "early"}
+OTHERS: dict[str, FeatureKind] = {"static": "ending", "menu-embedding": "embedding"}
 """Routers that are trained once, for comparison, and what they read."""
 FREE = 60
 """Prompts of the test split that every tier of what may ship also answers freely."""
@@ -145,7 +143,7 @@ class Work:
         mark = self.folder / f"{name}.done.json"
         settings = self._layerwise if name == "policy" else self._menu(name)
         version = engine_version(self.model.dtype)
-        key = run_key(matrix.data, matrix.bridges, matrix.programs, settings, tiers, self.options.layers, version)
+        key = run_key(matrix.data, matrix.bridges, matrix.programs, settings, tiers, version)
         if mark.is_file() and (done := json.loads(mark.read_text(encoding="utf-8")))["key"] == key:
             return dict(done)
         router = self.train(name, matrix)
@@ -259,7 +257,6 @@ class Work:
             kind=kind,  # type: ignore[arg-type]
             items=self.items,
             features=OTHERS.get(name, "ending"),
-            layers=self.options.layers,
             settings=self._layerwise if kind == "policy" else self._menu(name),
             out=self.folder / name,
             bridges=self.folder / "bridges" if (self.folder / "bridges").is_dir() else None,
@@ -388,7 +385,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=3000, help="maximum prompts that routers learn from")
     parser.add_argument("--population", type=int, default=12)
     parser.add_argument("--generations", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=3, help="layers run for early features")
     parser.add_argument("--steps", type=int, default=200, help="training steps of the menu routers")
     parser.add_argument(
         "--least", type=float, default=0.15, help="minimum chance of keeping an answer at which a program runs"

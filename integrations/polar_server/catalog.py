@@ -115,7 +115,7 @@ class Catalog:
             if isinstance(serving, AtTheta):
                 router = engine.router
                 most = max(
-                    cost.request(program, read, written, router=router.route_flops(read, program)).total
+                    cost.request(program, read, written, router=router.network.flops).total
                     for program in router.programs
                 )
                 return Offer(tier=named, program="", flops_bound=most)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add `polar train`."""
-    app.command(epilog="Example: polar train --rewards menu.rewards.safetensors --features early --out router")(train)
+    app.command(epilog="Example: polar train --rewards menu.rewards.safetensors --kind menu --out router")(train)
 
 
 def train(
@@ -33,10 +33,11 @@ def train(
         ),
     ] = "menu",
     features: Annotated[
-        Literal["embedding", "ending", "early"],
-        typer.Option(help="Read all embeddings, those of the last tokens too, or the states after some layers."),
+        Literal["embedding", "ending"],
+        typer.Option(
+            help="Read the mean of all embeddings (embedding), or that and the mean of the last ones (ending)."
+        ),
     ] = "ending",
-    layers: Annotated[int, typer.Option(min=1, help="Layers to run for --features early.")] = 3,
     loss: Annotated[
         Literal["differs", "harms", "drops", "strict"],
         typer.Option(
@@ -78,7 +79,6 @@ def train(
             kind=kind,
             items=items,
             features=features,
-            layers=layers,
             settings=settings,
             out=target,
             bridges=bridges,

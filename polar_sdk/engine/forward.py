@@ -141,7 +141,6 @@ def advance(
     pieces = [row.piece(len(new), count) for row, new, count in zip(rows, tokens, counts, strict=True)]
     layout = Layout(rows, pieces, tokens, decoder.placement.first)
     hidden = decoder.embed(layout.tokens, layout.positions)
-    _take_over_leads(decoder, layout, hidden)
     finished = list[_Going]()
     try:
         if _runs_at_once(decoder, layout):
@@ -155,8 +154,6 @@ def advance(
     for row, new in zip(rows, tokens, strict=True):
         row.page_table.length += len(new)
         row.work.finish_pass()
-        if row.lead is not None and row.length >= row.lead.tokens:
-            row.end_lead()
     return hidden
 
 
@@ -165,16 +162,6 @@ def _pinned(decoder: Decoder, rows: Sequence[Row]) -> Decoder:
     kernels = rows[0].begin(decoder.kernels)
     assert all(row.begin(kernels) is kernels for row in rows), "rows with different kernels cannot share a pass"
     return decoder.pinned(kernels)
-
-
-def _take_over_leads(decoder: Decoder, layout: Layout, hidden: Tensor) -> None:
-    """Rows with a lead go on after it: its states replace their embeddings, its keys and values fill their pages."""
-    for row, start, count in zip(layout.rows, layout.starts, layout.counts, strict=True):
-        if row.lead is not None:
-            end = row.length + count
-            hidden[start : start + count] = row.lead.states[row.length : end].to(hidden.device)
-            stores = [decoder.store(layer) for layer in range(row.lead.layers)]
-            row.lead.fill(row.page_table, stores, row.length, end)
 
 
 def _count(layout: Layout, finished: Sequence[_Going]) -> None:

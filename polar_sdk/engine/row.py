@@ -14,20 +14,19 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from polar_sdk.engine.pages import PageTable
-from polar_sdk.programs.cost import LayerCost, Piece, chunks
+from polar_sdk.programs.cost import LayerCost, Piece
 from polar_sdk.usage import FlopUsage, VisitUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.eager import Kernels
-    from polar_sdk.engine.lead import Lead
     from polar_sdk.programs.cost import CostModel, Segment, Share
     from polar_sdk.programs.policy import LoopGuard
-    from polar_sdk.programs.program import Program, Step
+    from polar_sdk.programs.program import Program
 
 
 @dataclass
@@ -38,16 +37,14 @@ class Row:
     program: Program
     guard: LoopGuard | None = None
     """What watches the extra visits of loops; None = nothing."""
-    lead: Lead | None = None
-    """What the program's first layers have already made of the prompt; None once it is taken over."""
     prompt: int | None = None
     """Number of tokens of the prompt, which says who is filled; None = all tokens of the first pass."""
     kernels: Kernels | None = None
-    """What runs its layers, from its lead or first pass to its last: eager and compiled code round differently."""
+    """What runs its layers, from its first pass to its last: eager and compiled code round differently."""
     work: Work = field(init=False)
     page_table: PageTable = field(init=False)
     left_out: set[int] = field(default_factory=set)
-    """Places of the program that the next pass leaves out: loops that the guard stopped, and layers of the lead."""
+    """Places of the program that the next pass leaves out: loops that the guard stopped."""
     loops_stopped: int = 0
     """Number of loops that the guard has stopped."""
     drafted: int = 0
@@ -62,10 +59,6 @@ class Row:
     def __post_init__(self) -> None:
         self.work = Work(self.decoder.cost, self.program)
         self.page_table = PageTable(self.decoder.pool, self.decoder.stores(self.program))
-        if self.lead is not None:
-            self.kernels = self.lead.kernels
-            self.work.count_lead(self.program.steps[: self.lead.layers], self.lead.tokens)
-            self.left_out.update(range(self.lead.layers))
         self._stops: list[tuple[int, range]] = []
         """Loops that the guard stopped: number of tokens that had run by then, and places that no later token runs."""
         self._replayed_flops = 0
@@ -110,13 +103,6 @@ class Row:
         if self.prompt is None:
             self.prompt = end
         return Piece(self.length, end, self.prompt, end - (new if wanted is None else wanted))
-
-    def end_lead(self) -> None:
-        """From the next pass on, run the whole program: its lead has been taken over, or is not to be kept."""
-        if self.lead is not None:
-            self.left_out.difference_update(range(self.lead.layers))
-            self.lead.release()
-            self.lead = None
 
     def stop_loop(self, place: int) -> None:
         """Leave out this extra visit and those that follow it in the same loop, for the rest of the request."""
@@ -171,8 +157,7 @@ class Row:
             return
         if self.length == self.ran:
             self.end_replay()
-        lead = () if self.lead is None else range(self.lead.layers)
-        self.left_out = {*lead, *(place for start, places in self._stops if start <= self.length for place in places)}
+        self.left_out = {place for start, places in self._stops if start <= self.length for place in places}
 
     def end_replay(self) -> None:
         """Go on to count what is metered: the replay is over, or the row will not go on."""
@@ -279,13 +264,6 @@ class Work:
         visits = self._decode_visits if self.prefilled else self._prefill_visits
         visits[step.first] += bool(parts.running or parts.leaving)
         self._filled_visits[step.first] += bool(parts.filled)
-
-    def count_lead(self, steps: Sequence[Step], tokens: int) -> None:
-        """Count layers that ran over a whole prompt before there was a row."""
-        for start, end in chunks(tokens):
-            for step in steps:
-                self._add(self._cost.step(step).flops(end - start, end))
-                self._prefill_visits[step.first] += 1
 
     def _whole_pass(self, piece: Piece) -> None:
         self._add(self._whole.flops(piece.end - piece.start, piece.end))

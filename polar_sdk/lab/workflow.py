@@ -109,7 +109,6 @@ def train(
     kind: RouterKind = "menu",
     items: Sequence[Item] | None = None,
     features: FeatureKind = "ending",
-    layers: int = 3,
     settings: MenuSettings | LayerwiseSettings | None = None,
     out: str | Path | None = None,
     bridges: str | Path | None = None,
@@ -123,9 +122,7 @@ def train(
         rewards: The reward matrix of `search`, or its file.
         kind: `menu` chooses among the matrix's programs, `policy` layer by layer; `static` reads nothing.
         items: For `policy`: the items that were searched on; None = the prompts that come with the package.
-        features: `ending` for the embeddings of all tokens and of the last ones, `embedding` for those of all, or
-            `early` to run the first layers and read their states.
-        layers: Layers run for `early`.
+        features: `ending` for the embeddings of all tokens and of the last ones, `embedding` for those of all.
         settings: How to train, `LayerwiseSettings` for `policy`; None = the defaults.
         out: Folder to write the router to; checkpoints are kept there until training is done.
         bridges: Folder of the bridges that the programs cross; these are written beside the router.
@@ -143,7 +140,7 @@ def train(
         None if bridges is None else model.use_bridges(bridges), None if fills is None else model.use_fills(fills)
     )
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
-    trainer = RouterTrainer(model, matrix, features, layers, checkpoints, on_progress)
+    trainer = RouterTrainer(model, matrix, features, checkpoints, on_progress)
     router = _trained(trainer, kind, builtin_items() if items is None else items, settings)
     if out is not None:
         _save(router, Path(out), maps)

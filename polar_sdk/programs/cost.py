@@ -255,16 +255,14 @@ def _listed(form: str, segments: Iterable[Segment]) -> str:
     return ", ".join(form.format(*segment) for segment in sorted(segments)) or "none"
 
 
-def chunks(prompt: int, cached: int = 0) -> list[tuple[int, int]]:
-    """The chunks, (start, end) each, in which a prompt runs whose first `cached` tokens are not run again."""
-    starts = [cached, *range((cached // CHUNK + 1) * CHUNK, prompt, CHUNK)]
-    return [(start, end) for start, end in pairwise([*starts, prompt]) if start < end]
-
-
 def pieces(prompt: int, cached: int = 0, scored: bool = False) -> list[Piece]:
-    """The same chunks as passes; logits are wanted of the prompt's last token, or of all where they are `scored`."""
+    """The passes in which a prompt runs whose first `cached` tokens are not run again.
+
+    Logits are wanted of its last token, or of all where they are `scored`.
+    """
 
     def wanted(start: int, end: int) -> int:
         return start if scored else prompt - 1 if end == prompt else end
 
-    return [Piece(start, end, prompt, wanted(start, end)) for start, end in chunks(prompt, cached)]
+    borders = [cached, *range((cached // CHUNK + 1) * CHUNK, prompt, CHUNK), prompt]
+    return [Piece(start, end, prompt, wanted(start, end)) for start, end in pairwise(borders) if start < end]

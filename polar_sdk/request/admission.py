@@ -74,13 +74,14 @@ def _choices(request: Request, cost: CostModel) -> list[_Choice]:
     """The requested program, then every tier of the policy that costs less, the most expensive first."""
 
     def choice(tier: str | None, program: Program) -> _Choice:
-        route = request.route.onto(program)
         scored = request.prompt_logprobs is not None
-        used = cost.request(program, len(request.tokens), request.max_tokens, router=route.flops, scored=scored)
+        used = cost.request(
+            program, len(request.tokens), request.max_tokens, router=request.router_flops, scored=scored
+        )
         drafts = request.speculate != "off" and most_wasted(cost, program, len(request.tokens), request.max_tokens)
         return _Choice(tier, program, used.total, int(drafts))
 
-    requested = choice(request.tier, request.route.program)
+    requested = choice(request.tier, request.program)
     tiers = [choice(tier, program) for tier, program in request.tiers.items()]
     cheaper = [tier for tier in tiers if tier.flops < requested.flops]
     return [requested, *sorted(cheaper, key=lambda tier: -tier.flops)]
@@ -104,13 +105,13 @@ def _bound(request: Request, choices: Sequence[_Choice]) -> UsageBound:
 
 def _served(request: Request, choice: _Choice, depth: int) -> Request:
     """The request on another program; the FLOPs that its router executed stay."""
-    requested = request.tier if request.tier is not None else request.route.program.text
+    requested = request.tier if request.tier is not None else request.program.text
     fixed = fixed_router(choice.program, depth)
     return replace(
         request,
         tier=choice.tier,
         router=fixed.kind,
         router_version=fixed.version,
-        route=request.route.onto(choice.program),
+        program=choice.program,
         tags={**request.tags, DOWNGRADED_TAG: requested},
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from polar_sdk.engine.sampling import Sampling
@@ -44,12 +45,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from polar_sdk.engine.grammar import Grammar, GrammarCompiler
-    from polar_sdk.engine.route import Route
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.programs.policy import Policy
     from polar_sdk.request.encoder import PromptEncoder
     from polar_sdk.request.options import Prompt
-    from polar_sdk.router.base import Router
+    from polar_sdk.router.base import Route, Router
     from polar_sdk.serving.drafts import Speculate
 
 _DEFAULT_MAX_TOKENS = 256
@@ -93,7 +93,8 @@ class RequestMaker:
         scored = check_logprobs(options.get("prompt_logprobs"), "prompt_logprobs")
         tiers = {name: tier.program for name, tier in self.policy.tiers.items()}
         max_tokens = self._max_tokens(len(tokens), options.get("max_tokens"))
-        return Request(
+        request = partial(
+            Request,
             tokens=tokens,
             router=router.kind,
             router_version=router.version,
@@ -114,9 +115,9 @@ class RequestMaker:
             speculate=self._speculate(options.get("speculate")),
             fit_max_tokens=bool(options.get("fit_max_tokens", True)),
             tiers=tiers if scored is None else {name: own for name, own in tiers.items() if not own.fills},
-            # Last, since it may run layers: a prompt that does not fit, or an invalid option, costs nothing.
-            route=self._route(router, tokens, scored=scored is not None),
         )
+        route = self._route(router, tokens, scored=scored is not None)  # last, so that an invalid option costs nothing
+        return request(program=route.program, router_flops=route.flops)
 
     def make_batch(
         self, prompts: Sequence[Prompt], each: Sequence[RequestOptions] | None, shared: RequestOptions

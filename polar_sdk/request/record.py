@@ -33,7 +33,7 @@ def record_of(
     """
     request, row, now = job.request, job.row, time.perf_counter_ns()
     begin, decoding = progress.begin_ns or now, progress.prefill_end_ns
-    flops = progress.work.flops(request.route.flops)
+    flops = progress.work.flops(request.router_flops)
     return UsageRecord(
         request_id=request.request_id,
         tenant=request.tenant,
@@ -43,7 +43,7 @@ def record_of(
         router=request.router,
         router_version=request.router_version,
         tier=request.tier,
-        program=request.route.program.text,
+        program=request.program.text,
         outcome=outcome,
         finish_reason=_FINISH[outcome] or job.finish or "error",
         error=type(error).__name__ if outcome is Outcome.ERROR else None,

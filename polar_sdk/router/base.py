@@ -1,4 +1,4 @@
-"""What a router is: prompt tokens in, a program and the router's own cost out; and the two that read no prompt.
+"""A router: prompt tokens in, a program and the router's own cost out; and the two that read no prompt.
 
 Knows no text and no money.
 """
@@ -6,14 +6,21 @@ Knows no text and no money.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from polar_sdk.programs.program import Program
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from polar_sdk.engine.route import Route
+
+class Route(NamedTuple):
+    """A router's answer for one prompt."""
+
+    program: Program
+    """The layers that the whole request runs."""
+    flops: int = 0
+    """FLOPs that the router itself executed."""
 
 
 class Router(ABC):
@@ -40,8 +47,6 @@ class StaticRouter(Router):
 
     def route(self, tokens: Sequence[int]) -> Route:
         """Return the one program."""
-        from polar_sdk.engine.route import Route  # imports torch, which naming a router must not
-
         return Route(self.program)
 
 

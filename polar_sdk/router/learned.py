@@ -16,10 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from polar_sdk.engine import engine_version
 from polar_sdk.engine.hashes import hash_bridges, hash_programs, hash_tensors
-from polar_sdk.engine.route import Route
 from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError, UnknownTierError
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
-from polar_sdk.router.base import IdentityRouter, Router
+from polar_sdk.router.base import IdentityRouter, Route, Router
 from polar_sdk.router.certificate import Certificate, Subject
 from polar_sdk.router.network import FeatureKind, FeatureReader
 
@@ -45,8 +44,6 @@ class RouterFacts(BaseModel):
     depth: int = Field(ge=1)
     """Number of layers of the base model, D."""
     features: FeatureKind = "embedding"
-    feature_layers: int = Field(default=0, ge=0)
-    """Number of layers that run before the features are read; 0 unless `features` is `early`."""
     dial: tuple[float, ...] = (0.0,)
     """Values of θ, ascending from 0, that calibration tests in order; fixed in training."""
     default_theta: float = Field(default=0.0, ge=0)
@@ -104,7 +101,7 @@ class LearnedRouter(Router):
                 f"is {fingerprint[:12]}….",
                 hint="Load that model, or train a router for this one with `polar train`.",
             )
-        reader = FeatureReader(decoder, self.facts.features, self.facts.feature_layers)
+        reader = FeatureReader(decoder, self.facts.features)
         if len(self.network.mean) != reader.size:
             raise RouterDamagedError(
                 f"the router's weights take {len(self.network.mean):,} numbers, but {self.facts.features!r} features "
@@ -206,13 +203,8 @@ class LearnedRouter(Router):
     @torch.inference_mode()
     def choose(self, tokens: Sequence[int], theta: float) -> Route:
         """Choose for one prompt with the dial at θ."""
-        features, lead = self.reader.read(tokens)
-        program = self.decide(self._running(features), theta, len(tokens))
-        return Route(self.programs[0], self.network.flops, lead).onto(program)
-
-    def route_flops(self, tokens: int, program: Program) -> int:
-        """FLOPs that the router executes for a prompt of that many tokens, less those that the program takes over."""
-        return self.network.flops + self.reader.flops(tokens, program)
+        program = self.decide(self._running(self.reader(tokens)), theta, len(tokens))
+        return Route(program, self.network.flops)
 
     @torch.inference_mode()
     def outputs(self, features: Tensor) -> Tensor:

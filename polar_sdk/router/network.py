@@ -1,11 +1,9 @@
-"""What a learned router computes: features of a prompt, and a small fully connected network over them.
+"""The features of a prompt that a learned router reads, and the small fully connected network over them.
 
 `embedding` features are the mean of the input embeddings and cost no matrix product. `ending` features add a mean in
 which tokens weigh less the farther from the end they are: a chain's question often stands there, and in the mean of a
-long prompt it hardly shows. `early` features run the first layers of the model over the prompt and pool their output; a
-program that begins with those layers takes over what they computed, so that reading costs it nothing, and for any other
-they count as the router's cost. The network is a flat dictionary of tensors, as stored in `router.safetensors`. Knows
-tokens, weights and features; what the outputs mean, the kinds know.
+long prompt it hardly shows. The network is a flat dictionary of tensors, as stored in `router.safetensors`. Knows
+tokens, weights and features; the kinds of routers know what the outputs mean.
 """
 
 from __future__ import annotations
@@ -18,19 +16,15 @@ from typing import TYPE_CHECKING, Final, Literal, Self
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from polar_sdk.engine.lead import begins, lead_flops, run_lead
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.lead import Lead
-    from polar_sdk.programs.program import Program
 
 
-FeatureKind = Literal["embedding", "ending", "early"]
+FeatureKind = Literal["embedding", "ending"]
 _ENDING: Final = 12
 """Tokens over which weights of `ending` features fall by a factor of e, from the last one back. 6 to 16 do as well."""
 _ENDING_READ: Final = 8 * _ENDING
@@ -55,47 +49,30 @@ class FeatureReader:
 
     Attributes:
         decoder: The base model's weights.
-        kind: `embedding`, `ending` or `early`.
-        layers: Layers run for `early`; else 0.
+        kind: `embedding` or `ending`.
     """
 
     decoder: Decoder
     kind: FeatureKind = "embedding"
-    layers: int = 0
 
     @property
     def size(self) -> int:
         """Number of features, F: pooled states, and the length of the prompt."""
         return self.decoder.family.hidden * (1 if self.kind == "embedding" else 2) + 1
 
+    @torch.inference_mode()
     def __call__(self, tokens: Sequence[int]) -> Tensor:
         """Features of one prompt, (F,) float32.
 
-        They are the mean state, with `ending` also the weighted mean of the last ones, with `early` the last state, and
-        the logarithm of the length.
+        They are the mean embedding, with `ending` also the weighted mean of the last ones, and the logarithm of the
+        length.
         """
-        return self.read(tokens)[0]
-
-    @torch.inference_mode()
-    def read(self, tokens: Sequence[int]) -> tuple[Tensor, Lead | None]:
-        """Features of one prompt, and the lead that its request may take over where layers ran for them."""
-        length = torch.full((1,), log(len(tokens)), device=self.decoder.device)
-        if self.kind != "early":
-            ids = torch.tensor(tokens, device=self.decoder.device)
-            states = self.decoder.embed(ids, torch.arange(len(tokens), device=self.decoder.device))
-            means = [states.mean(0, dtype=torch.float32)]
-            if self.kind == "ending":
-                means.append(_ending(states))
-            return torch.cat((*means, length)), None
-        lead = run_lead(self.decoder, tokens, self.layers)
-        # The state of the first position is large and nearly the same for every prompt; it would drown the others.
-        body = lead.states[1:] if len(tokens) > 1 else lead.states
-        pooled = torch.cat((body.mean(0, dtype=torch.float32), lead.states[-1].float()))
-        return torch.cat((pooled.to(self.decoder.device), length)), lead
-
-    def flops(self, tokens: int, program: Program) -> int:
-        """FLOPs of reading a prompt of that many tokens: those of the layers that run only for this."""
-        return 0 if begins(program, self.layers) else lead_flops(self.decoder.cost, self.layers, tokens)
+        device = self.decoder.device
+        states = self.decoder.embed(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device))
+        means = [states.mean(0, dtype=torch.float32)]
+        if self.kind == "ending":
+            means.append(_ending(states))
+        return torch.cat((*means, torch.full((1,), log(len(tokens)), device=device)))
 
     def stack(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Features of several prompts, (M, F)."""

@@ -112,7 +112,7 @@ class Job:
         model: str = "",
     ) -> None:
         self.request, self.model = request, model
-        self.row = Row(decoder, request.route.program, guard, request.route.lead, len(request.tokens))
+        self.row = Row(decoder, request.program, guard, len(request.tokens))
         self.text = TextStream(tokenizer, request.stops)
         self.tokens: list[int] = []
         """Every sampled token."""
@@ -497,7 +497,7 @@ def asked_by_engine() -> InvalidRequestError:
 
 
 def _unusable(job: Job, logit: float) -> LogitsError:
-    program = job.request.route.program
+    program = job.request.program
     return LogitsError(
         f"the highest logit of model {job.model!r} is {logit} after {len(job.tokens)} tokens of request "
         f"{job.request.request_id!r} (program {program.text!r}, {job.row.decoder.dtype_name}).",

@@ -89,7 +89,7 @@ class Places:
 
     def pages_needed(self, job: Job) -> list[int]:
         """Maximum number of pages of each store that a job may need."""
-        visits = Counter(self._decoder.stores(job.request.route.program))
+        visits = Counter(self._decoder.stores(job.request.program))
         blocks = -(-job.max_length // PAGE)
         return [blocks * visits[store] for store in range(len(self._decoder.pool.sizes))]
 

@@ -185,7 +185,7 @@ class PrefixCache:
 
     def _root(self, request: Request, row: Row) -> _Key:
         """What stands for all that must be the same before the first token."""
-        program = request.route.program
+        program = request.program
         compiled = int(row.begin().compiled)
         common = (request.tenant, program.text, hash_bridges(self._decoder, [program]), compiled)
         return hashlib.sha256(repr(common).encode()).digest()
@@ -201,7 +201,7 @@ class PrefixCache:
 
 def _kept_of(request: Request) -> tuple[int, ...]:
     """The tokens of a prompt that later ones may take over: all but those that its program runs and does not fill."""
-    return request.tokens[: max(0, len(request.tokens) - request.route.program.tail)]
+    return request.tokens[: max(0, len(request.tokens) - request.program.tail)]
 
 
 def _hash(before: _Key, tokens: Sequence[int]) -> _Key:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from polar_sdk.engine.grammar import Grammar
-    from polar_sdk.engine.route import Route
     from polar_sdk.engine.sampling import LogitsHook, Sampling
     from polar_sdk.programs.program import Program
     from polar_sdk.serving.drafts import Speculate
@@ -31,10 +30,13 @@ class Request:
 
     tokens: tuple[int, ...]
     """Prompt, chat template included; its length is the number of input tokens."""
-    route: Route
+    program: Program
+    """The layers that it runs, prompt and answer."""
     router: str
-    """Kind of the router that chose the route."""
+    """Kind of the router that chose the program."""
     router_version: str
+    router_flops: int
+    """Executed to choose it."""
     tier: str | None
     sampling: Sampling
     stops: tuple[str, ...]

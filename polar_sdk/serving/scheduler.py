@@ -201,9 +201,6 @@ class Scheduler:
         for job in jobs:
             job.arrived = True
         self._queue.put(jobs, self._places.jobs)
-        for place, job in enumerate(jobs, len(self._queue) + len(self._places) - len(jobs)):
-            if place >= 2 * self.limits.max_rows:  # a job that waits for long must not hold memory
-                job.row.end_lead()
 
     def _round(self) -> None:
         try:
@@ -368,7 +365,7 @@ class Scheduler:
         gains: dict[Job, int] = {}
         for job in jobs:
             request, row = job.request, job.row
-            alike = (request.tenant, request.route.program, id(row.begin()), request.tokens[:LEAST_SHARED])
+            alike = (request.tenant, request.program, id(row.begin()), request.tokens[:LEAST_SHARED])
             before = first.setdefault(alike, job)
             if before is job or row.page_table.blocks:
                 continue

@@ -269,7 +269,7 @@ class _Answer:
     def _made(self, outcome: Outcome, error: BaseException | None = None) -> UsageRecord:
         request, progress, now = self._request, self._progress, time.perf_counter_ns()
         tokens, measured_by = self._tokens()
-        program, cost = request.route.program, self._engine.decoder.cost
+        program, cost = request.program, self._engine.decoder.cost
         flops, visits, identity = FlopUsage(), VisitUsage(), 0
         if tokens.output:
             flops = cost.request(program, tokens.input, tokens.output, cached=tokens.cached)

@@ -100,8 +100,7 @@ class DialWalk:
             on_progress("calibrating", done, len(dial))
             programs = [router.programs[0]] * len(rows) if theta == 0 else router.choose_all(outputs, theta, lengths)
             spent = torch.tensor([outcome.flops for outcome in outcomes.all(programs)]).double()
-            own = [router.route_flops(length, program) for length, program in zip(lengths, programs, strict=True)]
-            flops.append(spent + torch.tensor(own).double() if theta else spent)
+            flops.append(spent + router.network.flops if theta else spent)
             for loss, values in lost.items():
                 values.append(outcomes.losses(rows, programs, loss))
         on_progress("calibrating", len(dial), len(dial))

@@ -132,10 +132,10 @@ def evaluate_texts(subjects: Subjects, thetas: Mapping[str, float]) -> dict[str,
 
 @dataclass(frozen=True)
 class _Run:
-    """One system's programs, its router's FLOPs, and the outcomes, per prompt."""
+    """One system's programs and outcomes, per prompt, and the FLOPs of its router for each."""
 
     programs: Sequence[Program]
-    router_flops: Sequence[int]
+    router_flops: int
     outcomes: Sequence[PromptOutcome]
 
 
@@ -170,8 +170,8 @@ class _SetEvaluator:
         self.identity_run = self._run([Program.identity(subjects.cost.depth)] * len(self.rows))
         self.full = self._flops(self.identity_run)
 
-    def _run(self, programs: Sequence[Program], router_flops: Sequence[int] = ()) -> _Run:
-        return _Run(programs, router_flops or [0] * len(programs), self.subjects.outcomes.all(programs))
+    def _run(self, programs: Sequence[Program], router_flops: int = 0) -> _Run:
+        return _Run(programs, router_flops, self.subjects.outcomes.all(programs))
 
     def routed(self, theta: float) -> _Run:
         """The router with its dial at θ; at 0 it is not even run."""
@@ -179,8 +179,7 @@ class _SetEvaluator:
             return self.identity_run
         router = self.subjects.router
         programs = router.choose_all(self.subjects.outputs, theta, self.lengths)
-        flops = [router.route_flops(length, program) for length, program in zip(self.lengths, programs, strict=True)]
-        return self._run(programs, flops)
+        return self._run(programs, router.network.flops)
 
     def oracle_run(self) -> _Run:
         """The cheapest agreeing program of the matrix, prompt by prompt."""
@@ -262,7 +261,7 @@ class _SetEvaluator:
 
     def _flops(self, run: _Run) -> list[float]:
         """Per prompt, the router's included."""
-        return [outcome.flops + own for outcome, own in zip(run.outcomes, run.router_flops, strict=True)]
+        return [outcome.flops + run.router_flops for outcome in run.outcomes]
 
     def system(self, name: str, role: str, run: _Run, note: str = "") -> SystemResult:
         """The figures of one system."""
@@ -298,7 +297,7 @@ class _SetEvaluator:
         """Prefill: layers over the prompts and the router. Decode: the rest."""
         cost, identity = self.subjects.cost, self.identity_run.programs[0]
         pairs = list(zip(run.programs, self.lengths, strict=True))
-        prefill = sum(cost.prefill(program, length) for program, length in pairs) + sum(run.router_flops)
+        prefill = sum(cost.prefill(program, length) for program, length in pairs) + run.router_flops * len(pairs)
         full_prefill = sum(cost.prefill(identity, length) for length in self.lengths)
         total, full = sum(self._flops(run)), sum(self.full)
         decode, full_decode = total - prefill, full - full_prefill

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.engine.lead import run_lead
 from polar_sdk.errors import RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, resplit
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
@@ -204,10 +203,7 @@ class Judge:
         return self._router.outputs(features)
 
     def _timings(self, tasks: Sequence[Task], points: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-        """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts.
-
-        Time of the layers that a router reads and the request then reuses counts as the request's, not the router's.
-        """
+        """Milliseconds per token of short answers at batch 1, and of the router per request; medians over prompts."""
         prompts = [_prompt_of(task.item) for task in tasks]
         systems = {"identity": 0.0, **{f"router ({name})": theta for name, theta in points.items()}}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
@@ -219,21 +215,13 @@ class Judge:
                 begin = time.perf_counter_ns()
                 answer = self.model.greedy_answers([prompt], max_tokens=_TIMED_TOKENS, router=router)[0]
                 end = time.perf_counter_ns()
-                times[name].append(((end - begin) / 1e6 / max(1, len(answer)), self._own_time(router, tokens)))
+                router.route(tokens)
+                routed = time.perf_counter_ns()
+                times[name].append(((end - begin) / 1e6 / max(1, len(answer)), (routed - end) / 1e6))
         return {
             name: (median(per_token for per_token, _ in pairs), median(own for _, own in pairs))
             for name, pairs in times.items()
         }
-
-    def _own_time(self, router: Router, tokens: Sequence[int]) -> float:
-        """Milliseconds that a router takes for one prompt, without its lead."""
-        begin = time.perf_counter_ns()
-        lead = router.route(tokens).lead
-        routed = time.perf_counter_ns()
-        if lead is not None:
-            run_lead(self.model.decoder, tokens, lead.layers)
-        end = time.perf_counter_ns()
-        return (routed - begin - (end - routed if lead else 0)) / 1e6
 
 
 def _kinds(tasks: Sequence[Task]) -> dict[str, list[int]]:

@@ -71,7 +71,7 @@ class Examples:
         features: (P, F) float32.
         lost: (P, M) float32, from `least` to 1; see `learned_losses`.
         margin: (P, M) float32; what the target `gap` regresses on.
-        flops: (P, M) float64, the router's own in all columns but identity's.
+        flops: (P, M) float64, without the router's own.
         kinds: (P,) index of each prompt's kind: a promise holds for each kind alike, and so must a decision.
         costs: (P, M) FLOPs of each program over identity's that a decision compares; see `router.menu.Pricing`.
         favour: (P, M − 1) what a loss counts; None = as it is.
@@ -94,7 +94,6 @@ class Examples:
         cls,
         matrix: RewardMatrix,
         features: Tensor,
-        router_flops: Tensor,
         loss: Loss,
         pricing: Pricing,
         *,
@@ -105,7 +104,6 @@ class Examples:
         Args:
             matrix: Of P prompts and M programs.
             features: (P, F).
-            router_flops: What the router executes before each program, (P, M); identity runs without it.
             loss: See `Loss`.
             pricing: Of the matrix's programs.
             strict: See `learned_losses`.
@@ -114,7 +112,6 @@ class Examples:
             DataError: No row has an answer, and the loss needs answers.
         """
         flops = matrix.flops.double()
-        flops[:, 1:] += router_flops[:, 1:]
         keep = matrix.labelled if loss == "harms" else torch.ones(len(matrix), dtype=torch.bool)
         if loss != "differs" and not bool(matrix.labelled.any()):
             raise DataError(

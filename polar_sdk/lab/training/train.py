@@ -51,7 +51,6 @@ class RouterTrainer:
         model: The model, with the bridges that programs use.
         matrix: What programs do on the train and dev prompts (`polar search`).
         features: What the router reads.
-        layers: Layers run for the features `early`.
         checkpoints: Folder for checkpoints; None keeps none.
         on_progress: Called with (stage, steps done, steps in all).
     """
@@ -59,7 +58,6 @@ class RouterTrainer:
     model: PolarModel
     matrix: RewardMatrix
     features: FeatureKind = "ending"
-    layers: int = 3
     checkpoints: Path | None = None
     on_progress: Progress = field(default=silent)
 
@@ -75,9 +73,7 @@ class RouterTrainer:
                 f"the reward matrix was measured in {self.matrix.dtype}, but this model runs in {self.model.dtype}.",
                 hint="Load the model in that precision, or run `polar search` again.",
             )
-        if self.features == "early" and not 1 <= self.layers < self.model.depth:
-            raise DataError(f"--layers {self.layers} is out of range; use 1 to {self.model.depth - 1}, usually 2 to 4.")
-        self._reader = FeatureReader(self.model.decoder, self.features, self.layers if self.features == "early" else 0)
+        self._reader = FeatureReader(self.model.decoder, self.features)
 
     def menu(self, settings: MenuSettings | None = None) -> MenuRouter:
         """Train a menu router over the programs of the matrix."""
@@ -186,11 +182,8 @@ class RouterTrainer:
         """Examples of the train and of the dev split; means per program are taken over both together."""
         self.matrix.of("train"), self.matrix.of("dev")  # raises where there is none
         matrix = self.matrix.of("train", "dev")
-        own = [[self._reader.flops(len(tokens), program) for program in matrix.programs] for tokens in matrix.tokens]
         pricing = self._pricing(own_length=settings.own_length, loss=settings.loss)
-        both = Examples.of(
-            matrix, self._read(matrix.tokens), torch.tensor(own), settings.loss, pricing, strict=settings.strict
-        )
+        both = Examples.of(matrix, self._read(matrix.tokens), settings.loss, pricing, strict=settings.strict)
         labelled = [split for split, known in zip(matrix.splits, matrix.labelled.tolist(), strict=True) if known]
         splits = matrix.splits if len(both) == len(matrix) else labelled
         return both.rows([split == "train" for split in splits]), both.rows([split == "dev" for split in splits])
@@ -223,7 +216,6 @@ class RouterTrainer:
             fingerprint=self.model.fingerprint,
             depth=self.model.depth,
             features=self.features,
-            feature_layers=self._reader.layers,
             dial=dial,
             default_theta=theta,
             own_length=own_length,

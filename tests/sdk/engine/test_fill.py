@@ -20,7 +20,6 @@ from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.fill import Fill, normalise
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.hashes import hash_bridges
-from polar_sdk.engine.lead import run_lead
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.products import Plain, outputs_from
@@ -352,13 +351,6 @@ def test_rows_with_fills_and_without_share_a_pass(family: str, tiny_family: Tiny
         found.append(list(next_logits(decoder, rows, rest)))
     for row, (short, mine) in enumerate(zip(ended, alone, strict=True)):
         assert_close(found[1][row], mine[1 if short else 0], f"{family}, {programs[row]} among others")
-
-
-def test_a_filled_program_continues_after_a_lead(tiny_family: TinyFamily) -> None:
-    decoder = build_decoder(tiny_family("llama"))
-    program, prompt = with_fills(decoder, Program.parse("0-2 (3-5)")), some_tokens(12, 40)
-    led = answer(Row(decoder, program, lead=run_lead(decoder, prompt, 2)), prompt, [])
-    assert_close(led, answer(Row(decoder, program), prompt, []), "after a lead of two layers")
 
 
 def test_a_guard_watches_a_loop_before_a_fill(tiny_family: TinyFamily) -> None:

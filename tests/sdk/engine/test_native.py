@@ -27,7 +27,7 @@ from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
 from polar_sdk.errors import CompileError
 from polar_sdk.model import PolarModel
-from polar_sdk.programs.cost import chunks
+from polar_sdk.programs.cost import pieces
 from polar_sdk.programs.program import Program
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 
@@ -498,8 +498,8 @@ def _assert_a_start_changes_nothing(decoder: Decoder, program: str, length: int,
     prompt = [7 * place % 256 for place in range(length)]
 
     def run(row: Row) -> torch.Tensor:
-        for begin, end in chunks(length, row.length):
-            logits = next_logits(decoder, [row], [prompt[begin:end]])
+        for piece in pieces(length, row.length):
+            logits = next_logits(decoder, [row], [prompt[piece.start : piece.end]])
         return torch.stack([logits, next_logits(decoder, [row], [[3]])])
 
     alone, other = (Row(decoder, Program.parse(program), prompt=length) for _ in range(2))

@@ -123,7 +123,7 @@ def test_a_shuffled_router_is_never_cheaper(model: PolarModel, matrix: Callable[
     evaluator = _SetEvaluator(subjects(model, rows, RouterTrainer(model, matrix()).menu(QUICK), {}))
     for sign in (1, -1):
         programs = [rows.programs[2 if sign * (len(tokens) - 17) > 0 else 0] for tokens in rows.tokens]
-        run = _Run(programs, [0] * len(programs), evaluator.subjects.outcomes.all(programs))
+        run = _Run(programs, 0, evaluator.subjects.outcomes.all(programs))
         dealt = [sum(one.flops for one in deal.outcomes) for deal in evaluator._shuffled(run).deals]
         assert sum(dealt) / len(dealt) > 0.99 * sum(one.flops for one in run.outcomes)
 

@@ -143,7 +143,7 @@ def test_the_script_makes_an_artifact(
     router = load_router(out)
     assert isinstance(router, LearnedRouter) and router.certificate is not None
     assert set(router.certificate.tiers) == {"economy", "standard"}
-    for name in ("static", "menu-ending-0", "menu-ending-1", "menu-embedding", "menu-early", "policy"):
+    for name in ("static", "menu-ending-0", "menu-ending-1", "menu-embedding", "policy"):
         found = json.loads((tmp_path / "work" / f"{name}.json").read_text())
         assert [one["name"] for one in found["sets"]] == ["all", "texts", "first", "second"]
         assert (tmp_path / "work" / f"{name}.html").is_file()

@@ -31,13 +31,12 @@ QUICK = MenuSettings(hidden=((),), penalties=(0.1,), seeds=(0,), steps=120, risk
 
 
 @pytest.mark.parametrize("target", ["agreement", "gap"])
-@pytest.mark.parametrize("features", ["embedding", "ending", "early"])
+@pytest.mark.parametrize("features", ["embedding", "ending"])
 def test_a_menu_router_learns_which_prompts_are_easy(
     model: PolarModel, matrix: Callable[..., RewardMatrix], target: str, features: Any
 ) -> None:
     settings = QUICK.model_copy(update={"targets": (target,)})
-    # FLOPs of early features would outweigh what this little model can save, so that utility is looked at without.
-    router = RouterTrainer(model, matrix(), features, layers=1).menu(settings)
+    router = RouterTrainer(model, matrix(), features).menu(settings)
     test = matrix(400, seed=9)
     outputs = router.outputs(router.reader.stack(test.tokens))
     lost = [needed_theta(outputs)[:, 2] > 0.3, ~test.agree[:, 2]]
@@ -74,9 +73,7 @@ def test_the_frontier_counts_what_is_deployed(model: PolarModel, matrix: Callabl
     from polar_sdk.lab.training.examples import Examples
 
     rows = matrix(50)
-    examples = Examples.of(
-        rows, torch.zeros(50, 3), torch.zeros(rows.flops.shape), "differs", Pricing(rows.programs, model.decoder.cost)
-    )
+    examples = Examples.of(rows, torch.zeros(50, 3), "differs", Pricing(rows.programs, model.decoder.cost))
     needed = torch.tensor([[0.0, 0.25, 0.5]] * 50)
     walked = frontier(needed, examples, [2, 1], [0.0, 0.25, 0.5])
     assert walked.lost.tolist() == pytest.approx([0.0, *(~rows.agree[:, 1:]).double().mean(0).tolist()])
@@ -122,8 +119,6 @@ def _as(matrix: RewardMatrix, **changes: Any) -> RewardMatrix:
 def test_a_matrix_without_dev_prompts_is_refused(model: PolarModel, matrix: Callable[..., RewardMatrix]) -> None:
     with pytest.raises(DataError, match="no prompt in dev"):
         RouterTrainer(model, matrix().of("train")).menu(QUICK)
-    with pytest.raises(DataError, match="--layers 6 is out of range"):
-        RouterTrainer(model, matrix(), "early", layers=6)
 
 
 def test_training_writes_what_can_be_loaded(
@@ -254,5 +249,5 @@ def test_a_layerwise_router_is_trained_on_a_model(model: PolarModel, tmp_path: P
     assert isinstance(router, LayerwiseRouter)
     assert router.free == (1, 2, 3, 4)
     route = router.at(0.5).route([5, 6, 7])
-    assert route.flops == router.route_flops(3, route.program)
+    assert route.flops == router.network.flops
     assert router.facts.training["parameter_share"] > 0

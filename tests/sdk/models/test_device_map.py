@@ -18,7 +18,6 @@ from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.forward import next_logits
-from polar_sdk.engine.lead import run_lead
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.row import Row
@@ -165,16 +164,6 @@ def test_split_models_compute_the_same(family: str, tiny_family: Callable[..., P
     assert split.pool.free == split.pool.size
 
 
-def test_a_lead_crosses_devices(family: str, tiny_family: Callable[..., PreTrainedModel]) -> None:
-    model, tokens = tiny_family(family), [7 + number for number in range(90)]
-    split, whole = build_decoder(model, placement=SPLIT), build_decoder(model)
-    program = Program.parse("0-3 5")
-    led = Row(split, program, lead=run_lead(split, tokens, 4))
-    ours, expected = next_logits(split, [led], [tokens]), next_logits(whole, [Row(whole, program)], [tokens])
-    torch.testing.assert_close(ours, expected)
-    assert led.lead is None and not led.left_out
-
-
 def _passes(decoder: Decoder, starts: list[list[int]]) -> list[torch.Tensor]:
     """Logits of a prefill, of a second chunk and of a decode step, of rows with different programs together."""
     rows = [Row(decoder, Program.parse(text)) for text in PROGRAMS]
@@ -195,7 +184,6 @@ def test_nothing_is_left_behind(family: str, tiny_family: Callable[..., PreTrain
     placement = Placement(CPU, (CPU,) * 3 + (META,) * 3, META)
     decoder = build_decoder(model, placement=placement, kv_memory=1 << 22)
     rows = [Row(decoder, Program.parse(text)) for text in ("0-5", "0 2-5")]
-    rows[0] = Row(decoder, rows[0].program, lead=run_lead(decoder, [1, 2, 3], 2))
     for tokens in ([[1, 2, 3], [4] * 140], [[5], [6]]):
         logits = next_logits(decoder, rows, tokens)
         assert (logits.device, logits.shape) == (META, (2, decoder.vocab))

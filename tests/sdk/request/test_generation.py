@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from polar_sdk import ListSink, Policy, Program, StaticRouter
-from polar_sdk.engine.route import Route
 from polar_sdk.errors import PolicyError, ProgramError, RequestTimeoutError, SinkError, UnsupportedArchitectureError
-from polar_sdk.router.base import Router
+from polar_sdk.router.base import Route, Router
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_llama, tiny_model, tiny_tokenizer
 from polar_sdk.usage import UsageSink

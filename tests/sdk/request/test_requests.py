@@ -285,17 +285,17 @@ class TestPrecedence:
 
     def test_default_tier(self, tiny: PolarModel) -> None:
         request = made(tiny, "hello")
-        assert (request.tier, request.route.program.text) == ("standard", "0 2-5")
+        assert (request.tier, request.program.text) == ("standard", "0 2-5")
 
     def test_program_over_tier(self, tiny: PolarModel) -> None:
         request = made(tiny, "hello", compute="economy", program="0 5")
-        assert (request.tier, request.route.program.text, request.router) == (None, "0 5", "static")
+        assert (request.tier, request.program.text, request.router) == (None, "0 5", "static")
 
     def test_router_over_default_tier(self) -> None:
         model = tiny_model(router=StaticRouter("0 4-5"))
-        assert made(model, "hello").route.program.text == "0 4-5"
-        assert made(model, "hello", compute="premium").route.program == Program.identity(6)
-        assert made(model, "hello", program="0 5").route.program.text == "0 5"
+        assert made(model, "hello").program.text == "0 4-5"
+        assert made(model, "hello", compute="premium").program == Program.identity(6)
+        assert made(model, "hello", program="0 5").program.text == "0 5"
 
     def test_full_depth_is_named_identity(self, tiny: PolarModel) -> None:
         assert made(tiny, "hello", compute="exact").router == "identity"

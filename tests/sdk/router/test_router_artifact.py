@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polar_sdk.engine.route import Route
 from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
-from polar_sdk.router.base import IdentityRouter, Router, StaticRouter
+from polar_sdk.router.base import IdentityRouter, Route, Router, StaticRouter
 from polar_sdk.router.layerwise import LayerwiseRouter
 from polar_sdk.router.learned import RouterFacts
 from polar_sdk.router.menu import MenuRouter

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
-from polar_sdk.errors import CertificateError, RouterError, ToleranceError, UnknownTierError
+from polar_sdk.errors import CertificateError, InvalidRequestError, RouterError, ToleranceError, UnknownTierError
 from polar_sdk.programs.policy import Policy
-from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import save_router
 from polar_sdk.router.base import StaticRouter
 from polar_sdk.router.store import saved_router_path
@@ -42,8 +42,16 @@ def test_tiers_and_tolerances_are_certified_points(
 def test_usage_names_the_router_its_tier_and_its_flops(certified: MenuRouter) -> None:
     usage = tiny_model(router=certified).generate("some text", compute="economy", max_tokens=2).usage
     assert (usage.router, usage.router_version, usage.tier) == ("menu", certified.version, "economy")
-    assert usage.flops.router == certified.route_flops(usage.tokens.input, Program.parse(usage.program)) > 0
+    assert usage.flops.router == certified.network.flops > 0
     assert usage.flops.total < usage.identity_flops
+
+
+@pytest.mark.parametrize("options", [{"prompt": "x" * 600}, {"temperature": -1.0}])
+def test_a_request_that_is_refused_has_run_nothing(certified: MenuRouter, options: dict[str, Any]) -> None:
+    engine = tiny_model(router=certified)
+    with FlopCounterMode(display=False) as counter, pytest.raises(InvalidRequestError):
+        engine.generate(**{"prompt": "some text", "compute": "economy", **options})
+    assert counter.get_total_flops() == 0
 
 
 def test_a_router_of_the_model_is_read_from_its_folder(
