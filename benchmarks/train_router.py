@@ -74,7 +74,7 @@ MAX_BYTES = 12_000_000
 HEAL_SETS = "arc_easy.train,arc_challenge.train,openbookqa.train,mmlu.test-open:2400"
 SETS = "arc_easy.train,arc_challenge.train,openbookqa.train"
 CUTS = "27,24,23,20-21+23,18-21+23,14-15+18-21+23,12-15+18-21+23"
-"""What the shipped router's fills were made for. Layers 16, 17 and 22 do what no map can; see `polar heal --fills`."""
+"""What the shipped router's fills were made for. Layers 16, 17 and 22 do what no map can (`polar lab heal --fills`)."""
 MENU = (
     "0-26 (27-29);0-23 (24-29:16);0-22 (23-29:16);0-19 (20-21:16) 22 (23-29:16);0-17 (18-21:16) 22 (23-29:16);"
     "0-13 (14-15:16) 16-17 (18-21:16) 22 (23-29:16);0-11 (12-15:16) 16-17 (18-21:16) 22 (23-29:16);"

@@ -387,7 +387,7 @@ class PolarModel:
         return [done.token_ids for done in answer(self._loaded, requests, NullSink())]
 
     def use_bridges(self, bridges: BridgeSet | str | Path) -> BridgeSet:
-        """Add bridges, or those in a folder that `polar heal` wrote, to those that the weights have already.
+        """Add bridges, or those in a folder that `polar lab heal` wrote, to those that the weights have already.
 
         They belong to the weights, which all objects of one model in this process share: load them before requests run.
 

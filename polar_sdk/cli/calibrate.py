@@ -1,4 +1,4 @@
-"""`polar calibrate`: certify what a router promises, on prompts it was not trained on."""
+"""`polar lab calibrate`: certify what a router promises, on prompts it was not trained on."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add `polar calibrate`."""
-    app.command(epilog="Example: polar calibrate --router router --data prompts.jsonl --tier economy=0.1")(calibrate)
+    """Add `polar lab calibrate`."""
+    app.command(epilog="Example: polar lab calibrate --router router --data prompts.jsonl --tier economy=0.1")(
+        calibrate
+    )
 
 
 def calibrate(

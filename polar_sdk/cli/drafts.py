@@ -1,4 +1,4 @@
-"""`polar drafts`: a draft head trained on a model's own answers, by which its next answers come sooner."""
+"""`polar lab drafts`: a draft head trained on a model's own answers, by which its next answers come sooner."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from polar_sdk.show.progress import ProgressBars
 
 
 def register(app: typer.Typer) -> None:
-    """Add `polar drafts`."""
-    app.command(epilog="Example: polar drafts --data prompts.jsonl")(drafts)
+    """Add `polar lab drafts`."""
+    app.command(epilog="Example: polar lab drafts --data prompts.jsonl")(drafts)
 
 
 def drafts(

@@ -1,4 +1,4 @@
-"""`polar heal`: fit bridges over segments of layers, or fills, and show their cost and their error."""
+"""`polar lab heal`: fit bridges over segments of layers, or fills, and show their cost and their error."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add `polar heal`."""
-    app.command(epilog='Example: polar heal --segments "12-15,17-20" --out bridges --distil 200')(heal)
+    """Add `polar lab heal`."""
+    app.command(epilog='Example: polar lab heal --segments "12-15,17-20" --out bridges --distil 200')(heal)
 
 
 def heal(

@@ -65,6 +65,14 @@ app = typer.Typer(
 )
 
 
+laboratory = typer.Typer(
+    name="lab",
+    no_args_is_help=True,
+    help="Make a model cheaper: fit maps, search programs, train and calibrate routers, train draft heads.",
+    epilog="Example: polar lab scan --save",
+)
+
+
 def _show_version(show: bool) -> None:
     if show:
         from polar_sdk import __version__
@@ -83,8 +91,11 @@ def polar(
 
 
 def _register_all() -> None:
-    for module in (run, chat, scan, heal, search, train, calibrate, evaluate, export, drafts, models):
+    for module in (run, chat, evaluate, export, models):
         module.register(app)
+    for module in (scan, heal, search, train, calibrate, drafts):
+        module.register(laboratory)
+    app.add_typer(laboratory)
     for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
         try:
             entry.load()(app)

@@ -1,4 +1,4 @@
-"""`polar scan`: which layers this model can do without, as a heat map; saved as a policy on request."""
+"""`polar lab scan`: which layers this model can do without, as a heat map; saved as a policy on request."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _COLOURS = ((0.9, "green"), (0.75, "yellow"), (0.5, "magenta"), (0, "red"))
 
 
 def register(app: typer.Typer) -> None:
-    """Add `polar scan`."""
-    app.command(epilog="Example: polar scan --data prompts.jsonl --limit 64 --save")(scan)
+    """Add `polar lab scan`."""
+    app.command(epilog="Example: polar lab scan --data prompts.jsonl --limit 64 --save")(scan)
 
 
 def scan(

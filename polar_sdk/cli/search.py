@@ -1,4 +1,4 @@
-"""`polar search`: search programs at several budgets, and pick the menu that a router is trained on."""
+"""`polar lab search`: search programs at several budgets, and pick the menu that a router is trained on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add `polar search`."""
-    app.command(epilog="Example: polar search --data prompts.jsonl --budgets 0.9,0.8,0.7 --menu 12 --out menu.json")(
-        search
-    )
+    """Add `polar lab search`."""
+    app.command(
+        epilog="Example: polar lab search --data prompts.jsonl --budgets 0.9,0.8,0.7 --menu 12 --out menu.json"
+    )(search)
 
 
 def search(

@@ -1,4 +1,4 @@
-"""`polar train`: a router from the rewards of a search."""
+"""`polar lab train`: a router from the rewards of a search."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add `polar train`."""
-    app.command(epilog="Example: polar train --rewards menu.rewards.safetensors --kind menu --out router")(train)
+    """Add `polar lab train`."""
+    app.command(epilog="Example: polar lab train --rewards menu.rewards.safetensors --kind menu --out router")(train)
 
 
 def train(
-    rewards: Annotated[Path, typer.Option(help="Rewards file that `polar search` wrote.")],
+    rewards: Annotated[Path, typer.Option(help="Rewards file that `polar lab search` wrote.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the router; default: your own for this model.")] = None,
     kind: Annotated[
         Literal["menu", "policy", "static"],
@@ -105,4 +105,4 @@ def _report(router: LearnedRouter, target: Path, *, as_json: bool) -> None:
     print_line(f"{router.kind} router {router.version}, {size}")
     mean = f"{training['utility_mean']:.4f} ± {training['utility_spread']:.4f}"
     print_line(f"utility on dev {training['utility']:.4f}; mean over the seeds {mean}")
-    print_line(f"wrote {target}; it has no certificate until you run `polar calibrate --router {target}`")
+    print_line(f"wrote {target}; it has no certificate until you run `polar lab calibrate --router {target}`")

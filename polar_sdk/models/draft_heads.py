@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _FORMAT: Final = "polar-drafts-2"
 _TABLE: Final = "polar-drafts-1"
-_HINT: Final = "Make it again with `polar drafts`."
+_HINT: Final = "Make it again with `polar lab drafts`."
 _SUFFIX: Final = ".safetensors"
 _log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class DraftHeadFile(NamedTuple):
             raise DraftHeadError(
                 f"the draft head was made for model {facts.model} ({facts.fingerprint[:12]}…), but this model is "
                 f"{fingerprint[:12]}….",
-                hint="Make one for it with `polar drafts`.",
+                hint="Make one for it with `polar lab drafts`.",
             )
         if self.tensors["scale"].shape[0] != decoder.family.hidden:
             raise DraftHeadError(
@@ -127,7 +127,7 @@ class DraftHeadFile(NamedTuple):
 
 
 def saved_head_path(fingerprint: str) -> Path:
-    """Where `polar drafts` keeps the user's draft head for a model."""
+    """Where `polar lab drafts` keeps the user's draft head for a model."""
     return cache_folder() / "drafts" / f"{fingerprint}{_SUFFIX}"
 
 
@@ -169,7 +169,7 @@ def read_facts(path: Path) -> DraftHeadFacts:
     if isinstance(known, dict) and known.get("format") == _TABLE:
         raise DraftHeadError(
             f"{str(path)!r} is a draft table of an earlier version, which nothing reads any more.",
-            hint="Train a draft head in its place with `polar drafts`, or remove it and use the shipped one, if any.",
+            hint="Train a draft head in its place with `polar lab drafts`, or remove it to use the shipped one.",
         )
     if isinstance(known, dict) and known.get("format") != _FORMAT:
         raise _damaged(path, f"its format is {known.get('format')!r}, not {_FORMAT!r}")

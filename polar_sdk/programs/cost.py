@@ -174,7 +174,7 @@ class CostModel:
             raise MissingBridgeError(
                 f"there is no bridge over layers {step.first}-{step.last}; this model has: "
                 f"{_listed('[{}-{}]', self.bridges)}.",
-                hint="Fit it with `polar heal`, or load the bridges that the program was made for.",
+                hint="Fit it with `polar lab heal`, or load the bridges that the program was made for.",
             )
         return LayerCost(linear=self.bridges[step.first, step.last], attention=0)
 
@@ -188,7 +188,7 @@ class CostModel:
             raise MissingFillError(
                 f"there is no fill for layers {segment[0]}-{segment[1]}; this model has: "
                 f"{_listed('({}-{})', self.fills)}.",
-                hint="Fit it with `polar heal`, or load the fills that the program was made for.",
+                hint="Fit it with `polar lab heal`, or load the fills that the program was made for.",
             )
         return self.fills[segment]
 

@@ -1,6 +1,6 @@
 """The policy: what bounds a program and its loops, and the programs that the tiers of one model stand for.
 
-A policy is a JSON file: the one for the default model ships in `polar_sdk/shipped/policies/`, `polar scan --save`
+A policy is a JSON file: the one for the default model ships in `polar_sdk/shipped/policies/`, `polar lab scan --save`
 writes one for any other. It chooses nothing itself; the router does. Knows programs and costs, not weights.
 """
 
@@ -125,11 +125,11 @@ class Policy(_Frozen):
         except OSError as error:
             raise PolicyError(
                 f"policy file {str(path)!r} cannot be read ({error.strerror}).",
-                hint="Create one with `polar scan --save`.",
+                hint="Create one with `polar lab scan --save`.",
             ) from error
         except Unreadable as error:
             raise PolicyError(
-                f"policy file {str(path)!r} is {error.fault}.", hint="Create one with `polar scan --save`."
+                f"policy file {str(path)!r} is {error.fault}.", hint="Create one with `polar lab scan --save`."
             ) from error
 
     @classmethod
@@ -153,7 +153,7 @@ class Policy(_Frozen):
             raise PolicyError(f"policy {name!r}: {where}: {first['msg'].rstrip('.')}.") from error
         except Unreadable as error:
             raise PolicyError(
-                f"policy {name!r} is {error.fault}.", hint="Create one with `polar scan --save`."
+                f"policy {name!r} is {error.fault}.", hint="Create one with `polar lab scan --save`."
             ) from error
 
     def save(self, path: str | Path) -> None:
@@ -173,7 +173,7 @@ class Policy(_Frozen):
         if self.fingerprint is not None and self.fingerprint != fingerprint:
             raise PolicyError(
                 f"the policy was made for model {self.model or 'unnamed'} ({self.fingerprint[:12]}…), "
-                f"but this model is {fingerprint[:12]}…; create one for it with `polar scan --save`."
+                f"but this model is {fingerprint[:12]}…; create one for it with `polar lab scan --save`."
             )
         for layer in self.protected:
             if not -cost.depth <= layer < cost.depth:
@@ -211,7 +211,7 @@ class Policy(_Frozen):
         if name in TIERS:
             return (
                 f"tier {name!r} has no program for this model; its policy offers {', '.join(known)}. "
-                "Create one with `polar scan --save`."
+                "Create one with `polar lab scan --save`."
             )
         near = nearest(name, known)
         suggestion = f" Did you mean {near!r}?" if near else ""

@@ -49,7 +49,7 @@ class ModelOptions(LoadOptions, total=False):
     router: Router | str | Path | None
     """Router or its folder; None = the one shipped for the model, unless `policy` is given."""
     bridges: str | Path | None
-    """Folder of bridges that `polar heal` wrote."""
+    """Folder of bridges that `polar lab heal` wrote."""
     ledger: str | None
     """`"auto"`, the default, a ledger URL, or None to meter nothing."""
     sink: UsageSink | None

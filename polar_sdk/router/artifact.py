@@ -130,7 +130,7 @@ def _read_json(source: Path) -> _File:
     if not path.is_file():
         raise RouterError(
             f"there is no router in folder {str(source)!r} ({_JSON} is missing).",
-            hint="Train one with `polar train --out FOLDER`, or pass the folder of one.",
+            hint="Train one with `polar lab train --out FOLDER`, or pass the folder of one.",
         )
     try:
         return _File.model_validate(parse_json(read_bytes(path)))
@@ -155,5 +155,5 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
 def _damaged(source: Path, name: str, reason: str) -> RouterDamagedError:
     return RouterDamagedError(
         f"router {str(source)!r} is damaged: {name}: {' '.join(reason.split())[:300]}.",
-        hint="Copy it again, or train it again with `polar train`.",
+        hint="Copy it again, or train it again with `polar lab train`.",
     )

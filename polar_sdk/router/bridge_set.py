@@ -38,7 +38,9 @@ class _Record(MapRecord):
 
 
 def _damaged(folder: Path, what: str) -> BridgeDamagedError:
-    return BridgeDamagedError(f"bridges in {str(folder)!r} are damaged: {what}.", hint="Fit them with `polar heal`.")
+    return BridgeDamagedError(
+        f"bridges in {str(folder)!r} are damaged: {what}.", hint="Fit them with `polar lab heal`."
+    )
 
 
 _FOLDER: Final = MapFolder("bridges", "polar-bridges-1", _Record, _damaged)
@@ -86,7 +88,7 @@ class BridgeSet:
             raise BridgeModelError(
                 f"the bridges were fitted for model {self.model} ({self.fingerprint[:12]}…), but this model is {name} "
                 f"({fingerprint[:12]}…).",
-                hint="Fit bridges for it with `polar heal`.",
+                hint="Fit bridges for it with `polar lab heal`.",
             )
 
     def place_on(self, loaded: LoadedModel) -> None:

@@ -313,7 +313,7 @@ class Certificate(_Frozen):
             raise ToleranceError(
                 f"tolerance {tolerance:g} is below {least:.4f}, the smallest that {fewest} calibration prompts can "
                 f"certify at δ = {self.delta:g}.",
-                hint="Use a larger tolerance or compute='exact', or run `polar calibrate` with more prompts.",
+                hint="Use a larger tolerance or compute='exact', or run `polar lab calibrate` with more prompts.",
             )
         return self.promise(tolerance)
 
@@ -326,7 +326,7 @@ class Certificate(_Frozen):
         if (difference := self.subject.difference(running)) is not None:
             raise CertificateError(
                 f"the router's certificate holds for {difference}.",
-                hint="Run `polar calibrate` for this setting, or use compute='exact'.",
+                hint="Run `polar lab calibrate` for this setting, or use compute='exact'.",
             )
 
 

@@ -52,7 +52,7 @@ class _Record(MapRecord):
 
 
 def _damaged(folder: Path, what: str) -> FillDamagedError:
-    return FillDamagedError(f"fills in {str(folder)!r} are damaged: {what}.", hint="Fit them with `polar heal`.")
+    return FillDamagedError(f"fills in {str(folder)!r} are damaged: {what}.", hint="Fit them with `polar lab heal`.")
 
 
 _FOLDER: Final = MapFolder("fills", "polar-fills-1", _Record, _damaged)
@@ -131,7 +131,7 @@ class FillSet:
             raise FillModelError(
                 f"the fills were fitted for model {self.model} ({self.fingerprint[:12]}…), but this model is {name} "
                 f"({fingerprint[:12]}…).",
-                hint="Fit fills for it with `polar heal`.",
+                hint="Fit fills for it with `polar lab heal`.",
             )
 
     def place_on(self, loaded: LoadedModel) -> None:
@@ -152,7 +152,7 @@ class FillSet:
                 )
             if (own := (fill.width, *fill.bias.shape[1:])) != sizes:
                 raise FillError(
-                    f"fill ({first}-{last}) has sizes {own}, not the model's {sizes}; fit it with `polar heal`."
+                    f"fill ({first}-{last}) has sizes {own}, not the model's {sizes}; fit it with `polar lab heal`."
                 )
         placed = {segment: fill.to(decoder.dtype, decoder.device) for segment, fill in self.fills.items()}
         decoder.set_fills({**decoder.fills, **placed})

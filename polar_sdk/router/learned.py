@@ -99,14 +99,14 @@ class LearnedRouter(Router):
             raise RouterModelError(
                 f"the router was trained for model {self.facts.model} ({self.facts.fingerprint[:12]}…), but this model "
                 f"is {fingerprint[:12]}….",
-                hint="Load that model, or train a router for this one with `polar train`.",
+                hint="Load that model, or train a router for this one with `polar lab train`.",
             )
         reader = FeatureReader(decoder, self.facts.features)
         if len(self.network.mean) != reader.size:
             raise RouterDamagedError(
                 f"the router's weights take {len(self.network.mean):,} numbers, but {self.facts.features!r} features "
                 f"of this model are {reader.size:,}: its router.json names other features than it was trained on.",
-                hint="Copy the router again, or train it again with `polar train`.",
+                hint="Copy the router again, or train it again with `polar lab train`.",
             )
         bound = copy.copy(self)
         bound._reader = reader
@@ -170,7 +170,7 @@ class LearnedRouter(Router):
             if compute is not None:
                 raise UnknownTierError(
                     f"compute={compute!r} is a promise, but this router is not calibrated; use 'exact', leave compute "
-                    "out, or calibrate the router with `polar calibrate`."
+                    "out, or calibrate the router with `polar lab calibrate`."
                 )
             return None, self.at(self.facts.default_theta)
         self.certificate.check(self.subject)

@@ -49,12 +49,12 @@ class _Host(Protocol):
 
 
 def saved_policy_path(fingerprint: str) -> Path:
-    """Where `polar scan --save` keeps the user's policy for a model."""
+    """Where `polar lab scan --save` keeps the user's policy for a model."""
     return cache_folder() / "policies" / f"{fingerprint}.json"
 
 
 def saved_router_path(fingerprint: str) -> Path:
-    """Where `polar train` keeps the user's router for a model."""
+    """Where `polar lab train` keeps the user's router for a model."""
     return cache_folder() / "routers" / fingerprint
 
 

@@ -58,7 +58,7 @@ class Judge:
         router = self.router or self.model.router
         if not isinstance(router, LearnedRouter):
             what = "no router" if router is None else f"a router of kind {router.kind}, which has nothing to calibrate"
-            raise RouterError(f"the model has {what}.", hint="Name a trained one, or train it with `polar train`.")
+            raise RouterError(f"the model has {what}.", hint="Name a trained one, or train it with `polar lab train`.")
         self._router: LearnedRouter = router.bind(self.model.decoder, self.model.fingerprint)
         self._bench = Bench(self.model, self.on_progress, self.cache)
 

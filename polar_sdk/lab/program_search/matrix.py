@@ -159,7 +159,7 @@ class RewardMatrix:
         Raises:
             DataError: The file is missing, damaged or not a reward matrix.
         """
-        hint = "Make it with `polar search`."
+        hint = "Make it with `polar lab search`."
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -71,7 +71,7 @@ class Menu(BaseModel, frozen=True):
         Raises:
             DataError: It is missing, damaged or not a menu.
         """
-        hint = "Make it with `polar search`."
+        hint = "Make it with `polar lab search`."
         try:
             menu = cls.model_validate(parse_json(read_bytes(path)))
         except OSError as error:

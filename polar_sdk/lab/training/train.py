@@ -49,7 +49,7 @@ class RouterTrainer:
 
     Attributes:
         model: The model, with the bridges that programs use.
-        matrix: What programs do on the train and dev prompts (`polar search`).
+        matrix: What programs do on the train and dev prompts (`polar lab search`).
         features: What the router reads.
         checkpoints: Folder for checkpoints; None keeps none.
         on_progress: Called with (stage, steps done, steps in all).
@@ -66,12 +66,12 @@ class RouterTrainer:
             raise RouterModelError(
                 f"the reward matrix was measured on model {self.matrix.model} ({self.matrix.fingerprint[:12]}…), but "
                 f"this model is {self.model.fingerprint[:12]}….",
-                hint="Measure it with `polar search`.",
+                hint="Measure it with `polar lab search`.",
             )
         if self.matrix.dtype != self.model.dtype:
             raise RouterModelError(
                 f"the reward matrix was measured in {self.matrix.dtype}, but this model runs in {self.model.dtype}.",
-                hint="Load the model in that precision, or run `polar search` again.",
+                hint="Load the model in that precision, or run `polar lab search` again.",
             )
         self._reader = FeatureReader(self.model.decoder, self.features)
 

@@ -199,10 +199,10 @@ class TestMistakes:
             (["run", "hi", "--model", "no-such-model"], ["'no-such-model'", "smollm2-135m-instruct"]),
             (["run", "hi", "--model", "./no/such/folder"], ["./no/such/folder", "no such file or folder"]),
             (["models", "fetch", "no-such-model"], ["'no-such-model'"]),
-            (["scan", "--data", "absent.jsonl"], ["absent.jsonl", "cannot be read"]),
-            (["drafts", "--limit", "7"], ["--limit 7", "--data", "--questions 7"]),
-            (["scan", "--lengths", "1,x"], ["'1,x'", "1,2,3"]),
-            (["scan", "--out", "absent/scan.json"], ["absent/scan.json", "folder does not exist"]),
+            (["lab", "scan", "--data", "absent.jsonl"], ["absent.jsonl", "cannot be read"]),
+            (["lab", "drafts", "--limit", "7"], ["--limit 7", "--data", "--questions 7"]),
+            (["lab", "scan", "--lengths", "1,x"], ["'1,x'", "1,2,3"]),
+            (["lab", "scan", "--out", "absent/scan.json"], ["absent/scan.json", "folder does not exist"]),
             (["usage", "--month", "2026-13"], ["2026-13"]),
         ],
     )
@@ -213,7 +213,7 @@ class TestMistakes:
         (tmp_path / "wrong.json").write_bytes(b"\xff{")
         words = ["run", "hi", "--model", str(folder), "--policy"]
         refused(polar(*words, str(tmp_path / "wrong.json")), 2, "wrong.json", "not UTF-8")
-        refused(polar(*words, str(tmp_path / "absent.json")), 2, "absent.json", "polar scan --save")
+        refused(polar(*words, str(tmp_path / "absent.json")), 2, "absent.json", "polar lab scan --save")
 
     def test_an_unknown_command_or_option(self) -> None:
         assert polar("rnu").exit_code == 2
@@ -324,7 +324,7 @@ class TestProcess:
         for words, line in (
             (["run", "hi"], "error: interrupted; what was executed until then is in the ledger."),
             (["run", "hi", "--no-ledger"], "error: interrupted."),
-            (["scan"], "error: interrupted."),
+            (["lab", "scan"], "error: interrupted."),
         ):
             done = CliRunner().invoke(app, words)
             assert (done.exit_code, done.stderr.strip()) == (130, line)
@@ -397,7 +397,7 @@ def test_a_limit_also_cuts_the_packages_own_prompts(folder: Path, tmp_path: Path
     assert items_of(None, 3) == builtin_items()[:3]
     assert items_of(None, None) is None
     words = ["--model", str(folder), "--limit", "1", "--out", str(tmp_path / "menu.json")]
-    assert polar("search", *words).exit_code == 0
+    assert polar("lab", "search", *words).exit_code == 0
     assert len(RewardMatrix.load(tmp_path / "menu.rewards.safetensors")) == 1
 
 
@@ -405,7 +405,7 @@ class TestScan:
     def test_it_measures_and_saves(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
         words = ["--model", str(folder), "--limit", "2", "--lengths", "1", "--removals", "1"]
-        result = polar("scan", *words, "--json", "--save", "--out", str(tmp_path / "scan.json"))
+        result = polar("lab", "scan", *words, "--json", "--save", "--out", str(tmp_path / "scan.json"))
         facts = json.loads(result.stdout)
         assert facts["prompts"] == 2
         assert set(facts["picks"]) == {"economy", "standard"}
@@ -447,7 +447,7 @@ class TestHelp:
                 yield from TestHelp.names(one, (*path, name))
 
     def test_the_commands_of_the_design_are_there(self) -> None:
-        assert {"run", "chat", "scan", "usage", "report", "models"} <= {path[0] for path in self.names(self.commands)}
+        assert {"run", "chat", "lab", "usage", "report", "models"} <= {path[0] for path in self.names(self.commands)}
 
     def test_every_command_has_help_with_an_example_that_parses(self) -> None:
         for path in self.names(self.commands):

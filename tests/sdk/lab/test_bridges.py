@@ -367,7 +367,19 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_command_goes_on_from(
     monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(item.model_dump_json() for item in mixed_items))
-    command = ["heal", "--data", str(data), "--segments", "1-2", "--distil", "5", "--answer-tokens", "4", "--out"]
+    command = [
+        "lab",
+        "heal",
+        "--data",
+        str(data),
+        "--segments",
+        "1-2",
+        "--distil",
+        "5",
+        "--answer-tokens",
+        "4",
+        "--out",
+    ]
     calls = 0
 
     def interrupted(*args: Any, **options: Any) -> torch.Tensor:
@@ -395,13 +407,24 @@ def test_the_command_fits_says_the_size_and_resumes(
     monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(item.model_dump_json() for item in mixed_items))
-    command = ["heal", "--data", str(data), "--segments", "1-2,4", "--out", str(tmp_path / "b"), "--answer-tokens", "4"]
+    command = [
+        "lab",
+        "heal",
+        "--data",
+        str(data),
+        "--segments",
+        "1-2,4",
+        "--out",
+        str(tmp_path / "b"),
+        "--answer-tokens",
+        "4",
+    ]
     result = CliRunner().invoke(app, [*command, "--distil", "2"])
     assert result.exit_code == 0, result.output
     assert "MB)" in result.output
     assert set(BridgeSet.load(tmp_path / "b").bridges) == {(1, 2), (4, 4)}
     told = CliRunner().invoke(app, [*command, "--distil", "2", "--resume", "--json"])
     assert json.loads(told.stdout)["bytes"] == BridgeSet.load(tmp_path / "b").bytes
-    wrong = CliRunner().invoke(app, [*command[:3], "--segments", "9-12", "--out", str(tmp_path / "c")])
+    wrong = CliRunner().invoke(app, [*command[:4], "--segments", "9-12", "--out", str(tmp_path / "c")])
     assert wrong.exit_code == 2
     assert "does not fit" in wrong.output

@@ -227,7 +227,7 @@ def test_the_command_says_what_it_made(cache: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
     data, out = tmp_path / "prompts.jsonl", tmp_path / "head.safetensors"
     data.write_text("".join(f'{{"prompt": "prompt {number}"}}\n' for number in range(20)))
-    options = ["drafts", "--data", str(data), "--limit", "12", "--answer-tokens", "9", "--epochs", "1"]
+    options = ["lab", "drafts", "--data", str(data), "--limit", "12", "--answer-tokens", "9", "--epochs", "1"]
     options += ["--out", str(out)]
     done = CliRunner().invoke(app, options)
     assert done.exit_code == 0, done.output
@@ -236,6 +236,6 @@ def test_the_command_says_what_it_made(cache: Path, tmp_path: Path, monkeypatch:
     assert not list(tmp_path.glob("*-checkpoints"))
     facts = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
     assert (facts["parameters"], facts["answers"], facts["out"]) == (head.parameters, 11, str(out))
-    missing = CliRunner().invoke(app, ["drafts", "--data", str(tmp_path / "none.jsonl")])
+    missing = CliRunner().invoke(app, ["lab", "drafts", "--data", str(tmp_path / "none.jsonl")])
     assert missing.exit_code == 2
     assert "none.jsonl" in missing.output

@@ -282,7 +282,7 @@ def test_the_command_fits_either_bridges_or_fills(
     monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(item.model_dump_json() for item in texts), encoding="utf-8")
-    command = ["heal", "--data", str(data), "--answer-tokens", "6", "--out", str(tmp_path / "fills")]
+    command = ["lab", "heal", "--data", str(data), "--answer-tokens", "6", "--out", str(tmp_path / "fills")]
     both = CliRunner().invoke(app, [*command, "--fills", "4", "--segments", "1-2"])
     assert (both.exit_code, "one of the two" in both.output) == (2, True)
     for given, option, only_with in (
@@ -310,7 +310,7 @@ def test_ctrl_c_says_where_the_same_command_goes_on(
     monkeypatch.setenv("POLAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
     monkeypatch.setattr("polar_sdk.lab.heal_fills", interrupted)
-    command = ["heal", "--fills", "4", "--out", str(tmp_path)]
+    command = ["lab", "heal", "--fills", "4", "--out", str(tmp_path)]
     before = CliRunner().invoke(app, command)
     assert (before.exit_code, "--resume" in before.stderr) == (130, False)
     assert "the same command starts from there" in before.stderr

@@ -172,7 +172,20 @@ def test_a_missing_file_and_an_empty_set_are_errors(model: PolarModel, tmp_path:
 def test_the_command_scans_the_real_model_and_saves_what_it_was_told_to(tmp_path: Path) -> None:
     """A small scan: one prompt, one block length, one removal; the file holds what standard output says."""
     out = tmp_path / "scan.json"
-    arguments = ["scan", "--limit", "1", "--lengths", "9", "--no-loops", "--removals", "0", "--json", "--out", str(out)]
+    arguments = [
+        "lab",
+        "scan",
+        "--limit",
+        "1",
+        "--lengths",
+        "9",
+        "--no-loops",
+        "--removals",
+        "0",
+        "--json",
+        "--out",
+        str(out),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     facts, saved = json.loads(result.stdout), json.loads(out.read_text())

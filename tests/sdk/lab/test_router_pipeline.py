@@ -70,21 +70,21 @@ def test_from_prompts_to_a_certified_router(folder: Path, tmp_path: Path) -> Non
     first, second = folder / "data" / "first.jsonl", folder / "data" / "second.jsonl"
     menu, router = tmp_path / "menu.json", tmp_path / "router"
     quick = ["--population", 2, "--generations", 0, "--menu", 3, "--prompts", 12, "--budgets", "0.8,0.6"]
-    assert polar("search", "--data", first, "--out", menu, *quick, *here).exit_code == 0
+    assert polar("lab", "search", "--data", first, "--out", menu, *quick, *here).exit_code == 0
     rewards = tmp_path / "menu.rewards.safetensors"
 
-    trained = facts("train", "--rewards", rewards, "--seeds", "0", "--out", router, *here)
+    trained = facts("lab", "train", "--rewards", rewards, "--seeds", "0", "--out", router, *here)
     assert trained["kind"] == "menu" and trained["training"]["parameters"] > 0
 
-    refused = polar("calibrate", "--router", router, "--data", second, "--tier", "premium=0.01", *here)
+    refused = polar("lab", "calibrate", "--router", router, "--data", second, "--tier", "premium=0.01", *here)
     assert refused.exit_code == 2
     assert (
         "α = 1 % needs at least 230 calibration prompts at δ = 0.1; there are 110 of kind 'choice'." in refused.output
     )
-    assert "not a promise" in polar("calibrate", "--router", router, "--tier", "gold=0.1", *here).output
+    assert "not a promise" in polar("lab", "calibrate", "--router", router, "--tier", "gold=0.1", *here).output
 
     tiers = ["--tier", "economy=0.5", "--tier", "standard=0.2:harms"]
-    told = facts("calibrate", "--router", router, "--data", second, "--resplits", 3, *tiers, *here)
+    told = facts("lab", "calibrate", "--router", router, "--data", second, "--resplits", 3, *tiers, *here)
     assert {(one["tier"], one["kind"], one["times"]) for one in told["resplits"]} == {
         (tier, kind, 3) for tier in ("economy", "standard") for kind in ("choice", "any")
     }
@@ -114,9 +114,9 @@ def test_from_prompts_to_a_certified_router(folder: Path, tmp_path: Path) -> Non
 def test_mistakes_of_the_commands_are_one_line(folder: Path, tmp_path: Path) -> None:
     here = ["--model", folder, "--precision", "fp32"]
     for words, expected in (
-        (["train", "--rewards", tmp_path / "no.safetensors"], "cannot be read"),
-        (["train", "--rewards", tmp_path / "no.safetensors", "--seeds", "a"], "not a list of whole numbers"),
-        (["calibrate", "--router", tmp_path / "no"], "there is no router in folder"),
+        (["lab", "train", "--rewards", tmp_path / "no.safetensors"], "cannot be read"),
+        (["lab", "train", "--rewards", tmp_path / "no.safetensors", "--seeds", "a"], "not a list of whole numbers"),
+        (["lab", "calibrate", "--router", tmp_path / "no"], "there is no router in folder"),
         (["evaluate", "--router", tmp_path / "no"], "there is no router in folder"),
         (["evaluate", "--html", tmp_path / "no" / "page.html"], "its folder does not exist"),
         (["evaluate"], "the model has no router"),
@@ -133,7 +133,7 @@ def test_the_script_makes_an_artifact(
     quick = "--precision fp32 --sets first,second --heal-sets first,second --limit 110 --segments 2-3"
     quick += " --cuts 4,3 --fit-per-kind 6 --per-kind 14 --distil 2 --tune 2 --menu 3 --prompts 12 --free 4"
     quick += " --programs 0-3|(4-5);0-1|[2-3]|4-5 --depth-prompts 1 --depth-facts 2 --no-compile"
-    quick += " --population 2 --generations 0 --layers 1 --steps 20 --seeds 0,1 --epochs 1 --resplits 2 --timed 1"
+    quick += " --population 2 --generations 0 --steps 20 --seeds 0,1 --epochs 1 --resplits 2 --timed 1"
     quick += " --tier economy=0.5:strict=0.8 standard=0.3"
     words = ["--model", str(folder), "--work", str(tmp_path / "work"), "--out", str(out)]
     words += [word.replace("|", " ") for word in quick.split()]

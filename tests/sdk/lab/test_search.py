@@ -447,7 +447,7 @@ def test_the_command_searches_and_writes_menu_and_rewards(
     monkeypatch.setattr("polar_sdk.cli.options.load_model", lambda *_, **__: model)
     data, out = tmp_path / "data.jsonl", tmp_path / "menu.json"
     data.write_text("\n".join(item.model_dump_json() for item in all_items))
-    command = ["search", "--data", str(data), "--out", str(out), "--budgets", "0.8,0.6", "--menu", "5"]
+    command = ["lab", "search", "--data", str(data), "--out", str(out), "--budgets", "0.8,0.6", "--menu", "5"]
     command += ["--population", "4", "--generations", "1", "--answer-tokens", "5", "--write-tokens", "4"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -458,7 +458,7 @@ def test_the_command_searches_and_writes_menu_and_rewards(
     assert counter.pairs == []  # the second run reads what the first one measured
     assert [one["program"] for one in told["programs"]] == [one.program.text for one in Menu.load(out).programs]
     assert RewardMatrix.load(told["rewards"]).programs[0] == IDENTITY
-    wrong = CliRunner().invoke(app, [*command[:5], "--budgets", "cheap"])
+    wrong = CliRunner().invoke(app, [*command[:6], "--budgets", "cheap"])
     assert (wrong.exit_code, "not a list of numbers" in wrong.output) == (2, True)
 
 

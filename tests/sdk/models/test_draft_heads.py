@@ -80,7 +80,7 @@ def test_a_damaged_head_is_one_clear_line(tmp_path: Path, facts: str | None, cha
     message = str(error.value)
     assert what in message
     assert str(path) in message
-    assert "`polar drafts`" in message
+    assert "`polar lab drafts`" in message
     assert "\n" not in message
 
 

@@ -124,7 +124,7 @@ class TestTiers:
     def test_without_tiers_only_full_depth(self) -> None:
         assert Policy().program_for(None, 6) == (None, Program.identity(6))
         assert Policy().program_for("exact", 6) == ("exact", Program.identity(6))
-        with pytest.raises(UnknownTierError, match=r"'economy' has no program.*offers exact.*polar scan --save"):
+        with pytest.raises(UnknownTierError, match=r"'economy' has no program.*offers exact.*polar lab scan --save"):
             Policy().program_for("economy", 6)
 
     @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ class TestFiles:
         assert ".." not in str(caught.value).replace("...", "")
 
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(PolicyError, match=r"absent.json' cannot be read \(No such file.*polar scan --save"):
+        with pytest.raises(PolicyError, match=r"absent.json' cannot be read \(No such file.*polar lab scan --save"):
             Policy.load(tmp_path / "absent.json")
         with pytest.raises(PolicyError, match="cannot be read"):
             Policy.load(tmp_path)
@@ -217,7 +217,7 @@ class TestFiles:
 class TestBinding:
     def test_wrong_fingerprint(self) -> None:
         policy = Policy(model="another", fingerprint="f" * 64)
-        with pytest.raises(PolicyError, match=r"made for model another \(ffffffffffff…\).*polar scan --save"):
+        with pytest.raises(PolicyError, match=r"made for model another \(ffffffffffff…\).*polar lab scan --save"):
             tiny_model(policy=policy)
 
     def test_right_fingerprint(self) -> None:

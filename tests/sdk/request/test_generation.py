@@ -332,7 +332,7 @@ def test_a_router_is_bound_by_the_policy() -> None:
 
 
 def test_a_policy_of_another_model_is_refused() -> None:
-    with pytest.raises(PolicyError, match="polar scan"):
+    with pytest.raises(PolicyError, match="polar lab scan"):
         tiny_model(policy=Policy(model="other", fingerprint="f" * 64))
 
 
