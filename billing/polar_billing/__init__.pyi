@@ -44,8 +44,6 @@ from .prices.rating import Rating as Rating
 from .prices.rating import rate as rate
 from .proof.verify import Verification as Verification
 from .proof.verify import verify_ledger as verify_ledger
-from .reports.comparison import Repriced as Repriced
-from .reports.comparison import reprice as reprice
 from .reports.csv import report_csv as report_csv
 from .reports.csv import usage_csv as usage_csv
 from .reports.html import report_html as report_html
@@ -63,6 +61,8 @@ from .statements.draft import draft_statement as draft_statement
 from .statements.issue import issue_statement as issue_statement
 from .statements.issue import issued_statements as issued_statements
 from .statements.lines import Agreement as Agreement
+from .statements.period import Repriced as Repriced
+from .statements.period import reprice as reprice
 from .statements.statement import Statement as Statement
 from .statements.statement import StatementLine as StatementLine
 from .statements.store import IssuedStatement as IssuedStatement

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection
     from polar_billing.reports.mix import Savings
-    from polar_billing.reports.questions import Questions
+    from polar_billing.reports.report import Questions
 
 
 def register(app: typer.Typer) -> None:
@@ -93,10 +93,6 @@ def report(
     currency: opt.Currency = None,
     as_json: opt.Json = False,
     csv: opt.Csv = None,
-    compare: Annotated[
-        list[Path] | None,
-        typer.Option(help="Also show the same usage under this price book; may be repeated.", metavar="FILE"),
-    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.", metavar="FILE")] = None,
     what_if: Annotated[
         list[Path] | None,
@@ -143,8 +139,6 @@ def report(
     By default it covers every tenant and all time. The later options ask what would have been under other prices or
     tiers, and what the hardware costs; each answer says what it assumes.
     """
-    from polar_billing.prices.book import PriceBook
-
     selection = opt.selection_of(tenant, opt.period_of(month, since, until, zone), tier, None, [])
     with opt.open_ledger(ledger) as store:
         from polar_billing.reports.csv import report_csv
@@ -152,13 +146,10 @@ def report(
         from polar_billing.reports.report import build_report
         from polar_billing.reports.usage_tables import report_view
 
-        books = [PriceBook.load(file) for file in compare or []]
         energy = read_energy(flops_per_joule, energy_source, energy_log, grid_intensity, grid_source)
         questions = _questions(what_if or [], mix or [], mix_from, promise or [], (device_hour, tokens_per_second))
         questions = replace(questions, energy=energy)
-        built = build_report(
-            store, selection, prices=opt.book_of(prices), currency=currency, compare=books, questions=questions
-        )
+        built = build_report(store, selection, prices=opt.book_of(prices), currency=currency, questions=questions)
         if html is not None:
             from polar_billing.reports.html import report_html
 
@@ -184,7 +175,7 @@ def _questions(
     from polar_billing.reports.hardware import read_hardware
     from polar_billing.reports.mix import evaluated_savings, read_mix
     from polar_billing.reports.promises import read_promises
-    from polar_billing.reports.questions import Questions
+    from polar_billing.reports.report import Questions
 
     if mix_from is not None and not mixes:
         raise QueryError("--mix-from was given without a mix.", hint="Add one, e.g. --mix standard=70,economy=30.")

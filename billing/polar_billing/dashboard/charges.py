@@ -19,7 +19,7 @@ from polar_billing.ledger.records import Selection
 from polar_billing.ledger.rollups import read_sums
 from polar_billing.ledger.schema import price_book_table, receipt_table, usage_table
 from polar_billing.prices.rating import Counts, Rating, rate_counts, rate_of
-from polar_billing.reports.report import Summary, TenantReport, summarise, tenants_of
+from polar_billing.reports.summary import Summary, TenantReport, summarise, tenants_of
 from polar_billing.reports.totals import UsageTotals
 from polar_billing.values.periods import Period
 from polar_sdk.usage import Outcome
@@ -37,13 +37,6 @@ if TYPE_CHECKING:
 _MILLION: Final = 10**6
 _NOBODY: Final = ""
 """A tenant that no price book names."""
-
-
-class Charges(NamedTuple):
-    """What was used and charged in one currency."""
-
-    currency: str
-    summary: Summary
 
 
 class Books:
@@ -105,7 +98,7 @@ class Cost:
         self._known: dict[tuple[str, str], _Tenant] = {}
         """By currency and tenant, of the last look."""
 
-    def of(self, connection: Connection, tenant: str | AllTenants, period: Period) -> list[Charges]:
+    def of(self, connection: Connection, tenant: str | AllTenants, period: Period) -> list[Summary]:
         """What a period costs, by currency.
 
         Args:
@@ -155,13 +148,13 @@ def _content(use: _Use) -> tuple[Hashable, ...]:
     return (use.since, use.drafts, *what, *usage.quantities)
 
 
-def _together(currency: str, tenants: Sequence[_Tenant], decimals: int) -> Charges:
-    """What tenants come to together; what they used is added up by tier first, since there may be many of them."""
+def _together(currency: str, tenants: Sequence[_Tenant], decimals: int) -> Summary:
+    """Sum tenants up; what they used is added up by tier first, since there may be many of them."""
     by_tier: defaultdict[tuple[str, str | None], UsageTotals] = defaultdict(UsageTotals)
     for tenant in tenants:
         for tier, totals in tenant.tiers.items():
             by_tier[_NOBODY, tier].merge_sums(totals, decimals)
-    return Charges(currency, summarise([tenant.report for tenant in tenants], by_tier, decimals))
+    return summarise([tenant.report for tenant in tenants], by_tier, currency, decimals)
 
 
 def _drafts(connection: Connection, usage: Sum, part: Period) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polar_billing.reports import text
 from polar_billing.reports.charts import tier_kind
-from polar_billing.reports.layers import KINDS, LayerState
+from polar_billing.reports.depth import KINDS, LayerState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from polar_billing.budgets.offers import Standing
     from polar_billing.dashboard.programs import Heat
-    from polar_billing.reports.amounts import Unit
-    from polar_billing.reports.layers import Kind
-    from polar_billing.reports.report import TierReport
+    from polar_billing.reports.depth import Kind
+    from polar_billing.reports.summary import TierReport
+    from polar_billing.reports.text import Unit
 
 CELL: Final = 10
 """Width and height of a layer in a strip, its gap included. Unit: user units of the picture."""

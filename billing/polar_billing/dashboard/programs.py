@@ -16,14 +16,14 @@ from sqlalchemy import Text, func, select, type_coerce
 from polar_billing.ledger.records import Selection, conditions
 from polar_billing.ledger.schema import usage_table
 from polar_billing.prices.entries import tier_order
-from polar_billing.reports.layers import KINDS, ProgramUse, read_layers
+from polar_billing.reports.depth import KINDS, ProgramUse, read_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from sqlalchemy import Connection, Row
 
-    from polar_billing.reports.layers import Kind
+    from polar_billing.reports.depth import Kind
 
 _NONE: Final = "[]"
 """Visits of a request that ended before its first layer."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.dashboard import charts
 from polar_billing.reports import text
-from polar_billing.reports.amounts import unit_for
 from polar_billing.reports.charts import ticks, tier_kind
+from polar_billing.reports.depth import WORDS, read_layers
 from polar_billing.reports.html import new_environment, read_template
-from polar_billing.reports.layers import WORDS, read_layers
+from polar_billing.reports.text import unit_for
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import load_zone
 from polar_sdk.show.lines import printable
@@ -27,13 +27,11 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from polar_billing.budgets.offers import Standing
-    from polar_billing.dashboard.charges import Charges
     from polar_billing.dashboard.requests import Receipt
     from polar_billing.dashboard.view import View
     from polar_billing.ledger.records import StoredUsage
-    from polar_billing.reports.amounts import Unit
-    from polar_billing.reports.figures import Figures
-    from polar_billing.reports.report import TenantReport
+    from polar_billing.reports.summary import Figures, Summary, TenantReport
+    from polar_billing.reports.text import Unit
     from polar_billing.values.periods import Period
     from polar_sdk.usage import UsageRecord
 
@@ -99,8 +97,7 @@ class Templates:
 
     def operations(self, view: View) -> str:
         """The whole page."""
-        summaries = [charges.summary for charges in view.charges]
-        today_units = exact_sum((summary.figures.compute_units for summary in summaries), 12)
+        today_units = exact_sum((charges.figures.compute_units for charges in view.charges), 12)
         units = {charges.currency: _unit(charges) for charges in view.charges}
         costs = _cost_units(view)
         return self._environment.get_template("operations.html.jinja").render(
@@ -108,12 +105,11 @@ class Templates:
             view=view,
             units=units,
             bars={
-                charges.currency: charts.charge_bars(charges.summary.tiers, units[charges.currency])
-                for charges in view.charges
+                charges.currency: charts.charge_bars(charges.tiers, units[charges.currency]) for charges in view.charges
             },
             budgets=sorted(view.budgets, key=_room)[:MAX_BUDGETS],
             today_units=today_units,
-            today_requests=sum(summary.figures.requests for summary in summaries),
+            today_requests=sum(charges.figures.requests for charges in view.charges),
             saved_today=_saved_by_tier(view),
             cost_of=lambda stored: _cost(stored, costs[view.book_of(stored).currency]),
             ago=lambda moment: _ago(view.at, moment),
@@ -139,10 +135,9 @@ class Templates:
         return self._environment.get_template("error.html.jinja").render(base=base, title=title, message=message)
 
 
-def _unit(charges: Charges) -> Unit:
-    summary = charges.summary
-    amounts = [summary.figures.charge, *(tier.figures.charge for tier in summary.tiers)]
-    return unit_for([*amounts, *(tenant.total for tenant in summary.tenants)], charges.currency)
+def _unit(charges: Summary) -> Unit:
+    amounts = [charges.figures.charge, *(tier.figures.charge for tier in charges.tiers)]
+    return unit_for([*amounts, *(tenant.total for tenant in charges.tenants)], charges.currency)
 
 
 def _cost_units(view: View) -> dict[str, Unit]:
@@ -170,7 +165,7 @@ def _saved_share(record: UsageRecord) -> Decimal | None:
 
 def _saved_by_tier(view: View) -> Callable[[str], Decimal | None]:
     """The share of compute that a tier saved today, where there is one currency."""
-    tiers = view.charges[0].summary.tiers if len(view.charges) == 1 else ()
+    tiers = view.charges[0].tiers if len(view.charges) == 1 else ()
     shares = {tier.tier: tier.figures.saved_share for tier in tiers}
     return shares.get
 

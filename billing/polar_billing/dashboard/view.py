@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from sqlalchemy import func, select
 
 from polar_billing.budgets.keeper import Budgets
-from polar_billing.dashboard.charges import Books, Charges, Cost
+from polar_billing.dashboard.charges import Books, Cost
 from polar_billing.dashboard.health import LedgerHealth, SpoolHealth, ledger_health, spool_health
 from polar_billing.dashboard.keys import KeyUse, LastUses, keys_of
 from polar_billing.dashboard.programs import Heat, heat_of
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.prices.book import PriceBook
+    from polar_billing.reports.summary import Summary
 
 MAX_REQUESTS: Final = 100
 _LATELY: Final = timedelta(hours=1)
@@ -58,7 +59,7 @@ class View:
     live: Live | None
     """None where no engine runs behind the page."""
     ended: Ended
-    charges: Sequence[Charges]
+    charges: Sequence[Summary]
     """Of today, one per currency."""
     lately: Period
     heat: Sequence[Heat]

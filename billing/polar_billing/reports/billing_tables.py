@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.entries import PriceEntry
     from polar_billing.prices.plans import PeriodPrice, Terms
-    from polar_billing.reports.comparison import Repriced
+    from polar_billing.statements.period import Repriced
     from polar_billing.statements.statement import Statement, StatementLine
     from polar_billing.statements.store import IssuedStatement
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from decimal import Decimal
 
-    from polar_billing.reports.amounts import Unit
-    from polar_billing.reports.report import DepthPanel, Report
+    from polar_billing.reports.depth import DepthPanel
+    from polar_billing.reports.report import Report
+    from polar_billing.reports.text import Unit
 
 TIERS: Final = ("economy", "standard", "premium", "exact")
 MAX_TENANTS: Final = 40

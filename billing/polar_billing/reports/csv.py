@@ -11,9 +11,10 @@ from polar_sdk.show.lines import printable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from polar_billing.reports.comparison import Repriced
     from polar_billing.reports.query import UsageRow
-    from polar_billing.reports.report import Report, TenantReport, TierReport
+    from polar_billing.reports.report import Report
+    from polar_billing.reports.summary import TenantReport, TierReport
+    from polar_billing.statements.period import Repriced
     from polar_billing.statements.statement import Statement
 
 

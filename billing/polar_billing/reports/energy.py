@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from polar_billing.reports.figures import Figures
-    from polar_billing.reports.report import Report
+    from polar_billing.reports.summary import Figures, Summary
+    from polar_billing.values.periods import Period
 
 _SCALE: Final = 3
 """Decimals of what is stated."""
@@ -44,7 +44,7 @@ class _Part(BaseModel):
 
 
 class EnergyBasis(_Part):
-    """What was stated, or measured."""
+    """The stated efficiency, or the measured log, and the carbon of the grid."""
 
     flops_per_joule: Decimal | None = None
     """Of the whole device at work; None where a log was given."""
@@ -61,7 +61,7 @@ class EnergyBasis(_Part):
         return "modelled" if self.flops_per_joule is not None else "measured"
 
     def modelled_uj(self, flops: int) -> int:
-        """What FLOPs take at the stated efficiency. Unit: microjoules."""
+        """The energy of some FLOPs at the stated efficiency. Unit: microjoules."""
         assert self.flops_per_joule is not None
         return divide_half_even(flops * 10 ** (_DECIMALS + _SCALE), to_scaled(self.flops_per_joule, _SCALE))
 
@@ -113,7 +113,7 @@ class EnergyReport(_Part):
 
     @property
     def said(self) -> str:
-        """What the figures rest on, in a sentence or two."""
+        """The basis of the figures, in a sentence or two."""
         if self.flops_per_joule is not None:
             per_joule = plain(self.flops_per_joule)
             how = f"Modelled: executed FLOPs, drafts included, at {per_joule} FLOPs per joule ({self.source})."
@@ -131,7 +131,7 @@ class EnergyReport(_Part):
 def read_energy(
     flops_per_joule: str | None, source: str | None, log: Path | None, grid: str | None, grid_source: str | None
 ) -> EnergyBasis | None:
-    """What the options say about energy; None where they say nothing.
+    """Read the options about energy; None where they say nothing.
 
     Raises:
         QueryError: A number is out of range, a figure lacks its source, or there is nothing to use it on.
@@ -167,23 +167,23 @@ def _together(option: str, value: str | None, source_option: str, source: str | 
         )
 
 
-def energy_report(basis: EnergyBasis, report: Report) -> EnergyReport:
-    """The energy of a report's usage.
+def energy_report(basis: EnergyBasis, summary: Summary, period: Period) -> EnergyReport:
+    """Work out the energy of a period's usage.
 
     Raises:
         QueryError: It was to be measured, and the log has nothing of the period.
     """
-    executed = _executed(report.figures)
+    executed = _executed(summary.figures)
     seconds, saved = None, None
     if basis.kind == "modelled":
         total = basis.modelled_uj(executed)
-        needed = to_scaled(report.figures.compute_units, COMPUTE.decimals)
-        full_depth = to_scaled(report.figures.compute_units_full_depth, COMPUTE.decimals)
+        needed = to_scaled(summary.figures.compute_units, COMPUTE.decimals)
+        full_depth = to_scaled(summary.figures.compute_units_full_depth, COMPUTE.decimals)
         saved = from_scaled(basis.modelled_uj(full_depth) - basis.modelled_uj(needed), _DECIMALS)
     else:
-        total, covered = _measured(basis.intervals, report.since, report.until)
+        total, covered = _measured(basis.intervals, period.since, period.until)
         if not covered:
-            raise QueryError(f"{basis.source} has nothing of {report.period}.", hint="Name a log of that time.")
+            raise QueryError(f"{basis.source} has nothing of {period.label}.", hint="Name a log of that time.")
         seconds = from_scaled(divide_half_even(covered // timedelta(microseconds=1), 10**3), 3)
     carbon = basis.carbon_ug(total)
 
@@ -210,13 +210,13 @@ def energy_report(basis: EnergyBasis, report: Report) -> EnergyReport:
         grid_grams_per_kwh=basis.grid_grams_per_kwh,
         grid_source=basis.grid_source,
         carbon_grams=None if carbon is None else from_scaled(carbon, _DECIMALS),
-        by_tier=shares([(None, tier.tier, tier.figures) for tier in report.tiers]),
-        by_tenant=shares([(each.tenant, None, each.figures) for each in report.tenants]),
+        by_tier=shares([(None, tier.tier, tier.figures) for tier in summary.tiers]),
+        by_tenant=shares([(each.tenant, None, each.figures) for each in summary.tenants]),
     )
 
 
 def _executed(figures: Figures) -> int:
-    """What the answers needed, and what drafts executed beyond that. Unit: FLOPs."""
+    """The FLOPs that answers needed, and those that drafts executed beyond them."""
     return sum(to_scaled(units, COMPUTE.decimals) for units in (figures.compute_units, figures.compute_units_drafts))
 
 
@@ -230,7 +230,7 @@ def share_out(total: int, parts: Sequence[int]) -> list[int]:
 
 
 def _measured(intervals: Sequence[Interval], since: datetime | None, until: datetime | None) -> tuple[int, timedelta]:
-    """What a log has of a period, intervals over its ends in proportion; microjoules, and how long that is."""
+    """The microjoules that a log has of a period, and how long that is; intervals over its ends count in proportion."""
     total, covered = 0, timedelta()
     for interval in intervals:
         begin = interval.since if since is None else max(since, interval.since)

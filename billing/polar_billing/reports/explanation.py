@@ -22,8 +22,8 @@ from polar_billing.ledger.records import StoredUsage
 from polar_billing.ledger.schema import pruned_table, statement_table, usage_table
 from polar_billing.prices.rating import ITEMS, UNIT_PRICE_SCALE, rate, rate_of
 from polar_billing.proof.receipts import can_be_stored, make_receipt
+from polar_billing.reports.depth import LayerState, read_layers
 from polar_billing.reports.formula import Formula, work_out
-from polar_billing.reports.layers import LayerState, read_layers
 from polar_billing.statements.audit import conditions_of, lines_of_usage, rated_in
 from polar_billing.statements.statement import StatementLine
 from polar_billing.statements.store import find_statement

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from polar_billing.prices.rating import COMPUTE
 from polar_billing.reports import text
-from polar_billing.reports.layers import KINDS, WORDS
+from polar_billing.reports.depth import KINDS, WORDS
 from polar_billing.values.money import plain
 from polar_sdk.show.tables import add_labels, add_numbers, add_row, as_text, new_table
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from polar_billing.reports.depth import LayerState
     from polar_billing.reports.explanation import Charged, LineExplanation, RequestExplanation
     from polar_billing.reports.formula import Formula
-    from polar_billing.reports.layers import LayerState
 
 MARKS: Final = {"run": "█", "skipped": "·", "bridged": "═", "filled": "▒"}
 """A looped layer shows its number of visits instead."""

@@ -1,4 +1,4 @@
-"""What the hardware costs that served some usage, at a stated price per device-hour, and what is left of the charges.
+"""The cost of the hardware that served some usage, at a stated price per device-hour, and what is left of the charges.
 
 Device time comes from a stated throughput, or from the recorded times: the time in which a device had at least one
 request, counted once however many it had. Idle hours are in neither. It is shared out by the FLOPs that answers
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Final, Literal
 from pydantic import BaseModel, ConfigDict
 
 from polar_billing.errors import QueryError
+from polar_billing.prices.rating import COMPUTE
 from polar_billing.values.canonical import to_microseconds
 from polar_billing.values.money import STORED_SCALE, divide_half_even, exact_sum, from_scaled, read_bounded, to_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from polar_billing.reports.summary import Figures, Summary
     from polar_sdk.usage import UsageRecord
 
 _NS_PER_HOUR: Final = 3_600 * 10**9
@@ -29,7 +31,7 @@ _MAX_RATE: Final = 10**9
 
 
 class Hardware(BaseModel):
-    """What was stated about the hardware."""
+    """The stated price and throughput of a device."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,7 +42,7 @@ class Hardware(BaseModel):
 
 
 class Margin(BaseModel):
-    """What is left of a charge after what its compute cost."""
+    """A charge less the cost of its compute."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -83,7 +85,7 @@ class HardwareReport(BaseModel):
 
 
 def read_hardware(per_device_hour: str | None, tokens_per_second: str | None) -> Hardware | None:
-    """What the options say about the hardware; None where they say nothing.
+    """Read the options about the hardware; None where they say nothing.
 
     Raises:
         QueryError: A number is out of range, or a throughput was given without a price.
@@ -135,40 +137,19 @@ def _union(spans: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-class Work(BaseModel):
-    """What some requests executed and came to."""
-
-    model_config = ConfigDict(frozen=True)
-
-    tenant: str | None
-    tier: str | None
-    flops: int
-    charge: Decimal | None
-
-
-def hardware_report(
-    hardware: Hardware,
-    busy: BusyTime,
-    tokens: int,
-    whole: Work,
-    tiers: Iterable[Work],
-    tenants: Iterable[Work],
-    decimals: int,
-) -> HardwareReport:
+def hardware_report(hardware: Hardware, busy: BusyTime, summary: Summary) -> HardwareReport:
     """Set the cost of the hardware beside the charges.
 
     Args:
         hardware: What was stated.
         busy: Recorded times, for a throughput that was not stated.
-        tokens: Of all requests.
-        whole: All requests together.
-        tiers: The same by tier.
-        tenants: The same by tenant.
-        decimals: Of amounts.
+        summary: What was used and charged.
 
     Raises:
         QueryError: No throughput was stated, and the usage has no times or no tokens.
     """
+    decimals, figures = summary.decimals, summary.figures
+    tokens = figures.tokens_input + figures.tokens_output
     stated = hardware.tokens_per_second
     if stated is not None:
         device_ns = divide_half_even(tokens * 10**9 * 10**_RATE_DECIMALS, to_scaled(stated, _RATE_DECIMALS))
@@ -185,12 +166,15 @@ def hardware_report(
         step = int(10 ** (STORED_SCALE - decimals))
         return from_scaled(divide_half_even(numerator * price, denominator * _NS_PER_HOUR * step), decimals)
 
-    def margin(work: Work) -> Margin:
-        cost = money(device_ns * work.flops, whole.flops) if whole.flops else from_scaled(0, decimals)
-        left = None if work.charge is None else exact_sum((work.charge, cost.copy_negate()), decimals)
-        return Margin(tenant=work.tenant, tier=work.tier, charge=work.charge, cost=cost, margin=left)
+    whole = to_scaled(figures.compute_units, COMPUTE.decimals)
 
-    cost, charge = money(device_ns, 1), whole.charge
+    def margin(part: Figures, tenant: str | None, tier: str | None) -> Margin:
+        flops = to_scaled(part.compute_units, COMPUTE.decimals)
+        cost = money(device_ns * flops, whole) if whole else from_scaled(0, decimals)
+        left = None if part.charge is None else exact_sum((part.charge, cost.copy_negate()), decimals)
+        return Margin(tenant=tenant, tier=tier, charge=part.charge, cost=cost, margin=left)
+
+    cost, charge = money(device_ns, 1), figures.charge
     left = None if charge is None else exact_sum((charge, cost.copy_negate()), decimals)
     per_token = None if not charge or not tokens else (to_scaled(charge, decimals), tokens)
     return HardwareReport(
@@ -210,8 +194,8 @@ def hardware_report(
         break_even_tokens_per_second=None
         if per_token is None
         else _rate(price * per_token[1], per_token[0] * int(10 ** (STORED_SCALE - decimals)) * 3_600),
-        by_tier=tuple(map(margin, tiers)),
-        by_tenant=tuple(map(margin, tenants)),
+        by_tier=tuple(margin(tier.figures, None, tier.tier) for tier in summary.tiers),
+        by_tenant=tuple(margin(each.figures, each.tenant, None) for each in summary.tenants),
     )
 
 

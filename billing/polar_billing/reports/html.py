@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.errors import MissingExtraError
 from polar_billing.reports import charts, text
-from polar_billing.reports.amounts import Amounts
-from polar_billing.reports.layers import WORDS
+from polar_billing.reports.depth import WORDS
+from polar_billing.reports.text import Amounts
 from polar_billing.values.money import plain
 from polar_sdk.show.lines import printable
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from jinja2 import Environment
 
-    from polar_billing.reports.report import DepthPanel, Report
+    from polar_billing.reports.depth import DepthPanel
+    from polar_billing.reports.report import Report
 
 
 _TEMPLATE: Final = "report.html.jinja"
@@ -39,9 +40,7 @@ def report_html(report: Report) -> str:
     amounts = Amounts.of(report)
     environment.filters.update(_filters(report, amounts))
     template = environment.get_template(_TEMPLATE)
-    return template.render(
-        report=report, amounts=amounts, kinds=WORDS, others_names=_others(report), **_charts(report, amounts)
-    )
+    return template.render(report=report, amounts=amounts, kinds=WORDS, **_charts(report, amounts))
 
 
 def new_environment(package: str, what: str) -> Environment:
@@ -110,13 +109,6 @@ def _filters(report: Report, amounts: Amounts) -> dict[str, Callable[..., Any]]:
         "tier_kind": charts.tier_kind,
         "outcomes": text.outcomes,
     }
-
-
-def _others(report: Report) -> list[str]:
-    return [
-        f"{other.price_book}{'' if other.currency == report.currency else f', {other.currency}'}"
-        for other in report.others
-    ]
 
 
 def _charts(report: Report, amounts: Amounts) -> dict[str, Any]:

@@ -1,36 +1,45 @@
-"""A mix of tiers, in percent of the requests, and what each of its tiers was measured to save.
+"""A mix of tiers, in percent of the requests, and what recorded usage would have come to under it.
 
-The savings come from an evaluation of other prompts than those that were charged; whoever hands them in says which.
-Knows no usage and no prices.
+A mix is dealt out to each tenant's requests: tokens and requests stay as recorded, the compute of a tier is full
+depth's less what the tier was measured to save, and each part is charged by the tier's multiplier. The savings are from
+an evaluation of other prompts than those that were charged; whoever hands them in says which. Rounds each amount once.
 """
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
 from polar_billing.errors import QueryError
 from polar_billing.prices.entries import tier_order
-from polar_billing.values.money import plain
-from polar_sdk.reading import Unreadable, parse_decimal, parse_object, read_bytes, shown
+from polar_billing.prices.rating import COMPUTE, Counts, charge_lines
+from polar_billing.statements.promises import evaluated_tiers
+from polar_billing.values.money import EXACT_SCALE, divide_half_even, from_scaled, plain, to_scaled
+from polar_sdk.reading import Unreadable, parse_decimal, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from polar_billing.ledger.records import StoredUsage
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.prices.entries import PriceEntry
 
 EXACT: Final = "exact"
 """The tier that always runs full depth, so that nothing has to be measured of it."""
 _WHOLE: Final = 100
 _MAX_DECIMALS: Final = 2
-SHARE_DECIMALS: Final = 6
-_ROUTER: Final = re.compile(r"router \((.+)\)")
+_SHARE_DECIMALS: Final = 6
+_PERCENT: Final = 100 * 10**_MAX_DECIMALS
+"""A whole in hundredths of a percent."""
 
 
 class TierSaving(BaseModel):
-    """What a tier saves."""
+    """The measured saving of a tier."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,7 +51,7 @@ class TierSaving(BaseModel):
 
 
 class Mix(BaseModel):
-    """Which share of the requests takes which tier."""
+    """The share of the requests that takes each tier."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -92,20 +101,30 @@ def _percent(text: str, tier: str, percent: str) -> Decimal:
     return share
 
 
-def savings_of(mixes: Iterable[Mix], model: str, find: Callable[[str], Savings | None]) -> Savings:
-    """What the tiers of some mixes save on a model.
+def check_mixes(mixes: Sequence[Mix], models: set[str], find: Callable[[str], Savings | None]) -> Savings:
+    """Look up what the tiers of some mixes save on the one model of the usage.
 
     Args:
         mixes: Which tiers.
-        model: Fingerprint of the model.
+        models: Fingerprints of the models that served the usage.
         find: From a model's fingerprint to what was measured.
 
     Raises:
-        QueryError: A tier was not measured.
+        QueryError: The usage is of several models with different measurements, or a tier was not measured.
     """
-    found = find(model) or {}
+    found = {model: _savings(mixes, model, find) for model in sorted(models) or [""]}
+    first, *others = found.values()
+    if any(other != first for other in others):
+        raise QueryError(
+            f"this usage is of {len(found)} models, whose tiers save different shares.",
+            hint="Name one measurement for all with --mix-from FILE.",
+        )
+    return first
+
+
+def _savings(mixes: Sequence[Mix], model: str, find: Callable[[str], Savings | None]) -> Savings:
     exact = TierSaving(tier=EXACT, saved=Decimal(0), source="full depth by definition")
-    measured = {EXACT: exact, **found}
+    measured = {EXACT: exact, **(find(model) or {})}
     for tier in (tier for mix in mixes for tier in mix.shares):
         if tier not in measured:
             raise QueryError(
@@ -118,29 +137,94 @@ def savings_of(mixes: Iterable[Mix], model: str, find: Callable[[str], Savings |
 
 def as_share(value: float) -> Decimal:
     """A measured share with 6 decimals."""
-    return Decimal(f"{value:.{SHARE_DECIMALS}f}")
+    return Decimal(f"{value:.{_SHARE_DECIMALS}f}")
 
 
 def evaluated_savings(file: Path) -> Savings:
-    """What tiers save, from the file that `polar evaluate --json` writes; over all of its prompts.
+    """Read what tiers save from the file that `polar evaluate --json` writes; over all of its prompts.
 
     Raises:
         QueryError: The file cannot be read, or is not such a file.
     """
-    try:
-        whole = parse_object(read_bytes(file))["sets"][0]
-        prompts = int(whole["prompts"])
-        found = {}
-        for system in whole["systems"]:
-            if system["role"] == "router" and (match := _ROUTER.fullmatch(system["name"])):
-                saved = as_share(float(system["flops_saved"]["total"]))
-                source = f"{prompts:,} prompts of {file.name}"
-                found[match[1]] = TierSaving(tier=match[1], saved=saved, source=source)
-    except OSError as error:
-        raise QueryError(f"{str(file)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
-    except (ValueError, TypeError, LookupError, OverflowError, AttributeError, ArithmeticError) as error:
-        raise QueryError(
-            f"{str(file)!r} is not an evaluation ({type(error).__name__}: {error}).",
-            hint="Write one with `polar evaluate --data FILE --json > evaluation.json`.",
-        ) from error
-    return found
+
+    def saving(tier: str, prompts: int, system: dict[str, Any]) -> TierSaving:
+        saved = as_share(float(system["flops_saved"]["total"]))
+        return TierSaving(tier=tier, saved=saved, source=f"{prompts:,} prompts of {file.name}")
+
+    return evaluated_tiers(file, saving)
+
+
+@dataclass
+class MixBasis:
+    """Collects, for one choice of price books, what mixes are worked out from."""
+
+    book: PriceBook | None
+    """The book that rates every request; None for the one that the report rates it by."""
+    entries: dict[tuple[str, int], tuple[PriceBook, PriceEntry]] = field(default_factory=dict)
+    """By tenant and entry."""
+    counts: dict[tuple[str, int], Counts] = field(default_factory=dict)
+    """Charged usage by tenant and entry; `flops`: at full depth."""
+    unrated: int = 0
+    """Requests without a price."""
+    models: set[str] = field(default_factory=set)
+    """Fingerprints."""
+    identity_flops: int = 0
+    """Of all requests, free and unrated ones included."""
+
+    def add(self, stored: StoredUsage, rated_by: PriceBook) -> None:
+        """Take in one request, and the book that the report rates it by."""
+        record, book = stored.record, self.book or rated_by
+        if record.identity_flops:
+            self.models.add(record.model_fingerprint)
+        self.identity_flops += record.identity_flops
+        entry = book.entry_at(record.started_at, record.tenant)
+        if entry is None:
+            self.unrated += 1
+        elif record.outcome not in book.free_outcomes:
+            key = (record.tenant, id(entry))  # which `entries` keeps alive
+            self.entries[key] = (book, entry)
+            used = Counts(1, record.identity_flops, record.tokens.input, record.tokens.output)
+            self.counts[key] = self.counts.get(key, Counts()) + used
+
+    def charges(self, mix: Mix, savings: Savings, decimals: int) -> dict[str, Decimal]:
+        """Charge each tenant for its requests, dealt out to the tiers of a mix.
+
+        Args:
+            mix: The shares.
+            savings: What each tier saves.
+            decimals: Of amounts.
+
+        Raises:
+            QueryError: A tier of the mix has no price.
+        """
+        exact: defaultdict[str, int] = defaultdict(int)
+        for key, (book, entry) in self.entries.items():
+            exact[key[0]] += sum(_parts(mix, savings, book, entry, self.counts[key]))
+        step = _PERCENT * int(10 ** (EXACT_SCALE - decimals))
+        return {tenant: from_scaled(divide_half_even(amount, step), decimals) for tenant, amount in exact.items()}
+
+    def compute_units(self, mix: Mix, savings: Savings) -> Decimal:
+        """The compute that a mix would have executed. Unit: CU."""
+        flops = sum(
+            _executed(self.identity_flops, savings[tier].saved) * to_scaled(share, _MAX_DECIMALS)
+            for tier, share in mix.shares.items()
+        )
+        return COMPUTE.quantity(divide_half_even(flops, _PERCENT))
+
+
+def _parts(mix: Mix, savings: Savings, book: PriceBook, entry: PriceEntry, counts: Counts) -> Iterator[int]:
+    """The cost of each tier's part. Unit: 10^-30 of the currency, times hundredths of a percent."""
+    for tier, share in mix.shares.items():
+        multiplier = entry.multiplier(tier)
+        if multiplier is None:
+            raise QueryError(
+                f"price book {book.id!r} of {entry.effective_from.date().isoformat()} has no price for tier {tier!r}.",
+                hint=f"Use its tiers: {', '.join(entry.tiers) or 'none'}.",
+            )
+        executed = replace(counts, flops=_executed(counts.flops, savings[tier].saved))
+        yield sum(line.exact for line in charge_lines(executed, entry, multiplier)) * to_scaled(share, _MAX_DECIMALS)
+
+
+def _executed(identity: int, saved: Decimal) -> int:
+    whole = 10**_SHARE_DECIMALS
+    return divide_half_even(identity * (whole - to_scaled(saved, _SHARE_DECIMALS)), whole)

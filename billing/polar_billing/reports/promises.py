@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from polar_billing.errors import QueryError
-from polar_billing.reports.figures import percentile
+from polar_billing.reports.summary import percentile
 from polar_billing.values.money import divide_half_even, from_scaled, to_scaled
 from polar_sdk.reading import shown
 from polar_sdk.usage import Outcome
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.prices.book import PriceBook
+    from polar_billing.reports.summary import Summary
 
 _MAX_MISSES: Final = 10
 _MAX_MS: Final = 10**7
@@ -130,25 +131,20 @@ class PromiseWatch:
         source = f"plan {customer.plan} of {book.id}"
         return _Promise(tenant, tier, source, promised.latency_ms_p95_max, promised.credit_percent)
 
-    def report(self, charges: Mapping[tuple[str, str], Decimal | None], decimals: int) -> tuple[PromiseReport, ...]:
-        """What was promised and kept.
-
-        Args:
-            charges: Of a tenant's tier.
-            decimals: Of amounts.
-        """
+    def report(self, summary: Summary) -> tuple[PromiseReport, ...]:
+        """Say what was promised and kept, beside what was charged."""
+        charges = {(each.tenant, tier.tier): tier.figures.charge for each in summary.tenants for tier in each.tiers}
         return tuple(
-            _report(promise, self._kept[promise], charges, decimals) for promise in sorted(self._kept, key=str)
+            _report(promise, self._kept[promise], charges.get((promise.tenant, promise.tier)), summary.decimals)
+            for promise in sorted(self._kept, key=str)
         )
 
 
-def _report(
-    promise: _Promise, kept: _Kept, charges: Mapping[tuple[str, str], Decimal | None], decimals: int
-) -> PromiseReport:
+def _report(promise: _Promise, kept: _Kept, charge: Decimal | None, decimals: int) -> PromiseReport:
     ordered = sorted(kept.latencies_ns)
     p50, p95, p99 = (percentile(ordered, percent) or 0 for percent in (50, 95, 99))
     held = p95 <= promise.latency_ms * 10**6
-    charge, percent = charges.get((promise.tenant, promise.tier)), promise.credit_percent
+    percent = promise.credit_percent
     credit = None
     if not held and charge is not None and percent is not None:
         credit = from_scaled(divide_half_even(to_scaled(charge, decimals) * to_scaled(percent, 6), _PERCENT), decimals)

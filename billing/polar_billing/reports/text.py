@@ -1,16 +1,27 @@
 """Figures as text for people: the same words and digits in the terminal and in HTML.
 
-None is unknown and prints as a dash; zero is zero. Knows no output format.
+None is unknown and prints as a dash; zero is zero. A report shows charges in one unit and effective prices in another,
+each chosen by the median of those that are shown, so that nobody has to read 0.000013; every digit stays. JSON and CSV
+keep the currency. Knows no output format.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
-from typing import Final
+from statistics import median_high
+from typing import TYPE_CHECKING, Final
 
 from polar_billing.values.money import plain
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from polar_billing.reports.report import Report
+
 DASH: Final = "–"
+_STEPS: Final = ((Decimal("0.1"), 0, "", ""), (Decimal("0.0001"), 3, "m", "thousandths of "))
+_SMALLEST: Final = (6, "µ", "millionths of ")
 NO_TIER: Final = "by hand"
 """Shown as the tier of a request whose program was named by hand."""
 
@@ -69,3 +80,65 @@ def outcomes(counts: dict[str, int]) -> str:
     """Outcomes other than completed, for example `2 cancelled`; a dash where all completed."""
     others = [f"{requests:,} {outcome}" for outcome, requests in counts.items() if outcome != "completed"]
     return ", ".join(others) or DASH
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A currency, or a thousandth or millionth of it."""
+
+    name: str
+    """As it stands in the head of a column: `USD`, `mUSD` or `µUSD`."""
+    words: str
+    """The same in words: `millionths of USD`."""
+    exponent: int
+    """Amounts are shown multiplied by 10 to this power."""
+
+    def show(self, value: Decimal | None, *, signed: bool = False) -> str:
+        """An amount in this unit, with all of its digits."""
+        if value is None:
+            return DASH
+        sign, digits, exponent = value.as_tuple()
+        assert isinstance(exponent, int)
+        moved = Decimal((sign, digits, exponent + self.exponent))
+        if not moved:
+            return f"{abs(moved):,f}" if exponent + self.exponent <= 0 else "0"
+        return f"{moved:+,f}" if signed else f"{moved:,f}"
+
+
+def unit_for(amounts: Iterable[Decimal | None], currency: str | None) -> Unit:
+    """The unit in which most of some amounts can be read."""
+    name = currency or ""
+    sizes = [abs(amount) for amount in amounts if amount]
+    if not sizes or not name:
+        return Unit(name, name, 0)
+    middle = median_high(sizes)
+    for least, exponent, prefix, words in _STEPS:
+        if middle >= least:
+            return Unit(f"{prefix}{name}", f"{words}{name}", exponent)
+    exponent, prefix, words = _SMALLEST
+    return Unit(f"{prefix}{name}", f"{words}{name}", exponent)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """The two units of a report."""
+
+    charges: Unit
+    prices: Unit
+    """Of effective prices: per 1,000 requests and per million tokens."""
+
+    @classmethod
+    def of(cls, report: Report) -> Amounts:
+        """Choose them."""
+        return cls(unit_for(_charges(report), report.currency), unit_for(_prices(report), report.currency))
+
+
+def _charges(report: Report) -> Iterator[Decimal | None]:
+    yield report.figures.charge
+    yield from (tier.figures.charge for tier in report.tiers)
+    yield from (tenant.total for tenant in report.tenants)
+
+
+def _prices(report: Report) -> Iterator[Decimal | None]:
+    for figures in (report.figures, *(tier.figures for tier in report.tiers)):
+        yield from (figures.price_per_1000_requests, figures.price_per_million_tokens)

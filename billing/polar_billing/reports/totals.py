@@ -220,6 +220,7 @@ class Rater:
         self._books = cache(read_books)
         self._instead = instead
         self._currency = currency
+        self._among: Rater | None = None
         self.used: dict[str, PriceBook] = {}
         """The books that rated something, by content hash."""
 
@@ -229,8 +230,16 @@ class Rater:
 
     def book_of_receipt(self, digest: str) -> PriceBook | None:
         """The same by the content hash of the book that its receipt was made by."""
+        if self._among is not None and self._among.book_of_receipt(digest) is None:
+            return None
         book = self._instead or self._books()[digest]
         return None if self._currency is not None and book.currency != self._currency else book
+
+    def under(self, book: PriceBook) -> Rater:
+        """Rates what this one rates by another book."""
+        other = Rater(dict, instead=book)
+        other._among = self
+        return other
 
     def changes(self) -> list[datetime]:
         """Every moment at which a price of any tenant can change, in order."""

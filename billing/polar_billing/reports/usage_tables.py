@@ -12,9 +12,8 @@ from rich.console import Group
 from rich.text import Text
 
 from polar_billing.reports import text
-from polar_billing.reports.amounts import Amounts
-from polar_billing.reports.energy_tables import energy_view
-from polar_billing.reports.what_if_tables import what_if_view
+from polar_billing.reports.text import Amounts
+from polar_billing.reports.what_if_tables import energy_view, what_if_view
 from polar_billing.values.money import plain
 from polar_sdk.show.lines import printable
 from polar_sdk.show.tables import LABEL_WIDTH, add_labels, add_numbers, add_row, as_text, new_table
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from polar_billing.ledger.records import StoredUsage
-    from polar_billing.reports.figures import Figures
     from polar_billing.reports.query import UsageRow
-    from polar_billing.reports.report import Report, TenantReport, TierReport
+    from polar_billing.reports.report import Report
+    from polar_billing.reports.summary import Figures, TenantReport, TierReport
 
 
 def usage_view(rows: Sequence[UsageRow], *, title: str) -> RenderableType:
@@ -91,7 +90,6 @@ def report_view(report: Report) -> RenderableType:
     parts += [_service(report), Text()]
     parts += [_promises(report, amounts), Text()] if report.promises else []
     parts += [_comparison(report, amounts), Text()]
-    parts += [_others(report, amounts), Text()] if report.others else []
     parts += what_if_view(report, amounts)
     parts += energy_view(report)
     for tenant in report.tenants:
@@ -219,25 +217,6 @@ def _money_cells(figures: Figures, amounts: Amounts) -> list[str]:
         amounts.prices.show(figures.price_per_1000_requests),
         amounts.prices.show(figures.price_per_million_tokens),
     ]
-
-
-def _others(report: Report, amounts: Amounts) -> Table:
-    """The same usage under other price books, one line per tenant."""
-    table = new_table("The same usage under other price books", ["tenant"])
-    unit = amounts.charges
-    add_numbers(table, f"charge\n{unit.name}".strip())
-    own = report.currency
-    add_numbers(
-        table,
-        *(f"{book.price_book}\n{unit.name if book.currency == own else book.currency}" for book in report.others),
-    )
-    for tenant in report.tenants:
-        others = (unit.show(book.charge) if book.currency == own else text.money(book.charge) for book in tenant.others)
-        add_row(table, tenant.tenant, unit.show(tenant.total), *others)
-    table.add_section()
-    totals = (unit.show(book.charge) if book.currency == own else text.money(book.charge) for book in report.others)
-    add_row(table, "total", unit.show(report.total), *totals, style="bold")
-    return table
 
 
 def _statement(tenant: TenantReport, report: Report, amounts: Amounts) -> Table:

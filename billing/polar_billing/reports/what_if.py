@@ -1,22 +1,19 @@
 """What the recorded usage would have come to otherwise: other price books, other mixes of tiers, per-token prices.
 
-A mix is applied to each tenant's requests: tokens and requests stay as recorded, the compute of a tier is full depth's
-less what the tier was measured to save, and each part is charged by the tier's multiplier. Every assumption is in
-`assumptions`, to be shown beside the figures. Rounds each amount once. Knows no output format.
+Every assumption is in `assumptions`, to be shown beside the figures. Rounds each amount once. Knows no output format.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from polar_billing.errors import QueryError
-from polar_billing.prices.rating import COMPUTE, Counts, charge_lines
-from polar_billing.reports.mix import SHARE_DECIMALS, savings_of
+from polar_billing.prices.rating import COMPUTE
+from polar_billing.reports.mix import check_mixes
 from polar_billing.values.money import (
     EXACT_SCALE,
     divide_half_even,
@@ -28,17 +25,13 @@ from polar_billing.values.money import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from polar_billing.ledger.records import StoredUsage
     from polar_billing.prices.book import PriceBook
-    from polar_billing.prices.entries import PriceEntry
     from polar_billing.reports.hardware import HardwareReport
-    from polar_billing.reports.mix import Mix, Savings
-    from polar_billing.reports.report import Report, TenantReport
-
-_PERCENT: Final = 100 * 100
-"""A whole in hundredths of a percent."""
+    from polar_billing.reports.mix import Mix, MixBasis, Savings
+    from polar_billing.reports.summary import Summary
+    from polar_billing.reports.totals import UsageTotals
 
 
 class _Part(BaseModel):
@@ -101,164 +94,144 @@ class TokenPricing(_Part):
 
 
 class WhatIf(_Part):
-    """What would have been, with all that was assumed."""
+    """The scenarios, with all that was assumed."""
 
     scenarios: tuple[Scenario, ...]
     assumptions: tuple[str, ...]
 
 
-@dataclass
-class MixBasis:
-    """Collects, for one choice of price books, what mixes are worked out from."""
+class UsageByBook(NamedTuple):
+    """The usage by another price book, by tenant and tier."""
 
-    book_of: Callable[[StoredUsage], PriceBook | None]
-    """By which book a request is rated; None leaves it out."""
-    entries: dict[tuple[str, int], tuple[PriceBook, PriceEntry]] = field(default_factory=dict)
-    """By tenant and entry."""
-    counts: dict[tuple[str, int], Counts] = field(default_factory=dict)
-    """Charged usage by tenant and entry; `flops`: at full depth."""
-    unrated: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """By tenant."""
-    models: set[str] = field(default_factory=set)
-    """Fingerprints."""
-    identity_flops: int = 0
-    """Of all requests, free and unrated ones included."""
-
-    def add(self, stored: StoredUsage) -> None:
-        """Take in one request."""
-        record = stored.record
-        book = self.book_of(stored)
-        if book is None:
-            return
-        if record.identity_flops:
-            self.models.add(record.model_fingerprint)
-        self.identity_flops += record.identity_flops
-        entry = book.entry_at(record.started_at, record.tenant)
-        if entry is None:
-            self.unrated[record.tenant] += 1
-        elif record.outcome not in book.free_outcomes:
-            key = (record.tenant, id(entry))  # which `entries` keeps alive
-            self.entries[key] = (book, entry)
-            used = Counts(1, record.identity_flops, record.tokens.input, record.tokens.output)
-            self.counts[key] = self.counts.get(key, Counts()) + used
+    book: PriceBook
+    groups: Mapping[tuple[str, str | None], UsageTotals]
 
 
-def mixed_scenario(
-    basis: MixBasis, mix: Mix, savings: Savings, report: Report, book: PriceBook | None, currency: str, decimals: int
-) -> Scenario:
-    """The recorded requests, dealt out to tiers.
+@dataclass(frozen=True)
+class Charged:
+    """What was charged, for scenarios to be set beside."""
+
+    summary: Summary
+    price_books: str
+    """Names of the books that it was charged by."""
+    hardware: HardwareReport | None
+
+    def scenario(
+        self,
+        book: PriceBook | None,
+        mix: str | None,
+        amounts: Mapping[str, Decimal],
+        compute_units: Decimal,
+        unrated: int,
+    ) -> Scenario:
+        """Set other amounts beside what was charged.
+
+        Args:
+            book: The book that they were rated by; None for those of the receipts.
+            mix: The mix of tiers in words; None for the tiers as recorded.
+            amounts: By tenant.
+            compute_units: That would have been executed.
+            unrated: Requests without a price.
+        """
+        summary = self.summary
+        currency = (summary.currency if book is None else book.currency) or ""
+        decimals = summary.decimals if book is None else book.statement_decimals
+        same_currency = currency == summary.currency
+        fine = max(decimals, summary.decimals)
+
+        def difference(other: Decimal | None, charged: Decimal) -> Decimal | None:
+            return exact_sum((other, charged.copy_negate()), fine) if same_currency and other is not None else None
+
+        charge = exact_sum(amounts.values(), decimals) if amounts else None
+        cost = self._hardware_cost(compute_units) if same_currency else None
+        rated = summary.figures.requests - unrated
+        return Scenario(
+            price_book=self.price_books if book is None else book.id,
+            content_hash=None if book is None else book.content_hash,
+            mix=mix,
+            currency=currency,
+            compute_units=compute_units,
+            charge=charge,
+            difference=difference(charge, summary.total),
+            per_1000_requests=None
+            if charge is None or rated < 1
+            else from_scaled(divide_half_even(to_scaled(charge, decimals) * 1_000, rated), decimals),
+            unrated=unrated,
+            hardware_cost=cost,
+            margin=None if cost is None or charge is None else exact_sum((charge, cost.copy_negate()), fine),
+            tenants=tuple(
+                TenantOutcome(tenant=each.tenant, charge=amount, difference=difference(amount, each.total))
+                for each in summary.tenants
+                for amount in [amounts.get(each.tenant)]
+            ),
+        )
+
+    def _hardware_cost(self, units: Decimal) -> Decimal | None:
+        """The stated cost, in proportion to executed compute."""
+        decimals = self.summary.decimals
+        executed = to_scaled(self.summary.figures.compute_units, COMPUTE.decimals)
+        if self.hardware is None or not executed:
+            return None
+        cost = to_scaled(self.hardware.cost, decimals) * to_scaled(units, COMPUTE.decimals)
+        return from_scaled(divide_half_even(cost, executed), decimals)
+
+
+def what_if(
+    charged: Charged,
+    repriced: Sequence[UsageByBook],
+    mixes: Sequence[Mix],
+    bases: Sequence[MixBasis],
+    find: Callable[[str], Savings | None],
+) -> WhatIf:
+    """Work out what would have been.
 
     Args:
-        basis: What was used.
-        mix: The shares.
-        savings: What each tier saves.
-        report: What was charged.
-        book: The book that rates it; None for those of the receipts.
-        currency: Of the book.
-        decimals: Of amounts.
+        charged: What was charged.
+        repriced: The same usage by other books.
+        mixes: Other mixes of tiers.
+        bases: What mixes are worked out from, for each choice of price books.
+        find: From a model's fingerprint to what its tiers were measured to save; None where nothing was.
 
     Raises:
-        QueryError: A tier of the mix has no price.
+        QueryError: A tier was not measured or has no price.
     """
-    exact: defaultdict[str, int] = defaultdict(int)
-    for key, (priced_by, entry) in basis.entries.items():
-        exact[key[0]] += sum(_part(mix, savings, priced_by, entry, basis.counts[key]))
-    flops = sum(
-        _executed(basis.identity_flops, savings[tier].saved) * to_scaled(share, 2) for tier, share in mix.shares.items()
-    )
+    savings = check_mixes(mixes, set().union(*(basis.models for basis in bases)), find) if mixes else {}
+    assumptions = _assumptions(charged.summary, mixes, savings, [other.book for other in repriced])
+    if charged.hardware is not None:
+        assumptions += _hardware_assumptions(charged.hardware, charged.summary.currency)
+    scenarios = [_by_book(charged, other) for other in repriced]
+    scenarios += [_by_mix(charged, basis, mix, savings) for mix in mixes for basis in bases]
+    rated = charged.summary.currency is not None
+    return WhatIf(scenarios=tuple(scenarios) if rated else (), assumptions=tuple(assumptions))
+
+
+def _by_book(charged: Charged, repriced: UsageByBook) -> Scenario:
+    """The usage as it was, under another book."""
+    decimals = repriced.book.statement_decimals
+    exact: Counter[str] = Counter()
+    for (tenant, _), totals in repriced.groups.items():
+        if totals.rated:
+            exact[tenant] += totals.exact
     amounts = {
-        tenant: from_scaled(divide_half_even(amount, _PERCENT * int(10 ** (EXACT_SCALE - decimals))), decimals)
+        tenant: from_scaled(round_half_even(amount, EXACT_SCALE, decimals), decimals)
         for tenant, amount in exact.items()
     }
-    units = COMPUTE.quantity(divide_half_even(flops, _PERCENT))
-    return scenario(report, book, mix.text, currency, decimals, amounts, sum(basis.unrated.values()), units)
+    unrated = sum(totals.unrated.total() for totals in repriced.groups.values())
+    return charged.scenario(repriced.book, None, amounts, charged.summary.figures.compute_units, unrated)
 
 
-def _part(mix: Mix, savings: Savings, book: PriceBook, entry: PriceEntry, counts: Counts) -> Iterator[int]:
-    """What each tier's part costs. Unit: 10^-30 of the currency, times hundredths of a percent."""
-    for tier, share in mix.shares.items():
-        multiplier = entry.multiplier(tier)
-        if multiplier is None:
-            raise QueryError(
-                f"price book {book.id!r} of {entry.effective_from.date().isoformat()} has no price for tier {tier!r}.",
-                hint=f"Use its tiers: {', '.join(entry.tiers) or 'none'}.",
-            )
-        executed = Counts(
-            counts.requests, _executed(counts.flops, savings[tier].saved), counts.tokens_input, counts.tokens_output
-        )
-        yield sum(line.exact for line in charge_lines(executed, entry, multiplier)) * to_scaled(share, 2)
+def _by_mix(charged: Charged, basis: MixBasis, mix: Mix, savings: Savings) -> Scenario:
+    decimals = charged.summary.decimals if basis.book is None else basis.book.statement_decimals
+    amounts = basis.charges(mix, savings, decimals)
+    return charged.scenario(basis.book, mix.text, amounts, basis.compute_units(mix, savings), basis.unrated)
 
 
-def _executed(identity: int, saved: Decimal) -> int:
-    whole = 10**SHARE_DECIMALS
-    return divide_half_even(identity * (whole - to_scaled(saved, SHARE_DECIMALS)), whole)
-
-
-def scenario(
-    report: Report,
-    book: PriceBook | None,
-    mix: str | None,
-    currency: str,
-    decimals: int,
-    amounts: Mapping[str, Decimal],
-    unrated: int,
-    compute_units: Decimal,
-) -> Scenario:
-    """Set amounts by tenant beside what was charged."""
-    same_currency = currency == report.currency
-    fine = max(decimals, report.decimals)
-
-    def difference(other: Decimal | None, charged: Decimal | None) -> Decimal | None:
-        if not same_currency or other is None:
-            return None
-        return exact_sum((other, (charged or Decimal(0)).copy_negate()), fine)
-
-    charge = exact_sum(amounts.values(), decimals) if amounts else None
-    cost = _hardware_cost(report.hardware, compute_units, report) if same_currency else None
-    margin = None if cost is None or charge is None else exact_sum((charge, cost.copy_negate()), fine)
-    return Scenario(
-        price_book=", ".join(used.id for used in report.price_books) if book is None else book.id,
-        content_hash=None if book is None else book.content_hash,
-        mix=mix,
-        currency=currency,
-        compute_units=compute_units,
-        charge=charge,
-        difference=difference(charge, report.total),
-        per_1000_requests=_per_1000(charge, report.figures.requests - unrated, decimals),
-        unrated=unrated,
-        hardware_cost=cost,
-        margin=margin,
-        tenants=tuple(
-            TenantOutcome(
-                tenant=tenant.tenant,
-                charge=amounts.get(tenant.tenant),
-                difference=difference(amounts.get(tenant.tenant), tenant.total),
-            )
-            for tenant in report.tenants
-        ),
-    )
-
-
-def _per_1000(charge: Decimal | None, requests: int, decimals: int) -> Decimal | None:
-    if charge is None or requests < 1:
-        return None
-    return from_scaled(divide_half_even(to_scaled(charge, decimals) * 1_000, requests), decimals)
-
-
-def _hardware_cost(hardware: HardwareReport | None, units: Decimal, report: Report) -> Decimal | None:
-    """The stated cost, in proportion to executed compute."""
-    executed = to_scaled(report.figures.compute_units, COMPUTE.decimals)
-    if hardware is None or not executed:
-        return None
-    cost = to_scaled(hardware.cost, report.decimals) * to_scaled(units, COMPUTE.decimals)
-    return from_scaled(divide_half_even(cost, executed), report.decimals)
-
-
-def token_pricing(tenants: Sequence[TenantReport], decimals: int) -> tuple[TokenPricing, ...]:
+def token_pricing(summary: Summary) -> tuple[TokenPricing, ...]:
     """Compute-based beside per-token prices, for tenants that have both."""
+    decimals = summary.decimals
     both = [
         (tenant.tenant, figures.charge, figures.charge_per_token)
-        for tenant in tenants
+        for tenant in summary.tenants
         if (figures := tenant.figures).charge is not None and figures.charge_per_token is not None
     ]
     charged = sum(to_scaled(compute, decimals) for _, compute, _ in both)
@@ -278,26 +251,8 @@ def token_pricing(tenants: Sequence[TenantReport], decimals: int) -> tuple[Token
     return tuple(row(*each) for each in both)
 
 
-def book_scenario(report: Report, book: PriceBook, exact: Mapping[str, tuple[int, int]], unrated: int) -> Scenario:
-    """The usage as it was, under another book.
-
-    Args:
-        report: What was charged.
-        book: The other book.
-        exact: Tenant → amount in units of 10^-30 and number of rated requests.
-        unrated: Requests that the book has no price for.
-    """
-    decimals = book.statement_decimals
-    amounts = {
-        tenant: from_scaled(round_half_even(amount, EXACT_SCALE, decimals), decimals)
-        for tenant, (amount, rated) in exact.items()
-        if rated
-    }
-    return scenario(report, book, None, book.currency, decimals, amounts, unrated, report.figures.compute_units)
-
-
-def assumptions_of(report: Report, mixes: Sequence[Mix], savings: Savings, books: Iterable[PriceBook]) -> list[str]:
-    """Everything that the figures rest on, one sentence each."""
+def _assumptions(summary: Summary, mixes: Sequence[Mix], savings: Savings, books: Iterable[PriceBook]) -> list[str]:
+    """All that the figures rest on, one sentence each."""
     said = ["Tokens, requests and their times are as recorded; nobody would have used more or less at another price."]
     said += [
         f"Price book {book.id} ({book.content_hash[:12]}) rates each request by its time of use, without fees, "
@@ -309,7 +264,7 @@ def assumptions_of(report: Report, mixes: Sequence[Mix], savings: Savings, books
             "A mix is dealt out to each tenant's requests evenly: a tier's part has the same prompts and answers as "
             "the whole, and costs full depth's compute less what the tier was measured to save."
         )
-    recorded = {tier.tier: tier.figures for tier in report.tiers}
+    recorded = {tier.tier: tier.figures for tier in summary.tiers}
     for tier in dict.fromkeys(tier for mix in mixes for tier in mix.shares):
         saving = savings[tier]
         line = f"{tier} saves {_percent(saving.saved)} of full depth: {saving.source}."
@@ -317,7 +272,7 @@ def assumptions_of(report: Report, mixes: Sequence[Mix], savings: Savings, books
         if own is not None and own.saved_share is not None:
             line += f" On this usage it saved {_percent(own.saved_share)} over {own.requests:,} requests."
         said.append(line)
-    if any(tenant.figures.charge_per_token is not None for tenant in report.tenants):
+    if any(tenant.figures.charge_per_token is not None for tenant in summary.tenants):
         said.append(
             "Per-token prices are the reference of the price book. At equal revenue they are multiplied by one factor, "
             "so that all tenants together pay what they were charged."
@@ -325,7 +280,7 @@ def assumptions_of(report: Report, mixes: Sequence[Mix], savings: Savings, books
     return said
 
 
-def hardware_assumptions(hardware: HardwareReport, currency: str | None) -> list[str]:
+def _hardware_assumptions(hardware: HardwareReport, currency: str | None) -> list[str]:
     """The same for the cost of the hardware."""
     price = f"{plain(hardware.per_device_hour)} {currency or ''}".strip()
     rate = f"{plain(hardware.tokens_per_second)} tokens/s"
@@ -346,19 +301,3 @@ def hardware_assumptions(hardware: HardwareReport, currency: str | None) -> list
 def _percent(share: Decimal) -> str:
     percent = round(share * 100, 2)
     return f"{plain(percent or abs(percent))} %"
-
-
-def check_mixes(mixes: Sequence[Mix], models: set[str], find: Callable[[str], Savings | None]) -> Savings:
-    """What the tiers of the mixes save on the one model of the usage.
-
-    Raises:
-        QueryError: The usage is of several models with different measurements, or a tier was not measured.
-    """
-    found = {model: savings_of(mixes, model, find) for model in sorted(models) or [""]}
-    first, *others = found.values()
-    if any(other != first for other in others):
-        raise QueryError(
-            f"this usage is of {len(found)} models, whose tiers save different shares.",
-            hint="Name one measurement for all with --mix-from FILE.",
-        )
-    return first

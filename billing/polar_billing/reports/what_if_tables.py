@@ -1,4 +1,4 @@
-"""Answers to a report's questions as tables in the terminal, each with what it assumes. Computes nothing."""
+"""Other prices and mixes, hardware and energy as tables in the terminal, with what they assume. Computes nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.text import Text
 
 from polar_billing.reports import text
 from polar_billing.values.money import plain
+from polar_sdk.show.lines import printable
 from polar_sdk.show.tables import add_numbers, add_row, as_text, new_table
 
 if TYPE_CHECKING:
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from polar_billing.reports.amounts import Amounts, Unit
     from polar_billing.reports.hardware import HardwareReport
     from polar_billing.reports.report import Report
+    from polar_billing.reports.text import Amounts, Unit
     from polar_billing.reports.what_if import Scenario, WhatIf
 
 AS_CHARGED = "as charged"
 
 
 def what_if_view(report: Report, amounts: Amounts) -> Iterator[RenderableType]:
-    """Tables of what would have been, and of what the hardware costs; nothing where nothing was asked."""
+    """Tables of scenarios and of the cost of the hardware; nothing where nothing was asked."""
     answered = report.what_if
     if answered is None:
         return
@@ -41,6 +42,26 @@ def what_if_view(report: Report, amounts: Amounts) -> Iterator[RenderableType]:
     yield as_text("What these figures assume", "bold")
     for assumption in answered.assumptions:
         yield as_text(f"· {assumption}")
+    yield Text()
+
+
+def energy_view(report: Report) -> Iterator[RenderableType]:
+    """A table by tier and tenant and what it rests on; nothing where nothing was asked."""
+    energy = report.energy
+    if energy is None:
+        return
+    table = new_table(f"Energy, {energy.basis}: {text.rate(energy.kwh)} kWh", ["", "of"])
+    with_carbon = energy.carbon_grams is not None
+    add_numbers(table, "joules", *(["g CO2e"] if with_carbon else []))
+    for row in (*energy.by_tier, *energy.by_tenant):
+        kind, name = ("tier", text.tier_name(row.tier)) if row.tenant is None else ("tenant", row.tenant)
+        add_row(table, kind, name, text.money(row.joules), *([text.money(row.carbon_grams)] if with_carbon else []))
+    total = [text.money(energy.joules), *([text.money(energy.carbon_grams)] if with_carbon else [])]
+    add_row(table, "all", "", *total, style="bold")
+    yield table
+    if energy.joules_saved is not None:
+        yield as_text(f"At full depth it would have been {text.signed_money(energy.joules_saved)} joules more.")
+    yield as_text(energy.said)
     yield Text()
 
 
@@ -84,7 +105,7 @@ def _by_tenant(report: Report, answered: WhatIf, amounts: Amounts) -> Table:
     add_numbers(table, AS_CHARGED)
     for scenario in answered.scenarios:
         book, mix = name_of(scenario)
-        add_numbers(table, "\n".join([book, *mix.split(", ")]))
+        add_numbers(table, "\n".join(map(printable, (book, *mix.split(", ")))))  # a heading may have lines, a name none
     for place, tenant in enumerate(report.tenants):
         others = (_in(unit, scenario.tenants[place].charge, scenario, own) for scenario in answered.scenarios)
         add_row(table, tenant.tenant, unit.show(tenant.total), *others)

@@ -1,21 +1,31 @@
-"""The statements of a period, of one tenant or of all: issued ones as they are, and drafts where there is none.
+"""The statements of a period, of one tenant or of all, and what they would come to under another price book.
+
+    statements_of_period(ledger, tenant, …)    issued ones as they are, and drafts where there is none
+    reprice(ledger, tenant, period, book)      whole statements under two books, before prepaid credits
 
 Stores and books nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 
-from polar_billing.errors import QueryError, StoreDamagedError
+from polar_billing.errors import CurrencyMixError, QueryError, StoreDamagedError
 from polar_billing.ledger.books import books_in_force
 from polar_billing.ledger.records import AllTenants
-from polar_billing.ledger.schema import rollup_table, statement_table
-from polar_billing.statements.draft import draft_statement
+from polar_billing.ledger.schema import rollup_table, statement_table, usage_table
+from polar_billing.statements.books import book_for
+from polar_billing.statements.draft import Basis, compute_statement, draft_statement
 from polar_billing.statements.issue import issued_statements
+from polar_billing.statements.lines import bounds
+from polar_billing.statements.usage import SeqRange, last_seq
+from polar_billing.values.money import exact_sum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +47,27 @@ class StatementOfPeriod:
     book: PriceBook
     issued_at: datetime | None
     """UTC; None for a draft."""
+
+
+class Repriced(BaseModel):
+    """One tenant's usage under two books; `difference == other - charged`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tenant: str
+    requests: int
+    currency: str
+    price_book: str
+    charged: Decimal
+    """Under the book in force for the tenant, before prepaid credits. Unit: `currency`."""
+    other_price_book: str
+    other: Decimal
+    """Under the other book."""
+    difference: Decimal
+    unrated: Mapping[str, int]
+    """Reason → requests that the book in force has no price for."""
+    other_unrated: Mapping[str, int]
+    """The same for the other book; the two totals cover the same usage only where both are empty."""
 
 
 def statements_of_period(
@@ -107,3 +138,62 @@ def _draft(ledger: Ledger, tenant: str, period: Period, book: PriceBook | None) 
             in_force = {charging.content_hash: charging for charging in books_in_force(connection).values()}
         book = in_force[draft.price_book_hash]
     return StatementOfPeriod(draft, book, None)
+
+
+def reprice(ledger: Ledger, tenant: str | AllTenants, period: Period, book: PriceBook) -> list[Repriced]:
+    """Rate a period's usage by another book; both sides are whole statements before prepaid credits.
+
+    Args:
+        ledger: Where the usage is.
+        tenant: Whose, or `ALL_TENANTS`.
+        period: Half-open; needs both ends.
+        book: The other book.
+
+    Returns:
+        One row per tenant with usage in the period, by name.
+
+    Raises:
+        CurrencyMixError: The other book is in another currency.
+        PeriodError: The period has no beginning or no end.
+        PriceBookError: It is not clear which book a tenant was charged by.
+    """
+    with ledger.snapshot() as connection:
+        return [_reprice(connection, name, period, book) for name in _tenants_with_usage(connection, tenant, period)]
+
+
+def _tenants_with_usage(connection: Connection, tenant: str | AllTenants, period: Period) -> list[str]:
+    since, until = bounds(period)
+    usage = usage_table.c
+    query = select(usage.tenant).where(usage.started_at >= since, usage.started_at < until).distinct()
+    if not isinstance(tenant, AllTenants):
+        query = query.where(usage.tenant == tenant)
+    return sorted(connection.execute(query).scalars())
+
+
+def _reprice(connection: Connection, tenant: str, period: Period, other_book: PriceBook) -> Repriced:
+    seqs = SeqRange(last_seq(connection, tenant))
+    book = book_for(connection, tenant, period, seqs)
+    if book.currency != other_book.currency:
+        raise CurrencyMixError(
+            f"tenant {tenant!r} was charged in {book.currency}, and price book {other_book.id!r} is in "
+            f"{other_book.currency}.",
+            hint=f"Name a book in {book.currency}, or rate the usage alone with `polar report --prices FILE`.",
+        )
+
+    def under(rated_by: PriceBook) -> Statement:
+        return compute_statement(connection, Basis(tenant, period, rated_by, seqs.until), [], ())
+
+    charged, other = under(book), under(other_book)
+    decimals = max(charged.decimals, other.decimals)
+    return Repriced(
+        tenant=tenant,
+        requests=charged.requests,
+        currency=book.currency,
+        price_book=book.id,
+        charged=charged.total,
+        other_price_book=other_book.id,
+        other=other.total,
+        difference=exact_sum((other.total, charged.total.copy_negate()), decimals),
+        unrated=charged.unrated,
+        other_unrated=other.unrated,
+    )

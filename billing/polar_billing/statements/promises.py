@@ -8,7 +8,7 @@ Knows no database.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from polar_billing.errors import QueryError
 from polar_billing.prices.rating import ITEMS
@@ -18,7 +18,7 @@ from polar_billing.values.money import divide_half_even, from_scaled, plain, to_
 from polar_sdk.reading import parse_object, read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from polar_billing.prices.plans import Promise, Terms
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _PERCENT: Final = 100 * 10**6
 """The whole, in the units of a percentage with 6 decimals."""
+_TIER: Final = re.compile(r"router \((.+)\)")
+Figure = TypeVar("Figure")
 
 
 def service_credits(
@@ -87,29 +89,40 @@ def _share_of(tier: str, terms: Terms, used: Sequence[ExactLine], rated: Sequenc
     return own
 
 
-_TIER: Final = re.compile(r"router \((.+)\)")
-
-
 def evaluated_agreement(file: Path) -> dict[str, Agreement]:
     """Read an evaluation: tier → agreement over all of its prompts.
 
     Raises:
         QueryError: The file cannot be read, or was not written by `polar evaluate --json`.
     """
+
+    def agreement(_: str, prompts: int, system: dict[str, Any]) -> Agreement:
+        return Agreement(round(system["agreement"][0] * prompts), prompts)
+
+    return evaluated_tiers(file, agreement)
+
+
+def evaluated_tiers(file: Path, read: Callable[[str, int, dict[str, Any]], Figure]) -> dict[str, Figure]:
+    """Read one figure of each tier from an evaluation.
+
+    Args:
+        file: Written by `polar evaluate --json`.
+        read: Takes the tier, the number of prompts and what was measured.
+
+    Raises:
+        QueryError: The file cannot be read, or is not an evaluation.
+    """
     try:
         whole = parse_object(read_bytes(file))["sets"][0]
-        return dict(_tiers(whole))
+        prompts = int(whole["prompts"])
+        routed = (
+            (_TIER.fullmatch(system["name"]), system) for system in whole["systems"] if system["role"] == "router"
+        )
+        return {match[1]: read(match[1], prompts, system) for match, system in routed if match}
     except OSError as error:
         raise QueryError(f"{str(file)!r} cannot be read ({error.strerror}).", hint="Check its path.") from error
-    except (ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise QueryError(
             f"{str(file)!r} is not an evaluation ({type(error).__name__}: {error}).",
             hint="Write one with `polar evaluate --data FILE --json > evaluation.json`.",
         ) from error
-
-
-def _tiers(whole: dict[str, Any]) -> list[tuple[str, Agreement]]:
-    compared = int(whole["prompts"])
-    shares = {system["name"]: system["agreement"][0] for system in whole["systems"] if system["role"] == "router"}
-    tiers = ((_TIER.fullmatch(name), share) for name, share in shares.items())
-    return [(match[1], Agreement(round(share * compared), compared)) for match, share in tiers if match]

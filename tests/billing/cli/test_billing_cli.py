@@ -22,8 +22,8 @@ from polar_billing.errors import (
     StoreNotFoundError,
 )
 from polar_billing.metering.meter import Meter
-from polar_billing.reports.amounts import Amounts
 from polar_billing.reports.report import Report, build_report
+from polar_billing.reports.text import Amounts
 from polar_billing.reports.usage_tables import report_view
 from polar_billing.testing import usage_record
 from polar_sdk.errors import PolarError

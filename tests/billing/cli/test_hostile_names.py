@@ -147,7 +147,7 @@ def test_no_command_prints_names_as_they_are(hostile: Ledger, books: list[Path],
         checked("usage", *shown)
         checked("usage", "--by", "tenant", "--by", f"tag:{NAMES[0]}", "--by", "tag:team", "--by", "model", *shown)
         checked("report", *shown)
-        checked("report", "--compare", new, *shown)
+        checked("report", "--what-if", new, *shown)
         checked("reprice", "--book", new, *month, *shown)
         checked("budget", "show", *shown)
         checked("budget", "holds", *shown)

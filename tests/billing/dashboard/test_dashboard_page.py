@@ -23,8 +23,8 @@ from polar_billing.errors import PeriodError
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
-from polar_billing.reports.amounts import unit_for
 from polar_billing.reports.report import build_report
+from polar_billing.reports.text import unit_for
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period, Window
 from polar_sdk.usage import Outcome

@@ -11,8 +11,8 @@ import pytest
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
-from polar_billing.reports import bulk
-from polar_billing.reports.bulk import totals_by_tier
+from polar_billing.reports import tier_totals as bulk
+from polar_billing.reports.tier_totals import totals_by_tier
 from polar_billing.reports.totals import Rater, UsageTotals, accumulate
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period

@@ -18,8 +18,7 @@ from polar_billing.metering.energy import Interval, energy_counters, read_energy
 from polar_billing.metering.meter import Meter
 from polar_billing.reports.energy import EnergyBasis, read_energy, share_out
 from polar_billing.reports.html import report_html
-from polar_billing.reports.questions import Questions
-from polar_billing.reports.report import Report, build_report
+from polar_billing.reports.report import Questions, Report, build_report
 from polar_billing.reports.usage_tables import report_view
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period

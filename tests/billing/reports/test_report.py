@@ -11,9 +11,11 @@ import pytest
 
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.metering.meter import Meter
-from polar_billing.prices.book import PriceBook
+from polar_billing.prices.book import EXAMPLE_PLANS, PriceBook
 from polar_billing.reports.csv import report_csv
+from polar_billing.reports.html import report_html
 from polar_billing.reports.report import Report, build_report
+from polar_billing.statements.issue import issue_statement
 from polar_billing.testing import usage_record
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import Period
@@ -226,3 +228,19 @@ def test_a_tier_that_saves_nothing_costs_what_full_depth_costs(ledger: Ledger, t
     figures = build_report(ledger).tiers[0].figures
     assert figures.compute_units_saved == 0
     assert figures.charge_full_depth == figures.charge
+
+
+def test_issued_statements_are_in_the_report_of_their_period(ledger: Ledger) -> None:
+    meter, november = Meter(ledger, prices=PriceBook.example(EXAMPLE_PLANS)), Period.month("2026-11")
+    for tenant, tier in (("globex", "premium"), ("other", "standard")):
+        meter.emit(usage_record(tenant=tenant, tier=tier))
+    meter.close()
+    statement = issue_statement(ledger, "globex", november, now=datetime(2026, 12, 2, tzinfo=UTC)).statement
+    report = build_report(ledger, Selection(ALL_TENANTS, november))
+    assert {tenant.tenant: tenant.statements for tenant in report.tenants} == {"globex": (statement,), "other": ()}
+    assert Report.model_validate_json(report.model_dump_json()) == report
+    assert build_report(ledger, Selection("globex", november, "premium")).tenants[0].statements == ()
+    assert build_report(ledger, Selection("globex", Period.month("2026-11", "Asia/Tokyo"))).tenants[0].statements == ()
+    html = report_html(report)
+    assert statement.id in html
+    assert "minimum of growth" in html

@@ -16,11 +16,10 @@ from polar_billing.errors import QueryError
 from polar_billing.ledger.records import ALL_TENANTS, Entry, Selection
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
-from polar_billing.reports.amounts import Amounts, unit_for
 from polar_billing.reports.html import report_html
 from polar_billing.reports.promises import read_promises
-from polar_billing.reports.questions import Questions
-from polar_billing.reports.report import Report, build_report
+from polar_billing.reports.report import Questions, Report, build_report
+from polar_billing.reports.text import Amounts, unit_for
 from polar_billing.statements.draft import draft_statement
 from polar_billing.testing import usage_record
 from polar_billing.values.periods import Period

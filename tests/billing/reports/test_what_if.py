@@ -14,12 +14,11 @@ from polar_billing.errors import QueryError
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
-from polar_billing.reports.amounts import Amounts
 from polar_billing.reports.hardware import BusyTime, Hardware, read_hardware
 from polar_billing.reports.html import report_html
 from polar_billing.reports.mix import TierSaving, evaluated_savings, read_mix
-from polar_billing.reports.questions import Questions
-from polar_billing.reports.report import Report, build_report
+from polar_billing.reports.report import Questions, Report, build_report
+from polar_billing.reports.text import Amounts
 from polar_billing.reports.usage_tables import report_view
 from polar_billing.testing import usage_record
 from polar_billing.values.money import exact_sum
@@ -104,6 +103,26 @@ def test_another_book_charges_what_rating_by_it_does(filled: Ledger) -> None:
     assert scenario.difference == scenario.charge - report.total
     assert scenario.per_1000_requests == Decimal(1875)
     assert scenario.compute_units == report.figures.compute_units == 7
+
+
+def test_another_book_may_have_another_currency_and_lack_a_tier(filled: Ledger) -> None:
+    euros = book(OTHER.replace('"USD"', '"EUR"').replace("economy = 0.5, ", ""))
+    report = asked(filled, books=(euros,), hardware=Hardware(per_device_hour=Decimal(1), tokens_per_second=Decimal(9)))
+    assert report.what_if is not None
+    (scenario,) = report.what_if.scenarios
+    assert (scenario.currency, scenario.charge, scenario.unrated) == ("EUR", Decimal(6), 1)
+    assert [outcome.charge for outcome in scenario.tenants] == [Decimal(3), Decimal(3)]
+    assert {scenario.difference, scenario.hardware_cost, scenario.margin} == {None}
+    assert "6.000000 EUR" in report_html(report)
+    assert "has no price for 1 of these requests" in report_html(report)
+
+
+def test_another_book_rates_what_is_in_the_chosen_currency(filled: Ledger) -> None:
+    record, euros = usage_record("euro", tenant="euro", tier="standard"), book(BOOK.replace('"USD"', '"EUR"'))
+    filled.append(record, source="test", book=euros, rating=rate(record, euros))
+    report = build_report(filled, currency="USD", questions=Questions(books=(book(OTHER),)))
+    assert report.what_if is not None
+    assert report.what_if.scenarios[0].charge == Decimal("7.5")
 
 
 def test_a_mix_is_full_depth_less_what_was_measured_by_the_tiers_prices(filled: Ledger) -> None:

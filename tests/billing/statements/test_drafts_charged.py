@@ -80,5 +80,5 @@ def test_statement_line_report_and_proof_agree(tmp_path: Path, prices: PriceBook
         assert figures.charge == round(sum(costs), 6)
         with ledger.snapshot() as connection:
             (shown,) = Cost(Books()).of(connection, "acme", Period.month("2026-11"))
-        assert shown.summary.figures.charge == figures.charge
+        assert shown.figures.charge == figures.charge
         assert verify_ledger(ledger).sound
