@@ -28,7 +28,7 @@ def loaded_by(code: str) -> set[str]:
         "import polar_billing",
         "from polar_billing import *",
         "import polar_billing.metering.meter, polar_billing.cli",
-        "import polar_billing.reports.html, polar_billing.reports.charts",
+        "import polar_billing.reports.html",
     ],
 )
 def test_torch_and_frameworks_are_never_imported(code: str) -> None:

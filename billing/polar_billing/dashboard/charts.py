@@ -6,8 +6,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from polar_billing.reports import text
-from polar_billing.reports.charts import tier_kind
 from polar_billing.reports.depth import KINDS, LayerState
+from polar_billing.reports.html import tier_kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

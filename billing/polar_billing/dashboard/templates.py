@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.dashboard import charts
 from polar_billing.reports import text
-from polar_billing.reports.charts import ticks, tier_kind
 from polar_billing.reports.depth import WORDS, read_layers
-from polar_billing.reports.html import new_environment, read_template
+from polar_billing.reports.html import new_environment, read_template, ticks
 from polar_billing.reports.text import unit_for
 from polar_billing.values.money import exact_sum
 from polar_billing.values.periods import load_zone
@@ -246,12 +245,6 @@ def _clip(value: str, most: int) -> str:
 
 
 _FILTERS: Final[dict[str, Callable[..., Any]]] = {
-    "units": text.compute_units,
-    "count": text.count,
-    "share": text.share,
-    "tier": text.tier_name,
-    "tier_kind": tier_kind,
-    "outcomes": text.outcomes,
     "line": printable,
     "clip": _clip,
     "giga": lambda flops: f"{Decimal(flops) / 10**9:,.2f}",
