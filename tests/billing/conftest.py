@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sqlite3
 import warnings
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
@@ -16,14 +13,13 @@ import pytest
 from sqlalchemy import create_engine, inspect, make_url, text
 
 from polar_billing.ledger.ledger import Ledger
-from polar_billing.ledger.migrate import migrate
-from polar_billing.ledger.migrations.versions.v0001 import _POSTGRES
 from polar_billing.prices.book import PriceBook
 from polar_billing.prices.rating import rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from sqlalchemy import Connection
 
@@ -127,50 +123,6 @@ def _making(server: str) -> Iterator[Callable[..., str]]:
         yield make
     finally:
         _drop(server, made)
-
-
-OLD_LEDGER = Path(__file__).parent / "data" / "ledger_v3.sqlite3"
-"""Made by schema 3: all that a ledger can hold, three tenants, names and ids such as `beef` and `deadbeef00`."""
-
-
-@pytest.fixture(scope="session")
-def old_template(postgres_server: str) -> Iterator[str]:
-    """Name of a PostgreSQL database with the ledger of schema 3."""
-    name = f"polar_old_{os.getpid()}"
-    with Ledger(_create(postgres_server, name)) as ledger:
-        _copy_old_ledger(ledger)
-    yield name
-    _drop(postgres_server, [name])
-
-
-def _copy_old_ledger(ledger: Ledger) -> None:
-    with ledger.unprepared() as connection:
-        for statement in _POSTGRES:
-            connection.execute(text(statement))
-        connection.execute(text("INSERT INTO polar_schema VALUES (1, 0)"))
-    migrate(ledger, 3)
-    with closing(sqlite3.connect(OLD_LEDGER)) as source, ledger.unprepared() as connection, _unguarded(connection):
-        tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'polar!_%' ESCAPE '!'"
-        for (name,) in source.execute(tables).fetchall():
-            cursor = source.execute(f"SELECT * FROM {name}")
-            columns, rows = ", ".join(column for column, *_ in cursor.description), cursor.fetchall()
-            if rows and name not in {"polar_schema", "polar_alembic"}:
-                marks = ", ".join(["%s"] * len(rows[0]))
-                connection.exec_driver_sql(f"INSERT INTO {name} ({columns}) VALUES ({marks})", rows)
-        for name, last in source.execute("SELECT name, seq FROM sqlite_sequence").fetchall():
-            (key,) = inspect(connection).get_pk_constraint(name)["constrained_columns"]
-            connection.execute(text(f"SELECT setval('{name}_{key}_seq', {last})"))
-
-
-@pytest.fixture(params=["sqlite-file", "postgresql"])
-def old_ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
-    """A ledger that schema 3 made, on either store."""
-    if request.param == "postgresql":
-        url = request.getfixturevalue("new_postgres")(request.getfixturevalue("old_template"))
-    else:
-        url = str(shutil.copy(OLD_LEDGER, tmp_path / "old.sqlite3"))
-    with Ledger(url) as ledger:
-        yield ledger
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ and every invariant is checked, the money and the counts by SQL of our own.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import sqlite3
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from polar_billing.metering.spool import Spool, spool_folder
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.reports.query import usage_rows
 from polar_billing.testing import usage_record
-from polar_billing.values.canonical import content_hash
+from polar_billing.values.canonical import record_json
 from polar_billing.values.periods import Period
 from polar_sdk.errors import BudgetExceededError
 from polar_sdk.usage import Offer, Outcome, TokenUsage, UsageBound
@@ -521,9 +522,9 @@ class LedgerWorld:
 
 def _keys(use: Use) -> dict[tuple[str, str, str], UsageRecord]:
     """Under which ids a use may be stored, with what content: under its own, or one made of its content."""
-    keys = {(use.tenant, f"{_INTERRUPTED}{content_hash(mark)[:32]}", ""): mark for mark in use.marked}
+    keys = {(use.tenant, f"{_INTERRUPTED}{_digest(mark)[:32]}", ""): mark for mark in use.marked}
     if use.emitted is not None:
-        digest = content_hash(use.emitted)
+        digest = _digest(use.emitted)
         keys |= {(use.tenant, use.request_id, digest): use.emitted}
         keys |= {(use.tenant, f"{_REUSED}{digest[:32]}", ""): use.emitted}
     return keys
@@ -571,3 +572,7 @@ def _install() -> None:
 
     pairs = [*seams.replacements(), *disk.replacements(), (create_engine, database.make_engine)]
     seams.install([*pairs, *((module._changes, seams.ChangesOfProcess()) for module in (keeper, current))])
+
+
+def _digest(record: UsageRecord) -> str:
+    return hashlib.sha256(record_json(record)).hexdigest()

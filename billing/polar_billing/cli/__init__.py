@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polar_billing.cli import budget, energy, explain, export_billing, key, price, proof, statement, usage
+from polar_billing.cli import budget, energy, explain, export_billing, key, ledger, price, proof, statement, usage
 
 if TYPE_CHECKING:
     import typer
 
 
-_TOPICS = (usage, explain, proof, price, statement, export_billing, energy, budget, key)
+_TOPICS = (usage, explain, proof, ledger, price, statement, export_billing, energy, budget, key)
 
 
 def register(app: typer.Typer) -> None:

@@ -1,6 +1,6 @@
-"""The commands that prove and keep the ledger: `polar verify`, `receipt`, `prune` and `migrate`.
+"""The commands that prove the ledger: `polar verify` and `receipt`.
 
-Arguments in, text out; the work is done by `proof` and `ledger`.
+Arguments in, text out; the work is done by `proof`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("verify", epilog="Example: polar verify --ledger ledger.sqlite3")(verify)
     app.command("receipt", epilog="Example: polar receipt 0193e1a2 --tenant acme")(receipt)
-    app.command("prune", epilog="Example: polar prune --before 2026-01-01")(prune)
-    app.command("migrate", epilog="Example: polar migrate --ledger postgresql://polar@db/polar")(migrate)
 
 
 def verify(
@@ -98,46 +96,3 @@ def receipt(
 
     with opt.existing_ledger(ledger) as store, store.snapshot() as connection:
         opt.show_json(make_receipt(connection, tenant, request, source=source))
-
-
-def prune(
-    before: Annotated[str, typer.Option(help="Delete facts of requests served before this day.", metavar="DATE")],
-    ledger: opt.Ledger = None,
-    tenant: opt.Tenant = None,
-    zone: opt.Zone = "UTC",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
-) -> None:
-    """Delete the facts of old requests; hashes, receipts and totals stay, and `polar verify` still passes."""
-    from polar_billing.ledger.retention import prune as prune_tenant
-    from polar_billing.ledger.retention import tenants_before
-    from polar_billing.values.periods import Period
-
-    until = Period.between(None, before, zone).until
-    assert until is not None  # it was given
-    if not yes:
-        typer.confirm(f"Delete the facts of every request served before {until.isoformat()}?", abort=True)
-    with opt.existing_ledger(ledger) as store:
-        with store.snapshot() as connection:
-            tenants = tenants_before(connection, until) if tenant is None else [tenant]
-        for name in tenants:
-            with store.transaction() as connection:
-                pruned = prune_tenant(connection, name, until)
-            print_line(f"{name}: {pruned.requests:,} requests pruned.")
-        if not tenants:
-            print_line(f"Nothing was served before {until.isoformat()}.")
-
-
-def migrate(
-    ledger: opt.Ledger = None,
-    to: Annotated[int | None, typer.Option(help="Schema version; by default the newest.", metavar="VERSION")] = None,
-) -> None:
-    """Migrate a ledger of another polar-llm version to this one's schema, in one transaction; back it up first."""
-    from polar_billing.ledger.migrate import migrate as migrate_ledger
-    from polar_billing.ledger.schema import SCHEMA_VERSION
-
-    with opt.open_ledger(ledger, recover=False) as store:
-        before, after = migrate_ledger(store, SCHEMA_VERSION if to is None else to)
-        if before == after:
-            print_line(f"The ledger {store.location} already has schema version {after}.")
-        else:
-            print_line(f"The ledger {store.location} was migrated from schema version {before} to {after}.")

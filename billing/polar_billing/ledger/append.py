@@ -17,7 +17,6 @@ from polar_billing.errors import ConflictError
 from polar_billing.ledger import chain, hooks
 from polar_billing.ledger.books import missing_books, store_books
 from polar_billing.ledger.connection import Among, insert_rows
-from polar_billing.ledger.digests import digest_of_plain
 from polar_billing.ledger.records import (
     INTERRUPTED_TAG,
     REUSED_TAG,
@@ -198,7 +197,7 @@ def _write(connection: Connection, heads: dict[str, chain.Head], entries: Sequen
 
 def _link(usage: Sequence[Any], receipt: Sequence[Any]) -> chain.NewLink:
     seq, tenant = usage[:2]
-    digest = digest_of_plain(_SUBJECT, ((_USAGE_NAME, usage), (_RECEIPT_NAME, receipt)))
+    digest = chain.digest_of_plain(_SUBJECT, ((_USAGE_NAME, usage), (_RECEIPT_NAME, receipt)))
     return chain.NewLink(tenant, _SUBJECT, str(seq), digest)
 
 

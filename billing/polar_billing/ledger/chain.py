@@ -2,11 +2,15 @@
 
 For every chained row there is one link: number n of its tenant, the digest of the row (with the rows of other
 tables that belong to it), the hash of link n−1, and its own hash over all of that. So no stored value can change,
-vanish, appear or trade places unnoticed; `polar_billing.ledger.walk` walks it.
+vanish, appear or trade places unnoticed; `polar_billing.proof.chain_check` checks it.
 
-A chain that an older schema began goes on from an *anchor*: a row that says how many links were proved when the ledger
-was migrated, and the hash of the last of them. Links before the anchor's are of version 1, the anchor's and all after
-it of version 2; a chain without an anchor is of version 2 from its first link. So no link can choose its version.
+A digest is the SHA-256 over lines of JSON: `[1,subject]`, then two lines for the row and for each row of another table
+that belongs to it, `[table,[column, …]]` and `[value, …]`, in the order of the columns up to the last value that is not
+null. So a column added later, at the end and null in older rows, changes no digest. An integer is a number, text is a
+string, null is null, and a value of any other type is an object that names the type: bytes are `{"bytes":"beef"}`, a
+float is `{"float":"0x1.8p+0"}`. Rows that differ in nothing but a column's name, a value or its type never have the
+same form. A link is the SHA-256 over the hash before it, the digest of its row (32 bytes each) and
+`[1,tenant,number,subject,key]`. Both begin with the version of these rules.
 
 A row is linked as the last step of the write transaction that inserted it and its parts: `link(connection, table,
 key)`, for a table of `schema.CHAINED`. A transaction that also locks rows of its own takes `lock_heads` first, so that
@@ -15,13 +19,16 @@ two of them cannot wait for each other. Knows no money and no usage.
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sqlalchemy import func, literal_column, select
+from sqlalchemy import literal_column, select
 
 from polar_billing.ledger.connection import Among, insert_rows, upsert_rows
-from polar_billing.ledger.digests import CURRENT, ChainVersion, digest_of
-from polar_billing.ledger.schema import CHAINED, anchor_table, head_table, link_table, subject_of
+from polar_billing.ledger.schema import CHAINED, head_table, link_table, metadata, subject_of
+from polar_billing.values.canonical import canonical_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,13 +37,17 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.schema import Chained
 
+    Rows = Iterable[tuple[str, Sequence[Any]]]
+    """A row and then its parts: name of the table, values in the order of its columns."""
+
 
 FIRST_PREVIOUS: Final = bytes(32)
 """What the first link of a chain names as the previous hash."""
 
-ANCHOR: Final = subject_of(anchor_table)
-"""What links call an anchor."""
-
+_VERSION: Final = 1
+"""Of the rules of hashing, and the first number in all that is hashed."""
+_PLAIN: Final = frozenset({int, str, type(None)})
+"""Types that JSON tells apart by itself; integers of 64 bits."""
 _HEADS: Final = Among(select(head_table).order_by(head_table.c.tenant).with_for_update(), head_table.c.tenant)
 _MOVE_HEAD: Final = ("number = excluded.number", "hash = excluded.hash")
 _KEYS_BATCH: Final = 500
@@ -71,6 +82,59 @@ class Head(NamedTuple):
     hash: bytes = FIRST_PREVIOUS
 
 
+def digest_of(subject: str, rows: Rows) -> bytes:
+    """The digest of a row and its parts, whatever types the database returned.
+
+    Args:
+        subject: What links call the table.
+        rows: The row, then its parts.
+    """
+    rows = list(rows)
+    if all(_PLAIN.issuperset(map(type, values)) for _, values in rows):
+        with suppress(TypeError):  # an integer beyond JSON's range, which only an altered table returns
+            return digest_of_plain(subject, rows)
+    return digest_of_plain(subject, [(table, tuple(map(_typed_cell, values))) for table, values in rows])
+
+
+def digest_of_plain(subject: str, rows: Rows) -> bytes:
+    """The same for rows of 64-bit integers, text and None alone: those of usage that are about to be written."""
+    lines = [_kind(subject)]
+    for table, values in rows:
+        end = len(values)
+        while end and values[end - 1] is None:
+            end -= 1
+        lines.append(_names(table, end))
+        lines.append(canonical_json(values if end == len(values) else values[:end]))
+    return hashlib.sha256(b"\n".join(lines)).digest()
+
+
+def hash_of(tenant: str, number: int, subject: str, key: str, digest: bytes, previous: bytes) -> bytes:
+    """The hash of a link, over everything it says and the hash before it."""
+    return hashlib.sha256(previous + digest + canonical_json((_VERSION, tenant, number, subject, key))).digest()
+
+
+# A digest is made for every request that is stored, so what repeats is written once.
+@lru_cache(maxsize=64)
+def _kind(subject: str) -> bytes:
+    return canonical_json((_VERSION, subject))
+
+
+@lru_cache(maxsize=1024)
+def _names(table: str, end: int) -> bytes:
+    return canonical_json((table, list(map(str, metadata.tables[table].c.keys()))[:end]))
+
+
+def _typed_cell(value: Any) -> Any:
+    """A value whose JSON names its type, unless JSON has that type."""
+    if type(value) in _PLAIN and not (isinstance(value, int) and not -(2**63) <= value < 2**64):
+        return value
+    if isinstance(value, (bytes, memoryview)):
+        return {"bytes": value.hex()}
+    if isinstance(value, float):  # JSON has no infinity, and no float that is not also another number's text
+        return {"float": value.hex()}
+    return {type(value).__name__: repr(value)}  # no column declares such a type; an altered table may return it
+
+
 def link(connection: Connection, table: Table, key: int | str, heads: dict[str, Head] | None = None) -> None:
     """Append a stored row, with its parts, to the chain of its tenant.
 
@@ -87,12 +151,7 @@ def link(connection: Connection, table: Table, key: int | str, heads: dict[str, 
     append_links(connection, [NewLink(tenant, subject, str(key), digest_of(subject, rows))], heads)
 
 
-def append_links(
-    connection: Connection,
-    new: Sequence[NewLink],
-    heads: dict[str, Head] | None = None,
-    version: ChainVersion = CURRENT,
-) -> None:
+def append_links(connection: Connection, new: Sequence[NewLink], heads: dict[str, Head] | None = None) -> None:
     """Append rows to the chains of their tenants, in the order given.
 
     Args:
@@ -100,7 +159,6 @@ def append_links(
         new: What to append.
         heads: What `lock_heads` returned in this transaction for all their tenants; updated here. None to lock
             them now.
-        version: How they are hashed; only a migration to an older schema gives another.
     """
     heads = lock_heads(connection, {link.tenant for link in new}) if heads is None else heads
     ends: dict[str, tuple[int, bytes]] = {link.tenant: heads[link.tenant] for link in new}
@@ -108,7 +166,7 @@ def append_links(
     for tenant, subject, key, digest in new:
         last, previous = ends[tenant]
         number = last + 1
-        own = version.hash_of(tenant, number, subject, key, digest, previous)
+        own = hash_of(tenant, number, subject, key, digest, previous)
         ends[tenant] = (number, own)
         links.append((tenant, number, subject, key, digest, previous, own))
     insert_rows(connection, link_table, links)
@@ -131,21 +189,6 @@ def lock_heads(connection: Connection, tenants: Iterable[str]) -> dict[str, Head
         upsert_rows(connection, head_table, new, ())
         rows = _HEADS.run(connection, names).all()
     return dict.fromkeys(names, Head()) | {row.tenant: Head(row.number, bytes(row.hash)) for row in rows}
-
-
-def anchored_at(connection: Connection, tenant: str) -> int | None:
-    """The number of the anchor's link in a tenant's chain; None where all links are of version 2.
-
-    Where the link is gone, what the anchor says, so that those who tampered do not choose the version of other links.
-    """
-    links = select(func.min(link_table.c.number)).where(link_table.c.tenant == tenant, link_table.c.subject == ANCHOR)
-    number: int | None = connection.execute(links).scalar()
-    if number is not None:
-        return number
-    anchored: int | None = connection.execute(
-        select(anchor_table.c.links).where(anchor_table.c.tenant == tenant).limit(1)
-    ).scalar()
-    return None if anchored is None else anchored + 1
 
 
 def raw_rows(

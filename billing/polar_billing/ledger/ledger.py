@@ -34,6 +34,7 @@ from polar_billing.ledger.raw_usage import raw_usage_query
 from polar_billing.ledger.records import Entry, Selection, conditions, from_row
 from polar_billing.ledger.rollups import read_sums
 from polar_billing.ledger.schema import (
+    FIRST_VERSION,
     SCHEMA_VERSION,
     metadata,
     probe_table,
@@ -416,11 +417,19 @@ class Ledger:
 
     def _version(self, connection: Connection) -> int | None:
         version = self.stored_version(connection)
-        if version in {None, SCHEMA_VERSION}:
+        if version is None or version == SCHEMA_VERSION:
             return version
-        assert version is not None
-        older = version < SCHEMA_VERSION
-        raise SchemaVersionError(
+        raise self.wrong_version(version)
+
+    def wrong_version(self, version: int) -> SchemaVersionError:
+        """The error of a ledger of another schema version, which says what to do."""
+        if version < FIRST_VERSION:
+            hint = "Start a new one with --ledger or POLAR_LEDGER; the polar-llm that created this one still reads it."
+        elif version < SCHEMA_VERSION:
+            hint = "Back it up, then run `polar migrate`."
+        else:
+            hint = "Use the polar-llm version that created it."
+        return SchemaVersionError(
             f"ledger {self.location!r} has schema version {version}, not {SCHEMA_VERSION} as this polar-llm needs.",
-            hint="Back it up, then run `polar migrate`." if older else "Use the polar-llm version that created it.",
+            hint=hint,
         )

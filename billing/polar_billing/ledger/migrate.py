@@ -1,4 +1,4 @@
-"""Bring a ledger from one schema version to another, up or down, in one transaction, by the Alembic migrations.
+"""Bring a ledger of an earlier schema version to this one's, in one transaction, by the Alembic migrations.
 
 Which version a ledger has is what `polar_schema` says; Alembic's own table follows it. Knows no table of the ledger
 but that one.
@@ -6,12 +6,15 @@ but that one.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import insert
 
 from polar_billing.errors import MissingExtraError, SchemaVersionError
 from polar_billing.ledger.location import is_absent
-from polar_billing.ledger.schema import SCHEMA_VERSION
+from polar_billing.ledger.schema import FIRST_VERSION, SCHEMA_VERSION, version_table
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -19,25 +22,23 @@ if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
 
 
-def migrate(ledger: Ledger, to: int = SCHEMA_VERSION) -> tuple[int, int]:
-    """Bring a ledger to a schema version.
+MIGRATIONS: Final = str(resources.files("polar_billing.ledger") / "migrations")
+"""Folder of Alembic's scripts, one per version, by its number in four digits."""
+
+
+def migrate(ledger: Ledger) -> tuple[int, int]:
+    """Bring a ledger to this polar-llm's schema version.
 
     Args:
         ledger: One that exists.
-        to: The version, 1 to this polar-llm's own.
 
     Returns:
         The version before and the version after.
 
     Raises:
-        SchemaVersionError: A version that this polar-llm does not know, or that has no place for what is stored.
+        SchemaVersionError: There is no ledger, or its version has no way to this one.
         StoreError: The ledger cannot be written; it is as it was.
     """
-    if not 1 <= to <= SCHEMA_VERSION:
-        raise SchemaVersionError(
-            f"schema version {to} is unknown; this polar-llm knows versions 1 to {SCHEMA_VERSION}.",
-            hint="Use another version of polar-llm.",
-        )
     nothing = SchemaVersionError(f"ledger {ledger.location!r} holds nothing to migrate.", hint="Name another ledger.")
     if is_absent(ledger.url):
         raise nothing  # opening it would create it
@@ -45,19 +46,26 @@ def migrate(ledger: Ledger, to: int = SCHEMA_VERSION) -> tuple[int, int]:
         before = ledger.stored_version(connection)
         if before is None:
             raise nothing
-        if before > SCHEMA_VERSION:
-            raise SchemaVersionError(
-                f"ledger {ledger.location!r} has schema version {before}, newer than the "
-                f"{SCHEMA_VERSION} of this polar-llm.",
-                hint="Use the polar-llm version that created it.",
-            )
-        if before != to:
-            _run(connection, before, to)
+        if not FIRST_VERSION <= before <= SCHEMA_VERSION:
+            raise ledger.wrong_version(before)
+        if before != SCHEMA_VERSION:
+            upgrade(connection, f"{before:04d}", MIGRATIONS)
+            connection.execute(insert(version_table).values(version=SCHEMA_VERSION, applied_at=datetime.now(UTC)))
     ledger.close()
-    return before, to
+    return before, SCHEMA_VERSION
 
 
-def _run(connection: Connection, before: int, to: int) -> None:
+def upgrade(connection: Connection, revision: str, migrations: str) -> None:
+    """Run all migrations after a revision.
+
+    Args:
+        connection: A write transaction, which becomes durable as a whole or not at all.
+        revision: What the database is at, `base` for nothing.
+        migrations: Folder of Alembic's scripts.
+
+    Raises:
+        MissingExtraError: Alembic is not installed.
+    """
     try:
         from alembic import command
         from alembic.config import Config
@@ -67,9 +75,9 @@ def _run(connection: Connection, before: int, to: int) -> None:
             hint="Install the extra billing of polar-llm, in a clone: `pip install '.[billing]'`.",
         ) from error
     config = Config()
-    config.set_main_option("script_location", str(resources.files("polar_billing.ledger") / "migrations"))
+    config.set_main_option("script_location", migrations)
     config.set_main_option("path_separator", "os")
     attributes: dict[str, Any] = config.attributes
     attributes["connection"] = connection
-    command.stamp(config, f"{before:04d}", purge=True)
-    (command.upgrade if to > before else command.downgrade)(config, f"{to:04d}")
+    command.stamp(config, revision, purge=True)
+    command.upgrade(config, "head")

@@ -16,8 +16,7 @@ from sqlalchemy import and_, select
 from polar_billing.errors import QueryError
 from polar_billing.ledger.append import find_known
 from polar_billing.ledger.books import read_book
-from polar_billing.ledger.cells import well_typed
-from polar_billing.ledger.chain import Head, Link, raw_rows
+from polar_billing.ledger.chain import Head, Link, digest_of, hash_of, raw_rows
 from polar_billing.ledger.records import StoredUsage
 from polar_billing.ledger.schema import (
     CHAINED,
@@ -29,7 +28,8 @@ from polar_billing.ledger.schema import (
     usage_table,
 )
 from polar_billing.ledger.source import source_named
-from polar_billing.ledger.walk import Walk
+from polar_billing.proof.chain_check import ChainCheck
+from polar_billing.proof.column_types import well_typed
 from polar_billing.proof.verify import MALFORMED
 from polar_billing.values.money import STORED_SCALE, from_scaled
 from polar_sdk.usage import COMPUTE_UNIT_VERSION
@@ -207,16 +207,14 @@ def _shown(value: object) -> str:
 def _wrong_from(connection: Connection, tenant: str, number: int) -> str | None:
     """What is wrong with the request's row, or with the chain from its link to the head."""
     link = _link_at(connection, tenant, number)
-    walk = Walk(connection, tenant, {})
-    version = walk.version_of(number)
-    if version.hash_of(link.tenant, link.number, link.subject, link.key, link.digest, link.previous) != link.hash:
+    if hash_of(link.tenant, link.number, link.subject, link.key, link.digest, link.previous) != link.hash:
         return f"number {number} of the chain was changed."
     rows = raw_rows(connection, CHAINED[_SUBJECT], [int(link.key)]).get(link.key)
-    if rows is not None and version.digest_of(_SUBJECT, rows) != link.digest:
+    if rows is not None and digest_of(_SUBJECT, rows) != link.digest:
         return f"the request was changed after it was stored (number {number} of the chain)."
     head = connection.execute(select(head_table).where(head_table.c.tenant == tenant)).one_or_none()
     end = Head() if head is None else Head(head.number, bytes(head.hash))
-    fault = walk.first_fault(end, after=Head(link.number, link.hash))
+    fault = ChainCheck(connection, tenant, rows=False).first_fault(end, after=Head(link.number, link.hash))
     return None if fault is None else f"number {fault.number} of the chain {fault.what}"
 
 

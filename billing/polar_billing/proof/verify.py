@@ -3,7 +3,7 @@
 What it finds: any cell of another type than its column declares; any stored value changed, any row deleted, inserted or
 swapped with another, in every chained table and in the chain itself; entries that do not sum to zero; rollups that are
 not the sums of their usage. It names the first bad number of each tenant's chain. A row with a cell of another type is
-named and not read, so that the rest can be verified (`polar_billing.ledger.cells`).
+named and not read, so that the rest can be verified (`column_types`).
 
 What it cannot find by itself: a ledger that was rewritten as a whole, all hashes and heads recomputed, or rolled
 back as a whole to an earlier state, such as an old backup. For that, keep heads or receipts elsewhere and compare:
@@ -26,12 +26,10 @@ from sqlalchemy.exc import DataError
 from polar_billing.budgets.audit import wrong_counters, wrong_holds
 from polar_billing.budgets.settlement import with_budgets
 from polar_billing.errors import StoreDamagedError
-from polar_billing.ledger.cells import well_typed
 from polar_billing.ledger.chain import Head
 from polar_billing.ledger.retention import pruned_totals
 from polar_billing.ledger.rollups import merge, misfiled_rollups, raw_usage, stored_rollups, sum_up
 from polar_billing.ledger.schema import (
-    CHAINED,
     entry_table,
     head_table,
     link_table,
@@ -41,7 +39,8 @@ from polar_billing.ledger.schema import (
     statement_table,
     usage_table,
 )
-from polar_billing.ledger.walk import Walk, unlinked
+from polar_billing.proof.chain_check import ChainCheck, unlinked
+from polar_billing.proof.column_types import well_typed
 from polar_billing.statements.audit import recheck_in
 from polar_billing.statements.store import read_statements
 from polar_sdk.errors import PolarError
@@ -112,10 +111,10 @@ def verify_in(connection: Connection, tenant: str | None = None) -> Verification
         heads = {row.tenant: Head(row.number, bytes(row.hash)) for row in connection.execute(select(head_table))}
         tenants = set(heads) | set(connection.execute(select(link_table.c.tenant).distinct()).scalars())
         for name in sorted(tenants) if tenant is None else [tenant]:
-            walk = Walk(connection, name, CHAINED)
-            fault = walk.first_fault(heads.get(name, Head()))
+            chain = ChainCheck(connection, name)
+            fault = chain.first_fault(heads.get(name, Head()))
             verification.findings += [] if fault is None else [Finding(name, fault.number, fault.what)]
-            verification.links += walk.links
+            verification.links += chain.links
             verification.heads[name] = heads.get(name, Head())
         for what, check in _CHECKS.items() if of_all else ():
             verification.findings += _carried_out(connection, what, check)

@@ -12,7 +12,6 @@ from sqlalchemy import event
 
 from polar_billing.errors import (
     LedgerUrlError,
-    SchemaVersionError,
     StoreDamagedError,
     StoreError,
     StoreFullError,
@@ -95,7 +94,7 @@ def test_the_file_is_durable_and_checks_references(file: Path, raw: sqlite3.Conn
         "REPLACE INTO polar_price_book SELECT hash, id, '{}', stored_at FROM polar_price_book",
         "DELETE FROM polar_price_book",
         "UPDATE polar_schema SET version = 3",
-        "INSERT OR REPLACE INTO polar_schema VALUES (8, 0)",
+        "INSERT OR REPLACE INTO polar_schema VALUES (9, 0)",
     ],
 )
 def test_what_is_stored_cannot_be_changed_past_this_package(
@@ -205,15 +204,6 @@ def test_a_locked_ledger_is_told_and_can_be_tried_again(
         raw.execute("ROLLBACK")
         meter.emit(usage_record("second"))
     assert sorted(held(file)) == ["first", "second"]
-
-
-def test_a_ledger_of_another_version_is_left_alone(file: Path, raw: sqlite3.Connection) -> None:
-    raw.execute("INSERT INTO polar_schema VALUES (99, 0)")
-    with Ledger(str(file)) as ledger:
-        for act in (ledger.check, lambda: list(ledger.read(EVERYTHING))):
-            with pytest.raises(SchemaVersionError) as caught:
-                act()
-            assert_told(caught.value, str(file), "schema version 99, not 8")
 
 
 def test_a_ledger_removed_while_in_use_is_made_again(file: Path) -> None:

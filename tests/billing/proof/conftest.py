@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +16,6 @@ from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.ledger import Ledger
-from polar_billing.ledger.migrate import migrate
 from polar_billing.ledger.postings import Account, Line, post
 from polar_billing.ledger.retention import prune
 from polar_billing.metering.meter import Meter
@@ -32,28 +29,31 @@ from polar_sdk.usage import Offer, UsageBound
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NOON = datetime(2027, 4, 20, 12, tzinfo=UTC)
-PRUNED = datetime(2026, 10, 20, 12, tzinfo=UTC)
-"""The first use of the old ledger, which pruned what was served in the four days after it."""
+EARLIER, NOON = datetime(2026, 10, 20, 12, tzinfo=UTC), datetime(2027, 4, 20, 12, tzinfo=UTC)
 TENANTS = ("acme", "globex")
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def full_ledger(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
-    """A ledger with a bit of everything, from before its migration and from after it."""
+    """A ledger with a bit of everything: holds that expired, usage that was pruned or came late."""
     if request.param == "postgresql":
-        url = request.getfixturevalue("new_module_postgres")(request.getfixturevalue("old_template"))
+        url = request.getfixturevalue("new_module_postgres")(request.getfixturevalue("postgres_template"))
     else:
-        file = tmp_path_factory.mktemp("full") / "ledger.sqlite3"
-        url = str(shutil.copy(Path(__file__).parents[1] / "data" / "ledger_v3.sqlite3", file))
+        url = str(tmp_path_factory.mktemp("full") / "ledger.sqlite3")
     with Ledger(url) as ledger:
-        migrate(ledger)
-        fill(ledger)
+        fill(ledger, EARLIER)
+        Budgets(ledger, clock=lambda: NOON).expire()
+        Meter(ledger).emit_many(usage_record(f"late-{name}", tenant=name, started_at=EARLIER) for name in TENANTS)
+        fill(ledger, NOON)
+        with ledger.transaction() as connection:
+            for days in (6, 16):
+                for tenant in TENANTS:
+                    assert prune(connection, tenant, EARLIER + timedelta(days=days)).requests
         yield ledger
 
 
 def hold_and_use(meter: Meter, tenant: str, at: datetime) -> None:
-    """A settled hold, one that is released, and one that is open; those of the old ledger have expired."""
+    """A settled hold, one that is released, and one that is open."""
     tags = {"user": "ann"}
     offers = (Offer(tier="standard", program="0-5", flops_bound=1),)
     for request_id in (f"settled-{at}", f"released-{at}", f"open-{at}"):
@@ -74,39 +74,35 @@ def make_keys(ledger: Ledger, mark: str) -> None:
     replies.close()  # or it would renew the claims that are left
 
 
-def fill(ledger: Ledger) -> None:
+def fill(ledger: Ledger, noon: datetime) -> None:
     """Two rows or more in every chained table, of both tenants wherever that can be."""
-    book, mark = PriceBook.example(), f"{NOON:%Y-%m}"
+    book, mark = PriceBook.example(), f"{noon:%Y-%m}"
     for name in (f"other-{mark}", f"further-{mark}"):
         add_book(ledger, PriceBook.model_validate({**book.model_dump(), "id": name}), for_all=True)
-    meter = Meter(ledger, prices=book, sync=True)
+    meter = Meter(ledger, prices=book)
     meter.emit_many(
         usage_record(
             f"{mark}-{n}",
             tenant=TENANTS[n % 2],
-            started_at=NOON + timedelta(days=5 * n),
+            started_at=noon + timedelta(days=5 * n),
             output=50 + n,
             tags={"n": str(n)},
         )
         for n in range(6)
     )
-    meter.emit(usage_record(f"{mark}-unrated", tier="gold", started_at=NOON + timedelta(days=17)))
+    meter.emit(usage_record(f"{mark}-unrated", tier="gold", started_at=noon + timedelta(days=17)))
     for tenant in TENANTS:
         for money in (5, 6):
             Budgets(ledger).set(Budget(tenant, Decimal(money), "USD"))
-        hold_and_use(meter, tenant, NOON + timedelta(days=18))
+        hold_and_use(meter, tenant, noon + timedelta(days=18))
     with ledger.transaction() as connection:
         for tenant in TENANTS:
             for n in (1, 2):
                 lines = [Line(Account.CASH, Decimal(n), "USD"), Line(Account.RECEIVABLE, Decimal(-n), "USD")]
-                first = post(connection, tenant, "payment", f"{mark}-{n}", lines, NOON, note="paid")
-            post(connection, tenant, "correction", mark, lines[::-1], NOON, corrects=first)
+                first = post(connection, tenant, "payment", f"{mark}-{n}", lines, noon, note="paid")
+            post(connection, tenant, "correction", mark, lines[::-1], noon, corrects=first)
     make_keys(ledger, mark)
     for tenant in TENANTS:
-        for month in (mark, f"{NOON + timedelta(days=30):%Y-%m}"):
-            one = issue_statement(ledger, tenant, Period.month(month), now=NOON + timedelta(days=90)).statement
+        for month in (mark, f"{noon + timedelta(days=30):%Y-%m}"):
+            one = issue_statement(ledger, tenant, Period.month(month), now=noon + timedelta(days=90)).statement
             credit_note(ledger, tenant, one.id, one.total, reason="sorry", reference=month)
-    with ledger.transaction() as connection:
-        for days in (7, 8):
-            for tenant in TENANTS:
-                prune(connection, tenant, PRUNED + timedelta(days=days))

@@ -19,10 +19,9 @@ from polar_billing.budgets.budget import Budget
 from polar_billing.budgets.keeper import Budgets
 from polar_billing.ledger.books import add_book
 from polar_billing.ledger.chain import Head
-from polar_billing.ledger.schema import CHAINED
-from polar_billing.ledger.walk import Walk
 from polar_billing.metering.meter import Meter
 from polar_billing.prices.book import PriceBook
+from polar_billing.proof.chain_check import ChainCheck
 from polar_billing.proof.verify import verify_in, verify_ledger
 from polar_billing.statements.credit_notes import credit_note
 from polar_billing.statements.issue import issue_statement
@@ -87,7 +86,7 @@ def test_a_value_in_disguise_is_found_by_its_type_and_by_its_hash(
             findings = [str(finding) for finding in verify_in(connection).findings]
             assert any(f"column {column} of row" in finding and table in finding for finding in findings), findings
             faults = [
-                Walk(connection, tenant, CHAINED).first_fault(Head(number, bytes(hash_)))
+                ChainCheck(connection, tenant).first_fault(Head(number, bytes(hash_)))
                 for tenant, number, hash_ in connection.execute(text("SELECT * FROM polar_chain_head")).all()
             ]
             assert any(fault is not None and f"of {table}" in fault.what for fault in faults), faults

@@ -1,1 +1,1 @@
-"""Alembic migrations of the ledger's schema, from the first released version on."""
+"""Alembic migrations of the ledger's schema."""

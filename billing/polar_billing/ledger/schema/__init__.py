@@ -1,4 +1,4 @@
-"""The ledger's tables, version 8, on one metadata, which of them are chained, and the triggers that forbid changes.
+"""The ledger's tables on one metadata, which of them are chained, and the triggers that forbid changes.
 
 `usage` facts, receipts, price books, sums, retention · `ledger` the hash chain and double entry · `budgets` budgets and
 holds · `statements` what was issued · `access` API keys, replies and rates. A new table belongs in one of them or in a
@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Final
 
 from polar_billing.ledger.schema.access import api_key_table, rate_table, reply_table, running_table
-from polar_billing.ledger.schema.base import NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
+from polar_billing.ledger.schema.base import FIRST_VERSION, NO_TENANT, SCHEMA_VERSION, Chained, metadata, subject_of
 from polar_billing.ledger.schema.budgets import budget_table, clock_table, counter_table, hold_table
-from polar_billing.ledger.schema.ledger import anchor_table, entry_table, head_table, link_table, transaction_table
+from polar_billing.ledger.schema.ledger import entry_table, head_table, link_table, transaction_table
 from polar_billing.ledger.schema.statements import credit_note_table, statement_table
 from polar_billing.ledger.schema.usage import (
     ROLLUP_KEYS,
@@ -30,12 +30,12 @@ from polar_billing.ledger.schema.usage import (
 
 __all__ = [
     "CHAINED",
+    "FIRST_VERSION",
     "NO_TENANT",
     "ROLLUP_KEYS",
     "ROLLUP_QUANTITIES",
     "SCHEMA_VERSION",
     "Chained",
-    "anchor_table",
     "api_key_table",
     "budget_table",
     "clock_table",
@@ -74,7 +74,6 @@ CHAINED: Final = {
         Chained(budget_table),
         Chained(statement_table),
         Chained(credit_note_table),
-        Chained(anchor_table),
         Chained(api_key_table),
     )
 }

@@ -117,11 +117,11 @@ def _meaningless(text: str, wanted: str) -> StoreDamagedError:
     return StoreDamagedError(f"the ledger holds {shown(text)}, which is no {wanted}.", hint="Run `polar verify`.")
 
 
-SCHEMA_VERSION: Final = 8
-"""Version 1: facts and receipts. Version 2: hash chain, double entry, retention, rollups and all that rests on them.
-Version 3: which price books were put in force. Version 4: where older links end in a chain of version 2. Version 5:
-filled visits. Version 6: holds that are renewed, and the clock by which they expire. Version 7:
-API keys, and replies to repeated requests. Version 8: drafts, and what keys have used of their limits."""
+SCHEMA_VERSION: Final = 9
+"""Of these tables; rises with every migration."""
+
+FIRST_VERSION: Final = 9
+"""The version that migrations begin with. Those before it were drafts, whose ledgers are refused."""
 
 metadata: Final = MetaData()
 

@@ -113,31 +113,20 @@ clock_table: Final = Table(
 
 append_only(budget_table, same_row="seq = NEW.seq")
 
-_ONCE: Final = "polar_hold is resolved once"
 _KEPT: Final = [column.name for column in hold_table.c if column.name != "expires_at"]
 
 
-def hold_triggers(dialect: str) -> dict[str, str]:
-    """The triggers of holds, name → definition: a hold is renewed while it is held, resolved once, and then kept."""
-    same = "IS" if dialect == "sqlite" else "IS NOT DISTINCT FROM"
+def _renew_then_resolve_once(dialect: str, same: str, when: str, refuse: str) -> None:
+    """Attach the triggers of holds: a hold is renewed while it is held, resolved once, and then kept."""
     renewed = " AND ".join(f"NEW.{name} {same} OLD.{name}" for name in _KEPT)
-    rules = {
-        "update": "OLD.state <> 'held' OR NEW.cost_bound <> OLD.cost_bound "
-        f"OR (NEW.state = 'held' AND NOT ({renewed}))",
-        "delete": "OLD.state = 'held'",
-    }
-    then = {
-        "sqlite": f"BEGIN SELECT RAISE(ABORT, '{_ONCE}'); END",
-        "postgresql": "EXECUTE FUNCTION polar_refuse_change()",
-    }[dialect]
-    when = "WHEN {}" if dialect == "sqlite" else "FOR EACH ROW WHEN ({})"
-    return {
-        (name := f"polar_hold_once_{verb}"): f"CREATE TRIGGER {name} BEFORE {verb.upper()} ON polar_hold "
-        f"{when.format(rule)} {then}"
-        for verb, rule in rules.items()
-    }
+    changed = f"NEW.cost_bound <> OLD.cost_bound OR (NEW.state = 'held' AND NOT ({renewed}))"
+    rules = {"update": f"OLD.state <> 'held' OR {changed}", "delete": "OLD.state = 'held'"}
+    for verb, rule in rules.items():
+        trigger = f"CREATE TRIGGER polar_hold_once_{verb} BEFORE {verb.upper()} ON polar_hold"
+        on_create(hold_table, dialect, f"{trigger} {when.format(rule)} {refuse}")
 
 
-for _dialect in ("sqlite", "postgresql"):
-    for _trigger in hold_triggers(_dialect).values():
-        on_create(hold_table, _dialect, _trigger)
+_renew_then_resolve_once("sqlite", "IS", "WHEN {}", "BEGIN SELECT RAISE(ABORT, 'polar_hold is resolved once'); END")
+_renew_then_resolve_once(
+    "postgresql", "IS NOT DISTINCT FROM", "FOR EACH ROW WHEN ({})", "EXECUTE FUNCTION polar_refuse_change()"
+)

@@ -1,15 +1,13 @@
 """The hash chain and double entry.
 
-* `polar_chain_link`   one link per chained row, numbered per tenant: what it stands for (table and key), digest of that
-                       row, previous hash, own hash
-* `polar_chain_head`   the last number and hash of each tenant; it moves forward only
-* `polar_chain_anchor` one row per chain that schema 2 or 3 began: how many links were proved when the ledger was
-                       migrated, and the hash of the last; itself the first link of version 2; since version 4
-* `polar_transaction`  one row per transaction, of two or more entries that sum to zero per currency
-* `polar_entry`        one row per entry
+* `polar_chain_link`  one link per chained row, numbered per tenant: what it stands for (table and key), digest of that
+                      row, previous hash, own hash
+* `polar_chain_head`  the last number and hash of each tenant; it moves forward only
+* `polar_transaction` one row per transaction, of two or more entries that sum to zero per currency
+* `polar_entry`       one row per entry
 
 A link outlives its row: retention deletes rows and keeps links. The tenant of rows that belong to no tenant, such as
-price books, is the empty text. How hashes are computed is `polar_billing.ledger.digests`'s to know.
+price books, is the empty text. How hashes are computed says `polar_billing.ledger.chain`.
 
 An amount is kept as whole currency units and a rest of 10^-12 units, both with the sign of the amount, so that neither
 a single entry nor a SUM over many can leave the 64 bits of a column. Balances are not stored; they are sums over
@@ -92,22 +90,8 @@ entry_table: Final = Table(
     Index("polar_entry_by_account", "tenant", "account", "currency"),
 )
 
-anchor_table: Final = Table(
-    "polar_chain_anchor",
-    metadata,
-    Column("id", SERIAL, primary_key=True),
-    Column("tenant", String(200), nullable=False),
-    Column("version", Integer, nullable=False),  # of the links before the anchor's own
-    count("links"),  # so many of them were proved when the ledger was migrated
-    Column("head", LargeBinary(32), nullable=False),  # hash of the last of them
-    Column("anchored_at", UtcMicroseconds, nullable=False),
-    UniqueConstraint("tenant", name="polar_chain_anchor_once"),
-    sqlite_autoincrement=True,
-)
-
 append_only(link_table, same_row=None)  # a link put in another's place breaks the chain, which `verify` finds
 refuse_going_back(head_table, "number")
-append_only(anchor_table, same_row="id = NEW.id OR tenant = NEW.tenant")
 append_only(
     transaction_table,
     same_row="id = NEW.id OR (tenant = NEW.tenant AND kind = NEW.kind AND reference = NEW.reference)",

@@ -73,7 +73,6 @@ PROVED: Final[dict[str, tuple[Declared, ...]]] = {
     ),
     "polar_chain_link": _chained("tenant number subject key digest previous hash"),
     "polar_chain_head": _chained("tenant number hash"),
-    "polar_chain_anchor": _chained("id tenant version links head anchored_at"),
     "polar_transaction": _chained("id tenant kind reference effective_at booked_at corrects note"),
     "polar_entry": _chained("transaction_id line tenant account currency whole rest"),
     "polar_budget": _chained(

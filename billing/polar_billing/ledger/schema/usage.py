@@ -2,7 +2,7 @@
 
 * `polar_schema`          which versions of these tables the database has had
 * `polar_price_book`      every price book that ever rated a request, whole, by content hash
-* `polar_price_in_force`  one row each time a book, or a revision of one, was put in force; since version 3
+* `polar_price_in_force`  one row each time a book, or a revision of one, was put in force
 * `polar_usage`           one row per request: facts only, no prices
 * `polar_receipt`         what the caller was told a request costs, and by which book
 * `polar_usage_hour`      usage summed up by hour: a cache that makes queries quick, and that `verify` recomputes
@@ -112,9 +112,9 @@ usage_table: Final = Table(
     count("queue_ns"),
     count("prefill_ns"),
     count("decode_ns"),
-    Column("loops_stopped", BigInteger, nullable=False, server_default="0"),  # since version 2
-    Column("visits_prefill_filled", IntegerList),  # since version 5; null where nothing was filled
-    Column("tokens_drafted", BigInteger),  # since version 8, these three; null where nothing was drafted
+    count("loops_stopped"),
+    Column("visits_prefill_filled", IntegerList),  # null where nothing was filled
+    Column("tokens_drafted", BigInteger),  # these three are null where nothing was drafted
     Column("tokens_accepted", BigInteger),
     Column("flops_drafts", BigInteger),
     UniqueConstraint("tenant", "source", "request_id", name="polar_usage_once"),

@@ -1,9 +1,4 @@
-"""A walk over a chain, link by link and row by row, up to the first that is not as it was written.
-
-Each link is proved by the rule of its version: before the anchor of the chain by version 1, from there on by version 2
-(`polar_billing.ledger.chain`). `polar_billing.proof` walks whole ledgers; a migration walks what it is about to anchor.
-Knows no money.
-"""
+"""Checks chains, link by link and row by row, up to the first that is not as it was written. Knows no money."""
 
 from __future__ import annotations
 
@@ -12,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import String, and_, cast, exists, func, select
 
-from polar_billing.ledger.chain import ANCHOR, FIRST_PREVIOUS, Head, Link, anchored_at, raw_rows
-from polar_billing.ledger.digests import CURRENT, FIRST, ChainVersion
+from polar_billing.ledger.chain import Head, Link, digest_of, hash_of, raw_rows
 from polar_billing.ledger.schema import CHAINED, link_table, pruned_table, subject_of, usage_table
 
 if TYPE_CHECKING:
@@ -41,27 +35,20 @@ class Fault:
     what: str
 
 
-class Walk:
-    """A walk over the chain of one tenant.
+class ChainCheck:
+    """A check of the chain of one tenant.
 
     Args:
-        connection: A transaction that sees one state of the ledger, its cells checked (`polar_billing.ledger.cells`).
+        connection: A transaction that sees one state of the ledger, its cells checked (`proof.column_types`).
         tenant: Whose chain.
-        chained: The tables whose rows are looked at, by subject; empty to look at links alone.
-        all_first: True for a ledger of an older schema, whose links are all of version 1.
+        rows: Whether each link's row is looked at as well; False for links alone.
     """
 
-    def __init__(
-        self, connection: Connection, tenant: str, chained: Mapping[str, Chained], *, all_first: bool = False
-    ) -> None:
-        self.connection, self.tenant, self.chained, self.all_first = connection, tenant, chained, all_first
-        self.anchor = None if all_first else anchored_at(connection, tenant)
+    def __init__(self, connection: Connection, tenant: str, *, rows: bool = True) -> None:
+        self.connection, self.tenant = connection, tenant
+        self._chained: Mapping[str, Chained] = CHAINED if rows else {}
         self.links = 0
         """Links that are as they were written."""
-
-    def version_of(self, number: int) -> ChainVersion:
-        """How the link of a number is hashed; the link itself has no say in it."""
-        return FIRST if self.all_first or (self.anchor is not None and number < self.anchor) else CURRENT
 
     def first_fault(self, head: Head, after: Head | None = None) -> Fault | None:
         """Walk up to the first bad number.
@@ -74,9 +61,7 @@ class Walk:
         for links in self._pages(after):
             rows = self._rows_of(links)
             for link in links:
-                what = (
-                    self._wrong_link(link, last) or self._wrong_row(link, rows) or self._wrong_anchor(link, last, rows)
-                )
+                what = _wrong_link(link, last) or self._wrong_row(link, rows)
                 if what is not None:
                     return Fault(self.tenant, min(link.number, last.number + 1), what)
                 last = Head(link.number, link.hash)
@@ -102,64 +87,49 @@ class Walk:
             yield links
             last = links[-1].number
 
-    def _wrong_link(self, link: Link, last: Head) -> str | None:
-        if link.number != last.number + 1:
-            return f"is missing or out of order; number {link.number} follows number {last.number}."
-        if link.previous != (last.hash if last.number else FIRST_PREVIOUS):
-            return "does not follow from the link before it."
-        if (link.subject == ANCHOR) != (link.number == self.anchor):
-            return "is an anchor where there can be none, or none where the anchor says that it is."
-        hashed = (link.tenant, link.number, link.subject, link.key, link.digest, link.previous)
-        version = self.version_of(link.number)
-        if version.hash_of(*hashed) == link.hash:
-            return None
-        if version is CURRENT and FIRST.hash_of(*hashed) == link.hash:
-            return (
-                "is hashed by version 1, as before the migration; an older polar-llm went on writing, or it is forged."
-            )
-        return "was changed; its hash is not that of its content."
-
     def _rows_of(self, links: Sequence[Link]) -> Rows:
         rows_by_link: Rows = {}
-        for subject, chained in self.chained.items():
+        for subject, chained in self._chained.items():
             keys = [key for link in links if link.subject == subject and (key := chained.key_of(link.key)) is not None]
             for key, rows in raw_rows(self.connection, chained, keys).items():
                 rows_by_link[subject, key] = rows
         return rows_by_link
 
     def _wrong_row(self, link: Link, rows: Rows) -> str | None:
-        if link.subject not in self.chained:
+        if link.subject not in self._chained:
             what = f"is of a kind that this polar-llm does not know, {link.subject!r}."
-            return what if self.chained else None
+            return what if self._chained else None
         stored = rows.get((link.subject, link.key))
         name = f"row {link.key} of polar_{link.subject}"
         if stored is None:
             return None if self._was_pruned(link) else f"{name} is missing."
-        if self.version_of(link.number).digest_of(link.subject, stored) != link.digest:
+        if digest_of(link.subject, stored) != link.digest:
             return f"{name}, or a row that belongs to it, was changed, added or removed."
-        if self.chained[link.subject].tenant_of(stored[0][1]) != link.tenant:
+        if CHAINED[link.subject].tenant_of(stored[0][1]) != link.tenant:
             return f"{name} is of another tenant."
         return None
 
-    def _wrong_anchor(self, link: Link, last: Head, rows: Rows) -> str | None:
-        if link.number != self.anchor or not self.chained:
-            return None
-        ((_, values),) = rows[link.subject, link.key]
-        _id, _tenant, version, links, head, _at = values
-        agrees = (version, links, bytes(head)) == (1, last.number, last.hash)
-        return None if agrees else "is an anchor of other links than those before it."
-
     def _was_pruned(self, link: Link) -> bool:
-        if link.subject != _USAGE or (key := self.chained[_USAGE].key_of(link.key)) is None:
+        if link.subject != _USAGE or (key := CHAINED[_USAGE].key_of(link.key)) is None:
             return False
         pruned = pruned_table.c
         query = select(pruned.seq).where(pruned.seq == key, pruned.tenant == link.tenant)
         return self.connection.execute(query).first() is not None
 
 
-def unlinked(connection: Connection, chained: Mapping[str, Chained] = CHAINED) -> Iterator[Fault]:
+def _wrong_link(link: Link, last: Head) -> str | None:
+    if link.number != last.number + 1:
+        return f"is missing or out of order; number {link.number} follows number {last.number}."
+    if link.previous != last.hash:
+        return "does not follow from the link before it."
+    if hash_of(link.tenant, link.number, link.subject, link.key, link.digest, link.previous) != link.hash:
+        return "was changed; its hash is not that of its content."
+    return None
+
+
+def unlinked(connection: Connection) -> Iterator[Fault]:
     """Rows of chained tables that no link stands for, and parts that belong to no row."""
-    for subject, one in chained.items():
+    for subject, one in CHAINED.items():
         key = one.table.c[one.key]
         linked = exists().where(link_table.c.subject == subject, link_table.c.key == cast(key, String))
         for row in connection.execute(_keys_with_tenant(one, key).where(~linked).order_by(key).limit(1)):
