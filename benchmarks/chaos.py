@@ -76,7 +76,7 @@ def _serve(tiny: PolarModel, told: dict[str, Any]) -> None:
     from polar_billing.metering.meter import Meter
     from polar_sdk import PolarModel
     from polar_server import Settings, build
-    from polar_server.uvicorn_server import UvicornServer
+    from polar_server.deployment.uvicorn_server import UvicornServer
 
     def say(said: str, **facts: int) -> None:
         print(json.dumps({"pid": os.getpid(), "slot": told["slot"], "said": said, **facts}), flush=True)

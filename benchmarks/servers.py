@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from benchmarks.chaos import free_port
 from polar_server import Settings, build
-from polar_server.uvicorn_server import UvicornServer
+from polar_server.deployment.uvicorn_server import UvicornServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -14,16 +14,16 @@ from starlette.routing import Route
 from polar_sdk import __version__
 from polar_sdk.engine import ENGINE_VERSION
 from polar_server import openapi
-from polar_server.account import Quote, ReceiptOf, Usage
-from polar_server.endpoint import Endpoint
-from polar_server.exchange import Exchange, send_bytes, send_json
-from polar_server.front import Front, unrouted
-from polar_server.metrics import CONTENT_TYPE
+from polar_server.endpoints.account import Quote, ReceiptOf, Usage
+from polar_server.endpoints.answer import Endpoint
+from polar_server.http.exchange import Exchange, send_bytes, send_json
+from polar_server.http.front import Front, unrouted
+from polar_server.http.pages import page_routes
 from polar_server.openai import chat, completions, responses
 from polar_server.openai.choices import ChoiceWriter
 from polar_server.openai.response_writer import ResponseWriter
-from polar_server.pages import page_routes
 from polar_server.server import Server
+from polar_server.telemetry.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

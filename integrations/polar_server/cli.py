@@ -14,7 +14,7 @@ from polar_sdk.errors import InvalidRequestError, MissingExtraError
 from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
-    from polar_server.launch import Launch
+    from polar_server.deployment.launch import Launch
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 
@@ -78,7 +78,7 @@ def serve(
 ) -> None:
     """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second one does not."""
     try:
-        from polar_server.launch import Launch, backends_of
+        from polar_server.deployment.launch import Launch, backends_of
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
     if not on_ray and (replicas is not None or write_config is not None):
@@ -115,8 +115,8 @@ def serve(
 def _serve_here(launch: Launch, port: int) -> None:
     try:
         from polar_server.app import build
-        from polar_server.log import log_as_json
-        from polar_server.uvicorn_server import UvicornServer
+        from polar_server.deployment.launch import log_as_json
+        from polar_server.deployment.uvicorn_server import UvicornServer
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
     log_as_json()
@@ -133,7 +133,7 @@ def _serve_on_ray(
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside any other work, replicas starve
     try:
-        from polar_server import ray_serve
+        from polar_server.deployment import ray_serve
     except ModuleNotFoundError as error:
         raise _missing(error, "ray") from error
     wanted = ray_serve.Replicas.of(replicas, cpus=cpus, gpus=gpus)
@@ -169,10 +169,10 @@ def dashboard(
 ) -> None:
     """Show the operations page of a ledger in the browser; needs no server and no model, and changes nothing."""
     try:
-        from polar_server.access import find_access
-        from polar_server.pages import build_pages, find_pages
+        from polar_server.access.keys import find_access
+        from polar_server.deployment.uvicorn_server import PlainServer
+        from polar_server.http.pages import build_pages, find_pages
         from polar_server.settings import is_open
-        from polar_server.uvicorn_server import PlainServer
     except ModuleNotFoundError as error:
         raise _missing(error, "server", "polar dashboard") from error
     keys = None if is_open(host, require_keys, "see this page") else find_access(ledger).keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from polar_server import account
+from polar_server.endpoints import account
 from polar_server.openai import chat, completions, responses
 
 if TYPE_CHECKING:

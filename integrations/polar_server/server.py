@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Final
 from polar_sdk.errors import PolarError
 from polar_sdk.request import recorder
 from polar_sdk.serving.threads import run_in_thread
-from polar_server.access import KeyGuard
+from polar_server.access.keys import KeyGuard
+from polar_server.access.limits import Limits
+from polar_server.access.replies import MemoryReplies
 from polar_server.answers import Answers
-from polar_server.catalog import Catalog
-from polar_server.limits import Limits
-from polar_server.live import LiveEngine
-from polar_server.metrics import Metrics
 from polar_server.openai.calls import Caller, Rules
+from polar_server.openai.catalog import Catalog
 from polar_server.openai.logprobs import TokenBytes
-from polar_server.replies import MemoryReplies
-from polar_server.traces import Traces
+from polar_server.telemetry.live import LiveEngine
+from polar_server.telemetry.metrics import Metrics
+from polar_server.telemetry.traces import Traces
 from polar_server.upstream.tiers import Tiers
 from polar_server.watched_sink import WatchedSink
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from polar_server.access.replies import ReplyStore
     from polar_server.answers import Answer
-    from polar_server.exchange import Exchange
+    from polar_server.http.exchange import Exchange
     from polar_server.openai.calls import Call
-    from polar_server.replies import ReplyStore
     from polar_server.settings import Settings
 
 _log: Final = logging.getLogger("polar_server")

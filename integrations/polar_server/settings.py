@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from polar_sdk import PolarModel
-    from polar_server.access import AccountStore, KeyStore
-    from polar_server.limits import RateStore
-    from polar_server.pages import PageStore
-    from polar_server.replies import ReplyStore
-    from polar_server.traces import Telemetry
+    from polar_server.access.keys import AccountStore, KeyStore
+    from polar_server.access.limits import RateStore
+    from polar_server.access.replies import ReplyStore
+    from polar_server.http.pages import PageStore
+    from polar_server.telemetry.traces import Telemetry
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 MAX_BODY_BYTES: Final = 4 * 2**20

@@ -28,7 +28,7 @@ class Tier(Protocol):
 
 
 class Live(Protocol):
-    """One look at a running engine; see `polar_server.live`."""
+    """One look at a running engine; see `polar_server.telemetry.live`."""
 
     @property
     def model(self) -> str:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.request.options import Prompt, RequestOptions
     from polar_server.answers import Ask
-    from polar_server.catalog import Catalog
+    from polar_server.openai.catalog import Catalog
 
 _INT64: Final = 2**63
 RESERVED_TAGS: Final = ("key", "polar.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from uuid import uuid4
 
 from polar_server.errors import api_error
-from polar_server.exchange import packed_json
+from polar_server.http.exchange import packed_json
 from polar_server.openai.logprobs import Entry, ShownTokens, all_shown, prompt_entries
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from polar_sdk.request.admission import DOWNGRADED_TAG
 if TYPE_CHECKING:
     from polar_sdk import PolarModel, UsageRecord
     from polar_server.answers import Answer
-    from polar_server.exchange import Exchange
+    from polar_server.http.exchange import Exchange
     from polar_server.openai.calls import Call
     from polar_server.openai.logprobs import TokenBytes
 

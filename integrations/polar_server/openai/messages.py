@@ -102,11 +102,11 @@ def _calls(value: Any, where: str, called: dict[str, str]) -> list[tuple[str, An
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise invalid(here, f"{shown(call)} is no call; it needs id, type and function.")
-        calls.append(read_call(call.get("id"), function, here, called, id_name="id", within="function."))
+        calls.append(read_call_of(call.get("id"), function, here, called, id_name="id", within="function."))
     return calls
 
 
-def read_call(
+def read_call_of(
     call_id: Any, function: Mapping[str, Any], where: str, called: dict[str, str], *, id_name: str, within: str = ""
 ) -> tuple[str, Any]:
     """A call of an earlier answer: the name of the tool and its arguments.

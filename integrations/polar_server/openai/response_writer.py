@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 from polar_server.errors import api_error
-from polar_server.exchange import packed_json
+from polar_server.http.exchange import packed_json
 from polar_server.openai.choices import ChoiceReader
 from polar_server.openai.logprobs import ShownTokens, all_shown
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from polar_sdk.frameworks.tools import turn_text
 from polar_sdk.reading import shown
 from polar_server.openai import calls, tools
 from polar_server.openai.calls import Call, Rules, unserved
 from polar_server.openai.fields import Body, Field, anything, integer, invalid, only, text, unsupported
-from polar_server.openai.items import read_input
+from polar_server.openai.messages import ROLES, check_count, read_call_of, read_result, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from polar_sdk.frameworks.tools import Roles
+
 _DEFAULT_MAX_TOKENS: Final = 256
 _STATELESS: Final = "nothing is stored here; send the whole conversation as input."
 _LOGPROBS: Final = "message.output_text.logprobs"
+_PARTS: Final = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+_STORED: Final = "item_reference"
 _INCLUDED: Final = (_LOGPROBS, "reasoning.encrypted_content")
 """What may be asked for; there is no reasoning that the second could be of."""
 _SHARED: Final = (
@@ -72,7 +77,7 @@ def read_call(body: Body, rules: Rules) -> Call:
     _check_stream_options(body)
     if body.get("input") is None:
         raise invalid("input", "there is none; pass a text, or a list of items.", code="missing_required_parameter")
-    roles = read_input(body.get("input"), body.get("instructions"))
+    roles = _messages_of(body.get("input"), body.get("instructions"))
     return Call(
         model=body.get("model"),
         asks=calls.choices_of([form.teach(roles)], options, body, rules),
@@ -148,3 +153,56 @@ def _repeated(body: Body, answer_format: Mapping[str, Any]) -> dict[str, Any]:
         "top_p": body.get("top_p", 1.0),
         "user": body.get("user"),
     }
+
+
+# -- items -------------------------------------------------------------------------------------------------------------
+
+
+def _messages_of(value: Any, instructions: str | None) -> Roles:
+    """The input of a response as messages, after its instructions.
+
+    Args:
+        value: A text, or a list of items.
+        instructions: What goes before everything.
+
+    Raises:
+        ApiError: An item cannot be read; `param` says which.
+    """
+    roles: Roles = [] if not instructions else [{"role": "system", "content": instructions}]
+    if isinstance(value, str):
+        return [*roles, {"role": "user", "content": value}]
+    check_count("input", value)
+    called: dict[str, str] = {}
+    for place, item in enumerate(value):
+        _add(roles, item, f"input[{place}]", called)
+    return roles
+
+
+def _add(roles: Roles, item: Any, where: str, called: dict[str, str]) -> None:
+    if not isinstance(item, dict):
+        raise invalid(where, f"{shown(item)} is not an object.")
+    kind = item.get("type", "message")
+    if kind == "message":
+        roles.append(_message(item, where))
+    elif kind == "function_call":
+        call = read_call_of(item.get("call_id"), item, where, called, id_name="call_id")
+        if roles and roles[-1]["role"] == "assistant":  # one turn: what it said, and what it called
+            roles[-1]["content"] = "\n".join(filter(None, [roles[-1]["content"], turn_text("", [call])]))
+        else:
+            roles.append({"role": "assistant", "content": turn_text("", [call])})
+    elif kind == "function_call_output":
+        said = text_of(item.get("output"), f"{where}.output", _PARTS)
+        roles.append(read_result(item.get("call_id"), said, f"{where}.call_id", called))
+    elif kind == _STORED:
+        raise unsupported(f"{where}.type", "nothing is stored here; send the item itself.")
+    else:
+        raise unsupported(
+            f"{where}.type", f"an item of type {shown(kind)}: this engine reads text and calls functions."
+        )
+
+
+def _message(item: Mapping[str, Any], where: str) -> dict[str, str]:
+    role = item.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise invalid(f"{where}.role", f"{shown(role)} is unknown; use {', '.join(ROLES)}.")
+    return {"role": ROLES[role], "content": text_of(item.get("content"), f"{where}.content", _PARTS)}

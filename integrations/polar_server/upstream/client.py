@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx2
 
 from polar_sdk.reading import Unreadable, parse_object
-from polar_server.traces import trace_headers
-from polar_server.upstream.errors import UpstreamError, refused, unreachable
+from polar_server.errors import ApiError
+from polar_server.telemetry.traces import trace_headers
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
@@ -27,6 +27,18 @@ _SILENCE_S: Final = 300.0
 """How long an upstream may say nothing at all, as while a request waits for its turn there. Unit: seconds."""
 _MAX_EVENT_BYTES: Final = 2**20
 _MAX_BODY_BYTES: Final = 4 * 2**20
+_MAX_ERROR_BYTES: Final = 2**20
+_MAX_TEXT: Final = 500
+_SOON: Final = {"retry-after": "1"}
+
+
+class UpstreamError(ApiError):
+    """A server behind this one failed, refused, or is gone."""
+
+    def __init__(
+        self, message: str, *, status: int = 502, code: str = "upstream_error", headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message, status=status, code=code, headers=headers)
 
 
 @dataclass(frozen=True)
@@ -134,9 +146,9 @@ class Client:
         try:
             answer = await self._http.get(f"{base}/models", timeout=_CONNECT_S)
         except httpx2.HTTPError as error:
-            raise unreachable(base, error) from error
+            raise _unreachable(base, error) from error
         if answer.status_code != 200:
-            raise refused(base, answer.status_code, answer.content, answer.headers)
+            raise _refused(base, answer.status_code, answer.content, answer.headers)
         listed = _models(answer.content)
         if wanted is None:
             exact = [one for one in listed if str(one.get("id", "")).endswith(":exact")]
@@ -162,7 +174,7 @@ class Client:
             async with self._http.stream("POST", f"{base}/completions", json=body, headers=headers) as answer:
                 if answer.status_code != 200:
                     content = await answer.aread()
-                    news.put(Ended(refused(base, answer.status_code, content, answer.headers)))
+                    news.put(Ended(_refused(base, answer.status_code, content, answer.headers)))
                     return
                 taken = True
                 news.put(Opened())
@@ -170,7 +182,7 @@ class Client:
         except httpx2.ReadTimeout:
             news.put(Ended(UpstreamError(f"{base} did not answer in time.", status=504, code="upstream_timeout")))
         except (httpx2.HTTPError, OSError) as error:
-            news.put(Ended(_lost(base) if taken else unreachable(base, error)))
+            news.put(Ended(_lost(base) if taken else _unreachable(base, error)))
         except Exception as error:  # whatever it is, the request that waits must hear of it
             news.put(Ended(UpstreamError(f"{base}: {error}")))
             raise
@@ -189,7 +201,7 @@ async def _relay(base: str, answer: httpx2.Response, news: SimpleQueue[News]) ->
         except Unreadable as error:
             return Ended(UpstreamError(f"{base} sent an event that is {error.fault}.", code="upstream_error"))
         if "error" in data:
-            return Ended(refused(base, 500, text.encode(), {}))
+            return Ended(_refused(base, 500, text.encode(), {}))
         news.put(Event(data))
     return Ended(_lost(base))
 
@@ -212,3 +224,41 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_forever()
     finally:
         loop.close()
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def _unreachable(base: str, error: Exception) -> UpstreamError:
+    """Nobody answers there."""
+    kind = type(error).__name__
+    message = f"{base} cannot be reached ({kind}); ask again in a moment."
+    return UpstreamError(message, status=503, code="upstream_unavailable", headers=_SOON)
+
+
+def _refused(base: str, status: int, content: bytes, headers: Mapping[str, str]) -> UpstreamError:
+    """The upstream answered with an error."""
+    said, code = _said(content)
+    if status in {400, 413, 422}:
+        kept = code if code == "context_length_exceeded" or "context length" in said else None
+        return UpstreamError(
+            f"{base} refused: {said}", status=400, code="context_length_exceeded" if kept else "upstream_refused"
+        )
+    if status in {429, 503}:
+        retry = {"retry-after": headers.get("retry-after", "1")}
+        return UpstreamError(f"{base} is busy: {said}", status=503, code="overloaded", headers=retry)
+    if status in {401, 403, 404}:
+        said += " (check the URL and model of --backend, and POLAR_BACKEND_KEY)"
+    return UpstreamError(f"{base} failed with status {status}: {said}")
+
+
+def _said(content: bytes) -> tuple[str, str | None]:
+    """The message and the code in an error's body."""
+    try:
+        body = parse_object(content, max_bytes=_MAX_ERROR_BYTES)
+    except Unreadable:
+        return "it did not say why.", None
+    inner = body.get("error", body)
+    inner = inner if isinstance(inner, dict) else {"message": inner}
+    code = inner.get("code")
+    return str(inner.get("message", "it did not say why."))[:_MAX_TEXT], code if isinstance(code, str) else None

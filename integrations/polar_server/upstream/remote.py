@@ -25,8 +25,7 @@ from polar_sdk.programs.cost import pieces
 from polar_sdk.request.admission import admit
 from polar_sdk.serving.job import MARK_NS, MARK_TOKENS
 from polar_sdk.usage import FlopUsage, Outcome, TokenUsage, UsageRecord, VisitUsage
-from polar_server.upstream.client import Ended, Event
-from polar_server.upstream.errors import UpstreamError
+from polar_server.upstream.client import Ended, Event, UpstreamError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
     from polar_sdk.serving.job import FinishReason
     from polar_sdk.serving.request import Request
     from polar_sdk.usage import Receipt
+    from polar_server.upstream.backends import Backend, Place
     from polar_server.upstream.client import News, Stream
-    from polar_server.upstream.tiers import Backend, Place
 
 MEASURED_TAG: Final = "polar.measured_by"
 _LOOK_S: Final = 0.05

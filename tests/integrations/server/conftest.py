@@ -16,7 +16,7 @@ from polar_billing.ledger.ledger import Ledger
 from polar_sdk import ListSink, PolarModel
 from polar_sdk.testing import tiny_model
 from polar_server import Settings, build
-from polar_server.uvicorn_server import UvicornServer
+from polar_server.deployment.uvicorn_server import UvicornServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,8 +18,8 @@ from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import Selection
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
-from polar_server import access
-from polar_server.replies import MemoryReplies
+from polar_server.access import keys as access
+from polar_server.access.replies import MemoryReplies
 from tests.integrations.server.conftest import WAIT_S, RecordingSink, chat_body
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from polar_billing.access.keys import ApiKeys
-    from polar_server.replies import ReplyStore
+    from polar_server.access.replies import ReplyStore
     from tests.integrations.server.conftest import Served
 
 

@@ -225,7 +225,7 @@ def test_a_receipt_is_the_one_of_the_command_and_proves_itself(billed: Served, k
 def test_a_foreign_receipt_does_not_exist(
     billed: Served, keys: ApiKeys, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polar_server.account._PAUSES_S", (0.0,))
+    monkeypatch.setattr("polar_server.endpoints.account._PAUSES_S", (0.0,))
     acme, globex = key_of(keys, "acme"), key_of(keys, "globex")
     own = chat(billed, acme)["polar"]["receipt"]
     billed.server.sink.inner.flush()  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.parser import text_string_to_metric_families
 
 from polar_sdk.errors import BudgetExceededError
-from polar_server.log import JsonLines
+from polar_server.deployment.launch import JsonLines
 from tests.integrations.server.conftest import RecordingSink, chat_body
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
 

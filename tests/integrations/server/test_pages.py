@@ -14,9 +14,9 @@ import pytest
 from polar_billing.dashboard.page import Dashboard
 from polar_billing.metering.meter import Meter
 from polar_billing.testing import usage_record
-from polar_server import access as access_module
-from polar_server.live import LiveEngine
-from polar_server.pages import build_pages, find_pages
+from polar_server.access import keys as access_module
+from polar_server.http.pages import build_pages, find_pages
+from polar_server.telemetry.live import LiveEngine
 from tests.integrations.server.test_disconnects import endless, read_events, send_request
 
 if TYPE_CHECKING:
@@ -184,8 +184,8 @@ def test_the_page_is_found_by_its_entry_point(ledger_url: str, monkeypatch: pyte
 
 
 def test_the_page_needs_no_torch() -> None:
-    script = "import sys, polar_server.pages, polar_server.uvicorn_server, polar_billing.dashboard.page; \
-print('torch' in sys.modules)"
+    modules = "polar_server.http.pages, polar_server.deployment.uvicorn_server, polar_billing.dashboard.page"
+    script = f"import sys, {modules}; print('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "False\n"
     )

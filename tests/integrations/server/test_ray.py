@@ -23,12 +23,12 @@ from polar_billing.ledger.records import Selection
 from polar_sdk import PolarModel
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
-from polar_server.launch import Launch
+from polar_server.deployment.launch import Launch
 
 with warnings.catch_warnings(action="ignore"):  # Ray's own, of which there are many
     ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]' in a clone")
-    from polar_server import ray_serve
-    from polar_server.ray_serve import Replicas
+    from polar_server.deployment import ray_serve
+    from polar_server.deployment.ray_serve import Replicas
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from polar_sdk import UsageRecord
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.long]
 WAIT_S = 120.0
 LONG = "Once upon a time there was a fox who counted stars. " * 6
 """Longer than a page of keys and values, so that its start can be shared."""

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from polar_billing.access.accounts import Accounts
 from polar_sdk import NullSink
 from polar_sdk.testing import tiny_model
-from polar_server import Settings, account
+from polar_server import Settings
+from polar_server.endpoints import account
 from polar_server.openai import chat, completions, responses
 from tests.integrations.conftest import paths_of, replaced
 from tests.integrations.server.conftest import Served

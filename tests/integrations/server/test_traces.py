@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from polar_server.traces import Telemetry
+from polar_server.telemetry.traces import Telemetry
 from tests.integrations.server.conftest import WAIT_S, chat_body
 from tests.integrations.test_otel_metrics import points
 

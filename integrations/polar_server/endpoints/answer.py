@@ -7,12 +7,13 @@ for a writer to say. Knows no field of any API.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from polar_sdk.errors import PolarError
-from polar_server import replies
+from polar_server.endpoints.idempotency import answer_once, key_of
 from polar_server.errors import ClientLeftError, shutting_down
-from polar_server.exchange import Exchange, raw_headers, read_object, send_json, watching
+from polar_server.http.exchange import Exchange, raw_headers, read_object, send_json, watching
 from polar_server.openai import fields
 from polar_server.openai.facts import Facts
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from polar_sdk import Chunk, Generation
-    from polar_server.answers import Answer
     from polar_server.openai.calls import Call, Rules
     from polar_server.openai.fields import Body, Field
     from polar_server.server import Server
@@ -33,8 +33,6 @@ _EVENTS: Final = {
     "x-accel-buffering": "no",
 }
 _KEEP_ALIVE: Final = b": keep-alive\n\n"
-_KEEP_AGAIN_S: Final = 0.5
-"""When a store that could not keep a reply is asked again. Unit: seconds."""
 
 
 class Writer(Protocol):
@@ -93,63 +91,19 @@ class Endpoint:
         server.metrics.unknown(len(body.unknown))
         call = self._read_call(body, server.rules(exchange))
         exchange.facts |= {"model": call.model, "stream": call.stream, "choices": len(call.asks)}
-        key = replies.key_of(exchange.headers)
-        if key is not None:
-            fingerprint = replies.fingerprint_of(exchange.path, content)
-            await self._answer_once(exchange, call, key, fingerprint, send)
+        key = key_of(exchange.headers)
+        if key is None:
+            reply = await self._begin(exchange, call)
+            with watching(receive, reply.answer.leave):
+                await reply.send(send)
             return
-        answer = await server.start(call, exchange)
-        with watching(receive, answer.leave):
-            await self._reply(exchange, call, answer).send(send)
+        begin = partial(self._begin, exchange, call, holds_back=True)
+        # In a task of its own: the answer is for whoever comes back, also when this client has left.
+        await asyncio.shield(server.answers.keep(answer_once(server, exchange, key, content, begin, send)))
 
-    async def _answer_once(self, exchange: Exchange, call: Call, key: str, fingerprint: str, send: Send) -> None:
-        """Answer a call that may come again: by whoever claims its key first, and then from what was kept.
-
-        All of it in a task of its own: the answer is for whoever comes back, also when this client has left, and a
-        claim is always followed by an answer or given up.
-        """
-        work = self._claim_and_answer(exchange, call, key, fingerprint, send)
-        await asyncio.shield(self._server.answers.keep(work))
-
-    async def _claim_and_answer(self, exchange: Exchange, call: Call, key: str, fingerprint: str, send: Send) -> None:
-        store = self._server.replies
-        tenant = self._server.caller(exchange).tenant or self._server.engine.tenant
-        state, kept = await asyncio.to_thread(store.claim, tenant, key, fingerprint)
-        if state == "done" and kept is not None:
-            exchange.request_id = replies.request_id_of(kept)
-            await replies.send_again(kept, send)
-            return
-        if state != "claimed":
-            raise replies.refusal(state)
-        copy, whole = replies.Copy(send), False
-        answer: Answer | None = None
-        try:
-            answer = await self._server.start(call, exchange, holds_back=True)
-            whole = await self._reply(exchange, call, answer).send(copy)
-        finally:
-            try:
-                if whole:
-                    await self._keep(tenant, key, copy.packed(exchange.request_id))
-                else:
-                    await asyncio.to_thread(store.give_up, tenant, key)
-            finally:
-                if answer is not None:
-                    await answer.store_records()
-                await copy.finish()
-
-    async def _keep(self, tenant: str, key: str, reply: bytes) -> None:
-        """Keep a reply before it is billed, however long the store is away; a server that ends waits no longer.
-
-        So a call is not billed twice whose server is killed: it is billed as completed only when whoever sends it again
-        gets this reply.
-        """
-        while not await asyncio.to_thread(self._server.replies.keep, tenant, key, reply):
-            if self._server.answers.draining:
-                return
-            await asyncio.sleep(_KEEP_AGAIN_S)
-
-    def _reply(self, exchange: Exchange, call: Call, answer: Answer) -> _Reply:
+    async def _begin(self, exchange: Exchange, call: Call, *, holds_back: bool = False) -> _Reply:
         server = self._server
+        answer = await server.start(call, exchange, holds_back=holds_back)
         facts = Facts(call, answer, exchange, server.engine, server.token_bytes)
         return _Reply(server, facts, self._write(facts))
 
@@ -159,7 +113,7 @@ class _Reply:
 
     def __init__(self, server: Server, facts: Facts, writer: Writer) -> None:
         self._server, self._facts, self._writer = server, facts, writer
-        self._call, self._answer = facts.call, facts.answer
+        self._call, self.answer = facts.call, facts.answer
 
     async def send(self, send: Send) -> bool:
         """Send the answer; True if all of it was sent, False where a stream ended in an error.
@@ -220,14 +174,14 @@ class _Reply:
 
     async def _pieces(self, patience: float | None = None) -> list[tuple[int, Chunk]]:
         try:
-            return await self._answer.pieces(patience)
+            return await self.answer.pieces(patience)
         except PolarError as error:
             raise self._call.blamed(error) from error
 
     def _check_finished(self, generation: Generation) -> None:
         """Raise where an answer was stopped: by the server, or because nobody reads it."""
         if generation.finish_reason == "cancelled":
-            raise shutting_down() if self._answer.stopped else ClientLeftError
+            raise shutting_down() if self.answer.stopped else ClientLeftError
 
 
 async def _send_end(send: Send, frames: Sequence[bytes]) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from polar_server.access import Key
+    from polar_server.access.keys import Key
 
 _KEY: Final = "polar.exchange"
 _SAFE_ID: Final = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)

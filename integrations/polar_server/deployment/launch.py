@@ -6,24 +6,28 @@ options; loads the model and finds the stores when told to.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import sys
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from polar_sdk.cli.options import load_model
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.lines import print_line
-from polar_server.access import find_access
-from polar_server.pages import find_pages
+from polar_server.access.keys import find_access
+from polar_server.http.pages import find_pages
 from polar_server.settings import LOOPBACK, MAX_BODY_BYTES, Settings, is_open
-from polar_server.traces import Telemetry
+from polar_server.telemetry.traces import Telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from polar_sdk.serving.drafts import Speculate
-    from polar_server.access import Access, KeyStore
-    from polar_server.pages import PageStore
+    from polar_server.access.keys import Access, KeyStore
+    from polar_server.http.pages import PageStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +153,34 @@ def backends_of(given: Sequence[str]) -> dict[str, list[str]]:
             raise InvalidRequestError(f"--backend {text!r} is not TIER=URL, e.g. economy=http://10.0.0.5:8000.")
         backends.setdefault(tier, []).append(url)
     return backends
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON; what a caller wrote is escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        line: dict[str, Any] = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "polar", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_as_json() -> None:
+    """Write what the server and its engine log to standard error, never with a prompt or an answer."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("polar_server", "polar_sdk"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -18,7 +18,7 @@ from polar_sdk.reading import shown
 from polar_sdk.serving.threads import run_in_thread
 from polar_sdk.usage import UsageBound, new_request_id
 from polar_server.errors import ApiError
-from polar_server.exchange import Exchange, read_object, send_json
+from polar_server.http.exchange import Exchange, read_object, send_json
 from polar_server.openai import chat, completions, fields, responses
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from polar_sdk.errors import InvalidRequestError
 from polar_server.app import build
-from polar_server.launch import Launch
-from polar_server.log import log_as_json
+from polar_server.deployment.launch import Launch, log_as_json
 from polar_server.settings import LOOPBACK
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def deployment_options(launch: Launch, replicas: Replicas) -> dict[str, Any]:
         "health_check_period_s": 5.0,
         "health_check_timeout_s": 30.0,
         "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
-        "request_router_config": {"request_router_class": "polar_server.ray_serve:AffinityRouter"},
+        "request_router_config": {"request_router_class": "polar_server.deployment.ray_serve:AffinityRouter"},
     }
     if replicas.least == replicas.most:
         return {**options, "num_replicas": replicas.least}
@@ -183,7 +182,7 @@ def config(launch: Launch, replicas: Replicas, *, port: int) -> dict[str, Any]:
             {
                 "name": APPLICATION,
                 "route_prefix": "/",
-                "import_path": "polar_server.ray_serve:app",
+                "import_path": "polar_server.deployment.ray_serve:app",
                 "args": {"launch": replace(launch, host=host).values()},
                 "deployments": [{"name": DEPLOYMENT, **deployment_options(launch, replicas)}],
             }

@@ -18,17 +18,17 @@ from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
 from polar_sdk.errors import MissingExtraError
-from polar_server.access import KeyGuard, find_installed
+from polar_server.access.keys import KeyGuard, find_installed
 from polar_server.errors import ApiError
-from polar_server.exchange import Exchange, send_bytes
-from polar_server.front import PAGES, Front, unrouted
+from polar_server.http.exchange import Exchange, send_bytes
+from polar_server.http.front import PAGES, Front, unrouted
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-    from polar_server.access import KeyStore
+    from polar_server.access.keys import KeyStore
 
 GROUP: Final = "polar_server.pages"
 _LOCAL: Final = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)

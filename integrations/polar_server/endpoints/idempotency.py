@@ -1,92 +1,101 @@
-"""Replies to repeated requests: one computes, the others get its answer as it was sent, byte for byte.
+"""Calls with an `Idempotency-Key`: one computes, the others get its answer as it was sent, byte for byte.
 
-A call with an `Idempotency-Key` is computed to its end although its client leaves: whoever sent the key means to come
-back for the answer. Only a whole answer is kept; after an error the call may be tried again.
+A call with a key is computed to its end although its client leaves: whoever sent the key means to come back for the
+answer. Only a whole answer is kept; after an error the call may be tried again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from polar_server.errors import ApiError
-from polar_server.exchange import raw_headers
+from polar_server.http.exchange import raw_headers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from starlette.types import Message, Send
 
+    from polar_server.answers import Answer
+    from polar_server.http.exchange import Exchange
+    from polar_server.server import Server
+
 _MAX_KEY_CHARACTERS: Final = 255
-_MAX_KEPT_BYTES: Final = 64 * 2**20
+_KEEP_AGAIN_S: Final = 0.5
+"""When a store that could not keep a reply is asked again. Unit: seconds."""
 
 
-class ReplyStore(Protocol):
-    """Where replies are kept; see `polar_billing.access.replies.Replies`. Calls may take as long as a database does.
+class Reply(Protocol):
+    """An answer that was begun, on its way to the client."""
 
-    Whoever is told `claimed` calls `keep` or `give_up` afterwards.
+    answer: Answer
+
+    async def send(self, send: Send) -> bool:
+        """Send the answer; True if all of it was sent, False where a stream ended in an error."""
+        ...
+
+
+async def answer_once(
+    server: Server,
+    exchange: Exchange,
+    key: str,
+    content: Mapping[str, Any],
+    begin: Callable[[], Awaitable[Reply]],
+    send: Send,
+) -> None:
+    """Answer a call that may come again: by whoever claims its key first, and then from what was kept.
+
+    A claim is always followed by an answer or given up, so this runs in a task that no client's leaving cancels.
+
+    Args:
+        server: Has the store.
+        exchange: The call.
+        key: Of the caller.
+        content: The body.
+        begin: Begins the answer, whose records are held back.
+        send: To the client.
+
+    Raises:
+        ApiError: The key belongs to another call, or to one that is still being answered.
     """
+    store, fingerprint = server.replies, _fingerprint(exchange.path, content)
+    tenant = server.caller(exchange).tenant or server.engine.tenant
+    state, kept = await asyncio.to_thread(store.claim, tenant, key, fingerprint)
+    if state == "done" and kept is not None:
+        await _send_again(kept, exchange, send)
+        return
+    if state != "claimed":
+        raise _refusal(state)
+    copy, whole = _Copy(send), False
+    reply: Reply | None = None
+    try:
+        reply = await begin()
+        whole = await reply.send(copy)
+    finally:
+        try:
+            if whole:
+                await _keep(server, tenant, key, copy.packed(exchange.request_id))
+            else:
+                await asyncio.to_thread(store.give_up, tenant, key)
+        finally:
+            if reply is not None:
+                await reply.answer.store_records()
+            await copy.finish()
 
-    def claim(self, tenant: str, key: str, fingerprint: str) -> tuple[str, bytes | None]:
-        """`claimed`, `other`, `running`, or `done` with the answer."""
-        ...
 
-    def keep(self, tenant: str, key: str, answer: bytes) -> bool:
-        """Keep the answer to a claimed request; False while the store cannot, which is to be asked again."""
-        ...
+async def _keep(server: Server, tenant: str, key: str, reply: bytes) -> None:
+    """Keep a reply before it is billed, however long the store is away; a server that ends waits no longer.
 
-    def give_up(self, tenant: str, key: str) -> None:
-        """A claimed request has no answer to keep."""
-        ...
-
-    def close(self) -> None:
-        """The server ends."""
-        ...
-
-
-class MemoryReplies:
-    """Replies of one process, for a server without a ledger; the oldest make room for new ones."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], tuple[str, bytes | None]] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def claim(self, tenant: str, key: str, fingerprint: str) -> tuple[str, bytes | None]:
-        """As `ReplyStore`."""
-        with self._lock:
-            if (tenant, key) not in self._kept:
-                self._kept[tenant, key] = (fingerprint, None)
-                return "claimed", None
-            known, answer = self._kept[tenant, key]
-        if known != fingerprint:
-            return "other", None
-        return "running" if answer is None else "done", answer
-
-    def keep(self, tenant: str, key: str, answer: bytes) -> bool:
-        """As `ReplyStore`."""
-        with self._lock:
-            fingerprint, _ = self._kept[tenant, key]
-            self._kept[tenant, key] = (fingerprint, answer)
-            self._bytes += len(answer)
-            for place, (_, old) in list(self._kept.items()):
-                if self._bytes <= _MAX_KEPT_BYTES:
-                    break
-                if old is not None:
-                    del self._kept[place]
-                    self._bytes -= len(old)
-        return True
-
-    def give_up(self, tenant: str, key: str) -> None:
-        """As `ReplyStore`."""
-        with self._lock:
-            self._kept.pop((tenant, key), None)
-
-    def close(self) -> None:
-        """As `ReplyStore`."""
+    So a call is not billed twice whose server is killed: it is billed as completed only when whoever sends it again
+    gets this reply.
+    """
+    while not await asyncio.to_thread(server.replies.keep, tenant, key, reply):
+        if server.answers.draining:
+            return
+        await asyncio.sleep(_KEEP_AGAIN_S)
 
 
 def key_of(headers: Mapping[str, str]) -> str | None:
@@ -103,13 +112,13 @@ def key_of(headers: Mapping[str, str]) -> str | None:
     return key
 
 
-def fingerprint_of(path: str, body: Mapping[str, Any]) -> str:
+def _fingerprint(path: str, body: Mapping[str, Any]) -> str:
     """What tells a repeated call from another one, whatever the order of its fields."""
     text = json.dumps([path, body], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def refusal(state: str) -> ApiError:
+def _refusal(state: str) -> ApiError:
     """What a call is told whose key is taken: `other` or `running`."""
     if state == "other":
         message = "this Idempotency-Key belongs to a call with another body; make a new key for every call."
@@ -119,7 +128,7 @@ def refusal(state: str) -> ApiError:
     return ApiError(message, status=409, code="idempotency_key_in_use", headers=headers)
 
 
-class Copy:
+class _Copy:
     """An ASGI `send` that keeps a copy, and goes on when nobody listens any more.
 
     The end of the answer waits for `finish`: whoever has all of it and asks again finds it kept.
@@ -162,15 +171,11 @@ class Copy:
         return head.encode() + b"\n" + b"".join(self._body)
 
 
-def request_id_of(packed: bytes) -> str:
-    """The id of the request that a kept answer belongs to."""
-    return str(json.loads(packed.partition(b"\n")[0])["request_id"])
-
-
-async def send_again(packed: bytes, send: Send) -> None:
-    """Send a kept answer."""
+async def _send_again(packed: bytes, exchange: Exchange, send: Send) -> None:
+    """Send a kept answer, under the id of the request that it belongs to."""
     head, _, body = packed.partition(b"\n")
     said = json.loads(head)
+    exchange.request_id = str(said["request_id"])
     headers = raw_headers({**dict(said["headers"]), "idempotent-replayed": "true"})
     await send({"type": "http.response.start", "status": said["status"], "headers": headers})
     await send({"type": "http.response.body", "body": body})

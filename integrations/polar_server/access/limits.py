@@ -23,7 +23,7 @@ from polar_server.errors import ApiError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from polar_server.access import Key
+    from polar_server.access.keys import Key
 
 _MINUTE: Final = 60.0
 _RENEW_S: Final = 7.5

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.usage import UsageSink
     from polar_server.answers import Answer, Ask
-    from polar_server.exchange import Exchange
+    from polar_server.http.exchange import Exchange
 
 _PARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 """W3C Trace Context, `traceparent`."""

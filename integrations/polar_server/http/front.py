@@ -10,14 +10,14 @@ from starlette.responses import JSONResponse
 
 from polar_sdk.errors import BudgetExceededError, PolarError
 from polar_server.errors import ApiError, ClientLeftError, api_error
-from polar_server.exchange import Exchange, raw_headers, send_json
+from polar_server.http.exchange import Exchange, raw_headers, send_json
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from polar_server.access import KeyGuard
+    from polar_server.access.keys import KeyGuard
 
 
 _log: Final = logging.getLogger("polar_server.access")

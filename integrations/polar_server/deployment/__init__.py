@@ -1,0 +1,1 @@
+"""How a server is started: from options, under uvicorn or on Ray Serve."""

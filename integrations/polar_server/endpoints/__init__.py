@@ -1,0 +1,1 @@
+"""The endpoints that answer: completions and responses, quotes, usage and receipts."""

@@ -1,0 +1,118 @@
+"""Upstreams and the tiers that they compute: which of them to ask, and what to send."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from polar_sdk.errors import InvalidRequestError
+from polar_server.openai.calls import Steering
+from polar_server.upstream.client import UpstreamError
+
+if TYPE_CHECKING:
+    from polar_sdk import Program
+    from polar_sdk.serving.request import Request
+    from polar_server.upstream.client import Client, Served
+
+_DOWN_S: Final = 2.0
+"""How long an upstream that cannot be reached is asked last. Unit: seconds."""
+
+
+@dataclass(eq=False)
+class Place:
+    """One upstream of a tier."""
+
+    base: str
+    """URL up to `/v1`."""
+    model: str | None
+    client: Client
+    running: int = 0
+    """Requests of this process that it works on."""
+    down_until: float = 0.0
+    found: Served | None = field(default=None, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def add(self, requests: int) -> None:
+        """Count requests that begin, or end where negative."""
+        with self._lock:
+            self.running += requests
+
+    def served(self) -> Served:
+        """The model to ask for; looked up once.
+
+        Raises:
+            UpstreamError: It cannot be reached, or has no such model.
+        """
+        if self.found is None:
+            self.found = self.client.served(self.base, self.model)
+        return self.found
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes a tier.
+
+    Attributes:
+        tier: Its name.
+        program: What runs there.
+        places: The upstreams, all of which run it.
+        client: Connections to them.
+    """
+
+    tier: str
+    program: Program
+    places: tuple[Place, ...]
+    client: Client
+
+    def by_load(self) -> list[Place]:
+        """The upstreams in the order in which to ask them: those that answer, and of these the idlest first."""
+        now = time.monotonic()
+        return sorted(self.places, key=lambda place: (place.down_until > now, place.running))
+
+    def is_gone(self, place: Place, error: Exception) -> bool:
+        """Whether another upstream may be asked instead; notes that this one is gone."""
+        gone = isinstance(error, UpstreamError) and error.code == "upstream_unavailable"
+        if gone:
+            place.down_until, place.found = time.monotonic() + _DOWN_S, None
+        return gone
+
+    def body(self, request: Request, served: Served) -> dict[str, Any]:
+        """The request as the upstream takes it."""
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": served.model,
+            "prompt": list(request.tokens),
+            "max_tokens": request.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if served.counts_each:
+            body["stream_options"]["continuous_usage_stats"] = True
+        if sampling.seed is not None:
+            body["seed"] = sampling.seed
+        if request.stops:
+            body["stop"] = list(request.stops)
+        if isinstance(request.logits_hook, Steering):
+            body |= request.logits_hook.fields()
+        return body
+
+
+def place_of(url: str, client: Client) -> Place:
+    """The upstream that `--backend` names.
+
+    Raises:
+        InvalidRequestError: That is not the URL of a server.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.username:
+        raise InvalidRequestError(
+            f"--backend …={url}: this is not the URL of a server; write for example http://10.0.0.5:8000."
+        )
+    path = parts.path.rstrip("/")
+    base = f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else f'{path}/v1'}"
+    return Place(base, parts.fragment or None, client)
