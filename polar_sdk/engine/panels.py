@@ -1,7 +1,7 @@
 """Matrices in panels: the order in which the native library reads them, which takes no more memory.
 
-A panel holds some outputs for all inputs, so that a product reads it from memory in order, once. Only compiled layers
-multiply with panels; what runs uncompiled unpacks them first. Sides that do not fit are filled up with zeros.
+A panel holds some outputs for all inputs, so that a product reads it from memory in order, once. What runs without the
+library unpacks a matrix for each product. Sides that do not fit are filled up with zeros.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GROUP: Final = 32
 """Number of inputs of an integer panel whose products are summed exactly, and which share a scale in int4."""
 _OUTPUTS: Final = 32
 """Number of outputs in a panel of bfloat16."""
-_INTEGER_OUTPUTS: Final = 16
+INTEGER_OUTPUTS: Final = 16
 """Number of outputs in a panel of integers."""
 _FEW: Final = 32
 """Number of rows up to which the library looks them up: in one thread, and sooner than by an index."""
@@ -88,8 +88,8 @@ class PackedInt8(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedInt8:
         """Pack integers (N, K) with scales (N,); no bias is one of zeros."""
-        whole = _padded(weight, _INTEGER_OUTPUTS, GROUP)
-        words = whole.view(-1, _INTEGER_OUTPUTS, whole.shape[1] // GROUP, GROUP // _WORD, _WORD)
+        whole = _padded(weight, INTEGER_OUTPUTS, GROUP)
+        words = whole.view(-1, INTEGER_OUTPUTS, whole.shape[1] // GROUP, GROUP // _WORD, _WORD)
         panels = words.permute(0, 2, 3, 1, 4).contiguous().view(torch.uint8).bitwise_xor(128)  # adds 128
         return cls(panels, scale, _bias(bias, scale, weight.shape[0]))
 
@@ -99,9 +99,9 @@ class PackedInt8(NamedTuple):
 
     def outputs_from(self, first: int) -> PackedInt8 | None:
         """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
-        if first % _INTEGER_OUTPUTS:
+        if first % INTEGER_OUTPUTS:
             return None
-        return PackedInt8(self.panels[first // _INTEGER_OUTPUTS :], self.scale[first:], self.bias[first:])
+        return PackedInt8(self.panels[first // INTEGER_OUTPUTS :], self.scale[first:], self.bias[first:])
 
     def unpack(self, inputs: int) -> Tensor:
         """The matrix (N, K), where K is `inputs`, with its scales."""
@@ -115,7 +115,7 @@ class PackedInt4(NamedTuple):
 
     Panels are bytes, (N / 16, K / 32, 320), one row for each group of inputs. The first 256 bytes are (4, 16, 4): pairs
     of words, outputs, inputs of a word. Low halves of bytes are codes of the first word of a pair, high halves those of
-    the second. The other bytes are scale and zero of each output, (16, 2), in bfloat16.
+    the second. The other bytes are scale and zero of each output, (16, 2), in the bias's dtype: bfloat16 for the library.
     """
 
     panels: Tensor
@@ -125,9 +125,9 @@ class PackedInt4(NamedTuple):
     def of(cls, codes: Tensor, scales_zeros: Tensor, bias: Tensor | None) -> PackedInt4:
         """Pack codes (N, K) with scales and zeros (K / 32, N, 2); no bias is one of zeros."""
         groups, outputs, _ = scales_zeros.shape
-        words = codes.view(-1, _INTEGER_OUTPUTS, groups, GROUP // (2 * _WORD), 2, _WORD)
+        words = codes.view(-1, INTEGER_OUTPUTS, groups, GROUP // (2 * _WORD), 2, _WORD)
         pairs = (words[..., 0, :] | words[..., 1, :] << 4).permute(0, 2, 3, 1, 4)
-        numbers = scales_zeros.view(groups, -1, _INTEGER_OUTPUTS, 2).transpose(0, 1).contiguous().view(torch.uint8)
+        numbers = scales_zeros.view(groups, -1, INTEGER_OUTPUTS, 2).transpose(0, 1).contiguous().view(torch.uint8)
         panels = torch.cat((pairs.flatten(2), numbers.flatten(2)), dim=-1)
         return cls(panels, _bias(bias, scales_zeros, outputs))
 
@@ -137,18 +137,18 @@ class PackedInt4(NamedTuple):
 
     def outputs_from(self, first: int) -> PackedInt4 | None:
         """The outputs from that one on, over the same memory; None where a panel holds some before it too."""
-        if first % _INTEGER_OUTPUTS:
+        if first % INTEGER_OUTPUTS:
             return None
-        return PackedInt4(self.panels[first // _INTEGER_OUTPUTS :], self.bias[first:])
+        return PackedInt4(self.panels[first // INTEGER_OUTPUTS :], self.bias[first:])
 
     def unpack(self, inputs: int) -> Tensor:
         """The matrix (N, K), where K is `inputs`, with its scales and zeros."""
         count, groups, _ = self.panels.shape
-        size = _INTEGER_OUTPUTS * GROUP // 2
-        pairs = self.panels[..., :size].reshape(count, groups, -1, _INTEGER_OUTPUTS, _WORD)
+        size = INTEGER_OUTPUTS * GROUP // 2
+        pairs = self.panels[..., :size].reshape(count, groups, -1, INTEGER_OUTPUTS, _WORD)
         words = torch.stack((pairs & 15, pairs >> 4), dim=3)  # (N / 16, K / 32, 4, 2, 16, 4)
         codes = words.permute(0, 4, 1, 2, 3, 5).flatten(3)  # (N / 16, 16, K / 32, 32)
-        numbers = self.panels[..., size:].contiguous().view(self.bias.dtype).view(count, groups, _INTEGER_OUTPUTS, 2)
+        numbers = self.panels[..., size:].contiguous().view(self.bias.dtype).view(count, groups, INTEGER_OUTPUTS, 2)
         scales, zeros = numbers.float().transpose(1, 2)[..., None, :].unbind(-1)
         weight = ((codes.float() - 8) * scales + zeros).to(self.bias.dtype)
         return weight.flatten(2).flatten(0, 1)[:, :inputs]

@@ -1,14 +1,13 @@
 """Weight matrices and their product with activations, in every precision the engine has.
 
-A matrix is a named tuple of tensors: `Plain` (the model's own dtype), `Int8` (a scale per output) or `Int4` (a scale
-and a zero point per group of inputs), or one of these in panels, for the native library. `multiply` is pure and can be
-compiled. One row is bound by reading the weights, many rows by arithmetic, so without the library integers have a
-narrow and a wide form; `benchmarks/LOG.md` has the measurements for every choice. Knows nothing of layers.
+A matrix is a named tuple of tensors: `Plain` (the model's own dtype), `Int8` (a scale per output), or one in panels,
+the order of the native library. 4-bit integers are always in panels: torch's order of them differs by processor.
+`multiply` is pure and can be compiled. One row is bound by reading the weights, many rows by arithmetic, so without the
+library 8-bit integers have a narrow and a wide form; `benchmarks/LOG.md` has the measurements. Knows nothing of layers.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from polar_sdk.engine import native
-from polar_sdk.engine.panels import GROUP, Packed, PackedInt4, PackedInt8
+from polar_sdk.engine.panels import GROUP, INTEGER_OUTPUTS, Packed, PackedInt4, PackedInt8
 from polar_sdk.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -27,14 +26,11 @@ PRECISIONS: Final = ("bf16", "fp32", "fp16", "int8", "int4")
 INT4_GROUP: Final = GROUP
 """Number of inputs that share a scale and a zero point in int4: as in Q4_1 files, which so lose next to nothing."""
 MIN_WIDE_INT8: Final = 32
-MIN_WIDE_INT4: Final = 128
 """Minimum number of rows for which compiled code unpacks weights once; torch's kernel unpacks them for every row."""
 QUANTIZE_BATCH: Final = 4096
 """Number of outputs that are rounded to int8 together, so that no float32 copy of a whole head is made."""
 _FEW_ROWS: Final = 64
 """Up to so many rows are multiplied as they are; more are padded to a multiple of it at least, see `times`."""
-_INT4_BLOCK: Final = 64
-"""Number of outputs that torch's packed int4 layout keeps together."""
 
 
 class Plain(NamedTuple):
@@ -52,16 +48,8 @@ class Int8(NamedTuple):
     bias: Tensor | None = None
 
 
-class Int4(NamedTuple):
-    """A matrix in 4-bit integers, packed as torch's kernel expects it; scales and zeros are (K / group, N, 2)."""
-
-    packed: Tensor
-    scales_zeros: Tensor
-    bias: Tensor | None = None
-
-
 InPanels = Packed | PackedInt8 | PackedInt4
-NotInPanels = Plain | Int8 | Int4
+NotInPanels = Plain | Int8
 Product = NotInPanels | InPanels
 
 
@@ -72,8 +60,6 @@ def multiply(x: Tensor, product: Product) -> Tensor:
             return _plain(x, product)
         case Int8():
             return _add(_int8(x, product), product.bias)
-        case Int4():
-            return _add(_int4(x, product), product.bias)
         case _:
             return _in_panels(x, product)
 
@@ -103,10 +89,6 @@ def outputs_from(product: Product, first: int) -> Product | None:
             return Plain(product.weight[first:], bias)
         case Int8():
             return Int8(product.weight[first:], product.scale[first:], bias)
-        case Int4():
-            if first % _INT4_BLOCK or product.packed.shape[0] % _INT4_BLOCK:
-                return None
-            return Int4(product.packed[first:], product.scales_zeros[:, first:].contiguous(), bias)
         case _:
             return product.outputs_from(first)
 
@@ -155,13 +137,6 @@ def _int8(x: Tensor, product: Int8) -> Tensor:
     return total
 
 
-def _int4(x: Tensor, product: Int4) -> Tensor:
-    if torch.compiler.is_compiling() and _has_rows(x, MIN_WIDE_INT4) and _can_unpack(product):
-        return _interleave([torch.mm(x, half) for half in _unpack(product, x.dtype)])
-    total: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, product.packed, INT4_GROUP, product.scales_zeros)
-    return total
-
-
 def _has_rows(x: Tensor, minimum: int) -> bool:
     """Whether there are at least `minimum` rows; in code that is being compiled, whether there always are."""
     return statically_known_true(x.shape[0] >= minimum)
@@ -169,7 +144,7 @@ def _has_rows(x: Tensor, minimum: int) -> bool:
 
 def min_wide_rows(product: Product) -> int:
     """Minimum number of rows that code must be compiled for to use the form for many rows."""
-    return {Plain: 2, Int8: MIN_WIDE_INT8, Int4: MIN_WIDE_INT4}.get(type(product), 1)
+    return {Plain: 2, Int8: MIN_WIDE_INT8}.get(type(product), 1)
 
 
 def max_rows_one_by_one(product: Product) -> int:
@@ -177,51 +152,7 @@ def max_rows_one_by_one(product: Product) -> int:
 
     0 = there is no such code, and none is needed.
     """
-    return {Plain: 2, Int8: 1, Int4: 1}.get(type(product), 0)
-
-
-def _can_unpack(product: Int4) -> bool:
-    return product.packed.shape[0] % _INT4_BLOCK == 0 and _layout_known()
-
-
-def _codes(packed: Tensor, inputs: int) -> list[Tensor]:
-    """Codes of the first and the second 32 outputs of each block of 64, (N / 64, K, 32) each, as float32.
-
-    torch packs the code of output n into the low half of a byte, and that of n + 32 into the high half. They are split
-    in float32 because the compiler vectorises that, but not the shift of a byte.
-    """
-    pairs = packed.view(-1, inputs, _INT4_BLOCK // 2).float()
-    high = (pairs * 0.0625).floor()
-    return [pairs - 16 * high, high]
-
-
-def _unpack(product: Int4, dtype: torch.dtype) -> list[Tensor]:
-    """The matrix, transposed, (K, N / 2) twice: the outputs whose codes are in the low halves, and the others."""
-    groups, outputs, _ = product.scales_zeros.shape
-    blocks, half = outputs // _INT4_BLOCK, _INT4_BLOCK // 2  # N / 64, 32
-    scales_zeros = product.scales_zeros.view(groups, 1, blocks, 2, half, 2).float()
-    scales, zeros = scales_zeros.unbind(-1)  # (K / 32, 1, N / 64, 2, 32) each
-    weights = []
-    for which, codes in enumerate(_codes(product.packed, groups * INT4_GROUP)):  # (N / 64, K, 32)
-        grouped = codes.view(blocks, groups, INT4_GROUP, half).permute(1, 2, 0, 3)  # (K / 32, 32, N / 64, 32)
-        weight = (grouped - 8) * scales[:, :, :, which] + zeros[:, :, :, which]  # the same
-        weights.append(weight.to(dtype).reshape(groups * INT4_GROUP, outputs // 2))  # (K, N / 2)
-    return weights
-
-
-def _interleave(halves: list[Tensor]) -> Tensor:
-    """Put outputs that were computed in two halves (M, N / 2) in order, (M, N)."""
-    size = _INT4_BLOCK // 2
-    return torch.stack([half.view(half.shape[0], -1, size) for half in halves], dim=2).flatten(1)
-
-
-@cache
-def _layout_known() -> bool:
-    """Whether torch packs int4 on this machine as `_codes` reads it; computed before anything is compiled."""
-    codes = torch.randint(16, (128, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    read = torch.cat(_codes(packed, 64), dim=-1).transpose(1, 2).reshape(128, 64)
-    return bool((read == codes).all())
+    return {Plain: 2, Int8: 1}.get(type(product), 0)
 
 
 def _add(total: Tensor, bias: Tensor | None) -> Tensor:
@@ -229,17 +160,12 @@ def _add(total: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def pack(product: Product) -> Product:
-    """Bring a matrix into panels; one that cannot be packed stays as it is."""
+    """Bring a matrix into panels; one that is in panels stays as it is."""
     match product:
         case Plain():
             return Packed.of(*product)
         case Int8():
             return PackedInt8.of(*product)
-        case Int4() if _can_unpack(product):
-            inputs = product.scales_zeros.shape[0] * INT4_GROUP
-            blocks = product.packed.view(-1, inputs, _INT4_BLOCK // 2)  # see `_codes`
-            codes = torch.stack((blocks & 15, blocks >> 4), dim=1).transpose(2, 3).reshape(-1, inputs)
-            return PackedInt4.of(codes, product.scales_zeros, product.bias)
         case _:
             return product
 
@@ -254,9 +180,7 @@ def rows_of(product: Product, outputs: Tensor, inputs: int) -> Tensor:
         case Packed() if inputs % 2 == 0:
             return product.look_up(outputs)
         case _:
-            packed = pack(product)
-            assert isinstance(packed, InPanels), "see `_can_unpack`"
-            return packed.unpack(inputs)[outputs]
+            return product.unpack(inputs)[outputs]
 
 
 def look_up(tokens: Tensor, embedding: Tensor | Packed) -> Tensor:
@@ -276,7 +200,7 @@ def quantize(product: Plain, precision: str) -> Product:
     if precision == "int4" and device != "cpu":
         raise DeviceError(f"precision 'int4' is not available on {device!r}; use int8 or bf16 there.")
     outputs, inputs = product.weight.shape
-    if precision == "int4" and inputs % INT4_GROUP == 0 and outputs % 16 == 0:
+    if precision == "int4" and inputs % INT4_GROUP == 0 and outputs % INTEGER_OUTPUTS == 0:
         return _to_int4(product)
     return _to_int8(product) if precision in {"int8", "int4"} else product
 
@@ -292,14 +216,12 @@ def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round().to(torch.int8), scale
 
 
-def _to_int4(product: Plain) -> Int4:
+def _to_int4(product: Plain) -> PackedInt4:
     outputs, inputs = product.weight.shape
     groups = product.weight.float().view(outputs, inputs // INT4_GROUP, INT4_GROUP)
     low, high = groups.aminmax(dim=-1)
     scale = ((high - low) / 15).clamp(min=1e-12)
-    codes = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32).view(outputs, inputs)
-    # The kernel reads weight = (code − 8) × scale + zero.
-    scales_zeros = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).contiguous()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    _layout_known()  # cached here for the compiler, which computes nothing
-    return Int4(packed, scales_zeros.to(product.weight.dtype), product.bias)
+    codes = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.uint8).view(outputs, inputs)
+    # weight = (code − 8) × scale + zero
+    scales_zeros = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1)
+    return PackedInt4.of(codes, scales_zeros.to(product.weight.dtype), product.bias)

@@ -311,7 +311,7 @@ def used() -> Iterator[None]:
 
 def in_use() -> bool:
     """Whether products with matrices in panels are the library's here."""
-    return torch.compiler.is_compiling() or _in_use.get()
+    return _in_use.get() or (torch.compiler.is_compiling() and bool(_loaded))
 
 
 @contextmanager

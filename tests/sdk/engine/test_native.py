@@ -22,7 +22,7 @@ from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.native import build
 from polar_sdk.engine.pages import PAGE
 from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
-from polar_sdk.engine.products import Int4, Plain, multiply, pack, quantize
+from polar_sdk.engine.products import Plain, multiply, pack, quantize
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.types import AttentionKind
 from polar_sdk.errors import CompileError
@@ -283,16 +283,15 @@ def _bytes_of(plain: Plain) -> tuple[PackedInt8, torch.Tensor]:
 
 def _codes_of(plain: Plain) -> tuple[PackedInt4, torch.Tensor]:
     """The matrix in 4-bit panels, and what it stands for in float64, read without the code under test."""
-    stored = quantize(plain, "int4")
-    packed = pack(stored)
-    assert isinstance(stored, Int4)
+    packed = quantize(plain, "int4")
     assert isinstance(packed, PackedInt4)
-    scale, zero = stored.scales_zeros.double().repeat_interleave(32, 0).transpose(0, 1).unbind(-1)  # (N, K) each
     # Rounded as `quantize` does, from scales before they are rounded themselves.
     groups = plain.weight.float().view(plain.weight.shape[0], -1, 32)
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    codes = ((groups - low) / ((high - low) / 15).clamp(min=1e-12)).round().clamp(0, 15).flatten(1).double()
-    return packed, (codes - 8) * scale + zero
+    scale = ((high - low) / 15).clamp(min=1e-12)
+    codes = ((groups - low) / scale).round().clamp(0, 15)
+    weight = (codes.double() - 8) * scale.to(HALF).double() + (low + 8 * scale).to(HALF).double()
+    return packed, weight.flatten(1)
 
 
 @pytest.mark.usefixtures("every")

@@ -1,4 +1,4 @@
-"""Products in every precision against the same sums in float64, and the packed layout of int4."""
+"""Products in every precision against the same sums in float64, and what panels stand for."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.engine import products
 from polar_sdk.engine.panels import Packed, PackedInt4, PackedInt8
 from polar_sdk.engine.products import (
     INT4_GROUP,
-    Int4,
     Int8,
     Plain,
     Product,
     look_up,
-    min_wide_rows,
     multiply,
     outputs_from,
     pack,
@@ -80,18 +77,26 @@ def _stored(product: Product) -> torch.Tensor:
         case Packed():
             blocks = [panel.T.contiguous().view(product.bias.dtype) for panel in product.panels]
             return torch.cat(blocks)[: product.bias.shape[0]].double()
-        case PackedInt8() | PackedInt4():
+        case PackedInt8():
             raise AssertionError("compared with the matrix that it was packed from")
+        case PackedInt4():
+            return _codes_of(product)
         case Int8():
             return product.weight.double() * product.scale.double()[:, None]
-        case Int4():
-            groups, outputs, _ = product.scales_zeros.shape
-            # A unit vector per input asks torch's own kernel for one column after another.
-            kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
-            units = torch.eye(groups * INT4_GROUP, dtype=product.scales_zeros.dtype)
-            columns: torch.Tensor = kernel(units, product.packed, INT4_GROUP, product.scales_zeros)
-            assert columns.shape[1] == outputs
-            return columns.T.double()
+
+
+def _codes_of(product: PackedInt4) -> torch.Tensor:
+    """The matrix that 4-bit panels stand for, read byte by byte as their class describes them."""
+    panels, groups, _ = product.panels.shape
+    place = torch.arange(256)
+    pair, output, number = place // 64, place // 4 % 16, place % 4
+    numbers = product.panels[..., 256:].clone().view(product.bias.dtype).view(panels, groups, 16, 2).double()
+    scale, zero = (each[..., output] for each in numbers.unbind(-1))  # (panels, groups, 256)
+    matrix = torch.empty(panels, 16, groups, INT4_GROUP, dtype=torch.float64)
+    for half, codes in enumerate((product.panels[..., :256] & 15, product.panels[..., :256] >> 4)):
+        values = (codes.double() - 8) * scale + zero
+        matrix[:, output, :, 4 * (2 * pair + half) + number] = values.permute(2, 0, 1)
+    return matrix.view(16 * panels, -1)
 
 
 def _close(got: torch.Tensor, x: torch.Tensor, product: Product) -> None:
@@ -149,13 +154,12 @@ def test_packed_bytes_are_the_integers(rows: int, outputs: int, inputs: int, bia
     _same_matrix(packed, stored, x)
 
 
-@given(st.integers(1, 5), st.sampled_from([64, 128, 192]), st.integers(1, 4), st.booleans(), st.integers(0, 2**20))
+@given(st.integers(1, 5), st.sampled_from([16, 48, 128]), st.integers(1, 4), st.booleans(), st.integers(0, 2**20))
 def test_packed_halves_of_bytes_are_the_codes(rows: int, outputs: int, groups: int, biased: bool, seed: int) -> None:
     x, plain = _example((rows, outputs, INT4_GROUP * groups), torch.bfloat16, seed, biased)
     stored = quantize(plain, "int4")
-    packed = pack(stored)
-    assert isinstance(packed, PackedInt4)
-    _same_matrix(packed, stored, x)
+    assert isinstance(stored, PackedInt4)
+    _same_matrix(stored, stored, x)
 
 
 def _same_matrix(packed: PackedInt8 | PackedInt4, stored: Product, x: torch.Tensor) -> None:
@@ -163,19 +167,13 @@ def _same_matrix(packed: PackedInt8 | PackedInt4, stored: Product, x: torch.Tens
     unpacked = packed.unpack(x.shape[1])
     assert unpacked.shape == matrix.shape
     assert torch.allclose(unpacked.double(), matrix, rtol=2**-8, atol=0.002)  # one rounding, of a zero point besides
-    for first in (0, 1, 16, 32):
+    for first in filter(lambda each: each < matrix.shape[0], (0, 1, 16, 32)):
         part = outputs_from(packed, first)
         assert (part is None) == (first == 1)
         if part is not None:
             _close(multiply(x, part), x, Plain(unpacked[first:], packed.bias[first:]))
     again = pack(packed)
     assert again is packed
-
-
-def test_a_matrix_in_a_layout_that_is_not_known_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = quantize(Plain(torch.randn(64, 64)), "int4")
-    monkeypatch.setattr(products, "_layout_known", lambda: False)
-    assert pack(stored) is stored
 
 
 @given(st.sampled_from([(64, 32), (48, 64), (128, 96)]), st.integers(0, 2**20))
@@ -195,39 +193,13 @@ def test_integers_stay_within_half_a_step_of_the_weights(sides: tuple[int, int],
 def test_a_matrix_that_int4_cannot_group_stays_in_int8() -> None:
     assert isinstance(quantize(Plain(torch.randn(16, 40)), "int4"), Int8)
     assert isinstance(quantize(Plain(torch.randn(24, 64)), "int4"), Int8)
-    assert isinstance(quantize(Plain(torch.randn(16, 64)), "int4"), Int4)
+    assert isinstance(quantize(Plain(torch.randn(16, 64)), "int4"), PackedInt4)
     assert isinstance(quantize(Plain(torch.randn(16, 64)), "bf16"), Plain)
 
 
 def test_int4_is_refused_where_there_is_no_kernel() -> None:
     with pytest.raises(DeviceError, match="int4"):
         quantize(Plain(torch.empty(16, 64, device="meta")), "int4")
-
-
-@pytest.mark.parametrize(("outputs", "dtype"), [(64, torch.bfloat16), (192, torch.bfloat16), (128, torch.float32)])
-def test_unpacked_int4_is_what_the_kernel_reads(outputs: int, dtype: torch.dtype) -> None:
-    _, plain = _example((1, outputs, 96), dtype, 3, False)
-    product = quantize(plain, "int4")
-    assert isinstance(product, Int4)
-    assert products._can_unpack(product)
-    transposed = products._interleave(products._unpack(product, dtype))
-    assert transposed.shape == (96, outputs)
-    assert torch.allclose(transposed.T.double(), _stored(product), rtol=torch.finfo(dtype).eps, atol=1e-6)
-
-
-def test_another_layout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    products._layout_known.cache_clear()
-    codes = products._codes
-    monkeypatch.setattr(products, "_codes", lambda packed, inputs: codes(packed, inputs)[::-1])
-    try:
-        assert not products._layout_known()
-    finally:
-        products._layout_known.cache_clear()
-
-
-def test_wide_code_needs_the_most_rows_for_int4() -> None:
-    plain = Plain(torch.randn(64, 64))
-    assert [min_wide_rows(quantize(plain, precision)) for precision in ("bf16", "int8", "int4")] == [2, 32, 128]
 
 
 MANY_LENGTHS = """
