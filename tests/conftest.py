@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+# Ctrl-C interrupts tests and the processes that they start, also in a run that was started with SIGINT ignored, as
+# `make test &` in a script, nohup and some CI do: only a signal that is ignored stays so in a new process.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing is compiled behind a test's back, nor behind a fixture's of a whole module; tests of compiling in the
 # background turn it on.
 os.environ["POLAR_COMPILE"] = "off"

@@ -115,7 +115,7 @@ class PackedInt4(NamedTuple):
 
     Panels are bytes, (N / 16, K / 32, 320), one row for each group of inputs. The first 256 bytes are (4, 16, 4): pairs
     of words, outputs, inputs of a word. Low halves of bytes are codes of the first word of a pair, high halves those of
-    the second. The other bytes are scale and zero of each output, (16, 2), in the bias's dtype: bfloat16 for the library.
+    the second. The other bytes are scale and zero of each output, (16, 2), in the dtype of the bias.
     """
 
     panels: Tensor

@@ -125,9 +125,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def packages(request: pytest.FixtureRequest) -> Path:
-    """A folder in pytest's cache: a package's name covers everything it depends on, so it is compiled once."""
-    return request.config.cache.mkdir("compiled") if request.config.cache else pytest.fail("needs pytest's cache")
+def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in pytest's cache: a package's name covers everything it depends on, so it is compiled once.
+
+    Without the cache (`-p no:cacheprovider`), a folder of this run.
+    """
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)
+    return cache.mkdir("compiled") if cache else tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@
 
 #include "guess.h"
 #include "integers.h"
+#include "layers.h"
 #include "pages.h"
 #include "products.h"
 #include "prompt.h"
@@ -18,6 +19,11 @@ using namespace polar;
 Sharing among(const PolarSharing& sharing) { return {sharing.threads, sharing.team != 0}; }
 
 const Half* read(const void* numbers) { return static_cast<const Half*>(numbers); }
+
+PolarAngles angles_from(const PolarAngles& angles, int64_t token) {
+  const int64_t at = token * angles.width;
+  return {read(angles.cos) + at, read(angles.sin) + at, angles.width};
+}
 
 // No exception may leave a function of C.
 template <class Body>
@@ -117,6 +123,56 @@ int32_t polar_guess(const PolarDraftHead* head, const void* states, const int64_
                        matrix(head->gated), matrix(head->down), matrix(head->rows),
                        {read(head->embeddings), head->in_panels != 0}};
     *made = run_guesses(it, read(states), tokens, rows, most, least, guesses, chances, among(sharing));
+    return kPolarDone;
+  });
+}
+
+int32_t polar_project(const PolarLayer* layer, const void* x, int64_t tokens, PolarAngles angles, void* qkv,
+                      PolarSharing sharing) {
+  return guarded([&] {
+    const Layer it(*layer, among(sharing));
+    in_parts({const_cast<Half*>(read(x)), nullptr, tokens}, layer->width, [&](const Some& some, int64_t start) {
+      it.project(some, angles_from(angles, start), static_cast<Half*>(qkv) + start * it.heads_width());
+    });
+    return kPolarDone;
+  });
+}
+
+int32_t polar_keys_values(const PolarLayer* layer, const void* x, int64_t tokens, PolarAngles angles, void* kv,
+                          PolarSharing sharing) {
+  return guarded([&] {
+    const Layer it(*layer, among(sharing));
+    in_parts({const_cast<Half*>(read(x)), nullptr, tokens}, layer->width, [&](const Some& some, int64_t start) {
+      it.keys_values(some, angles_from(angles, start), static_cast<Half*>(kv) + start * 2 * layer->groups * layer->size);
+    });
+    return kPolarDone;
+  });
+}
+
+int32_t polar_finish(const PolarLayer* layer, const void* x, const void* mixed, void* y, int64_t tokens,
+                     PolarSharing sharing) {
+  return guarded([&] {
+    const Layer it(*layer, among(sharing));
+    in_parts({const_cast<Half*>(read(x)), nullptr, tokens}, layer->width, [&](const Some& some, int64_t start) {
+      it.finish(some, read(mixed) + start * layer->heads * layer->size, static_cast<Half*>(y) + start * layer->width,
+                nullptr);
+    });
+    return kPolarDone;
+  });
+}
+
+int32_t polar_decode_layers(const PolarLayer* layers, int64_t depth, void* x, const int64_t* visits, int64_t count,
+                            const int64_t* bounds, const int64_t* index, const int64_t* table, const int64_t* positions,
+                            const PolarAngles* angles, PolarPages pages, int64_t* done, PolarSharing sharing) {
+  return guarded([&]() -> int32_t {
+    for (int64_t visit = 0; visit < count; ++visit, ++*done) {
+      if (visits[visit] < 0 || visits[visit] >= depth) return kPolarNoSuchPlace;
+      const PolarLayer& layer = layers[visits[visit]];
+      const int64_t begin = bounds[visit], size = bounds[visit + 1] - begin;
+      const Some some{static_cast<Half*>(x), index + begin, size};
+      Layer(layer, among(sharing))
+          .decode(some, angles[layer.rope], pages, table + begin * pages.blocks, positions + begin);
+    }
     return kPolarDone;
   });
 }

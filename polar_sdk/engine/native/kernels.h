@@ -96,4 +96,61 @@ struct PolarDraftHead {
 POLAR_EXPORT int32_t
 polar_guess(const PolarDraftHead* head, const void* states, const int64_t* tokens, int64_t rows, int64_t most,
     float least, int64_t* guesses, float* chances, int64_t* made, PolarSharing sharing);
+
+// A matrix in panels, of one of the forms below, with a bias for each output; bytes have a scale for each as well.
+enum PolarForm : int32_t { kPolarNumbers = 0, kPolarBytes = 1, kPolarNibbles = 2 };
+struct PolarMatrix {
+  const void *panels, *scale, *bias;
+  int64_t inputs, outputs;
+  int32_t form;
+};
+
+// Weight and bias of a norm; without a weight there is none.
+struct PolarNorm {
+  const void *weight, *bias;
+};
+enum PolarNormKind : int32_t { kPolarRms = 0, kPolarOffsetRms = 1, kPolarLayerNorm = 2 };
+enum PolarActivation : int32_t { kPolarSilu = 0, kPolarRelu = 1, kPolarGelu = 2, kPolarGeluTanh = 3 };
+
+// A layer of width E: norm → queries, keys and values → norms of heads → positions → attention → output → norm → added
+// to what came in; then norm → gate and up, or up alone → activation → down → norm → added. Norms but the first may be
+// missing. Where it is `parallel`, both halves read what came in.
+struct PolarLayer {
+  PolarMatrix qkv, keys_values, out, up, down;
+  PolarNorm attn_norm, attn_after, mlp_norm, mlp_after;
+  const void* head_norms;  // weights (H + G, d), or null
+  PolarKind kind;
+  int64_t width, heads, groups, size, rope;
+  float eps;
+  int32_t norm, activation, gated, parallel, pairs;
+};
+
+// Cosine and sine of tokens (N, width), of which width is 0 where positions enter elsewhere.
+struct PolarAngles {
+  const void *cos, *sin;
+  int64_t width;
+};
+
+// A store (P, 2, G, page, d) of keys and values, and how many pages each row of a table has.
+struct PolarPages {
+  void* store;
+  int64_t places, page, blocks;
+};
+
+// qkv (N, H + 2 G, d) of tokens x (N, E); or, without queries, kv (N, 2 G, d).
+POLAR_EXPORT int32_t polar_project(const PolarLayer* layer, const void* x, int64_t tokens, PolarAngles angles, void* qkv,
+    PolarSharing sharing);
+POLAR_EXPORT int32_t polar_keys_values(const PolarLayer* layer, const void* x, int64_t tokens, PolarAngles angles,
+    void* kv, PolarSharing sharing);
+
+// y (N, E): the part of a layer after attention, of which x (N, E) is the input and mixed (N, H × d) the result.
+POLAR_EXPORT int32_t polar_finish(const PolarLayer* layer, const void* x, const void* mixed, void* y, int64_t tokens,
+    PolarSharing sharing);
+
+// Visits of layers one after another, each for one token of some rows, whose states are x (N, E), in place: those at
+// `index`, whose pages and positions are at the same places of `table` and `positions`; visit i is for what stands from
+// bounds[i] to bounds[i + 1]. `angles` are of all tokens, for each kind of rope. `done` counts the visits that have run.
+POLAR_EXPORT int32_t polar_decode_layers(const PolarLayer* layers, int64_t depth, void* x, const int64_t* visits,
+    int64_t count, const int64_t* bounds, const int64_t* index, const int64_t* table, const int64_t* positions,
+    const PolarAngles* angles, PolarPages pages, int64_t* done, PolarSharing sharing);
 }

@@ -29,13 +29,7 @@ if TYPE_CHECKING:
 
     from typer.testing import Result
 
-_MAIN = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands on that it is ignored
-from polar_sdk.cli.main import main
-main()
-"""
-POLAR = [sys.executable, "-c", _MAIN]
+POLAR = [sys.executable, "-c", "from polar_sdk.cli.main import main; main()"]
 TIMEOUT_S = 120
 
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from polar_sdk.models.aliases import Alias
 
 OBTAIN = """
-import json, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands on that it is ignored
+import json, sys
 from polar_sdk.models.aliases import Alias
 from polar_sdk.models.find import obtain
 print(obtain(Alias(**json.loads(sys.argv[1]))).fingerprint)

@@ -299,6 +299,7 @@ def _worker(tries: int, seed: int) -> None:
 
     storm = Storm(seed)
     storm.model.generate("warm", max_tokens=2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminated)
     begun: set[int] = set()
 
