@@ -179,8 +179,8 @@ SECTIONS = {
     ),
     "search": Section(
         "A search of the default model",
-        "Programs that `polar search` found on the package's prompts, and the router trained on them.",
-        "`polar search`, `polar train`, `polar calibrate` and `polar evaluate`",
+        "Programs that `polar lab search` found on the package's prompts, and the router trained on them.",
+        "`polar lab search`, `polar lab train`, `polar lab calibrate` and `polar evaluate`",
         wide=True,
     ),
     "routing": Section("What routing costs", "Time and FLOPs of the router itself.", _ROUTER),
@@ -206,7 +206,7 @@ SECTIONS = {
     "scan": Section(
         "Layers the default model can do without",
         "Layers left out, greedily; answers teacher-forced against full depth.",
-        "`polar scan --limit 56 --lengths 1,2 --out FILE`",
+        "`polar lab scan --limit 56 --lengths 1,2 --out FILE`",
         wide=True,
     ),
     "static": Section(
