@@ -113,7 +113,6 @@ docs: $(STAMP) ## Generate the generated documents and build the site into site/
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_proof.py
 	$(BIN)/python docs/generate_images.py
-	test ! -f docs/generate_results.py || $(BIN)/python docs/generate_results.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench-engine: model ## Measure the engine beside Hugging Face and llama.cpp, which it builds first

@@ -30,7 +30,7 @@ import torch
 
 from benchmarks import drafts as drafting
 from benchmarks.first_answer import apart as newcomer
-from benchmarks.long_prompts import apart_growth
+from benchmarks.memory import prompt_growth
 from benchmarks.peers import HuggingFace, LlamaCpp, apart, quantized, timed
 from benchmarks.results import RESULTS, Machine, Recorder
 from benchmarks.router_texts import filling
@@ -292,7 +292,7 @@ def long_prompts(bench: Bench) -> None:
         bench.summary[f"prefill{tokens}_vs_hf"] = _record(bench, name, speeds, Peer(HF, goal=goal))
         if bench.device != "cpu":
             continue
-        grown, theirs = (apart_growth(bench.args.model, tokens, system) for system in ("ours", "hf"))
+        grown, theirs = (prompt_growth(bench.args.model, tokens, system) for system in ("ours", "hf"))
         bench.recorder.add(
             f"memory of a prompt of {tokens:,} tokens", grown, "MiB",
             peer=HF, peer_value=theirs, ratio=grown / theirs, better="lower",
@@ -601,7 +601,7 @@ def drafts_slowest(bench: Bench) -> None:
 
 def memory(bench: Bench) -> None:
     """In a process of its own, since a peak never falls again; it writes its own file."""
-    folder, model = str(bench.recorder.folder), bench.args.model
+    folder, model = str(bench.recorder.path.parent), bench.args.model
     command = [sys.executable, "-m", "benchmarks.memory", "--device", bench.device, "--results", folder]
     ended = subprocess.run(
         [*command, *(["--model", model] if model else [])], check=True, stdout=subprocess.PIPE, text=True

@@ -1,17 +1,20 @@
-"""Peak memory of a process that loads the model and answers 4 requests of 1,024 tokens at once.
+"""Peak memory: of a process that loads the model and answers 4 requests of 1,024 tokens, and of one long prompt.
 
     python -m benchmarks.memory [--model NAME] [--precision bf16]
 
 Prints a row of a Markdown table and writes the figures to `--results`: how much resident memory grew after the imports,
-compared with the weights and the keys and values of 4,096 tokens. `benchmarks/engine.py` runs it as a process of its
-own, since a peak never falls again.
+compared with the weights and the keys and values of 4,096 tokens. A peak never falls again, so `benchmarks/engine.py`
+runs it as a process of its own, and so does `prompt_growth` with what it measures.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,7 @@ import psutil
 import torch
 import transformers.modeling_utils  # noqa: F401  (what loading imports does not count as growth)
 
-from benchmarks.peers import apart
+from benchmarks.peers import HuggingFace, apart
 from benchmarks.results import RESULTS, Recorder
 from polar_sdk import PolarModel, Program
 
@@ -61,6 +64,40 @@ def main() -> None:
     )
     minimum = f"{grown.peer_value:.0f} MiB (weights {weights / MIB:.0f})"
     print(f"| memory, {grown.name}; {grown.peer} | {grown.value:.0f} MiB | {minimum} | **{grown.ratio:.2f}** |")
+
+
+def prompt_growth(model: str | None, tokens: int, system: str) -> float:
+    """Memory that one long prompt takes at its peak, keys and values included, in a process of its own. Unit: MiB.
+
+    Args:
+        model: Name of the model; None = the default one.
+        tokens: Length of the prompt.
+        system: `ours`, or `hf` for Hugging Face.
+    """
+    words = f"from benchmarks.memory import _grow; _grow({model!r}, {tokens}, {system!r})"
+    ended = subprocess.run([sys.executable, "-c", words], check=True, stdout=subprocess.PIPE)
+    return float(json.loads(ended.stdout.splitlines()[-1]))
+
+
+def _grow(name: str | None, tokens: int, system: str) -> None:
+    """Print the growth; a short prompt runs first, so that what is made at first use is not counted."""
+    model = apart(lambda: PolarModel.from_pretrained(name, device="cpu", precision="bf16", ledger=None))
+    (word,) = model.encode(" light")
+    identity = Program.identity(model.depth)
+    peer = HuggingFace(model.loaded.path, "bfloat16", "cpu") if system == "hf" else None
+
+    def run(count: int) -> None:
+        if peer is None:
+            model.generate([word] * count, max_tokens=1, program=identity)
+        else:
+            peer.generate([[word] * count], 1)
+
+    run(64)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    before = psutil.Process().memory_info().rss
+    run(tokens)
+    print(json.dumps(max(peak_memory() - before, 0) / MIB))
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,8 +1,7 @@
-"""What benchmarks measured, as data: one JSON file per run in `benchmarks/results`, named `<date>-<topic>.json`.
+"""Results: the current figures of benchmarks, one JSON file per topic and kind of processor in `benchmarks/results`.
 
-`docs/generate_results.py` makes `docs/results.md` and the figures of the README from the newest ones. A second run of a
-topic on the same day is `<date>-<topic>.2.json`, so nothing is overwritten. Knows nothing of what is measured;
-imports no package under test.
+A run replaces the figures that it measures again and leaves the others, each with the run that it comes from; git keeps
+what was replaced. Knows nothing of what is measured; imports no package under test.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import sys
 from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-__all__ = ["RESULTS", "Figure", "Found", "Machine", "Recorder", "Run", "newest", "read_runs", "write_run"]
+__all__ = ["RESULTS", "Figure", "Machine", "Recorder", "Results", "Run"]
 
 RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "sqlalchemy")
@@ -31,7 +30,6 @@ EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asim
 QUIET_LOAD = 0.3
 """Load average per core below which nothing else counts as running."""
 Topic = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$")]
-_FILE = re.compile(r"(\d{4}-\d{2}-\d{2})-([a-z0-9-]+)(?:\.(\d+))?\.json")
 
 
 class _Frozen(BaseModel):
@@ -41,23 +39,25 @@ class _Frozen(BaseModel):
 class Figure(_Frozen):
     """One measured number."""
 
+    run: int = 0
+    """Index of its run in the file."""
     topic: Topic
-    """The table it belongs to; one run may fill several."""
+    """Table it belongs to; a file may hold several."""
     name: Annotated[str, Field(min_length=1)]
-    """What was measured, unique within the topic. `row: column` where the table has columns."""
+    """Name, unique within the topic: `row: column` where the table has columns."""
     value: FiniteFloat
     unit: str
     low: FiniteFloat | None = None
     high: FiniteFloat | None = None
     interval: Literal["95%", "rounds", "seeds"] | None = None
-    """What `low` and `high` are: a 95% confidence interval, or the range over rounds or training seeds."""
+    """Kind of `low` and `high`: a 95% confidence interval, or the range over rounds or training seeds."""
     goal: FiniteFloat | None = None
-    """For the ratio where there is one, else for the value."""
+    """Goal for the ratio where there is one, else for the value."""
     better: Literal["higher", "lower"] = "higher"
     peer: str | None = None
     """What the value is compared with."""
     peer_value: FiniteFloat | None = None
-    """In the same unit."""
+    """Value of the peer, in the same unit."""
     ratio: FiniteFloat | None = None
     """Ours over the peer's; the median over rounds, so it may differ from the ratio of the two medians."""
     note: str | None = None
@@ -73,6 +73,12 @@ class Figure(_Frozen):
         return self
 
     @property
+    def numbers(self) -> list[float]:
+        """All of its numbers, as a page may quote them."""
+        facts = (self.value, self.low, self.high, self.goal, self.peer_value, self.ratio)
+        return [number for number in facts if number is not None]
+
+    @property
     def met(self) -> bool | None:
         """Whether the goal was met; None without a goal. A 95% interval must lie on the right side as a whole."""
         if self.goal is None:
@@ -84,7 +90,7 @@ class Figure(_Frozen):
 
 
 class Machine(_Frozen):
-    """What a run was made on."""
+    """The machine of a run."""
 
     processor: str
     cores: int
@@ -115,55 +121,72 @@ class Machine(_Frozen):
 class Run(_Frozen):
     """One run of a benchmark."""
 
-    topic: Topic
-    """Names the file."""
     date: date
     command: str
     commit: str | None
-    """With `-dirty` where the working tree had changes; None = not recorded."""
+    """Commit measured, with `-dirty` where the working tree had changes; None = not recorded."""
     machine: Machine
     versions: dict[str, str]
     quiet: bool
     """Whether the machine had nothing else to do; speeds of other runs are good for ratios at most."""
-    transcribed: bool = False
-    """Copied by hand from a record in prose, from before benchmarks wrote files."""
     note: str | None = None
+
+
+class Results(_Frozen):
+    """The file of a topic: current figures, and the runs they come from."""
+
+    topic: Topic
+    runs: tuple[Run, ...]
     figures: tuple[Figure, ...]
 
     @model_validator(mode="after")
-    def _unique(self) -> Self:
+    def _whole(self) -> Self:
         names = [(figure.topic, figure.name) for figure in self.figures]
         if len(set(names)) < len(names):
             raise ValueError(f"figures named twice: {sorted({name for name in names if names.count(name) > 1})}")
+        if {figure.run for figure in self.figures} != set(range(len(self.runs))):
+            raise ValueError("each figure needs a run of the file, and each run a figure")
         return self
+
+    def updated(self, run: Run, figures: list[Figure]) -> Results:
+        """These results with figures of a new run, in the place of those of the same name."""
+        current = {(one.topic, one.name): (one, self.runs[one.run]) for one in self.figures}
+        current |= {(one.topic, one.name): (one, run) for one in figures}
+        runs: list[Run] = []
+        for _, origin in current.values():
+            if origin not in runs:
+                runs.append(origin)
+        placed = [one.model_copy(update={"run": runs.index(origin)}) for one, origin in current.values()]
+        return Results(topic=self.topic, runs=tuple(runs), figures=tuple(placed))
 
     @property
     def text(self) -> str:
-        """As JSON with a line per figure, so that a diff shows which figures changed."""
-        head = json.dumps(self.model_dump(mode="json", exclude={"figures"}), indent=1, ensure_ascii=False)
-        figures = [one.model_dump(mode="json", exclude_defaults=True) for one in self.figures]
-        lines = ",\n".join(f"  {json.dumps(one, ensure_ascii=False)}" for one in figures)
-        return head.removesuffix("\n}") + f',\n "figures": [\n{lines}\n ]\n}}\n'
+        """JSON with a line per run and per figure, so that a diff shows which figures changed."""
 
+        def lines(models: tuple[_Frozen, ...]) -> str:
+            plain = (one.model_dump(mode="json", exclude_defaults=True) for one in models)
+            return ",\n".join(f"  {json.dumps(one, ensure_ascii=False)}" for one in plain)
 
-class Found(NamedTuple):
-    """A figure and the run it is from."""
+        runs, figures = lines(self.runs), lines(self.figures)
+        return f'{{\n "topic": "{self.topic}",\n "runs": [\n{runs}\n ],\n "figures": [\n{figures}\n ]\n}}\n'
 
-    figure: Figure
-    run: Run
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read a file."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 class Recorder:
-    """Collects the figures of a run that begins now, and keeps its file up to date, so that Ctrl-C loses nothing.
+    """Records the figures of a run that begins now; its file is up to date after each, so that Ctrl-C loses nothing.
 
     Args:
-        topic: Of the run, and of its figures unless they name another.
-        folder: Where the file goes.
+        topic: Topic of the file, and of its figures unless they name another.
+        folder: Folder of the file.
         model: Another model than the default one.
-        device: What the model runs on.
-        kernels: Which of the engine's kernels for CPUs are measured, where others than those of most figures.
+        device: Device that the model runs on.
+        kernels: The engine's kernels for CPUs, where others than those of most figures.
 
-    Another model, device or kernel has topics of its own: its figures replace none of the default model's on a CPU.
+    Another model, device or kernel has a file of its own: its figures replace none of the default model's on a CPU.
     """
 
     def __init__(
@@ -175,52 +198,31 @@ class Recorder:
         device: str = "cpu",
         kernels: str = "",
     ) -> None:
-        self.folder = folder
-        self.path: Path | None = None
         variant = f"{Path(model).name if model else ''} {device.removeprefix('cpu')} {kernels}".lower()
         self._suffix = "".join(f"-{part}" for part in re.findall("[a-z0-9]+", variant))
+        self.topic = topic + self._suffix
+        self.path = folder / f"{self.topic}.json"
+        self.figures: list[Figure] = []
+        self._before = Results.read(self.path) if self.path.exists() else Results(topic=self.topic, runs=(), figures=())
         self.run = Run(
-            topic=topic + self._suffix,
             date=datetime.now(UTC).date(),
             command=shlex.join(["python", *sys.orig_argv[1:]]),
             commit=_commit(),
             machine=Machine.here(None if device == "cpu" else _accelerator(device)),
             versions=_versions(),
             quiet=psutil.getloadavg()[0] / (os.cpu_count() or 1) < QUIET_LOAD,
-            figures=(),
         )
 
     def add(self, name: str, value: float, unit: str, *, topic: str | None = None, **facts: Any) -> Figure:
         """Record a figure, rounded to four digits; `facts` are further fields of `Figure`."""
         numbers = {key: _rounded(fact) if isinstance(fact, float) else fact for key, fact in facts.items()}
-        topic = self.run.topic if topic is None else topic + self._suffix
+        topic = self.topic if topic is None else topic + self._suffix
         figure = Figure(topic=topic, name=name, value=_rounded(value), unit=unit, **numbers)
-        self.run = Run(**{**dict(self.run), "figures": (*self.run.figures, figure)})
-        self.path = write_run(self.run, self.folder, self.path)
+        self.figures.append(figure)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self._before.updated(self.run, self.figures).text
+        self.path.write_text(text, encoding="utf-8", newline="\n")
         return figure
-
-
-def write_run(run: Run, folder: Path = RESULTS, path: Path | None = None) -> Path:
-    """Write a run to its file, or over the one it has already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while path is None:
-        name = folder / f"{run.date}-{run.topic}{f'.{number}' if number > 1 else ''}.json"
-        number, path = number + 1, None if name.exists() else name
-    path.write_text(run.text, encoding="utf-8", newline="\n")
-    return path
-
-
-def read_runs(folder: Path = RESULTS) -> list[Run]:
-    """All runs, oldest first."""
-    found = [(match, path) for path in folder.glob("*.json") if (match := _FILE.fullmatch(path.name))]
-    found.sort(key=lambda one: (one[0][1], one[0][2], int(one[0][3] or 1)))
-    return [Run.model_validate_json(path.read_text(encoding="utf-8")) for _, path in found]
-
-
-def newest(topic: str, folder: Path = RESULTS) -> dict[str, Found]:
-    """The figures of a topic by name, each from the newest run that has it."""
-    return {one.name: Found(one, run) for run in read_runs(folder) for one in run.figures if one.topic == topic}
 
 
 def _rounded(value: float) -> float:

@@ -64,7 +64,7 @@ def _record_texts(recorder: Recorder, tier: str, whole: dict[str, Any]) -> None:
 
 
 def _record_free(recorder: Recorder, tier: str, free: dict[str, Any]) -> None:
-    """What one tier wrote freely. Whether answers are as often right is for `right_answers`, by many more prompts."""
+    """What one tier wrote freely."""
     note = f"{free['prompts']} prompts answered freely"
     recorder.add(f"{tier}: KL per token", free["kl_per_token"], "nats", topic="free", better="lower", note=note)
     recorder.add(f"{tier}: tokens before the first change", free["first_divergence"], "tokens", topic="free", note=note)

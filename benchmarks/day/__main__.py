@@ -29,6 +29,7 @@ import psutil
 from benchmarks.day.arrivals import DAY, PEAK_TO_MEAN, arrivals_of
 from benchmarks.day.trial import FULL_DEPTH, Trial, compute_needed, metered, run_trial
 from benchmarks.results import RESULTS, Recorder
+from polar_billing import PriceBook
 from polar_sdk import PolarModel
 from polar_sdk.testing import tiny_model
 
@@ -68,7 +69,7 @@ def main() -> None:
             pairs = [compare(model, folder, args.requests, seconds, seed) for seed in range(args.seeds)]
             record_comparison(recorder, pairs)
             trials = [trial for pair in pairs for trial in pair]
-    for figure in recorder.run.figures:
+    for figure in recorder.figures:
         interval = "" if figure.low is None else f" [{figure.low}, {figure.high}]"
         print(f"{figure.name}: {figure.value} {figure.unit}{interval}")
     for trial in trials:
@@ -148,6 +149,7 @@ def record_comparison(recorder: Recorder, pairs: Sequence[tuple[Trial, Trial]]) 
         elif values:
             recorder.add(name, values[0], unit)
 
+    unit = f"m{PriceBook.load().currency}"
     for way, trials in zip(("full depth", "routed"), zip(*pairs, strict=True), strict=True):
         recorder.add(f"requests, all seeds: {way}", sum(trial.ends.total() for trial in trials), "requests")
         add(f"refused by a budget: {way}", [trial.ends["refused"] for trial in trials], "requests")
@@ -158,7 +160,7 @@ def record_comparison(recorder: Recorder, pairs: Sequence[tuple[Trial, Trial]]) 
         add(f"GFLOP per request: {way}", [total.flops / total.requests / 1e9 for total in totals], "GFLOP")
         add(f"FLOPs saved against full depth: {way}", [100 * total.saved for total in totals], "%")
         costs = [float(total.cost) / total.requests * 1e6 for total in totals]
-        add(f"cost per 1,000 requests, in thousandths: {way}", costs, "")
+        add(f"{unit} per 1,000 requests: {way}", costs, unit)
     add("same answers as at full depth: routed", [100 * same_answers(*pair) for pair in pairs], "%")
     for tier in ("economy", "standard", "premium", FULL_DEPTH):
         shares = [routed.tiers[tier] for _, routed in pairs if tier in routed.tiers]

@@ -3,132 +3,104 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from benchmarks.results import RESULTS, Figure, Machine, Recorder, Run, newest, read_runs, write_run
+from benchmarks.results import RESULTS, Figure, Machine, Recorder, Results
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-MACHINE = Machine(processor="p", cores=2, memory_gib=4, isa="avx2")
-DAY = datetime.date(2026, 11, 25)
-
-numbers = st.floats(allow_nan=False, allow_infinity=False)
-words = st.text(min_size=1, max_size=20)
-topics = st.sampled_from(["engine", "billing", "engine-tiny-2"])
+PAGE = ROOT / "docs" / "results.md"
+FILES = {path.name: Results.read(path) for path in sorted(RESULTS.glob("*.json"))}
+FIGURES = [figure for results in FILES.values() for figure in results.figures]
+NUMBER = re.compile(r"(?<![\w.`-])[−+-]?\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
 
 
-def a_run(day: datetime.date = DAY, **values: float) -> Run:
-    return Run(
-        topic="engine",
-        date=day,
-        command="c",
-        commit=None,
-        machine=MACHINE,
-        versions={},
-        quiet=True,
-        figures=tuple(Figure(topic="engine", name=name, value=value, unit="s") for name, value in values.items()),
+def quotes(number: str, exact: float) -> bool:
+    """Whether a number is another one, rounded to fewer digits; a half may go either way."""
+    text = number.replace("−", "-").replace(",", "")
+    digits = len(text.partition(".")[2])
+    return abs(exact - float(text)) <= 0.5 / 10.0**digits + 1e-9
+
+
+class TestDocuments:
+    def test_every_file_is_as_it_would_be_written(self) -> None:
+        for name, results in FILES.items():
+            assert name == f"{results.topic}.json"
+            assert (RESULTS / name).read_text(encoding="utf-8") == results.text, name
+
+    def test_every_row_of_the_page_quotes_the_files_of_its_section(self) -> None:
+        """The first cell of a row is the name of a figure, or begins those of a table's row."""
+        rows = 0
+        for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
+            files = [FILES[name] for name in re.findall(r"`([\w-]+\.json)`", section)]
+            assert files, section
+            for line in re.findall(r"^\| (?!-)(.+) \|$(?!\n\| ---)", section, re.MULTILINE):
+                label, *cells = line.split(" | ")
+                own = [
+                    one
+                    for file in files
+                    for one in file.figures
+                    if re.match(rf"{re.escape(label)}(: |, time ÷|$)", one.name)
+                ]
+                quoted = [number for cell in cells for number in NUMBER.findall(cell)]
+                known = [number for one in own for number in [*one.numbers, *note_numbers(one)]]
+                assert own or not quoted, line
+                for number in quoted:
+                    assert any(quotes(number, exact) for exact in known), f"{number} in: {line}"
+                rows += bool(quoted)
+        assert rows > 100
+
+    @pytest.mark.parametrize(
+        ("line", "topics"),
+        [
+            ("Multiple-choice questions", {"choices", "seeds"}),
+            ("Answers in text", {"answers", "long-texts"}),
+            ("Decoding speed", {"engine", "engine-amx"}),
+        ],
     )
+    def test_the_readme_quotes_files(self, line: str, topics: set[str]) -> None:
+        """Numbers with decimals of a line between the markers."""
+        block = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- figures: start -->")[2]
+        (text,) = re.findall(rf"^- \*\*{line}\*\*.*$", block, re.MULTILINE)
+        numbers = [number for number in NUMBER.findall(text) if "." in number]
+        assert len(numbers) > 5
+        known = [number for one in FIGURES if one.topic in topics for number in [*one.numbers, *note_numbers(one)]]
+        assert not [number for number in numbers if not any(quotes(number, exact) for exact in known)]
 
 
-@st.composite
-def figures(draw: st.DrawFn) -> Figure:
-    low, value, high = sorted(draw(st.lists(numbers, min_size=3, max_size=3)))
-    interval = draw(st.sampled_from([None, "95%", "rounds", "seeds"]))
-    peer = draw(st.none() | words)
-    return Figure(
-        topic=draw(topics),
-        name=draw(words),
-        value=value,
-        unit=draw(st.text(max_size=5)),
-        low=low if interval else None,
-        high=high if interval else None,
-        interval=interval,
-        goal=draw(st.none() | numbers),
-        better=draw(st.sampled_from(["higher", "lower"])),
-        peer=peer,
-        peer_value=draw(numbers) if peer else None,
-        ratio=draw(st.none() | numbers),
-        note=draw(st.none() | words),
-    )
+def note_numbers(figure: Figure) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+\.?\d*", figure.note or "")]
 
 
-runs = st.builds(
-    Run,
-    topic=topics,
-    date=st.dates(),
-    command=words,
-    commit=st.none() | words,
-    machine=st.builds(Machine, processor=words, cores=st.integers(1, 99), memory_gib=st.integers(0, 99), isa=words),
-    versions=st.dictionaries(words, words, max_size=2),
-    quiet=st.booleans(),
-    transcribed=st.booleans(),
-    note=st.none() | words,
-    figures=st.lists(figures(), max_size=4, unique_by=lambda one: (one.topic, one.name)).map(tuple),
-)
+class TestRecorder:
+    def test_a_run_replaces_what_it_measures_again(self, tmp_path: Path) -> None:
+        first = Recorder("engine", tmp_path)
+        first.run = first.run.model_copy(update={"date": datetime.date(2026, 1, 1)})
+        first.add("speed", 123.456, "tokens/s", low=123.111, high=124.0, interval="rounds", goal=100)
+        first.add("size", 1234.5, "MiB", topic="memory")
+        second = Recorder("engine", tmp_path)
+        second.add("speed", 200.0, "tokens/s")
+        results = Results.read(tmp_path / "engine.json")
+        found = {one.name: (one.topic, one.value, results.runs[one.run]) for one in results.figures}
+        assert found == {"speed": ("engine", 200.0, second.run), "size": ("memory", 1234.0, first.run)}
+        second.add("size", 1.0, "MiB", topic="memory")
+        assert Results.read(tmp_path / "engine.json").runs == (second.run,)
 
-
-class TestFiles:
-    @given(run=runs)
-    def test_a_run_is_read_back_as_it_was(self, run: Run) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = write_run(run, Path(folder))
-            assert path.name == f"{run.date}-{run.topic}.json"
-            assert read_runs(Path(folder)) == [run]
-            assert path.read_text(encoding="utf-8") == run.text
-
-    @given(st.lists(st.tuples(st.dates(), st.sets(st.sampled_from("abc"), min_size=1)), min_size=1, max_size=12))
-    def test_the_newest_run_that_has_a_figure_gives_it(self, made: list[tuple[datetime.date, set[str]]]) -> None:
-        """By date; on the same day, the one written last."""
-        with tempfile.TemporaryDirectory() as folder:
-            for number, (day, names) in enumerate(made):
-                write_run(a_run(day, **{name: float(number) for name in names}), Path(folder))
-            found = newest("engine", Path(folder))
-            for name in {name for _, names in made for name in names}:
-                day, last = max((day, number) for number, (day, names) in enumerate(made) if name in names)
-                assert (found[name].run.date, found[name].figure.value) == (day, last)
-            assert not newest("billing", Path(folder))
-
-    def test_a_second_run_of_a_day_replaces_nothing(self, tmp_path: Path) -> None:
-        paths = [write_run(a_run(x=value), tmp_path) for value in (1.0, 2.0)]
-        assert [path.name for path in paths] == ["2026-11-25-engine.json", "2026-11-25-engine.2.json"]
-        assert [run.figures[0].value for run in read_runs(tmp_path)] == [1.0, 2.0]
-
-    def test_a_recorder_keeps_one_file_and_knows_where_it_ran(self, tmp_path: Path) -> None:
-        recorder = Recorder("engine", tmp_path)
-        recorder.add("speed", 123.456, "tokens/s", low=123.111, high=124.0, interval="rounds", goal=100)
-        recorder.add("size", 1234.5, "MiB", topic="memory")
-        (run,) = read_runs(tmp_path)
-        assert run == recorder.run
-        assert [(one.topic, one.value, one.low) for one in run.figures] == [
-            ("engine", 123.5, 123.1),
-            ("memory", 1234.0, None),
-        ]
-        assert run.machine.processor
-        assert run.machine.cores >= 1
-        assert run.versions["python"]
-        assert not run.transcribed
-
-    def test_another_model_has_topics_of_its_own(self, tmp_path: Path) -> None:
+    def test_another_model_or_kernel_has_a_file_of_its_own(self, tmp_path: Path) -> None:
         recorder = Recorder("engine", tmp_path, model="org/Tiny_Model-0.5B")
-        recorder.add("size", 1.0, "MiB", topic="memory")
-        assert recorder.run.topic == "engine-tiny-model-0-5b"
-        assert list(newest("memory-tiny-model-0-5b", tmp_path)) == ["size"]
-
-    def test_other_kernels_have_topics_of_their_own(self, tmp_path: Path) -> None:
-        assert Recorder("engine", tmp_path, kernels="amx").run.topic == "engine-amx"
+        assert recorder.add("size", 1.0, "MiB", topic="memory").topic == "memory-tiny-model-0-5b"
+        assert recorder.path == tmp_path / "engine-tiny-model-0-5b.json"
+        assert Recorder("engine", tmp_path, kernels="amx").topic == "engine-amx"
         here = Machine.here()
         assert here.model_copy(update={"isa": "avx2 avx512_bf16 amx_bf16"}).kernels == "amx"
         assert here.model_copy(update={"isa": "avx2 avx512_bf16"}).kernels == ""
 
+
+class TestFigure:
     @pytest.mark.parametrize(
         "wrong",
         [{"low": 1.0}, {"low": 3.0, "high": 4.0, "interval": "95%"}, {"peer_value": 1.0}, {"value": float("nan")}],
@@ -137,10 +109,6 @@ class TestFiles:
     def test_half_a_figure_is_refused(self, wrong: dict[str, Any]) -> None:
         with pytest.raises(ValidationError):
             Figure(**{"topic": "engine", "name": "x", "value": 2.0, "unit": "s", **wrong})
-
-    def test_a_name_stands_once_in_a_run(self) -> None:
-        with pytest.raises(ValidationError, match="named twice"):
-            Run(**{**dict(a_run(x=1.0)), "figures": a_run(x=1.0).figures * 2})
 
     @pytest.mark.parametrize(
         ("facts", "met"),
@@ -158,57 +126,3 @@ class TestFiles:
         self, facts: dict[str, Any], met: bool | None
     ) -> None:
         assert Figure(**{"topic": "engine", "name": "x", "value": 2.0, "unit": "s", **facts}).met is met
-
-
-class TestDocuments:
-    @staticmethod
-    def generator() -> Any:
-        spec = importlib.util.spec_from_file_location("generate_results", ROOT / "docs" / "generate_results.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    def test_every_file_is_a_run_as_it_would_be_written_today(self) -> None:
-        paths = [path for path in RESULTS.glob("*.json") if path.name[0].isdigit()]
-        assert len(paths) == len(read_runs()) > 0
-        for path in paths:
-            run = Run.model_validate_json(path.read_text(encoding="utf-8"))
-            assert path.name.startswith(f"{run.date}-{run.topic}.")
-            assert path.read_text(encoding="utf-8") == run.text, path.name
-            assert run.commit or run.transcribed, f"{path.name}: only a transcribed run may have no commit"
-
-    def test_the_results_page_is_generated(self) -> None:
-        module = self.generator()
-        assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/generate_results.py"
-
-    def test_the_figures_of_the_readme_are_generated(self) -> None:
-        module = self.generator()
-        text = module.README.read_text(encoding="utf-8")
-        assert text == module.with_figures(text), "run: python docs/generate_results.py"
-
-    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-    def test_every_interval_that_is_quoted_is_in_a_file(self, page: Path) -> None:
-        """A pair in brackets, `−2.85 [−5.01, −0.69]`, with the value before it, rounded as it may be."""
-        number = r"([−+-]?\d[\d,]*(?:\.\d+)?)"
-        quoted = re.compile(rf"(?:{number}[*%]*(?: points| percentage points)?[*]* \|? ?)?\[{number}, {number}\]")
-        known = [
-            (one.value, one.low, one.high)
-            for run in read_runs()
-            for one in run.figures
-            if one.low is not None and one.high is not None
-        ]
-        for match in quoted.finditer(page.read_text(encoding="utf-8")):
-            parts = [part for part in match.groups() if part is not None]
-            assert any(
-                all(_rounds_to(exact, part) for exact, part in zip(one[-len(parts) :], parts, strict=True))
-                for one in known
-            ), match[0]
-
-
-def _rounds_to(exact: float, quoted: str) -> bool:
-    """Whether a number is another one, rounded to fewer digits; a half may go either way."""
-    text = quoted.replace("−", "-").replace(",", "")
-    digits = len(text.partition(".")[2])
-    return abs(exact - float(text)) <= 0.5 / 10.0**digits + 1e-9
