@@ -60,12 +60,12 @@ from .statements.credit_notes import credit_notes as credit_notes
 from .statements.draft import draft_statement as draft_statement
 from .statements.issue import issue_statement as issue_statement
 from .statements.issue import issued_statements as issued_statements
+from .statements.issued import IssuedStatement as IssuedStatement
 from .statements.lines import Agreement as Agreement
 from .statements.period import Repriced as Repriced
 from .statements.period import reprice as reprice
 from .statements.statement import Statement as Statement
 from .statements.statement import StatementLine as StatementLine
-from .statements.store import IssuedStatement as IssuedStatement
 from .values.periods import ALL_TIME as ALL_TIME
 from .values.periods import Period as Period
 from .values.periods import Window as Window

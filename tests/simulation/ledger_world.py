@@ -568,10 +568,10 @@ def _make_template(folder: Path) -> bytes:
 def _install() -> None:
     """Simulate what the product's billing does; once per process."""
     from polar_billing.budgets import keeper
-    from polar_billing.prices import current
+    from polar_billing.prices import in_force
 
     pairs = [*seams.replacements(), *disk.replacements(), (create_engine, database.make_engine)]
-    seams.install([*pairs, *((module._changes, seams.ChangesOfProcess()) for module in (keeper, current))])
+    seams.install([*pairs, *((module._changes, seams.ChangesOfProcess()) for module in (keeper, in_force))])
 
 
 def _digest(record: UsageRecord) -> str:

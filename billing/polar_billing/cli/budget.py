@@ -71,7 +71,7 @@ def set_(
     """Set a budget; it supersedes the one of the same tenant, name, unit and window."""
     with _open(ledger) as budgets:
         from polar_billing.budgets.budget import Budget, OverBudget
-        from polar_billing.prices.current import Prices
+        from polar_billing.prices.in_force import Prices
         from polar_billing.values.periods import Window
 
         book = Prices(budgets.ledger.price_choices, prices).of(tenant)

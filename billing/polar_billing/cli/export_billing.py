@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from polar_billing.exports.stripe import MeterEvents
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection
-    from polar_billing.reports.energy import EnergyBasis
     from polar_billing.statements.period import StatementOfPeriod
     from polar_billing.values.periods import Period
 
@@ -30,7 +29,7 @@ _OUT = Path("-")
 
 
 class Format(StrEnum):
-    """What `polar export-billing` writes."""
+    """Formats of `polar export-billing`."""
 
     FOCUS = "focus"
     FOCUS_PARQUET = "focus-parquet"
@@ -105,13 +104,21 @@ def export_billing(
                 statements = _statements(store, tenant, (month, since, until, zone), book)
                 _write_focus(statements, provider, out, format_)
             case Format.CLOUDEVENTS:
-                _write_cloudevents(store, selection, energy, out)
+                from polar_billing.exports.cloud_events import batch_text
+
+                opt.write_pieces(out, batch_text(store.read(selection), store.price_books, energy))
             case Format.STRIPE:
                 _write_meter_events(store, selection, customers, out)
             case Format.USAGE_PARQUET:
-                _write_usage(store, selection, energy, out)
+                from polar_billing.exports.parquet import write_usage
+
+                _say_written(out, write_usage(out, store.read(selection), store.price_books, energy))
             case Format.REPORT_PARQUET:
-                _write_report(store, selection, book, currency, out)
+                from polar_billing.exports.parquet import write_report
+                from polar_billing.reports.report import build_report
+
+                report = build_report(store, selection, prices=opt.book_of(book), currency=currency)
+                _say_written(out, write_report(out, report))
 
 
 def _statements(
@@ -141,15 +148,8 @@ def _write_focus(statements: list[StatementOfPeriod], provider: str, out: Path, 
     _say_written(out, write_focus(out, rows))
 
 
-def _write_cloudevents(store: Ledger, selection: Selection, energy: EnergyBasis | None, out: Path) -> None:
-    from polar_billing.exports.cloud_events import batch_text
-
-    opt.write_pieces(out, batch_text(store.read(selection), store.price_books, energy))
-
-
 def _write_meter_events(store: Ledger, selection: Selection, customers: Path | None, out: Path) -> None:
-    from polar_billing.exports.source import charging_books, check_whole
-    from polar_billing.exports.stripe import MeterEvents, read_customers, whole_months
+    from polar_billing.exports.stripe import MeterEvents, charging_books, check_whole, read_customers, whole_months
     from polar_billing.ledger.records import Selection
 
     months = whole_months(selection.period)
@@ -171,20 +171,6 @@ def _say_leftovers(events: MeterEvents) -> None:
         print_line(f"warning: {events.unrated} requests without a price are in no event.", err=True)
     if events.oldest is not None and events.oldest < datetime.now(UTC) - timedelta(days=MAX_AGE_DAYS):
         print_line(f"warning: Stripe refuses events older than {MAX_AGE_DAYS} days, and some are.", err=True)
-
-
-def _write_usage(store: Ledger, selection: Selection, energy: EnergyBasis | None, out: Path) -> None:
-    from polar_billing.exports.parquet import write_usage
-
-    _say_written(out, write_usage(out, store.read(selection), store.price_books, energy))
-
-
-def _write_report(store: Ledger, selection: Selection, book: Path | None, currency: str | None, out: Path) -> None:
-    from polar_billing.exports.parquet import write_report
-    from polar_billing.reports.report import build_report
-
-    report = build_report(store, selection, prices=opt.book_of(book), currency=currency)
-    _say_written(out, write_report(out, report))
 
 
 def _say_written(out: Path, rows: int) -> None:

@@ -81,7 +81,7 @@ def open_ledger(ledger: str | None, *, recover: bool = True) -> Iterator[LedgerS
 
 @contextmanager
 def _meaningful(location: str) -> Iterator[None]:
-    """What a value in the ledger is turned into may raise anything, if it was changed past this package."""
+    """Turn errors by values that were changed past this package into one clear line: they may raise anything."""
     try:
         yield
     except (PolarError, UnicodeEncodeError):  # the latter by an argument

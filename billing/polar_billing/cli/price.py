@@ -57,7 +57,7 @@ def add(
     book = PriceBook.load(file)
     with opt.open_ledger(ledger) as store:
         from polar_billing.ledger.books import add_book
-        from polar_billing.prices.current import InForce
+        from polar_billing.prices.in_force import InForce
 
         added = add_book(store, book, for_all=for_all)
         state = "is in force now" if added else "was in force already"
@@ -173,6 +173,6 @@ def _in_force(book_id: str, ledger: str | None) -> PriceBook:
 def _charging(tenant: str, named: Path | None, moment: datetime, ledger: str | None) -> PriceBook:
     """The book that a meter charges a tenant by."""
     with opt.open_ledger(ledger) as store:
-        from polar_billing.prices.current import Prices
+        from polar_billing.prices.in_force import Prices
 
         return Prices(store.price_choices, named).of(tenant, moment)

@@ -18,9 +18,9 @@ from polar_sdk.show.lines import print_line
 
 if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
+    from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.lines import Agreement
     from polar_billing.statements.statement import Statement
-    from polar_billing.statements.store import IssuedStatement
 
 
 _MAX_COUNT_DIGITS = 18

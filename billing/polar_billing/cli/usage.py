@@ -1,24 +1,26 @@
-"""The commands `polar usage` and `polar report`.
+"""The commands `polar usage` and `polar explain`.
 
-Arguments in, text out; the figures come from `reports`.
+Arguments in, text out; the figures come from `reports`. The engine knows the sizes of the model that served a request,
+if that is on this host; without them, everything but the FLOPs is explained.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from polar_billing.cli import options as opt
-from polar_billing.errors import QueryError
+from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import Selection
-    from polar_billing.reports.mix import Savings
-    from polar_billing.reports.report import Questions
+    from polar_sdk.programs.cost import CostModel
+    from polar_sdk.usage import UsageRecord
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +29,7 @@ def register(app: typer.Typer) -> None:
         "usage",
         epilog="Example: polar usage --tenant acme --month 2026-11 --by day --by tier",
     )(usage)
-    app.command("report", epilog="Example: polar report --month 2026-11 --html report.html")(report)
+    app.command("explain", epilog="Example: polar explain 0193e1a2 --tenant acme")(explain)
 
 
 def usage(
@@ -81,126 +83,6 @@ def usage(
             opt.show(usage_view(rows, title=f"Usage, {selection.period.label}"))
 
 
-def report(
-    ledger: opt.Ledger = None,
-    tenant: opt.Tenant = None,
-    month: opt.Month = None,
-    since: opt.Since = None,
-    until: opt.Until = None,
-    zone: opt.Zone = "UTC",
-    tier: opt.Tier = None,
-    prices: opt.Prices = None,
-    currency: opt.Currency = None,
-    as_json: opt.Json = False,
-    csv: opt.Csv = None,
-    html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.", metavar="FILE")] = None,
-    what_if: Annotated[
-        list[Path] | None,
-        typer.Option(help="What would this price book have brought? May be repeated.", metavar="FILE"),
-    ] = None,
-    mix: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What would this mix of tiers have brought, in percent of the requests? May be repeated.",
-            metavar="TIER=PERCENT,…",
-        ),
-    ] = None,
-    mix_from: Annotated[
-        Path | None,
-        typer.Option(
-            help="What tiers save, from `polar evaluate --json`; by default from the router's certificate.",
-            metavar="FILE",
-        ),
-    ] = None,
-    promise: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Promised p95 latency of a tier, instead of what the price book promises; may be repeated.",
-            metavar="TIER=MS",
-        ),
-    ] = None,
-    device_hour: Annotated[
-        str | None, typer.Option(help="What a device costs per hour, in the report's currency.", metavar="AMOUNT")
-    ] = None,
-    tokens_per_second: Annotated[
-        str | None,
-        typer.Option(help="Throughput of a device; by default from the recorded times.", metavar="NUMBER"),
-    ] = None,
-    flops_per_joule: opt.FlopsPerJoule = None,
-    energy_source: opt.EnergySource = None,
-    energy_log: Annotated[
-        Path | None, typer.Option(help="Measured energy, from `polar energy`.", metavar="FILE")
-    ] = None,
-    grid_intensity: opt.GridIntensity = None,
-    grid_source: opt.GridSource = None,
-) -> None:
-    """Report usage and charges by tenant and tier, compared with full depth and per-token pricing.
-
-    By default it covers every tenant and all time. The later options ask what would have been under other prices or
-    tiers, and what the hardware costs; each answer says what it assumes.
-    """
-    selection = opt.selection_of(tenant, opt.period_of(month, since, until, zone), tier, None, [])
-    with opt.open_ledger(ledger) as store:
-        from polar_billing.reports.csv import report_csv
-        from polar_billing.reports.energy import read_energy
-        from polar_billing.reports.report import build_report
-        from polar_billing.reports.usage_tables import report_view
-
-        energy = read_energy(flops_per_joule, energy_source, energy_log, grid_intensity, grid_source)
-        questions = _questions(what_if or [], mix or [], mix_from, promise or [], (device_hour, tokens_per_second))
-        questions = replace(questions, energy=energy)
-        built = build_report(store, selection, prices=opt.book_of(prices), currency=currency, questions=questions)
-        if html is not None:
-            from polar_billing.reports.html import report_html
-
-            opt.write_file(html, report_html(built))
-        if csv is not None:
-            opt.write_file(csv, report_csv(built))
-        if as_json:
-            opt.show_json(built.model_dump(mode="json"))
-        elif built.is_empty:
-            opt.say_nothing_found(store, selection)
-        elif csv is None and html is None:
-            opt.show(report_view(built))
-
-
-def _questions(
-    books: list[Path],
-    mixes: list[str],
-    mix_from: Path | None,
-    promises: list[str],
-    hardware: tuple[str | None, str | None],
-) -> Questions:
-    from polar_billing.prices.book import PriceBook
-    from polar_billing.reports.hardware import read_hardware
-    from polar_billing.reports.mix import evaluated_savings, read_mix
-    from polar_billing.reports.promises import read_promises
-    from polar_billing.reports.report import Questions
-
-    if mix_from is not None and not mixes:
-        raise QueryError("--mix-from was given without a mix.", hint="Add one, e.g. --mix standard=70,economy=30.")
-    evaluated = None if mix_from is None else evaluated_savings(mix_from)
-    return Questions(
-        books=tuple(PriceBook.load(file) for file in books),
-        mixes=tuple(map(read_mix, mixes)),
-        savings=_certified if evaluated is None else lambda _: evaluated,
-        hardware=read_hardware(*hardware),
-        promises=read_promises(promises),
-    )
-
-
-def _certified(fingerprint: str) -> Savings | None:
-    """What the certificate of a model's router measured for each tier."""
-    from polar_billing.reports.mix import TierSaving, as_share
-    from polar_sdk.router.measured import measured_tiers
-
-    measured = measured_tiers(fingerprint)
-    if measured is None:
-        return None
-    source = f"{measured.prompts:,} calibration prompts, certificate of router {measured.router[:12]}"
-    return {tier: TierSaving(tier=tier, saved=as_share(saved), source=source) for tier, saved in measured.saved.items()}
-
-
 def _show_requests(store: Ledger, selection: Selection, last: int, as_json: bool) -> None:
     from polar_billing.reports.usage_tables import requests_view
 
@@ -224,3 +106,57 @@ def _show_requests(store: Ledger, selection: Selection, last: int, as_json: bool
         opt.say_nothing_found(store, selection)
     else:
         opt.show(requests_view(requests, title=f"The last {len(requests)} requests", currencies=currencies))
+
+
+def explain(
+    what: Annotated[
+        str, typer.Argument(help="Id of a request, or a line of an issued statement: st-…/1.", metavar="REQUEST|LINE")
+    ],
+    ledger: opt.Ledger = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose, where several have such a request.", metavar="NAME")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Meter that stored the request.", metavar="NAME")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of the model, if the name in the record does not lead to it.", metavar="NAME"
+        ),
+    ] = None,
+    router: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the router whose bridges and fills the program uses.", metavar="FOLDER"),
+    ] = None,
+    records: Annotated[int, typer.Option(min=0, help="Number of usage records of a line to list.")] = 20,
+    as_json: opt.Json = False,
+) -> None:
+    """Explain an amount: line → usage records; request → layers → FLOPs as products → price → receipt and chain.
+
+    The FLOPs of a request are taken apart if its model is on this host; nothing is fetched, and no weights are loaded.
+    """
+    with opt.existing_ledger(ledger) as store:
+        from polar_billing.reports.explanation import explain_line, explain_request, is_line_id
+        from polar_billing.reports.explanation_views import line_view, request_view
+
+        if is_line_id(what):
+            line = explain_line(store, what, tenant=tenant, records=records)
+            opt.show_json(line.model_dump(mode="json")) if as_json else opt.show(line_view(line))
+            return
+        request = explain_request(store, what, tenant=tenant, source=source, costs=_costs(model, router))
+        opt.show_json(request.model_dump(mode="json")) if as_json else opt.show(request_view(request))
+
+
+def _costs(model: str | None, router: Path | None) -> Callable[[UsageRecord], CostModel | str]:
+    """Find the sizes of a record's model; a named model that cannot be used is an error, any other a reason."""
+
+    def find(record: UsageRecord) -> CostModel | str:
+        try:
+            from polar_sdk.router.costs import stored_costs
+
+            return stored_costs(model or record.model, record.model_fingerprint, router)
+        except (PolarError, ImportError) as error:
+            if model is not None:
+                raise
+            return str(error)
+
+    return find

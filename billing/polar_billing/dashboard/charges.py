@@ -1,4 +1,4 @@
-"""What a period costs by tenant and tier, from sums by hour, so that a busy day takes no longer than a quiet one.
+"""Charges of a period by tenant and tier, from sums by hour: a busy day takes no longer than a quiet one.
 
 The figures are those of `polar report` for the same period, to the last digit: requests that are charged alike are
 added up before they are rated, which changes nothing, since an amount is a quantity times a price, and is rounded once
@@ -78,7 +78,7 @@ class _Use(NamedTuple):
 
 
 class _Tenant(NamedTuple):
-    """What one tenant's sums came to."""
+    """One tenant's sums and what follows from them."""
 
     sums: tuple[Hashable, ...]
     """All that it follows from."""
@@ -87,7 +87,7 @@ class _Tenant(NamedTuple):
 
 
 class Cost:
-    """What periods cost. For one caller at a time.
+    """Works out charges of periods. For one caller at a time.
 
     Args:
         books: The price books.
@@ -99,7 +99,7 @@ class Cost:
         """By currency and tenant, of the last look."""
 
     def of(self, connection: Connection, tenant: str | AllTenants, period: Period) -> list[Summary]:
-        """What a period costs, by currency.
+        """Sum up the charges of a period, by currency.
 
         Args:
             connection: A transaction that sees one state of the ledger.
@@ -142,7 +142,7 @@ class Cost:
 
 
 def _content(use: _Use) -> tuple[Hashable, ...]:
-    """What tells uses of one tenant apart."""
+    """A key that differs for uses that differ."""
     usage = use.usage
     what = (usage.tier, usage.model, usage.source, usage.outcome, usage.price_book_hash, usage.unrated)
     return (use.since, use.drafts, *what, *usage.quantities)

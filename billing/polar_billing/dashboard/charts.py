@@ -23,7 +23,7 @@ CELL: Final = 10
 """Width and height of a layer in a strip, its gap included. Unit: user units of the picture."""
 _GAP: Final = 1
 _PALEST: Final = 0.15
-"""What few requests did must still be seen. Unit: opacity."""
+"""Layers that few requests ran must still be seen. Unit: opacity."""
 _SHAPES: Final[dict[Kind, tuple[int, int]]] = {
     "run": (0, CELL),
     "looped": (0, CELL),
@@ -31,14 +31,14 @@ _SHAPES: Final[dict[Kind, tuple[int, int]]] = {
     "bridged": (4, 2),
     "skipped": (9, 1),
 }
-"""Where the cell of a layer begins and how high it is: what became of a layer shows without its colour."""
+"""Top and height of the cell of a layer: its kind shows without its colour."""
 
 
 class Segment(NamedTuple):
     """One coloured part of a bar."""
 
     kind: str
-    """What its colour stands for."""
+    """Key of its colour."""
     start: str
     """Unit: percent of the bar."""
     width: str
@@ -62,7 +62,7 @@ class Path(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """What some requests made of the layers, for one kind."""
+    """One kind's counts per layer, as a picture."""
 
     kind: Kind
     paths: tuple[Path, ...]
@@ -70,7 +70,7 @@ class Strip(NamedTuple):
 
 
 def charge_bars(tiers: Sequence[TierReport], unit: Unit) -> tuple[Bar, ...]:
-    """What each tier was charged, on what full depth would have cost."""
+    """Draw each tier's charge on the charge at full depth."""
     known = [
         (tier, charge, full)
         for tier in tiers
@@ -92,7 +92,7 @@ def charge_bars(tiers: Sequence[TierReport], unit: Unit) -> tuple[Bar, ...]:
 
 
 def budget_bar(standing: Standing) -> tuple[Segment, ...]:
-    """What is spent and held of a limit; longer than the limit where that was lowered."""
+    """Draw what is spent and held of a limit; longer than the limit where that was lowered."""
     whole = max(standing.budget.limit_count, standing.spent + standing.held, 1)
     spent, held = _share(standing.spent, whole), _share(standing.held, whole)
     return Segment("spent", "0", spent), Segment("held", spent, held)
@@ -117,7 +117,7 @@ def heat_strips(heat: Heat) -> tuple[Strip, ...]:
 
 
 def program_strip(layers: Sequence[LayerState]) -> tuple[Path, ...]:
-    """What one program makes of the layers."""
+    """Draw what one program makes of the layers."""
     cells: defaultdict[Kind, list[int]] = defaultdict(list)
     for state in layers:
         cells[state.kind].append(state.layer)

@@ -26,14 +26,14 @@ _MAX_READ: Final = 8 * 2**20
 
 @dataclass(frozen=True)
 class SpoolHealth:
-    """What waits in the spool of a ledger on this machine."""
+    """Records that wait in the spool of a ledger on this machine."""
 
     folder: Path | None
     """None where the ledger has none, or nothing was ever in it."""
     waiting: int | None = 0
     """Records that are not in the ledger yet; None where there are too many to count."""
     lag_s: float = 0.0
-    """How long the longest of them has waited, from when its file was last written. Unit: seconds."""
+    """Longest wait of a record, from when its file was last written. Unit: seconds."""
     rejected: int = 0
     """Records that the ledger refused as conflicts."""
     damaged: int = 0
@@ -51,10 +51,10 @@ _MOMENT_S: Final = 10.0
 
 @dataclass(frozen=True)
 class LedgerHealth:
-    """What the ledger holds."""
+    """Size and state of the ledger."""
 
     version: int
-    """Of its tables."""
+    """Version of its tables."""
     last_stored: datetime | None
     """When it took in its latest record."""
     chains: int

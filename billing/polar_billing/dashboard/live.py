@@ -1,4 +1,4 @@
-"""What an engine does at this moment, as the server that runs it says; without a server, nobody says anything."""
+"""A look at a running engine, as the server that runs it hands it over; without a server there is none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Tier(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the tier."""
+        """Multiplier of the tier."""
         ...
 
     @property
@@ -82,15 +82,15 @@ class Live(Protocol):
 
     @property
     def router(self) -> str:
-        """What chooses programs, in words."""
+        """The router that chooses programs, in words."""
         ...
 
     @property
     def void(self) -> str | None:
-        """Why the router's certificate does not hold here; None where it does, or where there is none."""
+        """Reason that the router's certificate does not hold here; None where it does, or where there is none."""
         ...
 
     @property
     def tiers(self) -> Sequence[Tier]:
-        """What its certificate promises; empty where there is none."""
+        """The tiers of its certificate; empty where there is none."""
         ...

@@ -9,9 +9,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from polar_billing.dashboard.requests import receipt_of
 from polar_billing.dashboard.templates import KINDS, Templates
-from polar_billing.dashboard.view import Looks
+from polar_billing.dashboard.view import Looks, receipt_of
 from polar_billing.errors import StoreError
 from polar_billing.ledger.ledger import Ledger
 from polar_billing.ledger.records import ALL_TENANTS
@@ -25,17 +24,17 @@ if TYPE_CHECKING:
     from polar_billing.dashboard.live import Live
 
 FRESH_S: Final = 0.4
-"""How long a page is good. Unit: seconds."""
+"""Age at which a page is rendered again. Unit: seconds."""
 _REQUESTS: Final = "requests/"
 _HTML: Final = "text/html"
 _MAX_SEQ: Final = 2**63 - 1
 
 
 class Answer(NamedTuple):
-    """What to send."""
+    """A response to send."""
 
     status: int
-    """Of HTTP."""
+    """Status code of HTTP."""
     kind: str
     """MIME type; the content is UTF-8."""
     content: bytes

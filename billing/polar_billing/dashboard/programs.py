@@ -1,4 +1,4 @@
-"""What programs made of each layer lately, by model and tier: how many requests ran, skipped or looped it, and so on.
+"""Counts per layer by model and tier: the number of recent requests that ran, skipped or looped it, and so on.
 
 Counted by the database, program by program, over the requests that `polar report` counts for its depth charts: those of
 which at least one layer ran. Knows no HTML.
@@ -38,7 +38,7 @@ class Heat:
     requests: int
     """Requests of which at least one layer ran."""
     layers: int
-    """Of the model."""
+    """Depth of the model."""
     kinds: dict[Kind, tuple[int, ...]]
     """Kind → requests per layer, index = layer; only kinds that occur. A layer's numbers add up to `readable`."""
     programs: tuple[ProgramUse, ...]

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from polar_billing.budgets.offers import Standing
-    from polar_billing.dashboard.requests import Receipt
-    from polar_billing.dashboard.view import View
+    from polar_billing.dashboard.view import Receipt, View
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.reports.summary import Figures, Summary, TenantReport
     from polar_billing.reports.text import Unit
@@ -152,7 +151,7 @@ def _cost(stored: StoredUsage, unit: Unit) -> str:
 
 
 def _saved(figures: Figures, unit: Unit) -> str:
-    """What full depth would have cost more, with its sign."""
+    """The charge at full depth less the charge, with its sign."""
     if figures.charge is None or figures.charge_full_depth is None:
         return text.DASH
     return unit.show(figures.charge_full_depth - figures.charge, signed=True)
@@ -188,7 +187,7 @@ def _rows(receipt: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _facts(record: UsageRecord, zone: str) -> Iterator[tuple[str, str]]:
-    """What a record says, in words."""
+    """The facts of a record, in words."""
     yield "program", record.program or text.DASH
     yield "tier", text.tier_name(record.tier)
     yield "router", f"{record.router} {record.router_version}"
@@ -208,7 +207,7 @@ def _facts(record: UsageRecord, zone: str) -> Iterator[tuple[str, str]]:
 
 
 def _times(zone: str) -> dict[str, Any]:
-    """How moments are written in a zone."""
+    """Functions that write moments in a zone."""
 
     def moment(value: datetime, other: str | None = None) -> str:
         local = value.astimezone(load_zone(other or zone))

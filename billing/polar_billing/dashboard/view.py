@@ -1,4 +1,7 @@
-"""Everything that the page shows at one moment, asked of the ledger in one transaction. Knows no HTML."""
+"""The contents of the page at one moment, asked of the ledger in one transaction, and requests with their receipts.
+
+Knows no HTML.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ from polar_billing.dashboard.charges import Books, Cost
 from polar_billing.dashboard.health import LedgerHealth, SpoolHealth, ledger_health, spool_health
 from polar_billing.dashboard.keys import KeyUse, LastUses, keys_of
 from polar_billing.dashboard.programs import Heat, heat_of
-from polar_billing.dashboard.requests import latest_requests
-from polar_billing.ledger.records import ALL_TENANTS, Selection, conditions
+from polar_billing.ledger.append import joined
+from polar_billing.ledger.records import ALL_TENANTS, Selection, conditions, from_row
 from polar_billing.ledger.schema import usage_table
+from polar_billing.proof.receipts import ReceiptCheck, check_receipt, make_receipt
+from polar_billing.proof.verify import MALFORMED
 from polar_billing.values.periods import Period, Window
 
 if TYPE_CHECKING:
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
     from polar_billing.budgets.offers import Standing
     from polar_billing.dashboard.live import Live
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.ledger.records import StoredUsage
+    from polar_billing.ledger.records import AllTenants, StoredUsage
     from polar_billing.prices.book import PriceBook
     from polar_billing.reports.summary import Summary
 
@@ -36,7 +41,7 @@ _MINUTE: Final = timedelta(minutes=1)
 
 
 class Ended(NamedTuple):
-    """What was stored within the last minute."""
+    """Usage stored within the last minute."""
 
     requests: int
     tokens_input: int
@@ -48,6 +53,14 @@ class Ended(NamedTuple):
         return self.tokens_output / _MINUTE.total_seconds()
 
 
+class Receipt(NamedTuple):
+    """A request, its receipt as the ledger has it, and whether the ledger still agrees with itself about it."""
+
+    stored: StoredUsage
+    receipt: dict[str, Any]
+    check: ReceiptCheck
+
+
 @dataclass(frozen=True)
 class View:
     """The page's contents."""
@@ -57,13 +70,13 @@ class View:
     ledger: str
     today: Period
     live: Live | None
-    """None where no engine runs behind the page."""
+    """None where the page's server runs no engine."""
     ended: Ended
     charges: Sequence[Summary]
-    """Of today, one per currency."""
+    """Today's charges, one summary per currency."""
     lately: Period
     heat: Sequence[Heat]
-    """Of the last hour."""
+    """Layers of the last hour."""
     requests: Sequence[StoredUsage]
     """The latest, the last first."""
     books: Books
@@ -127,9 +140,35 @@ class Looks:
 
 
 def _ended(connection: Connection, now: datetime) -> Ended:
-    """What was stored within the last minute, of what was served within the last hour."""
+    """Count usage stored within the last minute, of that served within the last hour."""
     usage = usage_table.c
     sums: list[Any] = [func.count(), func.sum(usage.tokens_input), func.sum(usage.tokens_output)]
     where = conditions(Selection(ALL_TENANTS), usage, usage.started_at, now - _LATELY, None)
     row = connection.execute(select(*sums).where(*where, usage.stored_at > now - _MINUTE)).one()
     return Ended(*(int(value or 0) for value in row))
+
+
+def latest_requests(connection: Connection, tenant: str | AllTenants, count: int) -> list[StoredUsage]:
+    """The latest requests by service time, the last first."""
+    usage = usage_table.c
+    query = joined().where(*conditions(Selection(tenant), usage, usage.started_at, None, None))
+    query = query.order_by(usage.started_at.desc(), usage.seq.desc()).limit(count)
+    return list(map(from_row, connection.execute(query)))
+
+
+def receipt_of(connection: Connection, tenant: str | AllTenants, seq: int) -> Receipt | None:
+    """A stored request by its number, its receipt, and what checking that finds: values, row, and chain to the head.
+
+    None where there is no such request, or its tenant is another one.
+    """
+    usage = usage_table.c
+    query = joined().where(usage.seq == seq, *conditions(Selection(tenant), usage, usage.started_at, None, None))
+    row = connection.execute(query).first()
+    if row is None:
+        return None
+    stored = from_row(row)
+    try:
+        receipt = make_receipt(connection, stored.record.tenant, stored.record.request_id, source=stored.source)
+        return Receipt(stored, receipt, check_receipt(connection, receipt))
+    except MALFORMED as error:  # its price book or its link is gone, or was changed past this package
+        return Receipt(stored, {}, ReceiptCheck(str(error)))

@@ -48,7 +48,7 @@ COLUMNS: Final = (
     "ServiceCategory", "ServiceName", "ServiceSubcategory", "SkuId", "SkuMeter",
     "SkuPriceDetails", "SkuPriceId",
 )  # fmt: skip
-"""Of FOCUS, by name. `CommitmentDiscountStatus` is always empty: rules about consumption look at it."""
+"""Columns of FOCUS, by name. `CommitmentDiscountStatus` is always empty: rules about consumption look at it."""
 OWN_COLUMNS: Final = (
     "x_Tier", "x_LineKind", "x_LineItem", "x_LineNumber", "x_Outcome", "x_PriceBook", "x_PriceBookHash", "x_Corrects",
     "x_Note", "x_StatementStatus",

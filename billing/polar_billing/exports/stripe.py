@@ -22,7 +22,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_billing.errors import QueryError
+from polar_billing.ledger.books import books_in_force, read_books
+from polar_billing.ledger.records import AllTenants
 from polar_billing.prices.rating import COMPUTE, ITEMS, charged_flops, rate
+from polar_billing.statements.draft import check_kept
+from polar_billing.statements.period import known_tenants
 from polar_billing.values.money import from_scaled
 from polar_billing.values.periods import Period, Window
 from polar_sdk import reading
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
     from pathlib import Path
 
+    from polar_billing.ledger.ledger import Ledger
     from polar_billing.ledger.records import StoredUsage
     from polar_billing.prices.book import PriceBook
     from polar_sdk.usage import UsageRecord
@@ -49,7 +54,7 @@ _CUSTOMER: Final = re.compile(r"cus_[A-Za-z0-9]+")
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a month's events leave out of a meter, because it is less than one unit."""
+    """A rest of less than one unit, which a month's events leave out of a meter."""
 
     tenant: str
     meter: str
@@ -96,13 +101,13 @@ class MeterEvents:
                     yield self._event(stored, item, value)
 
     def leftovers(self) -> Iterator[Leftover]:
-        """What is less than one unit, by tenant, meter and month; nothing where it is 0."""
+        """The rests of less than one unit, by tenant, meter and month; nothing where a rest is 0."""
         for (tenant, meter, month), flops in sorted(self._sums.items()):
             if rest := flops % FLOPS_PER_UNIT:
                 yield Leftover(tenant, meter, month, from_scaled(rest, COMPUTE.decimals))
 
     def _charged(self, stored: StoredUsage, wanted: bool) -> Iterator[tuple[str, int]]:
-        """What a request is charged for, and how much of it."""
+        """The items that a request is charged for, with their counts."""
         record, book = stored.record, self.books[stored.price_book_hash]
         rating = rate(record, book, counterfactuals=False)
         if rating.unrated is not None:
@@ -192,6 +197,28 @@ def whole_months(period: Period) -> Period:
         return Period(since, None, period.zone)
     last = Period.containing(period.until, Window.MONTH, period.zone)
     return Period(since, period.until if last.since == period.until else last.until, period.zone)
+
+
+def charging_books(ledger: Ledger) -> dict[str, PriceBook]:
+    """The revision in force of the book of each receipt, by the content hash of the receipt's book.
+
+    Statements charge by it, and it agrees with the receipts about the past.
+    """
+    ledger.price_books()  # records on their way bring in their books
+    with ledger.snapshot() as connection:
+        in_force = books_in_force(connection)
+        return {digest: in_force[book.id] for digest, book in read_books(connection).items()}
+
+
+def check_whole(ledger: Ledger, tenant: str | AllTenants, period: Period) -> None:
+    """Refuse a period of which retention has deleted usage.
+
+    Raises:
+        PeriodError: Some was deleted, or the period lacks an end.
+    """
+    with ledger.snapshot() as connection:
+        for name in known_tenants(connection) if isinstance(tenant, AllTenants) else [tenant]:
+            check_kept(connection, name, period)
 
 
 def read_customers(path: Path | None) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 Revisions of a book share its id; the one put in force last is in force. All reading and writing of these rows is here,
 and takes an open transaction; `add_book` opens its own. Knows no usage but the time of the last use of a book, and not
-whom a book charges (`prices.current`).
+whom a book charges (`prices.in_force`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from polar_billing.ledger import chain
 from polar_billing.ledger.connection import Among
 from polar_billing.ledger.schema import NO_TENANT, in_force_table, price_book_table, receipt_table, usage_table
 from polar_billing.prices.book import PriceBook
-from polar_billing.prices.current import Choice, say_changed
+from polar_billing.prices.in_force import Choice, say_changed
 from polar_billing.prices.revisions import check_revision
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _STORED: Final = Among(select(price_book_table.c.hash), price_book_table.c.hash)
 
 
 def add_book(ledger: _Ledger, book: PriceBook, *, for_all: bool = False, now: datetime | None = None) -> bool:
-    """Put a book, or a revision of one, in force from now on; see `prices.current` for whom it charges.
+    """Put a book, or a revision of one, in force from now on; see `prices.in_force` for whom it charges.
 
     Args:
         ledger: The `Ledger` in which to put it in force.

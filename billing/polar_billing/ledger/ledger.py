@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from polar_billing.ledger.records import Identity, StoredUsage
     from polar_billing.ledger.rollups import Sum
     from polar_billing.prices.book import PriceBook
-    from polar_billing.prices.current import Choice
+    from polar_billing.prices.in_force import Choice
     from polar_billing.prices.rating import Rating
     from polar_sdk.usage import UsageRecord
 

@@ -42,7 +42,7 @@ from polar_billing.metering.claims import Claims
 from polar_billing.metering.spool import store
 from polar_billing.metering.writer import Writer
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.prices.current import Prices
+from polar_billing.prices.in_force import Prices
 from polar_billing.prices.quote import charged_bound, quote
 from polar_billing.prices.rating import COMPUTE, Rating, cost_of, rate
 from polar_billing.values.money import from_scaled, plain
@@ -78,7 +78,7 @@ class Meter(UsageSink):
     Args:
         ledger: A ledger, a URL or the path of a SQLite file; None for `POLAR_LEDGER` or the default file.
         prices: A price book or its file, read once, at first use; None for the file of `POLAR_PRICE_BOOK`, or else
-            the books in force in the ledger, or else the example book (see `polar_billing.prices.current`).
+            the books in force in the ledger, or else the example book (see `polar_billing.prices.in_force`).
         source: Who meters, one name for all replicas of a service; request ids are unique per (tenant, source). None
             for the name in `POLAR_SOURCE`, or else `polar`.
         durability: What has happened when `emit` returns; see the top of this module.

@@ -66,9 +66,9 @@ class PriceBook(Checked):
     """In order of `effective_from`, whatever the order in the file."""
 
     plans: dict[Name, Plan] = Field(default_factory=dict)
-    """What customers' contracts add, by name."""
+    """Terms of customers' contracts, by name."""
     customers: tuple[Customer, ...] = ()
-    """Which tenant is on which plan from when; others pay the plain rates."""
+    """Tenants with a plan, and from when; others pay the plain rates."""
     credits: tuple[Credit, ...] = ()
     """Prepaid money of tenants."""
 
@@ -136,7 +136,7 @@ class PriceBook(Checked):
         return plan.prices if plan is not None and plan.prices else self.prices
 
     def customer_at(self, moment: datetime, tenant: str) -> Customer | None:
-        """What the book says of a tenant at a moment."""
+        """The book's entry about a tenant at a moment."""
         past = [customer for customer in self._by_tenant.get(tenant, ()) if customer.effective_from <= moment]
         return past[-1] if past else None
 

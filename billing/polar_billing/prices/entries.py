@@ -26,7 +26,7 @@ from polar_sdk.reading import Unreadable, parse_decimal
 
 _TIERS: Final = ("economy", "standard", "premium", "exact")
 _DATED: Final = re.compile(r"\s*\d{4}-\d\d-\d\d")
-"""What a text with a date begins with; others are taken for seconds since 1970."""
+"""Beginning of a text with a date; other texts are taken for seconds since 1970."""
 
 
 def _decimal(value: object) -> object:
@@ -159,7 +159,7 @@ class PriceEntry(Checked):
         return self.per_compute_unit, self.per_million_input_tokens, self.per_million_output_tokens, self.per_request
 
     def multiplier(self, tier: str | None) -> Decimal | None:
-        """What prices are multiplied by for a tier, or None where the entry has no price for it."""
+        """The factor on all prices for a tier, or None where the entry has no price for it."""
         return self.untiered if tier is None else self.tiers.get(tier)
 
 

@@ -49,7 +49,7 @@ class Band(Checked):
 
 class _PeriodItem(Checked):
     per: Counted
-    """What is counted. Units: CU, million prompt or sampled tokens, requests."""
+    """The counted item. Units: CU, million prompt or sampled tokens, requests."""
     pool: bool = False
     """False: each tier is counted by itself and its price multiplied by the tier's multiplier.
     True: all tiers are counted together, each unit weighted by its tier's multiplier."""
@@ -105,14 +105,14 @@ PeriodPrice = Annotated[Banded | Package, Field(discriminator="model")]
 
 
 class Promise(Checked):
-    """What a tier promises per statement period, and what is given back if that was missed."""
+    """A tier's promise per statement period, and the credit if it was missed."""
 
     latency_ms_p95_max: Annotated[int, Field(strict=True, gt=0)] | None = None
     """95th percentile (nearest rank) of completed requests: queue, prefill and decode. Unit: milliseconds."""
     agreement_min: Share | None = None
     """Share of compared answers that are as at full depth."""
     credit_percent: Percent
-    """Of the tier's discounted charges; given once, whether one or both were missed."""
+    """Share of the tier's discounted charges; given once, whether one or both were missed."""
 
     @model_validator(mode="after")
     def _promises_something(self) -> Self:
@@ -128,7 +128,7 @@ class Terms(Checked):
     flat_fee: Amount | None = None
     """Currency units per period; pro rata for a part of a period."""
     minimum: Amount | None = None
-    """What usage is topped up to, after the discount; pro rata for a part of a period."""
+    """Amount that usage is topped up to, after the discount; pro rata for a part of a period."""
     discount_percent: Percent | None = None
     """Off every usage charge; not off the fee or the minimum."""
     items: tuple[PeriodPrice, ...] = ()
@@ -170,7 +170,7 @@ class Plan(Checked):
 
 
 class Customer(Checked):
-    """Which plan a tenant is on from one moment on."""
+    """A tenant's plan from one moment on."""
 
     tenant: Name
     plan: Name | None = None

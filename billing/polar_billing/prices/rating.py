@@ -88,7 +88,7 @@ class ChargeLine:
 
 @dataclass(frozen=True)
 class Rating:
-    """What one usage record costs under one price book, or why that cannot be said."""
+    """The cost of one usage record under one price book, or the reason that it has none."""
 
     currency: str
     lines: tuple[ChargeLine, ...] = ()
@@ -97,7 +97,7 @@ class Rating:
     per_token_lines: tuple[ChargeLine, ...] | None = None
     """The same tokens under the entry's `token_reference`; None where it has none."""
     unrated: str | None = None
-    """Why there is no price; then there are no lines, and the cost is unknown rather than 0."""
+    """Reason that there is no price; then there are no lines, and the cost is unknown rather than 0."""
 
     @cached_property
     def rounded(self) -> RoundedLines:
@@ -142,7 +142,7 @@ class Counts:
 
     @property
     def by_item(self) -> dict[str, int]:
-        """What is counted, by the key that prices name it with."""
+        """The counts, by the key that prices name them with."""
         return {
             "compute_units": self.flops,
             "million_input_tokens": self.tokens_input,
@@ -153,7 +153,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Rate:
-    """What one use is charged by: an entry, and the multiplier of its tier."""
+    """A price entry, and the multiplier of one of its tiers."""
 
     entry: PriceEntry
     multiplier: Decimal
@@ -226,13 +226,13 @@ def cost_of(record: UsageRecord, book: PriceBook) -> tuple[Decimal | None, str |
 
 
 def _exact(charged_by: Rate, requests: int, flops: int, tokens_input: int, tokens_output: int) -> int:
-    """What counts cost, in units of 10^-30."""
+    """The cost of some counts, in units of 10^-30."""
     per = _per_count(charged_by.entry.rates, charged_by.multiplier)
     return flops * per[0] + tokens_input * per[1] + tokens_output * per[2] + requests * per[3]
 
 
 def beyond_receipt(counts: Counts, charged_by: Rate, book: PriceBook) -> str | None:
-    """Why a request with these counts is unrated although it has a price; None where it is not."""
+    """Say why a request with these counts is unrated although it has a price; None where it is rated."""
     used = (counts.requests, counts.flops, counts.tokens_input, counts.tokens_output)
     return reason_beyond(_exact(charged_by, *used), book)
 
@@ -246,7 +246,7 @@ def always_within_receipt(entry: PriceEntry) -> tuple[int, int, int]:
 
 
 def reason_beyond(exact: int, book: PriceBook) -> str | None:
-    """Why a cost in units of 10^-30 cannot be stored; None where it can."""
+    """Say why a cost in units of 10^-30 cannot be stored; None where it can."""
     if exact <= _MAX_EXACT:
         return None
     cost = from_scaled(round_half_even(exact, EXACT_SCALE, 0), 0)
@@ -256,13 +256,13 @@ def reason_beyond(exact: int, book: PriceBook) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _per_count(prices: tuple[Decimal | None, ...], multiplier: Decimal) -> tuple[int, ...]:
-    """What one counted unit of each of `ITEMS` costs, in units of 10^-30."""
+    """The cost of one counted unit of each of `ITEMS`, in units of 10^-30."""
     priced = {place: _exact_per_count(price, item.decimals) for place, item, price in _priced(prices, multiplier)}
     return tuple(priced.get(place, 0) for place in range(len(ITEMS)))
 
 
 def rate_of(book: PriceBook, tenant: str, tier: str | None, moment: datetime) -> Rate | str:
-    """What a use is charged by, or why it is unrated."""
+    """Find the rate of a use, or the reason that it is unrated."""
     entry = book.entry_at(moment, tenant)
     if entry is None:
         return f"price book {book.id!r} has no price at {moment.isoformat(timespec='seconds')}"
@@ -270,7 +270,7 @@ def rate_of(book: PriceBook, tenant: str, tier: str | None, moment: datetime) ->
 
 
 def rate_in(entry: PriceEntry, tier: str | None, book: PriceBook) -> Rate | str:
-    """What a tier is charged by under an entry, or why it is unrated."""
+    """Find the rate of a tier under an entry, or the reason that it is unrated."""
     multiplier = entry.multiplier(tier)
     if multiplier is None:
         what = "a program named by hand" if tier is None else f"tier {tier!r}"
@@ -321,5 +321,5 @@ def multiply(price: Decimal, multiplier: Decimal) -> Decimal:
 
 @lru_cache(maxsize=1024)
 def _exact_per_count(unit_price: Decimal, decimals: int) -> int:
-    """What one counted unit costs, in units of 10^-30."""
+    """The cost of one counted unit, in units of 10^-30."""
     return to_scaled(unit_price, UNIT_PRICE_SCALE) * int(10 ** (EXACT_SCALE - UNIT_PRICE_SCALE - decimals))

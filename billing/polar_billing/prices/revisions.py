@@ -1,4 +1,4 @@
-"""What one revision of a price book changes against another, and which of it concerns the past. Pure.
+"""The changes of one revision of a price book against another, and which of them concern the past. Pure.
 
 Books are revised by adding entries that begin later; a rate, term or plan that has been in force stays what it
 was. Prepaid credits, and plans that nobody can be on yet, may be added at any time: they change no rate.

@@ -42,7 +42,7 @@ from polar_billing.ledger.schema import (
 from polar_billing.proof.chain_check import ChainCheck, unlinked
 from polar_billing.proof.column_types import well_typed
 from polar_billing.statements.audit import recheck_in
-from polar_billing.statements.store import read_statements
+from polar_billing.statements.issued import read_statements
 from polar_sdk.errors import PolarError
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""What people and other programs read: usage, reports, statements, price books, budgets."""
+"""Usage, reports, statements, price books and budgets, for people and for other programs."""

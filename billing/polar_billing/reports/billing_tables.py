@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.entries import PriceEntry
     from polar_billing.prices.plans import PeriodPrice, Terms
+    from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.period import Repriced
     from polar_billing.statements.statement import Statement, StatementLine
-    from polar_billing.statements.store import IssuedStatement
 
 
 _AMOUNTS: Final = frozenset({"limit", "spent", "held", "left", "cost_bound", "compute_units_bound"})
@@ -151,7 +151,7 @@ def hold_row(hold: Hold) -> dict[str, Any]:
 
 
 def with_figures(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of budgets or holds whose amounts are numbers: in CSV, an overdrawn budget is no formula."""
+    """A row of budgets or holds with amounts as numbers: in CSV, an overdrawn budget is not taken for a formula."""
     return {name: Decimal(value) if name in _AMOUNTS and value is not None else value for name, value in row.items()}
 
 

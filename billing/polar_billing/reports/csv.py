@@ -31,7 +31,7 @@ _LINE = (
 )  # fmt: skip
 _REPRICED = ("tenant", "requests", "currency", "price_book", "charged", "other_price_book", "other", "difference")
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\N{REPLACEMENT CHARACTER}")
-"""What a formula begins with, to some program; the last one stands for a tab or a line break."""
+"""First characters that some program takes for a formula; the last one stands for a tab or a line break."""
 _OUTCOMES = ("completed", "cancelled", "error", "cached")
 
 

@@ -33,12 +33,12 @@ class _Part(BaseModel):
 
 
 class LayerState(_Part):
-    """What became of one layer of the model in a program."""
+    """One layer of the model in a program."""
 
     layer: int
     kind: Kind
     visits: int
-    """Of one token that takes the whole program."""
+    """Visits by one token that takes the whole program."""
 
 
 class ProgramUse(_Part):
@@ -47,7 +47,7 @@ class ProgramUse(_Part):
     program: str
     requests: int
     layers: tuple[LayerState, ...]
-    """Empty where the text is no program."""
+    """Empty where the text is not a valid program."""
 
 
 class DepthPanel(_Part):
@@ -60,7 +60,7 @@ class DepthPanel(_Part):
     """Pieces of prompts whose tokens, or most of them, a map filled; a piece may count in `visits_prefill` as well."""
     visits_decode: tuple[int, ...]
     programs: tuple[ProgramUse, ...] = ()
-    """Those that most requests ran, the most used first."""
+    """The programs that most requests ran, the most used first."""
     programs_more: int = 0
     """Requests that ran others."""
 
@@ -76,7 +76,7 @@ class DepthPanel(_Part):
 
 
 def layers_of(program: Program, depth: int) -> tuple[LayerState, ...]:
-    """What a program makes of each layer of a model."""
+    """Say what a program makes of each layer of a model."""
     bridged = {layer for first, last in program.bridges for layer in range(first, last + 1)}
     filled = {step.first for step in program if step.fill}
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _SCALE: Final = 3
 """Decimals of what is stated."""
 _DECIMALS: Final = 6
-"""Of joules and grams: an integer counts microjoules and micrograms."""
+"""Decimals of joules and grams: an integer counts microjoules and micrograms."""
 _MAX_EFFICIENCY: Final = 10**15
 _MAX_INTENSITY: Final = 10_000
 _PER_KWH: Final = 3_600_000
@@ -47,9 +47,9 @@ class EnergyBasis(_Part):
     """The stated efficiency, or the measured log, and the carbon of the grid."""
 
     flops_per_joule: Decimal | None = None
-    """Of the whole device at work; None where a log was given."""
+    """Efficiency of the whole device at work; None where a log was given."""
     source: str
-    """Where that figure comes from, or which log."""
+    """Source of that figure, or the log."""
     intervals: tuple[Interval, ...] = ()
     grid_grams_per_kwh: Decimal | None = None
     """Carbon dioxide equivalents. Unit: grams per kWh."""
@@ -57,7 +57,7 @@ class EnergyBasis(_Part):
 
     @property
     def kind(self) -> Literal["measured", "modelled"]:
-        """Which of the two it is."""
+        """`modelled` where an efficiency was stated."""
         return "modelled" if self.flops_per_joule is not None else "measured"
 
     def modelled_uj(self, flops: int) -> int:
@@ -95,7 +95,7 @@ class EnergyReport(_Part):
     source: str
     flops_per_joule: Decimal | None
     measured_seconds: Decimal | None
-    """How much of the period the log covers; None where it is modelled."""
+    """Part of the period that the log covers; None where energy is modelled."""
     joules: Decimal
     joules_saved: Decimal | None
     """Full depth less what the answers needed, at the same efficiency: drafts count in `joules` and not here, since

@@ -1,4 +1,4 @@
-"""Where an amount comes from: a request from its facts to its cost, a statement line from its amount to the requests.
+"""Explanations of amounts: a request from its facts to its cost, a statement line from its amount to its requests.
 
     explain_request   facts → layers → FLOPs as products → quantity × price → cost → receipt, chain, statement lines
     explain_line      amount → quantity × unit price → sum over usage records → those records
@@ -25,9 +25,9 @@ from polar_billing.proof.receipts import can_be_stored, make_receipt
 from polar_billing.reports.depth import LayerState, read_layers
 from polar_billing.reports.formula import Formula, work_out
 from polar_billing.statements.audit import conditions_of, lines_of_usage, rated_in
+from polar_billing.statements.issued import find_statement
+from polar_billing.statements.period_usage import charged_flops
 from polar_billing.statements.statement import StatementLine
-from polar_billing.statements.store import find_statement
-from polar_billing.statements.usage import charged_flops
 from polar_billing.values.money import EXACT_SCALE, exact_sum, from_scaled, to_scaled
 from polar_sdk.errors import ProgramError
 from polar_sdk.reading import shown
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
     from polar_billing.prices.rating import ChargeLine
-    from polar_billing.statements.store import IssuedStatement
+    from polar_billing.statements.issued import IssuedStatement
     from polar_sdk.programs.cost import CostModel
     from polar_sdk.usage import UsageRecord
 
@@ -60,9 +60,9 @@ class PriceStep(_Part):
     quantity: Decimal
     unit: str
     price: Decimal
-    """Of the price book's entry; 0 where the outcome is free."""
+    """Price in the price book's entry; 0 where the outcome is free."""
     multiplier: Decimal
-    """Of the tier."""
+    """Multiplier of the tier."""
     unit_price: Decimal
     exact: Decimal
     """Before rounding."""
@@ -83,7 +83,7 @@ class RequestExplanation(_Part):
     """Empty where no layer ran."""
     formula: Formula | None
     no_formula: str | None
-    """Why the FLOPs are not taken apart."""
+    """Reason that the FLOPs are not taken apart."""
     price_book: str
     price_book_hash: str
     currency: str
@@ -91,7 +91,7 @@ class RequestExplanation(_Part):
     exact: Decimal
     """The sum of the steps, before rounding."""
     cost: Decimal | None
-    """What the receipt says: the sum, rounded once to 12 decimals, half to even. None where unrated."""
+    """Cost on the receipt: the sum, rounded once to 12 decimals, half to even. None where unrated."""
     unrated: str | None
     lines: tuple[str, ...]
     """Ids of the lines of issued statements that charge it."""
@@ -140,7 +140,7 @@ def is_line_id(text: str) -> bool:
 
 
 def line_id(statement: str, number: int) -> str:
-    """What a line is called: `st-…/1`."""
+    """The id of a line: `st-…/1`."""
     return f"{statement}/{number}"
 
 

@@ -37,7 +37,7 @@ class Term(BaseModel):
     part: Part
     what: str
     how: str
-    """How the quantity comes about: visits × tokens, or visits × tokens × keys."""
+    """The quantity as a product: visits × tokens, or visits × tokens × keys."""
     quantity: int
     unit: str
     flops_each: int
@@ -59,13 +59,13 @@ class Formula(BaseModel):
     total: int
     """The sum of the terms. Unit: FLOPs."""
     recorded: int
-    """Of the usage record. Unit: FLOPs."""
+    """The usage record's total. Unit: FLOPs."""
     difference: int
     """`recorded - total`; 0 where the formula gives what was recorded."""
     drafts: int
     """FLOPs that were executed for drafts beyond these, as recorded."""
     note: str | None
-    """Where the request ended early, or why the two differ."""
+    """The point at which the request ended early, or the reason that the two differ."""
 
 
 class _Sum:
@@ -147,7 +147,7 @@ def _prompt(record: UsageRecord, cost: CostModel, program: Program, summed: _Sum
 
 
 def _ran(flops: list[int], recorded: int) -> int:
-    """How many of some steps come to what was recorded; all of them where no number does."""
+    """The number of steps that sum to what was recorded; all of them where no number does."""
     left, ran = recorded, len(flops)
     for place, step in enumerate([*flops, 1]):
         if left == 0:

@@ -38,7 +38,7 @@ class Hardware(BaseModel):
     per_device_hour: Decimal
     """Unit: currency units."""
     tokens_per_second: Decimal | None
-    """Of one device, prompt and answer together; None to take it from the recorded times."""
+    """Throughput of one device, prompt and answer together; None to take it from the recorded times."""
 
 
 class Margin(BaseModel):
@@ -66,17 +66,17 @@ class HardwareReport(BaseModel):
     tokens: int
     """Prompt and answer tokens of all requests."""
     tokens_per_second: Decimal
-    """Of one device while it had work."""
+    """Throughput of one device while it had work."""
     measured: Literal["stated", "recorded"]
     devices: tuple[str, ...]
-    """Of recorded times."""
+    """The devices of the recorded times."""
     device_seconds: Decimal
     cost: Decimal
     margin: Decimal | None
     margin_share: Decimal | None
     """Margin as a share of the charge."""
     cost_per_million_tokens: Decimal
-    """What a million tokens must bring to pay for the device: the break-even price."""
+    """The break-even price: a million tokens at it pay for the device."""
     charge_per_million_tokens: Decimal | None
     break_even_tokens_per_second: Decimal | None
     """The throughput at which the charge pays for the device; None where nothing is charged."""
@@ -119,7 +119,7 @@ class BusyTime:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Those that had work."""
+        """The devices that had work, by name."""
         return tuple(sorted(self._spans))
 
     @property

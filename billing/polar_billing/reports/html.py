@@ -39,7 +39,7 @@ class Part(NamedTuple):
     """One coloured part of a bar."""
 
     kind: str
-    """What its colour stands for."""
+    """Key of its colour."""
     width: str
     """Unit: percent of the longest bar."""
     words: str

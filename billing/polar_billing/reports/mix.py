@@ -47,7 +47,7 @@ class TierSaving(BaseModel):
     saved: Decimal
     """Share of full depth's FLOPs, 6 decimals; negative where the tier costs more."""
     source: str
-    """Where it was measured, in words."""
+    """The place of the measurement, in words."""
 
 
 class Mix(BaseModel):
@@ -169,7 +169,7 @@ class MixBasis:
     models: set[str] = field(default_factory=set)
     """Fingerprints."""
     identity_flops: int = 0
-    """Of all requests, free and unrated ones included."""
+    """All requests, free and unrated ones included."""
 
     def add(self, stored: StoredUsage, rated_by: PriceBook) -> None:
         """Take in one request, and the book that the report rates it by."""

@@ -50,9 +50,9 @@ class PromiseReport(BaseModel):
     tenant: str
     tier: str
     source: str
-    """Who promises it, in words."""
+    """The plan, or the caller, in words."""
     latency_ms_p95_max: int
-    """What is promised. Unit: milliseconds."""
+    """Promised 95th percentile. Unit: milliseconds."""
     requests: int
     """Completed."""
     latency_ns_p50: int
@@ -63,11 +63,11 @@ class PromiseReport(BaseModel):
     missed: int
     """Requests that took longer."""
     slowest: tuple[Miss, ...]
-    """Of those, the slowest first."""
+    """The slowest of those, the slowest first."""
     credit_percent: Decimal | None
-    """What the plan gives back of the tier's charges; None without a plan."""
+    """Share of the tier's charges that the plan gives back; None without a plan."""
     credit: Decimal | None
-    """Of the tier's charge in this report; None where nothing is given back."""
+    """Credit on the tier's charge in this report; None where nothing is given back."""
 
 
 class _Promise(NamedTuple):

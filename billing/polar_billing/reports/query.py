@@ -60,8 +60,8 @@ class UsageRow(BaseModel):
     compute_units_saved: Decimal
     """Compared with full depth; negative where more was executed. Unit: CU."""
     cost: Decimal | None
-    """Of the rated requests, 12 decimals: the sum of their receipts or, under another price book, their exact cost,
-    rounded once. None where none is rated. Unit: `currency`."""
+    """Cost of the rated requests, 12 decimals: the sum of their receipts or, under another price book, their exact
+    cost, rounded once. None where none is rated. Unit: `currency`."""
     currency: str | None
     unrated: dict[str, int]
     """Reason → requests without a price."""

@@ -45,7 +45,7 @@ def _nothing_measured(_: str) -> Savings | None:
 
 @dataclass(frozen=True)
 class Questions:
-    """What to work out besides what was charged."""
+    """Questions that a report answers besides what was charged."""
 
     books: tuple[PriceBook, ...] = ()
     """Other price books."""
@@ -98,7 +98,7 @@ class Report(BaseModel):
     token_pricing: tuple[TokenPricing, ...] = ()
     """Compute-based beside per-token prices, for tenants with a per-token reference for all of their requests."""
     promises: tuple[PromiseReport, ...] = ()
-    """Of latency, by tenant and tier, where the price book or the caller gives one."""
+    """Promised and served latency by tenant and tier, where the price book or the caller promises one."""
     hardware: HardwareReport | None = None
     """At a stated price per device-hour."""
     energy: EnergyReport | None = None

@@ -33,7 +33,7 @@ class _Part(BaseModel):
 
 
 class Figures(_Part):
-    """What a group of requests used, owes, and would have owed otherwise. Amounts: the report's currency."""
+    """Usage and charges of a group of requests, and what others would have charged. Amounts: the report's currency."""
 
     requests: int
     outcomes: dict[str, int]
@@ -45,11 +45,11 @@ class Figures(_Part):
     tokens_accepted: int
     """Included in `tokens_drafted`."""
     compute_units: Decimal
-    """What the answers needed, the router included. Unit: CU."""
+    """Compute that the answers needed, the router included. Unit: CU."""
     compute_units_prompt: Decimal
-    """Of them, the layers over the prompts."""
+    """The part of the layers over the prompts."""
     compute_units_answer: Decimal
-    """Of them, the decode steps and the head; with prompt and router, the whole."""
+    """The part of decode steps and the head; with prompt and router, the whole."""
     compute_units_router: Decimal
     compute_units_drafts: Decimal
     """Executed for drafted tokens that the answers did not keep; not included in `compute_units`. Unit: CU."""
@@ -203,7 +203,7 @@ class Summary(NamedTuple):
     currency: str | None
     """None where nothing was rated."""
     decimals: int
-    """Of a line."""
+    """Decimals of a line."""
 
 
 def tenants_of(groups: Mapping[tuple[str, str | None], UsageTotals], decimals: int) -> list[TenantReport]:

@@ -125,7 +125,7 @@ class Amounts:
 
     charges: Unit
     prices: Unit
-    """Of effective prices: per 1,000 requests and per million tokens."""
+    """Unit of effective prices: per 1,000 requests and per million tokens."""
 
     @classmethod
     def of(cls, report: Report) -> Amounts:

@@ -56,7 +56,7 @@ class _Alike:
     flops_drafts: int = 0
     cost: int = 0
     flops_most: int = 0
-    """Of one request, drafts included."""
+    """Maximum of one request, drafts included."""
     tokens_input_most: int = 0
     tokens_output_most: int = 0
     latencies_ns: list[int] = field(default_factory=list)
@@ -75,7 +75,7 @@ class _Alike:
         self.waiting.clear()
 
     def counts(self, book: PriceBook) -> Counts:
-        """What the prices of a book look at."""
+        """The quantities that the prices of a book look at."""
         flops = self.flops + self.flops_drafts * book.charge_drafts
         return Counts(self.requests, flops, self.tokens_input, self.tokens_output)
 

@@ -49,7 +49,7 @@ class LayerVisits:
 
 @dataclass
 class UsageSums:
-    """What a group of requests used, and what its receipts come to; see `UsageRecord` for the units."""
+    """Usage of a group of requests, and the sum of its receipts; see `UsageRecord` for the units."""
 
     requests: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -87,7 +87,7 @@ class UsageSums:
 
 @dataclass
 class UsageTotals(UsageSums):
-    """What a group of requests used and what that costs under the prices it is rated by."""
+    """Usage of a group of requests, and its cost under the prices that it is rated by."""
 
     flops_router: int = 0
     flops_answer: int = 0
@@ -101,7 +101,7 @@ class UsageTotals(UsageSums):
     programs: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By model and program."""
     latencies_ns: list[int] = field(default_factory=list)
-    """Of completed requests: queue, prefill and decode."""
+    """Queue, prefill and decode of each completed request."""
     rated_tokens: int = 0
     """Input and output tokens of rated requests."""
     charged: Counter[tuple[Item, Decimal]] = field(default_factory=Counter)
@@ -181,7 +181,7 @@ _SUMMED: Final = tuple(
 
 
 def _rounded(exact: int, decimals: int) -> int:
-    """An amount in units of 10^-30, with no more than so many decimals."""
+    """An amount in units of 10^-30, rounded to a number of decimals."""
     return round_half_even(round_half_even(exact, EXACT_SCALE, decimals), decimals, EXACT_SCALE)
 
 

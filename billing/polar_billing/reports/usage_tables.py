@@ -119,7 +119,7 @@ def _tiers(report: Report) -> Table:
 
 
 def _drafts(figures: Figures) -> list[Text]:
-    """What drafts came to, if there were any."""
+    """A line about drafts, if there were any."""
     if not figures.tokens_drafted:
         return []
     kept, drafted = text.count(figures.tokens_accepted), text.count(figures.tokens_drafted)
@@ -142,7 +142,7 @@ def _usage_cells(figures: Figures) -> list[str]:
 
 
 def _service(report: Report) -> Table:
-    """How long requests took, and how they ended."""
+    """Latency and outcome by tenant and tier."""
     table = new_table("Latency and outcome", ["tenant", "tier"])
     add_numbers(table, "p50", "p95", "p99")
     add_labels(table, "not completed", width=LABEL_WIDTH + 5)

@@ -1,4 +1,4 @@
-"""What the recorded usage would have come to otherwise: other price books, other mixes of tiers, per-token prices.
+"""Scenarios for the recorded usage: other price books, other mixes of tiers, per-token prices.
 
 Every assumption is in `assumptions`, to be shown beside the figures. Rounds each amount once. Knows no output format.
 """
@@ -39,7 +39,7 @@ class _Part(BaseModel):
 
 
 class TenantOutcome(_Part):
-    """What one tenant would have paid."""
+    """One tenant's charge in a scenario."""
 
     tenant: str
     charge: Decimal | None
@@ -87,7 +87,7 @@ class TokenPricing(_Part):
 
     @property
     def winner(self) -> str:
-        """Who gains by compute-based prices at equal revenue."""
+        """Whether the tenant gains by compute-based prices at equal revenue, in words."""
         if not self.difference:
             return "the same"
         return "pays less per compute" if self.difference > 0 else "pays more per compute"
@@ -109,7 +109,7 @@ class UsageByBook(NamedTuple):
 
 @dataclass(frozen=True)
 class Charged:
-    """What was charged, for scenarios to be set beside."""
+    """The charges that scenarios are set beside."""
 
     summary: Summary
     price_books: str

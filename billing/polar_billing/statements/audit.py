@@ -19,12 +19,11 @@ from polar_billing.errors import QueryError
 from polar_billing.ledger.books import read_book
 from polar_billing.ledger.postings import transaction_lines
 from polar_billing.ledger.schema import prune_table, statement_table, transaction_table, usage_table
-from polar_billing.statements.booking import STATEMENT, statement_lines
 from polar_billing.statements.draft import basis_of, compute_statement, find_late_usage
+from polar_billing.statements.issued import STATEMENT, find_statement, read_statements, statement_lines
 from polar_billing.statements.lines import USAGE_KINDS, phases_of
+from polar_billing.statements.period_usage import SeqRange, uses_beyond_receipt, within
 from polar_billing.statements.statement import statement_id
-from polar_billing.statements.store import find_statement, read_statements
-from polar_billing.statements.usage import SeqRange, uses_beyond_receipt, within
 from polar_billing.values.money import exact_sum
 
 if TYPE_CHECKING:
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
+    from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.statement import Statement, StatementLine
-    from polar_billing.statements.store import IssuedStatement
     from polar_billing.values.periods import Period
 
 

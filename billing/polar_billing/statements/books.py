@@ -1,4 +1,4 @@
-"""Which price book a statement is computed by.
+"""The choice of the price book that a statement is computed by.
 
 The revision in force agrees with the earlier ones about the past (see `prices.revisions`), so a statement by it charges
 what the receipts say, plus what plans add.
@@ -16,7 +16,7 @@ from polar_billing.ledger.books import books_in_force, read_book
 from polar_billing.ledger.schema import price_book_table, receipt_table, usage_table
 from polar_billing.prices.revisions import past_changes
 from polar_billing.statements.lines import bounds
-from polar_billing.statements.usage import within
+from polar_billing.statements.period_usage import within
 from polar_billing.values.periods import Period
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
-    from polar_billing.statements.usage import SeqRange
+    from polar_billing.statements.period_usage import SeqRange
 
 
 def book_for(connection: Connection, tenant: str, period: Period, seqs: SeqRange) -> PriceBook:

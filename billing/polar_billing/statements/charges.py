@@ -1,4 +1,4 @@
-"""What a tenant's usage over a period costs, line by line: summed usage × book → exact lines. Pure.
+"""Charges for a tenant's usage over a period, line by line: summed usage × book → exact lines. Pure.
 
 Per phase of constant terms, in this order:
 

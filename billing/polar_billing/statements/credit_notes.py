@@ -12,20 +12,19 @@ from sqlalchemy import insert, select
 from polar_billing.errors import AmountError, ConflictError, QueryError
 from polar_billing.ledger import chain
 from polar_billing.ledger.schema import credit_note_table, transaction_table
-from polar_billing.statements.booking import STATEMENT, book_credit_note
-from polar_billing.statements.store import find_statement
+from polar_billing.statements.issued import STATEMENT, book_credit_note, find_statement
 from polar_billing.values.money import exact_sum, to_scaled
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.statements.store import IssuedStatement
+    from polar_billing.statements.issued import IssuedStatement
 
 
 @dataclass(frozen=True)
 class CreditNote:
-    """What was taken off one statement."""
+    """An amount taken off one statement."""
 
     number: int
     statement: str

@@ -20,7 +20,9 @@ from polar_billing.ledger.books import read_book
 from polar_billing.ledger.schema import prune_table
 from polar_billing.statements.books import book_for
 from polar_billing.statements.charges import Charges, charges_of
+from polar_billing.statements.issued import LateUsage, read_statements
 from polar_billing.statements.lines import Agreement, bounds, phases_of
+from polar_billing.statements.period_usage import SeqRange, count_requests, last_seq, read_usage
 from polar_billing.statements.statement import (
     Statement,
     credits_left,
@@ -29,8 +31,6 @@ from polar_billing.statements.statement import (
     statement_id,
     usage_by_tier,
 )
-from polar_billing.statements.store import LateUsage, read_statements
-from polar_billing.statements.usage import SeqRange, count_requests, last_seq, read_usage
 from polar_billing.values.money import EXACT_SCALE, from_scaled, to_scaled
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
+    from polar_billing.statements.issued import IssuedStatement
     from polar_billing.statements.lines import ExactLine, PeriodUsage
-    from polar_billing.statements.store import IssuedStatement
     from polar_billing.values.periods import Period
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What a statement is computed from, together with the tenant's earlier statements."""
+    """All that a statement is computed from, together with the tenant's earlier statements."""
 
     tenant: str
     period: Period
@@ -175,7 +175,7 @@ def compute_statement(
 
 
 def basis_of(connection: Connection, statement: Statement, seq_until: int) -> Basis:
-    """What an issued statement was computed from.
+    """Rebuild the basis of an issued statement.
 
     Raises:
         StoreDamagedError: Its price book is gone from the ledger.
@@ -197,7 +197,7 @@ def _charges(connection: Connection, basis: Basis) -> tuple[PeriodUsage, Charges
 
 
 def _correction(connection: Connection, statement: Statement, seqs: SeqRange) -> Charges:
-    """What an earlier period comes to with its late usage, less what it came to without; by that statement's book."""
+    """Rate an earlier period with its late usage, less the same without it; by that statement's book."""
     basis = basis_of(connection, statement, seqs.until)
     _, after = _charges(connection, basis)
     _, before = _charges(connection, replace(basis, seq_until=seqs.after))

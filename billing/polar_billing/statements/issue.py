@@ -14,22 +14,21 @@ from polar_billing.errors import CurrencyMixError, PeriodError
 from polar_billing.ledger import chain
 from polar_billing.ledger.books import store_books
 from polar_billing.ledger.schema import NO_TENANT
-from polar_billing.statements.booking import book_statement
 from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, check_kept, compute_statement, find_late_usage
+from polar_billing.statements.issued import book_statement, read_statements, store_statement
 from polar_billing.statements.lines import bounds
+from polar_billing.statements.period_usage import SeqRange, last_seq
 from polar_billing.statements.statement import credits_left
-from polar_billing.statements.store import read_statements, store_statement
-from polar_billing.statements.usage import SeqRange, last_seq
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from polar_billing.ledger.ledger import Ledger
     from polar_billing.prices.book import PriceBook
+    from polar_billing.statements.issued import IssuedStatement, LateUsage
     from polar_billing.statements.lines import Agreement
     from polar_billing.statements.statement import Statement
-    from polar_billing.statements.store import IssuedStatement, LateUsage
     from polar_billing.values.periods import Period
 
 

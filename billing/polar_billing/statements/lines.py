@@ -1,4 +1,4 @@
-"""What rating over a period takes in and gives out: the phases of the period, the usage in them, and exact lines.
+"""Input and output of rating over a period: the phases of the period, the usage in them, and exact lines.
 
 A period is cut into phases, in which the plan's terms stay the same, and each phase into stretches, in which the rates
 of a request do. Both are half-open and partition the period. Usage is summed per stretch, and each line is about a
@@ -62,12 +62,12 @@ class Use:
     outcome: str
     counts: Counts
     beyond: str | None = None
-    """Why it is unrated although it has a price: it cost more than a receipt holds."""
+    """Reason that it is unrated although it has a price: it cost more than a receipt holds."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many answers of a tier were compared with full depth, and how many agreed; measured elsewhere."""
+    """Counts of a tier's answers that were compared with full depth and that agreed; measured elsewhere."""
 
     agreed: int
     compared: int

@@ -24,7 +24,7 @@ from polar_billing.statements.books import book_for
 from polar_billing.statements.draft import Basis, compute_statement, draft_statement
 from polar_billing.statements.issue import issued_statements
 from polar_billing.statements.lines import bounds
-from polar_billing.statements.usage import SeqRange, last_seq
+from polar_billing.statements.period_usage import SeqRange, last_seq
 from polar_billing.values.money import exact_sum
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Repriced(BaseModel):
 def statements_of_period(
     ledger: Ledger, tenant: str | AllTenants, period_of: Callable[[str], Period], *, book: PriceBook | None = None
 ) -> list[StatementOfPeriod]:
-    """What tenants owe for a period, by name and then by time.
+    """List what tenants owe for a period, by name and then by time.
 
     Where statements were issued whose periods lie within the period, it is those; else it is a draft. A tenant without
     usage, plan and statement in the period is left out.

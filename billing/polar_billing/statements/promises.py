@@ -62,7 +62,7 @@ def service_credits(
 
 
 def missed(promise: Promise, latency_ns: int | None, agreement: Agreement | None) -> list[str]:
-    """Why a promise was missed, empty where it was kept; what was not measured was not missed."""
+    """Reasons that a promise was missed, empty where it was kept; what was not measured was not missed."""
     reasons = []
     # The reasons become notes of statement lines: their wording is part of issued statements.
     latency_max = promise.latency_ms_p95_max

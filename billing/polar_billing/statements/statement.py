@@ -67,7 +67,7 @@ class StatementLine(_Part):
 
 
 class TierUsage(_Part):
-    """What one tier served in the period; includes unrated requests, but not late usage of earlier periods."""
+    """Usage of one tier in the period; includes unrated requests, but not late usage of earlier periods."""
 
     tier: str | None
     requests: int
@@ -78,7 +78,7 @@ class TierUsage(_Part):
 
 
 class CreditUse(_Part):
-    """What became of one prepaid credit on a statement: `before == used + expired + after`."""
+    """One prepaid credit on a statement: `before == used + expired + after`."""
 
     id: str
     before: Amount
@@ -88,7 +88,7 @@ class CreditUse(_Part):
 
 
 class Statement(_Part):
-    """What a tenant owes for a period."""
+    """A tenant's charges for a period, and the amount due."""
 
     format: str = "polar-statement-1"
     id: str
@@ -118,7 +118,7 @@ class Statement(_Part):
     """Charges before prepaid credits."""
     credits: tuple[CreditUse, ...]
     due: Amount
-    """What is left to pay; negative where money is owed to the tenant."""
+    """Amount left to pay; negative where money is owed to the tenant."""
 
     @property
     def period(self) -> Period:
@@ -184,7 +184,7 @@ def rounded_lines(lines: Sequence[ExactLine], book: PriceBook) -> tuple[tuple[St
 
 
 def credits_left(statements: Iterable[Statement]) -> dict[str, Decimal]:
-    """What is left of each credit that a tenant's statements, in the order they were issued, have touched."""
+    """The rest of each credit that a tenant's statements, in the order they were issued, have touched."""
     return {use.id: use.after for statement in statements for use in statement.credits}
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.statements.store import IssuedStatement
+    from polar_billing.statements.issued import IssuedStatement
 
 OCTOBER = "2026-10-15T12:00:00Z"
 PLANS = PriceBook.example(EXAMPLE_PLANS)

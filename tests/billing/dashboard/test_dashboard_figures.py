@@ -17,8 +17,7 @@ from polar_billing.dashboard.charges import Books, Cost
 from polar_billing.dashboard.health import ledger_health, spool_health
 from polar_billing.dashboard.keys import LastUses, keys_of
 from polar_billing.dashboard.programs import heat_of
-from polar_billing.dashboard.requests import latest_requests, receipt_of
-from polar_billing.dashboard.view import Looks
+from polar_billing.dashboard.view import Looks, latest_requests, receipt_of
 from polar_billing.ledger.records import ALL_TENANTS, Selection
 from polar_billing.ledger.retention import prune
 from polar_billing.ledger.schema import link_table

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_billing.errors import PeriodError, QueryError
-from polar_billing.exports.source import charging_books, check_whole
 from polar_billing.exports.stripe import (
     FLOPS_PER_UNIT,
     MeterEvents,
+    charging_books,
+    check_whole,
     meter_name,
     read_customers,
     whole_months,

@@ -14,9 +14,9 @@ from polar_billing.budgets.keeper import Budgets
 from polar_billing.errors import PriceBookError
 from polar_billing.ledger.books import add_book
 from polar_billing.metering.meter import Meter
-from polar_billing.prices import current as prices
+from polar_billing.prices import in_force as prices
 from polar_billing.prices.book import PRICE_BOOK_VARIABLE, PriceBook
-from polar_billing.prices.current import Choice, InForce, Prices
+from polar_billing.prices.in_force import Choice, InForce, Prices
 from polar_billing.proof.verify import verify_ledger
 from polar_billing.testing import usage_record
 from polar_sdk.usage import Offer, UsageBound

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from polar_billing.ledger.ledger import Ledger
-    from polar_billing.statements.store import IssuedStatement
+    from polar_billing.statements.issued import IssuedStatement
 
 NOVEMBER, DECEMBER = Period.month("2026-11"), Period.month("2026-12")
 END, LATER = datetime(2026, 12, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""Which price book a use is charged by: the one that is named, or the one in force for it.
+"""The choice of the price book that a use is charged by: the one named, or the one in force for it.
 
 In this order: the book or file given, the file that POLAR_PRICE_BOOK names, the books that were put in force in the
 ledger (`polar price add`), the example book.
@@ -62,7 +62,7 @@ class InForce:
         self._states = list(_states(choices))
 
     def book(self, tenant: str | None, moment: datetime) -> PriceBook | None:
-        """What a use is charged by; None where no book was ever put in force.
+        """The book that charges a use; None where no book was ever put in force.
 
         Args:
             tenant: Who used it; None for any that no book names.
@@ -90,7 +90,7 @@ def _states(choices: Sequence[Choice]) -> Iterator[tuple[tuple[PriceBook, ...], 
 
 
 class Prices:
-    """What uses in one ledger are charged by. Safe in several threads.
+    """Finds the book that charges each use in one ledger. Safe in several threads.
 
     Args:
         choices: Reads the books put in force, in order: `Ledger.price_choices`.
@@ -104,7 +104,7 @@ class Prices:
         self._in_force = Remembered(self._read, _changes)
 
     def of(self, tenant: str | None, moment: datetime | None = None) -> PriceBook:
-        """What a tenant's use is charged by.
+        """Find the book that charges a tenant's use.
 
         Args:
             tenant: Who; None for any that no book names.

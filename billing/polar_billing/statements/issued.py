@@ -1,0 +1,194 @@
+"""Issued statements in the ledger: rows of `polar_statement` and back, and the double entries that book them.
+
+Knows how a statement, a prepaid credit and a credit note are stored and booked, not how amounts are worked out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import insert, select
+
+from polar_billing.errors import StoreDamagedError
+from polar_billing.ledger import chain
+from polar_billing.ledger.postings import Account, Line, post
+from polar_billing.ledger.schema import statement_table
+from polar_billing.statements.period_usage import SeqRange
+from polar_billing.statements.statement import Statement
+from polar_billing.values.money import from_scaled, to_scaled
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    from sqlalchemy import Connection, Row
+
+    from polar_billing.prices.book import PriceBook
+    from polar_billing.statements.statement import CreditUse
+
+STATEMENT: Final = "statement"
+"""Kind of the transaction that books a statement; its reference is the statement's id."""
+
+_ACCOUNTS: Final = {"discount": Account.DISCOUNTS, "service credit": Account.SERVICE_CREDITS}
+"""By kind of line; every other kind counts as revenue."""
+
+
+@dataclass(frozen=True)
+class LateUsage:
+    """Usage of an earlier statement's period that was stored after that statement was issued."""
+
+    statement: str
+    """Id of the earlier statement."""
+    seqs: SeqRange
+    """Its sequence numbers."""
+
+
+@dataclass(frozen=True)
+class IssuedStatement:
+    """A statement as the ledger holds it."""
+
+    number: int
+    """Rises with every statement issued."""
+    statement: Statement
+    seq_until: int
+    """Usage up to this sequence number, included, is on it."""
+    late: tuple[LateUsage, ...]
+    issued_at: datetime
+    """Statement time, UTC."""
+
+    @property
+    def reference(self) -> str:
+        """The reference of its bookings."""
+        return self.statement.id
+
+
+def store_statement(
+    connection: Connection, statement: Statement, seq_until: int, late: tuple[LateUsage, ...], issued_at: datetime
+) -> IssuedStatement:
+    """Store a new statement as a link of its tenant's chain; the caller has checked that there is none."""
+    values = {
+        "tenant": statement.tenant,
+        "since": statement.since,
+        "until": statement.until,
+        "currency": statement.currency,
+        "id": statement.id,
+        "price_book_hash": statement.price_book_hash,
+        "seq_until": seq_until,
+        "late": json.dumps([[usage.statement, usage.seqs.after, usage.seqs.until] for usage in late]),
+        "issued_at": issued_at,
+        "document": statement.document,
+    }
+    added = insert(statement_table).values(values).returning(statement_table.c.number)
+    number: int = connection.execute(added).scalar_one()
+    chain.link(connection, statement_table, number)
+    return IssuedStatement(number, statement, seq_until, late, issued_at)
+
+
+def read_statements(connection: Connection, tenant: str, *, before: int | None = None) -> list[IssuedStatement]:
+    """A tenant's statements in the order they were issued; with `before`, only those of a lower number."""
+    issued = statement_table.c
+    query = select(statement_table).where(issued.tenant == tenant).order_by(issued.number)
+    if before is not None:
+        query = query.where(issued.number < before)
+    return [_from_row(row) for row in connection.execute(query)]
+
+
+def find_statement(connection: Connection, tenant: str, statement_id: str) -> IssuedStatement | None:
+    """One statement of a tenant; None where it has none of that id."""
+    issued = statement_table.c
+    query = select(statement_table).where(issued.tenant == tenant, issued.id == statement_id)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else _from_row(row)
+
+
+def _from_row(row: Row[Any]) -> IssuedStatement:
+    """Read a row.
+
+    Raises:
+        StoreDamagedError: Its content is not a statement.
+    """
+    try:
+        late = tuple(LateUsage(name, SeqRange(until=until, after=after)) for name, after, until in json.loads(row.late))
+        statement = Statement.model_validate_json(row.document)
+    except ValueError as error:
+        raise StoreDamagedError(
+            f"statement {row.id!r} of tenant {row.tenant!r} cannot be read: {str(error).splitlines()[0]}.",
+            hint="Run `polar verify`.",
+        ) from error
+    return IssuedStatement(row.number, statement, row.seq_until, late, row.issued_at)
+
+
+def book_statement(
+    connection: Connection, statement: Statement, book: PriceBook, earlier_credits: Mapping[str, Decimal]
+) -> None:
+    """Book what a statement says: what is owed, what credits paid, and what became of credits.
+
+    Args:
+        connection: The write transaction in which the statement is stored.
+        statement: The statement.
+        book: Its book, which has the credits.
+        earlier_credits: Credits that earlier statements touched; the others are booked as received.
+    """
+    granted = {credit.id: credit for credit in book.credits}
+    for use in statement.credits:
+        if use.id not in earlier_credits:
+            _book_credit(connection, statement, use, granted[use.id].effective_from)
+    post(connection, statement.tenant, STATEMENT, statement.id, statement_lines(statement), statement.until)
+    for use in statement.credits:
+        if use.expired:
+            _book_expiry(connection, statement, use)
+
+
+def statement_lines(statement: Statement) -> list[Line]:
+    """Debits and credits of a statement; they sum to zero because its lines sum to its total."""
+    decimals = statement.decimals
+    sums: defaultdict[Account, int] = defaultdict(int)
+    sums[Account.RECEIVABLE] = to_scaled(statement.due, decimals)
+    sums[Account.CREDITS] = sum(to_scaled(use.used, decimals) for use in statement.credits)
+    for line in statement.lines:
+        sums[_ACCOUNTS.get(line.kind, Account.REVENUE)] -= to_scaled(line.amount, decimals)
+    sums[Account.ROUNDING] = -to_scaled(statement.rounding, decimals)
+    lines = [Line(account, from_scaled(units, decimals), statement.currency) for account, units in sums.items()]
+    always = (Account.RECEIVABLE, Account.REVENUE)
+    lines += [Line(Account.REVENUE, Decimal(0), statement.currency)] if Account.REVENUE not in sums else []
+    return [line for line in lines if line.amount or line.account in always]
+
+
+def _book_credit(connection: Connection, statement: Statement, use: CreditUse, at: datetime) -> None:
+    lines = [
+        Line(Account.CASH, use.before, statement.currency),
+        Line(Account.CREDITS, use.before.copy_negate(), statement.currency),
+    ]
+    post(connection, statement.tenant, "credit", use.id, lines, at)
+
+
+def _book_expiry(connection: Connection, statement: Statement, use: CreditUse) -> None:
+    lines = [
+        Line(Account.CREDITS, use.expired, statement.currency),
+        Line(Account.EXPIRED_CREDITS, use.expired.copy_negate(), statement.currency),
+    ]
+    post(connection, statement.tenant, "credit_expiry", use.id, lines, statement.until)
+
+
+def book_credit_note(
+    connection: Connection, statement: Statement, reference: str, amount: Decimal, at: datetime, corrects: int
+) -> None:
+    """Take an amount off what a statement asked for.
+
+    Args:
+        connection: The write transaction in which the note is stored.
+        statement: The statement.
+        reference: The note's idempotency key within the tenant.
+        amount: Positive.
+        at: When it takes effect.
+        corrects: The transaction that booked the statement.
+    """
+    lines = [
+        Line(Account.REVENUE, amount, statement.currency),
+        Line(Account.RECEIVABLE, amount.copy_negate(), statement.currency),
+    ]
+    post(connection, statement.tenant, "credit_note", reference, lines, at, corrects=corrects)
