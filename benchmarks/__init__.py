@@ -1,1 +1,1 @@
-"""Measurements and how to repeat them; the figures are in `results`, the lessons in `LOG.md`."""
+"""Measurements and how to repeat them; the figures are in `results`, the decisions in `LOG.md`."""

@@ -9,10 +9,8 @@ median of `--rounds` runs, each into a new ledger. Knows no models: the records 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import sqlite3
 import time
 import tomllib
@@ -28,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import create_engine, make_url, text
 
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.results import Recorder, arguments
 from polar_billing import (
     Ledger,
     Meter,
@@ -45,7 +43,7 @@ from polar_billing.ledger.records import Entry
 from polar_billing.testing import usage_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from polar_sdk.usage import UsageRecord
@@ -108,7 +106,7 @@ def _timed(count: int, store: Callable[[int], object]) -> tuple[float, float]:
 
 @dataclass
 class Took:
-    """What something took, each time. Unit: milliseconds."""
+    """Times of a repeated call. Unit: milliseconds."""
 
     wall: list[float]
     busy: list[float]
@@ -133,7 +131,7 @@ def paced(call: Callable[[UsageRecord], object], count: int, pause_s: float) -> 
 
 
 def metering(url: str, durability: Any, count: int, pause_s: float = 0.0) -> Took:
-    """What `check` and `emit` take on the caller's thread."""
+    """Times of `check` and `emit` on the caller's thread."""
     with Meter(url, durability=durability) as meter:
 
         def meter_one(record: UsageRecord) -> None:
@@ -199,7 +197,7 @@ def database(server: str) -> Iterator[str]:
 
 @dataclass
 class Bench:
-    """What was asked for, and where to."""
+    """Options of a run, and its recorder."""
 
     folder: Path
     events: int
@@ -225,21 +223,21 @@ def _ingest(bench: Bench, store: str, goal: int, place: Callable[[str], Abstract
             with place(f"{what}-{n}") as url, Ledger(url) as ledger:
                 found.append(run(ledger, bench.ingest))
         speeds, busy = zip(*found, strict=True)
-        _record(bench, f"{store}, `{what}`", speeds, "events/s", goal=goal, note=note)
-        _record(bench, f"{store}, `{what}`, processor time of the client", busy, "µs/event", note=note)
+        bench.recorder.add_rounds(f"{store}, `{what}`", speeds, "events/s", goal=goal, note=note)
+        bench.recorder.add_rounds(f"{store}, `{what}`, processor time of the client", busy, "µs/event", note=note)
 
 
 PAUSES: Final = (0.0, 0.002, 0.02, 0.05)
 
 
 def measure_metering(bench: Bench) -> None:
-    """What metering adds to a request on the caller's thread, one request right after the other and at a slow pace."""
+    """Cost of metering to a request on the caller's thread, one request right after the other and at a slow pace."""
     for durability, requests in (("spool", 2_000), ("commit", 200), ("sync", 200)):
         took = metering(str(bench.folder / f"{durability}.sqlite3"), durability, requests, 0.002)
         name = f'check + emit, `durability="{durability}"`'
         goal = 0.2 if durability == "spool" else None
-        _record(bench, f"{name}, median", [median(took.wall)], "ms", goal=goal, better="lower")
-        _record(bench, f"{name}, p99", [took.p99], "ms")
+        bench.recorder.add_rounds(f"{name}, median", [median(took.wall)], "ms", goal=goal, better="lower")
+        bench.recorder.add_rounds(f"{name}, p99", [took.p99], "ms")
     for pause_s in PAUSES:
         url = str(bench.folder / f"pause {pause_s}.sqlite3")
         for name, took in (
@@ -247,7 +245,9 @@ def measure_metering(bench: Bench) -> None:
             ("control: the standard library at work", paced(control, 200, pause_s)),
         ):
             note = f"processor time {median(took.busy):.3f} ms, p99 {took.p99:.3f} ms"
-            _record(bench, f"{name}, {pause_s * 1_000:g} ms apart, median", [median(took.wall)], "ms", note=note)
+            bench.recorder.add_rounds(
+                f"{name}, {pause_s * 1_000:g} ms apart, median", [median(took.wall)], "ms", note=note
+            )
 
 
 def measure_query(bench: Bench) -> None:
@@ -262,18 +262,22 @@ def measure_query(bench: Bench) -> None:
             ledger.append_many(waiting)
             seconds += time.perf_counter() - begun
         size = f"{events:,} requests in the ledger"
-        _record(bench, "SQLite, `append_many`, all into one ledger", [events / seconds], "events/s", note=size)
+        bench.recorder.add_rounds(
+            "SQLite, `append_many`, all into one ledger", [events / seconds], "events/s", note=size
+        )
         for what, rollups, goal in (("hourly sums", True, 100), ("raw records", False, 1_000)):
             took, requests = querying(ledger, rollups=rollups)
             name, note = f"usage of one tenant and month, from {what}", f"{requests:,} of {size}"
-            _record(bench, name, [took], "ms", goal=goal, better="lower", note=note)
+            bench.recorder.add_rounds(name, [took], "ms", goal=goal, better="lower", note=note)
         _measure_report(bench, ledger, size)
         begun = time.perf_counter()
         assert verify_ledger(ledger).sound
-        _record(bench, "`polar verify`", [time.perf_counter() - begun], "s", note=size)
+        bench.recorder.add_rounds("`polar verify`", [time.perf_counter() - begun], "s", note=size)
     with closing(sqlite3.connect(file)) as fold:
         fold.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    _record(bench, "SQLite, size on disk, indexes included", [file.stat().st_size / events], "bytes/event", note=size)
+    bench.recorder.add_rounds(
+        "SQLite, size on disk, indexes included", [file.stat().st_size / events], "bytes/event", note=size
+    )
 
 
 def _measure_report(bench: Bench, ledger: Ledger, size: str) -> None:
@@ -282,9 +286,9 @@ def _measure_report(bench: Bench, ledger: Ledger, size: str) -> None:
     took, worked = time.perf_counter() - begun, time.process_time() - busy
     assert report.figures.requests == bench.events
     note = f"{size}; processor time {worked:.2f} s"
-    _record(bench, "report of all tenants and all time", [took], "s", goal=10, better="lower", note=note)
+    bench.recorder.add_rounds("report of all tenants and all time", [took], "s", goal=10, better="lower", note=note)
     page = len(report_html(report).encode()) / 1e6
-    _record(bench, "its HTML page", [page], "MB", goal=3, better="lower", note=size)
+    bench.recorder.add_rounds("its HTML page", [page], "MB", goal=3, better="lower", note=size)
 
 
 MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
@@ -295,34 +299,19 @@ MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = arguments(__doc__)
     options.add_argument("--only", help=f"some of: {','.join(MEASURES)}")
     options.add_argument("--events", type=int, default=1_000_000, help="requests in the ledger that is queried")
     options.add_argument("--ingest", type=int, default=50_000, help="requests of each ingest run")
     options.add_argument("--rounds", type=int, default=5, help="ingest runs per store")
     options.add_argument("--postgres", default=os.environ.get("POLAR_TEST_POSTGRES_URL"), metavar="URL")
-    options.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     chosen = options.parse_args()
     recorder = Recorder("billing", chosen.results)
-    print(f"## Metering and billing, {datetime.now(UTC):%Y-%m-%d}\n")
-    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
-    print(f"SQLite {sqlite3.sqlite_version}; load average at the start {os.getloadavg()[0]:.1f}\n")
-    print("| what | figure |\n|---|---|")
     with TemporaryDirectory(prefix="polar-bench-") as folder:
         bench = Bench(Path(folder), chosen.events, chosen.ingest, chosen.rounds, chosen.postgres, recorder)
         for name in chosen.only.split(",") if chosen.only else MEASURES:
             MEASURES[name](bench)
     print(f"\nwrote {recorder.path}")
-
-
-def _record(bench: Bench, name: str, values: Sequence[float], unit: str, **facts: Any) -> None:
-    """Record and print the median over rounds; of one round, without its range."""
-    if len(values) > 1:
-        facts |= {"low": min(values), "high": max(values), "interval": "rounds"}
-    figure = bench.recorder.add(name, median(values), unit, **facts)
-    spread = "" if figure.low is None else f" ({figure.low:,g} to {figure.high:,g})"
-    note = f", {figure.note}" if figure.note else ""
-    print(f"| {figure.name}{note} | {figure.value:,g}{spread} {unit} |", flush=True)
 
 
 if __name__ == "__main__":

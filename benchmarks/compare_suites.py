@@ -12,7 +12,6 @@ The classes below are the peer's suites, which pytest finds in this file. Knows 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.results import Recorder, arguments
 from polar_sdk import PolarModel
 from polar_sdk.models.aliases import ALIASES
 from polar_sdk.models.paths import cache_folder
@@ -79,17 +78,16 @@ class _Peer:
 
 
 class TestPeerUnit(_Peer, ChatModelUnitTests):
-    """What needs no answer."""
+    """Tests that need no answer."""
 
 
 class TestPeerIntegration(_Peer, ChatModelIntegrationTests):
-    """What needs one."""
+    """Tests that need one."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--only", choices=["polar", "huggingface"], help="run one of the two")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     args = parser.parse_args()
     if args.only != "polar" and find_spec("langchain_huggingface") is None:
         parser.error("the peer is not installed; run: pip install --group compare")

@@ -1,4 +1,4 @@
-"""How much faster answers come with drafts, by kind of prompt: the same requests with drafts and without, in turn.
+"""Speed of answers with drafts, by kind of prompt: the same requests with drafts and without, in turn.
 
 `benchmarks.engine` runs it. Answers are greedy, at full depth, one at a time, and their first token does not count.
 """
@@ -96,7 +96,7 @@ KINDS: Final[dict[str, tuple[float, tuple[str, ...]]]] = {
         ),
     ),
 }
-"""By kind: the ratio that is the goal, and prompts."""
+"""Kind of prompt → ratio that is the goal, and prompts."""
 
 
 class Pair(NamedTuple):
@@ -127,7 +127,7 @@ def measure(model: PolarModel, kind: str, rounds: int, speculate: Speculate) -> 
 
 
 def chat_questions() -> list[str]:
-    """Those of the package's own prompts."""
+    """Chat questions of the package's own prompts."""
     return [item.prompt for item in builtin_items() if isinstance(item, PromptItem) and item.task in _CHATS]
 
 
@@ -160,7 +160,7 @@ class Slowest(NamedTuple):
     """The prompt that gains least of many, by its median over the rounds; noise makes the least of many look worse."""
 
     drafted: list[float]
-    """By round. Unit: tokens per second after the first."""
+    """Speed of each round. Unit: tokens per second after the first."""
     plain: list[float]
     chance: float
     """The least median ratio of two answers without drafts to the same prompts: what noise alone makes of the least."""

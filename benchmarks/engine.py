@@ -4,15 +4,12 @@
 
 All systems run in turn, round by round, so that a slow moment of the machine affects all of them; a ratio is the median
 over the rounds. Every prompt is run from its beginning: no starts are shared. Prints a Markdown table and writes the
-figures to `--results`; the last line is one JSON object with the ratios. llama.cpp needs `pip install --group bench`;
-without it, or on a GPU, it is left out.
+figures to `--results`. llama.cpp needs `pip install --group bench`; without it, or on a GPU, it is left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import random
 import statistics
 import subprocess
@@ -21,7 +18,6 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +27,8 @@ import torch
 from benchmarks import drafts as drafting
 from benchmarks.first_answer import apart as newcomer
 from benchmarks.memory import prompt_growth
-from benchmarks.peers import HuggingFace, LlamaCpp, apart, quantized, timed
-from benchmarks.results import RESULTS, Machine, Recorder
+from benchmarks.peers import HuggingFace, LlamaCpp, alternate, apart, quantized, timed
+from benchmarks.results import Machine, Recorder, arguments
 from benchmarks.router_texts import filling
 from polar_sdk import PolarModel, Policy, Program
 from polar_sdk.engine import native
@@ -43,6 +39,7 @@ from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
     from polar_sdk.request.generation import Generation
@@ -64,21 +61,18 @@ def main() -> None:
     bench = Bench(args)
     names = args.only.split(",") if args.only else list(MEASURES)
     print(f"{bench.model('bf16').name}, {bench.device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| what | ours | peer | ratio |\n|---|---|---|---|", flush=True)
     for name in names:
         MEASURES[name](bench)
     print(f"\nwrote {bench.recorder.path}")
-    print(json.dumps({name: round(value, 3) for name, value in bench.summary.items()}))
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp; fetched for the default model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help=f"some of: {','.join(MEASURES)}")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     return parser.parse_args()
 
 
@@ -90,8 +84,6 @@ class Bench:
         self.device: str = args.device
         kernels = Machine.here().kernels if self.device == "cpu" else ""
         self.recorder = Recorder("engine", args.results, model=args.model, device=self.device, kernels=kernels)
-        self.summary: dict[str, float] = {}
-        """Ratios by name, for the last line; seconds where the name ends in `_s`."""
         self._random = random.Random(0)
         self._models: dict[str, PolarModel] = {}
 
@@ -158,16 +150,38 @@ class Bench:
         chosen = program or Program.identity(model.depth)
         return timed(lambda: model.generate(prompt, template="raw", max_tokens=new, program=chosen))
 
+    def decode(self, precision: str) -> float:
+        """Tokens per second of one request in the engine, after the first token."""
+        return decode_speed(lambda text, new: self.answer(precision, text, new), self.prompt(40))
+
+    def decode_hf(self) -> float:
+        """The same in transformers."""
+        return decode_speed(lambda text, new: self.hugging_face.generate([self.ids(text)], new), self.prompt(40))
+
+    def prefill(self, precision: str, tokens: int = PREFILL) -> float:
+        """Tokens of a prompt per second in the engine."""
+        return tokens / self.answer(precision, self.prompt(tokens), 1)
+
+    def prefill_hf(self, tokens: int = PREFILL) -> float:
+        """The same in transformers."""
+        return tokens / self.hugging_face.generate([self.ids(self.prompt(tokens))], 1)
+
+    def compare(
+        self, name: str, results: Sequence[Sequence[float]], peer: str, *, unit: str = "tokens/s", **facts: Any
+    ) -> float:
+        """Record our results and the peer's, per round; returns the median ratio."""
+        ours, theirs = results
+        return self.recorder.compare(name, ours, theirs, unit, peer=peer, **facts)
+
     def alternate(self, *runs: Callable[[], float]) -> list[list[float]]:
-        """What each run returns, round by round, after one round to warm up; no threads are left over between runs."""
-        results: list[list[float]] = [[] for _ in runs]
-        for round_index in range(self.args.rounds + 1):
-            for result, run in zip(results, runs, strict=True):
-                _rest()
-                value = run()
-                if round_index:
-                    result.append(value)
-        return results
+        """See `peers.alternate`; no threads are left over between runs."""
+        return alternate(self.args.rounds, *runs, before=_rest)
+
+
+def decode_speed(answer: Callable[[str, int], float], prompt: str) -> float:
+    """Tokens per second after the first token."""
+    first = answer(prompt, 1)
+    return (NEW - 1) / (answer(prompt, NEW) - first)
 
 
 def _rest() -> None:
@@ -185,111 +199,53 @@ def _fetch_gguf(model: str | None) -> Path | None:
     return get_gguf(ALIASES[0], Path(tempfile.mkdtemp(prefix="polar-bench-")))
 
 
-@dataclass(frozen=True)
-class Peer:
-    """What the engine is compared with, and the ratio that is the goal."""
-
-    name: str
-    goal: float | None = None
-
-
 PLAIN = "the same without drafts"
 SLOWEST_OF = 40
 """Prompts, of which the one that gains least by drafts is shown."""
 HF, HF_BATCH = "Hugging Face `generate`, bf16", "Hugging Face `generate`, one batch of 16, bf16"
 IDENTITY = "the same at full depth"
 INTEGERS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1", "IQ4_NL")}
-"""What llama.cpp is asked to store the weights in, to be compared with each precision; the fastest counts."""
-
-
-def _record(
-    bench: Bench, name: str, results: Sequence[Sequence[float]], peer: Peer, unit: str = "tokens/s", note: str = ""
-) -> float:
-    """Record and print our results and the peer's, per round; returns the median ratio."""
-    ours, theirs = results
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    bench.recorder.add(
-        name,
-        statistics.median(ours),
-        unit,
-        low=min(ours),
-        high=max(ours),
-        interval="rounds",
-        peer=peer.name,
-        peer_value=statistics.median(theirs),
-        ratio=ratio,
-        goal=peer.goal,
-        note=note or None,
-    )
-    cells = [f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g}) {unit}" for values in results]
-    print(f"| {name}; {peer.name} | {cells[0]} | {cells[1]} | **{ratio:.2f}** |", flush=True)
-    return ratio
-
-
-def _decode_speed(answer: Callable[[str, int], float], prompt: str) -> float:
-    """Tokens per second after the first token."""
-    first = answer(prompt, 1)
-    return (NEW - 1) / (answer(prompt, NEW) - first)
+"""Kinds of numbers that llama.cpp stores the weights in, to be compared with each precision; the fastest counts."""
 
 
 def decode(bench: Bench) -> None:
-    def ours(precision: str) -> Callable[[], float]:
-        return lambda: _decode_speed(lambda text, new: bench.answer(precision, text, new), bench.prompt(40))
-
-    def hugging_face() -> float:
-        return _decode_speed(lambda text, new: bench.hugging_face.generate([bench.ids(text)], new), bench.prompt(40))
-
-    speeds = bench.alternate(ours("bf16"), hugging_face)
-    bench.summary["decode_vs_hf"] = _record(bench, "decode, batch 1, bf16", speeds, Peer(HF, goal=3))
+    """One row that decodes, in bf16."""
+    speeds = bench.alternate(partial(bench.decode, "bf16"), bench.decode_hf)
+    bench.compare("decode, batch 1, bf16", speeds, HF, goal=3)
 
 
 def decode_integers(bench: Bench) -> None:
+    """One row that decodes with integer weights, beside llama.cpp's best kind of the same size."""
     peers = bench.llama
     if not peers:
-        print("| decode, batch 1, int4 and int8; llama.cpp is not available | | | |", flush=True)
+        print("llama.cpp is not available", flush=True)
         return
 
-    def ours(precision: str) -> Callable[[], float]:
-        return lambda: _decode_speed(lambda text, new: bench.answer(precision, text, new), bench.prompt(40))
-
     def peer(llama: LlamaCpp) -> Callable[[], float]:
-        return lambda: _decode_speed(lambda text, new: llama.generate(bench.ids(text), new), bench.prompt(40))
+        return lambda: decode_speed(lambda text, new: llama.generate(bench.ids(text), new), bench.prompt(40))
 
-    int4, int8, *theirs = bench.alternate(ours("int4"), ours("int8"), *map(peer, peers.values()))
-    speeds = dict(zip(peers, theirs, strict=True))
-    for precision, own, goal in (("int8", int8, 1.15), ("int4", int4, 1.5)):
-        best = max(INTEGERS[precision], key=lambda kind: statistics.median(speeds[kind]))
-        name, rival = f"decode, batch 1, {precision}", Peer(f"llama.cpp, {best}", goal=goal)
-        bench.summary[f"{precision}_vs_llamacpp"] = _record(bench, name, [own, speeds[best]], rival)
+    ours = [partial(bench.decode, precision) for precision in INTEGERS]
+    speeds = bench.alternate(*ours, *map(peer, peers.values()))
+    theirs = dict(zip(peers, speeds[len(ours) :], strict=True))
+    for precision, own, goal in zip(INTEGERS, speeds, (1.15, 1.5), strict=False):
+        best = max(INTEGERS[precision], key=lambda kind: statistics.median(theirs[kind]))
+        bench.compare(f"decode, batch 1, {precision}", [own, theirs[best]], f"llama.cpp, {best}", goal=goal)
 
 
 def prefill(bench: Bench) -> None:
-    def ours(precision: str) -> Callable[[], float]:
-        return lambda: PREFILL / bench.answer(precision, bench.prompt(PREFILL), 1)
-
-    def hugging_face() -> float:
-        return PREFILL / bench.hugging_face.generate([bench.ids(bench.prompt(PREFILL))], 1)
-
-    bf16, int8, int4, theirs = bench.alternate(ours("bf16"), ours("int8"), ours("int4"), hugging_face)
-    _record(bench, "prefill of 512 tokens, int8", [int8, theirs], Peer(HF))
-    _record(bench, "prefill of 512 tokens, int4", [int4, theirs], Peer(HF))
-    bench.summary["prefill_vs_hf"] = _record(bench, "prefill of 512 tokens, bf16", [bf16, theirs], Peer(HF, goal=1.5))
+    """A prompt of 512 tokens."""
+    precisions = {"bf16": 1.5, "int8": None, "int4": None}
+    *ours, theirs = bench.alternate(*(partial(bench.prefill, one) for one in precisions), bench.prefill_hf)
+    for (precision, goal), own in zip(precisions.items(), ours, strict=True):
+        bench.compare(f"prefill of 512 tokens, {precision}", [own, theirs], HF, goal=goal)
 
 
 def long_prompts(bench: Bench) -> None:
     """Prompts of a long text: tokens per second, and how much memory each takes at its peak."""
     for tokens in LONG_PROMPTS:
-
-        def ours(tokens: int = tokens) -> float:
-            return tokens / bench.answer("bf16", bench.prompt(tokens), 1)
-
-        def hugging_face(tokens: int = tokens) -> float:
-            return tokens / bench.hugging_face.generate([bench.ids(bench.prompt(tokens))], 1)
-
-        speeds = bench.alternate(ours, hugging_face)
+        speeds = bench.alternate(partial(bench.prefill, "bf16", tokens), partial(bench.prefill_hf, tokens))
         goal = 1.5 if tokens == LONG_PROMPTS[0] else None
-        name = f"prefill of {tokens:,} tokens, bf16"
-        bench.summary[f"prefill{tokens}_vs_hf"] = _record(bench, name, speeds, Peer(HF, goal=goal))
+        bench.compare(f"prefill of {tokens:,} tokens, bf16", speeds, HF, goal=goal)
         if bench.device != "cpu":
             continue
         grown, theirs = (prompt_growth(bench.args.model, tokens, system) for system in ("ours", "hf"))
@@ -297,11 +253,10 @@ def long_prompts(bench: Bench) -> None:
             f"memory of a prompt of {tokens:,} tokens", grown, "MiB",
             peer=HF, peer_value=theirs, ratio=grown / theirs, better="lower",
         )  # fmt: skip
-        print(f"| memory of a prompt of {tokens:,} tokens | {grown:.0f} MiB | {theirs:.0f} MiB | |", flush=True)
 
 
 def lean_program(bench: Bench) -> None:
-    """Does a program with fewer FLOPs take proportionally less time?"""
+    """Time of a program with fewer FLOPs, over its share of them."""
     model = bench.model("bf16")
     identity, lean = Program.identity(model.depth), _programs(model, 1, LEAN, PREFILL, 1)[0]
     for name, prompt, new in (("prefill", PREFILL, 1), ("decode", 40, NEW)):
@@ -318,10 +273,8 @@ def lean_program(bench: Bench) -> None:
         share = flops(lean) / flops(identity)
         times = bench.alternate(partial(seconds, lean), partial(seconds, identity))
         note = f"program with {share:.0%} of the FLOPs"
-        ratio = _record(bench, f"{name}, time of a shorter program", times, Peer(IDENTITY), "s", note)
-        over = bench.recorder.add(f"{name}, time ÷ FLOPs", ratio / share, "", goal=1.05, better="lower", note=note)
-        bench.summary[f"time_over_flops_{name}"] = over.value
-        print(f"| {over.name}; {note} | {over.value:.2f} | | |", flush=True)
+        ratio = bench.compare(f"{name}, time of a shorter program", times, IDENTITY, unit="s", note=note)
+        bench.recorder.add(f"{name}, time ÷ FLOPs", ratio / share, "", goal=1.05, better="lower", note=note)
 
 
 def fills(bench: Bench) -> None:
@@ -350,9 +303,8 @@ def fills(bench: Bench) -> None:
         times = bench.alternate(partial(seconds, program), partial(seconds, identity))
         name, note = f"first token of {LONG} tokens, {program.text}", f"{share:.0%} of the prompt's FLOPs"
         note += "; from that length down, no two alike"
-        ratio = _record(bench, name, times, Peer(IDENTITY), "s", note)
-        over = bench.recorder.add(f"{name}, time ÷ FLOPs", ratio / share, "", goal=1.08, better="lower", note=note)
-        print(f"| {over.name}; {note} | {over.value:.2f} | | |", flush=True)
+        ratio = bench.compare(name, times, IDENTITY, unit="s", note=note)
+        bench.recorder.add(f"{name}, time ÷ FLOPs", ratio / share, "", goal=1.08, better="lower", note=note)
 
 
 def _programs(model: PolarModel, count: int, share: float, prompt: int, output: int) -> list[Program]:
@@ -388,7 +340,7 @@ def mixed_programs(bench: Bench) -> None:
 
     speeds = bench.alternate(lambda: run(mixed), lambda: run(same))
     name = "16 requests at once, 16 programs at 70% of the FLOPs"
-    bench.summary["mixed_programs_gain"] = _record(bench, name, speeds, Peer(IDENTITY, goal=1.35))
+    bench.compare(name, speeds, IDENTITY, goal=1.35)
 
 
 def _new_tokens(answers: Sequence[Generation]) -> int:
@@ -396,55 +348,34 @@ def _new_tokens(answers: Sequence[Generation]) -> int:
 
 
 def first_answer(bench: Bench) -> None:
-    """What a newcomer sees: the first answer, and how soon layers run compiled while work goes on."""
+    """A newcomer's view: the first answer, and how soon layers run compiled while work goes on."""
     if bench.device != "cpu":
         return
-    prompts = [bench.prompt(40) for _ in range(3)]
-    peer = [
-        _decode_speed(lambda text, new: bench.hugging_face.generate([bench.ids(text)], new), each) for each in prompts
-    ]
+    peer = [bench.decode_hf() for _ in range(3)]
     figures = newcomer(bench.args.model)
     first = [figures["first"]] * len(peer)
     name = "first answer on a machine, bf16, while layers are compiled"
-    bench.summary["first_answer_vs_hf"] = _record(bench, name, [first, peer], Peer(HF, goal=1.2))
-    seconds = bench.summary["compiled_after_s"] = figures["compiled_after_s"]
-    bench.recorder.add("answers compiled in the background, after", seconds, "s", goal=90, better="lower")
+    bench.compare(name, [first, peer], HF, goal=1.2)
+    after = f"until then {figures['median']:.3g} tokens/s, at worst {figures['slowest']:.3g}"
+    name = "answers compiled in the background, after"
+    bench.recorder.add(name, figures["compiled_after_s"], "s", goal=90, better="lower", note=after)
     bench.recorder.add("everything compiled in the background, after", figures["all_after_s"], "s", better="lower")
-    slowest, usual = figures["slowest"], figures["median"]
-    print(
-        f"| compiled after {seconds:.0f} s; until then {usual:.3g}, at worst {slowest:.3g} tokens/s | | | |", flush=True
-    )
 
 
 def eager(bench: Bench) -> None:
-    """What runs before anything is compiled, by torch alone and by native kernels: one row, 16 rows, and a prompt."""
+    """Layers before anything is compiled, by torch alone and by native kernels: one row, 16 rows, and a prompt."""
     _uncompiled(bench, EAGER, "uncompiled", (1.2, 1.1, 1))
     if bench.has_kernels:
         _uncompiled(bench, NATIVE, "uncompiled, by native kernels", (None, None, None))
 
 
 def _uncompiled(bench: Bench, model: str, how: str, goals: Sequence[float | None]) -> None:
-    def decode_one() -> float:
-        return _decode_speed(lambda text, new: bench.answer(model, text, new), bench.prompt(40))
-
-    def decode_one_hf() -> float:
-        return _decode_speed(lambda text, new: bench.hugging_face.generate([bench.ids(text)], new), bench.prompt(40))
-
-    def prefill_one() -> float:
-        return PREFILL / bench.answer(model, bench.prompt(PREFILL), 1)
-
-    def prefill_one_hf() -> float:
-        return PREFILL / bench.hugging_face.generate([bench.ids(bench.prompt(PREFILL))], 1)
-
-    speeds = bench.alternate(decode_one, decode_one_hf)
-    name = f"decode, batch 1, bf16, {how}"
-    bench.summary[f"{model}_vs_hf"] = _record(bench, name, speeds, Peer(HF, goal=goals[0]))
-    speeds = bench.alternate(partial(_rows_decode, bench, model), partial(_rows_decode_hf, bench))
-    name = f"16 rows decode, bf16, {how}"
-    bench.summary[f"{model}16_vs_hf"] = _record(bench, name, speeds, Peer(HF_BATCH, goal=goals[1]))
-    speeds = bench.alternate(prefill_one, prefill_one_hf)
-    name = f"prefill of 512 tokens, bf16, {how}"
-    bench.summary[f"{model}_prefill_vs_hf"] = _record(bench, name, speeds, Peer(HF, goal=goals[2]))
+    for name, ours, theirs, peer, goal in (
+        ("decode, batch 1", partial(bench.decode, model), bench.decode_hf, HF, goals[0]),
+        ("16 rows decode", partial(_rows_decode, bench, model), partial(_rows_decode_hf, bench), HF_BATCH, goals[1]),
+        ("prefill of 512 tokens", partial(bench.prefill, model), bench.prefill_hf, HF, goals[2]),
+    ):
+        bench.compare(f"{name}, bf16, {how}", bench.alternate(ours, theirs), peer, goal=goal)
 
 
 def _rows_decode(bench: Bench, name: str) -> float:
@@ -487,13 +418,13 @@ def concurrent(bench: Bench) -> None:
         return ROWS * ROW_NEW / bench.hugging_face.generate(prompts, ROW_NEW)
 
     speeds = bench.alternate(ours, hugging_face)
-    bench.summary["concurrent_vs_hf"] = _record(bench, "16 requests at once, bf16", speeds, Peer(HF_BATCH, goal=2.5))
+    bench.compare("16 requests at once, bf16", speeds, HF_BATCH, goal=2.5)
     for name, sampling in (
         ("top-p 0.95", {"temperature": 1.0, "top_p": 0.95}),
         ("temperature 0.8", {"temperature": 0.8}),
     ):
         speeds = bench.alternate(partial(ours, **sampling), ours)
-        _record(bench, f"16 sampled requests at once, {name}, bf16", speeds, Peer("the same, greedy", goal=0.85))
+        bench.compare(f"16 sampled requests at once, {name}, bf16", speeds, "the same, greedy", goal=0.85)
 
 
 def constrained(bench: Bench) -> None:
@@ -514,7 +445,7 @@ def constrained(bench: Bench) -> None:
 
     for rows in (1, ROWS):
         speeds = bench.alternate(partial(run, rows, schema={**schema, "minItems": 6}), partial(run, rows))
-        _record(bench, f"decode by a JSON schema, {rows} rows, bf16", speeds, Peer("the same without", goal=0.95))
+        bench.compare(f"decode by a JSON schema, {rows} rows, bf16", speeds, "the same without", goal=0.95)
 
 
 def scoring(bench: Bench) -> None:
@@ -536,12 +467,12 @@ def scoring(bench: Bench) -> None:
         return QUESTIONS / bench.hugging_face.score(questions())
 
     speeds = bench.alternate(ours, hugging_face)
-    peer = Peer("Hugging Face, one padded pass per choice", goal=6)
-    bench.summary["scoring_vs_hf"] = _record(bench, "questions with 4 choices, bf16", speeds, peer, "questions/s")
+    peer = "Hugging Face, one padded pass per choice"
+    bench.compare("questions with 4 choices, bf16", speeds, peer, goal=6, unit="questions/s")
 
 
 def starts(bench: Bench) -> None:
-    """How much sooner a question's first token comes where the chat template before it has run for another one."""
+    """Time to a question's first token where the chat template before it has run for another one."""
     model = bench.model("bf16")
     identity = Program.identity(model.depth)
     questions = itertools.cycle(drafting.chat_questions())
@@ -564,12 +495,12 @@ def starts(bench: Bench) -> None:
         model.scheduler.limits = Limits(prefix_share=0)
     alone, shared = (statistics.fmean(values) for values in flops.values())
     note = f"{shared / alone:.0%} of the prompt's FLOPs"
-    peer = Peer("the same from the beginning")
-    bench.summary["shared_starts"] = _record(bench, "first token of a chat question, bf16", speeds, peer, "s", note)
+    peer = "the same from the beginning"
+    bench.compare("first token of a chat question, bf16", speeds, peer, unit="s", better="lower", note=note)
 
 
 def drafts(bench: Bench) -> None:
-    """How much faster are answers with drafts, and is any prompt slower?"""
+    """Speed of answers with drafts beside those without."""
     model = bench.model("bf16")
     measured: dict[str, tuple[float | None, list[drafting.Pair]]] = {
         kind: (goal, drafting.measure(model, kind, bench.args.rounds, "auto"))
@@ -583,11 +514,11 @@ def drafts(bench: Bench) -> None:
         note = f"{passes:.2f} tokens per pass; {same} of {len(pairs)} answers with the same tokens"
         speeds = [[pair.drafted for pair in pairs], [pair.plain for pair in pairs]]
         name = f"{kind.replace('_', ' ')} with drafts, bf16"
-        bench.summary[f"drafts_{kind}"] = _record(bench, name, speeds, Peer(PLAIN, goal=goal), note=note)
+        bench.compare(name, speeds, PLAIN, goal=goal, note=note)
 
 
 def drafts_slowest(bench: Bench) -> None:
-    """Is any prompt slower with drafts?"""
+    """The prompt that gains least by drafts."""
     rounds = bench.args.rounds
     slowest = drafting.measure_slowest(bench.model("bf16"), SLOWEST_OF, rounds, "auto")
     note = (
@@ -595,12 +526,11 @@ def drafts_slowest(bench: Bench) -> None:
         f"two answers without drafts, likewise: {slowest.chance:.3f}"
     )
     speeds = [slowest.drafted, slowest.plain]
-    peer = Peer(PLAIN, goal=drafting.LEAST)
-    bench.summary["drafts_slowest"] = _record(bench, "slowest prompt with drafts, bf16", speeds, peer, note=note)
+    bench.compare("slowest prompt with drafts, bf16", speeds, PLAIN, goal=drafting.LEAST, note=note)
 
 
 def memory(bench: Bench) -> None:
-    """In a process of its own, since a peak never falls again; it writes its own file."""
+    """Memory of a process of its own, since a peak never falls again; it writes its own file."""
     folder, model = str(bench.recorder.path.parent), bench.args.model
     command = [sys.executable, "-m", "benchmarks.memory", "--device", bench.device, "--results", folder]
     ended = subprocess.run(

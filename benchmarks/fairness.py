@@ -1,4 +1,4 @@
-"""What other tenants cost one: its time to first token and its speed, beside what it has alone.
+"""The cost of other tenants to one: its time to first token and its speed, beside what it has alone.
 
     python -m benchmarks.fairness [--model NAME] [--tiny] [--rounds 5] [--callers 1000] [--readers 32]
 
@@ -11,22 +11,22 @@ of them; a ratio is the median over the rounds. The fair share of two tenants is
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import threading
 import time
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.peers import apart
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.peers import alternate, apart
+from benchmarks.results import Recorder, arguments
 from polar_sdk import PolarModel
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
@@ -38,7 +38,7 @@ _WORDS = ("light", "sea", "stone", "letter", "house", "old", "storm", "ship", "r
 
 
 class Service(NamedTuple):
-    """What the quiet tenant gets."""
+    """Service of the quiet tenant."""
 
     first_token: float
     """Unit: seconds."""
@@ -56,19 +56,26 @@ def main() -> None:
         f"beside {args.readers} paused readers": lambda model: _readers(model, args.readers),
         f"beside {args.callers:,} callers": lambda model: _callers(model, args.callers),
     }
-    measured: dict[str, list[Service]] = {name: [] for name in settings}
-    for round_index in range(args.rounds + 1):
-        for name, others in settings.items():
-            with others(model):
-                services = [_ask(model) for _ in range(ASKED)]
-            if round_index:  # the first one warms up
-                measured[name].append(Service(*map(statistics.median, zip(*services, strict=True))))
-    _report(recorder, measured)
+    measured = alternate(args.rounds, *(partial(_service, model, others) for others in settings.values()))
+    alone = measured[0]
+    for name, services in list(zip(settings, measured, strict=True))[1:]:
+        waits, waits_alone = ([1000 * one.first_token for one in side] for side in (services, alone))
+        recorder.compare(
+            f"time to first token, {name}", waits, waits_alone, "ms", peer="alone", goal=2.0, better="lower"
+        )
+        speeds, speeds_alone = ([one.speed for one in side] for side in (services, alone))
+        recorder.compare(f"speed, {name}", speeds, speeds_alone, "tokens/s", peer="alone", goal=FAIR_SHARE)
     print(f"\nwrote {recorder.path}")
 
 
+def _service(model: PolarModel, others: Callable[[PolarModel], AbstractContextManager[None]]) -> Service:
+    with others(model):
+        services = [_ask(model) for _ in range(ASKED)]
+    return Service(*map(statistics.median, zip(*services, strict=True)))
+
+
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model")
     parser.add_argument("--tiny", action="store_true", help="the tiny model of polar_sdk.testing")
     parser.add_argument("--device", default="cpu")
@@ -76,7 +83,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--callers", type=int, default=1000)
     parser.add_argument("--readers", type=int, default=32)
     parser.add_argument("--pace", type=float, default=Limits().pace, help="see polar_sdk.serving.places.Limits")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     return parser.parse_args()
 
 
@@ -90,7 +96,7 @@ def _model(args: argparse.Namespace) -> PolarModel:
 
 
 def random_prompt(words: int = PROMPT_WORDS) -> str:
-    """So many words that make no sense, so that no earlier prompt began alike."""
+    """Words that make no sense, so that no earlier prompt began alike."""
     return " ".join(random.choices(_WORDS, k=words))
 
 
@@ -137,37 +143,6 @@ def _callers(model: PolarModel, count: int) -> Iterator[None]:
     yield
     over.set()
     thread.join()
-
-
-def _report(recorder: Recorder, measured: dict[str, list[Service]]) -> None:
-    print("| what | beside others | alone | ratio | goal |\n|---|---|---|---|---|")
-    alone = measured.pop("alone")
-    for name, services in measured.items():
-        waits = [one.first_token / base.first_token for one, base in zip(services, alone, strict=True)]
-        speeds = [one.speed / base.speed for one, base in zip(services, alone, strict=True)]
-        for what, unit, index, ratios, goal, better in (
-            ("time to first token", "ms", 0, waits, 2.0, "lower"),
-            ("speed", "tokens/s", 1, speeds, FAIR_SHARE, "higher"),
-        ):
-            scale = 1000 if unit == "ms" else 1
-            value, peer = (scale * statistics.median(one[index] for one in side) for side in (services, alone))
-            recorder.add(
-                f"{what}, {name}",
-                value,
-                unit,
-                peer="alone",
-                peer_value=peer,
-                ratio=statistics.median(ratios),
-                goal=goal,
-                better=better,
-                note=f"ratios of the rounds: {min(ratios):.2f} to {max(ratios):.2f}",
-            )
-            sign = "≤" if better == "lower" else "≥"
-            print(
-                f"| {what}, {name} | {value:.1f} {unit} | {peer:.1f} {unit} | **{statistics.median(ratios):.2f}** "
-                f"({min(ratios):.2f} to {max(ratios):.2f}) | {sign} {goal} |",
-                flush=True,
-            )
 
 
 if __name__ == "__main__":

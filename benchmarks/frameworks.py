@@ -10,20 +10,18 @@ the event loop, and beside nothing what the machine alone makes of it. Prints a 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_index.core.llms import ChatMessage
 
 from benchmarks.fairness import random_prompt
-from benchmarks.peers import apart, timed
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.peers import alternate, apart, timed
+from benchmarks.results import Recorder, arguments
 from langchain_polar import ChatPolar
 from llama_index_polar import PolarLLM
 from polar_sdk import PolarModel
@@ -35,18 +33,16 @@ CALLS, NEW, PROMPT_WORDS = 16, 48, 30
 TICK = 0.001
 """Unit: seconds."""
 IN_SEQUENCE, IDLE = "one after another", "nothing running"
-"""What calls that run together, and stalls, are compared with."""
+"""Peers of calls that run together, and of stalls."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     args = parser.parse_args()
     recorder = Recorder("frameworks", args.results, model=args.model, device=args.device)
-    print("| what | ours | peer | ratio | goal |\n|---|---|---|---|---|", flush=True)
     for compiled in (True, False):
         model = apart(
             lambda compiled=compiled: PolarModel.from_pretrained(  # type: ignore[misc]
@@ -82,29 +78,14 @@ def _throughput(recorder: Recorder, model: PolarModel, rounds: int, how: str, *,
         "ChatPolar.abatch of 16": lambda prompts: asyncio.run(chat.abatch([*prompts])),
         IN_SEQUENCE: in_sequence,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for index in range(rounds + 1):
-        for name, run in ways.items():
-            lasted = timed(partial(run, _prompts()))
-            if index:  # the first round warms up
-                seconds[name].append(lasted)
-    alone = seconds.pop(IN_SEQUENCE)
-    for name, took in seconds.items():
-        ratios = [base / one for base, one in zip(alone, took, strict=True)]
-        ratio = statistics.median(ratios)
-        speed, peer_speed = (CALLS * NEW / statistics.median(times) for times in (took, alone))
-        recorder.add(
-            f"{name}, {how}",
-            speed,
-            "tokens/s",
-            peer=IN_SEQUENCE,
-            peer_value=peer_speed,
-            ratio=ratio,
-            goal=goal,
-            note=f"ratios of the rounds: {min(ratios):.2f} to {max(ratios):.2f}",
-        )
-        both = f"{speed:.1f} tokens/s | {IN_SEQUENCE}: {peer_speed:.1f}"
-        print(f"| {name}, {how} | {both} | **{ratio:.2f}** | ≥ {goal:g} |", flush=True)
+
+    def speed(run: Callable[[list[str]], object]) -> float:
+        prompts = _prompts()
+        return CALLS * NEW / timed(lambda: run(prompts))
+
+    speeds = alternate(rounds, *(partial(speed, run) for run in ways.values()))
+    for name, own in list(zip(ways, speeds, strict=True))[:-1]:
+        recorder.compare(f"{name}, {how}", own, speeds[-1], "tokens/s", peer=IN_SEQUENCE, goal=goal)
 
 
 async def _stalls(recorder: Recorder, model: PolarModel, rounds: int) -> None:
@@ -131,27 +112,19 @@ async def _stalls(recorder: Recorder, model: PolarModel, rounds: int) -> None:
             longest[IDLE].append(await _longest_stall(asyncio.sleep(time.perf_counter() - begin)))
     alone = longest.pop(IDLE)
     for name, stalls in longest.items():
-        recorder.add(
+        recorder.add_rounds(
             f"longest stall of the event loop during {name}",
-            1000 * statistics.median(stalls),
+            [1000 * stall for stall in stalls],
             "ms",
-            low=1000 * min(stalls),
-            high=1000 * max(stalls),
-            interval="rounds",
             peer=IDLE,
             peer_value=1000 * statistics.median(alone),
             goal=20,
             better="lower",
         )
-        print(
-            f"| longest stall of the event loop during {name} | {1000 * statistics.median(stalls):.1f} ms (at most "
-            f"{1000 * max(stalls):.1f}) | {IDLE}: {1000 * statistics.median(alone):.1f} ms | | ≤ 20 |",
-            flush=True,
-        )
 
 
 async def _longest_stall(call: Awaitable[object]) -> float:
-    """How much longer than it asked for a task slept at most while a call ran. Unit: seconds."""
+    """The longest oversleep of a task while a call ran. Unit: seconds."""
     task = asyncio.ensure_future(call)
     longest = 0.0
     while not task.done():

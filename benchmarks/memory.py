@@ -2,14 +2,13 @@
 
     python -m benchmarks.memory [--model NAME] [--precision bf16]
 
-Prints a row of a Markdown table and writes the figures to `--results`: how much resident memory grew after the imports,
+Writes the figures to `--results`: how much resident memory grew after the imports,
 compared with the weights and the keys and values of 4,096 tokens. A peak never falls again, so `benchmarks/engine.py`
 runs it as a process of its own, and so does `prompt_growth` with what it measures.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -23,10 +22,11 @@ import torch
 import transformers.modeling_utils  # noqa: F401  (what loading imports does not count as growth)
 
 from benchmarks.peers import HuggingFace, apart
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.results import Recorder, arguments
 from polar_sdk import PolarModel, Program
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator
 
 ROWS, TOKENS, NEW = 4, 1024, 24
@@ -51,7 +51,7 @@ def main() -> None:
     weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
     kept = ROWS * TOKENS * model.depth * decoder.pool.page_bytes // 64
     peak = peak_memory()
-    grown = recorder.add(
+    recorder.add(
         f"growth after imports, {args.precision}, {ROWS} requests of {TOKENS:,} tokens",
         (peak - before) / MIB,
         "MiB",
@@ -62,8 +62,6 @@ def main() -> None:
         better="lower",
         note=f"peak {peak / MIB:.0f} MiB, after imports {before / MIB:.0f} MiB, weights {weights / MIB:.0f} MiB",
     )
-    minimum = f"{grown.peer_value:.0f} MiB (weights {weights / MIB:.0f})"
-    print(f"| memory, {grown.name}; {grown.peer} | {grown.value:.0f} MiB | {minimum} | **{grown.ratio:.2f}** |")
 
 
 def prompt_growth(model: str | None, tokens: int, system: str) -> float:
@@ -101,11 +99,10 @@ def _grow(name: str | None, tokens: int, system: str) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     return parser.parse_args()
 
 

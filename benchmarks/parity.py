@@ -1,4 +1,4 @@
-"""How far each family is from the untouched Hugging Face model. Prints a Markdown table and writes it to `--results`.
+"""Distance of each family from the untouched Hugging Face model; figures go to `--results`.
 
     python -m benchmarks.parity [--seeds 10]
 
@@ -8,7 +8,6 @@ difference of a logit divided by the largest logit. The tests allow 1e-5.
 
 from __future__ import annotations
 
-import argparse
 import random
 import runpy
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.results import Recorder, arguments
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.forward import next_logits
 from polar_sdk.engine.row import Row
@@ -43,16 +42,13 @@ GAP = "largest difference of a logit ÷ largest logit"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=10, help="random programs per family and comparison")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     args = parser.parse_args()
     seeds, recorder = args.seeds, Recorder("parity", args.results)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     tests = runpy.run_path(str(TESTS / "engine" / "test_parity.py")) | runpy.run_path(str(TESTS / "conftest.py"))
-    print(f"| family | `model_type` | {' | '.join(COLUMNS)} | FLOPs |")
-    print(f"|---|---|{'---|' * len(COLUMNS)}---|")
     for family in tests["FAMILIES"]:
         model = tests["build_family"](family)
         gaps = [
@@ -64,10 +60,7 @@ def main() -> None:
         label = f"{NAMES[family]}, `{family}`"
         for column, gap in zip(COLUMNS, gaps, strict=True):
             recorder.add(f"{label}: {column}", gap, GAP, goal=1e-5, better="lower")
-        off = _flops(tests, model)
-        recorder.add(f"{label}: FLOPs off", off, "FLOPs", goal=0, better="lower")
-        row = " | ".join(f"{gap:.0e}" for gap in gaps)
-        print(f"| {NAMES[family]} | `{family}` | {row} | {f'off by {off}' if off else 'exact'} |", flush=True)
+        recorder.add(f"{label}: FLOPs off", _flops(tests, model), "FLOPs", goal=0, better="lower")
 
 
 def _gap(ours: torch.Tensor, reference: torch.Tensor) -> float:

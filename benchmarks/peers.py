@@ -1,4 +1,4 @@
-"""What the engine is measured against: Hugging Face `generate` and llama.cpp, wrapped in the few calls that are timed.
+"""Peers of the engine: Hugging Face `generate` and llama.cpp, in the few calls that are timed; and runs in turn.
 
 Every call runs in a thread that ends with it. OpenMP keeps a pool of threads per calling thread, and once the pools
 together have more threads than the machine has cores, all of them sleep at every wait: two systems that are merely
@@ -37,6 +37,24 @@ def timed(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
+
+
+def alternate(rounds: int, *runs: Callable[[], T], before: Callable[[], object] = lambda: None) -> list[list[T]]:
+    """Results of each run, round by round, after one round to warm up, so that a slow moment affects all of them.
+
+    Args:
+        rounds: Rounds that count.
+        *runs: What runs in turn.
+        before: Called before each run.
+    """
+    results: list[list[T]] = [[] for _ in runs]
+    for number in range(rounds + 1):
+        for result, run in zip(results, runs, strict=True):
+            before()
+            value = run()
+            if number:
+                result.append(value)
+    return results
 
 
 class HuggingFace:

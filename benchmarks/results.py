@@ -6,6 +6,7 @@ what was replaced. Knows nothing of what is measured; imports no package under t
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,12 +18,16 @@ import sys
 from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-__all__ = ["RESULTS", "Figure", "Machine", "Recorder", "Results", "Run"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["RESULTS", "Figure", "Machine", "Recorder", "Results", "Run", "arguments"]
 
 RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "sqlalchemy")
@@ -55,7 +60,7 @@ class Figure(_Frozen):
     """Goal for the ratio where there is one, else for the value."""
     better: Literal["higher", "lower"] = "higher"
     peer: str | None = None
-    """What the value is compared with."""
+    """Name of what the value is compared with."""
     peer_value: FiniteFloat | None = None
     """Value of the peer, in the same unit."""
     ratio: FiniteFloat | None = None
@@ -176,8 +181,15 @@ class Results(_Frozen):
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
 
 
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the option that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
+    return parser
+
+
 class Recorder:
-    """Records the figures of a run that begins now; its file is up to date after each, so that Ctrl-C loses nothing.
+    """Records and prints the figures of a run; its file is up to date after each, so that Ctrl-C loses nothing.
 
     Args:
         topic: Topic of the file, and of its figures unless they name another.
@@ -214,15 +226,42 @@ class Recorder:
         )
 
     def add(self, name: str, value: float, unit: str, *, topic: str | None = None, **facts: Any) -> Figure:
-        """Record a figure, rounded to four digits; `facts` are further fields of `Figure`."""
+        """Record a figure, rounded to four digits; `facts` are further fields of `Figure`. Prints a row of a table."""
         numbers = {key: _rounded(fact) if isinstance(fact, float) else fact for key, fact in facts.items()}
         topic = self.topic if topic is None else topic + self._suffix
         figure = Figure(topic=topic, name=name, value=_rounded(value), unit=unit, **numbers)
+        if not self.figures:
+            print("| what | ours | peer | ratio | note |\n|---|---|---|---|---|")
         self.figures.append(figure)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self._before.updated(self.run, self.figures).text
         self.path.write_text(text, encoding="utf-8", newline="\n")
+        print(_row(figure), flush=True)
         return figure
+
+    def add_rounds(self, name: str, values: Sequence[float], unit: str, **facts: Any) -> Figure:
+        """Record the median over rounds, with their range where there are several."""
+        if len(values) > 1:
+            facts |= {"low": min(values), "high": max(values), "interval": "rounds"}
+        return self.add(name, median(values), unit, **facts)
+
+    def compare(
+        self, name: str, ours: Sequence[float], theirs: Sequence[float], unit: str, *, peer: str, **facts: Any
+    ) -> float:
+        """Record the median beside a peer's, round by round; returns the median ratio."""
+        ratios = [own / other for own, other in zip(ours, theirs, strict=True)]
+        spread = f"ratios of the rounds: {min(ratios):.2f} to {max(ratios):.2f}"
+        facts["note"] = "; ".join(filter(None, [facts.get("note"), spread]))
+        self.add_rounds(name, ours, unit, peer=peer, peer_value=median(theirs), ratio=median(ratios), **facts)
+        return median(ratios)
+
+
+def _row(figure: Figure) -> str:
+    spread = "" if figure.low is None else f" ({figure.low:,g} to {figure.high:,g})"
+    goal = f", goal {figure.goal:g}" if figure.goal is not None else ""
+    peer = "" if figure.peer_value is None else f"{figure.peer}: {figure.peer_value:,g}"
+    ratio = "" if figure.ratio is None else f"**{figure.ratio:.2f}**"
+    return f"| {figure.name} | {figure.value:,g} {figure.unit}{spread}{goal} | {peer} | {ratio} | {figure.note or ''} |"
 
 
 def _rounded(value: float) -> float:

@@ -72,7 +72,7 @@ class Endpoint:
         return seconds
 
     def text(self, body: dict[str, Any]) -> str:
-        """What a stream adds up to."""
+        """Text of a stream."""
         return "".join(map(_text_of, events_of(self.post({**body, "stream": True}))))
 
     def _ask(

@@ -1,40 +1,14 @@
 """Serving over HTTP: streams equal whole answers, clients that leave are billed what ran, and what HTTP costs.
 
-Run with `make bench-serving`; the last line is one JSON object. Rules are tried on the tiny model, `POLAR_BENCH_TRIALS`
-times each; what HTTP and a crowd cost is measured on the default model, or on `--model NAME`; `tiny` is the tiny one,
-whose answers cost next to nothing.
-
-    clients_passed        clients that pass their tests, unmodified, of openai-python, ChatOpenAI, OpenAILike, llm, curl
-    stream_equal          bodies whose stream joined to the whole answer: text, tokens, finish, usage, FLOPs
-    cancel_exact          clients that left at a random moment and whose record has the FLOPs of its tokens, to the FLOP
-    idempotent_ok         calls that came twice, were billed once and got the same bytes
-    http_over_inprocess   tokens per second of 16 streams over HTTP, by those of 16 streams in this process
-    ttft_added_ms         median time to the first token over HTTP, less that in process. Unit: milliseconds
-    crowd_cost            processor time of 16 streams beside 1,000 idle connections and 64 readers that read nothing,
-                          by that without them; the goal is at most 1.05
-    crowd_time            the same in time; of use on a quiet machine only
-    crowd_kb              memory of this process that one of those connections takes, both ends of it. Unit: kB
-    unrecorded_requests   requests without a record at the end; must be 0
-    overspent             budgets overspent by 4 processes × 16 threads that race for 40 % of what they ask for, SQLite
-                          and PostgreSQL; must be 0
-    false_refusals        requests refused there although a budget had room for them; must be 0
-    reserves_per_s        reservations per second there, PostgreSQL, each served one stored as well
-    lost, doubled         whole answers without a record, and repeated calls billed twice, of `benchmarks.chaos` run
-                          for a minute; must be 0
-    fuzz_5xx              kinds of fuzzed calls of which one got a 5xx or showed a traceback; must be 0
-    ray_replicas_ok       whether the tests of replicas on Ray pass; null without Ray
-
-    tokens_vs_PEER        tokens per second of 16 streams over HTTP, by those of a peer that serves the same model,
-                          `transformers serve`, the same with --continuous-batching, or llama.cpp's server, which
-                          answers one at a time; null where it is not installed or does not start
-    first_token_vs_PEER   median time to the first token, by that of the peer
-
-`--speed` measures throughput, first token, peers and the crowd alone, `--peers` the peers, `--crowd` the crowd.
+Run with `make bench-serving`. Rules are tried on the tiny model, `--trials` times each, and by the tests of
+clients, races, fuzz and Ray and by `benchmarks.chaos` for a minute. The cost of HTTP and of a crowd, and peers that
+serve the same model (`transformers serve`, the same with --continuous-batching, llama.cpp's server, where they are
+installed) are measured on the default model, or on `--model NAME`; `tiny` is the tiny one, whose answers cost next to
+nothing. `--speed` measures these alone, `--peers` the peers, `--crowd` the crowd.
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import importlib.util
 import json
@@ -48,19 +22,18 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import psutil
 import torch
 
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.peers import alternate, timed
+from benchmarks.results import Recorder, arguments
 from benchmarks.servers import PEERS, Endpoint, Running, events_of, peer
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.models.aliases import DEFAULT_ALIAS
 from polar_sdk.testing import tiny_model
 
-TRIALS: Final = int(os.environ.get("POLAR_BENCH_TRIALS", "50"))
 STREAMS: Final = 16
 IDLE: Final = 1_000
 PAUSED: Final = 64
@@ -71,7 +44,7 @@ SUBJECTS: Final = (
     *("the moon", "Rome", "bread", "whales", "iron", "chess", "rain", "Mozart"),
     *("tea", "bridges", "the heart", "paper", "Norway", "gravity", "honey", "trains"),
 )
-"""One for each stream."""
+"""Subjects, one for each stream."""
 NEW: Final = ("Oslo", "salt", "bees", "glass", "opera", "rice", "Mars", "wool", "tides", "jazz", "maps", "ink")
 """Not asked about before, so that nobody has the start of such a prompt."""
 PEER_ROUNDS: Final = 3
@@ -80,81 +53,58 @@ PEER_NAMES: Final = {
     "transformers_batching": "transformers serve --continuous-batching",
     "llamacpp": "llama.cpp's server",
 }
-Better = Literal["higher", "lower"]
-FIGURES: Final[dict[str, tuple[str, str, float | None, Better]]] = {
-    "clients_passed": ("clients that pass their tests, unmodified", "clients", 5, "higher"),
-    "unrecorded_requests": ("requests without a record", "requests", 0, "lower"),
-    "overspent": ("budgets overspent in a race", "budgets", 0, "lower"),
-    "false_refusals": ("requests refused wrongly in a race", "requests", 0, "lower"),
-    "reserves_per_s": ("reservations a second, PostgreSQL, short race", "1/s", 500, "higher"),
-    "lost": ("whole answers lost by kills and an outage", "answers", 0, "lower"),
-    "doubled": ("repeated calls billed twice by kills and an outage", "calls", 0, "lower"),
-    "fuzz_5xx": ("kinds of fuzzed calls with a 5xx", "kinds", 0, "lower"),
-    "http_over_inprocess": ("tokens/s of 16 streams, over in process", "×", 0.9, "higher"),
-    "ttft_added_ms": ("first token, added by HTTP", "ms", 10, "lower"),
-    "crowd_cost": ("processor time beside a crowd of connections, over alone", "×", 1.05, "lower"),
-    "crowd_kb": ("memory of a connection, both ends", "kB", None, "lower"),
-}
-"""Key → name, unit, goal and whether more is better."""
-
 RACE: Final = "4x16x50"
 CHAOS_S: Final = 60
 FUZZED: Final = 500
-"""Of each kind."""
+"""Calls of each kind."""
+NONE: Final[dict[str, Any]] = {"goal": 0, "better": "lower"}
 
 CLIENTS: Final = ("openai_python", "langchain", "llama_index", "command_llm", "curl")
-"""What the tests of each client have in their names."""
+"""Parts of the names of each client's tests."""
 
 
 def tested(*arguments: str, **environment: str) -> tuple[int, str]:
-    """How a run of pytest ends, and what it prints."""
+    """Exit code and output of a run of pytest."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     return done.returncode, done.stdout
 
 
-def passes(client: str) -> bool:
-    """Whether the tests of a client pass."""
-    return tested("tests/integrations/server/test_clients.py", "-k", client)[0] == 0
-
-
-def raced() -> dict[str, Any]:
-    """What processes do to the budgets for which they race."""
+def raced(recorder: Recorder) -> None:
+    """Four processes × 16 threads that race for 40% of what they ask for, on both stores."""
     _, said = tested("-s", "tests/billing/budgets/test_budget_races.py", "-k", "three_levels", POLAR_TEST_RACE=RACE)
     ends = [(int(over), int(wrong)) for over, wrong in re.findall(r"(\d+) budgets overspent, (\d+) refused", said)]
     rate = re.search(r"postgresql: .* (\d+)/s", said)
     if len(ends) < 2 or rate is None:
         raise RuntimeError(f"the race broke off: {said[-2_000:]}")
-    return {
-        "overspent": sum(over for over, _ in ends),
-        "false_refusals": sum(wrong for _, wrong in ends),
-        "reserves_per_s": int(rate[1]),
-    }
+    over, wrong = (sum(counts) for counts in zip(*ends, strict=True))
+    recorder.add("budgets overspent in a race", over, "budgets", **NONE)
+    recorder.add("requests refused wrongly in a race", wrong, "requests", **NONE)
+    recorder.add("reservations a second, PostgreSQL, short race", int(rate[1]), "1/s", goal=500)
 
 
-def killed() -> dict[str, Any]:
-    """What kills and a database that is away do to bills."""
+def killed(recorder: Recorder) -> None:
+    """Kills under load, and a database that is away for a while."""
     command = [sys.executable, "-m", "benchmarks.chaos", "--seconds", str(CHAOS_S)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     *_, last = ["", *done.stdout.splitlines()]
     if not last.startswith("{"):
         raise RuntimeError(f"the chaos broke off: {done.stderr[-2_000:]}")
     figures = json.loads(last)
-    return {"lost": figures["lost"] + figures["lost_beyond_a_mark"], "doubled": figures["doubled"]}
+    lost = figures["lost"] + figures["lost_beyond_a_mark"]
+    recorder.add("whole answers lost by kills and an outage", lost, "answers", **NONE)
+    recorder.add("repeated calls billed twice by kills and an outage", figures["doubled"], "calls", **NONE)
 
 
-def fuzzed() -> int:
-    """Kinds of fuzzed calls of which one was answered badly."""
+def tests_pass(recorder: Recorder) -> None:
+    """Tests of clients, of fuzzed calls and, where it is installed, of replicas on Ray."""
+    passed = sum(tested("tests/integrations/server/test_clients.py", "-k", client)[0] == 0 for client in CLIENTS)
+    recorder.add("clients that pass their tests, unmodified", passed, "clients", goal=len(CLIENTS))
     code, said = tested("tests/integrations/server/test_server_fuzz.py", POLAR_FUZZ=str(FUZZED))
     failed = re.search(r"(\d+) failed", said)
-    return int(failed[1]) if failed else int(code != 0)
-
-
-def replicated() -> bool | None:
-    """Whether replicas on Ray pass their tests; None without Ray."""
-    if importlib.util.find_spec("ray") is None:
-        return None
-    return tested("tests/integrations/server/test_ray.py")[0] == 0
+    recorder.add("kinds of fuzzed calls with a 5xx", int(failed[1]) if failed else code != 0, "kinds", **NONE)
+    if importlib.util.find_spec("ray") is not None and tested("tests/integrations/server/test_ray.py")[0]:
+        raise RuntimeError("replicas on Ray do not pass their tests")
 
 
 def body_of(**fields: Any) -> dict[str, Any]:
@@ -223,33 +173,33 @@ def in_threads(call: Any) -> float:
     return time.perf_counter() - begin
 
 
-def measured(running: Running, engine: PolarModel) -> tuple[float, float]:
-    """Throughput over HTTP by that in process, and what HTTP adds to the first token; alternating, medians."""
+def measured(recorder: Recorder, running: Running, engine: PolarModel) -> None:
+    """Throughput over HTTP by that in process, and what HTTP adds to the first token; in turn, medians."""
     options: Any = {"max_tokens": TOKENS}
-    inside: list[float] = []
-    outside: list[float] = []
-    first_inside: list[float] = []
-    first_outside: list[float] = []
-    for _ in range(5):
-        inside.append(in_threads(lambda: list(engine.stream(PROMPT, **options))))
-        outside.append(in_threads(lambda: running.post(body_of(stream=True))))
-        for _ in range(5):
-            begin = time.perf_counter()
-            chunks = engine.stream(PROMPT, max_tokens=4)
-            next(chunks)
-            first_inside.append(time.perf_counter() - begin)
-            list(chunks)
-            first_outside.append(running.first_token(body_of(max_tokens=4)))
-    added = statistics.median(first_outside) - statistics.median(first_inside)
-    return statistics.median(inside) / statistics.median(outside), added * 1e3
+
+    def first_inside() -> float:
+        chunks = engine.stream(PROMPT, max_tokens=4)
+        seconds = timed(lambda: next(chunks))
+        list(chunks)
+        return seconds
+
+    inside, outside = alternate(
+        ROUNDS,
+        lambda: in_threads(lambda: list(engine.stream(PROMPT, **options))),
+        lambda: in_threads(lambda: running.post(body_of(stream=True))),
+    )
+    first, over_http = alternate(5 * ROUNDS, first_inside, lambda: running.first_token(body_of(max_tokens=4)))
+    ratio = statistics.median(inside) / statistics.median(outside)
+    added = statistics.median(over_http) - statistics.median(first)
+    recorder.add("tokens/s of 16 streams, over in process", ratio, "×", goal=0.9)
+    recorder.add("first token, added by HTTP", 1e3 * added, "ms", goal=10, better="lower")
 
 
-def beside(running: Running, engine: PolarModel, name: str) -> dict[str, float | None]:
+def beside(recorder: Recorder, running: Running, engine: PolarModel, name: str) -> None:
     """Ours by a peer's: tokens per second of 16 streams with prompts of their own, and the first token."""
-    figures: dict[str, float | None] = {f"tokens_vs_{name}": None, f"first_token_vs_{name}": None}
     with peer(name, engine.loaded.path) as other:
         if other is None:
-            return figures
+            return
         both = (Endpoint(running.port, f"{running.model}:exact"), other)
         speeds, waits = [], []
         for round_ in range(PEER_ROUNDS):
@@ -260,10 +210,8 @@ def beside(running: Running, engine: PolarModel, name: str) -> dict[str, float |
                 for endpoint in both
             ]
             waits.append(first[0] / first[1])
-            print(f"{name}: {own:.0f} and {theirs:.0f} tokens/s; first token {first[0]:.3f} and {first[1]:.3f} s")
-    figures[f"tokens_vs_{name}"] = round(statistics.median(speeds), 2)
-    figures[f"first_token_vs_{name}"] = round(statistics.median(waits), 2)
-    return figures
+    recorder.add_rounds(f"tokens/s of 16 streams, over {PEER_NAMES[name]}", speeds, "×", goal=1)
+    recorder.add_rounds(f"first token, over {PEER_NAMES[name]}", waits, "×", goal=1, better="lower")
 
 
 def asked(endpoint: Endpoint, subject: str, tokens: int) -> dict[str, Any]:
@@ -287,7 +235,7 @@ def streamed(endpoint: Endpoint, engine: PolarModel) -> float:
 
 
 def idle_connection(running: Running) -> http.client.HTTPConnection:
-    """One that asked something, and stays open."""
+    """A connection that asked something, and stays open."""
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=600)
     connection.request("GET", "/health")
     connection.getresponse().read()
@@ -315,8 +263,8 @@ def streams_cost(running: Running) -> tuple[float, float]:
     return statistics.median(costs), statistics.median(times)
 
 
-def crowded(running: Running, sink: ListSink, letter: int) -> dict[str, float]:
-    """What 1,000 idle connections and 64 paused readers cost others, once their answers are computed."""
+def crowded(recorder: Recorder, running: Running, sink: ListSink, letter: int) -> None:
+    """Cost of 1,000 idle connections and 64 paused readers to others, once their answers are computed."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     streams_cost(running)  # warm
@@ -334,43 +282,34 @@ def crowded(running: Running, sink: ListSink, letter: int) -> dict[str, float]:
         reader.close()
     after = streams_cost(running)
     cost, seconds = (beside[place] / ((before[place] + after[place]) / 2) for place in (0, 1))
-    kb = grown / (IDLE + PAUSED) / 1e3
-    print(
-        f"a crowd of {IDLE} + {PAUSED}: {cost:.3f} of the processor time, {seconds:.3f} of the time, {kb:.1f} kB each"
-    )
-    return {"crowd_cost": round(cost, 3), "crowd_time": round(seconds, 3), "crowd_kb": round(kb, 1)}
+    name, note = "processor time beside a crowd of connections, over alone", f"{seconds:.3f} of the time"
+    recorder.add(name, cost, "×", goal=1.05, better="lower", note=note)
+    recorder.add("memory of a connection, both ends", grown / (IDLE + PAUSED) / 1e3, "kB", better="lower")
 
 
-def rules(trials: int) -> dict[str, Any]:
-    """What must hold of every answer, on the tiny model."""
-    passed = sum(map(passes, CLIENTS))
-    print(f"{passed} of {len(CLIENTS)} clients pass", flush=True)
+def rules(recorder: Recorder, trials: int) -> None:
+    """Rules that hold of every answer, on the tiny model."""
     sink, chance = ListSink(), random.Random(7)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its matrices are so small that a second thread only waits
     engine = tiny_model(sink=sink, context_window=2048)
     running, letter = Running(engine), engine.encode("A")[0]
-    equal = sum(is_stream_equal(running, chance) for _ in range(trials))
-    print(f"{equal} of {trials} streams equal the whole answer", flush=True)
-    exact = sum(is_cancel_exact(running, sink, chance, letter) for _ in range(trials))
-    print(f"{exact} of {trials} clients that left are billed what ran", flush=True)
-    once = sum(is_idempotent(running, sink, number) for number in range(trials))
-    print(f"{once} of {trials} repeated calls were billed once and answered alike", flush=True)
-    due = len(running.server.sink.due)
+    for name, holds in {
+        "streams that equal the whole answer": lambda _: is_stream_equal(running, chance),
+        "clients that left and are billed what ran, to the FLOP": lambda _: is_cancel_exact(
+            running, sink, chance, letter
+        ),
+        "calls that came twice, billed once and answered alike": lambda number: is_idempotent(running, sink, number),
+    }.items():
+        share = 100 * sum(map(holds, range(trials))) / trials
+        recorder.add(name, share, "%", goal=100, note=f"{trials} trials, tiny model")
+    recorder.add("requests without a record", len(running.server.sink.due), "requests", **NONE)
     running.close()
     torch.set_num_threads(threads)
-    return {
-        "trials": trials,
-        "clients_passed": passed,
-        "stream_equal": equal,
-        "cancel_exact": exact,
-        "idempotent_ok": once,
-        "unrecorded_requests": due,
-    }
 
 
-def speed(name: str, *, only: str | None) -> dict[str, Any]:
-    """What HTTP and a crowd cost, and peers beside; or only `crowd` or `peers`."""
+def speed(recorder: Recorder, name: str, *, only: str | None) -> None:
+    """Cost of HTTP and of a crowd, and peers beside; or only `crowd` or `peers`."""
     sink = ListSink()
     if name == "tiny":
         torch.set_num_threads(1)
@@ -378,62 +317,31 @@ def speed(name: str, *, only: str | None) -> dict[str, Any]:
     else:
         engine = PolarModel.from_pretrained(name, sink=sink, compile=True)
     running = Running(engine)
-    figures: dict[str, Any] = {"model": engine.name}
     if only is None:
-        ratio, added = measured(running, engine)
-        print(f"{ratio:.3f} of the throughput in process; {added:+.2f} ms to the first token", flush=True)
-        figures |= {"http_over_inprocess": round(ratio, 3), "ttft_added_ms": round(added, 2)}
+        measured(recorder, running, engine)
     if only != "crowd" and name == DEFAULT_ALIAS:
         for other in PEERS:
-            figures |= beside(running, engine, other)
+            beside(recorder, running, engine, other)
     if only != "peers":
-        figures |= crowded(running, sink, engine.encode("A")[0])
+        crowded(recorder, running, sink, engine.encode("A")[0])
     running.close()
-    return figures
-
-
-def record(recorder: Recorder, figures: dict[str, Any]) -> None:
-    """Keep what was measured, as shares and ratios."""
-    for key, name in {
-        "stream_equal": "streams that equal the whole answer",
-        "cancel_exact": "clients that left and are billed what ran, to the FLOP",
-        "idempotent_ok": "calls that came twice, billed once and answered alike",
-    }.items():
-        if key in figures:
-            share, note = 100 * figures[key] / figures["trials"], f"{figures['trials']} trials, tiny model"
-            recorder.add(name, share, "%", goal=100, note=note)
-    for key, (name, unit, goal, better) in FIGURES.items():
-        if figures.get(key) is not None:
-            recorder.add(name, float(figures[key]), unit, goal=goal, better=better)
-    for other in PEERS:
-        if (ratio := figures.get(f"tokens_vs_{other}")) is not None:
-            peer_name = PEER_NAMES[other]
-            recorder.add(f"tokens/s of 16 streams, over {peer_name}", ratio, "×", goal=1, note="median of rounds")
-            recorder.add(
-                f"first token, over {peer_name}",
-                figures[f"first_token_vs_{other}"],
-                "×",
-                goal=1,
-                better="lower",
-                note="median of rounds",
-            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default=DEFAULT_ALIAS, help="alias, hub id, folder or .gguf file, or tiny")
-    parser.add_argument("--speed", action="store_true", help="measure what HTTP and a crowd cost alone")
+    parser.add_argument("--trials", type=int, default=50, help="streams, clients that leave and repeated calls to try")
+    parser.add_argument("--speed", action="store_true", help="measure HTTP, peers and a crowd alone")
     parser.add_argument("--peers", action="store_const", dest="only", const="peers", help="measure peers alone")
     parser.add_argument("--crowd", action="store_const", dest="only", const="crowd", help="idle and slow clients alone")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     options = parser.parse_args()
     recorder = Recorder("serving", options.results, model=None if options.model == DEFAULT_ALIAS else options.model)
-    figures: dict[str, Any] = {}
     if not (options.speed or options.only):
-        figures = {**rules(TRIALS), **raced(), **killed(), "fuzz_5xx": fuzzed(), "ray_replicas_ok": replicated()}
-    figures |= speed(options.model, only=options.only)
-    record(recorder, figures)
-    print(json.dumps(figures))
+        tests_pass(recorder)
+        rules(recorder, options.trials)
+        raced(recorder)
+        killed(recorder)
+    speed(recorder, options.model, only=options.only)
 
 
 if __name__ == "__main__":

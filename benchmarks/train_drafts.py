@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SHIPPED: Final = Path(__file__).parents[1] / "polar_sdk" / "shipped" / "drafts" / "smollm2-135m-instruct.safetensors"
 _LINES: Final = range(4, 22)
-"""Of a function."""
+"""Lines of a function."""
 _ASKED: Final = (
     "Explain what this code does:",
     "Add type hints to this code and show the whole code:",
@@ -56,7 +56,7 @@ _ABOUT_SENTENCES: Final = (
     "Write this in the future tense: {sentence}",
 )
 _WORDS: Final = range(4, 16)
-"""Of a sentence."""
+"""Words of a sentence."""
 
 
 def main() -> None:

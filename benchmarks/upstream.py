@@ -3,7 +3,7 @@
     python -m benchmarks.upstream --serve 'vllm serve {folder} --port {port} --dtype float32'
 
 For each program: export it, start the server on it, put it behind a tier of ours, send every prompt through, and cut
-streams off. The same prompts run in our engine under the same program, in float32. The last line is one JSON object:
+streams off. The same prompts run in our engine under the same program, in float32. Figures:
 
     tokens_equal     share of the answers' tokens that are the same as ours, greedily, up to the first that differs
     answers_equal    share of the answers that are the same to the last token
@@ -16,7 +16,6 @@ streams off. The same prompts run in our engine under the same program, in float
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import random
@@ -32,7 +31,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.chaos import free_port
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.results import Recorder, arguments
 from benchmarks.servers import Running, served
 from polar_sdk import ListSink, PolarModel, Program
 from polar_sdk.lab.evaluation.texts import shared_start
@@ -55,17 +54,16 @@ _ROWS: Final = {
     "flops_equal": ("records with the FLOPs of our engine's", 100.0),
     "cut_exact": ("cut streams billed to the FLOP", 100.0),
 }
-"""What each share is called in the results, and its goal. Unit: percent."""
+"""Names of the shares in the results, and their goals. Unit: percent."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--serve", required=True, help="command that serves {folder} on {port}, in float32")
     parser.add_argument("--programs", default="0-29;0-15 18-29", help="separated by ;")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--cuts", type=int, default=24, help="streams to cut off, per program")
     parser.add_argument("--model")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     args = parser.parse_args()
     model = PolarModel.from_pretrained(args.model, precision="fp32", ledger=None)
     recorder = Recorder("upstream", args.results, model=args.model)
@@ -80,10 +78,8 @@ def main() -> None:
         print(f"{text}: {measured}", flush=True)
         for name, value in measured.items():
             shares[name].append(value)
-    means = {name: fmean(values) for name, values in shares.items()}
     for name, (row, goal) in _ROWS.items():
-        recorder.add(row, 100 * means[name], "%", goal=goal)
-    print(json.dumps(means))
+        recorder.add(row, 100 * fmean(shares[name]), "%", goal=goal)
 
 
 class _Tier:
@@ -97,7 +93,7 @@ class _Tier:
         self.url = url
 
     def measure(self, prompts: Sequence[str], cuts: int) -> dict[str, float]:
-        """The shares of the last line."""
+        """The figures, as shares."""
         front = Running(self.model, backends={TIER: [self.url]})
         try:
             with ThreadPoolExecutor(THREADS) as threads:

@@ -11,7 +11,6 @@ requests with records at the end. Figures go to `--results`, the mean of the see
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import tempfile
@@ -28,12 +27,13 @@ import psutil
 
 from benchmarks.day.arrivals import DAY, PEAK_TO_MEAN, arrivals_of
 from benchmarks.day.trial import FULL_DEPTH, Trial, compute_needed, metered, run_trial
-from benchmarks.results import RESULTS, Recorder
+from benchmarks.results import Recorder, arguments
 from polar_billing import PriceBook
 from polar_sdk import PolarModel
 from polar_sdk.testing import tiny_model
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Sequence
 
     from benchmarks.day.arrivals import Arrival
@@ -69,9 +69,6 @@ def main() -> None:
             pairs = [compare(model, folder, args.requests, seconds, seed) for seed in range(args.seeds)]
             record_comparison(recorder, pairs)
             trials = [trial for pair in pairs for trial in pair]
-    for figure in recorder.figures:
-        interval = "" if figure.low is None else f" [{figure.low}, {figure.high}]"
-        print(f"{figure.name}: {figure.value} {figure.unit}{interval}")
     for trial in trials:
         state = "; ".join(trial.faults) or "sound"
         print(f"{dict(trial.ends)}; ledger {state}, {trial.links:,} links, {trial.total.requests:,} records")
@@ -80,7 +77,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model")
     parser.add_argument("--tiny", action="store_true", help="the tiny model of polar_sdk.testing")
     parser.add_argument("--requests", type=int, default=300, help="requests of a day")
@@ -89,7 +86,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--factor", type=float, help="how many times as fast as the clock a day runs")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="keep the load up for so long, routed")
     parser.add_argument("--ledgers", type=Path, help="new folder for the ledgers; default: they are not kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the file of figures")
     return parser.parse_args()
 
 

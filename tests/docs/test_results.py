@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from benchmarks.peers import alternate
 from benchmarks.results import RESULTS, Figure, Machine, Recorder, Results
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +91,21 @@ class TestRecorder:
         assert found == {"speed": ("engine", 200.0, second.run), "size": ("memory", 1234.0, first.run)}
         second.add("size", 1.0, "MiB", topic="memory")
         assert Results.read(tmp_path / "engine.json").runs == (second.run,)
+
+    def test_a_comparison_is_the_median_of_the_ratios_of_rounds(self, tmp_path: Path) -> None:
+        calls: list[str] = []
+        runs = {"ours": iter([9.0, 2.0, 6.0, 4.0]), "theirs": iter([9.0, 4.0, 2.0, 4.0])}
+
+        def run(name: str) -> float:
+            calls.append(name)
+            return next(runs[name])
+
+        ours, theirs = alternate(3, partial(run, "ours"), partial(run, "theirs"))
+        assert calls == ["ours", "theirs"] * 4
+        recorder = Recorder("engine", tmp_path)
+        assert recorder.compare("speed", ours, theirs, "tokens/s", peer="them") == 1.0
+        (figure,) = recorder.figures
+        assert (figure.value, figure.low, figure.high, figure.peer_value, figure.ratio) == (4.0, 2.0, 6.0, 4.0, 1.0)
 
     def test_another_model_or_kernel_has_a_file_of_its_own(self, tmp_path: Path) -> None:
         recorder = Recorder("engine", tmp_path, model="org/Tiny_Model-0.5B")
