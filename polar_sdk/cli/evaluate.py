@@ -14,9 +14,11 @@ from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from rich.console import Console
 
-    from polar_sdk.lab.evaluation.results import Evaluation, SetResult
+    from polar_sdk.lab.evaluation.results import Evaluation
     from polar_sdk.router.base import Router
 
 
@@ -106,14 +108,25 @@ def _points(router: Router | None, compute: list[str], thetas: list[float]) -> d
 def _show(evaluation: Evaluation) -> None:
     from rich.console import Console
 
+    from polar_sdk.lab.evaluation import rendering
+
     console = Console()
     console.width = max(console.width, _WIDTH)
     where = f"{evaluation.dtype} on {evaluation.device}"
     console.print(f"{evaluation.model} ({where}): {evaluation.router}, compared at {evaluation.point}")
     for result in evaluation.sets:
-        _show_set(console, result)
-    _show_classes(console, evaluation)
-    _show_texts(console, evaluation)
+        title = f"{result.name}: {result.prompts} prompts, {result.labelled} with a right answer"
+        _show_table(console, title, rendering.COLUMNS, rendering.rows(result))
+        for system in result.systems:
+            if system.note:
+                console.print(f"{system.name}: {system.note}", soft_wrap=True)
+        for name, prompts, same, tokens, saved in rendering.generation_rows(result):
+            console.print(
+                f"in text, {name}: {prompts} prompts, same answer {same}, same tokens {tokens}, saved {saved}"
+            )
+    _show_table(console, "within each class", rendering.CLASS_COLUMNS, rendering.class_rows(evaluation.classes))
+    if evaluation.texts:
+        _show_table(console, "answers in text", rendering.TEXT_COLUMNS, rendering.text_rows(evaluation.texts))
     for name, promise in evaluation.certificate.tiers.items() if evaluation.certificate else ():
         console.print(f"{name}: {promise.text}", soft_wrap=True)
     if evaluation.certificate and not evaluation.certificate_holds:
@@ -122,40 +135,10 @@ def _show(evaluation: Evaluation) -> None:
         console.print(f"• {sentence}", soft_wrap=True)
 
 
-def _show_classes(console: Console, evaluation: Evaluation) -> None:
+def _show_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
 
-    from polar_sdk.lab.evaluation.rendering import CLASS_COLUMNS, class_rows
-
-    table = Table(*CLASS_COLUMNS, title="within each class")
-    for row in class_rows(evaluation.classes):
+    table = Table(*columns, title=title)
+    for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def _show_texts(console: Console, evaluation: Evaluation) -> None:
-    from rich.table import Table
-
-    from polar_sdk.lab.evaluation.rendering import TEXT_COLUMNS, text_rows
-
-    if evaluation.texts:
-        table = Table(*TEXT_COLUMNS, title="answers in text")
-        for row in text_rows(evaluation.texts):
-            table.add_row(*row)
-        console.print(table)
-
-
-def _show_set(console: Console, result: SetResult) -> None:
-    from rich.table import Table
-
-    from polar_sdk.lab.evaluation.rendering import COLUMNS, generation_rows, rows
-
-    table = Table(*COLUMNS, title=f"{result.name}: {result.prompts} prompts, {result.labelled} with a right answer")
-    for row in rows(result):
-        table.add_row(*row)
-    console.print(table)
-    for system in result.systems:
-        if system.note:
-            console.print(f"{system.name}: {system.note}", soft_wrap=True)
-    for name, prompts, same, tokens, saved in generation_rows(result):
-        console.print(f"in text, {name}: {prompts} prompts, same answer {same}, same tokens {tokens}, saved {saved}")

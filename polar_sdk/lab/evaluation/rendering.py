@@ -1,12 +1,13 @@
 """An evaluation as rows of text, for the terminal and for HTML, and as one page that needs no other file.
 
 The page holds the verdict, tables, and the quality–compute frontier as SVG; it needs the extra `report` (jinja2,
-matplotlib). Knows how to draw, not how anything was measured.
+matplotlib) and is laid out by `page.html.jinja`. Knows how to draw, not how anything was measured.
 """
 
 from __future__ import annotations
 
 import io
+from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.errors import MissingExtraError
@@ -172,47 +173,6 @@ def _interval(value: Interval) -> str:
 
 _STYLE: Final[Any] = {"svg.fonttype": "none", "svg.hashsalt": "polar", "font.size": 9}
 _COLOURS: Final = {"identity": "#1c2733", "router": "#2f6f9f", "control": "#c08a2e", "oracle": "#8a8f98"}
-_PAGE: Final = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Router of {{ e.model }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; display: block; overflow-x: auto }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #dfe4e8; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-.muted { color: #5d6975 } svg { max-width: 100%; height: auto }
-</style></head><body>
-<h1>Router of {{ e.model }}</h1>
-<p class="muted">{{ e.router }} · {{ e.dtype }} on {{ e.device }} · compared at {{ e.point }} ·
-model {{ e.fingerprint[:12] }}</p>
-<ul>{% for sentence in e.verdict %}<li>{{ sentence }}</li>{% endfor %}</ul>
-{% if e.certificate %}<h2>Promises</h2>
-{% if not e.certificate_holds %}<p>The certificate does not hold for what was run here.</p>{% endif %}
-<ul>{% for name, one in e.certificate.tiers.items() %}<li><b>{{ name }}</b>: {{ one.text }}</li>{% endfor %}</ul>
-{% endif %}
-{% if classes %}<h2>Within each class</h2>
-<p class="muted">Points of agreement (and of right answers, where they are known) that choosing per prompt gains over
-the same programs shuffled, and over the best static program of equal cost; exact McNemar.</p>
-<table><tr>{% for name in class_columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in classes %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
-{% for set, chart, body, written in sets %}
-<h2>{{ set.name }}</h2>
-<p class="muted">{{ set.prompts }} prompts, {{ set.labelled }} with a right answer; data {{ set.data[:12] }}</p>
-{{ chart }}
-<table><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in body %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
-{% for system in set.systems if system.note %}<p class="muted">{{ system.name }}: {{ system.note }}</p>{% endfor %}
-{% if written %}<h3>Prompts answered in text</h3>
-<table><tr><th>tier</th><th>prompts</th><th>same answer</th><th>same tokens</th><th>FLOPs saved</th></tr>
-{% for row in written %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
-{% endfor %}
-{% if texts %}<h2>Answers in text</h2>
-<p class="muted">Tokens of full depth's answers that a tier would choose too; the noise floor is full depth against
-itself.</p>
-<table><tr>{% for name in text_columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in texts %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
-</body></html>
-"""
 
 
 def require_report() -> None:
@@ -237,7 +197,8 @@ def to_html(evaluation: Evaluation) -> str:
     import jinja2
     from markupsafe import Markup
 
-    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    text = (resources.files("polar_sdk") / "lab" / "evaluation" / "page.html.jinja").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
     sets = [(result, Markup(_chart(result)), rows(result), generation_rows(result)) for result in evaluation.sets]
     classes = class_rows(evaluation.classes)
     return template.render(
