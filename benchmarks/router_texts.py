@@ -1,6 +1,6 @@
 """Prompts as chains send them, by kind, for fills and for the router; and a fact at every depth of a long prompt.
 
-Used by `train_router.py`. Kinds come from the package's own prompts, from the grammar of `lab.notes`, and, where
+Used by `train_router.py`. Kinds come from the package's own prompts, from `lab.synthetic_prompts`, and, where
 POLAR_DATA names a folder, from its passages, abstracts, trivia and sums. A hash deals each prompt to one of two parts:
 fills are fitted on one, and the router is trained, calibrated and judged on the other, which no map has seen. It takes
 tasks about passages that neither part has as well.
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from polar_sdk.lab.evaluation.texts import f1
+from polar_sdk.lab.evaluation.text_answers import f1
 from polar_sdk.lab.items import (
     AnswerItem,
     ChoiceItem,
@@ -25,8 +25,8 @@ from polar_sdk.lab.items import (
     long_items,
     split_of,
 )
-from polar_sdk.lab.notes import notes
 from polar_sdk.lab.rewards.tasks import BATCH
+from polar_sdk.lab.synthetic_prompts import notes
 from polar_sdk.reading import parse_json
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.exact_tests import mean_difference

@@ -49,8 +49,8 @@ from polar_sdk.lab.rewards.cache import RewardCache, cache_path
 from polar_sdk.lab.rewards.measure import Measurer
 from polar_sdk.lab.rewards.tasks import make_tasks
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
-from polar_sdk.lab.training.measuring import marks
 from polar_sdk.lab.training.menu_training import MenuSettings
+from polar_sdk.lab.training.outcomes import id_prefixes
 from polar_sdk.programs.policy import TIERS
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import save_router
@@ -272,7 +272,7 @@ class Work:
     def _seen(self) -> str:
         """Marks of all prompts that a router or its bridges learned from, so that it is judged on none of them."""
         ids = map(item_id, distinct_items([*self.items, *self._healed(), *self.fitted]))
-        return marks(identity for identity in ids if split_of(identity) in ("train", "dev"))
+        return id_prefixes(identity for identity in ids if split_of(identity) in ("train", "dev"))
 
     def _healed(self) -> list[Item]:
         """The questions that the bridges are fitted on."""

@@ -34,7 +34,7 @@ from benchmarks.chaos import free_port
 from benchmarks.results import Recorder, arguments
 from benchmarks.servers import Running, served
 from polar_sdk import ListSink, PolarModel, Program
-from polar_sdk.lab.evaluation.texts import shared_start
+from polar_sdk.lab.evaluation.text_answers import shared_start
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.programs.policy import Policy
 from polar_server.upstream.remote import MEASURED_TAG

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, ge
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, StringConstraints, ValidationError
 
 from polar_sdk.errors import DataError
-from polar_sdk.lab.notes import messages, notes, passages
+from polar_sdk.lab.synthetic_prompts import messages, notes, passages
 from polar_sdk.reading import Unreadable, parse_json, read_text, shown
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def builtin_items() -> list[Item]:
 
 
 def long_items(count: int, *, seed: int = 0) -> list[PromptItem | AnswerItem]:
-    """Long prompts from the grammar of `lab.notes`, N of each of the kinds `notes`, `retrieval` and `message`.
+    """Long prompts of `synthetic_prompts`, N of each of the kinds `notes`, `retrieval` and `message`.
 
     Those about notes and passages have the text that answers them.
     """

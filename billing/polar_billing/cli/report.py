@@ -122,7 +122,7 @@ def report(
 def _certified(fingerprint: str) -> Savings | None:
     """The savings that the certificate of a model's router has measured."""
     from polar_billing.reports.mix import TierSaving, as_share
-    from polar_sdk.router.measured import measured_tiers
+    from polar_sdk.router.savings import measured_tiers
 
     measured = measured_tiers(fingerprint)
     if measured is None:

@@ -24,7 +24,7 @@ from polar_sdk.lab.evaluation.results import (
     SetResult,
     SystemResult,
 )
-from polar_sdk.lab.evaluation.texts import TextRun
+from polar_sdk.lab.evaluation.text_answers import TextRun
 from polar_sdk.programs.program import Program
 from polar_sdk.router.exact_tests import mcnemar, paired_difference, wilson
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Final
 from polar_sdk.errors import RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS, DialWalk, Resplits, certify, resplit
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_classes, evaluate_set, evaluate_texts
-from polar_sdk.lab.evaluation.free_running import FreeRunner
 from polar_sdk.lab.evaluation.results import Evaluation, verdict
-from polar_sdk.lab.evaluation.texts import LENGTHS
+from polar_sdk.lab.evaluation.text_answers import LENGTHS, FreeRunner
 from polar_sdk.lab.items import ChoiceItem
-from polar_sdk.lab.training.measuring import Bench, marks, unseen
+from polar_sdk.lab.training.outcomes import Bench, id_prefixes, unseen
 from polar_sdk.programs.program import Program
 from polar_sdk.router.learned import LearnedRouter
 from polar_sdk.show.progress import Progress, silent
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polar_sdk.lab.evaluation.texts import TierTexts
+    from polar_sdk.lab.evaluation.text_answers import TierTexts
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.lab.rewards.tasks import Task
@@ -76,7 +75,7 @@ class Judge:
         outputs = self._outputs(tasks)
         outcomes = self._outcomes(tasks, outputs, labels=True)
         certificate = certify(self._router, outputs, outcomes, tiers=tiers, delta=delta, on_progress=self.on_progress)
-        training["calibrated"] = marks(task.id for task in tasks)
+        training["calibrated"] = id_prefixes(task.id for task in tasks)
         return self._router.with_facts(training=training).with_certificate(certificate)
 
     def resplit(

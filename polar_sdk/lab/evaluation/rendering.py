@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from polar_sdk.lab.evaluation.results import ClassResult, Comparison, Evaluation, SetResult, SystemResult
-    from polar_sdk.lab.evaluation.texts import FreeFigures, TextFigures, TierTexts
+    from polar_sdk.lab.evaluation.text_answers import FreeFigures, TextFigures, TierTexts
     from polar_sdk.router.exact_tests import Interval
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, Field
 
-from polar_sdk.lab.evaluation.texts import TierTexts
+from polar_sdk.lab.evaluation.text_answers import TierTexts
 from polar_sdk.router.certificate import Certificate
 from polar_sdk.router.exact_tests import Interval
 

@@ -11,8 +11,8 @@ from polar_sdk.errors import DataError, RouterModelError
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS
 from polar_sdk.lab.training.examples import Examples, losses
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings, LayerwiseTask, fit_layerwise
-from polar_sdk.lab.training.measuring import Bench, marks
 from polar_sdk.lab.training.menu_training import MenuSettings, Trained, fit_menu, frontier
+from polar_sdk.lab.training.outcomes import Bench, id_prefixes
 from polar_sdk.programs.program import Program
 from polar_sdk.router.layerwise import EXECUTE, LayerwiseRouter, layerwise_dial
 from polar_sdk.router.learned import RouterFacts
@@ -209,7 +209,7 @@ class RouterTrainer:
             "parameters": trained.network.parameters,
             "parameter_share": trained.network.parameters / base,
             "static": self._static(loss),
-            "seen": marks(used),
+            "seen": id_prefixes(used),
         }
         return RouterFacts(
             model=self.model.name,

@@ -19,9 +19,8 @@ from polar_sdk.lab.evaluation.results import Evaluation, verdict
 from polar_sdk.lab.items import ChoiceItem, Item, PromptItem, item_id
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.training.examples import losses
-from polar_sdk.lab.training.measuring import Bench, marks, unseen
 from polar_sdk.lab.training.menu_training import MenuSettings
-from polar_sdk.lab.training.outcomes import Outcomes
+from polar_sdk.lab.training.outcomes import Bench, Outcomes, id_prefixes, unseen
 from polar_sdk.lab.training.train import RouterTrainer
 from polar_sdk.programs.policy import Policy
 from polar_sdk.programs.program import Program
@@ -244,7 +243,7 @@ def test_bad_calibration_sets_are_told_what_would_help(model: PolarModel, matrix
 
 def test_what_a_router_has_seen_is_left_out() -> None:
     items: list[Item] = [PromptItem(prompt=f"{word} and {number}") for number, word in enumerate("abcdefgh")]
-    seen = {"seen": marks(map(item_id, items[:3])), "calibrated": marks([item_id(items[3])])}
+    seen = {"seen": id_prefixes(map(item_id, items[:3])), "calibrated": id_prefixes([item_id(items[3])])}
     assert unseen(items, seen, calibrating=False) == items[4:]
     assert unseen(items[3:], {}, calibrating=True) == items[3:]
     assert set(unseen([*items * 2, *_many()], seen, calibrating=True)) < set(_many() + items[3:])

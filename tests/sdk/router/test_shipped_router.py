@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from polar_sdk import PolarModel
-from polar_sdk.lab.notes import notes
+from polar_sdk.lab.synthetic_prompts import notes
 from polar_sdk.router.menu import MenuRouter
 
 pytestmark = pytest.mark.model

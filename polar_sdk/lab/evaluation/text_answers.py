@@ -3,32 +3,46 @@
 *Kept* are tokens of identity's answer that the tier's program would choose too, given what stands before them. The
 noise floor beside it is identity's own: its answer was written token by token, and scored again in one pass. A sample
 of the prompts may be answered freely besides: one other token changes all that follows, so that these figures say what
-a reader sees. Pure: outcomes and texts in, figures out.
+a reader sees.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from itertools import takewhile
 from statistics import fmean
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import torch
 from pydantic import BaseModel
 
-from polar_sdk.lab.items import normalised
+from polar_sdk.lab.healing.bridge_fit import make_packs
+from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
 from polar_sdk.lab.rewards.measure import STRICT_ANSWER
+from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS, BATCH
+from polar_sdk.programs.program import Program
+from polar_sdk.router.base import IdentityRouter
 from polar_sdk.router.exact_tests import Interval, mean_difference
+from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from polar_sdk.lab.healing.bridge_fit import Pack
+    from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.lab.training.outcomes import PromptOutcome
+    from polar_sdk.model import PolarModel
+    from polar_sdk.router.base import Router
+    from polar_sdk.router.learned import LearnedRouter
 
 
 LENGTHS: Final = {"under_100": (0, 100), "100_to_500": (100, 501), "over_500": (501, 1 << 40)}
 """Lengths of prompts that are looked at apart, by name: from, and below. Unit: tokens."""
 _CHRF: Final = 6
 """Longest runs of characters that chrF compares."""
+_PACK_TOKENS: Final = 2048
+"""Maximum tokens that are compared together: their logits are held twice."""
 
 
 class TextFigures(BaseModel, frozen=True):
@@ -156,6 +170,75 @@ def free_figures(ours: Sequence[Answer], identity: Sequence[Answer], gold: Mappi
         gold_f1_drop=mean_difference(theirs, scores) if scores else None,
         kl_per_token=kl,
     )
+
+
+@dataclass(frozen=True)
+class FreeRunner:
+    """Answers a sample of prompts freely by every tier, and compares each tier's predictions with identity's.
+
+    Attributes:
+        model: The model.
+        router: Bound to it.
+        on_progress: Called with (stage, tiers done, tiers in all).
+    """
+
+    model: PolarModel
+    router: LearnedRouter
+    on_progress: Progress = silent
+
+    def figures(self, tasks: Sequence[Task], thetas: Mapping[str, float]) -> dict[str, FreeFigures]:
+        """Figures of each tier.
+
+        Args:
+            tasks: Prompts that are answered in text, at least one.
+            thetas: θ by tier.
+        """
+        identity = self._written(tasks, IdentityRouter(self.model.depth))
+        gold = {place: task.item.answer for place, task in enumerate(tasks) if isinstance(task.item, AnswerItem)}
+        features = self.router.reader.stack([task.question.prompt for task in tasks])
+        outputs = self.router.outputs(features)
+        found = {}
+        for done, (tier, theta) in enumerate(thetas.items()):
+            self.on_progress("writing freely", done, len(thetas))
+            ours = identity if theta == 0 else self._written(tasks, self.router.at(theta))
+            programs = [self.router.programs[0]] * len(tasks)
+            if theta:
+                lengths = [len(task.question.prompt) for task in tasks]
+                programs = self.router.choose_all(outputs, theta, lengths)
+            found[tier] = free_figures(ours, identity, gold, self._divergence(tasks, programs))
+        return found
+
+    def _written(self, tasks: Sequence[Task], router: Router) -> list[Answer]:
+        prompts = [task.item.prompt for task in tasks if not isinstance(task.item, ChoiceItem)]
+        answers = [
+            answer
+            for start in range(0, len(prompts), BATCH)
+            for answer in self.model.greedy_answers(
+                prompts[start : start + BATCH], max_tokens=ANSWER_TOKENS, router=router
+            )
+        ]
+        return [Answer(tokens, self.model.decode(tokens)) for tokens in answers]
+
+    @torch.inference_mode()
+    def _divergence(self, tasks: Sequence[Task], programs: Sequence[Program]) -> float:
+        """Mean over all tokens of identity's answers of KL(identity ‖ program), in nats."""
+        decoder = self.model.decoder
+        identity = Program.identity(decoder.depth)
+        total, count = 0.0, 0
+        for program in dict.fromkeys(programs):
+            chosen = [task for task, other in zip(tasks, programs, strict=True) if other == program]
+            for pack in make_packs(decoder, chosen, _PACK_TOKENS):
+                count += len(pack.targets)
+                total += 0.0 if program == identity else self._pack_divergence(pack, program, identity)
+        return total / count
+
+    def _pack_divergence(self, pack: Pack, program: Program, identity: Program) -> float:
+        decoder = self.model.decoder
+        full, ours = (
+            decoder.head(pack.run(decoder, pack.packed.embedded, steps)[pack.sources]).log_softmax(-1)
+            for steps in (identity.steps, program.steps)
+        )
+        return float((full.exp() * (full - ours)).sum())
 
 
 def shared_start(first: Sequence[int], second: Sequence[int]) -> int:

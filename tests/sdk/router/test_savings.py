@@ -10,7 +10,7 @@ import pytest
 
 from polar_sdk.router.artifact import load_router
 from polar_sdk.router.learned import LearnedRouter
-from polar_sdk.router.measured import measured_tiers
+from polar_sdk.router.savings import measured_tiers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +57,7 @@ def test_the_users_own_router_goes_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_reading_it_imports_no_torch() -> None:
-    script = "import sys, polar_sdk.router.measured as m; m.measured_tiers('x'); print('torch' in sys.modules)"
+    script = "import sys, polar_sdk.router.savings as m; m.measured_tiers('x'); print('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "False\n"
     )

@@ -9,7 +9,7 @@ import pytest
 
 from polar_sdk.errors import DataError
 from polar_sdk.lab.items import AnswerItem, PromptItem, distinct_items, long_items, read_items
-from polar_sdk.lab.notes import messages, notes, passages
+from polar_sdk.lab.synthetic_prompts import messages, notes, passages
 
 if TYPE_CHECKING:
     from pathlib import Path

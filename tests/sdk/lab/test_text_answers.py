@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from polar_sdk.lab.evaluation.evaluate import Subjects, evaluate_texts
-from polar_sdk.lab.evaluation.free_running import FreeRunner
 from polar_sdk.lab.evaluation.judge import Judge
 from polar_sdk.lab.evaluation.rendering import text_rows
-from polar_sdk.lab.evaluation.texts import Answer, TextRun, chrf, f1, free_figures, repeated, shared_start
+from polar_sdk.lab.evaluation.text_answers import (
+    Answer,
+    FreeRunner,
+    TextRun,
+    chrf,
+    f1,
+    free_figures,
+    repeated,
+    shared_start,
+)
 from polar_sdk.lab.items import AnswerItem, PromptItem
 from polar_sdk.lab.rewards.cache import RewardCache
 from polar_sdk.lab.rewards.tasks import make_tasks
@@ -121,7 +129,7 @@ def test_an_evaluation_has_every_tier_and_exact_under_texts(model: PolarModel, r
 
 def test_nothing_is_said_of_texts_where_there_are_none(model: PolarModel, router: MenuRouter) -> None:
     from polar_sdk.lab.items import ChoiceItem
-    from polar_sdk.lab.training.measuring import Bench
+    from polar_sdk.lab.training.outcomes import Bench
 
     items = [ChoiceItem(question=f"which {word}?", choices=("red", "blue"), answer=0) for word in ("one", "two")]
     bench = Bench(model, cache=RewardCache())
