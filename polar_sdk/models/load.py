@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.placement import Placement
+    from polar_sdk.serving.request import Cancel
 
 
 Compile = bool | Literal["auto", "stored"]
@@ -104,7 +105,7 @@ def load_pretrained(model: str | Path | None = None, **options: Unpack[LoadOptio
             loaded = _loaded.get(key)
             if loaded is None:
                 kv_memory = options.get("kv_memory")
-                loaded = run_apart(lambda: _load(source.name, local, places, precision, dtype, kv_memory))
+                loaded = run_apart(lambda stop: _load(source.name, local, places, precision, dtype, kv_memory, stop))
                 _loaded[key] = loaded
     if loaded.text_files != _text_files(local.folder):
         with LOADING_LOCK:
@@ -143,7 +144,7 @@ def adopt(
     _checked(compile)
     name = getattr(model.config, "name_or_path", "") or model.config.model_type
     placement = placement_of(model, find_family(model.config), name)
-    decoder = run_apart(lambda: _take_over(model, placement, name, precision, kv_memory))
+    decoder = run_apart(lambda _: _take_over(model, placement, name, precision, kv_memory))
     loaded = _in_memory(
         decoder,
         model,
@@ -193,7 +194,13 @@ def _precision(name: str, places: Places) -> tuple[str, torch.dtype]:
 
 
 def _load(
-    name: str, local: LocalModel, places: Places, precision: str, dtype: torch.dtype, kv_memory: int | None
+    name: str,
+    local: LocalModel,
+    places: Places,
+    precision: str,
+    dtype: torch.dtype,
+    kv_memory: int | None,
+    stop: Cancel,
 ) -> LoadedModel:
     from polar_sdk.engine.decoder import build_decoder
     from polar_sdk.engine.families import find_family
@@ -202,7 +209,7 @@ def _load(
     with quiet_transformers(), _memory_errors(name, places, dtype):
         network = read_network(local.folder, local.weights)
         tokenizer = _read_tokenizer(local.folder)
-        bring = bringer(network, name, dtype)
+        bring = bringer(network, name, dtype, stop)
         placement = place(places, network, find_family(network.config), precision, dtype)
         decoder = build_decoder(network, precision=precision, kv_memory=kv_memory, placement=placement, bring=bring)
     return _in_memory(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
     from polar_sdk.engine.decoder import Bring
+    from polar_sdk.serving.request import Cancel
 
 _DTYPES: Final = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -204,15 +205,18 @@ def first_not_finite(model: PreTrainedModel) -> str | None:
     return next((name for name, weight in model.named_parameters() if not _finite(weight)), None)
 
 
-def bringer(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Bring:
+def bringer(model: PreTrainedModel, name: str, dtype: torch.dtype, stop: Cancel) -> Bring:
     """A function that brings weights of a model into memory, in this dtype, and refuses what `check_finite` refuses.
 
-    The weights are copied even where nothing has to change: a file may be replaced while its model runs.
+    The weights are copied even where nothing has to change: a file may be replaced while its model runs. It ends the
+    load once `stop` is set.
     """
     names = {id(weight): weight_name for weight_name, weight in model.named_parameters()}
 
     def bring(weights: Iterable[nn.Parameter], device: torch.device) -> None:
         for weight in weights:
+            if stop.is_set():
+                raise KeyboardInterrupt
             weight.data = weight.data.to(device, dtype, copy=True)
             if not _finite(weight):
                 raise _not_finite(name, names[id(weight)])

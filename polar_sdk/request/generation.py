@@ -1,6 +1,6 @@
 """Answers: requests in, text out, whole or in pieces.
 
-The scheduler computes; this module waits for its jobs, in the caller's thread, and tells their recorder when the caller
+The scheduler computes; this module waits for its jobs, in the caller's thread. Their recorder is told when the caller
 leaves, so that a closed stream, a cancelled task and an error in mid-layer are all recorded up to the last executed
 layer.
 """
@@ -8,7 +8,6 @@ layer.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
@@ -20,8 +19,7 @@ from polar_sdk.serving.job import FinishReason, Job, Piece
 from polar_sdk.serving.threads import AHEAD
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import TracebackType
+    from collections.abc import Generator, Sequence
 
     from polar_sdk.engine.sampling import TokenLogprobs
     from polar_sdk.programs.policy import LoopGuard
@@ -112,27 +110,12 @@ def answer(
         return []
     sink.check()
     ended: SimpleQueue[Job] = SimpleQueue()
-    recorder = Recorder(model, sink)
-    try:
-        with recorder:
-            jobs = [
-                Job(
-                    request,
-                    model.decoder,
-                    model.tokenizer,
-                    model.end_tokens,
-                    guard=guard,
-                    on_end=ended.put,
-                    model=model.name,
-                )
-                for request in recorder.admit(requests)
-            ]
-            recorder.begin(jobs)
-            model.scheduler.submit(jobs)
-            finished = {job: _generation(job, recorder) for job in (ended.get() for _ in jobs)}
-        return [finished[job] for job in jobs]
-    finally:
-        recorder.end()  # a further signal may have cut the first call short
+    with Recorder(model, sink) as recorder:
+        jobs = [Job(request, model, guard=guard, on_end=ended.put) for request in recorder.admit(requests)]
+        recorder.begin(jobs)
+        model.scheduler.submit(jobs)
+        finished = {job: _generation(job, recorder) for job in (ended.get() for _ in jobs)}
+    return [finished[job] for job in jobs]
 
 
 def stream(
@@ -147,89 +130,21 @@ def stream(
     Raises:
         As `answer`.
     """
-    return _Stream(model, request, sink, guard)
-
-
-class _Stream(Generator["Chunk", None, None]):
-    """A streamed answer. Read to its end, closed, or ended by an error, it is recorded before control returns.
-
-    It is not a Python generator with a `finally`, because the garbage collector closes those, in whatever thread it
-    happens to run. A stream that is dropped takes its recorder with it, which knows how to end there.
-
-    Its `__next__` is that of the generator inside, which handles whatever is raised in it: a method of Python here
-    would have a first step, where a signal handler may raise before anything can be done about it.
-    """
-
-    __slots__ = ("__next__", "__weakref__", "_chunks", "_process", "_recorder")
-
-    def __init__(self, model: LoadedModel, request: Request, sink: UsageSink, guard: LoopGuard | None) -> None:
-        self._recorder = Recorder(model, sink)
-        self._process = os.getpid()
-        chunks = _chunks(model, request, sink, guard, self._recorder, self._process)
-        # Twice: a further signal may cut the first of them short.
-        self._chunks = _recorded(_recorded(chunks, self._recorder), self._recorder)
-        self.__next__ = self._chunks.__next__  # type: ignore[method-assign]
-
-    def send(self, value: None) -> Chunk:
-        """As `next`."""
-        return next(self)
-
-    def throw(
-        self,
-        kind: type[BaseException] | BaseException,
-        value: BaseException | object = None,
-        trace: TracebackType | None = None,
-    ) -> Chunk:
-        """End the stream with an error, which is raised when the record is stored."""
-        failure = kind if isinstance(kind, BaseException) else value
-        if not isinstance(failure, BaseException):
-            failure = kind() if value is None else kind(value)  # type: ignore[operator]
-        try:
-            return self._chunks.throw(failure if trace is None else failure.with_traceback(trace))
-        except GeneratorExit as exit:
-            self._recorder.end(exit)
-            raise
-
-    def close(self) -> None:
-        """Stop compute within one pass and record what ran; in a forked child, do nothing."""
-        if self._process != os.getpid():
-            return
-        self._chunks.close()
-        self._recorder.end(GeneratorExit())
-
-
-def _chunks(
-    model: LoadedModel,
-    request: Request,
-    sink: UsageSink,
-    guard: LoopGuard | None,
-    recorder: Recorder,
-    process: int,
-) -> Generator[Chunk, None, None]:
-    _check_process(process)
+    process = os.getpid()
     sink.check()
-    (request,) = recorder.admit([request])
-    job = Job(request, model.decoder, model.tokenizer, model.end_tokens, guard=guard, max_ahead=AHEAD, model=model.name)
-    recorder.begin([job])
-    model.scheduler.submit([job])
-    last = Piece("", None, last=True)
-    for piece in job.pieces():
-        if piece.last:
-            last = piece
-        else:
-            yield Chunk(piece.text, None, piece.logprobs)
-            _check_process(process)
-    yield Chunk(last.text, _generation(job, recorder), last.logprobs)
-
-
-def _recorded(chunks: Generator[Chunk, None, None], recorder: Recorder) -> Generator[Chunk, None, None]:
-    try:
-        yield from chunks
-    except GeneratorExit:
-        raise  # by `close`, which ends the recorder, or by the garbage collector, which must not wait
-    except BaseException as failure:
-        recorder.end(failure)
-        raise
+    with Recorder(model, sink) as recorder:
+        (request,) = recorder.admit([request])
+        job = Job(request, model, guard=guard, max_ahead=AHEAD)
+        recorder.begin([job])
+        model.scheduler.submit([job])
+        last = Piece("", None, last=True)
+        for piece in job.pieces():
+            if piece.last:
+                last = piece
+            else:
+                yield Chunk(piece.text, None, piece.logprobs)
+                _check_process(process)
+        yield Chunk(last.text, _generation(job, recorder), last.logprobs)
 
 
 def _check_process(process: int) -> None:

@@ -7,7 +7,6 @@ that and hands it to the sink. If the sink is slow, only the last one waits. Kno
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import deque
 from contextlib import suppress
@@ -51,7 +50,8 @@ class Marker:
     def note(self, progress: Progress) -> None:
         """Mark that soon; waits for nothing."""
         self._latest.append(progress)
-        MARKS.put(self)
+        with suppress(RuntimeError):  # no thread starts now: the next mark tries again
+            MARKS.put(self, _mark)
 
     def end(self) -> None:
         """The record comes next, and no mark after it."""
@@ -73,27 +73,11 @@ class Marker:
                 self._failed = True
 
 
-class MarkThread:
-    """One thread that marks for all jobs, as long as there is something to mark. Safe after a fork."""
-
-    def __init__(self) -> None:
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        self._process = os.getpid()
-        self._inbox: Inbox[Marker] = Inbox("polar-mark")
-
-    def put(self, marker: Marker) -> None:
-        """Leave a job to the thread; waits for nothing."""
-        if self._process != os.getpid():
-            self._start_anew()
-        with suppress(RuntimeError):  # no thread starts now: the next mark tries again
-            self._inbox.put(marker, self._run)
-
-    def _run(self) -> None:
-        with suppress(Empty):
-            while True:
-                self._inbox.take(_IDLE_SECONDS).mark()
+def _mark() -> None:
+    with suppress(Empty):
+        while True:
+            MARKS.take(_IDLE_SECONDS).mark()
 
 
-MARKS: Final = MarkThread()
+MARKS: Final[Inbox[Marker]] = Inbox("polar-mark")
+"""Jobs that have come further since they were marked."""

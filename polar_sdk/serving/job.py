@@ -8,6 +8,7 @@ caller anywhere, and the scheduler serves others, too.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
@@ -16,7 +17,6 @@ from polar_sdk.engine.row import Row
 from polar_sdk.engine.sampling import Sampler, TokenLogprobs, apply_hook, near_ties, read_logprobs
 from polar_sdk.engine.text import TextStream
 from polar_sdk.errors import InvalidRequestError, LogitsError, RequestTimeoutError
-from polar_sdk.locks import Latch
 from polar_sdk.programs.cost import CHUNK
 from polar_sdk.serving.drafts import drafts_of
 
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import torch
-    from transformers import PreTrainedTokenizerBase
 
-    from polar_sdk.engine.decoder import Decoder
     from polar_sdk.engine.draft_head import Guess
     from polar_sdk.engine.grammar import GrammarState
     from polar_sdk.engine.row import Work
     from polar_sdk.programs.policy import LoopGuard
     from polar_sdk.serving.drafts import Experience, OtherAnswers, PassCosts
+    from polar_sdk.serving.loaded import LoadedModel
     from polar_sdk.serving.request import Request
 
 
@@ -87,13 +86,10 @@ class Job:
 
     Args:
         request: What to answer.
-        decoder: The weights.
-        tokenizer: Makes text of tokens.
-        end_tokens: Ids that end an answer.
+        model: What answers it.
         guard: What watches loops.
         max_ahead: Maximum number of pieces computed before the caller takes them; None = any number.
         on_end: Called by the scheduler's thread when nothing more will be computed.
-        model: Name of the model, for errors.
     """
 
     behind: tuple[str, int] | None = None
@@ -102,18 +98,15 @@ class Job:
     def __init__(
         self,
         request: Request,
-        decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase,
-        end_tokens: frozenset[int],
+        model: LoadedModel,
         *,
         guard: LoopGuard | None = None,
         max_ahead: int | None = None,
         on_end: Callable[[Job], None] | None = None,
-        model: str = "",
     ) -> None:
-        self.request, self.model = request, model
+        self.request, self.model, decoder = request, model, model.decoder
         self.row = Row(decoder, request.program, guard, len(request.tokens))
-        self.text = TextStream(tokenizer, request.stops)
+        self.text = TextStream(model.tokenizer, request.stops)
         self.tokens: list[int] = []
         """Every sampled token."""
         self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []
@@ -150,13 +143,13 @@ class Job:
         self.charged = 0
         """FLOPs counted on its tenant's clock."""
         self.sampler = Sampler(request.sampling, decoder.placement.last)
-        self._end_tokens = end_tokens
         self._max_ahead, self._on_end = max_ahead, on_end
         self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
         """At the end comes None."""
         self._shown = 0
         """Number of tokens whose pieces have been put out."""
-        self._ended = Latch()
+        self._done = False
+        self._ended = _closed_gate()
         self._cancelled = False
         self._revoked: BaseException | None = None
         self.host: Host | None = None
@@ -169,7 +162,7 @@ class Job:
     @property
     def done(self) -> bool:
         """True once nothing more will be computed."""
-        return self._ended.is_open
+        return self._done
 
     @property
     def left(self) -> bool:
@@ -200,7 +193,8 @@ class Job:
         """Wait until nothing more will be computed."""
         if not self.done:
             self._refuse_host()
-            self._ended.wait()
+            with self._ended:  # a lock: an interrupted waiter harms no other one, nor who opens it
+                pass
 
     def _refuse_host(self) -> None:
         if self.host is not None and self.host.runs_here():
@@ -208,7 +202,7 @@ class Job:
 
     def disown(self) -> None:
         """In a forked child: the caller is in the parent, and so is the answer."""
-        self._pieces, self._ended = SimpleQueue(), Latch()  # the parent's threads may have been using the old ones
+        self._pieces, self._ended = SimpleQueue(), _closed_gate()  # the old ones may be in use by the parent's threads
         self.cancel()
 
     def progress(self) -> Progress:
@@ -440,7 +434,7 @@ class Job:
         self.prefill_end_ns = self.prefill_end_ns or now
         self.end_ns = now
         self.tokens.append(token)
-        ended = token in self._end_tokens
+        ended = token in self.model.end_tokens
         piece = "" if ended else self.text.push(token)
         if self.grammar is not None and not ended:
             self.grammar.accept(token)
@@ -479,8 +473,15 @@ class Job:
         if done:
             if self.host is not None:
                 self.host.forget(self)
-            self._ended.open()
+            self._done = True
+            self._ended.release()
             self._pieces.put(None)
+
+
+def _closed_gate() -> threading.Lock:
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
 
 
 def _start_grammar(request: Request) -> GrammarState | None:
@@ -499,7 +500,7 @@ def asked_by_engine() -> InvalidRequestError:
 def _unusable(job: Job, logit: float) -> LogitsError:
     program = job.request.program
     return LogitsError(
-        f"the highest logit of model {job.model!r} is {logit} after {len(job.tokens)} tokens of request "
+        f"the highest logit of model {job.model.name!r} is {logit} after {len(job.tokens)} tokens of request "
         f"{job.request.request_id!r} (program {program.text!r}, {job.row.decoder.dtype_name}).",
         hint="Try precision='fp32' and compute='exact': if that helps, the precision or the program's bridges are to "
         "blame, else the weights or the configuration of the model.",

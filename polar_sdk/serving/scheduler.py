@@ -144,8 +144,8 @@ class Scheduler:
             return
         try:
             self._arrivals.put([job], self._serve)
-        except RuntimeError:  # no thread can be started; if none lives, nothing runs
-            self._arrivals.run_instead(job.stop_if_due)
+        except RuntimeError:  # no thread can be started, and none lives
+            job.stop_if_due()
         job.wait()
 
     # -- what a job asks --------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class Scheduler:
 
     def restart_after_fork(self) -> None:
         """In a forked child: the thread is not here, and what it was computing is the parent's."""
-        self._arrivals, self._closing = Inbox(_THREAD), False
+        self._closing = False
         self._arriving, self._round_lock = threading.Lock(), threading.RLock()
         self._begin_anew()
         for job in list(self._open):

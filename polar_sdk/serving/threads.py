@@ -1,25 +1,20 @@
-"""Blocking engine calls in threads of their own: heavy work, and calls from asyncio, whose loop must not be blocked.
+"""Threads of the engine, and blocking engine calls in threads of their own: loading, and calls from asyncio.
 
-The engine itself is synchronous. Such a thread runs with the caller's context variables, and stops when the task that
-awaits it is cancelled. Also here: how clean-up is kept from being interrupted, and from waiting for its own thread.
-Knows nothing of models.
+The engine itself is synchronous. A call from asyncio runs with its caller's context variables, and stops when the task
+that awaits it is cancelled. Knows nothing of models.
 """
 
 from __future__ import annotations
 
-import _thread
 import asyncio
-import ctypes
-import gc
+import os
 import threading
-from collections import OrderedDict
 from concurrent.futures import Future
 from contextlib import closing
 from contextvars import copy_context
-from functools import partial
 from queue import SimpleQueue
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
@@ -31,37 +26,104 @@ T = TypeVar("T")
 AHEAD = 2
 """Number of pieces of a stream computed before its consumer requests them: enough to hide the handover, and little to
 waste if it leaves."""
-_LOOK_SECONDS: Final = 0.05
-"""How often to look whether a thread has ended that was interrupted, and may not have said so."""
+_INBOXES: Final[WeakSet[Inbox[Any]]] = WeakSet()
 
 
 class InternalThread(threading.Thread):
     """A thread that serves every caller, and therefore may wait for none of them."""
 
 
-class _Collector:
-    """Which thread the cyclic garbage collector runs in now; it runs in one at a time.
+class Inbox(Generic[T]):
+    """What callers leave to one thread, which begins with the first item and ends after a while without any.
 
-    What it calls is the interpreter's own code: a signal handler may raise in the first step of a function of Python,
-    and a collection of which only the start was noted would never seem to end.
+    Callers and the thread share no lock of Python: Ctrl-C may stop the main thread between two steps, and a lock that
+    it left locked there would stop the thread, and with it every other caller. `SimpleQueue.put` is one step, which a
+    finaliser may take, too, whatever its thread holds. In a forked child an inbox is empty.
+
+    Args:
+        name: Of the thread.
     """
 
-    def __init__(self) -> None:
-        self._phases = OrderedDict[str, None](start=None, stop=None)
-        """The last is where the collector is."""
-        self._latest, self._here = SimpleNamespace(start=None), threading.local()
-        """What the collector said of the collection that began last: in any thread, and in each."""
-        gc.callbacks.append(self._phases.move_to_end)  # type: ignore[arg-type]  # what is said reads as `last=True`
-        gc.callbacks.extend([partial(setattr, self._latest), partial(setattr, self._here)])
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.restart()
+        _INBOXES.add(self)
+
+    def restart(self) -> None:
+        """Begin empty, without a thread."""
+        self.thread: threading.Thread | None = None
+        """The one that serves now."""
+        self._items: SimpleQueue[T] = SimpleQueue()
+        self._serving = threading.Lock()
+        """Held by the thread as long as it serves."""
 
     @property
-    def runs_here(self) -> bool:
-        """Whether it runs in this thread."""
-        running = next(reversed(self._phases)) == "start"
-        return running and getattr(self._here, "start", None) is self._latest.start
+    def is_served(self) -> bool:
+        """Whether the thread lives."""
+        return self._serving.locked()
+
+    def put(self, item: T, serve: Callable[[], None]) -> None:
+        """Leave an item to the thread.
+
+        Args:
+            item: What to leave.
+            serve: Run by a new thread: takes items, and returns when there are none for a while. Not kept here, where
+                it would keep its owner alive.
+
+        Raises:
+            RuntimeError: No thread can be started. A later one finds the item.
+        """
+        self._items.put(item)
+        self.start(serve)
+
+    def start(self, serve: Callable[[], None]) -> None:
+        """Start the thread if it does not live."""
+        if not self._serving.locked():  # two may be started: one of them ends at once
+            InternalThread(target=self._run, args=(serve,), name=self._name, daemon=True).start()
+
+    def take(self, seconds: float | None = 0.0) -> T:
+        """The oldest item.
+
+        Args:
+            seconds: How long to wait for it; None = for ever.
+
+        Raises:
+            queue.Empty: There is none.
+        """
+        return self._items.get(block=seconds != 0, timeout=seconds)
+
+    def _run(self, serve: Callable[[], None]) -> None:
+        while self._serving.acquire(blocking=False):
+            self.thread = threading.current_thread()
+            try:
+                serve()
+            finally:
+                self.thread = None
+                self._serving.release()
+            if self._items.empty():  # else who has just put one in may have seen this thread alive
+                return
 
 
-_COLLECTOR: Final = _Collector()
+def run_apart(call: Callable[[Cancel], T]) -> T:
+    """Run heavy work in a thread that ends with it, and wait; its errors are raised here.
+
+    libgomp keeps a pool for every thread that has ever run a parallel region, and once the pools hold more threads than
+    there are cores, none of them may spin while it waits: a model loaded in the main thread then decodes at half speed
+    in the engine's (`benchmarks/LOG.md`). The pool of a thread ends with it.
+
+    Args:
+        call: The work. What it is given is set when the caller was interrupted; the interruption is raised when the
+            work has ended, since a process must not end while a thread of its own is inside torch.
+    """
+    stop = threading.Event()
+    worker, result = _thread(lambda: call(stop), "polar-load")
+    try:
+        worker.start()
+        return result.result()
+    finally:
+        stop.set()
+        if worker.is_alive():
+            worker.join()
 
 
 class _AnyCancel:
@@ -91,197 +153,6 @@ class _Leave:
 
 class _End:
     """The end of a stream that another thread produces."""
-
-
-def may_wait() -> bool:
-    """False where waiting for a request could be waiting for this very thread.
-
-    That is so in a thread that serves every caller, and wherever the cyclic garbage collector is running: it runs
-    finalisers in whatever thread allocates, which may hold any lock of ours, of a sink or of the user.
-    """
-    return not _COLLECTOR.runs_here and not isinstance(threading.current_thread(), InternalThread)
-
-
-def start_detached(call: Callable[[], object], name: str) -> None:
-    """Start a daemon thread without waiting until it runs: safe in finalisers and under signals.
-
-    Raises:
-        RuntimeError: No thread can be started; at the end of the process, none can.
-    """
-    _thread.start_new_thread(_start_internal, (call, name))
-
-
-def _start_internal(call: Callable[[], object], name: str) -> None:
-    InternalThread(target=call, name=name, daemon=True).start()
-
-
-class Inbox(Generic[T]):
-    """What callers hand over to one thread, which begins with the first item and ends after a while without any.
-
-    Args:
-        name: Of the thread.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.thread: threading.Thread | None = None
-        """The one that serves now."""
-        self._name = name
-        self._items: SimpleQueue[T] = SimpleQueue()
-        self._serving = threading.Lock()
-        """Held by the thread as long as it serves."""
-
-    @property
-    def is_served(self) -> bool:
-        """Whether the thread lives."""
-        return self._serving.locked()
-
-    def put(self, item: T, serve: Callable[[], None]) -> None:
-        """Hand an item over. Waits for nothing: safe in finalisers, and where signals interrupt it, to be repeated.
-
-        Args:
-            item: What to hand over.
-            serve: What a new thread runs: takes items, and returns when there are none for a while. Not kept here,
-                where it would keep its owner alive.
-
-        Raises:
-            RuntimeError: No thread can be started. A later one finds the item.
-        """
-        self._items.put(item)
-        self.start(serve)
-
-    @property
-    def put_quietly(self) -> Callable[[T], None]:
-        """Adds an item without starting a thread: a method of the interpreter, which is one step of it."""
-        return self._items.put
-
-    def start(self, serve: Callable[[], None]) -> None:
-        """Start the thread if it does not live."""
-        if not self._serving.locked():  # two may be started: one of them ends at once
-            start_detached(lambda: self._run(serve), self._name)
-
-    def take(self, seconds: float | None = 0.0) -> T:
-        """The oldest item.
-
-        Args:
-            seconds: How long to wait for it; None = for ever.
-
-        Raises:
-            queue.Empty: There is none.
-        """
-        return self._items.get(block=seconds != 0, timeout=seconds)
-
-    def run_instead(self, call: Callable[[], object]) -> None:
-        """Run a call in place of the thread, unless it lives."""
-        if self._serving.acquire(blocking=False):
-            try:
-                call()
-            finally:
-                self._serving.release()
-
-    def _run(self, serve: Callable[[], None]) -> None:
-        while self._serving.acquire(blocking=False):
-            self.thread = threading.current_thread()
-            try:
-                serve()
-            finally:
-                self.thread = None
-                self._serving.release()
-            if self._items.empty():  # else who has just put one in may have seen this thread alive
-                return
-
-
-def run_uncut(call: Callable[[], T]) -> T:
-    """Run a call that no signal handler can cut off; the first thing a handler raises meanwhile is raised at the end.
-
-    Python runs signal handlers in the main thread. There the call runs in another thread, and elsewhere in place.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return call()
-    result: Future[T] = Future()
-    begun, ended = threading.Lock(), threading.Lock()
-    context = copy_context()
-    ended.acquire()
-
-    def run() -> None:
-        if begun.acquire(blocking=False):  # a handler may raise between the start of the thread and the note of it
-            _fulfil(result, lambda: context.run(call))
-            ended.release()
-
-    interruption: BaseException | None = None
-    started = False
-    while True:
-        try:
-            if not started:
-                try:
-                    start_detached(run, "polar-record")
-                except RuntimeError:
-                    run()
-                started = True
-            with ended:
-                break
-        except BaseException as raised:  # whatever a handler raises
-            interruption = interruption or raised
-    try:
-        value = result.result()
-        if interruption is not None:
-            raise interruption
-        return value
-    finally:
-        del interruption  # its traceback refers to this frame
-
-
-def run_apart(call: Callable[[], T]) -> T:
-    """Run heavy work in a thread that ends with it, and wait; its errors are raised here.
-
-    libgomp keeps a pool for every thread that has ever run a parallel region, and once the pools hold more threads than
-    there are cores, none of them may spin while it waits: a model loaded in the main thread then decodes at half speed
-    in the engine's (`benchmarks/LOG.md`). The pool of a thread ends with it.
-
-    What a signal handler raises here ends the work as it would end it in this thread, at its next line of Python, and
-    is raised when the work has ended: a process must not end while a thread of its own is inside torch.
-
-    Raises:
-        RuntimeError: No thread can be started.
-    """
-    result: Future[T] = Future()
-    begun, ended = threading.Lock(), threading.Event()
-    worker: list[threading.Thread] = []
-    context = copy_context()
-
-    def run() -> None:
-        if begun.acquire(blocking=False):  # a handler may raise between the start of the thread and the note of it
-            worker.append(threading.current_thread())
-            try:
-                _fulfil(result, lambda: context.run(call))
-            finally:
-                ended.set()
-
-    interruption: BaseException | None = None
-    started, stop = False, False
-    while not worker or worker[0].is_alive():  # until its pool is gone; `join` takes a thread for ended if interrupted
-        try:
-            if not started:
-                threading.Thread(target=run, name="polar-load").start()
-                started = True
-            if stop and worker:
-                stop = False
-                _stop(worker[0])
-            ended.wait(_LOOK_SECONDS)
-        except BaseException as raised:  # whatever a handler raises
-            if isinstance(raised, RuntimeError) and not started:
-                raise
-            interruption, stop = interruption or raised, True
-    try:
-        if interruption is not None:
-            raise interruption
-        return result.result()
-    finally:
-        del interruption  # its traceback refers to this frame
-
-
-def _stop(thread: threading.Thread) -> None:
-    """Raise `SystemExit` in a thread, at its next line of Python; there is no other way to interrupt a library."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
 
 async def run_in_thread(call: Callable[[Cancel], T], cancel: Cancel | None) -> T:
@@ -347,12 +218,28 @@ async def iterate_in_thread(
 
 
 def _awaitable(call: Callable[[], T], name: str) -> asyncio.Future[T]:
-    """Run `call` in a thread of its own, for the running event loop.
+    """Run `call` in a new thread, with the caller's context, for the running event loop.
 
     The loop's own few threads would allow only that many requests to reach the engine, and a consumer that pauses would
     occupy one of them.
     """
-    return asyncio.wrap_future(_start(call, name)[1])
+    worker, result = _thread(call, name)
+    worker.start()
+    return asyncio.wrap_future(result)
+
+
+def _thread(call: Callable[[], T], name: str) -> tuple[threading.Thread, Future[T]]:
+    """A thread to be started, which runs `call` with the caller's context, and the future of its result."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        result.set_running_or_notify_cancel()  # from here on, nobody can cancel the future under the thread
+        try:
+            result.set_result(call())
+        except BaseException as problem:  # handed to whoever waits, whatever it is
+            result.set_exception(problem)
+
+    return threading.Thread(target=copy_context().run, args=(run,), name=name), result
 
 
 async def _ended(worker: asyncio.Future[T]) -> asyncio.CancelledError | None:
@@ -372,22 +259,10 @@ async def _ended(worker: asyncio.Future[T]) -> asyncio.CancelledError | None:
     return first
 
 
-def _start(call: Callable[[], T], name: str) -> tuple[threading.Thread, Future[T]]:
-    """Run `call` in a new thread, with the caller's context; the future gets its result or its error."""
-    result: Future[T] = Future()
-
-    def run() -> None:
-        _fulfil(result, call)
-
-    thread = threading.Thread(target=copy_context().run, args=(run,), name=name)
-    thread.start()
-    return thread, result
+def _restart_inboxes() -> None:
+    for inbox in list(_INBOXES):
+        inbox.restart()
 
 
-def _fulfil(result: Future[T], call: Callable[[], T]) -> None:
-    """Run a call for a future, which gets its result or its error."""
-    result.set_running_or_notify_cancel()  # from here on, nobody can cancel the future under the thread
-    try:
-        result.set_result(call())
-    except BaseException as problem:  # handed to the waiting caller, whatever it is
-        result.set_exception(problem)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_restart_inboxes)

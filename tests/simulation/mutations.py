@@ -136,15 +136,15 @@ def _leave_before_the_end() -> AbstractContextManager[object]:
 
 
 def _record_twice() -> AbstractContextManager[object]:
-    from polar_sdk.request.recorder import _Records
+    from polar_sdk.request.recorder import Recorder
 
-    return patch.object(_Records, "_unrecorded", lambda self: list(self._jobs))
+    return patch.object(Recorder, "_unrecorded", lambda self: list(self._jobs))
 
 
 def _forget_the_dropped() -> AbstractContextManager[object]:
-    from polar_sdk.request.recorder import _Records
+    from polar_sdk.request.recorder import Recorder
 
-    return patch.multiple(_Records, drop=lambda self: None, store_dropped=lambda self: None)
+    return patch.object(Recorder, "_leave", lambda self, failure, stored: stored and stored.put([]))
 
 
 def _mark_after_the_record() -> AbstractContextManager[object]:
@@ -168,10 +168,13 @@ def _forget_what_was_cached() -> AbstractContextManager[object]:
 
 
 def _miss_the_end() -> AbstractContextManager[object]:
-    from polar_sdk.locks import Latch
-    from polar_sdk.serving.job import Job
+    from polar_sdk.serving import job
 
-    return patch.object(Job, "wait", lambda self: Latch().wait())
+    def wait(self: job.Job) -> None:
+        with job._closed_gate():
+            """It opens for nobody."""
+
+    return patch.object(job.Job, "wait", wait)
 
 
 MUTATIONS: Final[dict[str, Mutation]] = {

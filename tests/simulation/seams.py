@@ -247,6 +247,8 @@ class Thread:
     def start(self) -> None:
         """Let it run."""
         here = world()
+        if here is _NOBODY:
+            raise RuntimeError("can't start new thread")  # as at the end of an interpreter
         here.step(f"start {self.name}")
         self._task = here.spawn(here.process, self.run, self.name)
         self._task.thread = self
@@ -301,13 +303,6 @@ class Namespace:
         return getattr(self._real, name)
 
 
-def _start_new_thread(call: Callable[..., object], args: tuple[Any, ...] = ()) -> int:
-    here = world()
-    if here is _NOBODY:
-        raise RuntimeError("can't start new thread")  # as at the end of an interpreter
-    return here.spawn(here.process, lambda: call(*args), call.__name__).ident
-
-
 class _Datetime(type(datetime_module.datetime)):  # type: ignore[misc]
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, datetime_module.datetime)
@@ -357,7 +352,6 @@ def exit_process(process: Process) -> None:
 
 def replacements() -> list[tuple[object, object]]:
     """Real things, and what stands for them."""
-    import _thread
     import atexit
 
     seconds = {
@@ -382,7 +376,6 @@ def replacements() -> list[tuple[object, object]]:
     draws = {name: _drawn(name) for name in ("uniform", "random", "choice", "randint", "shuffle")}
     return [
         (threading, Namespace(threading, **threads)),
-        (_thread, Namespace(_thread, start_new_thread=_start_new_thread)),
         (time, Namespace(time, **seconds)),
         (random, Namespace(random, **draws)),
         (atexit, AtExit()),

@@ -29,7 +29,7 @@ from polar_sdk.serving import job, passes
 from polar_sdk.serving import threads as product_threads
 from polar_sdk.serving.places import Limits
 from polar_sdk.serving.scheduler import Scheduler
-from polar_sdk.serving.threads import iterate_in_thread, run_in_thread
+from polar_sdk.serving.threads import Inbox, iterate_in_thread, run_in_thread
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
 from polar_sdk.usage import Outcome, UsageSink
 from tests.simulation import seams
@@ -201,8 +201,8 @@ class ServingWorld:
         """
         World.now_in = self.world
         self.world.faults = dict.fromkeys(self.plan.collects, gc.collect)
-        late, recorder._LATE = recorder._LATE, recorder._LateRecords()  # type: ignore[misc]
-        marks, marker.MARKS = marker.MARKS, marker.MarkThread()  # type: ignore[misc]
+        late, recorder.LATE = recorder.LATE, Inbox("polar-record")  # type: ignore[misc]
+        marks, marker.MARKS = marker.MARKS, Inbox("polar-mark")  # type: ignore[misc]
         self.scheduler = Scheduler(self._model.decoder, self.plan.limits)
         self.loaded = replace(self._model.loaded, scheduler=self.scheduler)
         process = self.world.start_process(0)
@@ -225,7 +225,7 @@ class ServingWorld:
                 self.world.run(lambda: main.done)
         finally:
             self.world.end()
-            recorder._LATE, marker.MARKS = late, marks  # type: ignore[misc]
+            recorder.LATE, marker.MARKS = late, marks  # type: ignore[misc]
             self._give_pages_back()
             World.now_in = None
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from polar_billing.budgets import counters
 from polar_billing.budgets.audit import Difference, WrongHold, wrong_counters, wrong_holds
 from polar_billing.budgets.budget import COMPUTE_UNIT, Budget, Level
+from polar_billing.budgets.group_commit import GroupCommit
 from polar_billing.budgets.holds import (
     Answer,
     Ask,
@@ -50,7 +51,6 @@ from polar_billing.ledger.records import ALL_TENANTS, AllTenants, Identity
 from polar_billing.values.memo import Changes, Remembered
 from polar_billing.values.periods import Period, Window
 from polar_sdk.errors import PolarError
-from polar_sdk.locks import Together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -102,7 +102,7 @@ class Budgets:
         self._clock = clock
         self._tenants = Remembered(self._tenants_with_budgets, _changes)
         self._leases = Leases(lifetime.total_seconds(), self._renew)
-        self._together: dict[str, Together[_Call, Answer | bool]] = {}
+        self._groups: dict[str, GroupCommit[_Call, Answer | bool]] = {}
         """By tenant: what makes holds and releases them."""
         self._unanswered: set[Identity] = set()
         """Requests of which this process does not know whether their hold was stored."""
@@ -227,9 +227,9 @@ class Budgets:
         return answer
 
     def _call(self, tenant: str, call: _Call) -> Answer | bool:
-        if tenant not in self._together:
-            self._together.setdefault(tenant, Together(partial(self._run, tenant), shared=StoreError))
-        return self._together[tenant](call)
+        if tenant not in self._groups:
+            self._groups.setdefault(tenant, GroupCommit(partial(self._run, tenant), shared=StoreError))
+        return self._groups[tenant](call)
 
     def _run(self, tenant: str, take: Callable[[], Sequence[_Call]]) -> list[Answer | bool]:
         """Release and hold for all calls that have come by the time when the tenant is locked, in one transaction."""

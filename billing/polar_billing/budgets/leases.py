@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from polar_billing.errors import BillingError
-from polar_sdk.locks import Changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,7 +70,9 @@ class Leases:
     def _start_anew(self) -> None:
         """Start with none: at first, and in a forked child, whose parent renews its own."""
         self._process = os.getpid()
-        self._turn = Changes()
+        self._lock = threading.Lock()
+        """Taken by `with`, which is one step: Ctrl-C in `Condition.__enter__` would leave it locked for ever."""
+        self._closes = threading.Condition(self._lock)
         self._leases: dict[Identity, Lease] = {}
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -88,13 +89,13 @@ class Leases:
     def all(self) -> list[Lease]:
         """Those of requests that run, and that are not lost."""
         self._restart_after_fork()
-        with self._turn.lock:
+        with self._lock:
             return self._renewing()
 
     def add(self, lease: Lease) -> None:
         """Note a hold that was made."""
         self._restart_after_fork()
-        with self._turn.lock:
+        with self._lock:
             if len(self._leases) >= self._sweep_at:
                 since = lease.renewed_at - self._lifetime_s
                 living = {
@@ -107,12 +108,12 @@ class Leases:
         """Renew a hold no longer: its request has its record, or never began."""
         if identity in self._leases:  # for most requests there is none
             self._restart_after_fork()
-            with self._turn.lock:
+            with self._lock:
                 self._leases.pop(identity, None)
 
     def discard(self, lease: Lease) -> None:
         """Renew this hold no longer; one that was made later for the same request stays."""
-        with self._turn.lock:
+        with self._lock:
             if lease in self:
                 del self._leases[lease.identity]
 
@@ -121,7 +122,7 @@ class Leases:
         if identity not in self._leases:
             return
         self._restart_after_fork()
-        with self._turn.lock:
+        with self._lock:
             lease = self._leases.get(identity)
             if lease is None:
                 return
@@ -141,14 +142,14 @@ class Leases:
     def close(self) -> None:
         """Let the thread end, if there is nothing to renew."""
         if self._process == os.getpid():
-            with self._turn.lock:
+            with self._lock:
                 self._closing = True
-            self._turn.notify()
+                self._closes.notify_all()
 
     def _run(self) -> None:
         while True:
-            self._turn.wait_for(lambda: self._closing and not self._renewing(), self._interval_s)
-            with self._turn.lock:
+            with self._lock:
+                self._closes.wait_for(lambda: self._closing and not self._renewing(), self._interval_s)
                 leases = self._renewing()
                 if not leases:
                     self._thread = None

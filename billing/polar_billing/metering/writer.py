@@ -20,7 +20,6 @@ from polar_billing.errors import BillingError, StoreError
 from polar_billing.ledger.hooks import register_pending
 from polar_billing.metering.spool import BATCH, Spool, spool_folder, store, store_file
 from polar_billing.metering.spool_file import Unfinished
-from polar_sdk.locks import Changes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +41,8 @@ class Ticket:
     """A record on its way."""
 
     entry: Entry
-    turn: Changes
+    lock: threading.Lock
+    turn: threading.Condition
     """Of the writer, notified after each commit."""
     told: bool = True
     """Whether its caller is told if another record has taken its request id; else it is stored under a new one."""
@@ -60,7 +60,8 @@ class Ticket:
             ConflictError: The ledger holds this request with other content.
             StoreError: It could not be stored, and will not be by waiting.
         """
-        self.turn.wait_for(lambda: self.done)
+        with self.lock:
+            self.turn.wait_for(lambda: self.done)
         if self.error is not None:
             raise self.error
         return self.stored
@@ -87,7 +88,9 @@ class Writer:
     def _start_anew(self) -> None:
         """Start with nothing: at first, and in a forked child, whose parent stores what it had accepted."""
         self._process = os.getpid()
-        self._turn = Changes()
+        self._lock = threading.Lock()
+        """Taken by `with`, which is one step: Ctrl-C in `Condition.__enter__` would leave it locked for ever."""
+        self._turn = threading.Condition(self._lock)
         self._storing = threading.Lock()
         self._queue: list[Ticket] = []
         self._busy = False
@@ -125,16 +128,13 @@ class Writer:
             Their tickets, and whether they survive the end of this process already.
         """
         self._restart_after_fork()
-        while True:
-            with self._turn.lock:
-                if len(self._queue) < self._capacity:
-                    return self._accept(entries, told)
-                room = self._turn.gate()
-            room.acquire()
+        with self._lock:
+            self._turn.wait_for(lambda: len(self._queue) < self._capacity)
+            return self._accept(entries, told)
 
     def _accept(self, entries: list[Entry], told: bool) -> tuple[list[Ticket], bool]:
         safe = self._spool_entries(entries)
-        tickets = [Ticket(entry, self._turn, told, spooled=safe) for entry in entries]
+        tickets = [Ticket(entry, self._lock, self._turn, told, spooled=safe) for entry in entries]
         idle = not self._queue
         self._queue += tickets
         if self._thread is None:
@@ -142,7 +142,7 @@ class Writer:
         if self._thread.ident is None:  # a signal may have cut off the call that made it
             self._thread.start()
         if idle:
-            self._turn.notify()
+            self._turn.notify_all()
         return tickets, safe
 
     def _spool_entries(self, entries: list[Entry]) -> bool:
@@ -165,7 +165,7 @@ class Writer:
         """
         self._restart_after_fork()
         if self._spool is not None:
-            with self._turn.lock:
+            with self._lock:
                 marks = self._spool.marks()
             marks.write(entry)
 
@@ -184,24 +184,24 @@ class Writer:
                 _log.exception("storing usage failed")
                 failure = StoreError(f"ledger {self._ledger.location!r} failed ({error!r}).")
                 self._put_aside([ticket for ticket in tickets if not ticket.done], segment, failure)
-            with self._turn.lock:
+            with self._lock:
                 self._busy = False
                 self._rounds += 1
-            self._turn.notify()
+                self._turn.notify_all()
 
     def _take(self) -> tuple[list[Ticket], Segment | None] | None:
         """Everything that waits, with the spool file that holds it; None after a long time without records."""
-        self._turn.wait_for(lambda: self._queue, _IDLE_S)
-        if self._gather_s and self._queue:
-            self._turn.wait_for(lambda: self._hurry or len(self._queue) >= BATCH, self._gather_s)
-        with self._turn.lock:
+        with self._lock:
+            self._turn.wait_for(lambda: self._queue, _IDLE_S)
+            if self._gather_s and self._queue:
+                self._turn.wait_for(lambda: self._hurry or len(self._queue) >= BATCH, self._gather_s)
             if not self._queue:
                 self._thread = None
                 return None
             self._busy = True
             tickets, self._queue = self._queue, []
             segment, self._segment = self._segment, None
-        self._turn.notify()
+            self._turn.notify_all()
         return tickets, segment
 
     def _store(self, tickets: list[Ticket], segment: Segment | None) -> None:
@@ -218,7 +218,7 @@ class Writer:
             return
         self.failure, self.succeeded_at = None, time.monotonic()
         if segment is not None and self._spool is not None:
-            with self._turn.lock:
+            with self._lock:
                 self._spool.reuse(segment)
 
     def _commit(self, tickets: list[Ticket]) -> None:
@@ -255,9 +255,10 @@ class Writer:
         self._finish(waiting)
 
     def _finish(self, tickets: list[Ticket]) -> None:
-        for ticket in tickets:
-            ticket.done = True
-        self._turn.notify()
+        with self._lock:
+            for ticket in tickets:
+                ticket.done = True
+            self._turn.notify_all()
 
     def _store_kept(self) -> None:
         """Store what an earlier failure left, of this process and, once, of processes that have ended."""
@@ -309,20 +310,20 @@ class Writer:
         """Return when every record handed over so far is in the ledger, or kept in the spool."""
         if self._process != os.getpid() or threading.current_thread() is self._thread:
             return
-        with self._turn.lock:
+        with self._lock:
             last = self._rounds + bool(self._busy) + bool(self._queue)
-        if self._rounds < last:
-            self._hurry = True
-            self._turn.notify()
-            self._turn.wait_for(lambda: self._rounds >= last)
-            self._hurry = False
+            if self._rounds < last:
+                self._hurry = True
+                self._turn.notify_all()
+                self._turn.wait_for(lambda: self._rounds >= last)
+                self._hurry = False
 
     def close(self) -> None:
         """Drain, try once more to store what was kept, and remove empty files."""
         if self._process != os.getpid():
             return
         self.drain()
-        with self._storing, self._turn.lock:
+        with self._storing, self._lock:
             try:
                 if self._kept:
                     self._store_kept()

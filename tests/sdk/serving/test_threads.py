@@ -396,32 +396,33 @@ def test_a_stream_whose_loop_is_gone_ends_and_is_recorded(prompt: str) -> None:
     assert len(sink.records) == 1
 
 
-def test_work_apart_is_interrupted_where_it_is_and_waited_for() -> None:
-    """As in the thread that called: a process that ended meanwhile would be torn down under torch."""
+def test_work_apart_is_told_of_an_interruption_and_waited_for() -> None:
+    """A process that ended meanwhile would be torn down under torch."""
     begun, ended = threading.Event(), threading.Event()
 
-    def work() -> None:
-        try:
-            begun.set()
-            while True:
-                time.sleep(0.001)
-        finally:
-            ended.set()
+    def work(stop: Cancel) -> None:
+        begun.set()
+        while not stop.is_set():
+            time.sleep(0.001)
+        ended.set()
 
     def interrupt() -> None:
-        begun.wait()
+        assert begun.wait(20)
         signal.raise_signal(signal.SIGINT)  # its handler runs in the main thread
 
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_apart(work)
-    interrupter.join()
+    interrupter = threading.Thread(target=interrupt, daemon=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_apart(work)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.is_set()
     assert "polar-load" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_work_apart_hands_its_result_or_its_error_over() -> None:
-    assert run_apart(lambda: threading.current_thread().name) == "polar-load"
+    assert run_apart(lambda _: threading.current_thread().name) == "polar-load"
     with pytest.raises(ZeroDivisionError):
-        run_apart(lambda: 1 // 0)
+        run_apart(lambda _: 1 // 0)
