@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from polar_sdk import PolarModel, lab
 from polar_sdk.lab.rewards.cache import RewardCache, cache_path
-from polar_sdk.router.bridge_set import BridgeSet
+from polar_sdk.router.map_set import MapSet, stored
 
 if TYPE_CHECKING:
     import argparse
@@ -43,7 +43,7 @@ class Bridging:
     def run(self, model: PolarModel) -> Path:
         """Heal what is not healed yet; returns the folder of the bridges, in that model's dtype."""
         out, chosen = self.folder / "bridges", self.options
-        if (out / "bridges.json").is_file():
+        if (out / "maps.json").is_file():
             return out
         tuned = {"distil": chosen.tune, "labels": chosen.labels, "choices": chosen.choices, "rate": chosen.rate}
         exact = self._heal(
@@ -51,11 +51,11 @@ class Bridging:
         )
         decoder = model.decoder
         bridges = {segment: bridge.to(decoder.dtype, decoder.device) for segment, bridge in exact.bridges.items()}
-        replace(exact, bridges=bridges, dtype=model.dtype).save(out)
+        replace(exact, tensors=stored(bridges, "exact"), dtype=model.dtype).save(out)
         return out
 
-    def _heal(self, out: Path, items: Sequence[Item], segments: str, **options: Any) -> BridgeSet:
-        if not (out / "bridges.json").is_file():
+    def _heal(self, out: Path, items: Sequence[Item], segments: str, **options: Any) -> MapSet:
+        if not (out / "maps.json").is_file():
             model = PolarModel.from_pretrained(self.options.model, precision="fp32", ledger=None)
             with RewardCache(cache_path(model.fingerprint, model.dtype)) as cache:
                 lab.heal(
@@ -65,7 +65,6 @@ class Bridging:
                     out=out,
                     cache=cache,
                     on_progress=self.on_progress,
-                    resume=out.is_dir(),
                     **options,
                 )
-        return BridgeSet.load(out)
+        return MapSet.load(out)

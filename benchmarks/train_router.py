@@ -55,7 +55,7 @@ from polar_sdk.programs.policy import TIERS
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import save_router
 from polar_sdk.router.certificate import TierPromise
-from polar_sdk.router.fill_set import FillSet
+from polar_sdk.router.map_set import MapSet
 from polar_sdk.show.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -167,23 +167,23 @@ class Work:
     def heal(self) -> None:
         """Fit the bridges and the fills that are not fitted yet."""
         if healed := self._healed():
-            self.model.use_bridges(Bridging(self.options, healed, self.folder, self.show).run(self.model))
+            self.model.use_maps(Bridging(self.options, healed, self.folder, self.show).run(self.model))
         fills, chosen = self.folder / "fills", self.options
-        if not (fills / "fills.json").is_file():
+        if not (fills / "maps.json").is_file():
             exact = PolarModel.from_pretrained(chosen.model, precision="fp32", ledger=None)  # trains twice as fast
             with RewardCache(cache_path(exact.fingerprint, exact.dtype)) as cache:
-                lab.heal_fills(
+                lab.heal(
                     exact,
                     self.fitted,
                     chosen.cuts,
+                    kind="fill",
                     out=fills,
                     cache=cache,
                     on_progress=self.show,
                     distil=chosen.distil,
                     rate=chosen.fill_rate,
-                    resume=fills.is_dir(),
                 )
-        self.model.use_fills(fills)
+        self.model.use_maps(fills)
 
     def search(self) -> RewardMatrix:
         """Search the menu, or take the one in the options; prompts in the cache are not measured again."""
@@ -193,7 +193,7 @@ class Work:
             result = lab.search(
                 self.model,
                 self.items,
-                programs=FillSet.load(self.folder / "fills").programs,
+                programs=MapSet.load(self.folder / "fills").programs,
                 cache=cache,
                 on_progress=self.show,
                 budgets=tuple(map(float, self.options.budgets.split(","))),

@@ -20,8 +20,7 @@ PolarError
 │   ├── ProgramDepthError                 a layer the model does not have
 │   ├── ProtectedLayerError               skips a layer that the policy protects
 │   ├── VisitLimitError                   visits one layer more often than allowed
-│   ├── MissingBridgeError                crosses layers by a bridge that the model does not have
-│   ├── MissingFillError                  fills layers without a map that the model has for them
+│   ├── MissingMapError                   uses a bridge or a fill that the model does not have
 │   ├── CostCeilingError                  costs more than the policy's ceiling
 │   └── ExportError                       no plain model computes what it computes
 ├── PolicyError (ValueError)              a policy file that is malformed or belongs to another model
@@ -29,12 +28,9 @@ PolarError
 │   ├── RouterModelError                  it was trained for another model
 │   ├── RouterDamagedError                one of its files is missing, altered or malformed
 │   └── CertificateError                  its promise does not cover what would run
-├── BridgeError (ValueError)              bridges that cannot be fitted or used here
-│   ├── BridgeModelError                  they were fitted for another model
-│   └── BridgeDamagedError                one of their files is missing, altered or malformed
-├── FillError (ValueError)                fills that cannot be fitted or used here
-│   ├── FillModelError                    they were fitted for another model
-│   └── FillDamagedError                  one of their files is missing, altered or malformed
+├── MapError (ValueError)                 bridges or fills that cannot be fitted or used here
+│   ├── MapModelError                     they were fitted for another model
+│   └── MapDamagedError                   one of their files is missing, altered or malformed
 ├── DraftHeadError (ValueError)           a draft head that cannot be trained or used here
 │   └── DraftHeadDamagedError             its file is missing, altered or malformed
 ├── DataError (ValueError)                a calibration file that is missing, empty or malformed
@@ -220,12 +216,8 @@ class VisitLimitError(ProgramError):
     """The program visits one layer more often than the policy allows."""
 
 
-class MissingBridgeError(ProgramError):
-    """The program crosses layers by a bridge that the model does not have."""
-
-
-class MissingFillError(ProgramError):
-    """The program fills layers for which the model has no map."""
+class MissingMapError(ProgramError):
+    """The program uses a bridge or a fill that the model does not have."""
 
 
 class CostCeilingError(ProgramError):
@@ -270,32 +262,18 @@ class CertificateError(RouterError):
     """The router's promise does not cover what would run."""
 
 
-class BridgeError(PolarError, ValueError):
-    """Bridges cannot be fitted or used here."""
+class MapError(PolarError, ValueError):
+    """Bridges or fills cannot be fitted or used here."""
 
     exit_code = 2
 
 
-class BridgeModelError(BridgeError):
-    """The bridges were fitted for another model."""
+class MapModelError(MapError):
+    """The maps were fitted for another model."""
 
 
-class BridgeDamagedError(BridgeError):
-    """One of the bridges' files is missing, altered or malformed."""
-
-
-class FillError(PolarError, ValueError):
-    """Fills cannot be fitted or used here."""
-
-    exit_code = 2
-
-
-class FillModelError(FillError):
-    """The fills were fitted for another model."""
-
-
-class FillDamagedError(FillError):
-    """One of the fills' files is missing, altered or malformed."""
+class MapDamagedError(MapError):
+    """One of the maps' files is missing, altered or malformed."""
 
 
 class DraftHeadError(PolarError, ValueError):

@@ -19,8 +19,7 @@ from polar_sdk.request.maker import RequestMaker
 from polar_sdk.request.options import check_speculate, ending_on, split_loading
 from polar_sdk.request.scores import hidden_states, loglikelihoods
 from polar_sdk.router.base import fixed_router
-from polar_sdk.router.bridge_set import BridgeSet
-from polar_sdk.router.fill_set import FillSet
+from polar_sdk.router.map_set import MapSet
 from polar_sdk.router.store import find_policy, find_router
 from polar_sdk.serving.threads import iterate_in_thread, run_in_thread
 from polar_sdk.sinks import AUTO_LEDGER, find_sink
@@ -73,7 +72,7 @@ class PolarModel:
     ) -> None:
         self._loaded = loaded
         if bridges is not None:  # first, since a tier's program may use them
-            BridgeSet.of(bridges).place_on(loaded)
+            MapSet.of(bridges).place_on(loaded)
         self.policy = find_policy(policy, loaded.fingerprint)
         self.policy.bind(loaded.fingerprint, loaded.decoder.cost)
         self.sink = find_sink(ledger, sink)
@@ -386,23 +385,16 @@ class PolarModel:
         requests = [maker.make(prompt, {"max_tokens": max_tokens}) for prompt in prompts]
         return [done.token_ids for done in answer(self._loaded, requests, NullSink())]
 
-    def use_bridges(self, bridges: BridgeSet | str | Path) -> BridgeSet:
-        """Add bridges, or those in a folder that `polar lab heal` wrote, to those that the weights have already.
+    def use_maps(self, maps: MapSet | str | Path) -> MapSet:
+        """Add bridges or fills, or those in a folder that `polar lab heal` wrote, to those that the weights have.
 
         They belong to the weights, which all objects of one model in this process share: load them before requests run.
 
         Raises:
-            BridgeModelError: They were fitted for another model.
-            BridgeDamagedError: A file is missing, altered or malformed.
+            MapModelError: They were fitted for another model.
+            MapDamagedError: A file is missing, altered or malformed.
         """
-        chosen = BridgeSet.of(bridges)
-        chosen.place_on(self._loaded)
-        self._maker = replace(self._maker, cost=self._loaded.decoder.cost)
-        return chosen
-
-    def use_fills(self, fills: FillSet | str | Path) -> FillSet:
-        """As `use_bridges`, for fills; raises FillError, or a subclass."""
-        chosen = FillSet.of(fills)
+        chosen = MapSet.of(maps)
         chosen.place_on(self._loaded)
         self._maker = replace(self._maker, cost=self._loaded.decoder.cost)
         return chosen

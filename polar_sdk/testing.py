@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.engine.fill import Fill
+    from polar_sdk.engine.maps import Fill
     from polar_sdk.request.options import Prompt, RequestOptions
     from polar_sdk.serving.request import Request
 
@@ -99,7 +99,7 @@ def random_fill(
     """
     import torch
 
-    from polar_sdk.engine.fill import Fill
+    from polar_sdk.engine.maps import Fill
 
     family = decoder.family
     generator = torch.Generator().manual_seed(1000 * seed + segment[0])

@@ -79,8 +79,8 @@ def search(
         model, device=device, device_map=device_map, precision=precision, policy=policy, no_ledger=True
     )
     if bridges is not None:
-        engine.use_bridges(bridges)
-    filling = () if fills is None else engine.use_fills(fills).programs
+        engine.use_maps(bridges)
+    filling = () if fills is None else engine.use_maps(fills).programs
     cache = RewardCache(cache_path(engine.fingerprint, engine.dtype) if cached else None)
     try:
         with cache, ProgressBars(quiet=as_json) as show:

@@ -31,11 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from polar_sdk.engine.bridge import Bridge
     from polar_sdk.engine.draft_head import Guess
     from polar_sdk.engine.eager import Kernels
     from polar_sdk.engine.family import Family
-    from polar_sdk.engine.fill import Fill
+    from polar_sdk.engine.maps import Bridge, Fill
     from polar_sdk.engine.types import Projected, Rotary, Weights
     from polar_sdk.programs.cost import CostModel, Segment
     from polar_sdk.programs.program import Program, Step
@@ -242,7 +241,7 @@ class Decoder:
         """The map of a step that crosses layers.
 
         Raises:
-            MissingBridgeError: The model has no such bridge.
+            MissingMapError: The model has no such bridge.
         """
         self.cost.step(step)
         return self.bridges[step.first, step.last]
@@ -256,7 +255,7 @@ class Decoder:
         """The map of a filled segment.
 
         Raises:
-            MissingFillError: The model has no such map.
+            MissingMapError: The model has no such map.
         """
         self.cost.fill(segment)
         return self.fills[segment]

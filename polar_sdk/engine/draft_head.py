@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from polar_sdk.engine import native
-from polar_sdk.engine.fill import normalise
 from polar_sdk.engine.large_pages import LargePages
+from polar_sdk.engine.maps import normalise
 from polar_sdk.engine.panels import Packed, PackedInt8
 from polar_sdk.engine.products import Plain, multiply, pack, quantize
 

@@ -132,7 +132,7 @@ def advance(
 
     Raises:
         CacheMemoryError: No pages are left for the new tokens; nothing has run then.
-        MissingFillError: A program fills a segment for which the model has no map; likewise.
+        MissingMapError: A program fills a segment for which the model has no map; likewise.
     """
     decoder = _pinned(decoder, rows)
     for row, new in zip(rows, tokens, strict=True):

@@ -36,12 +36,11 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def hash_bridges(decoder: Decoder, programs: Iterable[Program]) -> str:
+def hash_maps(decoder: Decoder, programs: Iterable[Program]) -> str:
     """SHA-256 of the bridges and fills that programs use, as the model has them; empty where they use none.
 
     Raises:
-        MissingBridgeError: The model does not have one of the bridges.
-        MissingFillError: The model does not have one of the fills.
+        MissingMapError: The model does not have one of them.
     """
     chosen = list(programs)
     steps = sorted({step for program in chosen for step in program if step.bridge})

@@ -2,8 +2,8 @@
 from .drafting import DraftOptions as DraftOptions
 from .drafting import train_draft_head as train_draft_head
 from .evaluation.results import Evaluation as Evaluation
-from .healing.fill_healer import FillOptions as FillOptions
-from .healing.heal import HealOptions as HealOptions
+from .healing.options import BridgeOptions as BridgeOptions
+from .healing.options import FillOptions as FillOptions
 from .items import AnswerItem as AnswerItem
 from .items import ChoiceItem as ChoiceItem
 from .items import Item as Item
@@ -21,7 +21,6 @@ from .training.menu_training import MenuSettings as MenuSettings
 from .workflow import calibrate as calibrate
 from .workflow import evaluate as evaluate
 from .workflow import heal as heal
-from .workflow import heal_fills as heal_fills
 from .workflow import train as train
 
 __all__: list[str]

@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from polar_sdk.errors import DataError, RouterError
 from polar_sdk.lab.evaluation.calibrate import TIER_ALPHAS
 from polar_sdk.lab.evaluation.judge import Judge
-from polar_sdk.lab.healing.fill_healer import FillHealer, FillOptions
-from polar_sdk.lab.healing.heal import Healer, HealOptions
+from polar_sdk.lab.healing.heal import Healer
+from polar_sdk.lab.healing.options import BridgeOptions, FillOptions
 from polar_sdk.lab.items import builtin_items
 from polar_sdk.lab.program_search.matrix import RewardMatrix
 from polar_sdk.lab.training.layerwise_training import LayerwiseSettings
@@ -23,9 +22,8 @@ from polar_sdk.lab.training.train import RouterKind, RouterTrainer
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router
 from polar_sdk.router.base import Router
-from polar_sdk.router.bridge_set import BridgeSet
-from polar_sdk.router.fill_set import FillSet
-from polar_sdk.router.store import BRIDGES, FILLS, attach_router
+from polar_sdk.router.map_set import MapKind, MapSet
+from polar_sdk.router.store import MAP_FOLDERS, attach_router, map_folders
 from polar_sdk.show.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from polar_sdk.lab.items import Item
     from polar_sdk.lab.rewards.cache import RewardCache
     from polar_sdk.model import PolarModel
+    from polar_sdk.programs.cost import Segment
     from polar_sdk.router.certificate import TierPromise
     from polar_sdk.router.learned import LearnedRouter
     from polar_sdk.router.network import FeatureKind
@@ -46,60 +45,33 @@ def heal(
     items: Sequence[Item] | None = None,
     segments: str = "",
     *,
+    kind: MapKind = "bridge",
     out: str | Path | None = None,
     cache: RewardCache | None = None,
     on_progress: Progress = silent,
     **options: Any,
-) -> BridgeSet:
-    """Fit bridges over segments of layers; the model uses them from now on.
+) -> MapSet:
+    """Fit maps that stand for layers; the model uses them from now on. What was interrupted resumes where it stopped.
 
     Args:
         model: The model.
-        items: Prompts to fit on; None = the prompts that come with the package.
-        segments: First and last layers, e.g. `12-15,17-20`; groups that are not used together are separated by `;`.
-        out: Folder to write the bridges to; checkpoints are kept there too.
+        items: Prompts to fit on; None = the prompts that come with the package. Choice questions are for bridges only.
+        segments: For bridges, first and last layers, e.g. `12-15,17-20`; groups that are not used together are
+            separated by `;`. For fills, cuts, from which all layers up to the last are filled, or first and last
+            layers, e.g. `27,24,20-23`, or several of these that one program fills, e.g. `18-21+23`; `default` = what
+            changes least, of 10 % to 50 % of the layers, found by measuring.
+        kind: Which maps to fit: bridges cross layers, fills write their keys and values for prompt tokens.
+        out: Folder to write the maps to; checkpoints are kept there until training is done.
         cache: Where identity's answers to prompts are kept; None = in memory.
         on_progress: Called with (stage, steps done, steps in all).
-        **options: Fields of `HealOptions`.
+        **options: Fields of `BridgeOptions` or `FillOptions`.
 
     Raises:
         DataError: The data is empty or nothing but copies.
-        BridgeError: An option is out of range, a segment does not fit the model, no prompt is left to fit on, or a
-            checkpoint is of another run.
+        MapError: An option is out of range, a segment does not fit the model, or no prompt is left to fit on.
     """
-    healer = Healer(model, items, segments, out, cache, on_progress, HealOptions(**options))
-    return model.use_bridges(healer.run())
-
-
-def heal_fills(
-    model: PolarModel,
-    items: Sequence[Item] | None = None,
-    segments: str = "default",
-    *,
-    out: str | Path | None = None,
-    cache: RewardCache | None = None,
-    on_progress: Progress = silent,
-    **options: Any,
-) -> FillSet:
-    """Fit fills, which write the keys and values of layers for prompt tokens; the model uses them from now on.
-
-    Args:
-        model: The model.
-        items: Prompts to fit on; None = the prompts that come with the package. Choice questions are left out.
-        segments: Cuts, from which all layers up to the last are filled, or first and last layers, e.g. `27,24,20-23`,
-            or several of these that one program fills, e.g. `18-21+23`;
-            `default` = what changes least, of 10 % to 50 % of the layers, found by measuring.
-        out: Folder to write the fills to; checkpoints are kept there too.
-        cache: Where identity's answers to prompts are kept; None = in memory.
-        on_progress: Called with (stage, steps done, steps in all).
-        **options: Fields of `FillOptions`.
-
-    Raises:
-        DataError: The data is empty or nothing but copies.
-        FillError: An option is out of range, a segment does not fit the model, no prompt is left to fit on, or a
-            checkpoint is of another run.
-    """
-    return model.use_fills(FillHealer(model, items, segments, out, cache, on_progress, FillOptions(**options)).run())
+    chosen = BridgeOptions.of(**options) if kind == "bridge" else FillOptions.of(**options)
+    return model.use_maps(Healer(model, chosen, items, segments, out, cache, on_progress).run())
 
 
 def train(
@@ -136,9 +108,7 @@ def train(
     """
     _check_settings(kind, settings)
     matrix = rewards if isinstance(rewards, RewardMatrix) else RewardMatrix.load(rewards)
-    maps = _Maps(
-        None if bridges is None else model.use_bridges(bridges), None if fills is None else model.use_fills(fills)
-    )
+    maps = [model.use_maps(folder) for folder in (bridges, fills) if folder is not None]
     checkpoints = None if out is None else Path(out) / _CHECKPOINTS
     trainer = RouterTrainer(model, matrix, features, checkpoints, on_progress)
     router = _trained(trainer, kind, builtin_items() if items is None else items, settings)
@@ -186,7 +156,7 @@ def calibrate(
     target = out if out is not None else router
     if isinstance(target, (str, Path)):
         beside = None if isinstance(router, Router) or router is None else Path(router)
-        _save(certified, Path(target), _Maps() if beside is None else _beside(beside))
+        _save(certified, Path(target), [] if beside is None else map(MapSet.load, map_folders(beside)))
     return certified
 
 
@@ -241,39 +211,21 @@ def _obtain(model: PolarModel, router: Router | str | Path | None) -> Router | N
     return attach_router(load_router(router), model, Path(router))
 
 
-class _Maps(NamedTuple):
-    """What the programs of a router may use."""
-
-    bridges: BridgeSet | None = None
-    fills: FillSet | None = None
-
-
-def _beside(router: Path) -> _Maps:
-    """The maps that are stored beside a router."""
-    bridges, fills = router / BRIDGES, router / FILLS
-    return _Maps(BridgeSet.load(bridges) if bridges.is_dir() else None, FillSet.load(fills) if fills.is_dir() else None)
-
-
-def _save(router: LearnedRouter, folder: Path, maps: _Maps) -> None:
+def _save(router: LearnedRouter, folder: Path, maps: Iterable[MapSet]) -> None:
     """Write a router, and those bridges and fills that its programs use."""
+    sets = {each.kind: each for each in maps}
     static = [Program.parse(row["program"]) for row in router.facts.training.get("static", ())]
     programs = [*router.programs, *static]
-    crossed = {segment for program in programs for segment in program.bridges}
-    filled = {segment for program in programs for segment in program.fills}
-    if crossed and maps.bridges is None:
-        raise RouterError(
-            f"the router's programs cross layers by bridges, such as {min(crossed)}, that would not be saved with it.",
-            hint="Name their folder with bridges=, or --bridges.",
-        )
-    if filled and maps.fills is None:
-        raise RouterError(
-            f"the router's programs fill layers by maps, such as {min(filled)}, that would not be saved with it.",
-            hint="Name their folder with fills=, or --fills.",
-        )
-    if crossed and maps.bridges is not None:
-        kept = {segment: bridge for segment, bridge in maps.bridges.bridges.items() if segment in crossed}
-        records = tuple(record for record in maps.bridges.records if (record.first, record.last) in crossed)
-        replace(maps.bridges, bridges=kept, records=records).save(folder / BRIDGES)
-    if filled and maps.fills is not None:
-        maps.fills.only(filled).save(folder / FILLS)
+    used: dict[MapKind, set[Segment]] = {
+        "bridge": {segment for program in programs for segment in program.bridges},
+        "fill": {segment for program in programs for segment in program.fills},
+    }
+    for kind, segments in used.items():
+        if segments and kind not in sets:
+            raise RouterError(
+                f"the router's programs use {kind}s, such as {min(segments)}, that would not be saved with it.",
+                hint=f"Name their folder with {kind}s=, or --{kind}s.",
+            )
+        if segments:
+            sets[kind].only(segments).save(folder / MAP_FOLDERS[kind])
     save_router(router, folder)

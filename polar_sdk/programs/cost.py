@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from polar_sdk.errors import MissingBridgeError, MissingFillError
+from polar_sdk.errors import MissingMapError
 from polar_sdk.usage import FlopUsage
 
 if TYPE_CHECKING:
@@ -166,12 +166,12 @@ class CostModel:
         """Cost of one step of a program for a token that runs it.
 
         Raises:
-            MissingBridgeError: The model has no such bridge.
+            MissingMapError: The model has no such bridge.
         """
         if not step.bridge:
             return self.layers[step.first]
         if (step.first, step.last) not in self.bridges:
-            raise MissingBridgeError(
+            raise MissingMapError(
                 f"there is no bridge over layers {step.first}-{step.last}; this model has: "
                 f"{_listed('[{}-{}]', self.bridges)}.",
                 hint="Fit it with `polar lab heal`, or load the bridges that the program was made for.",
@@ -182,10 +182,10 @@ class CostModel:
         """FLOPs per filled token of a segment's map.
 
         Raises:
-            MissingFillError: The model has no such map.
+            MissingMapError: The model has no such map.
         """
         if segment not in self.fills:
-            raise MissingFillError(
+            raise MissingMapError(
                 f"there is no fill for layers {segment[0]}-{segment[1]}; this model has: "
                 f"{_listed('({}-{})', self.fills)}.",
                 hint="Fit it with `polar lab heal`, or load the fills that the program was made for.",

@@ -1,4 +1,4 @@
-"""What the visits of a model on this host cost, for whoever checks a bill: from its configuration, without its weights.
+"""The costs of visits of a model on this host, for whoever checks a bill: from its configuration, without its weights.
 
 The model is found by the fingerprint of the usage record, so that no other model's sizes can stand in for it; bridges
 and fills come with the routers that are stored for it. Fetches nothing. Knows FLOPs, no money.
@@ -6,19 +6,21 @@ and fills come with the routers that are stored for it. Fetches nothing. Knows F
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from polar_sdk.errors import BridgeError, FillError, ModelNotFoundError
+from polar_sdk.errors import MapError, ModelNotFoundError
 from polar_sdk.models.find import find_local
 from polar_sdk.models.network import read_config
-from polar_sdk.router.bridge_set import BridgeSet
-from polar_sdk.router.fill_set import FillSet
-from polar_sdk.router.store import BRIDGES, FILLS, router_folders
+from polar_sdk.router.map_set import MapSet
+from polar_sdk.router.store import map_folders, router_folders
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from polar_sdk.programs.cost import CostModel, Segment
+    from polar_sdk.router.map_set import MapKind
 
 
 def stored_costs(name: str, fingerprint: str, router: Path | None = None) -> CostModel:
@@ -42,22 +44,17 @@ def stored_costs(name: str, fingerprint: str, router: Path | None = None) -> Cos
             hint="Name its folder with --model.",
         )
     cost = find_family(read_config(local.folder)).cost()
-    bridges: dict[Segment, int] = {}
-    fills: dict[Segment, int] = {}
+    known: dict[MapKind, dict[Segment, int]] = {"bridge": {}, "fill": {}}
     for folder in (*([] if router is None else [router]), *router_folders(fingerprint)):
-        bridges = {**_maps(BridgeSet, folder / BRIDGES, fingerprint), **bridges}
-        fills = {**_maps(FillSet, folder / FILLS, fingerprint), **fills}
-    return cost.with_bridges(bridges).with_fills(fills)
+        for found in _maps(folder, fingerprint):
+            known[found.kind] = {each.segment: each.flops_per_token for each in found.records} | known[found.kind]
+    return cost.with_bridges(known["bridge"]).with_fills(known["fill"])
 
 
-def _maps(kind: type[BridgeSet | FillSet], folder: Path, fingerprint: str) -> dict[Segment, int]:
-    """FLOPs per token of the maps beside a router; none where they are another model's, or damaged."""
-    if not folder.is_dir():
-        return {}
-    try:
-        found = kind.load(folder)
-    except (BridgeError, FillError):
-        return {}
-    if found.fingerprint != fingerprint:
-        return {}
-    return {(each.first, each.last): each.flops_per_token for each in found.records}
+def _maps(router: Path, fingerprint: str) -> Iterator[MapSet]:
+    """The maps beside a router, without those that are another model's, or damaged."""
+    for folder in map_folders(router):
+        with suppress(MapError):
+            found = MapSet.load(folder)
+            if found.fingerprint == fingerprint:
+                yield found

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from polar_sdk.engine import engine_version
-from polar_sdk.engine.hashes import hash_bridges, hash_programs, hash_tensors
+from polar_sdk.engine.hashes import hash_maps, hash_programs, hash_tensors
 from polar_sdk.errors import RouterDamagedError, RouterError, RouterModelError, UnknownTierError
 from polar_sdk.programs.cost import NOMINAL_OUTPUT, NOMINAL_PROMPT
 from polar_sdk.router.base import IdentityRouter, Route, Router
@@ -93,7 +93,7 @@ class LearnedRouter(Router):
         Raises:
             RouterModelError: The router was trained for another model.
             RouterDamagedError: Its weights were trained on other features than its facts name.
-            MissingBridgeError: A program uses a bridge that the model does not have.
+            MissingMapError: A program uses a bridge that the model does not have.
         """
         if fingerprint != self.facts.fingerprint:
             raise RouterModelError(
@@ -115,7 +115,7 @@ class LearnedRouter(Router):
             model=fingerprint,
             menu=hash_programs(self.programs),
             router=hash_tensors(self.network.tensors()),
-            bridges=hash_bridges(decoder, self.programs),
+            bridges=hash_maps(decoder, self.programs),
             dtype=decoder.dtype_name,
             engine=engine_version(decoder.dtype_name),
         )
@@ -138,7 +138,7 @@ class LearnedRouter(Router):
     @property
     def subject(self) -> Subject:
         """What would run: the hashes that a certificate must match. Bridges may have been replaced since."""
-        bridges = hash_bridges(self.reader.decoder, self.programs)
+        bridges = hash_maps(self.reader.decoder, self.programs)
         assert self._subject is not None
         if bridges == self._subject.bridges:
             return self._subject

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from polar_sdk.engine.large_pages import give_back_freed_memory
-from polar_sdk.errors import BridgeError, FillError, ProgramError, RouterError
+from polar_sdk.errors import MapError, ProgramError, RouterError
 from polar_sdk.models.paths import cache_folder
 from polar_sdk.programs.policy import Policy
 from polar_sdk.router.artifact import load_router
@@ -22,14 +22,13 @@ from polar_sdk.router.base import Router
 from polar_sdk.router.learned import LearnedRouter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.router.map_set import MapKind
 
-BRIDGES: Final = "bridges"
-"""Name of the folder in a router's folder that contains its bridges."""
-FILLS: Final = "fills"
-"""Name of the folder in a router's folder that contains its fills."""
+MAP_FOLDERS: Final[Mapping[MapKind, str]] = {"bridge": "bridges", "fill": "fills"}
+"""Names of the folders in a router's folder that contain its maps."""
 
 
 class _Host(Protocol):
@@ -43,9 +42,7 @@ class _Host(Protocol):
     @property
     def decoder(self) -> Decoder: ...
 
-    def use_bridges(self, path: str | Path) -> object: ...
-
-    def use_fills(self, path: str | Path) -> object: ...
+    def use_maps(self, maps: str | Path) -> object: ...
 
 
 def saved_policy_path(fingerprint: str) -> Path:
@@ -106,10 +103,8 @@ def attach_router(router: Router, host: _Host, folder: Path | None) -> Router:
     if not isinstance(router, LearnedRouter):
         return router
     if router.facts.fingerprint == host.fingerprint and folder is not None:
-        if (folder / BRIDGES).is_dir():
-            host.use_bridges(folder / BRIDGES)
-        if (folder / FILLS).is_dir():
-            host.use_fills(folder / FILLS)
+        for maps in map_folders(folder):
+            host.use_maps(maps)
     bound = router.bind(host.decoder, host.fingerprint)
     for program in bound.programs:
         try:
@@ -129,8 +124,13 @@ def _certified_routers(host: _Host) -> Iterator[Router]:
                 bound = attach_router(router, host, folder)
                 if isinstance(bound, LearnedRouter) and bound.certified:
                     yield bound
-        except (RouterError, BridgeError, FillError, ProgramError):
+        except (RouterError, MapError, ProgramError):
             continue
+
+
+def map_folders(router: Path) -> list[Path]:
+    """Folders of the bridges and the fills that are stored beside a router."""
+    return [folder for name in MAP_FOLDERS.values() if (folder := router / name).is_dir()]
 
 
 def router_folders(fingerprint: str) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from polar_sdk.engine.hashes import hash_bridges
+from polar_sdk.engine.hashes import hash_maps
 from polar_sdk.engine.pages import PAGE
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class PrefixCache:
         """What stands for all that must be the same before the first token."""
         program = request.program
         compiled = int(row.begin().compiled)
-        common = (request.tenant, program.text, hash_bridges(self._decoder, [program]), compiled)
+        common = (request.tenant, program.text, hash_maps(self._decoder, [program]), compiled)
         return hashlib.sha256(repr(common).encode()).digest()
 
     @staticmethod

@@ -281,16 +281,16 @@ class Routers(Artifacts):
         load_router(self.folder)
 
 
-class BridgeSets(Artifacts):
+class MapSets(Artifacts):
     """The bridges of a router."""
 
-    name, share = "bridges", 2
+    name, share = "maps", 2
     source = Routers.source / "bridges"
 
     def load(self) -> None:
-        from polar_sdk.router.bridge_set import BridgeSet
+        from polar_sdk.router.map_set import MapSet
 
-        BridgeSet.load(self.folder)
+        MapSet.load(self.folder)
 
 
 class Ledgers(Reader):
@@ -545,7 +545,7 @@ READERS: Final[Sequence[type[Reader]]] = (
     DataSets,
     Spools,
     Routers,
-    BridgeSets,
+    MapSets,
     Ledgers,
     Receipts,
     Commands,

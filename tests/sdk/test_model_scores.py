@@ -12,7 +12,7 @@ from polar_sdk.errors import (
     ContextWindowError,
     EmptyPromptError,
     InvalidRequestError,
-    MissingBridgeError,
+    MissingMapError,
     ProgramDepthError,
     ProtectedLayerError,
 )
@@ -70,7 +70,7 @@ class TestScoreBatch:
             ([("x" * 500, ["z", "y" * 13])], [None], ContextWindowError, "have 513 tokens; the context window is 512"),
             ([("a", ["b"])], [None, "0-6"], ProgramDepthError, "layer 6"),
             ([("a", ["b"])], [None, "1-5"], ProtectedLayerError, "layer 0"),
-            ([("a", ["b"])], ["0-1 [2-3] 4-5"], MissingBridgeError, "2-3"),
+            ([("a", ["b"])], ["0-1 [2-3] 4-5"], MissingMapError, "2-3"),
         ],
     )
     def test_refused_before_compute(

@@ -16,8 +16,8 @@ PUBLIC = {
         Policy Program Router StaticRouter Tier TokenLogprobs UsageRecord UsageSink
     """,
     "polar_sdk.lab": """
-        AnswerItem ChoiceItem DraftOptions Evaluation FillOptions HealOptions Item LayerwiseSettings MenuSettings
-        PromptItem RewardMatrix ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal heal_fills
+        AnswerItem ChoiceItem BridgeOptions DraftOptions Evaluation FillOptions Item LayerwiseSettings MenuSettings
+        PromptItem RewardMatrix ScanReport SearchOptions SearchResult builtin_items calibrate evaluate heal
         train_draft_head read_items scan search train
     """,
     "polar_billing": """

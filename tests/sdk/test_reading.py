@@ -25,7 +25,7 @@ from polar_sdk.models.fingerprint import file_sha256
 from polar_sdk.models.store import check_folder, read_manifest
 from polar_sdk.programs.policy import Policy
 from polar_sdk.router.artifact import load_router
-from polar_sdk.router.bridge_set import BridgeSet
+from polar_sdk.router.map_set import MapSet
 from polar_sdk.testing import tiny_llama
 
 if TYPE_CHECKING:
@@ -103,10 +103,10 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
             router / "router.safetensors",
         ),
         Reader(
-            "bridges.json",
-            (router / "bridges" / "bridges.json").read_bytes(),
-            lambda path: BridgeSet.load(path.parent),
-            router / "bridges" / "bridges.safetensors",
+            "maps.json",
+            (router / "bridges" / "maps.json").read_bytes(),
+            lambda path: MapSet.load(path.parent),
+            router / "bridges" / "maps.safetensors",
         ),
         Reader(
             "config.json",
@@ -133,7 +133,7 @@ def _book() -> bytes:
 
 
 NAMES = (
-    *("prices.toml", "policy.json", "router.json", "bridges.json", "config.json", "polar.json", "items.jsonl"),
+    *("prices.toml", "policy.json", "router.json", "maps.json", "config.json", "polar.json", "items.jsonl"),
     *("menu.json", "evaluation.json", "receipt.json", "1-2-3.jsonl"),
 )
 
@@ -184,7 +184,7 @@ def test_mutated_files_end_in_polar_errors_only(
     mutate()
 
 
-@pytest.mark.parametrize("name", ["config.json", "policy.json", "router.json", "bridges.json", "menu.json"])
+@pytest.mark.parametrize("name", ["config.json", "policy.json", "router.json", "maps.json", "menu.json"])
 def test_values_of_other_types_end_in_polar_errors_only(
     readers: dict[str, Reader], name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 from pydantic import BaseModel
 
-from polar_sdk.lab.healing.bridge_fit import make_packs
+from polar_sdk.lab.healing.packs import make_packs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
 from polar_sdk.lab.rewards.measure import STRICT_ANSWER
 from polar_sdk.lab.rewards.tasks import ANSWER_TOKENS, BATCH
@@ -29,7 +29,7 @@ from polar_sdk.show.progress import Progress, silent
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from polar_sdk.lab.healing.bridge_fit import Pack
+    from polar_sdk.lab.healing.packs import Pack
     from polar_sdk.lab.rewards.tasks import Task
     from polar_sdk.lab.training.outcomes import PromptOutcome
     from polar_sdk.model import PolarModel

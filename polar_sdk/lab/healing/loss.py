@@ -1,12 +1,13 @@
 """The loss of distillation: how far a program's predictions are from those of full depth. Knows tensors only.
 
-It has three terms, each a mean: the divergence of the token distributions; the difference between the choices' scores,
-centred per question, since only differences between choices matter; and optionally the cross-entropy on the right
-choice. The last is not distillation: it fits the maps to labels.
+Its terms are means: the divergence of the token distributions; the error of the last states; the difference between
+the choices' scores, centred per question, since only differences between choices matter; and the cross-entropy on the
+right choice. The last is not distillation: it fits the maps to labels.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -28,8 +29,21 @@ _TEMPERATURE: Final = 0.3
 """Temperature of the cross-entropy, in nats per character."""
 
 
-_SOFTENING: Final = 2.0
-"""Temperature at which token distributions are compared where fills are trained."""
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms.
+
+    Attributes:
+        temperature: T at which token distributions are compared; their divergence counts T² times.
+        hidden: Of the squared error of the last states, over their mean square (SwiftKV, arXiv 2410.03960).
+        choices: Of the difference between the choices' scores.
+        labels: Of the cross-entropy on the right choice; 0 uses no label.
+    """
+
+    temperature: float = 1.0
+    hidden: float = 0.0
+    choices: float = 0.0
+    labels: float = 0.0
 
 
 class ChoiceSlots(NamedTuple):
@@ -45,18 +59,19 @@ class ChoiceSlots(NamedTuple):
     """Index of the right choice, (Q,)."""
 
 
-class Reference(NamedTuple):
-    """Identity's predictions for a pack: M predicted tokens, whose distributions are compared at a sample of S.
+class Predictions(NamedTuple):
+    """Predictions of one program, or of identity, for a pack of M predicted tokens.
 
-    A sample gives the same gradient on average, for a fraction of the head's cost.
+    Distributions are compared at a sample of S of them, which gives the same gradient on average, for a fraction of the
+    head's cost.
     """
 
-    sampled: Tensor
-    """Rows of the sample among the M, (S,)."""
     logits: Tensor
-    """(S, V)."""
-    scores: Tensor | None
-    """Of the choices, (Q, C); see `choice_scores`."""
+    """Of the sample, (S, V)."""
+    states: Tensor
+    """The last states, (M, E)."""
+    scores: Tensor | None = None
+    """Of the choices, (Q, C), where there are some; see `choice_scores`."""
 
 
 def slots_of(tasks: Sequence[Task], device: torch.device) -> ChoiceSlots | None:
@@ -80,48 +95,30 @@ def slots_of(tasks: Sequence[Task], device: torch.device) -> ChoiceSlots | None:
     )
 
 
-def loss_of(
-    ours: Tensor, full: Reference, targets: Tensor, choices: ChoiceSlots | None, *, distil: float, labels: float
-) -> Tensor:
-    """The loss of one pack, a scalar.
+def loss_of(ours: Predictions, full: Predictions, choices: ChoiceSlots | None, weights: LossWeights) -> Tensor:
+    """The loss of one pack under a program, a scalar.
 
     Args:
-        ours: Logits of the program where a continuation's token is predicted, (M, V).
-        full: Identity's predictions there.
-        targets: Those tokens, (M,).
+        ours: The program's predictions.
+        full: Identity's.
         choices: The pack's choices.
-        distil: Weight of the difference between the choices' scores.
-        labels: Weight of the cross-entropy on the right choice; 0 uses no label.
+        weights: Of the terms.
     """
-    ours_log, full_log = ours[full.sampled].float().log_softmax(-1), full.logits.float().log_softmax(-1)
-    loss = (full_log.exp() * (full_log - ours_log)).sum(-1).mean()
-    if choices is None or full.scores is None:
+    heat = weights.temperature
+    ours_log, full_log = (logits.float().div(heat).log_softmax(-1) for logits in (ours.logits, full.logits))
+    loss = heat**2 * (full_log.exp() * (full_log - ours_log)).sum(-1).mean()
+    if weights.hidden:
+        states = full.states.float()
+        loss = loss + weights.hidden * ((ours.states.float() - states).square().mean() / states.square().mean())
+    if choices is None or ours.scores is None or full.scores is None:
         return loss
-    scores, reference = choice_scores(ours, targets, choices), _centred(full.scores, choices)
-    difference = F.huber_loss(_centred(scores, choices) / _UNIT, reference / _UNIT, reduction="none")
-    loss = loss + distil * difference[choices.valid].mean()
-    if labels:
-        logits = scores.masked_fill(~choices.valid, -1e9) / _TEMPERATURE
-        loss = loss + labels * F.cross_entropy(logits, choices.right)
+    scores, reference = _centred(ours.scores, choices), _centred(full.scores, choices)
+    difference = F.huber_loss(scores / _UNIT, reference / _UNIT, reduction="none")
+    loss = loss + weights.choices * difference[choices.valid].mean()
+    if weights.labels:
+        logits = ours.scores.masked_fill(~choices.valid, -1e9) / _TEMPERATURE
+        loss = loss + weights.labels * F.cross_entropy(logits, choices.right)
     return loss
-
-
-def fill_loss(ours: Tensor, full: Tensor, states: Tensor, reference: Tensor, *, hidden: float) -> Tensor:
-    """The loss of one pack under a filled program, a scalar, after SwiftKV (arXiv 2410.03960).
-
-    It is T² times the divergence at temperature T = 2, and the squared error of the last states over their mean square.
-
-    Args:
-        ours: Logits of the program at a sample of the predicted tokens, (S, V).
-        full: Identity's logits there.
-        states: The program's last states where it predicts, (M, E).
-        reference: Identity's.
-        hidden: Weight of the states' error.
-    """
-    ours_log, full_log = (logits.float().div(_SOFTENING).log_softmax(-1) for logits in (ours, full))
-    divergence = (full_log.exp() * (full_log - ours_log)).sum(-1).mean()
-    error = (states.float() - reference.float()).square().mean() / reference.float().square().mean()
-    return _SOFTENING**2 * divergence + hidden * error
 
 
 def choice_scores(logits: Tensor, targets: Tensor, choices: ChoiceSlots) -> Tensor:

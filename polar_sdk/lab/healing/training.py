@@ -1,204 +1,247 @@
 """Training of maps through the frozen rest of the model, so that its predictions approach those of full depth.
 
 The base model's weights get no gradient. Every random choice depends on the seed and the step alone, so that a run that
-was interrupted and resumed ends where an uninterrupted one does. Here is what the trainers of bridges and of fills have
-in common. Knows packs and tensors, no items.
+was interrupted and resumed ends where an uninterrupted one does. Groups that share a segment train its map together.
+A pack's states at full depth are computed once and kept, as long as they fit in some memory, so that later passes over
+the packs begin with the first layer that a map stands for. Knows packs and tensors, no items.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from polar_sdk.engine.native import has_tiles
-from polar_sdk.errors import PolarError
-from polar_sdk.reading import parse_json
-from polar_sdk.writing import replacing
+from polar_sdk.lab.healing.loss import ChoiceSlots, Predictions, choice_scores, loss_of, slots_of
+from polar_sdk.lab.healing.packs import layers, put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
     from polar_sdk.engine.decoder import Decoder
-    from polar_sdk.lab.healing.bridge_fit import Pack
+    from polar_sdk.engine.maps import Map
+    from polar_sdk.lab.checkpoint import Checkpoint
+    from polar_sdk.lab.healing.method import Group, Method
+    from polar_sdk.lab.healing.packs import Pack
     from polar_sdk.programs.cost import Segment
+    from polar_sdk.programs.program import Program
 
 
+CHECKPOINT: Final = "maps"
+"""Name of the checkpoint."""
 _WARM_UP: Final = 15
 """Steps over which the learning rate rises."""
 _CHECKPOINT_EVERY: Final = 20
 """Steps between checkpoints."""
 _SAMPLED_TOKENS: Final = 256
 """Predicted tokens of a pack whose whole distributions are compared."""
-MEASURED: Final = -1
+_MAX_KEPT: Final = 4 * 2**30
+"""Memory for the states of packs at full depth: a hundred packs of the default model take 2.4 GB. Unit: bytes."""
+_MEASURED: Final = -1
 """The step number of a loss that is measured, not trained."""
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
-    """How to train.
+class _Start(NamedTuple):
+    """The share of one pack in every step: N tokens, M of them predicted."""
 
-    Attributes:
-        steps: Batches.
-        rate: Peak learning rate of Adam.
-        seed: Of the order, and of everything else that is drawn.
-    """
+    entries: dict[int, Tensor]
+    """States before the first layer that a map of each group stands for, (N, E), at full depth."""
+    final: Tensor
+    """Identity's last states where it predicts, (M, E)."""
+    choices: ChoiceSlots | None
+    scores: Tensor | None
+    """Identity's scores of the choices, (Q, C)."""
 
-    steps: int
-    rate: float
-    seed: int
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate: a short rise, then half a cosine down to 5 %."""
-        cosine = 0.5 * (1 + math.cos(math.pi * step / max(self.steps, 1)))
-        return self.rate * min(1, (step + 1) / _WARM_UP) * (0.05 + 0.95 * cosine)
+    @property
+    def bytes(self) -> int:
+        """Size of its states. Unit: bytes."""
+        return self.final.nbytes + sum(states.nbytes for states in self.entries.values())
 
 
-class MapTrainer(ABC):
-    """Trains the maps of segments, one pack per step.
+class MapLoss:
+    """How far programs with maps are from full depth.
 
     Args:
-        decoder: A copy whose maps may be set; see `bridge_fit.trainable_copy`.
-        packs: What to train on.
-        values: Where training starts: the tensors of each segment's map.
-        plan: How to train.
-        mark: Names the run's data, segments and settings; a checkpoint with another mark is refused.
-        checkpoint: File of the checkpoint; None keeps none.
+        decoder: A copy whose maps may be set; see `packs.trainable_copy`.
+        method: Of the kind of maps.
+        groups: Segments that are used together.
     """
 
-    damaged: type[PolarError] = PolarError
-    """Raised for a checkpoint that cannot be used."""
+    def __init__(self, decoder: Decoder, method: Method, groups: Sequence[Group]) -> None:
+        self._decoder, self._method, self._groups = decoder, method, tuple(groups)
+        self._weights = method.options.weights
+
+    def means(self, packs: Sequence[Pack], maps: Mapping[Segment, Map]) -> dict[Group, float]:
+        """Mean loss of each group over packs."""
+        put(self._decoder, maps)
+        totals = dict.fromkeys(self._groups, 0.0)
+        with torch.no_grad():
+            for pack in packs:
+                start = self.start(pack)
+                for group in self._groups:
+                    totals[group] += float(self.of(pack, start, self._method.program(group), _MEASURED))
+        return {group: total / len(packs) for group, total in totals.items()}
+
+    @torch.no_grad()
+    def start(self, pack: Pack) -> _Start:
+        """The share of a pack, computed at full depth."""
+        decoder, depth = self._decoder, self._decoder.depth
+        firsts, entries = {group[0][0] for group in self._groups}, {}
+        for layer, x in pack.states(decoder, depth - 1):
+            if layer in firsts:
+                entries[layer] = x
+        final = pack.run(decoder, x, layers(depth - 1, depth))[pack.sources]
+        choices = slots_of(pack.tasks, decoder.device) if self._scored else None
+        scores = None if choices is None else choice_scores(decoder.head(final), pack.targets, choices)
+        return _Start(entries, final, choices, scores)
+
+    @property
+    def _scored(self) -> bool:
+        return bool(self._weights.choices or self._weights.labels)
+
+    def of(self, pack: Pack, start: _Start, program: Program, step: int) -> Tensor:
+        """Loss of one program on one pack, with the maps that the decoder has."""
+        decoder = self._decoder
+        first = min(segment[0] for segment in program.bridges + program.fills)
+        entry = max(layer for layer in start.entries if layer <= first)
+        states = pack.run(decoder, start.entries[entry], program.steps[entry:])[pack.sources]
+        rows = _sampled(len(start.final), self._method.options.seed, step).to(decoder.device)
+        with torch.no_grad():
+            full = Predictions(decoder.head(start.final[rows]), start.final, start.scores)
+        if not self._scored:
+            return loss_of(Predictions(decoder.head(states[rows]), states), full, None, self._weights)
+        logits = decoder.head(states)  # of all predicted tokens, which choices are scored by
+        scores = None if start.choices is None else choice_scores(logits, pack.targets, start.choices)
+        return loss_of(Predictions(logits[rows], states, scores), full, start.choices, self._weights)
+
+
+class MapTrainer:
+    """Trains the maps of all groups together, one pack per step.
+
+    Args:
+        decoder: A copy whose maps may be set; see `packs.trainable_copy`.
+        packs: The prompts to train on.
+        method: Of the kind of maps.
+        groups: Segments that are used together.
+        maps: Where training starts.
+        checkpoint: Of this run; training goes on from it if there is one.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         packs: Sequence[Pack],
-        values: Mapping[Segment, Sequence[Tensor]],
-        plan: TrainingPlan,
-        mark: str,
-        checkpoint: Path | None,
+        method: Method,
+        groups: Sequence[Group],
+        maps: Mapping[Segment, Map],
+        checkpoint: Checkpoint,
     ) -> None:
-        self._decoder, self._packs = decoder, packs
-        self._schedule, self._mark, self._checkpoint = plan, mark, checkpoint
+        self._decoder, self._packs, self._checkpoint = decoder, packs, checkpoint
+        self._method, self._groups, self._options = method, groups, method.options
+        self.loss = MapLoss(decoder, method, groups)
+        self._maps = dict(maps)
         self._values = {
-            segment: [tensor.detach().float().clone().requires_grad_() for tensor in tensors]
-            for segment, tensors in values.items()
+            segment: [part.detach().float().clone().requires_grad_() for part in each.parts.values()]
+            for segment, each in maps.items()
         }
-        self._adam = torch.optim.Adam(self._all(), lr=plan.rate, betas=(0.9, 0.99))
-        self.done = 0
-        """Steps done."""
+        self._all = [value for values in self._values.values() for value in values]
+        self._adam = torch.optim.Adam(self._all, lr=self._options.rate, betas=(0.9, 0.99))
+        self._starts: dict[int, _Start] = {}
+        self._room = _MAX_KEPT
+        """Bytes that more packs' states may take."""
+        self._done = 0
         self.losses: list[float] = []
         """One per step."""
 
     def run(self, on_step: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Train to the end of the plan; whatever stops it leaves a checkpoint."""
+        """Train to the end, from the checkpoint on; whatever stops it leaves a checkpoint."""
+        self._resume()
         consistent = True
         try:
-            while self.done < self._schedule.steps:
-                self._backward(self.done)
+            while self._done < self._options.distil:
+                self._backward(self._done)
                 consistent = False  # interrupted from here on, the values would be half old and half new
                 self._adam.step()
-                self.done += 1
+                self._done += 1
                 consistent = True
-                if self.done % _CHECKPOINT_EVERY == 0:
-                    self.keep()
-                on_step(self.done, self._schedule.steps)
+                if self._done % _CHECKPOINT_EVERY == 0:
+                    self._keep()
+                on_step(self._done, self._options.distil)
         except BaseException:
             if consistent:
-                self.keep()
+                self._keep()
             raise
 
-    @abstractmethod
-    def _gradients(self, step: int, index: int) -> float:
-        """Add the gradients of one step on the pack of that index; returns the loss."""
+    @property
+    def maps(self) -> dict[Segment, Map]:
+        """The maps as they are now, in float32."""
+        return {
+            segment: each.like(value.detach().clone() for value in self._values[segment])
+            for segment, each in self._maps.items()
+        }
 
     def _backward(self, step: int) -> None:
-        """Gradients of one batch."""
+        """Gradients of one step."""
+        options, device = self._options, self._decoder.device
+        cosine = 0.5 * (1 + math.cos(math.pi * step / max(options.distil, 1)))
+        rise = min(1, (step + 1) / _WARM_UP)
         for group in self._adam.param_groups:
-            group["lr"] = self._schedule.rate_at(step)
+            group["lr"] = options.rate * rise * (0.05 + 0.95 * cosine)
         self._adam.zero_grad()
-        device = self._decoder.device
         with torch.autocast(device.type, torch.bfloat16, enabled=_halves_pay(device)):
             loss = self._gradients(step, self._pack_of(step))
-        torch.nn.utils.clip_grad_norm_(self._all(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self._all, 1.0)
         del self.losses[step:]
         self.losses.append(loss)
 
-    def _trained(self) -> dict[Segment, list[Tensor]]:
-        """The maps' tensors as they are now, in float32."""
-        return {segment: [value.detach().clone() for value in values] for segment, values in self._values.items()}
+    def _gradients(self, step: int, index: int) -> float:
+        """Add the gradients of one step on the pack of that index; returns the loss."""
+        pack, start = self._packs[index], self._starts.get(index)
+        if start is None:
+            start = self.loss.start(pack)
+            if start.bytes <= self._room:
+                self._room -= start.bytes
+                self._starts[index] = start
+        total = 0.0
+        programs = self._method.lessons(self._groups, step)
+        for program in programs:  # one after another, so that one graph is held at a time
+            used = program.bridges + program.fills
+            put(self._decoder, {segment: self._maps[segment].like(self._values[segment]) for segment in used})
+            loss = self.loss.of(pack, start, program, step) / len(programs)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
 
-    def _running(self, segment: Segment) -> list[Tensor]:
-        """The tensors of one map in the decoder's dtype, with derivatives."""
-        return [value.to(self._decoder.dtype) for value in self._values[segment]]
+    def _keep(self) -> None:
+        tensors = {f"{index}.value": value.detach() for index, value in enumerate(self._all)}
+        for index, value in enumerate(self._all):
+            tensors |= {f"{index}.{name}": moment for name, moment in self._adam.state.get(value, {}).items()}
+        self._checkpoint.save(CHECKPOINT, tensors, {"done": self._done, "losses": self.losses})
 
-    def keep(self) -> None:
-        """Write the checkpoint, whole or not at all."""
-        if self._checkpoint is None:
+    def _resume(self) -> None:
+        if (found := self._checkpoint.load(CHECKPOINT)) is None:
             return
-        tensors = {f"{index}.value": value.detach() for index, value in enumerate(self._all())}
-        for index, value in enumerate(self._all()):
-            for name, moment in self._adam.state.get(value, {}).items():
-                tensors[f"{index}.{name}"] = moment.detach().clone()
-        with replacing(self._checkpoint) as draft:
-            save_file(tensors, draft, {"mark": self._mark, "done": str(self.done), "losses": json.dumps(self.losses)})
-
-    def resume(self) -> bool:
-        """Continue from the checkpoint; False where there is none.
-
-        Raises:
-            PolarError: The error of `damaged`: it is from another run, or damaged.
-        """
-        if self._checkpoint is None or not self._checkpoint.is_file():
-            return False
-        try:
-            with safe_open(str(self._checkpoint), framework="pt", device=str(self._decoder.device)) as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        except (OSError, SafetensorError) as error:
-            raise self.damaged(
-                f"checkpoint {str(self._checkpoint)!r} cannot be read ({error}); start without --resume."
-            ) from error
-        if facts.get("mark") != self._mark:
-            raise self.damaged(
-                f"checkpoint {str(self._checkpoint)!r} is from a run with other data, segments or settings; use those "
-                "again, or start without --resume."
-            )
-        try:
-            self.done, self.losses = int(facts["done"]), parse_json(facts["losses"])
-            self._restore(tensors)
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise self.damaged(
-                f"checkpoint {str(self._checkpoint)!r} is damaged ({error}); start without --resume."
-            ) from error
-        return True
-
-    def _restore(self, tensors: dict[str, Tensor]) -> None:
-        for index, value in enumerate(self._all()):
+        tensors, facts = found
+        self._done, self.losses = int(facts["done"]), list(facts["losses"])
+        for index, value in enumerate(self._all):
+            own = {name.partition(".")[2]: each for name, each in tensors.items() if name.startswith(f"{index}.")}
             with torch.no_grad():
-                value.copy_(tensors.pop(f"{index}.value"))
-            moments = {name.partition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{index}.")}
-            if moments:
-                self._adam.state[value] = moments
-
-    def _all(self) -> list[Tensor]:
-        return [value for values in self._values.values() for value in values]
+                value.copy_(own.pop("value"))
+            if own:  # Adam counts its steps on the CPU
+                self._adam.state[value] = {
+                    name: moment if name == "step" else moment.to(value.device) for name, moment in own.items()
+                }
 
     def _pack_of(self, step: int) -> int:
         """Index of a step's pack: each pack once per epoch, in an order of the epoch's own."""
         epoch, place = divmod(step, len(self._packs))
         order = list(range(len(self._packs)))
-        random.Random(f"{self._schedule.seed} {epoch}").shuffle(order)
+        random.Random(f"{self._options.seed} {epoch}").shuffle(order)
         return order[place]
 
 
@@ -209,7 +252,7 @@ def _halves_pay(device: torch.device) -> bool:
     return device.type == "cpu" and has_tiles()
 
 
-def sampled(predicted: int, seed: int, step: int) -> Tensor:
+def _sampled(predicted: int, seed: int, step: int) -> Tensor:
     """Some of the predicted tokens, (S,), whose whole distributions are compared in this step."""
     dice = random.Random(f"{seed} {step} shown")
     return torch.tensor(sorted(dice.sample(range(predicted), min(_SAMPLED_TOKENS, predicted))))

@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from polar_sdk.engine.hashes import hash_bridges
+from polar_sdk.engine.hashes import hash_maps
 from polar_sdk.errors import DataError
 from polar_sdk.programs.program import Program
 from polar_sdk.reading import parse_object
@@ -233,6 +233,6 @@ def measured_matrix(
         model=model.name,
         fingerprint=model.fingerprint,
         dtype=model.dtype,
-        bridges=hash_bridges(model.loaded.decoder, programs),
+        bridges=hash_maps(model.loaded.decoder, programs),
         data=data,
     )

@@ -139,7 +139,7 @@ def search(
         model: The model, with the bridges that programs may use; its policy bounds the programs.
         items: Prompts to search on; None = the prompts that come with the package.
         programs: Go on the menu whatever is found, unless the policy forbids it: those that fills were made for, say
-            (`FillSet.programs`). None given = for each fill the program that uses it alone.
+            (`MapSet.programs`). None given = for each fill the program that uses it alone.
         cache: What has been measured already; None = nothing.
         on_progress: Called with (stage, steps done, steps in all).
         **options: Fields of `SearchOptions`.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from polar_sdk.engine.hashes import hash_bridges
+from polar_sdk.engine.hashes import hash_maps
 from polar_sdk.engine.pack import packs
 from polar_sdk.engine.scoring import Score, score_programs
 from polar_sdk.lab.items import AnswerItem, ChoiceItem, normalised
@@ -142,7 +142,7 @@ class Measurer:
         return known
 
     def _name(self, program: Program) -> str:
-        return f"{program.text} {hash_bridges(self.model.loaded.decoder, [program])[:24]}".strip()
+        return f"{program.text} {hash_maps(self.model.loaded.decoder, [program])[:24]}".strip()
 
     def _fill(self, tasks: Sequence[Task], known: dict[Program, dict[str, Any]], stage: str) -> None:
         """Score what is missing, pack by pack; tasks that lack the same programs go together."""

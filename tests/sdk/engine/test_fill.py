@@ -15,17 +15,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.decoder import build_decoder
-from polar_sdk.engine.fill import Fill, normalise
 from polar_sdk.engine.forward import next_logits
-from polar_sdk.engine.hashes import hash_bridges
+from polar_sdk.engine.hashes import hash_maps
+from polar_sdk.engine.maps import Bridge, Fill, normalise
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.products import Plain, outputs_from
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.scoring import score_programs, states_after
-from polar_sdk.errors import MissingFillError
+from polar_sdk.errors import MissingMapError
 from polar_sdk.model import PolarModel
 from polar_sdk.programs.policy import LoopGuard
 from polar_sdk.programs.program import Program
@@ -90,7 +89,7 @@ def test_a_map_is_affine_in_the_normalised_state_and_its_units(
     assert torch.allclose(fill(3 * x), found, atol=1e-4)  # the length of a state does not matter
     for layer in range(3):
         assert torch.allclose(fill.layer(layer)(x), found[:, layer : layer + 1], atol=1e-5)
-    assert (fill.rank, fill.layers, fill.units, fill.width) == (rank, 3, units, decoder.family.hidden)
+    assert (fill.rank, fill.units, fill.width) == (rank, units, decoder.family.hidden)
     with FlopCounterMode(display=False) as counted:
         written, after = fill.crossed(x)
     assert counted.get_total_flops() == 7 * fill.flops
@@ -104,7 +103,7 @@ def test_a_map_is_affine_in_the_normalised_state_and_its_units(
     assert passing.crossed(x)[1] is x
     assert passing.digest != fill.digest
     assert passing.flops == fill.flops - 2 * fill.carry[0].numel()
-    assert fill.of(fill.tensors).digest == fill.digest
+    assert Fill.of(fill.parts).digest == fill.like(fill.parts.values()).digest == fill.digest
 
 
 def test_states_of_any_size_are_normalised_in_their_own_dtype() -> None:
@@ -116,19 +115,19 @@ def test_states_of_any_size_are_normalised_in_their_own_dtype() -> None:
 def test_a_fill_counts_and_is_hashed(tiny_family: TinyFamily) -> None:
     decoder = build_decoder(tiny_family("llama"))
     program = Program.parse("0-3 (4-5)")
-    with pytest.raises(MissingFillError, match="this model has: none"):
+    with pytest.raises(MissingMapError, match="this model has: none"):
         decoder.fill((4, 5))
-    with pytest.raises(MissingFillError):
-        hash_bridges(decoder, [program])
+    with pytest.raises(MissingMapError):
+        hash_maps(decoder, [program])
     fill = random_fill(decoder, (4, 5))
     decoder.set_fills({(4, 5): fill})
     assert decoder.fill((4, 5)).digest == fill.digest
     assert decoder.cost.fills == {(4, 5): fill.flops}
-    digest = hash_bridges(decoder, [program])
+    digest = hash_maps(decoder, [program])
     assert digest
-    assert hash_bridges(decoder, [Program.identity(DEPTH)]) == ""
+    assert hash_maps(decoder, [Program.identity(DEPTH)]) == ""
     decoder.set_fills({(4, 5): random_fill(decoder, (4, 5), seed=1)})
-    assert hash_bridges(decoder, [program]) != digest
+    assert hash_maps(decoder, [program]) != digest
 
 
 @contextmanager
@@ -476,7 +475,7 @@ class TestRequests:
         assert record.visits.prefill_filled == ()
 
     def test_a_missing_map_is_an_error_before_compute(self, model: PolarModel, records: ListSink) -> None:
-        with pytest.raises(MissingFillError, match=r"no fill for layers 4-5; this model has: \(2-5\), \(3-5\)"):
+        with pytest.raises(MissingMapError, match=r"no fill for layers 4-5; this model has: \(2-5\), \(3-5\)"):
             model.generate("x", program="0-3 (4-5)")
         assert records.records == []
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from polar_sdk.cli.main import app
 from polar_sdk.router.artifact import load_router
-from polar_sdk.router.fill_set import FillSet
 from polar_sdk.router.learned import LearnedRouter
+from polar_sdk.router.map_set import MapSet
 from polar_sdk.testing import tiny_llama, tiny_policy, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -156,9 +156,9 @@ def test_the_script_makes_an_artifact(
     assert "economy: promises broken on the other half" in figures
     assert {"exact, all: tokens kept", "economy: KL per token", "standard: drop against exact"} <= set(figures)
     if any(program.bridges for program in router.programs):
-        assert (out / "bridges" / "bridges.json").is_file()
+        assert (out / "bridges" / "maps.json").is_file()
     assert {segment for program in router.programs for segment in program.fills} == {(4, 5)}
-    assert set(FillSet.load(out / "fills").fills) == {(4, 5)}
+    assert set(MapSet.load(out / "fills").fills) == {(4, 5)}
 
 
 def test_no_passage_stands_in_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from polar_sdk import PolarModel, Policy, Program
-from polar_sdk.engine.bridge import Bridge
 from polar_sdk.engine.decoder import build_decoder
 from polar_sdk.engine.families import find_family
 from polar_sdk.engine.forward import next_logits
+from polar_sdk.engine.maps import Bridge
 from polar_sdk.engine.pack import Question
 from polar_sdk.engine.placement import Placement
 from polar_sdk.engine.row import Row
 from polar_sdk.engine.scoring import score_questions, states_after
 from polar_sdk.errors import CacheMemoryError, CompileError, DeviceError
-from polar_sdk.lab.healing.bridge_fit import trainable_copy
+from polar_sdk.lab.healing.packs import trainable_copy
 from polar_sdk.models.load import clear_cache
 from polar_sdk.models.placement import place, read_map
 from polar_sdk.testing import tiny_llama, tiny_tokenizer
@@ -250,7 +250,7 @@ class TestServing:
             CompileError, match=r"layers on several devices \(cpu\+cpu:0\) run uncompiled; use compile="
         ):
             _split(folder, compile=True)
-        with pytest.raises(DeviceError, match=r"bridges are fitted on one device, not on cpu\+cpu:0"):
+        with pytest.raises(DeviceError, match=r"maps are fitted on one device, not on cpu\+cpu:0"):
             trainable_copy(_split(folder).loaded.decoder)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_sdk.errors import MissingFillError
+from polar_sdk.errors import MissingMapError
 from polar_sdk.programs.cost import CostModel, LayerCost, Piece, size
 from polar_sdk.programs.program import Program, Step
 
@@ -109,5 +109,5 @@ def test_a_fill_costs_its_map_for_filled_tokens_and_the_layers_for_the_others() 
 
 def test_a_fill_that_the_model_lacks() -> None:
     cost = CostModel((LayerCost(1000, 10),) * 4, 50).with_fills({(3, 3): 60})
-    with pytest.raises(MissingFillError, match=r"no fill for layers 2-3; this model has: \(3-3\)"):
+    with pytest.raises(MissingMapError, match=r"no fill for layers 2-3; this model has: \(3-3\)"):
         cost.prefill(Program.parse("0-1 (2-3)"), 10)

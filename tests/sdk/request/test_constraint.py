@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from typing_extensions import TypedDict
 
 from polar_sdk import ListSink, PolarModel
-from polar_sdk.engine.bridge import Bridge
+from polar_sdk.engine.maps import Bridge
 from polar_sdk.errors import GrammarError, IncompleteAnswerError, InvalidRequestError, MissingExtraError
 from polar_sdk.serving.places import Limits
 from polar_sdk.testing import random_fill, tiny_model

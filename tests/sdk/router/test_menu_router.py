@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from polar_sdk.engine.fill import Fill
+from polar_sdk.engine.maps import Fill
 from polar_sdk.errors import RouterError, RouterModelError
 from polar_sdk.programs.program import Program
 from polar_sdk.router.artifact import load_router, save_router

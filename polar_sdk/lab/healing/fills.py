@@ -1,0 +1,297 @@
+"""Fills: fitted by passes of full depth over the packs (one, unless the sums of all segments are large), then trained.
+
+A fill reads the normalised state where its segment begins, and aims at the keys (before their turn by position) and
+values that each layer of the segment computes at full depth; where layers follow the segment, its carry aims at the
+state after it. All of that shares one Gram matrix. Position 0 is left out: it is not filled. Hidden units are drawn at
+random, as directions of states whose entries are made alike in spread; what they are multiplied by is fitted, and
+training fits the units as well. Knows packs and tensors; no items and no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from polar_sdk.engine.maps import Fill, normalise, reads, rms
+from polar_sdk.errors import MapError
+from polar_sdk.lab.healing.method import FIT_TOKENS, TRAIN_TOKENS, Group, Lots, Method, drawn, segments_of
+from polar_sdk.lab.healing.packs import make_packs
+from polar_sdk.lab.healing.ridge import RidgeSums
+from polar_sdk.lab.healing.training import MapLoss
+from polar_sdk.programs.program import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from polar_sdk.engine.decoder import Decoder
+    from polar_sdk.engine.maps import Map
+    from polar_sdk.lab.healing.options import FillOptions
+    from polar_sdk.lab.healing.packs import Pack
+    from polar_sdk.lab.rewards.tasks import Task
+    from polar_sdk.programs.cost import Segment
+    from polar_sdk.router.map_set import MapSet
+    from polar_sdk.show.progress import Progress
+
+
+DEFAULT: Final = "default"
+"""Asks for groups that are found by measuring; see `candidates`."""
+_SHARES: Final = (0.1, 0.2, 0.27, 0.35, 0.43, 0.5)
+"""Shares of the layers that are filled by default: 3, 6, 8, 10, 13 and 15 of 30."""
+_SUMS: Final = 2 * 2**30
+"""Memory for sums of one pass over the packs. Unit: bytes."""
+_DRAWN_ON: Final = 4
+"""Packs whose states say how hidden units are drawn."""
+_MAX_HELD_OUT: Final = 100
+"""Maximum prompts that are measured on."""
+_CHOICE_PROMPTS: Final = 300
+"""Maximum prompts that layers are fitted on where what to fill is chosen by measuring, …"""
+_CHOICE_HELD_OUT: Final = 40
+"""… and measured on."""
+
+
+@dataclass(frozen=True)
+class FillMethod(Method):
+    """How fills are made."""
+
+    kind = "fill"
+    separators = (",", "+")
+    lowest = 1
+    gap = 1
+    to_the_end = True
+    texts_only = True
+    together = False
+
+    options: FillOptions
+
+    def groups(self, text: str) -> list[Group] | None:
+        """See `Method.groups`; None where the text is `default`."""
+        return None if text.strip() == DEFAULT else super().groups(text)
+
+    def found(self, decoder: Decoder, lots: Lots, on_progress: Progress) -> list[Group]:
+        """Of the groups in `candidates`, those that change least.
+
+        First each layer is filled alone, then the least harmful ones together, against a cut of as many.
+        """
+        if self.depth < 2 or not lots.trained:
+            raise MapError(
+                "which layers to fill cannot be measured: the model needs two layers, and a prompt "
+                f"{self.options.tail + 2} tokens; name the layers, e.g. '24,20'."
+            )
+        packs = make_packs(decoder, drawn(lots.trained, _CHOICE_PROMPTS), FIT_TOKENS)
+        held_out = [task for task in lots.held_out if self._is_filled(task)] or lots.trained
+        judged = make_packs(decoder, drawn(held_out, _CHOICE_HELD_OUT), TRAIN_TOKENS)
+        plain = self.options.model_copy(update={"rank": None, "units": 0})
+
+        def losses(groups: Sequence[Group], stage: str) -> dict[Group, float]:
+            fills = fit_fills(
+                decoder, packs, segments_of(groups), plain, lambda done, total: on_progress(stage, done, total + 1)
+            )
+            return MapLoss(decoder, self, groups).means(judged, fills)
+
+        harms = losses([((layer, layer),) for layer in range(1, self.depth)], "layers to fill, one by one")
+        rivals = candidates({group[0][0]: loss for group, loss in harms.items()}, self.depth)
+        found = losses(list(dict.fromkeys(chain.from_iterable(rivals))), "layers to fill, together")
+        return [min(groups, key=lambda group: found[group]) for groups in rivals]
+
+    def lots(self, train: list[Task], held_out: list[Task]) -> Lots:
+        """See `Method.lots`: training takes prompts of which something is filled."""
+        fitted = drawn(train, self.options.prompts)
+        filled = [task for task in fitted if self._is_filled(task)]
+        if self.options.distil and not filled:
+            raise MapError(
+                f"none of the {len(fitted)} prompts to train on has a token to fill between its first and its last "
+                f"{self.options.tail}; give longer prompts, or a smaller tail."
+            )
+        return Lots(fitted, filled, drawn(held_out, _MAX_HELD_OUT))
+
+    def _is_filled(self, task: Task) -> bool:
+        """Whether something of a prompt is filled in training."""
+        return len(task.question.prompt) > self.options.tail + 1
+
+    def fit(
+        self,
+        decoder: Decoder,
+        tasks: Sequence[Task],
+        groups: Sequence[Group],
+        known: Mapping[Segment, Map],
+        on_progress: Progress,
+    ) -> dict[Segment, Map]:
+        """See `Method.fit`."""
+        missing = [segment for segment in segments_of(groups) if segment not in known]
+        if not missing:
+            return dict(known)
+        packs = make_packs(decoder, tasks, FIT_TOKENS)
+        on_progress("fitting fills", 0, len(packs))
+        fitted = fit_fills(
+            decoder, packs, missing, self.options, lambda done, total: on_progress("fitting fills", done, total)
+        )
+        return {**known, **fitted}
+
+    def errors(
+        self, decoder: Decoder, tasks: Sequence[Task], groups: Sequence[Group], made: MapSet
+    ) -> dict[Segment, float]:
+        """See `Method.errors`."""
+        fills, packs = made.fills, make_packs(decoder, tasks, FIT_TOKENS)
+        error = dict.fromkeys(fills, 0.0)
+        total = dict.fromkeys(fills, 0.0)
+        with torch.inference_mode():
+            for pack in packs:
+                written: dict[Segment, Tensor] = {}
+                for layer, x in pack.states(decoder, max(last for _, last in fills)):
+                    targets = keys_values(decoder, layer, x)[pack.later].float()
+                    for segment, fill in fills.items():
+                        if segment[0] == layer:
+                            written[segment] = fill.to(torch.float32, x.device)(x[pack.later].float())
+                        if segment[0] <= layer <= segment[1]:
+                            ours = written[segment][:, layer - segment[0]].flatten(1)
+                            error[segment] += float((ours - targets).square().sum())
+                            total[segment] += float((targets - targets.mean(0)).square().sum())
+        return {segment: error[segment] / total[segment] if total[segment] else float("nan") for segment in fills}
+
+    def program(self, group: Group) -> Program:
+        """See `Method.program`."""
+        return Program.filling(self.depth, group, self.options.tail)
+
+
+def candidates(harms: Mapping[int, float], depth: int) -> list[list[Group]]:
+    """For each of a few shares of the layers, the groups to choose from: all from a cut on, or the least harmful ones.
+
+    Args:
+        harms: Of each layer from 1 on, the loss where it is filled alone.
+        depth: Layers of the model.
+    """
+    ranked = sorted(harms, key=lambda layer: (harms[layer], -layer))
+    counts = sorted({count for share in _SHARES if 1 <= (count := round(share * depth)) < depth})
+    return [list(dict.fromkeys((((depth - count, depth - 1),), _runs(ranked[:count])))) for count in counts]
+
+
+def _runs(layers: Iterable[int]) -> Group:
+    """Layers as segments of layers that follow each other."""
+    runs: list[Segment] = []
+    for layer in sorted(layers):
+        first = runs.pop()[0] if runs and runs[-1][1] == layer - 1 else layer
+        runs.append((first, layer))
+    return tuple(runs)
+
+
+def fit_fills(
+    decoder: Decoder,
+    packs: Sequence[Pack],
+    segments: Sequence[Segment],
+    options: FillOptions,
+    on_pack: Callable[[int, int], None],
+) -> dict[Segment, Fill]:
+    """Fit fills of several segments, in float32: in one pass over the packs, or more where their sums are large.
+
+    Args:
+        decoder: Runs at full depth.
+        packs: What to fit on.
+        segments: First and last layer of each.
+        options: Ridge, rank, hidden units and seed.
+        on_pack: Called with the number of packs done, and of all.
+    """
+    family, units = decoder.family, options.units
+    inputs, width = family.hidden + units, 2 * family.kv_heads * family.head_dim
+    hidden = _drawn(decoder, packs[:_DRAWN_ON], {first for first, _ in segments}, options) if units else {}
+    fitted: dict[Segment, Fill] = {}
+    outputs = {
+        (first, last): [width] * (last - first + 1) + [family.hidden] * (last < decoder.depth - 1)
+        for first, last in segments
+    }
+    passes = list(_passes(outputs, inputs))
+    for number, some in enumerate(passes):
+        sums = {segment: RidgeSums(inputs, outputs[segment], decoder.device) for segment in some}
+        with torch.inference_mode():
+            for done, pack in enumerate(packs, 1):
+                _add(decoder, pack, sums, hidden)
+                on_pack(number * len(packs) + done, len(passes) * len(packs))
+        for segment, total in sums.items():
+            fitted[segment] = _solved(decoder, segment, total, options, hidden.get(segment[0], ()))
+    return fitted
+
+
+def _passes(outputs: Mapping[Segment, Sequence[int]], inputs: int) -> Iterator[list[Segment]]:
+    """The segments, with the widths of their outputs, in lots whose sums fit in memory together."""
+    some: list[Segment] = []
+    used = 0
+    for segment, widths in outputs.items():
+        need = 8 * inputs * (inputs + sum(widths))
+        if some and used + need > _SUMS:
+            yield some
+            some, used = [], 0
+        some.append(segment)
+        used += need
+    if some:
+        yield some
+
+
+def _drawn(
+    decoder: Decoder, packs: Sequence[Pack], entries: set[int], options: FillOptions
+) -> dict[int, tuple[Tensor, ...]]:
+    """Random hidden units for the states before some layers: each sees a direction of the states made alike in spread.
+
+    A few entries of a state are a hundred times as large as all others, and would be all that a unit sees.
+    """
+    read: dict[int, list[Tensor]] = {layer: [] for layer in entries}
+    with torch.inference_mode():
+        for pack in packs:
+            for layer, x in pack.states(decoder, max(entries)):
+                if layer in read:
+                    read[layer].append(normalise(x)[pack.later].float())
+    drawn: dict[int, tuple[Tensor, ...]] = {}
+    for layer, found in sorted(read.items()):
+        inputs = torch.cat(found)
+        dice = torch.Generator().manual_seed(options.seed * 10_000 + layer)
+        directions = torch.randn(inputs.shape[1], options.units, generator=dice).to(inputs.device)
+        weight = directions / inputs.std(0).clamp(min=1e-6).unsqueeze(1) / inputs.shape[1] ** 0.5
+        shift = torch.randn(options.units, generator=dice).to(inputs.device) / 2
+        drawn[layer] = (weight.clone(), (shift - inputs.mean(0) @ weight).clone())
+    return drawn
+
+
+def _add(
+    decoder: Decoder, pack: Pack, sums: Mapping[Segment, RidgeSums], hidden: Mapping[int, tuple[Tensor, ...]]
+) -> None:
+    later = pack.later
+    inputs: dict[int, Tensor] = {}
+    entries: dict[int, Tensor] = {}
+    for layer, x in pack.states(decoder, min(max(last for _, last in sums) + 1, decoder.depth - 1)):
+        for first, last in (segment for segment in sums if segment[1] + 1 == layer):  # here its carry arrives
+            moved = (x[later].float() - entries[first]) / rms(entries[first])
+            sums[first, last].add_outputs(layer - first, inputs[first], moved)
+        begun = [segment for segment in sums if segment[0] == layer]
+        if begun:
+            entries[layer] = x[later].float()
+            inputs[layer] = reads(entries[layer], hidden.get(layer, ()))
+        for segment in begun:
+            sums[segment].add_inputs(inputs[layer])
+        through = [segment for segment in sums if segment[0] <= layer <= segment[1]]
+        if through:
+            targets = keys_values(decoder, layer, x)[later]
+            for segment in through:
+                sums[segment].add_outputs(layer - segment[0], inputs[segment[0]], targets)
+
+
+def _solved(
+    decoder: Decoder, segment: Segment, sums: RidgeSums, options: FillOptions, hidden: tuple[Tensor, ...]
+) -> Fill:
+    """One map for all layers of a segment; of low rank, its layers share the first factor. The carry has full rank."""
+    family, count = decoder.family, segment[1] - segment[0] + 1
+    found = sums.solve(options.ridge, options.rank, slice(count))
+    bias = found.bias.view(-1, 2, family.kv_heads, family.head_dim)
+    carry: tuple[Tensor, ...] = ()
+    if segment[1] < decoder.depth - 1:
+        move = sums.solve(options.ridge, sets=slice(count, None))
+        carry = (move.weight[0].clone(), move.bias.clone())
+    return Fill(tuple(factor.clone() for factor in found.weight), bias.clone(), hidden, carry)
+
+
+def keys_values(decoder: Decoder, layer: int, x: Tensor) -> Tensor:
+    """Keys before their turn, then values, of a layer from its input (N, E); (N, 2 × G × d)."""
+    key, value = decoder.keys_values(layer, x)
+    return torch.stack((key, value), 1).flatten(1)

@@ -1,0 +1,284 @@
+"""A set of maps of one kind on disk: a folder with `maps.safetensors`, and `maps.json` about them. No pickle.
+
+Fills are stored as int8, each output with a scale of its own, or as float16, bridges as they are. What runs is what was
+read back, in the model's dtype, so that a map is the same before it was stored and after. Knows maps, not how they are
+fitted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from polar_sdk.engine.maps import Bridge, Fill, Map
+from polar_sdk.errors import MapDamagedError, MapError, MapModelError, ProgramSyntaxError
+from polar_sdk.programs.program import Program
+from polar_sdk.reading import Unreadable, parse_json, read_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Set
+
+    from torch import Tensor
+
+    from polar_sdk.programs.cost import Segment
+    from polar_sdk.serving.loaded import LoadedModel
+
+
+MapKind = Literal["bridge", "fill"]
+Storage = Literal["int8", "float16", "exact"]
+"""How matrices are stored; `exact` is the dtype they have."""
+_FORMAT: Final = "polar-maps-1"
+_CLASSES: Final[dict[MapKind, type[Map]]] = {"bridge": Bridge, "fill": Fill}
+_JSON: Final = "maps.json"
+_TENSORS: Final = "maps.safetensors"
+_SCALE: Final = ".scale"
+
+
+class MapRecord(BaseModel, frozen=True, extra="forbid"):
+    """One map, as the JSON file describes it."""
+
+    first: int
+    last: int
+    form: str
+    """`full rank` or `rank 64`, of a map with hidden units `full rank, 256 units`."""
+    flops_per_token: int
+    error: float | None = None
+    """On held-out prompts; None without such prompts. Of a bridge, the squared error of states, divided by that of a
+    plain skip, in the program that uses the whole group; below 1 the bridge is better. Of a fill, the share of the
+    variance of keys and values that it misses."""
+
+    @property
+    def segment(self) -> Segment:
+        """First and last layer."""
+        return self.first, self.last
+
+    @classmethod
+    def of(cls, segment: Segment, fitted: Map, error: float | None) -> Self:
+        """The record of a map."""
+        form = "full rank" if fitted.rank is None else f"rank {fitted.rank}"
+        form += f", {fitted.units} units" if fitted.units else ""
+        return cls(first=segment[0], last=segment[1], form=form, flops_per_token=fitted.flops, error=error)
+
+
+class _File(BaseModel, frozen=True, extra="forbid"):
+    format: str
+    kind: MapKind
+    model: str
+    fingerprint: str
+    dtype: str
+    storage: Storage
+    segments: tuple[MapRecord, ...]
+    data: str
+    training: dict[str, Any]
+    sha256: str
+    """Of the tensor file."""
+
+
+@dataclass(frozen=True, eq=False)
+class MapSet:
+    """Bridges or fills of one model, and how they came to be.
+
+    Attributes:
+        kind: Of all of them.
+        tensors: The maps as they are stored; see `stored`.
+        storage: How.
+        records: Facts about each.
+        model: Name of the model.
+        fingerprint: Of the model.
+        dtype: Of the weights that the states came from.
+        data: Hash of the data.
+        training: How they were made: prompts, settings, the programs that they were made for, and losses where they
+            were trained.
+    """
+
+    kind: MapKind
+    tensors: Mapping[str, Tensor]
+    storage: Storage
+    records: tuple[MapRecord, ...]
+    model: str
+    fingerprint: str
+    dtype: str
+    data: str
+    training: dict[str, Any]
+
+    @cached_property
+    def maps(self) -> dict[Segment, Map]:
+        """The maps, by segment.
+
+        Raises:
+            ValueError: A tensor is missing, shapes do not form a map, or a value is not finite.
+        """
+        return {record.segment: self._map(f"{record.first}-{record.last}.") for record in self.records}
+
+    @cached_property
+    def bridges(self) -> dict[Segment, Bridge]:
+        """The maps that are bridges, by segment."""
+        return {segment: each for segment, each in self.maps.items() if isinstance(each, Bridge)}
+
+    @cached_property
+    def fills(self) -> dict[Segment, Fill]:
+        """The maps that are fills, by segment."""
+        return {segment: each for segment, each in self.maps.items() if isinstance(each, Fill)}
+
+    @cached_property
+    def programs(self) -> tuple[Program, ...]:
+        """The programs that they were made for; none where that was not recorded.
+
+        Raises:
+            ProgramSyntaxError: One does not parse.
+        """
+        return tuple(Program.parse(str(text)) for text in self.training.get("programs", ()))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors. Unit: bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @classmethod
+    def of(cls, maps: MapSet | str | Path) -> MapSet:
+        """Maps as they are, or those in a folder."""
+        return maps if isinstance(maps, MapSet) else cls.load(maps)
+
+    def only(self, segments: Set[Segment]) -> MapSet:
+        """The same set with these segments alone."""
+        records = tuple(record for record in self.records if record.segment in segments)
+        names = {f"{record.first}-{record.last}" for record in records}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.partition(".")[0] in names}
+        return replace(self, tensors=tensors, records=records)
+
+    def check_model(self, name: str, fingerprint: str) -> None:
+        """Refuse a model that these maps were not fitted on.
+
+        Raises:
+            MapModelError: The fingerprints differ.
+        """
+        if self.fingerprint != fingerprint:
+            raise MapModelError(
+                f"the {self.kind}s were fitted for model {self.model} ({self.fingerprint[:12]}…), but this model is "
+                f"{name} ({fingerprint[:12]}…).",
+                hint=f"Fit {self.kind}s for it with `polar lab heal`.",
+            )
+
+    def place_on(self, loaded: LoadedModel) -> None:
+        """Add these maps to those that a model in memory has already.
+
+        Raises:
+            MapModelError: They were fitted for another model.
+            MapError: A segment or a size is not this model's.
+        """
+        self.check_model(loaded.name, loaded.fingerprint)
+        decoder, lowest = loaded.decoder, 0 if self.kind == "bridge" else 1
+        family = decoder.family
+        for (first, last), each in self.maps.items():
+            named = f"{self.kind} {first}-{last}"
+            if not lowest <= first <= last < decoder.depth:
+                raise MapError(
+                    f"{named} does not fit a model of {decoder.depth} layers; it needs some of {lowest} to "
+                    f"{decoder.depth - 1}."
+                )
+            written = (last - first + 1, 2, family.kv_heads, family.head_dim)
+            sizes = (family.hidden, *(written if self.kind == "fill" else (family.hidden,)))
+            if (own := (each.width, *each.bias.shape)) != sizes:
+                raise MapError(f"{named} has sizes {own}, not the model's {sizes}; fit it with `polar lab heal`.")
+        there = decoder.dtype, decoder.device
+        decoder.set_bridges({**decoder.bridges, **{key: each.to(*there) for key, each in self.bridges.items()}})
+        decoder.set_fills({**decoder.fills, **{key: each.to(*there) for key, each in self.fills.items()}})
+
+    def save(self, folder: str | Path) -> Path:
+        """Write both files; the folder is created if needed. Returns the folder."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        data = save_tensors({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+        facts = {name: getattr(self, name) for name in _File.model_fields if hasattr(self, name)}
+        file = _File(format=_FORMAT, segments=self.records, sha256=hashlib.sha256(data).hexdigest(), **facts)
+        (target / _TENSORS).write_bytes(data)
+        (target / _JSON).write_text(file.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        return target
+
+    @classmethod
+    def load(cls, folder: str | Path) -> MapSet:
+        """Read a folder back.
+
+        Raises:
+            MapDamagedError: A file is missing, altered or malformed.
+        """
+        source = Path(folder)
+        try:
+            file = _File.model_validate(parse_json(read_bytes(source / _JSON)))
+            data = (source / _TENSORS).read_bytes()
+        except OSError as error:
+            raise _damaged(source, f"{error.filename} cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _damaged(source, f"{_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        except Unreadable as error:
+            raise _damaged(source, f"{_JSON}: {error}") from error
+        if file.format != _FORMAT:
+            raise _damaged(source, f"{_JSON} has format {file.format!r}, not {_FORMAT!r}")
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise _damaged(source, f"{_TENSORS} is not the file that {_JSON} describes")
+        facts = {name: getattr(file, name) for name in ("kind", "storage", "model", "fingerprint", "dtype", "data")}
+        try:
+            made = cls(tensors=load_tensors(data), records=file.segments, training=file.training, **facts)
+            _ = made.maps, made.programs
+        except ProgramSyntaxError as error:
+            raise _damaged(source, f"{_JSON}: {error}") from error
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise _damaged(source, f"{_TENSORS}: {error}") from error
+        return made
+
+    def _map(self, prefix: str) -> Map:
+        names = [name for name in self.tensors if name.startswith(prefix) and not name.endswith(_SCALE)]
+        try:
+            parts = {name.removeprefix(prefix): self._read(name) for name in names}
+            made = _CLASSES[self.kind].of(parts)
+        except KeyError as error:
+            raise ValueError(f"{prefix}{error.args[0].removeprefix(prefix)} is missing") from error
+        except ValueError as error:
+            raise ValueError(f"{prefix[:-1]}: {error}") from error
+        if not all(bool(part.isfinite().all()) for part in parts.values()):
+            raise ValueError(f"{prefix[:-1]} contains a value that is not finite")
+        return made
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        if tensor.dtype == torch.int8:
+            return tensor.float() * self.tensors[f"{name}{_SCALE}"]
+        return tensor if self.storage == "exact" else tensor.float()
+
+
+def stored(maps: Mapping[Segment, Map], storage: Storage) -> dict[str, Tensor]:
+    """Maps as named tensors: `20-29.weight.0`, `20-29.bias` and so on; with `int8` also `20-29.weight.0.scale`.
+
+    Matrices in int8 are rounded to the nearest of 255 steps between minus and plus the largest value of their output.
+    Only matrices are rounded.
+    """
+    tensors: dict[str, Tensor] = {}
+    for (first, last), each in maps.items():
+        for part, tensor in each.parts.items():
+            name, own = f"{first}-{last}.{part}", tensor.detach().cpu()
+            exact = own.float()
+            if storage == "exact":
+                tensors[name] = own
+            elif exact.dim() != 2:
+                tensors[name] = exact
+            elif storage == "float16":
+                tensors[name] = exact.half()
+            else:
+                scale = (exact.abs().amax(0) / 127).clamp(min=1e-12)
+                tensors[name] = (exact / scale).round().clamp(-127, 127).to(torch.int8)
+                tensors[f"{name}{_SCALE}"] = scale
+    return tensors
+
+
+def _damaged(folder: Path, reason: str) -> MapDamagedError:
+    return MapDamagedError(f"maps in {str(folder)!r} are damaged: {reason}.", hint="Fit them with `polar lab heal`.")
