@@ -64,7 +64,7 @@ def _record_texts(recorder: Recorder, tier: str, whole: dict[str, Any]) -> None:
 
 
 def _record_free(recorder: Recorder, tier: str, free: dict[str, Any]) -> None:
-    """What one tier wrote freely."""
+    """Record the free answers of one tier."""
     note = f"{free['prompts']} prompts answered freely"
     recorder.add(f"{tier}: KL per token", free["kl_per_token"], "nats", topic="free", better="lower", note=note)
     recorder.add(f"{tier}: tokens before the first change", free["first_divergence"], "tokens", topic="free", note=note)
@@ -84,7 +84,7 @@ def _record_free(recorder: Recorder, tier: str, free: dict[str, Any]) -> None:
 
 
 def record_part(recorder: Recorder, name: str, part: dict[str, Any], *, topic: str, kind: str | None = None) -> None:
-    """What one tier saves and keeps on some prompts answered in text."""
+    """Record savings and tokens kept of one tier on some prompts answered in text."""
     note = f"{part['prompts']:,} prompts; noise floor {part['noise_floor']:.1%}" + (f"; {kind}" if kind else "")
     for figure, key in _TEXTS.items():
         bounds = part.get(f"{key}_interval")  # evaluations of before 2026-11-29 have none

@@ -173,10 +173,10 @@ def route_texts(
 
     Args:
         fitted: The texts that fills are fitted on.
-        per_kind: Of each kind of `texts`.
-        per_task: Of each of `TASKS`.
-        comparisons: Of `COMPARISON`.
-        limit: Cuts what they are made from.
+        per_kind: Maximum of each kind of `texts`.
+        per_task: Maximum of each of `TASKS`.
+        comparisons: Maximum of `COMPARISON`.
+        limit: Maximum rows of each data set.
     """
     asked = texts("route", per_kind, limit)
     compared = tasks_about(unused_passages([*fitted, *asked])[:limit], COMPARISON, comparisons)
@@ -221,15 +221,15 @@ def by_tier(model: PolarModel, folder: Path) -> dict[str, Router]:
 def record_depths(
     recorder: Recorder, model: PolarModel, tiers: dict[str, Router], per_depth: int, facts: int = 34, seed: int = 11
 ) -> None:
-    """Whether tiers find a fact at every depth of long notes as full depth does: F1 to the answer.
+    """Record how well tiers find a fact at every depth of long notes, beside full depth: F1 to the answer.
 
     Args:
         recorder: Takes the figures.
         model: The model.
         tiers: Routers by tier, `exact` among them.
         per_depth: Prompts at each depth.
-        facts: In each prompt; 34 make about 1,000 tokens.
-        seed: Of the prompts.
+        facts: Facts in each prompt; 34 make about 1,000 tokens.
+        seed: Seed of the prompts.
     """
     scores: dict[str, list[float]] = {tier: [] for tier in tiers}
     for depth in DEPTHS:
@@ -247,7 +247,7 @@ def record_depths(
 def record_drop(
     recorder: Recorder, name: str, exact: Sequence[float], found: Sequence[float], *, topic: str | None = None
 ) -> None:
-    """How much lower scores are than those of full depth, prompt by prompt, with the paired interval."""
+    """Record the drop of scores against full depth, prompt by prompt, with the paired interval."""
     drop = mean_difference(exact, found)
     recorder.add(
         name,

@@ -133,7 +133,7 @@ def run_trial(
     with metered(model, path, needed) as metered_model:
         _send_all(trial, metered_model, arrivals, tier)
     with Ledger(f"sqlite:///{path}") as ledger:
-        _audit(trial, ledger)
+        audit(trial, ledger)
     return trial
 
 
@@ -193,7 +193,8 @@ def _id(number: int) -> str:
     return f"day-{number}"
 
 
-def _audit(trial: Trial, ledger: Ledger) -> None:
+def audit(trial: Trial, ledger: Ledger) -> None:
+    """Verify a ledger, compare it with what was sent, and take its sums."""
     verification = verify_ledger(ledger)
     trial.links = verification.links
     trial.faults += map(str, verification.findings)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from benchmarks.day.__main__ import compare, day_seconds, same_answers
 from benchmarks.day.arrivals import CURVE, DAY, PEAK, PEAK_TO_MEAN, TENANTS, arrival_times, arrivals_of, rate_at
-from benchmarks.day.trial import FULL_DEPTH, Trial, _audit, run_trial
+from benchmarks.day.trial import FULL_DEPTH, Trial, audit, run_trial
 from polar_billing import ALL_TENANTS, Budgets, Ledger, Selection
 from polar_sdk.testing import tiny_model
 
@@ -176,7 +176,7 @@ class TestTrial:
                     database.execute(f'DROP TRIGGER "{name}"')
                 database.execute("UPDATE polar_usage SET tokens_output = tokens_output + 1 WHERE seq = 1")
         with Ledger(f"sqlite:///{tmp_path / 't.sqlite3'}") as ledger:
-            _audit(seen, ledger)
+            audit(seen, ledger)
         assert seen.faults
 
     @pytest.mark.long
