@@ -1,10 +1,13 @@
-"""The ASGI app: its routes. The same app runs under uvicorn, under another server's router, and in tests."""
+"""The ASGI app: its routes, and the document that describes them.
+
+The same app runs under uvicorn, under another server's router, and in tests.
+"""
 
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,15 +16,16 @@ from starlette.routing import Route
 
 from polar_sdk import __version__
 from polar_sdk.engine import ENGINE_VERSION
-from polar_server import openapi
-from polar_server.endpoints.account import Quote, ReceiptOf, Usage
+from polar_server.endpoints.account import NUMBERS, USAGE, Quote, ReceiptOf, Usage
 from polar_server.endpoints.answer import Endpoint
 from polar_server.http.exchange import Exchange, send_bytes, send_json
 from polar_server.http.front import Front, unrouted
 from polar_server.http.pages import page_routes
-from polar_server.openai import chat, completions, responses
+from polar_server.openai.chat import ChatBody, ChatShape
 from polar_server.openai.choices import ChoiceWriter
+from polar_server.openai.completions import TextBody, TextShape
 from polar_server.openai.response_writer import ResponseWriter
+from polar_server.openai.responses import ResponseBody
 from polar_server.server import Server
 from polar_server.telemetry.metrics import CONTENT_TYPE
 
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from polar_server.openai.choices import Shape
+    from polar_server.openai.calls import CallBody
     from polar_server.settings import Settings
 
 
@@ -51,11 +55,9 @@ def build(settings: Settings) -> Starlette:
         await server.close()
 
     routes = [
-        Route("/v1/chat/completions", _completions(server, chat, chat.ChatShape), methods=["POST"]),
-        Route("/v1/completions", _completions(server, completions, completions.TextShape), methods=["POST"]),
-        Route(
-            "/v1/responses", Endpoint(server, responses.FIELDS, responses.read_call, ResponseWriter), methods=["POST"]
-        ),
+        Route("/v1/chat/completions", Endpoint(server, ChatBody, partial(ChoiceWriter, ChatShape)), methods=["POST"]),
+        Route("/v1/completions", Endpoint(server, TextBody, partial(ChoiceWriter, TextShape)), methods=["POST"]),
+        Route("/v1/responses", Endpoint(server, ResponseBody, ResponseWriter), methods=["POST"]),
         Route("/v1/polar/quote", Quote(server), methods=["GET", "POST"]),
         Route("/v1/polar/usage", Usage(server), methods=["GET"]),
         Route("/v1/polar/receipts/{id:path}", ReceiptOf(server), methods=["GET"]),
@@ -65,7 +67,7 @@ def build(settings: Settings) -> Starlette:
         Route("/ready", _Ready(server), methods=["GET"]),
         Route("/metrics", _Metrics(server), methods=["GET"]),
         Route("/version", _Json(lambda _: {"version": __version__, "engine": ENGINE_VERSION}), methods=["GET"]),
-        Route("/openapi.json", _Json(lambda _: openapi.document(__version__)), methods=["GET"]),
+        Route("/openapi.json", _Json(lambda _: _document()), methods=["GET"]),
     ]
     if settings.pages is not None:
         routes += page_routes(settings.pages, server.guard, server.live)
@@ -78,11 +80,6 @@ def build(settings: Settings) -> Starlette:
     app.router.redirect_slashes = False
     app.state.server = server
     return app
-
-
-def _completions(server: Server, api: Any, shape: Shape) -> Endpoint:
-    """The endpoint whose fields and calls a module describes."""
-    return Endpoint(server, api.FIELDS, api.read_call, partial(ChoiceWriter, shape))
 
 
 class _Json:
@@ -129,3 +126,86 @@ def _model(server: Server, scope: Scope) -> dict[str, Any]:
     if not server.catalog.may_name(model, caller.models, caller.tiers):
         raise server.catalog.missing(model)
     return found
+
+
+# -- the document ------------------------------------------------------------------------------------------------------
+
+_ERROR: Final = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_READS: Final = {
+    "/v1/models": "The models and tiers that a request may name.",
+    "/v1/models/{model}": "One of them.",
+    "/v1/polar/quote": "What a request of so many tokens would cost at most, by tier.",
+    "/v1/polar/usage": "What the caller's tenant has used and spent.",
+    "/v1/polar/receipts/{id}": "The receipt of one request of the caller's tenant.",
+    "/health": "Whether the process runs.",
+    "/ready": "Whether requests should come here now.",
+    "/metrics": "What the server did, in Prometheus' text format.",
+    "/version": "Versions of the package and of the engine's arithmetic.",
+    "/openapi.json": "This document.",
+}
+
+
+def _document() -> dict[str, Any]:
+    """The OpenAPI 3.1 document; bodies are those of the models that check them."""
+    paths: dict[str, Any] = {
+        "/v1/chat/completions": _post("Answer messages.", "chat.completion", ChatBody),
+        "/v1/responses": _post("Answer items, statelessly.", "response", ResponseBody),
+        "/v1/completions": _post("Continue a text.", "text_completion", TextBody),
+    }
+    for path, summary in _READS.items():
+        paths[path] = {"get": {"summary": summary, "responses": _responses("application/json")}}
+    for path, name in (("/v1/models/{model}", "model"), ("/v1/polar/receipts/{id}", "id")):
+        paths[path]["parameters"] = [_parameter(name, "path", "string")]
+    paths["/v1/polar/quote"]["get"]["parameters"] = [_parameter(name, "query", "integer") for name in NUMBERS]
+    paths["/v1/polar/usage"]["get"]["parameters"] = [
+        _parameter(name, "query", "string", required=False) for name in USAGE
+    ]
+    paths["/v1/polar/quote"]["post"] = {
+        "summary": "What the request in the body would cost at most, as it is and by tier.",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
+        "responses": _responses("application/json"),
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "PoLar", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": {"Error": _ERROR}},
+    }
+
+
+def _parameter(name: str, place: str, kind: str, *, required: bool = True) -> dict[str, Any]:
+    return {"name": name, "in": place, "required": required, "schema": {"type": kind}}
+
+
+def _post(summary: str, kind: str, model: type[CallBody]) -> dict[str, Any]:
+    return {
+        "post": {
+            "summary": summary,
+            "operationId": kind,
+            "requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}},
+            "responses": _responses("application/json", "text/event-stream"),
+        }
+    }
+
+
+def _responses(*kinds: str) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {
+        "200": {"description": "Answered.", "content": {kind: {} for kind in kinds}},
+        "default": {"description": "Refused or failed.", "content": error},
+    }

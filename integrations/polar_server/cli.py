@@ -16,7 +16,11 @@ from polar_sdk.show.lines import print_line
 if TYPE_CHECKING:
     from polar_server.deployment.launch import Launch
 
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
+_SERVER, _RAY = "Server", "Ray"
+Host = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)]
+Port = Annotated[
+    int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 = any that is free.", rich_help_panel=_SERVER)
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -27,45 +31,59 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 = any that is free.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Id of the model at /v1/models; default: its name.")] = None,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds that answers have to finish after SIGTERM.")] = 30.0,
-    timeout: Annotated[float | None, typer.Option(min=0.001, help="Max seconds of one answer.")] = None,
-    max_body: Annotated[int, typer.Option(min=1, help="Max bytes of a request body.")] = 4 * 2**20,
-    usage_always: Annotated[bool, typer.Option("--usage-always", help="End every stream with its usage.")] = False,
+    port: Port = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="Id of the model at /v1/models; default: its name.", rich_help_panel=_SERVER)
+    ] = None,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds that answers have to finish after SIGTERM.", rich_help_panel=_SERVER)
+    ] = 30.0,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Max seconds of one answer.", rich_help_panel=_SERVER)
+    ] = None,
     require_keys: Annotated[
         bool | None,
         typer.Option(
             "--require-keys/--no-require-keys",
             help="Ask for API keys (`polar key create`); always where --host is not this machine.",
             show_default=False,
+            rich_help_panel=_SERVER,
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse unknown fields rather than count them.")] = False,
     otel: Annotated[
-        bool, typer.Option("--otel", help="Spans and metrics of OpenTelemetry; start it by `opentelemetry-instrument`.")
+        bool,
+        typer.Option(
+            "--otel",
+            help="Spans and metrics of OpenTelemetry; start it by `opentelemetry-instrument`.",
+            rich_help_panel=_SERVER,
+        ),
     ] = False,
     backend: Annotated[
         list[str] | None,
         typer.Option(
             help="TIER=URL: another server with OpenAI's API runs this tier's program (`polar export`). Repeatable; "
             "several of one tier share its requests. URL#MODEL names the model there, POLAR_BACKEND_KEY the API key.",
+            rich_help_panel=_SERVER,
         ),
     ] = None,
-    on_ray: Annotated[
-        bool, typer.Option("--ray", help="Serve on Ray: the cluster that RAY_ADDRESS names, or this machine.")
-    ] = False,
-    replicas: Annotated[
-        str | None, typer.Option(help="With --ray: replicas, such as 2, or 1-4 to follow the load.", show_default=False)
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Serve on Ray, on the cluster that RAY_ADDRESS names or on this machine, with N replicas, such as 2, "
+            "or 1-4 to follow the load.",
+            metavar="N",
+            rich_help_panel=_RAY,
+        ),
     ] = None,
-    cpus: Annotated[float, typer.Option(min=0, help="With --ray: cores of one replica.")] = 1.0,
-    gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs of one replica.")] = 0.0,
+    cpus: Annotated[float, typer.Option(min=0, help="Cores of one replica.", rich_help_panel=_RAY)] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of one replica.", rich_help_panel=_RAY)] = 0.0,
     write_config: Annotated[
         Path | None,
-        typer.Option(help="With --ray: write what `serve deploy` and serveConfigV2 take, JSON; '-' prints it."),
+        typer.Option(
+            help="Write what `serve deploy` and serveConfigV2 take, JSON; '-' prints it.", rich_help_panel=_RAY
+        ),
     ] = None,
     tenant: opt.Tenant = "default",
-    tag: opt.Tags = None,
     model: opt.Model = None,
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
@@ -77,39 +95,18 @@ def serve(
     no_ledger: opt.NoLedger = False,
 ) -> None:
     """Serve a model through an OpenAI-compatible API; SIGTERM lets answers finish, a second one does not."""
+    asked = {**locals(), "backend": backend or ()}
     try:
-        from polar_server.deployment.launch import Launch, backends_of
+        from polar_server.deployment.launch import Launch
     except ModuleNotFoundError as error:
         raise _missing(error, "server") from error
-    if not on_ray and (replicas is not None or write_config is not None):
-        raise InvalidRequestError("--replicas and --write-config go with --ray; add it.")
-    launch = Launch(
-        host=host,
-        name=name,
-        drain=drain,
-        timeout=timeout,
-        max_body=max_body,
-        usage_always=usage_always,
-        require_keys=require_keys,
-        strict=strict,
-        otel=otel,
-        backends=backends_of(backend or []),
-        tenant=tenant,
-        tag=tag or [],
-        model=model,
-        device=device,
-        device_map=device_map,
-        precision=precision,
-        speculate=speculate,
-        policy=policy,
-        router=router,
-        ledger=ledger,
-        no_ledger=no_ledger,
-    )
-    if on_ray:
-        _serve_on_ray(launch, replicas or "1", cpus, gpus, port, write_config)
-    else:
+    if ray is None and write_config is not None:
+        raise InvalidRequestError("--write-config goes with --ray; add it, with the number of replicas.")
+    launch = Launch(**{option: asked[option] for option in Launch.options()})
+    if ray is None:
         _serve_here(launch, port)
+    else:
+        _serve_on_ray(launch, ray, cpus, gpus, port, write_config)
 
 
 def _serve_here(launch: Launch, port: int) -> None:
@@ -138,7 +135,7 @@ def _serve_on_ray(
         raise _missing(error, "ray") from error
     wanted = ray_serve.Replicas.of(replicas, cpus=cpus, gpus=gpus)
     if write_config is None:
-        launch.stores()  # what is wrong is said here, rather than by a replica
+        launch.stores()  # here, since an error of a replica is hard to find
         ray_serve.run(launch, wanted, port=port)
         return
     text = json.dumps(ray_serve.config(launch, wanted, port=port), indent=2)
@@ -155,7 +152,7 @@ def _serve_on_ray(
 
 def dashboard(
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 = any that is free.")] = 8001,
+    port: Port = 8001,
     require_keys: Annotated[
         bool | None,
         typer.Option(

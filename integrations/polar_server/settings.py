@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from polar_server.telemetry.traces import Telemetry
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
-MAX_BODY_BYTES: Final = 4 * 2**20
 
 
 def is_open(host: str, require_keys: bool | None, what: str) -> bool:
@@ -66,7 +65,7 @@ class Settings:
 
     engine: PolarModel
     name: str | None = None
-    max_body: int = MAX_BODY_BYTES
+    max_body: int = 4 * 2**20
     max_choices: int = 16
     timeout: float | None = None
     usage_always: bool = False

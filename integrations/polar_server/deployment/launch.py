@@ -1,4 +1,4 @@
-"""What `polar serve` was asked for, as data: enough to make the same server here, or on another machine.
+"""The options of `polar serve` as data: enough to make the same server here, or on another machine; and its log.
 
 A launch is plain values, so that it can be written to a file and read by a replica that Ray starts. Knows commands'
 options; loads the model and finds the stores when told to.
@@ -10,24 +10,28 @@ import json
 import logging
 import os
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from polar_sdk.cli.options import load_model
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.show.lines import print_line
 from polar_server.access.keys import find_access
 from polar_server.http.pages import find_pages
-from polar_server.settings import LOOPBACK, MAX_BODY_BYTES, Settings, is_open
+from polar_server.settings import LOOPBACK, Settings, is_open
 from polar_server.telemetry.traces import Telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from polar_sdk.serving.drafts import Speculate
-    from polar_server.access.keys import Access, KeyStore
     from polar_server.http.pages import PageStore
+
+
+_MODEL: Final = (
+    *("model", "tenant", "device", "device_map", "precision", "speculate", "policy", "router", "ledger", "no_ledger"),
+)
+"""Options of the model, as `load_model` takes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +42,10 @@ class Launch:
     name: str | None = None
     drain: float = 30.0
     timeout: float | None = None
-    max_body: int = MAX_BODY_BYTES
-    usage_always: bool = False
     require_keys: bool | None = None
-    strict: bool = False
     otel: bool = False
-    backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    backend: Sequence[str] = ()
     tenant: str = "default"
-    tag: Sequence[str] = ()
     model: str | None = None
     device: str = "auto"
     device_map: str | None = None
@@ -56,14 +56,23 @@ class Launch:
     ledger: str | None = None
     no_ledger: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse backends that cannot be before anything is loaded."""
+        self.backends()
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of the options."""
+        return [one.name for one in fields(cls)]
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From what `values` returned.
+        """The launch that `values` describes.
 
         Raises:
             InvalidRequestError: There is no such option.
         """
-        known = [one.name for one in fields(cls)]
+        known = cls.options()
         for name in values:
             if name not in known:
                 raise InvalidRequestError(f"there is no option {name[:40]!r} of a server; use {', '.join(known)}.")
@@ -74,8 +83,22 @@ class Launch:
         default = asdict(type(self)())
         return {name: value for name, value in asdict(self).items() if value != default[name]}
 
-    def stores(self) -> tuple[KeyStore | None, Access | None]:
-        """The stores of the ledger, and that of keys unless nobody but this machine can reach the server.
+    def backends(self) -> dict[str, list[str]]:
+        """URLs by tier, of texts such as `economy=http://10.0.0.5:8000`.
+
+        Raises:
+            InvalidRequestError: One is not TIER=URL.
+        """
+        backends: dict[str, list[str]] = {}
+        for text in self.backend:
+            tier, _, url = text.partition("=")
+            if not tier or not url:
+                raise InvalidRequestError(f"--backend {text!r} is not TIER=URL, e.g. economy=http://10.0.0.5:8000.")
+            backends.setdefault(tier, []).append(url)
+        return backends
+
+    def stores(self) -> dict[str, Any]:
+        """The stores of the ledger as `Settings` takes them; that of keys unless only this machine reaches the server.
 
         Raises:
             InvalidRequestError: The server would be open to the network, or closed to everybody.
@@ -84,13 +107,12 @@ class Launch:
         if self.no_ledger:
             if not anybody:
                 raise InvalidRequestError("API keys are kept in the ledger; leave out --no-ledger.")
-            return None, None
+            return {}
         access = find_access(self.ledger)
-        if anybody:
-            return None, access
-        if not access.keys.any_active():
+        if not anybody and not access.keys.any_active():
             raise InvalidRequestError("there is no API key, so nobody could use this server; see `polar key create`.")
-        return access.keys, access
+        keys = None if anybody else access.keys
+        return {"keys": keys, "replies": access.replies, "rates": access.rates, "accounts": access.accounts}
 
     def settings(self) -> Settings:
         """Find the stores, load the model, and say what to serve.
@@ -99,36 +121,17 @@ class Launch:
             PolarError: Something that was named cannot be.
         """
         telemetry = Telemetry.configured() if self.otel else None
-        keys, access = self.stores()
-        engine = load_model(
-            self.model,
-            tenant=self.tenant,
-            tag=self.tag,
-            device=self.device,
-            device_map=self.device_map,
-            precision=self.precision,
-            speculate=cast("Speculate | None", self.speculate),
-            policy=self.policy,
-            router=self.router,
-            ledger=self.ledger,
-            no_ledger=self.no_ledger,
-        )
+        stores = self.stores()
         return Settings(
-            engine=engine,
+            engine=load_model(**{name: getattr(self, name) for name in _MODEL}),
             name=self.name,
-            max_body=self.max_body,
             timeout=self.timeout,
-            usage_always=self.usage_always,
-            strict=self.strict,
             drain=self.drain,
-            keys=keys,
-            replies=None if access is None else access.replies,
-            rates=None if access is None else access.rates,
-            accounts=None if access is None else access.accounts,
-            pages=None if access is None else self._pages(),
-            backends=self.backends,
+            pages=None if self.no_ledger else self._pages(),
+            backends=self.backends(),
             telemetry=telemetry,
             backend_key=os.environ.get("POLAR_BACKEND_KEY") or None,
+            **stores,
         )
 
     def _pages(self) -> PageStore | None:
@@ -138,21 +141,6 @@ class Launch:
         except ImportError as error:
             print_line(f"There is no page at /polar/: {error}", err=True)
             return None
-
-
-def backends_of(given: Sequence[str]) -> dict[str, list[str]]:
-    """URLs by tier, of texts such as `economy=http://10.0.0.5:8000`.
-
-    Raises:
-        InvalidRequestError: One is not TIER=URL.
-    """
-    backends: dict[str, list[str]] = {}
-    for text in given:
-        tier, is_pair, url = text.partition("=")
-        if not is_pair or not tier or not url:
-            raise InvalidRequestError(f"--backend {text!r} is not TIER=URL, e.g. economy=http://10.0.0.5:8000.")
-        backends.setdefault(tier, []).append(url)
-    return backends
 
 
 # -- the log -----------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class Replicas:
         least, _, most = text.partition("-")
         numbers = [part for part in (least, most or least) if part.isascii() and part.isdigit() and len(part) < 5]
         if len(numbers) < 2 or not 1 <= int(numbers[0]) <= int(numbers[1]):
-            raise InvalidRequestError(f"--replicas {text!r} is not a number such as 2, or a range such as 1-4.")
+            raise InvalidRequestError(f"--ray {text!r} is not a number of replicas, such as 2, or a range such as 1-4.")
         return cls(least=int(numbers[0]), most=int(numbers[1]), cpus=cpus, gpus=gpus)
 
 

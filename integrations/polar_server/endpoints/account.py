@@ -19,7 +19,10 @@ from polar_sdk.serving.threads import run_in_thread
 from polar_sdk.usage import UsageBound, new_request_id
 from polar_server.errors import ApiError
 from polar_server.http.exchange import Exchange, read_object, send_json
-from polar_server.openai import chat, completions, fields, responses
+from polar_server.openai.chat import ChatBody
+from polar_server.openai.completions import TextBody
+from polar_server.openai.fields import invalid, read
+from polar_server.openai.responses import ResponseBody
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,13 +31,13 @@ if TYPE_CHECKING:
 
     from polar_sdk.usage import Receipt
     from polar_server.answers import Ask
-    from polar_server.openai.calls import Call, Caller
+    from polar_server.openai.calls import Call, CallBody, Caller
     from polar_server.server import Server
 
 _MAX_PARAMETERS: Final = 20
 USAGE: Final = ("by", "month", "since", "until", "zone", "currency")
 NUMBERS: Final = ("input_tokens", "max_tokens")
-_APIS: Final = {"messages": chat, "input": responses, "prompt": completions}
+_BODIES: Final[Mapping[str, type[CallBody]]] = {"messages": ChatBody, "input": ResponseBody, "prompt": TextBody}
 """The field by which the body of an API is known."""
 _PAUSES_S: Final = (0.0, 0.05, 0.2, 0.75)
 """How long a receipt is waited for: a record is in the ledger a moment after its answer. Unit: seconds."""
@@ -63,9 +66,9 @@ class Quote:
     async def _of_body(self, exchange: Exchange, receive: Receive) -> dict[str, Any]:
         server = self._server
         content = await read_object(exchange, receive, server.settings.max_body)
-        api: Any = next((api for name, api in _APIS.items() if name in content), chat)
-        body = fields.read(content, api.FIELDS, strict=server.settings.strict)
-        call: Call = api.read_call(body, server.rules(exchange))
+        model = next((model for name, model in _BODIES.items() if name in content), ChatBody)
+        body, _ = read(content, model, strict=server.settings.strict)
+        call = body.call(server.rules(exchange))
         async with server.counted(exchange):  # a router may run layers
             return await run_in_thread(lambda _: self._quoted(call, server.caller(exchange)), None)
 
@@ -173,7 +176,7 @@ class Usage:
         if "by" in asked:
             asked["by"] = [name for name in asked["by"].split(",") if name]
             if "tenant" in asked["by"]:
-                raise fields.invalid("by", "there is one tenant only, the caller's; choose tier, model, day or month.")
+                raise invalid("by", "there is one tenant only, the caller's; choose tier, model, day or month.")
         try:
             found = await asyncio.to_thread(partial(accounts.usage, tenant, **asked))
         except PolarError as error:
@@ -221,7 +224,7 @@ def _number(asked: Mapping[str, str], name: str, most: int) -> int:
     written = asked.get(name, "")
     number = int(written) if written.isascii() and written.isdigit() and len(written) < 10 else 0
     if not 1 <= number <= most:
-        raise fields.invalid(name, f"{shown(written)} is not a number of tokens; use 1 to {most}.")
+        raise invalid(name, f"{shown(written)} is not a number of tokens; use 1 to {most}.")
     return number
 
 
@@ -239,7 +242,7 @@ def _parameters(scope: Scope, known: Sequence[str]) -> dict[str, str]:
     names = [name for name, _ in listed]
     for name, value in listed:
         if name not in known:
-            raise fields.invalid(name[:64], f"there is no such parameter; use {', '.join(known)}.")
+            raise invalid(name[:64], f"there is no such parameter; use {', '.join(known)}.")
         if names.count(name) > 1 or not value or len(value) > 200:
-            raise fields.invalid(name, "give it once, with a value of 1 to 200 characters.")
+            raise invalid(name, "give it once, with a value of 1 to 200 characters.")
     return dict(listed)

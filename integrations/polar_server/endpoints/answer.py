@@ -14,17 +14,16 @@ from polar_sdk.errors import PolarError
 from polar_server.endpoints.idempotency import answer_once, key_of
 from polar_server.errors import ClientLeftError, shutting_down
 from polar_server.http.exchange import Exchange, raw_headers, read_object, send_json, watching
-from polar_server.openai import fields
 from polar_server.openai.facts import Facts
+from polar_server.openai.fields import read
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from starlette.types import Receive, Scope, Send
 
     from polar_sdk import Chunk, Generation
-    from polar_server.openai.calls import Call, Rules
-    from polar_server.openai.fields import Body, Field
+    from polar_server.openai.calls import Call, CallBody
     from polar_server.server import Server
 
 _EVENTS: Final = {
@@ -64,19 +63,12 @@ class Endpoint:
 
     Args:
         server: What answers.
-        table: The fields of a body.
-        read_call: Makes a call of a body.
+        model: Of a body.
         write: Makes what writes an answer.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        table: Mapping[str, Field],
-        read_call: Callable[[Body, Rules], Call],
-        write: Callable[[Facts], Writer],
-    ) -> None:
-        self._server, self._table, self._read_call, self._write = server, table, read_call, write
+    def __init__(self, server: Server, model: type[CallBody], write: Callable[[Facts], Writer]) -> None:
+        self._server, self._model, self._write = server, model, write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call.
@@ -87,9 +79,9 @@ class Endpoint:
         server, exchange = self._server, Exchange.of(scope)
         settings = server.settings
         content = await read_object(exchange, receive, settings.max_body)
-        body = fields.read(content, self._table, strict=settings.strict)
-        server.metrics.unknown(len(body.unknown))
-        call = self._read_call(body, server.rules(exchange))
+        body, unknown = read(content, self._model, strict=settings.strict)
+        server.metrics.unknown(unknown)
+        call = body.call(server.rules(exchange))
         exchange.facts |= {"model": call.model, "stream": call.stream, "choices": len(call.asks)}
         key = key_of(exchange.headers)
         if key is None:

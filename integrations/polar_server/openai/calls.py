@@ -1,4 +1,4 @@
-"""What chat and text completions have in common: the fields, the options they stand for, and who asks.
+"""What all endpoints that answer have in common: fields, the options they stand for, and who asks.
 
 A call becomes choices of the engine. Defaults are the engine's: greedy, and 256 tokens. Knows no HTTP.
 """
@@ -6,31 +6,20 @@ A call becomes choices of the engine. Defaults are the engine's: greedy, and 256
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
+
+from pydantic import Field, WithJsonSchema
 
 from polar_sdk.errors import GrammarError, MissingExtraError
 from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.reading import shown
 from polar_server.errors import ApiError
-from polar_server.openai.fields import (
-    Body,
-    Field,
-    anything,
-    flag,
-    integer,
-    invalid,
-    mapping,
-    number,
-    one_of,
-    only,
-    text,
-    texts,
-)
+from polar_server.openai.fields import Body, Labels, Name, Only, Penalty, Stops, Text, Top, invalid
+from polar_server.openai.steering import Biases, Steering
+from polar_server.openai.tools import TOOL_CHOICE, TOOLS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
 
     from polar_sdk.request.options import Prompt, RequestOptions
     from polar_server.answers import Ask
@@ -41,32 +30,6 @@ RESERVED_TAGS: Final = ("key", "polar.")
 """Tags that only the server sets; the second is the beginning of a name."""
 _SERVICE_TIERS: Final = {"auto": None, "default": None, "flex": "economy", "priority": "premium"}
 """OpenAI's service tiers, and the tiers they stand for; a tier's own name is one as well."""
-
-WITHOUT_EFFECT: Final[Mapping[str, Field]] = {
-    "prompt_cache_key": text(1_000),
-    "prompt_cache_retention": one_of("in_memory", "in-memory", "24h"),
-    "safety_identifier": text(1_000),
-}
-"""For OpenAI's own caches and abuse checks: they change no answer."""
-SHARED: Final[Mapping[str, Field]] = {
-    "model": text(200),
-    "max_tokens": integer(1, 2**31 - 1),
-    "temperature": number(0, 2),
-    "top_p": number(0, 1),
-    "n": integer(1, 128),
-    "seed": integer(-_INT64, _INT64 - 1),
-    "stop": texts(4, 1_000),
-    "logit_bias": anything({"type": "object"}),
-    "presence_penalty": number(-2, 2),
-    "frequency_penalty": number(-2, 2),
-    "stream": flag(),
-    "stream_options": anything({"type": "object"}),
-    "user": text(200),
-    "metadata": mapping(16, 512),
-    "compute": anything({"oneOf": [{"type": "string"}, {"type": "number"}]}),
-    "program": text(10_000),
-    "tags": mapping(16, 512),
-}
 
 
 @dataclass(frozen=True)
@@ -138,27 +101,102 @@ class Rules:
     usage_always: bool
 
 
-def options_of(body: Body, rules: Rules) -> RequestOptions:
+class CallBody(Body):
+    """The fields of every endpoint that answers."""
+
+    model: Name
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=-_INT64, le=_INT64 - 1)] | None = None
+    stream: bool = False
+    stream_options: Annotated[Any, WithJsonSchema({"type": "object"})] = None
+    user: Name | None = None
+    metadata: Labels = Field(default_factory=dict)
+    compute: Annotated[Any, WithJsonSchema({"oneOf": [{"type": "string"}, {"type": "number"}]})] = None
+    program: Annotated[str, Text(10_000)] | None = None
+    tags: Labels = Field(default_factory=dict)
+
+    def call(self, rules: Rules) -> Call:
+        """What the body asks of the engine.
+
+        Raises:
+            ApiError: It asks for what does not exist or cannot be served.
+        """
+        raise NotImplementedError
+
+
+class ChoicesBody(CallBody):
+    """The fields of chat and text completions."""
+
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stop: Stops | None = None
+    logit_bias: Biases = Field(default_factory=dict)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+
+    @property
+    def hook(self) -> Steering | None:
+        """What the body does to logits."""
+        if not (self.logit_bias or self.presence_penalty or self.frequency_penalty):
+            return None
+        return Steering(self.logit_bias, self.presence_penalty, self.frequency_penalty)
+
+    def streaming(self, rules: Rules) -> tuple[bool, bool]:
+        """Whether the answer is streamed, and whether its usage comes at the end.
+
+        Raises:
+            ApiError: `stream_options` without `stream`, or with what is not known.
+        """
+        stream, options = self.stream, self.stream_options
+        if options is None:
+            return stream, stream and rules.usage_always
+        if not stream:
+            raise invalid("stream_options", "it goes with stream=true only.")
+        if not isinstance(options, dict):
+            raise invalid("stream_options", f"{shown(options)} is not an object.")
+        for name, value in options.items():
+            if name not in ("include_usage", "include_obfuscation") or not isinstance(value, bool):
+                raise invalid("stream_options", f"{name[:64]}={shown(value)} is not known; use include_usage=true.")
+        if options.get("include_obfuscation"):
+            raise invalid("stream_options", "obfuscation is not supported; leave it out.", code="unsupported_value")
+        return stream, options.get("include_usage", False) or rules.usage_always
+
+
+class TurnBody(CallBody):
+    """The fields of chat completions and responses."""
+
+    tools: Annotated[Any, WithJsonSchema(TOOLS)] = None
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE)] = None
+    parallel_tool_calls: bool = False
+    top_logprobs: Top | None = None
+    service_tier: Annotated[str, Text(50)] | None = None
+    store: Annotated[None, Only(False, why="answers are not stored; leave it out or pass false.")] = None
+    # For OpenAI's own caches and abuse checks: they change no answer.
+    prompt_cache_key: Annotated[str, Text(1_000)] | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    safety_identifier: Annotated[str, Text(1_000)] | None = None
+
+
+def options_of(body: CallBody, rules: Rules) -> RequestOptions:
     """The options of the engine that a body stands for, seed and log-probabilities aside.
 
     Raises:
         ApiError: They contradict each other, or name what does not exist.
     """
     compute = _compute(body, rules)
-    program = body.get("program")
-    if program is not None and body.get("compute") is not None:
+    if body.program is not None and body.compute is not None:
         raise invalid("program", "a program and compute were given; give one of them.")
     _check_bounds(body, compute, rules)
-    top_p = body.get("top_p", 1.0)
-    if top_p == 0:
+    if body.top_p == 0:
         raise invalid("top_p", "0 allows no token; use more than 0, or temperature 0 for the likeliest.")
+    stop, hook = (body.stop, body.hook) if isinstance(body, ChoicesBody) else (None, None)
     options = {
-        "compute": None if program is not None else compute,
-        "program": program,
-        "temperature": body.get("temperature", 0.0),
-        "top_p": top_p,
-        "stop": body.get("stop"),
-        "logits_hook": _hook(body),
+        "compute": None if body.program is not None else compute,
+        "program": body.program,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "stop": stop,
+        "logits_hook": hook,
         "timeout": rules.timeout,
         "tenant": rules.caller.tenant,
         "tags": _tags(body, rules.caller),
@@ -166,47 +204,22 @@ def options_of(body: Body, rules: Rules) -> RequestOptions:
     return cast("RequestOptions", options)
 
 
-def choices_of(prompts: Sequence[Prompt], options: RequestOptions, body: Body, rules: Rules) -> list[Ask]:
-    """One entry per choice: `n` for each prompt, the seed of each one higher than the last's.
+def choices_of(
+    prompts: Sequence[Prompt], options: RequestOptions, body: CallBody, rules: Rules, *, count: int = 1
+) -> list[Ask]:
+    """One entry per choice: `count` for each prompt, the seed of each one higher than the last's.
 
     Raises:
         ApiError: There are too many.
     """
-    count, seed = body.get("n", 1), body.get("seed")
     if count * len(prompts) > rules.max_choices:
         raise invalid("n", f"{len(prompts)} prompts with n={count} are more than {rules.max_choices} choices.")
     asks: list[Ask] = []
     for prompt in prompts:
         for place in range(count):
-            own: RequestOptions = {**options, "seed": None if seed is None else _wrapped(seed + place)}
+            own: RequestOptions = {**options, "seed": None if body.seed is None else _wrapped(body.seed + place)}
             asks.append((prompt, own))
     return asks
-
-
-def streaming(body: Body, rules: Rules) -> tuple[bool, bool]:
-    """Whether the answer is streamed, and whether its usage comes at the end.
-
-    Raises:
-        ApiError: `stream_options` without `stream`, or with what is not known.
-    """
-    stream, options = bool(body.get("stream", False)), body.get("stream_options")
-    if options is None:
-        return stream, stream and rules.usage_always
-    if not stream:
-        raise invalid("stream_options", "it goes with stream=true only.")
-    if not isinstance(options, dict):
-        raise invalid("stream_options", f"{shown(options)} is not an object.")
-    for name, value in options.items():
-        if name not in ("include_usage", "include_obfuscation") or not isinstance(value, bool):
-            raise invalid("stream_options", f"{name[:64]}={shown(value)} is not known; use include_usage=true.")
-    if options.get("include_obfuscation"):
-        raise invalid("stream_options", "obfuscation is not supported; leave it out.", code="unsupported_value")
-    return stream, options.get("include_usage", False) or rules.usage_always
-
-
-def unserved(why: str) -> Field:
-    """A field of OpenAI's that this server cannot serve, unless it says nothing."""
-    return only(None, False, [], {}, why=why)
 
 
 def _wrapped(seed: int) -> int:
@@ -214,17 +227,17 @@ def _wrapped(seed: int) -> int:
     return (seed + _INT64) % (2 * _INT64) - _INT64
 
 
-def _compute(body: Body, rules: Rules) -> str | float | None:
+def _compute(body: CallBody, rules: Rules) -> str | float | None:
     """The tier or tolerance: of the model's id, of `compute` or of `service_tier`, which may not differ."""
     catalog = rules.catalog
     asked: dict[str, str | float] = {}
-    if (tier := catalog.tier_of(body.get("model"))) is not None:
+    if (tier := catalog.tier_of(body.model)) is not None:
         asked["model"] = tier
-    if (compute := body.get("compute")) is not None:
+    if (compute := body.compute) is not None:
         if isinstance(compute, bool) or not isinstance(compute, str | int | float):
             raise invalid("compute", f"{shown(compute)} is neither a tier nor a tolerance.")
         asked["compute"] = compute
-    if (service := body.get("service_tier")) is not None:
+    if (service := body.service_tier if isinstance(body, TurnBody) else None) is not None:
         named = _SERVICE_TIERS.get(service, service)
         if named is not None and named not in catalog.tiers:
             raise invalid("service_tier", f"{service!r} is unknown; use auto, default, {', '.join(catalog.tiers)}.")
@@ -236,15 +249,15 @@ def _compute(body: Body, rules: Rules) -> str | float | None:
     return next(iter(asked.values()), None)
 
 
-def _check_bounds(body: Body, compute: str | float | None, rules: Rules) -> None:
+def _check_bounds(body: CallBody, compute: str | float | None, rules: Rules) -> None:
     """Refuse a model or tier that the caller's key is not for."""
-    caller, model = rules.caller, body.get("model")
+    caller, model = rules.caller, body.model
     if not rules.catalog.may_name(model, caller.models, ()):
         raise rules.catalog.missing(model)
     if not caller.tiers:
         return
-    if body.get("program") is not None or not isinstance(compute, str | None):
-        raise _forbidden("program" if body.get("program") is not None else "compute", caller)
+    if body.program is not None or not isinstance(compute, str | None):
+        raise _forbidden("compute" if body.program is None else "program", caller)
     if (compute or rules.catalog.default_tier) not in caller.tiers:
         if rules.catalog.tier_of(model) is not None:
             raise rules.catalog.missing(model)
@@ -276,74 +289,15 @@ def max_tokens_of(asked: int | None, default: int, rules: Rules, *, name: str = 
     return min(default, most) if asked is None else asked
 
 
-def _tags(body: Body, caller: Caller) -> dict[str, str]:
+def _tags(body: CallBody, caller: Caller) -> dict[str, str]:
     """Tags of the usage record; those that a key is bound to win."""
     tags: dict[str, str] = {}
-    for name, value in body.get("metadata", {}).items():
+    for name, value in body.metadata.items():
         tags[f"metadata.{name}"] = value
-    for name, value in body.get("tags", {}).items():
+    for name, value in body.tags.items():
         if name == RESERVED_TAGS[0] or name.startswith(RESERVED_TAGS[1]):
             raise invalid("tags", f"the tag {name[:64]!r} is set by the server; choose another name.")
         tags[name] = value
-    if (user := body.get("user")) is not None:
-        tags["user"] = user
+    if body.user is not None:
+        tags["user"] = body.user
     return {**tags, **caller.tags}
-
-
-class Steering:
-    """Biases and penalties on logits, as OpenAI defines them.
-
-    A token's logit gets its bias, less `frequency` for each time it was sampled, less `presence` if it ever was.
-    """
-
-    def __init__(self, bias: Mapping[int, float], presence: float, frequency: float) -> None:
-        self._bias, self._presence, self._frequency = bias, presence, frequency
-
-    def fields(self) -> dict[str, Any]:
-        """The fields of a body that say the same."""
-        biases = {str(token): bias for token, bias in self._bias.items()}
-        penalties = {"presence_penalty": self._presence, "frequency_penalty": self._frequency}
-        return {**({"logit_bias": biases} if biases else {}), **{name: by for name, by in penalties.items() if by}}
-
-    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
-        """Change logits (V,) after `tokens`."""
-        import torch
-
-        for token, bias in self._bias.items():
-            if token < len(logits):
-                logits[token] += bias
-        if tokens and (self._presence or self._frequency):
-            sampled = torch.tensor(tokens, device=logits.device)
-            counts = torch.zeros_like(logits).index_add_(0, sampled, torch.ones_like(sampled, dtype=logits.dtype))
-            logits -= self._frequency * counts + self._presence * (counts > 0)
-        return logits
-
-
-def _hook(body: Body) -> Steering | None:
-    presence, frequency = body.get("presence_penalty", 0.0), body.get("frequency_penalty", 0.0)
-    bias = _bias(body.get("logit_bias", {}))
-    return Steering(bias, presence, frequency) if bias or presence or frequency else None
-
-
-def _bias(value: Any) -> dict[int, float]:
-    if not isinstance(value, dict) or len(value) > 1_000:
-        raise invalid("logit_bias", "it must be an object of at most 1,000 token ids and numbers.")
-    bias = {}
-    limits = number(-100, 100)
-    for name, amount in value.items():
-        if not name.isascii() or not name.isdigit() or len(name) > 9:
-            raise invalid("logit_bias", f"{shown(name)} is not a token id.")
-        bias[int(name)] = limits.check("logit_bias", amount)
-    return bias
-
-
-def require_model(body: Body) -> None:
-    """Refuse a call that names no model.
-
-    Raises:
-        ApiError: It does not.
-    """
-    if body.get("model") is None:
-        raise ApiError(
-            "model: name one of those that GET /v1/models lists.", code="missing_required_parameter", param="model"
-        )

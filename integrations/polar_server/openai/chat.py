@@ -2,91 +2,84 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import ConfigDict, WithJsonSchema
 
 from polar_server.openai import calls, tools
-from polar_server.openai.calls import Call, Rules, unserved
-from polar_server.openai.fields import Body, Field, anything, flag, integer, invalid, only, text
+from polar_server.openai.calls import Call, ChoicesBody, TurnBody
+from polar_server.openai.fields import Only, Tokens, invalid, unserved
 from polar_server.openai.messages import read_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+    from polar_server.openai.calls import Rules
     from polar_server.openai.choices import Turn
     from polar_server.openai.logprobs import Entry
 
 _OLDER: Final = "functions are the older form of tools; use tools and tool_choice."
 _DEFAULT_MAX_TOKENS: Final = 256
 
-FIELDS: Final[Mapping[str, Field]] = {
-    **calls.SHARED,
-    "messages": anything({"type": "array", "items": {"type": "object"}, "minItems": 1}),
-    "max_completion_tokens": integer(1, 2**31 - 1),
-    "logprobs": flag(),
-    "top_logprobs": integer(0, 20),
-    "response_format": anything({"type": "object"}),
-    "service_tier": text(50),
-    "store": only(False, why="answers are not stored; leave it out or pass false."),
-    "modalities": only(["text"], why="this engine reads and writes text only."),
-    "verbosity": only("medium", why="this engine has no such setting; leave it out."),
-    "reasoning_effort": only("none", why="this engine does not reason apart from its answer; leave it out."),
-    **tools.FIELDS,
-    "function_call": only("none", "auto", why=_OLDER),
-    "functions": unserved(_OLDER),
-    "audio": unserved("this engine writes text only."),
-    "prediction": unserved("this engine has no speculative decoding."),
-    "web_search_options": unserved("this engine has no tools of its own."),
-    **calls.WITHOUT_EFFECT,
-}
 
+class ChatBody(ChoicesBody, TurnBody):
+    """A body of `POST /v1/chat/completions`."""
 
-def read_call(body: Body, rules: Rules) -> Call:
-    """What a body asks of the engine.
+    model_config = ConfigDict(json_schema_extra={"required": ["model", "messages"]})
 
-    Raises:
-        ApiError: It asks for what does not exist or cannot be served.
-    """
-    calls.require_model(body)
-    options = calls.options_of(body, rules)
-    options["template"] = "chat"
-    options["max_tokens"] = calls.max_tokens_of(_max_tokens(body), _DEFAULT_MAX_TOKENS, rules)
-    logprobs = _logprobs(body)
-    options["logprobs"] = logprobs
-    form = tools.read_form(
-        body.get("tools"),
-        body.get("tool_choice"),
-        tools.read_format("response_format", body.get("response_format")),
-        parallel=body.get("parallel_tool_calls", False),
-        nested=True,
-    )
-    options.update(form.options())
-    stream, include_usage = calls.streaming(body, rules)
-    return Call(
-        model=body.get("model"),
-        asks=calls.choices_of([form.teach(read_messages(body.get("messages")))], options, body, rules),
-        prompts=1,
-        stream=stream,
-        include_usage=include_usage,
-        logprobs=logprobs,
-        form=form,
-    )
+    messages: Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "object"}, "minItems": 1})] = None
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool = False
+    response_format: Annotated[Any, WithJsonSchema({"type": "object"})] = None
+    modalities: Annotated[None, Only(["text"], why="this engine reads and writes text only.")] = None
+    verbosity: Annotated[None, Only("medium", why="this engine has no such setting; leave it out.")] = None
+    reasoning_effort: Annotated[
+        None, Only("none", why="this engine does not reason apart from its answer; leave it out.")
+    ] = None
+    function_call: Annotated[None, Only("none", "auto", why=_OLDER)] = None
+    functions: Annotated[None, unserved(_OLDER)] = None
+    audio: Annotated[None, unserved("this engine writes text only.")] = None
+    prediction: Annotated[None, unserved("this engine has no speculative decoding.")] = None
+    web_search_options: Annotated[None, unserved("this engine has no tools of its own.")] = None
 
+    def call(self, rules: Rules) -> Call:
+        """As `CallBody.call`."""
+        options = calls.options_of(self, rules)
+        options["template"] = "chat"
+        options["max_tokens"] = calls.max_tokens_of(self._longest(), _DEFAULT_MAX_TOKENS, rules)
+        options["logprobs"] = logprobs = self._scored()
+        form = tools.read_form(
+            self.tools,
+            self.tool_choice,
+            tools.read_format("response_format", self.response_format),
+            parallel=self.parallel_tool_calls,
+            nested=True,
+        )
+        options.update(form.options())
+        stream, include_usage = self.streaming(rules)
+        return Call(
+            model=self.model,
+            asks=calls.choices_of([form.teach(read_messages(self.messages))], options, self, rules, count=self.n),
+            prompts=1,
+            stream=stream,
+            include_usage=include_usage,
+            logprobs=logprobs,
+            form=form,
+        )
 
-def _max_tokens(body: Body) -> int | None:
-    old, new = body.get("max_tokens"), body.get("max_completion_tokens")
-    if old is not None and new is not None and old != new:
-        raise invalid("max_tokens", f"it says {old}, max_completion_tokens {new}; give one of them.")
-    chosen: int | None = old if new is None else new
-    return chosen
+    def _longest(self) -> int | None:
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise invalid("max_tokens", f"it says {old}, max_completion_tokens {new}; give one of them.")
+        return old if new is None else new
 
-
-def _logprobs(body: Body) -> int | None:
-    wanted, top = body.get("logprobs", False), body.get("top_logprobs")
-    if not wanted:
-        if top:
-            raise invalid("top_logprobs", "it needs logprobs=true.")
-        return None
-    return top or 0
+    def _scored(self) -> int | None:
+        if not self.logprobs:
+            if self.top_logprobs:
+                raise invalid("top_logprobs", "it needs logprobs=true.")
+            return None
+        return self.top_logprobs or 0
 
 
 class ChatShape:

@@ -2,66 +2,66 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from polar_sdk.reading import shown
 from polar_server.openai import calls
-from polar_server.openai.calls import Call, Rules
-from polar_server.openai.fields import Body, Field, anything, flag, integer, invalid, only, unsupported
+from polar_server.openai.calls import Call, ChoicesBody
+from polar_server.openai.fields import MAX_TOKENS, Only, Top, invalid, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from polar_server.openai.calls import Rules
     from polar_server.openai.choices import Turn
     from polar_server.openai.logprobs import Entry
 
 _DEFAULT_MAX_TOKENS: Final = 16
 """As OpenAI documents it for this endpoint."""
 
-FIELDS: Final[Mapping[str, Field]] = {
-    **calls.SHARED,
-    "max_tokens": integer(0, 2**31 - 1),
-    "prompt": anything({"oneOf": [{"type": "string"}, {"type": "array"}]}),
-    "echo": flag(),
-    "logprobs": integer(0, 20),
-    "best_of": integer(1, 128),
-    "suffix": only("", why="this engine only goes on after a text."),
-}
 
+class TextBody(ChoicesBody):
+    """A body of `POST /v1/completions`."""
 
-def read_call(body: Body, rules: Rules) -> Call:
-    """What a body asks of the engine.
+    model_config = ConfigDict(json_schema_extra={"required": ["model", "prompt"]})
 
-    Raises:
-        ApiError: It asks for what does not exist or cannot be served.
-    """
-    calls.require_model(body)
-    options = calls.options_of(body, rules)
-    options["template"] = "raw"
-    asked = calls.max_tokens_of(body.get("max_tokens"), _DEFAULT_MAX_TOKENS, rules)
-    options["max_tokens"] = _DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)
-    if asked == 0 and not (body.get("echo") and body.get("logprobs") is not None):
-        raise invalid("max_tokens", "0 goes with echo and logprobs only, to score a prompt; use 1 or more.")
-    options["logprobs"] = body.get("logprobs")
-    if body.get("best_of", body.get("n", 1)) != body.get("n", 1):
-        raise unsupported("best_of", "answers are not compared; leave it out or make it equal to n.")
-    prompts = _prompts(body.get("prompt"))
-    stream, include_usage = calls.streaming(body, rules)
-    if body.get("echo") and body.get("logprobs") is not None:
-        options["prompt_logprobs"] = body.get("logprobs")
-        if stream:
-            raise unsupported("stream", "log-probabilities of the prompt come with a whole answer only.")
-    count = body.get("n", 1)
-    return Call(
-        model=body.get("model"),
-        asks=calls.choices_of(prompts, options, body, rules),
-        prompts=len(prompts),
-        stream=stream,
-        include_usage=include_usage,
-        logprobs=body.get("logprobs"),
-        echo=[prompt for prompt in prompts for _ in range(count)] if body.get("echo") else (),
-        only_echo=asked == 0,
-    )
+    prompt: Annotated[Any, WithJsonSchema({"oneOf": [{"type": "string"}, {"type": "array"}]})] = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    echo: bool = False
+    logprobs: Top | None = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    suffix: Annotated[None, Only("", why="this engine only goes on after a text.")] = None
+
+    def call(self, rules: Rules) -> Call:
+        """As `CallBody.call`."""
+        options = calls.options_of(self, rules)
+        options["template"] = "raw"
+        asked = calls.max_tokens_of(self.max_tokens, _DEFAULT_MAX_TOKENS, rules)
+        options["max_tokens"] = _DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)
+        scores = self.echo and self.logprobs is not None
+        if asked == 0 and not scores:
+            raise invalid("max_tokens", "0 goes with echo and logprobs only, to score a prompt; use 1 or more.")
+        options["logprobs"] = self.logprobs
+        if self.best_of not in (None, self.n):
+            raise unsupported("best_of", "answers are not compared; leave it out or make it equal to n.")
+        prompts = _prompts(self.prompt)
+        stream, include_usage = self.streaming(rules)
+        if scores:
+            options["prompt_logprobs"] = self.logprobs
+            if stream:
+                raise unsupported("stream", "log-probabilities of the prompt come with a whole answer only.")
+        return Call(
+            model=self.model,
+            asks=calls.choices_of(prompts, options, self, rules, count=self.n),
+            prompts=len(prompts),
+            stream=stream,
+            include_usage=include_usage,
+            logprobs=self.logprobs,
+            echo=[prompt for prompt in prompts for _ in range(self.n)] if self.echo else (),
+            only_echo=asked == 0,
+        )
 
 
 def _prompts(value: Any) -> list[str | list[int]]:

@@ -1,21 +1,24 @@
-"""Fields of a request body: what each may hold, checked one by one, and said in the OpenAPI document.
+"""Kinds of fields in request bodies, for pydantic models, and refusals that name a field.
 
-A table of kinds is both the check and the schema, so that the document cannot promise what the server refuses. A field
-that no table knows is reported, never dropped in silence. Knows no endpoint.
+The model of a body is both its check and its schema in the OpenAPI document, so the document cannot promise what the
+server refuses. A field that no model knows is reported, never dropped in silence. Knows no endpoint.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
 
 from polar_sdk.reading import shown
 from polar_server.errors import ApiError
 
-Check = Callable[[str, Any], Any]
-"""Returns the value as the server takes it, or raises what `invalid` makes."""
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+
+B = TypeVar("B", bound="Body")
 
 
 def invalid(param: str, why: str, *, code: str = "invalid_value") -> ApiError:
@@ -28,148 +31,164 @@ def unsupported(param: str, why: str) -> ApiError:
     return ApiError(f"{param} is not supported: {why}", code="unsupported_value", param=param)
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One field: how it is checked, and its JSON schema."""
+class Text:
+    """A text. pydantic's own refuses half of a surrogate pair, which JSON can hold.
 
-    check: Check
-    schema: Mapping[str, Any]
+    Args:
+        most: Maximum length. Unit: characters.
+    """
 
+    def __init__(self, most: int = 1_000_000) -> None:
+        self._most = most
 
-def number(low: float, high: float) -> Field:
-    """A number within bounds, both included."""
+    def __get_pydantic_core_schema__(self, _: Any, __: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validate)
 
-    def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise invalid(name, f"{shown(value)} is not a number.")
-        if not low <= value <= high:
-            raise invalid(name, f"{shown(value)} is out of range; use {low:g} to {high:g}.")
-        return float(value)
+    def __get_pydantic_json_schema__(self, _: Any, __: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "maxLength": self._most}
 
-    return Field(check, {"type": "number", "minimum": low, "maximum": high})
+    def check(self, param: str, value: Any) -> str:
+        """The text, of a value that is in no model.
 
-
-def integer(low: int, high: int) -> Field:
-    """A whole number within bounds, both included."""
-
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise invalid(name, f"{shown(value)} is not a whole number.")
-        if not low <= value <= high:
-            raise invalid(name, f"{shown(value)} is out of range; use {low} to {high}.")
-        return value
-
-    return Field(check, {"type": "integer", "minimum": low, "maximum": high})
-
-
-def flag() -> Field:
-    """True or false."""
-
-    def check(name: str, value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise invalid(name, f"{shown(value)} is neither true nor false.")
-        return value
-
-    return Field(check, {"type": "boolean"})
-
-
-def text(longest: int = 1_000_000) -> Field:
-    """A text."""
-
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise invalid(name, f"{shown(value)} is not text.")
-        if len(value) > longest:
-            raise invalid(name, f"the text has {len(value):,} characters; use at most {longest:,}.")
-        return value
-
-    return Field(check, {"type": "string", "maxLength": longest})
-
-
-def one_of(*values: str) -> Field:
-    """One of a few texts."""
-
-    def check(name: str, value: Any) -> str:
-        if value not in values:
-            raise invalid(name, f"{shown(value)} is not one of {', '.join(values)}.", code="unsupported_value")
+        Raises:
+            ApiError: It is not a text, or too long.
+        """
+        if (fault := self._fault(value)) is not None:
+            raise invalid(param, fault)
         return str(value)
 
-    return Field(check, {"type": "string", "enum": list(values)})
+    def _validate(self, value: Any) -> str:
+        if (fault := self._fault(value)) is not None:
+            raise wrong(fault)
+        return str(value)
+
+    def _fault(self, value: Any) -> str | None:
+        if not isinstance(value, str):
+            return f"{shown(value)} is not text."
+        if len(value) > self._most:
+            return f"the text has {len(value):,} characters; use at most {self._most:,}."
+        return None
 
 
-def texts(most: int, longest: int) -> Field:
-    """A text, or a list of a few; becomes a list."""
-    single = text(longest)
+class Only:
+    """A field of the API that has one meaning here: any of `values` says so, and anything else is refused.
 
-    def check(name: str, value: Any) -> list[str]:
-        several = value if isinstance(value, list) else [value]
-        if len(several) > most:
-            raise invalid(name, f"there are {len(several)}; use at most {most}.")
-        for each in several:
-            if single.check(name, each) == "":
-                raise invalid(name, "an empty text ends every answer at once; remove it.")
-        return several
+    Args:
+        *values: What says so.
+        why: Why there is no other.
+    """
 
-    schema = dict(single.schema)
-    return Field(check, {"oneOf": [schema, {"type": "array", "items": schema, "maxItems": most}]})
+    def __init__(self, *values: Any, why: str) -> None:
+        self._values, self._why = values, why
 
+    def __get_pydantic_core_schema__(self, _: Any, __: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validate)
 
-def mapping(most: int, longest: int) -> Field:
-    """An object of a few texts."""
-    single = text(longest)
+    def __get_pydantic_json_schema__(self, _: Any, __: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [*self._values, None]}
 
-    def check(name: str, value: Any) -> dict[str, str]:
-        if not isinstance(value, dict):
-            raise invalid(name, f"{shown(value)} is not an object.")
-        if len(value) > most:
-            raise invalid(name, f"there are {len(value)} entries; use at most {most}.")
-        return {key: single.check(f"{name}.{key[:64]}", each) for key, each in value.items()}
-
-    return Field(check, {"type": "object", "maxProperties": most, "additionalProperties": dict(single.schema)})
+    def _validate(self, value: Any) -> None:
+        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in self._values):
+            raise PydanticCustomError("unsupported", self._why)
 
 
-def anything(schema: Mapping[str, Any] | None = None) -> Field:
-    """A value that its reader checks."""
-    return Field(lambda _, value: value, schema or {})
+def unserved(why: str) -> Only:
+    """A field that this server cannot serve, unless it says nothing."""
+    return Only(None, False, [], {}, why=why)
 
 
-def only(*values: Any, why: str) -> Field:
-    """A field of the API that has one meaning here: any of `values` says so, and anything else is refused."""
-
-    def check(name: str, value: Any) -> None:
-        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values):
-            raise unsupported(name, why)
-
-    return Field(check, {"enum": [*values, None]})
+def wrong(why: str) -> PydanticCustomError:
+    """The fault of a field, raised within a validator."""
+    return PydanticCustomError("invalid", why)
 
 
-@dataclass(frozen=True)
-class Body:
-    """A request body, checked field by field."""
-
-    values: Mapping[str, Any]
-    unknown: tuple[str, ...]
-    """Fields that no table knows."""
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field; the default where it is absent or null."""
-        return self.values.get(name, default)
+def _listed(value: Any) -> Any:
+    """One text or several, as a list."""
+    several = value if isinstance(value, list) else [value]
+    if len(several) > _MAX_STOPS:
+        raise wrong(f"there are {len(several)}; use at most {_MAX_STOPS}.")
+    if "" in several:
+        raise wrong("an empty text ends every answer at once; remove it.")
+    return several
 
 
+def _few(value: Any) -> Any:
+    """Count before anything in it is looked at."""
+    if isinstance(value, Mapping) and len(value) > _MAX_LABELS:
+        raise wrong(f"there are {len(value)} entries; use at most {_MAX_LABELS}.")
+    return value
+
+
+_MAX_STOPS: Final = 4
+_MAX_LABELS: Final = 16
+MAX_TOKENS: Final = 2**31 - 1
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Top = Annotated[int, Field(ge=0, le=20)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Name = Annotated[str, Text(200)]
+_Stop = Annotated[str, Text(1_000)]
+Stops = Annotated[
+    list[_Stop],
+    BeforeValidator(_listed, json_schema_input_type=_Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)]),
+]
+Labels = Annotated[
+    dict[Annotated[str, Text()], Annotated[str, Text(512)]], Field(max_length=_MAX_LABELS), BeforeValidator(_few)
+]
+
+
+class Body(BaseModel):
+    """A request body. Null is as good as absent."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+
+_WORDS: Final = {
+    "int_type": "{value} is not a whole number.",
+    "float_type": "{value} is not a number.",
+    "finite_number": "{value} is not a number.",
+    "bool_type": "{value} is neither true nor false.",
+    "dict_type": "{value} is not an object.",
+    "greater_than_equal": "{value} is out of range; use at least {ge:,}.",
+    "less_than_equal": "{value} is out of range; use at most {le:,}.",
+    "literal_error": "{value} is unknown; use {expected}.",
+    "missing": "it is required, and missing.",
+}
+_CODES: Final = {
+    "unsupported": "unsupported_value",
+    "literal_error": "unsupported_value",
+    "missing": "missing_required_parameter",
+}
 _SHOWN: Final = 8
 
 
-def read(body: Mapping[str, Any], table: Mapping[str, Field], *, strict: bool) -> Body:
-    """Check every field of a body.
+def read(content: Mapping[str, Any], model: type[B], *, strict: bool) -> tuple[B, int]:
+    """A body, and the number of its fields that the model does not know.
 
     Raises:
-        ApiError: A field holds what it may not, or with `strict` is unknown.
+        ApiError: A field holds what it may not or is missing, or with `strict` is unknown.
     """
-    values = {
-        name: table[name].check(name, value) for name, value in body.items() if name in table and value is not None
-    }
-    unknown = tuple(name for name in body if name not in table)
+    known = model.model_fields
+    unknown = [name for name in content if name not in known]
+    try:
+        body, failed = model.model_validate({name: value for name, value in content.items() if value is not None}), None
+    except ValidationError as error:
+        # The first fault in the caller's order; what is missing comes last.
+        place = {name: index for index, name in enumerate(content)}
+        failed = min(error.errors(include_url=False), key=lambda one: place.get(str(one["loc"][0]), len(place)))
+        if failed["type"] != "missing":
+            raise _refusal(failed) from error
     if unknown and strict:
         names = ", ".join(name[:64] for name in unknown[:_SHOWN])
         raise ApiError(f"unknown fields: {names}; remove them.", code="unknown_parameter", param=unknown[0][:64])
-    return Body(values, unknown)
+    if failed is not None:
+        raise _refusal(failed)
+    return body, len(unknown)
+
+
+def _refusal(fault: Any) -> ApiError:
+    param = ".".join(str(part)[:64] for part in fault["loc"] if isinstance(part, str) and part != "[key]")
+    words = _WORDS.get(fault["type"])
+    why = fault["msg"] if words is None else words.format(value=shown(fault["input"]), **fault.get("ctx", {}))
+    if fault["type"] == "unsupported":
+        return unsupported(param, why)
+    return invalid(param, why, code=_CODES.get(fault["type"], "invalid_value"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from polar_sdk.frameworks.tools import result_text, turn_text
 from polar_sdk.reading import Unreadable, parse_json, shown
-from polar_server.openai.fields import invalid, text, unsupported
+from polar_server.openai.fields import Text, invalid, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MAX_MESSAGES: Final = 10_000
 _MAX_CALLS: Final = 128
-_NAME: Final = text(64)
-_ID: Final = text(200)
-_ARGUMENTS: Final = text()
+_NAME: Final = Text(64)
+_ID: Final = Text(200)
+_ARGUMENTS: Final = Text()
 _TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
 """Parts of a chat message that are text, and the key that holds it."""
 

@@ -6,19 +6,22 @@ refused by name.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import ConfigDict, WithJsonSchema
 
 from polar_sdk.frameworks.tools import turn_text
 from polar_sdk.reading import shown
 from polar_server.openai import calls, tools
-from polar_server.openai.calls import Call, Rules, unserved
-from polar_server.openai.fields import Body, Field, anything, integer, invalid, only, text, unsupported
+from polar_server.openai.calls import Call, TurnBody
+from polar_server.openai.fields import Only, Text, Tokens, invalid, unserved, unsupported
 from polar_server.openai.messages import ROLES, check_count, read_call_of, read_result, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from polar_sdk.frameworks.tools import Roles
+    from polar_server.openai.calls import Rules
 
 _DEFAULT_MAX_TOKENS: Final = 256
 _STATELESS: Final = "nothing is stored here; send the whole conversation as input."
@@ -27,82 +30,102 @@ _PARTS: Final = {"input_text": "text", "output_text": "text", "text": "text", "r
 _STORED: Final = "item_reference"
 _INCLUDED: Final = (_LOGPROBS, "reasoning.encrypted_content")
 """What may be asked for; there is no reasoning that the second could be of."""
-_SHARED: Final = (
-    *("model", "temperature", "top_p", "seed", "stream", "user", "metadata"),
-    *("compute", "program", "tags"),
-)
-
-FIELDS: Final[Mapping[str, Field]] = {
-    **{name: calls.SHARED[name] for name in _SHARED},
-    **tools.FIELDS,
-    "input": anything({"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
-    "instructions": text(),
-    "max_output_tokens": integer(1, 2**31 - 1),
-    "text": anything({"type": "object"}),
-    "include": anything({"type": "array", "items": {"enum": list(_INCLUDED)}}),
-    "top_logprobs": integer(0, 20),
-    "service_tier": text(50),
-    "stream_options": anything({"type": "object"}),
-    "store": only(False, why="answers are not stored; leave it out or pass false."),
-    "background": only(False, why="an answer is computed while its client waits."),
-    "previous_response_id": unserved(_STATELESS),
-    "conversation": unserved(_STATELESS),
-    "prompt": unserved("prompt templates are not stored here; send input and instructions."),
-    "context_management": unserved("a conversation is not shortened here; shorten it before."),
-    "truncation": only("disabled", why="an input that is too long is refused; shorten it."),
-    "moderation": unserved("this engine judges no texts."),
-    "reasoning": only(None, {}, {"effort": "none"}, why="this engine does not reason apart from its answer."),
-    "max_tool_calls": integer(1, 2**31 - 1),  # of OpenAI's own tools, of which there are none
-    **calls.WITHOUT_EFFECT,
-    "prompt_cache_options": anything({"type": "object"}),
-}
+_Text = Annotated[str, Text()]
 
 
-def read_call(body: Body, rules: Rules) -> Call:
-    """What a body asks of the engine.
+class ResponseBody(TurnBody):
+    """A body of `POST /v1/responses`."""
 
-    Raises:
-        ApiError: It asks for what does not exist or cannot be served.
-    """
-    calls.require_model(body)
-    options = calls.options_of(body, rules)
-    options["template"] = "chat"
-    asked = body.get("max_output_tokens")
-    options["max_tokens"] = calls.max_tokens_of(asked, _DEFAULT_MAX_TOKENS, rules, name="max_output_tokens")
-    options["logprobs"] = logprobs = _logprobs(body)
-    answer_format, spelt = _format(body.get("text"))
-    parallel = body.get("parallel_tool_calls", False)
-    form = tools.read_form(body.get("tools"), body.get("tool_choice"), answer_format, parallel=parallel, nested=False)
-    options.update(form.options())
-    _check_stream_options(body)
-    if body.get("input") is None:
-        raise invalid("input", "there is none; pass a text, or a list of items.", code="missing_required_parameter")
-    roles = _messages_of(body.get("input"), body.get("instructions"))
-    return Call(
-        model=body.get("model"),
-        asks=calls.choices_of([form.teach(roles)], options, body, rules),
-        prompts=1,
-        stream=body.get("stream", False),
-        include_usage=True,
-        logprobs=logprobs,
-        form=form,
-        format_param="text.format",
-        repeated=_repeated(body, spelt),
-    )
+    model_config = ConfigDict(json_schema_extra={"required": ["model", "input"]})
 
+    input: Annotated[
+        Any, WithJsonSchema({"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})
+    ] = None
+    instructions: _Text | None = None
+    max_output_tokens: Tokens | None = None
+    text: Annotated[Any, WithJsonSchema({"type": "object"})] = None
+    include: Annotated[Any, WithJsonSchema({"type": "array", "items": {"enum": list(_INCLUDED)}})] = ()
+    background: Annotated[None, Only(False, why="an answer is computed while its client waits.")] = None
+    previous_response_id: Annotated[None, unserved(_STATELESS)] = None
+    conversation: Annotated[None, unserved(_STATELESS)] = None
+    prompt: Annotated[None, unserved("prompt templates are not stored here; send input and instructions.")] = None
+    context_management: Annotated[None, unserved("a conversation is not shortened here; shorten it before.")] = None
+    truncation: Annotated[None, Only("disabled", why="an input that is too long is refused; shorten it.")] = None
+    moderation: Annotated[None, unserved("this engine judges no texts.")] = None
+    reasoning: Annotated[
+        None, Only(None, {}, {"effort": "none"}, why="this engine does not reason apart from its answer.")
+    ] = None
+    max_tool_calls: Tokens | None = None  # of OpenAI's own tools, of which there are none
+    prompt_cache_options: Annotated[Any, WithJsonSchema({"type": "object"})] = None  # of its caches
 
-def _logprobs(body: Body) -> int | None:
-    include, top = body.get("include", []), body.get("top_logprobs")
-    if not isinstance(include, list):
-        raise invalid("include", f"{shown(include)} is not a list.")
-    for name in include:
-        if name not in _INCLUDED:
-            raise unsupported("include", f"{shown(name)}; use {_LOGPROBS}.")
-    if _LOGPROBS not in include:
-        if top:
-            raise invalid("top_logprobs", f"it needs include=[{_LOGPROBS!r}].")
-        return None
-    return top or 0
+    def call(self, rules: Rules) -> Call:
+        """As `CallBody.call`."""
+        options = calls.options_of(self, rules)
+        options["template"] = "chat"
+        longest = calls.max_tokens_of(self.max_output_tokens, _DEFAULT_MAX_TOKENS, rules, name="max_output_tokens")
+        options["max_tokens"] = longest
+        options["logprobs"] = logprobs = self._scored()
+        answer_format, spelt = _format(self.text)
+        form = tools.read_form(
+            self.tools, self.tool_choice, answer_format, parallel=self.parallel_tool_calls, nested=False
+        )
+        options.update(form.options())
+        self._check_stream_options()
+        if self.input is None:
+            raise invalid("input", "there is none; pass a text, or a list of items.", code="missing_required_parameter")
+        roles = _messages_of(self.input, self.instructions)
+        return Call(
+            model=self.model,
+            asks=calls.choices_of([form.teach(roles)], options, self, rules),
+            prompts=1,
+            stream=self.stream,
+            include_usage=True,
+            logprobs=logprobs,
+            form=form,
+            format_param="text.format",
+            repeated=self._repeated(spelt),
+        )
+
+    def _scored(self) -> int | None:
+        if not isinstance(self.include, list | tuple):
+            raise invalid("include", f"{shown(self.include)} is not a list.")
+        for name in self.include:
+            if name not in _INCLUDED:
+                raise unsupported("include", f"{shown(name)}; use {_LOGPROBS}.")
+        if _LOGPROBS not in self.include:
+            if self.top_logprobs:
+                raise invalid("top_logprobs", f"it needs include=[{_LOGPROBS!r}].")
+            return None
+        return self.top_logprobs or 0
+
+    def _check_stream_options(self) -> None:
+        options = self.stream_options
+        if options is None:
+            return
+        if not self.stream:
+            raise invalid("stream_options", "it goes with stream=true only.")
+        if options not in ({}, {"include_obfuscation": False}):
+            raise unsupported("stream_options", f"{shown(options)}: usage always comes, and obfuscation never.")
+
+    def _repeated(self, answer_format: Mapping[str, Any]) -> dict[str, Any]:
+        """What an answer says of its call."""
+        return {
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "max_tool_calls": self.max_tool_calls,
+            "metadata": self.metadata,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "prompt_cache_key": self.prompt_cache_key,
+            "safety_identifier": self.safety_identifier,
+            "service_tier": self.service_tier or "default",
+            "temperature": self.temperature,
+            "text": {"format": dict(answer_format), "verbosity": "medium"},
+            "tool_choice": "auto" if self.tool_choice is None else self.tool_choice,
+            "tools": [{"description": None, "parameters": None, "strict": True, **tool} for tool in self.tools or ()],
+            "top_logprobs": self.top_logprobs or 0,
+            "top_p": self.top_p,
+            "user": self.user,
+        }
 
 
 def _format(value: Any) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
@@ -122,37 +145,6 @@ def _format(value: Any) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
         inner = tools.check_schema("text.format", given, "schema")
         return {"type": "json_schema", "json_schema": inner}, given
     return tools.read_format("text.format", given), given or plain
-
-
-def _check_stream_options(body: Body) -> None:
-    options = body.get("stream_options")
-    if options is None:
-        return
-    if not body.get("stream", False):
-        raise invalid("stream_options", "it goes with stream=true only.")
-    if not isinstance(options, dict) or options not in ({}, {"include_obfuscation": False}):
-        raise unsupported("stream_options", f"{shown(options)}: usage always comes, and obfuscation never.")
-
-
-def _repeated(body: Body, answer_format: Mapping[str, Any]) -> dict[str, Any]:
-    """What an answer says of its call."""
-    return {
-        "instructions": body.get("instructions"),
-        "max_output_tokens": body.get("max_output_tokens"),
-        "max_tool_calls": body.get("max_tool_calls"),
-        "metadata": body.get("metadata", {}),
-        "parallel_tool_calls": body.get("parallel_tool_calls", False),
-        "prompt_cache_key": body.get("prompt_cache_key"),
-        "safety_identifier": body.get("safety_identifier"),
-        "service_tier": body.get("service_tier", "default"),
-        "temperature": body.get("temperature", 0.0),
-        "text": {"format": dict(answer_format), "verbosity": "medium"},
-        "tool_choice": body.get("tool_choice", "auto"),
-        "tools": [{"description": None, "parameters": None, "strict": True, **tool} for tool in body.get("tools", ())],
-        "top_logprobs": body.get("top_logprobs", 0),
-        "top_p": body.get("top_p", 1.0),
-        "user": body.get("user"),
-    }
 
 
 # -- items -------------------------------------------------------------------------------------------------------------

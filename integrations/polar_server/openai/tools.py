@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from polar_sdk.errors import did_you_mean
 from polar_sdk.frameworks.forms import AnswerForm
 from polar_sdk.reading import shown
-from polar_server.openai.fields import Field, anything, flag, invalid, text, unsupported
+from polar_server.openai.fields import Text, invalid, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,15 +21,12 @@ if TYPE_CHECKING:
 MAX_TOOLS: Final = 128
 _MODES: Final = ("none", "auto", "required")
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_DESCRIPTION: Final = text(10_000)
-_FLAG: Final = flag()
+_DESCRIPTION: Final = Text(10_000)
 _FORMATS: Final = ("text", "json_object", "json_schema")
 
-FIELDS: Final[Mapping[str, Field]] = {
-    "tools": anything({"type": "array", "items": {"type": "object"}, "maxItems": MAX_TOOLS}),
-    "tool_choice": anything({"oneOf": [{"enum": list(_MODES)}, {"type": "object"}]}),
-    "parallel_tool_calls": flag(),
-}
+TOOLS: Final[dict[str, Any]] = {"type": "array", "items": {"type": "object"}, "maxItems": MAX_TOOLS}
+TOOL_CHOICE: Final[dict[str, Any]] = {"oneOf": [{"enum": list(_MODES)}, {"type": "object"}]}
+"""JSON schemas of the two fields, whose parts are checked here."""
 
 
 def read_form(
@@ -125,8 +122,8 @@ def _tool(tool: Any, where: str, *, nested: bool) -> dict[str, Any]:
     about = function.get("description")
     if about is not None:
         _DESCRIPTION.check(f"{within}.description", about)
-    if function.get("strict") is not None:
-        _FLAG.check(f"{within}.strict", function["strict"])
+    if not isinstance(strict := function.get("strict"), bool | None):
+        raise invalid(f"{within}.strict", f"{shown(strict)} is neither true nor false.")
     if parameters is not None and not isinstance(parameters, dict):
         raise invalid(f"{within}.parameters", f"{shown(parameters)} is no JSON schema of an object.")
     if parameters and parameters.get("type", "object") != "object":

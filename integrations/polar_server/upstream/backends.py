@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from polar_sdk.errors import InvalidRequestError
-from polar_server.openai.calls import Steering
+from polar_server.openai.steering import Steering
 from polar_server.upstream.client import UpstreamError
 
 if TYPE_CHECKING:

@@ -113,8 +113,8 @@ def test_it_does_not_start_open_to_the_network(model: Path, arguments: tuple[str
     ("arguments", "said"),
     [
         (("--backend", "http://a:8000"), "is not TIER=URL"),
-        (("--replicas", "2"), "go with --ray"),
-        (("--ray", "--replicas", "0"), "--replicas '0'" if find_spec("ray") else "extra ray"),
+        (("--write-config", "-"), "--ray"),
+        (("--ray", "0"), "--ray '0'" if find_spec("ray") else "extra ray"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: tuple[str, ...], said: str) -> None:

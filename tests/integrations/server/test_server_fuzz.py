@@ -1,12 +1,8 @@
-"""Bodies, queries and bytes that no client would send: never a 5xx, never a traceback, and the engine lives on.
-
-`POLAR_FUZZ` sets how many of each kind are sent.
-"""
+"""Bodies, queries and bytes that no client would send: never a 5xx, never a traceback, and the engine lives on."""
 
 from __future__ import annotations
 
 import json
-import os
 import urllib.parse
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +15,21 @@ from polar_sdk import NullSink
 from polar_sdk.testing import tiny_model
 from polar_server import Settings
 from polar_server.endpoints import account
-from polar_server.openai import chat, completions, responses
+from polar_server.openai.chat import ChatBody
+from polar_server.openai.completions import TextBody
+from polar_server.openai.responses import ResponseBody
 from tests.integrations.conftest import paths_of, replaced
 from tests.integrations.server.conftest import Served
 from tests.integrations.server.test_responses import WEATHER as FLAT
 from tests.integrations.server.test_tools_over_http import WEATHER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-EXAMPLES = int(os.environ.get("POLAR_FUZZ", "120"))
-_SETTINGS = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+    from polar_server.openai.calls import CallBody
+
+_EXAMPLES = [12, pytest.param(500, marks=pytest.mark.long)]
 _CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 _FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "properties": {}}}}
 _BODIES: dict[str, dict[str, Any]] = {
@@ -66,11 +65,11 @@ _BODIES: dict[str, dict[str, Any]] = {
     },
     "polar/quote": {"model": "tiny", "max_tokens": 3, "messages": [{"role": "user", "content": "x"}]},
 }
-_FIELDS = {
-    "chat/completions": chat.FIELDS,
-    "completions": completions.FIELDS,
-    "responses": responses.FIELDS,
-    "polar/quote": chat.FIELDS,
+_MODELS: dict[str, type[CallBody]] = {
+    "chat/completions": ChatBody,
+    "completions": TextBody,
+    "responses": ResponseBody,
+    "polar/quote": ChatBody,
 }
 _texts = st.text(st.characters(codec=None), max_size=8)  # lone surrogates, which JSON can escape, included
 _leaves = st.one_of(
@@ -117,44 +116,59 @@ def check(served: Served, method: str, path: str, content: bytes | None) -> None
         assert headers["x-request-id"]
 
 
+def many(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], None]:
+    """Run a function with so many examples."""
+
+    def run(function: Callable[..., None]) -> None:
+        settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))(
+            given(**strategies)(function)
+        )()
+
+    return run
+
+
+@pytest.mark.parametrize("examples", _EXAMPLES)
 @pytest.mark.parametrize("endpoint", list(_BODIES))
-@_SETTINGS
-@given(data=st.data())
-def test_a_changed_body_is_answered_or_refused(fuzzed: Served, endpoint: str, data: st.DataObject) -> None:
-    body: Any = _BODIES[endpoint]
-    for _ in range(data.draw(st.integers(1, 2))):
-        if data.draw(st.booleans()) and isinstance(body, dict):
-            body = {**body, data.draw(st.sampled_from(sorted(_FIELDS[endpoint]))): data.draw(_values)}
-        else:
-            body = replaced(body, data.draw(st.sampled_from(paths_of(body))), data.draw(_values))
-    check(fuzzed, "POST", f"/v1/{endpoint}", json.dumps(body).encode())
+def test_a_changed_body_is_answered_or_refused(fuzzed: Served, endpoint: str, examples: int) -> None:
+    fields = sorted(_MODELS[endpoint].model_fields)
+
+    @many(examples, data=st.data())
+    def change(data: st.DataObject) -> None:
+        body: Any = _BODIES[endpoint]
+        for _ in range(data.draw(st.integers(1, 2))):
+            if data.draw(st.booleans()) and isinstance(body, dict):
+                body = {**body, data.draw(st.sampled_from(fields)): data.draw(_values)}
+            else:
+                body = replaced(body, data.draw(st.sampled_from(paths_of(body))), data.draw(_values))
+        check(fuzzed, "POST", f"/v1/{endpoint}", json.dumps(body).encode())
 
 
-@_SETTINGS
-@given(data=st.data(), content=st.binary(max_size=40))
-def test_a_damaged_body_is_answered_or_refused(fuzzed: Served, data: st.DataObject, content: bytes) -> None:
-    endpoint = data.draw(st.sampled_from(list(_BODIES)))
-    whole = json.dumps(_BODIES[endpoint]).encode()
-    start = data.draw(st.integers(0, len(whole)))
-    end = data.draw(st.integers(start, len(whole)))
-    check(fuzzed, "POST", f"/v1/{endpoint}", whole[:start] + content + whole[end:])
+@pytest.mark.parametrize("examples", _EXAMPLES)
+def test_a_damaged_body_is_answered_or_refused(fuzzed: Served, examples: int) -> None:
+    @many(examples, data=st.data(), content=st.binary(max_size=40))
+    def damage(data: st.DataObject, content: bytes) -> None:
+        endpoint = data.draw(st.sampled_from(list(_BODIES)))
+        whole = json.dumps(_BODIES[endpoint]).encode()
+        start = data.draw(st.integers(0, len(whole)))
+        end = data.draw(st.integers(start, len(whole)))
+        check(fuzzed, "POST", f"/v1/{endpoint}", whole[:start] + content + whole[end:])
 
 
-@_SETTINGS
-@given(
-    path=st.sampled_from(["polar/usage", "polar/quote", "polar/receipts/", "models/", ""]),
-    names=st.lists(
-        st.sampled_from(["by", "month", "since", "until", "zone", "currency", "input_tokens", "max_tokens", "x"]),
-        max_size=3,
-    ),
-    values=st.lists(
+_NAMES = ["by", "month", "since", "until", "zone", "currency", "input_tokens", "max_tokens", "x"]
+_QUESTIONS = {
+    "path": st.sampled_from(["polar/usage", "polar/quote", "polar/receipts/", "models/", ""]),
+    "names": st.lists(st.sampled_from(_NAMES), max_size=3),
+    "values": st.lists(
         st.text(max_size=12) | st.sampled_from(["tier", "2026-11", "tag:x", "9999-12-31", "5"]), min_size=3, max_size=3
     ),
-    raw=st.binary(max_size=12),
-)
-def test_a_strange_question_is_answered_or_refused(
-    fuzzed: Served, path: str, names: list[str], values: list[str], raw: bytes
-) -> None:
-    query = urllib.parse.urlencode(list(zip(names, values, strict=False)), errors="replace")
-    tail = urllib.parse.quote(raw) if path.endswith("/") else ""
-    check(fuzzed, "GET", f"/v1/{path}{tail}?{query}", None)
+    "raw": st.binary(max_size=12),
+}
+
+
+@pytest.mark.parametrize("examples", _EXAMPLES)
+def test_a_strange_question_is_answered_or_refused(fuzzed: Served, examples: int) -> None:
+    @many(examples, **_QUESTIONS)
+    def ask(path: str, names: list[str], values: list[str], raw: bytes) -> None:
+        query = urllib.parse.urlencode(list(zip(names, values, strict=False)), errors="replace")
+        tail = urllib.parse.quote(raw) if path.endswith("/") else ""
+        check(fuzzed, "GET", f"/v1/{path}{tail}?{query}", None)
