@@ -1,31 +1,33 @@
-"""Between LangChain and the engine: messages to the roles of a chat template, answers to the metadata users look at.
+"""Between LangChain and the engine: messages to the roles of a chat template, answers to messages and their metadata.
 
 Text only: a block that is neither text nor a trace of tool use is refused, never dropped in silence. Tokens go to
 `usage_metadata` as integers only, since a float there breaks LangChain's own usage counter; money and compute go to the
-response metadata. A hit in LangChain's cache becomes a usage record that says nothing was executed. Knows no model.
+response metadata. Knows no model.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
 
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, FunctionMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, FunctionMessage, ToolMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import tool_call, tool_call_chunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
+from langchain_polar.errors import langchain_errors
 from polar_sdk.errors import InvalidRequestError
 from polar_sdk.frameworks.cost import cost_facts
 from polar_sdk.frameworks.tools import result_text, turn_text
-from polar_sdk.request.names import check_name, check_tags
-from polar_sdk.usage import Outcome, UsageRecord, new_request_id
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from langchain_polar._calls import Caller
-    from polar_sdk import Generation
-    from polar_sdk.usage import Receipt
+    from polar_sdk import Chunk, Generation
+    from polar_sdk.frameworks.forms import AnswerForm
+    from polar_sdk.frameworks.tools import Piece
+    from polar_sdk.usage import UsageRecord
 
 
 _ROLES: Final = {
@@ -42,7 +44,7 @@ _NOT_SPOKEN: Final = frozenset(
     {"reasoning", "thinking", "tool_call", "tool_use", "tool_call_chunk", "input_json_delta"}
 )
 """Blocks of an earlier answer that are not part of its text; tool calls are read from `AIMessage.tool_calls`."""
-_UNKNOWN: Final = "unknown"
+UNKNOWN: Final = "unknown"
 """Model or router of a cache entry that another program wrote."""
 
 
@@ -136,7 +138,7 @@ def totals(generations: Sequence[Generation]) -> dict[str, Any]:
     amounts = [(generation.receipt or {}).get("cost") for generation in generations]
     known = [Decimal(amount) for amount in amounts if amount is not None]
     return {
-        "model_name": records[0].model if records else _UNKNOWN,
+        "model_name": records[0].model if records else UNKNOWN,
         "request_ids": [record.request_id for record in records],
         "token_usage": {
             "prompt_tokens": sum(record.tokens.input for record in records),
@@ -149,34 +151,65 @@ def totals(generations: Sequence[Generation]) -> dict[str, Any]:
     }
 
 
-def cached_record(metadata: Mapping[str, Any], caller: Caller, tenant: str) -> UsageRecord:
-    """The record of an answer that LangChain took from its cache: no tokens, no visits, 0 FLOPs.
+class AnswerReader:
+    """Reads one answer of a given form."""
 
-    Args:
-        metadata: Response metadata of the cached answer.
-        caller: Who got it this time.
-        tenant: Used where the caller names none.
+    def __init__(self, form: AnswerForm) -> None:
+        self._form, self._reader = form, form.reader()
+        self._ids: list[str] = []
 
-    Raises:
-        TagError: A name that no request can have.
-    """
-    origin: Mapping[str, Any] = metadata.get("polar") or {}
-    return UsageRecord(
-        request_id=check_name("request_id", caller.request_id or new_request_id()),
-        tenant=check_name("tenant", caller.tenant or tenant),
-        tags=dict(check_tags(caller.tags)),
-        model=metadata.get("model_name") or _UNKNOWN,
-        model_fingerprint=origin.get("model_fingerprint") or _UNKNOWN,
-        router=origin.get("router") or _UNKNOWN,
-        router_version=origin.get("router_version") or _UNKNOWN,
-        tier=origin.get("tier"),
-        program="",
-        outcome=Outcome.CACHED,
-        finish_reason="cached",
-        started_at=datetime.now(UTC),
-    )
+    def result(self, generation: Generation) -> ChatResult:
+        """A whole answer.
 
+        Raises:
+            IncompleteAnswerError: A call was cut off.
+        """
+        self._reader.push(generation.text)
+        self._reader.finish()
+        self._check(generation)
+        message = AIMessage(
+            content=self._reader.text,
+            tool_calls=[
+                tool_call(name=call.name, args=call.values() or {}, id=self._id(index))
+                for index, call in enumerate(self._reader.calls)
+            ],
+            usage_metadata=usage_metadata(generation.usage),
+            response_metadata=response_metadata(generation),
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
 
-def cached_metadata(metadata: Mapping[str, Any], record: UsageRecord, receipt: Receipt | None) -> dict[str, Any]:
-    """Response metadata of a cached answer: what it cost this time, not what it cost when it was computed."""
-    return {**metadata, **cost_facts(record, receipt)}
+    def chunks(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
+        """What one piece of a streamed answer makes certain; the last one has usage and cost.
+
+        Raises:
+            IncompleteAnswerError: A call was cut off; after the last chunk.
+        """
+        pieces = self._reader.push(chunk.text)
+        if chunk.generation is None:
+            if pieces:
+                yield ChatGenerationChunk(message=self._message(pieces))
+            return
+        message = self._message([*pieces, *self._reader.finish()])
+        message.usage_metadata = usage_metadata(chunk.generation.usage)
+        message.response_metadata = response_metadata(chunk.generation)
+        message.chunk_position = "last"
+        yield ChatGenerationChunk(message=message)
+        self._check(chunk.generation)
+
+    def _message(self, pieces: list[Piece]) -> AIMessageChunk:
+        return AIMessageChunk(
+            content="".join(piece for piece in pieces if isinstance(piece, str)),
+            tool_call_chunks=[
+                tool_call_chunk(name=name, args=arguments, id=self._id(index) if name else None, index=index)
+                for index, name, arguments in (piece for piece in pieces if not isinstance(piece, str))
+            ],
+        )
+
+    def _check(self, generation: Generation) -> None:
+        with langchain_errors():
+            self._form.check(self._reader.calls, generation)
+
+    def _id(self, index: int) -> str:
+        while len(self._ids) <= index:
+            self._ids.append(f"call_{uuid4().hex}")
+        return self._ids[index]

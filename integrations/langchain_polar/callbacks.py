@@ -1,4 +1,4 @@
-"""`get_polar_cost_callback`: what a block of LangChain calls cost, by model, tier, tag and tenant.
+"""`get_polar_cost_callback`: the cost of a block of LangChain calls, by model, tier, tag and tenant; `PolarTracer`.
 
 Reads what PoLar models write into their results and nothing else. It sees what LangChain shows to callbacks:
 an interrupted answer, and one that `PolarLLM` took from a cache, never reach a callback. The ledger
@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.outputs import ChatGeneration, Generation, LLMResult
 from langchain_core.tracers.context import register_configure_hook
+from langchain_core.tracers.langchain import LangChainTracer
 
-from polar_sdk.frameworks.totals import CallCosts, CostTotals, PolarCall
+from polar_sdk.frameworks.cost import CallCosts, CostTotals, PolarCall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from uuid import UUID
 
+    from langchain_core.tracers.schemas import Run
 
-__all__ = ["CallCosts", "CostTotals", "PolarCall", "PolarCostCallbackHandler", "get_polar_cost_callback"]
+
+__all__ = ["CallCosts", "CostTotals", "PolarCall", "PolarCostCallbackHandler", "PolarTracer", "get_polar_cost_callback"]
 
 
 class PolarCostCallbackHandler(CallCosts, BaseCallbackHandler):
@@ -86,3 +89,42 @@ def get_polar_cost_callback() -> Iterator[PolarCostCallbackHandler]:
         yield handler
     finally:
         _active.reset(token)
+
+
+# -- LangSmith ---------------------------------------------------------------------------------------------------------
+
+_CURRENCY: Final = "USD"
+
+
+class PolarTracer(LangChainTracer):
+    """A `LangChainTracer` that adds `total_cost` to the usage of PoLar runs; other runs are traced as always.
+
+    Example:
+        >>> chain.invoke("…", config={"callbacks": [PolarTracer()]})  # doctest: +SKIP
+
+    LangSmith reads costs in dollars beside the tokens of a run. LangChain allows integers alone there, and its own
+    counter breaks at anything else, so the cost is added to the copy that is sent, and not to the message. Costs in
+    other currencies than US dollars are not added: LangSmith would show them as dollars.
+    """
+
+    def _on_llm_end(self, run: Run) -> None:
+        for row in (run.outputs or {}).get("generations") or ():
+            for answer in row:
+                _price(answer, run)
+        super()._on_llm_end(run)
+
+
+def _price(answer: Mapping[str, Any], run: Run) -> None:
+    message = (answer.get("message") or {}).get("kwargs") or {}
+    if message:
+        reported, usage = message.get("response_metadata") or {}, message.get("usage_metadata")
+    else:
+        reported = answer.get("generation_info") or {}
+        usage = reported.get("usage_metadata")
+    money = reported.get("cost_details") or {}
+    if not usage or not reported.get("polar"):
+        return
+    if money.get("amount") is not None and money.get("currency") == _CURRENCY:
+        usage["total_cost"] = float(money["amount"])
+    if not message:  # LangChain looks for the usage of messages alone
+        run.extra.setdefault("metadata", {})["usage_metadata"] = usage

@@ -16,10 +16,8 @@ from langchain_core.outputs import ChatGeneration
 from langchain_core.runnables.config import get_config_list
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from langchain_polar._answers import AnswerReader
-from langchain_polar._base import PolarBase
-from langchain_polar._calls import Caller, with_thread
-from langchain_polar._messages import to_roles
+from langchain_polar._base import Caller, PolarBase, with_thread
+from langchain_polar._messages import AnswerReader, to_roles
 from langchain_polar._structured import Method, structured
 from langchain_polar.errors import langchain_errors
 from polar_sdk.errors import InvalidRequestError
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from langchain_core.runnables import Runnable, RunnableConfig
     from langchain_core.tools import BaseTool
 
-    from langchain_polar._calls import Call
+    from langchain_polar._base import Call
     from polar_sdk import PolarModel
 
 

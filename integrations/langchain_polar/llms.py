@@ -13,8 +13,7 @@ from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables.config import get_config_list
 
-from langchain_polar._base import PolarBase
-from langchain_polar._calls import Caller, with_thread
+from langchain_polar._base import Caller, PolarBase, with_thread
 from langchain_polar._messages import response_metadata, totals, usage_metadata
 from polar_sdk.frameworks.settings import CALLER_OPTIONS
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
 
     import polar_sdk
-    from langchain_polar._calls import Call
+    from langchain_polar._base import Call
 
 
 class PolarLLM(PolarBase, BaseLLM):

@@ -16,7 +16,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.llm import LLMChatEndEvent, LLMCompletionEndEvent
 from llama_index_instrumentation import get_dispatcher
 
-from polar_sdk.frameworks.totals import CallCosts, CostTotals, PolarCall
+from polar_sdk.frameworks.cost import CallCosts, CostTotals, PolarCall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

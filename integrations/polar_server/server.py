@@ -68,9 +68,9 @@ class Server:
         self.guard = None if settings.keys is None else KeyGuard(settings.keys)
         self.replies: ReplyStore = settings.replies or MemoryReplies()
         self.limits = Limits(settings.rates)
-        self.metrics = Metrics(self.engine, settings.model_id, self.answers, self.sink)
-        self.sink.on_record = self.metrics.recorded
         self.live = LiveEngine(self.engine, settings.model_id, self.answers, self.sink)
+        self.metrics = Metrics(self.live)
+        self.sink.on_record = self.metrics.recorded
 
     def caller(self, exchange: Exchange) -> Caller:
         """Who asks, and within which bounds."""

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from polar_sdk.errors import MissingExtraError
-from polar_sdk.frameworks.cost import cost_facts
-from polar_sdk.frameworks.totals import CostTotals, PolarCall
+from polar_sdk.frameworks.cost import CostTotals, PolarCall, cost_facts
 from polar_sdk.locks import renewed_in_child
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What the engine does at this moment, for the operations page. Reads counters that others keep, and stops nobody."""
+"""The state of the engine, for the operations page and the metrics. Reads counters that others keep; stops nobody."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class LiveEngine:
         sink: WatchedSink,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine, self._name, self._answers, self._sink, self._clock = engine, name, answers, sink, clock
+        self._engine, self.name, self._answers, self._sink, self._clock = engine, name, answers, sink, clock
         self._counted: deque[tuple[float, int]] = deque()
 
     def look(self) -> Look:
@@ -92,7 +92,7 @@ class LiveEngine:
         due, being_answered = self._sink.due, self._answers.request_ids()  # in this order: none is missed
         router, void, tiers = self._router()
         return Look(
-            model=self._name,
+            model=self.name,
             tokens_per_second=self._rate(scheduler.sampled_tokens),
             running=max(len(scheduler) - waiting, 0),
             places=scheduler.limits.max_rows,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from polar_sdk import PolarModel, UsageRecord
-    from polar_server.answers import Answers
-    from polar_server.watched_sink import WatchedSink
+    from polar_sdk import UsageRecord
+    from polar_server.telemetry.live import LiveEngine
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _PARTS: Final = ("embed", "layers_prefill", "layers_decode", "head", "router", "drafts")
@@ -26,16 +25,13 @@ class Metrics:
     """The figures of one server, in a registry of its own.
 
     Args:
-        engine: The model.
-        name: Its id, a label of vLLM's names.
-        answers: What is being computed.
-        sink: Says how many requests have no record yet.
+        live: The engine; its name is a label of vLLM's names.
     """
 
-    def __init__(self, engine: PolarModel, name: str, answers: Answers, sink: WatchedSink) -> None:
-        self._engine, self._answers, self._sink = engine, answers, sink
+    def __init__(self, live: LiveEngine) -> None:
+        self._live = live
         self._registry = registry = CollectorRegistry()
-        self._labels = (name, "0")
+        self._labels = (live.name, "0")
 
         def counter(metric: str, what: str, *labels: str) -> Counter:
             return Counter(metric, what, labels, registry=registry)
@@ -108,12 +104,10 @@ class Metrics:
 
     def text(self) -> bytes:
         """All figures, as Prometheus reads them."""
-        scheduler, pool = self._engine.scheduler, self._engine.decoder.pool
-        waiting = scheduler.waiting
-        self._waiting.labels(*self._labels).set(waiting)
-        self._running.labels(*self._labels).set(max(len(scheduler) - waiting, 0))
-        self._cache.labels(*self._labels).set(1 - pool.free / max(pool.size, 1))
-        due, being_answered = self._sink.due, self._answers.request_ids()  # in this order: none is missed
-        self._open.set(len(self._answers))
-        self._unrecorded.set(len(due - being_answered))
+        look = self._live.look()
+        self._waiting.labels(*self._labels).set(look.waiting)
+        self._running.labels(*self._labels).set(look.running)
+        self._cache.labels(*self._labels).set(look.pages_used / max(look.pages, 1))
+        self._open.set(look.answers)
+        self._unrecorded.set(look.unrecorded)
         return generate_latest(self._registry)
